@@ -1,0 +1,316 @@
+"""The command `fedmed`: run an app, run the demo, write a report anew."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from flwr.app import UserConfig
+from flwr.clientapp import ClientApp
+from flwr.common.config import flatten_dict, get_project_config
+from flwr.serverapp import ServerApp
+from flwr.supercore.object_ref import load_app
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedmed_flower.clients.training import Settings
+from fedmed_flower.config import override
+from fedmed_flower.data.site import GENERATED
+from fedmed_flower.data.sources import SourceUnavailable, load_dataset
+from fedmed_flower.engine import run_flower
+from fedmed_flower.errors import InputError
+from fedmed_flower.experiment import SUMMARY, Plan, read_config
+from fedmed_flower.report import write_report
+from fedmed_flower.runfolder import RunFolder
+from fedmed_flower.simulation import run_local
+
+app = typer.Typer(
+    help="Medical federated learning on Flower.", no_args_is_help=True, add_completion=False
+)
+console = Console(highlight=False, soft_wrap=True)
+log = logging.getLogger("flwr.fedmed")
+
+
+class Engine(StrEnum):
+    """Where the sites run."""
+
+    LOCAL = "local"
+    FLOWER = "flower"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run that was found right and can start."""
+
+    name: str
+    path: Path
+    references: tuple[str, str]
+    config: UserConfig
+    num_sites: int
+    engine: Engine
+    folder: Path
+
+
+@app.command()
+def run(
+    path: Annotated[Path, typer.Argument(metavar="APP", help="Folder of the Flower app.")],
+    sites: Annotated[int | None, typer.Option(help="Number of hospitals.  [default: 5]")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Overrides num-server-rounds.")] = None,
+    config: Annotated[
+        list[str] | None, typer.Option("--config", "-c", help="A setting of the app: key=value.")
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="local: in this process. flower: Flower's simulation engine.")
+    ] = Engine.LOCAL,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder.  [default: runs/APP-date-time]")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+) -> None:
+    """Run a Flower app with simulated hospitals."""
+    with _input_errors():
+        job = _prepare(path, sites, rounds, config or [], engine, out, resume)
+        _execute(job)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder.  [default: runs/pneumonia-date-time]")
+    ] = None,
+) -> None:
+    """Five hospitals train a chest X-ray classifier in this process, and a report is written."""
+    with _input_errors():
+        settings = ["baselines=true"]
+        try:
+            load_dataset("pneumoniamnist", timeout=10)
+        except SourceUnavailable as error:
+            console.print(f"{error}\nThe demo goes on with {GENERATED}.", style="yellow")
+            settings.append("dataset=phantoms")
+        job = _prepare(_examples() / "pneumonia", None, None, settings, Engine.LOCAL, out, None)
+        _execute(job)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write report.html of a run folder anew."""
+    with _input_errors():
+        console.print(f"report: {write_report(folder)}")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    """Turn wrong input into one line and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        console.print(f"not started: {error}", style="red", markup=False)
+        raise typer.Exit(2) from None
+
+
+def _prepare(
+    path: Path,
+    sites: int | None,
+    rounds: int | None,
+    settings: list[str],
+    engine: Engine,
+    out: Path | None,
+    resume: Path | None,
+) -> _Job:
+    """Check everything that can be checked before anything starts or is written."""
+    if out is not None and resume is not None:
+        raise InputError("--out and --resume exclude each other: --resume DIR goes on in DIR")
+    name, defaults, references = _load_project(path)
+    if resume is not None:
+        before = read_config(resume)
+        defaults |= {key: value for key, value in before["config"].items() if key in defaults}
+        started_with = int(before["run"]["sites"])
+        if sites not in (None, started_with):
+            raise InputError(
+                f"{resume} was started with {started_with} sites: resume it with as many, "
+                f"got --sites {sites}"
+            )
+        sites = started_with
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = (resume or out or Path("runs") / f"{name}-{stamp}").expanduser().resolve()
+    if resume is None:
+        RunFolder(folder).require_unused()
+    settings = [*settings, *([] if rounds is None else [f"num-server-rounds={rounds}"])]
+    config = override(defaults, settings)
+    config |= {"run-dir": str(folder), "resume": resume is not None}
+    num_sites = 5 if sites is None else sites
+    if num_sites < 1:
+        raise InputError(f"--sites must be at least 1, got {num_sites}")
+    Plan.from_run_config(config)
+    Settings.from_run_config(config)
+    return _Job(name, path.resolve(), references, config, num_sites, engine, folder)
+
+
+def _load_project(path: Path) -> tuple[str, UserConfig, tuple[str, str]]:
+    """Return name, run config and the references of ServerApp and ClientApp of a Flower app."""
+    try:
+        project = get_project_config(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is no Flower app: it has no pyproject.toml") from error
+    except ValueError as error:
+        raise InputError(f"{path / 'pyproject.toml'}: {' '.join(str(error).split())}") from error
+    section = project["tool"]["flwr"]["app"]
+    defaults = flatten_dict(section.get("config", {}))
+    for key in ("run-dir", "resume", "num-server-rounds"):
+        if key not in defaults:
+            raise InputError(
+                f"{path / 'pyproject.toml'} lacks {key} in [tool.flwr.app.config]: Flower lets "
+                "only declared settings be set"
+            )
+    components = section["components"]
+    return project["project"]["name"], defaults, (components["serverapp"], components["clientapp"])
+
+
+def _examples() -> Path:
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "examples", package / "examples"):
+        if (folder / "pneumonia" / "pyproject.toml").is_file():
+            return folder
+    raise InputError("the example apps are not installed: run fedmed demo from a checkout")
+
+
+def _execute(job: _Job) -> None:
+    """Run a job, print its results and, as the last line, what happened and where it is."""
+    rounds = job.config["num-server-rounds"]
+    console.print(f"{job.name}: {job.num_sites} sites, {rounds} rounds, engine {job.engine}")
+    try:
+        if job.engine is Engine.FLOWER:
+            run_flower(job.path, job.config, job.num_sites, sys.stdout)
+        else:
+            _run_here(job)
+    except InputError:
+        raise
+    except KeyboardInterrupt:
+        console.print(f"stopped by the user: {_whereabouts(job.folder)}", style="yellow")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        log.debug("%s", error, exc_info=True)
+        text = f"failed: {type(error).__name__}: {error}: {_whereabouts(job.folder)}"
+        console.print(" ".join(text.split()), style="red", markup=False)
+        raise typer.Exit(1) from error
+    summary = json.loads((job.folder / SUMMARY).read_text(encoding="utf-8"))
+    _print_results(summary)
+    console.print(f"report: {job.folder / 'report.html'}")
+    mark = f" ({GENERATED})" if summary["generated"] else ""
+    done = f"{summary['rounds']} rounds in {summary['seconds']:.0f} s{mark}"
+    console.print(f"{summary['status']}: {done}: {job.folder}")
+
+
+def _run_here(job: _Job) -> None:
+    server, client = (load_app(reference, InputError, job.path) for reference in job.references)
+    for found, kind, reference in (
+        (server, ServerApp, job.references[0]),
+        (client, ClientApp, job.references[1]),
+    ):
+        if not isinstance(found, kind):
+            raise InputError(f"{reference} is a {type(found).__name__}, not a {kind.__name__}")
+    with _progress() as on_reply:
+        run_local(
+            server,
+            client,
+            job.num_sites,
+            run_config=job.config,
+            app_name=job.name,
+            on_reply=on_reply,
+        )
+
+
+def _whereabouts(folder: Path) -> str:
+    if RunFolder(folder).checkpoint_file.exists():
+        return f"{folder} (go on with --resume {folder})"
+    return f"{folder}" if folder.exists() else "nothing was written"
+
+
+def _print_results(summary: dict[str, Any]) -> None:
+    """Print the test results of each hospital, with mean and worst beside all together."""
+    test = summary["test"]
+    columns = {"federated": test["sites"]}
+    if "local" in test:
+        columns = {"alone": test["local"], **columns}
+    if "pooled" in test:
+        columns["all data pooled"] = test["pooled"]["sites"]
+    table = Table("hospital", "train", "test", title="AUC on each hospital's own test images")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for site, counts in summary["sites"].items():
+        aucs = [column.get(site, {}).get("auc") for column in columns.values()]
+        table.add_row(site, str(counts["train"]), str(counts["test"]), *map(_show, aucs))
+    known = [
+        [metrics["auc"] for site in column if (metrics := column[site]).get("auc") is not None]
+        for column in columns.values()
+    ]
+    table.add_section()
+    table.add_row("mean", "", "", *(_show(sum(k) / len(k) if k else None) for k in known))
+    table.add_row("worst", "", "", *(_show(min(k, default=None)) for k in known))
+    together = {"federated": test["federated"], "all data pooled": test.get("pooled", {})}
+    shown = [_show(together.get(name, {}).get("auc")) for name in columns]
+    table.add_row("all test images", "", "", *shown)
+    console.print(table)
+
+
+def _show(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show the rounds as lines and the sites of the current phase as a bar."""
+    bar = Progress(
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("sites"),
+        TimeElapsedColumn(),
+        console=console,
+        # A debugger's prompt inside a client must reach the terminal.
+        auto_refresh=False,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        transient=True,
+    )
+    task = bar.add_task("connect", total=None)
+    logger = logging.getLogger("flwr")
+    before = logger.handlers[:]
+    logger.handlers = [_ConsoleHandler()]
+
+    def on_reply(message_type: str, done: int, sent: int) -> None:
+        bar.update(task, description=message_type.partition(".")[0], completed=done, total=sent)
+        bar.refresh()
+
+    try:
+        with bar:
+            yield on_reply
+    finally:
+        logger.handlers = before + [
+            h for h in logger.handlers if isinstance(h, logging.FileHandler)
+        ]
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints this package's lines, and of Flower's only warnings and errors."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ours = record.name.startswith("flwr.fedmed")
+        if record.levelno >= (logging.INFO if ours else logging.WARNING):
+            style = "yellow" if record.levelno >= logging.WARNING else None
+            console.print(record.getMessage(), style=style, markup=False)

@@ -1,0 +1,236 @@
+"""One hospital's side of a round, and the ClientApp made of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any, ClassVar
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from torch import nn
+
+from fedmed_flower.clients.training import Settings, derive_seed, torch_environment
+from fedmed_flower.data.site import SITE_RECORD, Row, Site, SiteData
+from fedmed_flower.errors import InputError
+
+log = logging.getLogger("flwr.fedmed")
+
+SPLITS = ("train", "val", "test")
+
+
+class MedicalClient(ABC):
+    """One hospital in a run. Subclass a client for a kind of data, such as `ClassificationClient`.
+
+    An instance lives for one message; what must last goes into ``context.state``.
+
+    Hooks
+    -----
+    build_model
+        The network. Must be the same at every site and at the server.
+    load_data
+        This site's rows.
+    check
+        Raise `InputError` where the rows cannot be used.
+    prepare
+        Make of rows what `fit` and `measure` take; kept in memory for the length of a run.
+    fit
+        Train on the training rows; returns metrics.
+    measure
+        Evaluate on the rows of one split; returns metrics.
+    describe
+        Numbers about the rows, to show how a simulation split them.
+
+    Parameters
+    ----------
+    context : flwr.app.Context
+        As Flower gives it to a ClientApp.
+
+    Attributes
+    ----------
+    settings : Settings
+        From the run config.
+    site : Site
+    """
+
+    _kept: ClassVar[dict[tuple[object, ...], Any]] = {}
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.settings = Settings.from_run_config(context.run_config)
+
+    @cached_property
+    def site(self) -> Site:
+        """The hospital that this client stands for."""
+        return Site.from_context(self.context)
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """Return the network with fresh weights."""
+
+    @abstractmethod
+    def load_data(self, site: Site) -> SiteData:
+        """Return the rows of a site."""
+
+    @abstractmethod
+    def check(self, data: SiteData) -> None:
+        """Raise `InputError` where the rows cannot be used; it names the row and the remedy."""
+
+    @abstractmethod
+    def prepare(self, rows: Sequence[Row], train: bool) -> Any:
+        """Return the rows as `fit` (where `train`) or `measure` take them."""
+
+    @abstractmethod
+    def fit(self, model: nn.Module, prepared: Any, seed: int) -> dict[str, Any]:
+        """Train `model` in place and return metrics such as ``loss``."""
+
+    @abstractmethod
+    def measure(self, model: nn.Module, prepared: Any) -> dict[str, Any]:
+        """Return the metrics of `model`, with ``num-examples``."""
+
+    def describe(self, data: SiteData) -> dict[str, Any]:
+        """Return further numbers about the rows; asked for in a simulation only."""
+        return {}
+
+    @classmethod
+    def client_app(cls) -> ClientApp:
+        """Return the Flower ClientApp of this client: train, evaluate and ``query.describe``."""
+        app = ClientApp()
+        app.train()(partial(_answer, cls, cls._train))
+        app.evaluate()(partial(_answer, cls, cls._evaluate))
+        app.query("describe")(partial(_answer, cls, cls._describe))
+        return app
+
+    def _train(self, message: Message) -> RecordDict:
+        config = _config(message)
+        server_round = int(config.get("server-round", 0))  # type: ignore[arg-type]
+        pooled = bool(config.get("pool-sites", False))
+        data, prepared = self._prepared("train", pooled)
+        arrays_key, arrays = next(iter(message.content.array_records.items()))
+        seed = derive_seed(self.settings.seed, self.site.name, server_round, "train")
+        began = time.perf_counter()
+        with self._torch(seed):
+            model = self._model(arrays)
+            metrics = self.fit(model, prepared, seed)
+        metrics |= {"num-examples": len(data.train), "seconds": time.perf_counter() - began}
+        state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+        return RecordDict({arrays_key: ArrayRecord(state), "metrics": MetricRecord(metrics)})
+
+    def _evaluate(self, message: Message) -> RecordDict:
+        config = _config(message)
+        split = str(config.get("split", "val"))
+        if split not in SPLITS:
+            raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        data, prepared = self._prepared(split, bool(config.get("pool-sites", False)))
+        metrics: dict[str, Any] = {"num-examples": 0}
+        if getattr(data, split):
+            with self._torch(derive_seed(self.settings.seed, self.site.name, split)):
+                model = self._model(next(iter(message.content.array_records.values())))
+                metrics = self.measure(model, prepared)
+        return RecordDict({"metrics": MetricRecord(metrics)})
+
+    def _describe(self, message: Message) -> RecordDict:
+        data, _ = self._prepared(None, pooled=False)
+        counts: dict[str, Any] = {split: len(getattr(data, split)) for split in SPLITS}
+        if self.site.simulated:
+            counts |= self.describe(data)
+        return RecordDict({"metrics": MetricRecord({"num-examples": len(data.train)} | counts)})
+
+    def _model(self, arrays: ArrayRecord) -> nn.Module:
+        model = self.build_model()
+        model.load_state_dict(arrays.to_torch_state_dict())
+        return model.to(self.settings.torch_device())
+
+    def _torch(self, seed: int) -> Any:
+        threads = self.settings.torch_threads or int(self.site.simulated)
+        return torch_environment(seed, threads, self.settings.torch_device())
+
+    def _prepared(self, split: str | None, pooled: bool) -> tuple[SiteData, Any]:
+        """Return the site's data and one split as `prepare` makes it; the run keeps both."""
+        run_id = self.context.run_id
+        for key in [key for key in self._kept if key[0] != run_id]:
+            del self._kept[key]
+        base = (run_id, type(self).__qualname__, self.site, pooled)
+        if (key := (*base, None)) not in self._kept:
+            data = self._load_pooled() if pooled else self.load_data(self.site)
+            if not data.train:
+                raise InputError(f"site {self.site.name} has no training rows")
+            _check_patients(data)
+            self.check(data)
+            self._kept[key] = data
+        data = self._kept[key]
+        if split is None:
+            return data, None
+        if (key := (*base, split)) not in self._kept:
+            self._kept[key] = self.prepare(getattr(data, split), train=split == "train")
+        return data, self._kept[key]
+
+    def _load_pooled(self) -> SiteData:
+        """Return all sites' rows together, for the comparison that only a simulation can make."""
+        site = self.site
+        if not site.simulated:
+            raise InputError("pool-sites works in a simulation only: no site holds others' data")
+        parts = [
+            self.load_data(replace(site, index=index, name=f"hospital-{index + 1}"))
+            for index in range(site.num_sites)
+        ]
+        train, val, test = (
+            [row for part in parts for row in getattr(part, split)] for split in SPLITS
+        )
+        return replace(parts[0], train=train, val=val, test=test)
+
+
+def _answer(
+    cls: type[MedicalClient],
+    handle: Callable[[Any, Message], RecordDict],
+    message: Message,
+    context: Context,
+) -> Message:
+    """Handle a message; an error leaves the site as its class alone: its text may tell more."""
+    site = None
+    try:
+        client = cls(context)
+        site = client.site
+        content = handle(client, message)
+        data = client._prepared(None, pooled=False)[0]
+        content[SITE_RECORD] = ConfigRecord(
+            {
+                "name": site.name,
+                "data": data.source,
+                "generated": data.generated,
+                "simulated": site.simulated,
+            }
+        )
+        return Message(content, reply_to=message)
+    except Exception as error:
+        name = "a site without a name" if site is None else site.name
+        reason, level = type(error).__name__, logging.ERROR
+        if site is not None and site.simulated:
+            # Nothing leaves: the server, which runs on the same machine, logs this text.
+            reason = f"{error}" if isinstance(error, InputError) else f"{reason}: {error}"
+            level = logging.DEBUG if isinstance(error, InputError) else logging.ERROR
+        log.log(level, "%s: %s", name, error, exc_info=not isinstance(error, InputError))
+        failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
+        return Message(failure, reply_to=message)
+
+
+def _config(message: Message) -> ConfigRecord:
+    return next(iter(message.content.config_records.values()), ConfigRecord())
+
+
+def _check_patients(data: SiteData) -> None:
+    seen: dict[Any, str] = {}
+    for split in SPLITS:
+        for number, row in enumerate(getattr(data, split)):
+            if "patient" not in row:
+                raise InputError(f"row {number} of the {split} split has no patient")
+            if seen.setdefault(row["patient"], split) != split:
+                raise InputError(
+                    f"patient {row['patient']} is in the splits {seen[row['patient']]} and "
+                    f"{split}: each patient must be in one"
+                )

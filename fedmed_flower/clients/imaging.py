@@ -1,0 +1,165 @@
+"""Clients for images, on MONAI's transforms, datasets and networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import CacheDataset, get_track_meta, set_track_meta
+from monai.transforms import Compose, EnsureTyped, Lambdad, LoadImage, NormalizeIntensityd
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fedmed_flower.clients.base import SPLITS, MedicalClient
+from fedmed_flower.clients.training import predict, train_epochs
+from fedmed_flower.data.site import Row, SiteData
+from fedmed_flower.errors import InputError
+from fedmed_flower.metrics import classification_metrics
+
+
+class ClassificationClient(MedicalClient):
+    """Trains a network that tells classes of images apart.
+
+    A subclass gives `num_classes`, `build_model` and `load_data`. The network has `num_classes`
+    outputs (cross entropy), or one output for two classes (binary cross entropy). Rows are dicts:
+
+    - ``image``: an array of shape (*spatial) or (channels, *spatial), or a path that MONAI reads;
+    - ``label``: an integer from 0 to ``num_classes - 1``; for two classes, 1 is the finding;
+    - ``patient``: anything hashable.
+
+    Hooks
+    -----
+    transforms
+        MONAI dictionary transforms for ``image``. The default loads, brings the channel first and
+        scales each image to mean 0 and standard deviation 1.
+    loss
+        Maps (outputs, labels) to a number.
+
+    Attributes
+    ----------
+    num_classes : int
+    spatial_dims : int
+        2 or 3.
+    """
+
+    num_classes: int
+    spatial_dims: int = 2
+
+    def transforms(self, train: bool) -> Sequence[Callable[[Any], Any]]:
+        """Return the transforms of a row; those up to the first random one are done once a run."""
+        return [
+            Lambdad("image", self._load_image),
+            NormalizeIntensityd("image", channel_wise=True),
+        ]
+
+    def loss(self) -> nn.Module:
+        """Return the training loss: cross entropy, or its binary form for one output."""
+        return _CrossEntropy()
+
+    def check(self, data: SiteData) -> None:
+        """Raise `InputError` where a label is not an integer in range or an image is missing."""
+        for split in SPLITS:
+            for number, row in enumerate(getattr(data, split)):
+                where = f"row {number} of the {split} split of {self.site.name}"
+                if missing := {"image", "label"} - set(row):
+                    raise InputError(f"{where} has no {min(missing)}")
+                label = row["label"]
+                if not isinstance(label, int | np.integer) or not 0 <= label < self.num_classes:
+                    raise InputError(
+                        f"label {label!r} of {where} is out of range: labels must be integers from "
+                        f"0 to {self.num_classes - 1} (num_classes - 1)"
+                    )
+
+    def describe(self, data: SiteData) -> dict[str, Any]:
+        """Return the number of training rows of each class."""
+        labels = [int(row["label"]) for row in data.train]
+        return {"labels": np.bincount(labels, minlength=self.num_classes).tolist()}
+
+    def prepare(self, rows: Sequence[Row], train: bool) -> CacheDataset:
+        """Return a dataset that keeps the rows in memory after the transforms that never change."""
+        chain = Compose([*self.transforms(train), EnsureTyped("image", track_meta=False)])
+        return CacheDataset(list(rows), chain, progress=False, num_workers=0, copy_cache=False)
+
+    def fit(self, model: nn.Module, prepared: CacheDataset, seed: int) -> dict[str, Any]:
+        """Train for ``local-epochs`` and return the mean ``loss`` of the last of them."""
+        settings, device = self.settings, self.settings.torch_device()
+        prepared.transform.set_random_state(seed)
+        batches = DataLoader(
+            prepared,
+            settings.batch_size,
+            shuffle=True,
+            collate_fn=_collate,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        with _plain_tensors():
+            mean = train_epochs(
+                model,
+                batches,
+                self.loss(),
+                settings.make_optimizer(model),
+                settings.local_epochs,
+                device,
+                settings.mixed_precision and device.type == "cuda",
+            )
+        return {"loss": mean}
+
+    def measure(self, model: nn.Module, prepared: CacheDataset) -> dict[str, Any]:
+        """Return ``loss`` and the figures and counts of `classification_metrics`."""
+        settings, device = self.settings, self.settings.torch_device()
+        batches = DataLoader(prepared, max(settings.batch_size, 64), collate_fn=_collate)
+        with _plain_tensors():
+            outputs, labels = predict(
+                model, batches, device, settings.mixed_precision and device.type == "cuda"
+            )
+        loss = self.loss()(torch.from_numpy(outputs), torch.from_numpy(labels))
+        return classification_metrics(labels, outputs) | {"loss": float(loss)}
+
+    def _load_image(self, image: Any) -> NDArray[np.float32]:
+        if isinstance(image, str | Path):
+            if not Path(image).is_file():
+                raise InputError(f"the image {image} is not there")
+            image = LoadImage(image_only=True, ensure_channel_first=True)(str(image)).numpy()
+        array = np.asarray(image, dtype=np.float32)
+        if array.ndim == self.spatial_dims:
+            array = array[None]
+        if array.ndim != self.spatial_dims + 1:
+            raise InputError(
+                f"an image has shape {array.shape}; spatial_dims = {self.spatial_dims} asks for "
+                f"{self.spatial_dims} dimensions, or one more with the channel first"
+            )
+        if not np.isfinite(array).all():
+            raise InputError("an image holds NaN or infinite values")
+        return array
+
+
+class _CrossEntropy(nn.Module):
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean over the batch."""
+        if outputs.shape[1] == 1:
+            return nn.functional.binary_cross_entropy_with_logits(
+                outputs[:, 0], labels.to(outputs.dtype)
+            )
+        return nn.functional.cross_entropy(outputs, labels)
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Let MONAI's transforms return torch tensors: tracking where each came from takes longer."""
+    before = get_track_meta()
+    set_track_meta(False)
+    try:
+        yield
+    finally:
+        set_track_meta(before)
+
+
+def _collate(rows: list[Row]) -> dict[str, Tensor]:
+    return {
+        "image": torch.stack([row["image"] for row in rows]),
+        "label": torch.tensor([int(row["label"]) for row in rows]),
+    }

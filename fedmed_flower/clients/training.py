@@ -1,0 +1,204 @@
+"""The local loop, and what it needs around it: settings, seeds, device, threads."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedmed_flower.config import Section
+from fedmed_flower.errors import InputError
+
+_DEVICES = ("auto", "cpu", "cuda")
+_OPTIMIZERS = ("adam", "sgd")
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """How a site trains, from the run config (``local-epochs`` there is `local_epochs` here).
+
+    Attributes
+    ----------
+    local_epochs : int
+        Passes over the site's training rows in a round; at least 1.
+    batch_size : int
+        Rows in a step; at least 1.
+    learning_rate : float
+        Above 0.
+    weight_decay : float
+        At least 0; 0 adds no penalty.
+    optimizer : {"adam", "sgd"}
+        Made anew in each round.
+    momentum : float
+        For ``sgd``; in [0, 1).
+    seed : int
+        At least 0. Together with site, round and purpose it decides everything random at a site
+        that does not protect privacy.
+    device : {"auto", "cpu", "cuda"}
+        ``auto`` takes a GPU where there is one. A number may follow: ``cuda:1``.
+    mixed_precision : bool
+        bfloat16 where the device is a GPU; no effect on a CPU.
+    torch_threads : int
+        0 means 1 in a simulation, where sites share the machine, and torch's own choice elsewhere.
+    """
+
+    local_epochs: int = 1
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    optimizer: str = "adam"
+    momentum: float = 0.0
+    seed: int = 0
+    device: str = "auto"
+    mixed_precision: bool = True
+    torch_threads: int = 0
+
+    def __post_init__(self) -> None:
+        self.require_at_least(1, "local_epochs", "batch_size")
+        self.require_at_least(0, "weight_decay", "seed", "torch_threads")
+        self.require_positive("learning_rate")
+        self.require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        self.require("optimizer", self.optimizer in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}")
+        kind, _, number = self.device.partition(":")
+        known = kind in _DEVICES and (not number or (kind == "cuda" and number.isdecimal()))
+        self.require("device", known, f"one of {', '.join(_DEVICES)}")
+
+    def torch_device(self) -> torch.device:
+        """Return the device to train on.
+
+        Raises
+        ------
+        InputError
+            Where a GPU is asked for that is not there.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(
+                f"device is {self.device}, but torch sees no GPU here: set device to auto or cpu"
+            )
+        return torch.device(self.device)
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimizer over the model's trainable parameters."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if self.optimizer == "adam":
+            return torch.optim.Adam(
+                parameters, lr=self.learning_rate, weight_decay=self.weight_decay
+            )
+        return torch.optim.SGD(
+            parameters,
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a seed that depends on all parts, such as seed, site, round and purpose."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+@contextmanager
+def torch_environment(seed: int, threads: int, device: torch.device) -> Iterator[None]:
+    """Seed torch and set its threads, and put both back as they were.
+
+    Parameters
+    ----------
+    seed : int
+        For torch's global generators.
+    threads : int
+        0 leaves the number of threads as it is.
+    device : torch.device
+        Its generator is put back too.
+    """
+    before = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        if threads:
+            torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def train_epochs(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    loss: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epochs: int,
+    device: torch.device,
+    mixed_precision: bool = False,
+) -> float:
+    """Train a model in place.
+
+    Parameters
+    ----------
+    model : Module
+        On `device`.
+    batches : iterable of dict
+        Iterated once an epoch; ``image`` is the model's input, ``label`` the loss's target.
+    loss : Module
+        Maps (outputs, labels) to the mean over the batch.
+    optimizer : Optimizer
+    epochs : int
+    device : torch.device
+    mixed_precision : bool
+        Run the model in bfloat16 by autocast.
+
+    Returns
+    -------
+    float
+        Mean loss over the rows of the last epoch.
+
+    Raises
+    ------
+    FloatingPointError
+        Where a batch has a loss that is not finite; the model is of no use from then on.
+    """
+    model.train()
+    mean = float("nan")
+    for epoch in range(epochs):
+        total, rows = 0.0, 0
+        for batch in batches:
+            images, labels = batch["image"].to(device), batch["label"].to(device)
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
+                value = loss(model(images), labels)
+            value.backward()
+            optimizer.step()
+            total, rows = total + value.item() * len(labels), rows + len(labels)
+            if not math.isfinite(total):
+                raise FloatingPointError(
+                    f"the training loss is {value.item()} in epoch {epoch + 1}"
+                )
+        mean = total / rows
+    return mean
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    device: torch.device,
+    mixed_precision: bool = False,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the model's outputs (n, c) and the labels (n,) over all batches."""
+    model.eval()
+    outputs, labels = [], []
+    for batch in batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
+            output = model(batch["image"].to(device))
+        outputs.append(output.float().cpu())
+        labels.append(batch["label"])
+    return torch.cat(outputs).numpy(), torch.cat(labels).numpy().astype(np.int64)

@@ -1,0 +1,103 @@
+"""Settings as frozen dataclasses, read from a Flower run config in kebab-case."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from flwr.app import UserConfig, UserConfigValue
+
+from fedmed_flower.errors import InputError
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base of a group of settings: the field `local_epochs` is the key ``local-epochs``."""
+
+    @classmethod
+    def from_run_config(cls, config: UserConfig) -> Self:
+        """Read the settings; keys that are not there keep their defaults.
+
+        Raises
+        ------
+        InputError
+            Where a value has the wrong type or is out of range; it names key, bound and value.
+        """
+        values: dict[str, Any] = {}
+        for entry in fields(cls):
+            key = entry.name.replace("_", "-")
+            if key in config:
+                values[entry.name] = with_type_of(entry.default, config[key], key)
+        return cls(**values)
+
+    def require(self, name: str, fulfilled: bool, bound: str) -> None:
+        """Raise `InputError` where a field is not as it must be."""
+        if not fulfilled:
+            key, value = name.replace("_", "-"), getattr(self, name)
+            raise InputError(f"{key} must be {bound}, got {value!r}")
+
+    def require_at_least(self, bound: int, *names: str) -> None:
+        """Raise `InputError` where a field is below `bound`."""
+        for name in names:
+            self.require(name, getattr(self, name) >= bound, f"at least {bound}")
+
+    def require_positive(self, *names: str) -> None:
+        """Raise `InputError` where a field is not above 0 and finite."""
+        for name in names:
+            value = getattr(self, name)
+            self.require(name, value > 0 and math.isfinite(value), "above 0 and finite")
+
+
+def with_type_of(default: Any, value: Any, key: str) -> Any:
+    """Return `value`, an int as a float where `default` is one.
+
+    Raises
+    ------
+    InputError
+        Where the types differ.
+    """
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise InputError(f"{key} must be of type {type(default).__name__}, got {value!r}")
+    return value
+
+
+def override(defaults: UserConfig, texts: Collection[str]) -> UserConfig:
+    """Return an app's run config with ``key=value`` texts applied.
+
+    Parameters
+    ----------
+    defaults : dict
+        As the app declares it; only its keys can be set.
+    texts : collection of str
+        The value is read as TOML; a text needs no quotes where the default is a text.
+
+    Raises
+    ------
+    InputError
+        Where a text has no ``=``, the key is unknown or the value has the wrong type.
+    """
+    config = dict(defaults)
+    for text in texts:
+        key, separator, raw = (part.strip() for part in text.partition("="))
+        if not separator or not key:
+            raise InputError(f"-c takes key=value, got {text!r}")
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(defaults))}"
+            raise InputError(f"the app has no setting {key!r}: {hint}")
+        config[key] = with_type_of(defaults[key], _parse(raw, defaults[key]), key)
+    return config
+
+
+def _parse(raw: str, default: UserConfigValue) -> UserConfigValue:
+    try:
+        value: UserConfigValue = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+    return raw if isinstance(default, str) and not isinstance(value, str) else value

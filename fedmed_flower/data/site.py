@@ -1,0 +1,96 @@
+"""One hospital as a client sees it: who it is and which rows it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+
+from fedmed_flower.errors import InputError
+
+Row = Mapping[str, Any]
+GENERATED = "generated images, not patients"
+SITE_RECORD = "site"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One hospital.
+
+    Attributes
+    ----------
+    name : str
+        Unique among the sites of a run; used in every table and report.
+    index : int
+        From 0 to ``num_sites - 1``.
+    num_sites : int
+        How many sites a shared dataset is split among; 1 where the site has data of its own.
+    data_dir : Path or None
+        The hospital's own folder, or None in a simulation on a shared dataset.
+    simulated : bool
+        True where all sites live on one machine, so that nothing secret can leave it.
+    """
+
+    name: str
+    index: int = 0
+    num_sites: int = 1
+    data_dir: Path | None = None
+    simulated: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise InputError("site-name must not be empty")
+        if not 0 <= self.index < self.num_sites:
+            raise InputError(
+                f"partition-id must lie in 0..{self.num_sites - 1} (num-partitions - 1), "
+                f"got {self.index}"
+            )
+
+    @classmethod
+    def from_context(cls, context: Context) -> Site:
+        """Read the site from a Flower context.
+
+        Flower's simulation gives ``partition-id`` and ``num-partitions``. A SuperNode gives what
+        its ``--node-config`` says: ``site-name``, ``data-dir`` and, where a shared dataset is
+        split, ``partition-id`` and ``num-partitions``.
+
+        Raises
+        ------
+        InputError
+            Where neither ``site-name`` nor ``partition-id`` is given, or ``data-dir`` is no folder.
+        """
+        config = context.node_config
+        index, num_sites = int(config.get("partition-id", 0)), int(config.get("num-partitions", 1))
+        simulated = "site-name" not in config and "partition-id" in config
+        name = str(config.get("site-name", f"hospital-{index + 1}" if simulated else ""))
+        if not name:
+            raise InputError("this SuperNode has no name: give --node-config 'site-name=\"...\"'")
+        data_dir = Path(str(config["data-dir"])).expanduser() if "data-dir" in config else None
+        if data_dir is not None and not data_dir.is_dir():
+            raise InputError(f"data-dir of site {name} is not a folder: {data_dir}")
+        return cls(name, index, num_sites, data_dir, simulated)
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """The rows of one hospital in three splits.
+
+    Attributes
+    ----------
+    train, val, test : sequence of dict
+        One dict a row: ``image`` (an array, or a path that MONAI reads), ``label`` and
+        ``patient``. No patient may be in two splits.
+    source : str
+        Where the rows come from, for log, summary and report.
+    generated : bool
+        True where no real patient stands behind the rows.
+    """
+
+    train: Sequence[Row]
+    val: Sequence[Row] = field(default_factory=tuple)
+    test: Sequence[Row] = field(default_factory=tuple)
+    source: str = "not named"
+    generated: bool = False

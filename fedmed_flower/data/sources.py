@@ -1,0 +1,373 @@
+"""Public datasets: a folder that the user names, else a download whose checksum is enforced.
+
+MedMNIST v2: J. Yang et al., "MedMNIST v2 - A large-scale lightweight benchmark for 2D and 3D
+biomedical image classification", Scientific Data 10:41, 2023, https://medmnist.com, CC BY 4.0.
+Heart Disease: A. Janosi, W. Steinbrunn, M. Pfisterer, R. Detrano, UCI Machine Learning
+Repository, 1989, https://doi.org/10.24432/C52P4X, CC BY 4.0.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pooch
+from numpy.typing import NDArray
+
+from fedmed_flower.errors import InputError
+
+_LOG = logging.getLogger("flwr.fedmed")
+DATASETS = ("pneumoniamnist", "breastmnist", "phantoms")
+SPLITS = ("train", "val", "test")
+HEART_FEATURES = (
+    *("age", "sex", "cp", "trestbps", "chol", "fbs", "restecg"),
+    *("thalach", "exang", "oldpeak", "slope", "ca", "thal"),
+)
+
+
+class SourceUnavailable(InputError):  # noqa: N818
+    """A dataset is in no local folder and its publisher cannot be reached."""
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """Labelled images in the splits "train", "val" and "test".
+
+    Attributes
+    ----------
+    images : mapping of str to ndarray
+        By split, (n, H, W) or (n, H, W, C), read-only; uint8 from 0 to 255 in the public sets. A
+        hospital's own file may hold another number type, the same in all splits.
+    labels : mapping of str to ndarray
+        By split, (n,) int64, 0 or greater, read-only.
+    source : str
+        Where the images come from, for log, summary and report.
+    generated : bool
+        True where no real patient stands behind the images.
+    """
+
+    images: Mapping[str, NDArray[Any]]
+    labels: Mapping[str, NDArray[np.int64]]
+    source: str
+    generated: bool = False
+
+
+@dataclass(frozen=True)
+class HeartTable:
+    """One hospital of the UCI Heart Disease data, one row a patient; the arrays are read-only.
+
+    ``features`` is (n, 13) float64 in the order of `HEART_FEATURES`, NaN where the file has "?".
+    ``target`` is (n,) int64: 1 where a heart disease was found (num > 0), else 0.
+    """
+
+    hospital: str
+    features: NDArray[np.float64]
+    target: NDArray[np.int64]
+    source: str
+
+
+class PublicFile(NamedTuple):
+    """A file at its publisher; ``local`` is where it lies in a folder of local copies."""
+
+    title: str
+    local: Path
+    url: str
+    md5: str
+
+
+class _Copy(NamedTuple):
+    """A file on this disk, and the key under which what was read from it is kept."""
+
+    path: Path
+    mtime_ns: int
+    size: int
+    title: str
+    origin: str
+
+
+_ZENODO = "https://zenodo.org/records/10519652/files"
+_UCI = "https://archive.ics.uci.edu/ml/machine-learning-databases/heart-disease"
+MEDMNIST = {
+    name: PublicFile(
+        f"{title} (MedMNIST v2)",
+        Path(f"medmnist/{name}.npz"),
+        f"{_ZENODO}/{name}.npz?download=1",
+        md5,
+    )
+    for name, title, md5 in (
+        ("pneumoniamnist", "PneumoniaMNIST", "28209eda62fecd6e6a2d98b1501bb15f"),
+        ("breastmnist", "BreastMNIST", "750601b1f35ba3300ea97c75c52ff8f6"),
+    )
+}
+HEART = {
+    name: PublicFile(
+        f"UCI Heart Disease, {name}",
+        Path(f"heart-disease/processed.{name}.data"),
+        f"{_UCI}/processed.{name}.data",
+        md5,
+    )
+    for name, md5 in (
+        ("cleveland", "2d91a8ff69cfd9616aa47b59d6f843db"),
+        ("hungarian", "22e96bee155b5973568101c93b3705f6"),
+        ("switzerland", "9a87f7577310b3917730d06ba9349e20"),
+        ("va", "4249d03ca7711e84f4444768c9426170"),
+    )
+}
+
+
+def load_dataset(
+    name: str,
+    path: str | Path | None = None,
+    timeout: float = 10,
+    sizes: tuple[int, int, int] = (2000, 250, 600),
+    seed: int = 0,
+) -> ImageSplits:
+    """Load one of `DATASETS`, or a hospital's own file.
+
+    Parameters
+    ----------
+    name, path, timeout
+        As in `load_medmnist`; "phantoms" take no path and no time-out.
+    sizes, seed
+        How many "phantoms" train, val and test hold, and their seed, as in `chest_xrays`.
+
+    Raises
+    ------
+    InputError
+        As `load_medmnist` and `chest_xrays` do, and where "phantoms" are given a path.
+    """
+    if path is None:
+        _check_name(name, DATASETS)
+    if name != "phantoms":
+        return load_medmnist(name, path, timeout)
+    _require(path is None, f'path must be left out with dataset="phantoms", got {path}')
+    from fedmed_flower.data.phantoms import chest_xrays
+
+    return chest_xrays(*sizes, seed=seed)
+
+
+def load_medmnist(name: str, path: str | Path | None = None, timeout: float = 10) -> ImageSplits:
+    """Load a MedMNIST dataset, or a file in its layout.
+
+    The folder that the environment variable ``FEDMED_DATA`` names is looked in first, for
+    ``medmnist/<name>.npz`` and ``<name>.npz``; such a copy is used as it is. Otherwise the file is
+    downloaded once into the folder ``FEDMED_CACHE`` (default: the user's cache folder).
+
+    Parameters
+    ----------
+    name : str
+        "pneumoniamnist" or "breastmnist"; with `path`, any name for `ImageSplits.source`.
+    path : str or Path, optional
+        An npz file with the arrays ``{train,val,test}_{images,labels}``, used as it is.
+    timeout : float
+        Seconds to wait for the first data and then for more, greater than 0.
+
+    Raises
+    ------
+    InputError
+        Where name, file, folder or checksum is wrong.
+    SourceUnavailable
+        Where the publisher cannot be reached.
+    """
+    if path is not None:
+        own = Path(path).expanduser()
+        return _read_medmnist(_copy(own, f"{name} ({own.name})", "used as it is"))
+    _check_name(name, MEDMNIST)
+    return _read_medmnist(_obtain(MEDMNIST[name], timeout, ', or choose dataset="phantoms"'))
+
+
+def load_heart_disease(timeout: float = 10) -> dict[str, HeartTable]:
+    """Load the UCI Heart Disease data by hospital: cleveland, hungarian, switzerland and va.
+
+    They have 303, 294, 123 and 200 patients. Looked for as in `load_medmnist`, in the folder
+    ``heart-disease`` of ``FEDMED_DATA``. Parameters and errors are those of `load_medmnist`.
+    """
+    return {name: _read_heart(_obtain(file, timeout), name) for name, file in HEART.items()}
+
+
+def _require(fulfilled: bool, text: str) -> None:
+    if not fulfilled:
+        raise InputError(text)
+
+
+def _check_name(name: str, known: Collection[str]) -> None:
+    close = difflib.get_close_matches(str(name).lower(), known, n=1)
+    hint = f'; did you mean "{close[0]}"?' if close else ""
+    _require(name in known, f'dataset must be one of {", ".join(known)}, got "{name}"{hint}')
+
+
+def _copy(path: Path, title: str, origin: str) -> _Copy:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__})") from error
+    return _Copy(path.absolute(), status.st_mtime_ns, status.st_size, title, origin)
+
+
+def _obtain(file: PublicFile, timeout: float, alternative: str = "") -> _Copy:
+    _require(
+        isinstance(timeout, Real) and 0 < timeout < math.inf,
+        f"timeout must be a finite number of seconds above 0, got {timeout!r}",
+    )
+    name = file.local.name
+    if named := os.environ.get("FEDMED_DATA"):
+        folder = Path(named).expanduser()
+        _require(folder.is_dir(), f"FEDMED_DATA must name a folder, got {folder}")
+        for path in (folder / file.local, folder / name):
+            if path.is_file():
+                origin = "local copy, not compared with the publisher's checksum"
+                return _copy(path, file.title, origin)
+        _LOG.info("FEDMED_DATA (%s) holds no %s", folder, file.local)
+    remedy = f"put {name} into a folder and set FEDMED_DATA to that folder{alternative}"
+
+    def download(url: str, target: str, _pooch: object) -> None:
+        try:
+            content = _receive(url, timeout)
+        except OSError as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            reason = f"HTTP {status}" if status else type(error).__name__
+            raise SourceUnavailable(
+                f"{file.title}: no download from {url} ({reason}, time-out {timeout:g} s); {remedy}"
+            ) from error
+        md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        _require(
+            md5 == file.md5,
+            f"{file.title}: {name} from {url} has md5 {md5}, expected {file.md5}; "
+            f"it was changed at the publisher or on the way: try again later, or {remedy}",
+        )
+        Path(target).write_bytes(content)
+
+    cache = Path(os.environ.get("FEDMED_CACHE") or pooch.os_cache("fedmed-flower")).expanduser()
+    try:
+        path = pooch.retrieve(file.url, f"md5:{file.md5}", name, cache, downloader=download)
+    except OSError as error:
+        raise InputError(
+            f"{file.title}: no use of the folder {cache} ({type(error).__name__}); set "
+            "FEDMED_CACHE to a folder that you may write to"
+        ) from error
+    return _copy(Path(path), file.title, "the publisher's checksum")
+
+
+class _Buffer(io.BytesIO):
+    touched = 0.0
+
+    def write(self, data: Any) -> int:
+        self.touched = time.monotonic()
+        return super().write(data)
+
+
+def _receive(url: str, timeout: float) -> bytes:
+    """Download in a thread: name look-up and a host's many addresses have no common time-out."""
+    buffer, errors = _Buffer(), list[Exception]()
+    buffer.touched = time.monotonic()
+
+    def work() -> None:
+        try:
+            pooch.HTTPDownloader(timeout=timeout)(url, buffer, None)
+        except Exception as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    while worker.is_alive() and (wait := buffer.touched + timeout - time.monotonic()) > 0:
+        worker.join(wait)
+    if worker.is_alive():
+        raise TimeoutError
+    if errors:
+        raise errors[0]
+    return buffer.getvalue()
+
+
+def _content(copy: _Copy) -> tuple[bytes, str]:
+    try:
+        content = copy.path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{copy.path}: cannot be read ({type(error).__name__})") from error
+    sha256 = hashlib.sha256(content).hexdigest()
+    _LOG.info("%s: %s, sha256 %s, %s", copy.title, copy.path, sha256, copy.origin)
+    return content, f"{copy.title}, sha256 {sha256[:12]}…"
+
+
+@lru_cache(maxsize=2)
+def _read_medmnist(copy: _Copy) -> ImageSplits:
+    content, source = _content(copy)
+    wanted = {f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")}
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as npz:
+            there = set(npz.files)
+            arrays = {name: npz[name] for name in wanted & there}
+    except Exception as error:  # a broken file makes the decoders fail in a dozen ways
+        raise InputError(
+            f"{copy.path}: not a whole npz file without pickled objects "
+            f"({type(error).__name__}); copy or download it again"
+        ) from error
+    missing, found = ", ".join(sorted(wanted - there)), ", ".join(sorted(there)) or "nothing"
+    _require(not missing, f"{copy.path}: lacks {missing}; it holds {found}")
+    images = {split: arrays[f"{split}_images"] for split in SPLITS}
+    labels = {split: _labels(arrays[f"{split}_labels"], copy.path, split) for split in SPLITS}
+    for split, array in images.items():
+        name, like = f"{copy.path}: {split}_images", images["train"]
+        _require(
+            array.ndim in (3, 4) and 0 not in array.shape[1:],
+            f"{name} must have shape (n, H, W) or (n, H, W, C), got {array.shape}",
+        )
+        _require(array.dtype.kind in "uif", f"{name} must hold numbers, got {array.dtype}")
+        _require(
+            (array.shape[1:], array.dtype) == (like.shape[1:], like.dtype),
+            f"{name} must be {like.dtype} {like.shape[1:]} an image, as train_images, "
+            f"got {array.dtype} {array.shape[1:]}",
+        )
+        _require(bool(np.isfinite(array).all()), f"{name} holds NaN or infinite values")
+        rows = len(labels[split])
+        _require(len(array) == rows, f"{name} has {len(array)} rows, {split}_labels has {rows}")
+        array.flags.writeable = labels[split].flags.writeable = False
+    _require(len(images["train"]) > 0, f"{copy.path}: train_images must hold at least 1 image")
+    return ImageSplits(images, labels, source)
+
+
+def _labels(labels: NDArray[Any], path: Path, split: str) -> NDArray[np.int64]:
+    name = f"{path}: {split}_labels"
+    _require(
+        labels.ndim == 1 or labels.shape[1:] == (1,),
+        f"{name} must have shape (n,) or (n, 1), got {labels.shape}",
+    )
+    _require(labels.dtype.kind in "ui", f"{name} must be integers, got {labels.dtype}")
+    flat = labels.reshape(-1).astype(np.int64)
+    lowest = flat.min(initial=0)
+    _require(lowest >= 0, f"{name} must be 0 or greater, got {lowest}")
+    return flat
+
+
+@lru_cache(maxsize=len(HEART))
+def _read_heart(copy: _Copy, hospital: str) -> HeartTable:
+    content, source = _content(copy)
+    rows = []
+    for number, line in enumerate(content.decode("latin-1").splitlines(), start=1):
+        try:
+            row = [math.nan if cell.strip() == "?" else float(cell) for cell in line.split(",")]
+        except ValueError as error:
+            raise InputError(f"{copy.path}: line {number}: {error}") from error
+        _require(
+            len(row) == len(HEART_FEATURES) + 1 and row[-1] in range(5),
+            f"{copy.path}: line {number} must hold 14 values, the last a whole number from 0 to 4, "
+            f"got {len(row)}, the last {row[-1]:g}",
+        )
+        rows.append(row)
+    _require(bool(rows), f"{copy.path}: holds no rows")
+    table = np.array(rows)
+    features, target = table[:, :-1].copy(), (table[:, -1] > 0).astype(np.int64)
+    features.flags.writeable = target.flags.writeable = False
+    return HeartTable(hospital, features, target, source)

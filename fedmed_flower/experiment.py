@@ -1,0 +1,367 @@
+"""One experiment from a run config: roll call, rounds, test, comparison, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    RecordDict,
+    UserConfig,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower
+from torch import nn
+
+from fedmed_flower.config import Section
+from fedmed_flower.data.site import GENERATED, SITE_RECORD
+from fedmed_flower.errors import InputError
+from fedmed_flower.report import write_report
+from fedmed_flower.runfolder import ALL_SITES, METRICS, RunFolder
+from fedmed_flower.strategies.base import FedAvg
+
+log = logging.getLogger("flwr.fedmed")
+
+SUMMARY, CONFIG, LOG = "summary.json", "config.toml", "log.txt"
+FREE_ON_RESUME = {"run-dir", "resume", "num-server-rounds", "round-timeout", "baselines"}
+_PACKAGES = ("fedmed-flower", "flwr", "torch", "monai", "numpy", "scikit-learn")
+
+
+class RunFailedError(RuntimeError):
+    """A run came to its end without one successful round."""
+
+
+@dataclass(frozen=True)
+class Plan(Section):
+    """How the server runs an experiment, from the run config (``run-dir`` there is `run_dir` here).
+
+    Attributes
+    ----------
+    num_server_rounds : int
+        At least 1.
+    round_timeout : float
+        Seconds to wait for the sites in each phase; above 0.
+    min_sites : int
+        Sites that must be connected before the run starts; at least 1.
+    seed : int
+        Of the initial weights and of the sampling of sites; at least 0.
+    run_dir : str
+        The run folder. Empty for a new one under ``runs/``.
+    resume : bool
+        Go on from the checkpoint in the run folder.
+    baselines : bool
+        Afterwards also train each site's model alone and, in a simulation, one model on all data
+        pooled, each for as many rounds.
+    """
+
+    num_server_rounds: int = 3
+    round_timeout: float = 3600.0
+    min_sites: int = 1
+    seed: int = 0
+    run_dir: str = ""
+    resume: bool = False
+    baselines: bool = False
+
+    def __post_init__(self) -> None:
+        self.require_at_least(1, "num_server_rounds", "min_sites")
+        self.require_at_least(0, "seed")
+        self.require_positive("round_timeout")
+        if self.resume and not self.run_dir:
+            raise InputError("resume needs run-dir, the folder of the run to go on with")
+
+
+@dataclass
+class _Sites:
+    """What the sites said of themselves before the first round."""
+
+    counts: dict[int, dict[str, int]] = field(default_factory=dict)
+    labels: dict[int, Any] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    sources: set[str] = field(default_factory=set)
+    generated: bool = False
+    simulated: bool = True
+
+
+def federate(
+    strategy: FedAvg, grid: Grid, context: Context, build_model: Callable[[], nn.Module]
+) -> flower.Result:
+    """Run an experiment as the run config says and leave a complete run folder.
+
+    The folder holds ``config.toml``, ``checkpoint.zip``, ``metrics.csv``, ``model.safetensors``,
+    ``summary.json``, ``report.html`` and ``log.txt``. Nothing is written before the run config was
+    found right and at least one site has answered.
+
+    Parameters
+    ----------
+    strategy : FedAvg
+        Its folder, seed and `resume` are set from the run config.
+    grid, context
+        As Flower gives them to a ServerApp.
+    build_model : callable
+        Returns the network; called once, with torch seeded by ``seed``.
+
+    Returns
+    -------
+    flwr.serverapp.strategy.Result
+
+    Raises
+    ------
+    InputError
+        Where the run config or every site's data is wrong.
+    RunFailedError
+        Where no round succeeded.
+    """
+    plan = Plan.from_run_config(context.run_config)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = Path(plan.run_dir).expanduser() if plan.run_dir else Path("runs") / stamp
+    folder = RunFolder(path.resolve())
+    if not plan.resume:
+        folder.require_unused()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.seed)
+        initial = ArrayRecord(build_model().state_dict())
+    sites = _roll_call(grid, plan)
+    strategy.folder, strategy.resume, strategy.seed = folder, plan.resume, plan.seed
+    strategy.site_names |= sites.names
+    strategy.min_available_nodes = max(strategy.min_available_nodes, plan.min_sites)
+    _write_config(folder, plan, context.run_config, len(sites.names))
+    return _Experiment(strategy, grid, plan, folder, initial, sites, context.run_config).run()
+
+
+@dataclass
+class _Experiment:
+    strategy: FedAvg
+    grid: Grid
+    plan: Plan
+    folder: RunFolder
+    initial: ArrayRecord
+    sites: _Sites
+    run_config: UserConfig
+    test: dict[str, Any] = field(default_factory=dict)
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    began: float = field(default_factory=time.monotonic)
+
+    def run(self) -> flower.Result:
+        plan, strategy, folder = self.plan, self.strategy, self.folder
+        with _log_file(folder.path / LOG):
+            if self.sites.generated:
+                log.warning("%s", GENERATED)
+            try:
+                self._write_summary("running")
+                result = strategy.start(
+                    self.grid, self.initial, plan.num_server_rounds, plan.round_timeout
+                )
+                if not result.train_metrics_clientapp:
+                    raise RunFailedError(self._why_nothing_succeeded())
+                table = strategy.test(self.grid, result.arrays, timeout=plan.round_timeout)
+                self.test["federated"] = table.pop(ALL_SITES, {})
+                self.test["sites"] = table
+                self._write_summary("running")
+                if plan.baselines:
+                    self._compare()
+                folder.write(METRICS, strategy.history.to_csv())
+            except BaseException as error:
+                stopped = isinstance(error, KeyboardInterrupt)
+                text = "stopped by the user" if stopped else f"{type(error).__name__}: {error}"
+                if folder.checkpoint_file.exists():
+                    text += f"; go on with --resume {folder.path}"
+                self._write_summary("stopped" if stopped else "failed", text)
+                write_report(folder.path)
+                raise
+            self._write_summary("finished")
+            report = write_report(folder.path)
+            log.info("report: %s", report)
+        return result
+
+    def _compare(self) -> None:
+        """Train each site's model alone, and one on all data pooled where that is possible."""
+        self.test["local"] = {}
+        for node_id, name in sorted(self.sites.names.items(), key=lambda item: item[1]):
+            log.info("for comparison: %s alone", name)
+            table = self._baseline(f"local-{node_id}", node_id, ConfigRecord())
+            self.test["local"][name] = table.get(name, {}) | {"all": table.get(ALL_SITES, {})}
+        if not self.sites.simulated:
+            log.warning("no model on all data pooled: the data of real sites stay apart")
+            return
+        log.info("for comparison: all data pooled")
+        table = self._baseline("pooled", min(self.sites.names), ConfigRecord({"pool-sites": True}))
+        self.test["pooled"] = table.pop(ALL_SITES, {}) | {"sites": table}
+
+    def _baseline(
+        self, label: str, node_id: int, config: ConfigRecord
+    ) -> dict[str, dict[str, float]]:
+        plan = self.plan
+        strategy = FedAvg(
+            run_dir=(self.folder / "baselines" / label).path, resume=plan.resume, seed=plan.seed
+        )
+        strategy.only = {node_id}
+        strategy.site_names |= self.sites.names
+        result = strategy.start(
+            self.grid,
+            self.initial,
+            plan.num_server_rounds,
+            plan.round_timeout,
+            train_config=ConfigRecord(dict(config)),
+            evaluate_config=ConfigRecord(dict(config)),
+        )
+        table = strategy.test(self.grid, result.arrays, timeout=plan.round_timeout)
+        for site, metrics in table.items():
+            if label == "pooled" or site in (ALL_SITES, self.sites.names[node_id]):
+                phase = "pooled-test" if label == "pooled" else "local-test"
+                name = site if label == "pooled" else self.sites.names[node_id]
+                suffix = "-all" if label != "pooled" and site == ALL_SITES else ""
+                self.strategy.history.add(plan.num_server_rounds, phase + suffix, name, metrics)
+        return table
+
+    def _write_summary(self, status: str, message: str = "") -> None:
+        sites = self.sites
+        rows = self.strategy.history.rows
+        summary = {
+            "status": status,
+            "message": message,
+            "app": self.grid.run.fab_id.rpartition("/")[2] or "federated run",
+            "engine": _engine(self.grid, sites),
+            "strategy": type(self.strategy).__name__,
+            "data": GENERATED if sites.generated else "; ".join(sorted(sites.sources)),
+            "generated": sites.generated,
+            "rounds": max((row[0] for row in rows if row[1] == "train"), default=0),
+            "rounds-planned": self.plan.num_server_rounds,
+            "seed": self.plan.seed,
+            "started": self.started,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "sites": {sites.names[node_id]: counts for node_id, counts in sites.counts.items()},
+            "test": self.test,
+            "failures": [asdict(failure) for failure in self.strategy.history.failures],
+            "versions": {"python": platform.python_version()}
+            | {package: version(package) for package in _PACKAGES},
+            "config": dict(self.run_config),
+        }
+        text = json.dumps(_without_nan(summary), indent=2)
+        self.folder.write(SUMMARY, text.encode())
+
+    def _why_nothing_succeeded(self) -> str:
+        failures = self.strategy.history.failures
+        first = f": {failures[0].site}: {failures[0].reason}" if failures else ""
+        return f"no site could train in any of {self.plan.num_server_rounds} rounds{first}"
+
+
+def _roll_call(grid: Grid, plan: Plan) -> _Sites:
+    """Ask every connected site for its name and its numbers of rows."""
+    while len(nodes := list(grid.get_node_ids())) < plan.min_sites:
+        log.info("waiting for %d sites, %d are connected", plan.min_sites, len(nodes))
+        time.sleep(2)
+    messages = [
+        Message(RecordDict(), node_id, f"{MessageType.QUERY}.describe") for node_id in nodes
+    ]
+    sites, reasons = _Sites(), []
+    for reply in grid.send_and_receive(messages, timeout=plan.round_timeout):
+        node_id = reply.metadata.src_node_id
+        if reply.has_error():
+            reasons.append(str(reply.error.reason))
+            continue
+        about = reply.content.config_records[SITE_RECORD]
+        name, taken = str(about["name"]), set(sites.names.values())
+        sites.names[node_id] = f"{name} (node {node_id})" if name in taken else name
+        counts = next(iter(reply.content.metric_records.values()))
+        if "labels" in counts:
+            sites.labels[node_id] = counts["labels"]
+        sites.counts[node_id] = {split: int(counts[split]) for split in ("train", "val", "test")}  # type: ignore[arg-type]
+        sites.sources.add(str(about["data"]))
+        sites.generated |= bool(about["generated"])
+        sites.simulated &= bool(about["simulated"])
+    if not sites.names:
+        raise InputError(reasons[0] if reasons else "no site answered the roll call")
+    for reason, count in Counter(reasons).items():
+        log.warning("%d of %d sites cannot take part: %s", count, len(nodes), reason)
+    ordered = sorted(sites.names, key=lambda node_id: sites.names[node_id])
+    sites.counts = {node_id: sites.counts[node_id] for node_id in ordered}
+    for node_id in ordered:
+        rows = ", ".join(f"{count} {split}" for split, count in sites.counts[node_id].items())
+        labels = sites.labels.get(node_id)
+        of_each = f"; training rows by label: {labels}" if labels else ""
+        log.info("%s: %s%s", sites.names[node_id], rows, of_each)
+    return sites
+
+
+def _write_config(folder: RunFolder, plan: Plan, run_config: UserConfig, num_sites: int) -> None:
+    """Write what runs; on resume, refuse settings that would make it another run."""
+    if plan.resume and (folder.path / CONFIG).exists():
+        before = read_config(folder.path)["config"]
+        for key in sorted((before.keys() | run_config.keys()) - FREE_ON_RESUME):
+            if before.get(key) != run_config.get(key):
+                raise InputError(
+                    f"{key} was {before.get(key)!r} when {folder.path} was started and is "
+                    f"{run_config.get(key)!r} now: resume with the settings of the start"
+                )
+    versions = {package: version(package) for package in _PACKAGES}
+    text = tomli_w.dumps(
+        {"run": {"sites": num_sites}, "config": dict(run_config), "versions": versions}
+    )
+    folder.write(CONFIG, text.encode())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return what ``config.toml`` of a run folder holds: ``run``, ``config`` and ``versions``.
+
+    Raises
+    ------
+    InputError
+        Where the file is missing or damaged.
+    """
+    try:
+        content = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return {name: dict(content[name]) for name in ("run", "config", "versions")}
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is no run folder: it has no {CONFIG}") from error
+    except (tomllib.TOMLDecodeError, KeyError, UnicodeDecodeError, TypeError) as error:
+        raise InputError(f"{folder / CONFIG} cannot be read: {error}") from error
+
+
+def _engine(grid: Grid, sites: _Sites) -> str:
+    if hasattr(grid, "export_states"):
+        return "local"
+    return "Flower simulation" if sites.simulated else "Flower deployment"
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a copy in which numbers that JSON cannot write are None."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Also write Flower's and this package's log lines to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setLevel(logging.INFO)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("flwr")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

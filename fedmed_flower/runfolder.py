@@ -1,0 +1,223 @@
+"""The folder of a run: complete at every moment, so that a killed run can go on from it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Array, ArrayRecord
+from safetensors.numpy import save as to_safetensors
+
+from fedmed_flower.arrays import view
+from fedmed_flower.errors import InputError
+
+CHECKPOINT, METRICS, MODEL = "checkpoint.zip", "metrics.csv", "model.safetensors"
+COLUMNS = ("round", "phase", "site", "metric", "value")
+ALL_SITES = "all"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file so that a crash leaves either the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A site whose reply was not used: when, which and why."""
+
+    round: int
+    phase: str
+    site: str
+    reason: str
+
+
+@dataclass
+class History:
+    """What happened in a run, site by site.
+
+    Attributes
+    ----------
+    rows : list of (round, phase, site, metric, value)
+        `site` is a site's name, or ``"all"`` for all sites together.
+    failures : list of Failure
+    """
+
+    rows: list[tuple[int, str, str, str, float]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    def add(self, server_round: int, phase: str, site: str, metrics: Mapping[str, Any]) -> None:
+        """Append the single numbers among `metrics`; lists are left out."""
+        self.rows += [
+            (server_round, phase, site, name, float(value))
+            for name, value in metrics.items()
+            if isinstance(value, int | float)
+        ]
+
+    def last(self, phase: str) -> dict[str, dict[str, float]]:
+        """Return ``{site: {metric: value}}`` of the last round in which `phase` was recorded."""
+        rounds = [row[0] for row in self.rows if row[1] == phase]
+        table: dict[str, dict[str, float]] = {}
+        for server_round, row_phase, site, metric, value in self.rows:
+            if row_phase == phase and server_round == max(rounds):
+                table.setdefault(site, {})[metric] = value
+        return table
+
+    def to_csv(self) -> bytes:
+        """Return the rows as a tidy table with the columns round, phase, site, metric, value."""
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(COLUMNS)
+        writer.writerows(self.rows)
+        return text.getvalue().encode()
+
+
+@dataclass
+class Checkpoint:
+    """All that a run needs to go on after `server_round` as if it had never stopped."""
+
+    server_round: int
+    seed: int
+    arrays: ArrayRecord
+    history: History
+    metrics: dict[str, dict[str, Any]]
+    site_names: dict[int, str] = field(default_factory=dict)
+    client_states: dict[str, bytes] = field(default_factory=dict)
+
+
+class RunFolder:
+    """Reads and writes the files of one run.
+
+    Parameters
+    ----------
+    path : str or Path
+        Made on the first write.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+
+    def __truediv__(self, name: str) -> RunFolder:
+        return RunFolder(self.path / name)
+
+    @property
+    def checkpoint_file(self) -> Path:
+        """The file that holds the state after the last complete round."""
+        return self.path / CHECKPOINT
+
+    def require_no_checkpoint(self) -> None:
+        """Raise `InputError` where an earlier run left a checkpoint here."""
+        if self.checkpoint_file.exists():
+            raise InputError(
+                f"{self.path} holds an earlier run: choose another folder, "
+                f"or go on with that run with --resume {self.path}"
+            )
+
+    def require_unused(self) -> None:
+        """Raise `InputError` where the path is taken, so that no earlier run is overwritten."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise InputError(
+                f"the run folder {self.path} is in use: choose another with --out, "
+                f"or go on with that run with --resume {self.path}"
+            )
+
+    def write(self, name: str, data: bytes) -> Path:
+        """Write one file of the folder atomically and return its path."""
+        write_atomic(self.path / name, data)
+        return self.path / name
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint and the table of metrics that belongs to it.
+
+        The checkpoint is one file, so its parts cannot disagree: a zip archive with each array's
+        ``.npy`` bytes as they are, and the rest as JSON.
+        """
+        index = [
+            {"key": key, "dtype": array.dtype, "shape": array.shape, "stype": array.stype}
+            for key, array in checkpoint.arrays.items()
+        ]
+        state = {
+            "round": checkpoint.server_round,
+            "seed": checkpoint.seed,
+            "metrics": checkpoint.metrics,
+            "sites": list(checkpoint.site_names.items()),
+            "rows": checkpoint.history.rows,
+            "failures": [asdict(failure) for failure in checkpoint.history.failures],
+            "arrays": index,
+            "clients": list(checkpoint.client_states),
+        }
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr("state.json", json.dumps(state))
+            for number, array in enumerate(checkpoint.arrays.values()):
+                archive.writestr(f"arrays/{number}.npy", array.data)
+            for number, blob in enumerate(checkpoint.client_states.values()):
+                archive.writestr(f"clients/{number}.bin", blob)
+        self.write(CHECKPOINT, buffer.getvalue())
+        self.write(METRICS, checkpoint.history.to_csv())
+
+    def load(self) -> Checkpoint | None:
+        """Return the last checkpoint, or None where there is none.
+
+        Raises
+        ------
+        InputError
+            Where the file is damaged.
+        """
+        if not self.checkpoint_file.exists():
+            return None
+        try:
+            with zipfile.ZipFile(self.checkpoint_file) as archive:
+                state = json.loads(archive.read("state.json"))
+                arrays = ArrayRecord()
+                for number, entry in enumerate(state["arrays"]):
+                    data = archive.read(f"arrays/{number}.npy")
+                    array = Array(entry["dtype"], tuple(entry["shape"]), entry["stype"], data)
+                    view(array)
+                    arrays[entry["key"]] = array
+                states = {
+                    key: archive.read(f"clients/{number}.bin")
+                    for number, key in enumerate(state["clients"])
+                }
+            history = History(
+                [(int(r), str(p), str(s), str(m), float(v)) for r, p, s, m, v in state["rows"]],
+                [Failure(**failure) for failure in state["failures"]],
+            )
+            return Checkpoint(
+                state["round"],
+                state["seed"],
+                arrays,
+                history,
+                state["metrics"],
+                {int(node_id): str(name) for node_id, name in state["sites"]},
+                states,
+            )
+        except (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError, EOFError) as error:
+            raise InputError(
+                f"the checkpoint {self.checkpoint_file} cannot be read ({error}): restore it from "
+                "a copy, or start a new run with --out"
+            ) from error
+
+    def write_model(self, arrays: ArrayRecord) -> Path:
+        """Write the model as ``model.safetensors`` (``safetensors.torch.load_file`` reads it)."""
+        return self.write(MODEL, to_safetensors({key: view(a).copy() for key, a in arrays.items()}))

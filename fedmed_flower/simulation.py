@@ -1,0 +1,243 @@
+"""A ServerApp and its ClientApps in one process, over Flower's public Grid interface."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import secrets
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from logging import DEBUG
+from uuid import uuid4
+
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    Context,
+    Error,
+    Message,
+    RecordDict,
+    UserConfig,
+)
+from flwr.clientapp import ClientApp
+from flwr.clientapp.client_app import ClientAppException
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedmed_flower.errors import InputError
+
+log = logging.getLogger("flwr.fedmed")
+
+_FIRST_NODE_ID = 1001
+
+ReplyListener = Callable[[str, int, int], None]
+
+
+def run_local(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    num_sites: int,
+    *,
+    run_config: UserConfig | None = None,
+    node_configs: Sequence[UserConfig] | None = None,
+    app_name: str = "",
+    on_reply: ReplyListener | None = None,
+) -> Context:
+    """Run an app in this process, one client after the other.
+
+    The clients see what they see on Flower's simulation engine: contents of their own, a
+    ``context.state`` that lasts from round to round, and a ``partition-id``. A client that raises
+    becomes the error reply that Flower's engine makes of it. A debugger works inside a client.
+
+    Parameters
+    ----------
+    server_app, client_app
+        The Flower app.
+    num_sites : int
+        At least 1.
+    run_config : dict, optional
+        Given to server and clients.
+    node_configs : sequence of dict, optional
+        One a site, on top of ``partition-id`` and ``num-partitions``.
+    app_name : str
+        As it shall stand in reports.
+    on_reply : callable, optional
+        Called as ``on_reply(message_type, done, sent)`` after each client.
+
+    Returns
+    -------
+    Context
+        The server's, as its app left it.
+
+    Raises
+    ------
+    InputError
+        Where `num_sites` is below 1 or `node_configs` has another length.
+    """
+    if num_sites < 1:
+        raise InputError(f"num_sites must be at least 1, got {num_sites}")
+    extra = [{}] * num_sites if node_configs is None else list(node_configs)
+    if len(extra) != num_sites:
+        raise InputError(f"node_configs must have num_sites = {num_sites} items, got {len(extra)}")
+    run_id = secrets.randbits(63)
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, SUPERLINK_NODE_ID, 1
+    config = dict(run_config or {})
+    contexts = {
+        _FIRST_NODE_ID + index: Context(
+            run_id=run_id,
+            node_id=_FIRST_NODE_ID + index,
+            node_config={"partition-id": index, "num-partitions": num_sites} | dict(own),
+            state=RecordDict(),
+            run_config=dict(config),
+        )
+        for index, own in enumerate(extra)
+    }
+    grid = LocalGrid(client_app, contexts, on_reply)
+    grid.run.fab_id = app_name
+    context = Context(run_id, SUPERLINK_NODE_ID, {}, RecordDict(), config)
+    server_app(grid=grid, context=context)
+    return context
+
+
+class LocalGrid(Grid):
+    """Runs a ClientApp on each message when its reply is asked for.
+
+    Parameters
+    ----------
+    client_app : ClientApp
+    contexts : dict
+        The context of each node, by node id.
+    on_reply : callable, optional
+        As in `run_local`.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        contexts: Mapping[int, Context],
+        on_reply: ReplyListener | None = None,
+    ) -> None:
+        self._client_app = client_app
+        self._contexts = dict(contexts)
+        self._on_reply = on_reply
+        self._run = Run.create_empty(next(iter(contexts.values())).run_id)
+        self._waiting: dict[str, Message] = {}
+
+    def set_run(self, run: Run) -> None:
+        """Set the run that `run` returns."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run this grid works for."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Make a message, as `Message` does."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of all sites, in the order of their index."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Take messages; their clients run when the replies are pulled."""
+        ids = []
+        for message in messages:
+            if message.metadata.dst_node_id not in self._contexts:
+                raise ValueError(f"there is no node {message.metadata.dst_node_id}")
+            message_id = str(uuid4())
+            message.metadata.__dict__["_message_id"] = message_id
+            self._waiting[message_id] = message
+            ids.append(message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Run the clients of these messages and return their replies."""
+        ids = [message_id for message_id in message_ids if message_id in self._waiting]
+        return self._replies(ids, deadline=None)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Run the clients of these messages; those not begun by the timeout do not reply."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return self._replies(list(self.push_messages(messages)), deadline)
+
+    def export_states(self) -> dict[str, bytes]:
+        """Return what the clients keep in ``context.state``, by node id."""
+        return {
+            str(node_id): recorddict_to_proto(context.state).SerializeToString()
+            for node_id, context in self._contexts.items()
+            if context.state
+        }
+
+    def import_states(self, states: Mapping[str, bytes]) -> None:
+        """Give the clients back what `export_states` returned."""
+        for key, data in states.items():
+            if int(key) in self._contexts:
+                proto = ProtoRecordDict.FromString(data)
+                self._contexts[int(key)].state = recorddict_from_proto(proto)
+
+    def _replies(self, ids: list[str], deadline: float | None) -> list[Message]:
+        replies = []
+        for done, message_id in enumerate(ids, start=1):
+            message = self._waiting.pop(message_id)
+            if deadline is not None and time.monotonic() > deadline:
+                continue
+            if (reply := self._handle(message)) is not None:
+                reply.metadata.__dict__["_message_id"] = str(uuid4())
+                replies.append(reply)
+            if self._on_reply is not None:
+                self._on_reply(message.metadata.message_type, done, len(ids))
+        return replies
+
+    def _handle(self, message: Message) -> Message | None:
+        """Run one client on copies, so that nothing it changes reaches another client."""
+        stored = self._contexts[message.metadata.dst_node_id]
+        context = Context(
+            stored.run_id,
+            stored.node_id,
+            dict(stored.node_config),
+            copy_content(stored.state),
+            dict(stored.run_config),
+        )
+        own = copy.copy(message)
+        own.content = copy_content(message.content)
+        try:
+            reply = self._client_app(own, context)
+        except Exception as error:
+            log.log(DEBUG, "%s", traceback.format_exc())
+            raised = ClientAppException(str(error))
+            reason = f"{type(raised)}:<'{raised}'>"
+            failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
+            return Message(failure, reply_to=message)
+        stored.state = context.state
+        return reply
+
+
+def copy_content(content: RecordDict) -> RecordDict:
+    """Copy records so that changing the copy in place leaves the original as it is.
+
+    The arrays' values are immutable bytes and are shared.
+    """
+    copied = copy.deepcopy(
+        RecordDict({k: v for k, v in content.items() if not isinstance(v, ArrayRecord)})
+    )
+    for name, arrays in content.array_records.items():
+        copied[name] = ArrayRecord(
+            {k: Array(a.dtype, tuple(a.shape), a.stype, a.data) for k, a in arrays.items()}
+        )
+    return copied

@@ -1,0 +1,124 @@
+"""What a reply must satisfy before it may touch the model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+
+from fedmed_flower.arrays import view
+
+log = logging.getLogger("flwr.fedmed")
+
+
+def screen(reply: Message, weighted_by_key: str, like: ArrayRecord | None) -> str | None:
+    """Return why a reply cannot be used, or None where it can.
+
+    Parameters
+    ----------
+    reply : Message
+    weighted_by_key : str
+        Name of the metric that is the reply's weight.
+    like : ArrayRecord or None
+        The global model, for a training reply: keys, shapes and dtypes must equal its own and all
+        floating-point values must be finite. None for an evaluation reply, which carries none.
+    """
+    if reply.has_error():
+        return reply.error.reason or f"error {reply.error.code}"
+    if not reply.has_content():
+        return "the reply is empty"
+    metrics = list(reply.content.metric_records.values())
+    if len(metrics) != 1:
+        return f"the reply has {len(metrics)} metric records instead of one"
+    if (reason := _screen_weight(metrics[0], weighted_by_key, like is not None)) is not None:
+        return reason
+    if like is None:
+        return None
+    arrays = list(reply.content.array_records.values())
+    if len(arrays) != 1:
+        return f"the reply has {len(arrays)} array records instead of one"
+    return _screen_arrays(arrays[0], like)
+
+
+def _screen_weight(metrics: MetricRecord, key: str, training: bool) -> str | None:
+    weight = metrics.get(key)
+    if weight is None:
+        return f"the metric {key} is missing"
+    if isinstance(weight, list):
+        return f"{key} is a list instead of one number"
+    if not math.isfinite(weight) or weight < 0 or (training and weight == 0):
+        return f"{key} must be {'above' if training else 'at least'} 0 and finite, got {weight}"
+    return None
+
+
+def _screen_arrays(arrays: ArrayRecord, like: ArrayRecord) -> str | None:
+    if missing := like.keys() - arrays.keys():
+        return f"{len(missing)} arrays are missing, such as {min(missing)}"
+    if extra := arrays.keys() - like.keys():
+        return f"{len(extra)} arrays are not in the model, such as {min(extra)}"
+    for key, array in arrays.items():
+        try:
+            values = view(array)
+        except ValueError as error:
+            return f"{key} cannot be read: {error}"
+        wanted = view(like[key])
+        if values.shape != wanted.shape or values.dtype != wanted.dtype:
+            return (
+                f"{key} is {values.dtype}{list(values.shape)} "
+                f"instead of {wanted.dtype}{list(wanted.shape)}"
+            )
+        if np.issubdtype(values.dtype, np.inexact) and not np.isfinite(values).all():
+            return f"{key} holds NaN or infinite values"
+    return None
+
+
+def _shared_metrics(records: list[MetricRecord]) -> list[str]:
+    """Return the names of the metrics that all records hold in the same form.
+
+    A name counts where it stands for one number in each record, or for lists of one length.
+    """
+    first, *others = records
+    return [
+        name
+        for name, value in first.items()
+        if all(name in other and _form(other[name]) == _form(value) for other in others)
+    ]
+
+
+def _form(value: object) -> int:
+    return len(value) if isinstance(value, list) else -1
+
+
+def metrics_of(reply: Message) -> MetricRecord:
+    """Return the only metric record of a reply that passed `screen`."""
+    return next(iter(reply.content.metric_records.values()))
+
+
+def first_arrays(replies: list[Message]) -> ArrayRecord | None:
+    """Return the first arrays among the replies, where there are any."""
+    for reply in replies:
+        if reply.has_content() and reply.content.array_records:
+            return next(iter(reply.content.array_records.values()))
+    return None
+
+
+def with_shared_metrics(replies: list[Message]) -> list[Message]:
+    """Return copies that name their records alike and hold only the metrics that all have."""
+    names = _shared_metrics([metrics_of(reply) for reply in replies])
+    if dropped := {name for reply in replies for name in metrics_of(reply)} - set(names):
+        log.debug("not in every reply, so not averaged: %s", ", ".join(sorted(dropped)))
+    metrics_key = next(iter(replies[0].content.metric_records))
+    arrays_key = next(iter(replies[0].content.array_records), None)
+    messages = []
+    for reply in replies:
+        content = RecordDict(dict(reply.content.config_records.items()))
+        for arrays in reply.content.array_records.values():
+            content[arrays_key or "arrays"] = arrays
+        content[metrics_key] = MetricRecord({name: metrics_of(reply)[name] for name in names})
+        message = copy.copy(reply)
+        message.content = content
+        messages.append(message)
+    return messages
