@@ -109,10 +109,10 @@ def _federation_config(num_sites: int) -> str:
     """Return the engine's resources: one core a worker, and the GPUs shared evenly among them."""
     workers = max(1, min(num_sites, os.cpu_count() or 1))
     gpus = torch.cuda.device_count()
-    share = int(100 * gpus / workers) / 100
+    share = min(1.0, int(100 * gpus / workers) / 100)
     return (
-        f"num-supernodes={num_sites} client-resources-num-cpus=1.0 "
-        f"client-resources-num-gpus={min(1.0, share)}"
+        f"num-supernodes={num_sites} client-resources-num-cpus=1 "
+        f"client-resources-num-gpus={share}"
     )
 
 

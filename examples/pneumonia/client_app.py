@@ -47,7 +47,7 @@ class PneumoniaHospital(ClassificationClient):
     def transforms(self, train: bool):
         shaken = RandAffined(
             "image",
-            prob=1.0,
+            prob=0.5,
             rotate_range=0.15,  # radians
             translate_range=3,
             scale_range=0.1,
