@@ -1,0 +1,162 @@
+"""The example deployment: TLS, node authentication, one SuperLink and three SuperNodes."""
+
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from deployment_helper import SCRIPT, Deployment, deployment, write_app
+
+pytestmark = pytest.mark.engine
+
+SERVER = """
+    import numpy as np
+    from flwr.app import ArrayRecord
+    from flwr.serverapp import ServerApp
+    from flwr.serverapp.strategy import FedAvg
+
+    app = ServerApp()
+
+
+    class NamingFedAvg(FedAvg):
+        def aggregate_train(self, server_round, replies):
+            replies = list(replies)
+            names = sorted(reply.content["site"]["name"] for reply in replies)
+            print("ROUND", server_round, *names, flush=True)
+            return super().aggregate_train(server_round, replies)
+
+
+    @app.main()
+    def main(grid, context):
+        if context.run_config["fail"]:
+            raise RuntimeError("this server was told to fail")
+        strategy = NamingFedAvg(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
+        result = strategy.start(
+            grid=grid, initial_arrays=ArrayRecord([np.arange(3.0)]), num_rounds=2
+        )
+        print("MODEL", result.arrays.to_numpy_ndarrays()[0].tolist(), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    with deployment(tmp_path_factory.mktemp("deployment") / "files") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def toy_app(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_app(tmp_path_factory.mktemp("apps") / "toy-app", SERVER, fail=False, sleep=0.0)
+
+
+def processes_naming(*texts: str) -> list[str]:
+    table = subprocess.run(["ps", "-Awwo", "args="], capture_output=True, text=True, check=True)
+    flower = [line for line in table.stdout.splitlines() if re.search("/(flower|flwr)-", line)]
+    return [line for line in flower if any(text in line for text in texts)]
+
+
+def can_bind(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def test_every_hospital_is_online_and_private_keys_are_private(running: Deployment) -> None:
+    status = running.command("status")
+    assert status.returncode == 0, status.stdout
+    assert status.stdout.count("online") == 3
+    keys = [*running.directory.glob("server/*.key"), *running.directory.glob("sites/*/key")]
+    assert len(keys) == 5
+    assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
+
+
+def test_a_second_start_in_the_same_folder_is_refused(running: Deployment) -> None:
+    again = running.command("start")
+    assert again.returncode == 2
+    assert "already running" in again.stdout
+
+
+def test_an_app_runs_on_all_hospitals(running: Deployment, toy_app: Path) -> None:
+    done = running.command("run", str(toy_app))
+    assert done.returncode == 0, done.stdout
+    assert "ROUND 1 east north south" in done.stdout
+    assert "ROUND 2 east north south" in done.stdout
+    assert "MODEL [0.0, 1.0, 2.0]" in done.stdout
+
+
+def test_a_failing_app_gives_a_failing_exit_code(running: Deployment, toy_app: Path) -> None:
+    done = running.command("run", str(toy_app), "-c", "fail=true")
+    assert done.returncode == 1
+    assert "finished:failed" in done.stdout
+
+
+def test_a_folder_that_is_no_app_gives_a_failing_exit_code(running: Deployment) -> None:
+    done = running.command("run", str(running.directory / "sites"))
+    assert done.returncode == 1
+    assert "started no run" in done.stdout
+
+
+def test_an_unregistered_key_cannot_join(running: Deployment, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    command = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(key)]
+    subprocess.run(command, check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    link = f"127.0.0.1:{running.processes['superlink']['port']}"
+    command = [
+        *(str(Path(sys.executable).with_name("flower-supernode")), "--superlink", link),
+        *("--root-certificates", str(running.directory / "server" / "ca.crt")),
+        *("--auth-supernode-private-key", str(key), "--port", str(port)),
+    ]
+    environment = os.environ | {"FLWR_HOME": str(tmp_path), "FLWR_TELEMETRY_ENABLED": "0"}
+    with (tmp_path / "log").open("w") as log:
+        stranger = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=60)
+    assert stranger.returncode != 0
+    assert "Failed to activate SuperNode" in (tmp_path / "log").read_text()
+    assert running.command("status").stdout.count("online") == 3
+
+
+def test_stop_in_mid_training_leaves_no_process_and_no_taken_port(
+    running: Deployment, toy_app: Path
+) -> None:
+    processes = running.processes
+    names = [
+        str(running.directory),
+        *(f"127.0.0.1:{entry['port']}" for entry in processes.values()),
+    ]
+    command = [sys.executable, str(SCRIPT), "run", str(toy_app), "-c", "sleep=60.0"]
+    with subprocess.Popen([*command, "--dir", str(running.directory)]) as run:
+        deadline = time.monotonic() + 60
+        while sum("flwr-clientapp" in line for line in processes_naming(*names)) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        running.kill("north")
+        assert running.command("status").returncode == 1
+        stopped = running.command("stop")
+        assert stopped.returncode == 0, stopped.stdout
+        assert run.wait(60) == 1
+    assert processes_naming(*names) == []
+    assert all(can_bind(entry["port"]) for entry in processes.values())
+    assert "Nothing is running" in running.command("stop").stdout
+    assert (running.directory / "sites" / "north" / "key").exists()
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        refused = Deployment(tmp_path / "files").command("start", "--port-base", str(port))
+    assert refused.returncode == 2
+    assert f"port {port}" in refused.stdout
+    assert "--port-base" in refused.stdout
