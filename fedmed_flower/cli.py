@@ -108,6 +108,11 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
         console.print(f"report: {write_report(folder)}")
 
 
+@app.callback()
+def _set_up_log() -> None:
+    logging.getLogger("flwr").handlers = [_ConsoleHandler()]
+
+
 def main() -> None:
     """Run the command line."""
     app()
@@ -289,21 +294,13 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         transient=True,
     )
     task = bar.add_task("connect", total=None)
-    logger = logging.getLogger("flwr")
-    before = logger.handlers[:]
-    logger.handlers = [_ConsoleHandler()]
 
     def on_reply(message_type: str, done: int, sent: int) -> None:
         bar.update(task, description=message_type.partition(".")[0], completed=done, total=sent)
         bar.refresh()
 
-    try:
-        with bar:
-            yield on_reply
-    finally:
-        logger.handlers = before + [
-            h for h in logger.handlers if isinstance(h, logging.FileHandler)
-        ]
+    with bar:
+        yield on_reply
 
 
 class _ConsoleHandler(logging.Handler):

@@ -111,8 +111,7 @@ def _federation_config(num_sites: int) -> str:
     gpus = torch.cuda.device_count()
     share = min(1.0, int(100 * gpus / workers) / 100)
     return (
-        f"num-supernodes={num_sites} client-resources-num-cpus=1 "
-        f"client-resources-num-gpus={share}"
+        f"num-supernodes={num_sites} client-resources-num-cpus=1 client-resources-num-gpus={share}"
     )
 
 

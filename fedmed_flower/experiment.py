@@ -33,11 +33,12 @@ from flwr.serverapp import strategy as flower
 from torch import nn
 
 from fedmed_flower.config import Section
-from fedmed_flower.data.site import GENERATED, SITE_RECORD
+from fedmed_flower.data.site import GENERATED, SITE_RECORD, SPLITS
 from fedmed_flower.errors import InputError
 from fedmed_flower.report import write_report
 from fedmed_flower.runfolder import ALL_SITES, METRICS, RunFolder
 from fedmed_flower.strategies.base import FedAvg
+from fedmed_flower.strategies.sites import learn_name, wait_for_sites
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -266,28 +267,30 @@ class _Experiment:
 
 def _roll_call(grid: Grid, plan: Plan) -> _Sites:
     """Ask every connected site for its name and its numbers of rows."""
-    while len(nodes := list(grid.get_node_ids())) < plan.min_sites:
-        log.info("waiting for %d sites, %d are connected", plan.min_sites, len(nodes))
-        time.sleep(2)
-    messages = [
-        Message(RecordDict(), node_id, f"{MessageType.QUERY}.describe") for node_id in nodes
-    ]
+    wait_for_sites(grid, plan.min_sites)
+    nodes = list(grid.get_node_ids())
+    question = f"{MessageType.QUERY}.describe"
+    messages = [Message(RecordDict(), node_id, question) for node_id in nodes]
     sites, reasons = _Sites(), []
     for reply in grid.send_and_receive(messages, timeout=plan.round_timeout):
         node_id = reply.metadata.src_node_id
         if reply.has_error():
             reasons.append(str(reply.error.reason))
             continue
-        about = reply.content.config_records[SITE_RECORD]
-        name, taken = str(about["name"]), set(sites.names.values())
-        sites.names[node_id] = f"{name} (node {node_id})" if name in taken else name
-        counts = next(iter(reply.content.metric_records.values()))
-        if "labels" in counts:
-            sites.labels[node_id] = counts["labels"]
-        sites.counts[node_id] = {split: int(counts[split]) for split in ("train", "val", "test")}  # type: ignore[arg-type]
-        sites.sources.add(str(about["data"]))
-        sites.generated |= bool(about["generated"])
-        sites.simulated &= bool(about["simulated"])
+        try:
+            about = reply.content.config_records[SITE_RECORD]
+            (counts,) = reply.content.metric_records.values()
+            rows = {split: int(counts[split]) for split in SPLITS}  # type: ignore[arg-type]
+            source, generated, simulated = about["data"], about["generated"], about["simulated"]
+        except (KeyError, TypeError, ValueError) as error:
+            reasons.append(f"malformed answer to the roll call: {type(error).__name__} {error}")
+            continue
+        learn_name(sites.names, node_id, reply)
+        sites.names.setdefault(node_id, f"node {node_id}")
+        sites.counts[node_id], sites.labels[node_id] = rows, counts.get("labels")
+        sites.sources.add(str(source))
+        sites.generated |= bool(generated)
+        sites.simulated &= bool(simulated)
     if not sites.names:
         raise InputError(reasons[0] if reasons else "no site answered the roll call")
     for reason, count in Counter(reasons).items():
@@ -295,10 +298,10 @@ def _roll_call(grid: Grid, plan: Plan) -> _Sites:
     ordered = sorted(sites.names, key=lambda node_id: sites.names[node_id])
     sites.counts = {node_id: sites.counts[node_id] for node_id in ordered}
     for node_id in ordered:
-        rows = ", ".join(f"{count} {split}" for split, count in sites.counts[node_id].items())
+        listed = ", ".join(f"{count} {split}" for split, count in sites.counts[node_id].items())
         labels = sites.labels.get(node_id)
         of_each = f"; training rows by label: {labels}" if labels else ""
-        log.info("%s: %s%s", sites.names[node_id], rows, of_each)
+        log.info("%s: %s%s", sites.names[node_id], listed, of_each)
     return sites
 
 

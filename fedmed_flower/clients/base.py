@@ -16,12 +16,10 @@ from flwr.common.constant import ErrorCode
 from torch import nn
 
 from fedmed_flower.clients.training import Settings, derive_seed, torch_environment
-from fedmed_flower.data.site import SITE_RECORD, Row, Site, SiteData
+from fedmed_flower.data.site import SITE_RECORD, SPLITS, Row, Site, SiteData
 from fedmed_flower.errors import InputError
 
 log = logging.getLogger("flwr.fedmed")
-
-SPLITS = ("train", "val", "test")
 
 
 class MedicalClient(ABC):

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fedmed_flower.clients.base import SPLITS, MedicalClient
+from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.training import predict, train_epochs
-from fedmed_flower.data.site import Row, SiteData
+from fedmed_flower.data.site import SPLITS, Row, SiteData
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import classification_metrics
 

@@ -14,6 +14,7 @@ from fedmed_flower.errors import InputError
 Row = Mapping[str, Any]
 GENERATED = "generated images, not patients"
 SITE_RECORD = "site"
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)

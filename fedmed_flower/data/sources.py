@@ -27,11 +27,11 @@ import numpy as np
 import pooch
 from numpy.typing import NDArray
 
+from fedmed_flower.data.site import SPLITS
 from fedmed_flower.errors import InputError
 
 _LOG = logging.getLogger("flwr.fedmed")
 DATASETS = ("pneumoniamnist", "breastmnist", "phantoms")
-SPLITS = ("train", "val", "test")
 HEART_FEATURES = (
     *("age", "sex", "cp", "trestbps", "chol", "fbs", "restecg"),
     *("thalach", "exang", "oldpeak", "slope", "ca", "thal"),

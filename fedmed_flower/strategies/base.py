@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
 from fedmed_flower.arrays import keep_dtypes
-from fedmed_flower.data.site import SITE_RECORD
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import SUMMABLE, pool
 from fedmed_flower.runfolder import ALL_SITES, Checkpoint, Failure, History, RunFolder
@@ -26,6 +24,7 @@ from fedmed_flower.strategies.screening import (
     screen,
     with_shared_metrics,
 )
+from fedmed_flower.strategies.sites import draw, learn_name, wait_for_sites
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -94,6 +93,7 @@ class FedAvg(flower.FedAvg):
         self.only: set[int] | None = None
         self.site_names: dict[int, str] = {}
         self._evaluating = "val"
+        self._sent: dict[str, int] = {}
         self._global: ArrayRecord | None = None
 
     def start(
@@ -204,7 +204,7 @@ class FedAvg(flower.FedAvg):
         """Wait for the sites, then address this round's training messages to a sample of them."""
         self._global = arrays
         if self.fraction_train > 0:
-            self._await_sites(grid, self.min_train_nodes)
+            wait_for_sites(grid, max(self.min_train_nodes, self.min_available_nodes))
         messages = super().configure_train(server_round, arrays, config, grid)
         return self._address(messages, grid, server_round, _TRAIN)
 
@@ -213,7 +213,7 @@ class FedAvg(flower.FedAvg):
     ) -> Iterable[Message]:
         """Wait for the sites, then address this round's evaluation messages to a sample of them."""
         if self.fraction_evaluate > 0:
-            self._await_sites(grid, self.min_evaluate_nodes)
+            wait_for_sites(grid, max(self.min_evaluate_nodes, self.min_available_nodes))
         messages = super().configure_evaluate(server_round, arrays, config, grid)
         return self._address(messages, grid, server_round, _EVALUATE)
 
@@ -318,35 +318,16 @@ class FedAvg(flower.FedAvg):
             getattr(self.result, name)[server_round] = metrics
             self.history.add(server_round, phase, ALL_SITES, metrics)
 
-    def _await_sites(self, grid: Grid, minimum: int) -> None:
-        """Wait until enough sites are connected; once waiting, until no further one turns up."""
-        needed = max(minimum, self.min_available_nodes)
-        count = len(list(grid.get_node_ids()))
-        if count >= needed:
-            return
-        log.info("waiting for %d sites, %d are connected", needed, count)
-        while True:
-            time.sleep(1)
-            before, count = count, len(list(grid.get_node_ids()))
-            if count >= needed and count == before:
-                return
-
     def _address(
         self, messages: Iterable[Message], grid: Grid, server_round: int, phase: int
     ) -> list[Message]:
         """Send Flower's messages to sites drawn by this run's seed, in the order of their names."""
         messages = list(messages)
-        nodes = set(grid.get_node_ids())
-        candidates = sorted(
-            nodes if self.only is None else nodes & self.only,
-            key=lambda node_id: (self.site_name(node_id), node_id),
-        )
-        count = min(len(messages), len(candidates))
-        generator = np.random.default_rng((self.seed, server_round, phase))
-        drawn = sorted(generator.choice(len(candidates), count, replace=False)) if count else []
-        for message, place in zip(messages, drawn, strict=False):
-            message.metadata.dst_node_id = candidates[place]
-        return messages[:count]
+        nodes = [n for n in grid.get_node_ids() if self.only is None or n in self.only]
+        drawn = draw(nodes, self.site_names, len(messages), (self.seed, server_round, phase))
+        for message, node_id in zip(messages, drawn, strict=False):
+            message.metadata.dst_node_id = node_id
+        return messages[: len(drawn)]
 
     def _exchange(
         self, grid: Grid, messages: list[Message], timeout: float, server_round: int, phase: str
@@ -354,10 +335,10 @@ class FedAvg(flower.FedAvg):
         """Send, collect, and record the sites from which nothing came back in time."""
         if not messages:
             return []
-        silent = {message.metadata.dst_node_id for message in messages}
         began = time.monotonic()
         replies = list(grid.send_and_receive(messages, timeout=timeout))
-        for node_id in silent - {reply.metadata.src_node_id for reply in replies}:
+        self._sent = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+        for node_id in set(self._sent.values()) - {self._node_id(reply) for reply in replies}:
             waited = time.monotonic() - began
             self._fail(server_round, phase, node_id, f"no reply after {waited:.0f} s")
         return replies
@@ -368,30 +349,23 @@ class FedAvg(flower.FedAvg):
         """Record every reply and return the usable ones in the order of their sites' names."""
         usable = []
         for reply in replies:
-            node_id = reply.metadata.src_node_id
-            self._learn_name(reply)
+            node_id = self._node_id(reply)
+            learn_name(self.site_names, node_id, reply)
             reason = screen(reply, self.weighted_by_key, like)
             if reason is None:
                 usable.append(reply)
             else:
                 self._fail(server_round, phase, node_id, reason)
         # The order of a sum decides its last bits: it must not depend on who replied first.
-        usable.sort(key=lambda reply: self.site_names.get(reply.metadata.src_node_id, ""))
+        usable.sort(key=lambda reply: self.site_names.get(self._node_id(reply), ""))
         for reply in usable:
-            site = self.site_name(reply.metadata.src_node_id)
+            site = self.site_name(self._node_id(reply))
             self.history.add(server_round, phase, site, metrics_of(reply))
         return usable
 
-    def _learn_name(self, reply: Message) -> None:
-        node_id = reply.metadata.src_node_id
-        if reply.has_error() or not reply.has_content() or node_id in self.site_names:
-            return
-        name = reply.content.config_records.get(SITE_RECORD, ConfigRecord()).get("name")
-        if not isinstance(name, str) or not name.strip():
-            return
-        name = name.strip()[:80]
-        taken = name == ALL_SITES or name in self.site_names.values()
-        self.site_names[node_id] = f"{name} (node {node_id})" if taken else name
+    def _node_id(self, reply: Message) -> int:
+        """Return the site that a reply speaks of: the SuperLink answers for one that died."""
+        return self._sent.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
 
     def _fail(self, server_round: int, phase: str, node_id: int, reason: str) -> None:
         site, reason = self.site_name(node_id), " ".join(reason.split())[:500]
