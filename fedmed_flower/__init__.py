@@ -1,10 +1,14 @@
 """Medical federated learning on Flower: hospitals train one model and share no record."""
 
-from fedmed_flower.clients import ClassificationClient, MedicalClient
-from fedmed_flower.data.site import Site, SiteData
-from fedmed_flower.errors import InputError
-from fedmed_flower.experiment import federate
-from fedmed_flower.simulation import run_local
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedmed_flower.clients import ClassificationClient, MedicalClient
+    from fedmed_flower.data.site import Site, SiteData
+    from fedmed_flower.errors import InputError
+    from fedmed_flower.experiment import federate
+    from fedmed_flower.simulation import run_local
 
 __all__ = [
     "ClassificationClient",
@@ -15,3 +19,20 @@ __all__ = [
     "federate",
     "run_local",
 ]
+
+_HOMES = {
+    "ClassificationClient": "clients",
+    "InputError": "errors",
+    "MedicalClient": "clients",
+    "Site": "data.site",
+    "SiteData": "data.site",
+    "federate": "experiment",
+    "run_local": "simulation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # A server that only takes a strategy must not wait for torch and MONAI to load.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

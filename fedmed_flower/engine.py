@@ -19,7 +19,6 @@ from typing import IO
 
 import httpx
 import tomli_w
-import torch
 from flwr.app import UserConfig
 
 from fedmed_flower.errors import InputError
@@ -107,6 +106,8 @@ def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -
 
 def _federation_config(num_sites: int) -> str:
     """Return the engine's resources: one core a worker, and the GPUs shared evenly among them."""
+    import torch
+
     workers = max(1, min(num_sites, os.cpu_count() or 1))
     gpus = torch.cuda.device_count()
     share = min(1.0, int(100 * gpus / workers) / 100)

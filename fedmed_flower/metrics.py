@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import confusion_matrix, multilabel_confusion_matrix, roc_auc_score
 
 CONFUSION, GRID, COUNTS = "confusion-counts", "score-grid", "score-counts"
 SUMMABLE = (CONFUSION, GRID, COUNTS)
@@ -64,6 +63,8 @@ def classification_metrics(labels: ArrayLike, logits: ArrayLike) -> dict[str, Va
         counts that `pool` sums. A figure that these rows leave undefined, such as the AUC of
         one class, is left out.
     """
+    from sklearn.metrics import confusion_matrix, roc_auc_score
+
     y = np.asarray(labels, dtype=np.int64)
     margins = class_margins(logits)
     num_classes = max(2, margins.shape[1])
@@ -109,6 +110,9 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
 
 
 def _rates(confusion: NDArray[np.int64]) -> dict[str, float]:
+    # Loading scikit-learn takes a second, which a server that only averages need not wait for.
+    from sklearn.metrics import multilabel_confusion_matrix
+
     truth, guess = np.indices(confusion.shape)
     per_class = multilabel_confusion_matrix(
         truth.ravel(), guess.ravel(), sample_weight=confusion.ravel()
@@ -126,6 +130,8 @@ def _rates(confusion: NDArray[np.int64]) -> dict[str, float]:
 
 
 def _histograms(positive: NDArray[np.bool_], margins: NDArray[np.float64]) -> dict[str, Value]:
+    from sklearn.metrics import roc_auc_score
+
     grid: list[float] = []
     counts: list[int] = []
     for truth, score in zip(positive.T, margins.T, strict=True):

@@ -11,8 +11,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed_flower.data.site import GENERATED
-from fedmed_flower.data.sources import SPLITS, ImageSplits
+from fedmed_flower.data.site import GENERATED, SPLITS
+from fedmed_flower.data.sources import ImageSplits
 from fedmed_flower.errors import InputError
 
 _SHARE_OPACITIES = 0.74

@@ -368,7 +368,10 @@ class FedAvg(flower.FedAvg):
         return self._sent.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
 
     def _fail(self, server_round: int, phase: str, node_id: int, reason: str) -> None:
-        site, reason = self.site_name(node_id), " ".join(reason.split())[:500]
+        site, reason = self.site_name(node_id), " ".join(reason.split())
+        if len(reason) > 400:
+            # An engine's traceback names the cause in its last line.
+            reason = f"{reason[:120]} … {reason[-270:]}"
         self.history.failures.append(Failure(server_round, phase, site, reason))
         log.warning("round %d: %s left out of %s: %s", server_round, site, phase, reason)
 

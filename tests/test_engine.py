@@ -1,0 +1,115 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from deployment_helper import write_app
+
+from fedmed_flower.engine import EngineError, run_flower
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "pneumonia"
+
+SERVER = """
+    import numpy as np
+    from flwr.app import Array, ArrayRecord
+    from flwr.serverapp import ServerApp
+
+    from fedmed_flower.strategies import FedAvg
+
+    app = ServerApp()
+
+
+    @app.main()
+    def main(grid, context):
+        if context.run_config["server-fails"]:
+            raise ArithmeticError("the server made a mistake")
+        strategy = FedAvg(run_dir=context.run_config["run-dir"])
+        strategy.start(grid, ArrayRecord({"w": Array(np.zeros(2, np.float32))}), 2, timeout=20)
+        print("FAILURES", [(f.round, f.phase, f.site, f.reason) for f in strategy.history.failures])
+"""
+
+CLIENT = """
+    import numpy as np
+    from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+
+    app = ClientApp()
+
+
+    @app.train()
+    def train(message, context):
+        index, number = context.node_config["partition-id"], message.content["config"]["server-round"]
+        if index == 1 and number == 2:
+            raise ValueError("a mistake at one site")
+        content = RecordDict({
+            "arrays": ArrayRecord({"w": Array(np.full(2, index, np.float32))}),
+            "metrics": MetricRecord({"num-examples": 1}),
+            "site": ConfigRecord({"name": f"hospital-{index + 1}"}),
+        })
+        return Message(content, reply_to=message)
+
+
+    @app.evaluate()
+    def evaluate(message, context):
+        return Message(RecordDict({"metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+"""
+
+
+def run_in_process(app, config, sites):
+    """Call run_flower in a process of its own, as the command does; return its output."""
+    code = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from fedmed_flower.engine import run_flower\n"
+        "run_flower(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.stdout)\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, str(app), json.dumps(config), str(sites)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.engine
+def test_a_failing_site_is_named_and_a_failing_server_raises(tmp_path):
+    config = {"server-fails": False, "run-dir": str(tmp_path / "run")}
+    app = write_app(tmp_path / "toy", SERVER, CLIENT, **config)
+    done = run_in_process(app, config, 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FAILURES")]
+    assert "(2, 'train', 'hospital-2'" in line
+    assert "a mistake at one site" in line
+    assert (tmp_path / "run" / "checkpoint.zip").exists()
+    assert "flower-superlink" not in processes()
+
+    with pytest.raises(EngineError, match=r"finished:failed .*the server made a mistake"):
+        run_flower(app, config | {"server-fails": True}, 2, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    assert "flower-superlink" not in processes()
+
+
+@pytest.mark.engine
+def test_one_process_and_flowers_engine_give_the_same_bits(tmp_path):
+    texts = ["-c", "dataset=phantoms", "-c", "alpha=50.0", "--sites", "3", "--rounds", "2"]
+    models = []
+    for engine in ("local", "flower"):
+        folder = tmp_path / engine
+        command = [str(Path(sys.executable).parent / "fedmed"), "run", str(EXAMPLE), *texts]
+        done = subprocess.run(
+            [*command, "--engine", engine, "--out", str(folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.strip().splitlines()[-1].endswith(str(folder))
+        assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+        models.append((folder / "model.safetensors").read_bytes())
+    assert models[0] == models[1]
+
+
+def processes():
+    return subprocess.run(["ps", "-Awwo", "args="], capture_output=True, text=True).stdout
