@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from io import BytesIO
 from typing import Any
 
@@ -38,16 +39,18 @@ def view(array: Array) -> NDArray[Any]:
     if array.stype != _NUMPY:
         raise ValueError(f"unknown serialisation {array.stype!r}")
     head = BytesIO(array.data[:65536])
-    version = np.lib.format.read_magic(head)
-    if version not in _READERS:
-        raise ValueError(f"unknown .npy version {version}")
-    shape, fortran_order, dtype = _READERS[version](head)
-    if dtype.hasobject:
+    try:
+        shape, fortran_order, dtype = _READERS[np.lib.format.read_magic(head)](head)
+        sound = all(type(side) is int and side >= 0 for side in shape)
+    except Exception as error:  # A malformed header makes NumPy's parser fail in a dozen ways.
+        raise ValueError(f"no well-formed .npy header ({type(error).__name__})") from error
+    if dtype.kind not in "biufc":
         raise ValueError(f"dtype {dtype} is not a plain number")
-    count = int(np.prod(shape, dtype=np.int64))
-    flat = np.frombuffer(array.data, dtype, count, offset=head.tell())
-    if head.tell() + flat.nbytes != len(array.data):
+    if not sound:
+        raise ValueError(f"no array has the shape {shape}")
+    if head.tell() + math.prod(shape) * dtype.itemsize != len(array.data):
         raise ValueError(f"{len(array.data)} bytes do not hold an array of shape {shape}")
+    flat = np.frombuffer(array.data, dtype, offset=head.tell())
     return flat.reshape(shape, order="F" if fortran_order else "C")
 
 
@@ -55,15 +58,21 @@ def keep_dtypes(arrays: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
     """Give averaged entries their dtype back.
 
     A mean of integers, such as BatchNorm's ``num_batches_tracked``, comes out as float64. It is
-    rounded to the nearest integer of the dtype that the entry has in `like`; entries that have
-    their dtype already are passed through.
+    rounded to the nearest value of the dtype that the entry has in `like`; entries that have their
+    dtype already are passed through.
     """
     record = ArrayRecord()
     for key, array in arrays.items():
-        dtype = view(like[key]).dtype
-        values = view(array)
+        dtype, values = view(like[key]).dtype, view(array)
         if values.dtype != dtype:
-            rounded = np.rint(values) if np.issubdtype(dtype, np.integer) else values
-            array = Array(np.asarray(rounded, dtype=dtype))
+            if dtype.kind in "biu":
+                values = np.rint(values)
+            if dtype.kind in "iu":
+                info = np.iinfo(dtype)
+                # float(max) may round to a value above max, which would overflow in the cast.
+                low, high = float(info.min), np.nextafter(float(info.max), 0)
+                cast = np.clip(values, low, high).astype(dtype)
+                values = np.where(values > high, dtype.type(info.max), cast)
+            array = Array(np.asarray(values, dtype=dtype))
         record[key] = array
     return record

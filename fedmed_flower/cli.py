@@ -161,7 +161,9 @@ def _prepare(
     num_sites = 5 if sites is None else sites
     if num_sites < 1:
         raise InputError(f"--sites must be at least 1, got {num_sites}")
-    Plan.from_run_config(config)
+    plan = Plan.from_run_config(config)
+    if plan.min_sites > num_sites:
+        raise InputError(f"min-sites must be at most --sites = {num_sites}, got {plan.min_sites}")
     Settings.from_run_config(config)
     return _Job(name, path.resolve(), references, config, num_sites, engine, folder)
 

@@ -61,7 +61,10 @@ def with_type_of(default: Any, value: Any, key: str) -> Any:
         Where the types differ.
     """
     if isinstance(default, float) and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise InputError(f"{key} must be a number that a float can hold") from None
     if type(value) is not type(default):
         raise InputError(f"{key} must be of type {type(default).__name__}, got {value!r}")
     return value
@@ -98,6 +101,6 @@ def override(defaults: UserConfig, texts: Collection[str]) -> UserConfig:
 def _parse(raw: str, default: UserConfigValue) -> UserConfigValue:
     try:
         value: UserConfigValue = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return raw
     return raw if isinstance(default, str) and not isinstance(value, str) else value

@@ -6,12 +6,13 @@ import json
 import logging
 import math
 import platform
+import re
 import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +34,7 @@ from flwr.serverapp import strategy as flower
 from torch import nn
 
 from fedmed_flower.config import Section
-from fedmed_flower.data.site import GENERATED, SITE_RECORD, SPLITS
+from fedmed_flower.data.site import GENERATED, SITE_RECORD, SPLITS, read_error
 from fedmed_flower.errors import InputError
 from fedmed_flower.report import write_report
 from fedmed_flower.runfolder import ALL_SITES, METRICS, RunFolder
@@ -100,6 +101,8 @@ class _Sites:
     sources: set[str] = field(default_factory=set)
     generated: bool = False
     simulated: bool = True
+    asked: int = 0
+    refusals: list[str] = field(default_factory=list)
 
 
 def federate(
@@ -140,11 +143,12 @@ def federate(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         initial = ArrayRecord(build_model().state_dict())
-    sites = _roll_call(grid, plan)
     strategy.folder, strategy.resume, strategy.seed = folder, plan.resume, plan.seed
-    strategy.site_names |= sites.names
     strategy.min_available_nodes = max(strategy.min_available_nodes, plan.min_sites)
-    _write_config(folder, plan, context.run_config, len(sites.names))
+    strategy.find_checkpoint(initial)
+    sites = _roll_call(grid, plan)
+    strategy.site_names |= sites.names
+    _write_config(folder, plan, context.run_config, sites)
     return _Experiment(strategy, grid, plan, folder, initial, sites, context.run_config).run()
 
 
@@ -164,8 +168,7 @@ class _Experiment:
     def run(self) -> flower.Result:
         plan, strategy, folder = self.plan, self.strategy, self.folder
         with _log_file(folder.path / LOG):
-            if self.sites.generated:
-                log.warning("%s", GENERATED)
+            self._log_sites()
             try:
                 self._write_summary("running")
                 result = strategy.start(
@@ -193,24 +196,51 @@ class _Experiment:
             log.info("report: %s", report)
         return result
 
+    def _log_sites(self) -> None:
+        sites = self.sites
+        for reason, count in Counter(sites.refusals).items():
+            log.warning("%d of %d sites cannot take part: %s", count, sites.asked, reason)
+        if sites.generated:
+            log.warning("%s", GENERATED)
+        for node_id, counts in sites.counts.items():
+            rows = ", ".join(f"{count} {split}" for split, count in counts.items())
+            labels = sites.labels[node_id]
+            of_each = f"; training rows by label: {labels}" if labels else ""
+            log.info("%s: %s%s", sites.names[node_id], rows, of_each)
+
     def _compare(self) -> None:
         """Train each site's model alone, and one on all data pooled where that is possible."""
         self.test["local"] = {}
-        for node_id, name in sorted(self.sites.names.items(), key=lambda item: item[1]):
+        for number, node_id in enumerate(self.sites.counts, start=1):
+            name = self.sites.names[node_id]
             log.info("for comparison: %s alone", name)
-            table = self._baseline(f"local-{node_id}", node_id, ConfigRecord())
-            self.test["local"][name] = table.get(name, {}) | {"all": table.get(ALL_SITES, {})}
+            label = f"local-{number}-{re.sub(r'[^A-Za-z0-9_-]', '_', name)}"
+            table = self._baseline(label, node_id, ConfigRecord())
+            own, of_all = table.get(name, {}), table.get(ALL_SITES, {})
+            self.test["local"][name] = own | {"all": of_all}
+            self._record("local-test", {name: own})
+            self._record("local-test-all", {name: of_all})
         if not self.sites.simulated:
             log.warning("no model on all data pooled: the data of real sites stay apart")
             return
         log.info("for comparison: all data pooled")
-        table = self._baseline("pooled", min(self.sites.names), ConfigRecord({"pool-sites": True}))
+        first = next(iter(self.sites.counts))
+        table = self._baseline("pooled", first, ConfigRecord({"pool-sites": True}))
+        self._record("pooled-test", table)
         self.test["pooled"] = table.pop(ALL_SITES, {}) | {"sites": table}
+
+    def _record(self, phase: str, table: Mapping[str, Mapping[str, float]]) -> None:
+        for site, metrics in table.items():
+            self.strategy.history.add(self.plan.num_server_rounds, phase, site, metrics)
 
     def _baseline(
         self, label: str, node_id: int, config: ConfigRecord
     ) -> dict[str, dict[str, float]]:
+        """Train a model at one site only; return its test results, none where it never trained."""
         plan = self.plan
+        if hasattr(self.grid, "import_states"):
+            # What the clients kept in the federated run must not help the comparison.
+            self.grid.import_states({})
         strategy = FedAvg(
             run_dir=(self.folder / "baselines" / label).path, resume=plan.resume, seed=plan.seed
         )
@@ -224,13 +254,13 @@ class _Experiment:
             train_config=ConfigRecord(dict(config)),
             evaluate_config=ConfigRecord(dict(config)),
         )
-        table = strategy.test(self.grid, result.arrays, timeout=plan.round_timeout)
-        for site, metrics in table.items():
-            if label == "pooled" or site in (ALL_SITES, self.sites.names[node_id]):
-                phase = "pooled-test" if label == "pooled" else "local-test"
-                name = site if label == "pooled" else self.sites.names[node_id]
-                suffix = "-all" if label != "pooled" and site == ALL_SITES else ""
-                self.strategy.history.add(plan.num_server_rounds, phase + suffix, name, metrics)
+        table: dict[str, dict[str, float]] = {}
+        if result.train_metrics_clientapp:
+            table = strategy.test(self.grid, result.arrays, timeout=plan.round_timeout)
+        self.strategy.history.failures += [
+            replace(failure, phase=f"{label} {failure.phase}")
+            for failure in strategy.history.failures
+        ]
         return table
 
     def _write_summary(self, status: str, message: str = "") -> None:
@@ -271,11 +301,12 @@ def _roll_call(grid: Grid, plan: Plan) -> _Sites:
     nodes = list(grid.get_node_ids())
     question = f"{MessageType.QUERY}.describe"
     messages = [Message(RecordDict(), node_id, question) for node_id in nodes]
-    sites, reasons = _Sites(), []
+    sites = _Sites(asked=len(nodes))
     for reply in grid.send_and_receive(messages, timeout=plan.round_timeout):
         node_id = reply.metadata.src_node_id
+        learn_name(sites.names, node_id, reply)
         if reply.has_error():
-            reasons.append(str(reply.error.reason))
+            sites.refusals.append(read_error(str(reply.error.reason))[1])
             continue
         try:
             about = reply.content.config_records[SITE_RECORD]
@@ -283,32 +314,30 @@ def _roll_call(grid: Grid, plan: Plan) -> _Sites:
             rows = {split: int(counts[split]) for split in SPLITS}  # type: ignore[arg-type]
             source, generated, simulated = about["data"], about["generated"], about["simulated"]
         except (KeyError, TypeError, ValueError) as error:
-            reasons.append(f"malformed answer to the roll call: {type(error).__name__} {error}")
+            sites.refusals.append(f"malformed answer: {type(error).__name__} {error}")
             continue
-        learn_name(sites.names, node_id, reply)
         sites.names.setdefault(node_id, f"node {node_id}")
         sites.counts[node_id], sites.labels[node_id] = rows, counts.get("labels")
         sites.sources.add(str(source))
         sites.generated |= bool(generated)
         sites.simulated &= bool(simulated)
-    if not sites.names:
-        raise InputError(reasons[0] if reasons else "no site answered the roll call")
-    for reason, count in Counter(reasons).items():
-        log.warning("%d of %d sites cannot take part: %s", count, len(nodes), reason)
-    ordered = sorted(sites.names, key=lambda node_id: sites.names[node_id])
-    sites.counts = {node_id: sites.counts[node_id] for node_id in ordered}
-    for node_id in ordered:
-        listed = ", ".join(f"{count} {split}" for split, count in sites.counts[node_id].items())
-        labels = sites.labels.get(node_id)
-        of_each = f"; training rows by label: {labels}" if labels else ""
-        log.info("%s: %s%s", sites.names[node_id], listed, of_each)
+    if not sites.counts:
+        raise InputError(sites.refusals[0] if sites.refusals else "no site answered the roll call")
+    in_order = sorted(sites.counts, key=lambda node_id: sites.names[node_id])
+    sites.counts = {node_id: sites.counts[node_id] for node_id in in_order}
     return sites
 
 
-def _write_config(folder: RunFolder, plan: Plan, run_config: UserConfig, num_sites: int) -> None:
+def _write_config(folder: RunFolder, plan: Plan, run_config: UserConfig, sites: _Sites) -> None:
     """Write what runs; on resume, refuse settings that would make it another run."""
-    if plan.resume and (folder.path / CONFIG).exists():
-        before = read_config(folder.path)["config"]
+    if plan.resume:
+        stored = read_config(folder.path)
+        before, count = stored["config"], stored["run"]["sites"]
+        if sites.simulated and count != sites.asked:
+            raise InputError(
+                f"{folder.path} was started with {count} sites and has {sites.asked} now: each "
+                "would get other patients; resume with as many"
+            )
         for key in sorted((before.keys() | run_config.keys()) - FREE_ON_RESUME):
             if before.get(key) != run_config.get(key):
                 raise InputError(
@@ -317,7 +346,7 @@ def _write_config(folder: RunFolder, plan: Plan, run_config: UserConfig, num_sit
                 )
     versions = {package: version(package) for package in _PACKAGES}
     text = tomli_w.dumps(
-        {"run": {"sites": num_sites}, "config": dict(run_config), "versions": versions}
+        {"run": {"sites": sites.asked}, "config": dict(run_config), "versions": versions}
     )
     folder.write(CONFIG, text.encode())
 

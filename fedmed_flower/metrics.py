@@ -7,7 +7,9 @@ on a grid laid around the hospital's own median.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -80,6 +82,31 @@ def classification_metrics(labels: ArrayLike, logits: ArrayLike) -> dict[str, Va
     if len(aucs) == margins.shape[1]:
         metrics["auc"] = float(np.mean(aucs))
     return metrics | {CONFUSION: confusion.ravel().tolist()} | _histograms(positive, margins)
+
+
+def check_counts(record: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the counts that a site sent for `pool`; None where nothing is."""
+    confusion, grid, counts = (record.get(key) for key in SUMMABLE)
+    if confusion is None and grid is None and counts is None:
+        return None
+    if not (isinstance(confusion, list) and isinstance(grid, list) and isinstance(counts, list)):
+        return f"{', '.join(SUMMABLE)} must be lists, and all or none of them sent"
+    num_classes = math.isqrt(len(confusion))
+    scores = 1 if num_classes == 2 else num_classes
+    if num_classes < 2 or num_classes**2 != len(confusion):
+        return f"{CONFUSION} has {len(confusion)} entries, which is no square of 2 or more classes"
+    if (len(grid), len(counts)) != (3 * scores, 2 * _BINS * scores):
+        return f"{GRID} and {COUNTS} have {len(grid)} and {len(counts)} entries"
+    if not all(type(count) is int and count >= 0 for count in (*confusion, *counts)):
+        return f"{CONFUSION} and {COUNTS} must be whole numbers of at least 0"
+    rows = record.get("num-examples")
+    if sum(confusion) != rows or sum(counts) != rows * scores:
+        return f"{CONFUSION} and {COUNTS} do not add up to num-examples = {rows}"
+    if not all(math.isfinite(value) for value in grid) or min(grid[1::3]) <= 0:
+        return f"{GRID} must be finite, with widths above 0"
+    if not all(0 <= auc <= 1 for auc in grid[2::3]):
+        return f"{GRID} names an AUC outside 0 to 1"
+    return None
 
 
 def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:

@@ -10,8 +10,10 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
+import numpy as np
 from flwr.app import Array, ArrayRecord
 from safetensors.numpy import save as to_safetensors
 
@@ -76,10 +78,10 @@ class History:
 
     def last(self, phase: str) -> dict[str, dict[str, float]]:
         """Return ``{site: {metric: value}}`` of the last round in which `phase` was recorded."""
-        rounds = [row[0] for row in self.rows if row[1] == phase]
+        last = max((row[0] for row in self.rows if row[1] == phase), default=0)
         table: dict[str, dict[str, float]] = {}
         for server_round, row_phase, site, metric, value in self.rows:
-            if row_phase == phase and server_round == max(rounds):
+            if row_phase == phase and server_round == last:
                 table.setdefault(site, {})[metric] = value
         return table
 
@@ -89,7 +91,7 @@ class History:
         writer = csv.writer(text)
         writer.writerow(COLUMNS)
         writer.writerows(self.rows)
-        return text.getvalue().encode()
+        return text.getvalue().encode(errors="backslashreplace")
 
 
 @dataclass
@@ -124,6 +126,31 @@ class RunFolder:
     def checkpoint_file(self) -> Path:
         """The file that holds the state after the last complete round."""
         return self.path / CHECKPOINT
+
+    def make(self, arrays: ArrayRecord) -> None:
+        """Make the folder and try what will be written, so that no round is trained in vain.
+
+        Raises
+        ------
+        InputError
+            Where the folder cannot be written, or an entry of `arrays` has a dtype that
+            ``model.safetensors`` cannot hold.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"the run folder {self.path} cannot be written: {error.strerror}"
+            ) from error
+        for key, array in arrays.items():
+            try:
+                to_safetensors({key: np.zeros(0, view(array).dtype)})
+            except Exception as error:
+                raise InputError(
+                    f"{key} is {array.dtype}, which {MODEL} cannot hold: convert it"
+                ) from error
 
     def require_no_checkpoint(self) -> None:
         """Raise `InputError` where an earlier run left a checkpoint here."""
@@ -212,7 +239,7 @@ class RunFolder:
                 {int(node_id): str(name) for node_id, name in state["sites"]},
                 states,
             )
-        except (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError, EOFError) as error:
+        except Exception as error:  # A damaged archive makes its readers fail in a dozen ways.
             raise InputError(
                 f"the checkpoint {self.checkpoint_file} cannot be read ({error}): restore it from "
                 "a copy, or start a new run with --out"

@@ -29,6 +29,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedmed_flower.data.site import simulation
 from fedmed_flower.errors import InputError
 
 log = logging.getLogger("flwr.fedmed")
@@ -107,6 +108,11 @@ def run_local(
 class LocalGrid(Grid):
     """Runs a ClientApp on each message when its reply is asked for.
 
+    Attributes
+    ----------
+    complete : bool
+        All sites are there from the start: waiting for more is in vain.
+
     Parameters
     ----------
     client_app : ClientApp
@@ -115,6 +121,8 @@ class LocalGrid(Grid):
     on_reply : callable, optional
         As in `run_local`.
     """
+
+    complete = True
 
     def __init__(
         self,
@@ -160,7 +168,7 @@ class LocalGrid(Grid):
                 raise ValueError(f"there is no node {message.metadata.dst_node_id}")
             message_id = str(uuid4())
             message.metadata.__dict__["_message_id"] = message_id
-            self._waiting[message_id] = message
+            self._waiting[message_id] = _copy_message(message)
             ids.append(message_id)
         return ids
 
@@ -185,11 +193,10 @@ class LocalGrid(Grid):
         }
 
     def import_states(self, states: Mapping[str, bytes]) -> None:
-        """Give the clients back what `export_states` returned."""
-        for key, data in states.items():
-            if int(key) in self._contexts:
-                proto = ProtoRecordDict.FromString(data)
-                self._contexts[int(key)].state = recorddict_from_proto(proto)
+        """Give the clients back what `export_states` returned; the others keep nothing."""
+        for node_id, context in self._contexts.items():
+            proto = ProtoRecordDict.FromString(states.get(str(node_id), b""))
+            context.state = recorddict_from_proto(proto)
 
     def _replies(self, ids: list[str], deadline: float | None) -> list[Message]:
         replies = []
@@ -214,18 +221,27 @@ class LocalGrid(Grid):
             copy_content(stored.state),
             dict(stored.run_config),
         )
-        own = copy.copy(message)
-        own.content = copy_content(message.content)
         try:
-            reply = self._client_app(own, context)
+            with simulation():
+                reply: object = self._client_app(_copy_message(message), context)
+            if not isinstance(reply, Message | None):
+                raise TypeError(f"a ClientApp must return a Message, got {type(reply).__name__}")
         except Exception as error:
             log.log(DEBUG, "%s", traceback.format_exc())
             raised = ClientAppException(str(error))
             reason = f"{type(raised)}:<'{raised}'>"
             failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
             return Message(failure, reply_to=message)
-        stored.state = context.state
-        return reply
+        stored.state = copy_content(context.state)
+        return None if reply is None else _copy_message(reply)
+
+
+def _copy_message(message: Message) -> Message:
+    copied = copy.copy(message)
+    copied.__dict__["_metadata"] = copy.copy(message.metadata)
+    if message.has_content():
+        copied.content = copy_content(message.content)
+    return copied
 
 
 def copy_content(content: RecordDict) -> RecordDict:
@@ -233,11 +249,12 @@ def copy_content(content: RecordDict) -> RecordDict:
 
     The arrays' values are immutable bytes and are shared.
     """
-    copied = copy.deepcopy(
-        RecordDict({k: v for k, v in content.items() if not isinstance(v, ArrayRecord)})
-    )
-    for name, arrays in content.array_records.items():
-        copied[name] = ArrayRecord(
-            {k: Array(a.dtype, tuple(a.shape), a.stype, a.data) for k, a in arrays.items()}
-        )
+    copied = RecordDict()
+    for name, record in content.items():
+        if isinstance(record, ArrayRecord):
+            copied[name] = ArrayRecord(
+                {k: Array(a.dtype, tuple(a.shape), a.stype, a.data) for k, a in record.items()}
+            )
+        else:
+            copied[name] = copy.deepcopy(record)
     return copied

@@ -157,7 +157,9 @@ def broken_copy(folder, old, new):
 
 
 def test_label_out_of_range_is_one_line(workdir):
-    copy = broken_copy(workdir / "app", '"label": labels[i]', '"label": labels[i] + 1')
+    old = "images.rows(split, parts[site.index])"
+    new = f'[row | {{"label": row["label"] + 1}} for row in {old}]'
+    copy = broken_copy(workdir / "app", old, new)
     done = fedmed("run", copy, *SMALL, cwd=workdir)
     assert done.returncode == 2
     assert "is out of range: labels must be integers from 0 to 1" in done.stdout

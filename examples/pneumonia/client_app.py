@@ -37,11 +37,8 @@ class PneumoniaHospital(ClassificationClient):
         rows = {}
         for split, labels in images.labels.items():
             least = 1 if split == "train" else 0
-            mine = split_by_shares(labels, shares, seed, min_patients=least)[site.index]
-            rows[split] = [
-                {"image": images.images[split][i], "label": labels[i], "patient": f"{split}-{i}"}
-                for i in mine
-            ]
+            parts = split_by_shares(labels, shares, seed, min_patients=least)
+            rows[split] = images.rows(split, parts[site.index])
         return SiteData(**rows, source=images.source, generated=images.generated)
 
     def transforms(self, train: bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ from flwr.common.constant import ErrorCode
 from torch import nn
 
 from fedmed_flower.clients.training import Settings, derive_seed, torch_environment
-from fedmed_flower.data.site import SITE_RECORD, SPLITS, Row, Site, SiteData
+from fedmed_flower.data.site import SITE_RECORD, SPLITS, Row, Site, SiteData, tell_error
 from fedmed_flower.errors import InputError
 
 log = logging.getLogger("flwr.fedmed")
@@ -133,6 +134,7 @@ class MedicalClient(ABC):
         return RecordDict({"metrics": MetricRecord(metrics)})
 
     def _describe(self, message: Message) -> RecordDict:
+        self.settings.torch_device()
         data, _ = self._prepared(None, pooled=False)
         counts: dict[str, Any] = {split: len(getattr(data, split)) for split in SPLITS}
         if self.site.simulated:
@@ -177,8 +179,14 @@ class MedicalClient(ABC):
             self.load_data(replace(site, index=index, name=f"hospital-{index + 1}"))
             for index in range(site.num_sites)
         ]
+        # Two hospitals may give two patients one number.
         train, val, test = (
-            [row for part in parts for row in getattr(part, split)] for split in SPLITS
+            [
+                {**row, "patient": (index, row["patient"])}
+                for index, part in enumerate(parts)
+                for row in getattr(part, split)
+            ]
+            for split in SPLITS
         )
         return replace(parts[0], train=train, val=val, test=test)
 
@@ -190,10 +198,10 @@ def _answer(
     context: Context,
 ) -> Message:
     """Handle a message; an error leaves the site as its class alone: its text may tell more."""
-    site = None
+    site, state = None, copy.deepcopy(context.state)
     try:
+        site = Site.from_context(context)
         client = cls(context)
-        site = client.site
         content = handle(client, message)
         data = client._prepared(None, pooled=False)[0]
         content[SITE_RECORD] = ConfigRecord(
@@ -206,15 +214,25 @@ def _answer(
         )
         return Message(content, reply_to=message)
     except Exception as error:
-        name = "a site without a name" if site is None else site.name
-        reason, level = type(error).__name__, logging.ERROR
+        context.state = state
+        told = _input_error(error) or error
+        wrong_input = isinstance(told, InputError)
+        name = "without a name" if site is None else site.name
+        reason, level = type(told).__name__, logging.ERROR
         if site is not None and site.simulated:
             # Nothing leaves: the server, which runs on the same machine, logs this text.
-            reason = f"{error}" if isinstance(error, InputError) else f"{reason}: {error}"
-            level = logging.DEBUG if isinstance(error, InputError) else logging.ERROR
-        log.log(level, "%s: %s", name, error, exc_info=not isinstance(error, InputError))
-        failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
+            reason = f"{told}" if wrong_input else f"{reason}: {told}"
+            level = logging.DEBUG if wrong_input else logging.ERROR
+        log.log(level, "%s: %s", name, told, exc_info=not wrong_input)
+        failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=tell_error(name, reason))
         return Message(failure, reply_to=message)
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """Return the wrong input that caused an error: MONAI wraps what its transforms raise."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error
 
 
 def _config(message: Message) -> ConfigRecord:

@@ -9,8 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import CacheDataset, get_track_meta, set_track_meta
-from monai.transforms import Compose, EnsureTyped, Lambdad, LoadImage, NormalizeIntensityd
+from monai.data import CacheDataset, PILReader, get_track_meta, set_track_meta
+from monai.transforms import (
+    Compose,
+    EnsureTyped,
+    LoadImage,
+    NormalizeIntensityd,
+    RandomizableTrait,
+)
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -53,7 +59,7 @@ class ClassificationClient(MedicalClient):
     def transforms(self, train: bool) -> Sequence[Callable[[Any], Any]]:
         """Return the transforms of a row; those up to the first random one are done once a run."""
         return [
-            Lambdad("image", self._load_image),
+            self._load_row,
             NormalizeIntensityd("image", channel_wise=True),
         ]
 
@@ -69,9 +75,10 @@ class ClassificationClient(MedicalClient):
                 if missing := {"image", "label"} - set(row):
                     raise InputError(f"{where} has no {min(missing)}")
                 label = row["label"]
-                if not isinstance(label, int | np.integer) or not 0 <= label < self.num_classes:
+                whole = isinstance(label, int | np.integer) and not isinstance(label, bool)
+                if not whole or not 0 <= label < self.num_classes:
                     raise InputError(
-                        f"label {label!r} of {where} is out of range: labels must be integers from "
+                        f"label {label} of {where} is out of range: labels must be integers from "
                         f"0 to {self.num_classes - 1} (num_classes - 1)"
                     )
 
@@ -82,17 +89,24 @@ class ClassificationClient(MedicalClient):
 
     def prepare(self, rows: Sequence[Row], train: bool) -> CacheDataset:
         """Return a dataset that keeps the rows in memory after the transforms that never change."""
-        chain = Compose([*self.transforms(train), EnsureTyped("image", track_meta=False)])
-        return CacheDataset(list(rows), chain, progress=False, num_workers=0, copy_cache=False)
+        steps = list(self.transforms(train))
+        random = (i for i, step in enumerate(steps) if isinstance(step, RandomizableTrait))
+        # What is kept is copied for each random step: a plain tensor is copied ten times faster.
+        steps.insert(next(random, len(steps)), EnsureTyped("image", track_meta=False))
+        chain = Compose([*steps, EnsureTyped("image", track_meta=False)])
+        return CacheDataset(list(rows), chain, progress=False, num_workers=0)
 
     def fit(self, model: nn.Module, prepared: CacheDataset, seed: int) -> dict[str, Any]:
         """Train for ``local-epochs`` and return the mean ``loss`` of the last of them."""
         settings, device = self.settings, self.settings.torch_device()
+        size = settings.batch_size
         prepared.transform.set_random_state(seed)
         batches = DataLoader(
             prepared,
-            settings.batch_size,
+            size,
             shuffle=True,
+            # One row alone has no variance, which batch normalisation needs.
+            drop_last=len(prepared) > size and len(prepared) % size == 1,
             collate_fn=_collate,
             generator=torch.Generator().manual_seed(seed),
         )
@@ -119,22 +133,38 @@ class ClassificationClient(MedicalClient):
         loss = self.loss()(torch.from_numpy(outputs), torch.from_numpy(labels))
         return classification_metrics(labels, outputs) | {"loss": float(loss)}
 
+    def _load_row(self, row: Row) -> dict[str, Any]:
+        try:
+            return {**row, "image": self._load_image(row["image"])}
+        except InputError as error:
+            raise InputError(f"image of patient {row['patient']}: {error}") from error
+
     def _load_image(self, image: Any) -> NDArray[np.float32]:
         if isinstance(image, str | Path):
-            if not Path(image).is_file():
-                raise InputError(f"the image {image} is not there")
-            image = LoadImage(image_only=True, ensure_channel_first=True)(str(image)).numpy()
-        array = np.asarray(image, dtype=np.float32)
+            if not Path(image).exists():
+                raise InputError(f"{image} is not there")
+            try:
+                image = _read(str(image)).numpy()
+            except Exception as error:  # MONAI's readers fail in a dozen ways.
+                cause = error.__cause__ or error
+                raise InputError(f"{image} cannot be read: {cause}") from error
+        array = np.array(image, dtype=np.float32)
         if array.ndim == self.spatial_dims:
             array = array[None]
         if array.ndim != self.spatial_dims + 1:
             raise InputError(
-                f"an image has shape {array.shape}; spatial_dims = {self.spatial_dims} asks for "
+                f"its shape is {array.shape}; spatial_dims = {self.spatial_dims} asks for "
                 f"{self.spatial_dims} dimensions, or one more with the channel first"
             )
         if not np.isfinite(array).all():
-            raise InputError("an image holds NaN or infinite values")
+            raise InputError("it holds NaN or infinite values")
         return array
+
+
+def _read(path: str) -> Any:
+    """Read a file; pictures come as (rows, columns), as arrays do, and not transposed."""
+    pictures = PILReader(reverse_indexing=False)
+    return LoadImage(pictures, image_only=True, ensure_channel_first=True)(path)
 
 
 class _CrossEntropy(nn.Module):

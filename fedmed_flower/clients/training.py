@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,12 +63,13 @@ class Settings(Section):
 
     def __post_init__(self) -> None:
         self.require_at_least(1, "local_epochs", "batch_size")
-        self.require_at_least(0, "weight_decay", "seed", "torch_threads")
+        self.require_at_least(0, "seed", "torch_threads")
+        penalty = 0 <= self.weight_decay < math.inf
+        self.require("weight_decay", penalty, "at least 0 and finite")
         self.require_positive("learning_rate")
         self.require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
         self.require("optimizer", self.optimizer in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}")
-        kind, _, number = self.device.partition(":")
-        known = kind in _DEVICES and (not number or (kind == "cuda" and number.isdecimal()))
+        known = self.device in _DEVICES or re.fullmatch(r"cuda:\d+", self.device) is not None
         self.require("device", known, f"one of {', '.join(_DEVICES)}")
 
     def torch_device(self) -> torch.device:
@@ -103,7 +105,8 @@ class Settings(Section):
 
 def derive_seed(*parts: object) -> int:
     """Return a seed that depends on all parts, such as seed, site, round and purpose."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    text = "/".join(str(part).replace("/", "//") for part in parts)
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:4], "big")
 
 

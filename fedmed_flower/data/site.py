@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,24 @@ Row = Mapping[str, Any]
 GENERATED = "generated images, not patients"
 SITE_RECORD = "site"
 SPLITS = ("train", "val", "test")
+
+_simulating: ContextVar[bool] = ContextVar("simulating", default=False)
+
+
+@contextmanager
+def simulation() -> Iterator[None]:
+    """Mark that all sites live in this process, so that nothing secret can leave one."""
+    token = _simulating.set(True)
+    try:
+        yield
+    finally:
+        _simulating.reset(token)
+
+
+def _in_simulation() -> bool:
+    # Flower's simulation engine runs clients in Ray workers; a SuperNode's ClientApp knows no Ray.
+    ray = sys.modules.get("ray")
+    return _simulating.get() or (ray is not None and bool(ray.is_initialized()))
 
 
 @dataclass(frozen=True)
@@ -64,9 +86,14 @@ class Site:
             Where neither ``site-name`` nor ``partition-id`` is given, or ``data-dir`` is no folder.
         """
         config = context.node_config
-        index, num_sites = int(config.get("partition-id", 0)), int(config.get("num-partitions", 1))
-        simulated = "site-name" not in config and "partition-id" in config
-        name = str(config.get("site-name", f"hospital-{index + 1}" if simulated else ""))
+        try:
+            index = int(config.get("partition-id", 0))
+            num_sites = int(config.get("num-partitions", 1))
+        except ValueError as error:
+            raise InputError(f"partition-id and num-partitions must be integers: {error}") from None
+        own = {"site-name", "data-dir"} & config.keys()
+        simulated = "partition-id" in config and not own and _in_simulation()
+        name = str(config.get("site-name", f"hospital-{index + 1}" if simulated else "")).strip()
         if not name:
             raise InputError("this SuperNode has no name: give --node-config 'site-name=\"...\"'")
         data_dir = Path(str(config["data-dir"])).expanduser() if "data-dir" in config else None
@@ -95,3 +122,14 @@ class SiteData:
     test: Sequence[Row] = field(default_factory=tuple)
     source: str = "not named"
     generated: bool = False
+
+
+def tell_error(site: str, text: str) -> str:
+    """Return the reason of an error reply that names its site."""
+    return f"site {site}: {text}"
+
+
+def read_error(reason: str) -> tuple[str | None, str]:
+    """Return site and text of a reason that `tell_error` made; None and the reason of another."""
+    found = re.fullmatch(r"site (.+?): (.*)", reason, re.DOTALL)
+    return (found[1], found[2]) if found else (None, reason)

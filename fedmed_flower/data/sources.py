@@ -16,7 +16,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
@@ -27,7 +27,7 @@ import numpy as np
 import pooch
 from numpy.typing import NDArray
 
-from fedmed_flower.data.site import SPLITS
+from fedmed_flower.data.site import GENERATED, SPLITS, Row
 from fedmed_flower.errors import InputError
 
 _LOG = logging.getLogger("flwr.fedmed")
@@ -63,6 +63,17 @@ class ImageSplits:
     labels: Mapping[str, NDArray[np.int64]]
     source: str
     generated: bool = False
+
+    def rows(self, split: str, which: Iterable[int] | None = None) -> list[Row]:
+        """Return the images of a split, or those at `which`, as a client's rows.
+
+        These sets name no patients: each image counts as a patient of its own.
+        """
+        images, labels = self.images[split], self.labels[split]
+        places = range(len(labels)) if which is None else which
+        return [
+            {"image": images[i], "label": int(labels[i]), "patient": f"{split}-{i}"} for i in places
+        ]
 
 
 @dataclass(frozen=True)
@@ -309,6 +320,7 @@ def _read_medmnist(copy: _Copy) -> ImageSplits:
         with np.load(io.BytesIO(content), allow_pickle=False) as npz:
             there = set(npz.files)
             arrays = {name: npz[name] for name in wanted & there}
+            generated = "generated" in there
     except Exception as error:  # a broken file makes the decoders fail in a dozen ways
         raise InputError(
             f"{copy.path}: not a whole npz file without pickled objects "
@@ -335,7 +347,7 @@ def _read_medmnist(copy: _Copy) -> ImageSplits:
         _require(len(array) == rows, f"{name} has {len(array)} rows, {split}_labels has {rows}")
         array.flags.writeable = labels[split].flags.writeable = False
     _require(len(images["train"]) > 0, f"{copy.path}: train_images must hold at least 1 image")
-    return ImageSplits(images, labels, source)
+    return ImageSplits(images, labels, GENERATED if generated else source, generated)
 
 
 def _labels(labels: NDArray[Any], path: Path, split: str) -> NDArray[np.int64]:

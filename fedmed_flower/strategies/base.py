@@ -65,7 +65,7 @@ class FedAvg(flower.FedAvg):
     Raises
     ------
     InputError
-        Where `min_replies` is below 1, or `resume` is given without `run_dir`.
+        Where `min_replies` is below 1, `seed` below 0, or `resume` is given without `run_dir`.
     """
 
     def __init__(
@@ -86,6 +86,8 @@ class FedAvg(flower.FedAvg):
             raise InputError("resume needs run_dir, the folder of the run to go on with")
         self.folder = None if run_dir is None else RunFolder(run_dir)
         self.resume = resume
+        if seed is not None and seed < 0:
+            raise InputError(f"seed must be at least 0, got {seed}")
         self.seed = secrets.randbits(63) if seed is None else seed
         self.min_replies = min_replies
         self.history = History()
@@ -94,6 +96,7 @@ class FedAvg(flower.FedAvg):
         self.site_names: dict[int, str] = {}
         self._evaluating = "val"
         self._sent: dict[str, int] = {}
+        self._connected: set[int] = set()
         self._global: ArrayRecord | None = None
 
     def start(
@@ -131,7 +134,7 @@ class FedAvg(flower.FedAvg):
         """
         if num_rounds < 1:
             raise InputError(f"num_rounds must be at least 1, got {num_rounds}")
-        if timeout <= 0:
+        if not timeout > 0:
             raise InputError(f"timeout must be above 0 seconds, got {timeout}")
         configs = {
             _TRAIN: ConfigRecord() if train_config is None else train_config,
@@ -230,6 +233,8 @@ class FedAvg(flower.FedAvg):
         replies = list(replies)
         like = self._global if self._global is not None else first_arrays(replies)
         usable = self._admit(server_round, "train", replies, like)
+        if not replies:
+            return None, None
         if like is None or len(usable) < self.min_replies:
             log.warning(
                 "round %d: %d usable replies, %d needed: the model stays as it was",
@@ -263,31 +268,46 @@ class FedAvg(flower.FedAvg):
         """Return a node's site name, or ``node <id>`` where it has not told it."""
         return self.site_names.get(node_id, f"node {node_id}")
 
-    def _restore(self, grid: Grid, initial_arrays: ArrayRecord) -> int:
-        """Take up the checkpoint and return its round; 0 where the run starts afresh."""
-        if self.folder is None:
-            return 0
-        checkpoint = self.folder.load() if self.resume else None
-        if checkpoint is None:
-            self.folder.require_no_checkpoint()
-            return 0
-        shapes = [
-            {k: (a.dtype, a.shape) for k, a in r.items()}
-            for r in (initial_arrays, checkpoint.arrays)
-        ]
-        if shapes[0] != shapes[1]:
+    def find_checkpoint(self, initial_arrays: ArrayRecord) -> Checkpoint | None:
+        """Return the checkpoint that `start` would go on from; None where it starts afresh.
+
+        Raises
+        ------
+        InputError
+            Where it is damaged, or holds other arrays than `initial_arrays`.
+        """
+        if self.folder is None or not self.resume:
+            return None
+        checkpoint = self.folder.load()
+        if checkpoint is not None and _layout(checkpoint.arrays) != _layout(initial_arrays):
             raise InputError(
                 f"the checkpoint in {self.folder.path} belongs to another model: resume it with "
                 "the app and the settings that it was started with"
             )
+        return checkpoint
+
+    def _restore(self, grid: Grid, initial_arrays: ArrayRecord) -> int:
+        """Take up the checkpoint and return its round; 0 where the run starts afresh."""
+        if self.folder is None:
+            return 0
+        checkpoint = self.find_checkpoint(initial_arrays)
+        if checkpoint is None:
+            self.folder.require_no_checkpoint()
+            self.folder.make(initial_arrays)
+            return 0
         self.seed, self.history = checkpoint.seed, checkpoint.history
         self.site_names = checkpoint.site_names | self.site_names
         self.result.arrays = checkpoint.arrays
         for name, by_round in checkpoint.metrics.items():
             kept = {int(key): MetricRecord(value) for key, value in by_round.items()}
             setattr(self.result, name, kept)
-        if checkpoint.client_states:
-            grid.import_states(checkpoint.client_states)  # type: ignore[attr-defined]
+        if hasattr(grid, "import_states"):
+            grid.import_states(checkpoint.client_states)
+        elif checkpoint.client_states:
+            raise InputError(
+                f"{self.folder.path} holds what its clients kept between rounds in one process: "
+                "go on with it there, by run_local"
+            )
         log.info("going on after round %d of %s", checkpoint.server_round, self.folder.path)
         return checkpoint.server_round
 
@@ -323,7 +343,8 @@ class FedAvg(flower.FedAvg):
     ) -> list[Message]:
         """Send Flower's messages to sites drawn by this run's seed, in the order of their names."""
         messages = list(messages)
-        nodes = [n for n in grid.get_node_ids() if self.only is None or n in self.only]
+        self._connected = set(grid.get_node_ids())
+        nodes = self._connected if self.only is None else self._connected & self.only
         drawn = draw(nodes, self.site_names, len(messages), (self.seed, server_round, phase))
         for message, node_id in zip(messages, drawn, strict=False):
             message.metadata.dst_node_id = node_id
@@ -337,8 +358,10 @@ class FedAvg(flower.FedAvg):
             return []
         began = time.monotonic()
         replies = list(grid.send_and_receive(messages, timeout=timeout))
+        addressed = {message.metadata.dst_node_id for message in messages}
         self._sent = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
-        for node_id in set(self._sent.values()) - {self._node_id(reply) for reply in replies}:
+        self._sent.pop("", None)
+        for node_id in addressed - {self._node_id(reply) for reply in replies}:
             waited = time.monotonic() - began
             self._fail(server_round, phase, node_id, f"no reply after {waited:.0f} s")
         return replies
@@ -350,7 +373,7 @@ class FedAvg(flower.FedAvg):
         usable = []
         for reply in replies:
             node_id = self._node_id(reply)
-            learn_name(self.site_names, node_id, reply)
+            learn_name(self.site_names, node_id, reply, self._connected)
             reason = screen(reply, self.weighted_by_key, like)
             if reason is None:
                 usable.append(reply)
@@ -389,3 +412,7 @@ class FedAvg(flower.FedAvg):
         if failed:
             parts.append(f"failed: {', '.join(sorted(failed))}")
         return "  ".join([*parts, f"{seconds:.1f} s"])
+
+
+def _layout(arrays: ArrayRecord) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {key: (array.dtype, array.shape) for key, array in arrays.items()}

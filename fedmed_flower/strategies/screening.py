@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedmed_flower.arrays import view
+from fedmed_flower.data.site import read_error
+from fedmed_flower.metrics import check_counts
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -27,7 +28,7 @@ def screen(reply: Message, weighted_by_key: str, like: ArrayRecord | None) -> st
         floating-point values must be finite. None for an evaluation reply, which carries none.
     """
     if reply.has_error():
-        return reply.error.reason or f"error {reply.error.code}"
+        return read_error(reply.error.reason or f"error {reply.error.code}")[1]
     if not reply.has_content():
         return "the reply is empty"
     metrics = list(reply.content.metric_records.values())
@@ -36,7 +37,7 @@ def screen(reply: Message, weighted_by_key: str, like: ArrayRecord | None) -> st
     if (reason := _screen_weight(metrics[0], weighted_by_key, like is not None)) is not None:
         return reason
     if like is None:
-        return None
+        return check_counts(metrics[0])
     arrays = list(reply.content.array_records.values())
     if len(arrays) != 1:
         return f"the reply has {len(arrays)} array records instead of one"
@@ -49,7 +50,8 @@ def _screen_weight(metrics: MetricRecord, key: str, training: bool) -> str | Non
         return f"the metric {key} is missing"
     if isinstance(weight, list):
         return f"{key} is a list instead of one number"
-    if not math.isfinite(weight) or weight < 0 or (training and weight == 0):
+    # No hospital has more patients than floats can count one by one.
+    if not 0 <= weight <= 2**53 or (training and weight == 0):
         return f"{key} must be {'above' if training else 'at least'} 0 and finite, got {weight}"
     return None
 
@@ -61,10 +63,9 @@ def _screen_arrays(arrays: ArrayRecord, like: ArrayRecord) -> str | None:
         return f"{len(extra)} arrays are not in the model, such as {min(extra)}"
     for key, array in arrays.items():
         try:
-            values = view(array)
+            values, wanted = view(array), view(like[key])
         except ValueError as error:
             return f"{key} cannot be read: {error}"
-        wanted = view(like[key])
         if values.shape != wanted.shape or values.dtype != wanted.dtype:
             return (
                 f"{key} is {values.dtype}{list(values.shape)} "
@@ -98,10 +99,12 @@ def metrics_of(reply: Message) -> MetricRecord:
 
 
 def first_arrays(replies: list[Message]) -> ArrayRecord | None:
-    """Return the first arrays among the replies, where there are any."""
+    """Return the first sound arrays among the replies, where there are any."""
     for reply in replies:
-        if reply.has_content() and reply.content.array_records:
-            return next(iter(reply.content.array_records.values()))
+        if not reply.has_error() and reply.has_content():
+            for arrays in reply.content.array_records.values():
+                if _screen_arrays(arrays, arrays) is None:
+                    return arrays
     return None
 
 

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from fedmed_flower.data.site import SITE_RECORD
+from fedmed_flower.data.site import SITE_RECORD, read_error
+from fedmed_flower.errors import InputError
 from fedmed_flower.runfolder import ALL_SITES
 
 log = logging.getLogger("flwr.fedmed")
 
 
 def wait_for_sites(grid: Grid, needed: int) -> None:
-    """Wait until enough sites are connected; once waiting, until no further one turns up."""
+    """Wait until enough sites are connected; once waiting, until no further one turns up.
+
+    Raises
+    ------
+    InputError
+        Where the grid says that no further site can come.
+    """
     count = len(list(grid.get_node_ids()))
     if count >= needed:
         return
+    if getattr(grid, "complete", False):
+        raise InputError(f"{needed} sites are asked for (min-sites), but this run has {count}")
     log.info("waiting for %d sites, %d are connected", needed, count)
     while True:
         time.sleep(1)
@@ -45,13 +54,27 @@ def draw(
     return [candidates[place] for place in sorted(places)]
 
 
-def learn_name(names: dict[int, str], node_id: int, reply: Message) -> None:
-    """Take up the name that a reply gives its site; a name that is taken gets the node id."""
-    if reply.has_error() or not reply.has_content() or node_id in names:
+def learn_name(
+    names: dict[int, str], node_id: int, reply: Message, connected: Collection[int] = ()
+) -> None:
+    """Take up the name that a reply gives its site.
+
+    A name that another site has, or that could be mistaken for one, gets the node id. A site that
+    comes back under another node id gets its name back: `connected` says which nodes still live.
+    """
+    if node_id in names:
         return
-    name = reply.content.config_records.get(SITE_RECORD, ConfigRecord()).get("name")
+    if reply.has_error():
+        name: object = read_error(reply.error.reason or "")[0]
+    elif reply.has_content():
+        name = reply.content.config_records.get(SITE_RECORD, ConfigRecord()).get("name")
+    else:
+        return
     if not isinstance(name, str) or not name.strip():
         return
-    name = name.strip()[:80]
-    taken = name == ALL_SITES or name in names.values()
+    name = "".join(letter for letter in name.strip()[:80] if letter.isprintable())
+    if connected:
+        for other in [n for n, held in names.items() if held == name and n not in connected]:
+            del names[other]
+    taken = name == ALL_SITES or name in names.values() or "node " in name
     names[node_id] = f"{name} (node {node_id})" if taken else name

@@ -1,0 +1,127 @@
+"""Small builders for tests: a model of ten numbers, two-by-two images, messages and runs."""
+
+import itertools
+import re
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.serverapp import ServerApp
+from flwr.supercore.task_identity import TaskIdentity
+from torch import nn
+
+from fedmed_flower import ClassificationClient, SiteData, federate, run_local
+from fedmed_flower.strategies import FedAvg
+
+RUN_IDS = itertools.count(1)
+CONFIG = {"learning-rate": 0.05, "batch-size": 4, "device": "cpu", "optimizer": "sgd"}
+
+
+def says(text):
+    """Return the pattern that matches this text and no other."""
+    return f"^{re.escape(text)}$"
+
+
+def make_rows(count, seed, name="p", classes=2):
+    """Two-by-two images whose pixel at the place of the label is brighter; labels take turns."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        image = generator.integers(0, 100, (2, 2)).astype(np.uint8)
+        image.ravel()[number % classes] += 80
+        rows.append({"image": image, "label": number % classes, "patient": f"{name}-{number}"})
+    return rows
+
+
+def linear(outputs=2):
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, outputs))
+
+
+class TinyClient(ClassificationClient):
+    num_classes = 2
+
+    def build_model(self):
+        return linear(self.num_classes)
+
+    def load_data(self, site):
+        return SiteData(
+            train=make_rows(10, (site.index, 0), f"{site.name}-train"),
+            val=make_rows(6, (site.index, 1), f"{site.name}-val"),
+            test=make_rows(8, (site.index, 2), f"{site.name}-test"),
+            source="tiny images",
+        )
+
+
+def fixed(data, base=TinyClient, **members):
+    """Return a client class with these rows."""
+    return type("Fixed", (base,), {"load_data": lambda self, site: data, **members})
+
+
+def context_of(index=0, num_sites=2, run_id=None, node_config=None, **config):
+    """Return a client's context; a run of its own where no `run_id` is given."""
+    if node_config is None:
+        node_config = {"partition-id": index, "num-partitions": num_sites}
+    return Context(
+        run_id=next(RUN_IDS) if run_id is None else run_id,
+        node_id=100 + index,
+        node_config=node_config,
+        state=RecordDict(),
+        run_config=CONFIG | {key.replace("_", "-"): value for key, value in config.items()},
+    )
+
+
+def model_arrays(model=None, seed=0):
+    """Return the arrays of a model with weights drawn from a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ArrayRecord((linear() if model is None else model()).state_dict())
+
+
+def ask(client, kind, context, arrays=None, **config):
+    """Send one message to a client's app and return the reply."""
+    TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, SUPERLINK_NODE_ID
+    TaskIdentity.task_id = 1
+    content = RecordDict()
+    if kind != "query.describe":
+        content["arrays"] = model_arrays() if arrays is None else arrays
+        record = {key.replace("_", "-"): value for key, value in config.items()}
+        content["config"] = ConfigRecord(({"server-round": 1} if kind == "train" else {}) | record)
+    return client.client_app()(Message(content, context.node_id, kind), context)
+
+
+def trained(client, context, arrays=None, **config):
+    """Return the bits of the model that a client sends back from training."""
+    reply = ask(client, "train", context, arrays, **config)
+    assert not reply.has_error(), reply.error.reason
+    return bits(reply.content["arrays"])
+
+
+def bits(arrays):
+    return {key: array.numpy().tobytes() for key, array in arrays.items()}
+
+
+def run_tiny(
+    folder,
+    client=TinyClient,
+    num_sites=2,
+    *,
+    node_configs=None,
+    model=linear,
+    strategy=None,
+    **config,
+):
+    """Run an experiment in this process and return its result."""
+    results = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        results.append(federate(strategy or FedAvg(), grid, context, model))
+
+    settings = CONFIG | {"num-server-rounds": 2, "run-dir": str(folder)}
+    settings |= {key.replace("_", "-"): value for key, value in config.items()}
+    run_local(
+        server, client.client_app(), num_sites, run_config=settings, node_configs=node_configs
+    )
+    return results[0]
