@@ -30,6 +30,7 @@ BARE = """
 import numpy as np, torch
 from flwr.app import ArrayRecord, Context, RecordDict
 from fedmed_flower.clients.training import derive_seed, torch_environment
+from fedmed_flower.data.site import simulation
 
 def bare(client_class, config, num_sites):
     rounds, seed = config["num-server-rounds"], config["seed"]
@@ -37,6 +38,8 @@ def bare(client_class, config, num_sites):
         node = {"partition-id": index, "num-partitions": num_sites}
         return client_class(Context(0, index, node, RecordDict(), config))
     clients = [client(index) for index in range(num_sites)]
+    with simulation():
+        names = [c.site.name for c in clients]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = clients[0].build_model()
@@ -72,7 +75,8 @@ config, kind, num_sites = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 import client_app, numpy as np
 # Both sides start with the libraries loaded and the images in memory.
 client_app.load_dataset(config["dataset"])
-digest = lambda arrays: hashlib.sha256(b"".join(arrays[k].tobytes() for k in sorted(arrays))).hexdigest()
+def digest(arrays):
+    return hashlib.sha256(b"".join(arrays[k].tobytes() for k in sorted(arrays))).hexdigest()
 if kind == "bare":
     {bare}
     began = time.perf_counter()
@@ -153,7 +157,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import client_app, server_app
 from fedmed_flower.simulation import run_local
-run_local(server_app.app, client_app.app, 4, run_config={"num-server-rounds": 3, "run-dir": sys.argv[2]})
+config = {"num-server-rounds": 3, "run-dir": sys.argv[2]}
+run_local(server_app.app, client_app.app, 4, run_config=config)
 """
 
 TOY_FLOWER = """
@@ -257,10 +262,9 @@ def main() -> None:
 
         toy = Path(folder) / "toy"
         toy.mkdir()
-        for name, text in (
-            ("client_app.py", TOY_CLIENT), ("server_app.py", TOY_SERVER), ("pyproject.toml", TOY_PROJECT)
-        ):  # fmt: skip
-            (toy / name).write_text(text)
+        (toy / "client_app.py").write_text(TOY_CLIENT)
+        (toy / "server_app.py").write_text(TOY_SERVER)
+        (toy / "pyproject.toml").write_text(TOY_PROJECT)
         local = min(run(TOY_LOCAL, str(toy), f"{folder}/toy-local-{i}")[1] for i in range(3))
         print("\nToy (NumPy, 4 sites, 3 rounds; whole command, start of Python included)")
         print(f"  one process              {local:7.2f} s")

@@ -22,6 +22,7 @@ from tiny import (
 from torch import nn
 
 from fedmed_flower import InputError, MedicalClient, SiteData
+from fedmed_flower.data.site import read_error
 
 SUPERNODE = {"site-name": "north"}
 
@@ -55,7 +56,9 @@ def error_of(client, kind="train", context=None, **config):
     reply = ask(client, kind, context or context_of(), **config)
     assert reply.has_error()
     assert reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-    return reply.error.reason
+    name, text = read_error(reply.error.reason)
+    assert name
+    return text
 
 
 def test_a_training_reply_holds_model_metrics_and_site():
@@ -159,7 +162,7 @@ def test_outside_a_simulation_only_the_class_of_an_error_leaves(where):
     client = type("Client", (Failing,), {"failing": where})
     reply = ask(client, "train", context_of(node_config=SUPERNODE))
     assert reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-    assert reply.error.reason == "ValueError"
+    assert reply.error.reason == "site north: ValueError"
     assert b"Schmidt" not in message_to_proto(reply).SerializeToString()
 
 
@@ -168,7 +171,7 @@ def test_outside_a_simulation_the_text_of_an_input_error_stays_too(where):
     error = InputError("Anna Schmidt is in two splits")
     client = type("Client", (Failing,), {"failing": where, "error": error})
     reply = ask(client, "train", context_of(node_config=SUPERNODE))
-    assert reply.error.reason == "InputError"
+    assert reply.error.reason == "site north: InputError"
     assert b"Schmidt" not in message_to_proto(reply).SerializeToString()
 
 
@@ -212,7 +215,7 @@ def test_arrays_of_another_model_are_an_error_reply():
 def test_no_training_rows():
     client = fixed(SiteData(train=[], val=make_rows(2, 0)))
     for kind in ("query.describe", "train", "evaluate"):
-        assert error_of(client, kind) == "site hospital-1 has no training rows"
+        assert error_of(client, kind) == "there are no training rows"
 
 
 def test_a_row_without_a_patient():
@@ -387,7 +390,7 @@ def test_pooling_is_refused_outside_a_simulation():
     for kind in ("train", "evaluate"):
         context = context_of(node_config=node_config)
         reply = ask(Client, kind, context, pool_sites=True)
-        assert reply.error.reason == "InputError"
+        assert reply.error.reason == "site north: InputError"
     assert loaded == []
 
 

@@ -40,7 +40,8 @@ CLIENT = """
 
     @app.train()
     def train(message, context):
-        index, number = context.node_config["partition-id"], message.content["config"]["server-round"]
+        index = context.node_config["partition-id"]
+        number = message.content["config"]["server-round"]
         if index == 1 and number == 2:
             raise ValueError("a mistake at one site")
         content = RecordDict({

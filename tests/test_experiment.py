@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import tomllib
+from collections import Counter
 from importlib.metadata import version
 
 import numpy as np
@@ -83,16 +84,14 @@ class Breaking(TinyClient):
         return super().load_data(site)
 
     def fit(self, model, prepared, seed):
-        state = self.context.state
-        count = state.setdefault("count", MetricRecord({"rounds": 0}))
-        count["rounds"] += 1
-        if not self.rounds or count["rounds"] in self.rounds:
+        self.fits[self.site.index] += 1
+        if not self.rounds or self.fits[self.site.index] in self.rounds:
             self._break("fit")
         return super().fit(model, prepared, seed)
 
 
 def breaking(**members):
-    return type("Client", (Breaking,), members)
+    return type("Client", (Breaking,), members | {"fits": Counter()})
 
 
 class Stateful(TinyClient):
@@ -236,7 +235,7 @@ def test_the_log(finished):
 def test_a_site_alone_trains_as_if_it_had_never_met_the_others(client, tmp_path):
     run_tiny(tmp_path / "all", client, baselines=True)
     alone = run_tiny(tmp_path / "one", client, num_sites=1).arrays
-    state = load_file(tmp_path / "all" / "baselines" / "local-1001" / "model.safetensors")
+    state = load_file(tmp_path / "all" / "baselines" / "local-1-hospital-1" / "model.safetensors")
     assert {key: value.tobytes() for key, value in state.items()} == bits(alone)
 
 

@@ -16,6 +16,7 @@ from tiny import TinyClient, ask, bits, context_of, fixed, linear, make_rows, mo
 from torch import nn
 
 from fedmed_flower import SiteData
+from fedmed_flower.data.site import read_error
 from fedmed_flower.metrics import classification_metrics
 
 
@@ -32,7 +33,9 @@ def with_images(images, labels=None):
 def reason_of(client, kind="train", **config):
     reply = ask(client, kind, context_of(), **config)
     assert reply.has_error()
-    return reply.error.reason
+    name, text = read_error(reply.error.reason)
+    assert name == "hospital-1"
+    return text
 
 
 def pictures(count=6, shape=(2, 2)):
@@ -72,7 +75,7 @@ def test_an_image_with_values_that_are_not_finite(value):
     images = [image.astype(float) for image in pictures()]
     images[2][1, 1] = value
     reason = reason_of(with_images(images))
-    assert reason.endswith("an image holds NaN or infinite values"), reason
+    assert reason == "image of patient 2: it holds NaN or infinite values"
 
 
 @pytest.mark.parametrize(
@@ -80,16 +83,16 @@ def test_an_image_with_values_that_are_not_finite(value):
 )
 def test_an_image_of_the_wrong_dimensions(shape, told):
     reason = reason_of(with_images([np.ones(shape)]))
-    assert reason.endswith(
-        f"an image has shape {told}; spatial_dims = 2 asks for 2 dimensions, "
+    assert reason == (
+        f"image of patient 0: its shape is {told}; spatial_dims = 2 asks for 2 dimensions, "
         "or one more with the channel first"
-    ), reason
+    )
 
 
 def test_a_path_where_no_image_is(tmp_path):
     path = tmp_path / "gone.png"
     reason = reason_of(with_images([str(path)]))
-    assert reason.endswith(f"the image {path} is not there"), reason
+    assert reason == f"image of patient 0: {path} is not there"
 
 
 def test_a_file_that_is_no_image(tmp_path):
@@ -113,10 +116,10 @@ def test_images_in_every_form_train_to_the_same_bits(tmp_path):
     assert trained(with_images([i[None] for i in images]), context_of()) == expected
     assert trained(with_images([i.astype(np.float64) for i in images]), context_of()) == expected
     assert trained(with_images([i.tolist() for i in images]), context_of()) == expected
-    # MONAI's axes are x and y: what it reads from a file is the transposed picture.
+    # MONAI alone would read the transposed picture.
     paths = [tmp_path / f"{number}.png" for number in range(len(images))]
     for image, path in zip(images, paths, strict=True):
-        Image.fromarray(image.T).save(path)
+        Image.fromarray(image).save(path)
     assert trained(with_images(paths), context_of()) == expected
     assert trained(with_images([str(path) for path in paths]), context_of()) == expected
 
@@ -142,7 +145,7 @@ def test_a_colour_image_has_three_channels(tmp_path):
     network = {"build_model": lambda self: nn.Sequential(nn.Flatten(), nn.Linear(12, 2))}
     arrays = model_arrays(lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))
     from_file = type("Client", (with_images(paths),), network)
-    channels_first = [image.transpose(2, 1, 0) for image in colours]
+    channels_first = [image.transpose(2, 0, 1) for image in colours]
     from_array = type("Client", (with_images(channels_first),), network)
     assert trained(from_file, context_of(), arrays) == trained(from_array, context_of(), arrays)
 

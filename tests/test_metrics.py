@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
-from fedmed_flower.metrics import classification_metrics, class_margins, pool
+from fedmed_flower.metrics import class_margins, classification_metrics, pool
 
 
 def test_hand_worked_case():

@@ -34,8 +34,8 @@ def batches_of(*sizes, seed=3):
     [
         ({"local-epochs": 0}, "local-epochs must be at least 1, got 0"),
         ({"batch-size": -4}, "batch-size must be at least 1, got -4"),
-        ({"weight-decay": -0.1}, "weight-decay must be at least 0, got -0.1"),
-        ({"weight-decay": math.nan}, "weight-decay must be at least 0, got nan"),
+        ({"weight-decay": -0.1}, "weight-decay must be at least 0 and finite, got -0.1"),
+        ({"weight-decay": math.nan}, "weight-decay must be at least 0 and finite, got nan"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"torch-threads": -1}, "torch-threads must be at least 0, got -1"),
         ({"learning-rate": 0.0}, "learning-rate must be above 0 and finite, got 0.0"),

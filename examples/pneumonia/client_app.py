@@ -1,7 +1,8 @@
 """A hospital that trains a chest X-ray classifier."""
 
-from monai.networks.nets import ResNet
-from monai.transforms import RandAffined
+import torch
+from monai.networks.nets import DenseNet
+from torch.nn import functional
 
 from fedmed_flower import ClassificationClient, Site, SiteData
 from fedmed_flower.data.partition import dirichlet_shares, split_by_shares
@@ -12,17 +13,15 @@ class PneumoniaHospital(ClassificationClient):
     num_classes = 2
 
     def build_model(self):
-        return ResNet(
-            block="basic",
-            layers=[1, 1, 1, 1],
-            block_inplanes=[12, 24, 48, 96],
+        return DenseNet(
             spatial_dims=2,
-            n_input_channels=1,
-            conv1_t_size=3,
-            conv1_t_stride=2,
-            no_max_pool=True,
-            num_classes=2,
-            norm=("group", {"num_groups": 4}),
+            in_channels=1,
+            out_channels=2,
+            init_features=32,
+            growth_rate=16,
+            block_config=(2, 2),
+            bn_size=2,
+            norm=("group", {"num_groups": 8}),
         )
 
     def load_data(self, site: Site) -> SiteData:
@@ -41,16 +40,14 @@ class PneumoniaHospital(ClassificationClient):
             rows[split] = images.rows(split, parts[site.index])
         return SiteData(**rows, source=images.source, generated=images.generated)
 
-    def transforms(self, train: bool):
-        shaken = RandAffined(
-            "image",
-            prob=0.5,
-            rotate_range=0.15,  # radians
-            translate_range=3,
-            scale_range=0.1,
-            padding_mode="border",
-        )
-        return [*super().transforms(train), *([shaken] if train else [])]
+    def augment(self, images):
+        """Turn (by up to 0.15 radians), scale and shift (by up to a tenth) each image anew."""
+        turn, scale, x, y = torch.rand(4, len(images), device=images.device) * 2 - 1
+        turn, scale = 0.15 * turn, 1 + 0.1 * scale
+        cos, sin = scale * torch.cos(turn), scale * torch.sin(turn)
+        rows = torch.stack([cos, -sin, 0.1 * x, sin, cos, 0.1 * y], dim=1)
+        grid = functional.affine_grid(rows.view(-1, 2, 3), images.shape, align_corners=False)
+        return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 app = PneumoniaHospital.client_app()

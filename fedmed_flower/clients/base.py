@@ -159,7 +159,7 @@ class MedicalClient(ABC):
         if (key := (*base, None)) not in self._kept:
             data = self._load_pooled() if pooled else self.load_data(self.site)
             if not data.train:
-                raise InputError(f"site {self.site.name} has no training rows")
+                raise InputError("there are no training rows")
             _check_patients(data)
             self.check(data)
             self._kept[key] = data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -142,6 +142,7 @@ def train_epochs(
     epochs: int,
     device: torch.device,
     mixed_precision: bool = False,
+    augment: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """Train a model in place.
 
@@ -158,6 +159,8 @@ def train_epochs(
     device : torch.device
     mixed_precision : bool
         Run the model in bfloat16 by autocast.
+    augment : callable, optional
+        Changes the images of a batch, on `device`, before the model sees them.
 
     Returns
     -------
@@ -175,6 +178,8 @@ def train_epochs(
         total, rows = 0.0, 0
         for batch in batches:
             images, labels = batch["image"].to(device), batch["label"].to(device)
+            if augment is not None:
+                images = augment(images)
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
                 value = loss(model(images), labels)
