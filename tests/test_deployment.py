@@ -1,5 +1,6 @@
 """The example deployment: TLS, node authentication, one SuperLink and three SuperNodes."""
 
+import json
 import os
 import re
 import socket
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deployment_helper import SCRIPT, Deployment, deployment, write_app
+from deployment_helper import ECHO_CLIENT, SCRIPT, Deployment, deployment, write_app
 
 pytestmark = pytest.mark.engine
 
@@ -160,3 +161,70 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert f"port {port}" in refused.stdout
     assert "--port-base" in refused.stdout
+
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "pneumonia"
+
+
+def test_the_pneumonia_example_runs_on_hospitals_with_images_of_their_own(tmp_path: Path) -> None:
+    with deployment(tmp_path / "files", "--sites", "2") as started:
+        folder = tmp_path / "files" / "data"
+        names = ("north", "south")
+        split = [sys.executable, str(EXAMPLE / "split.py"), str(folder), *names]
+        subprocess.run([*split, "--dataset", "phantoms"], check=True, capture_output=True)
+        settings = ["dataset='phantoms'", "min-sites=2", "num-server-rounds=1", "local-epochs=1"]
+        settings.append(f"run-dir='{tmp_path / 'run'}'")
+        texts = [part for setting in settings for part in ("-c", setting)]
+        done = started.command("run", str(EXAMPLE), *texts)
+    assert done.returncode == 0, done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["engine"] == "Flower deployment"
+    assert summary["data"] == "generated images, not patients"
+    assert list(summary["sites"]) == ["north", "south"]
+    assert sum(site["train"] for site in summary["sites"].values()) == 2000
+    assert set(summary["test"]["sites"]) == {"north", "south"}
+    assert summary["failures"] == []
+
+
+MORTAL_SERVER = """
+    import numpy as np
+    from flwr.app import Array, ArrayRecord
+    from flwr.serverapp import ServerApp
+
+    from fedmed_flower.strategies import FedAvg
+
+    app = ServerApp()
+
+
+    @app.main()
+    def main(grid, context):
+        strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=3)
+        arrays = ArrayRecord({"w": Array(np.arange(3.0))})
+        result = strategy.start(grid, arrays, num_rounds=2, timeout=25)
+        for failure in strategy.history.failures:
+            print("FAILURE", failure.round, failure.phase, failure.site, failure.reason, flush=True)
+        print("MODEL", result.arrays["w"].numpy().tolist(), flush=True)
+"""
+
+
+def test_a_hospital_killed_in_mid_round_is_named_and_the_run_ends_well(tmp_path: Path) -> None:
+    dying = 'site == "north" and message.content["config"]["server-round"] == 2'
+    client = ECHO_CLIENT.replace(
+        'time.sleep(float(context.run_config.get("sleep", 0)))', f"time.sleep(60 * ({dying}))"
+    )
+    app = write_app(tmp_path / "mortal", MORTAL_SERVER, client)
+    with deployment(tmp_path / "files") as started:
+        command = [sys.executable, str(SCRIPT), "run", str(app), "--dir", str(started.directory)]
+        lines = []
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout or ():
+                lines.append(line)
+                if "round 1/2" in line:
+                    time.sleep(8)
+                    started.kill("north")
+    text = "".join(lines)
+    assert process.returncode == 0, text
+    assert "round 2/2" in text
+    assert re.search(r"FAILURE 2 train north no reply after \d+ s", text), text
+    assert "MODEL [0.0, 1.0, 2.0]" in text
