@@ -113,8 +113,8 @@ class MedicalClient(ABC):
         arrays_key, arrays = next(iter(message.content.array_records.items()))
         seed = derive_seed(self.settings.seed, self.site.name, server_round, "train")
         began = time.perf_counter()
+        model = self._model(arrays)
         with self._torch(seed):
-            model = self._model(arrays)
             metrics = self.fit(model, prepared, seed)
         metrics |= {"num-examples": len(data.train), "seconds": time.perf_counter() - began}
         state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
@@ -128,8 +128,8 @@ class MedicalClient(ABC):
         data, prepared = self._prepared(split, bool(config.get("pool-sites", False)))
         metrics: dict[str, Any] = {"num-examples": 0}
         if getattr(data, split):
+            model = self._model(next(iter(message.content.array_records.values())))
             with self._torch(derive_seed(self.settings.seed, self.site.name, split)):
-                model = self._model(next(iter(message.content.array_records.values())))
                 metrics = self.measure(model, prepared)
         return RecordDict({"metrics": MetricRecord(metrics)})
 
@@ -142,7 +142,9 @@ class MedicalClient(ABC):
         return RecordDict({"metrics": MetricRecord({"num-examples": len(data.train)} | counts)})
 
     def _model(self, arrays: ArrayRecord) -> nn.Module:
-        model = self.build_model()
+        # The fresh weights are thrown away: they must not move the seeded generator of `fit`.
+        with self._torch(0):
+            model = self.build_model()
         model.load_state_dict(arrays.to_torch_state_dict())
         return model.to(self.settings.torch_device())
 
