@@ -29,9 +29,9 @@ from fedmed_flower.data.site import GENERATED
 from fedmed_flower.data.sources import SourceUnavailable, load_dataset
 from fedmed_flower.engine import run_flower
 from fedmed_flower.errors import InputError
-from fedmed_flower.experiment import SUMMARY, Plan, read_config
+from fedmed_flower.experiment import Plan
 from fedmed_flower.report import write_report
-from fedmed_flower.runfolder import RunFolder
+from fedmed_flower.runfolder import SUMMARY, RunFolder
 from fedmed_flower.simulation import run_local
 
 app = typer.Typer(
@@ -142,7 +142,7 @@ def _prepare(
         raise InputError("--out and --resume exclude each other: --resume DIR goes on in DIR")
     name, defaults, references = _load_project(path)
     if resume is not None:
-        before = read_config(resume)
+        before = RunFolder(resume).read_config()
         defaults |= {key: value for key, value in before["config"].items() if key in defaults}
         started_with = int(before["run"]["sites"])
         if sites not in (None, started_with):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import platform
 import re
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,13 +34,13 @@ from fedmed_flower.config import Section
 from fedmed_flower.data.site import GENERATED, SITE_RECORD, SPLITS, read_error
 from fedmed_flower.errors import InputError
 from fedmed_flower.report import write_report
-from fedmed_flower.runfolder import ALL_SITES, METRICS, RunFolder
+from fedmed_flower.runfolder import ALL_SITES, CONFIG, METRICS, SUMMARY, RunFolder
 from fedmed_flower.strategies.base import FedAvg
 from fedmed_flower.strategies.sites import learn_name, wait_for_sites
 
 log = logging.getLogger("flwr.fedmed")
 
-SUMMARY, CONFIG, LOG = "summary.json", "config.toml", "log.txt"
+LOG = "log.txt"
 FREE_ON_RESUME = {"run-dir", "resume", "num-server-rounds", "round-timeout", "baselines"}
 _PACKAGES = ("fedmed-flower", "flwr", "torch", "monai", "numpy", "scikit-learn")
 
@@ -148,7 +145,8 @@ def federate(
     strategy.find_checkpoint(initial)
     sites = _roll_call(grid, plan)
     strategy.site_names |= sites.names
-    _write_config(folder, plan, context.run_config, sites)
+    about = {"app": _app_name(grid), "strategy": type(strategy).__name__, "sites": sites.asked}
+    _write_config(folder, plan, context.run_config, sites, about)
     return _Experiment(strategy, grid, plan, folder, initial, sites, context.run_config).run()
 
 
@@ -269,7 +267,7 @@ class _Experiment:
         summary = {
             "status": status,
             "message": message,
-            "app": self.grid.run.fab_id.rpartition("/")[2] or "federated run",
+            "app": _app_name(self.grid),
             "engine": _engine(self.grid, sites),
             "strategy": type(self.strategy).__name__,
             "data": GENERATED if sites.generated else "; ".join(sorted(sites.sources)),
@@ -286,8 +284,7 @@ class _Experiment:
             | {package: version(package) for package in _PACKAGES},
             "config": dict(self.run_config),
         }
-        text = json.dumps(_without_nan(summary), indent=2)
-        self.folder.write(SUMMARY, text.encode())
+        self.folder.write_json(SUMMARY, summary)
 
     def _why_nothing_succeeded(self) -> str:
         failures = self.strategy.history.failures
@@ -328,10 +325,12 @@ def _roll_call(grid: Grid, plan: Plan) -> _Sites:
     return sites
 
 
-def _write_config(folder: RunFolder, plan: Plan, run_config: UserConfig, sites: _Sites) -> None:
+def _write_config(
+    folder: RunFolder, plan: Plan, run_config: UserConfig, sites: _Sites, about: dict[str, Any]
+) -> None:
     """Write what runs; on resume, refuse settings that would make it another run."""
     if plan.resume:
-        stored = read_config(folder.path)
+        stored = folder.read_config()
         before, count = stored["config"], stored["run"]["sites"]
         if sites.simulated and count != sites.asked:
             raise InputError(
@@ -346,41 +345,23 @@ def _write_config(folder: RunFolder, plan: Plan, run_config: UserConfig, sites: 
                 )
     versions = {package: version(package) for package in _PACKAGES}
     text = tomli_w.dumps(
-        {"run": {"sites": sites.asked}, "config": dict(run_config), "versions": versions}
+        {
+            "run": about,
+            "config": dict(run_config),
+            "versions": versions,
+        }
     )
     folder.write(CONFIG, text.encode())
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return what ``config.toml`` of a run folder holds: ``run``, ``config`` and ``versions``.
-
-    Raises
-    ------
-    InputError
-        Where the file is missing or damaged.
-    """
-    try:
-        content = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return {name: dict(content[name]) for name in ("run", "config", "versions")}
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} is no run folder: it has no {CONFIG}") from error
-    except (tomllib.TOMLDecodeError, KeyError, UnicodeDecodeError, TypeError) as error:
-        raise InputError(f"{folder / CONFIG} cannot be read: {error}") from error
+def _app_name(grid: Grid) -> str:
+    return grid.run.fab_id.rpartition("/")[2] or "federated run"
 
 
 def _engine(grid: Grid, sites: _Sites) -> str:
     if hasattr(grid, "export_states"):
         return "local"
     return "Flower simulation" if sites.simulated else "Flower deployment"
-
-
-def _without_nan(value: Any) -> Any:
-    """Return a copy in which numbers that JSON cannot write are None."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
+import tomllib
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,6 +23,7 @@ from fedmed_flower.arrays import view
 from fedmed_flower.errors import InputError
 
 CHECKPOINT, METRICS, MODEL = "checkpoint.zip", "metrics.csv", "model.safetensors"
+CONFIG, SUMMARY = "config.toml", "summary.json"
 COLUMNS = ("round", "phase", "site", "metric", "value")
 ALL_SITES = "all"
 
@@ -84,6 +87,21 @@ class History:
             if row_phase == phase and server_round == last:
                 table.setdefault(site, {})[metric] = value
         return table
+
+    def describe(self, server_round: int) -> str:
+        """Return a round in a line: loss, the first known validation figure, who failed."""
+        known = {
+            (phase, metric): value
+            for number, phase, site, metric, value in self.rows
+            if number == server_round and site == ALL_SITES
+        }
+        wanted = [("train", "loss"), *(("val", name) for name in ("auc", "accuracy", "loss"))]
+        shown = [(*key, known[key]) for key in wanted if key in known]
+        # After the training loss one figure is enough.
+        parts = [f"{phase} {name} {value:.4f}" for phase, name, value in shown[:2]]
+        if failed := {failure.site for failure in self.failures if failure.round == server_round}:
+            parts.append(f"failed: {', '.join(sorted(failed))}")
+        return "  ".join(parts)
 
     def to_csv(self) -> bytes:
         """Return the rows as a tidy table with the columns round, phase, site, metric, value."""
@@ -173,6 +191,26 @@ class RunFolder:
         write_atomic(self.path / name, data)
         return self.path / name
 
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file; numbers that JSON cannot write become null."""
+        self.write(name, json.dumps(_without_nan(content), indent=2, allow_nan=False).encode())
+
+    def read_config(self) -> dict[str, Any]:
+        """Return what ``config.toml`` holds: ``run``, ``config`` and ``versions``.
+
+        Raises
+        ------
+        InputError
+            Where the file is missing or damaged.
+        """
+        try:
+            content = tomllib.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+            return {name: dict(content[name]) for name in ("run", "config", "versions")}
+        except FileNotFoundError as error:
+            raise InputError(f"{self.path} is no run folder: it has no {CONFIG}") from error
+        except (tomllib.TOMLDecodeError, KeyError, UnicodeDecodeError, TypeError) as error:
+            raise InputError(f"{self.path / CONFIG} cannot be read: {error}") from error
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint and the table of metrics that belongs to it.
 
@@ -248,3 +286,12 @@ class RunFolder:
     def write_model(self, arrays: ArrayRecord) -> Path:
         """Write the model as ``model.safetensors`` (``safetensors.torch.load_file`` reads it)."""
         return self.write(MODEL, to_safetensors({key: view(a).copy() for key, a in arrays.items()}))
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a copy in which numbers that JSON cannot write are None."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -27,7 +27,8 @@ from tiny import (
 from fedmed_flower import InputError, SiteData, federate, run_local
 from fedmed_flower import experiment as module
 from fedmed_flower.data.site import GENERATED
-from fedmed_flower.experiment import Plan, RunFailedError, read_config
+from fedmed_flower.experiment import Plan, RunFailedError
+from fedmed_flower.runfolder import RunFolder
 from fedmed_flower.strategies import FedAvg
 
 FILES = {
@@ -215,9 +216,9 @@ def test_the_table_is_tidy(finished):
 def test_the_config_file(finished):
     folder, _ = finished
     text = (folder / "config.toml").read_text()
-    content = read_config(folder)
+    content = RunFolder(folder).read_config()
     assert content == tomllib.loads(text)
-    assert content["run"] == {"sites": 2}
+    assert content["run"] == {"app": "federated run", "strategy": "FedAvg", "sites": 2}
     expected = CONFIG | {"num-server-rounds": 2, "run-dir": str(folder)}
     assert content["config"] == expected | {"baselines": True, "alpha": 0.5}
     assert content["versions"]["torch"] == version("torch")
@@ -493,7 +494,7 @@ def test_a_finished_run_goes_on_for_more_rounds(tmp_path):
     assert without_times(tmp_path / "parts") == without_times(tmp_path / "whole")
     summary = summary_of(tmp_path / "parts")
     assert (summary["rounds"], summary["rounds-planned"]) == (3, 3)
-    assert read_config(tmp_path / "parts")["config"]["num-server-rounds"] == 3
+    assert RunFolder(tmp_path / "parts").read_config()["config"]["num-server-rounds"] == 3
 
 
 def test_resuming_a_finished_run_trains_nothing(tmp_path):
@@ -543,11 +544,11 @@ def test_resuming_a_split_dataset_with_another_number_of_sites_is_refused(tmp_pa
 def test_a_folder_without_a_run_has_no_config(tmp_path):
     text = f"{tmp_path} is no run folder: it has no config.toml"
     with pytest.raises(InputError, match=says(text)):
-        read_config(tmp_path)
+        RunFolder(tmp_path).read_config()
     for content in ("run = [", "[run]\nsites = 1\n", "run = 1\nconfig = 2\nversions = 3\n"):
         (tmp_path / "config.toml").write_text(content)
         with pytest.raises(InputError, match=r"config\.toml cannot be read"):
-            read_config(tmp_path)
+            RunFolder(tmp_path).read_config()
 
 
 def test_sites_with_one_class_in_the_test_set(tmp_path):
@@ -593,7 +594,7 @@ def test_numbers_that_are_not_finite_do_not_reach_the_summary(tmp_path):
     assert summary["test"]["sites"]["hospital-1"]["loss"] is None
     assert summary["test"]["sites"]["hospital-1"]["odd"] is None
     assert summary["config"]["alpha"] is None
-    assert read_config(tmp_path)["config"]["alpha"] == float("inf")
+    assert RunFolder(tmp_path).read_config()["config"]["alpha"] == float("inf")
 
 
 def test_twelve_sites_are_not_mixed_up(tmp_path):

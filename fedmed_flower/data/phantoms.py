@@ -29,7 +29,8 @@ def chest_xrays(
 
     Label 1 stands for opacities in the lungs: one to three blurred patches, from hardly seen
     to dense. Exposure, contrast, position, size and noise differ from image to image. 74 % of
-    each split have label 1. A small CNN reaches a test AUC of about 0.96 with 2000 images.
+    each split have label 1. The pneumonia example reaches a test AUC of about 0.97 with 2000
+    images in ten rounds.
 
     Parameters
     ----------
@@ -100,7 +101,7 @@ def _draw(opaque: NDArray[np.bool_], size: int, rng: np.random.Generator) -> NDA
     ribs = np.cos((y + vary(0.35, 0.05) * x**2) * vary(19, 1.0) + vary(0, 2))
     density = _patches(rng, x, y, 6, 0.10) * vary(0.12, 0.03)
     number = rng.integers(1, 4, n)
-    strength = rng.gamma(4, 0.8, (n, 1, 1)).astype(np.float32)
+    strength = rng.gamma(1.5, 1.0, (n, 1, 1)).astype(np.float32)
     for k in range(3):
         shown = (opaque & (number > k))[:, None, None]
         density += _patches(rng, x, y, 1, 0.22) * strength * shown

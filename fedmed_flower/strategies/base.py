@@ -163,7 +163,8 @@ class FedAvg(flower.FedAvg):
                 metrics = evaluate_fn(server_round, arrays)
                 self._keep(server_round, "evaluate_metrics_serverapp", metrics, "server")
             self._save(grid, server_round)
-            log.info("%s", self._round_line(server_round, num_rounds, time.perf_counter() - began))
+            seconds, line = time.perf_counter() - began, self.history.describe(server_round)
+            log.info("round %d/%d  %s  %.1f s", server_round, num_rounds, line, seconds)
         if self.folder is not None:
             self.folder.write_model(self.result.arrays)
         return self.result
@@ -321,16 +322,9 @@ class FedAvg(flower.FedAvg):
         }
         # Only a grid that runs the clients in this process can save what they keep between rounds.
         states = grid.export_states() if hasattr(grid, "export_states") else {}
+        arrays, names = self.result.arrays, self.site_names
         self.folder.save(
-            Checkpoint(
-                server_round,
-                self.seed,
-                self.result.arrays,
-                self.history,
-                metrics,
-                self.site_names,
-                states,
-            )
+            Checkpoint(server_round, self.seed, arrays, self.history, metrics, names, states)
         )
 
     def _keep(self, server_round: int, name: str, metrics: MetricRecord | None, phase: str) -> None:
@@ -397,21 +391,6 @@ class FedAvg(flower.FedAvg):
             reason = f"{reason[:120]} … {reason[-270:]}"
         self.history.failures.append(Failure(server_round, phase, site, reason))
         log.warning("round %d: %s left out of %s: %s", server_round, site, phase, reason)
-
-    def _round_line(self, server_round: int, num_rounds: int, seconds: float) -> str:
-        parts = [f"round {server_round}/{num_rounds}"]
-        train = self.result.train_metrics_clientapp.get(server_round, MetricRecord())
-        val = self.result.evaluate_metrics_clientapp.get(server_round, MetricRecord())
-        if isinstance(loss := train.get("loss"), float):
-            parts.append(f"train loss {loss:.4f}")
-        for name in ("auc", "accuracy", "loss"):
-            if isinstance(value := val.get(name), float):
-                parts.append(f"val {name} {value:.4f}")
-                break
-        failed = {f.site for f in self.history.failures if f.round == server_round}
-        if failed:
-            parts.append(f"failed: {', '.join(sorted(failed))}")
-        return "  ".join([*parts, f"{seconds:.1f} s"])
 
 
 def _layout(arrays: ArrayRecord) -> dict[str, tuple[str, tuple[int, ...]]]:
