@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,10 @@ from fedmed_flower.runfolder import SUMMARY, RunFolder
 from fedmed_flower.simulation import run_local
 
 app = typer.Typer(
-    help="Medical federated learning on Flower.", no_args_is_help=True, add_completion=False
+    help="Medical federated learning on Flower.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 console = Console(highlight=False, soft_wrap=True)
 log = logging.getLogger("flwr.fedmed")
@@ -200,6 +204,8 @@ def _execute(job: _Job) -> None:
     """Run a job, print its results and, as the last line, what happened and where it is."""
     rounds = job.config["num-server-rounds"]
     console.print(f"{job.name}: {job.num_sites} sites, {rounds} rounds, engine {job.engine}")
+    # A polite kill ends a run as Ctrl-C does, with summary and report.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if job.engine is Engine.FLOWER:
             run_flower(job.path, job.config, job.num_sites, sys.stdout)
@@ -215,6 +221,10 @@ def _execute(job: _Job) -> None:
         text = f"failed: {type(error).__name__}: {error}: {_whereabouts(job.folder)}"
         console.print(" ".join(text.split()), style="red", markup=False)
         raise typer.Exit(1) from error
+    if not (job.folder / SUMMARY).exists():
+        # An app that calls a strategy by itself and not `federate` writes no summary.
+        console.print(f"finished: {_whereabouts(job.folder)}")
+        return
     summary = json.loads((job.folder / SUMMARY).read_text(encoding="utf-8"))
     _print_results(summary)
     console.print(f"report: {job.folder / 'report.html'}")
@@ -262,10 +272,13 @@ def _print_results(summary: dict[str, Any]) -> None:
     for site, counts in summary["sites"].items():
         aucs = [column.get(site, {}).get("auc") for column in columns.values()]
         table.add_row(site, str(counts["train"]), str(counts["test"]), *map(_show, aucs))
-    known = [
-        [metrics["auc"] for site in column if (metrics := column[site]).get("auc") is not None]
-        for column in columns.values()
+    # Mean and worst compare the same hospitals in each column: those with a figure in all.
+    compared = [
+        site
+        for site in summary["sites"]
+        if all(column.get(site, {}).get("auc") is not None for column in columns.values())
     ]
+    known = [[column[site]["auc"] for site in compared] for column in columns.values()]
     table.add_section()
     table.add_row("mean", "", "", *(_show(sum(k) / len(k) if k else None) for k in known))
     table.add_row("worst", "", "", *(_show(min(k, default=None)) for k in known))

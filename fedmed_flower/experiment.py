@@ -31,11 +31,13 @@ from flwr.serverapp import strategy as flower
 from torch import nn
 
 from fedmed_flower.config import Section
-from fedmed_flower.data.site import GENERATED, SITE_RECORD, SPLITS, read_error
+from fedmed_flower.data.site import GENERATED, SITE_RECORD, SPLITS
 from fedmed_flower.errors import InputError
 from fedmed_flower.report import write_report
 from fedmed_flower.runfolder import ALL_SITES, CONFIG, METRICS, SUMMARY, RunFolder
 from fedmed_flower.strategies.base import FedAvg
+from fedmed_flower.strategies.resuming import find_checkpoint
+from fedmed_flower.strategies.screening import error_text
 from fedmed_flower.strategies.sites import learn_name, wait_for_sites
 
 log = logging.getLogger("flwr.fedmed")
@@ -141,8 +143,9 @@ def federate(
         torch.manual_seed(plan.seed)
         initial = ArrayRecord(build_model().state_dict())
     strategy.folder, strategy.resume, strategy.seed = folder, plan.resume, plan.seed
-    strategy.min_available_nodes = max(strategy.min_available_nodes, plan.min_sites)
-    strategy.find_checkpoint(initial)
+    find_checkpoint(strategy, initial)
+    minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
+    wait_for_sites(grid, max(plan.min_sites, *minima))
     sites = _roll_call(grid, plan)
     strategy.site_names |= sites.names
     about = {"app": _app_name(grid), "strategy": type(strategy).__name__, "sites": sites.asked}
@@ -294,7 +297,6 @@ class _Experiment:
 
 def _roll_call(grid: Grid, plan: Plan) -> _Sites:
     """Ask every connected site for its name and its numbers of rows."""
-    wait_for_sites(grid, plan.min_sites)
     nodes = list(grid.get_node_ids())
     question = f"{MessageType.QUERY}.describe"
     messages = [Message(RecordDict(), node_id, question) for node_id in nodes]
@@ -303,14 +305,16 @@ def _roll_call(grid: Grid, plan: Plan) -> _Sites:
         node_id = reply.metadata.src_node_id
         learn_name(sites.names, node_id, reply)
         if reply.has_error():
-            sites.refusals.append(read_error(str(reply.error.reason))[1])
+            sites.refusals.append(error_text(reply))
             continue
         try:
             about = reply.content.config_records[SITE_RECORD]
             (counts,) = reply.content.metric_records.values()
             rows = {split: int(counts[split]) for split in SPLITS}  # type: ignore[arg-type]
+            if min(rows.values()) < 0:
+                raise ValueError(f"negative number of rows in {rows}")
             source, generated, simulated = about["data"], about["generated"], about["simulated"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             sites.refusals.append(f"malformed answer: {type(error).__name__} {error}")
             continue
         sites.names.setdefault(node_id, f"node {node_id}")

@@ -17,10 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 CONFUSION, GRID, COUNTS = "confusion-counts", "score-grid", "score-counts"
 SUMMABLE = (CONFUSION, GRID, COUNTS)
 
-# Bins as wide as 1/300 of the interquartile range at the median and growing outwards (sinh) keep
-# the AUC right to 0.001 for narrow, skewed and two-humped scores alike.
-_BINS = 1024
-_EDGES = np.sinh(np.linspace(-8.0, 8.0, _BINS + 1))
+# Bins of 1/500 of the interquartile range at the median that grow outwards (sinh), so that narrow,
+# skewed and far-off scores keep their order.
+_BINS = 2048
+_EDGES = np.sinh(np.linspace(-10.0, 10.0, _BINS + 1))
 
 Value = float | int | list[int] | list[float]
 
@@ -43,10 +43,9 @@ def class_margins(logits: ArrayLike) -> NDArray[np.float64]:
         return z
     if z.shape[1] == 2:
         return z[:, 1:] - z[:, :1]
-    shifted = z - z.max(axis=1, keepdims=True)
-    exponents = np.exp(shifted)
-    rest = exponents.sum(axis=1, keepdims=True) - exponents
-    return np.asarray(shifted - np.log(np.maximum(rest, np.finfo(float).tiny)))
+    others = (np.delete(z, column, axis=1) for column in range(z.shape[1]))
+    against = np.stack([np.logaddexp.reduce(rest, axis=1) for rest in others], axis=1)
+    return np.asarray(z - against)
 
 
 def classification_metrics(labels: ArrayLike, logits: ArrayLike) -> dict[str, Value]:
@@ -102,7 +101,8 @@ def check_counts(record: Mapping[str, Any]) -> str | None:
     rows = record.get("num-examples")
     if sum(confusion) != rows or sum(counts) != rows * scores:
         return f"{CONFUSION} and {COUNTS} do not add up to num-examples = {rows}"
-    if not all(math.isfinite(value) for value in grid) or min(grid[1::3]) <= 0:
+    reach = [abs(grid[i]) + grid[i + 1] * _EDGES[-1] for i in range(0, len(grid), 3)]
+    if not all(math.isfinite(value) for value in (*grid, *reach)) or min(grid[1::3]) <= 0:
         return f"{GRID} must be finite, with widths above 0"
     if not all(0 <= auc <= 1 for auc in grid[2::3]):
         return f"{GRID} names an AUC outside 0 to 1"
@@ -120,9 +120,11 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
     Returns
     -------
     dict
-        The same figures as one hospital's, and the total ``num-examples``. The AUC is within
-        0.001 of that of the single scores: exact for pairs of rows of one hospital, and from the
-        histograms for pairs of rows of two.
+        The same figures as one hospital's, and the total ``num-examples``. The AUC is exact for
+        pairs of rows of one hospital and comes from the histograms for pairs of rows of two. It
+        is right to 0.001 for scores with one hump, heavy tails and skew included; where a network
+        crowds its scores into two humps a hundred times narrower than their distance, it can be
+        off by some thousandths.
     """
     total = np.sum([np.asarray(record[CONFUSION]) for record in records], axis=0)
     num_classes = round(len(total) ** 0.5)
@@ -164,6 +166,9 @@ def _histograms(positive: NDArray[np.bool_], margins: NDArray[np.float64]) -> di
     for truth, score in zip(positive.T, margins.T, strict=True):
         low, centre, high = np.percentile(score, [25, 50, 75])
         width = max(0.2 * (high - low), 1e-3 * score.std(), 1e-9 * max(1.0, abs(centre)))
+        # Rounded, so that the grid does not tell one patient's score.
+        width = float(f"{width:.1e}")
+        centre = width * round(centre / width)
         own = roc_auc_score(truth, score) if truth.any() and not truth.all() else 0.5
         grid += [float(centre), float(width), float(own)]
         places = np.clip((score - centre) / width, _EDGES[0], _EDGES[-1])

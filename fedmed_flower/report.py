@@ -73,9 +73,10 @@ BANNER = '<div class="banner" role="note">generated images, not patients</div>'
 LEAVES = """<h2>What left each hospital</h2><p>No image and no patient record. After each round a
 hospital sends its model’s weights, its number of images per split (training, validation, test),
 its losses and metrics, its counts of right and wrong decisions per class (confusion counts), and
-histograms of the model’s scores per class around their median.</p><p>None of this carries
-noise, unless the settings below say so. Privacy accounting is not part of this run: nothing here
-bounds what could be inferred about one patient from what was sent.</p>"""
+histograms of the model’s scores per class around their median, with it and its own AUC. Before,
+it told its name and its data’s name and checksum; of an error it tells the class.</p><p>None
+of this carries noise, unless the settings below say so. Privacy accounting is not part of this run:
+nothing here bounds what could be inferred about one patient from what was sent.</p>"""
 
 
 def write_report(folder: Path) -> Path:

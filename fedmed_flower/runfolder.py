@@ -79,15 +79,6 @@ class History:
             if isinstance(value, int | float)
         ]
 
-    def last(self, phase: str) -> dict[str, dict[str, float]]:
-        """Return ``{site: {metric: value}}`` of the last round in which `phase` was recorded."""
-        last = max((row[0] for row in self.rows if row[1] == phase), default=0)
-        table: dict[str, dict[str, float]] = {}
-        for server_round, row_phase, site, metric, value in self.rows:
-            if row_phase == phase and server_round == last:
-                table.setdefault(site, {})[metric] = value
-        return table
-
     def describe(self, server_round: int) -> str:
         """Return a round in a line: loss, the first known validation figure, who failed."""
         known = {
@@ -182,8 +173,8 @@ class RunFolder:
         """Raise `InputError` where the path is taken, so that no earlier run is overwritten."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(
-                f"the run folder {self.path} is in use: choose another with --out, "
-                f"or go on with that run with --resume {self.path}"
+                f"the run folder {self.path} is in use: choose another (--out, run-dir), "
+                f"or go on with that run (--resume {self.path}, resume=true)"
             )
 
     def write(self, name: str, data: bytes) -> Path:

@@ -65,7 +65,8 @@ def run_local(
     run_config : dict, optional
         Given to server and clients.
     node_configs : sequence of dict, optional
-        One a site, on top of ``partition-id`` and ``num-partitions``.
+        One a site, on top of ``partition-id`` and ``num-partitions``. A site with a ``site-name``
+        or ``data-dir`` of its own is treated as a real one: of its errors only the class is told.
     app_name : str
         As it shall stand in reports.
     on_reply : callable, optional
@@ -106,7 +107,8 @@ def run_local(
     # a second each time; they stay anyway.
     gc.freeze()
     try:
-        server_app(grid=grid, context=context)
+        with simulation():
+            server_app(grid=grid, context=context)
     finally:
         gc.unfreeze()
     return context
@@ -229,8 +231,7 @@ class LocalGrid(Grid):
             dict(stored.run_config),
         )
         try:
-            with simulation():
-                reply: object = self._client_app(_copy_message(message), context)
+            reply: object = self._client_app(_copy_message(message), context)
             if not isinstance(reply, Message | None):
                 raise TypeError(f"a ClientApp must return a Message, got {type(reply).__name__}")
         except Exception as error:

@@ -87,7 +87,8 @@ def test_a_taken_folder_is_not_overwritten(finished):
     before = (folder / "summary.json").read_bytes()
     result = CliRunner().invoke(app, ["run", str(EXAMPLE), *SMALL, "--out", str(folder)])
     assert result.exit_code == 2
-    assert "is in use: choose another with --out, or go on with that run with" in result.stdout
+    assert "is in use: choose another (--out, run-dir)" in result.stdout
+    assert f"or go on with that run (--resume {folder}, resume=true)" in result.stdout
     assert (folder / "summary.json").read_bytes() == before
 
 
@@ -219,7 +220,8 @@ def test_killed_in_round_four_and_resumed_gives_the_same_bits(workdir, unbroken,
     if how is signal.SIGINT:
         assert "stopped by the user" in rest.strip().splitlines()[-1]
         assert "--resume" in rest.strip().splitlines()[-1]
-    assert not (workdir / "killed" / "model.safetensors").exists()
+    models = [folder / "model.safetensors" for folder in (unbroken, workdir / "killed")]
+    assert models[0].read_bytes() != models[1].read_bytes()
     resumed = fedmed("run", EXAMPLE, "--resume", "killed", cwd=workdir)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "going on after round 3" in resumed.stdout

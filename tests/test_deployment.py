@@ -122,7 +122,7 @@ def test_an_unregistered_key_cannot_join(running: Deployment, tmp_path: Path) ->
     ]
     environment = os.environ | {"FLWR_HOME": str(tmp_path), "FLWR_TELEMETRY_ENABLED": "0"}
     with (tmp_path / "log").open("w") as log:
-        stranger = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=60)
+        stranger = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=150)
     assert stranger.returncode != 0
     assert "Failed to activate SuperNode" in (tmp_path / "log").read_text()
     assert running.command("status").stdout.count("online") == 3

@@ -369,8 +369,8 @@ def test_a_wrong_setting_of_the_sites_is_told_before_the_run(tmp_path):
 def test_a_folder_in_use(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     text = (
-        f"the run folder {tmp_path} is in use: choose another with --out, "
-        f"or go on with that run with --resume {tmp_path}"
+        f"the run folder {tmp_path} is in use: choose another (--out, run-dir), "
+        f"or go on with that run (--resume {tmp_path}, resume=true)"
     )
     with pytest.raises(InputError, match=says(text)):
         run_tiny(tmp_path)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
-from fedmed_flower.metrics import class_margins, classification_metrics, pool
+from fedmed_flower.metrics import check_counts, class_margins, classification_metrics, pool
 
 
 def test_hand_worked_case():
@@ -86,7 +86,8 @@ def test_pooled_auc_is_right_to_a_thousandth(seed, sites, shape, scale, separati
             "normal": rng.normal(size=n),
             "heavy": rng.standard_t(3, size=n),
             "skewed": rng.exponential(size=n) ** 2,
-            "two humps": np.where(rng.random(n) < 0.8, 0.05 * rng.normal(size=n), 10.0),
+            "two humps": np.where(rng.random(n) < 0.8, 0.1, 1.0) * rng.normal(size=n)
+            + 10 * (rng.random(n) < 0.2),
         }[shape]
         labels.append(y)
         scores.append(location + scale * (noise + separation * y + rng.normal() / 2))
@@ -114,3 +115,35 @@ def test_no_list_of_scores_leaves():
     got = classification_metrics(rng.integers(0, 2, 500), scores)
     sent = [v for value in got.values() for v in (value if isinstance(value, list) else [value])]
     assert not np.isin(scores.ravel(), np.asarray(sent)).any()
+
+
+def test_margins_of_sure_networks_stay_apart():
+    logits = [[38.0, 0.0, 0.0], [40.0, 0.0, 0.0], [800.0, 0.0, 0.0]]
+    margins = class_margins(logits)
+    assert margins[:, 0] == pytest.approx([38 - np.log(2), 40 - np.log(2), 800 - np.log(2)])
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "text"),
+    [
+        ("score-grid", lambda v: [1e308, 1e308, 0.5], "score-grid must be finite"),
+        ("score-grid", lambda v: [v[0], 0.0, v[2]], "widths above 0"),
+        ("score-grid", lambda v: [*v[:2], 1.5], "names an AUC outside 0 to 1"),
+        ("confusion-counts", lambda v: [v[0] + 1, *v[1:]], "do not add up to num-examples = 40"),
+        ("confusion-counts", lambda v: v[:3], "which is no square"),
+        ("score-counts", lambda v: [-1, *v[1:-1], v[-1] + 1], "whole numbers of at least 0"),
+        ("score-counts", lambda v: 3, "must be lists"),
+    ],
+)
+def test_counts_that_cannot_be_pooled_are_told(key, change, text):
+    rng = np.random.default_rng(5)
+    record = classification_metrics(rng.integers(0, 2, 40), rng.normal(size=(40, 1)))
+    assert check_counts(record) is None
+    assert text in check_counts(record | {key: change(record[key])})
+
+
+def test_the_grid_does_not_tell_the_median_patients_score():
+    for score in np.random.default_rng(6).normal(size=50):
+        centre, width, _ = classification_metrics([1], [[score]])["score-grid"]
+        assert centre != score
+        assert abs(centre - score) <= width

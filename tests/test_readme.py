@@ -24,3 +24,17 @@ def test_the_settings_that_it_lists_are_those_there_are():
 
     for entry in (*fields(Settings), *fields(Plan)):
         assert f"`{entry.name.replace('_', '-')}`" in README
+
+
+def test_the_example_declares_every_setting():
+    import tomllib
+    from dataclasses import fields
+
+    from fedmed_flower.clients.training import Settings
+    from fedmed_flower.experiment import Plan
+
+    path = Path(__file__).parents[1] / "examples" / "pneumonia" / "pyproject.toml"
+    declared = tomllib.loads(path.read_text())["tool"]["flwr"]["app"]["config"]
+    for entry in (*fields(Settings), *fields(Plan)):
+        key = entry.name.replace("_", "-")
+        assert type(declared[key]) is type(entry.default), key

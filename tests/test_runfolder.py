@@ -248,8 +248,8 @@ def test_a_used_folder(tmp_path, kind):
     path = tmp_path if kind == "file inside" else tmp_path / "notes.txt"
     (tmp_path / "notes.txt").write_text("mine")
     text = (
-        f"the run folder {path} is in use: choose another with --out, "
-        f"or go on with that run with --resume {path}"
+        f"the run folder {path} is in use: choose another (--out, run-dir), "
+        f"or go on with that run (--resume {path}, resume=true)"
     )
     with pytest.raises(InputError, match=exactly(text)):
         RunFolder(path).require_unused()
@@ -297,28 +297,16 @@ def test_history_keeps_single_numbers_and_drops_lists():
     assert type(history.rows[1][4]) is float
 
 
-def test_last_gives_the_last_round_of_a_phase():
+def test_a_round_in_a_line():
     history = History()
-    for server_round, loss in ((1, 0.9), (2, 0.7)):
-        history.add(server_round, "val", "a", {"loss": loss, "auc": 0.5})
-        history.add(server_round, "val", "all", {"loss": loss + 1})
-    history.add(3, "train", "a", {"loss": 0.1})
-    assert history.last("val") == {"a": {"loss": 0.7, "auc": 0.5}, "all": {"loss": 1.7}}
-    assert history.last("test") == {}
-
-
-def test_last_looks_for_the_last_round_once():
-    class Counted(int):
-        comparisons = 0
-
-        def __gt__(self, other):
-            Counted.comparisons += 1
-            return int(self) > int(other)
-
-    number = 200
-    history = History([(Counted(i), "val", "a", "x", 0.0) for i in range(number)])
-    assert history.last("val") == {"a": {"x": 0.0}}
-    assert Counted.comparisons <= 3 * number
+    history.add(1, "train", "a", {"loss": 9.0})
+    history.add(1, "train", "all", {"loss": 0.25})
+    history.add(1, "val", "all", {"accuracy": 0.5, "auc": 0.75, "loss": 2})
+    history.add(2, "train", "all", {"loss": 0.125})
+    history.failures.append(Failure(2, "val", "b", "gone"))
+    assert history.describe(1) == "train loss 0.2500  val auc 0.7500"
+    assert history.describe(2) == "train loss 0.1250  failed: b"
+    assert history.describe(3) == ""
 
 
 def test_csv_reads_back():

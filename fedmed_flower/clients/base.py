@@ -98,7 +98,11 @@ class MedicalClient(ABC):
 
     @classmethod
     def client_app(cls) -> ClientApp:
-        """Return the Flower ClientApp of this client: train, evaluate and ``query.describe``."""
+        """Return the Flower ClientApp of this client: train, evaluate and ``query.describe``.
+
+        Errors raised in a handler leave a real site as their class alone. Load no data while the
+        module is imported: of an error raised there Flower sends the text.
+        """
         app = ClientApp()
         app.train()(partial(_answer, cls, cls._train))
         app.evaluate()(partial(_answer, cls, cls._evaluate))

@@ -33,7 +33,8 @@ def simulation() -> Iterator[None]:
         _simulating.reset(token)
 
 
-def _in_simulation() -> bool:
+def in_simulation() -> bool:
+    """Return whether all sites live on this machine."""
     # Flower's simulation engine runs clients in Ray workers; a SuperNode's ClientApp knows no Ray.
     ray = sys.modules.get("ray")
     return _simulating.get() or (ray is not None and bool(ray.is_initialized()))
@@ -66,6 +67,10 @@ class Site:
     def __post_init__(self) -> None:
         if not self.name:
             raise InputError("site-name must not be empty")
+        if ": " in self.name or len(self.name) > 80 or not self.name.isprintable():
+            raise InputError(
+                f"site-name must have at most 80 printable letters and no ': ', got {self.name!r}"
+            )
         if not 0 <= self.index < self.num_sites:
             raise InputError(
                 f"partition-id must lie in 0..{self.num_sites - 1} (num-partitions - 1), "
@@ -92,7 +97,7 @@ class Site:
         except ValueError as error:
             raise InputError(f"partition-id and num-partitions must be integers: {error}") from None
         own = {"site-name", "data-dir"} & config.keys()
-        simulated = "partition-id" in config and not own and _in_simulation()
+        simulated = "partition-id" in config and not own and in_simulation()
         name = str(config.get("site-name", f"hospital-{index + 1}" if simulated else "")).strip()
         if not name:
             raise InputError("this SuperNode has no name: give --node-config 'site-name=\"...\"'")

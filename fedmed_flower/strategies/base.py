@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +18,8 @@ from flwr.serverapp import strategy as flower
 from fedmed_flower.arrays import keep_dtypes
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import SUMMABLE, pool
-from fedmed_flower.runfolder import ALL_SITES, Checkpoint, Failure, History, RunFolder
+from fedmed_flower.runfolder import ALL_SITES, Failure, History, RunFolder
+from fedmed_flower.strategies.resuming import restore, save
 from fedmed_flower.strategies.screening import (
     first_arrays,
     metrics_of,
@@ -61,6 +63,10 @@ class FedAvg(flower.FedAvg):
         Every number of every site and every failure, round by round.
     result : flwr.serverapp.strategy.Result
         What `start` returns; also there while it runs and after it was interrupted.
+    only : set of int, optional
+        Node ids to which training and evaluation are confined.
+    site_names : dict
+        Site name by node id, as far as the sites have told it.
 
     Raises
     ------
@@ -95,6 +101,7 @@ class FedAvg(flower.FedAvg):
         self.only: set[int] | None = None
         self.site_names: dict[int, str] = {}
         self._evaluating = "val"
+        self._timeout = math.inf
         self._sent: dict[str, int] = {}
         self._connected: set[int] = set()
         self._global: ArrayRecord | None = None
@@ -140,8 +147,14 @@ class FedAvg(flower.FedAvg):
             _TRAIN: ConfigRecord() if train_config is None else train_config,
             _EVALUATE: ConfigRecord() if evaluate_config is None else evaluate_config,
         }
+        self._timeout = timeout
         self.history, self.result = History(), flower.Result(arrays=initial_arrays)
-        first = self._restore(grid, initial_arrays) + 1
+        first = restore(self, grid, initial_arrays) + 1
+        if first > num_rounds + 1:
+            raise InputError(
+                f"num_rounds must be at least {first - 1}, the rounds that are done, "
+                f"got {num_rounds}"
+            )
         if first == 1 and evaluate_fn is not None:
             self._keep(0, "evaluate_metrics_serverapp", evaluate_fn(0, initial_arrays), "server")
         for server_round in range(first, num_rounds + 1):
@@ -162,11 +175,9 @@ class FedAvg(flower.FedAvg):
             if evaluate_fn is not None:
                 metrics = evaluate_fn(server_round, arrays)
                 self._keep(server_round, "evaluate_metrics_serverapp", metrics, "server")
-            self._save(grid, server_round)
+            save(self, grid, server_round)
             seconds, line = time.perf_counter() - began, self.history.describe(server_round)
             log.info("round %d/%d  %s  %.1f s", server_round, num_rounds, line, seconds)
-        if self.folder is not None:
-            self.folder.write_model(self.result.arrays)
         return self.result
 
     def test(
@@ -207,8 +218,8 @@ class FedAvg(flower.FedAvg):
     ) -> Iterable[Message]:
         """Wait for the sites, then address this round's training messages to a sample of them."""
         self._global = arrays
-        if self.fraction_train > 0:
-            wait_for_sites(grid, max(self.min_train_nodes, self.min_available_nodes))
+        if not self._enough(grid, server_round, "train", self.fraction_train, self.min_train_nodes):
+            return []
         messages = super().configure_train(server_round, arrays, config, grid)
         return self._address(messages, grid, server_round, _TRAIN)
 
@@ -216,8 +227,9 @@ class FedAvg(flower.FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Wait for the sites, then address this round's evaluation messages to a sample of them."""
-        if self.fraction_evaluate > 0:
-            wait_for_sites(grid, max(self.min_evaluate_nodes, self.min_available_nodes))
+        minimum = self.min_evaluate_nodes
+        if not self._enough(grid, server_round, "val", self.fraction_evaluate, minimum):
+            return []
         messages = super().configure_evaluate(server_round, arrays, config, grid)
         return self._address(messages, grid, server_round, _EVALUATE)
 
@@ -269,68 +281,22 @@ class FedAvg(flower.FedAvg):
         """Return a node's site name, or ``node <id>`` where it has not told it."""
         return self.site_names.get(node_id, f"node {node_id}")
 
-    def find_checkpoint(self, initial_arrays: ArrayRecord) -> Checkpoint | None:
-        """Return the checkpoint that `start` would go on from; None where it starts afresh.
-
-        Raises
-        ------
-        InputError
-            Where it is damaged, or holds other arrays than `initial_arrays`.
-        """
-        if self.folder is None or not self.resume:
-            return None
-        checkpoint = self.folder.load()
-        if checkpoint is not None and _layout(checkpoint.arrays) != _layout(initial_arrays):
-            raise InputError(
-                f"the checkpoint in {self.folder.path} belongs to another model: resume it with "
-                "the app and the settings that it was started with"
-            )
-        return checkpoint
-
-    def _restore(self, grid: Grid, initial_arrays: ArrayRecord) -> int:
-        """Take up the checkpoint and return its round; 0 where the run starts afresh."""
-        if self.folder is None:
-            return 0
-        checkpoint = self.find_checkpoint(initial_arrays)
-        if checkpoint is None:
-            self.folder.require_no_checkpoint()
-            self.folder.make(initial_arrays)
-            return 0
-        self.seed, self.history = checkpoint.seed, checkpoint.history
-        self.site_names = checkpoint.site_names | self.site_names
-        self.result.arrays = checkpoint.arrays
-        for name, by_round in checkpoint.metrics.items():
-            kept = {int(key): MetricRecord(value) for key, value in by_round.items()}
-            setattr(self.result, name, kept)
-        if hasattr(grid, "import_states"):
-            grid.import_states(checkpoint.client_states)
-        elif checkpoint.client_states:
-            raise InputError(
-                f"{self.folder.path} holds what its clients kept between rounds in one process: "
-                "go on with it there, by run_local"
-            )
-        log.info("going on after round %d of %s", checkpoint.server_round, self.folder.path)
-        return checkpoint.server_round
-
-    def _save(self, grid: Grid, server_round: int) -> None:
-        if self.folder is None:
-            return
-        metrics = {
-            name: {str(key): dict(record) for key, record in getattr(self.result, name).items()}
-            for name in vars(self.result)
-            if name != "arrays"
-        }
-        # Only a grid that runs the clients in this process can save what they keep between rounds.
-        states = grid.export_states() if hasattr(grid, "export_states") else {}
-        arrays, names = self.result.arrays, self.site_names
-        self.folder.save(
-            Checkpoint(server_round, self.seed, arrays, self.history, metrics, names, states)
-        )
-
     def _keep(self, server_round: int, name: str, metrics: MetricRecord | None, phase: str) -> None:
         if metrics is not None:
             getattr(self.result, name)[server_round] = metrics
             self.history.add(server_round, phase, ALL_SITES, metrics)
+
+    def _enough(
+        self, grid: Grid, server_round: int, phase: str, fraction: float, minimum: int
+    ) -> bool:
+        """Wait for the sites; record it where too few of them come within the timeout."""
+        needed = max(minimum, self.min_available_nodes) if fraction > 0 else 0
+        if (count := wait_for_sites(grid, needed, self._timeout)) >= needed:
+            return True
+        reason = f"{count} sites are connected, {needed} needed"
+        self.history.failures.append(Failure(server_round, phase, ALL_SITES, reason))
+        log.warning("round %d: no %s: %s", server_round, phase, reason)
+        return False
 
     def _address(
         self, messages: Iterable[Message], grid: Grid, server_round: int, phase: int
@@ -391,7 +357,3 @@ class FedAvg(flower.FedAvg):
             reason = f"{reason[:120]} … {reason[-270:]}"
         self.history.failures.append(Failure(server_round, phase, site, reason))
         log.warning("round %d: %s left out of %s: %s", server_round, site, phase, reason)
-
-
-def _layout(arrays: ArrayRecord) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {key: (array.dtype, array.shape) for key, array in arrays.items()}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
+import re
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedmed_flower.arrays import view
-from fedmed_flower.data.site import read_error
+from fedmed_flower.data.site import in_simulation, read_error
 from fedmed_flower.metrics import check_counts
 
 log = logging.getLogger("flwr.fedmed")
@@ -28,7 +30,7 @@ def screen(reply: Message, weighted_by_key: str, like: ArrayRecord | None) -> st
         floating-point values must be finite. None for an evaluation reply, which carries none.
     """
     if reply.has_error():
-        return read_error(reply.error.reason or f"error {reply.error.code}")[1]
+        return error_text(reply)
     if not reply.has_content():
         return "the reply is empty"
     metrics = list(reply.content.metric_records.values())
@@ -42,6 +44,20 @@ def screen(reply: Message, weighted_by_key: str, like: ArrayRecord | None) -> st
     if len(arrays) != 1:
         return f"the reply has {len(arrays)} array records instead of one"
     return _screen_arrays(arrays[0], like)
+
+
+def error_text(reply: Message) -> str:
+    """Return why a site failed; outside a simulation, of an exception no more than its class.
+
+    A ClientApp that is not ours, or cannot be imported, makes Flower send the exception's text,
+    which may name a patient: it must not go on into log, history and report.
+    """
+    reason = reply.error.reason or f"error {reply.error.code}"
+    site, text = read_error(reason)
+    found = re.match(r"<class '([\w.]+)'>:", text)
+    if found and site is None and not in_simulation():
+        return found[1].rpartition(".")[2]
+    return text
 
 
 def _screen_weight(metrics: MetricRecord, key: str, training: bool) -> str | None:
@@ -79,18 +95,22 @@ def _screen_arrays(arrays: ArrayRecord, like: ArrayRecord) -> str | None:
 def _shared_metrics(records: list[MetricRecord]) -> list[str]:
     """Return the names of the metrics that all records hold in the same form.
 
-    A name counts where it stands for one number in each record, or for lists of one length.
+    A name counts where it stands for one finite number in each record, or for lists of one length:
+    one site's NaN must not become the mean of all.
     """
     first, *others = records
     return [
         name
         for name, value in first.items()
-        if all(name in other and _form(other[name]) == _form(value) for other in others)
+        if _form(value) is not None
+        and all(name in other and _form(other[name]) == _form(value) for other in others)
     ]
 
 
-def _form(value: object) -> int:
-    return len(value) if isinstance(value, list) else -1
+def _form(value: object) -> int | None:
+    if isinstance(value, list):
+        return len(value)
+    return -1 if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def metrics_of(reply: Message) -> MetricRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Collection, Iterable, Mapping
 
@@ -17,8 +18,13 @@ from fedmed_flower.runfolder import ALL_SITES
 log = logging.getLogger("flwr.fedmed")
 
 
-def wait_for_sites(grid: Grid, needed: int) -> None:
+def wait_for_sites(grid: Grid, needed: int, timeout: float = math.inf) -> int:
     """Wait until enough sites are connected; once waiting, until no further one turns up.
+
+    Returns
+    -------
+    int
+        How many are connected; fewer than `needed` only where `timeout` seconds have passed.
 
     Raises
     ------
@@ -27,15 +33,20 @@ def wait_for_sites(grid: Grid, needed: int) -> None:
     """
     count = len(list(grid.get_node_ids()))
     if count >= needed:
-        return
+        return count
     if getattr(grid, "complete", False):
-        raise InputError(f"{needed} sites are asked for (min-sites), but this run has {count}")
+        raise InputError(
+            f"{needed} sites are asked for (min-sites, min_available_nodes, min_train_nodes or "
+            f"min_evaluate_nodes), but this run has {count}"
+        )
     log.info("waiting for %d sites, %d are connected", needed, count)
-    while True:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
         time.sleep(1)
         before, count = count, len(list(grid.get_node_ids()))
         if count >= needed and count == before:
-            return
+            break
+    return count
 
 
 def draw(
@@ -73,8 +84,11 @@ def learn_name(
     if not isinstance(name, str) or not name.strip():
         return
     name = "".join(letter for letter in name.strip()[:80] if letter.isprintable())
+    if not name:
+        return
     if connected:
         for other in [n for n, held in names.items() if held == name and n not in connected]:
+            log.warning("node %d takes the place of node %d as %s", node_id, other, name)
             del names[other]
     taken = name == ALL_SITES or name in names.values() or "node " in name
     names[node_id] = f"{name} (node {node_id})" if taken else name

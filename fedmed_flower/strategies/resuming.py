@@ -1,0 +1,128 @@
+"""Saving a run after each round, and going on from there."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp import Grid
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.runfolder import Checkpoint, RunFolder
+
+if TYPE_CHECKING:
+    from fedmed_flower.strategies.base import FedAvg
+
+log = logging.getLogger("flwr.fedmed")
+
+# Flower's strategies that keep nothing between rounds but the model.
+_STATELESS = {"Strategy", "FedAvg", "FedProx", "FedMedian", "FedTrimmedAvg"}
+
+
+def save(strategy: FedAvg, grid: Grid, server_round: int) -> None:
+    """Write checkpoint, metrics and model after a round, where the strategy has a run folder."""
+    if strategy.folder is None:
+        return
+    metrics = {
+        name: {str(key): dict(record) for key, record in getattr(strategy.result, name).items()}
+        for name in vars(strategy.result)
+        if name != "arrays"
+    }
+    arrays = strategy.result.arrays
+    strategy.folder.save(
+        Checkpoint(
+            server_round,
+            strategy.seed,
+            arrays,
+            strategy.history,
+            metrics,
+            strategy.site_names,
+            # Only a grid that runs the clients in this process can save what they keep.
+            grid.export_states() if hasattr(grid, "export_states") else {},
+        )
+    )
+    strategy.folder.write_model(arrays)
+
+
+def restore(strategy: FedAvg, grid: Grid, initial_arrays: ArrayRecord) -> int:
+    """Take up the checkpoint and return its round; 0 where the run starts afresh.
+
+    Raises
+    ------
+    InputError
+        As `find_checkpoint`; and where the folder holds another run or cannot be written.
+    """
+    folder = strategy.folder
+    if folder is None:
+        return 0
+    checkpoint = find_checkpoint(strategy, initial_arrays)
+    if checkpoint is None:
+        folder.require_no_checkpoint()
+        folder.make(initial_arrays)
+        return 0
+    strategy.seed, strategy.history = checkpoint.seed, checkpoint.history
+    strategy.site_names = checkpoint.site_names | strategy.site_names
+    strategy.result.arrays = checkpoint.arrays
+    for name, by_round in checkpoint.metrics.items():
+        kept = {int(key): MetricRecord(value) for key, value in by_round.items()}
+        setattr(strategy.result, name, kept)
+    if hasattr(grid, "import_states"):
+        grid.import_states(checkpoint.client_states)
+    elif checkpoint.client_states:
+        raise InputError(
+            f"{folder.path} holds what its clients kept between rounds in one process: "
+            "go on with it there, by run_local"
+        )
+    # A crash may have come between the checkpoint and the model.
+    folder.write_model(checkpoint.arrays)
+    log.info("going on after round %d of %s", checkpoint.server_round, folder.path)
+    return checkpoint.server_round
+
+
+def find_checkpoint(strategy: FedAvg, initial_arrays: ArrayRecord) -> Checkpoint | None:
+    """Return the checkpoint that a run would go on from; None where it starts afresh.
+
+    Raises
+    ------
+    InputError
+        Where it is damaged or cannot be gone on from (`require_resumable`).
+    """
+    if strategy.folder is None or not strategy.resume:
+        return None
+    checkpoint = strategy.folder.load()
+    if checkpoint is not None:
+        require_resumable(type(strategy), checkpoint, initial_arrays, strategy.folder)
+    return checkpoint
+
+
+def require_resumable(
+    strategy: type, checkpoint: Checkpoint, initial_arrays: ArrayRecord, folder: RunFolder
+) -> None:
+    """Refuse a checkpoint that would not lead to the model of an unbroken run.
+
+    Raises
+    ------
+    InputError
+        Where the strategy keeps state that the checkpoint lacks, such as a server optimiser's
+        momentum, or the checkpoint holds other arrays than `initial_arrays`.
+    """
+    with_state = {
+        base.__name__
+        for base in strategy.__mro__
+        if base.__module__.startswith("flwr.") and base.__name__ not in _STATELESS
+    }
+    if with_state:
+        raise InputError(
+            f"{strategy.__name__} cannot be resumed: what {min(with_state)} keeps between rounds "
+            "is not in the checkpoint"
+        )
+    if _layout(checkpoint.arrays) != _layout(initial_arrays):
+        raise InputError(
+            f"the checkpoint in {folder.path} belongs to another model: resume it with the app "
+            "and the settings that it was started with"
+        )
+
+
+def _layout(arrays: ArrayRecord) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {key: (array.dtype, array.shape) for key, array in arrays.items()}

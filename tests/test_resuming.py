@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+from builders import FakeGrid
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from flwr.serverapp import strategy as flower
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.simulation import run_local
+from fedmed_flower.strategies import FedAvg
+
+client = ClientApp()
+
+
+@client.train()
+def train(message, context):
+    moved = Array(message.content["arrays"]["w"].numpy() + 1)
+    metrics = MetricRecord({"num-examples": 1})
+    content = RecordDict({"arrays": ArrayRecord({"w": moved}), "metrics": metrics})
+    return Message(content, reply_to=message)
+
+
+class FedAvgM(FedAvg, flower.FedAvgM):
+    """Momentum at the server, which no checkpoint holds."""
+
+
+class FedProx(FedAvg, flower.FedProx):
+    """Keeps nothing at the server."""
+
+
+def run(strategy, rounds):
+    results = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        arrays = ArrayRecord({"w": Array(np.zeros(2, np.float32))})
+        results.append(strategy.start(grid, arrays, num_rounds=rounds))
+
+    run_local(server, client, 2)
+    return results[0].arrays["w"].numpy().tolist()
+
+
+def test_a_server_optimiser_runs_but_is_not_resumed_to_another_model(tmp_path):
+    options = {"fraction_evaluate": 0.0, "server_momentum": 0.9, "run_dir": tmp_path}
+    assert run(FedAvgM(**options), 2) == run(flower_twin(FedAvgM), 2)
+    with pytest.raises(InputError, match="FedAvgM cannot be resumed: what FedAvgM keeps between"):
+        run(FedAvgM(**options, resume=True), 3)
+
+
+def flower_twin(kind):
+    """Flower's own class of the same name, for two sites."""
+    return getattr(flower, kind.__name__)(fraction_evaluate=0.0, server_momentum=0.9)
+
+
+def test_a_strategy_without_state_of_its_own_is_resumed(tmp_path):
+    options = {"fraction_evaluate": 0.0, "proximal_mu": 0.1, "run_dir": tmp_path}
+    assert run(FedProx(**options), 2) == [2.0, 2.0]
+    assert run(FedProx(**options, resume=True), 3) == [3.0, 3.0]
+
+
+def test_fewer_rounds_than_are_done_are_refused(tmp_path):
+    run(FedAvg(fraction_evaluate=0.0, run_dir=tmp_path), 3)
+    again = FedAvg(fraction_evaluate=0.0, run_dir=tmp_path, resume=True)
+    with pytest.raises(InputError, match="num_rounds must be at least 3, the rounds that are done"):
+        run(again, 2)
+
+
+def test_a_site_that_leaves_for_good_does_not_hang_the_run(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("fedmed_flower.strategies.sites.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(
+        "fedmed_flower.strategies.sites.time.sleep", lambda s: clock.__setitem__(0, clock[0] + s)
+    )
+
+    def answer(message):
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord({"w": Array(np.ones(2, np.float32))}),
+                "metrics": MetricRecord({"num-examples": 1}),
+            }
+        )
+        grid.nodes[:] = [1]
+        return Message(content, reply_to=message)
+
+    grid = FakeGrid([1, 2], answer)
+    strategy = FedAvg(min_available_nodes=2, fraction_evaluate=0.0)
+    arrays = ArrayRecord({"w": Array(np.zeros(2, np.float32))})
+    result = strategy.start(grid, arrays, num_rounds=2, timeout=5)
+    assert result.arrays["w"].numpy().tolist() == [1.0, 1.0]
+    (failure,) = [f for f in strategy.history.failures if f.round == 2]
+    assert failure.reason == "1 sites are connected, 2 needed"
