@@ -60,7 +60,8 @@ class Plan(Section):
     num_server_rounds : int
         At least 1.
     round_timeout : float
-        Seconds to wait for the sites in each phase; above 0.
+        Seconds to wait in each phase, for replies and for the strategy's minimum of connected
+        sites; above 0.
     min_sites : int
         Sites that must be connected before the run starts; at least 1.
     seed : int

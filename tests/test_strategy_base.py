@@ -19,7 +19,8 @@ from builders import (
     run,
     site_app,
 )
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import strategy_utils
 from hypothesis import given, settings
@@ -1012,3 +1013,17 @@ def test_a_test_that_nobody_answers_is_an_empty_table():
     assert strategy.test(FakeGrid([1], lambda m: None), W) == {}
     assert [(f.phase, f.site) for f in strategy.history.failures] == [("test", "node 1")]
     assert FedAvg().test(FakeGrid([], lambda m: None), W) == {}
+
+
+def test_a_site_for_which_the_superlink_answers_is_named():
+    def answer(message):
+        reply = Message(Error(5, "Error: Node Unavailable"), reply_to=message)
+        # The SuperLink sends this itself: its own node id, and the message it answers.
+        reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
+        return reply
+
+    grid = FakeGrid([7], answer)
+    strategy = FedAvg(fraction_evaluate=0.0)
+    strategy.site_names = {7: "north"}
+    strategy.start(grid, W, num_rounds=1)
+    assert strategy.history.failures == [Failure(1, "train", "north", "Error: Node Unavailable")]

@@ -125,8 +125,9 @@ class FedAvg(flower.FedAvg):
         num_rounds : int
             At least 1. A resumed run does what is left of them.
         timeout : float
-            Seconds to wait for the replies of a phase; sites that have not replied by then are
-            recorded as failed for that phase.
+            Seconds to wait for the replies of a phase, and before it for the minimum of sites to
+            be connected. Sites that have not replied by then are recorded as failed for that
+            phase; where too few are connected, the phase is recorded as failed.
 
         Returns
         -------
