@@ -5,7 +5,6 @@ import html
 import io
 import json
 import math
-import os
 import re
 import statistics
 import warnings
@@ -18,7 +17,10 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from fedmed_flower.data.site import GENERATED
 from fedmed_flower.errors import InputError
+from fedmed_flower.runfolder import ALL_SITES, SUMMARY, write_atomic
+from fedmed_flower.runfolder import METRICS as METRICS_TABLE
 
 Curves = dict[tuple[str, str, str], dict[int, float]]  # (phase, metric, site) -> round -> value
 Pens = dict[str, tuple[str, str, str]]  # site -> colour, line style, name with its key
@@ -69,7 +71,7 @@ ul{display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;padding:0;list-style:none}li{ma
 main{padding:0}.banner,.status,tfoot{print-color-adjust:exact}.wide{overflow:visible}
 tr,figure{break-inside:avoid}.plots{grid-template:auto/1fr 1fr 1fr}th,td{padding:.2rem .5rem}}
 </style></head><body>$banner<main>$body</main></body></html>""")
-BANNER = '<div class="banner" role="note">generated images, not patients</div>'
+BANNER = f'<div class="banner" role="note">{GENERATED}</div>'
 LEAVES = """<h2>What left each hospital</h2><p>No image and no patient record. After each round a
 hospital sends its model’s weights, its number of images per split (training, validation, test),
 its losses and metrics, its counts of right and wrong decisions per class (confusion counts), and
@@ -97,9 +99,9 @@ def write_report(folder: Path) -> Path:
     InputError
         ``summary.json`` is missing or not a JSON object, or ``metrics.csv`` has a bad line.
     """
-    summary, curves = _read_summary(folder / "summary.json"), _read_metrics(folder / "metrics.csv")
+    summary, curves = _read_summary(folder / SUMMARY), _read_metrics(folder / METRICS_TABLE)
     names = {*_part(summary, "sites"), *_part(summary, "test", "sites")}
-    names |= {*_part(summary, "test", "local")} | {key[2] for key in curves if key[2] != "all"}
+    names |= {*_part(summary, "test", "local")} | {key[2] for key in curves if key[2] != ALL_SITES}
     sites = sorted(names, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(9), name))
     pens: Pens = {site: (CROWD, "-", _text(site)) for site in sites}
     if len(sites) <= len(PALETTE):
@@ -111,15 +113,8 @@ def write_report(folder: Path) -> Path:
     body = "\n".join((*parts, LEAVES, _making(summary)))
     banner = BANNER if summary.get("generated") is True else ""
     page = PAGE.substitute(title=_text(summary.get("app") or "Run"), banner=banner, body=body)
-    target, temporary = folder / "report.html", folder / f".report.html.{os.getpid()}.tmp"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    target = folder / "report.html"
+    write_atomic(target, page.encode())
     return target
 
 

@@ -1,0 +1,1 @@
+"""Sites and their rows: public datasets, partitions, generated images."""
