@@ -223,7 +223,8 @@ def _execute(job: _Job) -> None:
         raise typer.Exit(1) from error
     if not (job.folder / SUMMARY).exists():
         # An app that calls a strategy by itself and not `federate` writes no summary.
-        console.print(f"finished: {_whereabouts(job.folder)}")
+        where = job.folder if job.folder.exists() else "the app wrote no run folder"
+        console.print(f"finished: {where}")
         return
     summary = json.loads((job.folder / SUMMARY).read_text(encoding="utf-8"))
     _print_results(summary)

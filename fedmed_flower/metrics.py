@@ -101,7 +101,8 @@ def check_counts(record: Mapping[str, Any]) -> str | None:
     rows = record.get("num-examples")
     if sum(confusion) != rows or sum(counts) != rows * scores:
         return f"{CONFUSION} and {COUNTS} do not add up to num-examples = {rows}"
-    reach = [abs(grid[i]) + grid[i + 1] * _EDGES[-1] for i in range(0, len(grid), 3)]
+    far = float(_EDGES[-1])
+    reach = [abs(grid[i]) + grid[i + 1] * far for i in range(0, len(grid), 3)]
     if not all(math.isfinite(value) for value in (*grid, *reach)) or min(grid[1::3]) <= 0:
         return f"{GRID} must be finite, with widths above 0"
     if not all(0 <= auc <= 1 for auc in grid[2::3]):

@@ -188,7 +188,16 @@ def test_every_site_failing_is_a_failed_run(workdir):
     assert "no training today" in (workdir / "out" / "report.html").read_text()
 
 
-RESUMABLE = ["-c", "dataset=phantoms", "--sites", "3", "--rounds", "6", "-c", "alpha=50.0"]
+def test_an_app_without_federate_ends_well(workdir):
+    toy = ROOT / "benchmarks" / "toy"
+    done = fedmed("run", toy, "--sites", "2", "--out", "toy", cwd=workdir)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip().splitlines()[-1] == f"finished: {workdir / 'toy'}"
+    assert (workdir / "toy" / "model.safetensors").exists()
+
+
+RESUMABLE = ["-c", "dataset=phantoms", "-c", "local-epochs=1", "-c", "alpha=50.0"]
+RESUMABLE += ["--sites", "3", "--rounds", "6"]
 
 
 @pytest.fixture(scope="module")
