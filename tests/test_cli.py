@@ -209,7 +209,9 @@ def unbroken(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
+)
 def test_killed_in_round_four_and_resumed_gives_the_same_bits(workdir, unbroken, how, code):
     process = subprocess.Popen(
         ["fedmed", "run", str(EXAMPLE), *RESUMABLE, "--out", "killed"],
@@ -226,7 +228,10 @@ def test_killed_in_round_four_and_resumed_gives_the_same_bits(workdir, unbroken,
             break
     rest = process.stdout.read()
     assert process.wait(60) == code
-    if how is signal.SIGINT:
+    if how is not signal.SIGKILL:
+        status = json.loads((workdir / "killed" / "summary.json").read_text())["status"]
+        assert status == "stopped"
+        assert (workdir / "killed" / "report.html").exists()
         assert "stopped by the user" in rest.strip().splitlines()[-1]
         assert "--resume" in rest.strip().splitlines()[-1]
     models = [folder / "model.safetensors" for folder in (unbroken, workdir / "killed")]
