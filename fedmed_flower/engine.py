@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -91,11 +91,16 @@ def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -
             text=True,
             errors="replace",
         ) as process:
-            for line in process.stdout or ():
-                output.write(line)
-                output.flush()
-                if found := _STARTED.search(line):
-                    run_id = found[1]
+            try:
+                for line in process.stdout or ():
+                    output.write(line)
+                    output.flush()
+                    if found := _STARTED.search(line):
+                        run_id = found[1]
+            except BaseException:
+                # Leaving the block waits for the process, which would follow the run to its end.
+                process.kill()
+                raise
         if not run_id:
             raise EngineError(f"flwr run did not start the app (exit code {process.returncode})")
         status, details = _outcome(run_id, environment)
@@ -139,7 +144,7 @@ def _superlink() -> Iterator[tuple[dict[str, str], Path]]:
         _await(f"http://127.0.0.1:{port}/health", process, log)
         yield environment, log
     finally:
-        _stop_group(process)
+        _stop(process)
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -156,17 +161,34 @@ def _await(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float
     raise EngineError(f"flower-superlink did not start: {_last_line(log)}")
 
 
-def _stop_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all it started: first asked, then killed."""
-    for request, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-        try:
-            os.killpg(process.pid, request)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that descend from it: first asked, then killed.
+
+    Flower's simulation is a session of its own: a signal to the SuperLink's group alone would leave
+    it training and writing.
+    """
+    table = _parents()
+    family, new = set[int](), {process.pid}
+    while new:
+        family |= new
+        new = {pid for pid, parent in table.items() if parent in new} - family
+    for request in (signal.SIGTERM, signal.SIGKILL):
+        for pid in family:
+            with suppress(ProcessLookupError):
+                os.kill(pid, request)
+        deadline = time.monotonic() + 5
+        while family and time.monotonic() < deadline:
+            time.sleep(0.1)
+            process.poll()
+            family &= _parents().keys()
+
+
+def _parents() -> dict[int, int]:
+    """Return the parent of each living process."""
+    columns = ["ps", "-Ao", "pid=,ppid=,stat="]
+    table = subprocess.run(columns, capture_output=True, text=True, check=True).stdout
+    rows = (line.split() for line in table.splitlines())
+    return {int(pid): int(parent) for pid, parent, state in rows if not state.startswith("Z")}
 
 
 def _outcome(run_id: str, environment: Mapping[str, str]) -> tuple[str, str]:

@@ -113,6 +113,43 @@ def test_one_process_and_flowers_engine_give_the_same_bits(tmp_path):
     assert models[0] == models[1]
 
 
+@pytest.mark.engine
+def test_a_stopped_run_leaves_no_process_that_goes_on_training(tmp_path):
+    texts = ["-c", "dataset=phantoms", "--sites", "2", "--rounds", "50", "--engine", "flower"]
+    program = str(Path(sys.executable).parent / "fedmed")
+    folder = tmp_path / "run"
+    command = [program, "run", str(EXAMPLE), *texts, "--out", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "round 1/50" in line:
+                family = descendants(process.pid)
+                assert any("flwr-simulation" in args for args in family.values())
+                process.terminate()
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 130
+    assert rest.strip().splitlines()[-1].startswith("stopped by the user: ")
+    assert family.keys() & processes().keys() == set()
+    assert (folder / "checkpoint.zip").exists()
+
+
+def processes():
+    """Living processes: number -> (parent, command)."""
+    columns = ["ps", "-Awwo", "pid=,ppid=,stat=,args="]
+    table = subprocess.run(columns, capture_output=True, text=True, check=True).stdout
+    rows = (line.split(None, 3) for line in table.splitlines())
+    return {int(p): (int(q), " ".join(args)) for p, q, state, *args in rows if state[0] != "Z"}
+
+
+def descendants(pid):
+    table = processes()
+    found, new = {}, {pid}
+    while new:
+        new = {child for child, (parent, _) in table.items() if parent in new}
+        found |= {child: table[child][1] for child in new}
+    return found
+
+
 def superlinks():
     table = subprocess.run(["ps", "-Awwo", "pid=,args="], capture_output=True, text=True).stdout
     return {line for line in table.splitlines() if "flower-superlink" in line}
