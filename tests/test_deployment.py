@@ -130,7 +130,8 @@ def test_an_unregistered_key_cannot_join(running: Deployment, tmp_path: Path) ->
         # What the SuperLink answered is the claim; that Flower's process then ends is not ours.
         ended = None
         while "Failed to activate SuperNode" not in said.read_text():
-            assert ended is None and time.monotonic() < deadline, said.read_text()
+            assert ended is None, said.read_text()
+            assert time.monotonic() < deadline, said.read_text()
             ended = stranger.poll()
             time.sleep(0.5)
     finally:
