@@ -114,6 +114,7 @@ class Checkpoint:
     metrics: dict[str, dict[str, Any]]
     site_names: dict[int, str] = field(default_factory=dict)
     client_states: dict[str, bytes] = field(default_factory=dict)
+    strategy_state: dict[str, ArrayRecord] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -208,10 +209,9 @@ class RunFolder:
         The checkpoint is one file, so its parts cannot disagree: a zip archive with each array's
         ``.npy`` bytes as they are, and the rest as JSON.
         """
-        index = [
-            {"key": key, "dtype": array.dtype, "shape": array.shape, "stype": array.stype}
-            for key, array in checkpoint.arrays.items()
-        ]
+        records = {"arrays": checkpoint.arrays} | {
+            f"state/{name}": record for name, record in checkpoint.strategy_state.items()
+        }
         state = {
             "round": checkpoint.server_round,
             "seed": checkpoint.seed,
@@ -219,14 +219,15 @@ class RunFolder:
             "sites": list(checkpoint.site_names.items()),
             "rows": checkpoint.history.rows,
             "failures": [asdict(failure) for failure in checkpoint.history.failures],
-            "arrays": index,
+            "records": {name: _index(record) for name, record in records.items()},
             "clients": list(checkpoint.client_states),
         }
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr("state.json", json.dumps(state))
-            for number, array in enumerate(checkpoint.arrays.values()):
-                archive.writestr(f"arrays/{number}.npy", array.data)
+            for name, record in records.items():
+                for number, array in enumerate(record.values()):
+                    archive.writestr(f"{name}/{number}.npy", array.data)
             for number, blob in enumerate(checkpoint.client_states.values()):
                 archive.writestr(f"clients/{number}.bin", blob)
         self.write(CHECKPOINT, buffer.getvalue())
@@ -245,12 +246,10 @@ class RunFolder:
         try:
             with zipfile.ZipFile(self.checkpoint_file) as archive:
                 state = json.loads(archive.read("state.json"))
-                arrays = ArrayRecord()
-                for number, entry in enumerate(state["arrays"]):
-                    data = archive.read(f"arrays/{number}.npy")
-                    array = Array(entry["dtype"], tuple(entry["shape"]), entry["stype"], data)
-                    view(array)
-                    arrays[entry["key"]] = array
+                records = {
+                    name: _read_record(archive, name, index)
+                    for name, index in state["records"].items()
+                }
                 states = {
                     key: archive.read(f"clients/{number}.bin")
                     for number, key in enumerate(state["clients"])
@@ -262,11 +261,12 @@ class RunFolder:
             return Checkpoint(
                 state["round"],
                 state["seed"],
-                arrays,
+                records.pop("arrays"),
                 history,
                 state["metrics"],
                 {int(node_id): str(name) for node_id, name in state["sites"]},
                 states,
+                {name.removeprefix("state/"): record for name, record in records.items()},
             )
         except Exception as error:  # A damaged archive makes its readers fail in a dozen ways.
             raise InputError(
@@ -277,6 +277,23 @@ class RunFolder:
     def write_model(self, arrays: ArrayRecord) -> Path:
         """Write the model as ``model.safetensors`` (``safetensors.torch.load_file`` reads it)."""
         return self.write(MODEL, to_safetensors({key: view(a).copy() for key, a in arrays.items()}))
+
+
+def _index(record: ArrayRecord) -> list[dict[str, Any]]:
+    return [
+        {"key": key, "dtype": array.dtype, "shape": array.shape, "stype": array.stype}
+        for key, array in record.items()
+    ]
+
+
+def _read_record(archive: zipfile.ZipFile, name: str, index: list[dict[str, Any]]) -> ArrayRecord:
+    record = ArrayRecord()
+    for number, entry in enumerate(index):
+        data = archive.read(f"{name}/{number}.npy")
+        array = Array(entry["dtype"], tuple(entry["shape"]), entry["stype"], data)
+        view(array)
+        record[entry["key"]] = array
+    return record
 
 
 def _without_nan(value: Any) -> Any:

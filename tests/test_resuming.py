@@ -7,8 +7,10 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp import strategy as flower
 
 from fedmed_flower.errors import InputError
+from fedmed_flower.runfolder import Checkpoint, History, RunFolder
 from fedmed_flower.simulation import run_local
-from fedmed_flower.strategies import FedAvg
+from fedmed_flower.strategies import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
+from fedmed_flower.strategies.resuming import find_checkpoint
 
 client = ClientApp()
 
@@ -19,14 +21,6 @@ def train(message, context):
     metrics = MetricRecord({"num-examples": 1})
     content = RecordDict({"arrays": ArrayRecord({"w": moved}), "metrics": metrics})
     return Message(content, reply_to=message)
-
-
-class FedAvgM(FedAvg, flower.FedAvgM):
-    """Momentum at the server, which no checkpoint holds."""
-
-
-class FedProx(FedAvg, flower.FedProx):
-    """Keeps nothing at the server."""
 
 
 def run(strategy, rounds):
@@ -42,16 +36,35 @@ def run(strategy, rounds):
     return results[0].arrays["w"].numpy().tolist()
 
 
-def test_a_server_optimiser_runs_but_is_not_resumed_to_another_model(tmp_path):
-    options = {"fraction_evaluate": 0.0, "server_momentum": 0.9, "run_dir": tmp_path}
-    assert run(FedAvgM(**options), 2) == run(flower_twin(FedAvgM), 2)
-    with pytest.raises(InputError, match="FedAvgM cannot be resumed: what FedAvgM keeps between"):
-        run(FedAvgM(**options, resume=True), 3)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (FedAvgM, {"server_momentum": 0.9}),
+        (FedAdam, {"eta": 0.1}),
+        (FedYogi, {"eta": 0.1, "beta_1": 0.5}),
+        (FedAdagrad, {"eta": 0.1}),
+    ],
+)
+def test_a_server_optimiser_goes_on_with_its_state(tmp_path, kind, options):
+    options |= {"fraction_evaluate": 0.0}
+    whole = run(kind(**options), 4)
+    run(kind(**options, run_dir=tmp_path), 2)
+    assert run(kind(**options, run_dir=tmp_path, resume=True), 4) == whole
+    twin = getattr(flower, kind.__name__)(**options)
+    assert run(twin, 4) == pytest.approx(whole, rel=1e-6)
+    assert whole != run(FedAvg(fraction_evaluate=0.0), 4)
 
 
-def flower_twin(kind):
-    """Flower's own class of the same name, for two sites."""
-    return getattr(flower, kind.__name__)(fraction_evaluate=0.0, server_momentum=0.9)
+class FedXgb(FedAvg, flower.FedXgbBagging):
+    """Keeps trees at the server, of which the checkpoint knows nothing."""
+
+
+def test_a_strategy_with_unknown_state_is_not_resumed(tmp_path):
+    folder = RunFolder(tmp_path)
+    arrays = ArrayRecord({"0": Array(np.zeros(2, np.float32))})
+    folder.save(Checkpoint(1, 0, arrays, History(), {}))
+    with pytest.raises(InputError, match="FedXgb cannot be resumed: what FedXgbBagging keeps"):
+        find_checkpoint(FedXgb(run_dir=tmp_path, resume=True), arrays)
 
 
 def test_a_strategy_without_state_of_its_own_is_resumed(tmp_path):

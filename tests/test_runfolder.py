@@ -206,9 +206,13 @@ def test_something_else_in_place_of_a_checkpoint_is_refused(tmp_path, data):
         lambda state: state | {"rows": [[math.inf, "val", "a", "x", 1.0]]},
         lambda state: state | {"rows": [[1, "val", "a", "x", 10**400]]},
         lambda state: state | {"failures": [{"round": 1}]},
-        lambda state: state | {"arrays": [{"key": "w"}]},
-        lambda state: state | {"arrays": [state["arrays"][0] | {"key": 3}]},
-        lambda state: state | {"arrays": [state["arrays"][0] | {"shape": ["x"]}]},
+        lambda state: state | {"records": {}},
+        lambda state: state | {"records": {"arrays": [{"key": "w"}]}},
+        lambda state: state | {"records": {"arrays": [state["records"]["arrays"][0] | {"key": 3}]}},
+        lambda state: (
+            state | {"records": {"arrays": [state["records"]["arrays"][0] | {"shape": ["x"]}]}}
+        ),
+        lambda state: state | {"records": state["records"] | {"state/m_t": [{"key": "w"}]}},
         lambda state: state | {"sites": {"1": "a"}},
         lambda state: state | {"sites": [[math.inf, "a"]]},
     ],

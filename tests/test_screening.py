@@ -57,15 +57,18 @@ REFUSED = {
         "the reply has 2 array records instead of one",
     ),
     "no weight": (reply(1, GOOD, weight=None), "the metric num-examples is missing"),
-    "zero": (reply(1, GOOD, weight=0), "num-examples must be above 0 and finite, got 0"),
-    "negative": (reply(1, GOOD, weight=-2), "num-examples must be above 0 and finite, got -2"),
+    "zero": (reply(1, GOOD, weight=0), "num-examples must be above 0 and at most 1e+09, got 0"),
+    "negative": (
+        reply(1, GOOD, weight=-2),
+        "num-examples must be above 0 and at most 1e+09, got -2",
+    ),
     "NaN": (
         reply(1, GOOD, weight=float("nan")),
-        "num-examples must be above 0 and finite, got nan",
+        "num-examples must be above 0 and at most 1e+09, got nan",
     ),
     "infinite": (
         reply(1, GOOD, weight=float("inf")),
-        "num-examples must be above 0 and finite, got inf",
+        "num-examples must be above 0 and at most 1e+09, got inf",
     ),
     "list": (reply(1, GOOD, weight=[1]), "num-examples is a list instead of one number"),
     "missing key": (
@@ -92,14 +95,6 @@ REFUSED = {
         "w is >f4[1, 2] instead of float32[1, 2]",
     ),
     "integer as float": (changed(n=np.array(5.0)), "n is float64[] instead of int64[]"),
-    "NaN inside": (
-        changed(w=np.array([[1, np.nan]], np.float32)),
-        "w holds NaN or infinite values",
-    ),
-    "infinite inside": (
-        changed(w=np.array([[-np.inf, 1]], np.float32)),
-        "w holds NaN or infinite values",
-    ),
     "other serialisation": (
         with_bytes(b"", "torch.tensor"),
         "w cannot be read: unknown serialisation 'torch.tensor'",
@@ -137,15 +132,15 @@ def test_a_weight_beyond_floats_is_a_reason_and_no_exception():
     # Flower's wire format ends at 64 bits, but a run in one process hands the number over as it is.
     reason = screen(reply(1, GOOD, weight=10**400), "num-examples", MODEL)
     assert reason is not None
-    assert reason.startswith("num-examples must be above 0 and finite, got 1000")
+    assert reason.startswith("num-examples must be above 0 and at most 1e+09, got 1000")
 
 
 @pytest.mark.parametrize(
     ("weight", "reason"),
     [
-        (-1, "num-examples must be at least 0 and finite, got -1"),
-        (float("nan"), "num-examples must be at least 0 and finite, got nan"),
-        (float("inf"), "num-examples must be at least 0 and finite, got inf"),
+        (-1, "num-examples must be at least 0 and at most 1e+09, got -1"),
+        (float("nan"), "num-examples must be at least 0 and at most 1e+09, got nan"),
+        (float("inf"), "num-examples must be at least 0 and at most 1e+09, got inf"),
         ([], "num-examples is a list instead of one number"),
         (None, "the metric num-examples is missing"),
     ],
@@ -165,7 +160,7 @@ def test_only_what_all_replies_hold_in_one_form_is_kept():
         reply(1, GOOD, weight=1, loss=0.5, curve=[1.0, 2.0], pair=[1, 2], mixed=1.0, mine=1),
         reply(2, GOOD, weight=2, pair=[3, 4], loss=0.25, curve=[1.0], mixed=[1.0], other=2),
     ]
-    got = [dict(m.content["metrics"]) for m in with_shared_metrics(replies)]
+    got = [dict(m.content["metrics"]) for m in with_shared_metrics(replies, "num-examples")]
     assert got == [
         {"num-examples": 1, "loss": 0.5, "pair": [1, 2]},
         {"num-examples": 2, "loss": 0.25, "pair": [3, 4]},
@@ -180,7 +175,7 @@ def test_records_get_the_names_of_the_first_reply_and_others_stay():
     second = content(
         arrays=arrays(**GOOD), metrics=MetricRecord({"num-examples": 2}), more=ConfigRecord()
     )
-    got = with_shared_metrics([first, second])
+    got = with_shared_metrics([first, second], "num-examples")
     assert [set(m.content) for m in got] == [
         {"weights", "numbers", "site"},
         {"weights", "numbers", "more"},
@@ -192,7 +187,7 @@ def test_the_replies_are_not_changed():
     replies = [reply(1, GOOD, site="a", loss=0.5), reply(2, GOOD, site="b", mine=1.0)]
     before = [repr(m.content) for m in replies]
     kept = [m.content for m in replies]
-    got = with_shared_metrics(replies)
+    got = with_shared_metrics(replies, "num-examples")
     assert [repr(m.content) for m in replies] == before
     assert all(m.content is c for m, c in zip(replies, kept, strict=True))
     assert [m.metadata.src_node_id for m in got] == [1, 2]

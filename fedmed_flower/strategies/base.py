@@ -7,26 +7,24 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
-from fedmed_flower.arrays import keep_dtypes
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import SUMMABLE, pool
-from fedmed_flower.runfolder import ALL_SITES, Failure, History, RunFolder
+from fedmed_flower.runfolder import ALL_SITES, History, RunFolder
+from fedmed_flower.strategies.aggregating import STREAM_ABOVE, aggregate
+from fedmed_flower.strategies.inbox import Inbox
+from fedmed_flower.strategies.optimising import OPTIMISERS, class_below, export_state, import_state
 from fedmed_flower.strategies.resuming import restore, save
-from fedmed_flower.strategies.screening import (
-    first_arrays,
-    metrics_of,
-    screen,
-    with_shared_metrics,
-)
-from fedmed_flower.strategies.sites import draw, learn_name, wait_for_sites
+from fedmed_flower.strategies.screening import metrics_of, with_shared_metrics
+from fedmed_flower.strategies.sites import draw, wait_for_sites
+from fedmed_flower.updates import Updates
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -56,6 +54,12 @@ class FedAvg(flower.FedAvg):
     min_replies : int
         A round in which fewer usable training replies come back leaves the model as it is. At
         least 1.
+    max_weight_share : float, optional
+        No reply weighs more than this part of all weights together; what is above is cut off.
+        Above 0, at most 1; None, as in Flower, trusts what sites say of their size.
+    max_update_norm : float, optional
+        Replies whose change of the model is longer than this many times the median length are left
+        out. At least 1.
 
     Attributes
     ----------
@@ -71,8 +75,15 @@ class FedAvg(flower.FedAvg):
     Raises
     ------
     InputError
-        Where `min_replies` is below 1, `seed` below 0, or `resume` is given without `run_dir`.
+        Where an argument is out of its range, or `resume` is given without `run_dir`.
     """
+
+    # The strategy of Flower, or of somebody else, that this one is mixed with.
+    below: ClassVar[type[Any] | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.below = class_below(cls, FedAvg)
 
     def __init__(
         self,
@@ -81,6 +92,8 @@ class FedAvg(flower.FedAvg):
         resume: bool = False,
         seed: int | None = None,
         min_replies: int = 1,
+        max_weight_share: float | None = None,
+        max_update_norm: float | None = None,
         **kwargs: Any,
     ) -> None:
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
@@ -88,6 +101,13 @@ class FedAvg(flower.FedAvg):
         super().__init__(*args, **kwargs)
         if min_replies < 1:
             raise InputError(f"min_replies must be at least 1, got {min_replies}")
+        if max_weight_share is not None and not 0 < max_weight_share <= 1:
+            raise InputError(
+                f"max_weight_share must be above 0 and at most 1, got {max_weight_share}"
+            )
+        if max_update_norm is not None and not max_update_norm >= 1:
+            raise InputError(f"max_update_norm must be at least 1, got {max_update_norm}")
+        self.max_weight_share, self.max_update_norm = max_weight_share, max_update_norm
         if resume and run_dir is None:
             raise InputError("resume needs run_dir, the folder of the run to go on with")
         self.folder = None if run_dir is None else RunFolder(run_dir)
@@ -96,15 +116,13 @@ class FedAvg(flower.FedAvg):
             raise InputError(f"seed must be at least 0, got {seed}")
         self.seed = secrets.randbits(63) if seed is None else seed
         self.min_replies = min_replies
-        self.history = History()
+        self.inbox = Inbox()
         self.result = flower.Result()
         self.only: set[int] | None = None
-        self.site_names: dict[int, str] = {}
         self._evaluating = "val"
         self._timeout = math.inf
-        self._sent: dict[str, int] = {}
-        self._connected: set[int] = set()
-        self._global: ArrayRecord | None = None
+        self.begun, self.server_round = False, 0
+        self.sent_arrays: ArrayRecord | None = None
 
     def start(
         self,
@@ -148,7 +166,7 @@ class FedAvg(flower.FedAvg):
             _TRAIN: ConfigRecord() if train_config is None else train_config,
             _EVALUATE: ConfigRecord() if evaluate_config is None else evaluate_config,
         }
-        self._timeout = timeout
+        self._timeout, self.begun = timeout, False
         self.history, self.result = History(), flower.Result(arrays=initial_arrays)
         first = restore(self, grid, initial_arrays) + 1
         if first > num_rounds + 1:
@@ -162,14 +180,16 @@ class FedAvg(flower.FedAvg):
             began = time.perf_counter()
             arrays = self.result.arrays
             messages = list(self.configure_train(server_round, arrays, configs[_TRAIN], grid))
-            replies = self._exchange(grid, messages, timeout, server_round, "train")
+            many = len(messages) > STREAM_ABOVE and self.is_plain_mean
+            send = self.inbox.stream if many else self.inbox.exchange
+            replies = send(grid, messages, timeout, server_round, "train")
             aggregated, metrics = self.aggregate_train(server_round, replies)
             if aggregated is not None:
                 self.result.arrays = arrays = aggregated
             self._keep(server_round, "train_metrics_clientapp", metrics, "train")
 
             messages = list(self.configure_evaluate(server_round, arrays, configs[_EVALUATE], grid))
-            replies = self._exchange(grid, messages, timeout, server_round, "val")
+            replies = self.inbox.exchange(grid, messages, timeout, server_round, "val")
             metrics = self.aggregate_evaluate(server_round, replies)
             self._keep(server_round, "evaluate_metrics_clientapp", metrics, "val")
 
@@ -204,7 +224,7 @@ class FedAvg(flower.FedAvg):
         before = len(self.history.rows)
         self._evaluating = "test"
         try:
-            replies = self._exchange(grid, messages, timeout, server_round, "test")
+            replies = self.inbox.exchange(grid, messages, timeout, server_round, "test")
             metrics = self.aggregate_evaluate(server_round, replies)
         finally:
             self._evaluating = "val"
@@ -218,11 +238,23 @@ class FedAvg(flower.FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Wait for the sites, then address this round's training messages to a sample of them."""
-        self._global = arrays
+        self.sent_arrays = arrays
         if not self._enough(grid, server_round, "train", self.fraction_train, self.min_train_nodes):
             return []
         messages = super().configure_train(server_round, arrays, config, grid)
-        return self._address(messages, grid, server_round, _TRAIN)
+        addressed = self._address(messages, grid, server_round, _TRAIN)
+        needed = self.needed()
+        if not addressed or len(addressed) >= needed:
+            return addressed
+        reason = (
+            f"{type(self).__name__} needs {needed} replies a round to keep its promise, but "
+            f"{len(addressed)} sites take part: raise min_train_nodes or lower num_malicious_nodes"
+        )
+        if not self.begun:
+            raise InputError(reason)
+        # Sites that drop out later must not end the run.
+        self.inbox.fail(server_round, "train", ALL_SITES, reason)
+        return []
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -237,39 +269,71 @@ class FedAvg(flower.FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Screen the replies, then aggregate those that passed as Flower does.
+        """Screen the replies, then combine those that passed.
+
+        Parameters
+        ----------
+        replies : iterable of Message
+            Never changed. Where more than 100 come from an iterator and the rule is a plain mean,
+            each is added as it comes and need not be kept.
 
         Returns
         -------
         tuple of (ArrayRecord or None, MetricRecord or None)
-            (None, None) where fewer than `min_replies` passed.
+            (None, None) where fewer than `min_replies` passed, or fewer than the rule needs.
         """
-        replies = list(replies)
-        like = self._global if self._global is not None else first_arrays(replies)
-        usable = self._admit(server_round, "train", replies, like)
-        if not replies:
-            return None, None
-        if like is None or len(usable) < self.min_replies:
-            log.warning(
-                "round %d: %d usable replies, %d needed: the model stays as it was",
-                server_round, len(usable), self.min_replies,
-            )  # fmt: skip
-            return None, None
-        arrays, metrics = super().aggregate_train(server_round, with_shared_metrics(usable))
-        return None if arrays is None else keep_dtypes(arrays, like), metrics
+        return aggregate(self, server_round, replies)
+
+    def combine(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
+        """Return the new model: the rule of a strategy, and all that a new one has to give.
+
+        Parameters
+        ----------
+        updates : Updates
+            What the sites sent, in the order of their names.
+        weights : sequence of K floats
+            What `weigh` made of the replies, none above `max_weight_share` of their sum.
+        """
+        total = sum(weights)
+        return updates.weighted_sum([weight / total for weight in weights])
+
+    def weigh(self, site: str, reply: Message) -> float:
+        """Return the weight of a reply: its number of examples.
+
+        Raises
+        ------
+        ValueError
+            Where the strategy cannot use the reply, with the reason; it is left out.
+        """
+        return float(metrics_of(reply)[self.weighted_by_key])  # type: ignore[arg-type]
+
+    def needed(self) -> int:
+        """Return the fewest usable replies of a round for which the rule keeps its promise."""
+        return 1
+
+    def export_state(self) -> dict[str, ArrayRecord]:
+        """Return what must be kept between rounds besides the model: it goes into the checkpoint.
+
+        Here that of Flower's server optimisers. A strategy that keeps more adds it.
+        """
+        return export_state(self)
+
+    def import_state(self, state: dict[str, ArrayRecord]) -> None:
+        """Take up what `export_state` returned when the checkpoint was written."""
+        import_state(self, state)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Screen the replies, average their metrics as Flower does, and add the pooled figures."""
-        usable = [
-            reply
-            for reply in self._admit(server_round, self._evaluating, list(replies), None)
-            if metrics_of(reply)[self.weighted_by_key]
-        ]
+        phase = self._evaluating
+        admitted = self.inbox.admit(server_round, phase, replies, self.weighted_by_key, None)
+        kept = self.inbox.in_order(admitted)
+        self.inbox.record(server_round, phase, kept)
+        usable = [reply.message for reply in kept if reply.metrics[self.weighted_by_key]]
         if not usable:
             return None
-        trimmed = with_shared_metrics(usable)
+        trimmed = with_shared_metrics(usable, self.weighted_by_key, self.max_weight_share)
         metrics = super().aggregate_evaluate(server_round, trimmed)
         shared = [dict(metrics_of(message)) for message in trimmed]
         if metrics is not None and all(key in shared[0] for key in SUMMABLE):
@@ -278,9 +342,34 @@ class FedAvg(flower.FedAvg):
             metrics.update(pool(shared))
         return metrics
 
+    @property
+    def is_plain_mean(self) -> bool:
+        """Whether replies may be added up one by one as they come."""
+        limits = (self.max_weight_share, self.max_update_norm)
+        other = self.below is not None and not issubclass(self.below, OPTIMISERS)
+        return type(self).combine is FedAvg.combine and limits == (None, None) and not other
+
+    @property
+    def history(self) -> History:
+        """Every number of every site and every failure, round by round."""
+        return self.inbox.history
+
+    @history.setter
+    def history(self, history: History) -> None:
+        self.inbox.history = history
+
+    @property
+    def site_names(self) -> dict[int, str]:
+        """Site name by node id, as far as the sites have told it."""
+        return self.inbox.site_names
+
+    @site_names.setter
+    def site_names(self, names: dict[int, str]) -> None:
+        self.inbox.site_names = names
+
     def site_name(self, node_id: int) -> str:
         """Return a node's site name, or ``node <id>`` where it has not told it."""
-        return self.site_names.get(node_id, f"node {node_id}")
+        return self.inbox.name(node_id)
 
     def _keep(self, server_round: int, name: str, metrics: MetricRecord | None, phase: str) -> None:
         if metrics is not None:
@@ -295,8 +384,7 @@ class FedAvg(flower.FedAvg):
         if (count := wait_for_sites(grid, needed, self._timeout)) >= needed:
             return True
         reason = f"{count} sites are connected, {needed} needed"
-        self.history.failures.append(Failure(server_round, phase, ALL_SITES, reason))
-        log.warning("round %d: no %s: %s", server_round, phase, reason)
+        self.inbox.fail(server_round, phase, ALL_SITES, reason)
         return False
 
     def _address(
@@ -304,57 +392,9 @@ class FedAvg(flower.FedAvg):
     ) -> list[Message]:
         """Send Flower's messages to sites drawn by this run's seed, in the order of their names."""
         messages = list(messages)
-        self._connected = set(grid.get_node_ids())
-        nodes = self._connected if self.only is None else self._connected & self.only
+        connected = self.inbox.connected = set(grid.get_node_ids())
+        nodes = connected if self.only is None else connected & self.only
         drawn = draw(nodes, self.site_names, len(messages), (self.seed, server_round, phase))
         for message, node_id in zip(messages, drawn, strict=False):
             message.metadata.dst_node_id = node_id
         return messages[: len(drawn)]
-
-    def _exchange(
-        self, grid: Grid, messages: list[Message], timeout: float, server_round: int, phase: str
-    ) -> list[Message]:
-        """Send, collect, and record the sites from which nothing came back in time."""
-        if not messages:
-            return []
-        began = time.monotonic()
-        replies = list(grid.send_and_receive(messages, timeout=timeout))
-        addressed = {message.metadata.dst_node_id for message in messages}
-        self._sent = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
-        self._sent.pop("", None)
-        for node_id in addressed - {self._node_id(reply) for reply in replies}:
-            waited = time.monotonic() - began
-            self._fail(server_round, phase, node_id, f"no reply after {waited:.0f} s")
-        return replies
-
-    def _admit(
-        self, server_round: int, phase: str, replies: list[Message], like: ArrayRecord | None
-    ) -> list[Message]:
-        """Record every reply and return the usable ones in the order of their sites' names."""
-        usable = []
-        for reply in replies:
-            node_id = self._node_id(reply)
-            learn_name(self.site_names, node_id, reply, self._connected)
-            reason = screen(reply, self.weighted_by_key, like)
-            if reason is None:
-                usable.append(reply)
-            else:
-                self._fail(server_round, phase, node_id, reason)
-        # The order of a sum decides its last bits: it must not depend on who replied first.
-        usable.sort(key=lambda reply: self.site_names.get(self._node_id(reply), ""))
-        for reply in usable:
-            site = self.site_name(self._node_id(reply))
-            self.history.add(server_round, phase, site, metrics_of(reply))
-        return usable
-
-    def _node_id(self, reply: Message) -> int:
-        """Return the site that a reply speaks of: the SuperLink answers for one that died."""
-        return self._sent.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
-
-    def _fail(self, server_round: int, phase: str, node_id: int, reason: str) -> None:
-        site, reason = self.site_name(node_id), " ".join(reason.split())
-        if len(reason) > 400:
-            # An engine's traceback names the cause in its last line.
-            reason = f"{reason[:120]} … {reason[-270:]}"
-        self.history.failures.append(Failure(server_round, phase, site, reason))
-        log.warning("round %d: %s left out of %s: %s", server_round, site, phase, reason)

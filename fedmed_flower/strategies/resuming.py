@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.runfolder import Checkpoint, RunFolder
+from fedmed_flower.strategies.optimising import OPTIMISERS, RULES
 
 if TYPE_CHECKING:
     from fedmed_flower.strategies.base import FedAvg
 
 log = logging.getLogger("flwr.fedmed")
 
-# Flower's strategies that keep nothing between rounds but the model.
-_STATELESS = {"Strategy", "FedAvg", "FedProx", "FedMedian", "FedTrimmedAvg"}
+# Flower's strategies of which nothing is lost between rounds: `export_state` saves what they keep.
+_KNOWN = {*RULES, *OPTIMISERS, *flower.FedAdam.__mro__, flower.FedProx, flower.Krum}
 
 
 def save(strategy: FedAvg, grid: Grid, server_round: int) -> None:
@@ -40,6 +42,7 @@ def save(strategy: FedAvg, grid: Grid, server_round: int) -> None:
             strategy.site_names,
             # Only a grid that runs the clients in this process can save what they keep.
             grid.export_states() if hasattr(grid, "export_states") else {},
+            strategy.export_state(),
         )
     )
     strategy.folder.write_model(arrays)
@@ -64,6 +67,7 @@ def restore(strategy: FedAvg, grid: Grid, initial_arrays: ArrayRecord) -> int:
     strategy.seed, strategy.history = checkpoint.seed, checkpoint.history
     strategy.site_names = checkpoint.site_names | strategy.site_names
     strategy.result.arrays = checkpoint.arrays
+    strategy.import_state(checkpoint.strategy_state)
     for name, by_round in checkpoint.metrics.items():
         kept = {int(key): MetricRecord(value) for key, value in by_round.items()}
         setattr(strategy.result, name, kept)
@@ -104,13 +108,13 @@ def require_resumable(
     Raises
     ------
     InputError
-        Where the strategy keeps state that the checkpoint lacks, such as a server optimiser's
-        momentum, or the checkpoint holds other arrays than `initial_arrays`.
+        Where a strategy of Flower keeps state that the checkpoint lacks, or the checkpoint holds
+        other arrays than `initial_arrays`.
     """
     with_state = {
         base.__name__
         for base in strategy.__mro__
-        if base.__module__.startswith("flwr.") and base.__name__ not in _STATELESS
+        if base.__module__.startswith("flwr.") and base not in _KNOWN
     }
     if with_state:
         raise InputError(

@@ -6,8 +6,8 @@ import copy
 import logging
 import math
 import re
+from collections.abc import Iterable, Sequence
 
-import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedmed_flower.arrays import view
@@ -15,6 +15,9 @@ from fedmed_flower.data.site import in_simulation, read_error
 from fedmed_flower.metrics import check_counts
 
 log = logging.getLogger("flwr.fedmed")
+
+# No hospital has more records; who says so wants its update to be the whole mean.
+MOST_EXAMPLES = 10**9
 
 
 def screen(reply: Message, weighted_by_key: str, like: ArrayRecord | None) -> str | None:
@@ -26,8 +29,9 @@ def screen(reply: Message, weighted_by_key: str, like: ArrayRecord | None) -> st
     weighted_by_key : str
         Name of the metric that is the reply's weight.
     like : ArrayRecord or None
-        The global model, for a training reply: keys, shapes and dtypes must equal its own and all
-        floating-point values must be finite. None for an evaluation reply, which carries none.
+        The global model, for a training reply: keys, shapes and dtypes must equal its own. Whether
+        the values are finite is seen when they are read for the first time, by `Updates`. None for
+        an evaluation reply, which carries none.
     """
     if reply.has_error():
         return error_text(reply)
@@ -66,9 +70,9 @@ def _screen_weight(metrics: MetricRecord, key: str, training: bool) -> str | Non
         return f"the metric {key} is missing"
     if isinstance(weight, list):
         return f"{key} is a list instead of one number"
-    # No hospital has more patients than floats can count one by one.
-    if not 0 <= weight <= 2**53 or (training and weight == 0):
-        return f"{key} must be {'above' if training else 'at least'} 0 and finite, got {weight}"
+    if not 0 <= weight <= MOST_EXAMPLES or (training and weight == 0):
+        least = "above" if training else "at least"
+        return f"{key} must be {least} 0 and at most {MOST_EXAMPLES:.0e}, got {weight}"
     return None
 
 
@@ -87,8 +91,6 @@ def _screen_arrays(arrays: ArrayRecord, like: ArrayRecord) -> str | None:
                 f"{key} is {values.dtype}{list(values.shape)} "
                 f"instead of {wanted.dtype}{list(wanted.shape)}"
             )
-        if np.issubdtype(values.dtype, np.inexact) and not np.isfinite(values).all():
-            return f"{key} holds NaN or infinite values"
     return None
 
 
@@ -118,7 +120,7 @@ def metrics_of(reply: Message) -> MetricRecord:
     return next(iter(reply.content.metric_records.values()))
 
 
-def first_arrays(replies: list[Message]) -> ArrayRecord | None:
+def first_arrays(replies: Iterable[Message]) -> ArrayRecord | None:
     """Return the first sound arrays among the replies, where there are any."""
     for reply in replies:
         if not reply.has_error() and reply.has_content():
@@ -128,20 +130,70 @@ def first_arrays(replies: list[Message]) -> ArrayRecord | None:
     return None
 
 
-def with_shared_metrics(replies: list[Message]) -> list[Message]:
-    """Return copies that name their records alike and hold only the metrics that all have."""
+def capped(weights: Sequence[float], share: float | None) -> list[float]:
+    """Cut weights so that none is more than a share of their sum.
+
+    Parameters
+    ----------
+    weights : sequence of float
+        Above 0.
+    share : float or None
+        Above 0, at most 1. All weights become equal where it is no more than 1 / their number.
+    """
+    if share is None or max(weights) <= share * sum(weights):
+        return list(weights)
+    ordered = sorted(weights, reverse=True)
+    for count in range(1, len(ordered)):
+        # With `count` weights cut to the same limit, the limit is the share of what results.
+        if count * share < 1:
+            limit = share * sum(ordered[count:]) / (1 - count * share)
+            if limit >= ordered[count]:
+                return [min(weight, limit) for weight in weights]
+    return [1.0] * len(weights)
+
+
+def with_shared_metrics(
+    replies: list[Message], weighted_by_key: str, share: float | None = None
+) -> list[Message]:
+    """Return copies that name their records alike and hold only the metrics that all have.
+
+    Parameters
+    ----------
+    weighted_by_key : str
+        Name of the metric that is a reply's weight.
+    share : float, optional
+        No copy's weight is more than this share of all, as in `capped`.
+    """
     names = _shared_metrics([metrics_of(reply) for reply in replies])
     if dropped := {name for reply in replies for name in metrics_of(reply)} - set(names):
-        log.debug("not in every reply, so not averaged: %s", ", ".join(sorted(dropped)))
+        log.warning("not in every reply, so not averaged: %s", ", ".join(sorted(dropped)))
     metrics_key = next(iter(replies[0].content.metric_records))
     arrays_key = next(iter(replies[0].content.array_records), None)
+    weights = _capped_metric(replies, weighted_by_key, share)
     messages = []
-    for reply in replies:
+    for reply, weight in zip(replies, weights, strict=True):
         content = RecordDict(dict(reply.content.config_records.items()))
         for arrays in reply.content.array_records.values():
             content[arrays_key or "arrays"] = arrays
-        content[metrics_key] = MetricRecord({name: metrics_of(reply)[name] for name in names})
+        metrics = {name: metrics_of(reply)[name] for name in names}
+        content[metrics_key] = MetricRecord(metrics | {weighted_by_key: weight})
         message = copy.copy(reply)
         message.content = content
         messages.append(message)
     return messages
+
+
+def _capped_metric(replies: list[Message], key: str, share: float | None) -> list[float]:
+    given = [metrics_of(reply)[key] for reply in replies]
+    # Integers stay integers, so that Flower's averages come out to the same bit.
+    return given if share is None else capped(given, share)  # type: ignore[arg-type, return-value]
+
+
+def without_arrays(reply: Message) -> Message:
+    """Return a copy that does not hold the reply's arrays."""
+    content = RecordDict(dict(reply.content.config_records.items()))
+    for key, metrics in reply.content.metric_records.items():
+        content[key] = metrics
+    message = copy.copy(reply)
+    message.content = content
+    return message

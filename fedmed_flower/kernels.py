@@ -1,0 +1,341 @@
+"""The only loops over parameters: weighted sums, order statistics and inner products of replies.
+
+A reply is a row: a sequence of flat arrays, one for each entry of the model. The rows of one call
+have the same entries. All kernels go through them block by block, so that a block stays in the
+processor's cache while every row passes through it, and copy no row as a whole.
+
+Sums are made in float32 for 16-bit and 32-bit floating-point entries and in float64 for float64 and
+integers. An entry of dtype ``V2`` holds bfloat16 numbers, which NumPy does not know.
+
+The sorting network is Batcher's odd-even merge sort: Batcher, Sorting Networks and their
+Applications, AFIPS 1968, https://doi.org/10.1145/1468075.1468121
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+T = TypeVar("T")
+Row = Sequence[NDArray[Any]]
+Reduce = Callable[[list[NDArray[Any]]], NDArray[Any]]
+# Where an entry's part lies: entry, start and stop in it, place in the block.
+Piece = tuple[int, int, int, int]
+
+BFLOAT16 = np.dtype("V2")
+# Measured by benchmarks/aggregation.py --crossover: beyond it, sorting columns is faster.
+NETWORK_UP_TO = 64
+# Elements: the largest that gain from the cache, and fewest calls of NumPy among those.
+_SUM_BLOCK, _GRAM_BLOCK, _SORT_BLOCK = 65536, 8192, 32768
+_SORT_CACHE = 1 << 20
+# Below it, a thread costs more than it brings.
+_PER_THREAD = 1 << 20
+
+
+def threads() -> int:
+    """Return how many threads a kernel may use: ``OMP_NUM_THREADS``, else one a core, at most 4."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) else min(len(os.sched_getaffinity(0)), 4)
+
+
+def weighted_sum(rows: Sequence[Row], weights: Sequence[float], outs: Row) -> None:
+    """Write ``sum_k weights[k] rows[k]`` to `outs`, in the order of the rows.
+
+    Parameters
+    ----------
+    rows : sequence of K rows
+    weights : sequence of K floats
+    outs : row
+        Written in place; may have other dtypes than the rows. Rounded for integers.
+    """
+
+    def work(blocks: list[list[Piece]]) -> None:
+        spare: dict[np.dtype[Any], NDArray[Any]] = {}
+        for ((entry, start, stop, _),) in blocks:
+            out = outs[entry][start:stop]
+            dtype = working(out.dtype)
+            tmp = spare.setdefault(dtype, np.empty(_SUM_BLOCK, dtype))[: len(out)]
+            total = out if out.dtype == dtype else np.empty(len(out), dtype)
+            for k, (row, weight) in enumerate(zip(rows, weights, strict=True)):
+                part = tmp if k else total
+                np.multiply(widen(row[entry][start:stop]), weight, out=part, dtype=dtype)
+                if k:
+                    np.add(total, tmp, out=total)
+            if total is not out:
+                out[...] = narrow(total, out.dtype)
+
+    _share(_blocks([len(out) for out in outs], _SUM_BLOCK, pack=False), work)
+
+
+def accumulate(row: Row, weight: float, sums: Sequence[NDArray[Any]]) -> None:
+    """Add ``weight row`` to running sums, so exactly that the order of the rows does not matter.
+
+    Parameters
+    ----------
+    row : row
+    weight : float
+    sums : sequence of float64 arrays of shape (2, n), one for each entry
+        Sum and its rounding error (Knuth's two-sum); the sum is ``sums[j].sum(axis=0)``.
+    """
+
+    def work(blocks: list[list[Piece]]) -> None:
+        for ((entry, start, stop, _),) in blocks:
+            high, low = sums[entry][:, start:stop]
+            term = np.multiply(widen(row[entry][start:stop]), weight, dtype=high.dtype)
+            total = high + term
+            seen = total - high
+            low += (high - (total - seen)) + (term - seen)
+            high[...] = total
+
+    _share(_blocks([len(part) for part in row], _GRAM_BLOCK, pack=False), work)
+
+
+def order_statistics(
+    rows: Sequence[Row],
+    outs: Row,
+    low: int,
+    high: int,
+    reduce: Reduce | None = None,
+    mix: NDArray[np.float64] | None = None,
+) -> NDArray[np.bool_]:
+    """Write a function of the sorted values of each parameter to `outs`.
+
+    Parameters
+    ----------
+    rows : sequence of K rows
+    outs : row
+        Written in place.
+    low, high : int
+        The ranks that are needed: ``low <= rank < high``.
+    reduce : callable, optional
+        Takes ``high - low`` arrays of shape (n,), in ascending order at each place, which it may
+        change, and returns one of shape (n,). The mean where None.
+    mix : ndarray of shape (M, K), optional
+        Sort the M rows ``mix @ rows`` in place of the K rows.
+
+    Returns
+    -------
+    ndarray of shape (K,)
+        Which rows are finite throughout; where not all are, `outs` is of no use.
+    """
+    count = len(rows) if mix is None else len(mix)
+    if not 0 <= low < high <= count:
+        raise ValueError(f"ranks {low} to {high} of {count} rows do not exist")
+    finite = np.ones(len(rows), bool)
+    reduced = _mean if reduce is None else reduce
+    for dtype, entries in _by_working(outs).items():
+        if dtype.kind == "c":
+            raise ValueError("complex numbers have no order")
+        width = min(_SORT_BLOCK, max(1024, _SORT_CACHE // count))
+        zeros = np.zeros(width, dtype)
+
+        def work(
+            blocks: list[list[Piece]],
+            dtype: np.dtype[Any] = dtype,
+            entries: list[int] = entries,
+            width: int = width,
+            zeros: NDArray[Any] = zeros,
+        ) -> NDArray[np.bool_]:
+            buffer = np.empty((len(rows), width), dtype)
+            mixed = buffer if mix is None else np.empty((count, width), dtype)
+            spare = np.empty(width, dtype)
+            weights = None if mix is None else mix.astype(dtype)
+            sound = np.ones(len(rows), bool)
+            for block in blocks:
+                size = block[-1][3] + block[-1][2] - block[-1][1]
+                for k, row in enumerate(rows):
+                    for entry, start, stop, place in block:
+                        part = row[entries[entry]][start:stop]
+                        buffer[k, place : place + stop - start] = widen(part)
+                # Zero times a number is zero, times NaN or infinity NaN: one product tells.
+                sound &= buffer[:, :size] @ zeros[:size] == 0
+                if weights is not None:
+                    np.matmul(weights, buffer[:, :size], out=mixed[:, :size])
+                ordered = _sort(mixed[:, :size], low, high, spare[:size])
+                result = reduced(ordered)
+                for entry, start, stop, place in block:
+                    out = outs[entries[entry]][start:stop]
+                    out[...] = narrow(result[place : place + stop - start], out.dtype)
+            return sound
+
+        for sound in _share(_blocks([len(outs[entry]) for entry in entries], width), work):
+            finite &= sound
+    return finite
+
+
+def gram(rows: Sequence[Row], centre: Row) -> NDArray[np.float64]:
+    """Return the inner products of the rows' floating-point entries, taken from a centre.
+
+    Returns
+    -------
+    ndarray of shape (K, K)
+        ``G[i, j] = <rows[i] - centre, rows[j] - centre>``, summed up in float64. A row that is not
+        finite, or so far from the centre that its square overflows, has no finite ``G[i, i]``.
+    """
+    total = np.zeros((len(rows), len(rows)))
+    for dtype, entries in _by_working(centre).items():
+        entries = [entry for entry in entries if is_floating(centre[entry].dtype)]
+        width = max(1024, min(_GRAM_BLOCK, _SORT_CACHE // len(rows)))
+        buffer = np.empty((len(rows), width), dtype)
+        with np.errstate(invalid="ignore", over="ignore"):
+            for block in _blocks([len(centre[entry]) for entry in entries], width):
+                for entry, start, stop, place in block:
+                    own = widen(centre[entries[entry]][start:stop])
+                    for k, row in enumerate(rows):
+                        part = widen(row[entries[entry]][start:stop])
+                        out = buffer[k, place : place + stop - start]
+                        np.subtract(part, own, out=out, dtype=dtype)
+                size = block[-1][3] + block[-1][2] - block[-1][1]
+                total += buffer[:, :size] @ buffer[:, :size].T
+    return total
+
+
+def is_floating(dtype: np.dtype[Any]) -> bool:
+    """Return whether an entry of this dtype takes part in norms and distances."""
+    return dtype.kind == "f" or dtype == BFLOAT16
+
+
+def working(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype in which numbers of a dtype are added up."""
+    if dtype.kind == "c":
+        return np.dtype(np.complex128)
+    single = is_floating(dtype) and dtype.itemsize <= 4
+    return np.dtype(np.float32 if single else np.float64)
+
+
+def widen(values: NDArray[Any]) -> NDArray[Any]:
+    """Return bfloat16 numbers as float32; other arrays as they are."""
+    if values.dtype != BFLOAT16:
+        return values
+    bits: NDArray[Any] = values.view(np.uint16).astype(np.uint32) << 16
+    single: NDArray[Any] = bits.view(np.float32)
+    return single
+
+
+def narrow(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Round numbers to the nearest that a dtype has, ties to even; integers stay in range."""
+    if values.dtype == dtype:
+        return values
+    if dtype == BFLOAT16:
+        bits = values.astype(np.float32).view(np.uint32)
+        rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+        # A NaN's bits must not be carried over into infinity.
+        rounded[np.isnan(values)] = 0x7FC0
+        return rounded.view(BFLOAT16)
+    if dtype.kind in "biu":
+        values = np.rint(values)
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        # float(max) may round to a value above max, which would overflow in the cast.
+        low, high = float(info.min), np.nextafter(float(info.max), 0)
+        whole: NDArray[Any] = np.asarray(np.clip(values, low, high)).astype(dtype)
+        whole[values > high] = info.max
+        return whole
+    return values.astype(dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def network(count: int, low: int, high: int) -> tuple[tuple[int, int, bool, bool], ...]:
+    """Return the comparators that put the ranks ``low <= rank < high`` of `count` rows in place.
+
+    Returns
+    -------
+    tuple of (i, j, lower, upper)
+        Compare rows i and j; the smaller goes to i where `lower` is needed later, the larger to j
+        where `upper` is.
+    """
+    comparators = []
+    span = 1 << max(count - 1, 0).bit_length()
+    p = 1
+    while p < span:
+        k = p
+        while k >= 1:
+            for start in range(k % p, span - k, 2 * k):
+                for i in range(start, min(start + k, span - k)):
+                    # Rows beyond the last count as infinite and never move.
+                    if i // (2 * p) == (i + k) // (2 * p) and i + k < count:
+                        comparators.append((i, i + k))
+            k //= 2
+        p *= 2
+    needed = set(range(low, high))
+    kept = []
+    for i, j in reversed(comparators):
+        if i in needed or j in needed:
+            kept.append((i, j, i in needed, j in needed))
+            needed |= {i, j}
+    return tuple(reversed(kept))
+
+
+def _sort(block: NDArray[Any], low: int, high: int, spare: NDArray[Any]) -> list[NDArray[Any]]:
+    """Return the wanted ranks of each column of a block, which is used up."""
+    if len(block) > NETWORK_UP_TO:
+        columns = np.ascontiguousarray(block.T)
+        columns.sort(axis=1)
+        return list(np.ascontiguousarray(columns[:, low:high].T))
+    rows = list(block)
+    for i, j, lower, upper in network(len(rows), low, high):
+        if lower and upper:
+            np.minimum(rows[i], rows[j], out=spare)
+            np.maximum(rows[i], rows[j], out=rows[j])
+            rows[i], spare = spare, rows[i]
+        elif lower:
+            np.minimum(rows[i], rows[j], out=rows[i])
+        else:
+            np.maximum(rows[i], rows[j], out=rows[j])
+    return rows[low:high]
+
+
+def _mean(ordered: list[NDArray[Any]]) -> NDArray[Any]:
+    total = ordered[0]
+    for values in ordered[1:]:
+        total += values
+    total /= total.dtype.type(len(ordered))
+    return total
+
+
+def _by_working(row: Row) -> dict[np.dtype[Any], list[int]]:
+    groups: dict[np.dtype[Any], list[int]] = {}
+    for entry, values in enumerate(row):
+        groups.setdefault(working(values.dtype), []).append(entry)
+    return groups
+
+
+def _blocks(sizes: Sequence[int], width: int, pack: bool = True) -> list[list[Piece]]:
+    """Cut entries into blocks of at most `width` elements; small entries share one if `pack`."""
+    blocks: list[list[Piece]] = []
+    place = width
+    for entry, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            if place == width or not pack:
+                blocks.append([])
+                place = 0
+            stop = min(size, start + width - place)
+            blocks[-1].append((entry, start, stop, place))
+            place += stop - start
+            start = stop
+    return blocks
+
+
+def _share(blocks: list[list[Piece]], work: Callable[[list[list[Piece]]], T]) -> list[T]:
+    """Let threads do equal shares of the blocks: NumPy lets go of Python's lock in long loops."""
+
+    def quiet(part: list[list[Piece]]) -> T:
+        with np.errstate(invalid="ignore", over="ignore"):
+            return work(part)
+
+    elements = sum(stop - start for block in blocks for _, start, stop, _ in block)
+    count = min(threads(), 1 + elements // _PER_THREAD)
+    if count == 1:
+        return [quiet(blocks)]
+    bounds = [len(blocks) * part // count for part in range(count + 1)]
+    parts = [blocks[a:b] for a, b in itertools.pairwise(bounds)]
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(quiet, parts))

@@ -1,0 +1,149 @@
+"""Weighted means of the replies, and Flower's server optimisers on our rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp import strategy as flower
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.strategies.base import FedAvg
+from fedmed_flower.strategies.screening import metrics_of
+from fedmed_flower.updates import Updates
+
+EXAMPLES, UNIFORM, INVERSE_LOSS = "examples", "uniform", "inverse-loss"
+Weights = str | Mapping[str, float] | Callable[[Message], float]
+
+
+class WeightedFedAvg(FedAvg):
+    """Federated averaging with weights of your choice.
+
+    Parameters
+    ----------
+    weights : str, mapping or callable
+        ``"examples"``: the number of examples, as in `FedAvg`. ``"uniform"``: each hospital counts
+        the same. ``"inverse-loss"``: 1 / training loss. A mapping from site name to weight; a site
+        that is not in it is left out. A function that is given the reply. Weights must be above 0.
+    loss_key : str
+        Name of the metric that is the training loss, for ``"inverse-loss"``.
+
+    Raises
+    ------
+    InputError
+        Where `weights` is none of these.
+    """
+
+    def __init__(
+        self, *args: Any, weights: Weights = EXAMPLES, loss_key: str = "loss", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if (
+            weights not in (EXAMPLES, UNIFORM, INVERSE_LOSS)
+            if isinstance(weights, str)
+            else (not isinstance(weights, Mapping) and not callable(weights))
+        ):
+            raise InputError(
+                f"weights must be {EXAMPLES!r}, {UNIFORM!r}, {INVERSE_LOSS!r}, a mapping by site "
+                f"name or a function of the reply, got {weights!r}"
+            )
+        self.weights = weights
+        self.loss_key = loss_key
+
+    def weigh(self, site: str, reply: Message) -> float:
+        """Return the weight that this strategy was asked to give to a reply."""
+        if self.weights == EXAMPLES:
+            return super().weigh(site, reply)
+        if self.weights == UNIFORM:
+            return 1.0
+        if self.weights == INVERSE_LOSS:
+            return 1 / loss_of(reply, self.loss_key)
+        if isinstance(self.weights, Mapping):
+            if site not in self.weights:
+                raise ValueError("weights does not name it")
+            return float(self.weights[site])
+        return float(self.weights(reply))  # type: ignore[operator]
+
+
+class FedProx(FedAvg, flower.FedProx):
+    """FedProx: sites are held near the global model by ``proximal_mu`` (0 gives back FedAvg).
+
+    Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith: Federated Optimization in Heterogeneous Networks,
+    MLSys 2020, https://arxiv.org/abs/1812.06127
+    """
+
+
+class FedAvgM(FedAvg, flower.FedAvgM):
+    """FedAvg with server momentum.
+
+    Hsu, Qi, Brown: Measuring the Effects of Non-Identical Data Distribution for Federated Visual
+    Classification, 2019, https://arxiv.org/abs/1909.06335
+    """
+
+
+class FedAdam(FedAvg, flower.FedAdam):
+    """Adam at the server.
+
+    Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan: Adaptive Federated
+    Optimization, ICLR 2021, https://arxiv.org/abs/2003.00295
+    """
+
+
+class FedYogi(FedAvg, flower.FedYogi):
+    """Yogi at the server: Reddi et al. 2021, as `FedAdam`."""
+
+
+class FedAdagrad(FedAvg, flower.FedAdagrad):
+    """Adagrad at the server: Reddi et al. 2021, as `FedAdam`."""
+
+
+class QFedAvg(FedAvg, flower.QFedAvg):
+    """q-FedAvg: sites with a higher loss move the model more (``q`` = 0: all the same).
+
+    Li, Sanjabi, Beirami, Smith: Fair Resource Allocation in Federated Learning, ICLR 2020,
+    https://arxiv.org/abs/1905.10497, equation 4 and algorithm 2, with 1 / ``client_learning_rate``
+    for the Lipschitz constant. A reply without a loss of ``train_loss_key`` is left out.
+    """
+
+    def weigh(self, site: str, reply: Message) -> float:
+        """Return the site's training loss."""
+        # Flower's own guard against a loss of 0.
+        return loss_of(reply, self.train_loss_key, least=0.0) + 1e-10
+
+    def combine(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
+        """Return the model plus the sum of ``F_k^q L (w_k - w)`` over the sum of ``h_k``.
+
+        Raises
+        ------
+        InputError
+            Where the global model is not known.
+        """
+        if not updates.centred:
+            raise InputError(
+                "QFedAvg moves the global model, which it does not know: call configure_train "
+                "before aggregate_train"
+            )
+        losses, lipschitz = np.asarray(weights), 1 / self.client_learning_rate
+        powers = losses**self.q
+        squared = (lipschitz * updates.norms()) ** 2
+        h = self.q * losses ** (self.q - 1) * squared + lipschitz * powers
+        shares = lipschitz * powers / h.sum()
+        return updates.weighted_sum(shares, rest=1 - shares.sum())
+
+
+def loss_of(reply: Message, key: str, least: float | None = None) -> float:
+    """Return a reply's training loss.
+
+    Raises
+    ------
+    ValueError
+        Where it is missing, no single number, or not above 0 (below `least`, where given).
+    """
+    loss = metrics_of(reply).get(key)
+    if not isinstance(loss, int | float):
+        raise ValueError(f"it has no training loss {key}")
+    if not (loss > 0 if least is None else loss >= least):
+        raise ValueError(f"its training loss {key} must be above 0, got {loss}")
+    return float(loss)

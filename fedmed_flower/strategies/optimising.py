@@ -1,0 +1,120 @@
+"""Flower's server optimisers under our rules: their step, and what they keep between rounds.
+
+Our rule makes one model of all replies, and the optimiser is given that model as if it were the
+only reply. So each optimiser goes with each rule, and of Flower's code no more than the step runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import strategy as flower
+
+from fedmed_flower import kernels
+from fedmed_flower.arrays import keep_dtypes, view
+
+if TYPE_CHECKING:
+    from fedmed_flower.strategies.base import FedAvg
+
+# Flower's rules in whose place ours come, by a class of the same name.
+RULES = (
+    flower.FedAvg,
+    flower.FedMedian,
+    flower.FedTrimmedAvg,
+    flower.MultiKrum,
+    flower.Bulyan,
+    flower.QFedAvg,
+)
+OPTIMISERS = (flower.FedAdam, flower.FedYogi, flower.FedAdagrad, flower.FedAvgM)
+# Our methods that say how replies are combined.
+_RULING = {"combine", "rule"}
+# What they keep, apart from the model itself.
+_STATE = ("m_t", "v_t", "momentum_vector")
+
+
+def class_below(cls: type, base: type) -> type[Any] | None:
+    """Return the class after `base` whose ``aggregate_train`` no rule of ours stands in for.
+
+    Raises
+    ------
+    TypeError
+        Where one of two rules would be left out without a word: a rule of Flower mixed with `base`
+        instead of ours of the same name, or a rule of ours with a strategy that has another.
+    """
+    owner = next(other for other in cls.__mro__ if "combine" in vars(other))
+    ruling = [other for other in cls.__mro__ if not vars(other).keys().isdisjoint(_RULING)]
+    for rule in RULES:
+        if issubclass(cls, rule) and not any(issubclass(other, rule) for other in ruling):
+            raise TypeError(
+                f"{cls.__name__}: take {rule.__name__} from fedmed_flower.strategies, "
+                "not from Flower"
+            )
+    after = cls.__mro__[cls.__mro__.index(base) + 1 :]
+    for other in after:
+        if "aggregate_train" in vars(other) and other not in (*RULES, flower.Strategy):
+            if not issubclass(other, OPTIMISERS) and owner is not base:
+                raise TypeError(
+                    f"{cls.__name__}: {owner.__name__} and {other.__name__} both say how replies "
+                    "are combined: derive it from one of them"
+                )
+            return other
+    return None
+
+
+def step(
+    strategy: FedAvg, optimiser: type[Any], server_round: int, new: ArrayRecord, old: ArrayRecord
+) -> ArrayRecord:
+    """Move the global model towards a round's outcome as a server optimiser does.
+
+    Only floating-point entries are moved, in float32 at least; the others are those of `new`.
+
+    Parameters
+    ----------
+    optimiser : type
+        One of `OPTIMISERS`.
+    new, old : ArrayRecord
+        What the rule made of the replies, and the global model that was sent.
+    """
+    floating = [key for key, array in old.items() if kernels.is_floating(view(array).dtype)]
+    wide = [{key: _wide(record[key]) for key in floating} for record in (new, old)]
+    # FedAvgM wants a record, the others arrays by name.
+    is_record = optimiser is flower.FedAvgM or issubclass(optimiser, flower.FedAvgM)
+    current = {key: Array(values) for key, values in wide[1].items()} if is_record else wide[1]
+    strategy.current_arrays = ArrayRecord(current) if is_record else current  # type: ignore[attr-defined]
+    content = RecordDict(
+        {
+            strategy.arrayrecord_key: ArrayRecord({k: Array(v) for k, v in wide[0].items()}),
+            "metrics": MetricRecord({strategy.weighted_by_key: 1.0}),
+        }
+    )
+    reply = Message(content, dst_node_id=1, message_type=MessageType.TRAIN)
+    moved, _ = optimiser.aggregate_train(strategy, server_round, [reply])
+    moved = keep_dtypes(moved, old)
+    return ArrayRecord({key: moved.get(key, new[key]) for key in old})
+
+
+def _wide(array: Array) -> np.ndarray[Any, Any]:
+    values = kernels.widen(view(array))
+    return values.astype(np.float32) if values.dtype.itemsize < 4 else values
+
+
+def export_state(strategy: FedAvg) -> dict[str, ArrayRecord]:
+    """Return what Flower's server optimisers keep between rounds, by name."""
+    state = {}
+    for name in _STATE:
+        kept = getattr(strategy, name, None)
+        if kept:
+            items = kept.items() if isinstance(kept, dict) else enumerate(kept)
+            state[name] = ArrayRecord({str(key): Array(np.asarray(v)) for key, v in items})
+    return state
+
+
+def import_state(strategy: FedAvg, state: dict[str, ArrayRecord]) -> None:
+    """Give back what `export_state` returned."""
+    for name in _STATE:
+        if hasattr(strategy, name):
+            kept = {key: view(array) for key, array in state.get(name, ArrayRecord()).items()}
+            value: Any = list(kept.values()) if name == "momentum_vector" else kept
+            setattr(strategy, name, value or None)

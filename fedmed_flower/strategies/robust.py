@@ -1,0 +1,249 @@
+"""Strategies that malicious or broken sites cannot bend: a rule each, bound to the rounds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy.multikrum import select_multikrum
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.strategies.base import FedAvg
+from fedmed_flower.strategies.rules import (
+    buckets,
+    bulyan_selection,
+    centered_clipping,
+    geometric_median,
+    median,
+    multi_krum,
+    nearest_neighbours,
+    nearest_to_median,
+    squared_distances,
+    trimmed_mean,
+)
+from fedmed_flower.updates import Updates
+
+log = logging.getLogger("flwr.fedmed")
+
+NEAREST, BUCKETING = "nearest", "bucketing"
+
+
+class Robust(FedAvg):
+    """What the strategies of this module have in common.
+
+    Parameters
+    ----------
+    num_malicious_nodes : int
+        Sites that may be malicious (f). A round with too few sites for the rule to withstand so
+        many is refused. Krum, MultiKrum, Bulyan and ``mixing="nearest"`` work with it; for the
+        other rules it is that check alone. At least 0.
+    mixing : {"nearest", "bucketing"}, optional
+        Average updates before the rule, since those of honest hospitals differ where their
+        patients do, and a rule may then take the odd one for an attacker. ``"nearest"``: each
+        update with its ``K - f`` nearest. ``"bucketing"``: in random buckets.
+    bucket_size : int
+        Updates in a bucket. At least 2.
+
+    Raises
+    ------
+    InputError
+        Where an argument is out of range.
+    """
+
+    num_malicious_nodes: int
+
+    def __init__(
+        self, *args: Any, mixing: str | None = None, bucket_size: int = 2, **kwargs: Any
+    ) -> None:
+        if not isinstance(self, flower.MultiKrum | flower.Bulyan):
+            self.num_malicious_nodes = kwargs.pop("num_malicious_nodes", 0)
+        super().__init__(*args, **kwargs)
+        if self.num_malicious_nodes < 0:
+            raise InputError(
+                f"num_malicious_nodes must be at least 0, got {self.num_malicious_nodes}"
+            )
+        if mixing not in (None, NEAREST, BUCKETING):
+            raise InputError(f"mixing must be {NEAREST!r}, {BUCKETING!r} or None, got {mixing!r}")
+        if mixing == NEAREST and self.num_malicious_nodes == 0:
+            raise InputError(
+                f"mixing={NEAREST!r} needs num_malicious_nodes above 0: with 0 it is a plain mean"
+            )
+        if bucket_size < 2:
+            raise InputError(f"bucket_size must be at least 2, got {bucket_size}")
+        self.mixing, self.bucket_size = mixing, bucket_size
+
+    def needed(self) -> int:
+        """Return the fewest replies with which the rule withstands the malicious sites."""
+        rows = self.rows_needed()
+        return (rows - 1) * self.bucket_size + 1 if self.mixing == BUCKETING else rows
+
+    def rows_needed(self) -> int:
+        """Return the same for the rule alone, behind any mixing: an honest majority."""
+        return 2 * self.num_malicious_nodes + 1
+
+    def combine(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
+        """Mix the updates where that was asked for, and apply the rule."""
+        if self.mixing == NEAREST:
+            distances = squared_distances(updates.gram())
+            updates = updates.mixed(nearest_neighbours(distances, self.num_malicious_nodes))
+        elif self.mixing == BUCKETING:
+            rng = np.random.default_rng((self.seed, self.server_round, 2))
+            updates = updates.mixed(buckets(updates.count, self.bucket_size, rng))
+        if self.mixing is not None:
+            weights = [1.0] * updates.count
+        return self.rule(updates, weights)
+
+    def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
+        """Return the new model: what a robust rule of your own has to give."""
+        raise NotImplementedError
+
+
+class FedMedian(Robust, flower.FedMedian):
+    """The median of each parameter (`median`)."""
+
+    def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
+        """Return the medians."""
+        return median(updates)
+
+
+class FedTrimmedAvg(Robust, flower.FedTrimmedAvg):
+    """The mean of each parameter without its extremes (`trimmed_mean`).
+
+    Parameters
+    ----------
+    beta : float
+        Part of the values that is cut off at each end. At least 0, below 0.5.
+
+    Raises
+    ------
+    InputError
+        Where `beta` is out of range, or 0 while some sites may be malicious.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"beta must be at least 0 and below 0.5, got {kwargs.get('beta')}"
+            ) from error
+        if self.beta == 0 and self.num_malicious_nodes > 0:
+            raise InputError(
+                f"beta must be above 0 to withstand num_malicious_nodes={self.num_malicious_nodes}"
+            )
+
+    def rows_needed(self) -> int:
+        """Return the fewest replies of which so many are cut off at each end."""
+        count = 2 * self.num_malicious_nodes + 1
+        while int(self.beta * count) < self.num_malicious_nodes:
+            count += 1
+        return count
+
+    def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
+        """Return the trimmed means."""
+        if self.beta > 0 and int(self.beta * updates.count) == 0:
+            log.warning(
+                "beta=%s of %d updates is less than one: nothing is trimmed",
+                self.beta,
+                updates.count,
+            )
+        return trimmed_mean(updates, self.beta)
+
+
+class MultiKrum(Robust, flower.MultiKrum):
+    """The mean of the ``num_nodes_to_select`` most trustworthy updates (`multi_krum`).
+
+    It is weighted by the numbers of examples, as in Flower; all count the same with `mixing`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.num_nodes_to_select < 1:
+            raise InputError(
+                f"num_nodes_to_select must be at least 1, got {self.num_nodes_to_select}"
+            )
+
+    def rows_needed(self) -> int:
+        """Return ``2f + 3``, and so many that no malicious one must be selected."""
+        f = self.num_malicious_nodes
+        return max(2 * f + 3, self.num_nodes_to_select + f) if f else 1
+
+    def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
+        """Return the mean of the selected updates."""
+        f, selected = self.num_malicious_nodes, self.num_nodes_to_select
+        return multi_krum(updates, weights, f, selected)
+
+
+class Krum(MultiKrum, flower.Krum):
+    """The most trustworthy update alone (`multi_krum`)."""
+
+
+class Bulyan(Robust, flower.Bulyan):
+    """Krum's choice, then for each parameter the mean of the values nearest its median.
+
+    El Mhamdi, Guerraoui, Rouault: The Hidden Vulnerability of Distributed Learning in Byzantium,
+    ICML 2018, https://arxiv.org/abs/1802.07927. The choice is made one update after the other, as
+    in the paper; `selection_rule` replaces it, as in Flower.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.mixing is not None and self.selection_rule is not select_multikrum:
+            raise InputError("mixing cannot go with a selection_rule, which is given whole replies")
+
+    def rows_needed(self) -> int:
+        """Return ``4f + 3``."""
+        return 4 * self.num_malicious_nodes + 3
+
+    def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
+        """Return the means near the medians."""
+        f = self.num_malicious_nodes
+        if self.selection_rule is select_multikrum:
+            chosen = bulyan_selection(squared_distances(updates.gram()), f)
+        else:
+            chosen = updates.chosen_by(self.selection_rule, f, updates.count - 2 * f)
+        near = max(1, len(chosen) - 2 * f)
+        return updates.subset(chosen).order_statistics(0, len(chosen), nearest_to_median(near))
+
+
+class GeometricMedian(Robust):
+    """The point with the least sum of distances to all updates (`geometric_median`)."""
+
+    def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
+        """Return the geometric median."""
+        return updates.weighted_sum(geometric_median(updates.gram()))
+
+
+class CenteredClipping(Robust):
+    """The mean of the updates, each clipped around the global model (`centered_clipping`).
+
+    Parameters
+    ----------
+    tau : float, optional
+        Radius of the clipping. Above 0; None takes the median distance.
+    num_iterations : int
+        Clippings, each around the last one's outcome. At least 1.
+    """
+
+    def __init__(
+        self, *args: Any, tau: float | None = None, num_iterations: int = 3, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if tau is not None and not tau > 0:
+            raise InputError(f"tau must be above 0, got {tau}")
+        if num_iterations < 1:
+            raise InputError(f"num_iterations must be at least 1, got {num_iterations}")
+        self.tau, self.num_iterations = tau, num_iterations
+
+    def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
+        """Return the clipped mean, around the geometric median where no global model is known."""
+        gram = updates.gram()
+        start = None if updates.centred else geometric_median(gram)
+        shares = centered_clipping(gram, self.tau, self.num_iterations, start)
+        return updates.weighted_sum(shares, rest=1 - shares.sum())

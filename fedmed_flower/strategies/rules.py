@@ -1,0 +1,213 @@
+"""Rules that malicious or broken sites cannot bend.
+
+A rule is a function of the updates that goes through their parameters by the three kernels alone.
+Each hospital has one vote; numbers of examples count only where a rule says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord
+from numpy.typing import NDArray
+
+from fedmed_flower.updates import Updates
+
+Floats = NDArray[np.float64]
+
+
+def median(updates: Updates) -> ArrayRecord:
+    """Return the median of each parameter.
+
+    Yin, Chen, Ramchandran, Bartlett: Byzantine-Robust Distributed Learning, ICML 2018,
+    https://arxiv.org/abs/1803.01498
+    """
+    return updates.order_statistics((updates.count - 1) // 2, updates.count // 2 + 1)
+
+
+def trimmed_mean(updates: Updates, beta: float) -> ArrayRecord:
+    """Return the mean of each parameter without the ``int(beta K)`` smallest and largest values.
+
+    Yin et al. 2018, as `median`.
+
+    Parameters
+    ----------
+    beta : float
+        At least 0, below 0.5.
+    """
+    cut = int(beta * updates.count)
+    return updates.order_statistics(cut, updates.count - cut)
+
+
+def krum_order(distances: Floats, num_malicious: int) -> list[int]:
+    """Return the updates from the most to the least trustworthy.
+
+    Blanchard, El Mhamdi, Guerraoui, Stainer: Machine Learning with Adversaries, NeurIPS 2017,
+    https://arxiv.org/abs/1703.02757: an update's score is the sum of the squared distances to its
+    ``K - f - 2`` nearest neighbours; low is good.
+
+    Parameters
+    ----------
+    distances : ndarray of shape (K, K)
+        Squared.
+    """
+    count = len(distances)
+    near = min(max(1, count - num_malicious - 2), count - 1)
+    others = np.sort(distances + np.diag(np.full(count, np.inf)), axis=1)[:, :near]
+    return [int(k) for k in np.argsort(others.sum(axis=1), kind="stable")]
+
+
+def multi_krum(
+    updates: Updates, weights: Sequence[float], num_malicious: int, num_selected: int
+) -> ArrayRecord:
+    """Return the weighted mean of the updates that Krum trusts most; Krum itself with one."""
+    order = krum_order(squared_distances(updates.gram()), num_malicious)
+    return mean_of(updates, weights, order[:num_selected])
+
+
+def bulyan_selection(distances: Floats, num_malicious: int) -> list[int]:
+    """Return the ``K - 2f`` updates that Krum picks one after the other."""
+    left = list(range(len(distances)))
+    chosen: list[int] = []
+    while len(chosen) < len(distances) - 2 * num_malicious:
+        best = krum_order(distances[np.ix_(left, left)], num_malicious)[0]
+        chosen.append(left.pop(best))
+    return chosen
+
+
+def nearest_to_median(count: int) -> Callable[[list[NDArray[Any]]], NDArray[Any]]:
+    """Return a function of sorted values: the mean of the `count` that are nearest the median."""
+
+    def reduce(ordered: list[NDArray[Any]]) -> NDArray[Any]:
+        two = ordered[0].dtype.type(2)
+        middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / two
+        # They lie side by side: move the window up while what enters is nearer than what leaves.
+        window = [values.copy() for values in ordered[:count]]
+        for place, entering in enumerate(ordered[count:]):
+            leaving = window[place % count]
+            moves = entering - middle < middle - ordered[place]
+            np.copyto(leaving, entering, where=moves)
+        total = window[0]
+        for values in window[1:]:
+            total += values
+        total /= total.dtype.type(count)
+        return total
+
+    return reduce
+
+
+def geometric_median(
+    gram: Floats, smoothing: float = 1e-6, tolerance: float = 1e-9, max_steps: int = 1000
+) -> Floats:
+    """Return the coefficients of the point whose distances to all updates have the least sum.
+
+    Pillutla, Kakade, Harchaoui: Robust Aggregation for Federated Learning, IEEE Transactions on
+    Signal Processing 2022, https://arxiv.org/abs/1912.13445: smoothed Weiszfeld steps, here on the
+    inner products alone.
+
+    Parameters
+    ----------
+    gram : ndarray of shape (K, K)
+        Inner products of the updates.
+    smoothing : float
+        Distances below it, times the median distance, count as it.
+
+    Returns
+    -------
+    ndarray of shape (K,)
+        Its sum is 1.
+    """
+    coefficients = np.full(len(gram), 1 / len(gram))
+    for _ in range(max_steps):
+        distances = _distances_to(gram, coefficients)
+        near = np.maximum(distances, max(smoothing * float(np.median(distances)), 1e-300))
+        following = 1 / near / (1 / near).sum()
+        moved = np.abs(following - coefficients).max()
+        coefficients = following
+        if moved < tolerance:
+            break
+    return coefficients
+
+
+def centered_clipping(
+    gram: Floats, tau: float | None, steps: int, start: Floats | None = None
+) -> Floats:
+    """Return the coefficients of the clipped mean around the global model.
+
+    Karimireddy, He, Jaggi: Learning from History for Byzantine Robust Optimization, ICML 2021,
+    https://arxiv.org/abs/2012.10333, algorithm 2. What is averaged are models, so that what the
+    last round led to, the global model, is where clipping starts.
+
+    Parameters
+    ----------
+    gram : ndarray of shape (K, K)
+        Inner products of the differences to the global model.
+    tau : float, optional
+        Radius; None takes the median distance anew in each step.
+    steps : int
+        Clippings, each around the last one's outcome.
+    start : ndarray of shape (K,), optional
+        Coefficients of the point where clipping starts instead of at the global model.
+
+    Returns
+    -------
+    ndarray of shape (K,)
+        The rest to 1 is the global model's.
+    """
+    coefficients = np.zeros(len(gram)) if start is None else start
+    for _ in range(steps):
+        distances = np.maximum(_distances_to(gram, coefficients), 1e-300)
+        radius = float(np.median(distances)) if tau is None else tau
+        shares = np.minimum(1, radius / distances) / len(gram)
+        coefficients = coefficients * (1 - shares.sum()) + shares
+    return coefficients
+
+
+def nearest_neighbours(distances: Floats, num_malicious: int) -> Floats:
+    """Return the mixture that puts the mean of its ``K - f`` nearest in each update's place.
+
+    Allouah, Farhadkhani, Guerraoui, Gupta, Pinot, Stephan: Fixing by Mixing, AISTATS 2023,
+    https://arxiv.org/abs/2302.01772, algorithm 2. An update is its own nearest neighbour.
+    """
+    count = len(distances)
+    own = distances - np.diag(np.full(count, np.inf))
+    order = np.argsort(own, axis=1, kind="stable")[:, : count - num_malicious]
+    mix = np.zeros((count, count))
+    np.put_along_axis(mix, order, 1 / order.shape[1], axis=1)
+    return mix
+
+
+def buckets(count: int, size: int, rng: np.random.Generator) -> Floats:
+    """Return the mixture that averages updates in random buckets.
+
+    Karimireddy, He, Jaggi: Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing,
+    ICLR 2022, https://arxiv.org/abs/2006.09365, algorithm 1. The last bucket may be smaller.
+    """
+    order = rng.permutation(count)
+    mix = np.zeros((-(-count // size), count))
+    for bucket, start in enumerate(range(0, count, size)):
+        members = order[start : start + size]
+        mix[bucket, members] = 1 / len(members)
+    return mix
+
+
+def squared_distances(gram: Floats) -> Floats:
+    """Return the squared distances between updates, from their inner products; shape (K, K)."""
+    lengths = np.diag(gram)
+    return np.maximum(lengths[:, None] + lengths[None, :] - 2 * gram, 0)
+
+
+def mean_of(updates: Updates, weights: Sequence[float], chosen: Sequence[int]) -> ArrayRecord:
+    """Return the weighted mean of some of the updates."""
+    given = np.zeros(updates.count)
+    given[list(chosen)] = np.asarray(weights)[list(chosen)]
+    return updates.weighted_sum(given / given.sum())
+
+
+def _distances_to(gram: Floats, coefficients: Floats) -> Floats:
+    """Return the distance of each update to a sum of them."""
+    products = gram @ coefficients
+    squared = np.diag(gram) - 2 * products + coefficients @ products
+    return np.sqrt(np.maximum(squared, 0))
