@@ -1,9 +1,10 @@
 """Time and memory of the rules next to Flower's, in one run.
 
 Prints a table for each number of replies and each model: seconds of Flower's class and of ours
-(best of the repeats, taken in turn), their ratio, and the peak memory of each on top of the replies,
-in models. "read" is the time to read every byte of the replies once. `--crossover` prints instead
-where sorting columns becomes faster than the sorting network. Threads: ``OMP_NUM_THREADS``.
+(best of the repeats, taken in turn), their ratio, and the peak memory of each on top of the
+replies, in models. "read" is the time to read every byte of the replies once. `--crossover`
+prints instead where sorting columns becomes faster than the sorting network. Threads:
+``OMP_NUM_THREADS``.
 
 ``python benchmarks/aggregation.py [--repeats 3] [--replies 5,20,100] [--parameters 10000000]``
 """

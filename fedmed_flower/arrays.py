@@ -44,7 +44,8 @@ def view(array: Array) -> NDArray[Any]:
     if array.stype != _NUMPY:
         raise ValueError(f"unknown serialisation {array.stype!r}")
     shape, fortran_order, dtype, offset = _header(array.data[: _head_length(array.data)])
-    if dtype.kind not in "biufc" and not (array.dtype == "bfloat16" and dtype.str[1:] == "V2"):
+    is_number = dtype.kind in "biufc" and dtype.fields is None
+    if not is_number and not (array.dtype == "bfloat16" and dtype == kernels.BFLOAT16):
         raise ValueError(f"dtype {dtype} is not a plain number")
     if offset + math.prod(shape) * dtype.itemsize != len(array.data):
         raise ValueError(f"{len(array.data)} bytes do not hold an array of shape {shape}")
@@ -109,7 +110,10 @@ class Draft:
 
 
 def flat(record: ArrayRecord, like: ArrayRecord) -> list[NDArray[Any]]:
-    """Return the views of a record's arrays, flattened, in the order of another record's keys."""
+    """Return the views of a record's arrays, flattened, in the order of another record's keys.
+
+    Matrices in Fortran order are copied.
+    """
     return [view(record[key]).reshape(-1) for key in like]
 
 
@@ -125,7 +129,7 @@ def is_finite(values: NDArray[Any]) -> bool:
     """Return whether an array holds neither NaN nor infinite values."""
     if values.dtype.kind in "biu":
         return True
-    flat_values = values.reshape(-1)
+    flat_values = values.ravel("K")
     parts = range(0, flat_values.size, _PART)
     return all(np.isfinite(kernels.widen(flat_values[at : at + _PART])).all() for at in parts)
 

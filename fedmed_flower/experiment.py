@@ -146,7 +146,7 @@ def federate(
     strategy.folder, strategy.resume, strategy.seed = folder, plan.resume, plan.seed
     find_checkpoint(strategy, initial)
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
-    wait_for_sites(grid, max(plan.min_sites, *minima))
+    wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
     sites = _roll_call(grid, plan)
     strategy.site_names |= sites.names
     about = {"app": _app_name(grid), "strategy": type(strategy).__name__, "sites": sites.asked}

@@ -42,7 +42,11 @@ _PER_THREAD = 1 << 20
 def threads() -> int:
     """Return how many threads a kernel may use: ``OMP_NUM_THREADS``, else one a core, at most 4."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) else min(len(os.sched_getaffinity(0)), 4)
+    if given.isdecimal() and int(given):
+        return int(given)
+    # Only Linux can tell which cores this process may use.
+    own = getattr(os, "sched_getaffinity", None)
+    return min(len(own(0)) if own else os.cpu_count() or 1, 4)
 
 
 def weighted_sum(rows: Sequence[Row], weights: Sequence[float], outs: Row) -> None:
@@ -51,6 +55,7 @@ def weighted_sum(rows: Sequence[Row], weights: Sequence[float], outs: Row) -> No
     Parameters
     ----------
     rows : sequence of K rows
+        K may be 0.
     weights : sequence of K floats
     outs : row
         Written in place; may have other dtypes than the rows. Rounded for integers.
@@ -63,6 +68,8 @@ def weighted_sum(rows: Sequence[Row], weights: Sequence[float], outs: Row) -> No
             dtype = working(out.dtype)
             tmp = spare.setdefault(dtype, np.empty(_SUM_BLOCK, dtype))[: len(out)]
             total = out if out.dtype == dtype else np.empty(len(out), dtype)
+            if not rows:
+                total[...] = 0
             for k, (row, weight) in enumerate(zip(rows, weights, strict=True)):
                 part = tmp if k else total
                 np.multiply(widen(row[entry][start:stop]), weight, out=part, dtype=dtype)
@@ -75,14 +82,17 @@ def weighted_sum(rows: Sequence[Row], weights: Sequence[float], outs: Row) -> No
 
 
 def accumulate(row: Row, weight: float, sums: Sequence[NDArray[Any]]) -> None:
-    """Add ``weight row`` to running sums, so exactly that the order of the rows does not matter.
+    """Add ``weight row`` to running sums in twice float64's precision.
+
+    So exactly that the order of the rows makes no difference to the mean, but where numbers a
+    1e16 times larger cancel each other out.
 
     Parameters
     ----------
     row : row
     weight : float
     sums : sequence of float64 arrays of shape (2, n), one for each entry
-        Sum and its rounding error (Knuth's two-sum); the sum is ``sums[j].sum(axis=0)``.
+        Sum and its rounding error (Knuth's two-sum).
     """
 
     def work(blocks: list[list[Piece]]) -> None:
@@ -95,6 +105,18 @@ def accumulate(row: Row, weight: float, sums: Sequence[NDArray[Any]]) -> None:
             high[...] = total
 
     _share(_blocks([len(part) for part in row], _GRAM_BLOCK, pack=False), work)
+
+
+def divide(sums: Sequence[NDArray[Any]], total: float, outs: Row) -> None:
+    """Write what `accumulate` has added up, divided by a number, to `outs`."""
+
+    def work(blocks: list[list[Piece]]) -> None:
+        for ((entry, start, stop, _),) in blocks:
+            high, low = sums[entry][:, start:stop]
+            out = outs[entry][start:stop]
+            out[...] = narrow((high + low) / total, out.dtype)
+
+    _share(_blocks([len(out) for out in outs], _GRAM_BLOCK, pack=False), work)
 
 
 def order_statistics(
@@ -170,8 +192,15 @@ def order_statistics(
     return finite
 
 
-def gram(rows: Sequence[Row], centre: Row) -> NDArray[np.float64]:
+def gram(rows: Sequence[Row], centre: Row, double: bool = False) -> NDArray[np.float64]:
     """Return the inner products of the rows' floating-point entries, taken from a centre.
+
+    Parameters
+    ----------
+    rows : sequence of K rows
+    centre : row
+    double : bool
+        Multiply in float64 throughout; else blocks of single-precision entries in float32.
 
     Returns
     -------
@@ -183,7 +212,7 @@ def gram(rows: Sequence[Row], centre: Row) -> NDArray[np.float64]:
     for dtype, entries in _by_working(centre).items():
         entries = [entry for entry in entries if is_floating(centre[entry].dtype)]
         width = max(1024, min(_GRAM_BLOCK, _SORT_CACHE // len(rows)))
-        buffer = np.empty((len(rows), width), dtype)
+        buffer = np.empty((len(rows), width), np.float64 if double else dtype)
         with np.errstate(invalid="ignore", over="ignore"):
             for block in _blocks([len(centre[entry]) for entry in entries], width):
                 for entry, start, stop, place in block:
@@ -191,7 +220,7 @@ def gram(rows: Sequence[Row], centre: Row) -> NDArray[np.float64]:
                     for k, row in enumerate(rows):
                         part = widen(row[entries[entry]][start:stop])
                         out = buffer[k, place : place + stop - start]
-                        np.subtract(part, own, out=out, dtype=dtype)
+                        np.subtract(part, own, out=out, dtype=buffer.dtype)
                 size = block[-1][3] + block[-1][2] - block[-1][1]
                 total += buffer[:, :size] @ buffer[:, :size].T
     return total
@@ -224,11 +253,7 @@ def narrow(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     if values.dtype == dtype:
         return values
     if dtype == BFLOAT16:
-        bits = values.astype(np.float32).view(np.uint32)
-        rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-        # A NaN's bits must not be carried over into infinity.
-        rounded[np.isnan(values)] = 0x7FC0
-        return rounded.view(BFLOAT16)
+        return _bfloat16(values.reshape(-1)).reshape(values.shape)
     if dtype.kind in "biu":
         values = np.rint(values)
     if dtype.kind in "iu":
@@ -239,6 +264,19 @@ def narrow(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
         whole[values > high] = info.max
         return whole
     return values.astype(dtype)
+
+
+def _bfloat16(values: NDArray[Any]) -> NDArray[Any]:
+    single = values.astype(np.float32)
+    bits = single.view(np.uint32)
+    # Rounding twice goes wrong next to a tie, but for an odd last bit that tells of what was cut.
+    inexact, larger = single != values, abs(single) > abs(values)
+    bits -= larger
+    bits |= inexact
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    # A NaN's bits must not be carried over into infinity.
+    rounded[np.isnan(values)] = 0x7FC0
+    return rounded.view(BFLOAT16)
 
 
 @functools.lru_cache(maxsize=64)

@@ -144,6 +144,7 @@ class LocalGrid(Grid):
         self._on_reply = on_reply
         self._run = Run.create_empty(next(iter(contexts.values())).run_id)
         self._waiting: dict[str, Message] = {}
+        self._pushed = 0
 
     def set_run(self, run: Run) -> None:
         """Set the run that `run` returns."""
@@ -179,6 +180,7 @@ class LocalGrid(Grid):
             message.metadata.__dict__["_message_id"] = message_id
             self._waiting[message_id] = _copy_message(message)
             ids.append(message_id)
+        self._pushed = len(self._waiting)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -209,7 +211,7 @@ class LocalGrid(Grid):
 
     def _replies(self, ids: list[str], deadline: float | None) -> list[Message]:
         replies = []
-        for done, message_id in enumerate(ids, start=1):
+        for message_id in ids:
             message = self._waiting.pop(message_id)
             if deadline is not None and time.monotonic() > deadline:
                 continue
@@ -217,7 +219,8 @@ class LocalGrid(Grid):
                 reply.metadata.__dict__["_message_id"] = str(uuid4())
                 replies.append(reply)
             if self._on_reply is not None:
-                self._on_reply(message.metadata.message_type, done, len(ids))
+                done = self._pushed - len(self._waiting)
+                self._on_reply(message.metadata.message_type, done, self._pushed)
         return replies
 
     def _handle(self, message: Message) -> Message | None:

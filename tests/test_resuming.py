@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from builders import FakeGrid
+from builders import FakeGrid, dump
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
@@ -104,3 +104,36 @@ def test_a_site_that_leaves_for_good_does_not_hang_the_run(monkeypatch):
     assert result.arrays["w"].numpy().tolist() == [1.0, 1.0]
     (failure,) = [f for f in strategy.history.failures if f.round == 2]
     assert failure.reason == "1 sites are connected, 2 needed"
+
+
+def test_what_another_optimiser_kept_is_not_gone_on_from(tmp_path):
+    run(FedAdam(fraction_evaluate=0.0, run_dir=tmp_path), 2)
+    again = FedAvg(fraction_evaluate=0.0, run_dir=tmp_path, resume=True)
+    text = "the checkpoint holds m_t, which FedAvg does not keep: resume it with the strategy that"
+    with pytest.raises(InputError, match=f"^{text} it was started with$"):
+        run(again, 4)
+
+
+@pytest.mark.parametrize("kind", [FedAvgM, FedAdam, FedYogi, FedAdagrad])
+def test_an_optimiser_goes_on_after_a_crash_in_the_middle_of_a_round(tmp_path, kind):
+    options = {"server_momentum": 0.9} if kind is FedAvgM else {"eta": 0.1}
+    options |= {"fraction_evaluate": 0.0}
+    if kind in (FedAdam, FedYogi):
+        options |= {"beta_1": 0.9, "beta_2": 0.99}
+    whole = kind(**options)
+    run(whole, 5)
+
+    class Crashing(kind):
+        def aggregate_train(self, server_round, replies):
+            if server_round == 4:
+                raise KeyboardInterrupt
+            return super().aggregate_train(server_round, replies)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Crashing(**options, run_dir=tmp_path), 5)
+    again = kind(**options, run_dir=tmp_path, resume=True)
+    run(again, 5)
+    assert dump(again.result.arrays) == dump(whole.result.arrays)
+    states = [{k: dump(v) for k, v in s.export_state().items()} for s in (again, whole)]
+    assert states[0]
+    assert states[0] == states[1]

@@ -198,3 +198,48 @@ def test_first_arrays():
     assert dump(first_arrays(replies)) == dump(arrays(**GOOD))
     assert first_arrays([error_reply(1, "x"), reply(2)]) is None
     assert first_arrays([]) is None
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 10**400, [1, 10**400]])
+@pytest.mark.parametrize("model", [MODEL, None])
+def test_a_metric_beyond_64_bits_is_a_reason_and_no_exception(value, model):
+    bad = reply(1, GOOD, steps=value)
+    assert screen(bad, "num-examples", model) == "steps is an integer beyond 64 bits"
+
+
+@pytest.mark.parametrize("value", [2**63 - 1, -(2**63), 1e300, [2**63 - 1]])
+def test_a_metric_of_64_bits_passes(value):
+    assert screen(reply(1, GOOD, steps=value), "num-examples", MODEL) is None
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (10**9, None),
+        (10**9 + 1, "num-examples must be above 0 and at most 1e+09, got 1000000001"),
+        (1e12, "num-examples must be above 0 and at most 1e+09, got 1000000000000.0"),
+    ],
+)
+def test_no_hospital_has_more_than_a_billion_examples(weight, reason):
+    assert screen(reply(1, GOOD, weight=weight), "num-examples", MODEL) == reason
+
+
+def test_taking_a_copys_records_apart_leaves_the_reply():
+    sent = reply(1, GOOD, loss=0.5)
+    before = repr(sent.content)
+    (copied,) = with_shared_metrics([sent], "num-examples")
+    copied.content["arrays"].clear()
+    copied.content["metrics"].clear()
+    assert repr(sent.content) == before
+
+
+def test_copies_may_carry_other_weights_and_keep_integers():
+    sent = [reply(1, GOOD, weight=6), reply(2, GOOD, weight=2)]
+
+    def weights(**options):
+        copies = with_shared_metrics(sent, "num-examples", **options)
+        return [repr(m.content["metrics"]["num-examples"]) for m in copies]
+
+    assert weights() == ["6", "2"]
+    assert weights(share=0.5) == ["2.0", "2"]
+    assert weights(weights=[6.0, 0.5]) == ["6", "0.5"]

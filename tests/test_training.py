@@ -242,3 +242,23 @@ def test_prediction_is_done_in_eval_mode_and_changes_nothing():
     assert outputs.shape == (5, 2)
     assert labels.dtype == np.int64
     assert labels.tolist() == torch.cat([batch["label"] for batch in batches]).tolist()
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 4.0])
+def test_the_proximal_term_is_that_of_the_loss_written_out(mu):
+    torch.manual_seed(0)
+    ours, twin = nn.Linear(3, 1), nn.Linear(3, 1)
+    twin.load_state_dict(ours.state_dict())
+    start = [p.detach().clone() for p in twin.parameters()]
+    batches, loss = batches_of(3), SquaredError()
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.05)
+    train_epochs(ours, batches, loss, optimizer, 2, CPU, proximal_mu=mu)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.05)
+    for _ in range(2):
+        for batch in batches:
+            optimizer.zero_grad()
+            away = sum(((p - s) ** 2).sum() for p, s in zip(twin.parameters(), start, strict=True))
+            (loss(twin(batch["image"]), batch["label"]) + mu / 2 * away).backward()
+            optimizer.step()
+    for got, wanted in zip(ours.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -55,6 +56,8 @@ class MedicalClient(ABC):
     settings : Settings
         From the run config.
     site : Site
+    proximal_mu : float
+        How strongly `fit` holds the model near the global one; sent by `FedProx`, else 0.
     """
 
     _kept: ClassVar[dict[tuple[object, ...], Any]] = {}
@@ -62,6 +65,7 @@ class MedicalClient(ABC):
     def __init__(self, context: Context) -> None:
         self.context = context
         self.settings = Settings.from_run_config(context.run_config)
+        self.proximal_mu = 0.0
 
     @cached_property
     def site(self) -> Site:
@@ -115,6 +119,9 @@ class MedicalClient(ABC):
         pooled = bool(config.get("pool-sites", False))
         data, prepared = self._prepared("train", pooled)
         arrays_key, arrays = next(iter(message.content.array_records.items()))
+        self.proximal_mu = float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]
+        if not 0 <= self.proximal_mu < math.inf:
+            raise InputError(f"proximal-mu must be at least 0 and finite, got {self.proximal_mu}")
         seed = derive_seed(self.settings.seed, self.site.name, server_round, "train")
         began = time.perf_counter()
         model = self._model(arrays)

@@ -139,6 +139,7 @@ class ClassificationClient(MedicalClient):
                 device,
                 settings.mixed_precision and device.type == "cuda",
                 self.augment,
+                self.proximal_mu,
             )
         return {"loss": mean}
 

@@ -143,6 +143,7 @@ def train_epochs(
     device: torch.device,
     mixed_precision: bool = False,
     augment: Callable[[Tensor], Tensor] | None = None,
+    proximal_mu: float = 0.0,
 ) -> float:
     """Train a model in place.
 
@@ -161,6 +162,10 @@ def train_epochs(
         Run the model in bfloat16 by autocast.
     augment : callable, optional
         Changes the images of a batch, on `device`, before the model sees them.
+    proximal_mu : float
+        Holds the parameters near those they begin with: adds ``mu / 2`` times the squared distance
+        to the loss (FedProx, Li et al. 2020, https://arxiv.org/abs/1812.06127, equation 2). At
+        least 0.
 
     Returns
     -------
@@ -173,6 +178,7 @@ def train_epochs(
         Where a batch has a loss that is not finite; the model is of no use from then on.
     """
     model.train()
+    held = [(p, p.detach().clone()) for p in model.parameters()] if proximal_mu else []
     mean = float("nan")
     for epoch in range(epochs):
         total, rows = 0.0, 0
@@ -184,6 +190,9 @@ def train_epochs(
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
                 value = loss(model(images), labels)
             value.backward()
+            for parameter, start in held:
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - start, alpha=proximal_mu)
             optimizer.step()
             total, rows = total + value.item() * len(labels), rows + len(labels)
             if not math.isfinite(total):

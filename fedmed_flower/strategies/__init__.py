@@ -1,5 +1,7 @@
 """Strategies to import into a Flower ServerApp in place of Flower's own."""
 
+from typing import TYPE_CHECKING, Any
+
 from fedmed_flower.strategies.averaging import (
     FedAdagrad,
     FedAdam,
@@ -20,9 +22,13 @@ from fedmed_flower.strategies.robust import (
     MultiKrum,
 )
 
+if TYPE_CHECKING:
+    from fedmed_flower.strategies.private import DPFedAvg
+
 __all__ = [
     "Bulyan",
     "CenteredClipping",
+    "DPFedAvg",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
@@ -37,3 +43,12 @@ __all__ = [
     "QFedAvg",
     "WeightedFedAvg",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The accountant takes a second to load, which the other strategies need not wait for.
+    if name != "DPFedAvg":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fedmed_flower.strategies.private import DPFedAvg
+
+    return DPFedAvg

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from flwr.serverapp import strategy as flower
 from fedmed_flower.errors import InputError
 from fedmed_flower.strategies.base import FedAvg
 from fedmed_flower.strategies.screening import metrics_of
-from fedmed_flower.updates import Updates
+from fedmed_flower.updates import NotUsableError, Updates
 
 EXAMPLES, UNIFORM, INVERSE_LOSS = "examples", "uniform", "inverse-loss"
 Weights = str | Mapping[str, float] | Callable[[Message], float]
@@ -26,14 +28,15 @@ class WeightedFedAvg(FedAvg):
     weights : str, mapping or callable
         ``"examples"``: the number of examples, as in `FedAvg`. ``"uniform"``: each hospital counts
         the same. ``"inverse-loss"``: 1 / training loss. A mapping from site name to weight; a site
-        that is not in it is left out. A function that is given the reply. Weights must be above 0.
+        that is not in it is left out. A function that is given the reply; a reply for which it
+        fails or returns no number is left out. Weights must be above 0 and at most 1e100.
     loss_key : str
         Name of the metric that is the training loss, for ``"inverse-loss"``.
 
     Raises
     ------
     InputError
-        Where `weights` is none of these.
+        Where `weights` is none of these, or a mapping to something else than such weights.
     """
 
     def __init__(
@@ -49,6 +52,10 @@ class WeightedFedAvg(FedAvg):
                 f"weights must be {EXAMPLES!r}, {UNIFORM!r}, {INVERSE_LOSS!r}, a mapping by site "
                 f"name or a function of the reply, got {weights!r}"
             )
+        if isinstance(weights, Mapping):
+            for site, weight in weights.items():
+                if not isinstance(weight, Real) or not 0 < float(weight) < math.inf:
+                    raise InputError(f"weights must be above 0 and finite, got {weight} for {site}")
         self.weights = weights
         self.loss_key = loss_key
 
@@ -64,7 +71,10 @@ class WeightedFedAvg(FedAvg):
             if site not in self.weights:
                 raise ValueError("weights does not name it")
             return float(self.weights[site])
-        return float(self.weights(reply))  # type: ignore[operator]
+        try:
+            return float(self.weights(reply))  # type: ignore[operator]
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"weights failed: {type(error).__name__}: {error}") from error
 
 
 class FedProx(FedAvg, flower.FedProx):
@@ -119,6 +129,8 @@ class QFedAvg(FedAvg, flower.QFedAvg):
         ------
         InputError
             Where the global model is not known.
+        NotUsableError
+            Where updates hold NaN or infinite values, or are too large to be computed with.
         """
         if not updates.centred:
             raise InputError(
@@ -126,9 +138,16 @@ class QFedAvg(FedAvg, flower.QFedAvg):
                 "before aggregate_train"
             )
         losses, lipschitz = np.asarray(weights), 1 / self.client_learning_rate
-        powers = losses**self.q
-        squared = (lipschitz * updates.norms()) ** 2
-        h = self.q * losses ** (self.q - 1) * squared + lipschitz * powers
+        with np.errstate(over="ignore", invalid="ignore"):
+            powers = losses**self.q
+            squared = (lipschitz * updates.norms()) ** 2
+            h = self.q * losses ** (self.q - 1) * squared + lipschitz * powers
+        if not np.isfinite(h.sum()):
+            updates.check()
+            # The sum may overflow where no part of it does.
+            far = [int(k) for k in np.flatnonzero(~np.isfinite(h))] or [int(h.argmax())]
+            reason = "its loss or its change of the model is too large to be computed with"
+            raise NotUsableError(dict.fromkeys(far, reason))
         shares = lipschitz * powers / h.sum()
         return updates.weighted_sum(shares, rest=1 - shares.sum())
 
@@ -145,5 +164,6 @@ def loss_of(reply: Message, key: str, least: float | None = None) -> float:
     if not isinstance(loss, int | float):
         raise ValueError(f"it has no training loss {key}")
     if not (loss > 0 if least is None else loss >= least):
-        raise ValueError(f"its training loss {key} must be above 0, got {loss}")
+        bound = "above 0" if least is None else f"at least {least:g}"
+        raise ValueError(f"its training loss {key} must be {bound}, got {loss}")
     return float(loss)

@@ -7,7 +7,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from fedmed_flower.strategies.inbox import Inbox
 from fedmed_flower.strategies.optimising import OPTIMISERS, class_below, export_state, import_state
 from fedmed_flower.strategies.resuming import restore, save
 from fedmed_flower.strategies.screening import metrics_of, with_shared_metrics
-from fedmed_flower.strategies.sites import draw, wait_for_sites
+from fedmed_flower.strategies.sites import draw, enough, refuse_too_few
 from fedmed_flower.updates import Updates
 
 log = logging.getLogger("flwr.fedmed")
@@ -120,8 +120,8 @@ class FedAvg(flower.FedAvg):
         self.result = flower.Result()
         self.only: set[int] | None = None
         self._evaluating = "val"
-        self._timeout = math.inf
-        self.begun, self.server_round = False, 0
+        self.timeout = math.inf
+        self.begun, self.server_round, self.faulty = False, 0, 0
         self.sent_arrays: ArrayRecord | None = None
 
     def start(
@@ -166,7 +166,7 @@ class FedAvg(flower.FedAvg):
             _TRAIN: ConfigRecord() if train_config is None else train_config,
             _EVALUATE: ConfigRecord() if evaluate_config is None else evaluate_config,
         }
-        self._timeout, self.begun = timeout, False
+        self.timeout, self.begun = timeout, False
         self.history, self.result = History(), flower.Result(arrays=initial_arrays)
         first = restore(self, grid, initial_arrays) + 1
         if first > num_rounds + 1:
@@ -177,6 +177,9 @@ class FedAvg(flower.FedAvg):
         if first == 1 and evaluate_fn is not None:
             self._keep(0, "evaluate_metrics_serverapp", evaluate_fn(0, initial_arrays), "server")
         for server_round in range(first, num_rounds + 1):
+            if (reason := self.stop_reason()) is not None:
+                self.inbox.fail(server_round, "train", ALL_SITES, reason)
+                break
             began = time.perf_counter()
             arrays = self.result.arrays
             messages = list(self.configure_train(server_round, arrays, configs[_TRAIN], grid))
@@ -239,29 +242,19 @@ class FedAvg(flower.FedAvg):
     ) -> Iterable[Message]:
         """Wait for the sites, then address this round's training messages to a sample of them."""
         self.sent_arrays = arrays
-        if not self._enough(grid, server_round, "train", self.fraction_train, self.min_train_nodes):
+        minimum = self.min_train_nodes
+        if not enough(self, grid, server_round, "train", self.fraction_train, minimum):
             return []
         messages = super().configure_train(server_round, arrays, config, grid)
         addressed = self._address(messages, grid, server_round, _TRAIN)
-        needed = self.needed()
-        if not addressed or len(addressed) >= needed:
-            return addressed
-        reason = (
-            f"{type(self).__name__} needs {needed} replies a round to keep its promise, but "
-            f"{len(addressed)} sites take part: raise min_train_nodes or lower num_malicious_nodes"
-        )
-        if not self.begun:
-            raise InputError(reason)
-        # Sites that drop out later must not end the run.
-        self.inbox.fail(server_round, "train", ALL_SITES, reason)
-        return []
+        return [] if refuse_too_few(self, server_round, len(addressed)) else addressed
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Wait for the sites, then address this round's evaluation messages to a sample of them."""
         minimum = self.min_evaluate_nodes
-        if not self._enough(grid, server_round, "val", self.fraction_evaluate, minimum):
+        if not enough(self, grid, server_round, "val", self.fraction_evaluate, minimum):
             return []
         messages = super().configure_evaluate(server_round, arrays, config, grid)
         return self._address(messages, grid, server_round, _EVALUATE)
@@ -306,6 +299,17 @@ class FedAvg(flower.FedAvg):
             Where the strategy cannot use the reply, with the reason; it is left out.
         """
         return float(metrics_of(reply)[self.weighted_by_key])  # type: ignore[arg-type]
+
+    def choose(
+        self, nodes: Collection[int], count: int, server_round: int, training: bool
+    ) -> list[int]:
+        """Return which connected nodes take part: here `count` of them, by the run's seed."""
+        phase = _TRAIN if training else _EVALUATE
+        return draw(nodes, self.site_names, count, (self.seed, server_round, phase))
+
+    def stop_reason(self) -> str | None:
+        """Return why the run must end before a further round; None where it goes on."""
+        return None
 
     def needed(self) -> int:
         """Return the fewest usable replies of a round for which the rule keeps its promise."""
@@ -376,17 +380,6 @@ class FedAvg(flower.FedAvg):
             getattr(self.result, name)[server_round] = metrics
             self.history.add(server_round, phase, ALL_SITES, metrics)
 
-    def _enough(
-        self, grid: Grid, server_round: int, phase: str, fraction: float, minimum: int
-    ) -> bool:
-        """Wait for the sites; record it where too few of them come within the timeout."""
-        needed = max(minimum, self.min_available_nodes) if fraction > 0 else 0
-        if (count := wait_for_sites(grid, needed, self._timeout)) >= needed:
-            return True
-        reason = f"{count} sites are connected, {needed} needed"
-        self.inbox.fail(server_round, phase, ALL_SITES, reason)
-        return False
-
     def _address(
         self, messages: Iterable[Message], grid: Grid, server_round: int, phase: int
     ) -> list[Message]:
@@ -394,7 +387,7 @@ class FedAvg(flower.FedAvg):
         messages = list(messages)
         connected = self.inbox.connected = set(grid.get_node_ids())
         nodes = connected if self.only is None else connected & self.only
-        drawn = draw(nodes, self.site_names, len(messages), (self.seed, server_round, phase))
+        drawn = self.choose(nodes, len(messages), server_round, phase == _TRAIN)
         for message, node_id in zip(messages, drawn, strict=False):
             message.metadata.dst_node_id = node_id
         return messages[: len(drawn)]

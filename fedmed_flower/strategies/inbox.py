@@ -22,12 +22,13 @@ _TOGETHER = 20
 
 @dataclass
 class Kept:
-    """A reply that may be used."""
+    """A reply that may be used, and whether the rule has used it."""
 
     message: Message
     node_id: int
     site: str
     weight: float = 1.0
+    used: bool = False
 
     @property
     def arrays(self) -> ArrayRecord:

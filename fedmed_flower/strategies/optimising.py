@@ -13,7 +13,8 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, Rec
 from flwr.serverapp import strategy as flower
 
 from fedmed_flower import kernels
-from fedmed_flower.arrays import keep_dtypes, view
+from fedmed_flower.arrays import keep_dtypes, not_finite, view
+from fedmed_flower.errors import InputError
 
 if TYPE_CHECKING:
     from fedmed_flower.strategies.base import FedAvg
@@ -41,20 +42,32 @@ def class_below(cls: type, base: type) -> type[Any] | None:
     ------
     TypeError
         Where one of two rules would be left out without a word: a rule of Flower mixed with `base`
-        instead of ours of the same name, or a rule of ours with a strategy that has another.
+        instead of ours of the same name, or a rule of ours with a strategy that has another; and
+        likewise with two server optimisers, or with one that comes before `base`.
     """
+    # Of a class that is being made, ABCMeta's issubclass gives, and remembers, wrong answers.
+    optimisers = [other for other in OPTIMISERS if other in cls.__mro__]
+    if len(optimisers) > 1:
+        names = " and ".join(other.__name__ for other in optimisers)
+        raise TypeError(f"{cls.__name__}: {names} both move the model: derive it from one of them")
+    for other in cls.__mro__[: cls.__mro__.index(base)]:
+        if not set(OPTIMISERS).isdisjoint(other.__mro__) and base not in other.__mro__:
+            raise TypeError(
+                f"{cls.__name__}: name {base.__name__} before {other.__name__} among its bases"
+            )
     owner = next(other for other in cls.__mro__ if "combine" in vars(other))
     ruling = [other for other in cls.__mro__ if not vars(other).keys().isdisjoint(_RULING)]
     for rule in RULES:
-        if issubclass(cls, rule) and not any(issubclass(other, rule) for other in ruling):
+        if rule in cls.__mro__ and not any(rule in other.__mro__ for other in ruling):
+            taken = next(other for other in cls.__mro__ if _is_flowers(other, rule))
             raise TypeError(
-                f"{cls.__name__}: take {rule.__name__} from fedmed_flower.strategies, "
+                f"{cls.__name__}: take {taken.__name__} from fedmed_flower.strategies, "
                 "not from Flower"
             )
     after = cls.__mro__[cls.__mro__.index(base) + 1 :]
     for other in after:
         if "aggregate_train" in vars(other) and other not in (*RULES, flower.Strategy):
-            if not issubclass(other, OPTIMISERS) and owner is not base:
+            if set(OPTIMISERS).isdisjoint(other.__mro__) and owner is not base:
                 raise TypeError(
                     f"{cls.__name__}: {owner.__name__} and {other.__name__} both say how replies "
                     "are combined: derive it from one of them"
@@ -63,9 +76,13 @@ def class_below(cls: type, base: type) -> type[Any] | None:
     return None
 
 
+def _is_flowers(cls: type, rule: type) -> bool:
+    return rule in cls.__mro__ and cls.__module__.startswith("flwr.")
+
+
 def step(
     strategy: FedAvg, optimiser: type[Any], server_round: int, new: ArrayRecord, old: ArrayRecord
-) -> ArrayRecord:
+) -> ArrayRecord | None:
     """Move the global model towards a round's outcome as a server optimiser does.
 
     Only floating-point entries are moved, in float32 at least; the others are those of `new`.
@@ -76,13 +93,25 @@ def step(
         One of `OPTIMISERS`.
     new, old : ArrayRecord
         What the rule made of the replies, and the global model that was sent.
+
+    Returns
+    -------
+    ArrayRecord or None
+        None where the step leads beyond the numbers of a dtype; the strategy is then as it was.
     """
     floating = [key for key, array in old.items() if kernels.is_floating(view(array).dtype)]
     wide = [{key: _wide(record[key]) for key in floating} for record in (new, old)]
     # FedAvgM wants a record, the others arrays by name.
     is_record = optimiser is flower.FedAvgM or issubclass(optimiser, flower.FedAvgM)
     current = {key: Array(values) for key, values in wide[1].items()} if is_record else wide[1]
-    strategy.current_arrays = ArrayRecord(current) if is_record else current  # type: ignore[attr-defined]
+    # Made of the optimiser's class alone, so that neither our rule nor another of Flower's runs.
+    trial = object.__new__(optimiser)
+    vars(trial).update(
+        vars(strategy),
+        current_arrays=ArrayRecord(current) if is_record else current,
+        # The caller's own is for the sites' metrics, not for this reply.
+        train_metrics_aggr_fn=lambda contents, key: MetricRecord(),
+    )
     content = RecordDict(
         {
             strategy.arrayrecord_key: ArrayRecord({k: Array(v) for k, v in wide[0].items()}),
@@ -90,8 +119,12 @@ def step(
         }
     )
     reply = Message(content, dst_node_id=1, message_type=MessageType.TRAIN)
-    moved, _ = optimiser.aggregate_train(strategy, server_round, [reply])
-    moved = keep_dtypes(moved, old)
+    with np.errstate(over="ignore", invalid="ignore"):
+        moved, _ = trial.aggregate_train(server_round, [reply])
+        moved = keep_dtypes(moved, old)
+    if any(not_finite(record) for record in (moved, *export_state(trial).values())):
+        return None
+    vars(strategy).update(vars(trial), train_metrics_aggr_fn=strategy.train_metrics_aggr_fn)
     return ArrayRecord({key: moved.get(key, new[key]) for key in old})
 
 
@@ -112,8 +145,19 @@ def export_state(strategy: FedAvg) -> dict[str, ArrayRecord]:
 
 
 def import_state(strategy: FedAvg, state: dict[str, ArrayRecord]) -> None:
-    """Give back what `export_state` returned."""
+    """Give back what `export_state` returned.
+
+    Raises
+    ------
+    InputError
+        Where another optimiser kept it.
+    """
     for name in _STATE:
+        if name in state and not hasattr(strategy, name):
+            raise InputError(
+                f"the checkpoint holds {name}, which {type(strategy).__name__} does not keep: "
+                "resume it with the strategy that it was started with"
+            )
         if hasattr(strategy, name):
             kept = {key: view(array) for key, array in state.get(name, ArrayRecord()).items()}
             value: Any = list(kept.values()) if name == "momentum_vector" else kept

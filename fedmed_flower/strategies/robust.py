@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,9 +39,10 @@ class Robust(FedAvg):
     Parameters
     ----------
     num_malicious_nodes : int
-        Sites that may be malicious (f). A round with too few sites for the rule to withstand so
-        many is refused. Krum, MultiKrum, Bulyan and ``mixing="nearest"`` work with it; for the
-        other rules it is that check alone. At least 0.
+        Sites that may be malicious or broken (f). A round with too few sites for the rule to
+        withstand so many is refused; a site whose reply screening has found out counts as one of
+        them. Krum, MultiKrum, Bulyan and ``mixing="nearest"`` work with it; for the other rules it
+        is that check alone. At least 0.
     mixing : {"nearest", "bucketing"}, optional
         Average updates before the rule, since those of honest hospitals differ where their
         patients do, and a rule may then take the odd one for an attacker. ``"nearest"``: each
@@ -59,7 +61,7 @@ class Robust(FedAvg):
     def __init__(
         self, *args: Any, mixing: str | None = None, bucket_size: int = 2, **kwargs: Any
     ) -> None:
-        if not isinstance(self, flower.MultiKrum | flower.Bulyan):
+        if {flower.MultiKrum, flower.Bulyan}.isdisjoint(type(self).__mro__):
             self.num_malicious_nodes = kwargs.pop("num_malicious_nodes", 0)
         super().__init__(*args, **kwargs)
         if self.num_malicious_nodes < 0:
@@ -78,24 +80,40 @@ class Robust(FedAvg):
 
     def needed(self) -> int:
         """Return the fewest replies with which the rule withstands the malicious sites."""
-        rows = self.rows_needed()
+        rows = self.rows_needed(max(0, self.num_malicious_nodes - self.faulty))
         return (rows - 1) * self.bucket_size + 1 if self.mixing == BUCKETING else rows
 
-    def rows_needed(self) -> int:
+    def rows_needed(self, num_malicious: int) -> int:
         """Return the same for the rule alone, behind any mixing: an honest majority."""
-        return 2 * self.num_malicious_nodes + 1
+        return 2 * num_malicious + 1
+
+    def withstood(self, rows: int) -> int:
+        """Return how many of so many updates the rule takes to be malicious.
+
+        All that were promised where the updates suffice for it, and at least those that screening
+        has not found out.
+        """
+        left = max(0, self.num_malicious_nodes - self.faulty)
+        promised = range(self.num_malicious_nodes, left, -1)
+        return next((f for f in promised if self.rows_needed(f) <= rows), left)
 
     def combine(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
         """Mix the updates where that was asked for, and apply the rule."""
+        given = updates
         if self.mixing == NEAREST:
             distances = squared_distances(updates.gram())
-            updates = updates.mixed(nearest_neighbours(distances, self.num_malicious_nodes))
+            mix = nearest_neighbours(distances, self.withstood(updates.count))
+            updates = updates.mixed(mix)
         elif self.mixing == BUCKETING:
             rng = np.random.default_rng((self.seed, self.server_round, 2))
             updates = updates.mixed(buckets(updates.count, self.bucket_size, rng))
         if self.mixing is not None:
             weights = [1.0] * updates.count
-        return self.rule(updates, weights)
+        combined = self.rule(updates, weights)
+        # They take no part in distances: a site that is trusted for its floats could send any.
+        if (others := given.others()) is not None:
+            return ArrayRecord(dict(combined) | dict(median(others)))
+        return combined
 
     def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
         """Return the new model: what a robust rule of your own has to give."""
@@ -130,20 +148,22 @@ class FedTrimmedAvg(Robust, flower.FedTrimmedAvg):
         except ValueError as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(
-                f"beta must be at least 0 and below 0.5, got {kwargs.get('beta')}"
-            ) from error
+            # By position, it is Flower's last argument.
+            beta = kwargs["beta"] if "beta" in kwargs else args[-1]
+            raise InputError(f"beta must be at least 0 and below 0.5, got {beta}") from error
         if self.beta == 0 and self.num_malicious_nodes > 0:
             raise InputError(
                 f"beta must be above 0 to withstand num_malicious_nodes={self.num_malicious_nodes}"
             )
 
-    def rows_needed(self) -> int:
+    def rows_needed(self, num_malicious: int) -> int:
         """Return the fewest replies of which so many are cut off at each end."""
-        count = 2 * self.num_malicious_nodes + 1
-        while int(self.beta * count) < self.num_malicious_nodes:
-            count += 1
-        return count
+        if num_malicious == 0:
+            return 1
+        near = math.ceil(num_malicious / self.beta)
+        # The same product decides the cut, and may be rounded either way.
+        fitting = (count for count in (near - 1, near) if int(self.beta * count) >= num_malicious)
+        return max(2 * num_malicious + 1, next(fitting, near + 1))
 
     def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
         """Return the trimmed means."""
@@ -169,15 +189,15 @@ class MultiKrum(Robust, flower.MultiKrum):
                 f"num_nodes_to_select must be at least 1, got {self.num_nodes_to_select}"
             )
 
-    def rows_needed(self) -> int:
+    def rows_needed(self, num_malicious: int) -> int:
         """Return ``2f + 3``, and so many that no malicious one must be selected."""
-        f = self.num_malicious_nodes
+        f = num_malicious
         return max(2 * f + 3, self.num_nodes_to_select + f) if f else 1
 
     def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
         """Return the mean of the selected updates."""
-        f, selected = self.num_malicious_nodes, self.num_nodes_to_select
-        return multi_krum(updates, weights, f, selected)
+        f = self.withstood(updates.count)
+        return multi_krum(updates, weights, f, self.num_nodes_to_select)
 
 
 class Krum(MultiKrum, flower.Krum):
@@ -197,16 +217,17 @@ class Bulyan(Robust, flower.Bulyan):
         if self.mixing is not None and self.selection_rule is not select_multikrum:
             raise InputError("mixing cannot go with a selection_rule, which is given whole replies")
 
-    def rows_needed(self) -> int:
+    def rows_needed(self, num_malicious: int) -> int:
         """Return ``4f + 3``."""
-        return 4 * self.num_malicious_nodes + 3
+        return 4 * num_malicious + 3
 
     def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
         """Return the means near the medians."""
-        f = self.num_malicious_nodes
+        f = self.withstood(updates.count)
         if self.selection_rule is select_multikrum:
             chosen = bulyan_selection(squared_distances(updates.gram()), f)
         else:
+            updates.check()
             chosen = updates.chosen_by(self.selection_rule, f, updates.count - 2 * f)
         near = max(1, len(chosen) - 2 * f)
         return updates.subset(chosen).order_statistics(0, len(chosen), nearest_to_median(near))
@@ -239,11 +260,13 @@ class CenteredClipping(Robust):
             raise InputError(f"tau must be above 0, got {tau}")
         if num_iterations < 1:
             raise InputError(f"num_iterations must be at least 1, got {num_iterations}")
-        self.tau, self.num_iterations = tau, num_iterations
+        # Not `tau`, which is another number in Flower's adaptive optimisers.
+        self.radius, self.num_iterations = tau, num_iterations
 
     def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
         """Return the clipped mean, around the geometric median where no global model is known."""
         gram = updates.gram()
         start = None if updates.centred else geometric_median(gram)
-        shares = centered_clipping(gram, self.tau, self.num_iterations, start)
-        return updates.weighted_sum(shares, rest=1 - shares.sum())
+        shares = centered_clipping(gram, self.radius, self.num_iterations, start)
+        rest = 1 - shares.sum() if updates.centred else 0.0
+        return updates.weighted_sum(shares, rest)

@@ -30,7 +30,9 @@ def median(updates: Updates) -> ArrayRecord:
 def trimmed_mean(updates: Updates, beta: float) -> ArrayRecord:
     """Return the mean of each parameter without the ``int(beta K)`` smallest and largest values.
 
-    Yin et al. 2018, as `median`.
+    Yin et al. 2018, as `median`. The m values that remain are added in ascending order, so that the
+    order of the sites decides nothing; Flower adds them as `numpy.partition` leaves them. Both lie
+    within ``m eps`` times their mean magnitude of each other, and agree to the bit for m up to 2.
 
     Parameters
     ----------
@@ -46,7 +48,8 @@ def krum_order(distances: Floats, num_malicious: int) -> list[int]:
 
     Blanchard, El Mhamdi, Guerraoui, Stainer: Machine Learning with Adversaries, NeurIPS 2017,
     https://arxiv.org/abs/1703.02757: an update's score is the sum of the squared distances to its
-    ``K - f - 2`` nearest neighbours; low is good.
+    ``K - f - 2`` nearest neighbours; low is good. Of equal scores, which two updates have that are
+    each other's only neighbour, the earlier comes first.
 
     Parameters
     ----------
@@ -113,20 +116,26 @@ def geometric_median(
         Inner products of the updates.
     smoothing : float
         Distances below it, times the median distance, count as it.
+    tolerance : float
+        Steps shorter than it, times the median distance, are the last.
 
     Returns
     -------
     ndarray of shape (K,)
         Its sum is 1.
     """
-    coefficients = np.full(len(gram), 1 / len(gram))
+    distances = np.sqrt(squared_distances(gram))
+    # The first step is made from the update with the least sum, which lies among the honest ones: a
+    # start at the mean is as far off as the farthest update.
+    distances = distances[distances.sum(axis=1).argmin()]
+    coefficients = _weiszfeld(distances, 1.0)
     for _ in range(max_steps):
         distances = _distances_to(gram, coefficients)
-        near = np.maximum(distances, max(smoothing * float(np.median(distances)), 1e-300))
-        following = 1 / near / (1 / near).sum()
-        moved = np.abs(following - coefficients).max()
+        following = _weiszfeld(distances, smoothing)
+        step = following - coefficients
         coefficients = following
-        if moved < tolerance:
+        # How far the point moves: a far update's coefficient is small where its reach is not.
+        if step @ gram @ step <= (tolerance * np.median(distances)) ** 2:
             break
     return coefficients
 
@@ -158,9 +167,10 @@ def centered_clipping(
     """
     coefficients = np.zeros(len(gram)) if start is None else start
     for _ in range(steps):
-        distances = np.maximum(_distances_to(gram, coefficients), 1e-300)
+        distances = _distances_to(gram, coefficients)
         radius = float(np.median(distances)) if tau is None else tau
-        shares = np.minimum(1, radius / distances) / len(gram)
+        ones = np.ones(len(gram))
+        shares = np.divide(radius, distances, out=ones, where=distances > radius) / len(gram)
         coefficients = coefficients * (1 - shares.sum()) + shares
     return coefficients
 
@@ -204,6 +214,13 @@ def mean_of(updates: Updates, weights: Sequence[float], chosen: Sequence[int]) -
     given = np.zeros(updates.count)
     given[list(chosen)] = np.asarray(weights)[list(chosen)]
     return updates.weighted_sum(given / given.sum())
+
+
+def _weiszfeld(distances: Floats, smoothing: float) -> Floats:
+    """Return coefficients inverse to distances; those below a part of the median count as it."""
+    near = np.maximum(distances, max(smoothing * float(np.median(distances)), 1e-300))
+    coefficients: Floats = 1 / near / (1 / near).sum()
+    return coefficients
 
 
 def _distances_to(gram: Floats, coefficients: Floats) -> Floats:

@@ -42,6 +42,9 @@ def screen(reply: Message, weighted_by_key: str, like: ArrayRecord | None) -> st
         return f"the reply has {len(metrics)} metric records instead of one"
     if (reason := _screen_weight(metrics[0], weighted_by_key, like is not None)) is not None:
         return reason
+    for name, value in metrics[0].items():
+        if not all(_fits(number) for number in (value if isinstance(value, list) else [value])):
+            return f"{name} is an integer beyond 64 bits"
     if like is None:
         return check_counts(metrics[0])
     arrays = list(reply.content.array_records.values())
@@ -74,6 +77,11 @@ def _screen_weight(metrics: MetricRecord, key: str, training: bool) -> str | Non
         least = "above" if training else "at least"
         return f"{key} must be {least} 0 and at most {MOST_EXAMPLES:.0e}, got {weight}"
     return None
+
+
+def _fits(number: float) -> bool:
+    # Flower's wire format ends there, but a run in one process hands any integer over.
+    return not isinstance(number, int) or -(2**63) <= number < 2**63
 
 
 def _screen_arrays(arrays: ArrayRecord, like: ArrayRecord) -> str | None:
@@ -153,9 +161,14 @@ def capped(weights: Sequence[float], share: float | None) -> list[float]:
 
 
 def with_shared_metrics(
-    replies: list[Message], weighted_by_key: str, share: float | None = None
+    replies: list[Message],
+    weighted_by_key: str,
+    share: float | None = None,
+    weights: Sequence[float] | None = None,
 ) -> list[Message]:
     """Return copies that name their records alike and hold only the metrics that all have.
+
+    Entries may be taken out of the copies' records: the replies do not change.
 
     Parameters
     ----------
@@ -163,30 +176,29 @@ def with_shared_metrics(
         Name of the metric that is a reply's weight.
     share : float, optional
         No copy's weight is more than this share of all, as in `capped`.
+    weights : sequence of float, optional
+        The copies' weights, in place of their own.
     """
     names = _shared_metrics([metrics_of(reply) for reply in replies])
     if dropped := {name for reply in replies for name in metrics_of(reply)} - set(names):
         log.warning("not in every reply, so not averaged: %s", ", ".join(sorted(dropped)))
     metrics_key = next(iter(replies[0].content.metric_records))
     arrays_key = next(iter(replies[0].content.array_records), None)
-    weights = _capped_metric(replies, weighted_by_key, share)
+    given: list[float] = [metrics_of(reply)[weighted_by_key] for reply in replies]  # type: ignore[misc]
+    wanted = capped(given, share) if weights is None else weights
     messages = []
-    for reply, weight in zip(replies, weights, strict=True):
+    for reply, own, weight in zip(replies, given, wanted, strict=True):
         content = RecordDict(dict(reply.content.config_records.items()))
         for arrays in reply.content.array_records.values():
-            content[arrays_key or "arrays"] = arrays
+            content[arrays_key or "arrays"] = ArrayRecord(dict(arrays))
         metrics = {name: metrics_of(reply)[name] for name in names}
+        # Integers stay integers, so that Flower's averages come out to the same bit.
+        weight = own if own == weight else weight
         content[metrics_key] = MetricRecord(metrics | {weighted_by_key: weight})
         message = copy.copy(reply)
         message.content = content
         messages.append(message)
     return messages
-
-
-def _capped_metric(replies: list[Message], key: str, share: float | None) -> list[float]:
-    given = [metrics_of(reply)[key] for reply in replies]
-    # Integers stay integers, so that Flower's averages come out to the same bit.
-    return given if share is None else capped(given, share)  # type: ignore[arg-type, return-value]
 
 
 def without_arrays(reply: Message) -> Message:

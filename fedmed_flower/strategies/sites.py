@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from flwr.app import ConfigRecord, Message
@@ -14,6 +15,9 @@ from flwr.serverapp import Grid
 from fedmed_flower.data.site import SITE_RECORD, read_error
 from fedmed_flower.errors import InputError
 from fedmed_flower.runfolder import ALL_SITES
+
+if TYPE_CHECKING:
+    from fedmed_flower.strategies.base import FedAvg
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -36,8 +40,8 @@ def wait_for_sites(grid: Grid, needed: int, timeout: float = math.inf) -> int:
         return count
     if getattr(grid, "complete", False):
         raise InputError(
-            f"{needed} sites are asked for (min-sites, min_available_nodes, min_train_nodes or "
-            f"min_evaluate_nodes), but this run has {count}"
+            f"{needed} sites are asked for (min-sites, min_available_nodes, min_train_nodes, "
+            f"min_evaluate_nodes or num_malicious_nodes), but this run has {count}"
         )
     log.info("waiting for %d sites, %d are connected", needed, count)
     deadline = time.monotonic() + timeout
@@ -47,6 +51,43 @@ def wait_for_sites(grid: Grid, needed: int, timeout: float = math.inf) -> int:
         if count >= needed and count == before:
             break
     return count
+
+
+def enough(
+    strategy: FedAvg, grid: Grid, server_round: int, phase: str, fraction: float, minimum: int
+) -> bool:
+    """Wait for the sites of a phase; record it where too few of them come within the timeout."""
+    needed = max(minimum, strategy.min_available_nodes) if fraction > 0 else 0
+    starting = math.isfinite(strategy.timeout) and not strategy.begun
+    if phase == "train" and starting and not getattr(grid, "complete", False):
+        # Hospitals connect one after the other: a rule that needs many must not refuse the first.
+        needed = max(needed, strategy.needed())
+    if (count := wait_for_sites(grid, needed, strategy.timeout)) >= needed:
+        return True
+    reason = f"{count} sites are connected, {needed} needed"
+    strategy.inbox.fail(server_round, phase, ALL_SITES, reason)
+    return False
+
+
+def refuse_too_few(strategy: FedAvg, server_round: int, count: int) -> bool:
+    """Return whether too few sites are addressed for what a strategy promises.
+
+    Raises
+    ------
+    InputError
+        Where it is so from the start; sites that drop out later must not end the run.
+    """
+    needed = strategy.needed()
+    if count == 0 or count >= needed:
+        return False
+    reason = (
+        f"{type(strategy).__name__} needs {needed} replies a round to keep its promise, but "
+        f"{count} sites take part: raise min_train_nodes or lower num_malicious_nodes"
+    )
+    if not strategy.begun:
+        raise InputError(reason)
+    strategy.inbox.fail(server_round, "train", ALL_SITES, reason)
+    return True
 
 
 def draw(

@@ -1,0 +1,55 @@
+"""Gaussian noise that nobody can predict or take out again.
+
+The generator is ChaCha with 20 rounds under a key from the operating system; there is no seed.
+
+A normal number in floating point is one of a few values only, whose pattern can give away what it
+was added to (Mironov, On Significance of the Least Significant Bits for Differential Privacy, CCS
+2012). So each number is half the sum of four, which makes the values that can occur too many to be
+told apart (Holohan and Braghin, Secure Random Sampling in Differential Privacy, ESORICS 2021,
+https://arxiv.org/abs/2107.10138).
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+from numpy.typing import NDArray
+from randomgen import ChaCha
+
+_SUMMANDS = 4
+
+
+def secure_generator() -> np.random.Generator:
+    """Return a generator of its own, keyed by the operating system."""
+    return np.random.Generator(ChaCha(key=secrets.randbits(256), rounds=20))
+
+
+def gaussian(size: int, std: float, generator: np.random.Generator) -> NDArray[np.float64]:
+    """Return independent normal numbers with mean 0.
+
+    Parameters
+    ----------
+    size : int
+        At least 0.
+    std : float
+        Their standard deviation; at least 0.
+    generator : numpy.random.Generator
+        `secure_generator()`, where the noise protects somebody.
+
+    Returns
+    -------
+    ndarray of shape (size,)
+
+    Raises
+    ------
+    ValueError
+        Where `std` is below 0 or not finite.
+    """
+    if not 0 <= std < np.inf:
+        raise ValueError(f"std must be at least 0 and finite, got {std}")
+    total = generator.standard_normal(size)
+    for _ in range(_SUMMANDS - 1):
+        total += generator.standard_normal(size)
+    total *= std / np.sqrt(_SUMMANDS)
+    return total

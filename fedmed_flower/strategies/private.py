@@ -1,0 +1,267 @@
+"""Differential privacy for whole hospitals, given by the server."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
+
+from fedmed_flower.arrays import view
+from fedmed_flower.errors import InputError
+from fedmed_flower.privacy.accounting import Release, epsilon_of, require_release
+from fedmed_flower.privacy.noise import gaussian, secure_generator
+from fedmed_flower.strategies.base import FedAvg
+from fedmed_flower.updates import NotUsableError, Updates
+
+LEDGER = "privacy.json"
+# What adaptive clipping may take of the budget where the noise of its count is not given.
+_COUNT_SHARE = 0.1
+
+
+class DPFedAvg(FedAvg):
+    """Federated averaging in whose models no hospital can be made out.
+
+    McMahan, Ramage, Talwar, Zhang: Learning Differentially Private Recurrent Language Models, ICLR
+    2018, https://arxiv.org/abs/1710.06963, algorithm 1, with a fixed denominator. The clipping norm
+    may follow a quantile: Andrew, Thakkar, McMahan, Ramaswamy: Differentially Private Learning with
+    Adaptive Clipping, NeurIPS 2021, https://arxiv.org/abs/1905.03871, algorithm 1.
+
+    Each round every hospital takes part with the same probability, by a draw of the operating
+    system. Its change of the model, in the floating-point entries, is clipped, all count the same,
+    and noise is added to the sum, also where nobody took part or replied. Other entries stay as
+    they are. What is protected is that a hospital took part at all, in the models of all rounds
+    together, against everybody but the server; its own metrics and failures, which the server
+    writes to the run folder, are not. Patients are protected by training at the hospital, not here.
+
+    With one of Flower's server optimisers: ``class DPFedAdam(DPFedAvg, flower.FedAdam)``.
+
+    Parameters
+    ----------
+    noise_multiplier : float
+        Standard deviation of the noise of a round, in units of the clipping norm, the noise of the
+        adaptive clipping's count included. At least 0; 0 adds none and protects nobody.
+    clipping_norm : float
+        Bound of the length of a hospital's change of the model; where it is adaptive, the first
+        round's. Above 0.
+    population_size : int
+        Hospitals of the consortium, whether connected or not; at least 1. With `sampling_rate` it
+        gives the denominator.
+    sampling_rate : float
+        Probability with which a hospital takes part in a round. Above 0, at most 1.
+    delta : float
+        Above 0, below 1; well below 1 / `population_size`.
+    target_epsilon : float, optional
+        The run ends, with its model, before a round would bring epsilon above it. Above 0.
+    target_quantile : float, optional
+        Clip at this quantile of the lengths, privately estimated; in (0, 1). None: the clipping
+        norm stays.
+    clip_norm_lr : float
+        Step of the clipping norm's logarithm. Above 0.
+    count_stddev : float, optional
+        Standard deviation of the noise added to the count of unclipped updates. Above half of
+        `noise_multiplier`. None takes a tenth of the budget for it, and at least a twentieth of the
+        hospitals of a round.
+
+    Attributes
+    ----------
+    clipping_norm : float
+        That of the next round.
+    releases : collections.Counter
+        Numbers of releases so far, by `privacy.accounting.Release`.
+
+    Raises
+    ------
+    InputError
+        Where an argument is out of its range, or one round costs more than `target_epsilon`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        noise_multiplier: float,
+        clipping_norm: float,
+        population_size: int,
+        sampling_rate: float = 1.0,
+        delta: float = 1e-5,
+        target_epsilon: float | None = None,
+        target_quantile: float | None = None,
+        clip_norm_lr: float = 0.2,
+        count_stddev: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        require_release(sampling_rate, noise_multiplier)
+        _require("clipping_norm", clipping_norm, 0 < clipping_norm < math.inf, "above 0")
+        _require("population_size", population_size, population_size >= 1, "at least 1")
+        _require("delta", delta, 0 < delta < 1, "above 0 and below 1")
+        _require("clip_norm_lr", clip_norm_lr, 0 < clip_norm_lr < math.inf, "above 0")
+        if target_quantile is not None:
+            inside = 0 < target_quantile < 1
+            _require("target_quantile", target_quantile, inside, "above 0 and below 1")
+        limits = {"min_replies": 1, "max_weight_share": None, "max_update_norm": None}
+        for name, allowed in (limits | {"fraction_train": 1.0}).items():
+            # Each of them would let what is released depend on who took part.
+            value = getattr(self, name)
+            _require(name, value, value == allowed, f"{allowed} with differential privacy")
+        self.noise_multiplier, self.sampling_rate = noise_multiplier, sampling_rate
+        self.population_size, self.delta = population_size, delta
+        self.clipping_norm, self.clip_norm_lr = float(clipping_norm), clip_norm_lr
+        self.target_epsilon, self.target_quantile = target_epsilon, target_quantile
+        self.expected = sampling_rate * population_size
+        if count_stddev is None:
+            least = noise_multiplier / (2 * math.sqrt(_COUNT_SHARE))
+            count_stddev = max(self.expected / 20, least)
+        more = count_stddev > noise_multiplier / 2 or noise_multiplier == 0
+        _require("count_stddev", count_stddev, more, "above half of noise_multiplier")
+        self.count_stddev = count_stddev
+        self.releases: Counter[Release] = Counter()
+        self._generator = secure_generator()
+        self._drawn: int | None = None
+        if (reason := self.stop_reason()) is not None:
+            raise InputError(reason)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for other in cls.__mro__:
+            ruling = {"combine", "rule", "weigh"} & vars(other).keys()
+            if ruling and other not in (DPFedAvg, FedAvg):
+                raise TypeError(
+                    f"{cls.__name__}: the rule of {other.__name__} has no bounded sensitivity that "
+                    "is known here, so its privacy cannot be accounted for"
+                )
+
+    @property
+    def epsilon(self) -> float:
+        """What the releases so far cost together, at `delta`."""
+        return epsilon_of(self.releases, self.delta)
+
+    @property
+    def sum_multiplier(self) -> float:
+        """Noise multiplier of the sum: what the count's noise leaves of `noise_multiplier`."""
+        if self.target_quantile is None or self.noise_multiplier == 0:
+            return self.noise_multiplier
+        # Andrew et al., theorem 1: the count, less half of it, has the sensitivity 1/2.
+        rest = self.noise_multiplier**-2 - (2 * self.count_stddev) ** -2
+        return float(rest**-0.5)
+
+    def stop_reason(self) -> str | None:
+        """Return why no further round may be trained."""
+        if self.target_epsilon is None:
+            return None
+        planned = self.releases + Counter([self._release])
+        epsilon = epsilon_of(planned, self.delta)
+        if epsilon <= self.target_epsilon:
+            return None
+        return (
+            f"a further round would cost epsilon {epsilon:.3f} in all, above "
+            f"target_epsilon={self.target_epsilon}"
+        )
+
+    def needed(self) -> int:
+        """Return 0: noise alone is released where nobody replied."""
+        return 0
+
+    def choose(
+        self, nodes: Collection[int], count: int, server_round: int, training: bool
+    ) -> list[int]:
+        """Draw each site on its own for training; evaluation is drawn as in `FedAvg`."""
+        if not training:
+            return super().choose(nodes, count, server_round, training)
+        self._drawn = server_round
+        draw = random.SystemRandom()
+        return [node for node in nodes if draw.random() < self.sampling_rate]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Release the noisy mean; the metrics tell ``epsilon`` so far and ``clipping-norm``."""
+        if self._drawn != server_round:
+            return None, None
+        self._drawn = None
+        clipping_norm = self.clipping_norm
+        arrays, metrics = super().aggregate_train(server_round, list(replies))
+        if arrays is not None:
+            metrics = MetricRecord() if metrics is None else metrics
+            metrics["epsilon"], metrics["clipping-norm"] = self.epsilon, clipping_norm
+        return arrays, metrics
+
+    def combine(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
+        """Return the model plus the noisy mean of the clipped changes."""
+        norms = updates.norms(double=True)
+        if not np.isfinite(norms).all():
+            updates.check()
+            far = np.flatnonzero(~np.isfinite(norms))
+            raise NotUsableError({int(k): "the squares of its values overflow" for k in far})
+        # Charged before anything is computed that could be seen.
+        self.releases[self._release] += 1
+        if self.folder is not None:
+            self.folder.write(LEDGER, self._ledger())
+        factors = np.minimum(1, self.clipping_norm / np.maximum(norms, 1e-300))
+        changes = updates.sum_of_changes(factors)
+        std = self.sum_multiplier * self.clipping_norm
+        for change in changes.values():
+            change += gaussian(change.size, std, self._generator)
+            change /= self.expected
+        if self.target_quantile is not None:
+            self._follow_quantile(norms, self.target_quantile)
+        return updates.moved(changes)
+
+    def export_state(self) -> dict[str, ArrayRecord]:
+        """Return what was released, and the clipping norm."""
+        table = np.array([[*release, count] for release, count in self.releases.items()], float)
+        record = ArrayRecord(
+            {
+                "releases": Array(table.reshape(-1, 3)),
+                "clipping-norm": Array(np.asarray(self.clipping_norm)),
+            }
+        )
+        return super().export_state() | {"privacy": record}
+
+    def import_state(self, state: dict[str, ArrayRecord]) -> None:
+        """Take up the clipping norm, and whatever was released, checkpoint or not."""
+        super().import_state(state)
+        if "privacy" in state:
+            self.clipping_norm = float(view(state["privacy"]["clipping-norm"]))
+            self.releases = _counter(view(state["privacy"]["releases"]).tolist())
+        if self.folder is not None:
+            # A round that was released and then lost in a crash was released all the same.
+            self.releases |= _read_ledger(self.folder.path / LEDGER)
+
+    @property
+    def _release(self) -> Release:
+        return Release(self.sampling_rate, self.noise_multiplier)
+
+    def _follow_quantile(self, norms: np.ndarray[Any, Any], quantile: float) -> None:
+        noise = gaussian(1, self.count_stddev, self._generator)[0] if self.noise_multiplier else 0.0
+        count = float((norms <= self.clipping_norm).sum() - len(norms) / 2 + noise)
+        below = count / self.expected + 0.5
+        self.clipping_norm *= math.exp(-self.clip_norm_lr * (below - quantile))
+
+    def _ledger(self) -> bytes:
+        rows = [[*release, count] for release, count in sorted(self.releases.items())]
+        return json.dumps({"releases": rows, "delta": self.delta}).encode()
+
+
+def _read_ledger(path: Path) -> Counter[Release]:
+    try:
+        return _counter(json.loads(path.read_text())["releases"])
+    except FileNotFoundError:
+        return Counter()
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the privacy ledger {path} cannot be read: {error}") from error
+
+
+def _counter(rows: Iterable[Sequence[float]]) -> Counter[Release]:
+    return Counter({Release(rate, noise): int(count) for rate, noise, count in rows})
+
+
+def _require(name: str, value: object, fulfilled: bool, bound: str) -> None:
+    if not fulfilled:
+        raise InputError(f"{name} must be {bound}, got {value}")
