@@ -3,8 +3,8 @@
 Prints a table for each number of replies and each model: seconds of Flower's class and of ours
 (best of the repeats, taken in turn), their ratio, and the peak memory of each on top of the
 replies, in models. "read" is the time to read every byte of the replies once. `--crossover`
-prints instead where sorting columns becomes faster than the sorting network. Threads:
-``OMP_NUM_THREADS``.
+prints instead where sorting columns becomes faster than the sorting network, ``--stream`` the peak
+memory of the mean of 1,000 replies that come one by one. Threads: ``OMP_NUM_THREADS``.
 
 ``python benchmarks/aggregation.py [--repeats 3] [--replies 5,20,100] [--parameters 10000000]``
 """
@@ -19,7 +19,7 @@ import platform
 import time
 import tracemalloc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -163,6 +163,26 @@ def crossover(repeats: int) -> None:
         print(f"{count:8}{best[0]:11.3f}{best[1]:11.3f}", flush=True)
 
 
+def streaming(count: int = 1000, parameters: int = 1_000_000) -> None:
+    """Print the peak memory of the mean of replies that come one by one."""
+    (model,) = make([(parameters,)], 1)
+    size = len(next(iter(model.content["arrays"].values())).data)
+
+    def sent() -> Iterator[Message]:
+        for number in range(count):
+            # Bytes of its own, as from the network.
+            (reply,) = make([(parameters,)], 1, seed=number)
+            yield reply
+
+    tracemalloc.start()
+    began = time.perf_counter()
+    strategies.FedAvg().aggregate_train(1, sent())
+    took, peak = time.perf_counter() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    print(f"{count} replies of {parameters:,} float32 from an iterator: {took:.0f} s with making")
+    print(f"them; at most {peak / size:.0f} models in memory at a time")
+
+
 def main() -> None:
     """Parse the arguments and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -173,12 +193,16 @@ def main() -> None:
     parser.add_argument("--rules", nargs="*", default=[])
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--crossover", action="store_true")
+    parser.add_argument("--stream", action="store_true")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
     print(f"{platform.machine()}, {os.cpu_count()} cores, threads {kernels.threads()}, ", end="")
     print(f"Python {platform.python_version()}, NumPy {np.__version__}")
+    if args.stream:
+        streaming()
+        return
     if args.crossover:
         crossover(args.repeats)
         return

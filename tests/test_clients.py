@@ -102,6 +102,19 @@ def test_one_full_batch_is_one_step_of_gradient_descent():
     assert reply.content["metrics"]["loss"] == pytest.approx(loss, abs=1e-6)
 
 
+def test_the_proximal_term_of_fedprox_holds_the_model_near_the_global_one():
+    start = model_arrays()["1.weight"].numpy()
+
+    def distance(**config):
+        reply = ask(TinyClient, "train", context_of(learning_rate=0.1, local_epochs=5), **config)
+        return float(np.linalg.norm(reply.content["arrays"]["1.weight"].numpy() - start))
+
+    assert distance() == distance(proximal_mu=0.0)
+    assert distance() > 2 * distance(proximal_mu=5.0) > 0
+    reason = error_of(TinyClient, "train", proximal_mu=-1.0)
+    assert reason.endswith("proximal-mu must be at least 0 and finite, got -1.0")
+
+
 def test_the_arrays_come_back_under_the_name_they_came_under():
     context = context_of()
     reply = ask(TinyClient, "train", context)

@@ -29,7 +29,7 @@ from fedmed_flower import experiment as module
 from fedmed_flower.data.site import GENERATED
 from fedmed_flower.experiment import Plan, RunFailedError
 from fedmed_flower.runfolder import RunFolder
-from fedmed_flower.strategies import FedAvg
+from fedmed_flower.strategies import FedAvg, FedMedian, Krum
 
 FILES = {
     "checkpoint.zip",
@@ -432,7 +432,8 @@ def test_every_site_failing_in_every_round(tmp_path):
     summary = summary_of(tmp_path)
     assert summary["status"] == "failed"
     assert summary["message"].startswith("RunFailedError: no site could train")
-    assert len([each for each in summary["failures"] if each["phase"] == "train"]) == 4
+    training = [each for each in summary["failures"] if each["phase"] == "train"]
+    assert Counter(each["site"] == "all" for each in training) == {False: 4, True: 2}
     assert summary["test"] == {}
     state = load_file(tmp_path / "model.safetensors")
     assert {k: v.tobytes() for k, v in state.items()} == bits(model_arrays(seed=3))
@@ -690,3 +691,38 @@ def test_a_strategy_that_was_given_its_own_minimum_keeps_it(tmp_path):
     run_tiny(tmp_path, strategy=strategy, num_server_rounds=1, seed=9)
     assert strategy.min_available_nodes == 2
     assert strategy.seed == 9
+
+
+def test_a_rule_that_needs_more_sites_is_refused_before_anything_is_written(tmp_path):
+    text = (
+        "5 sites are asked for (min-sites, min_available_nodes, min_train_nodes, "
+        "min_evaluate_nodes or num_malicious_nodes), but this run has 4"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        run_tiny(tmp_path / "run", num_sites=4, strategy=Krum(num_malicious_nodes=1))
+    assert not (tmp_path / "run").exists()
+    run_tiny(tmp_path / "run", num_sites=5, strategy=Krum(num_malicious_nodes=1))
+    assert summary_of(tmp_path / "run")["strategy"] == "Krum"
+    assert summary_of(tmp_path / "run")["status"] == "finished"
+
+
+class Poisoned(TinyClient):
+    def fit(self, model, prepared, seed):
+        metrics = super().fit(model, prepared, seed)
+        if self.site.index == 0:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(float("nan"))
+        return metrics
+
+
+def test_a_hospital_that_sends_nan_is_in_the_report_and_not_in_the_model(tmp_path):
+    run_tiny(tmp_path / "run", Poisoned, num_sites=4, strategy=FedMedian(num_malicious_nodes=1))
+    summary = summary_of(tmp_path / "run")
+    assert {(f["site"], f["reason"].split(" ", 1)[1]) for f in summary["failures"]} == {
+        ("hospital-1", "holds NaN or infinite values")
+    }
+    assert all(
+        np.isfinite(v).all() for v in load_file(tmp_path / "run" / "model.safetensors").values()
+    )
+    assert "holds NaN or infinite values" in (tmp_path / "run" / "report.html").read_text()
