@@ -66,7 +66,9 @@ def weighted_sum(rows: Sequence[Row], weights: Sequence[float], outs: Row) -> No
         for ((entry, start, stop, _),) in blocks:
             out = outs[entry][start:stop]
             dtype = working(out.dtype)
-            tmp = spare.setdefault(dtype, np.empty(_SUM_BLOCK, dtype))[: len(out)]
+            if dtype not in spare:
+                spare[dtype] = np.empty(_SUM_BLOCK, dtype)
+            tmp = spare[dtype][: len(out)]
             total = out if out.dtype == dtype else np.empty(len(out), dtype)
             if not rows:
                 total[...] = 0

@@ -22,12 +22,14 @@ class NotUsableError(Exception):
     Attributes
     ----------
     reasons : dict
-        Why, by the position among the updates.
+        Why, by the position among the updates; not empty.
+    broken : bool
+        Whether no honest site in order sends such an update.
     """
 
-    def __init__(self, reasons: dict[int, str]) -> None:
+    def __init__(self, reasons: dict[int, str], broken: bool = True) -> None:
         super().__init__("; ".join(f"update {k}: {reason}" for k, reason in reasons.items()))
-        self.reasons = reasons
+        self.reasons, self.broken = reasons, broken
 
 
 class Updates:
@@ -297,7 +299,7 @@ class Updates:
             if not norm <= limit
         }
         if reasons:
-            raise NotUsableError(reasons)
+            raise NotUsableError(reasons, broken=False)
 
     def _origin(self) -> list[NDArray[Any]]:
         if self._centre is None:

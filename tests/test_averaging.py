@@ -294,8 +294,7 @@ def far(values, **metrics):
         (far([1.0, math.nan], train_loss=1.0), "w holds NaN or infinite values"),
         (far([3e38, 0.0], train_loss=1.0),
          "its loss or its change of the model is too large to be computed with"),
-        (far([1.0, 1.0], train_loss=1e99),
-         "its loss or its change of the model is too large to be computed with"),
+        (far([1.0, 1.0], train_loss=1e99), bound("inf")),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("error")
@@ -361,3 +360,17 @@ def test_the_callers_own_averages_get_the_capped_weights():
 
     FedAvg(train_metrics_aggr_fn=keep, max_weight_share=0.5).aggregate_train(1, two())
     assert seen == [[1, 1]]
+
+
+def test_the_cap_of_q_fedavg_is_one_of_weights_and_not_of_losses():
+    losses = [1.0, 1.0, 1.0, 10.0]
+    sent = [reply(n, {"w": [0.0, 0.0]}, f"s{n}", train_loss=loss) for n, loss in enumerate(losses)]
+    sent[3] = reply(3, {"w": [1.0, 0.0]}, "s3", train_loss=10.0)
+
+    def moved(**options):
+        strategy = configured(QFedAvg(1.0, 2.0, **options), arrays(w=[0.0, 0.0]))
+        return float(strategy.aggregate_train(1, sent)[0]["w"].numpy()[0])
+
+    # F^q is 1, 1, 1 and 100, cut to 3; h is q F^(q-1) |change|^2 + F^q: 2 * 10 * 1 for the last.
+    assert moved() == pytest.approx(100 / (103 + 20))
+    assert moved(max_weight_share=0.5) == pytest.approx(3 / (6 + 20))

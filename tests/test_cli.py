@@ -184,7 +184,8 @@ def test_every_site_failing_is_a_failed_run(workdir):
     assert str(workdir / "out") in last
     summary = json.loads((workdir / "out" / "summary.json").read_text())
     assert summary["status"] == "failed"
-    assert {f["site"] for f in summary["failures"]} == {"hospital-1", "hospital-2", "hospital-3"}
+    failed = {f["site"] for f in summary["failures"]}
+    assert failed == {"all", "hospital-1", "hospital-2", "hospital-3"}
     assert "no training today" in (workdir / "out" / "report.html").read_text()
 
 

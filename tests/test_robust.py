@@ -666,3 +666,27 @@ def test_each_rule_goes_with_each_optimiser(mixed, rule, optimiser):
     theirs.configure_train(1, like, ConfigRecord(), grid)
     wanted, _ = theirs.aggregate_train(1, [reply(1, middle)])
     assert values(aggregate(mixed(), replies, like)) == pytest.approx(values(wanted), rel=1e-5)
+
+
+def test_what_honest_sites_send_does_not_lower_the_number_of_malicious_ones():
+    rows = spread(6, 3)
+    rows[5] += 1000
+    sent = from_rows(rows)
+    again = from_rows(rows)[5]
+    none = reply(50, {"w": rows[0].astype(np.float32)}, "empty", weight=0)
+    made = Bulyan(num_malicious_nodes=1)
+    assert aggregate(made, [*sent, none]) is None
+    assert made.history.failures[-1].reason.startswith("6 usable replies, 7 needed")
+    assert made.needed() == 7
+    for each in (sent[5], again):
+        each.metadata.__dict__["_reply_to_message_id"] = "the same"
+    made = Bulyan(num_malicious_nodes=1)
+    assert aggregate(made, [*sent, again]) is None
+    assert "the site has replied already" in [f.reason for f in made.history.failures]
+
+
+@pytest.mark.parametrize("kind", [FedMedian, GeometricMedian, Krum])
+def test_a_complex_model_is_refused_by_name(kind):
+    sent = [reply(n, {"z": np.array([1j * n])}, f"s{n}") for n in range(5)]
+    with pytest.raises(InputError, match="z is complex128: no robust rule can combine it"):
+        kind(num_malicious_nodes=1).aggregate_train(1, sent)

@@ -30,7 +30,7 @@ from safetensors.numpy import load_file
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import classification_metrics
 from fedmed_flower.runfolder import Failure, RunFolder
-from fedmed_flower.strategies import FedAvg
+from fedmed_flower.strategies import FedAdam, FedAvg
 
 W = arrays(w=[0.0, 0.0])
 
@@ -1034,3 +1034,62 @@ def test_a_site_for_which_the_superlink_answers_is_named():
     strategy.site_names = {7: "north"}
     strategy.start(grid, W, num_rounds=1)
     assert strategy.history.failures[0] == Failure(1, "train", "north", "Error: Node Unavailable")
+
+
+class Passing(flower.FedAvg):
+    """Somebody else's strategy, which passes its arguments on."""
+
+    def __init__(self, *args, mu=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mu = mu
+
+
+class PassingOnOurs(FedAvg, Passing):
+    pass
+
+
+def test_given_minima_reach_a_strategy_that_passes_its_arguments_on():
+    def minima(strategy):
+        return strategy.min_train_nodes, strategy.min_evaluate_nodes, strategy.min_available_nodes
+
+    assert minima(PassingOnOurs()) == (1, 1, 1)
+    assert minima(PassingOnOurs(min_train_nodes=5, mu=2.0)) == (5, 1, 1)
+    assert minima(PassingOnOurs(1.0, 1.0, 5)) == (5, 1, 1)
+
+
+def one_up(values, message, context):
+    return {"w": values["w"] + 1}, {}
+
+
+class Counting(FedAvg):
+    """Looks at the replies before it passes them on."""
+
+    counted = 0
+
+    def aggregate_train(self, server_round, replies):
+        self.counted = sum(1 for _ in replies)
+        return super().aggregate_train(server_round, replies)
+
+
+def test_a_subclass_may_look_at_the_replies_of_many_sites():
+    strategy = Counting(fraction_evaluate=0.0)
+    result = run(strategy, site_app(one_up), W, rounds=1, sites=102)
+    assert strategy.counted == 102
+    assert result.arrays["w"].numpy() == pytest.approx([1.0, 1.0], rel=1e-5)
+
+
+def test_a_second_start_owes_nothing_to_the_first():
+    strategy = FedAdam(fraction_evaluate=0.0)
+    first = run(strategy, site_app(one_up), W, rounds=2)
+    assert dump(run(strategy, site_app(one_up), W, rounds=2).arrays) == dump(first.arrays)
+
+
+def test_a_list_with_a_nan_is_not_averaged():
+    replies = [reply(1, GOOD, curve=[1.0, 2.0]), reply(2, GOOD, curve=[1.0, float("nan")])]
+    assert aggregate(replies)[2] == {}
+
+
+def test_other_weights_than_examples_may_be_large():
+    sent = [reply(n, {"w": [float(n)]}, tokens=2 * 10**9) for n in (1, 3)]
+    got, _ = FedAvg(weighted_by_key="tokens").aggregate_train(1, sent)
+    assert got["w"].numpy().tolist() == [2.0]

@@ -8,6 +8,8 @@ samples.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -16,6 +18,11 @@ import dp_accounting
 from dp_accounting import dp_event, pld
 
 from fedmed_flower.errors import InputError
+
+# Where the loss is about 1: the accountant's own.
+_INTERVAL = 1e-4
+# With less noise epsilon is above 500,000: no protection that is worth a number.
+_LEAST_NOISE, _MOST_NOISE = 1e-3, 1e9
 
 
 class Release(NamedTuple):
@@ -26,7 +33,7 @@ class Release(NamedTuple):
     sampling_rate : float
         Probability with which each member takes part; above 0, at most 1.
     noise_multiplier : float
-        Standard deviation of the noise in units of the clipping norm; 0 for no noise.
+        Standard deviation of the noise in units of the clipping norm; 0 for no noise, at most 1e9.
     """
 
     sampling_rate: float
@@ -39,14 +46,14 @@ def epsilon_of(releases: Iterable[Release] | Mapping[Release, int], delta: float
     Parameters
     ----------
     releases : iterable of Release, or mapping to their numbers
-        Equal ones are composed together.
+        Equal ones are composed together. Numbers are integers, at least 0.
     delta : float
         Above 0, below 1.
 
     Returns
     -------
     float
-        0 without releases; infinite where one of them had no noise.
+        0 without releases; infinite where one of them had a noise multiplier below 0.001.
 
     Raises
     ------
@@ -56,21 +63,42 @@ def epsilon_of(releases: Iterable[Release] | Mapping[Release, int], delta: float
     if not 0 < delta < 1:
         raise InputError(f"delta must be above 0 and below 1, got {delta}")
     counts = Counter(releases)
-    accountant = pld.PLDAccountant()
-    for release, count in sorted(counts.items()):
+    for release, count in counts.items():
         require_release(*release)
-        if release.noise_multiplier == 0:
-            return float("inf")
-        accountant.compose(_event(release), count)
-    return float(accountant.get_epsilon(delta)) if counts else 0.0
+        if count < 0:
+            raise InputError(f"the number of releases must be at least 0, got {count}")
+    counts = +counts
+    if any(release.noise_multiplier < _LEAST_NOISE for release in counts):
+        return math.inf
+    if not counts:
+        return 0.0
+    return _epsilon(tuple(sorted(counts.items())), float(delta))
 
 
 def require_release(sampling_rate: float, noise_multiplier: float) -> None:
     """Raise `InputError` where a value of a release is out of its range."""
     if not 0 < sampling_rate <= 1:
         raise InputError(f"sampling_rate must be above 0 and at most 1, got {sampling_rate}")
-    if not 0 <= noise_multiplier < float("inf"):
-        raise InputError(f"noise_multiplier must be at least 0 and finite, got {noise_multiplier}")
+    if not 0 <= noise_multiplier <= _MOST_NOISE:
+        raise InputError(
+            f"noise_multiplier must be at least 0 and at most {_MOST_NOISE:g}, "
+            f"got {noise_multiplier}"
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float) -> float:
+    accountant = pld.PLDAccountant(value_discretization_interval=_interval(dict(counts)))
+    for release, count in counts:
+        accountant.compose(_event(release), count)
+    return float(accountant.get_epsilon(delta))
+
+
+def _interval(counts: Mapping[Release, int]) -> float:
+    """Return how finely losses are told apart: where they are large, 1e-4 would take minutes."""
+    single = max(0.5 / release.noise_multiplier**2 for release in counts)
+    spread = sum(n * (r.sampling_rate / r.noise_multiplier) ** 2 for r, n in counts.items())
+    return _INTERVAL * max(1.0, single, math.sqrt(spread))
 
 
 def _event(release: Release) -> dp_accounting.DpEvent:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 
-from fedmed_flower.arrays import keep_dtypes, not_finite
+from fedmed_flower.arrays import keep_dtypes, not_finite, view
 from fedmed_flower.errors import InputError
 from fedmed_flower.runfolder import ALL_SITES
 from fedmed_flower.strategies.inbox import Kept
@@ -33,7 +33,14 @@ Outcome = tuple[ArrayRecord | None, MetricRecord | None]
 
 def aggregate(strategy: FedAvg, server_round: int, replies: Iterable[Message]) -> Outcome:
     """Screen replies and apply the strategy's rule, as `FedAvg.aggregate_train` tells."""
-    strategy.server_round, strategy.faulty = server_round, 0
+    strategy.server_round = server_round
+    try:
+        return _aggregate(strategy, server_round, replies)
+    finally:
+        strategy.faulty = 0
+
+
+def _aggregate(strategy: FedAvg, server_round: int, replies: Iterable[Message]) -> Outcome:
     if not isinstance(replies, Sequence):
         rest = iter(replies)
         first = list(itertools.islice(rest, STREAM_ABOVE + 1))
@@ -45,12 +52,10 @@ def aggregate(strategy: FedAvg, server_round: int, replies: Iterable[Message]) -
     like = _layout(strategy, replies)
     kept = strategy.inbox.admit(server_round, "train", replies, strategy.weighted_by_key, like)
     usable = strategy.inbox.in_order(_weighed(strategy, server_round, kept))
-    strategy.faulty = sum(reply.has_content() for reply in replies) - len(usable)
+    strategy.faulty = strategy.inbox.malformed
     arrays, usable = _combine(strategy, server_round, usable, like)
     strategy.inbox.record(server_round, "train", usable)
-    if arrays is None or like is None:
-        return None, None
-    return _conclude(strategy, server_round, arrays, usable, like)
+    return (None, None) if arrays is None else _conclude(strategy, server_round, arrays, usable)
 
 
 def _one_by_one(
@@ -59,7 +64,7 @@ def _one_by_one(
     """Add replies to the mean as they come, so that none is kept."""
     inbox, like = strategy.inbox, _layout(strategy, first)
     if like is None:
-        return aggregate(strategy, server_round, [*first, *rest])
+        return _aggregate(strategy, server_round, [*first, *rest])
     mean, slim = Mean(like), []
     first.reverse()
     replies = itertools.chain((first.pop() for _ in range(len(first))), rest)
@@ -78,7 +83,7 @@ def _one_by_one(
     arrays = mean.result()
     if not _is_model(strategy, server_round, arrays):
         return None, None
-    return _conclude(strategy, server_round, arrays, slim, like)
+    return _conclude(strategy, server_round, arrays, slim)
 
 
 def _layout(strategy: FedAvg, replies: list[Message] | Sequence[Message]) -> ArrayRecord | None:
@@ -105,7 +110,6 @@ def _suffice(strategy: FedAvg, server_round: int, usable: list[Kept]) -> bool:
     needed = max(strategy.min_replies, strategy.needed()) if strategy.needed() else 0
     if len(usable) >= needed:
         return True
-    strategy.faulty = 0
     reason = f"{len(usable)} usable replies, {needed} needed: the model stays as it was"
     strategy.inbox.fail(server_round, "train", ALL_SITES, reason)
     return False
@@ -131,7 +135,7 @@ def _combine(
         except NotUsableError as error:
             for place, reason in error.reasons.items():
                 strategy.inbox.fail(server_round, "train", usable[place].site, reason)
-            strategy.faulty += len(error.reasons)
+            strategy.faulty += len(error.reasons) if error.broken else 0
             usable = [reply for place, reply in enumerate(usable) if place not in error.reasons]
             continue
         for place in updates.used:
@@ -165,11 +169,17 @@ def _apply(
     replies = [reply.message for reply in usable]
     messages = with_shared_metrics(replies, strategy.weighted_by_key, weights=weights)
     made, _ = other.aggregate_train(strategy, server_round, messages)
+    if made is not None and _shapes(made) != _shapes(updates.like):
+        raise InputError(f"{other.__name__} returns a model of other entries or shapes")
     return None if made is None else keep_dtypes(made, updates.like)
 
 
+def _shapes(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:
+    return {key: view(array).shape for key, array in arrays.items()}
+
+
 def _conclude(
-    strategy: FedAvg, server_round: int, arrays: ArrayRecord, usable: list[Kept], like: ArrayRecord
+    strategy: FedAvg, server_round: int, arrays: ArrayRecord, usable: list[Kept]
 ) -> Outcome:
     """Average the metrics, and let Flower's server optimiser make its step."""
     metrics = None
@@ -179,7 +189,7 @@ def _conclude(
         messages = with_shared_metrics(chosen, key, share)
         contents = [message.content for message in messages]
         metrics = strategy.train_metrics_aggr_fn(contents, key)
-    strategy.begun, strategy.faulty = True, 0
+    strategy.begun = True
     other = strategy.below
     if other is not None and issubclass(other, OPTIMISERS):
         if strategy.sent_arrays is None:

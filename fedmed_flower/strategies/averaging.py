@@ -73,7 +73,7 @@ class WeightedFedAvg(FedAvg):
             return float(self.weights[site])
         try:
             return float(self.weights(reply))  # type: ignore[operator]
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"weights failed: {type(error).__name__}: {error}") from error
 
 
@@ -118,9 +118,11 @@ class QFedAvg(FedAvg, flower.QFedAvg):
     """
 
     def weigh(self, site: str, reply: Message) -> float:
-        """Return the site's training loss."""
+        """Return the site's training loss to the power of ``q``."""
         # Flower's own guard against a loss of 0.
-        return loss_of(reply, self.train_loss_key, least=0.0) + 1e-10
+        loss = loss_of(reply, self.train_loss_key, least=0.0) + 1e-10
+        with np.errstate(over="ignore"):
+            return float(np.float_power(loss, self.q))
 
     def combine(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
         """Return the model plus the sum of ``F_k^q L (w_k - w)`` over the sum of ``h_k``.
@@ -137,9 +139,9 @@ class QFedAvg(FedAvg, flower.QFedAvg):
                 "QFedAvg moves the global model, which it does not know: call configure_train "
                 "before aggregate_train"
             )
-        losses, lipschitz = np.asarray(weights), 1 / self.client_learning_rate
+        powers, lipschitz = np.asarray(weights), 1 / self.client_learning_rate
+        losses = np.array([each[self.train_loss_key] for each in updates.metrics]) + 1e-10
         with np.errstate(over="ignore", invalid="ignore"):
-            powers = losses**self.q
             squared = (lipschitz * updates.norms()) ** 2
             h = self.q * losses ** (self.q - 1) * squared + lipschitz * powers
         if not np.isfinite(h.sum()):

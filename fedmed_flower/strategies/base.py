@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import secrets
@@ -20,7 +19,13 @@ from fedmed_flower.metrics import SUMMABLE, pool
 from fedmed_flower.runfolder import ALL_SITES, History, RunFolder
 from fedmed_flower.strategies.aggregating import STREAM_ABOVE, aggregate
 from fedmed_flower.strategies.inbox import Inbox
-from fedmed_flower.strategies.optimising import OPTIMISERS, class_below, export_state, import_state
+from fedmed_flower.strategies.optimising import (
+    OPTIMISERS,
+    class_below,
+    export_state,
+    import_state,
+    minima,
+)
 from fedmed_flower.strategies.resuming import restore, save
 from fedmed_flower.strategies.screening import metrics_of, with_shared_metrics
 from fedmed_flower.strategies.sites import draw, enough, refuse_too_few
@@ -28,7 +33,6 @@ from fedmed_flower.updates import Updates
 
 log = logging.getLogger("flwr.fedmed")
 
-_MINIMA = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
 _TRAIN, _EVALUATE = 0, 1
 
 
@@ -59,7 +63,8 @@ class FedAvg(flower.FedAvg):
         Above 0, at most 1; None, as in Flower, trusts what sites say of their size.
     max_update_norm : float, optional
         Replies whose change of the model is longer than this many times the median length are left
-        out. At least 1.
+        out. At least 1. (Where `aggregate_train` is called without a `configure_train` before it,
+        lengths are distances from one of the replies, near the middle.)
 
     Attributes
     ----------
@@ -96,9 +101,7 @@ class FedAvg(flower.FedAvg):
         max_update_norm: float | None = None,
         **kwargs: Any,
     ) -> None:
-        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
-        kwargs |= {name: 1 for name in _MINIMA if name not in given}
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs | minima(super().__init__, args, kwargs))
         if min_replies < 1:
             raise InputError(f"min_replies must be at least 1, got {min_replies}")
         if max_weight_share is not None and not 0 < max_weight_share <= 1:
@@ -168,6 +171,8 @@ class FedAvg(flower.FedAvg):
         }
         self.timeout, self.begun = timeout, False
         self.history, self.result = History(), flower.Result(arrays=initial_arrays)
+        # A run that starts afresh owes nothing to one before it.
+        self.import_state({})
         first = restore(self, grid, initial_arrays) + 1
         if first > num_rounds + 1:
             raise InputError(
@@ -185,8 +190,10 @@ class FedAvg(flower.FedAvg):
             messages = list(self.configure_train(server_round, arrays, configs[_TRAIN], grid))
             many = len(messages) > STREAM_ABOVE and self.is_plain_mean
             send = self.inbox.stream if many else self.inbox.exchange
-            replies = send(grid, messages, timeout, server_round, "train")
-            aggregated, metrics = self.aggregate_train(server_round, replies)
+            # No name for the replies: they would stay in memory while the sites evaluate.
+            aggregated, metrics = self.aggregate_train(
+                server_round, send(grid, messages, timeout, server_round, "train")
+            )
             if aggregated is not None:
                 self.result.arrays = arrays = aggregated
             self._keep(server_round, "train_metrics_clientapp", metrics, "train")
@@ -349,9 +356,14 @@ class FedAvg(flower.FedAvg):
     @property
     def is_plain_mean(self) -> bool:
         """Whether replies may be added up one by one as they come."""
-        limits = (self.max_weight_share, self.max_update_norm)
-        other = self.below is not None and not issubclass(self.below, OPTIMISERS)
-        return type(self).combine is FedAvg.combine and limits == (None, None) and not other
+        if self.below is not None and not issubclass(self.below, OPTIMISERS):
+            return False
+        # A subclass may look at the replies before it passes them on.
+        methods = all(
+            getattr(type(self), name) is getattr(FedAvg, name)
+            for name in ("combine", "aggregate_train")
+        )
+        return methods and self.max_weight_share is None and self.max_update_norm is None
 
     @property
     def history(self) -> History:

@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fedmed_flower.runfolder import ALL_SITES, Failure, History
-from fedmed_flower.strategies.screening import metrics_of, screen
+from fedmed_flower.strategies.screening import metrics_of, screen, screen_arrays
 from fedmed_flower.strategies.sites import learn_name
 
 log = logging.getLogger("flwr.fedmed")
@@ -51,12 +51,15 @@ class Inbox:
         Site name by node id, as far as the sites have told it.
     connected : collection of int
         The nodes that live, as far as is known.
+    malformed : int
+        Sites whose arrays the last call of `admit` could not use.
     """
 
     def __init__(self) -> None:
         self.history = History()
         self.site_names: dict[int, str] = {}
         self.connected: Collection[int] = ()
+        self.malformed = 0
         self._sent: dict[str, int] = {}
 
     def name(self, node_id: int) -> str:
@@ -93,7 +96,7 @@ class Inbox:
     ) -> Iterable[Message]:
         """Do the same, but hand out replies as they come, a few at a time."""
         began = time.monotonic()
-        waiting = list(grid.push_messages(messages))
+        waiting = [key for key in grid.push_messages(messages) if key]
         self._expect(messages)
         answered: set[int] = set()
         while waiting and time.monotonic() - began < timeout:
@@ -144,6 +147,7 @@ class Inbox:
             As `screen` takes it.
         """
         answered: set[str] = set()
+        self.malformed = 0
         for reply in replies:
             node_id = self._node_id(reply)
             learn_name(self.site_names, node_id, reply, self.connected)
@@ -152,6 +156,8 @@ class Inbox:
                 reason: str | None = "the site has replied already"
             else:
                 reason = screen(reply, weighted_by_key, like)
+                if reason is not None and like is not None and reply.has_content():
+                    self.malformed += screen_arrays(reply, like) is not None
             answered.add(request)
             if reason is None:
                 yield Kept(reply, node_id, self.name(node_id))
@@ -163,7 +169,7 @@ class Inbox:
         return sorted(kept, key=lambda reply: self.site_names.get(reply.node_id, ""))
 
     def record(self, server_round: int, phase: str, kept: Iterable[Kept]) -> None:
-        """Put the metrics of the replies that were used into the history."""
+        """Put the metrics of the replies that passed screening into the history."""
         for reply in kept:
             self.history.add(server_round, phase, reply.site, reply.metrics)
 

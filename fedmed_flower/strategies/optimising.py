@@ -6,6 +6,10 @@ only reply. So each optimiser goes with each rule, and of Flower's code no more 
 
 from __future__ import annotations
 
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,8 +35,22 @@ RULES = (
 OPTIMISERS = (flower.FedAdam, flower.FedYogi, flower.FedAdagrad, flower.FedAvgM)
 # Our methods that say how replies are combined.
 _RULING = {"combine", "rule"}
+_MINIMA = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
 # What they keep, apart from the model itself.
 _STATE = ("m_t", "v_t", "momentum_vector")
+
+
+def minima(
+    init: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, int]:
+    """Return 1 for each minimum number of nodes that is not among the arguments of a class."""
+    signature = inspect.signature(init)
+    if any(each.kind == each.VAR_POSITIONAL for each in signature.parameters.values()):
+        # Somebody else's strategy that passes on what it is given.
+        signature = inspect.signature(flower.FedAvg)
+    named = {name: value for name, value in kwargs.items() if name in signature.parameters}
+    given = signature.bind_partial(*args, **named).arguments
+    return {name: 1 for name in _MINIMA if name not in given}
 
 
 def class_below(cls: type, base: type) -> type[Any] | None:
@@ -119,13 +137,25 @@ def step(
         }
     )
     reply = Message(content, dst_node_id=1, message_type=MessageType.TRAIN)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"), _quiet():
         moved, _ = trial.aggregate_train(server_round, [reply])
         moved = keep_dtypes(moved, old)
     if any(not_finite(record) for record in (moved, *export_state(trial).values())):
         return None
     vars(strategy).update(vars(trial), train_metrics_aggr_fn=strategy.train_metrics_aggr_fn)
     return ArrayRecord({key: moved.get(key, new[key]) for key in old})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Flower from telling of "1 results", which is the stand-in reply."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _wide(array: Array) -> np.ndarray[Any, Any]:

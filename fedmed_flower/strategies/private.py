@@ -11,18 +11,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower
 
 from fedmed_flower.arrays import view
 from fedmed_flower.errors import InputError
 from fedmed_flower.privacy.accounting import Release, epsilon_of, require_release
 from fedmed_flower.privacy.noise import gaussian, secure_generator
+from fedmed_flower.runfolder import RunFolder
 from fedmed_flower.strategies.base import FedAvg
-from fedmed_flower.updates import NotUsableError, Updates
+from fedmed_flower.strategies.optimising import OPTIMISERS
+from fedmed_flower.updates import OVERFLOW, NotUsableError, Updates
 
 LEDGER = "privacy.json"
 # What adaptive clipping may take of the budget where the noise of its count is not given.
 _COUNT_SHARE = 0.1
+# Beyond them, squares of lengths and the noise leave the range of float64.
+_LEAST_NORM, _MOST_NORM = 1e-100, 1e100
+# Methods on which the accounting rests.
+_RULING = {"combine", "rule", "weigh", "choose", "needed"}
+_PLAIN = (FedAvg, flower.FedAvg, flower.Strategy, *OPTIMISERS)
 
 
 class DPFedAvg(FedAvg):
@@ -35,7 +52,8 @@ class DPFedAvg(FedAvg):
 
     Each round every hospital takes part with the same probability, by a draw of the operating
     system. Its change of the model, in the floating-point entries, is clipped, all count the same,
-    and noise is added to the sum, also where nobody took part or replied. Other entries stay as
+    and noise is added to the sum, also where nobody took part or replied, or too few sites are
+    connected: whether a round has a release must not tell who was there. Other entries stay as
     they are. What is protected is that a hospital took part at all, in the models of all rounds
     together, against everybody but the server; its own metrics and failures, which the server
     writes to the run folder, are not. Patients are protected by training at the hospital, not here.
@@ -49,7 +67,7 @@ class DPFedAvg(FedAvg):
         adaptive clipping's count included. At least 0; 0 adds none and protects nobody.
     clipping_norm : float
         Bound of the length of a hospital's change of the model; where it is adaptive, the first
-        round's. Above 0.
+        round's. At least 1e-100, at most 1e100, and held there.
     population_size : int
         Hospitals of the consortium, whether connected or not; at least 1. With `sampling_rate` it
         gives the denominator.
@@ -58,7 +76,9 @@ class DPFedAvg(FedAvg):
     delta : float
         Above 0, below 1; well below 1 / `population_size`.
     target_epsilon : float, optional
-        The run ends, with its model, before a round would bring epsilon above it. Above 0.
+        The run ends, with its model, before a round would bring epsilon above it. Above 0. What
+        earlier runs with the same hospitals have cost is not known here, but for those that a
+        resumed run goes on from.
     target_quantile : float, optional
         Clip at this quantile of the lengths, privately estimated; in (0, 1). None: the clipping
         norm stays.
@@ -66,15 +86,16 @@ class DPFedAvg(FedAvg):
         Step of the clipping norm's logarithm. Above 0.
     count_stddev : float, optional
         Standard deviation of the noise added to the count of unclipped updates. Above half of
-        `noise_multiplier`. None takes a tenth of the budget for it, and at least a twentieth of the
-        hospitals of a round.
+        `noise_multiplier`, finite. None takes a tenth of the budget for it, and at least a
+        twentieth of the hospitals of a round.
 
     Attributes
     ----------
     clipping_norm : float
         That of the next round.
     releases : collections.Counter
-        Numbers of releases so far, by `privacy.accounting.Release`.
+        Numbers of releases so far, by `privacy.accounting.Release`. With a run folder they are
+        in its ``privacy.json`` before anything of them can be seen.
 
     Raises
     ------
@@ -98,10 +119,16 @@ class DPFedAvg(FedAvg):
     ) -> None:
         super().__init__(*args, **kwargs)
         require_release(sampling_rate, noise_multiplier)
-        _require("clipping_norm", clipping_norm, 0 < clipping_norm < math.inf, "above 0")
-        _require("population_size", population_size, population_size >= 1, "at least 1")
+        inside = _LEAST_NORM <= clipping_norm <= _MOST_NORM
+        bound = f"at least {_LEAST_NORM:g} and at most {_MOST_NORM:g}"
+        _require("clipping_norm", clipping_norm, inside, bound)
+        inside = 1 <= population_size < math.inf
+        _require("population_size", population_size, inside, "at least 1 and finite")
         _require("delta", delta, 0 < delta < 1, "above 0 and below 1")
-        _require("clip_norm_lr", clip_norm_lr, 0 < clip_norm_lr < math.inf, "above 0")
+        inside = 0 < clip_norm_lr < math.inf
+        _require("clip_norm_lr", clip_norm_lr, inside, "above 0 and finite")
+        if target_epsilon is not None:
+            _require("target_epsilon", target_epsilon, target_epsilon > 0, "above 0")
         if target_quantile is not None:
             inside = 0 < target_quantile < 1
             _require("target_quantile", target_quantile, inside, "above 0 and below 1")
@@ -110,32 +137,36 @@ class DPFedAvg(FedAvg):
             # Each of them would let what is released depend on who took part.
             value = getattr(self, name)
             _require(name, value, value == allowed, f"{allowed} with differential privacy")
-        self.noise_multiplier, self.sampling_rate = noise_multiplier, sampling_rate
-        self.population_size, self.delta = population_size, delta
-        self.clipping_norm, self.clip_norm_lr = float(clipping_norm), clip_norm_lr
+        self.noise_multiplier, self.sampling_rate = float(noise_multiplier), float(sampling_rate)
+        self.population_size, self.delta = population_size, float(delta)
+        self.clipping_norm = self._first_norm = float(clipping_norm)
+        self.clip_norm_lr = clip_norm_lr
         self.target_epsilon, self.target_quantile = target_epsilon, target_quantile
         self.expected = sampling_rate * population_size
         if count_stddev is None:
             least = noise_multiplier / (2 * math.sqrt(_COUNT_SHARE))
             count_stddev = max(self.expected / 20, least)
-        more = count_stddev > noise_multiplier / 2 or noise_multiplier == 0
-        _require("count_stddev", count_stddev, more, "above half of noise_multiplier")
+        more = noise_multiplier / 2 < count_stddev < math.inf or noise_multiplier == 0
+        _require("count_stddev", count_stddev, more, "above half of noise_multiplier and finite")
         self.count_stddev = count_stddev
         self.releases: Counter[Release] = Counter()
-        self._generator = secure_generator()
         self._drawn: int | None = None
+        self._sample: list[int] = []
         if (reason := self.stop_reason()) is not None:
             raise InputError(reason)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
         for other in cls.__mro__:
-            ruling = {"combine", "rule", "weigh"} & vars(other).keys()
-            if ruling and other not in (DPFedAvg, FedAvg):
+            # Of a class that is being made, ABCMeta's issubclass gives wrong answers.
+            derived = DPFedAvg in other.__mro__
+            ruling = (_RULING if derived else _RULING | {"aggregate_train"}) & vars(other).keys()
+            if ruling and other not in (DPFedAvg, *_PLAIN):
                 raise TypeError(
-                    f"{cls.__name__}: the rule of {other.__name__} has no bounded sensitivity that "
-                    "is known here, so its privacy cannot be accounted for"
+                    f"{cls.__name__}: the rule of {other.__name__} ({', '.join(sorted(ruling))}) "
+                    "has no bounded sensitivity that is known here, so its privacy cannot be "
+                    "accounted for"
                 )
+        super().__init_subclass__(**kwargs)
 
     @property
     def epsilon(self) -> float:
@@ -148,8 +179,23 @@ class DPFedAvg(FedAvg):
         if self.target_quantile is None or self.noise_multiplier == 0:
             return self.noise_multiplier
         # Andrew et al., theorem 1: the count, less half of it, has the sensitivity 1/2.
-        rest = self.noise_multiplier**-2 - (2 * self.count_stddev) ** -2
-        return float(rest**-0.5)
+        share = self.noise_multiplier / (2 * self.count_stddev)
+        return self.noise_multiplier / math.sqrt((1 - share) * (1 + share))
+
+    def start(
+        self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any
+    ) -> flower.Result:
+        """Run the rounds, as `FedAvg.start`, within what is left of the budget.
+
+        Raises
+        ------
+        InputError
+            Also where ``privacy.json`` in the run folder cannot be read, or tells of releases
+            that this run does not go on from, or the checkpoint is that of a run without noise.
+        """
+        if self.folder is not None:
+            self._take_up_ledger(self.folder)
+        return super().start(grid, initial_arrays, *args, **kwargs)
 
     def stop_reason(self) -> str | None:
         """Return why no further round may be trained."""
@@ -168,49 +214,75 @@ class DPFedAvg(FedAvg):
         """Return 0: noise alone is released where nobody replied."""
         return 0
 
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Address this round's training messages to the sites that are drawn; maybe to none."""
+        self._sample = []
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        self._drawn = server_round
+        # A site that has connected since Flower counted them must not take another's place.
+        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        late = self._sample[len(messages) :]
+        return [*messages, *(Message(content, node, MessageType.TRAIN) for node in late)]
+
     def choose(
         self, nodes: Collection[int], count: int, server_round: int, training: bool
     ) -> list[int]:
         """Draw each site on its own for training; evaluation is drawn as in `FedAvg`."""
         if not training:
             return super().choose(nodes, count, server_round, training)
-        self._drawn = server_round
         draw = random.SystemRandom()
-        return [node for node in nodes if draw.random() < self.sampling_rate]
+        self._sample = [node for node in nodes if draw.random() < self.sampling_rate]
+        return self._sample
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Release the noisy mean; the metrics tell ``epsilon`` so far and ``clipping-norm``."""
+        """Release the noisy mean; the metrics tell ``epsilon`` so far and ``clipping-norm``.
+
+        Raises
+        ------
+        InputError
+            Where no sites were drawn for this round, or it was released already.
+        """
         if self._drawn != server_round:
-            return None, None
+            raise InputError(
+                f"{type(self).__name__} has drawn no sites for round {server_round}: call "
+                "configure_train before each aggregate_train"
+            )
         self._drawn = None
         clipping_norm = self.clipping_norm
         arrays, metrics = super().aggregate_train(server_round, list(replies))
-        if arrays is not None:
-            metrics = MetricRecord() if metrics is None else metrics
-            metrics["epsilon"], metrics["clipping-norm"] = self.epsilon, clipping_norm
-        return arrays, metrics
+        told = {"epsilon": self.epsilon, "clipping-norm": clipping_norm}
+        return arrays, MetricRecord(dict(metrics or {}) | told)
 
     def combine(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
-        """Return the model plus the noisy mean of the clipped changes."""
+        """Return the model plus the noisy mean of the clipped changes.
+
+        Raises
+        ------
+        NotUsableError
+            Where updates hold NaN or infinite values, or values whose squares overflow; nothing is
+            released then.
+        """
+        updates.check()
         norms = updates.norms(double=True)
-        if not np.isfinite(norms).all():
-            updates.check()
-            far = np.flatnonzero(~np.isfinite(norms))
-            raise NotUsableError({int(k): "the squares of its values overflow" for k in far})
+        if (far := np.flatnonzero(~np.isfinite(norms))).size:
+            raise NotUsableError({int(k): OVERFLOW for k in far})
         # Charged before anything is computed that could be seen.
         self.releases[self._release] += 1
         if self.folder is not None:
             self.folder.write(LEDGER, self._ledger())
-        factors = np.minimum(1, self.clipping_norm / np.maximum(norms, 1e-300))
-        changes = updates.sum_of_changes(factors)
+        changes = updates.sum_of_changes(self.clipping_norm / np.maximum(norms, self.clipping_norm))
         std = self.sum_multiplier * self.clipping_norm
+        # Made anew for each release: a copy of the strategy must not repeat the noise.
+        generator = secure_generator()
         for change in changes.values():
-            change += gaussian(change.size, std, self._generator)
+            change += gaussian(change.size, std, generator)
             change /= self.expected
         if self.target_quantile is not None:
-            self._follow_quantile(norms, self.target_quantile)
+            self._follow_quantile(norms, self.target_quantile, generator)
         return updates.moved(changes)
 
     def export_state(self) -> dict[str, ArrayRecord]:
@@ -225,24 +297,44 @@ class DPFedAvg(FedAvg):
         return super().export_state() | {"privacy": record}
 
     def import_state(self, state: dict[str, ArrayRecord]) -> None:
-        """Take up the clipping norm, and whatever was released, checkpoint or not."""
+        """Take up what `export_state` returned; what was released stays released."""
         super().import_state(state)
+        self.clipping_norm = self._first_norm
         if "privacy" in state:
             self.clipping_norm = float(view(state["privacy"]["clipping-norm"]))
-            self.releases = _counter(view(state["privacy"]["releases"]).tolist())
-        if self.folder is not None:
-            # A round that was released and then lost in a crash was released all the same.
-            self.releases |= _read_ledger(self.folder.path / LEDGER)
+            self.releases |= _counter(view(state["privacy"]["releases"]).tolist())
 
     @property
     def _release(self) -> Release:
         return Release(self.sampling_rate, self.noise_multiplier)
 
-    def _follow_quantile(self, norms: np.ndarray[Any, Any], quantile: float) -> None:
-        noise = gaussian(1, self.count_stddev, self._generator)[0] if self.noise_multiplier else 0.0
+    def _follow_quantile(
+        self, norms: np.ndarray[Any, Any], quantile: float, generator: np.random.Generator
+    ) -> None:
+        noise = gaussian(1, self.count_stddev, generator)[0] if self.noise_multiplier else 0.0
         count = float((norms <= self.clipping_norm).sum() - len(norms) / 2 + noise)
         below = count / self.expected + 0.5
-        self.clipping_norm *= math.exp(-self.clip_norm_lr * (below - quantile))
+        logarithm = math.log(self.clipping_norm) - self.clip_norm_lr * (below - quantile)
+        held = min(max(logarithm, math.log(_LEAST_NORM)), math.log(_MOST_NORM))
+        self.clipping_norm = math.exp(held)
+
+    def _take_up_ledger(self, folder: RunFolder) -> None:
+        path = folder.path / LEDGER
+        released = _read_ledger(path)
+        if self.resume:
+            checkpoint = folder.load()
+            if checkpoint is not None and "privacy" not in checkpoint.strategy_state:
+                raise InputError(
+                    f"{folder.path} holds a run without differential privacy, whose rounds cannot "
+                    "be accounted for: resume it with the strategy that it was started with"
+                )
+            # A round that was released and then lost in a crash was released all the same.
+            self.releases |= released
+        elif released and not folder.checkpoint_file.exists():
+            raise InputError(
+                f"{path} tells of {released.total()} releases of an earlier run: choose another "
+                "folder, or go on with that run, whose releases count (resume)"
+            )
 
     def _ledger(self) -> bytes:
         rows = [[*release, count] for release, count in sorted(self.releases.items())]
@@ -254,12 +346,21 @@ def _read_ledger(path: Path) -> Counter[Release]:
         return _counter(json.loads(path.read_text())["releases"])
     except FileNotFoundError:
         return Counter()
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the privacy ledger {path} cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+        raise InputError(
+            f"the privacy ledger {path} cannot be read ({error}): restore it from a copy, or what "
+            "was released is not known"
+        ) from error
 
 
 def _counter(rows: Iterable[Sequence[float]]) -> Counter[Release]:
-    return Counter({Release(rate, noise): int(count) for rate, noise, count in rows})
+    releases: Counter[Release] = Counter()
+    for rate, noise, count in rows:
+        require_release(rate, noise)
+        if count < 1 or count != int(count):
+            raise ValueError(f"{count} is no number of releases")
+        releases[Release(rate, noise)] += int(count)
+    return releases
 
 
 def _require(name: str, value: object, fulfilled: bool, bound: str) -> None:

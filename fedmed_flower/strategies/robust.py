@@ -57,6 +57,8 @@ class Robust(FedAvg):
     """
 
     num_malicious_nodes: int
+    # Whether the rule goes by distances, in which integers take no part.
+    by_distance = False
 
     def __init__(
         self, *args: Any, mixing: str | None = None, bucket_size: int = 2, **kwargs: Any
@@ -98,8 +100,17 @@ class Robust(FedAvg):
         return next((f for f in promised if self.rows_needed(f) <= rows), left)
 
     def combine(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
-        """Mix the updates where that was asked for, and apply the rule."""
+        """Mix the updates where that was asked for, and apply the rule.
+
+        Raises
+        ------
+        InputError
+            Where an entry is complex, which has neither order nor distance here.
+        """
         given = updates
+        for key, array in updates.like.items():
+            if array.dtype.startswith("complex"):
+                raise InputError(f"{key} is {array.dtype}: no robust rule can combine it")
         if self.mixing == NEAREST:
             distances = squared_distances(updates.gram())
             mix = nearest_neighbours(distances, self.withstood(updates.count))
@@ -110,8 +121,8 @@ class Robust(FedAvg):
         if self.mixing is not None:
             weights = [1.0] * updates.count
         combined = self.rule(updates, weights)
-        # They take no part in distances: a site that is trusted for its floats could send any.
-        if (others := given.others()) is not None:
+        # A site that is trusted for its other entries could send any integers.
+        if self.by_distance and (others := given.others()) is not None:
             return ArrayRecord(dict(combined) | dict(median(others)))
         return combined
 
@@ -182,6 +193,8 @@ class MultiKrum(Robust, flower.MultiKrum):
     It is weighted by the numbers of examples, as in Flower; all count the same with `mixing`.
     """
 
+    by_distance = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.num_nodes_to_select < 1:
@@ -236,6 +249,8 @@ class Bulyan(Robust, flower.Bulyan):
 class GeometricMedian(Robust):
     """The point with the least sum of distances to all updates (`geometric_median`)."""
 
+    by_distance = True
+
     def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
         """Return the geometric median."""
         return updates.weighted_sum(geometric_median(updates.gram()))
@@ -251,6 +266,8 @@ class CenteredClipping(Robust):
     num_iterations : int
         Clippings, each around the last one's outcome. At least 1.
     """
+
+    by_distance = True
 
     def __init__(
         self, *args: Any, tau: float | None = None, num_iterations: int = 3, **kwargs: Any

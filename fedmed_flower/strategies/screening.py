@@ -47,6 +47,11 @@ def screen(reply: Message, weighted_by_key: str, like: ArrayRecord | None) -> st
             return f"{name} is an integer beyond 64 bits"
     if like is None:
         return check_counts(metrics[0])
+    return screen_arrays(reply, like)
+
+
+def screen_arrays(reply: Message, like: ArrayRecord) -> str | None:
+    """Return why the arrays of a reply with content cannot be used, or None where they can."""
     arrays = list(reply.content.array_records.values())
     if len(arrays) != 1:
         return f"the reply has {len(arrays)} array records instead of one"
@@ -73,9 +78,10 @@ def _screen_weight(metrics: MetricRecord, key: str, training: bool) -> str | Non
         return f"the metric {key} is missing"
     if isinstance(weight, list):
         return f"{key} is a list instead of one number"
-    if not 0 <= weight <= MOST_EXAMPLES or (training and weight == 0):
+    most = MOST_EXAMPLES if key == "num-examples" else 2**53
+    if not 0 <= weight <= most or (training and weight == 0):
         least = "above" if training else "at least"
-        return f"{key} must be {least} 0 and at most {MOST_EXAMPLES:.0e}, got {weight}"
+        return f"{key} must be {least} 0 and at most {most:.0e}, got {weight}"
     return None
 
 
@@ -118,9 +124,10 @@ def _shared_metrics(records: list[MetricRecord]) -> list[str]:
 
 
 def _form(value: object) -> int | None:
-    if isinstance(value, list):
-        return len(value)
-    return -1 if isinstance(value, int | float) and math.isfinite(value) else None
+    numbers = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
+        return None
+    return len(numbers) if isinstance(value, list) else -1
 
 
 def metrics_of(reply: Message) -> MetricRecord:

@@ -1,0 +1,136 @@
+import math
+
+import pytest
+from dp_accounting import dp_event, rdp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opacus.accountants import PRVAccountant, RDPAccountant
+from scipy.optimize import brentq
+from scipy.special import log_ndtr
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.privacy.accounting import Release, epsilon_of, require_release
+
+
+def analytic_epsilon(noise_multiplier, delta):
+    """Balle and Wang, ICML 2018, theorem 8: the Gaussian mechanism to the last digit."""
+
+    def excess(epsilon):
+        half, apart = 1 / (2 * noise_multiplier), epsilon * noise_multiplier
+        return (
+            math.exp(log_ndtr(half - apart)) - math.exp(epsilon + log_ndtr(-half - apart)) - delta
+        )
+
+    return brentq(excess, 0, 1e6) if excess(0) > 0 else 0.0
+
+
+def rdp_epsilon(releases, delta):
+    accountant = rdp.RdpAccountant()
+    for (rate, noise), count in releases.items():
+        gaussian = dp_event.GaussianDpEvent(noise)
+        accountant.compose(dp_event.PoissonSampledDpEvent(rate, gaussian), count)
+    return accountant.get_epsilon(delta)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.1, 0.5, 1.0, 3.0, 30.0])
+@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize("delta", [1e-3, 1e-8])
+def test_without_sampling_epsilon_is_that_of_one_gaussian_with_less_noise(noise, count, delta):
+    got = epsilon_of({Release(1.0, noise): count}, delta)
+    wanted = analytic_epsilon(noise / math.sqrt(count), delta)
+    assert wanted * (1 - 1e-9) - 1e-9 <= got <= wanted * 1.001 + 1e-4
+
+
+def test_releases_with_different_noise_add_up_by_their_squares():
+    got = epsilon_of([Release(1.0, 3.0), Release(1.0, 4.0)], 1e-5)
+    assert got == pytest.approx(analytic_epsilon(2.4, 1e-5), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "count", "wanted"), [(0.01, 1.1, 10_000, 5.19), (0.1, 1.0, 5, 2.35)]
+)
+def test_known_values(rate, noise, count, wanted):
+    got = epsilon_of({Release(rate, noise): count}, 1e-5)
+    assert got == pytest.approx(wanted, abs=0.005)
+    assert got < rdp_epsilon({Release(rate, noise): count}, 1e-5) < 1.3 * got
+    theirs = RDPAccountant()
+    theirs.history = [(noise, rate, count)]
+    assert got < theirs.get_epsilon(1e-5) < 1.3 * got
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "count"), [(0.02, 0.8, 500), (0.5, 5.0, 100), (0.01, 0.5, 1000)]
+)
+def test_epsilon_is_within_what_an_accountant_with_proven_errors_allows(rate, noise, count):
+    prv = PRVAccountant()
+    prv.history = [(noise, rate, count)]
+    wanted = prv.get_epsilon(1e-5, eps_error=0.01, delta_error=1e-8)
+    assert epsilon_of({Release(rate, noise): count}, 1e-5) == pytest.approx(wanted, rel=0.01)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0.01, 0.9), st.floats(0.8, 20.0), st.integers(1, 100)
+        ), min_size=1, max_size=2,
+    )
+)  # fmt: skip
+def test_epsilon_is_never_above_that_by_renyi_divergences(rows):
+    releases = {Release(rate, noise): count for rate, noise, count in rows}
+    got = epsilon_of(releases, 1e-5)
+    assert 0 <= got <= rdp_epsilon(releases, 1e-5) + 1e-3
+
+
+def test_equal_releases_are_merged_and_the_order_makes_no_difference():
+    a, b = Release(1.0, 3.0), Release(0.5, 8.0)
+    wanted = epsilon_of({a: 2, b: 1}, 1e-5)
+    assert epsilon_of([a, b, a], 1e-5) == wanted
+    assert epsilon_of([b, Release(1, 3), Release(1.0, 3.0)], 1e-5) == wanted
+
+
+def test_more_releases_cost_more_and_sampling_makes_them_cheaper():
+    costs = [epsilon_of({Release(0.5, 5.0): count}, 1e-5) for count in range(5)]
+    assert costs[0] == 0
+    assert costs == sorted(set(costs))
+    assert costs[1] < epsilon_of([Release(1.0, 5.0)], 1e-5)
+
+
+def test_nothing_released_costs_nothing_and_no_noise_everything():
+    assert epsilon_of([], 1e-5) == 0.0
+    assert epsilon_of({Release(1.0, 0.0): 0, Release(0.5, 2.0): 0}, 1e-5) == 0.0
+    assert epsilon_of([Release(1.0, 5.0), Release(0.01, 0.0)], 1e-5) == math.inf
+    assert epsilon_of([Release(0.01, 1e-300)], 1e-5) == math.inf
+    assert epsilon_of([Release(1.0, 1e9)], 1e-5) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("releases", "delta", "text"),
+    [
+        ([Release(0.0, 1.0)], 1e-5, "sampling_rate must be above 0 and at most 1, got 0.0"),
+        ([Release(1.5, 1.0)], 1e-5, "sampling_rate must be above 0 and at most 1, got 1.5"),
+        ([Release(math.nan, 1.0)], 1e-5, "sampling_rate must be above 0 and at most 1, got nan"),
+        ([Release(1.0, -1.0)], 1e-5,
+         "noise_multiplier must be at least 0 and at most 1e+09, got -1.0"),
+        ([Release(1.0, math.inf)], 1e-5,
+         "noise_multiplier must be at least 0 and at most 1e+09, got inf"),
+        ([Release(1.0, math.nan)], 1e-5,
+         "noise_multiplier must be at least 0 and at most 1e+09, got nan"),
+        # What cannot be accounted for is an error also where another release costs all there is.
+        ([Release(0.5, 0.0), Release(1.0, -1.0)], 1e-5,
+         "noise_multiplier must be at least 0 and at most 1e+09, got -1.0"),
+        ({Release(1.0, 1.0): -1}, 1e-5, "the number of releases must be at least 0, got -1"),
+        ([], 0.0, "delta must be above 0 and below 1, got 0.0"),
+        ([], 1.0, "delta must be above 0 and below 1, got 1.0"),
+        ([], math.nan, "delta must be above 0 and below 1, got nan"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_accounted_for_is_refused(releases, delta, text):
+    with pytest.raises(InputError) as error:
+        epsilon_of(releases, delta)
+    assert str(error.value) == text
+
+
+def test_a_release_within_range_is_not_refused():
+    for rate, noise in ((1, 0), (1e-9, 1e9), (1.0, 1e-300)):
+        require_release(rate, noise)
