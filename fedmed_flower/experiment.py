@@ -213,6 +213,8 @@ class _Experiment:
     def _compare(self) -> None:
         """Train each site's model alone, and one on all data pooled where that is possible."""
         self.test["local"] = {}
+        if "privacy" in self.strategy.export_state():
+            log.warning("the models for comparison are trained without noise: keep them here")
         for number, node_id in enumerate(self.sites.counts, start=1):
             name = self.sites.names[node_id]
             log.info("for comparison: %s alone", name)

@@ -83,8 +83,10 @@ def weighted_sum(rows: Sequence[Row], weights: Sequence[float], outs: Row) -> No
     _share(_blocks([len(out) for out in outs], _SUM_BLOCK, pack=False), work)
 
 
-def accumulate(row: Row, weight: float, sums: Sequence[NDArray[Any]]) -> None:
-    """Add ``weight row`` to running sums in twice float64's precision.
+def accumulate(
+    row: Row, weight: float, sums: Sequence[NDArray[Any]], centre: Row | None = None
+) -> None:
+    """Add ``weight row``, or ``weight (row - centre)``, to sums in twice float64's precision.
 
     So exactly that the order of the rows makes no difference to the mean, but where numbers a
     1e16 times larger cancel each other out.
@@ -95,12 +97,16 @@ def accumulate(row: Row, weight: float, sums: Sequence[NDArray[Any]]) -> None:
     weight : float
     sums : sequence of float64 arrays of shape (2, n), one for each entry
         Sum and its rounding error (Knuth's two-sum).
+    centre : row, optional
     """
 
     def work(blocks: list[list[Piece]]) -> None:
         for ((entry, start, stop, _),) in blocks:
             high, low = sums[entry][:, start:stop]
-            term = np.multiply(widen(row[entry][start:stop]), weight, dtype=high.dtype)
+            part = widen(row[entry][start:stop])
+            if centre is not None:
+                part = np.subtract(part, widen(centre[entry][start:stop]), dtype=high.dtype)
+            term = np.multiply(part, weight, dtype=high.dtype)
             total = high + term
             seen = total - high
             low += (high - (total - seen)) + (term - seen)

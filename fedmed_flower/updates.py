@@ -265,9 +265,9 @@ class Updates:
         origin = self._origin()
         keys = {key: k for k, key in enumerate(self.like) if kernels.is_floating(origin[k].dtype)}
         sums = [np.zeros((2, origin[k].size)) for k in keys.values()]
+        centre = [origin[k] for k in keys.values()]
         for row, weight in zip(self._rows, weights, strict=True):
-            for part, factor in ((row, weight), (origin, -weight)):
-                kernels.accumulate([part[k] for k in keys.values()], float(factor), sums)
+            kernels.accumulate([row[k] for k in keys.values()], float(weight), sums, centre)
         return {key: total.sum(axis=0) for key, total in zip(keys, sums, strict=True)}
 
     def moved(self, changes: Mapping[str, NDArray[np.float64]]) -> ArrayRecord:

@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import strategy_utils
 
 from fedmed_flower.strategies import (
     CenteredClipping,
+    DPFedAvg,
     FedAvg,
     FedMedian,
     GeometricMedian,
@@ -36,6 +37,31 @@ def left_out(strategy):
     return {failure.site: failure.reason for failure in strategy.history.failures}
 
 
+def both_private(like, updates, rounds=1, **options):
+    """Return our and Flower's private strategy, without noise, and the last model of each."""
+    adaptive = "target_quantile" in options
+    theirs = (
+        flower.DifferentialPrivacyServerSideAdaptiveClipping
+        if adaptive
+        else flower.DifferentialPrivacyServerSideFixedClipping
+    )
+    norm = {"initial_clipping_norm" if adaptive else "clipping_norm": options["clipping_norm"]}
+    count = len(updates)
+    strategies = (
+        DPFedAvg(noise_multiplier=0.0, population_size=count, **options),
+        theirs(flower.FedAvg(), 0.0, num_sampled_clients=count, **norm),
+    )
+    models = []
+    for strategy in strategies:
+        for number in range(1, rounds + 1):
+            replies = [reply(n, u, f"s{n}", weight) for n, (u, weight) in enumerate(updates)]
+            grid = FakeGrid(range(1, 13), lambda m: None)
+            list(strategy.configure_train(number, like, ConfigRecord(), grid))
+            got, _ = strategy.aggregate_train(number, replies)
+        models.append({key: array.numpy() for key, array in got.items()})
+    return *strategies, *models
+
+
 def adding(values, message, context):
     return {key: value + np.float32(1) for key, value in values.items()}, {"loss": 0.5}
 
@@ -51,6 +77,16 @@ def test_1_the_radius_of_clipping_is_the_median_distance_whatever_the_scale(scal
     got = aggregated(strategy, [*ahead, attacker])["w"]
     # All five are as long as the median after clipping.
     np.testing.assert_allclose(got, [0.8 * scale, 0.2 * scale], rtol=1e-6)
+
+
+@pytest.mark.parametrize("start", [0.1, 100.0])
+def test_1_the_private_clipping_norm_follows_the_median_and_flowers_flees_from_it(start):
+    updates = [({"w": [0.0, 10.0]}, 1)] * 3
+    ours, theirs, _, _ = both_private(
+        W, updates, rounds=60, clipping_norm=start, target_quantile=0.5
+    )
+    assert 9 < ours.clipping_norm < 11
+    assert theirs.clipping_norm < 0.0005 if start < 10 else theirs.clipping_norm > 1000
 
 
 # --- 2. Sites are sampled after they have connected ---------------------------------------------
@@ -91,6 +127,31 @@ def test_3_counters_take_no_part_in_the_length_of_an_update(counter):
         assert moved["w"].tolist() == [0.5]
 
 
+def test_3_counters_take_no_part_in_private_clipping():
+    _, _, ours, theirs = both_private(arrays(w=[0.0]), [({"w": [0.5]}, 1)] * 2, clipping_norm=1.0)
+    assert ours["w"].tolist() == theirs["w"].tolist() == [0.5]
+    model = arrays(w=[0.0], n=np.array(0))
+    counted = [({"w": [0.5], "n": np.array(100)}, 1)] * 2
+    _, _, ours, theirs = both_private(model, counted, clipping_norm=1.0)
+    assert ours["w"].tolist() == [0.5]
+    assert theirs["w"][0] < 0.5 / 50
+    assert ours["n"].dtype == np.int64
+    assert ours["n"] == 0
+
+
+def test_3_counters_of_one_dimension_do_not_end_a_private_run():
+    strategy = configured(
+        DPFedAvg(noise_multiplier=0.0, clipping_norm=1.0, population_size=2),
+        arrays(w=[0.0], n=np.array([0])),
+    )
+    update = {"w": [0.5], "n": np.array([100])}
+    replies = [reply(n, update, f"s{n}") for n in range(2)]
+    assert aggregated(strategy, replies)["w"].tolist() == [0.5]
+    counted = [(update, 1)] * 2
+    with pytest.raises(TypeError, match="Cannot cast ufunc 'multiply' output"):
+        both_private(arrays(w=[0.0], n=np.array([0])), counted, clipping_norm=1.0)
+
+
 # --- 4. Updates of length zero, and NaN ---------------------------------------------------------
 
 
@@ -106,6 +167,24 @@ def test_4_an_update_of_length_zero_is_no_division_by_zero_and_nan_is_left_out(s
     tried = configured(strategy())
     assert aggregated(tried, [*unmoved, broken])["w"].tolist() == [0.0, 0.0]
     assert left_out(tried) == {"x": "w holds NaN or infinite values"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_4_a_private_update_of_length_zero_is_no_division_by_zero():
+    options = {"noise_multiplier": 0.0, "clipping_norm": 1.0, "population_size": 2}
+    strategy = configured(DPFedAvg(**options))
+    replies = [reply(1, {"w": [0.0, 0.0]}, "a"), reply(2, {"w": [0.0, 0.5]}, "b")]
+    assert aggregated(strategy, replies)["w"].tolist() == [0.0, 0.25]
+    with pytest.raises(ZeroDivisionError):
+        both_private(W, [({"w": [0.0, 0.0]}, 1)] * 2, clipping_norm=1.0)
+
+
+def test_4_nan_does_not_pass_private_clipping():
+    updates = [({"w": [0.0, 0.5]}, 1), ({"w": [np.nan, 0.5]}, 1)]
+    strategy, _, ours, theirs = both_private(W, updates, clipping_norm=1.0)
+    assert ours["w"].tolist() == [0.0, 0.25]
+    assert left_out(strategy) == {"s1": "w holds NaN or infinite values"}
+    assert np.isnan(theirs["w"]).any()
 
 
 # --- 5. False numbers of examples ---------------------------------------------------------------
@@ -135,6 +214,15 @@ def test_5_zero_examples_everywhere_leave_the_model():
     with pytest.raises(ZeroDivisionError):
         flower.FedAvg().aggregate_train(1, replies)
     assert configured(FedAvg()).aggregate_train(1, replies) == (None, None)
+
+
+@pytest.mark.parametrize("count", [10**12, 10**9])
+def test_5_a_false_number_of_examples_does_not_raise_what_privacy_must_hide(count):
+    updates = [({"w": [0.0, 0.0001]}, 1)] * 9 + [({"w": [50.0, 0.0]}, count)]
+    _, _, ours, theirs = both_private(W, updates, clipping_norm=1.0)
+    # One hospital of ten may move the model by a tenth, and noise is added for no more.
+    assert ours["w"][0] <= 0.1 * (1 + 1e-6)
+    assert theirs["w"][0] > 0.99
 
 
 # --- 6. NaN and infinity ------------------------------------------------------------------------

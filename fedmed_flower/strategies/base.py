@@ -170,7 +170,7 @@ class FedAvg(flower.FedAvg):
             _EVALUATE: ConfigRecord() if evaluate_config is None else evaluate_config,
         }
         self.timeout, self.begun = timeout, False
-        self.history, self.result = History(), flower.Result(arrays=initial_arrays)
+        self.inbox.history, self.result = History(), flower.Result(arrays=initial_arrays)
         # A run that starts afresh owes nothing to one before it.
         self.import_state({})
         first = restore(self, grid, initial_arrays) + 1
@@ -359,20 +359,14 @@ class FedAvg(flower.FedAvg):
         if self.below is not None and not issubclass(self.below, OPTIMISERS):
             return False
         # A subclass may look at the replies before it passes them on.
-        methods = all(
-            getattr(type(self), name) is getattr(FedAvg, name)
-            for name in ("combine", "aggregate_train")
-        )
-        return methods and self.max_weight_share is None and self.max_update_norm is None
+        own, names = type(self), ("combine", "aggregate_train")
+        unchanged = all(getattr(own, name) is getattr(FedAvg, name) for name in names)
+        return unchanged and self.max_weight_share is None and self.max_update_norm is None
 
     @property
     def history(self) -> History:
         """Every number of every site and every failure, round by round."""
         return self.inbox.history
-
-    @history.setter
-    def history(self, history: History) -> None:
-        self.inbox.history = history
 
     @property
     def site_names(self) -> dict[int, str]:

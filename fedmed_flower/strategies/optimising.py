@@ -182,12 +182,13 @@ def import_state(strategy: FedAvg, state: dict[str, ArrayRecord]) -> None:
     InputError
         Where another optimiser kept it.
     """
-    for name in _STATE:
-        if name in state and not hasattr(strategy, name):
+    for name in state:
+        if name not in _STATE or not hasattr(strategy, name):
             raise InputError(
                 f"the checkpoint holds {name}, which {type(strategy).__name__} does not keep: "
                 "resume it with the strategy that it was started with"
             )
+    for name in _STATE:
         if hasattr(strategy, name):
             kept = {key: view(array) for key, array in state.get(name, ArrayRecord()).items()}
             value: Any = list(kept.values()) if name == "momentum_vector" else kept

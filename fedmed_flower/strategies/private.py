@@ -57,6 +57,7 @@ class DPFedAvg(FedAvg):
     they are. What is protected is that a hospital took part at all, in the models of all rounds
     together, against everybody but the server; its own metrics and failures, which the server
     writes to the run folder, are not. Patients are protected by training at the hospital, not here.
+    Do without BatchNorm: its running variances get noise as other entries do and may turn negative.
 
     With one of Flower's server optimisers: ``class DPFedAdam(DPFedAvg, flower.FedAdam)``.
 
@@ -81,7 +82,7 @@ class DPFedAvg(FedAvg):
         resumed run goes on from.
     target_quantile : float, optional
         Clip at this quantile of the lengths, privately estimated; in (0, 1). None: the clipping
-        norm stays.
+        norm stays. With few hospitals and much noise the estimate wanders.
     clip_norm_lr : float
         Step of the clipping norm's logarithm. Above 0.
     count_stddev : float, optional
@@ -254,7 +255,7 @@ class DPFedAvg(FedAvg):
         self._drawn = None
         clipping_norm = self.clipping_norm
         arrays, metrics = super().aggregate_train(server_round, list(replies))
-        told = {"epsilon": self.epsilon, "clipping-norm": clipping_norm}
+        told = {"hospital-epsilon": self.epsilon, "clipping-norm": clipping_norm}
         return arrays, MetricRecord(dict(metrics or {}) | told)
 
     def combine(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
@@ -298,7 +299,7 @@ class DPFedAvg(FedAvg):
 
     def import_state(self, state: dict[str, ArrayRecord]) -> None:
         """Take up what `export_state` returned; what was released stays released."""
-        super().import_state(state)
+        super().import_state({key: kept for key, kept in state.items() if key != "privacy"})
         self.clipping_norm = self._first_norm
         if "privacy" in state:
             self.clipping_norm = float(view(state["privacy"]["clipping-norm"]))

@@ -64,7 +64,7 @@ def restore(strategy: FedAvg, grid: Grid, initial_arrays: ArrayRecord) -> int:
         folder.require_no_checkpoint()
         folder.make(initial_arrays)
         return 0
-    strategy.seed, strategy.history = checkpoint.seed, checkpoint.history
+    strategy.seed, strategy.inbox.history = checkpoint.seed, checkpoint.history
     strategy.site_names = checkpoint.site_names | strategy.site_names
     strategy.result.arrays = checkpoint.arrays
     strategy.import_state(checkpoint.strategy_state)
