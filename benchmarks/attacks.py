@@ -45,7 +45,7 @@ from flwr.serverapp import Grid, ServerApp
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from fedmed_flower import run_local, strategies
+from fedmed_flower import InputError, run_local, strategies
 from fedmed_flower.data.partition import dirichlet_shares, split_by_shares
 from fedmed_flower.data.sources import load_dataset, load_heart_disease
 
@@ -74,7 +74,7 @@ RULES: dict[str, Callable[[int], strategies.FedAvg]] = {
         fraction_evaluate=0.0, num_malicious_nodes=max(f, 1), mixing="nearest"
     ),
     "nearest + FedTrimmedAvg": lambda f: strategies.FedTrimmedAvg(
-        fraction_evaluate=0.0, num_malicious_nodes=max(f, 1), beta=(f + 0.5) / SITES,
+        fraction_evaluate=0.0, num_malicious_nodes=max(f, 1), beta=(max(f, 1) + 0.5) / SITES,
         mixing="nearest",
     ),
     "bucketing + Geometric": lambda f: strategies.GeometricMedian(
@@ -275,7 +275,7 @@ def run(job: tuple[str, str, str, int, int]) -> float | None:
 
     try:
         run_local(server, client, SITES, run_config=config)
-    except strategies.base.InputError as error:
+    except InputError as error:
         if "replies a round" in str(error):
             return None
         raise

@@ -163,29 +163,30 @@ def order_statistics(
     for dtype, entries in _by_working(outs).items():
         if dtype.kind == "c":
             raise ValueError("complex numbers have no order")
-        width = min(_SORT_BLOCK, max(1024, _SORT_CACHE // count))
-        zeros = np.zeros(width, dtype)
+        # Sorting columns takes three copies of a block.
+        cache = _SORT_CACHE if count <= NETWORK_UP_TO else _SORT_CACHE // 4
+        width = min(_SORT_BLOCK, max(1024, cache // count))
 
         def work(
             blocks: list[list[Piece]],
             dtype: np.dtype[Any] = dtype,
             entries: list[int] = entries,
             width: int = width,
-            zeros: NDArray[Any] = zeros,
         ) -> NDArray[np.bool_]:
             buffer = np.empty((len(rows), width), dtype)
             mixed = buffer if mix is None else np.empty((count, width), dtype)
             spare = np.empty(width, dtype)
             weights = None if mix is None else mix.astype(dtype)
             sound = np.ones(len(rows), bool)
+            flags = np.empty((len(rows), width), bool)
             for block in blocks:
                 size = block[-1][3] + block[-1][2] - block[-1][1]
                 for k, row in enumerate(rows):
                     for entry, start, stop, place in block:
                         part = row[entries[entry]][start:stop]
                         buffer[k, place : place + stop - start] = widen(part)
-                # Zero times a number is zero, times NaN or infinity NaN: one product tells.
-                sound &= buffer[:, :size] @ zeros[:size] == 0
+                np.isfinite(buffer[:, :size], out=flags[:, :size])
+                sound &= flags[:, :size].all(axis=1)
                 if weights is not None:
                     np.matmul(weights, buffer[:, :size], out=mixed[:, :size])
                 ordered = _sort(mixed[:, :size], low, high, spare[:size])

@@ -184,7 +184,7 @@ def _conclude(
     """Average the metrics, and let Flower's server optimiser make its step."""
     metrics = None
     # As in Flower, those that the rule selects.
-    if chosen := [reply.message for reply in usable if reply.used]:
+    if chosen := [without_arrays(reply.message) for reply in usable if reply.used]:
         key, share = strategy.weighted_by_key, strategy.max_weight_share
         messages = with_shared_metrics(chosen, key, share)
         contents = [message.content for message in messages]
