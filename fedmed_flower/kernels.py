@@ -178,15 +178,14 @@ def order_statistics(
             spare = np.empty(width, dtype)
             weights = None if mix is None else mix.astype(dtype)
             sound = np.ones(len(rows), bool)
-            flags = np.empty((len(rows), width), bool)
             for block in blocks:
                 size = block[-1][3] + block[-1][2] - block[-1][1]
                 for k, row in enumerate(rows):
                     for entry, start, stop, place in block:
                         part = row[entries[entry]][start:stop]
                         buffer[k, place : place + stop - start] = widen(part)
-                np.isfinite(buffer[:, :size], out=flags[:, :size])
-                sound &= flags[:, :size].all(axis=1)
+                # Not into a buffer: NumPy 2.4 writes every fourth flag where they are strided.
+                sound &= np.isfinite(buffer[:, :size]).all(axis=1)
                 if weights is not None:
                     np.matmul(weights, buffer[:, :size], out=mixed[:, :size])
                 ordered = _sort(mixed[:, :size], low, high, spare[:size])
