@@ -210,31 +210,45 @@ def unbroken(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
-)
-def test_killed_in_round_four_and_resumed_gives_the_same_bits(workdir, unbroken, how, code):
+def stop_after(line, how, workdir, *arguments):
+    """Start a run, send a signal a moment after a line; return exit code and what came after."""
     process = subprocess.Popen(
-        ["fedmed", "run", str(EXAMPLE), *RESUMABLE, "--out", "killed"],
+        ["fedmed", "run", str(EXAMPLE), *arguments],
         cwd=workdir,
         env=os.environ | {"PATH": path(), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
     )
-    for line in process.stdout:
-        if line.startswith("round 3/6"):
-            # Into the middle of round 4, which takes longer than this.
+    for printed in process.stdout:
+        if printed.startswith(line):
+            # Into the middle of the next round, which takes longer than this.
             time.sleep(0.3)
             process.send_signal(how)
             break
     rest = process.stdout.read()
-    assert process.wait(60) == code
+    return process.wait(60), rest.strip().splitlines()
+
+
+def has_stopped(folder, said):
+    status = json.loads((folder / "summary.json").read_text())["status"]
+    assert status == "stopped"
+    assert (folder / "report.html").exists()
+    assert "stopped by the user" in said[-1]
+    assert "--resume" in said[-1]
+
+
+def test_a_polite_kill_leaves_summary_and_report(workdir):
+    code, said = stop_after("round 1/6", signal.SIGTERM, workdir, *RESUMABLE, "--out", "killed")
+    assert code == 130
+    has_stopped(workdir / "killed", said)
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_killed_in_round_four_and_resumed_gives_the_same_bits(workdir, unbroken, how, code):
+    got, said = stop_after("round 3/6", how, workdir, *RESUMABLE, "--out", "killed")
+    assert got == code
     if how is not signal.SIGKILL:
-        status = json.loads((workdir / "killed" / "summary.json").read_text())["status"]
-        assert status == "stopped"
-        assert (workdir / "killed" / "report.html").exists()
-        assert "stopped by the user" in rest.strip().splitlines()[-1]
-        assert "--resume" in rest.strip().splitlines()[-1]
+        has_stopped(workdir / "killed", said)
     models = [folder / "model.safetensors" for folder in (unbroken, workdir / "killed")]
     assert models[0].read_bytes() != models[1].read_bytes()
     resumed = fedmed("run", EXAMPLE, "--resume", "killed", cwd=workdir)
