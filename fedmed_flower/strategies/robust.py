@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,9 +127,9 @@ class Robust(FedAvg):
             return ArrayRecord(dict(combined) | dict(median(others)))
         return combined
 
+    @abstractmethod
     def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
         """Return the new model: what a robust rule of your own has to give."""
-        raise NotImplementedError
 
 
 class FedMedian(Robust, flower.FedMedian):
