@@ -121,7 +121,9 @@ def test_an_unregistered_key_cannot_join(running: Deployment, tmp_path: Path) ->
         *("--auth-supernode-private-key", str(key), "--port", str(port)),
     ]
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-    environment = os.environ | quiet | {"FLWR_HOME": str(tmp_path)}
+    # The SuperNode starts flower-superexec by its name, also where no environment is activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | quiet | {"FLWR_HOME": str(tmp_path), "PATH": path}
     said = tmp_path / "log"
     with said.open("w") as log:
         stranger = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
