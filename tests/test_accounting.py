@@ -131,6 +131,8 @@ def test_what_cannot_be_accounted_for_is_refused(releases, delta, text):
     assert str(error.value) == text
 
 
-def test_a_release_within_range_is_not_refused():
-    for rate, noise in ((1, 0), (1e-9, 1e9), (1.0, 1e-300)):
-        require_release(rate, noise)
+@pytest.mark.parametrize(("rate", "noise"), [(1, 0), (1e-9, 1e9), (1.0, 1e-300)])
+def test_a_release_at_the_edge_of_its_range_has_a_cost(rate, noise):
+    require_release(rate, noise)
+    cost = epsilon_of([Release(rate, noise)], 1e-5)
+    assert cost == math.inf if noise < 1 else 0 <= cost < 1e-3
