@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import re
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +22,6 @@ from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Context,
-    Message,
-    MessageType,
-    RecordDict,
     UserConfig,
 )
 from flwr.serverapp import Grid
@@ -31,14 +29,14 @@ from flwr.serverapp import strategy as flower
 from torch import nn
 
 from fedmed_flower.config import Section
-from fedmed_flower.data.site import GENERATED, SITE_RECORD, SPLITS
+from fedmed_flower.data.site import GENERATED, LEDGER_DIR, RUN_KEY
 from fedmed_flower.errors import InputError
 from fedmed_flower.report import write_report
+from fedmed_flower.rollcall import Sites, roll_call
 from fedmed_flower.runfolder import ALL_SITES, CONFIG, METRICS, SUMMARY, RunFolder
 from fedmed_flower.strategies.base import FedAvg
 from fedmed_flower.strategies.resuming import find_checkpoint
-from fedmed_flower.strategies.screening import error_text
-from fedmed_flower.strategies.sites import learn_name, wait_for_sites
+from fedmed_flower.strategies.sites import wait_for_sites
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -91,20 +89,6 @@ class Plan(Section):
             raise InputError("resume needs run-dir, the folder of the run to go on with")
 
 
-@dataclass
-class _Sites:
-    """What the sites said of themselves before the first round."""
-
-    counts: dict[int, dict[str, int]] = field(default_factory=dict)
-    labels: dict[int, Any] = field(default_factory=dict)
-    names: dict[int, str] = field(default_factory=dict)
-    sources: set[str] = field(default_factory=set)
-    generated: bool = False
-    simulated: bool = True
-    asked: int = 0
-    refusals: list[str] = field(default_factory=list)
-
-
 def federate(
     strategy: FedAvg, grid: Grid, context: Context, build_model: Callable[[], nn.Module]
 ) -> flower.Result:
@@ -147,11 +131,14 @@ def federate(
     find_checkpoint(strategy, initial)
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
     wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
-    sites = _roll_call(grid, plan)
+    sites = roll_call(grid, plan.round_timeout)
     strategy.site_names |= sites.names
+    key = folder.read_config()["run"].get("key") if plan.resume else None
+    key = key or secrets.token_hex(8)
     about = {"app": _app_name(grid), "strategy": type(strategy).__name__, "sites": sites.asked}
-    _write_config(folder, plan, context.run_config, sites, about)
-    return _Experiment(strategy, grid, plan, folder, initial, sites, context.run_config).run()
+    _write_config(folder, plan, context.run_config, sites, about | {"key": key})
+    experiment = _Experiment(strategy, grid, plan, folder, initial, sites, context.run_config, key)
+    return experiment.run()
 
 
 @dataclass
@@ -161,8 +148,9 @@ class _Experiment:
     plan: Plan
     folder: RunFolder
     initial: ArrayRecord
-    sites: _Sites
+    sites: Sites
     run_config: UserConfig
+    key: str
     test: dict[str, Any] = field(default_factory=dict)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     began: float = field(default_factory=time.monotonic)
@@ -174,11 +162,18 @@ class _Experiment:
             try:
                 self._write_summary("running")
                 result = strategy.start(
-                    self.grid, self.initial, plan.num_server_rounds, plan.round_timeout
+                    self.grid,
+                    self.initial,
+                    plan.num_server_rounds,
+                    plan.round_timeout,
+                    train_config=self._config(),
+                    evaluate_config=self._config(),
                 )
                 if not result.train_metrics_clientapp:
                     raise RunFailedError(self._why_nothing_succeeded())
-                table = strategy.test(self.grid, result.arrays, timeout=plan.round_timeout)
+                table = strategy.test(
+                    self.grid, result.arrays, self._config(), timeout=plan.round_timeout
+                )
                 self.test["federated"] = table.pop(ALL_SITES, {})
                 self.test["sites"] = table
                 self._write_summary("running")
@@ -198,6 +193,13 @@ class _Experiment:
             log.info("report: %s", report)
         return result
 
+    def _config(self, part: str = "", **more: bool) -> ConfigRecord:
+        """Return what each message tells the sites: ledgers count a run's rounds under one key."""
+        config = ConfigRecord({RUN_KEY: f"{self.key}{part}", **more})
+        if self.sites.simulated:
+            config[LEDGER_DIR] = str(self.folder.path / "ledgers")
+        return config
+
     def _log_sites(self) -> None:
         sites = self.sites
         for reason, count in Counter(sites.refusals).items():
@@ -215,11 +217,13 @@ class _Experiment:
         self.test["local"] = {}
         if "privacy" in self.strategy.export_state():
             log.warning("the models for comparison are trained without noise: keep them here")
+        if self.run_config.get("privacy") == "patient":
+            log.warning("each model for comparison costs its hospital as much as the run did")
         for number, node_id in enumerate(self.sites.counts, start=1):
             name = self.sites.names[node_id]
             log.info("for comparison: %s alone", name)
             label = f"local-{number}-{re.sub(r'[^A-Za-z0-9_-]', '_', name)}"
-            table = self._baseline(label, node_id, ConfigRecord())
+            table = self._baseline(label, node_id)
             own, of_all = table.get(name, {}), table.get(ALL_SITES, {})
             self.test["local"][name] = own | {"all": of_all}
             self._record("local-test", {name: own})
@@ -229,7 +233,7 @@ class _Experiment:
             return
         log.info("for comparison: all data pooled")
         first = next(iter(self.sites.counts))
-        table = self._baseline("pooled", first, ConfigRecord({"pool-sites": True}))
+        table = self._baseline("pooled", first, **{"pool-sites": True})
         self._record("pooled-test", table)
         self.test["pooled"] = table.pop(ALL_SITES, {}) | {"sites": table}
 
@@ -237,9 +241,7 @@ class _Experiment:
         for site, metrics in table.items():
             self.strategy.history.add(self.plan.num_server_rounds, phase, site, metrics)
 
-    def _baseline(
-        self, label: str, node_id: int, config: ConfigRecord
-    ) -> dict[str, dict[str, float]]:
+    def _baseline(self, label: str, node_id: int, **config: bool) -> dict[str, dict[str, float]]:
         """Train a model at one site only; return its test results, none where it never trained."""
         plan = self.plan
         if hasattr(self.grid, "import_states"):
@@ -255,12 +257,15 @@ class _Experiment:
             self.initial,
             plan.num_server_rounds,
             plan.round_timeout,
-            train_config=ConfigRecord(dict(config)),
-            evaluate_config=ConfigRecord(dict(config)),
+            train_config=self._config(f"/{label}", **config),
+            evaluate_config=self._config(f"/{label}", **config),
         )
         table: dict[str, dict[str, float]] = {}
         if result.train_metrics_clientapp:
-            table = strategy.test(self.grid, result.arrays, timeout=plan.round_timeout)
+            config_of_test = self._config(f"/{label}")
+            table = strategy.test(
+                self.grid, result.arrays, config_of_test, timeout=plan.round_timeout
+            )
         self.strategy.history.failures += [
             replace(failure, phase=f"{label} {failure.phase}")
             for failure in strategy.history.failures
@@ -298,42 +303,8 @@ class _Experiment:
         return f"no site could train in any of {self.plan.num_server_rounds} rounds{first}"
 
 
-def _roll_call(grid: Grid, plan: Plan) -> _Sites:
-    """Ask every connected site for its name and its numbers of rows."""
-    nodes = list(grid.get_node_ids())
-    question = f"{MessageType.QUERY}.describe"
-    messages = [Message(RecordDict(), node_id, question) for node_id in nodes]
-    sites = _Sites(asked=len(nodes))
-    for reply in grid.send_and_receive(messages, timeout=plan.round_timeout):
-        node_id = reply.metadata.src_node_id
-        learn_name(sites.names, node_id, reply)
-        if reply.has_error():
-            sites.refusals.append(error_text(reply))
-            continue
-        try:
-            about = reply.content.config_records[SITE_RECORD]
-            (counts,) = reply.content.metric_records.values()
-            rows = {split: int(counts[split]) for split in SPLITS}  # type: ignore[arg-type]
-            if min(rows.values()) < 0:
-                raise ValueError(f"negative number of rows in {rows}")
-            source, generated, simulated = about["data"], about["generated"], about["simulated"]
-        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-            sites.refusals.append(f"malformed answer: {type(error).__name__} {error}")
-            continue
-        sites.names.setdefault(node_id, f"node {node_id}")
-        sites.counts[node_id], sites.labels[node_id] = rows, counts.get("labels")
-        sites.sources.add(str(source))
-        sites.generated |= bool(generated)
-        sites.simulated &= bool(simulated)
-    if not sites.counts:
-        raise InputError(sites.refusals[0] if sites.refusals else "no site answered the roll call")
-    in_order = sorted(sites.counts, key=lambda node_id: sites.names[node_id])
-    sites.counts = {node_id: sites.counts[node_id] for node_id in in_order}
-    return sites
-
-
 def _write_config(
-    folder: RunFolder, plan: Plan, run_config: UserConfig, sites: _Sites, about: dict[str, Any]
+    folder: RunFolder, plan: Plan, run_config: UserConfig, sites: Sites, about: dict[str, Any]
 ) -> None:
     """Write what runs; on resume, refuse settings that would make it another run."""
     if plan.resume:
@@ -365,7 +336,7 @@ def _app_name(grid: Grid) -> str:
     return grid.run.fab_id.rpartition("/")[2] or "federated run"
 
 
-def _engine(grid: Grid, sites: _Sites) -> str:
+def _engine(grid: Grid, sites: Sites) -> str:
     if hasattr(grid, "export_states"):
         return "local"
     return "Flower simulation" if sites.simulated else "Flower deployment"

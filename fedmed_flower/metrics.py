@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 CONFUSION, GRID, COUNTS = "confusion-counts", "score-grid", "score-counts"
 SUMMABLE = (CONFUSION, GRID, COUNTS)
+# What a run, and all runs together, have cost a patient of a site: of several sites the most.
+EPSILON, EPSILON_TOTAL = EPSILONS = ("patient-epsilon", "patient-epsilon-total")
 
 # Bins of 1/500 of the interquartile range at the median that grow outwards (sinh), so that narrow,
 # skewed and far-off scores keep their order.

@@ -218,6 +218,7 @@ def test_the_config_file(finished):
     text = (folder / "config.toml").read_text()
     content = RunFolder(folder).read_config()
     assert content == tomllib.loads(text)
+    assert len(content["run"].pop("key")) == 16
     assert content["run"] == {"app": "federated run", "strategy": "FedAvg", "sites": 2}
     expected = CONFIG | {"num-server-rounds": 2, "run-dir": str(folder)}
     assert content["config"] == expected | {"baselines": True, "alpha": 0.5}

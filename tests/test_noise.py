@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
 from fedmed_flower.privacy.noise import gaussian, secure_generator
@@ -52,19 +52,20 @@ def test_nothing_that_can_be_seeded_decides_the_noise():
     assert not np.isin(drawn[0], drawn[1]).any()
 
 
-def test_the_key_is_the_operating_systems_and_256_bits_long(monkeypatch):
+def test_the_stream_is_aes_in_counter_mode_under_a_key_of_the_operating_system(monkeypatch):
     asked = []
 
     def randbits(bits):
         asked.append(bits)
-        return 2**255 + 12345
+        return 2**127 + 12345
 
     monkeypatch.setattr("fedmed_flower.privacy.noise.secrets.randbits", randbits)
     raw = secure_generator().bit_generator.random_raw(512)
-    assert asked == [256]
-    key = (2**255 + 12345).to_bytes(32, "little")
-    cipher = Cipher(algorithms.ChaCha20(key, bytes(16)), None).encryptor()
-    assert np.asarray(raw, "<u8").tobytes() == cipher.update(bytes(4096))
+    assert asked == [128]
+    key = (2**127 + 12345).to_bytes(16, "little")
+    encryptor = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
+    stream = b"".join(encryptor.update(count.to_bytes(16, "little")) for count in range(256))
+    assert np.asarray(raw, "<u8").tobytes() == stream
 
 
 def test_each_number_is_half_the_sum_of_four():

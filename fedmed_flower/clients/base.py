@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -15,11 +15,28 @@ from typing import Any, ClassVar
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from torch import nn
+from torch import Tensor, nn
 
+from fedmed_flower.clients.protecting import (
+    measure_protected,
+    private_metrics,
+    require_protection,
+    train_protected,
+)
 from fedmed_flower.clients.training import Settings, derive_seed, torch_environment
-from fedmed_flower.data.site import SITE_RECORD, SPLITS, Row, Site, SiteData, tell_error
-from fedmed_flower.errors import InputError
+from fedmed_flower.data.site import (
+    DECLINED,
+    SITE_RECORD,
+    SPLITS,
+    Row,
+    Site,
+    SiteData,
+    tell_error,
+)
+from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.privacy.gradients import PROBE
+from fedmed_flower.privacy.patient import PrivacySettings
+from fedmed_flower.privacy.validate import require_private_loss, require_private_model
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -45,6 +62,14 @@ class MedicalClient(ABC):
         Evaluate on the rows of one split; returns metrics.
     describe
         Numbers about the rows, to show how a simulation split them.
+    batch_of, loss_of
+        Records as a batch, and the loss of one: all that private training needs, in place of `fit`.
+    check_private
+        Refuse what cannot be trained privately.
+    seed_transforms
+        Seed what is random in making a batch.
+    measure_privately
+        Evaluate by counts with noise.
 
     Parameters
     ----------
@@ -56,6 +81,8 @@ class MedicalClient(ABC):
     settings : Settings
         From the run config.
     site : Site
+    privacy : PrivacySettings
+        From the run config.
     proximal_mu : float
         How strongly `fit` holds the model near the global one; sent by `FedProx`, else 0.
     """
@@ -65,6 +92,7 @@ class MedicalClient(ABC):
     def __init__(self, context: Context) -> None:
         self.context = context
         self.settings = Settings.from_run_config(context.run_config)
+        self.privacy = PrivacySettings.from_run_config(context.run_config)
         self.proximal_mu = 0.0
 
     @cached_property
@@ -100,6 +128,35 @@ class MedicalClient(ABC):
         """Return further numbers about the rows; asked for in a simulation only."""
         return {}
 
+    def batch_of(self, prepared: Any, places: Sequence[int]) -> dict[str, Tensor]:
+        """Return some of the training rows, on the device, as what `loss_of` takes.
+
+        Each is to be changed at random by itself, if at all. Needed for private training only.
+        """
+        raise InputError(f"{_name(self)} cannot train privately: it gives no batch_of and loss_of")
+
+    def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of a batch of one record: one number."""
+        raise InputError(f"{_name(self)} cannot train privately: it gives no batch_of and loss_of")
+
+    def check_private(self, model: nn.Module, prepared: Any) -> None:
+        """Raise `InputError` where model or loss cannot be trained privately.
+
+        A subclass adds what else it does with a batch.
+        """
+        rows = self.batch_of(prepared, range(min(PROBE, len(prepared))))
+        require_private_model(model, self.loss_of, rows)
+        require_private_loss(model, self.loss_of, rows)
+
+    def seed_transforms(self, prepared: Any, seed: int) -> None:  # noqa: B027
+        """Seed what draws from a generator other than torch's when a batch is made."""
+
+    def measure_privately(
+        self, model: nn.Module, prepared: Any, patients: Sequence[Hashable], noise: float
+    ) -> dict[str, Any]:
+        """Return metrics of which one patient changes little, with noise of this multiplier."""
+        raise InputError(f"{_name(self)} gives no measure_privately: set private-metrics=false")
+
     @classmethod
     def client_app(cls) -> ClientApp:
         """Return the Flower ClientApp of this client: train, evaluate and ``query.describe``.
@@ -124,10 +181,17 @@ class MedicalClient(ABC):
             raise InputError(f"proximal-mu must be at least 0 and finite, got {self.proximal_mu}")
         seed = derive_seed(self.settings.seed, self.site.name, server_round, "train")
         began = time.perf_counter()
+        require_protection(self.privacy, self.context)
         model = self._model(arrays)
-        with self._torch(seed):
-            metrics = self.fit(model, prepared, seed)
-        metrics |= {"num-examples": len(data.train), "seconds": time.perf_counter() - began}
+        if self.privacy.on:
+            with self._torch(seed):
+                metrics = train_protected(self, model, data, prepared, config)
+        else:
+            with self._torch(seed):
+                metrics = self.fit(model, prepared, seed)
+        metrics["num-examples"] = len(data.train)
+        if not private_metrics(self):
+            metrics["seconds"] = time.perf_counter() - began
         state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
         return RecordDict({arrays_key: ArrayRecord(state), "metrics": MetricRecord(metrics)})
 
@@ -141,7 +205,10 @@ class MedicalClient(ABC):
         if getattr(data, split):
             model = self._model(next(iter(message.content.array_records.values())))
             with self._torch(derive_seed(self.settings.seed, self.site.name, split)):
-                metrics = self.measure(model, prepared)
+                if private_metrics(self):
+                    metrics = measure_protected(self, model, data, prepared, config)
+                else:
+                    metrics = self.measure(model, prepared)
         return RecordDict({"metrics": MetricRecord(metrics)})
 
     def _describe(self, message: Message) -> RecordDict:
@@ -232,13 +299,19 @@ def _answer(
         wrong_input = isinstance(told, InputError)
         name = "without a name" if site is None else site.name
         reason, level = type(told).__name__, logging.ERROR
-        if site is not None and site.simulated:
+        if isinstance(told, DeclinedError):
+            reason, level = f"{DECLINED}{told}", logging.DEBUG
+        elif site is not None and site.simulated:
             # Nothing leaves: the server, which runs on the same machine, logs this text.
             reason = f"{told}" if wrong_input else f"{reason}: {told}"
             level = logging.DEBUG if wrong_input else logging.ERROR
-        log.log(level, "%s: %s", name, told, exc_info=not wrong_input)
+        log.log(level, "%s: %s", name, told, exc_info=level == logging.ERROR and not wrong_input)
         failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=tell_error(name, reason))
         return Message(failure, reply_to=message)
+
+
+def _name(client: MedicalClient) -> str:
+    return type(client).__name__
 
 
 def _input_error(error: BaseException | None) -> InputError | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from fedmed_flower.clients.training import predict, train_epochs
 from fedmed_flower.data.site import SPLITS, Row, SiteData
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import classification_metrics
+from fedmed_flower.privacy.gradients import PROBE
+from fedmed_flower.privacy.validate import require_independent
 
 
 class ClassificationClient(MedicalClient):
@@ -119,7 +122,7 @@ class ClassificationClient(MedicalClient):
         """Train for ``local-epochs`` and return the mean ``loss`` of the last of them."""
         settings, device = self.settings, self.settings.torch_device()
         size = settings.batch_size
-        prepared.transform.set_random_state(seed)
+        self.seed_transforms(prepared, seed)
         batches = DataLoader(
             prepared,
             size,
@@ -142,6 +145,35 @@ class ClassificationClient(MedicalClient):
                 self.proximal_mu,
             )
         return {"loss": mean}
+
+    def seed_transforms(self, prepared: CacheDataset, seed: int) -> None:
+        """Seed MONAI's random transforms."""
+        prepared.transform.set_random_state(seed)
+
+    def batch_of(self, prepared: CacheDataset, places: Sequence[int]) -> dict[str, Tensor]:
+        """Return ``image``, augmented, and ``label`` of some training rows."""
+        device = self.settings.torch_device()
+        with _plain_tensors():
+            batch = _collate([prepared[place] for place in places])
+        images = self.augment(batch["image"].to(device))
+        return {"image": images, "label": batch["label"].to(device)}
+
+    def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the training loss."""
+        value: Tensor = self._loss(model(batch["image"]), batch["label"])
+        return value
+
+    def check_private(self, model: nn.Module, prepared: CacheDataset) -> None:
+        """Raise `InputError` where model, loss or `augment` mix patients."""
+        super().check_private(model, prepared)
+        with _plain_tensors():
+            rows = _collate([prepared[place] for place in range(min(PROBE, len(prepared)))])
+        if len(prepared) > 1:
+            require_independent(self.augment, rows["image"].to(self.settings.torch_device()))
+
+    @cached_property
+    def _loss(self) -> nn.Module:
+        return self.loss()
 
     def measure(self, model: nn.Module, prepared: CacheDataset) -> dict[str, Any]:
         """Return ``loss`` and the figures and counts of `classification_metrics`."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,9 +17,20 @@ from torch import Tensor, nn
 
 from fedmed_flower.config import Section
 from fedmed_flower.errors import InputError
+from fedmed_flower.privacy.gradients import (
+    PROBE,
+    Batch,
+    Loss,
+    PatientOptimizer,
+    RecordGradients,
+)
+from fedmed_flower.privacy.patient import Mechanism
+from fedmed_flower.privacy.sampling import PatientSampler
 
 _DEVICES = ("auto", "cpu", "cuda")
 _OPTIMIZERS = ("adam", "sgd")
+# On a CPU several sites may train side by side.
+_MOST_MEMORY, _MOST_RECORDS = 4 * 2**30, 256
 
 
 @dataclass(frozen=True)
@@ -201,6 +213,120 @@ def train_epochs(
                 )
         mean = total / rows
     return mean
+
+
+def train_privately(
+    model: nn.Module,
+    batch_of: Callable[[Sequence[int]], Batch],
+    patients: Sequence[Hashable],
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    mechanism: Mechanism,
+    mixed_precision: bool = False,
+    proximal_mu: float = 0.0,
+) -> tuple[float, int]:
+    """Train a model in place with differential privacy for each patient.
+
+    Parameters
+    ----------
+    model : Module
+        One that `require_private_model` lets pass.
+    batch_of : callable
+        Returns the records at some places of the training rows, on the model's device.
+    patients : sequence of hashable
+        The patient of each training row.
+    loss : callable
+        Maps (model, batch of one record) to one number.
+    optimizer : Optimizer
+        Over the parameters that require a gradient. Its weight decay comes after the noise.
+    mechanism : Mechanism
+        Sampling rate, noise, clipping norm and number of steps.
+    mixed_precision : bool
+        Run the model in bfloat16 by autocast.
+    proximal_mu : float
+        As in `train_epochs`; the term enters after clipping and noise, which it does not need.
+
+    Returns
+    -------
+    tuple of (float, int)
+        Mean loss of the records that were drawn, NaN where there were none, and how many patients'
+        gradients were not finite and therefore left out. Neither carries noise.
+    """
+    model.train()
+    settings, release = mechanism.settings, mechanism.release
+    sampler = PatientSampler(patients, release.sampling_rate, settings.patient_records)
+    private = PatientOptimizer(
+        optimizer, release.noise_multiplier, settings.max_grad_norm, sampler.expected
+    )
+    gradients = RecordGradients(model, loss, mixed_precision)
+    held = [(p, p.detach().clone()) for p in gradients.parameters.values()] if proximal_mu else []
+
+    def add_proximal_term(_: object) -> None:
+        for parameter, start in held:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=proximal_mu)
+
+    private.attach_step_hook(add_proximal_term)
+    size, losses = settings.micro_batch_size, [torch.zeros(0)]
+    for _ in range(mechanism.steps):
+        waiting = sampler.draw()
+        while waiting:
+            size = size or _micro_batch_size(gradients, batch_of([g[0] for g in waiting[:PROBE]]))
+            group, waiting = _first(waiting, size)
+            made, found = _of_patients(gradients, batch_of, group, size)
+            losses.append(found.float().cpu())
+            private.accumulate(made)
+        private.release()
+    each = torch.cat(losses)
+    return float(each[each.isfinite()].mean()), private.dropped
+
+
+def _first(waiting: list[list[int]], size: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Split off the patients whose records fit into a micro-batch: at least one patient."""
+    total, count = 0, 0
+    while count < len(waiting) and (not count or total + len(waiting[count]) <= size):
+        total += len(waiting[count])
+        count += 1
+    return waiting[:count], waiting[count:]
+
+
+def _of_patients(
+    gradients: RecordGradients,
+    batch_of: Callable[[Sequence[int]], Batch],
+    groups: list[list[int]],
+    size: int,
+) -> tuple[list[Tensor], Tensor]:
+    """Return for each patient the mean gradient over the patient's records, and all losses."""
+    places = [place for group in groups for place in group]
+    if len(places) == len(groups):
+        return gradients(batch_of(places))
+    owners = torch.tensor([number for number, group in enumerate(groups) for _ in group])
+    share = 1 / torch.tensor([len(group) for group in groups])
+    sums: list[Tensor] = []
+    losses = []
+    for start in range(0, len(places), size):
+        made, found = gradients(batch_of(places[start : start + size]))
+        if not sums:
+            sums = [g.new_zeros((len(groups), *g.shape[1:])) for g in made]
+        of = owners[start : start + size].to(found.device)
+        for total, gradient in zip(sums, made, strict=True):
+            weights = share.to(gradient)[of].view(-1, *[1] * (gradient.ndim - 1))
+            total.index_add_(0, of, gradient * weights)
+        losses.append(found)
+    return sums, torch.cat(losses)
+
+
+def _micro_batch_size(gradients: RecordGradients, batch: Batch) -> int:
+    """Choose the method, and how many gradients fit into a quarter of the free memory."""
+    gradients.choose(batch)
+    if gradients.method == "loop":
+        return 1
+    device = next(iter(batch.values())).device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = min(_MOST_MEMORY, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return max(1, min(_MOST_RECORDS, free // 4 // gradients.bytes_per_record(batch)))
 
 
 @torch.no_grad()

@@ -18,6 +18,11 @@ from fedmed_flower.errors import InputError
 Row = Mapping[str, Any]
 GENERATED = "generated images, not patients"
 SITE_RECORD = "site"
+# How the reply of a hospital begins that does not take part, for a reason that it may tell.
+DECLINED = "declined: "
+# What the server tells of itself with each message: one name for all rounds of a run, and, in a
+# simulation, where its sites keep their ledgers.
+RUN_KEY, LEDGER_DIR = "run-key", "ledger-dir"
 SPLITS = ("train", "val", "test")
 
 _simulating: ContextVar[bool] = ContextVar("simulating", default=False)

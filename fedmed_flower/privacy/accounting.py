@@ -16,11 +16,14 @@ from typing import NamedTuple
 
 import dp_accounting
 from dp_accounting import dp_event, pld
+from scipy.optimize import brentq
 
 from fedmed_flower.errors import InputError
 
 # Where the loss is about 1: the accountant's own.
 _INTERVAL = 1e-4
+# For the search of a noise multiplier, whose result is checked with the finer one.
+_COARSE = 10.0
 # With less noise epsilon is above 500,000: no protection that is worth a number.
 _LEAST_NOISE, _MOST_NOISE = 1e-3, 1e9
 
@@ -75,6 +78,65 @@ def epsilon_of(releases: Iterable[Release] | Mapping[Release, int], delta: float
     return _epsilon(tuple(sorted(counts.items())), float(delta))
 
 
+def noise_for(epsilon: float, delta: float, sampling_rate: float, count: int) -> float:
+    """Return the least noise multiplier with which so many releases stay within a budget.
+
+    Parameters
+    ----------
+    epsilon : float
+        Above 0.
+    delta : float
+        Above 0, below 1.
+    sampling_rate : float
+        Of each release; above 0, at most 1.
+    count : int
+        How many releases there will be; at least 1.
+
+    Returns
+    -------
+    float
+        To within a thousandth. ``epsilon_of`` that many releases with it is at most `epsilon`.
+
+    Raises
+    ------
+    InputError
+        Where a value is out of its range, or no noise multiplier up to 1e9 is enough.
+    """
+    if not 0 < epsilon < math.inf:
+        raise InputError(f"epsilon must be above 0 and finite, got {epsilon}")
+    if not 0 < delta < 1:
+        raise InputError(f"delta must be above 0 and below 1, got {delta}")
+    if count < 1:
+        raise InputError(f"the number of releases must be at least 1, got {count}")
+    require_release(sampling_rate, 1.0)
+    return _noise_for(float(epsilon), float(delta), float(sampling_rate), count)
+
+
+@functools.lru_cache(maxsize=1024)
+def _noise_for(epsilon: float, delta: float, sampling_rate: float, count: int) -> float:
+    def over(logarithm: float) -> float:
+        release = Release(sampling_rate, math.exp(logarithm))
+        return _epsilon(((release, count),), delta, _COARSE) - epsilon
+
+    # From where noise is worth something: accounting for little noise takes long.
+    high = 0.0
+    while over(high) > 0:
+        high += 1.0
+        if high > math.log(_MOST_NOISE):
+            raise InputError(
+                f"no noise keeps {count} releases within epsilon {epsilon} at delta {delta}"
+            )
+    low = high - 1.0
+    while over(low) <= 0:
+        low, high = low - 0.5, low
+        if low < math.log(_LEAST_NOISE):
+            return math.exp(high)
+    noise = math.exp(brentq(over, low, high, xtol=5e-4))
+    while _epsilon(((Release(sampling_rate, noise), count),), delta) > epsilon:
+        noise *= 1.0005
+    return noise
+
+
 def require_release(sampling_rate: float, noise_multiplier: float) -> None:
     """Raise `InputError` where a value of a release is out of its range."""
     if not 0 < sampling_rate <= 1:
@@ -87,8 +149,9 @@ def require_release(sampling_rate: float, noise_multiplier: float) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float) -> float:
-    accountant = pld.PLDAccountant(value_discretization_interval=_interval(dict(counts)))
+def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float, coarse: float = 1.0) -> float:
+    interval = coarse * _interval(dict(counts))
+    accountant = pld.PLDAccountant(value_discretization_interval=interval)
     for release, count in counts:
         accountant.compose(_event(release), count)
     return float(accountant.get_epsilon(delta))

@@ -1,6 +1,6 @@
 """Gaussian noise that nobody can predict or take out again.
 
-The generator is ChaCha with 20 rounds under a key from the operating system; there is no seed.
+The generator is AES-128 in counter mode under a key from the operating system; there is no seed.
 
 A normal number in floating point is one of a few values only, whose pattern can give away what it
 was added to (Mironov, On Significance of the Least Significant Bits for Differential Privacy, CCS
@@ -15,14 +15,14 @@ import secrets
 
 import numpy as np
 from numpy.typing import NDArray
-from randomgen import ChaCha
+from randomgen import AESCounter
 
 _SUMMANDS = 4
 
 
 def secure_generator() -> np.random.Generator:
     """Return a generator of its own, keyed by the operating system."""
-    return np.random.Generator(ChaCha(key=secrets.randbits(256), rounds=20))
+    return np.random.Generator(AESCounter(key=secrets.randbits(128)))
 
 
 def gaussian(size: int, std: float, generator: np.random.Generator) -> NDArray[np.float64]:

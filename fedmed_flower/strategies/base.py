@@ -28,7 +28,7 @@ from fedmed_flower.strategies.optimising import (
 )
 from fedmed_flower.strategies.resuming import restore, save
 from fedmed_flower.strategies.screening import metrics_of, with_shared_metrics
-from fedmed_flower.strategies.sites import draw, enough, refuse_too_few
+from fedmed_flower.strategies.sites import draw, enough, nobody_left, refuse_too_few
 from fedmed_flower.updates import Updates
 
 log = logging.getLogger("flwr.fedmed")
@@ -182,7 +182,7 @@ class FedAvg(flower.FedAvg):
         if first == 1 and evaluate_fn is not None:
             self._keep(0, "evaluate_metrics_serverapp", evaluate_fn(0, initial_arrays), "server")
         for server_round in range(first, num_rounds + 1):
-            if (reason := self.stop_reason()) is not None:
+            if (reason := self.stop_reason() or nobody_left(self, grid)) is not None:
                 self.inbox.fail(server_round, "train", ALL_SITES, reason)
                 break
             began = time.perf_counter()

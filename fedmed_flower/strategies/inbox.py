@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
+from fedmed_flower.data.site import DECLINED
 from fedmed_flower.runfolder import ALL_SITES, Failure, History
 from fedmed_flower.strategies.screening import metrics_of, screen, screen_arrays
 from fedmed_flower.strategies.sites import learn_name
@@ -53,6 +54,8 @@ class Inbox:
         The nodes that live, as far as is known.
     malformed : int
         Sites whose arrays the last call of `admit` could not use.
+    declined : set of int
+        The nodes that did not take part when they were last asked to train, by their own decision.
     """
 
     def __init__(self) -> None:
@@ -60,6 +63,7 @@ class Inbox:
         self.site_names: dict[int, str] = {}
         self.connected: Collection[int] = ()
         self.malformed = 0
+        self.declined: set[int] = set()
         self._sent: dict[str, int] = {}
 
     def name(self, node_id: int) -> str:
@@ -159,6 +163,9 @@ class Inbox:
                 if reason is not None and like is not None and reply.has_content():
                     self.malformed += screen_arrays(reply, like) is not None
             answered.add(request)
+            if phase == "train":
+                declined = reason is not None and reason.startswith(DECLINED)
+                (self.declined.add if declined else self.declined.discard)(node_id)
             if reason is None:
                 yield Kept(reply, node_id, self.name(node_id))
             else:

@@ -90,6 +90,15 @@ def refuse_too_few(strategy: FedAvg, server_round: int, count: int) -> bool:
     return True
 
 
+def nobody_left(strategy: FedAvg, grid: Grid) -> str | None:
+    """Return why no further round can be trained; None while a site is there that may train."""
+    nodes = set(grid.get_node_ids()) if strategy.inbox.declined else set()
+    nodes = nodes if strategy.only is None else nodes & strategy.only
+    if not nodes or nodes - strategy.inbox.declined:
+        return None
+    return "every connected site has declined to train further"
+
+
 def draw(
     nodes: Iterable[int], names: Mapping[int, str], count: int, seed: tuple[int, ...]
 ) -> list[int]:

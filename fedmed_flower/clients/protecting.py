@@ -1,0 +1,144 @@
+"""One hospital's side of a private round: check, plan, charge, train or measure, tell the cost."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from flwr.app import ConfigRecord, Context
+from torch import nn
+
+from fedmed_flower.clients.training import train_privately
+from fedmed_flower.config import with_type_of
+from fedmed_flower.data.site import RUN_KEY, SiteData
+from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.privacy.ledger import Ledger
+from fedmed_flower.privacy.patient import (
+    PatientPrivacy,
+    PrivacySettings,
+    budget_of,
+    ledger_path,
+)
+from fedmed_flower.privacy.validate import held, unchanged
+
+if TYPE_CHECKING:
+    from fedmed_flower.clients.base import MedicalClient
+
+log = logging.getLogger("flwr.fedmed")
+
+
+def require_protection(settings: PrivacySettings, context: Context) -> None:
+    """Decline a run without privacy where the hospital has set a budget.
+
+    Raises
+    ------
+    DeclinedError
+    """
+    if not settings.on and budget_of(context) is not None:
+        raise DeclinedError(
+            'this hospital has set a privacy budget and trains with privacy="patient" only'
+        )
+
+
+def private_metrics(client: MedicalClient) -> bool:
+    """Return whether the run, or the hospital, wants noise on what evaluation counts."""
+    given = client.context.node_config.get("private-metrics", False)
+    asked: bool = with_type_of(False, given, "private-metrics")
+    return client.privacy.private_metrics or asked
+
+
+def train_protected(
+    client: MedicalClient, model: nn.Module, data: SiteData, prepared: Any, config: ConfigRecord
+) -> dict[str, Any]:
+    """Train with differential privacy for each patient and return the metrics.
+
+    Parameters
+    ----------
+    client : MedicalClient
+        Gives ``batch_of``, ``loss_of`` and the settings.
+    model : Module
+        Changed in place.
+    data, prepared
+        The site's rows, and its training rows as the client prepares them.
+    config : ConfigRecord
+        Came with the message.
+
+    Raises
+    ------
+    InputError
+        Where model, loss or client cannot be trained privately; nothing is charged then.
+    DeclinedError
+        Where the run's target or the hospital's budget would be passed.
+    """
+    settings, device = client.settings, client.settings.torch_device()
+    _require_own_fit(client)
+    # Whatever is random about one patient must not follow from what an onlooker may know.
+    seed = secrets.randbits(32)
+    torch.manual_seed(seed)
+    client.seed_transforms(prepared, seed)
+    client.check_private(model, prepared)
+    patients = [row["patient"] for row in data.train]
+    privacy = _privacy(client, config)
+    mechanism = privacy.plan_training(patients, settings.local_epochs, settings.batch_size)
+    charge = (patients, mechanism.release, mechanism.steps, "train", _round(config))
+    with privacy.charged(*charge):
+        before = held(model)
+        loss, dropped = train_privately(
+            model,
+            partial(client.batch_of, prepared),
+            patients,
+            client.loss_of,
+            settings.make_optimizer(model),
+            mechanism,
+            settings.mixed_precision and device.type == "cuda",
+            client.proximal_mu,
+        )
+        if (name := unchanged(before, model)) is not None:
+            raise InputError(
+                f"training has changed {name}, which would leave the hospital without noise"
+            )
+    if dropped:
+        log.warning("%s: %d gradients were not finite", client.site.name, dropped)
+    told = {} if private_metrics(client) or not math.isfinite(loss) else {"loss": loss}
+    return told | privacy.spent(patients)
+
+
+def measure_protected(
+    client: MedicalClient, model: nn.Module, data: SiteData, prepared: Any, config: ConfigRecord
+) -> dict[str, Any]:
+    """Evaluate with noise on what is counted, and return the metrics.
+
+    Parameters are those of `train_protected`; `prepared` are the rows of the config's ``split``.
+    """
+    split = str(config.get("split", "val"))
+    patients = [row["patient"] for row in getattr(data, split)]
+    privacy = _privacy(client, config)
+    release = privacy.plan_evaluation(split)
+    with privacy.charged(patients, release, 1, split, _round(config)):
+        return client.measure_privately(model, prepared, patients, release.noise_multiplier)
+
+
+def _privacy(client: MedicalClient, config: ConfigRecord) -> PatientPrivacy:
+    context = client.context
+    ledger = Ledger(ledger_path(context, client.site, config))
+    run = str(config.get(RUN_KEY, context.run_id))
+    return PatientPrivacy(client.privacy, ledger, run, budget_of(context), type(client).__name__)
+
+
+def _round(config: ConfigRecord) -> int:
+    return int(config.get("server-round", 0))  # type: ignore[arg-type]
+
+
+def _require_own_fit(client: MedicalClient) -> None:
+    """Refuse a `fit` of a subclass, which private training would not use."""
+    classes = type(client).__mro__
+    fit, loss_of = (next(c for c in classes if name in vars(c)) for name in ("fit", "loss_of"))
+    if fit is not loss_of and issubclass(fit, loss_of):
+        raise InputError(
+            f"{fit.__name__} gives its own fit, which private training does not use: give "
+            "batch_of and loss_of beside it"
+        )

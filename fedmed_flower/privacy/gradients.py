@@ -1,0 +1,238 @@
+"""A gradient for each record, from which Opacus's optimizer makes a step that hides a patient.
+
+Abadi, Chu, Goodfellow, McMahan, Mironov, Talwar, Zhang: Deep Learning with Differential Privacy,
+CCS 2016, https://arxiv.org/abs/1607.00133, algorithm 1, with a fixed denominator.
+
+Each record goes through model and loss by itself, so nothing that a network or a loss does with a
+batch can mix two patients.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call, grad_and_value, vmap
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.privacy.noise import gaussian, secure_generator
+
+Batch = Mapping[str, Tensor]
+# Maps (model, batch of one record) to one number.
+Loss = Callable[[Callable[..., Any], Batch], Tensor]
+METHODS = ("auto", "vmap", "loop")
+
+# Records in the measurement that chooses a method, and how often each is timed.
+PROBE, _REPEATS = 4, 2
+
+
+class RecordGradients:
+    """Computes the gradient of each record of a batch on its own.
+
+    Parameters
+    ----------
+    model : Module
+        In training mode. Its parameters that require a gradient are those that are trained.
+    loss : callable
+        Maps (model, batch of one record) to one number. A batch is a dict of tensors whose first
+        dimension counts records.
+    mixed_precision : bool
+        Run model and loss in bfloat16 by autocast; gradients are in the parameters' dtype.
+    method : {"auto", "vmap", "loop"}
+        ``vmap`` vectorises over the records. ``loop`` takes one after the other, for what vmap
+        cannot do, and needs the least memory. ``auto`` lets `choose` decide.
+
+    Attributes
+    ----------
+    parameters : dict
+        The trained parameters by name.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, mixed_precision: bool = False, method: str = "auto"
+    ) -> None:
+        if method not in METHODS:
+            raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        self.model, self.loss, self.method = model, loss, method
+        self.mixed_precision = mixed_precision
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def __call__(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        """Return gradients and losses.
+
+        Parameters
+        ----------
+        batch : dict of tensors of shape (n, ...)
+            n at least 1.
+
+        Returns
+        -------
+        list of tensors of shape (n, *shape of the parameter)
+            One a parameter, in the order of `parameters`.
+        Tensor of shape (n,)
+            The loss of each record.
+
+        Raises
+        ------
+        InputError
+            Where the loss of a record is not one number.
+        """
+        if self.method == "auto":
+            self.choose(batch)
+        return self._vectorised(batch) if self.method == "vmap" else self._one_by_one(batch)
+
+    def choose(self, batch: Batch) -> None:
+        """Take the faster method for records like these: vmap where it works and is no slower."""
+        probe = {key: value[:PROBE] for key, value in batch.items()}
+        try:
+            self._vectorised(probe)
+        except InputError:
+            raise
+        except Exception:  # What vmap cannot do fails in a dozen ways.
+            self.method = "loop"
+            return
+        seconds = [self._seconds(run, probe) for run in (self._vectorised, self._one_by_one)]
+        self.method = "vmap" if seconds[0] <= seconds[1] else "loop"
+
+    def bytes_per_record(self, batch: Batch) -> int:
+        """Return about how much memory a record takes: what backward needs, and its gradient."""
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            self._value(self.model, {key: value[:1] for key, value in batch.items()})
+        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        activations = sum(size for pointer, size in saved.items() if pointer not in own)
+        weights = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        # Gradients are held once as vmap makes them and once by layer where they are clipped.
+        return activations + 2 * weights
+
+    def _value(self, model: Callable[..., Any], row: Batch) -> Tensor:
+        kind = next(iter(row.values())).device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.mixed_precision):
+            value = self.loss(model, row)
+        if value.ndim:
+            raise InputError(
+                f"the loss of one record must be one number, got shape {tuple(value.shape)}"
+            )
+        return value
+
+    def _vectorised(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        def one(parameters: dict[str, Tensor], row: Batch) -> Tensor:
+            def model(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(self.model, parameters, args, kwargs)
+
+            return self._value(model, {key: value.unsqueeze(0) for key, value in row.items()})
+
+        weights = {name: p.detach() for name, p in self.parameters.items()}
+        # Each record draws its own dropout.
+        each = vmap(grad_and_value(one), in_dims=(None, 0), randomness="different")
+        gradients, losses = each(weights, dict(batch))
+        return [gradients[name] for name in self.parameters], losses.detach()
+
+    def _one_by_one(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        rows, losses, parameters = [], [], list(self.parameters.values())
+        for number in range(len(next(iter(batch.values())))):
+            value = self._value(self.model, {k: v[number : number + 1] for k, v in batch.items()})
+            rows.append(torch.autograd.grad(value, parameters, materialize_grads=True))
+            losses.append(value.detach())
+        return [torch.stack(column) for column in zip(*rows, strict=True)], torch.stack(losses)
+
+    def _seconds(self, run: Callable[[Batch], Any], batch: Batch) -> float:
+        device, best = next(iter(batch.values())).device, float("inf")
+        for _ in range(_REPEATS):
+            began = time.perf_counter()
+            run(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - began)
+        return best
+
+
+class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Opacus's optimizer with noise that no seed decides.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Makes the step. Its weight decay, momentum and the like come after clipping and noise.
+    noise_multiplier : float
+        Standard deviation of the noise on the sum of clipped gradients, in units of
+        `max_grad_norm`.
+    max_grad_norm : float
+        To which the gradient of each patient is clipped.
+    expected_patients : float
+        What the sum is divided by, however many patients were drawn; above 0.
+
+    Attributes
+    ----------
+    dropped : int
+        Patients whose gradient was not finite and therefore left out.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        expected_patients: float,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=expected_patients,
+        )
+        self.dropped = 0
+        self._noise = secure_generator()
+
+    def accumulate(self, gradients: list[Tensor]) -> None:
+        """Clip the gradients of some patients and add them to the sum.
+
+        Parameters
+        ----------
+        gradients : list of tensors of shape (patients, *shape of the parameter)
+            One a trained parameter, in their order. May be changed.
+        """
+        sums = [g.flatten(1).sum(1, dtype=torch.float32) for g in gradients]
+        broken = ~torch.stack(sums).isfinite().all(0)
+        if bool(broken.any()):
+            self.dropped += int(broken.sum())
+            for gradient in gradients:
+                gradient[broken] = 0.0
+        for parameter, gradient in zip(self.params, gradients, strict=True):
+            parameter.grad_sample = gradient
+        self.clip_and_accumulate()
+        for parameter in self.params:
+            parameter.grad_sample = parameter.grad_sample[:0].detach()
+
+    def release(self) -> None:
+        """Add noise to the sum, divide it, and make a step; also where nobody was drawn."""
+        for parameter in self.params:
+            if parameter.summed_grad is None:
+                parameter.summed_grad = torch.zeros_like(parameter)
+                parameter.grad_sample = parameter.detach()[None][:0]
+        self.add_noise()
+        self.scale_grad()
+        if self.step_hook:
+            self.step_hook(self)
+        self.original_optimizer.step()
+        self.zero_grad(set_to_none=True)
+
+    def add_noise(self) -> None:
+        """Add noise to the sum of clipped gradients, and round once."""
+        std = self.noise_multiplier * self.max_grad_norm
+        for parameter in self.params:
+            total = parameter.summed_grad
+            noise = torch.from_numpy(gaussian(total.numel(), std, self._noise))
+            total = total.double() + noise.to(total.device).view_as(total)
+            parameter.grad = total.to(parameter.dtype)

@@ -1,0 +1,246 @@
+"""What a run asks of a hospital's patients, and what the hospital lets it have.
+
+The unit is the patient: with all records, in or out. A run names a target, from which each hospital
+works out its own noise; the hospital names a budget for all runs together, and keeps the ledger.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flwr.app import Context
+
+from fedmed_flower.config import Section, with_type_of
+from fedmed_flower.data.site import LEDGER_DIR, Site
+from fedmed_flower.errors import InputError
+from fedmed_flower.metrics import EPSILON, EPSILON_TOTAL
+from fedmed_flower.privacy.accounting import Release, epsilon_of, noise_for
+from fedmed_flower.privacy.ledger import Ledger, Limit
+from fedmed_flower.privacy.sampling import RECORDS
+
+log = logging.getLogger("flwr.fedmed")
+
+LEDGER_FILE = "privacy-ledger.sqlite"
+# The test split is asked for once a run, and once more where the run is prolonged.
+_TESTS = 2
+
+
+@dataclass(frozen=True)
+class PrivacySettings(Section):
+    """How patients are protected, from the run config (``max-grad-norm`` is `max_grad_norm` here).
+
+    Attributes
+    ----------
+    privacy : {"none", "patient"}
+        ``patient``: each site trains with differential privacy for each of its patients.
+    target_epsilon : float
+        What the run's models may cost a patient, all rounds together; above 0.
+    delta : float
+        Above 0, below 1; well below 1 / the number of patients.
+    max_grad_norm : float
+        To which the gradient of each patient is clipped; above 0.
+    sampling_rate : float
+        Probability with which a patient takes part in a step; at least 0, at most 1. 0 takes
+        ``batch-size`` / the site's number of patients.
+    patient_records : {"one", "mean"}
+        What a patient with several records contributes to a step: one of them, or their mean.
+    private_metrics : bool
+        Evaluate by counts with noise, and leave out the training loss.
+    micro_batch_size : int
+        Records whose gradients are in memory at a time; at least 0. 0 finds out.
+    num_server_rounds : int
+        Rounds for which the target is planned; at least 1.
+    """
+
+    privacy: str = "none"
+    target_epsilon: float = 8.0
+    delta: float = 1e-5
+    max_grad_norm: float = 1.0
+    sampling_rate: float = 0.0
+    patient_records: str = "one"
+    private_metrics: bool = False
+    micro_batch_size: int = 0
+    num_server_rounds: int = 3
+
+    def __post_init__(self) -> None:
+        self.require("privacy", self.privacy in ("none", "patient"), "none or patient")
+        self.require_positive("target_epsilon", "max_grad_norm")
+        self.require("delta", 0 < self.delta < 1, "above 0 and below 1")
+        self.require("sampling_rate", 0 <= self.sampling_rate <= 1, "at least 0 and at most 1")
+        self.require(
+            "patient_records", self.patient_records in RECORDS, f"one of {', '.join(RECORDS)}"
+        )
+        self.require_at_least(0, "micro_batch_size")
+        self.require_at_least(1, "num_server_rounds")
+        if self.private_metrics and not self.on:
+            raise InputError('private-metrics needs privacy="patient"')
+
+    @property
+    def on(self) -> bool:
+        """Whether patients are protected."""
+        return self.privacy == "patient"
+
+
+class Mechanism(NamedTuple):
+    """One round of private training at one site.
+
+    Attributes
+    ----------
+    release : Release
+        Of each step.
+    steps : int
+    num_patients : int
+    settings : PrivacySettings
+    """
+
+    release: Release
+    steps: int
+    num_patients: int
+    settings: PrivacySettings
+
+
+class PatientPrivacy:
+    """Plans the noise of a run at one site, and charges the site's ledger.
+
+    Parameters
+    ----------
+    settings : PrivacySettings
+    ledger : Ledger
+    run : str
+        One name for all rounds of a run, and for those after a restart.
+    budget : Limit, optional
+        What the hospital allows for all runs together.
+    app : str
+        For the reader of the ledger.
+    """
+
+    def __init__(
+        self,
+        settings: PrivacySettings,
+        ledger: Ledger,
+        run: str,
+        budget: Limit | None = None,
+        app: str = "",
+    ) -> None:
+        self.settings, self.ledger, self.run = settings, ledger, run
+        self.budget, self.app = budget, app
+
+    def plan_training(
+        self, patients: Sequence[Hashable], epochs: int, batch_size: int
+    ) -> Mechanism:
+        """Return what a round of training is: its noise keeps all planned rounds to the target."""
+        settings, count = self.settings, len(set(patients))
+        rate = settings.sampling_rate or min(1.0, batch_size / count)
+        steps = max(1, round(epochs / rate))
+        target, planned = settings.target_epsilon, settings.num_server_rounds
+        noise = noise_for(target, settings.delta, rate, steps * planned)
+        return Mechanism(Release(rate, noise), steps, count, settings)
+
+    def plan_evaluation(self, split: str) -> Release:
+        """Return the release of one evaluation: other patients than those of training."""
+        settings = self.settings
+        planned = _TESTS if split == "test" else settings.num_server_rounds
+        noise = noise_for(settings.target_epsilon, settings.delta, 1.0, planned)
+        return Release(1.0, noise)
+
+    @contextmanager
+    def charged(
+        self,
+        patients: Sequence[Hashable],
+        release: Release,
+        count: int,
+        purpose: str,
+        server_round: int,
+    ) -> Iterator[None]:
+        """Charge the ledger, do what follows, and settle; what fails on the way stays charged.
+
+        Raises
+        ------
+        DeclinedError
+            Where the run's target or the hospital's budget would be passed.
+        """
+        settings = self.settings
+        target = Limit(settings.target_epsilon, settings.delta, "the run's target-epsilon")
+        charge = self.ledger.charge(
+            patients,
+            release,
+            count,
+            run=self.run,
+            purpose=purpose,
+            server_round=server_round,
+            app=self.app,
+            run_limit=target,
+            budget=self.budget,
+        )
+        yield
+        self.ledger.settle(charge)
+
+    def spent(self, patients: Sequence[Hashable]) -> dict[str, float]:
+        """Return what was released about these patients: by this run, and by all runs."""
+        delta = self.settings.delta
+        return {
+            EPSILON: epsilon_of(self.ledger.released(patients, self.run), delta),
+            EPSILON_TOTAL: epsilon_of(self.ledger.released(patients), delta),
+        }
+
+
+def budget_of(context: Context) -> Limit | None:
+    """Return the budget that a hospital set in its node config; None where it set none.
+
+    Raises
+    ------
+    InputError
+        Where a value is missing, of the wrong type or out of range.
+    """
+    config, keys = context.node_config, ("budget-epsilon", "budget-delta")
+    given = {key: with_type_of(1.0, config[key], key) for key in keys if key in config}
+    if not given:
+        return None
+    if missing := set(keys) - given.keys():
+        raise InputError(f"{min(given)} in the node config needs {min(missing)} beside it")
+    epsilon, delta = (given[key] for key in keys)
+    if not epsilon > 0:
+        raise InputError(f"budget-epsilon must be above 0, got {epsilon}")
+    if not 0 < delta < 1:
+        raise InputError(f"budget-delta must be above 0 and below 1, got {delta}")
+    return Limit(epsilon, delta, "the hospital's privacy budget")
+
+
+def ledger_path(context: Context, site: Site, message: Any) -> Path:
+    """Return where a site keeps its ledger.
+
+    Parameters
+    ----------
+    context : Context
+        ``ledger`` in its node config is the file, on the hospital's own disk.
+    site : Site
+        With a ``data-dir``, the file may lie there. Sites of a simulation have theirs in the
+        run folder.
+    message : mapping
+        The config that came with the message: ``ledger-dir``, heeded in a simulation only.
+
+    Raises
+    ------
+    InputError
+        Where none of them says.
+    """
+    if "ledger" in context.node_config:
+        return Path(str(context.node_config["ledger"])).expanduser()
+    if not site.simulated:
+        if site.data_dir is not None:
+            return site.data_dir / LEDGER_FILE
+        raise InputError(
+            "privacy needs a file for the hospital's privacy ledger: give "
+            "--node-config 'ledger=\"/path/privacy-ledger.sqlite\"'"
+        )
+    run_dir = str(context.run_config.get("run-dir", ""))
+    folder = str(message.get(LEDGER_DIR, "")) or (run_dir and str(Path(run_dir) / "ledgers"))
+    if not folder:
+        raise InputError("privacy needs a place for the sites' ledgers: give run-dir")
+    pooled = bool(message.get("pool-sites", False))
+    return Path(folder).expanduser() / f"{'all-sites' if pooled else site.name}.sqlite"
