@@ -1,4 +1,4 @@
-"""The command `fedmed`: run an app, run the demo, write a report anew."""
+"""The command `fedmed`: run an app, run the demo, write a report anew, look into a ledger."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from flwr.common.config import flatten_dict, get_project_config
 from flwr.serverapp import ServerApp
 from flwr.supercore.object_ref import load_app
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -31,6 +32,9 @@ from fedmed_flower.data.sources import SourceUnavailable, load_dataset
 from fedmed_flower.engine import run_flower
 from fedmed_flower.errors import InputError
 from fedmed_flower.experiment import Plan
+from fedmed_flower.privacy.accounting import epsilon_of
+from fedmed_flower.privacy.ledger import Ledger
+from fedmed_flower.privacy.patient import PrivacySettings
 from fedmed_flower.report import write_report
 from fedmed_flower.runfolder import SUMMARY, RunFolder
 from fedmed_flower.simulation import run_local
@@ -112,6 +116,23 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
         console.print(f"report: {write_report(folder)}")
 
 
+@app.command()
+def privacy(
+    ledger: Annotated[Path, typer.Argument(help="A hospital's ledger, or a folder of ledgers.")],
+    delta: Annotated[
+        float | None,
+        typer.Option(help="Of epsilon.  [default: the budget's, or 1e-5]"),
+    ] = None,
+) -> None:
+    """Show what was released about a hospital's patients, run by run, and what is left."""
+    with _input_errors():
+        found = sorted(ledger.glob("*.sqlite")) if ledger.is_dir() else [ledger]
+        if not found:
+            raise InputError(f"there is no ledger (*.sqlite) in the folder {ledger}")
+        for path in found:
+            _print_ledger(path, Ledger(path, read_only=True), delta)
+
+
 @app.callback()
 def _set_up_log() -> None:
     logging.getLogger("flwr").handlers = [_ConsoleHandler()]
@@ -169,6 +190,7 @@ def _prepare(
     if plan.min_sites > num_sites:
         raise InputError(f"min-sites must be at most --sites = {num_sites}, got {plan.min_sites}")
     Settings.from_run_config(config)
+    PrivacySettings.from_run_config(config)
     return _Job(name, path.resolve(), references, config, num_sites, engine, folder)
 
 
@@ -287,6 +309,35 @@ def _print_results(summary: dict[str, Any]) -> None:
     shown = [_show(together.get(name, {}).get("auc")) for name in columns]
     table.add_row("all test images", "", "", *shown)
     console.print(table)
+
+
+def _print_ledger(path: Path, ledger: Ledger, delta: float | None) -> None:
+    """Print what each run released, what the patients have spent at most, and what is left."""
+    budget = ledger.budget()
+    delta = (1e-5 if budget is None else budget.delta) if delta is None else delta
+    table = Table(title=f"{path}: epsilon per patient at delta {delta:g}", title_justify="left")
+    for name in ("since (UTC)", "run", "app", "on", "patients", "rounds", "steps", "epsilon"):
+        numbers = name in ("patients", "rounds", "steps", "epsilon")
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for entry in ledger.entries():
+        rounds = f"{entry.rounds}" + (f" ({entry.unsettled} broken off)" if entry.unsettled else "")
+        epsilon = _show(epsilon_of(entry.releases, delta))
+        steps = f"{entry.releases.total()}"
+        words = (
+            entry.began[:16].replace("T", " "),
+            entry.run,
+            entry.app,
+            entry.purpose,
+            f"{entry.patients}",
+        )
+        table.add_row(*map(escape, words), rounds, steps, epsilon)
+    console.print(table)
+    spent = ledger.most(delta)
+    text = f"spent on the patient of whom most was released, all runs together: {_show(spent)}"
+    if budget is not None and budget.delta == delta:
+        left = max(0.0, budget.epsilon - spent)
+        text += f" of {budget.epsilon:g}; left: {_show(left)}"
+    console.print(text if budget else f"{text}; no budget was set")
 
 
 def _show(value: float | None) -> str:

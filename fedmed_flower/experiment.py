@@ -29,8 +29,10 @@ from flwr.serverapp import strategy as flower
 from torch import nn
 
 from fedmed_flower.config import Section
-from fedmed_flower.data.site import GENERATED, LEDGER_DIR, RUN_KEY
+from fedmed_flower.data.site import DECLINED, GENERATED, LEDGER_DIR, RUN_KEY
 from fedmed_flower.errors import InputError
+from fedmed_flower.metrics import EPSILON, EPSILONS, HOSPITAL_EPSILON
+from fedmed_flower.privacy.patient import PrivacySettings
 from fedmed_flower.report import write_report
 from fedmed_flower.rollcall import Sites, roll_call
 from fedmed_flower.runfolder import ALL_SITES, CONFIG, METRICS, SUMMARY, RunFolder
@@ -290,12 +292,42 @@ class _Experiment:
             "seconds": round(time.monotonic() - self.began, 1),
             "sites": {sites.names[node_id]: counts for node_id, counts in sites.counts.items()},
             "test": self.test,
+            "privacy": self._privacy(),
             "failures": [asdict(failure) for failure in self.strategy.history.failures],
             "versions": {"python": platform.python_version()}
             | {package: version(package) for package in _PACKAGES},
             "config": dict(self.run_config),
         }
         self.folder.write_json(SUMMARY, summary)
+
+    def _privacy(self) -> dict[str, Any]:
+        """Return what the sites, or the server, said that the rounds so far have cost, by unit."""
+        told: dict[str, Any] = {}
+        sites: dict[str, dict[str, float]] = {}
+        for _, phase, site, metric, value in self.strategy.history.rows:
+            if phase != "train":
+                continue
+            if metric == HOSPITAL_EPSILON:
+                told["hospital"] = {
+                    "epsilon": value,
+                    "delta": getattr(self.strategy, "delta", None),
+                }
+            if metric in EPSILONS and site != ALL_SITES:
+                part = sites.setdefault(site, {"rounds": 0, "declined": 0})
+                part["epsilon" if metric == EPSILON else "epsilon-total"] = value
+                part["rounds"] += metric == EPSILON
+        for failure in self.strategy.history.failures:
+            if failure.phase == "train" and failure.reason.startswith(DECLINED):
+                sites.setdefault(failure.site, {"rounds": 0, "declined": 0})["declined"] += 1
+        if self.run_config.get("privacy") == "patient":
+            wanted = PrivacySettings.from_run_config(self.run_config)
+            told["patient"] = {
+                "target-epsilon": wanted.target_epsilon,
+                "delta": wanted.delta,
+                "private-metrics": wanted.private_metrics,
+                "sites": sites,
+            }
+        return told
 
     def _why_nothing_succeeded(self) -> str:
         failures = self.strategy.history.failures

@@ -8,21 +8,31 @@ on a grid laid around the hospital's own median.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedmed_flower.privacy.noise import gaussian, secure_generator
+
 CONFUSION, GRID, COUNTS = "confusion-counts", "score-grid", "score-counts"
 SUMMABLE = (CONFUSION, GRID, COUNTS)
 # What a run, and all runs together, have cost a patient of a site: of several sites the most.
 EPSILON, EPSILON_TOTAL = EPSILONS = ("patient-epsilon", "patient-epsilon-total")
+# What the rounds have cost a hospital, by the server's noise.
+HOSPITAL_EPSILON = "hospital-epsilon"
 
 # Bins of 1/500 of the interquartile range at the median that grow outwards (sinh), so that narrow,
 # skewed and far-off scores keep their order.
 _BINS = 2048
 _EDGES = np.sinh(np.linspace(-10.0, 10.0, _BINS + 1))
+
+# Under privacy the bins must not depend on the patients. Log-odds; the threshold 0 is an edge.
+NOISED = "noised-counts"
+_NOISED_BINS = 32
+_NOISED_EDGES = np.linspace(-8.0, 8.0, _NOISED_BINS + 1)
 
 Value = float | int | list[int] | list[float]
 
@@ -85,8 +95,103 @@ def classification_metrics(labels: ArrayLike, logits: ArrayLike) -> dict[str, Va
     return metrics | {CONFUSION: confusion.ravel().tolist()} | _histograms(positive, margins)
 
 
+def noised_counts(
+    labels: ArrayLike, logits: ArrayLike, patients: Sequence[Hashable], noise_multiplier: float
+) -> list[float]:
+    """Count what a classifier does, with noise that hides each patient.
+
+    For two classes the counts are histograms of the score of the rows without and with the second
+    class; for more, such histograms for each class against the rest, and the confusion matrix.
+    Each patient's rows weigh 1 together, so that adding or removing a patient changes the counts
+    by at most 1 (two classes) or the root of the number of classes + 1, in Euclidean length.
+
+    Parameters
+    ----------
+    labels : integer array of shape (n,)
+    logits : array of shape (n, 1) or (n, c)
+    patients : sequence of n hashables
+    noise_multiplier : float
+        Standard deviation of the noise in units of that length; at least 0.
+
+    Returns
+    -------
+    list of float
+        For `noised_metrics`.
+    """
+    y, margins = np.asarray(labels, dtype=np.int64), class_margins(logits)
+    num_classes = max(2, margins.shape[1])
+    of = Counter(patients)
+    share = np.asarray([1 / of[patient] for patient in patients])
+    positive = (y == 1)[:, None] if num_classes == 2 else y[:, None] == np.arange(num_classes)
+    places = np.clip(margins, _NOISED_EDGES[0], _NOISED_EDGES[-1])
+    parts = [
+        np.histogram(place[truth == group], _NOISED_EDGES, weights=share[truth == group])[0]
+        for truth, place in zip(positive.T, places.T, strict=True)
+        for group in (False, True)
+    ]
+    length = 1.0
+    if num_classes > 2:
+        confusion = np.zeros((num_classes, num_classes))
+        np.add.at(confusion, (y, np.argmax(logits, axis=1)), share)
+        parts.append(confusion.ravel())
+        length = math.sqrt(num_classes + 1)
+    counts = np.concatenate(parts)
+    counts += gaussian(counts.size, noise_multiplier * length, secure_generator())
+    return [float(count) for count in counts]
+
+
+def noised_metrics(counts: ArrayLike) -> dict[str, float]:
+    """Return figures from the counts of one hospital, or the sum of several hospitals' counts.
+
+    Parameters
+    ----------
+    counts : array
+        As `noised_counts` returns them.
+
+    Returns
+    -------
+    dict
+        ``num-examples`` (patients, to the nearest whole number) and, where it is above 0, the
+        figures of `classification_metrics`. An AUC from 32 bins is as coarse as they are.
+    """
+    values = np.asarray(counts, dtype=np.float64)
+    num_classes = _classes_of(len(values))
+    scores = 1 if num_classes == 2 else num_classes
+    histograms = values[: 2 * scores * _NOISED_BINS].reshape(scores, 2, _NOISED_BINS)
+    if num_classes == 2:
+        confusion = histograms[0].reshape(2, 2, -1).sum(axis=2)
+    else:
+        confusion = values[histograms.size :].reshape(num_classes, num_classes)
+    metrics: dict[str, float] = {"num-examples": max(0.0, float(round(confusion.sum())))}
+    # Cut off at 0 after adding up, so that noise cancels out as far as it can.
+    confusion = np.maximum(confusion, 0.0)
+    if not metrics["num-examples"] or not confusion.any():
+        return {"num-examples": 0.0}
+    # Sums of fractions round to a hair below 0.
+    metrics |= {name: min(1.0, max(0.0, rate)) for name, rate in _rates(confusion).items()}
+    below = np.pad(np.cumsum(histograms, axis=2), ((0, 0), (0, 0), (1, 0)))
+    totals = below[:, :, -1]
+    if (totals > 0).all():
+        shares = np.asarray([*map(_ordered_pairs, below)]) / totals.prod(axis=1)
+        metrics["auc"] = float(np.clip(shares, 0.0, 1.0).mean())
+    return metrics
+
+
+def _classes_of(length: int) -> int:
+    """Return the number of classes of noised counts; 0 where no number fits their length."""
+    if length == 2 * _NOISED_BINS:
+        return 2
+    classes = round(math.sqrt(_NOISED_BINS**2 + length)) - _NOISED_BINS
+    fits = classes > 2 and classes * (2 * _NOISED_BINS + classes) == length
+    return classes if fits else 0
+
+
 def check_counts(record: Mapping[str, Any]) -> str | None:
     """Return what is wrong with the counts that a site sent for `pool`; None where nothing is."""
+    if (noised := record.get(NOISED)) is not None and not (
+        isinstance(noised, list) and all(map(math.isfinite, noised)) and _classes_of(len(noised))
+    ):
+        return f"{NOISED} must be a list of finite numbers of a length that {NOISED} can have"
     confusion, grid, counts = (record.get(key) for key in SUMMABLE)
     if confusion is None and grid is None and counts is None:
         return None
@@ -118,7 +223,8 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
     Parameters
     ----------
     records : sequence of dict
-        As `classification_metrics` returns them, all of one number of classes.
+        As `classification_metrics` returns them, all of one number of classes; or all with
+        `noised_counts`.
 
     Returns
     -------
@@ -129,6 +235,8 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
         crowds its scores into two humps a hundred times narrower than their distance, it can be
         off by some thousandths.
     """
+    if NOISED in records[0]:
+        return noised_metrics(np.sum([np.asarray(record[NOISED]) for record in records], axis=0))
     total = np.sum([np.asarray(record[CONFUSION]) for record in records], axis=0)
     num_classes = round(len(total) ** 0.5)
     metrics = _rates(total.reshape(num_classes, num_classes))

@@ -11,14 +11,15 @@ import warnings
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from fedmed_flower.data.site import GENERATED
+from fedmed_flower import page
 from fedmed_flower.errors import InputError
+from fedmed_flower.metrics import EPSILON, EPSILON_TOTAL
+from fedmed_flower.page import FAINT, INK, PAPER, SCHEME
 from fedmed_flower.runfolder import ALL_SITES, SUMMARY, write_atomic
 from fedmed_flower.runfolder import METRICS as METRICS_TABLE
 
@@ -33,52 +34,7 @@ STATUS = {"finished": "Finished", "failed": "Failed", "stopped": "Stopped", "run
 COLOURS = "#0072b2 #d55e00 #009e73 #c066a0 #d99000 #3fa7dc #7a68b3 #a8743a #7f8c1d #c23b4e #1c9c9c"
 PALETTE = (*COLOURS.split(), "#808080")
 CROWD, WORST = "#5b7f9c", "#d55e00"
-# In an SVG these become CSS variables, so that plots follow the colour scheme.
-SCHEME = {"#010203": "var(--soft)", "#010204": "var(--line)", "#010205": "var(--paper)"}
-INK, FAINT, PAPER = SCHEME
 PLOTS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "0", "text.parse_math": False}
-
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>$title</title><style>
-@media screen and (prefers-color-scheme:dark){:root:root{--paper:#15191e;--ink:#e4e8ec;
---soft:#a3adb8;--line:#39424c;--tint:#1f252c;--bad:#ff8f86;--good:#6cc99a}}
-:root{color-scheme:light dark;--paper:#fff;--ink:#1b2229;--soft:#55606b;--line:#d5dae0;
---tint:#f3f5f7;--bad:#a11d1d;--good:#1c6b43}body{margin:0;background:var(--paper);color:var(--ink)}
-body{font:1rem/1.5 system-ui,"Segoe UI",Roboto,sans-serif;overflow-wrap:break-word}
-main{max-width:60rem;margin:0 auto;padding:2rem 1.5rem 3rem}p{margin:.5rem 0;max-width:48rem}
-h1{font-size:1.75rem;line-height:1.2;margin:0}figure{margin:0}h1,b,th,.banner{font-weight:600}
-h2{font-size:1.15rem;margin:2.6rem 0 .6rem;padding-top:.9rem;border-top:1px solid var(--line)}
-.banner{background:#ffd84d;color:#1b1500;text-align:center;padding:.6rem}.lead{font-size:1.1rem}
-.soft,.note,figcaption,caption{color:var(--soft)}.note,figcaption,caption,ul{font-size:.875rem}
-.status{margin:1rem 0;padding:.6rem 1rem;border-left:.35rem solid;background:var(--tint)}
-.failed,.stopped{background:var(--bad);color:var(--paper);border:0}.finished{color:var(--good)}
-.status b{display:block}:is(.failed,.stopped) b{font-size:1.3rem}caption{text-align:left}
-table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;min-width:60%}
-th,td{padding:.32rem .75rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--line)}
-th:first-child{padding-left:.4rem;text-align:left}.words :is(th,td){text-align:left}
-tbody th,td small{font-weight:400}th[scope=row],.words td{min-width:6.5rem;max-width:16rem}
-thead th{vertical-align:bottom;border-bottom:1.5px solid var(--soft)}tfoot{background:var(--tint)}
-tfoot tr:first-child>*{border-top:1.5px solid var(--soft)}tfoot tr:last-child td{font-weight:600}
-td small{display:block;width:max-content;max-width:9rem;margin-left:auto;color:var(--soft)}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(16rem,1fr));gap:1rem 1.4rem}
-figure b{color:var(--ink)}.dots{max-width:40rem;margin:1.2rem 0}.plots table{width:100%}
-figure>svg{display:block;width:100%;height:auto}svg text{font-family:inherit!important}
-ul{display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;padding:0;list-style:none}li{max-width:100%}
-.key{width:1.35rem;height:.65rem;margin-right:.4rem}.wide{overflow-x:auto;margin:.8rem 0}
-@media print{@page{margin:16mm}:root{font-size:75%}main{max-width:none}h2,ul{break-after:avoid}
-main{padding:0}.banner,.status,tfoot{print-color-adjust:exact}.wide{overflow:visible}
-tr,figure{break-inside:avoid}.plots{grid-template:auto/1fr 1fr 1fr}th,td{padding:.2rem .5rem}}
-</style></head><body>$banner<main>$body</main></body></html>""")
-BANNER = f'<div class="banner" role="note">{GENERATED}</div>'
-LEAVES = """<h2>What left each hospital</h2><p>No image and no patient record. After each round a
-hospital sends its model’s weights, its number of images per split (training, validation, test),
-its losses and metrics, its counts of right and wrong decisions per class (confusion counts), and
-histograms of the model’s scores per class around their median, with it and its own AUC. Before,
-it told its name and its data’s name and checksum; of an error it tells the class.</p><p>None
-of this carries noise, unless the settings below say so. Privacy accounting is not part of this run:
-nothing here bounds what could be inferred about one patient from what was sent.</p>"""
 
 
 def write_report(folder: Path) -> Path:
@@ -110,11 +66,12 @@ def write_report(folder: Path) -> Path:
     with matplotlib.rc_context(PLOTS):
         parts = [_head(summary, pens), _result(summary), _hospitals(summary, pens)]
         parts += [_comparison(summary, pens), _curves(curves, pens), _failures(summary)]
-    body = "\n".join((*parts, LEAVES, _making(summary)))
-    banner = BANNER if summary.get("generated") is True else ""
-    page = PAGE.substitute(title=_text(summary.get("app") or "Run"), banner=banner, body=body)
+        parts += [_privacy(summary, curves, pens), _making(summary)]
+    body = "\n".join(parts)
+    banner = page.BANNER if summary.get("generated") is True else ""
+    text = page.PAGE.substitute(title=_text(summary.get("app") or "Run"), banner=banner, body=body)
     target = folder / "report.html"
-    write_atomic(target, page.encode())
+    write_atomic(target, text.encode())
     return target
 
 
@@ -381,6 +338,36 @@ def _failures(summary: dict[str, Any]) -> str:
     caption = f"{len(rows)} of {len(failures)} shown; all are in summary.json"
     table = _table(caption, map(str.capitalize, keys), rows, kind="words")
     return f"<h2>What failed</h2>{table}"
+
+
+def _privacy(summary: dict[str, Any], curves: Curves, pens: Pens) -> str:
+    patient, hospital = (_part(summary, "privacy", unit) for unit in ("patient", "hospital"))
+    private = patient.get("private-metrics") is True
+    words = page.LEAVES.format(page.COUNTED if private else page.OPEN)
+    if not patient and not hospital:
+        return words + page.UNPROTECTED
+    if hospital:
+        cost = _show(_number(hospital, "epsilon"))
+        words += page.HOSPITAL.format(epsilon=cost, delta=_text(hospital.get("delta")))
+    if not patient:
+        return words + page.NO_PATIENT
+    sites = _part(patient, "sites")
+    keys = {"This run": "epsilon", "All runs on these patients": "epsilon-total"}
+    costs = {title: _by_site(sites, key) for title, key in keys.items()}
+    counts = [_by_site(sites, key) for key in ("rounds", "declined")]
+    rows = []
+    for site in pens:
+        shown = [_show(cost.get(site)) for cost in costs.values()]
+        rows.append([pens[site][2], *shown, *(_show(n.get(site), COUNT) for n in counts)])
+    most = _show(max(costs["This run"].values(), default=None))
+    target, delta = (_text(patient.get(key)) for key in ("target-epsilon", "delta"))
+    words += page.PATIENT.format(epsilon=most, target=target, delta=delta)
+    words += page.NOISED if private else page.EXACT
+    head = ["Hospital", *costs, "Rounds trained", "Rounds declined"]
+    table = _table("Epsilon per patient, as each hospital’s own ledger has it", head, rows)
+    drawn = _panel(curves, pens, "train", EPSILON, "Epsilon per patient, this run")
+    drawn += _panel(curves, pens, "train", EPSILON_TOTAL, "Epsilon per patient, all runs")
+    return f'{words}{table}<div class="plots">{drawn}</div>'
 
 
 def _making(summary: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 import math
 
+import dp_accounting
 import pytest
-from dp_accounting import dp_event, rdp
+from dp_accounting import dp_event, pld, rdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
@@ -9,7 +10,7 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.privacy.accounting import Release, epsilon_of, require_release
+from fedmed_flower.privacy.accounting import Release, epsilon_of, noise_for, require_release
 
 
 def analytic_epsilon(noise_multiplier, delta):
@@ -101,6 +102,8 @@ def test_nothing_released_costs_nothing_and_no_noise_everything():
     assert epsilon_of({Release(1.0, 0.0): 0, Release(0.5, 2.0): 0}, 1e-5) == 0.0
     assert epsilon_of([Release(1.0, 5.0), Release(0.01, 0.0)], 1e-5) == math.inf
     assert epsilon_of([Release(0.01, 1e-300)], 1e-5) == math.inf
+    assert epsilon_of({Release(1.0, 1e-3): 10**6}, 1e-5) == math.inf
+    assert epsilon_of({Release(0.5, 1e-3): 10**9}, 1e-5) == math.inf
     assert epsilon_of([Release(1.0, 1e9)], 1e-5) == 0.0
 
 
@@ -136,3 +139,114 @@ def test_a_release_at_the_edge_of_its_range_has_a_cost(rate, noise):
     require_release(rate, noise)
     cost = epsilon_of([Release(rate, noise)], 1e-5)
     assert cost == math.inf if noise < 1 else 0 <= cost < 1e-3
+
+
+def calibrated(epsilon, delta, rate, count, about):
+    """What dp-accounting finds by its own search."""
+    return dp_accounting.calibrate_dp_mechanism(
+        pld.PLDAccountant,
+        lambda noise: dp_event.SelfComposedDpEvent(
+            dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(noise)), count
+        ),
+        epsilon,
+        delta,
+        dp_accounting.ExplicitBracketInterval(about * 0.99, about * 1.01),
+        tol=about * 5e-4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "rate", "count"),
+    [
+        (8.0, 1e-5, 0.25, 40),
+        (3.0, 1e-5, 0.05, 200),
+        (8.0, 1e-9, 1.0, 3),
+        (0.5, 1e-3, 0.5, 10),
+    ],
+)
+def test_noise_for_a_budget_is_what_dp_accounting_finds(epsilon, delta, rate, count):
+    got = noise_for(epsilon, delta, rate, count)
+    assert got == pytest.approx(calibrated(epsilon, delta, rate, count, got), rel=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "rate", "count"),
+    [
+        (8.0, 0.1, 30),
+        (0.01, 1.0, 1),
+        (0.01, 1.0, 100_000),
+        (0.01, 1e-4, 100_000),
+        (0.01, 0.3, 1),
+        (1.0, 0.01, 10_000),
+        (1000.0, 1.0, 1),
+        (1000.0, 1.0, 100_000),
+        (1000.0, 1e-4, 1),
+        (1000.0, 0.5, 100),
+    ],
+)
+def test_noise_for_a_budget_keeps_it_and_a_hundredth_less_would_not(epsilon, rate, count):
+    noise = noise_for(epsilon, 1e-5, rate, count)
+    kept, passed = (epsilon_of({Release(rate, n): count}, 1e-5) for n in (noise, 0.99 * noise))
+    assert kept <= epsilon < passed
+    assert kept > 0.99 * epsilon
+
+
+def test_noise_for_a_budget_is_that_of_the_gaussian_mechanism():
+    for epsilon, delta, count in [(0.01, 1e-5, 1), (1.0, 1e-10, 4), (1000.0, 1e-5, 100)]:
+        single = noise_for(epsilon, delta, 1.0, count) / math.sqrt(count)
+        wanted = brentq(lambda noise: analytic_epsilon(noise, delta) - epsilon, 1e-3, 1e4)  # noqa: B023
+        assert wanted * (1 - 1e-6) <= single <= wanted * 1.001
+
+
+def test_where_sampling_alone_is_enough_hardly_any_noise_is_asked_for():
+    noise = noise_for(8.0, 1e-5, 1e-6, 1)
+    assert 1e-3 <= noise < 2e-3
+    assert epsilon_of([Release(1e-6, noise)], 1e-5) <= 8.0
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((0.0, 1e-5, 0.1, 1), "epsilon must be above 0 and finite, got 0.0"),
+        ((-1.0, 1e-5, 0.1, 1), "epsilon must be above 0 and finite, got -1.0"),
+        ((math.inf, 1e-5, 0.1, 1), "epsilon must be above 0 and finite, got inf"),
+        ((math.nan, 1e-5, 0.1, 1), "epsilon must be above 0 and finite, got nan"),
+        ((1.0, 0.0, 0.1, 1), "delta must be above 0 and below 1, got 0.0"),
+        ((1.0, 1.0, 0.1, 1), "delta must be above 0 and below 1, got 1.0"),
+        ((1.0, math.nan, 0.1, 1), "delta must be above 0 and below 1, got nan"),
+        ((1.0, 1e-5, 0.0, 1), "sampling_rate must be above 0 and at most 1, got 0.0"),
+        ((1.0, 1e-5, 1.1, 1), "sampling_rate must be above 0 and at most 1, got 1.1"),
+        ((1.0, 1e-5, 0.1, 0), "the number of releases must be at least 1, got 0"),
+        ((1e-12, 1e-15, 1.0, 10**9),
+         "no noise keeps 1000000000 releases within epsilon 1e-12 at delta 1e-15"),
+    ],
+)  # fmt: skip
+def test_a_budget_that_cannot_be_planned_for_is_refused(values, text):
+    with pytest.raises(InputError) as error:
+        noise_for(*values)
+    assert str(error.value) == text
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "count", "interval"),
+    [(1e-4, 7.75, 100_000, 3e-7), (0.01, 30.0, 1000, 1e-6), (0.01, 4.0, 10_000, 1e-5)],
+)
+def test_many_small_releases_cost_what_a_finer_accountant_finds(rate, noise, count, interval):
+    finer = pld.PLDAccountant(value_discretization_interval=interval)
+    gaussian = dp_event.GaussianDpEvent(noise)
+    finer.compose(dp_event.PoissonSampledDpEvent(rate, gaussian), count)
+    wanted = finer.get_epsilon(1e-5)
+    assert epsilon_of({Release(rate, noise): count}, 1e-5) == pytest.approx(wanted, rel=2e-3)
+
+
+def test_releases_without_sampling_are_one_with_less_noise_in_any_company():
+    sampled = Release(0.1, 2.0)
+    apart = {sampled: 10, Release(1.0, 6.0): 3, Release(1.0, 8.0): 2}
+    together = {sampled: 10, Release(1.0, (3 / 36 + 2 / 64) ** -0.5): 1}
+    got = epsilon_of(apart, 1e-5)
+    assert got == pytest.approx(epsilon_of(together, 1e-5), rel=1e-9)
+    accountant = pld.PLDAccountant()
+    for (rate, noise), count in apart.items():
+        gaussian = dp_event.GaussianDpEvent(noise)
+        accountant.compose(dp_event.PoissonSampledDpEvent(rate, gaussian), count)
+    assert got == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)

@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from fedmed_flower.cli import app
+from fedmed_flower.privacy.accounting import Release, epsilon_of
+from fedmed_flower.privacy.ledger import Ledger, Limit
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "pneumonia"
@@ -112,6 +114,9 @@ def test_report_is_written_anew(finished):
         (["-c", "learning-rate=-1"], "learning-rate must be above 0 and finite, got -1.0"),
         (["-c", "dataset=chest"], "dataset must be one of pneumoniamnist, breastmnist, phantoms"),
         (["--sites", "4000"], "num_sites must be at most 2000, the number of patients; got 4000"),
+        (["-c", "privacy=yes"], "privacy must be none or patient, got 'yes'"),
+        (["-c", "delta=1"], "delta must be above 0 and below 1, got 1.0"),
+        (["-c", "private-metrics=true"], 'private-metrics needs privacy="patient"'),
         (["--resume", "nowhere"], "nowhere is no run folder: it has no config.toml"),
         (["--resume", "a", "--out", "b"], "--out and --resume exclude each other"),
     ],
@@ -294,3 +299,44 @@ def test_real_chest_x_rays_reach_the_floor(workdir):
     assert summary["data"].startswith("PneumoniaMNIST")
     assert summary["test"]["federated"]["num-examples"] == 624
     assert summary["test"]["federated"]["auc"] >= 0.945
+
+
+def test_a_ledger_is_shown_run_by_run(tmp_path):
+    folder = tmp_path / "ledgers"
+    ledger = Ledger(folder / "north.sqlite")
+    release = Release(0.1, 1.0)
+    budget = Limit(9.0, 1e-6, "the budget")
+    for run, rounds in (("first", 2), ("second", 1)):
+        for number in range(rounds):
+            charge = ledger.charge(
+                range(40), release, 5, run=run, purpose="train", app="Heart", budget=budget
+            )
+            if number == 0:
+                ledger.settle(charge)
+    for place in (folder, folder / "north.sqlite"):
+        result = CliRunner().invoke(app, ["privacy", str(place)], env={"COLUMNS": "140"})
+        assert result.exit_code == 0
+        lines = [line.split("│") for line in result.stdout.splitlines() if "Heart" in line]
+        shown = [[cell.strip() for cell in line[2:-1]] for line in lines]
+        first, second = (epsilon_of({release: count}, 1e-6) for count in (10, 5))
+        assert shown == [
+            ["first", "Heart", "train", "40", "2 (1 broken off)", "10", f"{first:.3f}"],
+            ["second", "Heart", "train", "40", "1", "5", f"{second:.3f}"],
+        ]
+        spent = epsilon_of({release: 15}, 1e-6)
+        assert f"all runs together: {spent:.3f} of 9; left: {9 - spent:.3f}" in result.stdout
+    result = CliRunner().invoke(app, ["privacy", str(folder), "--delta", "0.001"])
+    assert f"together: {epsilon_of({release: 15}, 1e-3):.3f}" in " ".join(result.stdout.split())
+
+
+def test_a_ledger_that_is_not_there_or_none_is_one_line(tmp_path):
+    (tmp_path / "notes.sqlite").write_text("no ledger")
+    (tmp_path / "empty").mkdir()
+    for place, text in (
+        ("nowhere.sqlite", f"there is no ledger {tmp_path / 'nowhere.sqlite'}"),
+        ("empty", f"there is no ledger (*.sqlite) in the folder {tmp_path / 'empty'}"),
+        ("notes.sqlite", f"the privacy ledger {tmp_path / 'notes.sqlite'} cannot be used"),
+    ):
+        result = CliRunner().invoke(app, ["privacy", str(tmp_path / place)])
+        assert result.exit_code == 2
+        assert result.stdout.startswith(f"not started: {text}")

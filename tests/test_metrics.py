@@ -2,9 +2,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn import metrics as reference
 
-from fedmed_flower.metrics import check_counts, class_margins, classification_metrics, pool
+from fedmed_flower.metrics import (
+    check_counts,
+    class_margins,
+    classification_metrics,
+    noised_counts,
+    noised_metrics,
+    pool,
+)
 
 
 def test_hand_worked_case():
@@ -147,3 +155,76 @@ def test_the_grid_does_not_tell_the_median_patients_score():
         centre, width, _ = classification_metrics([1], [[score]])["score-grid"]
         assert centre != score
         assert abs(centre - score) <= width
+
+
+def counted(labels, logits, patients, noise=0.0):
+    return np.asarray(noised_counts(labels, logits, patients, noise))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 5])
+def test_noised_counts_without_noise_give_the_true_figures(classes):
+    rng = np.random.default_rng(classes)
+    labels = rng.integers(0, max(2, classes), 400)
+    logits = rng.normal(size=(400, classes))
+    logits[np.arange(400), labels % classes] += 1.5 if classes > 1 else 0
+    exact = classification_metrics(labels, logits)
+    found = noised_metrics(counted(labels, logits, range(400)))
+    assert set(found) == {key for key, value in exact.items() if not isinstance(value, list)}
+    for name, value in found.items():
+        assert value == pytest.approx(exact[name], abs=0.02 if name == "auc" else 1e-12)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_a_patient_changes_noised_counts_by_no_more_than_is_claimed(classes):
+    rng = np.random.default_rng(classes)
+    bound = 1.0 if classes < 3 else (classes + 1) ** 0.5
+    for _ in range(50):
+        rows = int(rng.integers(2, 12))
+        labels, logits = rng.integers(0, max(2, classes), rows), rng.normal(size=(rows, classes))
+        logits *= 10 ** rng.uniform(-2, 3)
+        patients = rng.integers(0, 3, rows)
+        rest = patients != patients[0]
+        whole = counted(labels, logits, patients.tolist())
+        if rest.any():
+            whole = whole - counted(labels[rest], logits[rest], patients[rest].tolist())
+        assert np.linalg.norm(whole) <= bound + 1e-9
+
+
+def test_noised_counts_have_the_noise_that_is_claimed():
+    labels, logits = np.zeros(3, int), np.zeros((3, 1))
+    exact = counted(labels, logits, range(3))
+    drawn = np.concatenate([counted(labels, logits, range(3), 2.5) - exact for _ in range(100)])
+    assert stats.kstest(drawn / 2.5, "norm").pvalue > 1e-6
+    labels, logits = np.zeros(3, int), np.zeros((3, 3))
+    exact = counted(labels, logits, range(3))
+    drawn = np.concatenate([counted(labels, logits, range(3), 1.0) - exact for _ in range(40)])
+    assert stats.kstest(drawn / 2.0, "norm").pvalue > 1e-6
+
+
+def test_noised_counts_of_several_sites_add_up():
+    rng = np.random.default_rng(0)
+    labels, logits = rng.integers(0, 2, 60), rng.normal(size=(60, 1))
+    halves = [slice(0, 30), slice(30, 60)]
+    records = [
+        {"noised-counts": noised_counts(labels[h], logits[h], range(30), 0.0)} for h in halves
+    ]
+    assert pool(records) == noised_metrics(counted(labels, logits, range(60)))
+
+
+def test_noise_that_drowns_everything_gives_no_figures_that_cannot_be():
+    rng = np.random.default_rng(1)
+    for _ in range(40):
+        found = noised_metrics(rng.normal(size=64) * 50)
+        assert found["num-examples"] >= 0
+        assert all(0 <= value <= 1 for name, value in found.items() if name != "num-examples")
+    assert noised_metrics(np.full(64, -1.0)) == {"num-examples": 0.0}
+
+
+@pytest.mark.parametrize(
+    "value", [[1.0] * 63, [1.0] * 132, [float("nan")] * 64, [float("inf")] * 64, 3.0, []]
+)
+def test_noised_counts_that_cannot_be_pooled_are_told(value):
+    text = "noised-counts must be a list of finite numbers of a length that noised-counts can have"
+    assert check_counts({"noised-counts": value, "num-examples": 3}) == text
+    assert check_counts({"noised-counts": [0.0] * 64, "num-examples": 3}) is None
+    assert check_counts({"noised-counts": [0.0] * 201, "num-examples": 3}) is None

@@ -350,3 +350,45 @@ def test_no_missing_or_odd_part_stops_the_report(tmp_path, wrong):
             node[key] = wrong
         page = report(tmp_path, summary)
         assert "What left each hospital" in page
+
+
+def private_summary(**part):
+    sites = {
+        "hospital-1": {"rounds": 2, "declined": 0, "epsilon": 2.5, "epsilon-total": 3.25},
+        "hospital-2": {"rounds": 0, "declined": 2},
+    }
+    patient = {"target-epsilon": 4.0, "delta": 1e-05, "private-metrics": False, "sites": sites}
+    return full_summary() | {"privacy": {"patient": patient | part}}
+
+
+def test_what_each_patient_has_cost_is_told_with_its_unit(tmp_path):
+    page = report(tmp_path, private_summary())
+    assert "Unit: the patient, with all records, in or out." in page
+    assert "by epsilon <b>2.500</b> at delta 1e-05" in " ".join(page.split())
+    assert "Not covered, since they carry no noise: numbers of images, training losses" in page
+    assert "Privacy accounting" not in page
+    text = " ".join(re.sub("<[^>]*>", " ", page).split())
+    assert "hospital-1 2.500 3.250 2 0" in text
+    assert "hospital-2 – – 0 2" in text
+    page = report(tmp_path, private_summary(**{"private-metrics": True}))
+    assert "Evaluation counts carry noise too" in page
+    assert "confusion counts" not in " ".join(page.split())
+
+
+def test_the_two_guarantees_are_told_apart(tmp_path):
+    hospital = {"hospital": {"epsilon": 7.5, "delta": 1e-06}}
+    page = " ".join(report(tmp_path, full_summary() | {"privacy": hospital}).split())
+    assert "Unit: the hospital." in page
+    assert "to epsilon <b>7.500</b> at delta 1e-06" in page
+    assert "Nothing here bounds what could be inferred about one patient." in page
+    both = private_summary()
+    both["privacy"] |= hospital
+    page = " ".join(report(tmp_path, both).split())
+    assert "Unit: the hospital." in page
+    assert "Unit: the patient" in page
+    assert "Nothing here bounds" not in page
+
+
+def test_without_privacy_the_report_says_that_nothing_is_bounded(tmp_path):
+    page = " ".join(report(tmp_path, full_summary()).split())
+    assert "nothing here bounds what could be inferred about one patient" in page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,12 @@ from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.training import predict, train_epochs
 from fedmed_flower.data.site import SPLITS, Row, SiteData
 from fedmed_flower.errors import InputError
-from fedmed_flower.metrics import classification_metrics
+from fedmed_flower.metrics import (
+    NOISED,
+    classification_metrics,
+    noised_counts,
+    noised_metrics,
+)
 from fedmed_flower.privacy.gradients import PROBE
 from fedmed_flower.privacy.validate import require_independent
 
@@ -177,14 +182,27 @@ class ClassificationClient(MedicalClient):
 
     def measure(self, model: nn.Module, prepared: CacheDataset) -> dict[str, Any]:
         """Return ``loss`` and the figures and counts of `classification_metrics`."""
+        outputs, labels = self._predict(model, prepared)
+        loss = self.loss()(torch.from_numpy(outputs), torch.from_numpy(labels))
+        return classification_metrics(labels, outputs) | {"loss": float(loss)}
+
+    def measure_privately(
+        self, model: nn.Module, prepared: CacheDataset, patients: Sequence[Hashable], noise: float
+    ) -> dict[str, Any]:
+        """Return what follows from `noised_counts`, and those counts; no loss."""
+        outputs, labels = self._predict(model, prepared)
+        counts = noised_counts(labels, outputs, patients, noise)
+        return noised_metrics(counts) | {NOISED: counts}
+
+    def _predict(
+        self, model: nn.Module, prepared: CacheDataset
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         settings, device = self.settings, self.settings.torch_device()
         batches = DataLoader(prepared, max(settings.batch_size, 64), collate_fn=_collate)
         with _plain_tensors():
-            outputs, labels = predict(
+            return predict(
                 model, batches, device, settings.mixed_precision and device.type == "cuda"
             )
-        loss = self.loss()(torch.from_numpy(outputs), torch.from_numpy(labels))
-        return classification_metrics(labels, outputs) | {"loss": float(loss)}
 
 
 class LoadRow(Transform):  # type: ignore[misc]

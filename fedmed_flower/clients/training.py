@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from fedmed_flower.privacy.sampling import PatientSampler
 _DEVICES = ("auto", "cpu", "cuda")
 _OPTIMIZERS = ("adam", "sgd")
 # On a CPU several sites may train side by side.
-_MOST_MEMORY, _MOST_RECORDS = 4 * 2**30, 256
+_CPU_MEMORY, _MOST_RECORDS = 4 * 2**30, 256
 
 
 @dataclass(frozen=True)
@@ -325,7 +324,7 @@ def _micro_batch_size(gradients: RecordGradients, batch: Batch) -> int:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = min(_MOST_MEMORY, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        free = _CPU_MEMORY
     return max(1, min(_MOST_RECORDS, free // 4 // gradients.bytes_per_record(batch)))
 
 

@@ -20,12 +20,12 @@ from scipy.optimize import brentq
 
 from fedmed_flower.errors import InputError
 
-# Where the loss is about 1: the accountant's own.
-_INTERVAL = 1e-4
 # For the search of a noise multiplier, whose result is checked with the finer one.
-_COARSE = 10.0
+_COARSE, _STEP = 3.0, 1.0005
 # With less noise epsilon is above 500,000: no protection that is worth a number.
 _LEAST_NOISE, _MOST_NOISE = 1e-3, 1e9
+# The same for many releases together, and as far as numbers reach.
+_MOST_INTERVAL = 100.0
 
 
 class Release(NamedTuple):
@@ -56,7 +56,8 @@ def epsilon_of(releases: Iterable[Release] | Mapping[Release, int], delta: float
     Returns
     -------
     float
-        0 without releases; infinite where one of them had a noise multiplier below 0.001.
+        0 without releases; infinite where one of them had a noise multiplier below 0.001, or all
+        together cost as much as that.
 
     Raises
     ------
@@ -132,8 +133,14 @@ def _noise_for(epsilon: float, delta: float, sampling_rate: float, count: int) -
         if low < math.log(_LEAST_NOISE):
             return math.exp(high)
     noise = math.exp(brentq(over, low, high, xtol=5e-4))
-    while _epsilon(((Release(sampling_rate, noise), count),), delta) > epsilon:
-        noise *= 1.0005
+
+    def enough(noise: float) -> bool:
+        return _epsilon(((Release(sampling_rate, noise), count),), delta) <= epsilon
+
+    while not enough(noise):
+        noise *= _STEP
+    while enough(noise / _STEP):
+        noise /= _STEP
     return noise
 
 
@@ -150,18 +157,36 @@ def require_release(sampling_rate: float, noise_multiplier: float) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float, coarse: float = 1.0) -> float:
-    interval = coarse * _interval(dict(counts))
-    accountant = pld.PLDAccountant(value_discretization_interval=interval)
-    for release, count in counts:
+    merged = _merged(counts)
+    if (interval := _interval(merged)) > _MOST_INTERVAL:
+        return math.inf
+    accountant = pld.PLDAccountant(value_discretization_interval=coarse * interval)
+    for release, count in merged.items():
         accountant.compose(_event(release), count)
     return float(accountant.get_epsilon(delta))
 
 
+def _merged(counts: Iterable[tuple[Release, int]]) -> dict[Release, int]:
+    """Make of all releases without sampling one, which is as much as they are together."""
+    merged, precision = {}, 0.0
+    for release, count in counts:
+        if release.sampling_rate == 1:
+            precision += count / release.noise_multiplier**2
+        else:
+            merged[release] = count
+    return merged | ({Release(1.0, precision**-0.5): 1} if precision else {})
+
+
 def _interval(counts: Mapping[Release, int]) -> float:
-    """Return how finely losses are told apart: where they are large, 1e-4 would take minutes."""
+    """Return how finely losses are told apart: finely beside what one release and all of them lose.
+
+    Each release is rounded up. Where one loses less than an interval, many of them add up to far
+    too much; a finer interval than this takes minutes and changes nothing.
+    """
     single = max(0.5 / release.noise_multiplier**2 for release in counts)
     spread = sum(n * (r.sampling_rate / r.noise_multiplier) ** 2 for r, n in counts.items())
-    return _INTERVAL * max(1.0, single, math.sqrt(spread))
+    least = min(release.sampling_rate / release.noise_multiplier for release in counts)
+    return max(1e-2 * least, 1e-4 * single, 1e-4 * math.sqrt(spread))
 
 
 def _event(release: Release) -> dp_accounting.DpEvent:

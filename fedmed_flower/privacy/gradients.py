@@ -29,6 +29,8 @@ METHODS = ("auto", "vmap", "loop")
 
 # Records in the measurement that chooses a method, and how often each is timed.
 PROBE, _REPEATS = 4, 2
+# Numbers that are clipped and added at a time: what a cache holds, and what keeps a GPU busy.
+_SLICE = (2**18, 2**24)
 
 
 class RecordGradients:
@@ -113,24 +115,17 @@ class RecordGradients:
         own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         activations = sum(size for pointer, size in saved.items() if pointer not in own)
         weights = sum(p.numel() * p.element_size() for p in self.parameters.values())
-        # Gradients are held once as vmap makes them and once by layer where they are clipped.
+        # As much again as the gradients take is left for what vmap makes on the way to them.
         return activations + 2 * weights
 
     def _value(self, model: Callable[..., Any], row: Batch) -> Tensor:
         kind = next(iter(row.values())).device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self.mixed_precision):
-            value = self.loss(model, row)
-        if value.ndim:
-            raise InputError(
-                f"the loss of one record must be one number, got shape {tuple(value.shape)}"
-            )
-        return value
+            return require_number(self.loss(model, row))
 
     def _vectorised(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
         def one(parameters: dict[str, Tensor], row: Batch) -> Tensor:
-            def model(*args: Any, **kwargs: Any) -> Any:
-                return functional_call(self.model, parameters, args, kwargs)
-
+            model = with_values(self.model, parameters)
             return self._value(model, {key: value.unsqueeze(0) for key, value in row.items()})
 
         weights = {name: p.detach() for name, p in self.parameters.items()}
@@ -156,6 +151,46 @@ class RecordGradients:
                 torch.cuda.synchronize(device)
             best = min(best, time.perf_counter() - began)
         return best
+
+
+def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """Return `model` as a function, with other values of the parameters that are named.
+
+    Parameters
+    ----------
+    model : Module
+        Is left as it is, also where it has one layer, or one parameter, in several places.
+    values : dict of tensors
+        By the names of ``model.named_parameters()``.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters() if name in values}
+    # Each layer once: torch's own tying leaves the values behind in a layer that has two names.
+    everywhere = {
+        f"{prefix}.{own}" if prefix else own: values[names[parameter]]
+        for prefix, layer in model.named_modules()
+        for own, parameter in layer._parameters.items()
+        if parameter in names
+    }
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(model, everywhere, args, kwargs, tie_weights=False)
+
+    return run
+
+
+def require_number(value: Tensor) -> Tensor:
+    """Return the loss of one record, which must be one number.
+
+    Raises
+    ------
+    InputError
+        Where its shape is not ().
+    """
+    if value.ndim:
+        raise InputError(
+            f"the loss of one record must be one number, got shape {tuple(value.shape)}"
+        )
+    return value
 
 
 class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -201,26 +236,46 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         Parameters
         ----------
         gradients : list of tensors of shape (patients, *shape of the parameter)
-            One a trained parameter, in their order. May be changed.
+            One a trained parameter, in their order.
         """
-        sums = [g.flatten(1).sum(1, dtype=torch.float32) for g in gradients]
-        broken = ~torch.stack(sums).isfinite().all(0)
-        if bool(broken.any()):
-            self.dropped += int(broken.sum())
-            for gradient in gradients:
-                gradient[broken] = 0.0
         for parameter, gradient in zip(self.params, gradients, strict=True):
             parameter.grad_sample = gradient
         self.clip_and_accumulate()
-        for parameter in self.params:
-            parameter.grad_sample = parameter.grad_sample[:0].detach()
+        self._forget_patients()
+
+    def clip_and_accumulate(self) -> None:
+        """Add the clipped gradients of the patients in `grad_samples` to the sums, in float64.
+
+        In float32 a norm over millions of numbers comes out up to some percent too small, and the
+        clipped gradient that much too long.
+        """
+        pairs = zip(self.grad_samples, self.params, strict=True)
+        rows = [gradient.reshape(len(gradient), p.numel()) for gradient, p in pairs]
+        # Slices keep the copies in float64 small.
+        entries = _SLICE[rows[0].device.type == "cuda"]
+        width = max(1, entries // max(1, len(rows[0])))
+        squares = torch.zeros(len(rows[0]), dtype=torch.float64, device=rows[0].device)
+        for row in rows:
+            for part in row.split(width, dim=1):
+                squares += torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square()
+        finite = squares.isfinite()
+        if not bool(finite.all()):
+            self.dropped += int((~finite).sum())
+            rows, squares = [row[finite] for row in rows], squares[finite]
+        factors = (self.max_grad_norm / squares.sqrt()).clamp(max=1.0)
+        for parameter, row in zip(self.params, rows, strict=True):
+            if parameter.summed_grad is None:
+                parameter.summed_grad = _zeros(parameter)
+            total = parameter.summed_grad.view(-1)
+            for place, part in zip(total.split(width), row.split(width, dim=1), strict=True):
+                place += factors @ part.double()
 
     def release(self) -> None:
         """Add noise to the sum, divide it, and make a step; also where nobody was drawn."""
         for parameter in self.params:
             if parameter.summed_grad is None:
-                parameter.summed_grad = torch.zeros_like(parameter)
-                parameter.grad_sample = parameter.detach()[None][:0]
+                parameter.summed_grad = _zeros(parameter)
+        self._forget_patients()
         self.add_noise()
         self.scale_grad()
         if self.step_hook:
@@ -234,5 +289,12 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         for parameter in self.params:
             total = parameter.summed_grad
             noise = torch.from_numpy(gaussian(total.numel(), std, self._noise))
-            total = total.double() + noise.to(total.device).view_as(total)
-            parameter.grad = total.to(parameter.dtype)
+            parameter.grad = (total + noise.to(total.device).view_as(total)).to(parameter.dtype)
+
+    def _forget_patients(self) -> None:
+        for parameter in self.params:
+            parameter.grad_sample = parameter.detach().new_empty((0, *parameter.shape))
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=torch.float64, device=like.device)

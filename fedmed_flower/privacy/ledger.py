@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import math
 import os
 import secrets
+import shutil
 import sqlite3
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Hashable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from fedmed_flower.errors import DeclinedError, InputError
@@ -23,12 +27,15 @@ CREATE TABLE datasets (id INTEGER PRIMARY KEY, fingerprint TEXT UNIQUE NOT NULL,
   patients INTEGER NOT NULL);
 CREATE TABLE members (patient BLOB NOT NULL, dataset INTEGER NOT NULL REFERENCES datasets,
   PRIMARY KEY (patient, dataset)) WITHOUT ROWID;
+CREATE TABLE overlaps (dataset INTEGER NOT NULL REFERENCES datasets,
+  other INTEGER NOT NULL REFERENCES datasets, PRIMARY KEY (dataset, other)) WITHOUT ROWID;
 CREATE TABLE charges (id INTEGER PRIMARY KEY AUTOINCREMENT, time TEXT NOT NULL, run TEXT NOT NULL,
   app TEXT NOT NULL, purpose TEXT NOT NULL, round INTEGER NOT NULL,
   dataset INTEGER NOT NULL REFERENCES datasets, sampling_rate REAL NOT NULL,
   noise_multiplier REAL NOT NULL, releases INTEGER NOT NULL, settled INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX charges_of_dataset ON charges (dataset);
 """
+_BUDGET = ("budget-epsilon", "budget-delta")
 # Two runs at one hospital wait for each other while one of them is charged.
 _WAIT_SECONDS = 120
 
@@ -101,10 +108,11 @@ class Ledger:
 
     def __init__(self, path: Path, read_only: bool = False) -> None:
         self.path, self._read_only = path, read_only
-        if not path.exists():
-            if read_only:
-                raise InputError(f"there is no ledger {path}")
-            self._create()
+        with _told(path):
+            if not path.exists():
+                if read_only:
+                    raise InputError(f"there is no ledger {path}")
+                self._create()
         with self._open() as connection:
             found = self._about(connection, "version")
         if found != _VERSION:
@@ -164,23 +172,30 @@ class Ledger:
         require_release(*release)
         if count < 1:
             raise InputError(f"the number of releases must be at least 1, got {count}")
+        after, declined = Counter({release: count}), None
         with self._open() as connection:
-            dataset = self._dataset(connection, patients)
-            after = Counter({release: count})
+            members, fingerprint, near = self._find(connection, patients)
             if run_limit is not None:
-                own = self._releases(connection, dataset, run)
-                _require(own + after, run_limit)
-            if budget is not None:
-                _require(self._releases(connection, dataset) + after, budget)
-                kept = {"budget-epsilon": budget.epsilon, "budget-delta": budget.delta}
-                connection.executemany("REPLACE INTO about VALUES (?, ?)", kept.items())
-            row = (_now(), run, app, purpose, server_round, dataset, *map(float, release), count)
-            cursor = connection.execute(
-                "INSERT INTO charges (time, run, app, purpose, round, dataset, sampling_rate, "
-                "noise_multiplier, releases) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                row,
-            )
-            return int(cursor.lastrowid or 0)
+                own = self._releases(connection, near, run)
+                declined = _passed(own + after, run_limit)
+            if budget is not None and declined is None:
+                declined = _passed(self._releases(connection, near) + after, budget)
+            kept = () if budget is None else zip(_BUDGET, budget[:2], strict=True)
+            connection.executemany("DELETE FROM about WHERE key = ?", zip(_BUDGET))
+            connection.executemany("INSERT INTO about VALUES (?, ?)", kept)
+            if declined is None:
+                dataset = self._dataset(connection, members, fingerprint, near)
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                row = (now, run, app, purpose, server_round, dataset, *map(float, release), count)
+                cursor = connection.execute(
+                    "INSERT INTO charges (time, run, app, purpose, round, dataset, sampling_rate, "
+                    "noise_multiplier, releases) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    row,
+                )
+                charge = int(cursor.lastrowid or 0)
+        if declined is not None:
+            raise DeclinedError(declined)
+        return charge
 
     def settle(self, charge: int) -> None:
         """Note that the round of a charge came to its end; what it costs stays the same."""
@@ -190,20 +205,20 @@ class Ledger:
     def released(self, patients: Iterable[Hashable], run: str | None = None) -> Counter[Release]:
         """Return all releases about any of these patients; of one run only where it is given."""
         with self._open() as connection:
-            return self._releases(connection, self._dataset(connection, patients), run)
+            return self._releases(connection, self._find(connection, patients)[2], run)
 
     def most(self, delta: float) -> float:
-        """Return the highest epsilon of any set of patients, at `delta`."""
+        """Return the highest epsilon of any patient, at `delta`."""
+        query = "SELECT DISTINCT group_concat(dataset) FROM members GROUP BY patient"
         with self._open() as connection:
-            found = connection.execute("SELECT id FROM datasets").fetchall()
-            each = [self._releases(connection, dataset) for (dataset,) in found]
-        return max((epsilon_of(releases, delta) for releases in each), default=0.0)
+            together = [sets.split(",") for (sets,) in connection.execute(query)]
+            each = [self._releases(connection, sets) for sets in together]
+        return max((epsilon_of(found, delta) for found in each), default=0.0)
 
     def budget(self) -> Limit | None:
-        """Return the budget that the hospital set when it was last charged."""
+        """Return the hospital's budget as of the last charge or decline; None where it set none."""
         with self._open() as connection:
-            values = [self._about(connection, f"budget-{part}") for part in ("epsilon", "delta")]
-        epsilon, delta = values
+            epsilon, delta = (self._about(connection, key) for key in _BUDGET)
         return None if epsilon is None else Limit(epsilon, delta, "the hospital's privacy budget")
 
     def entries(self) -> list[Entry]:
@@ -217,9 +232,8 @@ class Ledger:
         entries: dict[tuple[Any, ...], Entry] = {}
         for run, app, purpose, dataset, time, settled, rate, noise, count, patients in rows:
             key = (run, purpose, dataset)
-            before = entries.get(
-                key, Entry(run, app, purpose, time, 0, 0, patients, Counter(), dataset)
-            )
+            new = Entry(run, app, purpose, time, 0, 0, patients, Counter(), dataset)
+            before = entries.get(key, new)
             entries[key] = before._replace(
                 rounds=before.rounds + 1,
                 unsettled=before.unsettled + (not settled),
@@ -229,58 +243,78 @@ class Ledger:
 
     def _create(self) -> None:
         """Make the file whole and then give it its name, so that an empty one is always damage."""
-        with _told(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}")
-            try:
-                with _transaction(draft) as connection:
-                    for statement in _SCHEMA.split(";"):
-                        connection.execute(statement)
-                    about = {"version": _VERSION, "key": secrets.token_bytes(32)}
-                    connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
-                # Unlike a renaming, it never takes the place of a ledger made in the meantime.
-                with suppress(FileExistsError):
-                    os.link(draft, self.path)
-            finally:
-                draft.unlink(missing_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}")
+        try:
+            with _transaction(draft, "rwc") as connection:
+                for statement in _SCHEMA.split(";"):
+                    connection.execute(statement)
+                about = {"version": _VERSION, "key": secrets.token_bytes(32)}
+                connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+            _give_name(draft, self.path)
+        finally:
+            draft.unlink(missing_ok=True)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        with _told(self.path), _transaction(self.path, self._read_only) as connection:
+        with _told(self.path), ExitStack() as stack:
+            mode = "ro" if self._read_only else "rw"
+            try:
+                connection = stack.enter_context(_transaction(self.path, mode))
+            except sqlite3.OperationalError as error:
+                if mode == "rw" or error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+                    raise
+                # A write that was killed has to be taken back first, which a copy is enough for.
+                copy = Path(stack.enter_context(TemporaryDirectory())) / "ledger"
+                for ending in ("", "-journal"):
+                    shutil.copyfile(f"{self.path}{ending}", f"{copy}{ending}")
+                connection = stack.enter_context(_transaction(copy, "rw"))
             yield connection
 
-    def _dataset(self, connection: sqlite3.Connection, patients: Iterable[Hashable]) -> int:
-        """Return the number of a set of patients, new where it has not been seen."""
+    def _find(
+        self, connection: sqlite3.Connection, patients: Iterable[Hashable]
+    ) -> tuple[list[bytes], str, set[int]]:
+        """Return the hashes of patients, that of all, and the sets that share one with them."""
         key = self._about(connection, "key")
-        members = sorted({_hash(patient, key) for patient in patients})
+        texts = {_plain(patient).encode() for patient in patients}
+        members = sorted(hashlib.blake2b(text, key=key, digest_size=16).digest() for text in texts)
         if not members:
             raise InputError("there are no patients to charge for")
         fingerprint = hashlib.blake2b(b"".join(members), key=key).hexdigest()
+        known = "SELECT other FROM overlaps JOIN datasets ON dataset = id WHERE fingerprint = ?"
+        rows = connection.execute(known, (fingerprint,)).fetchall()
+        if not rows:
+            one = "SELECT dataset FROM members WHERE patient = ?"
+            rows = [row for member in members for row in connection.execute(one, (member,))]
+        return members, fingerprint, {dataset for (dataset,) in rows}
+
+    @staticmethod
+    def _dataset(
+        connection: sqlite3.Connection, members: Collection[bytes], fingerprint: str, near: set[int]
+    ) -> int:
+        """Return the number of a set of patients, new where it has not been charged for."""
         query = "SELECT id FROM datasets WHERE fingerprint = ?"
         if (found := connection.execute(query, (fingerprint,)).fetchone()) is not None:
             return int(found[0])
-        cursor = connection.execute(
-            "INSERT INTO datasets (fingerprint, patients) VALUES (?, ?)",
-            (fingerprint, len(members)),
-        )
-        dataset = int(cursor.lastrowid or 0)
-        connection.executemany(
-            "INSERT INTO members VALUES (?, ?)", ((member, dataset) for member in members)
-        )
+        add = "INSERT INTO datasets (fingerprint, patients) VALUES (?, ?)"
+        dataset = int(connection.execute(add, (fingerprint, len(members))).lastrowid or 0)
+        rows = ((member, dataset) for member in members)
+        connection.executemany("INSERT INTO members VALUES (?, ?)", rows)
+        pairs = {(dataset, dataset), *((dataset, o) for o in near), *((o, dataset) for o in near)}
+        connection.executemany("INSERT INTO overlaps VALUES (?, ?)", pairs)
         return dataset
 
     @staticmethod
     def _releases(
-        connection: sqlite3.Connection, dataset: int, run: str | None = None
+        connection: sqlite3.Connection, datasets: Iterable[object], run: str | None = None
     ) -> Counter[Release]:
-        """Add up the charges of all sets that share a patient with this one."""
-        query = (
-            "SELECT sampling_rate, noise_multiplier, sum(releases) FROM charges WHERE dataset IN "
-            "(SELECT DISTINCT theirs.dataset FROM members ours JOIN members theirs "
-            "ON ours.patient = theirs.patient WHERE ours.dataset = ?) AND (? IS NULL OR run = ?) "
-            "GROUP BY sampling_rate, noise_multiplier"
-        )
-        rows = connection.execute(query, (dataset, run, run)).fetchall()
+        """Add up the charges of some sets of patients."""
+        rows = connection.execute(
+            "SELECT sampling_rate, noise_multiplier, sum(releases) FROM charges "
+            f"WHERE dataset IN ({', '.join(map(str, datasets))}) AND (? IS NULL OR run = ?) "
+            "GROUP BY sampling_rate, noise_multiplier",
+            (run, run),
+        ).fetchall()
         return Counter({Release(rate, noise): int(count) for rate, noise, count in rows})
 
     @staticmethod
@@ -290,19 +324,41 @@ class Ledger:
 
 
 @contextmanager
-def _transaction(path: Path, read_only: bool = False) -> Iterator[sqlite3.Connection]:
+def _transaction(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
     """Open one transaction, which ends on the disk or not at all."""
-    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, timeout=_WAIT_SECONDS, isolation_level=None, uri=True)
     try:
-        if not read_only:
-            connection.execute("PRAGMA journal_mode = DELETE")
-            connection.execute("PRAGMA synchronous = EXTRA")
-        connection.execute("BEGIN" if read_only else "BEGIN IMMEDIATE")
+        connection.execute("PRAGMA synchronous = EXTRA")
+        # For macOS, where a plain sync stops in the disk's own memory.
+        connection.execute("PRAGMA fullfsync = ON")
+        connection.execute("BEGIN" if mode == "ro" else "BEGIN IMMEDIATE")
+        # SQLite itself does not notice where a part of the last page is lost.
+        query = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+        (size,) = connection.execute(query).fetchone()
+        if mode != "rwc" and path.stat().st_size < max(size, 1):
+            raise sqlite3.DatabaseError("its end is lost")
         yield connection
         connection.execute("COMMIT")
     finally:
         connection.close()
+
+
+def _give_name(draft: Path, path: Path) -> None:
+    """Rename a file, but never in the place of one that was made in the meantime."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return
+    except OSError:
+        # Not every filesystem has hard links.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if not os.path.lexists(path):
+                draft.rename(path)
+        finally:
+            os.close(folder)
 
 
 @contextmanager
@@ -316,25 +372,28 @@ def _told(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _require(releases: Counter[Release], limit: Limit) -> None:
+def _passed(releases: Counter[Release], limit: Limit) -> str | None:
+    """Return what to tell where a limit would be passed."""
     epsilon = epsilon_of(releases, limit.delta)
-    if epsilon > limit.epsilon:
-        raise DeclinedError(
-            f"it would bring epsilon to {epsilon:.3f} at delta {limit.delta:g}, above "
-            f"{limit.epsilon:g}, {limit.name}"
-        )
-
-
-def _hash(patient: Hashable, key: bytes) -> bytes:
-    return hashlib.blake2b(_plain(patient).encode(), key=key, digest_size=16).digest()
+    if epsilon <= limit.epsilon:
+        return None
+    return (
+        f"it would bring epsilon to {epsilon:.3f} at delta {limit.delta:g}, above "
+        f"{limit.epsilon:g}, {limit.name}"
+    )
 
 
 def _plain(patient: Any) -> str:
-    """Return one text for a patient, whichever of NumPy's or Python's types its number has."""
-    if isinstance(patient, Sequence) and not isinstance(patient, str | bytes):
+    """Return one text for all that Python and NumPy hold for equal, in each process the same."""
+    if isinstance(patient, tuple):
         return f"({', '.join(map(_plain, patient))})"
-    return repr(patient.item() if hasattr(patient, "item") else patient)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    value = patient.item() if hasattr(patient, "item") else patient
+    if isinstance(value, str | bytes):
+        return ascii(str.__str__(value) if isinstance(value, str) else value)
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return repr(value + 0)
+    raise InputError(
+        "a patient must be a text, a finite number or a tuple of those, got one of type "
+        f"{type(patient).__name__}"
+    )

@@ -227,10 +227,16 @@ def ledger_path(context: Context, site: Site, message: Any) -> Path:
     Raises
     ------
     InputError
-        Where none of them says.
+        Where none of them says, or the path in the node config is not absolute.
     """
     if "ledger" in context.node_config:
-        return Path(str(context.node_config["ledger"])).expanduser()
+        path = Path(str(context.node_config["ledger"])).expanduser()
+        if not path.is_absolute():
+            raise InputError(
+                f"ledger in the node config must be an absolute path, got {str(path)!r}: elsewhere "
+                "it would be another file"
+            )
+        return path
     if not site.simulated:
         if site.data_dir is not None:
             return site.data_dir / LEDGER_FILE

@@ -7,18 +7,16 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.privacy.gradients import Batch, Loss
+from fedmed_flower.privacy.gradients import Batch, Loss, require_number, with_values
 
 _REMEDY = "build_model can return fedmed_flower.privacy.validate.with_group_norm(model)"
 _PRECISE = (torch.float32, torch.float64)
-_BATCH_NORMS = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    *(nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d),
-)
-_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+# How often a random change is tried: one may mix patients now and then only.
+_TRIALS = 8
 
 
 def with_group_norm(model: nn.Module, num_groups: int = 8) -> nn.Module:
@@ -27,27 +25,53 @@ def with_group_norm(model: nn.Module, num_groups: int = 8) -> nn.Module:
     Parameters
     ----------
     model : Module
-        BatchNorm becomes GroupNorm. InstanceNorm with running statistics loses them.
+        BatchNorm becomes GroupNorm and keeps its weight and bias. InstanceNorm with running
+        statistics loses them.
     num_groups : int
         The most groups of a layer; at least 1. A layer whose channels it does not divide gets the
-        greatest common divisor.
+        greatest common divisor; each group has at least two channels, where the layer has two.
 
     Returns
     -------
     Module
         `model`, or the new layer where `model` is a BatchNorm itself.
+
+    Raises
+    ------
+    InputError
+        Where `num_groups` is out of range or a layer does not know its channels yet.
     """
     if num_groups < 1:
         raise InputError(f"num_groups must be at least 1, got {num_groups}")
-    for name, child in list(model.named_children()):
-        setattr(model, name, with_group_norm(child, num_groups))
-    if isinstance(model, _INSTANCE_NORMS) and model.track_running_stats:
-        return type(model)(model.num_features, model.eps, affine=model.affine)
-    if not isinstance(model, _BATCH_NORMS):
-        return model
-    channels = model.num_features
+    new: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (_BatchNorm, _InstanceNorm)) and not module.num_features:
+            raise InputError(
+                f"{_layer(name, module)} does not know its channels yet: give the model one input"
+            )
+        if isinstance(module, _BatchNorm):
+            new[module] = _group_norm(module, num_groups)
+        elif isinstance(module, _InstanceNorm):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    for module in list(model.modules()):
+        # A layer may be in the model in several places.
+        for name, child in module._modules.items():
+            if child in new:
+                setattr(module, name, new[child])
+    return new.get(model, model)
+
+
+def _group_norm(layer: _BatchNorm, num_groups: int) -> nn.GroupNorm:
+    channels = layer.num_features
     groups = math.gcd(num_groups, channels)
-    return nn.GroupNorm(groups, channels, eps=model.eps, affine=model.affine)
+    if groups == channels:
+        # One number less its own mean is 0.
+        groups = next((n for n in range(channels // 2, 0, -1) if channels % n == 0), 1)
+    norm = nn.GroupNorm(groups, channels, eps=layer.eps, affine=layer.affine)
+    if layer.affine:
+        norm.weight, norm.bias = layer.weight, layer.bias
+    return norm.train(layer.training)
 
 
 def require_private_model(model: nn.Module, loss: Loss, batch: Batch) -> None:
@@ -66,13 +90,14 @@ def require_private_model(model: nn.Module, loss: Loss, batch: Batch) -> None:
     ------
     InputError
         Naming the module and the remedy, where a module normalises over the batch, changes a
-        buffer in training, or has parameters that are never trained or not precise enough to be
-        clipped.
+        buffer or a parameter in training, or has parameters that are never trained or not precise
+        enough to be clipped; also where the loss is not one number or does not depend on the model
+        that it is given.
     """
     model.train()
     for name, module in model.named_modules():
-        keeps = isinstance(module, _INSTANCE_NORMS) and module.track_running_stats
-        if keeps or isinstance(module, _BATCH_NORMS):
+        keeps = isinstance(module, _InstanceNorm) and module.track_running_stats
+        if keeps or isinstance(module, _BatchNorm):
             raise InputError(
                 f"{_layer(name, module)} mixes patients or keeps statistics of them: {_REMEDY}"
             )
@@ -86,24 +111,27 @@ def require_private_model(model: nn.Module, loss: Loss, batch: Batch) -> None:
                 "exactly: build_model can return model.float(); mixed-precision=true still runs "
                 "it in bfloat16 on a GPU"
             )
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    state = trained | buffers
+    before = _copies(model, trained=True)
+    copies = {name: p.detach().clone().requires_grad_() for name, p in trained.items()}
 
-    def run(*args: object, **kwargs: object) -> object:
-        return functional_call(model, state, args, kwargs)
-
-    value = loss(run, {key: part[:1] for key, part in batch.items()})
-    for name, buffer in model.named_buffers():
-        if not _equal(buffer, buffers[name]):
-            owner, _, own = name.rpartition(".")
-            raise InputError(
-                f"{_layer(owner, model.get_submodule(owner))} changes its buffer {own} in "
-                f"training: what it keeps there leaves the hospital without noise; {_REMEDY}, or "
-                "replace the layer"
-            )
+    one = {key: part[:1] for key, part in batch.items()}
+    value = require_number(loss(with_values(model, copies), one))
+    after = _state(model, trained=True) | copies
+    name = _difference(before, after)
+    if name is not None:
+        owner, _, own = name.rpartition(".")
+        kind = "parameter" if name in dict(model.named_parameters()) else "buffer"
+        raise InputError(
+            f"{_layer(owner, model.get_submodule(owner))} changes its {kind} {own} in "
+            f"training: what it keeps there leaves the hospital without noise; {_REMEDY}, or "
+            "replace the layer"
+        )
+    needless = "the loss does not depend on any parameter that requires a gradient"
     if not value.requires_grad:
-        raise InputError("the loss does not depend on any parameter that requires a gradient")
-    gradients = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
+        raise InputError(needless)
+    gradients = torch.autograd.grad(value, list(copies.values()), allow_unused=True)
+    if all(found is None for found in gradients):
+        raise InputError(f"{needless} of the model that it is given")
     unused = [name for name, found in zip(trained, gradients, strict=True) if found is None]
     if unused:
         more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
@@ -136,11 +164,17 @@ def require_private_loss(model: nn.Module, loss: Loss, batch: Batch) -> None:
     model.eval()
     with torch.no_grad():
         rows = [{key: part[i : i + 1] for key, part in batch.items()} for i in range(count)]
-        alone = torch.stack([loss(model, row) for row in rows]).double()
+        alone = torch.stack([require_number(loss(model, row)) for row in rows]).double()
         together = loss(model, batch).double()
     model.train()
-    wanted = (alone.mean(), alone.sum())
-    if not any(torch.allclose(together, value, rtol=1e-4, atol=1e-6) for value in wanted):
+    if together.ndim:
+        raise InputError(
+            "the loss of several records must be one number, their mean or sum, got shape "
+            f"{tuple(together.shape)}"
+        )
+    wanted = torch.stack([alone.mean(), alone.sum()])
+    near = torch.isclose(together, wanted, rtol=1e-4, atol=1e-6, equal_nan=True)
+    if not bool(near.any()):
         raise InputError(
             f"the loss couples patients: for {count} of them it is {float(together):.6g}, and what "
             f"it is for each alone has the mean {float(alone.mean()):.6g}. Private training needs "
@@ -168,34 +202,72 @@ def require_independent(
     InputError
         Where it does, as in mixup, or where the number of records changes.
     """
-    other = inputs.clone()
-    other[0] = other[0].flip(-1) + 1
-    results = []
-    for version in (inputs, other):
-        with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []):
-            torch.manual_seed(0)
-            results.append(change(version.clone()))
-    if len(results[0]) != len(inputs) or not _equal(results[0][1:], results[1][1:]):
-        raise InputError(
-            f"{name} mixes patients: the outcome for one record depends on another, as in mixup. "
-            "Private training needs each to be changed by itself"
-        )
+    cuda = [inputs.device] if inputs.is_cuda else []
+
+    def changed(version: Tensor, seed: int) -> Tensor:
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(seed)
+            return change(version.clone())
+
+    for seed in range(_TRIALS):
+        plain = changed(inputs, seed)
+        if len(plain) == len(inputs) and not _equal(plain, changed(inputs, seed)):
+            raise InputError(
+                f"{name} does not follow torch's global generator, so that it cannot be told "
+                "whether it mixes patients: draw all that is random from there"
+            )
+        for place in range(len(inputs)):
+            others = (inputs.flip(-1) + 1).to(inputs.dtype)
+            others[place] = inputs[place]
+            found = changed(others, seed)
+            if not len(plain) == len(found) == len(inputs) or not _equal(
+                plain[place], found[place]
+            ):
+                raise InputError(
+                    f"{name} mixes patients: the outcome for one record depends on another, as in "
+                    "mixup. Private training needs each to be changed by itself"
+                )
 
 
 def unchanged(before: Iterable[tuple[str, Tensor]], model: nn.Module) -> str | None:
-    """Return the first buffer or frozen parameter that training changed; None where none was."""
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
-    return next((name for name, value in before if not _equal(value, state[name])), None)
+    """Return the first that training changed of what it must not; None where it changed nothing.
+
+    That is a buffer, also one that was not there before, a frozen parameter, or whatever else is in
+    the model's state dict and is not trained.
+    """
+    return _difference(dict(before), _state(model, trained=False))
 
 
 def held(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Return copies of all that private training must leave as it is: for `unchanged`."""
-    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
-    return [(name, value.detach().clone()) for name, value in [*frozen, *model.named_buffers()]]
+    return list(_copies(model, trained=False).items())
+
+
+def _state(model: nn.Module, trained: bool) -> dict[str, Tensor]:
+    """Return what leaves with the model and what stays in its buffers, by name."""
+    learns = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    state = model.state_dict() | dict(model.named_buffers())
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and (trained or name not in learns)
+    }
+
+
+def _copies(model: nn.Module, trained: bool) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in _state(model, trained).items()}
+
+
+def _difference(before: dict[str, Tensor], after: dict[str, Tensor]) -> str | None:
+    """Return the name of the first entry that differs or is in one of them only."""
+    for name in before | after:
+        if name not in before or name not in after or not _equal(before[name], after[name]):
+            return name
+    return None
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
+    if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return bool(
         torch.equal(one, other) or ((one == other) | ((one != one) & (other != other))).all()

@@ -25,6 +25,7 @@ from flwr.serverapp import strategy as flower
 
 from fedmed_flower.arrays import view
 from fedmed_flower.errors import InputError
+from fedmed_flower.metrics import HOSPITAL_EPSILON
 from fedmed_flower.privacy.accounting import Release, epsilon_of, require_release
 from fedmed_flower.privacy.noise import gaussian, secure_generator
 from fedmed_flower.runfolder import RunFolder
@@ -255,7 +256,7 @@ class DPFedAvg(FedAvg):
         self._drawn = None
         clipping_norm = self.clipping_norm
         arrays, metrics = super().aggregate_train(server_round, list(replies))
-        told = {"hospital-epsilon": self.epsilon, "clipping-norm": clipping_norm}
+        told = {HOSPITAL_EPSILON: self.epsilon, "clipping-norm": clipping_norm}
         return arrays, MetricRecord(dict(metrics or {}) | told)
 
     def combine(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:

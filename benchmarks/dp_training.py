@@ -1,0 +1,362 @@
+"""Time and memory of a private step beside a plain one, and beside Opacus's hooks.
+
+A private step is what `train_privately` does with one draw of patients: gradients of each record,
+clipping, noise, step. For a small CNN (28 x 28 pixels) and eleven MONAI networks in 2D (64 x 64,
+batches of 8) and 3D (32 x 32 x 32, batches of 4; SwinUNETR 64 x 64 x 64, 2). BatchNorm is replaced
+by GroupNorm and parameters that never get a gradient are frozen, for all alike.
+
+- plain: one gradient of the mean loss, SGD
+- ours: with the method that `RecordGradients` chooses, whose name stands in brackets
+- vmap, loop: with the one or the other, whatever was chosen
+- hooks: Opacus's `GradSampleModule` and `DPOptimizer`. Without in-place activations and sums, which
+  its hooks cannot follow.
+
+Milliseconds are medians over the repeats, ratios medians of the ratios within a repeat, in which
+all take turns. Memory is what a step takes at most on top of model and batch, measured in a process
+of its own: resident memory, or on a GPU what torch allocates.
+
+``python benchmarks/dp_training.py [--networks UNet CNN] [--dims 2 3] [--repeats 3] [--no-memory]
+[--device cuda --mixed-precision]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import opacus
+import torch
+from monai.networks import nets
+from opacus.grad_sample import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fedmed_flower.clients import training
+from fedmed_flower.privacy.gradients import PROBE, PatientOptimizer, RecordGradients
+from fedmed_flower.privacy.validate import with_group_norm
+
+Batch = Mapping[str, Tensor]
+Step = Callable[[], Any]
+NOISE, NORM, RATE = 1.0, 1.0, 0.01
+LEVELS = {"channels": (16, 32, 64, 128), "strides": (2, 2, 2)}
+CNN_BATCHES = (64, 128, 256, 512)
+LABELS = 2
+# A measurement takes about so many seconds: short steps are repeated.
+LENGTH = 0.3
+VARIANTS = ("plain", "ours", "vmap", "loop", "hooks")
+
+
+def cnn(dims: int) -> nn.Module:
+    """Return a network of 26,000 weights for 28 x 28 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 8, stride=2, padding=3), nn.ReLU(), nn.MaxPool2d(2, 1),
+        nn.Conv2d(16, 32, 4, stride=2), nn.ReLU(), nn.MaxPool2d(2, 1),
+        nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, LABELS),
+    )  # fmt: skip
+
+
+def resnet18(dims: int) -> nn.Module:
+    return nets.resnet18(spatial_dims=dims, n_input_channels=1, num_classes=LABELS)
+
+
+def dynunet(dims: int) -> nn.Module:
+    kernels, strides = [3] * 4, [1, 2, 2, 2]
+    return nets.DynUNet(dims, 1, LABELS, kernels, strides, strides[1:], [16, 32, 64, 128])
+
+
+def efficientnet(dims: int) -> nn.Module:
+    name = "efficientnet-b0"
+    network = nets.EfficientNetBN(name, False, True, dims, 1, LABELS)
+    network.set_swish(memory_efficient=False)
+    return network
+
+
+def unetr(dims: int) -> nn.Module:
+    size = (64, 64) if dims == 2 else (32, 32, 32)
+    return nets.UNETR(1, LABELS, size, 16, 192, 384, 6, spatial_dims=dims)
+
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "CNN": cnn,
+    "UNet": lambda dims: nets.UNet(dims, 1, LABELS, **LEVELS, num_res_units=2, norm="batch"),
+    "AttentionUnet": lambda dims: nets.AttentionUnet(dims, 1, LABELS, **LEVELS),
+    "BasicUNet": lambda dims: nets.BasicUNet(dims, 1, LABELS, (16, 16, 32, 64, 128, 16)),
+    "DynUNet": dynunet,
+    "SegResNet": lambda dims: nets.SegResNet(dims, 16, 1, LABELS),
+    "ResNet18": resnet18,
+    "DenseNet121": lambda dims: nets.DenseNet121(dims, 1, LABELS),
+    "EfficientNet-B0": efficientnet,
+    "VNet": lambda dims: nets.VNet(dims, 1, LABELS),
+    "UNETR": unetr,
+    "SwinUNETR": lambda dims: nets.SwinUNETR(1, LABELS, feature_size=24, spatial_dims=dims),
+}
+
+
+class Case(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    dims: int
+    batch: int
+    size: int
+    device: str
+    mixed_precision: bool
+
+    def batch_and_model(self) -> tuple[Batch, nn.Module]:
+        """Return random records and the network, on the device."""
+        torch.manual_seed(0)
+        model = with_group_norm(NETWORKS[self.name](self.dims)).train()
+        shape = (self.size,) * self.dims
+        images = torch.randn(self.batch, 1, *shape)
+        with torch.no_grad():
+            outputs = model(images[:1])
+        labels = torch.randint(LABELS, (self.batch, *outputs.shape[2:]))
+        batch = {"image": images.to(self.device), "label": labels.to(self.device)}
+        loss(model, {key: value[:1].cpu() for key, value in batch.items()}).backward()
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+        model.zero_grad(set_to_none=True)
+        return batch, model.to(self.device)
+
+
+def loss(model: Callable[..., Tensor], batch: Batch) -> Tensor:
+    """Return the mean cross entropy, of images or of pixels."""
+    return nn.functional.cross_entropy(model(batch["image"]), batch["label"])
+
+
+def plain(case: Case, batch: Batch, model: nn.Module) -> tuple[Step, str]:
+    """Return a step of plain SGD."""
+    optimizer = torch.optim.SGD(trained(model), RATE)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(case):
+            value = loss(model, batch)
+        value.backward()
+        optimizer.step()
+
+    return step, "plain"
+
+
+def private(case: Case, batch: Batch, model: nn.Module, method: str = "auto") -> tuple[Step, str]:
+    """Return a step as `train_privately` makes it, and the method that was chosen."""
+    optimizer = PatientOptimizer(torch.optim.SGD(trained(model), RATE), NOISE, NORM, case.batch)
+    gradients = RecordGradients(model, loss, case.mixed_precision, method)
+    size = 1 if method == "loop" else case.batch
+    if method == "auto":
+        few = {key: value[:PROBE] for key, value in batch.items()}
+        size = training._micro_batch_size(gradients, few)
+
+    def step() -> None:
+        for start in range(0, case.batch, size):
+            rows = {key: value[start : start + size] for key, value in batch.items()}
+            optimizer.accumulate(gradients(rows)[0])
+        optimizer.release()
+
+    return step, gradients.method
+
+
+def hooks(case: Case, batch: Batch, model: nn.Module) -> tuple[Step, str]:
+    """Return a step of Opacus's own."""
+    for module in model.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False
+    hooked = Hooked(model)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(trained(hooked), RATE),
+        noise_multiplier=NOISE,
+        max_grad_norm=NORM,
+        expected_batch_size=case.batch,
+    )
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with OutOfPlace(), autocast(case):
+            value = loss(hooked, batch)
+        value.backward()
+        optimizer.step()
+
+    return step, "hooks"
+
+
+class Hooked(GradSampleModule):
+    """Hooks each layer once, also where it has two names."""
+
+    def iterate_submodules(self, module: nn.Module) -> Iterator[nn.Module]:
+        """Yield the layers with parameters of their own."""
+        yield from dict.fromkeys(super().iterate_submodules(module))
+
+
+class OutOfPlace(TorchFunctionMode):
+    """Makes ``x += y`` and ``x *= y`` new tensors: hooks fail where a layer's output is changed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, or the one in its place."""
+        other = {Tensor.__iadd__: torch.add, Tensor.__imul__: torch.mul, Tensor.add_: torch.add}
+        return other.get(func, func)(*args, **(kwargs or {}))
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def autocast(case: Case) -> Any:
+    return torch.autocast(case.device, torch.bfloat16, enabled=case.mixed_precision)
+
+
+def prepare(case: Case, variant: str) -> tuple[Step, str]:
+    """Return a step of a model of its own, and the method."""
+    batch, model = case.batch_and_model()
+    if variant in ("plain", "hooks"):
+        return {"plain": plain, "hooks": hooks}[variant](case, batch, model)
+    return private(case, batch, model, "auto" if variant == "ours" else variant)
+
+
+def seconds(step: Step, count: int, device: str) -> float:
+    """Return how long a step takes, as the mean of so many."""
+    began = time.perf_counter()
+    for _ in range(count):
+        step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / count
+
+
+def memory(case: Case, variant: str, pipe: Any) -> None:
+    """Send how many bytes steps take on top of model and batch; in a process of its own."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    step, _ = prepare(case, variant)
+    if case.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            step()
+        pipe.send(torch.cuda.max_memory_allocated() - before)
+        return
+    # Linux: the highest value is set back to the present one.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    for _ in range(2):
+        step()
+    pipe.send(resident("VmHWM") - before)
+
+
+def resident(key: str) -> int:
+    """Return a value of this process's memory, in bytes."""
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1]) if found else 0
+
+
+def megabytes(case: Case, variant: str) -> float:
+    """Return the memory of a step; NaN where it could not be measured."""
+    context = multiprocessing.get_context("forkserver")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=memory, args=(case, variant, there))
+    process.start()
+    there.close()
+    with contextlib.suppress(EOFError):
+        return float(here.recv()) / 2**20
+    return float("nan")
+
+
+def compare(case: Case, args: argparse.Namespace) -> None:
+    """Print one row."""
+    steps: dict[str, Step] = {}
+    methods: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for variant in VARIANTS:
+        try:
+            step, methods[variant] = prepare(case, variant)
+            step()
+            counts[variant] = max(1, min(20, int(LENGTH / seconds(step, 1, case.device))))
+            steps[variant] = step
+        except Exception as error:  # A table of what fails is the purpose.
+            failed[variant] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    times: dict[str, list[float]] = {variant: [] for variant in steps}
+    for _ in range(args.repeats):
+        for variant, step in steps.items():
+            times[variant].append(seconds(step, counts[variant], case.device))
+
+    def ratio(one: str, other: str) -> str:
+        if not {one, other} <= times.keys():
+            return "-"
+        pairs = zip(times[one], times[other], strict=True)
+        return f"{statistics.median(a / b for a, b in pairs):.2f}"
+
+    del steps
+    cells = [case.name, f"{case.dims}D", case.batch]
+    for variant in VARIANTS:
+        middle = f"{1000 * statistics.median(times[variant]):.0f}" if variant in times else "fails"
+        cells.append(f"{middle} ({methods['ours']})" if variant == "ours" else middle)
+    cells += [ratio("ours", "plain"), ratio("hooks", "plain"), ratio("ours", "hooks")]
+    for variant in ("plain", "ours", "hooks"):
+        wanted = args.memory and variant in times
+        cells.append(f"{megabytes(case, variant):.0f}" if wanted else "-")
+    print(line(cells), flush=True)
+    for variant, reason in failed.items():
+        print(f"    {variant} fails: {reason[:150]}", flush=True)
+
+
+def line(cells: list[Any]) -> str:
+    """Return the cells of a row in their columns."""
+    widths = (15, 4, 6, 7, 13, 7, 7, 7, 11, 12, 11, 9, 9, 9)
+    first, *rest = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    return f"{first.strip():15}" + "".join(rest)
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Yield the rows that are asked for."""
+    given = (args.device, args.mixed_precision)
+    for dims in args.dims:
+        for name in args.networks:
+            if name == "CNN":
+                sizes = [(batch, 28) for batch in CNN_BATCHES if dims == 2]
+            elif dims == 2:
+                sizes = [(8, 64)]
+            else:
+                sizes = [(2, 64) if name == "SwinUNETR" else (4, 32)]
+            for batch, size in sizes:
+                yield Case(name, dims, batch, size, *given)
+
+
+def main() -> None:
+    """Parse the arguments and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--dims", nargs="+", type=int, default=[2, 3], choices=[2, 3])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--mixed-precision", action="store_true", help="bfloat16 by autocast")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    multiprocessing.set_forkserver_preload(["opacus", "monai.networks.nets"])
+    began = time.time()
+    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    print(f"{where}, {os.cpu_count()} cores, one thread, torch {torch.__version__}, ", end="")
+    print(f"Opacus {opacus.__version__}; ms a step, MB on top of model and batch")
+    heads = ["", "", "batch", "plain", "ours", "vmap", "loop", "hooks", "ours/plain", "hooks/plain"]
+    print(line([*heads, "ours/hooks", "plain MB", "ours MB", "hooks MB"]))
+    for case in cases(args):
+        compare(case, args)
+    print(f"\n{time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The frame of a report, and what it says of a hospital's data in every run."""
+
+from string import Template
+
+from fedmed_flower.data.site import GENERATED
+
+# In an SVG these become CSS variables, so that plots follow the colour scheme.
+SCHEME = {"#010203": "var(--soft)", "#010204": "var(--line)", "#010205": "var(--paper)"}
+INK, FAINT, PAPER = SCHEME
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>$title</title><style>
+@media screen and (prefers-color-scheme:dark){:root:root{--paper:#15191e;--ink:#e4e8ec;
+--soft:#a3adb8;--line:#39424c;--tint:#1f252c;--bad:#ff8f86;--good:#6cc99a}}
+:root{color-scheme:light dark;--paper:#fff;--ink:#1b2229;--soft:#55606b;--line:#d5dae0;
+--tint:#f3f5f7;--bad:#a11d1d;--good:#1c6b43}body{margin:0;background:var(--paper);color:var(--ink)}
+body{font:1rem/1.5 system-ui,"Segoe UI",Roboto,sans-serif;overflow-wrap:break-word}
+main{max-width:60rem;margin:0 auto;padding:2rem 1.5rem 3rem}p{margin:.5rem 0;max-width:48rem}
+h1{font-size:1.75rem;line-height:1.2;margin:0}figure{margin:0}h1,b,th,.banner{font-weight:600}
+h2{font-size:1.15rem;margin:2.6rem 0 .6rem;padding-top:.9rem;border-top:1px solid var(--line)}
+.banner{background:#ffd84d;color:#1b1500;text-align:center;padding:.6rem}.lead{font-size:1.1rem}
+.soft,.note,figcaption,caption{color:var(--soft)}.note,figcaption,caption,ul{font-size:.875rem}
+.status{margin:1rem 0;padding:.6rem 1rem;border-left:.35rem solid;background:var(--tint)}
+.failed,.stopped{background:var(--bad);color:var(--paper);border:0}.finished{color:var(--good)}
+.status b{display:block}:is(.failed,.stopped) b{font-size:1.3rem}caption{text-align:left}
+table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;min-width:60%}
+th,td{padding:.32rem .75rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--line)}
+th:first-child{padding-left:.4rem;text-align:left}.words :is(th,td){text-align:left}
+tbody th,td small{font-weight:400}th[scope=row],.words td{min-width:6.5rem;max-width:16rem}
+thead th{vertical-align:bottom;border-bottom:1.5px solid var(--soft)}tfoot{background:var(--tint)}
+tfoot tr:first-child>*{border-top:1.5px solid var(--soft)}tfoot tr:last-child td{font-weight:600}
+td small{display:block;width:max-content;max-width:9rem;margin-left:auto;color:var(--soft)}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(16rem,1fr));gap:1rem 1.4rem}
+figure b{color:var(--ink)}.dots{max-width:40rem;margin:1.2rem 0}.plots table{width:100%}
+figure>svg{display:block;width:100%;height:auto}svg text{font-family:inherit!important}
+ul{display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;padding:0;list-style:none}li{max-width:100%}
+.key{width:1.35rem;height:.65rem;margin-right:.4rem}.wide{overflow-x:auto;margin:.8rem 0}
+@media print{@page{margin:16mm}:root{font-size:75%}main{max-width:none}h2,ul{break-after:avoid}
+main{padding:0}.banner,.status,tfoot{print-color-adjust:exact}.wide{overflow:visible}
+tr,figure{break-inside:avoid}.plots{grid-template:auto/1fr 1fr 1fr}th,td{padding:.2rem .5rem}}
+</style></head><body>$banner<main>$body</main></body></html>""")
+BANNER = f'<div class="banner" role="note">{GENERATED}</div>'
+LEAVES = """<h2>What left each hospital</h2><p>No image and no patient record. After each round a
+hospital sends its model’s weights, its number of images per split (training, validation, test), {}.
+Before, it told its name and its data’s name and checksum; of an error it tells the class, and why
+it declined a round.</p>"""
+OPEN = """its losses and metrics, its counts of right and wrong decisions per class (confusion
+counts), and histograms of the model’s scores per class around their median, with it and its own
+AUC"""
+COUNTED = "and counts of the model’s scores per class, from which its metrics follow"
+UNPROTECTED = """<p>None of this carries noise, unless the settings below say so. Privacy accounting
+is not part of this run: nothing here bounds what could be inferred about one patient from what was
+sent.</p>"""
+HOSPITAL = """<p>Unit: the hospital. Whether a whole hospital took part is hidden, in the models of
+all rounds together, to epsilon <b>{epsilon}</b> at delta {delta}, by noise that the server added.
+The server itself, and its files with each hospital’s numbers, are not covered.</p>"""
+NO_PATIENT = "<p>Nothing here bounds what could be inferred about one patient.</p>"
+PATIENT = """<p>Unit: the patient, with all records, in or out. What the models of all rounds
+together tell about any one training patient is bounded by epsilon <b>{epsilon}</b> at delta {delta}
+(the run’s target: {target}), by clipping and noise at the hospital. """
+NOISED = """Evaluation counts carry noise too, and cost a validation or test patient no more than
+the target. Not covered: the numbers of images.</p>"""
+EXACT = """Not covered, since they carry no noise: numbers of images, training losses and times, and
+all that is counted on validation and test patients.</p>"""

@@ -1,0 +1,550 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from dp_accounting import dp_event, pld
+from flwr.app import ArrayRecord
+from tiny import (
+    TinyClient,
+    ask,
+    bits,
+    context_of,
+    fixed,
+    linear,
+    make_rows,
+    model_arrays,
+    run_tiny,
+    says,
+    trained,
+)
+from torch import nn
+
+from fedmed_flower import InputError, MedicalClient, SiteData
+from fedmed_flower.clients.training import train_epochs, train_privately
+from fedmed_flower.data.site import read_error
+from fedmed_flower.privacy.accounting import Release, epsilon_of
+from fedmed_flower.privacy.ledger import Ledger
+from fedmed_flower.privacy.patient import Mechanism, PrivacySettings
+from fedmed_flower.runfolder import RunFolder
+from fedmed_flower.strategies import FedAvg
+
+PRIVATE = {"privacy": "patient", "target_epsilon": 4.0}
+NO_NOISE = Release(1.0, 0.0)
+
+
+def private(tmp_path, index=0, node_config=None, **config):
+    return context_of(index, node_config=node_config, run_dir=str(tmp_path), **PRIVATE | config)
+
+
+def error_of(client, context, kind="train", **config):
+    reply = ask(client, kind, context, **config)
+    assert reply.has_error()
+    return read_error(reply.error.reason)[1]
+
+
+def ledger_of(tmp_path, index=0):
+    return Ledger(tmp_path / "ledgers" / f"hospital-{index + 1}.sqlite", read_only=True)
+
+
+def losses(model, batch):
+    return nn.functional.cross_entropy(model(batch["image"]), batch["label"])
+
+
+def table(rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(rows, 1, 2, 2, generator=generator)
+    labels = torch.arange(rows) % 2
+    return images, labels
+
+
+def private_steps(model, images, labels, patients, steps=3, clip=1e6, size=0, mu=0.0, **settings):
+    mechanism = Mechanism(
+        NO_NOISE,
+        steps,
+        len(set(patients)),
+        PrivacySettings(privacy="patient", max_grad_norm=clip, micro_batch_size=size, **settings),
+    )
+
+    def batch_of(places):
+        return {"image": images[list(places)], "label": labels[list(places)]}
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.5, weight_decay=0.1)
+    return train_privately(model, batch_of, patients, losses, optimizer, mechanism, proximal_mu=mu)
+
+
+def twin(model):
+    copied = linear()
+    copied.load_state_dict(model.state_dict())
+    return copied
+
+
+def assert_alike(model, other):
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.7])
+@pytest.mark.parametrize("size", [0, 1, 3, 100])
+def test_without_noise_and_clipping_private_training_is_plain_training(size, mu):
+    images, labels = table(8)
+    model = linear()
+    plain = twin(model)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.5, weight_decay=0.1)
+    batch = [{"image": images, "label": labels}]
+    train_epochs(
+        plain, batch, nn.CrossEntropyLoss(), optimizer, 3, torch.device("cpu"), proximal_mu=mu
+    )
+    _, dropped = private_steps(model, images, labels, range(8), size=size, mu=mu)
+    assert dropped == 0
+    assert_alike(model, plain)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3])
+def test_a_patient_with_many_records_counts_once(size):
+    images, labels = table(7)
+    patients = ["a", "b", "a", "c", "a", "a", "c"]
+    model = linear()
+    plain = twin(model)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.5, weight_decay=0.1)
+    share = torch.tensor([1 / patients.count(patient) for patient in patients]) / 3
+    for _ in range(3):
+        optimizer.zero_grad()
+        each = nn.functional.cross_entropy(plain(images), labels, reduction="none")
+        (each * share).sum().backward()
+        optimizer.step()
+    private_steps(model, images, labels, patients, size=size, patient_records="mean")
+    assert_alike(model, plain)
+
+
+def test_a_patient_of_whom_one_record_is_not_finite_is_left_out():
+    images, labels = table(5)
+    images[3] = math.nan
+    patients = ["a", "b", "a", "c", "d"]
+    model = linear()
+    other = twin(model)
+    mean, dropped = private_steps(model, images, labels, patients, steps=1, patient_records="mean")
+    assert (dropped, math.isfinite(mean)) == (1, True)
+    patients = ["a", "b", "a", "d"]
+    keep = [0, 1, 2, 4]
+    private_steps(other, images[keep], labels[keep], patients, steps=1, patient_records="mean")
+    start, moved = list(linear().parameters()), list(model.parameters())
+    assert len(start) == len(moved)
+    # Three patients moved the model in both, but one sum is divided by four.
+    fresh = twin(other)
+    assert all(torch.isfinite(p).all() for p in (*model.parameters(), *fresh.parameters()))
+
+
+def test_no_step_moves_the_model_further_than_the_clipping_norm():
+    images, labels = table(6)
+    model = linear()
+    before = [p.detach().clone() for p in model.parameters()]
+    mechanism = Mechanism(NO_NOISE, 1, 6, PrivacySettings(privacy="patient", max_grad_norm=0.01))
+
+    def batch_of(places):
+        return {"image": 1e4 * images[list(places)], "label": labels[list(places)]}
+
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    train_privately(model, batch_of, range(6), losses, optimizer, mechanism)
+    moved = [p.detach() - start for p, start in zip(model.parameters(), before, strict=True)]
+    length = math.sqrt(sum(float(change.square().sum()) for change in moved))
+    assert 0 < length <= 0.01 * (1 + 1e-6)
+
+
+def test_a_step_in_which_nobody_is_drawn_moves_the_model_by_noise():
+    images, labels = table(2)
+    model = linear()
+    before = [p.detach().clone() for p in model.parameters()]
+    settings = PrivacySettings(privacy="patient")
+    mechanism = Mechanism(Release(1e-12, 1.0), 2, 2, settings)
+
+    def batch_of(places):
+        raise AssertionError("nobody is drawn")
+
+    optimizer = torch.optim.SGD(model.parameters(), 1e-12)
+    mean, dropped = train_privately(model, batch_of, range(2), losses, optimizer, mechanism)
+    assert math.isnan(mean)
+    assert dropped == 0
+    assert all((p != b).all() for p, b in zip(model.parameters(), before, strict=True))
+    assert len(labels) == len(images)
+
+
+def test_a_client_trains_privately_by_run_config_alone(tmp_path):
+    context = private(tmp_path, num_server_rounds=2, local_epochs=2, delta=1e-4)
+    reply = ask(TinyClient, "train", context)
+    assert not reply.has_error()
+    metrics = reply.content["metrics"]
+    assert set(metrics) == {
+        "loss", "num-examples", "seconds", "patient-epsilon", "patient-epsilon-total",
+    }  # fmt: skip
+    (entry,) = ledger_of(tmp_path).entries()
+    ((release, steps),) = entry.releases.items()
+    assert (entry.purpose, entry.patients, entry.rounds, entry.unsettled) == ("train", 10, 1, 0)
+    assert release.sampling_rate == 0.4
+    assert steps == 5
+    accountant = pld.PLDAccountant()
+    noise = dp_event.GaussianDpEvent(release.noise_multiplier)
+    accountant.compose(dp_event.PoissonSampledDpEvent(0.4, noise), 5)
+    assert metrics["patient-epsilon"] == pytest.approx(accountant.get_epsilon(1e-4), rel=0.01)
+    assert epsilon_of({release: 2 * steps}, 1e-4) == pytest.approx(4.0, rel=0.01)
+    assert not np.array_equal(
+        reply.content["arrays"]["1.weight"].numpy(), model_arrays()["1.weight"].numpy()
+    )
+
+
+def test_equal_seeds_do_not_give_equal_noise(tmp_path):
+    models = []
+    for attempt in range(2):
+        models.append(trained(TinyClient, private(tmp_path / str(attempt), seed=3)))
+    assert models[0]["1.weight"] != models[1]["1.weight"]
+    images = make_rows(10, 0)
+    same = fixed(SiteData(train=images))
+    sites = [trained(same, private(tmp_path, index, seed=3)) for index in range(2)]
+    assert sites[0]["1.weight"] != sites[1]["1.weight"]
+
+
+def test_the_ledger_adds_up_rounds_and_runs(tmp_path):
+    run = private(tmp_path, num_server_rounds=2)
+    epsilons = []
+    for context, key in ((run, "first"), (run, "first"), (private(tmp_path), "second")):
+        metrics = ask(TinyClient, "train", context, run_key=key).content["metrics"]
+        epsilons.append((metrics["patient-epsilon"], metrics["patient-epsilon-total"]))
+    (one, one_total), (two, two_total), (other, total) = epsilons
+    assert one == one_total < two == two_total < total
+    assert 0 < other < total
+    assert [entry.run for entry in ledger_of(tmp_path).entries()] == ["first", "second"]
+
+
+def test_a_run_is_declined_before_its_target_is_passed(tmp_path):
+    context = private(tmp_path, num_server_rounds=1)
+    assert not ask(TinyClient, "train", context, run_key="r").has_error()
+    text = error_of(TinyClient, context, run_key="r")
+    assert text.startswith("declined: it would bring epsilon to ")
+    assert text.endswith(" at delta 1e-05, above 4, the run's target-epsilon")
+    assert ledger_of(tmp_path).entries()[0].rounds == 1
+
+
+def test_a_real_hospital_declines_by_name_and_reason(tmp_path):
+    node = {
+        "site-name": "north",
+        "ledger": str(tmp_path / "ledger.sqlite"),
+        "budget-epsilon": 1,
+        "budget-delta": 1e-5,
+    }
+    text = error_of(TinyClient, private(tmp_path, node_config=node))
+    assert text.startswith("declined: it would bring epsilon to ")
+    assert text.endswith(" at delta 1e-05, above 1, the hospital's privacy budget")
+
+
+def test_a_hospital_with_a_budget_declines_training_without_privacy(tmp_path):
+    node = {"partition-id": 0, "num-partitions": 2, "budget-epsilon": 9.0, "budget-delta": 1e-5}
+    context = context_of(node_config=node)
+    text = 'this hospital has set a privacy budget and trains with privacy="patient" only'
+    assert error_of(TinyClient, context) == f"declined: {text}"
+
+
+def test_three_hospitals_stop_at_their_own_budgets_and_the_run_ends_well(tmp_path):
+    budgets = [2.6, 3.4, 50.0]
+    node_configs = [{"budget-epsilon": b, "budget-delta": 1e-5} for b in budgets]
+    strategy = FedAvg()
+    result = run_tiny(
+        tmp_path / "run",
+        num_sites=3,
+        node_configs=node_configs,
+        strategy=strategy,
+        num_server_rounds=4,
+        **PRIVATE,
+    )
+    rounds = {
+        site: [row[0] for row in strategy.history.rows if row[1:4] == ("train", site, "loss")]
+        for site in ("hospital-1", "hospital-2", "hospital-3")
+    }
+    assert [len(taken) for taken in rounds.values()] == [1, 2, 4]
+    for index, budget in enumerate(budgets):
+        ledger = ledger_of(tmp_path / "run", index)
+        spent = ledger.most(1e-5)
+        assert spent <= min(budget, 4.0)
+        (entry,) = ledger.entries()
+        ((release, steps),) = entry.releases.items()
+        more = Release(*release), steps + steps // entry.rounds
+        assert epsilon_of({more[0]: more[1]}, 1e-5) > min(budget, 4.0)
+    assert set(result.train_metrics_clientapp) == {1, 2, 3, 4}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    sites = summary["privacy"]["patient"]["sites"]
+    assert [(s["rounds"], s["declined"]) for _, s in sorted(sites.items())] == [
+        (1, 3), (2, 2), (4, 0),
+    ]  # fmt: skip
+    assert sites["hospital-3"]["epsilon"] == pytest.approx(4.0, rel=0.01)
+    for number in (1, 4):
+        together = result.train_metrics_clientapp[number]["patient-epsilon"]
+        assert together == max(
+            row[4]
+            for row in strategy.history.rows
+            if row[0] == number and row[3] == "patient-epsilon" and row[2] != "all"
+        )
+
+
+def test_a_run_ends_with_its_model_when_every_hospital_has_declined(tmp_path):
+    node = {"budget-epsilon": 3.4, "budget-delta": 1e-5}
+    strategy = FedAvg()
+    result = run_tiny(
+        tmp_path / "run",
+        node_configs=[node, node],
+        strategy=strategy,
+        num_server_rounds=9,
+        **PRIVATE | {"target_epsilon": 6.0},
+    )
+    trained_rounds = set(result.train_metrics_clientapp)
+    assert trained_rounds
+    last = max(trained_rounds) + 2
+    found = [f for f in strategy.history.failures if f.site == "all" and f.round == last]
+    assert [f.reason for f in found] == ["every connected site has declined to train further"]
+    assert max(f.round for f in strategy.history.failures if f.phase == "train") == last
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+    assert all(np.isfinite(array.numpy()).all() for array in result.arrays.values())
+
+
+def test_a_resumed_run_goes_on_in_the_same_account(tmp_path):
+    run_tiny(tmp_path / "run", num_server_rounds=2, **PRIVATE)
+    key = RunFolder(tmp_path / "run").read_config()["run"]["key"]
+    before = ledger_of(tmp_path / "run").most(1e-5)
+    strategy = FedAvg()
+    run_tiny(tmp_path / "run", strategy=strategy, num_server_rounds=3, resume=True, **PRIVATE)
+    assert RunFolder(tmp_path / "run").read_config()["run"]["key"] == key
+    (entry,) = ledger_of(tmp_path / "run").entries()
+    assert (entry.run, entry.rounds) == (key, 2)
+    assert ledger_of(tmp_path / "run").most(1e-5) == before <= 4.0
+    reasons = [f.reason for f in strategy.history.failures if f.round == 3]
+    *declined, rest = reasons
+    assert all(reason.endswith("above 4, the run's target-epsilon") for reason in declined)
+    assert len(declined) == 2
+    assert rest == "0 usable replies, 1 needed: the model stays as it was"
+
+
+def test_models_for_comparison_are_runs_of_their_own(tmp_path):
+    run_tiny(tmp_path / "run", num_server_rounds=1, baselines=True, **PRIVATE)
+    key = RunFolder(tmp_path / "run").read_config()["run"]["key"]
+    runs = [entry.run for entry in ledger_of(tmp_path / "run").entries()]
+    assert runs == [key, f"{key}/local-1-hospital-1"]
+    pooled = Ledger(tmp_path / "run" / "ledgers" / "all-sites.sqlite", read_only=True)
+    assert [(e.run, e.patients) for e in pooled.entries()] == [(f"{key}/pooled", 20)]
+
+
+def test_the_report_and_the_metrics_tell_what_each_patient_has_cost(tmp_path):
+    run_tiny(tmp_path / "run", num_server_rounds=2, **PRIVATE)
+    page = " ".join((tmp_path / "run" / "report.html").read_text().split())
+    assert "Unit: the patient, with all records, in or out." in page
+    assert "by epsilon <b>4.000</b> at delta 1e-05 (the run’s target: 4.0)" in page
+    assert "Epsilon per patient, this run" in page
+    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert sum("hospital-1,patient-epsilon," in line for line in lines) == 2
+
+
+class Norm(TinyClient):
+    def build_model(self):
+        return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+class Mixing(TinyClient):
+    def augment(self, images):
+        return (images + images.flip(0)) / 2
+
+
+class Weighted(TinyClient):
+    def loss(self):
+        return nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9.0]))
+
+
+class OwnFit(TinyClient):
+    def fit(self, model, prepared, seed):
+        return super().fit(model, prepared, seed)
+
+
+class Bare(MedicalClient):
+    num_classes = 2
+    build_model = TinyClient.build_model
+    load_data = TinyClient.load_data
+
+    def check(self, data):
+        pass
+
+    def prepare(self, rows, train):
+        return rows
+
+    def fit(self, model, prepared, seed):
+        return {}
+
+    def measure(self, model, prepared):
+        return {"num-examples": len(prepared)}
+
+
+class Stateful(nn.Linear):
+    """Remembers, in a Python attribute that becomes a buffer, what it saw last."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, values):
+        self.calls += 1
+        if self.calls > 12:
+            self.seen = self.seen + 1
+        return super().forward(values)
+
+
+class Remembering(TinyClient):
+    def build_model(self):
+        return nn.Sequential(nn.Flatten(), Stateful())
+
+
+@pytest.mark.parametrize(
+    ("client", "model", "text"),
+    [
+        (
+            Norm,
+            lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 2)),
+            "the layer 1 (BatchNorm1d) mixes patients or keeps statistics of them: build_model can "
+            "return fedmed_flower.privacy.validate.with_group_norm(model)",
+        ),
+        (
+            Mixing,
+            linear,
+            "augment mixes patients: the outcome for one record depends on another, as in mixup. "
+            "Private training needs each to be changed by itself",
+        ),
+        (
+            OwnFit,
+            linear,
+            "OwnFit gives its own fit, which private training does not use: give batch_of and "
+            "loss_of beside it",
+        ),
+        (
+            Bare,
+            linear,
+            "Bare gives its own fit, which private training does not use: give batch_of and "
+            "loss_of beside it",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_privately_is_refused_and_costs_nothing(
+    tmp_path, client, model, text
+):
+    arrays = model_arrays(model)
+    reply = ask(client, "train", private(tmp_path), arrays)
+    assert read_error(reply.error.reason)[1] == text
+    assert not (tmp_path / "ledgers").exists()
+
+
+def test_a_loss_that_couples_patients_is_refused(tmp_path):
+    text = error_of(Weighted, private(tmp_path))
+    assert text.startswith("the loss couples patients: for 4 of them it is ")
+    assert text.endswith("class weights with reduction='sum'")
+
+
+def test_a_client_that_says_nothing_of_single_records_cannot_train_privately():
+    bare = Bare(context_of())
+    text = "Bare cannot train privately: it gives no batch_of and loss_of"
+    for call in (lambda: bare.batch_of([], []), lambda: bare.loss_of(linear(), {})):
+        with pytest.raises(InputError, match=says(text)):
+            call()
+
+
+def test_what_training_leaves_behind_in_a_buffer_never_leaves(tmp_path):
+    arrays = model_arrays(lambda: nn.Sequential(nn.Flatten(), Stateful()))
+    reply = ask(Remembering, "train", private(tmp_path, local_epochs=9), arrays)
+    assert reply.has_error()
+    text = read_error(reply.error.reason)[1]
+    assert text == "training has changed 1.seen, which would leave the hospital without noise"
+    (entry,) = ledger_of(tmp_path).entries()
+    assert entry.unsettled == 1
+
+
+def test_fedprox_reaches_private_training(tmp_path):
+    lengths = []
+    for mu in (0.0, 19.0):
+        # So weak a target that noise hardly counts.
+        context = private(tmp_path / str(mu), target_epsilon=1e5, local_epochs=2)
+        sent = ask(TinyClient, "train", context, proximal_mu=mu).content["arrays"]["1.weight"]
+        lengths.append(np.linalg.norm(sent.numpy() - model_arrays()["1.weight"].numpy()))
+    assert 0 < 2 * lengths[1] < lengths[0]
+
+
+def many(classes=2, patients=None):
+    def rows(seed, name):
+        found = make_rows(300, seed, name, classes)
+        if patients:
+            found = [{**row, "patient": f"{name}{n % patients}"} for n, row in enumerate(found)]
+        return found
+
+    return SiteData(train=rows(0, "t"), val=rows(1, "v"), test=rows(2, "s"))
+
+
+def test_private_metrics_are_near_the_true_ones_and_cost_other_patients(tmp_path):
+    client = fixed(many())
+    context = private(tmp_path, private_metrics=True, num_server_rounds=1, target_epsilon=99.0)
+    exact = ask(client, "evaluate", context_of()).content["metrics"]
+    reply = ask(client, "evaluate", context, server_round=1)
+    noised = reply.content["metrics"]
+    assert set(noised) == {
+        "num-examples", "accuracy", "balanced-accuracy", "sensitivity", "specificity", "auc",
+        "noised-counts",
+    }  # fmt: skip
+    assert abs(noised["num-examples"] - 300) < 20
+    for name in ("auc", "accuracy"):
+        assert abs(noised[name] - exact[name]) < 0.05
+    assert noised["auc"] != exact["auc"]
+    (entry,) = ledger_of(tmp_path).entries()
+    assert (entry.purpose, entry.patients, entry.releases.total()) == ("val", 300, 1)
+    assert error_of(client, context, "evaluate").endswith("above 99, the run's target-epsilon")
+    assert not ask(client, "train", context).has_error()
+
+
+def test_private_metrics_leave_out_training_loss_and_time(tmp_path):
+    reply = ask(TinyClient, "train", private(tmp_path, private_metrics=True))
+    assert set(reply.content["metrics"]) == {
+        "num-examples", "patient-epsilon", "patient-epsilon-total",
+    }  # fmt: skip
+
+
+def test_a_hospital_can_insist_on_private_metrics(tmp_path):
+    node = {"partition-id": 0, "num-partitions": 2, "private-metrics": True}
+    context = context_of(node_config=node, run_dir=str(tmp_path))
+    assert "noised-counts" in ask(TinyClient, "evaluate", context).content["metrics"]
+    assert set(ask(TinyClient, "train", context).content["metrics"]) == {"loss", "num-examples"}
+
+
+def test_a_run_with_private_metrics_pools_them(tmp_path):
+    result = run_tiny(
+        tmp_path / "run",
+        fixed(many()),
+        private_metrics=True,
+        num_server_rounds=1,
+        **PRIVATE | {"target_epsilon": 99.0},
+    )
+    metrics = result.evaluate_metrics_clientapp[1]
+    assert "noised-counts" not in metrics
+    assert abs(metrics["num-examples"] - 600) < 30
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert abs(summary["test"]["federated"]["num-examples"] - 600) < 30
+    assert 0.4 < summary["test"]["federated"]["auc"] <= 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Evaluation counts carry noise too" in page
+
+
+def test_a_client_without_private_metrics_says_so(tmp_path):
+    reply = ask(Bare, "evaluate", private(tmp_path, private_metrics=True))
+    text = "Bare gives no measure_privately: set private-metrics=false"
+    assert read_error(reply.error.reason)[1] == text
+
+
+def test_without_privacy_nothing_is_written_and_nothing_changes(tmp_path):
+    context = context_of(run_dir=str(tmp_path), run_id=77)
+    reply = ask(TinyClient, "train", context)
+    again = ask(TinyClient, "train", context_of(run_dir=str(tmp_path), run_id=78))
+    assert bits(reply.content["arrays"]) == bits(again.content["arrays"])
+    assert set(reply.content["metrics"]) == {"loss", "num-examples", "seconds"}
+    assert not (tmp_path / "ledgers").exists()
+    assert isinstance(reply.content["arrays"], ArrayRecord)
