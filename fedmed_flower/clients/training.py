@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import re
@@ -28,8 +29,12 @@ from fedmed_flower.privacy.sampling import PatientSampler
 
 _DEVICES = ("auto", "cpu", "cuda")
 _OPTIMIZERS = ("adam", "sgd")
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 # On a CPU several sites may train side by side.
 _CPU_MEMORY, _MOST_RECORDS = 4 * 2**30, 256
+# Records on which the two methods are measured: with few, vmap's start would decide.
+_PROBE = 32
 
 
 @dataclass(frozen=True)
@@ -251,6 +256,7 @@ def train_privately(
         Mean loss of the records that were drawn, NaN where there were none, and how many patients'
         gradients were not finite and therefore left out. Neither carries noise.
     """
+    _keep_freed_memory()
     model.train()
     settings, release = mechanism.settings, mechanism.release
     sampler = PatientSampler(patients, release.sampling_rate, settings.patient_records)
@@ -268,9 +274,10 @@ def train_privately(
     private.attach_step_hook(add_proximal_term)
     size, losses = settings.micro_batch_size, [torch.zeros(0)]
     for _ in range(mechanism.steps):
+        private.draw_ahead()
         waiting = sampler.draw()
         while waiting:
-            size = size or _micro_batch_size(gradients, batch_of([g[0] for g in waiting[:PROBE]]))
+            size = size or _micro_batch_size(gradients, batch_of, [group[0] for group in waiting])
             group, waiting = _first(waiting, size)
             made, found = _of_patients(gradients, batch_of, group, size)
             losses.append(found.float().cpu())
@@ -278,6 +285,14 @@ def train_privately(
         private.release()
     each = torch.cat(losses)
     return float(each[each.isfinite()].mean()), private.dropped
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what it frees: fresh pages for each gradient can double a step's time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _first(waiting: list[list[int]], size: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -315,17 +330,16 @@ def _of_patients(
     return sums, torch.cat(losses)
 
 
-def _micro_batch_size(gradients: RecordGradients, batch: Batch) -> int:
+def _micro_batch_size(
+    gradients: RecordGradients, batch_of: Callable[[Sequence[int]], Batch], places: list[int]
+) -> int:
     """Choose the method, and how many gradients fit into a quarter of the free memory."""
-    gradients.choose(batch)
-    if gradients.method == "loop":
-        return 1
-    device = next(iter(batch.values())).device
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = _CPU_MEMORY
-    return max(1, min(_MOST_RECORDS, free // 4 // gradients.bytes_per_record(batch)))
+    first = batch_of(places[:1])
+    device = next(iter(first.values())).device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _CPU_MEMORY
+    most = max(1, min(_MOST_RECORDS, free // 4 // gradients.bytes_per_record(first)))
+    gradients.choose(batch_of(places[: min(most, _PROBE)]))
+    return most if gradients.method == "vmap" else min(most, PROBE)
 
 
 @torch.no_grad()

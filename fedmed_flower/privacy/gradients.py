@@ -10,7 +10,8 @@ batch can mix two patients.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from threading import Thread
 from typing import Any
 
 import torch
@@ -27,10 +28,10 @@ Batch = Mapping[str, Tensor]
 Loss = Callable[[Callable[..., Any], Batch], Tensor]
 METHODS = ("auto", "vmap", "loop")
 
-# Records in the measurement that chooses a method, and how often each is timed.
+# Records that show what a model is like, and how often each method is timed.
 PROBE, _REPEATS = 4, 2
 # Numbers that are clipped and added at a time: what a cache holds, and what keeps a GPU busy.
-_SLICE = (2**18, 2**24)
+_BLOCK = (2**18, 2**24)
 
 
 class RecordGradients:
@@ -89,17 +90,19 @@ class RecordGradients:
         return self._vectorised(batch) if self.method == "vmap" else self._one_by_one(batch)
 
     def choose(self, batch: Batch) -> None:
-        """Take the faster method for records like these: vmap where it works and is no slower."""
-        probe = {key: value[:PROBE] for key, value in batch.items()}
+        """Take the method that is faster for batches of this size: vmap where it works at all."""
         try:
-            self._vectorised(probe)
+            self._vectorised(batch)
         except InputError:
             raise
         except Exception:  # What vmap cannot do fails in a dozen ways.
             self.method = "loop"
             return
-        seconds = [self._seconds(run, probe) for run in (self._vectorised, self._one_by_one)]
-        self.method = "vmap" if seconds[0] <= seconds[1] else "loop"
+        probe = {key: value[:PROBE] for key, value in batch.items()}
+        share = len(next(iter(probe.values()))) / len(next(iter(batch.values())))
+        together = self._seconds(self._vectorised, batch)
+        alone = self._seconds(self._one_by_one, probe) / share
+        self.method = "vmap" if together <= alone else "loop"
 
     def bytes_per_record(self, batch: Batch) -> int:
         """Return about how much memory a record takes: what backward needs, and its gradient."""
@@ -168,7 +171,7 @@ def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> Callable[...,
     everywhere = {
         f"{prefix}.{own}" if prefix else own: values[names[parameter]]
         for prefix, layer in model.named_modules()
-        for own, parameter in layer._parameters.items()
+        for own, parameter in layer.named_parameters(recurse=False, remove_duplicate=False)
         if parameter in names
     }
 
@@ -228,7 +231,15 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             expected_batch_size=expected_patients,
         )
         self.dropped = 0
-        self._noise = secure_generator()
+        self._generator = secure_generator()
+        self._ahead: tuple[Thread, list[Tensor]] | None = None
+
+    def draw_ahead(self) -> None:
+        """Begin to draw the noise of the step to come, in a thread beside the gradients."""
+        drawn: list[Tensor] = []
+        thread = Thread(target=lambda: drawn.append(self._draw()), daemon=True)
+        self._ahead = thread, drawn
+        thread.start()
 
     def accumulate(self, gradients: list[Tensor]) -> None:
         """Clip the gradients of some patients and add them to the sum.
@@ -251,13 +262,13 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         """
         pairs = zip(self.grad_samples, self.params, strict=True)
         rows = [gradient.reshape(len(gradient), p.numel()) for gradient, p in pairs]
-        # Slices keep the copies in float64 small.
-        entries = _SLICE[rows[0].device.type == "cuda"]
-        width = max(1, entries // max(1, len(rows[0])))
         squares = torch.zeros(len(rows[0]), dtype=torch.float64, device=rows[0].device)
         for row in rows:
-            for part in row.split(width, dim=1):
-                squares += torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square()
+            for across, along in _blocks(row):
+                part = row[across, along]
+                squares[across] += torch.linalg.vector_norm(
+                    part, dim=1, dtype=torch.float64
+                ).square()
         finite = squares.isfinite()
         if not bool(finite.all()):
             self.dropped += int((~finite).sum())
@@ -267,8 +278,8 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             if parameter.summed_grad is None:
                 parameter.summed_grad = _zeros(parameter)
             total = parameter.summed_grad.view(-1)
-            for place, part in zip(total.split(width), row.split(width, dim=1), strict=True):
-                place += factors @ part.double()
+            for across, along in _blocks(row):
+                total[along] += factors[across] @ row[across, along].double()
 
     def release(self) -> None:
         """Add noise to the sum, divide it, and make a step; also where nobody was drawn."""
@@ -285,15 +296,36 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def add_noise(self) -> None:
         """Add noise to the sum of clipped gradients, and round once."""
-        std = self.noise_multiplier * self.max_grad_norm
-        for parameter in self.params:
+        if self._ahead is None:
+            noise = self._draw()
+        else:
+            thread, drawn = self._ahead
+            # Forgotten first: no noise is ever used twice.
+            self._ahead = None
+            thread.join()
+            noise = drawn.pop()
+        parts = torch.split(noise, [parameter.numel() for parameter in self.params])
+        for parameter, part in zip(self.params, parts, strict=True):
             total = parameter.summed_grad
-            noise = torch.from_numpy(gaussian(total.numel(), std, self._noise))
-            parameter.grad = (total + noise.to(total.device).view_as(total)).to(parameter.dtype)
+            parameter.grad = (total + part.to(total.device).view_as(total)).to(parameter.dtype)
+
+    def _draw(self) -> Tensor:
+        count = sum(parameter.numel() for parameter in self.params)
+        std = self.noise_multiplier * self.max_grad_norm
+        return torch.from_numpy(gaussian(count, std, self._generator))
 
     def _forget_patients(self) -> None:
         for parameter in self.params:
             parameter.grad_sample = parameter.detach().new_empty((0, *parameter.shape))
+
+
+def _blocks(row: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into blocks that a cache holds: copies of them in float64 cost little."""
+    entries, (height, width) = _BLOCK[row.device.type == "cuda"], row.shape
+    many, long = max(1, entries // max(1, width)), min(max(1, width), entries)
+    for top in range(0, height, many):
+        for left in range(0, width, long):
+            yield slice(top, top + many), slice(left, left + long)
 
 
 def _zeros(like: Tensor) -> Tensor:
