@@ -10,6 +10,7 @@ by GroupNorm and parameters that never get a gradient are frozen, for all alike.
 - vmap, loop: with the one or the other, whatever was chosen
 - hooks: Opacus's `GradSampleModule` and `DPOptimizer`. Without in-place activations and sums, which
   its hooks cannot follow.
+- secure: the same with Opacus's secure mode of noise, whose numbers are sums of four, as ours are
 
 Milliseconds are medians over the repeats, ratios medians of the ratios within a repeat, in which
 all take turns. Memory is what a step takes at most on top of model and batch, measured in a process
@@ -44,7 +45,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fedmed_flower.clients import training
+from fedmed_flower.clients.training import keep_freed_memory, micro_batch_size
 from fedmed_flower.privacy.gradients import PROBE, PatientOptimizer, RecordGradients
 from fedmed_flower.privacy.validate import with_group_norm
 
@@ -56,7 +57,7 @@ CNN_BATCHES = (64, 128, 256, 512)
 LABELS = 2
 # A measurement takes about so many seconds: short steps are repeated.
 LENGTH = 0.3
-VARIANTS = ("plain", "ours", "vmap", "loop", "hooks")
+VARIANTS = ("plain", "ours", "vmap", "loop", "hooks", "secure")
 
 
 def cnn(dims: int) -> nn.Module:
@@ -155,12 +156,16 @@ def private(case: Case, batch: Batch, model: nn.Module, method: str = "auto") ->
     """Return a step as `train_privately` makes it, and the method that was chosen."""
     optimizer = PatientOptimizer(torch.optim.SGD(trained(model), RATE), NOISE, NORM, case.batch)
     gradients = RecordGradients(model, loss, case.mixed_precision, method)
-    size = 1 if method == "loop" else case.batch
+    size = PROBE if method == "loop" else case.batch
     if method == "auto":
-        few = {key: value[:PROBE] for key, value in batch.items()}
-        size = training._micro_batch_size(gradients, few)
+        size = micro_batch_size(
+            gradients,
+            lambda places: {key: value[list(places)] for key, value in batch.items()},
+            list(range(case.batch)),
+        )
 
     def step() -> None:
+        optimizer.draw_ahead()
         for start in range(0, case.batch, size):
             rows = {key: value[start : start + size] for key, value in batch.items()}
             optimizer.accumulate(gradients(rows)[0])
@@ -169,7 +174,7 @@ def private(case: Case, batch: Batch, model: nn.Module, method: str = "auto") ->
     return step, gradients.method
 
 
-def hooks(case: Case, batch: Batch, model: nn.Module) -> tuple[Step, str]:
+def hooks(case: Case, batch: Batch, model: nn.Module, secure: bool) -> tuple[Step, str]:
     """Return a step of Opacus's own."""
     for module in model.modules():
         if getattr(module, "inplace", False):
@@ -180,6 +185,7 @@ def hooks(case: Case, batch: Batch, model: nn.Module) -> tuple[Step, str]:
         noise_multiplier=NOISE,
         max_grad_norm=NORM,
         expected_batch_size=case.batch,
+        secure_mode=secure,
     )
 
     def step() -> None:
@@ -220,8 +226,10 @@ def autocast(case: Case) -> Any:
 def prepare(case: Case, variant: str) -> tuple[Step, str]:
     """Return a step of a model of its own, and the method."""
     batch, model = case.batch_and_model()
-    if variant in ("plain", "hooks"):
-        return {"plain": plain, "hooks": hooks}[variant](case, batch, model)
+    if variant == "plain":
+        return plain(case, batch, model)
+    if variant in ("hooks", "secure"):
+        return hooks(case, batch, model, variant == "secure")
     return private(case, batch, model, "auto" if variant == "ours" else variant)
 
 
@@ -238,6 +246,7 @@ def seconds(step: Step, count: int, device: str) -> float:
 def memory(case: Case, variant: str, pipe: Any) -> None:
     """Send how many bytes steps take on top of model and batch; in a process of its own."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     warnings.simplefilter("ignore")
     step, _ = prepare(case, variant)
     if case.device == "cuda":
@@ -303,7 +312,8 @@ def compare(case: Case, args: argparse.Namespace) -> None:
     for variant in VARIANTS:
         middle = f"{1000 * statistics.median(times[variant]):.0f}" if variant in times else "fails"
         cells.append(f"{middle} ({methods['ours']})" if variant == "ours" else middle)
-    cells += [ratio("ours", "plain"), ratio("hooks", "plain"), ratio("ours", "hooks")]
+    pairs = [("ours", "plain"), ("hooks", "plain"), ("ours", "hooks"), ("ours", "secure")]
+    cells += [ratio(*pair) for pair in pairs]
     for variant in ("plain", "ours", "hooks"):
         wanted = args.memory and variant in times
         cells.append(f"{megabytes(case, variant):.0f}" if wanted else "-")
@@ -314,7 +324,7 @@ def compare(case: Case, args: argparse.Namespace) -> None:
 
 def line(cells: list[Any]) -> str:
     """Return the cells of a row in their columns."""
-    widths = (15, 4, 6, 7, 13, 7, 7, 7, 11, 12, 11, 9, 9, 9)
+    widths = (15, 4, 6, 7, 13, 7, 7, 7, 7, 11, 12, 11, 12, 9, 9, 9)
     first, *rest = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
     return f"{first.strip():15}" + "".join(rest)
 
@@ -346,13 +356,15 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    # For all variants alike: it makes each of them faster.
+    keep_freed_memory()
     multiprocessing.set_forkserver_preload(["opacus", "monai.networks.nets"])
     began = time.time()
     where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     print(f"{where}, {os.cpu_count()} cores, one thread, torch {torch.__version__}, ", end="")
     print(f"Opacus {opacus.__version__}; ms a step, MB on top of model and batch")
-    heads = ["", "", "batch", "plain", "ours", "vmap", "loop", "hooks", "ours/plain", "hooks/plain"]
-    print(line([*heads, "ours/hooks", "plain MB", "ours MB", "hooks MB"]))
+    heads = ["", "", "batch", *VARIANTS, "ours/plain", "hooks/plain", "ours/hooks"]
+    print(line([*heads, "ours/secure", "plain MB", "ours MB", "hooks MB"]))
     for case in cases(args):
         compare(case, args)
     print(f"\n{time.time() - began:.0f} s")

@@ -23,6 +23,7 @@ from tiny import says
 from torch import nn
 from torch.nn import functional as F
 
+from fedmed_flower.clients import training
 from fedmed_flower.errors import InputError
 from fedmed_flower.privacy.gradients import PatientOptimizer, RecordGradients, with_values
 
@@ -702,3 +703,88 @@ def test_the_names_of_opacus_that_the_optimizer_stands_on_are_there():
     assert all(torch.allclose(p.grad, torch.tensor(2 / 3**0.5 / 4)) for p in mine.params)
     mine.zero_grad()
     assert all(p.summed_grad is None and p.grad_sample is None for p in mine.params)
+
+
+# --- Noise drawn ahead, methods and micro-batches -----------------------------------------------
+
+
+def noise_of(optimizer):
+    kept = [p.detach().clone() for p in optimizer.params]
+    optimizer.release()
+    moved = [p.detach() - k for p, k in zip(optimizer.params, kept, strict=True)]
+    return torch.cat([change.flatten() for change in moved])
+
+
+def test_noise_drawn_ahead_is_that_of_one_step_and_never_used_again():
+    model = nn.Linear(400, 50, bias=False)
+    optimizer = PatientOptimizer(torch.optim.SGD(model.parameters(), 1.0), 2.0, 0.5, 1.0)
+    optimizer.draw_ahead()
+    steps = [noise_of(optimizer) for _ in range(3)]
+    for drawn in steps:
+        assert stats.kstest(drawn.numpy(), "norm").pvalue > 1e-6
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert abs(np.corrcoef(steps[one], steps[other])[0, 1]) < 5 / 20_000**0.5
+
+
+def test_a_failure_to_draw_ahead_ends_the_step_without_a_release(monkeypatch):
+    model = nn.Linear(3, 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = PatientOptimizer(torch.optim.SGD(model.parameters(), 1.0), 1.0, 1.0, 1.0)
+
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("fedmed_flower.privacy.gradients.gaussian", fail)
+    monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+    optimizer.draw_ahead()
+    with pytest.raises(IndexError):
+        optimizer.release()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_gradient_in_many_blocks_is_clipped_as_a_whole(monkeypatch):
+    monkeypatch.setattr("fedmed_flower.privacy.gradients._BLOCK", (7, 7))
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1))
+    made = [torch.randn(6, *p.shape, dtype=torch.float64) for p in model.parameters()]
+    flat = torch.cat([g.flatten(1) for g in made], dim=1)
+    wanted = (flat * (0.7 / flat.norm(dim=1, keepdim=True)).clamp(max=1.0)).sum(0)
+    optimizer = silent(model, norm=0.7)
+    optimizer.accumulate([g.float() for g in made])
+    found = torch.cat([p.summed_grad.flatten() for p in optimizer.params])
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_whichever_method_is_chosen_the_gradients_are_the_same(count):
+    model, batch = classifier(), records(count)
+
+    def loss(network, rows):
+        return F.cross_entropy(network(rows["image"]), rows["label"])
+
+    chosen = RecordGradients(model, loss)
+    found, _ = chosen(batch)
+    assert chosen.method in ("vmap", "loop")
+    assert_same(found, one_by_one(model, loss, batch))
+
+
+def test_a_micro_batch_keeps_to_the_memory_and_holds_at_least_one_record(monkeypatch):
+    model, batch = classifier(), records(40)
+
+    def loss(network, rows):
+        return F.cross_entropy(network(rows["image"]), rows["label"])
+
+    asked = []
+
+    def batch_of(places):
+        asked.append(len(places))
+        return {key: value[list(places)] for key, value in batch.items()}
+
+    one = RecordGradients(model, loss).bytes_per_record(batch)
+    for fit in (0, 3, 10**9):
+        monkeypatch.setattr(training, "_CPU_MEMORY", 4 * one * fit)
+        gradients = RecordGradients(model, loss)
+        size = training.micro_batch_size(gradients, batch_of, list(range(40)))
+        most = max(1, min(fit, 256))
+        assert size == (most if gradients.method == "vmap" else min(most, 4))
+    # One record tells what a record takes; never more than fit are asked for at a time.
+    assert asked == [1, 1, 1, 3, 1, 32]

@@ -123,8 +123,11 @@ def measure_protected(
 
 
 def _privacy(client: MedicalClient, config: ConfigRecord) -> PatientPrivacy:
-    context = client.context
-    ledger = Ledger(ledger_path(context, client.site, config))
+    context, site = client.context, client.site.name
+    path = ledger_path(context, client.site, config)
+    if not path.exists() and not client.site.simulated:
+        log.warning("%s: %s is a new ledger, in which nothing was ever released", site, path)
+    ledger = Ledger(path)
     run = str(config.get(RUN_KEY, context.run_id))
     return PatientPrivacy(client.privacy, ledger, run, budget_of(context), type(client).__name__)
 

@@ -256,7 +256,7 @@ def train_privately(
         Mean loss of the records that were drawn, NaN where there were none, and how many patients'
         gradients were not finite and therefore left out. Neither carries noise.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     model.train()
     settings, release = mechanism.settings, mechanism.release
     sampler = PatientSampler(patients, release.sampling_rate, settings.patient_records)
@@ -277,7 +277,7 @@ def train_privately(
         private.draw_ahead()
         waiting = sampler.draw()
         while waiting:
-            size = size or _micro_batch_size(gradients, batch_of, [group[0] for group in waiting])
+            size = size or micro_batch_size(gradients, batch_of, [group[0] for group in waiting])
             group, waiting = _first(waiting, size)
             made, found = _of_patients(gradients, batch_of, group, size)
             losses.append(found.float().cpu())
@@ -287,7 +287,7 @@ def train_privately(
     return float(each[each.isfinite()].mean()), private.dropped
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep what it frees: fresh pages for each gradient can double a step's time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -330,10 +330,20 @@ def _of_patients(
     return sums, torch.cat(losses)
 
 
-def _micro_batch_size(
+def micro_batch_size(
     gradients: RecordGradients, batch_of: Callable[[Sequence[int]], Batch], places: list[int]
 ) -> int:
-    """Choose the method, and how many gradients fit into a quarter of the free memory."""
+    """Choose the method, and how many gradients fit into a quarter of the free memory.
+
+    Parameters
+    ----------
+    gradients : RecordGradients
+        Its method is set.
+    batch_of : callable
+        Returns the records at some places, on the device.
+    places : list of int
+        Of some records, such as those of a step; at least one.
+    """
     first = batch_of(places[:1])
     device = next(iter(first.values())).device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _CPU_MEMORY

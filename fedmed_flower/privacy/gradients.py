@@ -109,8 +109,9 @@ class RecordGradients:
         saved: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
+            # A view of a larger tensor keeps no more than itself for this record.
+            place = tensor.untyped_storage().data_ptr()
+            saved[place] = max(saved.get(place, 0), tensor.numel() * tensor.element_size())
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
