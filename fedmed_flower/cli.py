@@ -123,9 +123,14 @@ def privacy(
         float | None,
         typer.Option(help="Of epsilon.  [default: the budget's, or 1e-5]"),
     ] = None,
+    new: Annotated[bool, typer.Option("--new", help="Make a new, empty ledger.")] = False,
 ) -> None:
     """Show what was released about a hospital's patients, run by run, and what is left."""
     with _input_errors():
+        if new:
+            if ledger.exists():
+                raise InputError(f"{ledger} is there already: a new ledger needs a name of its own")
+            Ledger(ledger)
         found = sorted(ledger.glob("*.sqlite")) if ledger.is_dir() else [ledger]
         if not found:
             raise InputError(f"there is no ledger (*.sqlite) in the folder {ledger}")
@@ -336,7 +341,7 @@ def _print_ledger(path: Path, ledger: Ledger, delta: float | None) -> None:
     text = f"spent on the patient of whom most was released, all runs together: {_show(spent)}"
     if budget is not None and budget.delta == delta:
         left = max(0.0, budget.epsilon - spent)
-        text += f" of {budget.epsilon:g}; left: {_show(left)}"
+        text += f" of {budget.epsilon:g}; left: about {_show(left)}"
     console.print(text if budget else f"{text}; no budget was set")
 
 

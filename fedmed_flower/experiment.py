@@ -31,7 +31,7 @@ from torch import nn
 from fedmed_flower.config import Section
 from fedmed_flower.data.site import DECLINED, GENERATED, LEDGER_DIR, RUN_KEY
 from fedmed_flower.errors import InputError
-from fedmed_flower.metrics import EPSILON, EPSILONS, HOSPITAL_EPSILON
+from fedmed_flower.metrics import EPSILON, HOSPITAL_EPSILON
 from fedmed_flower.privacy.patient import PrivacySettings
 from fedmed_flower.report import write_report
 from fedmed_flower.rollcall import Sites, roll_call
@@ -220,7 +220,7 @@ class _Experiment:
         if "privacy" in self.strategy.export_state():
             log.warning("the models for comparison are trained without noise: keep them here")
         if self.run_config.get("privacy") == "patient":
-            log.warning("each model for comparison costs its hospital as much as the run did")
+            log.warning("each model for comparison costs as much again, in the ledgers alone")
         for number, node_id in enumerate(self.sites.counts, start=1):
             name = self.sites.names[node_id]
             log.info("for comparison: %s alone", name)
@@ -312,10 +312,10 @@ class _Experiment:
                     "epsilon": value,
                     "delta": getattr(self.strategy, "delta", None),
                 }
-            if metric in EPSILONS and site != ALL_SITES:
+            if metric == EPSILON and site != ALL_SITES:
                 part = sites.setdefault(site, {"rounds": 0, "declined": 0})
-                part["epsilon" if metric == EPSILON else "epsilon-total"] = value
-                part["rounds"] += metric == EPSILON
+                part["epsilon"] = value
+                part["rounds"] += 1
         for failure in self.strategy.history.failures:
             if failure.phase == "train" and failure.reason.startswith(DECLINED):
                 sites.setdefault(failure.site, {"rounds": 0, "declined": 0})["declined"] += 1

@@ -19,8 +19,8 @@ from fedmed_flower.privacy.noise import gaussian, secure_generator
 
 CONFUSION, GRID, COUNTS = "confusion-counts", "score-grid", "score-counts"
 SUMMABLE = (CONFUSION, GRID, COUNTS)
-# What a run, and all runs together, have cost a patient of a site: of several sites the most.
-EPSILON, EPSILON_TOTAL = EPSILONS = ("patient-epsilon", "patient-epsilon-total")
+# What a run has cost a patient of a site; of several sites, the most.
+EPSILON = "patient-epsilon"
 # What the rounds have cost a hospital, by the server's noise.
 HOSPITAL_EPSILON = "hospital-epsilon"
 

@@ -46,9 +46,9 @@ LEAVES = """<h2>What left each hospital</h2><p>No image and no patient record. A
 hospital sends its model’s weights, its number of images per split (training, validation, test), {}.
 Before, it told its name and its data’s name and checksum; of an error it tells the class, and why
 it declined a round.</p>"""
-OPEN = """its losses and metrics, its counts of right and wrong decisions per class (confusion
-counts), and histograms of the model’s scores per class around their median, with it and its own
-AUC"""
+OPEN = """its losses and metrics (in a private run none of training), its counts of right and
+wrong decisions per class (confusion counts), and histograms of the model’s scores per class around
+their median, with it and its own AUC"""
 COUNTED = "and counts of the model’s scores per class, from which its metrics follow"
 UNPROTECTED = """<p>None of this carries noise, unless the settings below say so. Privacy accounting
 is not part of this run: nothing here bounds what could be inferred about one patient from what was
@@ -58,9 +58,12 @@ all rounds together, to epsilon <b>{epsilon}</b> at delta {delta}, by noise that
 The server itself, and its files with each hospital’s numbers, are not covered.</p>"""
 NO_PATIENT = "<p>Nothing here bounds what could be inferred about one patient.</p>"
 PATIENT = """<p>Unit: the patient, with all records, in or out. What the models of all rounds
-together tell about any one training patient is bounded by epsilon <b>{epsilon}</b> at delta {delta}
-(the run’s target: {target}), by clipping and noise at the hospital. """
+together tell about any one training patient is bounded by the run’s target, epsilon <b>{target}</b>
+at delta {delta}, by clipping and noise at the hospital; the hospitals told <b>{epsilon}</b> at
+most. What other runs have cost the same patients is in each hospital’s own ledger. """
 NOISED = """Evaluation counts carry noise too, and cost a validation or test patient no more than
-the target. Not covered: the numbers of images.</p>"""
-EXACT = """Not covered, since they carry no noise: numbers of images, training losses and times, and
-all that is counted on validation and test patients.</p>"""
+the target. Not covered: the numbers of images, and which rounds a hospital declined.</p>"""
+EXACT = """Not covered, since it carries no noise: numbers of images, and all that is counted on
+validation and test patients.</p>"""
+COMPARED = """<p>Each model for comparison is a run of its own: what it cost the patients it was
+trained and tested on is in the ledgers and not in this table.</p>"""

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from fedmed_flower import page
 from fedmed_flower.errors import InputError
-from fedmed_flower.metrics import EPSILON, EPSILON_TOTAL
+from fedmed_flower.metrics import EPSILON
 from fedmed_flower.page import FAINT, INK, PAPER, SCHEME
 from fedmed_flower.runfolder import ALL_SITES, SUMMARY, write_atomic
 from fedmed_flower.runfolder import METRICS as METRICS_TABLE
@@ -352,21 +352,21 @@ def _privacy(summary: dict[str, Any], curves: Curves, pens: Pens) -> str:
     if not patient:
         return words + page.NO_PATIENT
     sites = _part(patient, "sites")
-    keys = {"This run": "epsilon", "All runs on these patients": "epsilon-total"}
-    costs = {title: _by_site(sites, key) for title, key in keys.items()}
+    costs = _by_site(sites, "epsilon")
     counts = [_by_site(sites, key) for key in ("rounds", "declined")]
     rows = []
     for site in pens:
-        shown = [_show(cost.get(site)) for cost in costs.values()]
-        rows.append([pens[site][2], *shown, *(_show(n.get(site), COUNT) for n in counts)])
-    most = _show(max(costs["This run"].values(), default=None))
+        shown = [_show(n.get(site), COUNT) for n in counts]
+        rows.append([pens[site][2], _show(costs.get(site)), *shown])
+    most = _show(max(costs.values(), default=None))
     target, delta = (_text(patient.get(key)) for key in ("target-epsilon", "delta"))
     words += page.PATIENT.format(epsilon=most, target=target, delta=delta)
     words += page.NOISED if private else page.EXACT
-    head = ["Hospital", *costs, "Rounds trained", "Rounds declined"]
-    table = _table("Epsilon per patient, as each hospital’s own ledger has it", head, rows)
-    drawn = _panel(curves, pens, "train", EPSILON, "Epsilon per patient, this run")
-    drawn += _panel(curves, pens, "train", EPSILON_TOTAL, "Epsilon per patient, all runs")
+    if _part(summary, "config").get("baselines") is True:
+        words += page.COMPARED
+    head = ["Hospital", "Epsilon per patient", "Rounds trained", "Rounds declined"]
+    table = _table("This run, as each hospital last told it", head, rows)
+    drawn = _panel(curves, pens, "train", EPSILON, "Epsilon per patient")
     return f'{words}{table}<div class="plots">{drawn}</div>'
 
 

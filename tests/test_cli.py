@@ -324,9 +324,19 @@ def test_a_ledger_is_shown_run_by_run(tmp_path):
             ["second", "Heart", "train", "40", "1", "5", f"{second:.3f}"],
         ]
         spent = epsilon_of({release: 15}, 1e-6)
-        assert f"all runs together: {spent:.3f} of 9; left: {9 - spent:.3f}" in result.stdout
+        assert f"all runs together: {spent:.3f} of 9; left: about {9 - spent:.3f}" in result.stdout
     result = CliRunner().invoke(app, ["privacy", str(folder), "--delta", "0.001"])
     assert f"together: {epsilon_of({release: 15}, 1e-3):.3f}" in " ".join(result.stdout.split())
+
+
+def test_a_new_ledger_is_made_where_none_is(tmp_path):
+    path = tmp_path / "north.sqlite"
+    result = CliRunner().invoke(app, ["privacy", "--new", str(path)])
+    assert result.exit_code == 0
+    assert Ledger(path, read_only=True).entries() == []
+    result = CliRunner().invoke(app, ["privacy", "--new", str(path)])
+    assert result.exit_code == 2
+    assert "is there already: a new ledger needs a name of its own" in result.stdout
 
 
 def test_a_ledger_that_is_not_there_or_none_is_one_line(tmp_path):

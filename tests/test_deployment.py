@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from deployment_helper import ECHO_CLIENT, SCRIPT, Deployment, deployment, write_app
 
+from fedmed_flower.privacy.ledger import Ledger
+
 pytestmark = pytest.mark.engine
 
 SERVER = """
@@ -187,7 +189,7 @@ def test_the_pneumonia_example_runs_on_hospitals_with_images_of_their_own(tmp_pa
         split = [sys.executable, str(EXAMPLE / "split.py"), str(folder), *names]
         subprocess.run([*split, "--dataset", "phantoms"], check=True, capture_output=True)
         settings = ["dataset='phantoms'", "min-sites=2", "num-server-rounds=1", "local-epochs=1"]
-        settings.append(f"run-dir='{tmp_path / 'run'}'")
+        settings += [f"run-dir='{tmp_path / 'run'}'", "privacy='patient'", "sampling-rate=0.1"]
         texts = [part for setting in settings for part in ("-c", setting)]
         done = started.command("run", str(EXAMPLE), *texts)
     assert done.returncode == 0, done.stdout
@@ -199,6 +201,11 @@ def test_the_pneumonia_example_runs_on_hospitals_with_images_of_their_own(tmp_pa
     assert sum(site["train"] for site in summary["sites"].values()) == 2000
     assert set(summary["test"]["sites"]) == {"north", "south"}
     assert summary["failures"] == []
+    spent = summary["privacy"]["patient"]["sites"]
+    for name in names:
+        ledger = Ledger(folder / name / "privacy-ledger.sqlite", read_only=True)
+        assert ledger.most(1e-5) == pytest.approx(spent[name]["epsilon"])
+        assert 7.9 < spent[name]["epsilon"] <= 8
 
 
 MORTAL_SERVER = """

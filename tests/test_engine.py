@@ -8,6 +8,8 @@ import pytest
 from deployment_helper import write_app
 
 from fedmed_flower.engine import EngineError, run_flower
+from fedmed_flower.privacy.ledger import Ledger
+from fedmed_flower.runfolder import RunFolder
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pneumonia"
 
@@ -116,6 +118,7 @@ def test_one_process_and_flowers_engine_give_the_same_bits(tmp_path):
 @pytest.mark.engine
 def test_a_stopped_run_leaves_no_process_that_goes_on_training(tmp_path):
     texts = ["-c", "dataset=phantoms", "--sites", "2", "--rounds", "50", "--engine", "flower"]
+    texts += ["-c", "privacy=patient", "-c", "sampling-rate=0.1"]
     program = str(Path(sys.executable).parent / "fedmed")
     folder = tmp_path / "run"
     command = [program, "run", str(EXAMPLE), *texts, "--out", str(folder)]
@@ -131,6 +134,10 @@ def test_a_stopped_run_leaves_no_process_that_goes_on_training(tmp_path):
     assert rest.strip().splitlines()[-1].startswith("stopped by the user: ")
     assert family.keys() & processes().keys() == set()
     assert (folder / "checkpoint.zip").exists()
+    done = RunFolder(folder).load().server_round
+    for index in (1, 2):
+        ledger = Ledger(folder / "ledgers" / f"hospital-{index}.sqlite", read_only=True)
+        assert ledger.entries()[0].rounds >= done >= 1
 
 
 def processes():

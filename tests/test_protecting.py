@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from fedmed_flower.data.site import read_error
 from fedmed_flower.privacy.accounting import Release, epsilon_of
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.privacy.patient import Mechanism, PrivacySettings
+from fedmed_flower.privacy.validate import require_forgetful
 from fedmed_flower.runfolder import RunFolder
 from fedmed_flower.strategies import FedAvg
 
@@ -176,9 +178,7 @@ def test_a_client_trains_privately_by_run_config_alone(tmp_path):
     reply = ask(TinyClient, "train", context)
     assert not reply.has_error()
     metrics = reply.content["metrics"]
-    assert set(metrics) == {
-        "loss", "num-examples", "seconds", "patient-epsilon", "patient-epsilon-total",
-    }  # fmt: skip
+    assert set(metrics) == {"num-examples", "patient-epsilon"}
     (entry,) = ledger_of(tmp_path).entries()
     ((release, steps),) = entry.releases.items()
     assert (entry.purpose, entry.patients, entry.rounds, entry.unsettled) == ("train", 10, 1, 0)
@@ -210,7 +210,7 @@ def test_the_ledger_adds_up_rounds_and_runs(tmp_path):
     epsilons = []
     for context, key in ((run, "first"), (run, "first"), (private(tmp_path), "second")):
         metrics = ask(TinyClient, "train", context, run_key=key).content["metrics"]
-        epsilons.append((metrics["patient-epsilon"], metrics["patient-epsilon-total"]))
+        epsilons.append((metrics["patient-epsilon"], ledger_of(tmp_path).most(1e-5)))
     (one, one_total), (two, two_total), (other, total) = epsilons
     assert one == one_total < two == two_total < total
     assert 0 < other < total
@@ -220,22 +220,27 @@ def test_the_ledger_adds_up_rounds_and_runs(tmp_path):
 def test_a_run_is_declined_before_its_target_is_passed(tmp_path):
     context = private(tmp_path, num_server_rounds=1)
     assert not ask(TinyClient, "train", context, run_key="r").has_error()
-    text = error_of(TinyClient, context, run_key="r")
-    assert text.startswith("declined: it would bring epsilon to ")
-    assert text.endswith(" at delta 1e-05, above 4, the run's target-epsilon")
+    text = "declined: the run's target-epsilon would be passed"
+    assert error_of(TinyClient, context, run_key="r") == text
     assert ledger_of(tmp_path).entries()[0].rounds == 1
 
 
-def test_a_real_hospital_declines_by_name_and_reason(tmp_path):
+def test_a_real_hospital_declines_by_name_and_reason(tmp_path, caplog):
+    caplog.set_level("INFO", "flwr.fedmed")
     node = {
         "site-name": "north",
         "ledger": str(tmp_path / "ledger.sqlite"),
         "budget-epsilon": 1,
         "budget-delta": 1e-5,
     }
-    text = error_of(TinyClient, private(tmp_path, node_config=node))
-    assert text.startswith("declined: it would bring epsilon to ")
-    assert text.endswith(" at delta 1e-05, above 1, the hospital's privacy budget")
+    context = private(tmp_path, node_config=node)
+    text = error_of(TinyClient, context)
+    assert text == "InputError"
+    Ledger(tmp_path / "ledger.sqlite")
+    text = "declined: the hospital's privacy budget would be passed"
+    assert error_of(TinyClient, context) == text
+    # How near it was stays at the hospital.
+    assert re.search(r"epsilon would come to [\d.]+ at delta 1e-05, above 1, the hosp", caplog.text)
 
 
 def test_a_hospital_with_a_budget_declines_training_without_privacy(tmp_path):
@@ -258,7 +263,11 @@ def test_three_hospitals_stop_at_their_own_budgets_and_the_run_ends_well(tmp_pat
         **PRIVATE,
     )
     rounds = {
-        site: [row[0] for row in strategy.history.rows if row[1:4] == ("train", site, "loss")]
+        site: [
+            row[0]
+            for row in strategy.history.rows
+            if row[1:4] == ("train", site, "patient-epsilon")
+        ]
         for site in ("hospital-1", "hospital-2", "hospital-3")
     }
     assert [len(taken) for taken in rounds.values()] == [1, 2, 4]
@@ -266,7 +275,7 @@ def test_three_hospitals_stop_at_their_own_budgets_and_the_run_ends_well(tmp_pat
         ledger = ledger_of(tmp_path / "run", index)
         spent = ledger.most(1e-5)
         assert spent <= min(budget, 4.0)
-        (entry,) = ledger.entries()
+        (entry,) = [entry for entry in ledger.entries() if entry.purpose == "train"]
         ((release, steps),) = entry.releases.items()
         more = Release(*release), steps + steps // entry.rounds
         assert epsilon_of({more[0]: more[1]}, 1e-5) > min(budget, 4.0)
@@ -319,7 +328,9 @@ def test_a_resumed_run_goes_on_in_the_same_account(tmp_path):
     assert ledger_of(tmp_path / "run").most(1e-5) == before <= 4.0
     reasons = [f.reason for f in strategy.history.failures if f.round == 3]
     *declined, rest = reasons
-    assert all(reason.endswith("above 4, the run's target-epsilon") for reason in declined)
+    assert all(
+        reason == "declined: the run's target-epsilon would be passed" for reason in declined
+    )
     assert len(declined) == 2
     assert rest == "0 usable replies, 1 needed: the model stays as it was"
 
@@ -337,8 +348,8 @@ def test_the_report_and_the_metrics_tell_what_each_patient_has_cost(tmp_path):
     run_tiny(tmp_path / "run", num_server_rounds=2, **PRIVATE)
     page = " ".join((tmp_path / "run" / "report.html").read_text().split())
     assert "Unit: the patient, with all records, in or out." in page
-    assert "by epsilon <b>4.000</b> at delta 1e-05 (the run’s target: 4.0)" in page
-    assert "Epsilon per patient, this run" in page
+    assert "bounded by the run’s target, epsilon <b>4.0</b> at delta 1e-05" in page
+    assert "the hospitals told <b>4.000</b> at most" in page
     lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert sum("hospital-1,patient-epsilon," in line for line in lines) == 2
 
@@ -463,6 +474,105 @@ def test_what_training_leaves_behind_in_a_buffer_never_leaves(tmp_path):
     assert entry.unsettled == 1
 
 
+class Slicing(TinyClient):
+    def prepare(self, rows, train):
+        return super().prepare([row for row in rows for _ in range(3)], train)
+
+
+class Remember(nn.Module):
+    """A loss that scales by a running mean of itself."""
+
+    mean = 1.0
+
+    def forward(self, outputs, labels):
+        value = nn.functional.cross_entropy(outputs, labels)
+        self.mean = 0.9 * self.mean + 0.1 * float(value)
+        return value / self.mean
+
+
+class Forgetless(TinyClient):
+    def loss(self):
+        return Remember()
+
+
+def test_a_loss_that_remembers_the_record_before_is_refused(tmp_path):
+    text = error_of(Forgetless, private(tmp_path))
+    assert text.startswith(("the loss couples", "the model or the loss keeps something of one"))
+    rows = {"image": torch.randn(2, 1, 2, 2), "label": torch.tensor([0, 1])}
+    loss = Remember()
+    with pytest.raises(InputError, match=r"^the model or the loss keeps something of one record"):
+        require_forgetful(linear(), lambda model, b: loss(model(b["image"]), b["label"]), rows)
+    dropout = nn.Sequential(nn.Dropout(0.5), linear())
+    require_forgetful(dropout, losses, rows)
+
+
+def test_rows_that_prepare_multiplies_are_refused(tmp_path):
+    text = error_of(Slicing, private(tmp_path))
+    assert text.startswith("prepare has made 30 of 10 rows: to know which patient each is of")
+
+
+def test_a_patient_is_one_whichever_type_its_number_has(tmp_path):
+    rows = [
+        {**row, "patient": kind(number % 5)}
+        for number, row in enumerate(make_rows(10, 0))
+        for kind in ([torch.tensor, np.int64][number // 5],)
+    ]
+    reply = ask(fixed(SiteData(train=rows)), "train", private(tmp_path))
+    assert not reply.has_error()
+    (entry,) = ledger_of(tmp_path).entries()
+    assert entry.patients == 5
+    assert next(iter(entry.releases)).sampling_rate == 0.8
+    both = fixed(SiteData(train=rows, val=[{**rows[0], "patient": 0}]))
+    text = error_of(both, private(tmp_path))
+    assert text == "patient 0 is in the splits train and val: each patient must be in one"
+
+
+def test_a_named_ledger_that_is_gone_stops_the_hospital(tmp_path):
+    node = {"partition-id": 0, "num-partitions": 2, "ledger": str(tmp_path / "gone.sqlite")}
+    text = error_of(TinyClient, private(tmp_path, node_config=node))
+    hint = "mend the path or the disk, or make a new one (fedmed privacy --new)"
+    assert text == f"there is no ledger {tmp_path / 'gone.sqlite'}: {hint}"
+
+
+def test_whoever_has_no_budget_is_told_so(tmp_path, caplog):
+    node = {"site-name": "north", "data-dir": str(tmp_path)}
+    assert not ask(TinyClient, "train", private(tmp_path, node_config=node)).has_error()
+    assert "is a new ledger, in which nothing was ever released" in caplog.text
+    assert "north: no budget-epsilon is set: only the server bounds the run" in caplog.text
+    assert (tmp_path / "privacy-ledger.sqlite").exists()
+
+
+def test_a_budget_covers_evaluation_whatever_the_server_asks(tmp_path):
+    node = {"partition-id": 0, "num-partitions": 2, "budget-epsilon": 9.0, "budget-delta": 1e-5}
+    for split in ("val", "train"):
+        context = context_of(node_config=node, run_dir=str(tmp_path), target_epsilon=1e5)
+        text = "declined: the hospital's privacy budget would be passed"
+        assert error_of(TinyClient, context, "evaluate", split=split) == text
+    assert ledger_of(tmp_path).entries() == []
+
+
+def test_no_patient_changes_the_score_of_another_under_private_metrics(tmp_path):
+    def build_model(self=None):
+        return nn.Sequential(nn.Flatten(), Centred(), nn.Linear(4, 2))
+
+    arrays, counts = model_arrays(build_model), []
+    for number, kept in enumerate((300, 299)):
+        data = many()
+        data = SiteData(train=data.train, val=data.val[:kept], test=data.test)
+        site = fixed(data, build_model=build_model)
+        context = private(
+            tmp_path / str(number), private_metrics=True, target_epsilon=1e5, num_server_rounds=1
+        )
+        reply = ask(site, "evaluate", context, arrays)
+        counts.append(np.asarray(reply.content["metrics"]["noised-counts"]))
+    assert np.linalg.norm(counts[0] - counts[1]) < 1.5
+
+
+class Centred(nn.Module):
+    def forward(self, values):
+        return values - values.mean(0) if len(values) > 1 else values
+
+
 def test_fedprox_reaches_private_training(tmp_path):
     lengths = []
     for mu in (0.0, 19.0):
@@ -498,15 +608,17 @@ def test_private_metrics_are_near_the_true_ones_and_cost_other_patients(tmp_path
         assert abs(noised[name] - exact[name]) < 0.05
     assert noised["auc"] != exact["auc"]
     (entry,) = ledger_of(tmp_path).entries()
-    assert (entry.purpose, entry.patients, entry.releases.total()) == ("val", 300, 1)
-    assert error_of(client, context, "evaluate").endswith("above 99, the run's target-epsilon")
+    assert (entry.purpose, entry.patients, entry.releases.total()) == ("val counts", 300, 1)
+    assert error_of(client, context, "evaluate") == (
+        "declined: the run's target-epsilon would be passed"
+    )
     assert not ask(client, "train", context).has_error()
 
 
-def test_private_metrics_leave_out_training_loss_and_time(tmp_path):
+def test_private_training_tells_its_cost_and_nothing_else(tmp_path):
     reply = ask(TinyClient, "train", private(tmp_path, private_metrics=True))
     assert set(reply.content["metrics"]) == {
-        "num-examples", "patient-epsilon", "patient-epsilon-total",
+        "num-examples", "patient-epsilon",
     }  # fmt: skip
 
 
@@ -514,7 +626,17 @@ def test_a_hospital_can_insist_on_private_metrics(tmp_path):
     node = {"partition-id": 0, "num-partitions": 2, "private-metrics": True}
     context = context_of(node_config=node, run_dir=str(tmp_path))
     assert "noised-counts" in ask(TinyClient, "evaluate", context).content["metrics"]
-    assert set(ask(TinyClient, "train", context).content["metrics"]) == {"loss", "num-examples"}
+    assert set(ask(TinyClient, "train", context).content["metrics"]) == {"num-examples"}
+
+
+def test_training_patients_are_never_measured_without_noise(tmp_path):
+    text = "declined: training patients are measured with private-metrics=true only"
+    assert error_of(TinyClient, private(tmp_path), "evaluate", split="train") == text
+    context = private(tmp_path, private_metrics=True)
+    assert not ask(TinyClient, "evaluate", context, split="train").has_error()
+    (entry,) = ledger_of(tmp_path).entries()
+    assert (entry.purpose, entry.releases.total()) == ("train counts", 1)
+    assert not ask(TinyClient, "evaluate", context_of(), split="train").has_error()
 
 
 def test_a_run_with_private_metrics_pools_them(tmp_path):

@@ -354,7 +354,7 @@ def test_no_missing_or_odd_part_stops_the_report(tmp_path, wrong):
 
 def private_summary(**part):
     sites = {
-        "hospital-1": {"rounds": 2, "declined": 0, "epsilon": 2.5, "epsilon-total": 3.25},
+        "hospital-1": {"rounds": 2, "declined": 0, "epsilon": 2.5},
         "hospital-2": {"rounds": 0, "declined": 2},
     }
     patient = {"target-epsilon": 4.0, "delta": 1e-05, "private-metrics": False, "sites": sites}
@@ -364,12 +364,15 @@ def private_summary(**part):
 def test_what_each_patient_has_cost_is_told_with_its_unit(tmp_path):
     page = report(tmp_path, private_summary())
     assert "Unit: the patient, with all records, in or out." in page
-    assert "by epsilon <b>2.500</b> at delta 1e-05" in " ".join(page.split())
-    assert "Not covered, since they carry no noise: numbers of images, training losses" in page
+    words = " ".join(page.split())
+    assert "target, epsilon <b>4.0</b> at delta 1e-05" in words
+    assert "the hospitals told <b>2.500</b> at most" in words
+    assert "Not covered, since it carries no noise: numbers of images, and all that" in words
+    assert "Each model for comparison is a run of its own" in words
     assert "Privacy accounting" not in page
     text = " ".join(re.sub("<[^>]*>", " ", page).split())
-    assert "hospital-1 2.500 3.250 2 0" in text
-    assert "hospital-2 – – 0 2" in text
+    assert "hospital-1 2.500 2 0" in text
+    assert "hospital-2 – 0 2" in text
     page = report(tmp_path, private_summary(**{"private-metrics": True}))
     assert "Evaluation counts carry noise too" in page
     assert "confusion counts" not in " ".join(page.split())

@@ -21,6 +21,7 @@ from fedmed_flower.clients.protecting import (
     measure_protected,
     private_metrics,
     require_protection,
+    require_unseen,
     train_protected,
 )
 from fedmed_flower.clients.training import Settings, derive_seed, torch_environment
@@ -34,9 +35,14 @@ from fedmed_flower.data.site import (
     tell_error,
 )
 from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.metrics import EPSILON
 from fedmed_flower.privacy.gradients import PROBE
 from fedmed_flower.privacy.patient import PrivacySettings
-from fedmed_flower.privacy.validate import require_private_loss, require_private_model
+from fedmed_flower.privacy.validate import (
+    require_forgetful,
+    require_private_loss,
+    require_private_model,
+)
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -147,6 +153,7 @@ class MedicalClient(ABC):
         rows = self.batch_of(prepared, range(min(PROBE, len(prepared))))
         require_private_model(model, self.loss_of, rows)
         require_private_loss(model, self.loss_of, rows)
+        require_forgetful(model, self.loss_of, rows)
 
     def seed_transforms(self, prepared: Any, seed: int) -> None:  # noqa: B027
         """Seed what draws from a generator other than torch's when a batch is made."""
@@ -189,9 +196,11 @@ class MedicalClient(ABC):
         else:
             with self._torch(seed):
                 metrics = self.fit(model, prepared, seed)
-        metrics["num-examples"] = len(data.train)
-        if not private_metrics(self):
+        if self.privacy.on or private_metrics(self):
+            metrics = {name: metrics[name] for name in metrics if name == EPSILON}
+        else:
             metrics["seconds"] = time.perf_counter() - began
+        metrics["num-examples"] = len(data.train)
         state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
         return RecordDict({arrays_key: ArrayRecord(state), "metrics": MetricRecord(metrics)})
 
@@ -200,6 +209,7 @@ class MedicalClient(ABC):
         split = str(config.get("split", "val"))
         if split not in SPLITS:
             raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        require_unseen(self, split)
         data, prepared = self._prepared(split, bool(config.get("pool-sites", False)))
         metrics: dict[str, Any] = {"num-examples": 0}
         if getattr(data, split):
@@ -331,8 +341,11 @@ def _check_patients(data: SiteData) -> None:
         for number, row in enumerate(getattr(data, split)):
             if "patient" not in row:
                 raise InputError(f"row {number} of the {split} split has no patient")
-            if seen.setdefault(row["patient"], split) != split:
+            patient = row["patient"]
+            # A number is one patient, whichever of NumPy's or torch's types it has.
+            patient = patient.item() if hasattr(patient, "item") else patient
+            if seen.setdefault(patient, split) != split:
                 raise InputError(
-                    f"patient {row['patient']} is in the splits {seen[row['patient']]} and "
-                    f"{split}: each patient must be in one"
+                    f"patient {patient} is in the splits {seen[patient]} and {split}: each patient "
+                    "must be in one"
                 )

@@ -182,23 +182,26 @@ class ClassificationClient(MedicalClient):
 
     def measure(self, model: nn.Module, prepared: CacheDataset) -> dict[str, Any]:
         """Return ``loss`` and the figures and counts of `classification_metrics`."""
-        outputs, labels = self._predict(model, prepared)
+        outputs, labels = self._predict(model, prepared, max(self.settings.batch_size, 64))
         loss = self.loss()(torch.from_numpy(outputs), torch.from_numpy(labels))
         return classification_metrics(labels, outputs) | {"loss": float(loss)}
 
     def measure_privately(
         self, model: nn.Module, prepared: CacheDataset, patients: Sequence[Hashable], noise: float
     ) -> dict[str, Any]:
-        """Return what follows from `noised_counts`, and those counts; no loss."""
-        outputs, labels = self._predict(model, prepared)
+        """Return what follows from `noised_counts`, and those counts; no loss.
+
+        Each record goes through the model by itself, so that none can change another's score.
+        """
+        outputs, labels = self._predict(model, prepared, 1)
         counts = noised_counts(labels, outputs, patients, noise)
         return noised_metrics(counts) | {NOISED: counts}
 
     def _predict(
-        self, model: nn.Module, prepared: CacheDataset
+        self, model: nn.Module, prepared: CacheDataset, batch_size: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         settings, device = self.settings, self.settings.torch_device()
-        batches = DataLoader(prepared, max(settings.batch_size, 64), collate_fn=_collate)
+        batches = DataLoader(prepared, batch_size, collate_fn=_collate)
         with _plain_tensors():
             return predict(
                 model, batches, device, settings.mixed_precision and device.type == "cuda"

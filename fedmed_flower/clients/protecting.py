@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import secrets
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from fedmed_flower.clients.training import train_privately
 from fedmed_flower.config import with_type_of
-from fedmed_flower.data.site import RUN_KEY, SiteData
+from fedmed_flower.data.site import RUN_KEY, Row, SiteData, patient_text
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.privacy.patient import (
@@ -44,11 +44,26 @@ def require_protection(settings: PrivacySettings, context: Context) -> None:
         )
 
 
+def require_unseen(client: MedicalClient, split: str) -> None:
+    """Decline to measure exactly, on the patients that a private run trains on.
+
+    Raises
+    ------
+    DeclinedError
+    """
+    if split == "train" and client.privacy.on and not private_metrics(client):
+        raise DeclinedError("training patients are measured with private-metrics=true only")
+
+
 def private_metrics(client: MedicalClient) -> bool:
-    """Return whether the run, or the hospital, wants noise on what evaluation counts."""
+    """Return whether what evaluation counts carries noise, and is charged.
+
+    Where the run or the hospital asks for it, and always where the hospital has set a budget: what
+    a server may ask for exactly, no budget bounds.
+    """
     given = client.context.node_config.get("private-metrics", False)
     asked: bool = with_type_of(False, given, "private-metrics")
-    return client.privacy.private_metrics or asked
+    return client.privacy.private_metrics or asked or budget_of(client.context) is not None
 
 
 def train_protected(
@@ -77,11 +92,11 @@ def train_protected(
     settings, device = client.settings, client.settings.torch_device()
     _require_own_fit(client)
     # Whatever is random about one patient must not follow from what an onlooker may know.
-    seed = secrets.randbits(32)
-    torch.manual_seed(seed)
-    client.seed_transforms(prepared, seed)
-    client.check_private(model, prepared)
-    patients = [row["patient"] for row in data.train]
+    torch.manual_seed(secrets.randbits(63))
+    client.seed_transforms(prepared, secrets.randbits(32))
+    patients = _patients(data.train, prepared)
+    # Fresh weights: with those that were sent, whether this fails could tell of a record.
+    client.check_private(client.build_model().to(device), prepared)
     privacy = _privacy(client, config)
     mechanism = privacy.plan_training(patients, settings.local_epochs, settings.batch_size)
     charge = (patients, mechanism.release, mechanism.steps, "train", _round(config))
@@ -103,8 +118,9 @@ def train_protected(
             )
     if dropped:
         log.warning("%s: %d gradients were not finite", client.site.name, dropped)
-    told = {} if private_metrics(client) or not math.isfinite(loss) else {"loss": loss}
-    return told | privacy.spent(patients)
+    # The loss stays here: without noise it would tell of patients what the budget does not cover.
+    log.debug("%s: mean training loss %.4f", client.site.name, loss)
+    return privacy.spent(patients)
 
 
 def measure_protected(
@@ -115,21 +131,36 @@ def measure_protected(
     Parameters are those of `train_protected`; `prepared` are the rows of the config's ``split``.
     """
     split = str(config.get("split", "val"))
-    patients = [row["patient"] for row in getattr(data, split)]
+    patients = _patients(getattr(data, split), prepared)
     privacy = _privacy(client, config)
     release = privacy.plan_evaluation(split)
-    with privacy.charged(patients, release, 1, split, _round(config)):
+    with privacy.charged(patients, release, 1, f"{split} counts", _round(config)):
         return client.measure_privately(model, prepared, patients, release.noise_multiplier)
 
 
 def _privacy(client: MedicalClient, config: ConfigRecord) -> PatientPrivacy:
     context, site = client.context, client.site.name
     path = ledger_path(context, client.site, config)
-    if not path.exists() and not client.site.simulated:
-        log.warning("%s: %s is a new ledger, in which nothing was ever released", site, path)
-    ledger = Ledger(path)
+    # A ledger that the hospital has named and that is gone is no reason to begin anew.
+    named = "ledger" in context.node_config
+    if not client.site.simulated:
+        if not named and not path.exists():
+            log.warning("%s: %s is a new ledger, in which nothing was ever released", site, path)
+        if budget_of(context) is None:
+            log.warning("%s: no budget-epsilon is set: only the server bounds the run", site)
+    ledger = Ledger(path, create=not named)
     run = str(config.get(RUN_KEY, context.run_id))
     return PatientPrivacy(client.privacy, ledger, run, budget_of(context), type(client).__name__)
+
+
+def _patients(rows: Sequence[Row], prepared: Any) -> list[str]:
+    """Return the patient of each prepared row, told apart as the ledger does."""
+    if len(prepared) != len(rows):
+        raise InputError(
+            f"prepare has made {len(prepared)} of {len(rows)} rows: to know which patient each is "
+            "of, private training needs one of each, in their order; split records in load_data"
+        )
+    return [patient_text(row["patient"]) for row in rows]
 
 
 def _round(config: ConfigRecord) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,3 +144,25 @@ def read_error(reason: str) -> tuple[str | None, str]:
     """Return site and text of a reason that `tell_error` made; None and the reason of another."""
     found = re.fullmatch(r"site (.+?): (.*)", reason, re.DOTALL)
     return (found[1], found[2]) if found else (None, reason)
+
+
+def patient_text(patient: Any) -> str:
+    """Return one text for all that Python and NumPy hold for equal, in each process the same.
+
+    Raises
+    ------
+    InputError
+        Where a patient is neither a text nor a finite number nor a tuple of those.
+    """
+    if isinstance(patient, tuple):
+        return f"({', '.join(map(patient_text, patient))})"
+    value = patient.item() if hasattr(patient, "item") else patient
+    if isinstance(value, str | bytes):
+        return ascii(str.__str__(value) if isinstance(value, str) else value)
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return repr(value + 0)
+    raise InputError(
+        "a patient must be a text, a finite number or a tuple of those, got one of type "
+        f"{type(patient).__name__}"
+    )

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from fedmed_flower.data.site import GENERATED, SPLITS, Row
 from fedmed_flower.errors import InputError
 
+_OWN = "used as it is"
 _LOG = logging.getLogger("flwr.fedmed")
 DATASETS = ("pneumoniamnist", "breastmnist", "phantoms")
 HEART_FEATURES = (
@@ -195,7 +196,7 @@ def load_medmnist(name: str, path: str | Path | None = None, timeout: float = 10
     """
     if path is not None:
         own = Path(path).expanduser()
-        return _read_medmnist(_copy(own, f"{name} ({own.name})", "used as it is"))
+        return _read_medmnist(_copy(own, f"{name} ({own.name})", _OWN))
     _check_name(name, MEDMNIST)
     return _read_medmnist(_obtain(MEDMNIST[name], timeout, ', or choose dataset="phantoms"'))
 
@@ -309,7 +310,8 @@ def _content(copy: _Copy) -> tuple[bytes, str]:
         raise InputError(f"{copy.path}: cannot be read ({type(error).__name__})") from error
     sha256 = hashlib.sha256(content).hexdigest()
     _LOG.info("%s: %s, sha256 %s, %s", copy.title, copy.path, sha256, copy.origin)
-    return content, f"{copy.title}, sha256 {sha256[:12]}…"
+    # Of a hospital's own file the checksum must stay there: it tells whether a guess is right.
+    return content, copy.title if copy.origin == _OWN else f"{copy.title}, sha256 {sha256[:12]}…"
 
 
 @lru_cache(maxsize=2)

@@ -2,8 +2,9 @@
 
 By privacy loss distributions (Doroshenko, Ghazi, Kamath, Kumar, Manurangsi: Connect the Dots, PETS
 2022, https://arxiv.org/abs/2207.04380), as dp-accounting computes them: an upper bound, and the
-tightest that is known. Neighbours are two sets that differ by one member; samples are Poisson
-samples.
+tightest that is known. It is proven for noise and rates that are fixed beforehand; those of later
+runs are chosen after earlier ones were seen, as everywhere in practice. Neighbours are two sets
+that differ by one member; samples are Poisson samples.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from threading import Thread
 from typing import Any
 
@@ -233,14 +234,19 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         )
         self.dropped = 0
         self._generator = secure_generator()
-        self._ahead: tuple[Thread, list[Tensor]] | None = None
+        self._ahead: Future[Tensor] | None = None
 
     def draw_ahead(self) -> None:
         """Begin to draw the noise of the step to come, in a thread beside the gradients."""
-        drawn: list[Tensor] = []
-        thread = Thread(target=lambda: drawn.append(self._draw()), daemon=True)
-        self._ahead = thread, drawn
-        thread.start()
+        self._ahead = future = Future[Tensor]()
+
+        def draw() -> None:
+            try:
+                future.set_result(self._draw())
+            except BaseException as error:
+                future.set_exception(error)
+
+        Thread(target=draw, daemon=True).start()
 
     def accumulate(self, gradients: list[Tensor]) -> None:
         """Clip the gradients of some patients and add them to the sum.
@@ -297,14 +303,9 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def add_noise(self) -> None:
         """Add noise to the sum of clipped gradients, and round once."""
-        if self._ahead is None:
-            noise = self._draw()
-        else:
-            thread, drawn = self._ahead
-            # Forgotten first: no noise is ever used twice.
-            self._ahead = None
-            thread.join()
-            noise = drawn.pop()
+        # Forgotten first: no noise is ever used twice.
+        ahead, self._ahead = self._ahead, None
+        noise = self._draw() if ahead is None else ahead.result()
         parts = torch.split(noise, [parameter.numel() for parameter in self.params])
         for parameter, part in zip(self.params, parts, strict=True):
             total = parameter.summed_grad

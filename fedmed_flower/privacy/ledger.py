@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import math
+import logging
 import os
 import secrets
 import shutil
@@ -17,8 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from fedmed_flower.data.site import patient_text
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.privacy.accounting import Release, epsilon_of, require_release
+
+log = logging.getLogger("flwr.fedmed")
 
 _VERSION = 1
 _SCHEMA = """
@@ -96,9 +98,10 @@ class Ledger:
     Parameters
     ----------
     path : Path
-        Made, with its folder, where it is not there.
     read_only : bool
         Only look, at a file that is there.
+    create : bool
+        Make the file, for its owner alone, and its folder, where it is not there.
 
     Raises
     ------
@@ -106,12 +109,15 @@ class Ledger:
         Where the file is no ledger, is damaged, or cannot be written.
     """
 
-    def __init__(self, path: Path, read_only: bool = False) -> None:
+    def __init__(self, path: Path, read_only: bool = False, create: bool = True) -> None:
         self.path, self._read_only = path, read_only
         with _told(path):
             if not path.exists():
-                if read_only:
-                    raise InputError(f"there is no ledger {path}")
+                if read_only or not create:
+                    raise InputError(
+                        f"there is no ledger {path}: mend the path or the disk, or make a new one "
+                        "(fedmed privacy --new)"
+                    )
                 self._create()
         with self._open() as connection:
             found = self._about(connection, "version")
@@ -175,11 +181,10 @@ class Ledger:
         after, declined = Counter({release: count}), None
         with self._open() as connection:
             members, fingerprint, near = self._find(connection, patients)
-            if run_limit is not None:
-                own = self._releases(connection, near, run)
-                declined = _passed(own + after, run_limit)
-            if budget is not None and declined is None:
-                declined = _passed(self._releases(connection, near) + after, budget)
+            for limit, of in ((run_limit, run), (budget, None)):
+                if limit is not None and declined is None:
+                    before = self._releases(connection, near, of)
+                    declined = limit if _passed(before + after, limit) else None
             kept = () if budget is None else zip(_BUDGET, budget[:2], strict=True)
             connection.executemany("DELETE FROM about WHERE key = ?", zip(_BUDGET))
             connection.executemany("INSERT INTO about VALUES (?, ?)", kept)
@@ -194,7 +199,8 @@ class Ledger:
                 )
                 charge = int(cursor.lastrowid or 0)
         if declined is not None:
-            raise DeclinedError(declined)
+            # No number: of the budget it would tell what other runs have released.
+            raise DeclinedError(f"{declined.name} would be passed")
         return charge
 
     def settle(self, charge: int) -> None:
@@ -251,6 +257,7 @@ class Ledger:
                     connection.execute(statement)
                 about = {"version": _VERSION, "key": secrets.token_bytes(32)}
                 connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+            draft.chmod(0o600)
             _give_name(draft, self.path)
         finally:
             draft.unlink(missing_ok=True)
@@ -276,7 +283,7 @@ class Ledger:
     ) -> tuple[list[bytes], str, set[int]]:
         """Return the hashes of patients, that of all, and the sets that share one with them."""
         key = self._about(connection, "key")
-        texts = {_plain(patient).encode() for patient in patients}
+        texts = {patient_text(patient).encode() for patient in patients}
         members = sorted(hashlib.blake2b(text, key=key, digest_size=16).digest() for text in texts)
         if not members:
             raise InputError("there are no patients to charge for")
@@ -351,7 +358,9 @@ def _give_name(draft: Path, path: Path) -> None:
     except FileExistsError:
         return
     except OSError:
-        # Not every filesystem has hard links.
+        # Not every filesystem has hard links; where they lack, POSIX has locks.
+        import fcntl
+
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
@@ -372,28 +381,11 @@ def _told(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _passed(releases: Counter[Release], limit: Limit) -> str | None:
-    """Return what to tell where a limit would be passed."""
+def _passed(releases: Counter[Release], limit: Limit) -> bool:
     epsilon = epsilon_of(releases, limit.delta)
-    if epsilon <= limit.epsilon:
-        return None
-    return (
-        f"it would bring epsilon to {epsilon:.3f} at delta {limit.delta:g}, above "
-        f"{limit.epsilon:g}, {limit.name}"
-    )
-
-
-def _plain(patient: Any) -> str:
-    """Return one text for all that Python and NumPy hold for equal, in each process the same."""
-    if isinstance(patient, tuple):
-        return f"({', '.join(map(_plain, patient))})"
-    value = patient.item() if hasattr(patient, "item") else patient
-    if isinstance(value, str | bytes):
-        return ascii(str.__str__(value) if isinstance(value, str) else value)
-    value = int(value) if isinstance(value, float) and value.is_integer() else value
-    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
-        return repr(value + 0)
-    raise InputError(
-        "a patient must be a text, a finite number or a tuple of those, got one of type "
-        f"{type(patient).__name__}"
-    )
+    if epsilon > limit.epsilon:
+        log.info(
+            "declined: epsilon would come to %.3f at delta %g, above %g, %s",
+            *(epsilon, limit.delta, limit.epsilon, limit.name),
+        )
+    return epsilon > limit.epsilon

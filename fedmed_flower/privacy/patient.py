@@ -18,7 +18,7 @@ from flwr.app import Context
 from fedmed_flower.config import Section, with_type_of
 from fedmed_flower.data.site import LEDGER_DIR, Site
 from fedmed_flower.errors import InputError
-from fedmed_flower.metrics import EPSILON, EPSILON_TOTAL
+from fedmed_flower.metrics import EPSILON
 from fedmed_flower.privacy.accounting import Release, epsilon_of, noise_for
 from fedmed_flower.privacy.ledger import Ledger, Limit
 from fedmed_flower.privacy.sampling import RECORDS
@@ -26,8 +26,9 @@ from fedmed_flower.privacy.sampling import RECORDS
 log = logging.getLogger("flwr.fedmed")
 
 LEDGER_FILE = "privacy-ledger.sqlite"
-# The test split is asked for once a run, and once more where the run is prolonged.
+# The test split is asked for once a run, and once more where the run is resumed at its end.
 _TESTS = 2
+_MOST_STEPS = 100_000
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class PrivacySettings(Section):
     patient_records : {"one", "mean"}
         What a patient with several records contributes to a step: one of them, or their mean.
     private_metrics : bool
-        Evaluate by counts with noise, and leave out the training loss.
+        Evaluate by counts with noise, on the account of the patients who are counted.
     micro_batch_size : int
         Records whose gradients are in memory at a time; at least 0. 0 finds out.
     num_server_rounds : int
@@ -133,16 +134,27 @@ class PatientPrivacy:
     def plan_training(
         self, patients: Sequence[Hashable], epochs: int, batch_size: int
     ) -> Mechanism:
-        """Return what a round of training is: its noise keeps all planned rounds to the target."""
+        """Return what a round of training is: its noise keeps all planned rounds to the target.
+
+        Raises
+        ------
+        InputError
+            Where a round would have more than 100,000 steps.
+        """
         settings, count = self.settings, len(set(patients))
         rate = settings.sampling_rate or min(1.0, batch_size / count)
         steps = max(1, round(epochs / rate))
+        if steps > _MOST_STEPS:
+            raise InputError(
+                f"local-epochs = {epochs} at a sampling rate of {rate:g} make {steps} steps a "
+                f"round, above {_MOST_STEPS}: raise sampling-rate or batch-size"
+            )
         target, planned = settings.target_epsilon, settings.num_server_rounds
         noise = noise_for(target, settings.delta, rate, steps * planned)
         return Mechanism(Release(rate, noise), steps, count, settings)
 
     def plan_evaluation(self, split: str) -> Release:
-        """Return the release of one evaluation: other patients than those of training."""
+        """Return the release of one evaluation, on the patients of one split."""
         settings = self.settings
         planned = _TESTS if split == "test" else settings.num_server_rounds
         noise = noise_for(settings.target_epsilon, settings.delta, 1.0, planned)
@@ -181,12 +193,13 @@ class PatientPrivacy:
         self.ledger.settle(charge)
 
     def spent(self, patients: Sequence[Hashable]) -> dict[str, float]:
-        """Return what was released about these patients: by this run, and by all runs."""
-        delta = self.settings.delta
-        return {
-            EPSILON: epsilon_of(self.ledger.released(patients, self.run), delta),
-            EPSILON_TOTAL: epsilon_of(self.ledger.released(patients), delta),
-        }
+        """Return what this run has released about these patients.
+
+        What all runs together have stays in the ledger: it would tell whether these patients were
+        among those of other runs.
+        """
+        released = self.ledger.released(patients, self.run)
+        return {EPSILON: epsilon_of(released, self.settings.delta)}
 
 
 def budget_of(context: Context) -> Limit | None:

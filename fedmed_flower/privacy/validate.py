@@ -183,6 +183,44 @@ def require_private_loss(model: nn.Module, loss: Loss, batch: Batch) -> None:
         )
 
 
+def require_forgetful(model: nn.Module, loss: Loss, batch: Batch) -> None:
+    """Refuse a model or a loss that remembers one record while it sees the next.
+
+    Parameters
+    ----------
+    model : Module
+        Is left in training mode.
+    loss : callable
+        As `RecordGradients` takes it.
+    batch : dict of tensors
+        With one record there is nothing to see.
+
+    Raises
+    ------
+    InputError
+        Where the loss of the first record is another one after the second was seen.
+    """
+    model.train()
+    first, second = ({key: part[i : i + 1] for key, part in batch.items()} for i in (0, 1))
+
+    def of_first() -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return loss(model, first)
+
+    with torch.no_grad():
+        before = of_first()
+        if len(next(iter(second.values()))):
+            loss(model, second)
+        after = of_first()
+    if not torch.allclose(before, after, rtol=1e-6, atol=0, equal_nan=True):
+        raise InputError(
+            "the model or the loss keeps something of one record until the next: the loss of a "
+            f"record was {float(before):.6g}, and {float(after):.6g} after another one. Private "
+            "training needs a model and a loss that keep nothing"
+        )
+
+
 def require_independent(
     change: Callable[[Tensor], Tensor], inputs: Tensor, name: str = "augment"
 ) -> None:

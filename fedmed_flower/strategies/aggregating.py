@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 
 from fedmed_flower.arrays import keep_dtypes, not_finite, view
 from fedmed_flower.errors import InputError
-from fedmed_flower.metrics import EPSILONS
+from fedmed_flower.metrics import EPSILON
 from fedmed_flower.runfolder import ALL_SITES
 from fedmed_flower.strategies.inbox import Kept
 from fedmed_flower.strategies.optimising import OPTIMISERS, step
@@ -191,9 +191,8 @@ def _conclude(
         messages = with_shared_metrics(chosen, key, share)
         contents = [message.content for message in messages]
         metrics = strategy.train_metrics_aggr_fn(contents, key)
-        for name in EPSILONS:
-            if name in metrics:
-                metrics[name] = max(metrics_of(message)[name] for message in messages)
+        if EPSILON in metrics:
+            metrics[EPSILON] = max(metrics_of(message)[EPSILON] for message in messages)
     strategy.begun = True
     other = strategy.below
     if other is not None and issubclass(other, OPTIMISERS):
