@@ -9,7 +9,8 @@ demo: $(READY)  ## Five hospitals train a chest X-ray classifier; prints where t
 	$(BIN)/fedmed demo
 
 test: $(READY)  ## The test suite.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not engine" -n 2
+	$(BIN)/python -m pytest -m engine
 
 check: $(READY)  ## Style and types.
 	$(BIN)/ruff check .

@@ -44,8 +44,8 @@ tr,figure{break-inside:avoid}.plots{grid-template:auto/1fr 1fr 1fr}th,td{padding
 BANNER = f'<div class="banner" role="note">{GENERATED}</div>'
 LEAVES = """<h2>What left each hospital</h2><p>No image and no patient record. After each round a
 hospital sends its model’s weights, its number of images per split (training, validation, test), {}.
-Before, it told its name and its data’s name and checksum; of an error it tells the class, and why
-it declined a round.</p>"""
+Before, it told its name and its data’s name (of public data with a checksum); of an error it tells
+the class, and why it declined a round.</p>"""
 OPEN = """its losses and metrics (in a private run none of training), its counts of right and
 wrong decisions per class (confusion counts), and histograms of the model’s scores per class around
 their median, with it and its own AUC"""
