@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
@@ -301,7 +302,8 @@ def test_real_chest_x_rays_reach_the_floor(workdir):
     assert summary["test"]["federated"]["auc"] >= 0.945
 
 
-def test_a_ledger_is_shown_run_by_run(tmp_path):
+def test_a_ledger_is_shown_run_by_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedmed_flower.cli.console", Console(width=200))
     folder = tmp_path / "ledgers"
     ledger = Ledger(folder / "north.sqlite")
     release = Release(0.1, 1.0)
@@ -314,7 +316,7 @@ def test_a_ledger_is_shown_run_by_run(tmp_path):
             if number == 0:
                 ledger.settle(charge)
     for place in (folder, folder / "north.sqlite"):
-        result = CliRunner().invoke(app, ["privacy", str(place)], env={"COLUMNS": "140"})
+        result = CliRunner().invoke(app, ["privacy", str(place)])
         assert result.exit_code == 0
         lines = [line.split("│") for line in result.stdout.splitlines() if "Heart" in line]
         shown = [[cell.strip() for cell in line[2:-1]] for line in lines]

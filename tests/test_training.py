@@ -10,6 +10,7 @@ from fedmed_flower.clients.training import (
     Settings,
     derive_seed,
     predict,
+    probe_places,
     torch_environment,
     train_epochs,
 )
@@ -262,3 +263,9 @@ def test_the_proximal_term_is_that_of_the_loss_written_out(mu):
             optimizer.step()
     for got, wanted in zip(ours.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_a_few_rows_far_apart_show_what_all_are_like():
+    assert [probe_places(count) for count in (1, 2, 3, 4, 100)] == [
+        [0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 33, 66, 99],
+    ]  # fmt: skip

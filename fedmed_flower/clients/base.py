@@ -24,7 +24,12 @@ from fedmed_flower.clients.protecting import (
     require_unseen,
     train_protected,
 )
-from fedmed_flower.clients.training import Settings, derive_seed, torch_environment
+from fedmed_flower.clients.training import (
+    Settings,
+    derive_seed,
+    probe_places,
+    torch_environment,
+)
 from fedmed_flower.data.site import (
     DECLINED,
     SITE_RECORD,
@@ -36,7 +41,6 @@ from fedmed_flower.data.site import (
 )
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.metrics import EPSILON
-from fedmed_flower.privacy.gradients import PROBE
 from fedmed_flower.privacy.patient import PrivacySettings
 from fedmed_flower.privacy.validate import (
     require_forgetful,
@@ -150,7 +154,7 @@ class MedicalClient(ABC):
 
         A subclass adds what else it does with a batch.
         """
-        rows = self.batch_of(prepared, range(min(PROBE, len(prepared))))
+        rows = self.batch_of(prepared, probe_places(len(prepared)))
         require_private_model(model, self.loss_of, rows)
         require_private_loss(model, self.loss_of, rows)
         require_forgetful(model, self.loss_of, rows)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.clients.training import predict, train_epochs
+from fedmed_flower.clients.training import predict, probe_places, train_epochs
 from fedmed_flower.data.site import SPLITS, Row, SiteData
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import (
@@ -33,7 +33,6 @@ from fedmed_flower.metrics import (
     noised_counts,
     noised_metrics,
 )
-from fedmed_flower.privacy.gradients import PROBE
 from fedmed_flower.privacy.validate import require_independent
 
 
@@ -172,7 +171,7 @@ class ClassificationClient(MedicalClient):
         """Raise `InputError` where model, loss or `augment` mix patients."""
         super().check_private(model, prepared)
         with _plain_tensors():
-            rows = _collate([prepared[place] for place in range(min(PROBE, len(prepared)))])
+            rows = _collate([prepared[place] for place in probe_places(len(prepared))])
         if len(prepared) > 1:
             require_independent(self.augment, rows["image"].to(self.settings.torch_device()))
 

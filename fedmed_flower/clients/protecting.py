@@ -95,8 +95,11 @@ def train_protected(
     torch.manual_seed(secrets.randbits(63))
     client.seed_transforms(prepared, secrets.randbits(32))
     patients = _patients(data.train, prepared)
-    # Fresh weights: with those that were sent, whether this fails could tell of a record.
-    client.check_private(client.build_model().to(device), prepared)
+    checked = (client.context.run_id, type(client).__qualname__, client.site, "checked")
+    if checked not in client._kept:
+        # Fresh weights: with those that were sent, whether this fails could tell of a record.
+        client.check_private(client.build_model().to(device), prepared)
+        client._kept[checked] = True
     privacy = _privacy(client, config)
     mechanism = privacy.plan_training(patients, settings.local_epochs, settings.batch_size)
     charge = (patients, mechanism.release, mechanism.steps, "train", _round(config))
