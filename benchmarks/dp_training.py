@@ -31,7 +31,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,7 +138,7 @@ def loss(model: Callable[..., Tensor], batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(model(batch["image"]), batch["label"])
 
 
-def plain(case: Case, batch: Batch, model: nn.Module) -> tuple[Step, str]:
+def plain(case: Case, batch: Batch, model: nn.Module) -> tuple[Step, None]:
     """Return a step of plain SGD."""
     optimizer = torch.optim.SGD(trained(model), RATE)
 
@@ -149,32 +149,34 @@ def plain(case: Case, batch: Batch, model: nn.Module) -> tuple[Step, str]:
         value.backward()
         optimizer.step()
 
-    return step, "plain"
+    return step, None
 
 
-def private(case: Case, batch: Batch, model: nn.Module, method: str = "auto") -> tuple[Step, str]:
-    """Return a step as `train_privately` makes it, and the method that was chosen."""
+def private(
+    case: Case, batch: Batch, model: nn.Module, method: str = "auto"
+) -> tuple[Step, RecordGradients]:
+    """Return a step as `train_privately` makes it; its first call chooses the method."""
     optimizer = PatientOptimizer(torch.optim.SGD(trained(model), RATE), NOISE, NORM, case.batch)
     gradients = RecordGradients(model, loss, case.mixed_precision, method)
     size = PROBE if method == "loop" else case.batch
-    if method == "auto":
-        size = micro_batch_size(
-            gradients,
-            lambda places: {key: value[list(places)] for key, value in batch.items()},
-            list(range(case.batch)),
-        )
+
+    def rows(places: Sequence[int]) -> Batch:
+        return {key: value[list(places)] for key, value in batch.items()}
 
     def step() -> None:
+        nonlocal size
+        if gradients.method == "auto":
+            size = micro_batch_size(gradients, rows, list(range(case.batch)))
         optimizer.draw_ahead()
         for start in range(0, case.batch, size):
-            rows = {key: value[start : start + size] for key, value in batch.items()}
-            optimizer.accumulate(gradients(rows)[0])
+            part = {key: value[start : start + size] for key, value in batch.items()}
+            optimizer.accumulate(gradients(part)[0])
         optimizer.release()
 
-    return step, gradients.method
+    return step, gradients
 
 
-def hooks(case: Case, batch: Batch, model: nn.Module, secure: bool) -> tuple[Step, str]:
+def hooks(case: Case, batch: Batch, model: nn.Module, secure: bool) -> tuple[Step, None]:
     """Return a step of Opacus's own."""
     for module in model.modules():
         if getattr(module, "inplace", False):
@@ -195,7 +197,7 @@ def hooks(case: Case, batch: Batch, model: nn.Module, secure: bool) -> tuple[Ste
         value.backward()
         optimizer.step()
 
-    return step, "hooks"
+    return step, None
 
 
 class Hooked(GradSampleModule):
@@ -223,8 +225,8 @@ def autocast(case: Case) -> Any:
     return torch.autocast(case.device, torch.bfloat16, enabled=case.mixed_precision)
 
 
-def prepare(case: Case, variant: str) -> tuple[Step, str]:
-    """Return a step of a model of its own, and the method."""
+def prepare(case: Case, variant: str) -> tuple[Step, RecordGradients | None]:
+    """Return a step of a model of its own, and what knows its method."""
     batch, model = case.batch_and_model()
     if variant == "plain":
         return plain(case, batch, model)
@@ -290,8 +292,9 @@ def compare(case: Case, args: argparse.Namespace) -> None:
     counts: dict[str, int] = {}
     for variant in VARIANTS:
         try:
-            step, methods[variant] = prepare(case, variant)
+            step, gradients = prepare(case, variant)
             step()
+            methods[variant] = gradients.method if gradients else variant
             counts[variant] = max(1, min(20, int(LENGTH / seconds(step, 1, case.device))))
             steps[variant] = step
         except Exception as error:  # A table of what fails is the purpose.
