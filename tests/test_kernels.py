@@ -251,8 +251,9 @@ def test_the_order_of_a_running_mean_makes_no_difference_to_the_bits(dtype):
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_a_median_has_the_bits_of_numpys(case):
     matrix, sizes = case
-    got = medians(cut(matrix, sizes))
-    same_but_for_the_sign_of_zero(got, np.median(matrix, axis=0).astype(matrix.dtype))
+    got, wanted = medians(cut(matrix, sizes)), np.median(matrix, axis=0).astype(matrix.dtype)
+    assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+    same_but_for_the_sign_of_zero(got, wanted)
 
 
 @pytest.mark.parametrize("count", [1, 2, 20, NETWORK_UP_TO, NETWORK_UP_TO + 1, 130])

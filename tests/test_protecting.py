@@ -25,12 +25,13 @@ from torch import nn
 from fedmed_flower import InputError, MedicalClient, SiteData
 from fedmed_flower.clients.training import train_epochs, train_privately
 from fedmed_flower.data.site import read_error
+from fedmed_flower.experiment import RunFailedError
 from fedmed_flower.privacy.accounting import Release, epsilon_of
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.privacy.patient import Mechanism, PrivacySettings
 from fedmed_flower.privacy.validate import require_forgetful
 from fedmed_flower.runfolder import RunFolder
-from fedmed_flower.strategies import FedAvg
+from fedmed_flower.strategies import FedAvg, WeightedFedAvg
 
 PRIVATE = {"privacy": "patient", "target_epsilon": 4.0}
 NO_NOISE = Release(1.0, 0.0)
@@ -123,19 +124,18 @@ def test_a_patient_with_many_records_counts_once(size):
 def test_a_patient_of_whom_one_record_is_not_finite_is_left_out():
     images, labels = table(5)
     images[3] = math.nan
-    patients = ["a", "b", "a", "c", "d"]
     model = linear()
-    other = twin(model)
+    plain = twin(model)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.5, weight_decay=0.1)
+    # One row of "a" is broken, so "a" is left out; the sum is divided by three all the same.
+    rest = [1, 4]
+    total = nn.functional.cross_entropy(plain(images[rest]), labels[rest], reduction="sum")
+    (total / 3).backward()
+    optimizer.step()
+    patients = ["a", "b", "a", "a", "d"]
     mean, dropped = private_steps(model, images, labels, patients, steps=1, patient_records="mean")
     assert (dropped, math.isfinite(mean)) == (1, True)
-    patients = ["a", "b", "a", "d"]
-    keep = [0, 1, 2, 4]
-    private_steps(other, images[keep], labels[keep], patients, steps=1, patient_records="mean")
-    start, moved = list(linear().parameters()), list(model.parameters())
-    assert len(start) == len(moved)
-    # Three patients moved the model in both, but one sum is divided by four.
-    fresh = twin(other)
-    assert all(torch.isfinite(p).all() for p in (*model.parameters(), *fresh.parameters()))
+    assert_alike(model, plain)
 
 
 def test_no_step_moves_the_model_further_than_the_clipping_norm():
@@ -314,6 +314,22 @@ def test_a_run_ends_with_its_model_when_every_hospital_has_declined(tmp_path):
     assert max(f.round for f in strategy.history.failures if f.phase == "train") == last
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
     assert all(np.isfinite(array.numpy()).all() for array in result.arrays.values())
+
+
+def test_a_strategy_that_needs_the_loss_leaves_private_hospitals_out(tmp_path):
+    strategy = WeightedFedAvg(weights="inverse-loss")
+    with pytest.raises(RunFailedError, match=r"^no site could train in any of 1 rounds"):
+        run_tiny(tmp_path / "run", strategy=strategy, num_server_rounds=1, **PRIVATE)
+    assert {f.site for f in strategy.history.failures} >= {"hospital-1", "hospital-2"}
+
+
+def test_a_second_start_forgets_who_declined(tmp_path):
+    node = {"budget-epsilon": 0.001, "budget-delta": 1e-5}
+    strategy = FedAvg()
+    with pytest.raises(RunFailedError):
+        run_tiny(tmp_path / "a", node_configs=[node, node], strategy=strategy, **PRIVATE)
+    result = run_tiny(tmp_path / "b", strategy=strategy, num_server_rounds=1, **PRIVATE)
+    assert set(result.train_metrics_clientapp) == {1}
 
 
 def test_a_resumed_run_goes_on_in_the_same_account(tmp_path):

@@ -169,7 +169,7 @@ class FedAvg(flower.FedAvg):
             _TRAIN: ConfigRecord() if train_config is None else train_config,
             _EVALUATE: ConfigRecord() if evaluate_config is None else evaluate_config,
         }
-        self.timeout, self.begun = timeout, False
+        self.timeout, self.begun, self.inbox.declined = timeout, False, set()
         self.inbox.history, self.result = History(), flower.Result(arrays=initial_arrays)
         # A run that starts afresh owes nothing to one before it.
         self.import_state({})
