@@ -1,16 +1,30 @@
 """The frame of a report, and what it says of a hospital's data in every run."""
 
+import html
+import json
+from collections.abc import Iterable
 from string import Template
+from typing import Any
 
 from fedmed_flower.data.site import GENERATED
 
+DASH = "–"
+COLOURS = "#0072b2 #d55e00 #009e73 #c066a0 #d99000 #3fa7dc #7a68b3 #a8743a #7f8c1d #c23b4e #1c9c9c"
+PALETTE = (*COLOURS.split(), "#808080")
+# What the figures are called in a sentence.
+CLASSIFIED = {"auc": "AUC", "accuracy": "accuracy", "balanced-accuracy": "balanced accuracy"}
+CLASSIFIED |= {"sensitivity": "sensitivity", "specificity": "specificity"}
+OUTLINED = {"dice": "Dice", "hd95": "HD95 (mm)", "surface-dice": "surface Dice"}
+WORST_PATIENT = "dice-worst"
+NAMES = CLASSIFIED | OUTLINED | {WORST_PATIENT: "Dice, worst patient", "loss": "loss"}
 # In an SVG these become CSS variables, so that plots follow the colour scheme.
 SCHEME = {"#010203": "var(--soft)", "#010204": "var(--line)", "#010205": "var(--paper)"}
 INK, FAINT, PAPER = SCHEME
 
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; style-src 'unsafe-inline'$images">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>$title</title><style>
 @media screen and (prefers-color-scheme:dark){:root:root{--paper:#15191e;--ink:#e4e8ec;
 --soft:#a3adb8;--line:#39424c;--tint:#1f252c;--bad:#ff8f86;--good:#6cc99a}}
@@ -18,7 +32,7 @@ PAGE = Template("""<!DOCTYPE html>
 --tint:#f3f5f7;--bad:#a11d1d;--good:#1c6b43}body{margin:0;background:var(--paper);color:var(--ink)}
 body{font:1rem/1.5 system-ui,"Segoe UI",Roboto,sans-serif;overflow-wrap:break-word}
 main{max-width:60rem;margin:0 auto;padding:2rem 1.5rem 3rem}p{margin:.5rem 0;max-width:48rem}
-h1{font-size:1.75rem;line-height:1.2;margin:0}figure{margin:0}h1,b,th,.banner{font-weight:600}
+h1{font-size:1.75rem;line-height:1.2;margin:0}figure{margin:0}h1,h3,b,th,.banner{font-weight:600}
 h2{font-size:1.15rem;margin:2.6rem 0 .6rem;padding-top:.9rem;border-top:1px solid var(--line)}
 .banner{background:#ffd84d;color:#1b1500;text-align:center;padding:.6rem}.lead{font-size:1.1rem}
 .soft,.note,figcaption,caption{color:var(--soft)}.note,figcaption,caption,ul{font-size:.875rem}
@@ -36,20 +50,46 @@ td small{display:block;width:max-content;max-width:9rem;margin-left:auto;color:v
 figure b{color:var(--ink)}.dots{max-width:40rem;margin:1.2rem 0}.plots table{width:100%}
 figure>svg{display:block;width:100%;height:auto}svg text{font-family:inherit!important}
 ul{display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;padding:0;list-style:none}li{max-width:100%}
+h3{font-size:1rem;margin:1.2rem 0 .4rem;break-after:avoid}img{display:block;max-width:100%}
+.cases{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:1rem 1.4rem}
 .key{width:1.35rem;height:.65rem;margin-right:.4rem}.wide{overflow-x:auto;margin:.8rem 0}
 @media print{@page{margin:16mm}:root{font-size:75%}main{max-width:none}h2,ul{break-after:avoid}
 main{padding:0}.banner,.status,tfoot{print-color-adjust:exact}.wide{overflow:visible}
 tr,figure{break-inside:avoid}.plots{grid-template:auto/1fr 1fr 1fr}th,td{padding:.2rem .5rem}}
 </style></head><body>$banner<main>$body</main></body></html>""")
 BANNER = f'<div class="banner" role="note">{GENERATED}</div>'
-LEAVES = """<h2>What left each hospital</h2><p>No image and no patient record. After each round a
+ONE_CLASS = "† one class only in this test set. "
+NOTES = {
+    "auc": "AUC: how often an image with the finding is scored above one without; 0.500 is "
+    "chance. ",
+    "dice": "Dice: overlap of the predicted structure with the true one; 1 is perfect, 0 where a "
+    "structure is missed or invented. ",
+    "hd95": "HD95: the distance in mm within which 95% of the two outlines lie of each other; "
+    "where a structure is missed or invented, the image’s diagonal. ",
+    "surface-dice": "Surface Dice: the part of the outlines that lies within a tolerance of the "
+    "other. ",
+}
+CASES = """<p>Pictures of single test images, as hospitals chose to send them. They show what the
+model does; how well it does so is in the tables above. """
+LINES = "Outlines are solid as the hospital drew them, dashed as the model does.</p>"
+HEAT = """In a heat map orange places speak for the class that the title names, blue ones against
+it.</p>"""
+# Added to what the page may load where it shows pictures.
+EMBEDDED = "; img-src data:"
+LEAVES = """<h2>What left each hospital</h2><p>{} After each round a
 hospital sends its model’s weights, its number of images per split (training, validation, test), {}.
 Before, it told its name and its data’s name (of public data with a checksum); of an error it tells
 the class, and why it declined a round.</p>"""
+NO_PICTURE = "No image and no patient record."
+PICTURES = """No patient record, and of images only the pictures of test cases above with their
+titles; each shows one patient, and no bound on privacy covers them."""
 OPEN = """its losses and metrics (in a private run none of training), its counts of right and
 wrong decisions per class (confusion counts), and histograms of the model’s scores per class around
 their median, with it and its own AUC"""
+OUTLINES = """its losses (in a private run none of training), the means over its patients of Dice,
+HD95 and surface Dice, overall and per class, and the Dice of its worst patient"""
 COUNTED = "and counts of the model’s scores per class, from which its metrics follow"
+COUNTED_OUTLINES = "and its number of patients with the sum of their Dice per class"
 UNPROTECTED = """<p>None of this carries noise, unless the settings below say so. Privacy accounting
 is not part of this run: nothing here bounds what could be inferred about one patient from what was
 sent.</p>"""
@@ -63,7 +103,53 @@ at delta {delta}, by clipping and noise at the hospital; the hospitals told <b>{
 most. What other runs have cost the same patients is in each hospital’s own ledger. """
 NOISED = """Evaluation counts carry noise too, and cost a validation or test patient no more than
 the target. Not covered: the numbers of images, and which rounds a hospital declined.</p>"""
-EXACT = """Not covered, since it carries no noise: numbers of images, and all that is counted on
+EXACT = """Not covered, since it carries no noise: numbers of images, and all that is measured on
 validation and test patients.</p>"""
 COMPARED = """<p>Each model for comparison is a run of its own: what it cost the patients it was
 trained and tested on is in the ledgers and not in this table.</p>"""
+
+
+def escaped(value: Any) -> str:
+    """Return what was read from a file as text for the page, one line without control codes."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    clean = "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+    return DASH if value is None or value == "" else html.escape(clean)
+
+
+def show(value: float | None, spec: str = ".3f") -> str:
+    """Return a number to three digits after the point at most; a dash for none."""
+    return DASH if value is None else format(round(value, 3) + 0.0, spec).replace("-", "−")
+
+
+def many(count: float, noun: str) -> str:
+    """Return a number of things."""
+    return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
+
+
+def name(key: str) -> str:
+    """Return what a figure is called in a sentence; ``dice-NAME`` is the Dice of a class."""
+    return NAMES.get(key) or escaped(f"Dice {key.removeprefix('dice-')}")
+
+
+def title(key: str) -> str:
+    """Return what a figure is called at the head of a column."""
+    return name(key)[0].upper() + name(key)[1:]
+
+
+def spec(key: str) -> str:
+    """Return the format of a figure."""
+    return ".1f" if key.startswith("hd95") else ".3f"
+
+
+def lower(key: str) -> bool:
+    """Return whether lower is better."""
+    return key.startswith(("hd95", "loss"))
+
+
+def table(caption: str, head: Any, rows: Iterable[Any], foot: Any = (), kind: str = "") -> str:
+    """Return a table; of each row and of the head the first cell is its name."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    line = '<tr><th scope="row">{}</th><td>{}</td></tr>\n'.format
+    body, end = ("".join(line(a, "</td><td>".join(b)) for a, *b in part) for part in (rows, foot))
+    table = f'<table class="{kind}"><caption>{caption}</caption><thead><tr>{top}</tr></thead>'
+    return f'<div class="wide">{table}<tbody>{body}</tbody><tfoot>{end}</tfoot></table></div>'

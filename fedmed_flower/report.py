@@ -1,40 +1,39 @@
 """A run folder as one page, for the clinic and for whoever answers for privacy."""
 
 import csv
-import html
 import io
 import json
 import math
 import re
 import statistics
-import warnings
-from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
-from matplotlib.figure import Figure
 
-from fedmed_flower import page
+from fedmed_flower import page, plots
 from fedmed_flower.errors import InputError
-from fedmed_flower.metrics import EPSILON
-from fedmed_flower.page import FAINT, INK, PAPER, SCHEME
+from fedmed_flower.metrics import EPSILON, main_metric
+from fedmed_flower.page import DASH, escaped, lower, many, name, show, spec
+from fedmed_flower.plots import Pens
 from fedmed_flower.runfolder import ALL_SITES, SUMMARY, write_atomic
 from fedmed_flower.runfolder import METRICS as METRICS_TABLE
 
 Curves = dict[tuple[str, str, str], dict[int, float]]  # (phase, metric, site) -> round -> value
-Pens = dict[str, tuple[str, str, str]]  # site -> colour, line style, name with its key
-Column = tuple[str, dict[str, float], str, str]  # title, site -> value, all together, format
 
-DASH, COUNT, MOST_FAILURES = "–", ",.0f", 100
-METRICS = {"auc": "AUC", "accuracy": "accuracy", "balanced-accuracy": "balanced accuracy"}
-METRICS |= {"sensitivity": "sensitivity", "specificity": "specificity"}
+COUNT, MOST_FAILURES, MOST_COLUMNS = ",.0f", 100, 8
 STATUS = {"finished": "Finished", "failed": "Failed", "stopped": "Stopped", "running": "Running"}
-COLOURS = "#0072b2 #d55e00 #009e73 #c066a0 #d99000 #3fa7dc #7a68b3 #a8743a #7f8c1d #c23b4e #1c9c9c"
-PALETTE = (*COLOURS.split(), "#808080")
-CROWD, WORST = "#5b7f9c", "#d55e00"
-PLOTS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "0", "text.parse_math": False}
+
+
+class Column(NamedTuple):
+    """A column of the table of hospitals."""
+
+    title: str
+    values: dict[str, float]
+    together: str
+    spec: str = ".3f"
+    lower: bool = False  # is better
 
 
 def write_report(folder: Path) -> Path:
@@ -59,17 +58,18 @@ def write_report(folder: Path) -> Path:
     names = {*_part(summary, "sites"), *_part(summary, "test", "sites")}
     names |= {*_part(summary, "test", "local")} | {key[2] for key in curves if key[2] != ALL_SITES}
     sites = sorted(names, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(9), name))
-    pens: Pens = {site: (CROWD, "-", _text(site)) for site in sites}
-    if len(sites) <= len(PALETTE):
-        looks = {site: (PALETTE[i], "--" if i > 5 else "-") for i, site in enumerate(sites)}
-        pens = {site: (*look, _line(*look) + _text(site)) for site, look in looks.items()}
-    with matplotlib.rc_context(PLOTS):
-        parts = [_head(summary, pens), _result(summary), _hospitals(summary, pens)]
-        parts += [_comparison(summary, pens), _curves(curves, pens), _failures(summary)]
-        parts += [_privacy(summary, curves, pens), _making(summary)]
-    body = "\n".join(parts)
-    banner = page.BANNER if summary.get("generated") is True else ""
-    text = page.PAGE.substitute(title=_text(summary.get("app") or "Run"), banner=banner, body=body)
+    pens, main = plots.pens(sites), _main(summary, curves)
+    with matplotlib.rc_context(plots.SETTINGS):
+        parts = [_head(summary, pens), _result(summary, main), _hospitals(summary, pens, main)]
+        parts += [_comparison(summary, pens, main), _cases(summary, pens, main, folder)]
+        parts += [_curves(curves, pens, main)]
+        parts += [_failures(summary), _privacy(summary, curves, pens, main), _making(summary)]
+    text = page.PAGE.substitute(
+        title=escaped(summary.get("app") or "Run"),
+        images=page.EMBEDDED if _pictures(summary) else "",
+        banner=page.BANNER if summary.get("generated") is True else "",
+        body="\n".join(parts),
+    )
     target = folder / "report.html"
     write_atomic(target, text.encode())
     return target
@@ -112,219 +112,230 @@ def _number(node: Any, key: str) -> float | None:
     return float(value) if isinstance(value, int | float) and abs(value) < 1e12 else None
 
 
-def _by_site(node: dict[str, Any], key: str = "auc") -> dict[str, float]:
+def _by_site(node: dict[str, Any], key: str) -> dict[str, float]:
     values = {site: _number(part, key) for site, part in node.items()}
     return {site: value for site, value in values.items() if value is not None}
+
+
+def _measured(summary: dict[str, Any]) -> list[str]:
+    """Return the names of the test's figures: a site adds none to those of all together."""
+    test = _part(summary, "test")
+    parts = [_part(test, "federated"), *map(_part, _part(test, "sites").values())]
+    found = [[key for key in part if _number(part, key) is not None] for part in parts]
+    keys = found[0] if len(found[0]) > 1 else [key for names in found for key in names]
+    return [key for key in dict.fromkeys(keys) if key != "num-examples"]
+
+
+def _main(summary: dict[str, Any], curves: Curves) -> str:
+    return main_metric(_measured(summary) or {key[1] for key in curves if key[0] == "val"})
+
+
+def _classes(summary: dict[str, Any]) -> list[str]:
+    keys = [
+        key for key in _measured(summary) if key.startswith("dice-") and key != page.WORST_PATIENT
+    ]
+    return [key.removeprefix("dice-") for key in keys]
+
+
+def _figures(summary: dict[str, Any], main: str) -> list[str]:
+    """Return the figures in the table of hospitals, without classes where they are too many."""
+    measured, classes = _measured(summary), _classes(summary)
+    if main != "dice":
+        return [key for key in (page.CLASSIFIED if main != "loss" else [main]) if key in measured]
+    first = [key for key in ("dice", page.WORST_PATIENT) if key in measured]
+    last = [key for key in ("hd95", "surface-dice") if key in measured]
+    few = 1 < len(classes) <= MOST_COLUMNS - len(first + last)
+    return [*first, *(f"dice-{name}" for name in classes if few), *last]
+
+
+def _worst(values: dict[str, float], lower: bool) -> str:
+    return (max if lower else min)(values, key=lambda site: values[site], default="")
+
+
+def _at_worst(values: dict[str, float], spec: str, lower: bool) -> str:
+    site = _worst(values, lower)
+    return show(values.get(site), spec) + (f"<small>{escaped(site)}</small>" if values else "")
 
 
 def _mean(values: dict[str, float]) -> float | None:
     return statistics.fmean(values.values()) if values else None
 
 
-def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    clean = "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
-    return DASH if value is None or value == "" else html.escape(clean)
-
-
-def _show(value: float | None, spec: str = ".3f") -> str:
-    return DASH if value is None else format(round(value, 3) + 0.0, spec).replace("-", "−")
-
-
-def _many(count: float, noun: str) -> str:
-    return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
-
-
-def _line(colour: str, line: str = "-") -> str:
-    path = f'<path d="M0 5H20" stroke="{colour}" stroke-width="3" stroke-dasharray="'
-    path += '4 2.5"/>' if line == "--" else 'none"/>'
-    return f'<svg class="key" viewBox="0 0 20 10" aria-hidden="true">{path}</svg>'
-
-
-def _table(caption: str, head: Any, rows: Iterable[Any], foot: Any = (), kind: str = "") -> str:
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    line = '<tr><th scope="row">{}</th><td>{}</td></tr>\n'.format
-    body, end = ("".join(line(a, "</td><td>".join(b)) for a, *b in part) for part in (rows, foot))
-    table = f'<table class="{kind}"><caption>{caption}</caption><thead><tr>{top}</tr></thead>'
-    return f'<div class="wide">{table}<tbody>{body}</tbody><tfoot>{end}</tfoot></table></div>'
-
-
 def _site_table(pens: Pens, caption: str, columns: list[Column], sites: Any, marked: Any) -> str:
     rows, mean, worst = [], ["Mean over hospitals"], ["Worst hospital"]
     for site, pen in pens.items():
         mark = "<sup>†</sup>" if site in marked else ""
-        cells = [_show(values.get(site), spec) for _, values, _, spec in columns]
+        cells = [show(column.values.get(site), column.spec) for column in columns]
         rows.append([pen[2], *(cell + mark * (cell == DASH) for cell in cells)])
-    for _, everywhere, _, spec in columns:
-        values = {site: everywhere[site] for site in sites if site in everywhere}
-        low = min(values, key=lambda site: values[site], default="")
-        name = f"<small>{_text(low)}</small>" if values else ""
-        mean.append("" if spec == COUNT else _show(_mean(values), spec))
-        worst.append("" if spec == COUNT else _show(values.get(low), spec) + name)
-    total = ["All images together", *(together for _, _, together, _ in columns)]
-    return _table(caption, ["Hospital", *(c[0] for c in columns)], rows, [mean, worst, total])
+    for column in columns:
+        values = {site: column.values[site] for site in sites if site in column.values}
+        counted = column.spec == COUNT
+        mean.append("" if counted else show(_mean(values), column.spec))
+        worst.append("" if counted else _at_worst(values, column.spec, column.lower))
+    head, total = ["Hospital"], ["All images together"]
+    head += [column.title for column in columns]
+    total += [column.together for column in columns]
+    return page.table(caption, head, rows, [mean, worst, total])
 
 
 def _head(summary: dict[str, Any], pens: Pens) -> str:
     status, message = str(summary.get("status")), summary.get("message")
-    date = _text(summary.get("started")).replace("T", " ")[:16]
-    rounds = [_show(_number(summary, key), COUNT) for key in ("rounds", "rounds-planned")]
-    facts = f"{date} · {_many(len(pens), 'hospital')} · {' of '.join(rounds)} rounds"
+    date = escaped(summary.get("started")).replace("T", " ")[:16]
+    rounds = [show(_number(summary, key), COUNT) for key in ("rounds", "rounds-planned")]
+    facts = f"{date} · {many(len(pens), 'hospital')} · {' of '.join(rounds)} rounds"
+    app = escaped(summary.get("app") or "Run")
     return (
-        f'<h1>{_text(summary.get("app") or "Run")}</h1><p class="soft">Federated run · {facts}</p>'
+        f'<h1>{app}</h1><p class="soft">Federated run · {facts}</p>'
         f'<div class="status {status if status in STATUS else "unknown"}" role="status">'
-        f"<b>{STATUS.get(status, 'Status not known')}</b>{_text(message or ' ')}</div>"
+        f"<b>{STATUS.get(status, 'Status not known')}</b>{escaped(message or ' ')}</div>"
     )
 
 
-def _result(summary: dict[str, Any]) -> str:
-    test = _part(summary, "test")
-    aucs, images = _by_site(_part(test, "sites")), _number(test.get("federated"), "num-examples")
-    found = {name: _number(test.get("federated"), key) for key, name in METRICS.items()}
-    numbers = ", ".join(f"{name} <b>{_show(n)}</b>" for name, n in found.items() if n is not None)
+def _said(key: str, value: float) -> str:
+    what, millimetres, _ = name(key).partition(" (mm)")
+    return f"{what} <b>{show(value, spec(key))}</b>{' mm' if millimetres else ''}"
+
+
+def _result(summary: dict[str, Any], main: str) -> str:
+    together, sites = (_part(summary, "test", key) for key in ("federated", "sites"))
+    values, images = _by_site(sites, main), _number(together, "num-examples")
+    overall = [key for key in _figures(summary, main) if not key.startswith("dice-")]
+    found = {key: _number(together, key) for key in overall}
+    numbers = ", ".join(_said(key, value) for key, value in found.items() if value is not None)
     words = ""
     if numbers:
-        which = "all test images" if images is None else _many(images, "test image")
+        which = "all test images" if images is None else many(images, "test image")
         words += f"On {which} of all hospitals together the federated model reaches {numbers}. "
-    if aucs:
-        worst = min(aucs, key=lambda site: aucs[site])
-        words += f"Mean AUC over {_many(len(aucs), 'hospital')}: <b>{_show(_mean(aucs))}</b>. "
-        words += f"Worst hospital: {_text(worst)}, AUC <b>{_show(aucs[worst])}</b>. "
+    if values:
+        worst = _worst(values, lower(main))
+        words += f"Mean {name(main)} over {many(len(values), 'hospital')}: "
+        words += f"<b>{show(_mean(values))}</b>. "
+        words += f"Worst hospital: {escaped(worst)}, {_said(main, values[worst])}. "
+    if main == "dice" and (patient := _number(together, page.WORST_PATIENT)) is not None:
+        words += f"Worst patient: {_said(main, patient)}. "
     if words and summary.get("status") != "finished":
         words += "The run did not finish: these numbers describe an unfinished model."
     words = words or "There are no test results: no model was tested in this run."
     return f'<h2>Result</h2><p class="lead">{words}</p>'
 
 
-def _hospitals(summary: dict[str, Any], pens: Pens) -> str:
+def _hospitals(summary: dict[str, Any], pens: Pens, main: str) -> str:
     if not pens:
         return "<h2>Hospitals</h2><p>No hospital is recorded in this run.</p>"
-    test, columns = _part(summary, "test"), list[Column]()
+    test, columns, figures = _part(summary, "test"), list[Column](), _figures(summary, main)
     tested = _part(test, "sites")
     for split in ("train", "val", "test"):
         counts = _by_site(_part(summary, "sites"), split)
-        total = _show(sum(counts.values()) if counts else None, COUNT)
-        columns.append((split.capitalize(), counts, total, COUNT))
-    for key, name in METRICS.items():
-        total = _show(_number(test.get("federated"), key))
-        columns.append((name[0].upper() + name[1:], _by_site(tested, key), total, ".3f"))
-    one_class = [site for site in tested if _part(tested, site) and site not in columns[3][1]]
+        total = show(sum(counts.values()) if counts else None, COUNT)
+        columns.append(Column(split.capitalize(), counts, total, COUNT))
+    for key in figures:
+        total = show(_number(test.get("federated"), key), spec(key))
+        columns.append(Column(page.title(key), _by_site(tested, key), total, spec(key), lower(key)))
+    aucs = _by_site(tested, "auc")
+    one_class = [s for s in tested if main == "auc" and _part(tested, s) and s not in aucs]
     caption = "Images per split, and the federated model on each hospital’s own test images"
-    note = "† one class only in this test set. " if one_class else ""
+    note = page.ONE_CLASS if one_class else ""
+    note += "".join(page.NOTES.get(key, "") for key in figures)
     return (
         f"<h2>Hospitals</h2>{_site_table(pens, caption, columns, pens, one_class)}"
-        f'<p class="note">{note}AUC: how often an image with the finding is scored above one '
-        "without; 0.500 is chance. The worst hospital is looked up in each column by itself.</p>"
+        f'<p class="note">{note}The worst hospital is looked up in each column by itself.</p>'
+        f"{_by_class(summary, figures)}"
     )
 
 
-def _comparison(summary: dict[str, Any], pens: Pens) -> str:
-    title, test = "<h2>Was it worth it?</h2>", _part(summary, "test")
+def _by_class(summary: dict[str, Any], figures: list[str]) -> str:
+    """Return the table of a segmentation's classes, unless the table of hospitals tells all."""
+    classes, measured = _classes(summary), _measured(summary)
+    found = {kind: [f"{kind}-{one}" for one in classes] for kind in page.OUTLINED}
+    found = {kind: keys for kind, keys in found.items() if {*keys} & {*measured}}
+    told = {*figures} >= {key for keys in found.values() for key in keys}
+    if "dice" not in figures or len(classes) < 2 or told:
+        return ""
+    together, sites = (_part(summary, "test", key) for key in ("federated", "sites"))
+    rows = []
+    for one in classes:
+        row = [escaped(one)]
+        for key in (f"{kind}-{one}" for kind in found):
+            worst = _at_worst(_by_site(sites, key), spec(key), lower(key))
+            row += [show(_number(together, key), spec(key)), worst]
+        rows.append(row)
+    head = [text for kind in found for text in (page.title(kind), "Worst hospital")]
+    return page.table("By class, all test images together", ["Class", *head], rows)
+
+
+def _comparison(summary: dict[str, Any], pens: Pens, main: str) -> str:
+    heading, test = "<h2>Was it worth it?</h2>", _part(summary, "test")
     local, pooled = _part(test, "local"), _part(test, "pooled")
     if not local and not pooled:
         words = "To compare with each hospital’s own model and with one trained on all data pooled"
         how = "run with <code>-c baselines=true</code>"
-        return f"{title}<p>Not measured in this run. {words}, {how}.</p>"
+        return f"{heading}<p>Not measured in this run. {words}, {how}.</p>"
     parts = (local, _part(test, "sites"), _part(pooled, "sites"))
-    alone, federated, central = models = [_by_site(part) for part in parts]
+    alone, federated, central = models = [_by_site(part, main) for part in parts]
     gains = {s: federated[s] - alone[s] for s in pens if s in federated and s in alone}
-    everybody = _mean(_by_site({site: _part(own, "all") for site, own in local.items()}))
-    together, best = _number(test.get("federated"), "auc"), _number(pooled, "auc")
+    everybody = _mean(_by_site({site: _part(own, "all") for site, own in local.items()}, main))
+    together, best = _number(test.get("federated"), main), _number(pooled, main)
     gain = None if everybody is None or together is None else together - everybody
+    of_all, sign = f"{show(everybody)}<small>mean of all models</small>", -1 if lower(main) else 1
     columns = [
-        ("Own model alone", alone, f"{_show(everybody)}<small>mean of all models</small>", ".3f"),
-        ("Federated", federated, _show(together), ".3f"),
-        ("Trained on pooled data", central, _show(best), ".3f"),
-        ("Federated − alone", gains, _show(gain, "+.3f"), "+.3f"),
+        Column("Own model alone", alone, of_all, lower=lower(main)),
+        Column("Federated", federated, show(together), lower=lower(main)),
+        Column("Trained on pooled data", central, show(best), lower=lower(main)),
+        Column("Federated − alone", gains, show(gain, "+.3f"), "+.3f", lower(main)),
     ]
-    full = [site for site in pens if all(site in column[1] for column in columns if column[1])]
+    full = [s for s in pens if all(s in column.values for column in columns if column.values)]
     note = "One run with one seed: small differences can be chance, above all on few test images."
     if len(full) < len(pens):
-        note += f" Mean and worst are over the {_many(len(full), 'hospital')} with every number."
-    gained = [s for s in sorted(gains, key=lambda s: -gains[s]) if round(gains[s], 3) > 0]
-    lost = [s for s in sorted(gains, key=lambda s: gains[s]) if round(gains[s], 3) < 0]
+        note += f" Mean and worst are over the {many(len(full), 'hospital')} with every number."
+    better = {s: round(sign * gain, 3) for s, gain in gains.items()}
+    gained = sorted((s for s in better if better[s] > 0), key=lambda s: -sign * gains[s])
+    lost = sorted((s for s in better if better[s] < 0), key=lambda s: sign * gains[s])
     some = []
     for names in (gained, lost):
-        shown = ", ".join(f"{_text(s)} {_show(gains[s], '+.3f')}" for s in names[:8])
+        shown = ", ".join(f"{escaped(s)} {show(gains[s], '+.3f')}" for s in names[:8])
         some.append(f" ({shown}{', …' if len(names) > 8 else ''})" if names else "")
-    words = f"Of {_many(len(gains), 'hospital')} {len(gained) or 'none'} gained AUC{some[0]} and "
+    what = f"{'a lower ' if lower(main) else ''}{name(main)}"
+    words = f"Of {many(len(gains), 'hospital')} {len(gained) or 'none'} gained {what}{some[0]} and "
     words += f"{len(lost) or 'none'} lost{some[1]} against their own models alone."
-    table = _site_table(pens, "AUC on each hospital’s own test images", columns, full, [])
-    return f'{title}<p>{words}</p>{table}<p class="note">{note}</p>{_dots(pens, models)}'
+    caption = f"{page.title(main)} on each hospital’s own test images"
+    found = _site_table(pens, caption, columns, full, [])
+    drawn = plots.dots(pens, models, page.title(main))
+    return f'{heading}<p>{words}</p>{found}<p class="note">{note}</p>{drawn}'
 
 
-def _svg(axes: Any, label: str, across: str, grid: str) -> str:
-    """Draw for use inside the page: no ids, no links, colours from the page's style."""
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
-    axes.tick_params(length=0, colors=INK)
-    axes.grid(axis=grid, color=FAINT, linewidth=0.6)
-    axes.set_xlabel(across, color=INK)
-    buffer = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        axes.figure.savefig(buffer, format="svg", transparent=True)
-    drawing = re.sub(r"(?s)<(metadata|style).*?</\1>|(?<=<g) id=\"[^\"]*\"", "", buffer.getvalue())
-    drawing = re.sub(r"(?<=: )#01020[345]", lambda found: SCHEME[found[0]], drawing)
-    start, shapes = re.search(r"viewBox=\"[^\"]*\"", drawing), drawing.partition("<defs>")[2]
-    return f'<svg role="img" aria-label="{label}" {start[0] if start else ""}><defs>{shapes}'
+def _pictures(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    found = summary.get("pictures")
+    return [entry for entry in found if _part(entry)] if isinstance(found, list) else []
 
 
-def _dots(pens: Pens, models: list[dict[str, float]]) -> str:
-    sites = [site for site in pens if any(site in values for values in models)]
-    axes: Any = Figure((6.2, 0.5 + 0.24 * len(sites)), layout="constrained").subplots()
-    for row, site in enumerate(sites):
-        own, shared, best = (values.get(site, math.nan) for values in models)
-        style: dict[str, Any] = {"color": pens[site][0], "lw": 1.6, "mew": 1.5}
-        axes.plot([own, shared], [row, row], "-o", **style)
-        axes.plot([own], [row], "o", mfc=PAPER, **style)
-        axes.plot([best], [row], "|", ms=9, **style)
-    axes.set_yticks(range(len(sites)), [html.unescape(_text(site))[:24] for site in sites])
-    axes.set_ylim(len(sites) - 0.4, -0.6)
-    drawing = _svg(axes, "AUC of the three models", "AUC on the hospital’s own test images", "x")
-    key = "<b>○</b> own model alone &emsp;<b>●</b> federated &emsp;<b>|</b> trained on pooled data"
-    return f'<figure class="dots"><figcaption>{key}</figcaption>{drawing}</figure>'
+def _cases(summary: dict[str, Any], pens: Pens, main: str, folder: Path) -> str:
+    if not (entries := _pictures(summary)):
+        return ""
+    words = page.CASES + (page.LINES if main == "dice" else page.HEAT)
+    shown: dict[str, str] = dict.fromkeys(pens, "")
+    for entry in entries:
+        site = str(entry.get("site"))
+        shown[site] = shown.get(site, "") + plots.case(entry, folder)
+    for site, figures in shown.items():
+        kept = '<p class="soft">keeps its pictures to itself</p>'
+        words += f'<h3>{escaped(site)}</h3><div class="cases">{figures or kept}</div>'
+    return f"<h2>Test cases</h2>{words}"
 
 
-def _curves(curves: Curves, pens: Pens) -> str:
-    drawn = _panel(curves, pens, "val", "auc", "Validation AUC")
-    drawn += _panel(curves, pens, "val", "loss", "Validation loss")
+def _curves(curves: Curves, pens: Pens, main: str) -> str:
+    drawn = _panel(curves, pens, "val", main, f"Validation {name(main)}")
+    drawn += _panel(curves, pens, "val", "loss", "Validation loss") if main != "loss" else ""
     drawn += _panel(curves, pens, "train", "loss", "Training loss")
     if not drawn:
         return "<h2>Over the rounds</h2><p>No round has recorded a metric.</p>"
-    keys = [pens[site][2] for site in pens]
-    if len(pens) > len(PALETTE):
-        keys = ["shaded: all hospitals", f"{_line(CROWD)}median", f"{_line(WORST)}worst at the end"]
-    if any(site == "all" for _, _, site in curves):
-        keys.append(f"{_line('var(--soft)')}all together")
-    legend = "</li><li>".join(keys)
-    return f'<h2>Over the rounds</h2><ul><li>{legend}</li></ul><div class="plots">{drawn}</div>'
+    keys = plots.keys(pens, any(site == ALL_SITES for _, _, site in curves))
+    return f'<h2>Over the rounds</h2>{keys}<div class="plots">{drawn}</div>'
 
 
-def _panel(curves: Curves, pens: Pens, phase: str, metric: str, title: str) -> str:
-    series = {site: c for site in pens if (c := curves.get((phase, metric, site)))}
-    total = curves.get((phase, metric, "all"), {})
-    rounds = sorted({turn for values in (*series.values(), total) for turn in values})
-    if not rounds:
-        return ""
-    axes: Any = Figure((3.4, 2.4), layout="constrained").subplots()
-    lines, caption = [(values, *pens[site][:2]) for site, values in series.items()], ""
-    if len(pens) > len(PALETTE) and series:
-        spread = {t: v for t in rounds if (v := [c[t] for c in series.values() if t in c])}
-        low, high = [*map(min, spread.values())], [*map(max, spread.values())]
-        axes.fill_between([*spread], low, high, color=CROWD, alpha=0.25, lw=0)
-        ends = {site: [*values.values()][-1] for site, values in series.items()}
-        worst = (min if metric == "auc" else max)(ends, key=lambda site: ends[site])
-        middle = {turn: statistics.median(values) for turn, values in spread.items()}
-        lines = [(middle, CROWD, "-"), (series[worst], WORST, "-")]
-        caption = f" · worst: {_text(worst)}, {_show(ends[worst])}"
-    style: dict[str, Any] = {"lw": 1.4, "marker": "o" if len(rounds) <= 15 else "", "ms": 2.6}
-    for values, colour, line in (*lines, (total, INK, "-")):
-        axes.plot([*values], [*values.values()], line, color=colour, **style)
-    axes.locator_params(axis="x", nbins=6, integer=True)
-    axes.locator_params(axis="y", nbins=6)
-    drawing = _svg(axes, f"{title} over {_many(len(rounds), 'round')}", "round", "y")
-    return f"<figure><figcaption><b>{title}</b>{caption}</figcaption>{drawing}</figure>"
+def _panel(curves: Curves, pens: Pens, phase: str, key: str, words: str) -> str:
+    series = {site: curves.get((phase, key, site), {}) for site in (*pens, ALL_SITES)}
+    together = series.pop(ALL_SITES)
+    return plots.panel(pens, series, together, words, lower(key) or key == EPSILON)
 
 
 def _failures(summary: dict[str, Any]) -> str:
@@ -334,21 +345,24 @@ def _failures(summary: dict[str, Any]) -> str:
         words = "No site failed." if isinstance(found, list) else "Failures were not recorded."
         return f"<h2>What failed</h2><p>{words}</p>"
     keys = ("round", "phase", "site", "reason")
-    rows = [[_text(entry.get(key)) for key in keys] for entry in failures[:MOST_FAILURES]]
+    rows = [[escaped(entry.get(key)) for key in keys] for entry in failures[:MOST_FAILURES]]
     caption = f"{len(rows)} of {len(failures)} shown; all are in summary.json"
-    table = _table(caption, map(str.capitalize, keys), rows, kind="words")
-    return f"<h2>What failed</h2>{table}"
+    return "<h2>What failed</h2>" + page.table(
+        caption, map(str.capitalize, keys), rows, kind="words"
+    )
 
 
-def _privacy(summary: dict[str, Any], curves: Curves, pens: Pens) -> str:
+def _privacy(summary: dict[str, Any], curves: Curves, pens: Pens, main: str) -> str:
     patient, hospital = (_part(summary, "privacy", unit) for unit in ("patient", "hospital"))
     private = patient.get("private-metrics") is True
-    words = page.LEAVES.format(page.COUNTED if private else page.OPEN)
+    sent = (page.OPEN, page.COUNTED) if main != "dice" else (page.OUTLINES, page.COUNTED_OUTLINES)
+    words = page.PICTURES if _pictures(summary) else page.NO_PICTURE
+    words = page.LEAVES.format(words, sent[private])
     if not patient and not hospital:
         return words + page.UNPROTECTED
     if hospital:
-        cost = _show(_number(hospital, "epsilon"))
-        words += page.HOSPITAL.format(epsilon=cost, delta=_text(hospital.get("delta")))
+        cost = show(_number(hospital, "epsilon"))
+        words += page.HOSPITAL.format(epsilon=cost, delta=escaped(hospital.get("delta")))
     if not patient:
         return words + page.NO_PATIENT
     sites = _part(patient, "sites")
@@ -356,18 +370,18 @@ def _privacy(summary: dict[str, Any], curves: Curves, pens: Pens) -> str:
     counts = [_by_site(sites, key) for key in ("rounds", "declined")]
     rows = []
     for site in pens:
-        shown = [_show(n.get(site), COUNT) for n in counts]
-        rows.append([pens[site][2], _show(costs.get(site)), *shown])
-    most = _show(max(costs.values(), default=None))
-    target, delta = (_text(patient.get(key)) for key in ("target-epsilon", "delta"))
+        shown = [show(n.get(site), COUNT) for n in counts]
+        rows.append([pens[site][2], show(costs.get(site)), *shown])
+    most = show(max(costs.values(), default=None))
+    target, delta = (escaped(patient.get(key)) for key in ("target-epsilon", "delta"))
     words += page.PATIENT.format(epsilon=most, target=target, delta=delta)
     words += page.NOISED if private else page.EXACT
     if _part(summary, "config").get("baselines") is True:
         words += page.COMPARED
     head = ["Hospital", "Epsilon per patient", "Rounds trained", "Rounds declined"]
-    table = _table("This run, as each hospital last told it", head, rows)
+    told = page.table("This run, as each hospital last told it", head, rows)
     drawn = _panel(curves, pens, "train", EPSILON, "Epsilon per patient")
-    return f'{words}{table}<div class="plots">{drawn}</div>'
+    return f'{words}{told}<div class="plots">{drawn}</div>'
 
 
 def _making(summary: dict[str, Any]) -> str:
@@ -376,7 +390,7 @@ def _making(summary: dict[str, Any]) -> str:
     facts["duration"] = None if seconds is None else f"{timedelta(seconds=round(seconds))} h:min:s"
     parts = {"Run": facts, "Settings": _part(summary, "config")}
     tables = ""
-    for name, part in (parts | {"Versions": _part(summary, "versions")}).items():
-        rows = [map(_text, row) for row in part.items()]
-        tables += _table(name, ("Name", "Value"), rows, kind="words") if rows else ""
+    for heading, part in (parts | {"Versions": _part(summary, "versions")}).items():
+        rows = [map(escaped, row) for row in part.items()]
+        tables += page.table(heading, ("Name", "Value"), rows, kind="words") if rows else ""
     return f'<h2>How it was made</h2><div class="plots">{tables}</div>'

@@ -1,13 +1,18 @@
+import base64
 import copy
+import html
+import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.report import PALETTE, write_report
+from fedmed_flower.page import PALETTE, WORST_PATIENT
+from fedmed_flower.report import write_report
 
 KEYS = ("auc", "accuracy", "balanced-accuracy", "sensitivity", "specificity")
 FEDERATED = {
@@ -395,3 +400,257 @@ def test_the_two_guarantees_are_told_apart(tmp_path):
 def test_without_privacy_the_report_says_that_nothing_is_bounded(tmp_path):
     page = " ".join(report(tmp_path, full_summary()).split())
     assert "nothing here bounds what could be inferred about one patient" in page
+
+
+CLASSES = ("anterior", "posterior")
+DICE = {"hospital-1": 0.9, "hospital-2": 0.7, "hospital-10": 0.8}
+
+
+def outlines(dice, classes=CLASSES):
+    """Figures of a site whose classes have Dice 0.01 above each other, HD95 40 * (1 - Dice)."""
+    own = [dice + number / 100 for number in range(len(classes))]
+    figures = {"num-examples": 20, "dice": dice, "hd95": 40 * (1 - dice), "surface-dice": dice}
+    figures |= {"dice-worst": dice - 0.5, "loss": 1 - dice}
+    for name, value in zip(classes, own, strict=True):
+        figures |= {f"dice-{name}": value, f"hd95-{name}": 40 * (1 - value)}
+        figures |= {f"surface-dice-{name}": value}
+    return figures
+
+
+def segmentation_summary(classes=CLASSES):
+    test = {
+        "federated": outlines(0.82, classes) | {"num-examples": 60, "dice-worst": 0.2},
+        "sites": {site: outlines(dice, classes) for site, dice in DICE.items()},
+        "local": {s: outlines(d - 0.1) | {"all": outlines(d - 0.2)} for s, d in DICE.items()},
+        "pooled": outlines(0.85) | {"sites": {s: outlines(d + 0.02) for s, d in DICE.items()}},
+    }
+    return full_summary() | {"test": test}
+
+
+def test_segmentation_is_told_in_its_own_figures(tmp_path):
+    curves = "round,phase,site,metric,value\n1,val,hospital-1,dice,0.5\n1,val,hospital-1,loss,1\n"
+    page = Page(report(tmp_path, segmentation_summary(), curves))
+    assert (
+        "On 60 test images of all hospitals together the federated model reaches "
+        "Dice 0.820, HD95 7.2 mm, surface Dice 0.820. Mean Dice over 3 hospitals: 0.800. "
+        "Worst hospital: hospital-2, Dice 0.700. Worst patient: Dice 0.200. "
+    ) in page.text
+    table = page.table("Images per split")
+    assert table["Hospital"][3:] == [
+        *("Dice", "Dice, worst patient", "Dice anterior", "Dice posterior"),
+        *("HD95 (mm)", "Surface Dice"),
+    ]
+    assert table["hospital-1"][3:] == ["0.900", "0.400", "0.900", "0.910", "4.0", "0.900"]
+    assert table["Mean over hospitals"][3:] == ["0.800", "0.300", "0.800", "0.810", "8.0", "0.800"]
+    assert table["Worst hospital"][3:] == [
+        *("0.700 hospital-2", "0.200 hospital-2", "0.700 hospital-2", "0.710 hospital-2"),
+        *("12.0 hospital-2", "0.700 hospital-2"),
+    ]
+    assert table["All images together"][3:] == ["0.820", "0.200", "0.820", "0.830", "7.2", "0.820"]
+    comparison = page.table("Dice on each")
+    assert comparison["hospital-2"] == ["0.600", "0.700", "0.720", "+0.100"]
+    assert comparison["All images together"][1:] == ["0.820", "0.850", "+0.220"]
+    assert "Of 3 hospitals 3 gained Dice (" in page.text
+    labels = [attrs["aria-label"] for _, attrs in page.tags if "aria-label" in attrs]
+    assert labels == [
+        *("Dice of the three models", "Validation Dice over 1 round"),
+        "Validation loss over 1 round",
+    ]
+    assert "AUC" not in page.text
+    for figure in ("Dice: overlap", "HD95: the", "Surface Dice: the"):
+        assert page.text.count(figure) == 1
+
+
+def test_figures_of_the_classes_that_the_table_of_hospitals_leaves_out(tmp_path):
+    table = Page(report(tmp_path, segmentation_summary())).table("By class")
+    worst = "Worst hospital"
+    assert table["Class"] == ["Dice", worst, "HD95 (mm)", worst, "Surface Dice", worst]
+    assert table["posterior"] == [
+        *("0.830", "0.710 hospital-2", "6.8", "11.6 hospital-2"),
+        *("0.830", "0.710 hospital-2"),
+    ]
+    names = [f"<organ {number}>" for number in range(5)]
+    page = Page(report(tmp_path, segmentation_summary(names)))
+    hospitals = page.table("Images per split")["Hospital"]
+    assert hospitals[3:] == ["Dice", "Dice, worst patient", "HD95 (mm)", "Surface Dice"]
+    assert list(page.table("By class")) == ["Class", *names]
+    # Four classes still fit.
+    hospitals = Page(report(tmp_path, segmentation_summary(names[:4]))).table("Images per split")
+    assert len(hospitals["Hospital"]) == 3 + 8
+    assert "Dice <organ 3>" in hospitals["Hospital"]
+
+
+def test_one_class_and_dice_alone_need_no_second_table(tmp_path):
+    page = Page(report(tmp_path, segmentation_summary(["organ"])))
+    assert "Dice organ" not in page.text
+    assert not [caption for caption in page.tables if caption.startswith("By class")]
+    summary = segmentation_summary()
+    test = summary["test"]
+    for part in (test["federated"], *test["sites"].values()):
+        for key in [
+            key for key in part if key.startswith(("hd95", "surface")) or key == WORST_PATIENT
+        ]:
+            del part[key]
+    page = Page(report(tmp_path, summary))
+    head = page.table("Images per split")["Hospital"]
+    assert head[3:] == ["Dice", "Dice anterior", "Dice posterior"]
+    assert not [caption for caption in page.tables if caption.startswith("By class")]
+    assert "HD95" not in page.text.partition("What left")[0]
+    assert "reaches Dice 0.820. Mean" in page.text
+    assert "Worst patient" not in page.text
+
+
+def test_a_site_cannot_change_what_the_run_is_judged_by(tmp_path):
+    summary = segmentation_summary()
+    summary["test"]["sites"]["hospital-2"] |= {"auc": 1.0, "dice-invented": 1.0}
+    page = Page(report(tmp_path, summary))
+    assert "AUC" not in page.text
+    assert "invented" not in page.table("By class")
+    assert "Worst hospital: hospital-2, Dice 0.700." in page.text
+
+
+def test_of_losses_the_largest_is_the_worst(tmp_path):
+    summary = full_summary()
+    losses = {"hospital-1": 0.3, "hospital-2": 0.5, "hospital-10": 0.4}
+    summary["test"] = {
+        "federated": {"loss": 0.4, "num-examples": 9},
+        "sites": {site: {"loss": loss} for site, loss in losses.items()},
+        "local": {site: {"loss": 0.45} for site in losses},
+    }
+    sites = [f"hospital-{number}" for number in range(1, 20)]
+    page = Page(report(tmp_path, summary, metrics(sites)))
+    assert "Mean loss over 3 hospitals: 0.400. Worst hospital: hospital-2, loss 0.500." in page.text
+    assert page.table("Images per split")["Worst hospital"][3:] == ["0.500 hospital-2"]
+    comparison = page.table("Loss on each")
+    assert comparison["Worst hospital"][1] == "0.500 hospital-2"
+    assert comparison["Worst hospital"][3] == "+0.050 hospital-2"
+    assert (
+        "Of 3 hospitals 2 gained a lower loss (hospital-1 −0.150, hospital-10 −0.050) "
+        "and 1 lost (hospital-2 +0.050)"
+    ) in page.text
+    assert "Validation loss · worst: hospital-1, 0.902" in page.text
+    labels = [attrs.get("aria-label") for _, attrs in page.tags]
+    assert labels.count("Validation loss over 2 rounds") == 1
+
+
+def test_accuracy_stands_in_for_a_missing_auc(tmp_path):
+    summary = full_summary()
+    for part in (summary["test"]["federated"], *summary["test"]["sites"].values()):
+        del part["auc"]
+    page = Page(report(tmp_path, summary))
+    assert "Worst hospital: hospital-1, accuracy 0.700." in page.text
+    assert page.table("Images per split")["Hospital"][3] == "Accuracy"
+    assert "one class only" not in page.text
+
+
+@pytest.mark.parametrize("phase", ["val", "test"])
+def test_what_left_each_hospital_is_told_for_segmentation(tmp_path, phase):
+    summary, curves = segmentation_summary(), None
+    if phase == "val":
+        del summary["test"]
+        curves = "round,phase,site,metric,value\n1,val,hospital-1,dice,0.5\n"
+    words = " ".join(report(tmp_path, summary, curves).split())
+    assert "the means over its patients of Dice, HD95 and surface Dice, overall and per" in words
+    assert "the Dice of its worst patient. Before, it told" in words
+    assert "histograms" not in words
+    summary["privacy"] = private_summary(**{"private-metrics": True})["privacy"]
+    words = " ".join(report(tmp_path, summary, curves).split())
+    assert "and its number of patients with the sum of their Dice per class. Before" in words
+    assert "worst patient. Before" not in words
+    assert "scores per class" not in words
+    words = " ".join(report(tmp_path, full_summary()).split())
+    assert "histograms of the model’s scores per class" in words
+
+
+def png(shade=0, size=(4, 4)):
+    file = io.BytesIO()
+    Image.new("L", size, shade).save(file, "PNG")
+    return file.getvalue()
+
+
+def with_pictures(folder, summary, pictures):
+    """Write `pictures`, (site, title, bytes), into the run folder and name them in the summary."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    named = []
+    for number, (site, title, content) in enumerate(pictures, start=1):
+        if content is not None:
+            (folder / f"pictures/{number}.png").write_bytes(content)
+        named.append({"site": site, "file": f"pictures/{number}.png", "title": title})
+    return summary | {"pictures": named}
+
+
+def images(page):
+    return [attrs for tag, attrs in page.tags if tag == "img"]
+
+
+def test_pictures_are_embedded_by_site(tmp_path):
+    pictures = [
+        ("hospital-2", "case 1", png(10)),
+        ("hospital-1", 'worst" onload="x', png(20)),
+        ("hospital-2", "<b>case</b>", png(30)),
+    ]
+    text = report(tmp_path, with_pictures(tmp_path, segmentation_summary(), pictures))
+    page = Page(text)
+    shown = {attrs["alt"]: attrs["src"] for attrs in images(page)}
+    assert list(shown) == [
+        *('hospital-1: worst" onload="x', "hospital-2: case 1", "hospital-2: <b>case</b>"),
+    ]
+    for site, title, content in pictures:
+        start, data = shown[f"{site}: {title}"].split(",")
+        assert start == "data:image/png;base64"
+        assert base64.b64decode(data) == content
+        assert f"<figcaption>{html.escape(title)}</figcaption>" in text
+    (policy,) = [attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs]
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    section = text.partition("<h2>Test cases</h2>")[2].partition("<h2>")[0]
+    order = re.findall(r"<h3>(.*?)</h3>", section)
+    assert order == ["hospital-1", "hospital-2", "hospital-10"]
+    silent = section.partition("<h3>hospital-10</h3>")[2]
+    assert "keeps its pictures to itself" in silent
+    assert section.count("keeps its pictures to itself") == 1
+    assert "Outlines are solid as the hospital drew them" in section
+    words = " ".join(page.text.split())
+    assert "of images only the pictures of test cases above" in words
+    assert "No image and no patient record." not in words
+
+
+@pytest.mark.parametrize("pictures", [[], None, "text", ["text"], {"a": 1}])
+def test_without_pictures_there_is_no_section(tmp_path, pictures):
+    text = report(tmp_path, full_summary() | {"pictures": pictures})
+    assert "Test cases" not in text
+    assert "img-src" not in text
+    assert "keeps its pictures" not in text
+    assert "No image and no patient record." in text
+
+
+def test_what_is_no_picture_is_named_and_left_out(tmp_path):
+    pictures = [
+        ("hospital-1", "lost", None),
+        ("hospital-1", "<script>", b"<script>alert(1)</script>"),
+        ("hospital-2", "large", png(size=(1025, 4))),
+        ("hospital-2", "long", png() + b"\0" * 600_000),
+        ("elsewhere", "good", png()),
+    ]
+    summary = with_pictures(tmp_path, full_summary(), pictures)
+    (tmp_path / "secret.png").write_bytes(png())
+    (tmp_path / "pictures" / "9.png").mkdir()
+    for file in ("pictures/../secret.png", f"{tmp_path}/secret.png", "secret.png", 3, None):
+        summary["pictures"].append({"site": "hospital-2", "file": file, "title": "other"})
+    summary["pictures"] += [{"site": "hospital-2", "file": "pictures/9.png"}, {}, {"site": None}]
+    text = report(tmp_path, summary)
+    page = Page(text)
+    assert [attrs["alt"] for attrs in images(page)] == ["elsewhere: good"]
+    assert "<script" not in text
+    for line in (
+        "Not shown: lost (pictures/1.png): it cannot be read (No such file or directory)",
+        "Not shown: <script> (pictures/2.png): it is no PNG",
+        "Not shown: large (pictures/3.png): it has 1025 x 4 pixels, more than 1024 x 1024",
+        "Not shown: long (pictures/4.png): it has 512,001 bytes, more than 512,000",
+        "Not shown: other (pictures/../secret.png): it is no picture of the run folder",
+        f"Not shown: other ({tmp_path}/secret.png): it is no picture of the run folder",
+        "Not shown: other (secret.png): it is no picture of the run folder",
+        "Not shown: – (pictures/9.png): it cannot be read (Is a directory)",
+    ):
+        assert line in page.text
+    assert page.text.count("Not shown: ") == 11
+    assert "In a heat map orange places" in page.text

@@ -1,0 +1,321 @@
+"""Pictures of test cases that a hospital may let out, and which of them a report shows."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.transforms import IdentityTransform
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.page import PALETTE
+
+MOST_PIXELS, MOST_BYTES = 1024, 512_000  # of a picture that a report shows: each side, the file
+_SMALL, _WIDTH, _LOWEST, _HIGHEST = 60_000, 320, 120, 480  # of those drawn here: bytes, pixels
+_DPI, _LINE, _MOST_NAMES, _LONGEST = 100, 14, 12, 20
+_DASHES = (0, (2.0, 1.6))
+_FOR, _AGAINST = "#d55e00", "#0072b2"
+_START, _CHANNELS = b"\x89PNG\r\n\x1a\n", {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+# What may stand in a PNG: the picture, its colours, its size in print, short texts. No animation,
+# no packed profile or text, nothing of which a browser knows and this module does not.
+_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"sBIT", b"bKGD"}
+_CHUNKS |= {b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"tEXt", b"tIME"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of one test case; its title and pixels leave the hospital as they are."""
+
+    title: str
+    png: bytes
+
+
+def outlined(
+    image: ArrayLike,
+    truth: ArrayLike | None,
+    guess: ArrayLike | None,
+    classes: Sequence[str],
+    title: str,
+    spacing: Sequence[float] = (),
+) -> Picture:
+    """Draw the outlines of masks over their image: the truth solid, the prediction dashed.
+
+    Parameters
+    ----------
+    image : array of shape (channels, *spatial)
+        2D, shown as it is, rows first; or 3D with axes to the right, anterior and superior (RAS),
+        shown as a radiologist sees it: anterior up, the patient's right on the left. The first
+        channel is drawn, between the 1st and 99th percentile of the slice.
+    truth, guess : integer array of shape (*spatial), or None
+        0 is the background. Of a volume the slice along the last axis is shown in which the two
+        together cover most, the middle one where they cover nothing.
+    classes : sequence of str
+        Names of the classes 1, 2, ...
+    title : str
+    spacing : sequence of float
+        Millimetres between voxels, one a spatial axis; left out, all are alike.
+
+    Returns
+    -------
+    Picture
+        320 pixels wide and below 60 kB; equal bytes for equal input.
+
+    Raises
+    ------
+    InputError
+        Where shapes do not fit, or a mask holds a value that is no class.
+    """
+    pixels = _first_channel(image)
+    masks = {
+        name: _mask(name, mask, pixels.shape, len(classes))
+        for name, mask in (("truth", truth), ("guess", guess))
+        if mask is not None
+    }
+    covered = np.zeros(pixels.shape, bool)
+    for mask in masks.values():
+        covered |= mask > 0
+    place = _fullest(covered)
+    figure, axes = _canvas(pixels, place, _spaces(spacing, pixels.ndim))
+    keys: list[tuple[str, Any, float, str]] = []
+    found = set[int]()
+    for name, dashes, words in (("truth", "-", "truth"), ("guess", _DASHES, "prediction")):
+        if name not in masks:
+            continue
+        keys.append(("white", dashes, 1.2, words))
+        # A border of background closes the outline of what touches the image's edge.
+        mask = np.pad(_shown(masks[name], place), 1)
+        rows, columns = (np.arange(-1, size - 1) for size in mask.shape)
+        for number in np.unique(mask[mask > 0]).tolist():
+            style = {"colors": [_colour(number)], "linestyles": [dashes], "linewidths": 1.5}
+            axes.contour(columns, rows, mask == number, [0.5], **style)
+            found.add(number)
+    names = [(_colour(number), "-", 4.0, _short(classes[number - 1])) for number in sorted(found)]
+    if len(names) > _MOST_NAMES:
+        names[_MOST_NAMES:] = [("none", "-", 0.0, f"and {len(names) - _MOST_NAMES} more")]
+    return Picture(title, _png(figure, keys + names))
+
+
+def heatmap(image: ArrayLike, map: ArrayLike, title: str, spacing: Sequence[float] = ()) -> Picture:
+    """Lay a transparent map over its image: orange where it is above 0, blue where it is below.
+
+    Parameters
+    ----------
+    image, title, spacing
+        As in `outlined`.
+    map : array of shape (*spatial)
+        What each place counts for, such as a class activation map. Its largest absolute value is
+        drawn strongest, and decides which slice of a volume is shown.
+
+    Returns
+    -------
+    Picture
+        As `outlined` does.
+
+    Raises
+    ------
+    InputError
+        Where shapes do not fit.
+    """
+    pixels = _first_channel(image)
+    values = np.nan_to_num(np.asarray(map, dtype=np.float64))
+    if values.shape != pixels.shape:
+        raise InputError(
+            f"map has the shape {values.shape}, the image {pixels.shape}: give a value a pixel"
+        )
+    strength = np.abs(values) / (np.abs(values).max() or 1.0)
+    if values.ndim == 3:
+        place = int(strength.max(axis=(0, 1)).argmax()) if values.any() else values.shape[2] // 2
+    else:
+        place = 0
+    figure, axes = _canvas(pixels, place, _spaces(spacing, pixels.ndim))
+    above = _shown(values, place)[..., None] > 0
+    colours = np.where(above, to_rgb(_FOR), to_rgb(_AGAINST))
+    over = np.dstack([colours, 0.75 * _shown(strength, place)])
+    axes.imshow(over, aspect=axes.get_aspect(), interpolation="nearest")
+    return Picture(title, _png(figure, []))
+
+
+def sound(png: bytes) -> str | None:
+    """Return why a picture from a site is not shown; None where it may be.
+
+    It must be one PNG and nothing else, of at most 1024 x 1024 pixels and 512 kB, not interlaced
+    and not animated, whose data are exactly its pixels, and which Pillow decodes.
+    """
+    if len(png) > MOST_BYTES:
+        return f"it has {len(png):,} bytes, more than {MOST_BYTES:,}"
+    if not png.startswith(_START):
+        return "it is no PNG"
+    packed, kinds, at = b"", list[bytes](), len(_START)
+    while at < len(png) and b"IEND" not in kinds:
+        length, kind = struct.unpack(">I4s", png[at : at + 8].ljust(8, b"\0"))
+        content, check = png[at + 8 : at + 8 + length], png[at + 8 + length : at + 12 + length]
+        if len(check) != 4 or struct.unpack(">I", check)[0] != zlib.crc32(kind + content):
+            return "it is damaged or cut short"
+        if kind not in _CHUNKS:
+            return f"it holds more than one still picture ({kind.decode('ascii', 'replace')!r})"
+        packed += content if kind == b"IDAT" else b""
+        kinds.append(kind)
+        at += 12 + length
+    if kinds[:1] != [b"IHDR"] or kinds.count(b"IHDR") != 1 or kinds[-1] != b"IEND":
+        return "it is damaged or cut short"
+    if at != len(png):
+        return f"{len(png) - at:,} bytes follow its end"
+    return _pixels_fit(png, packed)
+
+
+def _pixels_fit(png: bytes, packed: bytes) -> str | None:
+    header = png[len(_START) + 8 : len(_START) + 21]
+    if png[len(_START) : len(_START) + 4] != struct.pack(">I", len(header)):
+        return "it is damaged or cut short"
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    if not (1 <= width <= MOST_PIXELS and 1 <= height <= MOST_PIXELS):
+        return f"it has {width} x {height} pixels, more than {MOST_PIXELS} x {MOST_PIXELS} or none"
+    if interlaced:
+        return "it is interlaced"
+    # A row is a filter and its pixels.
+    size = height * (1 + -(-width * depth * _CHANNELS.get(colour, 1) // 8))
+    unpacking = zlib.decompressobj()
+    try:
+        found = len(unpacking.decompress(packed, size + 1))
+        if found != size or not unpacking.eof or unpacking.unused_data:
+            return f"its data are not those of {width} x {height} pixels"
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
+            picture.load()
+    except Exception as error:  # Pillow fails in a dozen ways.
+        return f"it cannot be decoded ({type(error).__name__})"
+    return None
+
+
+def _first_channel(image: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(image)
+    if array.ndim not in (3, 4) or 0 in array.shape:
+        raise InputError(
+            f"image has the shape {array.shape}: give (channels, rows, columns) or "
+            "(channels, x, y, z)"
+        )
+    return np.nan_to_num(np.asarray(array[0], dtype=np.float64))
+
+
+def _mask(
+    name: str, mask: ArrayLike, shape: tuple[int, ...], num_classes: int
+) -> NDArray[np.int64]:
+    values = np.asarray(mask)
+    if values.shape != shape:
+        raise InputError(
+            f"{name} has the shape {values.shape}, the image {shape}: give a class a pixel"
+        )
+    if (odd := ~np.isin(values, np.arange(num_classes + 1))).any():
+        raise InputError(
+            f"{name} holds {values[odd][0]}: it must hold 0 and the numbers of the "
+            f"{num_classes} classes"
+        )
+    return values.astype(np.int64)
+
+
+def _spaces(spacing: Sequence[float], dims: int) -> tuple[float, ...]:
+    spaces = tuple(float(space) for space in spacing) or (1.0,) * dims
+    if len(spaces) != dims or not all(0 < space < np.inf for space in spaces):
+        raise InputError(f"spacing must be {dims} numbers above 0, got {spaces}")
+    return spaces
+
+
+def _fullest(covered: NDArray[np.bool_]) -> int:
+    if covered.ndim == 2:
+        return 0
+    counts = covered.sum(axis=(0, 1))
+    return int(counts.argmax()) if counts.any() else covered.shape[2] // 2
+
+
+def _shown(array: NDArray[Any], place: int) -> NDArray[Any]:
+    """Return a slice with anterior up and the patient's right on the left; a 2D image as it is."""
+    return array if array.ndim == 2 else array[:, :, place].T[::-1, ::-1]
+
+
+def _colour(number: int) -> str:
+    return PALETTE[(number - 1) % len(PALETTE)]
+
+
+def _canvas(
+    pixels: NDArray[np.float64], place: int, spacing: Sequence[float]
+) -> tuple[Figure, Any]:
+    """Return a figure as large as the image in it, which stands in grey on the axes."""
+    grey = _shown(pixels, place)
+    down, across = spacing if pixels.ndim == 2 else (spacing[1], spacing[0])
+    height = _WIDTH * (grey.shape[0] * down) / (grey.shape[1] * across)
+    height = min(max(round(height), _LOWEST), _HIGHEST)
+    figure = Figure((_WIDTH / _DPI, height / _DPI), dpi=_DPI, facecolor="black")
+    axes: Any = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    low, high = np.percentile(grey, [1, 99])
+    style: dict[str, Any] = {"cmap": "gray", "vmin": low, "vmax": high if high > low else low + 1}
+    axes.imshow(grey, aspect=down / across, interpolation="auto", **style)
+    # Neither outlines nor maps move the view.
+    axes.autoscale(False)
+    return figure, axes
+
+
+def _png(figure: Figure, keys: Sequence[tuple[str, Any, float, str]]) -> bytes:
+    """Draw a figure with a legend below it, in as many colours as a small file allows."""
+    (axes,), (_, high) = figure.axes, figure.get_size_inches() * _DPI
+    below = _LINE * -(-len(keys) // 2) + (6 if keys else 0)
+    # A hair more than whole pixels, since the canvas rounds down.
+    figure.set_size_inches((_WIDTH + 0.01) / _DPI, (high + below + 0.01) / _DPI)
+    axes.set_position((0, below / (high + below), 1, high / (high + below)))
+    pixels = IdentityTransform()
+    for number, (colour, dashes, width, words) in enumerate(keys):
+        x, y = 6 + number % 2 * _WIDTH / 2, below - 3 - _LINE * (number // 2 + 0.5)
+        style: dict[str, Any] = {"color": colour, "ls": dashes, "lw": width, "transform": pixels}
+        figure.add_artist(Line2D([x, x + 16], [y, y], solid_capstyle="butt", **style))
+        font: dict[str, Any] = {
+            "color": "white",
+            "size": 7,
+            "family": "DejaVu Sans",
+            "parse_math": False,
+        }
+        figure.add_artist(Text(x + 21, y - 1, words, va="center", transform=pixels, **font))
+    canvas: Any = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        canvas.draw()
+    drawn = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    for colours in (256, 64, 16, 8):
+        file = io.BytesIO()
+        _in_few(drawn, colours).save(file, "PNG", optimize=True)
+        if file.tell() < _SMALL:
+            break
+    return file.getvalue()
+
+
+def _in_few(drawn: NDArray[np.uint8], colours: int) -> Image.Image:
+    """Return a picture in few colours, half of them for what is not grey: no grey gets a tint."""
+    tinted = (drawn != drawn[..., :1]).any(axis=-1)
+    others = colours // 2 if tinted.any() else 0
+    greys = colours - others
+    places = (drawn[..., 0].astype(int) * (greys - 1) + 127) // 255
+    palette = np.linspace(0, 255, greys).round().astype(np.uint8).repeat(3).tobytes()
+    if others:
+        # This method keeps rare colours, such as those of a thin line.
+        kept = Image.fromarray(drawn[tinted][None]).quantize(others, Image.Quantize.MAXCOVERAGE)
+        places[tinted] = greys + np.asarray(kept)[0]
+        palette += bytes(kept.getpalette() or [])[: 3 * others]
+    few = Image.fromarray(places.astype(np.uint8))
+    few.putpalette(palette)
+    return few
+
+
+def _short(name: str) -> str:
+    clean = "".join(letter if letter.isprintable() else " " for letter in name)
+    return clean if len(clean) <= _LONGEST else clean[: _LONGEST - 1] + "…"
