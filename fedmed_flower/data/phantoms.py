@@ -1,7 +1,8 @@
-"""Generated images that look like small chest X-rays, for tests and demonstrations offline.
+"""Generated images, for tests and demonstrations offline: small chest X-rays and hippocampi.
 
 No patient stands behind them and nothing that is learned from them is a medical finding. They
-stand in for PneumoniaMNIST (https://medmnist.com), whose share of label 1 in train they have.
+stand in for PneumoniaMNIST (https://medmnist.com), whose share of label 1 in train they have, and
+for the hippocampi of the Medical Segmentation Decathlon (http://medicaldecathlon.com).
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 
-from fedmed_flower.data.site import GENERATED, SPLITS
+from fedmed_flower.data.decathlon import Volumes
+from fedmed_flower.data.site import GENERATED, SPLITS, Row
 from fedmed_flower.data.sources import ImageSplits
 from fedmed_flower.errors import InputError
 
@@ -76,6 +79,65 @@ def chest_xrays(
         images[split], labels[split] = drawn, truth.astype(np.int64)
         drawn.flags.writeable = labels[split].flags.writeable = False
     return ImageSplits(images, labels, GENERATED, generated=True)
+
+
+def hippocampi(count: int, seed: int = 0, size: int = 24) -> Volumes:
+    """Generate volumes with a curved, bright body whose two ends are to be told apart.
+
+    Class 1 is the anterior, thicker third and class 2 the rest, as in the hippocampus set of the
+    Medical Segmentation Decathlon. Place, length, thickness, bend, contrast, sharpness and noise
+    differ from volume to volume, and so does the shape, by a voxel or two.
+
+    Parameters
+    ----------
+    count : int
+        1 or greater; the first volumes of a larger count are the same.
+    seed : int
+        0 or greater; the same seed gives the same volumes.
+    size : int
+        About how many voxels each side has, 12 to 128.
+
+    Returns
+    -------
+    Volumes
+        Rows with ``image`` (x, y, z) float32, ``label`` (x, y, z) uint8 and ``patient``;
+        ``generated`` is True.
+
+    Raises
+    ------
+    InputError
+        Where an argument is out of its range.
+    """
+    bounds = {"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 128)}
+    for name, (value, low, high) in bounds.items():
+        if not isinstance(value, int | np.integer) or not low <= value <= high:
+            raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    rows = [_hippocampus(np.random.default_rng([seed, 3, k]), size, k) for k in range(count)]
+    return Volumes(tuple(rows), GENERATED, generated=True)
+
+
+def _hippocampus(rng: np.random.Generator, size: int, number: int) -> Row:
+    """Draw one volume; lengths are halves of the volume's side."""
+    shape = size + rng.integers(-2, 3, 3)
+    x, y, z = np.meshgrid(
+        *(np.linspace(-1, 1, side, dtype=np.float32) for side in shape), indexing="ij"
+    )
+    cx, cy, cz = rng.normal(0, 0.08, 3)
+    bend, half = rng.uniform(0.1, 0.35), rng.uniform(0.6, 0.75)
+    along = (y - cy) / half
+    thick = rng.uniform(0.22, 0.3) * (1 + 0.35 * np.clip(along, -1, 1))
+    away = np.hypot(x - cx - bend * (along**2 - 0.4), (z - cz - 0.5 * bend * along) * 1.2)
+    inside = (away / thick) ** 2 + along**4 < 1
+    label = np.where(inside, np.where(along > 0.33, 1, 2), 0).astype(np.uint8)
+    soft = gaussian_filter(inside.astype(np.float32), rng.uniform(0.6, 1.1))
+    texture = gaussian_filter(rng.standard_normal(shape), 2.0) * 1.5
+    image = rng.uniform(0.7, 1.3) * (1 + 0.8 * soft + 0.3 * soft * (along > 0.33) + 0.3 * texture)
+    image += rng.normal(0, 0.12, shape)
+    return {
+        "image": (100 * image).astype(np.float32),
+        "label": label,
+        "patient": f"phantom-{number}",
+    }
 
 
 def _draw(opaque: NDArray[np.bool_], size: int, rng: np.random.Generator) -> NDArray[np.uint8]:

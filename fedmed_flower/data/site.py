@@ -24,6 +24,8 @@ DECLINED = "declined: "
 # What the server tells of itself with each message: one name for all rounds of a run, and, in a
 # simulation, where its sites keep their ledgers.
 RUN_KEY, LEDGER_DIR = "run-key", "ledger-dir"
+# The digest of the model's part that does not travel, which every site must have too.
+FROZEN = "frozen-digest"
 SPLITS = ("train", "val", "test")
 
 _simulating: ContextVar[bool] = ContextVar("simulating", default=False)

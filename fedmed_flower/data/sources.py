@@ -198,7 +198,7 @@ def load_medmnist(name: str, path: str | Path | None = None, timeout: float = 10
         own = Path(path).expanduser()
         return _read_medmnist(_copy(own, f"{name} ({own.name})", _OWN))
     _check_name(name, MEDMNIST)
-    return _read_medmnist(_obtain(MEDMNIST[name], timeout, ', or choose dataset="phantoms"'))
+    return _read_medmnist(obtain(MEDMNIST[name], timeout, ', or choose dataset="phantoms"'))
 
 
 def load_heart_disease(timeout: float = 10) -> dict[str, HeartTable]:
@@ -207,7 +207,7 @@ def load_heart_disease(timeout: float = 10) -> dict[str, HeartTable]:
     They have 303, 294, 123 and 200 patients. Looked for as in `load_medmnist`, in the folder
     ``heart-disease`` of ``FEDMED_DATA``. Parameters and errors are those of `load_medmnist`.
     """
-    return {name: _read_heart(_obtain(file, timeout), name) for name, file in HEART.items()}
+    return {name: _read_heart(obtain(file, timeout), name) for name, file in HEART.items()}
 
 
 def _require(fulfilled: bool, text: str) -> None:
@@ -229,7 +229,17 @@ def _copy(path: Path, title: str, origin: str) -> _Copy:
     return _Copy(path.absolute(), status.st_mtime_ns, status.st_size, title, origin)
 
 
-def _obtain(file: PublicFile, timeout: float, alternative: str = "") -> _Copy:
+def obtain(file: PublicFile, timeout: float, alternative: str = "") -> _Copy:
+    """Return a public file: a local copy, else a download whose checksum is enforced.
+
+    Parameters
+    ----------
+    file : PublicFile
+    timeout : float
+        Seconds to wait for the first data and then for more, greater than 0.
+    alternative : str
+        What else the user can do, for the error where the publisher cannot be reached.
+    """
     _require(
         isinstance(timeout, Real) and 0 < timeout < math.inf,
         f"timeout must be a finite number of seconds above 0, got {timeout!r}",

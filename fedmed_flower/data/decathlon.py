@@ -1,0 +1,96 @@
+"""Volumes of the Medical Segmentation Decathlon.
+
+M. Antonelli et al., "The Medical Segmentation Decathlon", Nature Communications 13:4128, 2022,
+http://medicaldecathlon.com, CC BY-SA 4.0. Address and checksum are those that MONAI has.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from monai.apps import DecathlonDataset
+
+from fedmed_flower.data.site import Row
+from fedmed_flower.data.sources import PublicFile, obtain
+from fedmed_flower.errors import InputError
+
+_TASK = "Task04_Hippocampus"
+_TITLE = "Hippocampus (Medical Segmentation Decathlon, Task04)"
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """Volumes with masks, as a client's rows, and where they come from."""
+
+    rows: tuple[Row, ...]
+    source: str
+    generated: bool = False
+
+
+def load_hippocampus(timeout: float = 30) -> Volumes:
+    """Return the training volumes: MR crops of about 35 x 50 x 36 mm around one hippocampus.
+
+    Masks hold 1 for the anterior part (head) and 2 for the posterior part (body and tail). A folder
+    of own copies is used first where ``FEDMED_DATA`` names it: its ``hippocampus`` or
+    ``Task04_Hippocampus``, with ``imagesTr`` and ``labelsTr``. Otherwise the archive (28 MB) is
+    downloaded once, its checksum enforced, and unpacked into the folder ``FEDMED_CACHE``.
+
+    The set names no patients: each volume counts as one, though some are the two sides of a brain.
+
+    Parameters
+    ----------
+    timeout : float
+        Seconds to wait for the first data and then for more, greater than 0.
+
+    Raises
+    ------
+    InputError
+        Where the folder or the archive is not as it should be.
+    SourceUnavailable
+        Where the publisher cannot be reached.
+    """
+    if named := os.environ.get("FEDMED_DATA"):
+        for name in ("hippocampus", _TASK):
+            folder = Path(named).expanduser() / name
+            if (folder / "imagesTr").is_dir():
+                return Volumes(_pairs(folder), f"{_TITLE}, local copy")
+    address, md5 = DecathlonDataset.resource[_TASK], DecathlonDataset.md5[_TASK]
+    file = PublicFile(_TITLE, Path(f"hippocampus/{_TASK}.tar"), address, md5)
+    archive = obtain(file, timeout, ', or choose dataset="phantoms"')
+    unpacked = archive.path.with_name(f"{archive.path.name}-unpacked")
+    if not unpacked.is_dir():
+        _unpack(archive.path, unpacked)
+    return Volumes(_pairs(unpacked / _TASK), f"{_TITLE}, {archive.origin}")
+
+
+def _pairs(folder: Path) -> tuple[Row, ...]:
+    rows = []
+    for image in sorted((folder / "imagesTr").glob("[!.]*.nii.gz")):
+        label = folder / "labelsTr" / image.name
+        if not label.is_file():
+            raise InputError(f"{image} has no mask: {label} is not there")
+        patient = image.name.removesuffix(".nii.gz")
+        rows.append({"image": str(image), "label": str(label), "patient": patient})
+    if not rows:
+        raise InputError(f"{folder / 'imagesTr'} holds no .nii.gz files")
+    return tuple(rows)
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    """Unpack so that the folder is there whole or not at all."""
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent) as draft:
+            with tarfile.open(archive) as content:
+                content.extractall(Path(draft) / "content", filter="data")
+            # Where tarfile cannot read on it takes that for the end, which two empty blocks mark.
+            if archive.read_bytes()[-1024:].strip(b"\0"):
+                raise EOFError("it is cut short")
+            (Path(draft) / "content").rename(target)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        # Another process, such as that of another simulated site, may have been faster.
+        if not target.is_dir():
+            raise InputError(f"{archive} cannot be unpacked: {error}") from error

@@ -1,0 +1,200 @@
+"""DICOM files as volumes: one file, or a folder with one series in the order of its slices."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.misc import is_dicom as looks_like_dicom
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
+
+from fedmed_flower.errors import InputError
+
+# A file that is called so and is none was cut off: to leave it out would lose a slice.
+_SUFFIXES = (".dcm", ".dicom", ".ima")
+# How far two steps from slice to slice may differ, as part of the usual one.
+_GAP = 0.1
+_MOST_LETTERS = 300
+HEADER = (
+    *("PatientID", "SeriesInstanceUID", "Rows"),
+    *("ImagePositionPatient", "ImageOrientationPatient"),
+)
+
+Array = NDArray[Any]
+Slices = Mapping[Path, pydicom.Dataset]
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a file is DICOM, or a folder directly holds DICOM files."""
+    if path.is_dir():
+        return any(map(is_dicom, _files_in(path)))
+    return path.is_file() and bool(looks_like_dicom(path))
+
+
+def dicom_files(folder: Path) -> list[Path]:
+    """Return the files that lie directly in a folder and are DICOM, or called so, by name.
+
+    A DICOMDIR is left out.
+    """
+    files = _files_in(folder)
+    return [path for path in files if path.suffix.lower() in _SUFFIXES or is_dicom(path)]
+
+
+def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
+    """Return what pydicom reads, with its options; what is in `HEADER` is sound.
+
+    Raises
+    ------
+    InputError
+        Where the file is no DICOM file, or holds no image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            part = pydicom.dcmread(file, **options)
+            for name in HEADER:  # pydicom decodes what is asked for.
+                part.get(name)
+    except Exception as error:  # pydicom fails in a dozen ways.
+        raise InputError(f"{file} cannot be read: {one_line(error)}") from error
+    if "Rows" not in part:
+        raise InputError(f"{file} holds no image: it is cut off, or a document")
+    return part
+
+
+def one_line(error: Exception) -> str:
+    """Return the text of somebody else's error in one line of readable length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]}..."
+
+
+def read_dicom(path: Path) -> tuple[Array, Array, bool]:
+    """Read one DICOM file, or a folder with one series in the order of its slices' places.
+
+    Returns
+    -------
+    values : ndarray
+        float32, (channels, columns, rows, slices), in the units of the modality; MONOCHROME1 is
+        turned so that bright is dense.
+    affine : ndarray
+        (4, 4), from voxels to millimetres to the right, to the front and up.
+    placed : bool
+        False where the file does not say where it lies, as X-rays: then ``affine`` holds the
+        spacing alone.
+
+    Raises
+    ------
+    InputError
+        Where a file cannot be read, or the files are not one series with each slice in its place.
+    """
+    files = dicom_files(path) if path.is_dir() else [path]
+    slices: Slices = {file: open_dicom(file) for file in files}
+    for file, part in slices.items():
+        if int(part.get("NumberOfFrames") or 1) > 1:
+            raise InputError(f"{file} holds several frames: convert it to NIfTI")
+    if len(slices) > 1:
+        slices = _in_order(slices, path)
+    pixels = [_pixels(file, part) for file, part in slices.items()]
+    values = np.stack(pixels, axis=-1)  # (rows, columns, [colours,] slices)
+    values = np.moveaxis(values, 2, 0) if values.ndim == 4 else values[None]
+    first, *_, last = [*slices.values()] * 2
+    if first.get("PhotometricInterpretation") == "MONOCHROME1":
+        values = values.max() + values.min() - values
+    between_rows, between_columns = _spacing(first)
+    affine = np.diag([between_columns, between_rows, 1.0, 1.0])
+    if placed := is_placed(first):
+        # The formula of DICOM PS3.3 C.7.6.2.1.1. It counts to the left and to the back.
+        turns = np.reshape(np.asarray(first.ImageOrientationPatient, float), (2, 3))
+        corners = np.array([first.ImagePositionPatient, last.ImagePositionPatient], float)
+        steps = len(slices) - 1
+        affine[:3, 0] = turns[0] * between_columns
+        affine[:3, 1] = turns[1] * between_rows
+        affine[:3, 2] = (corners[1] - corners[0]) / steps if steps else np.cross(*turns)
+        affine[:3, 3] = corners[0]
+        affine[:2] *= -1
+    return values.swapaxes(1, 2), affine, placed
+
+
+def is_placed(part: pydicom.Dataset) -> bool:
+    """Return whether an image says where it lies in the patient."""
+    return all(part.get(name) for name in ("ImagePositionPatient", "ImageOrientationPatient"))
+
+
+def _spacing(part: pydicom.Dataset) -> tuple[float, float]:
+    """Return the millimetres between rows and between columns; of an X-ray, at the detector."""
+    rows, columns = part.get("PixelSpacing") or part.get("ImagerPixelSpacing") or (1, 1)
+    return float(rows), float(columns)
+
+
+def _pixels(file: Path, part: pydicom.Dataset) -> NDArray[np.float32]:
+    """Return (rows, columns) or (rows, columns, colours) in the units of the modality."""
+    try:
+        array = part.pixel_array
+        if part.get("PhotometricInterpretation") == "PALETTE COLOR":
+            array = apply_color_lut(array, part)
+        return apply_modality_lut(array, part).astype(np.float32)
+    except Exception as error:  # pydicom's decoders fail in a dozen ways.
+        raise InputError(f"{file} cannot be read: {one_line(error)}") from error
+
+
+def _in_order(slices: Slices, path: Path) -> Slices:
+    """Return the slices of one series from its first place to its last."""
+    parts = list(slices.values())
+    for name, what in (("SeriesInstanceUID", "series"), ("PatientID", "patients")):
+        found = sorted({str(part.get(name, "")) for part in parts})
+        if len(found) > 1:
+            raise InputError(
+                f"{path} holds {len(found)} {what} ({', '.join(found)}): give each a folder of "
+                "its own"
+            )
+    if without := [file.name for file, part in slices.items() if not is_placed(part)]:
+        raise InputError(
+            f"{path}: {len(without)} of {len(parts)} slices, such as {without[0]}, have no "
+            "ImagePositionPatient or ImageOrientationPatient"
+        )
+    for name, what in (
+        ("ImageOrientationPatient", "orientations"),
+        ("PixelSpacing", "pixel spacings"),
+        ("Rows", "numbers of rows"),
+        ("Columns", "numbers of columns"),
+    ):
+        values = [np.atleast_1d(np.asarray(part.get(name), float)) for part in parts]
+        if not np.isfinite(values).all():
+            raise InputError(f"{path}: its slices have no {name}")
+        for value in values:
+            if not np.allclose(value, values[0], rtol=0, atol=1e-3):
+                texts = ("x".join(f"{number:g}" for number in one) for one in (values[0], value))
+                raise InputError(
+                    f"{path}: its slices have different {what}, such as {' and '.join(texts)}"
+                )
+    turns = np.reshape(np.asarray(parts[0].ImageOrientationPatient, float), (2, 3))
+    corners = np.array([part.ImagePositionPatient for part in parts], float)
+    order = np.argsort(corners @ np.cross(*turns), kind="stable")
+    files = [list(slices)[place] for place in order]
+    steps = np.diff(corners[order], axis=0)
+    usual = np.median(steps, axis=0)
+    length = float(np.linalg.norm(usual))
+    for number, step in enumerate(steps):
+        gap = float(np.linalg.norm(step))
+        where = f"{files[number].name} and {files[number + 1].name}"
+        if gap < _GAP * max(length, 1e-6):
+            raise InputError(f"{path}: two slices at one place, {where}")
+        if np.linalg.norm(step - usual) > _GAP * length:
+            raise InputError(
+                f"{path}: a slice is missing or out of place between {where}: they are {gap:.4g} "
+                f"mm apart, the others {length:.4g}"
+            )
+    return {file: slices[file] for file in files}
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files of a folder by name; what is hidden, or lists the others, is left out."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.name.startswith(".") and path.name.upper() != "DICOMDIR"
+    ]

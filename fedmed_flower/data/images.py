@@ -1,0 +1,298 @@
+"""Images with their place in the patient: NIfTI, DICOM, pictures and arrays."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fedmed_flower.data.dicom import is_dicom, one_line, read_dicom
+from fedmed_flower.errors import InputError
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+# How far a mask's corners may lie from its image's, in voxels.
+_NEAR = 0.1
+# Where MONAI keeps the affine of the file; only images whose place is known have it here.
+_PLACE = "original_affine"
+
+Array = NDArray[Any]
+
+
+def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
+    """Read an image with its geometry.
+
+    Parameters
+    ----------
+    source : str, Path, ndarray, Tensor, or sequence of paths
+        A NIfTI file (or another that nibabel reads), a picture, a .npy file, a DICOM file, a
+        folder with one DICOM series, or an array of shape (*spatial) or (channels, *spatial).
+        Several paths are channels of one image.
+    spatial_dims : int or None
+        2 or 3. None takes what the file holds: 2 for pictures and single slices, else 3.
+
+    Returns
+    -------
+    MetaTensor
+        float32, (channels, *spatial). A volume keeps the axes of its file, a DICOM series has
+        (columns, rows, slices), and ``affine`` maps voxels to millimetres (right, anterior,
+        superior). A 2D image has (rows, columns) whatever its file, and of its place ``affine``
+        holds the spacing alone. Arrays and pictures have the identity. DICOM values are rescaled
+        (modality), and MONOCHROME1 is turned so that bright is dense. A picture with a palette
+        gives the palette's numbers.
+
+    Raises
+    ------
+    InputError
+        Where the file cannot be read, has another number of dimensions or holds NaN or infinite
+        values; the text names the file.
+    """
+    if _are_paths(source):
+        parts = [read_image(path, spatial_dims) for path in source]
+        for path, part in zip(source, parts, strict=True):
+            if (problem := mismatch(part, parts[0])) is not None:
+                raise InputError(f"{path} does not fit {source[0]}: {problem}")
+        channels = torch.cat([part.as_tensor() for part in parts])
+        return MetaTensor(channels, parts[0].affine, _place_of(parts[0]))
+    array, affine, placed = _read(source, spatial_dims)
+    try:
+        return _fit(array, affine, placed, spatial_dims)
+    except InputError as error:
+        where = f"{source}: " if isinstance(source, str | Path) else ""
+        raise InputError(f"{where}{error}") from None
+
+
+def read_label(
+    source: Any,
+    spatial_dims: int | None,
+    num_classes: int | None,
+    values: Sequence[int] = (),
+    image: MetaTensor | None = None,
+) -> MetaTensor:
+    """Read a mask with one class number for each voxel.
+
+    Parameters
+    ----------
+    source, spatial_dims
+        As in `read_image`; one channel.
+    num_classes : int or None
+        With the background, which is 0; at most 256. None takes any whole numbers from 0 on.
+    values : sequence of int
+        What stands in the file for class 0, 1, ...; left out, the class number itself.
+    image : MetaTensor, optional
+        The image that the mask belongs to, from `read_image`. The mask is then given its affine,
+        which a picture or an array does not have by itself.
+
+    Returns
+    -------
+    MetaTensor
+        uint8, or int64 where ``num_classes`` is None; (1, *spatial).
+
+    Raises
+    ------
+    InputError
+        As `read_image`; where a value is no class; and where the mask does not fit ``image``.
+    """
+    mask = read_image(source, spatial_dims)
+    if len(mask) != 1:
+        raise InputError(f"a mask must have one channel, got {len(mask)}")
+    if image is not None and (problem := mismatch(mask, image)) is not None:
+        raise InputError(problem)
+    like = mask if image is None else image
+    found = mask.as_tensor()
+    if num_classes is None and not values:
+        whole = found.to(torch.int64)
+        _require_classes(found, (whole == found) & (whole >= 0), "whole numbers from 0 on")
+        return MetaTensor(whole, like.affine, _place_of(like))
+    known = torch.tensor(tuple(values) or tuple(range(num_classes or 0)), dtype=found.dtype)
+    count = len(known) if num_classes is None else num_classes
+    if len(known) != count or len(torch.unique(known)) != count or not 1 <= count <= 256:
+        raise InputError(
+            f"label_values must name {count} different values, one a class with the background "
+            f"and at most 256, got {tuple(values)}"
+        )
+    known, order = known.sort()
+    places = torch.bucketize(found, known, out_int32=True).clamp(max=count - 1)
+    listed = ", ".join(f"{value:g}" for value in known)
+    _require_classes(found, known[places] == found, listed)
+    return MetaTensor(order.to(torch.uint8)[places], like.affine, _place_of(like))
+
+
+def mismatch(label: MetaTensor, image: MetaTensor) -> str | None:
+    """Return how the grid of a mask, or of a channel, differs from its image's; None if it fits.
+
+    Both are as `read_image` returned them. Where one of the two has no place in the patient, as a
+    picture or an array, the shapes are compared alone.
+    """
+    shape = tuple(image.shape[1:])
+    if tuple(label.shape[1:]) != shape:
+        return f"its shape is {tuple(label.shape[1:])}, the image's {shape}"
+    if _PLACE not in label.meta or _PLACE not in image.meta:
+        return None
+    here, there = (np.asarray(part.meta[_PLACE], float) for part in (label, image))
+    sides = [(0, side - 1) for side in (*shape, 1)[:3]]
+    corners = np.array([(*corner, 1) for corner in itertools.product(*sides)], float).T
+    off = (here - there) @ corners
+    if np.abs(np.linalg.solve(there, off)[:3]).max() <= _NEAR:
+        return None
+    texts = (
+        f"spacing {_numbers(spacing_of(part))}, orientation {_codes(place)}, "
+        f"origin {_numbers(place[:3, 3])}"
+        for part, place in ((label, here), (image, there))
+    )
+    distance = np.linalg.norm(off[:3], axis=0).max()
+    return f"it lies up to {distance:.3g} mm elsewhere: {next(texts)}; the image: {next(texts)}"
+
+
+def spacing_of(image: MetaTensor) -> tuple[float, ...]:
+    """Return the distances between voxels in millimetres, one an axis."""
+    spacing = affine_to_spacing(image.affine, r=image.ndim - 1)
+    return tuple(round(float(value), 4) for value in spacing)
+
+
+def orientation_of(image: MetaTensor) -> str:
+    """Return where the axes of a volume point to, such as RAS; empty for a 2D image."""
+    return _codes(np.asarray(image.affine, float)) if image.ndim == 4 else ""
+
+
+def files_of(source: Any) -> Iterator[Path]:
+    """Return the paths that an image or a mask is read from; none for an array."""
+    if isinstance(source, str | Path):
+        yield Path(source)
+    elif _are_paths(source):
+        yield from map(Path, source)
+
+
+def _read(source: Any, spatial_dims: int | None) -> tuple[Array, Array | None, bool]:
+    """Return values with the channel first, their affine if any, and if their place is known."""
+    if not isinstance(source, str | Path):
+        return _with_channel(np.asarray(source), spatial_dims), None, False
+    path = Path(source)
+    if not path.exists():
+        raise InputError(f"{path} is not there")
+    try:
+        with warnings.catch_warnings():
+            # What the readers warn of is checked below, or said by name.
+            warnings.simplefilter("ignore")
+            if is_dicom(path):
+                return read_dicom(path)
+            if path.is_dir():
+                raise InputError(f"{path} is a folder without DICOM files")
+            if path.suffix.lower() in _PICTURES:
+                return _read_picture(path), None, False
+            if path.suffix.lower() == ".npy":
+                return _with_channel(np.load(path, allow_pickle=False), spatial_dims), None, False
+            return *_read_volume(path), True
+    except InputError:
+        raise
+    except Exception as error:  # The readers fail in a dozen ways.
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def _with_channel(array: Array, spatial_dims: int | None) -> Array:
+    return array[None] if spatial_dims in (None, array.ndim) else array
+
+
+def _read_picture(path: Path) -> Array:
+    with Image.open(path) as picture:
+        if (frames := getattr(picture, "n_frames", 1)) > 1:
+            raise InputError(f"{path} holds {frames} pictures: give each a file of its own")
+        array = np.asarray(picture)
+    return np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
+
+
+def _read_volume(path: Path) -> tuple[Array, Array]:
+    volume: Any = nibabel.load(path)
+    if path.suffix.lower() == ".gz":
+        # The checksum stands at the end of the file, where nibabel would not get to.
+        volume = type(volume).from_bytes(gzip.decompress(path.read_bytes()))
+    array = np.asanyarray(volume.dataobj)
+    if array.ndim == 5 and array.shape[3] == 1:  # NIfTI's vectors have a time of length one.
+        array = array[:, :, :, 0]
+    array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
+    return array, np.array(volume.affine, float)
+
+
+def _fit(array: Array, affine: Array | None, placed: bool, spatial_dims: int | None) -> MetaTensor:
+    """Bring what was read to its form for so many dimensions, and check its values."""
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"it holds {array.dtype}, not numbers")
+    flat = [axis for axis in range(1, array.ndim) if array.shape[axis] == 1]
+    is_flat = array.ndim == 3 or (array.ndim == 4 and bool(flat))
+    dims = spatial_dims or (2 if is_flat else 3)
+    if array.ndim != dims + 1 and not (dims == 2 and is_flat):
+        raise InputError(
+            f"its shape is {array.shape}; spatial_dims = {dims} asks for {dims} dimensions, or "
+            "one more with the channel first"
+        )
+    if dims == 3 and affine is not None and not placed:
+        raise InputError("it has no place in the patient (ImagePositionPatient), as X-rays")
+    if array.size == 0:
+        raise InputError(f"its shape is {array.shape}: it is empty")
+    if dims == 2 and array.ndim == 4:
+        # A single slice, or a picture, that was stored as a volume.
+        array = np.moveaxis(array, flat[-1], -1)[..., 0]
+        if affine is not None:
+            affine = np.insert(np.delete(affine, flat[-1] - 1, 1), 2, affine[:, flat[-1] - 1], 1)
+    meta = {}
+    if affine is None:
+        affine = np.eye(4)
+    else:
+        if dims == 2:
+            array, affine = array.swapaxes(1, 2), affine[:, [1, 0, 2, 3]]
+            # Files of one slice do not always say how thick it is.
+            normal = np.cross(affine[:3, 0], affine[:3, 1])
+            affine[:3, 2] = normal / max(np.linalg.norm(normal) ** 0.5, 1e-9)
+        sides = np.maximum(np.linalg.norm(affine[:3, :3], axis=0), 1e-9)
+        if not (np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3] / sides)) > 1e-3):
+            raise InputError(f"its affine leads to no place in space: {affine[:3].tolist()}")
+        if placed:
+            meta[_PLACE] = torch.from_numpy(affine)
+        if dims == 2:
+            affine = np.diag([*sides[:2], 1.0, 1.0])
+    with np.errstate(over="ignore"):
+        values = torch.from_numpy(np.array(array, np.float32, order="C"))
+    if not bool(torch.isfinite(values).all()):
+        raise InputError("it holds NaN or infinite values")
+    return MetaTensor(values, torch.from_numpy(affine.copy()), meta)
+
+
+def _place_of(image: MetaTensor) -> dict[str, Any]:
+    return {key: value for key, value in image.meta.items() if key == _PLACE}
+
+
+def _require_classes(found: Tensor, fine: Tensor, classes: str) -> None:
+    if not bool(fine.all()):
+        odd = sorted({round(float(value), 3) for value in torch.unique(found[~fine])[:5]})
+        raise InputError(
+            f"it holds the values {', '.join(f'{value:g}' for value in odd)}, which are no class: "
+            f"a mask holds {classes}"
+        )
+
+
+def _are_paths(source: Any) -> bool:
+    return (
+        isinstance(source, list | tuple)
+        and len(source) > 0
+        and all(isinstance(part, str | Path) for part in source)
+    )
+
+
+def _codes(affine: Array) -> str:
+    codes: Sequence[str | None] = nibabel.orientations.aff2axcodes(affine)  # type: ignore[no-untyped-call]
+    return "".join(code or "?" for code in codes)
+
+
+def _numbers(values: Sequence[float] | Array) -> str:
+    return "x".join(f"{float(value):g}" for value in values)

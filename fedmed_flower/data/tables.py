@@ -1,0 +1,188 @@
+"""Tables that list a hospital's images: dataset.json and CSV files, line by line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from fedmed_flower.data.site import SPLITS
+from fedmed_flower.errors import InputError
+
+# Where a line stands, and its cells by column.
+Line = tuple[str, Mapping[str, Any]]
+_MISSING = {"", "nan", "none", "nat", "<na>"}
+# Spreadsheets and data frames write classes as 1.0 where a column has gaps.
+_WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
+
+
+class _UnusableError(Exception):
+    """Why one line cannot be used."""
+
+
+def read_dataset(file: Path, problems: list[str]) -> tuple[list[Line], tuple[str, ...]]:
+    """Return the training entries of a dataset.json and the names of the classes 1, 2, ...
+
+    An entry without a patient is given the name of its first file.
+
+    Raises
+    ------
+    InputError
+        Where the file is no JSON or has no list "training".
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is no JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("training"), list):
+        raise InputError(f'{file} must hold a list "training" of entries with image and label')
+    lines: list[Line] = []
+    for number, entry in enumerate(content["training"], start=1):
+        where = f"{file.name}, training entry {number}"
+        if isinstance(entry, dict):
+            lines.append((where, {"patient": _stem(entry.get("image")), **entry}))
+        else:
+            problems.append(f"{where}: it must be a table with image and label")
+    return lines, _class_names(content.get("labels") or {}, file, problems)
+
+
+def read_csv(file: Path, columns: Sequence[str], problems: list[str]) -> Iterator[Line]:
+    """Return the lines of a CSV file that are not blank, without their empty cells.
+
+    Raises
+    ------
+    InputError
+        Where the file is no CSV in UTF-8 or lacks one of the columns.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not in UTF-8 ({error.reason}): save it as such") from None
+    heading = next((line for line in text.splitlines() if line.strip(" ,;\t")), "")
+    # Where a comma is the decimal mark, spreadsheets separate columns by semicolons.
+    separator = max(",;\t", key=heading.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    names: list[str] = []
+    try:
+        for line in reader:
+            cells = [cell.strip() for cell in line]
+            where = f"{file.name}, line {reader.line_num}"
+            if not any(cells):
+                continue
+            if not names:
+                names = [cell.lower() for cell in cells]
+                _require_columns(file, names, columns)
+            elif len(cells) != len(names):
+                problems.append(f"{where}: it has {len(cells)} cells, the heading {len(names)}")
+            else:
+                filled = zip(names, cells, strict=True)
+                yield where, {name: cell for name, cell in filled if cell.lower() not in _MISSING}
+    except csv.Error as error:
+        raise InputError(f"{file}, line {reader.line_num}: {error}") from None
+    if not names:
+        raise InputError(f"{file} is empty: it needs the columns {', '.join(columns)}")
+
+
+def rows_of(
+    lines: Iterable[Line], folder: Path, needed: Sequence[str], problems: list[str]
+) -> list[dict[str, Any]]:
+    """Return a row for each line: ``image``, ``patient`` and, if given, ``label`` and ``split``.
+
+    What cannot be used is added to ``problems``.
+    """
+    rows: list[dict[str, Any]] = []
+    seen: dict[str, str] = {}
+    for where, line in lines:
+        try:
+            row = _row(line, folder, needed)
+            image = str(row["image"])
+            if image in seen:
+                raise _UnusableError(f"its image was named before, in {seen[image]}")
+        except _UnusableError as error:
+            problems.append(f"{where}: {error}")
+            continue
+        seen[image] = where
+        rows.append(row)
+    return rows
+
+
+def _class_names(labels: Any, file: Path, problems: list[str]) -> tuple[str, ...]:
+    names = {}
+    if isinstance(labels, dict):
+        numbers = {str(number): number for number in range(len(labels) + 1)}
+        for key, value in labels.items():
+            # {"1": "liver"} as the Decathlon has it, or {"liver": 1}.
+            number, name = (key, value) if isinstance(value, str) else (value, key)
+            if str(number) in numbers:
+                names[numbers[str(number)]] = str(name)
+    found = sorted({0, *names})
+    if not isinstance(labels, dict) or len(names) < len(labels) or found != list(range(len(found))):
+        problems.append(f'{file.name}: "labels" must number the classes 0, 1, 2, ... once each')
+        return ()
+    return tuple(names[number] for number in found if number > 0)
+
+
+def _row(line: Mapping[str, Any], folder: Path, needed: Sequence[str]) -> dict[str, Any]:
+    for name in needed:
+        if line.get(name) in (None, "", []):
+            raise _UnusableError(f"it has no {name}")
+    image, patient = line["image"], line["patient"]
+    if not isinstance(patient, str | int):
+        raise _UnusableError(f"a patient must be a text, got {patient!r}")
+    several = isinstance(image, list)
+    paths = [_path(part, folder) for part in (image if several else [image])]
+    row: dict[str, Any] = {"image": paths if several else paths[0], "patient": str(patient).strip()}
+    if "label" in line:
+        row["label"] = _label(line["label"], folder)
+    if line.get("split") is not None:
+        row["split"] = str(line["split"]).strip().lower()
+        if row["split"] not in SPLITS:
+            raise _UnusableError(f"its split {line['split']!r} is none of {', '.join(SPLITS)}")
+    return row
+
+
+def _label(label: Any, folder: Path) -> int | str:
+    if isinstance(label, int) and not isinstance(label, bool):
+        return label
+    if isinstance(label, str) and (number := _WHOLE.fullmatch(label.strip())):
+        return int(number[1])
+    return _path(label, folder)
+
+
+def _path(text: Any, folder: Path) -> str:
+    """Return the path of what lies in the folder under a relative path."""
+    if not isinstance(text, str):
+        raise _UnusableError(f"{text!r} is no path")
+    # Tables written on Windows name folders with backslashes.
+    path = PurePosixPath(text.strip().replace("\\", "/"))
+    shown = text.strip()[:200]
+    if path.is_absolute() or PureWindowsPath(path).drive or ".." in path.parts:
+        raise _UnusableError(f"{shown} leaves the folder: paths must be relative to it")
+    try:
+        there = (folder / path).exists()
+    except OSError:  # Such as a name that is too long.
+        there = False
+    if not there:
+        raise _UnusableError(f"{shown} is not there")
+    return str(folder / path)
+
+
+def _stem(image: Any) -> str | None:
+    """Return the name of an image's first file without .nii.gz or the like."""
+    first = image[0] if isinstance(image, list) and image else image
+    if not isinstance(first, str):
+        return None
+    return PurePosixPath(first.replace("\\", "/").removesuffix(".gz")).stem
+
+
+def _require_columns(file: Path, names: Sequence[str], needed: Sequence[str]) -> None:
+    for name in needed:
+        if names.count(name) != 1:
+            raise InputError(
+                f"{file} must have one column {name!r}, got {names.count(name)}: its columns are "
+                f"{', '.join(names)}"
+            )

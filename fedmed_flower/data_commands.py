@@ -1,0 +1,114 @@
+"""The commands `fedmed data ...`: look at a hospital's folder before it takes part."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedmed_flower.data.checking import Finding, check_folder
+from fedmed_flower.errors import InputError
+
+data_app = typer.Typer(help="Look at a hospital's own data.", no_args_is_help=True)
+console = Console(highlight=False, soft_wrap=True)
+
+# A mask that was taken for an image, or the reverse, may hold thousands of values.
+_MOST_VALUES = 12
+
+
+@data_app.command()
+def check(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="A folder with dataset.json, a .csv list of images, or DICOM files."),
+    ],
+    classes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Number of classes; in masks with the background.  [default: dataset.json]"
+        ),
+    ] = None,
+) -> None:
+    """Read all images and masks of a folder and name what cannot be used."""
+    try:
+        with console.status(f"reading {escape(str(folder))}"):
+            findings = check_folder(folder, num_classes=classes)
+    except InputError as error:
+        console.print(f"not started: {error}", style="red", markup=False)
+        raise typer.Exit(2) from None
+    images = [one for one in findings if one.image]
+    _print_table(images, folder.expanduser())
+    _print_summary(images)
+    problems = [_problem(one) for one in findings if one.problem is not None]
+    for problem in problems:
+        console.print(problem, style="red", markup=False)
+    if problems:
+        console.print(f"{len(problems)} problem{'s' * (len(problems) > 1)}", style="red")
+        raise typer.Exit(1)
+    console.print("no problems")
+
+
+def _print_table(images: Sequence[Finding], folder: Path) -> None:
+    columns = {
+        "patient": [one.patient for one in images],
+        "image": [one.image.replace(f"{folder}/", "") for one in images],
+        "split": [one.split for one in images],
+        "shape": [_times(one.shape) for one in images],
+        "spacing (mm)": [_times(one.spacing) for one in images],
+        "axes": [one.orientation for one in images],
+        "values": ["" if one.low is None else f"{one.low:g} to {one.high:g}" for one in images],
+        "label": [_label(one.label) for one in images],
+    }
+    filled = {name: cells for name, cells in columns.items() if any(cells)}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in filled:
+        table.add_column(name, overflow="fold")
+    for one, *cells in zip(images, *filled.values(), strict=True):
+        table.add_row(*map(escape, cells), style="red" if one.problem else None)
+    if not console.is_terminal:  # One line an image for what reads it there.
+        wide = console.options.update(width=10_000)
+        console.width = max(console.width, console.measure(table, options=wide).maximum)
+    console.print(table)
+
+
+def _print_summary(images: Sequence[Finding]) -> None:
+    splits = Counter(one.split for one in images if one.split)
+    parts = ", ".join(f"{name} {count}" for name, count in splits.items())
+    console.print(
+        f"{len(images)} images of {len({one.patient for one in images})} patients"
+        + (f": {parts}" if parts else "")
+    )
+    read = [one for one in images if one.shape]
+    for name, setting, found in (
+        ("spacings", "spacing", [_times(one.spacing) for one in read]),
+        ("orientations", "orientation", [one.orientation for one in read if one.orientation]),
+    ):
+        if not found:
+            continue
+        kinds = Counter(found).most_common()
+        listed = ", ".join(f"{kind} ({count})" for kind, count in kinds[:5])
+        more = f" and {len(kinds) - 5} more" if len(kinds) > 5 else ""
+        hint = f"; {setting} in the run config brings them to one" if len(kinds) > 1 else ""
+        console.print(f"{name}: {listed}{more}{hint}", markup=False)
+
+
+def _problem(one: Finding) -> str:
+    return f"patient {one.patient}: {one.problem}" if one.image else f"{one.problem}"
+
+
+def _label(label: int | tuple[int, ...] | None) -> str:
+    if not isinstance(label, tuple):
+        return "" if label is None else str(label)
+    more = ", ..." if len(label) > _MOST_VALUES else ""
+    return ", ".join(map(str, label[:_MOST_VALUES])) + more
+
+
+def _times(values: Iterable[Any]) -> str:
+    return "x".join(f"{value:g}" for value in values)
