@@ -43,7 +43,7 @@ def bare(config: dict, num_sites: int) -> dict:
     from client_app import PneumoniaHospital
     from flwr.app import Context, RecordDict
 
-    from fedmed_flower.clients.training import derive_seed, torch_environment
+    from fedmed_flower.clients.settings import derive_seed, torch_environment
     from fedmed_flower.data.site import simulation
 
     seed, clients = config["seed"], []

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmed_flower.clients import ClassificationClient, MedicalClient
+    from fedmed_flower.clients import ClassificationClient, MedicalClient, SegmentationClient
     from fedmed_flower.data.site import Site, SiteData
     from fedmed_flower.errors import InputError
     from fedmed_flower.experiment import federate
@@ -14,6 +14,7 @@ __all__ = [
     "ClassificationClient",
     "InputError",
     "MedicalClient",
+    "SegmentationClient",
     "Site",
     "SiteData",
     "federate",
@@ -24,6 +25,7 @@ _HOMES = {
     "ClassificationClient": "clients",
     "InputError": "errors",
     "MedicalClient": "clients",
+    "SegmentationClient": "clients",
     "Site": "data.site",
     "SiteData": "data.site",
     "federate": "experiment",

@@ -25,13 +25,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedmed_flower.clients.training import Settings
+from fedmed_flower.clients.settings import Settings
 from fedmed_flower.config import override
 from fedmed_flower.data.site import GENERATED
 from fedmed_flower.data.sources import SourceUnavailable, load_dataset
+from fedmed_flower.data_commands import data_app
 from fedmed_flower.engine import run_flower
 from fedmed_flower.errors import InputError
 from fedmed_flower.experiment import Plan
+from fedmed_flower.metrics import main_metric
 from fedmed_flower.privacy.accounting import epsilon_of
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.privacy.patient import PrivacySettings
@@ -45,6 +47,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_app, name="data")
 console = Console(highlight=False, soft_wrap=True)
 log = logging.getLogger("flwr.fedmed")
 
@@ -120,8 +123,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 def privacy(
     ledger: Annotated[Path, typer.Argument(help="A hospital's ledger, or a folder of ledgers.")],
     delta: Annotated[
-        float | None,
-        typer.Option(help="Of epsilon.  [default: the budget's, or 1e-5]"),
+        float | None, typer.Option(help="Of epsilon.  [default: the budget's, or 1e-5]")
     ] = None,
     new: Annotated[bool, typer.Option("--new", help="Make a new, empty ledger.")] = False,
 ) -> None:
@@ -145,6 +147,8 @@ def _set_up_log() -> None:
 
 def main() -> None:
     """Run the command line."""
+    # A library has given the root logger a handler, which would write each line once more.
+    logging.getLogger("flwr").propagate = False
     app()
 
 
@@ -170,7 +174,7 @@ def _prepare(
     """Check everything that can be checked before anything starts or is written."""
     if out is not None and resume is not None:
         raise InputError("--out and --resume exclude each other: --resume DIR goes on in DIR")
-    name, defaults, references = _load_project(path)
+    name, defaults, references = load_project(path)
     if resume is not None:
         before = RunFolder(resume).read_config()
         defaults |= {key: value for key, value in before["config"].items() if key in defaults}
@@ -199,8 +203,14 @@ def _prepare(
     return _Job(name, path.resolve(), references, config, num_sites, engine, folder)
 
 
-def _load_project(path: Path) -> tuple[str, UserConfig, tuple[str, str]]:
-    """Return name, run config and the references of ServerApp and ClientApp of a Flower app."""
+def load_project(path: Path) -> tuple[str, UserConfig, tuple[str, str]]:
+    """Return name, run config and the references of ServerApp and ClientApp of a Flower app.
+
+    Raises
+    ------
+    InputError
+        Where the folder is no Flower app, or does not declare what is set from here.
+    """
     try:
         project = get_project_config(path)
     except FileNotFoundError as error:
@@ -294,25 +304,29 @@ def _print_results(summary: dict[str, Any]) -> None:
         columns = {"alone": test["local"], **columns}
     if "pooled" in test:
         columns["all data pooled"] = test["pooled"]["sites"]
-    table = Table("hospital", "train", "test", title="AUC on each hospital's own test images")
+    every = [test["federated"], *(part for parts in columns.values() for part in parts.values())]
+    figure = main_metric({name for part in every for name in part})
+    name_of = {"auc": "AUC", "dice": "Dice"}.get(figure, figure)
+    table = Table("hospital", "train", "test", title=f"{name_of} on each hospital's own test data")
     for name in columns:
         table.add_column(name, justify="right")
     for site, counts in summary["sites"].items():
-        aucs = [column.get(site, {}).get("auc") for column in columns.values()]
-        table.add_row(site, str(counts["train"]), str(counts["test"]), *map(_show, aucs))
+        values = [column.get(site, {}).get(figure) for column in columns.values()]
+        table.add_row(site, str(counts["train"]), str(counts["test"]), *map(_show, values))
     # Mean and worst compare the same hospitals in each column: those with a figure in all.
     compared = [
         site
         for site in summary["sites"]
-        if all(column.get(site, {}).get("auc") is not None for column in columns.values())
+        if all(column.get(site, {}).get(figure) is not None for column in columns.values())
     ]
-    known = [[column[site]["auc"] for site in compared] for column in columns.values()]
+    known = [[column[site][figure] for site in compared] for column in columns.values()]
+    worst = max if figure == "loss" else min
     table.add_section()
     table.add_row("mean", "", "", *(_show(sum(k) / len(k) if k else None) for k in known))
-    table.add_row("worst", "", "", *(_show(min(k, default=None)) for k in known))
+    table.add_row("worst", "", "", *(_show(worst(k, default=None)) for k in known))
     together = {"federated": test["federated"], "all data pooled": test.get("pooled", {})}
-    shown = [_show(together.get(name, {}).get("auc")) for name in columns]
-    table.add_row("all test images", "", "", *shown)
+    shown = [_show(together.get(name, {}).get(figure)) for name in columns]
+    table.add_row("all test data", "", "", *shown)
     console.print(table)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,9 @@ import tomli_w
 from flwr.app import UserConfig
 
 from fedmed_flower.errors import InputError
+from fedmed_flower.measuring import gpu_share, measure_site
+
+log = logging.getLogger("flwr.fedmed")
 
 _LINK = "fedmed"
 _STARTED = re.compile(r"Successfully started run (\d+)")
@@ -77,7 +81,7 @@ def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -
             _LINK,
             "--stream",
             "--federation-config",
-            _federation_config(num_sites),
+            _federation_config(app, config, num_sites),
         ]
         settings = Path(environment["FLWR_HOME"]) / "run-config.toml"
         settings.write_text(tomli_w.dumps(dict(config)), encoding="utf-8")
@@ -109,13 +113,16 @@ def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -
             raise EngineError(f"{text}; {_last_line(log)}" if not details else text)
 
 
-def _federation_config(num_sites: int) -> str:
-    """Return the engine's resources: one core a worker, and the GPUs shared evenly among them."""
+def _federation_config(app: Path, config: UserConfig, num_sites: int) -> str:
+    """Return the engine's resources: one core a worker, and as much of a GPU as one site takes."""
     import torch
 
     workers = max(1, min(num_sites, os.cpu_count() or 1))
-    gpus = torch.cuda.device_count()
-    share = min(1.0, int(100 * gpus / workers) / 100)
+    gpus, share = torch.cuda.device_count(), 0.0
+    if gpus and config.get("device") != "cpu":
+        total = min(torch.cuda.get_device_properties(d).total_memory for d in range(gpus))
+        share = gpu_share(measure_site(app, config, num_sites), total, gpus, workers)
+        log.info("each site is given %g of a GPU", share)
     return (
         f"num-supernodes={num_sites} client-resources-num-cpus=1 client-resources-num-gpus={share}"
     )

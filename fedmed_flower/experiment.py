@@ -8,8 +8,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,22 +27,24 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from torch import nn
 
-from fedmed_flower.config import Section
-from fedmed_flower.data.site import DECLINED, GENERATED, LEDGER_DIR, RUN_KEY
+from fedmed_flower.config import Section, with_type_of
+from fedmed_flower.data.site import DECLINED, FROZEN, GENERATED, LEDGER_DIR, RUN_KEY
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import EPSILON, HOSPITAL_EPSILON
 from fedmed_flower.privacy.patient import PrivacySettings
 from fedmed_flower.report import write_report
-from fedmed_flower.rollcall import Sites, roll_call
+from fedmed_flower.rollcall import Sites, collect_pictures, roll_call
 from fedmed_flower.runfolder import ALL_SITES, CONFIG, METRICS, SUMMARY, RunFolder
 from fedmed_flower.strategies.base import FedAvg
 from fedmed_flower.strategies.resuming import find_checkpoint
 from fedmed_flower.strategies.sites import wait_for_sites
+from fedmed_flower.travelling import Travelling
 
 log = logging.getLogger("flwr.fedmed")
 
-LOG = "log.txt"
-FREE_ON_RESUME = {"run-dir", "resume", "num-server-rounds", "round-timeout", "baselines"}
+FREE_ON_RESUME = {
+    *("run-dir", "resume", "num-server-rounds", "round-timeout", "baselines", "pictures"),
+}
 _PACKAGES = ("fedmed-flower", "flwr", "torch", "monai", "numpy", "scikit-learn")
 
 
@@ -73,6 +74,9 @@ class Plan(Section):
     baselines : bool
         Afterwards also train each site's model alone and, in a simulation, one model on all data
         pooled, each for as many rounds.
+    pictures : int
+        Test cases of each site that the report shows, and the worst beside them, where the site
+        lets them leave; 0 asks for none.
     """
 
     num_server_rounds: int = 3
@@ -82,10 +86,11 @@ class Plan(Section):
     run_dir: str = ""
     resume: bool = False
     baselines: bool = False
+    pictures: int = 3
 
     def __post_init__(self) -> None:
         self.require_at_least(1, "num_server_rounds", "min_sites")
-        self.require_at_least(0, "seed")
+        self.require_at_least(0, "seed", "pictures")
         self.require_positive("round_timeout")
         if self.resume and not self.run_dir:
             raise InputError("resume needs run-dir, the folder of the run to go on with")
@@ -97,8 +102,9 @@ def federate(
     """Run an experiment as the run config says and leave a complete run folder.
 
     The folder holds ``config.toml``, ``checkpoint.zip``, ``metrics.csv``, ``model.safetensors``,
-    ``summary.json``, ``report.html`` and ``log.txt``. Nothing is written before the run config was
-    found right and at least one site has answered.
+    ``summary.json``, ``report.html`` and ``log.txt``, ``pictures/`` where sites let them leave, and
+    in a simulation ``splits/``. Nothing is written before the run config was found right and at
+    least one site has answered.
 
     Parameters
     ----------
@@ -128,7 +134,10 @@ def federate(
         folder.require_unused()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        initial = ArrayRecord(build_model().state_dict())
+        model = build_model()
+    pattern = with_type_of("", context.run_config.get("trainable", ""), "trainable")
+    travelling = Travelling(model, pattern)
+    initial, frozen = ArrayRecord(travelling.state(model)), travelling.digest(model)
     strategy.folder, strategy.resume, strategy.seed = folder, plan.resume, plan.seed
     find_checkpoint(strategy, initial)
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
@@ -139,7 +148,9 @@ def federate(
     key = key or secrets.token_hex(8)
     about = {"app": _app_name(grid), "strategy": type(strategy).__name__, "sites": sites.asked}
     _write_config(folder, plan, context.run_config, sites, about | {"key": key})
-    experiment = _Experiment(strategy, grid, plan, folder, initial, sites, context.run_config, key)
+    experiment = _Experiment(
+        strategy, grid, plan, folder, initial, sites, context.run_config, key, frozen
+    )
     return experiment.run()
 
 
@@ -153,13 +164,15 @@ class _Experiment:
     sites: Sites
     run_config: UserConfig
     key: str
+    frozen: str
     test: dict[str, Any] = field(default_factory=dict)
+    pictures: list[dict[str, str]] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     began: float = field(default_factory=time.monotonic)
 
     def run(self) -> flower.Result:
         plan, strategy, folder = self.plan, self.strategy, self.folder
-        with _log_file(folder.path / LOG):
+        with folder.log_file():
             self._log_sites()
             try:
                 self._write_summary("running")
@@ -178,6 +191,9 @@ class _Experiment:
                 )
                 self.test["federated"] = table.pop(ALL_SITES, {})
                 self.test["sites"] = table
+                if plan.pictures:
+                    asked = (self._config(), plan.pictures, plan.round_timeout, self.sites.names)
+                    self.pictures = collect_pictures(self.grid, result.arrays, *asked, folder)
                 self._write_summary("running")
                 if plan.baselines:
                     self._compare()
@@ -198,6 +214,8 @@ class _Experiment:
     def _config(self, part: str = "", **more: bool) -> ConfigRecord:
         """Return what each message tells the sites: ledgers count a run's rounds under one key."""
         config = ConfigRecord({RUN_KEY: f"{self.key}{part}", **more})
+        if self.frozen:
+            config[FROZEN] = self.frozen
         if self.sites.simulated:
             config[LEDGER_DIR] = str(self.folder.path / "ledgers")
         return config
@@ -212,6 +230,8 @@ class _Experiment:
             rows = ", ".join(f"{count} {split}" for split, count in counts.items())
             labels = sites.labels[node_id]
             of_each = f"; training rows by label: {labels}" if labels else ""
+            if away := sites.turned_away[node_id]:
+                of_each += f"; {away} rows turned away at the site"
             log.info("%s: %s%s", sites.names[node_id], rows, of_each)
 
     def _compare(self) -> None:
@@ -293,6 +313,7 @@ class _Experiment:
             "sites": {sites.names[node_id]: counts for node_id, counts in sites.counts.items()},
             "test": self.test,
             "privacy": self._privacy(),
+            "pictures": self.pictures,
             "failures": [asdict(failure) for failure in self.strategy.history.failures],
             "versions": {"python": platform.python_version()}
             | {package: version(package) for package in _PACKAGES},
@@ -372,19 +393,3 @@ def _engine(grid: Grid, sites: Sites) -> str:
     if hasattr(grid, "export_states"):
         return "local"
     return "Flower simulation" if sites.simulated else "Flower deployment"
-
-
-@contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Also write Flower's and this package's log lines to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setLevel(logging.INFO)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("flwr")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()

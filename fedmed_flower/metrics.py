@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedmed_flower.overlap import NOISED_DICE, pool_masks
 from fedmed_flower.privacy.noise import gaussian, secure_generator
 
 CONFUSION, GRID, COUNTS = "confusion-counts", "score-grid", "score-counts"
@@ -31,10 +32,20 @@ _EDGES = np.sinh(np.linspace(-10.0, 10.0, _BINS + 1))
 
 # Under privacy the bins must not depend on the patients. Log-odds; the threshold 0 is an edge.
 NOISED = "noised-counts"
+# What only `pool` makes use of.
+POOLED_ONLY = (*SUMMABLE, NOISED, NOISED_DICE)
 _NOISED_BINS = 32
 _NOISED_EDGES = np.linspace(-8.0, 8.0, _NOISED_BINS + 1)
 
 Value = float | int | list[int] | list[float]
+
+# By which a run is judged: the first that it has.
+MAIN = ("auc", "dice", "accuracy", "loss")
+
+
+def main_metric(names: Collection[str]) -> str:
+    """Return the figure by which a run with such metrics is judged; the loss if none is known."""
+    return next((name for name in MAIN if name in names), MAIN[-1])
 
 
 def class_margins(logits: ArrayLike) -> NDArray[np.float64]:
@@ -189,9 +200,11 @@ def _classes_of(length: int) -> int:
 def check_counts(record: Mapping[str, Any]) -> str | None:
     """Return what is wrong with the counts that a site sent for `pool`; None where nothing is."""
     if (noised := record.get(NOISED)) is not None and not (
-        isinstance(noised, list) and all(map(math.isfinite, noised)) and _classes_of(len(noised))
+        _are_counts(noised) and _classes_of(len(noised))
     ):
         return f"{NOISED} must be a list of finite numbers of a length that {NOISED} can have"
+    if (sums := record.get(NOISED_DICE)) is not None and not (_are_counts(sums) and len(sums) > 1):
+        return f"{NOISED_DICE} must be a list of two or more finite numbers"
     confusion, grid, counts = (record.get(key) for key in SUMMABLE)
     if confusion is None and grid is None and counts is None:
         return None
@@ -217,6 +230,11 @@ def check_counts(record: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _are_counts(values: Any) -> bool:
+    """Return whether these are numbers that can be added up: nobody counts beyond 1e12."""
+    return isinstance(values, list) and all(abs(value) <= 1e12 for value in values)
+
+
 def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
     """Return the figures over all hospitals' rows together from what each hospital counted.
 
@@ -224,12 +242,13 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
     ----------
     records : sequence of dict
         As `classification_metrics` returns them, all of one number of classes; or all with
-        `noised_counts`.
+        `noised_counts`; or as `fedmed_flower.overlap` makes them.
 
     Returns
     -------
     dict
-        The same figures as one hospital's, and the total ``num-examples``. The AUC is exact for
+        The same figures as one hospital's, and the total ``num-examples``; of masks only what is no
+        weighted mean of the hospitals' figures; nothing for other records. The AUC is exact for
         pairs of rows of one hospital and comes from the histograms for pairs of rows of two. It
         is right to 0.001 for scores with one hump, heavy tails and skew included; where a network
         crowds its scores into two humps a hundred times narrower than their distance, it can be
@@ -237,6 +256,8 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
     """
     if NOISED in records[0]:
         return noised_metrics(np.sum([np.asarray(record[NOISED]) for record in records], axis=0))
+    if not {*SUMMABLE} <= records[0].keys():
+        return pool_masks(records)
     total = np.sum([np.asarray(record[CONFUSION]) for record in records], axis=0)
     num_classes = round(len(total) ** 0.5)
     metrics = _rates(total.reshape(num_classes, num_classes))

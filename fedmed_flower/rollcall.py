@@ -1,17 +1,23 @@
-"""The sites of a run, before its first round."""
+"""What sites are asked beside the rounds: who they are, and for pictures at the end."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedmed_flower.data.site import SITE_RECORD, SPLITS
 from fedmed_flower.errors import InputError
+from fedmed_flower.pictures import sound
+from fedmed_flower.runfolder import RunFolder
 from fedmed_flower.strategies.screening import error_text
 from fedmed_flower.strategies.sites import learn_name
+
+log = logging.getLogger("flwr.fedmed")
 
 
 @dataclass
@@ -21,6 +27,7 @@ class Sites:
     counts: dict[int, dict[str, int]] = field(default_factory=dict)
     labels: dict[int, Any] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
+    turned_away: dict[int, int] = field(default_factory=dict)
     sources: set[str] = field(default_factory=set)
     generated: bool = False
     simulated: bool = True
@@ -44,14 +51,16 @@ def roll_call(grid: Grid, timeout: float) -> Sites:
             about = reply.content.config_records[SITE_RECORD]
             (counts,) = reply.content.metric_records.values()
             rows = {split: int(counts[split]) for split in SPLITS}  # type: ignore[arg-type]
-            if min(rows.values()) < 0:
-                raise ValueError(f"negative number of rows in {rows}")
+            away = int(counts.get("turned-away", 0))  # type: ignore[arg-type]
+            if min(*rows.values(), away) < 0:
+                raise ValueError(f"negative number of rows in {rows}, {away} turned away")
             source, generated, simulated = about["data"], about["generated"], about["simulated"]
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             sites.refusals.append(f"malformed answer: {type(error).__name__} {error}")
             continue
         sites.names.setdefault(node_id, f"node {node_id}")
         sites.counts[node_id], sites.labels[node_id] = rows, counts.get("labels")
+        sites.turned_away[node_id] = away
         sites.sources.add(str(source))
         sites.generated |= bool(generated)
         sites.simulated &= bool(simulated)
@@ -60,3 +69,72 @@ def roll_call(grid: Grid, timeout: float) -> Sites:
     in_order = sorted(sites.counts, key=lambda node_id: sites.names[node_id])
     sites.counts = {node_id: sites.counts[node_id] for node_id in in_order}
     return sites
+
+
+def collect_pictures(
+    grid: Grid,
+    arrays: ArrayRecord,
+    config: ConfigRecord,
+    count: int,
+    timeout: float,
+    names: Mapping[int, str],
+    folder: RunFolder,
+) -> list[dict[str, str]]:
+    """Ask each site for pictures of test cases and write those that may be shown.
+
+    Parameters
+    ----------
+    count : int
+        Cases a site, beside the worst.
+    names : dict of int to str
+        Site name by node id; only these are asked.
+    folder : RunFolder
+        Gets ``pictures/1.png`` and so on.
+
+    Returns
+    -------
+    list of dict
+        ``site``, ``file`` and ``title`` of each picture, in the order of the sites' names. A site
+        that answers with an error, or with what is no sound picture, has none; the log says why.
+    """
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, "count": count})})
+    nodes = [node_id for node_id in grid.get_node_ids() if node_id in names]
+    kind = f"{MessageType.QUERY}.pictures"
+    found: dict[str, list[tuple[str, bytes]]] = {}
+    for reply in grid.send_and_receive(
+        [Message(content, node_id, kind) for node_id in nodes], timeout=timeout
+    ):
+        site = names.get(reply.metadata.src_node_id, "")
+        if reply.has_error():
+            log.warning("no pictures of %s: %s", site, error_text(reply))
+            continue
+        try:
+            pairs = _pairs(reply.content.config_records["pictures"])
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("no pictures of %s: malformed answer: %s", site, type(error).__name__)
+            continue
+        found[site] = []
+        for title, png in pairs[: count + 1]:
+            if (reason := sound(png)) is not None:
+                log.warning("a picture of %s is not shown: %s", site, reason)
+            else:
+                found[site].append((title[:120], png))
+    pictures: list[dict[str, str]] = []
+    for site in sorted(found):
+        for title, png in found[site]:
+            name = f"pictures/{len(pictures) + 1}.png"
+            folder.write(name, png)
+            pictures.append({"site": site, "file": name, "title": title})
+    return pictures
+
+
+def _pairs(record: ConfigRecord) -> list[tuple[str, bytes]]:
+    """Return title and file of each picture; whatever else a site may send is an error."""
+    titles: Any = record["titles"]
+    images: Any = record["images"]
+    pairs = list(zip(titles, images, strict=True))
+    for title, png in pairs:
+        # Made into bytes, a number would become as many zeros.
+        if not isinstance(title, str) or not isinstance(png, bytes):
+            raise TypeError
+    return pairs

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 import os
 import tomllib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -23,7 +25,7 @@ from fedmed_flower.arrays import view
 from fedmed_flower.errors import InputError
 
 CHECKPOINT, METRICS, MODEL = "checkpoint.zip", "metrics.csv", "model.safetensors"
-CONFIG, SUMMARY = "config.toml", "summary.json"
+CONFIG, SUMMARY, LOG = "config.toml", "summary.json", "log.txt"
 COLUMNS = ("round", "phase", "site", "metric", "value")
 ALL_SITES = "all"
 
@@ -86,7 +88,8 @@ class History:
             for number, phase, site, metric, value in self.rows
             if number == server_round and site == ALL_SITES
         }
-        wanted = [("train", "loss"), *(("val", name) for name in ("auc", "accuracy", "loss"))]
+        names = ("auc", "dice", "accuracy", "loss")
+        wanted = [("train", "loss"), *(("val", name) for name in names)]
         shown = [(*key, known[key]) for key in wanted if key in known]
         # After the training loss one figure is enough.
         parts = [f"{phase} {name} {value:.4f}" for phase, name, value in shown[:2]]
@@ -161,6 +164,21 @@ class RunFolder:
                 raise InputError(
                     f"{key} is {array.dtype}, which {MODEL} cannot hold: convert it"
                 ) from error
+
+    @contextmanager
+    def log_file(self) -> Iterator[None]:
+        """Also write Flower's and this package's log lines to ``log.txt``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(self.path / LOG, encoding="utf-8")
+        handler.setLevel(logging.INFO)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger = logging.getLogger("flwr")
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
 
     def require_no_checkpoint(self) -> None:
         """Raise `InputError` where an earlier run left a checkpoint here."""

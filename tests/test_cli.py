@@ -70,7 +70,9 @@ def test_run_folder_is_complete_and_marked(finished):
         "log.txt",
         "metrics.csv",
         "model.safetensors",
+        "pictures",
         "report.html",
+        "splits",
         "summary.json",
     }
     summary = json.loads((folder / "summary.json").read_text())
@@ -81,6 +83,8 @@ def test_run_folder_is_complete_and_marked(finished):
     assert set(summary["test"]["sites"]) == {"hospital-1", "hospital-2", "hospital-3"}
     assert set(summary["test"]["local"]) == {"hospital-1", "hospital-2", "hospital-3"}
     assert 0 <= summary["test"]["pooled"]["auc"] <= 1
+    assert {picture["site"] for picture in summary["pictures"]} == set(summary["sites"])
+    assert len(list((folder / "pictures").iterdir())) == len(summary["pictures"])
     for name in ("log.txt", "report.html"):
         assert "generated images, not patients" in (folder / name).read_text()
 
@@ -163,12 +167,15 @@ def broken_copy(folder, old, new):
     return folder
 
 
-def test_label_out_of_range_is_one_line(workdir):
+def test_labels_out_of_range_are_one_line(workdir):
     old = "images.rows(split, parts[site.index])"
-    new = f'[row | {{"label": row["label"] + 1}} for row in {old}]'
+    new = f'[row | {{"label": row["label"] + 2}} for row in {old}]'
     copy = broken_copy(workdir / "app", old, new)
     done = fedmed("run", copy, *SMALL, cwd=workdir)
     assert done.returncode == 2
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("not started: all ")
+    assert "rows of the train split were turned away; patient train-" in last
     assert "is out of range: labels must be integers from 0 to 1" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert not (workdir / "runs").exists()

@@ -23,6 +23,8 @@ from torch import nn
 
 from fedmed_flower import InputError, MedicalClient, SiteData
 from fedmed_flower.data.site import read_error
+from fedmed_flower.privacy.ledger import Ledger
+from fedmed_flower.travelling import Travelling
 
 SUPERNODE = {"site-name": "north"}
 
@@ -152,7 +154,7 @@ def test_an_empty_split_counts_no_rows():
 
 def test_describe_counts_rows_and_in_a_simulation_labels():
     reply = ask(TinyClient, "query.describe", context_of())
-    expected = {"num-examples": 10, "train": 10, "val": 6, "test": 8}
+    expected = {"num-examples": 10, "train": 10, "val": 6, "test": 8, "turned-away": 0}
     assert dict(reply.content["metrics"]) == expected | {"labels": [5, 5]}
     reply = ask(TinyClient, "query.describe", context_of(node_config=SUPERNODE))
     assert dict(reply.content["metrics"]) == expected
@@ -222,7 +224,8 @@ def test_a_loss_that_is_not_finite_is_an_error_reply():
 
 def test_arrays_of_another_model_are_an_error_reply():
     arrays = model_arrays(lambda: linear(3))
-    assert "size mismatch" in error_of(TinyClient, arrays=arrays)
+    text = "1.weight should have shape torch.Size([2, 4]), got torch.Size([3, 4]) (None: not there)"
+    assert error_of(TinyClient, arrays=arrays) == f"ValueError: {text}"
 
 
 def test_no_training_rows():
@@ -492,3 +495,266 @@ def test_batch_norm_is_averaged_over_sites_and_rounds(tmp_path):
     assert all(np.isfinite(array).all() for array in arrays.values())
     assert isinstance(result.arrays, ArrayRecord)
     assert result.evaluate_metrics_clientapp[3]["num-examples"] == 12
+
+
+class Linear(MedicalClient):
+    """Four columns of a table and a number to be found from them: no `fit` of its own."""
+
+    def build_model(self):
+        return nn.Linear(4, 1)
+
+    def load_data(self, site):
+        return SiteData(train=numbers(12, site.index), val=numbers(4, 9, "v"), source="a table")
+
+    def check(self, data):
+        pass
+
+    def prepare(self, rows, train):
+        return [(torch.tensor(row["columns"]), torch.tensor(row["target"])) for row in rows]
+
+    def batch_of(self, prepared, places):
+        columns, targets = zip(*(prepared[place] for place in places), strict=True)
+        return {"columns": torch.stack(columns), "target": torch.stack(targets)}
+
+    def loss_of(self, model, batch):
+        return ((model(batch["columns"])[:, 0] - batch["target"]) ** 2).mean()
+
+    def measure(self, model, prepared):
+        batch = self.batch_of(prepared, range(len(prepared)))
+        with torch.no_grad():
+            return {"num-examples": len(prepared), "loss": float(self.loss_of(model, batch))}
+
+
+SLOPE = np.array([1.0, -2.0, 0.5, 0.0], np.float32)
+
+
+def numbers(count, seed, name="t"):
+    columns = np.random.default_rng(seed).standard_normal((count, 4)).astype(np.float32)
+    targets = columns @ SLOPE + 3
+    return [
+        {"columns": row, "target": target, "patient": f"{name}{number}"}
+        for number, (row, target) in enumerate(zip(columns, targets, strict=True))
+    ]
+
+
+def line():
+    return nn.Linear(4, 1)
+
+
+def test_batch_of_and_loss_of_are_enough_to_train():
+    context = context_of(batch_size=12, learning_rate=0.25, local_epochs=1)
+    arrays = model_arrays(line)
+    reply = ask(Linear, "train", context, arrays)
+    assert not reply.has_error(), reply.error.reason
+    rows = numbers(12, 0)
+    columns = np.array([row["columns"] for row in rows], float)
+    targets = np.array([row["target"] for row in rows], float)
+    weight, bias = (arrays[key].numpy().astype(float) for key in ("weight", "bias"))
+    away = columns @ weight[0] + bias - targets
+    metrics, sent = reply.content["metrics"], reply.content["arrays"]
+    assert metrics["loss"] == pytest.approx((away**2).mean(), rel=1e-5)
+    # One step of 0.25 along twice the mean of (away x columns).
+    expected = weight[0] - 0.25 * 2 * (away[:, None] * columns).mean(0)
+    np.testing.assert_allclose(sent["weight"].numpy()[0], expected, atol=1e-5)
+    np.testing.assert_allclose(sent["bias"].numpy(), bias - 0.5 * away.mean(), atol=1e-5)
+
+
+def test_a_client_of_its_own_finds_the_slope_over_a_run(tmp_path):
+    result = run_tiny(
+        tmp_path, Linear, model=line, num_server_rounds=8, local_epochs=5, learning_rate=0.1
+    )
+    np.testing.assert_allclose(result.arrays["weight"].numpy()[0], SLOPE, atol=0.02)
+    np.testing.assert_allclose(result.arrays["bias"].numpy(), [3], atol=0.02)
+    assert result.evaluate_metrics_clientapp[8]["loss"] < 1e-3
+
+
+def test_a_client_of_its_own_trains_privately(tmp_path):
+    config = {"privacy": "patient", "target_epsilon": 1e4, "learning_rate": 0.2}
+    result = run_tiny(
+        tmp_path,
+        Linear,
+        model=line,
+        num_server_rounds=4,
+        local_epochs=6,
+        max_grad_norm=4.0,
+        **config,
+    )
+    # So weak a target hardly adds noise; clipping bends the way, not the aim.
+    np.testing.assert_allclose(result.arrays["weight"].numpy()[0], SLOPE, atol=0.3)
+    assert set(result.train_metrics_clientapp[4]) == {"patient-epsilon"}
+    ledger = Ledger(tmp_path / "ledgers" / "hospital-1.sqlite", read_only=True)
+    assert [(e.purpose, e.patients, e.rounds) for e in ledger.entries()] == [("train", 12, 4)]
+
+
+class Screening(TinyClient):
+    """Turns away the rows of patients whose number is marked."""
+
+    marked = ("3", "4")
+
+    def screen(self, rows, split):
+        return [row for row in rows if not row["patient"].endswith(self.marked)]
+
+
+def test_rows_that_are_turned_away_are_neither_counted_nor_trained_on():
+    context = context_of()
+    metrics = ask(Screening, "query.describe", context).content["metrics"]
+    # Of 10, 6 and 8 rows in turn two are marked: 3 and 4.
+    assert dict(metrics) == {
+        "num-examples": 8, "train": 8, "val": 4, "test": 6, "turned-away": 6, "labels": [4, 4],
+    }  # fmt: skip
+    assert ask(Screening, "train", context).content["metrics"]["num-examples"] == 8
+    assert ask(Screening, "evaluate", context).content["metrics"]["num-examples"] == 4
+    kept = [row for row in make_rows(10, (0, 0), "t") if not row["patient"].endswith(("3", "4"))]
+    same = fixed(SiteData(train=kept))
+    context, other = context_of(), context_of()
+    assert trained(Screening, context) == trained(same, other)
+
+
+def test_rows_are_screened_once_a_split_and_run():
+    asked = []
+
+    class Client(TinyClient):
+        def screen(self, rows, split):
+            asked.append((split, len(rows)))
+            return rows
+
+    context = context_of()
+    for server_round in (1, 2):
+        ask(Client, "train", context, server_round=server_round)
+        ask(Client, "evaluate", context)
+    assert asked == [("train", 10), ("val", 6)]
+    ask(Client, "query.describe", context)
+    assert asked == [("train", 10), ("val", 6), ("test", 8)]
+
+
+def test_a_site_that_turns_every_training_row_away():
+    client = type("Client", (Screening,), {"marked": tuple("0123456789")})
+    for kind in ("query.describe", "train"):
+        text = "there are no training rows left: all were turned away"
+        assert error_of(client, kind) == text
+    reply = ask(client, "evaluate", context_of())
+    assert dict(reply.content["metrics"]) == {"num-examples": 0}
+
+
+def test_rows_that_are_turned_away_are_no_patients_of_the_ledger(tmp_path):
+    context = context_of(privacy="patient", target_epsilon=4.0, run_dir=str(tmp_path))
+    assert not ask(Screening, "train", context).has_error()
+    (entry,) = Ledger(tmp_path / "ledgers" / "hospital-1.sqlite", read_only=True).entries()
+    assert (entry.purpose, entry.patients) == ("train", 8)
+    # The rate is that of the patients who are left: a batch of 4 of 8.
+    assert next(iter(entry.releases)).sampling_rate == 0.5
+
+
+def test_the_pooled_rows_are_screened_too():
+    class Client(Screening):
+        def screen(self, rows, split):
+            # Pooled, a patient is a pair of hospital and name.
+            return [row for row in rows if not row["patient"][1].endswith(self.marked)]
+
+    reply = ask(Client, "train", context_of(1, 3), pool_sites=True)
+    assert reply.content["metrics"]["num-examples"] == 24
+    reply = ask(Client, "evaluate", context_of(1, 3), pool_sites=True, split="test")
+    assert reply.content["metrics"]["num-examples"] == 18
+
+
+def test_the_learning_rate_of_each_round_is_that_of_the_schedule():
+    rows = make_rows(4, 0)
+    arrays, moved = model_arrays(), []
+    for server_round in (1, 2, 3):
+        context = context_of(schedule="cosine", num_server_rounds=3, learning_rate=0.4)
+        reply = ask(
+            fixed(SiteData(train=rows)), "train", context, arrays, server_round=server_round
+        )
+        change = reply.content["arrays"]["1.weight"].numpy() - arrays["1.weight"].numpy()
+        moved.append(np.linalg.norm(change))
+    # One full batch, the same in each: (1 + cos x) / 2 for x = 0, 60 and 120 degrees.
+    assert moved == pytest.approx([moved[0], 0.75 * moved[0], 0.25 * moved[0]], rel=1e-4)
+
+
+def test_a_schedule_without_a_number_of_rounds_is_refused():
+    text = "schedule=cosine needs num-server-rounds in the run config"
+    assert error_of(TinyClient, "query.describe", context_of(schedule="cosine")) == text
+
+
+class Encoded(TinyClient):
+    """A stem with batch normalisation that both sides load alike, and a head."""
+
+    stem = 0
+
+    def build_model(self):
+        return encoded(self.stem)
+
+
+def encoded(stem=0):
+    model = nn.Sequential()
+    model.stem = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU())
+    model.head = nn.Linear(6, 2)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(stem)
+        for value in model.stem.state_dict().values():
+            value.copy_(torch.rand(value.shape) * 2)
+    return model
+
+
+HEAD = {"trainable": "head.*"}
+
+
+def head_arrays():
+    state = {key: value for key, value in encoded().state_dict().items() if "head" in key}
+    return ArrayRecord(state)
+
+
+@pytest.mark.parametrize("privacy", ["none", "patient"])
+def test_only_the_trainable_part_leaves_and_the_rest_stays_as_it_was(privacy, tmp_path):
+    seen = []
+
+    class Client(Encoded):
+        def fresh_model(self):
+            model, travelling = super().fresh_model()
+            seen.append(model)
+            return model, travelling
+
+    context = context_of(privacy=privacy, run_dir=str(tmp_path), local_epochs=3, **HEAD)
+    arrays = head_arrays()
+    reply = ask(Client, "train", context, arrays)
+    assert not reply.has_error(), reply.error.reason
+    sent = reply.content["arrays"]
+    assert list(sent) == ["head.weight", "head.bias"]
+    assert bits(sent) != bits(arrays)
+    for model in seen:
+        for key, value in encoded().stem.state_dict().items():
+            assert torch.equal(model.stem.state_dict()[key], value), key
+    assert not ask(Client, "evaluate", context, sent).has_error()
+
+
+def test_a_site_with_other_frozen_weights_is_refused():
+    travelling = Travelling(model := encoded(), "head.*")
+    digest = travelling.digest(model)
+    assert not ask(
+        Encoded, "train", context_of(**HEAD), head_arrays(), frozen_digest=digest
+    ).has_error()
+    other = type("Other", (Encoded,), {"stem": 1})
+    text = (
+        "what trainable leaves out of the model is not the same here as at the server: "
+        "build_model must load the same weights on both, such as those of one bundle"
+    )
+    for kind in ("train", "evaluate", "query.pictures"):
+        reason = error_of(
+            other, kind, context_of(**HEAD), arrays=head_arrays(), frozen_digest=digest, count=1
+        )
+        assert reason == text
+    # Where all of the model travels, the server must say so too.
+    assert (
+        error_of(Encoded, "train", context_of(), arrays=head_arrays(), frozen_digest=digest) == text
+    )
+
+
+def test_arrays_with_the_frozen_part_are_an_error_reply():
+    arrays = ArrayRecord(encoded().state_dict())
+    text = "stem.1.weight should have shape None, got torch.Size([6, 4]) (None: not there)"
+    assert error_of(Encoded, "train", context_of(**HEAD), arrays=arrays) == f"ValueError: {text}"
+
+
+def test_a_pattern_that_matches_nothing_is_named():
+    text = error_of(Encoded, "train", context_of(trainable="tail.*"), arrays=head_arrays())
+    assert text.startswith("trainable: no parameter matches 'tail.*'; the network has 6, such as ")

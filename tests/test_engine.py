@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from deployment_helper import write_app
 
+from fedmed_flower import engine as module
 from fedmed_flower.engine import EngineError, run_flower
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.runfolder import RunFolder
@@ -74,6 +76,55 @@ def run_in_process(app, config, sites):
         text=True,
         timeout=240,
     )
+
+
+class Card:
+    def __init__(self, total_memory):
+        self.total_memory = total_memory
+
+
+@pytest.mark.parametrize(
+    ("totals", "cores", "sites", "peak", "share"),
+    [
+        ([], 8, 5, None, 0.0),
+        ([80], 8, 8, 0, 0.1249),
+        # Five sites need no more than five workers.
+        ([80], 8, 5, 3, 0.1999),
+        ([80], 2, 5, 3, 0.4999),
+        ([80], None, 5, 3, 1.0),
+        ([80], 8, 8, 11, 0.1666),
+        # The smaller card counts: three sites of 11 fit into 36 of 40.
+        ([80, 40], 64, 64, 11, 0.3333),
+    ],
+)
+def test_each_site_is_given_as_much_of_a_gpu_as_it_takes(
+    monkeypatch, totals, cores, sites, peak, share, caplog
+):
+    asked = []
+
+    def measured(app, config, num_sites):
+        asked.append((app, config, num_sites))
+        return peak * 10**9
+
+    monkeypatch.setattr(module, "measure_site", measured)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(totals))
+    cards = [Card(total * 10**9) for total in totals]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    config = {"device": "auto", "learning-rate": 0.1}
+    with caplog.at_level("INFO", "flwr.fedmed"):
+        text = module._federation_config(EXAMPLE, config, sites)
+    assert text == (
+        f"num-supernodes={sites} client-resources-num-cpus=1 client-resources-num-gpus={share}"
+    )
+    assert asked == ([(EXAMPLE, config, sites)] if totals else [])
+    assert caplog.messages == ([f"each site is given {share:g} of a GPU"] if totals else [])
+
+
+def test_a_run_on_the_cpu_measures_no_gpu_and_takes_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    text = module._federation_config(EXAMPLE, {"device": "cpu"}, 3)
+    assert text == "num-supernodes=3 client-resources-num-cpus=1 client-resources-num-gpus=0.0"
 
 
 @pytest.mark.engine

@@ -1,14 +1,17 @@
 import csv
 import io
 import json
+import math
+import re
 import tomllib
 from collections import Counter
 from importlib.metadata import version
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from safetensors.numpy import load_file
@@ -23,13 +26,14 @@ from tiny import (
     run_tiny,
     says,
 )
+from torch import nn
 
 from fedmed_flower import InputError, SiteData, federate, run_local
 from fedmed_flower import experiment as module
 from fedmed_flower.data.site import GENERATED
 from fedmed_flower.experiment import Plan, RunFailedError
 from fedmed_flower.runfolder import RunFolder
-from fedmed_flower.strategies import FedAvg, FedMedian, Krum
+from fedmed_flower.strategies import FedAdam, FedAvg, FedMedian, FedProx, Krum
 
 FILES = {
     "checkpoint.zip",
@@ -38,6 +42,7 @@ FILES = {
     "metrics.csv",
     "model.safetensors",
     "report.html",
+    "splits",
     "summary.json",
 }
 
@@ -316,6 +321,8 @@ def test_the_first_model_is_drawn_with_the_seed(tmp_path):
         ({"resume": True}, "resume needs run-dir, the folder of the run to go on with"),
         ({"resume": "yes"}, "resume must be of type bool, got 'yes'"),
         ({"baselines": 1}, "baselines must be of type bool, got 1"),
+        ({"pictures": -1}, "pictures must be at least 0, got -1"),
+        ({"pictures": True}, "pictures must be of type int, got True"),
     ],
 )
 def test_the_plan_names_key_bound_and_value(config, text):
@@ -340,11 +347,27 @@ def test_nothing_is_written_where_the_dataset_is_unknown(tmp_path):
 
 
 def test_nothing_is_written_where_all_sites_data_are_broken(tmp_path):
-    rows = make_rows(3, 0)
-    rows[1]["label"] = 9
-    with pytest.raises(InputError, match="label 9 of row 1 of the train split of hospital-1"):
+    rows = [row | {"label": 9} for row in make_rows(3, 0)]
+    text = "all 3 rows of the train split were turned away; patient p-0: label 9 is out of range"
+    with pytest.raises(InputError, match=f"^{text}"):
         run_tiny(tmp_path / "run", fixed(SiteData(rows)))
     assert files_of(tmp_path / "run") is None
+
+
+def test_rows_that_cannot_be_used_are_named_and_the_run_goes_on_without_them(tmp_path):
+    rows = make_rows(5, 0)
+    rows[1]["label"] = 9
+    rows[3]["image"] = np.full((2, 2), np.nan)
+    run_tiny(tmp_path, fixed(SiteData(rows, test=make_rows(4, 1, "q"))), num_server_rounds=1)
+    summary = summary_of(tmp_path)
+    assert summary["status"] == "finished"
+    assert summary["sites"]["hospital-2"] == {"train": 3, "val": 0, "test": 4}
+    log = (tmp_path / "log.txt").read_text()
+    text = "3 train, 0 val, 4 test; training rows by label: [3, 0]; 2 rows turned away at the site"
+    assert f"hospital-2: {text}" in log
+    counts = [row for row in table_of(tmp_path) if row["metric"] == "num-examples"]
+    trained = {row["value"] for row in counts if row["phase"] == "train"}
+    assert trained == {"3.0"}
 
 
 def test_nothing_is_written_where_no_site_answers(tmp_path):
@@ -727,3 +750,172 @@ def test_a_hospital_that_sends_nan_is_in_the_report_and_not_in_the_model(tmp_pat
         np.isfinite(v).all() for v in load_file(tmp_path / "run" / "model.safetensors").values()
     )
     assert "holds NaN or infinite values" in (tmp_path / "run" / "report.html").read_text()
+
+
+class Rated(TinyClient):
+    """Writes down which learning rate it trains with."""
+
+    rates: ClassVar[list[tuple[int, float]]] = []
+
+    def fit(self, model, prepared, seed):
+        optimizer = self.settings.make_optimizer(model, self.progress)
+        self.rates.append((self.site.index, optimizer.param_groups[0]["lr"]))
+        return super().fit(model, prepared, seed)
+
+
+COSINE = {"schedule": "cosine", "learning_rate": 0.4, "num_server_rounds": 4}
+
+
+def test_the_learning_rate_follows_the_cosine_over_a_run(tmp_path):
+    client = type("Client", (Rated,), {"rates": []})
+    run_tiny(tmp_path, client, **COSINE)
+    expected = [0.4 * (1 + math.cos(math.pi * done / 4)) / 2 for done in range(4)]
+    for index in (0, 1):
+        assert [rate for site, rate in client.rates if site == index] == pytest.approx(expected)
+
+
+def test_a_run_with_a_schedule_resumes_to_the_same_bits(tmp_path):
+    whole = run_tiny(tmp_path / "whole", Stateful, **COSINE).arrays
+    assert bits(whole) != bits(run_tiny(tmp_path / "other", Stateful, **COSINE, seed=1).arrays)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path / "parts", stopping(3), **COSINE)
+    resumed = run_tiny(tmp_path / "parts", Stateful, resume=True, **COSINE).arrays
+    assert bits(resumed) == bits(whole)
+
+
+class Halves(TinyClient):
+    """A stem with batch normalisation that both sides load alike, and a head."""
+
+    others = ()
+
+    def build_model(self):
+        return halves(1 if self.site.index in self.others else 0)
+
+
+class Watched(Halves):
+    def fit(self, model, prepared, seed):
+        metrics = super().fit(model, prepared, seed)
+        for key, value in halves().stem.state_dict().items():
+            assert torch.equal(model.stem.state_dict()[key], value), key
+        return metrics
+
+
+def halves(stem=0):
+    model = nn.Sequential()
+    model.stem = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU())
+    model.head = nn.Linear(6, 2)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(stem)
+        for value in model.stem.state_dict().values():
+            value.copy_(torch.rand(value.shape) * 2)
+    return model
+
+
+HEAD = {"trainable": "head.*", "model": halves}
+FROZEN_TEXT = (
+    "what trainable leaves out of the model is not the same here as at the server: "
+    "build_model must load the same weights on both, such as those of one bundle"
+)
+
+
+def head_of(folder):
+    state = load_file(folder / "model.safetensors")
+    assert list(state) == ["head.bias", "head.weight"]
+    assert sorted(RunFolder(folder).load().arrays) == ["head.bias", "head.weight"]
+    return {key: value.tobytes() for key, value in state.items()}
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, FedMedian, FedAdam, FedProx])
+def test_a_part_of_the_model_is_all_that_a_run_trains_and_keeps(strategy, tmp_path):
+    baselines = strategy is FedAvg
+    result = run_tiny(tmp_path, Watched, 3, strategy=strategy(), baselines=baselines, **HEAD)
+    summary = summary_of(tmp_path)
+    assert (summary["status"], summary["failures"]) == ("finished", [])
+    assert head_of(tmp_path) == bits(result.arrays)
+    start = ArrayRecord({k: v for k, v in halves().state_dict().items() if k in result.arrays})
+    assert bits(result.arrays) != bits(start)
+    for name in ("pooled", "local-1-hospital-1") if baselines else ():
+        assert head_of(tmp_path / "baselines" / name) != head_of(tmp_path)
+
+
+def test_the_part_that_travels_is_trained_as_if_the_rest_were_constant(tmp_path):
+    class Frozen(TinyClient):
+        def build_model(self):
+            model = halves().requires_grad_(False)
+            model.head.requires_grad_(True)
+            model.stem.eval()
+            model.stem.train = lambda mode=True: model.stem
+            return model
+
+    part = run_tiny(tmp_path / "part", Halves, **HEAD).arrays
+    whole = run_tiny(tmp_path / "whole", Frozen, model=halves).arrays
+    assert bits(part) == {key: value for key, value in bits(whole).items() if "head" in key}
+
+
+def test_a_run_that_trains_a_part_resumes_to_the_same_bits(tmp_path):
+    config = HEAD | {"num_server_rounds": 3}
+    whole = run_tiny(tmp_path / "whole", Halves, strategy=FedAdam(), **config)
+    run_tiny(tmp_path / "parts", Halves, strategy=FedAdam(), **config | {"num_server_rounds": 2})
+    resumed = run_tiny(tmp_path / "parts", Halves, strategy=FedAdam(), **config, resume=True)
+    assert bits(resumed.arrays) == bits(whole.arrays)
+    with pytest.raises(InputError, match="belongs to another model"):
+        run_tiny(tmp_path / "parts", Halves, resume=True, **config | {"trainable": "head.w*"})
+
+
+def test_a_part_of_a_model_is_trained_privately(tmp_path):
+    # The stem's batch normalisation is frozen: it neither learns nor mixes patients.
+    result = run_tiny(tmp_path, Halves, privacy="patient", target_epsilon=8.0, **HEAD)
+    assert summary_of(tmp_path)["failures"] == []
+    assert head_of(tmp_path) == bits(result.arrays)
+    assert set(result.train_metrics_clientapp) == {1, 2}
+
+
+def test_a_site_with_other_frozen_weights_is_named_and_the_run_goes_on(tmp_path):
+    client = type("Client", (Halves,), {"others": (1,)})
+    run_tiny(tmp_path, client, 3, pictures=1, **HEAD)
+    summary = summary_of(tmp_path)
+    assert summary["status"] == "finished"
+    assert {(f["site"], f["reason"]) for f in summary["failures"]} == {("hospital-2", FROZEN_TEXT)}
+    assert [(f["round"], f["phase"]) for f in summary["failures"]] == [
+        (1, "train"), (1, "val"), (2, "train"), (2, "val"), (2, "test"),
+    ]  # fmt: skip
+    assert set(summary["test"]["sites"]) == {"hospital-1", "hospital-3"}
+    assert {entry["site"] for entry in summary["pictures"]} == {"hospital-1", "hospital-3"}
+
+
+def test_what_a_site_with_other_frozen_weights_would_send_is_not_in_the_model(tmp_path):
+    class Broken(Halves):
+        def fit(self, model, prepared, seed):
+            if self.site.index == 1:
+                raise ValueError("the scanner is down")
+            return super().fit(model, prepared, seed)
+
+    other = type("Client", (Halves,), {"others": (1,)})
+    left_out, absent = (
+        run_tiny(tmp_path / client.__name__, client, 3, num_server_rounds=1, **HEAD).arrays
+        for client in (other, Broken)
+    )
+    everyone = run_tiny(tmp_path / "everyone", Halves, 3, num_server_rounds=1, **HEAD).arrays
+    assert bits(left_out) == bits(absent) != bits(everyone)
+
+
+def test_a_real_site_with_other_frozen_weights_tells_the_class_alone(tmp_path):
+    client = type("Client", (Halves,), {"others": (1,)})
+    node_configs = [{"site-name": name} for name in ("north", "south")]
+    run_tiny(tmp_path, client, node_configs=node_configs, num_server_rounds=1, **HEAD)
+    failures = {(f["site"], f["reason"]) for f in summary_of(tmp_path)["failures"]}
+    assert failures == {("south", "InputError")}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "text"),
+    [
+        ("tail.*", "trainable: no parameter matches 'tail.*'; the network has 6, such as "),
+        ("head.*,", "trainable must be patterns separated by commas, such as *.decoder.*, or "),
+        (3, "trainable must be of type str, got 3"),
+    ],
+)
+def test_a_wrong_pattern_is_refused_before_anything_is_written(trainable, text, tmp_path):
+    with pytest.raises(InputError, match=f"^{re.escape(text)}"):
+        run_tiny(tmp_path / "run", Halves, model=halves, trainable=trainable)
+    assert files_of(tmp_path / "run") is None

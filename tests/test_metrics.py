@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -228,3 +230,10 @@ def test_noised_counts_that_cannot_be_pooled_are_told(value):
     assert check_counts({"noised-counts": value, "num-examples": 3}) == text
     assert check_counts({"noised-counts": [0.0] * 64, "num-examples": 3}) is None
     assert check_counts({"noised-counts": [0.0] * 201, "num-examples": 3}) is None
+
+
+@pytest.mark.parametrize("key", ["noised-counts", "noised-dice"])
+@pytest.mark.parametrize("value", [1e308, math.nan, math.inf])
+def test_noised_counts_that_cannot_be_added_up_are_refused(key, value):
+    assert check_counts({key: [value] * 64, "num-examples": 3}).startswith(f"{key} must be")
+    assert check_counts({key: [1.5] * 64, "num-examples": 3}) is None

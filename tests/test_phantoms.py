@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
+import torch
+from monai.networks.nets import UNet
 from sklearn.metrics import roc_auc_score
+from tiny import says
+from torch.nn import functional
 
-from fedmed_flower.data.phantoms import chest_xrays
+from fedmed_flower.data.phantoms import chest_xrays, hippocampi
 from fedmed_flower.data.site import GENERATED
 from fedmed_flower.errors import InputError
 
@@ -78,3 +82,85 @@ def test_arguments_are_checked(arguments, text):
     with pytest.raises(InputError) as caught:
         chest_xrays(**({"num_train": 1, "num_val": 0, "num_test": 0} | arguments))
     assert str(caught.value) == text
+
+
+def test_hippocampi_are_rows_of_a_client_and_marked_as_generated():
+    volumes = hippocampi(6, seed=4, size=20)
+    assert (volumes.source, volumes.generated) == (GENERATED, True)
+    assert [row["patient"] for row in volumes.rows] == [f"phantom-{n}" for n in range(6)]
+    for row in volumes.rows:
+        assert set(row) == {"image", "label", "patient"}
+        assert (row["image"].dtype, row["label"].dtype) == (np.float32, np.uint8)
+        assert row["image"].shape == row["label"].shape
+        assert all(18 <= side <= 22 for side in row["image"].shape)
+        assert np.isfinite(row["image"]).all()
+    assert len({row["image"].shape for row in volumes.rows}) > 1
+
+
+@pytest.mark.parametrize("size", [12, 24, 40])
+def test_each_hippocampus_has_both_parts_and_the_anterior_one_lies_in_front(size):
+    for row in hippocampi(30, seed=1, size=size).rows:
+        label = row["label"]
+        counts = np.bincount(label.ravel(), minlength=3)
+        assert len(counts) == 3
+        assert counts[0] > 0.5 * label.size
+        assert counts.min() >= 3
+        # The second axis runs to the front.
+        front, back = (np.nonzero(label == number)[1] for number in (1, 2))
+        assert front.min() > back.max()
+        image, inside = row["image"], label > 0
+        assert image[inside].mean() > image[~inside].mean()
+
+
+def test_hippocampi_follow_the_seed_and_a_larger_count_begins_alike():
+    def volumes(*arguments, **more):
+        rows = hippocampi(*arguments, **more).rows
+        return [row["image"].tobytes() + row["label"].tobytes() for row in rows]
+
+    first = volumes(5, seed=3)
+    np.random.seed(7)  # noqa: NPY002
+    assert volumes(5, seed=3) == first == volumes(9, seed=3)[:5]
+    assert len({*first, *volumes(5, seed=4), *volumes(5, seed=3, size=25)}) == 15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"count": 0}, "count must be a whole number from 1 to 1000000, got 0"),
+        ({"count": 2.0}, "count must be a whole number from 1 to 1000000, got 2.0"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 9223372036854775808, got -1"),
+        ({"size": 11}, "size must be a whole number from 12 to 128, got 11"),
+        ({"size": "24"}, "size must be a whole number from 12 to 128, got '24'"),
+    ],
+)
+def test_arguments_of_hippocampi_are_checked(arguments, text):
+    with pytest.raises(InputError, match=says(text)):
+        hippocampi(**{"count": 1} | arguments)
+
+
+def test_a_small_network_learns_to_tell_the_parts():
+    rows = hippocampi(10, seed=0, size=12).rows
+    images, labels = (
+        torch.stack([torch.as_tensor(crop(row[key])) for row in rows]) for key in ("image", "label")
+    )
+    images = ((images - images.mean()) / images.std())[:, None]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = UNet(3, 1, 3, (8, 16), (2,), num_res_units=1, norm="instance")
+        optimizer = torch.optim.Adam(model.parameters(), 0.02)
+        for _ in range(60):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(images[:8]), labels[:8].long()).backward()
+            optimizer.step()
+        with torch.no_grad():
+            guess = model(images[8:]).argmax(1)
+    for number in (1, 2):
+        found, truth = guess == number, labels[8:] == number
+        dice = 2 * (found & truth).sum() / (found.sum() + truth.sum())
+        assert dice > 0.6
+
+
+def crop(volume):
+    """Return a cube of ten voxels about the middle: shapes vary by a voxel or two."""
+    starts = [(side - 10) // 2 for side in volume.shape]
+    return volume[tuple(slice(start, start + 10) for start in starts)]

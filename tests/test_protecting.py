@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import re
@@ -26,7 +27,9 @@ from fedmed_flower import InputError, MedicalClient, SiteData
 from fedmed_flower.clients.training import train_epochs, train_privately
 from fedmed_flower.data.site import read_error
 from fedmed_flower.experiment import RunFailedError
+from fedmed_flower.privacy import gradients
 from fedmed_flower.privacy.accounting import Release, epsilon_of
+from fedmed_flower.privacy.gradients import PatientOptimizer
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.privacy.patient import Mechanism, PrivacySettings
 from fedmed_flower.privacy.validate import require_forgetful
@@ -96,8 +99,9 @@ def test_without_noise_and_clipping_private_training_is_plain_training(size, mu)
     plain = twin(model)
     optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.5, weight_decay=0.1)
     batch = [{"image": images, "label": labels}]
+    loss = nn.CrossEntropyLoss()
     train_epochs(
-        plain, batch, nn.CrossEntropyLoss(), optimizer, 3, torch.device("cpu"), proximal_mu=mu
+        plain, batch, lambda m, b: loss(m(b["image"]), b["label"]), optimizer, 3, proximal_mu=mu
     )
     _, dropped = private_steps(model, images, labels, range(8), size=size, mu=mu)
     assert dropped == 0
@@ -171,6 +175,118 @@ def test_a_step_in_which_nobody_is_drawn_moves_the_model_by_noise():
     assert dropped == 0
     assert all((p != b).all() for p, b in zip(model.parameters(), before, strict=True))
     assert len(labels) == len(images)
+
+
+class Card:
+    """Records that lie on a card with room for so many at a time, and for fewer after a while."""
+
+    def __init__(self, images, labels, room, later=None, calls=0):
+        self.images, self.labels = images, labels
+        self.room, self.later, self.calls = room, later, calls
+        self.sizes = []
+
+    def __call__(self, places):
+        self.calls -= 1
+        room = self.room if self.later is None or self.calls >= 0 else self.later
+        if len(places) > room:
+            raise torch.OutOfMemoryError(f"no room for {len(places)}")
+        self.sizes.append(len(places))
+        return {"image": self.images[list(places)], "label": self.labels[list(places)]}
+
+
+def steps_on_card(model, card, patients, size, records="one", noise=0.0, mu=0.0):
+    settings = PrivacySettings(
+        privacy="patient", max_grad_norm=0.4, micro_batch_size=size, patient_records=records
+    )
+    mechanism = Mechanism(Release(1.0, noise), 3, len(set(patients)), settings)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.5)
+    return train_privately(model, card, patients, losses, optimizer, mechanism, proximal_mu=mu)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many patients are added up at a time, None after each step; noise that does not vary."""
+    found, generators = [], itertools.count()
+    accumulate, release = PatientOptimizer.accumulate, PatientOptimizer.release
+
+    def counting(self, made):
+        found.append(len(made[0]))
+        accumulate(self, made)
+
+    def ending(self):
+        found.append(None)
+        release(self)
+
+    def fixed(count, std, generator):
+        return std * np.random.default_rng(next(generators) % 3).standard_normal(count)
+
+    monkeypatch.setattr(PatientOptimizer, "accumulate", counting)
+    monkeypatch.setattr(PatientOptimizer, "release", ending)
+    monkeypatch.setattr(gradients, "gaussian", fixed)
+    return found
+
+
+PATIENTS = ["a", "b", "a", "c", "d", "a", "e", "c", "f"]
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.7])
+@pytest.mark.parametrize("records", ["one", "mean"])
+@pytest.mark.parametrize("size", [0, 8])
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_too_little_memory_changes_nothing_of_a_private_step(taken, room, size, records, mu):
+    images, labels = table(9)
+    patients = PATIENTS if records == "mean" else list(range(9))
+    model = linear()
+    other = twin(model)
+    steps_on_card(model, Card(images, labels, 9), patients, 8, records, noise=0.5, mu=mu)
+    taken.clear()
+    card = Card(images, labels, room)
+    _, dropped = steps_on_card(other, card, patients, size, records, noise=0.5, mu=mu)
+    assert dropped == 0
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+    assert max(card.sizes) <= room
+    # In each of three steps every patient once, and noise once.
+    assert patients_a_step(taken) == [len(set(patients))] * 3
+
+
+def patients_a_step(taken):
+    counts = [0]
+    for number in taken:
+        counts = [*counts, 0] if number is None else [*counts[:-1], counts[-1] + number]
+    return counts[:-1]
+
+
+@pytest.mark.parametrize("calls", range(0, 16, 2))
+def test_patients_of_a_part_that_breaks_off_are_taken_once(taken, calls):
+    images, labels = table(9)
+    model = linear()
+    other = twin(model)
+    mean, _ = steps_on_card(model, Card(images, labels, 9), PATIENTS, 8, "mean")
+    taken.clear()
+    # The room shrinks on the way, also between the records of one patient.
+    card = Card(images, labels, 2, later=1, calls=calls)
+    mean_of_parts, _ = steps_on_card(other, card, PATIENTS, 2, "mean")
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+    assert mean_of_parts == pytest.approx(mean, abs=1e-6)
+    assert patients_a_step(taken) == [6] * 3
+
+
+@pytest.mark.parametrize("size", [0, 1, 8])
+def test_a_private_step_for_which_one_record_is_too_large(size):
+    images, labels = table(4)
+    with pytest.raises(torch.OutOfMemoryError, match=says("no room for 1")):
+        steps_on_card(linear(), Card(images, labels, 0), range(4), size)
+
+
+def test_a_private_step_halves_what_it_has_tried(caplog):
+    images, labels = table(5)
+    steps_on_card(linear(), Card(images, labels, 2), range(5), 100)
+    assert [record.getMessage() for record in caplog.records] == [
+        "out of memory with 5 records at a time: going on with 3",
+        "out of memory with 3 records at a time: going on with 2",
+    ]
 
 
 def test_a_client_trains_privately_by_run_config_alone(tmp_path):
@@ -473,9 +589,9 @@ def test_a_loss_that_couples_patients_is_refused(tmp_path):
     assert text.endswith("class weights with reduction='sum'")
 
 
-def test_a_client_that_says_nothing_of_single_records_cannot_train_privately():
+def test_a_client_that_says_nothing_of_batches_cannot_train():
     bare = Bare(context_of())
-    text = "Bare cannot train privately: it gives no batch_of and loss_of"
+    text = "Bare cannot train: it gives no batch_of and loss_of"
     for call in (lambda: bare.batch_of([], []), lambda: bare.loss_of(linear(), {})):
         with pytest.raises(InputError, match=says(text)):
             call()

@@ -21,7 +21,7 @@ def test_the_first_code_runs_as_it_stands(tmp_path, monkeypatch):
 def test_the_settings_that_it_lists_are_those_there_are():
     from dataclasses import fields
 
-    from fedmed_flower.clients.training import Settings
+    from fedmed_flower.clients.settings import Settings
     from fedmed_flower.experiment import Plan
 
     for entry in (*fields(Settings), *fields(Plan)):
@@ -32,7 +32,7 @@ def test_the_example_declares_every_setting():
     import tomllib
     from dataclasses import fields
 
-    from fedmed_flower.clients.training import Settings
+    from fedmed_flower.clients.settings import Settings
     from fedmed_flower.experiment import Plan
 
     path = Path(__file__).parents[1] / "examples" / "pneumonia" / "pyproject.toml"

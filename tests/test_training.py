@@ -6,17 +6,7 @@ import torch
 from tiny import says
 from torch import nn
 
-from fedmed_flower.clients.training import (
-    Settings,
-    derive_seed,
-    predict,
-    probe_places,
-    torch_environment,
-    train_epochs,
-)
-from fedmed_flower.errors import InputError
-
-CPU = torch.device("cpu")
+from fedmed_flower.clients.training import Parts, predict, probe_places, train_epochs
 
 
 def batches_of(*sizes, seed=3):
@@ -30,137 +20,14 @@ def batches_of(*sizes, seed=3):
     ]
 
 
-@pytest.mark.parametrize(
-    ("config", "text"),
-    [
-        ({"local-epochs": 0}, "local-epochs must be at least 1, got 0"),
-        ({"batch-size": -4}, "batch-size must be at least 1, got -4"),
-        ({"weight-decay": -0.1}, "weight-decay must be at least 0 and finite, got -0.1"),
-        ({"weight-decay": math.nan}, "weight-decay must be at least 0 and finite, got nan"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"torch-threads": -1}, "torch-threads must be at least 0, got -1"),
-        ({"learning-rate": 0.0}, "learning-rate must be above 0 and finite, got 0.0"),
-        ({"learning-rate": math.nan}, "learning-rate must be above 0 and finite, got nan"),
-        ({"learning-rate": math.inf}, "learning-rate must be above 0 and finite, got inf"),
-        ({"momentum": 1.0}, "momentum must be in [0, 1), got 1.0"),
-        ({"momentum": -0.5}, "momentum must be in [0, 1), got -0.5"),
-        ({"momentum": math.nan}, "momentum must be in [0, 1), got nan"),
-        ({"optimizer": "lion"}, "optimizer must be one of adam, sgd, got 'lion'"),
-        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, got 'tpu'"),
-        ({"device": "cpu:1"}, "device must be one of auto, cpu, cuda, got 'cpu:1'"),
-        ({"device": "auto:1"}, "device must be one of auto, cpu, cuda, got 'auto:1'"),
-        ({"device": "cuda:x"}, "device must be one of auto, cpu, cuda, got 'cuda:x'"),
-        ({"device": "cuda:-1"}, "device must be one of auto, cpu, cuda, got 'cuda:-1'"),
-        ({"device": "auto:"}, "device must be one of auto, cpu, cuda, got 'auto:'"),
-        ({"device": "cpu:"}, "device must be one of auto, cpu, cuda, got 'cpu:'"),
-        ({"device": "cuda:"}, "device must be one of auto, cpu, cuda, got 'cuda:'"),
-        ({"device": ""}, "device must be one of auto, cpu, cuda, got ''"),
-        ({"local-epochs": 1.0}, "local-epochs must be of type int, got 1.0"),
-        ({"batch-size": True}, "batch-size must be of type int, got True"),
-        ({"learning-rate": True}, "learning-rate must be of type float, got True"),
-        ({"learning-rate": "0.1"}, "learning-rate must be of type float, got '0.1'"),
-        ({"mixed-precision": 1}, "mixed-precision must be of type bool, got 1"),
-        ({"device": 0}, "device must be of type str, got 0"),
-    ],
-)
-def test_settings_name_key_bound_and_value(config, text):
-    with pytest.raises(InputError, match=says(text)):
-        Settings.from_run_config(config)
-
-
-def test_weight_decay_must_be_finite():
-    with pytest.raises(InputError, match=r"^weight-decay must be .*got inf$"):
-        Settings.from_run_config({"weight-decay": math.inf})
-
-
-def test_settings_at_their_bounds():
-    config = {"local-epochs": 1, "batch-size": 1, "weight-decay": 0, "seed": 0, "momentum": 0}
-    settings = Settings.from_run_config(config | {"torch-threads": 0, "learning-rate": 1})
-    assert settings == Settings(batch_size=1, learning_rate=1.0)
-    assert type(settings.learning_rate) is float
-
-
-def test_settings_are_read_in_kebab_case_and_others_are_left():
-    config = {"local-epochs": 3, "batch_size": 7, "alpha": 2.0, "torch-threads": 2}
-    assert Settings.from_run_config(config) == Settings(local_epochs=3, torch_threads=2)
-
-
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_a_gpu_that_is_not_there(device, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    text = f"device is {device}, but torch sees no GPU here: set device to auto or cpu"
-    with pytest.raises(InputError, match=says(text)):
-        Settings(device=device).torch_device()
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_auto_takes_a_gpu_where_there_is_one(there, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert Settings().torch_device().type == ("cuda" if there else "cpu")
-    assert Settings(device="cpu").torch_device() == CPU
-
-
-def test_optimizers_are_torchs_own_over_trainable_parameters():
-    model = nn.Linear(2, 1)
-    model.bias.requires_grad_(False)
-    adam = Settings(learning_rate=0.2, weight_decay=0.1).make_optimizer(model)
-    sgd = Settings(optimizer="sgd", learning_rate=0.2, momentum=0.9).make_optimizer(model)
-    assert type(adam) is torch.optim.Adam
-    assert (adam.defaults["lr"], adam.defaults["weight_decay"]) == (0.2, 0.1)
-    assert type(sgd) is torch.optim.SGD
-    assert (sgd.defaults["momentum"], sgd.defaults["weight_decay"]) == (0.9, 0.0)
-    for optimizer in (adam, sgd):
-        assert optimizer.param_groups[0]["params"] == [model.weight]
-
-
-def test_derived_seeds_are_stable():
-    # sha256("0/hospital-1/1/train") begins with these four bytes.
-    assert derive_seed(0, "hospital-1", 1, "train") == 0xBBC51CB2
-    assert derive_seed() == 0xE3B0C442
-
-
-def test_derived_seeds_differ_in_each_part():
-    parts = [
-        (seed, site, turn, purpose)
-        for seed in range(4)
-        for site in ("hospital-1", "hospital-11", "hospital-2")
-        for turn in range(30)
-        for purpose in ("train", "val", "test")
-    ]
-    assert len({derive_seed(*each) for each in parts}) == len(parts)
-
-
-def test_derived_seeds_do_not_mix_up_neighbouring_parts():
-    assert derive_seed(1, 11) != derive_seed(11, 1) != derive_seed(111)
-    assert derive_seed("a/1", 2) != derive_seed("a", "1/2")
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_torch_is_put_back_as_it_was(fails):
-    torch.manual_seed(5)
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    try:
-        with torch_environment(7, threads + 2, CPU):
-            inside = torch.rand(3)
-            assert torch.get_num_threads() == threads + 2
-            if fails:
-                raise OSError
-    except OSError:
-        assert fails
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_num_threads() == threads
-    assert torch.equal(inside, torch.rand(3, generator=torch.Generator().manual_seed(7)))
-
-
-def test_no_threads_asked_for_leaves_their_number():
-    threads = torch.get_num_threads()
-    with torch_environment(0, 0, CPU):
-        assert torch.get_num_threads() == threads
-
-
 class SquaredError(nn.Module):
     def forward(self, outputs, labels):
         return ((outputs[:, 0] - labels) ** 2).mean()
+
+
+def of(loss):
+    """Return a loss of outputs and labels as one of model and batch."""
+    return lambda model, batch: loss(model(batch["image"]), batch["label"])
 
 
 def test_one_epoch_worked_out_by_hand():
@@ -173,7 +40,7 @@ def test_one_epoch_worked_out_by_hand():
         {"image": torch.ones(2, 1), "label": torch.tensor([1.0, 3.0])},
     ]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    assert train_epochs(model, batches, SquaredError(), optimizer, 1, CPU) == pytest.approx(8 / 3)
+    assert train_epochs(model, batches, of(SquaredError()), optimizer, 1) == pytest.approx(8 / 3)
     assert model.weight.item() == 1.5
 
 
@@ -187,7 +54,7 @@ def test_training_equals_a_loop_by_hand_to_the_bit():
     ours, plain = network(), network()
     ours.eval()
     optimizer = torch.optim.Adam(ours.parameters(), lr=0.1)
-    mean = train_epochs(ours, batches, loss, optimizer, 4, CPU)
+    mean = train_epochs(ours, batches, of(loss), optimizer, 4)
     optimizer = torch.optim.Adam(plain.parameters(), lr=0.1)
     for _ in range(4):
         losses = []
@@ -216,7 +83,7 @@ def test_a_loss_that_is_not_finite_ends_training(value):
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(FloatingPointError, match=says(f"the training loss is {value} in epoch 1")):
-        train_epochs(model, batches_of(2), Fixed(value), optimizer, 3, CPU)
+        train_epochs(model, batches_of(2), of(Fixed(value)), optimizer, 3)
 
 
 def test_the_epoch_of_a_loss_that_is_not_finite_is_named():
@@ -224,16 +91,16 @@ def test_the_epoch_of_a_loss_that_is_not_finite_is_named():
     optimizer = torch.optim.SGD(model.parameters(), lr=1e12)
     batches = [{"image": torch.ones(1, 1), "label": torch.tensor([1.0])}]
     with pytest.raises(FloatingPointError, match=r"epoch [2-9]"):
-        train_epochs(model, batches, SquaredError(), optimizer, 9, CPU)
+        train_epochs(model, batches, of(SquaredError()), optimizer, 9)
 
 
-def test_prediction_is_done_in_eval_mode_and_changes_nothing():
+def test_prediction_changes_nothing():
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Dropout(0.9))
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batches = batches_of(4, 1)
-    outputs, labels = predict(model, batches, CPU)
-    assert not any(module.training for module in model.modules())
+    model.eval()
+    outputs = predict(lambda batch: model(batch["image"]), batches)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
     images = torch.cat([batch["image"] for batch in batches])
@@ -241,8 +108,6 @@ def test_prediction_is_done_in_eval_mode_and_changes_nothing():
     np.testing.assert_allclose(outputs, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
     assert outputs.dtype == np.float32
     assert outputs.shape == (5, 2)
-    assert labels.dtype == np.int64
-    assert labels.tolist() == torch.cat([batch["label"] for batch in batches]).tolist()
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 4.0])
@@ -253,7 +118,7 @@ def test_the_proximal_term_is_that_of_the_loss_written_out(mu):
     start = [p.detach().clone() for p in twin.parameters()]
     batches, loss = batches_of(3), SquaredError()
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.05)
-    train_epochs(ours, batches, loss, optimizer, 2, CPU, proximal_mu=mu)
+    train_epochs(ours, batches, of(loss), optimizer, 2, proximal_mu=mu)
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.05)
     for _ in range(2):
         for batch in batches:
@@ -269,3 +134,149 @@ def test_a_few_rows_far_apart_show_what_all_are_like():
     assert [probe_places(count) for count in (1, 2, 3, 4, 100)] == [
         [0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 33, 66, 99],
     ]  # fmt: skip
+
+
+class Card:
+    """A loss on a graphics card with room for so many records, and for fewer from a call on."""
+
+    def __init__(self, loss, room, later=None, calls=0):
+        self.loss, self.room, self.later, self.calls = loss, room, later, calls
+        self.sizes = []
+
+    def __call__(self, model, batch):
+        size = len(batch["image"])
+        self.calls -= 1
+        room = self.room if self.later is None or self.calls >= 0 else self.later
+        # A true card fails in the forward pass or in the backward one: here it may have begun.
+        value = self.loss(model, batch)
+        if size > room:
+            raise torch.OutOfMemoryError(f"no room for {size}")
+        self.sizes.append(size)
+        return value
+
+
+def small():
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def doubled(batches):
+    return [{**batch, "image": batch["image"].double()} for batch in batches]
+
+
+def trained(loss, mu=0.0, epochs=3):
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9, weight_decay=0.01)
+    batches = doubled(batches_of(8, 8, 5))
+    return model, train_epochs(model, batches, loss, optimizer, epochs, proximal_mu=mu)
+
+
+CROSS = of(nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.7])
+@pytest.mark.parametrize("room", [1, 2, 3, 5, 7])
+def test_parts_that_fit_train_as_whole_batches_do(room, mu):
+    model, mean = trained(CROSS, mu)
+    card = Card(CROSS, room)
+    other, mean_of_parts = trained(card, mu)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[key], value, rtol=0, atol=1e-9)
+    assert mean_of_parts == pytest.approx(mean, abs=1e-9)
+    assert max(card.sizes) <= room
+    assert sum(card.sizes) == 3 * (8 + 8 + 5)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.7])
+@pytest.mark.parametrize("calls", range(12))
+def test_gradients_of_a_batch_that_breaks_off_are_not_added_up_twice(calls, mu):
+    model, mean = trained(CROSS, mu)
+    # After so many calls the room shrinks, also between the parts of a batch.
+    other, mean_of_parts = trained(Card(CROSS, 3, later=1, calls=calls), mu)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[key], value, rtol=0, atol=1e-9)
+    assert mean_of_parts == pytest.approx(mean, abs=1e-9)
+
+
+def test_training_goes_on_with_the_smaller_parts_and_says_so(caplog):
+    card = Card(CROSS, 3)
+    with caplog.at_level("WARNING", "flwr.fedmed"):
+        trained(card, epochs=1)
+    # 8 records are too many, and so are 4: parts of at most 2, and 5 records in parts alike.
+    assert card.sizes == [2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1]
+    assert [record.getMessage() for record in caplog.records] == [
+        "out of memory with 8 records at a time: going on with 4",
+        "out of memory with 4 records at a time: going on with 2",
+    ]
+
+
+@pytest.mark.parametrize("calls", [0, 4])
+def test_one_record_that_does_not_fit_ends_training(calls):
+    with pytest.raises(torch.OutOfMemoryError, match=says("no room for 1")):
+        trained(Card(CROSS, 8, later=0, calls=calls))
+
+
+def test_other_errors_are_not_taken_for_too_little_memory():
+    def failing(model, batch):
+        raise RuntimeError("a CUDA error of another kind")
+
+    with pytest.raises(RuntimeError, match=says("a CUDA error of another kind")):
+        trained(failing)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "sizes"),
+    [
+        (9, 4, [3, 3, 3]),
+        (9, 8, [5, 4]),
+        (7, 7, [7]),
+        (5, 1, [1] * 5),
+        (3, 9, [3]),
+        (10, 4, [4, 3, 3]),
+    ],
+)
+def test_parts_are_alike_so_that_none_has_one_record_without_need(count, size, sizes):
+    parts = Parts()
+    parts.size = size
+    batch = {"image": torch.arange(count), "label": torch.arange(count) * 2}
+    found = parts.run(batch, lambda part, share: (part, share))
+    assert [len(part["image"]) for part, _ in found] == sizes
+    assert [share for _, share in found] == pytest.approx([n / count for n in sizes])
+    for key, values in batch.items():
+        assert torch.equal(torch.cat([part[key] for part, _ in found]), values)
+
+
+def test_batch_norm_trains_in_parts():
+    card = Card(CROSS, 4)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    # In parts of four and a rest, the ninth record would stand alone.
+    mean = train_epochs(model, batches_of(8, 9), card, optimizer, 1)
+    assert card.sizes == [4, 4, 3, 3, 3]
+    assert math.isfinite(mean)
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 4])
+def test_prediction_in_parts_gives_the_same_outputs_in_order(room):
+    model, sizes = small(), []
+    batches = doubled(batches_of(5, 5, 1, 3))
+
+    def outputs(batch):
+        if len(batch["image"]) > room:
+            raise torch.OutOfMemoryError("no room")
+        sizes.append(len(batch["image"]))
+        return model(batch["image"])
+
+    expected = model(torch.cat([batch["image"] for batch in batches])).detach().float().numpy()
+    found = predict(outputs, batches)
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+    assert max(sizes) <= room
+    assert sum(sizes) == 14
+
+
+def test_prediction_of_one_record_that_does_not_fit():
+    def outputs(batch):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError, match=says("no room")):
+        predict(outputs, batches_of(3))

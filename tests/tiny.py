@@ -16,6 +16,7 @@ from fedmed_flower.strategies import FedAvg
 
 RUN_IDS = itertools.count(1)
 CONFIG = {"learning-rate": 0.05, "batch-size": 4, "device": "cpu", "optimizer": "sgd"}
+CONFIG |= {"pictures": 0}
 
 
 def says(text):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
 import time
 from abc import ABC, abstractmethod
@@ -12,11 +10,15 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from fedmed_flower.clients.answering import answer
+from fedmed_flower.clients.keeping import keep_splits, share_pictures
+from fedmed_flower.clients.models import ModelSettings
 from fedmed_flower.clients.protecting import (
     measure_protected,
     private_metrics,
@@ -24,31 +26,19 @@ from fedmed_flower.clients.protecting import (
     require_unseen,
     train_protected,
 )
-from fedmed_flower.clients.training import (
-    Settings,
-    derive_seed,
-    probe_places,
-    torch_environment,
-)
-from fedmed_flower.data.site import (
-    DECLINED,
-    SITE_RECORD,
-    SPLITS,
-    Row,
-    Site,
-    SiteData,
-    tell_error,
-)
-from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.clients.settings import Settings, arranged, derive_seed, torch_environment
+from fedmed_flower.clients.training import probe_places, train_epochs
+from fedmed_flower.data.site import FROZEN, SPLITS, Row, Site, SiteData
+from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import EPSILON
+from fedmed_flower.pictures import Picture
 from fedmed_flower.privacy.patient import PrivacySettings
 from fedmed_flower.privacy.validate import (
     require_forgetful,
     require_private_loss,
     require_private_model,
 )
-
-log = logging.getLogger("flwr.fedmed")
+from fedmed_flower.travelling import Travelling
 
 
 class MedicalClient(ABC):
@@ -64,16 +54,20 @@ class MedicalClient(ABC):
         This site's rows.
     check
         Raise `InputError` where the rows cannot be used.
+    screen
+        Turn single rows away that cannot be used, and name them in the log.
     prepare
-        Make of rows what `fit` and `measure` take; kept in memory for the length of a run.
+        Make of rows what the hooks below take; kept in memory for the length of a run.
+    batch_of, loss_of
+        Some rows as a batch, and its loss: all that training needs, plain or private.
     fit
         Train on the training rows; returns metrics.
     measure
         Evaluate on the rows of one split; returns metrics.
     describe
         Numbers about the rows, to show how a simulation split them.
-    batch_of, loss_of
-        Records as a batch, and the loss of one: all that private training needs, in place of `fit`.
+    draw
+        Pictures of some rows with what the model makes of them.
     check_private
         Refuse what cannot be trained privately.
     seed_transforms
@@ -93,8 +87,12 @@ class MedicalClient(ABC):
     site : Site
     privacy : PrivacySettings
         From the run config.
+    models : ModelSettings
+        From the run config: the network, and which part of it is trained and travels.
     proximal_mu : float
         How strongly `fit` holds the model near the global one; sent by `FedProx`, else 0.
+    progress : float
+        Which part of the run's rounds was done before this one.
     """
 
     _kept: ClassVar[dict[tuple[object, ...], Any]] = {}
@@ -103,7 +101,10 @@ class MedicalClient(ABC):
         self.context = context
         self.settings = Settings.from_run_config(context.run_config)
         self.privacy = PrivacySettings.from_run_config(context.run_config)
-        self.proximal_mu = 0.0
+        # A bundle lies where the hospital has put it.
+        own = {key: context.node_config[key] for key in ("bundle",) if key in context.node_config}
+        self.models = ModelSettings.from_run_config({**context.run_config, **own})
+        self.proximal_mu, self.progress = 0.0, 0.0
 
     @cached_property
     def site(self) -> Site:
@@ -122,13 +123,40 @@ class MedicalClient(ABC):
     def check(self, data: SiteData) -> None:
         """Raise `InputError` where the rows cannot be used; it names the row and the remedy."""
 
-    @abstractmethod
-    def prepare(self, rows: Sequence[Row], train: bool) -> Any:
-        """Return the rows as `fit` (where `train`) or `measure` take them."""
+    def screen(self, rows: Sequence[Row], split: str) -> Sequence[Row]:
+        """Return the rows that can be used; a subclass says in the log which cannot, and why."""
+        return rows
 
     @abstractmethod
+    def prepare(self, rows: Sequence[Row], train: bool) -> Any:
+        """Return the rows as `batch_of` (where `train`) or `measure` take them."""
+
     def fit(self, model: nn.Module, prepared: Any, seed: int) -> dict[str, Any]:
-        """Train `model` in place and return metrics such as ``loss``."""
+        """Train `model` in place for ``local-epochs`` and return metrics such as ``loss``.
+
+        Here by `batch_of` and `loss_of`, which must give the mean over a batch.
+        """
+        settings, size, count = self.settings, self.settings.batch_size, len(prepared)
+        self.seed_transforms(prepared, seed)
+        batches: Any = DataLoader(
+            range(count),  # type: ignore[arg-type]
+            size,
+            shuffle=True,
+            # One row alone has no variance, which batch normalisation needs.
+            drop_last=count > size and count % size == 1,
+            collate_fn=partial(self.batch_of, prepared),
+            generator=torch.Generator().manual_seed(seed),
+        )
+        mean = train_epochs(
+            model,
+            batches,
+            self.loss_of,
+            settings.make_optimizer(model, self.progress),
+            settings.local_epochs,
+            settings.half_precision,
+            self.proximal_mu,
+        )
+        return {"loss": mean}
 
     @abstractmethod
     def measure(self, model: nn.Module, prepared: Any) -> dict[str, Any]:
@@ -141,13 +169,20 @@ class MedicalClient(ABC):
     def batch_of(self, prepared: Any, places: Sequence[int]) -> dict[str, Tensor]:
         """Return some of the training rows, on the device, as what `loss_of` takes.
 
-        Each is to be changed at random by itself, if at all. Needed for private training only.
+        Each is to be changed at random by itself, if at all.
         """
-        raise InputError(f"{_name(self)} cannot train privately: it gives no batch_of and loss_of")
+        raise InputError(f"{_name(self)} cannot train: it gives no batch_of and loss_of")
 
     def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the loss of a batch of one record: one number."""
-        raise InputError(f"{_name(self)} cannot train privately: it gives no batch_of and loss_of")
+        """Return the loss of a batch: the mean over its records, one number."""
+        raise InputError(f"{_name(self)} cannot train: it gives no batch_of and loss_of")
+
+    def draw(self, model: nn.Module, prepared: Any, count: int) -> list[Picture]:
+        """Return pictures of `count` prepared rows and of the worst; here none.
+
+        A title names no patient.
+        """
+        return []
 
     def check_private(self, model: nn.Module, prepared: Any) -> None:
         """Raise `InputError` where model or loss cannot be trained privately.
@@ -170,15 +205,16 @@ class MedicalClient(ABC):
 
     @classmethod
     def client_app(cls) -> ClientApp:
-        """Return the Flower ClientApp of this client: train, evaluate and ``query.describe``.
+        """Return the Flower ClientApp of this client: train, evaluate and its queries.
 
         Errors raised in a handler leave a real site as their class alone. Load no data while the
         module is imported: of an error raised there Flower sends the text.
         """
         app = ClientApp()
-        app.train()(partial(_answer, cls, cls._train))
-        app.evaluate()(partial(_answer, cls, cls._evaluate))
-        app.query("describe")(partial(_answer, cls, cls._describe))
+        app.train()(partial(answer, cls, cls._train))
+        app.evaluate()(partial(answer, cls, cls._evaluate))
+        app.query("describe")(partial(answer, cls, cls._describe))
+        app.query("pictures")(partial(answer, cls, cls._pictures))
         return app
 
     def _train(self, message: Message) -> RecordDict:
@@ -190,10 +226,12 @@ class MedicalClient(ABC):
         self.proximal_mu = float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]
         if not 0 <= self.proximal_mu < math.inf:
             raise InputError(f"proximal-mu must be at least 0 and finite, got {self.proximal_mu}")
+        self.progress = self.settings.progress(server_round)
         seed = derive_seed(self.settings.seed, self.site.name, server_round, "train")
         began = time.perf_counter()
         require_protection(self.privacy, self.context)
-        model = self._model(arrays)
+        keep_splits(self.context, self.site, config, self.data())
+        model, travelling = self._model(arrays, config)
         if self.privacy.on:
             with self._torch(seed):
                 metrics = train_protected(self, model, data, prepared, config)
@@ -205,8 +243,8 @@ class MedicalClient(ABC):
         else:
             metrics["seconds"] = time.perf_counter() - began
         metrics["num-examples"] = len(data.train)
-        state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-        return RecordDict({arrays_key: ArrayRecord(state), "metrics": MetricRecord(metrics)})
+        state = ArrayRecord(travelling.state(model))
+        return RecordDict({arrays_key: state, "metrics": MetricRecord(metrics)})
 
     def _evaluate(self, message: Message) -> RecordDict:
         config = _config(message)
@@ -217,7 +255,7 @@ class MedicalClient(ABC):
         data, prepared = self._prepared(split, bool(config.get("pool-sites", False)))
         metrics: dict[str, Any] = {"num-examples": 0}
         if getattr(data, split):
-            model = self._model(next(iter(message.content.array_records.values())))
+            model, _ = self._model(next(iter(message.content.array_records.values())), config)
             with self._torch(derive_seed(self.settings.seed, self.site.name, split)):
                 if private_metrics(self):
                     metrics = measure_protected(self, model, data, prepared, config)
@@ -229,40 +267,90 @@ class MedicalClient(ABC):
         self.settings.torch_device()
         data, _ = self._prepared(None, pooled=False)
         counts: dict[str, Any] = {split: len(getattr(data, split)) for split in SPLITS}
+        before = sum(len(getattr(self.data(), split)) for split in SPLITS)
+        counts["turned-away"] = before - sum(counts.values())
         if self.site.simulated:
             counts |= self.describe(data)
         return RecordDict({"metrics": MetricRecord({"num-examples": len(data.train)} | counts)})
 
-    def _model(self, arrays: ArrayRecord) -> nn.Module:
-        # The fresh weights are thrown away: they must not move the seeded generator of `fit`.
-        with self._torch(0):
+    def _pictures(self, message: Message) -> RecordDict:
+        """Draw test rows; the pictures leave only where the hospital lets them."""
+        config = _config(message)
+        data, prepared = self._prepared("test", pooled=False)
+
+        def drawn() -> list[Picture]:
+            model, _ = self._model(next(iter(message.content.array_records.values())), config)
+            with self._torch(0):
+                return self.draw(model, prepared, int(config["count"]))  # type: ignore[arg-type]
+
+        shared = share_pictures(self.context, self.site, config, drawn if data.test else list)
+        content: dict[str, Any] = {
+            "titles": [picture.title for picture in shared],
+            "images": [picture.png for picture in shared],
+        }
+        return RecordDict({"pictures": ConfigRecord(content)})
+
+    def fresh_model(self) -> tuple[nn.Module, Travelling]:
+        """Return the network on the device with fresh weights, and which part of it travels."""
+        # The server's seed: what does not travel is then the same here. What travels is thrown
+        # away, and must not move the seeded generator of `fit`.
+        with self._torch(self.settings.seed):
             model = self.build_model()
-        model.load_state_dict(arrays.to_torch_state_dict())
-        return model.to(self.settings.torch_device())
+        travelling = Travelling(model, self.models.trainable)
+        device = self.settings.torch_device()
+        if device.type == "cuda" and self.settings.channels_last:
+            for parameter in model.parameters():
+                parameter.data = arranged(parameter.data)
+        return model.to(device), travelling
+
+    def _model(self, arrays: ArrayRecord, config: ConfigRecord) -> tuple[nn.Module, Travelling]:
+        model, travelling = self.fresh_model()
+        if FROZEN in config and config[FROZEN] != travelling.digest(model):
+            raise InputError(
+                "what trainable leaves out of the model is not the same here as at the server: "
+                "build_model must load the same weights on both, such as those of one bundle"
+            )
+        travelling.load(model, arrays.to_torch_state_dict())
+        return model, travelling
 
     def _torch(self, seed: int) -> Any:
         threads = self.settings.torch_threads or int(self.site.simulated)
         return torch_environment(seed, threads, self.settings.torch_device())
 
-    def _prepared(self, split: str | None, pooled: bool) -> tuple[SiteData, Any]:
-        """Return the site's data and one split as `prepare` makes it; the run keeps both."""
-        run_id = self.context.run_id
-        for key in [key for key in self._kept if key[0] != run_id]:
+    def data(self, pooled: bool = False) -> SiteData:
+        """Return the site's rows as `load_data` gives them; the run keeps them."""
+        for key in [key for key in self._kept if key[0] != self.context.run_id]:
             del self._kept[key]
-        base = (run_id, type(self).__qualname__, self.site, pooled)
-        if (key := (*base, None)) not in self._kept:
+        if (key := self._key(pooled, "data")) not in self._kept:
             data = self._load_pooled() if pooled else self.load_data(self.site)
             if not data.train:
                 raise InputError("there are no training rows")
             _check_patients(data)
             self.check(data)
             self._kept[key] = data
-        data = self._kept[key]
+        loaded: SiteData = self._kept[key]
+        return loaded
+
+    def _prepared(self, split: str | None, pooled: bool) -> tuple[SiteData, Any]:
+        """Return the rows that passed `screen`, and one split as `prepare` makes it.
+
+        A split that is not asked for is as it was loaded. None asks for all, and prepares none.
+        """
+        data = self.data(pooled)
+        for part in SPLITS if split is None else (split,):
+            if (key := self._key(pooled, part, "rows")) not in self._kept:
+                self._kept[key] = self.screen(getattr(data, part), part)
+            data = replace(data, **{part: self._kept[key]})
+        if not data.train:
+            raise InputError("there are no training rows left: all were turned away")
         if split is None:
             return data, None
-        if (key := (*base, split)) not in self._kept:
+        if (key := self._key(pooled, split)) not in self._kept:
             self._kept[key] = self.prepare(getattr(data, split), train=split == "train")
         return data, self._kept[key]
+
+    def _key(self, *parts: object) -> tuple[object, ...]:
+        return (self.context.run_id, type(self).__qualname__, self.site, *parts)
 
     def _load_pooled(self) -> SiteData:
         """Return all sites' rows together, for the comparison that only a simulation can make."""
@@ -285,54 +373,8 @@ class MedicalClient(ABC):
         return replace(parts[0], train=train, val=val, test=test)
 
 
-def _answer(
-    cls: type[MedicalClient],
-    handle: Callable[[Any, Message], RecordDict],
-    message: Message,
-    context: Context,
-) -> Message:
-    """Handle a message; an error leaves the site as its class alone: its text may tell more."""
-    site, state = None, copy.deepcopy(context.state)
-    try:
-        site = Site.from_context(context)
-        client = cls(context)
-        content = handle(client, message)
-        data = client._prepared(None, pooled=False)[0]
-        content[SITE_RECORD] = ConfigRecord(
-            {
-                "name": site.name,
-                "data": data.source,
-                "generated": data.generated,
-                "simulated": site.simulated,
-            }
-        )
-        return Message(content, reply_to=message)
-    except Exception as error:
-        context.state = state
-        told = _input_error(error) or error
-        wrong_input = isinstance(told, InputError)
-        name = "without a name" if site is None else site.name
-        reason, level = type(told).__name__, logging.ERROR
-        if isinstance(told, DeclinedError):
-            reason, level = f"{DECLINED}{told}", logging.DEBUG
-        elif site is not None and site.simulated:
-            # Nothing leaves: the server, which runs on the same machine, logs this text.
-            reason = f"{told}" if wrong_input else f"{reason}: {told}"
-            level = logging.DEBUG if wrong_input else logging.ERROR
-        log.log(level, "%s: %s", name, told, exc_info=level == logging.ERROR and not wrong_input)
-        failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=tell_error(name, reason))
-        return Message(failure, reply_to=message)
-
-
 def _name(client: MedicalClient) -> str:
     return type(client).__name__
-
-
-def _input_error(error: BaseException | None) -> InputError | None:
-    """Return the wrong input that caused an error: MONAI wraps what its transforms raise."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__
-    return error
 
 
 def _config(message: Message) -> ConfigRecord:

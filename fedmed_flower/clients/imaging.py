@@ -1,70 +1,157 @@
-"""Clients for images, on MONAI's transforms, datasets and networks."""
+"""What clients for images share: from files on a grid to batches, on MONAI's transforms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from monai.data import CacheDataset, PILReader, get_track_meta, set_track_meta
+from monai.data import MetaTensor
 from monai.transforms import (
-    Compose,
     EnsureTyped,
-    LoadImage,
     NormalizeIntensityd,
+    Orientationd,
     RandomizableTrait,
+    ResizeWithPadOrCropd,
+    ScaleIntensityRanged,
+    ScaleIntensityRangePercentilesd,
+    Spacingd,
     Transform,
 )
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.clients.training import predict, probe_places, train_epochs
-from fedmed_flower.data.site import SPLITS, Row, SiteData
+from fedmed_flower.clients.caching import CachedRows
+from fedmed_flower.clients.models import build_network
+from fedmed_flower.clients.settings import arranged
+from fedmed_flower.clients.training import probe_places
+from fedmed_flower.config import Section
+from fedmed_flower.data.checking import check_row
+from fedmed_flower.data.images import files_of, read_image
+from fedmed_flower.data.site import Row, SiteData
 from fedmed_flower.errors import InputError
-from fedmed_flower.metrics import (
-    NOISED,
-    classification_metrics,
-    noised_counts,
-    noised_metrics,
-)
 from fedmed_flower.privacy.validate import require_independent
 
+log = logging.getLogger("flwr.fedmed")
 
-class ClassificationClient(MedicalClient):
-    """Trains a network that tells classes of images apart.
+MODALITIES = ("", "ct", "mr", "xray")
+_MOST_LINES = 20
 
-    A subclass gives `num_classes`, `build_model` and `load_data`. The network has `num_classes`
-    outputs (cross entropy), or one output for two classes (binary cross entropy). Rows are dicts:
 
-    - ``image``: an array of shape (*spatial) or (channels, *spatial), or a path that MONAI reads;
-    - ``label``: an integer from 0 to ``num_classes - 1``; for two classes, 1 is the finding;
-    - ``patient``: anything hashable.
-
-    Hooks
-    -----
-    transforms
-        MONAI dictionary transforms for ``image``. The default loads, brings the channel first and
-        scales each image to mean 0 and standard deviation 1.
-    augment
-        Random changes of a training batch. The default makes none.
-    loss
-        Maps (outputs, labels) to a number.
+@dataclass(frozen=True)
+class ImagingSettings(Section):
+    """How images are brought to one grid, from the run config.
 
     Attributes
     ----------
-    num_classes : int
-    spatial_dims : int
-        2 or 3.
+    spacing : str
+        Millimetres between voxels, one number an axis: ``"1,1,2.5"``. Empty leaves each image at
+        its own.
+    orientation : str
+        Where the axes of volumes from files point to. Empty leaves each as it is.
+    patch_size : str
+        Voxels of what a network is trained on, one number an axis: ``"96,96,64"``. Smaller images
+        are padded. To segment a larger one, training takes a random part of it and inference slides
+        over it; to classify it, its middle is taken. Empty takes images whole; to segment them,
+        they are padded to a multiple of 16.
+    cache_gigabytes : float
+        Memory for images that are ready for the network, all sites of a process together; those
+        beyond it are read anew each time. At least 0.
     """
 
-    num_classes: int
+    spacing: str = ""
+    orientation: str = "RAS"
+    patch_size: str = ""
+    cache_gigabytes: float = 8.0
+
+    def __post_init__(self) -> None:
+        self.numbers("spacing", 0)
+        self.numbers("patch_size", 0)
+        directions = ["LR", "PA", "IS"]
+        known = len(self.orientation) in (0, 3) and all(
+            sum(letter in pair for letter in self.orientation) == bool(self.orientation)
+            for pair in directions
+        )
+        self.require("orientation", known, "empty or three letters such as RAS")
+        self.require_at_least(0, "cache_gigabytes")
+
+    def numbers(self, name: str, dims: int) -> tuple[float, ...]:
+        """Return a field's numbers, as many as `dims` unless that is 0; none where it is empty.
+
+        Raises
+        ------
+        InputError
+            Where they are no numbers above 0, or not so many.
+        """
+        text = getattr(self, name).strip()
+        try:
+            values = tuple(float(part) for part in text.split(",")) if text else ()
+        except ValueError:
+            values = (math.nan,)
+        whole = name != "patch_size" or all(value == int(value) for value in values if value < 1e9)
+        fine = all(0 < value < 1e9 for value in values) and whole
+        self.require(name, fine, "empty or numbers above 0 separated by commas")
+        if dims and values:
+            self.require(name, len(values) == dims, f"empty or {dims} numbers, one an axis")
+        return values
+
+
+class ImagingClient(MedicalClient):
+    """What `ClassificationClient` and `SegmentationClient` share.
+
+    Hooks
+    -----
+    build_model
+        The default builds what ``network`` and ``network-args``, or ``bundle``, in the run config
+        name.
+    transforms
+        MONAI dictionary transforms of a row. The default loads, brings to the grid of the run
+        config, scales the intensity by `modality`, and ends with `random_transforms` in training.
+    intensity
+        How values are scaled.
+    random_transforms
+        MONAI's random dictionary transforms, in training. Angles are in radians.
+
+    Attributes
+    ----------
+    spatial_dims : int
+        2 or 3.
+    num_classes : int
+    modality : {"", "ct", "mr", "xray"}
+        ``ct`` cuts values to `ct_window` and scales them to [0, 1]; ``mr`` brings what is not 0 to
+        mean 0 and standard deviation 1; ``xray`` scales the 1st to 99th percentile to [0, 1]; the
+        default brings the whole image to mean 0 and standard deviation 1. Channels by themselves.
+    ct_window : tuple of float
+        Lowest and highest Hounsfield unit that is told apart.
+    label_values : sequence of int
+        What stands in masks for class 0, 1, ...; empty where it is the class number.
+    """
+
     spatial_dims: int = 2
+    num_classes: int
+    modality: str = ""
+    ct_window: tuple[float, float] = (-160.0, 240.0)
+    label_values: Sequence[int] = ()
+    # The entries of a row that are images.
+    _keys: tuple[str, ...] = ("image",)
+
+    @cached_property
+    def imaging(self) -> ImagingSettings:
+        """The settings of `ImagingSettings`."""
+        return ImagingSettings.from_run_config(self.context.run_config)
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Voxels of a training patch, one number an axis; empty for whole images."""
+        return tuple(map(int, self.imaging.numbers("patch_size", self.spatial_dims)))
+
+    def build_model(self) -> nn.Module:
+        """Return the network that the run config names."""
+        return build_network(self.models)
 
     def transforms(self, train: bool) -> Sequence[Callable[[Any], Any]]:
         """Return the transforms of a row.
@@ -72,143 +159,170 @@ class ClassificationClient(MedicalClient):
         MONAI transforms up to the first random one (or the first plain function) are done once a
         run and what they give is kept in memory.
         """
-        return [
-            LoadRow(self.spatial_dims),
-            NormalizeIntensityd("image", channel_wise=True),
-        ]
+        steps = [self._load(train), *self.to_grid(self._keys), *self.intensity()]
+        steps += self.to_size(train)
+        return [*steps, *self.random_transforms()] if train else steps
 
-    def augment(self, images: Tensor) -> Tensor:
-        """Return a training batch with random changes; torch's generator is seeded beforehand.
+    def to_grid(self, keys: Sequence[str]) -> list[Callable[[Any], Any]]:
+        """Return the transforms that bring images, and masks, to the grid of the run config."""
+        steps: list[Callable[[Any], Any]] = []
+        if self.spatial_dims == 3 and self.imaging.orientation:
+            steps.append(Orientationd(keys, axcodes=self.imaging.orientation, labels=None))
+        if spacing := self.imaging.numbers("spacing", self.spatial_dims):
+            modes = ["nearest" if key == "label" else "bilinear" for key in keys]
+            steps.append(Spacingd(keys, pixdim=spacing, mode=modes))
+        return steps
 
-        Parameters
-        ----------
-        images : Tensor
-            (batch, channels, *spatial), on the device. What is done to a whole batch here takes a
-            fraction of the time that MONAI's random transforms take, one image after the other.
-        """
-        return images
+    def intensity(self) -> list[Callable[[Any], Any]]:
+        """Return the transforms that scale the values of ``image``, by `modality`."""
+        if self.modality == "ct":
+            low, high = self.ct_window
+            return [ScaleIntensityRanged("image", low, high, 0.0, 1.0, clip=True)]
+        if self.modality == "mr":
+            return [NormalizeIntensityd("image", nonzero=True, channel_wise=True)]
+        if self.modality == "xray":
+            return [
+                ScaleIntensityRangePercentilesd(
+                    "image", 1, 99, 0.0, 1.0, clip=True, channel_wise=True
+                )
+            ]
+        return [NormalizeIntensityd("image", channel_wise=True)]
 
-    def loss(self) -> nn.Module:
-        """Return the training loss: cross entropy, or its binary form for one output."""
-        return _CrossEntropy()
+    def to_size(self, train: bool) -> list[Callable[[Any], Any]]:
+        """Return the transforms that bring images to ``patch-size``; here about their middle."""
+        return [ResizeWithPadOrCropd(self._keys, self.patch_size)] if self.patch_size else []
+
+    def random_transforms(self) -> list[Callable[[Any], Any]]:
+        """Return MONAI's random transforms of a training row; none here."""
+        return []
 
     def check(self, data: SiteData) -> None:
-        """Raise `InputError` where a label is not an integer in range or an image is missing."""
-        for split in SPLITS:
-            for number, row in enumerate(getattr(data, split)):
-                where = f"row {number} of the {split} split of {self.site.name}"
-                if missing := {"image", "label"} - set(row):
-                    raise InputError(f"{where} has no {min(missing)}")
-                label = row["label"]
-                label = label.item() if isinstance(label, np.generic) else label
-                whole = isinstance(label, int) and not isinstance(label, bool)
-                if not whole or not 0 <= label < self.num_classes:
-                    raise InputError(
-                        f"label {label!r} of {where} is out of range: labels must be integers from "
-                        f"0 to {self.num_classes - 1} (num_classes - 1)"
-                    )
+        """Raise `InputError` where a setting or an attribute is out of its range."""
+        if self.modality not in MODALITIES:
+            raise InputError(
+                f"modality must be one of {', '.join(map(repr, MODALITIES))}, got {self.modality!r}"
+            )
+        if self.spatial_dims not in (2, 3):
+            raise InputError(f"spatial_dims must be 2 or 3, got {self.spatial_dims!r}")
+        self.imaging.numbers("spacing", self.spatial_dims)
+        self.imaging.numbers("patch_size", self.spatial_dims)
 
-    def describe(self, data: SiteData) -> dict[str, Any]:
-        """Return the number of training rows of each class."""
-        labels = [int(row["label"]) for row in data.train]
-        return {"labels": np.bincount(labels, minlength=self.num_classes).tolist()}
+    def screen(self, rows: Sequence[Row], split: str) -> list[Row]:
+        """Turn away rows whose files cannot be used; the log names each.
 
-    def prepare(self, rows: Sequence[Row], train: bool) -> CacheDataset:
-        """Return a dataset that keeps the rows in memory after the transforms that never change."""
+        Raises
+        ------
+        InputError
+            Where no training row is left.
+        """
+        kept, problems = [], []
+        for row in rows:
+            found = check_row(row, self.spatial_dims, self.num_classes, self.label_values)
+            problem = found.problem
+            if problem is None and isinstance(found.label, tuple) != ("label" in self._keys):
+                wanted = "a mask" if "label" in self._keys else "a class number"
+                problem = f"its label is not {wanted}, which {type(self).__name__} asks for"
+            if problem is None:
+                kept.append(row)
+            else:
+                problems.append(f"patient {row.get('patient')}: {problem}")
+        if split == "train" and problems and not kept:
+            raise InputError(
+                f"all {len(rows)} rows of the train split were turned away; {problems[0]}"
+            )
+        site = self.site.name
+        for problem in problems[:_MOST_LINES]:
+            log.warning("%s: turned away, %s split, %s", site, split, problem)
+        if len(problems) > _MOST_LINES:
+            more = len(problems) - _MOST_LINES
+            log.warning("%s: and %d more of the %s split turned away", site, more, split)
+        return kept
+
+    def prepare(self, rows: Sequence[Row], train: bool) -> CachedRows:
+        """Return the rows after their transforms; what never changes stays in memory."""
         steps = list(self.transforms(train))
         random = (i for i, step in enumerate(steps) if isinstance(step, RandomizableTrait))
         # What is kept is copied for each random step: a plain tensor is copied ten times faster.
-        steps.insert(next(random, len(steps)), EnsureTyped("image", track_meta=False))
-        chain = Compose([*steps, EnsureTyped("image", track_meta=False)])
-        return CacheDataset(list(rows), chain, progress=False, num_workers=0)
+        steps.insert(next(random, len(steps)), EnsureTyped(self._keys, track_meta=False))
+        return self._cached(rows, [*steps, EnsureTyped(self._keys, track_meta=False)])
 
-    def fit(self, model: nn.Module, prepared: CacheDataset, seed: int) -> dict[str, Any]:
-        """Train for ``local-epochs`` and return the mean ``loss`` of the last of them."""
-        settings, device = self.settings, self.settings.torch_device()
-        size = settings.batch_size
-        self.seed_transforms(prepared, seed)
-        batches = DataLoader(
-            prepared,
-            size,
-            shuffle=True,
-            # One row alone has no variance, which batch normalisation needs.
-            drop_last=len(prepared) > size and len(prepared) % size == 1,
-            collate_fn=_collate,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        with _plain_tensors():
-            mean = train_epochs(
-                model,
-                batches,
-                self.loss(),
-                settings.make_optimizer(model),
-                settings.local_epochs,
-                device,
-                settings.mixed_precision and device.type == "cuda",
-                self.augment,
-                self.proximal_mu,
-            )
-        return {"loss": mean}
+    def _load(self, train: bool) -> Callable[[Any], Any]:
+        """Return what reads the files of a row."""
+        return LoadRow(self.spatial_dims)
 
-    def seed_transforms(self, prepared: CacheDataset, seed: int) -> None:
+    def _cached(self, rows: Sequence[Row], steps: Sequence[Callable[[Any], Any]]) -> CachedRows:
+        """Keep as many rows in memory as this site may, all its splits together."""
+        sites = self.site.num_sites if self.site.simulated else 1
+        mine = (kept for key, kept in self._kept.items() if self.site in key)
+        held = sum(kept.held for kept in mine if isinstance(kept, CachedRows))
+        made = CachedRows(rows, steps, self.imaging.cache_gigabytes * 2**30 / sites - held)
+        if made.count < len(made):
+            log.info("%s: %d of %d rows fit into the cache", self.site.name, made.count, len(made))
+        return made
+
+    def seed_transforms(self, prepared: CachedRows, seed: int) -> None:
         """Seed MONAI's random transforms."""
         prepared.transform.set_random_state(seed)
 
-    def batch_of(self, prepared: CacheDataset, places: Sequence[int]) -> dict[str, Tensor]:
-        """Return ``image``, augmented, and ``label`` of some training rows."""
-        device = self.settings.torch_device()
-        with _plain_tensors():
-            batch = _collate([prepared[place] for place in places])
-        images = self.augment(batch["image"].to(device))
-        return {"image": images, "label": batch["label"].to(device)}
+    def batch_of(self, prepared: CachedRows, places: Sequence[int]) -> dict[str, Tensor]:
+        """Return ``image`` and ``label`` of some training rows, changed at random."""
+        return self._changed(self._rows(prepared, places))
 
-    def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the training loss."""
-        value: Tensor = self._loss(model(batch["image"]), batch["label"])
-        return value
-
-    def check_private(self, model: nn.Module, prepared: CacheDataset) -> None:
-        """Raise `InputError` where model, loss or `augment` mix patients."""
-        super().check_private(model, prepared)
-        with _plain_tensors():
-            rows = _collate([prepared[place] for place in probe_places(len(prepared))])
-        if len(prepared) > 1:
-            require_independent(self.augment, rows["image"].to(self.settings.torch_device()))
-
-    @cached_property
-    def _loss(self) -> nn.Module:
-        return self.loss()
-
-    def measure(self, model: nn.Module, prepared: CacheDataset) -> dict[str, Any]:
-        """Return ``loss`` and the figures and counts of `classification_metrics`."""
-        outputs, labels = self._predict(model, prepared, max(self.settings.batch_size, 64))
-        loss = self.loss()(torch.from_numpy(outputs), torch.from_numpy(labels))
-        return classification_metrics(labels, outputs) | {"loss": float(loss)}
-
-    def measure_privately(
-        self, model: nn.Module, prepared: CacheDataset, patients: Sequence[Hashable], noise: float
-    ) -> dict[str, Any]:
-        """Return what follows from `noised_counts`, and those counts; no loss.
-
-        Each record goes through the model by itself, so that none can change another's score.
-        """
-        outputs, labels = self._predict(model, prepared, 1)
-        counts = noised_counts(labels, outputs, patients, noise)
-        return noised_metrics(counts) | {NOISED: counts}
-
-    def _predict(
-        self, model: nn.Module, prepared: CacheDataset, batch_size: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        settings, device = self.settings, self.settings.torch_device()
-        batches = DataLoader(prepared, batch_size, collate_fn=_collate)
-        with _plain_tensors():
-            return predict(
-                model, batches, device, settings.mixed_precision and device.type == "cuda"
+    def _rows(self, prepared: CachedRows, places: Sequence[int]) -> dict[str, Tensor]:
+        found = [prepared[place] for place in places]
+        # MONAI's cropping transforms return lists.
+        rows = [row for part in found for row in (part if isinstance(part, list) else [part])]
+        if self.privacy.on and len(rows) != len(places):
+            raise InputError(
+                f"the transforms make {len(rows)} samples of {len(places)} records: private "
+                "training needs one of each (num_samples=1)"
             )
+        return self._on_device(rows)
+
+    def _on_device(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        shapes = {tuple(row["image"].shape) for row in rows}
+        if len(shapes) > 1:
+            raise InputError(
+                "images of different shapes cannot be in one batch, such as "
+                f"{' and '.join(map(str, sorted(shapes)[:2]))}: set patch-size"
+            )
+        device = self.settings.torch_device()
+        images = torch.stack([row["image"] for row in rows]).to(device)
+        if device.type == "cuda" and self.settings.channels_last:
+            images = arranged(images)
+        return {"image": images, "label": self._labels(rows).to(device)}
+
+    def _labels(self, rows: Sequence[Row]) -> Tensor:
+        return torch.tensor([int(row["label"]) for row in rows])
+
+    def _changed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a training batch with the random changes of the subclass."""
+        return dict(batch)
+
+    def check_private(self, model: nn.Module, prepared: CachedRows) -> None:
+        """Raise `InputError` where model, loss or ``augment`` mix patients."""
+        super().check_private(model, prepared)
+        rows = self._rows(prepared, probe_places(len(prepared)))
+        if len(prepared) < 2:
+            return
+        images, labels = rows["image"], rows["label"]
+        masks = labels if labels.ndim == images.ndim else None
+
+        def change(joined: Tensor) -> Tensor:
+            channels = images.shape[1]
+            parts = {"image": joined[:, :channels], "label": labels}
+            if masks is not None:
+                parts["label"] = joined[:, channels:].to(masks.dtype)
+            found = self._changed(parts)
+            return _joined(found["image"], found["label"] if masks is not None else None)
+
+        require_independent(change, _joined(images, masks))
 
 
 class LoadRow(Transform):  # type: ignore[misc]
-    """Bring a row's ``image`` to a float32 array of shape (channels, *spatial).
+    """Read a row's ``image`` as `read_image` does.
+
+    2D arrays come without a place, so that what follows takes less time.
 
     Parameters
     ----------
@@ -227,61 +341,18 @@ class LoadRow(Transform):  # type: ignore[misc]
     def __call__(self, row: Row) -> dict[str, Any]:
         """Return the row with its image loaded; an error names the patient."""
         try:
-            return {**row, "image": self._load(row["image"])}
+            image: Any = read_image(row["image"], self.spatial_dims)
         except InputError as error:
             raise InputError(f"image of patient {row['patient']}: {error}") from error
-
-    def _load(self, image: Any) -> NDArray[np.float32]:
-        if isinstance(image, str | Path):
-            if not Path(image).exists():
-                raise InputError(f"{image} is not there")
-            try:
-                image = _read(str(image)).numpy()
-            except Exception as error:  # MONAI's readers fail in a dozen ways.
-                cause = error.__cause__ or error
-                raise InputError(f"{image} cannot be read: {cause}") from error
-        array = np.array(image, dtype=np.float32)
-        if array.ndim == self.spatial_dims:
-            array = array[None]
-        if array.ndim != self.spatial_dims + 1:
-            raise InputError(
-                f"its shape is {array.shape}; spatial_dims = {self.spatial_dims} asks for "
-                f"{self.spatial_dims} dimensions, or one more with the channel first"
-            )
-        if not np.isfinite(array).all():
-            raise InputError("it holds NaN or infinite values")
-        return array
+        if self.spatial_dims == 2 and not any(files_of(row["image"])):
+            image = plain(image).numpy()
+        return {**row, "image": image}
 
 
-def _read(path: str) -> Any:
-    """Read a file; pictures come as (rows, columns), as arrays do, and not transposed."""
-    pictures = PILReader(reverse_indexing=False)
-    return LoadImage(pictures, image_only=True, ensure_channel_first=True)(path)
+def plain(image: Tensor) -> Tensor:
+    """Return the values of an image without its place."""
+    return image.as_tensor() if isinstance(image, MetaTensor) else image
 
 
-class _CrossEntropy(nn.Module):
-    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean over the batch."""
-        if outputs.shape[1] == 1:
-            return nn.functional.binary_cross_entropy_with_logits(
-                outputs[:, 0], labels.to(outputs.dtype)
-            )
-        return nn.functional.cross_entropy(outputs, labels)
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """Let MONAI's transforms return torch tensors: tracking where each came from takes longer."""
-    before = get_track_meta()
-    set_track_meta(False)
-    try:
-        yield
-    finally:
-        set_track_meta(before)
-
-
-def _collate(rows: list[Row]) -> dict[str, Tensor]:
-    return {
-        "image": torch.stack([row["image"] for row in rows]),
-        "label": torch.tensor([int(row["label"]) for row in rows]),
-    }
+def _joined(images: Tensor, masks: Tensor | None) -> Tensor:
+    return images if masks is None else torch.cat([images, masks.to(images.dtype)], dim=1)

@@ -89,16 +89,16 @@ def train_protected(
     DeclinedError
         Where the run's target or the hospital's budget would be passed.
     """
-    settings, device = client.settings, client.settings.torch_device()
+    settings = client.settings
     _require_own_fit(client)
     # Whatever is random about one patient must not follow from what an onlooker may know.
     torch.manual_seed(secrets.randbits(63))
     client.seed_transforms(prepared, secrets.randbits(32))
     patients = _patients(data.train, prepared)
-    checked = (client.context.run_id, type(client).__qualname__, client.site, "checked")
+    checked = client._key("checked")
     if checked not in client._kept:
         # Fresh weights: with those that were sent, whether this fails could tell of a record.
-        client.check_private(client.build_model().to(device), prepared)
+        client.check_private(client.fresh_model()[0], prepared)
         client._kept[checked] = True
     privacy = _privacy(client, config)
     mechanism = privacy.plan_training(patients, settings.local_epochs, settings.batch_size)
@@ -110,9 +110,9 @@ def train_protected(
             partial(client.batch_of, prepared),
             patients,
             client.loss_of,
-            settings.make_optimizer(model),
+            settings.make_optimizer(model, client.progress),
             mechanism,
-            settings.mixed_precision and device.type == "cuda",
+            settings.half_precision,
             client.proximal_mu,
         )
         if (name := unchanged(before, model)) is not None:

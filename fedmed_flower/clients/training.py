@@ -1,23 +1,19 @@
-"""The local loop, and what it needs around it: settings, seeds, device, threads."""
+"""The local loop, plain and private."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
+import logging
 import math
-import re
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedmed_flower.config import Section
-from fedmed_flower.errors import InputError
 from fedmed_flower.privacy.gradients import (
     PROBE,
     Batch,
@@ -28,8 +24,8 @@ from fedmed_flower.privacy.gradients import (
 from fedmed_flower.privacy.patient import Mechanism
 from fedmed_flower.privacy.sampling import PatientSampler
 
-_DEVICES = ("auto", "cpu", "cuda")
-_OPTIMIZERS = ("adam", "sgd")
+log = logging.getLogger("flwr.fedmed")
+
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 # On a CPU several sites may train side by side.
@@ -38,147 +34,31 @@ _CPU_MEMORY, _MOST_RECORDS = 4 * 2**30, 256
 _PROBE = 32
 
 
-@dataclass(frozen=True)
-class Settings(Section):
-    """How a site trains, from the run config (``local-epochs`` there is `local_epochs` here).
-
-    Attributes
-    ----------
-    local_epochs : int
-        Passes over the site's training rows in a round; at least 1.
-    batch_size : int
-        Rows in a step; at least 1.
-    learning_rate : float
-        Above 0.
-    weight_decay : float
-        At least 0; 0 adds no penalty.
-    optimizer : {"adam", "sgd"}
-        Made anew in each round.
-    momentum : float
-        For ``sgd``; in [0, 1).
-    seed : int
-        At least 0. Together with site, round and purpose it decides everything random at a site
-        that does not protect privacy.
-    device : {"auto", "cpu", "cuda"}
-        ``auto`` takes a GPU where there is one. A number may follow: ``cuda:1``.
-    mixed_precision : bool
-        bfloat16 where the device is a GPU; no effect on a CPU.
-    torch_threads : int
-        0 means 1 in a simulation, where sites share the machine, and torch's own choice elsewhere.
-    """
-
-    local_epochs: int = 1
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    optimizer: str = "adam"
-    momentum: float = 0.0
-    seed: int = 0
-    device: str = "auto"
-    mixed_precision: bool = True
-    torch_threads: int = 0
-
-    def __post_init__(self) -> None:
-        self.require_at_least(1, "local_epochs", "batch_size")
-        self.require_at_least(0, "seed", "torch_threads")
-        penalty = 0 <= self.weight_decay < math.inf
-        self.require("weight_decay", penalty, "at least 0 and finite")
-        self.require_positive("learning_rate")
-        self.require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        self.require("optimizer", self.optimizer in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}")
-        known = self.device in _DEVICES or re.fullmatch(r"cuda:\d+", self.device) is not None
-        self.require("device", known, f"one of {', '.join(_DEVICES)}")
-
-    def torch_device(self) -> torch.device:
-        """Return the device to train on.
-
-        Raises
-        ------
-        InputError
-            Where a GPU is asked for that is not there.
-        """
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise InputError(
-                f"device is {self.device}, but torch sees no GPU here: set device to auto or cpu"
-            )
-        return torch.device(self.device)
-
-    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return the optimizer over the model's trainable parameters."""
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        if self.optimizer == "adam":
-            return torch.optim.Adam(
-                parameters, lr=self.learning_rate, weight_decay=self.weight_decay
-            )
-        return torch.optim.SGD(
-            parameters,
-            lr=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-        )
-
-
-def derive_seed(*parts: object) -> int:
-    """Return a seed that depends on all parts, such as seed, site, round and purpose."""
-    text = "/".join(str(part).replace("/", "//") for part in parts)
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:4], "big")
-
-
-@contextmanager
-def torch_environment(seed: int, threads: int, device: torch.device) -> Iterator[None]:
-    """Seed torch and set its threads, and put both back as they were.
-
-    Parameters
-    ----------
-    seed : int
-        For torch's global generators.
-    threads : int
-        0 leaves the number of threads as it is.
-    device : torch.device
-        Its generator is put back too.
-    """
-    before = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        if threads:
-            torch.set_num_threads(threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-
 def train_epochs(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
-    loss: nn.Module,
+    batches: Iterable[Batch],
+    loss: Loss,
     optimizer: torch.optim.Optimizer,
     epochs: int,
-    device: torch.device,
     mixed_precision: bool = False,
-    augment: Callable[[Tensor], Tensor] | None = None,
     proximal_mu: float = 0.0,
 ) -> float:
     """Train a model in place.
 
+    A batch for which the memory is too small is from then on taken in parts, whose gradients are
+    added up to that of the whole batch; batch normalisation then sees a part at a time.
+
     Parameters
     ----------
     model : Module
-        On `device`.
-    batches : iterable of dict
-        Iterated once an epoch; ``image`` is the model's input, ``label`` the loss's target.
-    loss : Module
-        Maps (outputs, labels) to the mean over the batch.
+    batches : iterable of dict of tensors
+        Iterated once an epoch; on the model's device, the first dimension counting records.
+    loss : callable
+        Maps (model, batch) to the mean over the batch's records.
     optimizer : Optimizer
     epochs : int
-    device : torch.device
     mixed_precision : bool
-        Run the model in bfloat16 by autocast.
-    augment : callable, optional
-        Changes the images of a batch, on `device`, before the model sees them.
+        Run model and loss in bfloat16 by autocast.
     proximal_mu : float
         Holds the parameters near those they begin with: adds ``mu / 2`` times the squared distance
         to the loss (FedProx, Li et al. 2020, https://arxiv.org/abs/1812.06127, equation 2). At
@@ -193,31 +73,94 @@ def train_epochs(
     ------
     FloatingPointError
         Where a batch has a loss that is not finite; the model is of no use from then on.
+    torch.OutOfMemoryError
+        Where the memory does not do for one record.
     """
     model.train()
     held = [(p, p.detach().clone()) for p in model.parameters()] if proximal_mu else []
-    mean = float("nan")
+    parts, mean = Parts(), float("nan")
+
+    def backward(part: Batch, share: float) -> float:
+        kind = next(iter(part.values())).device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=mixed_precision):
+            value: Any = loss(model, part)
+        (value if share == 1 else value * share).backward()
+        return float(value.item() * share)
+
     for epoch in range(epochs):
         total, rows = 0.0, 0
         for batch in batches:
-            images, labels = batch["image"].to(device), batch["label"].to(device)
-            if augment is not None:
-                images = augment(images)
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
-                value = loss(model(images), labels)
-            value.backward()
+            values = parts.run(
+                batch, backward, before=lambda: optimizer.zero_grad(set_to_none=True)
+            )
+            value, count = sum(values), len(next(iter(batch.values())))
             for parameter, start in held:
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter.detach() - start, alpha=proximal_mu)
             optimizer.step()
-            total, rows = total + value.item() * len(labels), rows + len(labels)
+            total, rows = total + value * count, rows + count
             if not math.isfinite(total):
-                raise FloatingPointError(
-                    f"the training loss is {value.item()} in epoch {epoch + 1}"
-                )
+                raise FloatingPointError(f"the training loss is {value} in epoch {epoch + 1}")
         mean = total / rows
     return mean
+
+
+class Parts:
+    """Runs batches in parts that fit into the memory: whole until it is found too small.
+
+    Attributes
+    ----------
+    size : int
+        Most records in a part; 0 as long as every batch has fitted.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def run(
+        self,
+        batch: Batch,
+        work: Callable[[Batch, float], Any],
+        before: Callable[[], Any] = lambda: None,
+    ) -> list[Any]:
+        """Call ``work(part, its share of the records)`` on each part and return the results.
+
+        Parameters
+        ----------
+        batch : dict of tensors
+        work : callable
+        before : callable
+            Called at the beginning, and again where all begins anew with smaller parts.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            Where one record is too large.
+        """
+        count = len(next(iter(batch.values())))
+        while True:
+            size = min(self.size or count, count)
+            # Parts are alike: a last one of one record has no variance for batch normalisation.
+            parts = zip(*(v.tensor_split(-(-count // size)) for v in batch.values()), strict=True)
+            try:
+                before()
+                return [
+                    work(dict(zip(batch, part, strict=True)), len(part[0]) / count)
+                    for part in parts
+                ]
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+            # Outside the handler, whose traceback holds on to what was computed.
+            self.size = _half(size)
+
+
+def _half(size: int) -> int:
+    """Return half a size of parts, and free what was reserved for the larger ones."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    log.warning("out of memory with %d records at a time: going on with %d", size, (size + 1) // 2)
+    return (size + 1) // 2
 
 
 def train_privately(
@@ -279,10 +222,21 @@ def train_privately(
         waiting = sampler.draw()
         while waiting:
             size = size or micro_batch_size(gradients, batch_of, [group[0] for group in waiting])
-            group, waiting = _first(waiting, size)
-            made, found = _of_patients(gradients, batch_of, group, size)
-            losses.append(found.float().cpu())
-            private.accumulate(made)
+            group, rest = _first(waiting, size)
+            count = min(size, sum(map(len, group)))
+            try:
+                made, found = _of_patients(gradients, batch_of, group, size)
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise
+            else:
+                waiting = rest
+                losses.append(found.float().cpu())
+                private.accumulate(made)
+                del made
+                continue
+            # Nothing of these patients was added up yet: they are taken again, fewer at a time.
+            size = _half(count)
         private.release()
     each = torch.cat(losses)
     return float(each[each.isfinite()].mean()), private.dropped
@@ -349,28 +303,50 @@ def micro_batch_size(
         Returns the records at some places, on the device.
     places : list of int
         Of some records, such as those of a step; at least one.
+
+    Raises
+    ------
+    torch.OutOfMemoryError
+        Where the memory does not do for one record.
     """
     first = batch_of(places[:1])
     device = next(iter(first.values())).device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _CPU_MEMORY
     most = max(1, min(_MOST_RECORDS, free // 4 // gradients.bytes_per_record(first)))
-    gradients.choose(batch_of(places[: min(most, _PROBE)]))
-    return most if gradients.method == "vmap" else min(most, PROBE)
+    while True:
+        tried = min(most, _PROBE, len(places))
+        try:
+            gradients.choose(batch_of(places[:tried]))
+        except torch.OutOfMemoryError:
+            if tried == 1:
+                raise
+        else:
+            return most if gradients.method == "vmap" else min(most, PROBE)
+        most = _half(tried)
 
 
 @torch.no_grad()
 def predict(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
-    device: torch.device,
-    mixed_precision: bool = False,
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return the model's outputs (n, c) and the labels (n,) over all batches."""
-    model.eval()
-    outputs, labels = [], []
-    for batch in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
-            output = model(batch["image"].to(device))
-        outputs.append(output.float().cpu())
-        labels.append(batch["label"])
-    return torch.cat(outputs).numpy(), torch.cat(labels).numpy().astype(np.int64)
+    model: Callable[[Batch], Tensor], batches: Iterable[Batch], mixed_precision: bool = False
+) -> NDArray[np.float32]:
+    """Return a network's outputs (n, c) over all batches.
+
+    Parameters
+    ----------
+    model : callable
+        Maps a batch to outputs; the network is in evaluation mode.
+    batches : iterable of dict of tensors
+        On the model's device; taken in parts where the memory is too small.
+    mixed_precision : bool
+        Run the model in bfloat16 by autocast.
+    """
+    parts = Parts()
+
+    def forward(part: Batch, _: float) -> Tensor:
+        kind = next(iter(part.values())).device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=mixed_precision):
+            return model(part).float().cpu()
+
+    outputs = [output for batch in batches for output in parts.run(batch, forward)]
+    values: NDArray[np.float32] = torch.cat(outputs).numpy()
+    return values

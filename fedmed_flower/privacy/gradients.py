@@ -94,7 +94,7 @@ class RecordGradients:
         """Take the method that is faster for batches of this size: vmap where it works at all."""
         try:
             self._vectorised(batch)
-        except InputError:
+        except (InputError, torch.OutOfMemoryError):
             raise
         except Exception:  # What vmap cannot do fails in a dozen ways.
             self.method = "loop"

@@ -97,7 +97,8 @@ def require_private_model(model: nn.Module, loss: Loss, batch: Batch) -> None:
     model.train()
     for name, module in model.named_modules():
         keeps = isinstance(module, _InstanceNorm) and module.track_running_stats
-        if keeps or isinstance(module, _BatchNorm):
+        # What stays in evaluation when the model is put into training is frozen: it learns nothing.
+        if module.training and (keeps or isinstance(module, _BatchNorm)):
             raise InputError(
                 f"{_layer(name, module)} mixes patients or keeps statistics of them: {_REMEDY}"
             )

@@ -1,0 +1,268 @@
+"""Time and memory of an epoch here against a plain MONAI training loop on the same volumes.
+
+Both read the same NIfTI files, bring them to RAS, normalise, cut one patch a volume and train the
+same UNet with DiceCE; both keep what never changes in memory (MONAI's CacheDataset). Epochs of the
+two take turns in one process. With ``--device cuda`` also: several sites on one card.
+
+    OMP_NUM_THREADS=1 python benchmarks/imaging.py
+    python benchmarks/imaging.py --device cuda --sites 1 2 4 8
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+from flwr.app import Context, RecordDict
+from monai.data import CacheDataset, DataLoader
+from monai.losses import DiceCELoss
+from monai.networks.nets import UNet
+from monai.transforms import (
+    Compose,
+    EnsureChannelFirstd,
+    LoadImaged,
+    NormalizeIntensityd,
+    Orientationd,
+    RandCropByPosNegLabeld,
+    SpatialPadd,
+)
+
+from fedmed_flower import SegmentationClient, SiteData
+from fedmed_flower.clients.settings import torch_environment
+from fedmed_flower.data.decathlon import load_hippocampus
+from fedmed_flower.data.phantoms import hippocampi
+from fedmed_flower.data.sources import SourceUnavailable
+
+PATCH, BATCH = (40, 56, 40), 4
+KEYS = ["image", "label"]
+
+
+def network():
+    return UNet(3, 1, 3, (16, 32, 64, 128), (2, 2, 2), num_res_units=2, norm="instance")
+
+
+def volumes(folder, count):
+    """Return rows with paths: real volumes where they can be had, else generated ones."""
+    try:
+        return list(load_hippocampus(timeout=10).rows[:count]), "hippocampus, MSD Task04"
+    except SourceUnavailable:
+        rows = []
+        for row in hippocampi(count, size=40).rows:
+            paths = {key: str(Path(folder) / f"{row['patient']}-{key}.nii.gz") for key in KEYS}
+            for key in KEYS:
+                nibabel.save(nibabel.Nifti1Image(row[key], np.eye(4)), paths[key])
+            rows.append(paths | {"patient": row["patient"]})
+        return rows, "generated images, not patients"
+
+
+class Hospital(SegmentationClient):
+    """A hospital that holds some volumes."""
+
+    classes, spatial_dims = ("anterior", "posterior"), 3
+    rows: tuple = ()
+
+    def build_model(self):
+        """Return the network that both loops train."""
+        return network()
+
+    def load_data(self, site):
+        """Return the volumes."""
+        return SiteData(self.rows)
+
+
+def client(rows, device, **config):
+    settings = {"batch-size": BATCH, "device": device, "patch-size": ",".join(map(str, PATCH))}
+    settings |= {key.replace("_", "-"): value for key, value in config.items()}
+    node = {"site-name": "here"}
+    made = Hospital(Context(1, 1, node, RecordDict(), settings))
+    made.rows = tuple(rows)
+    return made
+
+
+class Ours:
+    """The client's own loop."""
+
+    name = "fedmed_flower"
+
+    def __init__(self, rows, device):
+        self.client = client(rows, device)
+        self.prepared = self.client.prepare(rows, train=True)
+        self.model, _ = self.client.fresh_model()
+
+    def epoch(self, seed):
+        """Train once on each volume."""
+        self.client.fit(self.model, self.prepared, seed)
+
+
+class Plain:
+    """A training loop as MONAI's tutorials write it."""
+
+    name = "plain MONAI loop"
+
+    def __init__(self, rows, device):
+        chain = [
+            LoadImaged(KEYS),
+            EnsureChannelFirstd(KEYS),
+            Orientationd(KEYS, axcodes="RAS", labels=None),
+            NormalizeIntensityd("image", channel_wise=True),
+            SpatialPadd(KEYS, PATCH),
+            RandCropByPosNegLabeld(KEYS, "label", PATCH, num_samples=1),
+        ]
+        data = CacheDataset(rows, Compose(chain), progress=False, num_workers=0)
+        self.batches = DataLoader(data, num_workers=0, batch_size=BATCH, shuffle=True)
+        self.device = torch.device(device)
+        self.model, self.loss = (
+            network().to(self.device),
+            DiceCELoss(to_onehot_y=True, softmax=True),
+        )
+
+    def epoch(self, seed):
+        """Train once on each volume."""
+        torch.manual_seed(seed)
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+        half = self.device.type == "cuda"
+        self.model.train()
+        for batch in self.batches:
+            images, labels = (batch[key].to(self.device) for key in KEYS)
+            optimizer.zero_grad()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                value = self.loss(self.model(images), labels)
+            value.backward()
+            optimizer.step()
+            value.item()
+
+
+def seconds(work, device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def compare(rows, device, epochs):
+    """Return what each takes to begin and for an epoch, epochs taking turns."""
+    made, start = {}, {}
+    for kind in (Ours, Plain):
+        start[kind.name] = seconds(
+            lambda kind=kind: made.update({kind: kind(rows, device)}), device
+        )
+    times = {kind: [] for kind in made}
+    for number in range(epochs + 1):
+        for kind in (Ours, Plain) if number % 2 else (Plain, Ours):
+            times[kind].append(seconds(partial(made[kind].epoch, number), device))
+    times = {kind: found[1:] for kind, found in times.items()}
+    ratios = [a / b for a, b in zip(times[Ours], times[Plain], strict=True)]
+    for kind in (Ours, Plain):
+        print(
+            f"{kind.name:<18} reading and preparing {start[kind.name]:6.2f} s   "
+            f"epoch {statistics.median(times[kind]):6.2f} s"
+        )
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    print(f"ratio of epochs: median {statistics.median(ratios):.3f} ({spread})")
+
+
+def memory(rows, device):
+    """Print the most memory of a process that reads, prepares and trains an epoch."""
+    for kind in ("Ours", "Plain", "private"):
+        task = json.dumps({"kind": kind, "rows": rows, "device": device})
+        command = [sys.executable, __file__, "--task", task]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        print(f"{kind:<18} peak memory {done.stdout.strip()}")
+
+
+def work(task):
+    """Do one task in a process of its own and print its peak memory."""
+    rows, device = task["rows"], task["device"]
+    with torch_environment(0, 1, torch.device(device)):
+        if task["kind"] == "private":
+            private_epoch(rows, device)
+        else:
+            run = {"Ours": Ours, "Plain": Plain}[task["kind"]](rows, device)
+            for number in range(task.get("epochs", 1)):
+                run.epoch(number)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = "process"
+    if device == "cuda":
+        peak, unit = torch.cuda.max_memory_reserved(), "GPU"
+    print(f"{peak / 2**30:.2f} GiB ({unit})")
+
+
+def private_epoch(rows, device):
+    """Train as many private steps as an epoch has; return what they took."""
+    from fedmed_flower.clients.training import train_privately
+    from fedmed_flower.privacy.accounting import Release
+    from fedmed_flower.privacy.patient import Mechanism, PrivacySettings
+
+    made = client(rows, device, privacy="patient")
+    prepared, (model, _) = made.prepare(rows, train=True), made.fresh_model()
+    steps, rate = -(-len(rows) // BATCH), BATCH / len(rows)
+    settings = PrivacySettings(privacy="patient")
+    mechanism = Mechanism(Release(rate, 1.0), steps, len(rows), settings)
+    optimizer = made.settings.make_optimizer(model)
+
+    def train():
+        train_privately(
+            model,
+            lambda places: made.batch_of(prepared, places),
+            [row["patient"] for row in rows],
+            made.loss_of,
+            optimizer,
+            mechanism,
+            made.settings.half_precision,
+        )
+
+    train()
+    return seconds(train, device)
+
+
+def share(rows, device, counts):
+    """Print what an epoch of each of several sites takes that train side by side."""
+    for count in counts:
+        task = json.dumps({"kind": "Ours", "rows": rows, "device": device, "epochs": 20})
+        command = [sys.executable, __file__, "--task", task]
+        began = time.perf_counter()
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
+        peaks = [process.communicate()[0].decode().strip() for process in running]
+        took = (time.perf_counter() - began) / count
+        print(f"{count} sites side by side: {took:.1f} s a site for 20 epochs; each {peaks[0]}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--volumes", type=int, default=48)
+    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--sites", type=int, nargs="+", default=[])
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.task:
+        work(json.loads(options.task))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows, source = volumes(folder, options.volumes)
+        device = options.device
+        print(f"{len(rows)} volumes ({source}), patches of {PATCH}, batch {BATCH}, {device}")
+        with torch_environment(0, 1, torch.device(device)):
+            compare(rows, device, options.epochs)
+            ours = Ours(rows, device)
+            ours.epoch(0)
+            plain = min(seconds(lambda: ours.epoch(1), device) for _ in range(2))
+            print(f"private epoch: {private_epoch(rows, device) / plain:.2f} times a plain one")
+        memory(rows, device)
+        share(rows, device, options.sites)
+
+
+if __name__ == "__main__":
+    main()

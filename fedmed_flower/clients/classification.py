@@ -1,0 +1,224 @@
+"""A client for classes of images, 2D and 3D."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedmed_flower.clients.caching import CachedRows
+from fedmed_flower.clients.imaging import ImagingClient
+from fedmed_flower.clients.training import predict
+from fedmed_flower.data.site import SiteData
+from fedmed_flower.errors import InputError
+from fedmed_flower.metrics import (
+    NOISED,
+    classification_metrics,
+    noised_counts,
+    noised_metrics,
+)
+from fedmed_flower.pictures import Picture, heatmap
+
+
+class ClassificationClient(ImagingClient):
+    """Trains a network that tells classes of images apart.
+
+    A subclass gives `num_classes`, `load_data` and, unless the run config names a network,
+    `build_model`. The network has `num_classes` outputs (cross entropy), or one output for two
+    classes (binary cross entropy). Rows are dicts:
+
+    - ``image``: an array of shape (*spatial) or (channels, *spatial), a file that MONAI reads, a
+      DICOM file or a folder with a DICOM series, or a list of files that are channels;
+    - ``label``: an integer from 0 to ``num_classes - 1``; for two classes, 1 is the finding;
+    - ``patient``: anything hashable.
+
+    Hooks
+    -----
+    transforms, intensity, random_transforms
+        As `ImagingClient` has them.
+    augment
+        Random changes of a training batch. The default makes none.
+    loss
+        Maps (outputs, labels) to a number.
+
+    Attributes
+    ----------
+    num_classes, spatial_dims, modality
+        As `ImagingClient` has them.
+    cam_layer : str
+        Name of the layer whose activation is shown in pictures (Grad-CAM); empty shows instead
+        by how much covering a part of the image lowers the score (occlusion sensitivity).
+    """
+
+    cam_layer: str = ""
+
+    def augment(self, images: Tensor) -> Tensor:
+        """Return a training batch with random changes; torch's generator is seeded beforehand.
+
+        Parameters
+        ----------
+        images : Tensor
+            (batch, channels, *spatial), on the device. What is done to a whole batch here takes a
+            fraction of the time that MONAI's random transforms take, one image after the other.
+        """
+        return images
+
+    def loss(self) -> nn.Module:
+        """Return the training loss: cross entropy, or its binary form for one output."""
+        return _CrossEntropy()
+
+    def describe(self, data: SiteData) -> dict[str, Any]:
+        """Return the number of training rows of each class."""
+        labels = [int(row["label"]) for row in data.train]
+        return {"labels": np.bincount(labels, minlength=self.num_classes).tolist()}
+
+    def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the training loss."""
+        value: Tensor = self._loss(model(batch["image"]), batch["label"])
+        return value
+
+    def _changed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"image": self.augment(batch["image"]), "label": batch["label"]}
+
+    @cached_property
+    def _loss(self) -> nn.Module:
+        return self.loss()
+
+    def measure(self, model: nn.Module, prepared: CachedRows) -> dict[str, Any]:
+        """Return ``loss`` and the figures and counts of `classification_metrics`."""
+        outputs, labels = self._predict(model, prepared)
+        loss = self._loss(torch.from_numpy(outputs), torch.from_numpy(labels))
+        return classification_metrics(labels, outputs) | {"loss": float(loss)}
+
+    def measure_privately(
+        self, model: nn.Module, prepared: CachedRows, patients: Sequence[Hashable], noise: float
+    ) -> dict[str, Any]:
+        """Return what follows from `noised_counts`, and those counts; no loss.
+
+        Each record goes through the model by itself, so that none can change another's score.
+        """
+        outputs, labels = self._predict(model, prepared, 1)
+        counts = noised_counts(labels, outputs, patients, noise)
+        return noised_metrics(counts) | {NOISED: counts}
+
+    def draw(self, model: nn.Module, prepared: CachedRows, count: int) -> list[Picture]:
+        """Return the first rows, and that of the highest loss, with what the score rests on."""
+        outputs, labels = self._predict(model, prepared)
+        rows = zip(torch.from_numpy(outputs), torch.from_numpy(labels), strict=True)
+        losses = [float(self._loss(output[None], label[None])) for output, label in rows]
+        worst = int(np.argmax(losses))
+        places = dict.fromkeys([*range(min(count, len(labels))), worst])
+        heat, spacing = self._heat(model), self.imaging.numbers("spacing", self.spatial_dims)
+        pictures = []
+        for number, place in enumerate(places, start=1):
+            image = self._rows(prepared, [place])["image"]
+            name = "the highest loss" if place == worst else f"case {number}"
+            guess = _share(outputs[place], int(labels[place]))
+            title = f"{name}: class {labels[place]}, given {guess:.0%}"
+            pictures.append(heatmap(image[0].cpu().numpy(), heat(image), title, spacing))
+        return pictures
+
+    def _heat(self, model: nn.Module) -> Callable[[Tensor], NDArray[np.float32]]:
+        """Return what shows where the score of an image's likeliest class comes from."""
+        from monai.visualize import GradCAM, OcclusionSensitivity
+
+        scores = _Scores(model)
+        if self.cam_layer:
+            names = [name for name, _ in model.named_modules() if name]
+            if self.cam_layer not in names:
+                near = difflib.get_close_matches(self.cam_layer, names, n=1) or names[-1:]
+                hint = f", such as {near[0]}" if near else ""
+                raise InputError(
+                    f"cam_layer must name a layer of the model{hint}, got {self.cam_layer!r}"
+                )
+            # MONAI's own postprocessing turns the largest value to 0.
+            grad_cam = GradCAM(scores, f"model.{self.cam_layer}", postprocessing=lambda map: map)
+            # Layers before the first that is trained get a gradient only with the image.
+            return lambda image: _values(grad_cam(image.clone().requires_grad_())[0, 0])
+        parts, at_a_time = (7, 16) if self.spatial_dims == 2 else (4, 2)
+
+        def without(image: Tensor) -> NDArray[np.float32]:
+            best = int(scores(image)[0].argmax())
+            cover = OcclusionSensitivity(
+                scores,
+                mask_size=[min(side, max(2, side // parts)) for side in image.shape[2:]],
+                n_batch=at_a_time,
+                verbose=False,
+                overlap=0.5,
+                activate=False,
+            )
+            with warnings.catch_warnings():
+                # Of how MONAI indexes.
+                warnings.simplefilter("ignore", UserWarning)
+                covered = cover(image)[0][0, best]
+            return _values(scores(image)[0, best] - covered)
+
+        return without
+
+    def _predict(
+        self, model: nn.Module, prepared: CachedRows, batch_size: int = 0
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return outputs and labels; volumes one batch at a time, pictures in larger ones."""
+        model.eval()
+        usual = max(self.settings.batch_size, 64) if self.spatial_dims == 2 else 1
+        size, labels = batch_size or usual, list[Tensor]()
+
+        def batches() -> Any:
+            for start in range(0, len(prepared), size):
+                batch = self._rows(prepared, range(start, min(start + size, len(prepared))))
+                labels.append(batch["label"].cpu())
+                yield {"image": batch["image"]}
+
+        outputs = predict(
+            lambda batch: model(batch["image"]), batches(), self.settings.half_precision
+        )
+        return outputs, torch.cat(labels).numpy().astype(np.int64)
+
+
+class _CrossEntropy(nn.Module):
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean over the batch."""
+        if outputs.shape[1] == 1:
+            return nn.functional.binary_cross_entropy_with_logits(
+                outputs[:, 0], labels.to(outputs.dtype)
+            )
+        return nn.functional.cross_entropy(outputs, labels)
+
+
+class _Scores(nn.Module):
+    """Gives the log-odds of each class against the rest, also where the model has one output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return (batch, classes)."""
+        outputs: Tensor = self.model(images)
+        if outputs.shape[1] == 1:
+            return torch.cat([-outputs, outputs], dim=1)
+        rest = [
+            torch.cat([outputs[:, :c], outputs[:, c + 1 :]], dim=1).logsumexp(dim=1)
+            for c in range(outputs.shape[1])
+        ]
+        return outputs - torch.stack(rest, dim=1)
+
+
+def _values(map: Tensor) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = map.detach().float().cpu().numpy()
+    return values
+
+
+def _share(outputs: NDArray[np.float32], label: int) -> float:
+    """Return the probability that the network gives a class."""
+    if len(outputs) == 1:
+        outputs = np.asarray([0.0, outputs[0]], np.float32)
+    shares = np.exp(outputs - outputs.max())
+    return float(shares[label] / shares.sum())

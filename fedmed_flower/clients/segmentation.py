@@ -1,0 +1,323 @@
+"""A client for outlining structures in images, 2D and 3D."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.inferers import sliding_window_inference
+from monai.losses import DiceCELoss
+from monai.transforms import (
+    Compose,
+    DivisiblePadd,
+    Invertd,
+    RandCropByPosNegLabeld,
+    SpatialPadd,
+    Transform,
+)
+from nibabel.orientations import apply_orientation, io_orientation
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedmed_flower.clients.caching import CachedRows, tracking
+from fedmed_flower.clients.imaging import ImagingClient, plain
+from fedmed_flower.clients.training import Parts
+from fedmed_flower.data.images import read_image, read_label, spacing_of
+from fedmed_flower.data.site import Row, SiteData
+from fedmed_flower.errors import InputError
+from fedmed_flower.overlap import (
+    DICE,
+    NOISED_DICE,
+    WORST,
+    dice_of,
+    mask_scores,
+    noised_dice,
+    patient_dice,
+    site_scores,
+)
+from fedmed_flower.pictures import Picture, outlined
+
+# A class of this name would have the same key as the worst patient.
+_WORST_CLASS = WORST.removeprefix(f"{DICE}-")
+# Whole images are padded to a multiple of this: networks halve them several times.
+_DIVISOR = 16
+
+
+class SegmentationClient(ImagingClient):
+    """Trains a network that outlines structures.
+
+    A subclass gives `classes`, `load_data` and, unless the run config names a network,
+    `build_model`, which returns a network with one output channel for the background and one for
+    each class. Rows are dicts:
+
+    - ``image``: as for `ClassificationClient`;
+    - ``label``: a mask of the same shape and place, with 0 for the background and a number from 1
+      on for each class (or `label_values`): an array or a file;
+    - ``patient``: anything hashable.
+
+    What is measured is measured on each mask's own grid: what the network gives is brought back to
+    it.
+
+    Hooks
+    -----
+    transforms, intensity, random_transforms
+        As `ImagingClient` has them, with ``label`` beside ``image``.
+    to_size
+        How a training patch is cut out; one a patient and step.
+    augment
+        Random changes of a training batch. The default makes none.
+    loss
+        Maps (outputs, one-hot truth) to a number; the default is Dice plus cross entropy of each
+        patient.
+    postprocess
+        Changes the mask that the network gives. The default leaves it.
+
+    Attributes
+    ----------
+    classes : sequence of str
+        Names of the classes 1, 2, ...
+    surface_tolerance : float
+        Millimetres within which an outline is right, for surface Dice.
+    overlap : float
+        Part of a patch that two neighbouring ones share in inference; in [0, 1).
+    """
+
+    classes: Sequence[str]
+    surface_tolerance: float = 1.0
+    overlap: float = 0.25
+    _keys = ("image", "label")
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]
+        """How many classes there are with the background."""
+        return 1 + len(self.classes)
+
+    def transforms(self, train: bool) -> Sequence[Callable[[Any], Any]]:
+        """Return the transforms of a row.
+
+        In evaluation ``label`` stays as it was read, and what changes the place of ``image`` must
+        be one of MONAI's invertible transforms.
+        """
+        if train:
+            return super().transforms(train)
+        return [self._load(train), *self.to_grid(["image"]), *self.intensity()]
+
+    def to_size(self, train: bool) -> list[Callable[[Any], Any]]:
+        """Return the transforms that cut a training patch: one a patient, half on a structure."""
+        if not self.patch_size:
+            return [DivisiblePadd(self._keys, _DIVISOR)]
+        size = self.patch_size
+        return [
+            SpatialPadd(self._keys, size),
+            RandCropByPosNegLabeld(self._keys, "label", size, num_samples=1),
+        ]
+
+    def _load(self, train: bool) -> Callable[[Any], Any]:
+        return LoadPair(self.spatial_dims, self.num_classes, self.label_values, train)
+
+    def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a training batch with random changes; torch's generator is seeded beforehand.
+
+        Parameters
+        ----------
+        images : Tensor
+            (batch, channels, *spatial), on the device.
+        labels : Tensor
+            (batch, 1, *spatial), uint8.
+        """
+        return images, labels
+
+    def loss(self) -> nn.Module:
+        """Return the training loss: Dice of each patient plus cross entropy."""
+        loss: nn.Module = DiceCELoss(softmax=True)
+        return loss
+
+    def postprocess(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the mask (*spatial) that counts, such as its largest connected part."""
+        return mask
+
+    def check(self, data: SiteData) -> None:
+        """Raise `InputError` where a setting or an attribute is out of its range."""
+        super().check(data)
+        names = self.classes
+        sound = not isinstance(names, str) and 0 < len(names) == len({*names, _WORST_CLASS}) - 1
+        if not sound:
+            raise InputError(
+                f"classes must be a tuple of one or more different names, none of them "
+                f"{_WORST_CLASS!r}, got {names!r}"
+            )
+        if not 0 <= self.overlap < 1:
+            raise InputError(f"overlap must be at least 0 and below 1, got {self.overlap}")
+        if not 0 <= self.surface_tolerance < math.inf:
+            raise InputError(
+                f"surface_tolerance must be at least 0 and finite, got {self.surface_tolerance}"
+            )
+
+    def describe(self, data: SiteData) -> dict[str, Any]:
+        """Return nothing: to count voxels, all masks would have to be read."""
+        return {}
+
+    def prepare(self, rows: Sequence[Row], train: bool) -> CachedRows:
+        """Return the rows after their transforms; for evaluation with what undoes them."""
+        if train:
+            return super().prepare(rows, train)
+        return self._cached(rows, self.transforms(train))
+
+    def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the training loss."""
+        outputs = self._first(model(batch["image"]))
+        numbers = torch.arange(self.num_classes, device=outputs.device)
+        truth = batch["label"] == numbers.view(1, -1, *[1] * self.spatial_dims)
+        if outputs.shape[2:] != truth.shape[2:]:
+            raise InputError(
+                f"the network gives a mask of shape {tuple(outputs.shape[2:])} for an image of "
+                f"shape {tuple(truth.shape[2:])}: they must be the same"
+            )
+        value: Tensor = self._loss(outputs.float(), truth.float())
+        return value
+
+    @cached_property
+    def _loss(self) -> nn.Module:
+        return self.loss()
+
+    def _first(self, outputs: Any) -> Tensor:
+        """Return the output that counts, of the networks that return several in training."""
+        found: Tensor = outputs[0] if isinstance(outputs, list | tuple) else outputs
+        # Deep supervision as in DynUNet: (batch, outputs, channels, *spatial).
+        found = found[:, 0] if found.ndim == self.spatial_dims + 3 else found
+        if found.shape[1] != self.num_classes:
+            raise InputError(
+                f"the network has {found.shape[1]} output channels: {self.num_classes} are "
+                f"needed, one for the background and one for each of {', '.join(self.classes)}"
+            )
+        return found
+
+    def _labels(self, rows: Sequence[Row]) -> Tensor:
+        return torch.stack([row["label"] for row in rows])
+
+    def _changed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        images, labels = self.augment(batch["image"], batch["label"])
+        return {"image": images, "label": labels}
+
+    def measure(self, model: nn.Module, prepared: CachedRows) -> dict[str, Any]:
+        """Return the figures of `site_scores`."""
+        return site_scores([scores for _, _, scores in self._outlines(model, prepared)])
+
+    def measure_privately(
+        self, model: nn.Module, prepared: CachedRows, patients: Sequence[Hashable], noise: float
+    ) -> dict[str, Any]:
+        """Return the mean Dice that follows from `noised_dice`, and those sums."""
+        found = [scores for _, _, scores in self._outlines(model, prepared)]
+        sums = noised_dice(found, patients, noise)
+        return dice_of(sums, self.classes) | {NOISED_DICE: sums}
+
+    def draw(self, model: nn.Module, prepared: CachedRows, count: int) -> list[Picture]:
+        """Return the first rows, and the one with the lowest Dice, with truth and prediction."""
+        shown: list[tuple[Row, NDArray[np.uint8], float]] = []
+        worst: tuple[Row, NDArray[np.uint8], float] | None = None
+        for row, mask, scores in self._outlines(model, prepared):
+            one = (row, mask, patient_dice(scores))
+            if len(shown) < count:
+                shown.append(one)
+            if worst is None or one[2] < worst[2]:
+                worst = one
+        if worst is not None:
+            shown = [one for one in shown if one is not worst] + [worst]
+        pictures = []
+        for number, (row, mask, dice) in enumerate(shown, start=1):
+            name = "the lowest Dice" if number == len(shown) else f"case {number}"
+            image, spacing = read_image(row["source"], self.spatial_dims), row["spacing"]
+            layers = [plain(image)[0].numpy(), row["label"], mask]
+            if self.spatial_dims == 3:
+                # Drawn as a radiologist sees it, however the file lies.
+                turn: NDArray[Any] = io_orientation(image.affine.numpy())  # type: ignore[no-untyped-call]
+                layers = [apply_orientation(layer, turn) for layer in layers]  # type: ignore[no-untyped-call]
+                spacing = [spacing[axis] for axis in np.argsort(turn[:, 0])]
+            title, classes = f"{name}: Dice {dice:.2f}", tuple(self.classes)
+            first, truth, guess = layers
+            pictures.append(outlined(first[None], truth, guess, classes, title, spacing))
+        return pictures
+
+    def _outlines(
+        self, model: nn.Module, prepared: CachedRows
+    ) -> Iterator[tuple[Row, NDArray[np.uint8], dict[str, float]]]:
+        """Outline one row after the other, on its own grid, and compare with its mask."""
+        model.eval()
+        for place in range(len(prepared)):
+            row = prepared[place]
+            mask = self.postprocess(self._outline(model, row, prepared.transform))
+            truth, spacing = row["label"], row["spacing"]
+            if mask.shape != truth.shape:
+                raise InputError(
+                    f"the network's mask has shape {mask.shape}, the label {truth.shape}: what "
+                    "transforms change of an image's place must be invertible, and postprocess "
+                    "must keep the shape"
+                )
+            yield row, mask, mask_scores(truth, mask, self.classes, spacing, self.surface_tolerance)
+
+    @torch.no_grad()
+    def _outline(self, model: nn.Module, row: Row, chain: Compose) -> NDArray[np.uint8]:
+        image, device = row["image"], self.settings.torch_device()
+        sides = tuple(image.shape[1:])
+        roi = self.patch_size or tuple(-(-side // _DIVISOR) * _DIVISOR for side in sides)
+        parts = Parts()
+
+        def forward(windows: Tensor) -> Tensor:
+            def one(part: Mapping[str, Tensor], _: float) -> Tensor:
+                with torch.autocast(device.type, torch.bfloat16, self.settings.half_precision):
+                    return self._first(model(part["image"])).float()
+
+            return torch.cat(parts.run({"image": windows}, one))
+
+        outputs = sliding_window_inference(
+            plain(image)[None].to(device),
+            roi,
+            4,
+            forward,
+            overlap=self.overlap,
+            mode="gaussian",
+        )
+        shares = outputs[0].softmax(dim=0).cpu()
+        if isinstance(image, MetaTensor) and image.applied_operations:
+            invert = Invertd("shares", chain, orig_keys="image", nearest_interp=False)
+            with tracking(True):
+                shares = invert({"image": image, "shares": MetaTensor(shares)})["shares"]
+        mask: NDArray[np.uint8] = plain(shares).argmax(dim=0).to(torch.uint8).numpy()
+        return mask
+
+
+class LoadPair(Transform):  # type: ignore[misc]
+    """Read a row's ``image`` and ``label``.
+
+    For evaluation the mask is an array (*spatial) that no transform moves, and two entries come
+    with it: ``spacing`` (millimetres), and ``source``, what the image was read from.
+
+    Parameters
+    ----------
+    spatial_dims, num_classes, label_values
+        As `read_label` takes them.
+    train : bool
+    """
+
+    def __init__(
+        self, spatial_dims: int, num_classes: int, label_values: Sequence[int], train: bool
+    ) -> None:
+        self.how, self.train = (spatial_dims, num_classes, label_values), train
+
+    def __call__(self, row: Row) -> dict[str, Any]:
+        """Return the row with image and mask loaded; an error names the patient."""
+        try:
+            image = read_image(row["image"], self.how[0])
+            # An array or a picture has no place of its own: it lies where the image does.
+            mask = read_label(row["label"], *self.how, image)
+        except InputError as error:
+            raise InputError(f"patient {row['patient']}: {error}") from error
+        if self.train:
+            return {**row, "image": image, "label": mask}
+        more = {"spacing": spacing_of(image), "source": row["image"]}
+        return {**row, "image": image, "label": plain(mask)[0].numpy(), **more}

@@ -1,0 +1,168 @@
+"""How a site trains, and what is around it: settings, seeds, device, threads."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedmed_flower.config import Section
+from fedmed_flower.errors import InputError
+
+_DEVICES = ("auto", "cpu", "cuda")
+_OPTIMIZERS = ("adam", "sgd")
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """How a site trains, from the run config (``local-epochs`` there is `local_epochs` here).
+
+    Attributes
+    ----------
+    local_epochs : int
+        Passes over the site's training rows in a round; at least 1.
+    batch_size : int
+        Rows in a step; at least 1.
+    learning_rate : float
+        Above 0.
+    weight_decay : float
+        At least 0; 0 adds no penalty.
+    optimizer : {"adam", "sgd"}
+        Made anew in each round.
+    momentum : float
+        For ``sgd``; in [0, 1).
+    schedule : {"constant", "cosine"}
+        How the learning rate goes over the rounds: ``cosine`` brings it down from `learning_rate`
+        in the first round towards 0 after the last of ``num-server-rounds``. A run that is resumed
+        for more rounds takes, from there on, the rates of so many.
+    seed : int
+        At least 0. Together with site, round and purpose it decides everything random at a site
+        that does not protect privacy.
+    device : {"auto", "cpu", "cuda"}
+        ``auto`` takes a GPU where there is one. A number may follow: ``cuda:1``.
+    mixed_precision : bool
+        bfloat16 where the device is a GPU; no effect on a CPU.
+    channels_last : bool
+        Keep images and weights with their channels last where the device is a GPU; no effect on a
+        CPU.
+    torch_threads : int
+        0 means 1 in a simulation, where sites share the machine, and torch's own choice elsewhere.
+    num_server_rounds : int
+        How many rounds `schedule` is planned for; at least 0. ``cosine`` needs at least 1.
+    """
+
+    local_epochs: int = 1
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    optimizer: str = "adam"
+    momentum: float = 0.0
+    schedule: str = "constant"
+    seed: int = 0
+    device: str = "auto"
+    mixed_precision: bool = True
+    channels_last: bool = True
+    torch_threads: int = 0
+    num_server_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        self.require_at_least(1, "local_epochs", "batch_size")
+        self.require_at_least(0, "seed", "torch_threads", "num_server_rounds")
+        penalty = 0 <= self.weight_decay < math.inf
+        self.require("weight_decay", penalty, "at least 0 and finite")
+        self.require_positive("learning_rate")
+        self.require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        self.require("optimizer", self.optimizer in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}")
+        schedules = ("constant", "cosine")
+        self.require("schedule", self.schedule in schedules, f"one of {', '.join(schedules)}")
+        if self.schedule == "cosine" and not self.num_server_rounds:
+            raise InputError("schedule=cosine needs num-server-rounds in the run config")
+        known = self.device in _DEVICES or re.fullmatch(r"cuda:\d+", self.device) is not None
+        self.require("device", known, f"one of {', '.join(_DEVICES)}")
+
+    def torch_device(self) -> torch.device:
+        """Return the device to train on.
+
+        Raises
+        ------
+        InputError
+            Where a GPU is asked for that is not there.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(
+                f"device is {self.device}, but torch sees no GPU here: set device to auto or cpu"
+            )
+        return torch.device(self.device)
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether models run in bfloat16."""
+        return self.mixed_precision and self.torch_device().type == "cuda"
+
+    def progress(self, server_round: int) -> float:
+        """Return which part of the run's rounds is done before this one, the first being 1."""
+        rounds = max(1, self.num_server_rounds)
+        return min(max(0, server_round - 1), rounds - 1) / rounds
+
+    def make_optimizer(self, model: nn.Module, progress: float = 0.0) -> torch.optim.Optimizer:
+        """Return the optimizer over the model's trainable parameters.
+
+        Parameters
+        ----------
+        model : Module
+        progress : float
+            Which part of the run's rounds is done, for `schedule`; in [0, 1).
+        """
+        parameters, rate = [p for p in model.parameters() if p.requires_grad], self.learning_rate
+        if self.schedule == "cosine":
+            rate *= (1 + math.cos(math.pi * progress)) / 2
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=rate, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a seed that depends on all parts, such as seed, site, round and purpose."""
+    text = "/".join(str(part).replace("/", "//") for part in parts)
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+@contextmanager
+def torch_environment(seed: int, threads: int, device: torch.device) -> Iterator[None]:
+    """Seed torch and set its threads, and put both back as they were.
+
+    Parameters
+    ----------
+    seed : int
+        For torch's global generators.
+    threads : int
+        0 leaves the number of threads as it is.
+    device : torch.device
+        Its generator is put back too.
+    """
+    before = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        if threads:
+            torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def arranged(values: Tensor) -> Tensor:
+    """Return images, or the weights of a convolution, with their channels last in memory."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(values.ndim)
+    return values if layout is None else values.contiguous(memory_format=layout)
