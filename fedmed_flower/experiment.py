@@ -138,6 +138,7 @@ def federate(
     pattern = with_type_of("", context.run_config.get("trainable", ""), "trainable")
     travelling = Travelling(model, pattern)
     initial, frozen = ArrayRecord(travelling.state(model)), travelling.digest(model)
+    whole = ArrayRecord(model.state_dict()) if frozen else ArrayRecord()
     strategy.folder, strategy.resume, strategy.seed = folder, plan.resume, plan.seed
     find_checkpoint(strategy, initial)
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
@@ -149,7 +150,7 @@ def federate(
     about = {"app": _app_name(grid), "strategy": type(strategy).__name__, "sites": sites.asked}
     _write_config(folder, plan, context.run_config, sites, about | {"key": key})
     experiment = _Experiment(
-        strategy, grid, plan, folder, initial, sites, context.run_config, key, frozen
+        strategy, grid, plan, folder, initial, sites, context.run_config, key, frozen, whole
     )
     return experiment.run()
 
@@ -165,6 +166,7 @@ class _Experiment:
     run_config: UserConfig
     key: str
     frozen: str
+    whole: ArrayRecord
     test: dict[str, Any] = field(default_factory=dict)
     pictures: list[dict[str, str]] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -186,6 +188,8 @@ class _Experiment:
                 )
                 if not result.train_metrics_clientapp:
                     raise RunFailedError(self._why_nothing_succeeded())
+                if self.frozen:  # Until now the file held what travels alone.
+                    folder.write_model(ArrayRecord({**self.whole, **result.arrays}))
                 table = strategy.test(
                     self.grid, result.arrays, self._config(), timeout=plan.round_timeout
                 )

@@ -80,6 +80,11 @@ def mask_scores(
     return scores
 
 
+def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each figure."""
+    return {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}
+
+
 def site_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the means over a site's patients, overall and for each class, and the worst patient.
 
@@ -94,7 +99,7 @@ def site_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
         ``num-examples``, ``dice``, ``hd95``, ``surface-dice`` (means over classes and patients),
         ``dice-worst`` (the lowest mean over classes of a patient), and each class's means.
     """
-    means = {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}
+    means = mean_scores(scores)
     overall = {
         kind: float(
             np.mean([value for name, value in means.items() if name.startswith(f"{kind}-")])

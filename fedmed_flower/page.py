@@ -78,8 +78,9 @@ it.</p>"""
 EMBEDDED = "; img-src data:"
 LEAVES = """<h2>What left each hospital</h2><p>{} After each round a
 hospital sends its model’s weights, its number of images per split (training, validation, test), {}.
-Before, it told its name and its data’s name (of public data with a checksum); of an error it tells
-the class, and why it declined a round.</p>"""
+Before, it told how many images it turned away (not in a private run), its name and its data’s name
+(of public data with a checksum). Of an error it tells the class, and why it declined a round.
+</p>"""
 NO_PICTURE = "No image and no patient record."
 PICTURES = """No patient record, and of images only the pictures of test cases above with their
 titles; each shows one patient, and no bound on privacy covers them."""

@@ -60,8 +60,9 @@ def outlined(
         shown as a radiologist sees it: anterior up, the patient's right on the left. The first
         channel is drawn, between the 1st and 99th percentile of the slice.
     truth, guess : integer array of shape (*spatial), or None
-        0 is the background. Of a volume the slice along the last axis is shown in which the two
-        together cover most, the middle one where they cover nothing.
+        0 is the background. Of a volume the slice along the last axis is shown in which the truth
+        covers most; where it covers nothing, or is None, the guess; else the middle one. (Else
+        whoever makes the model could choose the slice.)
     classes : sequence of str
         Names of the classes 1, 2, ...
     title : str
@@ -84,9 +85,8 @@ def outlined(
         for name, mask in (("truth", truth), ("guess", guess))
         if mask is not None
     }
-    covered = np.zeros(pixels.shape, bool)
-    for mask in masks.values():
-        covered |= mask > 0
+    covering = [mask > 0 for mask in masks.values() if mask.any()]
+    covered = covering[0] if covering else np.zeros(pixels.shape, bool)
     place = _fullest(covered)
     figure, axes = _canvas(pixels, place, _spaces(spacing, pixels.ndim))
     keys: list[tuple[str, Any, float, str]] = []
@@ -159,7 +159,7 @@ def sound(png: bytes) -> str | None:
     if not png.startswith(_START):
         return "it is no PNG"
     packed, kinds, at = b"", list[bytes](), len(_START)
-    while at < len(png) and b"IEND" not in kinds:
+    while at < len(png) and kinds[-1:] != [b"IEND"]:
         length, kind = struct.unpack(">I4s", png[at : at + 8].ljust(8, b"\0"))
         content, check = png[at + 8 : at + 8 + length], png[at + 8 + length : at + 12 + length]
         if len(check) != 4 or struct.unpack(">I", check)[0] != zlib.crc32(kind + content):

@@ -57,6 +57,12 @@ class Travelling:
         for prefix, layer in model.named_modules():
             own = [name for name, _ in layer.named_parameters(prefix, recurse=False)]
             own += [name for name, _ in layer.named_buffers(prefix, recurse=False)]
+            buffers = {name for name, _ in layer.named_buffers(prefix, recurse=False)}
+            if any(map(travels, own)) and (left := sorted(n for n in buffers if not travels(n))):
+                raise InputError(
+                    f"trainable matches a part of the layer {prefix} and not {left[0]}, which it "
+                    f"changes in training: match all of it or nothing, got {trainable!r}"
+                )
             if own and not any(map(travels, own)):
                 layer.training = False
                 layer.train = _Evaluating(layer)

@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -22,18 +21,6 @@ from fedmed_flower.data.site import GENERATED
 from fedmed_flower.experiment import Plan
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _alone():
-    """Let each app find its own modules: all examples name theirs alike."""
-    path, names = list(sys.path), ("client_app", "server_app")
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    yield
-    sys.path[:] = path
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
 
 
 def run(*arguments):

@@ -84,17 +84,20 @@ def test_each_class_has_its_colour_and_its_name():
     assert not near(one, FIRST).any()
 
 
-def test_slice_is_the_one_that_both_masks_together_cover_most():
+def test_slice_is_the_one_that_the_truth_covers_most_whatever_the_guess():
     truth, guess = np.zeros((8, 8, 4), int), np.zeros((8, 8, 4), int)
-    truth[1, 1:4, 1] = 1
-    truth[1, 1:3, 2] = 1
-    guess[2, 1:3, 2] = 1
-    truth[1, 1:4, 3] = guess[1, 1:4, 3] = 1
-    # 3 voxels in slice 1, 2 + 2 in slice 2, twice the same 3 in slice 3.
+    truth[1, 1:3, 1] = 1
+    truth[1, 1:4, 2] = 1
+    guess[2, 0:6, 3] = 1
+    # 2 voxels in slice 1, 3 in slice 2; the guess has 6 in slice 3.
     image = marked_slices()
     image[0, :, :, 2] *= 1 - truth[:, :, 2]
-    picture = outlined(image, truth, guess, ["organ"], "")
-    assert bright_quadrant(picture) == (0, 1)
+    assert bright_quadrant(outlined(image, truth, guess, ["organ"], "")) == (0, 1)
+    # Without a truth the guess decides.
+    nothing = np.zeros_like(truth)
+    last = outlined(marked_slices(), None, guess, ["organ"], "").png
+    assert outlined(marked_slices(), nothing, guess, ["organ"], "").png != last
+    assert bright_quadrant(outlined(marked_slices(), nothing, guess, ["organ"], "")) == (0, 0)
 
 
 def test_volumes_are_shown_with_anterior_up_and_the_patients_right_on_the_left():

@@ -81,8 +81,8 @@ def test_without_a_pattern_everything_travels_and_nothing_is_changed(model):
         ("decoder.*", DECODER),
         ("*decoder*", DECODER),
         (" decoder.0.* ,encoder.1.*", ENCODER[2:] + DECODER[:2]),
-        ("*.bias", [name for name in ENCODER + DECODER if name.endswith("bias")]),
-        ("*.[01].weight", [name for name in ENCODER + DECODER if name.endswith("weight")]),
+        ("*.0.bias", [name for name in ENCODER + DECODER if name.endswith("0.bias")]),
+        ("*.[0].weight", [name for name in ENCODER + DECODER if name.endswith("0.weight")]),
         ("*", ENCODER + DECODER),
     ],
 )
@@ -92,6 +92,15 @@ def test_what_matches_travels_and_is_trained_and_the_rest_is_frozen(model, train
     assert list(travelling.state(model)) == names
     wanted = {name: name in names for name, _ in model.named_parameters()}
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+
+
+def test_a_layer_that_learns_and_keeps_what_does_not_travel_is_refused(model):
+    text = (
+        "trainable matches a part of the layer encoder.1 and not encoder.1.num_batches_tracked, "
+        "which it changes in training: match all of it or nothing, got '*.bias'"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        Travelling(model, "*.bias")
 
 
 def test_a_dot_before_the_name_is_all_that_is_added():

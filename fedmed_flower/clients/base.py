@@ -28,7 +28,7 @@ from fedmed_flower.clients.protecting import (
 )
 from fedmed_flower.clients.settings import Settings, arranged, derive_seed, torch_environment
 from fedmed_flower.clients.training import probe_places, train_epochs
-from fedmed_flower.data.site import FROZEN, SPLITS, Row, Site, SiteData
+from fedmed_flower.data.site import FROZEN, SPLITS, Row, Site, SiteData, require_patients
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import EPSILON
 from fedmed_flower.pictures import Picture
@@ -101,9 +101,7 @@ class MedicalClient(ABC):
         self.context = context
         self.settings = Settings.from_run_config(context.run_config)
         self.privacy = PrivacySettings.from_run_config(context.run_config)
-        # A bundle lies where the hospital has put it.
-        own = {key: context.node_config[key] for key in ("bundle",) if key in context.node_config}
-        self.models = ModelSettings.from_run_config({**context.run_config, **own})
+        self.models = ModelSettings.of_site(context)
         self.proximal_mu, self.progress = 0.0, 0.0
 
     @cached_property
@@ -242,7 +240,7 @@ class MedicalClient(ABC):
             metrics = {name: metrics[name] for name in metrics if name == EPSILON}
         else:
             metrics["seconds"] = time.perf_counter() - began
-        metrics["num-examples"] = len(data.train)
+        metrics["num-examples"] = self._count(data, "train")
         state = ArrayRecord(travelling.state(model))
         return RecordDict({arrays_key: state, "metrics": MetricRecord(metrics)})
 
@@ -266,12 +264,27 @@ class MedicalClient(ABC):
     def _describe(self, message: Message) -> RecordDict:
         self.settings.torch_device()
         data, _ = self._prepared(None, pooled=False)
-        counts: dict[str, Any] = {split: len(getattr(data, split)) for split in SPLITS}
-        before = sum(len(getattr(self.data(), split)) for split in SPLITS)
-        counts["turned-away"] = before - sum(counts.values())
+        counts: dict[str, Any] = {split: self._count(data, split) for split in SPLITS}
+        counts["num-examples"] = counts["train"]
+        if not self._secret_content:
+            loaded = self.data()
+            screened = sum(len(getattr(loaded, s)) - len(getattr(data, s)) for s in SPLITS)
+            counts["turned-away"] = loaded.turned_away + screened
         if self.site.simulated:
             counts |= self.describe(data)
-        return RecordDict({"metrics": MetricRecord({"num-examples": len(data.train)} | counts)})
+        return RecordDict({"metrics": MetricRecord(counts)})
+
+    @property
+    def _secret_content(self) -> bool:
+        """Whether nothing may leave that depends on what is in a patient's files, noise apart."""
+        return self.privacy.on or private_metrics(self)
+
+    def _count(self, data: SiteData, split: str) -> int:
+        """Return the number of rows that the server is told: those that could be used.
+
+        Where what is in a file must not show, all that were loaded.
+        """
+        return len(getattr(self.data() if self._secret_content else data, split))
 
     def _pictures(self, message: Message) -> RecordDict:
         """Draw test rows; the pictures leave only where the hospital lets them."""
@@ -325,7 +338,7 @@ class MedicalClient(ABC):
             data = self._load_pooled() if pooled else self.load_data(self.site)
             if not data.train:
                 raise InputError("there are no training rows")
-            _check_patients(data)
+            require_patients(data)
             self.check(data)
             self._kept[key] = data
         loaded: SiteData = self._kept[key]
@@ -379,19 +392,3 @@ def _name(client: MedicalClient) -> str:
 
 def _config(message: Message) -> ConfigRecord:
     return next(iter(message.content.config_records.values()), ConfigRecord())
-
-
-def _check_patients(data: SiteData) -> None:
-    seen: dict[Any, str] = {}
-    for split in SPLITS:
-        for number, row in enumerate(getattr(data, split)):
-            if "patient" not in row:
-                raise InputError(f"row {number} of the {split} split has no patient")
-            patient = row["patient"]
-            # A number is one patient, whichever of NumPy's or torch's types it has.
-            patient = patient.item() if hasattr(patient, "item") else patient
-            if seen.setdefault(patient, split) != split:
-                raise InputError(
-                    f"patient {patient} is in the splits {seen[patient]} and {split}: each patient "
-                    "must be in one"
-                )

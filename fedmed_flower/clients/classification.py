@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nibabel.orientations import apply_orientation, axcodes2ornt
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -115,14 +116,21 @@ class ClassificationClient(ImagingClient):
         losses = [float(self._loss(output[None], label[None])) for output, label in rows]
         worst = int(np.argmax(losses))
         places = dict.fromkeys([*range(min(count, len(labels))), worst])
-        heat, spacing = self._heat(model), self.imaging.numbers("spacing", self.spatial_dims)
+        heat, sides = self._heat(model), self.imaging.numbers("spacing", self.spatial_dims)
         pictures = []
         for number, place in enumerate(places, start=1):
+            spacing: Sequence[float] = sides
             image = self._rows(prepared, [place])["image"]
             name = "the highest loss" if place == worst else f"case {number}"
             guess = _share(outputs[place], int(labels[place]))
             title = f"{name}: class {labels[place]}, given {guess:.0%}"
-            pictures.append(heatmap(image[0].cpu().numpy(), heat(image), title, spacing))
+            layers = [image[0, 0].cpu().numpy(), heat(image)]
+            if self.spatial_dims == 3 and (axes := self.imaging.orientation):
+                # Drawn as a radiologist sees it.
+                turn: NDArray[Any] = axcodes2ornt(axes)  # type: ignore[no-untyped-call]
+                layers = [apply_orientation(layer, turn) for layer in layers]  # type: ignore[no-untyped-call]
+                spacing = [spacing[axis] for axis in np.argsort(turn[:, 0])] if spacing else ()
+            pictures.append(heatmap(layers[0][None], layers[1], title, spacing))
         return pictures
 
     def _heat(self, model: nn.Module) -> Callable[[Tensor], NDArray[np.float32]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -129,6 +130,9 @@ class ImagingClient(MedicalClient):
         Lowest and highest Hounsfield unit that is told apart.
     label_values : sequence of int
         What stands in masks for class 0, 1, ...; empty where it is the class number.
+    empty_masks : bool
+        Keep images whose mask holds the background alone, such as those of healthy patients; else
+        they are turned away.
     """
 
     spatial_dims: int = 2
@@ -136,6 +140,7 @@ class ImagingClient(MedicalClient):
     modality: str = ""
     ct_window: tuple[float, float] = (-160.0, 240.0)
     label_values: Sequence[int] = ()
+    empty_masks: bool = False
     # The entries of a row that are images.
     _keys: tuple[str, ...] = ("image",)
 
@@ -216,12 +221,17 @@ class ImagingClient(MedicalClient):
             Where no training row is left.
         """
         kept, problems = [], []
-        for row in rows:
-            found = check_row(row, self.spatial_dims, self.num_classes, self.label_values)
+        how = (self.spatial_dims, self.num_classes, self.label_values, self.empty_masks)
+        findings = [check_row(row, *how) for row in rows]
+        channels = Counter(found.shape[0] for found in findings if found.problem is None)
+        usual = max(channels, key=lambda count: channels[count], default=0)
+        for row, found in zip(rows, findings, strict=True):
             problem = found.problem
             if problem is None and isinstance(found.label, tuple) != ("label" in self._keys):
                 wanted = "a mask" if "label" in self._keys else "a class number"
                 problem = f"its label is not {wanted}, which {type(self).__name__} asks for"
+            if problem is None and found.shape[0] != usual:
+                problem = f"{found.image} has {found.shape[0]} channels, most images have {usual}"
             if problem is None:
                 kept.append(row)
             else:

@@ -14,12 +14,16 @@ from flwr.app import ConfigRecord, Context
 
 from fedmed_flower.config import with_type_of
 from fedmed_flower.data.site import LEDGER_DIR, RUN_KEY, SPLITS, Site, SiteData
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.pictures import Picture
 from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.runfolder import write_atomic
 
 log = logging.getLogger("flwr.fedmed")
+
+# Of a real hospital in a run, the worst included, however many a server asks for.
+MOST_PICTURES = 6
+_TOLD = "pictures-told"
 
 
 def own_folder(context: Context, site: Site, message: ConfigRecord) -> Path | None:
@@ -68,8 +72,9 @@ def share_pictures(
     """Return the pictures that may leave a hospital; the others are written on its own side.
 
     They leave where the node config has ``share-images=true`` and the hospital has set no privacy
-    budget, which a picture of a patient would pass at once; and in a simulation, unless its node
-    config has ``share-images=false``. `draw` returns the pictures and is called only where somebody
+    budget, which a picture of a patient would pass at once, once a run and no more than
+    `MOST_PICTURES`; and in a simulation, unless its node config has ``share-images=false``. `draw`
+    returns the pictures and is called only where somebody
     will see them.
 
     Raises
@@ -81,7 +86,12 @@ def share_pictures(
     if with_type_of(False, given, "share-images") and (
         site.simulated or budget_of(context) is None
     ):
-        return draw()
+        if site.simulated:
+            return draw()
+        if _TOLD in context.state:
+            raise DeclinedError("pictures leave once a run")
+        context.state[_TOLD] = ConfigRecord({"run": context.run_id})
+        return draw()[-MOST_PICTURES:]
     folder = own_folder(context, site, message)
     if folder is None:
         log.info("%s: no pictures: they may not leave, and output-dir is not set", site.name)

@@ -9,16 +9,17 @@ import json
 import textwrap
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import Context
 from monai.bundle import ConfigParser
 from monai.networks import nets
 from torch import Tensor, nn
 
-from fedmed_flower.config import Section
+from fedmed_flower.config import Section, with_type_of
 from fedmed_flower.errors import InputError
 
 _CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
@@ -40,8 +41,8 @@ class ModelSettings(Section):
         Its arguments as a TOML inline table or a JSON object, such as
         ``{spatial_dims = 3, in_channels = 1, out_channels = 3}``.
     bundle : str
-        Folder of a MONAI bundle, in place of `network`; the ``bundle`` of a site's node config goes
-        before. Its config can run any code: name a folder whose origin you trust.
+        Folder of a MONAI bundle, in place of `network`. Its config can run any code: name a folder
+        whose origin you trust. A real site takes the folder that its own node config names.
     trainable : str
         Which part travels and is trained, as `fedmed_flower.travelling.Travelling` takes it.
     """
@@ -50,6 +51,26 @@ class ModelSettings(Section):
     network_args: str = ""
     bundle: str = ""
     trainable: str = ""
+
+    @classmethod
+    def of_site(cls, context: Context) -> ModelSettings:
+        """Read the settings, the bundle's folder of a real site from its own node config.
+
+        Raises
+        ------
+        InputError
+            Where the run asks for a bundle and the site's node config names none.
+        """
+        settings = cls.from_run_config(context.run_config)
+        if not settings.bundle or not {"site-name", "data-dir"} & context.node_config.keys():
+            return settings
+        own = with_type_of("", context.node_config.get("bundle", ""), "bundle")
+        if not own:
+            raise InputError(
+                "this run asks for a MONAI bundle, whose config runs code: the node config must "
+                "name the hospital's own copy, bundle=FOLDER"
+            )
+        return replace(settings, bundle=own)
 
 
 def build_network(settings: ModelSettings) -> nn.Module:

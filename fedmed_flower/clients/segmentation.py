@@ -36,6 +36,7 @@ from fedmed_flower.overlap import (
     WORST,
     dice_of,
     mask_scores,
+    mean_scores,
     noised_dice,
     patient_dice,
     site_scores,
@@ -151,6 +152,11 @@ class SegmentationClient(ImagingClient):
                 f"classes must be a tuple of one or more different names, none of them "
                 f"{_WORST_CLASS!r}, got {names!r}"
             )
+        if data.class_names and tuple(data.class_names) != tuple(names):
+            raise InputError(
+                f"the data call their classes {', '.join(data.class_names)}, this client "
+                f"{', '.join(names)}: a class must mean the same at all hospitals"
+            )
         if not 0 <= self.overlap < 1:
             raise InputError(f"overlap must be at least 0 and below 1, got {self.overlap}")
         if not 0 <= self.surface_tolerance < math.inf:
@@ -205,8 +211,11 @@ class SegmentationClient(ImagingClient):
         return {"image": images, "label": labels}
 
     def measure(self, model: nn.Module, prepared: CachedRows) -> dict[str, Any]:
-        """Return the figures of `site_scores`."""
-        return site_scores([scores for _, _, scores in self._outlines(model, prepared)])
+        """Return the figures of `site_scores`; of a patient with several images, their means."""
+        found: dict[Hashable, list[dict[str, float]]] = {}
+        for row, _, scores in self._outlines(model, prepared):
+            found.setdefault(row["patient"], []).append(scores)
+        return site_scores([mean_scores(scores) for scores in found.values()])
 
     def measure_privately(
         self, model: nn.Module, prepared: CachedRows, patients: Sequence[Hashable], noise: float

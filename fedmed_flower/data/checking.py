@@ -59,6 +59,7 @@ def check_row(
     spatial_dims: int | None,
     num_classes: int | None = None,
     label_values: Sequence[int] = (),
+    empty_masks: bool = False,
 ) -> Finding:
     """Read what a row names and return what is there; a bad file is a finding, not an error.
 
@@ -72,6 +73,8 @@ def check_row(
         For masks with the background. None lets all whole numbers from 0 on pass.
     label_values : sequence of int
         What stands in masks for class 0, 1, ...; empty where it is the class number.
+    empty_masks : bool
+        Let masks pass that hold the background alone.
     """
     found = Finding(
         str(row.get("patient", "")), _name(row.get("image")), split=str(row.get("split", ""))
@@ -93,6 +96,10 @@ def check_row(
         if _is_mask(row["label"]):
             dims = image.ndim - 1
             label: Any = _classes(row["label"], dims, num_classes, label_values, image)
+            if label == (0,) and not empty_masks:
+                raise InputError(
+                    f"its mask {_name(row['label'])} is empty: it holds only the background"
+                )
         else:
             label = _class_number(row["label"], num_classes)
         return replace(found, label=label)
@@ -156,10 +163,7 @@ def _classes(
         mask = read_label(source, dims, num_classes, values, image)
     except InputError as error:
         raise InputError(f"its mask {_with(name, str(error))}") from None
-    classes = tuple(torch.unique(mask.as_tensor()).tolist())
-    if classes == (0,):
-        raise InputError(f"its mask {name} is empty: it holds only the background")
-    return classes
+    return tuple(torch.unique(mask.as_tensor()).tolist())
 
 
 def _class_number(label: Any, num_classes: int | None) -> int:

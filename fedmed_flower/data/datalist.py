@@ -167,7 +167,14 @@ def load_folder(
     name = Path(folder).expanduser().resolve().name
     parts = split_patients(listing.rows, seed, shares)
     train, val, test = (parts[split] for split in SPLITS)
-    return SiteData(train, val, test, source=f"folder {name}, {listing.layout}")
+    return SiteData(
+        train,
+        val,
+        test,
+        source=f"folder {name}, {listing.layout}",
+        class_names=listing.class_names,
+        turned_away=len(listing.problems),
+    )
 
 
 def _draw(patients: list[str], seed: int, shares: Any) -> dict[str, str]:

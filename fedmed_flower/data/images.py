@@ -158,7 +158,7 @@ def mismatch(label: MetaTensor, image: MetaTensor) -> str | None:
 def spacing_of(image: MetaTensor) -> tuple[float, ...]:
     """Return the distances between voxels in millimetres, one an axis."""
     spacing = affine_to_spacing(image.affine, r=image.ndim - 1)
-    return tuple(round(float(value), 4) for value in spacing)
+    return tuple(float(f"{float(value):.6g}") for value in spacing)
 
 
 def orientation_of(image: MetaTensor) -> str:

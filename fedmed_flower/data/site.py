@@ -128,6 +128,11 @@ class SiteData:
         Where the rows come from, for log, summary and report.
     generated : bool
         True where no real patient stands behind the rows.
+    class_names : tuple of str
+        Names of the classes 1, 2, ... in masks, where the data name them; a client that calls them
+        otherwise refuses the data.
+    turned_away : int
+        How many rows could not be used and are not here.
     """
 
     train: Sequence[Row]
@@ -135,6 +140,25 @@ class SiteData:
     test: Sequence[Row] = field(default_factory=tuple)
     source: str = "not named"
     generated: bool = False
+    class_names: tuple[str, ...] = ()
+    turned_away: int = 0
+
+
+def require_patients(data: SiteData) -> None:
+    """Raise `InputError` where a row has no patient, or a patient is in two splits."""
+    seen: dict[Any, str] = {}
+    for split in SPLITS:
+        for number, row in enumerate(getattr(data, split)):
+            if "patient" not in row:
+                raise InputError(f"row {number} of the {split} split has no patient")
+            patient = row["patient"]
+            # A number is one patient, whichever of NumPy's or torch's types it has.
+            patient = patient.item() if hasattr(patient, "item") else patient
+            if seen.setdefault(patient, split) != split:
+                raise InputError(
+                    f"patient {patient} is in the splits {seen[patient]} and {split}: each patient "
+                    "must be in one"
+                )
 
 
 def tell_error(site: str, text: str) -> str:

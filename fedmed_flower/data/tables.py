@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -12,6 +13,8 @@ from typing import Any
 
 from fedmed_flower.data.site import SPLITS
 from fedmed_flower.errors import InputError
+
+log = logging.getLogger("flwr.fedmed")
 
 # Where a line stands, and its cells by column.
 Line = tuple[str, Mapping[str, Any]]
@@ -41,6 +44,14 @@ def read_dataset(file: Path, problems: list[str]) -> tuple[list[Line], tuple[str
     if not isinstance(content, dict) or not isinstance(content.get("training"), list):
         raise InputError(f'{file} must hold a list "training" of entries with image and label')
     lines: list[Line] = []
+    nameless = sum(isinstance(e, dict) and "patient" not in e for e in content["training"])
+    if nameless:
+        log.warning(
+            "%s: %d entries name no patient and count as one each: where a patient has several "
+            "images, give each entry a patient, or they come apart in splits and in privacy",
+            file,
+            nameless,
+        )
     for number, entry in enumerate(content["training"], start=1):
         where = f"{file.name}, training entry {number}"
         if isinstance(entry, dict):

@@ -27,7 +27,7 @@ from fedmed_flower.strategies.optimising import (
     minima,
 )
 from fedmed_flower.strategies.resuming import restore, save
-from fedmed_flower.strategies.screening import metrics_of, with_shared_metrics
+from fedmed_flower.strategies.screening import metrics_of, sound_figures, with_shared_metrics
 from fedmed_flower.strategies.sites import draw, enough, nobody_left, refuse_too_few
 from fedmed_flower.updates import Updates
 
@@ -342,7 +342,7 @@ class FedAvg(flower.FedAvg):
         kept = self.inbox.in_order(admitted)
         self.inbox.record(server_round, phase, kept)
         usable = [reply.message for reply in kept if reply.metrics[self.weighted_by_key]]
-        if not usable:
+        if not (usable := sound_figures(usable)):
             return None
         trimmed = with_shared_metrics(usable, self.weighted_by_key, self.max_weight_share)
         metrics = super().aggregate_evaluate(server_round, trimmed)

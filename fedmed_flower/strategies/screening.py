@@ -123,6 +123,28 @@ def _shared_metrics(records: list[MetricRecord]) -> list[str]:
     ]
 
 
+def sound_figures(replies: list[Message]) -> list[Message]:
+    """Leave out evaluation replies with a number that is not finite where most have a finite one.
+
+    One site's NaN would take the figure from all others. Nothing is left out where most have none.
+    """
+    records = [metrics_of(reply) for reply in replies]
+    usual = {
+        name
+        for record in records
+        for name in record
+        if 2 * sum(_form(other.get(name)) is not None for other in records) > len(records)
+    }
+    kept = []
+    for reply, record in zip(replies, records, strict=True):
+        odd = [name for name in record if name in usual and _form(record[name]) is None]
+        if odd:
+            log.warning("a site is left out of the averages: its %s is not finite", odd[0])
+        else:
+            kept.append(reply)
+    return kept
+
+
 def _form(value: object) -> int | None:
     numbers = value if isinstance(value, list) else [value]
     if not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
