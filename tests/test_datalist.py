@@ -514,3 +514,15 @@ def test_load_folder_warns_of_problems_and_names_its_source(tmp_path, caplog):
     assert data.train == split_patients(read_folder(folder).rows, 3)["train"]
     assert data.source == "folder scans, datalist.csv"
     assert not data.generated
+
+
+def test_a_dataset_that_names_no_patients_is_told_of(tmp_path, caplog):
+    for name in ("a.nii", "b.nii"):
+        (tmp_path / name).touch()
+    entries = [{"image": "a.nii", "label": 0, "patient": "p"}, {"image": "b.nii", "label": 1}]
+    content = {"training": entries, "labels": {"0": "background", "1": "liver"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with caplog.at_level("WARNING", "flwr.fedmed"):
+        data = load_folder(tmp_path, 0)
+    assert data.class_names == ("liver",)
+    assert sum("1 entries name no patient" in text for text in caplog.messages) == 1

@@ -618,3 +618,10 @@ def test_the_place_is_kept_where_monai_tracks_none(tmp_path):
     assert isinstance(image, MetaTensor)
     assert spacing_of(image) == spacing_of(label) == (1, 2, 3)
     assert mismatch(label, image) is None
+
+
+def test_a_small_spacing_keeps_its_digits(tmp_path):
+    path = tmp_path / "cell.nii.gz"
+    affine = np.diag([0.00023, 0.0000412345, 12.3456, 1.0])
+    nibabel.save(nibabel.Nifti1Image(np.ones((3, 3, 3), np.float32), affine), path)
+    assert spacing_of(read_image(path, 3)) == (0.00023, 0.0000412345, 12.3456)

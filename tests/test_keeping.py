@@ -11,7 +11,7 @@ from tiny import TinyClient, ask, context_of, fixed, make_rows, run_tiny, says
 from fedmed_flower import SiteData
 from fedmed_flower.clients.keeping import keep_splits, own_folder, share_pictures
 from fedmed_flower.data.site import Site
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.pictures import Picture
 
 PICTURES = [Picture("case 1: class 0, given 50%", b"one"), Picture("../../the worst", b"two")]
@@ -237,3 +237,12 @@ def test_names_that_look_alike_as_files_are_kept_apart(tmp_path):
         keep_splits(context, site, message(), data())
     assert len(files_of(tmp_path)) == len(names)
     assert "own/k1/splits/a-b.csv" in files_of(tmp_path)
+
+
+def test_pictures_leave_a_real_hospital_once_a_run_and_six_at_most(tmp_path):
+    context, site = real(tmp_path, **{"share-images": True})
+    many = [Picture(f"case {number}", b"png") for number in range(9)]
+    # The worst comes last.
+    assert share_pictures(context, site, message(), lambda: list(many)) == many[-6:]
+    with pytest.raises(DeclinedError, match="pictures leave once a run"):
+        share_pictures(context, site, message(), never)

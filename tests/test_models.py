@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from monai.networks import nets
-from tiny import says
+from tiny import context_of, says
 from torch import nn
 from torch.utils import model_zoo
 
@@ -510,3 +510,20 @@ def test_a_pretrained_encoder_stays_as_it_was_while_the_rest_is_trained(tmp_path
     assert travelling.digest(model) == before
     travelling.load(twin, travelling.state(model))
     assert same(twin, model)
+
+
+def test_a_real_site_takes_the_bundle_that_its_own_node_config_names():
+    run = {"bundle": "/named/by/the/server", "trainable": "*.decoder.*"}
+    simulated = context_of(**run)
+    assert ModelSettings.of_site(simulated).bundle == "/named/by/the/server"
+    own = context_of(node_config={"site-name": "north", "bundle": "/own"}, **run)
+    assert ModelSettings.of_site(own) == ModelSettings(bundle="/own", trainable="*.decoder.*")
+    text = (
+        "this run asks for a MONAI bundle, whose config runs code: the node config must name the "
+        "hospital's own copy, bundle=FOLDER"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        ModelSettings.of_site(context_of(node_config={"site-name": "north"}, **run))
+    # A run without a bundle leaves the hospital's own alone.
+    named = context_of(node_config={"site-name": "north", "bundle": "/own"}, network="UNet")
+    assert ModelSettings.of_site(named) == ModelSettings(network="UNet")

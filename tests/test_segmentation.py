@@ -1,5 +1,6 @@
 import csv
 import json
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -910,3 +911,66 @@ def test_a_volume_is_drawn_as_it_lies_in_the_patient(tmp_path, place):
         pictures_of(client_of(SiteData([row], test=[one]), Volumes), 1)[0] for one in (row, other)
     ]
     assert found[0] == found[1]
+
+
+# --- What a hospital must be able to rely on ----------------------------------------------------
+
+
+def test_classes_must_be_called_alike_at_all_hospitals():
+    swapped = replace(data_of(2), class_names=("high", "low"))
+    assert reason_of(client_of(swapped)) == (
+        "the data call their classes high, low, this client low, high: a class must mean the same "
+        "at all hospitals"
+    )
+    same = replace(data_of(2), class_names=("low", "high"))
+    assert not ask(client_of(same), "train", context_of(), start(client_of(same))).has_error()
+
+
+def counts_of(client, **config):
+    reply = ask(client, "query.describe", context_of(**config))
+    assert not reply.has_error(), reply.error.reason
+    return dict(reply.content["metrics"])
+
+
+def test_under_privacy_the_counts_tell_nothing_of_what_is_in_a_file():
+    whole = data_of(4, test=2)
+    empty = [{**whole.train[0], "label": np.zeros((16, 16), np.uint8)}, *whole.train[1:]]
+    one_less = SiteData(empty, (), whole.test)
+    plain = counts_of(client_of(one_less))
+    assert (plain["train"], plain["num-examples"], plain["turned-away"]) == (3, 3, 1)
+    private = {"privacy": "patient", "patch-size": "16,16"}
+    assert counts_of(client_of(one_less), **private) == counts_of(client_of(whole), **private)
+    assert "turned-away" not in counts_of(client_of(whole), **private)
+
+
+def test_empty_masks_are_kept_where_the_client_says_so():
+    rows = rows_of(2)
+    rows[0]["label"] = np.zeros((16, 16), np.uint8)
+    data = SiteData(rows, (), rows_of(1, name="t"), turned_away=2)
+    assert counts_of(client_of(data))["turned-away"] == 3
+    kept = counts_of(client_of(data, empty_masks=True))
+    assert (kept["train"], kept["turned-away"]) == (2, 2)
+
+
+def test_an_image_with_other_channels_than_most_is_turned_away(caplog):
+    rows = rows_of(3)
+    rows[1]["image"] = np.stack([rows[1]["image"]] * 3)
+    with caplog.at_level("WARNING", "flwr.fedmed"):
+        assert counts_of(client_of(SiteData(rows)))["train"] == 2
+    assert (
+        "hospital-1: turned away, train split, patient p-1: array has 3 channels, most images "
+        "have 1" in caplog.messages
+    )
+
+
+def test_a_patient_counts_once_however_many_images_there_are():
+    good, bad = rows_of(2, noise=0.0)
+    bad["image"] = np.zeros_like(bad["image"])
+    # Of "a" nine images are right and one is not, of "b" the only one is not.
+    rows = [{**good, "patient": "a"}] * 9 + [{**bad, "patient": "a"}, {**bad, "patient": "b"}]
+    found = measured(client_of(SiteData(rows_of(1, name="t"), (), rows)))
+    wrong = mask_scores(bad["label"], np.zeros((16, 16), np.uint8), ("low", "high"), (1.0, 1.0))
+    assert {wrong[f"dice-{name}"] for name in ("low", "high")} == {0.0}
+    assert found["num-examples"] == 2
+    assert found["dice"] == pytest.approx((0.9 + 0.0) / 2)
+    assert found["dice-worst"] == 0.0

@@ -1093,3 +1093,14 @@ def test_other_weights_than_examples_may_be_large():
     sent = [reply(n, {"w": [float(n)]}, tokens=2 * 10**9) for n in (1, 3)]
     got, _ = FedAvg(weighted_by_key="tokens").aggregate_train(1, sent)
     assert got["w"].numpy().tolist() == [2.0]
+
+
+def test_one_sites_nan_does_not_take_a_figure_from_all(caplog):
+    replies = [reply(n, site=f"s{n}", weight=2, dice=0.5 + n / 10) for n in (1, 2)]
+    odd = reply(3, site="s3", weight=9, dice=float("nan"))
+    with caplog.at_level("WARNING", "flwr.fedmed"):
+        got = FedAvg().aggregate_evaluate(1, [*replies, odd])
+    assert got["dice"] == pytest.approx(0.65)
+    assert "a site is left out of the averages: its dice is not finite" in caplog.messages
+    # Where most have none, there is none.
+    assert "dice" not in FedAvg().aggregate_evaluate(1, [replies[0], odd, odd])
