@@ -13,6 +13,7 @@ from tiny import (
     bits,
     context_of,
     fixed,
+    halves,
     linear,
     make_rows,
     model_arrays,
@@ -682,25 +683,14 @@ class Encoded(TinyClient):
     stem = 0
 
     def build_model(self):
-        return encoded(self.stem)
-
-
-def encoded(stem=0):
-    model = nn.Sequential()
-    model.stem = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU())
-    model.head = nn.Linear(6, 2)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(stem)
-        for value in model.stem.state_dict().values():
-            value.copy_(torch.rand(value.shape) * 2)
-    return model
+        return halves(self.stem)
 
 
 HEAD = {"trainable": "head.*"}
 
 
 def head_arrays():
-    state = {key: value for key, value in encoded().state_dict().items() if "head" in key}
+    state = {key: value for key, value in halves().state_dict().items() if "head" in key}
     return ArrayRecord(state)
 
 
@@ -722,13 +712,13 @@ def test_only_the_trainable_part_leaves_and_the_rest_stays_as_it_was(privacy, tm
     assert list(sent) == ["head.weight", "head.bias"]
     assert bits(sent) != bits(arrays)
     for model in seen:
-        for key, value in encoded().stem.state_dict().items():
+        for key, value in halves().stem.state_dict().items():
             assert torch.equal(model.stem.state_dict()[key], value), key
     assert not ask(Client, "evaluate", context, sent).has_error()
 
 
 def test_a_site_with_other_frozen_weights_is_refused():
-    travelling = Travelling(model := encoded(), "head.*")
+    travelling = Travelling(model := halves(), "head.*")
     digest = travelling.digest(model)
     assert not ask(
         Encoded, "train", context_of(**HEAD), head_arrays(), frozen_digest=digest
@@ -750,7 +740,7 @@ def test_a_site_with_other_frozen_weights_is_refused():
 
 
 def test_arrays_with_the_frozen_part_are_an_error_reply():
-    arrays = ArrayRecord(encoded().state_dict())
+    arrays = ArrayRecord(halves().state_dict())
     text = "stem.1.weight should have shape None, got torch.Size([6, 4]) (None: not there)"
     assert error_of(Encoded, "train", context_of(**HEAD), arrays=arrays) == f"ValueError: {text}"
 

@@ -20,13 +20,13 @@ from tiny import (
     TinyClient,
     bits,
     fixed,
+    halves,
     linear,
     make_rows,
     model_arrays,
     run_tiny,
     says,
 )
-from torch import nn
 
 from fedmed_flower import InputError, SiteData, federate, run_local
 from fedmed_flower import experiment as module
@@ -798,17 +798,6 @@ class Watched(Halves):
         for key, value in halves().stem.state_dict().items():
             assert torch.equal(model.stem.state_dict()[key], value), key
         return metrics
-
-
-def halves(stem=0):
-    model = nn.Sequential()
-    model.stem = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU())
-    model.head = nn.Linear(6, 2)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(stem)
-        for value in model.stem.state_dict().values():
-            value.copy_(torch.rand(value.shape) * 2)
-    return model
 
 
 HEAD = {"trainable": "head.*", "model": halves}

@@ -39,6 +39,18 @@ def linear(outputs=2):
     return nn.Sequential(nn.Flatten(), nn.Linear(4, outputs))
 
 
+def halves(stem=0):
+    """Return a model of a stem, whose values a seed decides, and a head."""
+    model = nn.Sequential()
+    model.stem = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU())
+    model.head = nn.Linear(6, 2)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(stem)
+        for value in model.stem.state_dict().values():
+            value.copy_(torch.rand(value.shape) * 2)
+    return model
+
+
 class TinyClient(ClassificationClient):
     num_classes = 2
 
