@@ -10,7 +10,6 @@ two take turns in one process. With ``--device cuda`` also: several sites on one
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -192,8 +191,9 @@ def work(task):
             run = {"Ours": Ours, "Plain": Plain}[task["kind"]](rows, device)
             for number in range(task.get("epochs", 1)):
                 run.epoch(number)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    unit = "process"
+    # Of this process alone: what getrusage tells begins with the parent's.
+    status = Path("/proc/self/status").read_text()
+    peak, unit = int(status.partition("VmHWM:")[2].split()[0]) * 1024, "process"
     if device == "cuda":
         peak, unit = torch.cuda.max_memory_reserved(), "GPU"
     print(f"{peak / 2**30:.2f} GiB ({unit})")
