@@ -178,7 +178,13 @@ def test_each_image_is_changed_by_itself(dims):
         moved, changed = random_affine(joined[:, :1], joined[:, 1:].to(torch.uint8))
         return torch.cat([random_intensity(moved), changed.float()], 1)
 
-    require_independent(change, torch.cat([images, masks.float()], 1))
+    joined = torch.cat([images, masks.float()], 1)
+    torch.manual_seed(5)
+    assert not torch.equal(change(joined), joined)
+    require_independent(change, joined)
+    # The same check sees a change that lets one image follow from another.
+    with pytest.raises(InputError, match="augment mixes patients"):
+        require_independent(lambda batch: change(batch + batch.flip(0)), joined)
 
 
 @pytest.mark.parametrize(

@@ -141,12 +141,12 @@ class Discs(SegmentationClient):
             rows.append({"image": paths[0], "label": str(paths[1]), "patient": patient})
         return rows
 
-    def test_rows(self, index):
+    def held_out(self, index):
         return self.rows_of(index)[4:]
 
     def load_data(self, site):
         rows = self.rows_of(site.index)
-        return SiteData(rows[:3], rows[3:4], self.test_rows(site.index))
+        return SiteData(rows[:3], rows[3:4], self.held_out(site.index))
 
 
 def test_a_run_on_pictures_learns_and_its_figures_are_those_over_all_patients(tmp_path):
@@ -163,8 +163,8 @@ def test_a_run_on_pictures_learns_and_its_figures_are_those_over_all_patients(tm
     assert [one["num-examples"] for one in sites.values()] == [2, 4]
     assert sites["hospital-1"]["dice"] != sites["hospital-2"]["dice"]
     # All test patients at one hospital.
-    rows = [row for index in (0, 1) for row in client(context_of(index)).test_rows(index)]
-    data = SiteData(client(context_of()).test_rows(7), test=rows)
+    rows = [row for index in (0, 1) for row in client(context_of(index)).held_out(index)]
+    data = SiteData(client(context_of()).held_out(7), test=rows)
     arrays = ArrayRecord(load_file(run / "model.safetensors"))
     reply = ask(client_of(data, client), "evaluate", context_of(), arrays, split="test")
     wanted = dict(reply.content["metrics"])
