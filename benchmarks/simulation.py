@@ -29,7 +29,9 @@ EXAMPLE, TOY = HERE.parent / "examples" / "pneumonia", HERE / "toy"
 
 def example_config(rounds: int) -> dict:
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())
-    config = project["tool"]["flwr"]["app"]["config"] | {"num-server-rounds": rounds}
+    # The bare loop draws no pictures of test cases.
+    changes = {"num-server-rounds": rounds, "pictures": 0}
+    config = project["tool"]["flwr"]["app"]["config"] | changes
     return config if os.environ.get("FEDMED_DATA") else config | {"dataset": "phantoms"}
 
 
