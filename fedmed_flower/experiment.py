@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import platform
-import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import tomli_w
 import torch
@@ -27,13 +26,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from torch import nn
 
+from fedmed_flower.comparing import compare, fine_tune
 from fedmed_flower.config import Section, with_type_of
-from fedmed_flower.data.site import DECLINED, FROZEN, GENERATED, LEDGER_DIR, RUN_KEY
+from fedmed_flower.data.site import AGREED, DECLINED, FROZEN, GENERATED, LEDGER_DIR, RUN_KEY
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import EPSILON, HOSPITAL_EPSILON
 from fedmed_flower.privacy.patient import PrivacySettings
 from fedmed_flower.report import write_report
-from fedmed_flower.rollcall import Sites, collect_pictures, roll_call
+from fedmed_flower.rollcall import Sites, collect_contributions, collect_pictures, roll_call
 from fedmed_flower.runfolder import ALL_SITES, CONFIG, METRICS, SUMMARY, RunFolder
 from fedmed_flower.strategies.base import FedAvg
 from fedmed_flower.strategies.resuming import find_checkpoint
@@ -44,6 +44,7 @@ log = logging.getLogger("flwr.fedmed")
 
 FREE_ON_RESUME = {
     *("run-dir", "resume", "num-server-rounds", "round-timeout", "baselines", "pictures"),
+    "personal-epochs",
 }
 _PACKAGES = ("fedmed-flower", "flwr", "torch", "monai", "numpy", "scikit-learn")
 
@@ -77,6 +78,8 @@ class Plan(Section):
     pictures : int
         Test cases of each site that the report shows, and the worst beside them, where the site
         lets them leave; 0 asks for none.
+    personal_epochs : int
+        Most passes in which each site may fine-tune the last model for itself; 0 asks for none.
     """
 
     num_server_rounds: int = 3
@@ -87,17 +90,35 @@ class Plan(Section):
     resume: bool = False
     baselines: bool = False
     pictures: int = 3
+    personal_epochs: int = 0
 
     def __post_init__(self) -> None:
         self.require_at_least(1, "num_server_rounds", "min_sites")
-        self.require_at_least(0, "seed", "pictures")
+        self.require_at_least(0, "seed", "pictures", "personal_epochs")
         self.require_positive("round_timeout")
         if self.resume and not self.run_dir:
             raise InputError("resume needs run-dir, the folder of the run to go on with")
 
 
+@runtime_checkable
+class Modeller(Protocol):
+    """What makes the model of a run, such as a `MedicalClient`."""
+
+    agreed: str
+
+    @property
+    def must_agree(self) -> bool:
+        """Whether the model needs what all sites tell before the first round."""
+
+    def agree(self, contributions: dict[str, dict[str, Any]]) -> str:
+        """Return what all sites get to know, made of what each has told."""
+
+    def build_model(self) -> nn.Module:
+        """Return the network with fresh weights."""
+
+
 def federate(
-    strategy: FedAvg, grid: Grid, context: Context, build_model: Callable[[], nn.Module]
+    strategy: FedAvg, grid: Grid, context: Context, model: Modeller | Callable[[], nn.Module]
 ) -> flower.Result:
     """Run an experiment as the run config says and leave a complete run folder.
 
@@ -112,8 +133,10 @@ def federate(
         Its folder, seed and `resume` are set from the run config.
     grid, context
         As Flower gives them to a ServerApp.
-    build_model : callable
-        Returns the network; called once, with torch seeded by ``seed``.
+    model : MedicalClient or callable
+        An instance of the app's client, ``MyHospital(context)``; its `build_model` is called once,
+        with torch seeded by ``seed``. Or a function that returns the network, which does where
+        the client needs nothing to be agreed upon before the first round.
 
     Returns
     -------
@@ -132,47 +155,74 @@ def federate(
     folder = RunFolder(path.resolve())
     if not plan.resume:
         folder.require_unused()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.seed)
-        model = build_model()
-    pattern = with_type_of("", context.run_config.get("trainable", ""), "trainable")
-    travelling = Travelling(model, pattern)
-    initial, frozen = ArrayRecord(travelling.state(model)), travelling.digest(model)
-    whole = ArrayRecord(model.state_dict()) if frozen else ArrayRecord()
+    stored = folder.read_config()["run"] if plan.resume else {}
+    agreed, entries = str(stored.get("agreed", "")), None
     strategy.folder, strategy.resume, strategy.seed = folder, plan.resume, plan.seed
-    find_checkpoint(strategy, initial)
+    if agreed or not isinstance(model, Modeller) or not model.must_agree:
+        entries = _entries(model, agreed, context.run_config, plan.seed)
+        find_checkpoint(strategy, entries.initial)
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
     wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
     sites = roll_call(grid, plan.round_timeout)
+    if entries is None and isinstance(model, Modeller):
+        agreed = model.agree(collect_contributions(grid, plan.round_timeout, sites.names))
+    entries = entries or _entries(model, agreed, context.run_config, plan.seed)
     strategy.site_names |= sites.names
-    key = folder.read_config()["run"].get("key") if plan.resume else None
-    key = key or secrets.token_hex(8)
+    if len(trainers := sites.trainers()) < len(sites.counts):
+        strategy.only = trainers
+    key = stored.get("key") or secrets.token_hex(8)
     about = {"app": _app_name(grid), "strategy": type(strategy).__name__, "sites": sites.asked}
-    _write_config(folder, plan, context.run_config, sites, about | {"key": key})
-    experiment = _Experiment(
-        strategy, grid, plan, folder, initial, sites, context.run_config, key, frozen, whole
-    )
-    return experiment.run()
+    about |= {"key": key} | ({"agreed": agreed} if agreed else {})
+    _write_config(folder, plan, context.run_config, sites, about)
+    return Experiment(
+        strategy, grid, plan, folder, entries, sites, context.run_config, key, agreed
+    ).run()
+
+
+class _Entries(NamedTuple):
+    """The model at the start: what travels, the digest of what does not, and all of it."""
+
+    initial: ArrayRecord
+    frozen: str
+    whole: ArrayRecord
+
+
+def _entries(
+    model: Modeller | Callable[[], nn.Module], agreed: str, config: UserConfig, seed: int
+) -> _Entries:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(model, Modeller):
+            model.agreed = agreed
+            network = model.build_model()
+        else:
+            network = model()
+    travelling = Travelling(network, with_type_of("", config.get("trainable", ""), "trainable"))
+    frozen = travelling.digest(network)
+    whole = ArrayRecord(network.state_dict()) if frozen else ArrayRecord()
+    return _Entries(ArrayRecord(travelling.state(network)), frozen, whole)
 
 
 @dataclass
-class _Experiment:
+class Experiment:
+    """A run from its first round to its report."""
+
     strategy: FedAvg
     grid: Grid
     plan: Plan
     folder: RunFolder
-    initial: ArrayRecord
+    entries: _Entries
     sites: Sites
     run_config: UserConfig
     key: str
-    frozen: str
-    whole: ArrayRecord
+    agreed: str
     test: dict[str, Any] = field(default_factory=dict)
     pictures: list[dict[str, str]] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     began: float = field(default_factory=time.monotonic)
 
     def run(self) -> flower.Result:
+        """Train, test, compare, report."""
         plan, strategy, folder = self.plan, self.strategy, self.folder
         with folder.log_file():
             self._log_sites()
@@ -180,27 +230,29 @@ class _Experiment:
                 self._write_summary("running")
                 result = strategy.start(
                     self.grid,
-                    self.initial,
+                    self.entries.initial,
                     plan.num_server_rounds,
                     plan.round_timeout,
-                    train_config=self._config(),
-                    evaluate_config=self._config(),
+                    train_config=self.config(),
+                    evaluate_config=self.config(),
                 )
                 if not result.train_metrics_clientapp:
                     raise RunFailedError(self._why_nothing_succeeded())
-                if self.frozen:  # Until now the file held what travels alone.
-                    folder.write_model(ArrayRecord({**self.whole, **result.arrays}))
+                if self.entries.frozen:  # Until now the file held what travels alone.
+                    folder.write_model(ArrayRecord({**self.entries.whole, **result.arrays}))
                 table = strategy.test(
-                    self.grid, result.arrays, self._config(), timeout=plan.round_timeout
+                    self.grid, result.arrays, self.config(), timeout=plan.round_timeout
                 )
                 self.test["federated"] = table.pop(ALL_SITES, {})
                 self.test["sites"] = table
                 if plan.pictures:
-                    asked = (self._config(), plan.pictures, plan.round_timeout, self.sites.names)
+                    asked = (self.config(), plan.pictures, plan.round_timeout, self.sites.names)
                     self.pictures = collect_pictures(self.grid, result.arrays, *asked, folder)
                 self._write_summary("running")
+                if plan.personal_epochs:
+                    fine_tune(self, result.arrays)
                 if plan.baselines:
-                    self._compare()
+                    compare(self)
                 folder.write(METRICS, strategy.history.to_csv())
             except BaseException as error:
                 stopped = isinstance(error, KeyboardInterrupt)
@@ -215,11 +267,13 @@ class _Experiment:
             log.info("report: %s", report)
         return result
 
-    def _config(self, part: str = "", **more: bool) -> ConfigRecord:
+    def config(self, part: str = "", **more: bool) -> ConfigRecord:
         """Return what each message tells the sites: ledgers count a run's rounds under one key."""
         config = ConfigRecord({RUN_KEY: f"{self.key}{part}", **more})
-        if self.frozen:
-            config[FROZEN] = self.frozen
+        if self.agreed:
+            config[AGREED] = self.agreed
+        if self.entries.frozen:
+            config[FROZEN] = self.entries.frozen
         if self.sites.simulated:
             config[LEDGER_DIR] = str(self.folder.path / "ledgers")
         return config
@@ -237,66 +291,6 @@ class _Experiment:
             if away := sites.turned_away[node_id]:
                 of_each += f"; {away} rows turned away at the site"
             log.info("%s: %s%s", sites.names[node_id], rows, of_each)
-
-    def _compare(self) -> None:
-        """Train each site's model alone, and one on all data pooled where that is possible."""
-        self.test["local"] = {}
-        if "privacy" in self.strategy.export_state():
-            log.warning("the models for comparison are trained without noise: keep them here")
-        if self.run_config.get("privacy") == "patient":
-            log.warning("each model for comparison costs as much again, in the ledgers alone")
-        for number, node_id in enumerate(self.sites.counts, start=1):
-            name = self.sites.names[node_id]
-            log.info("for comparison: %s alone", name)
-            label = f"local-{number}-{re.sub(r'[^A-Za-z0-9_-]', '_', name)}"
-            table = self._baseline(label, node_id)
-            own, of_all = table.get(name, {}), table.get(ALL_SITES, {})
-            self.test["local"][name] = own | {"all": of_all}
-            self._record("local-test", {name: own})
-            self._record("local-test-all", {name: of_all})
-        if not self.sites.simulated:
-            log.warning("no model on all data pooled: the data of real sites stay apart")
-            return
-        log.info("for comparison: all data pooled")
-        first = next(iter(self.sites.counts))
-        table = self._baseline("pooled", first, **{"pool-sites": True})
-        self._record("pooled-test", table)
-        self.test["pooled"] = table.pop(ALL_SITES, {}) | {"sites": table}
-
-    def _record(self, phase: str, table: Mapping[str, Mapping[str, float]]) -> None:
-        for site, metrics in table.items():
-            self.strategy.history.add(self.plan.num_server_rounds, phase, site, metrics)
-
-    def _baseline(self, label: str, node_id: int, **config: bool) -> dict[str, dict[str, float]]:
-        """Train a model at one site only; return its test results, none where it never trained."""
-        plan = self.plan
-        if hasattr(self.grid, "import_states"):
-            # What the clients kept in the federated run must not help the comparison.
-            self.grid.import_states({})
-        strategy = FedAvg(
-            run_dir=(self.folder / "baselines" / label).path, resume=plan.resume, seed=plan.seed
-        )
-        strategy.only = {node_id}
-        strategy.site_names |= self.sites.names
-        result = strategy.start(
-            self.grid,
-            self.initial,
-            plan.num_server_rounds,
-            plan.round_timeout,
-            train_config=self._config(f"/{label}", **config),
-            evaluate_config=self._config(f"/{label}", **config),
-        )
-        table: dict[str, dict[str, float]] = {}
-        if result.train_metrics_clientapp:
-            config_of_test = self._config(f"/{label}")
-            table = strategy.test(
-                self.grid, result.arrays, config_of_test, timeout=plan.round_timeout
-            )
-        self.strategy.history.failures += [
-            replace(failure, phase=f"{label} {failure.phase}")
-            for failure in strategy.history.failures
-        ]
-        return table
 
     def _write_summary(self, status: str, message: str = "") -> None:
         sites = self.sites

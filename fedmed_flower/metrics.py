@@ -43,6 +43,15 @@ Value = float | int | list[int] | list[float]
 MAIN = ("auc", "dice", "accuracy", "loss")
 
 
+# What these begin with is better where it is lower.
+_LOWER = ("loss", "hd95", "mae", "rmse", "brier", "integrated-brier", "calibration", "deviance")
+
+
+def lower_is_better(name: str) -> bool:
+    """Return whether a figure is an error."""
+    return name.startswith(_LOWER)
+
+
 def main_metric(names: Collection[str]) -> str:
     """Return the figure by which a run with such metrics is judged; the loss if none is known."""
     return next((name for name in MAIN if name in names), MAIN[-1])

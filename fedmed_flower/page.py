@@ -142,11 +142,6 @@ def spec(key: str) -> str:
     return ".1f" if key.startswith("hd95") else ".3f"
 
 
-def lower(key: str) -> bool:
-    """Return whether lower is better."""
-    return key.startswith(("hd95", "loss"))
-
-
 def table(caption: str, head: Any, rows: Iterable[Any], foot: Any = (), kind: str = "") -> str:
     """Return a table; of each row and of the head the first cell is its name."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)

@@ -15,7 +15,8 @@ import matplotlib
 from fedmed_flower import page, plots
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import EPSILON, main_metric
-from fedmed_flower.page import DASH, escaped, lower, many, name, show, spec
+from fedmed_flower.metrics import lower_is_better as lower
+from fedmed_flower.page import DASH, escaped, many, name, show, spec
 from fedmed_flower.plots import Pens
 from fedmed_flower.runfolder import ALL_SITES, SUMMARY, write_atomic
 from fedmed_flower.runfolder import METRICS as METRICS_TABLE

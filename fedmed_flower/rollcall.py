@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,10 @@ class Sites:
     simulated: bool = True
     asked: int = 0
     refusals: list[str] = field(default_factory=list)
+
+    def trainers(self) -> set[int]:
+        """Return the nodes that have training rows; the others are only tested."""
+        return {node_id for node_id, counts in self.counts.items() if counts["train"]}
 
 
 def roll_call(grid: Grid, timeout: float) -> Sites:
@@ -66,9 +71,69 @@ def roll_call(grid: Grid, timeout: float) -> Sites:
         sites.simulated &= bool(simulated)
     if not sites.counts:
         raise InputError(sites.refusals[0] if sites.refusals else "no site answered the roll call")
+    if not sites.trainers():
+        raise InputError("no site has training rows")
     in_order = sorted(sites.counts, key=lambda node_id: sites.names[node_id])
     sites.counts = {node_id: sites.counts[node_id] for node_id in in_order}
     return sites
+
+
+def collect_contributions(
+    grid: Grid, timeout: float, names: Mapping[int, str]
+) -> dict[str, dict[str, Any]]:
+    """Ask each site what the model is to be prepared with.
+
+    Returns
+    -------
+    dict
+        What each site told, by its name; the log says why one told nothing.
+    """
+    kind, found = f"{MessageType.QUERY}.contribution", {}
+    messages = [Message(RecordDict(), node_id, kind) for node_id in names]
+    for reply in grid.send_and_receive(messages, timeout=timeout):
+        site = names.get(reply.metadata.src_node_id, "")
+        record = None if reply.has_error() else reply.content.config_records.get("contribution")
+        if record is None:
+            text = error_text(reply) if reply.has_error() else "malformed answer"
+            log.warning("%s tells nothing to prepare the model with: %s", site, text)
+        else:
+            found[site] = dict(record)
+    return found
+
+
+def collect_personal(
+    grid: Grid,
+    arrays: ArrayRecord,
+    config: ConfigRecord,
+    timeout: float,
+    names: Mapping[int, str],
+) -> dict[str, dict[str, float]]:
+    """Let each site fine-tune a model for itself.
+
+    Returns
+    -------
+    dict
+        The figures of each site's own model, by the name of the site; the log says why one has
+        none.
+    """
+    kind, found = f"{MessageType.QUERY}.personal", dict[str, dict[str, float]]()
+    content = RecordDict({"arrays": arrays, "config": config})
+    messages = [Message(content, node_id, kind) for node_id in names]
+    for reply in grid.send_and_receive(messages, timeout=timeout):
+        site = names.get(reply.metadata.src_node_id, "")
+        if reply.has_error():
+            log.warning("%s has no model of its own: %s", site, error_text(reply))
+            continue
+        records = list(reply.content.metric_records.values())
+        if len(records) != 1:
+            log.warning("%s has no model of its own: malformed answer", site)
+            continue
+        found[site] = {
+            name: float(value)
+            for name, value in records[0].items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+    return dict(sorted(found.items()))
 
 
 def collect_pictures(

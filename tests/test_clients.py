@@ -231,8 +231,12 @@ def test_arrays_of_another_model_are_an_error_reply():
 
 def test_no_training_rows():
     client = fixed(SiteData(train=[], val=make_rows(2, 0)))
+    assert error_of(client) == "there are no training rows"
+    for kind in ("query.describe", "evaluate"):
+        assert not ask(client, kind, context_of()).has_error()
+    nobody = fixed(SiteData(train=[]))
     for kind in ("query.describe", "train", "evaluate"):
-        assert error_of(client, kind) == "there are no training rows"
+        assert error_of(nobody, kind) == "there are no rows"
 
 
 def test_a_row_without_a_patient():
@@ -361,7 +365,7 @@ def test_data_of_a_run_are_not_kept_for_the_next():
     ask(Client, "train", context_of())
     gc.collect()
     assert references[0]() is None
-    assert len({key[0] for key in MedicalClient._kept}) == 1
+    assert len({key[0] for key in MedicalClient.kept}) == 1
 
 
 def test_pooled_training_sees_every_sites_rows():

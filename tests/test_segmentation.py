@@ -793,7 +793,7 @@ def test_the_cache_keeps_to_its_limit_all_splits_and_sites_together():
             reply = ask(client, kind, context, arrays, split=split)
             assert not reply.has_error(), reply.error.reason
         own = client(context)
-        return [own._prepared(split, False)[1].count for _, split in kinds]
+        return [own.prepared(split, False)[1].count for _, split in kinds]
 
     rounds = (("train", "train"), ("evaluate", "val"), ("evaluate", "test"))
     assert kept(10**6, *rounds) == [9, 4, 5]

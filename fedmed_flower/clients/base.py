@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fedmed_flower.clients.answering import answer
-from fedmed_flower.clients.keeping import keep_splits, share_pictures
+from fedmed_flower.clients.keeping import keep_splits
 from fedmed_flower.clients.models import ModelSettings
+from fedmed_flower.clients.pooling import load_pooled
 from fedmed_flower.clients.protecting import (
     measure_protected,
     private_metrics,
@@ -26,9 +27,10 @@ from fedmed_flower.clients.protecting import (
     require_unseen,
     train_protected,
 )
+from fedmed_flower.clients.queries import QUERIES, Query
 from fedmed_flower.clients.settings import Settings, arranged, derive_seed, torch_environment
-from fedmed_flower.clients.training import probe_places, train_epochs
-from fedmed_flower.data.site import FROZEN, SPLITS, Row, Site, SiteData, require_patients
+from fedmed_flower.clients.training import Steps, probe_places, train_epochs
+from fedmed_flower.data.site import AGREED, FROZEN, SPLITS, Row, Site, SiteData, require_patients
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import EPSILON
 from fedmed_flower.pictures import Picture
@@ -56,6 +58,8 @@ class MedicalClient(ABC):
         Raise `InputError` where the rows cannot be used.
     screen
         Turn single rows away that cannot be used, and name them in the log.
+    contribute, agree
+        What a site tells before the first round, and what the server makes of all sites' answers.
     prepare
         Make of rows what the hooks below take; kept in memory for the length of a run.
     batch_of, loss_of
@@ -93,16 +97,22 @@ class MedicalClient(ABC):
         How strongly `fit` holds the model near the global one; sent by `FedProx`, else 0.
     progress : float
         Which part of the run's rounds was done before this one.
+    agreed : str
+        What the server made of all sites' answers before the first round; empty before that.
+    queries : dict
+        What answers a Flower query, by its name: maps (client, message) to the content of the
+        reply. A subclass adds its own.
     """
 
-    _kept: ClassVar[dict[tuple[object, ...], Any]] = {}
+    queries: ClassVar[Mapping[str, Query]] = QUERIES
+    kept: ClassVar[dict[tuple[object, ...], Any]] = {}
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.settings = Settings.from_run_config(context.run_config)
         self.privacy = PrivacySettings.from_run_config(context.run_config)
         self.models = ModelSettings.of_site(context)
-        self.proximal_mu, self.progress = 0.0, 0.0
+        self.proximal_mu, self.progress, self.agreed = 0.0, 0.0, ""
 
     @cached_property
     def site(self) -> Site:
@@ -110,27 +120,45 @@ class MedicalClient(ABC):
         return Site.from_context(self.context)
 
     @abstractmethod
+    def load_data(self, site: Site) -> SiteData:
+        """Return the rows of a site; one without training rows is only tested."""
+
     def build_model(self) -> nn.Module:
         """Return the network with fresh weights."""
+        raise self._without("build_model")
 
-    @abstractmethod
-    def load_data(self, site: Site) -> SiteData:
-        """Return the rows of a site."""
-
-    @abstractmethod
-    def check(self, data: SiteData) -> None:
+    def check(self, data: SiteData) -> None:  # noqa: B027
         """Raise `InputError` where the rows cannot be used; it names the row and the remedy."""
 
     def screen(self, rows: Sequence[Row], split: str) -> Sequence[Row]:
         """Return the rows that can be used; a subclass says in the log which cannot, and why."""
         return rows
 
-    @abstractmethod
+    @property
+    def must_agree(self) -> bool:
+        """Whether the model needs what all sites tell before the first round."""
+        return False
+
+    def contribute(self) -> dict[str, Any]:
+        """Return what this site tells before the first round: numbers, texts and lists of them."""
+        return {}
+
+    def agree(self, contributions: Mapping[str, Mapping[str, Any]]) -> str:
+        """Return, at the server, what goes to all sites with each message as `agreed`.
+
+        Parameters
+        ----------
+        contributions : dict
+            What `contribute` returned, by the name of the site.
+        """
+        return ""
+
     def prepare(self, rows: Sequence[Row], train: bool) -> Any:
         """Return the rows as `batch_of` (where `train`) or `measure` take them."""
+        raise self._without("prepare")
 
     def fit(self, model: nn.Module, prepared: Any, seed: int) -> dict[str, Any]:
-        """Train `model` in place for ``local-epochs`` and return metrics such as ``loss``.
+        """Train `model` in place for a round and return metrics such as ``loss``.
 
         Here by `batch_of` and `loss_of`, which must give the mean over a batch.
         """
@@ -145,20 +173,22 @@ class MedicalClient(ABC):
             collate_fn=partial(self.batch_of, prepared),
             generator=torch.Generator().manual_seed(seed),
         )
+        if settings.local_steps:
+            batches = Steps(batches, settings.local_steps)
         mean = train_epochs(
             model,
             batches,
             self.loss_of,
             settings.make_optimizer(model, self.progress),
-            settings.local_epochs,
+            1 if settings.local_steps else settings.local_epochs,
             settings.half_precision,
             self.proximal_mu,
         )
         return {"loss": mean}
 
-    @abstractmethod
     def measure(self, model: nn.Module, prepared: Any) -> dict[str, Any]:
         """Return the metrics of `model`, with ``num-examples``."""
+        raise self._without("measure")
 
     def describe(self, data: SiteData) -> dict[str, Any]:
         """Return further numbers about the rows; asked for in a simulation only."""
@@ -169,11 +199,11 @@ class MedicalClient(ABC):
 
         Each is to be changed at random by itself, if at all.
         """
-        raise InputError(f"{_name(self)} cannot train: it gives no batch_of and loss_of")
+        raise self._without("batch_of and loss_of")
 
     def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of a batch: the mean over its records, one number."""
-        raise InputError(f"{_name(self)} cannot train: it gives no batch_of and loss_of")
+        raise self._without("batch_of and loss_of")
 
     def draw(self, model: nn.Module, prepared: Any, count: int) -> list[Picture]:
         """Return pictures of `count` prepared rows and of the worst; here none.
@@ -199,7 +229,11 @@ class MedicalClient(ABC):
         self, model: nn.Module, prepared: Any, patients: Sequence[Hashable], noise: float
     ) -> dict[str, Any]:
         """Return metrics of which one patient changes little, with noise of this multiplier."""
-        raise InputError(f"{_name(self)} gives no measure_privately: set private-metrics=false")
+        name = type(self).__name__
+        raise InputError(f"{name} gives no measure_privately: set private-metrics=false")
+
+    def _without(self, hook: str) -> InputError:
+        return InputError(f"{type(self).__name__} cannot train: it gives no {hook}")
 
     @classmethod
     def client_app(cls) -> ClientApp:
@@ -211,15 +245,21 @@ class MedicalClient(ABC):
         app = ClientApp()
         app.train()(partial(answer, cls, cls._train))
         app.evaluate()(partial(answer, cls, cls._evaluate))
-        app.query("describe")(partial(answer, cls, cls._describe))
-        app.query("pictures")(partial(answer, cls, cls._pictures))
+        for name, query in cls.queries.items():
+            app.query(name)(partial(answer, cls, query))
         return app
 
+    def read(self, message: Message) -> ConfigRecord:
+        """Return the config of a message, and take up what all sites agreed upon."""
+        config = next(iter(message.content.config_records.values()), ConfigRecord())
+        self.agreed = str(config.get(AGREED, ""))
+        return config
+
     def _train(self, message: Message) -> RecordDict:
-        config = _config(message)
+        config = self.read(message)
         server_round = int(config.get("server-round", 0))  # type: ignore[arg-type]
         pooled = bool(config.get("pool-sites", False))
-        data, prepared = self._prepared("train", pooled)
+        data, prepared = self.prepared("train", pooled)
         arrays_key, arrays = next(iter(message.content.array_records.items()))
         self.proximal_mu = float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]
         if not 0 <= self.proximal_mu < math.inf:
@@ -229,85 +269,55 @@ class MedicalClient(ABC):
         began = time.perf_counter()
         require_protection(self.privacy, self.context)
         keep_splits(self.context, self.site, config, self.data())
-        model, travelling = self._model(arrays, config)
+        model, travelling = self.model_of(arrays, config)
         if self.privacy.on:
-            with self._torch(seed):
+            with self.seeded(seed):
                 metrics = train_protected(self, model, data, prepared, config)
         else:
-            with self._torch(seed):
+            with self.seeded(seed):
                 metrics = self.fit(model, prepared, seed)
         if self.privacy.on or private_metrics(self):
             metrics = {name: metrics[name] for name in metrics if name == EPSILON}
         else:
             metrics["seconds"] = time.perf_counter() - began
-        metrics["num-examples"] = self._count(data, "train")
+        metrics["num-examples"] = self.count(data, "train")
         state = ArrayRecord(travelling.state(model))
         return RecordDict({arrays_key: state, "metrics": MetricRecord(metrics)})
 
     def _evaluate(self, message: Message) -> RecordDict:
-        config = _config(message)
+        config = self.read(message)
         split = str(config.get("split", "val"))
         if split not in SPLITS:
             raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         require_unseen(self, split)
-        data, prepared = self._prepared(split, bool(config.get("pool-sites", False)))
+        data, prepared = self.prepared(split, bool(config.get("pool-sites", False)))
         metrics: dict[str, Any] = {"num-examples": 0}
         if getattr(data, split):
-            model, _ = self._model(next(iter(message.content.array_records.values())), config)
-            with self._torch(derive_seed(self.settings.seed, self.site.name, split)):
+            model, _ = self.model_of(next(iter(message.content.array_records.values())), config)
+            with self.seeded(derive_seed(self.settings.seed, self.site.name, split)):
                 if private_metrics(self):
                     metrics = measure_protected(self, model, data, prepared, config)
                 else:
                     metrics = self.measure(model, prepared)
         return RecordDict({"metrics": MetricRecord(metrics)})
 
-    def _describe(self, message: Message) -> RecordDict:
-        self.settings.torch_device()
-        data, _ = self._prepared(None, pooled=False)
-        counts: dict[str, Any] = {split: self._count(data, split) for split in SPLITS}
-        counts["num-examples"] = counts["train"]
-        if not self._secret_content:
-            loaded = self.data()
-            screened = sum(len(getattr(loaded, s)) - len(getattr(data, s)) for s in SPLITS)
-            counts["turned-away"] = loaded.turned_away + screened
-        if self.site.simulated:
-            counts |= self.describe(data)
-        return RecordDict({"metrics": MetricRecord(counts)})
-
     @property
-    def _secret_content(self) -> bool:
+    def secretive(self) -> bool:
         """Whether nothing may leave that depends on what is in a patient's files, noise apart."""
         return self.privacy.on or private_metrics(self)
 
-    def _count(self, data: SiteData, split: str) -> int:
+    def count(self, data: SiteData, split: str) -> int:
         """Return the number of rows that the server is told: those that could be used.
 
         Where what is in a file must not show, all that were loaded.
         """
-        return len(getattr(self.data() if self._secret_content else data, split))
-
-    def _pictures(self, message: Message) -> RecordDict:
-        """Draw test rows; the pictures leave only where the hospital lets them."""
-        config = _config(message)
-        data, prepared = self._prepared("test", pooled=False)
-
-        def drawn() -> list[Picture]:
-            model, _ = self._model(next(iter(message.content.array_records.values())), config)
-            with self._torch(0):
-                return self.draw(model, prepared, int(config["count"]))  # type: ignore[arg-type]
-
-        shared = share_pictures(self.context, self.site, config, drawn if data.test else list)
-        content: dict[str, Any] = {
-            "titles": [picture.title for picture in shared],
-            "images": [picture.png for picture in shared],
-        }
-        return RecordDict({"pictures": ConfigRecord(content)})
+        return len(getattr(self.data() if self.secretive else data, split))
 
     def fresh_model(self) -> tuple[nn.Module, Travelling]:
         """Return the network on the device with fresh weights, and which part of it travels."""
         # The server's seed: what does not travel is then the same here. What travels is thrown
         # away, and must not move the seeded generator of `fit`.
-        with self._torch(self.settings.seed):
+        with self.seeded(self.settings.seed):
             model = self.build_model()
         travelling = Travelling(model, self.models.trainable)
         device = self.settings.torch_device()
@@ -316,7 +326,8 @@ class MedicalClient(ABC):
                 parameter.data = arranged(parameter.data)
         return model.to(device), travelling
 
-    def _model(self, arrays: ArrayRecord, config: ConfigRecord) -> tuple[nn.Module, Travelling]:
+    def model_of(self, arrays: ArrayRecord, config: ConfigRecord) -> tuple[nn.Module, Travelling]:
+        """Return the network with weights that came with a message."""
         model, travelling = self.fresh_model()
         if FROZEN in config and config[FROZEN] != travelling.digest(model):
             raise InputError(
@@ -326,69 +337,45 @@ class MedicalClient(ABC):
         travelling.load(model, arrays.to_torch_state_dict())
         return model, travelling
 
-    def _torch(self, seed: int) -> Any:
+    def seeded(self, seed: int) -> Any:
+        """Return the context in which torch works for this site: its seed and its threads."""
         threads = self.settings.torch_threads or int(self.site.simulated)
         return torch_environment(seed, threads, self.settings.torch_device())
 
     def data(self, pooled: bool = False) -> SiteData:
         """Return the site's rows as `load_data` gives them; the run keeps them."""
-        for key in [key for key in self._kept if key[0] != self.context.run_id]:
-            del self._kept[key]
-        if (key := self._key(pooled, "data")) not in self._kept:
-            data = self._load_pooled() if pooled else self.load_data(self.site)
-            if not data.train:
-                raise InputError("there are no training rows")
+        for key in [key for key in self.kept if key[0] != self.context.run_id]:
+            del self.kept[key]
+        if (key := self.key(pooled, "data")) not in self.kept:
+            data = load_pooled(self) if pooled else self.load_data(self.site)
+            if not any(getattr(data, split) for split in SPLITS):
+                raise InputError("there are no rows")
             require_patients(data)
             self.check(data)
-            self._kept[key] = data
-        loaded: SiteData = self._kept[key]
+            self.kept[key] = data
+        loaded: SiteData = self.kept[key]
         return loaded
 
-    def _prepared(self, split: str | None, pooled: bool) -> tuple[SiteData, Any]:
+    def prepared(self, split: str | None, pooled: bool) -> tuple[SiteData, Any]:
         """Return the rows that passed `screen`, and one split as `prepare` makes it.
 
         A split that is not asked for is as it was loaded. None asks for all, and prepares none.
         """
         data = self.data(pooled)
         for part in SPLITS if split is None else (split,):
-            if (key := self._key(pooled, part, "rows")) not in self._kept:
-                self._kept[key] = self.screen(getattr(data, part), part)
-            data = replace(data, **{part: self._kept[key]})
-        if not data.train:
+            if (key := self.key(pooled, part, "rows")) not in self.kept:
+                self.kept[key] = self.screen(getattr(data, part), part)
+            data = replace(data, **{part: self.kept[key]})
+        if not data.train and self.data(pooled).train:
             raise InputError("there are no training rows left: all were turned away")
+        if split == "train" and not data.train:
+            raise InputError("there are no training rows")
         if split is None:
             return data, None
-        if (key := self._key(pooled, split)) not in self._kept:
-            self._kept[key] = self.prepare(getattr(data, split), train=split == "train")
-        return data, self._kept[key]
+        if (key := self.key(pooled, split)) not in self.kept:
+            self.kept[key] = self.prepare(getattr(data, split), train=split == "train")
+        return data, self.kept[key]
 
-    def _key(self, *parts: object) -> tuple[object, ...]:
+    def key(self, *parts: object) -> tuple[object, ...]:
+        """Return the key of `kept` under which this run keeps something of this site."""
         return (self.context.run_id, type(self).__qualname__, self.site, *parts)
-
-    def _load_pooled(self) -> SiteData:
-        """Return all sites' rows together, for the comparison that only a simulation can make."""
-        site = self.site
-        if not site.simulated:
-            raise InputError("pool-sites works in a simulation only: no site holds others' data")
-        parts = [
-            self.load_data(replace(site, index=index, name=f"hospital-{index + 1}"))
-            for index in range(site.num_sites)
-        ]
-        # Two hospitals may give two patients one number.
-        train, val, test = (
-            [
-                {**row, "patient": (index, row["patient"])}
-                for index, part in enumerate(parts)
-                for row in getattr(part, split)
-            ]
-            for split in SPLITS
-        )
-        return replace(parts[0], train=train, val=val, test=test)
-
-
-def _name(client: MedicalClient) -> str:
-    return type(client).__name__
-
-
-def _config(message: Message) -> ConfigRecord:
-    return next(iter(message.content.config_records.values()), ConfigRecord())

@@ -263,7 +263,7 @@ class ImagingClient(MedicalClient):
     def _cached(self, rows: Sequence[Row], steps: Sequence[Callable[[Any], Any]]) -> CachedRows:
         """Keep as many rows in memory as this site may, all its splits together."""
         sites = self.site.num_sites if self.site.simulated else 1
-        mine = (kept for key, kept in self._kept.items() if self.site in key)
+        mine = (kept for key, kept in self.kept.items() if self.site in key)
         held = sum(kept.held for kept in mine if isinstance(kept, CachedRows))
         made = CachedRows(rows, steps, self.imaging.cache_gigabytes * 2**30 / sites - held)
         if made.count < len(made):

@@ -42,7 +42,7 @@ def own_folder(context: Context, site: Site, message: ConfigRecord) -> Path | No
         if not folder.is_dir():
             raise InputError(f"output-dir of site {site.name} is not a folder: {folder}")
         key = str(message.get(RUN_KEY, context.run_id))
-        return folder / _file_name(key.partition("/")[0])
+        return folder / file_name(key.partition("/")[0])
     if site.simulated and (ledgers := str(message.get(LEDGER_DIR, ""))):
         return Path(ledgers).parent
     return None
@@ -53,7 +53,7 @@ def keep_splits(context: Context, site: Site, message: ConfigRecord, data: SiteD
     folder = own_folder(context, site, message)
     if folder is None:
         return
-    path = folder / "splits" / f"{_file_name(site.name)}.csv"
+    path = folder / "splits" / f"{file_name(site.name)}.csv"
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(("patient", "split"))
@@ -98,7 +98,7 @@ def share_pictures(
         return []
     pictures = draw()
     for number, picture in enumerate(pictures, start=1):
-        name = f"{_file_name(site.name)}-{number}-{_plain(picture.title)}.png"
+        name = f"{file_name(site.name)}-{number}-{_plain(picture.title)}.png"
         write_atomic(folder / "pictures-kept" / name, picture.png)
     log.info("%s: %d pictures in %s", site.name, len(pictures), folder / "pictures-kept")
     return []
@@ -110,7 +110,7 @@ def _patients(data: SiteData, split: str) -> list[str]:
     return list(dict.fromkeys(str(p.item() if hasattr(p, "item") else p) for p in patients))
 
 
-def _file_name(text: str) -> str:
+def file_name(text: str) -> str:
     """Return a name that stays in its folder, and differs where texts differ."""
     plain = _plain(text)
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

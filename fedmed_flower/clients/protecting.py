@@ -95,13 +95,15 @@ def train_protected(
     torch.manual_seed(secrets.randbits(63))
     client.seed_transforms(prepared, secrets.randbits(32))
     patients = _patients(data.train, prepared)
-    checked = client._key("checked")
-    if checked not in client._kept:
+    checked = client.key("checked")
+    if checked not in client.kept:
         # Fresh weights: with those that were sent, whether this fails could tell of a record.
         client.check_private(client.fresh_model()[0], prepared)
-        client._kept[checked] = True
+        client.kept[checked] = True
     privacy = _privacy(client, config)
-    mechanism = privacy.plan_training(patients, settings.local_epochs, settings.batch_size)
+    mechanism = privacy.plan_training(
+        patients, settings.local_epochs, settings.batch_size, settings.local_steps
+    )
     charge = (patients, mechanism.release, mechanism.steps, "train", _round(config))
     with privacy.charged(*charge):
         before = held(model)

@@ -27,6 +27,8 @@ class Settings(Section):
     ----------
     local_epochs : int
         Passes over the site's training rows in a round; at least 1.
+    local_steps : int
+        Batches in a round, whatever number of rows a site has; 0 goes by `local_epochs`.
     batch_size : int
         Rows in a step; at least 1.
     learning_rate : float
@@ -53,11 +55,14 @@ class Settings(Section):
         CPU.
     torch_threads : int
         0 means 1 in a simulation, where sites share the machine, and torch's own choice elsewhere.
+    personal_epochs : int
+        Most passes in which a hospital may fine-tune the last global model for itself; 0 for none.
     num_server_rounds : int
         How many rounds `schedule` is planned for; at least 0. ``cosine`` needs at least 1.
     """
 
     local_epochs: int = 1
+    local_steps: int = 0
     batch_size: int = 32
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -69,11 +74,13 @@ class Settings(Section):
     mixed_precision: bool = True
     channels_last: bool = True
     torch_threads: int = 0
+    personal_epochs: int = 0
     num_server_rounds: int = 0
 
     def __post_init__(self) -> None:
         self.require_at_least(1, "local_epochs", "batch_size")
         self.require_at_least(0, "seed", "torch_threads", "num_server_rounds")
+        self.require_at_least(0, "local_steps", "personal_epochs")
         penalty = 0 <= self.weight_decay < math.inf
         self.require("weight_decay", penalty, "at least 0 and finite")
         self.require_positive("learning_rate")

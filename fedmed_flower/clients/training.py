@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import math
 import sys
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,25 @@ def train_epochs(
                 raise FloatingPointError(f"the training loss is {value} in epoch {epoch + 1}")
         mean = total / rows
     return mean
+
+
+class Steps:
+    """Gives so many batches in each pass, going over the data as often as that takes.
+
+    Parameters
+    ----------
+    batches : iterable of dict of tensors
+        Iterated anew whenever it is at its end.
+    count : int
+        At least 1.
+    """
+
+    def __init__(self, batches: Iterable[Batch], count: int) -> None:
+        self._batches, self._count = batches, count
+
+    def __iter__(self) -> Iterator[Batch]:
+        passes = (batch for _ in itertools.count() for batch in self._batches)
+        return itertools.islice(passes, self._count)
 
 
 class Parts:

@@ -26,6 +26,8 @@ DECLINED = "declined: "
 RUN_KEY, LEDGER_DIR = "run-key", "ledger-dir"
 # The digest of the model's part that does not travel, which every site must have too.
 FROZEN = "frozen-digest"
+# What all sites agreed upon before the first round, in each site's every message.
+AGREED = "agreed"
 SPLITS = ("train", "val", "test")
 
 _simulating: ContextVar[bool] = ContextVar("simulating", default=False)

@@ -132,9 +132,20 @@ class PatientPrivacy:
         self.budget, self.app = budget, app
 
     def plan_training(
-        self, patients: Sequence[Hashable], epochs: int, batch_size: int
+        self, patients: Sequence[Hashable], epochs: int, batch_size: int, steps: int = 0
     ) -> Mechanism:
         """Return what a round of training is: its noise keeps all planned rounds to the target.
+
+        Parameters
+        ----------
+        patients : sequence of hashable
+            One a record.
+        epochs : int
+            Passes over the patients on average, where `steps` is 0.
+        batch_size : int
+            Patients in a step on average, where the settings name no sampling rate.
+        steps : int
+            Steps in the round; 0 goes by `epochs`.
 
         Raises
         ------
@@ -143,10 +154,11 @@ class PatientPrivacy:
         """
         settings, count = self.settings, len(set(patients))
         rate = settings.sampling_rate or min(1.0, batch_size / count)
-        steps = max(1, round(epochs / rate))
+        asked = f"local-steps = {steps}" if steps else f"local-epochs = {epochs}"
+        steps = steps or max(1, round(epochs / rate))
         if steps > _MOST_STEPS:
             raise InputError(
-                f"local-epochs = {epochs} at a sampling rate of {rate:g} make {steps} steps a "
+                f"{asked} at a sampling rate of {rate:g} make {steps} steps a "
                 f"round, above {_MOST_STEPS}: raise sampling-rate or batch-size"
             )
         target, planned = settings.target_epsilon, settings.num_server_rounds

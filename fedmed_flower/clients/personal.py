@@ -1,0 +1,101 @@
+"""The global model fine-tuned by one hospital for itself, after the last round."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Message
+from safetensors.torch import save
+from torch import nn
+
+from fedmed_flower.clients.keeping import file_name, own_folder
+from fedmed_flower.clients.settings import derive_seed
+from fedmed_flower.config import with_type_of
+from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.metrics import lower_is_better, main_metric
+from fedmed_flower.runfolder import write_atomic
+
+if TYPE_CHECKING:
+    from fedmed_flower.clients.base import MedicalClient
+
+log = logging.getLogger("flwr.fedmed")
+
+# How the figures on validation rows are called in the reply, before and after.
+GLOBAL, OWN = "val-global", "val-own"
+EPOCHS = "personal-epochs"
+
+
+def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
+    """Fine-tune the model that came with a message; keep what is best on the validation rows.
+
+    After each of at most ``personal-epochs`` passes over the training rows the model is measured
+    on the validation rows. The one with the best main figure is kept, of several with the same
+    figure that with the least loss, and the global model where no pass improves either: so no
+    hospital is worse off on its validation rows. Where the hospital keeps a folder, its model is
+    written there, as ``personal/SITE.safetensors``.
+
+    Returns
+    -------
+    dict
+        The metrics of the kept model on the test rows; ``val-global`` and ``val-own``, the main
+        figure of both models on the validation rows, and ``personal-epochs``, after how many
+        passes the model was kept; 0 means the global model.
+
+    Raises
+    ------
+    DeclinedError
+        Where the hospital does not want one (``personal=false`` in its node config), or in a
+        private run: the model would be trained without noise, and what is measured of it leaves.
+    InputError
+        Where the site has no training or no validation rows.
+    """
+    config = client.read(message)
+    if not with_type_of(True, client.context.node_config.get("personal", True), "personal"):
+        raise DeclinedError("personal=false in the hospital's node config")
+    if client.secretive:
+        raise DeclinedError("a personal model is trained without noise")
+    settings, site = client.settings, client.site
+    if settings.personal_epochs < 1:
+        raise InputError(
+            f"personal-epochs must be at least 1 to fine-tune, got {settings.personal_epochs}"
+        )
+    (_, train), (val, val_rows), (test, test_rows) = (
+        client.prepared(split, pooled=False) for split in ("train", "val", "test")
+    )
+    if not val.val:
+        raise InputError("there are no validation rows to tell by whether fine-tuning helps")
+    # A pass at a time, at the learning rate of the first round.
+    client.settings = replace(settings, local_epochs=1, local_steps=0)
+    model, _ = client.model_of(next(iter(message.content.array_records.values())), config)
+    seed = derive_seed(settings.seed, site.name, "personal")
+    with client.seeded(seed):
+        before = _measured(client, model, val_rows)
+        figure = main_metric(before)
+        best, after, kept = copy.deepcopy(model.state_dict()), before, 0
+        for epoch in range(1, settings.personal_epochs + 1):
+            client.fit(model, train, derive_seed(seed, epoch))
+            found = _measured(client, model, val_rows)
+            if _improves(found, after, figure):
+                best, after, kept = copy.deepcopy(model.state_dict()), found, epoch
+        model.load_state_dict(best)
+        metrics = client.measure(model, test_rows) if test.test else {"num-examples": 0}
+    folder = own_folder(client.context, site, config)
+    if folder is not None:
+        path = folder / "personal" / f"{file_name(site.name)}.safetensors"
+        write_atomic(path, save({key: value.contiguous() for key, value in best.items()}))
+        log.info("%s: its own model is in %s", site.name, path)
+    return metrics | {GLOBAL: before[figure], OWN: after[figure], EPOCHS: kept}
+
+
+def _measured(client: MedicalClient, model: nn.Module, prepared: Any) -> dict[str, float]:
+    found = client.measure(model, prepared)
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
+
+def _improves(found: dict[str, float], before: dict[str, float], figure: str) -> bool:
+    if found[figure] != before[figure]:
+        return (found[figure] < before[figure]) == lower_is_better(figure)
+    return found.get("loss", 0.0) < before.get("loss", 0.0)
