@@ -4,7 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmed_flower.clients import ClassificationClient, MedicalClient, SegmentationClient
+    from fedmed_flower.clients.base import MedicalClient
+    from fedmed_flower.clients.classification import ClassificationClient
+    from fedmed_flower.clients.genomics import GenomicsClient
+    from fedmed_flower.clients.segmentation import SegmentationClient
+    from fedmed_flower.clients.survival import SurvivalClient
+    from fedmed_flower.clients.tabular import TabularClient
+    from fedmed_flower.data.schema import Schema
     from fedmed_flower.data.site import Site, SiteData
     from fedmed_flower.errors import InputError
     from fedmed_flower.experiment import federate
@@ -12,22 +18,30 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ClassificationClient",
+    "GenomicsClient",
     "InputError",
     "MedicalClient",
+    "Schema",
     "SegmentationClient",
     "Site",
     "SiteData",
+    "SurvivalClient",
+    "TabularClient",
     "federate",
     "run_local",
 ]
 
 _HOMES = {
-    "ClassificationClient": "clients",
+    "ClassificationClient": "clients.classification",
+    "GenomicsClient": "clients.genomics",
     "InputError": "errors",
-    "MedicalClient": "clients",
-    "SegmentationClient": "clients",
+    "MedicalClient": "clients.base",
+    "Schema": "data.schema",
+    "SegmentationClient": "clients.segmentation",
     "Site": "data.site",
     "SiteData": "data.site",
+    "SurvivalClient": "clients.survival",
+    "TabularClient": "clients.tabular",
     "federate": "experiment",
     "run_local": "simulation",
 }

@@ -6,13 +6,14 @@ import json
 import logging
 import signal
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from flwr.app import UserConfig
@@ -21,9 +22,7 @@ from flwr.common.config import flatten_dict, get_project_config
 from flwr.serverapp import ServerApp
 from flwr.supercore.object_ref import load_app
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from fedmed_flower.clients.settings import Settings
 from fedmed_flower.config import override
@@ -33,8 +32,7 @@ from fedmed_flower.data_commands import data_app
 from fedmed_flower.engine import run_flower
 from fedmed_flower.errors import InputError
 from fedmed_flower.experiment import Plan
-from fedmed_flower.metrics import main_metric
-from fedmed_flower.privacy.accounting import epsilon_of
+from fedmed_flower.printing import print_ledger, print_results
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.privacy.patient import PrivacySettings
 from fedmed_flower.report import write_report
@@ -75,7 +73,9 @@ class _Job:
 @app.command()
 def run(
     path: Annotated[Path, typer.Argument(metavar="APP", help="Folder of the Flower app.")],
-    sites: Annotated[int | None, typer.Option(help="Number of hospitals.  [default: 5]")] = None,
+    sites: Annotated[
+        int | None, typer.Option(help="Number of hospitals.  [default: the app's own, or 5]")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="Overrides num-server-rounds.")] = None,
     config: Annotated[
         list[str] | None, typer.Option("--config", "-c", help="A setting of the app: key=value.")
@@ -137,7 +137,7 @@ def privacy(
         if not found:
             raise InputError(f"there is no ledger (*.sqlite) in the folder {ledger}")
         for path in found:
-            _print_ledger(path, Ledger(path, read_only=True), delta)
+            print_ledger(console, path, Ledger(path, read_only=True), delta)
 
 
 @app.callback()
@@ -192,7 +192,7 @@ def _prepare(
     settings = [*settings, *([] if rounds is None else [f"num-server-rounds={rounds}"])]
     config = override(defaults, settings)
     config |= {"run-dir": str(folder), "resume": resume is not None}
-    num_sites = 5 if sites is None else sites
+    num_sites = default_sites(path) if sites is None else sites
     if num_sites < 1:
         raise InputError(f"--sites must be at least 1, got {num_sites}")
     plan = Plan.from_run_config(config)
@@ -227,6 +227,24 @@ def load_project(path: Path) -> tuple[str, UserConfig, tuple[str, str]]:
             )
     components = section["components"]
     return project["project"]["name"], defaults, (components["serverapp"], components["clientapp"])
+
+
+def default_sites(path: Path) -> int:
+    """Return the number of sites that an app names in ``[tool.fedmed]``; 5 where it names none.
+
+    Raises
+    ------
+    InputError
+        Where it is no whole number.
+    """
+    table = tomllib.loads((path / "pyproject.toml").read_text(encoding="utf-8"))
+    count = table.get("tool", {}).get("fedmed", {}).get("sites", 5)
+    if type(count) is not int:
+        raise InputError(
+            f"sites in [tool.fedmed] of {path / 'pyproject.toml'} must be a whole number, "
+            f"got {count!r}"
+        )
+    return count
 
 
 def _examples() -> Path:
@@ -264,10 +282,11 @@ def _execute(job: _Job) -> None:
         console.print(f"finished: {where}")
         return
     summary = json.loads((job.folder / SUMMARY).read_text(encoding="utf-8"))
-    _print_results(summary)
+    print_results(console, summary)
     console.print(f"report: {job.folder / 'report.html'}")
     mark = f" ({GENERATED})" if summary["generated"] else ""
-    done = f"{summary['rounds']} rounds in {summary['seconds']:.0f} s{mark}"
+    rounds = f"{summary['rounds']} rounds in " if "rounds" in summary else ""
+    done = f"{rounds}{summary['seconds']:.0f} s{mark}"
     console.print(f"{summary['status']}: {done}: {job.folder}")
 
 
@@ -294,73 +313,6 @@ def _whereabouts(folder: Path) -> str:
     if RunFolder(folder).checkpoint_file.exists():
         return f"{folder} (go on with --resume {folder})"
     return f"{folder}" if folder.exists() else "nothing was written"
-
-
-def _print_results(summary: dict[str, Any]) -> None:
-    """Print the test results of each hospital, with mean and worst beside all together."""
-    test = summary["test"]
-    columns = {"federated": test["sites"]}
-    if "local" in test:
-        columns = {"alone": test["local"], **columns}
-    if "pooled" in test:
-        columns["all data pooled"] = test["pooled"]["sites"]
-    every = [test["federated"], *(part for parts in columns.values() for part in parts.values())]
-    figure = main_metric({name for part in every for name in part})
-    name_of = {"auc": "AUC", "dice": "Dice"}.get(figure, figure)
-    table = Table("hospital", "train", "test", title=f"{name_of} on each hospital's own test data")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for site, counts in summary["sites"].items():
-        values = [column.get(site, {}).get(figure) for column in columns.values()]
-        table.add_row(site, str(counts["train"]), str(counts["test"]), *map(_show, values))
-    # Mean and worst compare the same hospitals in each column: those with a figure in all.
-    compared = [
-        site
-        for site in summary["sites"]
-        if all(column.get(site, {}).get(figure) is not None for column in columns.values())
-    ]
-    known = [[column[site][figure] for site in compared] for column in columns.values()]
-    worst = max if figure == "loss" else min
-    table.add_section()
-    table.add_row("mean", "", "", *(_show(sum(k) / len(k) if k else None) for k in known))
-    table.add_row("worst", "", "", *(_show(worst(k, default=None)) for k in known))
-    together = {"federated": test["federated"], "all data pooled": test.get("pooled", {})}
-    shown = [_show(together.get(name, {}).get(figure)) for name in columns]
-    table.add_row("all test data", "", "", *shown)
-    console.print(table)
-
-
-def _print_ledger(path: Path, ledger: Ledger, delta: float | None) -> None:
-    """Print what each run released, what the patients have spent at most, and what is left."""
-    budget = ledger.budget()
-    delta = (1e-5 if budget is None else budget.delta) if delta is None else delta
-    table = Table(title=f"{path}: epsilon per patient at delta {delta:g}", title_justify="left")
-    for name in ("since (UTC)", "run", "app", "on", "patients", "rounds", "steps", "epsilon"):
-        numbers = name in ("patients", "rounds", "steps", "epsilon")
-        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
-    for entry in ledger.entries():
-        rounds = f"{entry.rounds}" + (f" ({entry.unsettled} broken off)" if entry.unsettled else "")
-        epsilon = _show(epsilon_of(entry.releases, delta))
-        steps = f"{entry.releases.total()}"
-        words = (
-            entry.began[:16].replace("T", " "),
-            entry.run,
-            entry.app,
-            entry.purpose,
-            f"{entry.patients}",
-        )
-        table.add_row(*map(escape, words), rounds, steps, epsilon)
-    console.print(table)
-    spent = ledger.most(delta)
-    text = f"spent on the patient of whom most was released, all runs together: {_show(spent)}"
-    if budget is not None and budget.delta == delta:
-        left = max(0.0, budget.epsilon - spent)
-        text += f" of {budget.epsilon:g}; left: about {_show(left)}"
-    console.print(text if budget else f"{text}; no budget was set")
-
-
-def _show(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 @contextmanager

@@ -6,7 +6,9 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Callable
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,11 @@ from fedmed_flower.runfolder import METRICS as METRICS_TABLE
 Curves = dict[tuple[str, str, str], dict[int, float]]  # (phase, metric, site) -> round -> value
 
 COUNT, MOST_FAILURES, MOST_COLUMNS = ",.0f", 100, 8
+# Where pages are written of runs that train no model.
+_HOMES = {
+    "association": "fedmed_flower.manhattan",
+    "statistics": "fedmed_flower.statistics.table",
+}
 STATUS = {"finished": "Finished", "failed": "Failed", "stopped": "Stopped", "running": "Running"}
 
 
@@ -55,7 +62,11 @@ def write_report(folder: Path) -> Path:
     InputError
         ``summary.json`` is missing or not a JSON object, or ``metrics.csv`` has a bad line.
     """
-    summary, curves = _read_summary(folder / SUMMARY), _read_metrics(folder / METRICS_TABLE)
+    summary = _read_summary(folder / SUMMARY)
+    if (home := _HOMES.get(str(summary.get("kind")))) is not None:
+        page_of: Callable[[Path, dict[str, Any]], Path] = import_module(home).write_page
+        return page_of(folder, summary)
+    curves = _read_metrics(folder / METRICS_TABLE)
     names = {*_part(summary, "sites"), *_part(summary, "test", "sites")}
     names |= {*_part(summary, "test", "local")} | {key[2] for key in curves if key[2] != ALL_SITES}
     sites = sorted(names, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(9), name))

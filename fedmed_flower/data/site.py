@@ -14,6 +14,7 @@ from typing import Any
 
 from flwr.app import Context
 
+from fedmed_flower.config import with_type_of
 from fedmed_flower.errors import InputError
 
 Row = Mapping[str, Any]
@@ -144,6 +145,27 @@ class SiteData:
     generated: bool = False
     class_names: tuple[str, ...] = ()
     turned_away: int = 0
+
+
+def min_cell_count(context: Context, site: Site) -> int:
+    """Return the fewest patients of whom a hospital tells a number, unless there is none.
+
+    That is ``min-cell-count`` of its node config, 10 where it says nothing. The run config can
+    raise it; in a simulation, where nothing leaves, also lower it.
+
+    Raises
+    ------
+    InputError
+        Where it is no whole number, or below 1.
+    """
+    key, usual = "min-cell-count", 10
+    asked = with_type_of(usual, context.run_config.get(key, usual), key)
+    own = with_type_of(usual, context.node_config.get(key, usual), key)
+    simulated = site.simulated and key not in context.node_config
+    count = asked if simulated else max(asked if key in context.run_config else own, own)
+    if count < 1:
+        raise InputError(f"{key} must be at least 1, got {count}")
+    return int(count)
 
 
 def require_patients(data: SiteData) -> None:

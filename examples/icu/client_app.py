@@ -1,0 +1,62 @@
+"""An intensive care unit that predicts which of its patients die in hospital."""
+
+import numpy as np
+
+from fedmed_flower import InputError, Site, SiteData, TabularClient
+from fedmed_flower.data.cohorts import ICU_FLAGS, ICU_RANGES, ICU_SOURCE, intensive_care
+from fedmed_flower.data.datalist import split_patients
+from fedmed_flower.data.schema import Schema, table_of
+
+
+class IntensiveCareUnit(TabularClient):
+    schema = Schema(
+        target="died",
+        task="binary",
+        numeric=tuple(ICU_RANGES),
+        ranges=ICU_RANGES,
+        categorical=("gender", "unit", *ICU_FLAGS),
+        categories={
+            "gender": ("Female", "Male"),
+            "unit": (
+                *("Med-Surg ICU", "MICU", "CCU-CTICU", "Cardiac ICU", "SICU", "Neuro ICU"),
+                *("CTICU", "CSICU"),
+            ),
+            **{flag: ("0", "1") for flag in ICU_FLAGS},
+        },
+        bands={"age": (50, 65, 80)},
+        indicators=True,
+    )
+
+    def load_data(self, site: Site) -> SiteData:
+        frame = _stays(site.data_dir)
+        hospitals = np.unique(frame["hospital"])
+        if site.index >= len(hospitals):
+            raise InputError(f"there are {len(hospitals)} hospitals: give --sites {len(hospitals)}")
+        own = frame[frame["hospital"] == hospitals[site.index]]
+        table = table_of(own, self.schema, f"{ICU_SOURCE}, hospital {hospitals[site.index]}")
+        if site.index in self._held_out(len(hospitals)):
+            # A hospital that takes no part in training tests the model on all of its patients.
+            return SiteData(train=(), test=table.rows, source=ICU_SOURCE)
+        splits = split_patients(table.rows, self.settings.seed, (0.85, 0.15, 0.0))
+        return SiteData(**splits, source=ICU_SOURCE, turned_away=table.turned_away)
+
+    def _held_out(self, count: int) -> set[int]:
+        """Return which hospitals take no part in training: one quarter of all."""
+        fold = int(self.context.run_config["fold"])
+        if fold not in range(4):
+            raise InputError(f"fold must lie in 0..3, got {fold}")
+        order = np.random.default_rng(self.settings.seed).permutation(count)
+        return set(order[fold::4].tolist())
+
+
+_kept = {}
+
+
+def _stays(folder):
+    """Return the table of all hospitals, which is read once."""
+    if folder not in _kept:
+        _kept[folder] = intensive_care(folder)
+    return _kept[folder]
+
+
+app = IntensiveCareUnit.client_app()

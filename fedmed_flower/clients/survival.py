@@ -1,0 +1,177 @@
+"""A client for times until an event: how long patients live, or stay free of a relapse."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Context
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedmed_flower import survival
+from fedmed_flower.clients.tabular import TableRows, TabularClient
+from fedmed_flower.config import Section
+from fedmed_flower.data.site import Row, SiteData
+from fedmed_flower.errors import InputError
+from fedmed_flower.metrics import NOISED, noised_counts, noised_metrics
+from fedmed_flower.outcomes import PAIRS
+
+_LOSSES = ("cox", "discrete")
+# Times at which the Brier score is taken, between 0 and the horizon.
+_TIMES = 50
+
+
+@dataclass(frozen=True)
+class SurvivalSettings(Section):
+    """How survival is modelled, from the run config.
+
+    Attributes
+    ----------
+    survival_loss : {"cox", "discrete"}
+        Cox's partial likelihood, of the patients of a batch, whose losses depend on each other; or
+        the likelihood of the hazard in each of some intervals, which can be trained with privacy.
+    survival_horizon : float
+        The time up to which is predicted, in the unit of the table; above 0 for ``discrete``. The
+        integrated Brier score goes up to it; 0 leaves it out.
+    survival_intervals : int
+        Of equal length between 0 and the horizon, for ``discrete``; at least 1.
+    """
+
+    survival_loss: str = "cox"
+    survival_horizon: float = 0.0
+    survival_intervals: int = 10
+
+    def __post_init__(self) -> None:
+        self.require("survival_loss", self.survival_loss in _LOSSES, f"one of {', '.join(_LOSSES)}")
+        self.require_at_least(1, "survival_intervals")
+        self.require_at_least(0, "survival_horizon")
+        if self.survival_loss == "discrete":
+            self.require_positive("survival_horizon")
+
+
+class SurvivalClient(TabularClient):
+    """Predicts how long it takes until an event, from the columns of a table.
+
+    The schema has ``task="survival"``, the time as its target and the event's column. Figures are
+    ``c-index``, the concordance index of Harrell among a hospital's own patients, and, where a
+    horizon is given, ``integrated-brier``.
+
+    Attributes
+    ----------
+    survival : SurvivalSettings
+        From the run config.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.survival = SurvivalSettings.from_run_config(context.run_config)
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs: the log hazard, or one for each interval."""
+        return 1 if self.survival.survival_loss == "cox" else self.survival.survival_intervals
+
+    def check(self, data: SiteData) -> None:
+        """Raise `InputError` where the schema is for another task, or rows lack a column."""
+        if self.schema.task != "survival":
+            raise InputError(
+                f'{type(self).__name__} needs a schema with task="survival", got '
+                f"{self.schema.task!r}"
+            )
+        super().check(data)
+
+    def targets(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Return ``time`` and ``event``, as numbers."""
+        columns = {"time": self.schema.target, "event": self.schema.event}
+        return {
+            name: torch.tensor([float(row[column]) for row in rows])
+            for name, column in columns.items()
+        }
+
+    def loss(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean loss over a batch with ``time`` and ``event``."""
+        if self.survival.survival_loss == "cox":
+            return survival.cox_loss(outputs, batch["time"], batch["event"])
+        return survival.discrete_time_loss(outputs, batch["time"], batch["event"], self._edges)
+
+    @property
+    def _edges(self) -> Tensor:
+        settings = self.survival
+        edges = survival.interval_edges(settings.survival_horizon, settings.survival_intervals)
+        return torch.as_tensor(edges, dtype=torch.float32, device=self.settings.torch_device())
+
+    def check_private(self, model: nn.Module, prepared: TableRows) -> None:
+        """Refuse Cox's partial likelihood, which compares patients with each other."""
+        if self.survival.survival_loss == "cox":
+            raise InputError(
+                'survival-loss="cox" compares patients with each other: privacy="patient" needs '
+                'survival-loss="discrete"'
+            )
+        super().check_private(model, prepared)
+
+    def figures(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
+        """Return ``c-index`` with the pairs it counts, and ``integrated-brier``."""
+        times, events = _times(prepared)
+        counts = survival.concordance(times, events, self._risks(outputs))
+        figures: dict[str, Any] = {"num-examples": len(prepared), PAIRS: [float(n) for n in counts]}
+        concordant, tied, comparable = counts
+        if comparable:
+            figures["c-index"] = (concordant + tied / 2) / comparable
+        return figures
+
+    def measure(self, model: nn.Module, prepared: TableRows) -> dict[str, Any]:
+        """Return ``loss``, ``c-index`` (by group too) and ``integrated-brier``."""
+        found = super().measure(model, prepared)
+        if self.survival.survival_horizon and self.data().train:
+            score = self._integrated_brier(model, prepared)
+            found |= {} if score is None else {"integrated-brier": score}
+        return found
+
+    def _integrated_brier(self, model: nn.Module, prepared: TableRows) -> float | None:
+        """Return the score, by the censoring and, for Cox, the baseline of the training rows."""
+        settings = self.survival
+        grid = np.linspace(0.0, settings.survival_horizon, _TIMES + 1)[1:]
+        train = self.prepared("train", pooled=False)[1]
+        outputs = self._predict(model, prepared)
+        if settings.survival_loss == "cox":
+            baseline = survival.breslow(*_times(train), self._predict(model, train)[:, 0])
+            curves = survival.survival_of_cox(baseline, outputs[:, 0], grid)
+        else:
+            steps = survival.survival_from_hazards(outputs)
+            edges = self._edges.cpu().numpy()
+            curves = np.stack([np.interp(grid, edges, curve) for curve in steps])
+        return survival.integrated_brier_score(*_times(train), *_times(prepared), curves, grid)
+
+    def _risks(self, outputs: NDArray[np.float32]) -> NDArray[Any]:
+        """Return one number a patient, higher for an earlier event."""
+        if self.survival.survival_loss == "cox":
+            return outputs[:, 0]
+        risks: NDArray[Any] = np.asarray(survival.risk_from_hazards(outputs))
+        return risks
+
+    def measure_privately(
+        self, model: nn.Module, prepared: TableRows, patients: Sequence[Hashable], noise: float
+    ) -> dict[str, Any]:
+        """Return how well the risk tells who has the event before the horizon, by noised counts.
+
+        Patients who leave before the horizon without the event are not counted.
+        """
+        if self.survival.survival_loss == "cox":
+            raise InputError('private-metrics=true needs survival-loss="discrete", got "cox"')
+        outputs = self._predict(model, prepared, 1)
+        times, events = _times(prepared)
+        before = (times <= self.survival.survival_horizon) & (events == 1)
+        known = before | (times > self.survival.survival_horizon)
+        alive = survival.survival_from_hazards(outputs)[:, -1].clip(1e-6, 1 - 1e-6)
+        scores = np.log((1 - alive) / alive)
+        whose = [patient for patient, counted in zip(patients, known, strict=True) if counted]
+        counts = noised_counts(before[known], scores[known, None], whose, noise)
+        return noised_metrics(counts) | {NOISED: counts}
+
+
+def _times(prepared: TableRows) -> tuple[NDArray[Any], NDArray[Any]]:
+    return prepared.inputs["time"].cpu().numpy(), prepared.inputs["event"].cpu().numpy()

@@ -1,0 +1,322 @@
+"""A client for tables: health records and whatever else has a row a patient or a visit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Context
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedmed_flower.clients.base import MedicalClient
+from fedmed_flower.clients.training import predict
+from fedmed_flower.config import Section
+from fedmed_flower.data.preparing import Preparation, contribution
+from fedmed_flower.data.schema import Schema
+from fedmed_flower.data.site import SPLITS, Row, SiteData, min_cell_count
+from fedmed_flower.errors import InputError
+from fedmed_flower.metrics import NOISED, noised_counts, noised_metrics
+from fedmed_flower.outcomes import (
+    NOISED_ERRORS,
+    by_group,
+    noised_error_metrics,
+    noised_errors,
+    outcome_metrics,
+)
+from fedmed_flower.tabular_networks import tabular_network
+
+log = logging.getLogger("flwr.fedmed")
+
+_PREPARATIONS = ("federated", "site", "declared")
+
+
+@dataclass(frozen=True)
+class TabularSettings(Section):
+    """How tables are prepared, modelled and reported, from the run config.
+
+    Attributes
+    ----------
+    preparation : {"federated", "site", "declared"}
+        Where means, scales and lists of categories come from: from all hospitals' training rows,
+        told before the first round; from each hospital's own (categories must then be declared);
+        or from the schema's ``ranges`` and ``categories`` alone, so that nothing is learnt from
+        patients, as privacy needs it.
+    tabular_network : {"linear", "mlp", "residual"}
+        Linear (or logistic) regression, or a network of `network_depth` layers or blocks.
+    network_width, network_depth : int
+        At least 1; no effect on ``linear``.
+    network_dropout : float
+        In [0, 1).
+    report_by : str
+        Columns, with commas between them, for whose values the figures are reported apart, such as
+        ``sex,age-band``.
+    """
+
+    preparation: str = "federated"
+    tabular_network: str = "linear"
+    network_width: int = 64
+    network_depth: int = 2
+    network_dropout: float = 0.0
+    report_by: str = ""
+
+    def __post_init__(self) -> None:
+        known = ", ".join(_PREPARATIONS)
+        self.require("preparation", self.preparation in _PREPARATIONS, f"one of {known}")
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The columns of `report_by`."""
+        return tuple(name.strip() for name in self.report_by.split(",") if name.strip())
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """Rows as tensors.
+
+    Attributes
+    ----------
+    inputs : dict of str to Tensor
+        ``features`` (n, width), and what the loss compares with, each of length n.
+    rows : sequence of dict
+        As they were loaded.
+    """
+
+    inputs: Mapping[str, Tensor]
+    rows: Sequence[Row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def some(self, places: Sequence[int]) -> dict[str, Tensor]:
+        """Return rows as a batch."""
+        device = self.inputs["features"].device
+        chosen = torch.as_tensor(places, dtype=torch.long, device=device)
+        return {name: values.index_select(0, chosen) for name, values in self.inputs.items()}
+
+
+class TabularClient(MedicalClient):
+    """Predicts a column of a table from others.
+
+    A subclass gives `schema` and `load_data`. Rows are dicts with ``patient`` and the schema's
+    columns, as `fedmed_flower.data.schema.read_table` makes them.
+
+    Hooks
+    -----
+    loss
+        Maps (outputs, batch) to a number.
+    outputs
+        How many outputs the network has.
+
+    Attributes
+    ----------
+    schema : Schema
+        Which columns there are, and which one is predicted.
+    tables : TabularSettings
+        From the run config.
+    """
+
+    schema: Schema
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.tables = TabularSettings.from_run_config(context.run_config)
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs: one for each of several classes, else 1."""
+        return len(self.schema.classes) if self.schema.task == "multi-class" else 1
+
+    @property
+    def must_agree(self) -> bool:
+        """Whether hospitals tell of their columns before the first round."""
+        return self.tables.preparation == "federated"
+
+    def contribute(self) -> dict[str, Any]:
+        """Return means, spreads and categories of the training rows, by ten patients or more."""
+        return contribution(self.data().train, self.schema, min_cell_count(self.context, self.site))
+
+    def agree(self, contributions: Mapping[str, Mapping[str, Any]]) -> str:
+        """Return what all hospitals' columns give together.
+
+        Raises
+        ------
+        InputError
+            Where no hospital told anything.
+        """
+        if not contributions:
+            raise InputError(
+                'no hospital tells of its columns: with preparation="declared" the schema\'s ranges '
+                "and categories do instead"
+            )
+        return Preparation.agreed(self.schema, contributions).to_text()
+
+    @cached_property
+    def prepared_by(self) -> Preparation:
+        """How features are made of columns.
+
+        Raises
+        ------
+        InputError
+            Where privacy is on and the preparation would be learnt from patients without noise, or
+            nothing was agreed upon.
+        """
+        kind = self.tables.preparation
+        if self.privacy.on and kind != "declared":
+            raise InputError(
+                f'preparation="{kind}" learns from patients without noise: privacy="patient" needs '
+                'preparation="declared", with ranges and categories in the schema'
+            )
+        if kind == "declared":
+            return Preparation.declared(self.schema)
+        if kind == "site":
+            return Preparation.of_rows(self.schema, self.data().train)
+        if not self.agreed:
+            raise InputError(
+                'preparation="federated" needs what hospitals tell before the first round: give '
+                f"federate an instance, {type(self).__name__}(context), in place of its build_model"
+            )
+        return Preparation.from_text(self.agreed)
+
+    def build_model(self) -> nn.Module:
+        """Return the network that the run config names."""
+        own = self.tables.preparation == "site"
+        # Of one hospital's own preparation the server knows the width alone.
+        width = (Preparation.agreed(self.schema, {}) if own else self.prepared_by).width
+        tables = self.tables
+        return tabular_network(
+            tables.tabular_network,
+            width,
+            self.outputs,
+            tables.network_width,
+            tables.network_depth,
+            tables.network_dropout,
+        )
+
+    def check(self, data: SiteData) -> None:
+        """Raise `InputError` where rows lack a column of the schema or of ``report-by``."""
+        schema = self.schema
+        needed = {*schema.numeric, *schema.categorical, schema.target, *self.tables.groups}
+        needed |= {schema.event} if schema.event else set()
+        for split in SPLITS:
+            for number, row in enumerate(getattr(data, split)):
+                if lacking := sorted(needed - row.keys()):
+                    raise InputError(
+                        f"row {number} of the {split} split has no {', '.join(lacking)}: rows come "
+                        "from read_table, or have every column of the schema and of report-by"
+                    )
+
+    def describe(self, data: SiteData) -> dict[str, Any]:
+        """Return the number of training rows of each class."""
+        if self.schema.task not in ("binary", "multi-class"):
+            return {}
+        labels = [int(row[self.schema.target]) for row in data.train]
+        return {"labels": np.bincount(labels, minlength=max(2, self.outputs)).tolist()}
+
+    def prepare(self, rows: Sequence[Row], train: bool) -> TableRows:
+        """Return the rows as tensors on the device; unseen categories are told in the log."""
+        if train and (unseen := self.prepared_by.unseen(rows)):
+            told = ", ".join(f"{name} ({count} rows)" for name, count in unseen.items())
+            log.warning("%s: categories that are not in the list: %s", self.site.name, told)
+        features = torch.from_numpy(self.prepared_by.transform(rows))
+        inputs = {"features": features} | self.targets(rows)
+        device = self.settings.torch_device()
+        return TableRows({name: values.to(device) for name, values in inputs.items()}, rows)
+
+    def targets(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Return what the loss compares outputs with, by its name in a batch."""
+        values = [row[self.schema.target] for row in rows]
+        whole = self.schema.task in ("binary", "multi-class")
+        return {"target": torch.tensor(values, dtype=torch.long if whole else torch.float32)}
+
+    def batch_of(self, prepared: TableRows, places: Sequence[int]) -> dict[str, Tensor]:
+        """Return training rows as ``features`` and what `targets` gives."""
+        return prepared.some(places)
+
+    def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the training loss."""
+        return self.loss(model(batch["features"]), batch)
+
+    def loss(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean loss: cross entropy, Poisson (of the log rate) or half the squared error.
+
+        Parameters
+        ----------
+        outputs : Tensor
+            (batch, outputs).
+        batch : dict of Tensor
+            With ``target``.
+        """
+        task, target = self.schema.task, batch["target"]
+        if task == "multi-class":
+            return functional.cross_entropy(outputs, target)
+        scores = outputs[:, 0]
+        if task == "binary":
+            return functional.binary_cross_entropy_with_logits(scores, target.to(scores.dtype))
+        if task == "count":
+            return functional.poisson_nll_loss(scores, target)
+        return functional.mse_loss(scores, target) / 2
+
+    def measure(self, model: nn.Module, prepared: TableRows) -> dict[str, Any]:
+        """Return ``loss``, the figures of `outcome_metrics`, and those of each group."""
+        outputs = self._predict(model, prepared)
+
+        def measured(places: Sequence[int]) -> dict[str, Any]:
+            chosen = list(places)
+            some = TableRows(prepared.some(chosen), [prepared.rows[place] for place in chosen])
+            return self.figures(outputs[chosen], some)
+
+        found = self.figures(outputs, prepared)
+        cpu = {name: values.cpu() for name, values in prepared.inputs.items()}
+        found["loss"] = float(self.loss(torch.from_numpy(outputs), cpu))
+        if groups := self.tables.groups:
+            minimum = min_cell_count(self.context, self.site)
+            found |= by_group(prepared.rows, groups, minimum, measured)
+        return found
+
+    def figures(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
+        """Return the figures of some rows, from the network's outputs for them."""
+        target = prepared.inputs["target"].cpu().numpy()
+        return outcome_metrics(self.schema.task, target, outputs)
+
+    def measure_privately(
+        self, model: nn.Module, prepared: TableRows, patients: Sequence[Hashable], noise: float
+    ) -> dict[str, Any]:
+        """Return figures that follow from counts with noise, or from errors clipped to a range.
+
+        Raises
+        ------
+        InputError
+            Where a number is predicted whose range the schema does not give.
+        """
+        outputs = self._predict(model, prepared, 1)
+        target, task = prepared.inputs["target"].cpu().numpy(), self.schema.task
+        if task in ("binary", "multi-class"):
+            counts = noised_counts(target, outputs, patients, noise)
+            return noised_metrics(counts) | {NOISED: counts}
+        if self.schema.target not in self.schema.ranges:
+            raise InputError(
+                f"private-metrics needs a range of {self.schema.target} in the schema's ranges"
+            )
+        limits = self.schema.ranges[self.schema.target]
+        sums = noised_errors(task, target, outputs, limits, patients, noise)
+        return noised_error_metrics(sums) | {NOISED_ERRORS: sums}
+
+    def _predict(
+        self, model: nn.Module, prepared: TableRows, batch_size: int = 4096
+    ) -> NDArray[np.float32]:
+        """Return the outputs of all rows, (n, outputs)."""
+        model.eval()
+        count = len(prepared)
+        batches = (
+            {"features": prepared.inputs["features"][start : start + batch_size]}
+            for start in range(0, count, batch_size)
+        )
+        half = self.settings.half_precision
+        return predict(lambda batch: model(batch["features"]), batches, half)

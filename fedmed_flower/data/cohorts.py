@@ -1,0 +1,190 @@
+"""Public tables of patients from several hospitals."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import pandas as pd
+
+from fedmed_flower.data.sources import (
+    HEART_FEATURES,
+    PublicFile,
+    SourceUnavailable,
+    load_heart_disease,
+    obtain,
+)
+from fedmed_flower.errors import InputError
+
+_FLAMBY = "https://github.com/owkin/FLamby/raw/edacf54/flamby/datasets/fed_tcga_brca"
+_TCGA = {
+    name: PublicFile(
+        f"TCGA-BRCA, {name}", Path(f"tcga-brca/{name}.csv"), f"{_FLAMBY}/{folder}{name}.csv", md5
+    )
+    for name, folder, md5 in (
+        ("brca", "", "989df4ddec084f749d9593146d7ba92f"),
+        ("train_test_split", "dataset_creation_scripts/", "e648057e47463ee7763924d779cd7f2d"),
+    )
+}
+TCGA_SOURCE = "TCGA-BRCA clinical table (GDC), FLamby's split"
+# FLamby's numbering of the regions of the source sites.
+REGIONS = ("Northeast", "South", "West", "Midwest", "Europe", "Canada")
+# The columns beside age, 0 or 1: of each group those that FLamby's authors kept.
+TCGA_FLAGS = tuple(
+    f"{group}_{value}"
+    for group, values in {
+        "ethnicity": ("not hispanic or latino", "not reported"),
+        "race": ("asian", "black or african american", "not reported", "white"),
+        "ajcc_pathologic_m": ("MX",),
+        "ajcc_pathologic_n": ("N0 (i-)", "N1", "N1a", "N2", "N2a"),
+        "ajcc_pathologic_stage": (
+            *("Stage IA", "Stage IIA", "Stage IIB", "Stage IIIA", "Stage IIIC"),
+        ),
+        "ajcc_pathologic_t": ("T1c", "T2", "T3"),
+        "ajcc_staging_system_edition": ("5th", "6th", "7th"),
+        "icd_10_code": ("C50.9",),
+        "morphology": ("8500/3", "8520/3"),
+        "primary_diagnosis": ("Infiltrating duct carcinoma, NOS", "Lobular carcinoma, NOS"),
+        "prior_malignancy": ("yes",),
+        "synchronous_malignancy": ("Not Reported",),
+        "treatment_or_therapy": ("not reported", "yes"),
+        "tumor_stage": (
+            *("stage i", "stage ia", "stage iia", "stage iib", "stage iiia", "stage iiic"),
+        ),
+    }.items()
+    for value in values
+)
+ICU_SOURCE = "eICU-CRD demo 2.0.1 (PhysioNet, ODbL)"
+_EICU = ("patient", "apacheapsvar", "apachepredvar")
+# What stands for a missing value in the APACHE tables.
+_MISSING = -1
+# Flags of the APACHE tables, 0 or 1.
+ICU_FLAGS = (
+    *("intubated", "vent", "dialysis", "electivesurgery", "hepaticfailure", "lymphoma"),
+    *("metastaticcancer", "leukemia", "immunosuppression", "cirrhosis", "diabetes"),
+)
+# A plausible range of each measurement, so that one mistyped value moves no mean.
+ICU_RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "age": (0, 120),
+        "temperature": (20, 45),
+        "respiratoryrate": (0, 80),
+        "heartrate": (0, 300),
+        "meanbp": (0, 250),
+        "urine": (0, 15000),
+        "wbc": (0, 200),
+        "sodium": (90, 200),
+        "hematocrit": (5, 80),
+        "creatinine": (0, 30),
+        "albumin": (0, 10),
+        "bun": (0, 300),
+        "glucose": (0, 2000),
+        "bilirubin": (0, 80),
+        "ph": (6.5, 8.0),
+        "pao2": (0, 800),
+        "pco2": (0, 250),
+        "fio2": (0, 100),
+        "eyes": (1, 4),
+        "motor": (1, 6),
+        "verbal": (1, 5),
+    }
+)
+
+
+def heart_disease(timeout: float = 10) -> tuple[dict[str, pd.DataFrame], str]:
+    """Load UCI Heart Disease: 13 columns and ``disease`` (0 or 1), by hospital.
+
+    Parameters and errors are those of `load_heart_disease`; zeros in ``chol`` and ``trestbps``,
+    which no living patient has, are missing values.
+
+    Returns
+    -------
+    tables : dict
+        cleveland, hungarian, switzerland, va.
+    source : str
+    """
+    tables, sources = {}, set()
+    for name, table in load_heart_disease(timeout).items():
+        frame = pd.DataFrame(table.features, columns=list(HEART_FEATURES))
+        impossible = frame[["chol", "trestbps"]] == 0
+        frame[["chol", "trestbps"]] = frame[["chol", "trestbps"]].mask(impossible)
+        frame["disease"] = table.target
+        frame["patient"] = [f"{name}-{number}" for number in range(1, len(frame) + 1)]
+        tables[name] = frame
+        sources.add(table.source.partition(",")[0])
+    return tables, "; ".join(sorted(sources))
+
+
+def breast_cancer(timeout: float = 10) -> pd.DataFrame:
+    """Load TCGA-BRCA: 39 numeric columns, ``E`` (died), ``T`` (days), ``region`` and ``split``.
+
+    1,088 patients; ``split`` is train or test as FLamby divides them. Patients with a time of 0
+    or less are there too. Parameters and errors are those of `load_heart_disease`.
+    """
+    table, split = (
+        pd.read_csv(obtain(_TCGA[name], timeout).path) for name in ("brca", "train_test_split")
+    )
+    frame = table.merge(split, on="pid")
+    frame["region"] = [REGIONS[int(text[-1])] for text in frame.pop("fold2")]
+    return frame.rename(columns={"pid": "patient", "fold": "split"})
+
+
+def intensive_care(folder: str | Path | None = None) -> pd.DataFrame:
+    """Load the eICU demo: one row a stay, with what APACHE asks of the first day.
+
+    Columns: ``stay``, ``patient``, ``hospital``, ``age`` (above 89: 90), ``gender``, ``unit``,
+    those of `ICU_RANGES` and `ICU_FLAGS`, and ``died`` (in hospital: 1). 2,179 stays in 186
+    hospitals; stays without APACHE variables, or of which it is not known how they ended, are not
+    there.
+
+    Parameters
+    ----------
+    folder : str or Path, optional
+        With patient.csv.gz, apacheapsvar.csv.gz and apachepredvar.csv.gz; else the folder
+        ``eicu-demo`` in that which the environment variable ``FEDMED_DATA`` names.
+
+    Raises
+    ------
+    SourceUnavailable
+        Where a table is not there: the publisher gives no checksum that a download could be
+        compared with, so nothing is downloaded.
+    InputError
+        Where a table cannot be read or lacks a column.
+    """
+    home = os.environ.get("FEDMED_DATA")
+    where = Path(folder) if folder else Path(home).expanduser() / "eicu-demo" if home else None
+    files = {name: (where or Path("eicu-demo")) / f"{name}.csv.gz" for name in _EICU}
+    if where is None or not all(path.is_file() for path in files.values()):
+        raise SourceUnavailable(
+            f"eICU demo: there is no {', '.join(f'{name}.csv.gz' for name in _EICU)} in "
+            f"{where or 'a folder that FEDMED_DATA names'}: get them from "
+            "https://physionet.org/content/eicu-crd-demo/2.0.1/ into a folder eicu-demo, and set "
+            "FEDMED_DATA to the folder above it"
+        )
+    try:
+        patient, aps, predicted = (pd.read_csv(path) for path in files.values())
+        stays = patient.merge(aps, on="patientunitstayid")
+        flags = predicted[["patientunitstayid", *{*ICU_FLAGS} - {*aps.columns}]]
+        stays = stays.merge(flags, on="patientunitstayid")
+        stays = stays[stays["hospitaldischargestatus"].isin(["Alive", "Expired"])]
+        frame = pd.DataFrame(
+            {
+                "stay": stays["patientunitstayid"],
+                "patient": stays["uniquepid"],
+                "hospital": stays["hospitalid"],
+                "gender": stays["gender"],
+                "unit": stays["unittype"],
+                "died": (stays["hospitaldischargestatus"] == "Expired").astype(int),
+            }
+        )
+        age = pd.to_numeric(stays["age"].replace("> 89", 90), errors="coerce")
+        for name in (*ICU_RANGES, *ICU_FLAGS):
+            values = age if name == "age" else stays[name]
+            known = values.where(values != _MISSING)
+            # Of a flag, blank means that it was not set.
+            frame[name] = known.fillna(0) if name in ICU_FLAGS else known
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"{where}: {type(error).__name__}: {error}") from error
+    return frame.reset_index(drop=True)
