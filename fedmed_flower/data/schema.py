@@ -1,0 +1,399 @@
+"""A hospital's table: what its columns mean, and CSV or Parquet files as rows."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmed_flower.data.cells import (
+    LARGEST,
+    MISSING,
+    Cells,
+    category_text,
+    frame_cells,
+    near_names,
+    plain,
+    read_parquet,
+    read_text,
+    require,
+)
+from fedmed_flower.data.site import SPLITS
+from fedmed_flower.errors import InputError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+log = logging.getLogger("flwr.fedmed")
+
+TASKS = ("binary", "multi-class", "count", "continuous", "survival")
+_CLASSED = ("binary", "multi-class")
+_ROW_KEYS = ("patient", "split")
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What the columns of a table mean; the same at each hospital of a run.
+
+    Attributes
+    ----------
+    target : str
+        The column to predict; for survival the time, above 0.
+    task : str
+        "binary", "multi-class", "count", "continuous" or "survival".
+    numeric, categorical : tuple of str
+        The features. Numbers and True or False in a categorical column are texts, as
+        `category_text` makes them.
+    categories : dict of str to tuple of str
+        Of a categorical column: all that it can hold, in order. Columns may be left out.
+    ranges : dict of str to (float, float)
+        Of a numeric column, or a target that is a number: least and greatest plausible value. One
+        outside counts as missing, and is reported.
+    bands : dict of str to tuple of float
+        Of a numeric column: cut points. ``{"age": (50, 65)}`` gives rows an "age-band", which is
+        "<50", "50-65" (65 is not in it) or ">=65"; it is no feature.
+    classes : tuple of str
+        The target's classes, as they stand in the table; class 0 first. For a binary target "0" and
+        "1" where left out.
+    event : str
+        For survival: the column that is 1 where the event happened, 0 where a row is censored.
+    patient : str
+        The column that says whose row it is.
+    indicators : bool
+        One feature more for each numeric column: 1 where the value is missing, else 0.
+
+    Raises
+    ------
+    InputError
+        Where a field is not as said, a column is named twice, or the target, the event or the
+        patient is among the features.
+    """
+
+    target: str
+    task: str
+    numeric: tuple[str, ...] = ()
+    categorical: tuple[str, ...] = ()
+    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    bands: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    event: str = ""
+    patient: str = "patient"
+    indicators: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.task in TASKS, f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
+        for name in ("numeric", "categorical"):
+            self._put(name, _names(name, getattr(self, name)))
+        for name in ("target", "patient"):
+            _names(name, (getattr(self, name),))
+        for name in ("categories", "ranges", "bands"):
+            given = getattr(self, name)
+            require(isinstance(given, Mapping), f"{name} must be a dict by column, got {given!r}")
+        self._check_columns()
+        numbers = self.numeric if self.task in _CLASSED else (*self.numeric, self.target)
+        self._put("categories", self._by_column("categories", self.categorical, _distinct))
+        self._put("ranges", self._by_column("ranges", numbers, _range))
+        self._put("bands", self._by_column("bands", self.numeric, _ascending))
+        self._put("classes", _distinct("classes", self.classes) if self.classes else ())
+        self._check_task()
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The columns that a prediction rests on."""
+        return (*self.numeric, *self.categorical)
+
+    def _put(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_columns(self) -> None:
+        named: dict[str, str] = {}
+        columns = [("numeric", name) for name in self.numeric]
+        columns += [("categorical", name) for name in self.categorical]
+        columns += [("bands", band_name(name)) for name in self.bands]
+        require(bool(self.features), "numeric and categorical name no column: name a feature")
+        for kind, name in columns:
+            require(name not in named, f"{kind} names {name!r}, named in {named.get(name)} before")
+            named[name] = kind
+        roles = {"target": self.target, "event": self.event, "patient": self.patient}
+        for kind, name in roles.items():
+            require(
+                named.get(name) in (None, *roles),
+                f"{kind} {name!r} is in {named.get(name)} too: the model would be given what it "
+                "must not see",
+            )
+            require(name not in named, f"{kind} names {name!r}, named in {named.get(name)} before")
+            named[name] = kind
+        for name in _ROW_KEYS:
+            require(
+                named.get(name) in (None, "patient"),
+                f"{named.get(name)} names {name!r}, which in rows means something else: rename the "
+                "column",
+            )
+
+    def _by_column(
+        self, name: str, known: Sequence[str], read: Callable[[str, Any], Any]
+    ) -> dict[str, Any]:
+        given = getattr(self, name)
+        kind = "categorical" if name == "categories" else "numeric"
+        for column in given:
+            near = near_names(str(column), known)
+            require(column in known, f"{name} names {column!r}{near}, which is no {kind} column")
+        return {column: read(f"{name} of {column!r}", value) for column, value in given.items()}
+
+    def _check_task(self) -> None:
+        count = len(self.classes)
+        if self.task == "binary":
+            self._put("classes", self.classes or ("0", "1"))
+            require(count in (0, 2), f"classes must be two for a binary task, got {count}")
+        elif self.task == "multi-class":
+            require(count > 1, f"classes must be two or more for a multi-class task, got {count}")
+        else:
+            require(not count, f"classes are for {' and '.join(_CLASSED)} tasks, not {self.task}")
+        if self.task == "survival":
+            _names("event", (self.event,))
+        else:
+            require(not self.event, f"event is for a survival task, not {self.task}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a table.
+
+    Attributes
+    ----------
+    rows : list of dict
+        ``patient`` (a text, or the line where the table names no patients), ``split`` where asked
+        for; by their columns: numeric features (float, NaN where missing), categorical features,
+        bands and kept columns (text, None where missing), the target (number of the class, count,
+        number or time) and the event (0 or 1).
+    turned_away : int
+        How many rows could not be used and are not here.
+    problems : tuple of str
+        What was found wrong, how often and how it was handled. For the hospital's own log: they
+        quote the table.
+    """
+
+    rows: list[dict[str, Any]]
+    turned_away: int = 0
+    problems: tuple[str, ...] = ()
+
+
+def read_table(
+    path: str | Path,
+    schema: Schema,
+    *,
+    split: str = "",
+    missing: Sequence[str] = MISSING,
+    keep: Sequence[str] = (),
+) -> Table:
+    """Read the rows of a file.
+
+    Parameters
+    ----------
+    path : str or Path
+        ``.parquet`` (needs pyarrow), or a text in UTF-8 with a heading whose cells are separated by
+        commas, semicolons or tabs; ``.gz`` is unpacked. Among semicolons a number may have a
+        decimal comma.
+    schema : Schema
+    split : str
+        The column that says train, val or test, if any.
+    missing : sequence of str
+        What stands for a missing value, besides nothing; case does not count, and "-9" is also the
+        number. A declared category or class is none, whatever it is called.
+    keep : sequence of str
+        Further columns that rows are to have, as texts.
+
+    Returns
+    -------
+    Table
+        A row is turned away where its target, event, patient or split is missing or is none. Of
+        features such values count as missing, as does a whole column that is not there.
+
+    Raises
+    ------
+    InputError
+        Where the file cannot be read, has a column twice, lacks the target, the event, the patient
+        (unless that is the default, "patient"), the split or all features, or no row can be used.
+    """
+    path = Path(path).expanduser()
+    read = read_parquet if path.suffix.lower() == ".parquet" else read_text
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    return _table(read(path, content), schema, split, missing, keep)
+
+
+def table_of(
+    frame: DataFrame,
+    schema: Schema,
+    where: str,
+    *,
+    split: str = "",
+    missing: Sequence[str] = MISSING,
+    keep: Sequence[str] = (),
+) -> Table:
+    """Return the rows of a data frame that was read otherwise; its index is not looked at.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+    where : str
+        How problems and errors call it.
+    schema, split, missing, keep
+        As in `read_table`, which also says what is returned and raised. Rows count from 1.
+    """
+    return _table(frame_cells(frame, where), schema, split, missing, keep)
+
+
+def band_name(column: str) -> str:
+    """Return the name of the column that holds the bands of a numeric one."""
+    return f"{column}-band"
+
+
+def _table(
+    cells: Cells, schema: Schema, split: str, missing: Sequence[str], keep: Sequence[str]
+) -> Table:
+    count = len(cells.lines) + cells.ragged
+    require(count > 0, f"{cells.where} holds no rows")
+    cells.missing = frozenset(text.lower() for text in map(category_text, missing) if text)
+    absent = _check_names(cells, schema, split, keep)
+    outcome = _outcome(cells, schema)
+    columns: dict[str, Any] = {}
+    if schema.patient in cells.names:
+        columns["patient"] = cells.texts(schema.patient)
+        cells.need(f"patient {schema.patient}", columns["patient"])
+    if split:
+        columns["split"] = [text and text.lower() for text in cells.texts(split)]
+        cells.need(f"split {split}", columns["split"], SPLITS)
+    if cells.away.all():
+        reasons = "; ".join(cells.problems)
+        raise InputError(f"{cells.where}: none of {count} rows can be used: {reasons}")
+    if "patient" not in columns:
+        columns["patient"] = list(cells.lines)
+        cells.problems.append(
+            f"there is no column 'patient'{near_names('patient', cells.names)}: each row counts as "
+            f"a patient, called by the {cells.word}"
+        )
+    for name in absent:
+        near = near_names(name, cells.names)
+        cells.problems.append(f"there is no column {name!r}{near}: counted as missing in all rows")
+    for name in schema.numeric:
+        values = cells.numbers(name, schema.ranges.get(name))
+        columns[name] = values.tolist()
+        if cuts := schema.bands.get(name):
+            columns[band_name(name)] = _bands(values, cuts)
+    for name in schema.categorical:
+        columns[name] = cells.texts(name, schema.categories.get(name, ()))
+    columns |= outcome
+    columns |= {name: cells.texts(name) for name in keep if name not in columns}
+    lines = zip(cells.away, *columns.values(), strict=True)
+    rows = [dict(zip(columns, line, strict=True)) for away, *line in lines if not away]
+    problems = tuple(f"{cells.where}: {problem}" for problem in cells.problems)
+    for problem in problems:
+        log.warning("%s", problem)
+    return Table(rows, count - len(rows), problems)
+
+
+def _check_names(cells: Cells, schema: Schema, split: str, keep: Sequence[str]) -> tuple[str, ...]:
+    """Return which of the columns that are read is not there; raise where one must be."""
+    names, where = cells.names, cells.where
+    name, times = Counter(filter(None, names)).most_common(1)[0] if any(names) else ("", 0)
+    require(times < 2, f"{where} has {times} columns {name!r}: call each differently")
+    listed = f"its columns are {', '.join(map(repr, names[:30]))}{', ...' * (len(names) > 30)}"
+    roles = {"target": schema.target, "event": schema.event, "split": split}
+    if schema.patient != "patient":
+        roles["patient"] = schema.patient
+    for role, name in roles.items():
+        require(
+            not name or name in names,
+            f"{where} has no column {name!r}{near_names(name, names)}, the {role}; {listed}",
+        )
+    for name in keep:
+        require(name not in _ROW_KEYS, f"keep names {name!r}, which in rows has its own meaning")
+    absent = [name for name in (*schema.features, *keep) if name not in names]
+    if {*schema.features} <= {*absent}:
+        told = ", ".join(f"{name!r}{near_names(name, names)}" for name in schema.features)
+        raise InputError(f"{where} has none of the features {told}; {listed}")
+    return tuple(absent)
+
+
+def _outcome(cells: Cells, schema: Schema) -> dict[str, list[int] | list[float]]:
+    """Return target and event; rows without are turned away, and hold anything here."""
+    name, classes = schema.target, schema.classes
+    label = f"target {name}"
+    if classes:
+        texts = cells.texts(name, classes)
+        cells.need(label, texts, classes)
+        number = {text: place for place, text in enumerate(classes)}
+        return {name: [number.get(text or "", 0) for text in texts]}
+    values = cells.numbers(name, schema.ranges.get(name), label)
+    cells.tell(label, "is missing", np.isnan(values))
+    raw = cells.of(name)
+    if schema.task == "count":
+        whole = (values >= 0) & (values == np.floor(values)) & (values <= 2**53)
+        cells.tell(label, "is no count (0, 1, 2, ...)", ~whole, raw)
+        return {name: np.where(whole, values, 0).astype(np.int64).tolist()}
+    if schema.task == "continuous":
+        return {name: values.tolist()}
+    cells.tell(label, "is not above 0", ~(values > 0), raw)
+    events = cells.texts(schema.event)
+    cells.need(f"event {schema.event}", events, ("0", "1"))
+    return {name: values.tolist(), schema.event: [int(text == "1") for text in events]}
+
+
+def _bands(values: NDArray[np.float64], cuts: Sequence[float]) -> list[str | None]:
+    points = [plain(cut) for cut in cuts]
+    labels: list[str | None] = [f"<{points[0]}", *map("-".join, pairwise(points))]
+    labels += [f">={points[-1]}", None]
+    # A missing value sorts after all others, hence beyond the last cut.
+    places = np.where(np.isnan(values), len(cuts) + 1, np.searchsorted(cuts, values, "right"))
+    return [labels[place] for place in places]
+
+
+def _names(what: str, names: Any) -> tuple[str, ...]:
+    several = isinstance(names, Iterable) and not isinstance(names, str)
+    require(several, f"{what} must be a tuple of columns, got {names!r}")
+    for name in names:
+        require(
+            isinstance(name, str) and name == name.strip() != "",
+            f"{what} must name columns by texts without blanks around them, got {name!r}",
+        )
+    return tuple(names)
+
+
+def _distinct(what: str, values: Any) -> tuple[str, ...]:
+    several = isinstance(values, Iterable) and not isinstance(values, str)
+    require(several, f"{what} must be a tuple of texts, got {values!r}")
+    texts = tuple(map(category_text, values))
+    found = tuple(text for text in texts if text)
+    require(
+        0 < len(found) == len(texts) == len({*found}),
+        f"{what} must be one or more different texts, none of them empty, got {tuple(values)!r}",
+    )
+    return found
+
+
+def _ascending(what: str, values: Any) -> tuple[float, ...]:
+    numbers = tuple(values) if isinstance(values, Iterable) else ()
+    real = bool(numbers) and all(isinstance(value, Real) for value in numbers)
+    floats = tuple(map(float, numbers)) if real else ()
+    fine = all(abs(value) <= LARGEST for value in floats)
+    fine = fine and all(low < high for low, high in pairwise(floats))
+    require(real and fine, f"{what} must be finite numbers in ascending order, got {values!r}")
+    return floats
+
+
+def _range(what: str, values: Any) -> tuple[float, ...]:
+    numbers = _ascending(what, values)
+    require(len(numbers) == 2, f"{what} must be two numbers, got {values!r}")
+    return numbers
