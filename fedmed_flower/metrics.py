@@ -15,8 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedmed_flower.overlap import NOISED_DICE, pool_masks
+from fedmed_flower.outcomes import (
+    CALIBRATION,
+    NOISED_ERRORS,
+    SUMS,
+    check_sums,
+    in_groups,
+    noised_error_metrics,
+    pool_outcomes,
+)
+from fedmed_flower.overlap import NOISED_DICE, WORST, pool_masks
 from fedmed_flower.privacy.noise import gaussian, secure_generator
+from fedmed_flower.ranking import merged_auc, merged_precision, ordered_pairs
 
 CONFUSION, GRID, COUNTS = "confusion-counts", "score-grid", "score-counts"
 SUMMABLE = (CONFUSION, GRID, COUNTS)
@@ -32,15 +42,15 @@ _EDGES = np.sinh(np.linspace(-10.0, 10.0, _BINS + 1))
 
 # Under privacy the bins must not depend on the patients. Log-odds; the threshold 0 is an edge.
 NOISED = "noised-counts"
-# What only `pool` makes use of.
-POOLED_ONLY = (*SUMMABLE, NOISED, NOISED_DICE)
+# What only `pool` makes use of, also with a group in the name.
+POOLED_ONLY = (*SUMMABLE, NOISED, NOISED_DICE, *SUMS)
 _NOISED_BINS = 32
 _NOISED_EDGES = np.linspace(-8.0, 8.0, _NOISED_BINS + 1)
 
 Value = float | int | list[int] | list[float]
 
 # By which a run is judged: the first that it has.
-MAIN = ("auc", "dice", "accuracy", "loss")
+MAIN = ("auc", "dice", "c-index", "r2", "d2", "accuracy", "mae", "loss")
 
 
 # What these begin with is better where it is lower.
@@ -192,7 +202,7 @@ def noised_metrics(counts: ArrayLike) -> dict[str, float]:
     below = np.pad(np.cumsum(histograms, axis=2), ((0, 0), (0, 0), (1, 0)))
     totals = below[:, :, -1]
     if (totals > 0).all():
-        shares = np.asarray([*map(_ordered_pairs, below)]) / totals.prod(axis=1)
+        shares = np.asarray([*map(ordered_pairs, below)]) / totals.prod(axis=1)
         metrics["auc"] = float(np.clip(shares, 0.0, 1.0).mean())
     return metrics
 
@@ -208,6 +218,23 @@ def _classes_of(length: int) -> int:
 
 def check_counts(record: Mapping[str, Any]) -> str | None:
     """Return what is wrong with the counts that a site sent for `pool`; None where nothing is."""
+    most = record.get("num-examples")
+    most = most if isinstance(most, int | float) else 0
+    for group, part in in_groups(record).items():
+        rows = part.get("num-examples", 0)
+        if group and not (isinstance(rows, int | float) and 0 <= rows <= most):
+            return f"num-examples{group} must be a number from 0 to num-examples = {most}"
+        if (reason := _check_counts(part) or check_sums(part)) is not None:
+            return f"{reason}, in {group}" if group else reason
+    return None
+
+
+def is_pooled_only(name: str) -> bool:
+    """Return whether a metric, of all rows or of a group, is no figure but for `pool`."""
+    return name.partition("@")[0] in POOLED_ONLY
+
+
+def _check_counts(record: Mapping[str, Any]) -> str | None:
     if (noised := record.get(NOISED)) is not None and not (
         _are_counts(noised) and _classes_of(len(noised))
     ):
@@ -250,33 +277,75 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
     Parameters
     ----------
     records : sequence of dict
-        As `classification_metrics` returns them, all of one number of classes; or all with
-        `noised_counts`; or as `fedmed_flower.overlap` makes them.
+        As `classification_metrics` or `fedmed_flower.outcomes` return them, all of one number of
+        classes; or all with noised counts or errors; or as `fedmed_flower.overlap` makes them.
 
     Returns
     -------
     dict
-        The same figures as one hospital's, and the total ``num-examples``; of masks only what is no
-        weighted mean of the hospitals' figures; nothing for other records. The AUC is exact for
-        pairs of rows of one hospital and comes from the histograms for pairs of rows of two. It
-        is right to 0.001 for scores with one hump, heavy tails and skew included; where a network
-        crowds its scores into two humps a hundred times narrower than their distance, it can be
-        off by some thousandths.
+        The same figures as one hospital's, and the total ``num-examples``, from those that have
+        the counts; of masks only what is no weighted mean of the hospitals' figures; nothing for
+        other records, or where only some are noised. The AUC is exact for pairs of rows of one
+        hospital and comes from the histograms for pairs of rows of two. It is right to 0.001 for
+        scores with one hump, heavy tails and skew included; where a network crowds its scores into
+        two humps a hundred times narrower than their distance, it can be off by some thousandths.
+        The average precision comes from the histograms alone: right to 0.002 for such scores, and
+        for few distinct ones, with some hundred rows of each class at several hospitals.
     """
-    if NOISED in records[0]:
-        return noised_metrics(np.sum([np.asarray(record[NOISED]) for record in records], axis=0))
-    if not {*SUMMABLE} <= records[0].keys():
-        return pool_masks(records)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        for group, part in in_groups(record).items():
+            groups.setdefault(group, []).append(part)
+    return {
+        name + group: value
+        for group, parts in groups.items()
+        for name, value in _pool(parts, every=bool(group)).items()
+    }
+
+
+def _pool(records: list[dict[str, Any]], every: bool) -> dict[str, float]:
+    for key in (NOISED, NOISED_ERRORS, NOISED_DICE):
+        if any(key in record for record in records):
+            if len(_holding(records, key)) < len(records):
+                return {}
+            if key == NOISED_DICE:
+                return pool_masks(records)
+            total = np.sum([np.asarray(record[key]) for record in records], axis=0)
+            return noised_metrics(total) if key == NOISED else noised_error_metrics(total)
+    if masks := [record for record in records if isinstance(record.get(WORST), int | float)]:
+        return pool_masks(masks)
+    figures = pool_outcomes(records, every)
+    if found := _holding(records, *SUMMABLE):
+        figures |= _pool_classes(found)
+    rows = [record.get("num-examples") for record in records]
+    total = float(sum(count for count in rows if isinstance(count, int | float)))
+    return {"num-examples": total} | figures if figures else {}
+
+
+def _holding(records: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """Return the records with these lists; none where their lengths differ."""
+    found = [record for record in records if all(key in record for key in keys)]
+    return found if len({tuple(len(one[key]) for key in keys) for one in found}) == 1 else []
+
+
+def _pool_classes(records: list[dict[str, Any]]) -> dict[str, float]:
     total = np.sum([np.asarray(record[CONFUSION]) for record in records], axis=0)
     num_classes = round(len(total) ** 0.5)
     metrics = _rates(total.reshape(num_classes, num_classes))
     grids = np.asarray([record[GRID] for record in records]).reshape(len(records), -1, 3)
     counts = np.asarray([record[COUNTS] for record in records], dtype=np.float64)
     counts = counts.reshape(len(records), -1, 2, _BINS)
-    aucs = [_merged_auc(grids[:, c], counts[:, c]) for c in range(grids.shape[1])]
-    if not np.isnan(aucs).any():
-        metrics["auc"] = float(np.mean(aucs))
-    return {"num-examples": float(total.sum())} | metrics
+    edges = grids[..., :1] + grids[..., 1:2] * _EDGES
+    classes = range(grids.shape[1])
+    found = {"auc": [merged_auc(edges[:, c], counts[:, c], grids[:, c, 2]) for c in classes]}
+    if any(CALIBRATION in record for record in records):
+        found["average-precision"] = [merged_precision(edges[:, c], counts[:, c]) for c in classes]
+    for name, values in found.items():
+        # What is told of one hospital alone is its own figure.
+        own = records[0].get(name) if len(records) == 1 else None
+        if not np.isnan(values).any():
+            metrics[name] = float(own if isinstance(own, int | float) else np.mean(values))
+    return metrics
 
 
 def _rates(confusion: NDArray[np.int64]) -> dict[str, float]:
@@ -316,38 +385,3 @@ def _histograms(positive: NDArray[np.bool_], margins: NDArray[np.float64]) -> di
         for group in (False, True):
             counts += np.histogram(places[truth == group], _EDGES)[0].tolist()
     return {GRID: grid, COUNTS: counts}
-
-
-def _merged_auc(grids: NDArray[np.float64], counts: NDArray[np.float64]) -> float:
-    """Return the AUC over all sites' rows; NaN where one class is empty.
-
-    Parameters
-    ----------
-    grids : array of shape (sites, 3)
-        Centre and width of a site's grid, and the AUC among its own rows.
-    counts : array of shape (sites, 2, bins)
-        Rows without and with the class.
-
-    Notes
-    -----
-    The AUC is the share of (negative, positive) pairs in the right order (Mann-Whitney). Each
-    site's counts are spread evenly within their bins over the union of all grids' edges, so that a
-    site with a narrow range of scores is not blurred by one with a wide range.
-    """
-    edges = grids[:, :1] + grids[:, 1:2] * _EDGES
-    union = np.unique(edges)
-    below = np.zeros((2, len(union)))
-    ordered = 0.0
-    for own_edges, own_auc, histograms in zip(edges, grids[:, 2], counts, strict=True):
-        cumulated = np.pad(np.cumsum(histograms, axis=1), ((0, 0), (1, 0)))
-        own = np.asarray([np.interp(union, own_edges, group) for group in cumulated])
-        ordered += own_auc * own[:, -1].prod() - _ordered_pairs(own)
-        below += own
-    pairs = below[:, -1].prod()
-    return float((ordered + _ordered_pairs(below)) / pairs) if pairs else float("nan")
-
-
-def _ordered_pairs(below: NDArray[np.float64]) -> float:
-    """Count pairs in the right order from the cumulated counts of both classes; ties count half."""
-    negatives, positives = np.diff(below, axis=1)
-    return float(positives @ (below[0, :-1] + negatives / 2))

@@ -23,6 +23,7 @@ from safetensors.numpy import save as to_safetensors
 
 from fedmed_flower.arrays import view
 from fedmed_flower.errors import InputError
+from fedmed_flower.metrics import MAIN
 
 CHECKPOINT, METRICS, MODEL = "checkpoint.zip", "metrics.csv", "model.safetensors"
 CONFIG, SUMMARY, LOG = "config.toml", "summary.json", "log.txt"
@@ -88,8 +89,7 @@ class History:
             for number, phase, site, metric, value in self.rows
             if number == server_round and site == ALL_SITES
         }
-        names = ("auc", "dice", "accuracy", "loss")
-        wanted = [("train", "loss"), *(("val", name) for name in names)]
+        wanted = [("train", "loss"), *(("val", name) for name in MAIN)]
         shown = [(*key, known[key]) for key in wanted if key in known]
         # After the training loss one figure is enough.
         parts = [f"{phase} {name} {value:.4f}" for phase, name, value in shown[:2]]

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.metrics import POOLED_ONLY, pool
+from fedmed_flower.metrics import is_pooled_only, pool
 from fedmed_flower.runfolder import ALL_SITES, History, RunFolder
 from fedmed_flower.strategies.aggregating import STREAM_ABOVE, aggregate
 from fedmed_flower.strategies.inbox import Inbox
@@ -346,10 +346,10 @@ class FedAvg(flower.FedAvg):
             return None
         trimmed = with_shared_metrics(usable, self.weighted_by_key, self.max_weight_share)
         metrics = super().aggregate_evaluate(server_round, trimmed)
-        shared = [dict(metrics_of(message)) for message in trimmed]
-        if metrics is not None:
-            for key in POOLED_ONLY if (figures := pool(shared)) else ():
-                metrics.pop(key, None)
+        records = [dict(metrics_of(message)) for message in usable]
+        if metrics is not None and (figures := pool(records)):
+            for key in filter(is_pooled_only, list(metrics)):
+                metrics.pop(key)
             metrics.update(figures)
         return metrics
 

@@ -6,13 +6,14 @@ import copy
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedmed_flower.arrays import view
 from fedmed_flower.data.site import in_simulation, read_error
-from fedmed_flower.metrics import check_counts
+from fedmed_flower.metrics import check_counts, is_pooled_only
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -128,16 +129,15 @@ def sound_figures(replies: list[Message]) -> list[Message]:
 
     One site's NaN would take the figure from all others. Nothing is left out where most have none.
     """
-    records = [metrics_of(reply) for reply in replies]
-    usual = {
-        name
-        for record in records
-        for name in record
-        if 2 * sum(_form(other.get(name)) is not None for other in records) > len(records)
-    }
+    finite = [
+        {name: _form(value) is not None for name, value in metrics_of(reply).items()}
+        for reply in replies
+    ]
+    having = Counter(name for record in finite for name in record if record[name])
+    usual = {name for name, count in having.items() if 2 * count > len(replies)}
     kept = []
-    for reply, record in zip(replies, records, strict=True):
-        odd = [name for name in record if name in usual and _form(record[name]) is None]
+    for reply, record in zip(replies, finite, strict=True):
+        odd = [name for name in record if name in usual and not record[name]]
         if odd:
             log.warning("a site is left out of the averages: its %s is not finite", odd[0])
         else:
@@ -146,10 +146,14 @@ def sound_figures(replies: list[Message]) -> list[Message]:
 
 
 def _form(value: object) -> int | None:
-    numbers = value if isinstance(value, list) else [value]
-    if not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
+    try:
+        # A sum is finite where all numbers are: a record's list holds numbers of one type.
+        whole: float = sum(value) if isinstance(value, list) else value  # type: ignore[assignment]
+        if not math.isfinite(whole):
+            return None
+    except (TypeError, OverflowError):
         return None
-    return len(numbers) if isinstance(value, list) else -1
+    return len(value) if isinstance(value, list) else -1
 
 
 def metrics_of(reply: Message) -> MetricRecord:
@@ -209,7 +213,11 @@ def with_shared_metrics(
         The copies' weights, in place of their own.
     """
     names = _shared_metrics([metrics_of(reply) for reply in replies])
-    if dropped := {name for reply in replies for name in metrics_of(reply)} - set(names):
+    told = {name for reply in replies for name in metrics_of(reply)}
+    # Figures of groups, and sums, come from what all sites have together.
+    if dropped := {
+        name for name in told - {*names} if "@" not in name and not is_pooled_only(name)
+    }:
         log.warning("not in every reply, so not averaged: %s", ", ".join(sorted(dropped)))
     metrics_key = next(iter(replies[0].content.metric_records))
     arrays_key = next(iter(replies[0].content.array_records), None)

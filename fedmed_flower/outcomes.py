@@ -1,0 +1,399 @@
+"""How well numbers and classes in a table are predicted, for all patients and for groups of them.
+
+A figure of a group has the group in its name: ``auc@sex=1``. Sums go along that give the figures
+over several hospitals' rows; spreads are put together as by Chan, Golub and LeVeque (Updating
+Formulae and a Pairwise Algorithm for Computing Sample Variances, COMPSTAT 1982,
+https://doi.org/10.1007/978-3-642-51461-6_3).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.privacy.noise import gaussian, secure_generator
+
+Floats = NDArray[np.float64]
+
+# Of each bin of the probability: rows, the sum of their probabilities, how many came true.
+CALIBRATION = "calibration-sums"
+# Rows, the target's mean and spread (squared differences to the mean, or null deviance), what the
+# model leaves of it (squared errors, or deviance), absolute errors.
+TARGET, COUNT = "target-sums", "count-sums"
+# Pairs within a hospital: in the right order, tied, and all of them.
+PAIRS = "concordance-pairs"
+# Sums over patients with noise: how many they are, then their mean absolute errors.
+NOISED_ERRORS = "noised-errors"
+
+_BINS = 10
+# How many numbers each is.
+SUMS = {CALIBRATION: 3 * _BINS, TARGET: 5, COUNT: 5, PAIRS: 3, NOISED_ERRORS: 2}
+# Figures of which the mean over rows is that over all hospitals' rows.
+_MEANS = ("brier", "integrated-brier")
+# Columns of outputs, fewest and most.
+_COLUMNS = {"binary": (1, 2), "multi-class": (2, math.inf), "continuous": (1, 1), "count": (1, 1)}
+# Squares of larger sums, added up, are beyond all floats.
+_MOST = 1e100
+# No patient's rate is beyond e^50, and one that is infinite would spoil the sums.
+_MOST_LOG_RATE = 50.0
+
+
+def outcome_metrics(task: str, target: ArrayLike, outputs: ArrayLike) -> dict[str, Any]:
+    """Measure predictions on one hospital's rows.
+
+    Parameters
+    ----------
+    task : {"binary", "multi-class", "continuous", "count"}
+    target : array of shape (n,)
+        n at least 1. Class numbers, numbers, or counts.
+    outputs : array of shape (n, c) or (n,)
+        Logits as `fedmed_flower.metrics.classification_metrics` takes them; the number; the log of
+        the expected count (taken to lie within -50 and 50).
+
+    Returns
+    -------
+    dict
+        ``num-examples``, the sums that `fedmed_flower.metrics.pool` adds up, and figures. A figure
+        that these rows leave undefined is left out.
+
+        - classes: those of `classification_metrics`; ``average-precision`` (for more than two
+          classes, the mean of one against the rest); ``brier``, the squared error of the
+          probability of class 1 (for more than two classes, summed over them);
+          ``calibration-error``, the distance of probability and frequency, a mean over ten bins of
+          the probability of class 1 (for more than two classes, of the likeliest class);
+        - numbers: ``r2``, ``mae``, ``rmse``;
+        - counts: ``mae`` of the expected count, ``deviance`` (the mean of Poisson's) and ``d2``,
+          the share of it that the model explains.
+
+    Raises
+    ------
+    InputError
+        Where the task, the shapes or a target cannot be, or an output is not finite.
+    """
+    y, z = _checked(task, target, outputs)
+    if task in ("binary", "multi-class"):
+        return _classified(y.astype(np.int64), z)
+    guess, key = z[:, 0], TARGET
+    if task == "continuous":
+        spread, left = np.square(y - y.mean()), np.square(y - guess)
+    else:
+        from scipy.special import kl_div, rel_entr
+
+        key, guess = COUNT, np.exp(np.clip(guess, -_MOST_LOG_RATE, _MOST_LOG_RATE))
+        spread, left = 2 * rel_entr(y, y.mean()), 2 * kl_div(y, guess)
+    # A deviance of 0 can round to a hair below.
+    parts = (max(0.0, float(part.sum())) for part in (spread, left, np.abs(y - guess)))
+    sums = [float(len(y)), float(y.mean()), *parts]
+    return {"num-examples": len(y), **_explained(key, [sums]), key: sums}
+
+
+def _checked(task: str, target: ArrayLike, outputs: ArrayLike) -> tuple[Floats, Floats]:
+    if task not in _COLUMNS:
+        raise InputError(f"task must be one of {', '.join(_COLUMNS)}, got {task!r}")
+    y, z = np.asarray(target, dtype=np.float64), np.asarray(outputs, dtype=np.float64)
+    z = z[:, None] if z.ndim == 1 else z
+    if y.ndim != 1 or z.ndim != 2 or not 0 < len(y) == len(z):
+        raise InputError(
+            "target and outputs must be of the same rows, one or more: they have the shapes "
+            f"{y.shape} and {z.shape}"
+        )
+    columns, (least, most) = z.shape[1], _COLUMNS[task]
+    if not least <= columns <= most:
+        wanted = f"{least}" if least == most else f"{least} or {2 if most == 2 else 'more'}"
+        raise InputError(f"outputs for the task {task!r} must have {wanted} columns, got {columns}")
+    if odd := int((~np.isfinite(z).all(axis=1)).sum()):
+        raise InputError(
+            f"outputs of {odd} of {len(z)} rows are not finite: the model has diverged; "
+            "a lower learning-rate may help"
+        )
+    wanted, sound = "a finite number", np.isfinite(y)
+    if task != "continuous":
+        top = max(2, columns) - 1 if task != "count" else math.inf
+        wanted = "a whole number of at least 0" if task == "count" else f"a class from 0 to {top}"
+        sound &= (y >= 0) & (y <= top) & (np.floor(y) == y)
+    if not sound.all():
+        place = int(np.argmin(sound))
+        raise InputError(f"target of row {place} must be {wanted}, got {y[place]:g}")
+    return y, z
+
+
+def _classified(labels: NDArray[np.int64], logits: Floats) -> dict[str, Any]:
+    from scipy.special import expit, softmax
+    from sklearn.metrics import average_precision_score
+
+    # Here, since it imports this module: `pool` is for what both of them measure.
+    from fedmed_flower.metrics import class_margins, classification_metrics
+
+    metrics: dict[str, Any] = classification_metrics(labels, logits)
+    margins = class_margins(logits)
+    if margins.shape[1] == 1:
+        truth = (labels == 1)[:, None]
+        shares = expit(margins)
+        chosen, right = shares[:, 0], truth[:, 0]
+    else:
+        truth = labels[:, None] == np.arange(margins.shape[1])
+        shares = softmax(logits, axis=1)
+        chosen, right = shares.max(axis=1), logits.argmax(axis=1) == labels
+    if not (truth.all(axis=0) | ~truth.any(axis=0)).any():
+        pairs = zip(truth.T, margins.T, strict=True)
+        found = [average_precision_score(one, score) for one, score in pairs]
+        metrics["average-precision"] = float(np.mean(found))
+    metrics["brier"] = float(np.square(shares - truth).sum(axis=1).mean())
+    bins = np.minimum((chosen * _BINS).astype(np.int64), _BINS - 1)
+    sums = np.zeros((_BINS, 3))
+    np.add.at(sums, bins, np.stack([np.ones(len(bins)), chosen, right], axis=1))
+    metrics["calibration-error"] = _calibration_error(sums)
+    return metrics | {CALIBRATION: [float(value) for value in sums.ravel()]}
+
+
+def _calibration_error(sums: Floats) -> float:
+    return float(np.abs(sums[:, 1] - sums[:, 2]).sum() / sums[:, 0].sum())
+
+
+def _explained(key: str, sums: ArrayLike) -> dict[str, float]:
+    """Return the figures of numbers or counts from hospitals' sums, of shape (hospitals, 5)."""
+    rows, mean, spread, left, absolute = np.asarray(sums, dtype=np.float64).T
+    total = rows.sum()
+    centre = rows @ mean / total
+    error, rounding = float(left.sum() / total), 8 * np.finfo(float).eps * centre
+    if key == COUNT:
+        from scipy.special import rel_entr
+
+        between = 2 * rel_entr(mean, centre)
+    else:
+        between, rounding = np.square(mean - centre), np.square(rounding)
+    all_spread = spread.sum() + rows @ between
+    figures = {"mae": float(absolute.sum() / total)}
+    figures |= {"deviance": error} if key == COUNT else {"rmse": math.sqrt(error)}
+    # More than a target that is the same in every row gets by rounding alone.
+    if all_spread > total * rounding:
+        figures["d2" if key == COUNT else "r2"] = float(1 - left.sum() / all_spread)
+    return figures
+
+
+def in_groups(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Split figures by the group that their names end in: ``@column=value``, empty for all rows."""
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in record.items():
+        name, _, group = key.partition("@")
+        if "=" in group:
+            parts.setdefault(f"@{group}", {})[name] = value
+        else:
+            parts.setdefault("", {})[key] = value
+    return parts
+
+
+def check_sums(record: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the sums that a site sent of one group; None where nothing is."""
+    rows = record.get("num-examples")
+    for key, length in SUMS.items():
+        if (values := record.get(key)) is None:
+            continue
+        fits = isinstance(values, list) and len(values) == length
+        if not (fits and all(abs(value) <= _MOST for value in values)):
+            return f"{key} must be a list of {length} finite numbers"
+        if key == NOISED_ERRORS:
+            continue
+        # The mean of numbers may be anything.
+        if min(values[:1] + values[2:] if key == TARGET else values) < 0:
+            return f"{key} must hold no number below 0"
+        if key == PAIRS and values[0] + values[1] > values[2]:
+            return f"{key} must not count more pairs than can be compared"
+        # Sums of fractions round to a hair above.
+        if key == CALIBRATION and any(
+            max(values[place + 1 : place + 3]) > values[place] * (1 + 1e-9)
+            for place in range(0, length, 3)
+        ):
+            return f"{key} must hold no sum above the number of rows of its bin"
+        counted = sum(values[::3]) if key == CALIBRATION else values[0]
+        if key != PAIRS and not counted == rows != 0:
+            return f"{key} is not of num-examples = {rows} rows"
+    return None
+
+
+def pool_outcomes(records: Sequence[Mapping[str, Any]], every: bool = False) -> dict[str, float]:
+    """Return the figures over the rows of those hospitals that sent the sums, for one group.
+
+    Parameters
+    ----------
+    records : sequence of dict
+        Without the group in the names.
+    every : bool
+        Whether to give the mean over rows also of figures for which that is an approximation.
+    """
+    counted = [record for record in records if _is_number(record.get("num-examples"))]
+    names = {name for record in counted for name in record} if every else {*_MEANS}
+    figures: dict[str, float] = {}
+    for name in sorted(names - {"num-examples"}):
+        kept = [record for record in counted if _is_number(record.get(name))]
+        if total := float(sum(record["num-examples"] for record in kept)):
+            figures[name] = float(sum(one[name] * (one["num-examples"] / total) for one in kept))
+    for key in (CALIBRATION, TARGET, COUNT, PAIRS):
+        sums = np.asarray([record[key] for record in records if key in record], dtype=np.float64)
+        total = sums.sum(axis=0)
+        if len(sums) and key == CALIBRATION:
+            figures["calibration-error"] = _calibration_error(total.reshape(_BINS, 3))
+        elif len(sums) and key == PAIRS and total[2]:
+            figures["c-index"] = float((total[0] + total[1] / 2) / total[2])
+        elif len(sums) and key != PAIRS:
+            figures |= _explained(key, sums)
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def by_group(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    minimum: int,
+    measure: Callable[[list[int]], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Measure groups of patients apart.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        With ``patient`` and, in the columns, a text or None.
+    columns : sequence of str
+    minimum : int
+        The fewest patients of a group that is told. Nor may all rows less the groups of a column
+        that are told be of fewer, unless of none: then the smallest of those is not told either.
+    measure : callable
+        Maps the places of a group's rows to its figures.
+
+    Returns
+    -------
+    dict
+        By ``NAME@column=value``, with ``num-examples``.
+
+    Raises
+    ------
+    InputError
+        Where no row has a column, or it holds something else than texts.
+    """
+    found: dict[str, Any] = {}
+    for column in columns if rows else ():
+        groups: dict[str | None, list[int]] = {}
+        for place, value in enumerate(_texts(rows, column)):
+            groups.setdefault(value, []).append(place)
+        patients = {
+            value: {rows[place]["patient"] for place in places} for value, places in groups.items()
+        }
+        told = [value for value in groups if value is not None and len(patients[value]) >= minimum]
+        told.sort(key=lambda value: (-len(patients[value]), value))
+        while told:
+            hidden = set().union(*(patients[value] for value in groups if value not in told))
+            if not 0 < len(hidden) < minimum:
+                break
+            told.pop()
+        for value in sorted(told):
+            figures = {"num-examples": len(groups[value])} | dict(measure(groups[value]))
+            found |= {f"{name}@{column}={value}": figure for name, figure in figures.items()}
+    return found
+
+
+def _texts(rows: Sequence[Mapping[str, Any]], column: str) -> list[str | None]:
+    if not any(column in row for row in rows):
+        texts = [name for name, held in rows[0].items() if held is None or isinstance(held, str)]
+        known = sorted({*texts} - {"patient"})
+        near = difflib.get_close_matches(column, known, n=1)
+        raise InputError(
+            f"the rows have no column {column!r}: figures can be told apart by "
+            f"{', '.join(known) or 'none'}" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    values = [row.get(column) for row in rows]
+    if odd := [value for value in values if not (value is None or isinstance(value, str))]:
+        raise InputError(
+            f"the column {column!r} holds {odd[0]!r}, which is no text: figures are told apart by "
+            "categories, or by the bands into which the schema cuts a number"
+        )
+    return values
+
+
+def gaps(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return how far apart a column's best and worst group are, by ``NAME@column``."""
+    values: dict[str, list[float]] = {}
+    for group, part in in_groups(metrics).items():
+        column = group.partition("=")[0]
+        for name, value in part.items() if group else ():
+            if name != "num-examples" and _is_number(value):
+                values.setdefault(name + column, []).append(value)
+    return {name: max(each) - min(each) for name, each in values.items() if len(each) > 1}
+
+
+def noised_errors(
+    task: str,
+    target: ArrayLike,
+    outputs: ArrayLike,
+    limits: tuple[float, float],
+    patients: Sequence[Hashable],
+    noise: float,
+) -> list[float]:
+    """Add up patients and their absolute errors, with noise that hides each patient.
+
+    Each patient's rows weigh 1 together, with errors clipped to the width of `limits`. In units of
+    that width, adding or removing a patient changes the two sums by at most the root of 2, in
+    Euclidean length.
+
+    Parameters
+    ----------
+    task : {"continuous", "count"}
+    target, outputs : array of shape (n,) or (n, 1)
+        As `outcome_metrics` takes them.
+    limits : (float, float)
+        Lowest and highest target that can be: stated beforehand, not read off the patients.
+    patients : sequence of n hashables
+    noise : float
+        Standard deviation of the noise in units of that length; at least 0.
+
+    Returns
+    -------
+    list of float
+        For `noised_error_metrics`: the number of patients, and the sum of their mean errors.
+
+    Raises
+    ------
+    InputError
+        Where the task is another one, or the limits are no range.
+    """
+    if task not in ("continuous", "count"):
+        raise InputError(f"task must be one of continuous, count, got {task!r}")
+    low, high = limits
+    width = high - low
+    if not 0 < width < math.inf:
+        raise InputError(f"limits must be two finite numbers, the lower first, got {low}, {high}")
+    y, z = (np.asarray(part, dtype=np.float64).ravel() for part in (target, outputs))
+    if task == "count":
+        z = np.exp(np.clip(z, -_MOST_LOG_RATE, _MOST_LOG_RATE))
+    with np.errstate(invalid="ignore", over="ignore"):
+        errors = np.abs(y - z)
+    # What is no number is as wrong as can be, lest it spoil the sum.
+    errors = np.clip(np.nan_to_num(errors, nan=width), 0.0, width) / width
+    of = Counter(patients)
+    share = np.asarray([1 / of[patient] for patient in patients])
+    sums: Floats = np.asarray([share.sum(), share @ errors])
+    sums += gaussian(sums.size, noise * math.sqrt(sums.size), secure_generator())
+    return [float(sums[0]), float(sums[1]) * width]
+
+
+def noised_error_metrics(sums: ArrayLike) -> dict[str, float]:
+    """Return the figures that follow from `noised_errors` of one hospital, or several sums of it.
+
+    Returns
+    -------
+    dict
+        ``num-examples`` (patients, to the nearest whole number) and, where it is above 0, ``mae``.
+    """
+    count, total = np.asarray(sums, dtype=np.float64)
+    if not math.isfinite(count) or round(count) < 1:
+        return {"num-examples": 0.0}
+    return {"num-examples": float(round(count)), "mae": max(0.0, float(total / count))}
