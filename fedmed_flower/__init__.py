@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedmed_flower.data.site import Site, SiteData
     from fedmed_flower.errors import InputError
     from fedmed_flower.experiment import federate
+    from fedmed_flower.growing import grow
     from fedmed_flower.simulation import run_local
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "SurvivalClient",
     "TabularClient",
     "federate",
+    "grow",
     "run_local",
 ]
 
@@ -43,6 +45,7 @@ _HOMES = {
     "SurvivalClient": "clients.survival",
     "TabularClient": "clients.tabular",
     "federate": "experiment",
+    "grow": "growing",
     "run_local": "simulation",
 }
 
