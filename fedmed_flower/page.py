@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from collections.abc import Iterable
 from string import Template
 from typing import Any
@@ -11,12 +12,23 @@ from fedmed_flower.data.site import GENERATED
 DASH = "–"
 COLOURS = "#0072b2 #d55e00 #009e73 #c066a0 #d99000 #3fa7dc #7a68b3 #a8743a #7f8c1d #c23b4e #1c9c9c"
 PALETTE = (*COLOURS.split(), "#808080")
+# Of more hospitals than these a table tells the spread, and its rows are folded away.
+MANY = 30
+# A table with more columns is set smaller.
+ROOMY = 9
 # What the figures are called in a sentence.
 CLASSIFIED = {"auc": "AUC", "accuracy": "accuracy", "balanced-accuracy": "balanced accuracy"}
 CLASSIFIED |= {"sensitivity": "sensitivity", "specificity": "specificity"}
 OUTLINED = {"dice": "Dice", "hd95": "HD95 (mm)", "surface-dice": "surface Dice"}
 WORST_PATIENT = "dice-worst"
-NAMES = CLASSIFIED | OUTLINED | {WORST_PATIENT: "Dice, worst patient", "loss": "loss"}
+PREDICTED = {"average-precision": "average precision", "brier": "Brier score"}
+PREDICTED |= {"calibration-error": "calibration error", "c-index": "C-index"}
+PREDICTED |= {"integrated-brier": "integrated Brier score", "r2": "R²", "d2": "D²", "mae": "MAE"}
+PREDICTED |= {"rmse": "RMSE", "deviance": "deviance"}
+NAMES = CLASSIFIED | OUTLINED | PREDICTED
+NAMES |= {WORST_PATIENT: "Dice, worst patient", "loss": "loss"}
+# Told of groups of patients, beside the main one.
+GROUPED = ("sensitivity", "specificity", "calibration-error", "hd95", "surface-dice", "mae")
 # In an SVG these become CSS variables, so that plots follow the colour scheme.
 SCHEME = {"#010203": "var(--soft)", "#010204": "var(--line)", "#010205": "var(--paper)"}
 INK, FAINT, PAPER = SCHEME
@@ -44,7 +56,8 @@ th,td{padding:.32rem .75rem;text-align:right;vertical-align:top;border-bottom:1p
 th:first-child{padding-left:.4rem;text-align:left}.words :is(th,td){text-align:left}
 tbody th,td small{font-weight:400}th[scope=row],.words td{min-width:6.5rem;max-width:16rem}
 thead th{vertical-align:bottom;border-bottom:1.5px solid var(--soft)}tfoot{background:var(--tint)}
-tfoot tr:first-child>*{border-top:1.5px solid var(--soft)}tfoot tr:last-child td{font-weight:600}
+tfoot tr:first-child>*{border-top:1.5px solid var(--soft)}
+.tight{font-size:.8rem}.tight :is(th,td){padding:.3rem .35rem}
 td small{display:block;width:max-content;max-width:9rem;margin-left:auto;color:var(--soft)}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(16rem,1fr));gap:1rem 1.4rem}
 figure b{color:var(--ink)}.dots{max-width:40rem;margin:1.2rem 0}.plots table{width:100%}
@@ -52,16 +65,37 @@ figure>svg{display:block;width:100%;height:auto}svg text{font-family:inherit!imp
 ul{display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;padding:0;list-style:none}li{max-width:100%}
 h3{font-size:1rem;margin:1.2rem 0 .4rem;break-after:avoid}img{display:block;max-width:100%}
 .cases{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:1rem 1.4rem}
+summary{cursor:pointer;font-size:.875rem}code{white-space:nowrap}
 .key{width:1.35rem;height:.65rem;margin-right:.4rem}.wide{overflow-x:auto;margin:.8rem 0}
 @media print{@page{margin:16mm}:root{font-size:75%}main{max-width:none}h2,ul{break-after:avoid}
 main{padding:0}.banner,.status,tfoot{print-color-adjust:exact}.wide{overflow:visible}
 tr,figure{break-inside:avoid}.plots{grid-template:auto/1fr 1fr 1fr}th,td{padding:.2rem .5rem}}
 </style></head><body>$banner<main>$body</main></body></html>""")
 BANNER = f'<div class="banner" role="note">{GENERATED}</div>'
-ONE_CLASS = "† one class only in this test set. "
+# Why a hospital lacks the main figure.
+UNDEFINED = {
+    "auc": "† one class only in this test set. ",
+    "c-index": "† no two patients in this test set whose times can be compared. ",
+}
+UNDEFINED |= dict.fromkeys(("r2", "d2"), "† the same value in all of this test set. ")
 NOTES = {
-    "auc": "AUC: how often an image with the finding is scored above one without; 0.500 is "
-    "chance. ",
+    "auc": "AUC: how often a record with the finding or outcome is scored above one without; "
+    "0.500 is chance. ",
+    "average-precision": "Average precision: the share of true alarms, averaged over all "
+    "thresholds; chance is the share of records with the outcome. ",
+    "brier": "Brier score: the squared error of the predicted probability; 0 is perfect. ",
+    "calibration-error": "Calibration error: how far predicted probabilities lie from what came "
+    "true, on average; 0 is perfect. ",
+    "c-index": "C-index: of two patients of one hospital, how often the one with the higher "
+    "predicted risk has the event first; 0.500 is chance. ",
+    "integrated-brier": "Integrated Brier score: the squared error of the predicted chance to be "
+    "without the event, averaged over the time up to the horizon; 0 is perfect. ",
+    "r2": "R²: the share of the variance that the model explains; 0 is as good as the mean. ",
+    "d2": "D²: the share of the deviance that the model explains; 0 is as good as the mean. ",
+    "mae": "MAE: mean absolute error, in the unit of what is predicted. ",
+    "rmse": "RMSE: root of the mean squared error, in the unit of what is predicted. ",
+    "deviance": "Deviance: Poisson’s, the mean distance of expected and true counts; 0 is "
+    "perfect. ",
     "dice": "Dice: overlap of the predicted structure with the true one; 1 is perfect, 0 where a "
     "structure is missed or invented. ",
     "hd95": "HD95: the distance in mm within which 95% of the two outlines lie of each other; "
@@ -76,21 +110,41 @@ HEAT = """In a heat map orange places speak for the class that the title names, 
 it.</p>"""
 # Added to what the page may load where it shows pictures.
 EMBEDDED = "; img-src data:"
-LEAVES = """<h2>What left each hospital</h2><p>{} After each round a
-hospital sends its model’s weights, its number of images per split (training, validation, test), {}.
-Before, it told how many images it turned away (not in a private run), its name and its data’s name
-(of public data with a checksum). Of an error it tells the class, and why it declined a round.
+LEAVES = """<h2>What left each hospital</h2><p>{stays} After each round a hospital sends the model
+that it trained, its number of records per split (training, validation, test), {sent}. Before, it
+told how many records it turned away (not in a private run), its name and its data’s name (of public
+data with a checksum){before}. Of an error it tells the class, and why it declined a round.{after}
 </p>"""
-NO_PICTURE = "No image and no patient record."
+NO_RECORD = "No patient record: no image, no row of a table."
 PICTURES = """No patient record, and of images only the pictures of test cases above with their
 titles; each shows one patient, and no bound on privacy covers them."""
-OPEN = """its losses and metrics (in a private run none of training), its counts of right and
+_METRICS = "its losses and metrics (in a private run none of training), "
+OPEN = f"""{_METRICS}its counts of right and
 wrong decisions per class (confusion counts), and histograms of the model’s scores per class around
 their median, with it and its own AUC"""
+CALIBRATED = """, and for ten bins of the predicted probability the number of records, the sum of
+their probabilities and how many came true (calibration sums)"""
 OUTLINES = """its losses (in a private run none of training), the means over its patients of Dice,
 HD95 and surface Dice, overall and per class, and the Dice of its worst patient"""
+NUMBERS = f"""{_METRICS}and over all of its records the mean and
+spread of what is predicted and the sums of the model’s errors"""
+PAIRS = f"""{_METRICS}and how many pairs of its patients can be
+compared by their times, how many of them the predicted risk puts in order, and how many it ties"""
 COUNTED = "and counts of the model’s scores per class, from which its metrics follow"
 COUNTED_OUTLINES = "and its number of patients with the sum of their Dice per class"
+COUNTED_ERRORS = "and its number of patients with the sum of their absolute errors, clipped"
+# By the main figure: what is sent of evaluation, and what with private metrics.
+SENT = {"dice": (OUTLINES, COUNTED_OUTLINES), "c-index": (PAIRS, COUNTED)}
+SENT |= dict.fromkeys(("r2", "d2", "mae"), (NUMBERS, COUNTED_ERRORS))
+AT_LEAST = "at least ten patients (unless the hospital has set another number)"
+BY_GROUP = f", on test records all of these also by group ({{}}), of groups of {AT_LEAST}"
+LEARNT = f""", and what the preparation of columns is learnt from: of its training records the mean
+and spread of each numeric column and the categories of each other one with their counts, by
+{AT_LEAST}"""
+TUNED = " Of the model that it fine-tuned for itself it told what it measured; the model stayed."
+GROUPS = """A hospital tells nothing of a group of fewer than ten patients (unless it has set
+another number), nor of one that would follow from the others; all together are those of the
+hospitals that tell of the group. Small groups differ by chance."""
 UNPROTECTED = """<p>None of this carries noise, unless the settings below say so. Privacy accounting
 is not part of this run: nothing here bounds what could be inferred about one patient from what was
 sent.</p>"""
@@ -103,8 +157,8 @@ together tell about any one training patient is bounded by the run’s target, e
 at delta {delta}, by clipping and noise at the hospital; the hospitals told <b>{epsilon}</b> at
 most. What other runs have cost the same patients is in each hospital’s own ledger. """
 NOISED = """Evaluation counts carry noise too, and cost a validation or test patient no more than
-the target. Not covered: the numbers of images, and which rounds a hospital declined.</p>"""
-EXACT = """Not covered, since it carries no noise: numbers of images, and all that is measured on
+the target. Not covered: the numbers of records, and which rounds a hospital declined.</p>"""
+EXACT = """Not covered, since it carries no noise: numbers of records, and all that is measured on
 validation and test patients.</p>"""
 COMPARED = """<p>Each model for comparison is a run of its own: what it cost the patients it was
 trained and tested on is in the ledgers and not in this table.</p>"""
@@ -122,6 +176,11 @@ def show(value: float | None, spec: str = ".3f") -> str:
     return DASH if value is None else format(round(value, 3) + 0.0, spec).replace("-", "−")
 
 
+def natural(text: str) -> str:
+    """Return what sorts names as people number them: hospital-2 before hospital-10."""
+    return re.sub(r"\d+", lambda found: found[0].zfill(9), text)
+
+
 def many(count: float, noun: str) -> str:
     """Return a number of things."""
     return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
@@ -134,18 +193,32 @@ def name(key: str) -> str:
 
 def title(key: str) -> str:
     """Return what a figure is called at the head of a column."""
-    return name(key)[0].upper() + name(key)[1:]
+    return capital(name(key))
+
+
+def capital(text: str) -> str:
+    """Return a text as it begins a sentence."""
+    return text[:1].upper() + text[1:]
 
 
 def spec(key: str) -> str:
     """Return the format of a figure."""
-    return ".1f" if key.startswith("hd95") else ".3f"
+    return ".1f" if key.startswith("hd95") else ",.3f"
+
+
+def folded(content: str, hospitals: int) -> str:
+    """Return rows of so many hospitals, which many of them hide until they are asked for."""
+    if hospitals <= MANY:
+        return content
+    return f"<details><summary>All {many(hospitals, 'hospital')}</summary>{content}</details>"
 
 
 def table(caption: str, head: Any, rows: Iterable[Any], foot: Any = (), kind: str = "") -> str:
     """Return a table; of each row and of the head the first cell is its name."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    top = [f'<th scope="col">{cell}</th>' for cell in head]
+    kind += " tight" if len(top) > ROOMY else ""
     line = '<tr><th scope="row">{}</th><td>{}</td></tr>\n'.format
     body, end = ("".join(line(a, "</td><td>".join(b)) for a, *b in part) for part in (rows, foot))
-    table = f'<table class="{kind}"><caption>{caption}</caption><thead><tr>{top}</tr></thead>'
-    return f'<div class="wide">{table}<tbody>{body}</tbody><tfoot>{end}</tfoot></table></div>'
+    table = f'<table class="{kind}"><caption>{caption}</caption><thead><tr>{"".join(top)}</tr>'
+    table += f"</thead><tbody>{body}</tbody><tfoot>{end}</tfoot></table>"
+    return f'<div class="wide">{table}</div>'

@@ -21,6 +21,13 @@ Series = dict[str, dict[int, float]]  # site -> round -> value
 Pens = dict[str, tuple[str, str, str]]  # site -> colour, line style, name with its key
 
 CROWD, WORST = "#5b7f9c", "#d55e00"
+# What is compared, in this order, and how it is marked.
+MODELS = {
+    "own model alone": "○",
+    "federated": "●",
+    "fine-tuned": "◆",
+    "trained on pooled data": "|",
+}
 _FILE = re.compile(r"pictures/[0-9]+\.png")
 SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "0", "text.parse_math": False}
 
@@ -51,19 +58,42 @@ def keys(pens: Pens, together: bool) -> str:
 
 
 def dots(pens: Pens, models: list[dict[str, float]], name: str) -> str:
-    """Draw what a site's own, the federated and the pooled model reach at each site."""
+    """Draw what the models of `MODELS` reach at each site."""
     sites = [site for site in pens if any(site in values for values in models)]
     axes: Any = Figure((6.2, 0.5 + 0.24 * len(sites)), layout="constrained").subplots()
     for row, site in enumerate(sites):
-        own, shared, best = (values.get(site, math.nan) for values in models)
+        own, shared, tuned, best = (values.get(site, math.nan) for values in models)
         style: dict[str, Any] = {"color": pens[site][0], "lw": 1.6, "mew": 1.5}
-        axes.plot([own, shared], [row, row], "-o", **style)
+        axes.plot([own, shared, tuned], [row] * 3, "-", **style)
         axes.plot([own], [row], "o", mfc=PAPER, **style)
+        axes.plot([shared], [row], "o", **style)
+        axes.plot([tuned], [row], "D", ms=4, **style)
         axes.plot([best], [row], "|", ms=9, **style)
     axes.set_yticks(range(len(sites)), [html.unescape(escaped(site))[:24] for site in sites])
     axes.set_ylim(len(sites) - 0.4, -0.6)
-    drawing = _svg(axes, f"{name} of the three models", f"{name} on the hospital’s own test images")
-    key = "<b>○</b> own model alone &emsp;<b>●</b> federated &emsp;<b>|</b> trained on pooled data"
+    drawn = zip(models, MODELS.items(), strict=True)
+    key = " &emsp;".join(f"<b>{mark}</b> {model}" for values, (model, mark) in drawn if values)
+    return _compared(axes, key, name)
+
+
+def spreads(models: list[dict[str, float]], name: str, lower: bool) -> str:
+    """Draw how the models of `MODELS` do over so many sites that each has no place of its own."""
+    shown = [(model, v) for model, v in zip(MODELS, models, strict=True) if len(v) > 1]
+    axes: Any = Figure((6.2, 0.6 + 0.3 * len(shown)), layout="constrained").subplots()
+    for row, (_, values) in enumerate(shown):
+        cuts = statistics.quantiles(values.values(), n=20, method="inclusive")
+        axes.plot([cuts[0], cuts[-1]], [row] * 2, color=CROWD, lw=1.4)
+        axes.plot([cuts[4], cuts[14]], [row] * 2, color=CROWD, lw=6, solid_capstyle="butt")
+        axes.plot([cuts[9]], [row], "|", color=INK, ms=12, mew=2)
+        axes.plot([(max if lower else min)(values.values())], [row], "o", color=WORST, ms=5)
+    axes.set_yticks(range(len(shown)), [model for model, _ in shown])
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    key = f"{line(CROWD)}nine tenths of the hospitals, half of them thick &emsp;<b>|</b> median "
+    return _compared(axes, f'{key}&emsp;<b style="color:{WORST}">●</b> worst', name)
+
+
+def _compared(axes: Any, key: str, name: str) -> str:
+    drawing = _svg(axes, f"{name} of the models", f"{name} on the hospital’s own test records")
     return f'<figure class="dots"><figcaption>{key}</figcaption>{drawing}</figure>'
 
 

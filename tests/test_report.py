@@ -4,8 +4,12 @@ import html
 import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -13,6 +17,7 @@ from PIL import Image
 from fedmed_flower.errors import InputError
 from fedmed_flower.page import PALETTE, WORST_PATIENT
 from fedmed_flower.report import write_report
+from fedmed_flower.summary import quartiles
 
 KEYS = ("auc", "accuracy", "balanced-accuracy", "sensitivity", "specificity")
 FEDERATED = {
@@ -110,10 +115,10 @@ class Page(HTMLParser):
 
 def test_table_of_hospitals_has_mean_and_named_worst_of_each_column(tmp_path):
     page = Page(report(tmp_path, full_summary(), metrics(FEDERATED)))
-    table = page.table("Images per split")
+    table = page.table("Records per split")
     assert list(table) == [
         *("Hospital", "hospital-1", "hospital-2", "hospital-10"),
-        *("Mean over hospitals", "Worst hospital", "All images together"),
+        *("Mean over hospitals", "Worst hospital", "All records together"),
     ]
     assert table["hospital-1"][:3] == ["1,000", "90", "110"]
     assert table["hospital-1"][3:] == ["0.900", "0.700", "0.750", "0.600", "0.950"]
@@ -122,8 +127,8 @@ def test_table_of_hospitals_has_mean_and_named_worst_of_each_column(tmp_path):
         *("", "", "", "0.700 hospital-10", "0.700 hospital-1", "0.730 hospital-10"),
         *("0.600 hospital-1", "0.500 hospital-10"),
     ]
-    assert table["All images together"][:3] == ["3,000", "270", "330"]
-    assert table["All images together"][3:] == ["0.810", "0.770", "0.760", "0.750", "0.740"]
+    assert table["All records together"][:3] == ["3,000", "270", "330"]
+    assert table["All records together"][3:] == ["0.810", "0.770", "0.760", "0.750", "0.740"]
 
 
 def test_comparison_says_who_gained_and_who_lost(tmp_path):
@@ -135,7 +140,7 @@ def test_comparison_says_who_gained_and_who_lost(tmp_path):
     assert table["Worst hospital"] == [
         *("0.600 hospital-10", "0.700 hospital-10", "0.750 hospital-10", "−0.020 hospital-2"),
     ]
-    assert table["All images together"] == ["0.600 mean of all models", "0.810", "0.840", "+0.210"]
+    assert table["All records together"] == ["0.600 mean of all models", "0.810", "0.840", "+0.210"]
     assert (
         "Of 3 hospitals 2 gained AUC (hospital-10 +0.100, hospital-1 +0.050) "
         "and 1 lost (hospital-2 −0.020) against their own models alone."
@@ -145,7 +150,7 @@ def test_comparison_says_who_gained_and_who_lost(tmp_path):
 def test_result_and_run_in_words(tmp_path):
     text = Page(report(tmp_path, full_summary())).text
     assert (
-        "On 330 test images of all hospitals together the federated model reaches AUC 0.810, "
+        "On 330 test records of all hospitals together the federated model reaches AUC 0.810, "
         in (text)
     )
     assert "Mean AUC over 3 hospitals: 0.800. Worst hospital: hospital-10, AUC 0.700." in text
@@ -197,7 +202,7 @@ def test_one_class_site_has_a_dash_and_a_footnote(tmp_path):
     for part in (summary["test"]["sites"], summary["test"]["local"]):
         del part["hospital-10"]["auc"]
     page = Page(report(tmp_path, summary))
-    table = page.table("Images per split")
+    table = page.table("Records per split")
     assert table["hospital-10"][3:5] == ["–†", "0.760"]
     assert table["Mean over hospitals"][3] == "0.850"
     assert table["Worst hospital"][3] == "0.800 hospital-2"
@@ -223,7 +228,7 @@ def test_hostile_names_are_text(tmp_path, name):
     assert "<script" not in page
     assert not [tag for tag, attrs in parsed.tags if tag == "script" or "onload" in attrs]
     shown = name.replace("\ud800\x00", "\ufffd\ufffd") or "–"
-    assert parsed.table("Images per split")[shown][3] == "0.900"
+    assert parsed.table("Records per split")[shown][3] == "0.900"
     assert parsed.table("1 of 1")["3"][1] == shown
 
 
@@ -234,7 +239,7 @@ def test_forty_sites_fall_back_to_a_band_and_name_the_worst(tmp_path):
     summary["test"] = {"sites": {s: {"auc": 0.9 - i / 100} for i, s in enumerate(sites)}}
     page = report(tmp_path, summary, metrics(sites, rounds=20))
     parsed = Page(page)
-    assert list(parsed.table("Images per split"))[1:41] == sites
+    assert list(parsed.table("Each hospital: Records per split"))[1:] == sites
     assert "shaded: all hospitals" in parsed.text
     assert "Validation AUC · worst: hospital-40, 0.530" in parsed.text
     assert "Validation loss · worst: hospital-1, 0.920" in parsed.text
@@ -254,7 +259,7 @@ def test_one_colour_per_hospital_throughout(tmp_path):
 def test_generated_images_are_said_so_before_anything_else(tmp_path):
     page = report(tmp_path, full_summary() | {"generated": True})
     first = page[page.index("<body>") :].split("</div>")[0]
-    assert first.endswith(">generated images, not patients")
+    assert first.endswith(">generated data, not patients")
     assert "generated images" not in report(tmp_path, full_summary())
 
 
@@ -329,7 +334,7 @@ def test_values_that_are_not_finite_are_left_out(tmp_path):
     summary = full_summary()
     summary["test"]["sites"]["hospital-1"]["auc"] = float("nan")
     page = Page(report(tmp_path, summary, curves))
-    assert page.table("Images per split")["Mean over hospitals"][3] == "0.750"
+    assert page.table("Records per split")["Mean over hospitals"][3] == "0.750"
     labels = [attrs.get("aria-label") for _, attrs in page.tags]
     assert "Validation AUC over 1 round" in labels
 
@@ -372,7 +377,7 @@ def test_what_each_patient_has_cost_is_told_with_its_unit(tmp_path):
     words = " ".join(page.split())
     assert "target, epsilon <b>4.0</b> at delta 1e-05" in words
     assert "the hospitals told <b>2.500</b> at most" in words
-    assert "Not covered, since it carries no noise: numbers of images, and all that" in words
+    assert "Not covered, since it carries no noise: numbers of records, and all that" in words
     assert "Each model for comparison is a run of its own" in words
     assert "Privacy accounting" not in page
     text = " ".join(re.sub("<[^>]*>", " ", page).split())
@@ -431,11 +436,11 @@ def test_segmentation_is_told_in_its_own_figures(tmp_path):
     curves = "round,phase,site,metric,value\n1,val,hospital-1,dice,0.5\n1,val,hospital-1,loss,1\n"
     page = Page(report(tmp_path, segmentation_summary(), curves))
     assert (
-        "On 60 test images of all hospitals together the federated model reaches "
+        "On 60 test records of all hospitals together the federated model reaches "
         "Dice 0.820, HD95 7.2 mm, surface Dice 0.820. Mean Dice over 3 hospitals: 0.800. "
         "Worst hospital: hospital-2, Dice 0.700. Worst patient: Dice 0.200. "
     ) in page.text
-    table = page.table("Images per split")
+    table = page.table("Records per split")
     assert table["Hospital"][3:] == [
         *("Dice", "Dice, worst patient", "Dice anterior", "Dice posterior"),
         *("HD95 (mm)", "Surface Dice"),
@@ -446,14 +451,14 @@ def test_segmentation_is_told_in_its_own_figures(tmp_path):
         *("0.700 hospital-2", "0.200 hospital-2", "0.700 hospital-2", "0.710 hospital-2"),
         *("12.0 hospital-2", "0.700 hospital-2"),
     ]
-    assert table["All images together"][3:] == ["0.820", "0.200", "0.820", "0.830", "7.2", "0.820"]
+    assert table["All records together"][3:] == ["0.820", "0.200", "0.820", "0.830", "7.2", "0.820"]
     comparison = page.table("Dice on each")
     assert comparison["hospital-2"] == ["0.600", "0.700", "0.720", "+0.100"]
-    assert comparison["All images together"][1:] == ["0.820", "0.850", "+0.220"]
+    assert comparison["All records together"][1:] == ["0.820", "0.850", "+0.220"]
     assert "Of 3 hospitals 3 gained Dice (" in page.text
     labels = [attrs["aria-label"] for _, attrs in page.tags if "aria-label" in attrs]
     assert labels == [
-        *("Dice of the three models", "Validation Dice over 1 round"),
+        *("Dice of the models", "Validation Dice over 1 round"),
         "Validation loss over 1 round",
     ]
     assert "AUC" not in page.text
@@ -471,11 +476,11 @@ def test_figures_of_the_classes_that_the_table_of_hospitals_leaves_out(tmp_path)
     ]
     names = [f"<organ {number}>" for number in range(5)]
     page = Page(report(tmp_path, segmentation_summary(names)))
-    hospitals = page.table("Images per split")["Hospital"]
+    hospitals = page.table("Records per split")["Hospital"]
     assert hospitals[3:] == ["Dice", "Dice, worst patient", "HD95 (mm)", "Surface Dice"]
     assert list(page.table("By class")) == ["Class", *names]
     # Four classes still fit.
-    hospitals = Page(report(tmp_path, segmentation_summary(names[:4]))).table("Images per split")
+    hospitals = Page(report(tmp_path, segmentation_summary(names[:4]))).table("Records per split")
     assert len(hospitals["Hospital"]) == 3 + 8
     assert "Dice <organ 3>" in hospitals["Hospital"]
 
@@ -492,7 +497,7 @@ def test_one_class_and_dice_alone_need_no_second_table(tmp_path):
         ]:
             del part[key]
     page = Page(report(tmp_path, summary))
-    head = page.table("Images per split")["Hospital"]
+    head = page.table("Records per split")["Hospital"]
     assert head[3:] == ["Dice", "Dice anterior", "Dice posterior"]
     assert not [caption for caption in page.tables if caption.startswith("By class")]
     assert "HD95" not in page.text.partition("What left")[0]
@@ -520,10 +525,10 @@ def test_of_losses_the_largest_is_the_worst(tmp_path):
     sites = [f"hospital-{number}" for number in range(1, 20)]
     page = Page(report(tmp_path, summary, metrics(sites)))
     assert "Mean loss over 3 hospitals: 0.400. Worst hospital: hospital-2, loss 0.500." in page.text
-    assert page.table("Images per split")["Worst hospital"][3:] == ["0.500 hospital-2"]
+    assert page.table("Records per split")["Worst hospital"][3:] == ["0.500 hospital-2"]
     comparison = page.table("Loss on each")
     assert comparison["Worst hospital"][1] == "0.500 hospital-2"
-    assert comparison["Worst hospital"][3] == "+0.050 hospital-2"
+    assert comparison["Worst hospital"][2] == "+0.050 hospital-2"
     assert (
         "Of 3 hospitals 2 gained a lower loss (hospital-1 −0.150, hospital-10 −0.050) "
         "and 1 lost (hospital-2 +0.050)"
@@ -539,7 +544,7 @@ def test_accuracy_stands_in_for_a_missing_auc(tmp_path):
         del part["auc"]
     page = Page(report(tmp_path, summary))
     assert "Worst hospital: hospital-1, accuracy 0.700." in page.text
-    assert page.table("Images per split")["Hospital"][3] == "Accuracy"
+    assert page.table("Records per split")["Hospital"][3] == "Accuracy"
     assert "one class only" not in page.text
 
 
@@ -611,7 +616,7 @@ def test_pictures_are_embedded_by_site(tmp_path):
     assert "Outlines are solid as the hospital drew them" in section
     words = " ".join(page.text.split())
     assert "of images only the pictures of test cases above" in words
-    assert "No image and no patient record." not in words
+    assert "No patient record: no image, no row of a table." not in words
 
 
 @pytest.mark.parametrize("pictures", [[], None, "text", ["text"], {"a": 1}])
@@ -620,7 +625,7 @@ def test_without_pictures_there_is_no_section(tmp_path, pictures):
     assert "Test cases" not in text
     assert "img-src" not in text
     assert "keeps its pictures" not in text
-    assert "No image and no patient record." in text
+    assert "No patient record: no image, no row of a table." in text
 
 
 def test_what_is_no_picture_is_named_and_left_out(tmp_path):
@@ -654,3 +659,403 @@ def test_what_is_no_picture_is_named_and_left_out(tmp_path):
         assert line in page.text
     assert page.text.count("Not shown: ") == 11
     assert "In a heat map orange places" in page.text
+
+
+BINARY = {
+    "loss": 0.5,
+    "num-examples": 50,
+    **dict(zip(KEYS, (0.8, 0.7, 0.6, 0.5, 0.9), strict=True)),
+    "average-precision": 0.65,
+    "brier": 0.2,
+    "calibration-error": 0.125,
+}
+
+
+def in_groups(figures):
+    """Figures by group, {group: {name: value}}, under the names of a table's metrics."""
+    return {f"{name}@{g}": value for g, part in figures.items() for name, value in part.items()}
+
+
+def table_summary():
+    """Three hospitals with a table, of which the third tells of one group alone."""
+    sites = {
+        "a": {"sex=0": {"auc": 0.7, "num-examples": 12}, "sex=1": {"auc": 0.9, "num-examples": 20}},
+        "b": {"sex=0": {"auc": 0.6, "num-examples": 11}, "sex=1": {"auc": 0.8, "num-examples": 20}},
+        "c": {"sex=1": {"auc": 0.85, "num-examples": 30}},
+    }
+    together = {
+        "sex=0": {"auc": 0.65, "sensitivity": 0.5, "num-examples": 23},
+        "sex=1": {"auc": 0.875, "sensitivity": 0.75, "num-examples": 70},
+        "age-band=>=65": {"auc": 0.7, "num-examples": 40},
+        "age-band=50-65": {"auc": 0.75, "num-examples": 40},
+        "age-band=<50": {"auc": 0.72, "num-examples": 13},
+    }
+    test = {
+        "federated": BINARY | {"auc": 0.82, "num-examples": 93} | in_groups(together),
+        "sites": {site: BINARY | in_groups(figures) for site, figures in sites.items()},
+    }
+    counts = {site: {"train": 100, "val": 20, "test": 31} for site in sites}
+    config = {"preparation": "federated", "report-by": "sex,age-band"}
+    return full_summary() | {"sites": counts, "test": test, "config": config}
+
+
+def test_figures_of_a_table(tmp_path):
+    summary = table_summary()
+    # A ninth has no place.
+    summary["test"]["federated"]["rmse"] = 0.5
+    page = Page(report(tmp_path, summary))
+    table = page.table("Records per split")
+    assert table["Hospital"][3:] == [
+        *("AUC", "Accuracy", "Balanced accuracy", "Sensitivity", "Specificity"),
+        *("Average precision", "Brier score", "Calibration error"),
+    ]
+    assert table["a"][3:] == [
+        *("0.800", "0.700", "0.600", "0.500", "0.900", "0.650", "0.200", "0.125"),
+    ]
+    assert table["All records together"][3:5] == ["0.820", "0.700"]
+    for figure in ("Average precision: the", "Brier score: the", "Calibration error: how"):
+        assert page.text.count(figure) == 1
+    assert "reaches AUC 0.820, accuracy 0.700, balanced accuracy 0.600, sensitivity 0.500, " in (
+        page.text
+    )
+    # The rest is in the table.
+    assert "specificity 0.900. Mean AUC over 3 hospitals: 0.800. Worst" in page.text
+
+
+@pytest.mark.parametrize(
+    ("figures", "head", "worst", "words"),
+    [
+        (
+            {"c-index": (0.7, 0.6), "integrated-brier": (0.1, 0.2)},
+            ["C-index", "Integrated Brier score"],
+            ["0.600 b", "0.200 b"],
+            "reaches C-index 0.700, integrated Brier score 0.100. Mean C-index over 2 hospitals: ",
+        ),
+        (
+            {"mae": (1200.5, 1000.25), "rmse": (1300, 1500), "r2": (0.5, 0.25)},
+            ["R²", "MAE", "RMSE"],
+            ["0.250 b", "1,200.500 a", "1,500.000 b"],
+            "reaches R² 0.500, MAE 1,200.500, RMSE 1,300.000. Mean R² over 2 hospitals: 0.375. ",
+        ),
+        (
+            {"mae": (2, 3), "deviance": (1.5, 1.25), "d2": (0.5, 0.5)},
+            ["D²", "MAE", "Deviance"],
+            ["0.500 a", "3.000 b", "1.500 a"],
+            "reaches D² 0.500, MAE 2.000, deviance 1.500. Mean D² over 2 hospitals: 0.500. ",
+        ),
+        (
+            {"mae": (2, 3), "rmse": (3, 4)},
+            ["MAE", "RMSE"],
+            ["3.000 b", "4.000 b"],
+            "Mean MAE over 2 hospitals: 2.500. Worst hospital: b, MAE 3.000. ",
+        ),
+    ],
+)
+def test_figures_of_times_numbers_and_counts(tmp_path, figures, head, worst, words):
+    summary = full_summary()
+    own = {site: {k: v[i] for k, v in figures.items()} for i, site in enumerate("ab")}
+    summary["sites"] = {site: {"train": 9, "val": 9, "test": 9} for site in own}
+    summary["test"] = {"federated": own["a"] | {"num-examples": 18, "loss": 1.0}, "sites": own}
+    page = Page(report(tmp_path, summary))
+    table = page.table("Records per split")
+    assert table["Hospital"][3:] == head
+    assert table["Worst hospital"][3:] == worst
+    assert words in page.text
+    for name in head:
+        assert page.text.count(f"{name}: ") == 1
+
+
+def test_groups_have_a_table_a_column_and_the_gap_in_words(tmp_path):
+    page = Page(report(tmp_path, table_summary()))
+    table = page.table("By sex")
+    worst = "Worst hospital"
+    assert table["sex"] == ["Records", "Hospitals", "AUC", worst, "Sensitivity", worst]
+    assert table["0"] == ["23", "2", "0.650", "0.600 b", "0.500", "–"]
+    assert table["1"] == ["70", "3", "0.875", "0.800 b", "0.750", "–"]
+    assert (
+        "Best and worst group of sex differ in AUC by 0.225, in sensitivity by 0.250." in page.text
+    )
+    bands = page.table("By age-band")
+    assert list(bands) == ["age-band", "<50", "50-65", ">=65"]
+    assert "Best and worst group of age-band differ in AUC by 0.050." in page.text
+    words = " ".join(page.text.split())
+    assert "A hospital tells nothing of a group of fewer than ten patients" in words
+    assert "auc@" not in page.text
+    assert "By group" not in report(tmp_path, full_summary())
+
+
+def test_a_group_alone_has_no_gap_and_a_hostile_one_is_text(tmp_path):
+    summary = table_summary()
+    federated = {"num-examples": 93, "auc": 0.8, "auc@<b>=<script>": 0.7, "auc@b": 0.1}
+    summary["test"]["federated"] = federated | {"auc@c=1": "high", "auc@c=2": 0.5}
+    text = report(tmp_path, summary)
+    page = Page(text)
+    assert page.table("By <b>")["<script>"] == ["–", "0", "0.700", "–"]
+    assert list(page.table("By c")) == ["c", "2"]
+    assert "<script" not in text
+    assert "Best and worst group" not in text
+    assert page.table("Records per split")["Hospital"][3:] == ["AUC"]
+
+
+def test_groups_are_no_classes_of_a_segmentation(tmp_path):
+    summary = segmentation_summary()
+    for part in (summary["test"]["federated"], *summary["test"]["sites"].values()):
+        part |= {"dice@sex=1": 0.5, "dice-anterior@sex=1": 0.5, "hd95@sex=1": 9.0}
+    page = Page(report(tmp_path, summary))
+    assert page.table("Records per split")["Hospital"][5:7] == ["Dice anterior", "Dice posterior"]
+    assert list(page.table("By class")) == ["Class", "anterior", "posterior"]
+    assert page.table("By sex")["1"][2:] == ["0.500", "0.500 hospital-1", "9.0", "9.0 hospital-1"]
+
+
+# Validation before and after, passes, on test.
+PERSONAL = {
+    "hospital-1": (0.8, 0.85, 3, 0.95),
+    "hospital-2": (0.7, 0.7, 0, 0.8),
+    "hospital-10": (0.6, 0.65, 1, 0.68),
+}
+
+
+def personal_summary(baselines=True):
+    names = ("val-global", "val-own", "personal-epochs", "auc")
+    summary = full_summary()
+    summary["test"]["personal"] = {
+        site: dict(zip(names, values, strict=True)) for site, values in PERSONAL.items()
+    }
+    if not baselines:
+        del summary["test"]["local"], summary["test"]["pooled"]
+    return summary
+
+
+def test_fine_tuned_models_beside_the_others(tmp_path):
+    page = Page(report(tmp_path, personal_summary()))
+    table = page.table("AUC on each")
+    assert table["Hospital"] == [
+        *("Own model alone", "Federated", "Fine-tuned at the hospital", "Trained on pooled data"),
+        *("Federated − alone", "Fine-tuned − federated"),
+    ]
+    assert table["hospital-1"] == ["0.850", "0.900", "0.950", "0.910", "+0.050", "+0.050"]
+    assert table["Mean over hospitals"][5] == "+0.010"
+    assert table["Worst hospital"][5] == "−0.020 hospital-10"
+    assert table["All records together"][2] == "–"
+    assert "◆ fine-tuned" in page.text
+    validation = page.table("On each hospital’s own validation")
+    assert validation["Hospital"] == ["Federated", "Fine-tuned", "Change", "Passes kept"]
+    assert validation["hospital-2"] == ["0.700", "0.700", "+0.000", "0"]
+    assert list(validation)[4:] == ["Mean over hospitals", "Worst hospital"]
+    assert validation["Mean over hospitals"] == ["0.700", "0.733", "+0.033", ""]
+    words = " ".join(page.text.split())
+    assert (
+        "The federated model was fine-tuned at 3 hospitals: 2 kept the result, 1 the federated "
+        "model. A hospital keeps what is best on its validation records, so that by construction "
+        "none is worse there. On the test records what it kept is better at 1, equal at 1 and "
+        "worse at 1 of 3 hospitals (mean change of AUC +0.010)."
+    ) in words
+    assert "Of the model that it fine-tuned for itself it told what it measured" in words
+    before = Page(report(tmp_path, full_summary()))
+    assert "ine-tuned" not in before.text
+    assert len(before.table("AUC on each")["Hospital"]) == 4
+
+
+def test_fine_tuned_models_without_other_models(tmp_path):
+    page = Page(report(tmp_path, personal_summary(baselines=False)))
+    table = page.table("AUC on each")
+    assert table["Hospital"] == [
+        *("Federated", "Fine-tuned at the hospital", "Fine-tuned − federated"),
+    ]
+    assert table["hospital-10"] == ["0.700", "0.680", "−0.020"]
+    assert "To compare with each hospital’s own model" in page.text
+    assert "Not measured in this run" not in page.text
+    assert "gained" not in page.text
+    labels = [attrs.get("aria-label") for _, attrs in page.tags]
+    assert labels.count("AUC of the models") == 1
+
+
+def test_fine_tuning_that_lowers_a_loss_is_better(tmp_path):
+    summary = full_summary()
+    own = {"hospital-1": 0.4, "hospital-2": 0.5}
+    summary["test"] = {
+        "federated": {"loss": 0.5, "num-examples": 9},
+        "sites": {site: {"loss": 0.5} for site in own},
+        "personal": {site: {"loss": loss, "personal-epochs": 1} for site, loss in own.items()},
+    }
+    words = " ".join(Page(report(tmp_path, summary)).text.split())
+    assert "better at 1, equal at 1 and worse at none of 2 hospitals" in words
+    assert "(mean change of loss −0.050)" in words
+    assert "2 kept the result, none the federated model" in words
+
+
+@pytest.mark.parametrize("personal", ["text", {}, {"hospital-1": "text"}, {"elsewhere": {}}])
+def test_odd_personal_models_do_not_stop_the_report(tmp_path, personal):
+    summary = full_summary()
+    summary["test"]["personal"] = personal
+    assert "AUC on each" in report(tmp_path, summary)
+
+
+@pytest.mark.parametrize("name", ["c-index", "r2", "d2"])
+def test_why_a_hospital_lacks_the_main_figure(tmp_path, name):
+    summary = full_summary()
+    sites = {site: {name: 0.5, "loss": 1.0, "num-examples": 9} for site in FEDERATED}
+    del sites["hospital-2"][name]
+    sites["hospital-10"] = {"num-examples": 0}
+    summary["test"] = {"federated": {name: 0.5, "num-examples": 18}, "sites": sites}
+    page = Page(report(tmp_path, summary))
+    table = page.table("Records per split")
+    assert [table[site][3] for site in FEDERATED] == ["0.500", "–†", "–"]
+    why = "† no two patients" if name == "c-index" else "† the same value in all"
+    assert why in page.text
+
+
+def test_a_hospital_without_training_records_is_marked(tmp_path):
+    summary = full_summary()
+    summary["sites"]["hospital-2"] |= {"train": 0, "val": 0}
+    page = Page(report(tmp_path, summary))
+    table = page.table("Records per split")
+    assert table["hospital-2 tested\xa0only"][:4] == ["0", "0", "110", "0.800"]
+    assert "hospital-1" in table
+    assert "Tested only: 1 hospital without training records." in page.text
+    assert "tested\xa0only" not in report(tmp_path, full_summary())
+
+
+def many_summary(count):
+    sites = [f"h{number}" for number in range(count)]
+    values = {site: {"auc": 0.5 + number / 1000} for number, site in enumerate(sites)}
+    test = {"federated": {"auc": 0.7, "num-examples": 9}, "sites": values}
+    test["local"] = {site: {"auc": 0.5} for site in sites[1:]}
+    summary = full_summary() | {"test": test}
+    summary["sites"] = {site: {"train": n, "val": 4, "test": 4} for n, site in enumerate(sites)}
+    costs = {site: {"rounds": 2, "declined": 0, "epsilon": 1.0} for site in sites}
+    patient = {"target-epsilon": 4.0, "delta": 1e-05, "sites": costs}
+    return summary | {"privacy": {"patient": patient}}, sites
+
+
+def test_of_many_hospitals_the_page_tells_the_spread(tmp_path):
+    summary, sites = many_summary(186)
+    text = report(tmp_path, summary, metrics(sites))
+    page = Page(text)
+    table = page.table("Records per split")
+    assert list(table) == [
+        *("Hospital", "Mean over hospitals", "Lower quartile", "Median", "Upper quartile"),
+        *("Worst hospital", "All records together"),
+    ]
+    # Of 0.500, 0.501, … 0.685; the quartiles lie at 46.25, 92.5 and 138.75.
+    assert [table[row][3] for row in list(table)[1:]] == [
+        *("0.593", "0.546", "0.593", "0.639", "0.500 h0", "0.700"),
+    ]
+    assert [table[row][0] for row in list(table)[1:]] == ["", "46", "92", "139", "", "17,205"]
+    assert list(page.table("Each hospital: Records"))[1:] == ["h0 tested\xa0only", *sites[1:]]
+    assert list(page.table("Each hospital: AUC on"))[1:] == sites
+    folded = text.split("<details>")[1:]
+    assert len(folded) == 3
+    for part in folded:
+        assert part.startswith("<summary>All 186 hospitals</summary>")
+    shown = re.sub("(?s)<details>.*?</details>", "", text)
+    assert not {*re.findall(r">(h\d+)<", shown)} - {"h0", "h1"}
+    drawing = text.partition('aria-label="AUC of the models"')[2].partition("</svg>")[0]
+    assert ("own model alone" in drawing, "federated" in drawing) == (True, True)
+    assert "h100" not in drawing
+    assert len(text) < 200_000
+
+
+def test_quartiles_lie_between_the_values():
+    assert quartiles([4, 2, 3, 1]) == [1.75, 2.5, 3.25]
+    assert quartiles([5]) == [5, 5, 5]
+    assert quartiles([]) == [None, None, None]
+
+
+def test_thirty_hospitals_are_shown_one_by_one(tmp_path):
+    summary, sites = many_summary(30)
+    text = report(tmp_path, summary)
+    assert "<details>" not in text
+    assert list(Page(text).table("AUC on each"))[1:31] == sites
+    assert "<details>" in report(tmp_path, many_summary(31)[0])
+
+
+def test_many_hospitals_without_pictures_are_counted(tmp_path):
+    summary, _ = many_summary(40)
+    text = report(tmp_path, with_pictures(tmp_path, summary, [("h7", "case", png())]))
+    assert re.findall("<h3>(.*?)</h3>", text) == ["h7"]
+    assert "39 hospitals sent no picture." in text
+    assert "keeps its pictures" not in text
+
+
+def leaves(folder, summary):
+    text = " ".join(Page(report(folder, summary)).text.split())
+    return text.partition("What left each hospital")[2].partition("How it was made")[0]
+
+
+def test_what_left_each_hospital_is_told_for_tables(tmp_path):
+    words = leaves(tmp_path, table_summary())
+    assert "how many came true (calibration sums)" in words
+    assert (
+        "on test records all of these also by group (sex,age-band), of groups of at least ten"
+        in words
+    )
+    assert "mean and spread of each numeric column" in words
+    summary = table_summary() | {"config": {"preparation": "declared", "report-by": ""}}
+    words = leaves(tmp_path, summary)
+    assert "calibration sums" in words
+    assert "by group" not in words
+    assert "spread of each numeric column" not in words
+    words = leaves(tmp_path, full_summary())
+    assert "calibration sums" not in words
+    assert "fine-tuned" not in words
+    summary = table_summary()
+    summary["privacy"] = private_summary(**{"private-metrics": True})["privacy"]
+    words = leaves(tmp_path, summary)
+    assert "calibration sums" not in words
+    assert "by group" not in words
+
+
+@pytest.mark.parametrize(
+    ("main", "plain", "private"),
+    [
+        (
+            "c-index",
+            "how many pairs of its patients can be compared",
+            "counts of the model’s score",
+        ),
+        ("r2", "the sums of the model’s errors", "the sum of their absolute errors, clipped"),
+        ("mae", "the sums of the model’s errors", "the sum of their absolute errors, clipped"),
+    ],
+)
+def test_what_left_each_hospital_is_told_for_times_and_numbers(tmp_path, main, plain, private):
+    summary = full_summary()
+    summary["test"] = {"federated": {main: 0.5, "num-examples": 9}}
+    words = leaves(tmp_path, summary)
+    assert plain in words
+    assert "confusion counts" not in words
+    summary["privacy"] = private_summary(**{"private-metrics": True})["privacy"]
+    words = leaves(tmp_path, summary)
+    assert private in words
+    assert plain not in words
+
+
+@pytest.mark.parametrize(
+    ("kind", "home"),
+    [("association", "fedmed_flower.manhattan"), ("statistics", "fedmed_flower.statistics.report")],
+)
+def test_runs_that_train_no_model_have_pages_of_their_own(tmp_path, monkeypatch, kind, home):
+    def write_page(folder):
+        (folder / "report.html").write_text("own page", encoding="utf-8")
+        return folder / "report.html"
+
+    assert [*signature(import_module(home).write_page).parameters] == ["folder"]
+    monkeypatch.setitem(sys.modules, home, SimpleNamespace(write_page=write_page))
+    assert report(tmp_path, {"kind": kind}) == "own page"
+    assert "AUC" in report(tmp_path, full_summary() | {"kind": "other"})
+
+
+def test_own_models_that_are_tested_elsewhere_alone(tmp_path):
+    summary = full_summary()
+    # Who trains keeps no test records; who has some does not train.
+    summary["test"] = {
+        "federated": {"auc": 0.8, "num-examples": 9},
+        "sites": {"hospital-10": {"auc": 0.8}},
+        "local": {site: {"all": {"auc": auc}} for site, auc in (("a", 0.5), ("b", 0.6))},
+    }
+    page = Page(report(tmp_path, summary))
+    table = page.table("AUC on each")
+    assert table["Hospital"] == ["Own model alone", "Federated", "Federated − alone"]
+    assert table["hospital-10"] == ["–", "0.800", "–"]
+    assert table["All records together"] == ["0.550 mean of all models", "0.800", "+0.250"]
+    assert "gained" not in page.text
