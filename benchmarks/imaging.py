@@ -60,7 +60,7 @@ def volumes(folder, count):
             for key in KEYS:
                 nibabel.save(nibabel.Nifti1Image(row[key], np.eye(4)), paths[key])
             rows.append(paths | {"patient": row["patient"]})
-        return rows, "generated images, not patients"
+        return rows, "generated data, not patients"
 
 
 class Hospital(SegmentationClient):

@@ -56,7 +56,7 @@ def test_run_ends_with_what_happened_and_where(finished):
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("finished: 1 rounds in")
-    assert "(generated images, not patients)" in last
+    assert "(generated data, not patients)" in last
     assert last.endswith(str(folder))
 
 
@@ -77,7 +77,7 @@ def test_run_folder_is_complete_and_marked(finished):
     }
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "finished"
-    assert summary["data"] == "generated images, not patients"
+    assert summary["data"] == "generated data, not patients"
     assert summary["rounds"] == 1
     assert 0 <= summary["test"]["federated"]["auc"] <= 1
     assert set(summary["test"]["sites"]) == {"hospital-1", "hospital-2", "hospital-3"}
@@ -86,7 +86,7 @@ def test_run_folder_is_complete_and_marked(finished):
     assert {picture["site"] for picture in summary["pictures"]} == set(summary["sites"])
     assert len(list((folder / "pictures").iterdir())) == len(summary["pictures"])
     for name in ("log.txt", "report.html"):
-        assert "generated images, not patients" in (folder / name).read_text()
+        assert "generated data, not patients" in (folder / name).read_text()
 
 
 def test_a_taken_folder_is_not_overwritten(finished):
@@ -290,7 +290,7 @@ def test_demo_without_a_network_says_so_and_goes_on_with_phantoms(workdir, monke
     result = CliRunner().invoke(app, ["demo"])
     assert result.exit_code == 0
     assert "pneumoniamnist cannot be reached" in result.stdout
-    assert "goes on with generated images, not patients" in result.stdout
+    assert "goes on with generated data, not patients" in result.stdout
     (job,) = jobs
     assert job.config["dataset"] == "phantoms"
     assert job.config["baselines"] is True

@@ -196,7 +196,7 @@ def test_the_pneumonia_example_runs_on_hospitals_with_images_of_their_own(tmp_pa
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["engine"] == "Flower deployment"
-    assert summary["data"] == "generated images, not patients"
+    assert summary["data"] == "generated data, not patients"
     assert list(summary["sites"]) == ["north", "south"]
     assert sum(site["train"] for site in summary["sites"].values()) == 2000
     assert set(summary["test"]["sites"]) == {"north", "south"}

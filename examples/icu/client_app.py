@@ -21,7 +21,7 @@ class IntensiveCareUnit(TabularClient):
                 *("Med-Surg ICU", "MICU", "CCU-CTICU", "Cardiac ICU", "SICU", "Neuro ICU"),
                 *("CTICU", "CSICU"),
             ),
-            **{flag: ("0", "1") for flag in ICU_FLAGS},
+            **dict.fromkeys(ICU_FLAGS, ("0", "1")),
         },
         bands={"age": (50, 65, 80)},
         indicators=True,
@@ -36,7 +36,8 @@ class IntensiveCareUnit(TabularClient):
         table = table_of(own, self.schema, f"{ICU_SOURCE}, hospital {hospitals[site.index]}")
         if site.index in self._held_out(len(hospitals)):
             # A hospital that takes no part in training tests the model on all of its patients.
-            return SiteData(train=(), test=table.rows, source=ICU_SOURCE)
+            away = table.turned_away
+            return SiteData(train=(), test=table.rows, source=ICU_SOURCE, turned_away=away)
         splits = split_patients(table.rows, self.settings.seed, (0.85, 0.15, 0.0))
         return SiteData(**splits, source=ICU_SOURCE, turned_away=table.turned_away)
 

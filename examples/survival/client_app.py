@@ -14,7 +14,7 @@ class BreastCancerHospital(SurvivalClient):
         numeric=("age_at_index",),
         ranges={"age_at_index": (18, 100)},
         categorical=TCGA_FLAGS,
-        categories={flag: ("0", "1") for flag in TCGA_FLAGS},
+        categories=dict.fromkeys(TCGA_FLAGS, ("0", "1")),
         bands={"age_at_index": (50, 65)},
     )
 

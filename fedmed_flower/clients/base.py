@@ -99,6 +99,8 @@ class MedicalClient(ABC):
         Which part of the run's rounds was done before this one.
     agreed : str
         What the server made of all sites' answers before the first round; empty before that.
+    split : str
+        Which rows a message asks to evaluate on; empty in another message.
     queries : dict
         What answers a Flower query, by its name: maps (client, message) to the content of the
         reply. A subclass adds its own.
@@ -112,7 +114,7 @@ class MedicalClient(ABC):
         self.settings = Settings.from_run_config(context.run_config)
         self.privacy = PrivacySettings.from_run_config(context.run_config)
         self.models = ModelSettings.of_site(context)
-        self.proximal_mu, self.progress, self.agreed = 0.0, 0.0, ""
+        self.proximal_mu, self.progress, self.agreed, self.split = 0.0, 0.0, "", ""
 
     @cached_property
     def site(self) -> Site:
@@ -290,6 +292,7 @@ class MedicalClient(ABC):
         if split not in SPLITS:
             raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         require_unseen(self, split)
+        self.split = split
         data, prepared = self.prepared(split, bool(config.get("pool-sites", False)))
         metrics: dict[str, Any] = {"num-examples": 0}
         if getattr(data, split):

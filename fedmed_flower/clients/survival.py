@@ -66,14 +66,19 @@ class SurvivalClient(TabularClient):
         From the run config.
     """
 
+    # Nobody's risk is known at first, and privacy's few steps need not undo a random guess.
+    zeros = True
+
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.survival = SurvivalSettings.from_run_config(context.run_config)
 
-    @property
-    def outputs(self) -> int:
-        """The number of outputs: the log hazard, or one for each interval."""
-        return 1 if self.survival.survival_loss == "cox" else self.survival.survival_intervals
+    def build_model(self) -> nn.Module:
+        """Return the network of the log hazard; ``discrete`` adds a number for each interval."""
+        network = super().build_model()
+        if self.survival.survival_loss == "cox":
+            return network
+        return _Hazards(network, self.survival.survival_intervals)
 
     def check(self, data: SiteData) -> None:
         """Raise `InputError` where the schema is for another task, or rows lack a column."""
@@ -171,6 +176,23 @@ class SurvivalClient(TabularClient):
         whose = [patient for patient, counted in zip(patients, known, strict=True) if counted]
         counts = noised_counts(before[known], scores[known, None], whose, noise)
         return noised_metrics(counts) | {NOISED: counts}
+
+
+class _Hazards(nn.Module):
+    """Adds to one score a patient the log odds of an event in each interval (Cox 1972, section 6).
+
+    With one score for all intervals, privacy has few numbers to hide.
+    """
+
+    def __init__(self, score: nn.Module, intervals: int) -> None:
+        super().__init__()
+        self.score = score
+        # Events are rare: from even odds on, all of a private run would go into learning that.
+        self.baseline = nn.Parameter(torch.full((intervals,), -3.0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the log odds, (batch, intervals)."""
+        return self.score(features) + self.baseline  # type: ignore[no-any-return]
 
 
 def _times(prepared: TableRows) -> tuple[NDArray[Any], NDArray[Any]]:

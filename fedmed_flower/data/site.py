@@ -18,7 +18,7 @@ from fedmed_flower.config import with_type_of
 from fedmed_flower.errors import InputError
 
 Row = Mapping[str, Any]
-GENERATED = "generated images, not patients"
+GENERATED = "generated data, not patients"
 SITE_RECORD = "site"
 # How the reply of a hospital begins that does not take part, for a reason that it may tell.
 DECLINED = "declined: "
