@@ -1,0 +1,346 @@
+"""A hospital with genotypes: it answers an association study with sums over its people."""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from numpy.typing import NDArray
+
+from fedmed_flower.arrays import view
+from fedmed_flower.association import WITHHELD, Floats, count_copies, withheld
+from fedmed_flower.association_models import linear_sums, logistic_terms, standardised
+from fedmed_flower.clients.base import MedicalClient
+from fedmed_flower.clients.queries import Query
+from fedmed_flower.data.plink import Fileset
+from fedmed_flower.data.site import SPLITS, Row, Site, SiteData, min_cell_count
+from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.privacy.patient import budget_of
+
+log = logging.getLogger("flwr.fedmed")
+
+# Genotypes that are in memory at a time, as numbers of several kinds.
+_CELLS = 1 << 22
+_SCORES = "component-scores"
+TRAITS = ("binary", "continuous")
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The people of a hospital who take part in an association study.
+
+    Attributes
+    ----------
+    fileset : Fileset
+    people : (n,) int array
+        Their places in the fam file.
+    trait : (n,) float array
+        0 or 1 where it is binary.
+    covariates : (n, c) float array
+        About their means here.
+    minimum : int
+        No smaller number of people or alleles is told, unless there is none.
+    left_out : tuple of str
+        Who takes no part, and how many.
+    """
+
+    fileset: Fileset
+    people: NDArray[np.intp]
+    trait: Floats
+    covariates: Floats
+    minimum: int
+    left_out: tuple[str, ...]
+
+
+class GenomicsClient(MedicalClient):
+    """A hospital with PLINK files. Give `load_data` and `genotypes`; training is not part of it.
+
+    Rows of all splits take part: one a person, with ``patient``, the individual id (IID) of the fam
+    file, with the phenotype and the covariates. A person without a row, without a phenotype or
+    without a covariate takes no part, nor does a row without a person.
+
+    Attributes
+    ----------
+    phenotype : str
+        Column of the trait.
+    covariates : tuple of str
+        Columns of numbers.
+    trait : {"binary", "continuous"}
+        A binary one is 0 for controls and 1 for cases.
+    """
+
+    phenotype: ClassVar[str] = "phenotype"
+    covariates: ClassVar[tuple[str, ...]] = ()
+    trait: ClassVar[str] = "binary"
+
+    @abstractmethod
+    def genotypes(self, site: Site) -> Path:
+        """Return the path of the site's bed, bim and fam files without the endings."""
+
+    def check(self, data: SiteData) -> None:
+        """Refuse rows without the columns, with text in them, and a person with two rows."""
+        if self.trait not in TRAITS:
+            raise InputError(f"trait must be one of {', '.join(TRAITS)}, got {self.trait!r}")
+        seen = set()
+        for row in (row for split in SPLITS for row in getattr(data, split)):
+            name = person(row["patient"])
+            for column in (self.phenotype, *self.covariates):
+                if column not in row:
+                    raise InputError(
+                        f"the row of patient {name} has no {column}: it has {', '.join(row)}"
+                    )
+                _number(row, column)
+            if name in seen:
+                raise InputError(f"patient {name} has two rows: an association takes one a person")
+            seen.add(name)
+
+    def cohort(self) -> Cohort:
+        """Return who takes part; what does not depend on the message is kept for the run.
+
+        Raises
+        ------
+        DeclinedError
+            Where the hospital asks for noise, or too few people, cases or controls are there.
+        InputError
+            Where files and rows do not fit each other.
+        """
+        if budget_of(self.context) is not None or self.privacy.on:
+            raise DeclinedError("an association study carries no noise")
+        if (key := self.key(False, "cohort")) not in self.kept:
+            self.kept[key] = self._cohort()
+        cohort: Cohort = self.kept[key]
+        cases = int(cohort.trait.sum()) if self.trait == "binary" else 0
+        for what, count in (
+            ("people", len(cohort.trait)),
+            ("cases", cases),
+            ("controls", len(cohort.trait) - cases),
+        ):
+            if count < cohort.minimum and (count or what == "people"):
+                raise DeclinedError(f"it has fewer {what} than min-cell-count")
+        return cohort
+
+    def _cohort(self) -> Cohort:
+        fileset, data = Fileset.open(self.genotypes(self.site)), self.data()
+        rows: dict[str, Row] = {
+            person(row["patient"]): row for split in SPLITS for row in getattr(data, split)
+        }
+        found = [at for at, name in enumerate(fileset.people) if name in rows]
+        if not found:
+            raise InputError(
+                f"none of the {len(rows)} patients is in {fileset.prefix}.fam: ids are compared as "
+                f"texts, such as {next(iter(rows))!r} and {fileset.people[0]!r}"
+            )
+        columns = (self.phenotype, *self.covariates)
+        values = np.array(
+            [[_number(rows[fileset.people[at]], column) for column in columns] for at in found]
+        )
+        known = np.isfinite(values).all(1)
+        if self.trait == "binary" and not np.isin(values[known, 0], (0, 1)).all():
+            odd = next(value for value in values[known, 0] if value not in (0, 1))
+            raise InputError(
+                f"{self.phenotype} of a binary trait must be 0 or 1, got {odd:g}: PLINK's 1 and 2 "
+                "are 0 and 1 here"
+            )
+        without = {
+            "people of the fam file have no row": len(fileset.people) - len(found),
+            "rows have no person in the fam file": len(rows) - len(found),
+            "people lack the phenotype or a covariate": int((~known).sum()),
+        }
+        if not known.any():
+            raise InputError(f"nobody has both {self.phenotype} and all covariates")
+        values, people = values[known], np.array(found, np.intp)[known]
+        covariates = values[:, 1:] - values[:, 1:].mean(0)
+        minimum = min_cell_count(self.context, self.site)
+        left_out = tuple(f"{count} {what}" for what, count in without.items() if count)
+        return Cohort(fileset, people, values[:, 0], covariates, minimum, left_out)
+
+
+def person(patient: Any) -> str:
+    """Return a patient as the fam file has it, as text."""
+    value = patient.item() if hasattr(patient, "item") else patient
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _number(row: Row, column: str) -> float:
+    value = row[column]
+    value = value.item() if hasattr(value, "item") else value
+    if value is None:
+        return math.nan
+    if not isinstance(value, Real):
+        raise InputError(
+            f"{column} of patient {person(row['patient'])} must be a number, got {value!r}"
+        )
+    return float(value)
+
+
+def cohort(client: GenomicsClient, message: Message) -> RecordDict:
+    """Tell how many people take part, and in what."""
+    found = client.cohort()
+    for text in found.left_out:
+        log.warning("%s: %s: they take no part", client.site.name, text)
+    cases = int(found.trait.sum()) if client.trait == "binary" else 0
+    about: dict[str, Any] = {
+        "people": len(found.trait),
+        "cases": cases,
+        "variants": found.fileset.num_variants,
+        "trait": client.trait,
+        "phenotype": client.phenotype,
+        "covariates": list(client.covariates),
+        "minimum": found.minimum,
+    }
+    return RecordDict({"cohort": ConfigRecord(about)})
+
+
+def variants(client: GenomicsClient, message: Message) -> RecordDict:
+    """Tell the next lines of the bim file."""
+    config = client.read(message)
+    fileset = client.cohort().fileset
+    found = fileset.variants(int(config["offset"]), int(config["count"]))  # type: ignore[arg-type]
+    texts: dict[str, Any] = {
+        name: "\n".join(getattr(found, name)) for name in ("names", "first", "second")
+    }
+    places = {"chromosomes": Array(found.chromosomes), "positions": Array(found.positions)}
+    return RecordDict(
+        {
+            "variants": ConfigRecord(texts | {"offset": found.offset}),
+            "places": ArrayRecord(places),
+        }
+    )
+
+
+def counts(client: GenomicsClient, message: Message) -> RecordDict:
+    """Tell the counts of some variants; -1 for one of which they are withheld."""
+    found, asked = client.cohort(), _Asked(message)
+    cases = found.trait == 1 if client.trait == "binary" else np.zeros(len(found.trait), bool)
+    squares = bool(client.read(message).get("squares", False))
+    told = []
+    for _, genotypes in asked.blocks(found):
+        part = count_copies(genotypes, cases, squares)
+        part[withheld(part, found.minimum)] = WITHHELD
+        told.append(part)
+    return _told(np.concatenate(told))
+
+
+def linear(client: GenomicsClient, message: Message) -> RecordDict:
+    """Tell what the linear models of some variants are made of."""
+    found, asked = client.cohort(), _Asked(message)
+    covariates = _with_scores(client, found)
+    return _told(
+        np.concatenate(
+            [
+                linear_sums(_tellable(client, found, genotypes), found.trait, covariates)
+                for _, genotypes in asked.blocks(found)
+            ]
+        )
+    )
+
+
+def logistic(client: GenomicsClient, message: Message) -> RecordDict:
+    """Tell what one Newton step of the logistic models of some variants is made of."""
+    found, asked = client.cohort(), _Asked(message)
+    covariates = _with_scores(client, found)
+    slopes, intercepts = asked.array("slopes"), asked.array("intercepts")
+    shapes = (len(asked.lines), covariates.shape[1] + 1), (len(asked.lines),)
+    if (slopes.shape, intercepts.shape) != shapes:
+        raise InputError(f"slopes and intercepts must have the shapes {shapes}")
+    told = []
+    for part, genotypes in asked.blocks(found):
+        seen = _tellable(client, found, genotypes)
+        terms = (found.trait == 1, covariates, slopes[part], intercepts[part])
+        told.append(logistic_terms(seen, *terms))
+    return _told(np.concatenate(told))
+
+
+def loadings(client: GenomicsClient, message: Message) -> RecordDict:
+    """Tell the sum over the people of g (g' loadings), g being their standardised genotypes."""
+    found, asked = client.cohort(), _Asked(message)
+    scores, total = asked.scores(client, found), list[Floats]()
+    for part, genotypes in asked.blocks(found):
+        total.append(standardised(genotypes, asked.array("frequencies")[part]).T @ scores)
+    return _told(np.concatenate(total))
+
+
+def scores(client: GenomicsClient, message: Message) -> RecordDict:
+    """Keep the people's scores on the principal components here, for the models that follow."""
+    found, asked = client.cohort(), _Asked(message)
+    own = asked.scores(client, found)
+    client.context.state[_SCORES] = ArrayRecord({"scores": Array(own - own.mean(0))})
+    return RecordDict()
+
+
+class _Asked:
+    """Which variants a message asks for, and the arrays that come with it."""
+
+    def __init__(self, message: Message) -> None:
+        self.arrays = next(iter(message.content.array_records.values()))
+        self.lines = view(self.arrays["lines"])
+        self.swapped = view(self.arrays["swapped"])
+
+    def array(self, name: str) -> Floats:
+        found: Floats = view(self.arrays[name])
+        return found
+
+    def blocks(self, cohort: Cohort) -> Iterator[tuple[slice, NDArray[np.int8]]]:
+        """Yield places and genotypes of as many variants as are good for memory."""
+        lines, size = self.lines, max(1, _CELLS // len(cohort.people))
+        last = cohort.fileset.num_variants - 1
+        if lines.dtype.kind not in "iu" or lines.ndim != 1 or lines.shape != self.swapped.shape:
+            raise InputError("lines and swapped must be whole numbers, one a variant each")
+        if not len(lines) or lines.min() < 0 or lines.max() > last:
+            raise InputError(f"lines must lie in 0..{last} and be at least one")
+        everybody = len(cohort.people) == len(cohort.fileset.people)
+        people = slice(None) if everybody else cohort.people
+        for start in range(0, len(lines), size):
+            part = slice(start, start + size)
+            found = cohort.fileset.read(people, lines[part].astype(np.int64))
+            for column in np.flatnonzero(self.swapped[part]):
+                copies = found[:, column]
+                copies[copies >= 0] = 2 - copies[copies >= 0]
+            yield part, found
+
+    def scores(self, client: GenomicsClient, cohort: Cohort) -> Floats:
+        """Return what the loadings make of each person's genotypes."""
+        wanted, frequencies = self.array("loadings"), self.array("frequencies")
+        if wanted.ndim != 2 or {len(wanted), len(frequencies)} != {len(self.lines)}:
+            raise InputError("loadings and frequencies must have one row a variant")
+        total = np.zeros((len(cohort.people), wanted.shape[1]))
+        for part, genotypes in self.blocks(cohort):
+            seen = _tellable(client, cohort, genotypes)
+            total += standardised(seen, frequencies[part]) @ wanted[part]
+        return total
+
+
+def _tellable(
+    client: GenomicsClient, cohort: Cohort, genotypes: NDArray[np.int8]
+) -> NDArray[np.int8]:
+    """Return genotypes of which sums may be told."""
+    cases = cohort.trait == 1 if client.trait == "binary" else np.zeros(len(cohort.trait), bool)
+    if withheld(count_copies(genotypes, cases, squares=False), cohort.minimum).any():
+        raise InputError("models were asked for of variants whose counts are withheld")
+    return genotypes
+
+
+def _with_scores(client: GenomicsClient, cohort: Cohort) -> Floats:
+    if _SCORES not in client.context.state:
+        return cohort.covariates
+    kept = view(client.context.state.array_records[_SCORES]["scores"])
+    return np.column_stack([cohort.covariates, kept])
+
+
+def _told(values: NDArray[Any]) -> RecordDict:
+    return RecordDict({"told": ArrayRecord({"values": Array(np.ascontiguousarray(values))})})
+
+
+_QUERIES: Mapping[str, Query] = {
+    query.__name__: query
+    for query in (cohort, variants, counts, linear, logistic, loadings, scores)
+}
+GenomicsClient.queries = {**MedicalClient.queries, **_QUERIES}
