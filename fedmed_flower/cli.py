@@ -38,6 +38,7 @@ from fedmed_flower.privacy.patient import PrivacySettings
 from fedmed_flower.report import write_report
 from fedmed_flower.runfolder import SUMMARY, RunFolder
 from fedmed_flower.simulation import run_local
+from fedmed_flower.statistics_commands import statistics
 
 app = typer.Typer(
     help="Medical federated learning on Flower.",
@@ -46,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.command()(statistics)
 console = Console(highlight=False, soft_wrap=True)
 log = logging.getLogger("flwr.fedmed")
 
@@ -285,7 +287,7 @@ def _execute(job: _Job) -> None:
     print_results(console, summary)
     console.print(f"report: {job.folder / 'report.html'}")
     mark = f" ({GENERATED})" if summary["generated"] else ""
-    rounds = f"{summary['rounds']} rounds in " if "rounds" in summary else ""
+    rounds = f"{summary['rounds']} rounds in " if "test" in summary else ""
     done = f"{rounds}{summary['seconds']:.0f} s{mark}"
     console.print(f"{summary['status']}: {done}: {job.folder}")
 

@@ -203,7 +203,7 @@ def _manhattan(
         axes.axhline(-_LINE, color=plots.WORST, lw=1, ls="--")
     axes.set_ylim(0, max(float(height.max()) * 1.06, 1))
     axes.set_ylabel("−log10 p", color=page.INK)
-    picture = plots._svg(axes, "Manhattan plot", across, grid="y")
+    picture = plots.svg(axes, "Manhattan plot", across, grid="y")
     key = "Dashed: p = 5 × 10<sup>−8</sup>. Dots that would cover each other are drawn once."
     return f"<figure><figcaption><b>Manhattan plot</b> · {key}</figcaption>{picture}</figure>"
 
@@ -218,7 +218,7 @@ def _qq(height: NDArray[np.float64], inflation: float | None) -> str:
     axes.plot(expected[drawn], ordered[drawn], "o", ms=2.6, mew=0, color=_EVEN)
     axes.set_ylabel("−log10 p, observed", color=page.INK)
     axes.set_ylim(0, max(float(ordered.max()) * 1.06, top))
-    picture = plots._svg(axes, "QQ plot", "−log10 p, expected without association", grid="y")
+    picture = plots.svg(axes, "QQ plot", "−log10 p, expected without association", grid="y")
     shown = "" if inflation is None else f" · λ = {inflation:.3f}"
     caption = f"<figcaption><b>QQ plot</b>{shown}</figcaption>"
     return f'<figure class="dots">{caption}{picture}</figure>'

@@ -93,7 +93,7 @@ def spreads(models: list[dict[str, float]], name: str, lower: bool) -> str:
 
 
 def _compared(axes: Any, key: str, name: str) -> str:
-    drawing = _svg(axes, f"{name} of the models", f"{name} on the hospital’s own test records")
+    drawing = svg(axes, f"{name} of the models", f"{name} on the hospital’s own test records")
     return f'<figure class="dots"><figcaption>{key}</figcaption>{drawing}</figure>'
 
 
@@ -132,7 +132,7 @@ def panel(pens: Pens, series: Series, total: dict[int, float], title: str, lower
         axes.plot([*values], [*values.values()], dashes, color=colour, **style)
     axes.locator_params(axis="x", nbins=6, integer=True)
     axes.locator_params(axis="y", nbins=6)
-    drawing = _svg(axes, f"{title} over {many(len(rounds), 'round')}", "round", grid="y")
+    drawing = svg(axes, f"{title} over {many(len(rounds), 'round')}", "round", grid="y")
     return f"<figure><figcaption><b>{title}</b>{caption}</figcaption>{drawing}</figure>"
 
 
@@ -155,7 +155,7 @@ def case(entry: dict[str, Any], folder: Path) -> str:
     return f"<figure>{picture}<figcaption>{title}</figcaption></figure>"
 
 
-def _svg(axes: Any, label: str, across: str, grid: str = "x") -> str:
+def svg(axes: Any, label: str, across: str, grid: str = "x") -> str:
     """Draw for use inside the page: no ids, no links, colours from the page's style."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT)

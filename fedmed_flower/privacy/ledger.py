@@ -252,13 +252,13 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}")
         try:
-            with _transaction(draft, "rwc") as connection:
+            with transaction(draft, "rwc") as connection:
                 for statement in _SCHEMA.split(";"):
                     connection.execute(statement)
                 about = {"version": _VERSION, "key": secrets.token_bytes(32)}
                 connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
             draft.chmod(0o600)
-            _give_name(draft, self.path)
+            give_name(draft, self.path)
         finally:
             draft.unlink(missing_ok=True)
 
@@ -267,7 +267,7 @@ class Ledger:
         with _told(self.path), ExitStack() as stack:
             mode = "ro" if self._read_only else "rw"
             try:
-                connection = stack.enter_context(_transaction(self.path, mode))
+                connection = stack.enter_context(transaction(self.path, mode))
             except sqlite3.OperationalError as error:
                 if mode == "rw" or error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
                     raise
@@ -275,7 +275,7 @@ class Ledger:
                 copy = Path(stack.enter_context(TemporaryDirectory())) / "ledger"
                 for ending in ("", "-journal"):
                     shutil.copyfile(f"{self.path}{ending}", f"{copy}{ending}")
-                connection = stack.enter_context(_transaction(copy, "rw"))
+                connection = stack.enter_context(transaction(copy, "rw"))
             yield connection
 
     def _find(
@@ -331,7 +331,7 @@ class Ledger:
 
 
 @contextmanager
-def _transaction(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
+def transaction(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
     """Open one transaction, which ends on the disk or not at all."""
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, timeout=_WAIT_SECONDS, isolation_level=None, uri=True)
@@ -351,7 +351,7 @@ def _transaction(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
         connection.close()
 
 
-def _give_name(draft: Path, path: Path) -> None:
+def give_name(draft: Path, path: Path) -> None:
     """Rename a file, but never in the place of one that was made in the meantime."""
     try:
         os.link(draft, path)

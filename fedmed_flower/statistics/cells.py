@@ -1,0 +1,128 @@
+"""Which cells a table is told in, so that none of them has patients but fewer than the minimum."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmed_flower.statistics.columns import Codes
+from fedmed_flower.statistics.guard import class_codes, fewest, patients_of
+
+Floats = NDArray[np.float64]
+# Far beyond that a multiple of a width cannot be told from the next.
+_MOST_STEPS = 2.0**53
+
+
+def grid(values: Floats, width: float) -> tuple[Codes, float]:
+    """Return for each value the k with ``k * width <= value < (k + 1) * width``, and the width.
+
+    The width is doubled where values lie so far from 0 that floats could not tell the edges apart.
+    """
+    most = float(np.abs(values).max(initial=0.0))
+    while most / width >= _MOST_STEPS:
+        width *= 2
+    steps = np.floor(values / width)
+    # What the division has rounded.
+    steps -= steps * width > values
+    steps += (steps + 1) * width <= values
+    return steps.astype(np.int64), width
+
+
+def coarse_enough(cells: Codes, whose: Codes, minimum: int) -> bool:
+    """Return whether half of the rows lie in cells of at least `minimum` patients.
+
+    On a finer grid the edges between merged cells would be the values of single patients.
+    """
+    classes = class_codes(cells)
+    rows, patients = np.bincount(classes), patients_of(classes, whose)
+    return bool(2 * rows[patients >= minimum].sum() >= cells.size)
+
+
+def merge_neighbours(
+    steps: Codes, constraints: Sequence[Codes], whose: Codes, minimum: int
+) -> list[tuple[int, int]] | None:
+    """Merge neighbouring bins until each has enough patients of each class that is in it.
+
+    A bin ends as soon as it may, and as those behind it can still have enough.
+
+    Parameters
+    ----------
+    steps : ndarray
+        (rows,) the bin of each row.
+    constraints : sequence of ndarray
+        (rows,) classes; of each class a bin has no patient, or the minimum.
+    whose : ndarray
+        (rows,) the patient.
+    minimum : int
+
+    Returns
+    -------
+    list of (int, int) or None
+        First and last step of each bin, in ascending order; the steps between them are empty. None
+        where not even all of them together are enough.
+    """
+    order = np.argsort(steps, kind="stable")
+    ends = np.flatnonzero(np.diff(steps[order], append=np.nan)).tolist()
+    of = whose[order].tolist()
+    classes = [
+        [(number, code) for code in codes[order].tolist()]
+        for number, codes in enumerate(constraints)
+    ]
+    # Where a patient is last seen in a class: behind that it has one patient fewer left.
+    last = {pair: n for codes in classes for n, pair in enumerate(zip(codes, of, strict=True))}
+    left = Counter(key for key, _ in last)
+    small_left = {key for key, count in left.items() if count < minimum}
+    held: dict[tuple[int, int], set[int]] = defaultdict(set)
+    merged: list[tuple[int, int]] = []
+    start = first = 0
+    for end in ends:
+        for codes in classes:
+            for place in range(start, end + 1):
+                key, patient = codes[place], of[place]
+                held[key].add(patient)
+                if last[key, patient] == place:
+                    left[key] -= 1
+                    (small_left.add if 0 < left[key] < minimum else small_left.discard)(key)
+        start = end + 1
+        if not small_left and all(len(patients) >= minimum for patients in held.values()):
+            merged.append((int(steps[order[first]]), int(steps[order[end]])))
+            first = start
+            held = defaultdict(set)
+    return None if held else merged
+
+
+def pool_small(cells: Codes, labels: Codes, whose: Codes, minimum: int) -> Codes | None:
+    """Put small cells into one, the smallest first, until that has enough patients.
+
+    Parameters
+    ----------
+    cells : ndarray
+        (rows,) 0 or greater.
+    labels : ndarray
+        (rows,) classes; of each class a cell has no patient, or the minimum.
+    whose : ndarray
+        (rows,) the patient.
+    minimum : int
+
+    Returns
+    -------
+    ndarray or None
+        (rows,) the cells, -1 for the pooled ones. None where all of them are pooled and it is not
+        enough.
+    """
+    cells = cells.copy()
+    classes = class_codes(cells, labels)
+    small = patients_of(classes, whose)[classes] < minimum
+    cells[np.isin(cells, cells[small])] = -1
+    while True:
+        pooled = cells == -1
+        if fewest(class_codes(labels[pooled]), whose[pooled]) >= minimum:
+            return cells
+        left = np.unique(cells[~pooled])
+        if not left.size:
+            return None
+        counts = patients_of(cells[~pooled], whose[~pooled])
+        cells[cells == left[np.argmin(counts[left])]] = -1

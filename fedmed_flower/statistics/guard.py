@@ -1,0 +1,322 @@
+"""What may leave a hospital, whatever it has answered before.
+
+The rule: for each variable, and each pair in a two-way table, the patients whom the answers about
+it so far tell apart are never fewer than the minimum. So no sum over the cells of any number of
+answers, and no difference of such sums, is one over fewer patients.
+
+For each variable the hospital keeps a partition of its rows. An answer gives each row a cell, or
+leaves it outside; the partition is refined by that, and where a class of it would have patients,
+but fewer than the minimum, nothing is answered. Rows that have come since are a class of their own,
+those that have gone or changed their value are outside from then on. That rows fall in the same
+cells again refines nothing, so the same question is answered again. Auditing answers in this way
+goes back to F. Y. Chin and G. Ozsoyoglu, "Auditing and inference control in statistical databases",
+IEEE Transactions on Software Engineering 8, 1982.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.privacy.ledger import give_name, transaction
+from fedmed_flower.statistics.columns import Codes, Columns, Mask
+
+Hashes = NDArray[np.uint64]
+# Cells of rows that are not in an answer, and of those of which it tells that they lack a value.
+OUTSIDE, LACKING = -1, 2**31
+# The label of rows that no answer has counted.
+NEW = -1
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE about (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE partitions (key TEXT PRIMARY KEY, elements BLOB NOT NULL, patients BLOB NOT NULL,
+  labels BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE compared (column_name TEXT NOT NULL, value TEXT NOT NULL,
+  PRIMARY KEY (column_name, value)) WITHOUT ROWID
+"""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The rows that answers about one key have told apart.
+
+    Attributes
+    ----------
+    elements : ndarray of uint64
+        Hashes of rows, ascending.
+    patients : ndarray of uint64
+        Hashes of their patients.
+    labels : ndarray of int64
+        The class of each.
+    """
+
+    elements: Hashes
+    patients: Hashes
+    labels: Codes
+
+
+@dataclass(frozen=True)
+class Members:
+    """The rows that have a value of one key.
+
+    Attributes
+    ----------
+    key : str
+    rows : ndarray of int64
+        Which rows they are.
+    elements : ndarray of uint64
+        A hash of each row's patient and value.
+    """
+
+    key: str
+    rows: Codes
+    elements: Hashes
+
+
+class Guard:
+    """The partitions of one hospital's rows, while one request is answered.
+
+    Parameters
+    ----------
+    connection : sqlite3.Connection
+        With the tables of a hospital's file.
+    columns : Columns
+        The rows.
+    minimum : int
+        At least 1.
+    hide_missing : bool
+        That a row lacks a value is then told of the minimum of patients only.
+    """
+
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        columns: Columns,
+        minimum: int,
+        hide_missing: bool = False,
+    ) -> None:
+        self._connection, self._columns = connection, columns
+        self.minimum, self._hide = minimum, hide_missing
+        (self._key,) = connection.execute("SELECT value FROM about WHERE key = 'key'").fetchone()
+        each = {patient: self._hash(patient) for patient in dict.fromkeys(columns.patients)}
+        self._patients = np.array([each[p] for p in columns.patients], np.uint64)
+        self._partitions: dict[str, Partition | None] = {}
+        self._changed: dict[str, Partition] = {}
+        self._members: dict[str, Members] = {}
+
+    def members(self, *names: str) -> Members:
+        """Return the rows that have a value in a column, or in two; all rows for no column.
+
+        Columns of one family have one key, for they tell of the same values.
+        """
+        families = sorted({self._columns.family(name) for name in names})
+        key = json.dumps(families)
+        if key not in self._members:
+            if names:
+                each = [self._columns.identities(family) for family in families]
+                texts = [
+                    ascii(several) if self._hide or None not in several else None
+                    for several in zip(*each, strict=True)
+                ]
+            else:
+                texts = [*self._columns.contents()]
+            rows, elements = self._elements(texts, bool(names))
+            self._members[key] = Members(key, rows, elements)
+        return self._members[key]
+
+    def _elements(self, texts: Sequence[str | None], valued: bool) -> tuple[Codes, Hashes]:
+        """Hash patient and value; rows that agree in both are told apart by their number.
+
+        Without values only the number tells a patient's rows apart, in the order of the texts.
+        """
+        places = [place for place, text in enumerate(texts) if text is not None]
+        if not valued:
+            places.sort(key=lambda place: texts[place] or "")
+        seen: Counter[tuple[str, str]] = Counter()
+        found = []
+        for place in places:
+            one = (self._columns.patients[place], texts[place] or "" if valued else "")
+            found.append(self._hash("\n".join((*one, str(seen[one])))))
+            seen[one] += 1
+        return np.array(places, np.int64), np.array(found, np.uint64)
+
+    def _hash(self, text: str) -> int:
+        digest = hashlib.blake2b(text.encode(errors="backslashreplace"), key=self._key)
+        return int.from_bytes(digest.digest()[:8])
+
+    def labels(self, members: Members) -> Codes:
+        """Return (rows,) the class of each row so far; `NEW` for rows that none of them counted."""
+        labels = np.full(self._columns.count, NEW, np.int64)
+        partition = self._partition(members.key)
+        if partition is not None and partition.elements.size:
+            places = np.searchsorted(partition.elements, members.elements)
+            places = np.minimum(places, partition.elements.size - 1)
+            known = partition.elements[places] == members.elements
+            labels[members.rows[known]] = partition.labels[places[known]]
+        return labels
+
+    def admit(self, members: Members, cells: Codes, waiting: Mask) -> bool:
+        """Write down that an answer gives these rows these cells, if that may be told.
+
+        Parameters
+        ----------
+        members : Members
+        cells : ndarray of int64
+            (rows,) with `OUTSIDE` for rows that the answer leaves out.
+        waiting : ndarray of bool
+            (rows,) of these the new ones are not counted yet: they remain new.
+
+        Returns
+        -------
+        bool
+            Whether it may; nothing changes where it may not.
+        """
+        partition = self._partition(members.key)
+        labels = self.labels(members)[members.rows]
+        taken = (labels != NEW) | ~waiting[members.rows]
+        rows, elements, labels = members.rows[taken], members.elements[taken], labels[taken]
+        now, patients = cells[rows], self._patients[rows]
+        if partition is not None:
+            gone = ~np.isin(partition.elements, elements)
+            elements = np.concatenate((elements, partition.elements[gone]))
+            patients = np.concatenate((patients, partition.patients[gone]))
+            labels = np.concatenate((labels, partition.labels[gone]))
+            now = np.concatenate((now, np.full(int(gone.sum()), OUTSIDE, np.int64)))
+        classes = class_codes(labels, now)
+        if fewest(classes, np.unique(patients, return_inverse=True)[1]) < self.minimum:
+            return False
+        order = np.argsort(elements)
+        new = Partition(elements[order], patients[order], classes[order])
+        self._partitions[members.key] = self._changed[members.key] = new
+        return True
+
+    def admit_all(self, keys: Sequence[Members], cells: Sequence[Codes], waiting: Mask) -> bool:
+        """Do what `admit` does for one answer under several keys: for all of them or for none."""
+        before = dict(self._partitions), dict(self._changed)
+        for members, values in zip(keys, cells, strict=True):
+            if not self.admit(members, values, waiting):
+                self._partitions, self._changed = before
+                return False
+        return True
+
+    def compare(self, column: str, value: float | str, most: int) -> None:
+        """Note that rows were told apart by a value of a column.
+
+        Raises
+        ------
+        DeclinedError
+            Where `most` others were asked for before: with enough of them the values of single
+            patients could be found by what is refused.
+        """
+        self._connection.execute(
+            "INSERT OR IGNORE INTO compared VALUES (?, ?)", (column, ascii(value))
+        )
+        query = "SELECT count(*) FROM compared WHERE column_name = ?"
+        (count,) = self._connection.execute(query, (column,)).fetchone()
+        if count > most:
+            raise DeclinedError(
+                f"conditions on {column} may use {most} different values in all, and have"
+            )
+
+    def save(self) -> None:
+        """Put the partitions into the file."""
+        self._connection.executemany(
+            "INSERT OR REPLACE INTO partitions VALUES (?, ?, ?, ?)",
+            [
+                (key, p.elements.tobytes(), p.patients.tobytes(), p.labels.tobytes())
+                for key, p in self._changed.items()
+            ],
+        )
+
+    def _partition(self, key: str) -> Partition | None:
+        if key not in self._partitions:
+            query = "SELECT elements, patients, labels FROM partitions WHERE key = ?"
+            row = self._connection.execute(query, (key,)).fetchone()
+            if row is not None:
+                kinds = (np.uint64, np.uint64, np.int64)
+                parts: Any = [np.frombuffer(b, k) for b, k in zip(row, kinds, strict=True)]
+                if len({part.size for part in parts}) > 1:
+                    raise sqlite3.DatabaseError(f"the partition of {key!r} is damaged")
+                row = Partition(*parts)
+            self._partitions[key] = row
+        return self._partitions[key]
+
+
+@contextmanager
+def open_guard(
+    path: Path, columns: Columns, minimum: int, hide_missing: bool = False
+) -> Iterator[Guard]:
+    """Open a hospital's file; what was admitted has reached the disk when this is left.
+
+    Raises
+    ------
+    InputError
+        Where the file is none of these, is damaged or cannot be written: nothing may be told then.
+    """
+    try:
+        if not path.exists():
+            _create(path)
+        with transaction(path, "rw") as connection:
+            query = "SELECT value FROM about WHERE key = 'version'"
+            if (version := connection.execute(query).fetchone()) != (_VERSION,):
+                raise sqlite3.DatabaseError(f"version {version} instead of {_VERSION}")
+            guard = Guard(connection, columns, minimum, hide_missing)
+            yield guard
+            guard.save()
+    except (sqlite3.Error, OSError) as error:
+        raise InputError(
+            f"the record of answers {path} cannot be used ({error}): mend its place, or restore it "
+            "from a copy; without it nobody knows what was told before"
+        ) from error
+
+
+def class_codes(*labels: Codes) -> Codes:
+    """Number the combinations of labels that occur."""
+    codes = np.zeros(labels[0].size, np.int64)
+    for label in labels:
+        numbers = np.unique(label, return_inverse=True)[1].astype(np.int64)
+        codes = codes * (int(numbers.max(initial=0)) + 1) + numbers
+        codes = np.unique(codes, return_inverse=True)[1].astype(np.int64)
+    return codes
+
+
+def patients_of(classes: Codes, whose: Codes) -> Codes:
+    """Return the number of patients in each class, from 0 to the highest."""
+    if not classes.size:
+        return np.zeros(0, np.int64)
+    width = int(whose.max()) + 1
+    return np.bincount(np.unique(classes * width + whose) // width).astype(np.int64)
+
+
+def fewest(classes: Codes, whose: Codes) -> float:
+    """Return the number of patients in the smallest class; infinite without one."""
+    counts = patients_of(classes, whose)
+    return float(counts[counts > 0].min(initial=2**62))
+
+
+def _create(path: Path) -> None:
+    """Make the file whole and then give it its name, so that an empty one is always damage."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    try:
+        with transaction(draft, "rwc") as connection:
+            for statement in _SCHEMA.split(";"):
+                connection.execute(statement)
+            about = {"version": _VERSION, "key": secrets.token_bytes(32)}
+            connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+        draft.chmod(0o600)
+        give_name(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,195 @@
+"""What the answers of several hospitals give together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Told = Mapping[str, Any]
+
+
+class Moments(NamedTuple):
+    """Number, mean and variance of a sample; without a value NaN, of one value variance NaN."""
+
+    n: float
+    mean: float
+    variance: float
+
+    @property
+    def sd(self) -> float:
+        """The standard deviation."""
+        return math.sqrt(self.variance)
+
+
+class Quantile(NamedTuple):
+    """A quantile: an estimate, and what it lies between for certain."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Curve(NamedTuple):
+    """A Kaplan-Meier curve: at each time how many were at risk, and who survives it."""
+
+    times: list[float]
+    at_risk: list[float]
+    events: list[float]
+    survival: list[float]
+
+
+def pool_moments(parts: Iterable[Told]) -> Moments:
+    """Return the moments of all rows together.
+
+    By the formula of T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise
+    algorithm for computing sample variances", COMPSTAT 1982.
+
+    Parameters
+    ----------
+    parts : iterable of dict
+        ``n``, ``mean``, ``rest`` (to be added to the mean) and ``m2``.
+    """
+    known = [part for part in parts if part["n"] > 0]
+    count = math.fsum(part["n"] for part in known)
+    if not known:
+        return Moments(0.0, math.nan, math.nan)
+    # From one of the means on, so that a mean far from 0 takes no digits.
+    base = known[0]["mean"]
+    shifts = [part["mean"] - base + part["rest"] for part in known]
+    shift = math.fsum(p["n"] * s for p, s in zip(known, shifts, strict=True)) / count
+    between = (p["n"] * (s - shift) ** 2 for p, s in zip(known, shifts, strict=True))
+    squares = math.fsum([*(part["m2"] for part in known), *between])
+    return Moments(count, base + shift, squares / (count - 1) if count > 1 else math.nan)
+
+
+def pool_correlation(parts: Sequence[Told]) -> float:
+    """Return Pearson's correlation of all rows together; NaN where a column is constant.
+
+    Parameters
+    ----------
+    parts : sequence of dict
+        ``of``, the moments of both columns over the same rows, and ``product``.
+    """
+    together = [pool_moments([part["of"][side] for part in parts]) for side in (0, 1)]
+    if not together[0].n > 1:
+        return math.nan
+    products = [part["product"] for part in parts]
+    for part in parts:
+        x, y = (m["mean"] - t.mean + m["rest"] for m, t in zip(part["of"], together, strict=True))
+        products.append(part["of"][0]["n"] * x * y)
+    spread = math.sqrt(together[0].variance * together[1].variance) * (together[0].n - 1)
+    return min(1.0, max(-1.0, math.fsum(products) / spread)) if spread > 0 else math.nan
+
+
+def pool_counts(parts: Iterable[Told]) -> tuple[dict[str, float], float]:
+    """Add up categories; return their counts by name, and that of those too small to be named."""
+    total: dict[str, float] = {}
+    few = 0.0
+    for part in parts:
+        for name, count in zip(part["names"], part["counts"], strict=True):
+            total[name] = total.get(name, 0) + count
+        few += part["few"]
+    return dict(sorted(total.items())), few
+
+
+def pool_quantile(parts: Sequence[Told], share: float) -> Quantile:
+    """Return a quantile of all rows together.
+
+    The bounds contain what pandas' ``quantile`` gives for the rows themselves: each value is at
+    least the lower edge of its bin, and less than the upper one. The estimate is made as by
+    `cumulate`.
+
+    Parameters
+    ----------
+    parts : sequence of dict
+        ``edges``, ascending, between which the bins lie, and ``counts``, one more of them.
+    share : float
+        0 to 1.
+    """
+    lows, highs = list[tuple[float, float]](), list[tuple[float, float]]()
+    for part in parts:
+        lows += zip((-math.inf, *part["edges"]), part["counts"], strict=True)
+        highs += zip((*part["edges"], math.inf), part["counts"], strict=True)
+    place = share * (math.fsum(n for _, n in lows) - 1)
+    low, high = _value_at(lows, math.floor(place)), _value_at(highs, math.ceil(place))
+    edges, below = cumulate(parts)
+    if not edges:
+        return Quantile(math.nan, low, high)
+    value = float(np.interp(place + 0.5, below.sum(axis=0), edges))
+    return Quantile(min(max(value, low), high), low, high)
+
+
+def cumulate(parts: Sequence[Told]) -> tuple[list[float], NDArray[np.float64]]:
+    """Return all edges in ascending order, and how many values of each histogram lie below each.
+
+    The values of a bin are taken to lie evenly in it, those of an open one between its edge and the
+    outermost edge of all histograms.
+
+    Returns
+    -------
+    edges : list of float
+    below : ndarray of shape (parts, edges)
+    """
+    edges = sorted({edge for part in parts for edge in part["edges"]})
+    below = np.zeros((len(parts), len(edges)))
+    for number, part in enumerate(parts if edges else ()):
+        points = [edges[0], *part["edges"], edges[-1]]
+        below[number] = np.interp(edges, points, [0.0, *np.cumsum(part["counts"])])
+    return edges, below
+
+
+def same_bins(parts: Sequence[Told]) -> list[NDArray[np.float64]] | None:
+    """Return histograms in the bins of the coarsest of them; None where that has a single bin.
+
+    In the finer ones a bin that is cut is cut as `cumulate` does it.
+    """
+    coarsest: list[float] = min((part["edges"] for part in parts), key=len, default=[])
+    if not coarsest:
+        return None
+    edges, below = cumulate(parts)
+    found = []
+    for part, reached in zip(parts, below, strict=True):
+        cut = reached[np.searchsorted(edges, coarsest)]
+        found.append(np.diff([0.0, *cut, math.fsum(part["counts"])]))
+    return found
+
+
+def pool_survival(parts: Iterable[Told]) -> Curve:
+    """Return the Kaplan-Meier curve of all patients, times rounded up as each hospital has told.
+
+    E. L. Kaplan, P. Meier, "Nonparametric estimation from incomplete observations", JASA 53, 1958.
+
+    Parameters
+    ----------
+    parts : iterable of dict
+        ``times``, ``events`` and ``censored``, of equal length.
+    """
+    totals: dict[float, list[float]] = {}
+    for part in parts:
+        for time, *counts in zip(part["times"], part["events"], part["censored"], strict=True):
+            both = totals.setdefault(time, [0.0, 0.0])
+            both[0], both[1] = both[0] + counts[0], both[1] + counts[1]
+    times = sorted(totals)
+    left = math.fsum(count for both in totals.values() for count in both)
+    curve, alive = Curve(times, [], [], []), 1.0
+    for time in times:
+        events, censored = totals[time]
+        alive *= 1 - events / left if left > 0 else 1.0
+        for values, value in zip(curve[1:], (left, events, alive), strict=True):
+            values.append(value)
+        left = max(0.0, left - events - censored)
+    return curve
+
+
+def _value_at(values: list[tuple[float, float]], place: int) -> float:
+    """Return the value at a place, from 0 on, among values that occur so many times."""
+    reached = 0.0
+    for value, count in sorted(values):
+        reached += count
+        if count and reached > place:
+            return value
+    return max((value for value, count in values if count), default=math.nan)

@@ -1,0 +1,156 @@
+"""What a hospital's answer must satisfy before it is added to others."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from fedmed_flower.statistics.pooling import Told
+
+_MOST_LETTERS, _MOST_COUNT = 64 * 2**20, 1e12
+# Of sums in floating point.
+_ROUNDING = 1 + 1e-6
+
+
+def read_reply(text: object) -> dict[str, Any]:
+    """Return an answer as a dict in which everything is what it must be.
+
+    Raises
+    ------
+    ValueError
+        Where it is not; the text says what is wrong.
+    """
+    if not isinstance(text, str) or len(text) > _MOST_LETTERS:
+        raise ValueError("it is no text, or too long")
+    try:
+        told = json.loads(text)
+        exact = told["noise"] is None
+        if not exact:
+            for name in ("epsilon", "delta", "multiplier"):
+                _number(told["noise"][name], name, least=0.0)
+        _number(told["minimum"], "minimum", least=1)
+        names = [_read_group(group, exact) for group in told["groups"]]
+        if len(set(names)) < len(names):
+            raise ValueError("a group is there twice")
+        for entry in told["withheld"]:
+            _texts(entry, "withheld", count=3)
+    except ValueError:
+        raise
+    except Exception as error:  # A hostile answer can be wrong in a dozen ways.
+        raise ValueError(f"{type(error).__name__} {error}"[:200]) from None
+    found: dict[str, Any] = told
+    return found
+
+
+def _read_group(group: Told, exact: bool) -> str:
+    _texts([group["name"]], "group")
+    if group["start"] is not None:
+        _number(group["start"], "start")
+    rows = _count(group["rows"], "rows", exact)
+    if _count(group["patients"], "patients", exact) > rows:
+        raise ValueError("there are more patients than rows")
+    most = rows if exact else math.inf
+    _texts(group["numeric"], "columns")
+    _texts(group["categorical"], "columns")
+    for name, told in group["numeric"].items():
+        count = _counted(told, name, exact, most)
+        if "mean" in told:
+            _moments(told, name)
+        if "histogram" in told:
+            edges, counts = told["histogram"]["edges"], told["histogram"]["counts"]
+            _ascending(edges, name)
+            _counts(counts, name, exact, count if exact else math.inf, len(edges) + 1)
+    for name, told in group["categorical"].items():
+        count = _counted(told, name, exact, most)
+        if "names" in told:
+            _texts(told["names"], name)
+            counts = [*told["counts"], told["few"]]
+            _counts(counts, name, exact, count if exact else math.inf, len(told["names"]) + 1)
+            if len(set(told["names"])) < len(told["names"]):
+                raise ValueError(f"{name} has a category twice")
+    for told in group["correlations"]:
+        _texts(told["columns"], "correlation", count=2)
+        of = told["of"]
+        if len(of) != 2 or of[0]["n"] != of[1]["n"] or not of[0]["n"] <= most:
+            raise ValueError("a correlation has not the same rows of both columns")
+        for part in of:
+            _number(part["n"], "n", least=0.0)
+            _moments(part, "a correlation")
+        _number(told["product"], "product")
+        if abs(told["product"]) > math.sqrt(of[0]["m2"] * of[1]["m2"]) * _ROUNDING:
+            raise ValueError("a correlation is above 1")
+    for told in group["pairs"]:
+        _texts(told["columns"], "pair", count=2)
+        _texts(told["rows"], "pair")
+        _texts(told["across"], "pair")
+        if len(told["counts"]) != len(told["rows"]):
+            raise ValueError("a table has another number of rows than names")
+        for counts in told["counts"]:
+            _counts(counts, "a table", exact, most, len(told["across"]))
+    if "survival" in group:
+        told = group["survival"]
+        _ascending(told["times"], "times")
+        for name in ("events", "censored"):
+            _counts(told[name], name, exact, most, len(told["times"]))
+        if math.fsum([*told["events"], *told["censored"]]) > most:
+            raise ValueError("a curve has more patients than there are")
+    if "weeks" in group:
+        told = group["weeks"]
+        _texts([told["start"]], "weeks")
+        if _number(told["first"], "first week") % 1:
+            raise ValueError("the first week is no whole number")
+        known = [count for count in told["counts"] if count is not None]
+        if len(told["counts"]) > 10_000:
+            raise ValueError("there are more than 10,000 weeks")
+        _counts(known, "weeks", exact, most, len(known))
+    return str(group["name"])
+
+
+def _number(value: object, name: str, least: float = -math.inf, most: float = math.inf) -> float:
+    right = isinstance(value, int | float) and not isinstance(value, bool)
+    if not right or not math.isfinite(value) or not least <= value <= most:  # type: ignore
+        raise ValueError(f"{name} is {str(value)[:40]}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _count(value: object, name: str, exact: bool, most: float = math.inf) -> float:
+    if exact and not isinstance(value, int):
+        raise ValueError(f"{name} is {str(value)[:40]}")
+    return _number(value, name, 0.0, min(most, _MOST_COUNT))
+
+
+def _counts(values: Sequence[object], name: str, exact: bool, most: float, length: int) -> None:
+    if not isinstance(values, list) or len(values) != length:
+        raise ValueError(f"{name} has not {length} counts")
+    if math.fsum(_count(value, name, exact) for value in values) > most:
+        raise ValueError(f"{name} counts more than there are")
+
+
+def _counted(told: Told, name: str, exact: bool, most: float) -> float:
+    count = _count(told["n"], name, exact)
+    if count + _count(told["missing"], name, exact) > most:
+        raise ValueError(f"{name} counts more than there are")
+    return count
+
+
+def _moments(told: Told, name: str) -> None:
+    for part in ("mean", "rest"):
+        _number(told[part], name, -1e100, 1e100)
+    _number(told["m2"], name, 0.0)
+
+
+def _ascending(values: object, name: str) -> None:
+    if not isinstance(values, list):
+        raise ValueError(f"{name} has no list of edges")
+    numbers = [_number(value, name) for value in values]
+    if any(not low < high for low, high in pairwise(numbers)):
+        raise ValueError(f"the edges of {name} do not ascend")
+
+
+def _texts(values: Any, name: str, count: int | None = None) -> None:
+    right = isinstance(values, list | dict) and (count is None or len(values) == count)
+    if not right or not all(isinstance(text, str) and len(text) <= 400 for text in values):
+        raise ValueError(f"{name[:40]} has not the texts that it must have")

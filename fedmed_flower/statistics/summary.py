@@ -1,0 +1,234 @@
+"""The figures of one hospital or of several, how they differ, and when there were more cases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmed_flower.drift import cusum, ears_c2, ks, psi
+from fedmed_flower.errors import InputError
+from fedmed_flower.statistics.pooling import (
+    Told,
+    pool_correlation,
+    pool_counts,
+    pool_moments,
+    pool_quantile,
+    pool_survival,
+    same_bins,
+)
+
+SHARES = (0.25, 0.5, 0.75)
+ALARMS = {"c2": ears_c2, "cusum": cusum}
+
+
+def summarise(groups: Sequence[Told]) -> dict[str, Any]:
+    """Return the figures of several hospitals' rows together, or of one hospital's.
+
+    Parameters
+    ----------
+    groups : sequence of dict
+        One a hospital, as `replies.read_reply` has checked them.
+
+    Returns
+    -------
+    dict
+        ``rows``, ``patients``, ``numeric`` (by column: ``n``, ``missing``, ``hospitals``, ``mean``,
+        ``variance``, ``sd``, ``quantiles`` as [value, low, high] by share), ``categorical``
+        (``n``, ``missing``, ``hospitals``, ``counts`` by name, ``few``), ``correlations``,
+        ``pairs`` and ``survival``. What no hospital has told is not there.
+    """
+    found: dict[str, Any] = {
+        "rows": math.fsum(group["rows"] for group in groups),
+        "patients": math.fsum(group["patients"] for group in groups),
+        "numeric": {name: _numeric(parts) for name, parts in _columns(groups, "numeric").items()},
+        "categorical": {
+            name: _categorical(parts) for name, parts in _columns(groups, "categorical").items()
+        },
+        "correlations": [],
+        "pairs": [],
+    }
+    for columns, parts in _by_columns(groups, "correlations").items():
+        count = math.fsum(part["of"][0]["n"] for part in parts)
+        r = pool_correlation(parts)
+        found["correlations"].append({"columns": list(columns), "n": count, "r": r})
+    for columns, parts in _by_columns(groups, "pairs").items():
+        found["pairs"].append({"columns": list(columns), **_crossed(parts)})
+    if curves := [group["survival"] for group in groups if "survival" in group]:
+        found["survival"] = pool_survival(curves)._asdict()
+    return found
+
+
+def differences(
+    one: Sequence[Told], others: Sequence[Told], name: str, against: str
+) -> list[dict[str, Any]]:
+    """Compare each column between two groups of hospitals, or of windows.
+
+    Parameters
+    ----------
+    one, others : sequence of dict
+        What was told of the one group, and of that which it is compared with.
+    name, against : str
+        What the two are called.
+
+    Returns
+    -------
+    list of dict
+        ``column``, ``of``, ``against``, ``psi`` (population stability index) and, of numeric
+        columns, ``ks`` and ``p`` (Kolmogorov-Smirnov); ``note`` where there is nothing to compare.
+    """
+    found = []
+    for kind in ("numeric", "categorical"):
+        first, second = _columns(one, kind), _columns(others, kind)
+        for column in first:
+            row: dict[str, Any] = {"column": column, "of": name, "against": against}
+            parts = first[column], second.get(column, [])
+            both = (_binned if kind == "numeric" else _named)(*parts)
+            if both is None or not all(counts.any() for counts in both):
+                row["note"] = "no cells that both have told"
+            else:
+                row["psi"] = psi(*both)
+                if kind == "numeric":
+                    row["ks"], row["p"] = ks(*both)
+            found.append(row)
+    return found
+
+
+def drift_between_sites(sites: Mapping[str, Told]) -> list[dict[str, Any]]:
+    """Compare each hospital with all others together."""
+    return [
+        row
+        for site in sites
+        for row in differences(
+            [sites[site]],
+            [told for name, told in sites.items() if name != site],
+            site,
+            "all others",
+        )
+    ]
+
+
+def drift_between_groups(groups: Mapping[str, Sequence[Told]]) -> list[dict[str, Any]]:
+    """Compare each group, such as a window of time, with the first."""
+    first, *rest = list(groups)
+    return [row for name in rest for row in differences(groups[name], groups[first], name, first)]
+
+
+def alarms(sites: Mapping[str, Told], method: str) -> list[dict[str, Any]]:
+    """Find the weeks in which a hospital had more cases than before.
+
+    A week that a hospital withholds is unknown, and left out of what others are compared with.
+
+    Parameters
+    ----------
+    sites : mapping of str to dict
+    method : {"c2", "cusum"}
+
+    Returns
+    -------
+    list of dict
+        ``site``, ``start`` of the first week, ``counts``, ``statistic`` and ``alert`` by week; or
+        a ``note`` where they cannot be judged.
+    """
+    if method not in ALARMS:
+        raise InputError(f"alert must be one of {', '.join(ALARMS)}, got {method!r}")
+    found = []
+    for site, told in sites.items():
+        if "weeks" not in told:
+            continue
+        weeks = told["weeks"]
+        row = {"site": site, "start": weeks["start"], "counts": weeks["counts"]}
+        counts = [math.nan if count is None else float(count) for count in weeks["counts"]]
+        try:
+            result = ALARMS[method](np.array(counts))
+        except InputError as error:
+            found.append(row | {"note": str(error)})
+            continue
+        found.append(row | {"statistic": result.statistic.tolist(), "alert": result.alert.tolist()})
+    return found
+
+
+def _columns(groups: Sequence[Told], kind: str) -> dict[str, list[Told]]:
+    found: dict[str, list[Told]] = {}
+    for group in groups:
+        for name, told in group[kind].items():
+            found.setdefault(name, []).append(told)
+    return found
+
+
+def _by_columns(groups: Sequence[Told], kind: str) -> dict[tuple[str, ...], list[Told]]:
+    found: dict[tuple[str, ...], list[Told]] = {}
+    for group in groups:
+        for told in group[kind]:
+            found.setdefault(tuple(told["columns"]), []).append(told)
+    return found
+
+
+def _sizes(parts: Sequence[Told]) -> dict[str, Any]:
+    total = {name: math.fsum(part[name] for part in parts) for name in ("n", "missing")}
+    return {**total, "hospitals": len(parts)}
+
+
+def _numeric(parts: Sequence[Told]) -> dict[str, Any]:
+    found = _sizes(parts)
+    if known := [part for part in parts if "mean" in part]:
+        moments = pool_moments(known)
+        found |= {"mean": moments.mean, "variance": moments.variance, "sd": moments.sd}
+    if binned := [part["histogram"] for part in parts if "histogram" in part]:
+        found["quantiles"] = {str(share): list(pool_quantile(binned, share)) for share in SHARES}
+    return found
+
+
+def _categorical(parts: Sequence[Told]) -> dict[str, Any]:
+    found = _sizes(parts)
+    if tabulated := [part for part in parts if "names" in part]:
+        found["counts"], found["few"] = pool_counts(tabulated)
+    return found
+
+
+def _crossed(parts: Sequence[Told]) -> dict[str, Any]:
+    totals: dict[tuple[str, str], float] = {}
+    for part in parts:
+        for row, counts in zip(part["rows"], part["counts"], strict=True):
+            for across, count in zip(part["across"], counts, strict=True):
+                totals[row, across] = totals.get((row, across), 0) + count
+    rows, across = sorted({row for row, _ in totals}), sorted({name for _, name in totals})
+    counts = [[totals.get((row, name), 0) for name in across] for row in rows]
+    return {"rows": rows, "across": across, "counts": counts, "hospitals": len(parts)}
+
+
+def _binned(one: Sequence[Told], others: Sequence[Told]) -> list[NDArray[Any]] | None:
+    sides = [
+        [p["histogram"] for p in side if p.get("histogram", {}).get("edges")]
+        for side in (one, others)
+    ]
+    counts = same_bins([*sides[0], *sides[1]])
+    if counts is None or not all(sides):
+        return None
+    return [np.sum(counts[: len(sides[0])], axis=0), np.sum(counts[len(sides[0]) :], axis=0)]
+
+
+def _named(one: Sequence[Told], others: Sequence[Told]) -> list[NDArray[Any]] | None:
+    """Return the counts of the categories that are known of the one side, and of all others.
+
+    What a hospital does not name may be among its few. On the other side only those hospitals count
+    of whom all these categories are known.
+    """
+    first = [part for part in one if "names" in part]
+    names = {n for p in first for n in p["names"] if all(_knows(q, {n}) for q in first)}
+    second = [part for part in others if "names" in part and _knows(part, names)]
+    if not (names and second):
+        return None
+    found = []
+    for side in (first, second):
+        counts, few = pool_counts(side)
+        own = [counts.get(name, 0.0) for name in sorted(names)]
+        found.append(np.array([*own, max(0.0, sum(counts.values()) + few - sum(own))]))
+    return found
+
+
+def _knows(part: Told, names: set[str]) -> bool:
+    return not part["few"] or names <= set(part["names"])

@@ -1,0 +1,185 @@
+"""Figures as tables of texts: Table 1 by hospital and overall, drift, alerts, what is withheld."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+DASH = "–"
+FEW = "(few each)"
+OVERALL = "Overall"
+Table = dict[str, Any]
+
+
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """Return all tables of a survey.
+
+    Parameters
+    ----------
+    found : mapping
+        What ``statistics.json`` holds.
+
+    Returns
+    -------
+    list of dict
+        Each with ``title``, ``head`` and ``rows`` of texts.
+    """
+    made = [
+        table_one(name, group, bool(found["request"].get("epsilon")))
+        for name, group in found["groups"].items()
+    ]
+    made += [pair for name, group in found["groups"].items() for pair in _pairs(name, group)]
+    made += [_correlations(name, group) for name, group in found["groups"].items()]
+    made += [_drift(found["drift"]), _alerts(found["alerts"], found["alert"])]
+    made += [_withheld(found["sites"]), _failures(found["failures"])]
+    return [table for table in made if table["rows"]]
+
+
+def table_one(name: str, group: Mapping[str, Any], noised: bool = False) -> Table:
+    """Return the table that describes the patients, by hospital and overall.
+
+    With noise, counts below every hospital's minimum are no counts: they are shown as few.
+    """
+    columns = [*group["sites"].values(), group["overall"]]
+    title = "Table 1" + (f", {name}" if name else "")
+    rows = [["Patients", *(count(column["patients"]) for column in columns)]]
+    if any(column["rows"] != column["patients"] for column in columns):
+        rows.append(["Rows", *(count(column["rows"]) for column in columns)])
+    for variable, told in group["overall"]["numeric"].items():
+        parts = [column["numeric"].get(variable) for column in columns]
+        if "mean" in told:
+            rows.append([f"{variable}, mean (SD)", *map(_mean, parts)])
+        if "quantiles" in told:
+            rows.append([f"{variable}, median [Q1, Q3]", *map(_median, parts)])
+        rows.append([f"{variable}, missing", *map(_missing, parts)])
+    for variable, told in group["overall"]["categorical"].items():
+        parts = [column["categorical"].get(variable) for column in columns]
+        for value in told.get("counts", ()):
+            shown = [_share(part, value, noised) for part in parts]
+            rows.append([f"{variable} = {value}, n (%)", *shown])
+        if told.get("few"):
+            rows.append([f"{variable} {FEW}, n (%)", *(_few(part) for part in parts)])
+        rows.append([f"{variable}, missing", *map(_missing, parts)])
+    return {"title": title, "head": ["", *group["sites"], OVERALL], "rows": rows}
+
+
+def figure(value: float | None) -> str:
+    """Return a number with about four digits; a dash for none."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    size = abs(value)
+    digits = 3 if size < 1 else 2 if size < 10 else 1 if size < 1000 else 0
+    if size and (size < 0.001 or size >= 1e7):
+        return f"{value:.3g}".replace("-", "−")
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def count(value: float | None) -> str:
+    """Return a number of rows."""
+    return DASH if value is None else f"{value:,.0f}"
+
+
+def _mean(part: Mapping[str, Any] | None) -> str:
+    if part is None or part.get("mean") is None:
+        return DASH
+    return f"{figure(part['mean'])} ({figure(part['sd'])})"
+
+
+def _median(part: Mapping[str, Any] | None) -> str:
+    if part is None or "quantiles" not in part:
+        return DASH
+    low, middle, high = (_quantile(*values) for values in part["quantiles"].values())
+    return f"{middle} [{low}, {high}]"
+
+
+def _quantile(value: float | None, low: float | None, high: float | None) -> str:
+    """Return an estimate; of one in an open cell its one bound."""
+    bounds = [figure(bound) for bound in (low, high)]
+    if bounds[0] == DASH:
+        return DASH if bounds[1] == DASH else f"<{bounds[1]}"
+    return f"≥{bounds[0]}" if bounds[1] == DASH else figure(value)
+
+
+def _missing(part: Mapping[str, Any] | None) -> str:
+    return DASH if part is None else count(part["missing"])
+
+
+def _share(part: Mapping[str, Any] | None, value: str, noised: bool) -> str:
+    if part is None or "counts" not in part:
+        return DASH
+    number = part["counts"].get(value, 0)
+    # A hospital that has pooled small cells may have some of this one.
+    if not number and part["few"] and not noised:
+        return "few"
+    return f"{count(number)} ({100 * number / part['n']:.1f})" if part["n"] else DASH
+
+
+def _few(part: Mapping[str, Any] | None) -> str:
+    if part is None or "few" not in part or not part["n"]:
+        return DASH
+    return f"{count(part['few'])} ({100 * part['few'] / part['n']:.1f})"
+
+
+def _named(title: str, group: str) -> str:
+    return f"{title}, {group}" if group else title
+
+
+def _pairs(name: str, group: Mapping[str, Any]) -> list[Table]:
+    made = []
+    for told in group["overall"]["pairs"]:
+        one, other = told["columns"]
+        rows = [
+            [f"{one} = {value}", *map(count, counts)]
+            for value, counts in zip(told["rows"], told["counts"], strict=True)
+        ]
+        head = ["", *(f"{other} = {value}" for value in told["across"])]
+        what = f"{one} by {other}, {told['hospitals']} hospitals"
+        made.append({"title": _named(what, name), "head": head, "rows": rows})
+    return made
+
+
+def _correlations(name: str, group: Mapping[str, Any]) -> Table:
+    rows = [
+        [*told["columns"], figure(told["r"]), count(told["n"])]
+        for told in group["overall"]["correlations"]
+    ]
+    return {"title": _named("Correlations", name), "head": ["", "", "r", "n"], "rows": rows}
+
+
+def _drift(entries: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        [
+            entry["of"] + (f", {entry['group']}" if entry.get("group") else ""),
+            entry["against"],
+            entry["column"],
+            *(figure(entry.get(key)) for key in ("psi", "ks", "p")),
+            entry.get("note", "large change" if (entry.get("psi") or 0) > 0.25 else ""),
+        ]
+        for entry in entries
+    ]
+    head = ["of", "against", "column", "PSI", "KS", "p", ""]
+    return {"title": "Drift", "head": head, "rows": rows}
+
+
+def _alerts(entries: Sequence[Mapping[str, Any]], method: str) -> Table:
+    rows = []
+    for entry in entries:
+        weeks = [number for number, alert in enumerate(entry.get("alert", ())) if alert]
+        known = sum(number is not None for number in entry["counts"])
+        shown = entry.get("note") or ", ".join(f"week {number + 1}" for number in weeks) or "none"
+        site = entry["site"] + (f", {entry['group']}" if entry.get("group") else "")
+        unknown = len(entry["counts"]) - known
+        rows.append([site, str(entry["start"]), str(known), str(unknown), shown])
+    head = ["hospital", "first week", "weeks known", "withheld", "alerts"]
+    return {"title": f"Weekly counts ({method})", "head": head, "rows": rows}
+
+
+def _withheld(sites: Mapping[str, Any]) -> Table:
+    rows = [[site, *entry] for site, told in sites.items() for entry in told["withheld"]]
+    return {"title": "Withheld", "head": ["hospital", "group", "what", "why"], "rows": rows}
+
+
+def _failures(failures: Sequence[Mapping[str, str]]) -> Table:
+    rows = [[entry["site"], entry["reason"]] for entry in failures]
+    return {"title": "No answer", "head": ["hospital", "why"], "rows": rows}

@@ -1,0 +1,453 @@
+import multiprocessing
+import os
+import re
+import sqlite3
+import stat
+from collections import defaultdict
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from statistics_rows import ask, group, make_patients, where, withheld
+from tiny import says
+
+from fedmed_flower import InputError
+from fedmed_flower.errors import DeclinedError
+from fedmed_flower.statistics.local import FEW
+from fedmed_flower.statistics.request import Request
+
+MINIMUM = 10
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "hospital.answers"
+
+
+@pytest.fixture
+def rows():
+    """100 patients: ages 0 to 99, of whom 40 smoke; a value of which sums can be told apart."""
+    return [
+        {
+            "patient": f"p{number}",
+            "age": number,
+            "smoker": "yes" if number % 5 < 2 else "no",
+            "ward": "a" if number < 97 else "b",
+            "value": float(2**number),
+            "other": float(number % 7),
+        }
+        for number in range(100)
+    ]
+
+
+def told_of(told, name, kind="numeric", of=""):
+    found = group(told, of)
+    return None if found is None else found[kind].get(name)
+
+
+class TestDifferences:
+    """Two or more answers whose difference would be a sum over fewer than ten patients."""
+
+    def test_nested_conditions(self, rows, path):
+        assert (
+            told_of(ask(rows, path, columns=("value",), **where("age >= 50")), "value")["n"] == 50
+        )
+        second = ask(rows, path, columns=("value",), **where("age >= 51"))
+        assert second == {"groups": [], "withheld": [["", "patients", FEW]]}
+        # Ten patients less may be told.
+        third = ask(rows, path, columns=("value",), **where("age >= 60"))
+        assert told_of(third, "value")["n"] == 40
+
+    def test_nested_conditions_asked_about_different_variables(self, rows, path):
+        assert group(ask(rows, path, columns=("value",), **where("age >= 50")))
+        assert not group(ask(rows, path, columns=("other",), **where("age >= 51")))
+
+    def test_nested_conditions_behind_conditions_that_all_meet(self, rows, path):
+        assert group(ask(rows, path, columns=("value",), **where("age >= 50", "other >= -1")))
+        assert not group(ask(rows, path, columns=("value",), **where("age >= 51", "value > -1")))
+
+    def test_all_minus_a_part(self, rows, path):
+        assert group(ask(rows, path, columns=("value",)))
+        assert not group(ask(rows, path, columns=("value",), **where("age >= 3")))
+
+    def test_a_part_alone_where_the_rest_is_small(self, rows, path):
+        """The number of patients may be known from elsewhere."""
+        assert not group(ask(rows, path, columns=("value",), **where("age >= 3")))
+
+    def test_parts_and_their_union(self, rows, path):
+        """Under 30, 27 to 60, and under 60 would give the three patients of 27 to 29."""
+        assert group(ask(rows, path, columns=("value",), **where("age < 30")))
+        assert not group(ask(rows, path, columns=("value",), **where("age >= 27", "age < 60")))
+        assert group(ask(rows, path, columns=("value",), **where("age < 60")))
+
+    def test_both_margins_and_a_corner(self, rows, path):
+        """Old or smoking, by inclusion and exclusion: the few who are neither."""
+        for row in rows:
+            row["smoker"] = "yes" if row["age"] > 4 and row["age"] % 2 else "no"
+            row["old"] = "yes" if row["age"] > 9 else "no"
+        tables = ask(rows, path, columns=("old", "smoker"))
+        assert told_of(tables, "old", "categorical")["counts"] == [10, 90]
+        assert told_of(tables, "smoker", "categorical")["counts"] == [52, 48]
+        corner = ask(rows, path, columns=("value",), **where("old == yes", "smoker == yes"))
+        assert not group(corner)
+
+    def test_a_histogram_and_a_condition_on_the_same_variable(self, rows, path):
+        kinds = ("histograms",)
+        first = ask(rows, path, columns=("age",), kinds=kinds, resolutions={"age": 10})
+        edges = told_of(first, "age")["histogram"]["edges"]
+        assert edges == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
+        assert not group(ask(rows, path, columns=("other",), **where("age < 45")))
+        assert group(ask(rows, path, columns=("other",), **where("age < 50")))
+
+    def test_histograms_of_different_resolution(self, rows, path):
+        asked = {"columns": ("age",), "kinds": ("histograms",)}
+        ask(rows, path, resolutions={"age": 10}, **asked)
+        second = ask(rows, path, resolutions={"age": 13}, **asked)
+        # Edges that would cut a tenth are not told: 13, 26, ... but for 130, beside 0.
+        assert withheld(second) == ["histogram of age"] or set(
+            told_of(second, "age")["histogram"]["edges"]
+        ) <= {0.0, 130.0}
+
+    def test_a_table_by_and_a_margin(self, rows, path):
+        """One variable by groups, then among those of a single value only."""
+        by = ask(rows, path, columns=("value",), by="smoker")
+        assert [told["name"] for told in by["groups"]] == ["no", "yes"]
+        assert not group(ask(rows, path, columns=("value",), **where("ward == a")))
+        again = ask(rows, path, columns=("ward",), by="smoker")
+        # Three patients of ward b, none of whom smokes: no cell of them.
+        assert [told["categorical"] for told in again["groups"]] == [
+            {"ward": {"n": 60, "missing": 0, "names": [], "counts": [], "few": 60}},
+            {"ward": {"n": 40, "missing": 0, "names": ["a"], "counts": [40], "few": 0}},
+        ]
+
+    def test_two_way_tables_and_their_margins(self, rows, path):
+        """Rows without a value on the one side are missing in the table but not in the margin."""
+        for row in rows[:3]:
+            row["smoker"] = None
+        for row in rows:
+            row["sex"] = "f" if row["age"] % 2 else "m"
+        margins = ask(rows, path, columns=("sex", "smoker"))
+        assert told_of(margins, "sex", "categorical")["counts"] == [50, 50]
+        table = ask(rows, path, columns=("sex",), pairs=(("sex", "smoker"),))
+        assert withheld(table) == ["sex by smoker"]
+        complete = [row | {"smoker": row["smoker"] or "no"} for row in rows]
+        fresh = ask(complete, path.with_name("fresh"), pairs=(("sex", "smoker"),))
+        assert group(fresh)["pairs"][0]["counts"] == [[31, 19], [31, 19]]
+
+    def test_a_two_way_table_with_a_small_cell_is_withheld_whole(self, rows, path):
+        for row in rows:
+            row["sex"] = "f" if row["age"] % 2 else "m"
+        told = ask(rows, path, columns=("sex",), pairs=(("sex", "ward"), ("sex", "smoker")))
+        assert withheld(told) == ["sex by ward"]
+        assert len(group(told)["pairs"]) == 1
+
+    def test_correlations_of_rows_that_few_lack(self, rows, path):
+        """The sums of the one variable over complete rows, less those over all of its rows."""
+        for row in rows[:3]:
+            row["other"] = None
+        told = ask(rows, path, columns=("age", "other", "value"), kinds=("moments", "correlations"))
+        assert withheld(told) == ["correlation of age and other", "correlation of other and value"]
+        assert [entry["columns"] for entry in group(told)["correlations"]] == [["age", "value"]]
+
+    def test_a_variable_and_its_bands(self, rows, path):
+        """Under 50 by its band, and by a histogram that would cut at 48."""
+        for row in rows:
+            row["age-band"] = "<50" if row["age"] < 50 else ">=50"
+        schema = type("Schema", (), {"bands": {"age": (50,)}})
+        assert group(ask(rows, path, schema=schema, columns=("age-band",)))
+        asked = {"columns": ("age",), "kinds": ("histograms",), "resolutions": {"age": 12.0}}
+        told = told_of(ask(rows, path, schema=schema, **asked), "age")
+        assert told["histogram"]["edges"] == [0, 12, 24, 36, 60, 72, 84]
+        assert not group(ask(rows, path, schema=schema, **where("age < 45")))
+
+    def test_kinds_of_one_variable_share_a_partition(self, rows, path):
+        """First as categories of ten years, then as numbers from 25 on."""
+        coded = [row | {"age": row["age"] // 10} for row in rows]
+        ask(coded, path, columns=("age",), categorical=("age",))
+        assert not group(ask(coded, path, columns=("other",), **where("ward == b")))
+        assert group(ask(coded, path, columns=("other",), **where("age >= 5")))
+        assert not told_of(ask(coded, path, columns=("age",), **where("smoker == yes")), "age")
+
+    def test_a_curve_then_its_times(self, rows, path):
+        for row in rows:
+            row["event"] = row["age"] % 2
+        curve = ask(rows, path, columns=("other",), survival=("age", "event", 100.0, 20.0))
+        assert group(curve)["survival"]["times"] == [20, 40, 60, 100]
+        assert not group(ask(rows, path, columns=("other",), **where("age <= 55")))
+        assert group(ask(rows, path, columns=("other",), **where("age <= 60")))
+
+
+class TestChanges:
+    """The same question after the patients have changed, in a new run: the file is what lasts."""
+
+    asked: ClassVar = {"columns": ("value", "smoker")}
+
+    def test_the_same_patients_get_the_same_answer(self, rows, path):
+        first = ask(rows, path, **self.asked)
+        assert ask(list(reversed(rows)), path, **self.asked) == first
+        assert withheld(first) == []
+
+    def test_a_patient_has_come(self, rows, path):
+        first = ask(rows, path, **self.asked)
+        assert ask([*rows, rows[0] | {"patient": "new"}], path, **self.asked) == first
+
+    def test_enough_patients_have_come(self, rows, path):
+        ask(rows, path, **self.asked)
+        more = [*rows, *(row | {"patient": f"new {row['age']}"} for row in rows[:20])]
+        second = ask(more, path, **self.asked)
+        assert told_of(second, "value")["n"] == 120
+        # 8 of the 20 smoke, which is too few to be told: the table waits for more.
+        assert told_of(second, "smoker", "categorical") == {
+            **{"n": 100, "missing": 20, "names": ["no", "yes"], "counts": [60, 40], "few": 0}
+        }
+
+    def test_a_patient_has_gone(self, rows, path):
+        ask(rows, path, **self.asked)
+        assert ask(rows[1:], path, **self.asked)["groups"] == []
+        assert told_of(ask(rows[10:], path, **self.asked), "value")["n"] == 90
+
+    def test_a_value_has_changed(self, rows, path):
+        ask(rows, path, **self.asked)
+        rows[0]["value"] += 1
+        second = ask(rows, path, **self.asked)
+        assert withheld(second) == ["value"]
+        assert told_of(second, "smoker", "categorical")["n"] == 100
+
+    def test_a_value_has_been_added(self, rows, path):
+        rows[0]["value"] = None
+        first = told_of(ask(rows, path, **self.asked), "value")
+        rows[0]["value"] = 1.0
+        assert told_of(ask(rows, path, **self.asked), "value") == first
+        assert first["n"] == 99
+
+    def test_a_second_row_of_a_patient(self, rows, path):
+        first = ask(rows, path, **self.asked)
+        assert ask([*rows, rows[0] | {"value": 3.0}], path, **self.asked) == first
+
+    def test_a_new_variable_where_patients_wait(self, rows, path):
+        ask(rows, path, columns=("value",))
+        more = [*rows, rows[0] | {"patient": "new"}]
+        assert told_of(ask(more, path, columns=("other",)), "other")["n"] == 100
+
+    def test_a_condition_that_is_new_where_patients_wait(self, rows, path):
+        """The condition is remembered though the answer goes on without the new patient."""
+        ask(rows, path, columns=("value",))
+        more = [*rows, rows[0] | {"patient": "new"}]
+        assert group(ask(more, path, columns=("value",), **where("age >= 50")))
+        kinds = {"columns": ("age",), "kinds": ("histograms",), "resolutions": {"age": 15}}
+        edges = told_of(ask(more, path, **kinds), "age")["histogram"]["edges"]
+        assert 45 not in edges or 60 not in edges
+
+    def test_a_new_process(self, rows, path):
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=ask, args=(rows, path), kwargs=self.asked)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert ask(rows[1:], path, **self.asked)["groups"] == []
+
+
+class TestRandomQuestions:
+    """Whatever is asked in whatever order: what was told never tells few patients apart."""
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_cells_that_were_told(self, path, seed):
+        rng = np.random.default_rng(seed)
+        rows = make_patients(150, seed)
+        told = defaultdict(list)
+        answered = 0
+        for _ in range(8):
+            conditions = {}
+            if rng.random() < 0.7:
+                bound = int(rng.integers(20, 90))
+                conditions = where(f"age {rng.choice(['<', '>=', '!='])} {bound}")
+            if rng.random() < 0.3:
+                extra = where(f"sex == {rng.choice(['f', 'm'])}")["where"]
+                conditions = {"where": conditions.get("where", ()) + extra}
+            request = {
+                "by": str(rng.choice(["", "", "sex", "centre"])),
+                "kinds": ("tables", "moments", *(["histograms"] if rng.random() < 0.4 else [])),
+                "resolutions": {"age": float(rng.choice([1, 4, 10])), "lab": 1.0},
+                "columns": ("age", "lab", "sex", "centre"),
+                **conditions,
+            }
+            if rng.random() < 0.2:
+                rows = rows[int(rng.integers(0, 4)) :] + make_patients(2, seed, f"n{len(told)}-")
+            answer = ask(rows, path, **request)
+            for found in answer["groups"]:
+                answered += 1
+                self.note(told, rows, Request(**request), found)
+        assert answered
+        for name, cells in told.items():
+            assert smallest_atom(cells) >= MINIMUM, name
+
+    def note(self, told, rows, request, found):
+        """Add the sets of patients that this answer has counted, where they are known for certain.
+
+        That is where the counts are those of all rows in the cell: nobody waits.
+        """
+        inside = [row for row in rows if meets(row, request)]
+        if request.by:
+            inside = [row for row in inside if row[request.by] == found["name"]]
+        if len(inside) != found["rows"]:
+            return
+        told["cohort"].append(patients(inside))
+        for name, part in found["numeric"].items():
+            present = [row for row in inside if row[name] is not None]
+            if len(present) != part["n"]:
+                continue
+            told[name].append(patients(present))
+            edges = part.get("histogram", {}).get("edges", [])
+            for low, high in zip([-np.inf, *edges], [*edges, np.inf], strict=True):
+                told[name].append(patients(r for r in present if low <= r[name] < high))
+        for name, part in found["categorical"].items():
+            if len(inside) == part["n"]:
+                told[name].append(patients(inside))
+                for value in part["names"]:
+                    told[name].append(patients(row for row in inside if row[name] == value))
+
+
+def patients(rows):
+    return {row["patient"] for row in rows}
+
+
+def meets(row, request):
+    compare = {"<": float.__lt__, ">=": float.__ge__, "!=": float.__ne__, "==": None}
+    for column, operation, value in request.where:
+        if operation == "==":
+            if row[column] != value:
+                return False
+        elif not compare[operation](float(row[column]), float(value)):
+            return False
+    return True
+
+
+def smallest_atom(cells):
+    """Return the size of the smallest set of patients that no cell tells apart, but some count."""
+    where_in = defaultdict(set)
+    for number, cell in enumerate(cells):
+        for patient in cell:
+            where_in[patient].add(number)
+    sizes = defaultdict(int)
+    for numbers in where_in.values():
+        sizes[frozenset(numbers)] += 1
+    return min(sizes.values(), default=MINIMUM)
+
+
+class TestMissing:
+    def test_how_many_lack_a_value_is_told(self, rows, path):
+        for row in rows[:3]:
+            row["other"] = None
+        assert told_of(ask(rows, path, columns=("other",)), "other")["missing"] == 3
+
+    def test_unless_the_hospital_hides_it(self, rows, path):
+        for row in rows[:3]:
+            row["other"] = None
+        assert withheld(ask(rows, path, hide=True, columns=("other",))) == ["other"]
+        for row in rows[:12]:
+            row["other"] = None
+        told = ask(rows, path.with_name("second"), hide=True, columns=("other",))
+        assert told_of(told, "other")["missing"] == 12
+
+
+class TestFile:
+    def test_it_holds_no_patient_and_no_value(self, rows, path):
+        named = [row | {"patient": f"Anna Example {row['age']}"} for row in rows]
+        ask(named, path, columns=("smoker",), **where("age >= 50"))
+        assert b"Anna" not in path.read_bytes()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+    def test_one_that_cannot_be_written(self, rows, path):
+        path.parent.joinpath("folder").write_text("a file", encoding="utf-8")
+        with pytest.raises(InputError, match=r"cannot be used .*: mend its place, or restore"):
+            ask(rows, path.parent / "folder" / "x.answers")
+
+    @pytest.mark.parametrize("content", [b"", b"no database"])
+    def test_one_that_is_damaged(self, rows, path, content):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=re.escape(f"the record of answers {path} cannot")):
+            ask(rows, path)
+
+    def test_one_of_another_version(self, rows, path):
+        ask(rows, path, columns=("smoker",))
+        with sqlite3.connect(path) as connection:
+            connection.execute("UPDATE about SET value = 7 WHERE key = 'version'")
+        with pytest.raises(InputError, match=r"version \(7,\) instead of 1"):
+            ask(rows, path)
+
+    def test_nothing_is_told_where_the_disk_is_full(self, rows, path, monkeypatch):
+        ask(rows, path, columns=("smoker",))
+        before = path.read_bytes()
+
+        def full(self):
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr("fedmed_flower.statistics.guard.Guard.save", full)
+        with pytest.raises(InputError, match="disk is full"):
+            ask(rows, path, columns=("value",))
+        assert path.read_bytes() == before
+
+    def test_it_is_synced_before_the_answer_leaves(self, rows, path):
+        """A process that is killed at once has told what is in the file."""
+        pid = os.fork()
+        if not pid:
+            ask(rows, path, columns=("value",))
+            os.kill(os.getpid(), 9)
+        os.waitpid(pid, 0)
+        assert ask(rows[1:], path, columns=("value",))["groups"] == []
+
+
+class TestProbing:
+    def test_only_so_many_values_can_be_compared_with(self, rows, path):
+        """With more of them a single patient's value could be found by what is refused."""
+        for bound in (50.0, 50.5, 50.25):
+            ask(rows, path, most_compared=3, **where(f"age >= {bound}"))
+        text = "conditions on age may use 3 different values in all, and have"
+        with pytest.raises(DeclinedError, match=says(text)):
+            ask(rows, path, most_compared=3, **where("age >= 50.125"))
+        # The ones before may be used again, and other columns.
+        assert group(ask(rows, path, most_compared=3, **where("age >= 50")))
+        assert not group(ask(rows, path, most_compared=3, **where("other >= 3", "ward == b")))
+
+    def test_edges_are_no_values_of_single_patients(self, path):
+        """A grid so fine that each patient has a cell is made coarser until cells fill up."""
+        values = np.random.default_rng(0).normal(100, 15, 400)
+        rows = [{"patient": str(n), "x": float(value)} for n, value in enumerate(values)]
+        told = ask(rows, path, columns=("x",), kinds=("histograms",), resolutions={"x": 1e-9})
+        edges = np.array(told_of(told, "x")["histogram"]["edges"])
+        # 1e-9 times the power of 2 that leaves half of them in cells of ten.
+        assert np.diff(edges).min() == pytest.approx(2**30 * 1e-9)
+        assert min(abs(edge - values).min() for edge in edges) > 1e-6
+
+    def test_ends_are_no_values_of_single_patients(self, path):
+        rows = [{"patient": str(n), "x": float(n)} for n in [*range(100), 100_000]]
+        told = ask(rows, path, columns=("x",), kinds=("histograms",), resolutions={"x": 10.0})
+        assert max(told_of(told, "x")["histogram"]["edges"]) == 90
+
+    def test_rare_categories_are_not_named(self, rows, path):
+        text = str(ask(rows, path, columns=("ward", "smoker")))
+        assert "'b'" not in text
+        assert "'yes'" in text
+
+    def test_a_column_of_names_tells_none(self, rows, path):
+        named = [row | {"name": f"Anna {row['age']}"} for row in rows]
+        told = ask(named, path, columns=("name",))
+        assert told_of(told, "name", "categorical") == {
+            **{"n": 100, "missing": 0, "names": [], "counts": [], "few": 100}
+        }
+        assert (
+            ask(named, path.with_name("by"), columns=("other",), by="name")["groups"][0]["name"]
+            == "all others"
+        )
+
+    def test_the_minimum_counts_patients(self, path):
+        """Thirty rows of six patients are too few."""
+        rows = [{"patient": n % 6, "x": float(n)} for n in range(30)]
+        assert ask(rows, path, columns=("x",))["groups"] == []
+        more = [{"patient": n % 10, "x": float(n)} for n in range(30)]
+        assert group(ask(more, path.with_name("more"), columns=("x",)))["rows"] == 30
+
+    @pytest.mark.parametrize("count", [0, 3, 9])
+    def test_a_small_hospital(self, path, count):
+        told = ask(make_patients(count), path)
+        assert [found["rows"] for found in told["groups"]] == ([] if count else [0])

@@ -1,0 +1,548 @@
+import math
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import pytest
+from lifelines import KaplanMeierFitter
+from statistics_rows import ask, group, make_patients, where, withheld
+from tiny import says
+
+from fedmed_flower import InputError
+from fedmed_flower.data.sources import HEART_FEATURES, load_heart_disease
+from fedmed_flower.statistics.cells import grid, merge_neighbours, pool_small
+from fedmed_flower.statistics.columns import Columns
+from fedmed_flower.statistics.pooling import (
+    cumulate,
+    pool_moments,
+    pool_quantile,
+    pool_survival,
+    same_bins,
+)
+from fedmed_flower.statistics.request import KINDS, Filter, Request, Survival, parse_filter
+from fedmed_flower.statistics.summary import (
+    alarms,
+    differences,
+    drift_between_groups,
+    drift_between_sites,
+    summarise,
+)
+
+TENTH = 1e-10
+
+
+def hospitals(tmp_path, counts=(120, 60, 250), minimum=10, rows=None, **request):
+    """Return the answers of several hospitals, and their rows as one table."""
+    tables = rows or [make_patients(n, number, f"{number}-") for number, n in enumerate(counts)]
+    told = [
+        group(ask(table, tmp_path / f"{number}", minimum, **request))
+        for number, table in enumerate(tables)
+    ]
+    return told, pd.DataFrame([row for table in tables for row in table])
+
+
+class TestAsPandas:
+    def test_moments(self, tmp_path):
+        told, frame = hospitals(tmp_path)
+        found = summarise(told)["numeric"]
+        for name in ("age", "lab", "time"):
+            assert found[name]["n"] == frame[name].count()
+            assert found[name]["missing"] == frame[name].isna().sum()
+            assert found[name]["mean"] == pytest.approx(frame[name].mean(), rel=TENTH)
+            assert found[name]["variance"] == pytest.approx(frame[name].var(), rel=TENTH)
+            assert found[name]["sd"] == pytest.approx(frame[name].std(), rel=TENTH)
+
+    @pytest.mark.parametrize("offset", [1e6, -1e6, 1e9])
+    def test_moments_of_values_far_from_zero(self, tmp_path, offset):
+        """Compared with exact values: 1e9 + x is rounded as a float, and so it is taken."""
+        rng = np.random.default_rng(3)
+        values = [offset + rng.normal(site, 0.01, 40) for site in range(3)]
+        tables = [
+            [{"patient": f"{site}-{n}", "x": float(v)} for n, v in enumerate(own)]
+            for site, own in enumerate(values)
+        ]
+        told, _ = hospitals(tmp_path, rows=tables)
+        found = summarise(told)["numeric"]["x"]
+        exact = pd.Series(np.concatenate(values) - offset)
+        assert found["mean"] - offset == pytest.approx(exact.mean(), abs=abs(offset) * 2e-16)
+        assert found["variance"] == pytest.approx(exact.var(), rel=TENTH)
+
+    def test_moments_of_a_group_and_under_conditions(self, tmp_path):
+        conditions = where("age >= 40", "sex == f")
+        told, frame = hospitals(tmp_path, (200, 150, 250), columns=("lab",), **conditions)
+        part = frame[(frame.age >= 40) & (frame.sex == "f")].lab
+        found = summarise(told)["numeric"]["lab"]
+        assert found["n"] == part.count()
+        assert found["variance"] == pytest.approx(part.var(), rel=TENTH)
+
+    def test_tables(self, tmp_path):
+        told, frame = hospitals(tmp_path, categorical=("event",))
+        found = summarise(told)["categorical"]
+        assert found["sex"]["counts"] == frame.sex.value_counts().sort_index().to_dict()
+        assert found["event"]["counts"] == {
+            str(k): v for k, v in frame.event.value_counts().items()
+        }
+        # The rare centre is named where it has ten patients; else it is among the few.
+        named = found["centre"]["counts"]
+        assert sum(named.values()) + found["centre"]["few"] == len(frame)
+        assert named["c"] < (frame.centre == "c").sum()
+
+    def test_two_way_tables(self, tmp_path):
+        told, frame = hospitals(tmp_path, categorical=("event",), pairs=(("sex", "event"),))
+        (found,) = summarise(told)["pairs"]
+        crossed = pd.crosstab(frame.sex, frame.event.astype(str))
+        assert (found["rows"], found["across"]) == (["f", "m"], ["0", "1"])
+        assert found["counts"] == crossed.to_numpy().tolist()
+
+    def test_correlations(self, tmp_path):
+        rows = [
+            [row | {"lab": row["lab"] and row["lab"] + row["age"] / 9} for row in table]
+            for table in (make_patients(n, n, f"{n}-") for n in (120, 130, 250))
+        ]
+        told, frame = hospitals(tmp_path, rows=rows, kinds=("moments", "correlations"))
+        expected = frame[["age", "lab", "time", "event"]].corr()
+        found = summarise(told)["correlations"]
+        assert len(found) == 6
+        for entry in found:
+            one, other = entry["columns"]
+            assert entry["r"] == pytest.approx(expected.loc[one, other], rel=1e-9)
+            assert entry["n"] == frame[[one, other]].dropna().shape[0]
+
+    @pytest.mark.parametrize("minimum", [1, 10])
+    def test_quantiles(self, tmp_path, minimum):
+        told, frame = hospitals(
+            tmp_path,
+            minimum=minimum,
+            kinds=("histograms",),
+            columns=("age", "lab", "time"),
+            resolutions={"age": 1, "lab": 0.5, "time": 0.1},
+        )
+        found = summarise(told)["numeric"]
+        for name, width in (("age", 1), ("lab", 0.5), ("time", 0.1)):
+            for share, (value, low, high) in found[name]["quantiles"].items():
+                exact = frame[name].quantile(float(share))
+                assert low <= exact <= high
+                assert low <= value <= high
+                if minimum == 1:
+                    nearest = [
+                        frame[name].quantile(float(share), interpolation=end)
+                        for end in ("lower", "higher")
+                    ]
+                    assert nearest[0] - low <= width * 1.001
+                    assert high - nearest[1] <= width * 1.001
+        spread = frame.age.std()
+        assert found["age"]["quantiles"]["0.5"][0] == pytest.approx(
+            frame.age.median(), abs=spread / 5
+        )
+
+    def test_quantiles_of_few_values_are_exact(self, tmp_path):
+        """Where cells are full none is merged, and the ends are told too."""
+        rows = [[{"patient": n, "x": n % 4} for n in range(80)] for _ in range(2)]
+        told, frame = hospitals(tmp_path, rows=rows, kinds=("histograms",), resolutions={"x": 1.0})
+        assert told[0]["numeric"]["x"]["histogram"] == {
+            **{"edges": [0, 1, 2, 3, 4], "counts": [0, 20, 20, 20, 20, 0]}
+        }
+        bounds = [q[1:] for q in summarise(told)["numeric"]["x"]["quantiles"].values()]
+        assert bounds == [[0, 2], [1, 3], [2, 4]]
+        assert [frame.x.quantile(q) for q in (0.25, 0.5, 0.75)] == [0.75, 1.5, 2.25]
+
+    def test_rows_of_one_patient(self, tmp_path):
+        """Rows are what is counted and averaged."""
+        table = [row | {"patient": n // 3} for n, row in enumerate(make_patients(90))]
+        told, frame = hospitals(tmp_path, rows=[table])
+        found = summarise(told)
+        assert (found["rows"], found["patients"]) == (90, 30)
+        assert found["numeric"]["age"]["variance"] == pytest.approx(frame.age.var(), rel=TENTH)
+
+    @pytest.mark.realdata
+    def test_heart_disease(self, tmp_path):
+        tables = []
+        for name, table in load_heart_disease().items():
+            columns = [dict(zip(HEART_FEATURES, row, strict=True)) for row in table.features]
+            tables.append([{"patient": f"{name}-{n}", **row} for n, row in enumerate(columns)])
+        told, frame = hospitals(tmp_path, rows=tables, categorical=("sex", "cp"))
+        found = summarise(told)
+        for name in ("age", "chol", "trestbps", "thalach", "oldpeak"):
+            assert found["numeric"][name]["n"] == frame[name].count()
+            assert found["numeric"][name]["mean"] == pytest.approx(frame[name].mean(), rel=TENTH)
+            assert found["numeric"][name]["variance"] == pytest.approx(frame[name].var(), rel=TENTH)
+        # Six women in Long Beach: their number leaves together with that of the men alone.
+        assert found["categorical"]["sex"]["counts"] == {"0": 188, "1": 532}
+        assert found["categorical"]["sex"]["few"] == 200
+
+
+class TestSurvival:
+    def curve(self, frame, horizon, ends):
+        """Return lifelines' estimate after each hospital has rounded its times up to its ends."""
+        frame = frame.assign(event=frame.event.where(frame.time <= horizon, 0))
+        frame = frame.assign(time=frame.time.clip(upper=horizon))
+        rounded = [
+            ends[site][np.searchsorted(ends[site], time)]
+            for site, time in zip(frame.site, frame.time, strict=True)
+        ]
+        return KaplanMeierFitter().fit(rounded, frame.event)
+
+    @pytest.mark.parametrize(("minimum", "merged"), [(1, False), (10, True)])
+    def test_as_lifelines(self, tmp_path, minimum, merged):
+        asked = ("time", "event", 12.0, 0.5)
+        told, _ = hospitals(tmp_path, minimum=minimum, columns=("age",), survival=asked)
+        counts = (120, 60, 250)
+        frame = pd.DataFrame(
+            [
+                {"site": site, **row}
+                for site, n in enumerate(counts)
+                for row in make_patients(n, site, f"{site}-")
+            ]
+        )
+        ends = [np.array(part["survival"]["times"]) for part in told]
+        found = pool_survival(part["survival"] for part in told)
+        assert (len(ends[1]) < 24 * 0.7) == merged
+        if not merged:
+            assert set(np.concatenate(ends)) <= set(np.arange(0.5, 12.5, 0.5))
+        expected = self.curve(frame, 12.0, ends)
+        assert found.survival == pytest.approx(expected.predict(found.times).to_numpy(), abs=1e-12)
+        assert found.at_risk[0] == sum(counts)
+        for part in told:
+            cells = part["survival"]["events"] + part["survival"]["censored"]
+            assert all(cell == 0 or cell >= minimum for cell in cells)
+
+    def test_by_hand(self):
+        """Ten at risk: two die at 1, one is censored; of seven left seven die at 2."""
+        parts = [
+            {"times": [1.0, 2.0], "events": [2, 3], "censored": [1, 0]},
+            {"times": [2.0], "events": [4], "censored": [0]},
+        ]
+        found = pool_survival(parts)
+        assert found.at_risk == [10, 7]
+        assert found.survival == pytest.approx([0.8, 0.0])
+
+    def test_no_patients(self):
+        assert pool_survival([]).survival == []
+
+    def test_the_longest_time_is_told_of_ten_patients_only(self, tmp_path):
+        times = [2.0] * 30 + [3.5] * 30 + [5.5] * 40
+        rows = [{"patient": n, "time": time, "event": n % 2} for n, time in enumerate(times)]
+        told = group(ask(rows, tmp_path / "a", survival=("time", "event", 50.0, 1.0)))
+        assert told["survival"]["times"][-1] == 6
+        rows.append({"patient": 999, "time": 33.0, "event": 1})
+        told = group(ask(rows, tmp_path / "b", survival=("time", "event", 50.0, 1.0)))
+        assert told["survival"]["times"][-1] == 50
+
+
+class TestCells:
+    def test_grid_by_hand(self):
+        steps, width = grid(np.array([-0.1, 0.0, 0.3, 0.7, 1.1]), 0.1)
+        assert width == 0.1
+        # 0.3 is below 3 * 0.1 in floating point, which is 0.30000000000000004.
+        assert steps.tolist() == [-1, 0, 2, 6, 11]
+
+    def test_values_lie_between_their_edges(self):
+        values = np.random.default_rng(0).normal(0, 1e3, 1000).round(1)
+        steps, width = grid(values, 0.1)
+        assert (steps * width <= values).all()
+        assert (values < (steps + 1) * width).all()
+
+    def test_a_width_that_floats_cannot_hold(self):
+        steps, width = grid(np.array([1e90, 2e90]), 1.0)
+        assert width > 1e70
+        assert steps[0] < steps[1]
+
+    def test_neighbours_by_hand(self):
+        steps = np.array([0, 0, 1, 1, 1, 5, 6, 6])
+        whose, apart = np.arange(8), np.zeros(8, np.int64)
+        assert merge_neighbours(steps, [apart], whose, 2) == [(0, 0), (1, 1), (5, 6)]
+        assert merge_neighbours(steps, [apart], whose, 4) == [(0, 6)]
+        assert merge_neighbours(steps, [apart], whose, 9) is None
+        # Each bin must have two of either class, or none.
+        assert merge_neighbours(steps, [np.array([0, 0, 0, 1, 1, 1, 0, 0])], whose, 2) == [
+            *[(0, 0), (1, 6)]
+        ]
+
+    def test_small_cells_by_hand(self):
+        cells, labels = np.array([0] * 5 + [1] * 2 + [2] * 3), np.zeros(10, np.int64)
+        whose = np.arange(10)
+        assert pool_small(cells, labels, whose, 3).tolist() == [0] * 5 + [-1] * 5
+        assert pool_small(cells, labels, whose, 2).tolist() == cells.tolist()
+        assert pool_small(cells, labels, whose, 6).tolist() == [-1] * 10
+        assert pool_small(cells, labels, whose, 11) is None
+
+    def test_one_bin_has_no_edges(self):
+        parts = [{"edges": [], "counts": [10]}]
+        assert pool_quantile(parts, 0.5)[1:] == (-math.inf, math.inf)
+        assert same_bins(parts) is None
+
+    def test_quantile_by_hand(self):
+        """Of 0 to 1, 1 to 2 and 2 to 4 with 10 each; the middle two of 30 lie in the second."""
+        part = {"edges": [0.0, 1.0, 2.0, 4.0], "counts": [0, 10, 10, 10, 0]}
+        assert pool_quantile([part], 0.5) == (1.5, 1.0, 2.0)
+        assert pool_quantile([part, part], 1.0)[1:] == (2.0, 4.0)
+
+    def test_cumulated_by_hand(self):
+        fine = {"edges": [0.0, 1.0, 2.0], "counts": [0, 10, 30, 0]}
+        coarse = {"edges": [1.5], "counts": [20, 20]}
+        edges, below = cumulate([fine, coarse])
+        assert edges == [0.0, 1.0, 1.5, 2.0]
+        assert below.tolist() == [[0, 10, 25, 40], [0, 40 / 3, 20, 40]]
+        assert [counts.tolist() for counts in same_bins([fine, coarse])] == [[25, 15], [20, 20]]
+
+
+class TestBadColumns:
+    def test_text_and_nan_in_numbers(self, tmp_path):
+        values = ["high", math.nan, math.inf, None, 10**400, 1e200, True, *range(1, 31)]
+        rows = [{"patient": n, "x": value} for n, value in enumerate(values)]
+        told = group(ask(rows, tmp_path / "a"))["numeric"]["x"]
+        assert (told["n"], told["missing"]) == (31, 6)
+        assert told["mean"] == pytest.approx((sum(range(1, 31)) + 1) / 31)
+
+    def test_one_category_however_it_is_written(self, tmp_path):
+        values = [1, 1.0, "1", True, " 1 ", "1.0", np.int64(1), np.float32(1)] * 2 + [
+            "",
+            "NA",
+            None,
+        ]
+        rows = [{"patient": n, "x": value} for n, value in enumerate(values)]
+        told = group(ask(rows, tmp_path / "a", categorical=("x",)))["categorical"]["x"]
+        assert told == {"n": 16, "missing": 3, "names": ["1"], "counts": [16], "few": 0}
+
+    def test_constant_and_empty_columns(self, tmp_path):
+        rows = [{"patient": n, "x": 7, "y": None, "z": n} for n in range(20)]
+        told = ask(rows, tmp_path / "a", kinds=KINDS, resolutions={"x": 1.0, "z": 1.0, "y": 1.0})
+        found = summarise(told["groups"])
+        assert found["numeric"]["x"]["sd"] == 0
+        assert found["numeric"]["x"]["quantiles"]["0.5"][1:] == [7, 8]
+        assert found["numeric"]["y"] == {"n": 0, "missing": 20, "hospitals": 1}
+        (constant,) = [e for e in found["correlations"] if e["columns"] == ["x", "z"]]
+        assert math.isnan(constant["r"])
+
+    def test_a_column_that_is_missing(self, tmp_path):
+        told = ask(make_patients(30), tmp_path / "a", columns=("age", "weight"))
+        assert told["withheld"] == [["", "weight", "there is no such column of single values"]]
+        assert "age" in group(told)["numeric"]
+
+    def test_columns_of_arrays_are_none(self, tmp_path):
+        rows = [{"patient": n, "image": "x.png", "scan": np.zeros(3), "age": n} for n in range(20)]
+        assert list(group(ask(rows, tmp_path / "a"))["numeric"]) == ["age"]
+
+    def test_nothing_says_how_finely(self, tmp_path):
+        told = ask(make_patients(30), tmp_path / "a", columns=("age",), kinds=("histograms",))
+        reason = "nothing says how finely to tell it"
+        assert told["withheld"] == [["", "histogram of age", reason]]
+
+    def test_a_declared_range_says_how_finely(self, tmp_path):
+        schema = type("Schema", (), {"ranges": {"age": (0.0, 100.0)}, "categorical": ("event",)})
+        asked = {"columns": ("age", "event"), "kinds": ("histograms", "tables")}
+        told = group(ask(make_patients(3000), tmp_path / "a", schema=schema, **asked))
+        assert told["numeric"]["age"]["histogram"]["edges"][:2] == [20, 22]
+        assert told["categorical"]["event"]["names"] == ["0", "1"]
+
+    @pytest.mark.parametrize(
+        ("limits", "width"),
+        [((0, 100), 2), ((18, 100), 1), ((50, 700), 10), ((-5, 10), 0.2), ((0, 5e6), 1e5)],
+    )
+    def test_a_range_gives_a_round_resolution(self, limits, width):
+        assert Columns([], Request(ranges={"x": limits})).resolution("x") == width
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            (
+                "weight > 3",
+                "there is no column 'weight' of single values: there are age, lab, sex,"
+                " centre, time, event",
+            ),
+            ("age == old", "age holds numbers and cannot be compared with 'old'"),
+            ("sex < 3", "sex holds categories: compare it by == or !=, not <"),
+        ],
+    )
+    def test_conditions_that_cannot_be_met(self, tmp_path, text, said):
+        with pytest.raises(InputError, match=says(said)):
+            ask(make_patients(30), tmp_path / "a", **where(text))
+
+    def test_weeks(self, tmp_path):
+        """Two full weeks, one with three rows between them, and one long before."""
+        days = ["2024-01-01"] * 12 + ["2024-01-07"] * 5 + ["2024-01-10"] * 3 + ["2024-01-22"] * 11
+        rows = [{"patient": n, "day": day} for n, day in enumerate([*days, *["2020-02-02"] * 9])]
+        told = group(ask(rows, tmp_path / "a", weekly="day"))
+        assert told["weeks"]["start"] == "2024-01-01"
+        assert told["weeks"]["counts"] == [17, None, 0, 11]
+
+    def test_windows(self, tmp_path):
+        rows = [{"patient": n, "day": n, "x": n} for n in range(95)]
+        told = ask(rows, tmp_path / "a", columns=("x",), by="day", by_width=30.0)
+        assert [(g["name"], g["rows"]) for g in told["groups"]] == [
+            *[("30 to 60", 30), ("60 to 90", 30), ("all others", 35)]
+        ]
+
+
+class TestRequest:
+    def test_it_travels_as_it_is(self):
+        request = Request(
+            columns=("age",),
+            where=(parse_filter("age>=50"), parse_filter(" sex = 'f' ")),
+            survival=Survival("time", "event", 5.0, 0.5),
+            ranges={"age": (0.0, 120.0)},
+            categories={"sex": ("f", "m")},
+            pairs=(("sex", "centre"),),
+            resolutions={"age": 2.0},
+            epsilon=1.0,
+        )
+        assert Request.from_text(request.to_text()) == request
+        assert request.where == (Filter("age", ">=", 50.0), Filter("sex", "==", "f"))
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("", "[]", "3", '{"columns": 3}', '{"where": [[1]]}', '{"epsilon": NaN}', '{"x": 1}'),
+            *('{"ranges": {"a": [1]}}', '{"survival": []}', '{"minimum": true}', "[" * 10**5),
+            *('{"resolutions": {"a": "x"}}', '{"where": [["a", "<", true]]}', '{"by": 3}'),
+            *('{"columns": [["a"]]}', '{"delta": 1' + "0" * 400 + "}", '{"pairs": [["a", "a"]]}'),
+        ],
+    )
+    def test_what_is_no_request(self, text):
+        with pytest.raises(InputError):
+            Request.from_text(text)
+
+    @pytest.mark.parametrize(
+        ("fields", "said"),
+        [
+            (
+                {"kinds": ("rows",)},
+                "kinds must be among tables, moments, histograms, correlations, got 'rows'",
+            ),
+            (
+                {"resolutions": {"age": 0.0}},
+                "the resolution of age must be above 0 and finite, got 0.0",
+            ),
+            (
+                {"ranges": {"age": (5.0, 5.0)}},
+                "the range of age must be two finite numbers, the lower first, got 5.0 and 5.0",
+            ),
+            (
+                {"where": (Filter("age", "=<", 3.0),)},
+                "a condition must use one of == != < <= > >=, got '=<'",
+            ),
+            ({"where": (Filter("sex", "<", "f"),)}, "sex < must be followed by a number, got 'f'"),
+            (
+                {"epsilon": 1.0, "weekly": "day"},
+                "weekly counts and windows carry no noise: leave epsilon, weekly or by_width out",
+            ),
+            ({"columns": ("a", "a")}, "columns must name each column once"),
+            (
+                {"survival": Survival("t", "t", 1.0, 1.0)},
+                "survival must have two different columns"
+                " and a horizon of at most 10,000 widths, got t, t, 1.0, 1.0",
+            ),
+        ],
+    )
+    def test_what_cannot_be_asked(self, fields, said):
+        with pytest.raises(InputError, match=says(said)):
+            Request(**fields)
+
+    def test_what_is_no_condition(self):
+        with pytest.raises(
+            InputError,
+            match=says(
+                "a condition must be a column, one of == != < <= > >= and a value, got 'age'"
+            ),
+        ):
+            parse_filter("age")
+
+
+class TestDrift:
+    def told(self, tmp_path, **changes):
+        tables = [make_patients(300, site, f"{site}-") for site in range(3)]
+        tables[2] = [
+            row | {name: change(row) for name, change in changes.items()} for row in tables[2]
+        ]
+        asked = {"columns": ("age", "sex"), "kinds": ("histograms", "tables")}
+        told, _ = hospitals(tmp_path, rows=tables, resolutions={"age": 10.0}, **asked)
+        return dict(zip("abc", told, strict=True))
+
+    def test_between_hospitals(self, tmp_path):
+        sites = self.told(
+            tmp_path,
+            age=lambda row: row["age"] + 20,
+            sex=lambda row: "f" if row["age"] < 75 else "m",
+        )
+        found = {(row["of"], row["column"]): row for row in drift_between_sites(sites)}
+        assert found["c", "age"]["psi"] > 0.25
+        assert found["c", "age"]["ks"] > 0.2
+        assert found["c", "age"]["p"] < 1e-6
+        assert found["a", "age"]["psi"] < found["c", "age"]["psi"] / 2
+        assert found["c", "sex"]["psi"] > 0.25
+        assert found["a", "sex"]["psi"] < found["c", "sex"]["psi"] / 2
+        assert "ks" not in found["c", "sex"]
+        assert found["a", "age"]["against"] == "all others"
+
+    def test_the_same_patients_do_not_differ(self, tmp_path):
+        sites = self.told(tmp_path)
+        for row in differences([sites["a"]], [sites["a"]], "a", "a"):
+            assert row["psi"] == 0
+
+    def test_between_windows(self, tmp_path):
+        sites = self.told(tmp_path)
+        found = drift_between_groups({"first": [sites["a"]], "second": [sites["b"], sites["c"]]})
+        assert [(row["of"], row["against"]) for row in found] == [("second", "first")] * 2
+
+    def test_categories_that_are_not_named(self):
+        """What b has pooled may be y: it is left out of what a is compared with."""
+        part = {"n": 100, "missing": 0}
+        a = {
+            "numeric": {},
+            "categorical": {"x": part | {"names": ["x", "y"], "counts": [50, 50], "few": 0}},
+        }
+        b = {
+            "numeric": {},
+            "categorical": {"x": part | {"names": ["x"], "counts": [60], "few": 40}},
+        }
+        c = {
+            "numeric": {},
+            "categorical": {"x": part | {"names": ["x"], "counts": [100], "few": 0}},
+        }
+        (row,) = differences([a], [b], "a", "b")
+        assert row["note"] == "no cells that both have told"
+        assert (
+            differences([a], [b, c], "a", "b")[0]["psi"]
+            == differences([a], [c], "a", "c")[0]["psi"]
+        )
+        # x against all others, which a has too.
+        expected = (0.6 - 0.5) * math.log(0.6 / 0.5) + (0.4 - 0.5) * math.log(0.4 / 0.5)
+        assert differences([b], [a], "b", "a")[0]["psi"] == pytest.approx(expected)
+
+
+class TestAlarms:
+    weeks: ClassVar = [12, 11, None, 13, 12, 10, 12, 11, 13, 40, 12, 41]
+
+    def told(self, counts):
+        return {"weeks": {"first": 0, "start": "2024-01-01", "counts": counts}}
+
+    def test_a_week_with_more_cases(self):
+        sites = {"north": self.told(self.weeks), "south": self.told([12, 11] * 6)}
+        north, south = alarms(sites, "c2")
+        assert [week for week, alert in enumerate(north["alert"]) if alert] == [9, 11]
+        assert north["counts"][2] is None
+        assert not any(south["alert"])
+
+    def test_by_cusum(self):
+        (found,) = alarms({"north": self.told([12, 11, 13] * 5 + [30, 30])}, "cusum")
+        assert [week for week, alert in enumerate(found["alert"]) if alert] == [15, 16]
+
+    def test_too_few_weeks(self):
+        (found,) = alarms({"north": self.told([12])}, "c2")
+        assert found["note"].startswith("counts must have more than 9 weeks")
+
+    def test_an_unknown_method(self):
+        with pytest.raises(InputError, match=says("alert must be one of c2, cusum, got 'c9'")):
+            alarms({}, "c9")
+
+
+def test_moments_of_nothing():
+    assert math.isnan(pool_moments([]).mean)
+    one = [{"n": 1, "mean": 4.0, "rest": 0.0, "m2": 0.0}]
+    assert pool_moments(one).mean == 4
+    assert math.isnan(pool_moments(one).variance)
+
+
+def test_nothing_is_withheld_of_many_patients(tmp_path):
+    asked = {"kinds": KINDS, "resolutions": {"age": 5.0, "lab": 2.0, "time": 2.0, "event": 1.0}}
+    assert withheld(ask(make_patients(4000), tmp_path / "a", **asked)) == []
