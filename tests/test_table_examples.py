@@ -1,0 +1,89 @@
+"""The examples and the documentation for tables, run as a user runs them."""
+
+import json
+import re
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedmed_flower.cli import app
+from fedmed_flower.clients.settings import Settings
+from fedmed_flower.clients.survival import SurvivalSettings
+from fedmed_flower.clients.tabular import TabularSettings
+from fedmed_flower.experiment import Plan
+from fedmed_flower.privacy.patient import PrivacySettings
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(name, folder, *arguments):
+    """Run an example for two rounds and return its summary."""
+    command = ["run", str(ROOT / "examples" / name), "--rounds", "2", "--out", str(folder)]
+    result = CliRunner().invoke(app, [*command, *arguments])
+    assert result.exit_code == 0, result.output
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_the_documents_client_predicts_how_diabetes_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tables.md").read_text(), re.DOTALL)
+    exec(compile(code, "tables.md", "exec"), {})
+    summary = json.loads((tmp_path / "runs/diabetes/summary.json").read_text())
+    # A linear model of all patients reaches about 0.5.
+    assert summary["test"]["federated"]["r2"] > 0.35
+    assert {"r2@sex=1", "mae@age-band=40-60"} <= summary["test"]["federated"].keys()
+
+
+@pytest.mark.parametrize("name", ["heart", "survival", "icu"])
+def test_an_example_declares_every_setting(name):
+    text = (ROOT / "examples" / name / "pyproject.toml").read_text()
+    declared = tomllib.loads(text)["tool"]["flwr"]["app"]["config"]
+    sections = [Plan, Settings, TabularSettings, PrivacySettings]
+    sections += [SurvivalSettings] if name == "survival" else []
+    for entry in (entry for section in sections for entry in fields(section)):
+        key = entry.name.replace("_", "-")
+        assert type(declared[key]) is type(entry.default), key
+
+
+@pytest.mark.realdata
+def test_four_hospitals_predict_heart_disease(tmp_path):
+    summary = run("heart", tmp_path / "run", "-c", "personal-epochs=1")
+    test = summary["test"]
+    assert summary["sites"]["hospital-4"] == {"train": 140, "val": 20, "test": 40}
+    assert test["federated"]["auc"] > 0.8
+    assert test["personal"].keys() == test["sites"].keys()
+    assert "auc@sex=1" in test["federated"]
+    private = ("-c", "privacy=patient", "-c", "preparation=declared", "-c", "private-metrics=true")
+    summary = run("heart", tmp_path / "private", *private)
+    assert {*summary["privacy"]["patient"]["sites"]} == {*summary["sites"]}
+
+
+@pytest.mark.realdata
+def test_six_regions_predict_survival(tmp_path):
+    test = run("survival", tmp_path / "run")["test"]
+    assert {"c-index", "integrated-brier"} <= test["sites"]["hospital-1"].keys()
+    assert test["federated"]["c-index"] > 0.6
+
+
+@pytest.mark.realdata
+def test_some_intensive_care_units_only_test(tmp_path):
+    summary = run("icu", tmp_path / "run", "--sites", "12")
+    tested = [name for name, counts in summary["sites"].items() if not counts["train"]]
+    assert tested
+    found = summary["test"]["sites"]
+    assert {name for name in found if found[name]["num-examples"]} == {*tested}
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "tested only" in report
+
+
+@pytest.mark.realdata
+def test_the_command_tells_who_the_hospitals_patients_are(tmp_path):
+    command = ["statistics", str(ROOT / "examples/heart"), "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, [*command, "--where", "age>=50"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["kind"] == "statistics"
+    assert "cp = 4" in result.output
