@@ -6,7 +6,6 @@ import logging
 import platform
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -16,12 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import tomli_w
 import torch
-from flwr.app import (
-    ArrayRecord,
-    ConfigRecord,
-    Context,
-    UserConfig,
-)
+from flwr.app import ArrayRecord, ConfigRecord, Context, UserConfig
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from torch import nn
@@ -33,7 +27,13 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import EPSILON, HOSPITAL_EPSILON
 from fedmed_flower.privacy.patient import PrivacySettings
 from fedmed_flower.report import write_report
-from fedmed_flower.rollcall import Sites, collect_contributions, collect_pictures, roll_call
+from fedmed_flower.rollcall import (
+    Sites,
+    collect_contributions,
+    collect_pictures,
+    held_back,
+    roll_call,
+)
 from fedmed_flower.runfolder import ALL_SITES, CONFIG, METRICS, SUMMARY, RunFolder
 from fedmed_flower.strategies.base import FedAvg
 from fedmed_flower.strategies.resuming import find_checkpoint
@@ -165,7 +165,9 @@ def federate(
     wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
     sites = roll_call(grid, plan.round_timeout)
     if entries is None and isinstance(model, Modeller):
-        agreed = model.agree(collect_contributions(grid, plan.round_timeout, sites.names))
+        names = {node_id: sites.names[node_id] for node_id in sites.counts}
+        with held_back() as sites.lines:
+            agreed = model.agree(collect_contributions(grid, plan.round_timeout, names))
     entries = entries or _entries(model, agreed, context.run_config, plan.seed)
     strategy.site_names |= sites.names
     if len(trainers := sites.trainers()) < len(sites.counts):
@@ -280,8 +282,12 @@ class Experiment:
 
     def _log_sites(self) -> None:
         sites = self.sites
-        for reason, count in Counter(sites.refusals).items():
-            log.warning("%d of %d sites cannot take part: %s", count, sites.asked, reason)
+        for line in sites.lines:
+            log.handle(line)
+        for reason, names in sites.refused().items():
+            some = ", ".join(sorted(names)[:5]) + ", ..." * (len(names) > 5)
+            count = f"{len(names)} of {sites.asked}"
+            log.warning("%s sites cannot take part (%s): %s", count, some, reason)
         if sites.generated:
             log.warning("%s", GENERATED)
         for node_id, counts in sites.counts.items():
@@ -373,13 +379,7 @@ def _write_config(
                     f"{run_config.get(key)!r} now: resume with the settings of the start"
                 )
     versions = {package: version(package) for package in _PACKAGES}
-    text = tomli_w.dumps(
-        {
-            "run": about,
-            "config": dict(run_config),
-            "versions": versions,
-        }
-    )
+    text = tomli_w.dumps({"run": about, "config": dict(run_config), "versions": versions})
     folder.write(CONFIG, text.encode())
 
 

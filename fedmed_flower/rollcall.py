@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from logging.handlers import BufferingHandler
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedmed_flower.data.site import SITE_RECORD, SPLITS
+from fedmed_flower.data.site import PERSONAL, SITE_RECORD, SPLITS
 from fedmed_flower.errors import InputError
 from fedmed_flower.pictures import sound
 from fedmed_flower.runfolder import RunFolder
@@ -33,7 +35,15 @@ class Sites:
     generated: bool = False
     simulated: bool = True
     asked: int = 0
-    refusals: list[str] = field(default_factory=list)
+    refusals: dict[int, str] = field(default_factory=dict)
+    lines: list[logging.LogRecord] = field(default_factory=list)
+
+    def refused(self) -> dict[str, list[str]]:
+        """Return the names of the sites that cannot take part, by their reason."""
+        found: dict[str, list[str]] = {}
+        for node_id, reason in self.refusals.items():
+            found.setdefault(reason, []).append(self.names.get(node_id, f"node {node_id}"))
+        return found
 
     def trainers(self) -> set[int]:
         """Return the nodes that have training rows; the others are only tested."""
@@ -50,7 +60,7 @@ def roll_call(grid: Grid, timeout: float) -> Sites:
         node_id = reply.metadata.src_node_id
         learn_name(sites.names, node_id, reply)
         if reply.has_error():
-            sites.refusals.append(error_text(reply))
+            sites.refusals[node_id] = error_text(reply)
             continue
         try:
             about = reply.content.config_records[SITE_RECORD]
@@ -61,7 +71,7 @@ def roll_call(grid: Grid, timeout: float) -> Sites:
                 raise ValueError(f"negative number of rows in {rows}, {away} turned away")
             source, generated, simulated = about["data"], about["generated"], about["simulated"]
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-            sites.refusals.append(f"malformed answer: {type(error).__name__} {error}")
+            sites.refusals[node_id] = f"malformed answer: {type(error).__name__} {error}"
             continue
         sites.names.setdefault(node_id, f"node {node_id}")
         sites.counts[node_id], sites.labels[node_id] = rows, counts.get("labels")
@@ -70,12 +80,32 @@ def roll_call(grid: Grid, timeout: float) -> Sites:
         sites.generated |= bool(generated)
         sites.simulated &= bool(simulated)
     if not sites.counts:
-        raise InputError(sites.refusals[0] if sites.refusals else "no site answered the roll call")
+        raise InputError(next(iter(sites.refusals.values()), "no site answered the roll call"))
     if not sites.trainers():
         raise InputError("no site has training rows")
     in_order = sorted(sites.counts, key=lambda node_id: sites.names[node_id])
     sites.counts = {node_id: sites.counts[node_id] for node_id in in_order}
     return sites
+
+
+@contextmanager
+def held_back() -> Iterator[list[logging.LogRecord]]:
+    """Hold log lines back until a run has a folder with a log for them.
+
+    Where it comes to none, because an error is raised, they are logged at once.
+    """
+    handler = BufferingHandler(capacity=2**30)
+    log.addHandler(handler)
+    log.propagate, before = False, log.propagate
+    done = False
+    try:
+        yield handler.buffer
+        done = True
+    finally:
+        log.removeHandler(handler)
+        log.propagate = before
+        for record in () if done else handler.buffer:
+            log.handle(record)
 
 
 def collect_contributions(
@@ -88,16 +118,18 @@ def collect_contributions(
     dict
         What each site told, by its name; the log says why one told nothing.
     """
-    kind, found = f"{MessageType.QUERY}.contribution", {}
+    kind, found = f"{MessageType.QUERY}.contribution", dict[str, dict[str, Any]]()
     messages = [Message(RecordDict(), node_id, kind) for node_id in names]
+    reasons = dict.fromkeys(names.values(), "no answer")
     for reply in grid.send_and_receive(messages, timeout=timeout):
         site = names.get(reply.metadata.src_node_id, "")
         record = None if reply.has_error() else reply.content.config_records.get("contribution")
         if record is None:
-            text = error_text(reply) if reply.has_error() else "malformed answer"
-            log.warning("%s tells nothing to prepare the model with: %s", site, text)
+            reasons[site] = error_text(reply) if reply.has_error() else "malformed answer"
         else:
             found[site] = dict(record)
+    for site in sorted(reasons.keys() - found.keys()):
+        log.warning("%s tells nothing to prepare the model with: %s", site, reasons[site])
     return found
 
 
@@ -119,20 +151,25 @@ def collect_personal(
     kind, found = f"{MessageType.QUERY}.personal", dict[str, dict[str, float]]()
     content = RecordDict({"arrays": arrays, "config": config})
     messages = [Message(content, node_id, kind) for node_id in names]
+    reasons = dict.fromkeys(names.values(), "no answer")
     for reply in grid.send_and_receive(messages, timeout=timeout):
         site = names.get(reply.metadata.src_node_id, "")
         if reply.has_error():
-            log.warning("%s has no model of its own: %s", site, error_text(reply))
+            reasons[site] = error_text(reply)
             continue
-        records = list(reply.content.metric_records.values())
-        if len(records) != 1:
-            log.warning("%s has no model of its own: malformed answer", site)
-            continue
-        found[site] = {
-            name: float(value)
-            for name, value in records[0].items()
-            if isinstance(value, int | float) and math.isfinite(value)
-        }
+        try:
+            (record,) = reply.content.metric_records.values()
+            figures = {
+                name: float(value) for name, value in record.items() if not isinstance(value, list)
+            }
+            if not all(map(math.isfinite, figures.values())) or not {*PERSONAL} <= figures.keys():
+                raise ValueError
+        except (TypeError, ValueError, OverflowError) as error:
+            reasons[site] = f"malformed answer: {type(error).__name__}"
+        else:
+            found[site] = figures
+    for site in sorted(reasons.keys() - found.keys()):
+        log.warning("%s has no model of its own: %s", site, reasons[site])
     return dict(sorted(found.items()))
 
 

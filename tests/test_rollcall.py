@@ -61,7 +61,8 @@ def test_the_roll_call_takes_up_what_sites_say():
     assert sites.turned_away == {1: 5, 2: 0}
     assert sites.sources == {"files", "more files"}
     assert (sites.generated, sites.simulated) == (True, False)
-    assert sites.refusals == ["OSError"]
+    assert sites.refusals == {3: "OSError"}
+    assert sites.refused() == {"OSError": ["west"]}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_the_roll_call_takes_up_what_sites_say():
 def test_a_malformed_answer_to_the_roll_call_is_a_refusal(change, text):
     sites = roll_call(Answers(about("bad", **change), about()), 9)
     assert set(sites.counts) == {2}
-    (refusal,) = sites.refusals
+    (refusal,) = sites.refusals.values()
     assert refusal.startswith("malformed answer: ")
     assert text in refusal
     with pytest.raises(InputError, match=says(refusal)):

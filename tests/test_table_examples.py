@@ -76,7 +76,7 @@ def test_some_intensive_care_units_only_test(tmp_path):
     found = summary["test"]["sites"]
     assert {name for name in found if found[name]["num-examples"]} == {*tested}
     report = (tmp_path / "run" / "report.html").read_text()
-    assert "tested only" in report
+    assert f"Tested only: {len(tested)} hospitals" in report
 
 
 @pytest.mark.realdata

@@ -101,6 +101,8 @@ class MedicalClient(ABC):
         What the server made of all sites' answers before the first round; empty before that.
     split : str
         Which rows a message asks to evaluate on; empty in another message.
+    pooled : bool
+        Whether a message is about all sites' rows together.
     queries : dict
         What answers a Flower query, by its name: maps (client, message) to the content of the
         reply. A subclass adds its own.
@@ -115,6 +117,7 @@ class MedicalClient(ABC):
         self.privacy = PrivacySettings.from_run_config(context.run_config)
         self.models = ModelSettings.of_site(context)
         self.proximal_mu, self.progress, self.agreed, self.split = 0.0, 0.0, "", ""
+        self.pooled = False
 
     @cached_property
     def site(self) -> Site:
@@ -252,16 +255,16 @@ class MedicalClient(ABC):
         return app
 
     def read(self, message: Message) -> ConfigRecord:
-        """Return the config of a message, and take up what all sites agreed upon."""
+        """Return the config of a message, and take up what it says of all sites."""
         config = next(iter(message.content.config_records.values()), ConfigRecord())
         self.agreed = str(config.get(AGREED, ""))
+        self.pooled = bool(config.get("pool-sites", False))
         return config
 
     def _train(self, message: Message) -> RecordDict:
         config = self.read(message)
         server_round = int(config.get("server-round", 0))  # type: ignore[arg-type]
-        pooled = bool(config.get("pool-sites", False))
-        data, prepared = self.prepared("train", pooled)
+        data, prepared = self.prepared("train", self.pooled)
         arrays_key, arrays = next(iter(message.content.array_records.items()))
         self.proximal_mu = float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]
         if not 0 <= self.proximal_mu < math.inf:
@@ -293,7 +296,7 @@ class MedicalClient(ABC):
             raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         require_unseen(self, split)
         self.split = split
-        data, prepared = self.prepared(split, bool(config.get("pool-sites", False)))
+        data, prepared = self.prepared(split, self.pooled)
         metrics: dict[str, Any] = {"num-examples": 0}
         if getattr(data, split):
             model, _ = self.model_of(next(iter(message.content.array_records.values())), config)

@@ -14,6 +14,7 @@ from torch import nn
 from fedmed_flower.clients.keeping import file_name, own_folder
 from fedmed_flower.clients.settings import derive_seed
 from fedmed_flower.config import with_type_of
+from fedmed_flower.data.site import PERSONAL
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.metrics import lower_is_better, main_metric
 from fedmed_flower.runfolder import write_atomic
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flwr.fedmed")
 
-# How the figures on validation rows are called in the reply, before and after.
-GLOBAL, OWN = "val-global", "val-own"
-EPOCHS = "personal-epochs"
-
 
 def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
     """Fine-tune the model that came with a message; keep what is best on the validation rows.
@@ -34,7 +31,8 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
     After each of at most ``personal-epochs`` passes over the training rows the model is measured
     on the validation rows. The one with the best main figure is kept, of several with the same
     figure that with the least loss, and the global model where no pass improves either: so no
-    hospital is worse off on its validation rows. Where the hospital keeps a folder, its model is
+    hospital is worse off on its validation rows. A pass in which the model diverges is the last.
+    Where the hospital keeps a folder, its model is
     written there, as ``personal/SITE.safetensors``.
 
     Returns
@@ -76,8 +74,12 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
         figure = main_metric(before)
         best, after, kept = copy.deepcopy(model.state_dict()), before, 0
         for epoch in range(1, settings.personal_epochs + 1):
-            client.fit(model, train, derive_seed(seed, epoch))
-            found = _measured(client, model, val_rows)
+            try:
+                client.fit(model, train, derive_seed(seed, epoch))
+                found = _measured(client, model, val_rows)
+            except (ArithmeticError, ValueError) as error:  # Outputs that are no numbers any more.
+                log.warning("%s: fine-tuning ends in pass %d: %s", site.name, epoch, error)
+                break
             if _improves(found, after, figure):
                 best, after, kept = copy.deepcopy(model.state_dict()), found, epoch
         model.load_state_dict(best)
@@ -87,7 +89,7 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
         path = folder / "personal" / f"{file_name(site.name)}.safetensors"
         write_atomic(path, save({key: value.contiguous() for key, value in best.items()}))
         log.info("%s: its own model is in %s", site.name, path)
-    return metrics | {GLOBAL: before[figure], OWN: after[figure], EPOCHS: kept}
+    return metrics | dict(zip(PERSONAL, (before[figure], after[figure], kept), strict=True))
 
 
 def _measured(client: MedicalClient, model: nn.Module, prepared: Any) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,8 @@ class SurvivalSettings(Section):
     def __post_init__(self) -> None:
         self.require("survival_loss", self.survival_loss in _LOSSES, f"one of {', '.join(_LOSSES)}")
         self.require_at_least(1, "survival_intervals")
-        self.require_at_least(0, "survival_horizon")
+        horizon = 0 <= self.survival_horizon < math.inf
+        self.require("survival_horizon", horizon, "at least 0 and finite")
         if self.survival_loss == "discrete":
             self.require_positive("survival_horizon")
 
@@ -131,16 +133,20 @@ class SurvivalClient(TabularClient):
     def measure(self, model: nn.Module, prepared: TableRows) -> dict[str, Any]:
         """Return ``loss``, ``c-index`` (by group too) and ``integrated-brier``."""
         found = super().measure(model, prepared)
-        if self.survival.survival_horizon and self.data().train:
+        if self.survival.survival_horizon and self.data(self.pooled).train:
             score = self._integrated_brier(model, prepared)
             found |= {} if score is None else {"integrated-brier": score}
         return found
 
     def _integrated_brier(self, model: nn.Module, prepared: TableRows) -> float | None:
-        """Return the score, by the censoring and, for Cox, the baseline of the training rows."""
+        """Return the score, by the censoring and, for Cox, the baseline of the training rows.
+
+        In a private run training rows must tell nothing without noise: the censoring is then that
+        of the rows that are measured.
+        """
         settings = self.survival
         grid = np.linspace(0.0, settings.survival_horizon, _TIMES + 1)[1:]
-        train = self.prepared("train", pooled=False)[1]
+        train = prepared if self.privacy.on else self.prepared("train", self.pooled)[1]
         outputs = self._predict(model, prepared)
         if settings.survival_loss == "cox":
             baseline = survival.breslow(*_times(train), self._predict(model, train)[:, 0])

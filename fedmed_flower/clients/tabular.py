@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedmed_flower.clients.base import MedicalClient
+from fedmed_flower.clients.pooling import places_by_site
+from fedmed_flower.clients.targets import (
+    CLASSED,
+    SCALED,
+    InUnit,
+    Unit,
+    agreed_upon,
+    declared_unit,
+    require_declared,
+    require_rows,
+    with_target,
+)
 from fedmed_flower.clients.training import predict
 from fedmed_flower.config import Section
 from fedmed_flower.data.preparing import Preparation, check_contribution, contribution
@@ -37,8 +47,6 @@ from fedmed_flower.tabular_networks import tabular_network
 log = logging.getLogger("flwr.fedmed")
 
 _PREPARATIONS = ("federated", "site", "declared")
-# Tasks with classes, and those whose target is a number that has a scale.
-_CLASSED, _SCALED = ("binary", "multi-class"), ("count", "continuous")
 
 
 @dataclass(frozen=True)
@@ -106,35 +114,6 @@ class TableRows:
         return {name: values.index_select(0, chosen) for name, values in self.inputs.items()}
 
 
-class Unit(NamedTuple):
-    """How a network's output o becomes a number: factor * o + shift.
-
-    Attributes
-    ----------
-    shift, factor : float
-        The target's mean and scale; of a count, whose logarithm is predicted, its mean's.
-    weight : float
-        By which the loss is multiplied, so that it is that of a target of about 1.
-    """
-
-    shift: float = 0.0
-    factor: float = 1.0
-    weight: float = 1.0
-
-
-class _InUnit(nn.Module):
-    """The last step of a network that predicts numbers."""
-
-    def __init__(self, unit: Unit) -> None:
-        super().__init__()
-        self.unit = unit
-
-    def forward(self, outputs: Tensor) -> Tensor:
-        """Return what the outputs are in the target's own unit, for which 16 bits are too few."""
-        precise = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        return self.unit.factor * precise + self.unit.shift
-
-
 class TabularClient(MedicalClient):
     """Predicts a column of a table from others.
 
@@ -179,7 +158,9 @@ class TabularClient(MedicalClient):
     def contribute(self) -> dict[str, Any]:
         """Return means, spreads and categories of the training rows, by ten patients or more."""
         train = self.prepared(None, pooled=False)[0].train
-        return contribution(train, self._told, min_cell_count(self.context, self.site))
+        return contribution(
+            train, with_target(self.schema), min_cell_count(self.context, self.site)
+        )
 
     def agree(self, contributions: Mapping[str, Mapping[str, Any]]) -> str:
         """Return what all hospitals' columns give together.
@@ -189,7 +170,7 @@ class TabularClient(MedicalClient):
         InputError
             Where no hospital told anything that can be used.
         """
-        schema = self._told
+        schema = with_target(self.schema)
         learnt = schema.numeric or {*schema.categorical} - schema.categories.keys()
         fine = [told for told in contributions.values() if check_contribution(told, schema) is None]
         if learnt and not any(fine):
@@ -200,31 +181,14 @@ class TabularClient(MedicalClient):
             )
         return Preparation.agreed(schema, contributions).to_text()
 
-    @property
-    def _told(self) -> Schema:
-        """The schema of what hospitals tell: a number to predict counts as one more column."""
-        schema = self.schema
-        if schema.task not in _SCALED:
-            return schema
-        numeric, target = (*schema.numeric, schema.target), f"{schema.target} (predicted)"
-        return replace(schema, target=target, task="binary", numeric=numeric)
-
     @cached_property
-    def _agreed_upon(self) -> Preparation:
-        """What came with a message, of the columns of `_told`."""
+    def _agreed_upon(self) -> tuple[Preparation, Unit]:
         if not self.agreed:
             raise InputError(
                 'preparation="federated" needs what hospitals tell before the first round: give '
                 f"federate an instance, {type(self).__name__}(context), in place of its build_model"
             )
-        found, schema = Preparation.from_text(self.agreed), self._told
-        if ([*found.means], [*found.categories]) != ([*schema.numeric], [*schema.categorical]):
-            columns = ", ".join((*found.means, *found.categories))
-            raise InputError(
-                f"hospitals have agreed upon the columns {columns}; here the schema has "
-                f"{', '.join(schema.features)}: all must run the same app"
-            )
-        return found
+        return agreed_upon(self.agreed, self.schema)
 
     @cached_property
     def prepared_by(self) -> Preparation:
@@ -243,13 +207,7 @@ class TabularClient(MedicalClient):
             return Preparation.declared(self.schema)
         if kind == "site":
             return self._of_own(self.prepared(None, pooled=False)[0].train)
-        found, numeric = self._agreed_upon, self.schema.numeric
-        return replace(
-            found,
-            means={name: found.means[name] for name in numeric},
-            scales={name: found.scales[name] for name in numeric},
-            still=tuple(name for name in found.still if name in numeric),
-        )
+        return self._agreed_upon[0]
 
     def _of_own(self, rows: Sequence[Row]) -> Preparation:
         if not rows:
@@ -266,21 +224,9 @@ class TabularClient(MedicalClient):
 
     @cached_property
     def unit(self) -> Unit:
-        """In what the network predicts a number, so that its outputs are about 1."""
-        schema = self.schema
-        if schema.task not in _SCALED:
-            return Unit()
-        if self.tables.preparation == "federated":
-            mean = self._agreed_upon.means[schema.target]
-            scale = self._agreed_upon.scales[schema.target]
-        elif schema.target in schema.ranges:
-            low, high = schema.ranges[schema.target]
-            mean, scale = (low + high) / 2, (high - low) / 4
-        else:
-            return Unit()
-        if schema.task == "continuous":
-            return Unit(mean, scale, 1 / scale**2)
-        return Unit(math.log(mean), 1.0, 1 / mean) if mean > 0 else Unit()
+        """In what the network predicts a number: its last step brings it into the target's own."""
+        learnt = self.tables.preparation == "federated"
+        return self._agreed_upon[1] if learnt else declared_unit(self.schema)
 
     def build_model(self) -> nn.Module:
         """Return the network that the run config names.
@@ -292,17 +238,7 @@ class TabularClient(MedicalClient):
         """
         self._require_unlearnt()
         schema, tables = self.schema, self.tables
-        learnt, lacking = tables.preparation == "federated", list[str]()
-        if not learnt and schema.task in _SCALED and schema.target not in schema.ranges:
-            lacking.append(f"a range of {schema.target!r}, which is to be predicted")
-        if tables.preparation == "site":
-            undeclared = [name for name in schema.categorical if name not in schema.categories]
-            lacking += [f"categories of {name!r}" for name in undeclared]
-        if lacking:
-            raise InputError(
-                f'preparation="{tables.preparation}" finds too little in the schema: it needs '
-                f"{', '.join(lacking)}"
-            )
+        require_declared(schema, tables.preparation)
         # Of one hospital's own preparation the server knows the width alone.
         own = tables.preparation == "site"
         width = (Preparation.agreed(schema, {}) if own else self.prepared_by).width
@@ -315,46 +251,17 @@ class TabularClient(MedicalClient):
             tables.network_dropout,
             zeros=self.zeros,
         )
-        return nn.Sequential(network, _InUnit(self.unit)) if schema.task in _SCALED else network
+        return nn.Sequential(network, InUnit(self.unit)) if schema.task in SCALED else network
 
     def check(self, data: SiteData) -> None:
-        """Raise `InputError` where rows lack a column or its values are none of the schema's."""
-        schema = self.schema
-        needed = {*schema.numeric, *schema.categorical, schema.target, *self.tables.groups}
-        needed |= {schema.event} if schema.event else set()
+        """Raise `InputError` where a row lacks a column or holds what cannot be predicted."""
         for split in SPLITS:
-            for number, row in enumerate(getattr(data, split)):
-                if lacking := sorted(needed - row.keys()):
-                    raise InputError(
-                        f"row {number} of the {split} split has no {', '.join(lacking)}: rows come "
-                        "from read_table, or have every column of the schema and of report-by"
-                    )
-                where = f"row {number} of the {split} split"
-                for name, (fits, wanted) in self.wanted.items():
-                    value = row[name]
-                    if not (isinstance(value, Real) and math.isfinite(value) and fits(value)):
-                        raise InputError(f"{where} has {name} {value!r}: it must be {wanted}")
-                for name in self.tables.groups:
-                    if not (row[name] is None or isinstance(row[name], str)):
-                        raise InputError(
-                            f"{where} has {name} {row[name]!r}: report-by takes columns of texts, "
-                            "such as categories, or the bands into which the schema cuts a number"
-                        )
-
-    @property
-    def wanted(self) -> dict[str, tuple[Callable[[float], bool], str]]:
-        """What target and event must be: a test of a finite number, and that in words."""
-        task, top = self.schema.task, max(2, self.outputs) - 1
-        fits: tuple[Callable[[float], bool], str] = (lambda value: True), "a finite number"
-        if task in _CLASSED:
-            fits = (lambda value: value in range(top + 1)), f"the number of a class, 0 to {top}"
-        elif task == "count":
-            fits = (lambda value: value >= 0 and value == int(value)), "a count: 0, 1, 2, ..."
-        return {self.schema.target: fits}
+            where = f"the {split} split"
+            require_rows(getattr(data, split), self.schema, self.tables.groups, where)
 
     def describe(self, data: SiteData) -> dict[str, Any]:
         """Return the number of training rows of each class."""
-        if self.schema.task not in _CLASSED:
+        if self.schema.task not in CLASSED:
             return {}
         labels = [int(row[self.schema.target]) for row in data.train]
         return {"labels": np.bincount(labels, minlength=max(2, self.outputs)).tolist()}
@@ -375,20 +282,17 @@ class TabularClient(MedicalClient):
     def _features_of_each(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """Return the features of all hospitals' rows, of each by its own training rows."""
         train = self.prepared(None, pooled=True)[0].train
-        features = [np.empty(0, np.float32)] * len(rows)
-        for number in {number_of_site(row) for row in rows}:
-            places = [place for place, row in enumerate(rows) if number_of_site(row) == number]
-            own = self._of_own([row for row in train if number_of_site(row) == number])
-            for place, found in zip(
-                places, own.transform([rows[place] for place in places]), strict=True
-            ):
-                features[place] = found
-        return np.stack(features)
+        owned = places_by_site(train)
+        features = np.zeros((len(rows), Preparation.agreed(self.schema, {}).width), np.float32)
+        for number, places in places_by_site(rows).items():
+            own = self._of_own([train[place] for place in owned.get(number, [])])
+            features[places] = own.transform([rows[place] for place in places])
+        return features
 
     def targets(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return what the loss compares outputs with, by its name in a batch."""
         values = [row[self.schema.target] for row in rows]
-        whole = self.schema.task in _CLASSED
+        whole = self.schema.task in CLASSED
         return {"target": torch.tensor(values, dtype=torch.long if whole else torch.float32)}
 
     def batch_of(self, prepared: TableRows, places: Sequence[int]) -> dict[str, Tensor]:
@@ -402,7 +306,7 @@ class TabularClient(MedicalClient):
     def loss(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the mean loss: cross entropy, Poisson (of the log rate) or half the squared error.
 
-        The latter two are those of a target in the network's `unit`.
+        The latter two are those of a target by its `unit`, whatever it is measured in.
 
         Parameters
         ----------
@@ -419,7 +323,7 @@ class TabularClient(MedicalClient):
             return functional.binary_cross_entropy_with_logits(scores, target.to(scores.dtype))
         if task == "count":
             return functional.poisson_nll_loss(scores, target) * self.unit.weight
-        return functional.mse_loss(scores, target) / 2 * self.unit.weight
+        return ((scores - target) / self.unit.factor).square().mean() / 2
 
     def measure(self, model: nn.Module, prepared: TableRows) -> dict[str, Any]:
         """Return ``loss``, the figures of `outcome_metrics`, and on test rows each group's."""
@@ -469,7 +373,7 @@ class TabularClient(MedicalClient):
         """
         outputs = self._predict(model, prepared, 1)
         target, task = prepared.inputs["target"].cpu().numpy(), self.schema.task
-        if task in _CLASSED:
+        if task in CLASSED:
             counts = noised_counts(target, outputs, patients, noise)
             return noised_metrics(counts) | {NOISED: counts}
         if self.schema.target not in self.schema.ranges:

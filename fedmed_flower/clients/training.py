@@ -112,7 +112,7 @@ class Steps:
     Parameters
     ----------
     batches : iterable of dict of tensors
-        Iterated anew whenever it is at its end.
+        Iterated anew whenever it is at its end; none gives none.
     count : int
         At least 1.
     """
@@ -121,8 +121,14 @@ class Steps:
         self._batches, self._count = batches, count
 
     def __iter__(self) -> Iterator[Batch]:
-        passes = (batch for _ in itertools.count() for batch in self._batches)
-        return itertools.islice(passes, self._count)
+        left = self._count
+        while left:
+            batch = None
+            for batch in itertools.islice(self._batches, left):
+                left -= 1
+                yield batch
+            if batch is None:
+                return
 
 
 class Parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,8 @@ from fedmed_flower.data.sources import (
 )
 from fedmed_flower.errors import InputError
 
+# What pandas raises of a table that is cut off, packed wrongly, or another one.
+_UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error)
 _FLAMBY = "https://github.com/owkin/FLamby/raw/edacf54/flamby/datasets/fed_tcga_brca"
 _TCGA = {
     name: PublicFile(
@@ -123,12 +126,16 @@ def breast_cancer(timeout: float = 10) -> pd.DataFrame:
     1,088 patients; ``split`` is train or test as FLamby divides them. Patients with a time of 0
     or less are there too. Parameters and errors are those of `load_heart_disease`.
     """
-    table, split = (
-        pd.read_csv(obtain(_TCGA[name], timeout).path) for name in ("brca", "train_test_split")
-    )
-    frame = table.merge(split, on="pid")
-    frame["region"] = [REGIONS[int(text[-1])] for text in frame.pop("fold2")]
-    return frame.rename(columns={"pid": "patient", "fold": "split"})
+    paths = [obtain(_TCGA[name], timeout).path for name in ("brca", "train_test_split")]
+    try:
+        table, split = map(pd.read_csv, paths)
+        frame = table.merge(split, on="pid", validate="one_to_one")
+        frame["region"] = [REGIONS[int(text[-1])] for text in frame.pop("fold2")]
+        frame = frame.rename(columns={"pid": "patient", "fold": "split"})
+        return frame[["patient", "age_at_index", *TCGA_FLAGS, "E", "T", "region", "split"]]
+    except _UNREADABLE as error:
+        where = " or ".join(map(str, paths))
+        raise InputError(f"{where}: {type(error).__name__}: {error}") from error
 
 
 def intensive_care(folder: str | Path | None = None) -> pd.DataFrame:
@@ -165,9 +172,9 @@ def intensive_care(folder: str | Path | None = None) -> pd.DataFrame:
         )
     try:
         patient, aps, predicted = (pd.read_csv(path) for path in files.values())
-        stays = patient.merge(aps, on="patientunitstayid")
+        stays = patient.merge(aps, on="patientunitstayid", validate="one_to_one")
         flags = predicted[["patientunitstayid", *{*ICU_FLAGS} - {*aps.columns}]]
-        stays = stays.merge(flags, on="patientunitstayid")
+        stays = stays.merge(flags, on="patientunitstayid", validate="one_to_one")
         stays = stays[stays["hospitaldischargestatus"].isin(["Alive", "Expired"])]
         frame = pd.DataFrame(
             {
@@ -185,6 +192,6 @@ def intensive_care(folder: str | Path | None = None) -> pd.DataFrame:
             known = values.where(values != _MISSING)
             # Of a flag, blank means that it was not set.
             frame[name] = known.fillna(0) if name in ICU_FLAGS else known
-    except (OSError, EOFError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{where}: {type(error).__name__}: {error}") from error
     return frame.reset_index(drop=True)

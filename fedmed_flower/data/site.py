@@ -29,6 +29,8 @@ RUN_KEY, LEDGER_DIR = "run-key", "ledger-dir"
 FROZEN = "frozen-digest"
 # What all sites agreed upon before the first round, in each site's every message.
 AGREED = "agreed"
+# Of a site's own model: its main figure on validation rows, before and after, and the passes kept.
+PERSONAL = ("val-global", "val-own", "personal-epochs")
 SPLITS = ("train", "val", "test")
 
 _simulating: ContextVar[bool] = ContextVar("simulating", default=False)

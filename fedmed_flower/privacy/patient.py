@@ -154,11 +154,12 @@ class PatientPrivacy:
         """
         settings, count = self.settings, len(set(patients))
         rate = settings.sampling_rate or min(1.0, batch_size / count)
-        asked = f"local-steps = {steps}" if steps else f"local-epochs = {epochs}"
+        if steps > _MOST_STEPS:
+            raise InputError(f"local-steps must be at most {_MOST_STEPS} with privacy, got {steps}")
         steps = steps or max(1, round(epochs / rate))
         if steps > _MOST_STEPS:
             raise InputError(
-                f"{asked} at a sampling rate of {rate:g} make {steps} steps a "
+                f"local-epochs = {epochs} at a sampling rate of {rate:g} make {steps} steps a "
                 f"round, above {_MOST_STEPS}: raise sampling-rate or batch-size"
             )
         target, planned = settings.target_epsilon, settings.num_server_rounds
