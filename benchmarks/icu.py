@@ -5,7 +5,7 @@ model is tested on the stays of the other quarter. Each quarter is left out once
 same features, a logistic regression of scikit-learn on the training stays of all hospitals pooled,
 and, on the stays for which it ships with the data, the prediction of APACHE IVa.
 
-``FEDMED_DATA=... python benchmarks/icu.py [--seed 0] [--rounds 30]``
+``FEDMED_DATA=... python benchmarks/icu.py [--seed 0] [--rounds 40]``
 """
 
 import argparse
@@ -85,7 +85,7 @@ def apache():
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=40)
     options = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
     print(f"{'left out':<10}{'stays':>7}{'died':>6}{'federated':>11}{'pooled':>8}{'seconds':>9}")
