@@ -323,6 +323,8 @@ def test_the_first_model_is_drawn_with_the_seed(tmp_path):
         ({"baselines": 1}, "baselines must be of type bool, got 1"),
         ({"pictures": -1}, "pictures must be at least 0, got -1"),
         ({"pictures": True}, "pictures must be of type int, got True"),
+        ({"personal-epochs": -1}, "personal-epochs must be at least 0, got -1"),
+        ({"personal-epochs": 1.0}, "personal-epochs must be of type int, got 1.0"),
     ],
 )
 def test_the_plan_names_key_bound_and_value(config, text):

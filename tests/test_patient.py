@@ -277,3 +277,31 @@ def test_a_site_without_a_place_for_its_ledger_is_told(node, site, run, message,
     context.run_config = run
     with pytest.raises(InputError, match=says(text)):
         ledger_path(context, site, message)
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "given", "rate"),
+    [(1, 25, 0.0, 0.25), (40, 25, 0.0, 0.25), (7, 500, 0.0, 1.0), (40, 1, 0.5, 0.5)],
+)
+def test_a_round_of_steps_has_so_many_and_noise_for_all_of_the_run(steps, batch_size, given, rate):
+    privacy = private(sampling_rate=given, target_epsilon=3.0, num_server_rounds=4)
+    plan = privacy.plan_training(range(100), 9, batch_size, steps)
+    assert (plan.steps, plan.release.sampling_rate) == (steps, rate)
+    costs = [epsilon_of({plan.release: steps * rounds}, 1e-5) for rounds in (4, 5)]
+    assert 2.97 < costs[0] <= 3.0 < costs[1]
+    # As if so many had come of epochs.
+    epochs = privacy.plan_training(range(100), round(steps * rate), batch_size)
+    if epochs.steps == steps:
+        assert epochs == plan
+
+
+def test_too_many_steps_are_refused_with_the_setting_that_asks_for_them():
+    text = "local-steps must be at most 100000 with privacy, got 100001"
+    with pytest.raises(InputError, match=says(text)):
+        private().plan_training(range(100), 1, 25, 100_001)
+    text = (
+        "local-epochs = 9 at a sampling rate of 1e-05 make 900000 steps a round, above 100000: "
+        "raise sampling-rate or batch-size"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        private(sampling_rate=1e-5).plan_training(range(100), 9, 25)

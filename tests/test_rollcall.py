@@ -1,5 +1,7 @@
+import contextlib
 import io
 import json
+import logging
 import struct
 import zlib
 
@@ -13,7 +15,13 @@ from tiny import TinyClient, fixed, make_rows, model_arrays, run_tiny, says
 from fedmed_flower import SiteData
 from fedmed_flower.errors import InputError
 from fedmed_flower.pictures import sound
-from fedmed_flower.rollcall import collect_pictures, roll_call
+from fedmed_flower.rollcall import (
+    collect_contributions,
+    collect_personal,
+    collect_pictures,
+    held_back,
+    roll_call,
+)
 from fedmed_flower.runfolder import RunFolder
 
 
@@ -347,3 +355,93 @@ def test_a_site_without_test_rows_has_no_pictures(tmp_path):
     run_tiny(tmp_path, fixed(SiteData(train=make_rows(4, 0))), pictures=2, num_server_rounds=1)
     assert summary_of(tmp_path)["pictures"] == []
     assert "no pictures of" not in (tmp_path / "log.txt").read_text()
+
+
+def test_sites_that_cannot_take_part_are_named_by_their_reason():
+    wrong, odd = failure("site south: no rows"), RecordDict({"metrics": MetricRecord()})
+    sites = roll_call(Answers(about(), wrong, failure("site west: no rows"), odd), 9)
+    assert sites.refused() == {
+        "no rows": ["south", "west"],
+        "malformed answer: KeyError 'site'": ["node 4"],
+    }
+
+
+def told(**columns):
+    return RecordDict({"contribution": ConfigRecord(columns)})
+
+
+NAMED = {1: "north", 2: "south", 3: "west"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (failure("site south: declined: not today"), "declined: not today"),
+        (failure(""), f"error {int(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)}"),
+        (RecordDict(), "malformed answer"),
+        (RecordDict({"other": ConfigRecord({"n": [1.0]})}), "malformed answer"),
+        (RecordDict({"contribution": MetricRecord({"n": 1.0})}), "malformed answer"),
+        (RecordDict({"contribution": ArrayRecord({})}), "malformed answer"),
+        (None, "no answer"),
+    ],
+)
+def test_who_tells_nothing_before_the_first_round_is_named(answer, text, caplog):
+    grid = Answers(told(n=[1.0, 2.0]), answer, told(n=[3.0]), told(n=[4.0]))
+    # The fourth could not take part, and is not asked.
+    found = collect_contributions(grid, 9, NAMED)
+    assert found == {"north": {"n": [1.0, 2.0]}, "west": {"n": [3.0]}}
+    assert caplog.messages == [f"south tells nothing to prepare the model with: {text}"]
+    assert [message.metadata.dst_node_id for message in grid.sent] == [1, 2, 3]
+    assert {m.metadata.message_type for m in grid.sent} == {"query.contribution"}
+
+
+def personal(**figures):
+    usual = {"auc": 0.5, "val-global": 0.4, "val-own": 0.6, "personal-epochs": 2}
+    return RecordDict({"metrics": MetricRecord(usual | figures)})
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (failure("site south: declined: not today"), "declined: not today"),
+        (RecordDict(), "malformed answer: ValueError"),
+        (
+            RecordDict({"a": MetricRecord({"auc": 1.0}), "b": MetricRecord({"auc": 1.0})}),
+            "malformed answer: ValueError",
+        ),
+        (RecordDict({"metrics": MetricRecord({"auc": 1.0})}), "malformed answer: ValueError"),
+        (RecordDict({"metrics": ConfigRecord({"auc": "high"})}), "malformed answer: ValueError"),
+        (personal(auc=float("nan")), "malformed answer: ValueError"),
+        (personal(**{"val-own": float("inf")}), "malformed answer: ValueError"),
+        (personal(**{"val-own": [0.5]}), "malformed answer: ValueError"),
+        (personal(odd=10**400), "malformed answer: OverflowError"),
+        (None, "no answer"),
+    ],
+)
+def test_who_has_no_model_of_its_own_is_named(answer, text, caplog):
+    arrays, config = model_arrays(), ConfigRecord({"run-key": "k"})
+    grid = Answers(personal(counts=[3, 4]), answer, personal(auc=1), personal())
+    found = collect_personal(grid, arrays, config, 9, NAMED)
+    usual = {"auc": 0.5, "val-global": 0.4, "val-own": 0.6, "personal-epochs": 2.0}
+    assert found == {"north": usual, "west": usual | {"auc": 1.0}}
+    assert all(type(value) is float for value in found["west"].values())
+    assert caplog.messages == [f"south has no model of its own: {text}"]
+    assert [message.metadata.dst_node_id for message in grid.sent] == [1, 2, 3]
+    for message in grid.sent:
+        assert message.metadata.message_type == "query.personal"
+        assert message.content["arrays"] is arrays
+        assert dict(message.content["config"]) == {"run-key": "k"}
+
+
+def test_log_lines_are_held_back_until_a_run_has_a_log_and_never_lost(caplog):
+    log = logging.getLogger("flwr.fedmed")
+    with held_back() as lines:
+        log.warning("one of %s", "north")
+        assert caplog.messages == []
+    assert [line.getMessage() for line in lines] == ["one of north"]
+    with contextlib.suppress(ValueError), held_back():
+        log.warning("two")
+        raise ValueError
+    assert caplog.messages == ["two"]
+    log.warning("three")
+    assert caplog.messages == ["two", "three"]

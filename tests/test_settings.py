@@ -15,6 +15,9 @@ CPU = torch.device("cpu")
     ("config", "text"),
     [
         ({"local-epochs": 0}, "local-epochs must be at least 1, got 0"),
+        ({"local-steps": -1}, "local-steps must be at least 0, got -1"),
+        ({"local-steps": 2.0}, "local-steps must be of type int, got 2.0"),
+        ({"personal-epochs": -1}, "personal-epochs must be at least 0, got -1"),
         ({"batch-size": -4}, "batch-size must be at least 1, got -4"),
         ({"weight-decay": -0.1}, "weight-decay must be at least 0 and finite, got -0.1"),
         ({"weight-decay": math.nan}, "weight-decay must be at least 0 and finite, got nan"),

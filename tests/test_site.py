@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from tiny import context_of, says
 
-from fedmed_flower.data.site import Site, SiteData
+from fedmed_flower.data.site import Site, SiteData, min_cell_count
 from fedmed_flower.errors import InputError
 
 
@@ -96,3 +96,47 @@ def test_data_without_val_and_test():
 
 def test_a_site_can_be_a_key():
     assert len({Site("a", data_dir=Path("x")), Site("a", data_dir=Path("x")), Site("b")}) == 2
+
+
+@pytest.mark.parametrize(
+    ("node", "run", "count"),
+    [
+        # A real hospital: the server's wish can raise its own count, and not lower it.
+        ({"site-name": "a"}, None, 10),
+        ({"site-name": "a"}, 1, 10),
+        ({"site-name": "a"}, 25, 25),
+        ({"site-name": "a", "min-cell-count": 3}, None, 3),
+        ({"site-name": "a", "min-cell-count": 3}, 1, 3),
+        ({"site-name": "a", "min-cell-count": 3}, 7, 7),
+        ({"site-name": "a", "min-cell-count": 30}, 7, 30),
+        # In a simulation nothing leaves.
+        ({}, None, 10),
+        ({}, 1, 1),
+        ({}, 25, 25),
+        ({"min-cell-count": 5}, None, 5),
+        ({"min-cell-count": 5}, 1, 5),
+    ],
+)
+def test_the_fewest_patients_of_whom_a_hospital_tells(node, run, count):
+    node = {"partition-id": 0, "num-partitions": 2} | node
+    context = context_of(node_config=node, **({} if run is None else {"min_cell_count": run}))
+    assert min_cell_count(context, Site.from_context(context)) == count
+
+
+@pytest.mark.parametrize(
+    ("node", "run", "text"),
+    [
+        ({}, 0, "min-cell-count must be at least 1, got 0"),
+        ({"min-cell-count": 0}, 0, "min-cell-count must be at least 1, got 0"),
+        ({"min-cell-count": -2}, -3, "min-cell-count must be at least 1, got -2"),
+        ({}, "ten", "min-cell-count must be of type int, got 'ten'"),
+        ({"min-cell-count": 1.5}, 1, "min-cell-count must be of type int, got 1.5"),
+        ({"min-cell-count": True}, 1, "min-cell-count must be of type int, got True"),
+    ],
+)
+def test_a_wrong_fewest_number_of_patients(node, run, text):
+    context = context_of(
+        node_config={"partition-id": 0, "num-partitions": 2} | node, min_cell_count=run
+    )
+    with pytest.raises(InputError, match=says(text)):
+        min_cell_count(context, Site.from_context(context))

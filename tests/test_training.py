@@ -3,10 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import says
+from tiny import TinyClient, context_of, linear, model_arrays, says
+from tiny import trained as sent_back
 from torch import nn
+from torch.utils.data import DataLoader
 
-from fedmed_flower.clients.training import Parts, predict, probe_places, train_epochs
+from fedmed_flower.clients.settings import derive_seed
+from fedmed_flower.clients.training import Parts, Steps, predict, probe_places, train_epochs
 
 
 def batches_of(*sizes, seed=3):
@@ -280,3 +283,70 @@ def test_prediction_of_one_record_that_does_not_fit():
 
     with pytest.raises(torch.OutOfMemoryError, match=says("no room")):
         predict(outputs, batches_of(3))
+
+
+class Passes:
+    """Gives so many batches, and counts how often it was gone over."""
+
+    def __init__(self, count):
+        self.count, self.begun, self.given = count, 0, 0
+
+    def __iter__(self):
+        self.begun += 1
+        for number in range(self.count):
+            self.given += 1
+            yield number
+
+
+@pytest.mark.parametrize(("batches", "count"), [(3, 1), (3, 3), (3, 7), (1, 4), (5, 10)])
+def test_steps_go_over_the_data_as_often_as_they_must(batches, count):
+    passes = Passes(batches)
+    steps = Steps(passes, count)
+    assert list(steps) == [number % batches for number in range(count)]
+    # Nothing is loaded in vain.
+    assert (passes.given, passes.begun) == (count, math.ceil(count / batches))
+    assert len(list(steps)) == count
+
+
+def test_steps_over_nothing_end():
+    assert list(Steps([], 5)) == []
+
+
+class Counting(TinyClient):
+    def loss_of(self, model, batch):
+        self.seen.append(len(batch["label"]))
+        return super().loss_of(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        ({"local_steps": 2}, [4, 4]),
+        # Ten rows in batches of four: the third of a pass has two.
+        ({"local_steps": 7, "local_epochs": 9}, [4, 4, 2, 4, 4, 2, 4]),
+        ({"local_steps": 0, "local_epochs": 2}, [4, 4, 2, 4, 4, 2]),
+    ],
+)
+def test_a_round_has_as_many_steps_as_local_steps_says(config, sizes):
+    client = type("Client", (Counting,), {"seen": []})
+    sent_back(client, context_of(**config))
+    assert client.seen == sizes
+
+
+def test_steps_and_passes_are_a_loop_over_torchs_batches_to_the_bit():
+    own = TinyClient(context_of(momentum=0.5))
+    prepared = own.prepared("train", pooled=False)[1]
+    model, seed = linear(), derive_seed(0, "hospital-1", 1, "train")
+    model.load_state_dict(model_arrays().to_torch_state_dict())
+    order = torch.Generator().manual_seed(seed)
+    loader = DataLoader(range(10), 4, shuffle=True, collate_fn=list, generator=order)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.5)
+    for places in (*loader, *loader):
+        optimizer.zero_grad()
+        own.loss_of(model, own.batch_of(prepared, places)).backward()
+        optimizer.step()
+    wanted = {key: value.numpy().tobytes() for key, value in model.state_dict().items()}
+    for config in ({"local_epochs": 2}, {"local_epochs": 2, "local_steps": 0}, {"local_steps": 6}):
+        assert sent_back(TinyClient, context_of(momentum=0.5, **config)) == wanted
+    for config in ({"local_steps": 5}, {"local_epochs": 3}):
+        assert sent_back(TinyClient, context_of(momentum=0.5, **config)) != wanted

@@ -309,8 +309,12 @@ class _Asked:
     def scores(self, client: GenomicsClient, cohort: Cohort) -> Floats:
         """Return what the loadings make of each person's genotypes."""
         wanted, frequencies = self.array("loadings"), self.array("frequencies")
-        if wanted.ndim != 2 or {len(wanted), len(frequencies)} != {len(self.lines)}:
-            raise InputError("loadings and frequencies must have one row a variant")
+        if wanted.ndim != 2 or len(wanted) != len(self.lines):
+            raise InputError("loadings must have one row a variant")
+        # One for each person would give a single person all the weight.
+        within = ((frequencies > 0) & (frequencies < 1)).all()
+        if frequencies.shape != self.lines.shape or not within or not np.isfinite(wanted).all():
+            raise InputError("frequencies must be one a variant, in (0, 1), and loadings finite")
         total = np.zeros((len(cohort.people), wanted.shape[1]))
         for part, genotypes in self.blocks(cohort):
             seen = _tellable(client, cohort, genotypes)

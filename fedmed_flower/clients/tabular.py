@@ -171,15 +171,17 @@ class TabularClient(MedicalClient):
             Where no hospital told anything that can be used.
         """
         schema = with_target(self.schema)
+        # Names in the log those who tell what cannot be used.
+        found = Preparation.agreed(schema, contributions)
         learnt = schema.numeric or {*schema.categorical} - schema.categories.keys()
         fine = [told for told in contributions.values() if check_contribution(told, schema) is None]
         if learnt and not any(fine):
             raise InputError(
-                "no hospital tells of its columns, or none has enough patients for that "
-                '(min-cell-count): with preparation="declared" the schema\'s ranges and categories '
-                "do instead"
+                "no hospital tells of its columns what can be used (each needs min-cell-count "
+                'patients for that): with preparation="declared" the schema\'s ranges and '
+                "categories do instead"
             )
-        return Preparation.agreed(schema, contributions).to_text()
+        return found.to_text()
 
     @cached_property
     def _agreed_upon(self) -> tuple[Preparation, Unit]:
