@@ -34,10 +34,10 @@ from sklearn.model_selection import train_test_split
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "heart"))
 from client_app import HeartHospital
-from fedmed_flower.data.preparing import Preparation
 
 from fedmed_flower import Schema, SiteData, SurvivalClient, TabularClient, federate, run_local
 from fedmed_flower.data.cohorts import REGIONS, TCGA_FLAGS, breast_cancer
+from fedmed_flower.data.preparing import Preparation
 from fedmed_flower.data.schema import table_of
 from fedmed_flower.data.sources import load_heart_disease
 from fedmed_flower.runfolder import MODEL, SUMMARY, RunFolder
@@ -93,6 +93,7 @@ class FlambyHeart(TabularClient):
     schema = Schema(target="disease", task="binary", numeric=DUMMIES)
 
     def load_data(self, site):
+        """Return the rows of one of the four hospitals, scaled by nobody yet."""
         own = EVERYBODY[EVERYBODY["hospital"] == list(HEART)[site.index]]
         return splits(own, self.schema)
 
@@ -103,6 +104,7 @@ class OurHeart(TabularClient):
     schema = HeartHospital.schema
 
     def load_data(self, site):
+        """Return the rows of one of the four hospitals."""
         frame = HEART[list(HEART)[site.index]].copy()
         # No living patient has a pressure or a cholesterol of 0: it stands for a missing value.
         zero = frame[["trestbps", "chol"]] == 0
@@ -114,6 +116,8 @@ BREAST = breast_cancer().assign(T=lambda frame: frame["T"].clip(lower=0.5))
 
 
 class Region(SurvivalClient):
+    """A region of TCGA-BRCA."""
+
     schema = Schema(
         target="T",
         event="E",
@@ -125,6 +129,7 @@ class Region(SurvivalClient):
     )
 
     def load_data(self, site):
+        """Return its patients."""
         return splits(BREAST[BREAST["region"] == REGIONS[site.index]], self.schema)
 
 

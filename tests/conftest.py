@@ -1,8 +1,18 @@
+import os
 import sys
 
 import pytest
 
 from fedmed_flower.data.site import simulation
+
+
+def pytest_collection_modifyitems(items):
+    """Tests on real data say why they are skipped."""
+    if os.environ.get("FEDMED_DATA"):
+        return
+    for item in items:
+        if item.get_closest_marker("realdata"):
+            item.add_marker(pytest.mark.skip("FEDMED_DATA names no folder with real data"))
 
 
 @pytest.fixture(autouse=True)

@@ -299,8 +299,6 @@ def test_demo_without_a_network_says_so_and_goes_on_with_phantoms(workdir, monke
 
 @pytest.mark.realdata
 def test_real_chest_x_rays_reach_the_floor(workdir):
-    if not os.environ.get("FEDMED_DATA"):
-        pytest.skip("FEDMED_DATA does not name a folder with real data")
     done = fedmed("run", EXAMPLE, "--out", "real", cwd=workdir)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((workdir / "real" / "summary.json").read_text())

@@ -1,6 +1,5 @@
 import gzip
 import math
-import os
 
 import pandas as pd
 import pytest
@@ -17,8 +16,6 @@ from fedmed_flower.data.cohorts import (
     intensive_care,
 )
 from fedmed_flower.data.sources import HEART, SourceUnavailable
-
-realdata = pytest.mark.skipif("FEDMED_DATA" not in os.environ, reason="FEDMED_DATA is not set")
 
 STAYS = {
     "patientunitstayid": [1, 2, 3, 4, 5],
@@ -189,7 +186,6 @@ def test_heart_disease_has_no_impossible_zeros(tmp_path, monkeypatch):
     assert list(frame["exang"]) == [0, 0, 0]
 
 
-@realdata
 @pytest.mark.realdata
 def test_the_real_tables_have_the_known_numbers_of_patients():
     frame = intensive_care()

@@ -282,8 +282,7 @@ def test_a_folder_that_cannot_be_written_is_named(publish, tmp_path, monkeypatch
 
 @pytest.mark.realdata
 def test_the_real_volumes():
-    named = os.environ.get("FEDMED_DATA")
-    if not named or not (Path(named) / "hippocampus" / "imagesTr").is_dir():
+    if not (Path(os.environ["FEDMED_DATA"]) / "hippocampus" / "imagesTr").is_dir():
         pytest.skip("FEDMED_DATA does not name a folder with the real volumes in hippocampus")
     volumes = load_hippocampus()
     assert len(volumes.rows) == 260

@@ -243,9 +243,30 @@ def test_questions_that_cannot_be_are_refused(tmp_path):
     )
     text = "site hospital-1: slopes and intercepts must have the shapes ((6, 2), (6,))"
     assert reply.error.reason == text
-    more = {"frequencies": np.zeros(5), "loadings": np.ones((6, 1))}
+    frequencies = np.full(6, 0.4)
+    more = {"frequencies": frequencies, "loadings": np.ones((5, 1))}
     reply = question(client, "scores", **everything(), **more)
-    text = "site hospital-1: loadings and frequencies must have one row a variant"
+    assert reply.error.reason == "site hospital-1: loadings must have one row a variant"
+    text = "site hospital-1: frequencies must be one a variant, in (0, 1), and loadings finite"
+    for wrong in (
+        {"frequencies": np.full(5, 0.4)},
+        {"frequencies": np.r_[np.full(5, 0.4), 0.0]},
+        {"frequencies": np.r_[np.full(5, 0.4), np.nan]},
+        {"loadings": np.full((6, 1), np.inf)},
+    ):
+        more = {"frequencies": frequencies, "loadings": np.ones((6, 1))} | wrong
+        for query in ("loadings", "scores"):
+            assert question(client, query, **everything(), **more).error.reason == text
+
+
+def test_no_person_is_given_a_frequency_of_their_own(tmp_path):
+    """As many variants as people, and a frequency near 0 for one person: all weight is theirs."""
+    client, many = hospital(tmp_path), {"lines": np.arange(PEOPLE) % VARIANTS}
+    many |= {"swapped": np.zeros(PEOPLE, bool), "loadings": np.ones((PEOPLE, 1))}
+    frequencies = np.full((PEOPLE, PEOPLE), 0.5)
+    frequencies[3] = 1e-12
+    reply = question(client, "loadings", **many, frequencies=frequencies)
+    text = "site hospital-1: frequencies must be one a variant, in (0, 1), and loadings finite"
     assert reply.error.reason == text
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import tomllib
 from dataclasses import fields
@@ -526,7 +525,6 @@ def test_the_example_finds_the_planted_hit(tmp_path):
 
 
 @pytest.mark.realdata
-@pytest.mark.skipif("FEDMED_DATA" not in os.environ, reason="FEDMED_DATA is not set")
 @pytest.mark.parametrize("settings", [("trait=north",), ("trait=persistence", "test=logistic")])
 def test_the_example_finds_the_lactase_variant(tmp_path, settings):
     summary, lines = run_example(tmp_path / "run", *settings)

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import socket
 import threading
 import time
@@ -436,7 +435,6 @@ def test_heart_disease_does_not_offer_phantoms(publisher, monkeypatch):
 
 
 @pytest.mark.realdata
-@pytest.mark.skipif(not os.environ.get("FEDMED_DATA"), reason="FEDMED_DATA is not set")
 def test_the_real_files_have_the_published_sizes():
     pneumonia, breast = load_dataset("pneumoniamnist"), load_dataset("breastmnist")
     assert [len(rows) for rows in pneumonia.labels.values()] == [4708, 524, 624]

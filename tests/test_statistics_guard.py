@@ -402,7 +402,10 @@ class TestProbing:
         """With more of them a single patient's value could be found by what is refused."""
         for bound in (50.0, 50.5, 50.25):
             ask(rows, path, most_compared=3, **where(f"age >= {bound}"))
-        text = "conditions on age may use 3 different values in all, and have"
+        text = (
+            "conditions on age, and widths of its cells, may use 3 different values in all, "
+            "and have"
+        )
         with pytest.raises(DeclinedError, match=says(text)):
             ask(rows, path, most_compared=3, **where("age >= 50.125"))
         # The ones before may be used again, and other columns.

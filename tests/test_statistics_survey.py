@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 from fedmed_flower import InputError, MedicalClient, SiteData, run_local
 from fedmed_flower.report import write_report
+from fedmed_flower.statistics import report
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import KINDS, Request, Survival, parse_filter
 from fedmed_flower.statistics.table import figure, table_one
 from fedmed_flower.statistics_commands import statistics
-from fedmed_flower.strategies.statistics import ask, survey
+from fedmed_flower.strategies.statistics import Answer, _found, ask, survey
 
 COUNTS = (150, 3, 260, 120)
 
@@ -212,8 +213,8 @@ class TestRealHospitals:
         request = Request(columns=("age",), where=(parse_filter("age>=50"),))
         nodes = self.nodes(tmp_path, **{"max-filter-values": 0})
         text = (
-            "no hospital has told anything: declined: conditions on age may use 0 different values"
-            " in all, and have"
+            "no hospital has told anything: declined: conditions on age, and widths of its cells, "
+            "may use 0 different values in all, and have"
         )
         with pytest.raises(InputError, match=says(text)):
             surveyed(Ward, request, tmp_path / "run", 1, nodes)
@@ -262,6 +263,7 @@ HOSTILE = [
     (("groups", 0, "numeric", "age", "mean"), [1.0]),
     (("groups", 0, "numeric", "age", "mean"), 10**400),
     (("groups", 0, "numeric", "age", "m2"), -1.0),
+    (("groups", 0, "numeric", "age", "m2"), 1.7e308),
     (("groups", 0, "numeric", "age", "histogram", "edges"), [1.0]),
     (("groups", 0, "numeric", "age", "histogram", "edges", 0), 1000.0),
     (("groups", 0, "numeric", "age", "histogram", "counts", 0), 10_000),
@@ -281,6 +283,8 @@ HOSTILE = [
     (("groups", 0, "weeks", "counts", 0), -1),
     (("groups", 0, "weeks", "first"), 0.5),
     (("groups", 0, "weeks", "counts"), [1] * 20_000),
+    (("groups", 0, "correlations", 0, "of", 1, "m2"), 1.7e308),
+    (("groups",), [None] * 10_001),
     (("groups",), 3),
     (("groups",), "text"),
     (("noise",), {"epsilon": -1}),
@@ -430,3 +434,16 @@ class TestCommand:
         assert result.exit_code == 2
         assert f"not started: {said}" in result.output
         assert not (tmp_path / "run").exists()
+
+
+def test_a_hospital_with_hundreds_of_groups_does_not_hold_up_the_page(sound, monkeypatch):
+    """Each group would be drawn by itself, for hours."""
+    drawn = []
+    monkeypatch.setattr(report, "_drawings", lambda name, *_: drawn.append(name) or "")
+    monkeypatch.setattr(report, "_weeks", lambda entry: drawn.append(entry["group"]) or "")
+    groups = [sound["groups"][0] | {"name": f"ward {number}"} for number in range(30)]
+    answer = Answer(Request(), {"north": read_reply(json.dumps(sound | {"groups": groups}))})
+    found = _found(answer, "", "c2")
+    body = report._body({"app": "survey"}, found)
+    assert len(drawn) == 2 * 24
+    assert '<p class="note">6 more groups not drawn.</p>' in body

@@ -47,7 +47,8 @@ class Cohort:
     covariates : (n, c) float array
         About their means here.
     minimum : int
-        No smaller number of people or alleles is told, unless there is none.
+        A variant is withheld of whose rarer allele, or of whose cases or controls, there are fewer,
+        unless there are none.
     left_out : tuple of str
         Who takes no part, and how many.
     """

@@ -44,7 +44,8 @@ class Local:
     request : Request
     guard : Guard
     most_compared : int
-        How many different values the conditions on one column may use, all requests together.
+        How many different values the conditions on one column, and the widths of its cells, may
+        use, all requests together.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Local:
         InputError
             Where conditions, `by` or survival name what is not there.
         DeclinedError
-            Where conditions on a column have used too many values.
+            Where conditions on a column, or its widths, have used too many values.
         """
         groups = self._groups()
         told: list[Told] = []
@@ -94,6 +95,8 @@ class Local:
         met = [columns.meets(condition) for condition in request.where]
         for condition in request.where:
             guard.compare(condition.column, condition.value, self._most_compared)
+        if request.by_width:
+            guard.compare(request.by, request.by_width, self._most_compared)
         inside = np.logical_and.reduce([np.ones(columns.count, bool), *met])
         labels, names = self._by()
         everybody = guard.members()
@@ -175,6 +178,7 @@ class Local:
         guard, columns = self._guard, self._columns
         if (asked := columns.resolution(name)) is None:
             return self._withhold(f"histogram of {name}", "nothing says how finely to tell it")
+        guard.compare(name, asked, self._most_compared)
         numbers, members = columns.numbers(name), guard.members(name)
         for usable, waiting in self._attempts(inside & ~np.isnan(numbers), members):
             values, whose = numbers[usable], columns.whose[usable]
@@ -274,6 +278,8 @@ class Local:
         times, events = columns.survival(asked)
         if columns.is_categorical(asked.time):
             raise InputError(f"{asked.time} holds no numbers, which a survival curve needs")
+        for length in (asked.width, asked.horizon):
+            guard.compare(asked.time, length, self._most_compared)
         keys = [guard.members(*names) for names in ((asked.time,), (asked.event,), asked[:2])]
         for usable, waiting in self._attempts(inside & ~np.isnan(times), *keys):
             happened, whose, width = events[usable], columns.whose[usable], asked.width

@@ -11,6 +11,9 @@ from typing import Any
 from fedmed_flower.statistics.pooling import Told
 
 _MOST_LETTERS, _MOST_COUNT = 64 * 2**20, 1e12
+# Of 1e12 values below 1e100, so that the squares of all hospitals can be added up.
+_MOST_SQUARES = 1e213
+_MOST_GROUPS = 10_000
 # Of sums in floating point.
 _ROUNDING = 1 + 1e-6
 
@@ -32,6 +35,8 @@ def read_reply(text: object) -> dict[str, Any]:
             for name in ("epsilon", "delta", "multiplier"):
                 _number(told["noise"][name], name, least=0.0)
         _number(told["minimum"], "minimum", least=1)
+        if len(told["groups"]) > _MOST_GROUPS:
+            raise ValueError(f"there are more than {_MOST_GROUPS:,} groups")
         names = [_read_group(group, exact) for group in told["groups"]]
         if len(set(names)) < len(names):
             raise ValueError("a group is there twice")
@@ -77,7 +82,7 @@ def _read_group(group: Told, exact: bool) -> str:
         if len(of) != 2 or of[0]["n"] != of[1]["n"] or not of[0]["n"] <= most:
             raise ValueError("a correlation has not the same rows of both columns")
         for part in of:
-            _number(part["n"], "n", least=0.0)
+            _number(part["n"], "n", 0.0, _MOST_COUNT)
             _moments(part, "a correlation")
         _number(told["product"], "product")
         if abs(told["product"]) > math.sqrt(of[0]["m2"] * of[1]["m2"]) * _ROUNDING:
@@ -139,7 +144,7 @@ def _counted(told: Told, name: str, exact: bool, most: float) -> float:
 def _moments(told: Told, name: str) -> None:
     for part in ("mean", "rest"):
         _number(told[part], name, -1e100, 1e100)
-    _number(told["m2"], name, 0.0)
+    _number(told["m2"], name, 0.0, _MOST_SQUARES)
 
 
 def _ascending(values: object, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,10 @@ def _body(summary: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     pens = plots.pens(sorted(found["sites"], key=page.natural))
     made = tables(found)
     first = [table for table in made if table["title"].startswith("Table 1")]
-    rest = [table for table in made if table not in first]
+    rest = [table for table in made if not table["title"].startswith("Table 1")]
     parts = [_head(summary, pens), *(_table(table) for table in first), _NOTES if first else ""]
     with matplotlib.rc_context(plots.SETTINGS):
-        for name, group in found["groups"].items():
+        for name, group in islice(found["groups"].items(), _MOST_PLOTS):
             told = {
                 site: entry
                 for site, answer in found["sites"].items()
@@ -80,8 +81,11 @@ def _body(summary: Mapping[str, Any], found: Mapping[str, Any]) -> str:
                 if entry["name"] == name
             }
             parts.append(_drawings(name, group, told, pens))
-        drawn = [_weeks(entry) for entry in found["alerts"] if "note" not in entry]
-        parts.append(f"<h2>Week by week</h2>{''.join(drawn[:_MOST_PLOTS])}" if drawn else "")
+        if (left := len(found["groups"]) - _MOST_PLOTS) > 0:
+            parts.append(f'<p class="note">{many(left, "more group")} not drawn.</p>')
+        watched = [entry for entry in found["alerts"] if "note" not in entry]
+        drawn = "".join(_weeks(entry) for entry in watched[:_MOST_PLOTS])
+        parts.append(f"<h2>Week by week</h2>{drawn}" if drawn else "")
     for table in rest:
         note = _DRIFT if table["title"] == "Drift" else ""
         parts.append(_table(table) + note)
@@ -211,9 +215,7 @@ def _weeks(entry: Mapping[str, Any]) -> str:
     unknown = weeks[np.isnan(counts)]
     axes.plot(unknown, np.zeros(unknown.size), "x", color=INK, ms=4, clip_on=False)
     axes.locator_params(axis="x", integer=True)
-    drawing = plots.svg(
-        axes, "rows by week", f"week, from {_plain(str(entry['start']))}", grid="y"
-    )
+    drawing = plots.svg(axes, "rows by week", f"week, from {_plain(str(entry['start']))}", grid="y")
     site = escaped(entry["site"]) + (f", {escaped(entry['group'])}" if entry["group"] else "")
     text = f"<b>{site}</b> · rows by week · {many(sum(map(bool, alerts)), 'alert')} · × withheld"
     return f'<figure class="dots"><figcaption>{text}</figcaption>{drawing}</figure>'

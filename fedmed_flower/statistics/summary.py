@@ -218,7 +218,9 @@ def _named(one: Sequence[Told], others: Sequence[Told]) -> list[NDArray[Any]] | 
     of whom all these categories are known.
     """
     first = [part for part in one if "names" in part]
-    names = {n for p in first for n in p["names"] if all(_knows(q, {n}) for q in first)}
+    names = {name for part in first for name in part["names"]}
+    for part in first:
+        names &= set(part["names"]) if part["few"] else names
     second = [part for part in others if "names" in part and _knows(part, names)]
     if not (names and second):
         return None
