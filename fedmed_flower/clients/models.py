@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from flwr.app import Context
-from monai.bundle import ConfigParser
-from monai.networks import nets
 from torch import Tensor, nn
 
 from fedmed_flower.config import Section, with_type_of
@@ -128,6 +126,9 @@ def _build(name: str, text: str) -> nn.Module:
 
 def _named(name: str) -> Callable[..., Any]:
     """Return the network class or function of MONAI that has this name."""
+    # Importing MONAI takes seconds, which a client for tables need not wait for.
+    from monai.networks import nets
+
     known: dict[str, Callable[..., Any]] = {
         key: value
         for key, value in vars(nets).items()
@@ -188,6 +189,8 @@ def _from_bundle(folder: Path) -> nn.Module:
         raise InputError(f"bundle: there is no {files[0]} (or {wanted})")
     if path.suffix != ".json" and importlib.util.find_spec("yaml") is None:
         raise InputError(f"{path} needs the package pyyaml: pip install pyyaml")
+    from monai.bundle import ConfigParser
+
     parser = ConfigParser()
     try:
         parser.read_config(path)
