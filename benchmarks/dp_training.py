@@ -46,7 +46,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fedmed_flower.clients.training import keep_freed_memory, micro_batch_size
-from fedmed_flower.privacy.gradients import PROBE, PatientOptimizer, RecordGradients
+from fedmed_flower.privacy.gradients import PROBE, RecordGradients
+from fedmed_flower.privacy.optimizer import PatientOptimizer
 from fedmed_flower.privacy.validate import with_group_norm
 
 Batch = Mapping[str, Tensor]

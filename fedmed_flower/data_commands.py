@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedmed_flower.data.checking import Finding, check_folder
 from fedmed_flower.errors import InputError
+
+if TYPE_CHECKING:
+    from fedmed_flower.data.checking import Finding
 
 data_app = typer.Typer(help="Look at a hospital's own data.", no_args_is_help=True)
 console = Console(highlight=False, soft_wrap=True)
@@ -37,6 +39,9 @@ def check(
     ] = None,
 ) -> None:
     """Read all images and masks of a folder and name what cannot be used."""
+    # With MONAI, whose import the other commands need not wait for.
+    from fedmed_flower.data.checking import check_folder
+
     try:
         with console.status(f"reading {escape(str(folder))}"):
             findings = check_folder(folder, num_classes=classes)

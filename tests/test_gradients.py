@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from fedmed_flower.clients import training
 from fedmed_flower.errors import InputError
-from fedmed_flower.privacy.gradients import PatientOptimizer, RecordGradients, with_values
+from fedmed_flower.privacy.gradients import RecordGradients, with_values
+from fedmed_flower.privacy.optimizer import PatientOptimizer
 
 # One test in a million fails by chance.
 CHANCE = 1e-6
@@ -734,7 +735,7 @@ def test_a_failure_to_draw_ahead_ends_the_step_without_a_release(monkeypatch):
     def fail(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr("fedmed_flower.privacy.gradients.gaussian", fail)
+    monkeypatch.setattr("fedmed_flower.privacy.optimizer.gaussian", fail)
     optimizer.draw_ahead()
     with pytest.raises(MemoryError):
         optimizer.release()
@@ -742,7 +743,7 @@ def test_a_failure_to_draw_ahead_ends_the_step_without_a_release(monkeypatch):
 
 
 def test_a_gradient_in_many_blocks_is_clipped_as_a_whole(monkeypatch):
-    monkeypatch.setattr("fedmed_flower.privacy.gradients._BLOCK", (7, 7))
+    monkeypatch.setattr("fedmed_flower.privacy.optimizer._BLOCK", (7, 7))
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1))
     made = [torch.randn(6, *p.shape, dtype=torch.float64) for p in model.parameters()]
     flat = torch.cat([g.flatten(1) for g in made], dim=1)

@@ -13,9 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, PngImagePlugin
 
+from fedmed_flower.drawing import heatmap, outlined
 from fedmed_flower.errors import InputError
 from fedmed_flower.page import PALETTE
-from fedmed_flower.pictures import MOST_BYTES, Picture, heatmap, outlined, sound
+from fedmed_flower.pictures import MOST_BYTES, Picture, sound
 
 FIRST, SECOND, THIRD = (tuple(bytes.fromhex(colour[1:])) for colour in PALETTE[:3])
 ORANGE, BLUE = (0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2)

@@ -27,10 +27,10 @@ from fedmed_flower import InputError, MedicalClient, SiteData
 from fedmed_flower.clients.training import train_epochs, train_privately
 from fedmed_flower.data.site import read_error
 from fedmed_flower.experiment import RunFailedError
-from fedmed_flower.privacy import gradients
+from fedmed_flower.privacy import optimizer
 from fedmed_flower.privacy.accounting import Release, epsilon_of
-from fedmed_flower.privacy.gradients import PatientOptimizer
 from fedmed_flower.privacy.ledger import Ledger
+from fedmed_flower.privacy.optimizer import PatientOptimizer
 from fedmed_flower.privacy.patient import Mechanism, PrivacySettings
 from fedmed_flower.privacy.validate import require_forgetful
 from fedmed_flower.runfolder import RunFolder
@@ -222,7 +222,7 @@ def taken(monkeypatch):
 
     monkeypatch.setattr(PatientOptimizer, "accumulate", counting)
     monkeypatch.setattr(PatientOptimizer, "release", ending)
-    monkeypatch.setattr(gradients, "gaussian", fixed)
+    monkeypatch.setattr(optimizer, "gaussian", fixed)
     return found
 
 

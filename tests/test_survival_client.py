@@ -17,7 +17,7 @@ from tiny import ask, context_of, says
 from fedmed_flower import InputError, Schema, SiteData, SurvivalClient, metrics, survival
 from fedmed_flower.data.preparing import Preparation
 from fedmed_flower.data.site import Site, read_error
-from fedmed_flower.privacy import gradients
+from fedmed_flower.privacy import optimizer
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.runfolder import RunFolder
 
@@ -263,7 +263,7 @@ def without_noise(count, std, generator):
 
 
 def test_no_patient_moves_a_private_model_further_than_the_clipping_norm(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradients, "gaussian", without_noise)
+    monkeypatch.setattr(optimizer, "gaussian", without_noise)
     train = lives(20, 1)
     odd = {"age": -1e9, "days": 1e-9, "died": 1}
     states = []

@@ -1,5 +1,7 @@
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -31,7 +33,7 @@ from fedmed_flower.data.site import Site, read_error
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.experiment import RunFailedError
 from fedmed_flower.outcomes import outcome_metrics
-from fedmed_flower.privacy import gradients
+from fedmed_flower.privacy import optimizer
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.runfolder import RunFolder
 from fedmed_flower.statistics.request import Request
@@ -655,7 +657,7 @@ def test_no_patient_moves_a_private_model_further_than_the_clipping_norm(
     kind, tmp_path, monkeypatch
 ):
     """One patient among twenty is replaced by the most extreme one: twice the norm / 20."""
-    monkeypatch.setattr(gradients, "gaussian", without_noise)
+    monkeypatch.setattr(optimizer, "gaussian", without_noise)
     client = predicting(kind)
     limits, _ = OUTCOMES[kind]
     train = rows_of(client)[:20]
@@ -833,3 +835,13 @@ def test_the_network_is_that_of_the_run_config():
         assert linear[0].in_features == 6
         assert linear[-1].out_features == 1
     assert predicting("multi-class")(context_of(**DECLARED)).build_model().out_features == 3
+
+
+def test_a_process_that_answers_one_message_imports_only_what_it_needs():
+    """On a deployment each message has a process of its own: each of these is a second of it."""
+    code = (
+        "import fedmed_flower.cli, fedmed_flower.clients.tabular, sys; "
+        "print({'monai', 'opacus', 'dp_accounting', 'lifelines'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr

@@ -18,6 +18,7 @@ from fedmed_flower.clients.caching import CachedRows
 from fedmed_flower.clients.imaging import ImagingClient
 from fedmed_flower.clients.training import predict
 from fedmed_flower.data.site import SiteData
+from fedmed_flower.drawing import heatmap
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import (
     NOISED,
@@ -25,7 +26,7 @@ from fedmed_flower.metrics import (
     noised_counts,
     noised_metrics,
 )
-from fedmed_flower.pictures import Picture, heatmap
+from fedmed_flower.pictures import Picture
 
 
 class ClassificationClient(ImagingClient):

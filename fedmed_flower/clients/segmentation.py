@@ -29,6 +29,7 @@ from fedmed_flower.clients.imaging import ImagingClient, plain
 from fedmed_flower.clients.training import Parts
 from fedmed_flower.data.images import read_image, read_label, spacing_of
 from fedmed_flower.data.site import Row, SiteData
+from fedmed_flower.drawing import outlined
 from fedmed_flower.errors import InputError
 from fedmed_flower.overlap import (
     DICE,
@@ -41,7 +42,7 @@ from fedmed_flower.overlap import (
     patient_dice,
     site_scores,
 )
-from fedmed_flower.pictures import Picture, outlined
+from fedmed_flower.pictures import Picture
 
 # A class of this name would have the same key as the worst patient.
 _WORST_CLASS = WORST.removeprefix(f"{DICE}-")

@@ -15,13 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedmed_flower.privacy.gradients import (
-    PROBE,
-    Batch,
-    Loss,
-    PatientOptimizer,
-    RecordGradients,
-)
+from fedmed_flower.privacy.gradients import PROBE, Batch, Loss, RecordGradients
 from fedmed_flower.privacy.patient import Mechanism
 from fedmed_flower.privacy.sampling import PatientSampler
 
@@ -226,6 +220,9 @@ def train_privately(
         Mean loss of the records that were drawn, NaN where there were none, and how many patients'
         gradients were not finite and therefore left out. Neither carries noise.
     """
+    # Opacus takes a second to import, in each process that answers one message.
+    from fedmed_flower.privacy.optimizer import PatientOptimizer
+
     keep_freed_memory()
     model.train()
     settings, release = mechanism.settings, mechanism.release

@@ -15,10 +15,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import dp_accounting
-from dp_accounting import dp_event, pld
-from scipy.optimize import brentq
-
 from fedmed_flower.errors import InputError
 
 # For the search of a noise multiplier, whose result is checked with the finer one.
@@ -116,6 +112,9 @@ def noise_for(epsilon: float, delta: float, sampling_rate: float, count: int) ->
 
 @functools.lru_cache(maxsize=1024)
 def _noise_for(epsilon: float, delta: float, sampling_rate: float, count: int) -> float:
+    # Imported late, as dp_accounting below.
+    from scipy.optimize import brentq
+
     def over(logarithm: float) -> float:
         release = Release(sampling_rate, math.exp(logarithm))
         return _epsilon(((release, count),), delta, _COARSE) - epsilon
@@ -161,9 +160,15 @@ def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float, coarse: floa
     merged = _merged(counts)
     if (interval := _interval(merged)) > _MOST_INTERVAL:
         return math.inf
+    # A second to import, for which a process without privacy need not wait.
+    from dp_accounting import dp_event, pld
+
     accountant = pld.PLDAccountant(value_discretization_interval=coarse * interval)
-    for release, count in merged.items():
-        accountant.compose(_event(release), count)
+    for (rate, noise), count in merged.items():
+        event: dp_event.DpEvent = dp_event.GaussianDpEvent(noise)
+        if rate < 1:
+            event = dp_event.PoissonSampledDpEvent(rate, event)
+        accountant.compose(event, count)
     return float(accountant.get_epsilon(delta))
 
 
@@ -188,10 +193,3 @@ def _interval(counts: Mapping[Release, int]) -> float:
     spread = sum(n * (r.sampling_rate / r.noise_multiplier) ** 2 for r, n in counts.items())
     least = min(release.sampling_rate / release.noise_multiplier for release in counts)
     return max(1e-2 * least, 1e-4 * single, 1e-4 * math.sqrt(spread))
-
-
-def _event(release: Release) -> dp_accounting.DpEvent:
-    gaussian = dp_event.GaussianDpEvent(release.noise_multiplier)
-    if release.sampling_rate == 1:
-        return gaussian
-    return dp_event.PoissonSampledDpEvent(release.sampling_rate, gaussian)

@@ -1,0 +1,156 @@
+"""Opacus's optimizer, which makes of a gradient for each patient a step that hides every patient.
+
+Abadi, Chu, Goodfellow, McMahan, Mironov, Talwar, Zhang: Deep Learning with Differential Privacy,
+CCS 2016, https://arxiv.org/abs/1607.00133, algorithm 1, with a fixed denominator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from threading import Thread
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import Tensor
+
+from fedmed_flower.privacy.noise import gaussian, secure_generator
+
+# Numbers that are clipped and added at a time: what a cache holds, and what keeps a GPU busy.
+_BLOCK = (2**18, 2**24)
+
+
+class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Opacus's optimizer with noise that no seed decides.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Makes the step. Its weight decay, momentum and the like come after clipping and noise.
+    noise_multiplier : float
+        Standard deviation of the noise on the sum of clipped gradients, in units of
+        `max_grad_norm`.
+    max_grad_norm : float
+        To which the gradient of each patient is clipped.
+    expected_patients : float
+        What the sum is divided by, however many patients were drawn; above 0.
+
+    Attributes
+    ----------
+    dropped : int
+        Patients whose gradient was not finite and therefore left out.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        expected_patients: float,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=expected_patients,
+        )
+        self.dropped = 0
+        self._generator = secure_generator()
+        self._ahead: Future[Tensor] | None = None
+
+    def draw_ahead(self) -> None:
+        """Begin to draw the noise of the step to come, in a thread beside the gradients."""
+        self._ahead = future = Future[Tensor]()
+
+        def draw() -> None:
+            try:
+                future.set_result(self._draw())
+            except BaseException as error:
+                future.set_exception(error)
+
+        Thread(target=draw, daemon=True).start()
+
+    def accumulate(self, gradients: list[Tensor]) -> None:
+        """Clip the gradients of some patients and add them to the sum.
+
+        Parameters
+        ----------
+        gradients : list of tensors of shape (patients, *shape of the parameter)
+            One a trained parameter, in their order.
+        """
+        for parameter, gradient in zip(self.params, gradients, strict=True):
+            parameter.grad_sample = gradient
+        self.clip_and_accumulate()
+        self._forget_patients()
+
+    def clip_and_accumulate(self) -> None:
+        """Add the clipped gradients of the patients in `grad_samples` to the sums, in float64.
+
+        In float32 a norm over millions of numbers comes out up to some percent too small, and the
+        clipped gradient that much too long.
+        """
+        pairs = zip(self.grad_samples, self.params, strict=True)
+        rows = [gradient.reshape(len(gradient), p.numel()) for gradient, p in pairs]
+        squares = torch.zeros(len(rows[0]), dtype=torch.float64, device=rows[0].device)
+        for row in rows:
+            for across, along in _blocks(row):
+                part = row[across, along]
+                squares[across] += torch.linalg.vector_norm(
+                    part, dim=1, dtype=torch.float64
+                ).square()
+        finite = squares.isfinite()
+        if not bool(finite.all()):
+            self.dropped += int((~finite).sum())
+            rows, squares = [row[finite] for row in rows], squares[finite]
+        factors = (self.max_grad_norm / squares.sqrt()).clamp(max=1.0)
+        for parameter, row in zip(self.params, rows, strict=True):
+            if parameter.summed_grad is None:
+                parameter.summed_grad = _zeros(parameter)
+            total = parameter.summed_grad.view(-1)
+            for across, along in _blocks(row):
+                total[along] += factors[across] @ row[across, along].double()
+
+    def release(self) -> None:
+        """Add noise to the sum, divide it, and make a step; also where nobody was drawn."""
+        for parameter in self.params:
+            if parameter.summed_grad is None:
+                parameter.summed_grad = _zeros(parameter)
+        self._forget_patients()
+        self.add_noise()
+        self.scale_grad()
+        if self.step_hook:
+            self.step_hook(self)
+        self.original_optimizer.step()
+        self.zero_grad(set_to_none=True)
+
+    def add_noise(self) -> None:
+        """Add noise to the sum of clipped gradients, and round once."""
+        # Forgotten first: no noise is ever used twice.
+        ahead, self._ahead = self._ahead, None
+        noise = self._draw() if ahead is None else ahead.result()
+        parts = torch.split(noise, [parameter.numel() for parameter in self.params])
+        for parameter, part in zip(self.params, parts, strict=True):
+            total = parameter.summed_grad
+            parameter.grad = (total + part.to(total.device).view_as(total)).to(parameter.dtype)
+
+    def _draw(self) -> Tensor:
+        count = sum(parameter.numel() for parameter in self.params)
+        std = self.noise_multiplier * self.max_grad_norm
+        return torch.from_numpy(gaussian(count, std, self._generator))
+
+    def _forget_patients(self) -> None:
+        for parameter in self.params:
+            parameter.grad_sample = parameter.detach().new_empty((0, *parameter.shape))
+
+
+def _blocks(row: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into blocks that a cache holds: copies of them in float64 cost little."""
+    entries, (height, width) = _BLOCK[row.device.type == "cuda"], row.shape
+    many, long = max(1, entries // max(1, width)), min(max(1, width), entries)
+    for top in range(0, height, many):
+        for left in range(0, width, long):
+            yield slice(top, top + many), slice(left, left + long)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=torch.float64, device=like.device)
