@@ -10,7 +10,7 @@ demo: $(READY)  ## Five hospitals train a chest X-ray classifier; prints where t
 
 test: $(READY)  ## The test suite.
 	$(BIN)/python -m pytest -m "not engine" -n 2
-	$(BIN)/python -m pytest -m engine
+	$(BIN)/python -m pytest -m engine -n 2 --dist loadfile
 
 check: $(READY)  ## Style and types.
 	$(BIN)/ruff check .
