@@ -72,7 +72,8 @@ class TestSurvey:
         }
         titles = [table["title"] for table in summary["tables"]]
         assert titles == [
-            *["Table 1", "sex by event, 3 hospitals", "Correlations", "Drift", "Withheld"]
+            *["Table 1", "sex by event, 3 hospitals", "Correlations"],
+            *["Kaplan-Meier, 2 of 3 hospitals", "Drift", "Withheld"],
         ]
         first = summary["tables"][0]
         assert first["head"] == ["", "hospital-1", "hospital-3", "hospital-4", "Overall"]
@@ -371,7 +372,7 @@ class TestTable:
         assert rows == [
             ["Patients", "100", "100", "200"],
             ["x = a, n (%)", "60 (60.0)", "80 (80.0)", "140 (70.0)"],
-            ["x = b, n (%)", "40 (40.0)", "few", "40 (20.0)"],
+            ["x = b, n (%)", "40 (40.0)", "few", "≥40 (20.0)"],
             ["x (few each), n (%)", "0 (0.0)", "20 (20.0)", "20 (10.0)"],
             ["x, missing", "0", "0", "0"],
         ]

@@ -301,9 +301,14 @@ class Local:
             values = (places, happened, 2 * places + happened)
             cells = [self._cells(inside, usable, value) for value in values]
             if guard.admit_all(keys, cells, waiting):
-                counts = np.bincount(values[2], minlength=2 * len(bins)).reshape(-1, 2)
+                # A step that is a cell by itself begins where an empty cell ends.
+                stops = sorted({*ends, *(low - 1 for low, high in bins if 1 < low == high)})
+                counts = np.zeros((len(stops), 2), np.int64)
+                counts[np.searchsorted(stops, ends)] = np.bincount(
+                    values[2], minlength=2 * len(bins)
+                ).reshape(-1, 2)
                 entry["survival"] = {
-                    "times": [number * width for number in ends],
+                    "times": [number * width for number in stops],
                     "events": counts[:, 1].tolist(),
                     "censored": counts[:, 0].tolist(),
                 }

@@ -161,6 +161,9 @@ def same_bins(parts: Sequence[Told]) -> list[NDArray[np.float64]] | None:
 def pool_survival(parts: Iterable[Told]) -> Curve:
     """Return the Kaplan-Meier curve of all patients, times rounded up as each hospital has told.
 
+    Where one hospital's interval contains times of another's, its events and censored patients are
+    taken to lie evenly in it, as `cumulate` does it.
+
     E. L. Kaplan, P. Meier, "Nonparametric estimation from incomplete observations", JASA 53, 1958.
 
     Parameters
@@ -168,16 +171,17 @@ def pool_survival(parts: Iterable[Told]) -> Curve:
     parts : iterable of dict
         ``times``, ``events`` and ``censored``, of equal length.
     """
-    totals: dict[float, list[float]] = {}
-    for part in parts:
-        for time, *counts in zip(part["times"], part["events"], part["censored"], strict=True):
-            both = totals.setdefault(time, [0.0, 0.0])
-            both[0], both[1] = both[0] + counts[0], both[1] + counts[1]
-    times = sorted(totals)
-    left = math.fsum(count for both in totals.values() for count in both)
+    told = [part for part in parts if part["times"]]
+    times = sorted({time for part in told for time in part["times"]})
+    totals = np.zeros((len(times), 2))
+    for part in told:
+        start = min(0.0, part["times"][0] - 1)
+        for side, name in enumerate(("events", "censored")):
+            reached = np.interp(times, [start, *part["times"]], [0.0, *np.cumsum(part[name])])
+            totals[:, side] += np.diff(reached, prepend=0.0)
+    left = float(totals.sum())
     curve, alive = Curve(times, [], [], []), 1.0
-    for time in times:
-        events, censored = totals[time]
+    for events, censored in totals.tolist():
         alive *= 1 - events / left if left > 0 else 1.0
         for values, value in zip(curve[1:], (left, events, alive), strict=True):
             values.append(value)

@@ -19,7 +19,7 @@ from fedmed_flower.page import INK, escaped, many
 from fedmed_flower.plots import Pens
 from fedmed_flower.runfolder import SUMMARY, write_atomic
 from fedmed_flower.statistics.pooling import cumulate, pool_survival
-from fedmed_flower.statistics.table import OVERALL, tables
+from fedmed_flower.statistics.table import OVERALL, label, tables
 
 STATISTICS = "statistics.json"
 _MOST_ROWS, _MOST_PLOTS = 400, 24
@@ -33,8 +33,8 @@ _NOISED = """<h2>What left each hospital</h2><p>The numbers behind these tables,
 noise: what they tell about one patient is bounded by epsilon <b>{}</b> at delta {}, charged to each
 hospital’s ledger before it was computed. Counts are estimates: none of them is exact.</p>"""
 _NOTES = """<p class="note">SD: standard deviation. Medians and quartiles are read off merged cells.
-“few”: the hospital has fewer patients than its minimum, or none. A dash: withheld, or not
-there.</p>"""
+“few”: the hospital has fewer patients than its minimum, or none, or as many as hide such a number
+beside it; ≥: these are not counted. A dash: withheld, or not there.</p>"""
 _DRIFT = """<p class="note">PSI, the population stability index: by custom above 0.1 a change, above
 0.25 a large one. KS, Kolmogorov and Smirnov: the greatest distance of two distributions, and the
 probability p of one as large by chance.</p>"""
@@ -80,7 +80,7 @@ def _body(summary: Mapping[str, Any], found: Mapping[str, Any]) -> str:
                 for entry in answer["groups"]
                 if entry["name"] == name
             }
-            parts.append(_drawings(name, group, told, pens))
+            parts.append(_drawings(label(found, name), group, told, pens))
         if (left := len(found["groups"]) - _MOST_PLOTS) > 0:
             parts.append(f'<p class="note">{many(left, "more group")} not drawn.</p>')
         watched = [entry for entry in found["alerts"] if "note" not in entry]
@@ -178,7 +178,8 @@ def _survival(group: Mapping[str, Any], told: Mapping[str, Any], pens: Pens) -> 
     axes.set_ylim(0, 1.02)
     drawing = plots.svg(axes, "Kaplan-Meier curves", "time", grid="y")
     at_risk, events = curve["at_risk"][0], math.fsum(curve["events"])
-    caption = f"Kaplan-Meier · {at_risk:,.0f} patients, {events:,.0f} events"
+    caption = f"Kaplan-Meier · {many(curve['hospitals'], 'hospital')}, {at_risk:,.0f} patients, "
+    caption += f"{events:,.0f} events"
     return f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
 
 

@@ -54,11 +54,13 @@ def summarise(groups: Sequence[Told]) -> dict[str, Any]:
     for columns, parts in _by_columns(groups, "correlations").items():
         count = math.fsum(part["of"][0]["n"] for part in parts)
         r = pool_correlation(parts)
-        found["correlations"].append({"columns": list(columns), "n": count, "r": r})
+        found["correlations"].append(
+            {"columns": list(columns), "n": count, "r": r, "hospitals": len(parts)}
+        )
     for columns, parts in _by_columns(groups, "pairs").items():
         found["pairs"].append({"columns": list(columns), **_crossed(parts)})
     if curves := [group["survival"] for group in groups if "survival" in group]:
-        found["survival"] = pool_survival(curves)._asdict()
+        found["survival"] = pool_survival(curves)._asdict() | {"hospitals": len(curves)}
     return found
 
 
@@ -88,7 +90,7 @@ def differences(
             parts = first[column], second.get(column, [])
             both = (_binned if kind == "numeric" else _named)(*parts)
             if both is None or not all(counts.any() for counts in both):
-                row["note"] = "no cells that both have told"
+                row["note"] = "no two cells that both have told"
             else:
                 row["psi"] = psi(*both)
                 if kind == "numeric":
@@ -201,12 +203,13 @@ def _crossed(parts: Sequence[Told]) -> dict[str, Any]:
 
 
 def _binned(one: Sequence[Told], others: Sequence[Told]) -> list[NDArray[Any]] | None:
+    # One cell with all rows in it would agree with whatever it is compared with.
     sides = [
-        [p["histogram"] for p in side if p.get("histogram", {}).get("edges")]
+        [h for p in side if np.count_nonzero((h := p.get("histogram", {})).get("counts", ())) > 1]
         for side in (one, others)
     ]
     counts = same_bins([*sides[0], *sides[1]])
-    if counts is None or not all(sides):
+    if counts is None or not all(sides) or np.count_nonzero(np.sum(counts, axis=0)) < 2:
         return None
     return [np.sum(counts[: len(sides[0])], axis=0), np.sum(counts[len(sides[0]) :], axis=0)]
 

@@ -9,6 +9,7 @@ from typing import Any
 DASH = "–"
 FEW = "(few each)"
 OVERALL = "Overall"
+_MOST_TIMES = 12
 Table = dict[str, Any]
 
 
@@ -25,15 +26,22 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     list of dict
         Each with ``title``, ``head`` and ``rows`` of texts.
     """
+    groups = {label(found, name): group for name, group in found["groups"].items()}
     made = [
         table_one(name, group, bool(found["request"].get("epsilon")))
-        for name, group in found["groups"].items()
+        for name, group in groups.items()
     ]
-    made += [pair for name, group in found["groups"].items() for pair in _pairs(name, group)]
-    made += [_correlations(name, group) for name, group in found["groups"].items()]
+    made += [pair for name, group in groups.items() for pair in _pairs(name, group)]
+    made += [_correlations(name, group) for name, group in groups.items()]
+    made += [_curve(name, group) for name, group in groups.items()]
     made += [_drift(found["drift"]), _alerts(found["alerts"], found["alert"])]
     made += [_withheld(found["sites"]), _failures(found["failures"])]
     return [table for table in made if table["rows"]]
+
+
+def label(found: Mapping[str, Any], name: str) -> str:
+    """Return what a group is called: the column that makes groups and its value."""
+    return f"{found['request']['by']} {name}" if name else ""
 
 
 def table_one(name: str, group: Mapping[str, Any], noised: bool = False) -> Table:
@@ -57,6 +65,8 @@ def table_one(name: str, group: Mapping[str, Any], noised: bool = False) -> Tabl
         parts = [column["categorical"].get(variable) for column in columns]
         for value in told.get("counts", ()):
             shown = [_share(part, value, noised) for part in parts]
+            # Those that a hospital has put among its few are not in the sum.
+            shown[-1] = "≥" * ("few" in shown) + shown[-1]
             rows.append([f"{variable} = {value}, n (%)", *shown])
         if told.get("few"):
             rows.append([f"{variable} {FEW}, n (%)", *(_few(part) for part in parts)])
@@ -141,10 +151,25 @@ def _pairs(name: str, group: Mapping[str, Any]) -> list[Table]:
 
 def _correlations(name: str, group: Mapping[str, Any]) -> Table:
     rows = [
-        [*told["columns"], figure(told["r"]), count(told["n"])]
+        [*told["columns"], figure(told["r"]), count(told["n"]), count(told["hospitals"])]
         for told in group["overall"]["correlations"]
     ]
-    return {"title": _named("Correlations", name), "head": ["", "", "r", "n"], "rows": rows}
+    head = ["", "", "r", "n", "hospitals"]
+    return {"title": _named("Correlations", name), "head": head, "rows": rows}
+
+
+def _curve(name: str, group: Mapping[str, Any]) -> Table:
+    """Return about a dozen points of the curve, the last among them."""
+    told = group["overall"].get("survival", {"times": [], "hospitals": 0})
+    step = max(1, math.ceil(len(told["times"]) / _MOST_TIMES))
+    rows = [
+        [figure(time), count(left), count(events), figure(alive)]
+        for time, left, events, alive in zip(
+            *(told.get(key, ()) for key in ("times", "at_risk", "events", "survival")), strict=True
+        )
+    ][::-step][::-1]
+    title = _named(f"Kaplan-Meier, {told['hospitals']} of {len(group['sites'])} hospitals", name)
+    return {"title": title, "head": ["time", "at risk", "events", "survival"], "rows": rows}
 
 
 def _drift(entries: Sequence[Mapping[str, Any]]) -> Table:
