@@ -60,7 +60,8 @@ class Study(Section):
     test : {"trend", "allelic", "logistic", "linear"}
         Of each variant by itself. ``linear`` takes a continuous trait, the others a binary one.
     components : int
-        Principal components of ancestry that go as covariates into ``logistic`` and ``linear``.
+        Principal components of ancestry that go as covariates into ``logistic`` and ``linear``; at
+        most 50.
     component_variants : int
         Variants, at most, from which they are made: evenly spread among those of which every
         hospital tells its counts and the rarer allele has a frequency of 0.05 or more.
@@ -90,7 +91,8 @@ class Study(Section):
 
     def __post_init__(self) -> None:
         self.require("test", self.test in TESTS, f"one of {', '.join(TESTS)}")
-        self.require_at_least(0, "components", "seed")
+        self.require_at_least(0, "seed")
+        self.require("components", 0 <= self.components <= 50, "in 0..50")
         self.require_at_least(1, "min_sites", "component_variants")
         sized = 1 <= self.block_size <= 1 << 20
         self.require("block_size", sized, "in 1..1048576")

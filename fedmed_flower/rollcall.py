@@ -164,6 +164,9 @@ def collect_personal(
             }
             if not all(map(math.isfinite, figures.values())) or not {*PERSONAL} <= figures.keys():
                 raise ValueError
+            counts = ("personal-epochs", "num-examples")
+            if any(figures.get(name, 0) < 0 or figures.get(name, 0) % 1 for name in counts):
+                raise ValueError
         except (TypeError, ValueError, OverflowError) as error:
             reasons[site] = f"malformed answer: {type(error).__name__}"
         else:

@@ -243,7 +243,16 @@ def test_questions_that_cannot_be_are_refused(tmp_path):
     )
     text = "site hospital-1: slopes and intercepts must have the shapes ((6, 2), (6,))"
     assert reply.error.reason == text
+    for wrong in (np.nan, np.inf):
+        more = {"slopes": np.full((6, 2), wrong), "intercepts": np.zeros(6)}
+        reply = question(client, "logistic", **everything(), **more)
+        assert reply.error.reason == "site hospital-1: slopes and intercepts must be finite"
     frequencies = np.full(6, 0.4)
+    for columns in (0, 65):
+        more = {"frequencies": frequencies, "loadings": np.ones((6, columns))}
+        reply = question(client, "scores", **everything(), **more)
+        text = f"site hospital-1: loadings must have 1 to 64 columns, got {columns}"
+        assert reply.error.reason == text
     more = {"frequencies": frequencies, "loadings": np.ones((5, 1))}
     reply = question(client, "scores", **everything(), **more)
     assert reply.error.reason == "site hospital-1: loadings must have one row a variant"

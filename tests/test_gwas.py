@@ -455,7 +455,8 @@ def test_a_study_whose_sites_all_fail_leaves_a_folder_that_says_so(world, tmp_pa
         ({"resume": True}, "an association study is not resumed: start it anew in a new folder"),
         ({"privacy": "patient"}, "an association study carries no noise: set privacy=none, which "
          "hospitals with a budget decline"),
-        ({"test": "logistic", "components": 300}, "300 components cannot be made of 40 common "
+        ({"test": "logistic", "components": 51}, "components must be in 0..50, got 51"),
+        ({"test": "logistic", "components": 45}, "45 components cannot be made of 40 common "
          "variants that every hospital tells, and of 220 people: choose fewer components"),
     ],
 )  # fmt: skip

@@ -415,6 +415,8 @@ def personal(**figures):
         (personal(**{"val-own": float("inf")}), "malformed answer: ValueError"),
         (personal(**{"val-own": [0.5]}), "malformed answer: ValueError"),
         (personal(odd=10**400), "malformed answer: OverflowError"),
+        (personal(**{"personal-epochs": 0.5}), "malformed answer: ValueError"),
+        (personal(**{"num-examples": -4}), "malformed answer: ValueError"),
         (None, "no answer"),
     ],
 )

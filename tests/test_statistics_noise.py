@@ -99,6 +99,31 @@ class TestSensitivity:
         assert found.bound == pytest.approx(math.sqrt(1 + 2 + 4 + 2 + 6 + 1 + 1))
         assert np.linalg.norm(found.sums(columns)) == pytest.approx(found.bound)
 
+    def test_a_range_that_floats_cannot_hold(self):
+        for low, high in ((-1.7e308, 1.7e308), (0, 5e-324), (2**200, 2**200 + 1), (1, math.nan)):
+            with pytest.raises(InputError, match="the range of lab must be two finite numbers"):
+                Request(ranges={"lab": (low, high)}, epsilon=1.0)
+
+    def test_ends_that_only_whole_numbers_tell_apart_so(self):
+        """They lie 1 apart, and as floats 2**148: a value in between was once told 2**148-fold."""
+        low = 2**200 + 2**147
+        text = json.dumps({"columns": ["lab"], "ranges": {"lab": [low, low + 1]}, "epsilon": 1.0})
+        columns = Columns([{"patient": 1, "lab": 7.0}], Request.from_text(text))
+        found = plan(columns, Request.from_text(text))
+        assert np.linalg.norm(found.sums(columns)) <= found.bound
+
+    @pytest.mark.parametrize(
+        "limits", [(1e200, 1.0000000000000002e200), (0, 1e-299), (-8e307, 8e307), (2**80, 2**81)]
+    )
+    def test_odd_ranges_do_not_stretch_a_value(self, limits):
+        rows = [{"patient": n, "lab": x} for n, x in enumerate([0, -1e99, 1e99, 7, None, 1e-300])]
+        asked = {"ranges": {"lab": limits}, "kinds": ("moments", "histograms")}
+        found, columns = planned(rows, columns=("lab",), epsilon=1.0, **asked)
+        for row in rows:
+            alone, one = planned([row], columns=("lab",), epsilon=1.0, **asked)
+            assert np.linalg.norm(alone.sums(one)) <= found.bound
+        assert np.isfinite(found.sums(columns)).all()
+
     def test_many_rows_count_as_one(self):
         row = make_patients(1)[0] | {"centre": "a"}
         once, columns = planned([row], **EVERYTHING)
@@ -162,6 +187,29 @@ class TestAnswer:
         found = told(reply_of(Noised, request, tmp_path))
         reason = "with noise a column needs a declared range, or declared categories"
         assert found["withheld"] == [["", "sex", reason]]
+
+    def test_conditions_are_on_what_is_declared(self, tmp_path):
+        """Else what a column mostly holds, or whether there is one, would be told exactly."""
+        for name in ("stage", "nowhere"):
+            request = Request(
+                columns=("age",), ranges={"age": (0.0, 100.0)}, epsilon=1.0, **where(f"{name} >= 1")
+            )
+            reason = reply_of(Noised, request, tmp_path).error.reason
+            text = f"with noise a condition needs a declared range or categories: ['{name}']"
+            assert reason.endswith(text)
+        ranges = {"age": (0.0, 100.0), "nowhere": (0.0, 1.0)}
+        request = Request(columns=("age",), ranges=ranges, epsilon=50.0, **where("nowhere >= 0"))
+        assert told(reply_of(Noised, request, tmp_path))["groups"][0]["patients"] < 10
+
+    def test_what_is_too_much(self, tmp_path):
+        many = {f"x{n}": (0.0, 1.0) for n in range(51)}
+        request = Request(ranges=many, kinds=("correlations",), epsilon=1.0)
+        text = "correlations with noise are of at most 50 columns, got 51"
+        assert reply_of(Noised, request, tmp_path).error.reason.endswith(text)
+        lists = {name: tuple(map(str, range(200))) for name in ("a", "b", "c")}
+        request = Request(categories=lists, pairs=(("a", "b"),), by="c", epsilon=1.0)
+        text = "with noise at most 1,000,000 numbers can be asked for, got 8,282,200"
+        assert reply_of(Noised, request, tmp_path).error.reason.endswith(text)
 
     def test_nothing_is_declared(self, tmp_path):
         reply = reply_of(Noised, Request(epsilon=1.0), tmp_path)

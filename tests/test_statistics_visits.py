@@ -8,7 +8,7 @@ from statistics_rows import ask, group, where, withheld
 from tiny import says
 
 from fedmed_flower.errors import DeclinedError
-from fedmed_flower.statistics.guard import fewest_left
+from fedmed_flower.statistics.fewest import fewest_left
 from fedmed_flower.statistics.local import FEW
 
 MINIMUM = 10

@@ -743,6 +743,15 @@ def test_a_hospital_with_a_budget_tells_nothing_without_noise(tmp_path):
     assert set(told) == {"train", "val", "test", "num-examples"}
 
 
+def test_a_hospital_with_a_budget_learns_no_preparation_of_its_own(tmp_path):
+    """Its noised figures would follow from means of training rows that nothing is charged for."""
+    context = context_of(node_config=BUDGET | {"data-dir": str(tmp_path)}, preparation="site")
+    arrays = arrays_of(Wards, context_of(preparation="site"))
+    for split in ("val", "test"):
+        text = error_of(Wards, context, "evaluate", arrays, split=split)
+        assert text.startswith('declined: preparation="site" learns from patients without noise')
+
+
 def test_a_real_hospital_tells_its_number_of_rows_and_no_labels():
     real = ask(TinyTable, "query.describe", context_of(node_config={"site-name": "north"}))
     assert set(real.content["metrics"]) == {"train", "val", "test", "num-examples", "turned-away"}

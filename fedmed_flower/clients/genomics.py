@@ -29,6 +29,8 @@ log = logging.getLogger("flwr.fedmed")
 
 # Genotypes that are in memory at a time, as numbers of several kinds.
 _CELLS = 1 << 22
+# What a study of 50 components asks for, with the few more that the search for them takes.
+_MOST_LOADINGS = 64
 _SCORES = "component-scores"
 TRAITS = ("binary", "continuous")
 
@@ -252,6 +254,8 @@ def logistic(client: GenomicsClient, message: Message) -> RecordDict:
     shapes = (len(asked.lines), covariates.shape[1] + 1), (len(asked.lines),)
     if (slopes.shape, intercepts.shape) != shapes:
         raise InputError(f"slopes and intercepts must have the shapes {shapes}")
+    if not (np.isfinite(slopes).all() and np.isfinite(intercepts).all()):
+        raise InputError("slopes and intercepts must be finite")
     told = []
     for part, genotypes in asked.blocks(found):
         seen = _tellable(client, found, genotypes)
@@ -312,6 +316,10 @@ class _Asked:
         wanted, frequencies = self.array("loadings"), self.array("frequencies")
         if wanted.ndim != 2 or len(wanted) != len(self.lines):
             raise InputError("loadings must have one row a variant")
+        if not 1 <= wanted.shape[1] <= _MOST_LOADINGS:
+            raise InputError(
+                f"loadings must have 1 to {_MOST_LOADINGS} columns, got {wanted.shape[1]}"
+            )
         # One for each person would give a single person all the weight.
         within = ((frequencies > 0) & (frequencies < 1)).all()
         if frequencies.shape != self.lines.shape or not within or not np.isfinite(wanted).all():

@@ -33,7 +33,7 @@ from fedmed_flower.config import Section
 from fedmed_flower.data.preparing import Preparation, check_contribution, contribution
 from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import SPLITS, Row, SiteData, min_cell_count
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.metrics import NOISED, noised_counts, noised_metrics
 from fedmed_flower.outcomes import (
     NOISED_ERRORS,
@@ -202,6 +202,8 @@ class TabularClient(MedicalClient):
             Where privacy is on and the preparation would be learnt from patients without noise, or
             nothing was agreed upon, or a hospital without training rows would have to learn its
             own.
+        DeclinedError
+            Where a hospital with a privacy budget would have to learn its own.
         """
         self._require_unlearnt()
         kind = self.tables.preparation
@@ -212,6 +214,11 @@ class TabularClient(MedicalClient):
         return self._agreed_upon[0]
 
     def _of_own(self, rows: Sequence[Row]) -> Preparation:
+        if self.secretive:
+            raise DeclinedError(
+                'preparation="site" learns from patients without noise, and this hospital has a '
+                'privacy budget: preparation="declared" learns nothing'
+            )
         if not rows:
             raise InputError('preparation="site" needs training rows, and there are none')
         return Preparation.of_rows(self.schema, rows)

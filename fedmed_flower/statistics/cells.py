@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed_flower.statistics.columns import Codes
-from fedmed_flower.statistics.guard import class_codes, fewest, patients_of
+from fedmed_flower.statistics.fewest import class_codes, fewest, patients_of
 
 Floats = NDArray[np.float64]
 # Far beyond that a multiple of a width cannot be told from the next.

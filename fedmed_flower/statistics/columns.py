@@ -73,19 +73,32 @@ class Columns:
 
     def is_categorical(self, name: str) -> bool:
         """Return whether a column holds categories: as declared, or by what most values are."""
-        if name not in self._kinds:
-            self._kinds[name] = self._holds_categories(name)
-        return self._kinds[name]
+        if not self._own_kind(name):
+            if name in (*self._request.categorical, *self.categories):
+                return True
+            if name in (*self.ranges, *self._request.resolutions):
+                return False
+        return self._holds_categories(name)
 
-    def _holds_categories(self, name: str) -> bool:
-        request, schema = self._request, self._schema
+    def _own_kind(self, name: str) -> bool | None:
+        """Return what the hospital's own schema says."""
+        schema = self._schema
         coded = {"binary": "target", "multi-class": "target", "survival": "event"}
         if name and name == getattr(schema, coded.get(getattr(schema, "task", ""), ""), ""):
             return True
-        if name in (*request.categorical, *self.categories, *getattr(schema, "categorical", ())):
+        if name in (*getattr(schema, "categorical", ()), *_declared(schema, "categories")):
             return True
-        if name in (*self.ranges, *request.resolutions, *getattr(schema, "numeric", ())):
-            return False
+        numeric = (*getattr(schema, "numeric", ()), *_declared(schema, "ranges"))
+        return False if name in numeric else None
+
+    def _holds_categories(self, name: str) -> bool:
+        """Return whether a column holds categories, whatever a request declares it to be."""
+        if name not in self._kinds:
+            own = self._own_kind(name)
+            self._kinds[name] = self._mostly_texts(name) if own is None else own
+        return self._kinds[name]
+
+    def _mostly_texts(self, name: str) -> bool:
         given = [v for row in self._rows if (v := _item(row.get(name))) is not None]
         numbers = sum(isinstance(v, int | float) and not isinstance(v, bool) for v in given)
         return 2 * numbers < len([v for v in given if not _gap(v)])
@@ -98,9 +111,15 @@ class Columns:
         return self._numbers[name]
 
     def texts(self, name: str) -> list[str | None]:
-        """Return a column as categories, in which 1, 1.0, "1" and True are the same."""
+        """Return a column as categories, in which 1, 1.0, "1" and True are the same.
+
+        None where there is no value, which text in a column of numbers is not.
+        """
         if name not in self._texts:
-            self._texts[name] = [_text(row.get(name)) for row in self._rows]
+            texts = [_text(row.get(name)) for row in self._rows]
+            if not self._holds_categories(name):
+                texts = [text if text and _is_number(text) else None for text in texts]
+            self._texts[name] = texts
         return self._texts[name]
 
     def codes(self, name: str) -> tuple[Codes, list[str]]:
@@ -118,12 +137,6 @@ class Columns:
             return self.numbers(name), False
         return np.array([_day(value) for value in values], np.float64), True
 
-    def values(self, name: str) -> list[str | None]:
-        """Return what tells the values of a column apart, as text; None where there is none."""
-        if self.is_categorical(name):
-            return self.texts(name)
-        return [None if math.isnan(number) else _text(number) for number in self.numbers(name)]
-
     def family(self, name: str) -> tuple[str, ...]:
         """Return the columns that tell of the same values, such as ``age`` and ``age-band``."""
         source = name.removesuffix("-band")
@@ -133,7 +146,8 @@ class Columns:
 
     def identities(self, family: tuple[str, ...]) -> list[str | None]:
         """Return a text of each row's values in some columns; None where it has none of them."""
-        each = zip(*map(self.values, family), strict=True)
+        # By their texts, whatever a request declares them to be: a row must be known again.
+        each = zip(*map(self.texts, family), strict=True)
         return [ascii(values) if any(v is not None for v in values) else None for values in each]
 
     def contents(self) -> list[str]:
@@ -231,6 +245,13 @@ def _number(value: Any) -> float:
         return math.nan
     # Beyond that squares and their sums would be no floats.
     return number if abs(number) < 1e100 else math.nan
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return abs(float(text)) < 1e100
+    except ValueError:
+        return False
 
 
 def _text(value: Any) -> str | None:

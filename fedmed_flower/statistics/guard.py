@@ -12,9 +12,12 @@ cells again refines nothing, so the same question is answered again. Auditing an
 goes back to F. Y. Chin and G. Ozsoyoglu, "Auditing and inference control in statistical databases",
 IEEE Transactions on Software Engineering 8, 1982.
 
+An answer about one variable under a condition on another tells of both: it also refines the
+partition of that pair, beside which a two-way table must hold.
+
 Where patients have several rows, classes of many patients each may still differ by one: those of
 all first visits and of all second ones. So the rows of a patient are also looked at together; see
-`fewest_left`.
+`fewest.fewest_left`.
 """
 
 from __future__ import annotations
@@ -32,20 +35,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import connected_components
 
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.privacy.ledger import give_name, transaction
 from fedmed_flower.statistics.columns import Codes, Columns, Mask
+from fedmed_flower.statistics.fewest import class_codes, fewest_left
 
 Hashes = NDArray[np.uint64]
 # Cells of rows that are not in an answer, and of those of which it tells that they lack a value.
 OUTSIDE, LACKING = -1, 2**31
 # The label of rows that no answer has counted.
 NEW = -1
-# Patients times classes that are looked at together; with more nothing is answered.
-_MOST_SPREAD = 10**7
-_ROUNDING = 1e-6
 _VERSION = 1
 _SCHEMA = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -82,6 +82,8 @@ class Members:
     Attributes
     ----------
     key : str
+    names : tuple of str
+        The columns it was asked for by; empty for all rows.
     rows : ndarray of int64
         Which rows they are.
     elements : ndarray of uint64
@@ -89,6 +91,7 @@ class Members:
     """
 
     key: str
+    names: tuple[str, ...]
     rows: Codes
     elements: Hashes
 
@@ -106,6 +109,11 @@ class Guard:
         At least 1.
     hide_missing : bool
         That a row lacks a value is then told of the minimum of patients only.
+
+    Attributes
+    ----------
+    beside : tuple of str
+        The columns by which rows were chosen, once these are admitted.
     """
 
     def __init__(
@@ -117,6 +125,7 @@ class Guard:
     ) -> None:
         self._connection, self._columns = connection, columns
         self.minimum, self._hide = minimum, hide_missing
+        self.beside: tuple[str, ...] = ()
         (self._key,) = connection.execute("SELECT value FROM about WHERE key = 'key'").fetchone()
         each = {patient: self._hash(patient) for patient in dict.fromkeys(columns.patients)}
         self._patients = np.array([each[p] for p in columns.patients], np.uint64)
@@ -141,7 +150,7 @@ class Guard:
             else:
                 texts = [*self._columns.contents()]
             rows, elements = self._elements(texts, bool(names))
-            self._members[key] = Members(key, rows, elements)
+            self._members[key] = Members(key, names, rows, elements)
         return self._members[key]
 
     def _elements(self, texts: Sequence[str | None], valued: bool) -> tuple[Codes, Hashes]:
@@ -175,22 +184,42 @@ class Guard:
             labels[members.rows[known]] = partition.labels[places[known]]
         return labels
 
-    def admit(self, members: Members, cells: Codes, waiting: Mask) -> bool:
-        """Write down that an answer gives these rows these cells, if that may be told.
+    def admit(self, keys: Sequence[Members], cells: Sequence[Codes], waiting: Mask) -> bool:
+        """Write down that an answer gives rows these cells, if that may be told.
 
         Parameters
         ----------
-        members : Members
-        cells : ndarray of int64
-            (rows,) with `OUTSIDE` for rows that the answer leaves out.
+        keys : sequence of Members
+            What it tells of.
+        cells : sequence of ndarray of int64
+            For each key (rows,) cells, with `OUTSIDE` for rows that the answer leaves out.
         waiting : ndarray of bool
             (rows,) of these the new ones are not counted yet: they remain new.
 
         Returns
         -------
         bool
-            Whether it may; nothing changes where it may not.
+            Whether it may, of all keys; nothing changes where it may not.
         """
+        before = dict(self._partitions), dict(self._changed)
+        names = {name for members in keys for name in members.names}
+        pairs = [
+            self.members(name, other)
+            for name in sorted(names)
+            for other in self.beside
+            if other not in names and self._columns.family(other) != self._columns.family(name)
+        ]
+        joint = class_codes(*cells)
+        for special in (LACKING, OUTSIDE):
+            joint[np.logical_or.reduce([values == special for values in cells])] = special
+        cells = [*cells, *(joint for _ in pairs)]
+        for members, values in zip((*keys, *pairs), cells, strict=True):
+            if not self._admit(members, values, waiting):
+                self._partitions, self._changed = before
+                return False
+        return True
+
+    def _admit(self, members: Members, cells: Codes, waiting: Mask) -> bool:
         partition = self._partition(members.key)
         labels = self.labels(members)[members.rows]
         taken = (labels != NEW) | ~waiting[members.rows]
@@ -209,15 +238,6 @@ class Guard:
         order = np.argsort(elements)
         new = Partition(elements[order], patients[order], classes[order])
         self._partitions[members.key] = self._changed[members.key] = new
-        return True
-
-    def admit_all(self, keys: Sequence[Members], cells: Sequence[Codes], waiting: Mask) -> bool:
-        """Do what `admit` does for one answer under several keys: for all of them or for none."""
-        before = dict(self._partitions), dict(self._changed)
-        for members, values in zip(keys, cells, strict=True):
-            if not self.admit(members, values, waiting):
-                self._partitions, self._changed = before
-                return False
         return True
 
     def compare(self, column: str, value: float | str, most: int) -> None:
@@ -290,93 +310,6 @@ def open_guard(
             f"the record of answers {path} cannot be used ({error}): mend its place, or restore it "
             "from a copy; without it nobody knows what was told before"
         ) from error
-
-
-def class_codes(*labels: Codes) -> Codes:
-    """Number the combinations of labels that occur."""
-    codes = np.zeros(labels[0].size, np.int64)
-    for label in labels:
-        numbers = np.unique(label, return_inverse=True)[1].astype(np.int64)
-        codes = codes * (int(numbers.max(initial=0)) + 1) + numbers
-        codes = np.unique(codes, return_inverse=True)[1].astype(np.int64)
-    return codes
-
-
-def patients_of(classes: Codes, whose: Codes) -> Codes:
-    """Return the number of patients in each class, from 0 to the highest."""
-    if not classes.size:
-        return np.zeros(0, np.int64)
-    width = int(whose.max()) + 1
-    return np.bincount(np.unique(classes * width + whose) // width).astype(np.int64)
-
-
-def fewest(classes: Codes, whose: Codes) -> float:
-    """Return the number of patients in the smallest class; infinite without one."""
-    counts = patients_of(classes, whose)
-    return float(counts[counts > 0].min(initial=2**62))
-
-
-def fewest_left(classes: Codes, whose: Codes, minimum: int) -> float:
-    """Return the number of patients in the smallest sum of multiples of classes that was found.
-
-    A multiple may be negative, and a patient is in a sum where the multiples of its rows do not
-    cancel. Looked at are each class, the difference of any two, and what is left of classes with
-    common patients when the patients whose rows are spread over them as those of most others are
-    have been cancelled, then most of the rest, and so on.
-
-    Parameters
-    ----------
-    classes, whose : ndarray
-        (rows,) the class and the patient of each row, from 0 on.
-    minimum : int
-        A number below it may be any such, and one from it on too high. Where patients with rows in
-        several classes, times those classes, are more than ten million, it is 0.
-    """
-    smallest = fewest(classes, whose)
-    if smallest < minimum or np.bincount(whose).max(initial=0) < 2:
-        return smallest
-    pairs, rows = np.unique(np.stack((whose, classes)), axis=1, return_counts=True)
-    alone = np.bincount(pairs[0])[pairs[0]] == 1
-    # A class with enough patients who have all their rows in it is in no small sum.
-    settled = np.bincount(pairs[1][alone], minlength=int(classes.max()) + 1) >= minimum
-    (patients, columns), rows = pairs[:, ~settled[pairs[1]]], rows[~settled[pairs[1]]]
-    if not rows.size:
-        return smallest
-    patients, columns = (np.unique(part, return_inverse=True)[1] for part in (patients, columns))
-    if (patients.max() + 1) * (columns.max() + 1) > _MOST_SPREAD:
-        return 0.0
-    table = np.zeros((patients.max() + 1, columns.max() + 1))
-    table[patients, columns] = rows
-    spread, count = np.unique(table, axis=0, return_counts=True)
-    for column in spread.T:
-        apart = count @ (spread != column[:, None])
-        smallest = min(smallest, float(apart[apart > 0].min(initial=2**62)))
-    parts, part_of = connected_components(spread.T @ spread > 0, directed=False)
-    for number in range(parts):
-        part = spread[:, part_of == number]
-        inside = part.any(1)
-        smallest = min(smallest, _left_at_last(part[inside], count[inside]))
-    return smallest
-
-
-def _left_at_last(spread: NDArray[np.float64], count: Codes) -> float:
-    """Return how many patients are left when kind after kind is cancelled, the most frequent first.
-
-    Each row stands for `count` patients.
-    """
-    direction = np.random.default_rng(0).normal(size=spread.shape[1])
-    while True:
-        spread = spread / np.linalg.norm(spread, axis=1, keepdims=True)
-        first = np.argmax(np.abs(spread) > _ROUNDING, axis=1)
-        spread *= np.sign(spread[np.arange(len(spread)), first])[:, None]
-        # Of one kind are those that agree in a direction nobody has thought of.
-        kind_of = np.unique(np.round(spread @ direction, 6), return_inverse=True)[1]
-        most = spread[np.argmax(kind_of == np.argmax(np.bincount(kind_of, count)))]
-        rest = spread - np.outer(spread @ most, most)
-        left = np.linalg.norm(rest, axis=1) > _ROUNDING
-        if not left.any():
-            return float(count.sum())
-        spread, count = rest[left], count[left]
 
 
 def _create(path: Path) -> None:

@@ -16,15 +16,8 @@ import numpy as np
 from fedmed_flower.errors import InputError
 from fedmed_flower.statistics.cells import coarse_enough, grid, merge_neighbours, pool_small
 from fedmed_flower.statistics.columns import Codes, Columns, Mask
-from fedmed_flower.statistics.guard import (
-    LACKING,
-    NEW,
-    OUTSIDE,
-    Guard,
-    Members,
-    class_codes,
-    fewest,
-)
+from fedmed_flower.statistics.fewest import class_codes, fewest
+from fedmed_flower.statistics.guard import LACKING, NEW, OUTSIDE, Guard, Members
 from fedmed_flower.statistics.request import Request
 
 MOST_COMPARED = 20
@@ -115,8 +108,9 @@ class Local:
             if request.by:
                 cells.setdefault(request.by, []).append(told)
             keys = [guard.members(*([name] if name else [])) for name in cells]
-            if guard.admit_all(keys, [class_codes(*c) for c in cells.values()], waiting):
+            if guard.admit(keys, [class_codes(*c) for c in cells.values()], waiting):
                 self._waiting = waiting
+                guard.beside = tuple(name for name in cells if name)
                 if not request.by:
                     return [("", None, usable)]
                 parts = [(*name, told == n) for n, name in enumerate([*names, (OTHERS, None)])]
@@ -160,7 +154,7 @@ class Local:
         for name in self._wanted(categorical=False):
             members, numbers = guard.members(name), columns.numbers(name)
             for usable, waiting in self._attempts(inside & ~np.isnan(numbers), members):
-                if guard.admit(members, self._cells(inside, usable, 0), waiting):
+                if guard.admit([members], [self._cells(inside, usable, 0)], waiting):
                     entry["numeric"][name] = told = _counted(inside, usable)
                     if "moments" in self._request.kinds and usable.any():
                         told |= moments(numbers[usable].tolist())
@@ -194,7 +188,7 @@ class Local:
             full = [end for low, high in bins if low == high for end in (low, high + 1)]
             edges = sorted({*full, *(high + 1 for _, high in bins[:-1])})
             places = np.searchsorted(np.array(edges, np.int64), steps, side="right")
-            if guard.admit(members, self._cells(inside, usable, places), waiting):
+            if guard.admit([members], [self._cells(inside, usable, places)], waiting):
                 counts = np.bincount(places, minlength=len(edges) + 1).tolist()
                 return {"edges": [edge * width for edge in edges], "counts": counts}
         return self._withhold(f"histogram of {name}")
@@ -213,7 +207,7 @@ class Local:
                 if pooled is None or (number < len(attempts) and not (pooled >= 0).any()):
                     continue
                 several = np.where(pooled < 0, len(texts), pooled)
-                if guard.admit(members, self._cells(inside, usable, several), waiting):
+                if guard.admit([members], [self._cells(inside, usable, several)], waiting):
                     entry["categorical"][name] = told = _counted(inside, usable)
                     if tabulated:
                         found, counts = np.unique(pooled[pooled >= 0], return_counts=True)
@@ -239,7 +233,7 @@ class Local:
         keys = [guard.members(one), guard.members(other)]
         for usable, waiting in self._attempts(inside & ~np.isnan(x + y), *keys):
             cells = self._cells(inside, usable, 0)
-            if usable.any() and guard.admit_all(keys, [cells, cells], waiting):
+            if usable.any() and guard.admit(keys, [cells, cells], waiting):
                 parts = [moments(values[usable].tolist()) for values in (x, y)]
                 product = comoment(x[usable], y[usable], *parts)
                 return {"columns": [one, other], "of": parts, "product": product}
@@ -259,7 +253,7 @@ class Local:
             classes = class_codes(joint[usable], guard.labels(keys[2])[usable])
             cells = [self._cells(inside, usable, codes[usable]) for codes in (a, b, joint)]
             small = fewest(classes, columns.whose[usable]) < guard.minimum
-            if usable.any() and not small and guard.admit_all(keys, cells, waiting):
+            if usable.any() and not small and guard.admit(keys, cells, waiting):
                 rows, across = np.unique(a[usable]), np.unique(b[usable])
                 size = len(names) * len(others)
                 table = np.bincount(joint[usable], minlength=size).reshape(len(names), -1)
@@ -300,7 +294,7 @@ class Local:
             places = np.searchsorted(np.array(ends), steps)
             values = (places, happened, 2 * places + happened)
             cells = [self._cells(inside, usable, value) for value in values]
-            if guard.admit_all(keys, cells, waiting):
+            if guard.admit(keys, cells, waiting):
                 # A step that is a cell by itself begins where an empty cell ends.
                 stops = sorted({*ends, *(low - 1 for low, high in bins if 1 < low == high)})
                 counts = np.zeros((len(stops), 2), np.int64)
@@ -336,7 +330,7 @@ class Local:
                 self._withhold(f"weeks by {name}", "they are more than 10,000 weeks")
                 return
             cells = self._cells(inside, usable, np.where(pooled < 0, len(weeks), pooled))
-            if guard.admit(members, cells, waiting):
+            if guard.admit([members], [cells], waiting):
                 told: list[int | None] = [0] * (last - first + 1)
                 for week in weeks[(weeks >= first) & (weeks <= last)]:
                     told[int(week) - first] = None

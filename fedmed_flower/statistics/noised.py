@@ -24,7 +24,7 @@ from fedmed_flower.statistics.local import Told
 from fedmed_flower.statistics.request import Request
 
 Floats = NDArray[np.float64]
-_MOST_BINS = 200
+_MOST_BINS, _MOST_CORRELATED, _MOST_NUMBERS = 200, 50, 1_000_000
 _UNDECLARED = "with noise a column needs a declared range, or declared categories"
 _SMALL = "its count, with noise, is below the minimum"
 
@@ -97,19 +97,22 @@ def plan(columns: Columns, request: Request) -> Plan:
     Raises
     ------
     InputError
-        Where no column is named, or a condition or `by` cannot be met.
+        Where no column is named, a condition or `by` is of one that is not declared, or too much is
+        asked at once.
     """
     names = request.columns or (*columns.ranges, *columns.categories)
     if not names:
         raise InputError(f"{_UNDECLARED}: name columns, and declare them")
     declared = {*columns.ranges, *columns.categories}
     withheld = [["", name, _UNDECLARED] for name in names if name not in declared]
-    inside = np.logical_and.reduce(
-        [np.ones(columns.count, bool), *(columns.meets(c) for c in request.where)]
-    )
+    # What a column holds, or whether it is there at all, is not told without noise either.
+    if unknown := [c.column for c in request.where if c.column not in declared]:
+        raise InputError(f"with noise a condition needs a declared range or categories: {unknown}")
+    met = [columns.meets(c) for c in request.where if c.column in columns.names]
+    inside = np.full(columns.count, len(met) == len(request.where))
+    inside = np.logical_and.reduce([inside, *met])
     labels, groups = np.where(inside, 0, -1), ("",)
     if request.by:
-        columns.require(request.by)
         if request.by not in columns.categories:
             raise InputError(f"with noise the categories of {request.by} must be declared")
         groups = tuple(columns.categories[request.by])
@@ -118,6 +121,10 @@ def plan(columns: Columns, request: Request) -> Plan:
     everybody = np.zeros(columns.count, np.int64)
     blocks = [Block("patients", (), everybody, 1, 1.0, {})]
     numeric = [name for name in names if name in columns.ranges]
+    if "correlations" in request.kinds and len(numeric) > _MOST_CORRELATED:
+        raise InputError(
+            f"correlations with noise are of at most {_MOST_CORRELATED} columns, got {len(numeric)}"
+        )
     for name in names:
         if name in numeric:
             blocks += _numeric(columns, request, name)
@@ -136,6 +143,10 @@ def plan(columns: Columns, request: Request) -> Plan:
             withheld.append(["", f"{one} by {other}", _UNDECLARED])
     if request.survival is not None:
         blocks.append(_survival(columns, request))
+    if (size := len(groups) * sum(block.size for block in blocks)) > _MOST_NUMBERS:
+        raise InputError(
+            f"with noise at most {_MOST_NUMBERS:,} numbers can be asked for, got {size:,}"
+        )
     return Plan(blocks, groups, labels.astype(np.int64), withheld)
 
 
@@ -175,10 +186,11 @@ def _coded(columns: Columns, name: str) -> tuple[Codes, int]:
 
 def _scaled(columns: Columns, name: str) -> tuple[Floats, Mask]:
     """Return a column clipped to its range as -1 to 1, 0 where it is missing, and where it is."""
-    (low, high), numbers = columns.ranges[name], columns.numbers(name)
+    (low, high), numbers = map(float, columns.ranges[name]), columns.numbers(name)
     present = ~np.isnan(numbers)
-    clipped = np.clip(np.where(present, numbers, low), low, high)
-    return np.where(present, (2 * clipped - low - high) / (high - low), 0.0), present
+    scaled = (np.where(present, numbers, low) - low) / (high - low) * 2 - 1
+    # Last, so that the bound holds whatever the arithmetic has made of an odd range.
+    return np.where(present, np.clip(np.nan_to_num(scaled), -1.0, 1.0), 0.0), present
 
 
 def _numeric(columns: Columns, request: Request, name: str) -> list[Block]:

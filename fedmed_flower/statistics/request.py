@@ -128,7 +128,8 @@ class Request:
         for column, width in self.resolutions.items():
             _require_number(f"the resolution of {column}", width, width > 0, "above 0")
         for column, (low, high) in self.ranges.items():
-            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            # As floats, which is what is computed with.
+            if not 1e-300 < float(high) - float(low) < math.inf:
                 raise InputError(
                     f"the range of {column} must be two finite numbers, the lower first, "
                     f"got {low} and {high}"
@@ -170,14 +171,14 @@ class Request:
             known = {entry.name for entry in fields(cls)}
             if unknown := given.keys() - known:
                 raise ValueError(f"unknown {', '.join(sorted(unknown))}")
-            survival = given.get("survival")
+            survival, ranges = given.get("survival"), _table(given, "ranges")
             return cls(
                 **{name: _as(type(_DEFAULT[name]), value, name) for name, value in given.items()}
                 | {
                     "where": tuple(Filter(*entry) for entry in given.get("where", ())),
                     "pairs": tuple(tuple(pair) for pair in given.get("pairs", ())),
                     "survival": None if survival is None else Survival(*survival),
-                    "ranges": {c: (low, high) for c, (low, high) in _table(given, "ranges")},
+                    "ranges": {c: (low + 0.0, high + 0.0) for c, (low, high) in ranges},
                     "categories": {c: tuple(names) for c, names in _table(given, "categories")},
                     "resolutions": dict(_table(given, "resolutions")),
                 }

@@ -1,0 +1,100 @@
+"""How many patients there are in classes of rows, and in what sums of classes leave over."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components
+
+from fedmed_flower.statistics.columns import Codes
+
+# Patients times classes that are looked at together; with more nothing is answered.
+_MOST_SPREAD = 10**7
+_ROUNDING = 1e-6
+
+
+def class_codes(*labels: Codes) -> Codes:
+    """Number the combinations of labels that occur."""
+    codes = np.zeros(labels[0].size, np.int64)
+    for label in labels:
+        numbers = np.unique(label, return_inverse=True)[1].astype(np.int64)
+        codes = codes * (int(numbers.max(initial=0)) + 1) + numbers
+        codes = np.unique(codes, return_inverse=True)[1].astype(np.int64)
+    return codes
+
+
+def patients_of(classes: Codes, whose: Codes) -> Codes:
+    """Return the number of patients in each class, from 0 to the highest."""
+    if not classes.size:
+        return np.zeros(0, np.int64)
+    width = int(whose.max()) + 1
+    return np.bincount(np.unique(classes * width + whose) // width).astype(np.int64)
+
+
+def fewest(classes: Codes, whose: Codes) -> float:
+    """Return the number of patients in the smallest class; infinite without one."""
+    counts = patients_of(classes, whose)
+    return float(counts[counts > 0].min(initial=2**62))
+
+
+def fewest_left(classes: Codes, whose: Codes, minimum: int) -> float:
+    """Return the number of patients in the smallest sum of multiples of classes that was found.
+
+    A multiple may be negative, and a patient is in a sum where the multiples of its rows do not
+    cancel. Looked at are each class, the difference of any two, and what is left of classes with
+    common patients when the patients whose rows are spread over them as those of most others are
+    have been cancelled, then most of the rest, and so on.
+
+    Parameters
+    ----------
+    classes, whose : ndarray
+        (rows,) the class and the patient of each row, from 0 on.
+    minimum : int
+        A number below it may be any such, and one from it on too high. Where patients with rows in
+        several classes, times those classes, are more than ten million, it is 0.
+    """
+    smallest = fewest(classes, whose)
+    if smallest < minimum or np.bincount(whose).max(initial=0) < 2:
+        return smallest
+    pairs, rows = np.unique(np.stack((whose, classes)), axis=1, return_counts=True)
+    alone = np.bincount(pairs[0])[pairs[0]] == 1
+    # A class with enough patients who have all their rows in it is in no small sum.
+    settled = np.bincount(pairs[1][alone], minlength=int(classes.max()) + 1) >= minimum
+    (patients, columns), rows = pairs[:, ~settled[pairs[1]]], rows[~settled[pairs[1]]]
+    if not rows.size:
+        return smallest
+    patients, columns = (np.unique(part, return_inverse=True)[1] for part in (patients, columns))
+    if (patients.max() + 1) * (columns.max() + 1) > _MOST_SPREAD:
+        return 0.0
+    table = np.zeros((patients.max() + 1, columns.max() + 1))
+    table[patients, columns] = rows
+    spread, count = np.unique(table, axis=0, return_counts=True)
+    for column in spread.T:
+        apart = count @ (spread != column[:, None])
+        smallest = min(smallest, float(apart[apart > 0].min(initial=2**62)))
+    parts, part_of = connected_components(spread.T @ spread > 0, directed=False)
+    for number in range(parts):
+        part = spread[:, part_of == number]
+        inside = part.any(1)
+        smallest = min(smallest, _left_at_last(part[inside], count[inside]))
+    return smallest
+
+
+def _left_at_last(spread: NDArray[np.float64], count: Codes) -> float:
+    """Return how many patients are left when kind after kind is cancelled, the most frequent first.
+
+    Each row stands for `count` patients.
+    """
+    direction = np.random.default_rng(0).normal(size=spread.shape[1])
+    while True:
+        spread = spread / np.linalg.norm(spread, axis=1, keepdims=True)
+        first = np.argmax(np.abs(spread) > _ROUNDING, axis=1)
+        spread *= np.sign(spread[np.arange(len(spread)), first])[:, None]
+        # Of one kind are those that agree in a direction nobody has thought of.
+        kind_of = np.unique(np.round(spread @ direction, 6), return_inverse=True)[1]
+        most = spread[np.argmax(kind_of == np.argmax(np.bincount(kind_of, count)))]
+        rest = spread - np.outer(spread @ most, most)
+        left = np.linalg.norm(rest, axis=1) > _ROUNDING
+        if not left.any():
+            return float(count.sum())
+        spread, count = rest[left], count[left]

@@ -1,0 +1,129 @@
+"""What a request declares of columns, and by what it chooses rows, opens nothing else."""
+
+from types import SimpleNamespace
+
+import pytest
+from statistics_rows import ask, group, where, withheld
+
+from fedmed_flower.statistics.columns import Columns
+from fedmed_flower.statistics.request import Request
+
+# All but two of those who were admitted first lie on ward A.
+KINDS_OF_PATIENTS = [
+    (30, {"admitted": "2024-01-03", "ward": "A", "age": 35, "event": "yes"}),
+    (2, {"admitted": "2024-01-03", "ward": "B", "age": 35, "event": "yes"}),
+    (40, {"admitted": "2024-01-10", "ward": "A", "age": 55, "event": "no"}),
+    (20, {"admitted": "2024-01-10", "ward": "B", "age": 55, "event": "no"}),
+]
+BANDS = SimpleNamespace(bands={"age": (40,)})
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "hospital.answers"
+
+
+def rows(kinds=KINDS_OF_PATIENTS):
+    made = []
+    for count, values in kinds:
+        made += [{"patient": len(made) + n, **values} for n in range(count)]
+    return made
+
+
+class TestOtherDeclarations:
+    """Everybody, and then those on ward A under another declaration: two patients less."""
+
+    def test_dates_as_numbers(self, path):
+        for declared in ({}, {"ranges": {"admitted": (0.0, 1.0)}}):
+            asked = {"columns": ("ward",), "kinds": (), "weekly": "admitted"} | declared
+            whole = ask(rows(), path, **asked)
+            assert group(whole)["weeks"]["counts"] == [32, 60]
+            assert "weeks by admitted" in withheld(ask(rows(), path, **asked, **where("ward == A")))
+
+    @pytest.mark.parametrize("declared", [{}, {"ranges": {"event": (0.0, 1.0)}}])
+    def test_events_as_numbers(self, declared, path):
+        made = rows(
+            [
+                (30, {"ward": "A", "t": 2.0, "event": "1"}),
+                (2, {"ward": "B", "t": 2.0, "event": "1"}),
+                (30, {"ward": "A", "t": 2.0, "event": "0"}),
+                (20, {"ward": "B", "t": 2.0, "event": "0"}),
+            ]
+        )
+        asked = {"columns": ("ward",), "kinds": (), "survival": ("t", "event", 4.0, 2.0)} | declared
+        assert group(ask(made, path, **asked))["survival"]["events"] == [32]
+        assert "survival by t" in withheld(ask(made, path, **asked, **where("ward == A")))
+
+    @pytest.mark.parametrize("declared", [{}, {"ranges": {"age-band": (0.0, 1.0)}}])
+    def test_a_band_as_a_number(self, declared, path):
+        made = [row | {"age-band": "<40" if row["age"] < 40 else ">=40"} for row in rows()]
+        told = ask(made, path, columns=("age-band",), schema=BANDS)
+        assert group(told)["categorical"]["age-band"]["counts"] == [32, 60]
+        told = ask(made, path, columns=("age",), schema=BANDS, **declared, **where("ward == A"))
+        assert withheld(told) == ["age"]
+
+    def test_large_codes_as_numbers(self, path):
+        made = [row | {"code": 2**53 + 1 + 10 * (row["event"] == "no")} for row in rows()]
+        told = ask(made, path, columns=("code",), categorical=("code",))
+        assert group(told)["categorical"]["code"]["counts"] == [32, 60]
+        assert withheld(ask(made, path, columns=("code",), **where("ward == A"))) == ["code"]
+
+    def test_text_in_a_column_of_numbers_is_no_value(self, path):
+        made = rows([(20, {"x": 1}), (20, {"x": 2}), (3, {"x": "unclear"}), (1, {"x": None})])
+        told = group(ask(made, path, columns=("x",)))["numeric"]["x"]
+        assert (told["n"], told["missing"]) == (40, 4)
+        told = group(ask(made, path, columns=("x",), categorical=("x",)))["categorical"]["x"]
+        assert told == {"n": 40, "missing": 4, "names": ["1", "2"], "counts": [20, 20], "few": 0}
+
+    def test_the_hospitals_own_schema_wins(self):
+        schema = SimpleNamespace(categorical=("ward",), numeric=("age",))
+        request = Request(ranges={"ward": (0.0, 1.0)}, categorical=("age",))
+        columns = Columns(rows(), request, schema)
+        assert columns.is_categorical("ward")
+        # A number may be tabulated as a code.
+        assert columns.is_categorical("age")
+
+
+class TestBesideConditions:
+    """Two of the men with the disease lie on ward B: a table of two columns, less one of men."""
+
+    def rows(self):
+        counts = [
+            ("yes", "m", 30, 2),
+            ("no", "m", 40, 18),
+            ("yes", "f", 25, 15),
+            ("no", "f", 40, 20),
+        ]
+        kinds = []
+        for disease, sex, *wards in counts:
+            values = {"disease": disease, "sex": sex, "event": int(disease == "yes")}
+            values["time"] = 5.0 if sex == "m" else 1.0
+            kinds += [(n, values | {"ward": ward}) for n, ward in zip(wards, "AB", strict=True)]
+        return rows(kinds)
+
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_a_table_of_two(self, turned, path):
+        pair = {"columns": ("sex",), "pairs": (("disease", "sex"),), "kinds": ()}
+        part = {"columns": ("disease",), **where("sex == m", "ward == A")}
+        both = [ask(self.rows(), path, **one) for one in ((part, pair) if turned else (pair, part))]
+        if turned:
+            assert group(both[0])["categorical"]["disease"]["counts"] == [40, 30]
+            assert withheld(both[1]) == ["disease by sex"]
+        else:
+            assert group(both[0])["pairs"][0]["counts"] == [[60, 58], [40, 32]]
+            assert withheld(both[1]) == ["disease"]
+
+    def test_a_curve(self, path):
+        asked = {"columns": ("sex",), "kinds": (), "survival": ("time", "event", 6.0, 2.0)}
+        assert group(ask(self.rows(), path, **asked))["survival"]["events"] == [40, 0, 32]
+        part = where("time > 2", "ward == A")
+        told = ask(self.rows(), path, columns=("event",), categorical=("event",), **part)
+        assert withheld(told) == ["event"]
+
+    def test_groups_of_one_column(self, path):
+        pair = {"columns": ("sex",), "pairs": (("disease", "sex"),), "kinds": ()}
+        assert group(ask(self.rows(), path, **pair))["pairs"]
+        part = {"columns": ("disease",), "by": "sex", **where("ward == A")}
+        told = ask(self.rows(), path, **part)
+        assert [entry[:2] for entry in told["withheld"]] == [["m", "disease"]]
+        assert group(told, "f")["categorical"]["disease"]["counts"] == [40, 25]
