@@ -59,7 +59,7 @@ thead th{vertical-align:bottom;border-bottom:1.5px solid var(--soft)}tfoot{backg
 tfoot tr:first-child>*{border-top:1.5px solid var(--soft)}
 .tight{font-size:.8rem}.tight :is(th,td){padding:.3rem .35rem}
 td small{display:block;width:max-content;max-width:9rem;margin-left:auto;color:var(--soft)}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(16rem,1fr));gap:1rem 1.4rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(16rem,1fr));gap:1rem 1.4rem}
 figure b{color:var(--ink)}.dots{max-width:40rem;margin:1.2rem 0}.plots table{width:100%}
 figure>svg{display:block;width:100%;height:auto}svg text{font-family:inherit!important}
 ul{display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;padding:0;list-style:none}li{max-width:100%}

@@ -459,6 +459,8 @@ class TestRequest:
             ),
         ):
             parse_filter("age")
+        with pytest.raises(InputError, match="and a value, got 'age=>50'"):
+            parse_filter("age=>50")
 
 
 class TestDrift:

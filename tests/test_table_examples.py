@@ -29,12 +29,20 @@ def run(name, folder, *arguments):
 
 def test_the_documents_client_predicts_how_diabetes_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tables.md").read_text(), re.DOTALL)
-    exec(compile(code, "tables.md", "exec"), {})
+    text = (ROOT / "docs/tables.md").read_text()
+    code, trees = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "tables.md", "exec"), names := {})
     summary = json.loads((tmp_path / "runs/diabetes/summary.json").read_text())
     # A linear model of all patients reaches about 0.5.
     assert summary["test"]["federated"]["r2"] > 0.35
     assert {"r2@sex=1", "mae@age-band=40-60"} <= summary["test"]["federated"].keys()
+    exec(compile(trees, "tables.md", "exec"), names)
+    config = {"run-dir": "runs/trees", "num-server-rounds": 30}
+    app = names["DiabetesHospital"].client_app()
+    names["run_local"](names["server"], app, num_sites=3, run_config=config)
+    summary = json.loads((tmp_path / "runs/trees/summary.json").read_text())
+    assert summary["test"]["federated"]["r2"] > 0.25
+    assert (tmp_path / "runs/trees/model.json").exists()
 
 
 @pytest.mark.parametrize("name", ["heart", "survival", "icu"])

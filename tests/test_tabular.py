@@ -595,10 +595,8 @@ def test_no_small_group_leaves_a_hospital_whatever_the_server_asks_for(tmp_path)
 
 
 def test_a_column_to_report_by_that_is_not_there_or_is_a_number_is_told_at_once(tmp_path):
-    text = (
-        "row 0 of the train split has no town: rows come from read_table, or have every column of "
-        "the schema and of report-by"
-    )
+    text = "report-by names town, which row 0 of the train split does not have: it has "
+    text += "patient, age-band, sex, ward"
     with pytest.raises(InputError, match=says(text)):
         run_tables(tmp_path, report_by="sex,town")
     age = rows_of(TinyTable)[0]["age"]

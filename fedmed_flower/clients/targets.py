@@ -128,13 +128,19 @@ def require_rows(rows: Sequence[Row], schema: Schema, groups: Sequence[str], whe
     InputError
         Where a row lacks a column, a target or an event cannot be, or a group is no text.
     """
-    needed = {*schema.features, schema.target, *groups} | ({schema.event} - {""})
+    needed = {*schema.features, schema.target} | ({schema.event} - {""})
     wanted = _wanted(schema)
     for number, row in enumerate(rows):
+        if lacking := [name for name in groups if name not in row]:
+            known = ", ".join(name for name, value in row.items() if isinstance(value, str))
+            raise InputError(
+                f"report-by names {lacking[0]}, which row {number} of {where} does not have: "
+                f"it has {known}"
+            )
         if lacking := sorted(needed - row.keys()):
             raise InputError(
                 f"row {number} of {where} has no {', '.join(lacking)}: rows come from read_table, "
-                "or have every column of the schema and of report-by"
+                "or have every column of the schema"
             )
         for name, (fits, what) in wanted.items():
             value = row[name]

@@ -198,7 +198,7 @@ def parse_filter(text: str) -> Filter:
         Where the text is none.
     """
     found = _FILTER.fullmatch(text)
-    if found is None or not found[3]:
+    if found is None or not found[3] or found[3][0] in "<>=!":
         raise InputError(
             f"a condition must be a column, one of {' '.join(OPERATIONS)} and a value, got {text!r}"
         )
