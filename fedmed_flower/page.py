@@ -66,6 +66,7 @@ ul{display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;padding:0;list-style:none}li{ma
 h3{font-size:1rem;margin:1.2rem 0 .4rem;break-after:avoid}img{display:block;max-width:100%}
 .cases{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:1rem 1.4rem}
 summary{cursor:pointer;font-size:.875rem}code{white-space:nowrap}
+.words td{overflow-wrap:anywhere}.words td code{white-space:normal}
 .key{width:1.35rem;height:.65rem;margin-right:.4rem}.wide{overflow-x:auto;margin:.8rem 0}
 @media print{@page{margin:16mm}:root{font-size:75%}main{max-width:none}h2,ul{break-after:avoid}
 main{padding:0}.banner,.status,tfoot{print-color-adjust:exact}.wide{overflow:visible}
