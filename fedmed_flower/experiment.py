@@ -290,6 +290,8 @@ class Experiment:
             log.warning("%s sites cannot take part (%s): %s", count, some, reason)
         if sites.generated:
             log.warning("%s", GENERATED)
+        if text := sites.namesakes.text(sites.names):
+            log.warning("%s", text)
         for node_id, counts in sites.counts.items():
             rows = ", ".join(f"{count} {split}" for split, count in counts.items())
             labels = sites.labels[node_id]
@@ -314,7 +316,8 @@ class Experiment:
             "seed": self.plan.seed,
             "started": self.started,
             "seconds": round(time.monotonic() - self.began, 1),
-            "sites": {sites.names[node_id]: counts for node_id, counts in sites.counts.items()},
+            "sites": sites.rows(),
+            "refused": sites.refused(),
             "test": self.test,
             "privacy": self._privacy(),
             "pictures": self.pictures,

@@ -42,6 +42,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.gwas_sites import Panel, assemble
 from fedmed_flower.gwas_steps import blocks, find_components, regress
 from fedmed_flower.manhattan import COLUMNS, TABLE, TESTS, write_page
+from fedmed_flower.rollcall import held_back
 from fedmed_flower.runfolder import CONFIG, SUMMARY, RunFolder
 from fedmed_flower.strategies.sites import wait_for_sites
 
@@ -142,11 +143,12 @@ def associate(grid: Grid, context: Context) -> dict[str, Any]:
     folder.require_unused()
     wait_for_sites(grid, study.min_sites, study.round_timeout)
     trait = "continuous" if study.test == "linear" else "binary"
-    panel = assemble(grid, study.round_timeout, trait)
-    if study.test == "logistic":
-        _leave_out_one_sided(panel)
+    with held_back() as lines:
+        panel = assemble(grid, study.round_timeout, trait)
+        if study.test == "logistic":
+            _leave_out_one_sided(panel)
     app = grid.run.fab_id.rpartition("/")[2] or "association study"
-    return _Association(study, panel, folder, config, app).run()
+    return _Association(study, panel, folder, config, app, lines).run()
 
 
 def _leave_out_one_sided(panel: Panel) -> None:
@@ -169,6 +171,7 @@ class _Association:
     folder: RunFolder
     config: UserConfig
     app: str
+    lines: list[logging.LogRecord]
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     began: float = field(default_factory=time.monotonic)
     best: list[tuple[float, list[str]]] = field(default_factory=list)
@@ -189,6 +192,8 @@ class _Association:
         )
         self.folder.write(CONFIG, text.encode())
         with self.folder.log_file():
+            for line in self.lines:
+                log.handle(line)
             if self.panel.generated:
                 log.warning("generated data: %s", "; ".join(sorted(self.panel.sources)))
             for name, about in zip(self.panel.names, self.panel.about, strict=True):

@@ -28,6 +28,7 @@ from fedmed_flower.data.plink import Listing
 from fedmed_flower.data.site import SITE_RECORD
 from fedmed_flower.errors import InputError
 from fedmed_flower.experiment import RunFailedError
+from fedmed_flower.namesakes import Namesakes
 from fedmed_flower.runfolder import Failure
 from fedmed_flower.strategies.screening import error_text
 from fedmed_flower.strategies.sites import learn_name
@@ -147,6 +148,7 @@ def assemble(grid: Grid, timeout: float, trait: str) -> Panel:
     """
     panel, names, found = Panel(grid, timeout), dict[int, str](), dict[int, dict[str, Any]]()
     refused: list[tuple[int, str]] = []
+    namesakes = Namesakes()
     messages = [
         Message(RecordDict(), node, f"{MessageType.QUERY}.cohort") for node in grid.get_node_ids()
     ]
@@ -164,6 +166,7 @@ def assemble(grid: Grid, timeout: float, trait: str) -> Panel:
             panel.sources.add(str(record["data"]))
             panel.generated |= bool(record["generated"])
             panel.simulated &= bool(record["simulated"])
+            namesakes.take(reply)
         except _MALFORMED as error:
             found.pop(node, None)
             refused.append((node, f"malformed answer: {type(error).__name__} {error}"))
@@ -193,6 +196,8 @@ def assemble(grid: Grid, timeout: float, trait: str) -> Panel:
         panel.nodes.append(node)
         panel.names.append(names.get(node, f"node {node}"))
         panel.about.append(found[node])
+    if text := namesakes.text(dict(zip(panel.nodes, panel.names, strict=True))):
+        log.warning("%s", text)
     return panel
 
 

@@ -170,6 +170,8 @@ def _hospitals(summary: dict[str, Any], pens: Pens, main: str) -> str:
         counts = by_site(part(summary, "sites"), split)
         total = show(sum(counts.values()) if counts else None, COUNT)
         columns.append(Column(split.capitalize(), counts, total, COUNT))
+    if away := by_site(part(summary, "sites"), "turned-away"):
+        columns.append(Column("Turned away", away, show(sum(away.values()), COUNT), COUNT))
     for key in shown:
         total = show(number(test.get("federated"), key), spec(key))
         columns.append(Column(page.title(key), by_site(tested, key), total, spec(key), lower(key)))
@@ -186,6 +188,11 @@ def _hospitals(summary: dict[str, Any], pens: Pens, main: str) -> str:
     note += "".join(page.NOTES.get(key, "") for key in shown)
     if untrained:
         note += f"Tested only: {many(len(untrained), 'hospital')} without training records. "
+    if away:
+        note += "Turned away: records that cannot be used; the hospital’s own log says which. "
+    for reason, refused in part(summary, "refused").items():
+        which = ", ".join(map(escaped, refused)) if isinstance(refused, list) else ""
+        note += f"Could not take part: {which} ({escaped(reason)}). "
     return (
         f"<h2>Hospitals</h2>{site_table(names, caption, columns, pens, undefined)}"
         f'<p class="note">{note}The worst hospital is looked up in each column by itself.</p>'

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 
 from fedmed_flower.data.site import PERSONAL, SITE_RECORD, SPLITS
 from fedmed_flower.errors import InputError
+from fedmed_flower.namesakes import Namesakes
 from fedmed_flower.pictures import sound
 from fedmed_flower.runfolder import RunFolder
 from fedmed_flower.strategies.screening import error_text
@@ -37,6 +38,7 @@ class Sites:
     asked: int = 0
     refusals: dict[int, str] = field(default_factory=dict)
     lines: list[logging.LogRecord] = field(default_factory=list)
+    namesakes: Namesakes = field(default_factory=Namesakes)
 
     def refused(self) -> dict[str, list[str]]:
         """Return the names of the sites that cannot take part, by their reason."""
@@ -44,6 +46,15 @@ class Sites:
         for node_id, reason in self.refusals.items():
             found.setdefault(reason, []).append(self.names.get(node_id, f"node {node_id}"))
         return found
+
+    def rows(self) -> dict[str, dict[str, int]]:
+        """Return the numbers of rows by the name of the site, with those turned away, if any."""
+        away = {node_id: count for node_id, count in self.turned_away.items() if count}
+        return {
+            self.names[node_id]: counts
+            | ({"turned-away": away[node_id]} if node_id in away else {})
+            for node_id, counts in self.counts.items()
+        }
 
     def trainers(self) -> set[int]:
         """Return the nodes that have training rows; the others are only tested."""
@@ -76,6 +87,7 @@ def roll_call(grid: Grid, timeout: float) -> Sites:
         sites.names.setdefault(node_id, f"node {node_id}")
         sites.counts[node_id], sites.labels[node_id] = rows, counts.get("labels")
         sites.turned_away[node_id] = away
+        sites.namesakes.take(reply)
         sites.sources.add(str(source))
         sites.generated |= bool(generated)
         sites.simulated &= bool(simulated)

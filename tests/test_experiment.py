@@ -363,7 +363,8 @@ def test_rows_that_cannot_be_used_are_named_and_the_run_goes_on_without_them(tmp
     run_tiny(tmp_path, fixed(SiteData(rows, test=make_rows(4, 1, "q"))), num_server_rounds=1)
     summary = summary_of(tmp_path)
     assert summary["status"] == "finished"
-    assert summary["sites"]["hospital-2"] == {"train": 3, "val": 0, "test": 4}
+    counts = {"train": 3, "val": 0, "test": 4, "turned-away": 2}
+    assert summary["sites"] == {"hospital-1": counts, "hospital-2": counts}
     log = (tmp_path / "log.txt").read_text()
     text = "3 train, 0 val, 4 test; training rows by label: [3, 0]; 2 rows turned away at the site"
     assert f"hospital-2: {text}" in log

@@ -916,6 +916,22 @@ def test_a_hospital_without_training_records_is_marked(tmp_path):
     assert "tested\xa0only" not in report(tmp_path, full_summary())
 
 
+def test_rows_turned_away_and_hospitals_that_take_no_part_are_told(tmp_path):
+    summary = full_summary()
+    summary["sites"]["hospital-2"]["turned-away"] = 12
+    summary["refused"] = {"no <b> column 'ill'": ["north", "south"], "odd": 7}
+    page = Page(report(tmp_path, summary))
+    table = page.table("Records per split")
+    assert table["Hospital"][3] == "Turned away"
+    assert [table[site][3] for site in FEDERATED] == ["–", "12", "–"]
+    assert table["All records together"][3] == "12"
+    assert "Turned away: records that cannot be used; the hospital’s own log" in page.text
+    assert "Could not take part: north, south (no <b> column 'ill')." in page.text
+    plain = report(tmp_path, full_summary())
+    assert "Turned away" not in plain
+    assert "Could not take part" not in plain
+
+
 def many_summary(count):
     sites = [f"h{number}" for number in range(count)]
     values = {site: {"auc": 0.5 + number / 1000} for number, site in enumerate(sites)}

@@ -194,6 +194,9 @@ def test_hospitals_that_differ_keep_nobody_from_going_on(config, tmp_path):
     assert test["hospital-5"]["c-index"] > 0.5
     figures = [value for found in test.values() for value in found.values()]
     assert all(math.isfinite(value) for value in figures)
+    # Its pairs together with the others' give the figure of all.
+    assert "c-index" in summary["test"]["federated"]
+    assert "not averaged: c-index" not in log
 
 
 def test_groups_have_a_concordance_too(tmp_path):
@@ -239,13 +242,17 @@ def test_settings_are_checked_before_anything_is_asked(tmp_path):
 # Privacy.
 
 
-def test_cox_is_refused_with_privacy_and_costs_nothing(tmp_path):
-    context = context_of(run_dir=str(tmp_path), **PRIVATE)
+def test_cox_is_refused_with_privacy_before_anything_is_asked(tmp_path):
     text = (
         'survival-loss="cox" compares patients with each other: privacy="patient" needs '
         'survival-loss="discrete"'
     )
-    assert error_of(TinySurvival, context, arrays=arrays_of(TinySurvival, context)) == text
+    with pytest.raises(InputError, match=says(text)):
+        run_tables(tmp_path / "run", TinySurvival, **PRIVATE)
+    assert not (tmp_path / "run").exists()
+    arrays = arrays_of(TinySurvival, context_of(run_dir=str(tmp_path), **DECLARED))
+    context = context_of(run_dir=str(tmp_path), **PRIVATE)
+    assert error_of(TinySurvival, context, arrays=arrays) == text
     assert not (tmp_path / "ledgers").exists()
 
 
@@ -297,8 +304,9 @@ def test_noised_counts_tell_who_has_the_event_before_the_horizon(tmp_path, monke
     assert 0 < told[1]["num-examples"] == len(counted) < len({row["patient"] for row in val})
     # Neither the loss nor what follows from training patients goes along.
     assert not set(told[0]) & {"loss", "c-index", "integrated-brier", "concordance-pairs"}
-    context = context_of(run_dir=str(tmp_path), private_metrics=True, **PRIVATE)
-    text = 'private-metrics=true needs survival-loss="discrete", got "cox"'
+    node = {"partition-id": 0, "num-partitions": 2, "private-metrics": True}
+    context = context_of(node_config=node, run_dir=str(tmp_path), **DECLARED)
+    text = 'figures with noise need survival-loss="discrete", got "cox"'
     found = error_of(TinySurvival, context, "evaluate", arrays_of(TinySurvival, context))
     assert found == text
 

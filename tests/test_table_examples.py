@@ -4,15 +4,17 @@ import json
 import re
 import tomllib
 from dataclasses import fields
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from tiny import context_of
 from typer.testing import CliRunner
 
 from fedmed_flower.cli import app
-from fedmed_flower.clients.settings import Settings
+from fedmed_flower.clients.settings import Settings, TabularSettings
 from fedmed_flower.clients.survival import SurvivalSettings
-from fedmed_flower.clients.tabular import TabularSettings
+from fedmed_flower.data.site import Site
 from fedmed_flower.experiment import Plan
 from fedmed_flower.privacy.patient import PrivacySettings
 
@@ -85,6 +87,21 @@ def test_some_intensive_care_units_only_test(tmp_path):
     assert {name for name in found if found[name]["num-examples"]} == {*tested}
     report = (tmp_path / "run" / "report.html").read_text()
     assert f"Tested only: {len(tested)} hospitals" in report
+
+
+@pytest.mark.realdata
+def test_nobody_who_was_in_a_training_hospital_tests_intensive_care():
+    spec = spec_from_file_location("icu_client", ROOT / "examples/icu/client_app.py")
+    spec.loader.exec_module(module := module_from_spec(spec))
+    trained, tested = set(), set()
+    for index in range(186):
+        client = module.IntensiveCareUnit(context_of(index, 186, fold=0, seed=0))
+        data = client.load_data(Site(f"hospital-{index + 1}", index, 186, simulated=True))
+        trained |= {row["patient"] for row in (*data.train, *data.val)}
+        tested |= {row["patient"] for row in data.test}
+    assert len(trained) > 1200
+    assert len(tested) > 400
+    assert not trained & tested
 
 
 @pytest.mark.realdata

@@ -32,9 +32,14 @@ class IntensiveCareUnit(TabularClient):
         hospitals = np.unique(frame["hospital"])
         if site.index >= len(hospitals):
             raise InputError(f"there are {len(hospitals)} hospitals: give --sites {len(hospitals)}")
+        held_out = self._held_out(len(hospitals))
         own = frame[frame["hospital"] == hospitals[site.index]]
+        if site.index in held_out:
+            # Some patients were in two hospitals: those who were trained on are no test.
+            training = ~frame["hospital"].isin(hospitals[sorted(held_out)])
+            own = own[~own["patient"].isin(frame["patient"][training])]
         table = table_of(own, self.schema, f"{ICU_SOURCE}, hospital {hospitals[site.index]}")
-        if site.index in self._held_out(len(hospitals)):
+        if site.index in held_out:
             # A hospital that takes no part in training tests the model on all of its patients.
             away = table.turned_away
             return SiteData(train=(), test=table.rows, source=ICU_SOURCE, turned_away=away)

@@ -23,6 +23,7 @@ from fedmed_flower.clients.queries import Query
 from fedmed_flower.data.plink import Fileset
 from fedmed_flower.data.site import SPLITS, Row, Site, SiteData, min_cell_count
 from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.namesakes import told_names
 from fedmed_flower.privacy.patient import budget_of
 
 log = logging.getLogger("flwr.fedmed")
@@ -199,7 +200,7 @@ def cohort(client: GenomicsClient, message: Message) -> RecordDict:
         "covariates": list(client.covariates),
         "minimum": found.minimum,
     }
-    return RecordDict({"cohort": ConfigRecord(about)})
+    return RecordDict({"cohort": ConfigRecord(about), **told_names(client)})
 
 
 def variants(client: GenomicsClient, message: Message) -> RecordDict:

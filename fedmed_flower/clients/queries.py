@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from fedmed_flower.clients.keeping import share_pictures
 from fedmed_flower.data.site import SPLITS
 from fedmed_flower.errors import DeclinedError
+from fedmed_flower.namesakes import told_names
 from fedmed_flower.pictures import Picture
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def describe(client: MedicalClient, message: Message) -> RecordDict:
         counts["turned-away"] = loaded.turned_away + screened
     if client.site.simulated:
         counts |= client.describe(data)
-    return RecordDict({"metrics": MetricRecord(counts)})
+    return RecordDict({"metrics": MetricRecord(counts), **told_names(client)})
 
 
 def pictures(client: MedicalClient, message: Message) -> RecordDict:

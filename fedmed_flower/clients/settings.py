@@ -1,4 +1,4 @@
-"""How a site trains, and what is around it: settings, seeds, device, threads."""
+"""How a site trains, on tables too, and what is around it: settings, seeds, device, threads."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fedmed_flower.errors import InputError
 
 _DEVICES = ("auto", "cpu", "cuda")
 _OPTIMIZERS = ("adam", "sgd")
+_PREPARATIONS = ("federated", "site", "declared")
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,46 @@ class Settings(Section):
         return torch.optim.SGD(
             parameters, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay
         )
+
+
+@dataclass(frozen=True)
+class TabularSettings(Section):
+    """How tables are prepared, modelled and reported, from the run config.
+
+    Attributes
+    ----------
+    preparation : {"federated", "site", "declared"}
+        Where means, scales and lists of categories come from: from all hospitals' training rows,
+        told before the first round; from each hospital's own (all categories must then be
+        declared); or from the schema's ``ranges`` and ``categories`` alone, so that nothing is
+        learnt from patients, as privacy needs it. A number to predict has the mean and scale that
+        all hospitals tell, and else those of its declared range.
+    tabular_network : {"linear", "mlp", "residual"}
+        Linear (or logistic) regression, or a network of `network_depth` layers or blocks.
+    network_width, network_depth : int
+        At least 1; no effect on ``linear``.
+    network_dropout : float
+        In [0, 1).
+    report_by : str
+        Columns, with commas between them, for whose values the figures are reported apart, such as
+        ``sex,age-band``.
+    """
+
+    preparation: str = "federated"
+    tabular_network: str = "linear"
+    network_width: int = 64
+    network_depth: int = 2
+    network_dropout: float = 0.0
+    report_by: str = ""
+
+    def __post_init__(self) -> None:
+        known = ", ".join(_PREPARATIONS)
+        self.require("preparation", self.preparation in _PREPARATIONS, f"one of {known}")
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The columns of `report_by`."""
+        return tuple(name.strip() for name in self.report_by.split(",") if name.strip())
 
 
 def derive_seed(*parts: object) -> int:

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedmed_flower.config import with_type_of
 from fedmed_flower.data.site import RUN_KEY, SPLITS, min_cell_count
 from fedmed_flower.errors import DeclinedError
+from fedmed_flower.namesakes import told_names
 from fedmed_flower.privacy.accounting import Release, noise_for
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.privacy.patient import budget_of, ledger_path
@@ -62,7 +63,7 @@ def answer_statistics(client: MedicalClient, message: Message) -> RecordDict:
     for group, what, why in told["withheld"]:
         log.log(level, "%s withholds %s: %s", client.site.name, f"{group} {what}".strip(), why)
     text = json.dumps(told, allow_nan=False)
-    return RecordDict({"statistics": ConfigRecord({"answer": text})})
+    return RecordDict({"statistics": ConfigRecord({"answer": text}), **told_names(client)})
 
 
 def _exact(

@@ -76,11 +76,22 @@ class SurvivalClient(TabularClient):
         self.survival = SurvivalSettings.from_run_config(context.run_config)
 
     def build_model(self) -> nn.Module:
-        """Return the network of the log hazard; ``discrete`` adds a number for each interval."""
+        """Return the network of the log hazard; ``discrete`` adds a number for each interval.
+
+        Raises
+        ------
+        InputError
+            Where Cox's partial likelihood, which compares patients, would be trained privately.
+        """
         network = super().build_model()
-        if self.survival.survival_loss == "cox":
-            return network
-        return _Hazards(network, self.survival.survival_intervals)
+        if self.survival.survival_loss == "discrete":
+            return _Hazards(network, self.survival.survival_intervals)
+        if self.privacy.on:
+            raise InputError(
+                'survival-loss="cox" compares patients with each other: privacy="patient" needs '
+                'survival-loss="discrete"'
+            )
+        return network
 
     def check(self, data: SiteData) -> None:
         """Raise `InputError` where the schema is for another task, or rows lack a column."""
@@ -110,15 +121,6 @@ class SurvivalClient(TabularClient):
         settings = self.survival
         edges = survival.interval_edges(settings.survival_horizon, settings.survival_intervals)
         return torch.as_tensor(edges, dtype=torch.float32, device=self.settings.torch_device())
-
-    def check_private(self, model: nn.Module, prepared: TableRows) -> None:
-        """Refuse Cox's partial likelihood, which compares patients with each other."""
-        if self.survival.survival_loss == "cox":
-            raise InputError(
-                'survival-loss="cox" compares patients with each other: privacy="patient" needs '
-                'survival-loss="discrete"'
-            )
-        super().check_private(model, prepared)
 
     def figures(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
         """Return ``c-index`` with the pairs it counts, and ``integrated-brier``."""
@@ -172,7 +174,7 @@ class SurvivalClient(TabularClient):
         Patients who leave before the horizon without the event are not counted.
         """
         if self.survival.survival_loss == "cox":
-            raise InputError('private-metrics=true needs survival-loss="discrete", got "cox"')
+            raise InputError('figures with noise need survival-loss="discrete", got "cox"')
         outputs = self._predict(model, prepared, 1)
         times, events = _times(prepared)
         before = (times <= self.survival.survival_horizon) & (events == 1)

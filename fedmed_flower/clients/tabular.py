@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.pooling import places_by_site
+from fedmed_flower.clients.settings import TabularSettings
 from fedmed_flower.clients.targets import (
     CLASSED,
     SCALED,
@@ -29,7 +30,6 @@ from fedmed_flower.clients.targets import (
     with_target,
 )
 from fedmed_flower.clients.training import predict
-from fedmed_flower.config import Section
 from fedmed_flower.data.preparing import Preparation, check_contribution, contribution
 from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import SPLITS, Row, SiteData, min_cell_count
@@ -45,48 +45,6 @@ from fedmed_flower.outcomes import (
 from fedmed_flower.tabular_networks import tabular_network
 
 log = logging.getLogger("flwr.fedmed")
-
-_PREPARATIONS = ("federated", "site", "declared")
-
-
-@dataclass(frozen=True)
-class TabularSettings(Section):
-    """How tables are prepared, modelled and reported, from the run config.
-
-    Attributes
-    ----------
-    preparation : {"federated", "site", "declared"}
-        Where means, scales and lists of categories come from: from all hospitals' training rows,
-        told before the first round; from each hospital's own (all categories must then be
-        declared); or from the schema's ``ranges`` and ``categories`` alone, so that nothing is
-        learnt from patients, as privacy needs it. A number to predict has the mean and scale that
-        all hospitals tell, and else those of its declared range.
-    tabular_network : {"linear", "mlp", "residual"}
-        Linear (or logistic) regression, or a network of `network_depth` layers or blocks.
-    network_width, network_depth : int
-        At least 1; no effect on ``linear``.
-    network_dropout : float
-        In [0, 1).
-    report_by : str
-        Columns, with commas between them, for whose values the figures are reported apart, such as
-        ``sex,age-band``.
-    """
-
-    preparation: str = "federated"
-    tabular_network: str = "linear"
-    network_width: int = 64
-    network_depth: int = 2
-    network_dropout: float = 0.0
-    report_by: str = ""
-
-    def __post_init__(self) -> None:
-        known = ", ".join(_PREPARATIONS)
-        self.require("preparation", self.preparation in _PREPARATIONS, f"one of {known}")
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """The columns of `report_by`."""
-        return tuple(name.strip() for name in self.report_by.split(",") if name.strip())
 
 
 @dataclass(frozen=True)

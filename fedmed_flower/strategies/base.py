@@ -344,10 +344,12 @@ class FedAvg(flower.FedAvg):
         usable = [reply.message for reply in kept if reply.metrics[self.weighted_by_key]]
         if not (usable := sound_figures(usable)):
             return None
-        trimmed = with_shared_metrics(usable, self.weighted_by_key, self.max_weight_share)
+        figures = pool([dict(metrics_of(message)) for message in usable])
+        trimmed = with_shared_metrics(
+            usable, self.weighted_by_key, self.max_weight_share, pooled=figures
+        )
         metrics = super().aggregate_evaluate(server_round, trimmed)
-        records = [dict(metrics_of(message)) for message in usable]
-        if metrics is not None and (figures := pool(records)):
+        if metrics is not None and figures:
             for key in filter(is_pooled_only, list(metrics)):
                 metrics.pop(key)
             metrics.update(figures)

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
@@ -198,6 +198,7 @@ def with_shared_metrics(
     weighted_by_key: str,
     share: float | None = None,
     weights: Sequence[float] | None = None,
+    pooled: Collection[str] = (),
 ) -> list[Message]:
     """Return copies that name their records alike and hold only the metrics that all have.
 
@@ -211,9 +212,12 @@ def with_shared_metrics(
         No copy's weight is more than this share of all, as in `capped`.
     weights : sequence of float, optional
         The copies' weights, in place of their own.
+    pooled : collection of str, optional
+        Metrics of which a figure is told in any case: where not all replies have one, nobody is
+        warned.
     """
     names = _shared_metrics([metrics_of(reply) for reply in replies])
-    told = {name for reply in replies for name in metrics_of(reply)}
+    told = {name for reply in replies for name in metrics_of(reply) if name not in pooled}
     # Figures of groups, and sums, come from what all sites have together.
     if dropped := {
         name for name in told - {*names} if "@" not in name and not is_pooled_only(name)

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from fedmed_flower.config import Section
 from fedmed_flower.data.site import LEDGER_DIR, RUN_KEY, SITE_RECORD, in_simulation
 from fedmed_flower.errors import InputError
+from fedmed_flower.namesakes import Namesakes
 from fedmed_flower.runfolder import SUMMARY, RunFolder
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.report import STATISTICS, write_page
@@ -125,7 +126,7 @@ def ask(
     kind = f"{MessageType.QUERY}.statistics"
     nodes = list(grid.get_node_ids())
     content = RecordDict({"config": record})
-    answer, names = Answer(request), dict[int, str]()
+    answer, names, namesakes = Answer(request), dict[int, str](), Namesakes()
     told: dict[str, dict[str, Any]] = {}
     silent = set(nodes)
     messages = [Message(content, node_id, kind) for node_id in nodes]
@@ -146,6 +147,7 @@ def ask(
             answer.failures.append((name, f"malformed answer: {error}"))
             continue
         told[name] = found
+        namesakes.take(reply)
         answer.sources.add(source[:200])
         answer.generated |= generated is True
     answer.failures += [(f"node {node_id}", "no answer in time") for node_id in sorted(silent)]
@@ -153,6 +155,8 @@ def ask(
     for reason in dict.fromkeys(reason for _, reason in answer.failures):
         names_of = ", ".join(name for name, why in answer.failures if why == reason)
         log.warning("no statistics of %s: %s", names_of, reason)
+    if text := namesakes.text(names):
+        log.warning("%s", text)
     return answer
 
 

@@ -1,0 +1,75 @@
+"""Patients of one name at several hospitals, which only a simulation can see."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from flwr.app import ConfigRecord, Message
+from numpy.typing import NDArray
+
+from fedmed_flower.data.site import SPLITS
+
+if TYPE_CHECKING:
+    from fedmed_flower.clients.base import MedicalClient
+
+_RECORD, _DIGESTS, _BYTES = "patients", "digests", 8
+_SHOWN = 5
+
+
+def told_names(client: MedicalClient) -> Mapping[str, ConfigRecord]:
+    """Return the records that a reply takes along: digests of the patients' names, 8 bytes each.
+
+    Names are texts; a patient without one, whom only the line of a table tells apart, has none.
+    A real hospital tells nothing: a digest lets who guesses a name see whether it is there.
+    """
+    if not client.site.simulated:
+        return {}
+    data, key = client.data(), str(client.context.run_id).encode()
+    named = {row["patient"] for split in SPLITS for row in getattr(data, split)}
+    digests = sorted(
+        hashlib.blake2b(name.encode(errors="replace"), digest_size=_BYTES, key=key).digest()
+        for name in named
+        if isinstance(name, str)
+    )
+    return {_RECORD: ConfigRecord({_DIGESTS: b"".join(digests)})}
+
+
+@dataclass
+class Namesakes:
+    """Collects what `told_names` gave.
+
+    Attributes
+    ----------
+    of_site : dict
+        Digests by the number of the site's node.
+    """
+
+    of_site: dict[int, NDArray[np.uint64]] = field(default_factory=dict)
+
+    def take(self, reply: Message) -> None:
+        """Take up a reply; one that tells nothing, or what cannot be read, is passed over."""
+        record = reply.content.config_records.get(_RECORD, ConfigRecord())
+        digests = record.get(_DIGESTS)
+        if isinstance(digests, bytes) and len(digests) % _BYTES == 0:
+            self.of_site[reply.metadata.src_node_id] = np.unique(np.frombuffer(digests, "<u8"))
+
+    def text(self, names: Mapping[int, str]) -> str:
+        """Return how many names are at several of the sites in `names`; empty where none is."""
+        of_site = {node: self.of_site[node] for node in names if node in self.of_site}
+        if not of_site:
+            return ""
+        found, counts = np.unique(np.concatenate([*of_site.values()]), return_counts=True)
+        shared = found[counts > 1]
+        if not len(shared):
+            return ""
+        where = sorted(names[node] for node, own in of_site.items() if np.isin(own, shared).any())
+        some = ", ".join(where[:_SHOWN]) + ", ..." * (len(where) > _SHOWN)
+        return (
+            f"{len(shared)} patient ids are at more than one hospital ({some}): each counts as a "
+            "patient of its own there. If they are the same people, they count twice, may be "
+            "tested on after training elsewhere, and have the privacy cost of both"
+        )
