@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
+from scipy import linalg, special
 
 from fedmed_flower.association import Floats, Results, log10_p_of_t, log10_p_of_z
 
 # A regression takes the covariates first and the copies of A1 last.
 MOST_STEPS = 25
-_CONVERGED, _SINGULAR = 1e-7, 1e-10
-_MORE_COLUMNS, _MOST_ROUNDS, _STILL = 10, 100, 1e-6
+_CONVERGED, _SINGULAR, _SPENT = 1e-7, 1e-10, 1e-12
+_MORE_COLUMNS, _MOST_COLUMNS, _MOST_ROUNDS, _STILL = 10, 400, 100, 1e-6
 
 
 def pairs(width: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -273,7 +273,13 @@ def standardised(genotypes: NDArray[np.int8], frequencies: Floats) -> Floats:
 def principal_components(
     multiply: Callable[[Floats], Floats], variants: int, people: int, count: int, seed: int
 ) -> tuple[Floats, Floats, int]:
-    """Return the first principal components by subspace iteration.
+    """Return the first principal components by the block Lanczos method.
+
+    Each round's answers stay in use, so that the rounds are few where the components are hardly
+    stronger than what follows them (Musco and Musco, "Randomized block Krylov methods for stronger
+    and faster approximate singular value decomposition", NeurIPS 2015, algorithm 2; restarted from
+    the strongest half where they would fill the memory, as in Wu and Simon, "Thick-restart Lanczos
+    method for large symmetric eigenvalue problems", SIAM J. Matrix Anal. Appl. 22, 2000).
 
     Parameters
     ----------
@@ -296,16 +302,26 @@ def principal_components(
         Calls of `multiply`.
     """
     width = min(count + _MORE_COLUMNS, variants, people)
-    basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(variants, width)))[0]
-    before = np.zeros((variants, min(count, width)))
+    block = np.linalg.qr(np.random.default_rng(seed).normal(size=(variants, width)))[0]
+    basis = products = np.empty((variants, 0))
+    loadings = np.zeros((variants, min(count, width)))
     rounds, moved = 0, np.inf
-    while moved > _STILL and rounds < _MOST_ROUNDS:
-        product = multiply(basis)
-        values, turn = np.linalg.eigh(basis.T @ product)
-        turn = turn[:, ::-1][:, :count]
-        loadings = basis @ turn
+    while moved > _STILL and rounds < _MOST_ROUNDS and block.shape[1]:
+        rest = multiply(block)
+        basis, products = np.hstack([basis, block]), np.hstack([products, rest])
+        values, turn = np.linalg.eigh(basis.T @ products)
+        turn, before, rounds = turn[:, ::-1], loadings, rounds + 1
+        loadings = basis @ turn[:, :count]
         moved = float(np.linalg.norm(loadings - before @ (before.T @ loadings)))
-        before, basis, rounds = loadings, np.linalg.qr(product)[0], rounds + 1
+        rest = rest - basis @ (basis.T @ rest)
+        new, sizes, _ = linalg.qr(rest, mode="economic", pivoting=True)
+        # Where nothing new is left, the components are exact.
+        block = new[:, np.abs(np.diag(sizes)) > _SPENT * values[-1]]
+        for _ in range(2):  # What is hardly new is, as first computed, not orthogonal to the rest.
+            block = np.linalg.qr(block - basis @ (basis.T @ block))[0]
+        if basis.shape[1] + width > _MOST_COLUMNS:
+            strongest = turn[:, : _MOST_COLUMNS // 2]
+            basis, products = basis @ strongest, products @ strongest
     # The sign is free: the largest loading is positive.
     loadings = loadings * np.sign(loadings[np.abs(loadings).argmax(0), range(loadings.shape[1])])
     return loadings, values[::-1][:count] / variants, rounds

@@ -244,6 +244,19 @@ def find_components(panel: Panel, size: int, count: int, most: int, seed: int) -
     InputError
         Where too few variants or people are there.
     """
+    while True:
+        try:
+            return _components(panel, size, count, most, seed)
+        except _FewerHospitalsError:
+            log.warning("components are looked for anew, among the hospitals that are left")
+
+
+class _FewerHospitalsError(Exception):
+    """A hospital was left out, and what it told is in the sums so far."""
+
+
+def _components(panel: Panel, size: int, count: int, most: int, seed: int) -> list[float]:
+    left_out = len(panel.left_out)
     step, seen, lines, swapped, frequencies = 1, 0, list[Any](), list[Any](), list[float]()
     for _, block, counts in blocks(panel, size, squares=False):
         told = (block.usable() & (counts[:, :, CASES] != WITHHELD))[panel.taking].all(0)
@@ -293,10 +306,14 @@ def find_components(panel: Panel, size: int, count: int, most: int, seed: int) -
             return read_sums(content, loadings.shape)
 
         found = panel.ask("loadings", asked(loadings), read)
+        if len(panel.left_out) > left_out:
+            raise _FewerHospitalsError
         return np.asarray(sum(found.values()), np.float64)
 
     loadings, values, rounds = principal_components(multiply, len(chosen), people, count, seed)
     panel.ask("scores", asked(loadings), lambda site, content: None)
+    if len(panel.left_out) > left_out:
+        raise _FewerHospitalsError
     log.info("%d components of %d variants in %d rounds", len(values), len(chosen), rounds)
     return [float(value) for value in values]
 

@@ -175,19 +175,51 @@ def test_linear_models_are_those_of_the_pooled_people(tmp_path):
 def test_components_go_into_the_models_and_scores_stay(world, tmp_path):
     summary, lines = study(world.client(), tmp_path, test="logistic", components=2)
     whole = np.concatenate(world.genotypes)
-    frequency = np.array([(g[g >= 0]).mean() / 2 for g in whole.T])
-    spread = np.sqrt(2 * frequency * (1 - frequency))
-    matrix = np.where(whole < 0, 0, (whole - 2 * frequency) / spread)
-    left, strength, _ = np.linalg.svd(matrix, full_matrices=False)
-    values = summary["association"]["components"]
-    np.testing.assert_allclose(values, strength[:2] ** 2 / VARIANTS, rtol=1e-6)
+    left, values = components_of(world, (0, 1, 2))
+    np.testing.assert_allclose(summary["association"]["components"], values, rtol=1e-6)
     for variant in (0, 20):
         outcome, design = world.pooled(variant)
-        scores = left[:, :2][whole[:, variant] >= 0]
+        scores = left[whole[:, variant] >= 0]
         model = sm.Logit(outcome, np.column_stack([scores, design])).fit(disp=0)
         line = lines[f"rs{variant:02d}"]
         np.testing.assert_allclose(float(line["p"]), model.pvalues[-1], rtol=1e-4)
         np.testing.assert_allclose(float(line["effect"]), np.exp(model.params[-1]), rtol=1e-4)
+
+
+def components_of(world, sites):
+    """Return scores and eigenvalues of the pooled people of some hospitals."""
+    whole = np.concatenate([world.genotypes[site] for site in sites])
+    frequency = np.array([(g[g >= 0]).mean() / 2 for g in whole.T])
+    spread = np.sqrt(2 * frequency * (1 - frequency))
+    matrix = np.where(whole < 0, 0, (whole - 2 * frequency) / spread)
+    left, strength, _ = np.linalg.svd(matrix, full_matrices=False)
+    return left[:, :2], strength[:2] ** 2 / VARIANTS
+
+
+@pytest.mark.parametrize(("question", "which"), [("counts", 2), ("loadings", 3), ("scores", 1)])
+def test_components_are_those_of_the_hospitals_that_stay(world, tmp_path, question, which):
+    asked = []
+
+    def failing(client, message):
+        if client.site.index == 1:
+            asked.append(question)
+            if len(asked) == which:
+                raise InputError("the disk is gone")
+        return GenomicsClient.queries[question](client, message)
+
+    client = world.client(queries={**GenomicsClient.queries, question: failing})
+    settings = {"test": "logistic", "components": 2, "block_size": 16}
+    summary, lines = study(client, tmp_path, **settings)
+    assert len(asked) == which
+    assert [failure["site"] for failure in summary["failures"]] == ["hospital-2"]
+    stay = (0, 2)
+    left, values = components_of(world, stay)
+    np.testing.assert_allclose(summary["association"]["components"], values, rtol=1e-6)
+    outcome, design = world.pooled(20, stay)
+    known = np.concatenate([world.genotypes[site][:, 20] for site in stay]) >= 0
+    model = sm.Logit(outcome, np.column_stack([left[known], design])).fit(disp=0)
+    np.testing.assert_allclose(float(lines["rs20"]["p"]), model.pvalues[-1], rtol=1e-4)
+    assert "components are looked for anew" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_components_are_made_of_variants_evenly_spread(world, tmp_path):
