@@ -18,7 +18,9 @@ from fedmed_flower.association import Floats, Results, log10_p_of_t, log10_p_of_
 # A regression takes the covariates first and the copies of A1 last.
 MOST_STEPS = 25
 _CONVERGED, _SINGULAR, _SPENT = 1e-7, 1e-10, 1e-12
-_MORE_COLUMNS, _MOST_COLUMNS, _MOST_ROUNDS, _STILL = 10, 400, 100, 1e-6
+_MORE_COLUMNS, _MOST_COLUMNS, _MOST_ROUNDS, _STILL = 2, 400, 100, 1e-6
+# In each of two arrays at the server: 128 MB.
+_MOST_NUMBERS = 1 << 24
 
 
 def pairs(width: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -302,6 +304,7 @@ def principal_components(
         Calls of `multiply`.
     """
     width = min(count + _MORE_COLUMNS, variants, people)
+    most = max(4 * width, min(_MOST_COLUMNS, _MOST_NUMBERS // variants))
     block = np.linalg.qr(np.random.default_rng(seed).normal(size=(variants, width)))[0]
     basis = products = np.empty((variants, 0))
     loadings = np.zeros((variants, min(count, width)))
@@ -319,8 +322,8 @@ def principal_components(
         block = new[:, np.abs(np.diag(sizes)) > _SPENT * values[-1]]
         for _ in range(2):  # What is hardly new is, as first computed, not orthogonal to the rest.
             block = np.linalg.qr(block - basis @ (basis.T @ block))[0]
-        if basis.shape[1] + width > _MOST_COLUMNS:
-            strongest = turn[:, : _MOST_COLUMNS // 2]
+        if basis.shape[1] + width > most:
+            strongest = turn[:, : most // 2]
             basis, products = basis @ strongest, products @ strongest
     # The sign is free: the largest loading is positive.
     loadings = loadings * np.sign(loadings[np.abs(loadings).argmax(0), range(loadings.shape[1])])

@@ -291,12 +291,13 @@ class Experiment:
         if sites.generated:
             log.warning("%s", GENERATED)
         if text := sites.namesakes.text(sites.names):
-            log.warning("%s", text)
+            more = ", may be tested on after training elsewhere, and have the privacy cost of both"
+            log.warning("%s%s", text, more)
         for node_id, counts in sites.counts.items():
             rows = ", ".join(f"{count} {split}" for split, count in counts.items())
             labels = sites.labels[node_id]
             of_each = f"; training rows by label: {labels}" if labels else ""
-            if away := sites.turned_away[node_id]:
+            if away := sites.turned_away.get(node_id):
                 of_each += f"; {away} rows turned away at the site"
             log.info("%s: %s%s", sites.names[node_id], rows, of_each)
 

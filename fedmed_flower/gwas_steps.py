@@ -274,6 +274,8 @@ def _components(panel: Panel, size: int, count: int, most: int, seed: int) -> li
             # Every second one goes, so that what is left stays evenly spread.
             lines, swapped, frequencies = lines[::2], swapped[::2], frequencies[::2]
             step *= 2
+    if len(panel.left_out) > left_out:
+        raise _FewerHospitalsError
     chosen = np.linspace(0, len(lines) - 1, min(most, len(lines))).round().astype(int)
     people = sum(panel.about[site]["people"] for site in panel.taking)
     if len(chosen) < count or people <= count:
@@ -283,6 +285,10 @@ def _components(panel: Panel, size: int, count: int, most: int, seed: int) -> li
         )
     places, flips = np.array(lines, np.int64)[chosen], np.array(swapped, bool)[chosen]
     frequency = np.array(frequencies)[chosen]
+
+    # The most that a person's standardised genotypes, squared, can add up to.
+    odds = frequency / (1 - frequency)
+    longest = float(2 * np.maximum(odds, 1 / odds).sum())
 
     def asked(loadings: Floats) -> dict[int, RecordDict]:
         return {
@@ -302,8 +308,12 @@ def _components(panel: Panel, size: int, count: int, most: int, seed: int) -> li
         }
 
     def multiply(loadings: Floats) -> Floats:
-        def read(_: int, content: RecordDict) -> Floats:
-            return read_sums(content, loadings.shape)
+        def read(site: int, content: RecordDict) -> Floats:
+            sums = read_sums(content, loadings.shape)
+            # Loadings have length 1.
+            if np.abs(sums).max() > panel.about[site]["people"] * longest:
+                raise ValueError("larger sums than people can have")
+            return sums
 
         found = panel.ask("loadings", asked(loadings), read)
         if len(panel.left_out) > left_out:

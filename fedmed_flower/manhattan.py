@@ -54,7 +54,8 @@ _SENT = {
     "logistic": ", and in each step of Newton’s method log-likelihood, score and information",
 }
 _COMPONENTS = """ For the principal components it sent the sum over its people of their genotypes,
-each weighted with the person’s score; the scores themselves stayed."""
+each weighted with the person’s score; the scores themselves stayed. As many such sums as there are
+people give the genotypes of all of them."""
 
 
 def write_page(folder: Path) -> Path:

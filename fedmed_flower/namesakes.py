@@ -29,11 +29,11 @@ def told_names(client: MedicalClient) -> Mapping[str, ConfigRecord]:
     if not client.site.simulated:
         return {}
     data, key = client.data(), str(client.context.run_id).encode()
-    named = {row["patient"] for split in SPLITS for row in getattr(data, split)}
+    patients = (row["patient"] for split in SPLITS for row in getattr(data, split))
+    named = {str(name) for name in patients if isinstance(name, str)}
     digests = sorted(
-        hashlib.blake2b(name.encode(errors="replace"), digest_size=_BYTES, key=key).digest()
+        hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=_BYTES, key=key).digest()
         for name in named
-        if isinstance(name, str)
     )
     return {_RECORD: ConfigRecord({_DIGESTS: b"".join(digests)})}
 
@@ -58,7 +58,7 @@ class Namesakes:
             self.of_site[reply.metadata.src_node_id] = np.unique(np.frombuffer(digests, "<u8"))
 
     def text(self, names: Mapping[int, str]) -> str:
-        """Return how many names are at several of the sites in `names`; empty where none is."""
+        """Return at which of the sites in `names` others' names are; empty where at none."""
         of_site = {node: self.of_site[node] for node in names if node in self.of_site}
         if not of_site:
             return ""
@@ -69,7 +69,6 @@ class Namesakes:
         where = sorted(names[node] for node, own in of_site.items() if np.isin(own, shared).any())
         some = ", ".join(where[:_SHOWN]) + ", ..." * (len(where) > _SHOWN)
         return (
-            f"{len(shared)} patient ids are at more than one hospital ({some}): each counts as a "
-            "patient of its own there. If they are the same people, they count twice, may be "
-            "tested on after training elsewhere, and have the privacy cost of both"
+            f"patient ids that are at more than one hospital ({some}): {len(shared)}. Each counts "
+            "as a patient of its own there; if they are the same people, they count twice"
         )

@@ -191,8 +191,9 @@ def _hospitals(summary: dict[str, Any], pens: Pens, main: str) -> str:
     if away:
         note += "Turned away: records that cannot be used; the hospital’s own log says which. "
     for reason, refused in part(summary, "refused").items():
-        which = ", ".join(map(escaped, refused)) if isinstance(refused, list) else ""
-        note += f"Could not take part: {which} ({escaped(reason)}). "
+        names_of = refused if isinstance(refused, list) else []
+        which = ", ".join(map(escaped, names_of[:5])) + ", ..." * (len(names_of) > 5)
+        note += f"Could not take part: {which} ({escaped(reason[:300])}). "
     return (
         f"<h2>Hospitals</h2>{site_table(names, caption, columns, pens, undefined)}"
         f'<p class="note">{note}The worst hospital is looked up in each column by itself.</p>'

@@ -49,7 +49,7 @@ class Sites:
 
     def rows(self) -> dict[str, dict[str, int]]:
         """Return the numbers of rows by the name of the site, with those turned away, if any."""
-        away = {node_id: count for node_id, count in self.turned_away.items() if count}
+        away = self.turned_away if any(self.turned_away.values()) else {}
         return {
             self.names[node_id]: counts
             | ({"turned-away": away[node_id]} if node_id in away else {})
@@ -86,7 +86,8 @@ def roll_call(grid: Grid, timeout: float) -> Sites:
             continue
         sites.names.setdefault(node_id, f"node {node_id}")
         sites.counts[node_id], sites.labels[node_id] = rows, counts.get("labels")
-        sites.turned_away[node_id] = away
+        if "turned-away" in counts:
+            sites.turned_away[node_id] = away
         sites.namesakes.take(reply)
         sites.sources.add(str(source))
         sites.generated |= bool(generated)
@@ -95,6 +96,8 @@ def roll_call(grid: Grid, timeout: float) -> Sites:
         raise InputError(next(iter(sites.refusals.values()), "no site answered the roll call"))
     if not sites.trainers():
         raise InputError("no site has training rows")
+    for node_id in {*nodes} - sites.counts.keys() - sites.refusals.keys():
+        sites.refusals[node_id] = f"no answer within {timeout:g} s"
     in_order = sorted(sites.counts, key=lambda node_id: sites.names[node_id])
     sites.counts = {node_id: sites.counts[node_id] for node_id in in_order}
     return sites

@@ -14,7 +14,7 @@ from bed_reader import to_bed
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp import ServerApp
 from scipy import stats
-from tiny import CONFIG, says
+from tiny import CONFIG, ask, context_of, says
 from typer.testing import CliRunner
 
 from fedmed_flower import SiteData, gwas_steps, run_local
@@ -194,6 +194,60 @@ def components_of(world, sites):
     matrix = np.where(whole < 0, 0, (whole - 2 * frequency) / spread)
     left, strength, _ = np.linalg.svd(matrix, full_matrices=False)
     return left[:, :2], strength[:2] ** 2 / VARIANTS
+
+
+def test_real_hospitals_tell_sums_for_components_where_they_say_so(world, tmp_path):
+    reason = (
+        "declined: components take sums from which genotypes can be computed: a hospital that is "
+        "willing sets share-components=true in its node config"
+    )
+    places = [{"partition-id": site, "num-partitions": 3} for site in range(3)]
+    nodes = [
+        places[0] | {"site-name": "north", "share-components": True},
+        places[1] | {"site-name": "south"},
+        places[2] | {"share-components": False},
+    ]
+    settings = {"test": "logistic", "components": 2}
+    summary, _ = study(world.client(), tmp_path, nodes, **settings)
+    told = {failure["site"]: failure["reason"] for failure in summary["failures"]}
+    assert told == {"south": reason, "hospital-3": reason}
+    _, values = components_of(world, (0,))
+    np.testing.assert_allclose(summary["association"]["components"], values, rtol=1e-6)
+    # Scores on any loadings would come back with the sums of covariates.
+    content = {"lines": np.arange(2), "swapped": np.zeros(2, bool), "frequencies": np.full(2, 0.5)}
+    content |= {"loadings": np.ones((2, 1))}
+    arrays = ArrayRecord({name: Array(values) for name, values in content.items()})
+    context = context_of(node_config=nodes[2])
+    reply = ask(world.client(), "query.scores", context, arrays)
+    assert reply.error.reason == f"site hospital-3: {reason}"
+
+
+def test_sums_that_no_genotypes_give_leave_their_site_out(world, tmp_path):
+    client = world.client(fails_at(1, "loadings", replaced(lambda values: values * 1e300)))
+    summary, _ = study(client, tmp_path, test="logistic", components=2)
+    (failure,) = summary["failures"]
+    assert failure["reason"] == "malformed answer: larger sums than people can have"
+    _, values = components_of(world, (0, 2))
+    np.testing.assert_allclose(summary["association"]["components"], values, rtol=1e-6)
+
+
+def test_variants_that_only_a_hospital_that_left_withheld_count_again(world, tmp_path):
+    # One copy is not told: while the second hospital is there, few variants are left.
+    world.genotypes[1][:, :32] = 0
+    world.genotypes[1][0, :32] = 1
+    asked = []
+
+    def failing(client, message):
+        if client.site.index == 1:
+            asked.append(None)
+            if len(asked) == 3:
+                raise InputError("the disk is gone")
+        return GenomicsClient.queries["counts"](client, message)
+
+    client = world.client(queries={**GenomicsClient.queries, "counts": failing})
+    settings = {"test": "logistic", "components": 10, "block_size": 16}
+    summary, _ = study(client, tmp_path, **settings)
+    assert len(summary["association"]["components"]) == 10
 
 
 @pytest.mark.parametrize(("question", "which"), [("counts", 2), ("loadings", 3), ("scores", 1)])

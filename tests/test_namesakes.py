@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from tables import SCHEMA, patients
 from test_gwas import World, study
 from test_statistics_survey import surveyed
-from tiny import TinyClient, ask, context_of, make_rows, run_tiny
+from tiny import TinyClient, ask, context_of, fixed, make_rows, run_tiny
 
 from fedmed_flower import MedicalClient, SiteData
 from fedmed_flower.data.schema import table_of
@@ -15,10 +15,10 @@ from fedmed_flower.namesakes import Namesakes
 from fedmed_flower.statistics.request import Request
 
 TEXT = (
-    "{} patient ids are at more than one hospital ({}): each counts as a patient of its own there. "
-    "If they are the same people, they count twice, may be tested on after training elsewhere, and "
-    "have the privacy cost of both"
+    "patient ids that are at more than one hospital ({}): {}. Each counts as a patient of its own "
+    "there; if they are the same people, they count twice"
 )
+MORE = ", may be tested on after training elsewhere, and have the privacy cost of both"
 
 
 class Moving(TinyClient):
@@ -38,7 +38,7 @@ def warned(folder):
 
 def test_a_run_names_the_hospitals_whose_patients_are_called_alike_and_goes_on(tmp_path):
     run_tiny(tmp_path / "run", Moving, 3)
-    assert warned(tmp_path / "run") == [TEXT.format(2, "hospital-1, hospital-3")]
+    assert warned(tmp_path / "run") == [TEXT.format("hospital-1, hospital-3", 2) + MORE]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert (summary["status"], summary["failures"], len(summary["sites"])) == ("finished", [], 3)
     run_tiny(tmp_path / "other", TinyClient, 3)
@@ -53,12 +53,20 @@ class Everywhere(MedicalClient):
 def test_statistics_and_association_studies_say_so_too(tmp_path):
     surveyed(Everywhere, Request(columns=("age",)), tmp_path / "survey", sites=7)
     where = "hospital-1, hospital-2, hospital-3, hospital-4, hospital-5, ..."
-    assert warned(tmp_path / "survey") == [TEXT.format(60, where)]
+    assert warned(tmp_path / "survey") == [TEXT.format(where, 60)]
     world = World(tmp_path)
     study(world.client(), tmp_path, test="trend")
     shared = sorted(map(len, world.phenotypes))[-2]
     where = "hospital-1, hospital-2, hospital-3"
-    assert warned(tmp_path / "run") == [TEXT.format(shared, where)]
+    assert warned(tmp_path / "run") == [TEXT.format(where, shared)]
+
+
+@pytest.mark.parametrize("patient", [np.array("p1"), np.array(3), 3, ("ward", "h-3"), b"p1"])
+def test_patients_of_other_kinds_are_no_names(tmp_path, patient):
+    rows = [row | {"patient": patient} for row in make_rows(4, 0)]
+    client = fixed(SiteData(train=rows, test=make_rows(4, 1, "q")))
+    run_tiny(tmp_path / "run", client, 2)
+    assert warned(tmp_path / "run") == [TEXT.format("hospital-1, hospital-2", 4) + MORE]
 
 
 def test_the_lines_of_tables_that_name_no_patients_are_no_names(tmp_path):
@@ -97,6 +105,6 @@ def test_what_cannot_be_read_is_passed_over(record):
         content = RecordDict({"patients": ConfigRecord(own), "arrays": ArrayRecord()})
         asked = Message(RecordDict(), node, "query.describe")
         found.take(Message(content, reply_to=asked))
-    assert found.text(names) == TEXT.format(1, "a, c")
+    assert found.text(names) == TEXT.format("a, c", 1)
     assert found.text({1: "a", 2: "b"}) == ""
     assert Namesakes().text(names) == ""

@@ -66,11 +66,13 @@ def test_the_roll_call_takes_up_what_sites_say():
     assert sites.counts[1] == {"train": 4, "val": 2, "test": 3}
     assert sites.names == {1: "south", 2: "north", 3: "west"}
     assert sites.labels == {1: [1, 3], 2: None}
-    assert sites.turned_away == {1: 5, 2: 0}
+    assert sites.turned_away == {1: 5}
+    assert sites.rows()["south"] == {"train": 4, "val": 2, "test": 3, "turned-away": 5}
+    assert sites.rows()["north"] == {"train": 4, "val": 2, "test": 3}
     assert sites.sources == {"files", "more files"}
     assert (sites.generated, sites.simulated) == (True, False)
-    assert sites.refusals == {3: "OSError"}
-    assert sites.refused() == {"OSError": ["west"]}
+    assert sites.refusals == {3: "OSError", 4: "no answer within 9 s"}
+    assert sites.refused() == {"OSError": ["west"], "no answer within 9 s": ["node 4"]}
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,9 @@ def test_cox_is_refused_with_privacy_before_anything_is_asked(tmp_path):
     arrays = arrays_of(TinySurvival, context_of(run_dir=str(tmp_path), **DECLARED))
     context = context_of(run_dir=str(tmp_path), **PRIVATE)
     assert error_of(TinySurvival, context, arrays=arrays) == text
+    plain = TinySurvival(context_of(**DECLARED)).build_model
+    own = type("Own", (TinySurvival,), {"build_model": lambda self: plain()})
+    assert error_of(own, context, arrays=arrays) == text
     assert not (tmp_path / "ledgers").exists()
 
 

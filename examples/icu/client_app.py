@@ -33,11 +33,11 @@ class IntensiveCareUnit(TabularClient):
         if site.index >= len(hospitals):
             raise InputError(f"there are {len(hospitals)} hospitals: give --sites {len(hospitals)}")
         held_out = self._held_out(len(hospitals))
-        own = frame[frame["hospital"] == hospitals[site.index]]
-        if site.index in held_out:
-            # Some patients were in two hospitals: those who were trained on are no test.
-            training = ~frame["hospital"].isin(hospitals[sorted(held_out)])
-            own = own[~own["patient"].isin(frame["patient"][training])]
+        # Who was in two hospitals counts at one, and where trained on is no test elsewhere.
+        tested = frame["hospital"].isin(hospitals[sorted(held_out)])
+        once = frame.loc[tested.sort_values(kind="stable").index].drop_duplicates("patient")
+        home = frame["patient"].map(once.set_index("patient")["hospital"])
+        own = frame[(frame["hospital"] == hospitals[site.index]) & (frame["hospital"] == home)]
         table = table_of(own, self.schema, f"{ICU_SOURCE}, hospital {hospitals[site.index]}")
         if site.index in held_out:
             # A hospital that takes no part in training tests the model on all of its patients.

@@ -20,6 +20,7 @@ from fedmed_flower.association import WITHHELD, Floats, count_copies, withheld
 from fedmed_flower.association_models import linear_sums, logistic_terms, standardised
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.queries import Query
+from fedmed_flower.config import with_type_of
 from fedmed_flower.data.plink import Fileset
 from fedmed_flower.data.site import SPLITS, Row, Site, SiteData, min_cell_count
 from fedmed_flower.errors import DeclinedError, InputError
@@ -266,7 +267,11 @@ def logistic(client: GenomicsClient, message: Message) -> RecordDict:
 
 
 def loadings(client: GenomicsClient, message: Message) -> RecordDict:
-    """Tell the sum over the people of g (g' loadings), g being their standardised genotypes."""
+    """Tell the sum over the people of g (g' loadings), g being their standardised genotypes.
+
+    As many such sums as there are people give all their genotypes: a real hospital tells them only
+    where its node config has ``share-components=true``.
+    """
     found, asked = client.cohort(), _Asked(message)
     scores, total = asked.scores(client, found), list[Floats]()
     for part, genotypes in asked.blocks(found):
@@ -313,7 +318,19 @@ class _Asked:
             yield part, found
 
     def scores(self, client: GenomicsClient, cohort: Cohort) -> Floats:
-        """Return what the loadings make of each person's genotypes."""
+        """Return what the loadings make of each person's genotypes.
+
+        Raises
+        ------
+        DeclinedError
+            Where the hospital has not said that it takes part in components.
+        """
+        given = client.context.node_config.get("share-components", client.site.simulated)
+        if not with_type_of(False, given, "share-components"):
+            raise DeclinedError(
+                "components take sums from which genotypes can be computed: a hospital that is "
+                "willing sets share-components=true in its node config"
+            )
         wanted, frequencies = self.array("loadings"), self.array("frequencies")
         if wanted.ndim != 2 or len(wanted) != len(self.lines):
             raise InputError("loadings must have one row a variant")

@@ -84,14 +84,22 @@ class SurvivalClient(TabularClient):
             Where Cox's partial likelihood, which compares patients, would be trained privately.
         """
         network = super().build_model()
-        if self.survival.survival_loss == "discrete":
-            return _Hazards(network, self.survival.survival_intervals)
-        if self.privacy.on:
+        self._require_uncoupled()
+        if self.survival.survival_loss == "cox":
+            return network
+        return _Hazards(network, self.survival.survival_intervals)
+
+    def check_private(self, model: nn.Module, prepared: TableRows) -> None:
+        """Refuse Cox's partial likelihood, whatever network a subclass builds."""
+        self._require_uncoupled()
+        super().check_private(model, prepared)
+
+    def _require_uncoupled(self) -> None:
+        if self.privacy.on and self.survival.survival_loss == "cox":
             raise InputError(
                 'survival-loss="cox" compares patients with each other: privacy="patient" needs '
                 'survival-loss="discrete"'
             )
-        return network
 
     def check(self, data: SiteData) -> None:
         """Raise `InputError` where the schema is for another task, or rows lack a column."""

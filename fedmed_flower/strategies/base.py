@@ -345,9 +345,8 @@ class FedAvg(flower.FedAvg):
         if not (usable := sound_figures(usable)):
             return None
         figures = pool([dict(metrics_of(message)) for message in usable])
-        trimmed = with_shared_metrics(
-            usable, self.weighted_by_key, self.max_weight_share, pooled=figures
-        )
+        key, share = self.weighted_by_key, self.max_weight_share
+        trimmed = with_shared_metrics(usable, key, share, pooled=figures)
         metrics = super().aggregate_evaluate(server_round, trimmed)
         if metrics is not None and figures:
             for key in filter(is_pooled_only, list(metrics)):
