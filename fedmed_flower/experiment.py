@@ -227,7 +227,7 @@ class Experiment:
         """Train, test, compare, report."""
         plan, strategy, folder = self.plan, self.strategy, self.folder
         with folder.log_file():
-            self._log_sites()
+            self.sites.write_log()
             try:
                 self._write_summary("running")
                 result = strategy.start(
@@ -279,27 +279,6 @@ class Experiment:
         if self.sites.simulated:
             config[LEDGER_DIR] = str(self.folder.path / "ledgers")
         return config
-
-    def _log_sites(self) -> None:
-        sites = self.sites
-        for line in sites.lines:
-            log.handle(line)
-        for reason, names in sites.refused().items():
-            some = ", ".join(sorted(names)[:5]) + ", ..." * (len(names) > 5)
-            count = f"{len(names)} of {sites.asked}"
-            log.warning("%s sites cannot take part (%s): %s", count, some, reason)
-        if sites.generated:
-            log.warning("%s", GENERATED)
-        if text := sites.namesakes.text(sites.names):
-            more = ", may be tested on after training elsewhere, and have the privacy cost of both"
-            log.warning("%s%s", text, more)
-        for node_id, counts in sites.counts.items():
-            rows = ", ".join(f"{count} {split}" for split, count in counts.items())
-            labels = sites.labels[node_id]
-            of_each = f"; training rows by label: {labels}" if labels else ""
-            if away := sites.turned_away.get(node_id):
-                of_each += f"; {away} rows turned away at the site"
-            log.info("%s: %s%s", sites.names[node_id], rows, of_each)
 
     def _write_summary(self, status: str, message: str = "") -> None:
         sites = self.sites

@@ -11,13 +11,12 @@ import numpy as np
 from flwr.app import ConfigRecord, Message
 from numpy.typing import NDArray
 
-from fedmed_flower.data.site import SPLITS
+from fedmed_flower.data.site import SPLITS, some_of
 
 if TYPE_CHECKING:
     from fedmed_flower.clients.base import MedicalClient
 
 _RECORD, _DIGESTS, _BYTES = "patients", "digests", 8
-_SHOWN = 5
 
 
 def told_names(client: MedicalClient) -> Mapping[str, ConfigRecord]:
@@ -67,8 +66,8 @@ class Namesakes:
         if not len(shared):
             return ""
         where = sorted(names[node] for node, own in of_site.items() if np.isin(own, shared).any())
-        some = ", ".join(where[:_SHOWN]) + ", ..." * (len(where) > _SHOWN)
         return (
-            f"patient ids that are at more than one hospital ({some}): {len(shared)}. Each counts "
-            "as a patient of its own there; if they are the same people, they count twice"
+            f"patient ids that are at more than one hospital ({some_of(where)}): {len(shared)}. "
+            "Each counts as a patient of its own there; if they are the same people, they count "
+            "twice"
         )

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 
 from fedmed_flower import comparison, page, plots
+from fedmed_flower.data.site import some_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import EPSILON
 from fedmed_flower.metrics import lower_is_better as lower
@@ -191,9 +192,8 @@ def _hospitals(summary: dict[str, Any], pens: Pens, main: str) -> str:
     if away:
         note += "Turned away: records that cannot be used; the hospital’s own log says which. "
     for reason, refused in part(summary, "refused").items():
-        names_of = refused if isinstance(refused, list) else []
-        which = ", ".join(map(escaped, names_of[:5])) + ", ..." * (len(names_of) > 5)
-        note += f"Could not take part: {which} ({escaped(reason[:300])}). "
+        which = some_of([*map(str, refused)]) if isinstance(refused, list) else ""
+        note += f"Could not take part: {escaped(which)} ({escaped(reason[:300])}). "
     return (
         f"<h2>Hospitals</h2>{site_table(names, caption, columns, pens, undefined)}"
         f'<p class="note">{note}The worst hospital is looked up in each column by itself.</p>'

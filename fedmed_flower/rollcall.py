@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedmed_flower.data.site import PERSONAL, SITE_RECORD, SPLITS
+from fedmed_flower.data.site import GENERATED, PERSONAL, SITE_RECORD, SPLITS, some_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.namesakes import Namesakes
 from fedmed_flower.pictures import sound
@@ -55,6 +55,26 @@ class Sites:
             | ({"turned-away": away[node_id]} if node_id in away else {})
             for node_id, counts in self.counts.items()
         }
+
+    def write_log(self) -> None:
+        """Say in the log who takes part and with what, and what was said before there was a log."""
+        for line in self.lines:
+            log.handle(line)
+        for reason, names in self.refused().items():
+            count, some = f"{len(names)} of {self.asked}", some_of(sorted(names))
+            log.warning("%s sites cannot take part (%s): %s", count, some, reason)
+        if self.generated:
+            log.warning("%s", GENERATED)
+        if text := self.namesakes.text(self.names):
+            more = ", may be tested on after training elsewhere, and have the privacy cost of both"
+            log.warning("%s%s", text, more)
+        for node_id, counts in self.counts.items():
+            rows = ", ".join(f"{count} {split}" for split, count in counts.items())
+            labels = self.labels[node_id]
+            of_each = f"; training rows by label: {labels}" if labels else ""
+            if away := self.turned_away.get(node_id):
+                of_each += f"; {away} rows turned away at the site"
+            log.info("%s: %s%s", self.names[node_id], rows, of_each)
 
     def trainers(self) -> set[int]:
         """Return the nodes that have training rows; the others are only tested."""

@@ -190,7 +190,6 @@ def test_the_pneumonia_example_runs_on_hospitals_with_images_of_their_own(tmp_pa
         subprocess.run([*split, "--dataset", "phantoms"], check=True, capture_output=True)
         settings = ["dataset='phantoms'", "min-sites=2", "num-server-rounds=1", "local-epochs=1"]
         settings += [f"run-dir='{tmp_path / 'run'}'", "privacy='patient'", "sampling-rate=0.1"]
-        settings += ["pictures=0"]
         texts = [part for setting in settings for part in ("-c", setting)]
         done = started.command("run", str(EXAMPLE), *texts)
     assert done.returncode == 0, done.stdout

@@ -245,15 +245,15 @@ def test_hospitals_that_differ_explain_what_none_of_them_does_alone():
     shape=st.sampled_from(["normal", "heavy", "skewed", "few values"]),
     scale=st.sampled_from([1e-3, 1.0, 30.0]),
     separation=st.floats(0, 3),
+    size=st.sampled_from([(150, 400), (500, 1200)]),
 )
-def test_pooled_average_precision_is_right_to_some_thousandths(
-    seed, sites, shape, scale, separation
+def test_pooled_average_precision_is_right_to_two_thousandths(
+    seed, sites, shape, scale, separation, size
 ):
-    """Of 3,000 such cases 99 % were right to 0.0006, and the worst ever seen was off by 0.0025."""
     rng = np.random.default_rng(seed)
     records, labels, scores = [], [], []
     for _ in range(sites):
-        count = int(rng.integers(150, 400))
+        count = int(rng.integers(*size))
         y = (rng.random(count) < rng.uniform(0.3, 0.7)).astype(int)
         # One of these at a table of some categories, with the same scores at every hospital.
         noise = {
@@ -267,7 +267,10 @@ def test_pooled_average_precision_is_right_to_some_thousandths(
         scores.append(scale * (noise + shift))
         records.append(outcome_metrics("binary", y, scores[-1]))
     exact = reference.average_precision_score(np.concatenate(labels), np.concatenate(scores))
-    assert pool(records)["average-precision"] == pytest.approx(exact, abs=5e-3)
+    # Histograms do not tell which of two rows at the top comes first if their bins overlap. Each
+    # such pair is half of one over the number of rows with the class.
+    bound = max(2e-3, 1 / np.concatenate(labels).sum())
+    assert pool(records)["average-precision"] == pytest.approx(exact, abs=bound)
 
 
 def test_average_precision_of_hospitals_with_one_class_each():

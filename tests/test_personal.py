@@ -105,9 +105,9 @@ def test_no_hospital_is_worse_on_its_validation_rows_whatever_training_does(clie
 
         folder = tmp_path / str(factor)
         reckless = type("Reckless", (client,), {"fit": fit})
-        result, summary = run_tables(folder, reckless, 2, local_epochs=2, **RUN)
+        result, summary = run_tables(folder, reckless, local_epochs=2, **RUN)
         personal = summary["test"]["personal"]
-        assert len(personal) == 2
+        assert len(personal) == 3
         for name, told in personal.items():
             assert told["val-own"] >= told["val-global"]
             if factor == 1e38:
@@ -225,9 +225,9 @@ def test_a_run_that_asks_for_none_has_none(tmp_path):
 
 
 def test_a_finished_run_can_be_gone_on_with_for_personal_models(tmp_path):
-    run_tables(tmp_path / "a", num_sites=2, num_server_rounds=1)
-    _, later = run_tables(tmp_path / "a", num_sites=2, resume=True, **RUN)
-    _, whole = run_tables(tmp_path / "b", num_sites=2, **RUN)
+    run_tables(tmp_path / "a", num_server_rounds=1)
+    _, later = run_tables(tmp_path / "a", resume=True, **RUN)
+    _, whole = run_tables(tmp_path / "b", **RUN)
     assert later["test"] == whole["test"]
 
 

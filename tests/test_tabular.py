@@ -453,19 +453,10 @@ def test_training_lowers_the_loss_and_the_figures_are_those_of_the_outputs(kind,
     assert summary["test"]["federated"][main] > (0.7 if main == "auc" else 0.3)
 
 
-@pytest.mark.parametrize(
-    ("kind", "preparation"),
-    [
-        ("continuous", "federated"),
-        ("cost", "federated"),
-        ("cost", "declared"),
-        ("cost", "site"),
-        ("stays", "federated"),
-        ("stays", "declared"),
-    ],
-)
+@pytest.mark.parametrize("preparation", ["federated", "declared", "site"])
+@pytest.mark.parametrize("kind", ["continuous", "cost", "stays"])
 def test_a_target_far_from_0_is_learnt_too(kind, preparation, tmp_path):
-    config = {"learning_rate": 0.3, "preparation": preparation, "local_steps": 15}
+    config = {"learning_rate": 0.3, "preparation": preparation, "local_steps": 20}
     _, summary = run_tables(tmp_path, predicting(kind), 2, **config)
     figures = summary["test"]["federated"]
     assert figures["d2" if kind == "stays" else "r2"] > 0.7
@@ -478,7 +469,7 @@ def test_a_target_far_from_0_is_learnt_too(kind, preparation, tmp_path):
 @pytest.mark.parametrize("kind", ["cost", "stays"])
 def test_default_settings_do_not_diverge_on_large_numbers(kind, optimizer, tmp_path):
     usual = {"learning_rate": 1e-3, "batch_size": 32, "optimizer": optimizer}
-    _, summary = run_tables(tmp_path, predicting(kind), 1, **usual)
+    _, summary = run_tables(tmp_path, predicting(kind), 2, **usual)
     assert summary["failures"] == []
     lines = (tmp_path / "metrics.csv").read_text().splitlines()[1:]
     assert all(math.isfinite(float(line.split(",")[4])) for line in lines)
@@ -636,7 +627,7 @@ KINDS = ["binary", "multi-class", "count", "continuous", "cost"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_task_is_trained_privately(kind, tmp_path):
     config = PRIVATE | DECLARED | {"learning_rate": 0.5, "sampling_rate": 0.5, "local_steps": 10}
-    _, summary = run_tables(tmp_path, predicting(kind), 1, **config)
+    _, summary = run_tables(tmp_path, predicting(kind), 2, **config)
     assert summary["failures"] == []
     main = {"binary": "auc", "multi-class": "auc", "count": "d2"}.get(kind, "r2")
     assert summary["test"]["federated"][main] > (0.65 if main == "auc" else 0.1)

@@ -187,6 +187,11 @@ def require_patients(data: SiteData) -> None:
                 )
 
 
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names with commas between them, and dots where there are more."""
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+
+
 def tell_error(site: str, text: str) -> str:
     """Return the reason of an error reply that names its site."""
     return f"site {site}: {text}"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed_flower.data.site import Row, patient_text
+from fedmed_flower.data.site import Row, patient_text, some_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.statistics.request import OPERATIONS, Filter, Request, Survival
 
@@ -164,7 +164,7 @@ class Columns:
         """Raise `InputError` where there is no such column."""
         if name not in self.names:
             near = difflib.get_close_matches(name, self.names, n=1)
-            some = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
+            some = some_of(self.names, 10)
             hint = f"did you mean {near[0]}?" if near else f"there are {some}"
             raise InputError(f"there is no column {name!r} of single values: {hint}")
 

@@ -179,10 +179,11 @@ def pool_survival(parts: Iterable[Told]) -> Curve:
         for side, name in enumerate(("events", "censored")):
             reached = np.interp(times, [start, *part["times"]], [0.0, *np.cumsum(part[name])])
             totals[:, side] += np.diff(reached, prepend=0.0)
-    left = float(totals.sum())
+    # Shares of patients, added up, are not quite as many as the patients.
+    left = math.fsum(n for part in told for name in ("events", "censored") for n in part[name])
     curve, alive = Curve(times, [], [], []), 1.0
     for events, censored in totals.tolist():
-        alive *= 1 - events / left if left > 0 else 1.0
+        alive *= max(0.0, 1 - events / left) if left > 0 else 1.0
         for values, value in zip(curve[1:], (left, events, alive), strict=True):
             values.append(value)
         left = max(0.0, left - events - censored)
