@@ -13,6 +13,9 @@ from flwr.app import UserConfig, UserConfigValue
 
 from fedmed_flower.errors import InputError
 
+# Beyond it a schedule and a plan of noise would keep a hospital busy for nothing.
+MOST_ROUNDS = 100_000
+
 
 @dataclass(frozen=True)
 class Section:
@@ -44,6 +47,11 @@ class Section:
         """Raise `InputError` where a field is below `bound`."""
         for name in names:
             self.require(name, getattr(self, name) >= bound, f"at least {bound}")
+
+    def require_within(self, low: float, high: float, *names: str) -> None:
+        """Raise `InputError` where a field is below `low` or above `high`."""
+        for name in names:
+            self.require(name, low <= getattr(self, name) <= high, f"from {low:,} to {high:,}")
 
     def require_positive(self, *names: str) -> None:
         """Raise `InputError` where a field is not above 0 and finite."""
@@ -99,8 +107,12 @@ def override(defaults: UserConfig, texts: Collection[str]) -> UserConfig:
 
 
 def _parse(raw: str, default: UserConfigValue) -> UserConfigValue:
+    """Return the value that a text stands for in TOML; the text itself where it is no one value."""
     try:
-        value: UserConfigValue = tomllib.loads(f"value = {raw}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+        found = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):
+        return raw
+    value = found["value"]
+    if len(found) > 1 or not isinstance(value, bool | int | float | str):
         return raw
     return raw if isinstance(default, str) and not isinstance(value, str) else value

@@ -1,8 +1,12 @@
 import json
+import math
+from decimal import Decimal
+from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+import torch
 from dicom_files import write_image, write_series
 from PIL import Image
 
@@ -121,6 +125,65 @@ def test_what_a_reader_never_thought_of_is_a_problem_too():
             raise MemoryError("too large\nby far")
 
     assert problem(row(Strange(), 0), 2) == "array: MemoryError: too large by far"
+
+
+class Hostile:
+    """What hospital code may put into a row: each of its methods fails."""
+
+    def fail(self, *_, **__):
+        raise UnwritableError
+
+    __str__ = __repr__ = __len__ = __iter__ = __getitem__ = __array__ = __bool__ = __eq__ = fail
+    __float__ = __int__ = __index__ = __hash__ = __fspath__ = __getattr__ = fail
+    __class__ = property(fail)
+
+
+class UnwritableError(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+ODD = [
+    Hostile(), Hostile, None, True, 10**5000, -(10**5000), math.nan, 1e400, 1j, "", "\0", "\ud800",
+    "x" * 10**5, b"x", [], [[]], [[1], [1, 2]], {}, {"a": Hostile()}, (), ("", "x.nii"), ["\0"] * 2,
+    [Hostile()], [None], {1}, iter([1]), object(), np.array(None), np.array([]), np.array("x"),
+    np.array([object()]), np.ma.masked, np.datetime64("NaT"), np.zeros((2,) * 12),
+    np.zeros((2, 2), "V8"), np.broadcast_to(1, (2**25, 2**25)), torch.zeros(2, 2).to_sparse(),
+    torch.zeros(2, 2, device="meta"), torch.full((2, 2), torch.nan), Path("/dev/null"),
+    Path("/proc"), Exception, lambda: 1, ..., NotImplemented,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3, None])
+@pytest.mark.parametrize("name", ["image", "label", "patient", "split", "row"])
+def test_whatever_a_row_holds_it_is_a_finding(name, spatial_dims):
+    good = row(np.ones((2, 2)), 1) | {"split": "train"}
+    for odd in ODD:
+        found = check_row(odd if name == "row" else good | {name: odd}, spatial_dims, 2)
+        assert isinstance(found, Finding)
+        assert (type(found.patient), type(found.split)) == (str, str)
+        assert found.image
+        if name == "row":
+            assert found.problem
+        if found.problem is not None:
+            assert found.problem.isprintable()
+            assert len(found.problem) <= 4000
+
+
+def test_what_a_finding_quotes_is_short_and_clean():
+    text = problem(row(np.ones((2, 2)), ["x" * 10**6, "\n"]), 2, 2)
+    assert len(text) < 5000
+    odd = "a\nround 2: all is well\x1b[2J"
+    assert problem(row(odd, 1), 2, 2) == "a round 2: all is well\\x1b[2J is not there"
+    assert problem(row(np.ones((2, 2)), odd), 2, 2) == (
+        "its mask a round 2: all is well\\x1b[2J is not there"
+    )
+    label = Decimal("1" * 500)
+    assert problem(row(np.ones((2, 2)), label), 2, 2) == (
+        f"label Decimal('{'1' * 29}...{'1' * 36}') is out of range: labels must be integers from 0 "
+        "to 1 (num_classes - 1)"
+    )
+    assert problem(row(Hostile(), 1), 2, 2) == "array: UnwritableError: UnwritableError"
 
 
 def test_a_bad_mask_is_named(tmp_path, scan):

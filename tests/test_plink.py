@@ -6,7 +6,7 @@ import pytest
 from bed_reader import to_bed
 from tiny import says
 
-from fedmed_flower.data import plink
+from fedmed_flower.data import plink, variants
 from fedmed_flower.data.plink import Fileset, Listing
 from fedmed_flower.data.polygenic import Weight, polygenic_scores, read_weights
 from fedmed_flower.data.variants import (
@@ -66,7 +66,7 @@ def test_variants_are_listed_in_parts(prefix):
     assert first.chromosomes.tolist() == [2, 0]
     assert (first.names, first.first, first.second) == (["x", "y"], ["A", "C"], ["G", "T"])
     last = found.variants(first.offset, 2)
-    assert (last.names, last.positions.tolist(), last.chromosomes.tolist()) == (["rs0"], [-5], [0])
+    assert (last.names, last.positions.tolist(), last.chromosomes.tolist()) == (["rs0"], [0], [0])
     assert found.variants(last.offset, 2).names == []
 
 
@@ -108,15 +108,51 @@ def test_missing_files_malformed_lines_and_bad_listings(prefix, tmp_path):
     with pytest.raises(InputError, match=says("a listing takes an offset of at least 0 and 1 to "
                                               "1048576 lines, got -1 and 3")):  # fmt: skip
         found.variants(-1, 3)
-    damage(prefix, ".bim", lambda b: b.replace(b"\t20\t", b"\ttwenty\t"))
-    with pytest.raises(InputError, match=r"north\.bim has a position that is no number: .*twenty"):
-        found.variants(0, 3)
-    damage(prefix, ".bim", lambda b: b.replace(b"\ttwenty\t", b"\t"))
-    with pytest.raises(InputError, match=r"north\.bim has a line of 5 fields, 6 needed: '1"):
+    damage(prefix, ".bim", lambda b: b.replace(b"\t20\t", b"\t"))
+    text = f"{prefix}.bim line 2 is one of 5 fields, 6 needed: '1\\trs1\\t0.0\\tA\\tG'"
+    with pytest.raises(InputError, match=says(text)):
         found.variants(0, 3)
     damage(prefix, ".bed", lambda b: b[:5])
     with pytest.raises(InputError, match=r"north\.bed cannot be read: "):
         found.read(slice(None), slice(None))
+
+
+@pytest.mark.parametrize(
+    ("position", "shown"),
+    [
+        ("twenty", "twenty"),
+        (2**63, "9223372036854775808"),
+        (-(2**63), "-9223372036854775808"),
+        (2**31, "2147483648"),
+        ("9" * 5000, f"{'9' * 37}...{'9' * 37}"),
+    ],
+)
+def test_a_position_that_cannot_be_is_named_with_its_line(prefix, position, shown):
+    damage(prefix, ".bim", lambda b: b.replace(b"\t20\t", f"\t{position}\t".encode()))
+    found = Fileset.open(prefix)
+    first = found.variants(0, 1)
+    assert first.positions.tolist() == [10]
+    text = (
+        f"{prefix}.bim line 2 has the position '{shown}': a position is a whole number from "
+        "-2147483647 to 2147483647"
+    )
+    for offset, count in ((0, 3), (first.offset, 1)):
+        with pytest.raises(InputError, match=says(text)):
+            found.variants(offset, count)
+
+
+def test_an_offset_beyond_all_files_is_refused(prefix):
+    with pytest.raises(InputError, match=r"^a listing takes an offset of at least 0"):
+        Fileset.open(prefix).variants(1 << 63, 1)
+
+
+def test_long_and_odd_names_are_shortened_and_cleaned(prefix):
+    name = "\x1b[31m" + "x" * 1000
+    damage(prefix, ".fam", lambda b: b.replace(b"p3", name.encode()).replace(b"p1", name.encode()))
+    with pytest.raises(InputError, match="has the individual id") as error:
+        Fileset.open(prefix)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 300
 
 
 def test_without_bed_reader_the_error_names_the_extra(prefix, monkeypatch):
@@ -210,6 +246,32 @@ def test_many_variants_at_one_place_and_lists_out_of_order():
         merger.add(0, listing((1, 6, "b", "A", "G")), True)
 
 
+@pytest.mark.parametrize(
+    "variant", [(1, 1 << 40), (1, 2**31), (1, 0), (1, -(2**63)), (2, 2**63 - 1), (23, 5), (-1, 5)]
+)
+def test_a_list_with_a_place_that_no_chromosome_has_is_refused(variant):
+    merger = Merger(2, 2)
+    text = "it has variants outside of the chromosomes 1 to 22 or of the positions 1 to 2147483647"
+    with pytest.raises(ValueError, match=says(text)):
+        merger.add(0, listing((*variant, "a", "A", "G")), False)
+    # What was refused leaves nothing.
+    merger.end(0)
+    merger.add(1, listing((1, 2**31 - 1, "b", "A", "G")), True)
+    assert [variant[:3] for variant in merger.take().variants] == [(1, 2**31 - 1, "b")]
+
+
+def test_a_list_that_never_leaves_a_place_is_refused(monkeypatch):
+    monkeypatch.setattr(variants, "_MOST_AT_ONE_PLACE", 3)
+    merger = Merger(1, 2)
+    crowd = [(1, 5, f"v{number}", "A", "G") for number in range(4)]
+    merger.add(0, listing((1, 4, "a", "A", "G"), *crowd[:3]), False)
+    with pytest.raises(ValueError, match=says("it has more than 3 variants at one place")):
+        merger.add(0, listing(crowd[3]), False)
+    # As many are fine where the list has gone on.
+    merger.add(0, listing((1, 6, "b", "A", "G")), True)
+    assert len(merger.take().variants) == 5
+
+
 def test_polygenic_scores_by_hand(prefix):
     write(prefix, allele_1=["A", "C", "A"], allele_2=["G", "T", "T"])
     weights = [
@@ -265,6 +327,14 @@ def test_weights_are_read_as_the_catalog_writes_them(tmp_path):
     path.write_text("id,allele,weight\nrs2,T,one\n")
     with pytest.raises(InputError, match=r"w\.csv, variant 'rs2': could not convert"):
         read_weights(path)
+    for weight in ("1e31", "-1e400", "nan"):
+        path.write_text(f"id,allele,weight\nrs2,T,{weight}\n")
+        text = (
+            f"{path}, variant 'rs2': each line needs an id, an allele and a weight from -1e+30 to "
+            f"1e+30, got 'T' and {float(weight)}"
+        )
+        with pytest.raises(InputError, match=says(text)):
+            read_weights(path)
     path.write_text("id,weight\n")
     with pytest.raises(InputError, match=says(f"{path} has no column allele or effect_allele or "
                                               "A1: it has id, weight")):  # fmt: skip

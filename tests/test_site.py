@@ -1,9 +1,20 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny import context_of, says
+from tiny import TinyClient, ask, context_of, says
 
-from fedmed_flower.data.site import Site, SiteData, min_cell_count
+from fedmed_flower.data.site import (
+    NODE_KEYS,
+    LineNumber,
+    NodeSettings,
+    Site,
+    SiteData,
+    fewest_patients,
+    min_cell_count,
+    patient_text,
+    with_patients,
+)
 from fedmed_flower.errors import InputError
 
 
@@ -140,3 +151,102 @@ def test_a_wrong_fewest_number_of_patients(node, run, text):
     )
     with pytest.raises(InputError, match=says(text)):
         min_cell_count(context, Site.from_context(context))
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("budget_epsilon", "did you mean budget-epsilon?"),
+        ("buget-epsilon", "did you mean budget-epsilon?"),
+        ("min_cell_count", "did you mean min-cell-count?"),
+        ("privat-metrics", "did you mean private-metrics?"),
+        ("xyz", f"known: {', '.join(sorted(NODE_KEYS))}"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["train", "evaluate", "query.describe", "query.statistics"])
+def test_a_hospital_refuses_a_key_it_does_not_know_before_it_answers(
+    tmp_path, caplog, key, near, kind
+):
+    loaded = []
+
+    class Client(TinyClient):
+        def load_data(self, site):
+            loaded.append(site)
+            return super().load_data(site)
+
+    node = {"site-name": "north", "data-dir": str(tmp_path), key: 1.0}
+    reply = ask(Client, kind, context_of(node_config=node))
+    assert reply.error.reason == "site north: InputError"
+    assert caplog.messages == [f"north: the node config has an unknown key {key!r}: {near}"]
+    assert loaded == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_app_names_the_keys_that_are_its_own(tmp_path):
+    class Client(TinyClient):
+        node_keys = ("ward",)
+
+    node = {"site-name": "north", "data-dir": str(tmp_path), "ward": "ICU"}
+    assert not ask(Client, "query.describe", context_of(node_config=node)).has_error()
+    text = "the node config has an unknown key 'wards': did you mean ward?"
+    with pytest.raises(InputError, match=says(text)):
+        NodeSettings.of({"wards": "ICU"}, Client.node_keys)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"min-train-patients": 0}, "min-train-patients must be at least 1, got 0"),
+        ({"min-evaluated-patients": -1}, "min-evaluated-patients must be at least 1, got -1"),
+        ({"most-runs-a-day": 0}, "most-runs-a-day must be at least 1, got 0"),
+        ({"max-filter-values": -1}, "max-filter-values must be at least 0, got -1"),
+        ({"personal": 1}, "personal must be of type bool, got 1"),
+        ({"ledger": 3}, "ledger must be of type str, got 3"),
+        ({"budget-epsilon": 1.0}, "budget-epsilon in the node config needs budget-delta beside it"),
+        ({"budget-delta": 1e-5}, "budget-delta in the node config needs budget-epsilon beside it"),
+        (
+            {"budget-epsilon": 1.0, "budget-delta": 1e-5, "private-metrics": False},
+            "private-metrics=false cannot stand beside budget-epsilon: what is measured without "
+            "noise, no budget bounds",
+        ),
+    ],
+)
+def test_what_a_hospital_says_is_checked_whole(given, text):
+    with pytest.raises(InputError, match=says(text)):
+        NodeSettings.of(given)
+
+
+@pytest.mark.parametrize(
+    ("purpose", "key"), [("train", "min-train-patients"), ("evaluated", "min-evaluated-patients")]
+)
+def test_the_fewest_patients_are_ten_at_a_real_hospital_and_one_in_a_simulation(purpose, key):
+    for node, fewest in (({}, 1), ({key: 4}, 4)):
+        node = {"partition-id": 0, "num-partitions": 2} | node
+        context = context_of(node_config=node)
+        assert fewest_patients(context, Site.from_context(context), purpose) == fewest
+    for node, fewest in (({}, 10), ({key: 4}, 4)):
+        context = context_of(node_config={"site-name": "north"} | node)
+        assert fewest_patients(context, Site.from_context(context), purpose) == fewest
+
+
+@pytest.mark.parametrize(
+    "name", [1, 1.0, "1", " 1", "1.0", "001", True, np.int64(1), LineNumber(1)]
+)
+def test_one_patient_however_the_number_is_written(name):
+    assert patient_text(name) == "1"
+
+
+@pytest.mark.parametrize("name", ["1a", "1.5", "-1", "1 1", "1_0", "one", "\u0661", b"1", (1,)])
+def test_other_names_are_other_patients(name):
+    assert patient_text(name) != "1"
+
+
+def test_rows_of_a_patient_in_two_splits_decide_about_nobody_else():
+    rows = [{"patient": name} for name in ("a", "b", "b", " 7", "c")]
+    data = SiteData(train=rows[:2], val=[*rows[2:4], {"patient": None}, {}], test=[{"patient": 7}])
+    found = with_patients(data)
+    assert [[row["patient"] for row in part] for part in (found.train, found.val, found.test)] == [
+        ["a", "b"],
+        [" 7"],
+        [],
+    ]

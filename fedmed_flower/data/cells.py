@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedmed_flower.errors import InputError
+from fedmed_flower.data.bounded import require_within, unpacked
+from fedmed_flower.errors import InputError, shown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -39,7 +40,7 @@ def category_text(value: Any) -> str | None:
     """
     if isinstance(value, str):
         text = value.strip()
-    elif value is None or (isinstance(value, Real) and math.isnan(value)):
+    elif value is None or (isinstance(value, Real) and value != value):
         return None
     else:
         whole = isinstance(value, float | np.floating) and float(value).is_integer()
@@ -144,11 +145,13 @@ class Cells:
         if not wrong.any():
             return
         count, first = int(wrong.sum()), int(wrong.argmax())
-        example = "" if cells is None else f" with {str(cells[first])[:40]!r}"
+        example = "" if cells is None else f" with {_example(cells[first])}"
         outcome = "turned away" if away else "counted as missing"
         self.problems.append(
-            f"{name} {what} in {count} row{'s' * (count > 1)}, {outcome}; the first is "
-            f"{self.word} {self.lines[first]}{example}"
+            shown(
+                f"{name} {what} in {count} row{'s' * (count > 1)}, {outcome}; the first is "
+                f"{self.word} {self.lines[first]}{example}"
+            )
         )
         if away:
             self.away |= wrong
@@ -167,11 +170,14 @@ def read_text(path: Path, content: bytes) -> Cells:
     Raises
     ------
     InputError
-        Where it is no such text in UTF-8, or no whole gzip file if it is called ``.gz``.
+        Where it is no such text in UTF-8, or, if it is called ``.gz``, no whole gzip file or one
+        that unpacks to more than `bounded.MOST` bytes.
     """
     try:
-        text = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
-        lines = io.StringIO(text.decode("utf-8-sig"), newline="")
+        if path.suffix.lower() == ".gz":
+            with gzip.open(io.BytesIO(content)) as packed:
+                content = unpacked(packed, path, "a table")
+        lines = io.StringIO(content.decode("utf-8-sig"), newline="")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not in UTF-8 ({error.reason}): save it as such") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -190,7 +196,7 @@ def read_text(path: Path, content: bytes) -> Cells:
     names = [name.strip() for name in found.pop(0)[1]]
     whole = [(number, line) for number, line in found if len(line) == len(names)]
     cells = Cells(
-        str(path),
+        shown(path),
         "line",
         [number for number, _ in whole],
         names,
@@ -214,23 +220,27 @@ def read_parquet(path: Path, content: bytes) -> Cells:
     Raises
     ------
     InputError
-        Where it is none, or pyarrow is not installed.
+        Where it is none, it has more than `bounded.MOST` bytes as numbers and texts in memory, or
+        pyarrow is not installed.
     """
     # Loading pandas takes a second, which a table in a text need not wait for.
     import pandas as pd
 
     try:
+        _require_small(path, content)
         frame = pd.read_parquet(io.BytesIO(content), engine="pyarrow")
+    except InputError:
+        raise
     except ImportError:
         raise InputError(
             f"{path} needs pyarrow to be read: pip install 'fedmed-flower[parquet]'"
         ) from None
     except Exception as error:  # A broken file makes the decoders fail in a dozen ways.
-        reason = " ".join(str(error).split())[:200]
+        reason = shown(error, 200)
         raise InputError(f"{path} is no whole Parquet file: {reason}") from error
     # A column that pandas took for the index when the file was written.
     named = [name for name in frame.index.names if name is not None]
-    return frame_cells(frame.reset_index(named) if named else frame, str(path))
+    return frame_cells(frame.reset_index(named) if named else frame, shown(path))
 
 
 def frame_cells(frame: DataFrame, where: str) -> Cells:
@@ -243,6 +253,33 @@ def frame_cells(frame: DataFrame, where: str) -> Cells:
 
     names = [str(name).strip() for name in frame.columns]
     return Cells(where, "row", range(1, len(frame) + 1), names, column)
+
+
+def _require_small(path: Path, content: bytes) -> None:
+    """Raise `InputError` where a Parquet file holds more than a table may.
+
+    Parquet writes a text that is repeated once, and a run of one number as two numbers.
+    """
+    import pyarrow as pa  # type: ignore[import-untyped]
+    from pyarrow import compute
+    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+
+    about = ParquetFile(io.BytesIO(content))
+    groups = (about.metadata.row_group(place) for place in range(about.num_row_groups))
+    written = sum(group.total_byte_size for group in groups)
+    # Pandas takes eight bytes or more a cell, even for none.
+    size = max(written, 8 * about.metadata.num_rows * about.metadata.num_columns)
+    require_within(f"{path} says that it holds", size, "a table")
+    kinds = pa.string(), pa.binary(), pa.large_string(), pa.large_binary()
+    texts = [field.name for field in about.schema_arrow if field.type in kinds]
+    wide = [one.name for one in about.schema_arrow if not pa.types.is_primitive(one.type)]
+    file, size = ParquetFile(io.BytesIO(content), read_dictionary=texts), 0
+    for batch in file.iter_batches(columns=wide):
+        size += batch.nbytes
+        for column in map(batch.column, texts):
+            lengths = compute.binary_length(column.dictionary)
+            size += compute.sum(lengths.take(column.indices)).as_py() or 0
+        require_within(f"{path} unpacks to at least", size, "a table")
 
 
 def plain(number: float) -> str:
@@ -261,6 +298,13 @@ def require(fulfilled: bool, text: str) -> None:
     """Raise `InputError` with a text where something is not as it must be."""
     if not fulfilled:
         raise InputError(text)
+
+
+def _example(cell: Any) -> str:
+    try:
+        return repr(str(cell)[:40])
+    except Exception:  # Such as a whole number of 5,000 digits.
+        return f"a {type(cell).__name__}"
 
 
 def _is_number(text: str) -> bool:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedmed_flower.data.bounded import quoted
 from fedmed_flower.data.datalist import read_folder, split_patients
 from fedmed_flower.data.dicom import one_line
 from fedmed_flower.data.images import files_of, orientation_of, read_image, read_label, spacing_of
 from fedmed_flower.data.site import Row
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def check_row(
 ) -> Finding:
     """Read what a row names and return what is there; a bad file is a finding, not an error.
 
+    Whatever the row holds, or is, no error is raised.
+
     Parameters
     ----------
     row : dict
@@ -76,10 +79,10 @@ def check_row(
     empty_masks : bool
         Let masks pass that hold the background alone.
     """
-    found = Finding(
-        str(row.get("patient", "")), _name(row.get("image")), split=str(row.get("split", ""))
-    )
+    found = Finding("", "array")
     try:
+        found = replace(found, image=_name(row.get("image")))
+        found = replace(found, patient=str(row.get("patient", "")), split=str(row.get("split", "")))
         for name in ("image", "label", "patient"):
             if name not in row:
                 raise InputError(f"the row has no {name}")
@@ -107,7 +110,7 @@ def check_row(
         return replace(found, problem=str(error))
     except Exception as error:  # Whatever else a file or a row can do.
         text = f"{found.image}: {type(error).__name__}: {one_line(error)}"
-        return replace(found, problem=text)
+        return replace(found, problem=shown(text))
 
 
 def check_folder(
@@ -162,7 +165,7 @@ def _classes(
     try:
         mask = read_label(source, dims, num_classes, values, image)
     except InputError as error:
-        raise InputError(f"its mask {_with(name, str(error))}") from None
+        raise InputError(f"its mask {_with(shown(name), str(error))}") from None
     return tuple(torch.unique(mask.as_tensor()).tolist())
 
 
@@ -171,11 +174,13 @@ def _class_number(label: Any, num_classes: int | None) -> int:
     whole = isinstance(label, int) and not isinstance(label, bool)
     if num_classes is not None and not (whole and 0 <= label < num_classes):
         raise InputError(
-            f"label {label!r} is out of range: labels must be integers from 0 to "
+            f"label {quoted(label)} is out of range: labels must be integers from 0 to "
             f"{num_classes - 1} (num_classes - 1)"
         )
     if not (whole and label >= 0):
-        raise InputError(f"label {label!r} is out of range: labels must be integers from 0 on")
+        raise InputError(
+            f"label {quoted(label)} is out of range: labels must be integers from 0 on"
+        )
     return int(label)
 
 

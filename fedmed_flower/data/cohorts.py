@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import zlib
 from collections.abc import Mapping
@@ -10,6 +12,7 @@ from types import MappingProxyType
 
 import pandas as pd
 
+from fedmed_flower.data.bounded import unpacked
 from fedmed_flower.data.sources import (
     HEART_FEATURES,
     PublicFile,
@@ -171,7 +174,7 @@ def intensive_care(folder: str | Path | None = None) -> pd.DataFrame:
             "FEDMED_DATA to the folder above it"
         )
     try:
-        patient, aps, predicted = (pd.read_csv(path) for path in files.values())
+        patient, aps, predicted = map(_packed_table, files.values())
         stays = patient.merge(aps, on="patientunitstayid", validate="one_to_one")
         flags = predicted[["patientunitstayid", *{*ICU_FLAGS} - {*aps.columns}]]
         stays = stays.merge(flags, on="patientunitstayid", validate="one_to_one")
@@ -195,3 +198,8 @@ def intensive_care(folder: str | Path | None = None) -> pd.DataFrame:
     except _UNREADABLE as error:
         raise InputError(f"{where}: {type(error).__name__}: {error}") from error
     return frame.reset_index(drop=True)
+
+
+def _packed_table(path: Path) -> pd.DataFrame:
+    with gzip.open(path) as packed:
+        return pd.read_csv(io.BytesIO(unpacked(packed, path, "a table")))

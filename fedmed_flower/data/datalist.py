@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pydicom
 
+from fedmed_flower.data.bounded import links_out, real_path
 from fedmed_flower.data.dicom import HEADER, dicom_files, is_dicom, is_placed, open_dicom
-from fedmed_flower.data.site import SPLITS, Row, SiteData
-from fedmed_flower.data.tables import Line, read_csv, read_dataset, rows_of
-from fedmed_flower.errors import InputError
+from fedmed_flower.data.site import SPLITS, SiteData
+from fedmed_flower.data.splits import split_patients as split_patients
+from fedmed_flower.data.tables import LINK_OUT, Line, read_csv, read_dataset, rows_of
+from fedmed_flower.errors import InputError, shown
 
 DATASET, DATALIST, LABELS = "dataset.json", "datalist.csv", "labels.csv"
 _LOOKED_FOR = f"{DATASET}, {DATALIST} (or one other .csv file), or DICOM files"
 _COLUMNS = ("image", "label", "patient")
-# The same seed draws other things elsewhere.
-_STREAM = 4
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -41,7 +40,7 @@ class Listing:
     class_names : tuple of str
         Names of the classes 1, 2, ... from dataset.json; class 0, the background, is left out.
     problems : tuple of str
-        What cannot be used, by file or line, and why; it is not among the rows.
+        What cannot be used, by file or line, and why, in one line each; it is not among the rows.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -64,8 +63,9 @@ def read_folder(folder: str | Path) -> Listing:
        share one. A table ``labels.csv``, if there, has the columns label and series
        (SeriesInstanceUID) or patient, and, if wanted, split; what it does not name is a problem.
 
-    Paths are relative to the folder and do not leave it. Files are looked for but not read, save
-    the headers of DICOM.
+    Paths are relative to the folder and do not leave it, nor do links lead out of it: what one that
+    does leads to is a problem, and is not read. The folder itself may be reached through a link.
+    Files are looked for but not read, save the headers of DICOM.
 
     Raises
     ------
@@ -87,72 +87,6 @@ def read_folder(folder: str | Path) -> Listing:
     return listing
 
 
-def split_patients(
-    rows: Sequence[Row], seed: int, shares: Sequence[float] = (0.7, 0.1, 0.2)
-) -> dict[str, list[Row]]:
-    """Divide rows into train, val and test.
-
-    Parameters
-    ----------
-    rows : sequence of dict
-        With ``patient``. Rows that carry a ``split`` keep it; if none does, whole patients are
-        drawn, as near to the shares as their number allows and at least one for train.
-    seed : int
-        0 or greater. Which patients are drawn depends on it and on who they are, not on the order
-        of the rows.
-    shares : sequence of float
-        Of train, val and test: 0 or greater with sum 1, train above 0.
-
-    Returns
-    -------
-    dict of str to list
-        "train", "val" and "test", each with its rows in their order.
-
-    Raises
-    ------
-    InputError
-        Where an argument is out of its range, only some rows carry a split, a patient is in two
-        splits or no row is in train.
-    """
-    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
-        raise InputError(f"seed must be a whole number, 0 or greater, got {seed!r}")
-    sizes = np.asarray(shares, float)
-    if sizes.shape != (3,) or not (np.all(sizes >= 0) and abs(sizes.sum() - 1) <= 1e-6):
-        raise InputError(
-            f"shares must be three numbers, 0 or greater with sum 1, for {', '.join(SPLITS)}; "
-            f"got {tuple(shares)}"
-        )
-    if sizes[0] == 0:
-        raise InputError(f"the share of train must be above 0, got {tuple(shares)}")
-    if nameless := [number for number, row in enumerate(rows) if "patient" not in row]:
-        raise InputError(f"row {nameless[0]} has no patient")
-    given = sum("split" in row for row in rows)
-    if given not in (0, len(rows)):
-        raise InputError(
-            f"{given} of {len(rows)} rows carry a split: give one to all of them, or to none and "
-            "whole patients are drawn"
-        )
-    if given:
-        split_of: dict[str, str] = {}
-        for row in rows:
-            patient, split = str(row["patient"]), row["split"]
-            if split not in SPLITS:
-                raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-            if split_of.setdefault(patient, split) != split:
-                raise InputError(
-                    f"patient {patient} is in two splits, {split_of[patient]} and {split}: all "
-                    "rows of a patient belong in one"
-                )
-    else:
-        split_of = _draw(sorted({str(row["patient"]) for row in rows}), int(seed), sizes)
-    parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for row in rows:
-        parts[split_of[str(row["patient"])]].append(row)
-    if not parts["train"]:
-        raise InputError(f"none of {len(rows)} rows is in the train split")
-    return parts
-
-
 def load_folder(
     folder: str | Path, seed: int, shares: Sequence[float] = (0.7, 0.1, 0.2)
 ) -> SiteData:
@@ -171,24 +105,10 @@ def load_folder(
         train,
         val,
         test,
-        source=f"folder {name}, {listing.layout}",
+        source=shown(f"folder {name}, {listing.layout}"),
         class_names=listing.class_names,
         turned_away=len(listing.problems),
     )
-
-
-def _draw(patients: list[str], seed: int, shares: Any) -> dict[str, str]:
-    """Draw a split for each patient, by largest remainders."""
-    exact = shares * len(patients)
-    whole = np.floor(exact + 1e-9).astype(int)
-    order = np.argsort(np.round(whole - exact, 6), kind="stable")
-    whole[order[: len(patients) - whole.sum()]] += 1
-    if patients and whole[0] == 0:
-        whole[np.argmax(whole)] -= 1
-        whole[0] = 1
-    drawn = np.random.default_rng([seed, _STREAM]).permutation(len(patients))
-    splits = np.repeat(SPLITS, whole)
-    return {patients[place]: str(split) for place, split in zip(drawn, splits, strict=True)}
 
 
 def _read(folder: Path) -> Listing:
@@ -203,13 +123,13 @@ def _read(folder: Path) -> Listing:
         rows, layout = _of_dicom(folder, problems), "DICOM"
     else:
         raise InputError(f"{folder} holds no data: looked for {_LOOKED_FOR}")
-    return Listing(tuple(rows), layout, names, tuple(problems))
+    return Listing(tuple(rows), layout, names, tuple(map(shown, problems)))
 
 
 def _find_table(folder: Path) -> Path | None:
     if (named := folder / DATALIST).is_file():
         return named
-    tables = [path for path in _shown(folder) if path.suffix.lower() == ".csv"]
+    tables = [path for path in _visible(folder) if path.suffix.lower() == ".csv" and path.is_file()]
     if not tables or any(map(is_dicom, _folders(folder))):
         return None
     if len(tables) > 1:
@@ -259,12 +179,16 @@ def _of_dicom(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
 def _dicom_images(folder: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Return SeriesInstanceUID, path and patient of each image in a folder and all below."""
     places: dict[str, list[Path]] = defaultdict(list)
-    found = []
+    found, root = [], real_path(folder)
     for place in _folders(folder):
         # Slices by series; an image without a place in the patient is no slice.
         images: dict[tuple[str, Path | None], dict[Path, pydicom.Dataset]] = defaultdict(dict)
-        complete = True
+        links = links_out(place, root)
+        problems += [f"{link} {LINK_OUT}" for link in links]
+        complete = all(link.is_dir() for link in links)
         for file in dicom_files(place):
+            if file in links:
+                continue
             try:
                 header = open_dicom(file, stop_before_pixels=True, specific_tags=list(HEADER))
             except InputError as error:
@@ -301,16 +225,18 @@ def _dicom_images(folder: Path, problems: list[str]) -> Iterator[tuple[str, dict
             yield series, {"image": image, "patient": patient}
 
 
-def _folders(folder: Path, seen: set[Path] | None = None) -> Iterator[Path]:
-    """Return a folder and all below that are not hidden, each once, though links may lead there."""
-    seen = set() if seen is None else seen
-    if folder.resolve() not in seen:
-        seen.add(folder.resolve())
-        yield folder
-        for child in _shown(folder):
-            if child.is_dir():
-                yield from _folders(child, seen)
+def _folders(folder: Path) -> Iterator[Path]:
+    """Return a folder and all in it that are not hidden, each once, though links may lead there."""
+    root, seen, waiting = real_path(folder), set[Path](), [folder]
+    while waiting:
+        place = waiting.pop()
+        there = real_path(place)
+        if there in seen or not there.is_relative_to(root):
+            continue
+        seen.add(there)
+        yield place
+        waiting += reversed([child for child in _visible(place) if child.is_dir()])
 
 
-def _shown(folder: Path) -> list[Path]:
+def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))

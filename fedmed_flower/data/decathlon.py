@@ -84,7 +84,8 @@ def _unpack(archive: Path, target: Path) -> None:
     """Unpack so that the folder is there whole or not at all."""
     try:
         with tempfile.TemporaryDirectory(dir=target.parent) as draft:
-            with tarfile.open(archive) as content:
+            # Not compressed: what is in it is no larger than it.
+            with tarfile.open(archive, "r:") as content:
                 content.extractall(Path(draft) / "content", filter="data")
             # Where tarfile cannot read on it takes that for the end, which two empty blocks mark.
             if archive.read_bytes()[-1024:].strip(b"\0"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from numpy.typing import NDArray
 from pydicom.misc import is_dicom as looks_like_dicom
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 
-from fedmed_flower.errors import InputError
+from fedmed_flower.data.bounded import require_deflated, require_within
+from fedmed_flower.errors import InputError, shown
 
 # A file that is called so and is none was cut off: to leave it out would lose a slice.
 _SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -51,25 +55,47 @@ def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
     Raises
     ------
     InputError
-        Where the file is no DICOM file, or holds no image.
+        Where the file is no DICOM file, holds no image, or unpacks to more than
+        `bounded.MOST` bytes.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            part = pydicom.dcmread(file, **options)
-            for name in HEADER:  # pydicom decodes what is asked for.
-                part.get(name)
-    except Exception as error:  # pydicom fails in a dozen ways.
-        raise InputError(f"{file} cannot be read: {one_line(error)}") from error
+    with _readable(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _Deflatable(io.FileIO(file)) as stream:
+            part = pydicom.dcmread(stream, **options)
+        for name in HEADER:  # pydicom decodes what is asked for.
+            part.get(name)
     if "Rows" not in part:
         raise InputError(f"{file} holds no image: it is cut off, or a document")
     return part
 
 
+class _Deflatable(io.BufferedReader):
+    """A file of which pydicom takes all the rest at once where it is going to inflate it."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(size)
+        if size is None or size < 0:
+            require_deflated(content, self.name, "a picture or a DICOM file")
+        return content
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Turn what pydicom raises, in a dozen ways, into an `InputError` that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{file} cannot be read: {one_line(error)}") from error
+
+
 def one_line(error: Exception) -> str:
     """Return the text of somebody else's error in one line of readable length."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]}..."
+    try:
+        return shown(error, _MOST_LETTERS)
+    except Exception:  # An error whose text is one.
+        return type(error).__name__
 
 
 def read_dicom(path: Path) -> tuple[Array, Array, bool]:
@@ -89,15 +115,17 @@ def read_dicom(path: Path) -> tuple[Array, Array, bool]:
     Raises
     ------
     InputError
-        Where a file cannot be read, or the files are not one series with each slice in its place.
+        Where a file cannot be read, the files are not one series with each slice in its place, or
+        a file or all of them have, or unpack to, more than `bounded.MOST` bytes.
     """
     files = dicom_files(path) if path.is_dir() else [path]
-    slices: Slices = {file: open_dicom(file) for file in files}
-    for file, part in slices.items():
-        if int(part.get("NumberOfFrames") or 1) > 1:
-            raise InputError(f"{file} holds several frames: convert it to NIfTI")
+    slices, size = dict[Path, pydicom.Dataset](), 0
+    for file in files:
+        slices[file] = open_dicom(file)
+        size += _bytes(file, slices[file])
+        require_within(f"{path} has at least", size, "an image")
     if len(slices) > 1:
-        slices = _in_order(slices, path)
+        slices = dict(_in_order(slices, path))
     pixels = [_pixels(file, part) for file, part in slices.items()]
     values = np.stack(pixels, axis=-1)  # (rows, columns, [colours,] slices)
     values = np.moveaxis(values, 2, 0) if values.ndim == 4 else values[None]
@@ -130,15 +158,34 @@ def _spacing(part: pydicom.Dataset) -> tuple[float, float]:
     return float(rows), float(columns)
 
 
+def _bytes(file: Path, part: pydicom.Dataset) -> int:
+    """Return what a file takes in memory: unpacked, or its pixels as float32.
+
+    Raises
+    ------
+    InputError
+        Where it holds several frames, or says that its pixels take more than they may.
+    """
+    with _readable(file):
+        if int(part.get("NumberOfFrames") or 1) > 1:
+            raise InputError(f"{file} holds several frames: convert it to NIfTI")
+        sides = [int(part.get(name) or 1) for name in ("Rows", "Columns", "SamplesPerPixel")]
+        values = math.prod(sides)
+        depth = math.ceil(int(part.get("BitsAllocated") or 8) / 8)
+        what = f"{file} says that it holds"
+        require_within(what, values * depth, "a picture or a DICOM file")
+        # pydicom keeps what it has inflated.
+        length = part.buffer.seek(0, io.SEEK_END) if part.buffer else file.stat().st_size
+        return max(4 * values, length)
+
+
 def _pixels(file: Path, part: pydicom.Dataset) -> NDArray[np.float32]:
     """Return (rows, columns) or (rows, columns, colours) in the units of the modality."""
-    try:
+    with _readable(file):
         array = part.pixel_array
         if part.get("PhotometricInterpretation") == "PALETTE COLOR":
             array = apply_color_lut(array, part)
         return apply_modality_lut(array, part).astype(np.float32)
-    except Exception as error:  # pydicom's decoders fail in a dozen ways.
-        raise InputError(f"{file} cannot be read: {one_line(error)}") from error
 
 
 def _in_order(slices: Slices, path: Path) -> Slices:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,14 +14,18 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
+from nibabel.openers import ImageOpener
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from fedmed_flower.data.bounded import array_bytes, real_path, require_within, unpacked
 from fedmed_flower.data.dicom import is_dicom, one_line, read_dicom
 from fedmed_flower.errors import InputError
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
+_PACKED = (".nii.gz", ".nii.bz2", ".nii.zst", ".mgz")
 # How far a mask's corners may lie from its image's, in voxels.
 _NEAR = 0.1
 # Where MONAI keeps the affine of the file; only images whose place is known have it here.
@@ -55,14 +59,17 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
     Raises
     ------
     InputError
-        Where the file cannot be read, has another number of dimensions or holds NaN or infinite
-        values; the text names the file.
+        Where the file cannot be read, has another number of dimensions, holds NaN or infinite
+        values, or has or unpacks to more than `bounded.MOST` bytes; the text names the file.
     """
     if _are_paths(source):
-        parts = [read_image(path, spatial_dims) for path in source]
-        for path, part in zip(source, parts, strict=True):
-            if (problem := mismatch(part, parts[0])) is not None:
+        parts, size = list[MetaTensor](), 0
+        for path in source:
+            parts.append(read_image(path, spatial_dims))
+            if (problem := mismatch(parts[-1], parts[0])) is not None:
                 raise InputError(f"{path} does not fit {source[0]}: {problem}")
+            size += parts[-1].nbytes
+            require_within(f"{source[0]} and its other channels have at least", size, "an image")
         channels = torch.cat([part.as_tensor() for part in parts])
         return MetaTensor(channels, parts[0].affine, _place_of(parts[0]))
     array, affine, placed = _read(source, spatial_dims)
@@ -179,12 +186,16 @@ def _read(source: Any, spatial_dims: int | None) -> tuple[Array, Array | None, b
     if not isinstance(source, str | Path):
         return _with_channel(np.asarray(source), spatial_dims), None, False
     path = Path(source)
-    if not path.exists():
-        raise InputError(f"{path} is not there")
     try:
+        if not path.exists():
+            raise InputError(f"{path} is not there")
+        if not (path.is_file() or path.is_dir()):  # A pipe would be waited for.
+            raise InputError(f"{path} is neither a file nor a folder")
         with warnings.catch_warnings():
             # What the readers warn of is checked below, or said by name.
             warnings.simplefilter("ignore")
+            # In a DICOM file, a JPEG may be larger than the header says.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             if is_dicom(path):
                 return read_dicom(path)
             if path.is_dir():
@@ -192,7 +203,7 @@ def _read(source: Any, spatial_dims: int | None) -> tuple[Array, Array | None, b
             if path.suffix.lower() in _PICTURES:
                 return _read_picture(path), None, False
             if path.suffix.lower() == ".npy":
-                return _with_channel(np.load(path, allow_pickle=False), spatial_dims), None, False
+                return _with_channel(_read_array(path), spatial_dims), None, False
             return *_read_volume(path), True
     except InputError:
         raise
@@ -204,24 +215,58 @@ def _with_channel(array: Array, spatial_dims: int | None) -> Array:
     return array[None] if spatial_dims in (None, array.ndim) else array
 
 
+def _read_array(path: Path) -> Array:
+    with path.open("rb") as file:
+        require_within(f"{path} says that it holds", array_bytes(file), "an image")
+    array: Array = np.load(path, allow_pickle=False)
+    return array
+
+
 def _read_picture(path: Path) -> Array:
-    with Image.open(path) as picture:
+    # Pillow knows more formats; some of them start other programs or unpack without a bound.
+    with Image.open(path, formats=_FORMATS) as picture:
         if (frames := getattr(picture, "n_frames", 1)) > 1:
             raise InputError(f"{path} holds {frames} pictures: give each a file of its own")
+        depth = {"I": 4, "F": 4}.get(picture.mode, 2 if picture.mode.startswith("I;") else 1)
+        size = picture.width * picture.height * len(picture.getbands()) * depth
+        require_within(f"{path} says that it holds", size, "a picture or a DICOM file")
         array = np.asarray(picture)
     return np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
 
 
 def _read_volume(path: Path) -> tuple[Array, Array]:
+    if ".gii" in map(str.lower, path.suffixes):
+        raise InputError(f"{path} holds a surface, not a volume")
+    content = None
+    if path.name.lower().endswith(_PACKED):
+        # Before nibabel, which takes what a header asks for and does not get to the checksum.
+        with ImageOpener(str(path)) as packed:
+            content = unpacked(packed, path, "an image")
+    elif path.suffix.lower() in (".gz", ".bz2", ".zst"):
+        # Of a packed pair nibabel would unpack the other file too, without a bound.
+        raise InputError(f"{path} is no NIfTI file with both header and voxels: unpack it")
     volume: Any = nibabel.load(path)
-    if path.suffix.lower() == ".gz":
-        # The checksum stands at the end of the file, where nibabel would not get to.
-        volume = type(volume).from_bytes(gzip.decompress(path.read_bytes()))
+    _require_one_folder(path, volume)
+    # What is scaled, or kept as float32, takes four bytes a voxel or more.
+    size = math.prod(volume.shape) * max(volume.get_data_dtype().itemsize, 4)
+    require_within(f"{path} says that it holds", size, "an image")
+    if content is not None:
+        volume = type(volume).from_bytes(content)
     array = np.asanyarray(volume.dataobj)
     if array.ndim == 5 and array.shape[3] == 1:  # NIfTI's vectors have a time of length one.
         array = array[:, :, :, 0]
     array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
     return array, np.array(volume.affine, float)
+
+
+def _require_one_folder(path: Path, volume: Any) -> None:
+    """Raise `InputError` where the other file of a pair, such as .hdr and .img, lies elsewhere."""
+    for part in volume.file_map.values():
+        if part.filename and real_path(Path(part.filename)).parent != real_path(path).parent:
+            raise InputError(
+                f"{path}: {Path(part.filename).name}, which belongs to it, is a link to another "
+                "folder: put both into one"
+            )
 
 
 def _fit(array: Array, affine: Array | None, placed: bool, spatial_dims: int | None) -> MetaTensor:
@@ -240,6 +285,7 @@ def _fit(array: Array, affine: Array | None, placed: bool, spatial_dims: int | N
         raise InputError("it has no place in the patient (ImagePositionPatient), as X-rays")
     if array.size == 0:
         raise InputError(f"its shape is {array.shape}: it is empty")
+    require_within("as float32 it has", 4 * array.size, "an image")
     if dims == 2 and array.ndim == 4:
         # A single slice, or a picture, that was stored as a volume.
         array = np.moveaxis(array, flat[-1], -1)[..., 0]

@@ -18,10 +18,13 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed_flower.data.bounded import quoted
 from fedmed_flower.errors import InputError
 
 MISSING = -127
 AUTOSOMES = 22
+# As PLINK itself has it. 0 and less are no place.
+MOST_POSITION = (1 << 31) - 1
 _MAGIC, _SAMPLE_MAJOR = b"\x6c\x1b\x01", b"\x6c\x1b\x00"
 _FIELDS = {".bim": 6, ".fam": 6}
 _CODES = {f"{prefix}{code}": code for prefix in ("", "chr") for code in range(1, AUTOSOMES + 1)}
@@ -36,6 +39,7 @@ class Listing(NamedTuple):
     chromosomes : (m,) int8 array
         1 to 22; 0 for any other chromosome and for a variant without a place.
     positions : (m,) int64 array
+        To 2147483647; 0 for a variant without a place.
     names, first, second : list of str
         Ids, and the alleles A1 and A2 as the file has them, in capitals.
     offset : int
@@ -86,8 +90,8 @@ class Fileset:
             raise InputError(f"{fam} has no line: there is nobody in it")
         if repeated := [name for name, count in Counter(people).items() if count > 1]:
             raise InputError(
-                f"{fam} has the individual id {repeated[0]!r} more than once: give each person an "
-                "id of their own"
+                f"{fam} has the individual id {quoted(repeated[0])} more than once: give each "
+                "person an id of their own"
             )
         with _readable(bim):
             count = _count_lines(bim)
@@ -123,9 +127,9 @@ class Fileset:
         Raises
         ------
         InputError
-            Where a line is malformed.
+            Where a line is malformed, or a position is no number, or beyond `MOST_POSITION`.
         """
-        if offset < 0 or not 1 <= count <= _MOST_LINES:
+        if not 0 <= offset < 1 << 63 or not 1 <= count <= _MOST_LINES:
             raise InputError(
                 f"a listing takes an offset of at least 0 and 1 to {_MOST_LINES} lines, got "
                 f"{offset} and {count}"
@@ -137,12 +141,17 @@ class Fileset:
         text = b"".join(lines)
         words = text.decode("utf-8", errors="replace").split()
         if len(words) != _FIELDS[".bim"] * len(lines):
-            for line in lines:
-                _split(bim, None, line.decode("utf-8", errors="replace"))
-        try:
-            positions = np.array([int(word) for word in words[3::6]], np.int64)
-        except ValueError as error:
-            raise InputError(f"{bim} has a position that is no number: {error}") from None
+            for at, line in enumerate(lines):
+                _split(bim, _line_at(bim, offset) + at, line.decode("utf-8", errors="replace"))
+        places = [_position(word) for word in words[3::6]]
+        if None in places:
+            at = places.index(None)
+            raise InputError(
+                f"{bim} line {_line_at(bim, offset) + at} has the position "
+                f"{quoted(words[3 + 6 * at])}: a position is a whole number from -{MOST_POSITION} "
+                f"to {MOST_POSITION}"
+            )
+        positions = np.maximum(np.array(places, np.int64), 0)
         chromosomes = np.array([_CODES.get(word, 0) for word in words[0::6]], np.int8)
         chromosomes[positions <= 0] = 0
         first, second = ([word.upper() for word in words[at::6]] for at in (4, 5))
@@ -193,13 +202,33 @@ def bed_reader() -> Any:
     return found
 
 
-def _split(file: Path, number: int | None, line: str) -> list[str]:
+def _split(file: Path, number: int, line: str) -> list[str]:
     fields = line.split()
     needed = _FIELDS[file.suffix]
     if len(fields) != needed:
-        where = f"{file} has a line" if number is None else f"{file} line {number} is one"
-        raise InputError(f"{where} of {len(fields)} fields, {needed} needed: {line.strip()[:80]!r}")
+        raise InputError(
+            f"{file} line {number} is one of {len(fields)} fields, {needed} needed: "
+            f"{quoted(line.strip())}"
+        )
     return fields
+
+
+def _position(text: str) -> int | None:
+    try:
+        position = int(text)
+    except ValueError:
+        return None
+    return position if abs(position) <= MOST_POSITION else None
+
+
+def _line_at(path: Path, offset: int) -> int:
+    """Return the number, from 1, of the line that begins at a byte."""
+    number = 1
+    with path.open("rb") as file:
+        while offset > 0 and (part := file.read(min(offset, _READ_BYTES))):
+            number += part.count(b"\n")
+            offset -= len(part)
+    return number
 
 
 def _count_lines(path: Path) -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,11 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
+from fedmed_flower.data.bounded import quoted, unpacked
+from fedmed_flower.data.cells import LARGEST
 from fedmed_flower.data.plink import Fileset
 from fedmed_flower.data.variants import complement
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
 
 _BLOCK = 4096
 # The first column that is there counts; the second names are those of the PGS Catalog.
@@ -83,13 +87,14 @@ def read_weights(path: str | Path) -> list[Weight]:
     Raises
     ------
     InputError
-        Where the file cannot be read, a column is missing, or a value is no number.
+        Where the file cannot be read, a column is missing, a value is no number, a weight is beyond
+        1e30, or the file unpacks to more than `bounded.MOST` bytes.
     """
     path = Path(path).expanduser()
     try:
         with _text(path) as file:
             return _weights(path, (line for line in file if not line.startswith("#")))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"the weights {path} cannot be read: {error}") from error
 
 
@@ -212,15 +217,22 @@ def _weights(path: Path, lines: Iterable[str]) -> list[Weight]:
             weight = float(cell["weight"])
             frequency = float(cell["frequency"]) if cell["frequency"] else math.nan
         except ValueError as error:
-            raise InputError(f"{path}, variant {cell['variant']!r}: {error}") from None
-        if not math.isfinite(weight) or not cell["variant"] or not cell["allele"]:
+            text = shown(error, 200)
+            raise InputError(f"{path}, variant {quoted(cell['variant'])}: {text}") from None
+        # Sums over all variants stay finite.
+        if not abs(weight) <= LARGEST or not cell["variant"] or not cell["allele"]:
             raise InputError(
-                f"{path}, variant {cell['variant']!r}: each line needs an id, an allele and a "
-                f"finite weight, got {cell['allele']!r} and {weight}"
+                f"{path}, variant {quoted(cell['variant'])}: each line needs an id, an allele and "
+                f"a weight from -{LARGEST:g} to {LARGEST:g}, got {quoted(cell['allele'])} and "
+                f"{weight}"
             )
         weights.append(Weight(cell["variant"], cell["allele"], weight, cell["other"], frequency))
     return weights
 
 
 def _text(path: Path) -> TextIO:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open()
+    if path.suffix.lower() != ".gz":
+        return path.open(encoding="utf-8")
+    with gzip.open(path) as packed:
+        content = unpacked(packed, path, "a file of weights")
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")

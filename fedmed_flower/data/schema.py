@@ -26,7 +26,7 @@ from fedmed_flower.data.cells import (
     read_text,
     require,
 )
-from fedmed_flower.data.site import SPLITS
+from fedmed_flower.data.site import SPLITS, LineNumber
 from fedmed_flower.errors import InputError
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Table:
     Attributes
     ----------
     rows : list of dict
-        ``patient`` (a text, or the line where the table names no patients), ``split`` where asked
+        ``patient`` (a text, or a `LineNumber` where the table names no patients), ``split`` where asked
         for; by their columns: numeric features (float, NaN where missing), categorical features,
         bands and kept columns (text, None where missing), the target (number of the class, count,
         number or time) and the event (0 or 1).
@@ -279,7 +279,7 @@ def _table(
         reasons = "; ".join(cells.problems)
         raise InputError(f"{cells.where}: none of {count} rows can be used: {reasons}")
     if "patient" not in columns:
-        columns["patient"] = list(cells.lines)
+        columns["patient"] = [LineNumber(line) for line in cells.lines]
         cells.problems.append(
             f"there is no column 'patient'{near_names('patient', cells.names)}: each row counts as "
             f"a patient, called by the {cells.word}"

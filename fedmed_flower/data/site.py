@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from flwr.app import Context
+from flwr.app import Context, UserConfig
 
-from fedmed_flower.config import with_type_of
+from fedmed_flower.config import Section, with_type_of
 from fedmed_flower.errors import InputError
+
+log = logging.getLogger("flwr.fedmed")
 
 Row = Mapping[str, Any]
 GENERATED = "generated data, not patients"
@@ -32,6 +36,11 @@ AGREED = "agreed"
 # Of a site's own model: its main figure on validation rows, before and after, and the passes kept.
 PERSONAL = ("val-global", "val-own", "personal-epochs")
 SPLITS = ("train", "val", "test")
+
+# The fewest patients behind what a real hospital tells, where its node config says nothing.
+FEWEST = 10
+# A whole number, however a spreadsheet, a data frame or a person has written it.
+_WHOLE = re.compile(r"(-?)0*([0-9]+)(\.0*)?")
 
 _simulating: ContextVar[bool] = ContextVar("simulating", default=False)
 
@@ -121,6 +130,117 @@ class Site:
 
 
 @dataclass(frozen=True)
+class NodeSettings(Section):
+    """What a hospital says for itself, in its SuperNode's ``--node-config``; no server can set it.
+
+    Attributes
+    ----------
+    site_name, data_dir, partition_id, num_partitions
+        As `Site` takes them.
+    ledger : str
+        Path of the hospital's privacy ledger; empty for one in `data_dir`.
+    budget_epsilon, budget_delta : float
+        What all runs together may release about a patient; 0 where none is set.
+    private_metrics : bool
+        Whether evaluation counts carry noise. A private run's do unless this says false; those of
+        another run do where it says true.
+    output_dir : str
+        Folder for what stays with the hospital.
+    share_images, share_components : bool
+        Whether pictures of test cases may leave, and sums from which genotypes can be computed.
+    bundle : str
+        Folder of the hospital's own copy of a MONAI bundle.
+    personal : bool
+        Whether the hospital fine-tunes a model for itself where a run asks.
+    min_cell_count : int
+        The fewest patients of whom a number is told; at least 1.
+    min_train_patients : int
+        The fewest different patients whose rows made one update that leaves; at least 1. The random
+        draws of private training are excepted.
+    min_evaluated_patients : int
+        The fewest patients of whom figures of an evaluation leave; at least 1.
+    coarse_figures : bool
+        Whether losses and scores leave more coarsely.
+    hide_few_missing : bool
+        Whether a variable is withheld that few patients lack.
+    max_filter_values : int
+        How many values of a column questions may compare with, all runs together; at least 0.
+    most_runs_a_day : int
+        How many runs may begin within 24 hours; at least 1.
+    """
+
+    site_name: str = ""
+    data_dir: str = ""
+    partition_id: int = 0
+    num_partitions: int = 1
+    ledger: str = ""
+    budget_epsilon: float = 0.0
+    budget_delta: float = 0.0
+    private_metrics: bool = False
+    output_dir: str = ""
+    share_images: bool = False
+    share_components: bool = False
+    bundle: str = ""
+    personal: bool = True
+    min_cell_count: int = FEWEST
+    min_train_patients: int = FEWEST
+    min_evaluated_patients: int = FEWEST
+    coarse_figures: bool = False
+    hide_few_missing: bool = False
+    max_filter_values: int = 20
+    most_runs_a_day: int = 50
+
+    def __post_init__(self) -> None:
+        self.require_at_least(1, "min_cell_count", "min_train_patients", "min_evaluated_patients")
+        self.require_at_least(1, "most_runs_a_day")
+        self.require_at_least(0, "max_filter_values")
+
+    @classmethod
+    def of(cls, config: UserConfig, more: Collection[str] = ()) -> Self:
+        """Read a node config.
+
+        Parameters
+        ----------
+        config : dict
+        more : collection of str
+            Keys of the app's own, which are not read here.
+
+        Raises
+        ------
+        InputError
+            Where a key is unknown, which would else be ignored without a word; where a value has
+            the wrong type or is out of range; and where the keys of a budget do not fit together.
+        """
+        for key in config:
+            if key not in NODE_KEYS and key not in more:
+                known = [*NODE_KEYS, *more]
+                near = difflib.get_close_matches(str(key).replace("_", "-"), known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+                raise InputError(f"the node config has an unknown key {key!r}: {hint}")
+        found = cls.from_run_config(config)
+        budget = {"budget-epsilon", "budget-delta"}
+        given = budget & config.keys()
+        if given:
+            if missing := budget - given:
+                raise InputError(f"{min(given)} in the node config needs {min(missing)} beside it")
+            if not found.budget_epsilon > 0:
+                raise InputError(f"budget-epsilon must be above 0, got {found.budget_epsilon}")
+            if not 0 < found.budget_delta < 1:
+                raise InputError(
+                    f"budget-delta must be above 0 and below 1, got {found.budget_delta}"
+                )
+            if not config.get("private-metrics", True):
+                raise InputError(
+                    "private-metrics=false cannot stand beside budget-epsilon: what is measured "
+                    "without noise, no budget bounds"
+                )
+        return found
+
+
+NODE_KEYS = tuple(entry.name.replace("_", "-") for entry in fields(NodeSettings))
+
+
+@dataclass(frozen=True)
 class SiteData:
     """The rows of one hospital in three splits.
 
@@ -160,9 +280,9 @@ def min_cell_count(context: Context, site: Site) -> int:
     InputError
         Where it is no whole number, or below 1.
     """
-    key, usual = "min-cell-count", 10
-    asked = with_type_of(usual, context.run_config.get(key, usual), key)
-    own = with_type_of(usual, context.node_config.get(key, usual), key)
+    key = "min-cell-count"
+    asked = with_type_of(FEWEST, context.run_config.get(key, FEWEST), key)
+    own = NodeSettings.from_run_config(context.node_config).min_cell_count
     simulated = site.simulated and key not in context.node_config
     count = asked if simulated else max(asked if key in context.run_config else own, own)
     if count < 1:
@@ -170,21 +290,58 @@ def min_cell_count(context: Context, site: Site) -> int:
     return int(count)
 
 
+def fewest_patients(context: Context, site: Site, purpose: str) -> int:
+    """Return the fewest patients behind an update (``train``) or figures (``evaluated``).
+
+    At a real hospital that is ``min-train-patients`` or ``min-evaluated-patients`` of its node
+    config, 10 where it says nothing; in a simulation 1, unless it says otherwise.
+    """
+    if site.simulated and f"min-{purpose}-patients" not in context.node_config:
+        return 1
+    own = NodeSettings.from_run_config(context.node_config)
+    return own.min_train_patients if purpose == "train" else own.min_evaluated_patients
+
+
 def require_patients(data: SiteData) -> None:
     """Raise `InputError` where a row has no patient, or a patient is in two splits."""
-    seen: dict[Any, str] = {}
+    seen: dict[str, str] = {}
     for split in SPLITS:
         for number, row in enumerate(getattr(data, split)):
             if "patient" not in row:
                 raise InputError(f"row {number} of the {split} split has no patient")
-            patient = row["patient"]
-            # A number is one patient, whichever of NumPy's or torch's types it has.
-            patient = patient.item() if hasattr(patient, "item") else patient
+            patient = patient_text(row["patient"])
             if seen.setdefault(patient, split) != split:
                 raise InputError(
-                    f"patient {patient} is in the splits {seen[patient]} and {split}: each patient "
-                    "must be in one"
+                    f"patient {row['patient']} is in the splits {seen[patient]} and {split}: each "
+                    "patient must be in one"
                 )
+
+
+def with_patients(data: SiteData) -> SiteData:
+    """Return the data without the rows for which `require_patients` would raise.
+
+    Whether one patient's rows are kept depends on that patient alone: of two splits it is the
+    first. The log says how many rows go.
+    """
+    seen: dict[str, str] = {}
+    kept: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        rows = getattr(data, split)
+        for row in rows:
+            try:
+                patient = patient_text(row["patient"])
+            except (InputError, KeyError):
+                continue
+            if seen.setdefault(patient, split) == split:
+                kept[split].append(row)
+        if away := len(rows) - len(kept[split]):
+            log.warning(
+                "%d rows of the %s split are left out: they name no patient, or one of another "
+                "split",
+                away,
+                split,
+            )
+    return replace(data, train=kept["train"], val=kept["val"], test=kept["test"])
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:
@@ -203,8 +360,18 @@ def read_error(reason: str) -> tuple[str | None, str]:
     return (found[1], found[2]) if found else (None, reason)
 
 
+class LineNumber(int):
+    """The line of a table that names no patients, in the place of the patient.
+
+    Sorted otherwise, the table has other people on its lines: what a patient has cost cannot be
+    kept under such a name.
+    """
+
+
 def patient_text(patient: Any) -> str:
-    """Return one text for all that Python and NumPy hold for equal, in each process the same.
+    """Return one text for a patient, however tables and programs have written the number.
+
+    1, 1.0, "1", " 1", "1.0" and "001" are one patient; in each process the same.
 
     Raises
     ------
@@ -214,8 +381,14 @@ def patient_text(patient: Any) -> str:
     if isinstance(patient, tuple):
         return f"({', '.join(map(patient_text, patient))})"
     value = patient.item() if hasattr(patient, "item") else patient
-    if isinstance(value, str | bytes):
-        return ascii(str.__str__(value) if isinstance(value, str) else value)
+    if isinstance(value, str):
+        text = str.__str__(value).strip()
+        if (whole := _WHOLE.fullmatch(text)) and text.isascii():
+            sign = whole[1] if whole[2] != "0" else ""
+            return f"{sign}{whole[2]}"
+        return ascii(text)
+    if isinstance(value, bytes):
+        return ascii(value)
     value = int(value) if isinstance(value, float) and value.is_integer() else value
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return repr(value + 0)

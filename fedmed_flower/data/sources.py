@@ -27,6 +27,7 @@ import numpy as np
 import pooch
 from numpy.typing import NDArray
 
+from fedmed_flower.data.bounded import array_bytes, require_within
 from fedmed_flower.data.site import GENERATED, SPLITS, Row
 from fedmed_flower.errors import InputError
 
@@ -190,7 +191,8 @@ def load_medmnist(name: str, path: str | Path | None = None, timeout: float = 10
     Raises
     ------
     InputError
-        Where name, file, folder or checksum is wrong.
+        Where name, file, folder or checksum is wrong, or the arrays would take more than
+        `bounded.MOST` bytes.
     SourceUnavailable
         Where the publisher cannot be reached.
     """
@@ -331,8 +333,12 @@ def _read_medmnist(copy: _Copy) -> ImageSplits:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as npz:
             there = set(npz.files)
+            size = sum(_array_bytes(npz.zip, name) for name in wanted & there)
+            require_within(f"{copy.path} says that it holds", size, "a data set")
             arrays = {name: npz[name] for name in wanted & there}
             generated = "generated" in there
+    except InputError:
+        raise
     except Exception as error:  # a broken file makes the decoders fail in a dozen ways
         raise InputError(
             f"{copy.path}: not a whole npz file without pickled objects "
@@ -360,6 +366,12 @@ def _read_medmnist(copy: _Copy) -> ImageSplits:
         array.flags.writeable = labels[split].flags.writeable = False
     _require(len(images["train"]) > 0, f"{copy.path}: train_images must hold at least 1 image")
     return ImageSplits(images, labels, GENERATED if generated else source, generated)
+
+
+def _array_bytes(archive: Any, name: str) -> int:
+    """Return how many bytes an array in a zip says that it has, without unpacking it."""
+    with archive.open(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name) as file:
+        return array_bytes(file)
 
 
 def _labels(labels: NDArray[Any], path: Path, split: str) -> NDArray[np.int64]:

@@ -11,13 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from fedmed_flower.data.bounded import leads_out, links_out, quoted, real_path
 from fedmed_flower.data.site import SPLITS
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
 
 log = logging.getLogger("flwr.fedmed")
 
 # Where a line stands, and its cells by column.
 Line = tuple[str, Mapping[str, Any]]
+# What is wrong with a link that leads to files of others.
+LINK_OUT = "is a link out of the folder: put what it leads to into the folder itself"
 _MISSING = {"", "nan", "none", "nat", "<na>"}
 # Spreadsheets and data frames write classes as 1.0 where a column has gaps.
 _WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
@@ -35,10 +38,12 @@ def read_dataset(file: Path, problems: list[str]) -> tuple[list[Line], tuple[str
     Raises
     ------
     InputError
-        Where the file is no JSON or has no list "training".
+        Where the file is no JSON, has no list "training", or is a link out of its folder.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(_text(file))
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is no JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("training"), list):
@@ -67,10 +72,10 @@ def read_csv(file: Path, columns: Sequence[str], problems: list[str]) -> Iterato
     Raises
     ------
     InputError
-        Where the file is no CSV in UTF-8 or lacks one of the columns.
+        Where the file is no CSV in UTF-8, lacks one of the columns, or is a link out of its folder.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = _text(file)
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not in UTF-8 ({error.reason}): save it as such") from None
     heading = next((line for line in text.splitlines() if line.strip(" ,;\t")), "")
@@ -103,13 +108,15 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Return a row for each line: ``image``, ``patient`` and, if given, ``label`` and ``split``.
 
-    What cannot be used is added to ``problems``.
+    What cannot be used is added to ``problems``, as what lies outside of the folder, or leads there
+    by a link.
     """
+    root = real_path(folder)
     rows: list[dict[str, Any]] = []
     seen: dict[str, str] = {}
     for where, line in lines:
         try:
-            row = _row(line, folder, needed)
+            row = _row(line, folder, root, needed)
             image = str(row["image"])
             if image in seen:
                 raise _UnusableError(f"its image was named before, in {seen[image]}")
@@ -137,49 +144,65 @@ def _class_names(labels: Any, file: Path, problems: list[str]) -> tuple[str, ...
     return tuple(names[number] for number in found if number > 0)
 
 
-def _row(line: Mapping[str, Any], folder: Path, needed: Sequence[str]) -> dict[str, Any]:
+def _row(
+    line: Mapping[str, Any], folder: Path, root: Path, needed: Sequence[str]
+) -> dict[str, Any]:
     for name in needed:
         if line.get(name) in (None, "", []):
             raise _UnusableError(f"it has no {name}")
     image, patient = line["image"], line["patient"]
     if not isinstance(patient, str | int):
-        raise _UnusableError(f"a patient must be a text, got {patient!r}")
+        raise _UnusableError(f"a patient must be a text, got {quoted(patient)}")
     several = isinstance(image, list)
-    paths = [_path(part, folder) for part in (image if several else [image])]
+    paths = [_path(part, folder, root) for part in (image if several else [image])]
     row: dict[str, Any] = {"image": paths if several else paths[0], "patient": str(patient).strip()}
     if "label" in line:
-        row["label"] = _label(line["label"], folder)
+        row["label"] = _label(line["label"], folder, root)
     if line.get("split") is not None:
         row["split"] = str(line["split"]).strip().lower()
         if row["split"] not in SPLITS:
-            raise _UnusableError(f"its split {line['split']!r} is none of {', '.join(SPLITS)}")
+            raise _UnusableError(
+                f"its split {quoted(line['split'])} is none of {', '.join(SPLITS)}"
+            )
     return row
 
 
-def _label(label: Any, folder: Path) -> int | str:
+def _label(label: Any, folder: Path, root: Path) -> int | str:
     if isinstance(label, int) and not isinstance(label, bool):
         return label
     if isinstance(label, str) and (number := _WHOLE.fullmatch(label.strip())):
         return int(number[1])
-    return _path(label, folder)
+    return _path(label, folder, root)
 
 
-def _path(text: Any, folder: Path) -> str:
-    """Return the path of what lies in the folder under a relative path."""
+def _path(text: Any, folder: Path, root: Path) -> str:
+    """Return the path of what lies in the folder, whose real path is ``root``."""
     if not isinstance(text, str):
-        raise _UnusableError(f"{text!r} is no path")
+        raise _UnusableError(f"{quoted(text)} is no path")
     # Tables written on Windows name folders with backslashes.
     path = PurePosixPath(text.strip().replace("\\", "/"))
-    shown = text.strip()[:200]
+    name = shown(text.strip()[:200])
     if path.is_absolute() or PureWindowsPath(path).drive or ".." in path.parts:
-        raise _UnusableError(f"{shown} leaves the folder: paths must be relative to it")
+        raise _UnusableError(f"{name} leaves the folder: paths must be relative to it")
+    place = folder / path
     try:
-        there = (folder / path).exists()
+        there, is_folder = place.exists(), place.is_dir()
     except OSError:  # Such as a name that is too long.
-        there = False
+        there = is_folder = False
     if not there:
-        raise _UnusableError(f"{shown} is not there")
-    return str(folder / path)
+        raise _UnusableError(f"{name} is not there")
+    if leads_out(place, root):
+        raise _UnusableError(f"{name} {LINK_OUT}")
+    # The slices of a series.
+    if is_folder and (links := links_out(place, root)):
+        raise _UnusableError(f"{name}/{links[0].name} {LINK_OUT}")
+    return str(place)
+
+
+def _text(file: Path) -> str:
+    if leads_out(file, real_path(file.parent)):
+        raise InputError(f"{file} {LINK_OUT}")
+    return file.read_text(encoding="utf-8-sig")
 
 
 def _stem(image: Any) -> str | None:

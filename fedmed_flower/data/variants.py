@@ -6,12 +6,12 @@ from bisect import bisect_left
 from collections import Counter
 from functools import lru_cache
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed_flower.data.plink import Listing
+from fedmed_flower.data.plink import AUTOSOMES, MOST_POSITION, Listing
 
 ABSENT, SAME, SWAPPED, OTHER_ALLELES, UNCLEAR_STRAND, REPEATED = range(-1, 5)
 REASONS = {
@@ -21,6 +21,8 @@ REASONS = {
     REPEATED: "id repeated",
 }
 _UNKNOWN = ("0", ".")
+# Variants of one hospital at one place, which cannot be taken before the next place has come.
+_MOST_AT_ONE_PLACE = 1 << 16
 _OTHER_STRAND = str.maketrans("ACGT", "TGCA")
 
 
@@ -70,6 +72,10 @@ def _lie(pair: tuple[str, str], reference: tuple[str, str], ambiguous: bool) -> 
     if fits((pair[1], pair[0])):
         return UNCLEAR_STRAND if ambiguous else SWAPPED
     return OTHER_ALLELES
+
+
+def _within(values: NDArray[Any], least: int, most: int) -> bool:
+    return bool(((values >= least) & (values <= most)).all())
 
 
 class Variant(NamedTuple):
@@ -146,20 +152,33 @@ class Merger:
         Raises
         ------
         ValueError
-            Where it goes on before the end of the part before, or is not in order.
+            Where it goes on before the end of the part before, is not in order, names a place that
+            no chromosome has, or too many variants at one place.
         """
-        keys = part.chromosomes.astype(np.int64) << 40 | part.positions
         places = np.flatnonzero(part.chromosomes)
-        keys = keys[places]
+        chromosomes, positions = part.chromosomes[places], part.positions[places]
+        if not _within(chromosomes, 1, AUTOSOMES) or not _within(positions, 1, MOST_POSITION):
+            raise ValueError(
+                f"it has variants outside of the chromosomes 1 to {AUTOSOMES} or of the positions "
+                f"1 to {MOST_POSITION}"
+            )
+        keys = chromosomes.astype(np.int64) << 40 | positions
         if (np.diff(keys, prepend=self._last[site]) < 0).any():
             raise ValueError(
                 "its variants are not in order of chromosome and position: sort its files with "
                 "plink --make-bed"
             )
-        self._waiting[site] += [
-            (key, part.names[at], self.read[site] + at, (part.first[at], part.second[at]))
-            for key, at in zip(keys.tolist(), places.tolist(), strict=True)
+        waiting = [
+            *self._waiting[site],
+            *(
+                (key, part.names[at], self.read[site] + at, (part.first[at], part.second[at]))
+                for key, at in zip(keys.tolist(), places.tolist(), strict=True)
+            ),
         ]
+        crowd = waiting[-1 - _MOST_AT_ONE_PLACE :]
+        if len(crowd) > _MOST_AT_ONE_PLACE and crowd[0][0] == crowd[-1][0]:
+            raise ValueError(f"it has more than {_MOST_AT_ONE_PLACE} variants at one place")
+        self._waiting[site] = waiting
         self.read[site] += len(part.names)
         self.skipped[site] += len(part.names) - len(places)
         self._last[site] = int(keys[-1]) if len(keys) else self._last[site]
