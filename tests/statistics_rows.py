@@ -3,8 +3,7 @@
 import numpy as np
 
 from fedmed_flower.statistics.columns import Columns
-from fedmed_flower.statistics.guard import open_guard
-from fedmed_flower.statistics.local import MOST_COMPARED, Local
+from fedmed_flower.statistics.local import MOST_COMPARED, answer_exactly
 from fedmed_flower.statistics.request import Filter, Request, Survival
 
 
@@ -31,8 +30,7 @@ def ask(rows, path, minimum=10, hide=False, most_compared=MOST_COMPARED, schema=
         request["survival"] = Survival(*request["survival"])
     asked = Request(**request)
     columns = Columns(rows, asked, schema)
-    with open_guard(path, columns, minimum, hide) as guard:
-        return Local(columns, asked, guard, most_compared).answer()
+    return answer_exactly(path, columns, asked, minimum, hide, most_compared)
 
 
 def where(*texts):

@@ -3,17 +3,22 @@ import os
 import re
 import sqlite3
 import stat
+import tempfile
 from collections import defaultdict
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from statistics_rows import ask, group, make_patients, where, withheld
 from tiny import says
 
 from fedmed_flower import InputError
 from fedmed_flower.errors import DeclinedError
-from fedmed_flower.statistics.local import FEW
+from fedmed_flower.statistics import local
+from fedmed_flower.statistics.local import FEW, MISSING
 from fedmed_flower.statistics.request import Request
 
 MINIMUM = 10
@@ -372,7 +377,7 @@ class TestFile:
         ask(rows, path, columns=("smoker",))
         with sqlite3.connect(path) as connection:
             connection.execute("UPDATE about SET value = 7 WHERE key = 'version'")
-        with pytest.raises(InputError, match=r"version \(7,\) instead of 1"):
+        with pytest.raises(InputError, match=r"version \(7,\) instead of 2"):
             ask(rows, path)
 
     def test_nothing_is_told_where_the_disk_is_full(self, rows, path, monkeypatch):
@@ -395,6 +400,222 @@ class TestFile:
             os.kill(os.getpid(), 9)
         os.waitpid(pid, 0)
         assert ask(rows[1:], path, columns=("value",))["groups"] == []
+
+
+def noted(path):
+    """Return the values that the file of answers holds, by column."""
+    with sqlite3.connect(path) as connection:
+        found = defaultdict(list)
+        for column, value in connection.execute("SELECT * FROM compared ORDER BY 1, 2"):
+            found[column].append(value)
+    return dict(found)
+
+
+# Each fails, or is declined, whatever the rows are; at ages from 95 on no group may be told of.
+UNFIT = [
+    ({"survival": ("no", "nothing", 9.0, 1.0)}, "there is no column 'no' of single values: "),
+    ({"survival": ("smoker", "ward", 9.0, 1.0)}, "smoker holds no numbers, which a survival "),
+    ({"by": "nowhere"}, "there is no column 'nowhere' of single values: "),
+    ({"weekly": "nowhere"}, "there is no column 'nowhere' of single values: "),
+]
+
+
+class TestErrors:
+    """Whether a group could be told of shows in no error, and no error takes back what is noted."""
+
+    @pytest.mark.parametrize(("asked", "said"), UNFIT)
+    def test_the_same_error_is_raised_whether_or_not_anybody_meets_the_condition(
+        self, rows, path, asked, said
+    ):
+        texts = set()
+        for bound in (50, 95, 200):
+            with pytest.raises(InputError, match=f"^{re.escape(said)}") as caught:
+                ask(rows, path, **asked, **where(f"age >= {bound}"))
+            texts.add(str(caught.value))
+        assert len(texts) == 1
+        assert noted(path)["age"] == ["200.0", "50.0", "95.0"]
+
+    @pytest.mark.parametrize(
+        ("conditions", "said"),
+        [
+            (["age >= 95", "smoker > 3"], "smoker holds categories: compare it by == or !=, not >"),
+            (["age >= 5", "other == x"], "other holds numbers and cannot be compared with 'x'"),
+        ],
+    )
+    def test_a_comparison_that_does_not_fit_is_refused_before_rows_are_chosen(
+        self, rows, path, conditions, said
+    ):
+        with pytest.raises(InputError, match=says(said)):
+            ask(rows, path, **where(*conditions))
+        assert "age" in noted(path)
+
+    def test_values_of_requests_that_fail_are_used_up_as_others_are(self, rows, path):
+        """Once 237 values were told, where 20 may be."""
+        asked = {"survival": ("no", "nothing", 9.0, 1.0)}
+        for bound in range(20):
+            with pytest.raises(InputError):
+                ask(rows, path, **asked, **where(f"age >= {bound}"))
+        said = "conditions on age, and widths of its cells, may use 20 different values in all, "
+        for more in ({}, asked):
+            with pytest.raises(DeclinedError, match=says(f"{said}and have")):
+                ask(rows, path, **more, **where("age >= 20.5"))
+        assert len(noted(path)["age"]) == 20
+        assert group(ask(rows, path, columns=("value",), **where("age >= 10")))
+
+    def test_what_a_declined_request_compared_with_before_is_noted(self, rows, path):
+        with pytest.raises(DeclinedError, match="conditions on age"):
+            ask(rows, path, most_compared=2, **where("age > 1", "age > 2", "age > 3", "other > 1"))
+        assert noted(path) == {"age": ["1.0", "2.0"], "other": ["1.0"]}
+
+    def test_nothing_is_noted_of_columns_that_are_not_there(self, rows, path):
+        """Else a server could fill a hospital's disk with names."""
+        with pytest.raises(InputError):
+            ask(rows, path, **where("nowhere == 1", "age > 1"))
+        assert noted(path) == {"age": ["1.0"]}
+
+    @pytest.mark.parametrize("bound", [5, 95])
+    def test_a_resolution_too_many_is_declined_whether_or_not_a_group_is_told(
+        self, rows, path, bound
+    ):
+        asked = {"columns": ("other",), "kinds": ("histograms",), **where(f"age >= {bound}")}
+        ask(rows, path, most_compared=1, resolutions={"other": 2.0}, **asked)
+        assert noted(path)["other"] == ["2.0"]
+        with pytest.raises(DeclinedError, match="conditions on other, and widths"):
+            ask(rows, path, most_compared=1, resolutions={"other": 3.0}, **asked)
+
+    def test_a_lower_limit_holds_for_what_was_noted_before(self, rows, path):
+        for bound in (10, 20, 30):
+            ask(rows, path, columns=("value",), **where(f"age >= {bound}"))
+        with pytest.raises(DeclinedError, match="conditions on age"):
+            ask(rows, path, most_compared=2, columns=("value",), **where("age >= 10"))
+
+    def test_what_fails_in_the_middle_is_withheld_and_stays_written_down(
+        self, rows, path, monkeypatch
+    ):
+        def fails(values):
+            raise MemoryError(f"{len(values)} values")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(local, "moments", fails)
+            told = ask(rows, path, columns=("value", "ward"), **where("age >= 50"))
+        assert told["withheld"] == [["", "value", FEW]]
+        assert told_of(told, "ward", "categorical")["n"] == 50
+        assert not group(ask(rows, path, columns=("other",), **where("age >= 51")))
+
+    def test_groups_that_fail_are_withheld_as_if_there_were_none(self, rows, path, monkeypatch):
+        monkeypatch.setattr(local, "pool_small", lambda *_: 1 / 0)
+        told = ask(rows, path, columns=("value",), **where("age >= 50"))
+        assert told == {"groups": [], "withheld": [["", "patients", FEW]]}
+
+    def test_an_interrupt_leaves_what_was_admitted(self, rows, path, monkeypatch):
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(local, "moments", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                ask(rows, path, columns=("value",), **where("age >= 50"))
+        assert not group(ask(rows, path, columns=("other",), **where("age >= 51")))
+
+    def test_a_process_that_is_killed_while_it_answers_has_noted_the_values(self, rows, path):
+        pid = os.fork()
+        if not pid:
+            local.Local.answer = lambda self: os.kill(os.getpid(), 9)
+            ask(rows, path, columns=("value",), **where("age >= 50"))
+        os.waitpid(pid, 0)
+        assert noted(path) == {"age": ["50.0"]}
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.integers(0, 120),
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "by": st.sampled_from(["ward", "nowhere", "other"]),
+                "weekly": st.sampled_from(["other", "nowhere", "smoker"]),
+                "survival": st.sampled_from(
+                    [("value", "other", 1e100, 1e99), ("smoker", "ward", 9.0, 1.0)]
+                ),
+                "columns": st.sampled_from([("nowhere",), ("value",)]),
+                "pairs": st.sampled_from([(("ward", "nowhere"),), (("ward", "smoker"),)]),
+                "resolutions": st.sampled_from([{"value": 1e-300}, {"smoker": 1.0}]),
+                "ranges": st.sampled_from([{"value": (0.0, 1e-14)}, {"ward": (0.0, 1.0)}]),
+                "kinds": st.sampled_from([(), ("histograms", "moments", "correlations")]),
+            },
+        ),
+        st.sampled_from([10, 10**30]),
+    )
+    def test_no_condition_decides_whether_there_is_an_error(self, bound, asked, minimum):
+        """A request that fails for one bound fails for each with the same words."""
+        rows = [
+            {"patient": n, "age": n, "smoker": "yes" if n % 5 < 2 else "no", "value": n * 1e98}
+            | {"ward": "a" if n < 97 else "b", "other": float(n % 7), "odd": 10**5000}
+            for n in range(100)
+        ]
+
+        def fails(*_):
+            raise AssertionError("something was withheld because it failed")
+
+        outcomes = set()
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(local.log, "exception", fails)
+            for conditions in (where("age >= 0"), where(f"age >= {bound}"), where("age >= 99")):
+                try:
+                    ask(rows, Path(folder) / "a", minimum, **asked, **conditions)
+                except InputError as error:
+                    outcomes.add(str(error))
+                else:
+                    outcomes.add("answered")
+        assert len(outcomes) == 1
+
+
+class TestOddValues:
+    """Values that no float, or no table, holds: an answer, and no error of Python's."""
+
+    def test_a_number_of_thousands_of_digits(self, path):
+        rows = [{"patient": n, "x": 10**5000 if n == 3 else n % 2} for n in range(40)]
+        told = ask(rows, path, columns=("x",), categorical=("x",))
+        assert told_of(told, "x", "categorical") == {
+            **{"n": 39, "missing": 1, "names": ["0", "1"], "counts": [20, 19], "few": 0}
+        }
+
+    def test_a_row_whose_keys_are_no_texts(self, path):
+        rows = [{"patient": n, "x": n % 2, 7: 1, ("a",): 2, "y" * 201: 3} for n in range(40)]
+        told = ask(rows, path)
+        assert withheld(told) == []
+        assert list(group(told)["numeric"]) == ["x"]
+
+    def test_a_two_way_table_of_a_million_cells(self, path, monkeypatch):
+        rows = [{"patient": n, "a": f"a{n % 3}", "b": f"b{n % 2}"} for n in range(120)]
+        monkeypatch.setattr(local, "_MOST_CELLS", 5)
+        told = ask(rows, path, columns=("a",), pairs=(("a", "b"),))
+        assert told["withheld"] == [["", "a by b", "it has more than 5 cells"]]
+        monkeypatch.setattr(local, "_MOST_CELLS", 6)
+        assert group(ask(rows, path, pairs=(("a", "b"),)))["pairs"][0]["counts"] == [[20, 20]] * 3
+
+    def test_names_of_other_groups_make_no_table_larger(self, path):
+        """Two columns of 2,000 names each: the table is of those that the answer tells of."""
+        rows = [{"patient": n, "a": f"{n}", "b": f"{n}", "x": 0} for n in range(2000)]
+        rows += [{"patient": -1 - n, "a": "a", "b": "b", "x": 1} for n in range(40)]
+        told = ask(rows, path, columns=("x",), pairs=(("a", "b"),), **where("x == 1"))
+        assert group(told)["pairs"] == [
+            {"columns": ["a", "b"], "rows": ["a"], "across": ["b"], "counts": [[40]]}
+        ]
+
+    def test_weeks_that_lie_too_far_apart_are_withheld(self, path):
+        rows = [{"patient": n, "day": 1e99 if n % 2 else 0} for n in range(40)]
+        told = ask(rows, path, columns=("day",), kinds=(), weekly="day")
+        reason = "they are more than 10,000 weeks"
+        assert told["withheld"] == [["", "weeks by day", reason]]
+        # What that tells of the two weeks is written down.
+        with sqlite3.connect(path) as connection:
+            query = "SELECT labels FROM partitions WHERE key = '[[\"day\"]]'"
+            (labels,) = connection.execute(query).fetchone()
+        assert len(set(np.frombuffer(labels, np.int64))) == 2
+
+    def test_what_is_not_there_is_said_of_each_column(self, rows, path):
+        told = ask(rows, path, columns=("nowhere", "value", "neither"))
+        assert told["withheld"] == [["", "nowhere", MISSING], ["", "neither", MISSING]]
 
 
 class TestProbing:

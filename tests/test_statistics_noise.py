@@ -1,5 +1,7 @@
 import json
 import math
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -13,11 +15,12 @@ from tiny import context_of, says
 from fedmed_flower import InputError, MedicalClient, SiteData
 from fedmed_flower.clients import surveying
 from fedmed_flower.data.site import simulation
+from fedmed_flower.errors import FAILED
 from fedmed_flower.privacy.accounting import epsilon_of
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.statistics import noised
-from fedmed_flower.statistics.columns import Columns
-from fedmed_flower.statistics.noised import plan
+from fedmed_flower.statistics.declared import Declared
+from fedmed_flower.statistics.noised import Cells, plan
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import KINDS, Request, Survival
 from fedmed_flower.statistics.summary import summarise
@@ -37,8 +40,8 @@ EVERYTHING = DECLARED | {
 
 def planned(rows, **request):
     request = Request(**request)
-    columns = Columns(rows, request)
-    return plan(columns, request), columns
+    declared = Declared(request)
+    return plan(request, declared), Cells(rows, declared)
 
 
 class Noised(MedicalClient):
@@ -101,19 +104,20 @@ class TestSensitivity:
 
     def test_a_range_that_floats_cannot_hold(self):
         for low, high in ((-1.7e308, 1.7e308), (0, 5e-324), (2**200, 2**200 + 1), (1, math.nan)):
-            with pytest.raises(InputError, match="the range of lab must be two finite numbers"):
+            with pytest.raises(InputError, match="the range of lab must be two numbers from -1e"):
                 Request(ranges={"lab": (low, high)}, epsilon=1.0)
 
     def test_ends_that_only_whole_numbers_tell_apart_so(self):
         """They lie 1 apart, and as floats 2**148: a value in between was once told 2**148-fold."""
         low = 2**200 + 2**147
         text = json.dumps({"columns": ["lab"], "ranges": {"lab": [low, low + 1]}, "epsilon": 1.0})
-        columns = Columns([{"patient": 1, "lab": 7.0}], Request.from_text(text))
-        found = plan(columns, Request.from_text(text))
-        assert np.linalg.norm(found.sums(columns)) <= found.bound
+        declared = Declared(Request.from_text(text))
+        found = plan(Request.from_text(text), declared)
+        cells = Cells([{"patient": 1, "lab": 7.0}], declared)
+        assert np.linalg.norm(found.sums(cells)) <= found.bound
 
     @pytest.mark.parametrize(
-        "limits", [(1e200, 1.0000000000000002e200), (0, 1e-299), (-8e307, 8e307), (2**80, 2**81)]
+        "limits", [(1e99, 1.0000000000000002e99), (0, 1e-299), (-1e100, 1e100), (2**80, 2**81)]
     )
     def test_odd_ranges_do_not_stretch_a_value(self, limits):
         rows = [{"patient": n, "lab": x} for n, x in enumerate([0, -1e99, 1e99, 7, None, 1e-300])]
@@ -222,6 +226,79 @@ class TestAnswer:
         assert found["withheld"] == [["", "age", "its count, with noise, is below the minimum"]]
 
 
+class Watched(dict):
+    """A row that notes which of its cells are looked at."""
+
+    seen: ClassVar[set[str]] = set()
+
+    def __getitem__(self, name):
+        self.seen.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        self.seen.add(name)
+        return super().get(name, default)
+
+    def items(self):
+        self.seen.update(self)
+        return super().items()
+
+
+UNFIT = [
+    ({"by": "age"}, "with noise the categories of age must be declared"),
+    (where("age == x"), "age holds numbers and cannot be compared with 'x'"),
+    (where("sex > 1"), "sex holds categories: compare it by == or !=, not >"),
+    (where("time > 1"), "with noise a condition needs a declared range or categories: ['time']"),
+    (
+        {"survival": Survival("sex", "event", 12.0, 1.0)},
+        "sex holds no numbers, which a survival curve needs",
+    ),
+    ({"delta": 1e-320}, "no noise keeps 1 releases within epsilon 1.0 at delta 1e-320"),
+]
+
+
+class TestBeforeTheCharge:
+    @pytest.mark.parametrize(("asked", "said"), UNFIT)
+    def test_what_does_not_fit_is_refused_before_there_are_rows(self, tmp_path, asked, said):
+        class Absent(Noised):
+            def load_data(self, site):
+                raise AssertionError("rows were looked at")
+
+        request = Request(**{"columns": ("age",), "epsilon": 1.0, **DECLARED, **asked})
+        assert said in reply_of(Absent, request, tmp_path).error.reason
+        assert not (tmp_path / "ledgers" / "hospital-1.sqlite").exists()
+
+    def test_a_schema_that_says_otherwise_is_refused_before_there_are_rows(self, tmp_path):
+        class Declaring(Noised):
+            schema = SimpleNamespace(numeric=("sex",))
+
+            def load_data(self, site):
+                raise AssertionError("rows were looked at")
+
+        reason = reply_of(Declaring, Request(epsilon=1.0, **DECLARED), tmp_path).error.reason
+        assert reason.endswith(
+            "the request declares sex categorical, which holds numbers by the hospital's schema: "
+            "leave that out, or change the schema"
+        )
+
+    def test_of_rows_only_the_patients_are_looked_at(self, tmp_path, monkeypatch):
+        class Watching(Noised):
+            def load_data(self, site):
+                rows = [Watched(row) for row in make_patients(100)]
+                return SiteData(train=rows, source="made up")
+
+        seen = []
+        charge = Ledger.charge
+        monkeypatch.setattr(
+            Ledger, "charge", lambda *a, **k: seen.append(set(Watched.seen)) or charge(*a, **k)
+        )
+        Watched.seen.clear()
+        told(reply_of(Watching, Request(**EVERYTHING), tmp_path))
+        # A hospital's splits are looked at for classes, by the key `label` of images.
+        assert seen[0] <= {"patient", "label"}
+        assert {"age", "sex", "time", "event"} <= Watched.seen
+
+
 class TestLedger:
     def ledger(self, folder):
         return Ledger(folder / "ledgers" / "hospital-1.sqlite", read_only=True)
@@ -249,6 +326,19 @@ class TestLedger:
         assert reply_of(Noised, request, tmp_path).has_error()
         (entry,) = self.ledger(tmp_path).entries()
         assert (entry.rounds, entry.unsettled) == (1, 1)
+
+    def test_a_failure_after_the_charge_is_one_word_and_stays_charged(self, tmp_path, monkeypatch):
+        def fails(planned, *_):
+            raise ValueError(f"{len(planned.blocks)} blocks")
+
+        (tmp_path / "data").mkdir()
+        node = {"site-name": "north", "data-dir": str(tmp_path / "data")}
+        node |= {"budget-epsilon": 1.0, "budget-delta": 1e-5}
+        monkeypatch.setattr(surveying, "noised", fails)
+        request = Request(columns=("age",), epsilon=0.5, **DECLARED)
+        assert reply_of(Noised, request, tmp_path, **node).error.reason == f"site north: {FAILED}"
+        (entry,) = Ledger(tmp_path / "data" / "privacy-ledger.sqlite", read_only=True).entries()
+        assert (entry.purpose, entry.rounds, entry.unsettled) == ("statistics", 1, 1)
 
     def test_past_the_budget_it_declines(self, tmp_path):
         (tmp_path / "data").mkdir()

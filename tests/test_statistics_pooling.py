@@ -11,7 +11,7 @@ from tiny import says
 from fedmed_flower import InputError
 from fedmed_flower.data.sources import HEART_FEATURES, load_heart_disease
 from fedmed_flower.statistics.cells import grid, merge_neighbours, pool_small
-from fedmed_flower.statistics.columns import Columns
+from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.pooling import (
     cumulate,
     pool_moments,
@@ -350,10 +350,13 @@ class TestBadColumns:
 
     @pytest.mark.parametrize(
         ("limits", "width"),
-        [((0, 100), 2), ((18, 100), 1), ((50, 700), 10), ((-5, 10), 0.2), ((0, 5e6), 1e5)],
+        [
+            *[((0, 100), 2), ((18, 100), 1), ((50, 700), 10), ((-5, 10), 0.2), ((0, 5e6), 1e5)],
+            *[((0, 0.25), 0.005), ((0, 5e-14), 1e-15), ((0, 1e-299), 2e-301), ((0, 5e24), 1e23)],
+        ],
     )
     def test_a_range_gives_a_round_resolution(self, limits, width):
-        assert Columns([], Request(ranges={"x": limits})).resolution("x") == width
+        assert Declared(Request(ranges={"x": limits})).resolution("x") == width
 
     @pytest.mark.parametrize(
         ("text", "said"),
@@ -424,11 +427,24 @@ class TestRequest:
             ),
             (
                 {"resolutions": {"age": 0.0}},
-                "the resolution of age must be above 0 and finite, got 0.0",
+                "the resolution of age must be above 0 and at most 1e+100, got 0.0",
+            ),
+            (
+                {"survival": Survival("t", "e", 1.7e308, 1e308)},
+                "the horizon of survival must be above 0 and at most 1e+100, got 1.7e+308",
+            ),
+            (
+                {"by": "t", "by_width": -1.0},
+                "by_width must be above 0 and at most 1e+100, got -1.0",
             ),
             (
                 {"ranges": {"age": (5.0, 5.0)}},
-                "the range of age must be two finite numbers, the lower first, got 5.0 and 5.0",
+                "the range of age must be two numbers from -1e+100 to 1e+100, the lower first, "
+                "got 5.0 and 5.0",
+            ),
+            (
+                {"pairs": (("a", "b"),) * 1001},
+                "pairs must be at most 1000, got 1001",
             ),
             (
                 {"where": (Filter("age", "=<", 3.0),)},

@@ -210,6 +210,25 @@ class TestRealHospitals:
         with pytest.raises(InputError, match=says("no hospital has told anything: InputError")):
             self.ask(tmp_path, make_patients(30))
 
+    def test_questions_that_fail_use_up_values_too(self, tmp_path):
+        """The curve's columns are not there, whatever the condition: the values are kept."""
+        nodes = self.nodes(tmp_path, **{"max-filter-values": 2})
+        told = []
+        for bound in (50, 60, 70):
+            request = Request(
+                columns=("age",),
+                where=(parse_filter(f"age>={bound}"),),
+                survival=Survival("no", "nothing", 9.0, 1.0),
+            )
+            with pytest.raises(InputError) as caught:
+                surveyed(Ward, request, tmp_path / f"run-{bound}", 1, nodes)
+            told.append(str(caught.value).removeprefix("no hospital has told anything: "))
+        assert told == [
+            *["InputError"] * 2,
+            "declined: conditions on age, and widths of its cells, may use 2 different values in "
+            "all, and have",
+        ]
+
     def test_values_to_compare_with_run_out(self, tmp_path):
         request = Request(columns=("age",), where=(parse_filter("age>=50"),))
         nodes = self.nodes(tmp_path, **{"max-filter-values": 0})

@@ -27,7 +27,7 @@ import json
 import secrets
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,19 +38,22 @@ from numpy.typing import NDArray
 
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.privacy.ledger import give_name, transaction
-from fedmed_flower.statistics.columns import Codes, Columns, Mask
+from fedmed_flower.statistics.columns import Codes, Columns
 from fedmed_flower.statistics.fewest import class_codes, fewest_left
+from fedmed_flower.statistics.values import Mask
 
 Hashes = NDArray[np.uint64]
 # Cells of rows that are not in an answer, and of those of which it tells that they lack a value.
 OUTSIDE, LACKING = -1, 2**31
 # The label of rows that no answer has counted.
 NEW = -1
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE partitions (key TEXT PRIMARY KEY, elements BLOB NOT NULL, patients BLOB NOT NULL,
   labels BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE shown (run TEXT NOT NULL, patient BLOB NOT NULL, PRIMARY KEY (run, patient))
+  WITHOUT ROWID;
 CREATE TABLE compared (column_name TEXT NOT NULL, value TEXT NOT NULL,
   PRIMARY KEY (column_name, value)) WITHOUT ROWID
 """
@@ -153,6 +156,11 @@ class Guard:
             self._members[key] = Members(key, names, rows, elements)
         return self._members[key]
 
+    def everybody(self, kind: str) -> Members:
+        """Return all rows, for answers of a kind that are told apart among themselves alone."""
+        rows, elements = self._elements([*self._columns.contents()], False)
+        return Members(kind, (), rows, elements)
+
     def _elements(self, texts: Sequence[str | None], valued: bool) -> tuple[Codes, Hashes]:
         """Hash patient and value; rows that agree in both are told apart by their number.
 
@@ -235,30 +243,31 @@ class Guard:
         whose = np.unique(patients, return_inverse=True)[1].astype(np.int64)
         if fewest_left(classes, whose, self.minimum) < self.minimum:
             return False
+        if (
+            partition is not None
+            and elements.size == partition.elements.size
+            and np.unique(classes).size == np.unique(partition.labels).size
+        ):
+            return True  # Asked again: there is nothing to write.
         order = np.argsort(elements)
         new = Partition(elements[order], patients[order], classes[order])
         self._partitions[members.key] = self._changed[members.key] = new
         return True
 
-    def compare(self, column: str, value: float | str, most: int) -> None:
-        """Note that rows were told apart by a value of a column, or by multiples of a width.
+    def shown(self, run: str) -> tuple[bool, set[str]]:
+        """Return whether a run had pictures, and of which of the patients here any run had."""
+        rows = self._connection.execute("SELECT run, patient FROM shown").fetchall()
+        seen = {patient for _, patient in rows}
+        here = {name for name in dict.fromkeys(self._columns.patients) if self._blob(name) in seen}
+        return any(name == run for name, _ in rows), here
 
-        Raises
-        ------
-        DeclinedError
-            Where `most` others were asked for before: with enough of them the values of single
-            patients could be found by what is refused.
-        """
-        self._connection.execute(
-            "INSERT OR IGNORE INTO compared VALUES (?, ?)", (column, ascii(value))
-        )
-        query = "SELECT count(*) FROM compared WHERE column_name = ?"
-        (count,) = self._connection.execute(query, (column,)).fetchone()
-        if count > most:
-            raise DeclinedError(
-                f"conditions on {column}, and widths of its cells, may use {most} different values "
-                "in all, and have"
-            )
+    def show(self, run: str, patients: Iterable[str]) -> None:
+        """Note that a run has its pictures, and of which patients."""
+        rows = [(run, b""), *((run, self._blob(patient)) for patient in patients)]
+        self._connection.executemany("INSERT OR IGNORE INTO shown VALUES (?, ?)", rows)
+
+    def _blob(self, patient: str) -> bytes:
+        return self._hash(f"picture of {patient}").to_bytes(8)
 
     def save(self) -> None:
         """Put the partitions into the file."""
@@ -290,11 +299,73 @@ def open_guard(
 ) -> Iterator[Guard]:
     """Open a hospital's file; what was admitted has reached the disk when this is left.
 
+    Also where it is left by an error: what may be told once was perhaps told, by the error.
+
     Raises
     ------
     InputError
         Where the file is none of these, is damaged or cannot be written: nothing may be told then.
     """
+    failure: BaseException | None = None
+    with _opened(path) as connection:
+        guard = Guard(connection, columns, minimum, hide_missing)
+        try:
+            yield guard
+        except (sqlite3.Error, OSError):
+            raise
+        except BaseException as error:
+            # Raised behind the commit, which it would take back here.
+            failure = error
+        guard.save()
+    if failure is not None:
+        raise failure
+
+
+def note_compared(path: Path, values: Iterable[tuple[str, float | str]], most: int) -> None:
+    """Note that rows are told apart by values of columns, or by multiples of widths.
+
+    What is noted has reached the disk when this returns or declines, whatever becomes of the
+    request.
+
+    Parameters
+    ----------
+    path : Path
+        The hospital's file of answers.
+    values : iterable of (str, float or str)
+        Column and value.
+    most : int
+        How many different values a column may have, all requests together; no more are noted.
+
+    Raises
+    ------
+    DeclinedError
+        Where a column has had `most` others: with enough of them the values of single patients
+        could be found by what is refused.
+    InputError
+        Where the file cannot be used; see `open_guard`.
+    """
+    with _opened(path) as connection:
+        passed = [column for column, value in values if not _noted(connection, column, value, most)]
+    if passed:
+        raise DeclinedError(
+            f"conditions on {passed[0]}, and widths of its cells, may use {most} different values "
+            "in all, and have"
+        )
+
+
+def _noted(connection: sqlite3.Connection, column: str, value: float | str, most: int) -> bool:
+    """Note one value of a column where it may be, and return whether it may."""
+    query = "SELECT value FROM compared WHERE column_name = ?"
+    values = {known for (known,) in connection.execute(query, (column,))} | {ascii(value)}
+    if len(values) > most:
+        return False
+    connection.execute("INSERT OR IGNORE INTO compared VALUES (?, ?)", (column, ascii(value)))
+    return True
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open one transaction on a hospital's file, which is made where there is none."""
     try:
         if not path.exists():
             _create(path)
@@ -302,9 +373,7 @@ def open_guard(
             query = "SELECT value FROM about WHERE key = 'version'"
             if (version := connection.execute(query).fetchone()) != (_VERSION,):
                 raise sqlite3.DatabaseError(f"version {version} instead of {_VERSION}")
-            guard = Guard(connection, columns, minimum, hide_missing)
-            yield guard
-            guard.save()
+            yield connection
     except (sqlite3.Error, OSError) as error:
         raise InputError(
             f"the record of answers {path} cannot be used ({error}): mend its place, or restore it "

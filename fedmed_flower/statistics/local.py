@@ -1,71 +1,161 @@
 """What one hospital answers without noise: numbers of the minimum of patients or more.
 
 Numbers count rows; the minimum counts patients.
+
+An error may not depend on whether a group could be told of, else it would tell that too. So a
+request is looked at in three steps, of which each has left its trace in the hospital's file before
+the next begins: the values it compares with are noted, it is held against the columns, and it is
+answered.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Callable, Iterator
 from datetime import date
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.statistics.cells import coarse_enough, grid, merge_neighbours, pool_small
-from fedmed_flower.statistics.columns import Codes, Columns, Mask
+from fedmed_flower.statistics.columns import Codes, Columns
 from fedmed_flower.statistics.fewest import class_codes, fewest
-from fedmed_flower.statistics.guard import LACKING, NEW, OUTSIDE, Guard, Members
-from fedmed_flower.statistics.request import Request
+from fedmed_flower.statistics.guard import (
+    LACKING,
+    NEW,
+    OUTSIDE,
+    Guard,
+    Members,
+    note_compared,
+    open_guard,
+)
+from fedmed_flower.statistics.request import Request, Survival, require_comparable
+from fedmed_flower.statistics.values import Mask
+
+log = logging.getLogger("flwr.fedmed")
 
 MOST_COMPARED = 20
 OTHERS = "all others"
 FEW = "fewer patients than the minimum, alone or beside earlier answers"
 MISSING = "there is no such column of single values"
-_MOST_WEEKS = 10_000
+_MOST_WEEKS, _MOST_CELLS = 10_000, 1_000_000
+# Beyond that a week has no number of its own.
+_LAST_DAY = 1e15
 Told = dict[str, Any]
 
 
+def answer_exactly(
+    path: Path,
+    columns: Columns,
+    request: Request,
+    minimum: int,
+    hide_missing: bool = False,
+    most_compared: int = MOST_COMPARED,
+) -> Told:
+    """Answer a request as far as that may be told beside earlier answers, and write that down.
+
+    Parameters
+    ----------
+    path : Path
+        The hospital's file of answers.
+    columns : Columns
+    request : Request
+    minimum : int
+        The fewest patients of whom a number is told; at least 1.
+    hide_missing : bool
+        That a row lacks a value is then told of the minimum of patients only.
+    most_compared : int
+        How many different values the conditions on one column, and the widths of its cells, may
+        use, all requests together.
+
+    Returns
+    -------
+    dict
+        The groups, and what is withheld and why.
+
+    Raises
+    ------
+    InputError
+        Where conditions, `by`, `weekly` or survival name what is not there or does not fit, which
+        the columns decide and no condition; or where the file cannot be used.
+    DeclinedError
+        Where conditions on a column, or its widths, have used too many values.
+    """
+    note_compared(path, _compared(columns, request), most_compared)
+    _require_sound(columns, request)
+    with open_guard(path, columns, minimum, hide_missing) as guard:
+        return Local(columns, request, guard).answer()
+
+
+def _compared(columns: Columns, request: Request) -> list[tuple[str, float | str]]:
+    """Return by which values of columns that are there a request tells rows apart."""
+    found = [(condition.column, condition.value) for condition in request.where]
+    if request.by_width:
+        found.append((request.by, request.by_width))
+    if request.survival is not None:
+        time, _, *lengths = request.survival
+        found += [(time, length) for length in lengths]
+    if "histograms" in request.kinds:
+        for name in _wanted(columns, request):
+            width = columns.declared.resolution(name)
+            if width is not None and not columns.is_categorical(name):
+                found.append((name, width))
+    return [(name, value) for name, value in found if name in columns.names]
+
+
+def _require_sound(columns: Columns, request: Request) -> None:
+    """Raise `InputError` where a request names what is not there, or what does not fit."""
+    for condition in request.where:
+        columns.require(condition.column)
+        require_comparable(condition, columns.is_categorical(condition.column))
+    columns.require(*(name for name in (request.by, request.weekly) if name))
+    if request.survival is not None:
+        columns.require(*request.survival[:2])
+        if columns.is_categorical(request.survival.time):
+            raise InputError(
+                f"{request.survival.time} holds no numbers, which a survival curve needs"
+            )
+
+
+def _wanted(columns: Columns, request: Request) -> list[str]:
+    """Return the columns that are asked for and are there."""
+    # The curve tells of its columns; beside a table of events it would often be withheld.
+    others = (request.by, request.weekly, *(request.survival or ())[:2])
+    wanted = request.columns or tuple(name for name in columns.names if name not in others)
+    return [name for name in wanted if name in columns.names]
+
+
 class Local:
-    """Answers one request over the rows of one hospital.
+    """Answers one request, which fits the columns, over the rows of one hospital.
 
     Parameters
     ----------
     columns : Columns
     request : Request
     guard : Guard
-    most_compared : int
-        How many different values the conditions on one column, and the widths of its cells, may
-        use, all requests together.
     """
 
-    def __init__(
-        self, columns: Columns, request: Request, guard: Guard, most_compared: int = MOST_COMPARED
-    ) -> None:
+    def __init__(self, columns: Columns, request: Request, guard: Guard) -> None:
         self._columns, self._request, self._guard = columns, request, guard
-        self._most_compared, self._group = most_compared, ""
+        self._group = ""
         self._withheld: list[list[str]] = []
         # Rows that have come since earlier answers, and are too few to be told of.
         self._waiting = np.zeros(columns.count, bool)
 
     def answer(self) -> Told:
-        """Return the groups, and what is withheld and why.
-
-        Raises
-        ------
-        InputError
-            Where conditions, `by` or survival name what is not there.
-        DeclinedError
-            Where conditions on a column, or its widths, have used too many values.
-        """
-        groups = self._groups()
+        """Return the groups, and what is withheld and why."""
+        groups = self._or_withheld(self._groups, "patients") or []
         told: list[Told] = []
         for name, start, inside in groups:
             patients = int(np.unique(self._columns.whose[inside]).size)
-            counts = {"rows": int(inside.sum()), "patients": patients}
-            told.append({"name": name, "start": start, **counts})
+            entry: Told = {"name": name, "start": start, "rows": int(inside.sum())}
+            entry |= {"patients": patients, "numeric": {}, "categorical": {}}
+            told.append(entry | {"correlations": [], "pairs": []})
         # What cannot be told more coarsely goes first, and histograms go last: they make do with
         # the cells that are left to them.
         for part in (
@@ -82,14 +172,25 @@ class Local:
                 part(entry, inside)
         return {"groups": told, "withheld": self._withheld}
 
-    def _groups(self) -> list[tuple[str, float | None, Mask]]:
+    def _or_withheld(self, part: Callable[..., Any], what: str, *arguments: Any) -> Any:
+        """Return a part of the answer; where it fails, it is withheld as if it were of too few.
+
+        `part` takes what it is called, and the arguments.
+        """
+        try:
+            return part(what, *arguments)
+        except (sqlite3.Error, OSError):
+            # Of the file, which is the same trouble for every question.
+            raise
+        except Exception:
+            # That something failed could tell that there was somebody for whom it could.
+            log.exception("%s could not be computed and is withheld", what)
+            return self._withhold(what)
+
+    def _groups(self, what: str) -> list[tuple[str, float | None, Mask]]:
         """Return name, start of the window and rows of each group that may be told of."""
         request, columns, guard = self._request, self._columns, self._guard
         met = [columns.meets(condition) for condition in request.where]
-        for condition in request.where:
-            guard.compare(condition.column, condition.value, self._most_compared)
-        if request.by_width:
-            guard.compare(request.by, request.by_width, self._most_compared)
         inside = np.logical_and.reduce([np.ones(columns.count, bool), *met])
         labels, names = self._by()
         everybody = guard.members()
@@ -115,7 +216,7 @@ class Local:
                     return [("", None, usable)]
                 parts = [(*name, told == n) for n, name in enumerate([*names, (OTHERS, None)])]
                 return [part for part in parts if part[2].any()]
-        self._withhold("patients")
+        self._withhold(what)
         return []
 
     def _by(self) -> tuple[Codes, list[tuple[str, float | None]]]:
@@ -123,7 +224,6 @@ class Local:
         name, width, columns = self._request.by, self._request.by_width, self._columns
         if not name:
             return np.zeros(columns.count, np.int64), [("", None)]
-        columns.require(name)
         if not width:
             codes, texts = columns.codes(name)
             return codes, [(text[:200], None) for text in texts]
@@ -136,43 +236,36 @@ class Local:
             return labels, [(f"from {_date(start)}", start) for start in starts]
         return labels, [(f"{start:g} to {start + width:g}", start) for start in starts]
 
-    def _wanted(self, categorical: bool) -> list[str]:
-        """Return the columns of one kind that are asked for."""
-        request, columns = self._request, self._columns
-        # The curve tells of its columns; beside a table of events it would often be withheld.
-        others = (request.by, request.weekly, *(request.survival or ())[:2])
-        wanted = request.columns or tuple(n for n in columns.names if n not in others)
-        for name in wanted:
-            if name not in columns.names and categorical:
-                self._withhold(name, MISSING)
-        present = [name for name in wanted if name in columns.names]
-        return [name for name in present if columns.is_categorical(name) == categorical]
-
     def _moments(self, entry: Told, inside: Mask) -> None:
-        guard, columns = self._guard, self._columns
-        entry["numeric"] = {}
-        for name in self._wanted(categorical=False):
-            members, numbers = guard.members(name), columns.numbers(name)
-            for usable, waiting in self._attempts(inside & ~np.isnan(numbers), members):
-                if guard.admit([members], [self._cells(inside, usable, 0)], waiting):
-                    entry["numeric"][name] = told = _counted(inside, usable)
-                    if "moments" in self._request.kinds and usable.any():
-                        told |= moments(numbers[usable].tolist())
-                    break
-            else:
-                self._withhold(name)
+        for name in _wanted(self._columns, self._request):
+            if not self._columns.is_categorical(name):
+                self._or_withheld(self._moments_of, name, entry, inside)
+
+    def _moments_of(self, name: str, entry: Told, inside: Mask) -> None:
+        guard = self._guard
+        members, numbers = guard.members(name), self._columns.numbers(name)
+        for usable, waiting in self._attempts(inside & ~np.isnan(numbers), members):
+            if guard.admit([members], [self._cells(inside, usable, 0)], waiting):
+                told = _counted(inside, usable)
+                if "moments" in self._request.kinds and usable.any():
+                    told |= moments(numbers[usable].tolist())
+                entry["numeric"][name] = told
+                return
+        self._withhold(name)
 
     def _histograms(self, entry: Told, inside: Mask) -> None:
-        if "histograms" in self._request.kinds:
-            for name, told in entry["numeric"].items():
-                if told["n"] and (found := self._histogram(name, inside)) is not None:
+        if "histograms" not in self._request.kinds:
+            return
+        for name, told in entry["numeric"].items():
+            if told["n"]:
+                found = self._or_withheld(self._histogram, f"histogram of {name}", name, inside)
+                if found is not None:
                     told["histogram"] = found
 
-    def _histogram(self, name: str, inside: Mask) -> Told | None:
+    def _histogram(self, what: str, name: str, inside: Mask) -> Told | None:
         guard, columns = self._guard, self._columns
-        if (asked := columns.resolution(name)) is None:
-            return self._withhold(f"histogram of {name}", "nothing says how finely to tell it")
-        guard.compare(name, asked, self._most_compared)
+        if (asked := columns.declared.resolution(name)) is None:
+            return self._withhold(what, "nothing says how finely to tell it")
         numbers, members = columns.numbers(name), guard.members(name)
         for usable, waiting in self._attempts(inside & ~np.isnan(numbers), members):
             values, whose = numbers[usable], columns.whose[usable]
@@ -191,43 +284,54 @@ class Local:
             if guard.admit([members], [self._cells(inside, usable, places)], waiting):
                 counts = np.bincount(places, minlength=len(edges) + 1).tolist()
                 return {"edges": [edge * width for edge in edges], "counts": counts}
-        return self._withhold(f"histogram of {name}")
+        return self._withhold(what)
 
     def _categories(self, entry: Told, inside: Mask) -> None:
+        columns = self._columns
+        for name in self._request.columns:
+            if name not in columns.names:
+                self._withhold(name, MISSING)
+        for name in _wanted(columns, self._request):
+            if columns.is_categorical(name):
+                self._or_withheld(self._categories_of, name, entry, inside)
+
+    def _categories_of(self, name: str, entry: Told, inside: Mask) -> None:
         guard, columns = self._guard, self._columns
         tabulated = "tables" in self._request.kinds
-        entry["categorical"] = {}
-        for name in self._wanted(categorical=True):
-            members, (codes, texts) = guard.members(name), columns.codes(name)
-            attempts = list(self._attempts(inside & (codes >= 0), members))
-            # Rather a table without new rows than one in which no category can be named.
-            for number, (usable, waiting) in enumerate([*attempts, *attempts]):
-                labels, whose = guard.labels(members)[usable], columns.whose[usable]
-                pooled = pool_small(codes[usable] * tabulated, labels, whose, guard.minimum)
-                if pooled is None or (number < len(attempts) and not (pooled >= 0).any()):
-                    continue
-                several = np.where(pooled < 0, len(texts), pooled)
-                if guard.admit([members], [self._cells(inside, usable, several)], waiting):
-                    entry["categorical"][name] = told = _counted(inside, usable)
-                    if tabulated:
-                        found, counts = np.unique(pooled[pooled >= 0], return_counts=True)
-                        told["names"] = [texts[code][:200] for code in found]
-                        told["counts"], told["few"] = counts.tolist(), int((pooled < 0).sum())
-                    break
-            else:
-                self._withhold(name)
+        members, (codes, texts) = guard.members(name), columns.codes(name)
+        attempts = list(self._attempts(inside & (codes >= 0), members))
+        # Rather a table without new rows than one in which no category can be named.
+        for number, (usable, waiting) in enumerate([*attempts, *attempts]):
+            labels, whose = guard.labels(members)[usable], columns.whose[usable]
+            pooled = pool_small(codes[usable] * tabulated, labels, whose, guard.minimum)
+            if pooled is None or (number < len(attempts) and not (pooled >= 0).any()):
+                continue
+            several = np.where(pooled < 0, len(texts), pooled)
+            if guard.admit([members], [self._cells(inside, usable, several)], waiting):
+                told = _counted(inside, usable)
+                if tabulated:
+                    found, counts = np.unique(pooled[pooled >= 0], return_counts=True)
+                    told["names"] = [texts[code][:200] for code in found]
+                    told["counts"], told["few"] = counts.tolist(), int((pooled < 0).sum())
+                entry["categorical"][name] = told
+                return
+        self._withhold(name)
 
     def _correlations(self, entry: Told, inside: Mask) -> None:
         asked = "correlations" in self._request.kinds
-        pairs = combinations(entry["numeric"] if asked else (), 2)
-        found = [self._correlation(one, other, inside) for one, other in pairs]
-        entry["correlations"] = [told for told in found if told is not None]
+        for one, other in combinations(entry["numeric"] if asked else (), 2):
+            what = f"correlation of {one} and {other}"
+            told = self._or_withheld(self._correlation, what, one, other, inside)
+            if told is not None:
+                entry["correlations"].append(told)
 
     def _pairs(self, entry: Told, inside: Mask) -> None:
-        found = [self._pair(one, other, inside) for one, other in self._request.pairs]
-        entry["pairs"] = [told for told in found if told is not None]
+        for one, other in self._request.pairs:
+            told = self._or_withheld(self._pair, f"{one} by {other}", one, other, inside)
+            if told is not None:
+                entry["pairs"].append(told)
 
-    def _correlation(self, one: str, other: str, inside: Mask) -> Told | None:
+    def _correlation(self, what: str, one: str, other: str, inside: Mask) -> Told | None:
         guard, columns = self._guard, self._columns
         x, y = columns.numbers(one), columns.numbers(other)
         keys = [guard.members(one), guard.members(other)]
@@ -237,10 +341,10 @@ class Local:
                 parts = [moments(values[usable].tolist()) for values in (x, y)]
                 product = comoment(x[usable], y[usable], *parts)
                 return {"columns": [one, other], "of": parts, "product": product}
-        return self._withhold(f"correlation of {one} and {other}")
+        return self._withhold(what)
 
-    def _pair(self, one: str, other: str, inside: Mask) -> Told | None:
-        guard, columns, what = self._guard, self._columns, f"{one} by {other}"
+    def _pair(self, what: str, one: str, other: str, inside: Mask) -> Told | None:
+        guard, columns = self._guard, self._columns
         for name in (one, other):
             if name not in columns.names:
                 return self._withhold(what, MISSING)
@@ -254,26 +358,28 @@ class Local:
             cells = [self._cells(inside, usable, codes[usable]) for codes in (a, b, joint)]
             small = fewest(classes, columns.whose[usable]) < guard.minimum
             if usable.any() and not small and guard.admit(keys, cells, waiting):
-                rows, across = np.unique(a[usable]), np.unique(b[usable])
-                size = len(names) * len(others)
-                table = np.bincount(joint[usable], minlength=size).reshape(len(names), -1)
+                rows, row_of = np.unique(a[usable], return_inverse=True)
+                across, column_of = np.unique(b[usable], return_inverse=True)
+                if rows.size * across.size > _MOST_CELLS:
+                    return self._withhold(what, f"it has more than {_MOST_CELLS:,} cells")
+                table = np.zeros((rows.size, across.size), np.int64)
+                np.add.at(table, (row_of, column_of), 1)
                 return {
                     "columns": [one, other],
                     "rows": [names[code][:200] for code in rows],
                     "across": [others[code][:200] for code in across],
-                    "counts": table[np.ix_(rows, across)].tolist(),
+                    "counts": table.tolist(),
                 }
         return self._withhold(what)
 
     def _survival(self, entry: Told, inside: Mask) -> None:
-        asked, guard, columns = self._request.survival, self._guard, self._columns
-        if asked is None:
-            return
+        if (asked := self._request.survival) is not None:
+            what = f"survival by {asked.time}"
+            self._or_withheld(self._survival_of, what, asked, entry, inside)
+
+    def _survival_of(self, what: str, asked: Survival, entry: Told, inside: Mask) -> None:
+        guard, columns = self._guard, self._columns
         times, events = columns.survival(asked)
-        if columns.is_categorical(asked.time):
-            raise InputError(f"{asked.time} holds no numbers, which a survival curve needs")
-        for length in (asked.width, asked.horizon):
-            guard.compare(asked.time, length, self._most_compared)
         keys = [guard.members(*names) for names in ((asked.time,), (asked.event,), asked[:2])]
         for usable, waiting in self._attempts(inside & ~np.isnan(times), *keys):
             happened, whose, width = events[usable], columns.whose[usable], asked.width
@@ -307,14 +413,16 @@ class Local:
                     "censored": counts[:, 0].tolist(),
                 }
                 return
-        self._withhold(f"survival by {asked.time}")
+        self._withhold(what)
 
     def _weeks(self, entry: Told, inside: Mask) -> None:
-        guard, columns, name = self._guard, self._columns, self._request.weekly
-        if not name:
-            return
-        columns.require(name)
+        if name := self._request.weekly:
+            self._or_withheld(self._weeks_of, f"weeks by {name}", name, entry, inside)
+
+    def _weeks_of(self, what: str, name: str, entry: Told, inside: Mask) -> None:
+        guard, columns = self._guard, self._columns
         days, dated = columns.days(name)
+        days = np.clip(days, -_LAST_DAY, _LAST_DAY)
         members = guard.members(name)
         for usable, waiting in self._attempts(inside & ~np.isnan(days), members):
             # The first day of the calendar is a Monday.
@@ -326,11 +434,11 @@ class Local:
                 continue
             known, counts = np.unique(pooled[pooled >= 0], return_counts=True)
             first, last = int(weeks[known[0]]), int(weeks[known[-1]])
-            if last - first >= _MOST_WEEKS:
-                self._withhold(f"weeks by {name}", "they are more than 10,000 weeks")
-                return
             cells = self._cells(inside, usable, np.where(pooled < 0, len(weeks), pooled))
             if guard.admit([members], [cells], waiting):
+                if last - first >= _MOST_WEEKS:
+                    self._withhold(what, "they are more than 10,000 weeks")
+                    return
                 told: list[int | None] = [0] * (last - first + 1)
                 for week in weeks[(weeks >= first) & (weeks <= last)]:
                     told[int(week) - first] = None
@@ -339,7 +447,7 @@ class Local:
                 start = _date(7.0 * first + 1) if dated else f"day {7 * first}"
                 entry["weeks"] = {"first": first, "start": start, "counts": told}
                 return
-        self._withhold(f"weeks by {name}")
+        self._withhold(what)
 
     def _attempts(self, usable: Mask, *keys: Members) -> Iterator[tuple[Mask, Mask]]:
         """Give the rows of an answer and those that wait.

@@ -4,29 +4,108 @@ One vector holds everything that is counted and summed. A row adds a vector to i
 at most `Plan.bound`, and a patient the mean of these over all rows of that patient, so that one
 patient with all records, in or out, changes the whole by no more than that. Gaussian noise on each
 number then makes it one release with the noise multiplier std / bound.
+
+What a row adds may follow from the row and from what is declared, and from nothing else: if other
+patients' rows decided how it is read, one of them could move the vector by more. So a plan is made
+before there are rows, and each cell is read by itself. A cell that does not fit its column counts
+as missing, and so does a column that is not there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed_flower.data.site import Row, patient_text
 from fedmed_flower.errors import InputError
 from fedmed_flower.privacy.noise import gaussian, secure_generator
-from fedmed_flower.statistics.columns import Codes, Columns, Mask
+from fedmed_flower.statistics.columns import Codes, follow_up
+from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.local import Told
-from fedmed_flower.statistics.request import Request
+from fedmed_flower.statistics.request import Filter, Request, Survival, require_comparable
+from fedmed_flower.statistics.values import (
+    Floats,
+    Mask,
+    cells_of,
+    numbers_meet,
+    numbers_of,
+    text_of,
+    texts_meet,
+)
 
-Floats = NDArray[np.float64]
 _MOST_BINS, _MOST_CORRELATED, _MOST_NUMBERS = 200, 50, 1_000_000
 _UNDECLARED = "with noise a column needs a declared range, or declared categories"
 _SMALL = "its count, with noise, is below the minimum"
+
+
+class Cells:
+    """The rows of a hospital, read cell by cell as is declared of their columns.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Of one whose ``patient`` is none nothing is read.
+    declared : Declared
+
+    Attributes
+    ----------
+    patients : list of str
+        Of each row that is read.
+    """
+
+    def __init__(self, rows: Sequence[Row], declared: Declared) -> None:
+        named = [(patient, row) for row in rows if (patient := _patient(row)) is not None]
+        self.patients = [patient for patient, _ in named]
+        self._rows, self._declared = [row for _, row in named], declared
+        self._codes: dict[str, Codes] = {}
+        self._scaled: dict[str, tuple[Floats, Mask]] = {}
+
+    def codes(self, name: str) -> Codes:
+        """Return (rows,) the number of each row's category of a column.
+
+        Behind those that are declared are all other categories, and then a missing one.
+        """
+        if name not in self._codes:
+            names = self._declared.categories[name]
+            number: dict[str | None, int] = {text: place for place, text in enumerate(names)}
+            number[None] = len(names) + 1
+            codes = [number.get(text, len(names)) for text in self._texts(name)]
+            self._codes[name] = np.array(codes, np.int64)
+        return self._codes[name]
+
+    def scaled(self, name: str) -> tuple[Floats, Mask]:
+        """Return a column clipped to its range as -1 to 1, 0 where it is missing, and where not."""
+        if name not in self._scaled:
+            (low, high), numbers = map(float, self._declared.ranges[name]), self._numbers(name)
+            present = ~np.isnan(numbers)
+            with np.errstate(over="ignore"):
+                scaled = (np.where(present, numbers, low) - low) / (high - low) * 2 - 1
+            # Last, so that the bound holds whatever the arithmetic has made of an odd range.
+            scaled = np.where(present, np.clip(np.nan_to_num(scaled), -1.0, 1.0), 0.0)
+            self._scaled[name] = scaled, present
+        return self._scaled[name]
+
+    def meets(self, condition: Filter) -> Mask:
+        """Return (rows,) whether a row meets a condition."""
+        if self._declared.is_categorical(condition.column):
+            return texts_meet(self._texts(condition.column), condition)
+        return numbers_meet(self._numbers(condition.column), condition)
+
+    def follow_up(self, asked: Survival) -> tuple[Floats, Codes]:
+        """Return times and events; see `fedmed_flower.statistics.columns.follow_up`."""
+        return follow_up(self._numbers(asked.time), self._texts(asked.event), asked.horizon)
+
+    def _numbers(self, name: str) -> Floats:
+        return numbers_of(cells_of(self._rows, name))
+
+    def _texts(self, name: str) -> list[str | None]:
+        return [text_of(value) for value in cells_of(self._rows, name)]
 
 
 @dataclass(frozen=True)
@@ -37,8 +116,9 @@ class Block:
     ----------
     kind : {"patients", "table", "moments", "pair", "correlation", "survival"}
     columns : tuple of str
-    values : ndarray
-        (rows, numbers) what each row adds; or, for counts, (rows,) which number it adds 1 to.
+    values : callable
+        Maps `Cells` to (rows, numbers) what each row adds; or, for counts, to (rows,) which number
+        it adds 1 to.
     size : int
         How many numbers.
     bound : float
@@ -49,188 +129,217 @@ class Block:
 
     kind: str
     columns: tuple[str, ...]
-    values: NDArray[Any]
+    values: Callable[[Cells], NDArray[Any]]
     size: int
     bound: float
-    about: Told
+    about: Told = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is counted of each group.
+    """All that is counted of each group, before any row is looked at.
 
     Attributes
     ----------
     blocks : list of Block
     groups : tuple of str
-    labels : ndarray
-        (rows,) the group of each row, -1 for none.
+    by : str
+        The column that makes the groups; empty for one group of all rows.
+    where : tuple of Filter
+        The conditions that rows meet.
     withheld : list of (str, str, str)
+    declared : Declared
     """
 
     blocks: list[Block]
     groups: tuple[str, ...]
-    labels: Codes
+    by: str
+    where: tuple[Filter, ...]
     withheld: list[list[str]]
+    declared: Declared
 
     @property
     def bound(self) -> float:
         """How far one patient can move the vector of all groups."""
         return math.sqrt(sum(block.bound**2 for block in self.blocks))
 
-    def sums(self, columns: Columns) -> Floats:
+    def sums(self, cells: Cells) -> Floats:
         """Return (groups, numbers) the vector, without noise."""
-        rows_of = np.bincount(columns.whose)
-        weights = 1.0 / rows_of[columns.whose]
-        found = []
-        for number in range(len(self.groups)):
-            here = self.labels == number
-            found.append(
-                np.concatenate([_sum(block, here, weights[here]) for block in self.blocks])
-            )
-        return np.array(found)
+        _, whose = np.unique(cells.patients, return_inverse=True)
+        weights = 1.0 / np.bincount(whose)[whose]
+        labels = self._labels(cells)
+        rows_of = [np.flatnonzero(labels == number) for number in range(len(self.groups))]
+        found = [_sums(block, block.values(cells), rows_of, weights) for block in self.blocks]
+        return np.concatenate(found, axis=1)
+
+    def _labels(self, cells: Cells) -> Codes:
+        """Return (rows,) the group of each row, -1 for none."""
+        labels = np.zeros(len(cells.patients), np.int64)
+        if self.by:
+            labels = cells.codes(self.by).copy()
+            labels[labels >= len(self.groups)] = -1
+        for condition in self.where:
+            labels[~cells.meets(condition)] = -1
+        return labels
 
 
-def plan(columns: Columns, request: Request) -> Plan:
-    """Return what a request counts; what is in the rows decides nothing of its form.
+def plan(request: Request, declared: Declared) -> Plan:
+    """Return what a request counts, which it and the schema decide.
 
     Raises
     ------
     InputError
-        Where no column is named, a condition or `by` is of one that is not declared, or too much is
-        asked at once.
+        Where no column is named, a condition or `by` is of one that is not declared or does not fit
+        it, request and schema declare a column otherwise, or too much is asked at once.
     """
-    names = request.columns or (*columns.ranges, *columns.categories)
-    if not names:
-        raise InputError(f"{_UNDECLARED}: name columns, and declare them")
-    declared = {*columns.ranges, *columns.categories}
-    withheld = [["", name, _UNDECLARED] for name in names if name not in declared]
-    # What a column holds, or whether it is there at all, is not told without noise either.
-    if unknown := [c.column for c in request.where if c.column not in declared]:
-        raise InputError(f"with noise a condition needs a declared range or categories: {unknown}")
-    met = [columns.meets(c) for c in request.where if c.column in columns.names]
-    inside = np.full(columns.count, len(met) == len(request.where))
-    inside = np.logical_and.reduce([inside, *met])
-    labels, groups = np.where(inside, 0, -1), ("",)
-    if request.by:
-        if request.by not in columns.categories:
-            raise InputError(f"with noise the categories of {request.by} must be declared")
-        groups = tuple(columns.categories[request.by])
-        labels = np.where(inside, _coded(columns, request.by)[0], -1)
-        labels[labels >= len(groups)] = -1
-    everybody = np.zeros(columns.count, np.int64)
-    blocks = [Block("patients", (), everybody, 1, 1.0, {})]
-    numeric = [name for name in names if name in columns.ranges]
-    if "correlations" in request.kinds and len(numeric) > _MOST_CORRELATED:
-        raise InputError(
-            f"correlations with noise are of at most {_MOST_CORRELATED} columns, got {len(numeric)}"
-        )
+    names = request.columns or tuple(dict.fromkeys((*declared.ranges, *declared.categories)))
+    _require_declared(request, declared, names)
+    numeric = [name for name in names if declared.has_range(name)]
+    blocks = [Block("patients", (), _everybody, 1, 1.0)]
+    withheld = []
     for name in names:
-        if name in numeric:
-            blocks += _numeric(columns, request, name)
-        elif name in columns.categories:
-            codes, size = _coded(columns, name)
-            blocks.append(Block("table", (name,), codes, size, 1.0, {}))
+        if declared.has_range(name):
+            blocks += _numeric(request, declared, name)
+        elif declared.has_categories(name):
+            blocks.append(_table(declared, name))
+        else:
+            withheld.append(["", name, _UNDECLARED])
     if "correlations" in request.kinds:
-        blocks += [_correlation(columns, *pair) for pair in combinations(numeric, 2)]
+        blocks += [_correlation(*pair) for pair in combinations(numeric, 2)]
     for one, other in request.pairs:
-        if {one, other} <= columns.categories.keys():
-            (a, rows), (b, across) = _coded(columns, one), _coded(columns, other)
-            shape = {"shape": (rows, across)}
-            codes = a * across + b
-            blocks.append(Block("pair", (one, other), codes, rows * across, 1.0, shape))
+        if declared.has_categories(one) and declared.has_categories(other):
+            blocks.append(_pair(declared, one, other))
         else:
             withheld.append(["", f"{one} by {other}", _UNDECLARED])
     if request.survival is not None:
-        blocks.append(_survival(columns, request))
+        blocks.append(_survival(request.survival))
+    groups = tuple(declared.categories[request.by]) if request.by else ("",)
     if (size := len(groups) * sum(block.size for block in blocks)) > _MOST_NUMBERS:
         raise InputError(
             f"with noise at most {_MOST_NUMBERS:,} numbers can be asked for, got {size:,}"
         )
-    return Plan(blocks, groups, labels.astype(np.int64), withheld)
+    return Plan(blocks, groups, request.by, request.where, withheld, declared)
 
 
 def noised(
-    planned: Plan, columns: Columns, noise_multiplier: float, minimum: int
+    planned: Plan, cells: Cells, noise_multiplier: float, minimum: int
 ) -> tuple[list[Told], list[list[str]]]:
     """Return the groups of an answer with noise, and what is withheld and why."""
-    sums = planned.sums(columns)
+    sums = planned.sums(cells)
     noise = gaussian(sums.size, noise_multiplier * planned.bound, secure_generator())
     sums += noise.reshape(sums.shape)
     groups, withheld = [], list(planned.withheld)
     for name, vector in zip(planned.groups, sums, strict=True):
-        told, small = _told(name, planned.blocks, vector, columns, minimum)
+        told, small = _told(name, planned.blocks, vector, planned.declared, minimum)
         groups.append(told)
         withheld += [[name, what, _SMALL] for what in small]
     return groups, withheld
 
 
-def _sum(block: Block, here: Mask, weights: Floats) -> Floats:
-    values = block.values[here]
+def _patient(row: Row) -> str | None:
+    """Return whose row it is; None where that is no patient."""
+    try:
+        return patient_text(row["patient"])
+    except Exception:
+        # Whatever stands there: with an error in its place one row would decide over the answer.
+        return None
+
+
+def _require_declared(request: Request, declared: Declared, names: Sequence[str]) -> None:
+    """Raise `InputError` where a request cannot be answered by what is declared."""
+    declared.require_agreement()
+    if not names:
+        raise InputError(f"{_UNDECLARED}: name columns, and declare them")
+    known = {*declared.ranges, *declared.categories}
+    if unknown := [c.column for c in request.where if c.column not in known]:
+        raise InputError(f"with noise a condition needs a declared range or categories: {unknown}")
+    for condition in request.where:
+        require_comparable(condition, declared.is_categorical(condition.column) is True)
+    if request.by and not declared.has_categories(request.by):
+        raise InputError(f"with noise the categories of {request.by} must be declared")
+    if request.survival is not None and declared.is_categorical(request.survival.time):
+        raise InputError(f"{request.survival.time} holds no numbers, which a survival curve needs")
+    numeric = sum(declared.has_range(name) for name in names)
+    if "correlations" in request.kinds and numeric > _MOST_CORRELATED:
+        raise InputError(
+            f"correlations with noise are of at most {_MOST_CORRELATED} columns, got {numeric}"
+        )
+
+
+def _sums(block: Block, values: NDArray[Any], rows_of: Sequence[Codes], weights: Floats) -> Floats:
+    """Return (groups, numbers) what the rows of each group add, each by its weight."""
     if values.ndim == 1:
-        return np.bincount(values, weights, block.size).astype(np.float64)
-    return np.asarray(weights @ values, np.float64)
+        each = [np.bincount(values[here], weights[here], block.size) for here in rows_of]
+    else:
+        each = [weights[here] @ values[here] for here in rows_of]
+    return np.array(each, np.float64)
 
 
-def _coded(columns: Columns, name: str) -> tuple[Codes, int]:
-    """Return the number of each row's category and how many there are.
-
-    The last two are all other categories, and a missing one.
-    """
-    names = columns.categories[name]
-    number: dict[str | None, int] = {text: place for place, text in enumerate(names)}
-    number[None] = len(names) + 1
-    codes = [number.get(text, len(names)) for text in columns.texts(name)]
-    return np.array(codes, np.int64), len(names) + 2
+def _everybody(cells: Cells) -> Codes:
+    return np.zeros(len(cells.patients), np.int64)
 
 
-def _scaled(columns: Columns, name: str) -> tuple[Floats, Mask]:
-    """Return a column clipped to its range as -1 to 1, 0 where it is missing, and where it is."""
-    (low, high), numbers = map(float, columns.ranges[name]), columns.numbers(name)
-    present = ~np.isnan(numbers)
-    scaled = (np.where(present, numbers, low) - low) / (high - low) * 2 - 1
-    # Last, so that the bound holds whatever the arithmetic has made of an odd range.
-    return np.where(present, np.clip(np.nan_to_num(scaled), -1.0, 1.0), 0.0), present
+def _table(declared: Declared, name: str) -> Block:
+    size = len(declared.categories[name]) + 2
+    return Block("table", (name,), lambda cells: cells.codes(name), size, 1.0)
 
 
-def _numeric(columns: Columns, request: Request, name: str) -> list[Block]:
-    scaled, present = _scaled(columns, name)
-    (low, high), bins = columns.ranges[name], 1
+def _numeric(request: Request, declared: Declared, name: str) -> list[Block]:
+    (low, high), bins = declared.ranges[name], 1
     if "histograms" in request.kinds:
-        width = columns.resolution(name) or high - low
-        bins = min(max(1, math.ceil((high - low) / width)), _MOST_BINS)
-    places = np.clip(((scaled + 1) / 2 * bins).astype(np.int64), 0, bins - 1)
-    places = np.where(present, places, bins)
+        width = declared.resolution(name) or high - low
+        bins = max(1, math.ceil(min((high - low) / width, _MOST_BINS)))
+
+    def places(cells: Cells) -> Codes:
+        scaled, present = cells.scaled(name)
+        found = np.clip(((scaled + 1) / 2 * bins).astype(np.int64), 0, bins - 1)
+        return np.where(present, found, bins)
+
+    def squares(cells: Cells) -> Floats:
+        scaled, _ = cells.scaled(name)
+        return np.column_stack((scaled, scaled**2))
+
     edges = [low + (high - low) * number / bins for number in range(1, bins)]
-    table = Block("table", (name,), places, bins + 1, 1.0, {"edges": edges})
-    if "moments" not in request.kinds:
-        return [table]
-    values = np.column_stack((scaled, scaled**2))
-    return [table, Block("moments", (name,), values, 2, math.sqrt(2), {})]
+    blocks = [Block("table", (name,), places, bins + 1, 1.0, {"edges": edges})]
+    if "moments" in request.kinds:
+        blocks.append(Block("moments", (name,), squares, 2, math.sqrt(2)))
+    return blocks
 
 
-def _correlation(columns: Columns, one: str, other: str) -> Block:
-    (x, first), (y, second) = _scaled(columns, one), _scaled(columns, other)
-    both = first & second
-    values = np.column_stack((np.ones_like(x), x, y, x * x, y * y, x * y)) * both[:, None]
-    return Block("correlation", (one, other), values, 6, math.sqrt(6), {})
+def _pair(declared: Declared, one: str, other: str) -> Block:
+    rows, across = (len(declared.categories[name]) + 2 for name in (one, other))
+
+    def places(cells: Cells) -> Codes:
+        return cells.codes(one) * across + cells.codes(other)
+
+    return Block("pair", (one, other), places, rows * across, 1.0, {"shape": (rows, across)})
 
 
-def _survival(columns: Columns, request: Request) -> Block:
-    asked = request.survival
-    if asked is None:
-        raise InputError("no survival is asked for")
-    times, events = columns.survival(asked)
+def _correlation(one: str, other: str) -> Block:
+    def products(cells: Cells) -> Floats:
+        (x, first), (y, second) = cells.scaled(one), cells.scaled(other)
+        both = first & second
+        return np.column_stack((np.ones_like(x), x, y, x * x, y * y, x * y)) * both[:, None]
+
+    return Block("correlation", (one, other), products, 6, math.sqrt(6))
+
+
+def _survival(asked: Survival) -> Block:
     count = min(math.ceil(asked.horizon / asked.width), _MOST_BINS)
-    width, known = asked.horizon / count, ~np.isnan(times)
-    steps = np.clip(np.ceil(np.where(known, times, 0.0) / width), 1, count).astype(np.int64)
-    places = np.where(known, 2 * (steps - 1) + events, 2 * count)
+    width = asked.horizon / count
+
+    def places(cells: Cells) -> Codes:
+        times, events = cells.follow_up(asked)
+        known = ~np.isnan(times)
+        steps = np.clip(np.ceil(np.where(known, times, 0.0) / width), 1, count).astype(np.int64)
+        return np.where(known, 2 * (steps - 1) + events, 2 * count)
+
     ends = [width * number for number in range(1, count + 1)]
     return Block("survival", asked[:2], places, 2 * count + 1, 1.0, {"times": ends})
 
 
 def _told(
-    name: str, blocks: list[Block], vector: Floats, columns: Columns, minimum: int
+    name: str, blocks: list[Block], vector: Floats, declared: Declared, minimum: int
 ) -> tuple[Told, list[str]]:
     """Return the answer that noised numbers give, without what they say of too few patients."""
     told: Told = {"name": name, "start": None, "numeric": {}, "categorical": {}}
@@ -244,19 +353,19 @@ def _told(
         elif block.kind == "moments":
             entry = told["numeric"].get(of[0])
             if entry is not None:
-                entry |= _moments(numbers, entry["n"], columns.ranges[of[0]])
+                entry |= _moments(numbers, entry["n"], declared.ranges[of[0]])
         elif block.kind == "correlation":
             if numbers[0] < max(minimum, 2):
                 small.append(f"correlation of {of[0]} and {of[1]}")
             else:
-                told["correlations"].append(_correlated(numbers, of, columns.ranges))
+                told["correlations"].append(_correlated(numbers, of, declared.ranges))
         elif block.kind == "survival":
             table = counts[:-1].reshape(-1, 2)
             told["survival"] = {"times": block.about["times"], "events": table[:, 1].tolist()}
             told["survival"]["censored"] = table[:, 0].tolist()
         elif block.kind == "pair":
             shape = block.about["shape"]
-            names = [[*columns.categories[n], "(other)"] for n in of]
+            names = [[*declared.categories[n], "(other)"] for n in of]
             table = counts.reshape(shape)[:-1, :-1]
             entry = {"columns": list(of), "rows": names[0], "across": names[1]}
             told["pairs"].append(entry | {"counts": table.tolist()})
@@ -269,7 +378,7 @@ def _told(
                 if block.about["edges"]:
                     entry["histogram"] = block.about | {"counts": counts[:-1].tolist()}
             else:
-                entry |= {"names": list(columns.categories[of[0]]), "few": float(counts[-2])}
+                entry |= {"names": list(declared.categories[of[0]]), "few": float(counts[-2])}
                 told["categorical"][of[0]] = entry | {"counts": counts[:-2].tolist()}
     return told, small
 

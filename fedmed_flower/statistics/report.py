@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -14,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fedmed_flower import page, plots
-from fedmed_flower.errors import InputError
+from fedmed_flower.files import as_input_error, read_object
 from fedmed_flower.page import INK, escaped, many
 from fedmed_flower.plots import Pens
 from fedmed_flower.runfolder import SUMMARY, write_atomic
@@ -22,7 +21,7 @@ from fedmed_flower.statistics.pooling import cumulate, pool_survival
 from fedmed_flower.statistics.table import OVERALL, label, tables
 
 STATISTICS = "statistics.json"
-_MOST_ROWS, _MOST_PLOTS = 400, 24
+_MOST_ROWS, _MOST_PLOTS, _MOST_NAMES, _MOST_WEEKS = 400, 24, 100, 2000
 _ALERT = "#d55e00"
 _BANNER = '<div class="banner" role="note">generated rows, not patients</div>'
 _LEFT = """<h2>What left each hospital</h2><p>The numbers behind these tables and no row: counts,
@@ -48,13 +47,10 @@ def write_page(folder: Path) -> Path:
     InputError
         Where ``summary.json`` or ``statistics.json`` is missing or damaged.
     """
-    summary, found = _read(folder / SUMMARY), _read(folder / STATISTICS)
-    try:
+    hint = "give the folder of a survey"
+    summary, found = read_object(folder, SUMMARY, hint), read_object(folder, STATISTICS, hint)
+    with as_input_error(f"the survey in {folder / STATISTICS}", "run it again"):
         body = _body(summary, found)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise InputError(
-            f"{folder / STATISTICS} is no survey ({type(error).__name__} {error}): run it again"
-        ) from error
     text = page.PAGE.substitute(
         title=escaped(summary.get("app") or "Survey"),
         images="",
@@ -68,6 +64,10 @@ def write_page(folder: Path) -> Path:
 
 def _body(summary: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     pens = plots.pens(sorted(found["sites"], key=page.natural))
+    for group in found["groups"].values():
+        counted = group["overall"]["categorical"].values()
+        many_rows = sum(len(told.get("counts", ())) + 1 for told in counted)
+        page.require_small(many_rows + len(group["overall"]["numeric"]), len(group["sites"]))
     made = tables(found)
     first = [table for table in made if table["title"].startswith("Table 1")]
     rest = [table for table in made if not table["title"].startswith("Table 1")]
@@ -158,6 +158,7 @@ def _histogram(column: str, told: Mapping[str, Any], pens: Pens) -> str:
         reached = np.cumsum(part["counts"])
         shares = 100 * reached[:-1] / max(reached[-1], 1e-9)
         axes.plot(part["edges"], shares, pens[site][1], color=pens[site][0], lw=1.4, marker=".")
+    page.require_small(len(parts), sum(len(part["edges"]) for part in parts.values()))
     edges, below = cumulate([*parts.values()])
     total = sum(sum(part["counts"]) for part in parts.values())
     axes.plot(edges, 100 * below.sum(axis=0) / max(total, 1e-9), color=INK, lw=1.4)
@@ -185,6 +186,8 @@ def _survival(group: Mapping[str, Any], told: Mapping[str, Any], pens: Pens) -> 
 
 def _matrix(correlations: Sequence[Mapping[str, Any]], of: str) -> str:
     names = list(dict.fromkeys(name for told in correlations for name in told["columns"]))
+    if len(names) > _MOST_NAMES:
+        return f'<p class="note">Correlations of {many(len(names), "column")} are not drawn.</p>'
     values = np.full((len(names), len(names)), np.nan)
     for told in correlations:
         i, j = (names.index(name) for name in told["columns"])
@@ -208,6 +211,8 @@ def _matrix(correlations: Sequence[Mapping[str, Any]], of: str) -> str:
 
 def _weeks(entry: Mapping[str, Any]) -> str:
     counts = [math.nan if value is None else value for value in entry["counts"]]
+    if len(counts) > _MOST_WEEKS:
+        return f'<p class="note">{many(len(counts), "week")} are not drawn.</p>'
     axes: Any = Figure((6.4, 2.2), layout="constrained").subplots()
     weeks = np.arange(1, len(counts) + 1)
     alerts = entry.get("alert") or [False] * len(counts)
@@ -225,13 +230,3 @@ def _weeks(entry: Mapping[str, Any]) -> str:
 def _plain(name: str) -> str:
     """Return a name for an axis: short, in one line, without marks that a drawing reads."""
     return "".join(c if c.isprintable() else "�" for c in name)[:24]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give the folder of a survey") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds no JSON object: give the folder of a survey")
-    return found

@@ -23,6 +23,8 @@ OPERATIONS: Mapping[str, Callable[[Any, Any], Any]] = {
 }
 _FILTER = re.compile(r"\s*(.+?)\s*(==|!=|<=|>=|<|>|=)\s*(.*?)\s*")
 _MOST_NAMES, _MOST_LETTERS = 1000, 200
+# Numbers in a hospital's columns are below it.
+_FARTHEST = 1e100
 
 
 class Filter(NamedTuple):
@@ -124,20 +126,29 @@ class Request:
             raise InputError(f"where must have at most 20 conditions, got {len(self.where)}")
         for condition in self.where:
             _require_filter(condition)
-        _require_number("by_width", self.by_width, self.by_width >= 0, "at least 0")
+        if self.by_width:
+            _require_length("by_width", self.by_width)
         for column, width in self.resolutions.items():
-            _require_number(f"the resolution of {column}", width, width > 0, "above 0")
+            _require_length(f"the resolution of {column}", width)
         for column, (low, high) in self.ranges.items():
             # As floats, which is what is computed with.
-            if not 1e-300 < float(high) - float(low) < math.inf:
+            if not (max(-low, high) <= _FARTHEST and float(high) - float(low) > 1e-300):
                 raise InputError(
-                    f"the range of {column} must be two finite numbers, the lower first, "
-                    f"got {low} and {high}"
+                    f"the range of {column} must be two numbers from -{_FARTHEST:g} to "
+                    f"{_FARTHEST:g}, the lower first, got {low} and {high}"
                 )
         for column, names in self.categories.items():
             _require_names(f"the categories of {column}", names)
             if len(set(names)) < max(len(names), 1):
                 raise InputError(f"the categories of {column} must be one or more, each once")
+        for column in (*self.categorical, *self.categories):
+            if column in self.ranges:
+                raise InputError(
+                    f"{column} is declared categorical and has a range, as numbers have: leave one "
+                    "of them out"
+                )
+        if len(self.pairs) > _MOST_NAMES:
+            raise InputError(f"pairs must be at most {_MOST_NAMES}, got {len(self.pairs)}")
         for pair in self.pairs:
             if len(pair) != 2 or pair[0] == pair[1]:
                 raise InputError(f"pairs must be of two different columns, got {pair!r}")
@@ -226,11 +237,20 @@ def _require_filter(condition: Filter) -> None:
             raise InputError(f"{column} {operation} must be followed by a number, got {value!r}")
 
 
+def require_comparable(condition: Filter, categorical: bool) -> None:
+    """Raise `InputError` where a condition does not fit a column of categories, or of numbers."""
+    column, operation, value = condition
+    if not categorical and isinstance(value, str):
+        raise InputError(f"{column} holds numbers and cannot be compared with {value!r}")
+    if categorical and operation not in ("==", "!="):
+        raise InputError(f"{column} holds categories: compare it by == or !=, not {operation}")
+
+
 def _require_survival(survival: Survival) -> None:
     time, event, horizon, width = survival
     _require_names("survival", (time, event))
     for name, value in (("horizon", horizon), ("width", width)):
-        _require_number(f"the {name} of survival", value, value > 0, "above 0")
+        _require_length(f"the {name} of survival", value)
     if time == event or not horizon / width <= 10_000:
         raise InputError(
             "survival must have two different columns and a horizon of at most 10,000 widths, "
@@ -245,6 +265,11 @@ def _require_names(what: str, names: Iterable[str]) -> None:
             raise InputError(f"{what} must be of texts of 1 to {_MOST_LETTERS} letters: {name!r}")
     if len(names) > _MOST_NAMES:
         raise InputError(f"{what} must be at most {_MOST_NAMES}, got {len(names)}")
+
+
+def _require_length(what: str, value: float) -> None:
+    if not 0 < value <= _FARTHEST:
+        raise InputError(f"{what} must be above 0 and at most {_FARTHEST:g}, got {value}")
 
 
 def _require_number(what: str, value: float, fulfilled: bool, bound: str) -> None:
