@@ -18,6 +18,8 @@ from fedmed_flower.association import Floats, Results, log10_p_of_t, log10_p_of_
 # A regression takes the covariates first and the copies of A1 last.
 MOST_STEPS = 25
 _CONVERGED, _SINGULAR, _SPENT = 1e-7, 1e-10, 1e-12
+# Of the weight of a rare allele one person may have so many times what is allowed of all people's.
+_CARRIERS = 5
 _MORE_COLUMNS, _MOST_COLUMNS, _MOST_ROUNDS, _STILL = 2, 400, 100, 1e-6
 # In each of two arrays at the server: 128 MB.
 _MOST_NUMBERS = 1 << 24
@@ -127,8 +129,25 @@ def logistic_terms(
     covariates: Floats,
     slopes: Floats,
     intercepts: Floats,
-) -> Floats:
+) -> tuple[Floats, Floats]:
     """Return what a hospital adds to one Newton step of the logistic models of some variants.
+
+    The server chooses where the models stand, and so how much each person weighs. With risk p and
+    outcome y, a person adds (y - p) x to the score and p (1 - p) x x' to the information; x are 1,
+    the covariates and the copies. Where a slope is steep, p (1 - p) is next to nothing but for the
+    person at the threshold, whose x the information then tells; and two scores whose thresholds lie
+    on both sides of a person differ by this x.
+
+    So the largest part that one person has is returned beside the sums: of the sum of p (1 - p), of
+    the sum of abs(y - p), and, by a fifth, of the sums of p (1 - p) times the copies of either
+    allele. By a fifth, because of ten carriers one may have several tenths in an honest fit. So
+    measured, no person has more than a tenth in 999 of 1,000 honest fits from 0 to convergence at a
+    hospital with ten cases, ten controls, ten copies and fifty people or more, where covariates
+    move the log odds by a standard deviation of up to 1.
+
+    Two things are not looked at, for no server chooses them. Of abs(y - p) times the copies, the
+    only case among ten carriers has half in any study, as the counts tell anyway. A covariate that
+    is far from all others' has most of that covariate's sums.
 
     Parameters
     ----------
@@ -143,14 +162,17 @@ def logistic_terms(
 
     Returns
     -------
-    (m, 1 + p + p (p + 1) / 2) float array, p = c + 2
-        Log-likelihood, score, and the upper triangle of the information; intercept first.
+    terms : (m, p + p (p + 1) / 2) float array, p = c + 2
+        Score, and the upper triangle of the information; intercept first.
+    shares : (m,) float array
+        The largest part that one person has, 0 to 1. NaN where nobody weighs anything or a number
+        is too large for a float; the terms are then of no use.
     """
     copies, known = _copies(genotypes)
     fixed = np.column_stack([np.ones(len(cases)), covariates])
-    line = intercepts[:, None] + slopes[:, :-1] @ covariates.T + slopes[:, -1:] * copies
-    risk = special.expit(line)
-    likelihood = ((cases * line - np.logaddexp(0, line)) * known).sum(1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        line = intercepts[:, None] + slopes[:, :-1] @ covariates.T + slopes[:, -1:] * copies
+        risk = special.expit(line)
     rest = (cases - risk) * known
     weight = risk * (1 - risk) * known
     width = fixed.shape[1] + 1
@@ -162,11 +184,27 @@ def logistic_terms(
     information[:, :-1, -1] = weighted @ fixed
     information[:, -1, -1] = np.einsum("ij,ij->i", weighted, copies)
     rows, columns = pairs(width)
-    return np.column_stack([likelihood, score, information[:, rows, columns]])
+    shares = np.maximum(_largest_share(weight), _largest_share(np.abs(rest)))
+    others = 2 * known - copies
+    for carried, of_these in ((copies, weighted), (others, weight * others)):
+        # An allele that nobody has tells of nobody.
+        share = np.where(carried.any(1), _largest_share(of_these), 0.0)
+        shares = np.maximum(shares, share / _CARRIERS)
+    return np.column_stack([score, information[:, rows, columns]]), shares
+
+
+def _largest_share(weights: Floats) -> Floats:
+    """Return the largest part that a person has of weights (m, n) that are not negative."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(weights.max(1) / weights.sum(1), np.float64)
 
 
 class LogisticFit:
     """Newton's method for the logistic models of some variants, one intercept a hospital.
+
+    A step after which the Newton decrement is larger than before went too far, and is halved: S.
+    Boyd and L. Vandenberghe, "Convex Optimization", 2004, section 9.5, has the decrement; they
+    compare likelihoods instead, of which one person may have most.
 
     Attributes
     ----------
@@ -190,12 +228,13 @@ class LogisticFit:
     ) -> None:
         self.taking = (cases > 0) & (controls > 0)
         safe = np.where(self.taking, [cases, controls], 1).astype(np.float64)
-        self.intercepts = np.log(safe[0] / safe[1])
+        self._start = np.log(safe[0] / safe[1])
         variants = cases.shape[1]
         self.slopes = np.zeros((variants, covariates + 1))
+        self.intercepts = self._start.copy()
         self.failed: NDArray[np.bool_] = np.logical_not(self.taking.any(0))
         self._error = np.full(variants, np.nan)
-        self._best = np.full(variants, -np.inf)
+        self._decrement = np.full(variants, np.inf)
         self._step = np.zeros((variants, covariates + 1)), np.zeros_like(self.intercepts)
         self._open: NDArray[np.bool_] = np.logical_not(self.failed)
 
@@ -204,13 +243,15 @@ class LogisticFit:
         """Places of the variants that need another step."""
         return np.flatnonzero(self._open)
 
-    def leave_out(self, site: int) -> None:
-        """Go on without a hospital."""
-        self.taking[site] = False
-        self._best[:] = -np.inf
-        alone = ~self.taking.any(0)
-        self.failed |= alone
-        self._open &= ~alone
+    def leave_out(self, site: int, variants: NDArray[np.intp]) -> None:
+        """Begin the models of variants that wait anew, without a hospital."""
+        self.taking[site, variants] = False
+        self.slopes[variants] = 0.0
+        self.intercepts[:, variants] = self._start[:, variants]
+        self._decrement[variants] = np.inf
+        alone = variants[~self.taking[:, variants].any(0)]
+        self.failed[alone] = True
+        self._open[alone] = False
 
     def step(self, terms: Floats, waiting: NDArray[np.intp]) -> None:
         """Take one step.
@@ -222,38 +263,46 @@ class LogisticFit:
         waiting : (w,) int array
         """
         width = self.slopes.shape[1] + 1
-        taking, likelihood = self.taking[:, waiting], terms[:, :, 0].sum(0)
-        # A step that went too far is halved.
-        worse = likelihood < self._best[waiting] - 1e-9 * np.abs(self._best[waiting])
-        back = waiting[worse]
-        for part, value in zip(self._step, (self.slopes, self.intercepts), strict=True):
-            place: tuple[object, ...] = (back,) if value is self.slopes else (slice(None), back)
-            part[place] /= 2
-            value[place] -= part[place]
-        ahead, terms, taking = waiting[~worse], terms[:, ~worse], taking[:, ~worse]
-        self._best[ahead] = likelihood[~worse]
-        score, information = terms[:, :, 1 : 1 + width], _square(terms[:, :, 1 + width :], width)
+        score, information = terms[:, :, :width], _square(terms[:, :, width:], width)
         # The intercept of a hospital is in its own terms alone: it is solved for there.
-        own = np.where(taking & (information[:, :, 0, 0] > 0), information[:, :, 0, 0], np.inf)
+        known = self.taking[:, waiting] & (information[:, :, 0, 0] > 0)
+        own = np.where(known, information[:, :, 0, 0], np.inf)
         share = information[:, :, 0, 1:] / own[:, :, None]
         slopes = (information[:, :, 1:, 1:] - share[..., None] * information[:, :, :1, 1:]).sum(0)
         wanted = (score[:, :, 1:] - share * score[:, :, :1]).sum(0)
         inverse, sound = _inverse(slopes)
         change = np.einsum("mij,mj->mi", inverse, wanted)
-        shift = np.where(
-            np.isfinite(own), score[:, :, 0] / own - np.einsum("smj,mj->sm", share, change), 0.0
-        )
-        self.failed[ahead[~sound]] = True
-        self._open[ahead[~sound]] = False
-        change[~sound], shift[:, ~sound] = 0.0, 0.0
+        shift = score[:, :, 0] / own - np.einsum("smj,mj->sm", share, change)
+        with np.errstate(over="ignore", invalid="ignore"):
+            decrement = np.einsum("mi,mi->m", wanted, change) + (score[:, :, 0] ** 2 / own).sum(0)
+        sound &= np.isfinite(decrement)
+        first = np.isinf(self._decrement[waiting])
+        ahead = sound & (first | (decrement <= self._decrement[waiting]))
+        self._halve(waiting[~ahead & ~first])
+        alone = waiting[first & ~sound]
+        self.failed[alone] = True
+        self._open[alone] = False
+        self._go(waiting[ahead], change[ahead], shift[:, ahead], decrement[ahead])
+        errors = np.sqrt(np.einsum("mii->mi", inverse))
+        self._error[waiting[ahead]] = errors[ahead, -1]
+        done = ahead & (np.abs(change) < _CONVERGED * errors).all(1)
+        done &= (np.abs(shift) * np.sqrt(np.where(known, own, 0)) < _CONVERGED).all(0)
+        self._open[waiting[done]] = False
+
+    def _halve(self, back: NDArray[np.intp]) -> None:
+        slopes, intercepts = self._step
+        slopes[back] /= 2
+        intercepts[:, back] /= 2
+        self.slopes[back] -= slopes[back]
+        self.intercepts[:, back] -= intercepts[:, back]
+
+    def _go(
+        self, ahead: NDArray[np.intp], change: Floats, shift: Floats, decrement: Floats
+    ) -> None:
+        self._decrement[ahead] = decrement
         self.slopes[ahead] += change
         self.intercepts[:, ahead] += shift
         self._step[0][ahead], self._step[1][:, ahead] = change, shift
-        self._error[ahead] = np.sqrt(inverse[:, -1, -1])
-        errors = np.sqrt(np.einsum("mii->mi", inverse))
-        done = sound & (np.abs(change) < _CONVERGED * errors).all(1)
-        done &= (np.abs(shift) * np.sqrt(np.where(np.isfinite(own), own, 0)) < _CONVERGED).all(0)
-        self._open[ahead[done]] = False
 
     def finish(self) -> Results:
         """Return the odds ratios, as ``plink --logistic``; NaN where a model failed."""

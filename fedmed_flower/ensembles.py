@@ -26,9 +26,12 @@ TREES, SHARE = "trees", "tree-share"
 BAGGING, CYCLIC = "bagging", "cyclic"
 MODEL = "model.json"
 
-MOST_TREES = 100_000
+MOST_TREES = 10_000
+# XGBoost calculates with four bytes a number: less of a learning rate would be nothing.
+LEAST_PART = 1e-6
 
-_MOST_BYTES = 2**29
+# Parsed, a model takes up to twenty times as much.
+_MOST_BYTES = 2**27
 _VERSION = [3, 2, 0]
 _OBJECTIVES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "binary": ("binary:logistic", {"reg_loss_param": {"scale_pos_weight": "1"}}),
@@ -41,6 +44,7 @@ _OBJECTIVES: Mapping[str, tuple[str, dict[str, Any]]] = {
 _PLAIN = str.maketrans({"[": "(", "]": ")", "<": "less than "})
 _NO_PARENT = 2**31 - 1
 _MOST_FLOAT = 3e38
+_MOST_WEIGHT = 10**6
 _MALFORMED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 Tree = dict[str, Any]
@@ -55,15 +59,15 @@ class TreeSettings(Section):
     tree_max_depth : int
         From 1 to 12.
     tree_learning_rate : float
-        How far a round goes, all its trees together; above 0, at most 1. In bagging each hospital's
+        How far a round goes, all its trees together; from 1e-6 to 1. In bagging each hospital's
         trees have an equal part of it.
     trees_a_round : int
-        That a hospital grows side by side in a round, as a random forest does; at least 1. More
-        than one needs a `tree_subsample` below 1.
+        That a hospital grows side by side in a round, as a random forest does; from 1 to 1,000.
+        More than one needs a `tree_subsample` below 1.
     tree_subsample : float
-        Part of the training rows that each tree is grown from, above 0, at most 1.
+        Part of the training rows that each tree is grown from, from 1e-6 to 1.
     tree_min_child_weight, tree_lambda : float
-        XGBoost's ``min_child_weight`` and ``lambda``; at least 0.
+        XGBoost's ``min_child_weight`` and ``lambda``; from 0 to 1,000,000.
     """
 
     tree_max_depth: int = 4
@@ -74,15 +78,12 @@ class TreeSettings(Section):
     tree_lambda: float = 1.0
 
     def __post_init__(self) -> None:
-        self.require("tree_max_depth", 1 <= self.tree_max_depth <= 12, "from 1 to 12")
-        for name in ("tree_learning_rate", "tree_subsample"):
-            self.require(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
-        self.require_at_least(1, "trees_a_round")
+        self.require_within(1, 12, "tree_max_depth")
+        self.require_within(1, 1000, "trees_a_round")
+        self.require_within(LEAST_PART, 1, "tree_learning_rate", "tree_subsample")
+        self.require_within(0, _MOST_WEIGHT, "tree_min_child_weight", "tree_lambda")
         alone = self.trees_a_round == 1 or self.tree_subsample < 1
         self.require("trees_a_round", alone, "1 unless tree-subsample is below 1 (they are alike)")
-        for name in ("tree_min_child_weight", "tree_lambda"):
-            fine = 0 <= getattr(self, name) < math.inf
-            self.require(name, fine, "at least 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,11 @@ def read_trees(data: bytes, form: Form, most: int, named: bool = True) -> list[T
     """
     if not data:
         return []
-    if len(data) > form.most_bytes(most):
-        raise ValueError(f"a model of {most} trees has no {len(data)} bytes")
+    if len(data) > (longest := form.most_bytes(most)):
+        raise ValueError(f"a model of {most} trees has at most {longest} bytes, got {len(data)}")
+    # Counted before the text is parsed, which takes memory.
+    if (count := data.count(b'"left_children"')) > most:
+        raise ValueError(f"there are {count} trees, where {most} may be")
     try:
         learner = json.loads(data)["learner"]
         features = int(learner["learner_model_param"]["num_feature"])

@@ -84,7 +84,8 @@ def grow(
         Where no round succeeded.
     """
     config = dict(context.run_config)
-    if Plan.from_run_config(config).resume:
+    plan = Plan.from_run_config(config)
+    if plan.resume:
         raise InputError("a run that grows trees cannot be resumed: start it anew, without resume")
     if PrivacySettings.from_run_config(config).on:
         raise InputError(
@@ -103,6 +104,10 @@ def grow(
         config | {"pictures": 0},
     )
     trees = as_trees(type(client)(own))
+    if (many := plan.num_server_rounds * trees.trees.trees_a_round) > MOST_TREES:
+        raise InputError(
+            f"num-server-rounds times trees-a-round must be at most {MOST_TREES:,}, got {many:,}"
+        )
     # A run is told apart by the strategy's name.
     name = type(strategy).__name__
     growing: FedAvg = type(name, (_Growing,), {"__doc__": type(strategy).__doc__})(strategy, trees)

@@ -65,7 +65,8 @@ class Study(Section):
         most 50.
     component_variants : int
         Variants, at most, from which they are made: evenly spread among those of which every
-        hospital tells its counts and the rarer allele has a frequency of 0.05 or more.
+        hospital tells its counts and the rarer allele has a frequency of 0.05 or more; 1 to
+        262,144.
     block_size : int
         Variants in a message; 1 to 1,048,576.
     min_sites : int
@@ -94,7 +95,9 @@ class Study(Section):
         self.require("test", self.test in TESTS, f"one of {', '.join(TESTS)}")
         self.require_at_least(0, "seed")
         self.require("components", 0 <= self.components <= 50, "in 0..50")
-        self.require_at_least(1, "min_sites", "component_variants")
+        self.require_at_least(1, "min_sites")
+        few = 1 <= self.component_variants <= 1 << 18
+        self.require("component_variants", few, "in 1..262144")
         sized = 1 <= self.block_size <= 1 << 20
         self.require("block_size", sized, "in 1..1048576")
         self.require_positive("round_timeout")
@@ -225,6 +228,7 @@ class _Association:
         held = counts[:, :, CASES] == WITHHELD
         taking = block.usable() & ~held
         taking[list(self.panel.left_out)] = False
+        weighty = np.zeros_like(taking)
         counts = np.where(taking[:, :, None], counts, 0)
         notes: dict[int, list[str]] = {}
         if self.study.test in ("trend", "allelic"):
@@ -232,10 +236,10 @@ class _Association:
             results = test(counts.sum(0))
         else:
             covariates = len(self.panel.about[0]["covariates"]) + len(self.values)
-            results, taking = regress(
+            results, taking, weighty = regress(
                 self.panel, block, counts, taking, number, self.study.test, covariates
             )
-        self._note_sites(block, held, taking, notes)
+        self._note_sites(block, held, weighty, taking, notes)
         counts = np.where(taking[:, :, None], counts, 0)
         self.log10_p.append(results.log10_p)
         rows = self._rows(block, counts.sum(0), taking.sum(0), results, notes)
@@ -249,6 +253,7 @@ class _Association:
         self,
         block: Block,
         held: NDArray[np.bool_],
+        weighty: NDArray[np.bool_],
         taking: NDArray[np.bool_],
         notes: dict[int, list[str]],
     ) -> None:
@@ -259,14 +264,15 @@ class _Association:
             codes, usable, tally = block.codes[site], block.usable()[site], self.tally[site]
             found = {text: codes == code for code, text in REASONS.items()}
             found["withheld"] = held[site]
-            found[idle] = usable & ~held[site] & ~taking[site]
+            found["one person weighs too much"] = weighty[site]
+            found[idle] = usable & ~held[site] & ~weighty[site] & ~taking[site]
             if site in self.panel.left_out:
                 found = {"failed": usable & ~taking[site]}
             for text, where in found.items():
                 for place in np.flatnonzero(where).tolist():
                     reasons.setdefault((place, text), []).append(name)
             tally["counted"] += int(taking[site].sum())
-            tally["withheld"] += int(held[site].sum())
+            tally["withheld"] += int((held[site] | weighty[site]).sum())
             tally["swapped"] += int((taking[site] & (codes == SWAPPED)).sum())
             tally["absent"] += int((codes == ABSENT).sum())
             tally["left out"] += int((codes > SWAPPED).sum())

@@ -24,7 +24,7 @@ from fedmed_flower.association import (
     Counts,
     Floats,
 )
-from fedmed_flower.data.plink import Listing
+from fedmed_flower.data.plink import MOST_POSITION, Listing
 from fedmed_flower.data.site import SITE_RECORD
 from fedmed_flower.errors import InputError
 from fedmed_flower.experiment import RunFailedError
@@ -36,6 +36,8 @@ from fedmed_flower.strategies.sites import learn_name
 log = logging.getLogger("flwr.fedmed")
 
 T = TypeVar("T")
+# No hospital has more people or variants, and no study more covariates.
+_MOST, _MOST_COVARIATES = 10**9, 200
 # What a malformed answer makes its readers raise.
 _MALFORMED = (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration)
 
@@ -207,10 +209,13 @@ def _about(content: RecordDict) -> dict[str, Any]:
         key: int(record[key])  # type: ignore[arg-type]
         for key in ("people", "cases", "variants", "minimum")
     }
-    if min(about.values()) < 0 or about["cases"] > about["people"] or not about["people"]:
+    within = min(about.values()) >= 0 and max(about.values()) <= _MOST
+    if not within or about["cases"] > about["people"] or not about["people"]:
         raise ValueError(f"{about} cannot be")
     about |= {key: str(record[key]) for key in ("trait", "phenotype")}
     about["covariates"] = [str(name) for name in record["covariates"]]  # type: ignore[union-attr]
+    if (many := len(about["covariates"])) > _MOST_COVARIATES:
+        raise ValueError(f"{many} covariates, where at most {_MOST_COVARIATES} can be")
     return about
 
 
@@ -232,7 +237,7 @@ def read_listing(content: RecordDict, most: int) -> Listing:
         raise ValueError(f"{count} variants where 1 to {most} were asked for")
     if any(len(text) != count for text in texts):
         raise ValueError("ids and alleles for another number of variants")
-    if chromosomes.min() < 0 or chromosomes.max() > 22 or not _within(positions, 0, 1 << 40):
+    if chromosomes.min() < 0 or chromosomes.max() > 22 or not _within(positions, 0, MOST_POSITION):
         raise ValueError("places on no chromosome")
     return Listing(chromosomes, positions, *texts, offset=int(record["offset"]))  # type: ignore
 
@@ -276,6 +281,21 @@ def read_sums(content: RecordDict, shape: tuple[int, ...]) -> Floats:
     if values.dtype != np.float64 or not is_finite(values):
         raise ValueError("sums that are no finite numbers")
     return values
+
+
+def read_terms(content: RecordDict, shape: tuple[int, int]) -> tuple[Floats, NDArray[np.bool_]]:
+    """Return sums of this shape that a hospital sent, and of which variants it withholds them.
+
+    Raises
+    ------
+    ValueError
+        Where they are malformed or not finite.
+    """
+    sums = read_sums(content, shape)
+    withheld = view(content.array_records["told"]["withheld"])
+    if withheld.dtype != np.bool_ or withheld.shape != shape[:1]:
+        raise ValueError("nothing that says which variants are withheld")
+    return sums, withheld
 
 
 def _values(content: RecordDict, shape: tuple[int, ...]) -> NDArray[Any]:

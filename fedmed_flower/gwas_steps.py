@@ -28,13 +28,14 @@ from fedmed_flower.association_models import (
 )
 from fedmed_flower.data.variants import SWAPPED, Block, Merger
 from fedmed_flower.errors import InputError
-from fedmed_flower.gwas_sites import Panel, read_counts, read_listing, read_sums
+from fedmed_flower.gwas_sites import Panel, read_counts, read_listing, read_sums, read_terms
 
 log = logging.getLogger("flwr.fedmed")
 
 # Numbers that a hospital sends of the models of one part.
 _MOST_NUMBERS = 1 << 20
 _COMMON = 0.05
+_Regressed = tuple[Results, NDArray[np.bool_], NDArray[np.bool_]]
 
 
 def blocks(panel: Panel, size: int, squares: bool) -> Iterator[tuple[int, Block, Counts]]:
@@ -117,7 +118,7 @@ def regress(
     number: int,
     test: str,
     covariates: int,
-) -> tuple[Results, NDArray[np.bool_]]:
+) -> _Regressed:
     """Fit one regression a variant.
 
     Parameters
@@ -138,20 +139,23 @@ def regress(
     results : Results
     taking : (hospitals, variants) bool array
         Which hospital took part in which variant.
+    weighty : (hospitals, variants) bool array
+        Which hospital has withheld which variant, because one person has too much weight.
     """
     width = covariates + 2
-    size = max(1, _MOST_NUMBERS // (1 + width + width * (width + 1) // 2))
+    size = max(1, _MOST_NUMBERS // (width + width * (width + 1) // 2))
     fit = _linear if test == "linear" else _logistic
-    results, took = [], []
+    results, took, withheld = [], [], []
     for start in range(0, len(block.variants), size):
         part = slice(start, start + size)
         piece = Block(block.variants[part], block.lines[:, part], block.codes[:, part])
         own = taking[:, part] & (counts[:, part, :2].sum(2) > 0)
-        result, own = fit(panel, piece, counts[:, part], own, number, covariates)
+        result, own, few = fit(panel, piece, counts[:, part], own, number, covariates)
         results.append(result)
         took.append(own)
+        withheld.append(few)
     whole = Results(*(np.concatenate(column) for column in zip(*results, strict=True)))
-    return whole, np.concatenate(took, 1)
+    return whole, np.concatenate(took, 1), np.concatenate(withheld, 1)
 
 
 def _linear(
@@ -161,7 +165,7 @@ def _linear(
     taking: NDArray[np.bool_],
     number: int,
     covariates: int,
-) -> tuple[Results, NDArray[np.bool_]]:
+) -> _Regressed:
     total = np.zeros((len(block.variants), (covariates + 2) * (covariates + 3) // 2))
     taking[list(panel.left_out)] = False
     asked = {
@@ -177,7 +181,7 @@ def _linear(
         total[taking[site]] += values
     taking[list(panel.left_out)] = False
     people = (counts[:, :, CONTROLS] * taking).sum(0)
-    return linear_test(total, people, taking.sum(0)), taking
+    return linear_test(total, people, taking.sum(0)), taking, np.zeros_like(taking)
 
 
 def _logistic(
@@ -187,12 +191,13 @@ def _logistic(
     taking: NDArray[np.bool_],
     number: int,
     covariates: int,
-) -> tuple[Results, NDArray[np.bool_]]:
+) -> _Regressed:
     taking[list(panel.left_out)] = False
     own = np.where(taking[:, :, None], counts, 0)
     fit = LogisticFit(own[:, :, CASES], own[:, :, CONTROLS], covariates)
+    weighty = np.zeros_like(taking)
     width = covariates + 2
-    numbers = 1 + width + width * (width + 1) // 2
+    numbers = width + width * (width + 1) // 2
     for _ in range(MOST_STEPS):
         if not len(waiting := fit.waiting):
             break
@@ -205,19 +210,25 @@ def _logistic(
             record["intercepts"] = Array(fit.intercepts[site, chosen])
             asked[site] = RecordDict({"block": record})
 
-        def read(site: int, content: RecordDict, here: NDArray[np.bool_] = here) -> Floats:
-            return read_sums(content, (int(here[site].sum()), numbers))
+        def read(
+            site: int, content: RecordDict, here: NDArray[np.bool_] = here
+        ) -> tuple[Floats, NDArray[np.bool_]]:
+            return read_terms(content, (int(here[site].sum()), numbers))
 
         found = panel.ask("logistic", asked, read, number)
         if gone := asked.keys() - found.keys():
             for site in gone:
-                fit.leave_out(site)
+                fit.leave_out(site, waiting)
             continue
-        terms = np.zeros((*here.shape, numbers))
-        for site, values in found.items():
-            terms[site, here[site]] = values
-        fit.step(terms, waiting)
-    return fit.finish(), fit.taking
+        terms, few = np.zeros((*here.shape, numbers)), np.zeros_like(here)
+        for site, (values, withheld) in found.items():
+            terms[site, here[site]], few[site, here[site]] = values, withheld
+        weighty[:, waiting] |= few
+        whole = ~few.any(0)
+        fit.step(terms[:, whole], waiting[whole])
+        for site in found:
+            fit.leave_out(site, waiting[few[site]])
+    return fit.finish(), fit.taking, weighty
 
 
 def find_components(panel: Panel, size: int, count: int, most: int, seed: int) -> list[float]:

@@ -173,7 +173,7 @@ def fit_logistic(people):
     centred = [part[2] - part[2].mean(0) for part in people]
     while len(waiting := fit.waiting) and steps < 25:
         terms = [
-            logistic_terms(part[0][:, waiting], part[1], x, fit.slopes[waiting], own[waiting])
+            logistic_terms(part[0][:, waiting], part[1], x, fit.slopes[waiting], own[waiting])[0]
             for part, x, own in zip(people, centred, fit.intercepts, strict=True)
         ]
         terms = np.where(fit.taking[:, waiting, None], terms, 0)
@@ -212,6 +212,34 @@ def test_a_hospital_with_cases_only_takes_no_part(people):
     expected, _, _ = fit_logistic(people[:2])
     assert not fit.taking[2].any()
     np.testing.assert_allclose(found.effect, expected.effect, rtol=1e-10)
+
+
+def test_a_model_that_goes_on_without_a_hospital_is_as_if_it_had_never_been_there(people):
+    fits = []
+    for left_out in (False, True):
+        taking = people if left_out else people[:2]
+        cases, controls = (
+            np.array([[(part[1] == is_case)[g >= 0].sum() for g in part[0].T] for part in taking])
+            for is_case in (True, False)
+        )
+        fit, steps = LogisticFit(cases, controls, 2), 0
+        while len(waiting := fit.waiting):
+            terms = [
+                logistic_terms(part[0][:, waiting], part[1], x, fit.slopes[waiting], own)[0]
+                for part, x, own in zip(
+                    taking,
+                    [part[2] - part[2].mean(0) for part in taking],
+                    fit.intercepts[:, waiting],
+                    strict=True,
+                )
+            ]
+            fit.step(np.where(fit.taking[:, waiting, None], terms, 0), waiting)
+            steps += 1
+            if left_out and steps == 3:
+                fit.leave_out(2, fit.waiting)
+        fits.append(fit)
+    np.testing.assert_array_equal(fits[0].slopes, fits[1].slopes)
+    np.testing.assert_array_equal(fits[0].finish().se, fits[1].finish().se)
 
 
 def test_a_step_that_goes_too_far_is_halved():

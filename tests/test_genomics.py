@@ -134,7 +134,7 @@ def test_a_rare_allele_is_withheld_here_and_asked_in_vain(tmp_path):
     # What a simulation asks for holds; a hospital's own node config goes before the run's.
     lower = context_of(min_cell_count=1)
     assert (told(question(client, "counts", context=lower, **everything())) >= 0).all()
-    node = {"site-name": "north", "min-cell-count": 12}
+    node = {"site-name": "north", "data-dir": str(tmp_path), "min-cell-count": 12}
     strict = context_of(node_config=node, min_cell_count=1)
     found = told(question(client, "counts", context=strict, **everything()))
     assert (found == -1).all(1).tolist() == [True, False, True, False, False, False]
@@ -161,7 +161,8 @@ def test_a_hospital_with_few_people_takes_no_part(tmp_path, phenotypes, text):
 
 
 def test_a_hospital_with_a_budget_declines(tmp_path):
-    node = {"site-name": "north", "budget-epsilon": 1.0, "budget-delta": 1e-5}
+    node = {"site-name": "north", "data-dir": str(tmp_path)}
+    node |= {"budget-epsilon": 1.0, "budget-delta": 1e-5}
     client = hospital(tmp_path)
     for name in ("cohort", "variants", "counts", "linear", "logistic", "loadings", "scores"):
         reply = question(client, name, context=context_of(node_config=node), **everything())
@@ -178,13 +179,13 @@ def test_the_models_take_centred_covariates_and_the_scores_that_stayed(tmp_path)
     age -= age.mean()
     slopes, intercepts = np.full((6, 2), 0.01), np.linspace(-1, 1, 6)
     found = told(question(client, "logistic", **everything(), slopes=slopes, intercepts=intercepts))
-    expected = logistic_terms(genotypes, cases, age, slopes, intercepts)
+    expected, _ = logistic_terms(genotypes, cases, age, slopes, intercepts)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     frequency, loadings = np.full(VARIANTS, 0.4), np.eye(VARIANTS)[:, :2]
     more = {"frequencies": frequency, "loadings": loadings}
     matrix = standardised(genotypes, frequency)
     product = told(question(client, "loadings", context=context, **everything(), **more))
-    np.testing.assert_allclose(product, matrix.T @ (matrix @ loadings), rtol=1e-12)
+    np.testing.assert_allclose(product, matrix.T @ (matrix @ loadings), rtol=1e-12, atol=1e-12)
     reply = question(client, "scores", context=context, **everything(), **more)
     # Not a number of it leaves.
     assert list(reply.content) == ["site"]
@@ -236,46 +237,91 @@ def test_questions_that_cannot_be_are_refused(tmp_path):
         text = "site hospital-1: lines must lie in 0..5 and be at least one"
         assert reply.error.reason == text
     reply = question(client, "counts", lines=np.arange(2), swapped=np.zeros(3, bool))
-    text = "site hospital-1: lines and swapped must be whole numbers, one a variant each"
-    assert reply.error.reason == text
-    reply = question(
-        client, "logistic", **everything(), slopes=np.zeros((6, 1)), intercepts=np.zeros(6)
+    text = (
+        "site hospital-1: lines must be whole numbers, one a variant, and swapped true or false "
+        "for each"
     )
-    text = "site hospital-1: slopes and intercepts must have the shapes ((6, 2), (6,))"
     assert reply.error.reason == text
-    for wrong in (np.nan, np.inf):
-        more = {"slopes": np.full((6, 2), wrong), "intercepts": np.zeros(6)}
-        reply = question(client, "logistic", **everything(), **more)
-        assert reply.error.reason == "site hospital-1: slopes and intercepts must be finite"
-    frequencies = np.full(6, 0.4)
-    for columns in (0, 65):
-        more = {"frequencies": frequencies, "loadings": np.ones((6, columns))}
-        reply = question(client, "scores", **everything(), **more)
-        text = f"site hospital-1: loadings must have 1 to 64 columns, got {columns}"
-        assert reply.error.reason == text
-    more = {"frequencies": frequencies, "loadings": np.ones((5, 1))}
-    reply = question(client, "scores", **everything(), **more)
-    assert reply.error.reason == "site hospital-1: loadings must have one row a variant"
-    text = "site hospital-1: frequencies must be one a variant, in (0, 1), and loadings finite"
-    for wrong in (
-        {"frequencies": np.full(5, 0.4)},
-        {"frequencies": np.r_[np.full(5, 0.4), 0.0]},
-        {"frequencies": np.r_[np.full(5, 0.4), np.nan]},
-        {"loadings": np.full((6, 1), np.inf)},
-    ):
-        more = {"frequencies": frequencies, "loadings": np.ones((6, 1))} | wrong
-        for query in ("loadings", "scores"):
-            assert question(client, query, **everything(), **more).error.reason == text
+    reply = question(client, "counts", lines=np.arange(2), swapped=np.full(2, np.nan))
+    assert reply.error.reason == text
+    reply = question(client, "counts", swapped=np.zeros(3, bool))
+    assert reply.error.reason == "site hospital-1: the message has no array lines"
 
 
-def test_no_person_is_given_a_frequency_of_their_own(tmp_path):
-    """As many variants as people, and a frequency near 0 for one person: all weight is theirs."""
-    client, many = hospital(tmp_path), {"lines": np.arange(PEOPLE) % VARIANTS}
-    many |= {"swapped": np.zeros(PEOPLE, bool), "loadings": np.ones((PEOPLE, 1))}
-    frequencies = np.full((PEOPLE, PEOPLE), 0.5)
-    frequencies[3] = 1e-12
-    reply = question(client, "loadings", **many, frequencies=frequencies)
-    text = "site hospital-1: frequencies must be one a variant, in (0, 1), and loadings finite"
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"slopes": np.zeros((6, 1))}, "slopes must be float64 of shape (6, 2), got float64 of "
+         "(6, 1)"),
+        ({"slopes": np.zeros((6, 2), complex)}, "slopes must be float64 of shape (6, 2), got "
+         "complex128 of (6, 2)"),
+        ({"intercepts": np.zeros(5)}, "intercepts must be float64 of shape (6,), got float64 of "
+         "(5,)"),
+        ({"slopes": np.full((6, 2), np.nan)}, "slopes must be finite"),
+        ({"intercepts": np.full(6, np.inf)}, "intercepts must be finite"),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_be_are_refused(tmp_path, wrong, text):
+    more = {"slopes": np.zeros((6, 2)), "intercepts": np.zeros(6)} | wrong
+    reply = question(hospital(tmp_path), "logistic", **everything(), **more)
+    assert reply.error.reason == f"site hospital-1: {text}"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"loadings": np.ones((6, 0))}, "loadings must have 1 to 64 columns, got 0"),
+        ({"loadings": np.ones((6, 65))}, "loadings must have 1 to 64 columns, got 65"),
+        ({"loadings": np.ones((5, 1))}, "loadings must be float64 of shape (6, 1), got float64 of "
+         "(5, 1)"),
+        ({"loadings": np.full((6, 1), np.inf)}, "loadings must be finite"),
+        ({"loadings": np.full((6, 1), -1.01)}, "loadings must lie in -1..1: those of a component "
+         "have length 1"),
+        ({"frequencies": np.full(5, 0.4)}, "frequencies must be float64 of shape (6,), got float64 "
+         "of (5,)"),
+        ({"frequencies": np.r_[np.full(5, 0.4), 0.0]}, "frequencies must lie in 0.01..0.99: "
+         "components are made of common variants"),
+        ({"frequencies": np.r_[np.full(5, 0.4), 1.0]}, "frequencies must lie in 0.01..0.99: "
+         "components are made of common variants"),
+        ({"frequencies": np.r_[np.full(5, 0.4), np.nan]}, "frequencies must be finite"),
+    ],
+)  # fmt: skip
+def test_loadings_that_cannot_be_are_refused(tmp_path, wrong, text):
+    more = {"frequencies": np.full(6, 0.4), "loadings": np.ones((6, 1))} | wrong
+    for query in ("loadings", "scores"):
+        reply = question(hospital(tmp_path), query, **everything(), **more)
+        assert reply.error.reason == f"site hospital-1: {text}"
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"count": 2}, "offset must be a whole number in 0..4611686018427387904, got None"),
+        ({"offset": -1, "count": 2}, "offset must be a whole number in 0..4611686018427387904, got "
+         "-1"),
+        ({"offset": 0, "count": 0}, "count must be a whole number in 1..1048576, got 0"),
+        ({"offset": 0, "count": 10**9}, "count must be a whole number in 1..1048576, got "
+         "1000000000"),
+        ({"offset": 0, "count": 2.0}, "count must be a whole number in 1..1048576, got 2.0"),
+    ],
+)  # fmt: skip
+def test_lists_of_variants_that_cannot_be_are_refused(tmp_path, config, text):
+    reply = question(hospital(tmp_path), "variants", config)
+    assert reply.error.reason == f"site hospital-1: {text}"
+
+
+def test_a_question_cannot_name_a_variant_a_million_times(tmp_path, monkeypatch):
+    client, many = hospital(tmp_path), 10**6
+    lines = {"lines": np.zeros(many, np.int64), "swapped": np.zeros(many, bool)}
+    reply = question(client, "counts", **lines)
+    text = "site hospital-1: lines must be different: a question names a variant once"
+    assert reply.error.reason == text
+    monkeypatch.setattr("fedmed_flower.clients.genomics._MOST_NUMBERS", 40)
+    # Counts are five numbers a variant; of the models with one covariate a variant has nine.
+    assert not question(client, "counts", **everything()).has_error()
+    more = {"slopes": np.zeros((6, 2)), "intercepts": np.zeros(6)}
+    reply = question(client, "logistic", **everything(), **more)
+    text = "site hospital-1: lines must be at most 4 for this question, got 6"
     assert reply.error.reason == text
 
 

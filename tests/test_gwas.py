@@ -202,9 +202,12 @@ def test_real_hospitals_tell_sums_for_components_where_they_say_so(world, tmp_pa
         "willing sets share-components=true in its node config"
     )
     places = [{"partition-id": site, "num-partitions": 3} for site in range(3)]
+    own = [{"data-dir": str(tmp_path / name), "site-name": name} for name in ("north", "south")]
+    for node in own:
+        Path(node["data-dir"]).mkdir()
     nodes = [
-        places[0] | {"site-name": "north", "share-components": True},
-        places[1] | {"site-name": "south"},
+        places[0] | own[0] | {"share-components": True},
+        places[1] | own[1],
         places[2] | {"share-components": False},
     ]
     settings = {"test": "logistic", "components": 2}
@@ -442,6 +445,28 @@ def test_a_site_that_fails_on_the_way_is_left_out(world, tmp_path, name, change,
     assert lines["rs00"]["note"] == "failed: hospital-2"
 
 
+def test_models_that_were_done_keep_the_hospital_that_fails_then(world, tmp_path):
+    asked = []
+
+    def failing(client, message):
+        if client.site.index == 1:
+            asked.append(None)
+            if len(asked) == 5:
+                raise InputError("the disk is gone")
+        return GenomicsClient.queries["logistic"](client, message)
+
+    client = world.client(queries={**GenomicsClient.queries, "logistic": failing})
+    _, lines = study(client, tmp_path, test="logistic", block_size=64)
+    assert {line["sites"] for line in lines.values()} == {"2", "3"}
+    for variant, line in enumerate(lines.values()):
+        sites = (0, 1, 2) if line["sites"] == "3" else (0, 2)
+        assert line["note"] == ("" if line["sites"] == "3" else "failed: hospital-2")
+        outcome, design = world.pooled(variant, sites)
+        model = sm.Logit(outcome, design).fit(disp=0, method="newton", tol=1e-12)
+        np.testing.assert_allclose(float(line["effect"]), np.exp(model.params[-1]), rtol=1e-7)
+        assert int(line["people"]) == len(outcome)
+
+
 def listed(function):
     """Return a change of the list of variants that a site tells."""
 
@@ -519,6 +544,30 @@ def test_hospitals_with_another_study_or_a_budget_take_no_part(world, tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("told", "text"),
+    [
+        ({"people": 10**10}, "'people': 10000000000, 'cases': 39, 'variants': 40, 'minimum': 10} "
+         "cannot be"),
+        ({"variants": 10**15}, "'variants': 1000000000000000, 'minimum': 10} cannot be"),
+        ({"covariates": ["age"] * 201}, "201 covariates, where at most 200 can be"),
+    ],
+)  # fmt: skip
+def test_a_hospital_that_tells_of_more_than_there_can_be_takes_no_part(world, tmp_path, told, text):
+    def answer(client, message):
+        content = GenomicsClient.queries["cohort"](client, message)
+        if client.site.index == 1:
+            content["cohort"].update(told)
+        return content
+
+    client = world.client(queries={**GenomicsClient.queries, "cohort": answer})
+    summary, _ = study(client, tmp_path)
+    (failure,) = summary["failures"]
+    assert failure["site"] == "hospital-2"
+    assert failure["reason"].startswith("malformed answer: ValueError ")
+    assert failure["reason"].endswith(text)
+
+
 def test_a_study_whose_sites_all_fail_leaves_a_folder_that_says_so(world, tmp_path):
     client = world.client(GenomicsClient, queries={**GenomicsClient.queries, "counts": crash})
     with pytest.raises(RunFailedError, match=says("no site is left: the disk is gone")):
@@ -538,6 +587,7 @@ def test_a_study_whose_sites_all_fail_leaves_a_folder_that_says_so(world, tmp_pa
         ({"components": 2}, "components are covariates, which test=trend does not take: choose "
          "test=logistic or test=linear, or components=0"),
         ({"block_size": 0}, "block-size must be in 1..1048576, got 0"),
+        ({"component_variants": 10**9}, "component-variants must be in 1..262144, got 1000000000"),
         ({"resume": True}, "an association study is not resumed: start it anew in a new folder"),
         ({"privacy": "patient"}, "an association study carries no noise: set privacy=none, which "
          "hospitals with a budget decline"),

@@ -2,6 +2,7 @@ import json
 import logging
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def summary_of(folder):
 
 def bagged(client, rounds, **config):
     """Let one hospital grow trees by messages, added up by Flower's function alone."""
-    context = context_of(num_sites=1, **DECLARED, **config)
+    context = context_of(num_sites=1, **DECLARED | config)
     model = write_trees(as_trees(client(context)).form, [])
     for server_round in range(1, rounds + 1):
         arrays = ArrayRecord([np.frombuffer(model, np.uint8)])
@@ -129,15 +130,24 @@ def margins(model, trees, rows):
     return booster.predict(data, output_margin=True)
 
 
+@pytest.mark.parametrize("declared", [True, False])
 @pytest.mark.parametrize("task", TARGETS)
-def test_one_hospital_grows_what_xgboost_grows(task):
+def test_one_hospital_grows_what_xgboost_grows_of_values_between_edges(task, declared):
+    """Between fifths of a unit where ranges are declared, else between any two values."""
     base = SurvivalClient if task == "survival" else TabularClient
-    sizes = {"sizes": (80, 0, 0), "schema": schema_of(task)}
+    schema = schema_of(task)
+    if not declared:
+        schema = replace(schema, ranges={k: v for k, v in schema.ranges.items() if k == "y"})
+    sizes = {"sizes": (80, 0, 0), "schema": schema}
     client = type("Alone", (base,), {"load_data": Hospital.load_data, **sizes})
     more = {"survival_loss": "discrete", "survival_horizon": 1.0} if task == "survival" else {}
+    if not declared:
+        more["preparation"] = "site"
     model, trees = bagged(client, 4, tree_max_depth=3, **more)
     rows = client(trees.context).data().train
     features = raw_features(trees.schema, trees.prepared_by, rows)
+    if declared:
+        features[:, :2] = np.floor(features[:, :2] / np.float32(0.2))
     label = np.asarray([row["y"] for row in rows])
     if task == "survival":
         label = np.where([row["died"] for row in rows], label, -label)
@@ -452,9 +462,19 @@ def test_without_xgboost(tmp_path, monkeypatch):
         ({"tree_max_depth": 13}, "tree-max-depth must be from 1 to 12, got 13"),
         (
             {"tree_learning_rate": 0.0},
-            "tree-learning-rate must be above 0 and at most 1, got 0.0",
+            "tree-learning-rate must be from 1e-06 to 1, got 0.0",
         ),
-        ({"tree_lambda": math.inf}, "tree-lambda must be at least 0 and finite, got inf"),
+        ({"trees_a_round": 10**9}, "trees-a-round must be from 1 to 1,000, got 1000000000"),
+        ({"tree_subsample": 1e-320}, "tree-subsample must be from 1e-06 to 1, got 1e-320"),
+        ({"tree_lambda": math.inf}, "tree-lambda must be from 0 to 1,000,000, got inf"),
+        (
+            {"tree_min_child_weight": 1e300},
+            "tree-min-child-weight must be from 0 to 1,000,000, got 1e+300",
+        ),
+        (
+            {"trees_a_round": 500, "tree_subsample": 0.5, "num_server_rounds": 21},
+            "num-server-rounds times trees-a-round must be at most 10,000, got 10,500",
+        ),
         (
             {"preparation": "site", "client": "bare"},
             'preparation="site" needs declared categories: the schema has none of c',
@@ -487,7 +507,12 @@ def test_a_hospital_declines_what_the_server_may_not_ask():
         (
             None,
             {"trees": "bagging", "tree-share": 2.0},
-            "tree-share must be above 0 and at most 1, got 2.0",
+            "tree-share must be from 1e-06 to 1, got 2.0",
+        ),
+        (
+            None,
+            {"trees": "bagging", "tree-share": "all"},
+            "tree-share must be from 1e-06 to 1, got 'all'",
         ),
         (
             ArrayRecord([np.frombuffer(b"{}", np.uint8)]),
@@ -545,7 +570,8 @@ TREE = (*BOOSTED, "trees", 0)
     [
         (b"[" * 60_000, "this is no model in XGBoost's JSON (RecursionError)"),
         (b"null", "this is no model in XGBoost's JSON (TypeError)"),
-        (b" " * 10**6, "a model of 1 trees has no 1000000 bytes"),
+        (b" " * 10**6, "a model of 1 trees has at most 69280 bytes, got 1000000"),
+        (b'[{"left_children": 0}, {"left_children"', "there are 2 trees, where 1 may be"),
         (
             edited("learner", "learner_model_param", "num_feature", value=math.inf),
             "this is no model in XGBoost's JSON (OverflowError)",

@@ -19,6 +19,7 @@ from fedmed_flower.arrays import view
 from fedmed_flower.association import WITHHELD, Floats, count_copies, withheld
 from fedmed_flower.association_models import linear_sums, logistic_terms, standardised
 from fedmed_flower.clients.base import MedicalClient
+from fedmed_flower.clients.book import open_book
 from fedmed_flower.clients.queries import Query
 from fedmed_flower.config import with_type_of
 from fedmed_flower.data.plink import Fileset
@@ -31,8 +32,13 @@ log = logging.getLogger("flwr.fedmed")
 
 # Genotypes that are in memory at a time, as numbers of several kinds.
 _CELLS = 1 << 22
+# Of one answer: 128 MB.
+_MOST_NUMBERS = 1 << 24
+_MOST_LINES, _MOST_OFFSET = 1 << 20, 1 << 62
 # What a study of 50 components asks for, with the few more that the search for them takes.
 _MOST_LOADINGS = 64
+# Components are made of common variants. A rarer one would weigh by its few carriers alone.
+_LEAST_FREQUENCY = 0.01
 _SCORES = "component-scores"
 TRAITS = ("binary", "continuous")
 
@@ -130,7 +136,30 @@ class GenomicsClient(MedicalClient):
         ):
             if count < cohort.minimum and (count or what == "people"):
                 raise DeclinedError(f"it has fewer {what} than min-cell-count")
+        if (noted := self.key(False, "cohort told")) not in self.kept:
+            self._note(cohort)
+            self.kept[noted] = True
         return cohort
+
+    def _note(self, cohort: Cohort) -> None:
+        """Write down of whom a real hospital tells, beside what it told before.
+
+        Raises
+        ------
+        DeclinedError
+            Where these people and those of an earlier answer differ by too few.
+        """
+        if self.site.simulated:
+            return
+        names = {cohort.fileset.people[at] for at in cohort.people}
+        with open_book(self, {}, cohort.minimum) as book:
+            inside = np.array([person(row["patient"]) in names for row in book.rows])
+            cells = None
+            if self.trait == "binary":
+                cells = book.cells(self.phenotype, inside, cohort.minimum)
+            usable = book.column(self.phenotype, inside, cells)
+        if usable is None or not bool((usable == inside).all()):
+            raise DeclinedError("its people differ by too few from those of an earlier answer")
 
     def _cohort(self) -> Cohort:
         fileset, data = Fileset.open(self.genotypes(self.site)), self.data()
@@ -208,7 +237,8 @@ def variants(client: GenomicsClient, message: Message) -> RecordDict:
     """Tell the next lines of the bim file."""
     config = client.read(message)
     fileset = client.cohort().fileset
-    found = fileset.variants(int(config["offset"]), int(config["count"]))  # type: ignore[arg-type]
+    offset = _whole(config, "offset", 0, _MOST_OFFSET)
+    found = fileset.variants(offset, _whole(config, "count", 1, _MOST_LINES))
     texts: dict[str, Any] = {
         name: "\n".join(getattr(found, name)) for name in ("names", "first", "second")
     }
@@ -223,7 +253,8 @@ def variants(client: GenomicsClient, message: Message) -> RecordDict:
 
 def counts(client: GenomicsClient, message: Message) -> RecordDict:
     """Tell the counts of some variants; -1 for one of which they are withheld."""
-    found, asked = client.cohort(), _Asked(message)
+    found = client.cohort()
+    asked = _Asked(message, found, 5)
     cases = found.trait == 1 if client.trait == "binary" else np.zeros(len(found.trait), bool)
     squares = bool(client.read(message).get("squares", False))
     told = []
@@ -236,8 +267,10 @@ def counts(client: GenomicsClient, message: Message) -> RecordDict:
 
 def linear(client: GenomicsClient, message: Message) -> RecordDict:
     """Tell what the linear models of some variants are made of."""
-    found, asked = client.cohort(), _Asked(message)
+    found = client.cohort()
     covariates = _with_scores(client, found)
+    width = covariates.shape[1] + 2
+    asked = _Asked(message, found, width * (width + 1) // 2)
     return _told(
         np.concatenate(
             [
@@ -249,21 +282,29 @@ def linear(client: GenomicsClient, message: Message) -> RecordDict:
 
 
 def logistic(client: GenomicsClient, message: Message) -> RecordDict:
-    """Tell what one Newton step of the logistic models of some variants is made of."""
-    found, asked = client.cohort(), _Asked(message)
+    """Tell what one Newton step of the logistic models of some variants is made of.
+
+    ``withheld`` says for each variant whether nothing is told of it, because one person has more
+    than one part in `minimum` of the weight, as `logistic_terms` has it: 0 stands in its place.
+    """
+    found = client.cohort()
     covariates = _with_scores(client, found)
-    slopes, intercepts = asked.array("slopes"), asked.array("intercepts")
-    shapes = (len(asked.lines), covariates.shape[1] + 1), (len(asked.lines),)
-    if (slopes.shape, intercepts.shape) != shapes:
-        raise InputError(f"slopes and intercepts must have the shapes {shapes}")
-    if not (np.isfinite(slopes).all() and np.isfinite(intercepts).all()):
-        raise InputError("slopes and intercepts must be finite")
-    told = []
+    width = covariates.shape[1] + 2
+    asked = _Asked(message, found, width + width * (width + 1) // 2)
+    count = len(asked.lines)
+    slopes = asked.array("slopes", count, width - 1)
+    intercepts = asked.array("intercepts", count)
+    told, few = [], []
     for part, genotypes in asked.blocks(found):
         seen = _tellable(client, found, genotypes)
-        terms = (found.trait == 1, covariates, slopes[part], intercepts[part])
-        told.append(logistic_terms(seen, *terms))
-    return _told(np.concatenate(told))
+        at = (found.trait == 1, covariates, slopes[part], intercepts[part])
+        terms, shares = logistic_terms(seen, *at)
+        # Of ten people alike each has a tenth, but for rounding.
+        above = ~(shares * found.minimum <= 1 + 1e-9)
+        terms[above] = 0.0
+        told.append(terms)
+        few.append(above)
+    return _told(np.concatenate(told), withheld=np.concatenate(few))
 
 
 def loadings(client: GenomicsClient, message: Message) -> RecordDict:
@@ -272,41 +313,84 @@ def loadings(client: GenomicsClient, message: Message) -> RecordDict:
     As many such sums as there are people give all their genotypes: a real hospital tells them only
     where its node config has ``share-components=true``.
     """
-    found, asked = client.cohort(), _Asked(message)
-    scores, total = asked.scores(client, found), list[Floats]()
-    for part, genotypes in asked.blocks(found):
-        total.append(standardised(genotypes, asked.array("frequencies")[part]).T @ scores)
-    return _told(np.concatenate(total))
+    found = client.cohort()
+    asked = _Asked(message, found, _MOST_LOADINGS)
+    scores, frequencies = asked.scores(client, found)
+    return _told(
+        np.concatenate(
+            [
+                standardised(genotypes, frequencies[part]).T @ scores
+                for part, genotypes in asked.blocks(found)
+            ]
+        )
+    )
 
 
 def scores(client: GenomicsClient, message: Message) -> RecordDict:
     """Keep the people's scores on the principal components here, for the models that follow."""
-    found, asked = client.cohort(), _Asked(message)
-    own = asked.scores(client, found)
+    found = client.cohort()
+    own, _ = _Asked(message, found, _MOST_LOADINGS).scores(client, found)
     client.context.state[_SCORES] = ArrayRecord({"scores": Array(own - own.mean(0))})
     return RecordDict()
 
 
 class _Asked:
-    """Which variants a message asks for, and the arrays that come with it."""
+    """Which variants a message asks for, and the arrays that come with it.
 
-    def __init__(self, message: Message) -> None:
-        self.arrays = next(iter(message.content.array_records.values()))
-        self.lines = view(self.arrays["lines"])
-        self.swapped = view(self.arrays["swapped"])
+    Parameters
+    ----------
+    message : Message
+    cohort : Cohort
+    width : int
+        Numbers that the answer has of each variant.
 
-    def array(self, name: str) -> Floats:
-        found: Floats = view(self.arrays[name])
+    Raises
+    ------
+    InputError
+        Where the variants are not different lines of the hospital's file, or the answer would be
+        too large.
+    """
+
+    def __init__(self, message: Message, cohort: Cohort, width: int) -> None:
+        self._arrays = next(iter(message.content.array_records.values()), ArrayRecord())
+        self.lines, self.swapped = self._view("lines"), self._view("swapped")
+        whole = self.lines.dtype.kind in "iu" and self.lines.ndim == 1
+        if not whole or self.swapped.shape != self.lines.shape or self.swapped.dtype != np.bool_:
+            raise InputError(
+                "lines must be whole numbers, one a variant, and swapped true or false for each"
+            )
+        count, most, last = len(self.lines), _MOST_NUMBERS // width, cohort.fileset.num_variants - 1
+        if count > most:
+            raise InputError(f"lines must be at most {most} for this question, got {count}")
+        if not count or self.lines.min() < 0 or self.lines.max() > last:
+            raise InputError(f"lines must lie in 0..{last} and be at least one")
+        if len(np.unique(self.lines)) < count:
+            raise InputError("lines must be different: a question names a variant once")
+
+    def _view(self, name: str) -> NDArray[Any]:
+        if name not in self._arrays:
+            raise InputError(f"the message has no array {name}")
+        return view(self._arrays[name])
+
+    def array(self, name: str, *shape: int) -> Floats:
+        """Return an array of finite numbers, of this shape.
+
+        Raises
+        ------
+        InputError
+        """
+        found: Floats = self._view(name)
+        if found.dtype != np.float64 or found.shape != shape:
+            raise InputError(
+                f"{name} must be float64 of shape {shape}, got {found.dtype} of {found.shape}"
+            )
+        if not np.isfinite(found).all():
+            raise InputError(f"{name} must be finite")
         return found
 
     def blocks(self, cohort: Cohort) -> Iterator[tuple[slice, NDArray[np.int8]]]:
         """Yield places and genotypes of as many variants as are good for memory."""
         lines, size = self.lines, max(1, _CELLS // len(cohort.people))
-        last = cohort.fileset.num_variants - 1
-        if lines.dtype.kind not in "iu" or lines.ndim != 1 or lines.shape != self.swapped.shape:
-            raise InputError("lines and swapped must be whole numbers, one a variant each")
-        if not len(lines) or lines.min() < 0 or lines.max() > last:
-            raise InputError(f"lines must lie in 0..{last} and be at least one")
         everybody = len(cohort.people) == len(cohort.fileset.people)
         people = slice(None) if everybody else cohort.people
         for start in range(0, len(lines), size):
@@ -317,8 +401,8 @@ class _Asked:
                 copies[copies >= 0] = 2 - copies[copies >= 0]
             yield part, found
 
-    def scores(self, client: GenomicsClient, cohort: Cohort) -> Floats:
-        """Return what the loadings make of each person's genotypes.
+    def scores(self, client: GenomicsClient, cohort: Cohort) -> tuple[Floats, Floats]:
+        """Return what the loadings make of each person's genotypes, and the frequencies.
 
         Raises
         ------
@@ -331,22 +415,25 @@ class _Asked:
                 "components take sums from which genotypes can be computed: a hospital that is "
                 "willing sets share-components=true in its node config"
             )
-        wanted, frequencies = self.array("loadings"), self.array("frequencies")
-        if wanted.ndim != 2 or len(wanted) != len(self.lines):
-            raise InputError("loadings must have one row a variant")
-        if not 1 <= wanted.shape[1] <= _MOST_LOADINGS:
-            raise InputError(
-                f"loadings must have 1 to {_MOST_LOADINGS} columns, got {wanted.shape[1]}"
-            )
+        shape = self._view("loadings").shape
+        columns = shape[1] if len(shape) == 2 else 0
+        if not 1 <= columns <= _MOST_LOADINGS:
+            raise InputError(f"loadings must have 1 to {_MOST_LOADINGS} columns, got {columns}")
+        wanted = self.array("loadings", len(self.lines), columns)
+        if np.abs(wanted).max() > 1:
+            raise InputError("loadings must lie in -1..1: those of a component have length 1")
+        frequencies = self.array("frequencies", len(self.lines))
         # One for each person would give a single person all the weight.
-        within = ((frequencies > 0) & (frequencies < 1)).all()
-        if frequencies.shape != self.lines.shape or not within or not np.isfinite(wanted).all():
-            raise InputError("frequencies must be one a variant, in (0, 1), and loadings finite")
-        total = np.zeros((len(cohort.people), wanted.shape[1]))
+        if np.minimum(frequencies, 1 - frequencies).min() < _LEAST_FREQUENCY:
+            raise InputError(
+                f"frequencies must lie in {_LEAST_FREQUENCY}..{1 - _LEAST_FREQUENCY}: components "
+                "are made of common variants"
+            )
+        total = np.zeros((len(cohort.people), columns))
         for part, genotypes in self.blocks(cohort):
             seen = _tellable(client, cohort, genotypes)
             total += standardised(seen, frequencies[part]) @ wanted[part]
-        return total
+        return total, frequencies
 
 
 def _tellable(
@@ -366,8 +453,17 @@ def _with_scores(client: GenomicsClient, cohort: Cohort) -> Floats:
     return np.column_stack([cohort.covariates, kept])
 
 
-def _told(values: NDArray[Any]) -> RecordDict:
-    return RecordDict({"told": ArrayRecord({"values": Array(np.ascontiguousarray(values))})})
+def _told(values: NDArray[Any], **more: NDArray[Any]) -> RecordDict:
+    arrays = {"values": values} | more
+    told = {name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    return RecordDict({"told": ArrayRecord(told)})
+
+
+def _whole(config: ConfigRecord, name: str, least: int, most: int) -> int:
+    value = config.get(name)
+    if type(value) is not int or not least <= value <= most:
+        raise InputError(f"{name} must be a whole number in {least}..{most}, got {value!r}")
+    return value
 
 
 _QUERIES: Mapping[str, Query] = {

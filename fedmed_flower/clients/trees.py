@@ -10,7 +10,7 @@ How trees of several hospitals make one ensemble is the matter of Flower's `FedX
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,7 @@ from fedmed_flower.data.site import Row, min_cell_count, patient_text
 from fedmed_flower.ensembles import (
     BAGGING,
     CYCLIC,
+    LEAST_PART,
     MOST_TREES,
     SHARE,
     TREES,
@@ -42,6 +43,15 @@ from fedmed_flower.ensembles import (
     write_trees,
 )
 from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.statistics.declared import Declared
+from fedmed_flower.statistics.request import Request
+from fedmed_flower.thresholds import (
+    Edges,
+    at_edges,
+    in_bins,
+    quantile_edges,
+    spaced_edges,
+)
 from fedmed_flower.travelling import Travelling
 
 # The furthest that the trees of one round may move log odds, log rates and log hazards.
@@ -58,7 +68,10 @@ class TreeClient(TabularClient):
     ``survival-loss`` says, ``survival:cox``.
 
     A hospital's new trees have no leaf with fewer training patients than ``min-cell-count``, and
-    hospitals with fewer decline; thresholds and leaves carry no noise.
+    hospitals with fewer decline. Thresholds are multiples of about a fiftieth of a column's
+    declared range, and quantiles with so many patients between any two where none is declared; they
+    and the leaves carry no noise. Where the trees that were sent part fewer of the patients from
+    the others, all trees together, no ``loss`` is told of them: it would tell of those few.
     The server is trusted in that it may send any trees: they are read and checked here, and
     XGBoost's parser is given what was written anew. Nothing is unpickled.
 
@@ -91,9 +104,10 @@ class TreeClient(TabularClient):
         if config[TREES] not in (BAGGING, CYCLIC):
             raise InputError(f"{TREES} must be {BAGGING} or {CYCLIC}, got {config[TREES]!r}")
         self.whole = config[TREES] == CYCLIC
-        self.share = float(config.get(SHARE, 1.0))  # type: ignore[arg-type]
-        if not 0 < self.share <= 1:
-            raise InputError(f"{SHARE} must be above 0 and at most 1, got {self.share}")
+        share = config.get(SHARE, 1.0)
+        if not isinstance(share, int | float) or not LEAST_PART <= share <= 1:
+            raise InputError(f"{SHARE} must be from {LEAST_PART:g} to 1, got {share!r}")
+        self.share = float(share)
         return config
 
     @cached_property
@@ -157,7 +171,7 @@ class TreeClient(TabularClient):
         return TableRows(inputs | {"features": features}, rows)
 
     def fit(self, model: nn.Module, prepared: TableRows, seed: int) -> dict[str, Any]:
-        """Grow the trees of a round and return the ``loss`` of the training rows with them.
+        """Grow the trees of a round and return the training rows' ``loss``, where it may be told.
 
         Raises
         ------
@@ -166,24 +180,70 @@ class TreeClient(TabularClient):
         """
         if not isinstance(model, Ensemble):
             raise TypeError(f"fit must be given an Ensemble, got {type(model).__name__}")
-        minimum = min_cell_count(self.context, self.site)
-        if len({patient_text(row["patient"]) for row in prepared.rows}) < minimum:
+        minimum, patients = min_cell_count(self.context, self.site), _patients(prepared)
+        if len(np.unique(patients)) < minimum:
             raise DeclinedError(f"trees are grown of at least {minimum} patients")
         most = self.form.most_leaf(self.share)
-        new = [clipped(tree, most) for tree in self._grow(model, prepared, seed, minimum)]
+        new = [clipped(tree, most) for tree in self._grow(model, prepared, patients, seed)]
         grown = Ensemble(self.form, [*model.trees, *new], self.threads)
         model.send(grown.trees if self.whole else new)
+        if self._tells_few_apart(model, prepared, patients):
+            return {}
         loss = self.loss(torch.from_numpy(self._predict(grown, prepared)), prepared.inputs)
         return {"loss": float(loss)}
 
-    def _grow(self, model: Ensemble, prepared: TableRows, seed: int, minimum: int) -> list[Tree]:
+    def measure(self, model: nn.Module, prepared: TableRows) -> dict[str, Any]:
+        """Return the figures, with ``loss`` where it may be told."""
+        if not isinstance(model, Ensemble):
+            raise TypeError(f"measure must be given an Ensemble, got {type(model).__name__}")
+        found = super().measure(model, prepared)
+        if self._tells_few_apart(model, prepared, _patients(prepared)):
+            del found["loss"]
+        return found
+
+    def _tells_few_apart(
+        self, model: Ensemble, prepared: TableRows, patients: NDArray[np.intp]
+    ) -> bool:
+        """Return whether the sent trees part fewer patients from all others than may be told of.
+
+        Each tree's leaves may hold enough and yet few patients be in the same leaves of all trees,
+        whose numbers alone then change with what the server puts into these leaves.
+        """
+        minimum = min_cell_count(self.context, self.site)
+        together = np.zeros(len(prepared), np.intp)
+        for leaves in model.places(prepared.inputs["features"].numpy()):
+            both = np.column_stack([together, leaves])
+            together = np.unique(both, axis=0, return_inverse=True)[1].reshape(-1)
+            if _fewest(together, patients) < minimum:
+                return True
+        return False
+
+    def _edges(self, features: NDArray[np.float32], patients: NDArray[np.intp]) -> list[Edges]:
+        """Return where each feature may be split."""
+        minimum = min_cell_count(self.context, self.site)
+        declared, edges = Declared(Request(), self.schema), list[Edges]()
+        for place, column in enumerate(self.schema.numeric):
+            if step := declared.resolution(column):
+                edges.append(spaced_edges(*self.schema.ranges[column], step))
+            else:
+                edges.append(quantile_edges(features[:, place], patients, minimum))
+        categories = features.shape[1] - len(edges)
+        return edges + [np.array([0.5], np.float32)] * categories
+
+    def _grow(
+        self, model: Ensemble, prepared: TableRows, patients: NDArray[np.intp], seed: int
+    ) -> list[Tree]:
         """Return new trees, grown with larger children until none has a leaf of few patients."""
         xgboost, settings = _xgboost(), self.trees
-        features = prepared.inputs["features"].numpy()
-        data = xgboost.DMatrix(features, _labels(prepared), nthread=self.threads)
-        patients = np.asarray([patient_text(row["patient"]) for row in prepared.rows])
-        numbers = np.unique(patients, return_inverse=True)[1]
-        before = len(model.trees)
+        minimum, features = min_cell_count(self.context, self.site), prepared.inputs["features"]
+        edges = self._edges(features.numpy(), patients)
+        data = xgboost.DMatrix(
+            in_bins(features.numpy(), edges),
+            _labels(prepared),
+            # The trees before split the features themselves.
+            base_margin=model(features).numpy(),
+            nthread=self.threads,
+        )
         parameters: dict[str, Any] = {
             "objective": self.form.objective,
             "tree_method": "hist",
@@ -202,15 +262,14 @@ class TreeClient(TabularClient):
             # One tree for all classes: Flower takes each tree for one of the first class.
             parameters |= {"num_class": self.form.outputs, "multi_strategy": "multi_output_tree"}
         while True:
-            grown = xgboost.train(parameters, data, 1, xgb_model=model.booster)
-            places = grown[model.rounds :].predict(data, pred_leaf=True)
-            if all(
-                _fewest(leaf, numbers) >= minimum for leaf in places.reshape(len(features), -1).T
-            ):
+            grown = xgboost.train(parameters, data, 1)
+            places = grown.predict(data, pred_leaf=True).reshape(len(features), -1)
+            if all(_fewest(leaf, patients) >= minimum for leaf in places.T):
                 break
             parameters["min_child_weight"] = max(2 * parameters["min_child_weight"], 1e-3)
         found = bytes(grown.save_raw("json"))
-        return read_trees(found, self.form, before + settings.trees_a_round, named=False)[before:]
+        trees = read_trees(found, self.form, settings.trees_a_round, named=False)
+        return [at_edges(tree, edges) for tree in trees]
 
     def _train(self, message: Message) -> RecordDict:
         if self.privacy.on:
@@ -254,6 +313,13 @@ class Ensemble(nn.Module):
         booster.load_model(bytearray(write_trees(self.form, self.trees, named=False)))
         booster.set_param({"nthread": self.threads})
         return booster
+
+    def places(self, features: NDArray[np.float32]) -> Iterator[NDArray[Any]]:
+        """Yield, tree by tree, in which leaf each row of features (n, width) is: (n,)."""
+        data = _xgboost().DMatrix(features, nthread=self.threads)
+        for number in range(self.rounds):
+            found = self.booster[number : number + 1].predict(data, pred_leaf=True)
+            yield from found.reshape(len(features), -1).T
 
     def forward(self, features: Tensor) -> Tensor:
         """Return log odds, log rates, log hazards or the number."""
@@ -313,6 +379,12 @@ def _labels(prepared: TableRows) -> NDArray[Any]:
         return prepared.inputs["target"].numpy()
     times, events = prepared.inputs["time"].numpy(), prepared.inputs["event"].numpy()
     return np.where(events == 1, times, -times)
+
+
+def _patients(prepared: TableRows) -> NDArray[np.intp]:
+    """Return a number for each row that is the same for the rows of one patient."""
+    texts = [patient_text(row["patient"]) for row in prepared.rows]
+    return np.unique(texts, return_inverse=True)[1]
 
 
 def _fewest(leaf: NDArray[Any], patients: NDArray[Any]) -> int:
