@@ -2,7 +2,8 @@
 
 A hospital never sends a list of scores. For figures over all hospitals it sends counts: the
 confusion matrix, and for each class two histograms of the score (rows without and with the class)
-on a grid laid around the hospital's own median.
+on a grid laid around the hospital's own median. A hospital that wants to tell coarsely counts ten
+patients or more at a time, and rounds.
 """
 
 from __future__ import annotations
@@ -10,35 +11,56 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedmed_flower.errors import InputError
 from fedmed_flower.outcomes import (
     CALIBRATION,
     NOISED_ERRORS,
     SUMS,
     check_sums,
+    coarse_sums,
     in_groups,
     noised_error_metrics,
     pool_outcomes,
+    three_digits,
 )
-from fedmed_flower.overlap import NOISED_DICE, WORST, pool_masks
+from fedmed_flower.overlap import DICE, NOISED_DICE, WORST, pool_masks
 from fedmed_flower.privacy.noise import gaussian, secure_generator
-from fedmed_flower.ranking import merged_auc, merged_precision, ordered_pairs
+from fedmed_flower.ranking import (
+    BINS,
+    COUNTS,
+    EDGES,
+    FEWEST,
+    GRID,
+    MERGED,
+    UNTOLD,
+    bounded_auc,
+    check_histograms,
+    coarse_histograms,
+    different,
+    fine_histograms,
+    merged_auc,
+    merged_precision,
+    numbered,
+    ordered_pairs,
+)
 
-CONFUSION, GRID, COUNTS = "confusion-counts", "score-grid", "score-counts"
+CONFUSION = "confusion-counts"
 SUMMABLE = (CONFUSION, GRID, COUNTS)
 # What a run has cost a patient of a site; of several sites, the most.
 EPSILON = "patient-epsilon"
 # What the rounds have cost a hospital, by the server's noise.
 HOSPITAL_EPSILON = "hospital-epsilon"
 
-# Bins of 1/500 of the interquartile range at the median that grow outwards (sinh), so that narrow,
-# skewed and far-off scores keep their order.
-_BINS = 2048
-_EDGES = np.sinh(np.linspace(-10.0, 10.0, _BINS + 1))
+# Between which the AUC lies where a hospital tells coarsely.
+LOW, HIGH = "auc-low", "auc-high"
+# What follows from the confusion matrix.
+RATES = ("accuracy", "balanced-accuracy", "sensitivity", "specificity")
 
 # Under privacy the bins must not depend on the patients. Log-odds; the threshold 0 is an edge.
 NOISED = "noised-counts"
@@ -46,6 +68,10 @@ NOISED = "noised-counts"
 POOLED_ONLY = (*SUMMABLE, NOISED, NOISED_DICE, *SUMS)
 _NOISED_BINS = 32
 _NOISED_EDGES = np.linspace(-8.0, 8.0, _NOISED_BINS + 1)
+
+# What `coarsened` leaves as it is, and parts of the names of what it leaves out.
+_EXACT = ("num-examples", EPSILON, HOSPITAL_EPSILON, NOISED, NOISED_DICE)
+_SINGLE = {"worst", "lowest", "highest", "min", "max"}
 
 Value = float | int | list[int] | list[float]
 
@@ -90,13 +116,23 @@ def class_margins(logits: ArrayLike) -> NDArray[np.float64]:
     return np.asarray(z - against)
 
 
-def classification_metrics(labels: ArrayLike, logits: ArrayLike) -> dict[str, Value]:
+def classification_metrics(
+    labels: ArrayLike,
+    logits: ArrayLike,
+    patients: Sequence[Hashable] | None = None,
+    coarse: bool = False,
+) -> dict[str, Value]:
     """Measure a classifier on one hospital's rows.
 
     Parameters
     ----------
     labels : integer array of shape (n,)
     logits : array of shape (n, 1) or (n, c)
+    patients : sequence of n hashables, optional
+        Whose the rows are; each row is of a patient of its own where nothing is said.
+    coarse : bool
+        Whether each count is of ten different patients or more, or of all of a class. `coarsened`
+        rounds what is left.
 
     Returns
     -------
@@ -105,24 +141,57 @@ def classification_metrics(labels: ArrayLike, logits: ArrayLike) -> dict[str, Va
         and ``auc`` (for more than two classes: the mean of one class against the rest), and the
         counts that `pool` sums. A figure that these rows leave undefined, such as the AUC of
         one class, is left out.
+
+        Where `coarse`, the AUC is also left out where a class, or its rest, has fewer than ten
+        patients, and the confusion matrix, with all that follows from it, where a cell has.
+
+    Raises
+    ------
+    InputError
+        Where there is not one patient a row.
     """
-    from sklearn.metrics import confusion_matrix, roc_auc_score
+    from sklearn.metrics import confusion_matrix
 
     y = np.asarray(labels, dtype=np.int64)
+    whose = range(len(y)) if patients is None else patients
+    if len(whose) != len(y):
+        raise InputError(f"patients must name one for each of {len(y)} rows, got {len(whose)}")
     margins = class_margins(logits)
     num_classes = max(2, margins.shape[1])
     guess = (margins[:, 0] > 0).astype(int) if num_classes == 2 else np.argmax(logits, axis=1)
     confusion = confusion_matrix(y, guess, labels=np.arange(num_classes))
     positive = (y == 1)[:, None] if num_classes == 2 else y[:, None] == np.arange(num_classes)
-    metrics: dict[str, Value] = {"num-examples": len(y), **_rates(confusion)}
-    aucs = [
-        float(roc_auc_score(truth, score))
+    told = not coarse or _is_coarse(y, guess, numbered(whose), num_classes)
+    found = [
+        coarse_histograms(truth, score, whose, told and num_classes == 2)
+        if coarse
+        else fine_histograms(truth, score)
         for truth, score in zip(positive.T, margins.T, strict=True)
-        if truth.any() and not truth.all()
+    ]
+    metrics: dict[str, Value] = {"num-examples": len(y), **(_rates(confusion) if told else {})}
+    aucs = [
+        own
+        for truth, ((_, _, own), _) in zip(positive.T, found, strict=True)
+        if truth.any() and not truth.all() and own != UNTOLD
     ]
     if len(aucs) == margins.shape[1]:
         metrics["auc"] = float(np.mean(aucs))
-    return metrics | {CONFUSION: confusion.ravel().tolist()} | _histograms(positive, margins)
+    if told:
+        metrics[CONFUSION] = confusion.ravel().tolist()
+    metrics[GRID] = [value for grid, _ in found for value in grid]
+    metrics[COUNTS] = [count for _, counts in found for count in counts]
+    return metrics
+
+
+def _is_coarse(
+    labels: NDArray[np.int64], guess: NDArray[Any], codes: NDArray[np.int64], num_classes: int
+) -> bool:
+    """Return whether each cell of the confusion matrix is of ten different patients or more."""
+    cells = [[(labels == c) & (guess == g) for g in range(num_classes)] for c in range(num_classes)]
+    enough = all(different(codes[cell]) >= FEWEST for row in cells for cell in row)
+    # A patient with several rows may be in several cells.
+    least = FEWEST * num_classes
+    return enough and all(different(codes[labels == c]) >= least for c in range(num_classes))
 
 
 def noised_counts(
@@ -241,29 +310,66 @@ def _check_counts(record: Mapping[str, Any]) -> str | None:
         return f"{NOISED} must be a list of finite numbers of a length that {NOISED} can have"
     if (sums := record.get(NOISED_DICE)) is not None and not (_are_counts(sums) and len(sums) > 1):
         return f"{NOISED_DICE} must be a list of two or more finite numbers"
-    confusion, grid, counts = (record.get(key) for key in SUMMABLE)
-    if confusion is None and grid is None and counts is None:
+    found: list[Any] = [record.get(key) for key in SUMMABLE]
+    confusion, grid, counts = found
+    if found == [None] * 3:
         return None
-    if not (isinstance(confusion, list) and isinstance(grid, list) and isinstance(counts, list)):
+    # A hospital that tells coarsely may keep the confusion matrix back.
+    is_kept = confusion is None and isinstance(counts, list) and MERGED in counts
+    if not all(isinstance(part, list) for part in found[is_kept:]):
         return f"{', '.join(SUMMABLE)} must be lists, and all or none of them sent"
+    rows = record.get("num-examples")
+    if is_kept:
+        return check_histograms(grid, counts, len(grid) // 3, rows)
     num_classes = math.isqrt(len(confusion))
-    scores = 1 if num_classes == 2 else num_classes
     if num_classes < 2 or num_classes**2 != len(confusion):
         return f"{CONFUSION} has {len(confusion)} entries, which is no square of 2 or more classes"
-    if (len(grid), len(counts)) != (3 * scores, 2 * _BINS * scores):
-        return f"{GRID} and {COUNTS} have {len(grid)} and {len(counts)} entries"
-    if not all(type(count) is int and count >= 0 for count in (*confusion, *counts)):
-        return f"{CONFUSION} and {COUNTS} must be whole numbers of at least 0"
-    rows = record.get("num-examples")
-    if sum(confusion) != rows or sum(counts) != rows * scores:
-        return f"{CONFUSION} and {COUNTS} do not add up to num-examples = {rows}"
-    far = float(_EDGES[-1])
-    reach = [abs(grid[i]) + grid[i + 1] * far for i in range(0, len(grid), 3)]
-    if not all(math.isfinite(value) for value in (*grid, *reach)) or min(grid[1::3]) <= 0:
-        return f"{GRID} must be finite, with widths above 0"
-    if not all(0 <= auc <= 1 for auc in grid[2::3]):
-        return f"{GRID} names an AUC outside 0 to 1"
-    return None
+    if not all(type(count) is int and count >= 0 for count in confusion):
+        return f"{CONFUSION} must be whole numbers of at least 0"
+    if sum(confusion) != rows:
+        return f"{CONFUSION} do not add up to num-examples = {rows}"
+    return check_histograms(grid, counts, 1 if num_classes == 2 else num_classes, rows)
+
+
+def coarsened(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a hospital that tells coarsely may send of any client's metrics.
+
+    Parameters
+    ----------
+    metrics : dict
+        Numbers and lists of numbers by name, of all rows or of a group of patients.
+
+    Returns
+    -------
+    dict
+        Numbers that are not integers by their type have three significant digits, in lists too;
+        so have the sums that `pool` adds up, but for numbers of rows. Left out are figures of
+        single patients (with worst, lowest, highest, min or max in the name) and counts of a
+        classifier that are not coarse. ``num-examples``, what a run has cost and what carries noise
+        stay as they are.
+    """
+    return {
+        name + group: value
+        for group, part in in_groups(metrics).items()
+        for name, value in _coarsened(part).items()
+    }
+
+
+def _coarsened(part: Mapping[str, Any]) -> dict[str, Any]:
+    told = {name: value for name, value in part.items() if _SINGLE.isdisjoint(name.split("-"))}
+    if MERGED not in part.get(COUNTS, ()):
+        told = {name: told[name] for name in told if name not in (*SUMMABLE, CALIBRATION)}
+    for name, value in told.items():
+        if name in SUMS:
+            told[name] = coarse_sums(name, value)
+        elif name not in _EXACT:
+            told[name] = [*map(_rounded, value)] if isinstance(value, list) else _rounded(value)
+    return told
+
+
+def _rounded(value: Any) -> Any:
+    is_fraction = isinstance(value, Real) and not isinstance(value, Integral)
+    return three_digits(float(value)) if is_fraction else value
 
 
 def _are_counts(values: Any) -> bool:
@@ -293,6 +399,11 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
         for few distinct ones, with some hundred rows of each class at several hospitals. With fewer
         than 500 rows of the class in all, two rows at the top whose bins overlap may move it by
         half of one over their number.
+
+        Where a hospital tells coarsely, the AUC of all rows lies between ``auc-low`` and
+        ``auc-high`` (to three digits, rounded outwards), whatever the order of rows that share a
+        bin; ``auc`` is an estimate. Left out then are the average precision, and what follows from
+        counts that one of the hospitals keeps back.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -315,9 +426,12 @@ def _pool(records: list[dict[str, Any]], every: bool) -> dict[str, float]:
             total = np.sum([np.asarray(record[key]) for record in records], axis=0)
             return noised_metrics(total) if key == NOISED else noised_error_metrics(total)
     if masks := [record for record in records if isinstance(record.get(WORST), int | float)]:
-        return pool_masks(masks)
+        # A hospital that tells coarsely has a worst patient, too.
+        silent = any(DICE in record and WORST not in record for record in records)
+        return {} if silent else pool_masks(masks)
     figures = pool_outcomes(records, every)
-    if found := _holding(records, *SUMMABLE):
+    if found := _holding(records, GRID, COUNTS):
+        figures = {name: value for name, value in figures.items() if name not in _untold(found)}
         figures |= _pool_classes(found)
     rows = [record.get("num-examples") for record in records]
     total = float(sum(count for count in rows if isinstance(count, int | float)))
@@ -330,21 +444,38 @@ def _holding(records: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
     return found if len({tuple(len(one[key]) for key in keys) for one in found}) == 1 else []
 
 
+def _untold(records: list[dict[str, Any]]) -> set[str]:
+    """Return the figures over all rows of which one of these hospitals keeps its part back."""
+    if not any(MERGED in record[COUNTS] for record in records):
+        return set()
+    without = {
+        name for record in records for name in (CONFUSION, CALIBRATION) if name not in record
+    }
+    untold = {"average-precision"} | ({*RATES} if CONFUSION in without else set())
+    return untold | ({"calibration-error"} if CALIBRATION in without else set())
+
+
 def _pool_classes(records: list[dict[str, Any]]) -> dict[str, float]:
-    total = np.sum([np.asarray(record[CONFUSION]) for record in records], axis=0)
-    num_classes = round(len(total) ** 0.5)
-    metrics = _rates(total.reshape(num_classes, num_classes))
+    metrics: dict[str, float] = {}
+    if len(told := _holding(records, CONFUSION)) == len(records):
+        total = np.sum([np.asarray(record[CONFUSION]) for record in told], axis=0)
+        num_classes = round(len(total) ** 0.5)
+        metrics = _rates(total.reshape(num_classes, num_classes))
     grids = np.asarray([record[GRID] for record in records]).reshape(len(records), -1, 3)
     counts = np.asarray([record[COUNTS] for record in records], dtype=np.float64)
-    counts = counts.reshape(len(records), -1, 2, _BINS)
-    edges = grids[..., :1] + grids[..., 1:2] * _EDGES
+    counts = counts.reshape(len(records), -1, 2, BINS)
+    edges = grids[..., :1] + grids[..., 1:2] * EDGES
     classes = range(grids.shape[1])
+    # What is told of one hospital alone is its own figure.
+    alone = records[0] if len(records) == 1 else {}
+    if (counts < 0).any():
+        bounds = bounded_auc(edges, counts, grids[..., 2], alone.get("auc"))
+        return metrics | (dict(zip(("auc", LOW, HIGH), bounds, strict=True)) if bounds else {})
     found = {"auc": [merged_auc(edges[:, c], counts[:, c], grids[:, c, 2]) for c in classes]}
     if any(CALIBRATION in record for record in records):
         found["average-precision"] = [merged_precision(edges[:, c], counts[:, c]) for c in classes]
     for name, values in found.items():
-        # What is told of one hospital alone is its own figure.
-        own = records[0].get(name) if len(records) == 1 else None
+        own = alone.get(name)
         if not np.isnan(values).any():
             metrics[name] = float(own if isinstance(own, int | float) else np.mean(values))
     return metrics
@@ -368,22 +499,3 @@ def _rates(confusion: NDArray[np.int64]) -> dict[str, float]:
         "specificity": np.mean(specificity[concerned]),
     }
     return {name: float(rate) for name, rate in rates.items() if np.isfinite(rate)}
-
-
-def _histograms(positive: NDArray[np.bool_], margins: NDArray[np.float64]) -> dict[str, Value]:
-    from sklearn.metrics import roc_auc_score
-
-    grid: list[float] = []
-    counts: list[int] = []
-    for truth, score in zip(positive.T, margins.T, strict=True):
-        low, centre, high = np.percentile(score, [25, 50, 75])
-        width = max(0.2 * (high - low), 1e-3 * score.std(), 1e-9 * max(1.0, abs(centre)))
-        # Rounded, so that the grid does not tell one patient's score.
-        width = float(f"{width:.1e}")
-        centre = width * round(centre / width)
-        own = roc_auc_score(truth, score) if truth.any() and not truth.all() else 0.5
-        grid += [float(centre), float(width), float(own)]
-        places = np.clip((score - centre) / width, _EDGES[0], _EDGES[-1])
-        for group in (False, True):
-            counts += np.histogram(places[truth == group], _EDGES)[0].tolist()
-    return {GRID: grid, COUNTS: counts}

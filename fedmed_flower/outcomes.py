@@ -45,7 +45,13 @@ _MOST = 1e100
 _MOST_LOG_RATE = 50.0
 
 
-def outcome_metrics(task: str, target: ArrayLike, outputs: ArrayLike) -> dict[str, Any]:
+def outcome_metrics(
+    task: str,
+    target: ArrayLike,
+    outputs: ArrayLike,
+    patients: Sequence[Hashable] | None = None,
+    coarse: bool = False,
+) -> dict[str, Any]:
     """Measure predictions on one hospital's rows.
 
     Parameters
@@ -56,6 +62,11 @@ def outcome_metrics(task: str, target: ArrayLike, outputs: ArrayLike) -> dict[st
     outputs : array of shape (n, c) or (n,)
         Logits as `fedmed_flower.metrics.classification_metrics` takes them; the number; the log of
         the expected count (taken to lie within -50 and 50).
+    patients, coarse
+        Of classes, as `classification_metrics` takes them. The average precision, which rests on
+        the few highest scores, is then left out. The calibration is that of two bins, on either
+        side of one half, or of one bin where these are not told; for more than two classes it is
+        that of one bin, or left out.
 
     Returns
     -------
@@ -79,7 +90,7 @@ def outcome_metrics(task: str, target: ArrayLike, outputs: ArrayLike) -> dict[st
     """
     y, z = _checked(task, target, outputs)
     if task in ("binary", "multi-class"):
-        return _classified(y.astype(np.int64), z)
+        return _classified(y.astype(np.int64), z, patients, coarse)
     guess, key = z[:, 0], TARGET
     if task == "continuous":
         spread, left = np.square(y - y.mean()), np.square(y - guess)
@@ -124,16 +135,19 @@ def _checked(task: str, target: ArrayLike, outputs: ArrayLike) -> tuple[Floats, 
     return y, z
 
 
-def _classified(labels: NDArray[np.int64], logits: Floats) -> dict[str, Any]:
+def _classified(
+    labels: NDArray[np.int64], logits: Floats, patients: Sequence[Hashable] | None, coarse: bool
+) -> dict[str, Any]:
     from scipy.special import expit, softmax
     from sklearn.metrics import average_precision_score
 
     # Here, since it imports this module: `pool` is for what both of them measure.
-    from fedmed_flower.metrics import class_margins, classification_metrics
+    from fedmed_flower.metrics import CONFUSION, class_margins, classification_metrics
 
-    metrics: dict[str, Any] = classification_metrics(labels, logits)
+    metrics: dict[str, Any] = classification_metrics(labels, logits, patients, coarse)
     margins = class_margins(logits)
-    if margins.shape[1] == 1:
+    is_binary = margins.shape[1] == 1
+    if is_binary:
         truth = (labels == 1)[:, None]
         shares = expit(margins)
         chosen, right = shares[:, 0], truth[:, 0]
@@ -141,12 +155,18 @@ def _classified(labels: NDArray[np.int64], logits: Floats) -> dict[str, Any]:
         truth = labels[:, None] == np.arange(margins.shape[1])
         shares = softmax(logits, axis=1)
         chosen, right = shares.max(axis=1), logits.argmax(axis=1) == labels
-    if not (truth.all(axis=0) | ~truth.any(axis=0)).any():
+    if not coarse and not (truth.all(axis=0) | ~truth.any(axis=0)).any():
         pairs = zip(truth.T, margins.T, strict=True)
         found = [average_precision_score(one, score) for one, score in pairs]
         metrics["average-precision"] = float(np.mean(found))
     metrics["brier"] = float(np.square(shares - truth).sum(axis=1).mean())
     bins = np.minimum((chosen * _BINS).astype(np.int64), _BINS - 1)
+    if coarse and not is_binary and CONFUSION not in metrics:
+        return metrics
+    if coarse:
+        # Bins that the confusion matrix tells of anyway: no others are cut.
+        is_cut = is_binary and CONFUSION in metrics
+        bins = np.where(is_cut & (margins[:, 0] > 0), _BINS // 2, 0)
     sums = np.zeros((_BINS, 3))
     np.add.at(sums, bins, np.stack([np.ones(len(bins)), chosen, right], axis=1))
     metrics["calibration-error"] = _calibration_error(sums)
@@ -216,6 +236,33 @@ def check_sums(record: Mapping[str, Any]) -> str | None:
         if key != PAIRS and not counted == rows != 0:
             return f"{key} is not of num-examples = {rows} rows"
     return None
+
+
+def three_digits(value: float) -> float:
+    """Round to three significant digits."""
+    return float(f"{value:.3g}")
+
+
+def coarse_sums(key: str, sums: Sequence[float]) -> list[float]:
+    """Return sums of three significant digits; how many rows they are of stays.
+
+    The mean of numbers is told to a hundredth of their standard deviation. Of pairs the share in
+    order, half of the tied ones included, has three digits.
+    """
+    rounded = [three_digits(value) for value in sums]
+    if key == NOISED_ERRORS:
+        return list(sums)
+    if key == PAIRS:
+        pairs = rounded[2]
+        share = three_digits((sums[0] + sums[1] / 2) / sums[2]) if pairs else 0.0
+        return [share * pairs, 0.0, pairs]
+    if key == CALIBRATION:
+        kept = np.asarray(sums, dtype=np.float64).reshape(_BINS, 3)
+        kept[:, 1] = np.minimum(rounded[1::3], kept[:, 0])
+        return [float(value) for value in kept.ravel()]
+    step = 0.01 * math.sqrt(rounded[2] / sums[0]) if key == TARGET else 0.0
+    mean = step * round(sums[1] / step) if 0 < step < math.inf else rounded[1]
+    return [sums[0], mean, *rounded[2:]]
 
 
 def pool_outcomes(records: Sequence[Mapping[str, Any]], every: bool = False) -> dict[str, float]:

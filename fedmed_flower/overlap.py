@@ -115,7 +115,10 @@ def patient_dice(scores: Mapping[str, float]) -> float:
 
 
 def noised_dice(
-    scores: Sequence[Mapping[str, float]], patients: Sequence[Hashable], noise_multiplier: float
+    scores: Sequence[Mapping[str, float]],
+    patients: Sequence[Hashable],
+    noise_multiplier: float,
+    classes: Sequence[str],
 ) -> list[float]:
     """Add up patients and their Dice, with noise that hides each patient.
 
@@ -125,22 +128,21 @@ def noised_dice(
     Parameters
     ----------
     scores : sequence of n dicts
-        As `mask_scores` returns them; n at least 1.
+        As `mask_scores` returns them.
     patients : sequence of n hashables
     noise_multiplier : float
         Standard deviation of the noise in units of that length; at least 0.
+    classes : sequence of str
+        As in `mask_scores`.
 
     Returns
     -------
     list of float
         For `dice_of`: the number of patients, then each class's sum.
     """
-    rows = np.asarray(
-        [
-            [1.0] + [value for name, value in one.items() if name.startswith(f"{DICE}-")]
-            for one in scores
-        ]
-    )
+    names = [f"{DICE}-{name}" for name in classes]
+    rows = np.asarray([[1.0, *(one[name] for name in names)] for one in scores])
+    rows = rows.reshape(len(scores), 1 + len(names))
     of = Counter(patients)
     share = np.asarray([1 / of[patient] for patient in patients])
     sums: NDArray[np.float64] = share @ np.clip(rows, 0.0, 1.0)

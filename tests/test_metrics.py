@@ -141,7 +141,8 @@ def test_margins_of_sure_networks_stay_apart():
         ("score-grid", lambda v: [*v[:2], 1.5], "names an AUC outside 0 to 1"),
         ("confusion-counts", lambda v: [v[0] + 1, *v[1:]], "do not add up to num-examples = 40"),
         ("confusion-counts", lambda v: v[:3], "which is no square"),
-        ("score-counts", lambda v: [-1, *v[1:-1], v[-1] + 1], "whole numbers of at least 0"),
+        ("score-counts", lambda v: [-2, *v[1:-1], v[-1] + 2], "whole numbers of at least 0"),
+        ("score-counts", lambda v: [-1, *v[1:]], "must begin each histogram with a bin of its own"),
         ("score-counts", lambda v: 3, "must be lists"),
     ],
 )
