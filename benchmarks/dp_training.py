@@ -31,7 +31,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,13 +161,10 @@ def private(
     gradients = RecordGradients(model, loss, case.mixed_precision, method)
     size = PROBE if method == "loop" else case.batch
 
-    def rows(places: Sequence[int]) -> Batch:
-        return {key: value[list(places)] for key, value in batch.items()}
-
     def step() -> None:
         nonlocal size
         if gradients.method == "auto":
-            size = micro_batch_size(gradients, rows, list(range(case.batch)))
+            size = micro_batch_size(gradients, batch, case.batch)
         optimizer.draw_ahead()
         for start in range(0, case.batch, size):
             part = {key: value[start : start + size] for key, value in batch.items()}

@@ -26,7 +26,8 @@ PARTS = {
     "alone and pooled": ["baselines=true"],
     # Few patients: a small network, every gradient clipped, all patients in each of few steps.
     "private": [
-        *("privacy=patient", "sampling-rate=1.0", "num-server-rounds=12", "local-epochs=3"),
+        *("privacy=patient", "private-metrics=false", "sampling-rate=1.0"),
+        *("num-server-rounds=12", "local-epochs=3"),
         *("optimizer=sgd", "learning-rate=4.0", "max-grad-norm=0.05"),
         "network-args={spatial_dims = 3, in_channels = 1, out_channels = 3, num_res_units = 1, "
         'channels = [8, 16, 32], strides = [2, 2], norm = "instance"}',

@@ -203,6 +203,7 @@ def private_epoch(rows, device):
     """Train as many private steps as an epoch has; return what they took."""
     from fedmed_flower.clients.training import train_privately
     from fedmed_flower.privacy.accounting import Release
+    from fedmed_flower.privacy.gradients import PROBE
     from fedmed_flower.privacy.patient import Mechanism, PrivacySettings
 
     made = client(rows, device, privacy="patient")
@@ -220,6 +221,7 @@ def private_epoch(rows, device):
             made.loss_of,
             optimizer,
             mechanism,
+            made.batch_of(prepared, range(PROBE)),
             made.settings.half_precision,
         )
 

@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from fedmed_flower.clients.training import train_privately
 from fedmed_flower.data.phantoms import chest_xrays
 from fedmed_flower.privacy.accounting import Release, epsilon_of, noise_for
+from fedmed_flower.privacy.gradients import PROBE
 from fedmed_flower.privacy.patient import Mechanism, PrivacySettings
 
 # Of the canaries are guessed: with noise the surest, without it as many as are in for certain.
@@ -170,6 +171,7 @@ def audit(canaries: int, release: Release, steps: int, delta: float, seed: int) 
         ),
         torch.optim.SGD(model.parameters(), 0.1),
         Mechanism(release, steps, len(patients), settings),
+        batch_of(range(PROBE)),
     )
     moved = (model[1].weight.detach().double() - before)[0].numpy()
     return bound_of_scores(moved[pixels], taken, delta)

@@ -85,7 +85,7 @@ def run(job: tuple[float, int]) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory() as folder:
         config = SETTINGS | {"seed": seed, "run-dir": f"{folder}/run"}
         if epsilon:
-            config |= {"privacy": "patient", "target-epsilon": epsilon}
+            config |= {"privacy": "patient", "target-epsilon": epsilon, "private-metrics": False}
         else:
             # As many gradients: a step for every 32 patients instead of a quarter of them.
             config |= {"batch-size": 32, "learning-rate": 0.003}

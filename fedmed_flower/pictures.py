@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from PIL import Image
@@ -19,10 +20,14 @@ _CHUNKS |= {b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"tEXt", b"tIME"}
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of one test case; its title and pixels leave the hospital as they are."""
+    """A picture of one test case; its title and pixels leave the hospital as they are.
+
+    `patient` stays: the hospital notes of whom pictures left.
+    """
 
     title: str
     png: bytes
+    patient: Hashable = None
 
 
 def sound(png: bytes) -> str | None:

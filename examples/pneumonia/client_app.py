@@ -11,6 +11,7 @@ from fedmed_flower.data.sources import load_dataset, load_medmnist
 
 class PneumoniaHospital(ClassificationClient):
     num_classes = 2
+    image_shape = (1, 28, 28)
 
     def build_model(self):
         return DenseNet(

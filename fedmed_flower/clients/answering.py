@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-from fedmed_flower.data.site import DECLINED, SITE_RECORD, Site, tell_error
-from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.data.site import DECLINED, SITE_RECORD, NodeSettings, Site, tell_error
+from fedmed_flower.errors import FAILED, DeclinedError, InputError
 
 if TYPE_CHECKING:
     from fedmed_flower.clients.base import MedicalClient
@@ -35,20 +35,18 @@ def answer(
     message, context
         As Flower gives them.
     """
-    site, state = None, copy.deepcopy(context.state)
+    site, client, state = None, None, copy.deepcopy(context.state)
     try:
         site = Site.from_context(context)
+        # A misspelled budget is none: nothing is answered before all keys are understood.
+        NodeSettings.of(context.node_config, cls.node_keys)
         client = cls(context)
         content = handle(client, message)
-        data = client.data()
-        content[SITE_RECORD] = ConfigRecord(
-            {
-                "name": site.name,
-                "data": data.source,
-                "generated": data.generated,
-                "simulated": site.simulated,
-            }
-        )
+        about: dict[str, Any] = {"name": site.name, "simulated": site.simulated}
+        if client.touched or not client.sealed:
+            data = client.data()
+            about |= {"data": data.source, "generated": data.generated}
+        content[SITE_RECORD] = ConfigRecord(about)
         return Message(content, reply_to=message)
     except Exception as error:
         context.state = state
@@ -62,6 +60,9 @@ def answer(
             # Nothing leaves: the server, which runs on the same machine, logs this text.
             reason = f"{told}" if wrong_input else f"{reason}: {told}"
             level = logging.DEBUG if wrong_input else logging.ERROR
+        elif client is not None and client.touched and client.sealed:
+            # Which error it is may depend on a patient.
+            reason = FAILED
         log.log(level, "%s: %s", name, told, exc_info=level == logging.ERROR and not wrong_input)
         failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=tell_error(name, reason))
         return Message(failure, reply_to=message)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -17,22 +20,39 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fedmed_flower.clients.answering import answer
+from fedmed_flower.clients.book import open_book
 from fedmed_flower.clients.keeping import keep_splits
 from fedmed_flower.clients.models import ModelSettings
 from fedmed_flower.clients.pooling import load_pooled
 from fedmed_flower.clients.protecting import (
+    hospital_ledger,
     measure_protected,
     private_metrics,
+    require_named,
     require_protection,
     require_unseen,
+    run_key,
     train_protected,
 )
 from fedmed_flower.clients.queries import QUERIES, Query
 from fedmed_flower.clients.settings import Settings, arranged, derive_seed, torch_environment
-from fedmed_flower.clients.training import Steps, probe_places, train_epochs
-from fedmed_flower.data.site import AGREED, FROZEN, SPLITS, Row, Site, SiteData, require_patients
-from fedmed_flower.errors import InputError
-from fedmed_flower.metrics import EPSILON
+from fedmed_flower.clients.training import Steps, train_epochs
+from fedmed_flower.data.site import (
+    AGREED,
+    FROZEN,
+    SPLITS,
+    NodeSettings,
+    Row,
+    Site,
+    SiteData,
+    fewest_patients,
+    patient_text,
+    require_patients,
+    with_patients,
+)
+from fedmed_flower.data.splits import splitting_by
+from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.metrics import EPSILON, coarsened
 from fedmed_flower.pictures import Picture
 from fedmed_flower.privacy.patient import PrivacySettings
 from fedmed_flower.privacy.validate import (
@@ -41,6 +61,8 @@ from fedmed_flower.privacy.validate import (
     require_private_model,
 )
 from fedmed_flower.travelling import Travelling
+
+log = logging.getLogger("flwr.fedmed")
 
 
 class MedicalClient(ABC):
@@ -72,12 +94,17 @@ class MedicalClient(ABC):
         Numbers about the rows, to show how a simulation split them.
     draw
         Pictures of some rows with what the model makes of them.
+    made_up
+        Rows that no patient stands behind, on which model and loss are tried before any patient's
+        row is looked at.
     check_private
         Refuse what cannot be trained privately.
     seed_transforms
         Seed what is random in making a batch.
-    measure_privately
-        Evaluate by counts with noise.
+    measure_privately, require_measurable
+        Evaluate by counts with noise; refuse where that cannot be done.
+    label_of
+        A row's class, to say which split lacks one.
 
     Parameters
     ----------
@@ -103,12 +130,17 @@ class MedicalClient(ABC):
         Which rows a message asks to evaluate on; empty in another message.
     pooled : bool
         Whether a message is about all sites' rows together.
+    touched : bool
+        Whether the rows were looked at since the message came.
     queries : dict
         What answers a Flower query, by its name: maps (client, message) to the content of the
         reply. A subclass adds its own.
+    node_keys : tuple of str
+        Keys of the hospital's node config that are the app's own.
     """
 
     queries: ClassVar[Mapping[str, Query]] = QUERIES
+    node_keys: ClassVar[Collection[str]] = ()
     kept: ClassVar[dict[tuple[object, ...], Any]] = {}
 
     def __init__(self, context: Context) -> None:
@@ -117,7 +149,14 @@ class MedicalClient(ABC):
         self.privacy = PrivacySettings.from_run_config(context.run_config)
         self.models = ModelSettings.of_site(context)
         self.proximal_mu, self.progress, self.agreed, self.split = 0.0, 0.0, "", ""
-        self.pooled = False
+        self.pooled = self.touched = False
+        # Places of the training rows that made this message's update.
+        self.entered: set[int] = set()
+
+    @cached_property
+    def node(self) -> NodeSettings:
+        """What the hospital says for itself."""
+        return NodeSettings.of(self.context.node_config, self.node_keys)
 
     @cached_property
     def site(self) -> Site:
@@ -136,8 +175,15 @@ class MedicalClient(ABC):
         """Raise `InputError` where the rows cannot be used; it names the row and the remedy."""
 
     def screen(self, rows: Sequence[Row], split: str) -> Sequence[Row]:
-        """Return the rows that can be used; a subclass says in the log which cannot, and why."""
+        """Return the rows that can be used; a subclass says in the log which cannot, and why.
+
+        Where `sealed`, one row decides nothing about another.
+        """
         return rows
+
+    def label_of(self, row: Row) -> Hashable | None:
+        """Return the class of a row; None where rows have none."""
+        return None
 
     @property
     def must_agree(self) -> bool:
@@ -169,13 +215,18 @@ class MedicalClient(ABC):
         """
         settings, size, count = self.settings, self.settings.batch_size, len(prepared)
         self.seed_transforms(prepared, seed)
+
+        def collate(places: list[int]) -> dict[str, Tensor]:
+            self.entered.update(places)
+            return self.batch_of(prepared, places)
+
         batches: Any = DataLoader(
             range(count),  # type: ignore[arg-type]
             size,
             shuffle=True,
             # One row alone has no variance, which batch normalisation needs.
             drop_last=count > size and count % size == 1,
-            collate_fn=partial(self.batch_of, prepared),
+            collate_fn=collate,
             generator=torch.Generator().manual_seed(seed),
         )
         if settings.local_steps:
@@ -217,15 +268,26 @@ class MedicalClient(ABC):
         """
         return []
 
-    def check_private(self, model: nn.Module, prepared: Any) -> None:
+    def made_up(self, count: int) -> list[Row]:
+        """Return rows as `load_data` gives them, made of what the client declares alone."""
+        raise InputError(
+            f"{type(self).__name__} gives no made_up: before a patient's row is looked at, model "
+            "and loss are tried on rows that no patient stands behind"
+        )
+
+    def probe(self, count: int) -> dict[str, Tensor]:
+        """Return a batch of made-up rows."""
+        rows = self.made_up(count)
+        return self.batch_of(self.prepare(rows, train=True), range(len(rows)))
+
+    def check_private(self, model: nn.Module, probe: Mapping[str, Tensor]) -> None:
         """Raise `InputError` where model or loss cannot be trained privately.
 
-        A subclass adds what else it does with a batch.
+        A subclass adds what else it does with a batch. `probe` is one of made-up rows.
         """
-        rows = self.batch_of(prepared, probe_places(len(prepared)))
-        require_private_model(model, self.loss_of, rows)
-        require_private_loss(model, self.loss_of, rows)
-        require_forgetful(model, self.loss_of, rows)
+        require_private_model(model, self.loss_of, probe)
+        require_private_loss(model, self.loss_of, probe)
+        require_forgetful(model, self.loss_of, probe)
 
     def seed_transforms(self, prepared: Any, seed: int) -> None:  # noqa: B027
         """Seed what draws from a generator other than torch's when a batch is made."""
@@ -233,9 +295,16 @@ class MedicalClient(ABC):
     def measure_privately(
         self, model: nn.Module, prepared: Any, patients: Sequence[Hashable], noise: float
     ) -> dict[str, Any]:
-        """Return metrics of which one patient changes little, with noise of this multiplier."""
-        name = type(self).__name__
-        raise InputError(f"{name} gives no measure_privately: set private-metrics=false")
+        """Return metrics of which one patient changes little, with noise of this multiplier.
+
+        `prepared` may be empty. A row for which the network fails adds nothing.
+        """
+        raise NotImplementedError
+
+    def require_measurable(self) -> None:
+        """Raise `InputError` where `measure_privately` is not possible, whatever the rows are."""
+        if type(self).measure_privately is MedicalClient.measure_privately:
+            raise InputError(f"{type(self).__name__} gives no measure_privately")
 
     def _without(self, hook: str) -> InputError:
         return InputError(f"{type(self).__name__} cannot train: it gives no {hook}")
@@ -255,16 +324,26 @@ class MedicalClient(ABC):
         return app
 
     def read(self, message: Message) -> ConfigRecord:
-        """Return the config of a message, and take up what it says of all sites."""
+        """Return the config of a message, and take up what it says of all sites.
+
+        Raises
+        ------
+        DeclinedError
+            Where it begins a run at a real hospital in which too many began today.
+        """
         config = next(iter(message.content.config_records.values()), ConfigRecord())
         self.agreed = str(config.get(AGREED, ""))
         self.pooled = bool(config.get("pool-sites", False))
+        if not self.site.simulated:
+            # All parts of a run, such as those for comparison, are one.
+            run = run_key(self, config).partition("/")[0]
+            hospital_ledger(self, config).begin_run(run, self.node.most_runs_a_day)
         return config
 
     def _train(self, message: Message) -> RecordDict:
         config = self.read(message)
         server_round = int(config.get("server-round", 0))  # type: ignore[arg-type]
-        data, prepared = self.prepared("train", self.pooled)
+        require_protection(self.privacy, self.context)
         arrays_key, arrays = next(iter(message.content.array_records.items()))
         self.proximal_mu = float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]
         if not 0 <= self.proximal_mu < math.inf:
@@ -272,22 +351,40 @@ class MedicalClient(ABC):
         self.progress = self.settings.progress(server_round)
         seed = derive_seed(self.settings.seed, self.site.name, server_round, "train")
         began = time.perf_counter()
-        require_protection(self.privacy, self.context)
-        keep_splits(self.context, self.site, config, self.data())
         model, travelling = self.model_of(arrays, config)
         if self.privacy.on:
             with self.seeded(seed):
-                metrics = train_protected(self, model, data, prepared, config)
+                metrics = train_protected(self, model, config)
         else:
+            data, prepared = self.prepared("train", self.pooled)
             with self.seeded(seed):
                 metrics = self.fit(model, prepared, seed)
-        if self.privacy.on or private_metrics(self):
+            self._require_several(data.train)
+        if self.secretive:
             metrics = {name: metrics[name] for name in metrics if name == EPSILON}
         else:
-            metrics["seconds"] = time.perf_counter() - began
-        metrics["num-examples"] = self.count(data, "train")
+            metrics = self.told(metrics) | {"seconds": time.perf_counter() - began}
+        keep_splits(self.context, self.site, config, self.data())
+        metrics["num-examples"] = self.count("train", self.pooled)
         state = ArrayRecord(travelling.state(model))
         return RecordDict({arrays_key: state, "metrics": MetricRecord(metrics)})
+
+    def _require_several(self, rows: Sequence[Row]) -> None:
+        """Decline to send an update that few patients have made.
+
+        Raises
+        ------
+        DeclinedError
+        """
+        settings, places = self.settings, sorted(self.entered)
+        if places and places[-1] < len(rows):
+            patients = {patient_text(rows[place]["patient"]) for place in places}
+        else:  # A subclass that trains in its own way tells nothing of it.
+            patients = {patient_text(row["patient"]) for row in rows}
+        most = settings.local_steps * settings.batch_size or len(patients)
+        fewest = fewest_patients(self.context, self.site, "train")
+        if min(len(patients), most) < fewest:
+            raise DeclinedError(f"an update here is made of at least {fewest} patients")
 
     def _evaluate(self, message: Message) -> RecordDict:
         config = self.read(message)
@@ -296,28 +393,71 @@ class MedicalClient(ABC):
             raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         require_unseen(self, split)
         self.split = split
-        data, prepared = self.prepared(split, self.pooled)
-        metrics: dict[str, Any] = {"num-examples": 0}
-        if getattr(data, split):
-            model, _ = self.model_of(next(iter(message.content.array_records.values())), config)
+        arrays = next(iter(message.content.array_records.values()))
+        if private_metrics(self):
+            model, _ = self.model_of(arrays, config)
             with self.seeded(derive_seed(self.settings.seed, self.site.name, split)):
-                if private_metrics(self):
-                    metrics = measure_protected(self, model, data, prepared, config)
-                else:
-                    metrics = self.measure(model, prepared)
-        return RecordDict({"metrics": MetricRecord(metrics)})
+                metrics = measure_protected(self, model, config)
+            return RecordDict({"metrics": MetricRecord(metrics)})
+        data, prepared = self.prepared(split, self.pooled)
+        rows: Sequence[Row] = getattr(data, split)
+        metrics = {"num-examples": len(rows)}
+        told = self.told_of(rows, split, config) if rows else None
+        if told:
+            if len(told) < len(rows):
+                prepared = self.prepare(told, train=split == "train")
+            model, _ = self.model_of(arrays, config)
+            with self.seeded(derive_seed(self.settings.seed, self.site.name, split)):
+                metrics = self.measure(model, prepared)
+        return RecordDict({"metrics": MetricRecord(self.told(metrics))})
+
+    def told(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Return figures as they leave: coarsely where the hospital says so."""
+        return coarsened(metrics) if self.node.coarse_figures else metrics
+
+    def told_of(
+        self, rows: Sequence[Row], purpose: str, config: ConfigRecord
+    ) -> Sequence[Row] | None:
+        """Return the rows of which figures may leave; None where of none.
+
+        At a real hospital that is written down before anything is measured: in its book, by which
+        patients who came since, and are too few, wait; and in its ledger, which counts how often a
+        patient was measured without noise.
+        """
+        patients = {patient_text(row["patient"]) for row in rows}
+        fewest = fewest_patients(self.context, self.site, "evaluated")
+        if len(patients) < fewest:
+            return None
+        if self.site.simulated:
+            return rows
+        with open_book(self, config, fewest) as book:
+            told = book.evaluation(patients)
+        if told is None:
+            return None
+        hospital_ledger(self, config).note_plain(
+            told, run=run_key(self, config), purpose=purpose, app=type(self).__name__
+        )
+        return [row for row in rows if patient_text(row["patient"]) in told]
 
     @property
     def secretive(self) -> bool:
         """Whether nothing may leave that depends on what is in a patient's files, noise apart."""
         return self.privacy.on or private_metrics(self)
 
-    def count(self, data: SiteData, split: str) -> int:
-        """Return the number of rows that the server is told: those that could be used.
+    @property
+    def sealed(self) -> bool:
+        """Whether that is so at a real hospital, whose server sees all that leaves."""
+        return self.secretive and not self.site.simulated
 
-        Where what is in a file must not show, all that were loaded.
+    def count(self, split: str, pooled: bool = False) -> int:
+        """Return the number that the server is told of a split: of rows that can be used.
+
+        Where what is in a file must not show, the number of patients who were loaded: how many
+        rows one of them has, and whether these can be used, is then not told.
         """
-        return len(getattr(self.data() if self.secretive else data, split))
+        if self.secretive:
+            return len({patient_text(row["patient"]) for row in getattr(self.data(pooled), split)})
+        return len(self.screened(split, pooled))
 
     def fresh_model(self) -> tuple[nn.Module, Travelling]:
         """Return the network on the device with fresh weights, and which part of it travels."""
@@ -350,17 +490,67 @@ class MedicalClient(ABC):
 
     def data(self, pooled: bool = False) -> SiteData:
         """Return the site's rows as `load_data` gives them; the run keeps them."""
+        self.touched = True
         for key in [key for key in self.kept if key[0] != self.context.run_id]:
             del self.kept[key]
         if (key := self.key(pooled, "data")) not in self.kept:
-            data = load_pooled(self) if pooled else self.load_data(self.site)
+            data = load_pooled(self) if pooled else self._loaded_data()
             if not any(getattr(data, split) for split in SPLITS):
                 raise InputError("there are no rows")
+            if self.sealed:
+                data = with_patients(data)
             require_patients(data)
-            self.check(data)
+            if self.secretive:
+                require_named(self, [row for split in SPLITS for row in getattr(data, split)])
+            if not self.sealed:
+                self.check(data)
             self.kept[key] = data
         loaded: SiteData = self.kept[key]
         return loaded
+
+    def _loaded_data(self) -> SiteData:
+        """Return the rows; at a real hospital they are split by its own key."""
+        ledger = partial(hospital_ledger, self, {})
+        real = not self.site.simulated
+        with splitting_by(lambda: ledger().split_key()) if real else nullcontext():
+            data = self.load_data(self.site)
+        self._say_classes(data)
+        return data
+
+    def _say_classes(self, data: SiteData) -> None:
+        """Say in the log which class of the training rows another split lacks."""
+        found = {s: Counter(self.label_of(row) for row in getattr(data, s)) for s in SPLITS}
+        for split in SPLITS[1:]:
+            lacking = sorted(map(str, found["train"].keys() - found[split].keys() - {None}))
+            if found[split] and lacking:
+                level = logging.DEBUG if self.site.simulated else logging.WARNING
+                text = "%s: no row of the %s split has class %s"
+                log.log(level, text, self.site.name, split, ", ".join(lacking))
+
+    def screened(self, split: str, pooled: bool = False) -> Sequence[Row]:
+        """Return the rows of a split that can be used; the run keeps them."""
+        rows: Sequence[Row] = getattr(self.data(pooled), split)
+        if (key := self.key(pooled, split, "rows")) not in self.kept:
+            if self.sealed:
+                rows = [row for row in rows if self._passes(row, split)]
+            self.kept[key] = self.screen(rows, split)
+        screened: Sequence[Row] = self.kept[key]
+        return screened
+
+    def _passes(self, row: Row, split: str) -> bool:
+        """Return whether a row, all by itself, passes `check`."""
+        try:
+            parts: dict[str, Any] = {"train": (), split: (row,)}
+            self.check(SiteData(**parts))
+        except InputError as error:
+            log.warning("%s: turned away, %s split: %s", self.site.name, split, error)
+            return False
+        return True
+
+    def loaded(self, split: str) -> Sequence[Row]:
+        """Return the rows of a split as the message at hand asks for them, usable or not."""
+        rows: Sequence[Row] = getattr(self.data(self.pooled), split)
+        return rows
 
     def prepared(self, split: str | None, pooled: bool) -> tuple[SiteData, Any]:
         """Return the rows that passed `screen`, and one split as `prepare` makes it.
@@ -369,9 +559,8 @@ class MedicalClient(ABC):
         """
         data = self.data(pooled)
         for part in SPLITS if split is None else (split,):
-            if (key := self.key(pooled, part, "rows")) not in self.kept:
-                self.kept[key] = self.screen(getattr(data, part), part)
-            data = replace(data, **{part: self.kept[key]})
+            usable: dict[str, Any] = {part: self.screened(part, pooled)}
+            data = replace(data, **usable)
         if not data.train and self.data(pooled).train:
             raise InputError("there are no training rows left: all were turned away")
         if split == "train" and not data.train:

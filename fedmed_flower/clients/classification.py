@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 from fedmed_flower.clients.caching import CachedRows
 from fedmed_flower.clients.imaging import ImagingClient
-from fedmed_flower.clients.training import predict
-from fedmed_flower.data.site import SiteData
+from fedmed_flower.clients.training import predict, predict_alone
+from fedmed_flower.data.site import Row, SiteData, patient_text
 from fedmed_flower.drawing import heatmap
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import (
@@ -81,10 +82,30 @@ class ClassificationClient(ImagingClient):
         labels = [int(row["label"]) for row in data.train]
         return {"labels": np.bincount(labels, minlength=self.num_classes).tolist()}
 
+    def label_of(self, row: Row) -> Hashable | None:
+        """Return the class of a row."""
+        return str(row.get("label"))
+
     def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
         """Return the training loss."""
-        value: Tensor = self._loss(model(batch["image"]), batch["label"])
+        outputs = self._outputs(model(batch["image"]))
+        value: Tensor = self._loss(outputs, batch["label"])
         return value
+
+    def _outputs(self, outputs: Tensor) -> Tensor:
+        """Return the network's outputs, which must be those of the classes.
+
+        Raises
+        ------
+        InputError
+        """
+        allowed = (1, 2) if self.num_classes == 2 else (self.num_classes,)
+        if outputs.ndim != 2 or outputs.shape[1] not in allowed:
+            raise InputError(
+                f"the network gives outputs of shape {tuple(outputs.shape)}: {self.num_classes} "
+                f"classes need (rows, {' or '.join(map(str, allowed))})"
+            )
+        return outputs
 
     def _changed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"image": self.augment(batch["image"]), "label": batch["label"]}
@@ -97,7 +118,9 @@ class ClassificationClient(ImagingClient):
         """Return ``loss`` and the figures and counts of `classification_metrics`."""
         outputs, labels = self._predict(model, prepared)
         loss = self._loss(torch.from_numpy(outputs), torch.from_numpy(labels))
-        return classification_metrics(labels, outputs) | {"loss": float(loss)}
+        whose = [patient_text(row["patient"]) for row in prepared.rows]
+        found = classification_metrics(labels, outputs, whose, self.node.coarse_figures)
+        return found | {"loss": float(loss)}
 
     def measure_privately(
         self, model: nn.Module, prepared: CachedRows, patients: Sequence[Hashable], noise: float
@@ -106,8 +129,23 @@ class ClassificationClient(ImagingClient):
 
         Each record goes through the model by itself, so that none can change another's score.
         """
-        outputs, labels = self._predict(model, prepared, 1)
-        counts = noised_counts(labels, outputs, patients, noise)
+        model.eval()
+        labels: dict[int, int] = {}
+
+        def batch_at(place: int) -> dict[str, Tensor]:
+            batch = self._rows(prepared, [place])
+            labels[place] = int(batch["label"])
+            return {"image": batch["image"]}
+
+        places, found = predict_alone(
+            lambda batch: self._outputs(model(batch["image"])),
+            batch_at,
+            len(prepared),
+            self.settings.half_precision,
+        )
+        outputs = np.asarray(found).reshape(-1, found[0].size if found else self.num_classes)
+        truth = [labels[place] for place in places]
+        counts = noised_counts(truth, outputs, [patients[place] for place in places], noise)
         return noised_metrics(counts) | {NOISED: counts}
 
     def draw(self, model: nn.Module, prepared: CachedRows, count: int) -> list[Picture]:
@@ -131,7 +169,8 @@ class ClassificationClient(ImagingClient):
                 turn: NDArray[Any] = axcodes2ornt(axes)  # type: ignore[no-untyped-call]
                 layers = [apply_orientation(layer, turn) for layer in layers]  # type: ignore[no-untyped-call]
                 spacing = [spacing[axis] for axis in np.argsort(turn[:, 0])] if spacing else ()
-            pictures.append(heatmap(layers[0][None], layers[1], title, spacing))
+            picture = heatmap(layers[0][None], layers[1], title, spacing)
+            pictures.append(replace(picture, patient=prepared.rows[place]["patient"]))
         return pictures
 
     def _heat(self, model: nn.Module) -> Callable[[Tensor], NDArray[np.float32]]:
@@ -172,12 +211,12 @@ class ClassificationClient(ImagingClient):
         return without
 
     def _predict(
-        self, model: nn.Module, prepared: CachedRows, batch_size: int = 0
+        self, model: nn.Module, prepared: CachedRows
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return outputs and labels; volumes one batch at a time, pictures in larger ones."""
         model.eval()
-        usual = max(self.settings.batch_size, 64) if self.spatial_dims == 2 else 1
-        size, labels = batch_size or usual, list[Tensor]()
+        size = max(self.settings.batch_size, 64) if self.spatial_dims == 2 else 1
+        labels = list[Tensor]()
 
         def batches() -> Any:
             for start in range(0, len(prepared), size):
@@ -186,7 +225,9 @@ class ClassificationClient(ImagingClient):
                 yield {"image": batch["image"]}
 
         outputs = predict(
-            lambda batch: model(batch["image"]), batches(), self.settings.half_precision
+            lambda batch: self._outputs(model(batch["image"])),
+            batches(),
+            self.settings.half_precision,
         )
         return outputs, torch.cat(labels).numpy().astype(np.int64)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import (
@@ -29,7 +30,6 @@ from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.caching import CachedRows
 from fedmed_flower.clients.models import build_network
 from fedmed_flower.clients.settings import arranged
-from fedmed_flower.clients.training import probe_places
 from fedmed_flower.config import Section
 from fedmed_flower.data.checking import check_row
 from fedmed_flower.data.images import files_of, read_image
@@ -122,6 +122,11 @@ class ImagingClient(MedicalClient):
     spatial_dims : int
         2 or 3.
     num_classes : int
+    image_shape : tuple of int
+        (channels, *spatial) that each image has as it is read. Private training, and evaluation
+        with noise, need it or ``patch-size``: a network is tried on made-up images before any
+        patient's is looked at, and images of another shape add nothing. With ``patch-size`` its
+        first number counts alone; where it is empty, images have one channel.
     modality : {"", "ct", "mr", "xray"}
         ``ct`` cuts values to `ct_window` and scales them to [0, 1]; ``mr`` brings what is not 0 to
         mean 0 and standard deviation 1; ``xray`` scales the 1st to 99th percentile to [0, 1]; the
@@ -137,6 +142,7 @@ class ImagingClient(MedicalClient):
 
     spatial_dims: int = 2
     num_classes: int
+    image_shape: tuple[int, ...] = ()
     modality: str = ""
     ct_window: tuple[float, float] = (-160.0, 240.0)
     label_values: Sequence[int] = ()
@@ -211,6 +217,50 @@ class ImagingClient(MedicalClient):
             raise InputError(f"spatial_dims must be 2 or 3, got {self.spatial_dims!r}")
         self.imaging.numbers("spacing", self.spatial_dims)
         self.imaging.numbers("patch_size", self.spatial_dims)
+        sides = self.image_shape
+        whole = all(isinstance(side, int) and 0 < side < 10**6 for side in sides)
+        if sides and not (whole and len(sides) == 1 + self.spatial_dims):
+            raise InputError(
+                f"image_shape must be (channels, *spatial), {1 + self.spatial_dims} whole numbers "
+                f"above 0, got {sides!r}"
+            )
+
+    def made_up(self, count: int) -> list[Row]:
+        """Return rows with images of random numbers, and each class in turn.
+
+        Raises
+        ------
+        InputError
+            Where neither `image_shape` nor ``patch-size`` says how large an image is.
+        """
+        self.check(SiteData(()))
+        shape = (self._channels, *(self.patch_size or self.image_shape[1:]))
+        if len(shape) == 1:
+            raise InputError(
+                f"{type(self).__name__} must say how large its images are before one is looked at: "
+                "give it image_shape = (channels, *spatial), or set patch-size"
+            )
+        if self.imaging.spacing and not self.patch_size:
+            raise InputError(
+                "spacing makes images of different shapes, which private training cannot take: set "
+                "patch-size beside it"
+            )
+        rng = np.random.default_rng(0)
+        return [
+            {
+                "image": rng.uniform(0, 256, shape).astype(np.float32),
+                "label": self._made_up_label(number, shape[1:], rng),
+                "patient": f"made up {number}",
+            }
+            for number in range(count)
+        ]
+
+    def _made_up_label(self, number: int, sides: Sequence[int], rng: np.random.Generator) -> Any:
+        return number % self.num_classes
+
+    @property
+    def _channels(self) -> int:
+        return self.image_shape[0] if self.image_shape else 1
 
     def screen(self, rows: Sequence[Row], split: str) -> list[Row]:
         """Turn away rows whose files cannot be used; the log names each.
@@ -225,18 +275,21 @@ class ImagingClient(MedicalClient):
         findings = [check_row(row, *how) for row in rows]
         channels = Counter(found.shape[0] for found in findings if found.problem is None)
         usual = max(channels, key=lambda count: channels[count], default=0)
+        if self.sealed:  # Others' images must not decide.
+            usual = self._channels
         for row, found in zip(rows, findings, strict=True):
             problem = found.problem
             if problem is None and isinstance(found.label, tuple) != ("label" in self._keys):
                 wanted = "a mask" if "label" in self._keys else "a class number"
                 problem = f"its label is not {wanted}, which {type(self).__name__} asks for"
             if problem is None and found.shape[0] != usual:
-                problem = f"{found.image} has {found.shape[0]} channels, most images have {usual}"
+                others = "declared are" if self.sealed else "most images have"
+                problem = f"{found.image} has {found.shape[0]} channels, {others} {usual}"
             if problem is None:
                 kept.append(row)
             else:
                 problems.append(f"patient {row.get('patient')}: {problem}")
-        if split == "train" and problems and not kept:
+        if split == "train" and problems and not kept and not self.sealed:
             raise InputError(
                 f"all {len(rows)} rows of the train split were turned away; {problems[0]}"
             )
@@ -309,13 +362,10 @@ class ImagingClient(MedicalClient):
         """Return a training batch with the random changes of the subclass."""
         return dict(batch)
 
-    def check_private(self, model: nn.Module, prepared: CachedRows) -> None:
+    def check_private(self, model: nn.Module, probe: Mapping[str, Tensor]) -> None:
         """Raise `InputError` where model, loss or ``augment`` mix patients."""
-        super().check_private(model, prepared)
-        rows = self._rows(prepared, probe_places(len(prepared)))
-        if len(prepared) < 2:
-            return
-        images, labels = rows["image"], rows["label"]
+        super().check_private(model, probe)
+        images, labels = probe["image"], probe["label"]
         masks = labels if labels.ndim == images.ndim else None
 
         def change(joined: Tensor) -> Tensor:

@@ -7,23 +7,18 @@ import hashlib
 import io
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
 
 from fedmed_flower.config import with_type_of
 from fedmed_flower.data.site import LEDGER_DIR, RUN_KEY, SPLITS, Site, SiteData
-from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.errors import InputError
 from fedmed_flower.pictures import Picture
-from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.runfolder import write_atomic
 
 log = logging.getLogger("flwr.fedmed")
-
-# Of a real hospital in a run, the worst included, however many a server asks for.
-MOST_PICTURES = 6
-_TOLD = "pictures-told"
 
 
 def own_folder(context: Context, site: Site, message: ConfigRecord) -> Path | None:
@@ -66,42 +61,12 @@ def keep_splits(context: Context, site: Site, message: ConfigRecord, data: SiteD
         write_atomic(path, content)
 
 
-def share_pictures(
-    context: Context, site: Site, message: ConfigRecord, draw: Callable[[], list[Picture]]
-) -> list[Picture]:
-    """Return the pictures that may leave a hospital; the others are written on its own side.
-
-    They leave where the node config has ``share-images=true`` and the hospital has set no privacy
-    budget, which a picture of a patient would pass at once, once a run and no more than
-    `MOST_PICTURES`; and in a simulation, unless its node config has ``share-images=false``. `draw`
-    returns the pictures and is called only where somebody
-    will see them.
-
-    Raises
-    ------
-    InputError
-        Where a value in the node config has the wrong type, or ``output-dir`` is no folder.
-    """
-    given = context.node_config.get("share-images", site.simulated)
-    if with_type_of(False, given, "share-images") and (
-        site.simulated or budget_of(context) is None
-    ):
-        if site.simulated:
-            return draw()
-        if _TOLD in context.state:
-            raise DeclinedError("pictures leave once a run")
-        context.state[_TOLD] = ConfigRecord({"run": context.run_id})
-        return draw()[-MOST_PICTURES:]
-    folder = own_folder(context, site, message)
-    if folder is None:
-        log.info("%s: no pictures: they may not leave, and output-dir is not set", site.name)
-        return []
-    pictures = draw()
+def keep_pictures(folder: Path, site: Site, pictures: Sequence[Picture]) -> None:
+    """Write pictures that do not leave, as ``pictures-kept/SITE-1-TITLE.png`` and so on."""
     for number, picture in enumerate(pictures, start=1):
         name = f"{file_name(site.name)}-{number}-{_plain(picture.title)}.png"
         write_atomic(folder / "pictures-kept" / name, picture.png)
     log.info("%s: %d pictures in %s", site.name, len(pictures), folder / "pictures-kept")
-    return []
 
 
 def _patients(data: SiteData, split: str) -> list[str]:

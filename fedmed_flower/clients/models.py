@@ -22,6 +22,7 @@ from fedmed_flower.errors import InputError
 
 _CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
 _NETWORK_KEYS = ("network_def", "network")
+_MOST_LETTERS = 10_000  # of network-args
 _WEIGHTS = Path("models") / "model.pt"
 # Arguments by which a network fetches weights from the internet or a file, and their off position.
 _FETCHING = {"pretrained": False, "pretrained_url": None, "weights": None, "path_or_repo_id": None}
@@ -154,6 +155,11 @@ def _arguments(text: str) -> dict[str, Any]:
     """Return the arguments of a network: plain data by name."""
     if not text:
         return {}
+    # A server may have sent it, and reading TOML takes as long as the square of a key's length.
+    if len(text) > _MOST_LETTERS:
+        raise InputError(
+            f"network-args must have at most {_MOST_LETTERS:,} letters, got {len(text):,}"
+        )
     for read in (json.loads, _inline_table):
         try:
             found = read(text)

@@ -65,6 +65,15 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
     )
     if not val.val:
         raise InputError("there are no validation rows to tell by whether fine-tuning helps")
+    tellable = True
+    for split, rows in (("val", val.val), ("test", test.test)):
+        told = client.told_of(rows, f"personal {split}", config) if rows else rows
+        if told is None:
+            tellable = False
+        elif len(told) < len(rows) and split == "val":
+            val_rows = client.prepare(told, train=False)
+        elif len(told) < len(rows):
+            test_rows = client.prepare(told, train=False)
     # A pass at a time, at the learning rate of the first round.
     client.settings = replace(settings, local_epochs=1, local_steps=0)
     model, _ = client.model_of(next(iter(message.content.array_records.values())), config)
@@ -89,7 +98,11 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
         path = folder / "personal" / f"{file_name(site.name)}.safetensors"
         write_atomic(path, save({key: value.contiguous() for key, value in best.items()}))
         log.info("%s: its own model is in %s", site.name, path)
-    return metrics | dict(zip(PERSONAL, (before[figure], after[figure], kept), strict=True))
+    if not tellable:
+        raise DeclinedError("figures of its own model would be of too few patients")
+    return client.told(
+        metrics | dict(zip(PERSONAL, (before[figure], after[figure], kept), strict=True))
+    )
 
 
 def _measured(client: MedicalClient, model: nn.Module, prepared: Any) -> dict[str, float]:

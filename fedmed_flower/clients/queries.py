@@ -2,55 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedmed_flower.clients.keeping import share_pictures
-from fedmed_flower.data.site import SPLITS
+from fedmed_flower.clients.book import open_book
+from fedmed_flower.clients.keeping import keep_pictures, own_folder
+from fedmed_flower.clients.protecting import run_key
+from fedmed_flower.config import with_type_of
+from fedmed_flower.data.site import SPLITS, patient_text
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.namesakes import told_names
 from fedmed_flower.pictures import Picture
+from fedmed_flower.privacy.patient import budget_of
 
 if TYPE_CHECKING:
     from fedmed_flower.clients.base import MedicalClient
+
+log = logging.getLogger("flwr.fedmed")
+
+# Of a real hospital, the worst included, however many a server asks for.
+MOST_PICTURES = 6
 
 Query = Callable[[Any, Message], RecordDict]
 
 
 def describe(client: MedicalClient, message: Message) -> RecordDict:
-    """Tell the numbers of rows."""
+    """Tell the numbers of rows; where what is in files must not show, of patients."""
     client.settings.torch_device()
-    data, _ = client.prepared(None, pooled=False)
-    counts: dict[str, Any] = {split: client.count(data, split) for split in SPLITS}
+    if not client.sealed:
+        client.prepared(None, pooled=False)
+    counts: dict[str, Any] = {split: client.count(split) for split in SPLITS}
     counts["num-examples"] = counts["train"]
     if not client.secretive:
         loaded = client.data()
-        screened = sum(len(getattr(loaded, s)) - len(getattr(data, s)) for s in SPLITS)
+        screened = sum(len(getattr(loaded, s)) - len(client.screened(s)) for s in SPLITS)
         counts["turned-away"] = loaded.turned_away + screened
     if client.site.simulated:
-        counts |= client.describe(data)
+        counts |= client.describe(client.prepared(None, pooled=False)[0])
     return RecordDict({"metrics": MetricRecord(counts), **told_names(client)})
 
 
 def pictures(client: MedicalClient, message: Message) -> RecordDict:
-    """Draw test rows; the pictures leave only where the hospital lets them."""
-    config = client.read(message)
-    data, prepared = client.prepared("test", pooled=False)
+    """Draw test rows; the pictures leave only where the hospital lets them.
 
-    def drawn() -> list[Picture]:
-        arrays = next(iter(message.content.array_records.values()))
-        model, _ = client.model_of(arrays, config)
-        with client.seeded(0):
-            return client.draw(model, prepared, int(config["count"]))  # type: ignore[arg-type]
+    That is where its node config has ``share-images=true``, once a run, no more than
+    `MOST_PICTURES`, and in later runs of the same patients alone; and in a simulation, unless its
+    node config has ``share-images=false``. Others are written into the hospital's own folder, if it
+    has one. A hospital with a privacy budget, which a picture would pass at once, draws none: of
+    whom, and whether that succeeds, the server's model would decide.
 
-    shared = share_pictures(client.context, client.site, config, drawn if data.test else list)
+    Raises
+    ------
+    DeclinedError
+        Where the run had its pictures.
+    """
+    config, site = client.read(message), client.site
+    shared: list[Picture] = []
+    if site.simulated or budget_of(client.context) is None:
+        given = client.context.node_config.get("share-images", site.simulated)
+        share = with_type_of(False, given, "share-images")
+        if share and site.simulated:
+            shared = _draw(client, message, config)
+        elif share:
+            shared = _draw_in_book(client, message, config)
+        elif (folder := own_folder(client.context, site, config)) is not None:
+            keep_pictures(folder, site, _draw(client, message, config))
+        else:
+            log.info("%s: no pictures: they may not leave, and output-dir is not set", site.name)
     content: dict[str, Any] = {
         "titles": [picture.title for picture in shared],
         "images": [picture.png for picture in shared],
     }
     return RecordDict({"pictures": ConfigRecord(content)})
+
+
+def _draw(
+    client: MedicalClient,
+    message: Message,
+    config: ConfigRecord,
+    patients: Collection[str] | None = None,
+) -> list[Picture]:
+    """Return pictures of test rows, of some patients alone where they are given."""
+    data, prepared = client.prepared("test", pooled=False)
+    rows = data.test
+    if patients is not None:
+        rows = [row for row in rows if patient_text(row["patient"]) in patients]
+        prepared = client.prepare(rows, train=False) if rows else prepared
+    if not rows:
+        return []
+    arrays = next(iter(message.content.array_records.values()))
+    model, _ = client.model_of(arrays, config)
+    with client.seeded(0):
+        return client.draw(model, prepared, int(config["count"]))  # type: ignore[arg-type]
+
+
+def _draw_in_book(client: MedicalClient, message: Message, config: ConfigRecord) -> list[Picture]:
+    """Return the pictures that leave a real hospital, written down beforehand."""
+    run = run_key(client, config)
+    with open_book(client, config, 1) as book:
+        had, seen = book.shown(run)
+        if had:
+            raise DeclinedError("pictures leave once a run")
+        # Also where drawing fails: else the server could try again with another model.
+        book.show(run, ())
+        found = _draw(client, message, config, seen or None)
+        named = [picture for picture in found if picture.patient is not None][-MOST_PICTURES:]
+        book.show(run, {patient_text(picture.patient) for picture in named})
+    return named
 
 
 def contribution(client: MedicalClient, message: Message) -> RecordDict:

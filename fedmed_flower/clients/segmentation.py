@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +45,8 @@ from fedmed_flower.overlap import (
     site_scores,
 )
 from fedmed_flower.pictures import Picture
+
+log = logging.getLogger("flwr.fedmed")
 
 # A class of this name would have the same key as the worst patient.
 _WORST_CLASS = WORST.removeprefix(f"{DICE}-")
@@ -169,6 +173,10 @@ class SegmentationClient(ImagingClient):
         """Return nothing: to count voxels, all masks would have to be read."""
         return {}
 
+    def _made_up_label(self, number: int, sides: Sequence[int], rng: np.random.Generator) -> Any:
+        values = self.label_values or range(self.num_classes)
+        return rng.choice(np.asarray(values), size=tuple(sides))
+
     def prepare(self, rows: Sequence[Row], train: bool) -> CachedRows:
         """Return the rows after their transforms; for evaluation with what undoes them."""
         if train:
@@ -222,8 +230,17 @@ class SegmentationClient(ImagingClient):
         self, model: nn.Module, prepared: CachedRows, patients: Sequence[Hashable], noise: float
     ) -> dict[str, Any]:
         """Return the mean Dice that follows from `noised_dice`, and those sums."""
-        found = [scores for _, _, scores in self._outlines(model, prepared)]
-        sums = noised_dice(found, patients, noise)
+        found, whose = [], []
+        for place, patient in enumerate(patients):
+            try:
+                found.append(self._outlined(model, prepared, place)[2])
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                log.debug("the network fails for a record: %s", error)
+                continue
+            whose.append(patient)
+        sums = noised_dice(found, whose, noise, self.classes)
         return dice_of(sums, self.classes) | {NOISED_DICE: sums}
 
     def draw(self, model: nn.Module, prepared: CachedRows, count: int) -> list[Picture]:
@@ -250,25 +267,32 @@ class SegmentationClient(ImagingClient):
                 spacing = [spacing[axis] for axis in np.argsort(turn[:, 0])]
             title, classes = f"{name}: Dice {dice:.2f}", tuple(self.classes)
             first, truth, guess = layers
-            pictures.append(outlined(first[None], truth, guess, classes, title, spacing))
+            picture = outlined(first[None], truth, guess, classes, title, spacing)
+            pictures.append(replace(picture, patient=row["patient"]))
         return pictures
 
     def _outlines(
         self, model: nn.Module, prepared: CachedRows
     ) -> Iterator[tuple[Row, NDArray[np.uint8], dict[str, float]]]:
         """Outline one row after the other, on its own grid, and compare with its mask."""
-        model.eval()
         for place in range(len(prepared)):
-            row = prepared[place]
-            mask = self.postprocess(self._outline(model, row, prepared.transform))
-            truth, spacing = row["label"], row["spacing"]
-            if mask.shape != truth.shape:
-                raise InputError(
-                    f"the network's mask has shape {mask.shape}, the label {truth.shape}: what "
-                    "transforms change of an image's place must be invertible, and postprocess "
-                    "must keep the shape"
-                )
-            yield row, mask, mask_scores(truth, mask, self.classes, spacing, self.surface_tolerance)
+            yield self._outlined(model, prepared, place)
+
+    def _outlined(
+        self, model: nn.Module, prepared: CachedRows, place: int
+    ) -> tuple[Row, NDArray[np.uint8], dict[str, float]]:
+        model.eval()
+        row = prepared[place]
+        mask = self.postprocess(self._outline(model, row, prepared.transform))
+        truth, spacing = row["label"], row["spacing"]
+        if mask.shape != truth.shape:
+            raise InputError(
+                f"the network's mask has shape {mask.shape}, the label {truth.shape}: what "
+                "transforms change of an image's place must be invertible, and postprocess "
+                "must keep the shape"
+            )
+        scores = mask_scores(truth, mask, self.classes, spacing, self.surface_tolerance)
+        return row, mask, scores
 
     @torch.no_grad()
     def _outline(self, model: nn.Module, row: Row, chain: Compose) -> NDArray[np.uint8]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedmed_flower.config import Section
+from fedmed_flower.config import MOST_ROUNDS, Section
 from fedmed_flower.errors import InputError
 
 _DEVICES = ("auto", "cpu", "cuda")
@@ -27,11 +27,12 @@ class Settings(Section):
     Attributes
     ----------
     local_epochs : int
-        Passes over the site's training rows in a round; at least 1.
+        Passes over the site's training rows in a round; from 1 to 10,000.
     local_steps : int
-        Batches in a round, whatever number of rows a site has; 0 goes by `local_epochs`.
+        Batches in a round, whatever number of rows a site has; up to a million. 0 goes by
+        `local_epochs`.
     batch_size : int
-        Rows in a step; at least 1.
+        Rows in a step; from 1 to a million.
     learning_rate : float
         Above 0.
     weight_decay : float
@@ -45,8 +46,9 @@ class Settings(Section):
         in the first round towards 0 after the last of ``num-server-rounds``. A run that is resumed
         for more rounds takes, from there on, the rates of so many.
     seed : int
-        At least 0. Together with site, round and purpose it decides everything random at a site
-        that does not protect privacy.
+        From 0 to 2^63 - 1. Together with site, round and purpose it decides everything random at a
+        site that does not protect privacy. At a real hospital it does not decide how patients are
+        split.
     device : {"auto", "cpu", "cuda"}
         ``auto`` takes a GPU where there is one. A number may follow: ``cuda:1``.
     mixed_precision : bool
@@ -55,11 +57,13 @@ class Settings(Section):
         Keep images and weights with their channels last where the device is a GPU; no effect on a
         CPU.
     torch_threads : int
-        0 means 1 in a simulation, where sites share the machine, and torch's own choice elsewhere.
+        Up to 1024. 0 means 1 in a simulation, where sites share the machine, and torch's own choice
+        elsewhere.
     personal_epochs : int
-        Most passes in which a hospital may fine-tune the last global model for itself; 0 for none.
+        Most passes in which a hospital may fine-tune the last global model for itself; up to
+        10,000. 0 for none.
     num_server_rounds : int
-        How many rounds `schedule` is planned for; at least 0. ``cosine`` needs at least 1.
+        How many rounds `schedule` is planned for; up to 100,000. ``cosine`` needs at least 1.
     """
 
     local_epochs: int = 1
@@ -79,9 +83,13 @@ class Settings(Section):
     num_server_rounds: int = 0
 
     def __post_init__(self) -> None:
-        self.require_at_least(1, "local_epochs", "batch_size")
-        self.require_at_least(0, "seed", "torch_threads", "num_server_rounds")
-        self.require_at_least(0, "local_steps", "personal_epochs")
+        self.require_within(1, 10_000, "local_epochs")
+        self.require_within(1, 10**6, "batch_size")
+        self.require_within(0, 10**6, "local_steps")
+        self.require_within(0, 10_000, "personal_epochs")
+        self.require_within(0, 1024, "torch_threads")
+        self.require_within(0, MOST_ROUNDS, "num_server_rounds")
+        self.require_within(0, 2**63 - 1, "seed")
         penalty = 0 <= self.weight_decay < math.inf
         self.require("weight_decay", penalty, "at least 0 and finite")
         self.require_positive("learning_rate")
@@ -154,7 +162,7 @@ class TabularSettings(Section):
     tabular_network : {"linear", "mlp", "residual"}
         Linear (or logistic) regression, or a network of `network_depth` layers or blocks.
     network_width, network_depth : int
-        At least 1; no effect on ``linear``.
+        From 1 to 65,536 and to 1,000; no effect on ``linear``.
     network_dropout : float
         In [0, 1).
     report_by : str
@@ -172,6 +180,8 @@ class TabularSettings(Section):
     def __post_init__(self) -> None:
         known = ", ".join(_PREPARATIONS)
         self.require("preparation", self.preparation in _PREPARATIONS, f"one of {known}")
+        self.require_within(1, 2**16, "network_width")
+        self.require_within(1, 1000, "network_depth")
 
     @property
     def groups(self) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ class SurvivalSettings(Section):
         The time up to which is predicted, in the unit of the table; above 0 for ``discrete``. The
         integrated Brier score goes up to it; 0 leaves it out.
     survival_intervals : int
-        Of equal length between 0 and the horizon, for ``discrete``; at least 1.
+        Of equal length between 0 and the horizon, for ``discrete``; from 1 to 10,000.
     """
 
     survival_loss: str = "cox"
@@ -48,7 +48,7 @@ class SurvivalSettings(Section):
 
     def __post_init__(self) -> None:
         self.require("survival_loss", self.survival_loss in _LOSSES, f"one of {', '.join(_LOSSES)}")
-        self.require_at_least(1, "survival_intervals")
+        self.require_within(1, 10_000, "survival_intervals")
         horizon = 0 <= self.survival_horizon < math.inf
         self.require("survival_horizon", horizon, "at least 0 and finite")
         if self.survival_loss == "discrete":
@@ -89,10 +89,10 @@ class SurvivalClient(TabularClient):
             return network
         return _Hazards(network, self.survival.survival_intervals)
 
-    def check_private(self, model: nn.Module, prepared: TableRows) -> None:
+    def check_private(self, model: nn.Module, probe: Mapping[str, Tensor]) -> None:
         """Refuse Cox's partial likelihood, whatever network a subclass builds."""
         self._require_uncoupled()
-        super().check_private(model, prepared)
+        super().check_private(model, probe)
 
     def _require_uncoupled(self) -> None:
         if self.privacy.on and self.survival.survival_loss == "cox":
@@ -123,6 +123,11 @@ class SurvivalClient(TabularClient):
         if self.survival.survival_loss == "cox":
             return survival.cox_loss(outputs, batch["time"], batch["event"])
         return survival.discrete_time_loss(outputs, batch["time"], batch["event"], self._edges)
+
+    @property
+    def _width(self) -> int:
+        cox = self.survival.survival_loss == "cox"
+        return 1 if cox else self.survival.survival_intervals
 
     @property
     def _edges(self) -> Tensor:
@@ -174,6 +179,11 @@ class SurvivalClient(TabularClient):
         risks: NDArray[Any] = np.asarray(survival.risk_from_hazards(outputs))
         return risks
 
+    def require_measurable(self) -> None:
+        """Raise `InputError` where the loss has no probability up to a horizon."""
+        if self.survival.survival_loss == "cox":
+            raise InputError('figures with noise need survival-loss="discrete", got "cox"')
+
     def measure_privately(
         self, model: nn.Module, prepared: TableRows, patients: Sequence[Hashable], noise: float
     ) -> dict[str, Any]:
@@ -181,15 +191,13 @@ class SurvivalClient(TabularClient):
 
         Patients who leave before the horizon without the event are not counted.
         """
-        if self.survival.survival_loss == "cox":
-            raise InputError('figures with noise need survival-loss="discrete", got "cox"')
-        outputs = self._predict(model, prepared, 1)
-        times, events = _times(prepared)
+        places, outputs = self._predict_alone(model, prepared)
+        times, events = (part[places] for part in _times(prepared))
         before = (times <= self.survival.survival_horizon) & (events == 1)
         known = before | (times > self.survival.survival_horizon)
         alive = survival.survival_from_hazards(outputs)[:, -1].clip(1e-6, 1 - 1e-6)
         scores = np.log((1 - alive) / alive)
-        whose = [patient for patient, counted in zip(patients, known, strict=True) if counted]
+        whose = [patients[place] for place, counted in zip(places, known, strict=True) if counted]
         counts = noised_counts(before[known], scores[known, None], whose, noise)
         return noised_metrics(counts) | {NOISED: counts}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedmed_flower.clients.base import MedicalClient
+from fedmed_flower.clients.book import Book, open_book
 from fedmed_flower.clients.pooling import places_by_site
 from fedmed_flower.clients.settings import TabularSettings
 from fedmed_flower.clients.targets import (
@@ -29,10 +30,10 @@ from fedmed_flower.clients.targets import (
     require_rows,
     with_target,
 )
-from fedmed_flower.clients.training import predict
+from fedmed_flower.clients.training import predict, predict_alone
 from fedmed_flower.data.preparing import Preparation, check_contribution, contribution
 from fedmed_flower.data.schema import Schema
-from fedmed_flower.data.site import SPLITS, Row, SiteData, min_cell_count
+from fedmed_flower.data.site import SPLITS, Row, SiteData, min_cell_count, patient_text
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.metrics import NOISED, noised_counts, noised_metrics
 from fedmed_flower.outcomes import (
@@ -42,9 +43,13 @@ from fedmed_flower.outcomes import (
     noised_errors,
     outcome_metrics,
 )
+from fedmed_flower.statistics.values import Mask
 from fedmed_flower.tabular_networks import tabular_network
 
 log = logging.getLogger("flwr.fedmed")
+
+# Rows that are predicted at a time.
+_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -114,10 +119,40 @@ class TabularClient(MedicalClient):
         return self.tables.preparation == "federated" and not self.privacy.on
 
     def contribute(self) -> dict[str, Any]:
-        """Return means, spreads and categories of the training rows, by ten patients or more."""
+        """Return means, spreads and categories of the training rows, by ten patients or more.
+
+        At a real hospital they are written down in its book before they leave. Of a column of which
+        earlier answers leave too few patients among the training rows, those of all rows are told
+        that are known already, or nothing.
+        """
+        schema, minimum = with_target(self.schema), min_cell_count(self.context, self.site)
         train = self.prepared(None, pooled=False)[0].train
-        return contribution(
-            train, with_target(self.schema), min_cell_count(self.context, self.site)
+        if self.site.simulated:
+            return contribution(train, schema, minimum)
+        told = dict[str, Any]()
+        with open_book(self, {}, minimum) as book:
+            inside = book.of({id(row) for row in train})
+            for column in schema.features:
+                if column not in schema.categories:
+                    rows = self._tellable(book, column, inside, minimum)
+                    told |= contribution(rows, schema, minimum, only=column)
+        return told
+
+    def _tellable(self, book: Book, column: str, inside: Mask, minimum: int) -> list[Row]:
+        """Return the rows of which a column may be told."""
+        categorical = column in self.schema.categorical
+        values = book.cells(column, inside, minimum) if categorical else None
+        usable = book.column(column, inside, values)
+        if usable is None and (usable := book.known(column)) is not None:
+            log.warning(
+                "%s: %s is told of all rows, not of the training rows alone: beside earlier "
+                "answers these would be of too few patients",
+                *(self.site.name, column),
+            )
+        return (
+            []
+            if usable is None
+            else [row for row, told in zip(book.rows, usable, strict=True) if told]
         )
 
     def agree(self, contributions: Mapping[str, Mapping[str, Any]]) -> str:
@@ -168,15 +203,15 @@ class TabularClient(MedicalClient):
         if kind == "declared":
             return Preparation.declared(self.schema)
         if kind == "site":
+            if self.secretive:
+                raise DeclinedError(
+                    'preparation="site" learns from patients without noise, and this hospital has '
+                    'a privacy budget: preparation="declared" learns nothing'
+                )
             return self._of_own(self.prepared(None, pooled=False)[0].train)
         return self._agreed_upon[0]
 
     def _of_own(self, rows: Sequence[Row]) -> Preparation:
-        if self.secretive:
-            raise DeclinedError(
-                'preparation="site" learns from patients without noise, and this hospital has a '
-                'privacy budget: preparation="declared" learns nothing'
-            )
         if not rows:
             raise InputError('preparation="site" needs training rows, and there are none')
         return Preparation.of_rows(self.schema, rows)
@@ -222,9 +257,41 @@ class TabularClient(MedicalClient):
 
     def check(self, data: SiteData) -> None:
         """Raise `InputError` where a row lacks a column or holds what cannot be predicted."""
+        # Groups are reported without noise, or not at all.
+        groups = () if self.secretive else self.tables.groups
         for split in SPLITS:
-            where = f"the {split} split"
-            require_rows(getattr(data, split), self.schema, self.tables.groups, where)
+            require_rows(getattr(data, split), self.schema, groups, f"the {split} split")
+
+    def label_of(self, row: Row) -> Hashable | None:
+        """Return the class of a row, or whether the event happened."""
+        column = self.schema.target if self.schema.task in CLASSED else self.schema.event
+        return row.get(column) if column else None
+
+    def made_up(self, count: int) -> list[Row]:
+        """Return rows of random numbers, categories and outcomes that the schema allows."""
+        schema, rng = self.schema, np.random.default_rng(0)
+
+        def number(name: str) -> float:
+            low, high = schema.ranges.get(name, (1.0, 2.0))
+            return float(rng.uniform(low, high))
+
+        def outcome(place: int) -> dict[str, Any]:
+            if schema.task in CLASSED:
+                return {schema.target: place % max(2, len(schema.classes))}
+            value = abs(number(schema.target)) + 1e-3
+            event = {schema.event: place % 2} if schema.event else {}
+            return {schema.target: int(value) if schema.task == "count" else value} | event
+
+        return [
+            {"patient": f"made up {place}"}
+            | {name: number(name) for name in schema.numeric}
+            | {
+                name: str(rng.choice(schema.categories.get(name, ("a",))))
+                for name in schema.categorical
+            }
+            | outcome(place)
+            for place in range(count)
+        ]
 
     def describe(self, data: SiteData) -> dict[str, Any]:
         """Return the number of training rows of each class."""
@@ -268,7 +335,26 @@ class TabularClient(MedicalClient):
 
     def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
         """Return the training loss."""
-        return self.loss(model(batch["features"]), batch)
+        return self.loss(self._outputs(model(batch["features"])), batch)
+
+    @property
+    def _width(self) -> int:
+        """How many outputs the whole network has."""
+        return self.outputs
+
+    def _outputs(self, outputs: Tensor) -> Tensor:
+        """Return the network's outputs, which must be as many as the task needs.
+
+        Raises
+        ------
+        InputError
+        """
+        if outputs.ndim != 2 or outputs.shape[1] != self._width:
+            raise InputError(
+                f"the network gives outputs of shape {tuple(outputs.shape)}: the task "
+                f"{self.schema.task} needs (rows, {self._width})"
+            )
+        return outputs
 
     def loss(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the mean loss: cross entropy, Poisson (of the log rate) or half the squared error.
@@ -306,13 +392,36 @@ class TabularClient(MedicalClient):
         found["loss"] = float(self.loss(torch.from_numpy(outputs), cpu))
         if (groups := self.tables.groups) and self.split == "test":
             minimum = min_cell_count(self.context, self.site)
-            found |= by_group(prepared.rows, groups, minimum, measured)
+            tellable = self._tellable_groups(prepared.rows, groups, minimum)
+            found |= by_group(prepared.rows, tellable, minimum, measured)
         return found
+
+    def _tellable_groups(
+        self, rows: Sequence[Row], names: Sequence[str], minimum: int
+    ) -> Sequence[str]:
+        """Return the columns by whose values figures of rows may be told apart."""
+        if self.site.simulated:
+            return names
+        told = []
+        with open_book(self, {}, minimum) as book:
+            inside = book.of({id(row) for row in rows})
+            for name in names:
+                usable = book.column(name, inside, book.cells(name, inside, minimum))
+                if usable is not None and bool((usable == inside).all()):
+                    told.append(name)
+                else:
+                    log.warning(
+                        "%s: figures by %s are not told: beside earlier answers they would be of "
+                        "too few patients",
+                        *(self.site.name, name),
+                    )
+        return told
 
     def figures(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
         """Return the figures of some rows, from the network's outputs for them."""
         target = prepared.inputs["target"].cpu().numpy()
-        return outcome_metrics(self.schema.task, target, outputs)
+        whose = [patient_text(row["patient"]) for row in prepared.rows]
+        return outcome_metrics(self.schema.task, target, outputs, whose, self.node.coarse_figures)
 
     def _grower(self, message: Message) -> TabularClient | None:
         """Return what answers a message about trees; None where it is about a network."""
@@ -328,38 +437,47 @@ class TabularClient(MedicalClient):
         grower = self._grower(message)
         return super()._evaluate(message) if grower is None else grower._evaluate(message)
 
+    def require_measurable(self) -> None:
+        """Raise `InputError` where a number is predicted whose range the schema does not give."""
+        if self.schema.task in SCALED and self.schema.target not in self.schema.ranges:
+            raise InputError(
+                f"figures with noise need a range of {self.schema.target} in the schema's ranges"
+            )
+
     def measure_privately(
         self, model: nn.Module, prepared: TableRows, patients: Sequence[Hashable], noise: float
     ) -> dict[str, Any]:
-        """Return figures that follow from counts with noise, or from errors clipped to a range.
-
-        Raises
-        ------
-        InputError
-            Where a number is predicted whose range the schema does not give.
-        """
-        outputs = self._predict(model, prepared, 1)
-        target, task = prepared.inputs["target"].cpu().numpy(), self.schema.task
+        """Return figures that follow from counts with noise, or from errors clipped to a range."""
+        places, outputs = self._predict_alone(model, prepared)
+        target = prepared.inputs["target"].cpu().numpy()[places]
+        whose, task = [patients[place] for place in places], self.schema.task
         if task in CLASSED:
-            counts = noised_counts(target, outputs, patients, noise)
+            counts = noised_counts(target, outputs, whose, noise)
             return noised_metrics(counts) | {NOISED: counts}
-        if self.schema.target not in self.schema.ranges:
-            raise InputError(
-                f"private-metrics needs a range of {self.schema.target} in the schema's ranges"
-            )
         limits = self.schema.ranges[self.schema.target]
-        sums = noised_errors(task, target, outputs, limits, patients, noise)
+        sums = noised_errors(task, target, outputs, limits, whose, noise)
         return noised_error_metrics(sums) | {NOISED_ERRORS: sums}
 
-    def _predict(
-        self, model: nn.Module, prepared: TableRows, batch_size: int = 4096
-    ) -> NDArray[np.float32]:
+    def _predict_alone(
+        self, model: nn.Module, prepared: TableRows
+    ) -> tuple[list[int], NDArray[np.float32]]:
+        """Return the places of the rows for which the network did not fail, and their outputs."""
+        model.eval()
+        features = prepared.inputs["features"]
+        places, found = predict_alone(
+            lambda batch: self._outputs(model(batch["features"])),
+            lambda place: {"features": features[place : place + 1]},
+            len(prepared),
+            self.settings.half_precision,
+        )
+        return places, np.asarray(found, np.float32).reshape(-1, self._width)
+
+    def _predict(self, model: nn.Module, prepared: TableRows) -> NDArray[np.float32]:
         """Return the outputs of all rows, (n, outputs)."""
         model.eval()
-        count = len(prepared)
         batches = (
-            {"features": prepared.inputs["features"][start : start + batch_size]}
-            for start in range(0, count, batch_size)
+            {"features": prepared.inputs["features"][start : start + _BATCH]}
+            for start in range(0, len(prepared), _BATCH)
         )
         half = self.settings.half_precision
-        return predict(lambda batch: model(batch["features"]), batches, half)
+        return predict(lambda batch: self._outputs(model(batch["features"])), batches, half)

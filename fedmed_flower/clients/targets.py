@@ -147,7 +147,8 @@ def require_rows(rows: Sequence[Row], schema: Schema, groups: Sequence[str], whe
             if not (isinstance(value, Real) and math.isfinite(value) and fits(value)):
                 raise InputError(f"row {number} of {where} has {name} {value!r}: it must be {what}")
         for name in groups:
-            if not (row[name] is None or isinstance(row[name], str)):
+            # What is not equal to itself is NaN, a missing text in a data frame.
+            if not (row[name] is None or isinstance(row[name], str) or row[name] != row[name]):
                 raise InputError(
                     f"row {number} of {where} has {name} {row[name]!r}: report-by takes columns of "
                     "texts, such as categories, or the bands into which the schema cuts a number"

@@ -190,6 +190,7 @@ def train_privately(
     loss: Loss,
     optimizer: torch.optim.Optimizer,
     mechanism: Mechanism,
+    probe: Batch,
     mixed_precision: bool = False,
     proximal_mu: float = 0.0,
 ) -> tuple[float, int]:
@@ -202,13 +203,16 @@ def train_privately(
     batch_of : callable
         Returns the records at some places of the training rows, on the model's device.
     patients : sequence of hashable
-        The patient of each training row.
+        The patient of each training row that can be used; there may be none.
     loss : callable
         Maps (model, batch of one record) to one number.
     optimizer : Optimizer
         Over the parameters that require a gradient. Its weight decay comes after the noise.
     mechanism : Mechanism
-        Sampling rate, noise, clipping norm and number of steps.
+        Sampling rate, noise, clipping norm, number of steps, and of all patients.
+    probe : dict of tensors
+        Made-up records, on which is measured how gradients are computed: no patient's record
+        decides it.
     mixed_precision : bool
         Run the model in bfloat16 by autocast.
     proximal_mu : float
@@ -218,7 +222,8 @@ def train_privately(
     -------
     tuple of (float, int)
         Mean loss of the records that were drawn, NaN where there were none, and how many patients'
-        gradients were not finite and therefore left out. Neither carries noise.
+        gradients were not finite, or could not be computed, and therefore left out. Neither carries
+        noise.
     """
     # Opacus takes a second to import, in each process that answers one message.
     from fedmed_flower.privacy.optimizer import PatientOptimizer
@@ -226,7 +231,9 @@ def train_privately(
     keep_freed_memory()
     model.train()
     settings, release = mechanism.settings, mechanism.release
-    sampler = PatientSampler(patients, release.sampling_rate, settings.patient_records)
+    sampler = PatientSampler(
+        patients, release.sampling_rate, settings.patient_records, mechanism.num_patients
+    )
     private = PatientOptimizer(
         optimizer, release.noise_multiplier, settings.max_grad_norm, sampler.expected
     )
@@ -239,35 +246,42 @@ def train_privately(
                 parameter.grad.add_(parameter.detach() - start, alpha=proximal_mu)
 
     private.attach_step_hook(add_proximal_term)
-    size, losses = settings.micro_batch_size, [torch.zeros(0)]
+    drawn = max(1, round(sampler.expected))
+    size = micro_batch_size(gradients, probe, drawn, settings.micro_batch_size)
+    losses = [torch.zeros(0)]
     for _ in range(mechanism.steps):
         private.draw_ahead()
-        waiting = sampler.draw()
+        waiting, alone = sampler.draw(), 0
         while waiting:
-            size = size or micro_batch_size(gradients, batch_of, [group[0] for group in waiting])
-            group, rest = _first(waiting, size)
+            group, rest = (waiting[:1], waiting[1:]) if alone else _first(waiting, size)
             count = min(size, sum(map(len, group)))
+            failed = None
             try:
                 made, found = _of_patients(gradients, batch_of, group, size)
             except torch.OutOfMemoryError:
                 if count == 1:
                     raise
+                failed = "memory"
+            except Exception as error:
+                log.debug("gradients of %d patients: %s", len(group), error)
+                failed = "record"
+            # Nothing of a group that failed was added up yet.
+            if failed == "memory":
+                size = _half(count)
+            elif failed and len(group) > 1:
+                # One of them must not decide about the others: each by itself.
+                alone = len(group)
             else:
-                waiting = rest
+                waiting, alone = rest, max(0, alone - 1)
+                if failed:
+                    private.dropped += 1
+                    continue
                 losses.append(found.float().cpu())
                 private.accumulate(made)
                 del made
-                continue
-            # Nothing of these patients was added up yet: they are taken again, fewer at a time.
-            size = _half(count)
         private.release()
     each = torch.cat(losses)
     return float(each[each.isfinite()].mean()), private.dropped
-
-
-def probe_places(count: int) -> list[int]:
-    """Return the places of a few of so many rows, far apart: rows may be sorted by their label."""
-    return sorted({number * (count - 1) // (PROBE - 1) for number in range(PROBE)})
 
 
 def keep_freed_memory() -> None:
@@ -313,39 +327,82 @@ def _of_patients(
     return sums, torch.cat(losses)
 
 
-def micro_batch_size(
-    gradients: RecordGradients, batch_of: Callable[[Sequence[int]], Batch], places: list[int]
-) -> int:
+def micro_batch_size(gradients: RecordGradients, probe: Batch, drawn: int, wanted: int = 0) -> int:
     """Choose the method, and how many gradients fit into a quarter of the free memory.
 
     Parameters
     ----------
     gradients : RecordGradients
         Its method is set.
-    batch_of : callable
-        Returns the records at some places, on the device.
-    places : list of int
-        Of some records, such as those of a step; at least one.
+    probe : dict of tensors
+        Records that are like those to come, on the device; at least one.
+    drawn : int
+        Records of a step on average; at least 1.
+    wanted : int
+        The most, whatever the memory; 0 finds out.
 
     Raises
     ------
     torch.OutOfMemoryError
         Where the memory does not do for one record.
     """
-    first = batch_of(places[:1])
-    device = next(iter(first.values())).device
+    first = {key: value[:1] for key, value in probe.items()}
+    device, count = next(iter(first.values())).device, len(next(iter(probe.values())))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _CPU_MEMORY
-    most = max(1, min(_MOST_RECORDS, free // 4 // gradients.bytes_per_record(first)))
+    most = wanted or min(_MOST_RECORDS, free // 4 // gradients.bytes_per_record(first))
+    most = max(1, most)
     while True:
-        tried = min(most, _PROBE, len(places))
+        tried = min(most, _PROBE, drawn)
+        # A few records, repeated, take as much time and memory as others.
+        places = torch.arange(tried, device=device) % count
         try:
-            gradients.choose(batch_of(places[:tried]))
+            gradients.choose({key: value[places] for key, value in probe.items()})
         except torch.OutOfMemoryError:
             if tried == 1:
                 raise
         else:
-            return most if gradients.method == "vmap" else min(most, PROBE)
+            return most if wanted or gradients.method == "vmap" else min(most, PROBE)
         most = _half(tried)
+
+
+@torch.no_grad()
+def predict_alone(
+    model: Callable[[Batch], Tensor],
+    batch_at: Callable[[int], Batch],
+    count: int,
+    mixed_precision: bool = False,
+) -> tuple[list[int], list[NDArray[np.float32]]]:
+    """Return a network's outputs for records one by one, so that none can change another's.
+
+    Parameters
+    ----------
+    model : callable
+        Maps a batch to outputs; the network is in evaluation mode.
+    batch_at : callable
+        Returns the batch of one record.
+    count : int
+        How many records there are.
+    mixed_precision : bool
+        Run the model in bfloat16 by autocast.
+
+    Returns
+    -------
+    places : list of int
+        Of the records for which the network did not fail.
+    outputs : list of arrays of shape (c,)
+    """
+    places, outputs = [], []
+    for place in range(count):
+        try:
+            (output,) = predict(model, [batch_at(place)], mixed_precision)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            log.debug("the network fails for a record: %s", error)
+            continue
+        places.append(place)
+        outputs.append(output)
+    return places, outputs
 
 
 @torch.no_grad()

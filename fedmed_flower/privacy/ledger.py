@@ -11,7 +11,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from fedmed_flower.privacy.accounting import Release, epsilon_of, require_releas
 
 log = logging.getLogger("flwr.fedmed")
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE datasets (id INTEGER PRIMARY KEY, fingerprint TEXT UNIQUE NOT NULL,
@@ -36,8 +36,12 @@ CREATE TABLE charges (id INTEGER PRIMARY KEY AUTOINCREMENT, time TEXT NOT NULL, 
   dataset INTEGER NOT NULL REFERENCES datasets, sampling_rate REAL NOT NULL,
   noise_multiplier REAL NOT NULL, releases INTEGER NOT NULL, settled INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX charges_of_dataset ON charges (dataset);
+CREATE TABLE plain (id INTEGER PRIMARY KEY AUTOINCREMENT, time TEXT NOT NULL, run TEXT NOT NULL,
+  app TEXT NOT NULL, purpose TEXT NOT NULL, dataset INTEGER NOT NULL REFERENCES datasets);
+CREATE TABLE runs (run TEXT PRIMARY KEY, time TEXT NOT NULL) WITHOUT ROWID;
 """
 _BUDGET = ("budget-epsilon", "budget-delta")
+_SPLIT_KEY, _KEY_BYTES = "split-key", 32
 # Two runs at one hospital wait for each other while one of them is charged.
 _WAIT_SECONDS = 120
 
@@ -89,11 +93,32 @@ class Entry(NamedTuple):
     dataset: int
 
 
+class Plain(NamedTuple):
+    """How often one run measured one set of patients for one purpose without noise.
+
+    Attributes
+    ----------
+    run, app, purpose : str
+        Purpose is the split of an evaluation.
+    began : str
+        UTC time of the first.
+    times, patients : int
+    """
+
+    run: str
+    app: str
+    purpose: str
+    began: str
+    times: int
+    patients: int
+
+
 class Ledger:
     """One SQLite file of one hospital, for all its runs and sets of patients.
 
     What was released about two sets of patients adds up where they share a patient. Of a patient
-    the ledger keeps a hash, under a key of its own.
+    the ledger keeps a hash, under a key of its own. It also holds the key by which the hospital's
+    patients are split, what was measured without noise, and when each run began.
 
     Parameters
     ----------
@@ -190,8 +215,16 @@ class Ledger:
             connection.executemany("INSERT INTO about VALUES (?, ?)", kept)
             if declined is None:
                 dataset = self._dataset(connection, members, fingerprint, near)
-                now = datetime.now(UTC).isoformat(timespec="seconds")
-                row = (now, run, app, purpose, server_round, dataset, *map(float, release), count)
+                row = (
+                    _now(),
+                    run,
+                    app,
+                    purpose,
+                    server_round,
+                    dataset,
+                    *map(float, release),
+                    count,
+                )
                 cursor = connection.execute(
                     "INSERT INTO charges (time, run, app, purpose, round, dataset, sampling_rate, "
                     "noise_multiplier, releases) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -212,6 +245,76 @@ class Ledger:
         """Return all releases about any of these patients; of one run only where it is given."""
         with self._open() as connection:
             return self._releases(connection, self._find(connection, patients)[2], run)
+
+    def split_key(self) -> bytes:
+        """Return the key by which patients are split into train, val and test; made with the file.
+
+        Raises
+        ------
+        InputError
+            Where the file has none: under a new one, patients on whom an earlier run has trained
+            would be measured by the next.
+        """
+        with self._open() as connection:
+            key = self._about(connection, _SPLIT_KEY)
+        if not isinstance(key, bytes) or len(key) != _KEY_BYTES:
+            raise InputError(
+                f"the ledger {self.path} has no key by which patients are split: restore the file "
+                "from a copy, or give each row its split in the hospital's table"
+            )
+        return key
+
+    def note_plain(
+        self, patients: Iterable[Hashable], *, run: str, purpose: str, app: str = ""
+    ) -> None:
+        """Write down that patients are measured without noise, before they are."""
+        with self._open() as connection:
+            members, fingerprint, near = self._find(connection, patients)
+            dataset = self._dataset(connection, members, fingerprint, near)
+            connection.execute(
+                "INSERT INTO plain (time, run, app, purpose, dataset) VALUES (?, ?, ?, ?, ?)",
+                (_now(), run, app, purpose, dataset),
+            )
+
+    def plain(self) -> list[Plain]:
+        """Return what was measured without noise, oldest first."""
+        with self._open() as connection:
+            rows = connection.execute(
+                "SELECT p.run, p.app, p.purpose, min(p.time), count(*), d.patients FROM plain p "
+                "JOIN datasets d ON d.id = p.dataset GROUP BY p.run, p.purpose, p.dataset "
+                "ORDER BY min(p.id)"
+            ).fetchall()
+        return [Plain(*row) for row in rows]
+
+    def most_plain(self) -> int:
+        """Return how often the patient was measured without noise who was so most often."""
+        query = (
+            "SELECT max(times) FROM (SELECT count(*) AS times FROM plain "
+            "JOIN members USING (dataset) GROUP BY patient)"
+        )
+        with self._open() as connection:
+            (most,) = connection.execute(query).fetchone()
+        return int(most or 0)
+
+    def begin_run(self, run: str, most: int) -> None:
+        """Write down when a run began, once.
+
+        Raises
+        ------
+        DeclinedError
+            Where `most` others began within the last 24 hours; this one then did not.
+        """
+        since = (datetime.now(UTC) - timedelta(days=1)).isoformat(timespec="seconds")
+        with self._open() as connection:
+            known = "SELECT count(*) FROM runs WHERE run = ?"
+            if connection.execute(known, (run,)).fetchone()[0]:
+                return
+            recent = "SELECT count(*) FROM runs WHERE time > ?"
+            allowed = connection.execute(recent, (since,)).fetchone()[0] < most
+            if allowed:
+                connection.execute("INSERT INTO runs VALUES (?, ?)", (run, _now()))
+        if not allowed:
+            raise DeclinedError(f"{most} runs have begun here within a day (most-runs-a-day)")
 
     def most(self, delta: float) -> float:
         """Return the highest epsilon of any patient, at `delta`."""
@@ -255,7 +358,8 @@ class Ledger:
             with transaction(draft, "rwc") as connection:
                 for statement in _SCHEMA.split(";"):
                     connection.execute(statement)
-                about = {"version": _VERSION, "key": secrets.token_bytes(32)}
+                about = {"version": _VERSION, "key": secrets.token_bytes(_KEY_BYTES)}
+                about[_SPLIT_KEY] = secrets.token_bytes(_KEY_BYTES)
                 connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
             draft.chmod(0o600)
             give_name(draft, self.path)
@@ -339,6 +443,8 @@ def transaction(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
         connection.execute("PRAGMA synchronous = EXTRA")
         # For macOS, where a plain sync stops in the disk's own memory.
         connection.execute("PRAGMA fullfsync = ON")
+        # A stranger's file may hold views and triggers that call functions.
+        connection.execute("PRAGMA trusted_schema = OFF")
         connection.execute("BEGIN" if mode == "ro" else "BEGIN IMMEDIATE")
         # SQLite itself does not notice where a part of the last page is lost.
         query = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
@@ -379,6 +485,10 @@ def _told(path: Path) -> Iterator[None]:
             f"the privacy ledger {path} cannot be used ({error}): mend its place, or restore it "
             "from a copy; without it nobody knows what was released"
         ) from error
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _passed(releases: Counter[Release], limit: Limit) -> bool:

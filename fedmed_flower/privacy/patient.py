@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from flwr.app import Context
 
-from fedmed_flower.config import Section, with_type_of
-from fedmed_flower.data.site import LEDGER_DIR, Site
+from fedmed_flower.config import MOST_ROUNDS, Section
+from fedmed_flower.data.site import LEDGER_DIR, NodeSettings, Site
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import EPSILON
 from fedmed_flower.privacy.accounting import Release, epsilon_of, noise_for
@@ -29,6 +29,7 @@ LEDGER_FILE = "privacy-ledger.sqlite"
 # The test split is asked for once a run, and once more where the run is resumed at its end.
 _TESTS = 2
 _MOST_STEPS = 100_000
+_BUDGET = {"budget-epsilon", "budget-delta"}
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,19 @@ class PrivacySettings(Section):
     delta : float
         Above 0, below 1; well below 1 / the number of patients.
     max_grad_norm : float
-        To which the gradient of each patient is clipped; above 0.
+        To which the gradient of each patient is clipped; from 1e-6 to 1e6.
     sampling_rate : float
-        Probability with which a patient takes part in a step; at least 0, at most 1. 0 takes
+        Probability with which a patient takes part in a step; from 1e-6 to 1, or 0 for
         ``batch-size`` / the site's number of patients.
     patient_records : {"one", "mean"}
         What a patient with several records contributes to a step: one of them, or their mean.
     private_metrics : bool
-        Evaluate by counts with noise, on the account of the patients who are counted.
+        Where privacy is on, evaluate by counts with noise, on the account of the patients who are
+        counted. A simulation may turn that off here; a real hospital goes by its node config.
     micro_batch_size : int
-        Records whose gradients are in memory at a time; at least 0. 0 finds out.
+        Records whose gradients are in memory at a time; from 0 to a million. 0 finds out.
     num_server_rounds : int
-        Rounds for which the target is planned; at least 1.
+        Rounds for which the target is planned; from 1 to 100,000.
     """
 
     privacy: str = "none"
@@ -64,22 +66,22 @@ class PrivacySettings(Section):
     max_grad_norm: float = 1.0
     sampling_rate: float = 0.0
     patient_records: str = "one"
-    private_metrics: bool = False
+    private_metrics: bool = True
     micro_batch_size: int = 0
     num_server_rounds: int = 3
 
     def __post_init__(self) -> None:
         self.require("privacy", self.privacy in ("none", "patient"), "none or patient")
-        self.require_positive("target_epsilon", "max_grad_norm")
+        self.require_positive("target_epsilon")
         self.require("delta", 0 < self.delta < 1, "above 0 and below 1")
-        self.require("sampling_rate", 0 <= self.sampling_rate <= 1, "at least 0 and at most 1")
+        self.require_within(1e-6, 1e6, "max_grad_norm")
+        rate = self.sampling_rate == 0 or 1e-6 <= self.sampling_rate <= 1
+        self.require("sampling_rate", rate, "from 1e-6 to 1, or 0")
         self.require(
             "patient_records", self.patient_records in RECORDS, f"one of {', '.join(RECORDS)}"
         )
-        self.require_at_least(0, "micro_batch_size")
-        self.require_at_least(1, "num_server_rounds")
-        if self.private_metrics and not self.on:
-            raise InputError('private-metrics needs privacy="patient"')
+        self.require_within(0, 10**6, "micro_batch_size")
+        self.require_within(1, MOST_ROUNDS, "num_server_rounds")
 
     @property
     def on(self) -> bool:
@@ -223,18 +225,11 @@ def budget_of(context: Context) -> Limit | None:
     InputError
         Where a value is missing, of the wrong type or out of range.
     """
-    config, keys = context.node_config, ("budget-epsilon", "budget-delta")
-    given = {key: with_type_of(1.0, config[key], key) for key in keys if key in config}
-    if not given:
+    given = {key: context.node_config[key] for key in _BUDGET & context.node_config.keys()}
+    own = NodeSettings.of(given)
+    if not own.budget_epsilon:
         return None
-    if missing := set(keys) - given.keys():
-        raise InputError(f"{min(given)} in the node config needs {min(missing)} beside it")
-    epsilon, delta = (given[key] for key in keys)
-    if not epsilon > 0:
-        raise InputError(f"budget-epsilon must be above 0, got {epsilon}")
-    if not 0 < delta < 1:
-        raise InputError(f"budget-delta must be above 0 and below 1, got {delta}")
-    return Limit(epsilon, delta, "the hospital's privacy budget")
+    return Limit(own.budget_epsilon, own.budget_delta, "the hospital's privacy budget")
 
 
 def ledger_path(context: Context, site: Site, message: Any) -> Path:
@@ -267,8 +262,8 @@ def ledger_path(context: Context, site: Site, message: Any) -> Path:
         if site.data_dir is not None:
             return site.data_dir / LEDGER_FILE
         raise InputError(
-            "privacy needs a file for the hospital's privacy ledger: give "
-            "--node-config 'ledger=\"/path/privacy-ledger.sqlite\"'"
+            "a hospital keeps a privacy ledger: give --node-config "
+            "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir in which it can lie"
         )
     run_dir = str(context.run_config.get("run-dir", ""))
     folder = str(message.get(LEDGER_DIR, "")) or (run_dir and str(Path(run_dir) / "ledgers"))

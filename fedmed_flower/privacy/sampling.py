@@ -25,12 +25,15 @@ class PatientSampler:
         Above 0, at most 1.
     records : {"one", "mean"}
         What a drawn patient contributes: one record, drawn anew, or all of them.
+    num_patients : int, optional
+        Those without a record are among them; else those of `patients` alone.
 
     Attributes
     ----------
     num_patients : int
     expected : float
-        Patients of a draw on average: what the sum of their gradients is divided by.
+        Patients of a draw on average: what the sum of their gradients is divided by. With patients
+        whose records cannot be used among them, it does not tell how many these are.
 
     Raises
     ------
@@ -39,7 +42,11 @@ class PatientSampler:
     """
 
     def __init__(
-        self, patients: Sequence[Hashable], sampling_rate: float, records: str = ONE
+        self,
+        patients: Sequence[Hashable],
+        sampling_rate: float,
+        records: str = ONE,
+        num_patients: int | None = None,
     ) -> None:
         if not 0 < sampling_rate <= 1:
             raise InputError(f"sampling_rate must be above 0 and at most 1, got {sampling_rate}")
@@ -48,12 +55,15 @@ class PatientSampler:
         groups: dict[Hashable, list[int]] = {}
         for place, patient in enumerate(patients):
             groups.setdefault(patient, []).append(place)
-        if not groups:
+        count = len(groups) if num_patients is None else num_patients
+        if not count:
             raise InputError("there is no patient to draw")
+        if count < len(groups):
+            raise InputError(f"num_patients must be at least {len(groups)}, got {count}")
         self._groups = list(groups.values())
         self._rate, self._one = sampling_rate, records == ONE
         self._generator = secure_generator()
-        self.num_patients = len(self._groups)
+        self.num_patients = count
         self.expected = sampling_rate * self.num_patients
 
     def draw(self) -> list[list[int]]:
@@ -64,7 +74,7 @@ class PatientSampler:
         list of lists of int
             None of the inner ones empty; the outer one is where nobody was drawn.
         """
-        drawn = self._generator.random(self.num_patients) < self._rate
+        drawn = self._generator.random(len(self._groups)) < self._rate
         chosen = [group for group, taken in zip(self._groups, drawn, strict=True) if taken]
         if not self._one:
             return chosen

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -199,7 +201,9 @@ def require_forgetful(model: nn.Module, loss: Loss, batch: Batch) -> None:
     Raises
     ------
     InputError
-        Where the loss of the first record is another one after the second was seen.
+        Where the loss of the first record is another one after the second was seen, or where
+        anything that the model, or a module of the loss, holds is another after it: a bank of
+        records may have no effect until it is full.
     """
     model.train()
     first, second = ({key: part[i : i + 1] for key, part in batch.items()} for i in (0, 1))
@@ -211,15 +215,60 @@ def require_forgetful(model: nn.Module, loss: Loss, batch: Batch) -> None:
 
     with torch.no_grad():
         before = of_first()
+        # What is made once, at the first record, is there by now.
+        held_before = _held_by(model, loss)
         if len(next(iter(second.values()))):
             loss(model, second)
+        held_after = _held_by(model, loss)
         after = of_first()
+    remedy = "Private training needs a model and a loss that keep nothing"
     if not torch.allclose(before, after, rtol=1e-6, atol=0, equal_nan=True):
         raise InputError(
             "the model or the loss keeps something of one record until the next: the loss of a "
-            f"record was {float(before):.6g}, and {float(after):.6g} after another one. Private "
-            "training needs a model and a loss that keep nothing"
+            f"record was {float(before):.6g}, and {float(after):.6g} after another one. {remedy}"
         )
+    for name, state in held_after.items():
+        if held_before.get(name) != state:
+            raise InputError(
+                f"the model or the loss keeps something of one record until the next, in {name}. "
+                f"{remedy}"
+            )
+
+
+def _held_by(model: nn.Module, loss: Loss) -> dict[str, object]:
+    """Return what modules hold beside parameters and buffers, by module and attribute."""
+    owner = getattr(loss, "__self__", None)
+    roots = {"the model": model} | {
+        f"the module {name} of the loss": value
+        for name, value in getattr(owner, "__dict__", {}).items()
+        if isinstance(value, nn.Module) and value is not model
+    }
+    own = vars(nn.Module()).keys()
+    return {
+        f"{_layer(path, module) if root == 'the model' else root}, attribute {name}": _content(
+            value
+        )
+        for root, top in roots.items()
+        for path, module in top.named_modules()
+        for name, value in vars(module).items()
+        if name not in own
+    }
+
+
+def _content(value: object, depth: int = 6) -> object:
+    """Return what can be compared with what the same object holds later."""
+    if isinstance(value, Tensor | np.ndarray):
+        array = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
+        return array.shape, str(value.dtype), array.tobytes()
+    if isinstance(value, str | bytes | int | float | bool | None):
+        return repr(value)
+    if isinstance(value, nn.Module) or not depth:
+        return type(value).__name__
+    if isinstance(value, Mapping):
+        return [(repr(key), _content(item, depth - 1)) for key, item in value.items()]
+    if isinstance(value, Sequence | Set | deque):
+        return [_content(item, depth - 1) for item in value]
+    return [type(value).__name__, _content(getattr(value, "__dict__", {}), depth - 1)]
 
 
 def require_independent(

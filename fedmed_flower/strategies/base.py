@@ -341,7 +341,12 @@ class FedAvg(flower.FedAvg):
         admitted = self.inbox.admit(server_round, phase, replies, self.weighted_by_key, None)
         kept = self.inbox.in_order(admitted)
         self.inbox.record(server_round, phase, kept)
-        usable = [reply.message for reply in kept if reply.metrics[self.weighted_by_key]]
+        # A hospital may tell its number of patients and no figure: they are too few.
+        usable = [
+            reply.message
+            for reply in kept
+            if reply.metrics[self.weighted_by_key] and len(reply.metrics) > 1
+        ]
         if not (usable := sound_figures(usable)):
             return None
         figures = pool([dict(metrics_of(message)) for message in usable])

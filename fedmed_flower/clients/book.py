@@ -1,0 +1,172 @@
+"""What a hospital has told without noise, and of whom: one book under all kinds of answers.
+
+Figures of an evaluation, sums before the first round, counts of a study, pictures and the answers
+to questions for statistics are written down in one file beside the privacy ledger, over all runs,
+before they leave. What one kind withholds another does not tell: see `fedmed_flower.statistics.
+guard` for the rule. In a simulation nothing leaves, and nothing is written down.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedmed_flower.data.site import SPLITS, Row
+from fedmed_flower.privacy.patient import ledger_path
+from fedmed_flower.statistics.columns import Codes, Columns
+from fedmed_flower.statistics.fewest import patients_of
+from fedmed_flower.statistics.guard import NEW, OUTSIDE, Guard, Members, open_guard
+from fedmed_flower.statistics.request import Request
+from fedmed_flower.statistics.values import Mask
+
+if TYPE_CHECKING:
+    from fedmed_flower.clients.base import MedicalClient
+
+log = logging.getLogger("flwr.fedmed")
+
+# Beside the ledger, and not taken for one.
+_ENDING = ".answers"
+# The rows that figures were told of.
+EVALUATIONS = "evaluations"
+
+
+def book_path(client: MedicalClient, config: Any) -> Path:
+    """Return the file of what a site has told; it is made where it is first needed."""
+    ledger = ledger_path(client.context, client.site, config)
+    path = ledger.with_name(ledger.name.removesuffix(".sqlite") + _ENDING)
+    if not (client.site.simulated or path.exists()):
+        log.warning("%s: %s is new: no earlier answer is known", client.site.name, path)
+    return path
+
+
+class Book:
+    """The book of one real hospital, open for one answer.
+
+    Parameters
+    ----------
+    guard : Guard
+    columns : Columns
+        Of all rows of all splits.
+    rows : sequence of Row
+        The same rows.
+    """
+
+    def __init__(self, guard: Guard, columns: Columns, rows: Sequence[Row]) -> None:
+        self._guard, self._columns, self._rows = guard, columns, rows
+
+    def admit(
+        self,
+        members: Members,
+        inside: Mask,
+        values: Codes | None = None,
+    ) -> Mask | None:
+        """Write down that something is told of some rows, and return of which it may be.
+
+        Rows that came since an earlier answer, and are too few to be told apart from it, are left
+        out.
+
+        Parameters
+        ----------
+        members : Members
+            What is told of.
+        inside : ndarray of bool
+            (rows,) of which is to be told.
+        values : ndarray of int64, optional
+            (rows,) cells, at least 0, that the answer tells apart.
+
+        Returns
+        -------
+        ndarray of bool or None
+            None where nothing may be told.
+        """
+        new = self._guard.labels(members) == NEW
+        for usable in (inside, inside & ~new):
+            cells = np.full(len(self._rows), OUTSIDE, np.int64)
+            cells[usable] = 0 if values is None else values[usable]
+            if usable.any() and self._guard.admit([members], [cells], new & ~usable):
+                return usable
+        return None
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """All rows, split after split."""
+        return self._rows
+
+    def evaluation(self, patients: Collection[str]) -> set[str] | None:
+        """Return of which patients figures may leave; None where of none."""
+        inside = np.array([patient in patients for patient in self._columns.patients])
+        usable = self.admit(self._guard.everybody(EVALUATIONS), inside)
+        return None if usable is None else self.patients(usable)
+
+    def column(self, name: str, inside: Mask, values: Codes | None = None) -> Mask | None:
+        """Return of which rows a column may be told of; None where of none, or it is not there."""
+        if name not in self._columns.names:
+            return None
+        return self.admit(self._guard.members(name), inside, values)
+
+    def known(self, name: str) -> Mask | None:
+        """Return the rows of which a column was told before, in which nothing new is told apart."""
+        if name not in self._columns.names:
+            return None
+        labels = self._guard.labels(self._guard.members(name))
+        return self.column(name, labels != NEW)
+
+    def cells(self, name: str, inside: Mask, minimum: int) -> Codes:
+        """Return (rows,) the number of each row's category; those of few patients are one cell.
+
+        Parameters
+        ----------
+        name : str
+            A column that is there.
+        inside : ndarray of bool
+            (rows,) among which patients are counted.
+        minimum : int
+        """
+        codes = self._columns.codes(name)[0]
+        here = inside & (codes >= 0)
+        counts = np.zeros(codes.max(initial=0) + 1, np.int64)
+        found = patients_of(codes[here], self._columns.whose[here])
+        counts[: found.size] = found
+        # No category counts as few, too.
+        return np.where((codes >= 0) & (counts[codes] >= minimum), codes, counts.size)
+
+    def of(self, rows: Collection[int]) -> Mask:
+        """Return which rows are among some, by their identity."""
+        return np.array([id(row) in rows for row in self._rows])
+
+    def patients(self, mask: Mask) -> set[str]:
+        """Return the patients of some rows."""
+        return {self._columns.patients[place] for place in np.flatnonzero(mask)}
+
+    def shown(self, run: str) -> tuple[bool, set[str]]:
+        """Return whether a run had pictures, and the patients of whom any run had."""
+        return self._guard.shown(run)
+
+    def show(self, run: str, patients: Collection[str]) -> None:
+        """Write down that pictures of patients leave."""
+        self._guard.show(run, patients)
+
+
+@contextmanager
+def open_book(client: MedicalClient, config: Any, minimum: int) -> Iterator[Book]:
+    """Open the book of a real hospital; what was admitted is on the disk when this is left.
+
+    Parameters
+    ----------
+    client : MedicalClient
+    config : mapping
+        Came with the message.
+    minimum : int
+        The fewest patients who may be told apart; at least 1.
+    """
+    data = client.data()
+    rows = [row for split in SPLITS for row in getattr(data, split)]
+    columns = Columns(rows, Request(), getattr(client, "schema", None))
+    path = book_path(client, config)
+    with open_guard(path, columns, minimum, client.node.hide_few_missing) as guard:
+        yield Book(guard, columns, rows)
