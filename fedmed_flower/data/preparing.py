@@ -34,7 +34,7 @@ _LEAST = 1 / LARGEST
 
 
 def contribution(
-    rows: Sequence[Row], schema: Schema, minimum: int
+    rows: Sequence[Row], schema: Schema, minimum: int, only: str | None = None
 ) -> dict[str, list[float] | list[str] | list[int]]:
     """Return what a hospital tells of its rows, for `Preparation.agreed`.
 
@@ -45,6 +45,8 @@ def contribution(
     schema : Schema
     minimum : int
         At least 1: nothing is told that fewer patients stand behind.
+    only : str, optional
+        The column that is told; else all of the schema's features.
 
     Returns
     -------
@@ -57,12 +59,14 @@ def contribution(
     patients = np.asarray([patient_text(row["patient"]) for row in rows], dtype=object)
     told: dict[str, list[float] | list[str] | list[int]] = {}
     for column in schema.numeric:
+        if only not in (None, column):
+            continue
         values = _numbers(rows, column)
         there = ~np.isnan(values)
         if there.any() and len({*patients[there]}) >= minimum:
             told[_MOMENTS + column] = _moments(values[there])
     for column in schema.categorical:
-        if column in schema.categories:
+        if column in schema.categories or only not in (None, column):
             continue
         owners: dict[str, set[str]] = defaultdict(set)
         for text, patient in zip(_texts(rows, column), patients, strict=True):
