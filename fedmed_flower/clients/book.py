@@ -31,8 +31,6 @@ log = logging.getLogger("flwr.fedmed")
 
 # Beside the ledger, and not taken for one.
 _ENDING = ".answers"
-# The rows that figures were told of.
-EVALUATIONS = "evaluations"
 
 
 def book_path(client: MedicalClient, config: Any) -> Path:
@@ -54,10 +52,12 @@ class Book:
         Of all rows of all splits.
     rows : sequence of Row
         The same rows.
+    app : str
+        The client's class: figures of one client cannot be compared with those of another.
     """
 
-    def __init__(self, guard: Guard, columns: Columns, rows: Sequence[Row]) -> None:
-        self._guard, self._columns, self._rows = guard, columns, rows
+    def __init__(self, guard: Guard, columns: Columns, rows: Sequence[Row], app: str) -> None:
+        self._guard, self._columns, self._rows, self._app = guard, columns, rows, app
 
     def admit(
         self,
@@ -100,7 +100,7 @@ class Book:
     def evaluation(self, patients: Collection[str]) -> set[str] | None:
         """Return of which patients figures may leave; None where of none."""
         inside = np.array([patient in patients for patient in self._columns.patients])
-        usable = self.admit(self._guard.everybody(EVALUATIONS), inside)
+        usable = self.admit(self._guard.everybody(f"evaluations by {self._app}"), inside)
         return None if usable is None else self.patients(usable)
 
     def column(self, name: str, inside: Mask, values: Codes | None = None) -> Mask | None:
@@ -169,4 +169,4 @@ def open_book(client: MedicalClient, config: Any, minimum: int) -> Iterator[Book
     columns = Columns(rows, Request(), getattr(client, "schema", None))
     path = book_path(client, config)
     with open_guard(path, columns, minimum, client.node.hide_few_missing) as guard:
-        yield Book(guard, columns, rows)
+        yield Book(guard, columns, rows, type(client).__qualname__)
