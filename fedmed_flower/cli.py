@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import shlex
 import signal
 import sys
 import tomllib
@@ -21,22 +21,22 @@ from flwr.clientapp import ClientApp
 from flwr.common.config import flatten_dict, get_project_config
 from flwr.serverapp import ServerApp
 from flwr.supercore.object_ref import load_app
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedmed_flower.clients.settings import Settings
-from fedmed_flower.config import override
+from fedmed_flower.clients.settings import Settings, TabularSettings
+from fedmed_flower.config import Section, override, with_type_of
 from fedmed_flower.data.site import GENERATED
 from fedmed_flower.data.sources import SourceUnavailable, load_dataset
 from fedmed_flower.data_commands import data_app
 from fedmed_flower.engine import run_flower
 from fedmed_flower.errors import InputError
-from fedmed_flower.experiment import Plan
-from fedmed_flower.printing import print_ledger, print_results
+from fedmed_flower.experiment import Plan, read_before, require_same_settings
+from fedmed_flower.files import as_input_error, read_object, require_lone_database
+from fedmed_flower.printing import LineConsole, print_ledger, print_results
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.privacy.patient import PrivacySettings
 from fedmed_flower.report import write_report
-from fedmed_flower.runfolder import SUMMARY, RunFolder
+from fedmed_flower.runfolder import CONFIG, SUMMARY, RunFolder
 from fedmed_flower.simulation import run_local
 from fedmed_flower.statistics_commands import statistics
 
@@ -48,7 +48,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command()(statistics)
-console = Console(highlight=False, soft_wrap=True)
+console = LineConsole()
 log = logging.getLogger("flwr.fedmed")
 
 
@@ -57,6 +57,14 @@ class Engine(StrEnum):
 
     LOCAL = "local"
     FLOWER = "flower"
+
+
+# The texts that are one of a few names, each checked by the section that it belongs to: what a run
+# that is gone on with takes of its folder, besides numbers and booleans.
+CHOICES = {
+    *("optimizer", "schedule", "device", "privacy", "patient-records"),
+    *("preparation", "survival-loss"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,8 @@ class _Job:
     num_sites: int
     engine: Engine
     folder: Path
+    # What the command line has set, as it is given again.
+    given: str
 
 
 @app.command()
@@ -108,7 +118,8 @@ def demo(
         try:
             load_dataset("pneumoniamnist", timeout=10)
         except SourceUnavailable as error:
-            console.print(f"{error}\nThe demo goes on with {GENERATED}.", style="yellow")
+            console.print(str(error), style="yellow")
+            console.print(f"The demo goes on with {GENERATED}.", style="yellow")
             settings.append("dataset=phantoms")
         job = _prepare(_examples() / "pneumonia", None, None, settings, Engine.LOCAL, out, None)
         _execute(job)
@@ -118,7 +129,10 @@ def demo(
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html of a run folder anew."""
     with _input_errors():
-        console.print(f"report: {write_report(folder)}")
+        try:
+            console.print(f"report: {write_report(folder)}")
+        except OSError as error:
+            raise InputError(f"no report in {folder}: {error}") from error
 
 
 @app.command()
@@ -139,7 +153,10 @@ def privacy(
         if not found:
             raise InputError(f"there is no ledger (*.sqlite) in the folder {ledger}")
         for path in found:
-            print_ledger(console, path, Ledger(path, read_only=True), delta)
+            own = path if ledger.is_dir() else path.resolve()
+            require_lone_database(own.parent, own.name)
+            with as_input_error(f"the privacy ledger {path}", "restore it from a copy"):
+                print_ledger(console, path, Ledger(path, read_only=True), delta)
 
 
 @app.callback()
@@ -160,7 +177,7 @@ def _input_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        console.print(f"not started: {error}", style="red", markup=False)
+        console.print(f"not started: {error}", style="red")
         raise typer.Exit(2) from None
 
 
@@ -177,23 +194,26 @@ def _prepare(
     if out is not None and resume is not None:
         raise InputError("--out and --resume exclude each other: --resume DIR goes on in DIR")
     name, defaults, references = load_project(path)
+    before = None
     if resume is not None:
-        before = RunFolder(resume).read_config()
-        defaults |= {key: value for key, value in before["config"].items() if key in defaults}
-        started_with = int(before["run"]["sites"])
-        if sites not in (None, started_with):
+        before = read_before(RunFolder(resume))
+        defaults = with_choices_of(resume, before.config, defaults)
+        if sites not in (None, before.sites):
             raise InputError(
-                f"{resume} was started with {started_with} sites: resume it with as many, "
+                f"{resume} was started with {before.sites} sites: resume it with as many, "
                 f"got --sites {sites}"
             )
-        sites = started_with
+        sites = before.sites
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = (resume or out or Path("runs") / f"{name}-{stamp}").expanduser().resolve()
     if resume is None:
         RunFolder(folder).require_unused()
-    settings = [*settings, *([] if rounds is None else [f"num-server-rounds={rounds}"])]
+    given = "".join(f" -c {shlex.quote(text)}" for text in settings)
     config = override(defaults, settings)
+    config |= {} if rounds is None else {"num-server-rounds": rounds}
     config |= {"run-dir": str(folder), "resume": resume is not None}
+    if before is not None:
+        require_same_settings(RunFolder(folder), before.config, config)
     num_sites = default_sites(path) if sites is None else sites
     if num_sites < 1:
         raise InputError(f"--sites must be at least 1, got {num_sites}")
@@ -202,7 +222,40 @@ def _prepare(
         raise InputError(f"min-sites must be at most --sites = {num_sites}, got {plan.min_sites}")
     Settings.from_run_config(config)
     PrivacySettings.from_run_config(config)
-    return _Job(name, path.resolve(), references, config, num_sites, engine, folder)
+    return _Job(name, path.resolve(), references, config, num_sites, engine, folder, given)
+
+
+def with_choices_of(folder: Path, before: UserConfig, defaults: UserConfig) -> UserConfig:
+    """Return an app's settings with the numbers and choices of the run in a folder.
+
+    A stranger may have written the folder. Of its texts only those of `CHOICES` are taken: any
+    other could be a path, or name what is built or run.
+
+    Raises
+    ------
+    InputError
+        Where one of them is not what the app, or the section that it belongs to, takes.
+    """
+    # Importing MONAI takes seconds: only where the app has images.
+    from fedmed_flower.clients.survival import SurvivalSettings
+    from fedmed_flower.ensembles import TreeSettings
+
+    sections: list[type[Section]]
+    sections = [Plan, Settings, PrivacySettings, TabularSettings, SurvivalSettings, TreeSettings]
+    if "cache-gigabytes" in defaults:
+        from fedmed_flower.clients.imaging import ImagingSettings
+
+        sections.append(ImagingSettings)
+    taken = dict(defaults)
+    try:
+        for key in before.keys() & defaults.keys():
+            if key in CHOICES or not isinstance(before[key], str):
+                taken[key] = with_type_of(defaults[key], before[key], key)
+        for section in sections:
+            section.from_run_config(taken | {"run-dir": str(folder)})
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG}: {error}") from None
+    return taken
 
 
 def load_project(path: Path) -> tuple[str, UserConfig, tuple[str, str]]:
@@ -217,7 +270,7 @@ def load_project(path: Path) -> tuple[str, UserConfig, tuple[str, str]]:
         project = get_project_config(path)
     except FileNotFoundError as error:
         raise InputError(f"{path} is no Flower app: it has no pyproject.toml") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path / 'pyproject.toml'}: {' '.join(str(error).split())}") from error
     section = project["tool"]["flwr"]["app"]
     defaults = flatten_dict(section.get("config", {}))
@@ -271,25 +324,27 @@ def _execute(job: _Job) -> None:
     except InputError:
         raise
     except KeyboardInterrupt:
-        console.print(f"stopped by the user: {_whereabouts(job.folder)}", style="yellow")
+        console.print(f"stopped by the user: {_whereabouts(job)}", style="yellow")
         raise typer.Exit(130) from None
     except Exception as error:
         log.debug("%s", error, exc_info=True)
-        text = f"failed: {type(error).__name__}: {error}: {_whereabouts(job.folder)}"
-        console.print(" ".join(text.split()), style="red", markup=False)
+        text = f"failed: {type(error).__name__}: {error}: {_whereabouts(job)}"
+        console.print(text, style="red")
         raise typer.Exit(1) from error
     if not (job.folder / SUMMARY).exists():
         # An app that calls a strategy by itself and not `federate` writes no summary.
         where = job.folder if job.folder.exists() else "the app wrote no run folder"
         console.print(f"finished: {where}")
         return
-    summary = json.loads((job.folder / SUMMARY).read_text(encoding="utf-8"))
-    print_results(console, summary)
-    console.print(f"report: {job.folder / 'report.html'}")
-    mark = f" ({GENERATED})" if summary["generated"] else ""
-    rounds = f"{summary['rounds']} rounds in " if "test" in summary else ""
-    done = f"{rounds}{summary['seconds']:.0f} s{mark}"
-    console.print(f"{summary['status']}: {done}: {job.folder}")
+    remedy = "run the app in another folder"
+    with as_input_error(f"{job.folder / SUMMARY}", remedy):
+        summary = read_object(job.folder, SUMMARY, remedy)
+        print_results(console, summary)
+        console.print(f"report: {job.folder / 'report.html'}")
+        mark = f" ({GENERATED})" if summary["generated"] else ""
+        rounds = f"{summary['rounds']} rounds in " if "test" in summary else ""
+        done = f"{rounds}{summary['seconds']:.0f} s{mark}"
+        console.print(f"{summary['status']}: {done}: {job.folder}")
 
 
 def _run_here(job: _Job) -> None:
@@ -311,9 +366,10 @@ def _run_here(job: _Job) -> None:
         )
 
 
-def _whereabouts(folder: Path) -> str:
+def _whereabouts(job: _Job) -> str:
+    folder = job.folder
     if RunFolder(folder).checkpoint_file.exists():
-        return f"{folder} (go on with --resume {folder})"
+        return f"{folder} (go on with --resume {folder}{job.given})"
     return f"{folder}" if folder.exists() else "nothing was written"
 
 
@@ -350,4 +406,4 @@ class _ConsoleHandler(logging.Handler):
         ours = record.name.startswith("flwr.fedmed")
         if record.levelno >= (logging.INFO if ours else logging.WARNING):
             style = "yellow" if record.levelno >= logging.WARNING else None
-            console.print(record.getMessage(), style=style, markup=False)
+            console.print(record.getMessage(), style=style)

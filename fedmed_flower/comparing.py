@@ -25,7 +25,9 @@ def fine_tune(experiment: Experiment, arrays: ArrayRecord) -> None:
     log.info("each hospital fine-tunes the model for itself")
     timeout = experiment.plan.round_timeout
     nodes = {node_id: experiment.sites.names[node_id] for node_id in experiment.sites.trainers()}
-    found = collect_personal(experiment.grid, arrays, experiment.config(), timeout, nodes)
+    found = collect_personal(
+        experiment.grid, arrays, experiment.config(), timeout, nodes, experiment.sites.sent
+    )
     experiment.test["personal"] = found
     _record(experiment, "personal-test", found)
 
@@ -90,6 +92,7 @@ def _baseline(
     if result.train_metrics_clientapp:
         config_of_test = experiment.config(f"/{label}")
         table = strategy.test(grid, result.arrays, config_of_test, timeout=plan.round_timeout)
+    experiment.sites.sent.add(strategy.history.sent)
     experiment.strategy.history.failures += [
         replace(failure, phase=f"{label} {failure.phase}") for failure in strategy.history.failures
     ]

@@ -9,7 +9,17 @@ from fedmed_flower.metrics import lower_is_better as lower
 from fedmed_flower.outcomes import gaps, in_groups
 from fedmed_flower.page import DASH, escaped, many, name, show, spec
 from fedmed_flower.plots import Pens
-from fedmed_flower.summary import COUNT, Column, at_worst, by_site, mean, number, part, site_table
+from fedmed_flower.summary import (
+    COUNT,
+    Column,
+    at_worst,
+    by_site,
+    mean,
+    number,
+    of_all,
+    part,
+    site_table,
+)
 
 _TO_COMPARE = """<p>{}To compare with each hospital’s own model and with one trained on all data
 pooled, run with <code>-c baselines=true</code>.</p>"""
@@ -30,15 +40,15 @@ def models(summary: dict[str, Any], pens: Pens, main: str) -> str:
     parts = (local, part(test, "sites"), personal, part(pooled, "sites"))
     alone, federated, tuned, central = (by_site(own, main) for own in parts)
     gains, changes = _differences(federated, alone), _differences(tuned, federated)
-    together, best = number(test.get("federated"), main), number(pooled, main)
+    together = number(test.get("federated"), main)
     everybody = mean(by_site({site: part(own, "all") for site, own in local.items()}, main))
     gain = None if everybody is None or together is None else together - everybody
-    of_all = f"{show(everybody)}<small>mean of all models</small>"
+    of_alone = f"{show(everybody)}<small>mean of all models</small>"
     columns = [
-        Column("Own model alone", alone, of_all, lower=lower(main)),
-        Column("Federated", federated, show(together), lower=lower(main)),
+        Column("Own model alone", alone, of_alone, lower=lower(main)),
+        Column("Federated", federated, of_all(test.get("federated"), main), lower=lower(main)),
         Column("Fine-tuned at the hospital", tuned, show(None), lower=lower(main)),
-        Column("Trained on pooled data", central, show(best), lower=lower(main)),
+        Column("Trained on pooled data", central, of_all(pooled, main), lower=lower(main)),
         Column("Federated − alone", gains, show(gain, "+,.3f"), "+,.3f", lower(main)),
         Column("Fine-tuned − federated", changes, show(None), "+,.3f", lower(main)),
     ]
@@ -127,6 +137,7 @@ def groups(summary: dict[str, Any], main: str) -> str:
     if not together:
         return ""
     sites = {site: in_groups(part(own)) for site, own in part(test, "sites").items()}
+    page.require_small(len(together), len(sites))
     chosen = dict.fromkeys((main, *page.GROUPED))
     keys = [key for key in chosen if any(key in own for own in together.values())]
     head = [text for key in keys for text in (page.title(key), "Worst hospital")]
@@ -140,7 +151,7 @@ def groups(summary: dict[str, Any], main: str) -> str:
             row = [escaped(group.partition("=")[2]), records, telling]
             for key in keys:
                 worst = at_worst(by_site(own, key), spec(key), lower(key))
-                row += [show(number(together[group], key), spec(key)), worst]
+                row += [of_all(together[group], key, spec(key)), worst]
             rows.append(row)
         title = escaped(column)
         names = [title, "Records", "Hospitals", *head]

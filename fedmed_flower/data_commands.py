@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
+from fedmed_flower.printing import LineConsole, print_table
 
 if TYPE_CHECKING:
     from fedmed_flower.data.checking import Finding
 
 data_app = typer.Typer(help="Look at a hospital's own data.", no_args_is_help=True)
-console = Console(highlight=False, soft_wrap=True)
+console = LineConsole()
 
 # A mask that was taken for an image, or the reverse, may hold thousands of values.
 _MOST_VALUES = 12
@@ -43,17 +43,17 @@ def check(
     from fedmed_flower.data.checking import check_folder
 
     try:
-        with console.status(f"reading {escape(str(folder))}"):
+        with console.status(Text(shown(f"reading {folder}"))):
             findings = check_folder(folder, num_classes=classes)
     except InputError as error:
-        console.print(f"not started: {error}", style="red", markup=False)
+        console.print(f"not started: {error}", style="red")
         raise typer.Exit(2) from None
     images = [one for one in findings if one.image]
     _print_table(images, folder.expanduser())
     _print_summary(images)
     problems = [_problem(one) for one in findings if one.problem is not None]
     for problem in problems:
-        console.print(problem, style="red", markup=False)
+        console.print(problem, style="red")
     if problems:
         console.print(f"{len(problems)} problem{'s' * (len(problems) > 1)}", style="red")
         raise typer.Exit(1)
@@ -76,11 +76,8 @@ def _print_table(images: Sequence[Finding], folder: Path) -> None:
     for name in filled:
         table.add_column(name, overflow="fold")
     for one, *cells in zip(images, *filled.values(), strict=True):
-        table.add_row(*map(escape, cells), style="red" if one.problem else None)
-    if not console.is_terminal:  # One line an image for what reads it there.
-        wide = console.options.update(width=10_000)
-        console.width = max(console.width, console.measure(table, options=wide).maximum)
-    console.print(table)
+        table.add_row(*cells, style="red" if one.problem else None)
+    print_table(console, table)
 
 
 def _print_summary(images: Sequence[Finding]) -> None:
@@ -101,7 +98,7 @@ def _print_summary(images: Sequence[Finding]) -> None:
         listed = ", ".join(f"{kind} ({count})" for kind, count in kinds[:5])
         more = f" and {len(kinds) - 5} more" if len(kinds) > 5 else ""
         hint = f"; {setting} in the run config brings them to one" if len(kinds) > 1 else ""
-        console.print(f"{name}: {listed}{more}{hint}", markup=False)
+        console.print(f"{name}: {listed}{more}{hint}")
 
 
 def _problem(one: Finding) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import platform
+import re
 import secrets
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import tomli_w
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, UserConfig
+from flwr.app import ArrayRecord, ConfigRecord, Context, UserConfig, UserConfigValue
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from torch import nn
@@ -24,8 +26,10 @@ from fedmed_flower.comparing import compare, fine_tune
 from fedmed_flower.config import Section, with_type_of
 from fedmed_flower.data.site import AGREED, DECLINED, FROZEN, GENERATED, LEDGER_DIR, RUN_KEY
 from fedmed_flower.errors import InputError
+from fedmed_flower.files import require_closed
 from fedmed_flower.metrics import EPSILON, HOSPITAL_EPSILON
 from fedmed_flower.privacy.patient import PrivacySettings
+from fedmed_flower.replies import Sent
 from fedmed_flower.report import write_report
 from fedmed_flower.rollcall import (
     Sites,
@@ -46,6 +50,8 @@ FREE_ON_RESUME = {
     *("run-dir", "resume", "num-server-rounds", "round-timeout", "baselines", "pictures"),
     "personal-epochs",
 }
+_MOST_SITES = 100_000
+_KEY = re.compile(r"[A-Za-z0-9_-]{0,64}")
 _PACKAGES = ("fedmed-flower", "flwr", "torch", "monai", "numpy", "scikit-learn")
 
 
@@ -155,8 +161,10 @@ def federate(
     folder = RunFolder(path.resolve())
     if not plan.resume:
         folder.require_unused()
-    stored = folder.read_config()["run"] if plan.resume else {}
-    agreed, entries = str(stored.get("agreed", "")), None
+    before = read_before(folder) if plan.resume else None
+    if before is not None:
+        require_same_settings(folder, before.config, context.run_config)
+    agreed, entries = "" if before is None else before.agreed, None
     strategy.folder, strategy.resume, strategy.seed = folder, plan.resume, plan.seed
     if agreed or not isinstance(model, Modeller) or not model.must_agree:
         entries = _entries(model, agreed, context.run_config, plan.seed)
@@ -167,18 +175,101 @@ def federate(
     if entries is None and isinstance(model, Modeller):
         names = {node_id: sites.names[node_id] for node_id in sites.counts}
         with held_back() as sites.lines:
-            agreed = model.agree(collect_contributions(grid, plan.round_timeout, names))
+            told = collect_contributions(grid, plan.round_timeout, names, sites.sent)
+            agreed = model.agree(told)
     entries = entries or _entries(model, agreed, context.run_config, plan.seed)
     strategy.site_names |= sites.names
     if len(trainers := sites.trainers()) < len(sites.counts):
         strategy.only = trainers
-    key = stored.get("key") or secrets.token_hex(8)
+    if before is not None and sites.simulated and before.sites != sites.asked:
+        raise InputError(
+            f"{folder.path} was started with {before.sites} sites and has {sites.asked} now: each "
+            "would get other patients; resume with as many"
+        )
+    key = (before and before.key) or secrets.token_hex(8)
     about = {"app": _app_name(grid), "strategy": type(strategy).__name__, "sites": sites.asked}
     about |= {"key": key} | ({"agreed": agreed} if agreed else {})
-    _write_config(folder, plan, context.run_config, sites, about)
+    versions = {package: version(package) for package in _PACKAGES}
+    tables = {"run": about, "config": dict(context.run_config), "versions": versions}
+    folder.write(CONFIG, tomli_w.dumps(tables).encode())
     return Experiment(
         strategy, grid, plan, folder, entries, sites, context.run_config, key, agreed
     ).run()
+
+
+class Before(NamedTuple):
+    """What a run folder says of its run.
+
+    Attributes
+    ----------
+    config : dict
+        The run config.
+    sites : int
+        With how many it was started; from 1 to 100,000.
+    key : str
+        Under which ledgers count its rounds: up to 64 letters, digits, ``-`` and ``_``; empty where
+        there is none.
+    agreed : str
+        What its sites agreed upon; empty where there was nothing to agree upon.
+    """
+
+    config: UserConfig
+    sites: int
+    key: str
+    agreed: str
+
+
+def read_before(folder: RunFolder) -> Before:
+    """Read what ``config.toml`` of a run folder says, which a stranger may have written.
+
+    Raises
+    ------
+    InputError
+        As `require_closed` and `RunFolder.read_config`, and where a value is not what a run has
+        written.
+    """
+    require_closed(folder.path)
+    tables = folder.read_config()
+    run = tables["run"]
+    sites, key, agreed = run.get("sites"), run.get("key", ""), run.get("agreed", "")
+    # The key becomes the name of a folder and of an entry in a hospital's ledger.
+    for name, fine, bound, given in (
+        ("sites", type(sites) is int and 1 <= sites <= _MOST_SITES, f"in 1..{_MOST_SITES}", sites),
+        ("key", _KEY.fullmatch(str(key)), "up to 64 letters, digits, - and _", key),
+        ("agreed", isinstance(agreed, str), "a text", agreed),
+    ):
+        if not fine:
+            raise InputError(
+                f"{name} in {folder.path / CONFIG} must be {bound}, got {given!r}: restore the "
+                "file from a copy"
+            )
+    return Before(tables["config"], int(sites or 0), str(key), str(agreed))
+
+
+def require_same_settings(folder: RunFolder, before: UserConfig, now: UserConfig) -> None:
+    """Refuse to go on with settings that would make it another run.
+
+    Raises
+    ------
+    InputError
+        With each setting that differs, and how to give it.
+    """
+    keys = sorted((before.keys() | now.keys()) - FREE_ON_RESUME)
+    changed = [key for key in keys if before.get(key) != now.get(key)]
+    if not changed:
+        return
+    first = changed[0]
+    told = f"{first} was {before.get(first)!r} when {folder.path} was started and is "
+    told += f"{now.get(first)!r} now: resume with the settings of the start"
+    known = [key for key in changed if key in before and key in now]
+    given = [f"-c {shlex.quote(f'{key}={_text(before[key])}')}" for key in known]
+    if given:
+        told += f"; where you trust that folder, give them: {' '.join(given)}"
+    raise InputError(told)
+
+
+def _text(value: UserConfigValue) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class _Entries(NamedTuple):
@@ -248,8 +339,11 @@ class Experiment:
                 self.test["federated"] = table.pop(ALL_SITES, {})
                 self.test["sites"] = table
                 if plan.pictures:
-                    asked = (self.config(), plan.pictures, plan.round_timeout, self.sites.names)
-                    self.pictures = collect_pictures(self.grid, result.arrays, *asked, folder)
+                    asked = (self.config(), plan.pictures, plan.round_timeout)
+                    sent = (self.sites.names, self.sites.sent)
+                    self.pictures = collect_pictures(
+                        self.grid, result.arrays, *asked, *sent, folder
+                    )
                 self._write_summary("running")
                 if plan.personal_epochs:
                     fine_tune(self, result.arrays)
@@ -281,8 +375,10 @@ class Experiment:
         return config
 
     def _write_summary(self, status: str, message: str = "") -> None:
-        sites = self.sites
+        sites, sent = self.sites, Sent()
         rows = self.strategy.history.rows
+        for part in (sites.sent, self.strategy.history.sent):
+            sent.add(part)
         summary = {
             "status": status,
             "message": message,
@@ -301,6 +397,7 @@ class Experiment:
             "test": self.test,
             "privacy": self._privacy(),
             "pictures": self.pictures,
+            "sent": sent.table(),
             "failures": [asdict(failure) for failure in self.strategy.history.failures],
             "versions": {"python": platform.python_version()}
             | {package: version(package) for package in _PACKAGES},
@@ -341,29 +438,6 @@ class Experiment:
         failures = self.strategy.history.failures
         first = f": {failures[0].site}: {failures[0].reason}" if failures else ""
         return f"no site could train in any of {self.plan.num_server_rounds} rounds{first}"
-
-
-def _write_config(
-    folder: RunFolder, plan: Plan, run_config: UserConfig, sites: Sites, about: dict[str, Any]
-) -> None:
-    """Write what runs; on resume, refuse settings that would make it another run."""
-    if plan.resume:
-        stored = folder.read_config()
-        before, count = stored["config"], stored["run"]["sites"]
-        if sites.simulated and count != sites.asked:
-            raise InputError(
-                f"{folder.path} was started with {count} sites and has {sites.asked} now: each "
-                "would get other patients; resume with as many"
-            )
-        for key in sorted((before.keys() | run_config.keys()) - FREE_ON_RESUME):
-            if before.get(key) != run_config.get(key):
-                raise InputError(
-                    f"{key} was {before.get(key)!r} when {folder.path} was started and is "
-                    f"{run_config.get(key)!r} now: resume with the settings of the start"
-                )
-    versions = {package: version(package) for package in _PACKAGES}
-    text = tomli_w.dumps({"run": about, "config": dict(run_config), "versions": versions})
-    folder.write(CONFIG, text.encode())
 
 
 def _app_name(grid: Grid) -> str:

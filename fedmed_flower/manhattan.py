@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import math
 from array import array
 from datetime import timedelta
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fedmed_flower import page, plots
 from fedmed_flower.association import log10_of_text
 from fedmed_flower.errors import InputError
+from fedmed_flower.files import MOST_TABLE, as_input_error, open_file, read_object
 from fedmed_flower.page import DASH, escaped, many
 from fedmed_flower.runfolder import SUMMARY, write_atomic
 
@@ -36,6 +37,7 @@ TESTS = {
 _LINE = math.log10(5e-8)
 _STATUS = {"finished": "Finished", "failed": "Failed", "stopped": "Stopped", "running": "Running"}
 _BANNER = '<div class="banner" role="note">Generated data: {}</div>'
+_MOST_CHROMOSOMES = 100
 # So fine is what is drawn: dots in the same cell are one.
 _ACROSS, _UP, _CROWDED = 400, 45, 3.0
 _EVEN, _ODD = "#0072b2", "#5b7f9c"
@@ -76,47 +78,50 @@ def write_page(folder: Path) -> Path:
     InputError
         Where a file is damaged.
     """
-    try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    hint = "the folder holds no association study that can be shown"
+    summary = read_object(folder, SUMMARY, hint)
+    with as_input_error(f"the association study in {folder}", "run it again"):
         study = summary["association"]
-        chromosomes, positions, log10_p = _read(folder / TABLE)
+        chromosomes, positions, log10_p = _read(folder)
         parts = [_head(summary), _result(summary, study)]
         if np.isfinite(log10_p).any():
             with matplotlib.rc_context(plots.SETTINGS):
                 parts += [_plots(chromosomes, positions, log10_p, study)]
         parts += [_tables(summary), _hospitals(summary), _failures(summary)]
         parts += [_leaves(study), _making(summary)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{folder} holds no association study that can be shown: {type(error).__name__} {error}"
-        ) from error
-    text = page.PAGE.substitute(
-        title=escaped(summary["app"]),
-        images="",
-        banner=_BANNER.format(escaped(summary.get("data"))) if summary.get("generated") else "",
-        body="\n".join(parts),
-    )
+        text = page.PAGE.substitute(
+            title=escaped(summary["app"]),
+            images="",
+            banner=_BANNER.format(escaped(summary.get("data"))) if summary.get("generated") else "",
+            body="\n".join(parts),
+        )
     target = folder / "report.html"
     write_atomic(target, text.encode())
     return target
 
 
-def _read(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+def _read(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Return chromosome, position and the p-value's decimal logarithm of each variant."""
     # Plain numbers: a study may have millions of variants.
     chromosomes, positions, logarithms = array("q"), array("q"), array("d")
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(file)
-            if tuple(next(rows, ())) != COLUMNS:
-                raise InputError(f"{path} does not have the columns {', '.join(COLUMNS)}")
-            at = COLUMNS.index("p")
-            for row in rows:
-                chromosomes.append(int(row[0]))
-                positions.append(int(row[1]))
-                logarithms.append(log10_of_text(row[at]))
+    try:
+        file = open_file(folder, TABLE, MOST_TABLE)
+    except FileNotFoundError:
+        return np.array(chromosomes), np.array(positions), np.array(logarithms)
+    except OSError as error:
+        path = folder / TABLE
+        raise InputError(f"{path} cannot be read ({error.strerror}): mend or remove it") from error
+    with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+        rows = csv.reader(text)
+        if tuple(next(rows, ())) != COLUMNS:
+            raise InputError(f"{folder / TABLE} does not have the columns {', '.join(COLUMNS)}")
+        at = COLUMNS.index("p")
+        for row in rows:
+            chromosomes.append(int(row[0]))
+            positions.append(int(row[1]))
+            logarithms.append(log10_of_text(row[at]))
+    if len(np.unique(chromosomes)) > _MOST_CHROMOSOMES:
+        raise InputError(f"{folder / TABLE} tells of more than {_MOST_CHROMOSOMES} chromosomes")
     return np.array(chromosomes), np.array(positions), np.array(logarithms)
 
 

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 from collections.abc import Iterable
 from string import Template
@@ -16,6 +17,7 @@ PALETTE = (*COLOURS.split(), "#808080")
 MANY = 30
 # A table with more columns is set smaller.
 ROOMY = 9
+_MOST_CELLS = 10_000_000
 # What the figures are called in a sentence.
 CLASSIFIED = {"auc": "AUC", "accuracy": "accuracy", "balanced-accuracy": "balanced accuracy"}
 CLASSIFIED |= {"sensitivity": "sensitivity", "specificity": "specificity"}
@@ -104,6 +106,9 @@ NOTES = {
     "surface-dice": "Surface Dice: the part of the outlines that lies within a tolerance of the "
     "other. ",
 }
+BETWEEN = """Some hospitals tell coarse figures: no AUC (†) where a class has fewer than ten
+patients, and not in what order some records are scored. The AUC of all records lies between the two
+small numbers; the one above them is an estimate. """
 CASES = """<p>Pictures of single test images, as hospitals chose to send them. They show what the
 model does; how well it does so is in the tables above. """
 LINES = "Outlines are solid as the hospital drew them, dashed as the model does.</p>"
@@ -111,38 +116,31 @@ HEAT = """In a heat map orange places speak for the class that the title names, 
 it.</p>"""
 # Added to what the page may load where it shows pictures.
 EMBEDDED = "; img-src data:"
-LEAVES = """<h2>What left each hospital</h2><p>{stays} After each round a hospital sends the model
-that it trained, its number of records per split (training, validation, test), {sent}. Before, it
-told how many records it turned away (not in a private run), its name and its data’s name (of public
-data with a checksum){before}. Of an error it tells the class, and why it declined a round.{after}
-</p>"""
+# To what a hospital replied.
+REPLIED = {
+    "any": "With each reply",
+    "describe": "Before the first round",
+    "contribution": "Before the first round, of columns",
+    "train": "After training",
+    "evaluate": "After evaluation",
+    "pictures": "Pictures",
+    "personal": "Of its own model",
+}
+# How it left.
+WAYS = {
+    "plain": "exactly",
+    "bounded": "exactly, of several patients together",
+    "known": "exactly; counts as known",
+    "noised": "with noise",
+    "": "not in the list of docs/privacy.md",
+}
+LEFT = """<h2>What left each hospital</h2><p>{stays} The table holds what the hospitals in fact
+sent. Several patients together are as many as each hospital asks for, at a real one ten unless it says
+otherwise. Of an error a hospital tells the class, and why it declined a round.</p>"""
+NOT_RECORDED = "<p>What was sent was not recorded.</p>"
 NO_RECORD = "No patient record: no image, no row of a table."
 PICTURES = """No patient record, and of images only the pictures of test cases above with their
 titles; each shows one patient, and no bound on privacy covers them."""
-_METRICS = "its losses and metrics (in a private run none of training), "
-OPEN = f"""{_METRICS}its counts of right and
-wrong decisions per class (confusion counts), and histograms of the model’s scores per class around
-their median, with it and its own AUC"""
-CALIBRATED = """, and for ten bins of the predicted probability the number of records, the sum of
-their probabilities and how many came true (calibration sums)"""
-OUTLINES = """its losses (in a private run none of training), the means over its patients of Dice,
-HD95 and surface Dice, overall and per class, and the Dice of its worst patient"""
-NUMBERS = f"""{_METRICS}and over all of its records the mean and
-spread of what is predicted and the sums of the model’s errors"""
-PAIRS = f"""{_METRICS}and how many pairs of its patients can be
-compared by their times, how many of them the predicted risk puts in order, and how many it ties"""
-COUNTED = "and counts of the model’s scores per class, from which its metrics follow"
-COUNTED_OUTLINES = "and its number of patients with the sum of their Dice per class"
-COUNTED_ERRORS = "and its number of patients with the sum of their absolute errors, clipped"
-# By the main figure: what is sent of evaluation, and what with private metrics.
-SENT = {"dice": (OUTLINES, COUNTED_OUTLINES), "c-index": (PAIRS, COUNTED)}
-SENT |= dict.fromkeys(("r2", "d2", "mae"), (NUMBERS, COUNTED_ERRORS))
-AT_LEAST = "at least ten patients (unless the hospital has set another number)"
-BY_GROUP = f", on test records all of these also by group ({{}}), of groups of {AT_LEAST}"
-LEARNT = f""", and what the preparation of columns is learnt from: of its training records the mean
-and spread of each numeric column and the categories of each other one with their counts, by
-{AT_LEAST}"""
-TUNED = " Of the model that it fine-tuned for itself it told what it measured; the model stayed."
 GROUPS = """A hospital tells nothing of a group of fewer than ten patients (unless it has set
 another number), nor of one that would follow from the others; all together are those of the
 hospitals that tell of the group. Small groups differ by chance."""
@@ -175,6 +173,12 @@ def escaped(value: Any) -> str:
 def show(value: float | None, spec: str = ".3f") -> str:
     """Return a number to three digits after the point at most; a dash for none."""
     return DASH if value is None else format(round(value, 3) + 0.0, spec).replace("-", "−")
+
+
+def require_small(*sides: int) -> None:
+    """Raise `ValueError` where a table or a drawing would have more cells than can be worked on."""
+    if (cells := math.prod(sides)) > _MOST_CELLS:
+        raise ValueError(f"a part of it would have {cells:,} cells, more than {_MOST_CELLS:,}")
 
 
 def natural(text: str) -> str:

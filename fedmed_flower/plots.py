@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from fedmed_flower.files import read_file
 from fedmed_flower.page import FAINT, INK, PALETTE, PAPER, SCHEME, escaped, many, show
 from fedmed_flower.pictures import MOST_BYTES, sound
 
@@ -119,7 +120,11 @@ def panel(pens: Pens, series: Series, total: dict[int, float], title: str, lower
     axes: Any = Figure((3.4, 2.4), layout="constrained").subplots()
     lines, caption = [(values, *pens[site][:2]) for site, values in series.items()], ""
     if len(pens) > len(PALETTE) and series:
-        spread = {t: v for t in rounds if (v := [c[t] for c in series.values() if t in c])}
+        told: dict[int, list[float]] = {turn: [] for turn in rounds}
+        for own in series.values():
+            for turn, value in own.items():
+                told[turn].append(value)
+        spread = {turn: values for turn, values in told.items() if values}
         bottom, top = [*map(min, spread.values())], [*map(max, spread.values())]
         axes.fill_between([*spread], bottom, top, color=CROWD, alpha=0.25, lw=0)
         ends = {site: [*values.values()][-1] for site, values in series.items()}
@@ -143,8 +148,7 @@ def case(entry: dict[str, Any], folder: Path) -> str:
     problem, png = None if _FILE.fullmatch(file) else "it is no picture of the run folder", b""
     try:
         if problem is None:
-            with (folder / file).open("rb") as opened:
-                png = opened.read(MOST_BYTES + 1)
+            png = read_file(folder, file, MOST_BYTES)
             problem = sound(png)
     except OSError as error:
         problem = f"it cannot be read ({error.strerror})"

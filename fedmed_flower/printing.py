@@ -1,4 +1,4 @@
-"""What the command line prints of a run and of a ledger."""
+"""What the command line prints: through one console, which shows each text as it is."""
 
 from __future__ import annotations
 
@@ -6,20 +6,44 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from fedmed_flower.errors import shown
 from fedmed_flower.metrics import lower_is_better, main_metric
 from fedmed_flower.privacy.accounting import epsilon_of
 from fedmed_flower.privacy.ledger import Ledger
 
 
+class LineConsole(Console):
+    """Prints each text as one line and as it is.
+
+    Names come from messages and files: nothing in them is markup, breaks a line, moves a cursor or
+    turns the direction of a line, on whatever way a text reaches the terminal.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return a text to be shown; rich makes each cell and each printed text by this."""
+        return super().render_str(shown(text), **options)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table; where no terminal shows it, one line a row for what reads it there."""
+    if not console.is_terminal:
+        wide = console.options.update(width=10_000)
+        console.width = max(console.width, console.measure(table, options=wide).maximum)
+    console.print(table)
+
+
 def print_results(console: Console, summary: dict[str, Any]) -> None:
     """Print the tables of a run, or the test results of each hospital."""
     for entry in summary.get("tables", []):
-        table = Table(*map(escape, entry["head"]), title=escape(entry["title"]))
+        table = Table(*entry["head"], title=entry["title"])
         for row in entry["rows"]:
-            table.add_row(*map(escape, row))
+            table.add_row(*row)
         console.print(table)
     if "test" in summary:
         _print_test(console, summary)
@@ -56,8 +80,12 @@ def _print_test(console: Console, summary: dict[str, Any]) -> None:
     table.add_row("mean", "", "", *(_show(sum(k) / len(k) if k else None) for k in known))
     table.add_row("worst", "", "", *(_show(worst(k, default=None)) for k in known))
     together = {"federated": test["federated"], "all data pooled": test.get("pooled", {})}
-    shown = [_show(together.get(name, {}).get(figure)) for name in columns]
-    table.add_row("all test data", "", "", *shown)
+    of_all = [together.get(name, {}) for name in columns]
+    table.add_row("all test data", "", "", *(_show(found.get(figure)) for found in of_all))
+    # Where hospitals tell coarse figures.
+    for words, end in (("  at least", f"{figure}-low"), ("  at most", f"{figure}-high")):
+        if any(end in found for found in of_all):
+            table.add_row(words, "", "", *(_show(found.get(end)) for found in of_all))
     console.print(table)
 
 
@@ -73,14 +101,9 @@ def print_ledger(console: Console, path: Path, ledger: Ledger, delta: float | No
         rounds = f"{entry.rounds}" + (f" ({entry.unsettled} broken off)" if entry.unsettled else "")
         epsilon = _show(epsilon_of(entry.releases, delta))
         steps = f"{entry.releases.total()}"
-        words = (
-            entry.began[:16].replace("T", " "),
-            entry.run,
-            entry.app,
-            entry.purpose,
-            f"{entry.patients}",
-        )
-        table.add_row(*map(escape, words), rounds, steps, epsilon)
+        began, patients = entry.began[:16].replace("T", " "), f"{entry.patients}"
+        words = (began, entry.run, entry.app, entry.purpose, patients)
+        table.add_row(*words, rounds, steps, epsilon)
     console.print(table)
     spent = ledger.most(delta)
     text = f"spent on the patient of whom most was released, all runs together: {_show(spent)}"

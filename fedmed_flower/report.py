@@ -2,8 +2,6 @@
 
 import csv
 import io
-import json
-import math
 from collections.abc import Callable
 from datetime import timedelta
 from importlib import import_module
@@ -15,16 +13,19 @@ import matplotlib
 from fedmed_flower import comparison, page, plots
 from fedmed_flower.data.site import some_of
 from fedmed_flower.errors import InputError
+from fedmed_flower.files import MOST_TABLE, as_input_error, open_file, read_object
 from fedmed_flower.metrics import EPSILON
 from fedmed_flower.metrics import lower_is_better as lower
 from fedmed_flower.page import escaped, many, name, show, spec
 from fedmed_flower.plots import Pens
+from fedmed_flower.replies import REPLIES, Sent, noised_evaluation, way
 from fedmed_flower.runfolder import ALL_SITES, SUMMARY, write_atomic
 from fedmed_flower.runfolder import METRICS as METRICS_TABLE
 from fedmed_flower.summary import (
     COUNT,
     Column,
     at_worst,
+    bounds,
     by_site,
     classes,
     figures,
@@ -32,6 +33,7 @@ from fedmed_flower.summary import (
     mean,
     measured,
     number,
+    of_all,
     part,
     site_table,
     tested_only,
@@ -41,6 +43,8 @@ from fedmed_flower.summary import (
 Curves = dict[tuple[str, str, str], dict[int, float]]  # (phase, metric, site) -> round -> value
 
 MOST_FAILURES, MOST_SAID = 100, 5
+# What can be drawn; NaN is not below the second.
+_MOST_ROUND, _MOST_VALUE = 10**9, 1e100
 # Where pages are written of runs that train no model.
 _HOMES = {
     "association": "fedmed_flower.manhattan",
@@ -65,13 +69,19 @@ def write_report(folder: Path) -> Path:
     Raises
     ------
     InputError
-        ``summary.json`` is missing or not a JSON object, or ``metrics.csv`` has a bad line.
+        ``summary.json`` is missing, not a JSON object or none of a run, or ``metrics.csv`` has a
+        bad line; a link leads one of them out of the folder, or it is too large.
     """
-    summary = _read_summary(folder / SUMMARY)
+    summary = read_object(folder, SUMMARY, "give the folder of a run that `fedmed run` has started")
+    with as_input_error(f"{folder / SUMMARY}", "restore it from a copy"):
+        return _write(folder, summary)
+
+
+def _write(folder: Path, summary: dict[str, Any]) -> Path:
     if (home := _HOMES.get(str(summary.get("kind")))) is not None:
         write_page: Callable[[Path], Path] = import_module(home).write_page
         return write_page(folder)
-    curves = _read_metrics(folder / METRICS_TABLE)
+    curves = _read_metrics(folder)
     names = {*part(summary, "sites"), *part(summary, "test", "sites")}
     names |= {*part(summary, "test", "local")} | {key[2] for key in curves if key[2] != ALL_SITES}
     sites = sorted(names, key=page.natural)
@@ -83,7 +93,7 @@ def write_report(folder: Path) -> Path:
         parts = [_head(summary, pens), _result(summary, main), _hospitals(summary, pens, main)]
         parts += [comparison.groups(summary, main), comparison.models(summary, pens, main)]
         parts += [_cases(summary, pens, main, folder), _curves(curves, pens, main)]
-        parts += [_failures(summary), _privacy(summary, curves, pens, main), _making(summary)]
+        parts += [_failures(summary), _privacy(summary, curves, pens), _making(summary)]
     text = page.PAGE.substitute(
         title=escaped(summary.get("app") or "Run"),
         images=page.EMBEDDED if _pictures(summary) else "",
@@ -95,29 +105,27 @@ def write_report(folder: Path) -> Path:
     return target
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
-    hint = "give the folder of a run that `fedmed run` has started"
+def _read_metrics(folder: Path) -> Curves:
+    path, curves = folder / METRICS_TABLE, Curves()
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not valid JSON: {error}"
-        raise InputError(f"{path} cannot be read ({reason}): {hint}") from error
-    if not isinstance(summary, dict):
-        raise InputError(f"{path} holds a {type(summary).__name__}, not a JSON object: {hint}")
-    return summary
-
-
-def _read_metrics(path: Path) -> Curves:
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    curves, lines = {}, csv.DictReader(io.StringIO(text))  # type: Curves, Any
-    try:
-        for line in lines:
-            key, value = (line["phase"], line["metric"], f"{line['site']}"), float(line["value"])
-            if math.isfinite(value):
-                curves.setdefault(key, {})[int(line["round"])] = value
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        where = f"{path} line {lines.line_num}"
-        raise InputError(f"{where} is not a metric ({error!r}): mend or remove it") from error
+        file = open_file(folder, METRICS_TABLE, MOST_TABLE)
+    except FileNotFoundError:
+        return curves
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): mend or remove it") from error
+    with io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="") as text:
+        lines: Any = csv.DictReader(text)
+        try:
+            for line in lines:
+                key = (line["phase"], line["metric"], f"{line['site']}")
+                turn, value = int(line["round"]), float(line["value"])
+                if abs(turn) > _MOST_ROUND:
+                    raise ValueError(f"there is no round {turn}")
+                if abs(value) < _MOST_VALUE:
+                    curves.setdefault(key, {})[turn] = value
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            where = f"{path} line {lines.line_num}"
+            raise InputError(f"{where} is not a metric ({error!r}): mend or remove it") from error
     return {key: dict(sorted(values.items())) for key, values in curves.items()}
 
 
@@ -134,9 +142,10 @@ def _head(summary: dict[str, Any], pens: Pens) -> str:
     )
 
 
-def _said(key: str, value: float) -> str:
+def _said(key: str, value: float, between: tuple[float, float] | None = None) -> str:
     what, millimetres, _ = name(key).partition(" (mm)")
-    return f"{what} <b>{show(value, spec(key))}</b>{' mm' if millimetres else ''}"
+    text = f"{what} <b>{show(value, spec(key))}</b>{' mm' if millimetres else ''}"
+    return text + (f" (between {show(between[0])} and {show(between[1])})" if between else "")
 
 
 def _result(summary: dict[str, Any], main: str) -> str:
@@ -144,7 +153,11 @@ def _result(summary: dict[str, Any], main: str) -> str:
     values, records = by_site(sites, main), number(together, "num-examples")
     overall = [key for key in figures(summary, main) if not key.startswith("dice-")][:MOST_SAID]
     found = {key: number(together, key) for key in overall}
-    numbers = ", ".join(_said(key, value) for key, value in found.items() if value is not None)
+    numbers = ", ".join(
+        _said(key, value, bounds(together, key))
+        for key, value in found.items()
+        if value is not None
+    )
     words = ""
     if numbers:
         which = "all test records" if records is None else many(records, "test record")
@@ -174,7 +187,7 @@ def _hospitals(summary: dict[str, Any], pens: Pens, main: str) -> str:
     if away := by_site(part(summary, "sites"), "turned-away"):
         columns.append(Column("Turned away", away, show(sum(away.values()), COUNT), COUNT))
     for key in shown:
-        total = show(number(test.get("federated"), key), spec(key))
+        total = of_all(test.get("federated"), key, spec(key))
         columns.append(Column(page.title(key), by_site(tested, key), total, spec(key), lower(key)))
     undefined = [
         site
@@ -187,6 +200,7 @@ def _hospitals(summary: dict[str, Any], pens: Pens, main: str) -> str:
     caption = "Records per split, and the federated model on each hospital’s own test records"
     note = page.UNDEFINED[main] if undefined else ""
     note += "".join(page.NOTES.get(key, "") for key in shown)
+    note += page.BETWEEN if bounds(test.get("federated"), main) else ""
     if untrained:
         note += f"Tested only: {many(len(untrained), 'hospital')} without training records. "
     if away:
@@ -210,6 +224,7 @@ def _by_class(summary: dict[str, Any], shown: list[str]) -> str:
     if "dice" not in shown or len(outlined) < 2 or told:
         return ""
     together, sites = (part(summary, "test", key) for key in ("federated", "sites"))
+    page.require_small(len(outlined), len(sites))
     rows = []
     for one in outlined:
         row = [escaped(one)]
@@ -231,7 +246,8 @@ def _cases(summary: dict[str, Any], pens: Pens, main: str, folder: Path) -> str:
         return ""
     words = page.CASES + (page.LINES if main == "dice" else page.HEAT)
     shown: dict[str, str] = dict.fromkeys(pens, "")
-    for entry in entries:
+    # Each file once: named again and again, one would make a page without end.
+    for entry in {str(entry.get("file")): entry for entry in entries}.values():
         site = str(entry.get("site"))
         shown[site] = shown.get(site, "") + plots.case(entry, folder)
     silent = sum(not drawn for drawn in shown.values()) if len(pens) > page.MANY else 0
@@ -274,10 +290,9 @@ def _failures(summary: dict[str, Any]) -> str:
     )
 
 
-def _privacy(summary: dict[str, Any], curves: Curves, pens: Pens, main: str) -> str:
+def _privacy(summary: dict[str, Any], curves: Curves, pens: Pens) -> str:
     patient, hospital = (part(summary, "privacy", unit) for unit in ("patient", "hospital"))
-    private = patient.get("private-metrics") is True
-    words = _leaves(summary, main, private)
+    words = _left(summary)
     if not patient and not hospital:
         return words + page.UNPROTECTED
     if hospital:
@@ -295,7 +310,7 @@ def _privacy(summary: dict[str, Any], curves: Curves, pens: Pens, main: str) -> 
     most = show(max(costs.values(), default=None))
     target, delta = (escaped(patient.get(key)) for key in ("target-epsilon", "delta"))
     words += page.PATIENT.format(epsilon=most, target=target, delta=delta)
-    words += page.NOISED if private else page.EXACT
+    words += page.NOISED if _noised(summary) else page.EXACT
     if part(summary, "config").get("baselines") is True:
         words += page.COMPARED
     head = ["Hospital", "Epsilon per patient", "Rounds trained", "Rounds declined"]
@@ -305,19 +320,57 @@ def _privacy(summary: dict[str, Any], curves: Curves, pens: Pens, main: str) -> 
     return f'{words}{told}<div class="plots">{drawn}</div>'
 
 
-def _leaves(summary: dict[str, Any], main: str, private: bool) -> str:
-    config = part(summary, "config")
-    sent = page.SENT.get(main, (page.OPEN, page.COUNTED))[private]
-    if sent == page.OPEN and "preparation" in config:
-        sent += page.CALIBRATED
-    if config.get("report-by") and not private:
-        sent += page.BY_GROUP.format(escaped(config["report-by"]))
-    return page.LEAVES.format(
-        stays=page.PICTURES if _pictures(summary) else page.NO_RECORD,
-        sent=sent,
-        before=page.LEARNT if config.get("preparation") == "federated" else "",
-        after=page.TUNED if part(summary, "test", "personal") else "",
-    )
+def _left(summary: dict[str, Any]) -> str:
+    """Return what the hospitals have sent, in a row all that left alike."""
+    stays = page.PICTURES if _pictures(summary) else page.NO_RECORD
+    words, sent = page.LEFT.format(stays=stays), Sent.of(summary.get("sent"))
+    everybody = sorted({site for sites in sent.keys.values() for site in sites}, key=page.natural)
+    if not everybody:
+        return words + page.NOT_RECORDED
+    rows: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    for reply, sites in _by_reply(sent).items():
+        known = {entry.key: entry for entry in REPLIES if entry.reply == reply}
+        keys = {key for own in sites.values() for key in own}
+        for key in sorted(
+            keys, key=lambda key: [*known].index(key) if key in known else len(known)
+        ):
+            entry, ways = known.get(key), dict[str, list[str]]()
+            for site, own in sites.items():
+                if key in own:
+                    ways.setdefault("" if entry is None else way(entry, own), []).append(site)
+            for how, names in ways.items():
+                what = key if entry is None else entry.what
+                rows.setdefault((reply, how, tuple(names)), []).append(what)
+    cells = [
+        (
+            page.REPLIED.get(reply, escaped(reply)),
+            escaped("; ".join(what)),
+            page.WAYS.get(how, how),
+            f"all {len(names)}" if len(names) == len(everybody) > 1 else escaped(some_of(names)),
+        )
+        for (reply, how, names), what in rows.items()
+    ]
+    head = ("When", "What", "How", "Hospitals")
+    return words + page.table("As the hospitals sent it", head, cells, kind="words")
+
+
+def _by_reply(sent: Sent) -> dict[str, dict[str, set[str]]]:
+    """Return the keys of each site by reply, those that are in every reply apart."""
+    common = {entry.key for entry in REPLIES if entry.reply == "any"}
+    found: dict[str, dict[str, set[str]]] = {"any": {}}
+    for sites in sent.keys.values():
+        for site, keys in sites.items():
+            found["any"].setdefault(site, set()).update(keys & common)
+    order = [reply for reply in page.REPLIED if reply in sent.keys]
+    for reply in dict.fromkeys([*order, *sorted(sent.keys)]):
+        found[reply] = {site: keys - common for site, keys in sent.keys[reply].items()}
+    return found
+
+
+def _noised(summary: dict[str, Any]) -> bool:
+    """Return whether each hospital's evaluations carried noise."""
+    sites = Sent.of(summary.get("sent")).keys.get("evaluate", {})
+    return bool(sites) and all(noised_evaluation(keys) for keys in sites.values())
 
 
 def _making(summary: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from fedmed_flower.data.site import GENERATED, PERSONAL, SITE_RECORD, SPLITS, so
 from fedmed_flower.errors import InputError
 from fedmed_flower.namesakes import Namesakes
 from fedmed_flower.pictures import sound
+from fedmed_flower.replies import Sent
 from fedmed_flower.runfolder import RunFolder
 from fedmed_flower.strategies.screening import error_text
 from fedmed_flower.strategies.sites import learn_name
@@ -39,6 +40,7 @@ class Sites:
     refusals: dict[int, str] = field(default_factory=dict)
     lines: list[logging.LogRecord] = field(default_factory=list)
     namesakes: Namesakes = field(default_factory=Namesakes)
+    sent: Sent = field(default_factory=Sent)
 
     def refused(self) -> dict[str, list[str]]:
         """Return the names of the sites that cannot take part, by their reason."""
@@ -93,6 +95,8 @@ def roll_call(grid: Grid, timeout: float) -> Sites:
         if reply.has_error():
             sites.refusals[node_id] = error_text(reply)
             continue
+        name = sites.names.get(node_id, f"node {node_id}")
+        sites.sent.take("describe", name, reply.content)
         try:
             about = reply.content.config_records[SITE_RECORD]
             (counts,) = reply.content.metric_records.values()
@@ -144,9 +148,16 @@ def held_back() -> Iterator[list[logging.LogRecord]]:
 
 
 def collect_contributions(
-    grid: Grid, timeout: float, names: Mapping[int, str]
+    grid: Grid, timeout: float, names: Mapping[int, str], sent: Sent
 ) -> dict[str, dict[str, Any]]:
     """Ask each site what the model is to be prepared with.
+
+    Parameters
+    ----------
+    names : dict of int to str
+        Site name by node id; only these are asked.
+    sent : Sent
+        Takes up what comes.
 
     Returns
     -------
@@ -162,6 +173,7 @@ def collect_contributions(
         if record is None:
             reasons[site] = error_text(reply) if reply.has_error() else "malformed answer"
         else:
+            sent.take("contribution", site, reply.content)
             found[site] = dict(record)
     for site in sorted(reasons.keys() - found.keys()):
         log.warning("%s tells nothing to prepare the model with: %s", site, reasons[site])
@@ -174,8 +186,14 @@ def collect_personal(
     config: ConfigRecord,
     timeout: float,
     names: Mapping[int, str],
+    sent: Sent,
 ) -> dict[str, dict[str, float]]:
     """Let each site fine-tune a model for itself.
+
+    Parameters
+    ----------
+    names, sent
+        As in `collect_contributions`.
 
     Returns
     -------
@@ -192,6 +210,7 @@ def collect_personal(
         if reply.has_error():
             reasons[site] = error_text(reply)
             continue
+        sent.take("personal", site, reply.content)
         try:
             (record,) = reply.content.metric_records.values()
             figures = {
@@ -218,6 +237,7 @@ def collect_pictures(
     count: int,
     timeout: float,
     names: Mapping[int, str],
+    sent: Sent,
     folder: RunFolder,
 ) -> list[dict[str, str]]:
     """Ask each site for pictures of test cases and write those that may be shown.
@@ -226,8 +246,8 @@ def collect_pictures(
     ----------
     count : int
         Cases a site, beside the worst.
-    names : dict of int to str
-        Site name by node id; only these are asked.
+    names, sent
+        As in `collect_contributions`.
     folder : RunFolder
         Gets ``pictures/1.png`` and so on.
 
@@ -250,6 +270,8 @@ def collect_pictures(
             continue
         try:
             pairs = _pairs(reply.content.config_records["pictures"])
+            if pairs:
+                sent.take("pictures", site, reply.content)
         except (KeyError, TypeError, ValueError) as error:
             log.warning("no pictures of %s: malformed answer: %s", site, type(error).__name__)
             continue

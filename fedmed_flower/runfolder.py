@@ -8,6 +8,8 @@ import json
 import logging
 import math
 import os
+import re
+import secrets
 import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -18,25 +20,34 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, UserConfigValue
 from safetensors.numpy import save as to_safetensors
 
 from fedmed_flower.arrays import view
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
+from fedmed_flower.files import MALFORMED, open_file, read_file, stored_members
 from fedmed_flower.metrics import MAIN
+from fedmed_flower.replies import Sent
 
 CHECKPOINT, METRICS, MODEL = "checkpoint.zip", "metrics.csv", "model.safetensors"
 CONFIG, SUMMARY, LOG = "config.toml", "summary.json", "log.txt"
 COLUMNS = ("round", "phase", "site", "metric", "value")
 ALL_SITES = "all"
+_MOST_CONFIG, _MOST_CHECKPOINT = 1 << 24, 1 << 36
+_MOST_ROUND, _MOST_NUMBER, _MOST_SEED = 2**31, 2**63, 2**128
+_OF_FAILURE = ("phase", "site", "reason")
+# A line of ``config.toml``. A key of many parts, or nested values, would keep a parser busy for
+# hours.
+_LINE = re.compile(r'(\[[\w-]+\]|([\w-]+|"([^"\\]|\\.)*")\s*=\s*[^\s\[{].*|#.*)?')
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace a file so that a crash leaves either the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name that nobody can know beforehand: a link of this name would be written through.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -69,10 +80,13 @@ class History:
     rows : list of (round, phase, site, metric, value)
         `site` is a site's name, or ``"all"`` for all sites together.
     failures : list of Failure
+    sent : Sent
+        What the sites have sent in the rounds.
     """
 
     rows: list[tuple[int, str, str, str, float]] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    sent: Sent = field(default_factory=Sent)
 
     def add(self, server_round: int, phase: str, site: str, metrics: Mapping[str, Any]) -> None:
         """Append the single numbers among `metrics`; lists are left out."""
@@ -118,6 +132,13 @@ class Checkpoint:
     site_names: dict[int, str] = field(default_factory=dict)
     client_states: dict[str, bytes] = field(default_factory=dict)
     strategy_state: dict[str, ArrayRecord] = field(default_factory=dict)
+
+
+class _OneLine(logging.Formatter):
+    """Keeps what others log, too, from forging lines; a traceback below a line stays as it is."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return shown(super().formatMessage(record))
 
 
 class RunFolder:
@@ -171,7 +192,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(self.path / LOG, encoding="utf-8")
         handler.setLevel(logging.INFO)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("flwr")
         logger.addHandler(handler)
         try:
@@ -205,21 +226,31 @@ class RunFolder:
         """Write a JSON file; numbers that JSON cannot write become null."""
         self.write(name, json.dumps(_without_nan(content), indent=2, allow_nan=False).encode())
 
-    def read_config(self) -> dict[str, Any]:
+    def read_config(self) -> dict[str, dict[str, UserConfigValue]]:
         """Return what ``config.toml`` holds: ``run``, ``config`` and ``versions``.
 
         Raises
         ------
         InputError
-            Where the file is missing or damaged.
+            Where the file is missing or damaged, or holds what no run has written there: other
+            than texts, booleans and numbers of 64 bits, one a line.
         """
         try:
-            content = tomllib.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-            return {name: dict(content[name]) for name in ("run", "config", "versions")}
-        except FileNotFoundError as error:
+            text = read_file(self.path, CONFIG, _MOST_CONFIG).decode().replace("\r\n", "\n")
+            for number, line in enumerate(text.split("\n"), start=1):
+                if not _LINE.fullmatch(line):
+                    raise ValueError(f"line {number} is not of the form key = value")
+            content = tomllib.loads(text)
+            tables = {name: dict(content[name]) for name in ("run", "config", "versions")}
+            for key, value in (pair for table in tables.values() for pair in table.items()):
+                if not _is_plain(value):
+                    raise ValueError(f"{key} is neither a text nor a boolean nor a number")
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{self.path} is no run folder: it has no {CONFIG}") from error
-        except (tomllib.TOMLDecodeError, KeyError, UnicodeDecodeError, TypeError) as error:
-            raise InputError(f"{self.path / CONFIG} cannot be read: {error}") from error
+        except (OSError, *MALFORMED) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"{self.path / CONFIG} cannot be read: {reason}") from error
+        return tables
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint and the table of metrics that belongs to it.
@@ -237,6 +268,7 @@ class RunFolder:
             "sites": list(checkpoint.site_names.items()),
             "rows": checkpoint.history.rows,
             "failures": [asdict(failure) for failure in checkpoint.history.failures],
+            "sent": checkpoint.history.sent.table(),
             "records": {name: _index(record) for name, record in records.items()},
             "clients": list(checkpoint.client_states),
         }
@@ -257,38 +289,17 @@ class RunFolder:
         Raises
         ------
         InputError
-            Where the file is damaged.
+            Where the file is damaged, larger than 64 GiB, or unpacks to more than it holds.
         """
-        if not self.checkpoint_file.exists():
-            return None
         try:
-            with zipfile.ZipFile(self.checkpoint_file) as archive:
-                state = json.loads(archive.read("state.json"))
-                records = {
-                    name: _read_record(archive, name, index)
-                    for name, index in state["records"].items()
-                }
-                states = {
-                    key: archive.read(f"clients/{number}.bin")
-                    for number, key in enumerate(state["clients"])
-                }
-            history = History(
-                [(int(r), str(p), str(s), str(m), float(v)) for r, p, s, m, v in state["rows"]],
-                [Failure(**failure) for failure in state["failures"]],
-            )
-            return Checkpoint(
-                state["round"],
-                state["seed"],
-                records.pop("arrays"),
-                history,
-                state["metrics"],
-                {int(node_id): str(name) for node_id, name in state["sites"]},
-                states,
-                {name.removeprefix("state/"): record for name, record in records.items()},
-            )
+            with open_file(self.path, CHECKPOINT, _MOST_CHECKPOINT) as file:
+                return _checkpoint(stored_members(file))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except Exception as error:  # A damaged archive makes its readers fail in a dozen ways.
+            reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(
-                f"the checkpoint {self.checkpoint_file} cannot be read ({error}): restore it from "
+                f"the checkpoint {self.checkpoint_file} cannot be read ({reason}): restore it from "
                 "a copy, or start a new run with --out"
             ) from error
 
@@ -304,14 +315,55 @@ def _index(record: ArrayRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _read_record(archive: zipfile.ZipFile, name: str, index: list[dict[str, Any]]) -> ArrayRecord:
+def _checkpoint(members: dict[str, bytes]) -> Checkpoint:
+    """Return what the members of an archive say; each must be named by ``state.json``."""
+    state = json.loads(members.pop("state.json"))
+    records = {name: _take(members, name, index) for name, index in state["records"].items()}
+    states = {
+        key: members.pop(f"clients/{number}.bin") for number, key in enumerate(state["clients"])
+    }
+    if members:
+        raise ValueError(f"state.json does not name its member {min(members)}")
+    failures = [
+        Failure(_whole(told["round"], _MOST_ROUND), *(f"{told[key]}" for key in _OF_FAILURE))
+        for told in state["failures"]
+    ]
+    rows = [
+        (_whole(number, _MOST_ROUND), str(phase), str(site), str(metric), float(value))
+        for number, phase, site, metric, value in state["rows"]
+    ]
+    return Checkpoint(
+        _whole(state["round"], _MOST_ROUND),
+        _whole(state["seed"], _MOST_SEED),
+        records.pop("arrays"),
+        History(rows, failures, Sent.of(state.get("sent"))),
+        state["metrics"],
+        {_whole(node_id, 2**64): str(name) for node_id, name in state["sites"]},
+        states,
+        {name.removeprefix("state/"): record for name, record in records.items()},
+    )
+
+
+def _take(members: dict[str, bytes], name: str, index: list[dict[str, Any]]) -> ArrayRecord:
     record = ArrayRecord()
     for number, entry in enumerate(index):
-        data = archive.read(f"{name}/{number}.npy")
+        data = members.pop(f"{name}/{number}.npy")
         array = Array(entry["dtype"], tuple(entry["shape"]), entry["stype"], data)
         view(array)
         record[entry["key"]] = array
     return record
+
+
+def _whole(value: Any, bound: int) -> int:
+    if type(value) is not int or not 0 <= value < bound:
+        raise ValueError(f"{value!r} is no whole number in 0..{bound - 1}")
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, bool | float | str):
+        return True
+    return isinstance(value, int) and abs(value) < _MOST_NUMBER
 
 
 def _without_nan(value: Any) -> Any:

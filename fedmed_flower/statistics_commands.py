@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -13,19 +12,19 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.object_ref import load_app
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from fedmed_flower.config import override
 from fedmed_flower.errors import InputError
+from fedmed_flower.files import read_object
+from fedmed_flower.printing import LineConsole, print_table
 from fedmed_flower.runfolder import SUMMARY, RunFolder
 from fedmed_flower.simulation import run_local
 from fedmed_flower.statistics.request import KINDS, Request, Survival, parse_filter
 from fedmed_flower.statistics.summary import ALARMS
 from fedmed_flower.strategies.statistics import survey
 
-console = Console(highlight=False, soft_wrap=True)
+console = LineConsole()
 
 _Names = list[str] | None
 
@@ -99,16 +98,16 @@ def statistics(
 
         count = default_sites(path) if sites is None else sites
         folder = _run(path, count, out, config or [], request, drift, alert)
+        summary = read_object(folder, SUMMARY, "run the survey again")
     except InputError as error:
-        console.print(f"not started: {error}", style="red", markup=False)
+        console.print(f"not started: {error}", style="red")
         raise typer.Exit(2) from None
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     for made in summary["tables"]:
         _print_table(made)
     console.print(f"report: {folder / 'report.html'}")
     mark = f" ({summary['data']})" if summary["generated"] else ""
     told = f"{len(summary['sites'])} of {count} hospitals{mark}"
-    console.print(f"{summary['status']}: {told}: {folder}", markup=False)
+    console.print(f"{summary['status']}: {told}: {folder}")
 
 
 def _run(
@@ -181,14 +180,11 @@ def _survival(text: str) -> Survival:
 
 
 def _print_table(made: dict[str, Any]) -> None:
-    shown = Table(title=escape(made["title"]), title_justify="left")
+    table = Table(title=made["title"], title_justify="left")
     words = made["title"] in ("Withheld", "No answer", "Drift")
     for number, name in enumerate(made["head"]):
         justify: Any = "left" if number == 0 or words else "right"
-        shown.add_column(escape(name), justify=justify, overflow="fold")
+        table.add_column(name, justify=justify, overflow="fold")
     for row in made["rows"]:
-        shown.add_row(*(escape("".join(c for c in cell if c.isprintable())) for cell in row))
-    if not console.is_terminal:  # One line a row for what reads it there.
-        wide = console.options.update(width=10_000)
-        console.width = max(console.width, console.measure(shown, options=wide).maximum)
-    console.print(shown)
+        table.add_row(*row)
+    print_table(console, table)

@@ -37,6 +37,20 @@ def number(node: Any, key: str) -> float | None:
     return float(value) if isinstance(value, int | float) and abs(value) < 1e12 else None
 
 
+def bounds(node: Any, key: str) -> tuple[float, float] | None:
+    """Return between what a figure of all hospitals lies if one tells coarsely; None if none."""
+    low, high = number(node, f"{key}-low"), number(node, f"{key}-high")
+    return None if low is None or high is None else (low, high)
+
+
+def of_all(node: Any, key: str, spec: str = ",.3f") -> str:
+    """Return a cell with a figure of all hospitals, and with its bounds where it has some."""
+    cell, found = show(number(node, key), spec), bounds(node, key)
+    return cell + (
+        f"<small>{show(found[0], spec)} to {show(found[1], spec)}</small>" if found else ""
+    )
+
+
 def by_site(node: Mapping[str, Any], key: str) -> dict[str, float]:
     """Return the number under a key of each hospital that has one."""
     values = {site: number(own, key) for site, own in node.items()}

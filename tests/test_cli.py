@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from fedmed_flower.cli import app
+from fedmed_flower.printing import LineConsole
 from fedmed_flower.privacy.accounting import Release, epsilon_of
 from fedmed_flower.privacy.ledger import Ledger, Limit
 
@@ -115,13 +115,12 @@ def test_report_is_written_anew(finished):
         (["-c", "local-epoch=2"], "no setting 'local-epoch': did you mean local-epochs?"),
         (["-c", "local-epochs"], "-c takes key=value, got 'local-epochs'"),
         (["-c", "local-epochs=many"], "local-epochs must be of type int, got 'many'"),
-        (["-c", "batch-size=0"], "batch-size must be at least 1, got 0"),
+        (["-c", "batch-size=0"], "batch-size must be from 1 to 1,000,000, got 0"),
         (["-c", "learning-rate=-1"], "learning-rate must be above 0 and finite, got -1.0"),
         (["-c", "dataset=chest"], "dataset must be one of pneumoniamnist, breastmnist, phantoms"),
         (["--sites", "4000"], "num_sites must be at most 2000, the number of patients; got 4000"),
         (["-c", "privacy=yes"], "privacy must be none or patient, got 'yes'"),
         (["-c", "delta=1"], "delta must be above 0 and below 1, got 1.0"),
-        (["-c", "private-metrics=true"], 'private-metrics needs privacy="patient"'),
         (["--resume", "nowhere"], "nowhere is no run folder: it has no config.toml"),
         (["--resume", "a", "--out", "b"], "--out and --resume exclude each other"),
     ],
@@ -247,7 +246,7 @@ def has_stopped(folder, said):
     assert status == "stopped"
     assert (folder / "report.html").exists()
     assert "stopped by the user" in said[-1]
-    assert "--resume" in said[-1]
+    assert f"--resume {folder} -c dataset=phantoms -c local-epochs=1" in said[-1]
 
 
 def test_a_polite_kill_leaves_summary_and_report(workdir):
@@ -264,7 +263,12 @@ def test_killed_in_round_four_and_resumed_gives_the_same_bits(workdir, unbroken,
         has_stopped(workdir / "killed", said)
     models = [folder / "model.safetensors" for folder in (unbroken, workdir / "killed")]
     assert models[0].read_bytes() != models[1].read_bytes()
-    resumed = fedmed("run", EXAMPLE, "--resume", "killed", cwd=workdir)
+    # A text is not taken from a folder; numbers and choices are.
+    refused = fedmed("run", EXAMPLE, "--resume", "killed", cwd=workdir)
+    assert refused.returncode == 2
+    assert refused.stdout.strip().endswith("give them: -c dataset=phantoms")
+    again = ["-c", "dataset=phantoms"]
+    resumed = fedmed("run", EXAMPLE, "--resume", "killed", *again, cwd=workdir)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "going on after round 3" in resumed.stdout
     folders = (unbroken, workdir / "killed")
@@ -308,7 +312,7 @@ def test_real_chest_x_rays_reach_the_floor(workdir):
 
 
 def test_a_ledger_is_shown_run_by_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedmed_flower.cli.console", Console(width=200))
+    monkeypatch.setattr("fedmed_flower.cli.console", LineConsole(width=200))
     folder = tmp_path / "ledgers"
     ledger = Ledger(folder / "north.sqlite")
     release = Release(0.1, 1.0)

@@ -17,6 +17,7 @@ from tiny import (
     linear,
     make_rows,
     model_arrays,
+    node_of,
     run_tiny,
     trained,
 )
@@ -26,9 +27,6 @@ from fedmed_flower import InputError, MedicalClient, SiteData
 from fedmed_flower.data.site import read_error
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.travelling import Travelling
-
-SUPERNODE = {"site-name": "north"}
-
 
 class Failing(TinyClient):
     """Fails with a patient's name in the text, where `failing` says."""
@@ -153,11 +151,11 @@ def test_an_empty_split_counts_no_rows():
         assert reply.content["site"]["name"] == "hospital-1"
 
 
-def test_describe_counts_rows_and_in_a_simulation_labels():
+def test_describe_counts_rows_and_in_a_simulation_labels(tmp_path):
     reply = ask(TinyClient, "query.describe", context_of())
     expected = {"num-examples": 10, "train": 10, "val": 6, "test": 8, "turned-away": 0}
     assert dict(reply.content["metrics"]) == expected | {"labels": [5, 5]}
-    reply = ask(TinyClient, "query.describe", context_of(node_config=SUPERNODE))
+    reply = ask(TinyClient, "query.describe", context_of(node_config=node_of(tmp_path)))
     assert dict(reply.content["metrics"]) == expected
     assert dict(reply.content["site"]) == {
         "name": "north",
@@ -174,20 +172,21 @@ def test_labels_that_do_not_occur_are_counted_too():
 
 
 @pytest.mark.parametrize("where", ["load_data", "fit"])
-def test_outside_a_simulation_only_the_class_of_an_error_leaves(where):
+def test_outside_a_simulation_only_the_class_of_an_error_leaves(where, tmp_path):
     client = type("Client", (Failing,), {"failing": where})
-    reply = ask(client, "train", context_of(node_config=SUPERNODE))
+    reply = ask(client, "train", context_of(node_config=node_of(tmp_path)))
     assert reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     assert reply.error.reason == "site north: ValueError"
     assert b"Schmidt" not in message_to_proto(reply).SerializeToString()
 
 
 @pytest.mark.parametrize("where", ["load_data", "fit"])
-def test_outside_a_simulation_the_text_of_an_input_error_stays_too(where):
+def test_outside_a_simulation_the_text_of_an_input_error_stays_too(where, tmp_path, caplog):
     error = InputError("Anna Schmidt is in two splits")
     client = type("Client", (Failing,), {"failing": where, "error": error})
-    reply = ask(client, "train", context_of(node_config=SUPERNODE))
+    reply = ask(client, "train", context_of(node_config=node_of(tmp_path)))
     assert reply.error.reason == "site north: InputError"
+    assert caplog.messages[-1] == "north: Anna Schmidt is in two splits"
     assert b"Schmidt" not in message_to_proto(reply).SerializeToString()
 
 
@@ -201,7 +200,7 @@ def test_in_a_simulation_the_text_of_an_error_is_told(where):
 
 def test_in_a_simulation_the_text_of_a_wrong_setting_is_told():
     reason = error_of(TinyClient, context=context_of(batch_size=0))
-    assert reason == "batch-size must be at least 1, got 0"
+    assert reason == "batch-size must be from 1 to 1,000,000, got 0"
 
 
 def test_a_supernode_without_a_name_is_told_by_class_alone():
@@ -270,10 +269,10 @@ def test_the_same_seed_gives_the_same_bits():
     assert trained(TinyClient, context_of(seed=3), server_round=2) != first
 
 
-def test_sites_with_the_same_rows_shuffle_them_differently():
+def test_sites_with_the_same_rows_shuffle_them_differently(tmp_path):
     client = fixed(SiteData(train=make_rows(10, 0)))
     assert trained(client, context_of(0)) != trained(client, context_of(1))
-    node_config = {"site-name": "hospital-1"}
+    node_config = node_of(tmp_path, "hospital-1")
     other = trained(client, context_of(node_config=node_config, torch_threads=1))
     assert other == trained(client, context_of(0))
 
@@ -399,7 +398,7 @@ def test_pooling_takes_patients_of_different_sites_for_different_people():
     assert reply.content["metrics"]["num-examples"] == 8
 
 
-def test_pooling_is_refused_outside_a_simulation():
+def test_pooling_is_refused_outside_a_simulation(tmp_path, caplog):
     loaded = []
 
     class Client(TinyClient):
@@ -407,15 +406,17 @@ def test_pooling_is_refused_outside_a_simulation():
             loaded.append(site.name)
             return super().load_data(site)
 
-    node_config = {"site-name": "north", "partition-id": 0, "num-partitions": 2}
+    node_config = node_of(tmp_path, partition_id=0, num_partitions=2)
     for kind in ("train", "evaluate"):
         context = context_of(node_config=node_config)
         reply = ask(Client, kind, context, pool_sites=True)
         assert reply.error.reason == "site north: InputError"
+        text = "north: pool-sites works in a simulation only: no site holds others' data"
+        assert caplog.messages[-1] == text
     assert loaded == []
 
 
-def test_the_number_of_threads_is_one_in_a_simulation_and_put_back():
+def test_the_number_of_threads_is_one_in_a_simulation_and_put_back(tmp_path):
     seen = []
 
     class Client(TinyClient):
@@ -427,7 +428,7 @@ def test_the_number_of_threads_is_one_in_a_simulation_and_put_back():
     torch.set_num_threads(3)
     try:
         for config in ({}, {"torch_threads": 2}):
-            for node_config in (None, SUPERNODE):
+            for node_config in (None, node_of(tmp_path)):
                 ask(Client, "train", context_of(node_config=node_config, **config))
                 assert torch.get_num_threads() == 3
     finally:
@@ -524,6 +525,9 @@ class Linear(MedicalClient):
     def loss_of(self, model, batch):
         return ((model(batch["columns"])[:, 0] - batch["target"]) ** 2).mean()
 
+    def made_up(self, count):
+        return numbers(count, 8, "made up ")
+
     def measure(self, model, prepared):
         batch = self.batch_of(prepared, range(len(prepared)))
         with torch.no_grad():
@@ -575,6 +579,7 @@ def test_a_client_of_its_own_finds_the_slope_over_a_run(tmp_path):
 
 def test_a_client_of_its_own_trains_privately(tmp_path):
     config = {"privacy": "patient", "target_epsilon": 1e4, "learning_rate": 0.2}
+    config |= {"private_metrics": False}
     result = run_tiny(
         tmp_path,
         Linear,
@@ -589,6 +594,22 @@ def test_a_client_of_its_own_trains_privately(tmp_path):
     assert set(result.train_metrics_clientapp[4]) == {"patient-epsilon"}
     ledger = Ledger(tmp_path / "ledgers" / "hospital-1.sqlite", read_only=True)
     assert [(e.purpose, e.patients, e.rounds) for e in ledger.entries()] == [("train", 12, 4)]
+
+
+def test_a_client_of_its_own_must_give_rows_that_no_patient_stands_behind(tmp_path):
+    class Client(Linear):
+        made_up = MedicalClient.made_up
+
+    loaded = []
+    Client.load_data = lambda self, site: loaded.append(site)
+    context = context_of(privacy="patient", run_dir=str(tmp_path))
+    text = error_of(Client, "train", context, arrays=model_arrays(line))
+    assert text == (
+        "Client gives no made_up: before a patient's row is looked at, model and loss are tried on "
+        "rows that no patient stands behind"
+    )
+    assert loaded == []
+    assert not (tmp_path / "ledgers").exists()
 
 
 class Screening(TinyClient):
@@ -641,13 +662,18 @@ def test_a_site_that_turns_every_training_row_away():
     assert dict(reply.content["metrics"]) == {"num-examples": 0}
 
 
-def test_rows_that_are_turned_away_are_no_patients_of_the_ledger(tmp_path):
+def test_the_ledger_counts_the_patients_of_rows_that_are_turned_away_too(tmp_path):
     context = context_of(privacy="patient", target_epsilon=4.0, run_dir=str(tmp_path))
-    assert not ask(Screening, "train", context).has_error()
+    reply = ask(Screening, "train", context)
     (entry,) = Ledger(tmp_path / "ledgers" / "hospital-1.sqlite", read_only=True).entries()
-    assert (entry.purpose, entry.patients) == ("train", 8)
-    # The rate is that of the patients who are left: a batch of 4 of 8.
-    assert next(iter(entry.releases)).sampling_rate == 0.5
+    assert (entry.purpose, entry.patients) == ("train", 10)
+    # The rate is that of all who were loaded: a batch of 4 of 10.
+    assert next(iter(entry.releases)).sampling_rate == 0.4
+    assert reply.content["metrics"]["num-examples"] == 10
+    metrics = ask(Screening, "query.describe", context).content["metrics"]
+    assert dict(metrics) == {
+        "num-examples": 10, "train": 10, "val": 6, "test": 8, "labels": [4, 4],
+    }  # fmt: skip
 
 
 def test_the_pooled_rows_are_screened_too():

@@ -96,6 +96,8 @@ def test_bounds_hold_where_the_section_is_made_by_hand():
         ("model=true", "model", "true"),
         ("model=18", "model", "18"),
         ("model=[1, 2]", "model", "[1, 2]"),
+        ("model='a'\nb = 1", "model", "'a'\nb = 1"),
+        ("model=" + "9" * 5000, "model", "9" * 5000),
         ("model=2024-01-01", "model", "2024-01-01"),
         ("model=C:\\data\\new", "model", "C:\\data\\new"),
         ("model=/data/a#b", "model", "/data/a#b"),
@@ -140,7 +142,13 @@ def test_override_says_what_is_wrong(text, expected):
         override(APP, [text])
 
 
-@pytest.mark.parametrize("raw", ["1" + "0" * 400, "[" * 3000])
+NESTED = "{" + ".".join("a" * 3000) + " = 1}"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["1" + "0" * 400, "[" * 100_000, "{a = " * 100_000, NESTED, "9" * 5000, "0.1\nlearning = 1"],
+)
 def test_a_value_that_cannot_be_read_is_an_input_error(raw):
     with pytest.raises(InputError, match=r"^learning-rate must be"):
         override(APP, [f"learning-rate={raw}"])

@@ -2,6 +2,7 @@ import json
 import logging
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from dicom_files import write_image, write_series
@@ -378,6 +379,165 @@ def test_labels_by_series_and_by_patient(tmp_path):
 
 
 # What is no data at all
+
+
+# Links
+
+LINK_OUT = "is a link out of the folder: put what it leads to into the folder itself"
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder beside one of others, whose images its links must not lead to."""
+    (tmp_path / "others").mkdir()
+    touch(tmp_path / "others", "secret.png", "deep/secret.png")
+    (tmp_path / "own").mkdir()
+    return tmp_path / "own"
+
+
+def test_a_path_of_a_table_that_leads_out_by_a_link_is_a_problem(own):
+    touch(own, "a.png", "b.png", "in/c.png")
+    (own / "out.png").symlink_to(own.parent / "others/secret.png")
+    (own / "relative.png").symlink_to("../others/secret.png")
+    (own / "parent").symlink_to(own.parent / "others")
+    (own / "first").symlink_to("second")
+    (own / "second").symlink_to("../others/deep")
+    (own / "inside.png").symlink_to("in/c.png")
+    (own / "within").symlink_to(own / "in")
+    (own / "around").symlink_to("../own/in")
+    (own / "loop").symlink_to("loop")
+    names = ("out.png", "relative.png", "parent/secret.png", "first/secret.png", "parent")
+    entries = [{"image": name, "label": 0} for name in names]
+    entries.append({"image": ["a.png", "out.png"], "label": 0})
+    entries.append({"image": "b.png", "label": "out.png"})
+    entries.append({"image": "loop", "label": 0})
+    fine = ("inside.png", "within/c.png", "around/c.png")
+    entries += [{"image": name, "label": 0} for name in fine]
+    write_json(own, entries)
+    listing = read_folder(own)
+    assert [row["image"] for row in listing.rows] == [str(own / name) for name in fine]
+    assert listing.problems == tuple(
+        f"dataset.json, training entry {number}: {text}"
+        for number, text in enumerate(
+            [
+                *(f"{name} {LINK_OUT}" for name in (*names, "out.png", "out.png")),
+                "loop is not there",
+            ],
+            start=1,
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "datalist.csv", "other.csv"])
+def test_a_table_that_is_a_link_out_of_the_folder_is_refused(own, name):
+    write_json(own.parent / "others", [{"image": "a.png", "label": 0}])
+    write_table(own.parent / "others", "image,label,patient\na.png,0,p1\n")
+    touch(own, "a.png")
+    target = "dataset.json" if name == "dataset.json" else "datalist.csv"
+    (own / name).symlink_to(own.parent / "others" / target)
+    with pytest.raises(InputError, match=says(f"{own / name} {LINK_OUT}")):
+        read_folder(own)
+
+
+def test_a_folder_that_is_reached_through_a_link_is_its_own(own):
+    touch(own, "a.png")
+    write_table(own, "image,label,patient\na.png,0,p1\n")
+    link = own.parent / "link"
+    link.symlink_to(own)
+    (own / "again").symlink_to(link)
+    listing = read_folder(link)
+    assert listing.problems == ()
+    assert [row["image"] for row in listing.rows] == [str(link / "a.png")]
+
+
+def test_the_walk_for_dicom_does_not_follow_links_out_of_the_folder(own):
+    others = own.parent / "others"
+    slices = write_series(others / "series", VOLUME, patient="Zoe")
+    write_series(own / "good", VOLUME, patient="Ana")
+    write_series(own / "mixed", VOLUME, patient="Bo", series_uid="1.5")
+    (own / "mixed/more.dcm").symlink_to(slices[0])
+    (own / "parent").symlink_to(others)
+    (own / "good/.hidden.dcm").symlink_to(slices[0])
+    (own / "up").symlink_to("..")
+    listing = read_folder(own)
+    assert [(row["image"], row["patient"]) for row in listing.rows] == [(str(own / "good"), "Ana")]
+    assert listing.problems == (
+        f"{own / 'parent'} {LINK_OUT}",
+        f"{own / 'up'} {LINK_OUT}",
+        f"{own / 'mixed/more.dcm'} {LINK_OUT}",
+        f"{own / 'mixed'}: a slice is missing where a file cannot be used",
+    )
+
+
+def test_a_folder_of_slices_with_a_link_out_is_no_image_of_a_table(own):
+    slices = write_series(own.parent / "others/series", VOLUME)
+    write_series(own / "ct", VOLUME)
+    (own / "ct/more.dcm").symlink_to(slices[0])
+    (own / "ct/same.txt").symlink_to("IM0001.dcm")
+    write_series(own / "fine", VOLUME)
+    write_json(own, [{"image": name, "label": 0} for name in ("ct", "fine")])
+    listing = read_folder(own)
+    assert [row["image"] for row in listing.rows] == [str(own / "fine")]
+    assert listing.problems == (f"dataset.json, training entry 1: ct/more.dcm {LINK_OUT}",)
+
+
+def test_the_other_file_of_a_pair_lies_beside_it(own):
+    for place in (own, own.parent / "others"):
+        pair = nibabel.Nifti1Pair(np.ones((4, 3, 2), np.uint8), np.eye(4))
+        nibabel.save(pair, place / "x.img")
+    assert read_image(own / "x.hdr", 3).shape == (1, 4, 3, 2)
+    (own / "x.img").unlink()
+    (own / "x.img").symlink_to(own.parent / "others/x.img")
+    text = (
+        f"{own / 'x.hdr'}: x.img, which belongs to it, is a link to another folder: put both into "
+        "one"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        read_image(own / "x.hdr", 3)
+
+
+def test_a_thousand_folders_in_each_other_are_walked(tmp_path):
+    places = [tmp_path / "d"]
+    for _ in range(1100):
+        places[-1].mkdir()
+        places.append(places[-1] / "d")
+    image = write_image(places[-2] / "a.dcm", np.zeros((3, 4), np.uint8))
+    assert [row["image"] for row in read_folder(tmp_path).rows] == [str(image)]
+    image.unlink()
+    for place in places[-2::-1]:  # What pytest uses to clear up cannot go so deep.
+        place.rmdir()
+
+
+# What problems say
+
+
+def test_names_in_problems_are_cleaned_and_shortened(tmp_path):
+    odd = "a\n2026-01-01 all is well\x1b[31m\u202e"
+    touch(tmp_path, "c.png")
+    longest = "x" * 10_000
+    entries = [
+        {"image": odd, "label": 0},
+        {"image": longest, "label": 0},
+        {"image": {odd: longest}, "label": 0, "patient": "p"},
+        {"image": "c.png", "label": 0, "patient": [longest]},
+        {"image": "c.png", "label": 0, "patient": "p", "split": odd + longest},
+        {"image": "c.png", "label": 0},
+    ]
+    write_json(tmp_path, entries)
+    problems = read_folder(tmp_path).problems
+    assert len(problems) == 5
+    assert all(problem.isprintable() and len(problem) < 300 for problem in problems)
+    assert problems[0] == (
+        "dataset.json, training entry 1: a 2026-01-01 all is well\\x1b[31m\\u202e is not there"
+    )
+
+
+def test_names_of_dicom_headers_in_problems_are_cleaned(tmp_path):
+    write_image(tmp_path / "a.dcm", np.zeros((3, 4), np.uint8), "p1")
+    write_table(tmp_path, 'patient,label\n"Z\x1b[2J",1\np1,0\n', "labels.csv")
+    assert read_folder(tmp_path).problems == (
+        "labels.csv, line 2: there is no image of patient Z\\x1b[2J",
+    )
 
 
 def test_a_folder_without_data(tmp_path):

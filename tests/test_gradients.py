@@ -292,7 +292,7 @@ def network_batch(name, dims, count):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_of_a_network_are_those_of_each_record_alone_and_bounded(name, dims):
     model, loss, batch = build(name, dims), network_loss(name), network_batch(name, dims, 2)
-    if name == "DenseNet121":
+    if name == "DenseNet121" or (name, dims) == ("SwinUNETR", 2):
         # So small, its last layers normalise two numbers, which magnifies what float32 rounds.
         model = model.double()
         batch["image"] = batch["image"].double()

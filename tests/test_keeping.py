@@ -6,16 +6,42 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord
-from tiny import TinyClient, ask, context_of, fixed, make_rows, run_tiny, says
+from tiny import TinyClient, ask, context_of, fixed, make_rows, node_of, run_tiny, says
 
 from fedmed_flower import SiteData
-from fedmed_flower.clients.keeping import keep_splits, own_folder, share_pictures
-from fedmed_flower.data.site import Site
-from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.clients.keeping import keep_pictures, keep_splits, own_folder
+from fedmed_flower.data.site import Site, read_error
+from fedmed_flower.errors import InputError
 from fedmed_flower.pictures import Picture
 
-PICTURES = [Picture("case 1: class 0, given 50%", b"one"), Picture("../../the worst", b"two")]
+PICTURES = [
+    Picture("case 1: class 0, given 50%", b"one", "hospital-1-test-0"),
+    Picture("../../the worst", b"two", "hospital-1-test-1"),
+]
 BUDGET = {"budget-epsilon": 3.0, "budget-delta": 1e-5}
+
+
+class Drawing(TinyClient):
+    """Gives ready pictures, and counts how often it was asked for some."""
+
+    pictures: tuple = tuple(PICTURES)
+    drawn = 0
+
+    def draw(self, model, prepared, count):
+        type(self).drawn += 1
+        return list(self.pictures)
+
+
+def drawing(*pictures):
+    return type("Drawing", (Drawing,), {"pictures": pictures or Drawing.pictures})
+
+
+def shared(client, context, **config):
+    """Return the pictures in the reply to a query, as pairs of title and bytes."""
+    reply = ask(client, "query.pictures", context, count=3, **config)
+    assert not reply.has_error(), reply.error.reason
+    found = reply.content["pictures"]
+    return list(zip(found["titles"], found["images"], strict=True))
 
 
 def files_of(folder):
@@ -27,7 +53,7 @@ def real(tmp_path, name="north", **config):
     """Return context and site of a hospital with an output-dir."""
     folder = tmp_path / "own"
     folder.mkdir(exist_ok=True)
-    node_config = {"site-name": name, "output-dir": str(folder), **config}
+    node_config = node_of(tmp_path, name, output_dir=str(folder)) | config
     return context_of(node_config=node_config), Site(name)
 
 
@@ -56,7 +82,12 @@ def test_a_simulation_writes_each_sites_splits_once_into_the_run_folder(tmp_path
 def test_a_real_site_writes_into_its_output_dir_and_the_server_gets_nothing(tmp_path):
     own = tmp_path / "own"
     own.mkdir()
-    node_configs = [{"site-name": "north", "output-dir": str(own)}, {"site-name": "south"}]
+    for name in ("north", "south"):
+        (tmp_path / name).mkdir()
+    node_configs = [
+        node_of(tmp_path / "north", output_dir=str(own)),
+        node_of(tmp_path / "south", "south"),
+    ]
     run_tiny(tmp_path / "run", node_configs=node_configs, baselines=True)
     (key,) = [path.name for path in own.iterdir()]
     assert len(key) == 16
@@ -98,7 +129,7 @@ def test_the_split_is_that_of_all_rows_and_names_each_patient_once(tmp_path):
             strict=True,
         )
     ]
-    context, _ = real(tmp_path)
+    context, _ = real(tmp_path, **{"min-train-patients": 1})
     reply = ask(fixed(SiteData(train=rows), Client), "train", context, run_key="k1")
     assert not reply.has_error()
     text = (tmp_path / "own" / "k1" / "splits" / "north.csv").read_text(encoding="utf-8")
@@ -114,17 +145,17 @@ def test_without_a_run_key_the_folder_is_named_by_the_run(tmp_path):
 
 def test_without_output_dir_a_real_site_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    context = context_of(node_config={"site-name": "north"})
+    (tmp_path / "data").mkdir()
+    context = context_of(node_config=node_of(tmp_path / "data"))
     told = message(**{"ledger-dir": str(tmp_path / "ledgers")})
     # What a server says of its own folders is heeded in a simulation only.
     assert own_folder(context, Site("north"), told) is None
     keep_splits(context, Site("north"), told, data())
-    assert share_pictures(context, Site("north"), told, never) == []
-    assert files_of(tmp_path) == {}
-
-
-def never():
-    raise AssertionError("pictures are drawn that nobody sees")
+    client = drawing()
+    assert shared(client, context, run_key="k1", ledger_dir=str(tmp_path / "ledgers")) == []
+    # Pictures that nobody sees are not drawn.
+    assert client.drawn == 0
+    assert set(files_of(tmp_path)) == {"data/privacy-ledger.sqlite"}
 
 
 def test_a_simulation_without_a_run_folder_keeps_nothing():
@@ -146,27 +177,31 @@ def test_pictures_leave_only_where_the_hospital_says_so(
         node_config = node_config | {"output-dir": str(tmp_path / "own")}
         (tmp_path / "own").mkdir()
     if not simulated:
-        node_config = node_config | {"site-name": "hospital-1"}
-    site = Site("hospital-1", simulated=simulated)
-    told = message(**{"ledger-dir": str(tmp_path / "run" / "ledgers")})
+        (tmp_path / "data").mkdir()
+        node_config = node_config | node_of(tmp_path / "data", "hospital-1")
+    else:
+        node_config = node_config | {"partition-id": 0, "num-partitions": 2}
+    client, context = drawing(), context_of(node_config=node_config)
     with caplog.at_level("INFO", "flwr.fedmed"):
-        got = share_pictures(
-            context_of(node_config=node_config), site, told, lambda: list(PICTURES)
-        )
+        got = shared(client, context, run_key="k1", ledger_dir=str(tmp_path / "run" / "ledgers"))
     leave = share is not False if simulated else share is True and not budget
-    assert got == (PICTURES if leave else [])
+    assert got == ([(picture.title, picture.png) for picture in PICTURES] if leave else [])
     files = ["hospital-1-1-case-1-class-0-given-50.png", "hospital-1-2-the-worst.png"]
+    # Where a budget is set, none is drawn at all: whether that succeeds would tell of the rows.
+    drawn = simulated or not budget
     kept = {"own/k1": output, "run": simulated and not output}
     expected = {
         f"{folder}/pictures-kept/{file}": picture.png
         for (folder, there), (file, picture) in itertools.product(
             kept.items(), zip(files, PICTURES, strict=True)
         )
-        if there and not leave
+        if there and not leave and drawn
     }
-    assert files_of(tmp_path) == expected
+    own = {path: png for path, png in files_of(tmp_path).items() if not path.startswith("data/")}
+    assert own == expected
+    assert client.drawn == bool(leave or expected)
     nowhere = "hospital-1: no pictures: they may not leave, and output-dir is not set"
-    assert (nowhere in caplog.messages) == (not leave and not expected)
+    assert (nowhere in caplog.messages) == (drawn and not leave and not expected)
 
 
 @pytest.mark.parametrize(
@@ -181,25 +216,30 @@ def test_pictures_leave_only_where_the_hospital_says_so(
          "got '3'"),
     ],
 )  # fmt: skip
-def test_wrong_values_in_the_node_config_share_nothing(config, text, tmp_path):
-    context = context_of(node_config={"site-name": "north", **config})
-    with pytest.raises(InputError, match=says(text)):
-        share_pictures(context, Site("north"), message(), never)
-    reply = ask(TinyClient, "query.pictures", context, count=1)
+def test_wrong_values_in_the_node_config_share_nothing(config, text, tmp_path, caplog):
+    client, context = drawing(), context_of(node_config=node_of(tmp_path) | config)
+    reply = ask(client, "query.pictures", context, count=1)
     assert reply.error.reason == "site north: InputError"
+    assert caplog.messages == [f"north: {text}"]
+    assert client.drawn == 0
 
 
-def test_an_output_dir_that_is_no_folder_stops_training(tmp_path):
+def test_an_output_dir_that_is_no_folder_stops_training(tmp_path, caplog):
+    (tmp_path / "data").mkdir()
     path = tmp_path / "notes.txt"
     path.write_text("mine")
     for place in (path, tmp_path / "nowhere"):
-        context = context_of(node_config={"site-name": "north", "output-dir": str(place)})
+        node_config = node_of(tmp_path / "data", output_dir=str(place))
+        context = context_of(node_config=node_config)
         text = f"output-dir of site north is not a folder: {place}"
         with pytest.raises(InputError, match=says(text)):
             keep_splits(context, Site("north"), message(), data())
         reply = ask(TinyClient, "train", context)
         assert reply.error.reason == "site north: InputError"
-    assert files_of(tmp_path) == {"notes.txt": b"mine"}
+        assert caplog.messages[-1] == f"north: {text}"
+    found = files_of(tmp_path)
+    assert found.pop("data/privacy-ledger.sqlite")
+    assert found == {"notes.txt": b"mine"}
 
 
 HOSTILE = [
@@ -221,7 +261,7 @@ def test_names_stay_in_their_folder(tmp_path, text):
     (tmp_path / "deep").mkdir()
     context, site = real(tmp_path / "deep", name=text)
     keep_splits(context, site, message(text), data())
-    share_pictures(context, site, message(text), lambda: [Picture(3 * text, b"p")])
+    keep_pictures(own_folder(context, site, message(text)), site, [Picture(3 * text, b"p")])
     found = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
     assert len(found) == 2
     for path in found:
@@ -240,9 +280,18 @@ def test_names_that_look_alike_as_files_are_kept_apart(tmp_path):
 
 
 def test_pictures_leave_a_real_hospital_once_a_run_and_six_at_most(tmp_path):
-    context, site = real(tmp_path, **{"share-images": True})
-    many = [Picture(f"case {number}", b"png") for number in range(9)]
+    context, _ = real(tmp_path, **{"share-images": True})
+    many = [Picture(f"case {number}", b"png", f"north-test-{number}") for number in range(8)]
+    client = drawing(*many)
     # The worst comes last.
-    assert share_pictures(context, site, message(), lambda: list(many)) == many[-6:]
-    with pytest.raises(DeclinedError, match="pictures leave once a run"):
-        share_pictures(context, site, message(), never)
+    last = [(picture.title, picture.png) for picture in many[-6:]]
+    assert shared(client, context, run_key="k1") == last
+    reply = ask(client, "query.pictures", context, count=3, run_key="k1")
+    assert read_error(reply.error.reason) == ("north", "declined: pictures leave once a run")
+    assert client.drawn == 1
+
+
+def test_a_picture_whose_patient_is_not_named_does_not_leave_a_real_hospital(tmp_path):
+    context, _ = real(tmp_path, **{"share-images": True})
+    client = drawing(Picture("of whom", b"one"), Picture("named", b"two", "north-test-1"))
+    assert shared(client, context, run_key="k1") == [("named", b"two")]

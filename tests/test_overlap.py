@@ -198,7 +198,7 @@ def dices(*rows):
 
 def test_sums_without_noise_give_the_true_means():
     scores = dices([0.5, 1.0], [0.25, 0.5], [0.75, 0.0])
-    sums = noised_dice(scores, ["a", "b", "b"], 0.0)
+    sums = noised_dice(scores, ["a", "b", "b"], 0.0, "01")
     # b's two records weigh a half each.
     assert sums == pytest.approx([2.0, 0.5 + 0.5, 1.0 + 0.25])
     found = dice_of(sums, ("x", "y"))
@@ -226,28 +226,43 @@ def test_a_patient_changes_the_sums_by_no_more_than_is_claimed(records):
     classes = len(records[0][1])
     leaving = patients[0]
     rest = [number for number, patient in enumerate(patients) if patient != leaving]
-    change = np.array(noised_dice(scores, patients, 0.0))
-    if rest:
-        left = [scores[number] for number in rest]
-        change -= noised_dice(left, [patients[number] for number in rest], 0.0)
+    names = [str(k) for k in range(classes)]
+    # Nobody may be left.
+    left = [scores[number] for number in rest]
+    change = np.array(noised_dice(scores, patients, 0.0, names))
+    change -= noised_dice(left, [patients[number] for number in rest], 0.0, names)
     assert np.linalg.norm(change) <= math.sqrt(classes + 1) + 1e-9
 
 
 def test_a_patient_who_is_perfect_changes_the_sums_by_all_that_is_claimed():
     scores = dices([1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
-    assert np.linalg.norm(noised_dice(scores, ["a", "a"], 0.0)) == pytest.approx(2.0)
+    assert np.linalg.norm(noised_dice(scores, ["a", "a"], 0.0, "012")) == pytest.approx(2.0)
 
 
 def test_no_score_weighs_more_than_a_perfect_one():
-    assert noised_dice(dices([7.0, -3.0]), ["a"], 0.0) == [1.0, 1.0, 0.0]
+    assert noised_dice(dices([7.0, -3.0]), ["a"], 0.0, "01") == [1.0, 1.0, 0.0]
+
+
+def test_where_no_record_can_be_used_the_sums_are_noise_alone():
+    assert noised_dice([], [], 0.0, ("liver", "spleen")) == [0.0, 0.0, 0.0]
+    drawn = noised_dice([], [], 2.0, ("liver", "spleen"))
+    assert len(drawn) == 3
+    assert all(drawn)
+
+
+def test_the_sums_are_in_the_order_of_the_classes():
+    scores = [{"dice-b": 0.25, "dice-a": 1.0, "dice-worst": 0.0}]
+    assert noised_dice(scores, ["p"], 0.0, ("a", "b")) == [1.0, 1.0, 0.25]
+    assert noised_dice(scores, ["p"], 0.0, ("b", "a")) == [1.0, 0.25, 1.0]
 
 
 @pytest.mark.parametrize(("classes", "multiplier"), [(1, 0.7), (3, 2.5)])
 def test_the_sums_have_the_noise_that_is_claimed(classes, multiplier):
     scores, patients = dices([0.5] * classes, [0.25] * classes), ["a", "b"]
-    exact = np.array(noised_dice(scores, patients, 0.0))
+    names = [str(k) for k in range(classes)]
+    exact = np.array(noised_dice(scores, patients, 0.0, names))
     drawn = np.concatenate(
-        [np.array(noised_dice(scores, patients, multiplier)) - exact for _ in range(400)]
+        [np.array(noised_dice(scores, patients, multiplier, names)) - exact for _ in range(400)]
     )
     drawn /= multiplier * math.sqrt(classes + 1)
     low, high = stats.chi2.ppf([CHANCE / 2, 1 - CHANCE / 2], drawn.size)
@@ -285,9 +300,9 @@ def test_noised_sums_of_several_sites_add_up():
     names = ("x", "y")
     records = []
     for part in (slice(0, 1), slice(1, 4)):
-        sums = noised_dice(scores[part], "abcd"[part], 0.0)
+        sums = noised_dice(scores[part], "abcd"[part], 0.0, "01")
         records.append(dice_of(sums, names) | {"noised-dice": sums})
-    assert pool(records) == pytest.approx(dice_of(noised_dice(scores, "abcd", 0.0), names))
+    assert pool(records) == pytest.approx(dice_of(noised_dice(scores, "abcd", 0.0, "01"), names))
 
 
 def test_records_of_neither_kind_pool_to_nothing():

@@ -32,12 +32,18 @@ def private(folder=None, run="a", budget=None, **values):
 def test_settings_come_from_the_run_config_and_are_off_by_default():
     assert not PrivacySettings.from_run_config({}).on
     got = PrivacySettings.from_run_config(
-        {"privacy": "patient", "target-epsilon": 3, "num-server-rounds": 7, "private-metrics": True}
+        {
+            "privacy": "patient",
+            "target-epsilon": 3,
+            "num-server-rounds": 7,
+            "private-metrics": False,
+        }
     )
     assert got.on
     assert got == PrivacySettings(
-        "patient", target_epsilon=3.0, num_server_rounds=7, private_metrics=True
+        "patient", target_epsilon=3.0, num_server_rounds=7, private_metrics=False
     )
+    assert PrivacySettings.from_run_config(ON).private_metrics
 
 
 @pytest.mark.parametrize(
@@ -51,23 +57,45 @@ def test_settings_come_from_the_run_config_and_are_off_by_default():
         ({"delta": 0.0}, "delta must be above 0 and below 1, got 0.0"),
         ({"delta": 1}, "delta must be above 0 and below 1, got 1.0"),
         ({"delta": math.nan}, "delta must be above 0 and below 1, got nan"),
-        ({"max-grad-norm": -1.0}, "max-grad-norm must be above 0 and finite, got -1.0"),
-        ({"sampling-rate": 1.01}, "sampling-rate must be at least 0 and at most 1, got 1.01"),
-        ({"sampling-rate": -0.1}, "sampling-rate must be at least 0 and at most 1, got -0.1"),
-        ({"sampling-rate": math.nan}, "sampling-rate must be at least 0 and at most 1, got nan"),
+        ({"max-grad-norm": -1.0}, "max-grad-norm must be from 1e-06 to 1,000,000.0, got -1.0"),
+        ({"sampling-rate": 1.01}, "sampling-rate must be from 1e-6 to 1, or 0, got 1.01"),
+        ({"sampling-rate": -0.1}, "sampling-rate must be from 1e-6 to 1, or 0, got -0.1"),
+        ({"sampling-rate": math.nan}, "sampling-rate must be from 1e-6 to 1, or 0, got nan"),
         ({"patient-records": "all"}, "patient-records must be one of one, mean, got 'all'"),
-        ({"micro-batch-size": -1}, "micro-batch-size must be at least 0, got -1"),
-        ({"num-server-rounds": 0}, "num-server-rounds must be at least 1, got 0"),
+        ({"micro-batch-size": -1}, "micro-batch-size must be from 0 to 1,000,000, got -1"),
+        ({"num-server-rounds": 0}, "num-server-rounds must be from 1 to 100,000, got 0"),
         ({"private-metrics": 1}, "private-metrics must be of type bool, got 1"),
+        ({"max-grad-norm": 5e-324}, "max-grad-norm must be from 1e-06 to 1,000,000.0, got 5e-324"),
+        ({"max-grad-norm": 0.0}, "max-grad-norm must be from 1e-06 to 1,000,000.0, got 0.0"),
+        ({"max-grad-norm": 1e7}, "max-grad-norm must be from 1e-06 to 1,000,000.0, got 10000000.0"),
+        ({"max-grad-norm": math.nan}, "max-grad-norm must be from 1e-06 to 1,000,000.0, got nan"),
+        ({"sampling-rate": 1e-320}, "sampling-rate must be from 1e-6 to 1, or 0, got 1e-320"),
         (
-            {"private-metrics": True, "privacy": "none"},
-            'private-metrics needs privacy="patient"',
+            {"num-server-rounds": 10**15},
+            "num-server-rounds must be from 1 to 100,000, got 1000000000000000",
+        ),
+        (
+            {"micro-batch-size": 10**6 + 1},
+            "micro-batch-size must be from 0 to 1,000,000, got 1000001",
         ),
     ],
 )
 def test_settings_out_of_range_are_refused(config, text):
     with pytest.raises(InputError, match=says(text)):
         PrivacySettings.from_run_config(ON | config)
+
+
+def test_settings_at_their_bounds():
+    for low in (True, False):
+        config = {"max-grad-norm": 1e-6 if low else 1e6, "sampling-rate": 1e-6 if low else 1}
+        config |= {
+            "num-server-rounds": 1 if low else 100_000,
+            "micro-batch-size": 0 if low else 10**6,
+        }
+        found = PrivacySettings.from_run_config(ON | config)
+        assert (found.max_grad_norm, found.sampling_rate) == ((1e-6, 1e-6) if low else (1e6, 1.0))
+    # Evaluation with noise is a hospital's own word, too: the run need not be private.
+    assert not PrivacySettings.from_run_config({"private-metrics": True}).on
 
 
 @pytest.mark.parametrize(
@@ -250,8 +278,8 @@ def test_the_home_folder_may_be_named_by_a_tilde(monkeypatch):
 
 
 NO_FILE = (
-    "privacy needs a file for the hospital's privacy ledger: give "
-    "--node-config 'ledger=\"/path/privacy-ledger.sqlite\"'"
+    "a hospital keeps a privacy ledger: give --node-config "
+    "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir in which it can lie"
 )
 
 

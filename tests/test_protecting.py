@@ -17,6 +17,7 @@ from tiny import (
     linear,
     make_rows,
     model_arrays,
+    node_of,
     run_tiny,
     says,
     trained,
@@ -24,8 +25,9 @@ from tiny import (
 from torch import nn
 
 from fedmed_flower import InputError, MedicalClient, SiteData
+from fedmed_flower.clients.protecting import private_metrics
 from fedmed_flower.clients.training import train_epochs, train_privately
-from fedmed_flower.data.site import read_error
+from fedmed_flower.data.site import LineNumber, read_error
 from fedmed_flower.experiment import RunFailedError
 from fedmed_flower.privacy import optimizer
 from fedmed_flower.privacy.accounting import Release, epsilon_of
@@ -65,6 +67,10 @@ def table(rows, seed=0):
     return images, labels
 
 
+# Records that nobody stands behind.
+PROBE = dict(zip(("image", "label"), table(4, seed=1), strict=True))
+
+
 def private_steps(model, images, labels, patients, steps=3, clip=1e6, size=0, mu=0.0, **settings):
     mechanism = Mechanism(
         NO_NOISE,
@@ -77,7 +83,9 @@ def private_steps(model, images, labels, patients, steps=3, clip=1e6, size=0, mu
         return {"image": images[list(places)], "label": labels[list(places)]}
 
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.5, weight_decay=0.1)
-    return train_privately(model, batch_of, patients, losses, optimizer, mechanism, proximal_mu=mu)
+    return train_privately(
+        model, batch_of, patients, losses, optimizer, mechanism, PROBE, proximal_mu=mu
+    )
 
 
 def twin(model):
@@ -153,7 +161,7 @@ def test_no_step_moves_the_model_further_than_the_clipping_norm():
         return {"image": 10 * images[list(places)], "label": labels[list(places)]}
 
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
-    train_privately(model, batch_of, range(6), losses, optimizer, mechanism)
+    train_privately(model, batch_of, range(6), losses, optimizer, mechanism, PROBE)
     moved = [p.detach() - start for p, start in zip(model.parameters(), before, strict=True)]
     length = math.sqrt(sum(float(change.square().sum()) for change in moved))
     assert 0 < length <= 0.01 * (1 + 1e-6)
@@ -170,11 +178,42 @@ def test_a_step_in_which_nobody_is_drawn_moves_the_model_by_noise():
         raise AssertionError("nobody is drawn")
 
     optimizer = torch.optim.SGD(model.parameters(), 1e-12)
-    mean, dropped = train_privately(model, batch_of, range(2), losses, optimizer, mechanism)
+    mean, dropped = train_privately(model, batch_of, range(2), losses, optimizer, mechanism, PROBE)
     assert math.isnan(mean)
     assert dropped == 0
     assert all((p != b).all() for p, b in zip(model.parameters(), before, strict=True))
     assert len(labels) == len(images)
+
+
+@pytest.mark.parametrize("where", ["batch_of", "loss"])
+@pytest.mark.parametrize("bad", [[2], [0, 5], list(range(6))])
+@pytest.mark.parametrize("size", [0, 1, 3, 100])
+def test_a_record_that_fails_adds_nothing_and_changes_nothing_of_the_others(size, bad, where):
+    images, labels = table(6)
+    model = linear()
+    plain = twin(model)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+    good = [place for place in range(6) if place not in bad]
+    nn.functional.cross_entropy(plain(images[good]), labels[good], reduction="sum").div(
+        7
+    ).backward()
+    optimizer.step()
+    # A label that nobody has told of, as it may stand in a table.
+    labels[bad] = 7
+
+    def batch_of(places):
+        if where == "batch_of" and not {*places}.isdisjoint(bad):
+            raise OSError("a file that cannot be read")
+        return {"image": images[list(places)], "label": labels[list(places)]}
+
+    settings = PrivacySettings(privacy="patient", max_grad_norm=1e6, micro_batch_size=size)
+    # A seventh patient has no record that can be used.
+    mechanism = Mechanism(NO_NOISE, 1, 7, settings)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    mean, dropped = train_privately(model, batch_of, range(6), losses, optimizer, mechanism, PROBE)
+    assert dropped == len(bad)
+    assert math.isfinite(mean) == bool(good)
+    assert_alike(model, plain)
 
 
 class Card:
@@ -200,7 +239,9 @@ def steps_on_card(model, card, patients, size, records="one", noise=0.0, mu=0.0)
     )
     mechanism = Mechanism(Release(1.0, noise), 3, len(set(patients)), settings)
     optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.5)
-    return train_privately(model, card, patients, losses, optimizer, mechanism, proximal_mu=mu)
+    return train_privately(
+        model, card, patients, losses, optimizer, mechanism, PROBE, proximal_mu=mu
+    )
 
 
 @pytest.fixture
@@ -455,25 +496,35 @@ def test_a_resumed_run_goes_on_in_the_same_account(tmp_path):
     strategy = FedAvg()
     run_tiny(tmp_path / "run", strategy=strategy, num_server_rounds=3, resume=True, **PRIVATE)
     assert RunFolder(tmp_path / "run").read_config()["run"]["key"] == key
-    (entry,) = ledger_of(tmp_path / "run").entries()
-    assert (entry.run, entry.rounds) == (key, 2)
+    entries = ledger_of(tmp_path / "run").entries()
+    # The test split is asked for once more where a run is resumed at its end.
+    assert [(entry.run, entry.purpose, entry.rounds) for entry in entries] == [
+        (key, "train", 2), (key, "val counts", 2), (key, "test counts", 2),
+    ]  # fmt: skip
     assert ledger_of(tmp_path / "run").most(1e-5) == before <= 4.0
-    reasons = [f.reason for f in strategy.history.failures if f.round == 3]
-    *declined, rest = reasons
-    assert all(
-        reason == "declined: the run's target-epsilon would be passed" for reason in declined
-    )
-    assert len(declined) == 2
-    assert rest == "0 usable replies, 1 needed: the model stays as it was"
+    for phase in ("train", "val"):
+        failures = [f for f in strategy.history.failures if (f.round, f.phase) == (3, phase)]
+        told = [(f.site, f.reason) for f in failures]
+        declined = "declined: the run's target-epsilon would be passed"
+        assert told[:2] == [("hospital-1", declined), ("hospital-2", declined)]
+        rest = [("all", "0 usable replies, 1 needed: the model stays as it was")]
+        assert told[2:] == (rest if phase == "train" else [])
 
 
 def test_models_for_comparison_are_runs_of_their_own(tmp_path):
     run_tiny(tmp_path / "run", num_server_rounds=1, baselines=True, **PRIVATE)
     key = RunFolder(tmp_path / "run").read_config()["run"]["key"]
-    runs = [entry.run for entry in ledger_of(tmp_path / "run").entries()]
-    assert runs == [key, f"{key}/local-1-hospital-1"]
+    found = {"train": [], "val counts": [], "test counts": []}
+    for entry in ledger_of(tmp_path / "run").entries():
+        found[entry.purpose].append(entry.run.removeprefix(key))
+    both = ["", "/local-1-hospital-1"]
+    # Each model is measured on the test patients of each hospital.
+    tested = [*both, "/local-2-hospital-2", "/pooled"]
+    assert found == {"train": both, "val counts": both, "test counts": tested}
     pooled = Ledger(tmp_path / "run" / "ledgers" / "all-sites.sqlite", read_only=True)
-    assert [(e.run, e.patients) for e in pooled.entries()] == [(f"{key}/pooled", 20)]
+    assert [(e.run, e.purpose, e.patients) for e in pooled.entries()] == [
+        (f"{key}/pooled", "train", 20), (f"{key}/pooled", "val counts", 12),
+    ]  # fmt: skip
 
 
 def test_the_report_and_the_metrics_tell_what_each_patient_has_cost(tmp_path):
@@ -525,16 +576,15 @@ class Bare(MedicalClient):
 
 
 class Stateful(nn.Linear):
-    """Remembers, in a Python attribute that becomes a buffer, what it saw last."""
+    """Changes a buffer after some calls, which it counts where nobody looks."""
 
     def __init__(self):
         super().__init__(4, 2)
         self.register_buffer("seen", torch.zeros(()))
-        self.calls = 0
+        self.calls = itertools.count(1)
 
     def forward(self, values):
-        self.calls += 1
-        if self.calls > 12:
+        if next(self.calls) > 12:
             self.seen = self.seen + 1
         return super().forward(values)
 
@@ -639,6 +689,42 @@ def test_a_loss_that_remembers_the_record_before_is_refused(tmp_path):
     require_forgetful(dropout, losses, rows)
 
 
+class Bank(nn.Module):
+    """Keeps what it made of the records before; from the tenth on that has an effect."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.bank = nn.Linear(4, 2), []
+
+    def forward(self, images):
+        made = self.layer(images.flatten(1))
+        if len(self.bank) >= 10:
+            made = made - torch.stack(self.bank).mean(0)
+        self.bank.append(made.detach().mean(0))
+        return made
+
+
+class Banking(TinyClient):
+    def build_model(self):
+        return Bank()
+
+
+def test_a_bank_of_records_is_refused_before_anything_is_charged(tmp_path, monkeypatch):
+    text = (
+        "the model or the loss keeps something of one record until the next, in the model (Bank), "
+        "attribute bank. Private training needs a model and a loss that keep nothing"
+    )
+    reply = ask(Banking, "train", private(tmp_path), model_arrays(Bank))
+    assert read_error(reply.error.reason)[1] == text
+    assert not (tmp_path / "ledgers").exists()
+    # What this check is for: within torch, and charged.
+    monkeypatch.setattr("fedmed_flower.clients.base.require_forgetful", lambda *_: None)
+    reply = ask(Banking, "train", private(tmp_path), model_arrays(Bank))
+    assert "INTERNAL ASSERT FAILED" in reply.error.reason
+    (entry,) = ledger_of(tmp_path).entries()
+    assert entry.unsettled == 1
+
+
 def test_rows_that_prepare_multiplies_are_refused(tmp_path):
     text = error_of(Slicing, private(tmp_path))
     assert text.startswith("prepare has made 30 of 10 rows: to know which patient each is of")
@@ -658,6 +744,175 @@ def test_a_patient_is_one_whichever_type_its_number_has(tmp_path):
     both = fixed(SiteData(train=rows, val=[{**rows[0], "patient": 0}]))
     text = error_of(both, private(tmp_path))
     assert text == "patient 0 is in the splits train and val: each patient must be in one"
+
+
+BAD_ROWS = [
+    {"image": np.zeros((3, 2), np.uint8), "label": 0, "patient": "of another shape"},
+    {"image": np.zeros((2, 2, 2), np.uint8), "label": 0, "patient": "of two channels"},
+    {"image": "nowhere.png", "label": 0, "patient": "without a file"},
+    {"image": np.full((2, 2), np.nan), "label": 0, "patient": "without a number"},
+    {"image": {"a": 1}, "label": 0, "patient": "without an image"},
+    {"label": 0, "patient": "without an entry"},
+    {"image": np.zeros((2, 2), np.uint8), "label": 9, "patient": "of a class nobody declared"},
+    {"image": np.zeros((2, 2), np.uint8), "label": "x", "patient": "of no class"},
+    {"image": np.zeros((2, 2), np.uint8), "patient": "without a label"},
+]
+
+
+@pytest.mark.parametrize("real", [True, False])
+@pytest.mark.parametrize("records", ["one", "mean"])
+def test_rows_that_cannot_be_used_add_nothing_and_their_patients_count(
+    tmp_path, monkeypatch, real, records
+):
+    monkeypatch.setattr(optimizer, "gaussian", lambda count, std, generator: np.zeros(count))
+    good, start, moved = make_rows(9, 0), model_arrays()["1.weight"].numpy(), []
+    for rows in (good, good + BAD_ROWS):
+        folder = tmp_path / str(len(rows))
+        folder.mkdir()
+        node, path = None, folder / "ledgers" / "hospital-1.sqlite"
+        if real:
+            node, path = node_of(folder), folder / "privacy-ledger.sqlite"
+        settings = {"sampling_rate": 1.0, "local_steps": 1, "patient_records": records}
+        context = private(folder, node_config=node, **settings)
+        reply = ask(fixed(SiteData(train=rows)), "train", context)
+        assert not reply.has_error(), reply.error.reason
+        assert reply.content["metrics"]["num-examples"] == len(rows)
+        (entry,) = Ledger(path, read_only=True).entries()
+        assert (entry.purpose, entry.patients, entry.unsettled) == ("train", len(rows), 0)
+        moved.append(len(rows) * (reply.content["arrays"]["1.weight"].numpy() - start))
+    np.testing.assert_allclose(moved[1], moved[0], rtol=1e-3, atol=1e-6)
+    assert np.abs(moved[0]).max() > 1e-3
+
+
+def test_evaluation_with_noise_counts_the_rows_that_can_be_used(tmp_path, monkeypatch):
+    quiet = "fedmed_flower.metrics.gaussian"
+    monkeypatch.setattr(quiet, lambda count, std, generator: np.zeros(count))
+    good, seen = make_rows(12, 0), []
+    for rows in (good, good + BAD_ROWS):
+        folder = tmp_path / str(len(rows))
+        folder.mkdir()
+        context = private(folder, node_config=node_of(folder))
+        data = SiteData(train=make_rows(3, 1, "t"), val=rows)
+        reply = ask(fixed(data), "evaluate", context)
+        assert not reply.has_error(), reply.error.reason
+        seen.append(dict(reply.content["metrics"]))
+        (entry,) = Ledger(folder / "privacy-ledger.sqlite", read_only=True).entries()
+        assert (entry.purpose, entry.patients) == ("val counts", len(rows))
+    assert seen[0] == seen[1]
+    assert seen[0]["num-examples"] == 12
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+@pytest.mark.parametrize("client", [Norm, Mixing, OwnFit, Weighted, Banking])
+def test_model_and_loss_are_tried_before_a_row_is_looked_at(tmp_path, client, kind):
+    def load_data(self, site):
+        raise AssertionError("the rows are looked at")
+
+    class Client(client):
+        pass
+
+    Client.load_data = load_data
+    if kind == "evaluate":  # Whose network has another number of outputs than there are classes.
+        Client.build_model = lambda self: linear(3)
+    context = private(tmp_path, node_config=node_of(tmp_path))
+    arrays = model_arrays(Client(context).build_model)
+    reply = ask(Client, kind, context, arrays)
+    assert reply.error.reason == "site north: InputError"
+
+
+def test_images_that_say_nothing_of_their_size_cannot_be_tried(tmp_path):
+    class Client(TinyClient):
+        image_shape = ()
+
+    text = (
+        "Client must say how large its images are before one is looked at: give it image_shape = "
+        "(channels, *spatial), or set patch-size"
+    )
+    for kind in ("train", "evaluate"):
+        assert error_of(Client, private(tmp_path), kind) == text
+    assert not ask(Client, "train", private(tmp_path, patch_size="2,2")).has_error()
+    assert not ask(Client, "train", context_of()).has_error()
+    text = (
+        "spacing makes images of different shapes, which private training cannot take: set "
+        "patch-size beside it"
+    )
+    assert error_of(TinyClient, private(tmp_path, spacing="1,1")) == text
+
+
+class Failing(TinyClient):
+    """Fails with a text that names somebody, once the rows were looked at."""
+
+    error = ValueError("Anna Schmidt has no scan")
+    failing = ""
+
+    def load_data(self, site):
+        if self.failing == "load_data":
+            raise self.error
+        return super().load_data(site)
+
+    def seed_transforms(self, prepared, seed):
+        if self.failing == "train":
+            raise self.error
+
+    def measure_privately(self, model, prepared, patients, noise):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("Anna Schmidt"), InputError("Anna Schmidt"), KeyError()]
+)
+@pytest.mark.parametrize(
+    ("failing", "kind"),
+    [
+        ("train", "train"),
+        ("", "evaluate"),
+        ("load_data", "train"),
+        ("load_data", "evaluate"),
+        ("load_data", "query.describe"),
+    ],
+)
+def test_once_rows_were_looked_at_a_failure_is_one_word(tmp_path, caplog, failing, kind, error):
+    client = type("Client", (Failing,), {"failing": failing, "error": error})
+    context = private(tmp_path, node_config=node_of(tmp_path))
+    reply = ask(client, kind, context)
+    assert reply.error.reason == "site north: failed"
+    if str(error) == "Anna Schmidt":
+        assert caplog.messages[-1] == "north: Anna Schmidt"
+    # In a simulation the text is told.
+    simulated = ask(client, kind, private(tmp_path))
+    assert read_error(simulated.error.reason)[1] in (
+        f"{error}", f"{type(error).__name__}: {error}",
+    )  # fmt: skip
+
+
+def test_a_failure_before_rows_are_looked_at_tells_its_class(tmp_path):
+    context = private(tmp_path, node_config=node_of(tmp_path), trainable="x.*")
+    for kind in ("train", "evaluate"):
+        assert ask(TinyClient, kind, context).error.reason == "site north: InputError"
+
+
+NO_PATIENTS = (
+    "the table names no patients: with privacy or a budget it needs a column of them, since the "
+    "ledger must know each patient again however the table is sorted"
+)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_lines_of_a_table_are_no_patients_where_a_ledger_must_know_them_again(
+    tmp_path, caplog, split
+):
+    rows = {s: make_rows(12, number, s) for number, s in enumerate(("train", "val", "test"))}
+    rows[split] = [{**row, "patient": LineNumber(n)} for n, row in enumerate(rows[split])]
+    client = fixed(SiteData(**rows))
+    for kind in ("train", "evaluate", "query.describe"):
+        assert error_of(client, private(tmp_path), kind) == NO_PATIENTS
+        reply = ask(client, kind, private(tmp_path, node_config=node_of(tmp_path)))
+        assert reply.error.reason == "site north: failed"
+        assert caplog.messages[-1] == f"north: {NO_PATIENTS}"
+        # Without privacy nobody has to be known again.
+        assert not ask(client, kind, context_of(node_config=node_of(tmp_path))).has_error()
+    budget = node_of(tmp_path, budget_epsilon=9.0, budget_delta=1e-5)
+    assert ask(client, "query.describe", context_of(node_config=budget)).has_error()
 
 
 def test_a_named_ledger_that_is_gone_stops_the_hospital(tmp_path):
@@ -763,13 +1018,40 @@ def test_a_hospital_can_insist_on_private_metrics(tmp_path):
 
 
 def test_training_patients_are_never_measured_without_noise(tmp_path):
-    text = "declined: training patients are measured with private-metrics=true only"
-    assert error_of(TinyClient, private(tmp_path), "evaluate", split="train") == text
-    context = private(tmp_path, private_metrics=True)
+    exactly = private(tmp_path, private_metrics=False)
+    text = "declined: training patients are measured with noise only"
+    assert error_of(TinyClient, exactly, "evaluate", split="train") == text
+    assert not (tmp_path / "ledgers").exists()
+    context = private(tmp_path)
     assert not ask(TinyClient, "evaluate", context, split="train").has_error()
     (entry,) = ledger_of(tmp_path).entries()
     assert (entry.purpose, entry.releases.total()) == ("train counts", 1)
     assert not ask(TinyClient, "evaluate", context_of(), split="train").has_error()
+
+
+@pytest.mark.parametrize("privacy", ["none", "patient"])
+@pytest.mark.parametrize("run", [None, True, False])
+@pytest.mark.parametrize("own", [None, True, False])
+@pytest.mark.parametrize("real", [True, False])
+def test_private_runs_measure_by_noise_unless_hospital_or_simulation_says_otherwise(
+    tmp_path, real, own, run, privacy
+):
+    node = node_of(tmp_path) if real else {"partition-id": 0, "num-partitions": 2}
+    node |= {} if own is None else {"private-metrics": own}
+    config = {"privacy": privacy} | ({} if run is None else {"private_metrics": run})
+    context = context_of(node_config=node, run_dir=str(tmp_path), num_server_rounds=1, **config)
+    noised = own if own is not None else privacy == "patient" and (real or run is not False)
+    assert private_metrics(TinyClient(context)) == noised
+    data = SiteData(train=make_rows(12, 0), val=make_rows(12, 1, "v"))
+    found = ask(fixed(data), "evaluate", context).content["metrics"]
+    assert ("noised-counts" in found, "loss" in found) == (noised, not noised)
+
+
+def test_a_budget_asks_for_noise_whatever_the_run_says(tmp_path):
+    node = node_of(tmp_path, budget_epsilon=9.0, budget_delta=1e-5)
+    for privacy, run in itertools.product(("none", "patient"), (True, False)):
+        context = context_of(node_config=node, privacy=privacy, private_metrics=run)
+        assert private_metrics(TinyClient(context))
 
 
 def test_a_run_with_private_metrics_pools_them(tmp_path):
@@ -790,10 +1072,12 @@ def test_a_run_with_private_metrics_pools_them(tmp_path):
     assert "Evaluation counts carry noise too" in page
 
 
-def test_a_client_without_private_metrics_says_so(tmp_path):
-    reply = ask(Bare, "evaluate", private(tmp_path, private_metrics=True))
-    text = "Bare gives no measure_privately: set private-metrics=false"
-    assert read_error(reply.error.reason)[1] == text
+def test_a_client_that_gives_no_counts_with_noise_says_so(tmp_path):
+    text = "Bare gives no measure_privately"
+    assert error_of(Bare, private(tmp_path), "evaluate") == text
+    exactly = private(tmp_path, private_metrics=False)
+    assert not ask(Bare, "evaluate", exactly).has_error()
+    assert not (tmp_path / "ledgers").exists()
 
 
 def test_without_privacy_nothing_is_written_and_nothing_changes(tmp_path):

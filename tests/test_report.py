@@ -159,6 +159,27 @@ def test_result_and_run_in_words(tmp_path):
     assert "did not finish" not in text
 
 
+def test_coarse_figures_show_between_what_the_auc_of_all_lies(tmp_path):
+    summary = full_summary()
+    summary["test"]["federated"] |= {"auc-low": 0.702, "auc-high": 0.869}
+    summary["test"]["federated"] |= {
+        name + group: value
+        for group in ("@sex=0", "@sex=1")
+        for name, value in (("auc", 0.8), ("auc-low", 0.71), ("auc-high", 0.9))
+    }
+    summary["test"]["pooled"] |= {"auc-low": 0.8, "auc-high": 0.9}
+    page = Page(report(tmp_path, summary))
+    assert "reaches AUC 0.810 (between 0.702 and 0.869), accuracy 0.770" in page.text
+    hospitals = page.table("Records per split")["All records together"]
+    assert hospitals[3:] == ["0.810 0.702 to 0.869", "0.770", "0.760", "0.750", "0.740"]
+    models = page.table("AUC on each")["All records together"]
+    assert models[1:3] == ["0.810 0.702 to 0.869", "0.840 0.800 to 0.900"]
+    assert page.table("By sex")["1"][2] == "0.800 0.710 to 0.900"
+    assert "The AUC of all records lies between the two" in page.text
+    plain = Page(report(tmp_path, full_summary())).text
+    assert not [words for words in ("between 0", "Some hospitals tell coarse") if words in plain]
+
+
 def test_failures_settings_and_versions_are_listed(tmp_path):
     page = Page(report(tmp_path, full_summary()))
     assert page.table("1 of 1")["3"] == ["train", "hospital-2", "OSError"]
@@ -650,14 +671,15 @@ def test_what_is_no_picture_is_named_and_left_out(tmp_path):
         "Not shown: lost (pictures/1.png): it cannot be read (No such file or directory)",
         "Not shown: <script> (pictures/2.png): it is no PNG",
         "Not shown: large (pictures/3.png): it has 1025 x 4 pixels, more than 1024 x 1024",
-        "Not shown: long (pictures/4.png): it has 512,001 bytes, more than 512,000",
+        "Not shown: long (pictures/4.png): it cannot be read (it has "
+        f"{len(pictures[3][2]):,} bytes, more than 512,000)",
         "Not shown: other (pictures/../secret.png): it is no picture of the run folder",
         f"Not shown: other ({tmp_path}/secret.png): it is no picture of the run folder",
         "Not shown: other (secret.png): it is no picture of the run folder",
-        "Not shown: – (pictures/9.png): it cannot be read (Is a directory)",
+        "Not shown: – (pictures/9.png): it cannot be read (it is no file)",
     ):
         assert line in page.text
-    assert page.text.count("Not shown: ") == 11
+    assert page.text.count("Not shown: ") == 10
     assert "In a heat map orange places" in page.text
 
 

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -311,6 +312,18 @@ def test_a_round_in_a_line():
     assert history.describe(1) == "train loss 0.2500  val auc 0.7500"
     assert history.describe(2) == "train loss 0.1250  failed: b"
     assert history.describe(3) == ""
+
+
+def test_what_others_log_is_one_line_in_the_log_of_a_run(tmp_path):
+    logger = logging.getLogger("flwr")
+    with RunFolder(tmp_path).log_file():
+        logger.warning("reply of %s", "north\nERROR all is lost\x1b[2J")
+        logging.getLogger("flwr.fedmed").warning("from %s", "a\nb")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.partition("WARNING ")[2] for line in lines] == [
+        "reply of north ERROR all is lost\\x1b[2J",
+        "from a b",
+    ]
 
 
 def test_csv_reads_back():

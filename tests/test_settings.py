@@ -14,15 +14,15 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({"local-epochs": 0}, "local-epochs must be at least 1, got 0"),
-        ({"local-steps": -1}, "local-steps must be at least 0, got -1"),
+        ({"local-epochs": 0}, "local-epochs must be from 1 to 10,000, got 0"),
+        ({"local-steps": -1}, "local-steps must be from 0 to 1,000,000, got -1"),
         ({"local-steps": 2.0}, "local-steps must be of type int, got 2.0"),
-        ({"personal-epochs": -1}, "personal-epochs must be at least 0, got -1"),
-        ({"batch-size": -4}, "batch-size must be at least 1, got -4"),
+        ({"personal-epochs": -1}, "personal-epochs must be from 0 to 10,000, got -1"),
+        ({"batch-size": -4}, "batch-size must be from 1 to 1,000,000, got -4"),
         ({"weight-decay": -0.1}, "weight-decay must be at least 0 and finite, got -0.1"),
         ({"weight-decay": math.nan}, "weight-decay must be at least 0 and finite, got nan"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"torch-threads": -1}, "torch-threads must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be from 0 to 9,223,372,036,854,775,807, got -1"),
+        ({"torch-threads": -1}, "torch-threads must be from 0 to 1,024, got -1"),
         ({"learning-rate": 0.0}, "learning-rate must be above 0 and finite, got 0.0"),
         ({"learning-rate": math.nan}, "learning-rate must be above 0 and finite, got nan"),
         ({"learning-rate": math.inf}, "learning-rate must be above 0 and finite, got inf"),
@@ -32,7 +32,21 @@ CPU = torch.device("cpu")
         ({"optimizer": "lion"}, "optimizer must be one of adam, sgd, got 'lion'"),
         ({"schedule": "linear"}, "schedule must be one of constant, cosine, got 'linear'"),
         ({"schedule": "cosine"}, "schedule=cosine needs num-server-rounds in the run config"),
-        ({"num-server-rounds": -1}, "num-server-rounds must be at least 0, got -1"),
+        ({"num-server-rounds": -1}, "num-server-rounds must be from 0 to 100,000, got -1"),
+        (
+            {"num-server-rounds": 10**15},
+            "num-server-rounds must be from 0 to 100,000, got 1000000000000000",
+        ),
+        ({"torch-threads": 10**6}, "torch-threads must be from 0 to 1,024, got 1000000"),
+        ({"torch-threads": 1025}, "torch-threads must be from 0 to 1,024, got 1025"),
+        ({"local-epochs": 10_001}, "local-epochs must be from 1 to 10,000, got 10001"),
+        ({"local-steps": 10**6 + 1}, "local-steps must be from 0 to 1,000,000, got 1000001"),
+        ({"batch-size": 10**6 + 1}, "batch-size must be from 1 to 1,000,000, got 1000001"),
+        ({"personal-epochs": 10_001}, "personal-epochs must be from 0 to 10,000, got 10001"),
+        (
+            {"seed": 2**63},
+            "seed must be from 0 to 9,223,372,036,854,775,807, got 9223372036854775808",
+        ),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, got 'tpu'"),
         ({"device": "cpu:1"}, "device must be one of auto, cpu, cuda, got 'cpu:1'"),
         ({"device": "auto:1"}, "device must be one of auto, cpu, cuda, got 'auto:1'"),
@@ -65,6 +79,10 @@ def test_settings_at_their_bounds():
     settings = Settings.from_run_config(config | {"torch-threads": 0, "learning-rate": 1})
     assert settings == Settings(batch_size=1, learning_rate=1.0)
     assert type(settings.learning_rate) is float
+    most = {"local-epochs": 10_000, "local-steps": 10**6, "batch-size": 10**6}
+    most |= {"personal-epochs": 10_000, "torch-threads": 1024, "num-server-rounds": 100_000}
+    found = Settings.from_run_config(most | {"seed": 2**63 - 1})
+    assert (found.torch_threads, found.num_server_rounds, found.seed) == (1024, 10**5, 2**63 - 1)
 
 
 def test_settings_are_read_in_kebab_case_and_others_are_left():

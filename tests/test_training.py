@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fedmed_flower.clients.settings import derive_seed
-from fedmed_flower.clients.training import Parts, Steps, predict, probe_places, train_epochs
+from fedmed_flower.clients.training import Parts, Steps, predict, predict_alone, train_epochs
 
 
 def batches_of(*sizes, seed=3):
@@ -131,12 +131,6 @@ def test_the_proximal_term_is_that_of_the_loss_written_out(mu):
             optimizer.step()
     for got, wanted in zip(ours.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(got, wanted)
-
-
-def test_a_few_rows_far_apart_show_what_all_are_like():
-    assert [probe_places(count) for count in (1, 2, 3, 4, 100)] == [
-        [0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 33, 66, 99],
-    ]  # fmt: skip
 
 
 class Card:
@@ -283,6 +277,39 @@ def test_prediction_of_one_record_that_does_not_fit():
 
     with pytest.raises(torch.OutOfMemoryError, match=says("no room")):
         predict(outputs, batches_of(3))
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (2, 4), range(5)])
+def test_a_record_for_which_the_network_fails_changes_nothing_of_the_others(bad):
+    model, (batch,) = small(), doubled(batches_of(5))
+    asked = []
+
+    def batch_at(place):
+        asked.append(place)
+        if place in bad and place % 2:
+            raise ValueError("a record that cannot be read")
+        image = batch["image"][place : place + 1]
+        return {"image": image, "bad": torch.tensor([place in bad])}
+
+    def outputs(one):
+        assert one["image"].shape == (1, 3)
+        if one["bad"].any():
+            raise RuntimeError("a record of a label nobody declared")
+        return model(one["image"])
+
+    places, found = predict_alone(outputs, batch_at, 5)
+    assert asked == [0, 1, 2, 3, 4]
+    assert places == [place for place in range(5) if place not in bad]
+    expected = model(batch["image"]).detach().float().numpy()[places]
+    np.testing.assert_allclose(np.reshape(found, expected.shape), expected, atol=1e-7)
+
+
+def test_too_little_memory_for_one_record_is_not_taken_for_a_bad_one():
+    def outputs(batch):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError, match=says("no room")):
+        predict_alone(outputs, lambda place: {"image": torch.zeros(1, 3)}, 2)
 
 
 class Passes:

@@ -1,6 +1,5 @@
 """The table of docs/privacy.md is that of all replies: nothing leaves that it does not list."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from test_curious_server import OUTPUTS, PRIVATE, model_of, network
 from tiny import CONFIG, context_of
 
 from fedmed_flower.data.site import read_error
+from fedmed_flower.replies import NEVER, REPLIES, keys_of
 from fedmed_flower.statistics.request import Request
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "privacy.md"
@@ -25,27 +25,16 @@ FEW = {"min-train-patients": 2, "min-evaluated-patients": 2, "min-cell-count": 2
 FEW |= {"share-components": True}
 
 
-def listed(column):
-    """Return how each key of the table leaves; column 3 is a plain run, 4 a private one."""
-    rows = [line.strip("|").split("|") for line in DOCS.read_text().splitlines()]
-    cells = [[cell.strip() for cell in row] for row in rows if len(row) == 5]
-    return {(row[0], row[1].strip("`")): row[column] for row in cells if row[1].startswith("`")}
+def leaving(private):
+    """Return the keys that leave in a plain run, or in a private one."""
+    ways = {(e.reply, e.key): e.private if private else e.plain for e in REPLIES}
+    return {key for key, way in ways.items() if way != NEVER}
 
 
-def generic(reply, name, key):
-    """Return a key as the table has it."""
-    if name == "site":
-        return "any", f"site.{key}"
-    if name == "arrays":
-        return reply, "arrays.*"
-    figure, _, group = key.partition("@")
-    if reply == "evaluate" and group:
-        return reply, "metrics.FIGURE@column=value"
-    if reply == "personal" and not (figure.startswith("val-") or figure == "personal-epochs"):
-        return reply, "metrics.FIGURE"
-    figure = re.sub(r"^(dice|hd95|surface-dice)-(?!worst$).*", r"\1-CLASS", figure)
-    figure = re.sub(r"^(moments|categories|counts) .*", r"\1 COLUMN", figure)
-    return reply, f"{name}.{figure}"
+def generic(reply, content):
+    """Return the keys of a reply as the table has them."""
+    keys = keys_of(reply, content)
+    return {("any" if key.startswith("site.") else reply, key) for key in keys}
 
 
 def ask(client, kind, context, arrays, config):
@@ -55,7 +44,7 @@ def ask(client, kind, context, arrays, config):
     return client.client_app()(Message(content, context.node_id, kind), context)
 
 
-def keys_of(client, node, run, arrays, outcome, kinds=None):
+def ask_all(client, node, run, arrays, outcome, kinds=None):
     """Add the keys of all replies of a client's app to what was found, and the errors."""
     for kind in kinds or sorted(client.client_app()._registered_funcs):
         reply_name = kind.removeprefix("query.").removesuffix(".default")
@@ -69,9 +58,8 @@ def keys_of(client, node, run, arrays, outcome, kinds=None):
             if reply.has_error():
                 outcome.setdefault("errors", set()).add(read_error(reply.error.reason)[1])
                 continue
-            for name, record in reply.content.items():
-                for key in record:
-                    outcome.setdefault(generic(reply_name, name, key), set()).add(client.__name__)
+            for key in generic(reply_name, reply.content):
+                outcome.setdefault(key, set()).add(client.__name__)
 
 
 class Learning(Table):
@@ -92,12 +80,12 @@ def all_keys(private):
             torch.manual_seed(0)
             arrays = ArrayRecord(model_of(client, OUTPUTS[client]).state_dict())
             own = {Images: network(4), Table: {} if private else {"report-by": "group"}}
-            keys_of(client, node, run | own.get(client, {}), arrays, found)
-        keys_of(Learning, node, {"preparation": "federated"}, arrays, found, ["query.contribution"])
+            ask_all(client, node, run | own.get(client, {}), arrays, found)
+        ask_all(Learning, node, {"preparation": "federated"}, arrays, found, ["query.contribution"])
         for task in ("continuous", "count"):
             client = predicting(task)
             model = client(context_of(node_config=node, **run)).build_model()
-            keys_of(client, node, run, ArrayRecord(model.state_dict()), found)
+            ask_all(client, node, run, ArrayRecord(model.state_dict()), found)
     return found
 
 
@@ -121,28 +109,30 @@ def genomes(folder, private):
         if reply.has_error():
             found.setdefault("errors", set()).add(read_error(reply.error.reason)[1])
             continue
-        for record, content in reply.content.items():
-            for key in content:
-                found.setdefault(generic(name, record, key), set()).add("genomes")
+        for key in generic(name, reply.content):
+            found.setdefault(key, set()).add("genomes")
     return found
 
 
-@pytest.mark.parametrize(("private", "column"), [(False, 3), (True, 4)])
-def test_the_table_lists_all_that_leaves_and_nothing_else(tmp_path, private, column):
-    table = listed(column)
-    assert set(table.values()) == WAYS - (set() if private else {"noised", "known"}) - (
-        {"bounded"} if private else set()
-    )
+def test_the_docs_have_the_table_as_it_is():
+    lines = [line.strip("|").split("|") for line in DOCS.read_text().splitlines()]
+    rows = [tuple(cell.strip() for cell in line) for line in lines if len(line) == 5]
+    wanted = [(e.reply, f"`{e.key}`", e.what, e.plain, e.private) for e in REPLIES]
+    assert [row for row in rows if row[1].startswith("`")] == wanted
+    assert {way for e in REPLIES for way in (e.plain, e.private)} == WAYS
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_the_table_lists_all_that_leaves_and_nothing_else(tmp_path, private):
     found = all_keys(private) | genomes(tmp_path, private)
     errors = found.pop("errors", set())
-    assert all(text.startswith("declared: ") or text.startswith("declined: ") for text in errors)
-    leaving = {key for key, way in table.items() if way != "never"}
-    assert sorted(found.keys() - leaving) == []
-    assert sorted(leaving - found.keys()) == []
+    assert all(text.startswith("declined: ") for text in errors), errors
+    assert sorted(found.keys() - leaving(private)) == []
+    assert sorted(leaving(private) - found.keys()) == []
 
 
 def test_whatever_carries_no_noise_is_known_where_there_is_a_budget():
-    plain = {key for key, way in listed(4).items() if way == "plain"}
+    plain = {(entry.reply, entry.key) for entry in REPLIES if entry.private == "plain"}
     names = {("any", f"site.{key}") for key in ("name", "simulated", "data", "generated")}
     # Empty lists: no picture is drawn.
     assert plain == names | {("pictures", "pictures.titles"), ("pictures", "pictures.images")}

@@ -53,6 +53,7 @@ def halves(stem=0):
 
 class TinyClient(ClassificationClient):
     num_classes = 2
+    image_shape = (1, 2, 2)
 
     def build_model(self):
         return linear(self.num_classes)
@@ -82,6 +83,12 @@ def context_of(index=0, num_sites=2, run_id=None, node_config=None, **config):
         state=RecordDict(),
         run_config=CONFIG | {key.replace("_", "-"): value for key, value in config.items()},
     )
+
+
+def node_of(folder, name="north", **more):
+    """Return the node config of a real hospital whose data, ledger and book lie in a folder."""
+    given = {key.replace("_", "-"): value for key, value in more.items()}
+    return {"site-name": name, "data-dir": str(folder)} | given
 
 
 def model_arrays(model=None, seed=0):

@@ -299,7 +299,7 @@ class MedicalClient(ABC):
 
         `prepared` may be empty. A row for which the network fails adds nothing.
         """
-        raise NotImplementedError
+        raise InputError(f"{type(self).__name__} gives no measure_privately")
 
     def require_measurable(self) -> None:
         """Raise `InputError` where `measure_privately` is not possible, whatever the rows are."""

@@ -171,8 +171,8 @@ class Table:
     Attributes
     ----------
     rows : list of dict
-        ``patient`` (a text, or a `LineNumber` where the table names no patients), ``split`` where asked
-        for; by their columns: numeric features (float, NaN where missing), categorical features,
+        ``patient`` (a text, or a `LineNumber` where the table names no patients), ``split`` where
+        asked for; by their columns: numeric features (float, NaN where missing), categorical features,
         bands and kept columns (text, None where missing), the target (number of the class, count,
         number or time) and the event (0 or 1).
     turned_away : int

@@ -155,6 +155,9 @@ class Inbox:
         for reply in replies:
             node_id = self._node_id(reply)
             learn_name(self.site_names, node_id, reply, self.connected)
+            if reply.has_content():
+                kind = "train" if phase == "train" else "evaluate"
+                self.history.sent.take(kind, self.name(node_id), reply.content)
             request = reply.metadata.reply_to_message_id
             if request and request in answered:
                 reason: str | None = "the site has replied already"

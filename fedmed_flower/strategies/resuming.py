@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
+from fedmed_flower import kernels
+from fedmed_flower.arrays import view
 from fedmed_flower.errors import InputError
 from fedmed_flower.runfolder import Checkpoint, RunFolder
 from fedmed_flower.strategies.optimising import OPTIMISERS, RULES
@@ -67,12 +72,13 @@ def restore(strategy: FedAvg, grid: Grid, initial_arrays: ArrayRecord) -> int:
     strategy.seed, strategy.inbox.history = checkpoint.seed, checkpoint.history
     strategy.site_names = checkpoint.site_names | strategy.site_names
     strategy.result.arrays = checkpoint.arrays
-    strategy.import_state(checkpoint.strategy_state)
-    for name, by_round in checkpoint.metrics.items():
-        kept = {int(key): MetricRecord(value) for key, value in by_round.items()}
-        setattr(strategy.result, name, kept)
+    with _told(folder):
+        strategy.import_state(checkpoint.strategy_state)
+        for name, kept in _metrics(checkpoint, strategy.result).items():
+            setattr(strategy.result, name, kept)
     if hasattr(grid, "import_states"):
-        grid.import_states(checkpoint.client_states)
+        with _told(folder):
+            grid.import_states(checkpoint.client_states)
     elif checkpoint.client_states:
         raise InputError(
             f"{folder.path} holds what its clients kept between rounds in one process: "
@@ -109,7 +115,7 @@ def require_resumable(
     ------
     InputError
         Where a strategy of Flower keeps state that the checkpoint lacks, or the checkpoint holds
-        other arrays than `initial_arrays`.
+        other arrays than `initial_arrays`, or of one of them something of another shape.
     """
     with_state = {
         base.__name__
@@ -121,12 +127,46 @@ def require_resumable(
             f"{strategy.__name__} cannot be resumed: what {min(with_state)} keeps between rounds "
             "is not in the checkpoint"
         )
-    if _layout(checkpoint.arrays) != _layout(initial_arrays):
+    wanted = _layout(initial_arrays)
+    fits = _layout(checkpoint.arrays) == wanted
+    for name, record in checkpoint.strategy_state.items():
+        shapes = {key: shape for key, (_, _, shape) in _layout(record).items()}
+        floating = [shape for _, dtype, shape in wanted.values() if kernels.is_floating(dtype)]
+        if name == "momentum_vector":  # A list, whose keys are places in it.
+            fits &= [*shapes.values()] == floating
+        fits &= all(shapes[key] == wanted[key][2] for key in shapes.keys() & wanted.keys())
+    if not fits:
         raise InputError(
             f"the checkpoint in {folder.path} belongs to another model: resume it with the app "
             "and the settings that it was started with"
         )
 
 
-def _layout(arrays: ArrayRecord) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {key: (array.dtype, array.shape) for key, array in arrays.items()}
+def _layout(arrays: ArrayRecord) -> dict[str, tuple[str, np.dtype[Any], tuple[int, ...]]]:
+    """Return what is claimed of each array, and of what dtype and shape its values are."""
+    views = {key: view(array) for key, array in arrays.items()}
+    return {key: (arrays[key].dtype, values.dtype, values.shape) for key, values in views.items()}
+
+
+def _metrics(checkpoint: Checkpoint, result: flower.Result) -> dict[str, dict[int, MetricRecord]]:
+    """Return the metrics of all rounds; under a name that no result has stands something else."""
+    if unknown := checkpoint.metrics.keys() - (vars(result).keys() - {"arrays"}):
+        raise ValueError(f"a result has no {min(unknown)}")
+    return {
+        name: {int(key): MetricRecord(value) for key, value in by_round.items()}
+        for name, by_round in checkpoint.metrics.items()
+    }
+
+
+@contextmanager
+def _told(folder: RunFolder) -> Iterator[None]:
+    """Turn what goes wrong while a checkpoint's parts are taken up into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # Of protobuf, of Flower's records and of each strategy.
+        raise InputError(
+            f"the checkpoint {folder.checkpoint_file} cannot be gone on from "
+            f"({type(error).__name__}: {error}): restore it from a copy, or start a new run"
+        ) from error

@@ -1,0 +1,209 @@
+"""Every record of every reply of the clients here: what it is, and how it leaves a hospital.
+
+`plain`: as it is. `bounded`: as it is, but of the fewest patients that the hospital allows.
+`known`: taken as known in every guarantee. `noised`: with noise that was charged, or following from
+such numbers alone. `never`: not.
+
+``docs/privacy.md`` has the same table; a test holds the replies themselves against it. The report
+names by it what each hospital has in fact sent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+from flwr.app import RecordDict
+
+NEVER = "never"
+
+
+class Entry(NamedTuple):
+    """One record of a reply.
+
+    Attributes
+    ----------
+    reply : str
+        To which kind of message: ``train``, ``evaluate``, the name of a query, or ``any``.
+    key : str
+        Name of the record and of its entry. ``CLASS``, ``COLUMN`` and ``FIGURE`` stand for any.
+    what : str
+        In words.
+    plain, private : str
+        How it leaves in a plain run, and in a private one or where the hospital has a budget.
+    """
+
+    reply: str
+    key: str
+    what: str
+    plain: str
+    private: str
+
+
+_TABLE = """
+any | site.name | the name that the hospital gave itself | plain | plain
+any | site.simulated | whether it lives in a simulation | plain | plain
+any | site.data | name of the data source | plain | plain
+any | site.generated | whether the rows are made up | plain | plain
+train | arrays.* | the model after local training | bounded | noised
+train | metrics.num-examples | training rows; with privacy patients | plain | known
+train | metrics.loss | mean training loss | bounded | never
+train | metrics.seconds | how long training took | plain | never
+train | metrics.patient-epsilon | what the run has cost a patient so far | never | known
+evaluate | metrics.num-examples | rows; with privacy patients, noised | plain | noised
+evaluate | metrics.loss | mean loss | bounded | never
+evaluate | metrics.accuracy | accuracy | bounded | noised
+evaluate | metrics.balanced-accuracy | balanced accuracy | bounded | noised
+evaluate | metrics.sensitivity | sensitivity | bounded | noised
+evaluate | metrics.specificity | specificity | bounded | noised
+evaluate | metrics.auc | AUC | bounded | noised
+evaluate | metrics.average-precision | average precision | bounded | never
+evaluate | metrics.brier | Brier score | bounded | never
+evaluate | metrics.calibration-error | calibration error | bounded | never
+evaluate | metrics.confusion-counts | rows by class and answer | bounded | never
+evaluate | metrics.score-grid | median and spread of the scores, rounded; AUC | bounded | never
+evaluate | metrics.score-counts | histograms of the score by class, 2,048 bins | bounded | never
+evaluate | metrics.calibration-sums | sums of ten calibration bins | bounded | never
+evaluate | metrics.noised-counts | histograms in 32 fixed bins, confusion counts | never | noised
+evaluate | metrics.target-sums | sums of a number, its squares and its errors | bounded | never
+evaluate | metrics.mae | mean absolute error | bounded | noised
+evaluate | metrics.rmse | root of the mean squared error | bounded | never
+evaluate | metrics.r2 | explained variance | bounded | never
+evaluate | metrics.count-sums | sums of a predicted count and its errors | bounded | never
+evaluate | metrics.deviance | mean deviance | bounded | never
+evaluate | metrics.d2 | explained deviance | bounded | never
+evaluate | metrics.noised-errors | patients and the sum of their clipped errors | never | noised
+evaluate | metrics.c-index | concordance index | bounded | never
+evaluate | metrics.concordance-pairs | concordant, tied and comparable pairs | bounded | never
+evaluate | metrics.integrated-brier | integrated Brier score | bounded | never
+evaluate | metrics.dice | mean Dice | bounded | noised
+evaluate | metrics.dice-CLASS | mean Dice of each class | bounded | noised
+evaluate | metrics.dice-worst | Dice of the worst patient | bounded | never
+evaluate | metrics.hd95 | mean distance of outlines | bounded | never
+evaluate | metrics.hd95-CLASS | mean distance of each class's outlines | bounded | never
+evaluate | metrics.surface-dice | mean surface Dice | bounded | never
+evaluate | metrics.surface-dice-CLASS | mean surface Dice of each class | bounded | never
+evaluate | metrics.noised-dice | number of patients and sums of their Dice | never | noised
+evaluate | metrics.FIGURE@column=value | each figure above, of a group (report-by) | bounded | never
+describe | metrics.num-examples | training rows; with privacy patients | plain | known
+describe | metrics.train | training rows; with privacy patients | plain | known
+describe | metrics.val | validation rows; with privacy patients | plain | known
+describe | metrics.test | test rows; with privacy patients | plain | known
+describe | metrics.turned-away | rows that could not be used | plain | never
+pictures | pictures.titles | what each picture shows | bounded | plain
+pictures | pictures.images | up to six pictures of test cases | bounded | plain
+contribution | contribution.moments COLUMN | moments of a column | bounded | never
+contribution | contribution.categories COLUMN | categories of ten patients or more | bounded | never
+contribution | contribution.counts COLUMN | how many patients have each | bounded | never
+personal | metrics.val-global | main validation figure of the global model | bounded | never
+personal | metrics.val-own | main validation figure of its own model | bounded | never
+personal | metrics.personal-epochs | passes after which its own was kept | plain | never
+personal | metrics.FIGURE | figures of evaluate, of its own model | bounded | never
+statistics | statistics.answer | answer to a question for statistics | bounded | noised
+cohort | cohort.people | people of a study | bounded | never
+cohort | cohort.cases | those with the trait | bounded | never
+cohort | cohort.variants | variants in the file | plain | never
+cohort | cohort.trait | binary or continuous | plain | never
+cohort | cohort.phenotype | name of the trait's column | plain | never
+cohort | cohort.covariates | names of the covariates' columns | plain | never
+cohort | cohort.minimum | its `min-cell-count` | plain | never
+variants | variants.names | ids of the variants | plain | never
+variants | variants.first | alleles A1 | plain | never
+variants | variants.second | alleles A2 | plain | never
+variants | variants.offset | where the next lines begin | plain | never
+variants | places.chromosomes | chromosomes of the variants | plain | never
+variants | places.positions | positions of the variants | plain | never
+counts | told.values | people and copies by case status | bounded | never
+linear | told.values | sums of products of copies, covariates, trait | bounded | never
+logistic | told.values | score and information of a Newton step | bounded | never
+logistic | told.withheld | variants in which one person weighs too much | bounded | never
+loadings | told.values | sums from which genotypes can be computed | plain | never
+"""
+REPLIES = tuple(
+    Entry(*(cell.strip() for cell in line.split("|"))) for line in _TABLE.strip().splitlines()
+)
+
+# Records that only a private reply has: what stands beside them leaves as in a private run.
+_PRIVATE = {entry.key for entry in REPLIES if entry.plain == NEVER}
+
+
+def keys_of(reply: str, content: RecordDict) -> set[str]:
+    """Return the keys of a reply as `REPLIES` has them.
+
+    Parameters
+    ----------
+    reply : str
+        To which kind of message, as in `Entry`.
+    content : RecordDict
+    """
+    return {_generic(reply, name, str(key)) for name, record in content.items() for key in record}
+
+
+def _generic(reply: str, name: str, key: str) -> str:
+    if name == "arrays":
+        return "arrays.*"
+    figure, _, group = key.partition("@")
+    if name == "metrics" and reply == "evaluate" and group:
+        return "metrics.FIGURE@column=value"
+    own = figure.startswith("val-") or figure == "personal-epochs"
+    if name == "metrics" and reply == "personal" and not own:
+        return "metrics.FIGURE"
+    figure = re.sub(r"^(dice|hd95|surface-dice)-(?!worst$).*", r"\1-CLASS", figure)
+    figure = re.sub(r"^(moments|categories|counts) .*", r"\1 COLUMN", figure)
+    return f"{name}.{figure}"
+
+
+def way(entry: Entry, keys: Collection[str]) -> str:
+    """Return how an entry left, in a reply with these keys."""
+    return entry.plain if _PRIVATE.isdisjoint(keys) else entry.private
+
+
+def noised_evaluation(keys: Collection[str]) -> bool:
+    """Return whether an evaluation with these keys carries noise, or tells a number of rows alone."""
+    figures = {entry.key for entry in REPLIES if entry.reply == "evaluate"} - {
+        "metrics.num-examples"
+    }
+    return not figures & {*keys} or not _PRIVATE.isdisjoint(keys)
+
+
+@dataclass
+class Sent:
+    """What each site has in fact sent.
+
+    Attributes
+    ----------
+    keys : dict
+        Keys as `REPLIES` has them, by the kind of reply and the name of the site.
+    """
+
+    keys: dict[str, dict[str, set[str]]] = field(default_factory=dict)
+
+    def take(self, reply: str, site: str, content: RecordDict) -> None:
+        """Take up a reply, whether it could be used or not."""
+        self.keys.setdefault(reply, {}).setdefault(site, set()).update(keys_of(reply, content))
+
+    def add(self, other: Sent) -> None:
+        """Take up what others have taken up."""
+        for reply, sites in other.keys.items():
+            for site, keys in sites.items():
+                self.keys.setdefault(reply, {}).setdefault(site, set()).update(keys)
+
+    def table(self) -> dict[str, dict[str, list[str]]]:
+        """Return the keys as JSON has them, in order."""
+        return {
+            reply: {site: sorted(keys) for site, keys in sorted(sites.items())}
+            for reply, sites in sorted(self.keys.items())
+        }
+
+    @classmethod
+    def of(cls, table: Any) -> Self:
+        """Return what `table` gave; what it cannot have given is left out."""
+        found = cls()
+        for reply, sites in table.items() if isinstance(table, dict) else ():
+            for site, keys in sites.items() if isinstance(sites, dict) else ():
+                if isinstance(keys, list):
+                    names = {key for key in keys if isinstance(key, str)}
+                    found.keys.setdefault(reply, {})[site] = names
+        return found
