@@ -63,7 +63,7 @@ class Engine(StrEnum):
 # that is gone on with takes of its folder, besides numbers and booleans.
 CHOICES = {
     *("optimizer", "schedule", "device", "privacy", "patient-records"),
-    *("preparation", "survival-loss"),
+    *("preparation", "survival-loss", "tabular-network"),
 }
 
 

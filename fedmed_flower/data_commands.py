@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ console = LineConsole()
 
 # A mask that was taken for an image, or the reverse, may hold thousands of values.
 _MOST_VALUES = 12
+_PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")
 
 
 @data_app.command()
@@ -37,12 +39,19 @@ def check(
             min=1, help="Number of classes; in masks with the background.  [default: dataset.json]"
         ),
     ] = None,
+    node_config: Annotated[
+        str | None,
+        typer.Option(help='What the SuperNode will be started with: "KEY=VALUE KEY=VALUE ...".'),
+    ] = None,
 ) -> None:
     """Read all images and masks of a folder and name what cannot be used."""
     # With MONAI, whose import the other commands need not wait for.
     from fedmed_flower.data.checking import check_folder
 
     try:
+        if node_config is not None:
+            _check_node(node_config)
+            console.print("the node config is understood")
         with console.status(Text(shown(f"reading {folder}"))):
             findings = check_folder(folder, num_classes=classes)
     except InputError as error:
@@ -58,6 +67,38 @@ def check(
         console.print(f"{len(problems)} problem{'s' * (len(problems) > 1)}", style="red")
         raise typer.Exit(1)
     console.print("no problems")
+
+
+def _check_node(text: str) -> None:
+    """Raise `InputError` where a hospital would refuse its node config.
+
+    Keys of an app's own, which its client names, are not known here.
+    """
+    from flwr.app import Context, RecordDict
+    from flwr.common.config import parse_config_args
+
+    from fedmed_flower.clients.keeping import own_folder
+    from fedmed_flower.data.site import NodeSettings, Site
+    from fedmed_flower.privacy.ledger import Ledger
+    from fedmed_flower.privacy.patient import ledger_path
+
+    # Flower passes over what is no pair.
+    if rest := _PAIR.sub("", text).strip():
+        raise InputError(f"the node config must be KEY=VALUE KEY=VALUE ..., got {rest!r} in it")
+    try:
+        config = parse_config_args([text])
+    except Exception as error:  # Of Flower's parser, in several kinds.
+        raise InputError(
+            'the node config cannot be read: a text needs quotes, as in site-name="north", got '
+            f"{text!r}"
+        ) from error
+    NodeSettings.of(config)
+    context = Context(0, 0, config, RecordDict(), {})
+    site = Site.from_context(context)
+    own_folder(context, site, {})
+    path = ledger_path(context, site, {})
+    if path.exists() or "ledger" in config:
+        Ledger(path, read_only=True).split_key()
 
 
 def _print_table(images: Sequence[Finding], folder: Path) -> None:

@@ -22,12 +22,14 @@ import httpx
 import tomli_w
 from flwr.app import UserConfig
 
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
 from fedmed_flower.measuring import gpu_share, measure_site
 
 log = logging.getLogger("flwr.fedmed")
 
 _LINK = "fedmed"
+# How Flower colours its lines.
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _STARTED = re.compile(r"Successfully started run (\d+)")
 _ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -97,7 +99,7 @@ def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -
         ) as process:
             try:
                 for line in process.stdout or ():
-                    output.write(line)
+                    output.write(f"{shown(_COLOUR.sub('', line.rstrip()))}\n")
                     output.flush()
                     if found := _STARTED.search(line):
                         run_id = found[1]

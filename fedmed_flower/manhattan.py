@@ -53,7 +53,8 @@ _SENT = {
     "trend": ", and the sum of the squared numbers of copies",
     "allelic": "",
     "linear": ", and the sums of products of copies, trait and covariates",
-    "logistic": ", and in each step of Newton’s method log-likelihood, score and information",
+    "logistic": ", and in each step of Newton’s method score and information, unless one person "
+    "has more than one part in the hospital’s minimum of their weight",
 }
 _COMPONENTS = """ For the principal components it sent the sum over its people of their genotypes,
 each weighted with the person’s score; the scores themselves stayed. As many such sums as there are

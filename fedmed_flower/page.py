@@ -132,11 +132,13 @@ WAYS = {
     "bounded": "exactly, of several patients together",
     "known": "exactly; counts as known",
     "noised": "with noise",
-    "": "not in the list of docs/privacy.md",
+    "never": "exactly, where noise was due",
+    "simulated": "in a simulation alone",
+    "unlisted": "as the app has it",
 }
 LEFT = """<h2>What left each hospital</h2><p>{stays} The table holds what the hospitals in fact
-sent. Several patients together are as many as each hospital asks for, at a real one ten unless it says
-otherwise. Of an error a hospital tells the class, and why it declined a round.</p>"""
+sent. Several patients together are as many as each hospital asks for: at a real one ten, unless it
+says otherwise. Of an error a hospital tells the class, and why it declined a round.</p>"""
 NOT_RECORDED = "<p>What was sent was not recorded.</p>"
 NO_RECORD = "No patient record: no image, no row of a table."
 PICTURES = """No patient record, and of images only the pictures of test cases above with their
@@ -144,9 +146,8 @@ titles; each shows one patient, and no bound on privacy covers them."""
 GROUPS = """A hospital tells nothing of a group of fewer than ten patients (unless it has set
 another number), nor of one that would follow from the others; all together are those of the
 hospitals that tell of the group. Small groups differ by chance."""
-UNPROTECTED = """<p>None of this carries noise, unless the settings below say so. Privacy accounting
-is not part of this run: nothing here bounds what could be inferred about one patient from what was
-sent.</p>"""
+UNPROTECTED = """<p>Privacy accounting is not part of this run: nothing here bounds what could be
+inferred about one patient from what was sent without noise.</p>"""
 HOSPITAL = """<p>Unit: the hospital. Whether a whole hospital took part is hidden, in the models of
 all rounds together, to epsilon <b>{epsilon}</b> at delta {delta}, by noise that the server added.
 The server itself, and its files with each hospital’s numbers, are not covered.</p>"""

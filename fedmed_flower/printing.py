@@ -12,7 +12,7 @@ from rich.text import Text
 from fedmed_flower.errors import shown
 from fedmed_flower.metrics import lower_is_better, main_metric
 from fedmed_flower.privacy.accounting import epsilon_of
-from fedmed_flower.privacy.ledger import Ledger
+from fedmed_flower.privacy.ledger import Ledger, Plain
 
 
 class LineConsole(Console):
@@ -111,6 +111,22 @@ def print_ledger(console: Console, path: Path, ledger: Ledger, delta: float | No
         left = max(0.0, budget.epsilon - spent)
         text += f" of {budget.epsilon:g}; left: about {_show(left)}"
     console.print(text if budget else f"{text}; no budget was set")
+    if plain := ledger.plain():
+        _print_plain(console, plain, ledger.most_plain())
+
+
+def _print_plain(console: Console, plain: list[Plain], most: int) -> None:
+    """Print what was measured without noise, which no epsilon bounds."""
+    table = Table(title="measured without noise", title_justify="left")
+    for name in ("since (UTC)", "run", "app", "on", "patients", "times"):
+        numbers = name in ("patients", "times")
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for entry in plain:
+        began = entry.began[:16].replace("T", " ")
+        counts = f"{entry.patients}", f"{entry.times}"
+        table.add_row(began, entry.run, entry.app, entry.purpose, *counts)
+    console.print(table)
+    console.print(f"the patient who was measured without noise most often: {most} times")
 
 
 def _show(value: float | None) -> str:

@@ -11,7 +11,7 @@ names by it what each hospital has in fact sent.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -47,12 +47,20 @@ any | site.name | the name that the hospital gave itself | plain | plain
 any | site.simulated | whether it lives in a simulation | plain | plain
 any | site.data | name of the data source | plain | plain
 any | site.generated | whether the rows are made up | plain | plain
+describe | metrics.num-examples | the first of the next three again | plain | known
+describe | metrics.train | training rows (with privacy: patients) | plain | known
+describe | metrics.val | validation rows (with privacy: patients) | plain | known
+describe | metrics.test | test rows (with privacy: patients) | plain | known
+describe | metrics.turned-away | rows that could not be used | plain | never
+contribution | contribution.moments COLUMN | moments of a column | bounded | never
+contribution | contribution.categories COLUMN | categories of ten patients or more | bounded | never
+contribution | contribution.counts COLUMN | how many patients have each | bounded | never
 train | arrays.* | the model after local training | bounded | noised
-train | metrics.num-examples | training rows; with privacy patients | plain | known
+train | metrics.num-examples | training rows (with privacy: patients) | plain | known
 train | metrics.loss | mean training loss | bounded | never
 train | metrics.seconds | how long training took | plain | never
 train | metrics.patient-epsilon | what the run has cost a patient so far | never | known
-evaluate | metrics.num-examples | rows; with privacy patients, noised | plain | noised
+evaluate | metrics.num-examples | rows (with privacy: patients, noised) | plain | noised
 evaluate | metrics.loss | mean loss | bounded | never
 evaluate | metrics.accuracy | accuracy | bounded | noised
 evaluate | metrics.balanced-accuracy | balanced accuracy | bounded | noised
@@ -63,7 +71,7 @@ evaluate | metrics.average-precision | average precision | bounded | never
 evaluate | metrics.brier | Brier score | bounded | never
 evaluate | metrics.calibration-error | calibration error | bounded | never
 evaluate | metrics.confusion-counts | rows by class and answer | bounded | never
-evaluate | metrics.score-grid | median and spread of the scores, rounded; AUC | bounded | never
+evaluate | metrics.score-grid | median, spread and AUC of the scores | bounded | never
 evaluate | metrics.score-counts | histograms of the score by class, 2,048 bins | bounded | never
 evaluate | metrics.calibration-sums | sums of ten calibration bins | bounded | never
 evaluate | metrics.noised-counts | histograms in 32 fixed bins, confusion counts | never | noised
@@ -87,16 +95,8 @@ evaluate | metrics.surface-dice | mean surface Dice | bounded | never
 evaluate | metrics.surface-dice-CLASS | mean surface Dice of each class | bounded | never
 evaluate | metrics.noised-dice | number of patients and sums of their Dice | never | noised
 evaluate | metrics.FIGURE@column=value | each figure above, of a group (report-by) | bounded | never
-describe | metrics.num-examples | training rows; with privacy patients | plain | known
-describe | metrics.train | training rows; with privacy patients | plain | known
-describe | metrics.val | validation rows; with privacy patients | plain | known
-describe | metrics.test | test rows; with privacy patients | plain | known
-describe | metrics.turned-away | rows that could not be used | plain | never
 pictures | pictures.titles | what each picture shows | bounded | plain
 pictures | pictures.images | up to six pictures of test cases | bounded | plain
-contribution | contribution.moments COLUMN | moments of a column | bounded | never
-contribution | contribution.categories COLUMN | categories of ten patients or more | bounded | never
-contribution | contribution.counts COLUMN | how many patients have each | bounded | never
 personal | metrics.val-global | main validation figure of the global model | bounded | never
 personal | metrics.val-own | main validation figure of its own model | bounded | never
 personal | metrics.personal-epochs | passes after which its own was kept | plain | never
@@ -125,6 +125,11 @@ REPLIES = tuple(
     Entry(*(cell.strip() for cell in line.split("|"))) for line in _TABLE.strip().splitlines()
 )
 
+# What a simulation adds, where nothing leaves.
+SIMULATED = {
+    "patients.digests": "digests of patients' names",
+    "metrics.labels": "training rows of each class",
+}
 # Records that only a private reply has: what stands beside them leaves as in a private run.
 _PRIVATE = {entry.key for entry in REPLIES if entry.plain == NEVER}
 
@@ -155,17 +160,48 @@ def _generic(reply: str, name: str, key: str) -> str:
     return f"{name}.{figure}"
 
 
-def way(entry: Entry, keys: Collection[str]) -> str:
-    """Return how an entry left, in a reply with these keys."""
-    return entry.plain if _PRIVATE.isdisjoint(keys) else entry.private
-
-
 def noised_evaluation(keys: Collection[str]) -> bool:
-    """Return whether an evaluation with these keys carries noise, or tells a number of rows alone."""
-    figures = {entry.key for entry in REPLIES if entry.reply == "evaluate"} - {
-        "metrics.num-examples"
-    }
-    return not figures & {*keys} or not _PRIVATE.isdisjoint(keys)
+    """Return whether an evaluation with these keys carries noise, or tells no figure."""
+    figures = {entry.key for entry in REPLIES if entry.reply == "evaluate"}
+    figures.discard("metrics.num-examples")
+    return figures.isdisjoint(keys) or not _PRIVATE.isdisjoint(keys)
+
+
+class Line(NamedTuple):
+    """What several sites have sent alike.
+
+    Attributes
+    ----------
+    reply : str
+        As in `Entry`.
+    how : str
+        As `Entry.plain`; ``simulated`` for what only a simulation sends, ``unlisted`` for what is
+        not in `REPLIES`, such as a figure of the app's own.
+    sites, what : tuple of str
+    """
+
+    reply: str
+    how: str
+    sites: tuple[str, ...]
+    what: tuple[str, ...]
+
+
+def _place(reply: str) -> int:
+    order = [*dict.fromkeys(entry.reply for entry in REPLIES)]
+    return order.index(reply) if reply in order else len(order)
+
+
+def _ways(entry: Entry | None, key: str, sites: Mapping[str, set[str]]) -> dict[str, list[str]]:
+    """Return the sites that have sent a key, by how it left them."""
+    found: dict[str, list[str]] = {}
+    for site, keys in sites.items():
+        if entry is None:
+            how = "simulated" if key in SIMULATED else "unlisted"
+        else:
+            how = entry.plain if _PRIVATE.isdisjoint(keys) else entry.private
+        if key in keys:
+            found.setdefault(how, []).append(site)
+    return found
 
 
 @dataclass
@@ -196,6 +232,22 @@ class Sent:
             reply: {site: sorted(keys) for site, keys in sorted(sites.items())}
             for reply, sites in sorted(self.keys.items())
         }
+
+    def lines(self) -> list[Line]:
+        """Return what was sent, together what left alike from the same sites."""
+        common = {entry.key for entry in REPLIES if entry.reply == "any"}
+        found: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+        every = {site: keys for sites in self.keys.values() for site, keys in sites.items()}
+        replies = {"any": every} | self.keys
+        for reply in sorted(replies, key=_place):
+            known = {entry.key: entry for entry in REPLIES if entry.reply == reply}
+            sent = {key for keys in replies[reply].values() for key in keys}
+            sent = sent & common if reply == "any" else sent - common
+            for key in (*(key for key in known if key in sent), *sorted(sent - known.keys())):
+                what = known[key].what if key in known else SIMULATED.get(key, key)
+                for how, sites in _ways(known.get(key), key, replies[reply]).items():
+                    found.setdefault((reply, how, tuple(sites)), []).append(what)
+        return [Line(*alike, tuple(what)) for alike, what in found.items()]
 
     @classmethod
     def of(cls, table: Any) -> Self:

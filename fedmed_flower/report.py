@@ -18,7 +18,7 @@ from fedmed_flower.metrics import EPSILON
 from fedmed_flower.metrics import lower_is_better as lower
 from fedmed_flower.page import escaped, many, name, show, spec
 from fedmed_flower.plots import Pens
-from fedmed_flower.replies import REPLIES, Sent, noised_evaluation, way
+from fedmed_flower.replies import Sent, noised_evaluation
 from fedmed_flower.runfolder import ALL_SITES, SUMMARY, write_atomic
 from fedmed_flower.runfolder import METRICS as METRICS_TABLE
 from fedmed_flower.summary import (
@@ -324,47 +324,16 @@ def _left(summary: dict[str, Any]) -> str:
     """Return what the hospitals have sent, in a row all that left alike."""
     stays = page.PICTURES if _pictures(summary) else page.NO_RECORD
     words, sent = page.LEFT.format(stays=stays), Sent.of(summary.get("sent"))
-    everybody = sorted({site for sites in sent.keys.values() for site in sites}, key=page.natural)
-    if not everybody:
+    if not (count := len({site for sites in sent.keys.values() for site in sites})):
         return words + page.NOT_RECORDED
-    rows: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
-    for reply, sites in _by_reply(sent).items():
-        known = {entry.key: entry for entry in REPLIES if entry.reply == reply}
-        keys = {key for own in sites.values() for key in own}
-        for key in sorted(
-            keys, key=lambda key: [*known].index(key) if key in known else len(known)
-        ):
-            entry, ways = known.get(key), dict[str, list[str]]()
-            for site, own in sites.items():
-                if key in own:
-                    ways.setdefault("" if entry is None else way(entry, own), []).append(site)
-            for how, names in ways.items():
-                what = key if entry is None else entry.what
-                rows.setdefault((reply, how, tuple(names)), []).append(what)
-    cells = [
-        (
-            page.REPLIED.get(reply, escaped(reply)),
-            escaped("; ".join(what)),
-            page.WAYS.get(how, how),
-            f"all {len(names)}" if len(names) == len(everybody) > 1 else escaped(some_of(names)),
-        )
-        for (reply, how, names), what in rows.items()
-    ]
+    cells = []
+    for reply, how, sites, what in sent.lines():
+        when = page.REPLIED.get(reply, escaped(reply))
+        names = sorted(sites, key=page.natural)
+        who = f"all {count}" if len(names) == count > 1 else some_of(names)
+        cells.append((when, escaped(", ".join(what)), page.WAYS[how], escaped(who)))
     head = ("When", "What", "How", "Hospitals")
     return words + page.table("As the hospitals sent it", head, cells, kind="words")
-
-
-def _by_reply(sent: Sent) -> dict[str, dict[str, set[str]]]:
-    """Return the keys of each site by reply, those that are in every reply apart."""
-    common = {entry.key for entry in REPLIES if entry.reply == "any"}
-    found: dict[str, dict[str, set[str]]] = {"any": {}}
-    for sites in sent.keys.values():
-        for site, keys in sites.items():
-            found["any"].setdefault(site, set()).update(keys & common)
-    order = [reply for reply in page.REPLIED if reply in sent.keys]
-    for reply in dict.fromkeys([*order, *sorted(sent.keys)]):
-        found[reply] = {site: keys - common for site, keys in sent.keys[reply].items()}
-    return found
 
 
 def _noised(summary: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedmed_flower.errors import InputError
 
-_KINDS = ("linear", "mlp", "residual")
+KINDS = ("linear", "mlp", "residual")
 
 
 def tabular_network(
@@ -44,8 +44,8 @@ def tabular_network(
     InputError
         Where the kind is unknown or a number out of range.
     """
-    if kind not in _KINDS:
-        raise InputError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
+    if kind not in KINDS:
+        raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     numbers = {"inputs": inputs, "outputs": outputs, "width": width, "depth": depth}
     for name, value in numbers.items():
         if value < 1:

@@ -112,3 +112,31 @@ def test_a_folder_of_pictures_has_no_axes(tmp_path, monkeypatch):
         str.split, lines
     )
     assert lines[-3:] == ["2 images of 2 patients", "spacings: 1x1 (2)", "no problems"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("budget_epsilon=1.0", "has an unknown key 'budget_epsilon': did you mean budget-epsilon?"),
+        ("budget-epsilon=1.0", "budget-epsilon in the node config needs budget-delta beside it"),
+        ("min-cell-count=0", "min-cell-count must be at least 1, got 0"),
+        ("personal=yes", "the node config cannot be read: a text needs quotes"),
+        ("personal", "the node config must be KEY=VALUE KEY=VALUE ..., got 'personal' in it"),
+        ('ledger="/nowhere/ledger.sqlite"', "there is no ledger /nowhere/ledger.sqlite"),
+        ('output-dir="/nowhere/out"', "output-dir of site north is not a folder: /nowhere/out"),
+    ],
+)
+def test_a_node_config_that_a_hospital_would_refuse(folder, text, told):
+    code, lines = check(folder, "--node-config", f'site-name="north" data-dir="{folder}" {text}')
+    assert code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("not started: ")
+    assert told in lines[0]
+
+
+def test_a_node_config_that_is_understood(folder):
+    text = f'site-name="north" data-dir="{folder}" budget-epsilon=3 budget-delta=1e-5'
+    code, lines = check(folder, "--node-config", text)
+    assert code == 0
+    assert lines[0] == "the node config is understood"
+    assert not (folder / "privacy-ledger.sqlite").exists()

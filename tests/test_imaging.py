@@ -186,8 +186,9 @@ def test_volumes_from_nifti_train_to_the_same_bits_as_arrays(tmp_path):
     paths = [tmp_path / f"{number}.nii.gz" for number in range(4)]
     for volume, path in zip(volumes, paths, strict=True):
         nibabel.save(nibabel.Nifti1Image(volume, np.diag([2.0, 1.0, 3.0, 1.0])), path)
+    members = {"spatial_dims": 3, "image_shape": (1, 2, 2, 1)}
     outcomes = [
-        trained(type("Client", (with_images(images),), {"spatial_dims": 3}), context_of())
+        trained(type("Client", (with_images(images),), members), context_of())
         for images in (volumes, paths)
     ]
     assert outcomes[0] == outcomes[1]
@@ -543,7 +544,7 @@ def volumes(count, name="v"):
 
 
 class VolumeClient(ClassificationClient):
-    num_classes, spatial_dims = 2, 3
+    num_classes, spatial_dims, image_shape = 2, 3, (1, 4, 5, 6)
 
     def build_model(self):
         return nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2))

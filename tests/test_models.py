@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import model_zoo
 
 from fedmed_flower.clients.models import ModelSettings, build_network
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
 from fedmed_flower.travelling import Travelling
 
 UNET = {
@@ -209,7 +209,7 @@ def test_arguments_are_one_table_of_plain_data(text):
         "network-args must be a TOML inline table or a JSON object of numbers, texts, lists and "
         f"tables, such as {{spatial_dims = 2, channels = [16, 32]}}, got {text!r}"
     )
-    with pytest.raises(InputError, match=says(wanted)):
+    with pytest.raises(InputError, match=says(shown(wanted))):
         build(network="UNet", network_args=text)
 
 

@@ -5,12 +5,13 @@ import pytest
 from flwr.app import ArrayRecord
 from safetensors.torch import load_file
 from tables import SCHEMA, TinySurvival, TinyTable, holding, patients, run_tables
-from tiny import ask, bits, context_of, says
+from tiny import ask, bits, context_of, node_of, says
 from torch import nn
 
 from fedmed_flower import InputError, SiteData
 from fedmed_flower.data.preparing import Preparation
 from fedmed_flower.data.site import read_error
+from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.runfolder import RunFolder
 
 TOLD = ("val-global", "val-own", "personal-epochs")
@@ -166,22 +167,19 @@ def test_groups_and_sums_are_not_told_twice():
     assert not [name for name in found if "@" in name]
 
 
-NORTH = {"site-name": "north"}
-
-
 def test_a_hospital_can_decline(tmp_path):
-    client = Agreeing
+    client, north = Agreeing, node_of(tmp_path)
     text = "declined: personal=false in the hospital's node config"
-    assert error_of(client, node_config=NORTH | {"personal": False}) == text
+    assert error_of(client, node_config=north | {"personal": False}) == text
     text = "declined: a personal model is trained without noise"
     private = {"privacy": "patient", "preparation": "declared"}
     wards = SCHEMA.categories | {"ward": ("a", "b", "c")}
     declared = holding({}, schema=type(SCHEMA)(**vars(SCHEMA) | {"categories": wards}))
-    assert error_of(declared, node_config=NORTH, **private) == text
-    budget = NORTH | {"budget-epsilon": 1.0, "budget-delta": 1e-5}
+    assert error_of(declared, node_config=north, **private) == text
+    budget = north | {"budget-epsilon": 1.0, "budget-delta": 1e-5}
     assert error_of(client, node_config=budget) == text
-    assert error_of(client, node_config=NORTH | {"private-metrics": True}) == text
-    assert error_of(client, node_config=NORTH | {"personal": "no"}) == "InputError"
+    assert error_of(client, node_config=north | {"private-metrics": True}) == text
+    assert error_of(client, node_config=north | {"personal": "no"}) == "InputError"
     text = "personal must be of type bool, got 'no'"
     node = {"partition-id": 0, "num-partitions": 3, "personal": "no"}
     assert error_of(client, node_config=node) == text
@@ -197,24 +195,63 @@ def test_a_hospital_without_rows_to_learn_from_or_to_judge_by():
     )
 
 
-def test_a_real_hospital_keeps_its_model_in_its_own_folder_or_nowhere(tmp_path):
-    told = metrics_of(Agreeing, node_config=NORTH)
-    kept = metrics_of(Agreeing, 0, 77, NORTH | {"output-dir": str(tmp_path)})
+def test_a_real_hospital_keeps_its_model_in_its_own_folder_or_nowhere(tmp_path, caplog):
+    for name in ("data", "own"):
+        (tmp_path / name).mkdir()
+    north = node_of(tmp_path / "data")
+    told = metrics_of(Agreeing, node_config=north)
+    kept = metrics_of(Agreeing, 0, 77, north | {"output-dir": str(tmp_path / "own")})
     assert kept == told
     assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["north.safetensors"]
-    assert (tmp_path / "77" / "personal" / "north.safetensors").exists()
-    assert error_of(Agreeing, node_config=NORTH | {"output-dir": "/nowhere"}) == "InputError"
+    assert (tmp_path / "own" / "77" / "personal" / "north.safetensors").exists()
+    assert error_of(Agreeing, node_config=north | {"output-dir": "/nowhere"}) == "InputError"
+    assert caplog.messages[-1] == "north: output-dir of site north is not a folder: /nowhere"
+
+
+@pytest.mark.parametrize(("fewest", "tellable"), [(20, True), (21, False), (41, False)])
+def test_a_model_whose_figures_are_of_too_few_stays_and_is_not_told_of(tmp_path, fewest, tellable):
+    for name in ("data", "own"):
+        (tmp_path / name).mkdir()
+    # 20 validation patients and 40 test patients.
+    node = node_of(tmp_path / "data", min_evaluated_patients=fewest)
+    reply = personal_of(
+        Agreeing, run_id=77, node_config=node | {"output-dir": str(tmp_path / "own")}
+    )
+    assert (tmp_path / "own" / "77" / "personal" / "north.safetensors").exists()
+    ledger = Ledger(tmp_path / "data" / "privacy-ledger.sqlite", read_only=True)
+    told = {entry.purpose: entry.patients for entry in ledger.plain()}
+    if tellable:
+        assert reply.content["metrics"]["num-examples"] == 40
+        assert told == {"personal val": 20, "personal test": 40}
+    else:
+        text = "declined: figures of its own model would be of too few patients"
+        assert read_error(reply.error.reason) == ("north", text)
+        assert "personal val" not in told
+
+
+def test_figures_of_a_model_of_its_own_are_coarse_where_the_hospital_says_so(tmp_path):
+    exact = metrics_of(Agreeing)
+    north = node_of(tmp_path, "hospital-1", coarse_figures=True)
+    coarse = metrics_of(Agreeing, node_config=north, torch_threads=1)
+    assert {*TOLD, "loss"} <= coarse.keys() <= exact.keys()
+    assert exact["loss"] != coarse["loss"] == float(f"{exact['loss']:.3g}")
+    for name in ("val-global", "val-own"):
+        assert coarse[name] == float(f"{coarse[name]:.3g}")
+    # One bin for ten patients, and no confusion matrix with a cell of fewer.
+    assert [count for count in coarse["score-counts"] if count > 0] == [19, 11, 10]
+    assert "confusion-counts" in exact.keys() - coarse.keys()
 
 
 def test_the_run_names_who_has_no_model_of_its_own(tmp_path):
-    nodes = [{}, {"personal": False}, {"site-name": "north"}]
+    nodes = [{}, {"personal": False}, node_of(tmp_path)]
     client = holding({2: lambda data: SiteData(train=data.train, test=data.test)})
-    _, summary = run_tables(tmp_path, client, node_configs=nodes, **RUN)
+    _, summary = run_tables(tmp_path / "run", client, node_configs=nodes, **RUN)
     assert set(summary["test"]["personal"]) == {"hospital-1"}
-    log = (tmp_path / "log.txt").read_text()
+    log = (tmp_path / "run" / "log.txt").read_text()
     text = "has no model of its own: "
     assert f"hospital-2 {text}declined: personal=false in the hospital's node config" in log
     assert f"north {text}InputError" in log
+    assert "north: there are no validation rows to tell by whether fine-tuning helps" in log
     assert summary["status"] == "finished"
 
 
@@ -233,7 +270,7 @@ def test_a_finished_run_can_be_gone_on_with_for_personal_models(tmp_path):
 
 def test_personal_epochs_are_checked():
     client = Agreeing
-    text = "personal-epochs must be at least 0, got -1"
+    text = "personal-epochs must be from 0 to 10,000, got -1"
     with pytest.raises(InputError, match=says(text)):
         client(context_of(personal_epochs=-1))
     context = context_of(personal_epochs=0)

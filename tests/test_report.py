@@ -404,9 +404,12 @@ def test_what_each_patient_has_cost_is_told_with_its_unit(tmp_path):
     text = " ".join(re.sub("<[^>]*>", " ", page).split())
     assert "hospital-1 2.500 2 0" in text
     assert "hospital-2 – 0 2" in text
-    page = report(tmp_path, private_summary(**{"private-metrics": True}))
-    assert "Evaluation counts carry noise too" in page
-    assert "confusion counts" not in " ".join(page.split())
+    summary = private_summary() | {"sent": {"evaluate": {"hospital-1": ["metrics.noised-counts"]}}}
+    assert "Evaluation counts carry noise too" in report(tmp_path, summary)
+    summary["sent"]["evaluate"]["hospital-2"] = ["metrics.num-examples"]
+    assert "Evaluation counts carry noise too" in report(tmp_path, summary)
+    summary["sent"]["evaluate"]["hospital-3"] = ["metrics.auc", "metrics.num-examples"]
+    assert "Evaluation counts carry noise too" not in report(tmp_path, summary)
 
 
 def test_the_two_guarantees_are_told_apart(tmp_path):
@@ -567,25 +570,6 @@ def test_accuracy_stands_in_for_a_missing_auc(tmp_path):
     assert "Worst hospital: hospital-1, accuracy 0.700." in page.text
     assert page.table("Records per split")["Hospital"][3] == "Accuracy"
     assert "one class only" not in page.text
-
-
-@pytest.mark.parametrize("phase", ["val", "test"])
-def test_what_left_each_hospital_is_told_for_segmentation(tmp_path, phase):
-    summary, curves = segmentation_summary(), None
-    if phase == "val":
-        del summary["test"]
-        curves = "round,phase,site,metric,value\n1,val,hospital-1,dice,0.5\n"
-    words = " ".join(report(tmp_path, summary, curves).split())
-    assert "the means over its patients of Dice, HD95 and surface Dice, overall and per" in words
-    assert "the Dice of its worst patient. Before, it told" in words
-    assert "histograms" not in words
-    summary["privacy"] = private_summary(**{"private-metrics": True})["privacy"]
-    words = " ".join(report(tmp_path, summary, curves).split())
-    assert "and its number of patients with the sum of their Dice per class. Before" in words
-    assert "worst patient. Before" not in words
-    assert "scores per class" not in words
-    words = " ".join(report(tmp_path, full_summary()).split())
-    assert "histograms of the model’s scores per class" in words
 
 
 def png(shade=0, size=(4, 4)):
@@ -872,7 +856,6 @@ def test_fine_tuned_models_beside_the_others(tmp_path):
         "none is worse there. On the test records what it kept is better at 1, equal at 1 and "
         "worse at 1 of 3 hospitals (mean change of AUC +0.010)."
     ) in words
-    assert "Of the model that it fine-tuned for itself it told what it measured" in words
     before = Page(report(tmp_path, full_summary()))
     assert "ine-tuned" not in before.text
     assert len(before.table("AUC on each")["Hospital"]) == 4
@@ -1016,56 +999,68 @@ def test_many_hospitals_without_pictures_are_counted(tmp_path):
     assert "keeps its pictures" not in text
 
 
-def leaves(folder, summary):
-    text = " ".join(Page(report(folder, summary)).text.split())
-    return text.partition("What left each hospital")[2].partition("How it was made")[0]
+SITE = ["site.name", "site.data"]
+SENT = {
+    "describe": {name: [*SITE, "metrics.train"] for name in ("north", "south")},
+    "train": {
+        "north": [*SITE, "arrays.*", "metrics.loss", "metrics.num-examples"],
+        "south": [*SITE, "arrays.*", "metrics.patient-epsilon", "metrics.num-examples"],
+    },
+    "evaluate": {
+        "north": [*SITE, "metrics.auc", "metrics.FIGURE@column=value", "metrics.own <b>"],
+        "south": [*SITE, "metrics.auc", "metrics.noised-counts"],
+    },
+    "personal": {"south": ["metrics.FIGURE", "metrics.personal-epochs"]},
+    "own-query": {"south": ["record.key"]},
+}
 
 
-def test_what_left_each_hospital_is_told_for_tables(tmp_path):
-    words = leaves(tmp_path, table_summary())
-    assert "how many came true (calibration sums)" in words
-    assert (
-        "on test records all of these also by group (sex,age-band), of groups of at least ten"
-        in words
-    )
-    assert "mean and spread of each numeric column" in words
-    summary = table_summary() | {"config": {"preparation": "declared", "report-by": ""}}
-    words = leaves(tmp_path, summary)
-    assert "calibration sums" in words
-    assert "by group" not in words
-    assert "spread of each numeric column" not in words
-    words = leaves(tmp_path, full_summary())
-    assert "calibration sums" not in words
-    assert "fine-tuned" not in words
-    summary = table_summary()
-    summary["privacy"] = private_summary(**{"private-metrics": True})["privacy"]
-    words = leaves(tmp_path, summary)
-    assert "calibration sums" not in words
-    assert "by group" not in words
+def test_what_left_each_hospital_is_what_it_sent(tmp_path):
+    page = Page(report(tmp_path, full_summary() | {"sent": SENT}))
+    assert page.tables["As the hospitals sent it"] == [
+        ["When", "What", "How", "Hospitals"],
+        [
+            "With each reply",
+            "the name that the hospital gave itself, name of the data source",
+            *("exactly", "all 2"),
+        ],
+        [
+            *("Before the first round", "training rows (with privacy: patients)"),
+            *("exactly", "all 2"),
+        ],
+        [
+            *("After training", "the model after local training, mean training loss"),
+            *("exactly, of several patients together", "north"),
+        ],
+        ["After training", "the model after local training", "with noise", "south"],
+        ["After training", "training rows (with privacy: patients)", "exactly", "north"],
+        [
+            "After training",
+            "training rows (with privacy: patients), what the run has cost a patient so far",
+            *("exactly; counts as known", "south"),
+        ],
+        [
+            *("After evaluation", "AUC, each figure above, of a group (report-by)"),
+            *("exactly, of several patients together", "north"),
+        ],
+        [
+            *("After evaluation", "AUC, histograms in 32 fixed bins, confusion counts"),
+            *("with noise", "south"),
+        ],
+        ["After evaluation", "metrics.own <b>", "as the app has it", "north"],
+        [
+            *("Of its own model", "figures of evaluate, of its own model"),
+            *("exactly, of several patients together", "south"),
+        ],
+        ["Of its own model", "passes after which its own was kept", "exactly", "south"],
+        ["own-query", "record.key", "as the app has it", "south"],
+    ]
 
 
-@pytest.mark.parametrize(
-    ("main", "plain", "private"),
-    [
-        (
-            "c-index",
-            "how many pairs of its patients can be compared",
-            "counts of the model’s score",
-        ),
-        ("r2", "the sums of the model’s errors", "the sum of their absolute errors, clipped"),
-        ("mae", "the sums of the model’s errors", "the sum of their absolute errors, clipped"),
-    ],
-)
-def test_what_left_each_hospital_is_told_for_times_and_numbers(tmp_path, main, plain, private):
-    summary = full_summary()
-    summary["test"] = {"federated": {main: 0.5, "num-examples": 9}}
-    words = leaves(tmp_path, summary)
-    assert plain in words
-    assert "confusion counts" not in words
-    summary["privacy"] = private_summary(**{"private-metrics": True})["privacy"]
-    words = leaves(tmp_path, summary)
-    assert private in words
-    assert plain not in words
+def test_a_summary_that_tells_nothing_of_what_was_sent_says_so(tmp_path):
+    for sent in (None, {}, [], {"train": 3}, {"train": {"north": "all"}}):
+        page = report(tmp_path, full_summary() | {"sent": sent})
+        assert "What was sent was not recorded." in page
 
 
 @pytest.mark.parametrize(

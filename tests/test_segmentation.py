@@ -639,6 +639,10 @@ def test_an_empty_split_has_no_figures():
 # --- Privacy --------------------------------------------------------------------------------------
 
 
+# How large the images of `rows_of` are.
+SIZED = {"image_shape": (1, 16, 16)}
+
+
 def private(tmp_path, **config):
     return context_of(
         **{"privacy": "patient", "target_epsilon": 50.0, "run_dir": str(tmp_path), **config}
@@ -680,7 +684,7 @@ def test_an_augment_that_mixes_patients_is_refused_before_anything_is_charged(tm
         return images, labels.flip(0)
 
     for augment in (mixup, swap):
-        client = client_of(data_of(4), augment=augment)
+        client = client_of(data_of(4), augment=augment, **SIZED)
         reason = reason_of(client, context=private(tmp_path))
         assert reason == (
             "augment mixes patients: the outcome for one record depends on another, as in mixup. "
@@ -691,10 +695,10 @@ def test_an_augment_that_mixes_patients_is_refused_before_anything_is_charged(tm
 
 
 def test_a_loss_over_the_batch_is_refused(tmp_path):
-    client = client_of(data_of(4), loss=lambda self: DiceCELoss(softmax=True, batch=True))
+    client = client_of(data_of(4), loss=lambda self: DiceCELoss(softmax=True, batch=True), **SIZED)
     assert reason_of(client, context=private(tmp_path)).startswith("the loss couples patients")
     assert ledgers(tmp_path) == []
-    plain = client_of(data_of(4))
+    plain = client_of(data_of(4), **SIZED)
     assert trained(plain, private(tmp_path), start(plain)) != bits(start(plain))
 
 
@@ -710,7 +714,7 @@ def test_several_patches_a_patient_are_refused_under_privacy_and_train_without(t
             sizes.append(len(images))
             return images, labels
 
-    client = client_of(data_of(4), Client)
+    client = client_of(data_of(4), Client, **SIZED)
     more = {"cache_gigabytes": gigabytes}
     assert reason_of(client, context=private(tmp_path, **more)) == (
         "the transforms make 16 samples of 4 records: private training needs one of each "
@@ -730,7 +734,7 @@ def test_private_figures_are_those_of_patients_and_carry_little_else(tmp_path):
     data = SiteData(rows_of(2, name="q"), test=rows)
     # So large a budget needs next to no noise.
     context = private(tmp_path, target_epsilon=1e7, private_metrics=True)
-    found = measured(client_of(data), context)
+    found = measured(client_of(data, **SIZED), context)
     nearest = [np.clip(np.rint(row["image"] / 100), 0, 2) for row in rows]
     each = [
         mask_scores(row["label"], mask, Levels.classes, (1.0, 1.0))
@@ -905,7 +909,7 @@ def test_a_volume_is_drawn_as_it_lies_in_the_patient(tmp_path, place):
     other = {
         "image": save(tmp_path / "ras" / "image.nii.gz", upright, affine),
         "label": save(tmp_path / "ras" / "label.nii.gz", straight, affine),
-        "patient": "b",
+        "patient": row["patient"],
     }
     found = [
         pictures_of(client_of(SiteData([row], test=[one]), Volumes), 1)[0] for one in (row, other)

@@ -222,7 +222,8 @@ def test_settings_are_checked_before_anything_is_asked(tmp_path):
         ({"survival_loss": "weibull"}, "survival-loss must be one of cox, discrete, got 'weibull'"),
         ({"survival_horizon": -1.0}, "survival-horizon must be at least 0 and finite, got -1.0"),
         ({"survival_horizon": math.inf}, "survival-horizon must be at least 0 and finite, got inf"),
-        ({"survival_intervals": 0}, "survival-intervals must be at least 1, got 0"),
+        ({"survival_intervals": 0}, "survival-intervals must be from 1 to 10,000, got 0"),
+        ({"survival_intervals": 10_001}, "survival-intervals must be from 1 to 10,000, got 10001"),
         (
             {"survival_loss": "discrete"},
             "survival-horizon must be above 0 and finite, got 0.0",
@@ -261,6 +262,7 @@ def test_cox_is_refused_with_privacy_before_anything_is_asked(tmp_path):
 
 def test_discrete_times_are_trained_privately(tmp_path):
     config = PRIVATE | DISCRETE | {"learning_rate": 0.5, "sampling_rate": 0.5, "local_steps": 10}
+    config["private_metrics"] = False
     _, summary = run_tables(tmp_path, TinySurvival, 2, **config)
     assert summary["failures"] == []
     assert summary["test"]["federated"]["c-index"] > 0.6
@@ -318,7 +320,7 @@ def test_in_a_private_run_no_figure_follows_from_training_patients(tmp_path):
     test, figures = lives(60, 4, "test"), []
     for train in (lives(40, 5), [row | {"days": 30.0, "died": 0} for row in lives(40, 5)]):
         client = holding({0: SiteData(train=train, test=test)}, TinySurvival)
-        for more in (PRIVATE, DECLARED):
+        for more in (PRIVATE | {"private_metrics": False}, DECLARED):
             context = context_of(run_dir=str(tmp_path), **DISCRETE, **more)
             reply = ask(client, "evaluate", context, arrays_of(client, context), split="test")
             figures.append(dict(reply.content["metrics"]))
@@ -326,6 +328,17 @@ def test_in_a_private_run_no_figure_follows_from_training_patients(tmp_path):
     assert private == other_private
     assert private["integrated-brier"] > 0
     assert plain["integrated-brier"] != other_plain.get("integrated-brier")
+
+
+def test_a_private_run_tells_of_survival_what_noise_allows(tmp_path):
+    _, summary = run_tables(tmp_path, TinySurvival, 2, num_server_rounds=1, **PRIVATE, **DISCRETE)
+    assert summary["failures"] == []
+    assert "auc" in summary["test"]["federated"]
+    assert not {"loss", "c-index", "integrated-brier"} & summary["test"]["federated"].keys()
+    entries = Ledger(tmp_path / "ledgers" / "hospital-1.sqlite", read_only=True).entries()
+    assert [(e.purpose, e.patients) for e in entries] == [
+        ("train", 60), ("val counts", 20), ("test counts", 40),
+    ]  # fmt: skip
 
 
 def test_columns_are_those_of_the_schema():

@@ -21,12 +21,11 @@ from tables import (
     predicting,
     run_tables,
 )
-from tiny import ask, bits, context_of, says
+from tiny import ask, bits, context_of, node_of, says
 
 from fedmed_flower import InputError, SiteData, metrics, outcomes
-from fedmed_flower.clients import tabular
 from fedmed_flower.clients.queries import QUERIES
-from fedmed_flower.clients.targets import InUnit, Unit
+from fedmed_flower.clients.targets import InUnit, Unit, with_target
 from fedmed_flower.data.preparing import Preparation
 from fedmed_flower.data.schema import table_of
 from fedmed_flower.data.site import Site, read_error
@@ -39,13 +38,19 @@ from fedmed_flower.runfolder import RunFolder
 from fedmed_flower.statistics.request import Request
 
 NAMES = ("north", "south", "west")
-REAL = [{"site-name": name} for name in NAMES]
 DECLARED = {"preparation": "declared"}
 PRIVATE = {"privacy": "patient", "target_epsilon": 50.0}
 
 
-def named(index):
-    return REAL[index] | {"partition-id": index, "num-partitions": 3}
+def real(folder):
+    """Return the node configs of three real hospitals, each with a folder of its own."""
+    for name in NAMES:
+        (folder / name).mkdir(exist_ok=True)
+    return [node_of(folder / name, name) for name in NAMES]
+
+
+def named(folder, index):
+    return real(folder)[index] | {"partition-id": index, "num-partitions": 3}
 
 
 def site(index, num_sites=3):
@@ -180,14 +185,15 @@ UNUSABLE = "west tells of its columns what cannot be used: "
 )
 def test_a_real_hospital_that_tells_rubbish_is_left_out_by_name_and_trains(answer, text, tmp_path):
     client, asked = watched(TinyTable, answer)
-    _, summary = run_tables(tmp_path, client, node_configs=REAL, num_server_rounds=1)
-    own = [TinyTable(context_of(index, node_config=named(index))) for index in (0, 1)]
+    run = tmp_path / "run"
+    _, summary = run_tables(run, client, node_configs=real(tmp_path), num_server_rounds=1)
+    own = [TinyTable(context_of(index, node_config=named(tmp_path, index))) for index in (0, 1)]
     others = {name: site.contribute() for name, site in zip(NAMES, own, strict=False)}
-    assert agreed_in(tmp_path) == Preparation.agreed(SCHEMA, others)
+    assert agreed_in(run) == Preparation.agreed(SCHEMA, others)
     assert ("train", 2) in asked
     assert summary["failures"] == []
     assert set(summary["test"]["sites"]) == {*NAMES}
-    assert text in (tmp_path / "log.txt").read_text()
+    assert text in (run / "log.txt").read_text()
 
 
 def test_a_hospital_that_fails_in_the_first_round_tells_the_class_alone(tmp_path):
@@ -199,12 +205,12 @@ def test_a_hospital_that_fails_in_the_first_round_tells_the_class_alone(tmp_path
                 raise DeclinedError("not today")
             return super().contribute()
 
-    run_tables(tmp_path, Failing, node_configs=REAL, num_server_rounds=1)
-    log = (tmp_path / "log.txt").read_text()
+    run_tables(tmp_path / "run", Failing, node_configs=real(tmp_path), num_server_rounds=1)
+    log = (tmp_path / "run" / "log.txt").read_text()
     assert NOTHING + "InputError" in log
     assert "south tells nothing to prepare the model with: declined: not today" in log
     for name in ("report.html", "summary.json"):
-        assert "Smith" not in (tmp_path / name).read_text()
+        assert "Smith" not in (tmp_path / "run" / name).read_text()
 
 
 ALONE = (
@@ -563,12 +569,8 @@ def test_no_small_group_leaves_a_hospital_whatever_the_server_asks_for(tmp_path)
     few = [row | {"ward": "c"} for row in patients(7, 6, "c")]
     data = SiteData(train=patients(40, 1, "train"), test=some + few)
     client = holding(dict.fromkeys(range(4), data), Wards)
-    nodes = [
-        {"site-name": "north"},
-        {"site-name": "south", "min-cell-count": 5},
-        {"site-name": "west", "min-cell-count": 120},
-        {},
-    ]
+    north, south, west = real(tmp_path)
+    nodes = [north, south | {"min-cell-count": 5}, west | {"min-cell-count": 120}, {}]
     config = {"report_by": "ward", "num_server_rounds": 1, "node_configs": nodes}
     _, summary = run_tables(tmp_path / "low", client, 4, **config, min_cell_count=1)
     groups = {
@@ -627,6 +629,7 @@ KINDS = ["binary", "multi-class", "count", "continuous", "cost"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_task_is_trained_privately(kind, tmp_path):
     config = PRIVATE | DECLARED | {"learning_rate": 0.5, "sampling_rate": 0.5, "local_steps": 10}
+    config["private_metrics"] = False
     _, summary = run_tables(tmp_path, predicting(kind), 2, **config)
     assert summary["failures"] == []
     main = {"binary": "auc", "multi-class": "auc", "count": "d2"}.get(kind, "r2")
@@ -635,6 +638,20 @@ def test_every_task_is_trained_privately(kind, tmp_path):
     (entry,) = ledger.entries()
     assert sum(entry.releases.values()) == 20
     assert entry.patients == 60
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_private_run_measures_every_task_by_noise(kind, tmp_path):
+    config = PRIVATE | DECLARED | {"num_server_rounds": 1}
+    _, summary = run_tables(tmp_path, predicting(kind), 2, **config)
+    assert summary["failures"] == []
+    main = {"binary": "auc", "multi-class": "auc"}.get(kind, "mae")
+    assert main in summary["test"]["federated"]
+    assert not {"loss", "d2", "r2", "brier"} & summary["test"]["federated"].keys()
+    entries = Ledger(tmp_path / "ledgers" / "hospital-1.sqlite", read_only=True).entries()
+    assert [(e.purpose, e.patients) for e in entries] == [
+        ("train", 60), ("val counts", 20), ("test counts", 40),
+    ]  # fmt: skip
 
 
 def without_noise(count, std, generator):
@@ -695,14 +712,20 @@ def test_no_patient_changes_noised_counts_by_more_than_the_noise_is_for(
     assert 0 < np.linalg.norm(change) <= most * (1 + 1e-6)
 
 
-def test_noised_errors_need_a_declared_range():
-    client = predicting("continuous", ranges={"age": (0, 100)})
-    own = client(context_of())
-    inputs = {"features": torch.zeros(1, 2), "target": torch.zeros(1)}
-    prepared = tabular.TableRows(inputs, [{}])
-    text = "private-metrics needs a range of outcome in the schema's ranges"
+@pytest.mark.parametrize("kind", ["count", "continuous"])
+def test_noised_errors_need_a_declared_range(kind, tmp_path, caplog):
+    class Client(predicting(kind, ranges={"age": (0, 100)})):
+        def load_data(self, site):
+            raise AssertionError("the rows are looked at")
+
+    text = "figures with noise need a range of outcome in the schema's ranges"
     with pytest.raises(InputError, match=says(text)):
-        own.measure_privately(torch.nn.Linear(2, 1), prepared, ["p"], 1.0)
+        Client(context_of()).require_measurable()
+    context = context_of(node_config=node_of(tmp_path, private_metrics=True))
+    agreed = Preparation.of_rows(with_target(Client.schema), rows_of(predicting(kind))).to_text()
+    arrays = arrays_of(Client, context, agreed)
+    assert error_of(Client, context, "evaluate", arrays, agreed=agreed) == "InputError"
+    assert caplog.messages[-1] == f"north: {text}"
 
 
 BUDGET = {"site-name": "north", "budget-epsilon": 9.0, "budget-delta": 1e-5}
@@ -741,20 +764,22 @@ def test_a_hospital_with_a_budget_learns_no_preparation_of_its_own(tmp_path):
         assert text.startswith('declined: preparation="site" learns from patients without noise')
 
 
-def test_a_real_hospital_tells_its_number_of_rows_and_no_labels():
-    real = ask(TinyTable, "query.describe", context_of(node_config={"site-name": "north"}))
-    assert set(real.content["metrics"]) == {"train", "val", "test", "num-examples", "turned-away"}
+def test_a_real_hospital_tells_its_number_of_rows_and_no_labels(tmp_path):
+    node = node_of(tmp_path)
+    told = ask(TinyTable, "query.describe", context_of(node_config=node))
+    assert set(told.content["metrics"]) == {"train", "val", "test", "num-examples", "turned-away"}
     simulated = ask(TinyTable, "query.describe", context_of()).content["metrics"]
     assert sum(simulated["labels"]) == 60
-    private = context_of(node_config={"site-name": "north"}, **PRIVATE, **DECLARED)
+    private = context_of(node_config=node, **PRIVATE, **DECLARED)
     told = ask(Wards, "query.describe", private).content["metrics"]
     assert set(told) == {"train", "val", "test", "num-examples"}
 
 
-def test_a_contribution_tells_of_nothing_that_fewer_than_ten_patients_have():
+def test_a_contribution_tells_of_nothing_that_fewer_than_ten_patients_have(tmp_path):
     rows = patients(9, 1) + [row | {"ward": "z"} for row in patients(9, 2, "z")]
     client = holding({0: SiteData(train=rows)})
-    for node, told in ((REAL[0], {"a"}), (REAL[0] | {"min-cell-count": 2}, None)):
+    north, south, _ = real(tmp_path)
+    for node, told in ((north, {"a"}), (south | {"min-cell-count": 2}, None)):
         reply = ask(client, "query.contribution", context_of(node_config=node, min_cell_count=1))
         record = reply.content["contribution"]
         counts = record.get("counts ward", [])
@@ -800,11 +825,11 @@ def test_a_subclass_adds_a_query():
         ask(TinyTable, "query.towns", context_of())
 
 
-def test_of_an_error_in_a_query_a_real_site_tells_the_class_alone():
+def test_of_an_error_in_a_query_a_real_site_tells_the_class_alone(tmp_path):
     broken = {"break": True}
     assert error_of(Asked, context_of(**broken), "query.towns") == "Mrs Smith lives nowhere"
-    real = context_of(node_config={"site-name": "north"}, **broken)
-    assert error_of(Asked, real, "query.towns") == "InputError"
+    context = context_of(node_config=node_of(tmp_path), **broken)
+    assert error_of(Asked, context, "query.towns") == "InputError"
 
 
 @pytest.mark.parametrize(

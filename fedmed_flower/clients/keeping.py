@@ -7,8 +7,9 @@ import hashlib
 import io
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ConfigRecord, Context
 
@@ -21,7 +22,7 @@ from fedmed_flower.runfolder import write_atomic
 log = logging.getLogger("flwr.fedmed")
 
 
-def own_folder(context: Context, site: Site, message: ConfigRecord) -> Path | None:
+def own_folder(context: Context, site: Site, message: Mapping[str, Any]) -> Path | None:
     """Return where a hospital keeps what does not leave it; None where it keeps nothing.
 
     That is ``output-dir`` of its node config, with a folder for each run and its models for

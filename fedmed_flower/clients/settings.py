@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedmed_flower.config import MOST_ROUNDS, Section
 from fedmed_flower.errors import InputError
+from fedmed_flower.tabular_networks import KINDS
 
 _DEVICES = ("auto", "cpu", "cuda")
 _OPTIMIZERS = ("adam", "sgd")
@@ -180,6 +181,8 @@ class TabularSettings(Section):
     def __post_init__(self) -> None:
         known = ", ".join(_PREPARATIONS)
         self.require("preparation", self.preparation in _PREPARATIONS, f"one of {known}")
+        kinds = f"one of {', '.join(KINDS)}"
+        self.require("tabular_network", self.tabular_network in KINDS, kinds)
         self.require_within(1, 2**16, "network_width")
         self.require_within(1, 1000, "network_depth")
 

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from fedmed_flower.data.bounded import quoted
-from fedmed_flower.data.datalist import read_folder, split_patients
+from fedmed_flower.data.datalist import read_folder
 from fedmed_flower.data.dicom import one_line
 from fedmed_flower.data.images import files_of, orientation_of, read_image, read_label, spacing_of
 from fedmed_flower.data.site import Row
+from fedmed_flower.data.splits import split_patients
 from fedmed_flower.errors import InputError, shown
 
 
@@ -144,7 +145,7 @@ def check_folder(
     findings = [check_row(row, spatial_dims, num_classes) for row in listing.rows]
     problems = list(listing.problems)
     try:
-        split_patients(listing.rows, 0)
+        split_patients(listing.rows, 0, (1.0, 0.0, 0.0))
     except InputError as error:
         problems.append(str(error))
     kinds = Counter((one.shape[0], len(one.shape) - 1) for one in findings if one.shape)

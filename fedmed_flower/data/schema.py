@@ -172,9 +172,9 @@ class Table:
     ----------
     rows : list of dict
         ``patient`` (a text, or a `LineNumber` where the table names no patients), ``split`` where
-        asked for; by their columns: numeric features (float, NaN where missing), categorical features,
-        bands and kept columns (text, None where missing), the target (number of the class, count,
-        number or time) and the event (0 or 1).
+        asked for; by their columns: numeric features (float, NaN where missing), categorical
+        features, bands and kept columns (text, None where missing), the target (number of the
+        class, count, number or time) and the event (0 or 1).
     turned_away : int
         How many rows could not be used and are not here.
     problems : tuple of str

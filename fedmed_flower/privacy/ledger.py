@@ -443,14 +443,16 @@ def transaction(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
         connection.execute("PRAGMA synchronous = EXTRA")
         # For macOS, where a plain sync stops in the disk's own memory.
         connection.execute("PRAGMA fullfsync = ON")
-        # A stranger's file may hold views and triggers that call functions.
-        connection.execute("PRAGMA trusted_schema = OFF")
         connection.execute("BEGIN" if mode == "ro" else "BEGIN IMMEDIATE")
         # SQLite itself does not notice where a part of the last page is lost.
         query = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
         (size,) = connection.execute(query).fetchone()
         if mode != "rwc" and path.stat().st_size < max(size, 1):
             raise sqlite3.DatabaseError("its end is lost")
+        # Of a stranger's file a view could be read without end, and a trigger could write.
+        query = "SELECT count(*) FROM sqlite_master WHERE ifnull(rootpage, 0) = 0"
+        if mode != "rwc" and connection.execute(query).fetchone()[0]:
+            raise sqlite3.DatabaseError("it holds views, triggers or virtual tables")
         yield connection
         connection.execute("COMMIT")
     finally:

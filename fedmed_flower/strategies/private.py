@@ -25,6 +25,7 @@ from flwr.serverapp import strategy as flower
 
 from fedmed_flower.arrays import view
 from fedmed_flower.errors import InputError
+from fedmed_flower.files import MALFORMED, read_file
 from fedmed_flower.metrics import HOSPITAL_EPSILON
 from fedmed_flower.privacy.accounting import Release, epsilon_of, require_release
 from fedmed_flower.privacy.noise import gaussian, secure_generator
@@ -303,7 +304,10 @@ class DPFedAvg(FedAvg):
         super().import_state({key: kept for key, kept in state.items() if key != "privacy"})
         self.clipping_norm = self._first_norm
         if "privacy" in state:
-            self.clipping_norm = float(view(state["privacy"]["clipping-norm"]))
+            norm = float(view(state["privacy"]["clipping-norm"]))
+            if not 0 < norm < math.inf:
+                raise ValueError(f"{norm} is no clipping norm")
+            self.clipping_norm = norm
             self.releases |= _counter(view(state["privacy"]["releases"]).tolist())
 
     @property
@@ -345,10 +349,11 @@ class DPFedAvg(FedAvg):
 
 def _read_ledger(path: Path) -> Counter[Release]:
     try:
-        return _counter(json.loads(path.read_text())["releases"])
+        found = json.loads(read_file(path.parent, path.name).decode())
+        return _counter(found["releases"])
     except FileNotFoundError:
         return Counter()
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+    except (OSError, *MALFORMED) as error:
         raise InputError(
             f"the privacy ledger {path} cannot be read ({error}): restore it from a copy, or what "
             "was released is not known"
