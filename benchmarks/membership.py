@@ -66,15 +66,23 @@ class Hospital(private_pneumonia.Hospital):
 
     def load_data(self, site: Site) -> SiteData:
         places = np.flatnonzero(self.inside)[site.index :: site.num_sites]
-        return SiteData([
-            {"image": self.pool.images[p], "label": int(self.pool.labels[p]), "patient": int(p)} for p in places
-        ])
+        return SiteData(
+            [
+                {"image": self.pool.images[p], "label": int(self.pool.labels[p]), "patient": int(p)}
+                for p in places
+            ]
+        )
 
 
 def trained(data: Candidates, inside, rounds: int, epsilon: float, seed: int, **more) -> nn.Module:
     client = type("Member", (Hospital,), {"pool": data, "inside": inside})
     with tempfile.TemporaryDirectory() as folder:
-        config = private_pneumonia.SETTINGS | {"num-server-rounds": rounds, "seed": seed, "run-dir": f"{folder}/run", "pictures": 0}
+        config = private_pneumonia.SETTINGS | {
+            "num-server-rounds": rounds,
+            "seed": seed,
+            "run-dir": f"{folder}/run",
+            "pictures": 0,
+        }
         if epsilon:
             config |= {"privacy": "patient", "target-epsilon": epsilon, "private-metrics": False}
         else:

@@ -237,16 +237,19 @@ class Sent:
         """Return what was sent, together what left alike from the same sites."""
         common = {entry.key for entry in REPLIES if entry.reply == "any"}
         found: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
-        every = {site: keys for sites in self.keys.values() for site, keys in sites.items()}
+        every: dict[str, set[str]] = {}
+        for sites in self.keys.values():
+            for site, keys in sites.items():
+                every.setdefault(site, set()).update(keys & common)
         replies = {"any": every} | self.keys
         for reply in sorted(replies, key=_place):
             known = {entry.key: entry for entry in REPLIES if entry.reply == reply}
             sent = {key for keys in replies[reply].values() for key in keys}
-            sent = sent & common if reply == "any" else sent - common
+            sent -= set() if reply == "any" else common
             for key in (*(key for key in known if key in sent), *sorted(sent - known.keys())):
                 what = known[key].what if key in known else SIMULATED.get(key, key)
-                for how, sites in _ways(known.get(key), key, replies[reply]).items():
-                    found.setdefault((reply, how, tuple(sites)), []).append(what)
+                for how, names in _ways(known.get(key), key, replies[reply]).items():
+                    found.setdefault((reply, how, tuple(names)), []).append(what)
         return [Line(*alike, tuple(what)) for alike, what in found.items()]
 
     @classmethod

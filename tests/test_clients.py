@@ -28,6 +28,7 @@ from fedmed_flower.data.site import read_error
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.travelling import Travelling
 
+
 class Failing(TinyClient):
     """Fails with a patient's name in the text, where `failing` says."""
 

@@ -24,6 +24,7 @@ from tiny import (
     linear,
     make_rows,
     model_arrays,
+    nodes_of,
     run_tiny,
     says,
 )
@@ -388,7 +389,7 @@ def test_nothing_is_written_where_no_site_answers(tmp_path):
 
 
 def test_a_wrong_setting_of_the_sites_is_told_before_the_run(tmp_path):
-    with pytest.raises(InputError, match=says("batch-size must be at least 1, got 0")):
+    with pytest.raises(InputError, match=says("batch-size must be from 1 to 1,000,000, got 0")):
         run_tiny(tmp_path / "run", batch_size=0)
     assert files_of(tmp_path / "run") is None
 
@@ -649,14 +650,15 @@ def test_twelve_sites_are_not_mixed_up(tmp_path):
 
 
 def test_sites_named_alike_are_kept_apart(tmp_path):
-    run_tiny(tmp_path, node_configs=[{"site-name": "north"}, {"site-name": "north"}])
+    nodes = nodes_of(tmp_path, "north", "north", min_evaluated_patients=1)
+    run_tiny(tmp_path, node_configs=nodes)
     summary = summary_of(tmp_path)
     assert set(summary["sites"]) == {"north", "north (node 1002)"}
     assert set(summary["test"]["sites"]) == set(summary["sites"])
 
 
 def test_a_site_named_all_is_not_taken_for_all_sites(tmp_path):
-    run_tiny(tmp_path, node_configs=[{"site-name": "all"}, {"site-name": "north"}])
+    run_tiny(tmp_path, node_configs=nodes_of(tmp_path, "all", "north", min_evaluated_patients=1))
     summary = summary_of(tmp_path)
     assert summary["test"]["federated"]["num-examples"] == 16
     assert len(summary["test"]["sites"]) == 2
@@ -671,7 +673,7 @@ def test_real_sites_are_not_pooled(tmp_path):
             loaded.append(site.name)
             return super().load_data(site)
 
-    node_configs = [{"site-name": name} for name in ("north", "south")]
+    node_configs = nodes_of(tmp_path, "north", "south", min_evaluated_patients=1)
     run_tiny(tmp_path, Client, node_configs=node_configs, baselines=True)
     test = summary_of(tmp_path)["test"]
     assert set(test["local"]) == {"north", "south"}
@@ -899,7 +901,7 @@ def test_what_a_site_with_other_frozen_weights_would_send_is_not_in_the_model(tm
 
 def test_a_real_site_with_other_frozen_weights_tells_the_class_alone(tmp_path):
     client = type("Client", (Halves,), {"others": (1,)})
-    node_configs = [{"site-name": name} for name in ("north", "south")]
+    node_configs = nodes_of(tmp_path, "north", "south", min_evaluated_patients=1)
     run_tiny(tmp_path, client, node_configs=node_configs, num_server_rounds=1, **HEAD)
     failures = {(f["site"], f["reason"]) for f in summary_of(tmp_path)["failures"]}
     assert failures == {("south", "InputError")}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord
-from tiny import TinyClient, ask, context_of, fixed, make_rows, node_of, run_tiny, says
+from tiny import TinyClient, ask, context_of, fixed, make_rows, node_of, nodes_of, run_tiny, says
 
 from fedmed_flower import SiteData
 from fedmed_flower.clients.keeping import keep_pictures, keep_splits, own_folder
@@ -82,12 +82,8 @@ def test_a_simulation_writes_each_sites_splits_once_into_the_run_folder(tmp_path
 def test_a_real_site_writes_into_its_output_dir_and_the_server_gets_nothing(tmp_path):
     own = tmp_path / "own"
     own.mkdir()
-    for name in ("north", "south"):
-        (tmp_path / name).mkdir()
-    node_configs = [
-        node_of(tmp_path / "north", output_dir=str(own)),
-        node_of(tmp_path / "south", "south"),
-    ]
+    north, south = nodes_of(tmp_path, "north", "south")
+    node_configs = [north | {"output-dir": str(own)}, south]
     run_tiny(tmp_path / "run", node_configs=node_configs, baselines=True)
     (key,) = [path.name for path in own.iterdir()]
     assert len(key) == 16

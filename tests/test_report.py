@@ -1048,11 +1048,11 @@ def test_what_left_each_hospital_is_what_it_sent(tmp_path):
             *("with noise", "south"),
         ],
         ["After evaluation", "metrics.own <b>", "as the app has it", "north"],
+        ["Of its own model", "passes after which its own was kept", "exactly", "south"],
         [
             *("Of its own model", "figures of evaluate, of its own model"),
             *("exactly, of several patients together", "south"),
         ],
-        ["Of its own model", "passes after which its own was kept", "exactly", "south"],
         ["own-query", "record.key", "as the app has it", "south"],
     ]
 

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
-from tiny import TinyClient, fixed, make_rows, model_arrays, node_of, run_tiny, says
+from tiny import TinyClient, fixed, make_rows, model_arrays, nodes_of, run_tiny, says
 
 from fedmed_flower import SiteData
 from fedmed_flower.errors import InputError
@@ -325,16 +325,14 @@ def test_html_in_a_title_is_shown_as_text(tmp_path):
 def test_a_real_site_shares_nothing_unless_it_says_so(tmp_path):
     own = tmp_path / "own"
     own.mkdir()
-    more = [
-        {"output_dir": str(own)},
-        {},
-        {"share_images": True},
-        {"share_images": True, "budget_epsilon": 9.0, "budget_delta": 1e-5},
+    north, south, west, east = nodes_of(tmp_path, "north", "south", "west", "east")
+    budget = {"budget-epsilon": 9.0, "budget-delta": 1e-5}
+    node_configs = [
+        north | {"output-dir": str(own)},
+        south,
+        west | {"share-images": True},
+        east | {"share-images": True} | budget,
     ]
-    node_configs = []
-    for name, given in zip(("north", "south", "west", "east"), more, strict=True):
-        (tmp_path / name).mkdir()
-        node_configs.append(node_of(tmp_path / name, name, **given))
     folder = tmp_path / "run"
     run_tiny(folder, num_sites=4, node_configs=node_configs, pictures=2, num_server_rounds=1)
     pictures = summary_of(folder)["pictures"]

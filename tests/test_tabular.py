@@ -21,7 +21,7 @@ from tables import (
     predicting,
     run_tables,
 )
-from tiny import ask, bits, context_of, node_of, says
+from tiny import ask, bits, context_of, node_of, nodes_of, says
 
 from fedmed_flower import InputError, SiteData, metrics, outcomes
 from fedmed_flower.clients.queries import QUERIES
@@ -42,15 +42,8 @@ DECLARED = {"preparation": "declared"}
 PRIVATE = {"privacy": "patient", "target_epsilon": 50.0}
 
 
-def real(folder):
-    """Return the node configs of three real hospitals, each with a folder of its own."""
-    for name in NAMES:
-        (folder / name).mkdir(exist_ok=True)
-    return [node_of(folder / name, name) for name in NAMES]
-
-
 def named(folder, index):
-    return real(folder)[index] | {"partition-id": index, "num-partitions": 3}
+    return nodes_of(folder, *NAMES)[index] | {"partition-id": index, "num-partitions": 3}
 
 
 def site(index, num_sites=3):
@@ -186,7 +179,9 @@ UNUSABLE = "west tells of its columns what cannot be used: "
 def test_a_real_hospital_that_tells_rubbish_is_left_out_by_name_and_trains(answer, text, tmp_path):
     client, asked = watched(TinyTable, answer)
     run = tmp_path / "run"
-    _, summary = run_tables(run, client, node_configs=real(tmp_path), num_server_rounds=1)
+    _, summary = run_tables(
+        run, client, node_configs=nodes_of(tmp_path, *NAMES), num_server_rounds=1
+    )
     own = [TinyTable(context_of(index, node_config=named(tmp_path, index))) for index in (0, 1)]
     others = {name: site.contribute() for name, site in zip(NAMES, own, strict=False)}
     assert agreed_in(run) == Preparation.agreed(SCHEMA, others)
@@ -205,7 +200,9 @@ def test_a_hospital_that_fails_in_the_first_round_tells_the_class_alone(tmp_path
                 raise DeclinedError("not today")
             return super().contribute()
 
-    run_tables(tmp_path / "run", Failing, node_configs=real(tmp_path), num_server_rounds=1)
+    run_tables(
+        tmp_path / "run", Failing, node_configs=nodes_of(tmp_path, *NAMES), num_server_rounds=1
+    )
     log = (tmp_path / "run" / "log.txt").read_text()
     assert NOTHING + "InputError" in log
     assert "south tells nothing to prepare the model with: declined: not today" in log
@@ -569,7 +566,7 @@ def test_no_small_group_leaves_a_hospital_whatever_the_server_asks_for(tmp_path)
     few = [row | {"ward": "c"} for row in patients(7, 6, "c")]
     data = SiteData(train=patients(40, 1, "train"), test=some + few)
     client = holding(dict.fromkeys(range(4), data), Wards)
-    north, south, west = real(tmp_path)
+    north, south, west = nodes_of(tmp_path, *NAMES)
     nodes = [north, south | {"min-cell-count": 5}, west | {"min-cell-count": 120}, {}]
     config = {"report_by": "ward", "num_server_rounds": 1, "node_configs": nodes}
     _, summary = run_tables(tmp_path / "low", client, 4, **config, min_cell_count=1)
@@ -778,7 +775,7 @@ def test_a_real_hospital_tells_its_number_of_rows_and_no_labels(tmp_path):
 def test_a_contribution_tells_of_nothing_that_fewer_than_ten_patients_have(tmp_path):
     rows = patients(9, 1) + [row | {"ward": "z"} for row in patients(9, 2, "z")]
     client = holding({0: SiteData(train=rows)})
-    north, south, _ = real(tmp_path)
+    north, south, _ = nodes_of(tmp_path, *NAMES)
     for node, told in ((north, {"a"}), (south | {"min-cell-count": 2}, None)):
         reply = ask(client, "query.contribution", context_of(node_config=node, min_cell_count=1))
         record = reply.content["contribution"]

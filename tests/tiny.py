@@ -91,6 +91,14 @@ def node_of(folder, name="north", **more):
     return {"site-name": name, "data-dir": str(folder)} | given
 
 
+def nodes_of(folder, *names, **more):
+    """Return the node configs of real hospitals, each with a folder of its own."""
+    places = [folder / f"node-{number}" for number in range(len(names))]
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+    return [node_of(place, name, **more) for place, name in zip(places, names, strict=True)]
+
+
 def model_arrays(model=None, seed=0):
     """Return the arrays of a model with weights drawn from a seed."""
     with torch.random.fork_rng(devices=[]):
