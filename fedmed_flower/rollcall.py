@@ -70,6 +70,10 @@ class Sites:
         if text := self.namesakes.text(self.names):
             more = ", may be tested on after training elsewhere, and have the privacy cost of both"
             log.warning("%s%s", text, more)
+        for split in SPLITS:
+            empty = [self.names[node] for node, counts in self.counts.items() if not counts[split]]
+            if empty:
+                log.warning("no rows in the %s split at %s", split, some_of(empty))
         for node_id, counts in self.counts.items():
             rows = ", ".join(f"{count} {split}" for split, count in counts.items())
             labels = self.labels[node_id]

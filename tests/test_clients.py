@@ -437,6 +437,161 @@ def test_the_number_of_threads_is_one_in_a_simulation_and_put_back(tmp_path):
     assert seen == [1, 3, 2, 2]
 
 
+# What a real hospital keeps to itself -------------------------------------------------------------
+
+
+class OwnFit(TinyClient):
+    def fit(self, model, prepared, seed):
+        return {"loss": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("client", "patients", "rows", "config", "leaves"),
+    [
+        (TinyClient, 10, 10, {}, True),
+        (TinyClient, 9, 9, {}, False),
+        (TinyClient, 9, 18, {}, False),
+        (TinyClient, 20, 20, {"local_steps": 1, "batch_size": 1}, False),
+        (TinyClient, 20, 20, {"local_steps": 1, "batch_size": 9}, False),
+        (TinyClient, 20, 20, {"local_steps": 2, "batch_size": 5}, True),
+        # The last row of a pass would be a batch of its own, and is left out.
+        (TinyClient, 10, 10, {"batch_size": 3}, False),
+        # What a client's own loop has looked at nobody knows.
+        (OwnFit, 9, 18, {}, False),
+        (OwnFit, 20, 20, {"local_steps": 3, "batch_size": 3}, False),
+        (OwnFit, 10, 10, {"local_steps": 2, "batch_size": 5}, True),
+    ],
+)
+def test_an_update_that_fewer_than_ten_patients_have_made_does_not_leave_a_real_hospital(
+    tmp_path, client, patients, rows, config, leaves
+):
+    train = [
+        row | {"patient": f"p{number % patients}"} for number, row in enumerate(make_rows(rows, 1))
+    ]
+    one = fixed(SiteData(train=train), client)
+    reply = ask(one, "train", context_of(node_config=node_of(tmp_path), **config))
+    if leaves:
+        assert reply.content["metrics"]["num-examples"] == rows
+    else:
+        text = "declined: an update here is made of at least 10 patients"
+        assert read_error(reply.error.reason) == ("north", text)
+    for node in (None, node_of(tmp_path, min_train_patients=1)):
+        assert not ask(one, "train", context_of(node_config=node, **config)).has_error()
+    more = node_of(tmp_path, min_train_patients=patients + 1)
+    text = f"an update here is made of at least {patients + 1} patients"
+    reply = ask(one, "train", context_of(node_config=more, **config))
+    assert read_error(reply.error.reason)[1] == f"declined: {text}"
+
+
+@pytest.mark.parametrize(
+    ("patients", "fewest", "told"),
+    [(9, None, False), (10, None, True), (9, 9, True), (10, 11, False)],
+)
+def test_figures_of_fewer_than_ten_patients_do_not_leave_a_real_hospital(
+    tmp_path, patients, fewest, told
+):
+    val = [
+        row | {"patient": f"p{number % patients}"} for number, row in enumerate(make_rows(12, 1))
+    ]
+    client = fixed(SiteData(train=make_rows(12, 2, "t"), val=val))
+    node = node_of(tmp_path) | ({} if fewest is None else {"min-evaluated-patients": fewest})
+    found = ask(client, "evaluate", context_of(node_config=node)).content["metrics"]
+    assert found["num-examples"] == 12
+    assert ({"loss", "auc", "confusion-counts"} <= found.keys()) == told
+    assert (found.keys() == {"num-examples"}) != told
+    ledger = Ledger(tmp_path / "privacy-ledger.sqlite", read_only=True)
+    assert [(entry.purpose, entry.patients) for entry in ledger.plain()] == [
+        ("val", patients)
+    ] * told
+    simulated = ask(client, "evaluate", context_of()).content["metrics"]
+    assert "auc" in simulated
+
+
+def test_figures_are_coarse_where_the_hospital_says_so(tmp_path):
+    data = SiteData(train=make_rows(12, 0, "t"), val=make_rows(40, 1, "v"))
+    client, found = fixed(data), {}
+    for coarse in (False, True):
+        folder = tmp_path / str(coarse)
+        folder.mkdir()
+        node = node_of(folder, coarse_figures=coarse)
+        for kind in ("train", "evaluate"):
+            reply = ask(client, kind, context_of(node_config=node, torch_threads=1))
+            found[kind, coarse] = dict(reply.content["metrics"])
+    exact, rounded = found["train", False], found["train", True]
+    assert exact["loss"] != rounded["loss"] == float(f"{exact['loss']:.3g}")
+    assert rounded["num-examples"] == 12
+    exact, rounded = found["evaluate", False], found["evaluate", True]
+    assert exact["loss"] != rounded["loss"] == float(f"{exact['loss']:.3g}")
+    assert rounded["num-examples"] == 40
+    # One bin for ten patients of a class.
+    assert min(count for count in rounded["score-counts"] if count > 0) >= 10
+    assert min(count for count in exact["score-counts"] if count > 0) < 10
+
+
+def test_the_fifty_first_run_within_a_day_is_declined_and_leaves_nothing_behind(tmp_path):
+    for name in ("data", "own"):
+        (tmp_path / name).mkdir()
+    node = node_of(tmp_path / "data", output_dir=str(tmp_path / "own"))
+    client = fixed(SiteData(train=make_rows(12, 0), val=make_rows(12, 1, "v")))
+    path = tmp_path / "data" / "privacy-ledger.sqlite"
+    ledger = Ledger(path)
+    for number in range(49):
+        ledger.begin_run(f"run {number}", 50)
+
+    def asked(kind, key):
+        reply = ask(client, kind, context_of(node_config=node), run_key=key)
+        return read_error(reply.error.reason)[1] if reply.has_error() else None
+
+    def left():
+        with ledger._open() as connection:
+            runs = connection.execute("SELECT count(*) FROM runs").fetchone()[0]
+        return runs, len(ledger.plain()), {place.name for place in (tmp_path / "own").iterdir()}
+
+    assert asked("train", "last") is None
+    assert left() == (50, 0, {"last"})
+    text = "declined: 50 runs have begun here within a day (most-runs-a-day)"
+    for kind in ("train", "evaluate", "query.pictures", "query.personal", "query.statistics"):
+        assert asked(kind, "one more") == text
+        assert asked(kind, "one more/local-1-north") == text
+    assert left() == (50, 0, {"last"})
+    # Those that have begun go on, with all their parts.
+    assert asked("train", "run 7") is None
+    assert asked("train", "last/local-1-north") is None
+    node["most-runs-a-day"] = 51
+    assert asked("train", "one more") is None
+    assert asked("train", "and another") == text.replace("50", "51")
+
+
+def test_a_simulation_may_begin_any_number_of_runs(tmp_path):
+    node = {"partition-id": 0, "num-partitions": 2, "most-runs-a-day": 1}
+    for key in ("a", "b", "c"):
+        context = context_of(node_config=node, run_dir=str(tmp_path))
+        assert not ask(TinyClient, "evaluate", context, run_key=key).has_error()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["train", "evaluate", "query.pictures", "query.contribution", "query.personal",
+     "query.statistics"],
+)  # fmt: skip
+def test_a_real_hospital_without_a_place_for_its_ledger_answers_nothing(kind, caplog):
+    loaded = []
+
+    class Client(TinyClient):
+        def load_data(self, site):
+            loaded.append(site)
+            return super().load_data(site)
+
+    context = context_of(node_config={"site-name": "north"})
+    assert ask(Client, kind, context).error.reason == "site north: InputError"
+    assert caplog.messages == [
+        "north: a hospital keeps a privacy ledger: give --node-config "
+        "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir in which it can lie"
+    ]
+    assert loaded == []
+
+
 @pytest.mark.parametrize("failing", ["", "fit"])
 def test_torchs_global_generator_is_left_as_it_was(failing):
     torch.manual_seed(1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import run_tiny
+from tiny import node_of, run_tiny
 from typer.testing import CliRunner
 
 from fedmed_flower.cli import app
@@ -19,6 +19,7 @@ from fedmed_flower.clients.models import ModelSettings
 from fedmed_flower.clients.settings import Settings
 from fedmed_flower.data.site import GENERATED
 from fedmed_flower.experiment import Plan
+from fedmed_flower.privacy.ledger import Ledger
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +47,12 @@ def cells(folder, seed, count=6):
         Image.fromarray(255 * mask.astype(np.uint8)).save(folder / "masks" / name)
 
 
+def split_by(folder, key):
+    """Give a hospital the key by which its patients are split, which else is drawn."""
+    with Ledger(folder / "privacy-ledger.sqlite")._open() as connection:
+        connection.execute("UPDATE about SET value = ? WHERE key = 'split-key'", (key,))
+
+
 def test_a_new_data_set_takes_twenty_lines(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/imaging.md").read_text(), re.DOTALL)
     subclass = code[code.index("class ") :]
@@ -56,7 +63,9 @@ def test_a_new_data_set_takes_twenty_lines(tmp_path):
     nodes = []
     for name in ("north", "south"):
         cells(tmp_path / name, len(nodes))
-        nodes.append({"site-name": name, "data-dir": str(tmp_path / name)})
+        split_by(tmp_path / name, bytes([6] * 32))
+        few = {"min_train_patients": 1, "min_evaluated_patients": 1}
+        nodes.append(node_of(tmp_path / name, name, **few))
     settings = {"patch-size": "32,32", "local-epochs": 12, "optimizer": "adam"}
     settings |= {"learning-rate": 0.01, "num-server-rounds": 3}
     result = run_tiny(
@@ -70,8 +79,7 @@ def test_a_new_data_set_takes_twenty_lines(tmp_path):
     assert result.evaluate_metrics_clientapp[3]["dice"] > 0.7
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     patients = summary["sites"]["north"]
-    assert sum(patients.values()) == 12
-    assert all(count % 2 == 0 for count in patients.values())
+    assert patients == {"train": 8, "val": 2, "test": 2}
     assert summary["test"]["sites"]["south"].keys() >= {"hd95-cell", "surface-dice", "dice-worst"}
 
 
@@ -101,7 +109,7 @@ def test_the_dicom_example_writes_series_and_trains_on_them(tmp_path):
         *("-c", f"folder={tmp_path / 'data'}", "--out", tmp_path / "run"),
     )
     assert summary["generated"] is True
-    assert summary["sites"]["hospital-1"] == {"train": 7, "val": 1, "test": 2}
+    assert summary["sites"]["hospital-1"] == {"train": 5, "val": 0, "test": 5}
 
 
 @pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])

@@ -650,16 +650,19 @@ def test_twelve_sites_are_not_mixed_up(tmp_path):
 
 
 def test_sites_named_alike_are_kept_apart(tmp_path):
-    nodes = nodes_of(tmp_path, "north", "north", min_evaluated_patients=1)
-    run_tiny(tmp_path, node_configs=nodes)
-    summary = summary_of(tmp_path)
+    nodes = nodes_of(tmp_path / "sites", "north", "north", min_evaluated_patients=1)
+    run_tiny(tmp_path / "run", node_configs=nodes)
+    summary = summary_of(tmp_path / "run")
     assert set(summary["sites"]) == {"north", "north (node 1002)"}
     assert set(summary["test"]["sites"]) == set(summary["sites"])
 
 
 def test_a_site_named_all_is_not_taken_for_all_sites(tmp_path):
-    run_tiny(tmp_path, node_configs=nodes_of(tmp_path, "all", "north", min_evaluated_patients=1))
-    summary = summary_of(tmp_path)
+    run_tiny(
+        tmp_path / "run",
+        node_configs=nodes_of(tmp_path / "sites", "all", "north", min_evaluated_patients=1),
+    )
+    summary = summary_of(tmp_path / "run")
     assert summary["test"]["federated"]["num-examples"] == 16
     assert len(summary["test"]["sites"]) == 2
     assert "all" not in summary["test"]["sites"]
@@ -673,13 +676,13 @@ def test_real_sites_are_not_pooled(tmp_path):
             loaded.append(site.name)
             return super().load_data(site)
 
-    node_configs = nodes_of(tmp_path, "north", "south", min_evaluated_patients=1)
-    run_tiny(tmp_path, Client, node_configs=node_configs, baselines=True)
-    test = summary_of(tmp_path)["test"]
+    node_configs = nodes_of(tmp_path / "sites", "north", "south", min_evaluated_patients=1)
+    run_tiny(tmp_path / "run", Client, node_configs=node_configs, baselines=True)
+    test = summary_of(tmp_path / "run")["test"]
     assert set(test["local"]) == {"north", "south"}
     assert "pooled" not in test
     assert sorted(loaded) == ["north", "south"]
-    assert "no model on all data pooled" in (tmp_path / "log.txt").read_text()
+    assert "no model on all data pooled" in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -901,9 +904,9 @@ def test_what_a_site_with_other_frozen_weights_would_send_is_not_in_the_model(tm
 
 def test_a_real_site_with_other_frozen_weights_tells_the_class_alone(tmp_path):
     client = type("Client", (Halves,), {"others": (1,)})
-    node_configs = nodes_of(tmp_path, "north", "south", min_evaluated_patients=1)
-    run_tiny(tmp_path, client, node_configs=node_configs, num_server_rounds=1, **HEAD)
-    failures = {(f["site"], f["reason"]) for f in summary_of(tmp_path)["failures"]}
+    node_configs = nodes_of(tmp_path / "sites", "north", "south", min_evaluated_patients=1)
+    run_tiny(tmp_path / "run", client, node_configs=node_configs, num_server_rounds=1, **HEAD)
+    failures = {(f["site"], f["reason"]) for f in summary_of(tmp_path / "run")["failures"]}
     assert failures == {("south", "InputError")}
 
 

@@ -1,3 +1,4 @@
+import itertools
 import random
 from functools import partial
 
@@ -767,24 +768,60 @@ def test_whichever_method_is_chosen_the_gradients_are_the_same(count):
     assert_same(found, one_by_one(model, loss, batch))
 
 
+class Watched(RecordGradients):
+    """Writes down how many records are tried together; more than `room` do not fit."""
+
+    room = 10**9
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.tried = []
+
+    def choose(self, batch):
+        count = len(batch["image"])
+        self.tried.append(count)
+        if count > self.room:
+            raise torch.OutOfMemoryError(f"no room for {count}")
+        super().choose(batch)
+
+
 def test_a_micro_batch_keeps_to_the_memory_and_holds_at_least_one_record(monkeypatch):
-    model, batch = classifier(), records(40)
+    model, probe = classifier(), records(4)
 
     def loss(network, rows):
         return F.cross_entropy(network(rows["image"]), rows["label"])
 
-    asked = []
-
-    def batch_of(places):
-        asked.append(len(places))
-        return {key: value[list(places)] for key, value in batch.items()}
-
-    one = RecordGradients(model, loss).bytes_per_record(batch)
-    for fit in (0, 3, 10**9):
+    one = RecordGradients(model, loss).bytes_per_record(probe)
+    for fit, drawn, tried in ((0, 40, 1), (3, 40, 3), (10**9, 40, 32), (10**9, 5, 5)):
         monkeypatch.setattr(training, "_CPU_MEMORY", 4 * one * fit)
-        gradients = RecordGradients(model, loss)
-        size = training.micro_batch_size(gradients, batch_of, list(range(40)))
+        gradients = Watched(model, loss)
+        size = training.micro_batch_size(gradients, probe, drawn)
         most = max(1, min(fit, 256))
         assert size == (most if gradients.method == "vmap" else min(most, 4))
-    # One record tells what a record takes; never more than fit are asked for at a time.
-    assert asked == [1, 1, 1, 3, 1, 32]
+        # Four made-up records are tried as often as so many records take.
+        assert gradients.tried == [tried]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "room", "tried", "size"),
+    [(100, 32, [32], 100), (100, 10, [32, 16, 8], 8), (2, 10, [2], 2), (3, 1, [3, 2, 1], 1)],
+)
+def test_a_micro_batch_that_does_not_fit_is_halved(wanted, room, tried, size, caplog):
+    def loss(network, rows):
+        return F.cross_entropy(network(rows["image"]), rows["label"])
+
+    gradients = Watched(classifier(), loss)
+    gradients.room = room
+    assert training.micro_batch_size(gradients, records(4), 40, wanted) == size
+    assert gradients.tried == tried
+    assert caplog.messages == [
+        f"out of memory with {more} records at a time: going on with {fewer}"
+        for more, fewer in itertools.pairwise(tried)
+    ]
+
+
+def test_one_record_that_does_not_fit_is_told():
+    gradients = Watched(classifier(), lambda network, rows: network(rows["image"]).mean())
+    gradients.room = 0
+    with pytest.raises(torch.OutOfMemoryError, match=says("no room for 1")):
+        training.micro_batch_size(gradients, records(4), 40, 100)

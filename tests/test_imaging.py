@@ -24,6 +24,7 @@ from tiny import (
     linear,
     make_rows,
     model_arrays,
+    node_of,
     run_tiny,
     says,
     trained,
@@ -528,6 +529,71 @@ def test_volumes_come_to_the_grid_of_the_run(tmp_path, gigabytes):
     assert (found[0, :5] == 0).all()
     (kept,) = prepared_of([path], context_of(orientation="", **more), **members)
     np.testing.assert_array_equal(kept[0], volume / 100)
+
+
+# --- Made-up images -------------------------------------------------------------------------------
+
+
+class Plain(ClassificationClient):
+    num_classes = 3
+
+    def load_data(self, site):
+        raise AssertionError("the rows are looked at")
+
+
+@pytest.mark.parametrize(
+    ("members", "config", "shape"),
+    [
+        ({"image_shape": (1, 6, 5)}, {}, (1, 6, 5)),
+        ({"image_shape": (3, 6, 5)}, {}, (3, 6, 5)),
+        ({}, {"patch_size": "4,7"}, (1, 4, 7)),
+        ({"image_shape": (3, 6, 5)}, {"patch_size": "4,7"}, (3, 4, 7)),
+        ({"spatial_dims": 3, "image_shape": (2, 6, 5, 4)}, {}, (2, 6, 5, 4)),
+        ({"spatial_dims": 3}, {"patch_size": "4,7,2", "spacing": "1,1,2"}, (1, 4, 7, 2)),
+    ],
+)
+def test_made_up_images_have_the_declared_shape_and_each_class(members, config, shape):
+    own = type("Client", (Plain,), members)(context_of(**config))
+    rows = own.made_up(7)
+    assert [row["image"].shape for row in rows] == [shape] * 7
+    assert [row["label"] for row in rows] == [0, 1, 2, 0, 1, 2, 0]
+    assert len({row["patient"] for row in rows}) == 7
+    batch = own.probe(4)
+    assert batch["image"].shape == (4, *shape)
+    assert batch["label"].tolist() == [0, 1, 2, 0]
+    assert len(batch["image"].unique(dim=0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("members", "text"),
+    [
+        ({"image_shape": (4, 4)}, "3 whole numbers above 0, got (4, 4)"),
+        ({"image_shape": (1, 4, 0)}, "3 whole numbers above 0, got (1, 4, 0)"),
+        ({"image_shape": (1, 4, 4.0)}, "3 whole numbers above 0, got (1, 4, 4.0)"),
+        ({"image_shape": (1, 4, 10**6)}, "3 whole numbers above 0, got (1, 4, 1000000)"),
+        (
+            {"image_shape": (1, 4, 4), "spatial_dims": 3},
+            "4 whole numbers above 0, got (1, 4, 4)",
+        ),
+    ],
+)
+def test_a_shape_that_images_cannot_have_is_refused(members, text):
+    own = type("Client", (Plain,), members)(context_of())
+    with pytest.raises(InputError, match=says(f"image_shape must be (channels, *spatial), {text}")):
+        own.made_up(1)
+
+
+def test_where_others_images_must_not_decide_the_declared_channels_do(tmp_path, caplog):
+    colours = [row | {"image": np.zeros((3, 2, 2), np.uint8)} for row in make_rows(12, 1, "c")]
+    client = fixed(SiteData(train=[*colours, *make_rows(11, 2, "g")]))
+    plain = context_of(node_config=node_of(tmp_path))
+    assert ask(client, "query.describe", plain).content["metrics"]["num-examples"] == 12
+    assert "has 1 channels, most images have 3" in caplog.text
+    caplog.clear()
+    private = context_of(node_config=node_of(tmp_path), privacy="patient")
+    assert ask(client, "train", private).content["metrics"]["num-examples"] == 23
+    assert "has 3 channels, declared are 1" in caplog.text
+    assert "most images have" not in caplog.text
 
 
 # --- Volumes --------------------------------------------------------------------------------------

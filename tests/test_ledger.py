@@ -682,6 +682,14 @@ def test_what_was_measured_without_noise_is_counted_for_each_patient(path):
     assert ledger.most(1e-5) == 0.0
 
 
+def test_who_was_trained_on_with_noise_is_known_and_who_was_only_counted_is_not(path):
+    ledger = Ledger(path)
+    charge(ledger, [1, 2], STEP)
+    charge(ledger, [3], COUNT, purpose="val counts")
+    found = [ledger.has_trained(names) for names in (["1"], [2, 9], [3], [9])]
+    assert found == [True, True, False, False]
+
+
 def test_so_many_runs_begin_a_day_and_no_more(path):
     ledger = Ledger(path)
     for number in range(3):

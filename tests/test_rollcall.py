@@ -15,6 +15,7 @@ from tiny import TinyClient, fixed, make_rows, model_arrays, nodes_of, run_tiny,
 from fedmed_flower import SiteData
 from fedmed_flower.errors import InputError
 from fedmed_flower.pictures import sound
+from fedmed_flower.replies import Sent
 from fedmed_flower.rollcall import (
     collect_contributions,
     collect_personal,
@@ -118,7 +119,7 @@ def collect(tmp_path, *answers, count=2):
     names = {number: f"site {number}" for number in grid.get_node_ids()}
     config = ConfigRecord({"run-key": "k"})
     found = collect_pictures(
-        grid, model_arrays(), config, count, 9, names, RunFolder(tmp_path / "run")
+        grid, model_arrays(), config, count, 9, names, Sent(), RunFolder(tmp_path / "run")
     )
     files = {p.name: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     return found, files
@@ -139,8 +140,11 @@ def test_pictures_are_numbered_in_the_order_of_the_sites(tmp_path):
 def test_each_known_site_is_asked_once_with_the_model_and_the_count(tmp_path):
     grid, arrays = Answers(drawn([], []), drawn([], []), drawn([], [])), model_arrays()
     config = ConfigRecord({"run-key": "k", "frozen-digest": "f"})
-    found = collect_pictures(grid, arrays, config, 5, 9, {1: "a", 3: "c"}, RunFolder(tmp_path))
+    sent, names = Sent(), {1: "a", 3: "c"}
+    found = collect_pictures(grid, arrays, config, 5, 9, names, sent, RunFolder(tmp_path))
     assert found == []
+    # Of nobody a picture came.
+    assert sent.keys == {}
     assert [m.metadata.dst_node_id for m in grid.sent] == [1, 3]
     for message in grid.sent:
         assert message.metadata.message_type == "query.pictures"
@@ -392,7 +396,11 @@ NAMED = {1: "north", 2: "south", 3: "west"}
 def test_who_tells_nothing_before_the_first_round_is_named(answer, text, caplog):
     grid = Answers(told(n=[1.0, 2.0]), answer, told(n=[3.0]), told(n=[4.0]))
     # The fourth could not take part, and is not asked.
-    found = collect_contributions(grid, 9, NAMED)
+    sent = Sent()
+    found = collect_contributions(grid, 9, NAMED, sent)
+    assert {s: keys for s, keys in sent.keys["contribution"].items() if s != "south"} == {
+        "north": {"contribution.n"}, "west": {"contribution.n"},
+    }  # fmt: skip
     assert found == {"north": {"n": [1.0, 2.0]}, "west": {"n": [3.0]}}
     assert caplog.messages == [f"south tells nothing to prepare the model with: {text}"]
     assert [message.metadata.dst_node_id for message in grid.sent] == [1, 2, 3]
@@ -427,7 +435,10 @@ def personal(**figures):
 def test_who_has_no_model_of_its_own_is_named(answer, text, caplog):
     arrays, config = model_arrays(), ConfigRecord({"run-key": "k"})
     grid = Answers(personal(counts=[3, 4]), answer, personal(auc=1), personal())
-    found = collect_personal(grid, arrays, config, 9, NAMED)
+    sent = Sent()
+    found = collect_personal(grid, arrays, config, 9, NAMED, sent)
+    assert sent.keys["personal"].keys() - {"south"} == {"north", "west"}
+    assert ("south" in sent.keys["personal"]) == isinstance(answer, RecordDict)
     usual = {"auc": 0.5, "val-global": 0.4, "val-own": 0.6, "personal-epochs": 2.0}
     assert found == {"north": usual, "west": usual | {"auc": 1.0}}
     assert all(type(value) is float for value in found["west"].values())

@@ -96,6 +96,20 @@ def test_what_is_expected_counts_patients():
     assert sampler.expected == 0.5
 
 
+def test_patients_without_a_record_are_expected_and_never_drawn():
+    sampler = PatientSampler(["a", "a", "b"], 0.25, num_patients=8)
+    assert (sampler.num_patients, sampler.expected) == (8, 2.0)
+    counts = np.zeros(3, int)
+    for _ in range(4_000):
+        for (place,) in sampler.draw():
+            counts[place] += 1
+    # Each of the two with the rate that is accounted for, whoever else there is.
+    assert likely(counts[:2].sum(), 4_000, 0.25)
+    assert likely(counts[2], 4_000, 0.25)
+    nobody = PatientSampler([], 1.0, num_patients=3)
+    assert (nobody.draw(), nobody.expected) == ([], 3.0)
+
+
 def test_no_seed_repeats_a_draw():
     seen = []
     for _ in range(2):
@@ -118,3 +132,7 @@ def test_other_wrong_values_are_refused():
         PatientSampler(["a"], 0.5, "all")
     with pytest.raises(InputError, match=says("there is no patient to draw")):
         PatientSampler([], 0.5)
+    with pytest.raises(InputError, match=says("there is no patient to draw")):
+        PatientSampler([], 0.5, num_patients=0)
+    with pytest.raises(InputError, match=says("num_patients must be at least 2, got 1")):
+        PatientSampler(["a", "b", "a"], 0.5, num_patients=1)

@@ -694,8 +694,14 @@ def test_an_augment_that_mixes_patients_is_refused_before_anything_is_charged(tm
     assert ledgers(tmp_path) == []
 
 
-def test_a_loss_over_the_batch_is_refused(tmp_path):
-    client = client_of(data_of(4), loss=lambda self: DiceCELoss(softmax=True, batch=True), **SIZED)
+@pytest.mark.parametrize("side", [8, 16, 64])
+def test_a_loss_over_the_batch_is_refused(tmp_path, side):
+    # Also where the made-up images are large, and so would be alike on average.
+    client = client_of(
+        data_of(4, shape=(side, side)),
+        loss=lambda self: DiceCELoss(softmax=True, batch=True),
+        image_shape=(1, side, side),
+    )
     assert reason_of(client, context=private(tmp_path)).startswith("the loss couples patients")
     assert ledgers(tmp_path) == []
     plain = client_of(data_of(4), **SIZED)
@@ -970,8 +976,9 @@ def test_an_image_with_other_channels_than_most_is_turned_away(caplog):
 def test_a_patient_counts_once_however_many_images_there_are():
     good, bad = rows_of(2, noise=0.0)
     bad["image"] = np.zeros_like(bad["image"])
-    # Of "a" nine images are right and one is not, of "b" the only one is not.
-    rows = [{**good, "patient": "a"}] * 9 + [{**bad, "patient": "a"}, {**bad, "patient": "b"}]
+    # Of 7 nine images are right and one is not, of "b" the only one is not.
+    rows = [{**good, "patient": "7"}] * 5 + [{**good, "patient": 7}] * 4
+    rows += [{**bad, "patient": "007"}, {**bad, "patient": "b"}]
     found = measured(client_of(SiteData(rows_of(1, name="t"), (), rows)))
     wrong = mask_scores(bad["label"], np.zeros((16, 16), np.uint8), ("low", "high"), (1.0, 1.0))
     assert {wrong[f"dice-{name}"] for name in ("low", "high")} == {0.0}

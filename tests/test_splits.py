@@ -117,6 +117,20 @@ def test_no_seed_of_a_server_moves_a_patient_of_a_real_hospital(tmp_path):
     assert len(tables) == 1
 
 
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_whom_a_private_run_has_trained_no_later_run_measures_exactly(tmp_path, split):
+    node = {"site-name": "north", "data-dir": str(tmp_path), "min-evaluated-patients": 2}
+    private = {"privacy": "patient", "sampling_rate": 0.5, "target_epsilon": 50.0}
+    assert not ask(Splitting, "train", context_of(node_config=node, **private)).has_error()
+    for seed in range(3):
+        reply = ask(Splitting, "evaluate", context_of(node_config=node, seed=seed), split=split)
+        if split == "train":
+            text = "declined: patients who were trained on with noise are measured with noise"
+            assert reply.error.reason == f"site north: {text}"
+        else:
+            assert "loss" in reply.content["metrics"]
+
+
 def test_in_a_simulation_the_seed_splits():
     sizes = {
         str(ask(Splitting, "query.describe", context_of(seed=seed)).content["metrics"])

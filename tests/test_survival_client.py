@@ -330,6 +330,18 @@ def test_in_a_private_run_no_figure_follows_from_training_patients(tmp_path):
     assert plain["integrated-brier"] != other_plain.get("integrated-brier")
 
 
+def test_made_up_lives_are_like_those_of_a_hospital():
+    own = TinySurvival(context_of(**DISCRETE, **DECLARED))
+    rows = own.made_up(12)
+    own.check(SiteData(rows))
+    assert {row["died"] for row in rows} == {0, 1}
+    assert len({row["days"] for row in rows}) == 12
+    made, some = own.probe(4), own.batch_of(own.prepared("train", pooled=False)[1], range(4))
+    assert {name: (part.shape, part.dtype) for name, part in made.items()} == {
+        name: (part.shape, part.dtype) for name, part in some.items()
+    }
+
+
 def test_a_private_run_tells_of_survival_what_noise_allows(tmp_path):
     _, summary = run_tables(tmp_path, TinySurvival, 2, num_server_rounds=1, **PRIVATE, **DISCRETE)
     assert summary["failures"] == []

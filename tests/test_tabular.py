@@ -584,6 +584,24 @@ def test_no_small_group_leaves_a_hospital_whatever_the_server_asks_for(tmp_path)
     assert not [key for found in summary["test"]["sites"].values() for key in found if "@" in key]
 
 
+def test_a_group_has_as_many_patients_however_their_numbers_are_written():
+    rows = patients(20, 1)
+    for number, row in enumerate(rows):
+        # Nine women, each with two rows.
+        row |= {
+            "sex": "f" if number < 18 else "m",
+            "patient": f"{'00' * (number % 2)}{number // 2}",
+        }
+    men = [row | {"sex": "m"} for row in patients(40, 3, "u")]
+    client = holding({0: SiteData(train=patients(20, 2, "t"), test=[*rows, *men])}, Wards)
+    context = context_of(report_by="sex", min_cell_count=10, **DECLARED)
+    reply = ask(client, "evaluate", context, arrays_of(client, context), split="test")
+    assert not [name for name in reply.content["metrics"] if "@" in name]
+    context = context_of(report_by="sex", min_cell_count=9, **DECLARED)
+    reply = ask(client, "evaluate", context, arrays_of(client, context), split="test")
+    assert reply.content["metrics"]["num-examples@sex=f"] == 18
+
+
 def test_a_column_to_report_by_that_is_not_there_or_is_a_number_is_told_at_once(tmp_path):
     text = "report-by names town, which row 0 of the train split does not have: it has "
     text += "patient, age-band, sex, ward"
@@ -649,6 +667,30 @@ def test_a_private_run_measures_every_task_by_noise(kind, tmp_path):
     assert [(e.purpose, e.patients) for e in entries] == [
         ("train", 60), ("val counts", 20), ("test counts", 40),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("client", [*map(predicting, KINDS), Wards])
+def test_made_up_rows_are_like_those_of_a_hospital_and_learnt_from_none(client):
+    class Silent(client):
+        def load_data(self, site):
+            raise AssertionError("the rows are looked at")
+
+    own, real = Silent(context_of(**DECLARED)), client(context_of(**DECLARED))
+    rows = own.made_up(30)
+    assert rows == own.made_up(30)
+    own.check(SiteData(rows))
+    schema = own.schema
+    for row in rows:
+        for name in schema.numeric:
+            low, high = schema.ranges[name]
+            assert low <= row[name] <= high
+        assert all(row[name] in schema.categories[name] for name in schema.categorical)
+    # Each class and more than one number: a loss that is the same for all would show nothing.
+    assert len({row[schema.target] for row in rows}) >= max(2, len(schema.classes))
+    made, some = own.probe(4), real.batch_of(real.prepared("train", pooled=False)[1], range(4))
+    assert {name: (part.shape, part.dtype) for name, part in made.items()} == {
+        name: (part.shape, part.dtype) for name, part in some.items()
+    }
 
 
 def without_noise(count, std, generator):

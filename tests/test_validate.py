@@ -1,3 +1,6 @@
+from collections import deque
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch.nn import functional as F
 from fedmed_flower.errors import InputError
 from fedmed_flower.privacy.validate import (
     held,
+    require_forgetful,
     require_independent,
     require_private_loss,
     require_private_model,
@@ -318,6 +322,227 @@ def test_a_loss_of_several_numbers_for_several_records_is_refused():
     text = "the loss of several records must be one number, their mean or sum, got shape (4,)"
     with pytest.raises(InputError, match=says(text)):
         require_private_loss(linear(1), lambda m, b: m(b["x"]).squeeze(), ROWS)
+
+
+# --- Memory -------------------------------------------------------------------------------------
+
+
+class Drawer:
+    """An object of one's own that a module may hold."""
+
+    def __init__(self):
+        self.kept = []
+
+
+class Bank(nn.Module):
+    """Keeps what it made of the records before; that has an effect once so many are there."""
+
+    def __init__(self, put, bank=None, full=10**6):
+        super().__init__()
+        self.layer, self.bank, self.put, self.full = nn.Linear(6, 2), bank, put, full
+        self.seen = 0
+
+    def forward(self, x):
+        made = self.layer(x)
+        self.put(self, made.detach())
+        return made if self.seen < self.full else 2 * made
+
+
+def append(model, made):
+    model.bank.append(made)
+
+
+def enter(model, made):
+    model.bank[len(model.bank)] = made
+
+
+def replace(model, made):
+    model.bank = made
+
+
+def write(model, made):
+    model.bank.copy_(made)
+
+
+def write_array(model, made):
+    model.bank[:] = made[0]
+
+
+def file_away(model, made):
+    model.bank.kept.append(made)
+
+
+def add_up(model, made):
+    model.bank = float(made.sum())
+
+
+def nest(model, made):
+    model.bank["of"]["records"].append(made)
+
+
+BANKS = [
+    (append, list),
+    (append, lambda: deque(maxlen=1)),
+    (enter, dict),
+    (replace, lambda: None),
+    (replace, lambda: torch.zeros(1, 2)),
+    (write, lambda: torch.zeros(1, 2)),
+    (write_array, lambda: np.zeros(2, np.float32)),
+    (file_away, Drawer),
+    (add_up, lambda: 0.0),
+    (nest, lambda: {"of": {"records": []}}),
+]
+NO_MEMORY = "Private training needs a model and a loss that keep nothing"
+
+
+@pytest.mark.parametrize(("put", "bank"), BANKS)
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_bank_of_records_that_is_not_full_yet_is_refused(put, bank, inside):
+    model = Bank(put, bank())
+    name = "the model (Bank)"
+    if inside:
+        model, name = nn.Sequential(nn.Identity(), model), "the layer 1 (Bank)"
+    text = (
+        f"the model or the loss keeps something of one record until the next, in {name}, attribute "
+        f"bank. {NO_MEMORY}"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        require_forgetful(model, cross_entropy, ROWS)
+
+
+class SharedBank(nn.Linear):
+    """Whose bank is that of all its kind."""
+
+    bank: ClassVar[list] = []
+
+    def forward(self, x):
+        made = super().forward(x)
+        self.bank.append(made.detach())
+        return made
+
+
+class Aside(nn.Module):
+    """Keeps a module where torch does not look."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = [Bank(append, [])]
+
+    def forward(self, x):
+        return self.parts[0](x)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (SharedBank(6, 2), "the model (SharedBank), attribute bank"),
+        (Aside(), "the model (Aside), attribute parts"),
+    ],
+)
+def test_a_bank_that_is_no_attribute_of_the_module_alone_is_refused_too(model, name):
+    text = (
+        f"the model or the loss keeps something of one record until the next, in {name}. "
+        f"{NO_MEMORY}"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        require_forgetful(model, cross_entropy, ROWS)
+
+
+def test_a_bank_of_the_client_itself_is_refused():
+    class Keeping(Hospital):
+        def __init__(self, criterion):
+            super().__init__(criterion)
+            self.bank = []
+
+        def loss_of(self, model, batch):
+            self.bank.append(batch["x"])
+            return super().loss_of(model, batch)
+
+    text = (
+        "the model or the loss keeps something of one record until the next, in the object of the "
+        f"loss, attribute bank. {NO_MEMORY}"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        require_forgetful(nn.Linear(6, 2), Keeping(nn.CrossEntropyLoss()).loss_of, ROWS)
+
+
+class Hospital:
+    """Gives a loss as a client does: by a method, and a module of its own."""
+
+    def __init__(self, criterion):
+        self.criterion = criterion
+
+    def loss_of(self, model, batch):
+        return self.criterion(model(batch["x"]), batch["y"])
+
+
+class BankOfLosses(nn.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def forward(self, outputs, labels):
+        value = super().forward(outputs, labels)
+        self.losses.append(value.detach())
+        return value
+
+
+def test_a_bank_in_the_module_of_a_loss_is_refused():
+    text = (
+        "the model or the loss keeps something of one record until the next, in the module "
+        f"criterion of the loss, attribute losses. {NO_MEMORY}"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        require_forgetful(nn.Linear(6, 2), Hospital(BankOfLosses()).loss_of, ROWS)
+    require_forgetful(nn.Linear(6, 2), Hospital(nn.CrossEntropyLoss()).loss_of, ROWS)
+
+
+class Grid(nn.Module):
+    """Makes once, at the first record, what depends on the shape alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.places, self.by_shape = nn.Linear(6, 2), None, {}
+
+    def forward(self, x):
+        if self.places is None:
+            self.places = torch.linspace(0, 1, x.shape[1])
+        shape = tuple(x.shape[1:])
+        if shape not in self.by_shape:
+            self.by_shape[shape] = self.places + 1
+        return self.layer(x + self.places + self.by_shape[shape])
+
+
+def test_what_is_made_once_and_is_no_record_passes():
+    for model in (Grid(), nn.Sequential(Grid(), nn.Flatten())):
+        model.eval()
+        require_forgetful(model, cross_entropy, ROWS)
+        assert model.training
+
+
+def test_chance_is_no_memory():
+    require_forgetful(nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 2)), cross_entropy, ROWS)
+
+
+def test_a_memory_that_shows_at_once_is_told_by_the_losses():
+    class Centred(nn.Linear):
+        before = torch.zeros(6)
+
+        def forward(self, x):
+            made = super().forward(x - self.before)
+            type(self).before = x[0].detach()
+            return made
+
+    text = (
+        r"^the model or the loss keeps something of one record until the next: the loss of a "
+        rf"record was [\d.]+, and [\d.]+ after another one\. {NO_MEMORY}$"
+    )
+    with pytest.raises(InputError, match=text):
+        require_forgetful(Centred(6, 2), cross_entropy, ROWS)
+
+
+def test_with_one_record_there_is_no_memory_to_see():
+    require_forgetful(Bank(append, []), cross_entropy, {k: part[:1] for k, part in ROWS.items()})
 
 
 # --- Random changes -----------------------------------------------------------------------------

@@ -423,6 +423,12 @@ class MedicalClient(ABC):
         At a real hospital that is written down before anything is measured: in its book, by which
         patients who came since, and are too few, wait; and in its ledger, which counts how often a
         patient was measured without noise.
+
+        Raises
+        ------
+        DeclinedError
+            Where an earlier run has trained on one of the patients with noise, which the figures
+            would undo.
         """
         patients = {patient_text(row["patient"]) for row in rows}
         fewest = fewest_patients(self.context, self.site, "evaluated")
@@ -430,11 +436,14 @@ class MedicalClient(ABC):
             return None
         if self.site.simulated:
             return rows
+        ledger = hospital_ledger(self, config)
+        if ledger.has_trained(patients):
+            raise DeclinedError("patients who were trained on with noise are measured with noise")
         with open_book(self, config, fewest) as book:
             told = book.evaluation(patients)
         if told is None:
             return None
-        hospital_ledger(self, config).note_plain(
+        ledger.note_plain(
             told, run=run_key(self, config), purpose=purpose, app=type(self).__name__
         )
         return [row for row in rows if patient_text(row["patient"]) in told]

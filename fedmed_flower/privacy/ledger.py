@@ -264,6 +264,14 @@ class Ledger:
             )
         return key
 
+    def has_trained(self, patients: Iterable[Hashable]) -> bool:
+        """Return whether any of these patients was trained on with noise."""
+        with self._open() as connection:
+            near = self._find(connection, patients)[2]
+            sets = ", ".join(map(str, near))
+            query = f"SELECT 1 FROM charges WHERE purpose = 'train' AND dataset IN ({sets}) LIMIT 1"
+            return connection.execute(query).fetchone() is not None
+
     def note_plain(
         self, patients: Iterable[Hashable], *, run: str, purpose: str, app: str = ""
     ) -> None:
