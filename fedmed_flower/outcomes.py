@@ -357,7 +357,8 @@ def _texts(rows: Sequence[Mapping[str, Any]], column: str) -> list[str | None]:
             f"the rows have no column {column!r}: figures can be told apart by "
             f"{', '.join(known) or 'none'}" + (f"; did you mean {near[0]}?" if near else "")
         )
-    values = [row.get(column) for row in rows]
+    # What is not equal to itself is NaN, a missing text in a data frame.
+    values = [value if value == value else None for value in (row.get(column) for row in rows)]
     if odd := [value for value in values if not (value is None or isinstance(value, str))]:
         raise InputError(
             f"the column {column!r} holds {odd[0]!r}, which is no text: figures are told apart by "

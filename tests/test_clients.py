@@ -562,6 +562,18 @@ def test_the_fifty_first_run_within_a_day_is_declined_and_leaves_nothing_behind(
     assert asked("train", "and another") == text.replace("50", "51")
 
 
+def test_what_a_server_calls_a_run_stays_with_a_hospital_and_is_a_name(tmp_path, caplog):
+    client = fixed(SiteData(train=make_rows(12, 0), val=make_rows(12, 1, "v")))
+    for length, told in ((200, None), (201, "run-key must have at most 200 letters, got 201")):
+        reply = ask(
+            client, "evaluate", context_of(node_config=node_of(tmp_path)), run_key="x" * length
+        )
+        assert reply.has_error() == (told is not None)
+    assert reply.error.reason == "site north: InputError"
+    assert caplog.messages[-1] == f"north: {told}"
+    assert len(Ledger(tmp_path / "privacy-ledger.sqlite", read_only=True).plain()) == 1
+
+
 def test_a_simulation_may_begin_any_number_of_runs(tmp_path):
     node = {"partition-id": 0, "num-partitions": 2, "most-runs-a-day": 1}
     for key in ("a", "b", "c"):

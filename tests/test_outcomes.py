@@ -620,3 +620,9 @@ def test_noise_that_drowns_everything_gives_no_figures_that_cannot_be():
 def test_errors_without_a_range_are_refused(task, limits, text):
     with pytest.raises(InputError, match=says(text)):
         noised_errors(task, [1], [1.0], limits, ["a"], 0.0)
+
+
+def test_a_missing_text_that_a_data_frame_has_written_is_no_group():
+    rows = [{"patient": n, "sex": "f" if n % 2 else float("nan")} for n in range(40)]
+    found = by_group(rows, ["sex"], 10, lambda places: {"n": len(places)})
+    assert found == {"num-examples@sex=f": 20, "n@sex=f": 20}

@@ -440,13 +440,15 @@ class MedicalClient(ABC):
         if ledger.has_trained(patients):
             raise DeclinedError("patients who were trained on with noise are measured with noise")
         with open_book(self, config, fewest) as book:
-            told = book.evaluation(patients)
-        if told is None:
-            return None
-        ledger.note_plain(
-            told, run=run_key(self, config), purpose=purpose, app=type(self).__name__
-        )
-        return [row for row in rows if patient_text(row["patient"]) in told]
+            told = book.evaluation(rows)
+        if told is not None:
+            ledger.note_plain(
+                (row["patient"] for row in told),
+                run=run_key(self, config),
+                purpose=purpose,
+                app=type(self).__name__,
+            )
+        return told
 
     @property
     def secretive(self) -> bool:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedmed_flower.data.site import SPLITS, Row
+from fedmed_flower.errors import InputError
 from fedmed_flower.privacy.patient import ledger_path
+from fedmed_flower.statistics.cells import pool_small
 from fedmed_flower.statistics.columns import Codes, Columns
-from fedmed_flower.statistics.fewest import patients_of
 from fedmed_flower.statistics.guard import NEW, OUTSIDE, Guard, Members, open_guard
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.values import Mask
@@ -31,6 +32,8 @@ log = logging.getLogger("flwr.fedmed")
 
 # Beside the ledger, and not taken for one.
 _ENDING = ".answers"
+# The cell of all categories that are not told apart.
+POOLED = 2**30
 
 
 def book_path(client: MedicalClient, config: Any) -> Path:
@@ -97,11 +100,23 @@ class Book:
         """All rows, split after split."""
         return self._rows
 
-    def evaluation(self, patients: Collection[str]) -> set[str] | None:
-        """Return of which patients figures may leave; None where of none."""
-        inside = np.array([patient in patients for patient in self._columns.patients])
+    def evaluation(self, rows: Sequence[Row]) -> list[Row] | None:
+        """Return of which rows figures may leave; None where of none.
+
+        Raises
+        ------
+        InputError
+            Where a row is not one that was loaded, so that it cannot be known again.
+        """
+        ids = {id(row) for row in rows}
+        inside = self.of(ids)
+        if int(inside.sum()) != len(ids):
+            raise InputError("screen must return rows that it was given, not others")
         usable = self.admit(self._guard.everybody(f"evaluations by {self._app}"), inside)
-        return None if usable is None else self.patients(usable)
+        if usable is None:
+            return None
+        told = {id(row) for row, fine in zip(self._rows, usable, strict=True) if fine}
+        return [row for row in rows if id(row) in told]
 
     def column(self, name: str, inside: Mask, values: Codes | None = None) -> Mask | None:
         """Return of which rows a column may be told of; None where of none, or it is not there."""
@@ -109,42 +124,47 @@ class Book:
             return None
         return self.admit(self._guard.members(name), inside, values)
 
-    def known(self, name: str) -> Mask | None:
-        """Return the rows of which a column was told before, in which nothing new is told apart."""
+    def known(self, name: str) -> Mask:
+        """Return the rows of which a column was told before."""
         if name not in self._columns.names:
-            return None
-        labels = self._guard.labels(self._guard.members(name))
-        return self.column(name, labels != NEW)
+            return np.zeros(len(self._rows), bool)
+        known: Mask = self._guard.labels(self._guard.members(name)) != NEW
+        return known
 
-    def cells(self, name: str, inside: Mask, minimum: int) -> Codes:
-        """Return (rows,) the number of each row's category; those of few patients are one cell.
+    def categories(self, name: str, inside: Mask, minimum: int) -> Codes | None:
+        """Return (rows,) the number of each row's category, as far as these may be told apart.
+
+        `POOLED` are those of few patients, the smallest first, until together they are enough; -1
+        is a row that is not inside or has no category.
 
         Parameters
         ----------
         name : str
-            A column that is there.
         inside : ndarray of bool
-            (rows,) among which patients are counted.
+            (rows,) of which is to be told.
         minimum : int
+
+        Returns
+        -------
+        ndarray or None
+            None where all categories together are of too few patients.
         """
         codes = self._columns.codes(name)[0]
         here = inside & (codes >= 0)
-        counts = np.zeros(codes.max(initial=0) + 1, np.int64)
-        found = patients_of(codes[here], self._columns.whose[here])
-        counts[: found.size] = found
-        # No category counts as few, too.
-        return np.where((codes >= 0) & (counts[codes] >= minimum), codes, counts.size)
+        labels = self._guard.labels(self._guard.members(name))
+        pooled = pool_small(codes[here], labels[here], self._columns.whose[here], minimum)
+        if pooled is None:
+            return None
+        codes = np.full(len(self._rows), -1, np.int64)
+        codes[here] = np.where(pooled < 0, POOLED, pooled)
+        return codes
 
     def of(self, rows: Collection[int]) -> Mask:
         """Return which rows are among some, by their identity."""
         return np.array([id(row) in rows for row in self._rows])
 
-    def patients(self, mask: Mask) -> set[str]:
-        """Return the patients of some rows."""
-        return {self._columns.patients[place] for place in np.flatnonzero(mask)}
-
-    def shown(self, run: str) -> tuple[bool, set[str]]:
-        """Return whether a run had pictures, and the patients of whom any run had."""
+    def shown(self, run: str) -> tuple[bool, set[str] | None]:
+        """Return whether a run had pictures, and of whom here any had; None where of nobody."""
         return self._guard.shown(run)
 
     def show(self, run: str, patients: Collection[str]) -> None:

@@ -156,7 +156,7 @@ class GenomicsClient(MedicalClient):
             inside = np.array([person(row["patient"]) in names for row in book.rows])
             cells = None
             if self.trait == "binary":
-                cells = book.cells(self.phenotype, inside, cohort.minimum)
+                cells = np.array([int(_number(row, self.phenotype) == 1) for row in book.rows])
             usable = book.column(self.phenotype, inside, cells)
         if usable is None or not bool((usable == inside).all()):
             raise DeclinedError("its people differ by too few from those of an earlier answer")

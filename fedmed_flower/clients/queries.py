@@ -108,10 +108,12 @@ def _draw_in_book(client: MedicalClient, message: Message, config: ConfigRecord)
             raise DeclinedError("pictures leave once a run")
         # Also where drawing fails: else the server could try again with another model.
         book.show(run, ())
-        found = _draw(client, message, config, seen or None)
-        named = [picture for picture in found if picture.patient is not None][-MOST_PICTURES:]
-        book.show(run, {patient_text(picture.patient) for picture in named})
-    return named
+        found = _draw(client, message, config, seen)
+        named = [(patient_text(p.patient), p) for p in found if p.patient is not None]
+        # A client's own draw may show whom it likes.
+        allowed = [one for one in named if seen is None or one[0] in seen][-MOST_PICTURES:]
+        book.show(run, {patient for patient, _ in allowed})
+    return [picture for _, picture in allowed]
 
 
 def contribution(client: MedicalClient, message: Message) -> RecordDict:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.clients.book import Book, open_book
+from fedmed_flower.clients.book import POOLED, Book, open_book
 from fedmed_flower.clients.pooling import places_by_site
 from fedmed_flower.clients.settings import TabularSettings
 from fedmed_flower.clients.targets import (
@@ -139,21 +139,26 @@ class TabularClient(MedicalClient):
         return told
 
     def _tellable(self, book: Book, column: str, inside: Mask, minimum: int) -> list[Row]:
-        """Return the rows of which a column may be told."""
-        categorical = column in self.schema.categorical
-        values = book.cells(column, inside, minimum) if categorical else None
-        usable = book.column(column, inside, values)
-        if usable is None and (usable := book.known(column)) is not None:
-            log.warning(
-                "%s: %s is told of all rows, not of the training rows alone: beside earlier "
-                "answers these would be of too few patients",
-                *(self.site.name, column),
-            )
-        return (
-            []
-            if usable is None
-            else [row for row, told in zip(book.rows, usable, strict=True) if told]
-        )
+        """Return the rows of which a column, or whose categories, may be told."""
+        # Those of the training rows; else those of all rows that earlier answers have counted.
+        for rows in (inside, book.known(column)):
+            values = None
+            if column in self.schema.categorical:
+                values = book.categories(column, rows, minimum)
+                if values is None:
+                    continue
+            usable = book.column(column, rows if values is None else rows & (values >= 0), values)
+            if usable is None:
+                continue
+            if rows is not inside:
+                log.warning(
+                    "%s: %s is told of all rows, not of the training rows alone: beside earlier "
+                    "answers these would be of too few patients",
+                    *(self.site.name, column),
+                )
+            told = usable if values is None else usable & (values != POOLED)
+            return [row for row, fine in zip(book.rows, told, strict=True) if fine]
+        return []
 
     def agree(self, contributions: Mapping[str, Mapping[str, Any]]) -> str:
         """Return what all hospitals' columns give together.
@@ -402,20 +407,25 @@ class TabularClient(MedicalClient):
         """Return the columns by whose values figures of rows may be told apart."""
         if self.site.simulated:
             return names
-        told = []
+        tellable = []
         with open_book(self, {}, minimum) as book:
             inside = book.of({id(row) for row in rows})
             for name in names:
-                usable = book.column(name, inside, book.cells(name, inside, minimum))
+                groups = {
+                    key.partition("=")[2]: number
+                    for number, key in enumerate(by_group(rows, [name], minimum, lambda _: {}))
+                }
+                values = np.array([groups.get(str(row.get(name)), POOLED) for row in book.rows])
+                usable = book.column(name, inside, values)
                 if usable is not None and bool((usable == inside).all()):
-                    told.append(name)
+                    tellable.append(name)
                 else:
                     log.warning(
                         "%s: figures by %s are not told: beside earlier answers they would be of "
                         "too few patients",
                         *(self.site.name, name),
                     )
-        return told
+        return tellable
 
     def figures(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
         """Return the figures of some rows, from the network's outputs for them."""

@@ -254,12 +254,15 @@ class Guard:
         self._partitions[members.key] = self._changed[members.key] = new
         return True
 
-    def shown(self, run: str) -> tuple[bool, set[str]]:
-        """Return whether a run had pictures, and of which of the patients here any run had."""
+    def shown(self, run: str) -> tuple[bool, set[str] | None]:
+        """Return whether a run had pictures, and of which of the patients here any run had.
+
+        None where no run has shown anybody yet.
+        """
         rows = self._connection.execute("SELECT run, patient FROM shown").fetchall()
-        seen = {patient for _, patient in rows}
+        seen = {patient for _, patient in rows} - {b""}
         here = {name for name in dict.fromkeys(self._columns.patients) if self._blob(name) in seen}
-        return any(name == run for name, _ in rows), here
+        return any(name == run for name, _ in rows), here if seen else None
 
     def show(self, run: str, patients: Iterable[str]) -> None:
         """Note that a run has its pictures, and of which patients."""
