@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedmed_flower.data.site import patient_text
 from fedmed_flower.errors import InputError
 from fedmed_flower.privacy.noise import gaussian, secure_generator
 
@@ -333,7 +334,8 @@ def by_group(
         for place, value in enumerate(_texts(rows, column)):
             groups.setdefault(value, []).append(place)
         patients = {
-            value: {rows[place]["patient"] for place in places} for value, places in groups.items()
+            value: {patient_text(rows[place]["patient"]) for place in places}
+            for value, places in groups.items()
         }
         told = [value for value in groups if value is not None and len(patients[value]) >= minimum]
         told.sort(key=lambda value: (-len(patients[value]), value))

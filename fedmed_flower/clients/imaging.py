@@ -246,9 +246,12 @@ class ImagingClient(MedicalClient):
                 "patch-size beside it"
             )
         rng = np.random.default_rng(0)
+        # Each is brighter towards another end: images alike on average would hide that a loss
+        # mixes them.
+        ramp = np.linspace(0.1, 1.0, shape[-1])
         return [
             {
-                "image": rng.uniform(0, 256, shape).astype(np.float32),
+                "image": (rng.uniform(0, 256, shape) * ramp**number).astype(np.float32),
                 "label": self._made_up_label(number, shape[1:], rng),
                 "patient": f"made up {number}",
             }
