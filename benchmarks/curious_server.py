@@ -23,7 +23,6 @@ hundred runs by bad luck. Below the table stand a membership test and an audit b
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import platform
 import sys
@@ -114,8 +113,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.shadows < 4:
         parser.error(f"--shadows must be at least 4, got {options.shadows}")
-    torch.set_num_threads(1)
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)
     began, wrong = time.perf_counter(), 0
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(f"torch {torch.__version__} with one thread, flwr {version('flwr')}")
@@ -138,4 +135,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    membership.quiet()
     main()

@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 import fedmed_flower.clients.base
 import fedmed_flower.clients.genomics
 from fedmed_flower.clients.book import Book
+from fedmed_flower.privacy.ledger import Ledger
 
 PATH = list(sys.path)
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -92,6 +93,7 @@ def test_with_seeds_that_move_patients_runs_measure_whom_the_first_was_trained_o
 ):
     assert tables.second_run(tmp_path, 0.0, "test").right == 0
     monkeypatch.setattr(fedmed_flower.clients.base, "splitting_by", lambda key: nullcontext())
+    monkeypatch.setattr(Ledger, "has_trained", lambda ledger, patients: False)
     (tmp_path / "moving").mkdir()
     found = tables.second_run(tmp_path / "moving", 0.0, "test")
     assert 0 < found.right <= found.of

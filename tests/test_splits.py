@@ -49,7 +49,8 @@ def test_the_shares_hold_on_average_and_each_patient_is_drawn_alone():
     parts = split_patients(rows_of(*range(20_000)), 3, shares)
     counts = [len(parts[split]) for split in SPLITS]
     assert stats.chisquare(counts, np.multiply(shares, 20_000)).pvalue > 1e-4
-    drawn = [splits_of(parts)[str(number)] == "train" for number in range(20_000)]
+    split_of = splits_of(parts)
+    drawn = [split_of[str(number)] == "train" for number in range(20_000)]
     pairs = [first == second for first, second in itertools.pairwise(drawn)]
     # Neighbours agree with probability 0.7^2 + 0.3^2, as where each is drawn alone.
     assert abs(np.mean(pairs) - 0.58) < 4 * np.sqrt(0.58 * 0.42 / 20_000)
@@ -118,9 +119,11 @@ def test_no_seed_of_a_server_moves_a_patient_of_a_real_hospital(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_whom_a_private_run_has_trained_no_later_run_measures_exactly(tmp_path, split):
+def test_whom_a_private_run_has_trained_no_later_run_measures_exactly(tmp_path, monkeypatch, split):
     node = {"site-name": "north", "data-dir": str(tmp_path), "min-evaluated-patients": 2}
     private = {"privacy": "patient", "sampling_rate": 0.5, "target_epsilon": 50.0}
+    # A key with which each split has patients of both classes.
+    monkeypatch.setattr("fedmed_flower.privacy.ledger.secrets.token_bytes", bytes)
     assert not ask(Splitting, "train", context_of(node_config=node, **private)).has_error()
     for seed in range(3):
         reply = ask(Splitting, "evaluate", context_of(node_config=node, seed=seed), split=split)

@@ -4,6 +4,7 @@ import io
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from safetensors.numpy import load_file
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics import classification_metrics
+from fedmed_flower.replies import Sent
 from fedmed_flower.runfolder import Failure, RunFolder
 from fedmed_flower.strategies import FedAdam, FedAvg
 
@@ -797,12 +799,17 @@ def served(server_round, record):
 
 def all_of(strategy):
     """All that a resumed run must have to the bit."""
-    result = strategy.result
+    result, history = strategy.result, strategy.history
     return (
-        dump(result.arrays), repr(strategy.history), repr(result.train_metrics_clientapp),
-        repr(result.evaluate_metrics_clientapp), repr(result.evaluate_metrics_serverapp),
-        strategy.site_names, strategy.seed,
-    )  # fmt: skip
+        dump(result.arrays),
+        repr(replace(history, sent=Sent())),
+        history.sent.table(),
+        repr(result.train_metrics_clientapp),
+        repr(result.evaluate_metrics_clientapp),
+        repr(result.evaluate_metrics_serverapp),
+        strategy.site_names,
+        strategy.seed,
+    )
 
 
 def partly_failing(values, message, context):

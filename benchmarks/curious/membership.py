@@ -106,10 +106,14 @@ class Trained(NamedTuple):
     odds: Floats
 
 
-def train(seed: int, data: Candidates, rounds: int, epsilon: float) -> Trained:
-    """Let a hospital train on a random half of the candidates, and measure its model on all."""
+def quiet() -> None:
+    """Let a process work on one thread and log nothing."""
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
+
+
+def train(seed: int, data: Candidates, rounds: int, epsilon: float) -> Trained:
+    """Let a hospital train on a random half of the candidates, and measure its model on all."""
     images, labels, _ = data
     inside = np.random.default_rng((21, seed)).permutation(2 * PATIENTS) < PATIENTS
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +162,7 @@ def test(rounds: int, shadows: int) -> None:
     print("|---|---|---|---|---|---|")
     for epsilon in (0.0, EPSILON):
         job = partial(train, data=data, rounds=rounds, epsilon=epsilon)
-        with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1)) as pool:
+        with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1), quiet) as pool:
             models = pool.map(job, range(shadows + 1), chunksize=1)
         cells = [
             np.mean([(one.odds[~one.inside] > 0).mean() for one in models]),

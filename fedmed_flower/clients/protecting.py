@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from fedmed_flower.clients.base import MedicalClient
 
 log = logging.getLogger("flwr.fedmed")
+# Letters of a run's name: the ledger keeps it for good.
+_MOST_KEY = 200
 
 
 class UsableRows(NamedTuple):
@@ -250,8 +252,11 @@ def hospital_ledger(client: MedicalClient, message: Any) -> Ledger:
 
 
 def run_key(client: MedicalClient, config: ConfigRecord) -> str:
-    """Return the name under which the ledger keeps a run."""
-    return str(config.get(RUN_KEY, client.context.run_id))
+    """Return the name under which the ledger keeps a run, of at most 200 letters."""
+    key = str(config.get(RUN_KEY, client.context.run_id))
+    if len(key) > _MOST_KEY:
+        raise InputError(f"{RUN_KEY} must have at most {_MOST_KEY} letters, got {len(key)}")
+    return key
 
 
 def _works(step: Any) -> bool:

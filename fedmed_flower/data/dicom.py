@@ -24,6 +24,7 @@ _SUFFIXES = (".dcm", ".dicom", ".ima")
 # How far two steps from slice to slice may differ, as part of the usual one.
 _GAP = 0.1
 _MOST_LETTERS = 300
+_PREAMBLE = 132  # Bytes before the first element, the letters DICM among them.
 HEADER = (
     *("PatientID", "SeriesInstanceUID", "Rows"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
@@ -37,7 +38,8 @@ def is_dicom(path: Path) -> bool:
     """Return whether a file is DICOM, or a folder directly holds DICOM files."""
     if path.is_dir():
         return any(map(is_dicom, _files_in(path)))
-    return path.is_file() and bool(looks_like_dicom(path))
+    # A file of the kernel has no size, and to read it may wait for ever.
+    return path.is_file() and path.stat().st_size >= _PREAMBLE and looks_like_dicom(path)
 
 
 def dicom_files(folder: Path) -> list[Path]:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import (
+    Callable,
+    Iterable,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    MutableSet,
+    Sequence,
+    Set,
+)
 
 import numpy as np
 import torch
@@ -202,8 +211,8 @@ def require_forgetful(model: nn.Module, loss: Loss, batch: Batch) -> None:
     ------
     InputError
         Where the loss of the first record is another one after the second was seen, or where
-        anything that the model, or a module of the loss, holds is another after it: a bank of
-        records may have no effect until it is full.
+        anything that the model, its classes or the object of the loss holds is another after it:
+        a bank of records may have no effect until it is full.
     """
     model.train()
     first, second = ({key: part[i : i + 1] for key, part in batch.items()} for i in (0, 1))
@@ -236,39 +245,56 @@ def require_forgetful(model: nn.Module, loss: Loss, batch: Batch) -> None:
 
 
 def _held_by(model: nn.Module, loss: Loss) -> dict[str, object]:
-    """Return what modules hold beside parameters and buffers, by module and attribute."""
-    owner = getattr(loss, "__self__", None)
-    roots = {"the model": model} | {
-        f"the module {name} of the loss": value
-        for name, value in getattr(owner, "__dict__", {}).items()
-        if isinstance(value, nn.Module) and value is not model
+    """Return what model and loss hold beside parameters and buffers, by name."""
+    owner = loss if isinstance(loss, nn.Module) else getattr(loss, "__self__", None)
+    seen = {id(model), id(owner)}
+    held = {
+        f"{_layer(path, module)}, attribute {name}": _content(value, seen)
+        for path, module in model.named_modules()
+        for name, value in _attributes(module).items()
     }
-    own = vars(nn.Module()).keys()
-    return {
-        f"{_layer(path, module) if root == 'the model' else root}, attribute {name}": _content(
-            value
-        )
-        for root, top in roots.items()
-        for path, module in top.named_modules()
-        for name, value in vars(module).items()
-        if name not in own
-    }
+    mine = _attributes(owner)
+    for name, value in mine.items():
+        if isinstance(value, nn.Module) and value is not model:
+            for inner, item in _attributes(value).items():
+                held[f"the module {name} of the loss, attribute {inner}"] = _content(item, seen)
+    for name, value in mine.items():
+        held[f"the object of the loss, attribute {name}"] = _content(value, seen)
+    return held
 
 
-def _content(value: object, depth: int = 6) -> object:
+def _attributes(owner: object) -> dict[str, object]:
+    """Return what an object holds itself, and what its classes hold that can be changed."""
+    kinds = (Tensor, np.ndarray, MutableMapping, MutableSequence, MutableSet, deque)
+    shared = {
+        name: value
+        for kind in type(owner).__mro__
+        for name, value in vars(kind).items()
+        if isinstance(value, kinds)
+    }
+    own = getattr(owner, "__dict__", {})
+    hidden = vars(nn.Module()).keys() if isinstance(owner, nn.Module) else ()
+    return shared | {name: value for name, value in own.items() if name not in hidden}
+
+
+def _content(value: object, seen: set[int], depth: int = 6) -> object:
     """Return what can be compared with what the same object holds later."""
     if isinstance(value, Tensor | np.ndarray):
         array = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
         return array.shape, str(value.dtype), array.tobytes()
     if isinstance(value, str | bytes | int | float | bool | None):
         return repr(value)
-    if isinstance(value, nn.Module) or not depth:
+    if id(value) in seen or not depth:
         return type(value).__name__
+    seen.add(id(value))
     if isinstance(value, Mapping):
-        return [(repr(key), _content(item, depth - 1)) for key, item in value.items()]
+        return [(repr(key), _content(item, seen, depth - 1)) for key, item in value.items()]
     if isinstance(value, Sequence | Set | deque):
-        return [_content(item, depth - 1) for item in value]
-    return [type(value).__name__, _content(getattr(value, "__dict__", {}), depth - 1)]
+        return [_content(item, seen, depth - 1) for item in value]
+    inside = [*_attributes(value).values()]
+    if isinstance(value, nn.Module):
+        inside += [*value.buffers(recurse=False), *value.children()]
+    return [type(value).__name__, *(_content(item, seen, depth - 1) for item in inside)]
 
 
 def require_independent(
