@@ -227,15 +227,19 @@ def _dicom_images(folder: Path, problems: list[str]) -> Iterator[tuple[str, dict
 
 def _folders(folder: Path) -> Iterator[Path]:
     """Return a folder and all in it that are not hidden, each once, though links may lead there."""
-    root, seen, waiting = real_path(folder), set[Path](), [folder]
+    root = real_path(folder)
+    seen, waiting = set[Path](), [(folder, root)]
     while waiting:
-        place = waiting.pop()
-        there = real_path(place)
+        place, there = waiting.pop()
         if there in seen or not there.is_relative_to(root):
             continue
         seen.add(there)
         yield place
-        waiting += reversed([child for child in _visible(place) if child.is_dir()])
+        waiting += [
+            (child, real_path(child) if child.is_symlink() else there / child.name)
+            for child in reversed(_visible(place))
+            if child.is_dir()
+        ]
 
 
 def _visible(folder: Path) -> list[Path]:
