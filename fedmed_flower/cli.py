@@ -208,6 +208,9 @@ def _prepare(
     folder = (resume or out or Path("runs") / f"{name}-{stamp}").expanduser().resolve()
     if resume is None:
         RunFolder(folder).require_unused()
+    for key, option in (("run-dir", "--out"), ("resume", "--resume")):
+        if any(text.partition("=")[0].strip() == key for text in settings):
+            raise InputError(f"fedmed run sets {key} itself: give {option} instead of -c {key}")
     given = "".join(f" -c {shlex.quote(text)}" for text in settings)
     config = override(defaults, settings)
     config |= {} if rounds is None else {"num-server-rounds": rounds}

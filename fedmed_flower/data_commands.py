@@ -30,9 +30,9 @@ _PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")
 @data_app.command()
 def check(
     folder: Annotated[
-        Path,
+        Path | None,
         typer.Argument(help="A folder with dataset.json, a .csv list of images, or DICOM files."),
-    ],
+    ] = None,
     classes: Annotated[
         int | None,
         typer.Option(
@@ -44,7 +44,10 @@ def check(
         typer.Option(help='What the SuperNode will be started with: "KEY=VALUE KEY=VALUE ...".'),
     ] = None,
 ) -> None:
-    """Read all images and masks of a folder and name what cannot be used."""
+    """Read all images and masks of a folder and name what cannot be used.
+
+    For a hospital without images leave the folder out: the node config alone is checked.
+    """
     # With MONAI, whose import the other commands need not wait for.
     from fedmed_flower.data.checking import check_folder
 
@@ -52,6 +55,10 @@ def check(
         if node_config is not None:
             _check_node(node_config)
             console.print("the node config is understood")
+        if folder is None:
+            if node_config is None:
+                raise InputError("give a folder, --node-config, or both")
+            return
         with console.status(Text(shown(f"reading {folder}"))):
             findings = check_folder(folder, num_classes=classes)
     except InputError as error:

@@ -59,6 +59,10 @@ class _OneLine(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = shown(record.getMessage()), ()
+        if record.exc_info:
+            # Behind a bar: no line of a traceback can be taken for one of the log.
+            lines = logging.Formatter().formatException(record.exc_info).split("\n")
+            record.exc_text = "\n".join(f"  | {shown(line)}" for line in lines)
         return True
 
 

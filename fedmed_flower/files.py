@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from fedmed_flower.errors import InputError
 
@@ -30,6 +30,7 @@ MALFORMED = (
     *(ArithmeticError, AttributeError, LookupError, MemoryError),
     *(RecursionError, TypeError, ValueError, csv.Error),
 )
+_MOST_LINE = 1 << 16
 _MOST_ENTRIES, _MOST_LEVELS, _MOST_MEMBERS = 1_000_000, 20, 1_000_000
 # The end of SQLite's journal of several files at once, after the name of a file that is deleted
 # when the journal is played back.
@@ -96,6 +97,20 @@ def read_file(folder: Path, name: str, most: int = MOST_TEXT) -> bytes:
         return file.read(most)
 
 
+def read_lines(text: TextIO) -> Iterator[str]:
+    """Yield the lines of a table.
+
+    Raises
+    ------
+    csv.Error
+        Where one is longer than any line of ours: it could be as long as the file.
+    """
+    while line := text.readline(_MOST_LINE):
+        if len(line) == _MOST_LINE:
+            raise csv.Error(f"a line has {_MOST_LINE:,} letters or more")
+        yield line
+
+
 def read_object(folder: Path, name: str, hint: str) -> dict[str, Any]:
     """Return the JSON object in a file of a folder.
 
@@ -131,13 +146,16 @@ def require_closed(folder: Path) -> None:
                 f"than {_MOST_LEVELS} deep: no run folder does"
             )
         try:
-            mode = Path(_inside(folder, path)).stat().st_mode
+            about = Path(_inside(folder, path)).stat()
+            mode = about.st_mode
         except OSError as error:
             raise InputError(
                 f"{path} cannot be gone on with ({error.strerror}): put there what it stands for"
             ) from error
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise InputError(f"{path} is neither a file nor a folder: remove it")
+        if stat.S_ISREG(mode) and about.st_nlink > 1:
+            raise InputError(f"{path} is one file with another name elsewhere: put a copy there")
         if stat.S_ISREG(mode) and path.name.endswith("-journal"):
             _require_own_journal(path)
 
@@ -183,8 +201,8 @@ def _require_own_journal(path: Path) -> None:
             )
 
 
-def stored_members(file: BinaryIO) -> dict[str, bytes]:
-    """Return what the members of a zip archive hold.
+class StoredMembers:
+    """The members of a zip archive, each read when it is asked for.
 
     Parameters
     ----------
@@ -198,9 +216,11 @@ def stored_members(file: BinaryIO) -> dict[str, bytes]:
     zipfile.BadZipFile, NotImplementedError, EOFError
         Where the archive is damaged.
     """
-    size = file.seek(0, os.SEEK_END)
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
+
+    def __init__(self, file: BinaryIO) -> None:
+        size = file.seek(0, os.SEEK_END)
+        self._archive = zipfile.ZipFile(file)
+        members = self._archive.infolist()
         if len(members) > _MOST_MEMBERS:
             raise ValueError(f"it has {len(members):,} members, more than {_MOST_MEMBERS:,}")
         if len({member.filename for member in members}) < len(members):
@@ -211,4 +231,19 @@ def stored_members(file: BinaryIO) -> dict[str, bytes]:
                 raise ValueError(f"its member {member.filename} is not stored as it is")
         if (total := sum(member.file_size for member in members)) > size:
             raise ValueError(f"its members claim {total:,} bytes, and the file has {size:,}")
-        return {member.filename: archive.read(member) for member in members}
+        self.left = {member.filename: member for member in members}
+
+    def pop(self, name: str, most: int) -> bytes:
+        """Return what a member holds, which is then not `left`.
+
+        Raises
+        ------
+        ValueError
+            Where it is longer than `most` bytes.
+        """
+        member = self.left.pop(name)
+        if member.file_size > most:
+            raise ValueError(
+                f"its member {name} has {member.file_size:,} bytes, more than {most:,}"
+            )
+        return self._archive.read(member)

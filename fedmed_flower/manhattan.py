@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fedmed_flower import page, plots
 from fedmed_flower.association import log10_of_text
 from fedmed_flower.errors import InputError
-from fedmed_flower.files import MOST_TABLE, as_input_error, open_file, read_object
+from fedmed_flower.files import MOST_TABLE, as_input_error, open_file, read_lines, read_object
 from fedmed_flower.page import DASH, escaped, many
 from fedmed_flower.runfolder import SUMMARY, write_atomic
 
@@ -113,7 +113,7 @@ def _read(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[n
         path = folder / TABLE
         raise InputError(f"{path} cannot be read ({error.strerror}): mend or remove it") from error
     with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
-        rows = csv.reader(text)
+        rows = csv.reader(read_lines(text))
         if tuple(next(rows, ())) != COLUMNS:
             raise InputError(f"{folder / TABLE} does not have the columns {', '.join(COLUMNS)}")
         at = COLUMNS.index("p")

@@ -130,7 +130,7 @@ REPLIED = {
 WAYS = {
     "plain": "exactly",
     "bounded": "exactly, of several patients together",
-    "known": "exactly; counts as known",
+    "known": "exactly; every guarantee takes it as known",
     "noised": "with noise",
     "never": "exactly, where noise was due",
     "simulated": "in a simulation alone",
@@ -138,7 +138,8 @@ WAYS = {
 }
 LEFT = """<h2>What left each hospital</h2><p>{stays} The table holds what the hospitals in fact
 sent. Several patients together are as many as each hospital asks for: at a real one ten, unless it
-says otherwise. Of an error a hospital tells the class, and why it declined a round.</p>"""
+says otherwise, and in a simulation one is enough. A hospital with coarse figures rounds them
+before. Of an error a hospital tells the class, and why it declined a round.</p>"""
 NOT_RECORDED = "<p>What was sent was not recorded.</p>"
 NO_RECORD = "No patient record: no image, no row of a table."
 PICTURES = """No patient record, and of images only the pictures of test cases above with their

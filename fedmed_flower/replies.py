@@ -47,20 +47,20 @@ any | site.name | the name that the hospital gave itself | plain | plain
 any | site.simulated | whether it lives in a simulation | plain | plain
 any | site.data | name of the data source | plain | plain
 any | site.generated | whether the rows are made up | plain | plain
-describe | metrics.num-examples | the first of the next three again | plain | known
-describe | metrics.train | training rows (with privacy: patients) | plain | known
-describe | metrics.val | validation rows (with privacy: patients) | plain | known
-describe | metrics.test | test rows (with privacy: patients) | plain | known
-describe | metrics.turned-away | rows that could not be used | plain | never
+describe | metrics.num-examples | number of training rows, once more | plain | known
+describe | metrics.train | number of training rows (private: of patients) | plain | known
+describe | metrics.val | number of validation rows (private: of patients) | plain | known
+describe | metrics.test | number of test rows (private: of patients) | plain | known
+describe | metrics.turned-away | number of rows that could not be used | plain | never
 contribution | contribution.moments COLUMN | moments of a column | bounded | never
 contribution | contribution.categories COLUMN | categories of ten patients or more | bounded | never
 contribution | contribution.counts COLUMN | how many patients have each | bounded | never
 train | arrays.* | the model after local training | bounded | noised
-train | metrics.num-examples | training rows (with privacy: patients) | plain | known
+train | metrics.num-examples | number of training rows (private: of patients) | plain | known
 train | metrics.loss | mean training loss | bounded | never
 train | metrics.seconds | how long training took | plain | never
 train | metrics.patient-epsilon | what the run has cost a patient so far | never | known
-evaluate | metrics.num-examples | rows (with privacy: patients, noised) | plain | noised
+evaluate | metrics.num-examples | number of rows (private: of patients, noised) | plain | noised
 evaluate | metrics.loss | mean loss | bounded | never
 evaluate | metrics.accuracy | accuracy | bounded | noised
 evaluate | metrics.balanced-accuracy | balanced accuracy | bounded | noised
@@ -128,7 +128,7 @@ REPLIES = tuple(
 # What a simulation adds, where nothing leaves.
 SIMULATED = {
     "patients.digests": "digests of patients' names",
-    "metrics.labels": "training rows of each class",
+    "metrics.labels": "number of training rows of each class",
 }
 # Records that only a private reply has: what stands beside them leaves as in a private run.
 _PRIVATE = {entry.key for entry in REPLIES if entry.plain == NEVER}

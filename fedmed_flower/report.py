@@ -13,7 +13,7 @@ import matplotlib
 from fedmed_flower import comparison, page, plots
 from fedmed_flower.data.site import some_of
 from fedmed_flower.errors import InputError
-from fedmed_flower.files import MOST_TABLE, as_input_error, open_file, read_object
+from fedmed_flower.files import MOST_TABLE, as_input_error, open_file, read_lines, read_object
 from fedmed_flower.metrics import EPSILON
 from fedmed_flower.metrics import lower_is_better as lower
 from fedmed_flower.page import escaped, many, name, show, spec
@@ -114,7 +114,7 @@ def _read_metrics(folder: Path) -> Curves:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): mend or remove it") from error
     with io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="") as text:
-        lines: Any = csv.DictReader(text)
+        lines: Any = csv.DictReader(read_lines(text))
         try:
             for line in lines:
                 key = (line["phase"], line["metric"], f"{line['site']}")
@@ -326,6 +326,8 @@ def _left(summary: dict[str, Any]) -> str:
     words, sent = page.LEFT.format(stays=stays), Sent.of(summary.get("sent"))
     if not (count := len({site for sites in sent.keys.values() for site in sites})):
         return words + page.NOT_RECORDED
+    for each in sent.keys.values():
+        page.require_small(len({key for keys in each.values() for key in keys}), len(each))
     cells = []
     for reply, how, sites, what in sent.lines():
         when = page.REPLIED.get(reply, escaped(reply))

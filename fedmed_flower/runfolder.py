@@ -25,7 +25,7 @@ from safetensors.numpy import save as to_safetensors
 
 from fedmed_flower.arrays import view
 from fedmed_flower.errors import InputError, shown
-from fedmed_flower.files import MALFORMED, open_file, read_file, stored_members
+from fedmed_flower.files import MALFORMED, MOST_TEXT, StoredMembers, open_file, read_file
 from fedmed_flower.metrics import MAIN
 from fedmed_flower.replies import Sent
 
@@ -35,6 +35,8 @@ COLUMNS = ("round", "phase", "site", "metric", "value")
 ALL_SITES = "all"
 _MOST_CONFIG, _MOST_CHECKPOINT = 1 << 24, 1 << 36
 _MOST_ROUND, _MOST_NUMBER, _MOST_SEED = 2**31, 2**63, 2**128
+# Bytes of what a client keeps between rounds, and of what stands before an array's numbers.
+_MOST_STATE, _MOST_HEAD = 1 << 30, 1 << 16
 _OF_FAILURE = ("phase", "site", "reason")
 # A line of ``config.toml``. A key of many parts, or nested values, would keep a parser busy for
 # hours.
@@ -293,7 +295,7 @@ class RunFolder:
         """
         try:
             with open_file(self.path, CHECKPOINT, _MOST_CHECKPOINT) as file:
-                return _checkpoint(stored_members(file))
+                return _checkpoint(StoredMembers(file))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except Exception as error:  # A damaged archive makes its readers fail in a dozen ways.
@@ -315,15 +317,16 @@ def _index(record: ArrayRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _checkpoint(members: dict[str, bytes]) -> Checkpoint:
+def _checkpoint(members: StoredMembers) -> Checkpoint:
     """Return what the members of an archive say; each must be named by ``state.json``."""
-    state = json.loads(members.pop("state.json"))
+    state = json.loads(members.pop("state.json", MOST_TEXT))
     records = {name: _take(members, name, index) for name, index in state["records"].items()}
     states = {
-        key: members.pop(f"clients/{number}.bin") for number, key in enumerate(state["clients"])
+        key: members.pop(f"clients/{number}.bin", _MOST_STATE)
+        for number, key in enumerate(state["clients"])
     }
-    if members:
-        raise ValueError(f"state.json does not name its member {min(members)}")
+    if members.left:
+        raise ValueError(f"state.json does not name its member {min(members.left)}")
     failures = [
         Failure(_whole(told["round"], _MOST_ROUND), *(f"{told[key]}" for key in _OF_FAILURE))
         for told in state["failures"]
@@ -344,11 +347,13 @@ def _checkpoint(members: dict[str, bytes]) -> Checkpoint:
     )
 
 
-def _take(members: dict[str, bytes], name: str, index: list[dict[str, Any]]) -> ArrayRecord:
+def _take(members: StoredMembers, name: str, index: list[dict[str, Any]]) -> ArrayRecord:
     record = ArrayRecord()
     for number, entry in enumerate(index):
-        data = members.pop(f"{name}/{number}.npy")
-        array = Array(entry["dtype"], tuple(entry["shape"]), entry["stype"], data)
+        shape = tuple(entry["shape"])
+        most = np.dtype(entry["dtype"]).itemsize * math.prod(shape) + _MOST_HEAD
+        data = members.pop(f"{name}/{number}.npy", most)
+        array = Array(entry["dtype"], shape, entry["stype"], data)
         view(array)
         record[entry["key"]] = array
     return record

@@ -123,7 +123,12 @@ def write_rows(folder, one):
             if one == "absent":
                 continue
             copies = 3 if one == "rows" else 1
+            huge = 10**400
             changed = {
+                "list of one": {"age": [50.0], "sex": ["f"]},
+                "list as label": {"ill": [1], "days": [9.0], "died": {}},
+                "huge": {"age": huge, "ill": huge, "days": huge, "died": huge},
+                "no name": {"patient": {"first": "a"}},
                 "label": {"ill": 2, "died": 0},
                 "no label": {"ill": 9, "died": 9},
                 "odd label": {"ill": "x", "days": "x"},
@@ -131,13 +136,15 @@ def write_rows(folder, one):
                 "shape": {"age": [1, 2], "sex": {"a": 1}},
                 "unreadable": {"age": "old", "sex": 3.5, "group": math.nan},
             }
-            row |= changed.get(one, {})
+            row = None if one == "no row" else row | changed.get(one, {})
         split = "train" if number < 12 else ("val", "test")[number % 2]
         parts[split] += [row] * copies
     (folder / "rows.json").write_text(json.dumps(parts))
 
 
 DIFFERENCES = ("label", "no label", "odd label", "value", "shape", "unreadable", "rows", "absent")
+# Of tables alone.
+DIFFERENCES += ("list of one", "list as label", "huge", "no name", "no row")
 CLIENTS = (Images, Masks, Table, Lives)
 
 

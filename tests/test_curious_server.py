@@ -151,7 +151,7 @@ def both(client, one, kind, run=None, message=None, outputs=3):
     """Return what is seen of a hospital, and of one in which a patient differs."""
     run, found = dict(run or {}), []
     # A line that a table cannot use is as a patient who is not there.
-    counted = one != "absent" and (client, one) != (Images, "odd label")
+    counted = one not in ("absent", "no name", "no row") and (client, one) != (Images, "odd label")
     if client is Images:
         run = network(outputs) | run
     if client is Lives:

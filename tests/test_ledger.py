@@ -365,7 +365,7 @@ def _about(path, change):
         (lambda path: _truncate(path, 0.001), "its end is lost"),
         (lambda path: _truncate(path, 10), "database disk image is malformed"),
         (lambda path: _about(path, "DROP TABLE about"), "no such table: about"),
-        (_other, "no such table: about"),
+        (_other, "it holds 'patients', which is not made here"),
     ],
 )
 def test_a_file_that_is_no_whole_ledger_is_refused_and_left_as_it_is(path, read_only, make, detail):
@@ -714,3 +714,32 @@ def test_a_file_whose_views_call_functions_is_not_obeyed(path):
         connection.execute("CREATE VIEW charges AS SELECT load_extension('x') AS id")
     with pytest.raises(InputError, match="cannot be used"):
         Ledger(path, read_only=True).entries()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "CREATE VIEW v AS SELECT 1",
+        "CREATE TRIGGER t AFTER INSERT ON plain BEGIN DELETE FROM charges; END",
+        "CREATE INDEX i ON plain (hex(zeroblob(purpose)))",
+        "ALTER TABLE plain ADD COLUMN made TEXT AS (hex(zeroblob(400000000)))",
+    ],
+)
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_ledger_that_holds_what_none_has_is_refused_unread(path, change, read_only):
+    Ledger(path)
+    with sqlite3.connect(path) as connection:
+        connection.execute(change)
+    connection.close()
+    name = {"VIEW": "v", "TRIGGER": "t", "INDEX": "i", "TABLE": "plain"}[change.split()[1]]
+    text = unusable(path, f"it holds '{name}', which is not made here")
+    with pytest.raises(InputError, match=says(text)):
+        Ledger(path, read_only)
+
+
+def test_what_a_run_of_another_app_released_is_not_told(path):
+    ledger = Ledger(path)
+    ledger.charge(range(10), STEP, 1, run="run", purpose="train", app="A")
+    ledger.charge(range(9, 20), COUNT, 1, run="run", purpose="train", app="B")
+    assert ledger.released(range(9, 20), "run") == {STEP: 1, COUNT: 1}
+    assert ledger.released(range(9, 20), "run", "B") == {COUNT: 1}

@@ -527,3 +527,10 @@ def test_a_real_site_takes_the_bundle_that_its_own_node_config_names():
     # A run without a bundle leaves the hospital's own alone.
     named = context_of(node_config={"site-name": "north", "bundle": "/own"}, network="UNet")
     assert ModelSettings.of_site(named) == ModelSettings(network="UNet")
+
+
+def test_a_network_of_more_weights_than_fit_is_refused_before_they_are_made():
+    large = UNET | {"channels": [9999, 99999], "strides": [2]}
+    text = r"^network UNet with these network-args has [\d,]+ weights, more than 1,073,741,824$"
+    with pytest.raises(InputError, match=text):
+        build(network="UNet", network_args=json.dumps(large))

@@ -233,9 +233,12 @@ def test_a_hospital_sets_its_budget_or_none():
          "budget-epsilon must be of type float, got '3'"),
         ({"budget-epsilon": True, "budget-delta": 1e-5},
          "budget-epsilon must be of type float, got True"),
-        ({"budget-epsilon": 0.0, "budget-delta": 1e-5}, "budget-epsilon must be above 0, got 0.0"),
+        ({"budget-epsilon": 0.0, "budget-delta": 1e-5},
+         "budget-epsilon must be above 0 and finite, got 0.0"),
         ({"budget-epsilon": math.nan, "budget-delta": 1e-5},
-         "budget-epsilon must be above 0, got nan"),
+         "budget-epsilon must be above 0 and finite, got nan"),
+        ({"budget-epsilon": math.inf, "budget-delta": 1e-5},
+         "budget-epsilon must be above 0 and finite, got inf"),
         ({"budget-epsilon": 3.0, "budget-delta": 0.0},
          "budget-delta must be above 0 and below 1, got 0.0"),
         ({"budget-epsilon": 3.0, "budget-delta": 1.0},
@@ -333,3 +336,12 @@ def test_too_many_steps_are_refused_with_the_setting_that_asks_for_them():
     )
     with pytest.raises(InputError, match=says(text)):
         private(sampling_rate=1e-5).plan_training(range(100), 9, 25)
+
+
+def test_a_run_of_more_steps_than_can_be_accounted_for_is_refused_at_once():
+    text = (
+        "100000 steps a round in num-server-rounds = 100 rounds are more than 1,000,000 steps, "
+        "which privacy accounting can be asked for: lower one"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        private(sampling_rate=1e-6, num_server_rounds=100).plan_training(range(9), 1, 25, 100_000)

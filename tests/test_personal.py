@@ -277,3 +277,13 @@ def test_personal_epochs_are_checked():
     reply = ask(client, "query.personal", context, ArrayRecord())
     text = "personal-epochs must be at least 1 to fine-tune, got 0"
     assert read_error(reply.error.reason)[1] == text
+
+
+def test_few_training_patients_teach_no_model_of_which_figures_leave(tmp_path):
+    train = patients(9, 1)
+    val, test = patients(20, 2, "val"), patients(20, 3, "test")
+    few = holding({0: SiteData(train=train, val=val, test=test)}, Agreeing)
+    node = node_of(tmp_path)
+    text = "declined: an update here is made of at least 10 patients"
+    assert error_of(few, node_config=node) == text
+    metrics_of(few, node_config=node | {"min-train-patients": 9})

@@ -326,6 +326,18 @@ def test_what_others_log_is_one_line_in_the_log_of_a_run(tmp_path):
     ]
 
 
+def test_no_line_of_a_traceback_looks_like_one_of_the_log(tmp_path):
+    with RunFolder(tmp_path).log_file():
+        try:
+            raise KeyError("w") from ValueError("x\n2026-01-01 INFO all is well\x1b[2J")
+        except KeyError:
+            logging.getLogger("flwr.fedmed").warning("failed", exc_info=True)
+    first, *lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert first.endswith("WARNING failed") or "WARNING failed" in first
+    assert "\x1b" not in "".join(lines)
+    assert all(line.startswith("  | ") for line in lines)
+
+
 def test_csv_reads_back():
     rows = [
         (1, "train", 'St. Mary\'s, "West"', "loss", 0.1 + 0.2),

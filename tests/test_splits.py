@@ -89,6 +89,9 @@ def test_a_key_is_not_asked_for_where_the_rows_name_their_split():
         assert len(split_patients(rows, 0)["train"]) == 2
 
 
+NOISED_ONLY = "patients who were trained on with noise are used with noise only"
+
+
 class Splitting(fixed(None)):
     """A hospital that has one table for all runs."""
 
@@ -128,7 +131,7 @@ def test_whom_a_private_run_has_trained_no_later_run_measures_exactly(tmp_path, 
     for seed in range(3):
         reply = ask(Splitting, "evaluate", context_of(node_config=node, seed=seed), split=split)
         if split == "train":
-            text = "declined: patients who were trained on with noise are measured with noise"
+            text = f"declined: {NOISED_ONLY}"
             assert reply.error.reason == f"site north: {text}"
         else:
             assert "loss" in reply.content["metrics"]
@@ -167,3 +170,18 @@ def test_a_split_without_a_class_is_said(tmp_path, caplog):
     ask(fixed(data), "query.describe", context_of(node_config=node))
     assert "north: no row of the val split has class 1" in caplog.messages
     assert "north: no row of the test split has class 0" in caplog.messages
+
+
+@pytest.mark.parametrize("kind", ["train", "query.personal"])
+def test_whom_a_private_run_has_trained_no_later_run_trains_without_noise(tmp_path, kind):
+    node = {"site-name": "north", "data-dir": str(tmp_path)}
+    private = {"privacy": "patient", "sampling_rate": 0.5, "target_epsilon": 50.0}
+    plain = {"personal_epochs": 1}
+    assert not ask(Splitting, "train", context_of(node_config=node, **plain)).has_error()
+    assert not ask(Splitting, "train", context_of(node_config=node, **private)).has_error()
+    # With a learning rate of nothing, the loss would be that of the private model.
+    reply = ask(Splitting, kind, context_of(node_config=node, learning_rate=1e-30, **plain))
+    assert reply.error.reason == f"site north: declined: {NOISED_ONLY}"
+    simulated = context_of(run_dir=str(tmp_path / "run"), **private)
+    assert not ask(Splitting, "train", simulated).has_error()
+    assert not ask(Splitting, kind, context_of(run_dir=str(tmp_path / "run"), **plain)).has_error()

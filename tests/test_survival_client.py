@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from sksurv.metrics import integrated_brier_score
 from sksurv.util import Surv
 from tables import SURVIVAL, TinySurvival, TinyTable, changed, holding, lives, run_tables
-from tiny import ask, context_of, says
+from tiny import ask, context_of, node_of, says
 
 from fedmed_flower import InputError, Schema, SiteData, SurvivalClient, metrics, survival
 from fedmed_flower.data.preparing import Preparation
@@ -359,3 +359,18 @@ def test_columns_are_those_of_the_schema():
     assert own.describe(own.data()) == {}
     assert Preparation.of_rows(SURVIVAL, own.data().train).names == ("age",)
     assert own.load_data(Site("hospital-1")).train[0].keys() == {"patient", "age", "days", "died"}
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_few_training_patients_make_no_figure_of_others(few, tmp_path):
+    sizes = (9 if few else 10, 20, 0)
+    client = type("Few", (Two,), {"sizes": sizes})
+    config = {"survival_loss": "cox", "survival_horizon": 700.0, "preparation": "declared"}
+    context = context_of(node_config=node_of(tmp_path), **config)
+    model = client(context).build_model()
+    reply = ask(client, "evaluate", context, ArrayRecord(model.state_dict()))
+    assert ("integrated-brier" in reply.content["metrics"]) == (not few)
+    assert "c-index" in reply.content["metrics"]
+    own = context_of(node_config=node_of(tmp_path), **config | {"preparation": "site"})
+    reply = ask(client, "evaluate", own, ArrayRecord(model.state_dict()))
+    assert reply.has_error() == few

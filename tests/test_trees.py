@@ -192,7 +192,7 @@ def bagging(tmp_path_factory):
     """Three hospitals' bagging: folder, result, strategy."""
     folder = tmp_path_factory.mktemp("runs") / "bagging"
     strategy = Watched()
-    settings = {"trees_a_round": 2, "tree_subsample": 0.8, "num_server_rounds": 5}
+    settings = {"trees_a_round": 2, "tree_subsample": 0.8, "num_server_rounds": 8}
     result = run(folder, strategy=strategy, pictures=3, preparation="federated", **settings)
     return folder, result, strategy
 
@@ -200,14 +200,14 @@ def bagging(tmp_path_factory):
 def test_bagging_is_flowers_aggregation_of_the_same_trees(bagging):
     folder, result, strategy = bagging
     first, *others = strategy.given
-    assert len(strategy.given) == 15
+    assert len(strategy.given) == 24
     model = first
     for other in others:
         model = aggregate_bagging(model, other)
     found = model_bytes(result.arrays)
     trees = json.loads(model)["learner"]["gradient_booster"]["model"]["trees"]
     assert json.loads(found)["learner"]["gradient_booster"]["model"]["trees"] == trees
-    assert len(trees) == 30
+    assert len(trees) == 48
     assert (folder / "model.json").read_bytes() == found
 
 
@@ -223,14 +223,14 @@ def test_trees_of_all_hospitals_are_better_than_of_each_alone(bagging):
             return SiteData(make_rows(60, (number, 0), "own", binary))
 
         own = type("Own", (Hospital,), {"load_data": load_data})
-        model, _ = bagged(own, 5, trees_a_round=2, tree_subsample=0.8)
+        model, _ = bagged(own, 8, trees_a_round=2, tree_subsample=0.8)
         assert together > roc_auc_score(truth, margins(model, trees, rows)) + 0.01
 
 
 def test_the_folder_is_that_of_any_run(bagging):
     folder, _, _ = bagging
     summary = summary_of(folder)
-    assert (summary["status"], summary["strategy"], summary["rounds"]) == ("finished", "Watched", 5)
+    assert (summary["status"], summary["strategy"], summary["rounds"]) == ("finished", "Watched", 8)
     assert summary["failures"] == []
     assert set(summary["test"]["sites"]) == {"hospital-1", "hospital-2", "hospital-3"}
     assert summary["test"]["federated"]["num-examples"] == 600
@@ -675,3 +675,38 @@ def test_names_that_xgboost_does_not_take(tmp_path):
     found = as_trees(client(context_of(preparation="site"))).form.features
     assert found == ("a (mg)", "c=less than 1", "c=1", "c=2")
     xgboost.DMatrix(np.zeros((1, 4)), feature_names=list(found))
+
+
+def test_a_tree_of_few_rows_has_no_leaf_of_fewer_patients_than_the_minimum(tmp_path):
+    schema = schema_of("continuous")
+    client = type(
+        "Few",
+        (TabularClient,),
+        {"schema": schema, "sizes": (50, 0, 0), "load_data": Hospital.load_data},
+    )
+    own = client(context_of(num_sites=1, **DECLARED)).data().train
+    targets = np.array([row["y"] for row in own])
+    settings = {"tree_subsample": 0.02, "tree_lambda": 1e-9, "tree_min_child_weight": 1e-9}
+    settings |= {"tree_learning_rate": 1.0, "trees_a_round": 3}
+    context = context_of(num_sites=1, **DECLARED | settings)
+    trees = as_trees(client(context))
+    context.node_config["min-cell-count"] = 10
+    reply = ask(
+        client,
+        "train",
+        context,
+        ArrayRecord([np.frombuffer(write_trees(trees.form, []), np.uint8)]),
+        server_round=1,
+        trees="bagging",
+    )
+    found = json.loads(model_bytes(reply.content["arrays"]))["learner"]["gradient_booster"]
+    leaves = {
+        value
+        for tree in found["model"]["trees"]
+        for value, left in zip(tree["base_weights"], tree["left_children"], strict=True)
+        if left == -1
+    }
+    assert leaves
+    # The mean of ten or more less where trees start: no patient's own distance from there.
+    apart = np.abs(np.subtract.outer(targets - trees.form.base, 3 * np.array([*leaves])))
+    assert apart.min() > 1e-4

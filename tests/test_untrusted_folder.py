@@ -1053,3 +1053,38 @@ def test_whatever_a_file_holds_nothing_is_run_or_reached(world, copied, data):
     (folder / name).write_bytes(content)
     look_at(world, folder, kind)
     shutil.rmtree(folder)
+
+
+def test_a_line_without_end_is_not_read(world, copied):
+    folder = copied()
+    with (folder / "metrics.csv").open("ab") as file:
+        file.truncate(8 << 30)
+    outcome = look_at(world, folder)[0]
+    assert outcome.startswith(f"not started: {folder / 'metrics.csv'} line ")
+    assert "a line has 65,536 letters or more" in outcome
+
+
+def test_a_member_that_is_longer_than_its_array_is_not_read(copied):
+    folder = copied()
+    members = members_of(folder)
+    name = "arrays/0.npy"
+    write_members(folder, members | {name: members[name] + bytes(1 << 20)})
+    refused(folder, f"its member {name} has ")
+
+
+def test_a_file_with_another_name_elsewhere_is_not_written(world, copied):
+    folder, victim = copied(), world / "victim"
+    victim.write_text("kept")
+    (folder / "log.txt").unlink()
+    os.link(victim, folder / "log.txt")
+    text = f"not started: {folder / 'log.txt'} is one file with another name elsewhere"
+    assert look_at(world, folder)[2].startswith(text)
+    assert victim.read_text() == "kept"
+
+
+def test_what_sites_beyond_number_have_sent_is_not_sorted_for_days(world, copied):
+    folder = copied()
+    sent = {"evaluate": {f"s{n}": [f"metrics.k{n}"] for n in range(20_000)}}
+    edit_json(folder / "summary.json", lambda summary: summary | {"sent": sent})
+    outcome = look_at(world, folder)[0]
+    assert "would have 400,000,000 cells, more than 10,000,000" in outcome

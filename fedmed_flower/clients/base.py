@@ -357,6 +357,7 @@ class MedicalClient(ABC):
                 metrics = train_protected(self, model, config)
         else:
             data, prepared = self.prepared("train", self.pooled)
+            self.require_usable(data.train)
             with self.seeded(seed):
                 metrics = self.fit(model, prepared, seed)
             self._require_several(data.train)
@@ -368,6 +369,25 @@ class MedicalClient(ABC):
         metrics["num-examples"] = self.count("train", self.pooled)
         state = ArrayRecord(travelling.state(model))
         return RecordDict({arrays_key: state, "metrics": MetricRecord(metrics)})
+
+    def require_usable(self, rows: Sequence[Row]) -> None:
+        """Decline to learn without noise from training rows of few patients, or of a private run.
+
+        Raises
+        ------
+        DeclinedError
+            At a real hospital: where they are of fewer patients than an update is made of, or an
+            earlier run has trained on one of them with noise, which this would undo.
+        """
+        patients = {patient_text(row["patient"]) for row in rows}
+        fewest = fewest_patients(self.context, self.site, "train")
+        if len(patients) < fewest:
+            raise DeclinedError(f"an update here is made of at least {fewest} patients")
+        self._require_plain(patients)
+
+    def _require_plain(self, patients: Collection[str]) -> None:
+        if not self.site.simulated and hospital_ledger(self, {}).has_trained(patients):
+            raise DeclinedError("patients who were trained on with noise are used with noise only")
 
     def _require_several(self, rows: Sequence[Row]) -> None:
         """Decline to send an update that few patients have made.
@@ -436,13 +456,11 @@ class MedicalClient(ABC):
             return None
         if self.site.simulated:
             return rows
-        ledger = hospital_ledger(self, config)
-        if ledger.has_trained(patients):
-            raise DeclinedError("patients who were trained on with noise are measured with noise")
+        self._require_plain(patients)
         with open_book(self, config, fewest) as book:
             told = book.evaluation(rows)
         if told is not None:
-            ledger.note_plain(
+            hospital_ledger(self, config).note_plain(
                 (row["patient"] for row in told),
                 run=run_key(self, config),
                 purpose=purpose,
@@ -530,13 +548,21 @@ class MedicalClient(ABC):
 
     def _say_classes(self, data: SiteData) -> None:
         """Say in the log which class of the training rows another split lacks."""
-        found = {s: Counter(self.label_of(row) for row in getattr(data, s)) for s in SPLITS}
+        found = {s: Counter(self._class_of(row) for row in getattr(data, s)) for s in SPLITS}
         for split in SPLITS[1:]:
-            lacking = sorted(map(str, found["train"].keys() - found[split].keys() - {None}))
+            lacking = sorted(found["train"].keys() - found[split].keys() - {""})
             if found[split] and lacking:
                 level = logging.DEBUG if self.site.simulated else logging.WARNING
                 text = "%s: no row of the %s split has class %s"
                 log.log(level, text, self.site.name, split, ", ".join(lacking))
+
+    def _class_of(self, row: Row) -> str:
+        """Return the class of a row as the log shows it; empty where it has none, or none fits."""
+        try:
+            label = self.label_of(row)
+            return "" if label is None else str(label)
+        except Exception:  # Whatever a row can be: it must not decide about the others.
+            return ""
 
     def screened(self, split: str, pooled: bool = False) -> Sequence[Row]:
         """Return the rows of a split that can be used; the run keeps them."""
@@ -553,7 +579,7 @@ class MedicalClient(ABC):
         try:
             parts: dict[str, Any] = {"train": (), split: (row,)}
             self.check(SiteData(**parts))
-        except InputError as error:
+        except Exception as error:  # Whatever a row can be: it must not decide about the others.
             log.warning("%s: turned away, %s split: %s", self.site.name, split, error)
             return False
         return True

@@ -2,8 +2,8 @@
 
 Figures of an evaluation, sums before the first round, counts of a study, pictures and the answers
 to questions for statistics are written down in one file beside the privacy ledger, over all runs,
-before they leave. What one kind withholds another does not tell: see `fedmed_flower.statistics.
-guard` for the rule. In a simulation nothing leaves, and nothing is written down.
+before they leave. Few patients who come or go are told apart by no kind: see `fedmed_flower.
+statistics.guard` for the rule. In a simulation nothing leaves, and nothing is written down.
 """
 
 from __future__ import annotations

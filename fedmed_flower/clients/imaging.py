@@ -41,6 +41,8 @@ log = logging.getLogger("flwr.fedmed")
 
 MODALITIES = ("", "ct", "mr", "xray")
 _MOST_LINES = 20
+# Of a patch: that of 512 x 512 x 512 takes half a gigabyte.
+MOST_VOXELS = 2**27
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class ImagingSettings(Section):
         whole = name != "patch_size" or all(value == int(value) for value in values if value < 1e9)
         fine = all(0 < value < 1e9 for value in values) and whole
         self.require(name, fine, "empty or numbers above 0 separated by commas")
+        small = name != "patch_size" or math.prod(values) <= MOST_VOXELS
+        self.require(name, small, f"of at most {MOST_VOXELS:,} pixels or voxels")
         if dims and values:
             self.require(name, len(values) == dims, f"empty or {dims} numbers, one an axis")
         return values

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import logging
 import textwrap
 import tomllib
 from collections.abc import Callable, Mapping
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 from fedmed_flower.config import Section, with_type_of
 from fedmed_flower.errors import InputError
 
+log = logging.getLogger("flwr.fedmed")
+
 _CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
 _NETWORK_KEYS = ("network_def", "network")
 _MOST_LETTERS = 10_000  # of network-args
+_MOST_WEIGHTS = 2**30  # of a network by name
 _WEIGHTS = Path("models") / "model.pt"
 # Arguments by which a network fetches weights from the internet or a file, and their off position.
 _FETCHING = {"pretrained": False, "pretrained_url": None, "weights": None, "path_or_repo_id": None}
@@ -116,6 +120,7 @@ def _build(name: str, text: str) -> nn.Module:
             )
     # Some networks would download by default.
     args |= {k: off for k, off in _FETCHING.items() if k in inspect.signature(make).parameters}
+    _require_small(name, make, args)
     try:
         model = make(**args)
     except Exception as error:  # Each network refuses arguments in its own way.
@@ -123,6 +128,23 @@ def _build(name: str, text: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputError(f"network {name} is a function that returns no network")
     return model
+
+
+def _require_small(name: str, make: Callable[..., Any], args: dict[str, Any]) -> None:
+    """Refuse a network of more weights than fit, before memory is taken for them."""
+    try:
+        with torch.device("meta"):
+            model = make(**args)
+        weights = sum(part.numel() for part in model.parameters())
+    except Exception as error:
+        # Some networks compute with what they make, which cannot be done without memory.
+        log.debug("the weights of %s are not counted beforehand: %s", name, error)
+        return
+    if weights > _MOST_WEIGHTS:
+        raise InputError(
+            f"network {name} with these network-args has {weights:,} weights, more than "
+            f"{_MOST_WEIGHTS:,}"
+        )
 
 
 def _named(name: str) -> Callable[..., Any]:

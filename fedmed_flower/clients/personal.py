@@ -60,9 +60,10 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
         raise InputError(
             f"personal-epochs must be at least 1 to fine-tune, got {settings.personal_epochs}"
         )
-    (_, train), (val, val_rows), (test, test_rows) = (
+    (own, train), (val, val_rows), (test, test_rows) = (
         client.prepared(split, pooled=False) for split in ("train", "val", "test")
     )
+    client.require_usable(own.train)
     if not val.val:
         raise InputError("there are no validation rows to tell by whether fine-tuning helps")
     tellable = True

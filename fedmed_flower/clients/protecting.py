@@ -134,7 +134,7 @@ def train_protected(
     )
     charge = (patients, mechanism.release, mechanism.steps, "train", _round(config))
     with privacy.charged(*charge):
-        rows = usable_rows(client, "train", probe)
+        rows = usable_rows(client, "train", probe, alike=True)
         client.seed_transforms(rows.prepared, secrets.randbits(32))
         before = held(model)
         loss, dropped = train_privately(
@@ -169,9 +169,10 @@ def measure_protected(
     split = str(config.get("split", "val"))
     client.require_measurable()
     # What the network gives is compared with what the client declares.
+    probe = client.probe(1)
     model.eval()
     with torch.no_grad():
-        client.loss_of(model, client.probe(1))
+        client.loss_of(model, probe)
     # From here on patients are looked at.
     patients = _patients(client, split)
     if not patients:
@@ -179,20 +180,22 @@ def measure_protected(
     privacy = _privacy(client, config)
     release = privacy.plan_evaluation(split)
     with privacy.charged(patients, release, 1, f"{split} counts", _round(config)):
-        rows = usable_rows(client, split)
+        rows = usable_rows(client, split, probe)
         noise = release.noise_multiplier
         return client.measure_privately(model, rows.prepared, rows.patients, noise)
 
 
-def usable_rows(client: MedicalClient, split: str, probe: Batch | None = None) -> UsableRows:
+def usable_rows(client: MedicalClient, split: str, probe: Batch, alike: bool = False) -> UsableRows:
     """Return the rows of a split that work; each is tried by itself, and decides for itself alone.
 
     Parameters
     ----------
     client : MedicalClient
     split : str
-    probe : dict of tensors, optional
-        A batch of made-up rows, which those of training must be like in shape and dtype.
+    probe : dict of tensors
+        A batch of made-up rows.
+    alike : bool
+        Take those rows alone that are like made-up ones in shape and dtype, as training needs.
     """
     train = split == "train"
     rows = client.screened(split, client.pooled)
@@ -201,6 +204,9 @@ def usable_rows(client: MedicalClient, split: str, probe: Batch | None = None) -
     except Exception as error:
         log.debug("%s: rows are prepared one by one: %s", client.site.name, error)
         rows = [row for row in rows if _works(lambda row=row: client.prepare([row], train))]
+        if not _works(lambda: client.prepare(rows, train)):
+            # Each works alone: those stay that made-up rows can stand beside.
+            rows = [row for row in rows if _is_like(client, client.prepare([row], train), 0, probe)]
         prepared = client.prepare(rows, train)
     if len(prepared) != len(rows):
         raise InputError(
@@ -208,7 +214,7 @@ def usable_rows(client: MedicalClient, split: str, probe: Batch | None = None) -
             "of, private training needs one of each, in their order; split records in load_data"
         )
     places = list(range(len(rows)))
-    if probe is not None:
+    if alike:
         places = [place for place in places if _is_like(client, prepared, place, probe)]
     if away := len(client.loaded(split)) - len(places):
         log.warning(

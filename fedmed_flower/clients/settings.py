@@ -183,8 +183,14 @@ class TabularSettings(Section):
         self.require("preparation", self.preparation in _PREPARATIONS, f"one of {known}")
         kinds = f"one of {', '.join(KINDS)}"
         self.require("tabular_network", self.tabular_network in KINDS, kinds)
-        self.require_within(1, 2**16, "network_width")
+        self.require_within(1, 2**14, "network_width")
         self.require_within(1, 1000, "network_depth")
+        weights = self.network_width**2 * self.network_depth
+        self.require(
+            "network_width",
+            weights <= 2**28,
+            f"at most {2**14} and, squared and times network-depth, at most {2**28:,}",
+        )
 
     @property
     def groups(self) -> tuple[str, ...]:

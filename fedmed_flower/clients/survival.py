@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from fedmed_flower import survival
 from fedmed_flower.clients.tabular import TableRows, TabularClient
 from fedmed_flower.config import Section
 from fedmed_flower.data.site import Row, SiteData
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.metrics import NOISED, noised_counts, noised_metrics
 from fedmed_flower.outcomes import PAIRS
 
+log = logging.getLogger("flwr.fedmed")
 _LOSSES = ("cox", "discrete")
 # Times at which the Brier score is taken, between 0 and the horizon.
 _TIMES = 50
@@ -157,9 +159,15 @@ class SurvivalClient(TabularClient):
         """Return the score, by the censoring and, for Cox, the baseline of the training rows.
 
         In a private run training rows must tell nothing without noise: the censoring is then that
-        of the rows that are measured.
+        of the rows that are measured. None where a hospital does not let training rows be used.
         """
         settings = self.survival
+        if not self.privacy.on:
+            try:
+                self.require_usable(self.prepared("train", self.pooled)[0].train)
+            except DeclinedError as error:
+                log.info("%s: no integrated Brier score: %s", self.site.name, error)
+                return None
         grid = np.linspace(0.0, settings.survival_horizon, _TIMES + 1)[1:]
         train = prepared if self.privacy.on else self.prepared("train", self.pooled)[1]
         outputs = self._predict(model, prepared)

@@ -213,7 +213,10 @@ class TabularClient(MedicalClient):
                     'preparation="site" learns from patients without noise, and this hospital has '
                     'a privacy budget: preparation="declared" learns nothing'
                 )
-            return self._of_own(self.prepared(None, pooled=False)[0].train)
+            own = self.prepared(None, pooled=False)[0].train
+            if own:
+                self.require_usable(own)
+            return self._of_own(own)
         return self._agreed_upon[0]
 
     def _of_own(self, rows: Sequence[Row]) -> Preparation:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedmed_flower.data.bounded import quoted
 from fedmed_flower.data.preparing import Preparation
 from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import Row
@@ -144,8 +145,17 @@ def require_rows(rows: Sequence[Row], schema: Schema, groups: Sequence[str], whe
             )
         for name, (fits, what) in wanted.items():
             value = row[name]
-            if not (isinstance(value, Real) and math.isfinite(value) and fits(value)):
-                raise InputError(f"row {number} of {where} has {name} {value!r}: it must be {what}")
+            if not (isinstance(value, Real) and is_number(value) and fits(value)):
+                raise InputError(
+                    f"row {number} of {where} has {name} {quoted(value)}: it must be {what}"
+                )
+        for name in schema.features:
+            # A list is read where it stands alone, and not beside numbers.
+            if hasattr(row[name], "__len__") and not isinstance(row[name], str | bytes):
+                raise InputError(
+                    f"row {number} of {where} has {name} {quoted(row[name])}: a cell holds one "
+                    "number or text"
+                )
         for name in groups:
             # What is not equal to itself is NaN, a missing text in a data frame.
             if not (row[name] is None or isinstance(row[name], str) or row[name] != row[name]):
@@ -153,6 +163,14 @@ def require_rows(rows: Sequence[Row], schema: Schema, groups: Sequence[str], whe
                     f"row {number} of {where} has {name} {row[name]!r}: report-by takes columns of "
                     "texts, such as categories, or the bands into which the schema cuts a number"
                 )
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a number is finite, also as Python's float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _wanted(schema: Schema) -> dict[str, tuple[Callable[[Any], bool], str]]:

@@ -237,20 +237,15 @@ class TreeClient(TabularClient):
         xgboost, settings = _xgboost(), self.trees
         minimum, features = min_cell_count(self.context, self.site), prepared.inputs["features"]
         edges = self._edges(features.numpy(), patients)
-        data = xgboost.DMatrix(
-            in_bins(features.numpy(), edges),
-            _labels(prepared),
-            # The trees before split the features themselves.
-            base_margin=model(features).numpy(),
-            nthread=self.threads,
-        )
+        bins, labels = in_bins(features.numpy(), edges), _labels(prepared)
+        # The trees before split the features themselves.
+        margins = model(features).numpy()
         parameters: dict[str, Any] = {
             "objective": self.form.objective,
             "tree_method": "hist",
             "max_depth": settings.tree_max_depth,
-            "learning_rate": settings.tree_learning_rate * self.share,
-            "num_parallel_tree": settings.trees_a_round,
-            "subsample": settings.tree_subsample,
+            # The trees of a round are a forest: their mean.
+            "learning_rate": settings.tree_learning_rate * self.share / settings.trees_a_round,
             "min_child_weight": settings.tree_min_child_weight,
             "lambda": settings.tree_lambda,
             "base_score": self.form.base,
@@ -261,14 +256,22 @@ class TreeClient(TabularClient):
         if self.form.outputs > 1:
             # One tree for all classes: Flower takes each tree for one of the first class.
             parameters |= {"num_class": self.form.outputs, "multi_strategy": "multi_output_tree"}
-        while True:
-            grown = xgboost.train(parameters, data, 1)
-            places = grown.predict(data, pred_leaf=True).reshape(len(features), -1)
-            if all(_fewest(leaf, patients) >= minimum for leaf in places.T):
-                break
-            parameters["min_child_weight"] = max(2 * parameters["min_child_weight"], 1e-3)
-        found = bytes(grown.save_raw("json"))
-        trees = read_trees(found, self.form, settings.trees_a_round, named=False)
+        rng, trees = np.random.default_rng(seed), list[Tree]()
+        alone = replace(self.form, settings=replace(settings, trees_a_round=1))
+        for _ in range(settings.trees_a_round):
+            drawn = _drawn(patients, settings.tree_subsample, minimum, rng)
+            data = xgboost.DMatrix(
+                bins[drawn], labels[drawn], base_margin=margins[drawn], nthread=self.threads
+            )
+            weight = {"min_child_weight": settings.tree_min_child_weight}
+            while True:
+                grown = xgboost.train(parameters | weight, data, 1)
+                places = grown.predict(data, pred_leaf=True).reshape(len(labels[drawn]), -1)
+                if all(_fewest(leaf, patients[drawn]) >= minimum for leaf in places.T):
+                    break
+                weight = {"min_child_weight": max(2 * weight["min_child_weight"], 1e-3)}
+            found = bytes(grown.save_raw("json"))
+            trees += read_trees(found, alone, 1, named=False)
         return [at_edges(tree, edges) for tree in trees]
 
     def _train(self, message: Message) -> RecordDict:
@@ -385,6 +388,15 @@ def _patients(prepared: TableRows) -> NDArray[np.intp]:
     """Return a number for each row that is the same for the rows of one patient."""
     texts = [patient_text(row["patient"]) for row in prepared.rows]
     return np.unique(texts, return_inverse=True)[1]
+
+
+def _drawn(
+    patients: NDArray[np.intp], share: float, minimum: int, rng: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Return which rows a tree grows on: of a share of the patients, of `minimum` at least."""
+    everybody = np.unique(patients)
+    count = min(len(everybody), max(minimum, round(share * len(everybody))))
+    return np.isin(patients, rng.choice(everybody, count, replace=False))
 
 
 def _fewest(leaf: NDArray[Any], patients: NDArray[Any]) -> int:

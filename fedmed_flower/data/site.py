@@ -223,8 +223,10 @@ class NodeSettings(Section):
         if given:
             if missing := budget - given:
                 raise InputError(f"{min(given)} in the node config needs {min(missing)} beside it")
-            if not found.budget_epsilon > 0:
-                raise InputError(f"budget-epsilon must be above 0, got {found.budget_epsilon}")
+            if not 0 < found.budget_epsilon < math.inf:
+                raise InputError(
+                    f"budget-epsilon must be above 0 and finite, got {found.budget_epsilon}"
+                )
             if not 0 < found.budget_delta < 1:
                 raise InputError(
                     f"budget-delta must be above 0 and below 1, got {found.budget_delta}"
@@ -330,7 +332,7 @@ def with_patients(data: SiteData) -> SiteData:
         for row in rows:
             try:
                 patient = patient_text(row["patient"])
-            except (InputError, KeyError):
+            except Exception:  # Whatever a row can be: it goes, and the others stay.
                 continue
             if seen.setdefault(patient, split) == split:
                 kept[split].append(row)

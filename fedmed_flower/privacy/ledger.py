@@ -40,6 +40,8 @@ CREATE TABLE plain (id INTEGER PRIMARY KEY AUTOINCREMENT, time TEXT NOT NULL, ru
   app TEXT NOT NULL, purpose TEXT NOT NULL, dataset INTEGER NOT NULL REFERENCES datasets);
 CREATE TABLE runs (run TEXT PRIMARY KEY, time TEXT NOT NULL) WITHOUT ROWID;
 """
+# SQLite's own, for AUTOINCREMENT.
+_COUNTER = "CREATE TABLE sqlite_sequence(name,seq)"
 _BUDGET = ("budget-epsilon", "budget-delta")
 _SPLIT_KEY, _KEY_BYTES = "split-key", 32
 # Two runs at one hospital wait for each other while one of them is charged.
@@ -241,10 +243,12 @@ class Ledger:
         with self._open() as connection:
             connection.execute("UPDATE charges SET settled = 1 WHERE id = ?", (charge,))
 
-    def released(self, patients: Iterable[Hashable], run: str | None = None) -> Counter[Release]:
-        """Return all releases about any of these patients; of one run only where it is given."""
+    def released(
+        self, patients: Iterable[Hashable], run: str | None = None, app: str | None = None
+    ) -> Counter[Release]:
+        """Return all releases about these patients; of one run, or one app, where it is given."""
         with self._open() as connection:
-            return self._releases(connection, self._find(connection, patients)[2], run)
+            return self._releases(connection, self._find(connection, patients)[2], run, app)
 
     def split_key(self) -> bytes:
         """Return the key by which patients are split into train, val and test; made with the file.
@@ -363,9 +367,7 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}")
         try:
-            with transaction(draft, "rwc") as connection:
-                for statement in _SCHEMA.split(";"):
-                    connection.execute(statement)
+            with transaction(draft, "rwc", _SCHEMA) as connection:
                 about = {"version": _VERSION, "key": secrets.token_bytes(_KEY_BYTES)}
                 about[_SPLIT_KEY] = secrets.token_bytes(_KEY_BYTES)
                 connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
@@ -379,7 +381,7 @@ class Ledger:
         with _told(self.path), ExitStack() as stack:
             mode = "ro" if self._read_only else "rw"
             try:
-                connection = stack.enter_context(transaction(self.path, mode))
+                connection = stack.enter_context(transaction(self.path, mode, _SCHEMA))
             except sqlite3.OperationalError as error:
                 if mode == "rw" or error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
                     raise
@@ -387,7 +389,7 @@ class Ledger:
                 copy = Path(stack.enter_context(TemporaryDirectory())) / "ledger"
                 for ending in ("", "-journal"):
                     shutil.copyfile(f"{self.path}{ending}", f"{copy}{ending}")
-                connection = stack.enter_context(transaction(copy, "rw"))
+                connection = stack.enter_context(transaction(copy, "rw", _SCHEMA))
             yield connection
 
     def _find(
@@ -425,14 +427,17 @@ class Ledger:
 
     @staticmethod
     def _releases(
-        connection: sqlite3.Connection, datasets: Iterable[object], run: str | None = None
+        connection: sqlite3.Connection,
+        datasets: Iterable[object],
+        run: str | None = None,
+        app: str | None = None,
     ) -> Counter[Release]:
         """Add up the charges of some sets of patients."""
         rows = connection.execute(
             "SELECT sampling_rate, noise_multiplier, sum(releases) FROM charges "
             f"WHERE dataset IN ({', '.join(map(str, datasets))}) AND (? IS NULL OR run = ?) "
-            "GROUP BY sampling_rate, noise_multiplier",
-            (run, run),
+            "AND (? IS NULL OR app = ?) GROUP BY sampling_rate, noise_multiplier",
+            (run, run, app, app),
         ).fetchall()
         return Counter({Release(rate, noise): int(count) for rate, noise, count in rows})
 
@@ -443,8 +448,23 @@ class Ledger:
 
 
 @contextmanager
-def transaction(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
-    """Open one transaction, which ends on the disk or not at all."""
+def transaction(path: Path, mode: str, schema: str) -> Iterator[sqlite3.Connection]:
+    """Open one transaction, which ends on the disk or not at all.
+
+    Parameters
+    ----------
+    path : Path
+    mode : {"ro", "rw", "rwc"}
+        As SQLite has it. With "rwc" a new file is given what the schema says.
+    schema : str
+        Statements that make tables and indexes, parted by semicolons.
+
+    Raises
+    ------
+    sqlite3.Error
+        Where the file is damaged, or holds anything that `schema` does not make: in a stranger's
+        file a view or a computed column could be read without end, and a trigger could write.
+    """
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, timeout=_WAIT_SECONDS, isolation_level=None, uri=True)
     try:
@@ -457,10 +477,14 @@ def transaction(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
         (size,) = connection.execute(query).fetchone()
         if mode != "rwc" and path.stat().st_size < max(size, 1):
             raise sqlite3.DatabaseError("its end is lost")
-        # Of a stranger's file a view could be read without end, and a trigger could write.
-        query = "SELECT count(*) FROM sqlite_master WHERE ifnull(rootpage, 0) = 0"
-        if mode != "rwc" and connection.execute(query).fetchone()[0]:
-            raise sqlite3.DatabaseError("it holds views, triggers or virtual tables")
+        statements = [part.strip() for part in schema.split(";") if part.strip()]
+        if mode == "rwc":
+            for statement in statements:
+                connection.execute(statement)
+        query = "SELECT sql, name FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name"
+        for sql, name in connection.execute(query).fetchall():
+            if sql not in (*statements, _COUNTER):
+                raise sqlite3.DatabaseError(f"it holds {name!r}, which is not made here")
         yield connection
         connection.execute("COMMIT")
     finally:

@@ -29,6 +29,8 @@ LEDGER_FILE = "privacy-ledger.sqlite"
 # The test split is asked for once a run, and once more where the run is resumed at its end.
 _TESTS = 2
 _MOST_STEPS = 100_000
+# Of a run: what they cost together takes seconds to compute.
+_MOST_RELEASES = 1_000_000
 _BUDGET = {"budget-epsilon", "budget-delta"}
 
 
@@ -152,7 +154,7 @@ class PatientPrivacy:
         Raises
         ------
         InputError
-            Where a round would have more than 100,000 steps.
+            Where a round would have more than 100,000 steps, or the run more than a million.
         """
         settings, count = self.settings, len(set(patients))
         rate = settings.sampling_rate or min(1.0, batch_size / count)
@@ -165,6 +167,11 @@ class PatientPrivacy:
                 f"round, above {_MOST_STEPS}: raise sampling-rate or batch-size"
             )
         target, planned = settings.target_epsilon, settings.num_server_rounds
+        if steps * planned > _MOST_RELEASES:
+            raise InputError(
+                f"{steps} steps a round in num-server-rounds = {planned} rounds are more than "
+                f"{_MOST_RELEASES:,} steps, which privacy accounting can be asked for: lower one"
+            )
         noise = noise_for(target, settings.delta, rate, steps * planned)
         return Mechanism(Release(rate, noise), steps, count, settings)
 
@@ -208,12 +215,12 @@ class PatientPrivacy:
         self.ledger.settle(charge)
 
     def spent(self, patients: Sequence[Hashable]) -> dict[str, float]:
-        """Return what this run has released about these patients.
+        """Return what this run of this app has released about these patients.
 
-        What all runs together have stays in the ledger: it would tell whether these patients were
-        among those of other runs.
+        What others have released stays in the ledger: it would tell whether these patients were
+        among theirs. A server may call the runs of several apps alike.
         """
-        released = self.ledger.released(patients, self.run)
+        released = self.ledger.released(patients, self.run, self.app)
         return {EPSILON: epsilon_of(released, self.settings.delta)}
 
 

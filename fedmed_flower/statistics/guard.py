@@ -372,7 +372,7 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         if not path.exists():
             _create(path)
-        with transaction(path, "rw") as connection:
+        with transaction(path, "rw", _SCHEMA) as connection:
             query = "SELECT value FROM about WHERE key = 'version'"
             if (version := connection.execute(query).fetchone()) != (_VERSION,):
                 raise sqlite3.DatabaseError(f"version {version} instead of {_VERSION}")
@@ -389,9 +389,7 @@ def _create(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
-        with transaction(draft, "rwc") as connection:
-            for statement in _SCHEMA.split(";"):
-                connection.execute(statement)
+        with transaction(draft, "rwc", _SCHEMA) as connection:
             about = {"version": _VERSION, "key": secrets.token_bytes(32)}
             connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
         draft.chmod(0o600)
