@@ -1025,7 +1025,7 @@ def test_what_left_each_hospital_is_what_it_sent(tmp_path):
             *("exactly", "all 2"),
         ],
         [
-            *("Before the first round", "training rows (with privacy: patients)"),
+            *("Before the first round", "number of training rows (private: of patients)"),
             *("exactly", "all 2"),
         ],
         [
@@ -1033,11 +1033,12 @@ def test_what_left_each_hospital_is_what_it_sent(tmp_path):
             *("exactly, of several patients together", "north"),
         ],
         ["After training", "the model after local training", "with noise", "south"],
-        ["After training", "training rows (with privacy: patients)", "exactly", "north"],
+        ["After training", "number of training rows (private: of patients)", "exactly", "north"],
         [
             "After training",
-            "training rows (with privacy: patients), what the run has cost a patient so far",
-            *("exactly; counts as known", "south"),
+            "number of training rows (private: of patients), "
+            "what the run has cost a patient so far",
+            *("exactly; every guarantee takes it as known", "south"),
         ],
         [
             *("After evaluation", "AUC, each figure above, of a group (report-by)"),
