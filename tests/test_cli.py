@@ -123,6 +123,8 @@ def test_report_is_written_anew(finished):
         (["-c", "delta=1"], "delta must be above 0 and below 1, got 1.0"),
         (["--resume", "nowhere"], "nowhere is no run folder: it has no config.toml"),
         (["--resume", "a", "--out", "b"], "--out and --resume exclude each other"),
+        (["-c", "run-dir=x"], "fedmed run sets run-dir itself: give --out instead of -c run-dir"),
+        (["-c", "resume=true"], "fedmed run sets resume itself: give --resume instead of -c"),
     ],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(arguments, text, workdir):

@@ -140,3 +140,14 @@ def test_a_node_config_that_is_understood(folder):
     assert code == 0
     assert lines[0] == "the node config is understood"
     assert not (folder / "privacy-ledger.sqlite").exists()
+
+
+def test_a_node_config_is_checked_without_a_folder_too(tmp_path):
+    text = f'site-name="north" data-dir="{tmp_path}"'
+    done = CliRunner().invoke(app, ["data", "check", "--node-config", text])
+    assert (done.exit_code, done.output.strip()) == (0, "the node config is understood")
+    done = CliRunner().invoke(app, ["data", "check"])
+    assert (done.exit_code, done.output.strip()) == (
+        2,
+        "not started: give a folder, --node-config, or both",
+    )
