@@ -5,7 +5,14 @@ import torch
 from tiny import says
 from torch import nn
 
-from fedmed_flower.clients.settings import Settings, arranged, derive_seed, torch_environment
+from fedmed_flower.clients.imaging import ImagingSettings
+from fedmed_flower.clients.settings import (
+    Settings,
+    TabularSettings,
+    arranged,
+    derive_seed,
+    torch_environment,
+)
 from fedmed_flower.errors import InputError
 
 CPU = torch.device("cpu")
@@ -205,3 +212,12 @@ def test_channels_are_last_in_memory_and_values_as_before(shape, strides):
     found = arranged(values)
     assert found.stride() == strides
     assert torch.equal(found, values)
+
+
+def test_networks_and_patches_of_more_memory_than_there_is_are_refused():
+    text = "network-width must be at most 16384 and, squared and times network-depth, at most"
+    with pytest.raises(InputError, match=text):
+        TabularSettings(network_width=16_384, network_depth=2)
+    assert TabularSettings(network_width=16_384, network_depth=1).network_width == 16_384
+    with pytest.raises(InputError, match="patch-size must be of at most 134,217,728 pixels"):
+        ImagingSettings(patch_size="20000,20000")

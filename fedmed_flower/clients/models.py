@@ -11,6 +11,7 @@ import textwrap
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,12 @@ def _build(name: str, text: str) -> nn.Module:
             )
     # Some networks would download by default.
     args |= {k: off for k, off in _FETCHING.items() if k in inspect.signature(make).parameters}
-    _require_small(name, make, args)
+    weights = _weights(name, json.dumps(args, sort_keys=True))
+    if weights > _MOST_WEIGHTS:
+        raise InputError(
+            f"network {name} with these network-args has {weights:,} weights, more than "
+            f"{_MOST_WEIGHTS:,}"
+        )
     try:
         model = make(**args)
     except Exception as error:  # Each network refuses arguments in its own way.
@@ -130,21 +136,17 @@ def _build(name: str, text: str) -> nn.Module:
     return model
 
 
-def _require_small(name: str, make: Callable[..., Any], args: dict[str, Any]) -> None:
-    """Refuse a network of more weights than fit, before memory is taken for them."""
+@lru_cache(maxsize=64)  # A network is built anew in each round.
+def _weights(name: str, args: str) -> int:
+    """Return how many weights a network has, without memory for them; 0 where none can be told."""
     try:
         with torch.device("meta"):
-            model = make(**args)
-        weights = sum(part.numel() for part in model.parameters())
+            model = _named(name)(**json.loads(args))
+        return sum(part.numel() for part in model.parameters())
     except Exception as error:
         # Some networks compute with what they make, which cannot be done without memory.
         log.debug("the weights of %s are not counted beforehand: %s", name, error)
-        return
-    if weights > _MOST_WEIGHTS:
-        raise InputError(
-            f"network {name} with these network-args has {weights:,} weights, more than "
-            f"{_MOST_WEIGHTS:,}"
-        )
+        return 0
 
 
 def _named(name: str) -> Callable[..., Any]:
