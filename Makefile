@@ -12,10 +12,11 @@ test: $(READY)  ## The test suite.
 	$(BIN)/python -m pytest -m "not engine" -n 2
 	$(BIN)/python -m pytest -m engine -n 2 --dist loadfile
 
-check: $(READY)  ## Style and types.
+check: $(READY)  ## Style, types and floors.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # torch first and alone, so that a CPU build that pip is pointed to is taken as it is.
 $(READY): pyproject.toml constraints.txt

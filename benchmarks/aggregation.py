@@ -28,7 +28,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp import strategy as flower
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedmed_flower import kernels, strategies
+from fedmed_flower import strategies
+from fedmed_flower.arrays import kernels
 
 Rule = Callable[[object], object]
 

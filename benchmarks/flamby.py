@@ -37,10 +37,10 @@ from client_app import HeartHospital
 
 from fedmed_flower import Schema, SiteData, SurvivalClient, TabularClient, federate, run_local
 from fedmed_flower.data.cohorts import REGIONS, TCGA_FLAGS, breast_cancer
-from fedmed_flower.data.preparing import Preparation
+from fedmed_flower.data.preparation import Preparation
 from fedmed_flower.data.schema import table_of
 from fedmed_flower.data.sources import load_heart_disease
-from fedmed_flower.runfolder import MODEL, SUMMARY, RunFolder
+from fedmed_flower.server.run_folder import MODEL, SUMMARY, RunFolder
 from fedmed_flower.strategies import FedAdagrad, FedAdam, FedAvg, FedYogi
 
 RAW = ("age", "sex", "cp", "trestbps", "chol", "fbs", "restecg", "thalach", "exang", "oldpeak")

@@ -36,8 +36,8 @@ from flwr.serverapp import ServerApp
 from scipy import stats
 
 from fedmed_flower import SiteData, run_local
-from fedmed_flower.clients.genomics import GenomicsClient
-from fedmed_flower.gwas import associate
+from fedmed_flower.genomics.client import GenomicsClient
+from fedmed_flower.genomics.server import associate
 
 POPULATIONS, NORTH, HIT = ("CEU", "FIN", "GBR", "IBS", "TSI"), ("CEU", "FIN", "GBR"), "rs4988235"
 SITES = 5

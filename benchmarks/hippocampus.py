@@ -18,7 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-START = "from fedmed_flower.cli import main; main()"
+START = "from fedmed_flower.cli.main import main; main()"
 APP = Path(__file__).resolve().parent.parent / "examples" / "hippocampus"
 FIGURES = ("dice-anterior", "dice-posterior", "hd95", "surface-dice", "dice-worst")
 PARTS = {

@@ -25,11 +25,11 @@ from flwr.supercore.object_ref import load_app
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from fedmed_flower.cli import load_project
-from fedmed_flower.data.preparing import Preparation
+from fedmed_flower.data.preparation import Preparation
 from fedmed_flower.data.site import Site
-from fedmed_flower.runfolder import SUMMARY, RunFolder
-from fedmed_flower.simulation import run_local
+from fedmed_flower.engines.local import run_local
+from fedmed_flower.engines.project import load_project
+from fedmed_flower.server.run_folder import SUMMARY, RunFolder
 
 APP = Path(__file__).resolve().parent.parent / "examples" / "icu"
 SITES = 186

@@ -36,10 +36,10 @@ from monai.transforms import (
 )
 
 from fedmed_flower import SegmentationClient, SiteData
-from fedmed_flower.clients.settings import torch_environment
 from fedmed_flower.data.decathlon import load_hippocampus
+from fedmed_flower.data.download import SourceUnavailable
 from fedmed_flower.data.phantoms import hippocampi
-from fedmed_flower.data.sources import SourceUnavailable
+from fedmed_flower.models.device import torch_environment
 
 PATCH, BATCH = (40, 56, 40), 4
 KEYS = ["image", "label"]
@@ -204,7 +204,8 @@ def private_epoch(rows, device):
     from fedmed_flower.clients.training import train_privately
     from fedmed_flower.privacy.accounting import Release
     from fedmed_flower.privacy.gradients import PROBE
-    from fedmed_flower.privacy.patient import Mechanism, PrivacySettings
+    from fedmed_flower.privacy.patient import Mechanism
+    from fedmed_flower.settings.privacy import PrivacySettings
 
     made = client(rows, device, privacy="patient")
     prepared, (model, _) = made.prepare(rows, train=True), made.fresh_model()

@@ -48,7 +48,8 @@ from fedmed_flower.clients.training import train_privately
 from fedmed_flower.data.phantoms import chest_xrays
 from fedmed_flower.privacy.accounting import Release, epsilon_of, noise_for
 from fedmed_flower.privacy.gradients import PROBE
-from fedmed_flower.privacy.patient import Mechanism, PrivacySettings
+from fedmed_flower.privacy.patient import Mechanism
+from fedmed_flower.settings.privacy import PrivacySettings
 
 # Of the canaries are guessed: with noise the surest, without it as many as are in for certain.
 SHARES = (0.05, 0.25, 0.95)

@@ -45,8 +45,8 @@ def bare(config: dict, num_sites: int) -> dict:
     from client_app import PneumoniaHospital
     from flwr.app import Context, RecordDict
 
-    from fedmed_flower.clients.settings import derive_seed, torch_environment
     from fedmed_flower.data.site import simulation
+    from fedmed_flower.models.device import derive_seed, torch_environment
 
     seed, clients = config["seed"], []
     with simulation():
@@ -132,7 +132,7 @@ def child_toy_local(folder: str) -> dict:
     import client_app
     import server_app
 
-    from fedmed_flower.simulation import run_local
+    from fedmed_flower.engines.local import run_local
 
     config = {"num-server-rounds": 3, "run-dir": f"{folder}/toy-{time.monotonic_ns()}"}
     run_local(server_app.app, client_app.app, 4, run_config=config)
@@ -140,7 +140,7 @@ def child_toy_local(folder: str) -> dict:
 
 
 def child_toy_flower(folder: str) -> dict:
-    from fedmed_flower.engine import run_flower
+    from fedmed_flower.engines.flower import run_flower
 
     config = {"num-server-rounds": 3, "run-dir": f"{folder}/toy-flower", "resume": False}
     run_flower(TOY, config, 4, sys.stderr)

@@ -11,6 +11,7 @@ import csv
 import errno
 import json
 import os
+import secrets
 import stat
 import sys
 import zipfile
@@ -247,3 +248,23 @@ class StoredMembers:
                 f"its member {name} has {member.file_size:,} bytes, more than {most:,}"
             )
         return self._archive.read(member)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file so that a crash leaves either the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name that nobody can know beforehand: a link of this name would be written through.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -24,12 +24,13 @@ from fedmed_flower import (
     Site,
     SiteData,
 )
-from fedmed_flower.arrays import view
-from fedmed_flower.clients.models import ModelSettings, build_network
+from fedmed_flower.arrays.views import view
 from fedmed_flower.data.datalist import load_folder
-from fedmed_flower.data.site import RUN_KEY
-from fedmed_flower.pictures import Picture
+from fedmed_flower.data.pictures import Picture
+from fedmed_flower.models.networks import build_network
 from fedmed_flower.privacy.accounting import noise_for
+from fedmed_flower.settings.model import ModelSettings
+from fedmed_flower.wire import RUN_KEY
 
 
 class Images(ClassificationClient):

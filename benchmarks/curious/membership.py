@@ -44,8 +44,9 @@ from torch import nn
 
 from fedmed_flower import ClassificationClient, Site, SiteData
 from fedmed_flower.clients.imaging import LoadRow
+from fedmed_flower.data.download import SourceUnavailable
 from fedmed_flower.data.phantoms import chest_xrays
-from fedmed_flower.data.sources import SourceUnavailable, load_medmnist
+from fedmed_flower.data.sources import load_medmnist
 
 PARTS = ("membership", "canaries")
 PATIENTS = 200

@@ -19,10 +19,10 @@ from curious.victim import PRIVATE, Arrays, Floats, Found, Victim, scored
 from numpy.typing import ArrayLike
 
 from fedmed_flower import Schema, Site, SiteData, SurvivalClient, TabularClient
-from fedmed_flower.clients.trees import as_trees
 from fedmed_flower.data.splits import split_patients
-from fedmed_flower.ensembles import model_bytes, read_trees, write_trees
-from fedmed_flower.ranking import EDGES
+from fedmed_flower.metrics.auc import EDGES
+from fedmed_flower.trees.client import as_trees
+from fedmed_flower.trees.ensembles import model_bytes, read_trees, write_trees
 
 AGES, PRESSURES = (20.0, 90.0), (50.0, 250.0)
 COLUMNS: dict[str, Any] = {

@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from fedmed_flower import MedicalClient
-from fedmed_flower.arrays import view
-from fedmed_flower.data.site import RUN_KEY
+from fedmed_flower.arrays.views import view
+from fedmed_flower.wire import RUN_KEY
 
 Floats = NDArray[np.float64]
 Arrays = Mapping[str, ArrayLike]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedmed_flower import InputError
-from fedmed_flower.data.plink import bed_reader
+from fedmed_flower.genomics.plink import bed_reader
 
 log = logging.getLogger("flwr.fedmed")
 

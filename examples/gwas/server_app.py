@@ -3,7 +3,7 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedmed_flower.gwas import associate
+from fedmed_flower.genomics import associate
 
 app = ServerApp()
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-from fedmed_flower.data.site import DECLINED, SITE_RECORD, NodeSettings, Site, tell_error
+from fedmed_flower.data.site import Site
 from fedmed_flower.errors import FAILED, DeclinedError, InputError
+from fedmed_flower.settings.node import NodeSettings
+from fedmed_flower.wire import DECLINED, SITE_RECORD, tell_error
 
 if TYPE_CHECKING:
     from fedmed_flower.clients.base import MedicalClient

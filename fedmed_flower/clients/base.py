@@ -21,10 +21,8 @@ from torch.utils.data import DataLoader
 
 from fedmed_flower.clients.answering import answer
 from fedmed_flower.clients.book import open_book
-from fedmed_flower.clients.keeping import keep_splits
-from fedmed_flower.clients.models import ModelSettings
-from fedmed_flower.clients.pooling import load_pooled
-from fedmed_flower.clients.protecting import (
+from fedmed_flower.clients.pooled import load_pooled
+from fedmed_flower.clients.private import (
     hospital_ledger,
     measure_protected,
     private_metrics,
@@ -35,13 +33,11 @@ from fedmed_flower.clients.protecting import (
     train_protected,
 )
 from fedmed_flower.clients.queries import QUERIES, Query
-from fedmed_flower.clients.settings import Settings, arranged, derive_seed, torch_environment
+from fedmed_flower.clients.storage import keep_splits
 from fedmed_flower.clients.training import Steps, train_epochs
+from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import (
-    AGREED,
-    FROZEN,
     SPLITS,
-    NodeSettings,
     Row,
     Site,
     SiteData,
@@ -52,15 +48,19 @@ from fedmed_flower.data.site import (
 )
 from fedmed_flower.data.splits import splitting_by
 from fedmed_flower.errors import DeclinedError, InputError
-from fedmed_flower.metrics import EPSILON, coarsened
-from fedmed_flower.pictures import Picture
-from fedmed_flower.privacy.patient import PrivacySettings
+from fedmed_flower.metrics.coarse import coarsened
+from fedmed_flower.models.device import arranged, derive_seed, torch_environment
+from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.privacy.validate import (
     require_forgetful,
     require_private_loss,
     require_private_model,
 )
-from fedmed_flower.travelling import Travelling
+from fedmed_flower.settings.model import ModelSettings
+from fedmed_flower.settings.node import NodeSettings
+from fedmed_flower.settings.privacy import PrivacySettings
+from fedmed_flower.settings.training import Settings
+from fedmed_flower.wire import AGREED, EPSILON, FROZEN
 
 log = logging.getLogger("flwr.fedmed")
 

@@ -15,19 +15,19 @@ from nibabel.orientations import apply_orientation, axcodes2ornt
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedmed_flower.clients.caching import CachedRows
+from fedmed_flower.clients.cache import CachedRows
 from fedmed_flower.clients.imaging import ImagingClient
+from fedmed_flower.clients.pictures import heatmap
 from fedmed_flower.clients.training import predict, predict_alone
+from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import Row, SiteData, patient_text
-from fedmed_flower.drawing import heatmap
 from fedmed_flower.errors import InputError
-from fedmed_flower.metrics import (
-    NOISED,
+from fedmed_flower.metrics.classification import (
     classification_metrics,
     noised_counts,
     noised_metrics,
 )
-from fedmed_flower.pictures import Picture
+from fedmed_flower.metrics.names import NOISED
 
 
 class ClassificationClient(ImagingClient):

@@ -11,13 +11,13 @@ from flwr.app import Message
 from safetensors.torch import save
 from torch import nn
 
-from fedmed_flower.clients.keeping import file_name, own_folder
-from fedmed_flower.clients.settings import derive_seed
-from fedmed_flower.config import with_type_of
-from fedmed_flower.data.site import PERSONAL
+from fedmed_flower.clients.storage import file_name, own_folder
 from fedmed_flower.errors import DeclinedError, InputError
-from fedmed_flower.metrics import lower_is_better, main_metric
-from fedmed_flower.runfolder import write_atomic
+from fedmed_flower.files import write_atomic
+from fedmed_flower.metrics.names import lower_is_better, main_metric
+from fedmed_flower.models.device import derive_seed
+from fedmed_flower.settings.section import with_type_of
+from fedmed_flower.wire import PERSONAL
 
 if TYPE_CHECKING:
     from fedmed_flower.clients.base import MedicalClient

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedmed_flower.clients.book import open_book
-from fedmed_flower.clients.keeping import keep_pictures, own_folder
-from fedmed_flower.clients.protecting import run_key
-from fedmed_flower.config import with_type_of
+from fedmed_flower.clients.duplicates import told_names
+from fedmed_flower.clients.private import run_key
+from fedmed_flower.clients.storage import keep_pictures, own_folder
+from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import SPLITS, patient_text
 from fedmed_flower.errors import DeclinedError
-from fedmed_flower.namesakes import told_names
-from fedmed_flower.pictures import Picture
 from fedmed_flower.privacy.patient import budget_of
+from fedmed_flower.settings.section import with_type_of
 
 if TYPE_CHECKING:
     from fedmed_flower.clients.base import MedicalClient
@@ -133,7 +133,7 @@ def personal(client: MedicalClient, message: Message) -> RecordDict:
 
 def statistics(client: MedicalClient, message: Message) -> RecordDict:
     """Count, as far as the hospital lets that leave."""
-    from fedmed_flower.clients.surveying import answer_statistics
+    from fedmed_flower.statistics.client import answer_statistics
 
     return answer_statistics(client, message)
 

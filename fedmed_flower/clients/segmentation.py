@@ -26,17 +26,16 @@ from nibabel.orientations import apply_orientation, io_orientation
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedmed_flower.clients.caching import CachedRows, tracking
+from fedmed_flower.clients.cache import CachedRows, tracking
 from fedmed_flower.clients.imaging import ImagingClient, plain
+from fedmed_flower.clients.pictures import outlined
 from fedmed_flower.clients.training import Parts
 from fedmed_flower.data.images import read_image, read_label, spacing_of
+from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import Row, SiteData, patient_text
-from fedmed_flower.drawing import outlined
 from fedmed_flower.errors import InputError
-from fedmed_flower.overlap import (
-    DICE,
-    NOISED_DICE,
-    WORST,
+from fedmed_flower.metrics.names import DICE, NOISED_DICE, WORST
+from fedmed_flower.metrics.segmentation import (
     dice_of,
     mask_scores,
     mean_scores,
@@ -44,7 +43,6 @@ from fedmed_flower.overlap import (
     patient_dice,
     site_scores,
 )
-from fedmed_flower.pictures import Picture
 
 log = logging.getLogger("flwr.fedmed")
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,47 +12,29 @@ from flwr.app import Context
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedmed_flower import survival
 from fedmed_flower.clients.tabular import TableRows, TabularClient
-from fedmed_flower.config import Section
 from fedmed_flower.data.site import Row, SiteData
 from fedmed_flower.errors import DeclinedError, InputError
-from fedmed_flower.metrics import NOISED, noised_counts, noised_metrics
-from fedmed_flower.outcomes import PAIRS
+from fedmed_flower.metrics.classification import noised_counts, noised_metrics
+from fedmed_flower.metrics.names import NOISED, PAIRS
+from fedmed_flower.metrics.survival import (
+    breslow,
+    concordance,
+    integrated_brier_score,
+    survival_of_cox,
+)
+from fedmed_flower.models.survival import (
+    cox_loss,
+    discrete_time_loss,
+    interval_edges,
+    risk_from_hazards,
+    survival_from_hazards,
+)
+from fedmed_flower.settings.survival import SurvivalSettings
 
 log = logging.getLogger("flwr.fedmed")
-_LOSSES = ("cox", "discrete")
 # Times at which the Brier score is taken, between 0 and the horizon.
 _TIMES = 50
-
-
-@dataclass(frozen=True)
-class SurvivalSettings(Section):
-    """How survival is modelled, from the run config.
-
-    Attributes
-    ----------
-    survival_loss : {"cox", "discrete"}
-        Cox's partial likelihood, of the patients of a batch, whose losses depend on each other; or
-        the likelihood of the hazard in each of some intervals, which can be trained with privacy.
-    survival_horizon : float
-        The time up to which is predicted, in the unit of the table; above 0 for ``discrete``. The
-        integrated Brier score goes up to it; 0 leaves it out.
-    survival_intervals : int
-        Of equal length between 0 and the horizon, for ``discrete``; from 1 to 10,000.
-    """
-
-    survival_loss: str = "cox"
-    survival_horizon: float = 0.0
-    survival_intervals: int = 10
-
-    def __post_init__(self) -> None:
-        self.require("survival_loss", self.survival_loss in _LOSSES, f"one of {', '.join(_LOSSES)}")
-        self.require_within(1, 10_000, "survival_intervals")
-        horizon = 0 <= self.survival_horizon < math.inf
-        self.require("survival_horizon", horizon, "at least 0 and finite")
-        if self.survival_loss == "discrete":
-            self.require_positive("survival_horizon")
 
 
 class SurvivalClient(TabularClient):
@@ -123,8 +103,8 @@ class SurvivalClient(TabularClient):
     def loss(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the mean loss over a batch with ``time`` and ``event``."""
         if self.survival.survival_loss == "cox":
-            return survival.cox_loss(outputs, batch["time"], batch["event"])
-        return survival.discrete_time_loss(outputs, batch["time"], batch["event"], self._edges)
+            return cox_loss(outputs, batch["time"], batch["event"])
+        return discrete_time_loss(outputs, batch["time"], batch["event"], self._edges)
 
     @property
     def _width(self) -> int:
@@ -134,13 +114,13 @@ class SurvivalClient(TabularClient):
     @property
     def _edges(self) -> Tensor:
         settings = self.survival
-        edges = survival.interval_edges(settings.survival_horizon, settings.survival_intervals)
+        edges = interval_edges(settings.survival_horizon, settings.survival_intervals)
         return torch.as_tensor(edges, dtype=torch.float32, device=self.settings.torch_device())
 
     def figures(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
         """Return ``c-index`` with the pairs it counts, and ``integrated-brier``."""
         times, events = _times(prepared)
-        counts = survival.concordance(times, events, self._risks(outputs))
+        counts = concordance(times, events, self._risks(outputs))
         figures: dict[str, Any] = {"num-examples": len(prepared), PAIRS: [float(n) for n in counts]}
         concordant, tied, comparable = counts
         if comparable:
@@ -172,19 +152,19 @@ class SurvivalClient(TabularClient):
         train = prepared if self.privacy.on else self.prepared("train", self.pooled)[1]
         outputs = self._predict(model, prepared)
         if settings.survival_loss == "cox":
-            baseline = survival.breslow(*_times(train), self._predict(model, train)[:, 0])
-            curves = survival.survival_of_cox(baseline, outputs[:, 0], grid)
+            baseline = breslow(*_times(train), self._predict(model, train)[:, 0])
+            curves = survival_of_cox(baseline, outputs[:, 0], grid)
         else:
-            steps = survival.survival_from_hazards(outputs)
+            steps = survival_from_hazards(outputs)
             edges = self._edges.cpu().numpy()
             curves = np.stack([np.interp(grid, edges, curve) for curve in steps])
-        return survival.integrated_brier_score(*_times(train), *_times(prepared), curves, grid)
+        return integrated_brier_score(*_times(train), *_times(prepared), curves, grid)
 
     def _risks(self, outputs: NDArray[np.float32]) -> NDArray[Any]:
         """Return one number a patient, higher for an earlier event."""
         if self.survival.survival_loss == "cox":
             return outputs[:, 0]
-        risks: NDArray[Any] = np.asarray(survival.risk_from_hazards(outputs))
+        risks: NDArray[Any] = np.asarray(risk_from_hazards(outputs))
         return risks
 
     def require_measurable(self) -> None:
@@ -203,7 +183,7 @@ class SurvivalClient(TabularClient):
         times, events = (part[places] for part in _times(prepared))
         before = (times <= self.survival.survival_horizon) & (events == 1)
         known = before | (times > self.survival.survival_horizon)
-        alive = survival.survival_from_hazards(outputs)[:, -1].clip(1e-6, 1 - 1e-6)
+        alive = survival_from_hazards(outputs)[:, -1].clip(1e-6, 1 - 1e-6)
         scores = np.log((1 - alive) / alive)
         whose = [patients[place] for place, counted in zip(places, known, strict=True) if counted]
         counts = noised_counts(before[known], scores[known, None], whose, noise)

@@ -17,8 +17,7 @@ from torch.nn import functional
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.book import POOLED, Book, open_book
-from fedmed_flower.clients.pooling import places_by_site
-from fedmed_flower.clients.settings import TabularSettings
+from fedmed_flower.clients.pooled import places_by_site
 from fedmed_flower.clients.targets import (
     CLASSED,
     SCALED,
@@ -31,20 +30,21 @@ from fedmed_flower.clients.targets import (
     with_target,
 )
 from fedmed_flower.clients.training import predict, predict_alone
-from fedmed_flower.data.preparing import Preparation, check_contribution, contribution
+from fedmed_flower.data.preparation import Preparation, check_contribution, contribution
 from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import SPLITS, Row, SiteData, min_cell_count, patient_text
 from fedmed_flower.errors import DeclinedError, InputError
-from fedmed_flower.metrics import NOISED, noised_counts, noised_metrics
-from fedmed_flower.outcomes import (
-    NOISED_ERRORS,
+from fedmed_flower.metrics.classification import noised_counts, noised_metrics
+from fedmed_flower.metrics.names import NOISED, NOISED_ERRORS
+from fedmed_flower.metrics.outcomes import (
     by_group,
     noised_error_metrics,
     noised_errors,
     outcome_metrics,
 )
+from fedmed_flower.models.tabular import tabular_network
+from fedmed_flower.settings.tabular import TabularSettings
 from fedmed_flower.statistics.values import Mask
-from fedmed_flower.tabular_networks import tabular_network
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -438,7 +438,7 @@ class TabularClient(MedicalClient):
 
     def _grower(self, message: Message) -> TabularClient | None:
         """Return what answers a message about trees; None where it is about a network."""
-        from fedmed_flower.clients.trees import trees_asked
+        from fedmed_flower.trees.client import trees_asked
 
         return trees_asked(self, message)
 

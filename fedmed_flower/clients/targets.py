@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmed_flower.data.bounded import quoted
-from fedmed_flower.data.preparing import Preparation
+from fedmed_flower.data.preparation import Preparation
 from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import Row
 from fedmed_flower.errors import InputError

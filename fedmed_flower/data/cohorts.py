@@ -13,13 +13,8 @@ from types import MappingProxyType
 import pandas as pd
 
 from fedmed_flower.data.bounded import unpacked
-from fedmed_flower.data.sources import (
-    HEART_FEATURES,
-    PublicFile,
-    SourceUnavailable,
-    load_heart_disease,
-    obtain,
-)
+from fedmed_flower.data.download import PublicFile, SourceUnavailable, obtain
+from fedmed_flower.data.sources import HEART_FEATURES, load_heart_disease
 from fedmed_flower.errors import InputError
 
 # What pandas raises of a table that is cut off, packed wrongly, or another one.

@@ -9,26 +9,16 @@ from __future__ import annotations
 import os
 import tarfile
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from monai.apps import DecathlonDataset
 
+from fedmed_flower.data.download import PublicFile, Volumes, obtain
 from fedmed_flower.data.site import Row
-from fedmed_flower.data.sources import PublicFile, obtain
 from fedmed_flower.errors import InputError
 
 _TASK = "Task04_Hippocampus"
 _TITLE = "Hippocampus (Medical Segmentation Decathlon, Task04)"
-
-
-@dataclass(frozen=True)
-class Volumes:
-    """Volumes with masks, as a client's rows, and where they come from."""
-
-    rows: tuple[Row, ...]
-    source: str
-    generated: bool = False
 
 
 def load_hippocampus(timeout: float = 30) -> Volumes:

@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from fedmed_flower.data.decathlon import Volumes
+from fedmed_flower.data.download import ImageSplits, Volumes
 from fedmed_flower.data.site import GENERATED, SPLITS, Row
-from fedmed_flower.data.sources import ImageSplits
 from fedmed_flower.errors import InputError
 
 _SHARE_OPACITIES = 0.74

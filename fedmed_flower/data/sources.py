@@ -9,73 +9,36 @@ Repository, 1989, https://doi.org/10.24432/C52P4X, CC BY 4.0.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import io
-import logging
 import math
-import os
-import threading
-import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pooch
 from numpy.typing import NDArray
 
 from fedmed_flower.data.bounded import array_bytes, require_within
-from fedmed_flower.data.site import GENERATED, SPLITS, Row
+from fedmed_flower.data.download import (
+    AS_IT_IS,
+    Copy,
+    ImageSplits,
+    PublicFile,
+    content_of,
+    local_copy,
+    obtain,
+    require,
+)
+from fedmed_flower.data.site import GENERATED, SPLITS
 from fedmed_flower.errors import InputError
 
-_OWN = "used as it is"
-_LOG = logging.getLogger("flwr.fedmed")
 DATASETS = ("pneumoniamnist", "breastmnist", "phantoms")
 HEART_FEATURES = (
     *("age", "sex", "cp", "trestbps", "chol", "fbs", "restecg"),
     *("thalach", "exang", "oldpeak", "slope", "ca", "thal"),
 )
-
-
-class SourceUnavailable(InputError):  # noqa: N818
-    """A dataset is in no local folder and its publisher cannot be reached."""
-
-
-@dataclass(frozen=True)
-class ImageSplits:
-    """Labelled images in the splits "train", "val" and "test".
-
-    Attributes
-    ----------
-    images : mapping of str to ndarray
-        By split, (n, H, W) or (n, H, W, C), read-only; uint8 from 0 to 255 in the public sets. A
-        hospital's own file may hold another number type, the same in all splits.
-    labels : mapping of str to ndarray
-        By split, (n,) int64, 0 or greater, read-only.
-    source : str
-        Where the images come from, for log, summary and report.
-    generated : bool
-        True where no real patient stands behind the images.
-    """
-
-    images: Mapping[str, NDArray[Any]]
-    labels: Mapping[str, NDArray[np.int64]]
-    source: str
-    generated: bool = False
-
-    def rows(self, split: str, which: Iterable[int] | None = None) -> list[Row]:
-        """Return the images of a split, or those at `which`, as a client's rows.
-
-        These sets name no patients: each image counts as a patient of its own.
-        """
-        images, labels = self.images[split], self.labels[split]
-        places = range(len(labels)) if which is None else which
-        return [
-            {"image": images[i], "label": int(labels[i]), "patient": f"{split}-{i}"} for i in places
-        ]
 
 
 @dataclass(frozen=True)
@@ -90,25 +53,6 @@ class HeartTable:
     features: NDArray[np.float64]
     target: NDArray[np.int64]
     source: str
-
-
-class PublicFile(NamedTuple):
-    """A file at its publisher; ``local`` is where it lies in a folder of local copies."""
-
-    title: str
-    local: Path
-    url: str
-    md5: str
-
-
-class _Copy(NamedTuple):
-    """A file on this disk, and the key under which what was read from it is kept."""
-
-    path: Path
-    mtime_ns: int
-    size: int
-    title: str
-    origin: str
 
 
 _ZENODO = "https://zenodo.org/records/10519652/files"
@@ -166,7 +110,7 @@ def load_dataset(
         _check_name(name, DATASETS)
     if name != "phantoms":
         return load_medmnist(name, path, timeout)
-    _require(path is None, f'path must be left out with dataset="phantoms", got {path}')
+    require(path is None, f'path must be left out with dataset="phantoms", got {path}')
     from fedmed_flower.data.phantoms import chest_xrays
 
     return chest_xrays(*sizes, seed=seed)
@@ -198,7 +142,7 @@ def load_medmnist(name: str, path: str | Path | None = None, timeout: float = 10
     """
     if path is not None:
         own = Path(path).expanduser()
-        return _read_medmnist(_copy(own, f"{name} ({own.name})", _OWN))
+        return _read_medmnist(local_copy(own, f"{name} ({own.name})", AS_IT_IS))
     _check_name(name, MEDMNIST)
     return _read_medmnist(obtain(MEDMNIST[name], timeout, ', or choose dataset="phantoms"'))
 
@@ -212,123 +156,15 @@ def load_heart_disease(timeout: float = 10) -> dict[str, HeartTable]:
     return {name: _read_heart(obtain(file, timeout), name) for name, file in HEART.items()}
 
 
-def _require(fulfilled: bool, text: str) -> None:
-    if not fulfilled:
-        raise InputError(text)
-
-
 def _check_name(name: str, known: Collection[str]) -> None:
     close = difflib.get_close_matches(str(name).lower(), known, n=1)
     hint = f'; did you mean "{close[0]}"?' if close else ""
-    _require(name in known, f'dataset must be one of {", ".join(known)}, got "{name}"{hint}')
-
-
-def _copy(path: Path, title: str, origin: str) -> _Copy:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({type(error).__name__})") from error
-    return _Copy(path.absolute(), status.st_mtime_ns, status.st_size, title, origin)
-
-
-def obtain(file: PublicFile, timeout: float, alternative: str = "") -> _Copy:
-    """Return a public file: a local copy, else a download whose checksum is enforced.
-
-    Parameters
-    ----------
-    file : PublicFile
-    timeout : float
-        Seconds to wait for the first data and then for more, greater than 0.
-    alternative : str
-        What else the user can do, for the error where the publisher cannot be reached.
-    """
-    _require(
-        isinstance(timeout, Real) and 0 < timeout < math.inf,
-        f"timeout must be a finite number of seconds above 0, got {timeout!r}",
-    )
-    name = file.local.name
-    if named := os.environ.get("FEDMED_DATA"):
-        folder = Path(named).expanduser()
-        _require(folder.is_dir(), f"FEDMED_DATA must name a folder, got {folder}")
-        for path in (folder / file.local, folder / name):
-            if path.is_file():
-                origin = "local copy, not compared with the publisher's checksum"
-                return _copy(path, file.title, origin)
-        _LOG.info("FEDMED_DATA (%s) holds no %s", folder, file.local)
-    remedy = f"put {name} into a folder and set FEDMED_DATA to that folder{alternative}"
-
-    def download(url: str, target: str, _pooch: object) -> None:
-        try:
-            content = _receive(url, timeout)
-        except OSError as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            reason = f"HTTP {status}" if status else type(error).__name__
-            raise SourceUnavailable(
-                f"{file.title}: no download from {url} ({reason}, time-out {timeout:g} s); {remedy}"
-            ) from error
-        md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        _require(
-            md5 == file.md5,
-            f"{file.title}: {name} from {url} has md5 {md5}, expected {file.md5}; "
-            f"it was changed at the publisher or on the way: try again later, or {remedy}",
-        )
-        Path(target).write_bytes(content)
-
-    cache = Path(os.environ.get("FEDMED_CACHE") or pooch.os_cache("fedmed-flower")).expanduser()
-    try:
-        path = pooch.retrieve(file.url, f"md5:{file.md5}", name, cache, downloader=download)
-    except OSError as error:
-        raise InputError(
-            f"{file.title}: no use of the folder {cache} ({type(error).__name__}); set "
-            "FEDMED_CACHE to a folder that you may write to"
-        ) from error
-    return _copy(Path(path), file.title, "the publisher's checksum")
-
-
-class _Buffer(io.BytesIO):
-    touched = 0.0
-
-    def write(self, data: Any) -> int:
-        self.touched = time.monotonic()
-        return super().write(data)
-
-
-def _receive(url: str, timeout: float) -> bytes:
-    """Download in a thread: name look-up and a host's many addresses have no common time-out."""
-    buffer, errors = _Buffer(), list[Exception]()
-    buffer.touched = time.monotonic()
-
-    def work() -> None:
-        try:
-            pooch.HTTPDownloader(timeout=timeout)(url, buffer, None)
-        except Exception as error:
-            errors.append(error)
-
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    while worker.is_alive() and (wait := buffer.touched + timeout - time.monotonic()) > 0:
-        worker.join(wait)
-    if worker.is_alive():
-        raise TimeoutError
-    if errors:
-        raise errors[0]
-    return buffer.getvalue()
-
-
-def _content(copy: _Copy) -> tuple[bytes, str]:
-    try:
-        content = copy.path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{copy.path}: cannot be read ({type(error).__name__})") from error
-    sha256 = hashlib.sha256(content).hexdigest()
-    _LOG.info("%s: %s, sha256 %s, %s", copy.title, copy.path, sha256, copy.origin)
-    # Of a hospital's own file the checksum must stay there: it tells whether a guess is right.
-    return content, copy.title if copy.origin == _OWN else f"{copy.title}, sha256 {sha256[:12]}…"
+    require(name in known, f'dataset must be one of {", ".join(known)}, got "{name}"{hint}')
 
 
 @lru_cache(maxsize=2)
-def _read_medmnist(copy: _Copy) -> ImageSplits:
-    content, source = _content(copy)
+def _read_medmnist(copy: Copy) -> ImageSplits:
+    content, source = content_of(copy)
     wanted = {f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")}
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as npz:
@@ -345,26 +181,26 @@ def _read_medmnist(copy: _Copy) -> ImageSplits:
             f"({type(error).__name__}); copy or download it again"
         ) from error
     missing, found = ", ".join(sorted(wanted - there)), ", ".join(sorted(there)) or "nothing"
-    _require(not missing, f"{copy.path}: lacks {missing}; it holds {found}")
+    require(not missing, f"{copy.path}: lacks {missing}; it holds {found}")
     images = {split: arrays[f"{split}_images"] for split in SPLITS}
     labels = {split: _labels(arrays[f"{split}_labels"], copy.path, split) for split in SPLITS}
     for split, array in images.items():
         name, like = f"{copy.path}: {split}_images", images["train"]
-        _require(
+        require(
             array.ndim in (3, 4) and 0 not in array.shape[1:],
             f"{name} must have shape (n, H, W) or (n, H, W, C), got {array.shape}",
         )
-        _require(array.dtype.kind in "uif", f"{name} must hold numbers, got {array.dtype}")
-        _require(
+        require(array.dtype.kind in "uif", f"{name} must hold numbers, got {array.dtype}")
+        require(
             (array.shape[1:], array.dtype) == (like.shape[1:], like.dtype),
             f"{name} must be {like.dtype} {like.shape[1:]} an image, as train_images, "
             f"got {array.dtype} {array.shape[1:]}",
         )
-        _require(bool(np.isfinite(array).all()), f"{name} holds NaN or infinite values")
+        require(bool(np.isfinite(array).all()), f"{name} holds NaN or infinite values")
         rows = len(labels[split])
-        _require(len(array) == rows, f"{name} has {len(array)} rows, {split}_labels has {rows}")
+        require(len(array) == rows, f"{name} has {len(array)} rows, {split}_labels has {rows}")
         array.flags.writeable = labels[split].flags.writeable = False
-    _require(len(images["train"]) > 0, f"{copy.path}: train_images must hold at least 1 image")
+    require(len(images["train"]) > 0, f"{copy.path}: train_images must hold at least 1 image")
     return ImageSplits(images, labels, GENERATED if generated else source, generated)
 
 
@@ -376,33 +212,33 @@ def _array_bytes(archive: Any, name: str) -> int:
 
 def _labels(labels: NDArray[Any], path: Path, split: str) -> NDArray[np.int64]:
     name = f"{path}: {split}_labels"
-    _require(
+    require(
         labels.ndim == 1 or labels.shape[1:] == (1,),
         f"{name} must have shape (n,) or (n, 1), got {labels.shape}",
     )
-    _require(labels.dtype.kind in "ui", f"{name} must be integers, got {labels.dtype}")
+    require(labels.dtype.kind in "ui", f"{name} must be integers, got {labels.dtype}")
     flat = labels.reshape(-1).astype(np.int64)
     lowest = flat.min(initial=0)
-    _require(lowest >= 0, f"{name} must be 0 or greater, got {lowest}")
+    require(lowest >= 0, f"{name} must be 0 or greater, got {lowest}")
     return flat
 
 
 @lru_cache(maxsize=len(HEART))
-def _read_heart(copy: _Copy, hospital: str) -> HeartTable:
-    content, source = _content(copy)
+def _read_heart(copy: Copy, hospital: str) -> HeartTable:
+    content, source = content_of(copy)
     rows = []
     for number, line in enumerate(content.decode("latin-1").splitlines(), start=1):
         try:
             row = [math.nan if cell.strip() == "?" else float(cell) for cell in line.split(",")]
         except ValueError as error:
             raise InputError(f"{copy.path}: line {number}: {error}") from error
-        _require(
+        require(
             len(row) == len(HEART_FEATURES) + 1 and row[-1] in range(5),
             f"{copy.path}: line {number} must hold 14 values, the last a whole number from 0 to 4, "
             f"got {len(row)}, the last {row[-1]:g}",
         )
         rows.append(row)
-    _require(bool(rows), f"{copy.path}: holds no rows")
+    require(bool(rows), f"{copy.path}: holds no rows")
     table = np.array(rows)
     features, target = table[:, :-1].copy(), (table[:, -1] > 0).astype(np.int64)
     features.flags.writeable = target.flags.writeable = False

@@ -6,9 +6,7 @@ from collections.abc import Hashable, Sequence
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.privacy.noise import secure_generator
-
-ONE, MEAN = "one", "mean"
-RECORDS = (ONE, MEAN)
+from fedmed_flower.settings.privacy import ONE, RECORDS
 
 
 class PatientSampler:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed_flower.drift import cusum, ears_c2, ks, psi
 from fedmed_flower.errors import InputError
+from fedmed_flower.statistics.drift import cusum, ears_c2, ks, psi
 from fedmed_flower.statistics.pooling import (
     Told,
     pool_correlation,

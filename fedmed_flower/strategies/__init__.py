@@ -1,7 +1,8 @@
 """Strategies to import into a Flower ServerApp in place of Flower's own."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fedmed_flower.exports import on_demand
 from fedmed_flower.strategies.averaging import (
     FedAdagrad,
     FedAdam,
@@ -45,10 +46,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # The accountant takes a second to load, which the other strategies need not wait for.
-    if name != "DPFedAvg":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fedmed_flower.strategies.private import DPFedAvg
-
-    return DPFedAvg
+# The accountant takes a second to load, which the other strategies need not wait for.
+__getattr__ = on_demand(__name__, {"DPFedAvg": "private"})

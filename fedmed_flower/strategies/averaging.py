@@ -11,10 +11,10 @@ import numpy as np
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import strategy as flower
 
+from fedmed_flower.arrays.updates import NotUsableError, Updates
 from fedmed_flower.errors import InputError
+from fedmed_flower.server.screening import metrics_of
 from fedmed_flower.strategies.base import FedAvg
-from fedmed_flower.strategies.screening import metrics_of
-from fedmed_flower.updates import NotUsableError, Updates
 
 EXAMPLES, UNIFORM, INVERSE_LOSS = "examples", "uniform", "inverse-loss"
 Weights = str | Mapping[str, float] | Callable[[Message], float]

@@ -14,22 +14,25 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
+from fedmed_flower.arrays.updates import Updates
 from fedmed_flower.errors import InputError
-from fedmed_flower.metrics import is_pooled_only, pool
-from fedmed_flower.runfolder import ALL_SITES, History, RunFolder
-from fedmed_flower.strategies.aggregating import STREAM_ABOVE, aggregate
-from fedmed_flower.strategies.inbox import Inbox
-from fedmed_flower.strategies.optimising import (
+from fedmed_flower.metrics.names import is_pooled_only
+from fedmed_flower.metrics.pooling import pool
+from fedmed_flower.server.history import History
+from fedmed_flower.server.inbox import Inbox
+from fedmed_flower.server.run_folder import RunFolder
+from fedmed_flower.server.screening import metrics_of, sound_figures, with_shared_metrics
+from fedmed_flower.server.sites import draw, enough, nobody_left, refuse_too_few
+from fedmed_flower.strategies.aggregation import STREAM_ABOVE, aggregate
+from fedmed_flower.strategies.checkpoint import restore, save
+from fedmed_flower.strategies.server_optimizers import (
     OPTIMISERS,
     class_below,
     export_state,
     import_state,
     minima,
 )
-from fedmed_flower.strategies.resuming import restore, save
-from fedmed_flower.strategies.screening import metrics_of, sound_figures, with_shared_metrics
-from fedmed_flower.strategies.sites import draw, enough, nobody_left, refuse_too_few
-from fedmed_flower.updates import Updates
+from fedmed_flower.wire import ALL_SITES
 
 log = logging.getLogger("flwr.fedmed")
 

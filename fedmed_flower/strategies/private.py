@@ -23,16 +23,16 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
-from fedmed_flower.arrays import view
+from fedmed_flower.arrays.updates import OVERFLOW, NotUsableError, Updates
+from fedmed_flower.arrays.views import view
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import MALFORMED, read_file
-from fedmed_flower.metrics import HOSPITAL_EPSILON
 from fedmed_flower.privacy.accounting import Release, epsilon_of, require_release
 from fedmed_flower.privacy.noise import gaussian, secure_generator
-from fedmed_flower.runfolder import RunFolder
+from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.strategies.base import FedAvg
-from fedmed_flower.strategies.optimising import OPTIMISERS
-from fedmed_flower.updates import OVERFLOW, NotUsableError, Updates
+from fedmed_flower.strategies.server_optimizers import OPTIMISERS
+from fedmed_flower.wire import HOSPITAL_EPSILON
 
 LEDGER = "privacy.json"
 # What adaptive clipping may take of the budget where the noise of its count is not given.

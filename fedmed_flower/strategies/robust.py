@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
+from fedmed_flower.arrays.updates import Updates
 from fedmed_flower.errors import InputError
 from fedmed_flower.strategies.base import FedAvg
 from fedmed_flower.strategies.rules import (
@@ -27,7 +28,6 @@ from fedmed_flower.strategies.rules import (
     squared_distances,
     trimmed_mean,
 )
-from fedmed_flower.updates import Updates
 
 log = logging.getLogger("flwr.fedmed")
 

@@ -13,7 +13,7 @@ import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
-from fedmed_flower.updates import Updates
+from fedmed_flower.arrays.updates import Updates
 
 Floats = NDArray[np.float64]
 

@@ -1,0 +1,1 @@
+"""The arrays of a model: views without copies, sums over them, updates."""

@@ -1,0 +1,155 @@
+"""Flower arrays as NumPy views, read and written without copies."""
+
+from __future__ import annotations
+
+import functools
+import math
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+
+from fedmed_flower.arrays import kernels
+
+_NUMPY = "numpy.ndarray"
+# Elements that are looked at together, so that what is made of them stays small.
+_PART = 65536
+_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def view(array: Array) -> NDArray[Any]:
+    """Return the values of a Flower array without copying them.
+
+    Parameters
+    ----------
+    array : Array
+        Its ``data`` is read as the bytes of a ``.npy`` file; the shape and dtype that it claims
+        are not trusted, but for ``bfloat16``, which a ``.npy`` file cannot tell.
+
+    Returns
+    -------
+    ndarray
+        Read-only, of the shape and dtype that the bytes hold; of dtype ``V2`` for bfloat16.
+
+    Raises
+    ------
+    ValueError
+        Where the bytes are no well-formed array of plain numbers.
+    """
+    if array.stype != _NUMPY:
+        raise ValueError(f"unknown serialisation {array.stype!r}")
+    shape, fortran_order, dtype, offset = _header(array.data[: _head_length(array.data)])
+    is_number = dtype.kind in "biufc" and dtype.fields is None
+    if not is_number and not (array.dtype == "bfloat16" and dtype == kernels.BFLOAT16):
+        raise ValueError(f"dtype {dtype} is not a plain number")
+    if offset + math.prod(shape) * dtype.itemsize != len(array.data):
+        raise ValueError(f"{len(array.data)} bytes do not hold an array of shape {shape}")
+    flat = np.frombuffer(array.data, dtype, offset=offset)
+    return flat.reshape(shape, order="F" if fortran_order else "C")
+
+
+def _head_length(data: bytes) -> int:
+    """Return how many bytes come before the values, as the file itself has it."""
+    size = 2 if data[6:7] == b"\x01" else 4
+    return min(8 + size + int.from_bytes(data[8 : 8 + size], "little"), 65536)
+
+
+@functools.lru_cache(maxsize=4096)
+def _header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Read a header; a model's replies repeat the same few, and reading one takes 20 us."""
+    file = BytesIO(head)
+    try:
+        shape, fortran_order, dtype = _READERS[np.lib.format.read_magic(file)](file)
+        sound = all(type(side) is int and side >= 0 for side in shape)
+    except Exception as error:  # A malformed header makes NumPy's parser fail in a dozen ways.
+        raise ValueError(f"no well-formed .npy header ({type(error).__name__})") from error
+    if not sound:
+        raise ValueError(f"no array has the shape {shape}")
+    return shape, fortran_order, dtype, file.tell()
+
+
+class Draft:
+    """Arrays to be filled in place: the values are written where Flower's bytes will be."""
+
+    def __init__(self, like: ArrayRecord) -> None:
+        self._files: dict[str, BytesIO] = {}
+        self._like = like
+        self.row: list[NDArray[Any]] = []
+        for key, array in like.items():
+            values = view(array)
+            head = BytesIO()
+            np.lib.format.write_array_header_1_0(
+                head,
+                {
+                    "descr": np.lib.format.dtype_to_descr(values.dtype),
+                    "fortran_order": False,
+                    "shape": values.shape,
+                },
+            )
+            start = head.tell()
+            # Zeros from the system cost nothing until they are written to.
+            file = BytesIO(bytes(start + values.nbytes))
+            file.write(head.getvalue())
+            self._files[key] = file
+            self.row.append(np.frombuffer(file.getbuffer(), values.dtype, offset=start))
+
+    def finish(self) -> ArrayRecord:
+        """Return what was filled in; the draft cannot be written to any more."""
+        self.row.clear()
+        return ArrayRecord(
+            {
+                key: Array(_name(values.dtype), values.shape, _NUMPY, self._files[key].getvalue())
+                for key, values in ((key, view(array)) for key, array in self._like.items())
+            }
+        )
+
+
+def flat(record: ArrayRecord, like: ArrayRecord) -> list[NDArray[Any]]:
+    """Return the views of a record's arrays, flattened, in the order of another record's keys.
+
+    Matrices in Fortran order are copied.
+    """
+    return [view(record[key]).reshape(-1) for key in like]
+
+
+def not_finite(record: ArrayRecord) -> str | None:
+    """Return which entry of a record holds NaN or infinite values; None where none does."""
+    for key, array in record.items():
+        if not is_finite(view(array)):
+            return f"{key} holds NaN or infinite values"
+    return None
+
+
+def is_finite(values: NDArray[Any]) -> bool:
+    """Return whether an array holds neither NaN nor infinite values."""
+    if values.dtype.kind in "biu":
+        return True
+    flat_values = values.ravel("K")
+    parts = range(0, flat_values.size, _PART)
+    return all(np.isfinite(kernels.widen(flat_values[at : at + _PART])).all() for at in parts)
+
+
+def keep_dtypes(arrays: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
+    """Give averaged entries their dtype back.
+
+    A mean of integers, such as BatchNorm's ``num_batches_tracked``, comes out as float64. It is
+    rounded to the nearest value of the dtype that the entry has in `like`; entries that have their
+    dtype already are passed through.
+    """
+    record = ArrayRecord()
+    for key, array in arrays.items():
+        dtype, values = view(like[key]).dtype, view(array)
+        if values.dtype != dtype:
+            array = Array(np.asarray(kernels.narrow(values, dtype)))
+            array.dtype = _name(dtype)
+        record[key] = array
+    return record
+
+
+def _name(dtype: np.dtype[Any]) -> str:
+    return "bfloat16" if dtype == kernels.BFLOAT16 else str(dtype)

@@ -1,0 +1,190 @@
+"""The command `fedmed statistics`: an app's hospitals describe their patients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.object_ref import load_app
+from rich.table import Table
+
+from fedmed_flower.cli.tables import LineConsole, print_table
+from fedmed_flower.engines.local import run_local
+from fedmed_flower.errors import InputError
+from fedmed_flower.files import read_object
+from fedmed_flower.server.run_folder import SUMMARY, RunFolder
+from fedmed_flower.settings.section import override
+from fedmed_flower.statistics.request import KINDS, Request, Survival, parse_filter
+from fedmed_flower.statistics.server import survey
+from fedmed_flower.statistics.summary import ALARMS
+
+console = LineConsole()
+
+_Names = list[str] | None
+
+
+def statistics(
+    path: Annotated[Path, typer.Argument(metavar="APP", help="Folder of the Flower app.")],
+    sites: Annotated[
+        int | None, typer.Option(min=1, help="Number of hospitals.  [default: the app's, or 5]")
+    ] = None,
+    column: Annotated[_Names, typer.Option(help="A column.  [default: all]")] = None,
+    where: Annotated[_Names, typer.Option(help='A condition such as "age>=50".')] = None,
+    by: Annotated[str, typer.Option(help="A column: one table for each of its values.")] = "",
+    categorical: Annotated[_Names, typer.Option(help="A column of codes.")] = None,
+    quantiles: Annotated[bool, typer.Option("--quantiles", help="Medians and quartiles.")] = False,
+    resolution: Annotated[
+        _Names, typer.Option(help="How finely quantiles are told: COLUMN=WIDTH.")
+    ] = None,
+    bounds: Annotated[
+        _Names, typer.Option("--range", help="Declared range, for noise: COLUMN=LOW,HIGH.")
+    ] = None,
+    categories: Annotated[
+        _Names, typer.Option(help="Declared categories, for noise: COLUMN=A,B.")
+    ] = None,
+    correlations: Annotated[bool, typer.Option("--correlations", help="Of all pairs.")] = False,
+    table: Annotated[_Names, typer.Option(help="Two categorical columns: A,B.")] = None,
+    survival: Annotated[str, typer.Option(metavar="TIME,EVENT,HORIZON,WIDTH")] = "",
+    drift_by: Annotated[
+        str, typer.Option(help="Compare values of a column, or windows (--window), with the first.")
+    ] = "",
+    window: Annotated[float, typer.Option(help="Width of the windows; in days for dates.")] = 0.0,
+    drift_sites: Annotated[
+        bool, typer.Option("--drift-sites", help="Compare each hospital with all others.")
+    ] = False,
+    weekly: Annotated[str, typer.Option(help="Count rows by the week of this column.")] = "",
+    alert: Annotated[str, typer.Option(help=f"How to watch weeks: {', '.join(ALARMS)}.")] = "c2",
+    epsilon: Annotated[float, typer.Option(help="Answer with noise; charged to ledgers.")] = 0.0,
+    delta: Annotated[float, typer.Option(help="Of epsilon.")] = 1e-5,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder.  [default: runs/APP-statistics-date-time]")
+    ] = None,
+    config: Annotated[
+        _Names, typer.Option("--config", "-c", help="A setting of the app: key=value.")
+    ] = None,
+) -> None:
+    """Describe the patients of all hospitals, without a row leaving one of them."""
+    try:
+        if drift_by and (by or drift_sites):
+            raise InputError("--drift-by excludes --by and --drift-sites")
+        drift = "groups" if drift_by else "sites" if drift_sites else ""
+        chosen = {"histograms": quantiles or bool(drift), "correlations": correlations}
+        request = Request(
+            columns=tuple(column or ()),
+            where=tuple(map(parse_filter, where or ())),
+            by=by or drift_by,
+            by_width=window,
+            kinds=tuple(kind for kind in KINDS if chosen.get(kind, True)),
+            categorical=tuple(categorical or ()),
+            resolutions={name: _number(text) for name, text in _pairs(resolution, "resolution")},
+            ranges={name: _range(text) for name, text in _pairs(bounds, "range")},
+            categories={
+                name: tuple(text.split(",")) for name, text in _pairs(categories, "categories")
+            },
+            pairs=tuple(_two(text) for text in table or ()),
+            survival=_survival(survival) if survival else None,
+            weekly=weekly,
+            epsilon=epsilon,
+            delta=delta,
+        )
+        # The command line imports this module.
+        from fedmed_flower.engines.project import default_sites
+
+        count = default_sites(path) if sites is None else sites
+        folder = _run(path, count, out, config or [], request, drift, alert)
+        summary = read_object(folder, SUMMARY, "run the survey again")
+    except InputError as error:
+        console.print(f"not started: {error}", style="red")
+        raise typer.Exit(2) from None
+    for made in summary["tables"]:
+        _print_table(made)
+    console.print(f"report: {folder / 'report.html'}")
+    mark = f" ({summary['data']})" if summary["generated"] else ""
+    told = f"{len(summary['sites'])} of {count} hospitals{mark}"
+    console.print(f"{summary['status']}: {told}: {folder}")
+
+
+def _run(
+    path: Path,
+    sites: int,
+    out: Path | None,
+    settings: list[str],
+    request: Request,
+    drift: str,
+    alert: str,
+) -> Path:
+    from fedmed_flower.engines.project import load_project
+
+    name, defaults, references = load_project(path)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = (out or Path("runs") / f"{name}-statistics-{stamp}").expanduser().resolve()
+    RunFolder(folder).require_unused()
+    # A survey has settings that an app need not declare.
+    keys = {"min-cell-count": 10}
+    run_config = override(keys | defaults, settings) | {"run-dir": str(folder)}
+    client = load_app(references[1], InputError, path.resolve())
+    if not isinstance(client, ClientApp):
+        raise InputError(f"{references[1]} is a {type(client).__name__}, not a ClientApp")
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        survey(grid, context, request, drift=drift, alert=alert)
+
+    run_local(server, client, sites, run_config=run_config, app_name=name)
+    return folder
+
+
+def _pairs(texts: Iterable[str] | None, option: str) -> list[tuple[str, str]]:
+    found = []
+    for text in texts or ():
+        name, separator, value = text.partition("=")
+        if not (separator and name.strip() and value.strip()):
+            raise InputError(f"--{option} takes COLUMN=VALUE, got {text!r}")
+        found.append((name.strip(), value.strip()))
+    return found
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{text!r} is no number") from None
+
+
+def _range(text: str) -> tuple[float, float]:
+    low, separator, high = text.partition(",")
+    if not separator:
+        raise InputError(f"--range takes COLUMN=LOW,HIGH, got {text!r}")
+    return _number(low), _number(high)
+
+
+def _two(text: str) -> tuple[str, str]:
+    one, separator, other = (part.strip() for part in text.partition(","))
+    if not (separator and one and other):
+        raise InputError(f"--table takes two columns A,B, got {text!r}")
+    return one, other
+
+
+def _survival(text: str) -> Survival:
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 4:
+        raise InputError(f"--survival takes TIME,EVENT,HORIZON,WIDTH, got {text!r}")
+    return Survival(parts[0], parts[1], _number(parts[2]), _number(parts[3]))
+
+
+def _print_table(made: dict[str, Any]) -> None:
+    table = Table(title=made["title"], title_justify="left")
+    words = made["title"] in ("Withheld", "No answer", "Drift")
+    for number, name in enumerate(made["head"]):
+        justify: Any = "left" if number == 0 or words else "right"
+        table.add_column(name, justify=justify, overflow="fold")
+    for row in made["rows"]:
+        table.add_row(*row)
+    print_table(console, table)

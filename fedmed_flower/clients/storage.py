@@ -1,0 +1,87 @@
+"""What a run leaves with a hospital: how its patients were split, and pictures that stay."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context
+
+from fedmed_flower.data.pictures import Picture
+from fedmed_flower.data.site import SPLITS, Site, SiteData
+from fedmed_flower.errors import InputError
+from fedmed_flower.files import write_atomic
+from fedmed_flower.settings.section import with_type_of
+from fedmed_flower.wire import LEDGER_DIR, RUN_KEY
+
+log = logging.getLogger("flwr.fedmed")
+
+
+def own_folder(context: Context, site: Site, message: Mapping[str, Any]) -> Path | None:
+    """Return where a hospital keeps what does not leave it; None where it keeps nothing.
+
+    That is ``output-dir`` of its node config, with a folder for each run and its models for
+    comparison; in a simulation, the run folder.
+
+    Raises
+    ------
+    InputError
+        Where ``output-dir`` is no folder.
+    """
+    if (given := context.node_config.get("output-dir")) is not None:
+        folder = Path(str(with_type_of("", given, "output-dir"))).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"output-dir of site {site.name} is not a folder: {folder}")
+        key = str(message.get(RUN_KEY, context.run_id))
+        return folder / file_name(key.partition("/")[0])
+    if site.simulated and (ledgers := str(message.get(LEDGER_DIR, ""))):
+        return Path(ledgers).parent
+    return None
+
+
+def keep_splits(context: Context, site: Site, message: ConfigRecord, data: SiteData) -> None:
+    """Write which patient is in which split, as ``splits/SITE.csv``; once a run."""
+    folder = own_folder(context, site, message)
+    if folder is None:
+        return
+    path = folder / "splits" / f"{file_name(site.name)}.csv"
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("patient", "split"))
+    for split in SPLITS:
+        writer.writerows((patient, split) for patient in _patients(data, split))
+    content = text.getvalue().encode(errors="backslashreplace")
+    if path.exists() and path.read_bytes() != content:
+        log.warning("%s: the split of patients has changed since %s was written", site.name, path)
+    elif not path.exists():
+        write_atomic(path, content)
+
+
+def keep_pictures(folder: Path, site: Site, pictures: Sequence[Picture]) -> None:
+    """Write pictures that do not leave, as ``pictures-kept/SITE-1-TITLE.png`` and so on."""
+    for number, picture in enumerate(pictures, start=1):
+        name = f"{file_name(site.name)}-{number}-{_plain(picture.title)}.png"
+        write_atomic(folder / "pictures-kept" / name, picture.png)
+    log.info("%s: %d pictures in %s", site.name, len(pictures), folder / "pictures-kept")
+
+
+def _patients(data: SiteData, split: str) -> list[str]:
+    patients = [row["patient"] for row in getattr(data, split)]
+    # A number is one patient, whichever of NumPy's or torch's types it has.
+    return list(dict.fromkeys(str(p.item() if hasattr(p, "item") else p) for p in patients))
+
+
+def file_name(text: str) -> str:
+    """Return a name that stays in its folder, and differs where texts differ."""
+    plain = _plain(text)
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:80].strip(".-") or "unnamed"

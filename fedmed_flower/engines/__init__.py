@@ -1,0 +1,19 @@
+"""Where a run happens: in one process, on Flower's engine, on a GPU."""
+
+from typing import TYPE_CHECKING
+
+from fedmed_flower.exports import on_demand
+
+if TYPE_CHECKING:
+    from fedmed_flower.engines.local import run_local
+
+__all__ = [
+    "run_local",
+]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "run_local": "local",
+    },
+)

@@ -1,0 +1,28 @@
+"""Public names of a room, each loaded when it is first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def on_demand(room: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a room that loads a file only for a name that stands in it.
+
+    A server that only takes a strategy must not wait for torch and MONAI to load.
+
+    Parameters
+    ----------
+    room : str
+        The room's ``__name__``.
+    homes : mapping of str to str
+        By public name the file, relative to the room.
+    """
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {room!r} has no attribute {name!r}")
+        return getattr(import_module(f"{room}.{homes[name]}"), name)
+
+    return load

@@ -1,0 +1,27 @@
+"""Association studies and polygenic scores over hospitals that share no genotype."""
+
+from typing import TYPE_CHECKING
+
+from fedmed_flower.exports import on_demand
+
+if TYPE_CHECKING:
+    from fedmed_flower.genomics.client import GenomicsClient
+    from fedmed_flower.genomics.scores import polygenic_scores, read_weights
+    from fedmed_flower.genomics.server import associate
+
+__all__ = [
+    "GenomicsClient",
+    "associate",
+    "polygenic_scores",
+    "read_weights",
+]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "GenomicsClient": "client",
+        "associate": "server",
+        "polygenic_scores": "scores",
+        "read_weights": "scores",
+    },
+)

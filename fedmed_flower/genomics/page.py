@@ -1,0 +1,298 @@
+"""The page of an association study: its Manhattan and QQ plots, its hits, its hospitals."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from array import array
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.files import (
+    MOST_TABLE,
+    as_input_error,
+    open_file,
+    read_lines,
+    read_object,
+    write_atomic,
+)
+from fedmed_flower.genomics.association import log10_of_text
+from fedmed_flower.reports import frame, plots
+from fedmed_flower.reports.frame import DASH, escaped, many
+from fedmed_flower.server.run_folder import SUMMARY
+from fedmed_flower.settings.study import TESTS
+
+TABLE = "association.csv"
+COLUMNS = (
+    *("chrom", "position", "id", "a1", "a2", "sites", "people", "cases", "controls", "freq"),
+    *("effect", "se", "statistic", "p", "note"),
+)
+# Genome-wide significance, as a decimal logarithm.
+_LINE = math.log10(5e-8)
+_STATUS = {"finished": "Finished", "failed": "Failed", "stopped": "Stopped", "running": "Running"}
+_BANNER = '<div class="banner" role="note">Generated data: {}</div>'
+_MOST_CHROMOSOMES = 100
+# So fine is what is drawn: dots in the same cell are one.
+_ACROSS, _UP, _CROWDED = 400, 45, 3.0
+_EVEN, _ODD = "#0072b2", "#5b7f9c"
+_LEAVES = """<h2>What left each hospital</h2><p>No genotype and no row of a person. Of each variant
+a hospital sends sums over its people: how many cases and controls have a genotype, how many copies
+of the allele they have together{}. Before, it told how many people, cases and variants it has, and
+the ids, places and alleles of its variants.{} A variant of whose rarer allele fewer copies are
+there than the hospital’s minimum, or fewer cases or controls, unless none, is withheld.</p><p>None
+of this carries noise: the minimum is no bound on what could be inferred about one person. Whoever
+has a person’s genotypes can tell from the allele frequencies of many variants whether this person
+was among a hospital’s cases. Hospitals with a privacy budget decline.</p>"""
+_SENT = {
+    "trend": ", and the sum of the squared numbers of copies",
+    "allelic": "",
+    "linear": ", and the sums of products of copies, trait and covariates",
+    "logistic": ", and in each step of Newton’s method score and information, unless one person "
+    "has more than one part in the hospital’s minimum of their weight",
+}
+_COMPONENTS = """ For the principal components it sent the sum over its people of their genotypes,
+each weighted with the person’s score; the scores themselves stayed. As many such sums as there are
+people give the genotypes of all of them."""
+
+
+def write_page(folder: Path) -> Path:
+    """Write ``report.html`` of an association study into its run folder.
+
+    Parameters
+    ----------
+    folder
+        With ``summary.json`` and, where the study got that far, ``association.csv``.
+
+    Returns
+    -------
+    Path
+        The page. It appears whole or not at all.
+
+    Raises
+    ------
+    InputError
+        Where a file is damaged.
+    """
+    hint = "the folder holds no association study that can be shown"
+    summary = read_object(folder, SUMMARY, hint)
+    with as_input_error(f"the association study in {folder}", "run it again"):
+        study = summary["association"]
+        chromosomes, positions, log10_p = _read(folder)
+        parts = [_head(summary), _result(summary, study)]
+        if np.isfinite(log10_p).any():
+            with matplotlib.rc_context(plots.SETTINGS):
+                parts += [_plots(chromosomes, positions, log10_p, study)]
+        parts += [_tables(summary), _hospitals(summary), _failures(summary)]
+        parts += [_leaves(study), _making(summary)]
+        text = frame.PAGE.substitute(
+            title=escaped(summary["app"]),
+            images="",
+            banner=_BANNER.format(escaped(summary.get("data"))) if summary.get("generated") else "",
+            body="\n".join(parts),
+        )
+    target = folder / "report.html"
+    write_atomic(target, text.encode())
+    return target
+
+
+def _read(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Return chromosome, position and the p-value's decimal logarithm of each variant."""
+    # Plain numbers: a study may have millions of variants.
+    chromosomes, positions, logarithms = array("q"), array("q"), array("d")
+    try:
+        file = open_file(folder, TABLE, MOST_TABLE)
+    except FileNotFoundError:
+        return np.array(chromosomes), np.array(positions), np.array(logarithms)
+    except OSError as error:
+        path = folder / TABLE
+        raise InputError(f"{path} cannot be read ({error.strerror}): mend or remove it") from error
+    with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+        rows = csv.reader(read_lines(text))
+        if tuple(next(rows, ())) != COLUMNS:
+            raise InputError(f"{folder / TABLE} does not have the columns {', '.join(COLUMNS)}")
+        at = COLUMNS.index("p")
+        for row in rows:
+            chromosomes.append(int(row[0]))
+            positions.append(int(row[1]))
+            logarithms.append(log10_of_text(row[at]))
+    if len(np.unique(chromosomes)) > _MOST_CHROMOSOMES:
+        raise InputError(f"{folder / TABLE} tells of more than {_MOST_CHROMOSOMES} chromosomes")
+    return np.array(chromosomes), np.array(positions), np.array(logarithms)
+
+
+def _head(summary: dict[str, Any]) -> str:
+    status = str(summary["status"])
+    date = escaped(summary.get("started")).replace("T", " ")[:16]
+    facts = f"{date} · {many(len(summary['sites']), 'hospital')}"
+    return (
+        f'<h1>{escaped(summary["app"])}</h1><p class="soft">Association study · {facts}</p>'
+        f'<div class="status {status if status in _STATUS else "unknown"}" role="status">'
+        f"<b>{_STATUS.get(status, 'Status not known')}</b>{escaped(summary.get('message') or ' ')}"
+        "</div>"
+    )
+
+
+def _result(summary: dict[str, Any], study: dict[str, Any]) -> str:
+    people = sum(site["people"] for site in summary["sites"].values())
+    cases = sum(site["cases"] for site in summary["sites"].values())
+    named = [*study["covariates"]] if study["test"] in ("linear", "logistic") else []
+    if study["components"]:
+        named.append(many(len(study["components"]), "principal component"))
+    with_these = f", adjusted for {escaped(', '.join(named))}" if named else ""
+    words = f"{many(people, 'person').replace('persons', 'people')}"
+    if study["test"] != "linear":
+        words += f", {cases:,} of them cases"
+    words += f": {escaped(study['phenotype'])} by {TESTS[study['test']]}"
+    words += f"{with_these}, on {many(study['tested'], 'variant')}"
+    if left := study["variants"] - study["tested"]:
+        words += f" ({left:,} more gave no result)"
+    inflation = study["lambda-gc"]
+    shown = DASH if inflation is None else f"{inflation:.3f}"
+    return (
+        f'<h2>Result</h2><p class="lead">{words}. Genomic inflation λ: <b>{shown}</b>.</p>'
+        '<p class="note">λ compares the median statistic with that of no association; well above 1 '
+        "points to people of different ancestry among cases and controls, or, on few variants of "
+        "one region, to a hit that many of them lie near.</p>"
+    )
+
+
+def _plots(
+    chromosomes: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    log10_p: NDArray[np.float64],
+    study: dict[str, Any],
+) -> str:
+    known = np.isfinite(log10_p)
+    chromosomes, positions, height = chromosomes[known], positions[known], -log10_p[known]
+    drawn = _manhattan(chromosomes, positions, height) + _qq(height, study["lambda-gc"])
+    return f"<h2>Variants</h2>{drawn}"
+
+
+def _thin(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Return which dots are drawn: of a crowd that would lie on each other, one."""
+    span = max(float(x.max() - x.min()), 1e-9)
+    cells = np.round((x - x.min()) / span * _ACROSS) * 1e6
+    fine = np.where(y > _CROWDED, 1e3 + y * 40, y * _UP / _CROWDED)
+    return np.unique(cells + np.round(fine), return_index=True)[1]
+
+
+def _manhattan(
+    chromosomes: NDArray[np.int64], positions: NDArray[np.int64], height: NDArray[np.float64]
+) -> str:
+    present = np.unique(chromosomes)
+    starts, ticks, x = 0.0, list[tuple[float, str]](), np.zeros(len(height))
+    for chromosome in present:
+        own = chromosomes == chromosome
+        first, last = int(positions[own].min()), int(positions[own].max())
+        x[own] = starts + positions[own] - first
+        ticks.append((starts + (last - first) / 2, str(chromosome)))
+        starts += (last - first) * 1.02 + 1
+    axes: Any = Figure((8.4, 3.1), layout="constrained").subplots()
+    drawn = _thin(x, height)
+    for odd, colour in enumerate((_EVEN, _ODD)):
+        own = drawn[np.searchsorted(present, chromosomes[drawn]) % 2 == odd]
+        axes.plot(x[own], height[own], "o", ms=2.2, mew=0, color=colour)
+    if len(present) == 1:
+        first = int(positions.min())
+        places = np.linspace(0, float(x.max()), 5)
+        axes.set_xticks(places, [f"{(first + place) / 1e6:.2f}" for place in places])
+        across = f"position on chromosome {present[0]} (Mb)"
+    else:
+        axes.set_xticks(*zip(*ticks, strict=True))
+        across = "chromosome"
+    if height.max() > -_LINE / 2:
+        axes.axhline(-_LINE, color=plots.WORST, lw=1, ls="--")
+    axes.set_ylim(0, max(float(height.max()) * 1.06, 1))
+    axes.set_ylabel("−log10 p", color=frame.INK)
+    picture = plots.svg(axes, "Manhattan plot", across, grid="y")
+    key = "Dashed: p = 5 × 10<sup>−8</sup>. Dots that would cover each other are drawn once."
+    return f"<figure><figcaption><b>Manhattan plot</b> · {key}</figcaption>{picture}</figure>"
+
+
+def _qq(height: NDArray[np.float64], inflation: float | None) -> str:
+    ordered = np.sort(height)[::-1]
+    expected = -np.log10((np.arange(len(ordered)) + 0.5) / len(ordered))
+    drawn = _thin(expected, ordered)
+    axes: Any = Figure((6.2, 3.6), layout="constrained").subplots()
+    top = float(expected.max())
+    axes.plot([0, top], [0, top], color=frame.INK, lw=1)
+    axes.plot(expected[drawn], ordered[drawn], "o", ms=2.6, mew=0, color=_EVEN)
+    axes.set_ylabel("−log10 p, observed", color=frame.INK)
+    axes.set_ylim(0, max(float(ordered.max()) * 1.06, top))
+    picture = plots.svg(axes, "QQ plot", "−log10 p, expected without association", grid="y")
+    shown = "" if inflation is None else f" · λ = {inflation:.3f}"
+    caption = f"<figcaption><b>QQ plot</b>{shown}</figcaption>"
+    return f'<figure class="dots">{caption}{picture}</figure>'
+
+
+def _tables(summary: dict[str, Any]) -> str:
+    drawn = ""
+    for table in summary["tables"]:
+        rows = [[escaped(cell) for cell in row] for row in table["rows"]]
+        drawn += frame.table(escaped(table["title"]), map(escaped, table["head"]), rows)
+    return drawn
+
+
+def _hospitals(summary: dict[str, Any]) -> str:
+    keys: tuple[str, ...] = (
+        "people",
+        "cases",
+        "variants",
+        "counted",
+        "withheld",
+        "swapped",
+        "left out",
+        "absent",
+    )
+    if summary["association"]["test"] == "linear":
+        keys = tuple(key for key in keys if key != "cases")
+    rows = [
+        [escaped(name), *(f"{site[key]:,}" for key in keys), f"{site['minimum']:,}"]
+        for name, site in summary["sites"].items()
+    ]
+    head = ["Hospital", *(key.capitalize() for key in keys), "Minimum"]
+    note = (
+        "Counted: variants that this hospital’s people are counted in. Withheld: too few copies of "
+        "the rarer allele, cases or controls. Swapped: A1 and A2 the other way round than at most "
+        "hospitals, and counted. Left out: other alleles, or swapped where both strands read the "
+        "same. Absent: at other hospitals only. Which, and where, is in the notes of "
+        f"{TABLE}; only chromosomes 1 to 22 are tested."
+    )
+    table = frame.table("People and variants of each hospital", head, rows)
+    return f'<h2>Hospitals</h2>{table}<p class="note">{note}</p>'
+
+
+def _failures(summary: dict[str, Any]) -> str:
+    if not summary["failures"]:
+        return "<h2>What failed</h2><p>No hospital failed.</p>"
+    keys = {"site": "Hospital", "phase": "Question", "round": "Block", "reason": "Reason"}
+    rows = [[escaped(entry.get(key)) for key in keys] for entry in summary["failures"]]
+    table = frame.table("From there on the others went on", keys.values(), rows, kind="words")
+    return f"<h2>What failed</h2>{table}"
+
+
+def _leaves(study: dict[str, Any]) -> str:
+    return _LEAVES.format(_SENT[study["test"]], _COMPONENTS if study["components"] else "")
+
+
+def _making(summary: dict[str, Any]) -> str:
+    facts = {key: summary.get(key) for key in ("data", "engine")}
+    facts["exchanges"] = summary.get("rounds")
+    facts["duration"] = f"{timedelta(seconds=round(summary['seconds']))} h:min:s"
+    tables = ""
+    for heading, part in (
+        ("Run", facts),
+        ("Settings", summary.get("config") or {}),
+        ("Versions", summary.get("versions") or {}),
+    ):
+        rows = [[escaped(key), escaped(value)] for key, value in part.items()]
+        tables += frame.table(heading, ("Name", "Value"), rows, kind="words") if rows else ""
+    return f'<h2>How it was made</h2><div class="plots">{tables}</div>'

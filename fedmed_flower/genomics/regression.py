@@ -1,0 +1,379 @@
+"""Regressions of one variant at a time, and principal components, from sums over hospitals.
+
+Each hospital has an intercept of its own, as a pooled analysis with one indicator a hospital has.
+A. L. Price et al., "Principal components analysis corrects for stratification in genome-wide
+association studies", Nature Genetics 38:904-909, 2006.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg, special
+
+from fedmed_flower.genomics.association import Floats, Results, log10_p_of_t, log10_p_of_z
+
+# A regression takes the covariates first and the copies of A1 last.
+MOST_STEPS = 25
+_CONVERGED, _SINGULAR, _SPENT = 1e-7, 1e-10, 1e-12
+# Of the weight of a rare allele one person may have so many times what is allowed of all people's.
+_CARRIERS = 5
+_MORE_COLUMNS, _MOST_COLUMNS, _MOST_ROUNDS, _STILL = 2, 400, 100, 1e-6
+# In each of two arrays at the server: 128 MB.
+_MOST_NUMBERS = 1 << 24
+
+
+def pairs(width: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return rows and columns of a symmetric matrix as it is sent: its upper triangle."""
+    return np.triu_indices(width)
+
+
+def _square(packed: Floats, width: int) -> Floats:
+    """Return matrices (..., width, width) from their upper triangles."""
+    whole = np.zeros((*packed.shape[:-1], width, width))
+    rows, columns = pairs(width)
+    whole[..., rows, columns] = packed
+    whole[..., columns, rows] = packed
+    return whole
+
+
+def _copies(genotypes: NDArray[np.int8]) -> tuple[Floats, Floats]:
+    """Return copies of A1, 0 where missing, and 1 where known; (m, n) both."""
+    known = genotypes.T >= 0
+    return np.where(known, genotypes.T, np.int8(0)).astype(np.float64), known.astype(np.float64)
+
+
+def linear_sums(genotypes: NDArray[np.int8], trait: Floats, covariates: Floats) -> Floats:
+    """Return what a hospital adds to the linear models of some variants.
+
+    Parameters
+    ----------
+    genotypes : (n, m) int8 array
+        Negative where missing.
+    trait : (n,) float array
+    covariates : (n, c) float array
+
+    Returns
+    -------
+    (m, (c + 2) (c + 3) / 2) float array
+        Sums of products of covariates, copies and trait about their means over the people whose
+        genotype is known: the upper triangle of a matrix.
+    """
+    copies, known = _copies(genotypes)
+    others = np.column_stack([covariates, trait])
+    others = others - others.mean(0)
+    width = others.shape[1] + 1
+    people = np.maximum(known.sum(1), 1)
+    copies = (copies - (copies.sum(1) / people)[:, None]) * known
+    rows, columns = pairs(width - 1)
+    sums = known @ others
+    among = known @ (others[:, rows] * others[:, columns])
+    among -= sums[:, rows] * sums[:, columns] / people[:, None]
+    whole = np.zeros((len(copies), width, width))
+    # The copies' place is before the trait, which is the last of `others`.
+    order = np.array([*range(width - 2), width - 1])
+    whole[:, order[rows], order[columns]] = among
+    whole[:, order[columns], order[rows]] = among
+    with_copies = copies @ others
+    whole[:, width - 2, order] = whole[:, order, width - 2] = with_copies
+    whole[:, width - 2, width - 2] = np.einsum("ij,ij->i", copies, copies)
+    rows, columns = pairs(width)
+    return np.asarray(whole[:, rows, columns], np.float64)
+
+
+def linear_test(sums: Floats, people: NDArray[np.int64], sites: NDArray[np.int64]) -> Results:
+    """Return the slope of the trait on the copies of A1, as ``plink --linear``.
+
+    Parameters
+    ----------
+    sums : (m, k) float array
+        `linear_sums`, added up over the hospitals.
+    people, sites : (m,) int array
+        How many people and hospitals that were.
+    """
+    width = round((np.sqrt(8 * sums.shape[1] + 1) - 1) / 2)
+    whole = _square(sums, width)
+    inverse, sound = _inverse(whole[:, :-1, :-1])
+    freedom = (people - sites - (width - 1)).astype(np.float64)
+    slopes = np.einsum("mij,mj->mi", inverse, whole[:, :-1, -1])
+    rest = whole[:, -1, -1] - np.einsum("mi,mi->m", slopes, whole[:, :-1, -1])
+    # What is left of a trait that is explained wholly is rounding.
+    exact = rest <= 1e-13 * whole[:, -1, -1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.sqrt(np.maximum(rest, 0) / freedom * inverse[:, -1, -1])
+        known = sound & (freedom > 0) & ~exact
+        effect, error = (np.where(known, part, np.nan) for part in (slopes[:, -1], error))
+        t = effect / error
+    return Results(effect, error, t, log10_p_of_t(t, freedom))
+
+
+def _inverse(matrices: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+    """Return inverses of (m, p, p) matrices of sums, and which of them are sound."""
+    with np.errstate(invalid="ignore"):
+        scale = np.sqrt(np.einsum("mii->mi", matrices))
+    sound = np.isfinite(matrices).all((1, 2)) & (scale > 0).all(1)
+    unit = np.eye(matrices.shape[-1])
+    safe = np.where(sound[:, None], scale, 1.0)
+    scaled = np.where(sound[:, None, None], matrices, unit) / (safe[:, :, None] * safe[:, None, :])
+    sound &= np.linalg.eigvalsh(scaled)[:, 0] > _SINGULAR
+    scaled = np.where(sound[:, None, None], scaled, unit)
+    inverse = np.linalg.inv(scaled) / (safe[:, :, None] * safe[:, None, :])
+    return np.asarray(inverse, np.float64), sound
+
+
+def logistic_terms(
+    genotypes: NDArray[np.int8],
+    cases: NDArray[np.bool_],
+    covariates: Floats,
+    slopes: Floats,
+    intercepts: Floats,
+) -> tuple[Floats, Floats]:
+    """Return what a hospital adds to one Newton step of the logistic models of some variants.
+
+    The server chooses where the models stand, and so how much each person weighs. With risk p and
+    outcome y, a person adds (y - p) x to the score and p (1 - p) x x' to the information; x are 1,
+    the covariates and the copies. Where a slope is steep, p (1 - p) is next to nothing but for the
+    person at the threshold, whose x the information then tells; and two scores whose thresholds lie
+    on both sides of a person differ by this x.
+
+    So the largest part that one person has is returned beside the sums: of the sum of p (1 - p), of
+    the sum of abs(y - p), and, by a fifth, of the sums of p (1 - p) times the copies of either
+    allele. By a fifth, because of ten carriers one may have several tenths in an honest fit. So
+    measured, no person has more than a tenth in 999 of 1,000 honest fits from 0 to convergence at a
+    hospital with ten cases, ten controls, ten copies and fifty people or more, where covariates
+    move the log odds by a standard deviation of up to 1.
+
+    Two things are not looked at, for no server chooses them. Of abs(y - p) times the copies, the
+    only case among ten carriers has half in any study, as the counts tell anyway. A covariate that
+    is far from all others' has most of that covariate's sums.
+
+    Parameters
+    ----------
+    genotypes : (n, m) int8 array
+        Negative where missing.
+    cases : (n,) bool array
+    covariates : (n, c) float array
+    slopes : (m, c + 1) float array
+        Where the models stand: of the covariates and, last, of the copies of A1.
+    intercepts : (m,) float array
+        This hospital's.
+
+    Returns
+    -------
+    terms : (m, p + p (p + 1) / 2) float array, p = c + 2
+        Score, and the upper triangle of the information; intercept first.
+    shares : (m,) float array
+        The largest part that one person has, 0 to 1. NaN where nobody weighs anything or a number
+        is too large for a float; the terms are then of no use.
+    """
+    copies, known = _copies(genotypes)
+    fixed = np.column_stack([np.ones(len(cases)), covariates])
+    with np.errstate(over="ignore", invalid="ignore"):
+        line = intercepts[:, None] + slopes[:, :-1] @ covariates.T + slopes[:, -1:] * copies
+        risk = special.expit(line)
+    rest = (cases - risk) * known
+    weight = risk * (1 - risk) * known
+    width = fixed.shape[1] + 1
+    score = np.column_stack([rest @ fixed, np.einsum("ij,ij->i", rest, copies)])
+    information = np.zeros((len(copies), width, width))
+    rows, columns = pairs(width - 1)
+    information[:, rows, columns] = weight @ (fixed[:, rows] * fixed[:, columns])
+    weighted = weight * copies
+    information[:, :-1, -1] = weighted @ fixed
+    information[:, -1, -1] = np.einsum("ij,ij->i", weighted, copies)
+    rows, columns = pairs(width)
+    shares = np.maximum(_largest_share(weight), _largest_share(np.abs(rest)))
+    others = 2 * known - copies
+    for carried, of_these in ((copies, weighted), (others, weight * others)):
+        # An allele that nobody has tells of nobody.
+        share = np.where(carried.any(1), _largest_share(of_these), 0.0)
+        shares = np.maximum(shares, share / _CARRIERS)
+    return np.column_stack([score, information[:, rows, columns]]), shares
+
+
+def _largest_share(weights: Floats) -> Floats:
+    """Return the largest part that a person has of weights (m, n) that are not negative."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(weights.max(1) / weights.sum(1), np.float64)
+
+
+class LogisticFit:
+    """Newton's method for the logistic models of some variants, one intercept a hospital.
+
+    A step after which the Newton decrement is larger than before went too far, and is halved: S.
+    Boyd and L. Vandenberghe, "Convex Optimization", 2004, section 9.5, has the decrement; they
+    compare likelihoods instead, of which one person may have most.
+
+    Attributes
+    ----------
+    slopes : (m, c + 1) float array
+    intercepts : (hospitals, m) float array
+    taking : (hospitals, m) bool array
+        Which hospital takes part in which variant.
+    failed : (m,) bool array
+        The model is not identified, or did not converge.
+
+    Parameters
+    ----------
+    cases, controls : (hospitals, m) int array
+        People at each hospital. One without both takes no part: its intercept is not identified.
+    covariates : int
+        How many.
+    """
+
+    def __init__(
+        self, cases: NDArray[np.int64], controls: NDArray[np.int64], covariates: int
+    ) -> None:
+        self.taking = (cases > 0) & (controls > 0)
+        safe = np.where(self.taking, [cases, controls], 1).astype(np.float64)
+        self._start = np.log(safe[0] / safe[1])
+        variants = cases.shape[1]
+        self.slopes = np.zeros((variants, covariates + 1))
+        self.intercepts = self._start.copy()
+        self.failed: NDArray[np.bool_] = np.logical_not(self.taking.any(0))
+        self._error = np.full(variants, np.nan)
+        self._decrement = np.full(variants, np.inf)
+        self._step = np.zeros((variants, covariates + 1)), np.zeros_like(self.intercepts)
+        self._open: NDArray[np.bool_] = np.logical_not(self.failed)
+
+    @property
+    def waiting(self) -> NDArray[np.intp]:
+        """Places of the variants that need another step."""
+        return np.flatnonzero(self._open)
+
+    def leave_out(self, site: int, variants: NDArray[np.intp]) -> None:
+        """Begin the models of variants that wait anew, without a hospital."""
+        self.taking[site, variants] = False
+        self.slopes[variants] = 0.0
+        self.intercepts[:, variants] = self._start[:, variants]
+        self._decrement[variants] = np.inf
+        alone = variants[~self.taking[:, variants].any(0)]
+        self.failed[alone] = True
+        self._open[alone] = False
+
+    def step(self, terms: Floats, waiting: NDArray[np.intp]) -> None:
+        """Take one step.
+
+        Parameters
+        ----------
+        terms : (hospitals, w, k) float array
+            `logistic_terms` of the variants at `waiting`; 0 where a hospital takes no part.
+        waiting : (w,) int array
+        """
+        width = self.slopes.shape[1] + 1
+        score, information = terms[:, :, :width], _square(terms[:, :, width:], width)
+        # The intercept of a hospital is in its own terms alone: it is solved for there.
+        known = self.taking[:, waiting] & (information[:, :, 0, 0] > 0)
+        own = np.where(known, information[:, :, 0, 0], np.inf)
+        share = information[:, :, 0, 1:] / own[:, :, None]
+        slopes = (information[:, :, 1:, 1:] - share[..., None] * information[:, :, :1, 1:]).sum(0)
+        wanted = (score[:, :, 1:] - share * score[:, :, :1]).sum(0)
+        inverse, sound = _inverse(slopes)
+        change = np.einsum("mij,mj->mi", inverse, wanted)
+        shift = score[:, :, 0] / own - np.einsum("smj,mj->sm", share, change)
+        with np.errstate(over="ignore", invalid="ignore"):
+            decrement = np.einsum("mi,mi->m", wanted, change) + (score[:, :, 0] ** 2 / own).sum(0)
+        sound &= np.isfinite(decrement)
+        first = np.isinf(self._decrement[waiting])
+        ahead = sound & (first | (decrement <= self._decrement[waiting]))
+        self._halve(waiting[~ahead & ~first])
+        alone = waiting[first & ~sound]
+        self.failed[alone] = True
+        self._open[alone] = False
+        self._go(waiting[ahead], change[ahead], shift[:, ahead], decrement[ahead])
+        errors = np.sqrt(np.einsum("mii->mi", inverse))
+        self._error[waiting[ahead]] = errors[ahead, -1]
+        done = ahead & (np.abs(change) < _CONVERGED * errors).all(1)
+        done &= (np.abs(shift) * np.sqrt(np.where(known, own, 0)) < _CONVERGED).all(0)
+        self._open[waiting[done]] = False
+
+    def _halve(self, back: NDArray[np.intp]) -> None:
+        slopes, intercepts = self._step
+        slopes[back] /= 2
+        intercepts[:, back] /= 2
+        self.slopes[back] -= slopes[back]
+        self.intercepts[:, back] -= intercepts[:, back]
+
+    def _go(
+        self, ahead: NDArray[np.intp], change: Floats, shift: Floats, decrement: Floats
+    ) -> None:
+        self._decrement[ahead] = decrement
+        self.slopes[ahead] += change
+        self.intercepts[:, ahead] += shift
+        self._step[0][ahead], self._step[1][:, ahead] = change, shift
+
+    def finish(self) -> Results:
+        """Return the odds ratios, as ``plink --logistic``; NaN where a model failed."""
+        self.failed |= self._open
+        slope, error = (
+            np.where(self.failed, np.nan, part) for part in (self.slopes[:, -1], self._error)
+        )
+        with np.errstate(over="ignore", invalid="ignore"):
+            z = slope / error
+            return Results(np.exp(slope), error, z, log10_p_of_z(z))
+
+
+def standardised(genotypes: NDArray[np.int8], frequencies: Floats) -> Floats:
+    """Return copies of A1 as (n, m) with mean 0 and variance 1 for these frequencies; missing 0."""
+    spread = np.sqrt(2 * frequencies * (1 - frequencies))
+    return np.where(genotypes < 0, 0.0, (genotypes - 2 * frequencies) / spread)
+
+
+def principal_components(
+    multiply: Callable[[Floats], Floats], variants: int, people: int, count: int, seed: int
+) -> tuple[Floats, Floats, int]:
+    """Return the first principal components by the block Lanczos method.
+
+    Each round's answers stay in use, so that the rounds are few where the components are hardly
+    stronger than what follows them (Musco and Musco, "Randomized block Krylov methods for stronger
+    and faster approximate singular value decomposition", NeurIPS 2015, algorithm 2; restarted from
+    the strongest half where they would fill the memory, as in Wu and Simon, "Thick-restart Lanczos
+    method for large symmetric eigenvalue problems", SIAM J. Matrix Anal. Appl. 22, 2000).
+
+    Parameters
+    ----------
+    multiply : callable
+        Maps loadings (variants, k) to the sum over all people of g (g' loadings), where g is a
+        person's `standardised` genotypes.
+    variants, people : int
+        How many, all hospitals together.
+    count : int
+        Components wanted.
+    seed : int
+
+    Returns
+    -------
+    loadings : (variants, count) float array
+        Of length 1, the strongest first.
+    values : (count,) float array
+        Variance of the scores, summed over people and divided by the number of variants.
+    rounds : int
+        Calls of `multiply`.
+    """
+    width = min(count + _MORE_COLUMNS, variants, people)
+    most = max(4 * width, min(_MOST_COLUMNS, _MOST_NUMBERS // variants))
+    block = np.linalg.qr(np.random.default_rng(seed).normal(size=(variants, width)))[0]
+    basis = products = np.empty((variants, 0))
+    loadings = np.zeros((variants, min(count, width)))
+    rounds, moved = 0, np.inf
+    while moved > _STILL and rounds < _MOST_ROUNDS and block.shape[1]:
+        rest = multiply(block)
+        basis, products = np.hstack([basis, block]), np.hstack([products, rest])
+        values, turn = np.linalg.eigh(basis.T @ products)
+        turn, before, rounds = turn[:, ::-1], loadings, rounds + 1
+        loadings = basis @ turn[:, :count]
+        moved = float(np.linalg.norm(loadings - before @ (before.T @ loadings)))
+        rest = rest - basis @ (basis.T @ rest)
+        new, sizes, _ = linalg.qr(rest, mode="economic", pivoting=True)
+        # Where nothing new is left, the components are exact.
+        block = new[:, np.abs(np.diag(sizes)) > _SPENT * values[-1]]
+        for _ in range(2):  # What is hardly new is, as first computed, not orthogonal to the rest.
+            block = np.linalg.qr(block - basis @ (basis.T @ block))[0]
+        if basis.shape[1] + width > most:
+            strongest = turn[:, : most // 2]
+            basis, products = basis @ strongest, products @ strongest
+    # The sign is free: the largest loading is positive.
+    loadings = loadings * np.sign(loadings[np.abs(loadings).argmax(0), range(loadings.shape[1])])
+    return loadings, values[::-1][:count] / variants, rounds

@@ -1,0 +1,238 @@
+"""Polygenic scores: weighted counts of alleles, as features of a table.
+
+S. A. Lambert et al., "The Polygenic Score Catalog as an open database for reproducibility and
+systematic evaluation", Nature Genetics 53:420-425, 2021, whose files `read_weights` reads too.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import numpy as np
+
+from fedmed_flower.data.bounded import quoted, unpacked
+from fedmed_flower.data.cells import LARGEST
+from fedmed_flower.errors import InputError, shown
+from fedmed_flower.genomics.plink import Fileset
+from fedmed_flower.genomics.variants import complement
+
+_BLOCK = 4096
+# The first column that is there counts; the second names are those of the PGS Catalog.
+_COLUMNS = {
+    "variant": ("id", "rsID", "variant", "SNP"),
+    "allele": ("allele", "effect_allele", "A1"),
+    "weight": ("weight", "effect_weight", "BETA"),
+    "other": ("other", "other_allele", "A2"),
+    "frequency": ("frequency", "allelefrequency_effect"),
+}
+
+
+class Weight(NamedTuple):
+    """What one allele adds to a score.
+
+    Attributes
+    ----------
+    variant : str
+        The variant's id.
+    allele : str
+        The allele that is counted.
+    weight : float
+        Added once for each copy of it.
+    other : str
+        The other allele; empty where it is not known.
+    frequency : float
+        Of `allele`, for people whose genotype is missing; NaN where it is not known.
+    """
+
+    variant: str
+    allele: str
+    weight: float
+    other: str = ""
+    frequency: float = math.nan
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of the people of a fileset.
+
+    Attributes
+    ----------
+    values : dict of str to float
+        By individual id.
+    used : int
+        Weights that count.
+    left_out : dict of str to str
+        Why other weights do not, by the id of their variant.
+    """
+
+    values: dict[str, float]
+    used: int
+    left_out: dict[str, str]
+
+
+def read_weights(path: str | Path) -> list[Weight]:
+    """Read weights from a text file with a header, plain or gzipped.
+
+    The columns are ``id``, ``allele``, ``weight`` and, if there, ``other`` and ``frequency``, or as
+    the PGS Catalog names them; tabs or commas between them. Lines that begin with # are skipped.
+
+    Raises
+    ------
+    InputError
+        Where the file cannot be read, a column is missing, a value is no number, a weight is beyond
+        1e30, or the file unpacks to more than `bounded.MOST` bytes.
+    """
+    path = Path(path).expanduser()
+    try:
+        with _text(path) as file:
+            return _weights(path, (line for line in file if not line.startswith("#")))
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"the weights {path} cannot be read: {error}") from error
+
+
+def polygenic_scores(
+    prefix: str | Path,
+    weights: Sequence[Weight],
+    frequencies: Mapping[str, float] | None = None,
+) -> Scores:
+    """Return the sum over variants of weight times copies of the allele, for each person.
+
+    An allele that stands second in the bim file is counted there; one that is on neither place is
+    looked for on the other strand, unless the two strands of the variant look the same.
+
+    Parameters
+    ----------
+    prefix : path
+        Of the bed, bim and fam files, without the endings.
+    weights : sequence of Weight
+    frequencies : dict, optional
+        Frequency of the counted allele by variant id; goes before that of the weight. It stands in
+        for a missing genotype.
+
+    Raises
+    ------
+    InputError
+        Where a file is malformed, a variant has two weights, a frequency is not in [0, 1], or a
+        genotype is missing for which no frequency is known.
+    """
+    fileset, given = Fileset.open(prefix), dict(frequencies or {})
+    wanted: dict[str, Weight] = {}
+    for weight in weights:
+        if wanted.setdefault(weight.variant, weight) is not weight:
+            raise InputError(f"variant {weight.variant} has two weights: leave one")
+        frequency = given.setdefault(weight.variant, weight.frequency)
+        if not (math.isnan(frequency) or 0 <= frequency <= 1):
+            raise InputError(
+                f"the frequency of {weight.variant} must lie in [0, 1], got {frequency}"
+            )
+    places: dict[str, tuple[int, str, str]] = {}
+    left_out: dict[str, str] = {}
+    line = offset = 0
+    while line < fileset.num_variants:
+        listing = fileset.variants(offset, _BLOCK)
+        for at, name in enumerate(listing.names):
+            if name in wanted:
+                if name in places:
+                    left_out[name] = f"its id is repeated in {fileset.prefix}.bim"
+                places[name] = (line + at, listing.first[at], listing.second[at])
+        line, offset = line + len(listing.names), listing.offset
+    lines, signed = list[int](), list[tuple[Weight, bool]]()
+    for name, weight in wanted.items():
+        if name not in places:
+            left_out[name] = f"it is not in {fileset.prefix}.bim"
+        elif name not in left_out:
+            place, first, second = places[name]
+            if (swapped := _swapped(weight, first, second)) is None:
+                left_out[name] = f"its alleles are {first}/{second}"
+            else:
+                lines.append(place)
+                signed.append((weight, swapped))
+    totals = np.zeros(len(fileset.people))
+    for start in range(0, len(lines), _BLOCK):
+        part = np.array(lines[start : start + _BLOCK], np.int64)
+        genotypes = fileset.read(slice(None), part)
+        for column, (weight, swapped) in zip(
+            genotypes.T, signed[start : start + _BLOCK], strict=True
+        ):
+            counts = (2.0 - column) if swapped else column.astype(np.float64)
+            if (missing := column < 0).any():
+                if math.isnan(frequency := given[weight.variant]):
+                    raise InputError(
+                        f"{missing.sum()} people have no genotype of {weight.variant}: give its "
+                        "frequency, in the weights or in frequencies"
+                    )
+                counts[missing] = 2 * frequency
+            totals += weight.weight * counts
+    values = dict(zip(fileset.people, totals.tolist(), strict=True))
+    return Scores(values, len(lines), left_out)
+
+
+def _swapped(weight: Weight, first: str, second: str) -> bool | None:
+    """Return whether the allele to be counted is the second one; None where it is neither."""
+    allele, other = weight.allele.upper(), weight.other.upper()
+    ways = [(allele, other)]
+    if complement(first) != second:
+        ways.append((complement(allele), complement(other)))
+    for this, that in ways:
+        for swapped, (own, rest) in enumerate(((first, second), (second, first))):
+            # "0" stands for an allele that nobody in the file has.
+            whole = this == own and (not that or rest in (that, "0"))
+            if whole or (own == "0" and that and that == rest):
+                return bool(swapped)
+    return None
+
+
+def _weights(path: Path, lines: Iterable[str]) -> list[Weight]:
+    rows = csv.reader(lines, delimiter="\t")
+    head = next(rows, [])
+    if len(head) == 1:
+        head, rows = head[0].split(","), csv.reader(lines)
+    head = [name.strip() for name in head]
+    found = {
+        key: next((head.index(name) for name in names if name in head), None)
+        for key, names in _COLUMNS.items()
+    }
+    for key in ("variant", "allele", "weight"):
+        if found[key] is None:
+            raise InputError(
+                f"{path} has no column {' or '.join(_COLUMNS[key])}: it has {', '.join(head)}"
+            )
+    weights = []
+    for row in rows:
+        if not any(row):
+            continue
+        cell = {
+            key: row[at].strip() if at is not None and at < len(row) else ""
+            for key, at in found.items()
+        }
+        try:
+            weight = float(cell["weight"])
+            frequency = float(cell["frequency"]) if cell["frequency"] else math.nan
+        except ValueError as error:
+            text = shown(error, 200)
+            raise InputError(f"{path}, variant {quoted(cell['variant'])}: {text}") from None
+        # Sums over all variants stay finite.
+        if not abs(weight) <= LARGEST or not cell["variant"] or not cell["allele"]:
+            raise InputError(
+                f"{path}, variant {quoted(cell['variant'])}: each line needs an id, an allele and "
+                f"a weight from -{LARGEST:g} to {LARGEST:g}, got {quoted(cell['allele'])} and "
+                f"{weight}"
+            )
+        weights.append(Weight(cell["variant"], cell["allele"], weight, cell["other"], frequency))
+    return weights
+
+
+def _text(path: Path) -> TextIO:
+    if path.suffix.lower() != ".gz":
+        return path.open(encoding="utf-8")
+    with gzip.open(path) as packed:
+        content = unpacked(packed, path, "a file of weights")
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")

@@ -1,0 +1,227 @@
+"""The variants of several hospitals in one order, with the same allele counted at each."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmed_flower.genomics.plink import AUTOSOMES, MOST_POSITION, Listing
+
+ABSENT, SAME, SWAPPED, OTHER_ALLELES, UNCLEAR_STRAND, REPEATED = range(-1, 5)
+REASONS = {
+    ABSENT: "absent",
+    OTHER_ALLELES: "other alleles",
+    UNCLEAR_STRAND: "swapped or from the other strand",
+    REPEATED: "id repeated",
+}
+_UNKNOWN = ("0", ".")
+# Variants of one hospital at one place, which cannot be taken before the next place has come.
+_MOST_AT_ONE_PLACE = 1 << 16
+_OTHER_STRAND = str.maketrans("ACGT", "TGCA")
+
+
+def complement(allele: str) -> str:
+    """Return an allele as it reads on the other strand."""
+    return allele.translate(_OTHER_STRAND)[::-1]
+
+
+@lru_cache(maxsize=1 << 16)
+def align(pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], tuple[int, ...]]:
+    """Return the alleles A1 and A2 that most hospitals have, and how each one's lie to them.
+
+    Parameters
+    ----------
+    pairs : tuple of (str, str)
+        A1 and A2 of each hospital, in order: the first decides a tie. ``0`` or ``.`` stands for an
+        allele that nobody there has.
+
+    Returns
+    -------
+    pair : (str, str)
+    codes : tuple of int
+        `SAME`, `SWAPPED`, `OTHER_ALLELES`, or `UNCLEAR_STRAND`: swapped, of a variant of which
+        both strands read the same (A/T, C/G), so that it may as well be from the other strand.
+    """
+    if len(set(pairs)) == 1:
+        return pairs[0], (SAME,) * len(pairs)
+    whole = [pair for pair in pairs if not set(pair) & set(_UNKNOWN)]
+    if whole:
+        together = Counter(frozenset(pair) for pair in whole).most_common(1)[0][0]
+        ordered = Counter(pair for pair in whole if frozenset(pair) == together)
+        reference = ordered.most_common(1)[0][0]
+    else:
+        # Everywhere one allele alone: two that differ make the variant.
+        known = list(dict.fromkeys(a for pair in pairs for a in pair if a not in _UNKNOWN))
+        reference = (known[1], known[0]) if len(known) == 2 else pairs[0]
+    ambiguous = complement(reference[0]) == reference[1]
+    return reference, tuple(_lie(pair, reference, ambiguous) for pair in pairs)
+
+
+def _lie(pair: tuple[str, str], reference: tuple[str, str], ambiguous: bool) -> int:
+    def fits(this: tuple[str, str]) -> bool:
+        return all(a in (b, *_UNKNOWN) for a, b in zip(this, reference, strict=True))
+
+    if fits(pair):
+        return SAME
+    if fits((pair[1], pair[0])):
+        return UNCLEAR_STRAND if ambiguous else SWAPPED
+    return OTHER_ALLELES
+
+
+def _within(values: NDArray[Any], least: int, most: int) -> bool:
+    return bool(((values >= least) & (values <= most)).all())
+
+
+class Variant(NamedTuple):
+    """A variant, and the two alleles that are told apart at all hospitals; A1 is counted."""
+
+    chromosome: int
+    position: int
+    name: str
+    a1: str
+    a2: str
+
+
+class Block(NamedTuple):
+    """Some variants of all hospitals, in order of chromosome and position.
+
+    Attributes
+    ----------
+    variants : list of Variant
+    lines : (hospitals, variants) int64 array
+        The variant's line in a hospital's bim file, from 0.
+    codes : (hospitals, variants) int8 array
+        How a hospital's alleles lie; `ABSENT` where it lacks the variant.
+    """
+
+    variants: list[Variant]
+    lines: NDArray[np.int64]
+    codes: NDArray[np.int8]
+
+    def usable(self) -> NDArray[np.bool_]:
+        """Return which hospital can count which variant."""
+        return np.isin(self.codes, (SAME, SWAPPED))
+
+
+class Merger:
+    """Merges lists of variants that come in parts; it holds no more than a few parts of each.
+
+    A variant is known by chromosome, position and id together.
+
+    Parameters
+    ----------
+    count : int
+        Of hospitals.
+    size : int
+        Variants that one part should have.
+
+    Attributes
+    ----------
+    read : list of int
+        Lines that have come from each hospital.
+    skipped : list of int
+        How many of them are on no autosome, or have no place.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self.size = size
+        self.read, self.skipped = [0] * count, [0] * count
+        self._ended = [False] * count
+        self._waiting: list[list[tuple[int, str, int, tuple[str, str]]]] = [
+            [] for _ in range(count)
+        ]
+        self._last = [0] * count
+
+    def hungry(self) -> list[int]:
+        """Return the hospitals whose next part is needed before `take`."""
+        return [
+            site
+            for site, ended in enumerate(self._ended)
+            if not ended and len(self._waiting[site]) < self.size
+        ]
+
+    def add(self, site: int, part: Listing, ended: bool) -> None:
+        """Take the next part of a hospital's list.
+
+        Raises
+        ------
+        ValueError
+            Where it goes on before the end of the part before, is not in order, names a place that
+            no chromosome has, or too many variants at one place.
+        """
+        places = np.flatnonzero(part.chromosomes)
+        chromosomes, positions = part.chromosomes[places], part.positions[places]
+        if not _within(chromosomes, 1, AUTOSOMES) or not _within(positions, 1, MOST_POSITION):
+            raise ValueError(
+                f"it has variants outside of the chromosomes 1 to {AUTOSOMES} or of the positions "
+                f"1 to {MOST_POSITION}"
+            )
+        keys = chromosomes.astype(np.int64) << 40 | positions
+        if (np.diff(keys, prepend=self._last[site]) < 0).any():
+            raise ValueError(
+                "its variants are not in order of chromosome and position: sort its files with "
+                "plink --make-bed"
+            )
+        waiting = [
+            *self._waiting[site],
+            *(
+                (key, part.names[at], self.read[site] + at, (part.first[at], part.second[at]))
+                for key, at in zip(keys.tolist(), places.tolist(), strict=True)
+            ),
+        ]
+        crowd = waiting[-1 - _MOST_AT_ONE_PLACE :]
+        if len(crowd) > _MOST_AT_ONE_PLACE and crowd[0][0] == crowd[-1][0]:
+            raise ValueError(f"it has more than {_MOST_AT_ONE_PLACE} variants at one place")
+        self._waiting[site] = waiting
+        self.read[site] += len(part.names)
+        self.skipped[site] += len(part.names) - len(places)
+        self._last[site] = int(keys[-1]) if len(keys) else self._last[site]
+        self._ended[site] = ended
+
+    def end(self, site: int) -> None:
+        """Forget a hospital."""
+        self._waiting[site], self._ended[site] = [], True
+
+    def take(self) -> Block | None:
+        """Return the next variants; none but a block without one where more must come first.
+
+        Returns
+        -------
+        Block or None
+            None at the end.
+        """
+        open_ends = [self._last[site] for site, ended in enumerate(self._ended) if not ended]
+        # Of the last position that a hospital has told, more variants may come.
+        horizon = min(open_ends, default=1 << 62)
+        found: dict[tuple[int, str], list[tuple[int, int, tuple[str, str]]]] = {}
+        for site, waiting in enumerate(self._waiting):
+            cut = bisect_left(waiting, horizon, key=itemgetter(0))
+            for key, name, line, pair in waiting[:cut]:
+                found.setdefault((key, name), []).append((site, line, pair))
+            del waiting[:cut]
+        if not found and not open_ends:
+            return None
+        if not found and not self.hungry():
+            self.size *= 2
+        return _block(found, len(self._waiting))
+
+
+def _block(
+    found: dict[tuple[int, str], list[tuple[int, int, tuple[str, str]]]], count: int
+) -> Block:
+    ordered, variants = sorted(found), list[Variant]()
+    lines, codes = ([[value] * len(ordered) for _ in range(count)] for value in (0, ABSENT))
+    for place, (key, name) in enumerate(ordered):
+        entries = found[key, name]
+        (a1, a2), lies = align(tuple([pair for _, _, pair in entries]))
+        variants.append(Variant(key >> 40, key & ((1 << 40) - 1), name, a1, a2))
+        for (site, line, _), code in zip(entries, lies, strict=True):
+            taken = codes[site][place] != ABSENT
+            lines[site][place], codes[site][place] = line, REPEATED if taken else code
+    return Block(variants, np.array(lines, np.int64), np.array(codes, np.int8))

@@ -1,0 +1,253 @@
+"""What one hospital measures, and what several hospitals' sums give together.
+
+A hospital never sends a list of scores. For figures over all hospitals it sends counts: the
+confusion matrix, and for each class two histograms of the score (rows without and with the class)
+on a grid laid around the hospital's own median. A hospital that wants to tell coarsely counts ten
+patients or more at a time, and rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.metrics.auc import (
+    FEWEST,
+    UNTOLD,
+    coarse_histograms,
+    different,
+    fine_histograms,
+    numbered,
+    ordered_pairs,
+)
+from fedmed_flower.metrics.names import (
+    CONFUSION,
+    COUNTS,
+    GRID,
+)
+from fedmed_flower.privacy.noise import gaussian, secure_generator
+
+_NOISED_BINS = 32
+_NOISED_EDGES = np.linspace(-8.0, 8.0, _NOISED_BINS + 1)
+
+
+Value = float | int | list[int] | list[float]
+
+
+def class_margins(logits: ArrayLike) -> NDArray[np.float64]:
+    """Turn network outputs into one score a class, the log-odds of the class against the rest.
+
+    Parameters
+    ----------
+    logits : array of shape (n, 1) or (n, c)
+        One column stands for the positive class of two (trained with binary cross entropy);
+        c columns for c classes (trained with cross entropy).
+
+    Returns
+    -------
+    array of shape (n, 1) for two classes, (n, c) for more
+    """
+    z = np.asarray(logits, dtype=np.float64)
+    if z.shape[1] == 1:
+        return z
+    if z.shape[1] == 2:
+        return z[:, 1:] - z[:, :1]
+    others = (np.delete(z, column, axis=1) for column in range(z.shape[1]))
+    against = np.stack([np.logaddexp.reduce(rest, axis=1) for rest in others], axis=1)
+    return np.asarray(z - against)
+
+
+def classification_metrics(
+    labels: ArrayLike,
+    logits: ArrayLike,
+    patients: Sequence[Hashable] | None = None,
+    coarse: bool = False,
+) -> dict[str, Value]:
+    """Measure a classifier on one hospital's rows.
+
+    Parameters
+    ----------
+    labels : integer array of shape (n,)
+    logits : array of shape (n, 1) or (n, c)
+    patients : sequence of n hashables, optional
+        Whose the rows are; each row is of a patient of its own where nothing is said.
+    coarse : bool
+        Whether each count is of ten different patients or more, or of all of a class. `coarsened`
+        rounds what is left.
+
+    Returns
+    -------
+    dict
+        ``num-examples``, ``accuracy``, ``balanced-accuracy``, ``sensitivity``, ``specificity``
+        and ``auc`` (for more than two classes: the mean of one class against the rest), and the
+        counts that `pool` sums. A figure that these rows leave undefined, such as the AUC of
+        one class, is left out.
+
+        Where `coarse`, the AUC is also left out where a class, or its rest, has fewer than ten
+        patients, and the confusion matrix, with all that follows from it, where a cell has.
+
+    Raises
+    ------
+    InputError
+        Where there is not one patient a row.
+    """
+    from sklearn.metrics import confusion_matrix
+
+    y = np.asarray(labels, dtype=np.int64)
+    whose = range(len(y)) if patients is None else patients
+    if len(whose) != len(y):
+        raise InputError(f"patients must name one for each of {len(y)} rows, got {len(whose)}")
+    margins = class_margins(logits)
+    num_classes = max(2, margins.shape[1])
+    guess = (margins[:, 0] > 0).astype(int) if num_classes == 2 else np.argmax(logits, axis=1)
+    confusion = confusion_matrix(y, guess, labels=np.arange(num_classes))
+    positive = (y == 1)[:, None] if num_classes == 2 else y[:, None] == np.arange(num_classes)
+    told = not coarse or _is_coarse(y, guess, numbered(whose), num_classes)
+    found = [
+        coarse_histograms(truth, score, whose, told and num_classes == 2)
+        if coarse
+        else fine_histograms(truth, score)
+        for truth, score in zip(positive.T, margins.T, strict=True)
+    ]
+    metrics: dict[str, Value] = {"num-examples": len(y), **(rates_of(confusion) if told else {})}
+    aucs = [
+        own
+        for truth, ((_, _, own), _) in zip(positive.T, found, strict=True)
+        if truth.any() and not truth.all() and own != UNTOLD
+    ]
+    if len(aucs) == margins.shape[1]:
+        metrics["auc"] = float(np.mean(aucs))
+    if told:
+        metrics[CONFUSION] = confusion.ravel().tolist()
+    metrics[GRID] = [value for grid, _ in found for value in grid]
+    metrics[COUNTS] = [count for _, counts in found for count in counts]
+    return metrics
+
+
+def _is_coarse(
+    labels: NDArray[np.int64], guess: NDArray[Any], codes: NDArray[np.int64], num_classes: int
+) -> bool:
+    """Return whether each cell of the confusion matrix is of ten different patients or more."""
+    cells = [[(labels == c) & (guess == g) for g in range(num_classes)] for c in range(num_classes)]
+    enough = all(different(codes[cell]) >= FEWEST for row in cells for cell in row)
+    # A patient with several rows may be in several cells.
+    least = FEWEST * num_classes
+    return enough and all(different(codes[labels == c]) >= least for c in range(num_classes))
+
+
+def noised_counts(
+    labels: ArrayLike, logits: ArrayLike, patients: Sequence[Hashable], noise_multiplier: float
+) -> list[float]:
+    """Count what a classifier does, with noise that hides each patient.
+
+    For two classes the counts are histograms of the score of the rows without and with the second
+    class; for more, such histograms for each class against the rest, and the confusion matrix.
+    Each patient's rows weigh 1 together, so that adding or removing a patient changes the counts
+    by at most 1 (two classes) or the root of the number of classes + 1, in Euclidean length.
+
+    Parameters
+    ----------
+    labels : integer array of shape (n,)
+    logits : array of shape (n, 1) or (n, c)
+    patients : sequence of n hashables
+    noise_multiplier : float
+        Standard deviation of the noise in units of that length; at least 0.
+
+    Returns
+    -------
+    list of float
+        For `noised_metrics`.
+    """
+    y, margins = np.asarray(labels, dtype=np.int64), class_margins(logits)
+    num_classes = max(2, margins.shape[1])
+    of = Counter(patients)
+    share = np.asarray([1 / of[patient] for patient in patients])
+    positive = (y == 1)[:, None] if num_classes == 2 else y[:, None] == np.arange(num_classes)
+    places = np.clip(margins, _NOISED_EDGES[0], _NOISED_EDGES[-1])
+    parts = [
+        np.histogram(place[truth == group], _NOISED_EDGES, weights=share[truth == group])[0]
+        for truth, place in zip(positive.T, places.T, strict=True)
+        for group in (False, True)
+    ]
+    length = 1.0
+    if num_classes > 2:
+        confusion = np.zeros((num_classes, num_classes))
+        np.add.at(confusion, (y, np.argmax(logits, axis=1)), share)
+        parts.append(confusion.ravel())
+        length = math.sqrt(num_classes + 1)
+    counts = np.concatenate(parts)
+    counts += gaussian(counts.size, noise_multiplier * length, secure_generator())
+    return [float(count) for count in counts]
+
+
+def noised_metrics(counts: ArrayLike) -> dict[str, float]:
+    """Return figures from the counts of one hospital, or the sum of several hospitals' counts.
+
+    Parameters
+    ----------
+    counts : array
+        As `noised_counts` returns them.
+
+    Returns
+    -------
+    dict
+        ``num-examples`` (patients, to the nearest whole number) and, where it is above 0, the
+        figures of `classification_metrics`. An AUC from 32 bins is as coarse as they are.
+    """
+    values = np.asarray(counts, dtype=np.float64)
+    num_classes = classes_of_noised(len(values))
+    scores = 1 if num_classes == 2 else num_classes
+    histograms = values[: 2 * scores * _NOISED_BINS].reshape(scores, 2, _NOISED_BINS)
+    if num_classes == 2:
+        confusion = histograms[0].reshape(2, 2, -1).sum(axis=2)
+    else:
+        confusion = values[histograms.size :].reshape(num_classes, num_classes)
+    metrics: dict[str, float] = {"num-examples": max(0.0, float(round(confusion.sum())))}
+    # Cut off at 0 after adding up, so that noise cancels out as far as it can.
+    confusion = np.maximum(confusion, 0.0)
+    if not metrics["num-examples"] or not confusion.any():
+        return {"num-examples": 0.0}
+    # Sums of fractions round to a hair below 0.
+    metrics |= {name: min(1.0, max(0.0, rate)) for name, rate in rates_of(confusion).items()}
+    below = np.pad(np.cumsum(histograms, axis=2), ((0, 0), (0, 0), (1, 0)))
+    totals = below[:, :, -1]
+    if (totals > 0).all():
+        shares = np.asarray([*map(ordered_pairs, below)]) / totals.prod(axis=1)
+        metrics["auc"] = float(np.clip(shares, 0.0, 1.0).mean())
+    return metrics
+
+
+def classes_of_noised(length: int) -> int:
+    """Return the number of classes of noised counts; 0 where no number fits their length."""
+    if length == 2 * _NOISED_BINS:
+        return 2
+    classes = round(math.sqrt(_NOISED_BINS**2 + length)) - _NOISED_BINS
+    fits = classes > 2 and classes * (2 * _NOISED_BINS + classes) == length
+    return classes if fits else 0
+
+
+def rates_of(confusion: NDArray[np.int64]) -> dict[str, float]:
+    """Return what follows from a confusion matrix; what is undefined is left out."""
+    # Loading scikit-learn takes a second, which a server that only averages need not wait for.
+    from sklearn.metrics import multilabel_confusion_matrix
+
+    truth, guess = np.indices(confusion.shape)
+    per_class = multilabel_confusion_matrix(
+        truth.ravel(), guess.ravel(), sample_weight=confusion.ravel()
+    )
+    with np.errstate(invalid="ignore"):
+        specificity, sensitivity = (per_class[:, i, i] / per_class[:, i].sum(1) for i in (0, 1))
+    concerned = slice(1, 2) if len(confusion) == 2 else slice(None)
+    rates = {
+        "accuracy": np.trace(confusion) / confusion.sum(),
+        "balanced-accuracy": np.nanmean(sensitivity),
+        "sensitivity": np.mean(sensitivity[concerned]),
+        "specificity": np.mean(specificity[concerned]),
+    }
+    return {name: float(rate) for name, rate in rates.items() if np.isfinite(rate)}

@@ -1,0 +1,178 @@
+"""How well masks agree: Dice, 95% Hausdorff distance and surface Dice, a patient and a site.
+
+Every patient counts in every figure. A structure that is neither in the truth nor in the guess is
+agreed upon (Dice and surface Dice 1, distance 0). One that is missed or invented has Dice and
+surface Dice 0, and its distance is the image's diagonal, as far as any could be.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.metrics.names import DICE, HD95, SURFACE, WORST
+from fedmed_flower.privacy.noise import gaussian, secure_generator
+
+
+def mask_scores(
+    truth: ArrayLike,
+    guess: ArrayLike,
+    classes: Sequence[str],
+    spacing: Sequence[float],
+    tolerance: float = 1.0,
+) -> dict[str, float]:
+    """Compare one patient's mask with the truth.
+
+    Parameters
+    ----------
+    truth, guess : integer array of shape (*spatial)
+        2D or 3D; 0 is the background.
+    classes : sequence of str
+        Names of the classes 1, 2, ...
+    spacing : sequence of float
+        Millimetres between voxels, one an axis.
+    tolerance : float
+        Millimetres within which an outline is right; at least 0.
+
+    Returns
+    -------
+    dict
+        ``dice-NAME``, ``hd95-NAME`` (millimetres) and ``surface-dice-NAME`` of each class, as MONAI
+        computes them where truth and guess hold the class.
+
+    Raises
+    ------
+    InputError
+        Where the shapes, or the number of axes and of spacings, differ.
+    """
+    first, second = np.asarray(truth), np.asarray(guess)
+    if first.shape != second.shape or first.ndim != len(spacing):
+        raise InputError(
+            f"truth has the shape {first.shape} and guess {second.shape}, with {len(spacing)} "
+            "spacings: the shapes must be the same, and each axis has one spacing"
+        )
+    length = math.hypot(*np.multiply(first.shape, spacing))
+    scores: dict[str, float] = {}
+    for number, name in enumerate(classes, start=1):
+        pair = (first == number, second == number)
+        is_there, is_found = (bool(mask.any()) for mask in pair)
+        dice, distance, surface = float(is_there == is_found), 0.0, float(is_there == is_found)
+        if is_there and is_found:
+            dice, distance, surface = _compare(*pair, spacing, tolerance)
+        elif is_there or is_found:
+            distance = length
+        scores |= {
+            f"{DICE}-{name}": dice,
+            f"{HD95}-{name}": distance,
+            f"{SURFACE}-{name}": surface,
+        }
+    return scores
+
+
+def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each figure."""
+    return {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}
+
+
+def site_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the means over a site's patients, overall and for each class, and the worst patient.
+
+    Parameters
+    ----------
+    scores : sequence of dict
+        As `mask_scores` returns them; at least one.
+
+    Returns
+    -------
+    dict
+        ``num-examples``, ``dice``, ``hd95``, ``surface-dice`` (means over classes and patients),
+        ``dice-worst`` (the lowest mean over classes of a patient), and each class's means.
+    """
+    means = mean_scores(scores)
+    overall = {
+        kind: float(
+            np.mean([value for name, value in means.items() if name.startswith(f"{kind}-")])
+        )
+        for kind in (DICE, HD95, SURFACE)
+    }
+    return {"num-examples": len(scores), **overall, WORST: min(map(patient_dice, scores)), **means}
+
+
+def patient_dice(scores: Mapping[str, float]) -> float:
+    """Return the mean Dice over the classes of one patient."""
+    return float(np.mean([value for name, value in scores.items() if name.startswith(f"{DICE}-")]))
+
+
+def noised_dice(
+    scores: Sequence[Mapping[str, float]],
+    patients: Sequence[Hashable],
+    noise_multiplier: float,
+    classes: Sequence[str],
+) -> list[float]:
+    """Add up patients and their Dice, with noise that hides each patient.
+
+    Each patient's records weigh 1 together, so that adding or removing a patient changes the sums
+    by at most the root of the number of classes + 1, in Euclidean length.
+
+    Parameters
+    ----------
+    scores : sequence of n dicts
+        As `mask_scores` returns them.
+    patients : sequence of n hashables
+    noise_multiplier : float
+        Standard deviation of the noise in units of that length; at least 0.
+    classes : sequence of str
+        As in `mask_scores`.
+
+    Returns
+    -------
+    list of float
+        For `dice_of`: the number of patients, then each class's sum.
+    """
+    names = [f"{DICE}-{name}" for name in classes]
+    rows = np.asarray([[1.0, *(one[name] for name in names)] for one in scores])
+    rows = rows.reshape(len(scores), 1 + len(names))
+    of = Counter(patients)
+    share = np.asarray([1 / of[patient] for patient in patients])
+    sums: NDArray[np.float64] = share @ np.clip(rows, 0.0, 1.0)
+    sums += gaussian(sums.size, noise_multiplier * math.sqrt(sums.size), secure_generator())
+    return [float(value) for value in sums]
+
+
+def dice_of(sums: ArrayLike, classes: Sequence[str]) -> dict[str, float]:
+    """Return the figures that follow from `noised_dice` of one hospital, or several sums of it."""
+    count, *totals = np.asarray(sums, dtype=np.float64)
+    if not math.isfinite(count) or round(count) < 1:
+        return {"num-examples": 0.0}
+    means = [float(np.clip(total / count, 0.0, 1.0)) for total in totals]
+    named = {f"{DICE}-{name}": mean for name, mean in zip(classes, means, strict=True)}
+    overall = {DICE: float(np.mean(means))} if means else {}
+    return {"num-examples": float(round(count)), **overall, **named}
+
+
+def _compare(
+    truth: NDArray[np.bool_], guess: NDArray[np.bool_], spacing: Sequence[float], tolerance: float
+) -> tuple[float, float, float]:
+    """Return Dice, 95% Hausdorff distance and surface Dice of two masks that are not empty."""
+    # Loading them takes seconds, which a server that only averages need not wait for.
+    import torch
+    from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+
+    pair = {"y": torch.from_numpy(truth)[None, None].float()}
+    pair["y_pred"] = torch.from_numpy(guess)[None, None].float()
+    grid: Any = {"include_background": True, "spacing": list(spacing)}
+    with warnings.catch_warnings():
+        # Of MONAI's own arguments, which it passes to itself.
+        warnings.simplefilter("ignore", FutureWarning)
+        return (
+            float(compute_dice(**pair, include_background=True)),
+            float(compute_hausdorff_distance(**pair, **grid, percentile=95)),
+            float(compute_surface_dice(**pair, **grid, class_thresholds=[tolerance])),
+        )

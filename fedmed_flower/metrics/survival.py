@@ -1,0 +1,280 @@
+"""Losses and figures of models that predict how long it takes until an event.
+
+A patient has a time and an event, 1 where it happened at that time and 0 where the patient was
+last seen then without it (censored). Losses: D. R. Cox, "Regression models and life-tables",
+Journal of the Royal Statistical Society B 34, 1972, with the ties of B. Efron, "The efficiency of
+Cox's likelihood function for censored data", JASA 72, 1977; and M. F. Gensheimer,
+B. Narasimhan, "A scalable discrete-time survival model for neural networks", PeerJ 7, 2019,
+https://arxiv.org/abs/1805.00917. Figures: F. E. Harrell, R. M. Califf, D. B. Pryor, K. L. Lee,
+R. A. Rosati, "Evaluating the yield of medical tests", JAMA 247, 1982; E. Graf, C. Schmoor,
+W. Sauerbrei, M. Schumacher, "Assessment and comparison of prognostic classification schemes for
+survival data", Statistics in Medicine 18, 1999.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedmed_flower.errors import InputError
+
+Numbers = NDArray[np.float64]
+# Its exponential is still finite.
+LARGEST_LOG = 700.0
+
+
+class ConcordanceCounts(NamedTuple):
+    """Numbers of pairs of patients; those of several hospitals add up."""
+
+    concordant: int
+    tied: int
+    comparable: int
+
+
+def check_outcomes(times: ArrayLike, events: ArrayLike) -> tuple[Numbers, NDArray[np.bool_]]:
+    """Return times and events as arrays of shape (n,).
+
+    Raises `InputError` with the row where a time is not finite and above 0, an event not 0 or 1,
+    and where their lengths differ.
+    """
+    when, happened = _numbers("times", times), _numbers("events", events)
+    require_same_length(times=when.size, events=happened.size)
+    for name, values, right, bound in (
+        ("times", when, when > 0, "above 0"),
+        ("events", happened, np.isin(happened, (0, 1)), "0 or 1"),
+    ):
+        if not right.all():
+            row = int(np.argmin(right))
+            raise InputError(f"{name} must be {bound}; row {row} has {values[row]:g}")
+    return when, happened == 1
+
+
+def concordance(times: ArrayLike, events: ArrayLike, risks: ArrayLike) -> ConcordanceCounts:
+    """Count the pairs of patients whose risks are in the order of their events, after Harrell.
+
+    Two patients are comparable where one had the event and the other was without it at that time,
+    also where last seen at that very time. They are concordant where the former has the higher
+    risk, and tied where the risks are equal.
+
+    Parameters
+    ----------
+    times, events, risks : array_like
+        (n,); a higher risk is that of an earlier event.
+
+    Raises
+    ------
+    InputError
+        As `check_outcomes`, and where a risk is not finite.
+    """
+    when, happened, scores = _with_scores(times, events, "risks", risks)
+    # Events come before who is last seen at the same time.
+    turn = 2 * np.unique(when, return_inverse=True)[1] + ~happened
+    order = np.argsort(turn)
+    turn, scores = turn[order], scores[order]
+    first_after = np.searchsorted(turn, turn, side="right")
+    concordant = tied = comparable = 0
+    for place in np.flatnonzero(happened[order]):
+        later = scores[first_after[place] :]
+        concordant += int(np.count_nonzero(later < scores[place]))
+        tied += int(np.count_nonzero(later == scores[place]))
+        comparable += later.size
+    return ConcordanceCounts(concordant, tied, comparable)
+
+
+def concordance_index(times: ArrayLike, events: ArrayLike, risks: ArrayLike) -> float | None:
+    """Return Harrell's index of concordance by lifelines; None where no pair is comparable.
+
+    `concordance` takes the same arguments and counts what this is the share of.
+    """
+    # Loading it takes a second or more.
+    from lifelines.utils import concordance_index as index
+
+    when, happened, scores = _with_scores(times, events, "risks", risks)
+    try:
+        return float(index(when, -scores, happened))
+    except ZeroDivisionError:  # lifelines' word for no comparable pair.
+        return None
+
+
+def kaplan_meier(times: ArrayLike, events: ArrayLike) -> tuple[Numbers, Numbers]:
+    """Return the Kaplan-Meier curve: the different times, ascending, and survival from each on.
+
+    Before the first time survival is 1. Who is censored at the time of an event was at risk of it.
+    """
+    when, died, at_risk = _life_table(*check_outcomes(times, events))
+    return when, np.cumprod(1 - died / at_risk, dtype=np.float64)
+
+
+def breslow(times: ArrayLike, events: ArrayLike, log_hazards: ArrayLike) -> tuple[Numbers, Numbers]:
+    """Return Breslow's estimate of the cumulative hazard of a patient whose log hazard is 0.
+
+    Parameters
+    ----------
+    times, events, log_hazards : array_like
+        (n,), of the patients on whom the model was trained.
+
+    Returns
+    -------
+    times, cumulative : ndarray
+        The different times, ascending, and the cumulative hazard from each on; before, it is 0.
+    """
+    when, happened, scores = _with_scores(times, events, "log_hazards", log_hazards)
+    distinct, died, at_risk = _life_table(when, happened)
+    at_risk_log = np.logaddexp.accumulate(scores[np.argsort(-when)])[at_risk - 1]
+    with np.errstate(divide="ignore"):
+        steps = np.log(died) - at_risk_log
+    return distinct, np.exp(np.minimum(np.logaddexp.accumulate(steps), LARGEST_LOG))
+
+
+def survival_of_cox(
+    baseline: tuple[Numbers, Numbers], log_hazards: ArrayLike, grid: ArrayLike
+) -> Numbers:
+    """Return each patient's probability of being without the event at the times of a grid.
+
+    Parameters
+    ----------
+    baseline : tuple of ndarray
+        From `breslow`; after its last time the hazard is taken as 0.
+    log_hazards : array_like
+        (n,)
+    grid : array_like
+        (times,); the result has the shape (n, times).
+    """
+    scores = _numbers("log_hazards", log_hazards)
+    cumulative = _from_each_on(*baseline, _numbers("grid", grid), before=0.0)
+    with np.errstate(divide="ignore"):
+        logs = np.log(cumulative)
+    return np.exp(-np.exp(np.minimum(scores[:, None] + logs, LARGEST_LOG)))
+
+
+def brier_at(
+    train_times: ArrayLike,
+    train_events: ArrayLike,
+    times: ArrayLike,
+    events: ArrayLike,
+    survival: ArrayLike,
+    grid: ArrayLike,
+) -> Numbers:
+    """Return the Brier score, the mean squared error of survival probabilities, at some times.
+
+    Who is censored before a time is left out there, and the others weigh the more, by the
+    Kaplan-Meier curve of being censored among the training rows, after Graf and others.
+
+    Parameters
+    ----------
+    train_times, train_events : array_like
+        (m,) of the rows that tell how patients are censored.
+    times, events : array_like
+        (n,)
+    survival : array_like
+        (n, len(grid)) predicted probabilities of being without the event, 0 to 1.
+    grid : array_like
+        Times.
+
+    Returns
+    -------
+    ndarray of shape (len(grid),)
+        NaN where it is not defined: from the last of `times` on, after the last of `train_times`,
+        and where the curve of being censored is 0.
+
+    Raises
+    ------
+    InputError
+        As `check_outcomes`, and where `survival` or `grid` is not as said here.
+    """
+    train_when, train_happened = check_outcomes(train_times, train_events)
+    when, happened = check_outcomes(times, events)
+    at, chances = _numbers("grid", grid), np.asarray(survival, dtype=np.float64)
+    if chances.shape != (when.size, at.size):
+        raise InputError(
+            f"survival must have the shape {(when.size, at.size)}, a row a patient and a column "
+            f"a time of grid, got {chances.shape}"
+        )
+    right = ((chances >= 0) & (chances <= 1)).all(axis=1)
+    if not right.all():
+        raise InputError(f"survival must be from 0 to 1; row {int(np.argmin(right))} is not")
+    distinct, died, _ = _life_table(train_when, train_happened)
+    _, censored, at_risk = _life_table(train_when, ~train_happened)
+    # Who had the event at a time could not be censored at it any more.
+    seen = np.cumprod(1 - censored / np.maximum(at_risk - died, 1))
+    at_grid, own = (_from_each_on(distinct, seen, x, before=1.0) for x in (at, when))
+    defined = (at < when.max(initial=0)) & (at <= train_when.max(initial=0)) & (at_grid > 0)
+    scores = np.full(at.size, np.nan)
+    for place in np.flatnonzero(defined):
+        had = happened & (when <= at[place])
+        without = when > at[place]
+        errors = (chances[had, place] ** 2 / own[had]).sum()
+        errors += ((1 - chances[without, place]) ** 2).sum() / at_grid[place]
+        scores[place] = errors / when.size
+    return scores
+
+
+def integrated_brier_score(
+    train_times: ArrayLike,
+    train_events: ArrayLike,
+    times: ArrayLike,
+    events: ArrayLike,
+    survival: ArrayLike,
+    grid: ArrayLike,
+) -> float | None:
+    """Return the mean of `brier_at` over time, by trapezoids.
+
+    The arguments are those of `brier_at`, with ascending times. Times of `grid` at which it is not
+    defined are left out, as if it ended before; None where fewer than two are left.
+    """
+    scores = brier_at(train_times, train_events, times, events, survival, grid)
+    at = _numbers("grid", grid)
+    ascends = np.diff(at) > 0
+    if not ascends.all():
+        place = int(np.argmin(ascends)) + 1
+        raise InputError(
+            f"grid must ascend; place {place} has {at[place]:g} after {at[place - 1]:g}"
+        )
+    used = np.isfinite(scores)
+    if used.sum() < 2:
+        return None
+    return float(np.trapezoid(scores[used], at[used]) / np.ptp(at[used]))
+
+
+def _life_table(
+    times: Numbers, happened: NDArray[np.bool_]
+) -> tuple[Numbers, NDArray[np.intp], NDArray[np.intp]]:
+    """Return the different times, the events at each, and how many were at risk of them."""
+    distinct, group, sizes = np.unique(times, return_inverse=True, return_counts=True)
+    died = np.bincount(group[happened], minlength=distinct.size)
+    return distinct, died, times.size - np.cumsum(sizes) + sizes
+
+
+def _from_each_on(times: Numbers, values: Numbers, at: Numbers, before: float) -> Numbers:
+    return np.append(before, values)[np.searchsorted(times, at, side="right")]
+
+
+def _with_scores(
+    times: ArrayLike, events: ArrayLike, name: str, scores: ArrayLike
+) -> tuple[Numbers, NDArray[np.bool_], Numbers]:
+    when, happened = check_outcomes(times, events)
+    values = _numbers(name, scores)
+    require_same_length(times=when.size, **{name: values.size})
+    return when, happened, values
+
+
+def require_same_length(**lengths: int) -> None:
+    """Raise `InputError` unless all lengths, by name, are the same."""
+    if len(set(lengths.values())) > 1:
+        given = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise InputError(f"one row a patient is needed in each, got rows of {given}")
+
+
+def _numbers(name: str, values: ArrayLike) -> Numbers:
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} must be numbers: {error}") from error
+    if numbers.ndim != 1:
+        raise InputError(f"{name} must have shape (n,), got {numbers.shape}")
+    if not np.isfinite(numbers).all():
+        row = int(np.argmin(np.isfinite(numbers)))
+        raise InputError(f"{name} must be finite; row {row} has {numbers[row]:g}")
+    return numbers

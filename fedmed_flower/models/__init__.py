@@ -1,0 +1,19 @@
+"""Networks, their losses, and the form in which a model travels."""
+
+from typing import TYPE_CHECKING
+
+from fedmed_flower.exports import on_demand
+
+if TYPE_CHECKING:
+    from fedmed_flower.models.networks import build_network
+
+__all__ = [
+    "build_network",
+]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "build_network": "networks",
+    },
+)

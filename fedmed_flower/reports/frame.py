@@ -1,0 +1,229 @@
+"""The frame of a report, and what it says of a hospital's data in every run."""
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterable
+from string import Template
+from typing import Any
+
+from fedmed_flower.data.site import GENERATED
+
+DASH = "–"
+# Of more hospitals than these a table tells the spread, and its rows are folded away.
+MANY = 30
+# A table with more columns is set smaller.
+ROOMY = 9
+_MOST_CELLS = 10_000_000
+# What the figures are called in a sentence.
+CLASSIFIED = {"auc": "AUC", "accuracy": "accuracy", "balanced-accuracy": "balanced accuracy"}
+CLASSIFIED |= {"sensitivity": "sensitivity", "specificity": "specificity"}
+OUTLINED = {"dice": "Dice", "hd95": "HD95 (mm)", "surface-dice": "surface Dice"}
+WORST_PATIENT = "dice-worst"
+PREDICTED = {"average-precision": "average precision", "brier": "Brier score"}
+PREDICTED |= {"calibration-error": "calibration error", "c-index": "C-index"}
+PREDICTED |= {"integrated-brier": "integrated Brier score", "r2": "R²", "d2": "D²", "mae": "MAE"}
+PREDICTED |= {"rmse": "RMSE", "deviance": "deviance"}
+NAMES = CLASSIFIED | OUTLINED | PREDICTED
+NAMES |= {WORST_PATIENT: "Dice, worst patient", "loss": "loss"}
+# Told of groups of patients, beside the main one.
+GROUPED = ("sensitivity", "specificity", "calibration-error", "hd95", "surface-dice", "mae")
+# In an SVG these become CSS variables, so that plots follow the colour scheme.
+SCHEME = {"#010203": "var(--soft)", "#010204": "var(--line)", "#010205": "var(--paper)"}
+INK, FAINT, PAPER = SCHEME
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; style-src 'unsafe-inline'$images">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>$title</title><style>
+@media screen and (prefers-color-scheme:dark){:root:root{--paper:#15191e;--ink:#e4e8ec;
+--soft:#a3adb8;--line:#39424c;--tint:#1f252c;--bad:#ff8f86;--good:#6cc99a}}
+:root{color-scheme:light dark;--paper:#fff;--ink:#1b2229;--soft:#55606b;--line:#d5dae0;
+--tint:#f3f5f7;--bad:#a11d1d;--good:#1c6b43}body{margin:0;background:var(--paper);color:var(--ink)}
+body{font:1rem/1.5 system-ui,"Segoe UI",Roboto,sans-serif;overflow-wrap:break-word}
+main{max-width:60rem;margin:0 auto;padding:2rem 1.5rem 3rem}p{margin:.5rem 0;max-width:48rem}
+h1{font-size:1.75rem;line-height:1.2;margin:0}figure{margin:0}h1,h3,b,th,.banner{font-weight:600}
+h2{font-size:1.15rem;margin:2.6rem 0 .6rem;padding-top:.9rem;border-top:1px solid var(--line)}
+.banner{background:#ffd84d;color:#1b1500;text-align:center;padding:.6rem}.lead{font-size:1.1rem}
+.soft,.note,figcaption,caption{color:var(--soft)}.note,figcaption,caption,ul{font-size:.875rem}
+.status{margin:1rem 0;padding:.6rem 1rem;border-left:.35rem solid;background:var(--tint)}
+.failed,.stopped{background:var(--bad);color:var(--paper);border:0}.finished{color:var(--good)}
+.status b{display:block}:is(.failed,.stopped) b{font-size:1.3rem}caption{text-align:left}
+table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;min-width:60%}
+th,td{padding:.32rem .75rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--line)}
+th:first-child{padding-left:.4rem;text-align:left}.words :is(th,td){text-align:left}
+tbody th,td small{font-weight:400}th[scope=row],.words td{min-width:6.5rem;max-width:16rem}
+thead th{vertical-align:bottom;border-bottom:1.5px solid var(--soft)}tfoot{background:var(--tint)}
+tfoot tr:first-child>*{border-top:1.5px solid var(--soft)}
+.tight{font-size:.8rem}.tight :is(th,td){padding:.3rem .35rem}
+td small{display:block;width:max-content;max-width:9rem;margin-left:auto;color:var(--soft)}
+.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(16rem,1fr));gap:1rem 1.4rem}
+figure b{color:var(--ink)}.dots{max-width:40rem;margin:1.2rem 0}.plots table{width:100%}
+figure>svg{display:block;width:100%;height:auto}svg text{font-family:inherit!important}
+ul{display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;padding:0;list-style:none}li{max-width:100%}
+h3{font-size:1rem;margin:1.2rem 0 .4rem;break-after:avoid}img{display:block;max-width:100%}
+.cases{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:1rem 1.4rem}
+summary{cursor:pointer;font-size:.875rem}code{white-space:nowrap}
+.words td{overflow-wrap:anywhere}.words td code{white-space:normal}
+.key{width:1.35rem;height:.65rem;margin-right:.4rem}.wide{overflow-x:auto;margin:.8rem 0}
+@media print{@page{margin:16mm}:root{font-size:75%}main{max-width:none}h2,ul{break-after:avoid}
+main{padding:0}.banner,.status,tfoot{print-color-adjust:exact}.wide{overflow:visible}
+tr,figure{break-inside:avoid}.plots{grid-template:auto/1fr 1fr 1fr}th,td{padding:.2rem .5rem}}
+</style></head><body>$banner<main>$body</main></body></html>""")
+BANNER = f'<div class="banner" role="note">{GENERATED}</div>'
+# Why a hospital lacks the main figure.
+UNDEFINED = {
+    "auc": "† one class only in this test set. ",
+    "c-index": "† no two patients in this test set whose times can be compared. ",
+}
+UNDEFINED |= dict.fromkeys(("r2", "d2"), "† the same value in all of this test set. ")
+NOTES = {
+    "auc": "AUC: how often a record with the finding or outcome is scored above one without; "
+    "0.500 is chance. ",
+    "average-precision": "Average precision: the share of true alarms, averaged over all "
+    "thresholds; chance is the share of records with the outcome. ",
+    "brier": "Brier score: the squared error of the predicted probability; 0 is perfect. ",
+    "calibration-error": "Calibration error: how far predicted probabilities lie from what came "
+    "true, on average; 0 is perfect. ",
+    "c-index": "C-index: of two patients of one hospital, how often the one with the higher "
+    "predicted risk has the event first; 0.500 is chance. ",
+    "integrated-brier": "Integrated Brier score: the squared error of the predicted chance to be "
+    "without the event, averaged over the time up to the horizon; 0 is perfect. ",
+    "r2": "R²: the share of the variance that the model explains; 0 is as good as the mean. ",
+    "d2": "D²: the share of the deviance that the model explains; 0 is as good as the mean. ",
+    "mae": "MAE: mean absolute error, in the unit of what is predicted. ",
+    "rmse": "RMSE: root of the mean squared error, in the unit of what is predicted. ",
+    "deviance": "Deviance: Poisson’s, the mean distance of expected and true counts; 0 is "
+    "perfect. ",
+    "dice": "Dice: overlap of the predicted structure with the true one; 1 is perfect, 0 where a "
+    "structure is missed or invented. ",
+    "hd95": "HD95: the distance in mm within which 95% of the two outlines lie of each other; "
+    "where a structure is missed or invented, the image’s diagonal. ",
+    "surface-dice": "Surface Dice: the part of the outlines that lies within a tolerance of the "
+    "other. ",
+}
+BETWEEN = """Some hospitals tell coarse figures: no AUC (†) where a class has fewer than ten
+patients, and not in what order some records are scored. The AUC of all records lies between the two
+small numbers; the one above them is an estimate. """
+CASES = """<p>Pictures of single test images, as hospitals chose to send them. They show what the
+model does; how well it does so is in the tables above. """
+LINES = "Outlines are solid as the hospital drew them, dashed as the model does.</p>"
+HEAT = """In a heat map orange places speak for the class that the title names, blue ones against
+it.</p>"""
+# Added to what the page may load where it shows pictures.
+EMBEDDED = "; img-src data:"
+# To what a hospital replied.
+REPLIED = {
+    "any": "With each reply",
+    "describe": "Before the first round",
+    "contribution": "Before the first round, of columns",
+    "train": "After training",
+    "evaluate": "After evaluation",
+    "pictures": "Pictures",
+    "personal": "Of its own model",
+}
+# How it left.
+WAYS = {
+    "plain": "exactly",
+    "bounded": "exactly, of several patients together",
+    "known": "exactly; every guarantee takes it as known",
+    "noised": "with noise",
+    "never": "exactly, where noise was due",
+    "simulated": "in a simulation alone",
+    "unlisted": "as the app has it",
+}
+LEFT = """<h2>What left each hospital</h2><p>{stays} The table holds what the hospitals in fact
+sent. Several patients together are as many as each hospital asks for: at a real one ten, unless it
+says otherwise, and in a simulation one is enough. A hospital with coarse figures rounds them
+before. Of an error a hospital tells the class, and why it declined a round.</p>"""
+NOT_RECORDED = "<p>What was sent was not recorded.</p>"
+NO_RECORD = "No patient record: no image, no row of a table."
+PICTURES = """No patient record, and of images only the pictures of test cases above with their
+titles; each shows one patient, and no bound on privacy covers them."""
+GROUPS = """A hospital tells nothing of a group of fewer than ten patients (unless it has set
+another number), nor of one that would follow from the others; all together are those of the
+hospitals that tell of the group. Small groups differ by chance."""
+UNPROTECTED = """<p>Privacy accounting is not part of this run: nothing here bounds what could be
+inferred about one patient from what was sent without noise.</p>"""
+HOSPITAL = """<p>Unit: the hospital. Whether a whole hospital took part is hidden, in the models of
+all rounds together, to epsilon <b>{epsilon}</b> at delta {delta}, by noise that the server added.
+The server itself, and its files with each hospital’s numbers, are not covered.</p>"""
+NO_PATIENT = "<p>Nothing here bounds what could be inferred about one patient.</p>"
+PATIENT = """<p>Unit: the patient, with all records, in or out. What the models of all rounds
+together tell about any one training patient is bounded by the run’s target, epsilon <b>{target}</b>
+at delta {delta}, by clipping and noise at the hospital; the hospitals told <b>{epsilon}</b> at
+most. What other runs have cost the same patients is in each hospital’s own ledger. """
+NOISED = """Evaluation counts carry noise too, and cost a validation or test patient no more than
+the target. Not covered: the numbers of records, and which rounds a hospital declined.</p>"""
+EXACT = """Not covered, since it carries no noise: numbers of records, and all that is measured on
+validation and test patients.</p>"""
+COMPARED = """<p>Each model for comparison is a run of its own: what it cost the patients it was
+trained and tested on is in the ledgers and not in this table.</p>"""
+
+
+def escaped(value: Any) -> str:
+    """Return what was read from a file as text for the page, one line without control codes."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    clean = "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+    return DASH if value is None or value == "" else html.escape(clean)
+
+
+def show(value: float | None, spec: str = ".3f") -> str:
+    """Return a number to three digits after the point at most; a dash for none."""
+    return DASH if value is None else format(round(value, 3) + 0.0, spec).replace("-", "−")
+
+
+def require_small(*sides: int) -> None:
+    """Raise `ValueError` where a table or a drawing would have more cells than can be worked on."""
+    if (cells := math.prod(sides)) > _MOST_CELLS:
+        raise ValueError(f"a part of it would have {cells:,} cells, more than {_MOST_CELLS:,}")
+
+
+def natural(text: str) -> str:
+    """Return what sorts names as people number them: hospital-2 before hospital-10."""
+    return re.sub(r"\d+", lambda found: found[0].zfill(9), text)
+
+
+def many(count: float, noun: str) -> str:
+    """Return a number of things."""
+    return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
+
+
+def name(key: str) -> str:
+    """Return what a figure is called in a sentence; ``dice-NAME`` is the Dice of a class."""
+    return NAMES.get(key) or escaped(f"Dice {key.removeprefix('dice-')}")
+
+
+def title(key: str) -> str:
+    """Return what a figure is called at the head of a column."""
+    return capital(name(key))
+
+
+def capital(text: str) -> str:
+    """Return a text as it begins a sentence."""
+    return text[:1].upper() + text[1:]
+
+
+def spec(key: str) -> str:
+    """Return the format of a figure."""
+    return ".1f" if key.startswith("hd95") else ",.3f"
+
+
+def folded(content: str, hospitals: int) -> str:
+    """Return rows of so many hospitals, which many of them hide until they are asked for."""
+    if hospitals <= MANY:
+        return content
+    return f"<details><summary>All {many(hospitals, 'hospital')}</summary>{content}</details>"
+
+
+def table(caption: str, head: Any, rows: Iterable[Any], foot: Any = (), kind: str = "") -> str:
+    """Return a table; of each row and of the head the first cell is its name."""
+    top = [f'<th scope="col">{cell}</th>' for cell in head]
+    kind += " tight" if len(top) > ROOMY else ""
+    line = '<tr><th scope="row">{}</th><td>{}</td></tr>\n'.format
+    body, end = ("".join(line(a, "</td><td>".join(b)) for a, *b in part) for part in (rows, foot))
+    table = f'<table class="{kind}"><caption>{caption}</caption><thead><tr>{"".join(top)}</tr>'
+    table += f"</thead><tbody>{body}</tbody><tfoot>{end}</tfoot></table>"
+    return f'<div class="wide">{table}</div>'

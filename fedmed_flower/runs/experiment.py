@@ -1,0 +1,413 @@
+"""One experiment from a run config: roll call, rounds, test, comparison, report."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import re
+import secrets
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import tomli_w
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, UserConfig, UserConfigValue
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower
+from torch import nn
+
+from fedmed_flower.data.site import GENERATED
+from fedmed_flower.errors import InputError
+from fedmed_flower.files import require_closed
+from fedmed_flower.models.trainable import Travelling
+from fedmed_flower.reports.report import write_report
+from fedmed_flower.runs.baselines import compare, fine_tune
+from fedmed_flower.runs.roll_call import (
+    Sites,
+    collect_contributions,
+    collect_pictures,
+    held_back,
+    roll_call,
+)
+from fedmed_flower.server.run_folder import CONFIG, METRICS, SUMMARY, RunFolder
+from fedmed_flower.server.sites import wait_for_sites
+from fedmed_flower.settings.plan import Plan
+from fedmed_flower.settings.privacy import PrivacySettings
+from fedmed_flower.settings.section import with_type_of
+from fedmed_flower.strategies.base import FedAvg
+from fedmed_flower.strategies.checkpoint import find_checkpoint
+from fedmed_flower.wire import (
+    AGREED,
+    ALL_SITES,
+    DECLINED,
+    EPSILON,
+    FROZEN,
+    HOSPITAL_EPSILON,
+    LEDGER_DIR,
+    RUN_KEY,
+    Sent,
+)
+
+log = logging.getLogger("flwr.fedmed")
+
+FREE_ON_RESUME = {
+    *("run-dir", "resume", "num-server-rounds", "round-timeout", "baselines", "pictures"),
+    "personal-epochs",
+}
+_MOST_SITES = 100_000
+_KEY = re.compile(r"[A-Za-z0-9_-]{0,64}")
+_PACKAGES = ("fedmed-flower", "flwr", "torch", "monai", "numpy", "scikit-learn")
+
+
+class RunFailedError(RuntimeError):
+    """A run came to its end without one successful round."""
+
+
+@runtime_checkable
+class Modeller(Protocol):
+    """What makes the model of a run, such as a `MedicalClient`."""
+
+    agreed: str
+
+    @property
+    def must_agree(self) -> bool:
+        """Whether the model needs what all sites tell before the first round."""
+
+    def agree(self, contributions: dict[str, dict[str, Any]]) -> str:
+        """Return what all sites get to know, made of what each has told."""
+
+    def build_model(self) -> nn.Module:
+        """Return the network with fresh weights."""
+
+
+def federate(
+    strategy: FedAvg, grid: Grid, context: Context, model: Modeller | Callable[[], nn.Module]
+) -> flower.Result:
+    """Run an experiment as the run config says and leave a complete run folder.
+
+    The folder holds ``config.toml``, ``checkpoint.zip``, ``metrics.csv``, ``model.safetensors``,
+    ``summary.json``, ``report.html`` and ``log.txt``, ``pictures/`` where sites let them leave, and
+    in a simulation ``splits/``. Nothing is written before the run config was found right and at
+    least one site has answered.
+
+    Parameters
+    ----------
+    strategy : FedAvg
+        Its folder, seed and `resume` are set from the run config.
+    grid, context
+        As Flower gives them to a ServerApp.
+    model : MedicalClient or callable
+        An instance of the app's client, ``MyHospital(context)``; its `build_model` is called once,
+        with torch seeded by ``seed``. Or a function that returns the network, which does where
+        the client needs nothing to be agreed upon before the first round.
+
+    Returns
+    -------
+    flwr.serverapp.strategy.Result
+
+    Raises
+    ------
+    InputError
+        Where the run config or every site's data is wrong.
+    RunFailedError
+        Where no round succeeded.
+    """
+    plan = Plan.from_run_config(context.run_config)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = Path(plan.run_dir).expanduser() if plan.run_dir else Path("runs") / stamp
+    folder = RunFolder(path.resolve())
+    if not plan.resume:
+        folder.require_unused()
+    before = read_before(folder) if plan.resume else None
+    if before is not None:
+        require_same_settings(folder, before.config, context.run_config)
+    agreed, entries = "" if before is None else before.agreed, None
+    strategy.folder, strategy.resume, strategy.seed = folder, plan.resume, plan.seed
+    if agreed or not isinstance(model, Modeller) or not model.must_agree:
+        entries = _entries(model, agreed, context.run_config, plan.seed)
+        find_checkpoint(strategy, entries.initial)
+    minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
+    wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
+    sites = roll_call(grid, plan.round_timeout)
+    if entries is None and isinstance(model, Modeller):
+        names = {node_id: sites.names[node_id] for node_id in sites.counts}
+        with held_back() as sites.lines:
+            told = collect_contributions(grid, plan.round_timeout, names, sites.sent)
+            agreed = model.agree(told)
+    entries = entries or _entries(model, agreed, context.run_config, plan.seed)
+    strategy.site_names |= sites.names
+    if len(trainers := sites.trainers()) < len(sites.counts):
+        strategy.only = trainers
+    if before is not None and sites.simulated and before.sites != sites.asked:
+        raise InputError(
+            f"{folder.path} was started with {before.sites} sites and has {sites.asked} now: each "
+            "would get other patients; resume with as many"
+        )
+    key = (before and before.key) or secrets.token_hex(8)
+    about = {"app": _app_name(grid), "strategy": type(strategy).__name__, "sites": sites.asked}
+    about |= {"key": key} | ({"agreed": agreed} if agreed else {})
+    versions = {package: version(package) for package in _PACKAGES}
+    tables = {"run": about, "config": dict(context.run_config), "versions": versions}
+    folder.write(CONFIG, tomli_w.dumps(tables).encode())
+    return Experiment(
+        strategy, grid, plan, folder, entries, sites, context.run_config, key, agreed
+    ).run()
+
+
+class Before(NamedTuple):
+    """What a run folder says of its run.
+
+    Attributes
+    ----------
+    config : dict
+        The run config.
+    sites : int
+        With how many it was started; from 1 to 100,000.
+    key : str
+        Under which ledgers count its rounds: up to 64 letters, digits, ``-`` and ``_``; empty where
+        there is none.
+    agreed : str
+        What its sites agreed upon; empty where there was nothing to agree upon.
+    """
+
+    config: UserConfig
+    sites: int
+    key: str
+    agreed: str
+
+
+def read_before(folder: RunFolder) -> Before:
+    """Read what ``config.toml`` of a run folder says, which a stranger may have written.
+
+    Raises
+    ------
+    InputError
+        As `require_closed` and `RunFolder.read_config`, and where a value is not what a run has
+        written.
+    """
+    require_closed(folder.path)
+    tables = folder.read_config()
+    run = tables["run"]
+    sites, key, agreed = run.get("sites"), run.get("key", ""), run.get("agreed", "")
+    # The key becomes the name of a folder and of an entry in a hospital's ledger.
+    for name, fine, bound, given in (
+        ("sites", type(sites) is int and 1 <= sites <= _MOST_SITES, f"in 1..{_MOST_SITES}", sites),
+        ("key", _KEY.fullmatch(str(key)), "up to 64 letters, digits, - and _", key),
+        ("agreed", isinstance(agreed, str), "a text", agreed),
+    ):
+        if not fine:
+            raise InputError(
+                f"{name} in {folder.path / CONFIG} must be {bound}, got {given!r}: restore the "
+                "file from a copy"
+            )
+    return Before(tables["config"], int(sites or 0), str(key), str(agreed))
+
+
+def require_same_settings(folder: RunFolder, before: UserConfig, now: UserConfig) -> None:
+    """Refuse to go on with settings that would make it another run.
+
+    Raises
+    ------
+    InputError
+        With each setting that differs, and how to give it.
+    """
+    keys = sorted((before.keys() | now.keys()) - FREE_ON_RESUME)
+    changed = [key for key in keys if before.get(key) != now.get(key)]
+    if not changed:
+        return
+    first = changed[0]
+    told = f"{first} was {before.get(first)!r} when {folder.path} was started and is "
+    told += f"{now.get(first)!r} now: resume with the settings of the start"
+    known = [key for key in changed if key in before and key in now]
+    given = [f"-c {shlex.quote(f'{key}={_text(before[key])}')}" for key in known]
+    if given:
+        told += f"; where you trust that folder, give them: {' '.join(given)}"
+    raise InputError(told)
+
+
+def _text(value: UserConfigValue) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class _Entries(NamedTuple):
+    """The model at the start: what travels, the digest of what does not, and all of it."""
+
+    initial: ArrayRecord
+    frozen: str
+    whole: ArrayRecord
+
+
+def _entries(
+    model: Modeller | Callable[[], nn.Module], agreed: str, config: UserConfig, seed: int
+) -> _Entries:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(model, Modeller):
+            model.agreed = agreed
+            network = model.build_model()
+        else:
+            network = model()
+    travelling = Travelling(network, with_type_of("", config.get("trainable", ""), "trainable"))
+    frozen = travelling.digest(network)
+    whole = ArrayRecord(network.state_dict()) if frozen else ArrayRecord()
+    return _Entries(ArrayRecord(travelling.state(network)), frozen, whole)
+
+
+@dataclass
+class Experiment:
+    """A run from its first round to its report."""
+
+    strategy: FedAvg
+    grid: Grid
+    plan: Plan
+    folder: RunFolder
+    entries: _Entries
+    sites: Sites
+    run_config: UserConfig
+    key: str
+    agreed: str
+    test: dict[str, Any] = field(default_factory=dict)
+    pictures: list[dict[str, str]] = field(default_factory=list)
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    began: float = field(default_factory=time.monotonic)
+
+    def run(self) -> flower.Result:
+        """Train, test, compare, report."""
+        plan, strategy, folder = self.plan, self.strategy, self.folder
+        with folder.log_file():
+            self.sites.write_log()
+            try:
+                self._write_summary("running")
+                result = strategy.start(
+                    self.grid,
+                    self.entries.initial,
+                    plan.num_server_rounds,
+                    plan.round_timeout,
+                    train_config=self.config(),
+                    evaluate_config=self.config(),
+                )
+                if not result.train_metrics_clientapp:
+                    raise RunFailedError(self._why_nothing_succeeded())
+                if self.entries.frozen:  # Until now the file held what travels alone.
+                    folder.write_model(ArrayRecord({**self.entries.whole, **result.arrays}))
+                table = strategy.test(
+                    self.grid, result.arrays, self.config(), timeout=plan.round_timeout
+                )
+                self.test["federated"] = table.pop(ALL_SITES, {})
+                self.test["sites"] = table
+                if plan.pictures:
+                    asked = (self.config(), plan.pictures, plan.round_timeout)
+                    sent = (self.sites.names, self.sites.sent)
+                    self.pictures = collect_pictures(
+                        self.grid, result.arrays, *asked, *sent, folder
+                    )
+                self._write_summary("running")
+                if plan.personal_epochs:
+                    fine_tune(self, result.arrays)
+                if plan.baselines:
+                    compare(self)
+                folder.write(METRICS, strategy.history.to_csv())
+            except BaseException as error:
+                stopped = isinstance(error, KeyboardInterrupt)
+                text = "stopped by the user" if stopped else f"{type(error).__name__}: {error}"
+                if folder.checkpoint_file.exists():
+                    text += f"; go on with --resume {folder.path}"
+                self._write_summary("stopped" if stopped else "failed", text)
+                write_report(folder.path)
+                raise
+            self._write_summary("finished")
+            report = write_report(folder.path)
+            log.info("report: %s", report)
+        return result
+
+    def config(self, part: str = "", **more: bool) -> ConfigRecord:
+        """Return what each message tells the sites: ledgers count a run's rounds under one key."""
+        config = ConfigRecord({RUN_KEY: f"{self.key}{part}", **more})
+        if self.agreed:
+            config[AGREED] = self.agreed
+        if self.entries.frozen:
+            config[FROZEN] = self.entries.frozen
+        if self.sites.simulated:
+            config[LEDGER_DIR] = str(self.folder.path / "ledgers")
+        return config
+
+    def _write_summary(self, status: str, message: str = "") -> None:
+        sites, sent = self.sites, Sent()
+        rows = self.strategy.history.rows
+        for part in (sites.sent, self.strategy.history.sent):
+            sent.add(part)
+        summary = {
+            "status": status,
+            "message": message,
+            "app": _app_name(self.grid),
+            "engine": _engine(self.grid, sites),
+            "strategy": type(self.strategy).__name__,
+            "data": GENERATED if sites.generated else "; ".join(sorted(sites.sources)),
+            "generated": sites.generated,
+            "rounds": max((row[0] for row in rows if row[1] == "train"), default=0),
+            "rounds-planned": self.plan.num_server_rounds,
+            "seed": self.plan.seed,
+            "started": self.started,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "sites": sites.rows(),
+            "refused": sites.refused(),
+            "test": self.test,
+            "privacy": self._privacy(),
+            "pictures": self.pictures,
+            "sent": sent.table(),
+            "failures": [asdict(failure) for failure in self.strategy.history.failures],
+            "versions": {"python": platform.python_version()}
+            | {package: version(package) for package in _PACKAGES},
+            "config": dict(self.run_config),
+        }
+        self.folder.write_json(SUMMARY, summary)
+
+    def _privacy(self) -> dict[str, Any]:
+        """Return what the sites, or the server, said that the rounds so far have cost, by unit."""
+        told: dict[str, Any] = {}
+        sites: dict[str, dict[str, float]] = {}
+        for _, phase, site, metric, value in self.strategy.history.rows:
+            if phase != "train":
+                continue
+            if metric == HOSPITAL_EPSILON:
+                told["hospital"] = {
+                    "epsilon": value,
+                    "delta": getattr(self.strategy, "delta", None),
+                }
+            if metric == EPSILON and site != ALL_SITES:
+                part = sites.setdefault(site, {"rounds": 0, "declined": 0})
+                part["epsilon"] = value
+                part["rounds"] += 1
+        for failure in self.strategy.history.failures:
+            if failure.phase == "train" and failure.reason.startswith(DECLINED):
+                sites.setdefault(failure.site, {"rounds": 0, "declined": 0})["declined"] += 1
+        if self.run_config.get("privacy") == "patient":
+            wanted = PrivacySettings.from_run_config(self.run_config)
+            told["patient"] = {
+                "target-epsilon": wanted.target_epsilon,
+                "delta": wanted.delta,
+                "private-metrics": wanted.private_metrics,
+                "sites": sites,
+            }
+        return told
+
+    def _why_nothing_succeeded(self) -> str:
+        failures = self.strategy.history.failures
+        first = f": {failures[0].site}: {failures[0].reason}" if failures else ""
+        return f"no site could train in any of {self.plan.num_server_rounds} rounds{first}"
+
+
+def _app_name(grid: Grid) -> str:
+    return grid.run.fab_id.rpartition("/")[2] or "federated run"
+
+
+def _engine(grid: Grid, sites: Sites) -> str:
+    if hasattr(grid, "export_states"):
+        return "local"
+    return "Flower simulation" if sites.simulated else "Flower deployment"

@@ -1,0 +1,19 @@
+"""The server's side of every question: asking, screening, recording."""
+
+from typing import TYPE_CHECKING
+
+from fedmed_flower.exports import on_demand
+
+if TYPE_CHECKING:
+    from fedmed_flower.server.run_folder import RunFolder
+
+__all__ = [
+    "RunFolder",
+]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "RunFolder": "run_folder",
+    },
+)

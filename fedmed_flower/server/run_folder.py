@@ -1,0 +1,303 @@
+"""The folder of a run: complete at every moment, so that a killed run can go on from it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import re
+import tomllib
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, UserConfigValue
+from safetensors.numpy import save as to_safetensors
+
+from fedmed_flower.arrays.views import view
+from fedmed_flower.errors import InputError, shown
+from fedmed_flower.files import (
+    MALFORMED,
+    MOST_TEXT,
+    StoredMembers,
+    open_file,
+    read_file,
+    write_atomic,
+)
+from fedmed_flower.server.history import Failure, History
+from fedmed_flower.wire import Sent
+
+CHECKPOINT, METRICS, MODEL = "checkpoint.zip", "metrics.csv", "model.safetensors"
+CONFIG, SUMMARY, LOG = "config.toml", "summary.json", "log.txt"
+_MOST_CONFIG, _MOST_CHECKPOINT = 1 << 24, 1 << 36
+_MOST_ROUND, _MOST_NUMBER, _MOST_SEED = 2**31, 2**63, 2**128
+# Bytes of what a client keeps between rounds, and of what stands before an array's numbers.
+_MOST_STATE, _MOST_HEAD = 1 << 30, 1 << 16
+_OF_FAILURE = ("phase", "site", "reason")
+# A line of ``config.toml``. A key of many parts, or nested values, would keep a parser busy for
+# hours.
+_LINE = re.compile(r'(\[[\w-]+\]|([\w-]+|"([^"\\]|\\.)*")\s*=\s*[^\s\[{].*|#.*)?')
+
+
+@dataclass
+class Checkpoint:
+    """All that a run needs to go on after `server_round` as if it had never stopped."""
+
+    server_round: int
+    seed: int
+    arrays: ArrayRecord
+    history: History
+    metrics: dict[str, dict[str, Any]]
+    site_names: dict[int, str] = field(default_factory=dict)
+    client_states: dict[str, bytes] = field(default_factory=dict)
+    strategy_state: dict[str, ArrayRecord] = field(default_factory=dict)
+
+
+class _OneLine(logging.Formatter):
+    """Keeps what others log, too, from forging lines; a traceback below a line stays as it is."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return shown(super().formatMessage(record))
+
+
+class RunFolder:
+    """Reads and writes the files of one run.
+
+    Parameters
+    ----------
+    path : str or Path
+        Made on the first write.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+
+    def __truediv__(self, name: str) -> RunFolder:
+        return RunFolder(self.path / name)
+
+    @property
+    def checkpoint_file(self) -> Path:
+        """The file that holds the state after the last complete round."""
+        return self.path / CHECKPOINT
+
+    def make(self, arrays: ArrayRecord) -> None:
+        """Make the folder and try what will be written, so that no round is trained in vain.
+
+        Raises
+        ------
+        InputError
+            Where the folder cannot be written, or an entry of `arrays` has a dtype that
+            ``model.safetensors`` cannot hold.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"the run folder {self.path} cannot be written: {error.strerror}"
+            ) from error
+        for key, array in arrays.items():
+            try:
+                to_safetensors({key: np.zeros(0, view(array).dtype)})
+            except Exception as error:
+                raise InputError(
+                    f"{key} is {array.dtype}, which {MODEL} cannot hold: convert it"
+                ) from error
+
+    @contextmanager
+    def log_file(self) -> Iterator[None]:
+        """Also write Flower's and this package's log lines to ``log.txt``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(self.path / LOG, encoding="utf-8")
+        handler.setLevel(logging.INFO)
+        handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
+        logger = logging.getLogger("flwr")
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+
+    def require_no_checkpoint(self) -> None:
+        """Raise `InputError` where an earlier run left a checkpoint here."""
+        if self.checkpoint_file.exists():
+            raise InputError(
+                f"{self.path} holds an earlier run: choose another folder, "
+                f"or go on with that run with --resume {self.path}"
+            )
+
+    def require_unused(self) -> None:
+        """Raise `InputError` where the path is taken, so that no earlier run is overwritten."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise InputError(
+                f"the run folder {self.path} is in use: choose another (--out, run-dir), "
+                f"or go on with that run (--resume {self.path}, resume=true)"
+            )
+
+    def write(self, name: str, data: bytes) -> Path:
+        """Write one file of the folder atomically and return its path."""
+        write_atomic(self.path / name, data)
+        return self.path / name
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file; numbers that JSON cannot write become null."""
+        self.write(name, json.dumps(_without_nan(content), indent=2, allow_nan=False).encode())
+
+    def read_config(self) -> dict[str, dict[str, UserConfigValue]]:
+        """Return what ``config.toml`` holds: ``run``, ``config`` and ``versions``.
+
+        Raises
+        ------
+        InputError
+            Where the file is missing or damaged, or holds what no run has written there: other
+            than texts, booleans and numbers of 64 bits, one a line.
+        """
+        try:
+            text = read_file(self.path, CONFIG, _MOST_CONFIG).decode().replace("\r\n", "\n")
+            for number, line in enumerate(text.split("\n"), start=1):
+                if not _LINE.fullmatch(line):
+                    raise ValueError(f"line {number} is not of the form key = value")
+            content = tomllib.loads(text)
+            tables = {name: dict(content[name]) for name in ("run", "config", "versions")}
+            for key, value in (pair for table in tables.values() for pair in table.items()):
+                if not _is_plain(value):
+                    raise ValueError(f"{key} is neither a text nor a boolean nor a number")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(f"{self.path} is no run folder: it has no {CONFIG}") from error
+        except (OSError, *MALFORMED) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"{self.path / CONFIG} cannot be read: {reason}") from error
+        return tables
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint and the table of metrics that belongs to it.
+
+        The checkpoint is one file, so its parts cannot disagree: a zip archive with each array's
+        ``.npy`` bytes as they are, and the rest as JSON.
+        """
+        records = {"arrays": checkpoint.arrays} | {
+            f"state/{name}": record for name, record in checkpoint.strategy_state.items()
+        }
+        state = {
+            "round": checkpoint.server_round,
+            "seed": checkpoint.seed,
+            "metrics": checkpoint.metrics,
+            "sites": list(checkpoint.site_names.items()),
+            "rows": checkpoint.history.rows,
+            "failures": [asdict(failure) for failure in checkpoint.history.failures],
+            "sent": checkpoint.history.sent.table(),
+            "records": {name: _index(record) for name, record in records.items()},
+            "clients": list(checkpoint.client_states),
+        }
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr("state.json", json.dumps(state))
+            for name, record in records.items():
+                for number, array in enumerate(record.values()):
+                    archive.writestr(f"{name}/{number}.npy", array.data)
+            for number, blob in enumerate(checkpoint.client_states.values()):
+                archive.writestr(f"clients/{number}.bin", blob)
+        self.write(CHECKPOINT, buffer.getvalue())
+        self.write(METRICS, checkpoint.history.to_csv())
+
+    def load(self) -> Checkpoint | None:
+        """Return the last checkpoint, or None where there is none.
+
+        Raises
+        ------
+        InputError
+            Where the file is damaged, larger than 64 GiB, or unpacks to more than it holds.
+        """
+        try:
+            with open_file(self.path, CHECKPOINT, _MOST_CHECKPOINT) as file:
+                return _checkpoint(StoredMembers(file))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except Exception as error:  # A damaged archive makes its readers fail in a dozen ways.
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(
+                f"the checkpoint {self.checkpoint_file} cannot be read ({reason}): restore it from "
+                "a copy, or start a new run with --out"
+            ) from error
+
+    def write_model(self, arrays: ArrayRecord) -> Path:
+        """Write the model as ``model.safetensors`` (``safetensors.torch.load_file`` reads it)."""
+        return self.write(MODEL, to_safetensors({key: view(a).copy() for key, a in arrays.items()}))
+
+
+def _index(record: ArrayRecord) -> list[dict[str, Any]]:
+    return [
+        {"key": key, "dtype": array.dtype, "shape": array.shape, "stype": array.stype}
+        for key, array in record.items()
+    ]
+
+
+def _checkpoint(members: StoredMembers) -> Checkpoint:
+    """Return what the members of an archive say; each must be named by ``state.json``."""
+    state = json.loads(members.pop("state.json", MOST_TEXT))
+    records = {name: _take(members, name, index) for name, index in state["records"].items()}
+    states = {
+        key: members.pop(f"clients/{number}.bin", _MOST_STATE)
+        for number, key in enumerate(state["clients"])
+    }
+    if members.left:
+        raise ValueError(f"state.json does not name its member {min(members.left)}")
+    failures = [
+        Failure(_whole(told["round"], _MOST_ROUND), *(f"{told[key]}" for key in _OF_FAILURE))
+        for told in state["failures"]
+    ]
+    rows = [
+        (_whole(number, _MOST_ROUND), str(phase), str(site), str(metric), float(value))
+        for number, phase, site, metric, value in state["rows"]
+    ]
+    return Checkpoint(
+        _whole(state["round"], _MOST_ROUND),
+        _whole(state["seed"], _MOST_SEED),
+        records.pop("arrays"),
+        History(rows, failures, Sent.of(state.get("sent"))),
+        state["metrics"],
+        {_whole(node_id, 2**64): str(name) for node_id, name in state["sites"]},
+        states,
+        {name.removeprefix("state/"): record for name, record in records.items()},
+    )
+
+
+def _take(members: StoredMembers, name: str, index: list[dict[str, Any]]) -> ArrayRecord:
+    record = ArrayRecord()
+    for number, entry in enumerate(index):
+        shape = tuple(entry["shape"])
+        most = np.dtype(entry["dtype"]).itemsize * math.prod(shape) + _MOST_HEAD
+        data = members.pop(f"{name}/{number}.npy", most)
+        array = Array(entry["dtype"], shape, entry["stype"], data)
+        view(array)
+        record[entry["key"]] = array
+    return record
+
+
+def _whole(value: Any, bound: int) -> int:
+    if type(value) is not int or not 0 <= value < bound:
+        raise ValueError(f"{value!r} is no whole number in 0..{bound - 1}")
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, bool | float | str):
+        return True
+    return isinstance(value, int) and abs(value) < _MOST_NUMBER
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a copy in which numbers that JSON cannot write are None."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,143 @@
+"""Which sites take part: waiting for them, drawing a sample, their names."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from flwr.app import ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.wire import ALL_SITES, SITE_RECORD, read_error
+
+if TYPE_CHECKING:
+    from fedmed_flower.strategies.base import FedAvg
+
+log = logging.getLogger("flwr.fedmed")
+
+
+def wait_for_sites(grid: Grid, needed: int, timeout: float = math.inf) -> int:
+    """Wait until enough sites are connected; once waiting, until no further one turns up.
+
+    Returns
+    -------
+    int
+        How many are connected; fewer than `needed` only where `timeout` seconds have passed.
+
+    Raises
+    ------
+    InputError
+        Where the grid says that no further site can come.
+    """
+    count = len(list(grid.get_node_ids()))
+    if count >= needed:
+        return count
+    if getattr(grid, "complete", False):
+        raise InputError(
+            f"{needed} sites are asked for (min-sites, min_available_nodes, min_train_nodes, "
+            f"min_evaluate_nodes or num_malicious_nodes), but this run has {count}"
+        )
+    log.info("waiting for %d sites, %d are connected", needed, count)
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        time.sleep(1)
+        before, count = count, len(list(grid.get_node_ids()))
+        if count >= needed and count == before:
+            break
+    return count
+
+
+def enough(
+    strategy: FedAvg, grid: Grid, server_round: int, phase: str, fraction: float, minimum: int
+) -> bool:
+    """Wait for the sites of a phase; record it where too few of them come within the timeout."""
+    needed = max(minimum, strategy.min_available_nodes) if fraction > 0 else 0
+    starting = math.isfinite(strategy.timeout) and not strategy.begun
+    if phase == "train" and starting and not getattr(grid, "complete", False):
+        # Hospitals connect one after the other: a rule that needs many must not refuse the first.
+        needed = max(needed, strategy.needed())
+    if (count := wait_for_sites(grid, needed, strategy.timeout)) >= needed:
+        return True
+    reason = f"{count} sites are connected, {needed} needed"
+    strategy.inbox.fail(server_round, phase, ALL_SITES, reason)
+    return False
+
+
+def refuse_too_few(strategy: FedAvg, server_round: int, count: int) -> bool:
+    """Return whether too few sites are addressed for what a strategy promises.
+
+    Raises
+    ------
+    InputError
+        Where it is so from the start; sites that drop out later must not end the run.
+    """
+    needed = strategy.needed()
+    if count == 0 or count >= needed:
+        return False
+    reason = (
+        f"{type(strategy).__name__} needs {needed} replies a round to keep its promise, but "
+        f"{count} sites take part: raise min_train_nodes or lower num_malicious_nodes"
+    )
+    if not strategy.begun:
+        raise InputError(reason)
+    strategy.inbox.fail(server_round, "train", ALL_SITES, reason)
+    return True
+
+
+def nobody_left(strategy: FedAvg, grid: Grid) -> str | None:
+    """Return why no further round can be trained; None while a site is there that may train."""
+    nodes = set(grid.get_node_ids()) if strategy.inbox.declined else set()
+    nodes = nodes if strategy.only is None else nodes & strategy.only
+    if not nodes or nodes - strategy.inbox.declined:
+        return None
+    return "every connected site has declined to train further"
+
+
+def draw(
+    nodes: Iterable[int], names: Mapping[int, str], count: int, seed: tuple[int, ...]
+) -> list[int]:
+    """Draw nodes by seed and site name alone: Flower gives a site another node id in each run.
+
+    Returns
+    -------
+    list of int
+        `count` nodes, or all where there are fewer, in the order of their names.
+    """
+    candidates = sorted(set(nodes), key=lambda node_id: (names.get(node_id, ""), node_id))
+    count = min(count, len(candidates))
+    places = np.random.default_rng(seed).choice(len(candidates), count, replace=False)
+    return [candidates[place] for place in sorted(places)]
+
+
+def learn_name(
+    names: dict[int, str], node_id: int, reply: Message, connected: Collection[int] = ()
+) -> None:
+    """Take up the name that a reply gives its site.
+
+    A name that another site has, or that could be mistaken for one, gets the node id. A site that
+    comes back under another node id gets its name back: `connected` says which nodes still live.
+    """
+    if node_id in names:
+        return
+    if reply.has_error():
+        name: object = read_error(reply.error.reason or "")[0]
+    elif reply.has_content():
+        name = reply.content.config_records.get(SITE_RECORD, ConfigRecord()).get("name")
+    else:
+        return
+    if not isinstance(name, str) or not name.strip():
+        return
+    name = "".join(letter for letter in name.strip()[:80] if letter.isprintable())
+    if not name:
+        return
+    if connected:
+        for other in [n for n, held in names.items() if held == name and n not in connected]:
+            log.warning("node %d takes the place of node %d as %s", node_id, other, name)
+            del names[other]
+    taken = name == ALL_SITES or name in names.values() or "node " in name
+    names[node_id] = f"{name} (node {node_id})" if taken else name

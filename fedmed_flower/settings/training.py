@@ -1,0 +1,143 @@
+"""How a site trains."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.settings.section import MOST_ROUNDS, Section
+
+_DEVICES = ("auto", "cpu", "cuda")
+_OPTIMIZERS = ("adam", "sgd")
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """How a site trains, from the run config (``local-epochs`` there is `local_epochs` here).
+
+    Attributes
+    ----------
+    local_epochs : int
+        Passes over the site's training rows in a round; from 1 to 10,000.
+    local_steps : int
+        Batches in a round, whatever number of rows a site has; up to a million. 0 goes by
+        `local_epochs`.
+    batch_size : int
+        Rows in a step; from 1 to a million.
+    learning_rate : float
+        Above 0.
+    weight_decay : float
+        At least 0; 0 adds no penalty.
+    optimizer : {"adam", "sgd"}
+        Made anew in each round.
+    momentum : float
+        For ``sgd``; in [0, 1).
+    schedule : {"constant", "cosine"}
+        How the learning rate goes over the rounds: ``cosine`` brings it down from `learning_rate`
+        in the first round towards 0 after the last of ``num-server-rounds``. A run that is resumed
+        for more rounds takes, from there on, the rates of so many.
+    seed : int
+        From 0 to 2^63 - 1. Together with site, round and purpose it decides everything random at a
+        site that does not protect privacy. At a real hospital it does not decide how patients are
+        split.
+    device : {"auto", "cpu", "cuda"}
+        ``auto`` takes a GPU where there is one. A number may follow: ``cuda:1``.
+    mixed_precision : bool
+        bfloat16 where the device is a GPU; no effect on a CPU.
+    channels_last : bool
+        Keep images and weights with their channels last where the device is a GPU; no effect on a
+        CPU.
+    torch_threads : int
+        Up to 1024. 0 means 1 in a simulation, where sites share the machine, and torch's own choice
+        elsewhere.
+    personal_epochs : int
+        Most passes in which a hospital may fine-tune the last global model for itself; up to
+        10,000. 0 for none.
+    num_server_rounds : int
+        How many rounds `schedule` is planned for; up to 100,000. ``cosine`` needs at least 1.
+    """
+
+    local_epochs: int = 1
+    local_steps: int = 0
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    optimizer: str = "adam"
+    momentum: float = 0.0
+    schedule: str = "constant"
+    seed: int = 0
+    device: str = "auto"
+    mixed_precision: bool = True
+    channels_last: bool = True
+    torch_threads: int = 0
+    personal_epochs: int = 0
+    num_server_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        self.require_within(1, 10_000, "local_epochs")
+        self.require_within(1, 10**6, "batch_size")
+        self.require_within(0, 10**6, "local_steps")
+        self.require_within(0, 10_000, "personal_epochs")
+        self.require_within(0, 1024, "torch_threads")
+        self.require_within(0, MOST_ROUNDS, "num_server_rounds")
+        self.require_within(0, 2**63 - 1, "seed")
+        penalty = 0 <= self.weight_decay < math.inf
+        self.require("weight_decay", penalty, "at least 0 and finite")
+        self.require_positive("learning_rate")
+        self.require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        self.require("optimizer", self.optimizer in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}")
+        schedules = ("constant", "cosine")
+        self.require("schedule", self.schedule in schedules, f"one of {', '.join(schedules)}")
+        if self.schedule == "cosine" and not self.num_server_rounds:
+            raise InputError("schedule=cosine needs num-server-rounds in the run config")
+        known = self.device in _DEVICES or re.fullmatch(r"cuda:\d+", self.device) is not None
+        self.require("device", known, f"one of {', '.join(_DEVICES)}")
+
+    def torch_device(self) -> torch.device:
+        """Return the device to train on.
+
+        Raises
+        ------
+        InputError
+            Where a GPU is asked for that is not there.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(
+                f"device is {self.device}, but torch sees no GPU here: set device to auto or cpu"
+            )
+        return torch.device(self.device)
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether models run in bfloat16."""
+        return self.mixed_precision and self.torch_device().type == "cuda"
+
+    def progress(self, server_round: int) -> float:
+        """Return which part of the run's rounds is done before this one, the first being 1."""
+        rounds = max(1, self.num_server_rounds)
+        return min(max(0, server_round - 1), rounds - 1) / rounds
+
+    def make_optimizer(self, model: nn.Module, progress: float = 0.0) -> torch.optim.Optimizer:
+        """Return the optimizer over the model's trainable parameters.
+
+        Parameters
+        ----------
+        model : Module
+        progress : float
+            Which part of the run's rounds is done, for `schedule`; in [0, 1).
+        """
+        parameters, rate = [p for p in model.parameters() if p.requires_grad], self.learning_rate
+        if self.schedule == "cosine":
+            rate *= (1 + math.cos(math.pi * progress)) / 2
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=rate, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay
+        )

@@ -1,0 +1,111 @@
+"""A hospital answers a question about its rows: exactly under the guard, or with noise."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from fedmed_flower.clients.book import book_path
+from fedmed_flower.clients.duplicates import told_names
+from fedmed_flower.clients.private import hospital_ledger, run_key
+from fedmed_flower.data.site import SPLITS, Row, min_cell_count
+from fedmed_flower.errors import DeclinedError
+from fedmed_flower.privacy.accounting import Release, noise_for
+from fedmed_flower.privacy.patient import budget_of
+from fedmed_flower.statistics.columns import Columns
+from fedmed_flower.statistics.declared import Declared
+from fedmed_flower.statistics.local import answer_exactly
+from fedmed_flower.statistics.noised import Cells, noised, plan
+from fedmed_flower.statistics.request import Request
+
+if TYPE_CHECKING:
+    from fedmed_flower.clients.base import MedicalClient
+
+log = logging.getLogger("flwr.fedmed")
+
+
+def answer_statistics(client: MedicalClient, message: Message) -> RecordDict:
+    """Return what may leave of the answer to ``request`` in the message's config.
+
+    All rows of all splits together are asked about. What is told without noise is first written
+    down in a file beside the hospital's ledger; noise is charged to the ledger.
+
+    Raises
+    ------
+    InputError
+        Where the request is none, or names what is not there, or a file cannot be written.
+    DeclinedError
+        Where the hospital tells nothing without noise, or the budget would be passed.
+    """
+    config = client.read(message)
+    request = Request.from_text(str(config.get("request", "")))
+    if client.secretive and not request.epsilon:
+        raise DeclinedError(
+            "this hospital, or this run, protects patients by noise: ask with --epsilon"
+        )
+    if request.epsilon and not client.site.simulated and budget_of(client.context) is None:
+        # With a large epsilon, or often enough, noise is no protection.
+        raise DeclinedError("noise takes the place of the minimum count only under a budget")
+    minimum = max(min_cell_count(client.context, client.site), request.minimum)
+    told: dict[str, Any] = {"minimum": minimum, "noise": None}
+    told |= (_noised if request.epsilon else _exact)(client, config, request, minimum)
+    # In a simulation the server prints it, in the same process.
+    level = logging.DEBUG if client.site.simulated else logging.INFO
+    for group, what, why in told["withheld"]:
+        log.log(level, "%s withholds %s: %s", client.site.name, f"{group} {what}".strip(), why)
+    text = json.dumps(told, allow_nan=False)
+    return RecordDict({"statistics": ConfigRecord({"answer": text}), **told_names(client)})
+
+
+def _exact(
+    client: MedicalClient, config: ConfigRecord, request: Request, minimum: int
+) -> dict[str, Any]:
+    columns, node = Columns(_rows(client), request, _schema(client)), client.node
+    return answer_exactly(
+        book_path(client, config),
+        columns,
+        request,
+        minimum,
+        node.hide_few_missing,
+        node.max_filter_values,
+    )
+
+
+def _noised(
+    client: MedicalClient, config: ConfigRecord, request: Request, minimum: int
+) -> dict[str, Any]:
+    """Answer with noise: until the ledger is charged, of the rows only the patients are looked at.
+
+    So what is wrong with a request shows before, and is the same whatever the rows hold.
+    """
+    declared = Declared(request, _schema(client))
+    planned = plan(request, declared)
+    multiplier = noise_for(request.epsilon, request.delta, 1.0, 1)
+    ledger = hospital_ledger(client, config)
+    cells = Cells(_rows(client), declared)
+    charge = ledger.charge(
+        cells.patients,
+        Release(1.0, multiplier),
+        1,
+        run=run_key(client, config),
+        purpose="statistics",
+        app=type(client).__name__,
+        budget=budget_of(client.context),
+    )
+    groups, withheld = noised(planned, cells, multiplier, minimum)
+    ledger.settle(charge)
+    noise = {"epsilon": request.epsilon, "delta": request.delta, "multiplier": multiplier}
+    return {"groups": groups, "withheld": withheld, "noise": noise}
+
+
+def _rows(client: MedicalClient) -> list[Row]:
+    data = client.data()
+    return [row for split in SPLITS for row in getattr(data, split)]
+
+
+def _schema(client: MedicalClient) -> Any:
+    """Return what the hospital declares of its columns; None for a client that does not."""
+    return getattr(client, "schema", None)

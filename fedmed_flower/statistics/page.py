@@ -1,0 +1,233 @@
+"""The page of a survey: Table 1, distributions, curves, correlations, drift, alerts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from fedmed_flower.data.pictures import PALETTE
+from fedmed_flower.files import as_input_error, read_object, write_atomic
+from fedmed_flower.reports import frame, plots
+from fedmed_flower.reports.frame import INK, escaped, many
+from fedmed_flower.reports.plots import Pens
+from fedmed_flower.server.run_folder import SUMMARY
+from fedmed_flower.statistics.pooling import cumulate, pool_survival
+from fedmed_flower.statistics.table import OVERALL, label, tables
+
+STATISTICS = "statistics.json"
+_MOST_ROWS, _MOST_PLOTS, _MOST_NAMES, _MOST_WEEKS = 400, 24, 100, 2000
+_ALERT = "#d55e00"
+_BANNER = '<div class="banner" role="note">generated rows, not patients</div>'
+_LEFT = """<h2>What left each hospital</h2><p>The numbers behind these tables and no row: counts,
+sums, sums of squares and of products, and the edges of merged cells. Each is of {} patients or
+more of that hospital, or none, alone and beside what it has answered before. That something is
+withheld, and which condition was refused, is told as well.</p>"""
+_NOISED = """<h2>What left each hospital</h2><p>The numbers behind these tables, each with Gaussian
+noise: what they tell about one patient is bounded by epsilon <b>{}</b> at delta {}, charged to each
+hospital’s ledger before it was computed. Counts are estimates: none of them is exact.</p>"""
+_NOTES = """<p class="note">SD: standard deviation. Medians and quartiles are read off merged cells.
+“few”: the hospital has fewer patients than its minimum, or none, or as many as hide such a number
+beside it; ≥: these are not counted. A dash: withheld, or not there.</p>"""
+_DRIFT = """<p class="note">PSI, the population stability index: by custom above 0.1 a change, above
+0.25 a large one. KS, Kolmogorov and Smirnov: the greatest distance of two distributions, and the
+probability p of one as large by chance.</p>"""
+
+
+def write_page(folder: Path) -> Path:
+    """Write ``report.html`` into the folder of a survey: one file that loads nothing.
+
+    Raises
+    ------
+    InputError
+        Where ``summary.json`` or ``statistics.json`` is missing or damaged.
+    """
+    hint = "give the folder of a survey"
+    summary, found = read_object(folder, SUMMARY, hint), read_object(folder, STATISTICS, hint)
+    with as_input_error(f"the survey in {folder / STATISTICS}", "run it again"):
+        body = _body(summary, found)
+    text = frame.PAGE.substitute(
+        title=escaped(summary.get("app") or "Survey"),
+        images="",
+        banner=_BANNER if summary.get("generated") is True else "",
+        body=body,
+    )
+    target = folder / "report.html"
+    write_atomic(target, text.encode())
+    return target
+
+
+def _body(summary: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    pens = plots.pens(sorted(found["sites"], key=frame.natural))
+    for group in found["groups"].values():
+        counted = group["overall"]["categorical"].values()
+        many_rows = sum(len(told.get("counts", ())) + 1 for told in counted)
+        frame.require_small(many_rows + len(group["overall"]["numeric"]), len(group["sites"]))
+    made = tables(found)
+    first = [table for table in made if table["title"].startswith("Table 1")]
+    rest = [table for table in made if not table["title"].startswith("Table 1")]
+    parts = [_head(summary, pens), *(_table(table) for table in first), _NOTES if first else ""]
+    with matplotlib.rc_context(plots.SETTINGS):
+        for name, group in islice(found["groups"].items(), _MOST_PLOTS):
+            told = {
+                site: entry
+                for site, answer in found["sites"].items()
+                for entry in answer["groups"]
+                if entry["name"] == name
+            }
+            parts.append(_drawings(label(found, name), group, told, pens))
+        if (left := len(found["groups"]) - _MOST_PLOTS) > 0:
+            parts.append(f'<p class="note">{many(left, "more group")} not drawn.</p>')
+        watched = [entry for entry in found["alerts"] if "note" not in entry]
+        drawn = "".join(_weeks(entry) for entry in watched[:_MOST_PLOTS])
+        parts.append(f"<h2>Week by week</h2>{drawn}" if drawn else "")
+    for table in rest:
+        note = _DRIFT if table["title"] == "Drift" else ""
+        parts.append(_table(table) + note)
+    request = found["request"]
+    minima = [told["minimum"] for told in found["sites"].values()]
+    if request["epsilon"]:
+        parts.append(_NOISED.format(escaped(request["epsilon"]), escaped(request["delta"])))
+    else:
+        parts.append(_LEFT.format(escaped(min(minima, default=None))))
+    asked = {name: value for name, value in request.items() if value}
+    rows = [[escaped(name), escaped(value)] for name, value in asked.items()]
+    rows.append(["data", escaped(summary.get("data"))])
+    parts.append("<h2>What was asked</h2>" + frame.table("", ("Name", "Value"), rows, kind="words"))
+    return "\n".join(parts)
+
+
+def _head(summary: Mapping[str, Any], pens: Pens) -> str:
+    date = escaped(summary.get("started")).replace("T", " ")[:16]
+    failed = summary.get("status") != "finished"
+    alert = (
+        f'<div class="status failed" role="status"><b>{escaped(summary.get("message"))}</b></div>'
+    )
+    return (
+        f'<h1>{escaped(summary.get("app"))}</h1><p class="soft">Federated statistics · {date} · '
+        f"{many(len(pens), 'hospital')}</p>{alert if failed else ''}"
+    )
+
+
+def _table(table: Mapping[str, Any]) -> str:
+    rows = [[escaped(c) if c else "" for c in row] for row in table["rows"][:_MOST_ROWS]]
+    left = len(table["rows"]) - len(rows)
+    caption = f"{many(left, 'more row')} in summary.json" if left > 0 else ""
+    kind = "" if table["title"].startswith(("Table 1", "Correlations")) else "words"
+    head = [escaped(cell) if cell else "" for cell in table["head"]]
+    return f"<h2>{escaped(table['title'])}</h2>" + frame.table(caption, head, rows, kind=kind)
+
+
+def _drawings(name: str, group: Mapping[str, Any], told: Mapping[str, Any], pens: Pens) -> str:
+    of = f", {escaped(name)}" if name else ""
+    drawn = [
+        _histogram(column, {s: t["numeric"].get(column, {}) for s, t in told.items()}, pens)
+        for column in group["overall"]["numeric"]
+    ]
+    shown = "".join([drawing for drawing in drawn if drawing][:_MOST_PLOTS])
+    text = f'<h2>Distributions{of}</h2>{_keys(pens)}<div class="plots">{shown}</div>'
+    parts = [text if shown else ""]
+    if "survival" in group["overall"]:
+        parts.append(f"<h2>Survival{of}</h2>{_keys(pens)}{_survival(group, told, pens)}")
+    if len(group["overall"]["correlations"]) > 1:
+        parts.append(_matrix(group["overall"]["correlations"], of))
+    return "".join(parts)
+
+
+def _keys(pens: Pens) -> str:
+    """Return the legend; too many hospitals have one colour."""
+    own = [key for _, _, key in pens.values()] if len(pens) <= len(PALETTE) else []
+    every = [*own, plots.line("var(--soft)") + OVERALL.lower()]
+    return f"<ul><li>{'</li><li>'.join(every)}</li></ul>"
+
+
+def _histogram(column: str, told: Mapping[str, Any], pens: Pens) -> str:
+    """Draw how many in a hundred lie below each value: merged cells differ between hospitals."""
+    parts = {
+        site: t["histogram"] for site, t in told.items() if t.get("histogram", {}).get("edges")
+    }
+    if not parts:
+        return ""
+    axes: Any = Figure((3.4, 2.4), layout="constrained").subplots()
+    for site, part in parts.items():
+        reached = np.cumsum(part["counts"])
+        shares = 100 * reached[:-1] / max(reached[-1], 1e-9)
+        axes.plot(part["edges"], shares, pens[site][1], color=pens[site][0], lw=1.4, marker=".")
+    frame.require_small(len(parts), sum(len(part["edges"]) for part in parts.values()))
+    edges, below = cumulate([*parts.values()])
+    total = sum(sum(part["counts"]) for part in parts.values())
+    axes.plot(edges, 100 * below.sum(axis=0) / max(total, 1e-9), color=INK, lw=1.4)
+    axes.set_ylim(0, 100)
+    drawing = plots.svg(axes, f"% below, {escaped(column)}", _plain(column), grid="y")
+    return f"<figure><figcaption><b>{escaped(column)}</b> · % below</figcaption>{drawing}</figure>"
+
+
+def _survival(group: Mapping[str, Any], told: Mapping[str, Any], pens: Pens) -> str:
+    axes: Any = Figure((6.4, 3.2), layout="constrained").subplots()
+    for site, part in told.items():
+        if "survival" in part:
+            curve = pool_survival([part["survival"]])
+            x, y = [0.0, *curve.times], [1.0, *curve.survival]
+            axes.step(x, y, pens[site][1], where="post", color=pens[site][0], lw=1.2)
+    curve = group["overall"]["survival"]
+    axes.step([0.0, *curve["times"]], [1.0, *curve["survival"]], where="post", color=INK, lw=1.8)
+    axes.set_ylim(0, 1.02)
+    drawing = plots.svg(axes, "Kaplan-Meier curves", "time", grid="y")
+    at_risk, events = curve["at_risk"][0], math.fsum(curve["events"])
+    caption = f"Kaplan-Meier · {many(curve['hospitals'], 'hospital')}, {at_risk:,.0f} patients, "
+    caption += f"{events:,.0f} events"
+    return f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
+
+
+def _matrix(correlations: Sequence[Mapping[str, Any]], of: str) -> str:
+    names = list(dict.fromkeys(name for told in correlations for name in told["columns"]))
+    if len(names) > _MOST_NAMES:
+        return f'<p class="note">Correlations of {many(len(names), "column")} are not drawn.</p>'
+    values = np.full((len(names), len(names)), np.nan)
+    for told in correlations:
+        i, j = (names.index(name) for name in told["columns"])
+        values[i, j] = values[j, i] = math.nan if told["r"] is None else told["r"]
+    axes: Any = Figure(
+        (6.4, 1.2 + 4.6 * min(1.0, len(names) / 10)), layout="constrained"
+    ).subplots()
+    axes.pcolormesh(values, vmin=-1, vmax=1, cmap="RdBu_r", edgecolors="face", zorder=3)
+    size = 8 if len(names) <= 12 else 5
+    for i, j in np.argwhere(~np.isnan(values)):
+        colour = "#ffffff" if abs(values[i, j]) > 0.6 else "#1b2229"
+        style = {"ha": "center", "va": "center", "fontsize": size, "color": colour, "zorder": 4}
+        axes.text(j + 0.5, i + 0.5, f"{round(values[i, j], 2) + 0.0:.2f}", **style)
+    ticks = np.arange(len(names)) + 0.5
+    axes.set_yticks(ticks, [_plain(name) for name in names], fontsize=size)
+    axes.set_xticks(ticks, [_plain(name) for name in names], fontsize=size, rotation=90)
+    axes.invert_yaxis()
+    drawing = plots.svg(axes, "correlation matrix", "", grid="x")
+    return f'<h2>Correlation{of}</h2><figure class="dots">{drawing}</figure>'
+
+
+def _weeks(entry: Mapping[str, Any]) -> str:
+    counts = [math.nan if value is None else value for value in entry["counts"]]
+    if len(counts) > _MOST_WEEKS:
+        return f'<p class="note">{many(len(counts), "week")} are not drawn.</p>'
+    axes: Any = Figure((6.4, 2.2), layout="constrained").subplots()
+    weeks = np.arange(1, len(counts) + 1)
+    alerts = entry.get("alert") or [False] * len(counts)
+    colours = [_ALERT if alert else plots.CROWD for alert in alerts]
+    axes.bar(weeks, counts, color=colours, width=0.8, zorder=3)
+    unknown = weeks[np.isnan(counts)]
+    axes.plot(unknown, np.zeros(unknown.size), "x", color=INK, ms=4, clip_on=False)
+    axes.locator_params(axis="x", integer=True)
+    drawing = plots.svg(axes, "rows by week", f"week, from {_plain(str(entry['start']))}", grid="y")
+    site = escaped(entry["site"]) + (f", {escaped(entry['group'])}" if entry["group"] else "")
+    text = f"<b>{site}</b> · rows by week · {many(sum(map(bool, alerts)), 'alert')} · × withheld"
+    return f'<figure class="dots"><figcaption>{text}</figcaption>{drawing}</figure>'
+
+
+def _plain(name: str) -> str:
+    """Return a name for an axis: short, in one line, without marks that a drawing reads."""
+    return "".join(c if c.isprintable() else "�" for c in name)[:24]

@@ -1,0 +1,252 @@
+"""Federated statistics: the server asks, adds up what hospitals tell, and writes it down."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedmed_flower.data.site import in_simulation
+from fedmed_flower.errors import InputError
+from fedmed_flower.server.duplicates import Namesakes
+from fedmed_flower.server.run_folder import SUMMARY, RunFolder
+from fedmed_flower.server.screening import error_text
+from fedmed_flower.server.sites import learn_name, wait_for_sites
+from fedmed_flower.settings.survey import SurveySettings
+from fedmed_flower.statistics.page import STATISTICS, write_page
+from fedmed_flower.statistics.replies import read_reply
+from fedmed_flower.statistics.request import Request
+from fedmed_flower.statistics.summary import (
+    ALARMS,
+    alarms,
+    drift_between_groups,
+    drift_between_sites,
+    summarise,
+)
+from fedmed_flower.statistics.table import tables
+from fedmed_flower.wire import LEDGER_DIR, RUN_KEY, SITE_RECORD
+
+log = logging.getLogger("flwr.fedmed")
+
+DRIFT = ("", "sites", "groups")
+_PACKAGES = ("fedmed-flower", "flwr", "numpy")
+
+
+@dataclass
+class Answer:
+    """What the hospitals have told.
+
+    Attributes
+    ----------
+    request : Request
+    sites : dict
+        What each hospital told, by its name.
+    failures : list of (str, str)
+        Which hospitals told nothing, and why.
+    sources : set of str
+        Where the hospitals' rows come from.
+    generated : bool
+        Whether rows were generated.
+    """
+
+    request: Request
+    sites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    sources: set[str] = field(default_factory=set)
+    generated: bool = False
+
+    def groups(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return what was told of each group, by group and by hospital; ``""`` is all rows."""
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        starts: dict[str, float] = {}
+        for site, told in self.sites.items():
+            for group in told["groups"]:
+                found.setdefault(group["name"], {})[site] = group
+                starts[group["name"]] = float("inf") if group["start"] is None else group["start"]
+        return {name: found[name] for name in sorted(found, key=lambda name: (starts[name], name))}
+
+    def overall(self, group: str = "") -> dict[str, Any]:
+        """Return the figures of all hospitals together; see `summary.summarise`."""
+        return summarise(list(self.groups().get(group, {}).values()))
+
+
+def ask(
+    grid: Grid, request: Request, timeout: float, config: Mapping[str, Any] | None = None
+) -> Answer:
+    """Ask every connected hospital, and keep what is sound.
+
+    Parameters
+    ----------
+    grid : flwr.serverapp.Grid
+    request : Request
+    timeout : float
+        Seconds to wait for answers.
+    config : mapping, optional
+        Goes along with the request.
+
+    Returns
+    -------
+    Answer
+        A hospital that answers with an error, or with what cannot be, is among its `failures`.
+    """
+    record = ConfigRecord({"request": request.to_text(), **(config or {})})
+    kind = f"{MessageType.QUERY}.statistics"
+    nodes = list(grid.get_node_ids())
+    content = RecordDict({"config": record})
+    answer, names, namesakes = Answer(request), dict[int, str](), Namesakes()
+    told: dict[str, dict[str, Any]] = {}
+    silent = set(nodes)
+    messages = [Message(content, node_id, kind) for node_id in nodes]
+    for reply in grid.send_and_receive(messages, timeout=timeout):
+        node_id = reply.metadata.src_node_id
+        silent.discard(node_id)
+        learn_name(names, node_id, reply)
+        name = names.setdefault(node_id, f"node {node_id}")
+        if reply.has_error():
+            answer.failures.append((name, error_text(reply)))
+            continue
+        try:
+            text = reply.content.config_records["statistics"]["answer"]
+            found = read_reply(text)
+            about = reply.content.config_records.get(SITE_RECORD, ConfigRecord())
+            source, generated = str(about.get("data", "not named")), about.get("generated")
+        except (KeyError, ValueError) as error:
+            answer.failures.append((name, f"malformed answer: {error}"))
+            continue
+        told[name] = found
+        namesakes.take(reply)
+        answer.sources.add(source[:200])
+        answer.generated |= generated is True
+    answer.failures += [(f"node {node_id}", "no answer in time") for node_id in sorted(silent)]
+    answer.sites = {name: told[name] for name in sorted(told)}
+    for reason in dict.fromkeys(reason for _, reason in answer.failures):
+        names_of = ", ".join(name for name, why in answer.failures if why == reason)
+        log.warning("no statistics of %s: %s", names_of, reason)
+    if text := namesakes.text(names):
+        log.warning("%s", text)
+    return answer
+
+
+def survey(
+    grid: Grid,
+    context: Context,
+    request: Request | None = None,
+    *,
+    drift: str = "",
+    alert: str = "c2",
+) -> Answer:
+    """Ask all hospitals and leave a complete run folder.
+
+    The folder holds ``summary.json``, ``statistics.json``, ``report.html`` and ``log.txt``.
+
+    Parameters
+    ----------
+    grid, context
+        As Flower gives them to a ServerApp.
+    request : Request, optional
+        Left out, tables and moments of all columns.
+    drift : {"", "sites", "groups"}
+        ``sites`` compares each hospital with all others, ``groups`` each group of the request's
+        ``by`` with the first.
+    alert : {"c2", "cusum"}
+        How weekly counts are watched.
+
+    Raises
+    ------
+    InputError
+        Where an argument or a setting is wrong, or no hospital has told anything.
+    """
+    if drift not in DRIFT:
+        raise InputError(f"drift must be one of {', '.join(DRIFT[1:])}, or empty, got {drift!r}")
+    if alert not in ALARMS:
+        raise InputError(f"alert must be one of {', '.join(ALARMS)}, got {alert!r}")
+    settings = SurveySettings.from_run_config(context.run_config)
+    began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = Path(settings.run_dir).expanduser() if settings.run_dir else Path("runs") / stamp
+    folder = RunFolder(path.resolve())
+    folder.require_unused()
+    with folder.log_file():
+        wait_for_sites(grid, settings.min_sites)
+        config: dict[str, Any] = {RUN_KEY: secrets.token_hex(8)}
+        if in_simulation():
+            config[LEDGER_DIR] = str(folder.path / "ledgers")
+        answer = ask(grid, request or Request(), settings.round_timeout, config)
+        found = _found(answer, drift, alert)
+        folder.write_json(STATISTICS, found)
+        about = {
+            "app": grid.run.fab_id.rpartition("/")[2] or "federated statistics",
+            "started": started,
+            "seconds": round(time.monotonic() - began, 1),
+            "config": dict(context.run_config),
+        }
+        folder.write_json(SUMMARY, about | _summary(answer, found))
+        log.info("report: %s", write_page(folder.path))
+    if not answer.sites:
+        reason = answer.failures[0][1] if answer.failures else "no hospital is connected"
+        raise InputError(f"no hospital has told anything: {reason}")
+    return answer
+
+
+def _found(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
+    """Return what ``statistics.json`` shall hold."""
+    groups = answer.groups()
+    changes: list[dict[str, Any]] = []
+    if drift == "sites":
+        for name, told in groups.items():
+            changes += [row | {"group": name} for row in drift_between_sites(told)]
+    elif drift == "groups" and groups:
+        changes = drift_between_groups({name: [*told.values()] for name, told in groups.items()})
+    watched = [
+        row | {"group": name} for name, told in groups.items() for row in alarms(told, alert)
+    ]
+    for row in watched:
+        if weeks := sum(row.get("alert", ())):
+            text = "alert: %s: more cases than before in %d week(s)"
+            log.warning(text, " ".join((row["site"], row["group"])).strip(), weeks)
+    return {
+        "request": json.loads(answer.request.to_text()),
+        "sites": answer.sites,
+        "failures": [{"site": name, "reason": reason} for name, reason in answer.failures],
+        "groups": {
+            name: {
+                "overall": summarise(list(told.values())),
+                "sites": {site: summarise([group]) for site, group in told.items()},
+            }
+            for name, told in groups.items()
+        },
+        "drift": changes,
+        "alerts": watched,
+        "alert": alert,
+    }
+
+
+def _summary(answer: Answer, found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": "statistics",
+        "status": "finished" if answer.sites else "failed",
+        "message": "" if answer.sites else "no hospital has told anything",
+        "data": "generated rows, not patients"
+        if answer.generated
+        else "; ".join(sorted(answer.sources)),
+        "generated": answer.generated,
+        "sites": {
+            name: sum(group["patients"] for group in told["groups"])
+            for name, told in answer.sites.items()
+        },
+        "tables": tables(found),
+        "failures": found["failures"],
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in _PACKAGES},
+    }

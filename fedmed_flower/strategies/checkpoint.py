@@ -1,0 +1,172 @@
+"""Saving a run after each round, and going on from there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower
+
+from fedmed_flower.arrays import kernels
+from fedmed_flower.arrays.views import view
+from fedmed_flower.errors import InputError
+from fedmed_flower.server.run_folder import Checkpoint, RunFolder
+from fedmed_flower.strategies.server_optimizers import OPTIMISERS, RULES
+
+if TYPE_CHECKING:
+    from fedmed_flower.strategies.base import FedAvg
+
+log = logging.getLogger("flwr.fedmed")
+
+# Flower's strategies of which nothing is lost between rounds: `export_state` saves what they keep.
+_KNOWN = {*RULES, *OPTIMISERS, *flower.FedAdam.__mro__, flower.FedProx, flower.Krum}
+
+
+def save(strategy: FedAvg, grid: Grid, server_round: int) -> None:
+    """Write checkpoint, metrics and model after a round, where the strategy has a run folder."""
+    if strategy.folder is None:
+        return
+    metrics = {
+        name: {str(key): dict(record) for key, record in getattr(strategy.result, name).items()}
+        for name in vars(strategy.result)
+        if name != "arrays"
+    }
+    arrays = strategy.result.arrays
+    strategy.folder.save(
+        Checkpoint(
+            server_round,
+            strategy.seed,
+            arrays,
+            strategy.history,
+            metrics,
+            strategy.site_names,
+            # Only a grid that runs the clients in this process can save what they keep.
+            grid.export_states() if hasattr(grid, "export_states") else {},
+            strategy.export_state(),
+        )
+    )
+    strategy.folder.write_model(arrays)
+
+
+def restore(strategy: FedAvg, grid: Grid, initial_arrays: ArrayRecord) -> int:
+    """Take up the checkpoint and return its round; 0 where the run starts afresh.
+
+    Raises
+    ------
+    InputError
+        As `find_checkpoint`; and where the folder holds another run or cannot be written.
+    """
+    folder = strategy.folder
+    if folder is None:
+        return 0
+    checkpoint = find_checkpoint(strategy, initial_arrays)
+    if checkpoint is None:
+        folder.require_no_checkpoint()
+        folder.make(initial_arrays)
+        return 0
+    strategy.seed, strategy.inbox.history = checkpoint.seed, checkpoint.history
+    strategy.site_names = checkpoint.site_names | strategy.site_names
+    strategy.result.arrays = checkpoint.arrays
+    with _told(folder):
+        strategy.import_state(checkpoint.strategy_state)
+        for name, kept in _metrics(checkpoint, strategy.result).items():
+            setattr(strategy.result, name, kept)
+    if hasattr(grid, "import_states"):
+        with _told(folder):
+            grid.import_states(checkpoint.client_states)
+    elif checkpoint.client_states:
+        raise InputError(
+            f"{folder.path} holds what its clients kept between rounds in one process: "
+            "go on with it there, by run_local"
+        )
+    # A crash may have come between the checkpoint and the model.
+    folder.write_model(checkpoint.arrays)
+    log.info("going on after round %d of %s", checkpoint.server_round, folder.path)
+    return checkpoint.server_round
+
+
+def find_checkpoint(strategy: FedAvg, initial_arrays: ArrayRecord) -> Checkpoint | None:
+    """Return the checkpoint that a run would go on from; None where it starts afresh.
+
+    Raises
+    ------
+    InputError
+        Where it is damaged or cannot be gone on from (`require_resumable`).
+    """
+    if strategy.folder is None or not strategy.resume:
+        return None
+    checkpoint = strategy.folder.load()
+    if checkpoint is not None:
+        require_resumable(type(strategy), checkpoint, initial_arrays, strategy.folder)
+    return checkpoint
+
+
+def require_resumable(
+    strategy: type, checkpoint: Checkpoint, initial_arrays: ArrayRecord, folder: RunFolder
+) -> None:
+    """Refuse a checkpoint that would not lead to the model of an unbroken run.
+
+    Raises
+    ------
+    InputError
+        Where a strategy of Flower keeps state that the checkpoint lacks, or the checkpoint holds
+        other arrays than `initial_arrays`, or of one of them something of another shape.
+    """
+    with_state = {
+        base.__name__
+        for base in strategy.__mro__
+        if base.__module__.startswith("flwr.") and base not in _KNOWN
+    }
+    if with_state:
+        raise InputError(
+            f"{strategy.__name__} cannot be resumed: what {min(with_state)} keeps between rounds "
+            "is not in the checkpoint"
+        )
+    wanted = _layout(initial_arrays)
+    fits = _layout(checkpoint.arrays) == wanted
+    for name, record in checkpoint.strategy_state.items():
+        shapes = {key: shape for key, (_, _, shape) in _layout(record).items()}
+        floating = [shape for _, dtype, shape in wanted.values() if kernels.is_floating(dtype)]
+        if name == "momentum_vector":  # A list, whose keys are places in it.
+            fits &= [*shapes.values()] == floating
+        fits &= all(shapes[key] == wanted[key][2] for key in shapes.keys() & wanted.keys())
+    if not fits:
+        raise InputError(
+            f"the checkpoint in {folder.path} belongs to another model: resume it with the app "
+            "and the settings that it was started with"
+        )
+
+
+def _layout(arrays: ArrayRecord) -> dict[str, tuple[str, np.dtype[Any], tuple[int, ...]]]:
+    """Return what is claimed of each array, and of what dtype and shape its values are."""
+    views = {key: view(array) for key, array in arrays.items()}
+    return {key: (arrays[key].dtype, values.dtype, values.shape) for key, values in views.items()}
+
+
+def _metrics(checkpoint: Checkpoint, result: flower.Result) -> dict[str, dict[int, MetricRecord]]:
+    """Return the metrics of all rounds; under a name that no result has stands something else."""
+    if unknown := checkpoint.metrics.keys() - (vars(result).keys() - {"arrays"}):
+        raise ValueError(f"a result has no {min(unknown)}")
+    return {
+        name: {int(key): MetricRecord(value) for key, value in by_round.items()}
+        for name, by_round in checkpoint.metrics.items()
+    }
+
+
+@contextmanager
+def _told(folder: RunFolder) -> Iterator[None]:
+    """Turn what goes wrong while a checkpoint's parts are taken up into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # Of protobuf, of Flower's records and of each strategy.
+        raise InputError(
+            f"the checkpoint {folder.checkpoint_file} cannot be gone on from "
+            f"({type(error).__name__}: {error}): restore it from a copy, or start a new run"
+        ) from error

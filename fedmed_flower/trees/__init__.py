@@ -1,0 +1,19 @@
+"""Boosted trees over hospitals' tables."""
+
+from typing import TYPE_CHECKING
+
+from fedmed_flower.exports import on_demand
+
+if TYPE_CHECKING:
+    from fedmed_flower.trees.server import grow
+
+__all__ = [
+    "grow",
+]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "grow": "server",
+    },
+)

@@ -1,0 +1,249 @@
+"""Tree ensembles of several hospitals, by Flower's strategies for XGBoost."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.runs.experiment import federate
+from fedmed_flower.server.run_folder import RunFolder
+from fedmed_flower.server.screening import metrics_of, with_shared_metrics
+from fedmed_flower.server.sites import enough
+from fedmed_flower.settings.plan import Plan
+from fedmed_flower.settings.privacy import PrivacySettings
+from fedmed_flower.strategies.base import FedAvg
+from fedmed_flower.trees.client import TreeClient, as_trees
+from fedmed_flower.trees.ensembles import (
+    BAGGING,
+    CYCLIC,
+    MODEL,
+    MOST_TREES,
+    SHARE,
+    TREES,
+    leaves,
+    model_bytes,
+    read_trees,
+    write_trees,
+)
+from fedmed_flower.wire import ALL_SITES
+
+if TYPE_CHECKING:
+    from fedmed_flower.clients.tabular import TabularClient
+
+log = logging.getLogger("flwr.fedmed")
+
+_MINIMA = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
+_PASSED_ON = (
+    *("fraction_train", "fraction_evaluate", "weighted_by_key", "arrayrecord_key"),
+    *("configrecord_key", "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", *_MINIMA),
+)
+# What `federate` does with a network alone.
+_NETWORKS_ONLY = ("baselines", "personal-epochs")
+
+
+def grow(
+    strategy: flower.FedXgbBagging | flower.FedXgbCyclic,
+    grid: Grid,
+    context: Context,
+    client: TabularClient,
+) -> flower.Result:
+    """Grow trees as the run config says and leave a complete run folder.
+
+    The folder is that of `fedmed_flower.federate`, with the ensemble as ``model.json``, which
+    XGBoost loads, in place of ``model.safetensors``, and without a checkpoint. Settings are those
+    of `fedmed_flower.settings.trees.TreeSettings`.
+
+    Parameters
+    ----------
+    strategy : FedXgbBagging or FedXgbCyclic
+        Of ``flwr.serverapp.strategy``. In bagging the hospitals' new trees of a round are added up,
+        in a cycle one hospital after the other adds its own. Minimum numbers of nodes that are
+        Flower's default, 2, become 1; ``min-sites`` of the run config waits for more. Replies pass
+        screening before the strategy is given them.
+    grid, context
+        As Flower gives them to a ServerApp.
+    client : TabularClient
+        An instance of the app's client, ``MyHospital(context)``.
+
+    Returns
+    -------
+    flwr.serverapp.strategy.Result
+
+    Raises
+    ------
+    InputError
+        Where the run config or every site's data is wrong, another strategy is given, privacy is
+        asked for, or a run to go on with.
+    RunFailedError
+        Where no round succeeded.
+    """
+    config = dict(context.run_config)
+    plan = Plan.from_run_config(config)
+    if plan.resume:
+        raise InputError("a run that grows trees cannot be resumed: start it anew, without resume")
+    if PrivacySettings.from_run_config(config).on:
+        raise InputError(
+            "trees are grown without differential privacy: federate a network with "
+            'privacy="patient"'
+        )
+    for key in _NETWORKS_ONLY:
+        if config.get(key):
+            log.warning("%s is for networks: trees are grown without it", key)
+            config[key] = type(config[key])()
+    own = Context(
+        context.run_id,
+        context.node_id,
+        context.node_config,
+        context.state,
+        config | {"pictures": 0},
+    )
+    trees = as_trees(type(client)(own))
+    if (many := plan.num_server_rounds * trees.trees.trees_a_round) > MOST_TREES:
+        raise InputError(
+            f"num-server-rounds times trees-a-round must be at most {MOST_TREES:,}, got {many:,}"
+        )
+    # A run is told apart by the strategy's name.
+    name = type(strategy).__name__
+    growing: FedAvg = type(name, (_Growing,), {"__doc__": type(strategy).__doc__})(strategy, trees)
+    return federate(growing, grid, own, trees)
+
+
+class _Growing(FedAvg):
+    """The rounds of our strategies around an aggregation of Flower's.
+
+    Parameters
+    ----------
+    inner : FedXgbBagging or FedXgbCyclic
+    client : TreeClient
+        Knows what the ensembles of this run are, once hospitals have agreed.
+    """
+
+    def __init__(self, inner: flower.FedAvg, client: TreeClient) -> None:
+        if not isinstance(inner, flower.FedXgbBagging | flower.FedXgbCyclic):
+            raise InputError(
+                "strategy must be FedXgbBagging or FedXgbCyclic of flwr.serverapp.strategy, got "
+                f"{type(inner).__name__}"
+            )
+        for name in _MINIMA:
+            setattr(inner, name, 1 if getattr(inner, name) == 2 else getattr(inner, name))
+        super().__init__(**{name: getattr(inner, name) for name in _PASSED_ON})
+        self.inner, self.client, self.share = inner, client, 1.0
+        self.cyclic = isinstance(inner, flower.FedXgbCyclic)
+        self.run_folder: RunFolder | None = None
+
+    def start(self, *args: Any, **kwargs: Any) -> flower.Result:
+        """Run the rounds; nothing is kept to go on from."""
+        self.run_folder, self.folder = self.folder, None
+        return super().start(*args, **kwargs)
+
+    def test(
+        self,
+        grid: Grid,
+        arrays: ArrayRecord,
+        config: ConfigRecord | None = None,
+        timeout: float = 3600,
+    ) -> dict[str, dict[str, float]]:
+        """Evaluate an ensemble once on every connected site's test split."""
+        return super().test(grid, arrays, self._told(config or ConfigRecord()), timeout)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Wait for the sites, then send Flower's messages to them."""
+        self.sent_arrays = arrays
+        minimum = self.min_train_nodes
+        if not enough(self, grid, server_round, "train", self.fraction_train, minimum):
+            return []
+        messages = self.inner.configure_train(server_round, arrays, self._told(config), grid)
+        addressed = self._address(messages, grid, server_round, 0)
+        nodes = {message.metadata.dst_node_id for message in addressed}
+        # All new trees are added up: those that decline had better not slow the others down.
+        self.share = 1 / max(1, len(nodes - self.inbox.declined))
+        for message in addressed:
+            message.content.config_records[self.configrecord_key][SHARE] = self.share
+        return addressed
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Address this round's evaluation messages to a sample of the sites."""
+        return super().configure_evaluate(server_round, arrays, self._told(config), grid)
+
+    def choose(
+        self, nodes: Collection[int], count: int, server_round: int, training: bool
+    ) -> list[int]:
+        """Return which sites take part: in a cycle one after the other, in the order of names."""
+        if not (self.cyclic and training):
+            return super().choose(nodes, count, server_round, training)
+        willing = [node_id for node_id in nodes if node_id not in self.inbox.declined] or [*nodes]
+        willing.sort(key=lambda node_id: (self.site_name(node_id), node_id))
+        return [willing[(server_round - 1) % len(willing)]] if willing and count else []
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Hand the replies that pass screening to Flower's strategy."""
+        self.server_round = server_round
+        key, usable = self.weighted_by_key, []
+        admitted = self.inbox.admit(server_round, "train", replies, key, None)
+        for reply in self.inbox.in_order(admitted):
+            try:
+                reply.message = self._screened(reply.message)
+            except ValueError as error:
+                self.inbox.fail(server_round, "train", reply.site, str(error))
+            else:
+                usable.append(reply)
+        if not usable:
+            self.inbox.fail(server_round, "train", ALL_SITES, "no usable reply")
+            return None, None
+        messages = with_shared_metrics([reply.message for reply in usable], key)
+        arrays, metrics = self.inner.aggregate_train(server_round, messages)
+        self.inbox.record(server_round, "train", usable)
+        if arrays is None:
+            return None, None
+        self.begun = True
+        if self.run_folder is not None:
+            self.run_folder.write(MODEL, model_bytes(arrays))
+        return arrays, metrics
+
+    def _told(self, config: ConfigRecord) -> ConfigRecord:
+        return ConfigRecord({**config, TREES: CYCLIC if self.cyclic else BAGGING})
+
+    def _screened(self, reply: Message) -> Message:
+        """Return a copy of a reply that holds what Flower makes use of, written anew.
+
+        Raises
+        ------
+        ValueError
+            Where it cannot be used, with the reason.
+        """
+        form, sent = self.client.form, self.sent_arrays
+        before = [] if sent is None else read_trees(model_bytes(sent), form, MOST_TREES)
+        records = list(reply.content.array_records.values())
+        if len(records) != 1:
+            raise ValueError(f"the reply has {len(records)} array records instead of one")
+        if not metrics_of(reply)[self.weighted_by_key]:
+            raise ValueError(f"{self.weighted_by_key} must be above 0")
+        # In a cycle the others' trees come back too; those that were sent stand in for them.
+        kept = before if self.cyclic else []
+        wanted = len(kept) + form.settings.trees_a_round
+        trees = read_trees(model_bytes(records[0]), form, wanted)
+        if len(trees) != wanted:
+            raise ValueError(f"the reply has {len(trees)} trees instead of {wanted}")
+        new, most = trees[len(kept) :], form.most_leaf(self.share)
+        if (far := max(float(np.abs(leaves(tree)).max()) for tree in new)) > most * (1 + 1e-5):
+            raise ValueError(f"a leaf holds {far:g}, where {most:g} is the most")
+        content = RecordDict({"metrics": metrics_of(reply)})
+        model = np.frombuffer(write_trees(form, [*kept, *new]), dtype=np.uint8)
+        content["arrays"] = ArrayRecord([model])
+        message = copy.copy(reply)
+        message.content = content
+        return message

@@ -1,0 +1,581 @@
+"""An association study from its start to its page, over hospitals in this process."""
+
+import json
+import re
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import statsmodels.api as sm
+from flwr.app import Array, ArrayRecord
+from scipy import stats
+from studies import VARIANTS, World, lines_of, study
+from tiny import ask, context_of, says
+from typer.testing import CliRunner
+
+from fedmed_flower.arrays.views import view
+from fedmed_flower.cli.main import app
+from fedmed_flower.errors import InputError
+from fedmed_flower.genomics import rounds
+from fedmed_flower.genomics.client import GenomicsClient
+from fedmed_flower.genomics.page import COLUMNS, write_page
+from fedmed_flower.runs.experiment import RunFailedError
+from fedmed_flower.settings.study import Study
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+def test_allelic_and_trend_tests_are_those_of_the_pooled_people(world, tmp_path):
+    _, allelic = study(world.client(), tmp_path, test="allelic")
+    (tmp_path / "run").rename(tmp_path / "first")
+    summary, trend = study(world.client(), tmp_path)
+    assert list(trend) == list(allelic) == world.names[0]
+    for variant, name in enumerate(trend):
+        case, design = world.pooled(variant)
+        copies, line = design[:, -1], allelic[name]
+        alleles = [[copies[case == c].sum(), (2 - copies[case == c]).sum()] for c in (1, 0)]
+        chi2, p, *_ = stats.chi2_contingency(alleles, correction=False)
+        ratio = alleles[0][0] * alleles[1][1] / (alleles[0][1] * alleles[1][0])
+        np.testing.assert_allclose(float(line["p"]), p, rtol=1e-9)
+        np.testing.assert_allclose(float(line["statistic"]), chi2, rtol=1e-9)
+        np.testing.assert_allclose(float(line["effect"]), ratio, rtol=1e-9)
+        np.testing.assert_allclose(float(line["freq"]), copies.mean() / 2, rtol=1e-9)
+        assert (line["a1"], line["a2"]) == world.pairs[0][variant]
+        assert int(line["cases"]) == case.sum()
+        assert int(line["people"]) == int(line["cases"]) + int(line["controls"]) == len(case)
+        # The trend test is n times the squared correlation.
+        chi2 = len(case) * np.corrcoef(case, copies)[0, 1] ** 2
+        np.testing.assert_allclose(float(trend[name]["statistic"]), chi2, rtol=1e-9)
+        np.testing.assert_allclose(float(trend[name]["p"]), stats.chi2.sf(chi2, 1), rtol=1e-9)
+    assert min(trend, key=lambda name: float(trend[name]["p"])) == "rs20"
+    found = summary["association"]
+    chi2 = [float(line["statistic"]) for line in trend.values()]
+    assert found["lambda-gc"] == pytest.approx(np.median(chi2) / 0.45493642, rel=0.02)
+    assert (found["variants"], found["tested"]) == (40, 40)
+    assert summary["tables"][0]["rows"][0][0] == "rs20"
+
+
+def test_logistic_models_are_those_of_the_pooled_people(world, tmp_path, monkeypatch):
+    # Counted in three blocks, and the models in parts of three variants.
+    monkeypatch.setattr(rounds, "_MOST_NUMBERS", 30)
+    _, lines = study(world.client(), tmp_path, test="logistic")
+    for variant, line in enumerate(lines.values()):
+        model = sm.Logit(*world.pooled(variant)).fit(disp=0, method="newton", tol=1e-12)
+        np.testing.assert_allclose(float(line["effect"]), np.exp(model.params[-1]), rtol=1e-7)
+        np.testing.assert_allclose(float(line["se"]), model.bse[-1], rtol=1e-7)
+        np.testing.assert_allclose(float(line["p"]), model.pvalues[-1], rtol=1e-6)
+
+
+def test_linear_models_are_those_of_the_pooled_people(tmp_path):
+    world = World(tmp_path, trait="continuous")
+    summary, lines = study(world.client(), tmp_path, test="linear")
+    for variant, line in enumerate(lines.values()):
+        model = sm.OLS(*world.pooled(variant)).fit()
+        np.testing.assert_allclose(float(line["effect"]), model.params[-1], rtol=1e-8)
+        np.testing.assert_allclose(float(line["p"]), model.pvalues[-1], rtol=1e-7)
+        assert line["cases"] == line["controls"] == ""
+    assert "beta" in summary["tables"][0]["head"]
+
+
+def test_components_go_into_the_models_and_scores_stay(world, tmp_path):
+    summary, lines = study(world.client(), tmp_path, test="logistic", components=2)
+    whole = np.concatenate(world.genotypes)
+    left, values = components_of(world, (0, 1, 2))
+    np.testing.assert_allclose(summary["association"]["components"], values, rtol=1e-6)
+    for variant in (0, 20):
+        outcome, design = world.pooled(variant)
+        scores = left[whole[:, variant] >= 0]
+        model = sm.Logit(outcome, np.column_stack([scores, design])).fit(disp=0)
+        line = lines[f"rs{variant:02d}"]
+        np.testing.assert_allclose(float(line["p"]), model.pvalues[-1], rtol=1e-4)
+        np.testing.assert_allclose(float(line["effect"]), np.exp(model.params[-1]), rtol=1e-4)
+
+
+def components_of(world, sites):
+    """Return scores and eigenvalues of the pooled people of some hospitals."""
+    whole = np.concatenate([world.genotypes[site] for site in sites])
+    frequency = np.array([(g[g >= 0]).mean() / 2 for g in whole.T])
+    spread = np.sqrt(2 * frequency * (1 - frequency))
+    matrix = np.where(whole < 0, 0, (whole - 2 * frequency) / spread)
+    left, strength, _ = np.linalg.svd(matrix, full_matrices=False)
+    return left[:, :2], strength[:2] ** 2 / VARIANTS
+
+
+def test_real_hospitals_tell_sums_for_components_where_they_say_so(world, tmp_path):
+    reason = (
+        "declined: components take sums from which genotypes can be computed: a hospital that is "
+        "willing sets share-components=true in its node config"
+    )
+    places = [{"partition-id": site, "num-partitions": 3} for site in range(3)]
+    own = [{"data-dir": str(tmp_path / name), "site-name": name} for name in ("north", "south")]
+    for node in own:
+        Path(node["data-dir"]).mkdir()
+    nodes = [
+        places[0] | own[0] | {"share-components": True},
+        places[1] | own[1],
+        places[2] | {"share-components": False},
+    ]
+    settings = {"test": "logistic", "components": 2}
+    summary, _ = study(world.client(), tmp_path, nodes, **settings)
+    told = {failure["site"]: failure["reason"] for failure in summary["failures"]}
+    assert told == {"south": reason, "hospital-3": reason}
+    _, values = components_of(world, (0,))
+    np.testing.assert_allclose(summary["association"]["components"], values, rtol=1e-6)
+    # Scores on any loadings would come back with the sums of covariates.
+    content = {"lines": np.arange(2), "swapped": np.zeros(2, bool), "frequencies": np.full(2, 0.5)}
+    content |= {"loadings": np.ones((2, 1))}
+    arrays = ArrayRecord({name: Array(values) for name, values in content.items()})
+    context = context_of(node_config=nodes[2])
+    reply = ask(world.client(), "query.scores", context, arrays)
+    assert reply.error.reason == f"site hospital-3: {reason}"
+
+
+def test_sums_that_no_genotypes_give_leave_their_site_out(world, tmp_path):
+    client = world.client(fails_at(1, "loadings", replaced(lambda values: values * 1e300)))
+    summary, _ = study(client, tmp_path, test="logistic", components=2)
+    (failure,) = summary["failures"]
+    assert failure["reason"] == "malformed answer: larger sums than people can have"
+    _, values = components_of(world, (0, 2))
+    np.testing.assert_allclose(summary["association"]["components"], values, rtol=1e-6)
+
+
+def test_variants_that_only_a_hospital_that_left_withheld_count_again(world, tmp_path):
+    # One copy is not told: while the second hospital is there, few variants are left.
+    world.genotypes[1][:, :32] = 0
+    world.genotypes[1][0, :32] = 1
+    asked = []
+
+    def failing(client, message):
+        if client.site.index == 1:
+            asked.append(None)
+            if len(asked) == 3:
+                raise InputError("the disk is gone")
+        return GenomicsClient.queries["counts"](client, message)
+
+    client = world.client(queries={**GenomicsClient.queries, "counts": failing})
+    settings = {"test": "logistic", "components": 10, "block_size": 16}
+    summary, _ = study(client, tmp_path, **settings)
+    assert len(summary["association"]["components"]) == 10
+
+
+@pytest.mark.parametrize(("question", "which"), [("counts", 2), ("loadings", 3), ("scores", 1)])
+def test_components_are_those_of_the_hospitals_that_stay(world, tmp_path, question, which):
+    asked = []
+
+    def failing(client, message):
+        if client.site.index == 1:
+            asked.append(question)
+            if len(asked) == which:
+                raise InputError("the disk is gone")
+        return GenomicsClient.queries[question](client, message)
+
+    client = world.client(queries={**GenomicsClient.queries, question: failing})
+    settings = {"test": "logistic", "components": 2, "block_size": 16}
+    summary, lines = study(client, tmp_path, **settings)
+    assert len(asked) == which
+    assert [failure["site"] for failure in summary["failures"]] == ["hospital-2"]
+    stay = (0, 2)
+    left, values = components_of(world, stay)
+    np.testing.assert_allclose(summary["association"]["components"], values, rtol=1e-6)
+    outcome, design = world.pooled(20, stay)
+    known = np.concatenate([world.genotypes[site][:, 20] for site in stay]) >= 0
+    model = sm.Logit(outcome, np.column_stack([left[known], design])).fit(disp=0)
+    np.testing.assert_allclose(float(lines["rs20"]["p"]), model.pvalues[-1], rtol=1e-4)
+    assert "components are looked for anew" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_components_are_made_of_variants_evenly_spread(world, tmp_path):
+    asked = []
+
+    def loadings(client, message):
+        asked.append(view(message.content["block"]["lines"]))
+        return GenomicsClient.queries["loadings"](client, message)
+
+    client = world.client(queries={**GenomicsClient.queries, "loadings": loadings})
+    settings = {"test": "logistic", "components": 1, "component_variants": 10, "block_size": 8}
+    study(client, tmp_path, **settings)
+    lines = asked[0]
+    assert len(lines) == 10
+    assert set(np.diff(lines)) <= {4, 5, 6}
+    assert all((other == lines).all() for other in asked)
+
+
+def test_files_that_differ_are_aligned_and_what_does_not_fit_is_left_out(world, tmp_path):
+    _, expected = study(world.client(), tmp_path)
+    (tmp_path / "run").rename(tmp_path / "first")
+    genotypes = world.genotypes[1]
+    for variant in (2, 4):  # swapped; of the second both strands look the same
+        genotypes[:, variant] = np.where(genotypes[:, variant] < 0, -127, 2 - genotypes[:, variant])
+    for site in range(3):
+        world.pairs[site][4] = ("A", "T")
+    world.pairs[1][2] = world.pairs[1][2][::-1]
+    world.pairs[1][4] = ("T", "A")
+    world.pairs[2][6] = ("C", "A")  # other alleles
+    world.names[0][8] = "own"  # absent elsewhere
+    world.names[2][11] = "rs10"
+    world.places[2][11] = world.places[2][10]  # one id twice
+    for site in range(3):
+        world.places[site][39] = (23, 5)  # X
+        world.genotypes[site][:, 12] = 0  # one allele only
+    summary, lines = study(world.client(), tmp_path)
+    for name in ("rs02", "rs03", "rs20"):
+        assert lines[name] == expected[name]
+    notes = {name: (line["sites"], line["note"]) for name, line in lines.items() if line["note"]}
+    assert notes == {
+        "rs04": ("2", "swapped or from the other strand: hospital-2"),
+        "rs06": ("2", "other alleles: hospital-3"),
+        "own": ("1", "absent: hospital-2, hospital-3"),
+        "rs08": ("2", "absent: hospital-1"),
+        "rs10": ("2", "id repeated: hospital-3"),
+        "rs11": ("2", "absent: hospital-3"),
+        "rs12": ("3", "one allele only"),
+    }
+    assert np.isnan(float(lines["rs12"]["p"]))
+    assert "rs39" not in lines
+    assert summary["association"]["tested"] == 39
+    sites = summary["sites"]
+    assert [sites[f"hospital-{n}"]["swapped"] for n in (1, 2, 3)] == [0, 1, 0]
+    assert [sites[f"hospital-{n}"]["left out"] for n in (1, 2, 3)] == [0, 1, 2]
+    assert [sites[f"hospital-{n}"]["absent"] for n in (1, 2, 3)] == [1, 1, 2]
+
+
+def test_rare_variants_are_withheld_where_they_are_rare(world, tmp_path):
+    world.genotypes[0][:, 7], world.genotypes[0][:9, 7] = 0, 1
+    summary, lines = study(world.client(), tmp_path)
+    assert (lines["rs07"]["sites"], lines["rs07"]["note"]) == ("2", "withheld: hospital-1")
+    case, design = world.pooled(7, (1, 2))
+    chi2 = len(case) * np.corrcoef(case, design[:, -1])[0, 1] ** 2
+    assert float(lines["rs07"]["statistic"]) == pytest.approx(chi2, rel=1e-9)
+    assert summary["sites"]["hospital-1"]["withheld"] == 1
+
+
+def test_a_hospital_with_cases_only_counts_in_the_trend_test_alone(world, tmp_path):
+    world.phenotypes[2][:] = 1
+    _, lines = study(world.client(), tmp_path)
+    case, design = world.pooled(20)
+    chi2 = len(case) * np.corrcoef(case, design[:, -1])[0, 1] ** 2
+    assert float(lines["rs20"]["statistic"]) == pytest.approx(chi2, rel=1e-9)
+    (tmp_path / "run").rename(tmp_path / "first")
+    summary, lines = study(world.client(), tmp_path, test="logistic")
+    model = sm.Logit(*world.pooled(20, (0, 1))).fit(disp=0)
+    assert float(lines["rs20"]["p"]) == pytest.approx(model.pvalues[-1], rel=1e-4)
+    assert lines["rs20"]["sites"] == "2"
+    (failure,) = summary["failures"]
+    reason = "it has cases only, so that its intercept is not identified"
+    assert (failure["site"], failure["reason"]) == ("hospital-3", reason)
+
+
+def test_a_variant_that_separates_fails_alone(world, tmp_path):
+    for genotypes, cases in zip(world.genotypes, world.phenotypes, strict=True):
+        genotypes[:, 5] = 2 * cases
+    _, lines = study(world.client(), tmp_path, test="logistic")
+    failed = [name for name, line in lines.items() if line["p"] == "nan"]
+    assert failed == ["rs05"]
+    assert lines["rs05"]["note"] == "no result: not identified or not converged"
+
+
+def fails_at(site_index, name, change):
+    """Return a client base in which one site changes its answer to one question."""
+    original = GenomicsClient.queries[name]
+
+    def answer(client, message):
+        content = original(client, message)
+        return change(content, client) if client.site.index == site_index else content
+
+    queries = {**GenomicsClient.queries, name: answer}
+    return type("Failing", (GenomicsClient,), {"queries": queries})
+
+
+def replaced(function):
+    """Return a change of the numbers that a site tells."""
+
+    def change(content, client):
+        values = content["told"]["values"].numpy()
+        content["told"] = ArrayRecord({"values": Array(np.asarray(function(values.copy())))})
+        return content
+
+    return change
+
+
+def negative(values):
+    values[3, 0] = -5
+    return values
+
+
+def too_many(values):
+    values[3, 1] = 1000
+    return values
+
+
+def alleles(values):
+    values[3, 2] = 2 * values[3, 0] + 1
+    return values
+
+
+def crash(content, client):
+    raise InputError("the disk is gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("counts", replaced(negative), "malformed answer: numbers of people outside 0..39"),
+        ("counts", replaced(too_many), "malformed answer: numbers of people outside 0..51"),
+        ("counts", replaced(alleles), "malformed answer: more alleles than people can have"),
+        ("counts", replaced(lambda v: v[:-1]), "malformed answer: an array of shape (14, 5), "
+         "(15, 5) was asked for"),
+        ("counts", replaced(lambda v: v * np.nan), "malformed answer: counts of type float64"),
+        ("counts", lambda content, client: content.__class__({}), "malformed answer: KeyError"),
+        ("counts", crash, "the disk is gone"),
+        ("logistic", replaced(lambda v: v * np.nan), "malformed answer: sums that are no finite "
+         "numbers"),
+    ],
+)  # fmt: skip
+def test_a_site_that_fails_on_the_way_is_left_out(world, tmp_path, name, change, reason):
+    test = "logistic" if name == "logistic" else "trend"
+    client = world.client(fails_at(1, name, change))
+    summary, lines = study(client, tmp_path, test=test)
+    (failure,) = summary["failures"]
+    assert (failure["site"], failure["phase"], failure["round"]) == ("hospital-2", name, 1)
+    assert failure["reason"] == reason
+    # The other two hospitals' variants are tested as if it were not there.
+    assert {line["sites"] for line in lines.values()} == {"2"}
+    case, design = world.pooled(20, (0, 2))
+    p = float(lines["rs20"]["p"])
+    if test == "trend":
+        chi2 = len(case) * np.corrcoef(case, design[:, -1])[0, 1] ** 2
+        assert p == pytest.approx(stats.chi2.sf(chi2, 1), rel=1e-9)
+    else:
+        assert p == pytest.approx(sm.Logit(case, design).fit(disp=0).pvalues[-1], rel=1e-4)
+    assert lines["rs00"]["note"] == "failed: hospital-2"
+
+
+def test_models_that_were_done_keep_the_hospital_that_fails_then(world, tmp_path):
+    asked = []
+
+    def failing(client, message):
+        if client.site.index == 1:
+            asked.append(None)
+            if len(asked) == 5:
+                raise InputError("the disk is gone")
+        return GenomicsClient.queries["logistic"](client, message)
+
+    client = world.client(queries={**GenomicsClient.queries, "logistic": failing})
+    _, lines = study(client, tmp_path, test="logistic", block_size=64)
+    assert {line["sites"] for line in lines.values()} == {"2", "3"}
+    for variant, line in enumerate(lines.values()):
+        sites = (0, 1, 2) if line["sites"] == "3" else (0, 2)
+        assert line["note"] == ("" if line["sites"] == "3" else "failed: hospital-2")
+        outcome, design = world.pooled(variant, sites)
+        model = sm.Logit(outcome, design).fit(disp=0, method="newton", tol=1e-12)
+        np.testing.assert_allclose(float(line["effect"]), np.exp(model.params[-1]), rtol=1e-7)
+        assert int(line["people"]) == len(outcome)
+
+
+def listed(function):
+    """Return a change of the list of variants that a site tells."""
+
+    def change(content, client):
+        function(content["variants"], content["places"])
+        return content
+
+    return change
+
+
+def unsorted(record, places):
+    places["positions"] = Array(places["positions"].numpy()[::-1].copy())
+
+
+def longer(record, places):
+    record["names"] += "\nmore"
+
+
+def unplaced(record, places):
+    places["chromosomes"] = Array(places["chromosomes"].numpy() + np.int8(30))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (unsorted, "its variants are not in order of chromosome and position: sort its files with "
+         "plink --make-bed"),
+        (longer, "ids and alleles for another number of variants"),
+        (unplaced, "places on no chromosome"),
+    ],
+)  # fmt: skip
+def test_a_list_of_variants_that_cannot_be_leaves_its_site_out(world, tmp_path, function, reason):
+    client = world.client(fails_at(1, "variants", listed(function)))
+    summary, lines = study(client, tmp_path)
+    (failure,) = summary["failures"]
+    assert failure["site"] == "hospital-2"
+    assert failure["reason"] == f"malformed answer: {reason}"
+    assert len(lines) == VARIANTS
+    assert {line["sites"] for line in lines.values()} == {"2"}
+
+
+def test_a_hospital_with_damaged_files_takes_no_part(world, tmp_path):
+    client = world.client()
+    bed = tmp_path / "h1.bed"
+    bed.write_bytes(bed.read_bytes()[:-7])
+    summary, lines = study(client, tmp_path)
+    (failure,) = summary["failures"]
+    size = 3 + 40 * 23
+    assert failure["reason"] == (
+        f"{bed} has {size - 7} bytes, but 40 variants (bim) of 90 people (fam) make {size}: it was "
+        "cut off, or belongs to other bim and fam files"
+    )
+    assert set(summary["sites"]) == {"hospital-1", "hospital-3"}
+    assert {line["sites"] for line in lines.values()} == {"2"}
+
+
+def test_hospitals_with_another_study_or_a_budget_take_no_part(world, tmp_path):
+    class Other(GenomicsClient):
+        def __init__(self, context):
+            super().__init__(context)
+            if self.site.index == 1:
+                self.covariates = ()
+
+    budget = {"site-name": "south", "budget-epsilon": 1.0, "budget-delta": 1e-5}
+    with pytest.raises(InputError, match=says("no site takes part: its trait is binary, and the "
+                                              "test takes a continuous one")):  # fmt: skip
+        study(world.client(), tmp_path, test="linear")
+    client = world.client(Other)
+    client.__init__ = Other.__init__
+    summary, _ = study(client, tmp_path, node_configs=[{}, {}, budget])
+    reasons = {failure["site"]: failure["reason"] for failure in summary["failures"]}
+    assert reasons == {
+        "south": "declined: an association study carries no noise",
+        "hospital-2": "its columns are phenotype, most hospitals' phenotype, age",
+    }
+
+
+@pytest.mark.parametrize(
+    ("told", "text"),
+    [
+        ({"people": 10**10}, "'people': 10000000000, 'cases': 39, 'variants': 40, 'minimum': 10} "
+         "cannot be"),
+        ({"variants": 10**15}, "'variants': 1000000000000000, 'minimum': 10} cannot be"),
+        ({"covariates": ["age"] * 201}, "201 covariates, where at most 200 can be"),
+    ],
+)  # fmt: skip
+def test_a_hospital_that_tells_of_more_than_there_can_be_takes_no_part(world, tmp_path, told, text):
+    def answer(client, message):
+        content = GenomicsClient.queries["cohort"](client, message)
+        if client.site.index == 1:
+            content["cohort"].update(told)
+        return content
+
+    client = world.client(queries={**GenomicsClient.queries, "cohort": answer})
+    summary, _ = study(client, tmp_path)
+    (failure,) = summary["failures"]
+    assert failure["site"] == "hospital-2"
+    assert failure["reason"].startswith("malformed answer: ValueError ")
+    assert failure["reason"].endswith(text)
+
+
+def test_a_study_whose_sites_all_fail_leaves_a_folder_that_says_so(world, tmp_path):
+    client = world.client(GenomicsClient, queries={**GenomicsClient.queries, "counts": crash})
+    with pytest.raises(RunFailedError, match=says("no site is left: the disk is gone")):
+        study(client, tmp_path)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert summary["message"] == "RunFailedError: no site is left: the disk is gone"
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.toml", "log.txt", "report.html", "summary.json"}
+    assert "Failed" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"test": "fisher"}, "test must be one of trend, allelic, logistic, linear, got 'fisher'"),
+        ({"components": 2}, "components are covariates, which test=trend does not take: choose "
+         "test=logistic or test=linear, or components=0"),
+        ({"block_size": 0}, "block-size must be in 1..1048576, got 0"),
+        ({"component_variants": 10**9}, "component-variants must be in 1..262144, got 1000000000"),
+        ({"resume": True}, "an association study is not resumed: start it anew in a new folder"),
+        ({"privacy": "patient"}, "an association study carries no noise: set privacy=none, which "
+         "hospitals with a budget decline"),
+        ({"test": "logistic", "components": 51}, "components must be in 0..50, got 51"),
+        ({"test": "logistic", "components": 45}, "45 components cannot be made of 40 common "
+         "variants that every hospital tells, and of 220 people: choose fewer components"),
+    ],
+)  # fmt: skip
+def test_studies_that_cannot_be_are_refused(world, tmp_path, config, text):
+    with pytest.raises(InputError, match=says(text)):
+        study(world.client(), tmp_path, **config)
+
+
+def test_logistic_needs_cases_and_controls_somewhere(world, tmp_path):
+    for value, phenotypes in zip((0, 1, 0), world.phenotypes, strict=True):
+        phenotypes[:] = value
+    text = (
+        "no hospital has both cases and controls, which test=logistic needs: take test=trend or "
+        "test=allelic"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        study(world.client(), tmp_path, test="logistic")
+
+
+def test_the_page_shows_the_study_and_loads_nothing(world, tmp_path):
+    world.names[0][20] = world.names[1][20] = world.names[2][20] = "<b>hit</b>"
+    study(world.client(), tmp_path)
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "<b>hit</b>" not in text
+    assert "&lt;b&gt;hit&lt;/b&gt;" in text
+    assert text.count('<svg role="img"') == 2
+    assert not re.search(r"(?:src|href)=[\"'](?!#)", text)
+    for words in ("220 people", "Cochran-Armitage", "hospital-3", "What left each hospital"):
+        assert words in text
+    assert write_page(tmp_path / "run").read_text() == text
+    table = tmp_path / "run" / "association.csv"
+    # A p-value that no float holds is drawn where it belongs.
+    lines = table.read_text().splitlines()
+    cells = lines[5].split(",")
+    cells[COLUMNS.index("p")] = "3.1e-450"
+    table.write_text("\n".join([*lines[:5], ",".join(cells), *lines[6:]]))
+    assert ">400<" in write_page(tmp_path / "run").read_text().replace("−", "-")
+    table.write_text("chrom,p\n")
+    with pytest.raises(InputError, match=r"association\.csv does not have the columns chrom, pos"):
+        write_page(tmp_path / "run")
+    with pytest.raises(InputError, match="holds no association study that can be shown"):
+        write_page(tmp_path)
+
+
+def test_the_example_declares_every_setting():
+    declared = tomllib.loads((ROOT / "examples/gwas/pyproject.toml").read_text())
+    declared = declared["tool"]["flwr"]["app"]["config"]
+    for entry in fields(Study):
+        assert declared[entry.name.replace("_", "-")] == entry.default
+
+
+def run_example(folder, *settings):
+    arguments = ["run", str(ROOT / "examples/gwas"), "--out", str(folder)]
+    arguments += [part for setting in settings for part in ("-c", setting)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return json.loads((folder / "summary.json").read_text()), lines_of(folder)
+
+
+def test_the_example_finds_the_planted_hit(tmp_path):
+    summary, lines = run_example(tmp_path / "run", "dataset=generated", "test=logistic")
+    assert summary["generated"] is True
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Generated data: generated genotypes with one planted hit" in page
+    assert min(lines, key=lambda name: float(lines[name]["p"])) == "hit1500"
+    assert 0.8 < summary["association"]["lambda-gc"] < 1.3
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("settings", [("trait=north",), ("trait=persistence", "test=logistic")])
+def test_the_example_finds_the_lactase_variant(tmp_path, settings):
+    summary, lines = run_example(tmp_path / "run", *settings)
+    assert min(lines, key=lambda name: float(lines[name]["p"])) == "rs4988235"
+    assert summary["generated"] is ("trait=persistence" in settings)

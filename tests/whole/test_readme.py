@@ -1,0 +1,61 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def test_the_first_code_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    summary = json.loads((tmp_path / "runs" / "first" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["rounds"] == 3
+    assert list(summary["sites"]) == ["hospital-1", "hospital-2", "hospital-3"]
+    assert (tmp_path / "runs" / "first" / "report.html").is_file()
+
+
+def test_the_settings_that_it_lists_are_those_there_are():
+    from dataclasses import fields
+
+    from fedmed_flower.settings.plan import Plan
+    from fedmed_flower.settings.training import Settings
+
+    for entry in (*fields(Settings), *fields(Plan)):
+        assert f"`{entry.name.replace('_', '-')}`" in README
+
+
+def test_the_example_declares_every_setting():
+    import tomllib
+    from dataclasses import fields
+
+    from fedmed_flower.settings.plan import Plan
+    from fedmed_flower.settings.training import Settings
+
+    path = Path(__file__).parents[2] / "examples" / "pneumonia" / "pyproject.toml"
+    declared = tomllib.loads(path.read_text())["tool"]["flwr"]["app"]["config"]
+    for entry in (*fields(Settings), *fields(Plan)):
+        key = entry.name.replace("_", "-")
+        assert type(declared[key]) is type(entry.default), key
+
+
+def test_the_rule_of_ones_own_in_contributing():
+    import numpy as np
+    from builders import arrays, reply
+
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code.splitlines()) <= 30
+    names = {}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+    strategy = names["ClippedMean"]()
+    strategy.sent_arrays = arrays(w=[1.0, 1.0])
+    # Lengths 5, 5 and 50: the last is cut to 5.
+    sent = {"a": [4.0, 5.0], "b": [1.0, 6.0], "c": [31.0, -39.0], "d": [np.nan, 0.0]}
+    replies = [reply(n, {"w": w}, site) for n, (site, w) in enumerate(sent.items())]
+    got, _ = strategy.aggregate_train(1, replies)
+    assert got["w"].numpy() == pytest.approx([3.0, 1 + 5 / 3])
+    assert [failure.site for failure in strategy.history.failures] == ["d"]
