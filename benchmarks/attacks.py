@@ -193,17 +193,16 @@ class Adversary:
         nodes = sorted(grid.get_node_ids())
         self._malicious = {nodes[index] for index in malicious}
         self._rng = np.random.default_rng(seed)
+        self._replies: dict[str, Message] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Return the replies, those of the attackers changed."""
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Let all sites reply, and change what the attackers send: they know the others."""
         messages = list(messages)
         model = read(messages[0].content["arrays"])
-        replies = list(self._grid.send_and_receive(messages, timeout=timeout))
+        replies = list(self._grid.send_and_receive(messages))
         bad = [reply for reply in replies if reply.metadata.src_node_id in self._malicious]
         good = [read(reply.content["arrays"]) for reply in replies if reply not in bad]
         for reply in bad:
@@ -214,7 +213,12 @@ class Adversary:
             )
             if self._attack == "false counts":
                 reply.content["metrics"]["num-examples"] = 10**9
-        return replies
+        self._replies = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies."""
+        return [self._replies.pop(key) for key in message_ids if key in self._replies]
 
 
 def read(record: ArrayRecord) -> Arrays:

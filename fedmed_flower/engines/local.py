@@ -121,6 +121,8 @@ class LocalGrid(Grid):
     ----------
     complete : bool
         All sites are there from the start: waiting for more is in vain.
+    in_process : bool
+        A client runs when its reply is pulled.
 
     Parameters
     ----------
@@ -132,6 +134,7 @@ class LocalGrid(Grid):
     """
 
     complete = True
+    in_process = True
 
     def __init__(
         self,

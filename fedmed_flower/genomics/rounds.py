@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.genomics.answers import Panel, read_counts, read_listing, read_sums, read_terms
+from fedmed_flower.genomics.answers import read_counts, read_listing, read_sums, read_terms
 from fedmed_flower.genomics.association import (
     CASE_COPIES,
     CASES,
@@ -22,6 +22,7 @@ from fedmed_flower.genomics.association import (
     Floats,
     Results,
 )
+from fedmed_flower.genomics.panel import Panel
 from fedmed_flower.genomics.regression import (
     MOST_STEPS,
     LogisticFit,

@@ -23,7 +23,6 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.genomics.answers import Panel, assemble
 from fedmed_flower.genomics.association import (
     CASE_COPIES,
     CASES,
@@ -39,6 +38,7 @@ from fedmed_flower.genomics.association import (
     trend_test,
 )
 from fedmed_flower.genomics.page import COLUMNS, TABLE, write_page
+from fedmed_flower.genomics.panel import Panel, assemble
 from fedmed_flower.genomics.rounds import blocks, find_components, regress
 from fedmed_flower.genomics.variants import ABSENT, REASONS, SWAPPED, Block
 from fedmed_flower.runs.roll_call import held_back

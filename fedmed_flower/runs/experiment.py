@@ -41,7 +41,6 @@ from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.section import with_type_of
 from fedmed_flower.strategies.base import FedAvg
-from fedmed_flower.strategies.checkpoint import find_checkpoint
 from fedmed_flower.wire import (
     AGREED,
     ALL_SITES,
@@ -131,7 +130,7 @@ def federate(
     strategy.folder, strategy.resume, strategy.seed = folder, plan.resume, plan.seed
     if agreed or not isinstance(model, Modeller) or not model.must_agree:
         entries = _entries(model, agreed, context.run_config, plan.seed)
-        find_checkpoint(strategy, entries.initial)
+        strategy.find_checkpoint(entries.initial)
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
     wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
     sites = roll_call(grid, plan.round_timeout)

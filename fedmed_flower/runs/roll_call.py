@@ -8,18 +8,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging.handlers import BufferingHandler
-from typing import Any
+from typing import Any, NamedTuple
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedmed_flower.data.pictures import sound
 from fedmed_flower.data.site import GENERATED, SPLITS, some_of
 from fedmed_flower.errors import InputError
+from fedmed_flower.server.ask import ask, ask_all
 from fedmed_flower.server.duplicates import Namesakes
 from fedmed_flower.server.run_folder import RunFolder
-from fedmed_flower.server.screening import error_text
-from fedmed_flower.server.sites import learn_name
 from fedmed_flower.wire import PERSONAL, SITE_RECORD, Sent
 
 log = logging.getLogger("flwr.fedmed")
@@ -90,45 +89,54 @@ class Sites:
 def roll_call(grid: Grid, timeout: float) -> Sites:
     """Ask every connected site for its name and its numbers of rows."""
     nodes = list(grid.get_node_ids())
-    question = f"{MessageType.QUERY}.describe"
-    messages = [Message(RecordDict(), node_id, question) for node_id in nodes]
     sites = Sites(asked=len(nodes))
-    for reply in grid.send_and_receive(messages, timeout=timeout):
-        node_id = reply.metadata.src_node_id
-        learn_name(sites.names, node_id, reply)
-        if reply.has_error():
-            sites.refusals[node_id] = error_text(reply)
-            continue
-        name = sites.names.get(node_id, f"node {node_id}")
-        sites.sent.take("describe", name, reply.content)
-        try:
-            about = reply.content.config_records[SITE_RECORD]
-            (counts,) = reply.content.metric_records.values()
-            rows = {split: int(counts[split]) for split in SPLITS}  # type: ignore[arg-type]
-            away = int(counts.get("turned-away", 0))  # type: ignore[arg-type]
-            if min(*rows.values(), away) < 0:
-                raise ValueError(f"negative number of rows in {rows}, {away} turned away")
-            source, generated, simulated = about["data"], about["generated"], about["simulated"]
-        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-            sites.refusals[node_id] = f"malformed answer: {type(error).__name__} {error}"
-            continue
-        sites.names.setdefault(node_id, f"node {node_id}")
-        sites.counts[node_id], sites.labels[node_id] = rows, counts.get("labels")
-        if "turned-away" in counts:
-            sites.turned_away[node_id] = away
-        sites.namesakes.take(reply)
-        sites.sources.add(str(source))
-        sites.generated |= bool(generated)
-        sites.simulated &= bool(simulated)
+    contents = {node_id: RecordDict() for node_id in nodes}
+
+    def read(node_id: int, content: RecordDict) -> _About:
+        sites.sent.take("describe", sites.names.get(node_id, f"node {node_id}"), content)
+        return _about(content)
+
+    asked = ask(grid, "describe", contents, read, timeout, sites.names)
+    for answer in sorted(asked, key=lambda answer: (answer.site, answer.node_id)):
+        about, node_id = answer.value, answer.node_id
+        sites.names.setdefault(node_id, answer.site)
+        sites.counts[node_id], sites.labels[node_id] = about.rows, about.labels
+        if about.turned_away is not None:
+            sites.turned_away[node_id] = about.turned_away
+        sites.namesakes.take(node_id, answer.content)
+        sites.sources.add(about.source)
+        sites.generated |= about.generated
+        sites.simulated &= about.simulated
+    sites.refusals = {failure.node_id: failure.reason for failure in asked.failures}
     if not sites.counts:
-        raise InputError(next(iter(sites.refusals.values()), "no site answered the roll call"))
+        reasons = (failure.reason for failure in asked.failures if not failure.silent)
+        raise InputError(next(reasons, "no site answered the roll call"))
     if not sites.trainers():
         raise InputError("no site has training rows")
-    for node_id in {*nodes} - sites.counts.keys() - sites.refusals.keys():
-        sites.refusals[node_id] = f"no answer within {timeout:g} s"
-    in_order = sorted(sites.counts, key=lambda node_id: sites.names[node_id])
-    sites.counts = {node_id: sites.counts[node_id] for node_id in in_order}
     return sites
+
+
+class _About(NamedTuple):
+    """What one site says of itself."""
+
+    rows: dict[str, int]
+    labels: Any
+    turned_away: int | None
+    source: str
+    generated: bool
+    simulated: bool
+
+
+def _about(content: RecordDict) -> _About:
+    record = content.config_records[SITE_RECORD]
+    (counts,) = content.metric_records.values()
+    rows = {split: int(counts[split]) for split in SPLITS}  # type: ignore[arg-type]
+    away = int(counts.get("turned-away", 0))  # type: ignore[arg-type]
+    if min(*rows.values(), away) < 0:
+        raise ValueError(f"negative number of rows in {rows}, {away} turned away")
+    flags = bool(record["generated"]), bool(record["simulated"])
+    turned_away = away if "turned-away" in counts else None
+    return _About(rows, counts.get("labels"), turned_away, str(record["data"]), *flags)
 
 
 @contextmanager
@@ -168,20 +176,17 @@ def collect_contributions(
     dict
         What each site told, by its name; the log says why one told nothing.
     """
-    kind, found = f"{MessageType.QUERY}.contribution", dict[str, dict[str, Any]]()
-    messages = [Message(RecordDict(), node_id, kind) for node_id in names]
-    reasons = dict.fromkeys(names.values(), "no answer")
-    for reply in grid.send_and_receive(messages, timeout=timeout):
-        site = names.get(reply.metadata.src_node_id, "")
-        record = None if reply.has_error() else reply.content.config_records.get("contribution")
-        if record is None:
-            reasons[site] = error_text(reply) if reply.has_error() else "malformed answer"
-        else:
-            sent.take("contribution", site, reply.content)
-            found[site] = dict(record)
-    for site in sorted(reasons.keys() - found.keys()):
-        log.warning("%s tells nothing to prepare the model with: %s", site, reasons[site])
-    return found
+
+    def read(_: int, content: RecordDict) -> dict[str, Any]:
+        return dict(content.config_records["contribution"])
+
+    contents = {node_id: RecordDict() for node_id in names}
+    answers, failures = ask_all(grid, "contribution", contents, read, timeout, dict(names))
+    for answer in answers:
+        sent.take("contribution", answer.site, answer.content)
+    for failure in failures:
+        log.warning("%s tells nothing to prepare the model with: %s", failure.site, failure.reason)
+    return {answer.site: answer.value for answer in answers}
 
 
 def collect_personal(
@@ -205,33 +210,34 @@ def collect_personal(
         The figures of each site's own model, by the name of the site; the log says why one has
         none.
     """
-    kind, found = f"{MessageType.QUERY}.personal", dict[str, dict[str, float]]()
-    content = RecordDict({"arrays": arrays, "config": config})
-    messages = [Message(content, node_id, kind) for node_id in names]
-    reasons = dict.fromkeys(names.values(), "no answer")
-    for reply in grid.send_and_receive(messages, timeout=timeout):
-        site = names.get(reply.metadata.src_node_id, "")
-        if reply.has_error():
-            reasons[site] = error_text(reply)
-            continue
-        sent.take("personal", site, reply.content)
-        try:
-            (record,) = reply.content.metric_records.values()
-            figures = {
-                name: float(value) for name, value in record.items() if not isinstance(value, list)
-            }
-            if not all(map(math.isfinite, figures.values())) or not {*PERSONAL} <= figures.keys():
-                raise ValueError
-            counts = ("personal-epochs", "num-examples")
-            if any(figures.get(name, 0) < 0 or figures.get(name, 0) % 1 for name in counts):
-                raise ValueError
-        except (TypeError, ValueError, OverflowError) as error:
-            reasons[site] = f"malformed answer: {type(error).__name__}"
-        else:
-            found[site] = figures
-    for site in sorted(reasons.keys() - found.keys()):
-        log.warning("%s has no model of its own: %s", site, reasons[site])
-    return dict(sorted(found.items()))
+    site_names = dict(names)
+
+    def read(node_id: int, content: RecordDict) -> dict[str, float]:
+        sent.take("personal", site_names[node_id], content)
+        return _figures(content)
+
+    contents = {node_id: RecordDict({"arrays": arrays, "config": config}) for node_id in names}
+    answers, failures = ask_all(grid, "personal", contents, read, timeout, site_names)
+    for failure in failures:
+        log.warning("%s has no model of its own: %s", failure.site, failure.reason)
+    return {answer.site: answer.value for answer in answers}
+
+
+def _figures(content: RecordDict) -> dict[str, float]:
+    """Return the figures of a site's own model."""
+    records = list(content.metric_records.values())
+    if len(records) != 1:
+        raise ValueError(f"it has {len(records)} metric records instead of one")
+    record = records[0]
+    figures = {name: float(value) for name, value in record.items() if not isinstance(value, list)}
+    if missing := sorted({*PERSONAL} - figures.keys()):
+        raise ValueError(f"it has no {missing[0]}")
+    if odd := [name for name, value in figures.items() if not math.isfinite(value)]:
+        raise ValueError(f"{odd[0]} is not finite")
+    counts = ("personal-epochs", "num-examples")
+    if odd := [n for n in counts if figures.get(n, 0) < 0 or figures.get(n, 0) % 1]:
+        raise ValueError(f"{odd[0]} is {figures[odd[0]]}")
+    return figures
 
 
 def collect_pictures(
@@ -262,29 +268,24 @@ def collect_pictures(
         that answers with an error, or with what is no sound picture, has none; the log says why.
     """
     content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, "count": count})})
-    nodes = [node_id for node_id in grid.get_node_ids() if node_id in names]
-    kind = f"{MessageType.QUERY}.pictures"
+    contents = {node_id: content for node_id in grid.get_node_ids() if node_id in names}
+
+    def read(_: int, content: RecordDict) -> list[tuple[str, bytes]]:
+        return _pairs(content.config_records["pictures"])
+
+    answers, failures = ask_all(grid, "pictures", contents, read, timeout, dict(names))
+    for failure in failures:
+        log.warning("no pictures of %s: %s", failure.site, failure.reason)
     found: dict[str, list[tuple[str, bytes]]] = {}
-    for reply in grid.send_and_receive(
-        [Message(content, node_id, kind) for node_id in nodes], timeout=timeout
-    ):
-        site = names.get(reply.metadata.src_node_id, "")
-        if reply.has_error():
-            log.warning("no pictures of %s: %s", site, error_text(reply))
-            continue
-        try:
-            pairs = _pairs(reply.content.config_records["pictures"])
-            if pairs:
-                sent.take("pictures", site, reply.content)
-        except (KeyError, TypeError, ValueError) as error:
-            log.warning("no pictures of %s: malformed answer: %s", site, type(error).__name__)
-            continue
-        found[site] = []
-        for title, png in pairs[: count + 1]:
+    for answer in answers:
+        if answer.value:
+            sent.take("pictures", answer.site, answer.content)
+        found[answer.site] = []
+        for title, png in answer.value[: count + 1]:
             if (reason := sound(png)) is not None:
-                log.warning("a picture of %s is not shown: %s", site, reason)
+                log.warning("a picture of %s is not shown: %s", answer.site, reason)
             else:
-                found[site].append((title[:120], png))
+                found[answer.site].append((title[:120], png))
     pictures: list[dict[str, str]] = []
     for site in sorted(found):
         for title, png in found[site]:
@@ -298,9 +299,13 @@ def _pairs(record: ConfigRecord) -> list[tuple[str, bytes]]:
     """Return title and file of each picture; whatever else a site may send is an error."""
     titles: Any = record["titles"]
     images: Any = record["images"]
+    if not isinstance(titles, list) or not isinstance(images, list):
+        raise TypeError("titles and images must be lists")
+    if len(titles) != len(images):
+        raise ValueError(f"{len(titles)} titles of {len(images)} pictures")
     pairs = list(zip(titles, images, strict=True))
     for title, png in pairs:
         # Made into bytes, a number would become as many zeros.
         if not isinstance(title, str) or not isinstance(png, bytes):
-            raise TypeError
+            raise TypeError("titles must be texts and images bytes")
     return pairs

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedmed_flower.data.site import some_of
@@ -25,12 +25,12 @@ class Namesakes:
 
     of_site: dict[int, NDArray[np.uint64]] = field(default_factory=dict)
 
-    def take(self, reply: Message) -> None:
-        """Take up a reply; one that tells nothing, or what cannot be read, is passed over."""
-        record = reply.content.config_records.get(PATIENTS_RECORD, ConfigRecord())
+    def take(self, node_id: int, content: RecordDict) -> None:
+        """Take up a reply; one without digests, or with what cannot be read, is passed over."""
+        record = content.config_records.get(PATIENTS_RECORD, ConfigRecord())
         digests = record.get(DIGESTS)
         if isinstance(digests, bytes) and len(digests) % DIGEST_BYTES == 0:
-            self.of_site[reply.metadata.src_node_id] = np.unique(np.frombuffer(digests, "<u8"))
+            self.of_site[node_id] = np.unique(np.frombuffer(digests, "<u8"))
 
     def text(self, names: Mapping[int, str]) -> str:
         """Return at which of the sites in `names` others' names are; empty where at none."""

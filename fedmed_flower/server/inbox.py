@@ -1,40 +1,51 @@
-"""The replies of a run: which site each comes from, and which of them are kept."""
+"""The replies of a run: which site each comes from, and which of them are accepted."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
+from fedmed_flower.server.ask import Exchange
 from fedmed_flower.server.history import Failure, History
-from fedmed_flower.server.screening import metrics_of, screen, screen_arrays
+from fedmed_flower.server.screening import metrics_of, model_of, screen, screen_arrays
 from fedmed_flower.server.sites import learn_name
 from fedmed_flower.wire import ALL_SITES, DECLINED
 
 log = logging.getLogger("flwr.fedmed")
 
-# Replies that are asked for at a time where they are used one by one.
-_TOGETHER = 20
-
 
 @dataclass
-class Kept:
-    """A reply that may be used, and whether the rule has used it."""
+class AcceptedReply:
+    """A reply that passed screening.
+
+    Attributes
+    ----------
+    message : Message
+    node_id : int
+    site : str
+    number : int
+        Place of the message that it replies to among those of its phase: a site may be sent two.
+    arrays : ArrayRecord
+        The model that came back; empty for an evaluation reply.
+    companions : dict of str to ArrayRecord
+        What came back beside the model, by name.
+    weight : float
+    used : bool
+        Whether the rule has used it.
+    """
 
     message: Message
     node_id: int
     site: str
+    number: int = 0
+    arrays: ArrayRecord = field(default_factory=ArrayRecord)
+    companions: dict[str, ArrayRecord] = field(default_factory=dict)
     weight: float = 1.0
     used: bool = False
-
-    @property
-    def arrays(self) -> ArrayRecord:
-        """The reply's only arrays."""
-        return next(iter(self.message.content.array_records.values()))
 
     @property
     def metrics(self) -> MetricRecord:
@@ -64,7 +75,7 @@ class Inbox:
         self.connected: Collection[int] = ()
         self.malformed = 0
         self.declined: set[int] = set()
-        self._sent: dict[str, int] = {}
+        self._addressed: dict[str, tuple[int, int]] = {}
 
     def name(self, node_id: int) -> str:
         """Return a node's site name, or ``node <id>`` where it has not told it."""
@@ -82,58 +93,28 @@ class Inbox:
         else:
             log.warning("round %d: %s left out of %s: %s", server_round, site, phase, reason)
 
-    def exchange(
-        self, grid: Grid, messages: list[Message], timeout: float, server_round: int, phase: str
-    ) -> Iterable[Message]:
-        """Send, collect, and record the sites from which nothing came back in time."""
-        if not messages:
-            return []
-        began = time.monotonic()
-        replies = list(grid.send_and_receive(messages, timeout=timeout))
-        self._expect(messages)
-        answered = {self._node_id(reply) for reply in replies}
-        self._miss(messages, answered, time.monotonic() - began, server_round, phase)
-        return replies
-
-    def stream(
-        self, grid: Grid, messages: list[Message], timeout: float, server_round: int, phase: str
-    ) -> Iterable[Message]:
-        """Do the same, but hand out replies as they come, a few at a time."""
-        began = time.monotonic()
-        waiting = [key for key in grid.push_messages(messages) if key]
-        self._expect(messages)
-        answered: set[int] = set()
-        while waiting and time.monotonic() - began < timeout:
-            before = len(waiting)
-            for start in range(0, before, _TOGETHER):
-                if time.monotonic() - began >= timeout:
-                    break
-                for reply in grid.pull_messages(waiting[start : start + _TOGETHER]):
-                    answered.add(self._node_id(reply))
-                    yield reply
-            done = {message.metadata.message_id for message in messages}
-            done = {key for key in done if self._sent.get(key) in answered}
-            waiting = [key for key in waiting if key not in done]
-            if len(waiting) == before:
-                if getattr(grid, "complete", False):
-                    break
-                time.sleep(1)
-        self._miss(messages, answered, time.monotonic() - began, server_round, phase)
-
-    def _expect(self, messages: list[Message]) -> None:
-        self._sent = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
-        self._sent.pop("", None)
-
-    def _miss(
+    def collect(
         self,
-        messages: list[Message],
-        answered: set[int],
-        waited: float,
+        grid: Grid,
+        messages: Sequence[Message],
+        timeout: float,
         server_round: int,
         phase: str,
-    ) -> None:
-        for node_id in {message.metadata.dst_node_id for message in messages} - answered:
-            self.fail(server_round, phase, self.name(node_id), f"no reply after {waited:.0f} s")
+    ) -> Iterator[Message]:
+        """Send messages and hand out the replies as they come; record to which none came in time.
+
+        Replies of which the iterator's user keeps none are nowhere kept.
+        """
+        exchange = Exchange(grid, messages, timeout)
+        numbers = {id(message): number for number, message in enumerate(messages)}
+        self._addressed = {}
+        for message, reply in exchange:
+            address = message.metadata.dst_node_id, numbers[id(message)]
+            self._addressed[message.metadata.message_id] = address
+            yield reply
+        for message in exchange.silent:
+            site, waited = self.name(message.metadata.dst_node_id), f"{exchange.seconds:.0f} s"
+            self.fail(server_round, phase, site, f"no reply after {waited}")
 
     def admit(
         self,
@@ -141,19 +122,21 @@ class Inbox:
         phase: str,
         replies: Iterable[Message],
         weighted_by_key: str,
-        like: ArrayRecord | None,
-    ) -> Iterator[Kept]:
+        layout: ArrayRecord | None,
+        companions: Mapping[str, ArrayRecord] | None = None,
+    ) -> Iterator[AcceptedReply]:
         """Hand on the replies that pass screening; record why the others do not.
 
         Parameters
         ----------
-        like : ArrayRecord or None
-            As `screen` takes it.
+        layout, companions
+            As `screen` takes them.
         """
+        beside = companions or {}
         answered: set[str] = set()
         self.malformed = 0
         for reply in replies:
-            node_id = self._node_id(reply)
+            node_id, number = self._sender(reply)
             learn_name(self.site_names, node_id, reply, self.connected)
             if reply.has_content():
                 kind = "train" if phase == "train" else "evaluate"
@@ -162,27 +145,37 @@ class Inbox:
             if request and request in answered:
                 reason: str | None = "the site has replied already"
             else:
-                reason = screen(reply, weighted_by_key, like)
-                if reason is not None and like is not None and reply.has_content():
-                    self.malformed += screen_arrays(reply, like) is not None
+                reason = screen(reply, weighted_by_key, layout, beside)
+                if reason is not None and layout is not None and reply.has_content():
+                    self.malformed += screen_arrays(reply, layout, beside) is not None
             answered.add(request)
             if phase == "train":
                 declined = reason is not None and reason.startswith(DECLINED)
                 (self.declined.add if declined else self.declined.discard)(node_id)
-            if reason is None:
-                yield Kept(reply, node_id, self.name(node_id))
-            else:
+            if reason is not None:
                 self.fail(server_round, phase, self.name(node_id), reason)
+                continue
+            accepted = AcceptedReply(reply, node_id, self.name(node_id), number)
+            if layout is not None:
+                accepted.arrays = model_of(reply, beside)
+                accepted.companions = {name: reply.content.array_records[name] for name in beside}
+            yield accepted
 
-    def in_order(self, kept: Iterable[Kept]) -> list[Kept]:
+    def in_order(self, replies: Iterable[AcceptedReply]) -> list[AcceptedReply]:
         """Sort by site name: the order of a sum decides its last bits, and must not be chance."""
-        return sorted(kept, key=lambda reply: self.site_names.get(reply.node_id, ""))
+        return sorted(
+            replies, key=lambda reply: (self.site_names.get(reply.node_id, ""), reply.number)
+        )
 
-    def record(self, server_round: int, phase: str, kept: Iterable[Kept]) -> None:
+    def record(self, server_round: int, phase: str, replies: Iterable[AcceptedReply]) -> None:
         """Put the metrics of the replies that passed screening into the history."""
-        for reply in kept:
+        for reply in replies:
             self.history.add(server_round, phase, reply.site, reply.metrics)
 
-    def _node_id(self, reply: Message) -> int:
-        """Return the site that a reply speaks of: the SuperLink answers for one that died."""
-        return self._sent.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+    def _sender(self, reply: Message) -> tuple[int, int]:
+        """Return the site that a reply speaks of, and the place of the message that it replies to.
+
+        The SuperLink replies in place of a site that died.
+        """
+        unknown = reply.metadata.src_node_id, 0
+        return self._addressed.get(reply.metadata.reply_to_message_id, unknown)

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
@@ -23,18 +23,25 @@ log = logging.getLogger("flwr.fedmed")
 MOST_EXAMPLES = 10**9
 
 
-def screen(reply: Message, weighted_by_key: str, like: ArrayRecord | None) -> str | None:
-    """Return why a reply cannot be used, or None where it can.
+def screen(
+    reply: Message,
+    weighted_by_key: str,
+    layout: ArrayRecord | None,
+    companions: Mapping[str, ArrayRecord] | None = None,
+) -> str | None:
+    """Return why a reply cannot be used, or None if it can.
 
     Parameters
     ----------
     reply : Message
     weighted_by_key : str
         Name of the metric that is the reply's weight.
-    like : ArrayRecord or None
-        The global model, for a training reply: keys, shapes and dtypes must equal its own. Whether
-        the values are finite is seen when they are read for the first time, by `Updates`. None for
-        an evaluation reply, which carries none.
+    layout : ArrayRecord or None
+        Whose keys, shapes and dtypes a training reply's arrays must have. Whether the values are
+        finite is seen when they are read for the first time, by `Updates`. None for an evaluation
+        reply, which carries no arrays.
+    companions : mapping of str to ArrayRecord, optional
+        Layouts of the records that must come back beside the model, by name.
     """
     if reply.has_error():
         return error_text(reply)
@@ -43,22 +50,36 @@ def screen(reply: Message, weighted_by_key: str, like: ArrayRecord | None) -> st
     metrics = list(reply.content.metric_records.values())
     if len(metrics) != 1:
         return f"the reply has {len(metrics)} metric records instead of one"
-    if (reason := _screen_weight(metrics[0], weighted_by_key, like is not None)) is not None:
+    if (reason := _screen_weight(metrics[0], weighted_by_key, layout is not None)) is not None:
         return reason
     for name, value in metrics[0].items():
         if not all(_fits(number) for number in (value if isinstance(value, list) else [value])):
             return f"{name} is an integer beyond 64 bits"
-    if like is None:
+    if layout is None:
         return check_counts(metrics[0])
-    return screen_arrays(reply, like)
+    return screen_arrays(reply, layout, companions or {})
 
 
-def screen_arrays(reply: Message, like: ArrayRecord) -> str | None:
-    """Return why the arrays of a reply with content cannot be used, or None where they can."""
-    arrays = list(reply.content.array_records.values())
-    if len(arrays) != 1:
-        return f"the reply has {len(arrays)} array records instead of one"
-    return _screen_arrays(arrays[0], like)
+def screen_arrays(
+    reply: Message, layout: ArrayRecord, companions: Mapping[str, ArrayRecord]
+) -> str | None:
+    """Return why the arrays of a reply with content cannot be used, or None if they can."""
+    records = reply.content.array_records
+    for name, wanted in companions.items():
+        if name not in records:
+            return f"the reply has no array record {name}"
+        if (flaw := _flaw_of(records[name], wanted)) is not None:
+            return f"in {name}, {flaw}"
+    models = [arrays for name, arrays in records.items() if name not in companions]
+    if len(models) != 1:
+        return f"the reply has {len(models)} array records instead of one"
+    return _flaw_of(models[0], layout)
+
+
+def model_of(reply: Message, companions: Collection[str]) -> ArrayRecord:
+    """Return the model in a reply that passed `screen`: the record that is no companion."""
+    records = reply.content.array_records
+    return next(arrays for name, arrays in records.items() if name not in companions)
 
 
 def error_text(reply: Message) -> str:
@@ -93,14 +114,14 @@ def _fits(number: float) -> bool:
     return not isinstance(number, int) or -(2**63) <= number < 2**63
 
 
-def _screen_arrays(arrays: ArrayRecord, like: ArrayRecord) -> str | None:
-    if missing := like.keys() - arrays.keys():
+def _flaw_of(arrays: ArrayRecord, layout: ArrayRecord) -> str | None:
+    if missing := layout.keys() - arrays.keys():
         return f"{len(missing)} arrays are missing, such as {min(missing)}"
-    if extra := arrays.keys() - like.keys():
+    if extra := arrays.keys() - layout.keys():
         return f"{len(extra)} arrays are not in the model, such as {min(extra)}"
     for key, array in arrays.items():
         try:
-            values, wanted = view(array), view(like[key])
+            values, wanted = view(array), view(layout[key])
         except ValueError as error:
             return f"{key} cannot be read: {error}"
         if values.shape != wanted.shape or values.dtype != wanted.dtype:
@@ -168,7 +189,7 @@ def first_arrays(replies: Iterable[Message]) -> ArrayRecord | None:
     for reply in replies:
         if not reply.has_error() and reply.has_content():
             for arrays in reply.content.array_records.values():
-                if _screen_arrays(arrays, arrays) is None:
+                if _flaw_of(arrays, arrays) is None:
                     return arrays
     return None
 
@@ -251,4 +272,11 @@ def without_arrays(reply: Message) -> Message:
         content[key] = metrics
     message = copy.copy(reply)
     message.content = content
+    return message
+
+
+def with_arrays(reply: Message, arrays: ArrayRecord) -> Message:
+    """Return a copy that holds these arrays alone, under the name of the reply's first."""
+    message = without_arrays(reply)
+    message.content[next(iter(reply.content.array_records))] = arrays
     return message

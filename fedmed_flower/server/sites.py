@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 from flwr.app import ConfigRecord, Message
@@ -14,9 +13,6 @@ from flwr.serverapp import Grid
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.wire import ALL_SITES, SITE_RECORD, read_error
-
-if TYPE_CHECKING:
-    from fedmed_flower.strategies.base import FedAvg
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -52,48 +48,41 @@ def wait_for_sites(grid: Grid, needed: int, timeout: float = math.inf) -> int:
     return count
 
 
-def enough(
-    strategy: FedAvg, grid: Grid, server_round: int, phase: str, fraction: float, minimum: int
-) -> bool:
-    """Wait for the sites of a phase; record it where too few of them come within the timeout."""
-    needed = max(minimum, strategy.min_available_nodes) if fraction > 0 else 0
-    starting = math.isfinite(strategy.timeout) and not strategy.begun
-    if phase == "train" and starting and not getattr(grid, "complete", False):
-        # Hospitals connect one after the other: a rule that needs many must not refuse the first.
-        needed = max(needed, strategy.needed())
-    if (count := wait_for_sites(grid, needed, strategy.timeout)) >= needed:
-        return True
-    reason = f"{count} sites are connected, {needed} needed"
-    strategy.inbox.fail(server_round, phase, ALL_SITES, reason)
-    return False
+def shortfall(strategy: str, needed: int, count: int) -> str | None:
+    """Return why the sites that take part are too few for what a strategy promises; or None.
 
-
-def refuse_too_few(strategy: FedAvg, server_round: int, count: int) -> bool:
-    """Return whether too few sites are addressed for what a strategy promises.
-
-    Raises
-    ------
-    InputError
-        Where it is so from the start; sites that drop out later must not end the run.
+    Parameters
+    ----------
+    strategy : str
+        The strategy's name.
+    needed : int
+        Replies a round.
+    count : int
+        Sites that take part; with none there is nothing to promise.
     """
-    needed = strategy.needed()
     if count == 0 or count >= needed:
-        return False
-    reason = (
-        f"{type(strategy).__name__} needs {needed} replies a round to keep its promise, but "
+        return None
+    return (
+        f"{strategy} needs {needed} replies a round to keep its promise, but "
         f"{count} sites take part: raise min_train_nodes or lower num_malicious_nodes"
     )
-    if not strategy.begun:
-        raise InputError(reason)
-    strategy.inbox.fail(server_round, "train", ALL_SITES, reason)
-    return True
 
 
-def nobody_left(strategy: FedAvg, grid: Grid) -> str | None:
-    """Return why no further round can be trained; None while a site is there that may train."""
-    nodes = set(grid.get_node_ids()) if strategy.inbox.declined else set()
-    nodes = nodes if strategy.only is None else nodes & strategy.only
-    if not nodes or nodes - strategy.inbox.declined:
+def nobody_left(
+    connected: Collection[int], declined: Collection[int], only: Collection[int] | None
+) -> str | None:
+    """Return why no further round can be trained; None while a site is there that may train.
+
+    Parameters
+    ----------
+    connected, declined : collection of int
+        Nodes that are connected, and those that have declined to train.
+    only : collection of int, optional
+        Nodes to which training is confined.
+    """
+    nodes = set(connected) if declined else set()
+    nodes = nodes if only is None else nodes & set(only)
+    if not nodes or nodes - set(declined):
         return None
     return "every connected site has declined to train further"
 
@@ -110,8 +99,8 @@ def draw(
     """
     candidates = sorted(set(nodes), key=lambda node_id: (names.get(node_id, ""), node_id))
     count = min(count, len(candidates))
-    places = np.random.default_rng(seed).choice(len(candidates), count, replace=False)
-    return [candidates[place] for place in sorted(places)]
+    drawn = np.random.default_rng(seed).choice(len(candidates), count, replace=False)
+    return [candidates[index] for index in sorted(drawn)]
 
 
 def learn_name(

@@ -14,15 +14,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp import Grid
 
 from fedmed_flower.data.site import in_simulation
 from fedmed_flower.errors import InputError
+from fedmed_flower.server.ask import ask_all
 from fedmed_flower.server.duplicates import Namesakes
 from fedmed_flower.server.run_folder import SUMMARY, RunFolder
-from fedmed_flower.server.screening import error_text
-from fedmed_flower.server.sites import learn_name, wait_for_sites
+from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.survey import SurveySettings
 from fedmed_flower.statistics.page import STATISTICS, write_page
 from fedmed_flower.statistics.replies import read_reply
@@ -101,41 +101,28 @@ def ask(
         A hospital that answers with an error, or with what cannot be, is among its `failures`.
     """
     record = ConfigRecord({"request": request.to_text(), **(config or {})})
-    kind = f"{MessageType.QUERY}.statistics"
-    nodes = list(grid.get_node_ids())
-    content = RecordDict({"config": record})
+    contents = {node_id: RecordDict({"config": record}) for node_id in grid.get_node_ids()}
     answer, names, namesakes = Answer(request), dict[int, str](), Namesakes()
-    told: dict[str, dict[str, Any]] = {}
-    silent = set(nodes)
-    messages = [Message(content, node_id, kind) for node_id in nodes]
-    for reply in grid.send_and_receive(messages, timeout=timeout):
-        node_id = reply.metadata.src_node_id
-        silent.discard(node_id)
-        learn_name(names, node_id, reply)
-        name = names.setdefault(node_id, f"node {node_id}")
-        if reply.has_error():
-            answer.failures.append((name, error_text(reply)))
-            continue
-        try:
-            text = reply.content.config_records["statistics"]["answer"]
-            found = read_reply(text)
-            about = reply.content.config_records.get(SITE_RECORD, ConfigRecord())
-            source, generated = str(about.get("data", "not named")), about.get("generated")
-        except (KeyError, ValueError) as error:
-            answer.failures.append((name, f"malformed answer: {error}"))
-            continue
-        told[name] = found
-        namesakes.take(reply)
+    answers, failures = ask_all(grid, "statistics", contents, _read, timeout, names)
+    for one in answers:
+        answer.sites[one.site], source, generated = one.value
+        namesakes.take(one.node_id, one.content)
         answer.sources.add(source[:200])
-        answer.generated |= generated is True
-    answer.failures += [(f"node {node_id}", "no answer in time") for node_id in sorted(silent)]
-    answer.sites = {name: told[name] for name in sorted(told)}
+        answer.generated |= generated
+    answer.failures = [(failure.site, failure.reason) for failure in failures]
     for reason in dict.fromkeys(reason for _, reason in answer.failures):
         names_of = ", ".join(name for name, why in answer.failures if why == reason)
         log.warning("no statistics of %s: %s", names_of, reason)
     if text := namesakes.text(names):
         log.warning("%s", text)
     return answer
+
+
+def _read(_: int, content: RecordDict) -> tuple[dict[str, Any], str, bool]:
+    """Return what a hospital answers, the source of its rows, and whether they were generated."""
+    found = read_reply(content.config_records["statistics"]["answer"])
+    about = content.config_records.get(SITE_RECORD, ConfigRecord())
+    return found, str(about.get("data", "not named")), about.get("generated") is True
 
 
 def survey(

@@ -1,209 +1,218 @@
-"""From the replies of a round to the new model: all at once, or one by one as they come."""
+"""From the replies of a round to a model: all at once, or one by one as they come.
+
+Nothing here knows a strategy: the functions take replies, layouts and the strategy's rule, and say
+by a callback which replies they leave out.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedmed_flower.arrays.updates import Mean, NotUsableError, Updates
-from fedmed_flower.arrays.views import keep_dtypes, not_finite, view
-from fedmed_flower.errors import InputError
-from fedmed_flower.server.inbox import Kept
-from fedmed_flower.server.screening import (
-    capped,
-    first_arrays,
-    metrics_of,
-    with_shared_metrics,
-    without_arrays,
-)
-from fedmed_flower.strategies.server_optimizers import OPTIMISERS, step
-from fedmed_flower.wire import ALL_SITES, EPSILON
+from fedmed_flower.arrays.views import not_finite, view
+from fedmed_flower.server.inbox import AcceptedReply
+from fedmed_flower.server.screening import capped, metrics_of, with_shared_metrics, without_arrays
+from fedmed_flower.wire import EPSILON
 
-if TYPE_CHECKING:
-    from fedmed_flower.strategies.base import FedAvg
-
-# More replies than these are added to the mean one by one where the rule is a mean.
+# More replies than these are added to the mean one by one if the rule is a mean.
 STREAM_ABOVE = 100
 # The sum of all weights, and a weight times a value, must be finite.
 _MOST_WEIGHT = 1e100
-Outcome = tuple[ArrayRecord | None, MetricRecord | None]
+
+Weigh = Callable[[str, Message], float]
+Decode = Callable[[ArrayRecord], ArrayRecord]
+MetricsRule = Callable[[list[RecordDict], str], MetricRecord]
+# Records that a site's reply does not count, why, and whether no honest site sends such a one.
+Reject = Callable[[str, str, bool], None]
+# Makes the new model of the replies, given as they came and as updates with their weights.
+Rule = Callable[[list[AcceptedReply], Updates, list[float]], ArrayRecord | None]
+# Makes the record of a name that travels beside the model.
+CompanionRule = Callable[[str, Updates, list[float]], ArrayRecord]
 
 
-def aggregate(strategy: FedAvg, server_round: int, replies: Iterable[Message]) -> Outcome:
-    """Screen replies and apply the strategy's rule, as `FedAvg.aggregate_train` tells."""
-    strategy.server_round = server_round
-    try:
-        return _aggregate(strategy, server_round, replies)
-    finally:
-        strategy.faulty = 0
+@dataclass(frozen=True)
+class Limits:
+    """What one reply may do to the model, as `FedAvg` takes it."""
+
+    weight_share: float | None = None
+    update_norm: float | None = None
 
 
-def _aggregate(strategy: FedAvg, server_round: int, replies: Iterable[Message]) -> Outcome:
-    if not isinstance(replies, Sequence):
-        rest = iter(replies)
-        first = list(itertools.islice(rest, STREAM_ABOVE + 1))
-        if len(first) > STREAM_ABOVE and strategy.is_plain_mean:
-            return _one_by_one(strategy, server_round, first, rest)
-        replies = [*first, *rest]
-    if not replies and strategy.needed() > 0:
-        return None, None
-    like = _layout(strategy, replies)
-    kept = strategy.inbox.admit(server_round, "train", replies, strategy.weighted_by_key, like)
-    usable = strategy.inbox.in_order(_weighed(strategy, server_round, kept))
-    strategy.faulty = strategy.inbox.malformed
-    arrays, usable = _combine(strategy, server_round, usable, like)
-    strategy.inbox.record(server_round, "train", usable)
-    return (None, None) if arrays is None else _conclude(strategy, server_round, arrays, usable)
+@dataclass
+class Combined:
+    """What a rule has made of a round's replies.
+
+    Attributes
+    ----------
+    model : ArrayRecord or None
+    replies : list of AcceptedReply
+        Those that remained, in the order of their sites' names.
+    companions : dict of str to ArrayRecord
+        The next ones, by name.
+    tried : bool
+        Whether there were replies enough for the rule.
+    """
+
+    model: ArrayRecord | None
+    replies: list[AcceptedReply]
+    companions: dict[str, ArrayRecord] = field(default_factory=dict)
+    tried: bool = True
 
 
-def _one_by_one(
-    strategy: FedAvg, server_round: int, first: list[Message], rest: Iterator[Message]
-) -> Outcome:
-    """Add replies to the mean as they come, so that none is kept."""
-    inbox, like = strategy.inbox, _layout(strategy, first)
-    if like is None:
-        return _aggregate(strategy, server_round, [*first, *rest])
-    mean, slim = Mean(like), []
+def first_of(replies: Iterable[Message]) -> tuple[list[Message], Iterator[Message] | None]:
+    """Return the replies as a list; of more than `STREAM_ABOVE` from an iterator the rest apart."""
+    if isinstance(replies, Sequence):
+        return list(replies), None
+    rest = iter(replies)
+    first = list(itertools.islice(rest, STREAM_ABOVE + 1))
+    return first, (rest if len(first) > STREAM_ABOVE else None)
+
+
+def drain(first: list[Message], rest: Iterator[Message]) -> Iterator[Message]:
+    """Yield the messages of `first`, emptying it, then those of `rest`: none stays in memory."""
     first.reverse()
-    replies = itertools.chain((first.pop() for _ in range(len(first))), rest)
-    kept = inbox.admit(server_round, "train", replies, strategy.weighted_by_key, like)
-    for reply in _weighed(strategy, server_round, kept):
-        if (reason := not_finite(reply.arrays)) is not None:
-            inbox.fail(server_round, "train", reply.site, reason)
-            continue
-        mean.add(reply.arrays, reply.weight)
-        reply.message, reply.used = without_arrays(reply.message), True
-        slim.append(reply)
-    slim = inbox.in_order(slim)
-    inbox.record(server_round, "train", slim)
-    if not _suffice(strategy, server_round, slim):
-        return None, None
-    arrays = mean.result()
-    if not _is_model(strategy, server_round, arrays):
-        return None, None
-    return _conclude(strategy, server_round, arrays, slim)
+    while first:
+        yield first.pop()
+    yield from rest
 
 
-def _layout(strategy: FedAvg, replies: list[Message] | Sequence[Message]) -> ArrayRecord | None:
-    """Return the arrays whose keys, shapes and dtypes all replies must have."""
-    return strategy.sent_arrays if strategy.sent_arrays is not None else first_arrays(replies)
-
-
-def _weighed(strategy: FedAvg, server_round: int, kept: Iterable[Kept]) -> Iterator[Kept]:
-    for reply in kept:
+def weighed(
+    replies: Iterable[AcceptedReply], weigh: Weigh, decode: Decode, reject: Reject
+) -> Iterator[AcceptedReply]:
+    """Give each reply its weight and the arrays that the rule works on; reject what has none."""
+    for reply in replies:
         try:
-            reply.weight = strategy.weigh(reply.site, reply.message)
+            reply.weight = weigh(reply.site, reply.message)
             if not 0 < reply.weight <= _MOST_WEIGHT:
                 raise ValueError(
                     f"its weight must be above 0 and at most {_MOST_WEIGHT:.0e}, got {reply.weight}"
                 )
+            reply.arrays = decode(reply.arrays)
         except ValueError as error:
-            strategy.inbox.fail(server_round, "train", reply.site, str(error))
+            reject(reply.site, str(error), False)
         else:
             yield reply
 
 
-def _suffice(strategy: FedAvg, server_round: int, usable: list[Kept]) -> bool:
-    # A strategy that needs none releases something where nobody replied.
-    needed = max(strategy.min_replies, strategy.needed()) if strategy.needed() else 0
-    if len(usable) >= needed:
-        return True
-    reason = f"{len(usable)} usable replies, {needed} needed: the model stays as it was"
-    strategy.inbox.fail(server_round, "train", ALL_SITES, reason)
-    return False
-
-
-def _combine(
-    strategy: FedAvg, server_round: int, usable: list[Kept], like: ArrayRecord | None
-) -> tuple[ArrayRecord | None, list[Kept]]:
-    """Apply the rule, and again without the replies that prove not to be usable."""
-    longest = strategy.max_update_norm
-    while _suffice(strategy, server_round, usable) and like is not None:
-        arrays = [reply.arrays for reply in usable]
-        names, metrics = [reply.site for reply in usable], [reply.metrics for reply in usable]
-        updates = Updates(arrays, like, strategy.sent_arrays, names, metrics)
-        try:
-            if longest is not None:
-                updates.check()
-                # Once: the median of those that are left would be a lower one.
-                times, longest = longest, None
-                updates.require_norms(times)
-            weights = capped([reply.weight for reply in usable], strategy.max_weight_share)
-            combined = _apply(strategy, server_round, usable, updates, weights)
-        except NotUsableError as error:
-            for place, reason in error.reasons.items():
-                strategy.inbox.fail(server_round, "train", usable[place].site, reason)
-            strategy.faulty += len(error.reasons) if error.broken else 0
-            usable = [reply for place, reply in enumerate(usable) if place not in error.reasons]
+def mean_one_by_one(
+    replies: Iterable[AcceptedReply], layout: ArrayRecord, reject: Reject
+) -> tuple[Mean, list[AcceptedReply]]:
+    """Add each reply to the mean as it comes, then drop its arrays to save memory."""
+    mean, added = Mean(layout), []
+    for reply in replies:
+        if (flaw := not_finite(reply.arrays)) is not None:
+            reject(reply.site, flaw, False)
             continue
-        for place in updates.used:
-            usable[place].used = True
-        return combined if _is_model(strategy, server_round, combined) else None, usable
-    return None, usable
+        mean.add(reply.arrays, reply.weight)
+        reply.message, reply.arrays = without_arrays(reply.message), ArrayRecord()
+        reply.used = True
+        added.append(reply)
+    return mean, added
 
 
-def _is_model(strategy: FedAvg, server_round: int, arrays: ArrayRecord | None) -> bool:
-    """Return whether a round has led to a finite model; record it where it has not."""
-    flaw = "there is none" if arrays is None else not_finite(arrays)
-    if flaw is not None:
-        strategy.inbox.fail(server_round, "train", ALL_SITES, f"in the new model, {flaw}")
-    return flaw is None
+def combine(
+    replies: list[AcceptedReply],
+    layout: ArrayRecord | None,
+    sent: ArrayRecord | None,
+    companions: Mapping[str, ArrayRecord],
+    rule: Rule,
+    companion_rule: CompanionRule,
+    limits: Limits,
+    suffice: Callable[[int], bool],
+    reject: Reject,
+) -> Combined:
+    """Apply a rule; if it finds replies that cannot be used, apply it again without them.
+
+    Parameters
+    ----------
+    replies : list of AcceptedReply
+        In the order of their sites' names.
+    layout : ArrayRecord or None
+        Keys, shapes and dtypes of the model; None if nobody knows them.
+    sent : ArrayRecord or None
+        The global model that the sites started from, if it is known.
+    companions : mapping of str to ArrayRecord
+        What was sent beside the model, by name.
+    rule, companion_rule
+        Raise `NotUsableError` where updates must not be used.
+    limits : Limits
+    suffice : callable
+        Whether a number of replies is enough; asked again after replies were left out.
+    reject : callable
+    """
+    norms_checked = limits.update_norm is None
+    while suffice(len(replies)) and layout is not None:
+        updates = _updates([reply.arrays for reply in replies], layout, sent, replies)
+        try:
+            if limits.update_norm is not None and not norms_checked:
+                updates.check()
+                # Lengths are compared once: without the longest the median would be lower.
+                norms_checked = True
+                updates.require_norms(limits.update_norm)
+            weights = capped([reply.weight for reply in replies], limits.weight_share)
+            beside = {}
+            for name, record in companions.items():
+                brought = [reply.companions[name] for reply in replies]
+                beside[name] = _checked(name, brought, record, replies, weights, companion_rule)
+            model = rule(replies, updates, weights)
+        except NotUsableError as error:
+            for index, reason in error.reasons.items():
+                reject(replies[index].site, reason, error.broken)
+            replies = [reply for k, reply in enumerate(replies) if k not in error.reasons]
+            continue
+        for index in updates.used:
+            replies[index].used = True
+        return Combined(model, replies, beside)
+    return Combined(None, replies, tried=False)
 
 
-def _apply(
-    strategy: FedAvg,
-    server_round: int,
-    usable: list[Kept],
-    updates: Updates,
-    weights: Sequence[float],
-) -> ArrayRecord | None:
-    """Apply our rule, or that of a strategy that is neither ours nor Flower's."""
-    other = strategy.below
-    if other is None or issubclass(other, OPTIMISERS):
-        combined = strategy.combine(updates, weights)
-        updates.check()
-        return combined
+def _updates(
+    arrays: Sequence[ArrayRecord],
+    layout: ArrayRecord,
+    sent: ArrayRecord | None,
+    replies: Sequence[AcceptedReply],
+) -> Updates:
+    sites, metrics = [reply.site for reply in replies], [reply.metrics for reply in replies]
+    return Updates(arrays, layout, sent, sites, metrics)
+
+
+def _checked(
+    name: str,
+    brought: list[ArrayRecord],
+    sent: ArrayRecord,
+    replies: list[AcceptedReply],
+    weights: list[float],
+    rule: CompanionRule,
+) -> ArrayRecord:
+    updates = _updates(brought, sent, sent, replies)
+    combined = rule(name, updates, weights)
     updates.check()
-    replies = [reply.message for reply in usable]
-    messages = with_shared_metrics(replies, strategy.weighted_by_key, weights=weights)
-    made, _ = other.aggregate_train(strategy, server_round, messages)
-    if made is not None and _shapes(made) != _shapes(updates.like):
-        raise InputError(f"{other.__name__} returns a model of other entries or shapes")
-    return None if made is None else keep_dtypes(made, updates.like)
+    return combined
 
 
-def _shapes(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:
+def shapes(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each array."""
     return {key: view(array).shape for key, array in arrays.items()}
 
 
-def _conclude(
-    strategy: FedAvg, server_round: int, arrays: ArrayRecord, usable: list[Kept]
-) -> Outcome:
-    """Average the metrics, and let Flower's server optimiser make its step."""
-    metrics = None
-    # As in Flower, those that the rule selects.
-    if chosen := [without_arrays(reply.message) for reply in usable if reply.used]:
-        key, share = strategy.weighted_by_key, strategy.max_weight_share
-        messages = with_shared_metrics(chosen, key, share)
-        contents = [message.content for message in messages]
-        metrics = strategy.train_metrics_aggr_fn(contents, key)
-        if EPSILON in metrics:
-            metrics[EPSILON] = max(metrics_of(message)[EPSILON] for message in messages)
-    strategy.begun = True
-    other = strategy.below
-    if other is not None and issubclass(other, OPTIMISERS):
-        if strategy.sent_arrays is None:
-            raise InputError(
-                f"{type(strategy).__name__} moves the global model, which it does not know: "
-                "call configure_train before aggregate_train"
-            )
-        moved = step(strategy, other, server_round, arrays, strategy.sent_arrays)
-        if moved is None:
-            reason = f"the step of {other.__name__} leads beyond what the model can hold"
-            strategy.inbox.fail(server_round, "train", ALL_SITES, reason)
-            return None, None
-        arrays = moved
-    return arrays, metrics
+def flaw_of(model: ArrayRecord | None) -> str | None:
+    """Return why this is no finite model; None if it is one."""
+    return "there is none" if model is None else not_finite(model)
+
+
+def average_metrics(
+    replies: Iterable[AcceptedReply], key: str, share: float | None, rule: MetricsRule
+) -> MetricRecord | None:
+    """Average the metrics of the replies that the rule used, as Flower does; None of none."""
+    used = [without_arrays(reply.message) for reply in replies if reply.used]
+    if not used:
+        return None
+    messages = with_shared_metrics(used, key, share)
+    metrics = rule([message.content for message in messages], key)
+    if EPSILON in metrics:
+        metrics[EPSILON] = max(metrics_of(message)[EPSILON] for message in messages)
+    return metrics

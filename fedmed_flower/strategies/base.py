@@ -7,6 +7,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,28 +16,77 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
 from fedmed_flower.arrays.updates import Updates
+from fedmed_flower.arrays.views import keep_dtypes
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics.names import is_pooled_only
 from fedmed_flower.metrics.pooling import pool
 from fedmed_flower.server.history import History
-from fedmed_flower.server.inbox import Inbox
-from fedmed_flower.server.run_folder import RunFolder
-from fedmed_flower.server.screening import metrics_of, sound_figures, with_shared_metrics
-from fedmed_flower.server.sites import draw, enough, nobody_left, refuse_too_few
-from fedmed_flower.strategies.aggregation import STREAM_ABOVE, aggregate
-from fedmed_flower.strategies.checkpoint import restore, save
+from fedmed_flower.server.inbox import AcceptedReply, Inbox
+from fedmed_flower.server.run_folder import Checkpoint, RunFolder
+from fedmed_flower.server.screening import (
+    first_arrays,
+    metrics_of,
+    sound_figures,
+    with_arrays,
+    with_shared_metrics,
+)
+from fedmed_flower.server.sites import draw, nobody_left, shortfall, wait_for_sites
+from fedmed_flower.strategies import checkpoint as checkpoints
+from fedmed_flower.strategies.aggregation import (
+    STREAM_ABOVE,
+    Limits,
+    average_metrics,
+    combine,
+    drain,
+    first_of,
+    flaw_of,
+    mean_one_by_one,
+    shapes,
+    weighed,
+)
 from fedmed_flower.strategies.server_optimizers import (
     OPTIMISERS,
     class_below,
     export_state,
     import_state,
     minima,
+    step,
 )
 from fedmed_flower.wire import ALL_SITES
 
 log = logging.getLogger("flwr.fedmed")
 
 _TRAIN, _EVALUATE = 0, 1
+# How the records that travel beside the model are named in `FedAvg.export_state`.
+_COMPANION = "companion "
+
+
+@dataclass
+class RunState:
+    """What a run knows from one phase to the next; `FedAvg.start` makes it afresh.
+
+    Attributes
+    ----------
+    timeout : float
+        Seconds to wait in each phase.
+    begun : bool
+        Whether a round has led to a model.
+    server_round : int
+        The round whose replies are being combined.
+    faulty : int
+        Replies of that round that no honest site sends.
+    sent_arrays : ArrayRecord or None
+        The model that `FedAvg.configure_train` has sent last.
+    evaluated : str
+        The phase of evaluation: ``val``, or ``test`` at the end.
+    """
+
+    timeout: float = math.inf
+    begun: bool = False
+    server_round: int = 0
+    faulty: int = 0
+    sent_arrays: ArrayRecord | None = None
+    evaluated: str = "val"
 
 
 class FedAvg(flower.FedAvg):
@@ -79,11 +129,22 @@ class FedAvg(flower.FedAvg):
         Node ids to which training and evaluation are confined.
     site_names : dict
         Site name by node id, as far as the sites have told it.
+    companions : dict of str to ArrayRecord
+        Records that travel beside the model in each training message and must come back, changed,
+        in each reply; none here. `combine_companion` makes the next ones, the checkpoint keeps
+        them.
+    run : RunState
+        What the run knows from one phase to the next.
 
     Raises
     ------
     InputError
         Where an argument is out of its range, or `resume` is given without `run_dir`.
+
+    Notes
+    -----
+    A round is select, exchange, screen, combine, step, record. `configure_train` selects,
+    `exchange` sends and collects, and `aggregate_train` does the rest; each can be called alone.
     """
 
     # The strategy of Flower, or of somebody else, that this one is mixed with.
@@ -125,10 +186,8 @@ class FedAvg(flower.FedAvg):
         self.inbox = Inbox()
         self.result = flower.Result()
         self.only: set[int] | None = None
-        self._evaluating = "val"
-        self.timeout = math.inf
-        self.begun, self.server_round, self.faulty = False, 0, 0
-        self.sent_arrays: ArrayRecord | None = None
+        self.companions: dict[str, ArrayRecord] = {}
+        self.run = RunState()
 
     def start(
         self,
@@ -172,11 +231,12 @@ class FedAvg(flower.FedAvg):
             _TRAIN: ConfigRecord() if train_config is None else train_config,
             _EVALUATE: ConfigRecord() if evaluate_config is None else evaluate_config,
         }
-        self.timeout, self.begun, self.inbox.declined = timeout, False, set()
-        self.inbox.history, self.result = History(), flower.Result(arrays=initial_arrays)
+        self.run = RunState(timeout)
+        self.inbox.history, self.inbox.declined = History(), set()
+        self.result = flower.Result(arrays=initial_arrays)
         # A run that starts afresh owes nothing to one before it.
         self.import_state({})
-        first = restore(self, grid, initial_arrays) + 1
+        first = self._restore(grid, initial_arrays) + 1
         if first > num_rounds + 1:
             raise InputError(
                 f"num_rounds must be at least {first - 1}, the rounds that are done, "
@@ -185,31 +245,33 @@ class FedAvg(flower.FedAvg):
         if first == 1 and evaluate_fn is not None:
             self._keep(0, "evaluate_metrics_serverapp", evaluate_fn(0, initial_arrays), "server")
         for server_round in range(first, num_rounds + 1):
-            if (reason := self.stop_reason() or nobody_left(self, grid)) is not None:
+            reason = self.stop_reason() or nobody_left(
+                list(grid.get_node_ids()), self.inbox.declined, self.only
+            )
+            if reason is not None:
                 self.inbox.fail(server_round, "train", ALL_SITES, reason)
                 break
             began = time.perf_counter()
             arrays = self.result.arrays
             messages = list(self.configure_train(server_round, arrays, configs[_TRAIN], grid))
-            many = len(messages) > STREAM_ABOVE and self.is_plain_mean
-            send = self.inbox.stream if many else self.inbox.exchange
-            # No name for the replies: they would stay in memory while the sites evaluate.
+            # Do not bind the replies to a variable: they would stay in memory while the sites
+            # evaluate.
             aggregated, metrics = self.aggregate_train(
-                server_round, send(grid, messages, timeout, server_round, "train")
+                server_round, self.exchange(grid, messages, server_round, "train")
             )
             if aggregated is not None:
                 self.result.arrays = arrays = aggregated
             self._keep(server_round, "train_metrics_clientapp", metrics, "train")
 
             messages = list(self.configure_evaluate(server_round, arrays, configs[_EVALUATE], grid))
-            replies = self.inbox.exchange(grid, messages, timeout, server_round, "val")
+            replies = self.exchange(grid, messages, server_round, "val")
             metrics = self.aggregate_evaluate(server_round, replies)
             self._keep(server_round, "evaluate_metrics_clientapp", metrics, "val")
 
             if evaluate_fn is not None:
                 metrics = evaluate_fn(server_round, arrays)
                 self._keep(server_round, "evaluate_metrics_serverapp", metrics, "server")
-            save(self, grid, server_round)
+            self._save(grid, server_round)
             seconds, line = time.perf_counter() - began, self.history.describe(server_round)
             log.info("round %d/%d  %s  %.1f s", server_round, num_rounds, line, seconds)
         return self.result
@@ -235,12 +297,12 @@ class FedAvg(flower.FedAvg):
             Message(content, node_id, MessageType.EVALUATE) for node_id in grid.get_node_ids()
         ]
         before = len(self.history.rows)
-        self._evaluating = "test"
+        self.run.evaluated, self.run.timeout = "test", timeout
         try:
-            replies = self.inbox.exchange(grid, messages, timeout, server_round, "test")
+            replies = self.exchange(grid, messages, server_round, "test")
             metrics = self.aggregate_evaluate(server_round, replies)
         finally:
-            self._evaluating = "val"
+            self.run.evaluated = "val"
         self.history.add(server_round, "test", ALL_SITES, metrics or {})
         table: dict[str, dict[str, float]] = {}
         for _, _, site, metric, value in self.history.rows[before:]:
@@ -251,23 +313,53 @@ class FedAvg(flower.FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Wait for the sites, then address this round's training messages to a sample of them."""
-        self.sent_arrays = arrays
-        minimum = self.min_train_nodes
-        if not enough(self, grid, server_round, "train", self.fraction_train, minimum):
+        self.run.sent_arrays = arrays
+        if not self._wait(grid, server_round, "train", self.fraction_train, self.min_train_nodes):
             return []
         messages = super().configure_train(server_round, arrays, config, grid)
         addressed = self._address(messages, grid, server_round, _TRAIN)
-        return [] if refuse_too_few(self, server_round, len(addressed)) else addressed
+        reason = shortfall(type(self).__name__, self.needed(), len(addressed))
+        if reason is not None:
+            if not self.run.begun:
+                raise InputError(reason)
+            # Sites that drop out later must not end the run.
+            self.inbox.fail(server_round, "train", ALL_SITES, reason)
+            return []
+        for message in addressed:
+            message.content.update(self.companions)
+        return addressed
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Wait for the sites, then address this round's evaluation messages to a sample of them."""
         minimum = self.min_evaluate_nodes
-        if not enough(self, grid, server_round, "val", self.fraction_evaluate, minimum):
+        if not self._wait(grid, server_round, "val", self.fraction_evaluate, minimum):
             return []
         messages = super().configure_evaluate(server_round, arrays, config, grid)
         return self._address(messages, grid, server_round, _EVALUATE)
+
+    def exchange(
+        self, grid: Grid, messages: list[Message], server_round: int, phase: str
+    ) -> Iterable[Message]:
+        """Send the messages of a phase and collect the replies; sites without one are recorded.
+
+        Override it to send a second message that depends on who has replied to the first.
+
+        Parameters
+        ----------
+        phase : str
+            ``train``, ``val`` or ``test``.
+
+        Returns
+        -------
+        iterable of Message
+            The replies as they come if more than 100 are awaited and the rule is a plain mean;
+            else a list.
+        """
+        replies = self.inbox.collect(grid, messages, self.run.timeout, server_round, phase)
+        many = phase == "train" and len(messages) > STREAM_ABOVE and self.is_plain_mean
+        return replies if many else list(replies)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -285,7 +377,18 @@ class FedAvg(flower.FedAvg):
         tuple of (ArrayRecord or None, MetricRecord or None)
             (None, None) where fewer than `min_replies` passed, or fewer than the rule needs.
         """
-        return aggregate(self, server_round, replies)
+        self.run.server_round = server_round
+        try:
+            arrays, accepted = self._combined(server_round, replies)
+            if arrays is None:
+                return None, None
+            key, share = self.weighted_by_key, self.max_weight_share
+            metrics = average_metrics(accepted, key, share, self.train_metrics_aggr_fn)
+            self.run.begun = True
+            moved = self._step(server_round, arrays)
+            return (None, None) if moved is None else (moved, metrics)
+        finally:
+            self.run.faulty = 0
 
     def combine(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
         """Return the new model: the rule of a strategy, and all that a new one has to give.
@@ -310,6 +413,39 @@ class FedAvg(flower.FedAvg):
         """
         return float(metrics_of(reply)[self.weighted_by_key])  # type: ignore[arg-type]
 
+    def combine_companion(
+        self, name: str, updates: Updates, weights: Sequence[float]
+    ) -> ArrayRecord:
+        """Return the next record of `companions` of that name: here the weighted mean.
+
+        Parameters
+        ----------
+        name : str
+        updates : Updates
+            What the sites sent back, from the record that they were sent.
+        weights : sequence of K floats
+            As in `combine`.
+        """
+        total = sum(weights)
+        return updates.weighted_sum([weight / total for weight in weights])
+
+    def reply_layout(self, sent: ArrayRecord) -> ArrayRecord:
+        """Return whose keys, shapes and dtypes the arrays of a reply must have: here the model's.
+
+        Override it with `decode` where sites send the model otherwise, such as in 8 bits.
+        """
+        return sent
+
+    def decode(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Return the model that arrays of `reply_layout` stand for: here the arrays themselves.
+
+        Raises
+        ------
+        ValueError
+            Where they stand for none, with the reason; the reply is left out.
+        """
+        return arrays
+
     def choose(
         self, nodes: Collection[int], count: int, server_round: int, training: bool
     ) -> list[int]:
@@ -328,19 +464,25 @@ class FedAvg(flower.FedAvg):
     def export_state(self) -> dict[str, ArrayRecord]:
         """Return what must be kept between rounds besides the model: it goes into the checkpoint.
 
-        Here that of Flower's server optimisers. A strategy that keeps more adds it.
+        Here that of Flower's server optimisers, and `companions`. A strategy that keeps more adds
+        it.
         """
-        return export_state(self)
+        companions = {f"{_COMPANION}{name}": each for name, each in self.companions.items()}
+        return export_state(vars(self)) | companions
 
     def import_state(self, state: dict[str, ArrayRecord]) -> None:
         """Take up what `export_state` returned when the checkpoint was written."""
-        import_state(self, state)
+        rest = dict(state)
+        for name in self.companions:
+            if (kept := rest.pop(f"{_COMPANION}{name}", None)) is not None:
+                self.companions[name] = kept
+        vars(self).update(import_state(vars(self), rest, type(self).__name__))
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Screen the replies, average their metrics as Flower does, and add the pooled figures."""
-        phase = self._evaluating
+        phase = self.run.evaluated
         admitted = self.inbox.admit(server_round, phase, replies, self.weighted_by_key, None)
         kept = self.inbox.in_order(admitted)
         self.inbox.record(server_round, phase, kept)
@@ -368,9 +510,10 @@ class FedAvg(flower.FedAvg):
         if self.below is not None and not issubclass(self.below, OPTIMISERS):
             return False
         # A subclass may look at the replies before it passes them on.
-        own, names = type(self), ("combine", "aggregate_train")
+        own, names = type(self), ("combine", "aggregate_train", "exchange", "decode")
         unchanged = all(getattr(own, name) is getattr(FedAvg, name) for name in names)
-        return unchanged and self.max_weight_share is None and self.max_update_norm is None
+        limited = self.max_weight_share is not None or self.max_update_norm is not None
+        return unchanged and not limited and not self.companions
 
     @property
     def history(self) -> History:
@@ -389,6 +532,175 @@ class FedAvg(flower.FedAvg):
     def site_name(self, node_id: int) -> str:
         """Return a node's site name, or ``node <id>`` where it has not told it."""
         return self.inbox.name(node_id)
+
+    def find_checkpoint(self, initial_arrays: ArrayRecord) -> Checkpoint | None:
+        """Return the checkpoint that a run would go on from; None if it starts afresh.
+
+        Raises
+        ------
+        InputError
+            Where it is damaged, or a run that goes on from it would not be the run that was
+            broken off.
+        """
+        if self.folder is None or not self.resume:
+            return None
+        checkpoint = self.folder.load()
+        if checkpoint is not None:
+            checkpoints.require_resumable(type(self), checkpoint, initial_arrays, self.folder)
+        return checkpoint
+
+    def _combined(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, list[AcceptedReply]]:
+        """Screen and combine replies, and record them; return the model and who had a part."""
+        first, rest = first_of(replies)
+        if not first and self.needed() > 0:
+            return None, []
+        sent, key = self.run.sent_arrays, self.weighted_by_key
+        layout = self.reply_layout(sent) if sent is not None else first_arrays(first)
+        streaming = rest is not None and self.is_plain_mean and layout is not None
+        waiting = drain(first, rest) if rest is not None else first
+        admitted = self.inbox.admit(server_round, "train", waiting, key, layout, self.companions)
+        usable = weighed(admitted, self.weigh, self.decode, self._reject)
+        if streaming and layout is not None:
+            mean, accepted = mean_one_by_one(usable, layout, self._reject)
+            accepted = self.inbox.in_order(accepted)
+            self.inbox.record(server_round, "train", accepted)
+            if not self._suffice(len(accepted)):
+                return None, accepted
+            model: ArrayRecord | None = mean.result()
+        else:
+            accepted = self.inbox.in_order(usable)
+            self.run.faulty = self.inbox.malformed
+            if sent is None and accepted:
+                layout = accepted[0].arrays
+            combined = combine(
+                accepted,
+                sent if sent is not None else layout,
+                sent,
+                self.companions,
+                self._rule,
+                self.combine_companion,
+                Limits(self.max_weight_share, self.max_update_norm),
+                self._suffice,
+                self._reject,
+            )
+            model, accepted = combined.model, combined.replies
+            self.inbox.record(server_round, "train", accepted)
+            if not combined.tried:
+                return None, accepted
+            self.companions |= combined.companions
+        if (flaw := flaw_of(model)) is not None:
+            self.inbox.fail(server_round, "train", ALL_SITES, f"in the new model, {flaw}")
+            return None, accepted
+        return model, accepted
+
+    def _rule(
+        self, replies: list[AcceptedReply], updates: Updates, weights: list[float]
+    ) -> ArrayRecord | None:
+        """Apply our rule, or that of a strategy that is neither ours nor Flower's."""
+        other = self.below
+        if other is None or issubclass(other, OPTIMISERS):
+            combined = self.combine(updates, weights)
+            updates.check()
+            return combined
+        updates.check()
+        models = [with_arrays(reply.message, reply.arrays) for reply in replies]
+        messages = with_shared_metrics(models, self.weighted_by_key, weights=weights)
+        made, _ = other.aggregate_train(self, self.run.server_round, messages)
+        if made is not None and shapes(made) != shapes(updates.like):
+            raise InputError(f"{other.__name__} returns a model of other entries or shapes")
+        return None if made is None else keep_dtypes(made, updates.like)
+
+    def _step(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord | None:
+        """Let Flower's server optimiser, if there is one, move the global model."""
+        optimiser = self.below
+        if optimiser is None or not issubclass(optimiser, OPTIMISERS):
+            return arrays
+        if self.run.sent_arrays is None:
+            raise InputError(
+                f"{type(self).__name__} moves the global model, which it does not know: "
+                "call configure_train before aggregate_train"
+            )
+        sent, keys = self.run.sent_arrays, (self.arrayrecord_key, self.weighted_by_key)
+        moved, changed = step(optimiser, vars(self), server_round, arrays, sent, *keys)
+        if moved is None:
+            reason = f"the step of {optimiser.__name__} leads beyond what the model can hold"
+            self.inbox.fail(server_round, "train", ALL_SITES, reason)
+        vars(self).update(changed)
+        return moved
+
+    def _suffice(self, count: int) -> bool:
+        """Return whether so many usable replies will do; record it if they do not."""
+        # A strategy that needs none releases something where nobody replied.
+        needed = max(self.min_replies, self.needed()) if self.needed() else 0
+        if count >= needed:
+            return True
+        reason = f"{count} usable replies, {needed} needed: the model stays as it was"
+        self.inbox.fail(self.run.server_round, "train", ALL_SITES, reason)
+        return False
+
+    def _reject(self, site: str, reason: str, broken: bool) -> None:
+        """Record that a training reply of this round does not count."""
+        self.inbox.fail(self.run.server_round, "train", site, reason)
+        self.run.faulty += broken
+
+    def _wait(
+        self, grid: Grid, server_round: int, phase: str, fraction: float, minimum: int
+    ) -> bool:
+        """Wait for the sites of a phase; record it if too few of them come within the timeout."""
+        needed = max(minimum, self.min_available_nodes) if fraction > 0 else 0
+        starting = math.isfinite(self.run.timeout) and not self.run.begun
+        if phase == "train" and starting and not getattr(grid, "complete", False):
+            # Hospitals connect one after the other: a rule that needs many must not refuse the
+            # first.
+            needed = max(needed, self.needed())
+        if (count := wait_for_sites(grid, needed, self.run.timeout)) >= needed:
+            return True
+        reason = f"{count} sites are connected, {needed} needed"
+        self.inbox.fail(server_round, phase, ALL_SITES, reason)
+        return False
+
+    def _save(self, grid: Grid, server_round: int) -> None:
+        """Write checkpoint, metrics and model after a round, if there is a run folder."""
+        if self.folder is None:
+            return
+        self.folder.save(
+            Checkpoint(
+                server_round,
+                self.seed,
+                self.result.arrays,
+                self.history,
+                checkpoints.metrics_in(self.result),
+                self.site_names,
+                # Only a grid that runs the clients in this process can save what they keep.
+                grid.export_states() if hasattr(grid, "export_states") else {},
+                self.export_state(),
+            )
+        )
+        self.folder.write_model(self.result.arrays)
+
+    def _restore(self, grid: Grid, initial_arrays: ArrayRecord) -> int:
+        """Take up the checkpoint and return its round; 0 if the run starts afresh."""
+        folder = self.folder
+        if folder is None:
+            return 0
+        checkpoint = self.find_checkpoint(initial_arrays)
+        if checkpoint is None:
+            folder.require_no_checkpoint()
+            folder.make(initial_arrays)
+            return 0
+        self.seed, self.inbox.history = checkpoint.seed, checkpoint.history
+        self.site_names = checkpoint.site_names | self.site_names
+        self.result.arrays = checkpoint.arrays
+        with checkpoints.read_from(folder):
+            self.import_state(checkpoint.strategy_state)
+            vars(self.result).update(checkpoints.metrics_of(checkpoint, self.result))
+        checkpoints.restore_clients(grid, checkpoint, folder)
+        # A crash may have come between the checkpoint and the model.
+        folder.write_model(checkpoint.arrays)
+        log.info("going on after round %d of %s", checkpoint.server_round, folder.path)
+        return checkpoint.server_round
 
     def _keep(self, server_round: int, name: str, metrics: MetricRecord | None, phase: str) -> None:
         if metrics is not None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord
@@ -18,92 +17,35 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.server.run_folder import Checkpoint, RunFolder
 from fedmed_flower.strategies.server_optimizers import OPTIMISERS, RULES
 
-if TYPE_CHECKING:
-    from fedmed_flower.strategies.base import FedAvg
-
-log = logging.getLogger("flwr.fedmed")
-
 # Flower's strategies of which nothing is lost between rounds: `export_state` saves what they keep.
 _KNOWN = {*RULES, *OPTIMISERS, *flower.FedAdam.__mro__, flower.FedProx, flower.Krum}
 
 
-def save(strategy: FedAvg, grid: Grid, server_round: int) -> None:
-    """Write checkpoint, metrics and model after a round, where the strategy has a run folder."""
-    if strategy.folder is None:
-        return
-    metrics = {
-        name: {str(key): dict(record) for key, record in getattr(strategy.result, name).items()}
-        for name in vars(strategy.result)
+def metrics_in(result: flower.Result) -> dict[str, dict[str, Any]]:
+    """Return the metrics of all rounds as a checkpoint holds them."""
+    return {
+        name: {str(key): dict(record) for key, record in getattr(result, name).items()}
+        for name in vars(result)
         if name != "arrays"
     }
-    arrays = strategy.result.arrays
-    strategy.folder.save(
-        Checkpoint(
-            server_round,
-            strategy.seed,
-            arrays,
-            strategy.history,
-            metrics,
-            strategy.site_names,
-            # Only a grid that runs the clients in this process can save what they keep.
-            grid.export_states() if hasattr(grid, "export_states") else {},
-            strategy.export_state(),
-        )
-    )
-    strategy.folder.write_model(arrays)
 
 
-def restore(strategy: FedAvg, grid: Grid, initial_arrays: ArrayRecord) -> int:
-    """Take up the checkpoint and return its round; 0 where the run starts afresh.
+def restore_clients(grid: Grid, checkpoint: Checkpoint, folder: RunFolder) -> None:
+    """Give the clients back what they kept between rounds.
 
     Raises
     ------
     InputError
-        As `find_checkpoint`; and where the folder holds another run or cannot be written.
+        Where they kept something and live elsewhere now, or it cannot be read.
     """
-    folder = strategy.folder
-    if folder is None:
-        return 0
-    checkpoint = find_checkpoint(strategy, initial_arrays)
-    if checkpoint is None:
-        folder.require_no_checkpoint()
-        folder.make(initial_arrays)
-        return 0
-    strategy.seed, strategy.inbox.history = checkpoint.seed, checkpoint.history
-    strategy.site_names = checkpoint.site_names | strategy.site_names
-    strategy.result.arrays = checkpoint.arrays
-    with _told(folder):
-        strategy.import_state(checkpoint.strategy_state)
-        for name, kept in _metrics(checkpoint, strategy.result).items():
-            setattr(strategy.result, name, kept)
     if hasattr(grid, "import_states"):
-        with _told(folder):
+        with read_from(folder):
             grid.import_states(checkpoint.client_states)
     elif checkpoint.client_states:
         raise InputError(
             f"{folder.path} holds what its clients kept between rounds in one process: "
             "go on with it there, by run_local"
         )
-    # A crash may have come between the checkpoint and the model.
-    folder.write_model(checkpoint.arrays)
-    log.info("going on after round %d of %s", checkpoint.server_round, folder.path)
-    return checkpoint.server_round
-
-
-def find_checkpoint(strategy: FedAvg, initial_arrays: ArrayRecord) -> Checkpoint | None:
-    """Return the checkpoint that a run would go on from; None where it starts afresh.
-
-    Raises
-    ------
-    InputError
-        Where it is damaged or cannot be gone on from (`require_resumable`).
-    """
-    if strategy.folder is None or not strategy.resume:
-        return None
-    checkpoint = strategy.folder.load()
-    if checkpoint is not None:
-        require_resumable(type(strategy), checkpoint, initial_arrays, strategy.folder)
-    return checkpoint
 
 
 def require_resumable(
@@ -148,7 +90,7 @@ def _layout(arrays: ArrayRecord) -> dict[str, tuple[str, np.dtype[Any], tuple[in
     return {key: (arrays[key].dtype, values.dtype, values.shape) for key, values in views.items()}
 
 
-def _metrics(checkpoint: Checkpoint, result: flower.Result) -> dict[str, dict[int, MetricRecord]]:
+def metrics_of(checkpoint: Checkpoint, result: flower.Result) -> dict[str, dict[int, MetricRecord]]:
     """Return the metrics of all rounds; under a name that no result has stands something else."""
     if unknown := checkpoint.metrics.keys() - (vars(result).keys() - {"arrays"}):
         raise ValueError(f"a result has no {min(unknown)}")
@@ -159,7 +101,7 @@ def _metrics(checkpoint: Checkpoint, result: flower.Result) -> dict[str, dict[in
 
 
 @contextmanager
-def _told(folder: RunFolder) -> Iterator[None]:
+def read_from(folder: RunFolder) -> Iterator[None]:
     """Turn what goes wrong while a checkpoint's parts are taken up into one line."""
     try:
         yield

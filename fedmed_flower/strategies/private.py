@@ -221,6 +221,11 @@ class DPFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Address this round's training messages to the sites that are drawn; maybe to none."""
+        if self.companions:
+            raise InputError(
+                f"{type(self).__name__} takes no companions: what travels beside the model would "
+                "leave without noise"
+            )
         self._sample = []
         messages = list(super().configure_train(server_round, arrays, config, grid))
         self._drawn = server_round

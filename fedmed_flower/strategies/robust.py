@@ -83,7 +83,7 @@ class Robust(FedAvg):
 
     def needed(self) -> int:
         """Return the fewest replies with which the rule withstands the malicious sites."""
-        rows = self.rows_needed(max(0, self.num_malicious_nodes - self.faulty))
+        rows = self.rows_needed(max(0, self.num_malicious_nodes - self.run.faulty))
         return (rows - 1) * self.bucket_size + 1 if self.mixing == BUCKETING else rows
 
     def rows_needed(self, num_malicious: int) -> int:
@@ -96,7 +96,7 @@ class Robust(FedAvg):
         All that were promised where the updates suffice for it, and at least those that screening
         has not found out.
         """
-        left = max(0, self.num_malicious_nodes - self.faulty)
+        left = max(0, self.num_malicious_nodes - self.run.faulty)
         promised = range(self.num_malicious_nodes, left, -1)
         return next((f for f in promised if self.rows_needed(f) <= rows), left)
 
@@ -117,7 +117,7 @@ class Robust(FedAvg):
             mix = nearest_neighbours(distances, self.withstood(updates.count))
             updates = updates.mixed(mix)
         elif self.mixing == BUCKETING:
-            rng = np.random.default_rng((self.seed, self.server_round, 2))
+            rng = np.random.default_rng((self.seed, self.run.server_round, 2))
             updates = updates.mixed(buckets(updates.count, self.bucket_size, rng))
         if self.mixing is not None:
             weights = [1.0] * updates.count

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, RecordDict
@@ -19,9 +19,6 @@ from flwr.serverapp import strategy as flower
 from fedmed_flower.arrays import kernels
 from fedmed_flower.arrays.views import keep_dtypes, not_finite, view
 from fedmed_flower.errors import InputError
-
-if TYPE_CHECKING:
-    from fedmed_flower.strategies.base import FedAvg
 
 # Flower's rules in whose place ours come, by a class of the same name.
 RULES = (
@@ -99,8 +96,14 @@ def _is_flowers(cls: type, rule: type) -> bool:
 
 
 def step(
-    strategy: FedAvg, optimiser: type[Any], server_round: int, new: ArrayRecord, old: ArrayRecord
-) -> ArrayRecord | None:
+    optimiser: type[Any],
+    attributes: Mapping[str, Any],
+    server_round: int,
+    new: ArrayRecord,
+    old: ArrayRecord,
+    arrays_key: str,
+    weight_key: str,
+) -> tuple[ArrayRecord | None, dict[str, Any]]:
     """Move the global model towards a round's outcome as a server optimiser does.
 
     Only floating-point entries are moved, in float32 at least; the others are those of `new`.
@@ -109,41 +112,52 @@ def step(
     ----------
     optimiser : type
         One of `OPTIMISERS`.
+    attributes : mapping of str to any
+        Those of the strategy: the optimiser's settings, and what it keeps between rounds.
     new, old : ArrayRecord
         What the rule made of the replies, and the global model that was sent.
+    arrays_key, weight_key : str
+        Names of a reply's record of arrays, and of its weight.
 
     Returns
     -------
-    ArrayRecord or None
-        None where the step leads beyond the numbers of a dtype; the strategy is then as it was.
+    tuple of (ArrayRecord or None, dict)
+        The model, and the attributes that have changed. None and nothing if the step leads beyond
+        the numbers of a dtype.
     """
     floating = [key for key, array in old.items() if kernels.is_floating(view(array).dtype)]
-    wide = [{key: _wide(record[key]) for key in floating} for record in (new, old)]
+    wide_new = {key: _wide(new[key]) for key in floating}
+    wide_old = {key: _wide(old[key]) for key in floating}
     # FedAvgM wants a record, the others arrays by name.
-    is_record = optimiser is flower.FedAvgM or issubclass(optimiser, flower.FedAvgM)
-    current = {key: Array(values) for key, values in wide[1].items()} if is_record else wide[1]
+    current: Any = wide_old
+    if issubclass(optimiser, flower.FedAvgM):
+        current = ArrayRecord({key: Array(values) for key, values in wide_old.items()})
     # Made of the optimiser's class alone, so that neither our rule nor another of Flower's runs.
     trial = object.__new__(optimiser)
     vars(trial).update(
-        vars(strategy),
-        current_arrays=ArrayRecord(current) if is_record else current,
+        attributes,
+        current_arrays=current,
         # The caller's own is for the sites' metrics, not for this reply.
         train_metrics_aggr_fn=lambda contents, key: MetricRecord(),
     )
     content = RecordDict(
         {
-            strategy.arrayrecord_key: ArrayRecord({k: Array(v) for k, v in wide[0].items()}),
-            "metrics": MetricRecord({strategy.weighted_by_key: 1.0}),
+            arrays_key: ArrayRecord({key: Array(values) for key, values in wide_new.items()}),
+            "metrics": MetricRecord({weight_key: 1.0}),
         }
     )
     reply = Message(content, dst_node_id=1, message_type=MessageType.TRAIN)
     with np.errstate(over="ignore", invalid="ignore"), _quiet():
         moved, _ = trial.aggregate_train(server_round, [reply])
         moved = keep_dtypes(moved, old)
-    if any(not_finite(record) for record in (moved, *export_state(trial).values())):
-        return None
-    vars(strategy).update(vars(trial), train_metrics_aggr_fn=strategy.train_metrics_aggr_fn)
-    return ArrayRecord({key: moved.get(key, new[key]) for key in old})
+    if any(not_finite(record) for record in (moved, *export_state(vars(trial)).values())):
+        return None, {}
+    changed = {
+        name: value
+        for name, value in vars(trial).items()
+        if name != "train_metrics_aggr_fn" and value is not attributes.get(name)
+    }
+    return ArrayRecord({key: moved.get(key, new[key]) for key in old}), changed
 
 
 @contextmanager
@@ -163,19 +177,35 @@ def _wide(array: Array) -> np.ndarray[Any, Any]:
     return values.astype(np.float32) if values.dtype.itemsize < 4 else values
 
 
-def export_state(strategy: FedAvg) -> dict[str, ArrayRecord]:
-    """Return what Flower's server optimisers keep between rounds, by name."""
+def export_state(attributes: Mapping[str, Any]) -> dict[str, ArrayRecord]:
+    """Return what Flower's server optimisers keep between rounds, by name.
+
+    Parameters
+    ----------
+    attributes : mapping of str to any
+        Those of the strategy.
+    """
     state = {}
     for name in _STATE:
-        kept = getattr(strategy, name, None)
+        kept = attributes.get(name)
         if kept:
             items = kept.items() if isinstance(kept, dict) else enumerate(kept)
             state[name] = ArrayRecord({str(key): Array(np.asarray(v)) for key, v in items})
     return state
 
 
-def import_state(strategy: FedAvg, state: dict[str, ArrayRecord]) -> None:
-    """Give back what `export_state` returned.
+def import_state(
+    attributes: Mapping[str, Any], state: Mapping[str, ArrayRecord], strategy: str
+) -> dict[str, Any]:
+    """Return the attributes with which a strategy is as it was at `export_state`.
+
+    Parameters
+    ----------
+    attributes : mapping of str to any
+        Those of the strategy.
+    state : mapping of str to ArrayRecord
+    strategy : str
+        The strategy's name.
 
     Raises
     ------
@@ -183,13 +213,14 @@ def import_state(strategy: FedAvg, state: dict[str, ArrayRecord]) -> None:
         Where another optimiser kept it.
     """
     for name in state:
-        if name not in _STATE or not hasattr(strategy, name):
+        if name not in _STATE or name not in attributes:
             raise InputError(
-                f"the checkpoint holds {name}, which {type(strategy).__name__} does not keep: "
+                f"the checkpoint holds {name}, which {strategy} does not keep: "
                 "resume it with the strategy that it was started with"
             )
+    found: dict[str, Any] = {}
     for name in _STATE:
-        if hasattr(strategy, name):
+        if name in attributes:
             kept = {key: view(array) for key, array in state.get(name, ArrayRecord()).items()}
-            value: Any = list(kept.values()) if name == "momentum_vector" else kept
-            setattr(strategy, name, value or None)
+            found[name] = (list(kept.values()) if name == "momentum_vector" else kept) or None
+    return found

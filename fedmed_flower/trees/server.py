@@ -16,7 +16,6 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.runs.experiment import federate
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.server.screening import metrics_of, with_shared_metrics
-from fedmed_flower.server.sites import enough
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.strategies.base import FedAvg
@@ -158,9 +157,8 @@ class _Growing(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Wait for the sites, then send Flower's messages to them."""
-        self.sent_arrays = arrays
-        minimum = self.min_train_nodes
-        if not enough(self, grid, server_round, "train", self.fraction_train, minimum):
+        self.run.sent_arrays = arrays
+        if not self._wait(grid, server_round, "train", self.fraction_train, self.min_train_nodes):
             return []
         messages = self.inner.configure_train(server_round, arrays, self._told(config), grid)
         addressed = self._address(messages, grid, server_round, 0)
@@ -191,7 +189,7 @@ class _Growing(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Hand the replies that pass screening to Flower's strategy."""
-        self.server_round = server_round
+        self.run.server_round = server_round
         key, usable = self.weighted_by_key, []
         admitted = self.inbox.admit(server_round, "train", replies, key, None)
         for reply in self.inbox.in_order(admitted):
@@ -209,7 +207,7 @@ class _Growing(FedAvg):
         self.inbox.record(server_round, "train", usable)
         if arrays is None:
             return None, None
-        self.begun = True
+        self.run.begun = True
         if self.run_folder is not None:
             self.run_folder.write(MODEL, model_bytes(arrays))
         return arrays, metrics
@@ -225,7 +223,7 @@ class _Growing(FedAvg):
         ValueError
             Where it cannot be used, with the reason.
         """
-        form, sent = self.client.form, self.sent_arrays
+        form, sent = self.client.form, self.run.sent_arrays
         before = [] if sent is None else read_trees(model_bytes(sent), form, MOST_TREES)
         records = list(reply.content.array_records.values())
         if len(records) != 1:

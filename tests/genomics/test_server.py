@@ -332,7 +332,7 @@ def crash(content, client):
         ("counts", replaced(lambda v: v[:-1]), "malformed answer: an array of shape (14, 5), "
          "(15, 5) was asked for"),
         ("counts", replaced(lambda v: v * np.nan), "malformed answer: counts of type float64"),
-        ("counts", lambda content, client: content.__class__({}), "malformed answer: KeyError"),
+        ("counts", lambda content, _: content.__class__({}), "malformed answer: KeyError 'told'"),
         ("counts", crash, "the disk is gone"),
         ("logistic", replaced(lambda v: v * np.nan), "malformed answer: sums that are no finite "
          "numbers"),
@@ -476,7 +476,7 @@ def test_a_hospital_that_tells_of_more_than_there_can_be_takes_no_part(world, tm
     summary, _ = study(client, tmp_path)
     (failure,) = summary["failures"]
     assert failure["site"] == "hospital-2"
-    assert failure["reason"].startswith("malformed answer: ValueError ")
+    assert failure["reason"].startswith("malformed answer: ")
     assert failure["reason"].endswith(text)
 
 

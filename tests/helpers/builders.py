@@ -91,6 +91,8 @@ class FakeGrid(Grid):
     `nodes` may be changed at any time. `sent` holds all messages.
     """
 
+    in_process = True
+
     def __init__(self, nodes: Sequence[int], answer: Callable[[Message], Message | None]) -> None:
         self.nodes = list(nodes)
         self.answer = answer
@@ -111,19 +113,19 @@ class FakeGrid(Grid):
         return list(self.nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise NotImplementedError
+        for sent in messages:
+            sent.metadata.__dict__["_message_id"] = f"message {len(self.sent)}"
+            self.sent.append(sent)
+        return [sent.metadata.message_id for sent in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise NotImplementedError
+        asked = [self.sent[int(each.split()[1])] for each in message_ids]
+        return [answer for m in asked if (answer := self.answer(m)) is not None]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        messages = list(messages)
-        for sent in messages:
-            sent.metadata.__dict__["_message_id"] = f"message {len(self.sent)}"
-            self.sent.append(sent)
-        return [answer for m in messages if (answer := self.answer(m)) is not None]
+        return self.pull_messages(list(self.push_messages(list(messages))))
 
 
 def site_app(train: Train, evaluate: Train | None = None) -> ClientApp:

@@ -36,10 +36,17 @@ class Answers:
     def get_node_ids(self):
         return list(self.answers)
 
-    def send_and_receive(self, messages, *, timeout=None):
-        self.sent += messages
-        replies = []
+    in_process = True
+
+    def push_messages(self, messages):
         for message in messages:
+            message.metadata.__dict__["_message_id"] = str(len(self.sent))
+            self.sent.append(message)
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, message_ids):
+        replies = []
+        for message in (self.sent[int(each)] for each in message_ids):
             content = self.answers[message.metadata.dst_node_id]
             if content is not None:
                 replies.append(Message(content, reply_to=message))
@@ -83,7 +90,7 @@ def test_the_roll_call_takes_up_what_sites_say():
         ({"turned-away": -7}, "negative number of rows in {'train': 4, 'val': 2, 'test': 3}, -7"),
         ({"turned-away": [1]}, "TypeError"),
         ({"val": float("inf")}, "OverflowError"),
-        ({"test": float("nan")}, "ValueError"),
+        ({"test": float("nan")}, "cannot convert float NaN to integer"),
         ({"train": [4, 4]}, "TypeError"),
     ],
 )
@@ -172,6 +179,12 @@ def bomb():
 
 HTML = b"<script>alert(1)</script>"
 MALFORMED = "no pictures of site 2: malformed answer: "
+ABSENT = "malformed answer: KeyError 'contribution'"
+NO_RECORD = "malformed answer: it has 0 metric records instead of one"
+LACKING = "malformed answer: it has no personal-epochs"
+NO_IMAGES = MALFORMED + "KeyError 'images'"
+TYPES = "TypeError titles must be texts and images bytes"
+LISTS = "TypeError titles and images must be lists"
 UNSOUND = "a picture of site 2 is not shown: "
 BOMB = "it has 60000 x 60000 pixels, more than 1024 x 1024 or none"
 
@@ -185,18 +198,18 @@ BOMB = "it has 60000 x 60000 pixels, more than 1024 x 1024 or none"
         (drawn(["t"], [bomb()]), UNSOUND + BOMB),
         (drawn(["t"], [b""]), UNSOUND + "it is no PNG"),
         # Made into bytes these numbers would fill the memory.
-        (drawn(["t"], [2**62]), MALFORMED + "TypeError"),
-        (drawn(["t"], [-1]), MALFORMED + "TypeError"),
-        (drawn(["t"], ["text"]), MALFORMED + "TypeError"),
-        (drawn([1.5], [png()]), MALFORMED + "TypeError"),
-        (drawn(["t"], 2**62), MALFORMED + "TypeError"),
-        (drawn("t", png()), MALFORMED + "ValueError"),
-        (drawn(["t", "u"], [png()]), MALFORMED + "ValueError"),
-        (RecordDict({"pictures": ConfigRecord({"titles": ["t"]})}), MALFORMED + "KeyError"),
-        (RecordDict({"images": ConfigRecord()}), MALFORMED + "KeyError"),
-        (RecordDict({"pictures": MetricRecord({"images": 1})}), MALFORMED + "KeyError"),
-        (RecordDict({"pictures": ArrayRecord({})}), MALFORMED + "KeyError"),
-        (RecordDict(), MALFORMED + "KeyError"),
+        (drawn(["t"], [2**62]), MALFORMED + TYPES),
+        (drawn(["t"], [-1]), MALFORMED + TYPES),
+        (drawn(["t"], ["text"]), MALFORMED + TYPES),
+        (drawn([1.5], [png()]), MALFORMED + TYPES),
+        (drawn(["t"], 2**62), MALFORMED + LISTS),
+        (drawn("t", png()), MALFORMED + LISTS),
+        (drawn(["t", "u"], [png()]), MALFORMED + "2 titles of 1 pictures"),
+        (RecordDict({"pictures": ConfigRecord({"titles": ["t"]})}), NO_IMAGES),
+        (RecordDict({"images": ConfigRecord()}), MALFORMED + "KeyError 'pictures'"),
+        (RecordDict({"pictures": MetricRecord({"images": 1})}), MALFORMED + "KeyError 'pictures'"),
+        (RecordDict({"pictures": ArrayRecord({})}), MALFORMED + "KeyError 'pictures'"),
+        (RecordDict(), MALFORMED + "KeyError 'pictures'"),
         (failure("site south: declined: not today"), "no pictures of site 2: declined: not today"),
         (failure(""), f"no pictures of site 2: error {int(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)}"),
     ],
@@ -386,11 +399,11 @@ NAMED = {1: "north", 2: "south", 3: "west"}
     [
         (failure("site south: declined: not today"), "declined: not today"),
         (failure(""), f"error {int(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)}"),
-        (RecordDict(), "malformed answer"),
-        (RecordDict({"other": ConfigRecord({"n": [1.0]})}), "malformed answer"),
-        (RecordDict({"contribution": MetricRecord({"n": 1.0})}), "malformed answer"),
-        (RecordDict({"contribution": ArrayRecord({})}), "malformed answer"),
-        (None, "no answer"),
+        (RecordDict(), ABSENT),
+        (RecordDict({"other": ConfigRecord({"n": [1.0]})}), ABSENT),
+        (RecordDict({"contribution": MetricRecord({"n": 1.0})}), ABSENT),
+        (RecordDict({"contribution": ArrayRecord({})}), ABSENT),
+        (None, "no answer within 9 s"),
     ],
 )
 def test_who_tells_nothing_before_the_first_round_is_named(answer, text, caplog):
@@ -416,20 +429,23 @@ def personal(**figures):
     ("answer", "text"),
     [
         (failure("site south: declined: not today"), "declined: not today"),
-        (RecordDict(), "malformed answer: ValueError"),
+        (RecordDict(), "malformed answer: it has 0 metric records instead of one"),
         (
             RecordDict({"a": MetricRecord({"auc": 1.0}), "b": MetricRecord({"auc": 1.0})}),
-            "malformed answer: ValueError",
+            "malformed answer: it has 2 metric records instead of one",
         ),
-        (RecordDict({"metrics": MetricRecord({"auc": 1.0})}), "malformed answer: ValueError"),
-        (RecordDict({"metrics": ConfigRecord({"auc": "high"})}), "malformed answer: ValueError"),
-        (personal(auc=float("nan")), "malformed answer: ValueError"),
-        (personal(**{"val-own": float("inf")}), "malformed answer: ValueError"),
-        (personal(**{"val-own": [0.5]}), "malformed answer: ValueError"),
-        (personal(odd=10**400), "malformed answer: OverflowError"),
-        (personal(**{"personal-epochs": 0.5}), "malformed answer: ValueError"),
-        (personal(**{"num-examples": -4}), "malformed answer: ValueError"),
-        (None, "no answer"),
+        (RecordDict({"metrics": MetricRecord({"auc": 1.0})}), LACKING),
+        (RecordDict({"metrics": ConfigRecord({"auc": "high"})}), NO_RECORD),
+        (personal(auc=float("nan")), "malformed answer: auc is not finite"),
+        (personal(**{"val-own": float("inf")}), "malformed answer: val-own is not finite"),
+        (personal(**{"val-own": [0.5]}), "malformed answer: it has no val-own"),
+        (
+            personal(odd=10**400),
+            "malformed answer: OverflowError int too large to convert to float",
+        ),
+        (personal(**{"personal-epochs": 0.5}), "malformed answer: personal-epochs is 0.5"),
+        (personal(**{"num-examples": -4}), "malformed answer: num-examples is -4.0"),
+        (None, "no answer within 9 s"),
     ],
 )
 def test_who_has_no_model_of_its_own_is_named(answer, text, caplog):

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from studies import World, study
 from surveys import surveyed
 from tables import SCHEMA, patients
@@ -103,8 +103,7 @@ def test_what_cannot_be_read_is_passed_over(record):
     found, names = Namesakes(), {1: "a", 2: "b", 3: "c"}
     for node, own in ((1, {"digests": b"12345678"}), (2, record), (3, {"digests": b"12345678"})):
         content = RecordDict({"patients": ConfigRecord(own), "arrays": ArrayRecord()})
-        asked = Message(RecordDict(), node, "query.describe")
-        found.take(Message(content, reply_to=asked))
+        found.take(node, content)
     assert found.text(names) == TEXT.format("a, c", 1)
     assert found.text({1: "a", 2: "b"}) == ""
     assert Namesakes().text(names) == ""

@@ -337,9 +337,9 @@ class TestHostileReplies:
         found = ask(FakeGrid([1, 2, 3, 4], answer), Request(), 1.0)
         assert list(found.sites) == ["site 1"]
         assert found.failures == [
+            ("node 4", "no answer within 1 s"),
             ("site 2", "malformed answer: rows is -1"),
-            ("site 3", "malformed answer: 'statistics'"),
-            ("node 4", "no answer in time"),
+            ("site 3", "malformed answer: KeyError 'statistics'"),
         ]
 
 

@@ -11,7 +11,6 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.server.history import History
 from fedmed_flower.server.run_folder import Checkpoint, RunFolder
 from fedmed_flower.strategies import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
-from fedmed_flower.strategies.checkpoint import find_checkpoint
 
 client = ClientApp()
 
@@ -65,7 +64,7 @@ def test_a_strategy_with_unknown_state_is_not_resumed(tmp_path):
     arrays = ArrayRecord({"0": Array(np.zeros(2, np.float32))})
     folder.save(Checkpoint(1, 0, arrays, History(), {}))
     with pytest.raises(InputError, match="FedXgb cannot be resumed: what FedXgbBagging keeps"):
-        find_checkpoint(FedXgb(run_dir=tmp_path, resume=True), arrays)
+        FedXgb(run_dir=tmp_path, resume=True).find_checkpoint(arrays)
 
 
 def test_a_strategy_without_state_of_its_own_is_resumed(tmp_path):

@@ -43,7 +43,7 @@ def aggregate(strategy, replies, like=None, known=True):
     if known and like is None:
         zero = {key: np.zeros_like(a.numpy()) for key, a in replies[0].content["arrays"].items()}
         like = arrays(**zero)
-    strategy.sent_arrays = like
+    strategy.run.sent_arrays = like
     return strategy.aggregate_train(1, replies)[0]
 
 
@@ -499,10 +499,10 @@ def test_sites_that_drop_out_later_do_not_end_the_run():
         return reply(node_id, {"w": [float(node_id)]}, f"site {node_id}", to=message)
 
     class Leaving(FakeGrid):
-        def send_and_receive(self, messages, *, timeout=None):
-            replies = super().send_and_receive(messages, timeout=timeout)
+        def push_messages(self, messages):
+            sent = super().push_messages(messages)
             self.nodes = [1, 2, 3, 4, 5] if len(self.sent) > 5 else [1, 2, 3, 4]
-            return replies
+            return sent
 
     strategy = Krum(num_malicious_nodes=1, fraction_evaluate=0.0)
     grid = Leaving([1, 2, 3, 4, 5], answer)
@@ -527,9 +527,9 @@ def test_sites_that_fall_silent_leave_the_model_for_that_round():
         return reply(node_id, {"w": [float(node_id * len(rounds))]}, f"{node_id}", to=message)
 
     class Counting(FakeGrid):
-        def send_and_receive(self, messages, *, timeout=None):
+        def push_messages(self, messages):
             rounds.append(1)
-            return super().send_and_receive(messages, timeout=timeout)
+            return super().push_messages(messages)
 
     seen = []
     strategy = FedMedian(num_malicious_nodes=2, fraction_evaluate=0.0)
@@ -639,7 +639,7 @@ def test_an_optimiser_moves_the_model_towards_the_outcome_of_the_rule():
     like = arrays(w=model.astype(np.float32))
     for server_round in (1, 2, 3):
         rows = spread(5, server_round)
-        strategy.sent_arrays = like
+        strategy.run.sent_arrays = like
         like, _ = strategy.aggregate_train(server_round, from_rows(rows))
         change = np.median(rows, axis=0) - model
         step = 0.8 * step + 0.2 * change

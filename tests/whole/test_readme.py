@@ -52,7 +52,7 @@ def test_the_rule_of_ones_own_in_contributing():
     names = {}
     exec(compile(code, "CONTRIBUTING.md", "exec"), names)
     strategy = names["ClippedMean"]()
-    strategy.sent_arrays = arrays(w=[1.0, 1.0])
+    strategy.run.sent_arrays = arrays(w=[1.0, 1.0])
     # Lengths 5, 5 and 50: the last is cut to 5.
     sent = {"a": [4.0, 5.0], "b": [1.0, 6.0], "c": [31.0, -39.0], "d": [np.nan, 0.0]}
     replies = [reply(n, {"w": w}, site) for n, (site, w) in enumerate(sent.items())]

@@ -1,0 +1,247 @@
+"""One way to ask: send messages to sites, collect the replies, and read the answers.
+
+`Exchange` carries messages and says to which of them nothing came back; the rounds of training are
+made of it. `ask` puts a question to sites and reads their answers; whatever else is asked goes
+through it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Generic, TypeVar
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedmed_flower.server.screening import error_text
+from fedmed_flower.server.sites import learn_name
+
+T = TypeVar("T")
+# Replies that are pulled at a time: each holds a model.
+_TOGETHER = 20
+# Seconds between two looks for replies: at first, and at most.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
+# What a malformed answer makes its reader raise.
+MALFORMED = (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration)
+
+
+class Exchange:
+    """Sends messages when it is iterated over, and yields message and reply as replies come.
+
+    Parameters
+    ----------
+    grid : Grid
+    messages : sequence of Message
+        Several may go to one site; each can be replied to.
+    timeout : float
+        Seconds to wait for the replies.
+    minimum : int, optional
+        Replies without an error after which only `grace` seconds more are waited. None waits for
+        all.
+    grace : float
+        Seconds.
+
+    Attributes
+    ----------
+    silent : list of Message
+        Messages to which nothing came back; complete at the end of the iteration.
+    seconds : float
+        How long the iteration took.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        messages: Sequence[Message],
+        timeout: float,
+        minimum: int | None = None,
+        grace: float = 0.0,
+    ) -> None:
+        self.grid, self.messages, self.timeout = grid, messages, timeout
+        self.minimum, self.grace = minimum, grace
+        self.silent: list[Message] = []
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[tuple[Message, Message]]:
+        began = time.monotonic()
+        sent = self._push()
+        waiting = dict(sent)
+        for reply in self._pull(waiting, began):
+            request = reply.metadata.reply_to_message_id
+            if request in sent:
+                waiting.pop(request, None)
+                yield sent[request], reply
+        self.silent = [m for m in self.messages if m.metadata.message_id not in sent]
+        self.silent += waiting.values()
+        self.seconds = time.monotonic() - began
+
+    def _push(self) -> dict[str, Message]:
+        """Send the messages; return those that Flower took, by id."""
+        if not self.messages:
+            return {}
+        taken = {key for key in self.grid.push_messages(self.messages) if key}
+        by_id = {message.metadata.message_id: message for message in self.messages}
+        return {key: message for key, message in by_id.items() if key in taken}
+
+    def _pull(self, waiting: Mapping[str, Message], began: float) -> Iterator[Message]:
+        """Yield replies until none is awaited or the time is over."""
+        # Such a grid runs a client when its reply is pulled: what does not come then never comes.
+        in_process = getattr(self.grid, "in_process", False)
+        together = 1 if in_process else _TOGETHER
+        deadline, pause, answered = began + self.timeout, _FIRST_PAUSE, 0
+        while waiting:
+            before = len(waiting)
+            keys = iter(list(waiting))
+            while some := list(islice(keys, together)):
+                if in_process and time.monotonic() >= deadline:
+                    return
+                for reply in self.grid.pull_messages(some):
+                    answered += not reply.has_error()
+                    yield reply
+            now = time.monotonic()
+            if self.minimum is not None and answered >= self.minimum:
+                deadline, self.minimum = min(deadline, now + self.grace), None
+            if now >= deadline or (in_process and len(waiting) == before):
+                return
+            if waiting:
+                none_came = len(waiting) == before
+                pause = min(2 * pause, _LONGEST_PAUSE) if none_came else _FIRST_PAUSE
+                # The last look is at the deadline.
+                time.sleep(min(pause, deadline - now))
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """What one site answered.
+
+    Attributes
+    ----------
+    node_id : int
+    site : str
+        The site's name.
+    value : T
+        What the question's reader made of the reply.
+    content : RecordDict
+        The reply itself.
+    """
+
+    node_id: int
+    site: str
+    value: T
+    content: RecordDict
+
+
+@dataclass(frozen=True)
+class NoAnswer:
+    """A site without an answer that can be used, and why; `silent` if nothing came back at all."""
+
+    node_id: int
+    site: str
+    reason: str
+    silent: bool = False
+
+
+@dataclass
+class Question(Generic[T]):
+    """A question to sites; iterating over it sends it and yields the answers as they come.
+
+    Attributes
+    ----------
+    failures : list of NoAnswer
+        Sites that replied with an error, with what cannot be read, or not at all, in the order of
+        their names; complete at the end of the iteration.
+    """
+
+    exchange: Exchange
+    read: Callable[[int, RecordDict], T]
+    names: dict[int, str]
+    failures: list[NoAnswer] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Answer[T]]:
+        replied: set[str] = set()
+        for message, reply in self.exchange:
+            if message.metadata.message_id in replied:
+                continue
+            replied.add(message.metadata.message_id)
+            # Not that of the reply: the SuperLink replies in place of a site that has died.
+            node_id = message.metadata.dst_node_id
+            learn_name(self.names, node_id, reply)
+            if reply.has_error():
+                self._fail(node_id, error_text(reply))
+                continue
+            try:
+                value = self.read(node_id, reply.content)
+            except MALFORMED as error:
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
+                self._fail(node_id, f"malformed answer: {kind}{error}")
+                continue
+            yield Answer(node_id, self._name(node_id), value, reply.content)
+        for message in self.exchange.silent:
+            node_id = message.metadata.dst_node_id
+            self._fail(node_id, f"no answer within {self.exchange.timeout:g} s", silent=True)
+        self.failures.sort(key=lambda failure: (failure.site, failure.node_id))
+
+    def _name(self, node_id: int) -> str:
+        return self.names.get(node_id, f"node {node_id}")
+
+    def _fail(self, node_id: int, reason: str, silent: bool = False) -> None:
+        self.failures.append(NoAnswer(node_id, self._name(node_id), reason, silent))
+
+
+def ask(
+    grid: Grid,
+    question: str,
+    contents: Mapping[int, RecordDict],
+    read: Callable[[int, RecordDict], T],
+    timeout: float,
+    names: dict[int, str],
+    minimum: int | None = None,
+    grace: float = 0.0,
+) -> Question[T]:
+    """Ask sites a question; iterate over what is returned to send it and get the answers.
+
+    Parameters
+    ----------
+    grid : Grid
+    question : str
+        Name of the query, such as ``describe``.
+    contents : mapping of int to RecordDict
+        What each site is sent, by node id.
+    read : callable
+        Maps node id and content of a reply to the answer; raises one of `MALFORMED` where the
+        reply is not what it must be. The text of a `ValueError` becomes the reason.
+    timeout : float
+        Seconds to wait for the answers.
+    names : dict of int to str
+        Site name by node id; a name that is not there yet is taken from the reply.
+    minimum, grace
+        As `Exchange` takes them.
+    """
+    kind = f"{MessageType.QUERY}.{question}"
+    messages = [Message(content, node_id, kind) for node_id, content in contents.items()]
+    return Question(Exchange(grid, messages, timeout, minimum, grace), read, names)
+
+
+def ask_all(
+    grid: Grid,
+    question: str,
+    contents: Mapping[int, RecordDict],
+    read: Callable[[int, RecordDict], T],
+    timeout: float,
+    names: dict[int, str],
+    minimum: int | None = None,
+    grace: float = 0.0,
+) -> tuple[list[Answer[T]], list[NoAnswer]]:
+    """Ask as `ask` does, and wait for all answers.
+
+    Returns
+    -------
+    tuple of (list of Answer, list of NoAnswer)
+        Both in the order of the sites' names.
+    """
+    asked = ask(grid, question, contents, read, timeout, names, minimum, grace)
+    answers = sorted(asked, key=lambda answer: (answer.site, answer.node_id))
+    return answers, asked.failures
