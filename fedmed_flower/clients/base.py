@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import math
-import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fedmed_flower.clients.answering import answer
-from fedmed_flower.clients.book import open_book
-from fedmed_flower.clients.pooled import load_pooled
-from fedmed_flower.clients.private import (
-    hospital_ledger,
-    measure_protected,
-    private_metrics,
-    require_named,
-    require_protection,
-    require_unseen,
-    run_key,
-    train_protected,
-)
-from fedmed_flower.clients.queries import QUERIES, Query
-from fedmed_flower.clients.storage import keep_splits
+from fedmed_flower.clients.book import Book, book_path, open_book
+from fedmed_flower.clients.pooled import together
 from fedmed_flower.clients.training import Steps, train_epochs
 from fedmed_flower.data.pictures import Picture
+from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import (
     SPLITS,
+    LineNumber,
     Row,
     Site,
     SiteData,
@@ -49,8 +39,10 @@ from fedmed_flower.data.site import (
 from fedmed_flower.data.splits import splitting_by
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.metrics.coarse import coarsened
-from fedmed_flower.models.device import arranged, derive_seed, torch_environment
+from fedmed_flower.models.device import arranged, torch_environment
 from fedmed_flower.models.trainable import Travelling
+from fedmed_flower.privacy.ledger import Ledger
+from fedmed_flower.privacy.patient import budget_of, ledger_path
 from fedmed_flower.privacy.validate import (
     require_forgetful,
     require_private_loss,
@@ -60,9 +52,14 @@ from fedmed_flower.settings.model import ModelSettings
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.training import Settings
-from fedmed_flower.wire import AGREED, EPSILON, FROZEN
+from fedmed_flower.wire import AGREED, FROZEN, RUN_KEY
 
 log = logging.getLogger("flwr.fedmed")
+
+# Maps (client, message) to the content of the reply.
+Query = Callable[[Any, Message], RecordDict]
+# Letters of a run's name: the ledger keeps it for good.
+_MOST_KEY = 200
 
 
 class MedicalClient(ABC):
@@ -134,12 +131,22 @@ class MedicalClient(ABC):
         Whether the rows were looked at since the message came.
     queries : dict
         What answers a Flower query, by its name: maps (client, message) to the content of the
-        reply. A subclass adds its own.
+        reply, or names such a function as ``"module:function"``. A subclass adds its own.
+    stand_ins : dict
+        A message whose config has such a key is answered by what the function of this name makes
+        of the client.
     node_keys : tuple of str
         Keys of the hospital's node config that are the app's own.
     """
 
-    queries: ClassVar[Mapping[str, Query]] = QUERIES
+    queries: ClassVar[Mapping[str, Query | str]] = {
+        "describe": "fedmed_flower.clients.queries:describe",
+        "pictures": "fedmed_flower.clients.queries:pictures",
+        "contribution": "fedmed_flower.clients.queries:contribution",
+        "personal": "fedmed_flower.clients.personal:personal",
+        "statistics": "fedmed_flower.statistics.client:statistics",
+    }
+    stand_ins: ClassVar[Mapping[str, str]] = {}
     node_keys: ClassVar[Collection[str]] = ()
     kept: ClassVar[dict[tuple[object, ...], Any]] = {}
 
@@ -316,11 +323,8 @@ class MedicalClient(ABC):
         Errors raised in a handler leave a real site as their class alone. Load no data while the
         module is imported: of an error raised there Flower sends the text.
         """
-        app = ClientApp()
-        app.train()(partial(answer, cls, cls._train))
-        app.evaluate()(partial(answer, cls, cls._evaluate))
-        for name, query in cls.queries.items():
-            app.query(name)(partial(answer, cls, query))
+        # By its name: that module knows the clients, which know nothing of messages' ways.
+        app: ClientApp = import_module("fedmed_flower.clients.app").app_of(cls)
         return app
 
     def read(self, message: Message) -> ConfigRecord:
@@ -336,39 +340,76 @@ class MedicalClient(ABC):
         self.pooled = bool(config.get("pool-sites", False))
         if not self.site.simulated:
             # All parts of a run, such as those for comparison, are one.
-            run = run_key(self, config).partition("/")[0]
-            hospital_ledger(self, config).begin_run(run, self.node.most_runs_a_day)
+            run = self.run_key(config).partition("/")[0]
+            self.ledger(config).begin_run(run, self.node.most_runs_a_day)
         return config
 
-    def _train(self, message: Message) -> RecordDict:
-        config = self.read(message)
-        server_round = int(config.get("server-round", 0))  # type: ignore[arg-type]
-        require_protection(self.privacy, self.context)
-        arrays_key, arrays = next(iter(message.content.array_records.items()))
-        self.proximal_mu = float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]
-        if not 0 <= self.proximal_mu < math.inf:
-            raise InputError(f"proximal-mu must be at least 0 and finite, got {self.proximal_mu}")
-        self.progress = self.settings.progress(server_round)
-        seed = derive_seed(self.settings.seed, self.site.name, server_round, "train")
-        began = time.perf_counter()
-        model, travelling = self.model_of(arrays, config)
-        if self.privacy.on:
-            with self.seeded(seed):
-                metrics = train_protected(self, model, config)
-        else:
-            data, prepared = self.prepared("train", self.pooled)
-            self.require_usable(data.train)
-            with self.seeded(seed):
-                metrics = self.fit(model, prepared, seed)
-            self._require_several(data.train)
-        if self.secretive:
-            metrics = {name: metrics[name] for name in metrics if name == EPSILON}
-        else:
-            metrics = self.told(metrics) | {"seconds": time.perf_counter() - began}
-        keep_splits(self.context, self.site, config, self.data())
-        metrics["num-examples"] = self.count("train", self.pooled)
-        state = ArrayRecord(travelling.state(model))
-        return RecordDict({arrays_key: state, "metrics": MetricRecord(metrics)})
+    def run_key(self, config: Mapping[str, Any]) -> str:
+        """Return the name under which the ledger keeps a run, of at most 200 letters."""
+        key = str(config.get(RUN_KEY, self.context.run_id))
+        if len(key) > _MOST_KEY:
+            raise InputError(f"{RUN_KEY} must have at most {_MOST_KEY} letters, got {len(key)}")
+        return key
+
+    def ledger(self, config: Mapping[str, Any]) -> Ledger:
+        """Return the site's ledger, made if it is in its usual place and not there yet.
+
+        Parameters
+        ----------
+        config : mapping
+            Came with the message; heeded in a simulation only.
+        """
+        path = ledger_path(self.context, self.site, config)
+        # A ledger that the hospital has named and that is gone is no reason to begin anew.
+        named = "ledger" in self.context.node_config
+        if not (self.site.simulated or named or path.exists()):
+            text = "%s: %s is a new ledger, in which nothing was ever released"
+            log.warning(text, self.site.name, path)
+        return Ledger(path, create=not named)
+
+    def book_path(self, config: Mapping[str, Any]) -> Path:
+        """Return the file of what the site has told; it is made where it is first needed."""
+        path = book_path(ledger_path(self.context, self.site, config))
+        if not (self.site.simulated or path.exists()):
+            log.warning("%s: %s is new: no earlier answer is known", self.site.name, path)
+        return path
+
+    def open_book(self, config: Mapping[str, Any], minimum: int) -> AbstractContextManager[Book]:
+        """Open the book of a real hospital; what was admitted is on the disk when this is left.
+
+        Parameters
+        ----------
+        config : mapping
+            Came with the message.
+        minimum : int
+            The fewest patients who may be told apart; at least 1.
+        """
+        data = self.data()
+        return open_book(
+            self.book_path(config),
+            [row for split in SPLITS for row in getattr(data, split)],
+            self.declared,
+            minimum,
+            self.node.hide_few_missing,
+            type(self).__qualname__,
+        )
+
+    @property
+    def declared(self) -> Schema | None:
+        """What the hospital declares of its columns; None if it declares nothing."""
+        return getattr(self, "schema", None)
+
+    def require_protection(self) -> None:
+        """Decline to train without privacy if the hospital has set a budget.
+
+        Raises
+        ------
+        DeclinedError
+        """
+        if not self.privacy.on and budget_of(self.context) is not None:
+            raise DeclinedError(
+                'this hospital has set a privacy budget and trains with privacy="patient" only'
+            )
 
     def require_usable(self, rows: Sequence[Row]) -> None:
         """Decline to learn without noise from training rows of few patients, or of a private run.
@@ -386,10 +427,10 @@ class MedicalClient(ABC):
         self._require_plain(patients)
 
     def _require_plain(self, patients: Collection[str]) -> None:
-        if not self.site.simulated and hospital_ledger(self, {}).has_trained(patients):
+        if not self.site.simulated and self.ledger({}).has_trained(patients):
             raise DeclinedError("patients who were trained on with noise are used with noise only")
 
-    def _require_several(self, rows: Sequence[Row]) -> None:
+    def require_several(self, rows: Sequence[Row]) -> None:
         """Decline to send an update that few patients have made.
 
         Raises
@@ -405,31 +446,6 @@ class MedicalClient(ABC):
         fewest = fewest_patients(self.context, self.site, "train")
         if min(len(patients), most) < fewest:
             raise DeclinedError(f"an update here is made of at least {fewest} patients")
-
-    def _evaluate(self, message: Message) -> RecordDict:
-        config = self.read(message)
-        split = str(config.get("split", "val"))
-        if split not in SPLITS:
-            raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-        require_unseen(self, split)
-        self.split = split
-        arrays = next(iter(message.content.array_records.values()))
-        if private_metrics(self):
-            model, _ = self.model_of(arrays, config)
-            with self.seeded(derive_seed(self.settings.seed, self.site.name, split)):
-                metrics = measure_protected(self, model, config)
-            return RecordDict({"metrics": MetricRecord(metrics)})
-        data, prepared = self.prepared(split, self.pooled)
-        rows: Sequence[Row] = getattr(data, split)
-        metrics = {"num-examples": len(rows)}
-        told = self.told_of(rows, split, config) if rows else None
-        if told:
-            if len(told) < len(rows):
-                prepared = self.prepare(told, train=split == "train")
-            model, _ = self.model_of(arrays, config)
-            with self.seeded(derive_seed(self.settings.seed, self.site.name, split)):
-                metrics = self.measure(model, prepared)
-        return RecordDict({"metrics": MetricRecord(self.told(metrics))})
 
     def told(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Return figures as they leave: coarsely where the hospital says so."""
@@ -457,12 +473,12 @@ class MedicalClient(ABC):
         if self.site.simulated:
             return rows
         self._require_plain(patients)
-        with open_book(self, config, fewest) as book:
+        with self.open_book(config, fewest) as book:
             told = book.evaluation(rows)
         if told is not None:
-            hospital_ledger(self, config).note_plain(
+            self.ledger(config).note_plain(
                 (row["patient"] for row in told),
-                run=run_key(self, config),
+                run=self.run_key(config),
                 purpose=purpose,
                 app=type(self).__name__,
             )
@@ -471,7 +487,21 @@ class MedicalClient(ABC):
     @property
     def secretive(self) -> bool:
         """Whether nothing may leave that depends on what is in a patient's files, noise apart."""
-        return self.privacy.on or private_metrics(self)
+        return self.privacy.on or self.noises_metrics
+
+    @property
+    def noises_metrics(self) -> bool:
+        """Whether what evaluation counts carries noise, and is charged.
+
+        Always if the hospital has set a budget: what a server may ask for exactly, no budget
+        bounds. Else as ``private-metrics`` of the hospital's node config says; if it says nothing,
+        in private runs, unless the run config of a simulation says otherwise.
+        """
+        if budget_of(self.context) is not None:
+            return True
+        if "private-metrics" in self.context.node_config:
+            return self.node.private_metrics
+        return self.privacy.on and (self.privacy.private_metrics or not self.site.simulated)
 
     @property
     def sealed(self) -> bool:
@@ -523,14 +553,14 @@ class MedicalClient(ABC):
         for key in [key for key in self.kept if key[0] != self.context.run_id]:
             del self.kept[key]
         if (key := self.key(pooled, "data")) not in self.kept:
-            data = load_pooled(self) if pooled else self._loaded_data()
+            data = self.pooled_data() if pooled else self._loaded_data()
             if not any(getattr(data, split) for split in SPLITS):
                 raise InputError("there are no rows")
             if self.sealed:
                 data = with_patients(data)
             require_patients(data)
             if self.secretive:
-                require_named(self, [row for split in SPLITS for row in getattr(data, split)])
+                _require_named(data)
             if not self.sealed:
                 self.check(data)
             self.kept[key] = data
@@ -539,12 +569,35 @@ class MedicalClient(ABC):
 
     def _loaded_data(self) -> SiteData:
         """Return the rows; at a real hospital they are split by its own key."""
-        ledger = partial(hospital_ledger, self, {})
         real = not self.site.simulated
-        with splitting_by(lambda: ledger().split_key()) if real else nullcontext():
+        with splitting_by(lambda: self.ledger({}).split_key()) if real else nullcontext():
             data = self.load_data(self.site)
         self._say_classes(data)
         return data
+
+    def pooled_data(self) -> SiteData:
+        """Return the rows of all sites whose rows can be used; the log names the others.
+
+        A row's patient is (index of the site, patient).
+
+        Raises
+        ------
+        InputError
+            Where the site is a real one, or no site has rows.
+        """
+        if not self.site.simulated:
+            raise InputError("pool-sites works in a simulation only: no site holds others' data")
+        parts: dict[int, SiteData] = {}
+        for index in range(self.site.num_sites):
+            other = copy.copy(self)
+            other.site = replace(self.site, index=index, name=f"hospital-{index + 1}")
+            try:
+                parts[index] = other.data()
+            except Exception as error:  # What keeps one site from a run must not keep the others.
+                log.warning("all data pooled are without %s: %s", other.site.name, error)
+        if not parts:
+            raise InputError("no site has rows to pool")
+        return together(parts)
 
     def _say_classes(self, data: SiteData) -> None:
         """Say in the log which class of the training rows another split lacks."""
@@ -611,3 +664,13 @@ class MedicalClient(ABC):
     def key(self, *parts: object) -> tuple[object, ...]:
         """Return the key of `kept` under which this run keeps something of this site."""
         return (self.context.run_id, type(self).__qualname__, self.site, *parts)
+
+
+def _require_named(data: SiteData) -> None:
+    """Refuse rows whose patients are the lines of a table: the ledger must know them again."""
+    rows = (row for split in SPLITS for row in getattr(data, split))
+    if any(isinstance(row.get("patient"), LineNumber) for row in rows):
+        raise InputError(
+            "the table names no patients: with privacy or a budget it needs a column of them, "
+            "since the ledger must know each patient again however the table is sorted"
+        )

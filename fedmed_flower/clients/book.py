@@ -8,27 +8,20 @@ statistics.guard` for the rule. In a simulation nothing leaves, and nothing is w
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedmed_flower.data.site import SPLITS, Row
+from fedmed_flower.data.schema import Schema
+from fedmed_flower.data.site import Row
 from fedmed_flower.errors import InputError
-from fedmed_flower.privacy.patient import ledger_path
 from fedmed_flower.statistics.cells import pool_small
 from fedmed_flower.statistics.columns import Codes, Columns
 from fedmed_flower.statistics.guard import NEW, OUTSIDE, Guard, Members, open_guard
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.values import Mask
-
-if TYPE_CHECKING:
-    from fedmed_flower.clients.base import MedicalClient
-
-log = logging.getLogger("flwr.fedmed")
 
 # Beside the ledger, and not taken for one.
 _ENDING = ".answers"
@@ -36,13 +29,9 @@ _ENDING = ".answers"
 POOLED = 2**30
 
 
-def book_path(client: MedicalClient, config: Any) -> Path:
-    """Return the file of what a site has told; it is made where it is first needed."""
-    ledger = ledger_path(client.context, client.site, config)
-    path = ledger.with_name(ledger.name.removesuffix(".sqlite") + _ENDING)
-    if not (client.site.simulated or path.exists()):
-        log.warning("%s: %s is new: no earlier answer is known", client.site.name, path)
-    return path
+def book_path(ledger: Path) -> Path:
+    """Return the file beside a hospital's ledger that holds what it has told."""
+    return ledger.with_name(ledger.name.removesuffix(".sqlite") + _ENDING)
 
 
 class Book:
@@ -173,20 +162,31 @@ class Book:
 
 
 @contextmanager
-def open_book(client: MedicalClient, config: Any, minimum: int) -> Iterator[Book]:
+def open_book(
+    path: Path,
+    rows: Sequence[Row],
+    schema: Schema | None,
+    minimum: int,
+    hide_few_missing: bool,
+    app: str,
+) -> Iterator[Book]:
     """Open the book of a real hospital; what was admitted is on the disk when this is left.
 
     Parameters
     ----------
-    client : MedicalClient
-    config : mapping
-        Came with the message.
+    path : Path
+        As `book_path` returns it.
+    rows : sequence of Row
+        All rows of all splits.
+    schema : Schema, optional
+        What the hospital declares of its columns.
     minimum : int
         The fewest patients who may be told apart; at least 1.
+    hide_few_missing : bool
+        As the hospital's node config has it.
+    app : str
+        As `Book` takes it.
     """
-    data = client.data()
-    rows = [row for split in SPLITS for row in getattr(data, split)]
-    columns = Columns(rows, Request(), getattr(client, "schema", None))
-    path = book_path(client, config)
-    with open_guard(path, columns, minimum, client.node.hide_few_missing) as guard:
-        yield Book(guard, columns, rows, type(client).__qualname__)
+    columns = Columns(rows, Request(), schema)
+    with open_guard(path, columns, minimum, hide_few_missing) as guard:
+        yield Book(guard, columns, rows, app)

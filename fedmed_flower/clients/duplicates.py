@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from flwr.app import ConfigRecord
 
-from fedmed_flower.data.site import SPLITS
-
-if TYPE_CHECKING:
-    from fedmed_flower.clients.base import MedicalClient
+from fedmed_flower.data.site import SPLITS, Site, SiteData
 from fedmed_flower.wire import DIGEST_BYTES, DIGESTS, PATIENTS_RECORD
 
 
-def told_names(client: MedicalClient) -> Mapping[str, ConfigRecord]:
+def digests_of(site: Site, data: SiteData, run_id: int) -> Mapping[str, ConfigRecord]:
     """Return the records that a reply takes along: digests of the patients' names, 8 bytes each.
 
     Names are texts; a patient without one, whom only the line of a table tells apart, has none.
     A real hospital tells nothing: a digest lets who guesses a name see whether it is there.
     """
-    if not client.site.simulated:
+    if not site.simulated:
         return {}
-    data, key = client.data(), str(client.context.run_id).encode()
+    key = str(run_id).encode()
     patients = (row["patient"] for split in SPLITS for row in getattr(data, split))
     named = {str(name) for name in patients if isinstance(name, str)}
     digests = sorted(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, MetricRecord, RecordDict
 from safetensors.torch import save
 from torch import nn
 
+from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.storage import file_name, own_folder
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.files import write_atomic
@@ -19,10 +20,12 @@ from fedmed_flower.models.device import derive_seed
 from fedmed_flower.settings.section import with_type_of
 from fedmed_flower.wire import PERSONAL
 
-if TYPE_CHECKING:
-    from fedmed_flower.clients.base import MedicalClient
-
 log = logging.getLogger("flwr.fedmed")
+
+
+def personal(client: MedicalClient, message: Message) -> RecordDict:
+    """Fine-tune the global model for this hospital; the model itself stays here."""
+    return RecordDict({"metrics": MetricRecord(personalise(client, message))})
 
 
 def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:

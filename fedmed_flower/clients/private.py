@@ -9,29 +9,21 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from flwr.app import ConfigRecord, Context
+from flwr.app import ConfigRecord
 from torch import Tensor, nn
 
+from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.training import train_privately
-from fedmed_flower.data.site import LineNumber, Row, patient_text
-from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.data.site import patient_text
+from fedmed_flower.errors import InputError
 from fedmed_flower.privacy.gradients import PROBE, Batch
-from fedmed_flower.privacy.ledger import Ledger
-from fedmed_flower.privacy.patient import PatientPrivacy, budget_of, ledger_path
+from fedmed_flower.privacy.patient import PatientPrivacy, budget_of
 from fedmed_flower.privacy.validate import held, unchanged
-from fedmed_flower.settings.privacy import PrivacySettings
-from fedmed_flower.wire import RUN_KEY
-
-if TYPE_CHECKING:
-    from fedmed_flower.clients.base import MedicalClient
 
 log = logging.getLogger("flwr.fedmed")
-# Letters of a run's name: the ledger keeps it for good.
-_MOST_KEY = 200
 
 
 class UsableRows(NamedTuple):
@@ -50,45 +42,6 @@ class UsableRows(NamedTuple):
     prepared: Any
     places: list[int]
     patients: list[str]
-
-
-def require_protection(settings: PrivacySettings, context: Context) -> None:
-    """Decline a run without privacy where the hospital has set a budget.
-
-    Raises
-    ------
-    DeclinedError
-    """
-    if not settings.on and budget_of(context) is not None:
-        raise DeclinedError(
-            'this hospital has set a privacy budget and trains with privacy="patient" only'
-        )
-
-
-def require_unseen(client: MedicalClient, split: str) -> None:
-    """Decline to measure exactly, on the patients that a private run trains on.
-
-    Raises
-    ------
-    DeclinedError
-    """
-    if split == "train" and client.privacy.on and not private_metrics(client):
-        raise DeclinedError("training patients are measured with noise only")
-
-
-def private_metrics(client: MedicalClient) -> bool:
-    """Return whether what evaluation counts carries noise, and is charged.
-
-    Always where the hospital has set a budget: what a server may ask for exactly, no budget bounds.
-    Else as ``private-metrics`` of the hospital's node config says; where it says nothing, in
-    private runs, unless the run config of a simulation says otherwise.
-    """
-    context = client.context
-    if budget_of(context) is not None:
-        return True
-    if "private-metrics" in context.node_config:
-        return client.node.private_metrics
-    return client.privacy.on and (client.privacy.private_metrics or not client.site.simulated)
 
 
 def train_protected(
@@ -222,46 +175,6 @@ def usable_rows(client: MedicalClient, split: str, probe: Batch, alike: bool = F
     return UsableRows(prepared, places, [patient_text(rows[place]["patient"]) for place in places])
 
 
-def require_named(client: MedicalClient, rows: Sequence[Row]) -> None:
-    """Refuse rows whose patients are the lines of a table, where the ledger must know them again.
-
-    Raises
-    ------
-    InputError
-    """
-    if any(isinstance(row.get("patient"), LineNumber) for row in rows):
-        raise InputError(
-            "the table names no patients: with privacy or a budget it needs a column of them, "
-            "since the ledger must know each patient again however the table is sorted"
-        )
-
-
-def hospital_ledger(client: MedicalClient, message: Any) -> Ledger:
-    """Return the ledger of a site, made where it is in its usual place and not there yet.
-
-    Parameters
-    ----------
-    client : MedicalClient
-    message : mapping
-        The config that came with the message; heeded in a simulation only.
-    """
-    context, site = client.context, client.site
-    path = ledger_path(context, site, message)
-    # A ledger that the hospital has named and that is gone is no reason to begin anew.
-    named = "ledger" in context.node_config
-    if not (site.simulated or named or path.exists()):
-        log.warning("%s: %s is a new ledger, in which nothing was ever released", site.name, path)
-    return Ledger(path, create=not named)
-
-
-def run_key(client: MedicalClient, config: ConfigRecord) -> str:
-    """Return the name under which the ledger keeps a run, of at most 200 letters."""
-    key = str(config.get(RUN_KEY, client.context.run_id))
-    if len(key) > _MOST_KEY:
-        raise InputError(f"{RUN_KEY} must have at most {_MOST_KEY} letters, got {len(key)}")
-    return key
-
-
 def _works(step: Any) -> bool:
     try:
         step()
@@ -286,13 +199,13 @@ def _is_like(client: MedicalClient, prepared: Any, place: int, probe: Batch) -> 
 
 
 def _privacy(client: MedicalClient, config: ConfigRecord) -> PatientPrivacy:
-    ledger, budget = hospital_ledger(client, config), budget_of(client.context)
+    ledger, budget = client.ledger(config), budget_of(client.context)
     if budget is None and not client.site.simulated:
         log.warning(
             "%s: no budget-epsilon is set: only the server bounds the run", client.site.name
         )
     return PatientPrivacy(
-        client.privacy, ledger, run_key(client, config), budget, type(client).__name__
+        client.privacy, ledger, client.run_key(config), budget, type(client).__name__
     )
 
 

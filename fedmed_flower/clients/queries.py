@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedmed_flower.clients.book import open_book
-from fedmed_flower.clients.duplicates import told_names
-from fedmed_flower.clients.private import run_key
+from fedmed_flower.clients.base import MedicalClient
+from fedmed_flower.clients.duplicates import digests_of
 from fedmed_flower.clients.storage import keep_pictures, own_folder
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import SPLITS, patient_text
@@ -18,15 +17,10 @@ from fedmed_flower.errors import DeclinedError
 from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.settings.section import with_type_of
 
-if TYPE_CHECKING:
-    from fedmed_flower.clients.base import MedicalClient
-
 log = logging.getLogger("flwr.fedmed")
 
 # Of a real hospital, the worst included, however many a server asks for.
 MOST_PICTURES = 6
-
-Query = Callable[[Any, Message], RecordDict]
 
 
 def describe(client: MedicalClient, message: Message) -> RecordDict:
@@ -42,7 +36,12 @@ def describe(client: MedicalClient, message: Message) -> RecordDict:
         counts["turned-away"] = loaded.turned_away + screened
     if client.site.simulated:
         counts |= client.describe(client.prepared(None, pooled=False)[0])
-    return RecordDict({"metrics": MetricRecord(counts), **told_names(client)})
+    return RecordDict(
+        {
+            "metrics": MetricRecord(counts),
+            **digests_of(client.site, client.data(), client.context.run_id),
+        }
+    )
 
 
 def pictures(client: MedicalClient, message: Message) -> RecordDict:
@@ -101,8 +100,8 @@ def _draw(
 
 def _draw_in_book(client: MedicalClient, message: Message, config: ConfigRecord) -> list[Picture]:
     """Return the pictures that leave a real hospital, written down beforehand."""
-    run = run_key(client, config)
-    with open_book(client, config, 1) as book:
+    run = client.run_key(config)
+    with client.open_book(config, 1) as book:
         had, seen = book.shown(run)
         if had:
             raise DeclinedError("pictures leave once a run")
@@ -122,22 +121,3 @@ def contribution(client: MedicalClient, message: Message) -> RecordDict:
     if client.secretive:
         raise DeclinedError("what is told before the first round carries no noise")
     return RecordDict({"contribution": ConfigRecord(client.contribute())})
-
-
-def personal(client: MedicalClient, message: Message) -> RecordDict:
-    """Fine-tune the global model for this hospital; the model itself stays here."""
-    from fedmed_flower.clients.personal import personalise
-
-    return RecordDict({"metrics": MetricRecord(personalise(client, message))})
-
-
-def statistics(client: MedicalClient, message: Message) -> RecordDict:
-    """Count, as far as the hospital lets that leave."""
-    from fedmed_flower.statistics.client import answer_statistics
-
-    return answer_statistics(client, message)
-
-
-QUERIES: Mapping[str, Query] = {
-    query.__name__: query for query in (describe, pictures, contribution, personal, statistics)
-}

@@ -6,17 +6,17 @@ import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.clients.book import POOLED, Book, open_book
+from fedmed_flower.clients.book import POOLED, Book
 from fedmed_flower.clients.pooled import places_by_site
 from fedmed_flower.clients.targets import (
     CLASSED,
@@ -45,6 +45,7 @@ from fedmed_flower.metrics.outcomes import (
 from fedmed_flower.models.tabular import tabular_network
 from fedmed_flower.settings.tabular import TabularSettings
 from fedmed_flower.statistics.values import Mask
+from fedmed_flower.trees.ensembles import TREES
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -102,6 +103,7 @@ class TabularClient(MedicalClient):
 
     schema: Schema
     zeros: bool = False
+    stand_ins: ClassVar[Mapping[str, str]] = {TREES: "fedmed_flower.trees.client:as_trees"}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -130,7 +132,7 @@ class TabularClient(MedicalClient):
         if self.site.simulated:
             return contribution(train, schema, minimum)
         told = dict[str, Any]()
-        with open_book(self, {}, minimum) as book:
+        with self.open_book({}, minimum) as book:
             inside = book.of({id(row) for row in train})
             for column in schema.features:
                 if column not in schema.categories:
@@ -411,7 +413,7 @@ class TabularClient(MedicalClient):
         if self.site.simulated:
             return names
         tellable = []
-        with open_book(self, {}, minimum) as book:
+        with self.open_book({}, minimum) as book:
             inside = book.of({id(row) for row in rows})
             for name in names:
                 groups = {
@@ -435,20 +437,6 @@ class TabularClient(MedicalClient):
         target = prepared.inputs["target"].cpu().numpy()
         whose = [patient_text(row["patient"]) for row in prepared.rows]
         return outcome_metrics(self.schema.task, target, outputs, whose, self.node.coarse_figures)
-
-    def _grower(self, message: Message) -> TabularClient | None:
-        """Return what answers a message about trees; None where it is about a network."""
-        from fedmed_flower.trees.client import trees_asked
-
-        return trees_asked(self, message)
-
-    def _train(self, message: Message) -> RecordDict:
-        grower = self._grower(message)
-        return super()._train(message) if grower is None else grower._train(message)
-
-    def _evaluate(self, message: Message) -> RecordDict:
-        grower = self._grower(message)
-        return super()._evaluate(message) if grower is None else grower._evaluate(message)
 
     def require_measurable(self) -> None:
         """Raise `InputError` where a number is predicted whose range the schema does not give."""

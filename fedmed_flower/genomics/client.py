@@ -16,10 +16,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from fedmed_flower.arrays.views import view
-from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.clients.book import open_book
-from fedmed_flower.clients.duplicates import told_names
-from fedmed_flower.clients.queries import Query
+from fedmed_flower.clients.base import MedicalClient, Query
+from fedmed_flower.clients.duplicates import digests_of
 from fedmed_flower.data.site import SPLITS, Row, Site, SiteData, min_cell_count
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.genomics.association import WITHHELD, Floats, count_copies, withheld
@@ -152,7 +150,7 @@ class GenomicsClient(MedicalClient):
         if self.site.simulated:
             return
         names = {cohort.fileset.people[at] for at in cohort.people}
-        with open_book(self, {}, cohort.minimum) as book:
+        with self.open_book({}, cohort.minimum) as book:
             inside = np.array([person(row["patient"]) in names for row in book.rows])
             cells = None
             if self.trait == "binary":
@@ -230,7 +228,12 @@ def cohort(client: GenomicsClient, message: Message) -> RecordDict:
         "covariates": list(client.covariates),
         "minimum": found.minimum,
     }
-    return RecordDict({"cohort": ConfigRecord(about), **told_names(client)})
+    return RecordDict(
+        {
+            "cohort": ConfigRecord(about),
+            **digests_of(client.site, client.data(), client.context.run_id),
+        }
+    )
 
 
 def variants(client: GenomicsClient, message: Message) -> RecordDict:

@@ -27,7 +27,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.files import require_closed
 from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.reports.report import write_report
-from fedmed_flower.runs.baselines import compare, fine_tune
+from fedmed_flower.runs.baselines import Baselines
 from fedmed_flower.runs.roll_call import (
     Sites,
     collect_contributions,
@@ -308,9 +308,10 @@ class Experiment:
                     )
                 self._write_summary("running")
                 if plan.personal_epochs:
-                    fine_tune(self, result.arrays)
+                    self.test["personal"] = self._baselines().fine_tune(result.arrays)
                 if plan.baselines:
-                    compare(self)
+                    self._warn_of_cost()
+                    self._baselines().compare(self.test)
                 folder.write(METRICS, strategy.history.to_csv())
             except BaseException as error:
                 stopped = isinstance(error, KeyboardInterrupt)
@@ -324,6 +325,24 @@ class Experiment:
             report = write_report(folder.path)
             log.info("report: %s", report)
         return result
+
+    def _baselines(self) -> Baselines:
+        return Baselines(
+            self.grid,
+            self.plan,
+            self.sites,
+            self.folder,
+            self.entries.initial,
+            self.config,
+            self.strategy.history,
+        )
+
+    def _warn_of_cost(self) -> None:
+        """Say what models for comparison cost patients and hospitals."""
+        if "privacy" in self.strategy.export_state():
+            log.warning("the models for comparison are trained without noise: keep them here")
+        if self.run_config.get("privacy") == "patient":
+            log.warning("each model for comparison costs as much again, in the ledgers alone")
 
     def config(self, part: str = "", **more: bool) -> ConfigRecord:
         """Return what each message tells the sites: ledgers count a run's rounds under one key."""

@@ -15,7 +15,7 @@ from fedmed_flower.wire import DIGEST_BYTES, DIGESTS, PATIENTS_RECORD
 
 @dataclass
 class Namesakes:
-    """Collects what `told_names` gave.
+    """Collects the digests that hospitals of a simulation sent.
 
     Attributes
     ----------

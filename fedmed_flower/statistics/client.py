@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedmed_flower.clients.book import book_path
-from fedmed_flower.clients.duplicates import told_names
-from fedmed_flower.clients.private import hospital_ledger, run_key
+from fedmed_flower.clients.base import MedicalClient
+from fedmed_flower.clients.duplicates import digests_of
 from fedmed_flower.data.site import SPLITS, Row, min_cell_count
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.privacy.accounting import Release, noise_for
@@ -21,13 +20,10 @@ from fedmed_flower.statistics.local import answer_exactly
 from fedmed_flower.statistics.noised import Cells, noised, plan
 from fedmed_flower.statistics.request import Request
 
-if TYPE_CHECKING:
-    from fedmed_flower.clients.base import MedicalClient
-
 log = logging.getLogger("flwr.fedmed")
 
 
-def answer_statistics(client: MedicalClient, message: Message) -> RecordDict:
+def statistics(client: MedicalClient, message: Message) -> RecordDict:
     """Return what may leave of the answer to ``request`` in the message's config.
 
     All rows of all splits together are asked about. What is told without noise is first written
@@ -57,15 +53,20 @@ def answer_statistics(client: MedicalClient, message: Message) -> RecordDict:
     for group, what, why in told["withheld"]:
         log.log(level, "%s withholds %s: %s", client.site.name, f"{group} {what}".strip(), why)
     text = json.dumps(told, allow_nan=False)
-    return RecordDict({"statistics": ConfigRecord({"answer": text}), **told_names(client)})
+    return RecordDict(
+        {
+            "statistics": ConfigRecord({"answer": text}),
+            **digests_of(client.site, client.data(), client.context.run_id),
+        }
+    )
 
 
 def _exact(
     client: MedicalClient, config: ConfigRecord, request: Request, minimum: int
 ) -> dict[str, Any]:
-    columns, node = Columns(_rows(client), request, _schema(client)), client.node
+    columns, node = Columns(_rows(client), request, client.declared), client.node
     return answer_exactly(
-        book_path(client, config),
+        client.book_path(config),
         columns,
         request,
         minimum,
@@ -81,16 +82,16 @@ def _noised(
 
     So what is wrong with a request shows before, and is the same whatever the rows hold.
     """
-    declared = Declared(request, _schema(client))
+    declared = Declared(request, client.declared)
     planned = plan(request, declared)
     multiplier = noise_for(request.epsilon, request.delta, 1.0, 1)
-    ledger = hospital_ledger(client, config)
+    ledger = client.ledger(config)
     cells = Cells(_rows(client), declared)
     charge = ledger.charge(
         cells.patients,
         Release(1.0, multiplier),
         1,
-        run=run_key(client, config),
+        run=client.run_key(config),
         purpose="statistics",
         app=type(client).__name__,
         budget=budget_of(client.context),
@@ -104,8 +105,3 @@ def _noised(
 def _rows(client: MedicalClient) -> list[Row]:
     data = client.data()
     return [row for split in SPLITS for row in getattr(data, split)]
-
-
-def _schema(client: MedicalClient) -> Any:
-    """Return what the hospital declares of its columns; None for a client that does not."""
-    return getattr(client, "schema", None)

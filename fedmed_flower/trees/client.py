@@ -10,14 +10,14 @@ How trees of several hospitals make one ensemble is the matter of Flower's `FedX
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -83,6 +83,8 @@ class TreeClient(TabularClient):
     share : float
         Which part of the learning rate this hospital's trees have in a round.
     """
+
+    stand_ins: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -273,10 +275,11 @@ class TreeClient(TabularClient):
             trees += read_trees(found, alone, 1, named=False)
         return [at_edges(tree, edges) for tree in trees]
 
-    def _train(self, message: Message) -> RecordDict:
+    def require_protection(self) -> None:
+        """Decline to grow trees if the run or the hospital asks for privacy."""
         if self.privacy.on:
             raise DeclinedError("trees are grown without the privacy that this run asks for")
-        return super()._train(message)
+        super().require_protection()
 
 
 class Ensemble(nn.Module):
@@ -332,13 +335,6 @@ class Ensemble(nn.Module):
 def as_trees(client: TabularClient) -> TreeClient:
     """Return a client of the same hospital that grows trees."""
     return _tree_class(type(client))(client.context)
-
-
-def trees_asked(client: TabularClient, message: Message) -> TreeClient | None:
-    """Return who answers a message that is about trees; None where it is not, or `client` does."""
-    configs = message.content.config_records.values()
-    asked = any(TREES in config for config in configs) and not isinstance(client, TreeClient)
-    return as_trees(client) if asked else None
 
 
 def raw_features(

@@ -15,7 +15,6 @@ from tables import SCHEMA, TinyTable, patients
 from tiny import TinyClient, ask, context_of, make_rows, model_arrays, node_of
 
 from fedmed_flower import MedicalClient, SiteData
-from fedmed_flower.clients.book import book_path, open_book
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import SPLITS
 from fedmed_flower.data.splits import split_patients
@@ -193,7 +192,7 @@ def test_categories_that_are_told_of_all_rows_stand_in_the_book(tmp_path, caplog
     counts = zip(found["categories ward"], found["counts ward"], strict=True)
     assert dict(counts) == {"a": 67, "b": 14, "c": 19}
     assert "north: ward is told of all rows, not of the training rows alone" in caplog.text
-    with open_book(client(context_of(node_config=node)), {}, 10) as book:
+    with client(context_of(node_config=node)).open_book({}, 10) as book:
         labels = book._guard.labels(book._guard.members("ward"))
         classes = [{*labels[[row["ward"] == ward for row in book.rows]]} for ward in "abc"]
     # What comes later is held against classes of which each has one ward.
@@ -463,7 +462,7 @@ def test_it_lies_beside_the_ledger_for_its_owner_alone(tmp_path):
     book = tmp_path / "disk" / "own.answers"
     assert {*(tmp_path / "disk").iterdir()} == {own, book}
     assert book.stat().st_mode & 0o777 == 0o600
-    assert book_path(TinyTable(context_of(node_config=node)), {}) == book
+    assert TinyTable(context_of(node_config=node)).book_path({}) == book
 
 
 def test_of_a_patient_the_book_keeps_a_hash(tmp_path):

@@ -25,7 +25,6 @@ from tiny import (
 from torch import nn
 
 from fedmed_flower import InputError, MedicalClient, SiteData
-from fedmed_flower.clients.private import private_metrics
 from fedmed_flower.clients.training import train_epochs, train_privately
 from fedmed_flower.data.site import LineNumber
 from fedmed_flower.privacy import optimizer
@@ -1043,7 +1042,7 @@ def test_private_runs_measure_by_noise_unless_hospital_or_simulation_says_otherw
     config = {"privacy": privacy} | ({} if run is None else {"private_metrics": run})
     context = context_of(node_config=node, run_dir=str(tmp_path), num_server_rounds=1, **config)
     noised = own if own is not None else privacy == "patient" and (real or run is not False)
-    assert private_metrics(TinyClient(context)) == noised
+    assert TinyClient(context).noises_metrics == noised
     data = SiteData(train=make_rows(12, 0), val=make_rows(12, 1, "v"))
     found = ask(fixed(data), "evaluate", context).content["metrics"]
     assert ("noised-counts" in found, "loss" in found) == (noised, not noised)
@@ -1053,7 +1052,7 @@ def test_a_budget_asks_for_noise_whatever_the_run_says(tmp_path):
     node = node_of(tmp_path, budget_epsilon=9.0, budget_delta=1e-5)
     for privacy, run in itertools.product(("none", "patient"), (True, False)):
         context = context_of(node_config=node, privacy=privacy, private_metrics=run)
-        assert private_metrics(TinyClient(context))
+        assert TinyClient(context).noises_metrics
 
 
 def test_a_run_with_private_metrics_pools_them(tmp_path):

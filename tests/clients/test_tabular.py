@@ -24,7 +24,6 @@ from tables import (
 from tiny import ask, bits, context_of, node_of, nodes_of, says
 
 from fedmed_flower import InputError, SiteData
-from fedmed_flower.clients.queries import QUERIES
 from fedmed_flower.clients.targets import InUnit, Unit, with_target
 from fedmed_flower.data.preparation import Preparation
 from fedmed_flower.data.schema import table_of
@@ -854,7 +853,7 @@ def towns(client, message):
 
 
 class Asked(TinyTable):
-    queries = QUERIES | {"towns": towns}
+    queries = TinyTable.queries | {"towns": towns}
 
 
 def test_a_subclass_adds_a_query():

@@ -3,7 +3,7 @@ from tables import TinyTable, holding, run_tables
 from tiny import bits, context_of, says
 
 from fedmed_flower import SiteData
-from fedmed_flower.clients.pooled import load_pooled, places_by_site
+from fedmed_flower.clients.pooled import places_by_site
 from fedmed_flower.errors import InputError
 from fedmed_flower.server.run_folder import RunFolder
 
@@ -76,7 +76,7 @@ def test_comparisons_change_nothing_of_the_run(tmp_path):
 
 def pooled_of(splits, **members):
     client = holding(splits, **members)(context_of(0, 3))
-    return load_pooled(client), client
+    return client.pooled_data(), client
 
 
 def test_pooled_rows_are_of_one_patient_each_whatever_the_hospitals_call_them():

@@ -110,7 +110,7 @@ def test_several_messages_to_one_site_are_each_replied_to():
 def test_a_message_that_could_not_be_sent_is_one_without_a_reply():
     class Refusing(FakeGrid):
         def push_messages(self, messages):
-            first, *rest = super().push_messages(messages)
+            _, *rest = super().push_messages(messages)
             return [None, *rest]
 
     asked = question(Refusing([1, 2], lambda message: answer(message, 1)))

@@ -18,11 +18,13 @@ from sklearn.metrics import roc_auc_score
 from tiny import ask, context_of, says
 
 from fedmed_flower import InputError, Schema, SiteData, SurvivalClient, TabularClient, run_local
+from fedmed_flower.clients import app
+from fedmed_flower.clients.app import train as plain_train
 from fedmed_flower.data.preparation import Preparation
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.runs.experiment import RunFailedError
 from fedmed_flower.settings.trees import TreeSettings
-from fedmed_flower.trees.client import Ensemble, TreeClient, as_trees, raw_features
+from fedmed_flower.trees.client import Ensemble, as_trees, raw_features
 from fedmed_flower.trees.ensembles import (
     Form,
     clipped,
@@ -189,25 +191,24 @@ def test_the_metrics_of_a_network_of_the_same_run_are_not_mixed_up():
     assert trees.prepared("test", False)[1] is not network.prepared("test", False)[1]
 
 
-def test_hospitals_take_turns_in_a_cycle_and_cannot_change_what_others_grew(tmp_path):
-    class Vain(Hospital):
+def test_hospitals_take_turns_in_a_cycle_and_cannot_change_what_others_grew(tmp_path, monkeypatch):
+    def train(client, message):
         """Each hospital sends the first one's tree with another leaf."""
+        content = plain_train(client, message)
+        model = json.loads(model_bytes(content["arrays"]))
+        trees = model["learner"]["gradient_booster"]["model"]["trees"]
+        if client.site.index:
+            trees[0]["split_conditions"][-1] += 0.01
+            changed.append(client.site.name)
+            data = np.frombuffer(json.dumps(model).encode(), np.uint8)
+            content["arrays"] = ArrayRecord([data])
+        else:
+            grown.append(trees[0])
+        return content
 
-        def _train(self, message):
-            content = super()._train(message)
-            model = json.loads(model_bytes(content["arrays"]))
-            trees = model["learner"]["gradient_booster"]["model"]["trees"]
-            if self.site.index and not isinstance(self, TreeClient):
-                trees[0]["split_conditions"][-1] += 0.01
-                changed.append(self.site.name)
-                data = np.frombuffer(json.dumps(model).encode(), np.uint8)
-                content["arrays"] = ArrayRecord([data])
-            elif not isinstance(self, TreeClient):
-                grown.append(trees[0])
-            return content
-
+    monkeypatch.setattr(app, "train", train)
     changed, grown = [], []
-    result = run(tmp_path / "run", Vain, strategy=FedXgbCyclic(), num_server_rounds=4)
+    result = run(tmp_path / "run", strategy=FedXgbCyclic(), num_server_rounds=4)
     assert changed == ["hospital-2", "hospital-3"]
     model = json.loads(model_bytes(result.arrays))["learner"]["gradient_booster"]["model"]
     assert model["trees"][0] == grown[0]
@@ -250,15 +251,17 @@ def spoil(content, index):
         content["arrays"] = ArrayRecord([np.zeros(4, np.float32)])
 
 
-def test_no_reply_however_malformed_ends_the_run_or_reaches_the_model(tmp_path):
+def test_no_reply_however_malformed_ends_the_run_or_reaches_the_model(tmp_path, monkeypatch):
     class Any(Hospital):
         sizes = (40, 0, 20)
 
-        def _train(self, message):
-            content = super()._train(message)
-            if self.site.index and not isinstance(self, TreeClient):
-                spoil(content, self.site.index)
-            return content
+    def train(client, message):
+        content = plain_train(client, message)
+        if client.site.index:
+            spoil(content, client.site.index)
+        return content
+
+    monkeypatch.setattr(app, "train", train)
 
     strategy = Watched()
     settings = {"num_server_rounds": 1, "tree_max_depth": 2}

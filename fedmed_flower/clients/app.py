@@ -1,0 +1,181 @@
+"""The ClientApp of a hospital: from a message to a reply, by the handler of the message's type.
+
+Of what fails at a real site, the class alone leaves it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from fedmed_flower.clients.base import MedicalClient, Query
+from fedmed_flower.clients.private import measure_protected, train_protected
+from fedmed_flower.clients.storage import keep_splits
+from fedmed_flower.data.site import SPLITS, Row, Site
+from fedmed_flower.errors import FAILED, DeclinedError, InputError
+from fedmed_flower.models.device import derive_seed
+from fedmed_flower.settings.node import NodeSettings
+from fedmed_flower.wire import DECLINED, EPSILON, SITE_RECORD, tell_error
+
+log = logging.getLogger("flwr.fedmed")
+
+
+def app_of(cls: type[MedicalClient]) -> ClientApp:
+    """Return the Flower ClientApp of a client: train, evaluate and its queries."""
+    app = ClientApp()
+    app.train()(partial(answer, cls, train))
+    app.evaluate()(partial(answer, cls, evaluate))
+    for name, query in cls.queries.items():
+        app.query(name)(partial(answer, cls, query))
+    return app
+
+
+def answer(
+    cls: type[MedicalClient],
+    handler: Query | str,
+    message: Message,
+    context: Context,
+) -> Message:
+    """Return the reply to a message, or the error in its place.
+
+    Parameters
+    ----------
+    cls : type of MedicalClient
+    handler : callable or str
+        Maps (an instance, message) to the content of the reply; or the name of such a function.
+    message, context
+        As Flower gives them.
+    """
+    site, client, state = None, None, copy.deepcopy(context.state)
+    try:
+        site = Site.from_context(context)
+        # A misspelled budget is none: nothing is answered before all keys are understood.
+        NodeSettings.of(context.node_config, cls.node_keys)
+        client = _stand_in(cls(context), message)
+        handle = _named(handler) if isinstance(handler, str) else handler
+        content = handle(client, message)
+        about: dict[str, Any] = {"name": site.name, "simulated": site.simulated}
+        if client.touched or not client.sealed:
+            data = client.data()
+            about |= {"data": data.source, "generated": data.generated}
+        content[SITE_RECORD] = ConfigRecord(about)
+        return Message(content, reply_to=message)
+    except Exception as error:
+        context.state = state
+        told = _input_error(error) or error
+        wrong_input = isinstance(told, InputError)
+        name = "without a name" if site is None else site.name
+        reason, level = type(told).__name__, logging.ERROR
+        if isinstance(told, DeclinedError):
+            reason, level = f"{DECLINED}{told}", logging.DEBUG
+        elif site is not None and site.simulated:
+            # Nothing leaves: the server, which runs on the same machine, logs this text.
+            reason = f"{told}" if wrong_input else f"{reason}: {told}"
+            level = logging.DEBUG if wrong_input else logging.ERROR
+        elif client is not None and client.touched and client.sealed:
+            # Which error it is may depend on a patient.
+            reason = FAILED
+        log.log(level, "%s: %s", name, told, exc_info=level == logging.ERROR and not wrong_input)
+        failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=tell_error(name, reason))
+        return Message(failure, reply_to=message)
+
+
+def train(client: MedicalClient, message: Message) -> RecordDict:
+    """Train the model that came with a message on the site's training rows, and return it."""
+    config = client.read(message)
+    server_round = int(config.get("server-round", 0))  # type: ignore[arg-type]
+    client.require_protection()
+    arrays_key, arrays = next(iter(message.content.array_records.items()))
+    client.proximal_mu = float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]
+    if not 0 <= client.proximal_mu < math.inf:
+        raise InputError(f"proximal-mu must be at least 0 and finite, got {client.proximal_mu}")
+    client.progress = client.settings.progress(server_round)
+    seed = derive_seed(client.settings.seed, client.site.name, server_round, "train")
+    began = time.perf_counter()
+    model, travelling = client.model_of(arrays, config)
+    if client.privacy.on:
+        with client.seeded(seed):
+            metrics = train_protected(client, model, config)
+    else:
+        data, prepared = client.prepared("train", client.pooled)
+        client.require_usable(data.train)
+        with client.seeded(seed):
+            metrics = client.fit(model, prepared, seed)
+        client.require_several(data.train)
+    if client.secretive:
+        metrics = {name: metrics[name] for name in metrics if name == EPSILON}
+    else:
+        metrics = client.told(metrics) | {"seconds": time.perf_counter() - began}
+    keep_splits(client.context, client.site, config, client.data())
+    metrics["num-examples"] = client.count("train", client.pooled)
+    state = ArrayRecord(travelling.state(model))
+    return RecordDict({arrays_key: state, "metrics": MetricRecord(metrics)})
+
+
+def evaluate(client: MedicalClient, message: Message) -> RecordDict:
+    """Measure the model that came with a message on one split of the site's rows."""
+    config = client.read(message)
+    split = str(config.get("split", "val"))
+    if split not in SPLITS:
+        raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if split == "train" and client.privacy.on and not client.noises_metrics:
+        raise DeclinedError("training patients are measured with noise only")
+    client.split = split
+    arrays = next(iter(message.content.array_records.values()))
+    if client.noises_metrics:
+        model, _ = client.model_of(arrays, config)
+        with client.seeded(derive_seed(client.settings.seed, client.site.name, split)):
+            metrics = measure_protected(client, model, config)
+        return RecordDict({"metrics": MetricRecord(metrics)})
+    data, prepared = client.prepared(split, client.pooled)
+    rows: Sequence[Row] = getattr(data, split)
+    metrics = {"num-examples": len(rows)}
+    told = client.told_of(rows, split, config) if rows else None
+    if told:
+        if len(told) < len(rows):
+            prepared = client.prepare(told, train=split == "train")
+        model, _ = client.model_of(arrays, config)
+        with client.seeded(derive_seed(client.settings.seed, client.site.name, split)):
+            metrics = client.measure(model, prepared)
+    return RecordDict({"metrics": MetricRecord(client.told(metrics))})
+
+
+def _stand_in(client: MedicalClient, message: Message) -> MedicalClient:
+    """Return who answers a message: the client, or what takes its place for such a message."""
+    for config in message.content.config_records.values():
+        for key, maker in client.stand_ins.items():
+            if key in config:
+                made: MedicalClient = _named(maker)(client)
+                return made
+    return client
+
+
+def _named(name: str) -> Any:
+    """Return the function that a text names as ``module:function``."""
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function)
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """Return the wrong input that caused an error: MONAI wraps what its transforms raise."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error
