@@ -1,11 +1,12 @@
-"""Every record of every reply of the clients here: what it is, and how it leaves a hospital.
+"""All that travels between server and hospitals: every key, record and reply, one line each.
 
+`MESSAGES` is what a server sends, `REPLIES` what a hospital sends back and how it leaves:
 `plain`: as it is. `bounded`: as it is, but of the fewest patients that the hospital allows.
 `known`: taken as known in every guarantee. `noised`: with noise that was charged, or following from
 such numbers alone. `never`: not.
 
-``docs/privacy.md`` has the same table; a test holds the replies themselves against it. The report
-names by it what each hospital has in fact sent.
+``docs/privacy.md`` has the same tables; a test holds messages and replies themselves against them.
+The report names by them what each hospital has in fact sent.
 """
 
 from __future__ import annotations
@@ -17,23 +18,43 @@ from typing import Any, NamedTuple, Self
 
 from flwr.app import RecordDict
 
-PATIENTS_RECORD, DIGESTS, DIGEST_BYTES = "patients", "digests", 8
-SITE_RECORD = "site"
-# How the reply of a hospital begins that does not take part, for a reason that it may tell.
-DECLINED = "declined: "
-# What the server tells of itself with each message: one name for all rounds of a run, and, in a
-# simulation, where its sites keep their ledgers.
+# Keys of a message's config. Flower's own:
+SERVER_ROUND, PROXIMAL_MU = "server-round", "proximal-mu"
+# Which rows are evaluated; whether all sites' rows together are meant, in a simulation.
+SPLIT, POOL_SITES = "split", "pool-sites"
+# One name for all rounds of a run; in a simulation, where its sites keep their ledgers.
 RUN_KEY, LEDGER_DIR = "run-key", "ledger-dir"
 # The digest of the model's part that does not travel, which every site must have too.
 FROZEN = "frozen-digest"
 # What all sites agreed upon before the first round, in each site's every message.
 AGREED = "agreed"
+# How the trees of several hospitals make one ensemble; which part of a round's step a site has.
+TREES, TREE_SHARE = "trees", "tree-share"
+# How many pictures or variants are asked for, and from which variant on.
+COUNT, OFFSET = "count", "offset"
+# A question for statistics; whether counts of an association study have squares.
+REQUEST, SQUARES = "request", "squares"
+
+# Records of a reply.
+SITE_RECORD, PATIENTS_RECORD = "site", "patients"
+CONTRIBUTION, PICTURES, STATISTICS = "contribution", "pictures", "statistics"
+COHORT, VARIANTS, PLACES, TOLD = "cohort", "variants", "places", "told"
+# Which variants a hospital is asked for, in a message of an association study.
+BLOCK = "block"
+# Entries of them.
+DIGESTS, DIGEST_BYTES = "digests", 8
+TITLES, IMAGES, ANSWER = "titles", "images", "answer"
+TURNED_AWAY = "turned-away"
 # Of a site's own model: its main figure on validation rows, before and after, and the passes kept.
 PERSONAL = ("val-global", "val-own", "personal-epochs")
 # What a run has cost a patient of a site; of several sites, the most.
 EPSILON = "patient-epsilon"
 # What the rounds have cost a hospital, by the server's noise.
 HOSPITAL_EPSILON = "hospital-epsilon"
+
+# How the reply of a hospital begins that does not take part, for a reason that it may tell.
+DECLINED = "declined: "
+# Stands for all sites together where a site's name is expected.
 ALL_SITES = "all"
 
 NEVER = "never"
@@ -61,7 +82,72 @@ class Entry(NamedTuple):
     private: str
 
 
-_TABLE = """
+class Sending(NamedTuple):
+    """One record of a message.
+
+    Attributes
+    ----------
+    message : str
+        Kind of message: ``train``, ``evaluate``, the name of a query, or ``any``.
+    key : str
+        Name of the record and of its entry.
+    what : str
+        In words.
+    writer, reader : str
+        Which file of the server writes it, and which of the hospital reads it.
+    """
+
+    message: str
+    key: str
+    what: str
+    writer: str
+    reader: str
+
+
+_MESSAGES = """
+any | config.run-key | name of the run, for ledger and book | runs/experiment | clients/base
+any | config.ledger-dir | simulation: folder of the ledgers | runs/experiment | privacy/patient
+any | config.agreed | what all sites agreed upon | runs/experiment | clients/base
+any | config.frozen-digest | digest of what does not travel | runs/experiment | clients/base
+any | config.pool-sites | simulation: all rows together | runs/baselines | clients/base
+train | arrays.* | the global model | strategies/base | clients/app
+train | config.server-round | number of the round | Flower | clients/app
+train | config.proximal-mu | weight of the proximal term | Flower | clients/app
+train | config.trees | bagging or cyclic | trees/server | trees/client
+train | config.tree-share | the site's part of a step | trees/server | trees/client
+evaluate | arrays.* | the global model | strategies/base | clients/app
+evaluate | config.server-round | number of the round | Flower | clients/app
+evaluate | config.split | val or test rows | strategies/base | clients/app
+evaluate | config.trees | bagging or cyclic | trees/server | trees/client
+pictures | arrays.* | the last model | runs/roll_call | clients/queries
+pictures | config.count | how many cases | runs/roll_call | clients/queries
+personal | arrays.* | the last model | runs/roll_call | clients/personal
+statistics | config.request | the question | statistics/server | statistics/client
+variants | config.offset | where to begin | genomics/rounds | genomics/client
+variants | config.count | how many variants | genomics/rounds | genomics/client
+counts | config.squares | whether squares are needed | genomics/rounds | genomics/client
+counts | block.lines | which variants | genomics/rounds | genomics/client
+counts | block.swapped | whose alleles change places | genomics/rounds | genomics/client
+linear | block.lines | which variants | genomics/rounds | genomics/client
+linear | block.swapped | whose alleles change places | genomics/rounds | genomics/client
+logistic | block.lines | which variants | genomics/rounds | genomics/client
+logistic | block.swapped | whose alleles change places | genomics/rounds | genomics/client
+logistic | block.slopes | coefficients so far | genomics/rounds | genomics/client
+logistic | block.intercepts | the site's own coefficient | genomics/rounds | genomics/client
+loadings | block.lines | which variants | genomics/rounds | genomics/client
+loadings | block.swapped | whose alleles change places | genomics/rounds | genomics/client
+loadings | block.frequencies | allele frequencies | genomics/rounds | genomics/client
+loadings | block.loadings | components so far | genomics/rounds | genomics/client
+scores | block.lines | which variants | genomics/rounds | genomics/client
+scores | block.swapped | whose alleles change places | genomics/rounds | genomics/client
+scores | block.frequencies | allele frequencies | genomics/rounds | genomics/client
+scores | block.loadings | the components | genomics/rounds | genomics/client
+"""
+MESSAGES = tuple(
+    Sending(*(cell.strip() for cell in line.split("|"))) for line in _MESSAGES.strip().splitlines()
+)
+
+_REPLIES = """
 any | site.name | the name that the hospital gave itself | plain | plain
 any | site.simulated | whether it lives in a simulation | plain | plain
 any | site.data | name of the data source | plain | plain
@@ -141,7 +227,7 @@ logistic | told.withheld | variants in which one person weighs too much | bounde
 loadings | told.values | sums from which genotypes can be computed | plain | never
 """
 REPLIES = tuple(
-    Entry(*(cell.strip() for cell in line.split("|"))) for line in _TABLE.strip().splitlines()
+    Entry(*(cell.strip() for cell in line.split("|"))) for line in _REPLIES.strip().splitlines()
 )
 
 # What a simulation adds, where nothing leaves.

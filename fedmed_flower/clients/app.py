@@ -33,7 +33,15 @@ from fedmed_flower.data.site import SPLITS, Row, Site
 from fedmed_flower.errors import FAILED, DeclinedError, InputError
 from fedmed_flower.models.device import derive_seed
 from fedmed_flower.settings.node import NodeSettings
-from fedmed_flower.wire import DECLINED, EPSILON, SITE_RECORD, tell_error
+from fedmed_flower.wire import (
+    DECLINED,
+    EPSILON,
+    PROXIMAL_MU,
+    SERVER_ROUND,
+    SITE_RECORD,
+    SPLIT,
+    tell_error,
+)
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -101,10 +109,10 @@ def answer(
 def train(client: MedicalClient, message: Message) -> RecordDict:
     """Train the model that came with a message on the site's training rows, and return it."""
     config = client.read(message)
-    server_round = int(config.get("server-round", 0))  # type: ignore[arg-type]
+    server_round = int(config.get(SERVER_ROUND, 0))  # type: ignore[arg-type]
     client.require_protection()
     arrays_key, arrays = next(iter(message.content.array_records.items()))
-    client.proximal_mu = float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]
+    client.proximal_mu = float(config.get(PROXIMAL_MU, 0.0))  # type: ignore[arg-type]
     if not 0 <= client.proximal_mu < math.inf:
         raise InputError(f"proximal-mu must be at least 0 and finite, got {client.proximal_mu}")
     client.progress = client.settings.progress(server_round)
@@ -133,7 +141,7 @@ def train(client: MedicalClient, message: Message) -> RecordDict:
 def evaluate(client: MedicalClient, message: Message) -> RecordDict:
     """Measure the model that came with a message on one split of the site's rows."""
     config = client.read(message)
-    split = str(config.get("split", "val"))
+    split = str(config.get(SPLIT, "val"))
     if split not in SPLITS:
         raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if split == "train" and client.privacy.on and not client.noises_metrics:

@@ -52,7 +52,7 @@ from fedmed_flower.settings.model import ModelSettings
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.training import Settings
-from fedmed_flower.wire import AGREED, FROZEN, RUN_KEY
+from fedmed_flower.wire import AGREED, FROZEN, POOL_SITES, RUN_KEY
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -337,7 +337,7 @@ class MedicalClient(ABC):
         """
         config = next(iter(message.content.config_records.values()), ConfigRecord())
         self.agreed = str(config.get(AGREED, ""))
-        self.pooled = bool(config.get("pool-sites", False))
+        self.pooled = bool(config.get(POOL_SITES, False))
         if not self.site.simulated:
             # All parts of a run, such as those for comparison, are one.
             run = self.run_key(config).partition("/")[0]

@@ -22,6 +22,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.privacy.gradients import PROBE, Batch
 from fedmed_flower.privacy.patient import PatientPrivacy, budget_of
 from fedmed_flower.privacy.validate import held, unchanged
+from fedmed_flower.wire import SERVER_ROUND, SPLIT
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -116,7 +117,7 @@ def measure_protected(
 
     Parameters are those of `train_protected`; patients are those of the config's ``split``.
     """
-    split = str(config.get("split", "val"))
+    split = str(config.get(SPLIT, "val"))
     client.require_measurable()
     # What the network gives is compared with what the client declares.
     probe = client.probe(1)
@@ -215,7 +216,7 @@ def _patients(client: MedicalClient, split: str) -> list[str]:
 
 
 def _round(config: ConfigRecord) -> int:
-    return int(config.get("server-round", 0))  # type: ignore[arg-type]
+    return int(config.get(SERVER_ROUND, 0))  # type: ignore[arg-type]
 
 
 def _require_own_fit(client: MedicalClient) -> None:

@@ -16,6 +16,7 @@ from fedmed_flower.data.site import SPLITS, patient_text
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.settings.section import with_type_of
+from fedmed_flower.wire import CONTRIBUTION, COUNT, IMAGES, PICTURES, TITLES, TURNED_AWAY
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -33,7 +34,7 @@ def describe(client: MedicalClient, message: Message) -> RecordDict:
     if not client.secretive:
         loaded = client.data()
         screened = sum(len(getattr(loaded, s)) - len(client.screened(s)) for s in SPLITS)
-        counts["turned-away"] = loaded.turned_away + screened
+        counts[TURNED_AWAY] = loaded.turned_away + screened
     if client.site.simulated:
         counts |= client.describe(client.prepared(None, pooled=False)[0])
     return RecordDict(
@@ -72,10 +73,10 @@ def pictures(client: MedicalClient, message: Message) -> RecordDict:
         else:
             log.info("%s: no pictures: they may not leave, and output-dir is not set", site.name)
     content: dict[str, Any] = {
-        "titles": [picture.title for picture in shared],
-        "images": [picture.png for picture in shared],
+        TITLES: [picture.title for picture in shared],
+        IMAGES: [picture.png for picture in shared],
     }
-    return RecordDict({"pictures": ConfigRecord(content)})
+    return RecordDict({PICTURES: ConfigRecord(content)})
 
 
 def _draw(
@@ -95,7 +96,7 @@ def _draw(
     arrays = next(iter(message.content.array_records.values()))
     model, _ = client.model_of(arrays, config)
     with client.seeded(0):
-        return client.draw(model, prepared, int(config["count"]))  # type: ignore[arg-type]
+        return client.draw(model, prepared, int(config[COUNT]))  # type: ignore[arg-type]
 
 
 def _draw_in_book(client: MedicalClient, message: Message, config: ConfigRecord) -> list[Picture]:
@@ -120,4 +121,4 @@ def contribution(client: MedicalClient, message: Message) -> RecordDict:
     client.read(message)
     if client.secretive:
         raise DeclinedError("what is told before the first round carries no noise")
-    return RecordDict({"contribution": ConfigRecord(client.contribute())})
+    return RecordDict({CONTRIBUTION: ConfigRecord(client.contribute())})

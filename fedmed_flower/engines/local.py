@@ -9,6 +9,7 @@ import secrets
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from logging import DEBUG
 from uuid import uuid4
 
@@ -114,6 +115,14 @@ def run_local(
     return context
 
 
+@dataclass
+class _Progress:
+    """How many of the messages that were sent together have been dealt with."""
+
+    sent: int = 0
+    done: int = 0
+
+
 class LocalGrid(Grid):
     """Runs a ClientApp on each message when its reply is asked for.
 
@@ -146,8 +155,7 @@ class LocalGrid(Grid):
         self._contexts = dict(contexts)
         self._on_reply = on_reply
         self._run = Run.create_empty(next(iter(contexts.values())).run_id)
-        self._waiting: dict[str, Message] = {}
-        self._pushed = 0
+        self._waiting: dict[str, tuple[Message, _Progress]] = {}
 
     def set_run(self, run: Run) -> None:
         """Set the run that `run` returns."""
@@ -175,15 +183,15 @@ class LocalGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Take messages; their clients run when the replies are pulled."""
-        ids = []
+        ids, progress = list[str](), _Progress()
         for message in messages:
             if message.metadata.dst_node_id not in self._contexts:
                 raise ValueError(f"there is no node {message.metadata.dst_node_id}")
             message_id = str(uuid4())
             message.metadata.__dict__["_message_id"] = message_id
-            self._waiting[message_id] = _copy_message(message)
+            self._waiting[message_id] = _copy_message(message), progress
             ids.append(message_id)
-        self._pushed = len(self._waiting)
+        progress.sent = len(ids)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -215,15 +223,15 @@ class LocalGrid(Grid):
     def _replies(self, ids: list[str], deadline: float | None) -> list[Message]:
         replies = []
         for message_id in ids:
-            message = self._waiting.pop(message_id)
+            message, progress = self._waiting.pop(message_id)
             if deadline is not None and time.monotonic() > deadline:
                 continue
             if (reply := self._handle(message)) is not None:
                 reply.metadata.__dict__["_message_id"] = str(uuid4())
                 replies.append(reply)
+            progress.done += 1
             if self._on_reply is not None:
-                done = self._pushed - len(self._waiting)
-                self._on_reply(message.metadata.message_type, done, self._pushed)
+                self._on_reply(message.metadata.message_type, progress.done, progress.sent)
         return replies
 
     def _handle(self, message: Message) -> Message | None:

@@ -21,6 +21,7 @@ from fedmed_flower.genomics.association import (
     Floats,
 )
 from fedmed_flower.genomics.plink import MOST_POSITION, Listing
+from fedmed_flower.wire import COHORT, PLACES, TOLD, VARIANTS
 
 # No hospital has more people or variants, and no study more covariates.
 _MOST, _MOST_COVARIATES = 10**9, 200
@@ -34,7 +35,7 @@ def read_about(content: RecordDict) -> dict[str, Any]:
     ValueError
         Where it is malformed.
     """
-    record = dict(content.config_records["cohort"])
+    record = dict(content.config_records[COHORT])
     about: dict[str, Any] = {
         key: int(record[key])  # type: ignore[arg-type]
         for key in ("people", "cases", "variants", "minimum")
@@ -57,7 +58,7 @@ def read_listing(content: RecordDict, most: int) -> Listing:
     ValueError
         Where it is malformed, or longer than `most`.
     """
-    record, places = content.config_records["variants"], content.array_records["places"]
+    record, places = content.config_records[VARIANTS], content.array_records[PLACES]
     chromosomes, positions = view(places["chromosomes"]), view(places["positions"])
     texts = [str(record[name]).split("\n") for name in ("names", "first", "second")]
     count = len(positions)
@@ -122,14 +123,14 @@ def read_terms(content: RecordDict, shape: tuple[int, int]) -> tuple[Floats, NDA
         Where they are malformed or not finite.
     """
     sums = read_sums(content, shape)
-    withheld = view(content.array_records["told"]["withheld"])
+    withheld = view(content.array_records[TOLD]["withheld"])
     if withheld.dtype != np.bool_ or withheld.shape != shape[:1]:
         raise ValueError("nothing that says which variants are withheld")
     return sums, withheld
 
 
 def _values(content: RecordDict, shape: tuple[int, ...]) -> NDArray[Any]:
-    values = view(content.array_records["told"]["values"])
+    values = view(content.array_records[TOLD]["values"])
     if values.shape != shape:
         raise ValueError(f"an array of shape {values.shape}, {shape} was asked for")
     return values

@@ -25,6 +25,7 @@ from fedmed_flower.genomics.plink import Fileset
 from fedmed_flower.genomics.regression import linear_sums, logistic_terms, standardised
 from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.settings.section import with_type_of
+from fedmed_flower.wire import COHORT, COUNT, OFFSET, PLACES, SQUARES, TOLD, VARIANTS
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -230,7 +231,7 @@ def cohort(client: GenomicsClient, message: Message) -> RecordDict:
     }
     return RecordDict(
         {
-            "cohort": ConfigRecord(about),
+            COHORT: ConfigRecord(about),
             **digests_of(client.site, client.data(), client.context.run_id),
         }
     )
@@ -240,16 +241,16 @@ def variants(client: GenomicsClient, message: Message) -> RecordDict:
     """Tell the next lines of the bim file."""
     config = client.read(message)
     fileset = client.cohort().fileset
-    offset = _whole(config, "offset", 0, _MOST_OFFSET)
-    found = fileset.variants(offset, _whole(config, "count", 1, _MOST_LINES))
+    offset = _whole(config, OFFSET, 0, _MOST_OFFSET)
+    found = fileset.variants(offset, _whole(config, COUNT, 1, _MOST_LINES))
     texts: dict[str, Any] = {
         name: "\n".join(getattr(found, name)) for name in ("names", "first", "second")
     }
     places = {"chromosomes": Array(found.chromosomes), "positions": Array(found.positions)}
     return RecordDict(
         {
-            "variants": ConfigRecord(texts | {"offset": found.offset}),
-            "places": ArrayRecord(places),
+            VARIANTS: ConfigRecord(texts | {"offset": found.offset}),
+            PLACES: ArrayRecord(places),
         }
     )
 
@@ -259,7 +260,7 @@ def counts(client: GenomicsClient, message: Message) -> RecordDict:
     found = client.cohort()
     asked = _Asked(message, found, 5)
     cases = found.trait == 1 if client.trait == "binary" else np.zeros(len(found.trait), bool)
-    squares = bool(client.read(message).get("squares", False))
+    squares = bool(client.read(message).get(SQUARES, False))
     told = []
     for _, genotypes in asked.blocks(found):
         part = count_copies(genotypes, cases, squares)
@@ -459,7 +460,7 @@ def _with_scores(client: GenomicsClient, cohort: Cohort) -> Floats:
 def _told(values: NDArray[Any], **more: NDArray[Any]) -> RecordDict:
     arrays = {"values": values} | more
     told = {name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()}
-    return RecordDict({"told": ArrayRecord(told)})
+    return RecordDict({TOLD: ArrayRecord(told)})
 
 
 def _whole(config: ConfigRecord, name: str, least: int, most: int) -> int:

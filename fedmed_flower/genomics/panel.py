@@ -17,7 +17,7 @@ from fedmed_flower.runs.experiment import RunFailedError
 from fedmed_flower.server.ask import ask_all
 from fedmed_flower.server.duplicates import Namesakes
 from fedmed_flower.server.history import Failure
-from fedmed_flower.wire import SITE_RECORD
+from fedmed_flower.wire import COHORT, SITE_RECORD
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -136,7 +136,7 @@ def assemble(grid: Grid, timeout: float, trait: str) -> Panel:
         return about, str(record["data"]), bool(record["generated"]), bool(record["simulated"])
 
     contents = {node: RecordDict() for node in grid.get_node_ids()}
-    answers, failures = ask_all(grid, "cohort", contents, read, timeout, names)
+    answers, failures = ask_all(grid, COHORT, contents, read, timeout, names)
     for answer in answers:
         found[answer.node_id], source, generated, simulated = answer.value
         panel.sources.add(source)
@@ -158,7 +158,7 @@ def assemble(grid: Grid, timeout: float, trait: str) -> Panel:
             ours, theirs = ", ".join(most), ", ".join(study)
             refused.append((node, f"its columns are {theirs}, most hospitals' {ours}"))
     for node, reason in refused:
-        failure = Failure(0, "cohort", names.get(node, f"node {node}"), reason)
+        failure = Failure(0, COHORT, names.get(node, f"node {node}"), reason)
         panel.failures.append(failure)
         log.warning("%s does not take part: %s", failure.site, reason)
     if not found:

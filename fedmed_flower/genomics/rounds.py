@@ -30,6 +30,7 @@ from fedmed_flower.genomics.regression import (
     principal_components,
 )
 from fedmed_flower.genomics.variants import SWAPPED, Block, Merger
+from fedmed_flower.wire import BLOCK, COUNT, OFFSET, SQUARES, VARIANTS
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -75,12 +76,12 @@ def blocks(panel: Panel, size: int, squares: bool) -> Iterator[tuple[int, Block,
         for site in panel.left_out:
             merger.end(site)
         if hungry := merger.hungry():
-            wanted = {site: {"offset": offsets[site], "count": merger.size} for site in hungry}
+            wanted = {site: {OFFSET: offsets[site], COUNT: merger.size} for site in hungry}
             asked = {
                 site: RecordDict({"config": ConfigRecord(config)})  # type: ignore[arg-type]
                 for site, config in wanted.items()
             }
-            panel.ask("variants", asked, read, number)
+            panel.ask(VARIANTS, asked, read, number)
             continue
         if (block := merger.take()) is None:
             return
@@ -95,8 +96,8 @@ def _count(panel: Panel, block: Block, number: int, squares: bool) -> Counts:
     asked = {
         site: RecordDict(
             {
-                "block": _lines(block, site, usable[site]),
-                "config": ConfigRecord({"squares": squares}),
+                BLOCK: _lines(block, site, usable[site]),
+                "config": ConfigRecord({SQUARES: squares}),
             }
         )
         for site in panel.taking
@@ -170,7 +171,7 @@ def _linear(
     total = np.zeros((len(block.variants), (covariates + 2) * (covariates + 3) // 2))
     taking[list(panel.left_out)] = False
     asked = {
-        site: RecordDict({"block": _lines(block, site, taking[site])})
+        site: RecordDict({BLOCK: _lines(block, site, taking[site])})
         for site in panel.taking
         if taking[site].any()
     }
@@ -209,7 +210,7 @@ def _logistic(
             record = _lines(block, site, chosen)
             record["slopes"] = Array(fit.slopes[chosen])
             record["intercepts"] = Array(fit.intercepts[site, chosen])
-            asked[site] = RecordDict({"block": record})
+            asked[site] = RecordDict({BLOCK: record})
 
         def read(
             site: int, content: RecordDict, here: NDArray[np.bool_] = here
@@ -306,7 +307,7 @@ def _components(panel: Panel, size: int, count: int, most: int, seed: int) -> li
         return {
             site: RecordDict(
                 {
-                    "block": ArrayRecord(
+                    BLOCK: ArrayRecord(
                         {
                             "lines": Array(np.ascontiguousarray(places[:, site])),
                             "swapped": Array(np.ascontiguousarray(flips[:, site])),

@@ -20,7 +20,7 @@ from fedmed_flower.privacy.accounting import Release, epsilon_of, noise_for
 from fedmed_flower.privacy.ledger import Ledger, Limit
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.privacy import PrivacySettings
-from fedmed_flower.wire import EPSILON, LEDGER_DIR
+from fedmed_flower.wire import EPSILON, LEDGER_DIR, POOL_SITES
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -218,5 +218,5 @@ def ledger_path(context: Context, site: Site, message: Any) -> Path:
     folder = str(message.get(LEDGER_DIR, "")) or (run_dir and str(Path(run_dir) / "ledgers"))
     if not folder:
         raise InputError("privacy needs a place for the sites' ledgers: give run-dir")
-    pooled = bool(message.get("pool-sites", False))
+    pooled = bool(message.get(POOL_SITES, False))
     return Path(folder).expanduser() / f"{'all-sites' if pooled else site.name}.sqlite"

@@ -16,7 +16,7 @@ from fedmed_flower.server.history import History
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.strategies.base import FedAvg
-from fedmed_flower.wire import ALL_SITES
+from fedmed_flower.wire import ALL_SITES, POOL_SITES
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -85,7 +85,7 @@ class Baselines:
             return
         log.info("for comparison: all data pooled")
         first = next(node_id for node_id in self.sites.counts if node_id in trainers)
-        table = self._trained_at("pooled", first, **{"pool-sites": True})
+        table = self._trained_at("pooled", first, **{POOL_SITES: True})
         self._record("pooled-test", table)
         test["pooled"] = table.pop(ALL_SITES, {}) | {"sites": table}
 

@@ -19,7 +19,17 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.server.ask import ask, ask_all
 from fedmed_flower.server.duplicates import Namesakes
 from fedmed_flower.server.run_folder import RunFolder
-from fedmed_flower.wire import PERSONAL, SITE_RECORD, Sent
+from fedmed_flower.wire import (
+    CONTRIBUTION,
+    COUNT,
+    IMAGES,
+    PERSONAL,
+    PICTURES,
+    SITE_RECORD,
+    TITLES,
+    TURNED_AWAY,
+    Sent,
+)
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -52,8 +62,7 @@ class Sites:
         """Return the numbers of rows by the name of the site, with those turned away, if any."""
         away = self.turned_away if any(self.turned_away.values()) else {}
         return {
-            self.names[node_id]: counts
-            | ({"turned-away": away[node_id]} if node_id in away else {})
+            self.names[node_id]: counts | ({TURNED_AWAY: away[node_id]} if node_id in away else {})
             for node_id, counts in self.counts.items()
         }
 
@@ -131,11 +140,11 @@ def _about(content: RecordDict) -> _About:
     record = content.config_records[SITE_RECORD]
     (counts,) = content.metric_records.values()
     rows = {split: int(counts[split]) for split in SPLITS}  # type: ignore[arg-type]
-    away = int(counts.get("turned-away", 0))  # type: ignore[arg-type]
+    away = int(counts.get(TURNED_AWAY, 0))  # type: ignore[arg-type]
     if min(*rows.values(), away) < 0:
         raise ValueError(f"negative number of rows in {rows}, {away} turned away")
     flags = bool(record["generated"]), bool(record["simulated"])
-    turned_away = away if "turned-away" in counts else None
+    turned_away = away if TURNED_AWAY in counts else None
     return _About(rows, counts.get("labels"), turned_away, str(record["data"]), *flags)
 
 
@@ -178,12 +187,12 @@ def collect_contributions(
     """
 
     def read(_: int, content: RecordDict) -> dict[str, Any]:
-        return dict(content.config_records["contribution"])
+        return dict(content.config_records[CONTRIBUTION])
 
     contents = {node_id: RecordDict() for node_id in names}
-    answers, failures = ask_all(grid, "contribution", contents, read, timeout, dict(names))
+    answers, failures = ask_all(grid, CONTRIBUTION, contents, read, timeout, dict(names))
     for answer in answers:
-        sent.take("contribution", answer.site, answer.content)
+        sent.take(CONTRIBUTION, answer.site, answer.content)
     for failure in failures:
         log.warning("%s tells nothing to prepare the model with: %s", failure.site, failure.reason)
     return {answer.site: answer.value for answer in answers}
@@ -267,19 +276,19 @@ def collect_pictures(
         ``site``, ``file`` and ``title`` of each picture, in the order of the sites' names. A site
         that answers with an error, or with what is no sound picture, has none; the log says why.
     """
-    content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, "count": count})})
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, COUNT: count})})
     contents = {node_id: content for node_id in grid.get_node_ids() if node_id in names}
 
     def read(_: int, content: RecordDict) -> list[tuple[str, bytes]]:
-        return _pairs(content.config_records["pictures"])
+        return _pairs(content.config_records[PICTURES])
 
-    answers, failures = ask_all(grid, "pictures", contents, read, timeout, dict(names))
+    answers, failures = ask_all(grid, PICTURES, contents, read, timeout, dict(names))
     for failure in failures:
         log.warning("no pictures of %s: %s", failure.site, failure.reason)
     found: dict[str, list[tuple[str, bytes]]] = {}
     for answer in answers:
         if answer.value:
-            sent.take("pictures", answer.site, answer.content)
+            sent.take(PICTURES, answer.site, answer.content)
         found[answer.site] = []
         for title, png in answer.value[: count + 1]:
             if (reason := sound(png)) is not None:
@@ -297,8 +306,8 @@ def collect_pictures(
 
 def _pairs(record: ConfigRecord) -> list[tuple[str, bytes]]:
     """Return title and file of each picture; whatever else a site may send is an error."""
-    titles: Any = record["titles"]
-    images: Any = record["images"]
+    titles: Any = record[TITLES]
+    images: Any = record[IMAGES]
     if not isinstance(titles, list) or not isinstance(images, list):
         raise TypeError("titles and images must be lists")
     if len(titles) != len(images):

@@ -19,6 +19,7 @@ from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.local import answer_exactly
 from fedmed_flower.statistics.noised import Cells, noised, plan
 from fedmed_flower.statistics.request import Request
+from fedmed_flower.wire import ANSWER, REQUEST, STATISTICS
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -37,7 +38,7 @@ def statistics(client: MedicalClient, message: Message) -> RecordDict:
         Where the hospital tells nothing without noise, or the budget would be passed.
     """
     config = client.read(message)
-    request = Request.from_text(str(config.get("request", "")))
+    request = Request.from_text(str(config.get(REQUEST, "")))
     if client.secretive and not request.epsilon:
         raise DeclinedError(
             "this hospital, or this run, protects patients by noise: ask with --epsilon"
@@ -55,7 +56,7 @@ def statistics(client: MedicalClient, message: Message) -> RecordDict:
     text = json.dumps(told, allow_nan=False)
     return RecordDict(
         {
-            "statistics": ConfigRecord({"answer": text}),
+            STATISTICS: ConfigRecord({ANSWER: text}),
             **digests_of(client.site, client.data(), client.context.run_id),
         }
     )

@@ -21,7 +21,7 @@ from fedmed_flower.server.run_folder import SUMMARY
 from fedmed_flower.statistics.pooling import cumulate, pool_survival
 from fedmed_flower.statistics.table import OVERALL, label, tables
 
-STATISTICS = "statistics.json"
+STATISTICS_FILE = "statistics.json"
 _MOST_ROWS, _MOST_PLOTS, _MOST_NAMES, _MOST_WEEKS = 400, 24, 100, 2000
 _ALERT = "#d55e00"
 _BANNER = '<div class="banner" role="note">generated rows, not patients</div>'
@@ -49,8 +49,8 @@ def write_page(folder: Path) -> Path:
         Where ``summary.json`` or ``statistics.json`` is missing or damaged.
     """
     hint = "give the folder of a survey"
-    summary, found = read_object(folder, SUMMARY, hint), read_object(folder, STATISTICS, hint)
-    with as_input_error(f"the survey in {folder / STATISTICS}", "run it again"):
+    summary, found = read_object(folder, SUMMARY, hint), read_object(folder, STATISTICS_FILE, hint)
+    with as_input_error(f"the survey in {folder / STATISTICS_FILE}", "run it again"):
         body = _body(summary, found)
     text = frame.PAGE.substitute(
         title=escaped(summary.get("app") or "Survey"),

@@ -24,7 +24,7 @@ from fedmed_flower.server.duplicates import Namesakes
 from fedmed_flower.server.run_folder import SUMMARY, RunFolder
 from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.survey import SurveySettings
-from fedmed_flower.statistics.page import STATISTICS, write_page
+from fedmed_flower.statistics.page import STATISTICS_FILE, write_page
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.summary import (
@@ -35,7 +35,7 @@ from fedmed_flower.statistics.summary import (
     summarise,
 )
 from fedmed_flower.statistics.table import tables
-from fedmed_flower.wire import LEDGER_DIR, RUN_KEY, SITE_RECORD
+from fedmed_flower.wire import ANSWER, LEDGER_DIR, REQUEST, RUN_KEY, SITE_RECORD, STATISTICS
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -100,10 +100,10 @@ def ask(
     Answer
         A hospital that answers with an error, or with what cannot be, is among its `failures`.
     """
-    record = ConfigRecord({"request": request.to_text(), **(config or {})})
+    record = ConfigRecord({REQUEST: request.to_text(), **(config or {})})
     contents = {node_id: RecordDict({"config": record}) for node_id in grid.get_node_ids()}
     answer, names, namesakes = Answer(request), dict[int, str](), Namesakes()
-    answers, failures = ask_all(grid, "statistics", contents, _read, timeout, names)
+    answers, failures = ask_all(grid, STATISTICS, contents, _read, timeout, names)
     for one in answers:
         answer.sites[one.site], source, generated = one.value
         namesakes.take(one.node_id, one.content)
@@ -120,7 +120,7 @@ def ask(
 
 def _read(_: int, content: RecordDict) -> tuple[dict[str, Any], str, bool]:
     """Return what a hospital answers, the source of its rows, and whether they were generated."""
-    found = read_reply(content.config_records["statistics"]["answer"])
+    found = read_reply(content.config_records[STATISTICS][ANSWER])
     about = content.config_records.get(SITE_RECORD, ConfigRecord())
     return found, str(about.get("data", "not named")), about.get("generated") is True
 
@@ -171,7 +171,7 @@ def survey(
             config[LEDGER_DIR] = str(folder.path / "ledgers")
         answer = ask(grid, request or Request(), settings.round_timeout, config)
         found = _found(answer, drift, alert)
-        folder.write_json(STATISTICS, found)
+        folder.write_json(STATISTICS_FILE, found)
         about = {
             "app": grid.run.fab_id.rpartition("/")[2] or "federated statistics",
             "started": started,

@@ -52,7 +52,7 @@ from fedmed_flower.strategies.server_optimizers import (
     minima,
     step,
 )
-from fedmed_flower.wire import ALL_SITES
+from fedmed_flower.wire import ALL_SITES, SPLIT
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -291,7 +291,7 @@ class FedAvg(flower.FedAvg):
             ``{site: {metric: value}}``, with ``"all"`` for all sites together.
         """
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: ConfigRecord()})
-        content.config_records[self.configrecord_key].update(config or {}, split="test")
+        content.config_records[self.configrecord_key].update({**(config or {}), SPLIT: "test"})
         server_round = max((row[0] for row in self.history.rows), default=0)
         messages = [
             Message(content, node_id, MessageType.EVALUATE) for node_id in grid.get_node_ids()

@@ -35,8 +35,6 @@ from fedmed_flower.trees.ensembles import (
     BAGGING,
     CYCLIC,
     MOST_TREES,
-    SHARE,
-    TREES,
     Form,
     Tree,
     clipped,
@@ -52,6 +50,7 @@ from fedmed_flower.trees.thresholds import (
     quantile_edges,
     spaced_edges,
 )
+from fedmed_flower.wire import TREE_SHARE, TREES
 
 # The furthest that the trees of one round may move log odds, log rates and log hazards.
 _REACH = 10.0
@@ -105,9 +104,9 @@ class TreeClient(TabularClient):
         if config[TREES] not in (BAGGING, CYCLIC):
             raise InputError(f"{TREES} must be {BAGGING} or {CYCLIC}, got {config[TREES]!r}")
         self.whole = config[TREES] == CYCLIC
-        share = config.get(SHARE, 1.0)
+        share = config.get(TREE_SHARE, 1.0)
         if not isinstance(share, int | float) or not LEAST_PART <= share <= 1:
-            raise InputError(f"{SHARE} must be from {LEAST_PART:g} to 1, got {share!r}")
+            raise InputError(f"{TREE_SHARE} must be from {LEAST_PART:g} to 1, got {share!r}")
         self.share = float(share)
         return config
 

@@ -22,7 +22,6 @@ from fedmed_flower.settings.trees import TreeSettings
 
 # Of the server's messages: that they are about trees, and how these travel; and which part of the
 # learning rate a hospital's trees have.
-TREES, SHARE = "trees", "tree-share"
 BAGGING, CYCLIC = "bagging", "cyclic"
 MODEL = "model.json"
 

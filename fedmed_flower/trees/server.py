@@ -25,14 +25,12 @@ from fedmed_flower.trees.ensembles import (
     CYCLIC,
     MODEL,
     MOST_TREES,
-    SHARE,
-    TREES,
     leaves,
     model_bytes,
     read_trees,
     write_trees,
 )
-from fedmed_flower.wire import ALL_SITES
+from fedmed_flower.wire import ALL_SITES, TREE_SHARE, TREES
 
 if TYPE_CHECKING:
     from fedmed_flower.clients.tabular import TabularClient
@@ -166,7 +164,7 @@ class _Growing(FedAvg):
         # All new trees are added up: those that decline had better not slow the others down.
         self.share = 1 / max(1, len(nodes - self.inbox.declined))
         for message in addressed:
-            message.content.config_records[self.configrecord_key][SHARE] = self.share
+            message.content.config_records[self.configrecord_key][TREE_SHARE] = self.share
         return addressed
 
     def configure_evaluate(

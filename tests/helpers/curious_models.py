@@ -10,6 +10,7 @@ from fedmed_flower.models.networks import build_network
 from fedmed_flower.settings.model import ModelSettings
 
 PRIVATE = {"privacy": "patient", "preparation": "declared", "num-server-rounds": 1}
+PRIVATE |= {"sampling-rate": 0.5, "local-steps": 1, "target-epsilon": 8.0, "device": "cpu"}
 
 
 def network(outputs):

@@ -31,10 +31,17 @@ from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.section import Section
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.trees import ensembles
-from fedmed_flower.trees.ensembles import SHARE, TREES
-from fedmed_flower.wire import AGREED, FROZEN, LEDGER_DIR, RUN_KEY, read_error
+from fedmed_flower.wire import (
+    AGREED,
+    FROZEN,
+    LEDGER_DIR,
+    MESSAGES,
+    RUN_KEY,
+    TREE_SHARE,
+    TREES,
+    read_error,
+)
 
-PRIVATE |= {"sampling-rate": 0.5, "local-steps": 1, "target-epsilon": 8.0, "device": "cpu"}
 # Of the server's own, and of the hospital's, a message holds nothing.
 SECTIONS = [s for s in Section.__subclasses__() if s not in (NodeSettings, Plan)]
 # Of messages: what each key may hold.
@@ -52,7 +59,7 @@ MESSAGE_KEYS = {
     LEDGER_DIR: ("/nowhere",),
     RUN_KEY: ("k", "k/local", "../x"),
     TREES: ("bagging", "cyclic", "x"),
-    SHARE: (1.0, 0.0, -1.0),
+    TREE_SHARE: (1.0, 0.0, -1.0),
 }
 # What follows from the number of patients, which is taken as known.
 COUNTS = ("num-examples", "train", "val", "test", "patient-epsilon")
@@ -192,7 +199,8 @@ def test_every_message_and_every_key_is_drawn():
         names = re.findall(r"\bconfig(?:\.get\(|\[)([A-Z_]+)\b", text)
         read |= {vars(wire).get(name, vars(ensembles).get(name)) for name in names}
     assert read <= MESSAGE_KEYS.keys()
-    assert len(read) > 10
+    known = {each.key for each in MESSAGES if each.key.startswith("config.")}
+    assert {f"config.{key}" for key in MESSAGE_KEYS} == known
 
 
 @pytest.mark.parametrize("part", range(2))

@@ -9,13 +9,22 @@ import torch
 from curious_models import OUTPUTS, PRIVATE, model_of, network
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.serverapp import ServerApp
+from flwr.serverapp.strategy import FedXgbBagging
 from flwr.supercore.task_identity import TaskIdentity
+from forests import DECLARED, Hospital
 from hospitals import BUDGET, CLIENTS, Images, Masks, Table, hospital
-from tables import predicting
+from studies import World, study
+from surveys import Ward, surveyed
+from tables import TinyTable, predicting
 from tiny import CONFIG, context_of
 
+from fedmed_flower import federate, run_local
+from fedmed_flower.engines.local import LocalGrid
 from fedmed_flower.statistics.request import Request
-from fedmed_flower.wire import NEVER, REPLIES, keys_of, read_error
+from fedmed_flower.strategies import FedProx
+from fedmed_flower.trees.server import grow
+from fedmed_flower.wire import MESSAGES, NEVER, REPLIES, keys_of, read_error
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "privacy.md"
 WAYS = {"plain", "bounded", "known", "noised", "never"}
@@ -114,12 +123,82 @@ def genomes(folder, private):
     return found
 
 
-def test_the_docs_have_the_table_as_it_is():
-    lines = [line.strip("|").split("|") for line in DOCS.read_text().splitlines()]
-    rows = [tuple(cell.strip() for cell in line) for line in lines if len(line) == 5]
-    wanted = [(e.reply, f"`{e.key}`", e.what, e.plain, e.private) for e in REPLIES]
-    assert [row for row in rows if row[1].startswith("`")] == wanted
+def table_under(heading):
+    """Return the cells of a table of the docs."""
+    section = DOCS.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [tuple(c.strip("`") if c.startswith("`") else c for c in row) for row in cells]
+
+
+def test_the_docs_have_the_tables_as_they_are():
+    assert table_under("What each message holds") == [*map(tuple, MESSAGES)]
+    assert table_under("What each reply holds") == [*map(tuple, REPLIES)]
     assert {way for e in REPLIES for way in (e.plain, e.private)} == WAYS
+
+
+def sent_in(run, monkeypatch):
+    """Return the keys of all messages that a run sends, as the table has them."""
+    found = set()
+
+    class Watching(LocalGrid):
+        def push_messages(self, messages):
+            for message in messages:
+                kind = message.metadata.message_type.removeprefix("query.")
+                for name, record in message.content.items():
+                    found.update((kind, "arrays.*" if name == "arrays" else f"{name}.{key}")
+                                 for key in record)  # fmt: skip
+            return super().push_messages(messages)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmed_flower.engines.local.LocalGrid", Watching)
+        run()
+    return found
+
+
+def federated(folder):
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        federate(FedProx(proximal_mu=0.1), grid, context, TinyTable(context))
+
+    settings = CONFIG | {"run-dir": str(folder), "num-server-rounds": 1, "baselines": True}
+    settings |= {"personal-epochs": 1, "pictures": 1, "preparation": "federated"}
+    settings |= {"tabular-network": "mlp", "trainable": "0.*"}
+    run_local(server, TinyTable.client_app(), 2, run_config=settings)
+
+
+def grown(folder):
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        grow(FedXgbBagging(), grid, context, Hospital(context))
+
+    settings = DECLARED | {"num-server-rounds": 1, "run-dir": str(folder)}
+    run_local(server, Hospital.client_app(), 2, run_config=settings)
+
+
+def studied(folder):
+    for test, more in (("logistic", {"components": 2}), ("linear", {})):
+        (folder / test).mkdir(parents=True)
+        trait = "binary" if test == "logistic" else "continuous"
+        study(World(folder / test, trait=trait).client(), folder / test, test=test, **more)
+
+
+def test_a_server_sends_what_the_table_lists_and_nothing_else(tmp_path, monkeypatch):
+    found = set()
+    for run in (
+        lambda: federated(tmp_path / "network"),
+        lambda: grown(tmp_path / "trees"),
+        lambda: studied(tmp_path / "genomes"),
+        lambda: surveyed(Ward, Request(), tmp_path / "survey"),
+    ):
+        found |= sent_in(run, monkeypatch)
+    of_any = {each.key for each in MESSAGES if each.message == "any"}
+    found = {("any" if key in of_any else kind, key) for kind, key in found}
+    assert found == {(each.message, each.key) for each in MESSAGES}
 
 
 @pytest.mark.parametrize("private", [False, True])
