@@ -39,7 +39,7 @@ from fedmed_flower import SegmentationClient, SiteData
 from fedmed_flower.data.decathlon import load_hippocampus
 from fedmed_flower.data.download import SourceUnavailable
 from fedmed_flower.data.phantoms import hippocampi
-from fedmed_flower.models.device import torch_environment
+from fedmed_flower.models.device import half_precision, make_optimizer, torch_environment
 
 PATCH, BATCH = (40, 56, 40), 4
 KEYS = ["image", "label"]
@@ -212,7 +212,7 @@ def private_epoch(rows, device):
     steps, rate = -(-len(rows) // BATCH), BATCH / len(rows)
     settings = PrivacySettings(privacy="patient")
     mechanism = Mechanism(Release(rate, 1.0), steps, len(rows), settings)
-    optimizer = made.settings.make_optimizer(model)
+    optimizer = make_optimizer(made.settings, model)
 
     def train():
         train_privately(
@@ -223,7 +223,7 @@ def private_epoch(rows, device):
             optimizer,
             mechanism,
             made.batch_of(prepared, range(PROBE)),
-            made.settings.half_precision,
+            half_precision(made.settings),
         )
 
     train()

@@ -13,14 +13,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedmed_flower.cli.tables import LineConsole, print_table
+from fedmed_flower.cli.tables import console, input_errors, print_table
 from fedmed_flower.errors import InputError, shown
 
 if TYPE_CHECKING:
     from fedmed_flower.data.checks import Finding
 
 data_app = typer.Typer(help="Look at a hospital's own data.", no_args_is_help=True)
-console = LineConsole()
 
 # A mask that was taken for an image, or the reverse, may hold thousands of values.
 _MOST_VALUES = 12
@@ -51,7 +50,7 @@ def check(
     # With MONAI, whose import the other commands need not wait for.
     from fedmed_flower.data.checks import check_folder
 
-    try:
+    with input_errors():
         if node_config is not None:
             _check_node(node_config)
             console.print("the node config is understood")
@@ -61,9 +60,6 @@ def check(
             return
         with console.status(Text(shown(f"reading {folder}"))):
             findings = check_folder(folder, num_classes=classes)
-    except InputError as error:
-        console.print(f"not started: {error}", style="red")
-        raise typer.Exit(2) from None
     images = [one for one in findings if one.image]
     _print_table(images, folder.expanduser())
     _print_summary(images)

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.object_ref import load_app
 from rich.table import Table
 
-from fedmed_flower.cli.tables import LineConsole, print_table
+from fedmed_flower.cli.tables import console, input_errors, print_table
 from fedmed_flower.engines.local import run_local
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import read_object
@@ -23,8 +23,6 @@ from fedmed_flower.settings.section import override
 from fedmed_flower.statistics.request import KINDS, Request, Survival, parse_filter
 from fedmed_flower.statistics.server import survey
 from fedmed_flower.statistics.summary import ALARMS
-
-console = LineConsole()
 
 _Names = list[str] | None
 
@@ -70,7 +68,7 @@ def statistics(
     ] = None,
 ) -> None:
     """Describe the patients of all hospitals, without a row leaving one of them."""
-    try:
+    with input_errors():
         if drift_by and (by or drift_sites):
             raise InputError("--drift-by excludes --by and --drift-sites")
         drift = "groups" if drift_by else "sites" if drift_sites else ""
@@ -99,9 +97,6 @@ def statistics(
         count = default_sites(path) if sites is None else sites
         folder = _run(path, count, out, config or [], request, drift, alert)
         summary = read_object(folder, SUMMARY, "run the survey again")
-    except InputError as error:
-        console.print(f"not started: {error}", style="red")
-        raise typer.Exit(2) from None
     for made in summary["tables"]:
         _print_table(made)
     console.print(f"report: {folder / 'report.html'}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedmed_flower.errors import shown
+from fedmed_flower.errors import InputError, shown
 from fedmed_flower.metrics.names import lower_is_better, main_metric
 from fedmed_flower.privacy.accounting import epsilon_of
 from fedmed_flower.privacy.ledger import Ledger, Plain
@@ -28,6 +31,9 @@ class LineConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Return a text to be shown; rich makes each cell and each printed text by this."""
         return super().render_str(shown(text), **options)
+
+
+console = LineConsole()
 
 
 def print_table(console: Console, table: Table) -> None:
@@ -131,3 +137,13 @@ def _print_plain(console: Console, plain: list[Plain], most: int) -> None:
 
 def _show(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """Turn wrong input into one line and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        console.print(f"not started: {error}", style="red")
+        raise typer.Exit(2) from None

@@ -39,7 +39,13 @@ from fedmed_flower.data.site import (
 from fedmed_flower.data.splits import splitting_by
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.metrics.coarse import coarsened
-from fedmed_flower.models.device import arranged, torch_environment
+from fedmed_flower.models.device import (
+    arranged,
+    half_precision,
+    make_optimizer,
+    torch_device,
+    torch_environment,
+)
 from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.privacy.patient import budget_of, ledger_path
@@ -242,9 +248,9 @@ class MedicalClient(ABC):
             model,
             batches,
             self.loss_of,
-            settings.make_optimizer(model, self.progress),
+            make_optimizer(settings, model, self.progress),
             1 if settings.local_steps else settings.local_epochs,
-            settings.half_precision,
+            half_precision(settings),
             self.proximal_mu,
         )
         return {"loss": mean}
@@ -525,7 +531,7 @@ class MedicalClient(ABC):
         with self.seeded(self.settings.seed):
             model = self.build_model()
         travelling = Travelling(model, self.models.trainable)
-        device = self.settings.torch_device()
+        device = torch_device(self.settings)
         if device.type == "cuda" and self.settings.channels_last:
             for parameter in model.parameters():
                 parameter.data = arranged(parameter.data)
@@ -545,7 +551,7 @@ class MedicalClient(ABC):
     def seeded(self, seed: int) -> Any:
         """Return the context in which torch works for this site: its seed and its threads."""
         threads = self.settings.torch_threads or int(self.site.simulated)
-        return torch_environment(seed, threads, self.settings.torch_device())
+        return torch_environment(seed, threads, torch_device(self.settings))
 
     def data(self, pooled: bool = False) -> SiteData:
         """Return the site's rows as `load_data` gives them; the run keeps them."""

@@ -28,6 +28,7 @@ from fedmed_flower.metrics.classification import (
     noised_metrics,
 )
 from fedmed_flower.metrics.names import NOISED
+from fedmed_flower.models.device import half_precision
 
 
 class ClassificationClient(ImagingClient):
@@ -141,7 +142,7 @@ class ClassificationClient(ImagingClient):
             lambda batch: self._outputs(model(batch["image"])),
             batch_at,
             len(prepared),
-            self.settings.half_precision,
+            half_precision(self.settings),
         )
         outputs = np.asarray(found).reshape(-1, found[0].size if found else self.num_classes)
         truth = [labels[place] for place in places]
@@ -227,7 +228,7 @@ class ClassificationClient(ImagingClient):
         outputs = predict(
             lambda batch: self._outputs(model(batch["image"])),
             batches(),
-            self.settings.half_precision,
+            half_precision(self.settings),
         )
         return outputs, torch.cat(labels).numpy().astype(np.int64)
 

@@ -30,7 +30,7 @@ from fedmed_flower.data.checks import check_row
 from fedmed_flower.data.images import files_of, read_image
 from fedmed_flower.data.site import Row, SiteData
 from fedmed_flower.errors import InputError
-from fedmed_flower.models.device import arranged
+from fedmed_flower.models.device import arranged, torch_device
 from fedmed_flower.models.networks import build_network
 from fedmed_flower.privacy.validate import require_independent
 from fedmed_flower.settings.imaging import ImagingSettings
@@ -292,7 +292,7 @@ class ImagingClient(MedicalClient):
                 "images of different shapes cannot be in one batch, such as "
                 f"{' and '.join(map(str, sorted(shapes)[:2]))}: set patch-size"
             )
-        device = self.settings.torch_device()
+        device = torch_device(self.settings)
         images = torch.stack([row["image"] for row in rows]).to(device)
         if device.type == "cuda" and self.settings.channels_last:
             images = arranged(images)

@@ -19,6 +19,7 @@ from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.training import train_privately
 from fedmed_flower.data.site import patient_text
 from fedmed_flower.errors import InputError
+from fedmed_flower.models.device import half_precision, make_optimizer
 from fedmed_flower.privacy.gradients import PROBE, Batch
 from fedmed_flower.privacy.patient import PatientPrivacy, budget_of
 from fedmed_flower.privacy.validate import held, unchanged
@@ -93,10 +94,10 @@ def train_protected(
             lambda numbers: client.batch_of(rows.prepared, [rows.places[n] for n in numbers]),
             rows.patients,
             client.loss_of,
-            settings.make_optimizer(model, client.progress),
+            make_optimizer(settings, model, client.progress),
             mechanism,
             probe,
-            settings.half_precision,
+            half_precision(settings),
             client.proximal_mu,
         )
         if (name := unchanged(before, model)) is not None:

@@ -14,6 +14,7 @@ from fedmed_flower.clients.storage import keep_pictures, own_folder
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import SPLITS, patient_text
 from fedmed_flower.errors import DeclinedError
+from fedmed_flower.models.device import torch_device
 from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.settings.section import with_type_of
 from fedmed_flower.wire import CONTRIBUTION, COUNT, IMAGES, PICTURES, TITLES, TURNED_AWAY
@@ -26,7 +27,7 @@ MOST_PICTURES = 6
 
 def describe(client: MedicalClient, message: Message) -> RecordDict:
     """Tell the numbers of rows; where what is in files must not show, of patients."""
-    client.settings.torch_device()
+    torch_device(client.settings)
     if not client.sealed:
         client.prepared(None, pooled=False)
     counts: dict[str, Any] = {split: client.count(split) for split in SPLITS}

@@ -43,6 +43,7 @@ from fedmed_flower.metrics.segmentation import (
     patient_dice,
     site_scores,
 )
+from fedmed_flower.models.device import half_precision, torch_device
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -296,14 +297,14 @@ class SegmentationClient(ImagingClient):
 
     @torch.no_grad()
     def _outline(self, model: nn.Module, row: Row, chain: Compose) -> NDArray[np.uint8]:
-        image, device = row["image"], self.settings.torch_device()
+        image, device = row["image"], torch_device(self.settings)
         sides = tuple(image.shape[1:])
         roi = self.patch_size or tuple(-(-side // _DIVISOR) * _DIVISOR for side in sides)
         parts = Parts()
 
         def forward(windows: Tensor) -> Tensor:
             def one(part: Mapping[str, Tensor], _: float) -> Tensor:
-                with torch.autocast(device.type, torch.bfloat16, self.settings.half_precision):
+                with torch.autocast(device.type, torch.bfloat16, half_precision(self.settings)):
                     return self._first(model(part["image"])).float()
 
             return torch.cat(parts.run({"image": windows}, one))

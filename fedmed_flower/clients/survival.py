@@ -23,6 +23,7 @@ from fedmed_flower.metrics.survival import (
     integrated_brier_score,
     survival_of_cox,
 )
+from fedmed_flower.models.device import torch_device
 from fedmed_flower.models.survival import (
     cox_loss,
     discrete_time_loss,
@@ -115,7 +116,7 @@ class SurvivalClient(TabularClient):
     def _edges(self) -> Tensor:
         settings = self.survival
         edges = interval_edges(settings.survival_horizon, settings.survival_intervals)
-        return torch.as_tensor(edges, dtype=torch.float32, device=self.settings.torch_device())
+        return torch.as_tensor(edges, dtype=torch.float32, device=torch_device(self.settings))
 
     def figures(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
         """Return ``c-index`` with the pairs it counts, and ``integrated-brier``."""

@@ -42,6 +42,7 @@ from fedmed_flower.metrics.outcomes import (
     noised_errors,
     outcome_metrics,
 )
+from fedmed_flower.models.device import half_precision, torch_device
 from fedmed_flower.models.tabular import tabular_network
 from fedmed_flower.settings.tabular import TabularSettings
 from fedmed_flower.statistics.values import Mask
@@ -320,7 +321,7 @@ class TabularClient(MedicalClient):
                 told = ", ".join(f"{name} ({count} rows)" for name, count in unseen.items())
                 log.warning("%s: categories that are not in the list: %s", self.site.name, told)
         inputs = {"features": torch.from_numpy(features)} | self.targets(rows)
-        device = self.settings.torch_device()
+        device = torch_device(self.settings)
         return TableRows({name: values.to(device) for name, values in inputs.items()}, rows)
 
     def _features_of_each(self, rows: Sequence[Row]) -> NDArray[np.float32]:
@@ -469,7 +470,7 @@ class TabularClient(MedicalClient):
             lambda batch: self._outputs(model(batch["features"])),
             lambda place: {"features": features[place : place + 1]},
             len(prepared),
-            self.settings.half_precision,
+            half_precision(self.settings),
         )
         return places, np.asarray(found, np.float32).reshape(-1, self._width)
 
@@ -480,5 +481,5 @@ class TabularClient(MedicalClient):
             {"features": prepared.inputs["features"][start : start + _BATCH]}
             for start in range(0, len(prepared), _BATCH)
         )
-        half = self.settings.half_precision
+        half = half_precision(self.settings)
         return predict(lambda batch: self._outputs(model(batch["features"])), batches, half)

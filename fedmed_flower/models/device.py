@@ -1,13 +1,62 @@
-"""Seeds, threads and the layout of arrays in memory."""
+"""Where and how torch works for a site: device, precision, optimizer, seeds, threads, layout."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fedmed_flower.errors import InputError
+from fedmed_flower.settings.training import Settings
+
+
+def torch_device(settings: Settings) -> torch.device:
+    """Return the device to train on.
+
+    Raises
+    ------
+    InputError
+        If a GPU is asked for that is not there.
+    """
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(
+            f"device is {settings.device}, but torch sees no GPU here: set device to auto or cpu"
+        )
+    return torch.device(settings.device)
+
+
+def half_precision(settings: Settings) -> bool:
+    """Return whether models run in bfloat16."""
+    return settings.mixed_precision and torch_device(settings).type == "cuda"
+
+
+def make_optimizer(
+    settings: Settings, model: nn.Module, progress: float = 0.0
+) -> torch.optim.Optimizer:
+    """Return the optimizer over the model's trainable parameters.
+
+    Parameters
+    ----------
+    settings : Settings
+    model : Module
+    progress : float
+        Which part of the run's rounds is done, for ``schedule``; in [0, 1).
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rate = settings.learning_rate
+    if settings.schedule == "cosine":
+        rate *= (1 + math.cos(math.pi * progress)) / 2
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=rate, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
 
 
 def derive_seed(*parts: object) -> int:

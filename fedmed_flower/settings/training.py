@@ -6,9 +6,6 @@ import math
 import re
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
 from fedmed_flower.errors import InputError
 from fedmed_flower.settings.section import MOST_ROUNDS, Section
 
@@ -98,46 +95,7 @@ class Settings(Section):
         known = self.device in _DEVICES or re.fullmatch(r"cuda:\d+", self.device) is not None
         self.require("device", known, f"one of {', '.join(_DEVICES)}")
 
-    def torch_device(self) -> torch.device:
-        """Return the device to train on.
-
-        Raises
-        ------
-        InputError
-            Where a GPU is asked for that is not there.
-        """
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise InputError(
-                f"device is {self.device}, but torch sees no GPU here: set device to auto or cpu"
-            )
-        return torch.device(self.device)
-
-    @property
-    def half_precision(self) -> bool:
-        """Whether models run in bfloat16."""
-        return self.mixed_precision and self.torch_device().type == "cuda"
-
     def progress(self, server_round: int) -> float:
         """Return which part of the run's rounds is done before this one, the first being 1."""
         rounds = max(1, self.num_server_rounds)
         return min(max(0, server_round - 1), rounds - 1) / rounds
-
-    def make_optimizer(self, model: nn.Module, progress: float = 0.0) -> torch.optim.Optimizer:
-        """Return the optimizer over the model's trainable parameters.
-
-        Parameters
-        ----------
-        model : Module
-        progress : float
-            Which part of the run's rounds is done, for `schedule`; in [0, 1).
-        """
-        parameters, rate = [p for p in model.parameters() if p.requires_grad], self.learning_rate
-        if self.schedule == "cosine":
-            rate *= (1 + math.cos(math.pi * progress)) / 2
-        if self.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=rate, weight_decay=self.weight_decay)
-        return torch.optim.SGD(
-            parameters, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay
-        )

@@ -284,7 +284,7 @@ def test_killed_in_round_four_and_resumed_gives_the_same_bits(workdir, unbroken,
 
 
 def test_demo_without_a_network_says_so_and_goes_on_with_phantoms(workdir, monkeypatch):
-    import fedmed_flower.cli.main as cli
+    import fedmed_flower.cli.run as cli
     from fedmed_flower.data.download import SourceUnavailable
 
     def unreachable(name, timeout):

@@ -10,6 +10,7 @@ from torch import nn
 
 from fedmed_flower import InputError, SiteData
 from fedmed_flower.data.preparation import Preparation
+from fedmed_flower.models.device import make_optimizer
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.wire import read_error
@@ -128,7 +129,7 @@ def test_a_pass_is_one_at_the_first_rate_whatever_the_rounds_are():
     class Watched(Agreeing):
         def fit(self, model, prepared, seed):
             settings = self.settings
-            rate = settings.make_optimizer(model, self.progress).param_groups[0]["lr"]
+            rate = make_optimizer(settings, model, self.progress).param_groups[0]["lr"]
             seen.append((settings.local_epochs, settings.local_steps, rate))
             return super().fit(model, prepared, seed)
 

@@ -31,6 +31,7 @@ from tiny import (
 
 from fedmed_flower import InputError, SiteData, federate, run_local
 from fedmed_flower.data.site import GENERATED
+from fedmed_flower.models.device import make_optimizer
 from fedmed_flower.runs import experiment as module
 from fedmed_flower.runs.experiment import RunFailedError
 from fedmed_flower.server.run_folder import RunFolder
@@ -768,7 +769,7 @@ class Rated(TinyClient):
     rates: ClassVar[list[tuple[int, float]]] = []
 
     def fit(self, model, prepared, seed):
-        optimizer = self.settings.make_optimizer(model, self.progress)
+        optimizer = make_optimizer(self.settings, model, self.progress)
         self.rates.append((self.site.index, optimizer.param_groups[0]["lr"]))
         return super().fit(model, prepared, seed)
 

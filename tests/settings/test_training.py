@@ -6,7 +6,14 @@ from tiny import says
 from torch import nn
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.models.device import arranged, derive_seed, torch_environment
+from fedmed_flower.models.device import (
+    arranged,
+    derive_seed,
+    half_precision,
+    make_optimizer,
+    torch_device,
+    torch_environment,
+)
 from fedmed_flower.settings.imaging import ImagingSettings
 from fedmed_flower.settings.tabular import TabularSettings
 from fedmed_flower.settings.training import Settings
@@ -98,21 +105,21 @@ def test_a_gpu_that_is_not_there(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = f"device is {device}, but torch sees no GPU here: set device to auto or cpu"
     with pytest.raises(InputError, match=says(text)):
-        Settings(device=device).torch_device()
+        torch_device(Settings(device=device))
 
 
 @pytest.mark.parametrize("there", [False, True])
 def test_auto_takes_a_gpu_where_there_is_one(there, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert Settings().torch_device().type == ("cuda" if there else "cpu")
-    assert Settings(device="cpu").torch_device() == CPU
+    assert torch_device(Settings()).type == ("cuda" if there else "cpu")
+    assert torch_device(Settings(device="cpu")) == CPU
 
 
 def test_optimizers_are_torchs_own_over_trainable_parameters():
     model = nn.Linear(2, 1)
     model.bias.requires_grad_(False)
-    adam = Settings(learning_rate=0.2, weight_decay=0.1).make_optimizer(model)
-    sgd = Settings(optimizer="sgd", learning_rate=0.2, momentum=0.9).make_optimizer(model)
+    adam = make_optimizer(Settings(learning_rate=0.2, weight_decay=0.1), model)
+    sgd = make_optimizer(Settings(optimizer="sgd", learning_rate=0.2, momentum=0.9), model)
     assert type(adam) is torch.optim.Adam
     assert (adam.defaults["lr"], adam.defaults["weight_decay"]) == (0.2, 0.1)
     assert type(sgd) is torch.optim.SGD
@@ -171,7 +178,7 @@ def test_the_cosine_schedule_is_the_formula():
     model = nn.Linear(2, 1)
 
     def rate(server_round):
-        optimizer = settings.make_optimizer(model, settings.progress(server_round))
+        optimizer = make_optimizer(settings, model, settings.progress(server_round))
         return optimizer.param_groups[0]["lr"]
 
     # (1 + cos x) / 2 for x = 0, 45, 90 and 135 degrees.
@@ -185,7 +192,7 @@ def test_the_constant_schedule_needs_no_number_of_rounds():
     settings = Settings(learning_rate=0.4, optimizer="sgd")
     for server_round in (0, 1, 7):
         assert settings.progress(server_round) == 0
-    optimizer = settings.make_optimizer(nn.Linear(2, 1), 0.9)
+    optimizer = make_optimizer(settings, nn.Linear(2, 1), 0.9)
     assert optimizer.param_groups[0]["lr"] == 0.4
 
 
@@ -195,8 +202,8 @@ def test_the_constant_schedule_needs_no_number_of_rounds():
 )
 def test_half_precision_is_for_gpus_and_where_it_is_wanted(there, wanted, used, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert Settings(mixed_precision=wanted).half_precision is used
-    assert Settings(mixed_precision=wanted, device="cpu").half_precision is False
+    assert half_precision(Settings(mixed_precision=wanted)) is used
+    assert half_precision(Settings(mixed_precision=wanted, device="cpu")) is False
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,8 @@ from rich.table import Table
 from typer.main import get_command
 
 from fedmed_flower import files
-from fedmed_flower.cli.main import CHOICES, app, with_choices_of
+from fedmed_flower.cli.main import app
+from fedmed_flower.cli.run import CHOICES, with_choices_of
 from fedmed_flower.cli.tables import LineConsole
 from fedmed_flower.engines.project import load_project
 from fedmed_flower.errors import InputError
