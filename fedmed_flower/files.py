@@ -163,9 +163,9 @@ def require_closed(folder: Path) -> None:
 
 def _everything(folder: Path) -> Iterator[Path]:
     """Return what is in a folder at any depth; no link is followed."""
-    for place, folders, names in os.walk(folder):
+    for index, folders, names in os.walk(folder):
         for name in (*folders, *names):
-            yield Path(place, name)
+            yield Path(index, name)
 
 
 def require_lone_database(folder: Path, name: str) -> None:

@@ -181,18 +181,18 @@ def order_statistics(
             for block in blocks:
                 size = block[-1][3] + block[-1][2] - block[-1][1]
                 for k, row in enumerate(rows):
-                    for entry, start, stop, place in block:
+                    for entry, start, stop, index in block:
                         part = row[entries[entry]][start:stop]
-                        buffer[k, place : place + stop - start] = widen(part)
+                        buffer[k, index : index + stop - start] = widen(part)
                 # Not into a buffer: NumPy 2.4 writes every fourth flag where they are strided.
                 sound &= np.isfinite(buffer[:, :size]).all(axis=1)
                 if weights is not None:
                     np.matmul(weights, buffer[:, :size], out=mixed[:, :size])
                 ordered = _sort(mixed[:, :size], low, high, spare[:size])
                 result = reduced(ordered)
-                for entry, start, stop, place in block:
+                for entry, start, stop, index in block:
                     out = outs[entries[entry]][start:stop]
-                    out[...] = narrow(result[place : place + stop - start], out.dtype)
+                    out[...] = narrow(result[index : index + stop - start], out.dtype)
             return sound
 
         for sound in _share(_blocks([len(outs[entry]) for entry in entries], width), work):
@@ -223,11 +223,11 @@ def gram(rows: Sequence[Row], centre: Row, double: bool = False) -> NDArray[np.f
         buffer = np.empty((len(rows), width), np.float64 if double else dtype)
         with np.errstate(invalid="ignore", over="ignore"):
             for block in _blocks([len(centre[entry]) for entry in entries], width):
-                for entry, start, stop, place in block:
+                for entry, start, stop, index in block:
                     own = widen(centre[entries[entry]][start:stop])
                     for k, row in enumerate(rows):
                         part = widen(row[entries[entry]][start:stop])
-                        out = buffer[k, place : place + stop - start]
+                        out = buffer[k, index : index + stop - start]
                         np.subtract(part, own, out=out, dtype=buffer.dtype)
                 size = block[-1][3] + block[-1][2] - block[-1][1]
                 total += buffer[:, :size] @ buffer[:, :size].T
@@ -356,16 +356,16 @@ def _by_working(row: Row) -> dict[np.dtype[Any], list[int]]:
 def _blocks(sizes: Sequence[int], width: int, pack: bool = True) -> list[list[Piece]]:
     """Cut entries into blocks of at most `width` elements; small entries share one if `pack`."""
     blocks: list[list[Piece]] = []
-    place = width
+    index = width
     for entry, size in enumerate(sizes):
         start = 0
         while start < size:
-            if place == width or not pack:
+            if index == width or not pack:
                 blocks.append([])
-                place = 0
-            stop = min(size, start + width - place)
-            blocks[-1].append((entry, start, stop, place))
-            place += stop - start
+                index = 0
+            stop = min(size, start + width - index)
+            blocks[-1].append((entry, start, stop, index))
+            index += stop - start
             start = stop
     return blocks
 

@@ -38,8 +38,8 @@ class Updates:
     Parameters
     ----------
     arrays : sequence of K ArrayRecord
-        Of the keys, shapes and dtypes of `like`. Never changed.
-    like : ArrayRecord
+        Of the keys, shapes and dtypes of `layout`. Never changed.
+    layout : ArrayRecord
         Gives keys, shapes and dtypes.
     centre : ArrayRecord, optional
         The global model that the sites started from; None where it is not known.
@@ -50,7 +50,7 @@ class Updates:
 
     Attributes
     ----------
-    like : ArrayRecord
+    layout : ArrayRecord
     sites, metrics : tuple
         What else the K sites sent, in the same order.
     used : list of int
@@ -60,15 +60,15 @@ class Updates:
     def __init__(
         self,
         arrays: Sequence[ArrayRecord],
-        like: ArrayRecord,
+        layout: ArrayRecord,
         centre: ArrayRecord | None = None,
         sites: Sequence[str] = (),
         metrics: Sequence[MetricRecord] = (),
         mix: NDArray[np.float64] | None = None,
     ) -> None:
         self._arrays = tuple(arrays)
-        self.like, self._centre, self._mix = like, centre, mix
-        self._rows = [flat(record, like) for record in self._arrays]
+        self.layout, self._centre, self._mix = layout, centre, mix
+        self._rows = [flat(record, layout) for record in self._arrays]
         self.sites, self.metrics = tuple(sites), tuple(metrics)
         self._checked = False
         self._products: NDArray[np.float64] | None = None
@@ -89,7 +89,7 @@ class Updates:
     def mixed(self, mix: NDArray[np.float64]) -> Updates:
         """Return weighted sums of these updates: row m is ``sum_k mix[m, k] update_k``."""
         total = mix if self._mix is None else mix @ self._mix
-        made = Updates(self._arrays, self.like, self._centre, self.sites, self.metrics, total)
+        made = Updates(self._arrays, self.layout, self._centre, self.sites, self.metrics, total)
         made._checked, made._products, made._place = self._checked, self._products, self._place
         return made
 
@@ -114,9 +114,9 @@ class Updates:
         records = [RecordDict({"arrays": ArrayRecord(dict(record))}) for record in self._arrays]
         for record, metrics in zip(records, self.metrics, strict=False):
             record["metrics"] = MetricRecord(dict(metrics))
-        places = {id(record): place for place, record in enumerate(records)}
-        chosen = [places.get(id(record)) for record in select(records, num_malicious, count)]
-        known = [place for place in chosen if place is not None]
+        indices = {id(record): index for index, record in enumerate(records)}
+        chosen = [indices.get(id(record)) for record in select(records, num_malicious, count)]
+        known = [index for index in chosen if index is not None]
         if len(known) < len(chosen):
             raise ValueError("the selection rule returned other records than those it was given")
         return known
@@ -128,7 +128,7 @@ class Updates:
         self.used = sorted(chosen)
         made = Updates(
             [self._arrays[k] for k in chosen],
-            self.like,
+            self.layout,
             self._centre,
             [self.sites[k] for k in chosen] if self.sites else (),
             [self.metrics[k] for k in chosen] if self.metrics else (),
@@ -141,7 +141,7 @@ class Updates:
 
         None where there are none.
         """
-        keys = [key for key, array in self.like.items() if view(array).dtype.kind in "biu"]
+        keys = [key for key, array in self.layout.items() if view(array).dtype.kind in "biu"]
         if not keys:
             return None
 
@@ -150,7 +150,7 @@ class Updates:
 
         centre = None if self._centre is None else part(self._centre)
         records = [part(record) for record in self._arrays]
-        return Updates(records, part(self.like), centre, self.sites, self.metrics, self._mix)
+        return Updates(records, part(self.layout), centre, self.sites, self.metrics, self._mix)
 
     def weighted_sum(
         self, weights: Sequence[float] | NDArray[Any], rest: float = 0.0
@@ -170,7 +170,7 @@ class Updates:
         rows, factors = [self._rows[k] for k in used], [factors[k] for k in used]
         if rest:
             rows, factors = [*rows, self._origin()], [*factors, rest]
-        draft = Draft(self.like)
+        draft = Draft(self.layout)
         kernels.weighted_sum(rows, factors, draft.row)
         # What is not finite in an update is not finite in the sum either, in any entry.
         if len(used) == len(self._rows) and all(is_finite(part) for part in draft.row):
@@ -196,7 +196,7 @@ class Updates:
         NotUsableError
             Where updates hold NaN or infinite values.
         """
-        draft = Draft(self.like)
+        draft = Draft(self.layout)
         finite = kernels.order_statistics(self._rows, draft.row, low, high, reduce, self._mix)
         if not finite.all():
             self.check()
@@ -263,7 +263,7 @@ class Updates:
         if self._centre is None or self._mix is not None:
             raise ValueError("changes are those of a global model that is known")
         origin = self._origin()
-        keys = {key: k for k, key in enumerate(self.like) if kernels.is_floating(origin[k].dtype)}
+        keys = {key: k for k, key in enumerate(self.layout) if kernels.is_floating(origin[k].dtype)}
         sums = [np.zeros((2, origin[k].size)) for k in keys.values()]
         centre = [origin[k] for k in keys.values()]
         for row, weight in zip(self._rows, weights, strict=True):
@@ -272,8 +272,8 @@ class Updates:
 
     def moved(self, changes: Mapping[str, NDArray[np.float64]]) -> ArrayRecord:
         """Return the global model plus changes as `sum_of_changes` gives them."""
-        draft = Draft(self.like)
-        for key, out, part in zip(self.like, draft.row, self._origin(), strict=True):
+        draft = Draft(self.layout)
+        for key, out, part in zip(self.layout, draft.row, self._origin(), strict=True):
             if key in changes:
                 out[...] = kernels.narrow(kernels.widen(part) + changes[key], out.dtype)
             else:
@@ -304,7 +304,7 @@ class Updates:
     def _origin(self) -> list[NDArray[Any]]:
         if self._centre is None:
             return self._rows[self._place]
-        return flat(self._centre, self.like)
+        return flat(self._centre, self.layout)
 
     def _inner_products(self) -> NDArray[np.float64]:
         if self._products is not None:
@@ -347,16 +347,16 @@ class Mean:
 
     Parameters
     ----------
-    like : ArrayRecord
+    layout : ArrayRecord
         Gives keys, shapes and dtypes.
     """
 
-    def __init__(self, like: ArrayRecord) -> None:
-        self._like = like
+    def __init__(self, layout: ArrayRecord) -> None:
+        self._like = layout
         self._weights: list[float] = []
         self._sums = [
             np.zeros((2, values.size), np.complex128 if values.dtype.kind == "c" else np.float64)
-            for values in map(view, like.values())
+            for values in map(view, layout.values())
         ]
 
     def add(self, arrays: ArrayRecord, weight: float) -> None:

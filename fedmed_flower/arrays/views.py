@@ -76,11 +76,11 @@ def _header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
 class Draft:
     """Arrays to be filled in place: the values are written where Flower's bytes will be."""
 
-    def __init__(self, like: ArrayRecord) -> None:
+    def __init__(self, layout: ArrayRecord) -> None:
         self._files: dict[str, BytesIO] = {}
-        self._like = like
+        self._like = layout
         self.row: list[NDArray[Any]] = []
-        for key, array in like.items():
+        for key, array in layout.items():
             values = view(array)
             head = BytesIO()
             np.lib.format.write_array_header_1_0(
@@ -109,12 +109,12 @@ class Draft:
         )
 
 
-def flat(record: ArrayRecord, like: ArrayRecord) -> list[NDArray[Any]]:
+def flat(record: ArrayRecord, layout: ArrayRecord) -> list[NDArray[Any]]:
     """Return the views of a record's arrays, flattened, in the order of another record's keys.
 
     Matrices in Fortran order are copied.
     """
-    return [view(record[key]).reshape(-1) for key in like]
+    return [view(record[key]).reshape(-1) for key in layout]
 
 
 def not_finite(record: ArrayRecord) -> str | None:
@@ -134,16 +134,16 @@ def is_finite(values: NDArray[Any]) -> bool:
     return all(np.isfinite(kernels.widen(flat_values[at : at + _PART])).all() for at in parts)
 
 
-def keep_dtypes(arrays: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
+def keep_dtypes(arrays: ArrayRecord, layout: ArrayRecord) -> ArrayRecord:
     """Give averaged entries their dtype back.
 
     A mean of integers, such as BatchNorm's ``num_batches_tracked``, comes out as float64. It is
-    rounded to the nearest value of the dtype that the entry has in `like`; entries that have their
-    dtype already are passed through.
+    rounded to the nearest value of the dtype that the entry has in `layout`; entries that have
+    their dtype already are passed through.
     """
     record = ArrayRecord()
     for key, array in arrays.items():
-        dtype, values = view(like[key]).dtype, view(array)
+        dtype, values = view(layout[key]).dtype, view(array)
         if values.dtype != dtype:
             array = Array(np.asarray(kernels.narrow(values, dtype)))
             array.dtype = _name(dtype)

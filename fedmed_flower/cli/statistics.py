@@ -101,8 +101,8 @@ def statistics(
         _print_table(made)
     console.print(f"report: {folder / 'report.html'}")
     mark = f" ({summary['data']})" if summary["generated"] else ""
-    told = f"{len(summary['sites'])} of {count} hospitals{mark}"
-    console.print(f"{summary['status']}: {told}: {folder}")
+    answered = f"{len(summary['sites'])} of {count} hospitals{mark}"
+    console.print(f"{summary['status']}: {answered}: {folder}")
 
 
 def _run(

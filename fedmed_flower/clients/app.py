@@ -88,20 +88,20 @@ def answer(
         return Message(content, reply_to=message)
     except Exception as error:
         context.state = state
-        told = _input_error(error) or error
-        wrong_input = isinstance(told, InputError)
+        cause = _input_error(error) or error
+        wrong_input = isinstance(cause, InputError)
         name = "without a name" if site is None else site.name
-        reason, level = type(told).__name__, logging.ERROR
-        if isinstance(told, DeclinedError):
-            reason, level = f"{DECLINED}{told}", logging.DEBUG
+        reason, level = type(cause).__name__, logging.ERROR
+        if isinstance(cause, DeclinedError):
+            reason, level = f"{DECLINED}{cause}", logging.DEBUG
         elif site is not None and site.simulated:
             # Nothing leaves: the server, which runs on the same machine, logs this text.
-            reason = f"{told}" if wrong_input else f"{reason}: {told}"
+            reason = f"{cause}" if wrong_input else f"{reason}: {cause}"
             level = logging.DEBUG if wrong_input else logging.ERROR
         elif client is not None and client.touched and client.sealed:
             # Which error it is may depend on a patient.
             reason = FAILED
-        log.log(level, "%s: %s", name, told, exc_info=level == logging.ERROR and not wrong_input)
+        log.log(level, "%s: %s", name, cause, exc_info=level == logging.ERROR and not wrong_input)
         failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=tell_error(name, reason))
         return Message(failure, reply_to=message)
 
@@ -156,10 +156,10 @@ def evaluate(client: MedicalClient, message: Message) -> RecordDict:
     data, prepared = client.prepared(split, client.pooled)
     rows: Sequence[Row] = getattr(data, split)
     metrics = {"num-examples": len(rows)}
-    told = client.told_of(rows, split, config) if rows else None
-    if told:
-        if len(told) < len(rows):
-            prepared = client.prepare(told, train=split == "train")
+    reported = client.told_of(rows, split, config) if rows else None
+    if reported:
+        if len(reported) < len(rows):
+            prepared = client.prepare(reported, train=split == "train")
         model, _ = client.model_of(arrays, config)
         with client.seeded(derive_seed(client.settings.seed, client.site.name, split)):
             metrics = client.measure(model, prepared)

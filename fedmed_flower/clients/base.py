@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from fedmed_flower.clients.book import Book, book_path, open_book
 from fedmed_flower.clients.pooled import together
+from fedmed_flower.clients.run_cache import Key, RunCache
 from fedmed_flower.clients.training import Steps, train_epochs
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.schema import Schema
@@ -154,7 +155,9 @@ class MedicalClient(ABC):
     }
     stand_ins: ClassVar[Mapping[str, str]] = {}
     node_keys: ClassVar[Collection[str]] = ()
-    kept: ClassVar[dict[tuple[object, ...], Any]] = {}
+    # How `prepare` differs from that of other clients of this class's name.
+    prepared_for: ClassVar[str] = ""
+    run_cache: ClassVar[RunCache] = RunCache()
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -229,9 +232,9 @@ class MedicalClient(ABC):
         settings, size, count = self.settings, self.settings.batch_size, len(prepared)
         self.seed_transforms(prepared, seed)
 
-        def collate(places: list[int]) -> dict[str, Tensor]:
-            self.entered.update(places)
-            return self.batch_of(prepared, places)
+        def collate(indices: list[int]) -> dict[str, Tensor]:
+            self.entered.update(indices)
+            return self.batch_of(prepared, indices)
 
         batches: Any = DataLoader(
             range(count),  # type: ignore[arg-type]
@@ -263,10 +266,10 @@ class MedicalClient(ABC):
         """Return further numbers about the rows; asked for in a simulation only."""
         return {}
 
-    def batch_of(self, prepared: Any, places: Sequence[int]) -> dict[str, Tensor]:
+    def batch_of(self, prepared: Any, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return some of the training rows, on the device, as what `loss_of` takes.
 
-        Each is to be changed at random by itself, if at all.
+        Apply random augmentation, if any, to each row independently.
         """
         raise self._without("batch_of and loss_of")
 
@@ -284,8 +287,8 @@ class MedicalClient(ABC):
     def made_up(self, count: int) -> list[Row]:
         """Return rows as `load_data` gives them, made of what the client declares alone."""
         raise InputError(
-            f"{type(self).__name__} gives no made_up: before a patient's row is looked at, model "
-            "and loss are tried on rows that no patient stands behind"
+            f"{type(self).__name__} does not define made_up: before a patient's row is looked at, "
+            "model and loss are tried on rows that are no patient's"
         )
 
     def probe(self, count: int) -> dict[str, Tensor]:
@@ -312,15 +315,15 @@ class MedicalClient(ABC):
 
         `prepared` may be empty. A row for which the network fails adds nothing.
         """
-        raise InputError(f"{type(self).__name__} gives no measure_privately")
+        raise InputError(f"{type(self).__name__} does not define measure_privately")
 
     def require_measurable(self) -> None:
         """Raise `InputError` where `measure_privately` is not possible, whatever the rows are."""
         if type(self).measure_privately is MedicalClient.measure_privately:
-            raise InputError(f"{type(self).__name__} gives no measure_privately")
+            raise InputError(f"{type(self).__name__} does not define measure_privately")
 
     def _without(self, hook: str) -> InputError:
-        return InputError(f"{type(self).__name__} cannot train: it gives no {hook}")
+        return InputError(f"{type(self).__name__} cannot train: it does not define {hook}")
 
     @classmethod
     def client_app(cls) -> ClientApp:
@@ -443,9 +446,9 @@ class MedicalClient(ABC):
         ------
         DeclinedError
         """
-        settings, places = self.settings, sorted(self.entered)
-        if places and places[-1] < len(rows):
-            patients = {patient_text(rows[place]["patient"]) for place in places}
+        settings, indices = self.settings, sorted(self.entered)
+        if indices and indices[-1] < len(rows):
+            patients = {patient_text(rows[index]["patient"]) for index in indices}
         else:  # A subclass that trains in its own way tells nothing of it.
             patients = {patient_text(row["patient"]) for row in rows}
         most = settings.local_steps * settings.batch_size or len(patients)
@@ -480,15 +483,15 @@ class MedicalClient(ABC):
             return rows
         self._require_plain(patients)
         with self.open_book(config, fewest) as book:
-            told = book.evaluation(rows)
-        if told is not None:
+            reported = book.evaluation(rows)
+        if reported is not None:
             self.ledger(config).note_plain(
-                (row["patient"] for row in told),
+                (row["patient"] for row in reported),
                 run=self.run_key(config),
                 purpose=purpose,
                 app=type(self).__name__,
             )
-        return told
+        return reported
 
     @property
     def secretive(self) -> bool:
@@ -556,9 +559,8 @@ class MedicalClient(ABC):
     def data(self, pooled: bool = False) -> SiteData:
         """Return the site's rows as `load_data` gives them; the run keeps them."""
         self.touched = True
-        for key in [key for key in self.kept if key[0] != self.context.run_id]:
-            del self.kept[key]
-        if (key := self.key(pooled, "data")) not in self.kept:
+        loaded, key = self.cache.loaded, self.key(pooled)
+        if key not in loaded:
             data = self.pooled_data() if pooled else self._loaded_data()
             if not any(getattr(data, split) for split in SPLITS):
                 raise InputError("there are no rows")
@@ -569,9 +571,8 @@ class MedicalClient(ABC):
                 _require_named(data)
             if not self.sealed:
                 self.check(data)
-            self.kept[key] = data
-        loaded: SiteData = self.kept[key]
-        return loaded
+            loaded[key] = data
+        return loaded[key]
 
     def _loaded_data(self) -> SiteData:
         """Return the rows; at a real hospital they are split by its own key."""
@@ -626,12 +627,12 @@ class MedicalClient(ABC):
     def screened(self, split: str, pooled: bool = False) -> Sequence[Row]:
         """Return the rows of a split that can be used; the run keeps them."""
         rows: Sequence[Row] = getattr(self.data(pooled), split)
-        if (key := self.key(pooled, split, "rows")) not in self.kept:
+        screened, key = self.cache.screened, self.key(pooled, split)
+        if key not in screened:
             if self.sealed:
                 rows = [row for row in rows if self._passes(row, split)]
-            self.kept[key] = self.screen(rows, split)
-        screened: Sequence[Row] = self.kept[key]
-        return screened
+            screened[key] = self.screen(rows, split)
+        return screened[key]
 
     def _passes(self, row: Row, split: str) -> bool:
         """Return whether a row, all by itself, passes `check`."""
@@ -648,28 +649,45 @@ class MedicalClient(ABC):
         rows: Sequence[Row] = getattr(self.data(self.pooled), split)
         return rows
 
-    def prepared(self, split: str | None, pooled: bool) -> tuple[SiteData, Any]:
-        """Return the rows that passed `screen`, and one split as `prepare` makes it.
+    def screened_data(self, pooled: bool = False, splits: Collection[str] = SPLITS) -> SiteData:
+        """Return the rows that passed `screen`; splits that are not named are as they were loaded.
 
-        A split that is not asked for is as it was loaded. None asks for all, and prepares none.
+        Raises
+        ------
+        InputError
+            If all training rows were turned away.
         """
         data = self.data(pooled)
-        for part in SPLITS if split is None else (split,):
-            usable: dict[str, Any] = {part: self.screened(part, pooled)}
-            data = replace(data, **usable)
-        if not data.train and self.data(pooled).train:
+        usable: dict[str, Any] = {split: self.screened(split, pooled) for split in splits}
+        screened = replace(data, **usable)
+        if not screened.train and data.train:
             raise InputError("there are no training rows left: all were turned away")
+        return screened
+
+    def prepared(self, split: str, pooled: bool) -> tuple[SiteData, Any]:
+        """Return the rows of a split that passed `screen`, and the same as `prepare` makes them.
+
+        Raises
+        ------
+        InputError
+            If training rows are asked for and there are none.
+        """
+        data = self.screened_data(pooled, (split,))
         if split == "train" and not data.train:
             raise InputError("there are no training rows")
-        if split is None:
-            return data, None
-        if (key := self.key(pooled, split)) not in self.kept:
-            self.kept[key] = self.prepare(getattr(data, split), train=split == "train")
-        return data, self.kept[key]
+        prepared, key = self.cache.prepared, self.key(self.prepared_for, pooled, split)
+        if key not in prepared:
+            prepared[key] = self.prepare(getattr(data, split), train=split == "train")
+        return data, prepared[key]
 
-    def key(self, *parts: object) -> tuple[object, ...]:
-        """Return the key of `kept` under which this run keeps something of this site."""
-        return (self.context.run_id, type(self).__qualname__, self.site, *parts)
+    @property
+    def cache(self) -> RunCache:
+        """What this process keeps of the run."""
+        return self.run_cache.of_run(self.context.run_id)
+
+    def key(self, *parts: Hashable) -> Key:
+        """Return the key in `cache` of something of this site, under this class's name."""
+        return (type(self).__qualname__, self.site, *parts)
 
 
 def _require_named(data: SiteData) -> None:

@@ -104,8 +104,8 @@ class Book:
         usable = self.admit(self._guard.everybody(f"evaluations by {self._app}"), inside)
         if usable is None:
             return None
-        told = {id(row) for row, fine in zip(self._rows, usable, strict=True) if fine}
-        return [row for row in rows if id(row) in told]
+        reported = {id(row) for row, fine in zip(self._rows, usable, strict=True) if fine}
+        return [row for row in rows if id(row) in reported]
 
     def column(self, name: str, inside: Mask, values: Codes | None = None) -> Mask | None:
         """Return of which rows a column may be told of; None where of none, or it is not there."""
@@ -141,7 +141,7 @@ class Book:
         codes = self._columns.codes(name)[0]
         here = inside & (codes >= 0)
         labels = self._guard.labels(self._guard.members(name))
-        pooled = pool_small(codes[here], labels[here], self._columns.whose[here], minimum)
+        pooled = pool_small(codes[here], labels[here], self._columns.patient_of_row[here], minimum)
         if pooled is None:
             return None
         codes = np.full(len(self._rows), -1, np.int64)

@@ -15,10 +15,10 @@ from fedmed_flower.data.site import Row
 
 
 @contextmanager
-def tracking(places: bool) -> Iterator[None]:
+def tracking(indices: bool) -> Iterator[None]:
     """Let MONAI's transforms keep track of where images came from, or not: that takes less time."""
     before = get_track_meta()
-    set_track_meta(places)
+    set_track_meta(indices)
     try:
         yield
     finally:
@@ -71,20 +71,20 @@ class CachedRows(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int) -> Any:
+    def __getitem__(self, index: int) -> Any:
         """Return a row after all transforms: a dict, or a list of dicts after one that crops."""
-        row = self._kept[place] if place < self.count else self._begun(place)
+        row = self._kept[index] if index < self.count else self._begun(index)
         if self._fixed == self._end:
             return row
         with tracking(True):
-            row = deepcopy(row) if place < self.count else row
+            row = deepcopy(row) if index < self.count else row
             row = self.transform(row, start=self._fixed, end=self._random)
         with tracking(False):
             return self.transform(row, start=self._random)
 
-    def _begun(self, place: int) -> Any:
+    def _begun(self, index: int) -> Any:
         with tracking(True):
-            return convert_to_contiguous(self.transform(self.rows[place], end=self._fixed))
+            return convert_to_contiguous(self.transform(self.rows[index], end=self._fixed))
 
 
 def _bytes(row: Any) -> int:

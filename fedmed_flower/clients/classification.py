@@ -119,8 +119,8 @@ class ClassificationClient(ImagingClient):
         """Return ``loss`` and the figures and counts of `classification_metrics`."""
         outputs, labels = self._predict(model, prepared)
         loss = self._loss(torch.from_numpy(outputs), torch.from_numpy(labels))
-        whose = [patient_text(row["patient"]) for row in prepared.rows]
-        found = classification_metrics(labels, outputs, whose, self.node.coarse_figures)
+        patient_of_row = [patient_text(row["patient"]) for row in prepared.rows]
+        found = classification_metrics(labels, outputs, patient_of_row, self.node.coarse_figures)
         return found | {"loss": float(loss)}
 
     def measure_privately(
@@ -133,20 +133,20 @@ class ClassificationClient(ImagingClient):
         model.eval()
         labels: dict[int, int] = {}
 
-        def batch_at(place: int) -> dict[str, Tensor]:
-            batch = self._rows(prepared, [place])
-            labels[place] = int(batch["label"])
+        def batch_at(index: int) -> dict[str, Tensor]:
+            batch = self._rows(prepared, [index])
+            labels[index] = int(batch["label"])
             return {"image": batch["image"]}
 
-        places, found = predict_alone(
+        indices, found = predict_alone(
             lambda batch: self._outputs(model(batch["image"])),
             batch_at,
             len(prepared),
             half_precision(self.settings),
         )
         outputs = np.asarray(found).reshape(-1, found[0].size if found else self.num_classes)
-        truth = [labels[place] for place in places]
-        counts = noised_counts(truth, outputs, [patients[place] for place in places], noise)
+        truth = [labels[index] for index in indices]
+        counts = noised_counts(truth, outputs, [patients[index] for index in indices], noise)
         return noised_metrics(counts) | {NOISED: counts}
 
     def draw(self, model: nn.Module, prepared: CachedRows, count: int) -> list[Picture]:
@@ -155,15 +155,15 @@ class ClassificationClient(ImagingClient):
         rows = zip(torch.from_numpy(outputs), torch.from_numpy(labels), strict=True)
         losses = [float(self._loss(output[None], label[None])) for output, label in rows]
         worst = int(np.argmax(losses))
-        places = dict.fromkeys([*range(min(count, len(labels))), worst])
+        indices = dict.fromkeys([*range(min(count, len(labels))), worst])
         heat, sides = self._heat(model), self.imaging.numbers("spacing", self.spatial_dims)
         pictures = []
-        for number, place in enumerate(places, start=1):
+        for number, index in enumerate(indices, start=1):
             spacing: Sequence[float] = sides
-            image = self._rows(prepared, [place])["image"]
-            name = "the highest loss" if place == worst else f"case {number}"
-            guess = _share(outputs[place], int(labels[place]))
-            title = f"{name}: class {labels[place]}, given {guess:.0%}"
+            image = self._rows(prepared, [index])["image"]
+            name = "the highest loss" if index == worst else f"case {number}"
+            guess = _share(outputs[index], int(labels[index]))
+            title = f"{name}: class {labels[index]}, given {guess:.0%}"
             layers = [image[0, 0].cpu().numpy(), heat(image)]
             if self.spatial_dims == 3 and (axes := self.imaging.orientation):
                 # Drawn as a radiologist sees it.
@@ -171,7 +171,7 @@ class ClassificationClient(ImagingClient):
                 layers = [apply_orientation(layer, turn) for layer in layers]  # type: ignore[no-untyped-call]
                 spacing = [spacing[axis] for axis in np.argsort(turn[:, 0])] if spacing else ()
             picture = heatmap(layers[0][None], layers[1], title, spacing)
-            pictures.append(replace(picture, patient=prepared.rows[place]["patient"]))
+            pictures.append(replace(picture, patient=prepared.rows[index]["patient"]))
         return pictures
 
     def _heat(self, model: nn.Module) -> Callable[[Tensor], NDArray[np.float32]]:

@@ -259,7 +259,7 @@ class ImagingClient(MedicalClient):
     def _cached(self, rows: Sequence[Row], steps: Sequence[Callable[[Any], Any]]) -> CachedRows:
         """Keep as many rows in memory as this site may, all its splits together."""
         sites = self.site.num_sites if self.site.simulated else 1
-        mine = (kept for key, kept in self.kept.items() if self.site in key)
+        mine = self.cache.prepared_of(self.site)
         held = sum(kept.held for kept in mine if isinstance(kept, CachedRows))
         made = CachedRows(rows, steps, self.imaging.cache_gigabytes * 2**30 / sites - held)
         if made.count < len(made):
@@ -270,17 +270,17 @@ class ImagingClient(MedicalClient):
         """Seed MONAI's random transforms."""
         prepared.transform.set_random_state(seed)
 
-    def batch_of(self, prepared: CachedRows, places: Sequence[int]) -> dict[str, Tensor]:
+    def batch_of(self, prepared: CachedRows, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return ``image`` and ``label`` of some training rows, changed at random."""
-        return self._changed(self._rows(prepared, places))
+        return self._changed(self._rows(prepared, indices))
 
-    def _rows(self, prepared: CachedRows, places: Sequence[int]) -> dict[str, Tensor]:
-        found = [prepared[place] for place in places]
+    def _rows(self, prepared: CachedRows, indices: Sequence[int]) -> dict[str, Tensor]:
+        found = [prepared[index] for index in indices]
         # MONAI's cropping transforms return lists.
         rows = [row for part in found for row in (part if isinstance(part, list) else [part])]
-        if self.privacy.on and len(rows) != len(places):
+        if self.privacy.on and len(rows) != len(indices):
             raise InputError(
-                f"the transforms make {len(rows)} samples of {len(places)} records: private "
+                f"the transforms make {len(rows)} samples of {len(indices)} records: private "
                 "training needs one of each (num_samples=1)"
             )
         return self._on_device(rows)

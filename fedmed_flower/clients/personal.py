@@ -71,13 +71,13 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
         raise InputError("there are no validation rows to tell by whether fine-tuning helps")
     tellable = True
     for split, rows in (("val", val.val), ("test", test.test)):
-        told = client.told_of(rows, f"personal {split}", config) if rows else rows
-        if told is None:
+        reported = client.told_of(rows, f"personal {split}", config) if rows else rows
+        if reported is None:
             tellable = False
-        elif len(told) < len(rows) and split == "val":
-            val_rows = client.prepare(told, train=False)
-        elif len(told) < len(rows):
-            test_rows = client.prepare(told, train=False)
+        elif len(reported) < len(rows) and split == "val":
+            val_rows = client.prepare(reported, train=False)
+        elif len(reported) < len(rows):
+            test_rows = client.prepare(reported, train=False)
     # A pass at a time, at the learning rate of the first round.
     client.settings = replace(settings, local_epochs=1, local_steps=0)
     model, _ = client.model_of(next(iter(message.content.array_records.values())), config)

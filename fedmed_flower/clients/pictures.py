@@ -70,8 +70,8 @@ def outlined(
     }
     covering = [mask > 0 for mask in masks.values() if mask.any()]
     covered = covering[0] if covering else np.zeros(pixels.shape, bool)
-    place = _fullest(covered)
-    figure, axes = _canvas(pixels, place, _spaces(spacing, pixels.ndim))
+    index = _fullest(covered)
+    figure, axes = _canvas(pixels, index, _spaces(spacing, pixels.ndim))
     keys: list[tuple[str, Any, float, str]] = []
     found = set[int]()
     for name, dashes, words in (("truth", "-", "truth"), ("guess", _DASHES, "prediction")):
@@ -79,7 +79,7 @@ def outlined(
             continue
         keys.append(("white", dashes, 1.2, words))
         # A border of background closes the outline of what touches the image's edge.
-        mask = np.pad(_shown(masks[name], place), 1)
+        mask = np.pad(_shown(masks[name], index), 1)
         rows, columns = (np.arange(-1, size - 1) for size in mask.shape)
         for number in np.unique(mask[mask > 0]).tolist():
             style = {"colors": [_colour(number)], "linestyles": [dashes], "linewidths": 1.5}
@@ -120,13 +120,13 @@ def heatmap(image: ArrayLike, map: ArrayLike, title: str, spacing: Sequence[floa
         )
     strength = np.abs(values) / (np.abs(values).max() or 1.0)
     if values.ndim == 3:
-        place = int(strength.max(axis=(0, 1)).argmax()) if values.any() else values.shape[2] // 2
+        index = int(strength.max(axis=(0, 1)).argmax()) if values.any() else values.shape[2] // 2
     else:
-        place = 0
-    figure, axes = _canvas(pixels, place, _spaces(spacing, pixels.ndim))
-    above = _shown(values, place)[..., None] > 0
+        index = 0
+    figure, axes = _canvas(pixels, index, _spaces(spacing, pixels.ndim))
+    above = _shown(values, index)[..., None] > 0
     colours = np.where(above, to_rgb(_FOR), to_rgb(_AGAINST))
-    over = np.dstack([colours, 0.75 * _shown(strength, place)])
+    over = np.dstack([colours, 0.75 * _shown(strength, index)])
     axes.imshow(over, aspect=axes.get_aspect(), interpolation="nearest")
     return Picture(title, _png(figure, []))
 
@@ -171,9 +171,9 @@ def _fullest(covered: NDArray[np.bool_]) -> int:
     return int(counts.argmax()) if counts.any() else covered.shape[2] // 2
 
 
-def _shown(array: NDArray[Any], place: int) -> NDArray[Any]:
+def _shown(array: NDArray[Any], index: int) -> NDArray[Any]:
     """Return a slice with anterior up and the patient's right on the left; a 2D image as it is."""
-    return array if array.ndim == 2 else array[:, :, place].T[::-1, ::-1]
+    return array if array.ndim == 2 else array[:, :, index].T[::-1, ::-1]
 
 
 def _colour(number: int) -> str:
@@ -181,10 +181,10 @@ def _colour(number: int) -> str:
 
 
 def _canvas(
-    pixels: NDArray[np.float64], place: int, spacing: Sequence[float]
+    pixels: NDArray[np.float64], index: int, spacing: Sequence[float]
 ) -> tuple[Figure, Any]:
     """Return a figure as large as the image in it, which stands in grey on the axes."""
-    grey = _shown(pixels, place)
+    grey = _shown(pixels, index)
     down, across = spacing if pixels.ndim == 2 else (spacing[1], spacing[0])
     height = _WIDTH * (grey.shape[0] * down) / (grey.shape[1] * across)
     height = min(max(round(height), _LOWEST), _HIGHEST)
@@ -236,14 +236,14 @@ def _in_few(drawn: NDArray[np.uint8], colours: int) -> Image.Image:
     tinted = (drawn != drawn[..., :1]).any(axis=-1)
     others = colours // 2 if tinted.any() else 0
     greys = colours - others
-    places = (drawn[..., 0].astype(int) * (greys - 1) + 127) // 255
+    indices = (drawn[..., 0].astype(int) * (greys - 1) + 127) // 255
     palette = np.linspace(0, 255, greys).round().astype(np.uint8).repeat(3).tobytes()
     if others:
         # This method keeps rare colours, such as those of a thin line.
         kept = Image.fromarray(drawn[tinted][None]).quantize(others, Image.Quantize.MAXCOVERAGE)
-        places[tinted] = greys + np.asarray(kept)[0]
+        indices[tinted] = greys + np.asarray(kept)[0]
         palette += bytes(kept.getpalette() or [])[: 3 * others]
-    few = Image.fromarray(places.astype(np.uint8))
+    few = Image.fromarray(indices.astype(np.uint8))
     few.putpalette(palette)
     return few
 

@@ -31,7 +31,7 @@ def together(parts: Mapping[int, SiteData]) -> SiteData:
 
 def places_by_site(rows: Sequence[Row]) -> dict[int, list[int]]:
     """Return the places of each site's rows among those that `together` returned."""
-    places: dict[int, list[int]] = {}
-    for place, row in enumerate(rows):
-        places.setdefault(row["patient"][0], []).append(place)
-    return places
+    indices: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        indices.setdefault(row["patient"][0], []).append(index)
+    return indices

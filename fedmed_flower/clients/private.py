@@ -35,14 +35,14 @@ class UsableRows(NamedTuple):
     ----------
     prepared
         As the client prepares them.
-    places : list of int
+    indices : list of int
         Those among `prepared`.
     patients : list of str
         The patient of each place.
     """
 
     prepared: Any
-    places: list[int]
+    indices: list[int]
     patients: list[str]
 
 
@@ -72,10 +72,10 @@ def train_protected(
     # Whatever is random about one patient must not follow from what an onlooker may know.
     torch.manual_seed(secrets.randbits(63))
     probe = client.probe(PROBE)
-    checked = client.key("checked")
-    if checked not in client.kept:
+    checked = client.key(client.prepared_for, "checked")
+    if checked not in client.cache.more:
         client.check_private(client.fresh_model()[0], probe)
-        client.kept[checked] = True
+        client.cache.more[checked] = True
     # From here on patients are looked at.
     patients = _patients(client, "train")
     if not patients:
@@ -91,7 +91,7 @@ def train_protected(
         before = held(model)
         loss, dropped = train_privately(
             model,
-            lambda numbers: client.batch_of(rows.prepared, [rows.places[n] for n in numbers]),
+            lambda numbers: client.batch_of(rows.prepared, [rows.indices[n] for n in numbers]),
             rows.patients,
             client.loss_of,
             make_optimizer(settings, model, client.progress),
@@ -165,16 +165,18 @@ def usable_rows(client: MedicalClient, split: str, probe: Batch, alike: bool = F
             f"prepare has made {len(prepared)} of {len(rows)} rows: to know which patient each is "
             "of, private training needs one of each, in their order; split records in load_data"
         )
-    places = list(range(len(rows)))
+    indices = list(range(len(rows)))
     if alike:
-        places = [place for place in places if _is_like(client, prepared, place, probe)]
-    if away := len(client.loaded(split)) - len(places):
+        indices = [index for index in indices if _is_like(client, prepared, index, probe)]
+    if away := len(client.loaded(split)) - len(indices):
         log.warning(
             "%s: %d rows of the %s split cannot be used and add nothing: the model learns less "
             "than their number suggests",
             *(client.site.name, away, split),
         )
-    return UsableRows(prepared, places, [patient_text(rows[place]["patient"]) for place in places])
+    return UsableRows(
+        prepared, indices, [patient_text(rows[index]["patient"]) for index in indices]
+    )
 
 
 def _works(step: Any) -> bool:
@@ -188,12 +190,12 @@ def _works(step: Any) -> bool:
     return True
 
 
-def _is_like(client: MedicalClient, prepared: Any, place: int, probe: Batch) -> bool:
+def _is_like(client: MedicalClient, prepared: Any, index: int, probe: Batch) -> bool:
     """Return whether a row becomes a batch of entries, shapes and dtypes as made-up ones have."""
     found: dict[str, Tensor] = {}
 
     def make() -> None:
-        found.update(client.batch_of(prepared, [place]))
+        found.update(client.batch_of(prepared, [index]))
 
     return _works(make) and {name: (v.shape[1:], v.dtype) for name, v in found.items()} == {
         name: (v.shape[1:], v.dtype) for name, v in probe.items()

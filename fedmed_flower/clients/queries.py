@@ -29,7 +29,7 @@ def describe(client: MedicalClient, message: Message) -> RecordDict:
     """Tell the numbers of rows; where what is in files must not show, of patients."""
     torch_device(client.settings)
     if not client.sealed:
-        client.prepared(None, pooled=False)
+        client.screened_data()
     counts: dict[str, Any] = {split: client.count(split) for split in SPLITS}
     counts["num-examples"] = counts["train"]
     if not client.secretive:
@@ -37,7 +37,7 @@ def describe(client: MedicalClient, message: Message) -> RecordDict:
         screened = sum(len(getattr(loaded, s)) - len(client.screened(s)) for s in SPLITS)
         counts[TURNED_AWAY] = loaded.turned_away + screened
     if client.site.simulated:
-        counts |= client.describe(client.prepared(None, pooled=False)[0])
+        counts |= client.describe(client.screened_data())
     return RecordDict(
         {
             "metrics": MetricRecord(counts),

@@ -231,17 +231,17 @@ class SegmentationClient(ImagingClient):
         self, model: nn.Module, prepared: CachedRows, patients: Sequence[Hashable], noise: float
     ) -> dict[str, Any]:
         """Return the mean Dice that follows from `noised_dice`, and those sums."""
-        found, whose = [], []
-        for place, patient in enumerate(patients):
+        found, patient_of_row = [], []
+        for index, patient in enumerate(patients):
             try:
-                found.append(self._outlined(model, prepared, place)[2])
+                found.append(self._outlined(model, prepared, index)[2])
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 log.debug("the network fails for a record: %s", error)
                 continue
-            whose.append(patient)
-        sums = noised_dice(found, whose, noise, self.classes)
+            patient_of_row.append(patient)
+        sums = noised_dice(found, patient_of_row, noise, self.classes)
         return dice_of(sums, self.classes) | {NOISED_DICE: sums}
 
     def draw(self, model: nn.Module, prepared: CachedRows, count: int) -> list[Picture]:
@@ -276,14 +276,14 @@ class SegmentationClient(ImagingClient):
         self, model: nn.Module, prepared: CachedRows
     ) -> Iterator[tuple[Row, NDArray[np.uint8], dict[str, float]]]:
         """Outline one row after the other, on its own grid, and compare with its mask."""
-        for place in range(len(prepared)):
-            yield self._outlined(model, prepared, place)
+        for index in range(len(prepared)):
+            yield self._outlined(model, prepared, index)
 
     def _outlined(
-        self, model: nn.Module, prepared: CachedRows, place: int
+        self, model: nn.Module, prepared: CachedRows, index: int
     ) -> tuple[Row, NDArray[np.uint8], dict[str, float]]:
         model.eval()
-        row = prepared[place]
+        row = prepared[index]
         mask = self.postprocess(self._outline(model, row, prepared.transform))
         truth, spacing = row["label"], row["spacing"]
         if mask.shape != truth.shape:

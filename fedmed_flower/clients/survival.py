@@ -180,14 +180,16 @@ class SurvivalClient(TabularClient):
 
         Patients who leave before the horizon without the event are not counted.
         """
-        places, outputs = self._predict_alone(model, prepared)
-        times, events = (part[places] for part in _times(prepared))
+        indices, outputs = self._predict_alone(model, prepared)
+        times, events = (part[indices] for part in _times(prepared))
         before = (times <= self.survival.survival_horizon) & (events == 1)
         known = before | (times > self.survival.survival_horizon)
         alive = survival_from_hazards(outputs)[:, -1].clip(1e-6, 1 - 1e-6)
         scores = np.log((1 - alive) / alive)
-        whose = [patients[place] for place, counted in zip(places, known, strict=True) if counted]
-        counts = noised_counts(before[known], scores[known, None], whose, noise)
+        patient_of_row = [
+            patients[index] for index, counted in zip(indices, known, strict=True) if counted
+        ]
+        counts = noised_counts(before[known], scores[known, None], patient_of_row, noise)
         return noised_metrics(counts) | {NOISED: counts}
 
 

@@ -72,10 +72,10 @@ class TableRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def some(self, places: Sequence[int]) -> dict[str, Tensor]:
+    def some(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return rows as a batch."""
         device = self.inputs["features"].device
-        chosen = torch.as_tensor(places, dtype=torch.long, device=device)
+        chosen = torch.as_tensor(indices, dtype=torch.long, device=device)
         return {name: values.index_select(0, chosen) for name, values in self.inputs.items()}
 
 
@@ -129,17 +129,17 @@ class TabularClient(MedicalClient):
         that are known already, or nothing.
         """
         schema, minimum = with_target(self.schema), min_cell_count(self.context, self.site)
-        train = self.prepared(None, pooled=False)[0].train
+        train = self.screened_data().train
         if self.site.simulated:
             return contribution(train, schema, minimum)
-        told = dict[str, Any]()
+        reported = dict[str, Any]()
         with self.open_book({}, minimum) as book:
             inside = book.of({id(row) for row in train})
             for column in schema.features:
                 if column not in schema.categories:
                     rows = self._tellable(book, column, inside, minimum)
-                    told |= contribution(rows, schema, minimum, only=column)
-        return told
+                    reported |= contribution(rows, schema, minimum, only=column)
+        return reported
 
     def _tellable(self, book: Book, column: str, inside: Mask, minimum: int) -> list[Row]:
         """Return the rows of which a column, or whose categories, may be told."""
@@ -159,8 +159,8 @@ class TabularClient(MedicalClient):
                     "answers these would be of too few patients",
                     *(self.site.name, column),
                 )
-            told = usable if values is None else usable & (values != POOLED)
-            return [row for row, fine in zip(book.rows, told, strict=True) if fine]
+            reported = usable if values is None else usable & (values != POOLED)
+            return [row for row, fine in zip(book.rows, reported, strict=True) if fine]
         return []
 
     def agree(self, contributions: Mapping[str, Mapping[str, Any]]) -> str:
@@ -175,12 +175,16 @@ class TabularClient(MedicalClient):
         # Names in the log those who tell what cannot be used.
         found = Preparation.agreed(schema, contributions)
         learnt = schema.numeric or {*schema.categorical} - schema.categories.keys()
-        fine = [told for told in contributions.values() if check_contribution(told, schema) is None]
+        fine = [
+            reported
+            for reported in contributions.values()
+            if check_contribution(reported, schema) is None
+        ]
         if learnt and not any(fine):
             raise InputError(
-                "no hospital tells of its columns what can be used (each needs min-cell-count "
-                'patients for that): with preparation="declared" the schema\'s ranges and '
-                "categories do instead"
+                "no hospital could share statistics of its columns: each needs at least "
+                'min-cell-count patients. Set preparation="declared" and give ranges and '
+                "categories in the schema"
             )
         return found.to_text()
 
@@ -216,7 +220,7 @@ class TabularClient(MedicalClient):
                     'preparation="site" learns from patients without noise, and this hospital has '
                     'a privacy budget: preparation="declared" learns nothing'
                 )
-            own = self.prepared(None, pooled=False)[0].train
+            own = self.screened_data().train
             if own:
                 self.require_usable(own)
             return self._of_own(own)
@@ -237,7 +241,7 @@ class TabularClient(MedicalClient):
 
     @cached_property
     def unit(self) -> Unit:
-        """In what the network predicts a number: its last step brings it into the target's own."""
+        """Unit of the network's raw output; the last layer converts it to the target's unit."""
         learnt = self.tables.preparation == "federated"
         return self._agreed_upon[1] if learnt else declared_unit(self.schema)
 
@@ -286,22 +290,22 @@ class TabularClient(MedicalClient):
             low, high = schema.ranges.get(name, (1.0, 2.0))
             return float(rng.uniform(low, high))
 
-        def outcome(place: int) -> dict[str, Any]:
+        def outcome(index: int) -> dict[str, Any]:
             if schema.task in CLASSED:
-                return {schema.target: place % max(2, len(schema.classes))}
+                return {schema.target: index % max(2, len(schema.classes))}
             value = abs(number(schema.target)) + 1e-3
-            event = {schema.event: place % 2} if schema.event else {}
+            event = {schema.event: index % 2} if schema.event else {}
             return {schema.target: int(value) if schema.task == "count" else value} | event
 
         return [
-            {"patient": f"made up {place}"}
+            {"patient": f"made up {index}"}
             | {name: number(name) for name in schema.numeric}
             | {
                 name: str(rng.choice(schema.categories.get(name, ("a",))))
                 for name in schema.categorical
             }
-            | outcome(place)
-            for place in range(count)
+            | outcome(index)
+            for index in range(count)
         ]
 
     def describe(self, data: SiteData) -> dict[str, Any]:
@@ -318,20 +322,20 @@ class TabularClient(MedicalClient):
         else:
             features = self.prepared_by.transform(rows)
             if train and (unseen := self.prepared_by.unseen(rows)):
-                told = ", ".join(f"{name} ({count} rows)" for name, count in unseen.items())
-                log.warning("%s: categories that are not in the list: %s", self.site.name, told)
+                reported = ", ".join(f"{name} ({count} rows)" for name, count in unseen.items())
+                log.warning("%s: categories that are not in the list: %s", self.site.name, reported)
         inputs = {"features": torch.from_numpy(features)} | self.targets(rows)
         device = torch_device(self.settings)
         return TableRows({name: values.to(device) for name, values in inputs.items()}, rows)
 
     def _features_of_each(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """Return the features of all hospitals' rows, of each by its own training rows."""
-        train = self.prepared(None, pooled=True)[0].train
+        train = self.screened_data(pooled=True).train
         owned = places_by_site(train)
         features = np.zeros((len(rows), Preparation.agreed(self.schema, {}).width), np.float32)
-        for number, places in places_by_site(rows).items():
-            own = self._of_own([train[place] for place in owned.get(number, [])])
-            features[places] = own.transform([rows[place] for place in places])
+        for number, indices in places_by_site(rows).items():
+            own = self._of_own([train[index] for index in owned.get(number, [])])
+            features[indices] = own.transform([rows[index] for index in indices])
         return features
 
     def targets(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -340,9 +344,9 @@ class TabularClient(MedicalClient):
         whole = self.schema.task in CLASSED
         return {"target": torch.tensor(values, dtype=torch.long if whole else torch.float32)}
 
-    def batch_of(self, prepared: TableRows, places: Sequence[int]) -> dict[str, Tensor]:
+    def batch_of(self, prepared: TableRows, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return training rows as ``features`` and what `targets` gives."""
-        return prepared.some(places)
+        return prepared.some(indices)
 
     def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
         """Return the training loss."""
@@ -393,9 +397,9 @@ class TabularClient(MedicalClient):
         """Return ``loss``, the figures of `outcome_metrics`, and on test rows each group's."""
         outputs = self._predict(model, prepared)
 
-        def measured(places: Sequence[int]) -> dict[str, Any]:
-            chosen = list(places)
-            some = TableRows(prepared.some(chosen), [prepared.rows[place] for place in chosen])
+        def measured(indices: Sequence[int]) -> dict[str, Any]:
+            chosen = list(indices)
+            some = TableRows(prepared.some(chosen), [prepared.rows[index] for index in chosen])
             return self.figures(outputs[chosen], some)
 
         found = self.figures(outputs, prepared)
@@ -436,8 +440,10 @@ class TabularClient(MedicalClient):
     def figures(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
         """Return the figures of some rows, from the network's outputs for them."""
         target = prepared.inputs["target"].cpu().numpy()
-        whose = [patient_text(row["patient"]) for row in prepared.rows]
-        return outcome_metrics(self.schema.task, target, outputs, whose, self.node.coarse_figures)
+        patient_of_row = [patient_text(row["patient"]) for row in prepared.rows]
+        return outcome_metrics(
+            self.schema.task, target, outputs, patient_of_row, self.node.coarse_figures
+        )
 
     def require_measurable(self) -> None:
         """Raise `InputError` where a number is predicted whose range the schema does not give."""
@@ -450,14 +456,14 @@ class TabularClient(MedicalClient):
         self, model: nn.Module, prepared: TableRows, patients: Sequence[Hashable], noise: float
     ) -> dict[str, Any]:
         """Return figures that follow from counts with noise, or from errors clipped to a range."""
-        places, outputs = self._predict_alone(model, prepared)
-        target = prepared.inputs["target"].cpu().numpy()[places]
-        whose, task = [patients[place] for place in places], self.schema.task
+        indices, outputs = self._predict_alone(model, prepared)
+        target = prepared.inputs["target"].cpu().numpy()[indices]
+        patient_of_row, task = [patients[index] for index in indices], self.schema.task
         if task in CLASSED:
-            counts = noised_counts(target, outputs, whose, noise)
+            counts = noised_counts(target, outputs, patient_of_row, noise)
             return noised_metrics(counts) | {NOISED: counts}
         limits = self.schema.ranges[self.schema.target]
-        sums = noised_errors(task, target, outputs, limits, whose, noise)
+        sums = noised_errors(task, target, outputs, limits, patient_of_row, noise)
         return noised_error_metrics(sums) | {NOISED_ERRORS: sums}
 
     def _predict_alone(
@@ -466,13 +472,13 @@ class TabularClient(MedicalClient):
         """Return the places of the rows for which the network did not fail, and their outputs."""
         model.eval()
         features = prepared.inputs["features"]
-        places, found = predict_alone(
+        indices, found = predict_alone(
             lambda batch: self._outputs(model(batch["features"])),
-            lambda place: {"features": features[place : place + 1]},
+            lambda index: {"features": features[index : index + 1]},
             len(prepared),
             half_precision(self.settings),
         )
-        return places, np.asarray(found, np.float32).reshape(-1, self._width)
+        return indices, np.asarray(found, np.float32).reshape(-1, self._width)
 
     def _predict(self, model: nn.Module, prepared: TableRows) -> NDArray[np.float32]:
         """Return the outputs of all rows, (n, outputs)."""

@@ -72,11 +72,12 @@ def agreed_upon(text: str, schema: Schema) -> tuple[Preparation, Unit]:
     InputError
         Where the text is something else, or is of other columns than the schema's.
     """
-    found, told = Preparation.from_text(text), with_target(schema)
-    if ([*found.means], [*found.categories]) != ([*told.numeric], [*told.categorical]):
+    found, declared = Preparation.from_text(text), with_target(schema)
+    if ([*found.means], [*found.categories]) != ([*declared.numeric], [*declared.categorical]):
         raise InputError(
             f"hospitals have agreed upon the columns {_listed(found.means, found.categories)}; the "
-            f"schema here has {_listed(told.numeric, told.categorical)}: all must run the same app"
+            f"schema here has {_listed(declared.numeric, declared.categorical)}: all must run the "
+            "same app"
         )
     own = replace(
         found,

@@ -101,12 +101,12 @@ def train_epochs(
 
 
 class Steps:
-    """Gives so many batches in each pass, going over the data as often as that takes.
+    """Yields `count` batches in each pass, going over the data as often as that takes.
 
     Parameters
     ----------
     batches : iterable of dict of tensors
-        Iterated anew whenever it is at its end; none gives none.
+        Restarted from the beginning when exhausted. If it is empty, no batch is produced.
     count : int
         At least 1.
     """
@@ -248,40 +248,81 @@ def train_privately(
     private.attach_step_hook(add_proximal_term)
     drawn = max(1, round(sampler.expected))
     size = micro_batch_size(gradients, probe, drawn, settings.micro_batch_size)
+    batches = _MicroBatches(gradients, batch_of, size)
     losses = [torch.zeros(0)]
     for _ in range(mechanism.steps):
         private.draw_ahead()
-        waiting, alone = sampler.draw(), 0
+        for computed in batches.of(sampler.draw()):
+            if computed is None:
+                private.dropped += 1
+                continue
+            clippable, of_records = computed
+            losses.append(of_records.float().cpu())
+            private.accumulate(clippable)
+            del computed, clippable  # Before the next patients' gradients are computed.
+        private.release()
+    each = torch.cat(losses)
+    return float(each[each.isfinite()].mean()), private.dropped
+
+
+class _MicroBatches:
+    """The gradients of drawn patients, of as many records at a time as fit into the memory.
+
+    Parameters
+    ----------
+    gradients : RecordGradients
+    batch_of : callable
+        Maps numbers of records to a batch.
+    size : int
+        Records at a time, at first.
+    """
+
+    def __init__(
+        self, gradients: RecordGradients, batch_of: Callable[[Sequence[int]], Batch], size: int
+    ) -> None:
+        self._gradients, self._batch_of, self._size = gradients, batch_of, size
+
+    def of(self, waiting: list[list[int]]) -> Iterator[tuple[list[Tensor], Tensor] | None]:
+        """Yield gradients of patients and losses of their records; None for a patient that fails.
+
+        Parameters
+        ----------
+        waiting : list of list of int
+            The records of each patient.
+        """
+        alone = 0
         while waiting:
-            group, rest = (waiting[:1], waiting[1:]) if alone else _first(waiting, size)
-            count = min(size, sum(map(len, group)))
-            failed = None
-            try:
-                made, found = _of_patients(gradients, batch_of, group, size)
-            except torch.OutOfMemoryError:
-                if count == 1:
-                    raise
-                failed = "memory"
-            except Exception as error:
-                log.debug("gradients of %d patients: %s", len(group), error)
-                failed = "record"
+            group, rest = _first(waiting, self._size)
+            if alone:
+                group, rest = waiting[:1], waiting[1:]
+            records = min(self._size, sum(map(len, group)))
+            computed, failure = self._try(group)
             # Nothing of a group that failed was added up yet.
-            if failed == "memory":
-                size = _half(count)
-            elif failed and len(group) > 1:
+            if isinstance(failure, torch.OutOfMemoryError):
+                if records == 1:
+                    raise failure
+                self._size = _half(records)
+            elif failure is not None and len(group) > 1:
                 # One of them must not decide about the others: each by itself.
                 alone = len(group)
             else:
                 waiting, alone = rest, max(0, alone - 1)
-                if failed:
-                    private.dropped += 1
-                    continue
-                losses.append(found.float().cpu())
-                private.accumulate(made)
-                del made
-        private.release()
-    each = torch.cat(losses)
-    return float(each[each.isfinite()].mean()), private.dropped
+                yield computed
+            del computed, failure
+
+    def _try(
+        self, group: list[list[int]]
+    ) -> tuple[tuple[list[Tensor], Tensor] | None, Exception | None]:
+        """Return what was computed of some patients, or the error without its traceback.
+
+        A traceback would keep the failed batch in memory.
+        """
+        try:
+            return _of_patients(self._gradients, self._batch_of, group, self._size), None
+        except Exception as error:
+            if not isinstance(error, torch.OutOfMemoryError):
+                log.debug("gradients of %d patients: %s", len(group), error)
+            return None, error.with_traceback(None)
 
 
 def keep_freed_memory() -> None:
@@ -308,15 +349,15 @@ def _of_patients(
     size: int,
 ) -> tuple[list[Tensor], Tensor]:
     """Return for each patient the mean gradient over the patient's records, and all losses."""
-    places = [place for group in groups for place in group]
-    if len(places) == len(groups):
-        return gradients(batch_of(places))
+    indices = [index for group in groups for index in group]
+    if len(indices) == len(groups):
+        return gradients(batch_of(indices))
     owners = torch.tensor([number for number, group in enumerate(groups) for _ in group])
     share = 1 / torch.tensor([len(group) for group in groups])
     sums: list[Tensor] = []
     losses = []
-    for start in range(0, len(places), size):
-        made, found = gradients(batch_of(places[start : start + size]))
+    for start in range(0, len(indices), size):
+        made, found = gradients(batch_of(indices[start : start + size]))
         if not sums:
             sums = [g.new_zeros((len(groups), *g.shape[1:])) for g in made]
         of = owners[start : start + size].to(found.device)
@@ -354,9 +395,9 @@ def micro_batch_size(gradients: RecordGradients, probe: Batch, drawn: int, wante
     while True:
         tried = min(most, _PROBE, drawn)
         # A few records, repeated, take as much time and memory as others.
-        places = torch.arange(tried, device=device) % count
+        indices = torch.arange(tried, device=device) % count
         try:
-            gradients.choose({key: value[places] for key, value in probe.items()})
+            gradients.choose({key: value[indices] for key, value in probe.items()})
         except torch.OutOfMemoryError:
             if tried == 1:
                 raise
@@ -387,22 +428,22 @@ def predict_alone(
 
     Returns
     -------
-    places : list of int
+    indices : list of int
         Of the records for which the network did not fail.
     outputs : list of arrays of shape (c,)
     """
-    places, outputs = [], []
-    for place in range(count):
+    indices, outputs = [], []
+    for index in range(count):
         try:
-            (output,) = predict(model, [batch_at(place)], mixed_precision)
+            (output,) = predict(model, [batch_at(index)], mixed_precision)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             log.debug("the network fails for a record: %s", error)
             continue
-        places.append(place)
+        indices.append(index)
         outputs.append(output)
-    return places, outputs
+    return indices, outputs
 
 
 @torch.no_grad()

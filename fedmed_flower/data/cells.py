@@ -200,7 +200,7 @@ def read_text(path: Path, content: bytes) -> Cells:
         "line",
         [number for number, _ in whole],
         names,
-        lambda place: [line[place] for _, line in whole],
+        lambda index: [line[index] for _, line in whole],
         "," if separator == ";" else ".",
         len(found) - len(whole),
     )
@@ -246,8 +246,8 @@ def read_parquet(path: Path, content: bytes) -> Cells:
 def frame_cells(frame: DataFrame, where: str) -> Cells:
     """Return the cells of a data frame, but for its index."""
 
-    def column(place: int) -> list[Any]:
-        values = frame.iloc[:, place]
+    def column(index: int) -> list[Any]:
+        values = frame.iloc[:, index]
         there = values.notna()
         return [cell if known else None for cell, known in zip(values, there, strict=True)]
 
@@ -265,7 +265,7 @@ def _require_small(path: Path, content: bytes) -> None:
     from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
 
     about = ParquetFile(io.BytesIO(content))
-    groups = (about.metadata.row_group(place) for place in range(about.num_row_groups))
+    groups = (about.metadata.row_group(index) for index in range(about.num_row_groups))
     written = sum(group.total_byte_size for group in groups)
     # Pandas takes eight bytes or more a cell, even for none.
     size = max(written, 8 * about.metadata.num_rows * about.metadata.num_columns)

@@ -150,27 +150,29 @@ def _of_dicom(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
     if not (table := folder / LABELS).is_file():
         unlabelled = [(str(folder / line["image"]), line) for _, line in images]
         return rows_of(unlabelled, folder, ("image", "patient"), problems)
-    told: dict[tuple[str, str], Line] = {}
+    reported: dict[tuple[str, str], Line] = {}
     for where, line in read_csv(table, ("label",), problems):
         kind = "series" if "series" in line else "patient"
         key = (kind, line.get(kind, ""))
-        if not key[1] or key in told:
+        if not key[1] or key in reported:
             what = f"{kind} {key[1]} was named before" if key[1] else "it has no series or patient"
             problems.append(f"{where}: {what}")
         else:
-            told[key] = (where, line)
+            reported[key] = (where, line)
     lines: list[Line] = []
     used = set()
     for series, image in images:
         where = str(folder / image["image"])
-        keys = [key for key in (("series", series), ("patient", image["patient"])) if key in told]
+        keys = [
+            key for key in (("series", series), ("patient", image["patient"])) if key in reported
+        ]
         if keys:
             used.add(keys[0])
-            labels = {name: told[keys[0]][1].get(name) for name in ("label", "split")}
+            labels = {name: reported[keys[0]][1].get(name) for name in ("label", "split")}
             lines.append((where, image | labels))
         else:
             problems.append(f"{where}: {LABELS} does not name it")
-    for (kind, name), (where, _) in told.items():
+    for (kind, name), (where, _) in reported.items():
         if (kind, name) not in used:
             problems.append(f"{where}: there is no image of {kind} {name}")
     return rows_of(lines, folder, _COLUMNS, problems)
@@ -178,15 +180,15 @@ def _of_dicom(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 def _dicom_images(folder: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Return SeriesInstanceUID, path and patient of each image in a folder and all below."""
-    places: dict[str, list[Path]] = defaultdict(list)
+    indices: dict[str, list[Path]] = defaultdict(list)
     found, root = [], real_path(folder)
-    for place in _folders(folder):
+    for index in _folders(folder):
         # Slices by series; an image without a place in the patient is no slice.
         images: dict[tuple[str, Path | None], dict[Path, pydicom.Dataset]] = defaultdict(dict)
-        links = links_out(place, root)
+        links = links_out(index, root)
         problems += [f"{link} {LINK_OUT}" for link in links]
         complete = all(link.is_dir() for link in links)
-        for file in dicom_files(place):
+        for file in dicom_files(index):
             if file in links:
                 continue
             try:
@@ -201,24 +203,24 @@ def _dicom_images(folder: Path, problems: list[str]) -> Iterator[tuple[str, dict
         if most > 1 and len(images) > 1:
             names = ", ".join(sorted({series for series, _ in images}))
             problems.append(
-                f"{place} holds {len(images)} series, one of them of {most} slices ({names}): "
+                f"{index} holds {len(images)} series, one of them of {most} slices ({names}): "
                 "give each a folder of its own"
             )
             continue
         if not complete and any(alone is None for _, alone in images):
-            problems.append(f"{place}: a slice is missing where a file cannot be used")
+            problems.append(f"{index}: a slice is missing where a file cannot be used")
             images = {key: slices for key, slices in images.items() if key[1] is not None}
         for (series, alone), slices in images.items():
             patients = sorted({str(part.get("PatientID", "")).strip() for part in slices.values()})
             if len(patients) > 1:
-                problems.append(f"{place}: its series has several patients: {', '.join(patients)}")
+                problems.append(f"{index}: its series has several patients: {', '.join(patients)}")
                 continue
             if series and alone is None:
-                places[series].append(place)
-            found.append((series, place if most > 1 else next(iter(slices)), patients[0]))
+                indices[series].append(index)
+            found.append((series, index if most > 1 else next(iter(slices)), patients[0]))
     for series, path, patient in found:
-        if len(places[series]) > 1:
-            listed = ", ".join(map(str, places[series]))
+        if len(indices[series]) > 1:
+            listed = ", ".join(map(str, indices[series]))
             problems.append(f"{path}: slices of its series are in several folders: {listed}")
         else:
             image = path.relative_to(folder).as_posix()
@@ -230,14 +232,14 @@ def _folders(folder: Path) -> Iterator[Path]:
     root = real_path(folder)
     seen, waiting = set[Path](), [(folder, root)]
     while waiting:
-        place, there = waiting.pop()
+        index, there = waiting.pop()
         if there in seen or not there.is_relative_to(root):
             continue
         seen.add(there)
-        yield place
+        yield index
         waiting += [
             (child, real_path(child) if child.is_symlink() else there / child.name)
-            for child in reversed(_visible(place))
+            for child in reversed(_visible(index))
             if child.is_dir()
         ]
 

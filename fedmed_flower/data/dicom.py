@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,8 @@ def read_dicom(path: Path) -> tuple[Array, Array, bool]:
     pixels = [_pixels(file, part) for file, part in slices.items()]
     values = np.stack(pixels, axis=-1)  # (rows, columns, [colours,] slices)
     values = np.moveaxis(values, 2, 0) if values.ndim == 4 else values[None]
-    first, *_, last = [*slices.values()] * 2
+    parts = list(slices.values())
+    first, last = parts[0], parts[-1]
     if first.get("PhotometricInterpretation") == "MONOCHROME1":
         values = values.max() + values.min() - values
     between_rows, between_columns = _spacing(first)
@@ -192,7 +194,16 @@ def _pixels(file: Path, part: pydicom.Dataset) -> NDArray[np.float32]:
 
 def _in_order(slices: Slices, path: Path) -> Slices:
     """Return the slices of one series from its first place to its last."""
-    parts = list(slices.values())
+    _require_one_series(slices, path)
+    _require_placed(slices, path)
+    _require_same_geometry(slices, path)
+    ordered, corners = _along_normal(slices)
+    _require_even_steps(ordered, corners, path)
+    return ordered
+
+
+def _require_one_series(slices: Slices, path: Path) -> None:
+    parts = slices.values()
     for name, what in (("SeriesInstanceUID", "series"), ("PatientID", "patients")):
         found = sorted({str(part.get(name, "")) for part in parts})
         if len(found) > 1:
@@ -200,11 +211,18 @@ def _in_order(slices: Slices, path: Path) -> Slices:
                 f"{path} holds {len(found)} {what} ({', '.join(found)}): give each a folder of "
                 "its own"
             )
+
+
+def _require_placed(slices: Slices, path: Path) -> None:
     if without := [file.name for file, part in slices.items() if not is_placed(part)]:
         raise InputError(
-            f"{path}: {len(without)} of {len(parts)} slices, such as {without[0]}, have no "
+            f"{path}: {len(without)} of {len(slices)} slices, such as {without[0]}, have no "
             "ImagePositionPatient or ImageOrientationPatient"
         )
+
+
+def _require_same_geometry(slices: Slices, path: Path) -> None:
+    parts = slices.values()
     for name, what in (
         ("ImageOrientationPatient", "orientations"),
         ("PixelSpacing", "pixel spacings"),
@@ -220,24 +238,32 @@ def _in_order(slices: Slices, path: Path) -> Slices:
                 raise InputError(
                     f"{path}: its slices have different {what}, such as {' and '.join(texts)}"
                 )
-    turns = np.reshape(np.asarray(parts[0].ImageOrientationPatient, float), (2, 3))
+
+
+def _along_normal(slices: Slices) -> tuple[Slices, NDArray[np.float64]]:
+    """Return the slices in the order of their places, and the corner of each, (slices, 3)."""
+    files, parts = list(slices), list(slices.values())
+    directions = np.reshape(np.asarray(parts[0].ImageOrientationPatient, float), (2, 3))
     corners = np.array([part.ImagePositionPatient for part in parts], float)
-    order = np.argsort(corners @ np.cross(*turns), kind="stable")
-    files = [list(slices)[place] for place in order]
-    steps = np.diff(corners[order], axis=0)
+    order = np.argsort(corners @ np.cross(*directions), kind="stable")
+    return {files[index]: parts[index] for index in order}, corners[order]
+
+
+def _require_even_steps(slices: Slices, corners: NDArray[np.float64], path: Path) -> None:
+    """Refuse a series in which a slice is missing, doubled or out of place."""
+    steps = np.diff(corners, axis=0)
     usual = np.median(steps, axis=0)
-    length = float(np.linalg.norm(usual))
-    for number, step in enumerate(steps):
+    spacing = float(np.linalg.norm(usual))
+    for (before, after), step in zip(pairwise(slices), steps, strict=True):
         gap = float(np.linalg.norm(step))
-        where = f"{files[number].name} and {files[number + 1].name}"
-        if gap < _GAP * max(length, 1e-6):
+        where = f"{before.name} and {after.name}"
+        if gap < _GAP * max(spacing, 1e-6):
             raise InputError(f"{path}: two slices at one place, {where}")
-        if np.linalg.norm(step - usual) > _GAP * length:
+        if np.linalg.norm(step - usual) > _GAP * spacing:
             raise InputError(
                 f"{path}: a slice is missing or out of place between {where}: they are {gap:.4g} "
-                f"mm apart, the others {length:.4g}"
+                f"mm apart, the others {spacing:.4g}"
             )
-    return {file: slices[file] for file in files}
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -58,9 +58,10 @@ class ImageSplits:
         These sets name no patients: each image counts as a patient of its own.
         """
         images, labels = self.images[split], self.labels[split]
-        places = range(len(labels)) if which is None else which
+        indices = range(len(labels)) if which is None else which
         return [
-            {"image": images[i], "label": int(labels[i]), "patient": f"{split}-{i}"} for i in places
+            {"image": images[i], "label": int(labels[i]), "patient": f"{split}-{i}"}
+            for i in indices
         ]
 
 

@@ -116,12 +116,12 @@ def read_label(
         raise InputError(f"a mask must have one channel, got {len(mask)}")
     if image is not None and (problem := mismatch(mask, image)) is not None:
         raise InputError(problem)
-    like = mask if image is None else image
+    layout = mask if image is None else image
     found = mask.as_tensor()
     if num_classes is None and not values:
         whole = found.to(torch.int64)
         _require_classes(found, (whole == found) & (whole >= 0), "whole numbers from 0 on")
-        return MetaTensor(whole, like.affine, _place_of(like))
+        return MetaTensor(whole, layout.affine, _place_of(layout))
     known = torch.tensor(tuple(values) or tuple(range(num_classes or 0)), dtype=found.dtype)
     count = len(known) if num_classes is None else num_classes
     if len(known) != count or len(torch.unique(known)) != count or not 1 <= count <= 256:
@@ -133,7 +133,7 @@ def read_label(
     places = torch.bucketize(found, known, out_int32=True).clamp(max=count - 1)
     listed = ", ".join(f"{value:g}" for value in known)
     _require_classes(found, known[places] == found, listed)
-    return MetaTensor(order.to(torch.uint8)[places], like.affine, _place_of(like))
+    return MetaTensor(order.to(torch.uint8)[places], layout.affine, _place_of(layout))
 
 
 def mismatch(label: MetaTensor, image: MetaTensor) -> str | None:

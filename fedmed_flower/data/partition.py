@@ -106,15 +106,15 @@ def split_by_shares(
         raise InputError(
             f"labels must be at most {num_classes - 1}, the last row of shares; got {values.max()}"
         )
-    whose = _patient_numbers(patients, values.size)
-    num_patients = int(whose.max(initial=-1)) + 1
+    patient_of_row = _patient_numbers(patients, values.size)
+    num_patients = int(patient_of_row.max(initial=-1)) + 1
     if num_sites * min_patients > num_patients:
         each = "" if min_patients == 1 else f" over {min_patients} (min_patients)"
         raise InputError(
             f"num_sites must be at most {num_patients // min_patients}, the number of patients"
             f"{each}; got {num_sites}"
         )
-    tally = np.bincount(whose * num_classes + values, minlength=num_patients * num_classes)
+    tally = np.bincount(patient_of_row * num_classes + values, minlength=num_patients * num_classes)
     patient_class = tally.reshape(num_patients, num_classes).argmax(axis=1)
     rng = np.random.default_rng(seed)
     site_of = np.empty(num_patients, np.intp)
@@ -125,7 +125,7 @@ def split_by_shares(
         while np.count_nonzero(site_of == site) < min_patients:
             largest = np.bincount(site_of, minlength=num_sites).argmax()
             site_of[rng.choice(np.flatnonzero(site_of == largest))] = site
-    return [np.flatnonzero(site_of[whose] == site) for site in range(num_sites)]
+    return [np.flatnonzero(site_of[patient_of_row] == site) for site in range(num_sites)]
 
 
 def by_quantity(
@@ -207,7 +207,7 @@ def counts(
         As `split_by_shares`.
     """
     values = _labels(labels)
-    whose = _patient_numbers(patients, values.size)
+    patient_of_row = _patient_numbers(patients, values.size)
     named = (
         parts
         if isinstance(parts, Mapping)
@@ -215,7 +215,7 @@ def counts(
     )
     num_classes = int(values.max(initial=-1)) + 1
     return [
-        {"site": name, "patients": np.unique(whose[rows]).size, "rows": len(rows)}
+        {"site": name, "patients": np.unique(patient_of_row[rows]).size, "rows": len(rows)}
         | {f"label {k}": int(np.count_nonzero(values[rows] == k)) for k in range(num_classes)}
         for name, rows in named.items()
     ]

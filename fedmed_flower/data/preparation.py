@@ -57,14 +57,14 @@ def contribution(
     """
     require(minimum >= 1, f"minimum must be at least 1, got {minimum}")
     patients = np.asarray([patient_text(row["patient"]) for row in rows], dtype=object)
-    told: dict[str, list[float] | list[str] | list[int]] = {}
+    reported: dict[str, list[float] | list[str] | list[int]] = {}
     for column in schema.numeric:
         if only not in (None, column):
             continue
         values = _numbers(rows, column)
         there = ~np.isnan(values)
         if there.any() and len({*patients[there]}) >= minimum:
-            told[_MOMENTS + column] = _moments(values[there])
+            reported[_MOMENTS + column] = _moments(values[there])
     for column in schema.categorical:
         if column in schema.categories or only not in (None, column):
             continue
@@ -72,27 +72,31 @@ def contribution(
         for text, patient in zip(_texts(rows, column), patients, strict=True):
             if text is not None:
                 owners[text].add(patient)
-        counts = {text: len(whose) for text, whose in owners.items() if len(whose) >= minimum}
+        counts = {
+            text: len(patient_of_row)
+            for text, patient_of_row in owners.items()
+            if len(patient_of_row) >= minimum
+        }
         if counts:
-            told[_CATEGORIES + column] = sorted(counts)
-            told[_COUNTS + column] = [counts[text] for text in sorted(counts)]
-    return told
+            reported[_CATEGORIES + column] = sorted(counts)
+            reported[_COUNTS + column] = [counts[text] for text in sorted(counts)]
+    return reported
 
 
-def check_contribution(told: Mapping[str, Any], schema: Schema) -> str | None:
+def check_contribution(reported: Mapping[str, Any], schema: Schema) -> str | None:
     """Return what is wrong with what a hospital told; None where nothing is."""
     known = {_MOMENTS + column for column in schema.numeric}
     learnt = [column for column in schema.categorical if column not in schema.categories]
     known |= {kind + column for column in learnt for kind in (_CATEGORIES, _COUNTS)}
-    if unknown := [key for key in told if key not in known]:
+    if unknown := [key for key in reported if key not in known]:
         return f"{unknown[0]!r} is nothing that the schema asks for"
-    for key, values in told.items():
+    for key, values in reported.items():
         if not isinstance(values, list):
             return f"{key!r} must be a list"
         if key.startswith(_MOMENTS) and not _are_moments(values):
             return f"{key!r} must be a number of values, their mean and their squared distances"
     for column in learnt:
-        texts, counts = told.get(_CATEGORIES + column, []), told.get(_COUNTS + column, [])
+        texts, counts = reported.get(_CATEGORIES + column, []), reported.get(_COUNTS + column, [])
         whole = all(type(count) is int and 0 < count <= _MOST for count in counts)
         named = all(isinstance(text, str) and text for text in texts)
         if not (whole and named and len({*texts}) == len(texts) == len(counts)):
@@ -172,10 +176,10 @@ class Preparation:
                 fine.append(contributions[site])
         means, scales, still = {}, {}, []
         for column in schema.numeric:
-            told = [one[_MOMENTS + column] for one in fine if _MOMENTS + column in one]
-            count, mean, squares = _merged(told)
+            reported = [one[_MOMENTS + column] for one in fine if _MOMENTS + column in one]
+            count, mean, squares = _merged(reported)
             scale = math.sqrt(squares / (count - 1)) if count > 1 else 0.0
-            if contributions and not told and column in schema.ranges:
+            if contributions and not reported and column in schema.ranges:
                 low, high = schema.ranges[column]
                 mean, scale = (low + high) / 2, (high - low) / 4
                 log.warning("column %s: no hospital tells of it; scaled by its range", column)
@@ -184,7 +188,7 @@ class Preparation:
                 still.append(column)
                 scale = 1.0
                 if contributions:
-                    what = "never varies" if told else "is known to no hospital"
+                    what = "never varies" if reported else "is known to no hospital"
                     log.warning("column %s %s: its feature is 0 in all rows", column, what)
             means[column], scales[column] = mean, scale
         categories = {}
@@ -283,24 +287,24 @@ class Preparation:
             Where a row lacks a column, or a number is a text.
         """
         features = np.zeros((len(rows), self.width), dtype=np.float32)
-        place = 0
+        index = 0
         limit = _CLIP if self.clipped else _FINITE
         for column, mean in self.means.items():
             values = _numbers(rows, column)
             if column not in self.still:
                 scaled = np.clip((values - mean) / self.scales[column], -limit, limit)
-                features[:, place] = np.nan_to_num(scaled)
+                features[:, index] = np.nan_to_num(scaled)
             if self.indicators:
-                features[:, place + 1] = np.isnan(values)
-            place += 1 + self.indicators
+                features[:, index + 1] = np.isnan(values)
+            index += 1 + self.indicators
         for column in self.categories:
             known: dict[str | None, int] = {
-                text: number for number, text in enumerate(self._features_of(column), place)
+                text: number for number, text in enumerate(self._features_of(column), index)
             }
-            places = np.asarray([known.get(text, -1) for text in _texts(rows, column)], np.intp)
-            there = np.flatnonzero(places >= 0)
-            features[there, places[there]] = 1
-            place += len(known)
+            indices = np.asarray([known.get(text, -1) for text in _texts(rows, column)], np.intp)
+            there = np.flatnonzero(indices >= 0)
+            features[there, indices[there]] = 1
+            index += len(known)
         return features
 
     def unseen(self, rows: Sequence[Row]) -> dict[str, int]:

@@ -322,8 +322,8 @@ def _check_names(cells: Cells, schema: Schema, split: str, keep: Sequence[str]) 
         require(name not in _ROW_KEYS, f"keep names {name!r}, which in rows has its own meaning")
     absent = [name for name in (*schema.features, *keep) if name not in names]
     if {*schema.features} <= {*absent}:
-        told = ", ".join(f"{name!r}{near_names(name, names)}" for name in schema.features)
-        raise InputError(f"{where} has none of the features {told}; {listed}")
+        reported = ", ".join(f"{name!r}{near_names(name, names)}" for name in schema.features)
+        raise InputError(f"{where} has none of the features {reported}; {listed}")
     return tuple(absent)
 
 
@@ -334,7 +334,7 @@ def _outcome(cells: Cells, schema: Schema) -> dict[str, list[int] | list[float]]
     if classes:
         texts = cells.texts(name, classes)
         cells.need(label, texts, classes)
-        number = {text: place for place, text in enumerate(classes)}
+        number = {text: index for index, text in enumerate(classes)}
         return {name: [number.get(text or "", 0) for text in texts]}
     values = cells.numbers(name, schema.ranges.get(name), label)
     cells.tell(label, "is missing", np.isnan(values))
@@ -356,8 +356,8 @@ def _bands(values: NDArray[np.float64], cuts: Sequence[float]) -> list[str | Non
     labels: list[str | None] = [f"<{points[0]}", *map("-".join, pairwise(points))]
     labels += [f">={points[-1]}", None]
     # A missing value sorts after all others, hence beyond the last cut.
-    places = np.where(np.isnan(values), len(cuts) + 1, np.searchsorted(cuts, values, "right"))
-    return [labels[place] for place in places]
+    indices = np.where(np.isnan(values), len(cuts) + 1, np.searchsorted(cuts, values, "right"))
+    return [labels[index] for index in indices]
 
 
 def _names(what: str, names: Any) -> tuple[str, ...]:

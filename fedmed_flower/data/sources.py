@@ -185,15 +185,15 @@ def _read_medmnist(copy: Copy) -> ImageSplits:
     images = {split: arrays[f"{split}_images"] for split in SPLITS}
     labels = {split: _labels(arrays[f"{split}_labels"], copy.path, split) for split in SPLITS}
     for split, array in images.items():
-        name, like = f"{copy.path}: {split}_images", images["train"]
+        name, layout = f"{copy.path}: {split}_images", images["train"]
         require(
             array.ndim in (3, 4) and 0 not in array.shape[1:],
             f"{name} must have shape (n, H, W) or (n, H, W, C), got {array.shape}",
         )
         require(array.dtype.kind in "uif", f"{name} must hold numbers, got {array.dtype}")
         require(
-            (array.shape[1:], array.dtype) == (like.shape[1:], like.dtype),
-            f"{name} must be {like.dtype} {like.shape[1:]} an image, as train_images, "
+            (array.shape[1:], array.dtype) == (layout.shape[1:], layout.dtype),
+            f"{name} must be {layout.dtype} {layout.shape[1:]} an image, as train_images, "
             f"got {array.dtype} {array.shape[1:]}",
         )
         require(bool(np.isfinite(array).all()), f"{name} holds NaN or infinite values")

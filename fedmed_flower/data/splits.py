@@ -120,6 +120,6 @@ def _by_hash(patients: Sequence[str], seed: int, shares: NDArray[np.float64]) ->
     split_of = {}
     for patient in dict.fromkeys(patients):
         digest = hashlib.blake2b(patient.encode(), key=key, digest_size=8).digest()
-        place = int.from_bytes(digest, "big") / 2**64
-        split_of[patient] = SPLITS[int(np.searchsorted(ends, place, side="right"))]
+        index = int.from_bytes(digest, "big") / 2**64
+        split_of[patient] = SPLITS[int(np.searchsorted(ends, index, side="right"))]
     return split_of

@@ -184,19 +184,19 @@ def _path(text: Any, folder: Path, root: Path) -> str:
     name = shown(text.strip()[:200])
     if path.is_absolute() or PureWindowsPath(path).drive or ".." in path.parts:
         raise _UnusableError(f"{name} leaves the folder: paths must be relative to it")
-    place = folder / path
+    index = folder / path
     try:
-        there, is_folder = place.exists(), place.is_dir()
+        there, is_folder = index.exists(), index.is_dir()
     except OSError:  # Such as a name that is too long.
         there = is_folder = False
     if not there:
         raise _UnusableError(f"{name} is not there")
-    if leads_out(place, root):
+    if leads_out(index, root):
         raise _UnusableError(f"{name} {LINK_OUT}")
     # The slices of a series.
-    if is_folder and (links := links_out(place, root)):
+    if is_folder and (links := links_out(index, root)):
         raise _UnusableError(f"{name}/{links[0].name} {LINK_OUT}")
-    return str(place)
+    return str(index)
 
 
 def _text(file: Path) -> str:

@@ -58,8 +58,8 @@ def read_listing(content: RecordDict, most: int) -> Listing:
     ValueError
         Where it is malformed, or longer than `most`.
     """
-    record, places = content.config_records[VARIANTS], content.array_records[PLACES]
-    chromosomes, positions = view(places["chromosomes"]), view(places["positions"])
+    record, indices = content.config_records[VARIANTS], content.array_records[PLACES]
+    chromosomes, positions = view(indices["chromosomes"]), view(indices["positions"])
     texts = [str(record[name]).split("\n") for name in ("names", "first", "second")]
     count = len(positions)
     if chromosomes.dtype != np.int8 or positions.dtype != np.int64:

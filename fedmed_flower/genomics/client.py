@@ -124,9 +124,10 @@ class GenomicsClient(MedicalClient):
         """
         if budget_of(self.context) is not None or self.privacy.on:
             raise DeclinedError("an association study carries no noise")
-        if (key := self.key(False, "cohort")) not in self.kept:
-            self.kept[key] = self._cohort()
-        cohort: Cohort = self.kept[key]
+        kept, key, noted = self.cache.more, self.key("cohort"), self.key("cohort noted")
+        if key not in kept:
+            kept[key] = self._cohort()
+        cohort: Cohort = kept[key]
         cases = int(cohort.trait.sum()) if self.trait == "binary" else 0
         for what, count in (
             ("people", len(cohort.trait)),
@@ -135,9 +136,9 @@ class GenomicsClient(MedicalClient):
         ):
             if count < cohort.minimum and (count or what == "people"):
                 raise DeclinedError(f"it has fewer {what} than min-cell-count")
-        if (noted := self.key(False, "cohort told")) not in self.kept:
+        if noted not in kept:
             self._note(cohort)
-            self.kept[noted] = True
+            kept[noted] = True
         return cohort
 
     def _note(self, cohort: Cohort) -> None:
@@ -246,11 +247,11 @@ def variants(client: GenomicsClient, message: Message) -> RecordDict:
     texts: dict[str, Any] = {
         name: "\n".join(getattr(found, name)) for name in ("names", "first", "second")
     }
-    places = {"chromosomes": Array(found.chromosomes), "positions": Array(found.positions)}
+    indices = {"chromosomes": Array(found.chromosomes), "positions": Array(found.positions)}
     return RecordDict(
         {
             VARIANTS: ConfigRecord(texts | {"offset": found.offset}),
-            PLACES: ArrayRecord(places),
+            PLACES: ArrayRecord(indices),
         }
     )
 
@@ -261,12 +262,12 @@ def counts(client: GenomicsClient, message: Message) -> RecordDict:
     asked = _Asked(message, found, 5)
     cases = found.trait == 1 if client.trait == "binary" else np.zeros(len(found.trait), bool)
     squares = bool(client.read(message).get(SQUARES, False))
-    told = []
+    reported = []
     for _, genotypes in asked.blocks(found):
         part = count_copies(genotypes, cases, squares)
         part[withheld(part, found.minimum)] = WITHHELD
-        told.append(part)
-    return _told(np.concatenate(told))
+        reported.append(part)
+    return _told(np.concatenate(reported))
 
 
 def linear(client: GenomicsClient, message: Message) -> RecordDict:
@@ -298,7 +299,7 @@ def logistic(client: GenomicsClient, message: Message) -> RecordDict:
     count = len(asked.lines)
     slopes = asked.array("slopes", count, width - 1)
     intercepts = asked.array("intercepts", count)
-    told, few = [], []
+    reported, few = [], []
     for part, genotypes in asked.blocks(found):
         seen = _tellable(client, found, genotypes)
         at = (found.trait == 1, covariates, slopes[part], intercepts[part])
@@ -306,9 +307,9 @@ def logistic(client: GenomicsClient, message: Message) -> RecordDict:
         # Of ten people alike each has a tenth, but for rounding.
         above = ~(shares * found.minimum <= 1 + 1e-9)
         terms[above] = 0.0
-        told.append(terms)
+        reported.append(terms)
         few.append(above)
-    return _told(np.concatenate(told), withheld=np.concatenate(few))
+    return _told(np.concatenate(reported), withheld=np.concatenate(few))
 
 
 def loadings(client: GenomicsClient, message: Message) -> RecordDict:
@@ -459,8 +460,8 @@ def _with_scores(client: GenomicsClient, cohort: Cohort) -> Floats:
 
 def _told(values: NDArray[Any], **more: NDArray[Any]) -> RecordDict:
     arrays = {"values": values} | more
-    told = {name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()}
-    return RecordDict({TOLD: ArrayRecord(told)})
+    reported = {name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    return RecordDict({TOLD: ArrayRecord(reported)})
 
 
 def _whole(config: ConfigRecord, name: str, least: int, most: int) -> int:

@@ -202,8 +202,8 @@ def _manhattan(
         axes.plot(x[own], height[own], "o", ms=2.2, mew=0, color=colour)
     if len(present) == 1:
         first = int(positions.min())
-        places = np.linspace(0, float(x.max()), 5)
-        axes.set_xticks(places, [f"{(first + place) / 1e6:.2f}" for place in places])
+        indices = np.linspace(0, float(x.max()), 5)
+        axes.set_xticks(indices, [f"{(first + index) / 1e6:.2f}" for index in indices])
         across = f"position on chromosome {present[0]} (Mb)"
     else:
         axes.set_xticks(*zip(*ticks, strict=True))

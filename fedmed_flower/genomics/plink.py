@@ -143,15 +143,15 @@ class Fileset:
         if len(words) != _FIELDS[".bim"] * len(lines):
             for at, line in enumerate(lines):
                 _split(bim, _line_at(bim, offset) + at, line.decode("utf-8", errors="replace"))
-        places = [_position(word) for word in words[3::6]]
-        if None in places:
-            at = places.index(None)
+        indices = [_position(word) for word in words[3::6]]
+        if None in indices:
+            at = indices.index(None)
             raise InputError(
                 f"{bim} line {_line_at(bim, offset) + at} has the position "
                 f"{quoted(words[3 + 6 * at])}: a position is a whole number from -{MOST_POSITION} "
                 f"to {MOST_POSITION}"
             )
-        positions = np.maximum(np.array(places, np.int64), 0)
+        positions = np.maximum(np.array(indices, np.int64), 0)
         chromosomes = np.array([_CODES.get(word, 0) for word in words[0::6]], np.int8)
         chromosomes[positions <= 0] = 0
         first, second = ([word.upper() for word in words[at::6]] for at in (4, 5))

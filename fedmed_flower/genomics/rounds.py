@@ -66,10 +66,10 @@ def blocks(panel: Panel, size: int, squares: bool) -> Iterator[tuple[int, Block,
             merger.end(site)
 
     def read(site: int, content: RecordDict) -> None:
-        part, told = read_listing(content, merger.size), panel.about[site]["variants"]
-        if (come := merger.read[site] + len(part.names)) > told:
-            raise ValueError(f"more variants than the {told} that it told")
-        merger.add(site, part, come == told)
+        part, reported = read_listing(content, merger.size), panel.about[site]["variants"]
+        if (come := merger.read[site] + len(part.names)) > reported:
+            raise ValueError(f"more variants than the {reported} that it told")
+        merger.add(site, part, come == reported)
         offsets[site] = part.offset
 
     while True:
@@ -272,12 +272,12 @@ def _components(panel: Panel, size: int, count: int, most: int, seed: int) -> li
     left_out = len(panel.left_out)
     step, seen, lines, swapped, frequencies = 1, 0, list[Any](), list[Any](), list[float]()
     for _, block, counts in blocks(panel, size, squares=False):
-        told = (block.usable() & (counts[:, :, CASES] != WITHHELD))[panel.taking].all(0)
+        reported = (block.usable() & (counts[:, :, CASES] != WITHHELD))[panel.taking].all(0)
         pooled = counts[panel.taking].sum(0)
         with np.errstate(invalid="ignore", divide="ignore"):
             copies = pooled[:, CASE_COPIES] + pooled[:, CONTROL_COPIES]
             frequency = copies / (2 * (pooled[:, CASES] + pooled[:, CONTROLS]))
-        common = np.flatnonzero(told & (np.minimum(frequency, 1 - frequency) >= _COMMON))
+        common = np.flatnonzero(reported & (np.minimum(frequency, 1 - frequency) >= _COMMON))
         kept = common[(np.arange(len(common)) + seen) % step == 0]
         seen += len(common)
         lines += list(block.lines[:, kept].T)
@@ -296,7 +296,7 @@ def _components(panel: Panel, size: int, count: int, most: int, seed: int) -> li
             f"{count} components cannot be made of {len(chosen)} common variants that every "
             f"hospital tells, and of {people} people: choose fewer components"
         )
-    places, flips = np.array(lines, np.int64)[chosen], np.array(swapped, bool)[chosen]
+    indices, flips = np.array(lines, np.int64)[chosen], np.array(swapped, bool)[chosen]
     frequency = np.array(frequencies)[chosen]
 
     # The most that a person's standardised genotypes, squared, can add up to.
@@ -309,7 +309,7 @@ def _components(panel: Panel, size: int, count: int, most: int, seed: int) -> li
                 {
                     BLOCK: ArrayRecord(
                         {
-                            "lines": Array(np.ascontiguousarray(places[:, site])),
+                            "lines": Array(np.ascontiguousarray(indices[:, site])),
                             "swapped": Array(np.ascontiguousarray(flips[:, site])),
                             "frequencies": Array(frequency),
                             "loadings": Array(np.ascontiguousarray(loadings)),

@@ -133,27 +133,27 @@ def polygenic_scores(
             raise InputError(
                 f"the frequency of {weight.variant} must lie in [0, 1], got {frequency}"
             )
-    places: dict[str, tuple[int, str, str]] = {}
+    indices: dict[str, tuple[int, str, str]] = {}
     left_out: dict[str, str] = {}
     line = offset = 0
     while line < fileset.num_variants:
         listing = fileset.variants(offset, _BLOCK)
         for at, name in enumerate(listing.names):
             if name in wanted:
-                if name in places:
+                if name in indices:
                     left_out[name] = f"its id is repeated in {fileset.prefix}.bim"
-                places[name] = (line + at, listing.first[at], listing.second[at])
+                indices[name] = (line + at, listing.first[at], listing.second[at])
         line, offset = line + len(listing.names), listing.offset
     lines, signed = list[int](), list[tuple[Weight, bool]]()
     for name, weight in wanted.items():
-        if name not in places:
+        if name not in indices:
             left_out[name] = f"it is not in {fileset.prefix}.bim"
         elif name not in left_out:
-            place, first, second = places[name]
+            index, first, second = indices[name]
             if (swapped := _swapped(weight, first, second)) is None:
                 left_out[name] = f"its alleles are {first}/{second}"
             else:
-                lines.append(place)
+                lines.append(index)
                 signed.append((weight, swapped))
     totals = np.zeros(len(fileset.people))
     for start in range(0, len(lines), _BLOCK):

@@ -211,15 +211,15 @@ class _Association:
             if site in self.panel.left_out:
                 found = {"failed": usable & ~taking[site]}
             for text, where in found.items():
-                for place in np.flatnonzero(where).tolist():
-                    reasons.setdefault((place, text), []).append(name)
+                for index in np.flatnonzero(where).tolist():
+                    reasons.setdefault((index, text), []).append(name)
             tally["counted"] += int(taking[site].sum())
             tally["withheld"] += int((held[site] | weighty[site]).sum())
             tally["swapped"] += int((taking[site] & (codes == SWAPPED)).sum())
             tally["absent"] += int((codes == ABSENT).sum())
             tally["left out"] += int((codes > SWAPPED).sum())
-        for (place, text), names in reasons.items():
-            notes.setdefault(place, []).append(f"{text}: {', '.join(names)}")
+        for (index, text), names in reasons.items():
+            notes.setdefault(index, []).append(f"{text}: {', '.join(names)}")
 
     def _rows(
         self,
@@ -233,10 +233,10 @@ class _Association:
         copies = counts[:, CASE_COPIES] + counts[:, CONTROL_COPIES]
         with np.errstate(invalid="ignore"):
             frequency = copies / (2 * people)
-        for place in np.flatnonzero(np.isnan(results.log10_p)).tolist():
-            alone = copies[place] in (0, 2 * people[place])
+        for index in np.flatnonzero(np.isnan(results.log10_p)).tolist():
+            alone = copies[index] in (0, 2 * people[index])
             why = "one allele only" if alone else "no result: not identified or not converged"
-            notes.setdefault(place, []).append(why if people[place] else "no hospital counts")
+            notes.setdefault(index, []).append(why if people[index] else "no hospital counts")
         binary = self.study.test != "linear"
         numbers = (frequency, results.effect, results.se, results.statistic)
         texts = [[f"{value:.12g}" for value in column.tolist()] for column in numbers]

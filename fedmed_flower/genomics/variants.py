@@ -155,8 +155,8 @@ class Merger:
             Where it goes on before the end of the part before, is not in order, names a place that
             no chromosome has, or too many variants at one place.
         """
-        places = np.flatnonzero(part.chromosomes)
-        chromosomes, positions = part.chromosomes[places], part.positions[places]
+        indices = np.flatnonzero(part.chromosomes)
+        chromosomes, positions = part.chromosomes[indices], part.positions[indices]
         if not _within(chromosomes, 1, AUTOSOMES) or not _within(positions, 1, MOST_POSITION):
             raise ValueError(
                 f"it has variants outside of the chromosomes 1 to {AUTOSOMES} or of the positions "
@@ -172,7 +172,7 @@ class Merger:
             *self._waiting[site],
             *(
                 (key, part.names[at], self.read[site] + at, (part.first[at], part.second[at]))
-                for key, at in zip(keys.tolist(), places.tolist(), strict=True)
+                for key, at in zip(keys.tolist(), indices.tolist(), strict=True)
             ),
         ]
         crowd = waiting[-1 - _MOST_AT_ONE_PLACE :]
@@ -180,7 +180,7 @@ class Merger:
             raise ValueError(f"it has more than {_MOST_AT_ONE_PLACE} variants at one place")
         self._waiting[site] = waiting
         self.read[site] += len(part.names)
-        self.skipped[site] += len(part.names) - len(places)
+        self.skipped[site] += len(part.names) - len(indices)
         self._last[site] = int(keys[-1]) if len(keys) else self._last[site]
         self._ended[site] = ended
 
@@ -217,11 +217,11 @@ def _block(
 ) -> Block:
     ordered, variants = sorted(found), list[Variant]()
     lines, codes = ([[value] * len(ordered) for _ in range(count)] for value in (0, ABSENT))
-    for place, (key, name) in enumerate(ordered):
+    for index, (key, name) in enumerate(ordered):
         entries = found[key, name]
         (a1, a2), lies = align(tuple([pair for _, _, pair in entries]))
         variants.append(Variant(key >> 40, key & ((1 << 40) - 1), name, a1, a2))
         for (site, line, _), code in zip(entries, lies, strict=True):
-            taken = codes[site][place] != ABSENT
-            lines[site][place], codes[site][place] = line, REPEATED if taken else code
+            taken = codes[site][index] != ABSENT
+            lines[site][index], codes[site][index] = line, REPEATED if taken else code
     return Block(variants, np.array(lines, np.int64), np.array(codes, np.int8))

@@ -56,10 +56,10 @@ def fine_histograms(
     width = float(f"{width:.1e}")
     centre = width * round(centre / width)
     own = _own_auc(truth, score) if truth.any() and not truth.all() else 0.5
-    places = np.clip((score - centre) / width, EDGES[0], EDGES[-1])
+    indices = np.clip((score - centre) / width, EDGES[0], EDGES[-1])
     counts: list[int] = []
     for group in (False, True):
-        counts += np.histogram(places[truth == group], EDGES)[0].tolist()
+        counts += np.histogram(indices[truth == group], EDGES)[0].tolist()
     return (float(centre), float(width), own), counts
 
 
@@ -94,12 +94,12 @@ def coarse_histograms(
     for group in (False, True):
         order = np.flatnonzero(truth == group)
         order = order[np.argsort(cells[order], kind="stable")]
-        whose = codes[order]
-        starts = _starts(cells[order], whose, cut)
+        patient_of_row = codes[order]
+        starts = _starts(cells[order], patient_of_row, cut)
         merged = np.full(BINS, MERGED)
         merged[starts] = np.diff(np.searchsorted(cells[order], [*starts, BINS]))
         counts += merged.tolist()
-        enough &= different(whose) >= FEWEST
+        enough &= different(patient_of_row) >= FEWEST
     own = _own_auc(truth, score) if enough else UNTOLD
     return (0.0, _COARSE_WIDTH, own), counts
 
@@ -309,18 +309,18 @@ def merged_precision(edges: Floats, counts: Floats) -> float:
     above = np.cumsum(np.pad(counts, ((0, 0), (0, 0), (0, 1)))[..., ::-1], axis=2)[..., ::-1]
     total = 0.0
     for site, own in enumerate(counts):
-        places = np.flatnonzero(own[1])
+        indices = np.flatnonzero(own[1])
         rows = np.pad(own.sum(axis=0), 1)
-        tied = ((rows[1:-1] > 1) & (rows[:-2] == 0) & (rows[2:] == 0))[places]
+        tied = ((rows[1:-1] > 1) & (rows[:-2] == 0) & (rows[2:] == 0))[indices]
         # Whoever stands there is counted in whole.
-        same = np.where(tied, own[:, places], own[:, places] / 2 + [[0.0], [0.5]])
-        ahead = above[site][:, places + 1] + same
-        low = edges[site, places]
-        middle = (low + edges[site, places + 1]) / 2
+        same = np.where(tied, own[:, indices], own[:, indices] / 2 + [[0.0], [0.5]])
+        ahead = above[site][:, indices + 1] + same
+        low = edges[site, indices]
+        middle = (low + edges[site, indices + 1]) / 2
         for other in np.flatnonzero(np.arange(len(counts)) != site):
             bins = np.searchsorted(edges[other], low, side="right") - 1
             whole = above[other][:, np.clip(bins, 0, counts.shape[2])]
             part = [np.interp(middle, edges[other], each) for each in above[other]]
             ahead += np.where(tied, whole, part)
-        total += float(own[1, places] @ (ahead[1] / ahead.sum(axis=0)))
+        total += float(own[1, indices] @ (ahead[1] / ahead.sum(axis=0)))
     return total / float(counts[:, 1].sum())

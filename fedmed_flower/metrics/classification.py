@@ -100,22 +100,27 @@ def classification_metrics(
     from sklearn.metrics import confusion_matrix
 
     y = np.asarray(labels, dtype=np.int64)
-    whose = range(len(y)) if patients is None else patients
-    if len(whose) != len(y):
-        raise InputError(f"patients must name one for each of {len(y)} rows, got {len(whose)}")
+    patient_of_row = range(len(y)) if patients is None else patients
+    if len(patient_of_row) != len(y):
+        raise InputError(
+            f"patients must name one for each of {len(y)} rows, got {len(patient_of_row)}"
+        )
     margins = class_margins(logits)
     num_classes = max(2, margins.shape[1])
     guess = (margins[:, 0] > 0).astype(int) if num_classes == 2 else np.argmax(logits, axis=1)
     confusion = confusion_matrix(y, guess, labels=np.arange(num_classes))
     positive = (y == 1)[:, None] if num_classes == 2 else y[:, None] == np.arange(num_classes)
-    told = not coarse or _is_coarse(y, guess, numbered(whose), num_classes)
+    reported = not coarse or _is_coarse(y, guess, numbered(patient_of_row), num_classes)
     found = [
-        coarse_histograms(truth, score, whose, told and num_classes == 2)
+        coarse_histograms(truth, score, patient_of_row, reported and num_classes == 2)
         if coarse
         else fine_histograms(truth, score)
         for truth, score in zip(positive.T, margins.T, strict=True)
     ]
-    metrics: dict[str, Value] = {"num-examples": len(y), **(rates_of(confusion) if told else {})}
+    metrics: dict[str, Value] = {
+        "num-examples": len(y),
+        **(rates_of(confusion) if reported else {}),
+    }
     aucs = [
         own
         for truth, ((_, _, own), _) in zip(positive.T, found, strict=True)
@@ -123,7 +128,7 @@ def classification_metrics(
     ]
     if len(aucs) == margins.shape[1]:
         metrics["auc"] = float(np.mean(aucs))
-    if told:
+    if reported:
         metrics[CONFUSION] = confusion.ravel().tolist()
     metrics[GRID] = [value for grid, _ in found for value in grid]
     metrics[COUNTS] = [count for _, counts in found for count in counts]
@@ -169,10 +174,10 @@ def noised_counts(
     of = Counter(patients)
     share = np.asarray([1 / of[patient] for patient in patients])
     positive = (y == 1)[:, None] if num_classes == 2 else y[:, None] == np.arange(num_classes)
-    places = np.clip(margins, _NOISED_EDGES[0], _NOISED_EDGES[-1])
+    indices = np.clip(margins, _NOISED_EDGES[0], _NOISED_EDGES[-1])
     parts = [
-        np.histogram(place[truth == group], _NOISED_EDGES, weights=share[truth == group])[0]
-        for truth, place in zip(positive.T, places.T, strict=True)
+        np.histogram(index[truth == group], _NOISED_EDGES, weights=share[truth == group])[0]
+        for truth, index in zip(positive.T, indices.T, strict=True)
         for group in (False, True)
     ]
     length = 1.0

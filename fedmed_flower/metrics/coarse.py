@@ -57,15 +57,17 @@ def coarsened(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _coarsened(part: Mapping[str, Any]) -> dict[str, Any]:
-    told = {name: value for name, value in part.items() if _SINGLE.isdisjoint(name.split("-"))}
+    reported = {name: value for name, value in part.items() if _SINGLE.isdisjoint(name.split("-"))}
     if MERGED not in part.get(COUNTS, ()):
-        told = {name: told[name] for name in told if name not in (*SUMMABLE, CALIBRATION)}
-    for name, value in told.items():
+        reported = {
+            name: reported[name] for name in reported if name not in (*SUMMABLE, CALIBRATION)
+        }
+    for name, value in reported.items():
         if name in SUMS:
-            told[name] = coarse_sums(name, value)
+            reported[name] = coarse_sums(name, value)
         elif name not in _EXACT:
-            told[name] = [*map(_rounded, value)] if isinstance(value, list) else _rounded(value)
-    return told
+            reported[name] = [*map(_rounded, value)] if isinstance(value, list) else _rounded(value)
+    return reported
 
 
 def _rounded(value: Any) -> Any:

@@ -35,7 +35,7 @@ NOISED = "noised-counts"
 POOLED_ONLY = (*SUMMABLE, NOISED, NOISED_DICE, *SUMS)
 # By which a run is judged: the first that it has.
 MAIN = ("auc", "dice", "c-index", "r2", "d2", "accuracy", "mae", "loss")
-# What these begin with is better where it is lower.
+# Metrics whose names start with one of these are better when lower.
 _LOWER = ("loss", "hd95", "mae", "rmse", "brier", "integrated-brier", "calibration", "deviance")
 
 

@@ -122,8 +122,8 @@ def _checked(task: str, target: ArrayLike, outputs: ArrayLike) -> tuple[Floats, 
         wanted = "a whole number of at least 0" if task == "count" else f"a class from 0 to {top}"
         sound &= (y >= 0) & (y <= top) & (np.floor(y) == y)
     if not sound.all():
-        place = int(np.argmin(sound))
-        raise InputError(f"target of row {place} must be {wanted}, got {y[place]:g}")
+        index = int(np.argmin(sound))
+        raise InputError(f"target of row {index} must be {wanted}, got {y[index]:g}")
     return y, z
 
 
@@ -230,20 +230,22 @@ def by_group(
     found: dict[str, Any] = {}
     for column in columns if rows else ():
         groups: dict[str | None, list[int]] = {}
-        for place, value in enumerate(_texts(rows, column)):
-            groups.setdefault(value, []).append(place)
+        for index, value in enumerate(_texts(rows, column)):
+            groups.setdefault(value, []).append(index)
         patients = {
-            value: {patient_text(rows[place]["patient"]) for place in places}
-            for value, places in groups.items()
+            value: {patient_text(rows[index]["patient"]) for index in indices}
+            for value, indices in groups.items()
         }
-        told = [value for value in groups if value is not None and len(patients[value]) >= minimum]
-        told.sort(key=lambda value: (-len(patients[value]), value))
-        while told:
-            hidden = set().union(*(patients[value] for value in groups if value not in told))
+        reported = [
+            value for value in groups if value is not None and len(patients[value]) >= minimum
+        ]
+        reported.sort(key=lambda value: (-len(patients[value]), value))
+        while reported:
+            hidden = set().union(*(patients[value] for value in groups if value not in reported))
             if not 0 < len(hidden) < minimum:
                 break
-            told.pop()
-        for value in sorted(told):
+            reported.pop()
+        for value in sorted(reported):
             figures = {"num-examples": len(groups[value])} | dict(measure(groups[value]))
             found |= {f"{name}@{column}={value}": figure for name, figure in figures.items()}
     return found
@@ -325,7 +327,7 @@ def noised_errors(
         z = np.exp(np.clip(z, -_MOST_LOG_RATE, _MOST_LOG_RATE))
     with np.errstate(invalid="ignore", over="ignore"):
         errors = np.abs(y - z)
-    # What is no number is as wrong as can be, lest it spoil the sum.
+    # Count NaN as the largest possible error; otherwise one NaN makes the sum NaN.
     errors = np.clip(np.nan_to_num(errors, nan=width), 0.0, width) / width
     of = Counter(patients)
     share = np.asarray([1 / of[patient] for patient in patients])

@@ -72,22 +72,30 @@ def check_counts(record: Mapping[str, Any]) -> str | None:
 
 
 def _check_counts(record: Mapping[str, Any]) -> str | None:
-    if (noised := record.get(NOISED)) is not None and not (
-        _are_counts(noised) and classes_of_noised(len(noised))
-    ):
+    return _check_noised(record) or _check_classes(record)
+
+
+def _check_noised(record: Mapping[str, Any]) -> str | None:
+    counts, dice = record.get(NOISED), record.get(NOISED_DICE)
+    if counts is not None and not (_are_counts(counts) and classes_of_noised(len(counts))):
         return f"{NOISED} must be a list of finite numbers of a length that {NOISED} can have"
-    if (sums := record.get(NOISED_DICE)) is not None and not (_are_counts(sums) and len(sums) > 1):
+    if dice is not None and not (_are_counts(dice) and len(dice) > 1):
         return f"{NOISED_DICE} must be a list of two or more finite numbers"
-    found: list[Any] = [record.get(key) for key in SUMMABLE]
-    confusion, grid, counts = found
-    if found == [None] * 3:
+    return None
+
+
+def _check_classes(record: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the confusion matrix and the histograms of the scores."""
+    lists: list[Any] = [record.get(key) for key in SUMMABLE]
+    if all(values is None for values in lists):
         return None
+    confusion, grid, counts = lists
     # A hospital that tells coarsely may keep the confusion matrix back.
-    is_kept = confusion is None and isinstance(counts, list) and MERGED in counts
-    if not all(isinstance(part, list) for part in found[is_kept:]):
+    withheld = confusion is None and isinstance(counts, list) and MERGED in counts
+    if not all(isinstance(values, list) for values in (lists[1:] if withheld else lists)):
         return f"{', '.join(SUMMABLE)} must be lists, and all or none of them sent"
     rows = record.get("num-examples")
-    if is_kept:
+    if withheld:
         return check_histograms(grid, counts, len(grid) // 3, rows)
     num_classes = math.isqrt(len(confusion))
     if num_classes < 2 or num_classes**2 != len(confusion):
@@ -184,8 +192,8 @@ def _untold(records: list[dict[str, Any]]) -> set[str]:
 
 def _pool_classes(records: list[dict[str, Any]]) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    if len(told := _holding(records, CONFUSION)) == len(records):
-        total = np.sum([np.asarray(record[CONFUSION]) for record in told], axis=0)
+    if len(reported := _holding(records, CONFUSION)) == len(records):
+        total = np.sum([np.asarray(record[CONFUSION]) for record in reported], axis=0)
         num_classes = round(len(total) ** 0.5)
         metrics = rates_of(total.reshape(num_classes, num_classes))
     grids = np.asarray([record[GRID] for record in records]).reshape(len(records), -1, 3)
@@ -193,7 +201,7 @@ def _pool_classes(records: list[dict[str, Any]]) -> dict[str, float]:
     counts = counts.reshape(len(records), -1, 2, BINS)
     edges = grids[..., :1] + grids[..., 1:2] * EDGES
     classes = range(grids.shape[1])
-    # What is told of one hospital alone is its own figure.
+    # With one hospital, use the value that it computed itself.
     alone = records[0] if len(records) == 1 else {}
     if (counts < 0).any():
         bounds = bounded_auc(edges, counts, grids[..., 2], alone.get("auc"))
@@ -229,11 +237,17 @@ def check_histograms(grid: list[Any], counts: list[Any], num_scores: int, rows: 
     counted = sum(count for count in counts if count != MERGED)
     if not isinstance(rows, int | float) or counted != rows * num_scores:
         return f"{COUNTS} do not add up to num-examples = {rows}"
-    far = float(EDGES[-1])
-    reach = [abs(grid[i]) + grid[i + 1] * far for i in range(0, len(grid), 3)]
-    if not all(math.isfinite(value) for value in (*grid, *reach)) or min(grid[1::3]) <= 0:
+    return _check_grid(grid, merged=MERGED in counts)
+
+
+def _check_grid(grid: list[float], merged: bool) -> str | None:
+    """Return what is wrong with centre, width and AUC, which follow each other for each score."""
+    centres, widths, aucs = grid[0::3], grid[1::3], grid[2::3]
+    farthest = float(EDGES[-1])
+    ends = [abs(c) + width * farthest for c, width in zip(centres, widths, strict=True)]
+    if not all(map(math.isfinite, (*grid, *ends))) or min(widths) <= 0:
         return f"{GRID} must be finite, with widths above 0"
-    if not all(0 <= auc <= 1 or (auc == UNTOLD and MERGED in counts) for auc in grid[2::3]):
+    if not all(0 <= auc <= 1 or (auc == UNTOLD and merged) for auc in aucs):
         return f"{GRID} names an AUC outside 0 to 1"
     return None
 
@@ -250,7 +264,7 @@ def pool_masks(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         names = [key for key in records[0] if key.startswith(f"{DICE}-") and key != WORST]
         sums = np.sum([np.asarray(record[NOISED_DICE]) for record in records], axis=0)
         if len(sums) != 1 + len(names):
-            # A site has left the Dice of a class out: whose sum is which cannot be told.
+            # One site omitted a class, so the sums can no longer be matched to classes.
             names, sums = [], sums[:1]
         return dice_of(sums, [name.removeprefix(f"{DICE}-") for name in names])
     if isinstance(records[0].get(WORST), int | float):
@@ -276,8 +290,8 @@ def check_sums(record: Mapping[str, Any]) -> str | None:
             return f"{key} must not count more pairs than can be compared"
         # Sums of fractions round to a hair above.
         if key == CALIBRATION and any(
-            max(values[place + 1 : place + 3]) > values[place] * (1 + 1e-9)
-            for place in range(0, length, 3)
+            max(values[index + 1 : index + 3]) > values[index] * (1 + 1e-9)
+            for index in range(0, length, 3)
         ):
             return f"{key} must hold no sum above the number of rows of its bin"
         counted = sum(values[::3]) if key == CALIBRATION else values[0]

@@ -75,10 +75,10 @@ def concordance(times: ArrayLike, events: ArrayLike, risks: ArrayLike) -> Concor
     turn, scores = turn[order], scores[order]
     first_after = np.searchsorted(turn, turn, side="right")
     concordant = tied = comparable = 0
-    for place in np.flatnonzero(happened[order]):
-        later = scores[first_after[place] :]
-        concordant += int(np.count_nonzero(later < scores[place]))
-        tied += int(np.count_nonzero(later == scores[place]))
+    for index in np.flatnonzero(happened[order]):
+        later = scores[first_after[index] :]
+        concordant += int(np.count_nonzero(later < scores[index]))
+        tied += int(np.count_nonzero(later == scores[index]))
         comparable += later.size
     return ConcordanceCounts(concordant, tied, comparable)
 
@@ -202,12 +202,12 @@ def brier_at(
     at_grid, own = (_from_each_on(distinct, seen, x, before=1.0) for x in (at, when))
     defined = (at < when.max(initial=0)) & (at <= train_when.max(initial=0)) & (at_grid > 0)
     scores = np.full(at.size, np.nan)
-    for place in np.flatnonzero(defined):
-        had = happened & (when <= at[place])
-        without = when > at[place]
-        errors = (chances[had, place] ** 2 / own[had]).sum()
-        errors += ((1 - chances[without, place]) ** 2).sum() / at_grid[place]
-        scores[place] = errors / when.size
+    for index in np.flatnonzero(defined):
+        had = happened & (when <= at[index])
+        without = when > at[index]
+        errors = (chances[had, index] ** 2 / own[had]).sum()
+        errors += ((1 - chances[without, index]) ** 2).sum() / at_grid[index]
+        scores[index] = errors / when.size
     return scores
 
 
@@ -228,9 +228,9 @@ def integrated_brier_score(
     at = _numbers("grid", grid)
     ascends = np.diff(at) > 0
     if not ascends.all():
-        place = int(np.argmin(ascends)) + 1
+        index = int(np.argmin(ascends)) + 1
         raise InputError(
-            f"grid must ascend; place {place} has {at[place]:g} after {at[place - 1]:g}"
+            f"grid must ascend; place {index} has {at[index]:g} after {at[index - 1]:g}"
         )
     used = np.isfinite(scores)
     if used.sum() < 2:

@@ -102,8 +102,8 @@ class RecordGradients:
 
         def pack(tensor: Tensor) -> Tensor:
             # A view of a larger tensor keeps no more than itself for this record.
-            place = tensor.untyped_storage().data_ptr()
-            saved[place] = max(saved.get(place, 0), tensor.numel() * tensor.element_size())
+            index = tensor.untyped_storage().data_ptr()
+            saved[index] = max(saved.get(index, 0), tensor.numel() * tensor.element_size())
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):

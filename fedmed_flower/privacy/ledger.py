@@ -138,7 +138,7 @@ class Ledger:
 
     def __init__(self, path: Path, read_only: bool = False, create: bool = True) -> None:
         self.path, self._read_only = path, read_only
-        with _told(path):
+        with _as_input_error(path):
             if not path.exists():
                 if read_only or not create:
                     raise InputError(
@@ -205,18 +205,13 @@ class Ledger:
         require_release(*release)
         if count < 1:
             raise InputError(f"the number of releases must be at least 1, got {count}")
-        after, declined = Counter({release: count}), None
         with self._open() as connection:
-            members, fingerprint, near = self._find(connection, patients)
-            for limit, of in ((run_limit, run), (budget, None)):
-                if limit is not None and declined is None:
-                    before = self._releases(connection, near, of)
-                    declined = limit if _passed(before + after, limit) else None
-            kept = () if budget is None else zip(_BUDGET, budget[:2], strict=True)
-            connection.executemany("DELETE FROM about WHERE key = ?", zip(_BUDGET))
-            connection.executemany("INSERT INTO about VALUES (?, ?)", kept)
-            if declined is None:
-                dataset = self._dataset(connection, members, fingerprint, near)
+            members, fingerprint, overlapping = self._find(connection, patients)
+            self._store_budget(connection, budget)
+            new = Counter({release: count})
+            exceeded = self._exceeded(connection, overlapping, new, run, run_limit, budget)
+            if exceeded is None:
+                dataset = self._dataset(connection, members, fingerprint, overlapping)
                 row = (
                     _now(),
                     run,
@@ -232,11 +227,35 @@ class Ledger:
                     "noise_multiplier, releases) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     row,
                 )
-                charge = int(cursor.lastrowid or 0)
-        if declined is not None:
-            # No number: of the budget it would tell what other runs have released.
-            raise DeclinedError(f"{declined.name} would be passed")
-        return charge
+                return int(cursor.lastrowid or 0)
+        # Raised after the commit, which stores the budget of a declined charge too. The message
+        # has no number: from the budget one could work out what other runs have released.
+        raise DeclinedError(f"{exceeded.name} would be passed")
+
+    @staticmethod
+    def _store_budget(connection: sqlite3.Connection, budget: Limit | None) -> None:
+        """Replace the stored budget, which `budget` shows to whoever reads the ledger later."""
+        connection.execute("DELETE FROM about WHERE key IN (?, ?)", _BUDGET)
+        if budget is not None:
+            rows = zip(_BUDGET, (budget.epsilon, budget.delta), strict=True)
+            connection.executemany("INSERT INTO about VALUES (?, ?)", rows)
+
+    def _exceeded(
+        self,
+        connection: sqlite3.Connection,
+        datasets: set[int],
+        new: Counter[Release],
+        run: str,
+        run_limit: Limit | None,
+        budget: Limit | None,
+    ) -> Limit | None:
+        """Return the first limit that `new` would exceed: of this run, then of all runs."""
+        for limit, runs in ((run_limit, run), (budget, None)):
+            if limit is not None:
+                total = self._releases(connection, datasets, runs) + new
+                if _passed(total, limit):
+                    return limit
+        return None
 
     def settle(self, charge: int) -> None:
         """Note that the round of a charge came to its end; what it costs stays the same."""
@@ -378,7 +397,7 @@ class Ledger:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        with _told(self.path), ExitStack() as stack:
+        with _as_input_error(self.path), ExitStack() as stack:
             mode = "ro" if self._read_only else "rw"
             try:
                 connection = stack.enter_context(transaction(self.path, mode, _SCHEMA))
@@ -511,7 +530,7 @@ def give_name(draft: Path, path: Path) -> None:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _as_input_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as error:

@@ -152,5 +152,5 @@ def _blocks(row: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(top, top + many), slice(left, left + long)
 
 
-def _zeros(like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, dtype=torch.float64, device=like.device)
+def _zeros(layout: Tensor) -> Tensor:
+    return torch.zeros(layout.shape, dtype=torch.float64, device=layout.device)

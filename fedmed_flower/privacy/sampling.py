@@ -51,8 +51,8 @@ class PatientSampler:
         if records not in RECORDS:
             raise InputError(f"records must be one of {', '.join(RECORDS)}, got {records!r}")
         groups: dict[Hashable, list[int]] = {}
-        for place, patient in enumerate(patients):
-            groups.setdefault(patient, []).append(place)
+        for index, patient in enumerate(patients):
+            groups.setdefault(patient, []).append(index)
         count = len(groups) if num_patients is None else num_patients
         if not count:
             raise InputError("there is no patient to draw")

@@ -188,10 +188,10 @@ def require_private_loss(model: nn.Module, loss: Loss, batch: Batch) -> None:
     near = torch.isclose(together, wanted, rtol=1e-4, atol=1e-6, equal_nan=True)
     if not bool(near.any()):
         raise InputError(
-            f"the loss couples patients: for {count} of them it is {float(together):.6g}, and what "
-            f"it is for each alone has the mean {float(alone.mean()):.6g}. Private training needs "
-            "a loss of one patient: Dice with batch=False, survival as discrete-time likelihood, "
-            "class weights with reduction='sum'"
+            "the loss of a batch is not the mean or sum of its records' losses: "
+            f"{float(together):.6g} for {count} records, {float(alone.mean()):.6g} as the mean of "
+            "single records. Private training needs Dice with batch=False, survival as "
+            "discrete-time likelihood, class weights with reduction='sum'"
         )
 
 
@@ -330,12 +330,12 @@ def require_independent(
                 f"{name} does not follow torch's global generator, so that it cannot be told "
                 "whether it mixes patients: draw all that is random from there"
             )
-        for place in range(len(inputs)):
+        for index in range(len(inputs)):
             others = (inputs.flip(-1) + 1).to(inputs.dtype)
-            others[place] = inputs[place]
+            others[index] = inputs[index]
             found = changed(others, seed)
             if not len(plain) == len(found) == len(inputs) or not _equal(
-                plain[place], found[place]
+                plain[index], found[index]
             ):
                 raise InputError(
                     f"{name} mixes patients: the outcome for one record depends on another, as in "

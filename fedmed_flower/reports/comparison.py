@@ -28,7 +28,7 @@ _BEFORE_AFTER = """<p class="note">Each figure is {}, or where the hospital’s 
 leave it undefined the next figure that they have.</p>"""
 
 
-def models(summary: dict[str, Any], pens: Pens, main: str) -> str:
+def models(summary: dict[str, Any], styles: Pens, main: str) -> str:
     """Return the section on what the federated model is held against."""
     heading, test = "<h2>Was it worth it?</h2>", part(summary, "test")
     local, pooled, personal = (part(test, key) for key in ("local", "pooled", "personal"))
@@ -55,10 +55,10 @@ def models(summary: dict[str, Any], pens: Pens, main: str) -> str:
     ]
     # A model may have no number at any hospital and yet one on all records together.
     columns = [one for one in columns if one.values or not one.together.startswith(DASH)]
-    full = [s for s in pens if all(s in one.values for one in columns if one.values)]
-    names, crowd = {site: pen[2] for site, pen in pens.items()}, len(pens) > frame.MANY
+    full = [s for s in styles if all(s in one.values for one in columns if one.values)]
+    names, crowd = {site: pen[2] for site, pen in styles.items()}, len(styles) > frame.MANY
     note = _CHANCE
-    if len(full) < len(pens):
+    if len(full) < len(styles):
         rows = "Mean, quartiles" if crowd else "Mean"
         note += f" {rows} and worst are over the {many(len(full), 'hospital')} with every number."
     words = f"<p>{_gained(gains, main)}</p>" if gains else ""
@@ -69,7 +69,7 @@ def models(summary: dict[str, Any], pens: Pens, main: str) -> str:
         same = [{site: values[site] for site in full if site in values} for values in reached]
         drawn = plots.spreads(same, title, lower_is_better(main))
     else:
-        drawn = plots.dots(pens, reached, title)
+        drawn = plots.dots(styles, reached, title)
     fine_tuned = _fine_tuned(personal, changes, names, main) if personal else ""
     return f'{heading}{words}{table}<p class="note">{note}</p>{drawn}{fine_tuned}'
 
@@ -143,7 +143,7 @@ def groups(summary: dict[str, Any], main: str) -> str:
     chosen = dict.fromkeys((main, *frame.GROUPED))
     keys = [key for key in chosen if any(key in own for own in together.values())]
     head = [text for key in keys for text in (frame.title(key), "Worst hospital")]
-    told, section = gaps(shown), "<h2>By group</h2>"
+    reported, section = gaps(shown), "<h2>By group</h2>"
     for column in dict.fromkeys(_column(group) for group in together):
         rows = []
         for group in sorted((g for g in together if _column(g) == column), key=_place):
@@ -158,7 +158,7 @@ def groups(summary: dict[str, Any], main: str) -> str:
         title = escaped(column)
         names = [title, "Records", "Hospitals", *head]
         section += frame.table(f"By {title}, all test records together", names, rows)
-        apart = {key: told[f"{key}@{column}"] for key in keys if f"{key}@{column}" in told}
+        apart = {key: reported[f"{key}@{column}"] for key in keys if f"{key}@{column}" in reported}
         if apart:
             words = [
                 f"in {name(key)} by <b>{show(gap, spec(key))}</b>" for key, gap in apart.items()

@@ -33,7 +33,7 @@ _FILE = re.compile(r"pictures/[0-9]+\.png")
 SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "0", "text.parse_math": False}
 
 
-def pens(sites: list[str]) -> Pens:
+def styles(sites: list[str]) -> Pens:
     """Return how each site is drawn: in a colour of its own while there are enough of them."""
     if len(sites) > len(PALETTE):
         return {site: (CROWD, "-", escaped(site)) for site in sites}
@@ -48,23 +48,23 @@ def line(colour: str, style: str = "-") -> str:
     return f'<svg class="key" viewBox="0 0 20 10" aria-hidden="true">{path}</svg>'
 
 
-def keys(pens: Pens, together: bool) -> str:
+def keys(styles: Pens, together: bool) -> str:
     """Return the legend of `panel`, with a line for all together where there is one."""
-    found = [key for _, _, key in pens.values()]
-    if len(pens) > len(PALETTE):
+    found = [key for _, _, key in styles.values()]
+    if len(styles) > len(PALETTE):
         found = ["shaded: all hospitals", f"{line(CROWD)}median", f"{line(WORST)}worst at the end"]
     if together:
         found.append(f"{line('var(--soft)')}all together")
     return f"<ul><li>{'</li><li>'.join(found)}</li></ul>"
 
 
-def dots(pens: Pens, models: list[dict[str, float]], name: str) -> str:
+def dots(styles: Pens, models: list[dict[str, float]], name: str) -> str:
     """Draw what the models of `MODELS` reach at each site."""
-    sites = [site for site in pens if any(site in values for values in models)]
+    sites = [site for site in styles if any(site in values for values in models)]
     axes: Any = Figure((6.2, 0.5 + 0.24 * len(sites)), layout="constrained").subplots()
     for row, site in enumerate(sites):
         own, shared, tuned, best = (values.get(site, math.nan) for values in models)
-        style: dict[str, Any] = {"color": pens[site][0], "lw": 1.6, "mew": 1.5}
+        style: dict[str, Any] = {"color": styles[site][0], "lw": 1.6, "mew": 1.5}
         axes.plot([own, shared, tuned], [row] * 3, "-", **style)
         axes.plot([own], [row], "o", mfc=PAPER, **style)
         axes.plot([shared], [row], "o", **style)
@@ -98,7 +98,7 @@ def _compared(axes: Any, key: str, name: str) -> str:
     return f'<figure class="dots"><figcaption>{key}</figcaption>{drawing}</figure>'
 
 
-def panel(pens: Pens, series: Series, total: dict[int, float], title: str, lower: bool) -> str:
+def panel(styles: Pens, series: Series, total: dict[int, float], title: str, lower: bool) -> str:
     """Draw one figure over the rounds; of many sites their range, median and worst.
 
     Parameters
@@ -113,18 +113,18 @@ def panel(pens: Pens, series: Series, total: dict[int, float], title: str, lower
     lower
         Whether lower is better.
     """
-    series = {site: values for site in pens if (values := series.get(site))}
+    series = {site: values for site in styles if (values := series.get(site))}
     rounds = sorted({turn for values in (*series.values(), total) for turn in values})
     if not rounds:
         return ""
     axes: Any = Figure((3.4, 2.4), layout="constrained").subplots()
-    lines, caption = [(values, *pens[site][:2]) for site, values in series.items()], ""
-    if len(pens) > len(PALETTE) and series:
-        told: dict[int, list[float]] = {turn: [] for turn in rounds}
+    lines, caption = [(values, *styles[site][:2]) for site, values in series.items()], ""
+    if len(styles) > len(PALETTE) and series:
+        reported: dict[int, list[float]] = {turn: [] for turn in rounds}
         for own in series.values():
             for turn, value in own.items():
-                told[turn].append(value)
-        spread = {turn: values for turn, values in told.items() if values}
+                reported[turn].append(value)
+        spread = {turn: values for turn, values in reported.items() if values}
         bottom, top = [*map(min, spread.values())], [*map(max, spread.values())]
         axes.fill_between([*spread], bottom, top, color=CROWD, alpha=0.25, lw=0)
         ends = {site: [*values.values()][-1] for site, values in series.items()}

@@ -91,15 +91,15 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
     names = {*part(summary, "sites"), *part(summary, "test", "sites")}
     names |= {*part(summary, "test", "local")} | {key[2] for key in curves if key[2] != ALL_SITES}
     sites = sorted(names, key=frame.natural)
-    pens, main = (
-        plots.pens(sites),
+    styles, main = (
+        plots.styles(sites),
         main_figure(summary, {key[1] for key in curves if key[0] == "val"}),
     )
     with matplotlib.rc_context(plots.SETTINGS):
-        parts = [_head(summary, pens), _result(summary, main), _hospitals(summary, pens, main)]
-        parts += [comparison.groups(summary, main), comparison.models(summary, pens, main)]
-        parts += [_cases(summary, pens, main, folder), _curves(curves, pens, main)]
-        parts += [_failures(summary), _privacy(summary, curves, pens), _making(summary)]
+        parts = [_head(summary, styles), _result(summary, main), _hospitals(summary, styles, main)]
+        parts += [comparison.groups(summary, main), comparison.models(summary, styles, main)]
+        parts += [_cases(summary, styles, main, folder), _curves(curves, styles, main)]
+        parts += [_failures(summary), _privacy(summary, curves, styles), _making(summary)]
     text = frame.PAGE.substitute(
         title=escaped(summary.get("app") or "Run"),
         images=frame.EMBEDDED if _pictures(summary) else "",
@@ -135,11 +135,11 @@ def _read_metrics(folder: Path) -> Curves:
     return {key: dict(sorted(values.items())) for key, values in curves.items()}
 
 
-def _head(summary: dict[str, Any], pens: Pens) -> str:
+def _head(summary: dict[str, Any], styles: Pens) -> str:
     status, message = str(summary.get("status")), summary.get("message")
     date = escaped(summary.get("started")).replace("T", " ")[:16]
     rounds = [show(number(summary, key), COUNT) for key in ("rounds", "rounds-planned")]
-    facts = f"{date} · {many(len(pens), 'hospital')} · {' of '.join(rounds)} rounds"
+    facts = f"{date} · {many(len(styles), 'hospital')} · {' of '.join(rounds)} rounds"
     app = escaped(summary.get("app") or "Run")
     return (
         f'<h1>{app}</h1><p class="soft">Federated run · {facts}</p>'
@@ -181,8 +181,8 @@ def _result(summary: dict[str, Any], main: str) -> str:
     return f'<h2>Result</h2><p class="lead">{words}</p>'
 
 
-def _hospitals(summary: dict[str, Any], pens: Pens, main: str) -> str:
-    if not pens:
+def _hospitals(summary: dict[str, Any], styles: Pens, main: str) -> str:
+    if not styles:
         return "<h2>Hospitals</h2><p>No hospital is recorded in this run.</p>"
     test, columns, shown = part(summary, "test"), list[Column](), figures(summary, main)
     tested = part(test, "sites")
@@ -202,7 +202,7 @@ def _hospitals(summary: dict[str, Any], pens: Pens, main: str) -> str:
         for site, own in tested.items()
         if main in frame.UNDEFINED and main not in part(own) and {*part(own)} - {"num-examples"}
     ]
-    untrained, names = tested_only(summary), {site: pen[2] for site, pen in pens.items()}
+    untrained, names = tested_only(summary), {site: pen[2] for site, pen in styles.items()}
     for site in untrained & names.keys():
         names[site] += ' <span class="soft">tested&nbsp;only</span>'
     caption = "Records per split, and the federated model on each hospital’s own test records"
@@ -217,7 +217,7 @@ def _hospitals(summary: dict[str, Any], pens: Pens, main: str) -> str:
         which = some_of([*map(str, refused)]) if isinstance(refused, list) else ""
         note += f"Could not take part: {escaped(which)} ({escaped(reason[:300])}). "
     return (
-        f"<h2>Hospitals</h2>{site_table(names, caption, columns, pens, undefined)}"
+        f"<h2>Hospitals</h2>{site_table(names, caption, columns, styles, undefined)}"
         f'<p class="note">{note}The worst hospital is looked up in each column by itself.</p>'
         f"{_by_class(summary, shown)}"
     )
@@ -228,8 +228,8 @@ def _by_class(summary: dict[str, Any], shown: list[str]) -> str:
     outlined, known = classes(summary), measured(summary)
     found = {kind: [f"{kind}-{one}" for one in outlined] for kind in frame.OUTLINED}
     found = {kind: keys for kind, keys in found.items() if {*keys} & {*known}}
-    told = {*shown} >= {key for keys in found.values() for key in keys}
-    if "dice" not in shown or len(outlined) < 2 or told:
+    reported = {*shown} >= {key for keys in found.values() for key in keys}
+    if "dice" not in shown or len(outlined) < 2 or reported:
         return ""
     together, sites = (part(summary, "test", key) for key in ("federated", "sites"))
     frame.require_small(len(outlined), len(sites))
@@ -249,16 +249,16 @@ def _pictures(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return [entry for entry in found if part(entry)] if isinstance(found, list) else []
 
 
-def _cases(summary: dict[str, Any], pens: Pens, main: str, folder: Path) -> str:
+def _cases(summary: dict[str, Any], styles: Pens, main: str, folder: Path) -> str:
     if not (entries := _pictures(summary)):
         return ""
     words = frame.CASES + (frame.LINES if main == "dice" else frame.HEAT)
-    shown: dict[str, str] = dict.fromkeys(pens, "")
+    shown: dict[str, str] = dict.fromkeys(styles, "")
     # Each file once: named again and again, one would make a page without end.
     for entry in {str(entry.get("file")): entry for entry in entries}.values():
         site = str(entry.get("site"))
         shown[site] = shown.get(site, "") + plots.case(entry, folder)
-    silent = sum(not drawn for drawn in shown.values()) if len(pens) > frame.MANY else 0
+    silent = sum(not drawn for drawn in shown.values()) if len(styles) > frame.MANY else 0
     for site, drawn in shown.items():
         if drawn or not silent:
             kept = '<p class="soft">keeps its pictures to itself</p>'
@@ -268,20 +268,20 @@ def _cases(summary: dict[str, Any], pens: Pens, main: str, folder: Path) -> str:
     return f"<h2>Test cases</h2>{words}"
 
 
-def _curves(curves: Curves, pens: Pens, main: str) -> str:
-    drawn = _panel(curves, pens, "val", main, f"Validation {name(main)}")
-    drawn += _panel(curves, pens, "val", "loss", "Validation loss") if main != "loss" else ""
-    drawn += _panel(curves, pens, "train", "loss", "Training loss")
+def _curves(curves: Curves, styles: Pens, main: str) -> str:
+    drawn = _panel(curves, styles, "val", main, f"Validation {name(main)}")
+    drawn += _panel(curves, styles, "val", "loss", "Validation loss") if main != "loss" else ""
+    drawn += _panel(curves, styles, "train", "loss", "Training loss")
     if not drawn:
         return "<h2>Over the rounds</h2><p>No round has recorded a metric.</p>"
-    keys = plots.keys(pens, any(site == ALL_SITES for _, _, site in curves))
+    keys = plots.keys(styles, any(site == ALL_SITES for _, _, site in curves))
     return f'<h2>Over the rounds</h2>{keys}<div class="plots">{drawn}</div>'
 
 
-def _panel(curves: Curves, pens: Pens, phase: str, key: str, words: str) -> str:
-    series = {site: curves.get((phase, key, site), {}) for site in (*pens, ALL_SITES)}
+def _panel(curves: Curves, styles: Pens, phase: str, key: str, words: str) -> str:
+    series = {site: curves.get((phase, key, site), {}) for site in (*styles, ALL_SITES)}
     together = series.pop(ALL_SITES)
-    return plots.panel(pens, series, together, words, lower_is_better(key) or key == EPSILON)
+    return plots.panel(styles, series, together, words, lower_is_better(key) or key == EPSILON)
 
 
 def _failures(summary: dict[str, Any]) -> str:
@@ -298,7 +298,7 @@ def _failures(summary: dict[str, Any]) -> str:
     )
 
 
-def _privacy(summary: dict[str, Any], curves: Curves, pens: Pens) -> str:
+def _privacy(summary: dict[str, Any], curves: Curves, styles: Pens) -> str:
     patient, hospital = (part(summary, "privacy", unit) for unit in ("patient", "hospital"))
     words = _left(summary)
     if not patient and not hospital:
@@ -312,9 +312,9 @@ def _privacy(summary: dict[str, Any], curves: Curves, pens: Pens) -> str:
     costs = by_site(sites, "epsilon")
     counts = [by_site(sites, key) for key in ("rounds", "declined")]
     rows = []
-    for site in pens:
+    for site in styles:
         shown = [show(n.get(site), COUNT) for n in counts]
-        rows.append([pens[site][2], show(costs.get(site)), *shown])
+        rows.append([styles[site][2], show(costs.get(site)), *shown])
     most = show(max(costs.values(), default=None))
     target, delta = (escaped(patient.get(key)) for key in ("target-epsilon", "delta"))
     words += frame.PATIENT.format(epsilon=most, target=target, delta=delta)
@@ -322,10 +322,10 @@ def _privacy(summary: dict[str, Any], curves: Curves, pens: Pens) -> str:
     if part(summary, "config").get("baselines") is True:
         words += frame.COMPARED
     head = ["Hospital", "Epsilon per patient", "Rounds trained", "Rounds declined"]
-    told = frame.table("This run, as each hospital last told it", head, rows)
-    told = frame.folded(told, len(pens))
-    drawn = _panel(curves, pens, "train", EPSILON, "Epsilon per patient")
-    return f'{words}{told}<div class="plots">{drawn}</div>'
+    reported = frame.table("This run, as each hospital last told it", head, rows)
+    reported = frame.folded(reported, len(styles))
+    drawn = _panel(curves, styles, "train", EPSILON, "Epsilon per patient")
+    return f'{words}{reported}<div class="plots">{drawn}</div>'
 
 
 def _left(summary: dict[str, Any]) -> str:

@@ -126,20 +126,22 @@ def federate(
     before = read_before(folder) if plan.resume else None
     if before is not None:
         require_same_settings(folder, before.config, context.run_config)
-    agreed, entries = "" if before is None else before.agreed, None
+    agreed = "" if before is None else before.agreed
+    asking = model if isinstance(model, Modeller) and model.must_agree and not agreed else None
     strategy.folder, strategy.resume, strategy.seed = folder, plan.resume, plan.seed
-    if agreed or not isinstance(model, Modeller) or not model.must_agree:
-        entries = _entries(model, agreed, context.run_config, plan.seed)
-        strategy.find_checkpoint(entries.initial)
+    if asking is None:
+        # Before anybody is waited for: a wrong run config or checkpoint shows at once.
+        start = _start_model(model, agreed, context.run_config, plan.seed)
+        strategy.find_checkpoint(start.initial)
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
     wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
     sites = roll_call(grid, plan.round_timeout)
-    if entries is None and isinstance(model, Modeller):
+    if asking is not None:
         names = {node_id: sites.names[node_id] for node_id in sites.counts}
         with held_back() as sites.lines:
-            told = collect_contributions(grid, plan.round_timeout, names, sites.sent)
-            agreed = model.agree(told)
-    entries = entries or _entries(model, agreed, context.run_config, plan.seed)
+            contributions = collect_contributions(grid, plan.round_timeout, names, sites.sent)
+            agreed = asking.agree(contributions)
+        start = _start_model(model, agreed, context.run_config, plan.seed)
     strategy.site_names |= sites.names
     if len(trainers := sites.trainers()) < len(sites.counts):
         strategy.only = trainers
@@ -154,9 +156,18 @@ def federate(
     versions = {package: version(package) for package in _PACKAGES}
     tables = {"run": about, "config": dict(context.run_config), "versions": versions}
     folder.write(CONFIG, tomli_w.dumps(tables).encode())
-    return Experiment(
-        strategy, grid, plan, folder, entries, sites, context.run_config, key, agreed
-    ).run()
+    experiment = Experiment(
+        strategy=strategy,
+        grid=grid,
+        plan=plan,
+        folder=folder,
+        model=start,
+        sites=sites,
+        run_config=context.run_config,
+        key=key,
+        agreed=agreed,
+    )
+    return experiment.run()
 
 
 class Before(NamedTuple):
@@ -221,20 +232,20 @@ def require_same_settings(folder: RunFolder, before: UserConfig, now: UserConfig
     if not changed:
         return
     first = changed[0]
-    told = f"{first} was {before.get(first)!r} when {folder.path} was started and is "
-    told += f"{now.get(first)!r} now: resume with the settings of the start"
+    text = f"{first} was {before.get(first)!r} when {folder.path} was started and is "
+    text += f"{now.get(first)!r} now: resume with the settings of the start"
     known = [key for key in changed if key in before and key in now]
     given = [f"-c {shlex.quote(f'{key}={_text(before[key])}')}" for key in known]
     if given:
-        told += f"; where you trust that folder, give them: {' '.join(given)}"
-    raise InputError(told)
+        text += f"; where you trust that folder, give them: {' '.join(given)}"
+    raise InputError(text)
 
 
 def _text(value: UserConfigValue) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-class _Entries(NamedTuple):
+class StartModel(NamedTuple):
     """The model at the start: what travels, the digest of what does not, and all of it."""
 
     initial: ArrayRecord
@@ -242,9 +253,9 @@ class _Entries(NamedTuple):
     whole: ArrayRecord
 
 
-def _entries(
+def _start_model(
     model: Modeller | Callable[[], nn.Module], agreed: str, config: UserConfig, seed: int
-) -> _Entries:
+) -> StartModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(model, Modeller):
@@ -255,7 +266,7 @@ def _entries(
     travelling = Travelling(network, with_type_of("", config.get("trainable", ""), "trainable"))
     frozen = travelling.digest(network)
     whole = ArrayRecord(network.state_dict()) if frozen else ArrayRecord()
-    return _Entries(ArrayRecord(travelling.state(network)), frozen, whole)
+    return StartModel(ArrayRecord(travelling.state(network)), frozen, whole)
 
 
 @dataclass
@@ -266,7 +277,7 @@ class Experiment:
     grid: Grid
     plan: Plan
     folder: RunFolder
-    entries: _Entries
+    model: StartModel
     sites: Sites
     run_config: UserConfig
     key: str
@@ -285,7 +296,7 @@ class Experiment:
                 self._write_summary("running")
                 result = strategy.start(
                     self.grid,
-                    self.entries.initial,
+                    self.model.initial,
                     plan.num_server_rounds,
                     plan.round_timeout,
                     train_config=self.config(),
@@ -293,8 +304,8 @@ class Experiment:
                 )
                 if not result.train_metrics_clientapp:
                     raise RunFailedError(self._why_nothing_succeeded())
-                if self.entries.frozen:  # Until now the file held what travels alone.
-                    folder.write_model(ArrayRecord({**self.entries.whole, **result.arrays}))
+                if self.model.frozen:  # Until now the file held what travels alone.
+                    folder.write_model(ArrayRecord({**self.model.whole, **result.arrays}))
                 table = strategy.test(
                     self.grid, result.arrays, self.config(), timeout=plan.round_timeout
                 )
@@ -332,7 +343,7 @@ class Experiment:
             self.plan,
             self.sites,
             self.folder,
-            self.entries.initial,
+            self.model.initial,
             self.config,
             self.strategy.history,
         )
@@ -349,8 +360,8 @@ class Experiment:
         config = ConfigRecord({RUN_KEY: f"{self.key}{part}", **more})
         if self.agreed:
             config[AGREED] = self.agreed
-        if self.entries.frozen:
-            config[FROZEN] = self.entries.frozen
+        if self.model.frozen:
+            config[FROZEN] = self.model.frozen
         if self.sites.simulated:
             config[LEDGER_DIR] = str(self.folder.path / "ledgers")
         return config
@@ -388,13 +399,13 @@ class Experiment:
 
     def _privacy(self) -> dict[str, Any]:
         """Return what the sites, or the server, said that the rounds so far have cost, by unit."""
-        told: dict[str, Any] = {}
+        reported: dict[str, Any] = {}
         sites: dict[str, dict[str, float]] = {}
         for _, phase, site, metric, value in self.strategy.history.rows:
             if phase != "train":
                 continue
             if metric == HOSPITAL_EPSILON:
-                told["hospital"] = {
+                reported["hospital"] = {
                     "epsilon": value,
                     "delta": getattr(self.strategy, "delta", None),
                 }
@@ -407,13 +418,13 @@ class Experiment:
                 sites.setdefault(failure.site, {"rounds": 0, "declined": 0})["declined"] += 1
         if self.run_config.get("privacy") == "patient":
             wanted = PrivacySettings.from_run_config(self.run_config)
-            told["patient"] = {
+            reported["patient"] = {
                 "target-epsilon": wanted.target_epsilon,
                 "delta": wanted.delta,
                 "private-metrics": wanted.private_metrics,
                 "sites": sites,
             }
-        return told
+        return reported
 
     def _why_nothing_succeeded(self) -> str:
         failures = self.strategy.history.failures

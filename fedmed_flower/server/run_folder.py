@@ -251,8 +251,10 @@ def _checkpoint(members: StoredMembers) -> Checkpoint:
     if members.left:
         raise ValueError(f"state.json does not name its member {min(members.left)}")
     failures = [
-        Failure(_whole(told["round"], _MOST_ROUND), *(f"{told[key]}" for key in _OF_FAILURE))
-        for told in state["failures"]
+        Failure(
+            _whole(reported["round"], _MOST_ROUND), *(f"{reported[key]}" for key in _OF_FAILURE)
+        )
+        for reported in state["failures"]
     ]
     rows = [
         (_whole(number, _MOST_ROUND), str(phase), str(site), str(metric), float(value))

@@ -240,10 +240,10 @@ def with_shared_metrics(
         warned.
     """
     names = _shared_metrics([metrics_of(reply) for reply in replies])
-    told = {name for reply in replies for name in metrics_of(reply) if name not in pooled}
+    reported = {name for reply in replies for name in metrics_of(reply) if name not in pooled}
     # Figures of groups, and sums, come from what all sites have together.
     if dropped := {
-        name for name in told - {*names} if "@" not in name and not is_pooled_only(name)
+        name for name in reported - {*names} if "@" not in name and not is_pooled_only(name)
     }:
         log.warning("not in every reply, so not averaged: %s", ", ".join(sorted(dropped)))
     metrics_key = next(iter(replies[0].content.metric_records))

@@ -31,18 +31,18 @@ def grid(values: Floats, width: float) -> tuple[Codes, float]:
     return steps.astype(np.int64), width
 
 
-def coarse_enough(cells: Codes, whose: Codes, minimum: int) -> bool:
+def coarse_enough(cells: Codes, patient_of_row: Codes, minimum: int) -> bool:
     """Return whether half of the rows lie in cells of at least `minimum` patients.
 
     On a finer grid the edges between merged cells would be the values of single patients.
     """
     classes = class_codes(cells)
-    rows, patients = np.bincount(classes), patients_of(classes, whose)
+    rows, patients = np.bincount(classes), patients_of(classes, patient_of_row)
     return bool(2 * rows[patients >= minimum].sum() >= cells.size)
 
 
 def merge_neighbours(
-    steps: Codes, constraints: Sequence[Codes], whose: Codes, minimum: int
+    steps: Codes, constraints: Sequence[Codes], patient_of_row: Codes, minimum: int
 ) -> list[tuple[int, int]] | None:
     """Merge neighbouring bins until each has enough patients of each class that is in it.
 
@@ -54,7 +54,7 @@ def merge_neighbours(
         (rows,) the bin of each row.
     constraints : sequence of ndarray
         (rows,) classes; of each class a bin has no patient, or the minimum.
-    whose : ndarray
+    patient_of_row : ndarray
         (rows,) the patient.
     minimum : int
 
@@ -66,7 +66,7 @@ def merge_neighbours(
     """
     order = np.argsort(steps, kind="stable")
     ends = np.flatnonzero(np.diff(steps[order], append=np.nan)).tolist()
-    of = whose[order].tolist()
+    of = patient_of_row[order].tolist()
     classes = [
         [(number, code) for code in codes[order].tolist()]
         for number, codes in enumerate(constraints)
@@ -80,10 +80,10 @@ def merge_neighbours(
     start = first = 0
     for end in ends:
         for codes in classes:
-            for place in range(start, end + 1):
-                key, patient = codes[place], of[place]
+            for index in range(start, end + 1):
+                key, patient = codes[index], of[index]
                 held[key].add(patient)
-                if last[key, patient] == place:
+                if last[key, patient] == index:
                     left[key] -= 1
                     (small_left.add if 0 < left[key] < minimum else small_left.discard)(key)
         start = end + 1
@@ -94,7 +94,7 @@ def merge_neighbours(
     return None if held else merged
 
 
-def pool_small(cells: Codes, labels: Codes, whose: Codes, minimum: int) -> Codes | None:
+def pool_small(cells: Codes, labels: Codes, patient_of_row: Codes, minimum: int) -> Codes | None:
     """Put small cells into one, the smallest first, until that has enough patients.
 
     Parameters
@@ -103,7 +103,7 @@ def pool_small(cells: Codes, labels: Codes, whose: Codes, minimum: int) -> Codes
         (rows,) 0 or greater.
     labels : ndarray
         (rows,) classes; of each class a cell has no patient, or the minimum.
-    whose : ndarray
+    patient_of_row : ndarray
         (rows,) the patient.
     minimum : int
 
@@ -115,14 +115,14 @@ def pool_small(cells: Codes, labels: Codes, whose: Codes, minimum: int) -> Codes
     """
     cells = cells.copy()
     classes = class_codes(cells, labels)
-    small = patients_of(classes, whose)[classes] < minimum
+    small = patients_of(classes, patient_of_row)[classes] < minimum
     cells[np.isin(cells, cells[small])] = -1
     while True:
         pooled = cells == -1
-        if fewest(class_codes(labels[pooled]), whose[pooled]) >= minimum:
+        if fewest(class_codes(labels[pooled]), patient_of_row[pooled]) >= minimum:
             return cells
         left = np.unique(cells[~pooled])
         if not left.size:
             return None
-        counts = patients_of(cells[~pooled], whose[~pooled])
+        counts = patients_of(cells[~pooled], patient_of_row[~pooled])
         cells[cells == left[np.argmin(counts[left])]] = -1

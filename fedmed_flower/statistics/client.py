@@ -47,13 +47,13 @@ def statistics(client: MedicalClient, message: Message) -> RecordDict:
         # With a large epsilon, or often enough, noise is no protection.
         raise DeclinedError("noise takes the place of the minimum count only under a budget")
     minimum = max(min_cell_count(client.context, client.site), request.minimum)
-    told: dict[str, Any] = {"minimum": minimum, "noise": None}
-    told |= (_noised if request.epsilon else _exact)(client, config, request, minimum)
+    reported: dict[str, Any] = {"minimum": minimum, "noise": None}
+    reported |= (_noised if request.epsilon else _exact)(client, config, request, minimum)
     # In a simulation the server prints it, in the same process.
     level = logging.DEBUG if client.site.simulated else logging.INFO
-    for group, what, why in told["withheld"]:
+    for group, what, why in reported["withheld"]:
         log.log(level, "%s withholds %s: %s", client.site.name, f"{group} {what}".strip(), why)
-    text = json.dumps(told, allow_nan=False)
+    text = json.dumps(reported, allow_nan=False)
     return RecordDict(
         {
             STATISTICS: ConfigRecord({ANSWER: text}),

@@ -74,7 +74,7 @@ class Columns:
         return len(self.patients)
 
     @cached_property
-    def whose(self) -> Codes:
+    def patient_of_row(self) -> Codes:
         """A number for each row that is the same for the rows of one patient."""
         return np.unique(self.patients, return_inverse=True)[1].astype(np.int64)
 
@@ -117,7 +117,7 @@ class Columns:
         """Return a column as numbers of its categories, -1 where there is none, and their names."""
         texts = self.texts(name)
         names = sorted({text for text in texts if text is not None})
-        number = {text: place for place, text in enumerate(names)}
+        number = {text: index for index, text in enumerate(names)}
         return np.array([-1 if t is None else number[t] for t in texts], np.int64), names
 
     def days(self, name: str) -> tuple[Floats, bool]:

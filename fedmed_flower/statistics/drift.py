@@ -235,8 +235,8 @@ def _counts(name: str, values: ArrayLike, unknown: bool = False) -> NDArray[np.f
     if unknown:
         right |= np.isnan(counts)
     if not right.all():
-        place = int(np.argmin(right))
+        index = int(np.argmin(right))
         raise InputError(
-            f"{name} must be finite, 0 or greater; at place {place} it is {counts[place]:g}"
+            f"{name} must be finite, 0 or greater; at place {index} it is {counts[index]:g}"
         )
     return counts

@@ -1,4 +1,4 @@
-"""How many patients there are in classes of rows, and in what sums of classes leave over."""
+"""How many patients are in classes of rows, and in linear combinations of classes."""
 
 from __future__ import annotations
 
@@ -23,40 +23,57 @@ def class_codes(*labels: Codes) -> Codes:
     return codes
 
 
-def patients_of(classes: Codes, whose: Codes) -> Codes:
+def patients_of(classes: Codes, patient_of_row: Codes) -> Codes:
     """Return the number of patients in each class, from 0 to the highest."""
     if not classes.size:
         return np.zeros(0, np.int64)
-    width = int(whose.max()) + 1
-    return np.bincount(np.unique(classes * width + whose) // width).astype(np.int64)
+    width = int(patient_of_row.max()) + 1
+    return np.bincount(np.unique(classes * width + patient_of_row) // width).astype(np.int64)
 
 
-def fewest(classes: Codes, whose: Codes) -> float:
+def fewest(classes: Codes, patient_of_row: Codes) -> float:
     """Return the number of patients in the smallest class; infinite without one."""
-    counts = patients_of(classes, whose)
+    counts = patients_of(classes, patient_of_row)
     return float(counts[counts > 0].min(initial=2**62))
 
 
-def fewest_left(classes: Codes, whose: Codes, minimum: int) -> float:
-    """Return the number of patients in the smallest sum of multiples of classes that was found.
+def fewest_left(classes: Codes, patient_of_row: Codes, minimum: int) -> float:
+    """Search linear combinations of class counts for one that depends on few patients.
 
-    A multiple may be negative, and a patient is in a sum where the multiples of its rows do not
-    cancel. Looked at are each class, the difference of any two, and what is left of classes with
-    common patients when the patients whose rows are spread over them as those of most others are
-    have been cancelled, then most of the rest, and so on.
+    A server that knows how many rows each class has can add and subtract the counts. A patient
+    takes part in a combination if the multiples of its rows do not cancel. Tried are single
+    classes, differences of two classes, and what remains of classes with common patients after
+    eliminating the most common pattern of rows per patient, repeatedly: Gram-Schmidt elimination,
+    the most frequent pattern first.
 
     Parameters
     ----------
-    classes, whose : ndarray
+    classes, patient_of_row : ndarray
         (rows,) the class and the patient of each row, from 0 on.
     minimum : int
-        A number below it may be any such, and one from it on too high. Where patients with rows in
-        several classes, times those classes, are more than ten million, it is 0.
+        The search ends at a number below it.
+
+    Returns
+    -------
+    float
+        The fewest patients of a combination that was found. Below `minimum` it need not be the
+        smallest; from it on the true number may be smaller. 0 if the patients with rows in several
+        classes, times those classes, are more than ten million: that is not searched.
+
+    Examples
+    --------
+    Three patients with a first visit (class 0) and a second one (class 1), but for the last, who
+    came once. Each class has two patients or more, yet their difference is one patient.
+
+    >>> import numpy as np
+    >>> classes, patient_of_row = np.array([0, 1, 0, 1, 0]), np.array([0, 0, 1, 1, 2])
+    >>> fewest(classes, patient_of_row), fewest_left(classes, patient_of_row, minimum=2)
+    (2.0, 1.0)
     """
-    smallest = fewest(classes, whose)
-    if smallest < minimum or np.bincount(whose).max(initial=0) < 2:
+    smallest = fewest(classes, patient_of_row)
+    if smallest < minimum or np.bincount(patient_of_row).max(initial=0) < 2:
         return smallest
-    pairs, rows = np.unique(np.stack((whose, classes)), axis=1, return_counts=True)
+    pairs, rows = np.unique(np.stack((patient_of_row, classes)), axis=1, return_counts=True)
     alone = np.bincount(pairs[0])[pairs[0]] == 1
     # A class with enough patients who have all their rows in it is in no small sum.
     settled = np.bincount(pairs[1][alone], minlength=int(classes.max()) + 1) >= minimum
@@ -81,16 +98,21 @@ def fewest_left(classes: Codes, whose: Codes, minimum: int) -> float:
 
 
 def _left_at_last(spread: NDArray[np.float64], count: Codes) -> float:
-    """Return how many patients are left when kind after kind is cancelled, the most frequent first.
+    """Return how many patients are left after eliminating pattern by pattern, most frequent first.
 
-    Each row stands for `count` patients.
+    Parameters
+    ----------
+    spread : array of shape (patterns, classes)
+        Rows of a patient in each class.
+    count : array of shape (patterns,)
+        Patients with each pattern.
     """
     direction = np.random.default_rng(0).normal(size=spread.shape[1])
     while True:
         spread = spread / np.linalg.norm(spread, axis=1, keepdims=True)
         first = np.argmax(np.abs(spread) > _ROUNDING, axis=1)
         spread *= np.sign(spread[np.arange(len(spread)), first])[:, None]
-        # Of one kind are those that agree in a direction nobody has thought of.
+        # Group equal rows by their projection on a fixed random direction.
         kind_of = np.unique(np.round(spread @ direction, 6), return_inverse=True)[1]
         most = spread[np.argmax(kind_of == np.argmax(np.bincount(kind_of, count)))]
         rest = spread - np.outer(spread @ most, most)

@@ -1,22 +1,23 @@
 """What may leave a hospital, whatever it has answered before.
 
-The rule: for each variable, and each pair in a two-way table, the patients whom the answers about
-it so far tell apart are never fewer than the minimum. So no sum over the cells of any number of
+The rule: no set of patients that can be singled out by combining the answers so far is smaller than
+the minimum, for any variable or pair of variables. So no sum over the cells of any number of
 answers, and no difference of such sums, is one over fewer patients.
 
-For each variable the hospital keeps a partition of its rows. An answer gives each row a cell, or
-leaves it outside; the partition is refined by that, and where a class of it would have patients,
-but fewer than the minimum, nothing is answered. Rows that have come since are a class of their own,
-those that have gone or changed their value are outside from then on. That rows fall in the same
-cells again refines nothing, so the same question is answered again. Auditing answers in this way
-goes back to F. Y. Chin and G. Ozsoyoglu, "Auditing and inference control in statistical databases",
-IEEE Transactions on Software Engineering 8, 1982.
+For each variable the hospital keeps a partition of its rows into classes. An answer gives each row
+a cell, or leaves it outside. The partition is refined by the cells: rows of one class stay together
+if they are in one cell. If a class would then have patients, but fewer than the minimum, nothing is
+answered. Rows that came since the last answer are a class of their own. Rows that have gone, or
+whose value has changed, are outside from then on. Repeating a question splits no class further, so
+it may be answered again. Auditing answers in this way goes back to F. Y. Chin and G. Ozsoyoglu,
+"Auditing and inference control in statistical databases", IEEE Transactions on Software Engineering
+8, 1982.
 
-An answer about one variable under a condition on another tells of both: it also refines the
-partition of that pair, beside which a two-way table must hold.
+An answer about one variable under a condition on another discloses something of both. It also
+refines the partition of that pair, with which a later two-way table must agree.
 
-Where patients have several rows, classes of many patients each may still differ by one: those of
-all first visits and of all second ones. So the rows of a patient are also looked at together; see
+If patients have several rows, two classes of many patients may still differ by one patient: all
+first visits, and all second visits. So the rows of a patient are also examined together; see
 `fewest.fewest_left`.
 """
 
@@ -43,7 +44,7 @@ from fedmed_flower.statistics.fewest import class_codes, fewest_left
 from fedmed_flower.statistics.values import Mask
 
 Hashes = NDArray[np.uint64]
-# Cells of rows that are not in an answer, and of those of which it tells that they lack a value.
+# Cell codes: the row is not part of the answer; the answer reveals that its value is missing.
 OUTSIDE, LACKING = -1, 2**31
 # The label of rows that no answer has counted.
 NEW = -1
@@ -166,16 +167,16 @@ class Guard:
 
         Without values only the number tells a patient's rows apart, in the order of the texts.
         """
-        places = [place for place, text in enumerate(texts) if text is not None]
+        indices = [index for index, text in enumerate(texts) if text is not None]
         if not valued:
-            places.sort(key=lambda place: texts[place] or "")
+            indices.sort(key=lambda index: texts[index] or "")
         seen: Counter[tuple[str, str]] = Counter()
         found = []
-        for place in places:
-            one = (self._columns.patients[place], texts[place] or "" if valued else "")
+        for index in indices:
+            one = (self._columns.patients[index], texts[index] or "" if valued else "")
             found.append(self._hash("\n".join((*one, str(seen[one])))))
             seen[one] += 1
-        return np.array(places, np.int64), np.array(found, np.uint64)
+        return np.array(indices, np.int64), np.array(found, np.uint64)
 
     def _hash(self, text: str) -> int:
         digest = hashlib.blake2b(text.encode(errors="backslashreplace"), key=self._key)
@@ -183,13 +184,15 @@ class Guard:
 
     def labels(self, members: Members) -> Codes:
         """Return (rows,) the class of each row so far; `NEW` for rows that none of them counted."""
+        return self._labels(members, self._partition(members.key))
+
+    def _labels(self, members: Members, partition: Partition | None) -> Codes:
         labels = np.full(self._columns.count, NEW, np.int64)
-        partition = self._partition(members.key)
         if partition is not None and partition.elements.size:
-            places = np.searchsorted(partition.elements, members.elements)
-            places = np.minimum(places, partition.elements.size - 1)
-            known = partition.elements[places] == members.elements
-            labels[members.rows[known]] = partition.labels[places[known]]
+            indices = np.searchsorted(partition.elements, members.elements)
+            indices = np.minimum(indices, partition.elements.size - 1)
+            known = partition.elements[indices] == members.elements
+            labels[members.rows[known]] = partition.labels[indices[known]]
         return labels
 
     def admit(self, keys: Sequence[Members], cells: Sequence[Codes], waiting: Mask) -> bool:
@@ -209,7 +212,6 @@ class Guard:
         bool
             Whether it may, of all keys; nothing changes where it may not.
         """
-        before = dict(self._partitions), dict(self._changed)
         names = {name for members in keys for name in members.names}
         pairs = [
             self.members(name, other)
@@ -220,16 +222,33 @@ class Guard:
         joint = class_codes(*cells)
         for special in (LACKING, OUTSIDE):
             joint[np.logical_or.reduce([values == special for values in cells])] = special
-        cells = [*cells, *(joint for _ in pairs)]
-        for members, values in zip((*keys, *pairs), cells, strict=True):
-            if not self._admit(members, values, waiting):
-                self._partitions, self._changed = before
+        # Nothing is assigned before all are admitted: a refusal must leave no trace.
+        refined: dict[str, Partition] = {}
+        for members, values in zip((*keys, *pairs), (*cells, *[joint] * len(pairs)), strict=True):
+            known = refined.get(members.key) or self._partition(members.key)
+            partition = self._refine(known, members, values, waiting)
+            if partition is None:
                 return False
+            if partition is not known:
+                refined[members.key] = partition
+        self._partitions |= refined
+        self._changed |= refined
         return True
 
-    def _admit(self, members: Members, cells: Codes, waiting: Mask) -> bool:
-        partition = self._partition(members.key)
-        labels = self.labels(members)[members.rows]
+    def _refine(
+        self, partition: Partition | None, members: Members, cells: Codes, waiting: Mask
+    ) -> Partition | None:
+        """Return the partition split by an answer's cells; None where a class would be too small.
+
+        Parameters
+        ----------
+        partition : Partition or None
+            What earlier answers have told apart; None where there were none.
+        members : Members
+        cells, waiting : ndarray
+            (rows,) of all the hospital's rows, as `admit` takes them.
+        """
+        labels = self._labels(members, partition)[members.rows]
         taken = (labels != NEW) | ~waiting[members.rows]
         rows, elements, labels = members.rows[taken], members.elements[taken], labels[taken]
         now, patients = cells[rows], self._patients[rows]
@@ -240,19 +259,17 @@ class Guard:
             labels = np.concatenate((labels, partition.labels[gone]))
             now = np.concatenate((now, np.full(int(gone.sum()), OUTSIDE, np.int64)))
         classes = class_codes(labels, now)
-        whose = np.unique(patients, return_inverse=True)[1].astype(np.int64)
-        if fewest_left(classes, whose, self.minimum) < self.minimum:
-            return False
+        patient_of_row = np.unique(patients, return_inverse=True)[1].astype(np.int64)
+        if fewest_left(classes, patient_of_row, self.minimum) < self.minimum:
+            return None
         if (
             partition is not None
             and elements.size == partition.elements.size
             and np.unique(classes).size == np.unique(partition.labels).size
         ):
-            return True  # Asked again: there is nothing to write.
+            return partition  # Asked again: nothing is told apart that was not before.
         order = np.argsort(elements)
-        new = Partition(elements[order], patients[order], classes[order])
-        self._partitions[members.key] = self._changed[members.key] = new
-        return True
+        return Partition(elements[order], patients[order], classes[order])
 
     def shown(self, run: str) -> tuple[bool, set[str] | None]:
         """Return whether a run had pictures, and of which of the patients here any run had.

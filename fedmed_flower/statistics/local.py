@@ -150,12 +150,12 @@ class Local:
     def answer(self) -> Told:
         """Return the groups, and what is withheld and why."""
         groups = self._or_withheld(self._groups, "patients") or []
-        told: list[Told] = []
+        reported: list[Told] = []
         for name, start, inside in groups:
-            patients = int(np.unique(self._columns.whose[inside]).size)
+            patients = int(np.unique(self._columns.patient_of_row[inside]).size)
             entry: Told = {"name": name, "start": start, "rows": int(inside.sum())}
             entry |= {"patients": patients, "numeric": {}, "categorical": {}}
-            told.append(entry | {"correlations": [], "pairs": []})
+            reported.append(entry | {"correlations": [], "pairs": []})
         # What cannot be told more coarsely goes first, and histograms go last: they make do with
         # the cells that are left to them.
         for part in (
@@ -167,10 +167,10 @@ class Local:
             self._weeks,
             self._histograms,
         ):
-            for entry, (name, _, inside) in zip(told, groups, strict=True):
+            for entry, (name, _, inside) in zip(reported, groups, strict=True):
                 self._group = name
                 part(entry, inside)
-        return {"groups": told, "withheld": self._withheld}
+        return {"groups": reported, "withheld": self._withheld}
 
     def _or_withheld(self, part: Callable[..., Any], what: str, *arguments: Any) -> Any:
         """Return a part of the answer; where it fails, it is withheld as if it were of too few.
@@ -195,26 +195,26 @@ class Local:
         labels, names = self._by()
         everybody = guard.members()
         for usable, waiting in self._attempts(inside & (labels >= 0), everybody):
-            old, whose = guard.labels(everybody)[usable], columns.whose[usable]
-            pooled = pool_small(labels[usable], old, whose, guard.minimum)
+            old, patient_of_row = guard.labels(everybody)[usable], columns.patient_of_row[usable]
+            pooled = pool_small(labels[usable], old, patient_of_row, guard.minimum)
             if pooled is None:
                 continue
-            told = np.full(columns.count, OUTSIDE, np.int64)
-            told[usable] = np.where(pooled < 0, len(names), pooled)
+            reported = np.full(columns.count, OUTSIDE, np.int64)
+            reported[usable] = np.where(pooled < 0, len(names), pooled)
             # Of each variable in a condition the rows are told apart by that condition alone; of
             # the hospital's rows by all of them, as if each had been asked for by itself.
-            cells: dict[str, list[Codes]] = {"": [told, *(m.astype(np.int64) for m in met)]}
+            cells: dict[str, list[Codes]] = {"": [reported, *(m.astype(np.int64) for m in met)]}
             for condition, mask in zip(request.where, met, strict=True):
                 cells.setdefault(condition.column, []).append(mask.astype(np.int64))
             if request.by:
-                cells.setdefault(request.by, []).append(told)
+                cells.setdefault(request.by, []).append(reported)
             keys = [guard.members(*([name] if name else [])) for name in cells]
             if guard.admit(keys, [class_codes(*c) for c in cells.values()], waiting):
                 self._waiting = waiting
                 guard.beside = tuple(name for name in cells if name)
                 if not request.by:
                     return [("", None, usable)]
-                parts = [(*name, told == n) for n, name in enumerate([*names, (OTHERS, None)])]
+                parts = [(*name, reported == n) for n, name in enumerate([*names, (OTHERS, None)])]
                 return [part for part in parts if part[2].any()]
         self._withhold(what)
         return []
@@ -246,21 +246,21 @@ class Local:
         members, numbers = guard.members(name), self._columns.numbers(name)
         for usable, waiting in self._attempts(inside & ~np.isnan(numbers), members):
             if guard.admit([members], [self._cells(inside, usable, 0)], waiting):
-                told = _counted(inside, usable)
+                reported = _counted(inside, usable)
                 if "moments" in self._request.kinds and usable.any():
-                    told |= moments(numbers[usable].tolist())
-                entry["numeric"][name] = told
+                    reported |= moments(numbers[usable].tolist())
+                entry["numeric"][name] = reported
                 return
         self._withhold(name)
 
     def _histograms(self, entry: Told, inside: Mask) -> None:
         if "histograms" not in self._request.kinds:
             return
-        for name, told in entry["numeric"].items():
-            if told["n"]:
+        for name, reported in entry["numeric"].items():
+            if reported["n"]:
                 found = self._or_withheld(self._histogram, f"histogram of {name}", name, inside)
                 if found is not None:
-                    told["histogram"] = found
+                    reported["histogram"] = found
 
     def _histogram(self, what: str, name: str, inside: Mask) -> Told | None:
         guard, columns = self._guard, self._columns
@@ -268,21 +268,21 @@ class Local:
             return self._withhold(what, "nothing says how finely to tell it")
         numbers, members = columns.numbers(name), guard.members(name)
         for usable, waiting in self._attempts(inside & ~np.isnan(numbers), members):
-            values, whose = numbers[usable], columns.whose[usable]
+            values, patient_of_row = numbers[usable], columns.patient_of_row[usable]
             steps, width = grid(values, asked)
-            while not coarse_enough(steps, whose, guard.minimum) and width < 1e100:
+            while not coarse_enough(steps, patient_of_row, guard.minimum) and width < 1e100:
                 steps, width = grid(values, 2 * width)
             labels = guard.labels(members)[usable]
-            bins = merge_neighbours(steps, [labels], whose, guard.minimum)
+            bins = merge_neighbours(steps, [labels], patient_of_row, guard.minimum)
             if bins is None:
                 continue
             # Where a bin had to be merged its lower end is not told, nor the upper one of the last:
             # the lowest and the highest value are those of the minimum of patients, or unknown.
             full = [end for low, high in bins if low == high for end in (low, high + 1)]
             edges = sorted({*full, *(high + 1 for _, high in bins[:-1])})
-            places = np.searchsorted(np.array(edges, np.int64), steps, side="right")
-            if guard.admit([members], [self._cells(inside, usable, places)], waiting):
-                counts = np.bincount(places, minlength=len(edges) + 1).tolist()
+            indices = np.searchsorted(np.array(edges, np.int64), steps, side="right")
+            if guard.admit([members], [self._cells(inside, usable, indices)], waiting):
+                counts = np.bincount(indices, minlength=len(edges) + 1).tolist()
                 return {"edges": [edge * width for edge in edges], "counts": counts}
         return self._withhold(what)
 
@@ -302,18 +302,18 @@ class Local:
         attempts = list(self._attempts(inside & (codes >= 0), members))
         # Rather a table without new rows than one in which no category can be named.
         for number, (usable, waiting) in enumerate([*attempts, *attempts]):
-            labels, whose = guard.labels(members)[usable], columns.whose[usable]
-            pooled = pool_small(codes[usable] * tabulated, labels, whose, guard.minimum)
+            labels, patient_of_row = guard.labels(members)[usable], columns.patient_of_row[usable]
+            pooled = pool_small(codes[usable] * tabulated, labels, patient_of_row, guard.minimum)
             if pooled is None or (number < len(attempts) and not (pooled >= 0).any()):
                 continue
             several = np.where(pooled < 0, len(texts), pooled)
             if guard.admit([members], [self._cells(inside, usable, several)], waiting):
-                told = _counted(inside, usable)
+                reported = _counted(inside, usable)
                 if tabulated:
                     found, counts = np.unique(pooled[pooled >= 0], return_counts=True)
-                    told["names"] = [texts[code][:200] for code in found]
-                    told["counts"], told["few"] = counts.tolist(), int((pooled < 0).sum())
-                entry["categorical"][name] = told
+                    reported["names"] = [texts[code][:200] for code in found]
+                    reported["counts"], reported["few"] = counts.tolist(), int((pooled < 0).sum())
+                entry["categorical"][name] = reported
                 return
         self._withhold(name)
 
@@ -321,15 +321,15 @@ class Local:
         asked = "correlations" in self._request.kinds
         for one, other in combinations(entry["numeric"] if asked else (), 2):
             what = f"correlation of {one} and {other}"
-            told = self._or_withheld(self._correlation, what, one, other, inside)
-            if told is not None:
-                entry["correlations"].append(told)
+            reported = self._or_withheld(self._correlation, what, one, other, inside)
+            if reported is not None:
+                entry["correlations"].append(reported)
 
     def _pairs(self, entry: Told, inside: Mask) -> None:
         for one, other in self._request.pairs:
-            told = self._or_withheld(self._pair, f"{one} by {other}", one, other, inside)
-            if told is not None:
-                entry["pairs"].append(told)
+            reported = self._or_withheld(self._pair, f"{one} by {other}", one, other, inside)
+            if reported is not None:
+                entry["pairs"].append(reported)
 
     def _correlation(self, what: str, one: str, other: str, inside: Mask) -> Told | None:
         guard, columns = self._guard, self._columns
@@ -356,7 +356,7 @@ class Local:
         for usable, waiting in self._attempts(inside & (a >= 0) & (b >= 0), *keys):
             classes = class_codes(joint[usable], guard.labels(keys[2])[usable])
             cells = [self._cells(inside, usable, codes[usable]) for codes in (a, b, joint)]
-            small = fewest(classes, columns.whose[usable]) < guard.minimum
+            small = fewest(classes, columns.patient_of_row[usable]) < guard.minimum
             if usable.any() and not small and guard.admit(keys, cells, waiting):
                 rows, row_of = np.unique(a[usable], return_inverse=True)
                 across, column_of = np.unique(b[usable], return_inverse=True)
@@ -382,23 +382,29 @@ class Local:
         times, events = columns.survival(asked)
         keys = [guard.members(*names) for names in ((asked.time,), (asked.event,), asked[:2])]
         for usable, waiting in self._attempts(inside & ~np.isnan(times), *keys):
-            happened, whose, width = events[usable], columns.whose[usable], asked.width
+            happened, patient_of_row, width = (
+                events[usable],
+                columns.patient_of_row[usable],
+                asked.width,
+            )
             if not usable.any():
                 continue
             steps, end = _upward(times[usable], width), _upward(asked.horizon, width)
-            while end > 1 and not coarse_enough(2 * steps + happened, whose, guard.minimum):
+            while end > 1 and not coarse_enough(
+                2 * steps + happened, patient_of_row, guard.minimum
+            ):
                 width *= 2
                 steps, end = _upward(times[usable], width), _upward(asked.horizon, width)
             labels = [guard.labels(key)[usable] for key in keys]
             apart = [labels[0], class_codes(labels[2], happened)]
-            bins = merge_neighbours(steps, apart, whose, guard.minimum)
+            bins = merge_neighbours(steps, apart, patient_of_row, guard.minimum)
             if bins is None:
                 continue
             ends = [high for _, high in bins]
             # Where the last bin had to be merged, the longest time is not told.
             ends[-1] = ends[-1] if bins[-1][0] == bins[-1][1] else int(end)
-            places = np.searchsorted(np.array(ends), steps)
-            values = (places, happened, 2 * places + happened)
+            indices = np.searchsorted(np.array(ends), steps)
+            values = (indices, happened, 2 * indices + happened)
             cells = [self._cells(inside, usable, value) for value in values]
             if guard.admit(keys, cells, waiting):
                 # A step that is a cell by itself begins where an empty cell ends.
@@ -427,9 +433,9 @@ class Local:
         for usable, waiting in self._attempts(inside & ~np.isnan(days), members):
             # The first day of the calendar is a Monday.
             steps = np.floor((days[usable] - dated) / 7).astype(np.int64)
-            weeks, places = np.unique(steps, return_inverse=True)
-            labels, whose = guard.labels(members)[usable], columns.whose[usable]
-            pooled = pool_small(places.astype(np.int64), labels, whose, guard.minimum)
+            weeks, indices = np.unique(steps, return_inverse=True)
+            labels, patient_of_row = guard.labels(members)[usable], columns.patient_of_row[usable]
+            pooled = pool_small(indices.astype(np.int64), labels, patient_of_row, guard.minimum)
             if pooled is None or not (pooled >= 0).any():
                 continue
             known, counts = np.unique(pooled[pooled >= 0], return_counts=True)
@@ -439,13 +445,13 @@ class Local:
                 if last - first >= _MOST_WEEKS:
                     self._withhold(what, "they are more than 10,000 weeks")
                     return
-                told: list[int | None] = [0] * (last - first + 1)
+                reported: list[int | None] = [0] * (last - first + 1)
                 for week in weeks[(weeks >= first) & (weeks <= last)]:
-                    told[int(week) - first] = None
-                for place, count in zip(known, counts, strict=True):
-                    told[int(weeks[place]) - first] = int(count)
+                    reported[int(week) - first] = None
+                for index, count in zip(known, counts, strict=True):
+                    reported[int(weeks[index]) - first] = int(count)
                 start = _date(7.0 * first + 1) if dated else f"day {7 * first}"
-                entry["weeks"] = {"first": first, "start": start, "counts": told}
+                entry["weeks"] = {"first": first, "start": start, "counts": reported}
                 return
         self._withhold(what)
 

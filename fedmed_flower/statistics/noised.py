@@ -73,7 +73,7 @@ class Cells:
         """
         if name not in self._codes:
             names = self._declared.categories[name]
-            number: dict[str | None, int] = {text: place for place, text in enumerate(names)}
+            number: dict[str | None, int] = {text: index for index, text in enumerate(names)}
             number[None] = len(names) + 1
             codes = [number.get(text, len(names)) for text in self._texts(name)]
             self._codes[name] = np.array(codes, np.int64)
@@ -165,8 +165,8 @@ class Plan:
 
     def sums(self, cells: Cells) -> Floats:
         """Return (groups, numbers) the vector, without noise."""
-        _, whose = np.unique(cells.patients, return_inverse=True)
-        weights = 1.0 / np.bincount(whose)[whose]
+        _, patient_of_row = np.unique(cells.patients, return_inverse=True)
+        weights = 1.0 / np.bincount(patient_of_row)[patient_of_row]
         labels = self._labels(cells)
         rows_of = [np.flatnonzero(labels == number) for number in range(len(self.groups))]
         found = [_sums(block, block.values(cells), rows_of, weights) for block in self.blocks]
@@ -230,8 +230,8 @@ def noised(
     sums += noise.reshape(sums.shape)
     groups, withheld = [], list(planned.withheld)
     for name, vector in zip(planned.groups, sums, strict=True):
-        told, small = _told(name, planned.blocks, vector, planned.declared, minimum)
-        groups.append(told)
+        reported, small = _told(name, planned.blocks, vector, planned.declared, minimum)
+        groups.append(reported)
         withheld += [[name, what, _SMALL] for what in small]
     return groups, withheld
 
@@ -290,7 +290,7 @@ def _numeric(request: Request, declared: Declared, name: str) -> list[Block]:
         width = declared.resolution(name) or high - low
         bins = max(1, math.ceil(min((high - low) / width, _MOST_BINS)))
 
-    def places(cells: Cells) -> Codes:
+    def indices(cells: Cells) -> Codes:
         scaled, present = cells.scaled(name)
         found = np.clip(((scaled + 1) / 2 * bins).astype(np.int64), 0, bins - 1)
         return np.where(present, found, bins)
@@ -300,7 +300,7 @@ def _numeric(request: Request, declared: Declared, name: str) -> list[Block]:
         return np.column_stack((scaled, scaled**2))
 
     edges = [low + (high - low) * number / bins for number in range(1, bins)]
-    blocks = [Block("table", (name,), places, bins + 1, 1.0, {"edges": edges})]
+    blocks = [Block("table", (name,), indices, bins + 1, 1.0, {"edges": edges})]
     if "moments" in request.kinds:
         blocks.append(Block("moments", (name,), squares, 2, math.sqrt(2)))
     return blocks
@@ -309,10 +309,10 @@ def _numeric(request: Request, declared: Declared, name: str) -> list[Block]:
 def _pair(declared: Declared, one: str, other: str) -> Block:
     rows, across = (len(declared.categories[name]) + 2 for name in (one, other))
 
-    def places(cells: Cells) -> Codes:
+    def indices(cells: Cells) -> Codes:
         return cells.codes(one) * across + cells.codes(other)
 
-    return Block("pair", (one, other), places, rows * across, 1.0, {"shape": (rows, across)})
+    return Block("pair", (one, other), indices, rows * across, 1.0, {"shape": (rows, across)})
 
 
 def _correlation(one: str, other: str) -> Block:
@@ -328,59 +328,59 @@ def _survival(asked: Survival) -> Block:
     count = min(math.ceil(asked.horizon / asked.width), _MOST_BINS)
     width = asked.horizon / count
 
-    def places(cells: Cells) -> Codes:
+    def indices(cells: Cells) -> Codes:
         times, events = cells.follow_up(asked)
         known = ~np.isnan(times)
         steps = np.clip(np.ceil(np.where(known, times, 0.0) / width), 1, count).astype(np.int64)
         return np.where(known, 2 * (steps - 1) + events, 2 * count)
 
     ends = [width * number for number in range(1, count + 1)]
-    return Block("survival", asked[:2], places, 2 * count + 1, 1.0, {"times": ends})
+    return Block("survival", asked[:2], indices, 2 * count + 1, 1.0, {"times": ends})
 
 
 def _told(
     name: str, blocks: list[Block], vector: Floats, declared: Declared, minimum: int
 ) -> tuple[Told, list[str]]:
     """Return the answer that noised numbers give, without what they say of too few patients."""
-    told: Told = {"name": name, "start": None, "numeric": {}, "categorical": {}}
-    told |= {"correlations": [], "pairs": []}
+    reported: Told = {"name": name, "start": None, "numeric": {}, "categorical": {}}
+    reported |= {"correlations": [], "pairs": []}
     small: list[str] = []
     ends = np.cumsum([block.size for block in blocks])
     for block, numbers in zip(blocks, np.split(vector, ends[:-1]), strict=True):
         counts, of = np.maximum(numbers, 0.0), block.columns
         if block.kind == "patients":
-            told["rows"] = told["patients"] = float(counts[0])
+            reported["rows"] = reported["patients"] = float(counts[0])
         elif block.kind == "moments":
-            entry = told["numeric"].get(of[0])
+            entry = reported["numeric"].get(of[0])
             if entry is not None:
                 entry |= _moments(numbers, entry["n"], declared.ranges[of[0]])
         elif block.kind == "correlation":
             if numbers[0] < max(minimum, 2):
                 small.append(f"correlation of {of[0]} and {of[1]}")
             else:
-                told["correlations"].append(_correlated(numbers, of, declared.ranges))
+                reported["correlations"].append(_correlated(numbers, of, declared.ranges))
         elif block.kind == "survival":
             table = counts[:-1].reshape(-1, 2)
-            told["survival"] = {"times": block.about["times"], "events": table[:, 1].tolist()}
-            told["survival"]["censored"] = table[:, 0].tolist()
+            reported["survival"] = {"times": block.about["times"], "events": table[:, 1].tolist()}
+            reported["survival"]["censored"] = table[:, 0].tolist()
         elif block.kind == "pair":
             shape = block.about["shape"]
             names = [[*declared.categories[n], "(other)"] for n in of]
             table = counts.reshape(shape)[:-1, :-1]
             entry = {"columns": list(of), "rows": names[0], "across": names[1]}
-            told["pairs"].append(entry | {"counts": table.tolist()})
+            reported["pairs"].append(entry | {"counts": table.tolist()})
         elif (count := float(counts[:-1].sum())) < minimum:
             small.append(of[0])
         else:
             entry = {"n": count, "missing": float(counts[-1])}
             if "edges" in block.about:
-                told["numeric"][of[0]] = entry
+                reported["numeric"][of[0]] = entry
                 if block.about["edges"]:
                     entry["histogram"] = block.about | {"counts": counts[:-1].tolist()}
             else:
                 entry |= {"names": list(declared.categories[of[0]]), "few": float(counts[-2])}
-                told["categorical"][of[0]] = entry | {"counts": counts[:-2].tolist()}
-    return told, small
+                reported["categorical"][of[0]] = entry | {"counts": counts[:-2].tolist()}
+    return reported, small
 
 
 def _moments(sums: Floats, count: float, limits: tuple[float, float]) -> Told:
@@ -396,8 +396,8 @@ def _correlated(
 ) -> Told:
     count, half = float(sums[0]), [(ranges[n][1] - ranges[n][0]) / 2 for n in of]
     parts = [
-        {"n": count, **_moments(sums[[place, place + 2]], count, ranges[name])}
-        for place, name in zip((1, 2), of, strict=True)
+        {"n": count, **_moments(sums[[index, index + 2]], count, ranges[name])}
+        for index, name in zip((1, 2), of, strict=True)
     ]
     means = [(m["mean"] - ranges[n][0]) / h - 1 for m, n, h in zip(parts, of, half, strict=True)]
     product = (float(sums[5]) - count * means[0] * means[1]) * half[0] * half[1]

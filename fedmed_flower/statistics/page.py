@@ -64,24 +64,24 @@ def write_page(folder: Path) -> Path:
 
 
 def _body(summary: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    pens = plots.pens(sorted(found["sites"], key=frame.natural))
+    styles = plots.styles(sorted(found["sites"], key=frame.natural))
     for group in found["groups"].values():
         counted = group["overall"]["categorical"].values()
-        many_rows = sum(len(told.get("counts", ())) + 1 for told in counted)
+        many_rows = sum(len(reported.get("counts", ())) + 1 for reported in counted)
         frame.require_small(many_rows + len(group["overall"]["numeric"]), len(group["sites"]))
     made = tables(found)
     first = [table for table in made if table["title"].startswith("Table 1")]
     rest = [table for table in made if not table["title"].startswith("Table 1")]
-    parts = [_head(summary, pens), *(_table(table) for table in first), _NOTES if first else ""]
+    parts = [_head(summary, styles), *(_table(table) for table in first), _NOTES if first else ""]
     with matplotlib.rc_context(plots.SETTINGS):
         for name, group in islice(found["groups"].items(), _MOST_PLOTS):
-            told = {
+            reported = {
                 site: entry
                 for site, answer in found["sites"].items()
                 for entry in answer["groups"]
                 if entry["name"] == name
             }
-            parts.append(_drawings(label(found, name), group, told, pens))
+            parts.append(_drawings(label(found, name), group, reported, styles))
         if (left := len(found["groups"]) - _MOST_PLOTS) > 0:
             parts.append(f'<p class="note">{many(left, "more group")} not drawn.</p>')
         watched = [entry for entry in found["alerts"] if "note" not in entry]
@@ -91,7 +91,7 @@ def _body(summary: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         note = _DRIFT if table["title"] == "Drift" else ""
         parts.append(_table(table) + note)
     request = found["request"]
-    minima = [told["minimum"] for told in found["sites"].values()]
+    minima = [reported["minimum"] for reported in found["sites"].values()]
     if request["epsilon"]:
         parts.append(_NOISED.format(escaped(request["epsilon"]), escaped(request["delta"])))
     else:
@@ -103,7 +103,7 @@ def _body(summary: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _head(summary: Mapping[str, Any], pens: Pens) -> str:
+def _head(summary: Mapping[str, Any], styles: Pens) -> str:
     date = escaped(summary.get("started")).replace("T", " ")[:16]
     failed = summary.get("status") != "finished"
     alert = (
@@ -111,7 +111,7 @@ def _head(summary: Mapping[str, Any], pens: Pens) -> str:
     )
     return (
         f'<h1>{escaped(summary.get("app"))}</h1><p class="soft">Federated statistics · {date} · '
-        f"{many(len(pens), 'hospital')}</p>{alert if failed else ''}"
+        f"{many(len(styles), 'hospital')}</p>{alert if failed else ''}"
     )
 
 
@@ -124,33 +124,35 @@ def _table(table: Mapping[str, Any]) -> str:
     return f"<h2>{escaped(table['title'])}</h2>" + frame.table(caption, head, rows, kind=kind)
 
 
-def _drawings(name: str, group: Mapping[str, Any], told: Mapping[str, Any], pens: Pens) -> str:
+def _drawings(
+    name: str, group: Mapping[str, Any], reported: Mapping[str, Any], styles: Pens
+) -> str:
     of = f", {escaped(name)}" if name else ""
     drawn = [
-        _histogram(column, {s: t["numeric"].get(column, {}) for s, t in told.items()}, pens)
+        _histogram(column, {s: t["numeric"].get(column, {}) for s, t in reported.items()}, styles)
         for column in group["overall"]["numeric"]
     ]
     shown = "".join([drawing for drawing in drawn if drawing][:_MOST_PLOTS])
-    text = f'<h2>Distributions{of}</h2>{_keys(pens)}<div class="plots">{shown}</div>'
+    text = f'<h2>Distributions{of}</h2>{_keys(styles)}<div class="plots">{shown}</div>'
     parts = [text if shown else ""]
     if "survival" in group["overall"]:
-        parts.append(f"<h2>Survival{of}</h2>{_keys(pens)}{_survival(group, told, pens)}")
+        parts.append(f"<h2>Survival{of}</h2>{_keys(styles)}{_survival(group, reported, styles)}")
     if len(group["overall"]["correlations"]) > 1:
         parts.append(_matrix(group["overall"]["correlations"], of))
     return "".join(parts)
 
 
-def _keys(pens: Pens) -> str:
+def _keys(styles: Pens) -> str:
     """Return the legend; too many hospitals have one colour."""
-    own = [key for _, _, key in pens.values()] if len(pens) <= len(PALETTE) else []
+    own = [key for _, _, key in styles.values()] if len(styles) <= len(PALETTE) else []
     every = [*own, plots.line("var(--soft)") + OVERALL.lower()]
     return f"<ul><li>{'</li><li>'.join(every)}</li></ul>"
 
 
-def _histogram(column: str, told: Mapping[str, Any], pens: Pens) -> str:
+def _histogram(column: str, reported: Mapping[str, Any], styles: Pens) -> str:
     """Draw how many in a hundred lie below each value: merged cells differ between hospitals."""
     parts = {
-        site: t["histogram"] for site, t in told.items() if t.get("histogram", {}).get("edges")
+        site: t["histogram"] for site, t in reported.items() if t.get("histogram", {}).get("edges")
     }
     if not parts:
         return ""
@@ -158,7 +160,7 @@ def _histogram(column: str, told: Mapping[str, Any], pens: Pens) -> str:
     for site, part in parts.items():
         reached = np.cumsum(part["counts"])
         shares = 100 * reached[:-1] / max(reached[-1], 1e-9)
-        axes.plot(part["edges"], shares, pens[site][1], color=pens[site][0], lw=1.4, marker=".")
+        axes.plot(part["edges"], shares, styles[site][1], color=styles[site][0], lw=1.4, marker=".")
     frame.require_small(len(parts), sum(len(part["edges"]) for part in parts.values()))
     edges, below = cumulate([*parts.values()])
     total = sum(sum(part["counts"]) for part in parts.values())
@@ -168,13 +170,13 @@ def _histogram(column: str, told: Mapping[str, Any], pens: Pens) -> str:
     return f"<figure><figcaption><b>{escaped(column)}</b> · % below</figcaption>{drawing}</figure>"
 
 
-def _survival(group: Mapping[str, Any], told: Mapping[str, Any], pens: Pens) -> str:
+def _survival(group: Mapping[str, Any], reported: Mapping[str, Any], styles: Pens) -> str:
     axes: Any = Figure((6.4, 3.2), layout="constrained").subplots()
-    for site, part in told.items():
+    for site, part in reported.items():
         if "survival" in part:
             curve = pool_survival([part["survival"]])
             x, y = [0.0, *curve.times], [1.0, *curve.survival]
-            axes.step(x, y, pens[site][1], where="post", color=pens[site][0], lw=1.2)
+            axes.step(x, y, styles[site][1], where="post", color=styles[site][0], lw=1.2)
     curve = group["overall"]["survival"]
     axes.step([0.0, *curve["times"]], [1.0, *curve["survival"]], where="post", color=INK, lw=1.8)
     axes.set_ylim(0, 1.02)
@@ -186,13 +188,13 @@ def _survival(group: Mapping[str, Any], told: Mapping[str, Any], pens: Pens) -> 
 
 
 def _matrix(correlations: Sequence[Mapping[str, Any]], of: str) -> str:
-    names = list(dict.fromkeys(name for told in correlations for name in told["columns"]))
+    names = list(dict.fromkeys(name for reported in correlations for name in reported["columns"]))
     if len(names) > _MOST_NAMES:
         return f'<p class="note">Correlations of {many(len(names), "column")} are not drawn.</p>'
     values = np.full((len(names), len(names)), np.nan)
-    for told in correlations:
-        i, j = (names.index(name) for name in told["columns"])
-        values[i, j] = values[j, i] = math.nan if told["r"] is None else told["r"]
+    for reported in correlations:
+        i, j = (names.index(name) for name in reported["columns"])
+        values[i, j] = values[j, i] = math.nan if reported["r"] is None else reported["r"]
     axes: Any = Figure(
         (6.4, 1.2 + 4.6 * min(1.0, len(names) / 10)), layout="constrained"
     ).subplots()

@@ -114,12 +114,12 @@ def pool_quantile(parts: Sequence[Told], share: float) -> Quantile:
     for part in parts:
         lows += zip((-math.inf, *part["edges"]), part["counts"], strict=True)
         highs += zip((*part["edges"], math.inf), part["counts"], strict=True)
-    place = share * (math.fsum(n for _, n in lows) - 1)
-    low, high = _value_at(lows, math.floor(place)), _value_at(highs, math.ceil(place))
+    index = share * (math.fsum(n for _, n in lows) - 1)
+    low, high = _value_at(lows, math.floor(index)), _value_at(highs, math.ceil(index))
     edges, below = cumulate(parts)
     if not edges:
         return Quantile(math.nan, low, high)
-    value = float(np.interp(place + 0.5, below.sum(axis=0), edges))
+    value = float(np.interp(index + 0.5, below.sum(axis=0), edges))
     return Quantile(min(max(value, low), high), low, high)
 
 
@@ -171,16 +171,16 @@ def pool_survival(parts: Iterable[Told]) -> Curve:
     parts : iterable of dict
         ``times``, ``events`` and ``censored``, of equal length.
     """
-    told = [part for part in parts if part["times"]]
-    times = sorted({time for part in told for time in part["times"]})
+    reported = [part for part in parts if part["times"]]
+    times = sorted({time for part in reported for time in part["times"]})
     totals = np.zeros((len(times), 2))
-    for part in told:
+    for part in reported:
         start = min(0.0, part["times"][0] - 1)
         for side, name in enumerate(("events", "censored")):
             reached = np.interp(times, [start, *part["times"]], [0.0, *np.cumsum(part[name])])
             totals[:, side] += np.diff(reached, prepend=0.0)
     # Shares of patients, added up, are not quite as many as the patients.
-    left = math.fsum(n for part in told for name in ("events", "censored") for n in part[name])
+    left = math.fsum(n for part in reported for name in ("events", "censored") for n in part[name])
     curve, alive = Curve(times, [], [], []), 1.0
     for events, censored in totals.tolist():
         alive *= max(0.0, 1 - events / left) if left > 0 else 1.0
@@ -190,11 +190,11 @@ def pool_survival(parts: Iterable[Told]) -> Curve:
     return curve
 
 
-def _value_at(values: list[tuple[float, float]], place: int) -> float:
+def _value_at(values: list[tuple[float, float]], index: int) -> float:
     """Return the value at a place, from 0 on, among values that occur so many times."""
     reached = 0.0
     for value, count in sorted(values):
         reached += count
-        if count and reached > place:
+        if count and reached > index:
             return value
     return max((value for value, count in values if count), default=math.nan)

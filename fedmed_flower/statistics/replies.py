@@ -29,24 +29,24 @@ def read_reply(text: object) -> dict[str, Any]:
     if not isinstance(text, str) or len(text) > _MOST_LETTERS:
         raise ValueError("it is no text, or too long")
     try:
-        told = json.loads(text)
-        exact = told["noise"] is None
+        reported = json.loads(text)
+        exact = reported["noise"] is None
         if not exact:
             for name in ("epsilon", "delta", "multiplier"):
-                _number(told["noise"][name], name, least=0.0)
-        _number(told["minimum"], "minimum", least=1)
-        if len(told["groups"]) > _MOST_GROUPS:
+                _number(reported["noise"][name], name, least=0.0)
+        _number(reported["minimum"], "minimum", least=1)
+        if len(reported["groups"]) > _MOST_GROUPS:
             raise ValueError(f"there are more than {_MOST_GROUPS:,} groups")
-        names = [_read_group(group, exact) for group in told["groups"]]
+        names = [_read_group(group, exact) for group in reported["groups"]]
         if len(set(names)) < len(names):
             raise ValueError("a group is there twice")
-        for entry in told["withheld"]:
+        for entry in reported["withheld"]:
             _texts(entry, "withheld", count=3)
     except ValueError:
         raise
     except Exception as error:  # A hostile answer can be wrong in a dozen ways.
         raise ValueError(f"{type(error).__name__} {error}"[:200]) from None
-    found: dict[str, Any] = told
+    found: dict[str, Any] = reported
     return found
 
 
@@ -60,55 +60,55 @@ def _read_group(group: Told, exact: bool) -> str:
     most = rows if exact else math.inf
     _texts(group["numeric"], "columns")
     _texts(group["categorical"], "columns")
-    for name, told in group["numeric"].items():
-        count = _counted(told, name, exact, most)
-        if "mean" in told:
-            _moments(told, name)
-        if "histogram" in told:
-            edges, counts = told["histogram"]["edges"], told["histogram"]["counts"]
+    for name, reported in group["numeric"].items():
+        count = _counted(reported, name, exact, most)
+        if "mean" in reported:
+            _moments(reported, name)
+        if "histogram" in reported:
+            edges, counts = reported["histogram"]["edges"], reported["histogram"]["counts"]
             _ascending(edges, name)
             _counts(counts, name, exact, count if exact else math.inf, len(edges) + 1)
-    for name, told in group["categorical"].items():
-        count = _counted(told, name, exact, most)
-        if "names" in told:
-            _texts(told["names"], name)
-            counts = [*told["counts"], told["few"]]
-            _counts(counts, name, exact, count if exact else math.inf, len(told["names"]) + 1)
-            if len(set(told["names"])) < len(told["names"]):
+    for name, reported in group["categorical"].items():
+        count = _counted(reported, name, exact, most)
+        if "names" in reported:
+            _texts(reported["names"], name)
+            counts = [*reported["counts"], reported["few"]]
+            _counts(counts, name, exact, count if exact else math.inf, len(reported["names"]) + 1)
+            if len(set(reported["names"])) < len(reported["names"]):
                 raise ValueError(f"{name} has a category twice")
-    for told in group["correlations"]:
-        _texts(told["columns"], "correlation", count=2)
-        of = told["of"]
+    for reported in group["correlations"]:
+        _texts(reported["columns"], "correlation", count=2)
+        of = reported["of"]
         if len(of) != 2 or of[0]["n"] != of[1]["n"] or not of[0]["n"] <= most:
-            raise ValueError("a correlation has not the same rows of both columns")
+            raise ValueError("the two columns of a correlation must have the same number of rows")
         for part in of:
             _number(part["n"], "n", 0.0, _MOST_COUNT)
             _moments(part, "a correlation")
-        _number(told["product"], "product")
-        if abs(told["product"]) > math.sqrt(of[0]["m2"] * of[1]["m2"]) * _ROUNDING:
+        _number(reported["product"], "product")
+        if abs(reported["product"]) > math.sqrt(of[0]["m2"] * of[1]["m2"]) * _ROUNDING:
             raise ValueError("a correlation is above 1")
-    for told in group["pairs"]:
-        _texts(told["columns"], "pair", count=2)
-        _texts(told["rows"], "pair")
-        _texts(told["across"], "pair")
-        if len(told["counts"]) != len(told["rows"]):
+    for reported in group["pairs"]:
+        _texts(reported["columns"], "pair", count=2)
+        _texts(reported["rows"], "pair")
+        _texts(reported["across"], "pair")
+        if len(reported["counts"]) != len(reported["rows"]):
             raise ValueError("a table has another number of rows than names")
-        for counts in told["counts"]:
-            _counts(counts, "a table", exact, most, len(told["across"]))
+        for counts in reported["counts"]:
+            _counts(counts, "a table", exact, most, len(reported["across"]))
     if "survival" in group:
-        told = group["survival"]
-        _ascending(told["times"], "times")
+        reported = group["survival"]
+        _ascending(reported["times"], "times")
         for name in ("events", "censored"):
-            _counts(told[name], name, exact, most, len(told["times"]))
-        if math.fsum([*told["events"], *told["censored"]]) > most:
+            _counts(reported[name], name, exact, most, len(reported["times"]))
+        if math.fsum([*reported["events"], *reported["censored"]]) > most:
             raise ValueError("a curve has more patients than there are")
     if "weeks" in group:
-        told = group["weeks"]
-        _texts([told["start"]], "weeks")
-        if _number(told["first"], "first week") % 1:
+        reported = group["weeks"]
+        _texts([reported["start"]], "weeks")
+        if _number(reported["first"], "first week") % 1:
             raise ValueError("the first week is no whole number")
-        known = [count for count in told["counts"] if count is not None]
-        if len(told["counts"]) > 10_000:
+        known = [count for count in reported["counts"] if count is not None]
+        if len(reported["counts"]) > 10_000:
             raise ValueError("there are more than 10,000 weeks")
         _counts(known, "weeks", exact, most, len(known))
     return str(group["name"])
@@ -134,17 +134,17 @@ def _counts(values: Sequence[object], name: str, exact: bool, most: float, lengt
         raise ValueError(f"{name} counts more than there are")
 
 
-def _counted(told: Told, name: str, exact: bool, most: float) -> float:
-    count = _count(told["n"], name, exact)
-    if count + _count(told["missing"], name, exact) > most:
+def _counted(reported: Told, name: str, exact: bool, most: float) -> float:
+    count = _count(reported["n"], name, exact)
+    if count + _count(reported["missing"], name, exact) > most:
         raise ValueError(f"{name} counts more than there are")
     return count
 
 
-def _moments(told: Told, name: str) -> None:
+def _moments(reported: Told, name: str) -> None:
     for part in ("mean", "rest"):
-        _number(told[part], name, -1e100, 1e100)
-    _number(told["m2"], name, 0.0, _MOST_SQUARES)
+        _number(reported[part], name, -1e100, 1e100)
+    _number(reported["m2"], name, 0.0, _MOST_SQUARES)
 
 
 def _ascending(values: object, name: str) -> None:

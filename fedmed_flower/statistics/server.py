@@ -70,8 +70,8 @@ class Answer:
         """Return what was told of each group, by group and by hospital; ``""`` is all rows."""
         found: dict[str, dict[str, dict[str, Any]]] = {}
         starts: dict[str, float] = {}
-        for site, told in self.sites.items():
-            for group in told["groups"]:
+        for site, reported in self.sites.items():
+            for group in reported["groups"]:
                 found.setdefault(group["name"], {})[site] = group
                 starts[group["name"]] = float("inf") if group["start"] is None else group["start"]
         return {name: found[name] for name in sorted(found, key=lambda name: (starts[name], name))}
@@ -191,12 +191,16 @@ def _found(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
     groups = answer.groups()
     changes: list[dict[str, Any]] = []
     if drift == "sites":
-        for name, told in groups.items():
-            changes += [row | {"group": name} for row in drift_between_sites(told)]
+        for name, reported in groups.items():
+            changes += [row | {"group": name} for row in drift_between_sites(reported)]
     elif drift == "groups" and groups:
-        changes = drift_between_groups({name: [*told.values()] for name, told in groups.items()})
+        changes = drift_between_groups(
+            {name: [*reported.values()] for name, reported in groups.items()}
+        )
     watched = [
-        row | {"group": name} for name, told in groups.items() for row in alarms(told, alert)
+        row | {"group": name}
+        for name, reported in groups.items()
+        for row in alarms(reported, alert)
     ]
     for row in watched:
         if weeks := sum(row.get("alert", ())):
@@ -208,10 +212,10 @@ def _found(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
         "failures": [{"site": name, "reason": reason} for name, reason in answer.failures],
         "groups": {
             name: {
-                "overall": summarise(list(told.values())),
-                "sites": {site: summarise([group]) for site, group in told.items()},
+                "overall": summarise(list(reported.values())),
+                "sites": {site: summarise([group]) for site, group in reported.items()},
             }
-            for name, told in groups.items()
+            for name, reported in groups.items()
         },
         "drift": changes,
         "alerts": watched,
@@ -229,8 +233,8 @@ def _summary(answer: Answer, found: dict[str, Any]) -> dict[str, Any]:
         else "; ".join(sorted(answer.sources)),
         "generated": answer.generated,
         "sites": {
-            name: sum(group["patients"] for group in told["groups"])
-            for name, told in answer.sites.items()
+            name: sum(group["patients"] for group in reported["groups"])
+            for name, reported in answer.sites.items()
         },
         "tables": tables(found),
         "failures": found["failures"],

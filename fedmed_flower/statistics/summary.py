@@ -106,7 +106,7 @@ def drift_between_sites(sites: Mapping[str, Told]) -> list[dict[str, Any]]:
         for site in sites
         for row in differences(
             [sites[site]],
-            [told for name, told in sites.items() if name != site],
+            [reported for name, reported in sites.items() if name != site],
             site,
             "all others",
         )
@@ -138,10 +138,10 @@ def alarms(sites: Mapping[str, Told], method: str) -> list[dict[str, Any]]:
     if method not in ALARMS:
         raise InputError(f"alert must be one of {', '.join(ALARMS)}, got {method!r}")
     found = []
-    for site, told in sites.items():
-        if "weeks" not in told:
+    for site, reported in sites.items():
+        if "weeks" not in reported:
             continue
-        weeks = told["weeks"]
+        weeks = reported["weeks"]
         row = {"site": site, "start": weeks["start"], "counts": weeks["counts"]}
         counts = [math.nan if count is None else float(count) for count in weeks["counts"]]
         try:
@@ -156,16 +156,16 @@ def alarms(sites: Mapping[str, Told], method: str) -> list[dict[str, Any]]:
 def _columns(groups: Sequence[Told], kind: str) -> dict[str, list[Told]]:
     found: dict[str, list[Told]] = {}
     for group in groups:
-        for name, told in group[kind].items():
-            found.setdefault(name, []).append(told)
+        for name, reported in group[kind].items():
+            found.setdefault(name, []).append(reported)
     return found
 
 
 def _by_columns(groups: Sequence[Told], kind: str) -> dict[tuple[str, ...], list[Told]]:
     found: dict[tuple[str, ...], list[Told]] = {}
     for group in groups:
-        for told in group[kind]:
-            found.setdefault(tuple(told["columns"]), []).append(told)
+        for reported in group[kind]:
+            found.setdefault(tuple(reported["columns"]), []).append(reported)
     return found
 
 

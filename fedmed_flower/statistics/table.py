@@ -54,21 +54,21 @@ def table_one(name: str, group: Mapping[str, Any], noised: bool = False) -> Tabl
     rows = [["Patients", *(count(column["patients"]) for column in columns)]]
     if any(column["rows"] != column["patients"] for column in columns):
         rows.append(["Rows", *(count(column["rows"]) for column in columns)])
-    for variable, told in group["overall"]["numeric"].items():
+    for variable, reported in group["overall"]["numeric"].items():
         parts = [column["numeric"].get(variable) for column in columns]
-        if "mean" in told:
+        if "mean" in reported:
             rows.append([f"{variable}, mean (SD)", *map(_mean, parts)])
-        if "quantiles" in told:
+        if "quantiles" in reported:
             rows.append([f"{variable}, median [Q1, Q3]", *map(_median, parts)])
         rows.append([f"{variable}, missing", *map(_missing, parts)])
-    for variable, told in group["overall"]["categorical"].items():
+    for variable, reported in group["overall"]["categorical"].items():
         parts = [column["categorical"].get(variable) for column in columns]
-        for value in told.get("counts", ()):
+        for value in reported.get("counts", ()):
             shown = [_share(part, value, noised) for part in parts]
             # Those that a hospital has put among its few are not in the sum.
             shown[-1] = "≥" * ("few" in shown) + shown[-1]
             rows.append([f"{variable} = {value}, n (%)", *shown])
-        if told.get("few"):
+        if reported.get("few"):
             rows.append([f"{variable} {FEW}, n (%)", *(_few(part) for part in parts)])
         rows.append([f"{variable}, missing", *map(_missing, parts)])
     return {"title": title, "head": ["", *group["sites"], OVERALL], "rows": rows}
@@ -137,22 +137,27 @@ def _named(title: str, group: str) -> str:
 
 def _pairs(name: str, group: Mapping[str, Any]) -> list[Table]:
     made = []
-    for told in group["overall"]["pairs"]:
-        one, other = told["columns"]
+    for reported in group["overall"]["pairs"]:
+        one, other = reported["columns"]
         rows = [
             [f"{one} = {value}", *map(count, counts)]
-            for value, counts in zip(told["rows"], told["counts"], strict=True)
+            for value, counts in zip(reported["rows"], reported["counts"], strict=True)
         ]
-        head = ["", *(f"{other} = {value}" for value in told["across"])]
-        what = f"{one} by {other}, {told['hospitals']} hospitals"
+        head = ["", *(f"{other} = {value}" for value in reported["across"])]
+        what = f"{one} by {other}, {reported['hospitals']} hospitals"
         made.append({"title": _named(what, name), "head": head, "rows": rows})
     return made
 
 
 def _correlations(name: str, group: Mapping[str, Any]) -> Table:
     rows = [
-        [*told["columns"], figure(told["r"]), count(told["n"]), count(told["hospitals"])]
-        for told in group["overall"]["correlations"]
+        [
+            *reported["columns"],
+            figure(reported["r"]),
+            count(reported["n"]),
+            count(reported["hospitals"]),
+        ]
+        for reported in group["overall"]["correlations"]
     ]
     head = ["", "", "r", "n", "hospitals"]
     return {"title": _named("Correlations", name), "head": head, "rows": rows}
@@ -160,15 +165,18 @@ def _correlations(name: str, group: Mapping[str, Any]) -> Table:
 
 def _curve(name: str, group: Mapping[str, Any]) -> Table:
     """Return about a dozen points of the curve, the last among them."""
-    told = group["overall"].get("survival", {"times": [], "hospitals": 0})
-    step = max(1, math.ceil(len(told["times"]) / _MOST_TIMES))
+    reported = group["overall"].get("survival", {"times": [], "hospitals": 0})
+    step = max(1, math.ceil(len(reported["times"]) / _MOST_TIMES))
     rows = [
         [figure(time), count(left), count(events), figure(alive)]
         for time, left, events, alive in zip(
-            *(told.get(key, ()) for key in ("times", "at_risk", "events", "survival")), strict=True
+            *(reported.get(key, ()) for key in ("times", "at_risk", "events", "survival")),
+            strict=True,
         )
     ][::-step][::-1]
-    title = _named(f"Kaplan-Meier, {told['hospitals']} of {len(group['sites'])} hospitals", name)
+    title = _named(
+        f"Kaplan-Meier, {reported['hospitals']} of {len(group['sites'])} hospitals", name
+    )
     return {"title": title, "head": ["time", "at risk", "events", "survival"], "rows": rows}
 
 
@@ -201,7 +209,7 @@ def _alerts(entries: Sequence[Mapping[str, Any]], method: str) -> Table:
 
 
 def _withheld(sites: Mapping[str, Any]) -> Table:
-    rows = [[site, *entry] for site, told in sites.items() for entry in told["withheld"]]
+    rows = [[site, *entry] for site, reported in sites.items() for entry in reported["withheld"]]
     return {"title": "Withheld", "head": ["hospital", "group", "what", "why"], "rows": rows}
 
 

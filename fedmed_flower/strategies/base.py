@@ -608,9 +608,9 @@ class FedAvg(flower.FedAvg):
         models = [with_arrays(reply.message, reply.arrays) for reply in replies]
         messages = with_shared_metrics(models, self.weighted_by_key, weights=weights)
         made, _ = other.aggregate_train(self, self.run.server_round, messages)
-        if made is not None and shapes(made) != shapes(updates.like):
+        if made is not None and shapes(made) != shapes(updates.layout):
             raise InputError(f"{other.__name__} returns a model of other entries or shapes")
-        return None if made is None else keep_dtypes(made, updates.like)
+        return None if made is None else keep_dtypes(made, updates.layout)
 
     def _step(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord | None:
         """Let Flower's server optimiser, if there is one, move the global model."""
@@ -632,7 +632,8 @@ class FedAvg(flower.FedAvg):
 
     def _suffice(self, count: int) -> bool:
         """Return whether so many usable replies will do; record it if they do not."""
-        # A strategy that needs none releases something where nobody replied.
+        # `needed() == 0` means that the strategy makes a model even without replies (DPFedAvg
+        # releases noise).
         needed = max(self.min_replies, self.needed()) if self.needed() else 0
         if count >= needed:
             return True

@@ -262,8 +262,8 @@ class DPFedAvg(FedAvg):
         self._drawn = None
         clipping_norm = self.clipping_norm
         arrays, metrics = super().aggregate_train(server_round, list(replies))
-        told = {HOSPITAL_EPSILON: self.epsilon, "clipping-norm": clipping_norm}
-        return arrays, MetricRecord(dict(metrics or {}) | told)
+        reported = {HOSPITAL_EPSILON: self.epsilon, "clipping-norm": clipping_norm}
+        return arrays, MetricRecord(dict(metrics or {}) | reported)
 
     def combine(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
         """Return the model plus the noisy mean of the clipped changes.

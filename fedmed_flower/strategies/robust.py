@@ -109,7 +109,7 @@ class Robust(FedAvg):
             Where an entry is complex, which has neither order nor distance here.
         """
         given = updates
-        for key, array in updates.like.items():
+        for key, array in updates.layout.items():
             if array.dtype.startswith("complex"):
                 raise InputError(f"{key} is {array.dtype}: no robust rule can combine it")
         if self.mixing == NEAREST:

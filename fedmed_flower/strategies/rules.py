@@ -88,9 +88,9 @@ def nearest_to_median(count: int) -> Callable[[list[NDArray[Any]]], NDArray[Any]
         middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / two
         # They lie side by side: move the window up while what enters is nearer than what leaves.
         window = [values.copy() for values in ordered[:count]]
-        for place, entering in enumerate(ordered[count:]):
-            leaving = window[place % count]
-            moves = entering - middle < middle - ordered[place]
+        for index, entering in enumerate(ordered[count:]):
+            leaving = window[index % count]
+            moves = entering - middle < middle - ordered[index]
             np.copyto(leaving, entering, where=moves)
         total = window[0]
         for values in window[1:]:

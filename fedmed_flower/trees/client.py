@@ -84,6 +84,7 @@ class TreeClient(TabularClient):
     """
 
     stand_ins: ClassVar[Mapping[str, str]] = {}
+    prepared_for: ClassVar[str] = TREES
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -92,11 +93,6 @@ class TreeClient(TabularClient):
         if self.schema.task == "survival":
             client: Any = self
             client.survival = replace(client.survival, survival_loss="cox")
-
-    def key(self, *parts: object) -> tuple[object, ...]:
-        """Return the key under which a run keeps something; what is prepared differs for trees."""
-        same = parts[-1] in ("data", "rows")
-        return super().key(*parts) if same else super().key(*parts, TREES)
 
     def read(self, message: Message) -> ConfigRecord:
         """Return the config of a message, and take up what it says of trees."""
@@ -222,11 +218,11 @@ class TreeClient(TabularClient):
         """Return where each feature may be split."""
         minimum = min_cell_count(self.context, self.site)
         declared, edges = Declared(Request(), self.schema), list[Edges]()
-        for place, column in enumerate(self.schema.numeric):
+        for index, column in enumerate(self.schema.numeric):
             if step := declared.resolution(column):
                 edges.append(spaced_edges(*self.schema.ranges[column], step))
             else:
-                edges.append(quantile_edges(features[:, place], patients, minimum))
+                edges.append(quantile_edges(features[:, index], patients, minimum))
         categories = features.shape[1] - len(edges)
         return edges + [np.array([0.5], np.float32)] * categories
 
@@ -266,8 +262,8 @@ class TreeClient(TabularClient):
             weight = {"min_child_weight": settings.tree_min_child_weight}
             while True:
                 grown = xgboost.train(parameters | weight, data, 1)
-                places = grown.predict(data, pred_leaf=True).reshape(len(labels[drawn]), -1)
-                if all(_fewest(leaf, patients[drawn]) >= minimum for leaf in places.T):
+                indices = grown.predict(data, pred_leaf=True).reshape(len(labels[drawn]), -1)
+                if all(_fewest(leaf, patients[drawn]) >= minimum for leaf in indices.T):
                     break
                 weight = {"min_child_weight": max(2 * weight["min_child_weight"], 1e-3)}
             found = bytes(grown.save_raw("json"))
@@ -345,15 +341,15 @@ def raw_features(
     """
     plain = _raw(schema, prepared_by)
     features = plain.transform(rows)
-    for place, column in enumerate(schema.numeric):
+    for index, column in enumerate(schema.numeric):
         values = np.asarray([row[column] for row in rows], dtype=np.float64)
-        features[~(np.abs(values) <= LARGEST), place] = np.nan
-    place = len(schema.numeric)
+        features[~(np.abs(values) <= LARGEST), index] = np.nan
+    index = len(schema.numeric)
     for column in plain.categories:
         width = Preparation({}, {}, {column: plain.categories[column]}).width
         missing = np.asarray([category_text(row[column]) is None for row in rows], dtype=bool)
-        features[missing, place : place + width] = np.nan
-        place += width
+        features[missing, index : index + width] = np.nan
+        index += width
     return features
 
 

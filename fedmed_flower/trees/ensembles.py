@@ -260,18 +260,18 @@ def _checked(given: Any, number: int, form: Form) -> Tree:
     )
     default, values = column("default_left", count, True), column("split_conditions", count, False)
     inner = left != -1
-    places = np.flatnonzero(inner)
+    indices = np.flatnonzero(inner)
     children = np.concatenate([left[inner], right[inner]])
     # Each but the root is the child of one before it: so there is no circle and no node apart.
     if not (
         np.array_equal(np.sort(children), np.arange(1, count))
-        and (children > np.tile(places, 2)).all()
+        and (children > np.tile(indices, 2)).all()
     ):
         raise ValueError(f"tree {number} is none: its nodes do not hang together")
     if not ((split[inner] >= 0) & (split[inner] < len(form.features))).all():
         raise ValueError(f"tree {number} splits by a feature that there is not")
     parents = np.full(count, -1 if form.outputs > 1 else _NO_PARENT)
-    parents[children] = np.tile(places, 2)
+    parents[children] = np.tile(indices, 2)
     tree: Tree = {
         "base_weights": [0.0] * (count * form.outputs),
         "categories": [],

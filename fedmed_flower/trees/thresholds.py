@@ -110,8 +110,8 @@ def in_bins(features: NDArray[np.float32], edges: Sequence[Edges]) -> NDArray[np
     (n, width) float32 array
     """
     bins = np.empty_like(features)
-    for place, own in enumerate(edges):
-        bins[:, place] = np.searchsorted(own, features[:, place], "right")
+    for index, own in enumerate(edges):
+        bins[:, index] = np.searchsorted(own, features[:, index], "right")
     bins[np.isnan(features)] = np.nan
     return bins
 
@@ -129,9 +129,9 @@ def at_edges(tree: Tree, edges: Sequence[Edges]) -> Tree:
         Of each feature.
     """
     values = list(tree["split_conditions"])
-    for place, child in enumerate(tree["left_children"]):
+    for index, child in enumerate(tree["left_children"]):
         if child >= 0:
-            own = (-BEYOND, *edges[tree["split_indices"][place]].tolist(), BEYOND)
+            own = (-BEYOND, *edges[tree["split_indices"][index]].tolist(), BEYOND)
             # Below a threshold of 2.5 lie the bins 0 to 2, which end at the third edge.
-            values[place] = own[min(max(math.ceil(values[place]), 0), len(own) - 1)]
+            values[index] = own[min(max(math.ceil(values[index]), 0), len(own) - 1)]
     return tree | {"split_conditions": values}

@@ -181,9 +181,9 @@ def test_a_running_mean_takes_what_it_says():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("like", [np.float16, np.float32, np.float64])
-def test_every_way_through_the_parameters_names_what_is_not_finite(bad, like):
-    good, flawed = np.array([1, 2, 3], like), np.array([1, bad, 3], like)
+@pytest.mark.parametrize("layout", [np.float16, np.float32, np.float64])
+def test_every_way_through_the_parameters_names_what_is_not_finite(bad, layout):
+    good, flawed = np.array([1, 2, 3], layout), np.array([1, bad, 3], layout)
     rows = [good, flawed, good, -good, flawed]
     wanted = dict.fromkeys([1, 4], NOT_FINITE)
     for centre, mix in itertools.product([None, arrays(w=good)], [None, np.full((3, 5), 0.2)]):
@@ -403,7 +403,7 @@ def test_integers_and_bools_are_the_others():
     ]
     given_updates = Updates(records, records[0], records[2])
     others = given_updates.others()
-    assert list(others.like) == ["n", "b"]
+    assert list(others.layout) == ["n", "b"]
     assert (others.count, others.centred) == (3, True)
     assert dump(others.weighted_sum([0, 0, 0], rest=1)) == dump(
         arrays(n=np.array(2), b=np.array([True]))

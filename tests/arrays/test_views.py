@@ -172,9 +172,9 @@ def test_damaged_bytes_are_refused_or_read_as_flower_reads_them(values, changes)
 
 
 def test_means_of_integers_get_their_dtype_back():
-    like = arrays(batches=np.array([7, 7, 7], np.int64), small=np.array(3, np.uint8), w=[1.0])
+    layout = arrays(batches=np.array([7, 7, 7], np.int64), small=np.array(3, np.uint8), w=[1.0])
     means = arrays(batches=np.array([2.4, 2.6, -0.6]), small=np.array(3.9), w=[0.25])
-    got = keep_dtypes(means, like)
+    got = keep_dtypes(means, layout)
     assert list(got) == ["batches", "small", "w"]
     assert got["batches"].numpy().dtype == np.int64
     assert got["batches"].numpy().tolist() == [2, 3, -1]
@@ -210,8 +210,8 @@ def test_no_arrays():
 
 
 def test_a_single_bfloat16_gets_its_dtype_back():
-    like = ArrayRecord({"w": bfloat16(npy(header("'<V2'", "()"), b"\x80\x3f"))})
-    got = keep_dtypes(arrays(w=np.array(2.0)), like)
+    layout = ArrayRecord({"w": bfloat16(npy(header("'<V2'", "()"), b"\x80\x3f"))})
+    got = keep_dtypes(arrays(w=np.array(2.0)), layout)
     assert got["w"].dtype == "bfloat16"
     assert view(got["w"]).shape == ()
     assert view(got["w"]).tobytes() == b"\x00\x40"
@@ -300,8 +300,8 @@ def test_headers_of_the_second_version_are_read_too():
      np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.array([1, 2], ">f4"), np.array([1j])],
 )  # fmt: skip
 def test_what_is_written_to_a_draft_is_what_numpy_saves(values):
-    like = arrays(a=values, b=[7.0])
-    draft = Draft(like)
+    layout = arrays(a=values, b=[7.0])
+    draft = Draft(layout)
     assert [part.shape for part in draft.row] == [(values.size,), (1,)]
     assert [part.dtype for part in draft.row] == [values.dtype, np.float32]
     assert not any(part.any() for part in draft.row)
@@ -314,13 +314,13 @@ def test_what_is_written_to_a_draft_is_what_numpy_saves(values):
     assert got["a"].data == file.getvalue()
     assert (got["a"].dtype, got["a"].shape) == (str(values.dtype), values.shape)
     assert got["b"] == Array(np.array([8], np.float32))
-    assert like["b"].numpy() == 7
+    assert layout["b"].numpy() == 7
 
 
 def test_a_draft_is_finished_without_a_copy():
-    like = arrays(w=np.zeros(1_000_000))
+    layout = arrays(w=np.zeros(1_000_000))
     tracemalloc.start()
-    draft = Draft(like)
+    draft = Draft(layout)
     draft.row[0][...] = 1
     got = draft.finish()
     peak = tracemalloc.get_traced_memory()[1]

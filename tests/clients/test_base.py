@@ -365,7 +365,7 @@ def test_data_of_a_run_are_not_kept_for_the_next():
     ask(Client, "train", context_of())
     gc.collect()
     assert references[0]() is None
-    assert len({key[0] for key in MedicalClient.kept}) == 1
+    assert len(MedicalClient.run_cache.loaded) == 1
 
 
 def test_pooled_training_sees_every_sites_rows():
@@ -773,8 +773,8 @@ def test_a_client_of_its_own_must_give_rows_that_no_patient_stands_behind(tmp_pa
     context = context_of(privacy="patient", run_dir=str(tmp_path))
     text = error_of(Client, "train", context, arrays=model_arrays(line))
     assert text == (
-        "Client gives no made_up: before a patient's row is looked at, model and loss are tried on "
-        "rows that no patient stands behind"
+        "Client does not define made_up: before a patient's row is looked at, model and loss are "
+        "tried on rows that are no patient's"
     )
     assert loaded == []
     assert not (tmp_path / "ledgers").exists()

@@ -43,7 +43,7 @@ def tables(train=40, val=20, test=40):
 def asked(client, node, kind, arrays=None, **config):
     """Ask as a new run in a new process does; the message's config is `message`."""
     message = config.pop("message", {})
-    MedicalClient.kept.clear()
+    MedicalClient.run_cache.of_run(-1)
     context = context_of(node_config=node, **config)
     return ask(client, kind, context, arrays, **message)
 

@@ -636,13 +636,13 @@ def test_what_cannot_be_trained_privately_is_refused_and_costs_nothing(
 def test_a_loss_that_couples_patients_is_refused(tmp_path):
     rows = sorted(make_rows(20, 0), key=lambda row: row["label"])
     text = error_of(fixed(SiteData(train=rows), Weighted), private(tmp_path))
-    assert text.startswith("the loss couples patients: for 4 of them it is ")
+    assert text.startswith("the loss of a batch is not the mean or sum of its records' losses: ")
     assert text.endswith("class weights with reduction='sum'")
 
 
 def test_a_client_that_says_nothing_of_batches_cannot_train():
     bare = Bare(context_of())
-    text = "Bare cannot train: it gives no batch_of and loss_of"
+    text = "Bare cannot train: it does not define batch_of and loss_of"
     for call in (lambda: bare.batch_of([], []), lambda: bare.loss_of(linear(), {})):
         with pytest.raises(InputError, match=says(text)):
             call()
@@ -681,7 +681,9 @@ class Forgetless(TinyClient):
 
 def test_a_loss_that_remembers_the_record_before_is_refused(tmp_path):
     text = error_of(Forgetless, private(tmp_path))
-    assert text.startswith(("the loss couples", "the model or the loss keeps something of one"))
+    assert text.startswith(
+        ("the loss of a batch is not the mean", "the model or the loss keeps something of one")
+    )
     rows = {"image": torch.randn(2, 1, 2, 2), "label": torch.tensor([0, 1])}
     loss = Remember()
     with pytest.raises(InputError, match=r"^the model or the loss keeps something of one record"):
@@ -1074,7 +1076,7 @@ def test_a_run_with_private_metrics_pools_them(tmp_path):
 
 
 def test_a_client_that_gives_no_counts_with_noise_says_so(tmp_path):
-    text = "Bare gives no measure_privately"
+    text = "Bare does not define measure_privately"
     assert error_of(Bare, private(tmp_path), "evaluate") == text
     exactly = private(tmp_path, private_metrics=False)
     assert not ask(Bare, "evaluate", exactly).has_error()

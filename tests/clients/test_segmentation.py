@@ -701,7 +701,9 @@ def test_a_loss_over_the_batch_is_refused(tmp_path, side):
         loss=lambda self: DiceCELoss(softmax=True, batch=True),
         image_shape=(1, side, side),
     )
-    assert reason_of(client, context=private(tmp_path)).startswith("the loss couples patients")
+    assert reason_of(client, context=private(tmp_path)).startswith(
+        "the loss of a batch is not the mean or sum of its records' losses: "
+    )
     assert ledgers(tmp_path) == []
     plain = client_of(data_of(4), **SIZED)
     assert trained(plain, private(tmp_path), start(plain)) != bits(start(plain))

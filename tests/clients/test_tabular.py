@@ -212,8 +212,8 @@ def test_a_hospital_that_fails_in_the_first_round_tells_the_class_alone(tmp_path
 
 
 ALONE = (
-    "no hospital tells of its columns what can be used (each needs min-cell-count patients for "
-    'that): with preparation="declared" the schema\'s ranges and categories do instead'
+    "no hospital could share statistics of its columns: each needs at least min-cell-count "
+    'patients. Set preparation="declared" and give ranges and categories in the schema'
 )
 
 

@@ -319,11 +319,11 @@ def test_series_that_cannot_be_told_apart_are_named(tmp_path):
     mixed = tmp_path / "mixed"
     write_series(mixed, VOLUME, series_uid="1.1")
     write_image(mixed / "scout.dcm", np.zeros((3, 4), np.uint8), SeriesInstanceUID="1.2")
-    whose = tmp_path / "whose"
-    first = write_series(whose, VOLUME, series_uid="1.3")[0]
-    write_series(whose, VOLUME, series_uid="1.3", patient="p2")
-    first.rename(whose / "a.dcm")
-    write_series(whose, VOLUME, series_uid="1.3", patient="p1")
+    patient_of_row = tmp_path / "whose"
+    first = write_series(patient_of_row, VOLUME, series_uid="1.3")[0]
+    write_series(patient_of_row, VOLUME, series_uid="1.3", patient="p2")
+    first.rename(patient_of_row / "a.dcm")
+    write_series(patient_of_row, VOLUME, series_uid="1.3", patient="p1")
     write_series(tmp_path / "part1", VOLUME, series_uid="1.4")
     write_series(tmp_path / "part2", VOLUME, series_uid="1.4", origin=(0, 0, 2))
     broken = write_series(tmp_path / "broken", VOLUME)[1]
@@ -334,7 +334,7 @@ def test_series_that_cannot_be_told_apart_are_named(tmp_path):
     assert set(listing.problems) == {
         f"{mixed} holds 2 series, one of them of 2 slices (1.1, 1.2): give each a folder of its "
         "own",
-        f"{whose}: its series has several patients: p1, p2",
+        f"{patient_of_row}: its series has several patients: p1, p2",
         f"{broken} holds no image: it is cut off, or a document",
         f"{tmp_path / 'broken'}: a slice is missing where a file cannot be used",
         f"{tmp_path / 'part1'}: slices of its series are in several folders: {parts}",

@@ -23,28 +23,32 @@ def as_lists(parts):
 @st.composite
 def cases(draw):
     """Labels, whose they are, shares, a seed and a minimum that can be met."""
-    whose = draw(st.lists(st.integers(0, 12), min_size=1, max_size=60))
-    labels = draw(st.lists(st.integers(0, 3), min_size=len(whose), max_size=len(whose)))
-    num_patients = len(set(whose))
+    patient_of_row = draw(st.lists(st.integers(0, 12), min_size=1, max_size=60))
+    labels = draw(
+        st.lists(st.integers(0, 3), min_size=len(patient_of_row), max_size=len(patient_of_row))
+    )
+    num_patients = len(set(patient_of_row))
     num_sites = draw(st.integers(1, num_patients))
     alpha = draw(st.sampled_from([1e-9, 0.1, 1.0, 1e9]))
     minimum = draw(st.integers(0, num_patients // num_sites))
     seed = draw(st.integers(0, 2**32))
-    return labels, whose, dirichlet_shares(4, num_sites, alpha, seed), seed, minimum
+    return labels, patient_of_row, dirichlet_shares(4, num_sites, alpha, seed), seed, minimum
 
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_each_row_once_whole_patients_minimum_and_seed(case):
-    labels, whose, shares, seed, minimum = case
-    parts = split_by_shares(labels, shares, seed, whose, minimum)
+    labels, patient_of_row, shares, seed, minimum = case
+    parts = split_by_shares(labels, shares, seed, patient_of_row, minimum)
     assert len(parts) == shares.shape[1]
     assert sorted(np.concatenate(parts)) == list(range(len(labels)))
-    patients = [{whose[row] for row in rows} for rows in parts]
-    assert sum(map(len, patients)) == len(set(whose))
+    patients = [{patient_of_row[row] for row in rows} for rows in parts]
+    assert sum(map(len, patients)) == len(set(patient_of_row))
     assert min(map(len, patients)) >= minimum
     assert all(np.all(np.diff(rows) > 0) for rows in parts)
-    assert as_lists(parts) == as_lists(split_by_shares(labels, shares, seed, whose, minimum))
+    assert as_lists(parts) == as_lists(
+        split_by_shares(labels, shares, seed, patient_of_row, minimum)
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -73,8 +77,8 @@ def test_another_seed_gives_other_patients():
 
 def test_a_patient_has_the_most_frequent_label_and_the_smaller_in_a_tie():
     labels = [1, 1, 0, 0, 1, 1]
-    whose = ["a", "a", "a", "b", "b", "c"]
-    parts = split_by_shares(labels, np.eye(2), seed=0, patients=whose, min_patients=0)
+    patient_of_row = ["a", "a", "a", "b", "b", "c"]
+    parts = split_by_shares(labels, np.eye(2), seed=0, patients=patient_of_row, min_patients=0)
     assert as_lists(parts) == [[3, 4], [0, 1, 2, 5]]
 
 
@@ -110,10 +114,10 @@ def test_dirichlet_shares_have_the_moments_of_the_distribution():
 def test_by_quantity_follows_sizes_and_keeps_patients_whole():
     assert [len(rows) for rows in by_quantity(8, [2, 1, 1], seed=0)] == [4, 2, 2]
     assert [len(rows) for rows in by_quantity(5, [1, 0], seed=0)] == [4, 1]
-    whose = ["a", "a", "b", "b", "c", "c", "d", "d"]
-    parts = by_quantity(whose, [3, 1], seed=3)
+    patient_of_row = ["a", "a", "b", "b", "c", "c", "d", "d"]
+    parts = by_quantity(patient_of_row, [3, 1], seed=3)
     assert [len(rows) for rows in parts] == [6, 2]
-    assert whose[parts[1][0]] == whose[parts[1][1]]
+    assert patient_of_row[parts[1][0]] == patient_of_row[parts[1][1]]
 
 
 def test_by_column_sorts_names_and_refuses_missing_ones():

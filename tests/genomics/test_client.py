@@ -283,5 +283,7 @@ def test_genotypes_are_read_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr("fedmed_flower.genomics.client._CELLS", 2 * PEOPLE)
     parts = told(question(client, "counts", {"squares": True}, **everything()))
     np.testing.assert_array_equal(parts, whole)
-    with pytest.raises(InputError, match=says("Hospital cannot train: it gives no build_model")):
+    with pytest.raises(
+        InputError, match=says("Hospital cannot train: it does not define build_model")
+    ):
         client(context_of()).build_model()

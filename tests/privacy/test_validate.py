@@ -293,9 +293,11 @@ def test_losses_that_couple_patients_are_refused():
             require_private_loss(model, loss, rows)
         assert model.training
         text = str(caught.value)
-        assert text.startswith("the loss couples patients: for 4 of them it is ")
+        assert text.startswith(
+            "the loss of a batch is not the mean or sum of its records' losses: "
+        )
         assert text.endswith(
-            "Private training needs a loss of one patient: Dice with batch=False, survival as "
+            "Private training needs Dice with batch=False, survival as "
             "discrete-time likelihood, class weights with reduction='sum'"
         )
 

@@ -262,22 +262,22 @@ class TestCells:
 
     def test_neighbours_by_hand(self):
         steps = np.array([0, 0, 1, 1, 1, 5, 6, 6])
-        whose, apart = np.arange(8), np.zeros(8, np.int64)
-        assert merge_neighbours(steps, [apart], whose, 2) == [(0, 0), (1, 1), (5, 6)]
-        assert merge_neighbours(steps, [apart], whose, 4) == [(0, 6)]
-        assert merge_neighbours(steps, [apart], whose, 9) is None
+        patient_of_row, apart = np.arange(8), np.zeros(8, np.int64)
+        assert merge_neighbours(steps, [apart], patient_of_row, 2) == [(0, 0), (1, 1), (5, 6)]
+        assert merge_neighbours(steps, [apart], patient_of_row, 4) == [(0, 6)]
+        assert merge_neighbours(steps, [apart], patient_of_row, 9) is None
         # Each bin must have two of either class, or none.
-        assert merge_neighbours(steps, [np.array([0, 0, 0, 1, 1, 1, 0, 0])], whose, 2) == [
+        assert merge_neighbours(steps, [np.array([0, 0, 0, 1, 1, 1, 0, 0])], patient_of_row, 2) == [
             *[(0, 0), (1, 6)]
         ]
 
     def test_small_cells_by_hand(self):
         cells, labels = np.array([0] * 5 + [1] * 2 + [2] * 3), np.zeros(10, np.int64)
-        whose = np.arange(10)
-        assert pool_small(cells, labels, whose, 3).tolist() == [0] * 5 + [-1] * 5
-        assert pool_small(cells, labels, whose, 2).tolist() == cells.tolist()
-        assert pool_small(cells, labels, whose, 6).tolist() == [-1] * 10
-        assert pool_small(cells, labels, whose, 11) is None
+        patient_of_row = np.arange(10)
+        assert pool_small(cells, labels, patient_of_row, 3).tolist() == [0] * 5 + [-1] * 5
+        assert pool_small(cells, labels, patient_of_row, 2).tolist() == cells.tolist()
+        assert pool_small(cells, labels, patient_of_row, 6).tolist() == [-1] * 10
+        assert pool_small(cells, labels, patient_of_row, 11) is None
 
     def test_one_bin_has_no_edges(self):
         parts = [{"edges": [], "counts": [10]}]

@@ -49,8 +49,8 @@ def spread(*kinds):
     """Return classes and patients of rows, from (patients, rows of each in class 0, 1, ...)."""
     table = np.array([rows for count, *rows in kinds for _ in range(count)])
     places = np.indices(table.shape).reshape(2, -1)
-    whose, classes = (np.repeat(place, table.ravel()) for place in places)
-    return classes, whose
+    patient_of_row, classes = (np.repeat(place, table.ravel()) for place in places)
+    return classes, patient_of_row
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from fedmed_flower.strategies import (
 W = arrays(w=[0.0, 0.0])
 
 
-def configured(strategy, like=W, number=1):
-    strategy.configure_train(number, like, ConfigRecord(), FakeGrid([1, 2], lambda m: None))
+def configured(strategy, layout=W, number=1):
+    strategy.configure_train(number, layout, ConfigRecord(), FakeGrid([1, 2], lambda m: None))
     return strategy
 
 

@@ -18,8 +18,8 @@ from fedmed_flower.strategies import FedAvg, FedProx, QFedAvg, WeightedFedAvg
 W = arrays(w=[0.0, 0.0])
 
 
-def configured(strategy, like=W):
-    strategy.configure_train(1, like, ConfigRecord(), FakeGrid([1, 2], lambda m: None))
+def configured(strategy, layout=W):
+    strategy.configure_train(1, layout, ConfigRecord(), FakeGrid([1, 2], lambda m: None))
     return strategy
 
 

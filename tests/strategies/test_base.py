@@ -42,10 +42,10 @@ def exactly(text: str) -> str:
     return f"^{re.escape(text)}$"
 
 
-def aggregate(replies, like=W, **kwargs):
-    """Aggregate one training round of a strategy whose global model is `like`."""
+def aggregate(replies, layout=W, **kwargs):
+    """Aggregate one training round of a strategy whose global model is `layout`."""
     strategy = FedAvg(**kwargs)
-    strategy.configure_train(1, like, ConfigRecord(), FakeGrid([1], lambda m: None))
+    strategy.configure_train(1, layout, ConfigRecord(), FakeGrid([1], lambda m: None))
     return strategy, *strategy.aggregate_train(1, replies)
 
 

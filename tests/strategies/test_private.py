@@ -41,14 +41,14 @@ def silent(message):
     return None
 
 
-def released(strategy, replies, like=W, server_round=1):
+def released(strategy, replies, layout=W, server_round=1):
     grid = FakeGrid(range(1, 30), silent)
-    list(strategy.configure_train(server_round, like, ConfigRecord(), grid))
+    list(strategy.configure_train(server_round, layout, ConfigRecord(), grid))
     return strategy.aggregate_train(server_round, replies)
 
 
-def moved(strategy, replies, like=W, server_round=1):
-    got, _ = released(strategy, replies, like, server_round)
+def moved(strategy, replies, layout=W, server_round=1):
+    got, _ = released(strategy, replies, layout, server_round)
     return {key: array.numpy() for key, array in got.items()}
 
 
@@ -98,10 +98,10 @@ def neighbours(draw):
             values["n"] = counter + rng.integers(10**6)
         return reply(node, values, f"s{node}", weight=10**12 if kind == "greedy" else 10)
 
-    like = model if counter is None else model | {"n": counter}
+    layout = model if counter is None else model | {"n": counter}
     others = [hospital(node) for node in range(1, 1 + draw(st.integers(0, 5)))]
     lengths = st.floats(1e-3, 1e3)
-    return arrays(**like), others, hospital(9), draw(lengths) * np.linalg.norm(weights)
+    return arrays(**layout), others, hospital(9), draw(lengths) * np.linalg.norm(weights)
 
 
 @pytest.fixture
@@ -125,12 +125,12 @@ def test_one_hospital_moves_the_sum_by_no_more_than_the_clipping_norm(sums):
     @settings(max_examples=150, deadline=None)
     @given(neighbours(), st.integers(1, 9))
     def check(case, population_size):
-        like, others, one, norm = case
+        layout, others, one, norm = case
         sums.clear()
         models = []
         for replies in (others, [*others, one]):
             strategy = made(clipping_norm=norm, population_size=population_size)
-            models.append(released(strategy, replies, like)[0])
+            models.append(released(strategy, replies, layout)[0])
             assert strategy.releases.total() == 1
         assert len(sums) == 2
         apart.append(np.linalg.norm(sums[1] - sums[0]) / norm)
@@ -139,7 +139,7 @@ def test_one_hospital_moves_the_sum_by_no_more_than_the_clipping_norm(sums):
             return
         a, b = ({k: v.numpy() for k, v in model.items()} for model in models)
         steps = []
-        for key, before in like.items():
+        for key, before in layout.items():
             if before.numpy().dtype.kind == "i":
                 assert a[key].tolist() == b[key].tolist() == before.numpy().tolist()
                 continue
@@ -184,17 +184,17 @@ def test_a_huge_change_is_clipped_and_not_left_out(dtype, huge):
 
 @pytest.mark.parametrize("counter", [np.array(7), np.array([7, 8]), np.array([True, False])])
 def test_integers_have_no_part_in_the_length_and_stay_as_they_are(counter):
-    like = arrays(w=[0.0], n=counter)
+    layout = arrays(w=[0.0], n=counter)
     replies = [reply(n, {"w": [0.5], "n": ~counter}, f"s{n}") for n in range(4)]
-    got = moved(made(noise_multiplier=0.0), replies, like)
+    got = moved(made(noise_multiplier=0.0), replies, layout)
     assert got["w"].tolist() == [0.5]
     assert got["n"].dtype == counter.dtype
     assert got["n"].tolist() == counter.tolist()
 
 
 def test_complex_entries_stay_as_they_are():
-    like = arrays(w=[0.0], z=np.array([1 + 1j]))
-    got = moved(made(), [reply(1, {"w": [0.5], "z": np.array([9e9j])}, "a")], like)
+    layout = arrays(w=[0.0], z=np.array([1 + 1j]))
+    got = moved(made(), [reply(1, {"w": [0.5], "z": np.array([9e9j])}, "a")], layout)
     assert (got["w"].tolist(), got["z"].tolist()) == ([0.125], [1 + 1j])
 
 
@@ -340,7 +340,7 @@ def test_a_hospital_that_connects_late_takes_nobodys_place():
 
 
 @pytest.mark.parametrize(
-    ("like", "bad", "reason"),
+    ("layout", "bad", "reason"),
     [
         ({"w": [0.0, 0.0]}, {"w": [np.nan, 0.0]}, "w holds NaN or infinite values"),
         ({"w": np.zeros(2)}, {"w": np.array([1e200, 0])}, "the squares of its values overflow"),
@@ -349,11 +349,11 @@ def test_a_hospital_that_connects_late_takes_nobodys_place():
     ],
     ids=["NaN", "overflow", "NaN where no length is measured"],
 )  # fmt: skip
-def test_a_reply_that_is_not_usable_makes_no_second_release(like, bad, reason, sums):
-    like = arrays(**like)
-    good = reply(1, like, "a")
+def test_a_reply_that_is_not_usable_makes_no_second_release(layout, bad, reason, sums):
+    layout = arrays(**layout)
+    good = reply(1, layout, "a")
     strategy = made(target_quantile=0.5, clip_norm_lr=0.2)
-    got, _ = released(strategy, [good, reply(2, bad, "x")], like)
+    got, _ = released(strategy, [good, reply(2, bad, "x")], layout)
     assert got is not None
     assert left_out(strategy) == {"x": reason}
     assert strategy.releases.total() == 1

@@ -38,12 +38,12 @@ def from_rows(rows, dtype=np.float32, **more):
     ]
 
 
-def aggregate(strategy, replies, like=None, known=True):
-    """Aggregate one round of a strategy; the global model is zero where `like` is not given."""
-    if known and like is None:
+def aggregate(strategy, replies, layout=None, known=True):
+    """Aggregate one round of a strategy; the global model is zero where `layout` is not given."""
+    if known and layout is None:
         zero = {key: np.zeros_like(a.numpy()) for key, a in replies[0].content["arrays"].items()}
-        like = arrays(**zero)
-    strategy.run.sent_arrays = like
+        layout = arrays(**zero)
+    strategy.run.sent_arrays = layout
     return strategy.aggregate_train(1, replies)[0]
 
 
@@ -249,12 +249,12 @@ def test_the_summary_can_be_written(strategy, caplog):
 def test_the_geometric_median_and_clipping_are_the_slow_versions():
     rows = spread(7, 1)
     rows[0] *= 100
-    like = arrays(w=np.full(50, 0.25, np.float32))
-    got = aggregate(GeometricMedian(), from_rows(rows), like)
+    layout = arrays(w=np.full(50, 0.25, np.float32))
+    got = aggregate(GeometricMedian(), from_rows(rows), layout)
     assert values(got) == pytest.approx(reference.geometric_median(rows), abs=1e-4)
     for tau in (None, 1.0, 1e6):
-        got = aggregate(CenteredClipping(tau=tau, num_iterations=2), from_rows(rows), like)
-        wanted = reference.centered_clipping(rows, values(like), tau, 2)
+        got = aggregate(CenteredClipping(tau=tau, num_iterations=2), from_rows(rows), layout)
+        wanted = reference.centered_clipping(rows, values(layout), tau, 2)
         assert values(got) == pytest.approx(wanted, abs=1e-4)
 
 
@@ -636,17 +636,17 @@ class KrumYogi(Krum, flower.FedYogi):
 def test_an_optimiser_moves_the_model_towards_the_outcome_of_the_rule():
     model, step, second = np.zeros(50), np.zeros(50), np.zeros(50)
     strategy = MedianAdam(eta=0.5, beta_1=0.8, beta_2=0.9, tau=0.01)
-    like = arrays(w=model.astype(np.float32))
+    layout = arrays(w=model.astype(np.float32))
     for server_round in (1, 2, 3):
         rows = spread(5, server_round)
-        strategy.run.sent_arrays = like
-        like, _ = strategy.aggregate_train(server_round, from_rows(rows))
+        strategy.run.sent_arrays = layout
+        layout, _ = strategy.aggregate_train(server_round, from_rows(rows))
         change = np.median(rows, axis=0) - model
         step = 0.8 * step + 0.2 * change
         second = 0.9 * second + 0.1 * change**2
         rate = 0.5 * (1 - 0.9 ** (server_round + 1)) ** 0.5 / (1 - 0.8 ** (server_round + 1))
         model = model + rate * step / (second**0.5 + 0.01)
-        assert values(like) == pytest.approx(model, rel=1e-4, abs=1e-5)
+        assert values(layout) == pytest.approx(model, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -659,13 +659,13 @@ def test_an_optimiser_moves_the_model_towards_the_outcome_of_the_rule():
     ],
 )
 def test_each_rule_goes_with_each_optimiser(mixed, rule, optimiser):
-    like, replies = arrays(w=np.full(50, 0.5, np.float32)), from_rows(spread(7, 3))
-    middle = aggregate(rule(), replies, like)
+    layout, replies = arrays(w=np.full(50, 0.5, np.float32)), from_rows(spread(7, 3))
+    middle = aggregate(rule(), replies, layout)
     theirs = optimiser()
     grid = FakeGrid([1, 2], lambda m: None)
-    theirs.configure_train(1, like, ConfigRecord(), grid)
+    theirs.configure_train(1, layout, ConfigRecord(), grid)
     wanted, _ = theirs.aggregate_train(1, [reply(1, middle)])
-    assert values(aggregate(mixed(), replies, like)) == pytest.approx(values(wanted), rel=1e-5)
+    assert values(aggregate(mixed(), replies, layout)) == pytest.approx(values(wanted), rel=1e-5)
 
 
 def test_what_honest_sites_send_does_not_lower_the_number_of_malicious_ones():

@@ -23,8 +23,8 @@ from fedmed_flower.strategies import (
 W = arrays(w=[0.0, 0.0])
 
 
-def configured(strategy, like=W):
-    strategy.configure_train(1, like, ConfigRecord(), FakeGrid(range(1, 13), lambda m: None))
+def configured(strategy, layout=W):
+    strategy.configure_train(1, layout, ConfigRecord(), FakeGrid(range(1, 13), lambda m: None))
     return strategy
 
 
@@ -37,7 +37,7 @@ def left_out(strategy):
     return {failure.site: failure.reason for failure in strategy.history.failures}
 
 
-def both_private(like, updates, rounds=1, **options):
+def both_private(layout, updates, rounds=1, **options):
     """Return our and Flower's private strategy, without noise, and the last model of each."""
     adaptive = "target_quantile" in options
     theirs = (
@@ -56,7 +56,7 @@ def both_private(like, updates, rounds=1, **options):
         for number in range(1, rounds + 1):
             replies = [reply(n, u, f"s{n}", weight) for n, (u, weight) in enumerate(updates)]
             grid = FakeGrid(range(1, 13), lambda m: None)
-            list(strategy.configure_train(number, like, ConfigRecord(), grid))
+            list(strategy.configure_train(number, layout, ConfigRecord(), grid))
             got, _ = strategy.aggregate_train(number, replies)
         models.append({key: array.numpy() for key, array in got.items()})
     return *strategies, *models

@@ -224,7 +224,7 @@ def thresholds_of(trees):
     return found
 
 
-def whose(rows, low, high):
+def patient_of_row(rows, low, high):
     """Return the patients with a value of `a` from `low` to below `high`."""
     values = [(row["patient"], np.float32(row["a"])) for row in rows]
     return {patient for patient, value in values if low <= value < high}
@@ -266,7 +266,7 @@ def test_ten_patients_lie_between_any_two_thresholds(seed, count, digits, visits
     inner = [cut for cut in cuts if abs(cut) < BEYOND]
     assert {abs(cut) for cut in cuts} - {*map(abs, inner)} <= {BEYOND}
     for low, high in pairwise([-math.inf, *inner, math.inf] if inner else []):
-        assert len(whose(rows, low, high)) >= minimum
+        assert len(patient_of_row(rows, low, high)) >= minimum
 
 
 def test_with_a_declared_range_thresholds_are_multiples_of_a_round_step():
