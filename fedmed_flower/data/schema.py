@@ -75,6 +75,20 @@ class Schema:
     InputError
         Where a field is not as said, a column is named twice, or the target, the event or the
         patient is among the features.
+
+    Examples
+    --------
+    >>> schema = Schema(
+    ...     target="died",
+    ...     task="binary",
+    ...     numeric=("age",),
+    ...     categorical=("sex",),
+    ...     ranges={"age": (0, 110)},
+    ...     categories={"sex": ("f", "m")},
+    ...     bands={"age": (50, 65)},
+    ... )
+    >>> schema.features
+    ('age', 'sex')
     """
 
     target: str

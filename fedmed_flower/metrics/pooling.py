@@ -139,6 +139,17 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
         ``auc-high`` (to three digits, rounded outwards), whatever the order of rows that share a
         bin; ``auc`` is an estimate. Left out then are the average precision, and what follows from
         counts that one of the hospitals keeps back.
+
+    Examples
+    --------
+    Log odds of the disease, at two hospitals.
+
+    >>> from fedmed_flower.metrics.classification import classification_metrics
+    >>> north = classification_metrics([0, 0, 1, 1], [[-2.0], [1.0], [0.5], [3.0]])
+    >>> south = classification_metrics([0, 1, 1], [[-1.0], [-0.5], [2.0]])
+    >>> together = pool([north, south])
+    >>> int(together["num-examples"]), round(together["sensitivity"], 3), round(together["auc"], 3)
+    (7, 0.75, 0.833)
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:

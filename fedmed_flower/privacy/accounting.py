@@ -60,6 +60,13 @@ def epsilon_of(releases: Iterable[Release] | Mapping[Release, int], delta: float
     ------
     InputError
         Where a value is out of its range.
+
+    Examples
+    --------
+    A hundred steps, each on a tenth of the patients, with noise of the clipping norm.
+
+    >>> round(epsilon_of({Release(sampling_rate=0.1, noise_multiplier=1.0): 100}, delta=1e-5), 2)
+    7.05
     """
     if not 0 < delta < 1:
         raise InputError(f"delta must be above 0 and below 1, got {delta}")
@@ -99,6 +106,11 @@ def noise_for(epsilon: float, delta: float, sampling_rate: float, count: int) ->
     ------
     InputError
         Where a value is out of its range, or no noise multiplier up to 1e9 is enough.
+
+    Examples
+    --------
+    >>> round(noise_for(epsilon=8.0, delta=1e-5, sampling_rate=0.1, count=100), 2)
+    0.94
     """
     if not 0 < epsilon < math.inf:
         raise InputError(f"epsilon must be above 0 and finite, got {epsilon}")

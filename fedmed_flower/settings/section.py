@@ -19,7 +19,22 @@ MOST_ROUNDS = 100_000
 
 @dataclass(frozen=True)
 class Section:
-    """Base of a group of settings: the field `local_epochs` is the key ``local-epochs``."""
+    """Base of a group of settings: the field `local_epochs` is the key ``local-epochs``.
+
+    Examples
+    --------
+    >>> @dataclass(frozen=True)
+    ... class Warmup(Section):
+    ...     warmup_rounds: int = 0
+    ...
+    ...     def __post_init__(self):
+    ...         self.require_within(0, 100, "warmup_rounds")
+    >>> Warmup.from_run_config({"warmup-rounds": 3})
+    Warmup(warmup_rounds=3)
+    >>> Warmup.from_run_config({"warmup-rounds": -1})
+    Traceback (most recent call last):
+    fedmed_flower.errors.InputError: warmup-rounds must be from 0 to 100, got -1
+    """
 
     @classmethod
     def from_run_config(cls, config: UserConfig) -> Self:

@@ -59,6 +59,11 @@ def psi(expected: ArrayLike, actual: ArrayLike) -> float:
     ------
     InputError
         Where lengths differ, a count is negative or not finite, or all are 0.
+
+    Examples
+    --------
+    >>> round(psi([50, 30, 20], [40, 35, 25]), 3)
+    0.041
     """
     first, second = _two_counts(expected, actual)
     seen = (first > 0) | (second > 0)

@@ -207,6 +207,11 @@ def parse_filter(text: str) -> Filter:
     ------
     InputError
         Where the text is none.
+
+    Examples
+    --------
+    >>> parse_filter("age>=50")
+    Filter(column='age', operation='>=', value=50.0)
     """
     found = _FILTER.fullmatch(text)
     if found is None or not found[3] or found[3][0] in "<>=!":

@@ -133,7 +133,15 @@ class Robust(FedAvg):
 
 
 class FedMedian(Robust, flower.FedMedian):
-    """The median of each parameter (`median`)."""
+    """The median of each parameter (`median`).
+
+    Examples
+    --------
+    >>> from flwr.app import Array
+    >>> sent = [ArrayRecord({"w": Array(np.array([v], np.float32))}) for v in (1, 2, 90)]
+    >>> FedMedian().combine(Updates(sent, sent[0]), weights=[1, 1, 1])["w"].numpy()
+    array([2.], dtype=float32)
+    """
 
     def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
         """Return the medians."""

@@ -2,8 +2,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
@@ -40,22 +38,3 @@ def test_the_example_declares_every_setting():
     for entry in (*fields(Settings), *fields(Plan)):
         key = entry.name.replace("_", "-")
         assert type(declared[key]) is type(entry.default), key
-
-
-def test_the_rule_of_ones_own_in_contributing():
-    import numpy as np
-    from builders import arrays, reply
-
-    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(code.splitlines()) <= 30
-    names = {}
-    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
-    strategy = names["ClippedMean"]()
-    strategy.run.sent_arrays = arrays(w=[1.0, 1.0])
-    # Lengths 5, 5 and 50: the last is cut to 5.
-    sent = {"a": [4.0, 5.0], "b": [1.0, 6.0], "c": [31.0, -39.0], "d": [np.nan, 0.0]}
-    replies = [reply(n, {"w": w}, site) for n, (site, w) in enumerate(sent.items())]
-    got, _ = strategy.aggregate_train(1, replies)
-    assert got["w"].numpy() == pytest.approx([3.0, 1 + 5 / 3])
-    assert [failure.site for failure in strategy.history.failures] == ["d"]

@@ -1,0 +1,35 @@
+"""What each room exports is what the docs list, and is there."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import fedmed_flower
+
+PACKAGE = Path(fedmed_flower.__file__).parent
+TEXT = (PACKAGE.parent / "docs" / "architecture.md").read_text().partition("## Public names")[2]
+LISTED = {
+    row[1]: re.findall(r"`(\w+)`", row[2]) for row in re.finditer(r"\| `([\w.]+)` \| (.*) \|", TEXT)
+}
+ROOMS = ["fedmed_flower", *(f"fedmed_flower.{path.parent.name}" for path in
+                            sorted(PACKAGE.glob("*/__init__.py")))]  # fmt: skip
+# Rooms of which nothing is public.
+INSIDE = {"arrays", "cli", "settings"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_exports_what_the_docs_list(room):
+    names = getattr(importlib.import_module(room), "__all__", [])
+    assert sorted(names) == LISTED.get(room, [])
+    assert bool(names) != (room.rpartition(".")[2] in INSIDE)
+    for name in names:
+        assert getattr(importlib.import_module(room), name).__name__ == name
+
+
+def test_another_name_is_none_of_a_room():
+    with pytest.raises(
+        AttributeError, match=r"^module 'fedmed_flower.trees' has no attribute 'x'$"
+    ):
+        fedmed_flower.trees.x  # noqa: B018
