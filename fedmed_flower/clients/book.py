@@ -18,10 +18,10 @@ from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import Row
 from fedmed_flower.errors import InputError
 from fedmed_flower.statistics.cells import pool_small
-from fedmed_flower.statistics.columns import Codes, Columns
+from fedmed_flower.statistics.columns import Columns
 from fedmed_flower.statistics.guard import NEW, OUTSIDE, Guard, Members, open_guard
 from fedmed_flower.statistics.request import Request
-from fedmed_flower.statistics.values import Mask
+from fedmed_flower.statistics.types import Codes, Mask
 
 # Beside the ledger, and not taken for one.
 _ENDING = ".answers"

@@ -45,7 +45,7 @@ from fedmed_flower.metrics.outcomes import (
 from fedmed_flower.models.device import half_precision, torch_device
 from fedmed_flower.models.tabular import tabular_network
 from fedmed_flower.settings.tabular import TabularSettings
-from fedmed_flower.statistics.values import Mask
+from fedmed_flower.statistics.types import Mask
 from fedmed_flower.wire import TREES
 
 log = logging.getLogger("flwr.fedmed")

@@ -17,10 +17,9 @@ from fedmed_flower.genomics.association import (
     CONTROLS,
     SQUARES,
     WITHHELD,
-    Counts,
-    Floats,
 )
 from fedmed_flower.genomics.plink import MOST_POSITION, Listing
+from fedmed_flower.genomics.types import Counts, Floats
 from fedmed_flower.wire import COHORT, PLACES, TOLD, VARIANTS
 
 # No hospital has more people or variants, and no study more covariates.

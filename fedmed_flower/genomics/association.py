@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
-Floats = NDArray[np.float64]
-Counts = NDArray[np.int64]
+from fedmed_flower.genomics.types import Counts, Floats
 
 # What a hospital counts of a variant: people with a genotype, copies of A1 among them, and the sum
 # over all people of the squared number of copies. Of a continuous trait all are controls.

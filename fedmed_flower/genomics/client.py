@@ -20,9 +20,10 @@ from fedmed_flower.clients.base import MedicalClient, Query
 from fedmed_flower.clients.duplicates import digests_of
 from fedmed_flower.data.site import SPLITS, Row, Site, SiteData, min_cell_count
 from fedmed_flower.errors import DeclinedError, InputError
-from fedmed_flower.genomics.association import WITHHELD, Floats, count_copies, withheld
+from fedmed_flower.genomics.association import WITHHELD, count_copies, withheld
 from fedmed_flower.genomics.plink import Fileset
 from fedmed_flower.genomics.regression import linear_sums, logistic_terms, standardised
+from fedmed_flower.genomics.types import Floats
 from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.settings.section import with_type_of
 from fedmed_flower.wire import COHORT, COUNT, OFFSET, PLACES, SQUARES, TOLD, VARIANTS

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, special
 
-from fedmed_flower.genomics.association import Floats, Results, log10_p_of_t, log10_p_of_z
+from fedmed_flower.genomics.association import Results, log10_p_of_t, log10_p_of_z
+from fedmed_flower.genomics.types import Floats
 
 # A regression takes the covariates first and the copies of A1 last.
 MOST_STEPS = 25

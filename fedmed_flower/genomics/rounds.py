@@ -18,8 +18,6 @@ from fedmed_flower.genomics.association import (
     CONTROL_COPIES,
     CONTROLS,
     WITHHELD,
-    Counts,
-    Floats,
     Results,
 )
 from fedmed_flower.genomics.panel import Panel
@@ -29,6 +27,7 @@ from fedmed_flower.genomics.regression import (
     linear_test,
     principal_components,
 )
+from fedmed_flower.genomics.types import Counts, Floats
 from fedmed_flower.genomics.variants import SWAPPED, Block, Merger
 from fedmed_flower.wire import BLOCK, COUNT, OFFSET, SQUARES, VARIANTS
 

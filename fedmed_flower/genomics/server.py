@@ -29,8 +29,6 @@ from fedmed_flower.genomics.association import (
     CONTROL_COPIES,
     CONTROLS,
     WITHHELD,
-    Counts,
-    Floats,
     Results,
     allelic_test,
     genomic_inflation,
@@ -40,6 +38,7 @@ from fedmed_flower.genomics.association import (
 from fedmed_flower.genomics.page import COLUMNS, TABLE, write_page
 from fedmed_flower.genomics.panel import Panel, assemble
 from fedmed_flower.genomics.rounds import blocks, find_components, regress
+from fedmed_flower.genomics.types import Counts, Floats
 from fedmed_flower.genomics.variants import ABSENT, REASONS, SWAPPED, Block
 from fedmed_flower.runs.roll_call import held_back
 from fedmed_flower.server.run_folder import CONFIG, SUMMARY, RunFolder

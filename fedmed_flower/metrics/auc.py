@@ -14,8 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Whole = NDArray[np.int64]
+from fedmed_flower.metrics.types import Floats, Whole
 
 # Bins of 1/500 of the interquartile range at the median that grow outwards (sinh), so that narrow,
 # skewed and far-off scores keep their order.

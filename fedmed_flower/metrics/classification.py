@@ -26,11 +26,7 @@ from fedmed_flower.metrics.auc import (
     numbered,
     ordered_pairs,
 )
-from fedmed_flower.metrics.names import (
-    CONFUSION,
-    COUNTS,
-    GRID,
-)
+from fedmed_flower.metrics.names import CONFUSION, COUNTS, GRID
 from fedmed_flower.privacy.noise import gaussian, secure_generator
 
 _NOISED_BINS = 32

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmed_flower.metrics.auc import (
-    MERGED,
-)
+from fedmed_flower.metrics.auc import MERGED
 from fedmed_flower.metrics.names import (
     CALIBRATION,
     CALIBRATION_BINS,

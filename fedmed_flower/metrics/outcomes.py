@@ -19,17 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedmed_flower.data.site import patient_text
 from fedmed_flower.errors import InputError
-from fedmed_flower.metrics.names import (
-    CALIBRATION,
-    CALIBRATION_BINS,
-    COUNT,
-    TARGET,
-    in_groups,
-)
+from fedmed_flower.metrics.names import CALIBRATION, CALIBRATION_BINS, COUNT, TARGET, in_groups
+from fedmed_flower.metrics.types import Floats
 from fedmed_flower.privacy.noise import gaussian, secure_generator
-
-Floats = NDArray[np.float64]
-
 
 # Columns of outputs, fewest and most.
 _COLUMNS = {"binary": (1, 2), "multi-class": (2, math.inf), "continuous": (1, 1), "count": (1, 1)}

@@ -17,12 +17,7 @@ from fedmed_flower.metrics.auc import (
     merged_auc,
     merged_precision,
 )
-from fedmed_flower.metrics.classification import (
-    Value,
-    classes_of_noised,
-    noised_metrics,
-    rates_of,
-)
+from fedmed_flower.metrics.classification import Value, classes_of_noised, noised_metrics, rates_of
 from fedmed_flower.metrics.names import (
     CALIBRATION,
     CALIBRATION_BINS,

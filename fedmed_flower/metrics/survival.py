@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedmed_flower.errors import InputError
+from fedmed_flower.metrics.types import Numbers
 
-Numbers = NDArray[np.float64]
 # Its exponential is still finite.
 LARGEST_LOG = 700.0
 

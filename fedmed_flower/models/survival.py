@@ -11,11 +11,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.metrics.survival import (
-    Numbers,
-    check_outcomes,
-    require_same_length,
-)
+from fedmed_flower.metrics.survival import check_outcomes, require_same_length
+from fedmed_flower.metrics.types import Numbers
 
 _TIES = ("efron", "breslow")
 

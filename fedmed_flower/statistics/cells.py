@@ -6,12 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedmed_flower.statistics.columns import Codes
 from fedmed_flower.statistics.fewest import class_codes, fewest, patients_of
+from fedmed_flower.statistics.types import Codes, Floats
 
-Floats = NDArray[np.float64]
 # Far beyond that a multiple of a width cannot be told from the next.
 _MOST_STEPS = 2.0**53
 

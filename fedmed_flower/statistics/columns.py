@@ -16,10 +16,9 @@ from fedmed_flower.data.site import Row, patient_text, some_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.request import Filter, Request, Survival
+from fedmed_flower.statistics.types import Codes, Floats, Mask
 from fedmed_flower.statistics.values import (
     NOT_COLUMNS,
-    Floats,
-    Mask,
     cells_of,
     day_of,
     is_gap,
@@ -31,7 +30,6 @@ from fedmed_flower.statistics.values import (
     texts_meet,
 )
 
-Codes = NDArray[np.int64]
 # A request cannot name a longer one.
 _MOST_LETTERS = 200
 _EVENTS: Mapping[str | None, int] = {"1": 1, "0": 0}

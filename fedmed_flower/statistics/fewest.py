@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
 
-from fedmed_flower.statistics.columns import Codes
+from fedmed_flower.statistics.types import Codes
 
 # Patients times classes that are looked at together; with more nothing is answered.
 _MOST_SPREAD = 10**7

@@ -35,15 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.privacy.ledger import give_name, transaction
-from fedmed_flower.statistics.columns import Codes, Columns
+from fedmed_flower.statistics.columns import Columns
 from fedmed_flower.statistics.fewest import class_codes, fewest_left
-from fedmed_flower.statistics.values import Mask
+from fedmed_flower.statistics.types import Codes, Hashes, Mask
 
-Hashes = NDArray[np.uint64]
 # Cell codes: the row is not part of the answer; the answer reveals that its value is missing.
 OUTSIDE, LACKING = -1, 2**31
 # The label of rows that no answer has counted.

@@ -23,7 +23,7 @@ import numpy as np
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.statistics.cells import coarse_enough, grid, merge_neighbours, pool_small
-from fedmed_flower.statistics.columns import Codes, Columns
+from fedmed_flower.statistics.columns import Columns
 from fedmed_flower.statistics.fewest import class_codes, fewest
 from fedmed_flower.statistics.guard import (
     LACKING,
@@ -35,7 +35,7 @@ from fedmed_flower.statistics.guard import (
     open_guard,
 )
 from fedmed_flower.statistics.request import Request, Survival, require_comparable
-from fedmed_flower.statistics.values import Mask
+from fedmed_flower.statistics.types import Codes, Mask, Reported
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -46,7 +46,6 @@ MISSING = "there is no such column of single values"
 _MOST_WEEKS, _MOST_CELLS = 10_000, 1_000_000
 # Beyond that a week has no number of its own.
 _LAST_DAY = 1e15
-Told = dict[str, Any]
 
 
 def answer_exactly(
@@ -56,7 +55,7 @@ def answer_exactly(
     minimum: int,
     hide_missing: bool = False,
     most_compared: int = MOST_COMPARED,
-) -> Told:
+) -> Reported:
     """Answer a request as far as that may be told beside earlier answers, and write that down.
 
     Parameters
@@ -147,13 +146,13 @@ class Local:
         # Rows that have come since earlier answers, and are too few to be told of.
         self._waiting = np.zeros(columns.count, bool)
 
-    def answer(self) -> Told:
+    def answer(self) -> Reported:
         """Return the groups, and what is withheld and why."""
         groups = self._or_withheld(self._groups, "patients") or []
-        reported: list[Told] = []
+        reported: list[Reported] = []
         for name, start, inside in groups:
             patients = int(np.unique(self._columns.patient_of_row[inside]).size)
-            entry: Told = {"name": name, "start": start, "rows": int(inside.sum())}
+            entry: Reported = {"name": name, "start": start, "rows": int(inside.sum())}
             entry |= {"patients": patients, "numeric": {}, "categorical": {}}
             reported.append(entry | {"correlations": [], "pairs": []})
         # What cannot be told more coarsely goes first, and histograms go last: they make do with
@@ -236,12 +235,12 @@ class Local:
             return labels, [(f"from {_date(start)}", start) for start in starts]
         return labels, [(f"{start:g} to {start + width:g}", start) for start in starts]
 
-    def _moments(self, entry: Told, inside: Mask) -> None:
+    def _moments(self, entry: Reported, inside: Mask) -> None:
         for name in _wanted(self._columns, self._request):
             if not self._columns.is_categorical(name):
                 self._or_withheld(self._moments_of, name, entry, inside)
 
-    def _moments_of(self, name: str, entry: Told, inside: Mask) -> None:
+    def _moments_of(self, name: str, entry: Reported, inside: Mask) -> None:
         guard = self._guard
         members, numbers = guard.members(name), self._columns.numbers(name)
         for usable, waiting in self._attempts(inside & ~np.isnan(numbers), members):
@@ -253,7 +252,7 @@ class Local:
                 return
         self._withhold(name)
 
-    def _histograms(self, entry: Told, inside: Mask) -> None:
+    def _histograms(self, entry: Reported, inside: Mask) -> None:
         if "histograms" not in self._request.kinds:
             return
         for name, reported in entry["numeric"].items():
@@ -262,7 +261,7 @@ class Local:
                 if found is not None:
                     reported["histogram"] = found
 
-    def _histogram(self, what: str, name: str, inside: Mask) -> Told | None:
+    def _histogram(self, what: str, name: str, inside: Mask) -> Reported | None:
         guard, columns = self._guard, self._columns
         if (asked := columns.declared.resolution(name)) is None:
             return self._withhold(what, "nothing says how finely to tell it")
@@ -286,7 +285,7 @@ class Local:
                 return {"edges": [edge * width for edge in edges], "counts": counts}
         return self._withhold(what)
 
-    def _categories(self, entry: Told, inside: Mask) -> None:
+    def _categories(self, entry: Reported, inside: Mask) -> None:
         columns = self._columns
         for name in self._request.columns:
             if name not in columns.names:
@@ -295,7 +294,7 @@ class Local:
             if columns.is_categorical(name):
                 self._or_withheld(self._categories_of, name, entry, inside)
 
-    def _categories_of(self, name: str, entry: Told, inside: Mask) -> None:
+    def _categories_of(self, name: str, entry: Reported, inside: Mask) -> None:
         guard, columns = self._guard, self._columns
         tabulated = "tables" in self._request.kinds
         members, (codes, texts) = guard.members(name), columns.codes(name)
@@ -317,7 +316,7 @@ class Local:
                 return
         self._withhold(name)
 
-    def _correlations(self, entry: Told, inside: Mask) -> None:
+    def _correlations(self, entry: Reported, inside: Mask) -> None:
         asked = "correlations" in self._request.kinds
         for one, other in combinations(entry["numeric"] if asked else (), 2):
             what = f"correlation of {one} and {other}"
@@ -325,13 +324,13 @@ class Local:
             if reported is not None:
                 entry["correlations"].append(reported)
 
-    def _pairs(self, entry: Told, inside: Mask) -> None:
+    def _pairs(self, entry: Reported, inside: Mask) -> None:
         for one, other in self._request.pairs:
             reported = self._or_withheld(self._pair, f"{one} by {other}", one, other, inside)
             if reported is not None:
                 entry["pairs"].append(reported)
 
-    def _correlation(self, what: str, one: str, other: str, inside: Mask) -> Told | None:
+    def _correlation(self, what: str, one: str, other: str, inside: Mask) -> Reported | None:
         guard, columns = self._guard, self._columns
         x, y = columns.numbers(one), columns.numbers(other)
         keys = [guard.members(one), guard.members(other)]
@@ -343,7 +342,7 @@ class Local:
                 return {"columns": [one, other], "of": parts, "product": product}
         return self._withhold(what)
 
-    def _pair(self, what: str, one: str, other: str, inside: Mask) -> Told | None:
+    def _pair(self, what: str, one: str, other: str, inside: Mask) -> Reported | None:
         guard, columns = self._guard, self._columns
         for name in (one, other):
             if name not in columns.names:
@@ -372,12 +371,12 @@ class Local:
                 }
         return self._withhold(what)
 
-    def _survival(self, entry: Told, inside: Mask) -> None:
+    def _survival(self, entry: Reported, inside: Mask) -> None:
         if (asked := self._request.survival) is not None:
             what = f"survival by {asked.time}"
             self._or_withheld(self._survival_of, what, asked, entry, inside)
 
-    def _survival_of(self, what: str, asked: Survival, entry: Told, inside: Mask) -> None:
+    def _survival_of(self, what: str, asked: Survival, entry: Reported, inside: Mask) -> None:
         guard, columns = self._guard, self._columns
         times, events = columns.survival(asked)
         keys = [guard.members(*names) for names in ((asked.time,), (asked.event,), asked[:2])]
@@ -421,11 +420,11 @@ class Local:
                 return
         self._withhold(what)
 
-    def _weeks(self, entry: Told, inside: Mask) -> None:
+    def _weeks(self, entry: Reported, inside: Mask) -> None:
         if name := self._request.weekly:
             self._or_withheld(self._weeks_of, f"weeks by {name}", name, entry, inside)
 
-    def _weeks_of(self, what: str, name: str, entry: Told, inside: Mask) -> None:
+    def _weeks_of(self, what: str, name: str, entry: Reported, inside: Mask) -> None:
         guard, columns = self._guard, self._columns
         days, dated = columns.days(name)
         days = np.clip(days, -_LAST_DAY, _LAST_DAY)
@@ -471,12 +470,12 @@ class Local:
         cells[usable] = values
         return cells
 
-    def _withhold(self, what: str, why: str = FEW) -> Told | None:
+    def _withhold(self, what: str, why: str = FEW) -> Reported | None:
         self._withheld.append([self._group, what[:400], why])
         return None
 
 
-def moments(values: list[float]) -> Told:
+def moments(values: list[float]) -> Reported:
     """Return number, mean and sum of squared deviations, the mean with what rounding left over."""
     count = len(values)
     mean = math.fsum(values) / count
@@ -485,13 +484,13 @@ def moments(values: list[float]) -> Told:
     return {"n": count, "mean": mean, "rest": rest, "m2": squares}
 
 
-def comoment(x: Any, y: Any, of_x: Told, of_y: Told) -> float:
+def comoment(x: Any, y: Any, of_x: Reported, of_y: Reported) -> float:
     """Return the sum of products of deviations."""
     first, second = (v - m["mean"] - m["rest"] for v, m in ((x, of_x), (y, of_y)))
     return math.fsum(first * second)
 
 
-def _counted(inside: Mask, usable: Mask) -> Told:
+def _counted(inside: Mask, usable: Mask) -> Reported:
     count = int(usable.sum())
     return {"n": count, "missing": int(inside.sum()) - count}
 

@@ -25,19 +25,11 @@ from numpy.typing import NDArray
 from fedmed_flower.data.site import Row, patient_text
 from fedmed_flower.errors import InputError
 from fedmed_flower.privacy.noise import gaussian, secure_generator
-from fedmed_flower.statistics.columns import Codes, follow_up
+from fedmed_flower.statistics.columns import follow_up
 from fedmed_flower.statistics.declared import Declared
-from fedmed_flower.statistics.local import Told
 from fedmed_flower.statistics.request import Filter, Request, Survival, require_comparable
-from fedmed_flower.statistics.values import (
-    Floats,
-    Mask,
-    cells_of,
-    numbers_meet,
-    numbers_of,
-    text_of,
-    texts_meet,
-)
+from fedmed_flower.statistics.types import Codes, Floats, Mask, Reported
+from fedmed_flower.statistics.values import cells_of, numbers_meet, numbers_of, text_of, texts_meet
 
 _MOST_BINS, _MOST_CORRELATED, _MOST_NUMBERS = 200, 50, 1_000_000
 _UNDECLARED = "with noise a column needs a declared range, or declared categories"
@@ -132,7 +124,7 @@ class Block:
     values: Callable[[Cells], NDArray[Any]]
     size: int
     bound: float
-    about: Told = field(default_factory=dict)
+    about: Reported = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -223,7 +215,7 @@ def plan(request: Request, declared: Declared) -> Plan:
 
 def noised(
     planned: Plan, cells: Cells, noise_multiplier: float, minimum: int
-) -> tuple[list[Told], list[list[str]]]:
+) -> tuple[list[Reported], list[list[str]]]:
     """Return the groups of an answer with noise, and what is withheld and why."""
     sums = planned.sums(cells)
     noise = gaussian(sums.size, noise_multiplier * planned.bound, secure_generator())
@@ -340,9 +332,9 @@ def _survival(asked: Survival) -> Block:
 
 def _told(
     name: str, blocks: list[Block], vector: Floats, declared: Declared, minimum: int
-) -> tuple[Told, list[str]]:
+) -> tuple[Reported, list[str]]:
     """Return the answer that noised numbers give, without what they say of too few patients."""
-    reported: Told = {"name": name, "start": None, "numeric": {}, "categorical": {}}
+    reported: Reported = {"name": name, "start": None, "numeric": {}, "categorical": {}}
     reported |= {"correlations": [], "pairs": []}
     small: list[str] = []
     ends = np.cumsum([block.size for block in blocks])
@@ -383,7 +375,7 @@ def _told(
     return reported, small
 
 
-def _moments(sums: Floats, count: float, limits: tuple[float, float]) -> Told:
+def _moments(sums: Floats, count: float, limits: tuple[float, float]) -> Reported:
     low, high = limits
     mean = min(1.0, max(-1.0, float(sums[0]) / count))
     squares = max(0.0, float(sums[1]) - count * mean**2)
@@ -393,7 +385,7 @@ def _moments(sums: Floats, count: float, limits: tuple[float, float]) -> Told:
 
 def _correlated(
     sums: Floats, of: tuple[str, ...], ranges: Mapping[str, tuple[float, float]]
-) -> Told:
+) -> Reported:
     count, half = float(sums[0]), [(ranges[n][1] - ranges[n][0]) / 2 for n in of]
     parts = [
         {"n": count, **_moments(sums[[index, index + 2]], count, ranges[name])}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Told = Mapping[str, Any]
+from fedmed_flower.statistics.types import Reported
 
 
 class Moments(NamedTuple):
@@ -42,7 +42,7 @@ class Curve(NamedTuple):
     survival: list[float]
 
 
-def pool_moments(parts: Iterable[Told]) -> Moments:
+def pool_moments(parts: Iterable[Reported]) -> Moments:
     """Return the moments of all rows together.
 
     By the formula of T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise
@@ -66,7 +66,7 @@ def pool_moments(parts: Iterable[Told]) -> Moments:
     return Moments(count, base + shift, squares / (count - 1) if count > 1 else math.nan)
 
 
-def pool_correlation(parts: Sequence[Told]) -> float:
+def pool_correlation(parts: Sequence[Reported]) -> float:
     """Return Pearson's correlation of all rows together; NaN where a column is constant.
 
     Parameters
@@ -85,7 +85,7 @@ def pool_correlation(parts: Sequence[Told]) -> float:
     return min(1.0, max(-1.0, math.fsum(products) / spread)) if spread > 0 else math.nan
 
 
-def pool_counts(parts: Iterable[Told]) -> tuple[dict[str, float], float]:
+def pool_counts(parts: Iterable[Reported]) -> tuple[dict[str, float], float]:
     """Add up categories; return their counts by name, and that of those too small to be named."""
     total: dict[str, float] = {}
     few = 0.0
@@ -96,7 +96,7 @@ def pool_counts(parts: Iterable[Told]) -> tuple[dict[str, float], float]:
     return dict(sorted(total.items())), few
 
 
-def pool_quantile(parts: Sequence[Told], share: float) -> Quantile:
+def pool_quantile(parts: Sequence[Reported], share: float) -> Quantile:
     """Return a quantile of all rows together.
 
     The bounds contain what pandas' ``quantile`` gives for the rows themselves: each value is at
@@ -123,7 +123,7 @@ def pool_quantile(parts: Sequence[Told], share: float) -> Quantile:
     return Quantile(min(max(value, low), high), low, high)
 
 
-def cumulate(parts: Sequence[Told]) -> tuple[list[float], NDArray[np.float64]]:
+def cumulate(parts: Sequence[Reported]) -> tuple[list[float], NDArray[np.float64]]:
     """Return all edges in ascending order, and how many values of each histogram lie below each.
 
     The values of a bin are taken to lie evenly in it, those of an open one between its edge and the
@@ -142,7 +142,7 @@ def cumulate(parts: Sequence[Told]) -> tuple[list[float], NDArray[np.float64]]:
     return edges, below
 
 
-def same_bins(parts: Sequence[Told]) -> list[NDArray[np.float64]] | None:
+def same_bins(parts: Sequence[Reported]) -> list[NDArray[np.float64]] | None:
     """Return histograms in the bins of the coarsest of them; None where that has a single bin.
 
     In the finer ones a bin that is cut is cut as `cumulate` does it.
@@ -158,7 +158,7 @@ def same_bins(parts: Sequence[Told]) -> list[NDArray[np.float64]] | None:
     return found
 
 
-def pool_survival(parts: Iterable[Told]) -> Curve:
+def pool_survival(parts: Iterable[Reported]) -> Curve:
     """Return the Kaplan-Meier curve of all patients, times rounded up as each hospital has told.
 
     Where one hospital's interval contains times of another's, its events and censored patients are

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from fedmed_flower.statistics.pooling import Told
+from fedmed_flower.statistics.types import Reported
 
 _MOST_LETTERS, _MOST_COUNT = 64 * 2**20, 1e12
 # Of 1e12 values below 1e100, so that the squares of all hospitals can be added up.
@@ -50,7 +50,7 @@ def read_reply(text: object) -> dict[str, Any]:
     return found
 
 
-def _read_group(group: Told, exact: bool) -> str:
+def _read_group(group: Reported, exact: bool) -> str:
     _texts([group["name"]], "group")
     if group["start"] is not None:
         _number(group["start"], "start")
@@ -134,14 +134,14 @@ def _counts(values: Sequence[object], name: str, exact: bool, most: float, lengt
         raise ValueError(f"{name} counts more than there are")
 
 
-def _counted(reported: Told, name: str, exact: bool, most: float) -> float:
+def _counted(reported: Reported, name: str, exact: bool, most: float) -> float:
     count = _count(reported["n"], name, exact)
     if count + _count(reported["missing"], name, exact) > most:
         raise ValueError(f"{name} counts more than there are")
     return count
 
 
-def _moments(reported: Told, name: str) -> None:
+def _moments(reported: Reported, name: str) -> None:
     for part in ("mean", "rest"):
         _number(reported[part], name, -1e100, 1e100)
     _number(reported["m2"], name, 0.0, _MOST_SQUARES)

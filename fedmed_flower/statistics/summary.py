@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from fedmed_flower.errors import InputError
 from fedmed_flower.statistics.drift import cusum, ears_c2, ks, psi
 from fedmed_flower.statistics.pooling import (
-    Told,
     pool_correlation,
     pool_counts,
     pool_moments,
@@ -20,12 +19,13 @@ from fedmed_flower.statistics.pooling import (
     pool_survival,
     same_bins,
 )
+from fedmed_flower.statistics.types import Reported
 
 SHARES = (0.25, 0.5, 0.75)
 ALARMS = {"c2": ears_c2, "cusum": cusum}
 
 
-def summarise(groups: Sequence[Told]) -> dict[str, Any]:
+def summarise(groups: Sequence[Reported]) -> dict[str, Any]:
     """Return the figures of several hospitals' rows together, or of one hospital's.
 
     Parameters
@@ -65,7 +65,7 @@ def summarise(groups: Sequence[Told]) -> dict[str, Any]:
 
 
 def differences(
-    one: Sequence[Told], others: Sequence[Told], name: str, against: str
+    one: Sequence[Reported], others: Sequence[Reported], name: str, against: str
 ) -> list[dict[str, Any]]:
     """Compare each column between two groups of hospitals, or of windows.
 
@@ -99,7 +99,7 @@ def differences(
     return found
 
 
-def drift_between_sites(sites: Mapping[str, Told]) -> list[dict[str, Any]]:
+def drift_between_sites(sites: Mapping[str, Reported]) -> list[dict[str, Any]]:
     """Compare each hospital with all others together."""
     return [
         row
@@ -113,13 +113,13 @@ def drift_between_sites(sites: Mapping[str, Told]) -> list[dict[str, Any]]:
     ]
 
 
-def drift_between_groups(groups: Mapping[str, Sequence[Told]]) -> list[dict[str, Any]]:
+def drift_between_groups(groups: Mapping[str, Sequence[Reported]]) -> list[dict[str, Any]]:
     """Compare each group, such as a window of time, with the first."""
     first, *rest = list(groups)
     return [row for name in rest for row in differences(groups[name], groups[first], name, first)]
 
 
-def alarms(sites: Mapping[str, Told], method: str) -> list[dict[str, Any]]:
+def alarms(sites: Mapping[str, Reported], method: str) -> list[dict[str, Any]]:
     """Find the weeks in which a hospital had more cases than before.
 
     A week that a hospital withholds is unknown, and left out of what others are compared with.
@@ -153,28 +153,28 @@ def alarms(sites: Mapping[str, Told], method: str) -> list[dict[str, Any]]:
     return found
 
 
-def _columns(groups: Sequence[Told], kind: str) -> dict[str, list[Told]]:
-    found: dict[str, list[Told]] = {}
+def _columns(groups: Sequence[Reported], kind: str) -> dict[str, list[Reported]]:
+    found: dict[str, list[Reported]] = {}
     for group in groups:
         for name, reported in group[kind].items():
             found.setdefault(name, []).append(reported)
     return found
 
 
-def _by_columns(groups: Sequence[Told], kind: str) -> dict[tuple[str, ...], list[Told]]:
-    found: dict[tuple[str, ...], list[Told]] = {}
+def _by_columns(groups: Sequence[Reported], kind: str) -> dict[tuple[str, ...], list[Reported]]:
+    found: dict[tuple[str, ...], list[Reported]] = {}
     for group in groups:
         for reported in group[kind]:
             found.setdefault(tuple(reported["columns"]), []).append(reported)
     return found
 
 
-def _sizes(parts: Sequence[Told]) -> dict[str, Any]:
+def _sizes(parts: Sequence[Reported]) -> dict[str, Any]:
     total = {name: math.fsum(part[name] for part in parts) for name in ("n", "missing")}
     return {**total, "hospitals": len(parts)}
 
 
-def _numeric(parts: Sequence[Told]) -> dict[str, Any]:
+def _numeric(parts: Sequence[Reported]) -> dict[str, Any]:
     found = _sizes(parts)
     if known := [part for part in parts if "mean" in part]:
         moments = pool_moments(known)
@@ -184,14 +184,14 @@ def _numeric(parts: Sequence[Told]) -> dict[str, Any]:
     return found
 
 
-def _categorical(parts: Sequence[Told]) -> dict[str, Any]:
+def _categorical(parts: Sequence[Reported]) -> dict[str, Any]:
     found = _sizes(parts)
     if tabulated := [part for part in parts if "names" in part]:
         found["counts"], found["few"] = pool_counts(tabulated)
     return found
 
 
-def _crossed(parts: Sequence[Told]) -> dict[str, Any]:
+def _crossed(parts: Sequence[Reported]) -> dict[str, Any]:
     totals: dict[tuple[str, str], float] = {}
     for part in parts:
         for row, counts in zip(part["rows"], part["counts"], strict=True):
@@ -202,7 +202,7 @@ def _crossed(parts: Sequence[Told]) -> dict[str, Any]:
     return {"rows": rows, "across": across, "counts": counts, "hospitals": len(parts)}
 
 
-def _binned(one: Sequence[Told], others: Sequence[Told]) -> list[NDArray[Any]] | None:
+def _binned(one: Sequence[Reported], others: Sequence[Reported]) -> list[NDArray[Any]] | None:
     # One cell with all rows in it would agree with whatever it is compared with.
     sides = [
         [h for p in side if np.count_nonzero((h := p.get("histogram", {})).get("counts", ())) > 1]
@@ -214,7 +214,7 @@ def _binned(one: Sequence[Told], others: Sequence[Told]) -> list[NDArray[Any]] |
     return [np.sum(counts[: len(sides[0])], axis=0), np.sum(counts[len(sides[0]) :], axis=0)]
 
 
-def _named(one: Sequence[Told], others: Sequence[Told]) -> list[NDArray[Any]] | None:
+def _named(one: Sequence[Reported], others: Sequence[Reported]) -> list[NDArray[Any]] | None:
     """Return the counts of the categories that are known of the one side, and of all others.
 
     What a hospital does not name may be among its few. On the other side only those hospitals count
@@ -235,5 +235,5 @@ def _named(one: Sequence[Told], others: Sequence[Told]) -> list[NDArray[Any]] | 
     return found
 
 
-def _knows(part: Told, names: set[str]) -> bool:
+def _knows(part: Reported, names: set[str]) -> bool:
     return not part["few"] or names <= set(part["names"])

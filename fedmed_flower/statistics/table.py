@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedmed_flower.statistics.types import Table
+
 DASH = "–"
 FEW = "(few each)"
 OVERALL = "Overall"
 _MOST_TIMES = 12
-Table = dict[str, Any]
 
 
 def tables(found: Mapping[str, Any]) -> list[Table]:

@@ -8,13 +8,11 @@ from datetime import date
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedmed_flower.data.site import Row
 from fedmed_flower.statistics.request import OPERATIONS, Filter
+from fedmed_flower.statistics.types import Floats, Mask
 
-Floats = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 # What a row holds beside its columns.
 NOT_COLUMNS = ("patient", "image")
 _MISSING = {"", "nan", "none", "nat", "<na>", "na", "?"}

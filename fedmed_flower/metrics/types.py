@@ -1,0 +1,13 @@
+"""Arrays of this room by name, with their shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Numbers of any shape; (n,) where nothing else is said, one a row.
+Floats = NDArray[np.float64]
+# (n,) times, events or risks, one a patient.
+Numbers = NDArray[np.float64]
+# (n,) codes or counts.
+Whole = NDArray[np.int64]
