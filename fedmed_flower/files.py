@@ -65,7 +65,7 @@ def open_file(folder: Path, name: str, most: int) -> BinaryIO:
     Raises
     ------
     OSError
-        Where there is no such file, a link leads it out of the folder, or it is too large or not
+        If there is no such file, a link leads it out of the folder, or it is too large or not
         one that can be read to its end. `strerror` is the reason in words.
     """
     real = _inside(folder, folder / name)
@@ -104,7 +104,7 @@ def read_lines(text: TextIO) -> Iterator[str]:
     Raises
     ------
     csv.Error
-        Where one is longer than any line of ours: it could be as long as the file.
+        If one is longer than any line of ours: it could be as long as the file.
     """
     while line := text.readline(_MOST_LINE):
         if len(line) == _MOST_LINE:
@@ -118,7 +118,7 @@ def read_object(folder: Path, name: str, hint: str) -> dict[str, Any]:
     Raises
     ------
     InputError
-        Where there is none, with `hint`, which says what to do.
+        If there is none, with `hint`, which says what to do.
     """
     path = folder / name
     try:
@@ -137,7 +137,7 @@ def require_closed(folder: Path) -> None:
     Raises
     ------
     InputError
-        Where anything in it, at any depth, is a link that leads out, or is neither file nor folder;
+        If anything in it, at any depth, is a link that leads out, or is neither file nor folder;
         or a database's journal names another file, which SQLite would delete.
     """
     for count, path in enumerate(_everything(folder), start=1):
@@ -213,9 +213,9 @@ class StoredMembers:
     Raises
     ------
     ValueError
-        Where a member is compressed or encrypted, two have one name, or they claim to be longer.
+        If a member is compressed or encrypted, two have one name, or they claim to be longer.
     zipfile.BadZipFile, NotImplementedError, EOFError
-        Where the archive is damaged.
+        If the archive is damaged.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -240,7 +240,7 @@ class StoredMembers:
         Raises
         ------
         ValueError
-            Where it is longer than `most` bytes.
+            If it is longer than `most` bytes.
         """
         member = self.left.pop(name)
         if member.file_size > most:

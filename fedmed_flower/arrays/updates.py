@@ -42,7 +42,7 @@ class Updates:
     layout : ArrayRecord
         Gives keys, shapes and dtypes.
     centre : ArrayRecord, optional
-        The global model that the sites started from; None where it is not known.
+        The global model that the sites started from; None if it is not known.
     sites : sequence of str, optional
     metrics : sequence of MetricRecord, optional
     mix : ndarray of shape (M, K), optional
@@ -106,7 +106,7 @@ class Updates:
         Raises
         ------
         ValueError
-            Where the rule returns other records than those it was given, or these updates are
+            If the rule returns other records than those it was given, or these updates are
             weighted sums.
         """
         if self._mix is not None:
@@ -139,7 +139,7 @@ class Updates:
     def others(self) -> Updates | None:
         """Return the integers and bools of these updates, of which distances know nothing.
 
-        None where there are none.
+        None if there are none.
         """
         keys = [key for key, array in self.layout.items() if view(array).dtype.kind in "biu"]
         if not keys:
@@ -162,7 +162,7 @@ class Updates:
         Raises
         ------
         NotUsableError
-            Where updates hold NaN or infinite values.
+            If updates hold NaN or infinite values.
         """
         given = np.asarray(weights, float)
         factors = [float(w) for w in (given if self._mix is None else given @ self._mix)]
@@ -194,7 +194,7 @@ class Updates:
         Raises
         ------
         NotUsableError
-            Where updates hold NaN or infinite values.
+            If updates hold NaN or infinite values.
         """
         draft = Draft(self.layout)
         finite = kernels.order_statistics(self._rows, draft.row, low, high, reduce, self._mix)
@@ -217,7 +217,7 @@ class Updates:
         Raises
         ------
         NotUsableError
-            Where updates hold NaN or infinite values, or values whose squares overflow.
+            If updates hold NaN or infinite values, or values whose squares overflow.
         """
         products = self._inner_products()
         if not np.isfinite(products).all():
@@ -234,7 +234,7 @@ class Updates:
     def norms(self, double: bool = False) -> NDArray[np.float64]:
         """Return the Euclidean norm of each site's difference to the global model; shape (K,).
 
-        NaN or infinite where it cannot be computed. Where the global model is not known, the
+        NaN or infinite if it cannot be computed. Where the global model is not known, the
         difference is that of `gram`, and raises what that raises.
 
         Parameters
@@ -258,7 +258,7 @@ class Updates:
         Raises
         ------
         ValueError
-            Where the global model is not known.
+            If the global model is not known.
         """
         if self._centre is None or self._mix is not None:
             raise ValueError("changes are those of a global model that is known")

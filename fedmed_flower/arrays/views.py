@@ -39,7 +39,7 @@ def view(array: Array) -> NDArray[Any]:
     Raises
     ------
     ValueError
-        Where the bytes are no well-formed array of plain numbers.
+        If the bytes are no well-formed array of plain numbers.
     """
     if array.stype != _NUMPY:
         raise ValueError(f"unknown serialisation {array.stype!r}")
@@ -118,7 +118,7 @@ def flat(record: ArrayRecord, layout: ArrayRecord) -> list[NDArray[Any]]:
 
 
 def not_finite(record: ArrayRecord) -> str | None:
-    """Return which entry of a record holds NaN or infinite values; None where none does."""
+    """Return which entry of a record holds NaN or infinite values; None if none does."""
     for key, array in record.items():
         if not is_finite(view(array)):
             return f"{key} holds NaN or infinite values"

@@ -32,7 +32,7 @@ log = logging.getLogger("flwr.fedmed")
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write report.html of a run folder anew."""
+    """Write report.html of a run folder again."""
     with input_errors():
         try:
             console.print(f"report: {write_report(folder)}")

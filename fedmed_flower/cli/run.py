@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -135,10 +134,10 @@ def _prepare(
                 f"got --sites {sites}"
             )
         sites = before.sites
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = (resume or out or Path("runs") / f"{name}-{stamp}").expanduser().resolve()
+    run_folder = RunFolder.named(resume or out, name)
+    folder = run_folder.path
     if resume is None:
-        RunFolder(folder).require_unused()
+        run_folder.require_unused()
     for key, option in (("run-dir", "--out"), ("resume", "--resume")):
         if any(text.partition("=")[0].strip() == key for text in settings):
             raise InputError(f"fedmed run sets {key} itself: give {option} instead of -c {key}")
@@ -168,7 +167,7 @@ def with_choices_of(folder: Path, before: UserConfig, defaults: UserConfig) -> U
     Raises
     ------
     InputError
-        Where one of them is not what the app, or the section that it belongs to, takes.
+        If one of them is not what the app, or the section that it belongs to, takes.
     """
     # Importing MONAI takes seconds: only where the app has images.
     from fedmed_flower.settings.survival import SurvivalSettings

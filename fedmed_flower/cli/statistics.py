@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,9 +116,9 @@ def _run(
     from fedmed_flower.engines.project import load_project
 
     name, defaults, references = load_project(path)
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = (out or Path("runs") / f"{name}-statistics-{stamp}").expanduser().resolve()
-    RunFolder(folder).require_unused()
+    run_folder = RunFolder.named(out, f"{name}-statistics")
+    folder = run_folder.path
+    run_folder.require_unused()
     # A survey has settings that an app need not declare.
     keys = {"min-cell-count": 10}
     run_config = override(keys | defaults, settings) | {"run-dir": str(folder)}

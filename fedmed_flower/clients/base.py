@@ -193,12 +193,12 @@ class MedicalClient(ABC):
     def screen(self, rows: Sequence[Row], split: str) -> Sequence[Row]:
         """Return the rows that can be used; a subclass says in the log which cannot, and why.
 
-        Where `sealed`, one row decides nothing about another.
+        If `sealed`, one row decides nothing about another.
         """
         return rows
 
     def label_of(self, row: Row) -> Hashable | None:
-        """Return the class of a row; None where rows have none."""
+        """Return the class of a row; None if rows have none."""
         return None
 
     @property
@@ -342,7 +342,7 @@ class MedicalClient(ABC):
         Raises
         ------
         DeclinedError
-            Where it begins a run at a real hospital in which too many began today.
+            If it begins a run at a real hospital in which too many began today.
         """
         config = next(iter(message.content.config_records.values()), ConfigRecord())
         self.agreed = str(config.get(AGREED, ""))
@@ -369,7 +369,7 @@ class MedicalClient(ABC):
             Came with the message; heeded in a simulation only.
         """
         path = ledger_path(self.context, self.site, config)
-        # A ledger that the hospital has named and that is gone is no reason to begin anew.
+        # A ledger that the hospital has named and that is gone is no reason to begin a new one.
         named = "ledger" in self.context.node_config
         if not (self.site.simulated or named or path.exists()):
             text = "%s: %s is a new ledger, in which nothing was ever released"
@@ -463,7 +463,7 @@ class MedicalClient(ABC):
     def told_of(
         self, rows: Sequence[Row], purpose: str, config: ConfigRecord
     ) -> Sequence[Row] | None:
-        """Return the rows of which figures may leave; None where of none.
+        """Return the rows of which figures may leave; None if of none.
 
         At a real hospital that is written down before anything is measured: in its book, by which
         patients who came since, and are too few, wait; and in its ledger, which counts how often a
@@ -472,7 +472,7 @@ class MedicalClient(ABC):
         Raises
         ------
         DeclinedError
-            Where an earlier run has trained on one of the patients with noise, which the figures
+            If an earlier run has trained on one of the patients with noise, which the figures
             would undo.
         """
         patients = {patient_text(row["patient"]) for row in rows}
@@ -520,7 +520,7 @@ class MedicalClient(ABC):
     def count(self, split: str, pooled: bool = False) -> int:
         """Return the number that the server is told of a split: of rows that can be used.
 
-        Where what is in a file must not show, the number of patients who were loaded: how many
+        If what is in a file must not show, the number of patients who were loaded: how many
         rows one of them has, and whether these can be used, is then not told.
         """
         if self.secretive:
@@ -590,7 +590,7 @@ class MedicalClient(ABC):
         Raises
         ------
         InputError
-            Where the site is a real one, or no site has rows.
+            If the site is a real one, or no site has rows.
         """
         if not self.site.simulated:
             raise InputError("pool-sites works in a simulation only: no site holds others' data")
@@ -617,7 +617,7 @@ class MedicalClient(ABC):
                 log.log(level, text, self.site.name, split, ", ".join(lacking))
 
     def _class_of(self, row: Row) -> str:
-        """Return the class of a row as the log shows it; empty where it has none, or none fits."""
+        """Return the class of a row as the log shows it; empty if it has none, or none fits."""
         try:
             label = self.label_of(row)
             return "" if label is None else str(label)

@@ -74,7 +74,7 @@ class Book:
         Returns
         -------
         ndarray of bool or None
-            None where nothing may be told.
+            None if nothing may be told.
         """
         new = self._guard.labels(members) == NEW
         for usable in (inside, inside & ~new):
@@ -90,12 +90,12 @@ class Book:
         return self._rows
 
     def evaluation(self, rows: Sequence[Row]) -> list[Row] | None:
-        """Return of which rows figures may leave; None where of none.
+        """Return of which rows figures may leave; None if of none.
 
         Raises
         ------
         InputError
-            Where a row is not one that was loaded, so that it cannot be known again.
+            If a row is not one that was loaded, so that it cannot be known again.
         """
         ids = {id(row) for row in rows}
         inside = self.of(ids)
@@ -108,7 +108,7 @@ class Book:
         return [row for row in rows if id(row) in reported]
 
     def column(self, name: str, inside: Mask, values: Codes | None = None) -> Mask | None:
-        """Return of which rows a column may be told of; None where of none, or it is not there."""
+        """Return of which rows a column may be told of; None if of none, or it is not there."""
         if name not in self._columns.names:
             return None
         return self.admit(self._guard.members(name), inside, values)
@@ -136,7 +136,7 @@ class Book:
         Returns
         -------
         ndarray or None
-            None where all categories together are of too few patients.
+            None if all categories together are of too few patients.
         """
         codes = self._columns.codes(name)[0]
         here = inside & (codes >= 0)
@@ -153,7 +153,7 @@ class Book:
         return np.array([id(row) in rows for row in self._rows])
 
     def shown(self, run: str) -> tuple[bool, set[str] | None]:
-        """Return whether a run had pictures, and of whom here any had; None where of nobody."""
+        """Return whether a run had pictures, and of whom here any had; None if of nobody."""
         return self._guard.shown(run)
 
     def show(self, run: str, patients: Collection[str]) -> None:

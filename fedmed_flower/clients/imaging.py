@@ -74,7 +74,7 @@ class ImagingClient(MedicalClient):
     ct_window : tuple of float
         Lowest and highest Hounsfield unit that is told apart.
     label_values : sequence of int
-        What stands in masks for class 0, 1, ...; empty where it is the class number.
+        What stands in masks for class 0, 1, ...; empty if it is the class number.
     empty_masks : bool
         Keep images whose mask holds the background alone, such as those of healthy patients; else
         they are turned away.
@@ -171,7 +171,7 @@ class ImagingClient(MedicalClient):
         Raises
         ------
         InputError
-            Where neither `image_shape` nor ``patch-size`` says how large an image is.
+            If neither `image_shape` nor ``patch-size`` says how large an image is.
         """
         self.check(SiteData(()))
         shape = (self._channels, *(self.patch_size or self.image_shape[1:]))
@@ -211,7 +211,7 @@ class ImagingClient(MedicalClient):
         Raises
         ------
         InputError
-            Where no training row is left.
+            If no training row is left.
         """
         kept, problems = [], []
         how = (self.spatial_dims, self.num_classes, self.label_values, self.empty_masks)
@@ -335,7 +335,7 @@ class LoadRow(Transform):  # type: ignore[misc]
     Raises
     ------
     InputError
-        Where the image cannot be read, has another number of dimensions or is not finite.
+        If the image cannot be read, has another number of dimensions or is not finite.
     """
 
     def __init__(self, spatial_dims: int) -> None:

@@ -35,7 +35,7 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
     on the validation rows. The one with the best main figure is kept, of several with the same
     figure that with the least loss, and the global model where no pass improves either: so no
     hospital is worse off on its validation rows. A pass in which the model diverges is the last.
-    Where the hospital keeps a folder, its model is
+    If the hospital keeps a folder, its model is
     written there, as ``personal/SITE.safetensors``.
 
     Returns
@@ -48,10 +48,10 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
     Raises
     ------
     DeclinedError
-        Where the hospital does not want one (``personal=false`` in its node config), or in a
+        If the hospital does not want one (``personal=false`` in its node config), or in a
         private run: the model would be trained without noise, and what is measured of it leaves.
     InputError
-        Where the site has no training or no validation rows.
+        If the site has no training or no validation rows.
     """
     config = client.read(message)
     if not with_type_of(True, client.context.node_config.get("personal", True), "personal"):

@@ -60,7 +60,7 @@ def outlined(
     Raises
     ------
     InputError
-        Where shapes do not fit, or a mask holds a value that is no class.
+        If shapes do not fit, or a mask holds a value that is no class.
     """
     pixels = _first_channel(image)
     masks = {
@@ -110,7 +110,7 @@ def heatmap(image: ArrayLike, map: ArrayLike, title: str, spacing: Sequence[floa
     Raises
     ------
     InputError
-        Where shapes do not fit.
+        If shapes do not fit.
     """
     pixels = _first_channel(image)
     values = np.nan_to_num(np.asarray(map, dtype=np.float64))

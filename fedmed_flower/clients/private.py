@@ -63,9 +63,9 @@ def train_protected(
     Raises
     ------
     InputError
-        Where model, loss or client cannot be trained privately; nothing is charged then.
+        If model, loss or client cannot be trained privately; nothing is charged then.
     DeclinedError
-        Where the run's target or the hospital's budget would be passed.
+        If the run's target or the hospital's budget would be passed.
     """
     settings = client.settings
     _require_own_fit(client)

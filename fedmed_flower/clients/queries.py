@@ -58,7 +58,7 @@ def pictures(client: MedicalClient, message: Message) -> RecordDict:
     Raises
     ------
     DeclinedError
-        Where the run had its pictures.
+        If the run had its pictures.
     """
     config, site = client.read(message), client.site
     shared: list[Picture] = []

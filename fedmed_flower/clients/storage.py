@@ -24,7 +24,7 @@ log = logging.getLogger("flwr.fedmed")
 
 
 def own_folder(context: Context, site: Site, message: Mapping[str, Any]) -> Path | None:
-    """Return where a hospital keeps what does not leave it; None where it keeps nothing.
+    """Return where a hospital keeps what does not leave it; None if it keeps nothing.
 
     That is ``output-dir`` of its node config, with a folder for each run and its models for
     comparison; in a simulation, the run folder.
@@ -32,7 +32,7 @@ def own_folder(context: Context, site: Site, message: Mapping[str, Any]) -> Path
     Raises
     ------
     InputError
-        Where ``output-dir`` is no folder.
+        If ``output-dir`` is no folder.
     """
     if (given := context.node_config.get("output-dir")) is not None:
         folder = Path(str(with_type_of("", given, "output-dir"))).expanduser()

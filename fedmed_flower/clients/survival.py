@@ -64,7 +64,7 @@ class SurvivalClient(TabularClient):
         Raises
         ------
         InputError
-            Where Cox's partial likelihood, which compares patients, would be trained privately.
+            If Cox's partial likelihood, which compares patients, would be trained privately.
         """
         network = super().build_model()
         self._require_uncoupled()
@@ -140,7 +140,7 @@ class SurvivalClient(TabularClient):
         """Return the score, by the censoring and, for Cox, the baseline of the training rows.
 
         In a private run training rows must tell nothing without noise: the censoring is then that
-        of the rows that are measured. None where a hospital does not let training rows be used.
+        of the rows that are measured. None if a hospital does not let training rows be used.
         """
         settings = self.survival
         if not self.privacy.on:

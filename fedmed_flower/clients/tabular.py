@@ -169,7 +169,7 @@ class TabularClient(MedicalClient):
         Raises
         ------
         InputError
-            Where no hospital told anything that can be used.
+            If no hospital told anything that can be used.
         """
         schema = with_target(self.schema)
         # Names in the log those who tell what cannot be used.
@@ -204,11 +204,11 @@ class TabularClient(MedicalClient):
         Raises
         ------
         InputError
-            Where privacy is on and the preparation would be learnt from patients without noise, or
+            If privacy is on and the preparation would be learnt from patients without noise, or
             nothing was agreed upon, or a hospital without training rows would have to learn its
             own.
         DeclinedError
-            Where a hospital with a privacy budget would have to learn its own.
+            If a hospital with a privacy budget would have to learn its own.
         """
         self._require_unlearnt()
         kind = self.tables.preparation
@@ -251,7 +251,7 @@ class TabularClient(MedicalClient):
         Raises
         ------
         InputError
-            Where the schema declares too little for the run config's preparation.
+            If the schema declares too little for the run config's preparation.
         """
         self._require_unlearnt()
         schema, tables = self.schema, self.tables

@@ -70,7 +70,7 @@ def agreed_upon(text: str, schema: Schema) -> tuple[Preparation, Unit]:
     Raises
     ------
     InputError
-        Where the text is something else, or is of other columns than the schema's.
+        If the text is something else, or is of other columns than the schema's.
     """
     found, declared = Preparation.from_text(text), with_target(schema)
     if ([*found.means], [*found.categories]) != ([*declared.numeric], [*declared.categorical]):
@@ -128,7 +128,7 @@ def require_rows(rows: Sequence[Row], schema: Schema, groups: Sequence[str], whe
     Raises
     ------
     InputError
-        Where a row lacks a column, a target or an event cannot be, or a group is no text.
+        If a row lacks a column, a target or an event cannot be, or a group is no text.
     """
     needed = {*schema.features, schema.target} | ({schema.event} - {""})
     wanted = _wanted(schema)

@@ -67,9 +67,9 @@ def train_epochs(
     Raises
     ------
     FloatingPointError
-        Where a batch has a loss that is not finite; the model is of no use from then on.
+        If a batch has a loss that is not finite; the model is of no use from then on.
     torch.OutOfMemoryError
-        Where the memory does not do for one record.
+        If the memory does not do for one record.
     """
     model.train()
     held = [(p, p.detach().clone()) for p in model.parameters()] if proximal_mu else []
@@ -150,12 +150,12 @@ class Parts:
         batch : dict of tensors
         work : callable
         before : callable
-            Called at the beginning, and again where all begins anew with smaller parts.
+            Called at the beginning, and again if all begins again with smaller parts.
 
         Raises
         ------
         torch.OutOfMemoryError
-            Where one record is too large.
+            If one record is too large.
         """
         count = len(next(iter(batch.values())))
         while True:
@@ -221,7 +221,7 @@ def train_privately(
     Returns
     -------
     tuple of (float, int)
-        Mean loss of the records that were drawn, NaN where there were none, and how many patients'
+        Mean loss of the records that were drawn, NaN if there were none, and how many patients'
         gradients were not finite, or could not be computed, and therefore left out. Neither carries
         noise.
     """
@@ -385,7 +385,7 @@ def micro_batch_size(gradients: RecordGradients, probe: Batch, drawn: int, wante
     Raises
     ------
     torch.OutOfMemoryError
-        Where the memory does not do for one record.
+        If the memory does not do for one record.
     """
     first = {key: value[:1] for key, value in probe.items()}
     device, count = next(iter(first.values())).device, len(next(iter(probe.values())))

@@ -75,7 +75,7 @@ def unpacked(packed: _Readable, name: object, kind: Kind) -> bytes:
     Raises
     ------
     InputError
-        Where it unpacks to more than it may; no more than that was unpacked. Whatever else
+        If it unpacks to more than it may; no more than that was unpacked. Whatever else
         `packed` raises is not caught.
     """
     content, size = io.BytesIO(), 0
@@ -92,7 +92,7 @@ def require_deflated(packed: bytes, name: object, kind: Kind) -> None:
     Raises
     ------
     zlib.error
-        Where it is no deflate.
+        If it is no deflate.
     """
     stream, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
     for start in range(0, len(packed), _PACKED_PART):
@@ -109,7 +109,7 @@ def array_bytes(file: BinaryIO) -> int:
     Raises
     ------
     ValueError
-        Where it has no such header.
+        If it has no such header.
     """
     version = np.lib.format.read_magic(file)
     if version == (1, 0):

@@ -62,7 +62,7 @@ class Cells:
     names : list of str
         Of the columns, in order.
     column : callable
-        Returns the cells at a place in `names`: texts or whatever else, None where missing.
+        Returns the cells at a place in `names`: texts or whatever else, None if missing.
     decimal : str
         The decimal mark of numbers in texts.
     ragged : int
@@ -95,7 +95,7 @@ class Cells:
         return [None] * len(self.lines)
 
     def texts(self, name: str, declared: Sequence[str] = ()) -> list[str | None]:
-        """Return a column as texts, None where missing; what is declared is never missing."""
+        """Return a column as texts, None if missing; what is declared is never missing."""
         return [
             text if text in declared or (text and text.lower() not in self.missing) else None
             for text in map(category_text, self.of(name))
@@ -104,9 +104,9 @@ class Cells:
     def numbers(
         self, name: str, limits: tuple[float, float] | None = None, needed: str = ""
     ) -> NDArray[np.float64]:
-        """Return a column as numbers, NaN where one is missing or cannot be.
+        """Return a column as numbers, NaN if one is missing or cannot be.
 
-        Where it is `needed`, and called so, rows that have none are turned away.
+        If it is `needed`, and called so, rows that have none are turned away.
         """
         cells = self.of(name)
         found = [self._number(cell) for cell in cells]
@@ -123,7 +123,7 @@ class Cells:
         return values
 
     def _number(self, cell: Any) -> float | None:
-        """Return a cell's number, NaN where it is missing, None where it is neither."""
+        """Return a cell's number, NaN if it is missing, None if it is neither."""
         if isinstance(cell, str):
             text = cell.strip()
             if not text or text.lower() in self.missing:
@@ -170,7 +170,7 @@ def read_text(path: Path, content: bytes) -> Cells:
     Raises
     ------
     InputError
-        Where it is no such text in UTF-8, or, if it is called ``.gz``, no whole gzip file or one
+        If it is no such text in UTF-8, or, if it is called ``.gz``, no whole gzip file or one
         that unpacks to more than `bounded.MOST` bytes.
     """
     try:
@@ -220,7 +220,7 @@ def read_parquet(path: Path, content: bytes) -> Cells:
     Raises
     ------
     InputError
-        Where it is none, it has more than `bounded.MOST` bytes as numbers and texts in memory, or
+        If it is none, it has more than `bounded.MOST` bytes as numbers and texts in memory, or
         pyarrow is not installed.
     """
     # Loading pandas takes a second, which a table in a text need not wait for.
@@ -288,7 +288,7 @@ def plain(number: float) -> str:
 
 
 def near_names(name: str, names: Iterable[str]) -> str:
-    """Return which names are like one, as an addition in brackets; nothing where none is."""
+    """Return which names are like one, as an addition in brackets; nothing if none is."""
     folded = {known.lower(): known for known in names}
     near = difflib.get_close_matches(name.lower(), folded)
     return f" (near: {', '.join(repr(folded[text]) for text in near)})" if near else ""

@@ -29,7 +29,7 @@ class Finding:
     patient, image : str
         ``image`` is a path, several paths joined by "; ", or "array".
     shape : tuple of int
-        (channels, *spatial); empty where the image cannot be read, as the next four.
+        (channels, *spatial); empty if the image cannot be read, as the next four.
     spacing : tuple of float
         Millimetres between voxels, one number an axis.
     orientation : str
@@ -76,7 +76,7 @@ def check_row(
     num_classes : int or None
         For masks with the background. None lets all whole numbers from 0 on pass.
     label_values : sequence of int
-        What stands in masks for class 0, 1, ...; empty where it is the class number.
+        What stands in masks for class 0, 1, ...; empty if it is the class number.
     empty_masks : bool
         Let masks pass that hold the background alone.
     """

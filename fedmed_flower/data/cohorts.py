@@ -153,10 +153,10 @@ def intensive_care(folder: str | Path | None = None) -> pd.DataFrame:
     Raises
     ------
     SourceUnavailable
-        Where a table is not there: the publisher gives no checksum that a download could be
+        If a table is not there: the publisher gives no checksum that a download could be
         compared with, so nothing is downloaded.
     InputError
-        Where a table cannot be read or lacks a column.
+        If a table cannot be read or lacks a column.
     """
     home = os.environ.get("FEDMED_DATA")
     where = Path(folder) if folder else Path(home).expanduser() / "eicu-demo" if home else None

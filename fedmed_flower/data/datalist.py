@@ -70,7 +70,7 @@ def read_folder(folder: str | Path) -> Listing:
     Raises
     ------
     InputError
-        Where the folder has none of the layouts, a table as a whole cannot be read, or no row can
+        If the folder has none of the layouts, a table as a whole cannot be read, or no row can
         be used.
     """
     folder = Path(folder).expanduser()

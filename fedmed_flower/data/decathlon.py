@@ -39,9 +39,9 @@ def load_hippocampus(timeout: float = 30) -> Volumes:
     Raises
     ------
     InputError
-        Where the folder or the archive is not as it should be.
+        If the folder or the archive is not as it should be.
     SourceUnavailable
-        Where the publisher cannot be reached.
+        If the publisher cannot be reached.
     """
     if named := os.environ.get("FEDMED_DATA"):
         for name in ("hippocampus", _TASK):

@@ -58,7 +58,7 @@ def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
     Raises
     ------
     InputError
-        Where the file is no DICOM file, holds no image, or unpacks to more than
+        If the file is no DICOM file, holds no image, or unpacks to more than
         `bounded.MOST` bytes.
     """
     with _readable(file), warnings.catch_warnings():
@@ -112,13 +112,13 @@ def read_dicom(path: Path) -> tuple[Array, Array, bool]:
     affine : ndarray
         (4, 4), from voxels to millimetres to the right, to the front and up.
     placed : bool
-        False where the file does not say where it lies, as X-rays: then ``affine`` holds the
+        False if the file does not say where it lies, as X-rays: then ``affine`` holds the
         spacing alone.
 
     Raises
     ------
     InputError
-        Where a file cannot be read, the files are not one series with each slice in its place, or
+        If a file cannot be read, the files are not one series with each slice in its place, or
         a file or all of them have, or unpack to, more than `bounded.MOST` bytes.
     """
     files = dicom_files(path) if path.is_dir() else [path]
@@ -168,7 +168,7 @@ def _bytes(file: Path, part: pydicom.Dataset) -> int:
     Raises
     ------
     InputError
-        Where it holds several frames, or says that its pixels take more than they may.
+        If it holds several frames, or says that its pixels take more than they may.
     """
     with _readable(file):
         if int(part.get("NumberOfFrames") or 1) > 1:

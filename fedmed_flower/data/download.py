@@ -42,9 +42,9 @@ class ImageSplits:
     labels : mapping of str to ndarray
         By split, (n,) int64, 0 or greater, read-only.
     source : str
-        Where the images come from, for log, summary and report.
+        If the images come from, for log, summary and report.
     generated : bool
-        True where no real patient stands behind the images.
+        True if no real patient stands behind the images.
     """
 
     images: Mapping[str, NDArray[Any]]

@@ -59,7 +59,7 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
     Raises
     ------
     InputError
-        Where the file cannot be read, has another number of dimensions, holds NaN or infinite
+        If the file cannot be read, has another number of dimensions, holds NaN or infinite
         values, or has or unpacks to more than `bounded.MOST` bytes; the text names the file.
     """
     if _are_paths(source):
@@ -109,7 +109,7 @@ def read_label(
     Raises
     ------
     InputError
-        As `read_image`; where a value is no class; and where the mask does not fit ``image``.
+        As `read_image`; if a value is no class; and where the mask does not fit ``image``.
     """
     mask = read_image(source, spatial_dims)
     if len(mask) != 1:

@@ -45,7 +45,7 @@ def dirichlet_shares(
     Raises
     ------
     InputError
-        Where an argument is out of its range.
+        If an argument is out of its range.
     """
     _at_least("num_classes", num_classes, 1)
     _at_least("num_sites", num_sites, 1)
@@ -91,7 +91,7 @@ def split_by_shares(
     Raises
     ------
     InputError
-        Where an argument is out of its range, lengths differ, a patient is missing or there are
+        If an argument is out of its range, lengths differ, a patient is missing or there are
         too few patients for `min_patients` a site.
     """
     values, matrix = _labels(labels), _numbers("shares", shares)
@@ -170,7 +170,7 @@ def by_column(values: ArrayLike) -> dict[str, Rows]:
     Raises
     ------
     InputError
-        Where a name is missing: empty, None or NaN.
+        If a name is missing: empty, None or NaN.
 
     Examples
     --------

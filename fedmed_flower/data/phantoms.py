@@ -53,7 +53,7 @@ def chest_xrays(
     Raises
     ------
     InputError
-        Where an argument is out of its range.
+        If an argument is out of its range.
     """
     bounds = {
         "num_train": (num_train, 1, 10**7),
@@ -105,7 +105,7 @@ def hippocampi(count: int, seed: int = 0, size: int = 24) -> Volumes:
     Raises
     ------
     InputError
-        Where an argument is out of its range.
+        If an argument is out of its range.
     """
     bounds = {"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 128)}
     for name, (value, low, high) in bounds.items():

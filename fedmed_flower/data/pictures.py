@@ -34,7 +34,7 @@ class Picture:
 
 
 def sound(png: bytes) -> str | None:
-    """Return why a picture from a site is not shown; None where it may be.
+    """Return why a picture from a site is not shown; None if it may be.
 
     It must be one PNG and nothing else, of at most 1024 x 1024 pixels and 512 kB, not interlaced
     and not animated, whose data are exactly its pixels, and which Pillow decodes.

@@ -84,7 +84,7 @@ def contribution(
 
 
 def check_contribution(reported: Mapping[str, Any], schema: Schema) -> str | None:
-    """Return what is wrong with what a hospital told; None where nothing is."""
+    """Return what is wrong with what a hospital told; None if nothing is."""
     known = {_MOMENTS + column for column in schema.numeric}
     learnt = [column for column in schema.categorical if column not in schema.categories]
     known |= {kind + column for column in learnt for kind in (_CATEGORIES, _COUNTS)}
@@ -124,7 +124,7 @@ class Preparation:
     Raises
     ------
     InputError
-        Where a field is not as said.
+        If a field is not as said.
     """
 
     means: Mapping[str, float]
@@ -214,7 +214,7 @@ class Preparation:
         Raises
         ------
         InputError
-            Where a numeric column has no range, or a categorical one no categories.
+            If a numeric column has no range, or a categorical one no categories.
         """
         lacking = [f"a range of {name!r}" for name in schema.numeric if name not in schema.ranges]
         lacking += [
@@ -243,7 +243,7 @@ class Preparation:
         Raises
         ------
         InputError
-            Where the text is something else.
+            If the text is something else.
         """
         try:
             given = json.loads(text)
@@ -284,7 +284,7 @@ class Preparation:
         Raises
         ------
         InputError
-            Where a row lacks a column, or a number is a text.
+            If a row lacks a column, or a number is a text.
         """
         features = np.zeros((len(rows), self.width), dtype=np.float32)
         index = 0
@@ -330,7 +330,7 @@ def _cells(rows: Sequence[Row], column: str) -> list[Any]:
 
 
 def _numbers(rows: Sequence[Row], column: str) -> NDArray[np.float64]:
-    """Return a column, NaN where a value is missing or beyond all measurement."""
+    """Return a column, NaN if a value is missing or beyond all measurement."""
     cells = _cells(rows, column)
     try:
         values = np.asarray(cells, dtype=np.float64)

@@ -64,16 +64,16 @@ class Schema:
         The target's classes, as they stand in the table; class 0 first. For a binary target "0" and
         "1" where left out.
     event : str
-        For survival: the column that is 1 where the event happened, 0 where a row is censored.
+        For survival: the column that is 1 if the event happened, 0 if a row is censored.
     patient : str
         The column that says whose row it is.
     indicators : bool
-        One feature more for each numeric column: 1 where the value is missing, else 0.
+        One feature more for each numeric column: 1 if the value is missing, else 0.
 
     Raises
     ------
     InputError
-        Where a field is not as said, a column is named twice, or the target, the event or the
+        If a field is not as said, a column is named twice, or the target, the event or the
         patient is among the features.
 
     Examples
@@ -186,8 +186,8 @@ class Table:
     ----------
     rows : list of dict
         ``patient`` (a text, or a `LineNumber` where the table names no patients), ``split`` where
-        asked for; by their columns: numeric features (float, NaN where missing), categorical
-        features, bands and kept columns (text, None where missing), the target (number of the
+        asked for; by their columns: numeric features (float, NaN if missing), categorical
+        features, bands and kept columns (text, None if missing), the target (number of the
         class, count, number or time) and the event (0 or 1).
     turned_away : int
         How many rows could not be used and are not here.
@@ -235,7 +235,7 @@ def read_table(
     Raises
     ------
     InputError
-        Where the file cannot be read, has a column twice, lacks the target, the event, the patient
+        If the file cannot be read, has a column twice, lacks the target, the event, the patient
         (unless that is the default, "patient"), the split or all features, or no row can be used.
     """
     path = Path(path).expanduser()

@@ -59,11 +59,11 @@ class Site:
     index : int
         From 0 to ``num_sites - 1``.
     num_sites : int
-        How many sites a shared dataset is split among; 1 where the site has data of its own.
+        How many sites a shared dataset is split among; 1 if the site has data of its own.
     data_dir : Path or None
         The hospital's own folder, or None in a simulation on a shared dataset.
     simulated : bool
-        True where all sites live on one machine, so that nothing secret can leave it.
+        True if all sites live on one machine, so that nothing secret can leave it.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Site:
         Raises
         ------
         InputError
-            Where neither ``site-name`` nor ``partition-id`` is given, or ``data-dir`` is no folder.
+            If neither ``site-name`` nor ``partition-id`` is given, or ``data-dir`` is no folder.
         """
         config = context.node_config
         try:
@@ -125,9 +125,9 @@ class SiteData:
         One dict a row: ``image`` (an array, or a path that MONAI reads), ``label`` and
         ``patient``. No patient may be in two splits.
     source : str
-        Where the rows come from, for log, summary and report.
+        If the rows come from, for log, summary and report.
     generated : bool
-        True where no real patient stands behind the rows.
+        True if no real patient stands behind the rows.
     class_names : tuple of str
         Names of the classes 1, 2, ... in masks, where the data name them; a client that calls them
         otherwise refuses the data.
@@ -153,7 +153,7 @@ def min_cell_count(context: Context, site: Site) -> int:
     Raises
     ------
     InputError
-        Where it is no whole number, or below 1.
+        If it is no whole number, or below 1.
     """
     key = "min-cell-count"
     asked = with_type_of(FEWEST, context.run_config.get(key, FEWEST), key)
@@ -240,7 +240,7 @@ def patient_text(patient: Any) -> str:
     Raises
     ------
     InputError
-        Where a patient is neither a text nor a finite number nor a tuple of those.
+        If a patient is neither a text nor a finite number nor a tuple of those.
     """
     if isinstance(patient, tuple):
         return f"({', '.join(map(patient_text, patient))})"

@@ -45,8 +45,8 @@ HEART_FEATURES = (
 class HeartTable:
     """One hospital of the UCI Heart Disease data, one row a patient; the arrays are read-only.
 
-    ``features`` is (n, 13) float64 in the order of `HEART_FEATURES`, NaN where the file has "?".
-    ``target`` is (n,) int64: 1 where a heart disease was found (num > 0), else 0.
+    ``features`` is (n, 13) float64 in the order of `HEART_FEATURES`, NaN if the file has "?".
+    ``target`` is (n,) int64: 1 if a heart disease was found (num > 0), else 0.
     """
 
     hospital: str
@@ -135,10 +135,10 @@ def load_medmnist(name: str, path: str | Path | None = None, timeout: float = 10
     Raises
     ------
     InputError
-        Where name, file, folder or checksum is wrong, or the arrays would take more than
+        If name, file, folder or checksum is wrong, or the arrays would take more than
         `bounded.MOST` bytes.
     SourceUnavailable
-        Where the publisher cannot be reached.
+        If the publisher cannot be reached.
     """
     if path is not None:
         own = Path(path).expanduser()

@@ -62,7 +62,7 @@ def split_patients(
     Raises
     ------
     InputError
-        Where an argument is out of its range, only some rows carry a split, a patient is in two
+        If an argument is out of its range, only some rows carry a split, a patient is in two
         splits or no row is in train.
 
     Examples

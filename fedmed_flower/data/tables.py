@@ -38,7 +38,7 @@ def read_dataset(file: Path, problems: list[str]) -> tuple[list[Line], tuple[str
     Raises
     ------
     InputError
-        Where the file is no JSON, has no list "training", or is a link out of its folder.
+        If the file is no JSON, has no list "training", or is a link out of its folder.
     """
     try:
         content = json.loads(_text(file))
@@ -72,7 +72,7 @@ def read_csv(file: Path, columns: Sequence[str], problems: list[str]) -> Iterato
     Raises
     ------
     InputError
-        Where the file is no CSV in UTF-8, lacks one of the columns, or is a link out of its folder.
+        If the file is no CSV in UTF-8, lacks one of the columns, or is a link out of its folder.
     """
     try:
         text = _text(file)

@@ -65,9 +65,9 @@ def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -
     Raises
     ------
     InputError
-        Where Ray, which the engine runs on, is not installed.
+        If Ray, which the engine runs on, is not installed.
     EngineError
-        Where the engine did not start or the run did not end as ``finished:completed``.
+        If the engine did not start or the run did not end as ``finished:completed``.
     """
     try:
         import ray  # noqa: F401

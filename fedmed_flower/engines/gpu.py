@@ -32,7 +32,7 @@ def gpu_share(peak: int, total: int, gpus: int, workers: int) -> float:
     Parameters
     ----------
     peak : int
-        Bytes that one site takes, CUDA's own included; 0 where that is not known.
+        Bytes that one site takes, CUDA's own included; 0 if that is not known.
     total : int
         Bytes of a GPU.
     gpus, workers : int
@@ -42,7 +42,7 @@ def gpu_share(peak: int, total: int, gpus: int, workers: int) -> float:
     -------
     float
         A little less than 1 over how many workers share a GPU, in four decimals, which is as exact
-        as Ray counts; 1 where a site needs a whole GPU, or more than there is.
+        as Ray counts; 1 if a site needs a whole GPU, or more than there is.
     """
     most = -(-workers // gpus)
     if peak:
@@ -52,7 +52,7 @@ def gpu_share(peak: int, total: int, gpus: int, workers: int) -> float:
 
 
 def measure_site(app: Path, config: UserConfig, num_sites: int) -> int:
-    """Return how many bytes of a GPU one site takes in a round; 0 where that cannot be found out.
+    """Return how many bytes of a GPU one site takes in a round; 0 if that cannot be found out.
 
     Parameters
     ----------

@@ -81,7 +81,7 @@ def run_local(
     Raises
     ------
     InputError
-        Where `num_sites` is below 1 or `node_configs` has another length.
+        If `num_sites` is below 1 or `node_configs` has another length.
     """
     if num_sites < 1:
         raise InputError(f"num_sites must be at least 1, got {num_sites}")

@@ -17,7 +17,7 @@ def load_project(path: Path) -> tuple[str, UserConfig, tuple[str, str]]:
     Raises
     ------
     InputError
-        Where the folder is no Flower app, or does not declare what is set from here.
+        If the folder is no Flower app, or does not declare what is set from here.
     """
     try:
         project = get_project_config(path)
@@ -43,7 +43,7 @@ def default_sites(path: Path) -> int:
     Raises
     ------
     InputError
-        Where it is no whole number.
+        If it is no whole number.
     """
     table = tomllib.loads((path / "pyproject.toml").read_text(encoding="utf-8"))
     count = table.get("tool", {}).get("fedmed", {}).get("sites", 5)

@@ -32,7 +32,7 @@ def read_about(content: RecordDict) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        Where it is malformed.
+        If it is malformed.
     """
     record = dict(content.config_records[COHORT])
     about: dict[str, Any] = {
@@ -55,7 +55,7 @@ def read_listing(content: RecordDict, most: int) -> Listing:
     Raises
     ------
     ValueError
-        Where it is malformed, or longer than `most`.
+        If it is malformed, or longer than `most`.
     """
     record, indices = content.config_records[VARIANTS], content.array_records[PLACES]
     chromosomes, positions = view(indices["chromosomes"]), view(indices["positions"])
@@ -78,7 +78,7 @@ def read_counts(content: RecordDict, variants: int, about: Mapping[str, int]) ->
     Raises
     ------
     ValueError
-        Where they are malformed, or no counts of as many people.
+        If they are malformed, or no counts of as many people.
     """
     values = _values(content, (variants, 5))
     if values.dtype != np.int64:
@@ -105,7 +105,7 @@ def read_sums(content: RecordDict, shape: tuple[int, ...]) -> Floats:
     Raises
     ------
     ValueError
-        Where they are malformed or not finite.
+        If they are malformed or not finite.
     """
     values = _values(content, shape)
     if values.dtype != np.float64 or not is_finite(values):
@@ -119,7 +119,7 @@ def read_terms(content: RecordDict, shape: tuple[int, int]) -> tuple[Floats, NDA
     Raises
     ------
     ValueError
-        Where they are malformed or not finite.
+        If they are malformed or not finite.
     """
     sums = read_sums(content, shape)
     withheld = view(content.array_records[TOLD]["withheld"])

@@ -25,7 +25,7 @@ _LN10 = math.log(10)
 
 
 class Results(NamedTuple):
-    """One number a variant each, NaN where the counts give none.
+    """One number a variant each, NaN if the counts give none.
 
     Attributes
     ----------

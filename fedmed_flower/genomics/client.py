@@ -53,7 +53,7 @@ class Cohort:
     people : (n,) int array
         Their places in the fam file.
     trait : (n,) float array
-        0 or 1 where it is binary.
+        0 or 1 if it is binary.
     covariates : (n, c) float array
         About their means here.
     minimum : int
@@ -119,9 +119,9 @@ class GenomicsClient(MedicalClient):
         Raises
         ------
         DeclinedError
-            Where the hospital asks for noise, or too few people, cases or controls are there.
+            If the hospital asks for noise, or too few people, cases or controls are there.
         InputError
-            Where files and rows do not fit each other.
+            If files and rows do not fit each other.
         """
         if budget_of(self.context) is not None or self.privacy.on:
             raise DeclinedError("an association study carries no noise")
@@ -148,7 +148,7 @@ class GenomicsClient(MedicalClient):
         Raises
         ------
         DeclinedError
-            Where these people and those of an earlier answer differ by too few.
+            If these people and those of an earlier answer differ by too few.
         """
         if self.site.simulated:
             return
@@ -353,7 +353,7 @@ class _Asked:
     Raises
     ------
     InputError
-        Where the variants are not different lines of the hospital's file, or the answer would be
+        If the variants are not different lines of the hospital's file, or the answer would be
         too large.
     """
 
@@ -413,7 +413,7 @@ class _Asked:
         Raises
         ------
         DeclinedError
-            Where the hospital has not said that it takes part in components.
+            If the hospital has not said that it takes part in components.
         """
         given = client.context.node_config.get("share-components", client.site.simulated)
         if not with_type_of(False, given, "share-components"):

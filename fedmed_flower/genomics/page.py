@@ -26,7 +26,7 @@ from fedmed_flower.files import (
 )
 from fedmed_flower.genomics.association import log10_of_text
 from fedmed_flower.reports import frame, plots
-from fedmed_flower.reports.frame import DASH, escaped, many
+from fedmed_flower.reports.frame import DASH, count_of, escaped
 from fedmed_flower.server.run_folder import SUMMARY
 from fedmed_flower.settings.study import TESTS
 
@@ -79,7 +79,7 @@ def write_page(folder: Path) -> Path:
     Raises
     ------
     InputError
-        Where a file is damaged.
+        If a file is damaged.
     """
     hint = "the folder holds no association study that can be shown"
     summary = read_object(folder, SUMMARY, hint)
@@ -131,7 +131,7 @@ def _read(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[n
 def _head(summary: dict[str, Any]) -> str:
     status = str(summary["status"])
     date = escaped(summary.get("started")).replace("T", " ")[:16]
-    facts = f"{date} · {many(len(summary['sites']), 'hospital')}"
+    facts = f"{date} · {count_of(len(summary['sites']), 'hospital')}"
     return (
         f'<h1>{escaped(summary["app"])}</h1><p class="soft">Association study · {facts}</p>'
         f'<div class="status {status if status in _STATUS else "unknown"}" role="status">'
@@ -145,13 +145,13 @@ def _result(summary: dict[str, Any], study: dict[str, Any]) -> str:
     cases = sum(site["cases"] for site in summary["sites"].values())
     named = [*study["covariates"]] if study["test"] in ("linear", "logistic") else []
     if study["components"]:
-        named.append(many(len(study["components"]), "principal component"))
+        named.append(count_of(len(study["components"]), "principal component"))
     with_these = f", adjusted for {escaped(', '.join(named))}" if named else ""
-    words = f"{many(people, 'person').replace('persons', 'people')}"
+    words = f"{count_of(people, 'person').replace('persons', 'people')}"
     if study["test"] != "linear":
         words += f", {cases:,} of them cases"
     words += f": {escaped(study['phenotype'])} by {TESTS[study['test']]}"
-    words += f"{with_these}, on {many(study['tested'], 'variant')}"
+    words += f"{with_these}, on {count_of(study['tested'], 'variant')}"
     if left := study["variants"] - study["tested"]:
         words += f" ({left:,} more gave no result)"
     inflation = study["lambda-gc"]

@@ -92,7 +92,7 @@ class Panel:
         Raises
         ------
         RunFailedError
-            Where no hospital is left.
+            If no hospital is left.
         """
         self.asked += 1
         sites = {self.nodes[site]: site for site in contents}
@@ -126,7 +126,7 @@ def assemble(grid: Grid, timeout: float, trait: str) -> Panel:
     Raises
     ------
     InputError
-        Where none does.
+        If none does.
     """
     panel, names, found = Panel(grid, timeout), dict[int, str](), dict[int, dict[str, Any]]()
     namesakes = Namesakes()

@@ -78,7 +78,7 @@ class Fileset:
         Raises
         ------
         InputError
-            Where a file is missing, an individual id is not unique, the bed file is none, is
+            If a file is missing, an individual id is not unique, the bed file is none, is
             ordered by person, or does not have the size that bim and fam ask for.
         """
         prefix = Path(prefix).expanduser()
@@ -99,7 +99,7 @@ class Fileset:
             size, head = bed.stat().st_size, file.read(3)
         if head == _SAMPLE_MAJOR:
             raise InputError(
-                f"{bed} is ordered by person, as early versions of PLINK wrote it: write it anew "
+                f"{bed} is ordered by person, as early versions of PLINK wrote it: write it again "
                 "with plink --make-bed"
             )
         if head != _MAGIC:
@@ -127,7 +127,7 @@ class Fileset:
         Raises
         ------
         InputError
-            Where a line is malformed, or a position is no number, or beyond `MOST_POSITION`.
+            If a line is malformed, or a position is no number, or beyond `MOST_POSITION`.
         """
         if not 0 <= offset < 1 << 63 or not 1 <= count <= _MOST_LINES:
             raise InputError(
@@ -190,7 +190,7 @@ def bed_reader() -> Any:
     Raises
     ------
     InputError
-        Where it is not installed.
+        If it is not installed.
     """
     try:
         import bed_reader as found

@@ -41,7 +41,7 @@ def _square(packed: Floats, width: int) -> Floats:
 
 
 def _copies(genotypes: NDArray[np.int8]) -> tuple[Floats, Floats]:
-    """Return copies of A1, 0 where missing, and 1 where known; (m, n) both."""
+    """Return copies of A1, 0 if missing, and 1 if known; (m, n) both."""
     known = genotypes.T >= 0
     return np.where(known, genotypes.T, np.int8(0)).astype(np.float64), known.astype(np.float64)
 
@@ -166,7 +166,7 @@ def logistic_terms(
     terms : (m, p + p (p + 1) / 2) float array, p = c + 2
         Score, and the upper triangle of the information; intercept first.
     shares : (m,) float array
-        The largest part that one person has, 0 to 1. NaN where nobody weighs anything or a number
+        The largest part that one person has, 0 to 1. NaN if nobody weighs anything or a number
         is too large for a float; the terms are then of no use.
     """
     copies, known = _copies(genotypes)
@@ -245,7 +245,7 @@ class LogisticFit:
         return np.flatnonzero(self._open)
 
     def leave_out(self, site: int, variants: NDArray[np.intp]) -> None:
-        """Begin the models of variants that wait anew, without a hospital."""
+        """Begin the models of variants that wait again, without a hospital."""
         self.taking[site, variants] = False
         self.slopes[variants] = 0.0
         self.intercepts[:, variants] = self._start[:, variants]
@@ -260,7 +260,7 @@ class LogisticFit:
         Parameters
         ----------
         terms : (hospitals, w, k) float array
-            `logistic_terms` of the variants at `waiting`; 0 where a hospital takes no part.
+            `logistic_terms` of the variants at `waiting`; 0 if a hospital takes no part.
         waiting : (w,) int array
         """
         width = self.slopes.shape[1] + 1
@@ -306,7 +306,7 @@ class LogisticFit:
         self._step[0][ahead], self._step[1][:, ahead] = change, shift
 
     def finish(self) -> Results:
-        """Return the odds ratios, as ``plink --logistic``; NaN where a model failed."""
+        """Return the odds ratios, as ``plink --logistic``; NaN if a model failed."""
         self.failed |= self._open
         slope, error = (
             np.where(self.failed, np.nan, part) for part in (self.slopes[:, -1], self._error)

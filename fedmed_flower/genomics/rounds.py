@@ -56,7 +56,7 @@ def blocks(panel: Panel, size: int, squares: bool) -> Iterator[tuple[int, Block,
         From 1.
     block : Block
     counts : (hospitals, variants, 5) int64 array
-        -1 where withheld, 0 where nothing is counted.
+        -1 if withheld, 0 if nothing is counted.
     """
     number, offsets = 0, [0] * len(panel.nodes)
     merger = Merger(len(panel.nodes), size)
@@ -254,13 +254,13 @@ def find_components(panel: Panel, size: int, count: int, most: int, seed: int) -
     Raises
     ------
     InputError
-        Where too few variants or people are there.
+        If too few variants or people are there.
     """
     while True:
         try:
             return _components(panel, size, count, most, seed)
         except _FewerHospitalsError:
-            log.warning("components are looked for anew, among the hospitals that are left")
+            log.warning("components are looked for again, among the hospitals that are left")
 
 
 class _FewerHospitalsError(Exception):

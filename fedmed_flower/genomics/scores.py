@@ -47,9 +47,9 @@ class Weight(NamedTuple):
     weight : float
         Added once for each copy of it.
     other : str
-        The other allele; empty where it is not known.
+        The other allele; empty if it is not known.
     frequency : float
-        Of `allele`, for people whose genotype is missing; NaN where it is not known.
+        Of `allele`, for people whose genotype is missing; NaN if it is not known.
     """
 
     variant: str
@@ -87,7 +87,7 @@ def read_weights(path: str | Path) -> list[Weight]:
     Raises
     ------
     InputError
-        Where the file cannot be read, a column is missing, a value is no number, a weight is beyond
+        If the file cannot be read, a column is missing, a value is no number, a weight is beyond
         1e30, or the file unpacks to more than `bounded.MOST` bytes.
     """
     path = Path(path).expanduser()
@@ -120,7 +120,7 @@ def polygenic_scores(
     Raises
     ------
     InputError
-        Where a file is malformed, a variant has two weights, a frequency is not in [0, 1], or a
+        If a file is malformed, a variant has two weights, a frequency is not in [0, 1], or a
         genotype is missing for which no frequency is known.
     """
     fileset, given = Fileset.open(prefix), dict(frequencies or {})
@@ -176,7 +176,7 @@ def polygenic_scores(
 
 
 def _swapped(weight: Weight, first: str, second: str) -> bool | None:
-    """Return whether the allele to be counted is the second one; None where it is neither."""
+    """Return whether the allele to be counted is the second one; None if it is neither."""
     allele, other = weight.allele.upper(), weight.other.upper()
     ways = [(allele, other)]
     if complement(first) != second:

@@ -70,9 +70,9 @@ def associate(grid: Grid, context: Context) -> dict[str, Any]:
     Raises
     ------
     InputError
-        Where the run config is wrong or no site can take part.
+        If the run config is wrong or no site can take part.
     RunFailedError
-        Where all sites failed on the way.
+        If all sites failed on the way.
     """
     config = context.run_config
     study = Study.from_run_config(config)
@@ -81,9 +81,7 @@ def associate(grid: Grid, context: Context) -> dict[str, Any]:
             "an association study carries no noise: set privacy=none, which hospitals with a "
             "budget decline"
         )
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = Path(study.run_dir).expanduser() if study.run_dir else Path("runs") / stamp
-    folder = RunFolder(path.resolve())
+    folder = RunFolder.named(study.run_dir)
     folder.require_unused()
     wait_for_sites(grid, study.min_sites, study.round_timeout)
     trait = "continuous" if study.test == "linear" else "binary"

@@ -152,7 +152,7 @@ class Merger:
         Raises
         ------
         ValueError
-            Where it goes on before the end of the part before, is not in order, names a place that
+            If it goes on before the end of the part before, is not in order, names a place that
             no chromosome has, or too many variants at one place.
         """
         indices = np.flatnonzero(part.chromosomes)

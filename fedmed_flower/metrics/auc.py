@@ -152,7 +152,7 @@ def _cuts(cells: Whole, codes: Whole, most: int) -> list[int]:
 
 
 def merged_auc(edges: Floats, counts: Floats, own: Floats) -> float:
-    """Return the area under the ROC curve over all sites' rows; NaN where one class is empty.
+    """Return the area under the ROC curve over all sites' rows; NaN if one class is empty.
 
     Parameters
     ----------
@@ -288,7 +288,7 @@ def _rows_up_to(
 
 
 def merged_precision(edges: Floats, counts: Floats) -> float:
-    """Return the average precision over all sites' rows; NaN where one class is empty.
+    """Return the average precision over all sites' rows; NaN if one class is empty.
 
     Parameters
     ----------

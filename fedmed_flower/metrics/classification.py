@@ -85,13 +85,13 @@ def classification_metrics(
         counts that `pool` sums. A figure that these rows leave undefined, such as the AUC of
         one class, is left out.
 
-        Where `coarse`, the AUC is also left out where a class, or its rest, has fewer than ten
-        patients, and the confusion matrix, with all that follows from it, where a cell has.
+        If `coarse`, the AUC is also left out if a class, or its rest, has fewer than ten
+        patients, and the confusion matrix, with all that follows from it, if a cell has.
 
     Raises
     ------
     InputError
-        Where there is not one patient a row.
+        If there is not one patient a row.
     """
     from sklearn.metrics import confusion_matrix
 
@@ -225,7 +225,7 @@ def noised_metrics(counts: ArrayLike) -> dict[str, float]:
 
 
 def classes_of_noised(length: int) -> int:
-    """Return the number of classes of noised counts; 0 where no number fits their length."""
+    """Return the number of classes of noised counts; 0 if no number fits their length."""
     if length == 2 * _NOISED_BINS:
         return 2
     classes = round(math.sqrt(_NOISED_BINS**2 + length)) - _NOISED_BINS

@@ -70,7 +70,7 @@ def outcome_metrics(
     Raises
     ------
     InputError
-        Where the task, the shapes or a target cannot be, or an output is not finite.
+        If the task, the shapes or a target cannot be, or an output is not finite.
     """
     y, z = _checked(task, target, outputs)
     if task in ("binary", "multi-class"):
@@ -217,7 +217,7 @@ def by_group(
     Raises
     ------
     InputError
-        Where no row has a column, or it holds something else than texts.
+        If no row has a column, or it holds something else than texts.
     """
     found: dict[str, Any] = {}
     for column in columns if rows else ():
@@ -306,7 +306,7 @@ def noised_errors(
     Raises
     ------
     InputError
-        Where the task is another one, or the limits are no range.
+        If the task is another one, or the limits are no range.
     """
     if task not in ("continuous", "count"):
         raise InputError(f"task must be one of continuous, count, got {task!r}")

@@ -54,7 +54,7 @@ _MOST = 1e100
 
 
 def check_counts(record: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the counts that a site sent for `pool`; None where nothing is."""
+    """Return what is wrong with the counts that a site sent for `pool`; None if nothing is."""
     most = record.get("num-examples")
     most = most if isinstance(most, int | float) else 0
     for group, part in in_groups(record).items():
@@ -130,7 +130,7 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
         than 500 rows of the class in all, two rows at the top whose bins overlap may move it by
         half of one over their number.
 
-        Where a hospital tells coarsely, the AUC of all rows lies between ``auc-low`` and
+        If a hospital tells coarsely, the AUC of all rows lies between ``auc-low`` and
         ``auc-high`` (to three digits, rounded outwards), whatever the order of rows that share a
         bin; ``auc`` is an estimate. Left out then are the average precision, and what follows from
         counts that one of the hospitals keeps back.
@@ -180,7 +180,7 @@ def _pool(records: list[dict[str, Any]], every: bool) -> dict[str, float]:
 
 
 def _holding(records: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
-    """Return the records with these lists; none where their lengths differ."""
+    """Return the records with these lists; none if their lengths differ."""
     found = [record for record in records if all(key in record for key in keys)]
     return found if len({tuple(len(one[key]) for key in keys) for one in found}) == 1 else []
 
@@ -223,7 +223,7 @@ def _pool_classes(records: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def check_histograms(grid: list[Any], counts: list[Any], num_scores: int, rows: Any) -> str | None:
-    """Return what is wrong with what a site sent of so many scores; None where nothing is.
+    """Return what is wrong with what a site sent of so many scores; None if nothing is.
 
     Parameters
     ----------
@@ -259,7 +259,7 @@ def _check_grid(grid: list[float], merged: bool) -> str | None:
 
 
 def pool_masks(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return what is no weighted mean of several hospitals' figures: empty where nothing is.
+    """Return what is no weighted mean of several hospitals' figures: empty if nothing is.
 
     Parameters
     ----------
@@ -279,7 +279,7 @@ def pool_masks(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def check_sums(record: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the sums that a site sent of one group; None where nothing is."""
+    """Return what is wrong with the sums that a site sent of one group; None if nothing is."""
     rows = record.get("num-examples")
     for key, length in SUMS.items():
         if (values := record.get(key)) is None:

@@ -50,7 +50,7 @@ def mask_scores(
     Raises
     ------
     InputError
-        Where the shapes, or the number of axes and of spacings, differ.
+        If the shapes, or the number of axes and of spacings, differ.
     """
     first, second = np.asarray(truth), np.asarray(guess)
     if first.shape != second.shape or first.ndim != len(spacing):

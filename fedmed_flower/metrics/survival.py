@@ -1,6 +1,6 @@
 """Losses and figures of models that predict how long it takes until an event.
 
-A patient has a time and an event, 1 where it happened at that time and 0 where the patient was
+A patient has a time and an event, 1 if it happened at that time and 0 if the patient was
 last seen then without it (censored). Losses: D. R. Cox, "Regression models and life-tables",
 Journal of the Royal Statistical Society B 34, 1972, with the ties of B. Efron, "The efficiency of
 Cox's likelihood function for censored data", JASA 72, 1977; and M. F. Gensheimer,
@@ -84,7 +84,7 @@ def concordance(times: ArrayLike, events: ArrayLike, risks: ArrayLike) -> Concor
 
 
 def concordance_index(times: ArrayLike, events: ArrayLike, risks: ArrayLike) -> float | None:
-    """Return Harrell's index of concordance by lifelines; None where no pair is comparable.
+    """Return Harrell's index of concordance by lifelines; None if no pair is comparable.
 
     `concordance` takes the same arguments and counts what this is the share of.
     """
@@ -176,7 +176,7 @@ def brier_at(
     Returns
     -------
     ndarray of shape (len(grid),)
-        NaN where it is not defined: from the last of `times` on, after the last of `train_times`,
+        NaN if it is not defined: from the last of `times` on, after the last of `train_times`,
         and where the curve of being censored is 0.
 
     Raises
@@ -222,7 +222,7 @@ def integrated_brier_score(
     """Return the mean of `brier_at` over time, by trapezoids.
 
     The arguments are those of `brier_at`, with ascending times. Times of `grid` at which it is not
-    defined are left out, as if it ended before; None where fewer than two are left.
+    defined are left out, as if it ended before; None if fewer than two are left.
     """
     scores = brier_at(train_times, train_events, times, events, survival, grid)
     at = _numbers("grid", grid)

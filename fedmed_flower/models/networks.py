@@ -47,7 +47,7 @@ def build_network(settings: ModelSettings) -> nn.Module:
     Raises
     ------
     InputError
-        Where not exactly one of network and bundle is given, or what is given cannot be read or
+        If not exactly one of network and bundle is given, or what is given cannot be read or
         built or does not fit together; it names the file.
     """
     if bool(settings.network) == bool(settings.bundle):
@@ -90,9 +90,9 @@ def _build(name: str, text: str) -> nn.Module:
     return model
 
 
-@lru_cache(maxsize=64)  # A network is built anew in each round.
+@lru_cache(maxsize=64)  # A network is built again in each round.
 def _weights(name: str, args: str) -> int:
-    """Return how many weights a network has, without memory for them; 0 where none can be told."""
+    """Return how many weights a network has, without memory for them; 0 if none can be told."""
     try:
         with torch.device("meta"):
             model = _named(name)(**json.loads(args))

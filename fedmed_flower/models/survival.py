@@ -33,7 +33,7 @@ def cox_loss(log_hazards: Tensor, times: Tensor, events: Tensor, ties: str = "ef
     Raises
     ------
     InputError
-        Where `ties` is unknown, lengths differ, or a time or an event is out of its range.
+        If `ties` is unknown, lengths differ, or a time or an event is out of its range.
     """
     if ties not in _TIES:
         raise InputError(f"ties must be one of {', '.join(_TIES)}, got {ties!r}")
@@ -83,7 +83,7 @@ def discrete_time_loss(logits: Tensor, times: Tensor, events: Tensor, edges: Ten
     Raises
     ------
     InputError
-        Where shapes do not fit.
+        If shapes do not fit.
     """
     require_same_length(logits=len(logits), times=len(times), events=len(events))
     if logits.ndim != 2 or edges.shape != (logits.shape[1] + 1,):

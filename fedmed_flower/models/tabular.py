@@ -41,7 +41,7 @@ def tabular_network(
     Raises
     ------
     InputError
-        Where the kind is unknown or a number out of range.
+        If the kind is unknown or a number out of range.
     """
     if kind not in KINDS:
         raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")

@@ -37,7 +37,7 @@ class Travelling:
     Raises
     ------
     InputError
-        Where a pattern is empty or matches no parameter, or the patterns match one of two names of
+        If a pattern is empty or matches no parameter, or the patterns match one of two names of
         a tensor.
     """
 
@@ -81,7 +81,7 @@ class Travelling:
         Raises
         ------
         ValueError
-            Where `state` lacks an entry, has one that does not travel, or one of another shape; the
+            If `state` lacks an entry, has one that does not travel, or one of another shape; the
             model is left as it was.
         """
         entries = model.state_dict()
@@ -97,7 +97,7 @@ class Travelling:
         model.load_state_dict(entries)
 
     def digest(self, model: nn.Module) -> str:
-        """Return a SHA-256 of what does not travel; empty where everything does.
+        """Return a SHA-256 of what does not travel; empty if everything does.
 
         The same on any machine (of the usual byte order) where names, types and values are.
         """

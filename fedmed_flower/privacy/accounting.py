@@ -53,13 +53,13 @@ def epsilon_of(releases: Iterable[Release] | Mapping[Release, int], delta: float
     Returns
     -------
     float
-        0 without releases; infinite where one of them had a noise multiplier below 0.001, or all
+        0 without releases; infinite if one of them had a noise multiplier below 0.001, or all
         together cost as much as that.
 
     Raises
     ------
     InputError
-        Where a value is out of its range.
+        If a value is out of its range.
 
     Examples
     --------
@@ -105,7 +105,7 @@ def noise_for(epsilon: float, delta: float, sampling_rate: float, count: int) ->
     Raises
     ------
     InputError
-        Where a value is out of its range, or no noise multiplier up to 1e9 is enough.
+        If a value is out of its range, or no noise multiplier up to 1e9 is enough.
 
     Examples
     --------

@@ -75,7 +75,7 @@ class RecordGradients:
         Raises
         ------
         InputError
-            Where the loss of a record is not one number.
+            If the loss of a record is not one number.
         """
         if self.method == "auto":
             self.choose(batch)
@@ -180,7 +180,7 @@ def require_number(value: Tensor) -> Tensor:
     Raises
     ------
     InputError
-        Where its shape is not ().
+        If its shape is not ().
     """
     if value.ndim:
         raise InputError(

@@ -133,7 +133,7 @@ class Ledger:
     Raises
     ------
     InputError
-        Where the file is no ledger, is damaged, or cannot be written.
+        If the file is no ledger, is damaged, or cannot be written.
     """
 
     def __init__(self, path: Path, read_only: bool = False, create: bool = True) -> None:
@@ -198,9 +198,9 @@ class Ledger:
         Raises
         ------
         DeclinedError
-            Where a limit would be passed; nothing is charged then.
+            If a limit would be passed; nothing is charged then.
         InputError
-            Where a value is out of range or the ledger cannot be written.
+            If a value is out of range or the ledger cannot be written.
         """
         require_release(*release)
         if count < 1:
@@ -275,7 +275,7 @@ class Ledger:
         Raises
         ------
         InputError
-            Where the file has none: under a new one, patients on whom an earlier run has trained
+            If the file has none: under a new one, patients on whom an earlier run has trained
             would be measured by the next.
         """
         with self._open() as connection:
@@ -333,7 +333,7 @@ class Ledger:
         Raises
         ------
         DeclinedError
-            Where `most` others began within the last 24 hours; this one then did not.
+            If `most` others began within the last 24 hours; this one then did not.
         """
         since = (datetime.now(UTC) - timedelta(days=1)).isoformat(timespec="seconds")
         with self._open() as connection:
@@ -356,7 +356,7 @@ class Ledger:
         return max((epsilon_of(found, delta) for found in each), default=0.0)
 
     def budget(self) -> Limit | None:
-        """Return the hospital's budget as of the last charge or decline; None where it set none."""
+        """Return the hospital's budget as of the last charge or decline; None if it set none."""
         with self._open() as connection:
             epsilon, delta = (self._about(connection, key) for key in _BUDGET)
         return None if epsilon is None else Limit(epsilon, delta, "the hospital's privacy budget")
@@ -481,7 +481,7 @@ def transaction(path: Path, mode: str, schema: str) -> Iterator[sqlite3.Connecti
     Raises
     ------
     sqlite3.Error
-        Where the file is damaged, or holds anything that `schema` does not make: in a stranger's
+        If the file is damaged, or holds anything that `schema` does not make: in a stranger's
         file a view or a computed column could be read without end, and a trigger could write.
     """
     uri = f"{path.absolute().as_uri()}?mode={mode}"

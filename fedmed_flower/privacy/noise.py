@@ -44,7 +44,7 @@ def gaussian(size: int, std: float, generator: np.random.Generator) -> NDArray[n
     Raises
     ------
     ValueError
-        Where `std` is below 0 or not finite.
+        If `std` is below 0 or not finite.
     """
     if not 0 <= std < np.inf:
         raise ValueError(f"std must be at least 0 and finite, got {std}")

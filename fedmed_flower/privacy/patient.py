@@ -96,7 +96,7 @@ class PatientPrivacy:
         Raises
         ------
         InputError
-            Where a round would have more than 100,000 steps, or the run more than a million.
+            If a round would have more than 100,000 steps, or the run more than a million.
         """
         settings, count = self.settings, len(set(patients))
         rate = settings.sampling_rate or min(1.0, batch_size / count)
@@ -138,7 +138,7 @@ class PatientPrivacy:
         Raises
         ------
         DeclinedError
-            Where the run's target or the hospital's budget would be passed.
+            If the run's target or the hospital's budget would be passed.
         """
         settings = self.settings
         target = Limit(settings.target_epsilon, settings.delta, "the run's target-epsilon")
@@ -167,12 +167,12 @@ class PatientPrivacy:
 
 
 def budget_of(context: Context) -> Limit | None:
-    """Return the budget that a hospital set in its node config; None where it set none.
+    """Return the budget that a hospital set in its node config; None if it set none.
 
     Raises
     ------
     InputError
-        Where a value is missing, of the wrong type or out of range.
+        If a value is missing, of the wrong type or out of range.
     """
     given = {key: context.node_config[key] for key in _BUDGET & context.node_config.keys()}
     own = NodeSettings.of(given)
@@ -197,7 +197,7 @@ def ledger_path(context: Context, site: Site, message: Any) -> Path:
     Raises
     ------
     InputError
-        Where none of them says, or the path in the node config is not absolute.
+        If none of them says, or the path in the node config is not absolute.
     """
     if "ledger" in context.node_config:
         path = Path(str(context.node_config["ledger"])).expanduser()

@@ -22,7 +22,7 @@ class PatientSampler:
     sampling_rate : float
         Above 0, at most 1.
     records : {"one", "mean"}
-        What a drawn patient contributes: one record, drawn anew, or all of them.
+        What a drawn patient contributes: one record, drawn again each time, or all of them.
     num_patients : int, optional
         Those without a record are among them; else those of `patients` alone.
 
@@ -36,7 +36,7 @@ class PatientSampler:
     Raises
     ------
     InputError
-        Where there is no patient or a value is out of range.
+        If there is no patient or a value is out of range.
     """
 
     def __init__(

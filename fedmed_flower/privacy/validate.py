@@ -50,7 +50,7 @@ def with_group_norm(model: nn.Module, num_groups: int = 8) -> nn.Module:
     Raises
     ------
     InputError
-        Where `num_groups` is out of range or a layer does not know its channels yet.
+        If `num_groups` is out of range or a layer does not know its channels yet.
     """
     if num_groups < 1:
         raise InputError(f"num_groups must be at least 1, got {num_groups}")
@@ -169,7 +169,7 @@ def require_private_loss(model: nn.Module, loss: Loss, batch: Batch) -> None:
     Raises
     ------
     InputError
-        Where the loss couples patients: batch Dice, the Cox partial likelihood, or a mean weighted
+        If the loss couples patients: batch Dice, the Cox partial likelihood, or a mean weighted
         by class, whose weights would cancel out for one patient.
     """
     count = len(next(iter(batch.values())))
@@ -210,7 +210,7 @@ def require_forgetful(model: nn.Module, loss: Loss, batch: Batch) -> None:
     Raises
     ------
     InputError
-        Where the loss of the first record is another one after the second was seen, or where
+        If the loss of the first record is another one after the second was seen, or where
         anything that the model, its classes or the object of the loss holds is another after it:
         a bank of records may have no effect until it is full.
     """
@@ -314,7 +314,7 @@ def require_independent(
     Raises
     ------
     InputError
-        Where it does, as in mixup, or where the number of records changes.
+        If it does, as in mixup, or where the number of records changes.
     """
     cuda = [inputs.device] if inputs.is_cuda else []
 
@@ -344,7 +344,7 @@ def require_independent(
 
 
 def unchanged(before: Iterable[tuple[str, Tensor]], model: nn.Module) -> str | None:
-    """Return the first that training changed of what it must not; None where it changed nothing.
+    """Return the first that training changed of what it must not; None if it changed nothing.
 
     That is a buffer, also one that was not there before, a frozen parameter, or whatever else is in
     the model's state dict and is not trained.

@@ -7,7 +7,7 @@ from typing import Any
 from fedmed_flower.metrics.names import in_groups, lower_is_better
 from fedmed_flower.metrics.outcomes import gaps
 from fedmed_flower.reports import frame, plots
-from fedmed_flower.reports.frame import DASH, escaped, many, name, show, spec
+from fedmed_flower.reports.frame import DASH, count_of, escaped, format_of, format_value, name
 from fedmed_flower.reports.plots import Pens
 from fedmed_flower.reports.summary import (
     COUNT,
@@ -15,9 +15,9 @@ from fedmed_flower.reports.summary import (
     at_worst,
     by_site,
     mean,
+    nested,
     number,
     of_all,
-    part,
     site_table,
 )
 
@@ -30,28 +30,28 @@ leave it undefined the next figure that they have.</p>"""
 
 def models(summary: dict[str, Any], styles: Pens, main: str) -> str:
     """Return the section on what the federated model is held against."""
-    heading, test = "<h2>Was it worth it?</h2>", part(summary, "test")
-    local, pooled, personal = (part(test, key) for key in ("local", "pooled", "personal"))
+    heading, test = "<h2>Was it worth it?</h2>", nested(summary, "test")
+    local, pooled, personal = (nested(test, key) for key in ("local", "pooled", "personal"))
     baselines = bool(local or pooled)
     if not baselines:
         heading += _TO_COMPARE.format("" if personal else "Not measured in this run. ")
     if not baselines and not personal:
         return heading
-    parts = (local, part(test, "sites"), personal, part(pooled, "sites"))
+    parts = (local, nested(test, "sites"), personal, nested(pooled, "sites"))
     alone, federated, tuned, central = (by_site(own, main) for own in parts)
     gains, changes = _differences(federated, alone), _differences(tuned, federated)
     together = number(test.get("federated"), main)
-    everybody = mean(by_site({site: part(own, "all") for site, own in local.items()}, main))
+    everybody = mean(by_site({site: nested(own, "all") for site, own in local.items()}, main))
     gain = None if everybody is None or together is None else together - everybody
-    of_alone = f"{show(everybody)}<small>mean of all models</small>"
+    of_alone = f"{format_value(everybody)}<small>mean of all models</small>"
     lower = lower_is_better(main)
     columns = [
         Column("Own model alone", alone, of_alone, lower=lower),
         Column("Federated", federated, of_all(test.get("federated"), main), lower=lower),
-        Column("Fine-tuned at the hospital", tuned, show(None), lower=lower),
+        Column("Fine-tuned at the hospital", tuned, format_value(None), lower=lower),
         Column("Trained on pooled data", central, of_all(pooled, main), lower=lower),
-        Column("Federated − alone", gains, show(gain, "+,.3f"), "+,.3f", lower),
-        Column("Fine-tuned − federated", changes, show(None), "+,.3f", lower),
+        Column("Federated − alone", gains, format_value(gain, "+,.3f"), "+,.3f", lower),
+        Column("Fine-tuned − federated", changes, format_value(None), "+,.3f", lower),
     ]
     # A model may have no number at any hospital and yet one on all records together.
     columns = [one for one in columns if one.values or not one.together.startswith(DASH)]
@@ -60,7 +60,9 @@ def models(summary: dict[str, Any], styles: Pens, main: str) -> str:
     note = _CHANCE
     if len(full) < len(styles):
         rows = "Mean, quartiles" if crowd else "Mean"
-        note += f" {rows} and worst are over the {many(len(full), 'hospital')} with every number."
+        note += (
+            f" {rows} and worst are over the {count_of(len(full), 'hospital')} with every number."
+        )
     words = f"<p>{_gained(gains, main)}</p>" if gains else ""
     title = frame.title(main)
     table = site_table(names, f"{title} on each hospital’s own test records", columns, full)
@@ -91,10 +93,12 @@ def _gained(gains: dict[str, float], main: str) -> str:
     gained, lost = _sides(gains, main)
     some = []
     for names in (gained, lost):
-        shown = ", ".join(f"{escaped(s)} {show(gains[s], '+,.3f')}" for s in names[:8])
+        shown = ", ".join(f"{escaped(s)} {format_value(gains[s], '+,.3f')}" for s in names[:8])
         some.append(f" ({shown}{', …' if len(names) > 8 else ''})" if names else "")
     what = f"{'a lower ' if lower_is_better(main) else ''}{name(main)}"
-    words = f"Of {many(len(gains), 'hospital')} {len(gained) or 'none'} gained {what}{some[0]} and "
+    words = (
+        f"Of {count_of(len(gains), 'hospital')} {len(gained) or 'none'} gained {what}{some[0]} and "
+    )
     return f"{words}{len(lost) or 'none'} lost{some[1]} against their own models alone."
 
 
@@ -106,7 +110,7 @@ def _fine_tuned(
         by_site(personal, key) for key in ("val-global", "val-own", "personal-epochs")
     )
     count = sum(passes > 0 for passes in kept.values())
-    words = f"The federated model was fine-tuned at {many(len(personal), 'hospital')}: "
+    words = f"The federated model was fine-tuned at {count_of(len(personal), 'hospital')}: "
     words += f"{count or 'none'} kept the result, {len(kept) - count or 'none'} the federated "
     words += "model. A hospital keeps what is best on its validation records, so that by "
     words += "construction none is worse there. "
@@ -115,8 +119,8 @@ def _fine_tuned(
         equal = len(changes) - len(better) - len(worse)
         words += f"On the test records what it kept is better at {len(better) or 'none'}, equal at "
         words += f"{equal or 'none'} and worse at {len(worse) or 'none'} of "
-        words += f"{many(len(changes), 'hospital')} (mean change of {name(main)} "
-        words += f"<b>{show(mean(changes), '+,.3f')}</b>)."
+        words += f"{count_of(len(changes), 'hospital')} (mean change of {name(main)} "
+        words += f"<b>{format_value(mean(changes), '+,.3f')}</b>)."
     lower = lower_is_better(main)
     columns = [
         Column("Federated", before, lower=lower),
@@ -131,14 +135,14 @@ def _fine_tuned(
 
 
 def groups(summary: dict[str, Any], main: str) -> str:
-    """Return the section on groups of patients; nothing where figures were not told by group."""
-    test = part(summary, "test")
-    federated = part(test, "federated")
+    """Return the section on groups of patients; nothing if figures were not told by group."""
+    test = nested(summary, "test")
+    federated = nested(test, "federated")
     shown = {key: value for key in federated if (value := number(federated, key)) is not None}
     together = {group: own for group, own in in_groups(shown).items() if group}
     if not together:
         return ""
-    sites = {site: in_groups(part(own)) for site, own in part(test, "sites").items()}
+    sites = {site: in_groups(nested(own)) for site, own in nested(test, "sites").items()}
     frame.require_small(len(together), len(sites))
     chosen = dict.fromkeys((main, *frame.GROUPED))
     keys = [key for key in chosen if any(key in own for own in together.values())]
@@ -147,13 +151,13 @@ def groups(summary: dict[str, Any], main: str) -> str:
     for column in dict.fromkeys(_column(group) for group in together):
         rows = []
         for group in sorted((g for g in together if _column(g) == column), key=_place):
-            own = {site: part(parts, group) for site, parts in sites.items()}
-            records = show(number(together[group], "num-examples"), COUNT)
-            telling = show(len(by_site(own, "num-examples")), COUNT)
+            own = {site: nested(parts, group) for site, parts in sites.items()}
+            records = format_value(number(together[group], "num-examples"), COUNT)
+            telling = format_value(len(by_site(own, "num-examples")), COUNT)
             row = [escaped(group.partition("=")[2]), records, telling]
             for key in keys:
-                worst = at_worst(by_site(own, key), spec(key), lower_is_better(key))
-                row += [of_all(together[group], key, spec(key)), worst]
+                worst = at_worst(by_site(own, key), format_of(key), lower_is_better(key))
+                row += [of_all(together[group], key, format_of(key)), worst]
             rows.append(row)
         title = escaped(column)
         names = [title, "Records", "Hospitals", *head]
@@ -161,7 +165,8 @@ def groups(summary: dict[str, Any], main: str) -> str:
         apart = {key: reported[f"{key}@{column}"] for key in keys if f"{key}@{column}" in reported}
         if apart:
             words = [
-                f"in {name(key)} by <b>{show(gap, spec(key))}</b>" for key, gap in apart.items()
+                f"in {name(key)} by <b>{format_value(gap, format_of(key))}</b>"
+                for key, gap in apart.items()
             ]
             section += f"<p>Best and worst group of {title} differ {', '.join(words)}.</p>"
     return f'{section}<p class="note">{frame.GROUPS}</p>'

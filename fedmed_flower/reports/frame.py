@@ -170,7 +170,7 @@ def escaped(value: Any) -> str:
     return DASH if value is None or value == "" else html.escape(clean)
 
 
-def show(value: float | None, spec: str = ".3f") -> str:
+def format_value(value: float | None, spec: str = ".3f") -> str:
     """Return a number to three digits after the point at most; a dash for none."""
     return DASH if value is None else format(round(value, 3) + 0.0, spec).replace("-", "−")
 
@@ -186,7 +186,7 @@ def natural(text: str) -> str:
     return re.sub(r"\d+", lambda found: found[0].zfill(9), text)
 
 
-def many(count: float, noun: str) -> str:
+def count_of(count: float, noun: str) -> str:
     """Return a number of things."""
     return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
 
@@ -206,7 +206,7 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def spec(key: str) -> str:
+def format_of(key: str) -> str:
     """Return the format of a figure."""
     return ".1f" if key.startswith("hd95") else ",.3f"
 
@@ -215,7 +215,7 @@ def folded(content: str, hospitals: int) -> str:
     """Return rows of so many hospitals, which many of them hide until they are asked for."""
     if hospitals <= MANY:
         return content
-    return f"<details><summary>All {many(hospitals, 'hospital')}</summary>{content}</details>"
+    return f"<details><summary>All {count_of(hospitals, 'hospital')}</summary>{content}</details>"
 
 
 def table(caption: str, head: Any, rows: Iterable[Any], foot: Any = (), kind: str = "") -> str:

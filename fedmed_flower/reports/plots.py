@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from fedmed_flower.data.pictures import MOST_BYTES, PALETTE, sound
 from fedmed_flower.files import read_file
-from fedmed_flower.reports.frame import FAINT, INK, PAPER, SCHEME, escaped, many, show
+from fedmed_flower.reports.frame import FAINT, INK, PAPER, SCHEME, count_of, escaped, format_value
 
 Series = dict[str, dict[int, float]]  # site -> round -> value
 Pens = dict[str, tuple[str, str, str]]  # site -> colour, line style, name with its key
@@ -131,13 +131,13 @@ def panel(styles: Pens, series: Series, total: dict[int, float], title: str, low
         worst = (max if lower else min)(ends, key=lambda site: ends[site])
         middle = {turn: statistics.median(values) for turn, values in spread.items()}
         lines = [(middle, CROWD, "-"), (series[worst], WORST, "-")]
-        caption = f" · worst: {escaped(worst)}, {show(ends[worst])}"
+        caption = f" · worst: {escaped(worst)}, {format_value(ends[worst])}"
     style: dict[str, Any] = {"lw": 1.4, "marker": "o" if len(rounds) <= 15 else "", "ms": 2.6}
     for values, colour, dashes in (*lines, (total, INK, "-")):
         axes.plot([*values], [*values.values()], dashes, color=colour, **style)
     axes.locator_params(axis="x", nbins=6, integer=True)
     axes.locator_params(axis="y", nbins=6)
-    drawing = svg(axes, f"{title} over {many(len(rounds), 'round')}", "round", grid="y")
+    drawing = svg(axes, f"{title} over {count_of(len(rounds), 'round')}", "round", grid="y")
     return f"<figure><figcaption><b>{title}</b>{caption}</figcaption>{drawing}</figure>"
 
 

@@ -22,7 +22,7 @@ from fedmed_flower.files import (
 )
 from fedmed_flower.metrics.names import lower_is_better
 from fedmed_flower.reports import comparison, frame, plots
-from fedmed_flower.reports.frame import escaped, many, name, show, spec
+from fedmed_flower.reports.frame import count_of, escaped, format_of, format_value, name
 from fedmed_flower.reports.plots import Pens
 from fedmed_flower.reports.summary import (
     COUNT,
@@ -35,9 +35,9 @@ from fedmed_flower.reports.summary import (
     main_figure,
     mean,
     measured,
+    nested,
     number,
     of_all,
-    part,
     site_table,
     tested_only,
     worst,
@@ -88,8 +88,8 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
         write_page: Callable[[Path], Path] = import_module(home).write_page
         return write_page(folder)
     curves = _read_metrics(folder)
-    names = {*part(summary, "sites"), *part(summary, "test", "sites")}
-    names |= {*part(summary, "test", "local")} | {key[2] for key in curves if key[2] != ALL_SITES}
+    names = {*nested(summary, "sites"), *nested(summary, "test", "sites")}
+    names |= {*nested(summary, "test", "local")} | {key[2] for key in curves if key[2] != ALL_SITES}
     sites = sorted(names, key=frame.natural)
     styles, main = (
         plots.styles(sites),
@@ -138,8 +138,8 @@ def _read_metrics(folder: Path) -> Curves:
 def _head(summary: dict[str, Any], styles: Pens) -> str:
     status, message = str(summary.get("status")), summary.get("message")
     date = escaped(summary.get("started")).replace("T", " ")[:16]
-    rounds = [show(number(summary, key), COUNT) for key in ("rounds", "rounds-planned")]
-    facts = f"{date} · {many(len(styles), 'hospital')} · {' of '.join(rounds)} rounds"
+    rounds = [format_value(number(summary, key), COUNT) for key in ("rounds", "rounds-planned")]
+    facts = f"{date} · {count_of(len(styles), 'hospital')} · {' of '.join(rounds)} rounds"
     app = escaped(summary.get("app") or "Run")
     return (
         f'<h1>{app}</h1><p class="soft">Federated run · {facts}</p>'
@@ -150,12 +150,14 @@ def _head(summary: dict[str, Any], styles: Pens) -> str:
 
 def _said(key: str, value: float, between: tuple[float, float] | None = None) -> str:
     what, millimetres, _ = name(key).partition(" (mm)")
-    text = f"{what} <b>{show(value, spec(key))}</b>{' mm' if millimetres else ''}"
-    return text + (f" (between {show(between[0])} and {show(between[1])})" if between else "")
+    text = f"{what} <b>{format_value(value, format_of(key))}</b>{' mm' if millimetres else ''}"
+    return text + (
+        f" (between {format_value(between[0])} and {format_value(between[1])})" if between else ""
+    )
 
 
 def _result(summary: dict[str, Any], main: str) -> str:
-    together, sites = (part(summary, "test", key) for key in ("federated", "sites"))
+    together, sites = (nested(summary, "test", key) for key in ("federated", "sites"))
     values, records = by_site(sites, main), number(together, "num-examples")
     overall = [key for key in figures(summary, main) if not key.startswith("dice-")][:MOST_SAID]
     found = {key: number(together, key) for key in overall}
@@ -166,12 +168,12 @@ def _result(summary: dict[str, Any], main: str) -> str:
     )
     words = ""
     if numbers:
-        which = "all test records" if records is None else many(records, "test record")
+        which = "all test records" if records is None else count_of(records, "test record")
         words += f"On {which} of all hospitals together the federated model reaches {numbers}. "
     if values:
         site = worst(values, lower_is_better(main))
-        words += f"Mean {name(main)} over {many(len(values), 'hospital')}: "
-        words += f"<b>{show(mean(values), spec(main))}</b>. "
+        words += f"Mean {name(main)} over {count_of(len(values), 'hospital')}: "
+        words += f"<b>{format_value(mean(values), format_of(main))}</b>. "
         words += f"Worst hospital: {escaped(site)}, {_said(main, values[site])}. "
     if main == "dice" and (patient := number(together, frame.WORST_PATIENT)) is not None:
         words += f"Worst patient: {_said(main, patient)}. "
@@ -184,23 +186,25 @@ def _result(summary: dict[str, Any], main: str) -> str:
 def _hospitals(summary: dict[str, Any], styles: Pens, main: str) -> str:
     if not styles:
         return "<h2>Hospitals</h2><p>No hospital is recorded in this run.</p>"
-    test, columns, shown = part(summary, "test"), list[Column](), figures(summary, main)
-    tested = part(test, "sites")
+    test, columns, shown = nested(summary, "test"), list[Column](), figures(summary, main)
+    tested = nested(test, "sites")
     for split in ("train", "val", "test"):
-        counts = by_site(part(summary, "sites"), split)
-        total = show(sum(counts.values()) if counts else None, COUNT)
+        counts = by_site(nested(summary, "sites"), split)
+        total = format_value(sum(counts.values()) if counts else None, COUNT)
         columns.append(Column(split.capitalize(), counts, total, COUNT))
-    if away := by_site(part(summary, "sites"), "turned-away"):
-        columns.append(Column("Turned away", away, show(sum(away.values()), COUNT), COUNT))
+    if away := by_site(nested(summary, "sites"), "turned-away"):
+        columns.append(Column("Turned away", away, format_value(sum(away.values()), COUNT), COUNT))
     for key in shown:
-        total = of_all(test.get("federated"), key, spec(key))
+        total = of_all(test.get("federated"), key, format_of(key))
         columns.append(
-            Column(frame.title(key), by_site(tested, key), total, spec(key), lower_is_better(key))
+            Column(
+                frame.title(key), by_site(tested, key), total, format_of(key), lower_is_better(key)
+            )
         )
     undefined = [
         site
         for site, own in tested.items()
-        if main in frame.UNDEFINED and main not in part(own) and {*part(own)} - {"num-examples"}
+        if main in frame.UNDEFINED and main not in nested(own) and {*nested(own)} - {"num-examples"}
     ]
     untrained, names = tested_only(summary), {site: pen[2] for site, pen in styles.items()}
     for site in untrained & names.keys():
@@ -210,10 +214,10 @@ def _hospitals(summary: dict[str, Any], styles: Pens, main: str) -> str:
     note += "".join(frame.NOTES.get(key, "") for key in shown)
     note += frame.BETWEEN if bounds(test.get("federated"), main) else ""
     if untrained:
-        note += f"Tested only: {many(len(untrained), 'hospital')} without training records. "
+        note += f"Tested only: {count_of(len(untrained), 'hospital')} without training records. "
     if away:
         note += "Turned away: records that cannot be used; the hospital’s own log says which. "
-    for reason, refused in part(summary, "refused").items():
+    for reason, refused in nested(summary, "refused").items():
         which = some_of([*map(str, refused)]) if isinstance(refused, list) else ""
         note += f"Could not take part: {escaped(which)} ({escaped(reason[:300])}). "
     return (
@@ -231,14 +235,14 @@ def _by_class(summary: dict[str, Any], shown: list[str]) -> str:
     reported = {*shown} >= {key for keys in found.values() for key in keys}
     if "dice" not in shown or len(outlined) < 2 or reported:
         return ""
-    together, sites = (part(summary, "test", key) for key in ("federated", "sites"))
+    together, sites = (nested(summary, "test", key) for key in ("federated", "sites"))
     frame.require_small(len(outlined), len(sites))
     rows = []
     for one in outlined:
         row = [escaped(one)]
         for key in (f"{kind}-{one}" for kind in found):
-            cell = at_worst(by_site(sites, key), spec(key), lower_is_better(key))
-            row += [show(number(together, key), spec(key)), cell]
+            cell = at_worst(by_site(sites, key), format_of(key), lower_is_better(key))
+            row += [format_value(number(together, key), format_of(key)), cell]
         rows.append(row)
     head = [text for kind in found for text in (frame.title(kind), "Worst hospital")]
     return frame.table("By class, all test records together", ["Class", *head], rows)
@@ -246,7 +250,7 @@ def _by_class(summary: dict[str, Any], shown: list[str]) -> str:
 
 def _pictures(summary: dict[str, Any]) -> list[dict[str, Any]]:
     found = summary.get("pictures")
-    return [entry for entry in found if part(entry)] if isinstance(found, list) else []
+    return [entry for entry in found if nested(entry)] if isinstance(found, list) else []
 
 
 def _cases(summary: dict[str, Any], styles: Pens, main: str, folder: Path) -> str:
@@ -264,7 +268,7 @@ def _cases(summary: dict[str, Any], styles: Pens, main: str, folder: Path) -> st
             kept = '<p class="soft">keeps its pictures to itself</p>'
             words += f'<h3>{escaped(site)}</h3><div class="cases">{drawn or kept}</div>'
     if silent:
-        words += f'<p class="soft">{many(silent, "hospital")} sent no picture.</p>'
+        words += f'<p class="soft">{count_of(silent, "hospital")} sent no picture.</p>'
     return f"<h2>Test cases</h2>{words}"
 
 
@@ -286,7 +290,7 @@ def _panel(curves: Curves, styles: Pens, phase: str, key: str, words: str) -> st
 
 def _failures(summary: dict[str, Any]) -> str:
     found = summary.get("failures")
-    failures = [entry for entry in found if part(entry)] if isinstance(found, list) else []
+    failures = [entry for entry in found if nested(entry)] if isinstance(found, list) else []
     if not failures:
         words = "No site failed." if isinstance(found, list) else "Failures were not recorded."
         return f"<h2>What failed</h2><p>{words}</p>"
@@ -299,27 +303,27 @@ def _failures(summary: dict[str, Any]) -> str:
 
 
 def _privacy(summary: dict[str, Any], curves: Curves, styles: Pens) -> str:
-    patient, hospital = (part(summary, "privacy", unit) for unit in ("patient", "hospital"))
+    patient, hospital = (nested(summary, "privacy", unit) for unit in ("patient", "hospital"))
     words = _left(summary)
     if not patient and not hospital:
         return words + frame.UNPROTECTED
     if hospital:
-        cost = show(number(hospital, "epsilon"))
+        cost = format_value(number(hospital, "epsilon"))
         words += frame.HOSPITAL.format(epsilon=cost, delta=escaped(hospital.get("delta")))
     if not patient:
         return words + frame.NO_PATIENT
-    sites = part(patient, "sites")
+    sites = nested(patient, "sites")
     costs = by_site(sites, "epsilon")
     counts = [by_site(sites, key) for key in ("rounds", "declined")]
     rows = []
     for site in styles:
-        shown = [show(n.get(site), COUNT) for n in counts]
-        rows.append([styles[site][2], show(costs.get(site)), *shown])
-    most = show(max(costs.values(), default=None))
+        shown = [format_value(n.get(site), COUNT) for n in counts]
+        rows.append([styles[site][2], format_value(costs.get(site)), *shown])
+    most = format_value(max(costs.values(), default=None))
     target, delta = (escaped(patient.get(key)) for key in ("target-epsilon", "delta"))
     words += frame.PATIENT.format(epsilon=most, target=target, delta=delta)
     words += frame.NOISED if _noised(summary) else frame.EXACT
-    if part(summary, "config").get("baselines") is True:
+    if nested(summary, "config").get("baselines") is True:
         words += frame.COMPARED
     head = ["Hospital", "Epsilon per patient", "Rounds trained", "Rounds declined"]
     reported = frame.table("This run, as each hospital last told it", head, rows)
@@ -356,9 +360,9 @@ def _making(summary: dict[str, Any]) -> str:
     facts = {key: summary.get(key) for key in ("data", "strategy", "engine", "seed")}
     seconds = number(summary, "seconds")
     facts["duration"] = None if seconds is None else f"{timedelta(seconds=round(seconds))} h:min:s"
-    parts = {"Run": facts, "Settings": part(summary, "config")}
+    parts = {"Run": facts, "Settings": nested(summary, "config")}
     tables = ""
-    for heading, listed in (parts | {"Versions": part(summary, "versions")}).items():
+    for heading, listed in (parts | {"Versions": nested(summary, "versions")}).items():
         rows = [map(escaped, row) for row in listed.items()]
         tables += frame.table(heading, ("Name", "Value"), rows, kind="words") if rows else ""
     return f'<h2>How it was made</h2><div class="plots">{tables}</div>'

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fedmed_flower.metrics.names import in_groups, main_metric
 from fedmed_flower.reports import frame
-from fedmed_flower.reports.frame import DASH, escaped, show
+from fedmed_flower.reports.frame import DASH, escaped, format_value
 
 COUNT, MOST_COLUMNS = ",.0f", 8
 
@@ -23,7 +23,7 @@ class Column(NamedTuple):
     lower: bool = False  # is better
 
 
-def part(node: Any, *keys: str) -> dict[str, Any]:
+def nested(node: Any, *keys: str) -> dict[str, Any]:
     """Return the object that lies under the keys; an empty one where there is none."""
     for key in keys:
         node = node.get(key) if isinstance(node, dict) else None
@@ -31,8 +31,8 @@ def part(node: Any, *keys: str) -> dict[str, Any]:
 
 
 def number(node: Any, key: str) -> float | None:
-    """Return the number under a key; None where there is none that can be shown."""
-    value = part(node).get(key)
+    """Return the number under a key; None if there is none that can be shown."""
+    value = nested(node).get(key)
     return float(value) if isinstance(value, int | float) and abs(value) < 1e12 else None
 
 
@@ -44,9 +44,11 @@ def bounds(node: Any, key: str) -> tuple[float, float] | None:
 
 def of_all(node: Any, key: str, spec: str = ",.3f") -> str:
     """Return a cell with a figure of all hospitals, and with its bounds where it has some."""
-    cell, found = show(number(node, key), spec), bounds(node, key)
+    cell, found = format_value(number(node, key), spec), bounds(node, key)
     return cell + (
-        f"<small>{show(found[0], spec)} to {show(found[1], spec)}</small>" if found else ""
+        f"<small>{format_value(found[0], spec)} to {format_value(found[1], spec)}</small>"
+        if found
+        else ""
     )
 
 
@@ -61,8 +63,8 @@ def measured(summary: dict[str, Any]) -> list[str]:
 
     A site adds none to those of all together.
     """
-    test = part(summary, "test")
-    parts = [part(test, "federated"), *map(part, part(test, "sites").values())]
+    test = nested(summary, "test")
+    parts = [nested(test, "federated"), *map(nested, nested(test, "sites").values())]
     found = [[key for key in own if number(own, key) is not None] for own in parts]
     keys = found[0] if len(found[0]) > 1 else [key for names in found for key in names]
     names = in_groups(dict.fromkeys(keys)).get("", {})
@@ -95,7 +97,7 @@ def figures(summary: dict[str, Any], main: str) -> list[str]:
 
 def tested_only(summary: dict[str, Any]) -> set[str]:
     """Return the hospitals without training records."""
-    counts = by_site(part(summary, "sites"), "train")
+    counts = by_site(nested(summary, "sites"), "train")
     return {site for site, count in counts.items() if count == 0}
 
 
@@ -112,11 +114,13 @@ def worst(values: Mapping[str, float], lower: bool) -> str:
 def at_worst(values: Mapping[str, float], spec: str, lower: bool) -> str:
     """Return a cell with the worst value and whose it is."""
     site = worst(values, lower)
-    return show(values.get(site), spec) + (f"<small>{escaped(site)}</small>" if values else "")
+    return format_value(values.get(site), spec) + (
+        f"<small>{escaped(site)}</small>" if values else ""
+    )
 
 
 def quartiles(values: Collection[float]) -> list[float | None]:
-    """Return lower quartile, median and upper quartile; three None where there is no value."""
+    """Return lower quartile, median and upper quartile; three None if there is no value."""
     if len(values) < 2:
         return [next(iter(values), None)] * 3
     return [*statistics.quantiles(values, method="inclusive")]
@@ -144,18 +148,18 @@ def site_table(
     rows, crowd = [], len(names) > frame.MANY
     for site, named in names.items():
         mark = "<sup>†</sup>" if site in marked else ""
-        cells = [show(column.values.get(site), column.spec) for column in columns]
+        cells = [format_value(column.values.get(site), column.spec) for column in columns]
         rows.append([named, *(cell + mark * (cell == DASH) for cell in cells)])
     foot = [["Mean over hospitals"], ["Worst hospital"], ["All records together"]]
     spread = [["Lower quartile"], ["Median"], ["Upper quartile"]]
     for column in columns:
         values = {site: column.values[site] for site in sites if site in column.values}
         counted = column.spec == COUNT
-        foot[0].append("" if counted else show(mean(values), column.spec))
+        foot[0].append("" if counted else format_value(mean(values), column.spec))
         foot[1].append("" if counted else at_worst(values, column.spec, column.lower))
         foot[2].append(f"<b>{column.together}</b>" if column.together else "")
         for row, value in zip(spread, quartiles(values.values()), strict=True):
-            row.append(show(value, column.spec))
+            row.append(format_value(value, column.spec))
     if not any(foot[2][1:]):
         del foot[2]
     head = ["Hospital", *(column.title for column in columns)]

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import tomli_w
@@ -113,14 +112,12 @@ def federate(
     Raises
     ------
     InputError
-        Where the run config or every site's data is wrong.
+        If the run config or every site's data is wrong.
     RunFailedError
-        Where no round succeeded.
+        If no round succeeded.
     """
     plan = Plan.from_run_config(context.run_config)
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = Path(plan.run_dir).expanduser() if plan.run_dir else Path("runs") / stamp
-    folder = RunFolder(path.resolve())
+    folder = RunFolder.named(plan.run_dir)
     if not plan.resume:
         folder.require_unused()
     before = read_before(folder) if plan.resume else None
@@ -183,7 +180,7 @@ class Before(NamedTuple):
         Under which ledgers count its rounds: up to 64 letters, digits, ``-`` and ``_``; empty where
         there is none.
     agreed : str
-        What its sites agreed upon; empty where there was nothing to agree upon.
+        What its sites agreed upon; empty if there was nothing to agree upon.
     """
 
     config: UserConfig

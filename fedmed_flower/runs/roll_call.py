@@ -152,7 +152,7 @@ def _about(content: RecordDict) -> _About:
 def held_back() -> Iterator[list[logging.LogRecord]]:
     """Hold log lines back until a run has a folder with a log for them.
 
-    Where it comes to none, because an error is raised, they are logged at once.
+    If it comes to none, because an error is raised, they are logged at once.
     """
     handler = BufferingHandler(capacity=2**30)
     log.addHandler(handler)

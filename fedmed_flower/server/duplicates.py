@@ -33,7 +33,7 @@ class Namesakes:
             self.of_site[node_id] = np.unique(np.frombuffer(digests, "<u8"))
 
     def text(self, names: Mapping[int, str]) -> str:
-        """Return at which of the sites in `names` others' names are; empty where at none."""
+        """Return at which of the sites in `names` others' names are; empty if at none."""
         of_site = {node: self.of_site[node] for node in names if node in self.of_site}
         if not of_site:
             return ""

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -78,6 +79,21 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
 
+    @classmethod
+    def named(cls, path: str | Path | None, run: str = "") -> RunFolder:
+        """Return the folder of this path, made absolute; of none, a new one under ``runs/``.
+
+        Parameters
+        ----------
+        path : str or Path, optional
+            Empty is none.
+        run : str
+            What the new folder's name begins with, before date and time.
+        """
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        default = Path("runs") / (f"{run}-{stamp}" if run else stamp)
+        return cls((Path(path).expanduser() if path else default).resolve())
+
     def __truediv__(self, name: str) -> RunFolder:
         return RunFolder(self.path / name)
 
@@ -92,7 +108,7 @@ class RunFolder:
         Raises
         ------
         InputError
-            Where the folder cannot be written, or an entry of `arrays` has a dtype that
+            If the folder cannot be written, or an entry of `arrays` has a dtype that
             ``model.safetensors`` cannot hold.
         """
         try:
@@ -157,7 +173,7 @@ class RunFolder:
         Raises
         ------
         InputError
-            Where the file is missing or damaged, or holds what no run has written there: other
+            If the file is missing or damaged, or holds what no run has written there: other
             than texts, booleans and numbers of 64 bits, one a line.
         """
         try:
@@ -209,12 +225,12 @@ class RunFolder:
         self.write(METRICS, checkpoint.history.to_csv())
 
     def load(self) -> Checkpoint | None:
-        """Return the last checkpoint, or None where there is none.
+        """Return the last checkpoint, or None if there is none.
 
         Raises
         ------
         InputError
-            Where the file is damaged, larger than 64 GiB, or unpacks to more than it holds.
+            If the file is damaged, larger than 64 GiB, or unpacks to more than it holds.
         """
         try:
             with open_file(self.path, CHECKPOINT, _MOST_CHECKPOINT) as file:

@@ -150,7 +150,7 @@ def _shared_metrics(records: list[MetricRecord]) -> list[str]:
 def sound_figures(replies: list[Message]) -> list[Message]:
     """Leave out evaluation replies with a number that is not finite where most have a finite one.
 
-    One site's NaN would take the figure from all others. Nothing is left out where most have none.
+    One site's NaN would take the figure from all others. Nothing is left out if most have none.
     """
     finite = [
         {name: _form(value) is not None for name, value in metrics_of(reply).items()}

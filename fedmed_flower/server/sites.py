@@ -28,7 +28,7 @@ def wait_for_sites(grid: Grid, needed: int, timeout: float = math.inf) -> int:
     Raises
     ------
     InputError
-        Where the grid says that no further site can come.
+        If the grid says that no further site can come.
     """
     count = len(list(grid.get_node_ids()))
     if count >= needed:
@@ -95,7 +95,7 @@ def draw(
     Returns
     -------
     list of int
-        `count` nodes, or all where there are fewer, in the order of their names.
+        `count` nodes, or all if there are fewer, in the order of their names.
     """
     candidates = sorted(set(nodes), key=lambda node_id: (names.get(node_id, ""), node_id))
     count = min(count, len(candidates))

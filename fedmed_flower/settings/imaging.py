@@ -21,7 +21,7 @@ class ImagingSettings(Section):
         Millimetres between voxels, one number an axis: ``"1,1,2.5"``. Empty leaves each image at
         its own.
     orientation : str
-        Where the axes of volumes from files point to. Empty leaves each as it is.
+        If the axes of volumes from files point to. Empty leaves each as it is.
     patch_size : str
         Voxels of what a network is trained on, one number an axis: ``"96,96,64"``. Smaller images
         are padded. To segment a larger one, training takes a random part of it and inference slides
@@ -29,7 +29,7 @@ class ImagingSettings(Section):
         they are padded to a multiple of 16.
     cache_gigabytes : float
         Memory for images that are ready for the network, all sites of a process together; those
-        beyond it are read anew each time. At least 0.
+        beyond it are read again each time. At least 0.
     """
 
     spacing: str = ""
@@ -49,12 +49,12 @@ class ImagingSettings(Section):
         self.require_at_least(0, "cache_gigabytes")
 
     def numbers(self, name: str, dims: int) -> tuple[float, ...]:
-        """Return a field's numbers, as many as `dims` unless that is 0; none where it is empty.
+        """Return a field's numbers, as many as `dims` unless that is 0; none if it is empty.
 
         Raises
         ------
         InputError
-            Where they are no numbers above 0, or not so many.
+            If they are no numbers above 0, or not so many.
         """
         text = getattr(self, name).strip()
         try:

@@ -40,7 +40,7 @@ class ModelSettings(Section):
         Raises
         ------
         InputError
-            Where the run asks for a bundle and the site's node config names none.
+            If the run asks for a bundle and the site's node config names none.
         """
         settings = cls.from_run_config(context.run_config)
         if not settings.bundle or not {"site-name", "data-dir"} & context.node_config.keys():

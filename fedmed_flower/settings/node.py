@@ -28,7 +28,7 @@ class NodeSettings(Section):
     ledger : str
         Path of the hospital's privacy ledger; empty for one in `data_dir`.
     budget_epsilon, budget_delta : float
-        What all runs together may release about a patient; 0 where none is set.
+        What all runs together may release about a patient; 0 if none is set.
     private_metrics : bool
         Whether evaluation counts carry noise. A private run's do unless this says false; those of
         another run do where it says true.
@@ -96,7 +96,7 @@ class NodeSettings(Section):
         Raises
         ------
         InputError
-            Where a key is unknown, which would else be ignored without a word; where a value has
+            If a key is unknown, which would else be ignored without a word; if a value has
             the wrong type or is out of range; and where the keys of a budget do not fit together.
         """
         for key in config:

@@ -30,7 +30,7 @@ class PrivacySettings(Section):
     patient_records : {"one", "mean"}
         What a patient with several records contributes to a step: one of them, or their mean.
     private_metrics : bool
-        Where privacy is on, evaluate by counts with noise, on the account of the patients who are
+        If privacy is on, evaluate by counts with noise, on the account of the patients who are
         counted. A simulation may turn that off here; a real hospital goes by its node config.
     micro_batch_size : int
         Records whose gradients are in memory at a time; from 0 to a million. 0 finds out.

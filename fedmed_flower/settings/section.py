@@ -43,7 +43,7 @@ class Section:
         Raises
         ------
         InputError
-            Where a value has the wrong type or is out of range; it names key, bound and value.
+            If a value has the wrong type or is out of range; it names key, bound and value.
         """
         values: dict[str, Any] = {}
         for entry in fields(cls):
@@ -81,7 +81,7 @@ def with_type_of(default: Any, value: Any, key: str) -> Any:
     Raises
     ------
     InputError
-        Where the types differ.
+        If the types differ.
     """
     if isinstance(default, float) and type(value) is int:
         try:
@@ -106,7 +106,7 @@ def override(defaults: UserConfig, texts: Collection[str]) -> UserConfig:
     Raises
     ------
     InputError
-        Where a text has no ``=``, the key is unknown or the value has the wrong type.
+        If a text has no ``=``, the key is unknown or the value has the wrong type.
     """
     config = dict(defaults)
     for text in texts:

@@ -37,11 +37,11 @@ class Study(Section):
     round_timeout : float
         Seconds to wait for the answers to each question; above 0.
     seed : int
-        Where the search for components begins; at least 0.
+        If the search for components begins; at least 0.
     run_dir : str
         The run folder. Empty for a new one under ``runs/``.
     resume : bool
-        Must be false: a study that was broken off starts anew.
+        Must be false: a study that was broken off starts again.
     """
 
     test: str = "trend"
@@ -65,7 +65,7 @@ class Study(Section):
         self.require("block_size", sized, "in 1..1048576")
         self.require_positive("round_timeout")
         if self.resume:
-            raise InputError("an association study is not resumed: start it anew in a new folder")
+            raise InputError("an association study is not resumed: start it again in a new folder")
         if self.components and self.test not in ("logistic", "linear"):
             raise InputError(
                 f"components are covariates, which test={self.test} does not take: choose "

@@ -17,7 +17,7 @@ class TabularSettings(Section):
     Attributes
     ----------
     preparation : {"federated", "site", "declared"}
-        Where means, scales and lists of categories come from: from all hospitals' training rows,
+        If means, scales and lists of categories come from: from all hospitals' training rows,
         told before the first round; from each hospital's own (all categories must then be
         declared); or from the schema's ``ranges`` and ``categories`` alone, so that nothing is
         learnt from patients, as privacy needs it. A number to predict has the mean and scale that

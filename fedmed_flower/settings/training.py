@@ -31,7 +31,7 @@ class Settings(Section):
     weight_decay : float
         At least 0; 0 adds no penalty.
     optimizer : {"adam", "sgd"}
-        Made anew in each round.
+        A new one in each round.
     momentum : float
         For ``sgd``; in [0, 1).
     schedule : {"constant", "cosine"}

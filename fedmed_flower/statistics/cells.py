@@ -108,7 +108,7 @@ def pool_small(cells: Codes, labels: Codes, patient_of_row: Codes, minimum: int)
     Returns
     -------
     ndarray or None
-        (rows,) the cells, -1 for the pooled ones. None where all of them are pooled and it is not
+        (rows,) the cells, -1 for the pooled ones. None if all of them are pooled and it is not
         enough.
     """
     cells = cells.copy()

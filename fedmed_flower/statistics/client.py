@@ -33,9 +33,9 @@ def statistics(client: MedicalClient, message: Message) -> RecordDict:
     Raises
     ------
     InputError
-        Where the request is none, or names what is not there, or a file cannot be written.
+        If the request is none, or names what is not there, or a file cannot be written.
     DeclinedError
-        Where the hospital tells nothing without noise, or the budget would be passed.
+        If the hospital tells nothing without noise, or the budget would be passed.
     """
     config = client.read(message)
     request = Request.from_text(str(config.get(REQUEST, "")))

@@ -94,7 +94,7 @@ class Columns:
         return 2 * numbers < sum(not is_gap(value) for value in given)
 
     def numbers(self, name: str) -> Floats:
-        """Return a column as (rows,) floats; NaN where there is no number below 1e100."""
+        """Return a column as (rows,) floats; NaN if there is no number below 1e100."""
         if name not in self._numbers:
             self._numbers[name] = numbers_of(cells_of(self._rows, name))
         return self._numbers[name]
@@ -102,7 +102,7 @@ class Columns:
     def texts(self, name: str) -> list[str | None]:
         """Return a column as categories, in which 1, 1.0, "1" and True are the same.
 
-        None where there is no value, which text in a column of numbers is not.
+        None if there is no value, which text in a column of numbers is not.
         """
         if name not in self._texts:
             texts = [text_of(value) for value in cells_of(self._rows, name)]
@@ -112,7 +112,7 @@ class Columns:
         return self._texts[name]
 
     def codes(self, name: str) -> tuple[Codes, list[str]]:
-        """Return a column as numbers of its categories, -1 where there is none, and their names."""
+        """Return a column as numbers of its categories, -1 if there is none, and their names."""
         texts = self.texts(name)
         names = sorted({text for text in texts if text is not None})
         number = {text: index for index, text in enumerate(names)}
@@ -134,7 +134,7 @@ class Columns:
         return tuple(one for one in (source, f"{source}-band") if one in self.names)
 
     def identities(self, family: tuple[str, ...]) -> list[str | None]:
-        """Return a text of each row's values in some columns; None where it has none of them."""
+        """Return a text of each row's values in some columns; None if it has none of them."""
         # By their texts, whatever a request declares them to be: a row must be known again.
         each = zip(*map(self.texts, family), strict=True)
         return [ascii(values) if any(v is not None for v in values) else None for values in each]
@@ -170,7 +170,7 @@ class Columns:
 
 
 def follow_up(times: Floats, events: Sequence[str | None], horizon: float) -> tuple[Floats, Codes]:
-    """Return the times, NaN where time or event is missing or the time is below 0, and events.
+    """Return the times, NaN if time or event is missing or the time is below 0, and events.
 
     Times beyond the horizon are censored there. An event is "1" where it happened and "0" where
     the time is that of censoring.

@@ -39,7 +39,7 @@ class Declared:
         self.bands = _of(schema, "bands")
 
     def by_schema(self, name: str) -> bool | None:
-        """Return whether a column holds categories by the schema; None where it says nothing."""
+        """Return whether a column holds categories by the schema; None if it says nothing."""
         schema = self._schema
         if name and name == getattr(schema, _CODED.get(getattr(schema, "task", ""), ""), ""):
             return True
@@ -50,7 +50,7 @@ class Declared:
         return False if name in numeric else None
 
     def is_categorical(self, name: str) -> bool | None:
-        """Return whether a column is declared categorical; None where it is not declared at all.
+        """Return whether a column is declared categorical; None if it is not declared at all.
 
         A number may be tabulated as a code, but a category is never taken for a number.
         """
@@ -89,7 +89,7 @@ class Declared:
                 )
 
     def resolution(self, name: str) -> float | None:
-        """Return how finely a numeric column may be told; None where nothing says."""
+        """Return how finely a numeric column may be told; None if nothing says."""
         if name in self._request.resolutions:
             return float(self._request.resolutions[name])
         if name not in self.ranges:

@@ -31,7 +31,7 @@ class Alerts:
     Attributes
     ----------
     statistic : ndarray of shape (weeks,)
-        NaN where a week is unknown, or what comes before it does not do for a baseline.
+        NaN if a week is unknown, or what comes before it does not do for a baseline.
     alert : ndarray of bool, shape (weeks,)
     """
 
@@ -58,7 +58,7 @@ def psi(expected: ArrayLike, actual: ArrayLike) -> float:
     Raises
     ------
     InputError
-        Where lengths differ, a count is negative or not finite, or all are 0.
+        If lengths differ, a count is negative or not finite, or all are 0.
 
     Examples
     --------
@@ -117,7 +117,7 @@ def ears_c2(counts: ArrayLike, baseline: int = 7, lag: int = 2, threshold: float
     Parameters
     ----------
     counts : array_like
-        (weeks,) 0 or greater; NaN where a week is unknown, which is left out of baselines.
+        (weeks,) 0 or greater; NaN if a week is unknown, which is left out of baselines.
     baseline : int
         Weeks, 3 or greater; at least 3 of them must be known.
     lag : int
@@ -133,7 +133,7 @@ def ears_c2(counts: ArrayLike, baseline: int = 7, lag: int = 2, threshold: float
     Raises
     ------
     InputError
-        Where an argument is out of its range, or there are no weeks after the first baseline.
+        If an argument is out of its range, or there are no weeks after the first baseline.
     """
     if lag < 0:
         raise InputError(f"lag must be 0 or greater, got {lag}")
@@ -162,7 +162,7 @@ def cusum(counts: ArrayLike, k: float = 0.5, h: float = 4.0, baseline: int = 13)
     Parameters
     ----------
     counts : array_like
-        (weeks,) 0 or greater; NaN where a week is unknown, over which S stays as it was.
+        (weeks,) 0 or greater; NaN if a week is unknown, over which S stays as it was.
     k : float
         What is taken off each week, in standard deviations, 0 or greater.
     h : float
@@ -178,7 +178,7 @@ def cusum(counts: ArrayLike, k: float = 0.5, h: float = 4.0, baseline: int = 13)
     Raises
     ------
     InputError
-        Where an argument is out of its range, or there are no weeks after the baseline.
+        If an argument is out of its range, or there are no weeks after the baseline.
     """
     if not 0 <= k < math.inf:
         raise InputError(f"k must be a finite number, 0 or greater, got {k}")

@@ -236,12 +236,12 @@ class Guard:
     def _refine(
         self, partition: Partition | None, members: Members, cells: Codes, waiting: Mask
     ) -> Partition | None:
-        """Return the partition split by an answer's cells; None where a class would be too small.
+        """Return the partition split by an answer's cells; None if a class would be too small.
 
         Parameters
         ----------
         partition : Partition or None
-            What earlier answers have told apart; None where there were none.
+            What earlier answers have told apart; None if there were none.
         members : Members
         cells, waiting : ndarray
             (rows,) of all the hospital's rows, as `admit` takes them.
@@ -272,7 +272,7 @@ class Guard:
     def shown(self, run: str) -> tuple[bool, set[str] | None]:
         """Return whether a run had pictures, and of which of the patients here any run had.
 
-        None where no run has shown anybody yet.
+        None if no run has shown anybody yet.
         """
         rows = self._connection.execute("SELECT run, patient FROM shown").fetchall()
         seen = {patient for _, patient in rows} - {b""}
@@ -317,12 +317,12 @@ def open_guard(
 ) -> Iterator[Guard]:
     """Open a hospital's file; what was admitted has reached the disk when this is left.
 
-    Also where it is left by an error: what may be told once was perhaps told, by the error.
+    Also if it is left by an error: what may be told once was perhaps told, by the error.
 
     Raises
     ------
     InputError
-        Where the file is none of these, is damaged or cannot be written: nothing may be told then.
+        If the file is none of these, is damaged or cannot be written: nothing may be told then.
     """
     failure: BaseException | None = None
     with _opened(path) as connection:
@@ -357,10 +357,10 @@ def note_compared(path: Path, values: Iterable[tuple[str, float | str]], most: i
     Raises
     ------
     DeclinedError
-        Where a column has had `most` others: with enough of them the values of single patients
+        If a column has had `most` others: with enough of them the values of single patients
         could be found by what is refused.
     InputError
-        Where the file cannot be used; see `open_guard`.
+        If the file cannot be used; see `open_guard`.
     """
     with _opened(path) as connection:
         passed = [column for column, value in values if not _noted(connection, column, value, most)]

@@ -80,10 +80,10 @@ def answer_exactly(
     Raises
     ------
     InputError
-        Where conditions, `by`, `weekly` or survival name what is not there or does not fit, which
+        If conditions, `by`, `weekly` or survival name what is not there or does not fit, which
         the columns decide and no condition; or where the file cannot be used.
     DeclinedError
-        Where conditions on a column, or its widths, have used too many values.
+        If conditions on a column, or its widths, have used too many values.
     """
     note_compared(path, _compared(columns, request), most_compared)
     _require_sound(columns, request)

@@ -72,7 +72,7 @@ class Cells:
         return self._codes[name]
 
     def scaled(self, name: str) -> tuple[Floats, Mask]:
-        """Return a column clipped to its range as -1 to 1, 0 where it is missing, and where not."""
+        """Return a column clipped to its range as -1 to 1, 0 if it is missing, and where not."""
         if name not in self._scaled:
             (low, high), numbers = map(float, self._declared.ranges[name]), self._numbers(name)
             present = ~np.isnan(numbers)
@@ -181,7 +181,7 @@ def plan(request: Request, declared: Declared) -> Plan:
     Raises
     ------
     InputError
-        Where no column is named, a condition or `by` is of one that is not declared or does not fit
+        If no column is named, a condition or `by` is of one that is not declared or does not fit
         it, request and schema declare a column otherwise, or too much is asked at once.
     """
     names = request.columns or tuple(dict.fromkeys((*declared.ranges, *declared.categories)))
@@ -229,7 +229,7 @@ def noised(
 
 
 def _patient(row: Row) -> str | None:
-    """Return whose row it is; None where that is no patient."""
+    """Return whose row it is; None if that is no patient."""
     try:
         return patient_text(row["patient"])
     except Exception:

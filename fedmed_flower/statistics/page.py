@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from fedmed_flower.data.pictures import PALETTE
 from fedmed_flower.files import as_input_error, read_object, write_atomic
 from fedmed_flower.reports import frame, plots
-from fedmed_flower.reports.frame import INK, escaped, many
+from fedmed_flower.reports.frame import INK, count_of, escaped
 from fedmed_flower.reports.plots import Pens
 from fedmed_flower.server.run_folder import SUMMARY
 from fedmed_flower.statistics.pooling import cumulate, pool_survival
@@ -46,7 +46,7 @@ def write_page(folder: Path) -> Path:
     Raises
     ------
     InputError
-        Where ``summary.json`` or ``statistics.json`` is missing or damaged.
+        If ``summary.json`` or ``statistics.json`` is missing or damaged.
     """
     hint = "give the folder of a survey"
     summary, found = read_object(folder, SUMMARY, hint), read_object(folder, STATISTICS_FILE, hint)
@@ -83,7 +83,7 @@ def _body(summary: Mapping[str, Any], found: Mapping[str, Any]) -> str:
             }
             parts.append(_drawings(label(found, name), group, reported, styles))
         if (left := len(found["groups"]) - _MOST_PLOTS) > 0:
-            parts.append(f'<p class="note">{many(left, "more group")} not drawn.</p>')
+            parts.append(f'<p class="note">{count_of(left, "more group")} not drawn.</p>')
         watched = [entry for entry in found["alerts"] if "note" not in entry]
         drawn = "".join(_weeks(entry) for entry in watched[:_MOST_PLOTS])
         parts.append(f"<h2>Week by week</h2>{drawn}" if drawn else "")
@@ -111,14 +111,14 @@ def _head(summary: Mapping[str, Any], styles: Pens) -> str:
     )
     return (
         f'<h1>{escaped(summary.get("app"))}</h1><p class="soft">Federated statistics · {date} · '
-        f"{many(len(styles), 'hospital')}</p>{alert if failed else ''}"
+        f"{count_of(len(styles), 'hospital')}</p>{alert if failed else ''}"
     )
 
 
 def _table(table: Mapping[str, Any]) -> str:
     rows = [[escaped(c) if c else "" for c in row] for row in table["rows"][:_MOST_ROWS]]
     left = len(table["rows"]) - len(rows)
-    caption = f"{many(left, 'more row')} in summary.json" if left > 0 else ""
+    caption = f"{count_of(left, 'more row')} in summary.json" if left > 0 else ""
     kind = "" if table["title"].startswith(("Table 1", "Correlations")) else "words"
     head = [escaped(cell) if cell else "" for cell in table["head"]]
     return f"<h2>{escaped(table['title'])}</h2>" + frame.table(caption, head, rows, kind=kind)
@@ -182,7 +182,9 @@ def _survival(group: Mapping[str, Any], reported: Mapping[str, Any], styles: Pen
     axes.set_ylim(0, 1.02)
     drawing = plots.svg(axes, "Kaplan-Meier curves", "time", grid="y")
     at_risk, events = curve["at_risk"][0], math.fsum(curve["events"])
-    caption = f"Kaplan-Meier · {many(curve['hospitals'], 'hospital')}, {at_risk:,.0f} patients, "
+    caption = (
+        f"Kaplan-Meier · {count_of(curve['hospitals'], 'hospital')}, {at_risk:,.0f} patients, "
+    )
     caption += f"{events:,.0f} events"
     return f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
 
@@ -190,7 +192,9 @@ def _survival(group: Mapping[str, Any], reported: Mapping[str, Any], styles: Pen
 def _matrix(correlations: Sequence[Mapping[str, Any]], of: str) -> str:
     names = list(dict.fromkeys(name for reported in correlations for name in reported["columns"]))
     if len(names) > _MOST_NAMES:
-        return f'<p class="note">Correlations of {many(len(names), "column")} are not drawn.</p>'
+        return (
+            f'<p class="note">Correlations of {count_of(len(names), "column")} are not drawn.</p>'
+        )
     values = np.full((len(names), len(names)), np.nan)
     for reported in correlations:
         i, j = (names.index(name) for name in reported["columns"])
@@ -215,7 +219,7 @@ def _matrix(correlations: Sequence[Mapping[str, Any]], of: str) -> str:
 def _weeks(entry: Mapping[str, Any]) -> str:
     counts = [math.nan if value is None else value for value in entry["counts"]]
     if len(counts) > _MOST_WEEKS:
-        return f'<p class="note">{many(len(counts), "week")} are not drawn.</p>'
+        return f'<p class="note">{count_of(len(counts), "week")} are not drawn.</p>'
     axes: Any = Figure((6.4, 2.2), layout="constrained").subplots()
     weeks = np.arange(1, len(counts) + 1)
     alerts = entry.get("alert") or [False] * len(counts)
@@ -226,7 +230,9 @@ def _weeks(entry: Mapping[str, Any]) -> str:
     axes.locator_params(axis="x", integer=True)
     drawing = plots.svg(axes, "rows by week", f"week, from {_plain(str(entry['start']))}", grid="y")
     site = escaped(entry["site"]) + (f", {escaped(entry['group'])}" if entry["group"] else "")
-    text = f"<b>{site}</b> · rows by week · {many(sum(map(bool, alerts)), 'alert')} · × withheld"
+    text = (
+        f"<b>{site}</b> · rows by week · {count_of(sum(map(bool, alerts)), 'alert')} · × withheld"
+    )
     return f'<figure class="dots"><figcaption>{text}</figcaption>{drawing}</figure>'
 
 

@@ -67,7 +67,7 @@ def pool_moments(parts: Iterable[Reported]) -> Moments:
 
 
 def pool_correlation(parts: Sequence[Reported]) -> float:
-    """Return Pearson's correlation of all rows together; NaN where a column is constant.
+    """Return Pearson's correlation of all rows together; NaN if a column is constant.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def cumulate(parts: Sequence[Reported]) -> tuple[list[float], NDArray[np.float64
 
 
 def same_bins(parts: Sequence[Reported]) -> list[NDArray[np.float64]] | None:
-    """Return histograms in the bins of the coarsest of them; None where that has a single bin.
+    """Return histograms in the bins of the coarsest of them; None if that has a single bin.
 
     In the finer ones a bin that is cut is cut as `cumulate` does it.
     """
@@ -161,7 +161,7 @@ def same_bins(parts: Sequence[Reported]) -> list[NDArray[np.float64]] | None:
 def pool_survival(parts: Iterable[Reported]) -> Curve:
     """Return the Kaplan-Meier curve of all patients, times rounded up as each hospital has told.
 
-    Where one hospital's interval contains times of another's, its events and censored patients are
+    If one hospital's interval contains times of another's, its events and censored patients are
     taken to lie evenly in it, as `cumulate` does it.
 
     E. L. Kaplan, P. Meier, "Nonparametric estimation from incomplete observations", JASA 53, 1958.

@@ -24,7 +24,7 @@ def read_reply(text: object) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        Where it is not; the text says what is wrong.
+        If it is not; the text says what is wrong.
     """
     if not isinstance(text, str) or len(text) > _MOST_LETTERS:
         raise ValueError("it is no text, or too long")

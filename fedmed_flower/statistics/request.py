@@ -48,7 +48,7 @@ class Survival(NamedTuple):
     Attributes
     ----------
     time, event : str
-        Columns; the event is 1 where it happened, 0 where the time is that of censoring.
+        Columns; the event is 1 if it happened, 0 if the time is that of censoring.
     horizon, width : float
         In the unit of the times; above 0.
     """
@@ -175,7 +175,7 @@ class Request:
         Raises
         ------
         InputError
-            Where it is no request, whatever else it is.
+            If it is no request, whatever else it is.
         """
         try:
             given = json.loads(text)
@@ -206,7 +206,7 @@ def parse_filter(text: str) -> Filter:
     Raises
     ------
     InputError
-        Where the text is none.
+        If the text is none.
 
     Examples
     --------

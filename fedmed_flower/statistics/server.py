@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, RecordDict
@@ -55,7 +54,7 @@ class Answer:
     failures : list of (str, str)
         Which hospitals told nothing, and why.
     sources : set of str
-        Where the hospitals' rows come from.
+        If the hospitals' rows come from.
     generated : bool
         Whether rows were generated.
     """
@@ -152,7 +151,7 @@ def survey(
     Raises
     ------
     InputError
-        Where an argument or a setting is wrong, or no hospital has told anything.
+        If an argument or a setting is wrong, or no hospital has told anything.
     """
     if drift not in DRIFT:
         raise InputError(f"drift must be one of {', '.join(DRIFT[1:])}, or empty, got {drift!r}")
@@ -160,9 +159,7 @@ def survey(
         raise InputError(f"alert must be one of {', '.join(ALARMS)}, got {alert!r}")
     settings = SurveySettings.from_run_config(context.run_config)
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = Path(settings.run_dir).expanduser() if settings.run_dir else Path("runs") / stamp
-    folder = RunFolder(path.resolve())
+    folder = RunFolder.named(settings.run_dir)
     folder.require_unused()
     with folder.log_file():
         wait_for_sites(grid, settings.min_sites)

@@ -62,7 +62,7 @@ def is_number(text: str) -> bool:
 def text_of(value: Any) -> str | None:
     """Return a single value as a category, in which 1, 1.0, "1" and True are the same.
 
-    None where it is missing, or several values.
+    None if it is missing, or several values.
     """
     value = plain(value)
     if is_gap(value) or not is_single(value):
@@ -96,7 +96,7 @@ def numbers_of(values: Sequence[Any]) -> Floats:
 
 
 def cells_of(rows: Sequence[Row], name: str) -> list[Any]:
-    """Return each row's value of a column; None where it is missing, several, or unreadable."""
+    """Return each row's value of a column; None if it is missing, several, or unreadable."""
     return [_cell(row, name) for row in rows]
 
 

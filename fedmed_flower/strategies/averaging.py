@@ -36,7 +36,7 @@ class WeightedFedAvg(FedAvg):
     Raises
     ------
     InputError
-        Where `weights` is none of these, or a mapping to something else than such weights.
+        If `weights` is none of these, or a mapping to something else than such weights.
     """
 
     def __init__(
@@ -130,9 +130,9 @@ class QFedAvg(FedAvg, flower.QFedAvg):
         Raises
         ------
         InputError
-            Where the global model is not known.
+            If the global model is not known.
         NotUsableError
-            Where updates hold NaN or infinite values, or are too large to be computed with.
+            If updates hold NaN or infinite values, or are too large to be computed with.
         """
         if not updates.centred:
             raise InputError(
@@ -160,7 +160,7 @@ def loss_of(reply: Message, key: str, least: float | None = None) -> float:
     Raises
     ------
     ValueError
-        Where it is missing, no single number, or not above 0 (below `least`, where given).
+        If it is missing, no single number, or not above 0 (below `least`, if given).
     """
     loss = metrics_of(reply).get(key)
     if not isinstance(loss, int | float):

@@ -96,7 +96,7 @@ class FedAvg(flower.FedAvg):
     Networks from Decentralized Data, AISTATS 2017, https://arxiv.org/abs/1602.05629
 
     Takes the arguments of Flower's `FedAvg` and those below. Two things differ: the minimum
-    numbers of nodes are 1 where they are not given, so that a run with one site does not wait for
+    numbers of nodes are 1 if they are not given, so that a run with one site does not wait for
     a second one; and sites are counted and sampled after they have connected.
 
     Parameters
@@ -139,7 +139,7 @@ class FedAvg(flower.FedAvg):
     Raises
     ------
     InputError
-        Where an argument is out of its range, or `resume` is given without `run_dir`.
+        If an argument is out of its range, or `resume` is given without `run_dir`.
 
     Notes
     -----
@@ -220,7 +220,7 @@ class FedAvg(flower.FedAvg):
         Raises
         ------
         InputError
-            Where an argument is out of range, or the checkpoint is damaged or belongs to another
+            If an argument is out of range, or the checkpoint is damaged or belongs to another
             model.
         """
         if num_rounds < 1:
@@ -409,7 +409,7 @@ class FedAvg(flower.FedAvg):
         Raises
         ------
         ValueError
-            Where the strategy cannot use the reply, with the reason; it is left out.
+            If the strategy cannot use the reply, with the reason; it is left out.
         """
         return float(metrics_of(reply)[self.weighted_by_key])  # type: ignore[arg-type]
 
@@ -442,7 +442,7 @@ class FedAvg(flower.FedAvg):
         Raises
         ------
         ValueError
-            Where they stand for none, with the reason; the reply is left out.
+            If they stand for none, with the reason; the reply is left out.
         """
         return arrays
 
@@ -454,7 +454,7 @@ class FedAvg(flower.FedAvg):
         return draw(nodes, self.site_names, count, (self.seed, server_round, phase))
 
     def stop_reason(self) -> str | None:
-        """Return why the run must end before a further round; None where it goes on."""
+        """Return why the run must end before a further round; None if it goes on."""
         return None
 
     def needed(self) -> int:
@@ -539,7 +539,7 @@ class FedAvg(flower.FedAvg):
         Raises
         ------
         InputError
-            Where it is damaged, or a run that goes on from it would not be the run that was
+            If it is damaged, or a run that goes on from it would not be the run that was
             broken off.
         """
         if self.folder is None or not self.resume:

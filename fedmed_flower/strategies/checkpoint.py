@@ -36,7 +36,7 @@ def restore_clients(grid: Grid, checkpoint: Checkpoint, folder: RunFolder) -> No
     Raises
     ------
     InputError
-        Where they kept something and live elsewhere now, or it cannot be read.
+        If they kept something and live elsewhere now, or it cannot be read.
     """
     if hasattr(grid, "import_states"):
         with read_from(folder):
@@ -56,7 +56,7 @@ def require_resumable(
     Raises
     ------
     InputError
-        Where a strategy of Flower keeps state that the checkpoint lacks, or the checkpoint holds
+        If a strategy of Flower keeps state that the checkpoint lacks, or the checkpoint holds
         other arrays than `initial_arrays`, or of one of them something of another shape.
     """
     with_state = {

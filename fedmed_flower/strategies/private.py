@@ -103,7 +103,7 @@ class DPFedAvg(FedAvg):
     Raises
     ------
     InputError
-        Where an argument is out of its range, or one round costs more than `target_epsilon`.
+        If an argument is out of its range, or one round costs more than `target_epsilon`.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class DPFedAvg(FedAvg):
         Raises
         ------
         InputError
-            Also where ``privacy.json`` in the run folder cannot be read, or tells of releases
+            Also if ``privacy.json`` in the run folder cannot be read, or tells of releases
             that this run does not go on from, or the checkpoint is that of a run without noise.
         """
         if self.folder is not None:
@@ -252,7 +252,7 @@ class DPFedAvg(FedAvg):
         Raises
         ------
         InputError
-            Where no sites were drawn for this round, or it was released already.
+            If no sites were drawn for this round, or it was released already.
         """
         if self._drawn != server_round:
             raise InputError(
@@ -271,7 +271,7 @@ class DPFedAvg(FedAvg):
         Raises
         ------
         NotUsableError
-            Where updates hold NaN or infinite values, or values whose squares overflow; nothing is
+            If updates hold NaN or infinite values, or values whose squares overflow; nothing is
             released then.
         """
         updates.check()
@@ -284,7 +284,7 @@ class DPFedAvg(FedAvg):
             self.folder.write(LEDGER, self._ledger())
         changes = updates.sum_of_changes(self.clipping_norm / np.maximum(norms, self.clipping_norm))
         std = self.sum_multiplier * self.clipping_norm
-        # Made anew for each release: a copy of the strategy must not repeat the noise.
+        # A new one for each release: a copy of the strategy must not repeat the noise.
         generator = secure_generator()
         for change in changes.values():
             change += gaussian(change.size, std, generator)

@@ -54,7 +54,7 @@ class Robust(FedAvg):
     Raises
     ------
     InputError
-        Where an argument is out of range.
+        If an argument is out of range.
     """
 
     num_malicious_nodes: int
@@ -106,7 +106,7 @@ class Robust(FedAvg):
         Raises
         ------
         InputError
-            Where an entry is complex, which has neither order nor distance here.
+            If an entry is complex, which has neither order nor distance here.
         """
         given = updates
         for key, array in updates.layout.items():
@@ -159,7 +159,7 @@ class FedTrimmedAvg(Robust, flower.FedTrimmedAvg):
     Raises
     ------
     InputError
-        Where `beta` is out of range, or 0 while some sites may be malicious.
+        If `beta` is out of range, or 0 while some sites may be malicious.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

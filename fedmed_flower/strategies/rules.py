@@ -154,7 +154,7 @@ def centered_clipping(
     gram : ndarray of shape (K, K)
         Inner products of the differences to the global model.
     tau : float, optional
-        Radius; None takes the median distance anew in each step.
+        Radius; None takes the median distance of each step.
     steps : int
         Clippings, each around the last one's outcome.
     start : ndarray of shape (K,), optional

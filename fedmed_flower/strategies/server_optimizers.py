@@ -56,7 +56,7 @@ def class_below(cls: type, base: type) -> type[Any] | None:
     Raises
     ------
     TypeError
-        Where one of two rules would be left out without a word: a rule of Flower mixed with `base`
+        If one of two rules would be left out without a word: a rule of Flower mixed with `base`
         instead of ours of the same name, or a rule of ours with a strategy that has another; and
         likewise with two server optimisers, or with one that comes before `base`.
     """
@@ -210,7 +210,7 @@ def import_state(
     Raises
     ------
     InputError
-        Where another optimiser kept it.
+        If another optimiser kept it.
     """
     for name in state:
         if name not in _STATE or name not in attributes:

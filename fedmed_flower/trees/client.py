@@ -60,7 +60,7 @@ class TreeClient(TabularClient):
     """A client for tables that grows trees where it would train a network; made by `as_trees`.
 
     Everything else is the client's: its rows, what it measures, what it declines. Features are the
-    columns' own values, NaN where missing, and a column for each category of the preparation.
+    columns' own values, NaN if missing, and a column for each category of the preparation.
     Objectives are ``binary:logistic``, ``multi:softprob`` (a tree for all classes, with a number
     for each in its leaves), ``count:poisson``, ``reg:squarederror`` and, for survival whatever
     ``survival-loss`` says, ``survival:cox``.
@@ -71,7 +71,7 @@ class TreeClient(TabularClient):
     and the leaves carry no noise. Where the trees that were sent part fewer of the patients from
     the others, all trees together, no ``loss`` is told of them: it would tell of those few.
     The server is trusted in that it may send any trees: they are read and checked here, and
-    XGBoost's parser is given what was written anew. Nothing is unpickled.
+    XGBoost's parser is given what was written from scratch. Nothing is unpickled.
 
     Attributes
     ----------
@@ -150,7 +150,7 @@ class TreeClient(TabularClient):
         Raises
         ------
         InputError
-            Where it is not one of this run.
+            If it is not one of this run.
         """
         try:
             trees = read_trees(model_bytes(arrays), self.form, MOST_TREES)
@@ -172,7 +172,7 @@ class TreeClient(TabularClient):
         Raises
         ------
         DeclinedError
-            Where too few patients are here for even one leaf.
+            If too few patients are here for even one leaf.
         """
         if not isinstance(model, Ensemble):
             raise TypeError(f"fit must be given an Ensemble, got {type(model).__name__}")
@@ -335,7 +335,7 @@ def as_trees(client: TabularClient) -> TreeClient:
 def raw_features(
     schema: Schema, prepared_by: Preparation, rows: Sequence[Row]
 ) -> NDArray[np.float32]:
-    """Return the columns' own values, (n, width), and 1 or 0 for each category; NaN where missing.
+    """Return the columns' own values, (n, width), and 1 or 0 for each category; NaN if missing.
 
     A category that is not in the list is 0 in all columns.
     """

@@ -1,8 +1,8 @@
 """Tree ensembles as XGBoost's JSON: what one is made of, checked before anybody makes use of it.
 
-What is read here is written anew before it goes on, to a server's model or to XGBoost's own parser,
-so that nothing travels but the trees. Numbers that no prediction needs are written as zeros: gain
-and cover tell how many patients are behind a node, and what became of them.
+What is read here is written again from scratch before it goes on, to a server's model or to
+XGBoost's own parser, so that nothing travels but the trees. Numbers that no prediction needs are
+written as zeros: gain and cover tell how many patients are behind a node, and what became of them.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def read_trees(data: bytes, form: Form, most: int, named: bool = True) -> list[T
     Raises
     ------
     ValueError
-        Where it is something else, with the reason.
+        If it is something else, with the reason.
     """
     if not data:
         return []
@@ -202,7 +202,7 @@ def model_bytes(arrays: ArrayRecord) -> bytes:
     Raises
     ------
     ValueError
-        Where there is not one array of bytes, named ``0``.
+        If there is not one array of bytes, named ``0``.
     """
     if [*arrays] != ["0"]:
         raise ValueError(f"there are {len(arrays)} arrays instead of one, named 0")
@@ -235,7 +235,7 @@ def _base_scores(learner: dict[str, Any]) -> list[str]:
 
 
 def _checked(given: Any, number: int, form: Form) -> Tree:
-    """Return one tree, written anew from what a prediction needs."""
+    """Return one tree, written from scratch from what a prediction needs."""
     if not isinstance(given, dict) or not isinstance(given.get("left_children"), list):
         raise ValueError(f"tree {number} is none")
     count, most = len(given["left_children"]), 2 ** (form.settings.tree_max_depth + 1) - 1

@@ -77,15 +77,17 @@ def grow(
     Raises
     ------
     InputError
-        Where the run config or every site's data is wrong, another strategy is given, privacy is
+        If the run config or every site's data is wrong, another strategy is given, privacy is
         asked for, or a run to go on with.
     RunFailedError
-        Where no round succeeded.
+        If no round succeeded.
     """
     config = dict(context.run_config)
     plan = Plan.from_run_config(config)
     if plan.resume:
-        raise InputError("a run that grows trees cannot be resumed: start it anew, without resume")
+        raise InputError(
+            "a run that grows trees cannot be resumed: start a new run, without resume"
+        )
     if PrivacySettings.from_run_config(config).on:
         raise InputError(
             "trees are grown without differential privacy: federate a network with "
@@ -214,12 +216,12 @@ class _Growing(FedAvg):
         return ConfigRecord({**config, TREES: CYCLIC if self.cyclic else BAGGING})
 
     def _screened(self, reply: Message) -> Message:
-        """Return a copy of a reply that holds what Flower makes use of, written anew.
+        """Return a copy of a reply that holds what Flower makes use of, written from scratch.
 
         Raises
         ------
         ValueError
-            Where it cannot be used, with the reason.
+            If it cannot be used, with the reason.
         """
         form, sent = self.client.form, self.run.sent_arrays
         before = [] if sent is None else read_trees(model_bytes(sent), form, MOST_TREES)

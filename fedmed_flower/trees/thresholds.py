@@ -45,7 +45,7 @@ def quantile_edges(values: NDArray[np.float32], patients: NDArray[np.intp], leas
     Parameters
     ----------
     values : (n,) float32 array
-        NaN where missing; such rows count for nothing.
+        NaN if missing; such rows count for nothing.
     patients : (n,) int array
         Whose row it is.
     least : int
@@ -71,7 +71,7 @@ def quantile_edges(values: NDArray[np.float32], patients: NDArray[np.intp], leas
 def _end_of_bin(
     values: NDArray[np.float32], patients: NDArray[np.intp], start: int, least: int
 ) -> int | None:
-    """Return where the bin ends that begins at a place; None where too few patients follow."""
+    """Return where the bin ends that begins at a place; None if too few patients follow."""
     end = start + least
     while end <= len(values):
         lacking = least - len(np.unique(patients[start:end]))
@@ -97,7 +97,7 @@ def roundest(low: np.float32, high: np.float32) -> np.float32:
 
 
 def in_bins(features: NDArray[np.float32], edges: Sequence[Edges]) -> NDArray[np.float32]:
-    """Return which bin each value is in: how many edges are not above it; NaN where it is missing.
+    """Return which bin each value is in: how many edges are not above it; NaN if it is missing.
 
     Parameters
     ----------

@@ -226,21 +226,21 @@ def unbroken(tmp_path_factory):
 
 def stop_after(line, how, workdir, *arguments):
     """Start a run, send a signal a moment after a line; return exit code and what came after."""
-    process = subprocess.Popen(
+    with subprocess.Popen(
         ["fedmed", "run", str(EXAMPLE), *arguments],
         cwd=workdir,
         env=os.environ | {"PATH": path(), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
-    )
-    for printed in process.stdout:
-        if printed.startswith(line):
-            # Into the middle of the next round, which takes longer than this.
-            time.sleep(0.3)
-            process.send_signal(how)
-            break
-    rest = process.stdout.read()
-    return process.wait(60), rest.strip().splitlines()
+    ) as process:
+        for printed in process.stdout:
+            if printed.startswith(line):
+                # Into the middle of the next round, which takes longer than this.
+                time.sleep(0.3)
+                process.send_signal(how)
+                break
+        rest = process.stdout.read()
+        return process.wait(60), rest.strip().splitlines()
 
 
 def has_stopped(folder, said):

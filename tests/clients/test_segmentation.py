@@ -198,7 +198,7 @@ def test_a_run_on_volumes_of_different_shapes(tmp_path):
     assert summary["failures"] == []
     losses = [
         float(row["value"])
-        for row in csv.DictReader((tmp_path / "run" / "metrics.csv").open())
+        for row in csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines())
         if (row["phase"], row["metric"], row["site"]) == ("train", "loss", ALL_SITES)
     ]
     assert losses[1] < losses[0]

@@ -76,7 +76,7 @@ def test_variants_are_listed_in_parts(prefix):
         (".bed", lambda b: b"PK" + b[2:], "{bed} is no bed file: it must begin with the bytes "
          "6c 1b 01, got 50 4b 01"),
         (".bed", lambda b: b"\x6c\x1b\x00" + b[3:], "{bed} is ordered by person, as early versions "
-         "of PLINK wrote it: write it anew with plink --make-bed"),
+         "of PLINK wrote it: write it again with plink --make-bed"),
         (".bed", lambda b: b"", "{bed} is no bed file: it must begin with the bytes 6c 1b 01, "
          "got "),
         (".bed", lambda b: b[:-1], "{bed} has 8 bytes, but 3 variants (bim) of 5 people (fam) make "

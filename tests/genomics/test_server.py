@@ -188,7 +188,7 @@ def test_components_are_those_of_the_hospitals_that_stay(world, tmp_path, questi
     known = np.concatenate([world.genotypes[site][:, 20] for site in stay]) >= 0
     model = sm.Logit(outcome, np.column_stack([left[known], design])).fit(disp=0)
     np.testing.assert_allclose(float(lines["rs20"]["p"]), model.pvalues[-1], rtol=1e-4)
-    assert "components are looked for anew" in (tmp_path / "run" / "log.txt").read_text()
+    assert "components are looked for again" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_components_are_made_of_variants_evenly_spread(world, tmp_path):
@@ -500,7 +500,7 @@ def test_a_study_whose_sites_all_fail_leaves_a_folder_that_says_so(world, tmp_pa
          "test=logistic or test=linear, or components=0"),
         ({"block_size": 0}, "block-size must be in 1..1048576, got 0"),
         ({"component_variants": 10**9}, "component-variants must be in 1..262144, got 1000000000"),
-        ({"resume": True}, "an association study is not resumed: start it anew in a new folder"),
+        ({"resume": True}, "an association study is not resumed: start it again in a new folder"),
         ({"privacy": "patient"}, "an association study carries no noise: set privacy=none, which "
          "hospitals with a budget decline"),
         ({"test": "logistic", "components": 51}, "components must be in 0..50, got 51"),

@@ -37,7 +37,7 @@ def three(*values):
     return [reply(n, {"w": [v, v]}, f"s{n}", loss=v) for n, v in enumerate(values)]
 
 
-# --- Combined anew ------------------------------------------------------------------------------
+# --- Combined again ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -379,7 +379,7 @@ def test_without_xgboost(tmp_path, monkeypatch):
     [
         (
             {"resume": True, "run_dir": "somewhere"},
-            "a run that grows trees cannot be resumed: start it anew, without resume",
+            "a run that grows trees cannot be resumed: start a new run, without resume",
         ),
         (
             {"privacy": "patient"},
