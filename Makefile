@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check clean
+.PHONY: demo test check coverage clean
 
 demo: $(READY)  ## Five hospitals train a chest X-ray classifier; prints where the report is.
 	$(BIN)/fedmed demo
@@ -17,6 +17,9 @@ check: $(READY)  ## Style, types and floors.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+coverage: $(READY)  ## The test suite, and the lines of each file that it leaves out.
+	$(BIN)/python -m pytest -m "not engine" -n 2 --cov=fedmed_flower --cov-report=term-missing:skip-covered
 
 # torch first and alone, so that a CPU build that pip is pointed to is taken as it is.
 $(READY): pyproject.toml constraints.txt

@@ -254,15 +254,15 @@ def keys_of(reply: str, content: RecordDict) -> set[str]:
 def _generic(reply: str, name: str, key: str) -> str:
     if name == "arrays":
         return "arrays.*"
-    figure, _, group = key.partition("@")
+    metric, _, group = key.partition("@")
     if name == "metrics" and reply == "evaluate" and group:
         return "metrics.FIGURE@column=value"
-    own = figure.startswith("val-") or figure == "personal-epochs"
+    own = metric.startswith("val-") or metric == "personal-epochs"
     if name == "metrics" and reply == "personal" and not own:
         return "metrics.FIGURE"
-    figure = re.sub(r"^(dice|hd95|surface-dice)-(?!worst$).*", r"\1-CLASS", figure)
-    figure = re.sub(r"^(moments|categories|counts) .*", r"\1 COLUMN", figure)
-    return f"{name}.{figure}"
+    metric = re.sub(r"^(dice|hd95|surface-dice)-(?!worst$).*", r"\1-CLASS", metric)
+    metric = re.sub(r"^(moments|categories|counts) .*", r"\1 COLUMN", metric)
+    return f"{name}.{metric}"
 
 
 def noised_evaluation(keys: Collection[str]) -> bool:

@@ -89,21 +89,35 @@ def answer(
     except Exception as error:
         context.state = state
         cause = _input_error(error) or error
-        wrong_input = isinstance(cause, InputError)
         name = "without a name" if site is None else site.name
-        reason, level = type(cause).__name__, logging.ERROR
-        if isinstance(cause, DeclinedError):
-            reason, level = f"{DECLINED}{cause}", logging.DEBUG
-        elif site is not None and site.simulated:
-            # Nothing leaves: the server, which runs on the same machine, logs this text.
-            reason = f"{cause}" if wrong_input else f"{reason}: {cause}"
-            level = logging.DEBUG if wrong_input else logging.ERROR
-        elif client is not None and client.touched and client.sealed:
-            # Which error it is may depend on a patient.
-            reason = FAILED
-        log.log(level, "%s: %s", name, cause, exc_info=level == logging.ERROR and not wrong_input)
+        simulated = site is not None and site.simulated
+        sealed = not simulated and client is not None and client.touched and client.sealed
+        reason, level = _reason(cause, simulated, sealed)
+        traceback = level == logging.ERROR and not isinstance(cause, InputError)
+        log.log(level, "%s: %s", name, cause, exc_info=traceback)
         failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=tell_error(name, reason))
         return Message(failure, reply_to=message)
+
+
+def _reason(cause: Exception, simulated: bool, sealed: bool) -> tuple[str, int]:
+    """Return what the server is told of an error, and how loud the hospital's own log says it.
+
+    Parameters
+    ----------
+    simulated : bool
+        Nothing leaves: the server, which runs on the same machine, logs the text.
+    sealed : bool
+        A patient's rows were looked at, and only noise may leave: which error it is may depend on
+        a patient.
+    """
+    kind = type(cause).__name__
+    if isinstance(cause, DeclinedError):
+        return f"{DECLINED}{cause}", logging.DEBUG
+    if simulated and isinstance(cause, InputError):
+        return f"{cause}", logging.DEBUG
+    if simulated:
+        return f"{kind}: {cause}", logging.ERROR
+    return (FAILED if sealed else kind), logging.ERROR
 
 
 def train(client: MedicalClient, message: Message) -> RecordDict:
@@ -131,7 +145,7 @@ def train(client: MedicalClient, message: Message) -> RecordDict:
     if client.secretive:
         metrics = {name: metrics[name] for name in metrics if name == EPSILON}
     else:
-        metrics = client.told(metrics) | {"seconds": time.perf_counter() - began}
+        metrics = client.disclosed(metrics) | {"seconds": time.perf_counter() - began}
     keep_splits(client.context, client.site, config, client.data())
     metrics["num-examples"] = client.count("train", client.pooled)
     state = ArrayRecord(travelling.state(model))
@@ -156,14 +170,14 @@ def evaluate(client: MedicalClient, message: Message) -> RecordDict:
     data, prepared = client.prepared(split, client.pooled)
     rows: Sequence[Row] = getattr(data, split)
     metrics = {"num-examples": len(rows)}
-    reported = client.told_of(rows, split, config) if rows else None
+    reported = client.disclosable(rows, split, config) if rows else None
     if reported:
         if len(reported) < len(rows):
             prepared = client.prepare(reported, train=split == "train")
         model, _ = client.model_of(arrays, config)
         with client.seeded(derive_seed(client.settings.seed, client.site.name, split)):
             metrics = client.measure(model, prepared)
-    return RecordDict({"metrics": MetricRecord(client.told(metrics))})
+    return RecordDict({"metrics": MetricRecord(client.disclosed(metrics))})
 
 
 def _stand_in(client: MedicalClient, message: Message) -> MedicalClient:

@@ -456,11 +456,11 @@ class MedicalClient(ABC):
         if min(len(patients), most) < fewest:
             raise DeclinedError(f"an update here is made of at least {fewest} patients")
 
-    def told(self, metrics: dict[str, Any]) -> dict[str, Any]:
+    def disclosed(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Return figures as they leave: coarsely where the hospital says so."""
         return coarsened(metrics) if self.node.coarse_figures else metrics
 
-    def told_of(
+    def disclosable(
         self, rows: Sequence[Row], purpose: str, config: ConfigRecord
     ) -> Sequence[Row] | None:
         """Return the rows of which figures may leave; None if of none.

@@ -71,7 +71,7 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
         raise InputError("there are no validation rows to tell by whether fine-tuning helps")
     tellable = True
     for split, rows in (("val", val.val), ("test", test.test)):
-        reported = client.told_of(rows, f"personal {split}", config) if rows else rows
+        reported = client.disclosable(rows, f"personal {split}", config) if rows else rows
         if reported is None:
             tellable = False
         elif len(reported) < len(rows) and split == "val":
@@ -84,7 +84,7 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
     seed = derive_seed(settings.seed, site.name, "personal")
     with client.seeded(seed):
         before = _measured(client, model, val_rows)
-        figure = main_metric(before)
+        metric = main_metric(before)
         best, after, kept = copy.deepcopy(model.state_dict()), before, 0
         for epoch in range(1, settings.personal_epochs + 1):
             try:
@@ -93,7 +93,7 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
             except (ArithmeticError, ValueError) as error:  # Outputs that are no numbers any more.
                 log.warning("%s: fine-tuning ends in pass %d: %s", site.name, epoch, error)
                 break
-            if _improves(found, after, figure):
+            if _improves(found, after, metric):
                 best, after, kept = copy.deepcopy(model.state_dict()), found, epoch
         model.load_state_dict(best)
         metrics = client.measure(model, test_rows) if test.test else {"num-examples": 0}
@@ -104,8 +104,8 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
         log.info("%s: its own model is in %s", site.name, path)
     if not tellable:
         raise DeclinedError("figures of its own model would be of too few patients")
-    return client.told(
-        metrics | dict(zip(PERSONAL, (before[figure], after[figure], kept), strict=True))
+    return client.disclosed(
+        metrics | dict(zip(PERSONAL, (before[metric], after[metric], kept), strict=True))
     )
 
 
@@ -114,7 +114,7 @@ def _measured(client: MedicalClient, model: nn.Module, prepared: Any) -> dict[st
     return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
 
-def _improves(found: dict[str, float], before: dict[str, float], figure: str) -> bool:
-    if found[figure] != before[figure]:
-        return (found[figure] < before[figure]) == lower_is_better(figure)
+def _improves(found: dict[str, float], before: dict[str, float], metric: str) -> bool:
+    if found[metric] != before[metric]:
+        return (found[metric] < before[metric]) == lower_is_better(metric)
     return found.get("loss", 0.0) < before.get("loss", 0.0)

@@ -44,8 +44,8 @@ def read_about(content: RecordDict) -> dict[str, Any]:
         raise ValueError(f"{about} cannot be")
     about |= {key: str(record[key]) for key in ("trait", "phenotype")}
     about["covariates"] = [str(name) for name in record["covariates"]]  # type: ignore[union-attr]
-    if (many := len(about["covariates"])) > _MOST_COVARIATES:
-        raise ValueError(f"{many} covariates, where at most {_MOST_COVARIATES} can be")
+    if (count := len(about["covariates"])) > _MOST_COVARIATES:
+        raise ValueError(f"{count} covariates, where at most {_MOST_COVARIATES} can be")
     return about
 
 

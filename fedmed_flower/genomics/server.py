@@ -242,13 +242,13 @@ class _Association:
         return [
             [
                 *(str(variant.chromosome), str(variant.position), variant.name),
-                *(variant.a1, variant.a2, str(many), str(everybody)),
+                *(variant.a1, variant.a2, str(count), str(everybody)),
                 *([str(own[CASES]), str(own[CONTROLS])] if binary else ["", ""]),
                 *(column[at] for column in texts),
                 ps[at],
                 "; ".join(notes.get(at, ())),
             ]
-            for at, (variant, (many, everybody, own)) in enumerate(
+            for at, (variant, (count, everybody, own)) in enumerate(
                 zip(block.variants, totals, strict=True)
             )
         ]

@@ -167,8 +167,8 @@ def noised_counts(
     """
     y, margins = np.asarray(labels, dtype=np.int64), class_margins(logits)
     num_classes = max(2, margins.shape[1])
-    of = Counter(patients)
-    share = np.asarray([1 / of[patient] for patient in patients])
+    rows_of = Counter(patients)
+    share = np.asarray([1 / rows_of[patient] for patient in patients])
     positive = (y == 1)[:, None] if num_classes == 2 else y[:, None] == np.arange(num_classes)
     indices = np.clip(margins, _NOISED_EDGES[0], _NOISED_EDGES[-1])
     parts = [

@@ -239,7 +239,7 @@ def by_group(
             reported.pop()
         for value in sorted(reported):
             figures = {"num-examples": len(groups[value])} | dict(measure(groups[value]))
-            found |= {f"{name}@{column}={value}": figure for name, figure in figures.items()}
+            found |= {f"{name}@{column}={value}": metric for name, metric in figures.items()}
     return found
 
 
@@ -321,8 +321,8 @@ def noised_errors(
         errors = np.abs(y - z)
     # Count NaN as the largest possible error; otherwise one NaN makes the sum NaN.
     errors = np.clip(np.nan_to_num(errors, nan=width), 0.0, width) / width
-    of = Counter(patients)
-    share = np.asarray([1 / of[patient] for patient in patients])
+    rows_of = Counter(patients)
+    share = np.asarray([1 / rows_of[patient] for patient in patients])
     sums: Floats = np.asarray([share.sum(), share @ errors])
     sums += gaussian(sums.size, noise * math.sqrt(sums.size), secure_generator())
     return [float(sums[0]), float(sums[1]) * width]

@@ -139,8 +139,8 @@ def noised_dice(
     names = [f"{DICE}-{name}" for name in classes]
     rows = np.asarray([[1.0, *(one[name] for name in names)] for one in scores])
     rows = rows.reshape(len(scores), 1 + len(names))
-    of = Counter(patients)
-    share = np.asarray([1 / of[patient] for patient in patients])
+    rows_of = Counter(patients)
+    share = np.asarray([1 / rows_of[patient] for patient in patients])
     sums: NDArray[np.float64] = share @ np.clip(rows, 0.0, 1.0)
     sums += gaussian(sums.size, noise_multiplier * math.sqrt(sums.size), secure_generator())
     return [float(value) for value in sums]

@@ -146,10 +146,10 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
 def _blocks(row: Tensor) -> Iterator[tuple[slice, slice]]:
     """Cut a matrix into blocks that a cache holds: copies of them in float64 cost little."""
     entries, (height, width) = _BLOCK[row.device.type == "cuda"], row.shape
-    many, long = max(1, entries // max(1, width)), min(max(1, width), entries)
-    for top in range(0, height, many):
+    count, long = max(1, entries // max(1, width)), min(max(1, width), entries)
+    for top in range(0, height, count):
         for left in range(0, width, long):
-            yield slice(top, top + many), slice(left, left + long)
+            yield slice(top, top + count), slice(left, left + long)
 
 
 def _zeros(layout: Tensor) -> Tensor:

@@ -64,13 +64,15 @@ def merge_neighbours(
     """
     order = np.argsort(steps, kind="stable")
     ends = np.flatnonzero(np.diff(steps[order], append=np.nan)).tolist()
-    of = patient_of_row[order].tolist()
+    patient_of = patient_of_row[order].tolist()
     classes = [
         [(number, code) for code in codes[order].tolist()]
         for number, codes in enumerate(constraints)
     ]
     # Where a patient is last seen in a class: behind that it has one patient fewer left.
-    last = {pair: n for codes in classes for n, pair in enumerate(zip(codes, of, strict=True))}
+    last = {
+        pair: n for codes in classes for n, pair in enumerate(zip(codes, patient_of, strict=True))
+    }
     left = Counter(key for key, _ in last)
     small_left = {key for key, count in left.items() if count < minimum}
     held: dict[tuple[int, int], set[int]] = defaultdict(set)
@@ -79,7 +81,7 @@ def merge_neighbours(
     for end in ends:
         for codes in classes:
             for index in range(start, end + 1):
-                key, patient = codes[index], of[index]
+                key, patient = codes[index], patient_of[index]
                 held[key].add(patient)
                 if last[key, patient] == index:
                     left[key] -= 1

@@ -141,10 +141,10 @@ class Columns:
 
     def contents(self) -> list[str]:
         """Return a text for each row that tells a patient's rows apart, whatever their order."""
-        many = Counter(self.patients)
+        count = Counter(self.patients)
         return [
             ascii(sorted((name, text_of(row.get(name))) for name in self.names))
-            if many[patient] > 1
+            if count[patient] > 1
             else ""
             for row, patient in zip(self._rows, self.patients, strict=True)
         ]

@@ -339,39 +339,39 @@ def _told(
     small: list[str] = []
     ends = np.cumsum([block.size for block in blocks])
     for block, numbers in zip(blocks, np.split(vector, ends[:-1]), strict=True):
-        counts, of = np.maximum(numbers, 0.0), block.columns
+        counts, columns = np.maximum(numbers, 0.0), block.columns
         if block.kind == "patients":
             reported["rows"] = reported["patients"] = float(counts[0])
         elif block.kind == "moments":
-            entry = reported["numeric"].get(of[0])
+            entry = reported["numeric"].get(columns[0])
             if entry is not None:
-                entry |= _moments(numbers, entry["n"], declared.ranges[of[0]])
+                entry |= _moments(numbers, entry["n"], declared.ranges[columns[0]])
         elif block.kind == "correlation":
             if numbers[0] < max(minimum, 2):
-                small.append(f"correlation of {of[0]} and {of[1]}")
+                small.append(f"correlation of {columns[0]} and {columns[1]}")
             else:
-                reported["correlations"].append(_correlated(numbers, of, declared.ranges))
+                reported["correlations"].append(_correlated(numbers, columns, declared.ranges))
         elif block.kind == "survival":
             table = counts[:-1].reshape(-1, 2)
             reported["survival"] = {"times": block.about["times"], "events": table[:, 1].tolist()}
             reported["survival"]["censored"] = table[:, 0].tolist()
         elif block.kind == "pair":
             shape = block.about["shape"]
-            names = [[*declared.categories[n], "(other)"] for n in of]
+            names = [[*declared.categories[n], "(other)"] for n in columns]
             table = counts.reshape(shape)[:-1, :-1]
-            entry = {"columns": list(of), "rows": names[0], "across": names[1]}
+            entry = {"columns": list(columns), "rows": names[0], "across": names[1]}
             reported["pairs"].append(entry | {"counts": table.tolist()})
         elif (count := float(counts[:-1].sum())) < minimum:
-            small.append(of[0])
+            small.append(columns[0])
         else:
             entry = {"n": count, "missing": float(counts[-1])}
             if "edges" in block.about:
-                reported["numeric"][of[0]] = entry
+                reported["numeric"][columns[0]] = entry
                 if block.about["edges"]:
                     entry["histogram"] = block.about | {"counts": counts[:-1].tolist()}
             else:
-                entry |= {"names": list(declared.categories[of[0]]), "few": float(counts[-2])}
-                reported["categorical"][of[0]] = entry | {"counts": counts[:-2].tolist()}
+                entry |= {"names": list(declared.categories[columns[0]]), "few": float(counts[-2])}
+                reported["categorical"][columns[0]] = entry | {"counts": counts[:-2].tolist()}
     return reported, small
 
 
@@ -384,14 +384,16 @@ def _moments(sums: Floats, count: float, limits: tuple[float, float]) -> Reporte
 
 
 def _correlated(
-    sums: Floats, of: tuple[str, ...], ranges: Mapping[str, tuple[float, float]]
+    sums: Floats, columns: tuple[str, ...], ranges: Mapping[str, tuple[float, float]]
 ) -> Reported:
-    count, half = float(sums[0]), [(ranges[n][1] - ranges[n][0]) / 2 for n in of]
+    count, half = float(sums[0]), [(ranges[n][1] - ranges[n][0]) / 2 for n in columns]
     parts = [
         {"n": count, **_moments(sums[[index, index + 2]], count, ranges[name])}
-        for index, name in zip((1, 2), of, strict=True)
+        for index, name in zip((1, 2), columns, strict=True)
     ]
-    means = [(m["mean"] - ranges[n][0]) / h - 1 for m, n, h in zip(parts, of, half, strict=True)]
+    means = [
+        (m["mean"] - ranges[n][0]) / h - 1 for m, n, h in zip(parts, columns, half, strict=True)
+    ]
     product = (float(sums[5]) - count * means[0] * means[1]) * half[0] * half[1]
     most = math.sqrt(parts[0]["m2"] * parts[1]["m2"])
-    return {"columns": list(of), "of": parts, "product": min(most, max(-most, product))}
+    return {"columns": list(columns), "of": parts, "product": min(most, max(-most, product))}

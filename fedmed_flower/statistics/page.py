@@ -127,18 +127,20 @@ def _table(table: Mapping[str, Any]) -> str:
 def _drawings(
     name: str, group: Mapping[str, Any], reported: Mapping[str, Any], styles: Pens
 ) -> str:
-    of = f", {escaped(name)}" if name else ""
+    of_group = f", {escaped(name)}" if name else ""
     drawn = [
         _histogram(column, {s: t["numeric"].get(column, {}) for s, t in reported.items()}, styles)
         for column in group["overall"]["numeric"]
     ]
     shown = "".join([drawing for drawing in drawn if drawing][:_MOST_PLOTS])
-    text = f'<h2>Distributions{of}</h2>{_keys(styles)}<div class="plots">{shown}</div>'
+    text = f'<h2>Distributions{of_group}</h2>{_keys(styles)}<div class="plots">{shown}</div>'
     parts = [text if shown else ""]
     if "survival" in group["overall"]:
-        parts.append(f"<h2>Survival{of}</h2>{_keys(styles)}{_survival(group, reported, styles)}")
+        parts.append(
+            f"<h2>Survival{of_group}</h2>{_keys(styles)}{_survival(group, reported, styles)}"
+        )
     if len(group["overall"]["correlations"]) > 1:
-        parts.append(_matrix(group["overall"]["correlations"], of))
+        parts.append(_matrix(group["overall"]["correlations"], of_group))
     return "".join(parts)
 
 
@@ -189,7 +191,7 @@ def _survival(group: Mapping[str, Any], reported: Mapping[str, Any], styles: Pen
     return f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
 
 
-def _matrix(correlations: Sequence[Mapping[str, Any]], of: str) -> str:
+def _matrix(correlations: Sequence[Mapping[str, Any]], of_group: str) -> str:
     names = list(dict.fromkeys(name for reported in correlations for name in reported["columns"]))
     if len(names) > _MOST_NAMES:
         return (
@@ -213,7 +215,7 @@ def _matrix(correlations: Sequence[Mapping[str, Any]], of: str) -> str:
     axes.set_xticks(ticks, [_plain(name) for name in names], fontsize=size, rotation=90)
     axes.invert_yaxis()
     drawing = plots.svg(axes, "correlation matrix", "", grid="x")
-    return f'<h2>Correlation{of}</h2><figure class="dots">{drawing}</figure>'
+    return f'<h2>Correlation{of_group}</h2><figure class="dots">{drawing}</figure>'
 
 
 def _weeks(entry: Mapping[str, Any]) -> str:

@@ -78,14 +78,14 @@ def _read_group(group: Reported, exact: bool) -> str:
                 raise ValueError(f"{name} has a category twice")
     for reported in group["correlations"]:
         _texts(reported["columns"], "correlation", count=2)
-        of = reported["of"]
-        if len(of) != 2 or of[0]["n"] != of[1]["n"] or not of[0]["n"] <= most:
+        both = reported["of"]
+        if len(both) != 2 or both[0]["n"] != both[1]["n"] or not both[0]["n"] <= most:
             raise ValueError("the two columns of a correlation must have the same number of rows")
-        for part in of:
+        for part in both:
             _number(part["n"], "n", 0.0, _MOST_COUNT)
             _moments(part, "a correlation")
         _number(reported["product"], "product")
-        if abs(reported["product"]) > math.sqrt(of[0]["m2"] * of[1]["m2"]) * _ROUNDING:
+        if abs(reported["product"]) > math.sqrt(both[0]["m2"] * both[1]["m2"]) * _ROUNDING:
             raise ValueError("a correlation is above 1")
     for reported in group["pairs"]:
         _texts(reported["columns"], "pair", count=2)

@@ -358,8 +358,8 @@ class FedAvg(flower.FedAvg):
             else a list.
         """
         replies = self.inbox.collect(grid, messages, self.run.timeout, server_round, phase)
-        many = phase == "train" and len(messages) > STREAM_ABOVE and self.is_plain_mean
-        return replies if many else list(replies)
+        streamed = phase == "train" and len(messages) > STREAM_ABOVE and self.is_plain_mean
+        return replies if streamed else list(replies)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -105,9 +105,9 @@ def grow(
         config | {"pictures": 0},
     )
     trees = as_trees(type(client)(own))
-    if (many := plan.num_server_rounds * trees.trees.trees_a_round) > MOST_TREES:
+    if (count := plan.num_server_rounds * trees.trees.trees_a_round) > MOST_TREES:
         raise InputError(
-            f"num-server-rounds times trees-a-round must be at most {MOST_TREES:,}, got {many:,}"
+            f"num-server-rounds times trees-a-round must be at most {MOST_TREES:,}, got {count:,}"
         )
     # A run is told apart by the strategy's name.
     name = type(strategy).__name__
