@@ -5,36 +5,21 @@ from typing import TYPE_CHECKING
 from fedmed_flower.exports import on_demand
 
 if TYPE_CHECKING:
-    from fedmed_flower.clients.base import MedicalClient
-    from fedmed_flower.clients.classification import ClassificationClient
-    from fedmed_flower.clients.segmentation import SegmentationClient
-    from fedmed_flower.clients.survival import SurvivalClient
-    from fedmed_flower.clients.tabular import TabularClient
-    from fedmed_flower.data.schema import Schema
-    from fedmed_flower.data.site import Site, SiteData
-    from fedmed_flower.engines.local import run_local
-    from fedmed_flower.errors import InputError
-    from fedmed_flower.genomics.client import GenomicsClient
-    from fedmed_flower.runs.experiment import federate
-    from fedmed_flower.trees.server import grow
+    from fedmed_flower.clients.base import MedicalClient as MedicalClient
+    from fedmed_flower.clients.classification import ClassificationClient as ClassificationClient
+    from fedmed_flower.clients.segmentation import SegmentationClient as SegmentationClient
+    from fedmed_flower.clients.survival import SurvivalClient as SurvivalClient
+    from fedmed_flower.clients.tabular import TabularClient as TabularClient
+    from fedmed_flower.data.schema import Schema as Schema
+    from fedmed_flower.data.site import Site as Site
+    from fedmed_flower.data.site import SiteData as SiteData
+    from fedmed_flower.engines.local import run_local as run_local
+    from fedmed_flower.errors import InputError as InputError
+    from fedmed_flower.genomics.client import GenomicsClient as GenomicsClient
+    from fedmed_flower.runs.experiment import federate as federate
+    from fedmed_flower.trees.server import grow as grow
 
-__all__ = [
-    "ClassificationClient",
-    "GenomicsClient",
-    "InputError",
-    "MedicalClient",
-    "Schema",
-    "SegmentationClient",
-    "Site",
-    "SiteData",
-    "SurvivalClient",
-    "TabularClient",
-    "federate",
-    "grow",
-    "run_local",
-]
-
-__getattr__ = on_demand(
+__getattr__, __all__ = on_demand(
     __name__,
     {
         "ClassificationClient": "clients.classification",

@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import Any
 
 
-def on_demand(room: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a room that loads a file only for a name that stands in it.
+def on_demand(room: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], list[str]]:
+    """Return the ``__getattr__`` and the ``__all__`` of a room that loads its files on demand.
 
     A server that only takes a strategy must not wait for torch and MONAI to load.
 
@@ -25,4 +25,4 @@ def on_demand(room: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
             raise AttributeError(f"module {room!r} has no attribute {name!r}")
         return getattr(import_module(f"{room}.{homes[name]}"), name)
 
-    return load
+    return load, sorted(homes)

@@ -5,24 +5,15 @@ from typing import TYPE_CHECKING
 from fedmed_flower.exports import on_demand
 
 if TYPE_CHECKING:
-    from fedmed_flower.clients.augmenting import random_affine, random_intensity
-    from fedmed_flower.clients.base import MedicalClient
-    from fedmed_flower.clients.classification import ClassificationClient
-    from fedmed_flower.clients.segmentation import SegmentationClient
-    from fedmed_flower.clients.survival import SurvivalClient
-    from fedmed_flower.clients.tabular import TabularClient
+    from fedmed_flower.clients.augmenting import random_affine as random_affine
+    from fedmed_flower.clients.augmenting import random_intensity as random_intensity
+    from fedmed_flower.clients.base import MedicalClient as MedicalClient
+    from fedmed_flower.clients.classification import ClassificationClient as ClassificationClient
+    from fedmed_flower.clients.segmentation import SegmentationClient as SegmentationClient
+    from fedmed_flower.clients.survival import SurvivalClient as SurvivalClient
+    from fedmed_flower.clients.tabular import TabularClient as TabularClient
 
-__all__ = [
-    "ClassificationClient",
-    "MedicalClient",
-    "SegmentationClient",
-    "SurvivalClient",
-    "TabularClient",
-    "random_affine",
-    "random_intensity",
-]
-
-__getattr__ = on_demand(
+__getattr__, __all__ = on_demand(
     __name__,
     {
         "ClassificationClient": "classification",

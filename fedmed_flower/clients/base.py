@@ -33,6 +33,7 @@ from fedmed_flower.data.site import (
     Site,
     SiteData,
     fewest_patients,
+    min_cell_count,
     patient_text,
     require_patients,
     with_patients,
@@ -285,7 +286,10 @@ class MedicalClient(ABC):
         return []
 
     def made_up(self, count: int) -> list[Row]:
-        """Return rows as `load_data` gives them, made of what the client declares alone."""
+        """Return rows as `load_data` gives them, made of what the client declares alone.
+
+        Each must differ from the others, or a loss that mixes records is not found out.
+        """
         raise InputError(
             f"{type(self).__name__} does not define made_up: before a patient's row is looked at, "
             "model and loss are tried on rows that are no patient's"
@@ -492,6 +496,36 @@ class MedicalClient(ABC):
                 app=type(self).__name__,
             )
         return reported
+
+    def tellable(self, column: str, rows: Sequence[Row]) -> list[Row]:
+        """Return of which rows an answer about a column may leave without noise.
+
+        At a real hospital that is written down in its book before the answer is made: rows that
+        came since an earlier answer, and are too few to be told apart from it, are left out.
+
+        Parameters
+        ----------
+        column : str
+        rows : sequence of Row
+            As `data` or `screened` gave them.
+
+        Raises
+        ------
+        DeclinedError
+            If this run or the hospital protects patients by noise, or the rows that are left are
+            of fewer patients than ``min-cell-count``.
+        """
+        if self.secretive:
+            raise DeclinedError("this run, or this hospital, protects patients by noise")
+        minimum, usable = min_cell_count(self.context, self.site), list(rows)
+        if not self.site.simulated:
+            with self.open_book({}, minimum) as book:
+                inside = book.column(column, book.of({id(row) for row in rows}))
+                told = () if inside is None else zip(book.rows, inside, strict=True)
+                usable = [row for row, fine in told if fine]
+        if len({patient_text(row["patient"]) for row in usable}) < minimum:
+            raise DeclinedError(f"an answer here is about at least {minimum} patients")
+        return usable
 
     @property
     def secretive(self) -> bool:

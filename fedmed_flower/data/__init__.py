@@ -5,33 +5,22 @@ from typing import TYPE_CHECKING
 from fedmed_flower.exports import on_demand
 
 if TYPE_CHECKING:
-    from fedmed_flower.data.datalist import load_folder
-    from fedmed_flower.data.decathlon import load_hippocampus
-    from fedmed_flower.data.partition import by_quantity, dirichlet_shares, split_by_shares
-    from fedmed_flower.data.phantoms import chest_xrays, hippocampi
-    from fedmed_flower.data.schema import Schema, read_table, table_of
-    from fedmed_flower.data.site import Site, SiteData
-    from fedmed_flower.data.sources import load_dataset
-    from fedmed_flower.data.splits import split_patients
+    from fedmed_flower.data.datalist import load_folder as load_folder
+    from fedmed_flower.data.decathlon import load_hippocampus as load_hippocampus
+    from fedmed_flower.data.partition import by_quantity as by_quantity
+    from fedmed_flower.data.partition import dirichlet_shares as dirichlet_shares
+    from fedmed_flower.data.partition import split_by_shares as split_by_shares
+    from fedmed_flower.data.phantoms import chest_xrays as chest_xrays
+    from fedmed_flower.data.phantoms import hippocampi as hippocampi
+    from fedmed_flower.data.schema import Schema as Schema
+    from fedmed_flower.data.schema import read_table as read_table
+    from fedmed_flower.data.schema import table_of as table_of
+    from fedmed_flower.data.site import Site as Site
+    from fedmed_flower.data.site import SiteData as SiteData
+    from fedmed_flower.data.sources import load_dataset as load_dataset
+    from fedmed_flower.data.splits import split_patients as split_patients
 
-__all__ = [
-    "Schema",
-    "Site",
-    "SiteData",
-    "by_quantity",
-    "chest_xrays",
-    "dirichlet_shares",
-    "hippocampi",
-    "load_dataset",
-    "load_folder",
-    "load_hippocampus",
-    "read_table",
-    "split_by_shares",
-    "split_patients",
-    "table_of",
-]
-
-__getattr__ = on_demand(
+__getattr__, __all__ = on_demand(
     __name__,
     {
         "Schema": "schema",

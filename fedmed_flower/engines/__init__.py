@@ -5,13 +5,9 @@ from typing import TYPE_CHECKING
 from fedmed_flower.exports import on_demand
 
 if TYPE_CHECKING:
-    from fedmed_flower.engines.local import run_local
+    from fedmed_flower.engines.local import run_local as run_local
 
-__all__ = [
-    "run_local",
-]
-
-__getattr__ = on_demand(
+__getattr__, __all__ = on_demand(
     __name__,
     {
         "run_local": "local",

@@ -5,18 +5,12 @@ from typing import TYPE_CHECKING
 from fedmed_flower.exports import on_demand
 
 if TYPE_CHECKING:
-    from fedmed_flower.genomics.client import GenomicsClient
-    from fedmed_flower.genomics.scores import polygenic_scores, read_weights
-    from fedmed_flower.genomics.server import associate
+    from fedmed_flower.genomics.client import GenomicsClient as GenomicsClient
+    from fedmed_flower.genomics.scores import polygenic_scores as polygenic_scores
+    from fedmed_flower.genomics.scores import read_weights as read_weights
+    from fedmed_flower.genomics.server import associate as associate
 
-__all__ = [
-    "GenomicsClient",
-    "associate",
-    "polygenic_scores",
-    "read_weights",
-]
-
-__getattr__ = on_demand(
+__getattr__, __all__ = on_demand(
     __name__,
     {
         "GenomicsClient": "client",

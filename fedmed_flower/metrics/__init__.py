@@ -5,23 +5,17 @@ from typing import TYPE_CHECKING
 from fedmed_flower.exports import on_demand
 
 if TYPE_CHECKING:
-    from fedmed_flower.metrics.classification import classification_metrics
-    from fedmed_flower.metrics.outcomes import outcome_metrics
-    from fedmed_flower.metrics.pooling import pool
-    from fedmed_flower.metrics.segmentation import mask_scores, site_scores
-    from fedmed_flower.metrics.survival import concordance_index, integrated_brier_score
+    from fedmed_flower.metrics.classification import (
+        classification_metrics as classification_metrics,
+    )
+    from fedmed_flower.metrics.outcomes import outcome_metrics as outcome_metrics
+    from fedmed_flower.metrics.pooling import pool as pool
+    from fedmed_flower.metrics.segmentation import mask_scores as mask_scores
+    from fedmed_flower.metrics.segmentation import site_scores as site_scores
+    from fedmed_flower.metrics.survival import concordance_index as concordance_index
+    from fedmed_flower.metrics.survival import integrated_brier_score as integrated_brier_score
 
-__all__ = [
-    "classification_metrics",
-    "concordance_index",
-    "integrated_brier_score",
-    "mask_scores",
-    "outcome_metrics",
-    "pool",
-    "site_scores",
-]
-
-__getattr__ = on_demand(
+__getattr__, __all__ = on_demand(
     __name__,
     {
         "classification_metrics": "classification",

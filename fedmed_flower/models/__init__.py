@@ -5,13 +5,9 @@ from typing import TYPE_CHECKING
 from fedmed_flower.exports import on_demand
 
 if TYPE_CHECKING:
-    from fedmed_flower.models.networks import build_network
+    from fedmed_flower.models.networks import build_network as build_network
 
-__all__ = [
-    "build_network",
-]
-
-__getattr__ = on_demand(
+__getattr__, __all__ = on_demand(
     __name__,
     {
         "build_network": "networks",

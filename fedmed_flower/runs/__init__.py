@@ -5,15 +5,10 @@ from typing import TYPE_CHECKING
 from fedmed_flower.exports import on_demand
 
 if TYPE_CHECKING:
-    from fedmed_flower.runs.experiment import federate
-    from fedmed_flower.settings.plan import Plan
+    from fedmed_flower.runs.experiment import federate as federate
+    from fedmed_flower.settings.plan import Plan as Plan
 
-__all__ = [
-    "Plan",
-    "federate",
-]
-
-__getattr__ = on_demand(
+__getattr__, __all__ = on_demand(
     __name__,
     {
         "Plan": "experiment",

@@ -5,13 +5,9 @@ from typing import TYPE_CHECKING
 from fedmed_flower.exports import on_demand
 
 if TYPE_CHECKING:
-    from fedmed_flower.server.run_folder import RunFolder
+    from fedmed_flower.server.run_folder import RunFolder as RunFolder
 
-__all__ = [
-    "RunFolder",
-]
-
-__getattr__ = on_demand(
+__getattr__, __all__ = on_demand(
     __name__,
     {
         "RunFolder": "run_folder",

@@ -5,20 +5,14 @@ from typing import TYPE_CHECKING
 from fedmed_flower.exports import on_demand
 
 if TYPE_CHECKING:
-    from fedmed_flower.statistics.drift import ks, psi
-    from fedmed_flower.statistics.request import Request, parse_filter
-    from fedmed_flower.statistics.server import ask, survey
+    from fedmed_flower.statistics.drift import ks as ks
+    from fedmed_flower.statistics.drift import psi as psi
+    from fedmed_flower.statistics.request import Request as Request
+    from fedmed_flower.statistics.request import parse_filter as parse_filter
+    from fedmed_flower.statistics.server import ask as ask
+    from fedmed_flower.statistics.server import survey as survey
 
-__all__ = [
-    "Request",
-    "ask",
-    "ks",
-    "parse_filter",
-    "psi",
-    "survey",
-]
-
-__getattr__ = on_demand(
+__getattr__, __all__ = on_demand(
     __name__,
     {
         "Request": "request",

@@ -47,4 +47,4 @@ __all__ = [
 
 
 # The accountant takes a second to load, which the other strategies need not wait for.
-__getattr__ = on_demand(__name__, {"DPFedAvg": "private"})
+__getattr__, _ = on_demand(__name__, {"DPFedAvg": "private"})

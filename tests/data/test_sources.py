@@ -148,6 +148,8 @@ def test_a_wrong_checksum_names_file_sums_and_remedy(publisher, tmp_path):
     assert cached(tmp_path) == []
 
 
+# The thread that waits for a silent server outlives the download, with its socket.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("path", "reason"),
     [

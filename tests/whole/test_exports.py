@@ -9,6 +9,7 @@ import pytest
 import fedmed_flower
 
 PACKAGE = Path(fedmed_flower.__file__).parent
+ROOT = PACKAGE.parent
 TEXT = (PACKAGE.parent / "docs" / "architecture.md").read_text().partition("## Public names")[2]
 LISTED = {
     row[1]: re.findall(r"`(\w+)`", row[2]) for row in re.finditer(r"\| `([\w.]+)` \| (.*) \|", TEXT)
@@ -33,3 +34,26 @@ def test_another_name_is_none_of_a_room():
         AttributeError, match=r"^module 'fedmed_flower.trees' has no attribute 'x'$"
     ):
         fedmed_flower.trees.x  # noqa: B018
+
+
+TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.toml")]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_whatever_the_docs_name_is_there(path):
+    # The changelog tells of what has moved.
+    for full in {
+        *re.findall(r"\bfedmed_flower(?:\.\w+)+", path.read_text().partition("### Moved")[0])
+    }:
+        *parents, name = full.split(".")
+        try:
+            importlib.import_module(full)
+        except ImportError:
+            for depth in range(len(parents), 0, -1):
+                try:
+                    found = importlib.import_module(".".join(parents[:depth]))
+                    break
+                except ImportError:
+                    continue
+            for part in [*parents[depth:], name]:
+                found = getattr(found, part)

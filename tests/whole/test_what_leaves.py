@@ -1,5 +1,6 @@
 """The table of docs/privacy.md is that of all replies: nothing leaves that it does not list."""
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,3 +223,56 @@ def test_whatever_carries_no_noise_is_known_where_there_is_a_budget():
             context.run_config = CONFIG | network(4)
             reply = ask(client, "query.pictures", context, arrays, {"count": 3})
             assert dict(reply.content["pictures"]) == {"titles": [], "images": []}
+
+
+# Numbers of rows; variants' own names. An update, and sums by which a hospital has agreed to let
+# genotypes be computed, no book can bind: docs/privacy.md says so.
+WITHOUT_BOOK = {"describe", "variants", "train", "loadings", "scores"}
+
+
+def test_whatever_is_answered_without_noise_is_in_the_book(tmp_path, monkeypatch):
+    opened, answered = [], set()
+    for module in ("fedmed_flower.clients.book", "fedmed_flower.statistics.local"):
+        plain = importlib.import_module(module).open_guard
+
+        def watching(*args, plain=plain, **kwargs):
+            opened.append(args)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(f"{module}.open_guard", watching)
+
+    def without_book(name, reply):
+        if reply.has_error():
+            return False
+        answered.add(name)
+        leaves = any(len(record) for key, record in reply.content.items() if key != "site")
+        return leaves and not opened and name not in WITHOUT_BOOK
+
+    odd = []
+    run = {"personal-epochs": 1, "preparation": "federated", "survival-loss": "discrete"}
+    run |= {"survival-horizon": 365.0, "survival-intervals": 3}
+    with hospital("as it is") as node:
+        node = {key: value for key, value in node.items() if key not in BUDGET} | FEW
+        for client in (*CLIENTS, Learning):
+            base = Table if client is Learning else client
+            arrays = ArrayRecord(model_of(base, OUTPUTS[base]).state_dict())
+            for kind in sorted(client.client_app()._registered_funcs):
+                opened.clear()
+                name = kind.removeprefix("query.").removesuffix(".default")
+                context = context_of(node_config=node)
+                own = {"preparation": "declared"} if client is not Learning else {}
+                context.run_config = CONFIG | run | own | (network(4) if client is Images else {})
+                request = Request(columns=("age",)).to_text()
+                config = {"server-round": 1, "count": 2, "split": "test", "request": request}
+                if without_book(name, ask(client, kind, context, arrays, config)):
+                    odd.append((client.__name__, name))
+    client = cohort.hospital(tmp_path)
+    node = {"site-name": "north", "data-dir": str(tmp_path)} | FEW
+    for name in ("cohort", "counts", "linear"):
+        opened.clear()
+        arrays = {} if name == "cohort" else cohort.everything()
+        context = context_of(node_config=node)
+        if without_book(name, cohort.question(client, name, {}, context, **arrays)):
+            odd.append(("genomes", name))
+    assert odd == []
+    assert answered >= {"evaluate", "contribution", "pictures", "personal", "statistics", "counts"}
