@@ -250,3 +250,29 @@ def test_releases_without_sampling_are_one_with_less_noise_in_any_company():
         gaussian = dp_event.GaussianDpEvent(noise)
         accountant.compose(dp_event.PoissonSampledDpEvent(rate, gaussian), count)
     assert got == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)
+
+
+def test_small_releases_beside_a_large_one_cost_what_a_finer_accountant_finds():
+    releases = {Release(1e-4, 7.75): 100_000, Release(1.0, 4.0): 1}
+    finer = pld.PLDAccountant(value_discretization_interval=5e-6)
+    for (rate, noise), count in releases.items():
+        gaussian = dp_event.GaussianDpEvent(noise)
+        finer.compose(dp_event.PoissonSampledDpEvent(rate, gaussian), count)
+    assert epsilon_of(releases, 1e-5) == pytest.approx(finer.get_epsilon(1e-5), rel=2e-3)
+
+
+def test_a_release_with_little_noise_is_accounted_for_as_coarsely_in_any_company(monkeypatch):
+    """Told apart as finely as the other's, its losses would take minutes."""
+    intervals = []
+
+    class Noting(pld.PLDAccountant):
+        def __init__(self, value_discretization_interval):
+            intervals.append(value_discretization_interval)
+            super().__init__(value_discretization_interval=max(5e-3, intervals[-1]))
+
+    monkeypatch.setattr(pld, "PLDAccountant", Noting)
+    little = Release(0.01, 0.1)
+    # A delta of its own: what was computed before is remembered.
+    for releases in ([little], [little, Release(0.01, 10.0)]):
+        epsilon_of(releases, 1.1e-5)
+    assert intervals[0] == intervals[1]

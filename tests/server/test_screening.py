@@ -243,3 +243,18 @@ def test_copies_may_carry_other_weights_and_keep_integers():
     assert weights() == ["6", "2"]
     assert weights(share=0.5) == ["2.0", "2"]
     assert weights(weights=[6.0, 0.5]) == ["6", "0.5"]
+
+
+def test_a_record_beside_the_model_is_screened_as_the_model_is():
+    wanted = {"control": arrays(c=[0.0])}
+
+    def reason(**control):
+        beside = {"control": arrays(**control)} if control else {}
+        metrics = MetricRecord({"num-examples": 1})
+        sent = content(arrays=arrays(**GOOD), metrics=metrics, **beside)
+        return screen(sent, "num-examples", MODEL, wanted)
+
+    assert reason(c=[1.0]) is None
+    assert reason() == "the reply has no array record control"
+    assert reason(d=[1.0]) == "in control, 1 arrays are missing, such as c"
+    assert reason(c=[1.0, 2.0]) == "in control, c is float32[2] instead of float32[1]"

@@ -675,3 +675,14 @@ class TestProbing:
     def test_a_small_hospital(self, path, count):
         told = ask(make_patients(count), path)
         assert [found["rows"] for found in told["groups"]] == ([] if count else [0])
+
+
+@pytest.mark.parametrize("part", ["elements", "patients", "labels"])
+def test_a_partition_that_lacks_a_part_is_an_error(rows, path, part):
+    ask(rows, path, columns=("age",))
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute(f"UPDATE partitions SET {part} = substr({part}, 9)")
+    connection.close()
+    with pytest.raises(InputError, match=r"the partition of .* is damaged"):
+        ask(rows, path, columns=("age",))

@@ -387,3 +387,38 @@ def test_the_answer_is_json(tmp_path):
     reply = reply_of(Noised, Request(**EVERYTHING), tmp_path)
     text = reply.content.config_records["statistics"]["answer"]
     assert json.loads(text)["noise"]["multiplier"] > 1
+
+
+@pytest.mark.parametrize(
+    ("width", "times", "counts"),
+    [
+        # (censored, had the event) in each step, and who is in none.
+        (0.5, [0.5, 1.0, 1.5, 2.0], [0, 1, 1, 1, 0, 0, 1, 0, 1]),
+        (1.0, [1.0, 2.0], [1, 2, 1, 0, 1]),
+    ],
+)
+def test_the_steps_of_a_curve_are_as_wide_as_asked(width, times, counts):
+    seen = [(0.4, 1), (0.6, 0), (1.0, 1), (9.0, 1), (None, 1)]
+    rows = [{"patient": n, "t": time, "e": event} for n, (time, event) in enumerate(seen)]
+    asked = Survival("t", "e", 2.0, width)
+    made, cells = planned(rows, categories={"e": ("1",)}, survival=asked, epsilon=1.0)
+    assert made.blocks[-1].about == {"times": times}
+    assert made.sums(cells)[0, -made.blocks[-1].size :].tolist() == counts
+
+
+def test_a_curve_has_no_more_than_two_hundred_steps():
+    asked = Survival("t", "e", 2.0, 0.001)
+    made, _ = planned([], categories={"e": ("1",)}, survival=asked, epsilon=1.0)
+    assert made.blocks[-1].about["times"] == pytest.approx(np.arange(1, 201) / 100)
+
+
+def test_a_correlation_of_too_few_is_withheld(tmp_path):
+    few = type("Few", (Noised,), {"patients": 21})
+    request = Request(
+        columns=("age", "lab"), kinds=("correlations",), epsilon=1e4, minimum=40, **DECLARED
+    )
+    reason = "its count, with noise, is below the minimum"
+    found = told(reply_of(few, request, tmp_path))
+    assert found["withheld"] == [
+        ["", what, reason] for what in ("age", "lab", "correlation of age and lab")
+    ]

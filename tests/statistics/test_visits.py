@@ -108,3 +108,10 @@ def test_only_so_many_widths(path):
             asked(**request)
     # Those before may be used again.
     assert group(asked(kinds=("histograms",), resolutions={"x": 5.0}))
+
+
+def test_what_is_too_much_to_search_counts_as_nobody():
+    """10,001 patients times 1,000 classes that each share a patient with the next."""
+    patients = np.arange(10_001)
+    classes = (patients[:, None] + [0, 1]).ravel() % 1000
+    assert fewest_left(classes, np.repeat(patients, 2), 2) == 0.0

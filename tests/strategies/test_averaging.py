@@ -374,3 +374,15 @@ def test_the_cap_of_q_fedavg_is_one_of_weights_and_not_of_losses():
     # F^q is 1, 1, 1 and 100, cut to 3; h is q F^(q-1) |change|^2 + F^q: 2 * 10 * 1 for the last.
     assert moved() == pytest.approx(100 / (103 + 20))
     assert moved(max_weight_share=0.5) == pytest.approx(3 / (6 + 20))
+
+
+@pytest.mark.parametrize(
+    ("weights", "share", "wanted"),
+    [
+        ([3.0, 1.0], 1.0, [3.0, 1.0]),
+        # Weights whose sum is below 1 are capped as others are.
+        ([0.6, 0.1, 0.1], 0.5, [0.2, 0.1, 0.1]),
+    ],
+)
+def test_a_share_is_of_the_sum_however_small_it_is(weights, share, wanted):
+    assert capped(weights, share) == pytest.approx(wanted)
