@@ -1,0 +1,104 @@
+"""CPU seconds of two states of the code, in turns: runs of rounds with sites that compute nothing.
+
+    python benchmarks/cpu_seconds.py --checkout BEFORE AFTER [--pairs 9]
+
+Each process runs rounds of 20 sites under each rule, with the code of one checkout, one thread,
+and counts its CPU seconds without imports. Prints, for each rule, the median of both and of their
+ratio pair by pair, with the range.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+RULES = ("FedAvg", "FedMedian", "Krum", "FedAdam")
+SITES, ROUNDS, SIZE, MANY, SMALL = 20, 4, 1_000_000, 120, 1000
+
+
+def seconds_of(rule: str, sites: int, rounds: int, size: int) -> float:
+    """Run rounds in this process and return the CPU seconds that they took."""
+    import time
+
+    import numpy as np
+    from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+
+    from fedmed_flower import run_local, strategies
+
+    client, server = ClientApp(), ServerApp()
+    rng = np.random.default_rng(0)
+    sent = [Array(rng.normal(size=size).astype(np.float32)) for _ in range(sites)]
+
+    @client.train()
+    def _(message: Message, context: object) -> Message:
+        number = int(context.node_config["partition-id"])  # type: ignore[attr-defined]
+        metrics = MetricRecord({"num-examples": 10 + number, "loss": 1.0})
+        content = RecordDict({"arrays": ArrayRecord({"w": sent[number]}), "metrics": metrics})
+        return Message(content, reply_to=message)
+
+    @server.main()
+    def _(grid: object, context: object) -> None:
+        strategy = getattr(strategies, rule)(fraction_evaluate=0.0)
+        initial = ArrayRecord({"w": Array(np.zeros(size, np.float32))})
+        strategy.start(grid, initial, num_rounds=rounds)
+
+    run_local(server, client, sites)
+    began = time.process_time()
+    run_local(server, client, sites)
+    return time.process_time() - began
+
+
+def child() -> None:
+    """Print the seconds of each rule."""
+    import logging
+
+    logging.disable(logging.WARNING)
+    found = {rule: seconds_of(rule, SITES, ROUNDS, SIZE) for rule in RULES}
+    found[f"FedAvg, {MANY} sites"] = seconds_of("FedAvg", MANY, 3, SMALL)
+    print(json.dumps(found))
+
+
+def measure(checkout: Path) -> dict[str, float]:
+    """Run a process with a checkout's code."""
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--child"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkout", nargs=2, type=Path)
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child()
+        return
+    if not arguments.checkout:
+        parser.error("--checkout BEFORE AFTER must be given")
+    before, after = (path.resolve() for path in arguments.checkout)
+    pairs = []
+    for number in range(arguments.pairs):
+        # Which of the two goes first changes from pair to pair.
+        order = (before, after) if number % 2 else (after, before)
+        found = {path: measure(path) for path in order}
+        pairs.append((found[before], found[after]))
+    print(f"{'CPU seconds':<20}  before   after   ratio  (range of {len(pairs)} pairs)")
+    for name in pairs[0][0]:
+        ratios = [new[name] / old[name] for old, new in pairs]
+        medians = [statistics.median(pair[k][name] for pair in pairs) for k in (0, 1)]
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        ratio = statistics.median(ratios)
+        print(f"{name:<20} {medians[0]:7.3f} {medians[1]:7.3f} {ratio:7.3f}  ({spread})")
+
+
+if __name__ == "__main__":
+    main()
