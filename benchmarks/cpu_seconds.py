@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 RULES = ("FedAvg", "FedMedian", "Krum", "FedAdam")
-SITES, ROUNDS, SIZE, MANY, SMALL = 20, 4, 1_000_000, 120, 1000
+SITES, ROUNDS, SIZE, MANY, SMALL = 20, 15, 1_000_000, 120, 1000
 
 
 def seconds_of(rule: str, sites: int, rounds: int, size: int) -> float:
@@ -59,7 +59,7 @@ def child() -> None:
 
     logging.disable(logging.WARNING)
     found = {rule: seconds_of(rule, SITES, ROUNDS, SIZE) for rule in RULES}
-    found[f"FedAvg, {MANY} sites"] = seconds_of("FedAvg", MANY, 3, SMALL)
+    found[f"FedAvg, {MANY} sites"] = seconds_of("FedAvg", MANY, 10, SMALL)
     print(json.dumps(found))
 
 

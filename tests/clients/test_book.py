@@ -18,6 +18,7 @@ from fedmed_flower import MedicalClient, SiteData
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import SPLITS
 from fedmed_flower.data.splits import split_patients
+from fedmed_flower.errors import DeclinedError
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.statistics.request import Filter, Request
 from fedmed_flower.wire import read_error
@@ -518,3 +519,33 @@ def test_a_new_process_knows_what_was_told(tmp_path):
     del splits["train"][0], splits["test"][0]
     assert told_of(figures(hospital(Declared, **splits), node)) is None
     assert told_of(contribution(hospital(**splits), node)) is None
+
+
+# Questions of one's own ---------------------------------------------------------------------------
+
+
+def tellable(node, **splits):
+    MedicalClient.run_cache.of_run(-1)
+    client = hospital(**splits)(context_of(node_config=node))
+    return client.tellable("age", client.screened_data().train)
+
+
+def test_a_question_of_ones_own_is_about_whom_the_book_lets(tmp_path):
+    node, rows = node_of(tmp_path), tables()
+    assert len(tellable(node, **rows)) == 40
+    # Three who came since wait; so they do for any other question about the column.
+    later = rows | {"train": rows["train"] + patients(3, 9, "new")}
+    assert len(tellable(node, **later)) == 40
+    assert contribution(hospital(**later), node)["moments age"][0] == 40
+    many = rows | {"train": rows["train"] + patients(12, 9, "new")}
+    assert len(tellable(node, **many)) == 52
+
+
+def test_a_question_of_ones_own_is_declined(tmp_path):
+    for name in ("few", "private"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(DeclinedError, match=r"^an answer here is about at least 10 patients$"):
+        tellable(node_of(tmp_path / "few"), **tables(train=9))
+    noise = r"^this run, or this hospital, protects patients by noise$"
+    with pytest.raises(DeclinedError, match=noise):
+        tellable(node_of(tmp_path / "private", private_metrics=True), **tables())

@@ -56,4 +56,5 @@ def test_whatever_the_docs_name_is_there(path):
                 except ImportError:
                     continue
             for part in [*parents[depth:], name]:
+                assert hasattr(found, part), full
                 found = getattr(found, part)
