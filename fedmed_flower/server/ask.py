@@ -66,8 +66,9 @@ class Exchange:
         self.seconds = 0.0
 
     def __iter__(self) -> Iterator[tuple[Message, Message]]:
-        began = time.monotonic()
         sent = self._push()
+        # A large model takes long to send, which is no site's fault.
+        began = time.monotonic()
         waiting = dict(sent)
         for reply in self._pull(waiting, began):
             request = reply.metadata.reply_to_message_id
