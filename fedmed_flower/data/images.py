@@ -271,35 +271,20 @@ def _require_one_folder(path: Path, volume: Any) -> None:
 
 def _fit(array: Array, affine: Array | None, placed: bool, spatial_dims: int | None) -> MetaTensor:
     """Bring what was read to its form for so many dimensions, and check its values."""
-    if array.dtype.kind not in "biuf":
-        raise InputError(f"it holds {array.dtype}, not numbers")
-    flat = [axis for axis in range(1, array.ndim) if array.shape[axis] == 1]
-    is_flat = array.ndim == 3 or (array.ndim == 4 and bool(flat))
-    dims = spatial_dims or (2 if is_flat else 3)
-    if array.ndim != dims + 1 and not (dims == 2 and is_flat):
-        raise InputError(
-            f"its shape is {array.shape}; spatial_dims = {dims} asks for {dims} dimensions, or "
-            "one more with the channel first"
-        )
+    dims = _dims_of(array, spatial_dims)
     if dims == 3 and affine is not None and not placed:
         raise InputError("it has no place in the patient (ImagePositionPatient), as X-rays")
     if array.size == 0:
         raise InputError(f"its shape is {array.shape}: it is empty")
     require_within("as float32 it has", 4 * array.size, "an image")
     if dims == 2 and array.ndim == 4:
-        # A single slice, or a picture, that was stored as a volume.
-        array = np.moveaxis(array, flat[-1], -1)[..., 0]
-        if affine is not None:
-            affine = np.insert(np.delete(affine, flat[-1] - 1, 1), 2, affine[:, flat[-1] - 1], 1)
+        array, affine = _slice_of(array, affine)
+    if dims == 2 and affine is not None:
+        array, affine = array.swapaxes(1, 2), _affine_of_slice(affine)
     meta = {}
     if affine is None:
         affine = np.eye(4)
     else:
-        if dims == 2:
-            array, affine = array.swapaxes(1, 2), affine[:, [1, 0, 2, 3]]
-            # Files of one slice do not always say how thick it is.
-            normal = np.cross(affine[:3, 0], affine[:3, 1])
-            affine[:3, 2] = normal / max(np.linalg.norm(normal) ** 0.5, 1e-9)
         sides = np.maximum(np.linalg.norm(affine[:3, :3], axis=0), 1e-9)
         if not (np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3] / sides)) > 1e-3):
             raise InputError(f"its affine leads to no place in space: {affine[:3].tolist()}")
@@ -312,6 +297,41 @@ def _fit(array: Array, affine: Array | None, placed: bool, spatial_dims: int | N
     if not bool(torch.isfinite(values).all()):
         raise InputError("it holds NaN or infinite values")
     return MetaTensor(values, torch.from_numpy(affine.copy()), meta)
+
+
+def _dims_of(array: Array, spatial_dims: int | None) -> int:
+    """Return how many dimensions an image is to have beside the channel; refuse what has others."""
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"it holds {array.dtype}, not numbers")
+    is_flat = array.ndim == 3 or (array.ndim == 4 and bool(_flat_axes(array)))
+    dims = spatial_dims or (2 if is_flat else 3)
+    if array.ndim != dims + 1 and not (dims == 2 and is_flat):
+        raise InputError(
+            f"its shape is {array.shape}; spatial_dims = {dims} asks for {dims} dimensions, or "
+            "one more with the channel first"
+        )
+    return dims
+
+
+def _flat_axes(array: Array) -> list[int]:
+    return [axis for axis in range(1, array.ndim) if array.shape[axis] == 1]
+
+
+def _slice_of(array: Array, affine: Array | None) -> tuple[Array, Array | None]:
+    """Return the only slice of a volume: a picture, or a slice, that was stored as one."""
+    axis = _flat_axes(array)[-1]
+    if affine is not None:
+        affine = np.insert(np.delete(affine, axis - 1, 1), 2, affine[:, axis - 1], 1)
+    return np.moveaxis(array, axis, -1)[..., 0], affine
+
+
+def _affine_of_slice(affine: Array) -> Array:
+    """Return the affine of a slice whose two axes have changed places."""
+    affine = affine[:, [1, 0, 2, 3]]
+    # Files of one slice do not always say how thick it is.
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    affine[:3, 2] = normal / max(np.linalg.norm(normal) ** 0.5, 1e-9)
+    return affine
 
 
 def _place_of(image: MetaTensor) -> dict[str, Any]:

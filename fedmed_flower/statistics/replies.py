@@ -61,57 +61,82 @@ def _read_group(group: Reported, exact: bool) -> str:
     _texts(group["numeric"], "columns")
     _texts(group["categorical"], "columns")
     for name, reported in group["numeric"].items():
-        count = _counted(reported, name, exact, most)
-        if "mean" in reported:
-            _moments(reported, name)
-        if "histogram" in reported:
-            edges, counts = reported["histogram"]["edges"], reported["histogram"]["counts"]
-            _ascending(edges, name)
-            _counts(counts, name, exact, count if exact else math.inf, len(edges) + 1)
+        _read_numeric(reported, name, exact, most)
     for name, reported in group["categorical"].items():
-        count = _counted(reported, name, exact, most)
-        if "names" in reported:
-            _texts(reported["names"], name)
-            counts = [*reported["counts"], reported["few"]]
-            _counts(counts, name, exact, count if exact else math.inf, len(reported["names"]) + 1)
-            if len(set(reported["names"])) < len(reported["names"]):
-                raise ValueError(f"{name} has a category twice")
+        _read_categorical(reported, name, exact, most)
     for reported in group["correlations"]:
-        _texts(reported["columns"], "correlation", count=2)
-        both = reported["of"]
-        if len(both) != 2 or both[0]["n"] != both[1]["n"] or not both[0]["n"] <= most:
-            raise ValueError("the two columns of a correlation must have the same number of rows")
-        for part in both:
-            _number(part["n"], "n", 0.0, _MOST_COUNT)
-            _moments(part, "a correlation")
-        _number(reported["product"], "product")
-        if abs(reported["product"]) > math.sqrt(both[0]["m2"] * both[1]["m2"]) * _ROUNDING:
-            raise ValueError("a correlation is above 1")
+        _read_correlation(reported, most)
     for reported in group["pairs"]:
-        _texts(reported["columns"], "pair", count=2)
-        _texts(reported["rows"], "pair")
-        _texts(reported["across"], "pair")
-        if len(reported["counts"]) != len(reported["rows"]):
-            raise ValueError("a table has another number of rows than names")
-        for counts in reported["counts"]:
-            _counts(counts, "a table", exact, most, len(reported["across"]))
+        _read_pair(reported, exact, most)
     if "survival" in group:
-        reported = group["survival"]
-        _ascending(reported["times"], "times")
-        for name in ("events", "censored"):
-            _counts(reported[name], name, exact, most, len(reported["times"]))
-        if math.fsum([*reported["events"], *reported["censored"]]) > most:
-            raise ValueError("a curve has more patients than there are")
+        _read_survival(group["survival"], exact, most)
     if "weeks" in group:
-        reported = group["weeks"]
-        _texts([reported["start"]], "weeks")
-        if _number(reported["first"], "first week") % 1:
-            raise ValueError("the first week is no whole number")
-        known = [count for count in reported["counts"] if count is not None]
-        if len(reported["counts"]) > 10_000:
-            raise ValueError("there are more than 10,000 weeks")
-        _counts(known, "weeks", exact, most, len(known))
+        _read_weeks(group["weeks"], exact, most)
     return str(group["name"])
+
+
+def _read_numeric(reported: Reported, name: str, exact: bool, most: float) -> None:
+    count = _counted(reported, name, exact, most)
+    if "mean" in reported:
+        _moments(reported, name)
+    if "histogram" in reported:
+        edges, counts = reported["histogram"]["edges"], reported["histogram"]["counts"]
+        _ascending(edges, name)
+        _counts(counts, name, exact, count if exact else math.inf, len(edges) + 1)
+
+
+def _read_categorical(reported: Reported, name: str, exact: bool, most: float) -> None:
+    count = _counted(reported, name, exact, most)
+    if "names" not in reported:
+        return
+    names = reported["names"]
+    _texts(names, name)
+    counts = [*reported["counts"], reported["few"]]
+    _counts(counts, name, exact, count if exact else math.inf, len(names) + 1)
+    if len(set(names)) < len(names):
+        raise ValueError(f"{name} has a category twice")
+
+
+def _read_correlation(reported: Reported, most: float) -> None:
+    _texts(reported["columns"], "correlation", count=2)
+    both = reported["of"]
+    if len(both) != 2 or both[0]["n"] != both[1]["n"] or not both[0]["n"] <= most:
+        raise ValueError("the two columns of a correlation must have the same number of rows")
+    for part in both:
+        _number(part["n"], "n", 0.0, _MOST_COUNT)
+        _moments(part, "a correlation")
+    _number(reported["product"], "product")
+    if abs(reported["product"]) > math.sqrt(both[0]["m2"] * both[1]["m2"]) * _ROUNDING:
+        raise ValueError("a correlation is above 1")
+
+
+def _read_pair(reported: Reported, exact: bool, most: float) -> None:
+    """Check a two-way table."""
+    _texts(reported["columns"], "pair", count=2)
+    _texts(reported["rows"], "pair")
+    _texts(reported["across"], "pair")
+    if len(reported["counts"]) != len(reported["rows"]):
+        raise ValueError("a table has another number of rows than names")
+    for counts in reported["counts"]:
+        _counts(counts, "a table", exact, most, len(reported["across"]))
+
+
+def _read_survival(reported: Reported, exact: bool, most: float) -> None:
+    _ascending(reported["times"], "times")
+    for name in ("events", "censored"):
+        _counts(reported[name], name, exact, most, len(reported["times"]))
+    if math.fsum([*reported["events"], *reported["censored"]]) > most:
+        raise ValueError("a curve has more patients than there are")
+
+
+def _read_weeks(reported: Reported, exact: bool, most: float) -> None:
+    _texts([reported["start"]], "weeks")
+    if _number(reported["first"], "first week") % 1:
+        raise ValueError("the first week is no whole number")
+    known = [count for count in reported["counts"] if count is not None]
+    if len(reported["counts"]) > 10_000:
+        raise ValueError("there are more than 10,000 weeks")
+    _counts(known, "weeks", exact, most, len(known))
 
 
 def _number(value: object, name: str, least: float = -math.inf, most: float = math.inf) -> float:

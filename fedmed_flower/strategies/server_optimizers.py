@@ -53,34 +53,30 @@ def minima(
 def class_below(cls: type, base: type) -> type[Any] | None:
     """Return the class after `base` whose ``aggregate_train`` no rule of ours stands in for.
 
+    What may be mixed, `base` being our `FedAvg`:
+
+    ==========================================  ==================================================
+    bases                                       what makes the model
+    ==========================================  ==================================================
+    ours                                        our rule
+    ours, one of Flower's optimisers            our rule, then the optimiser's step
+    FedAvg of ours, a strategy of its own       that strategy's ``aggregate_train``
+    FedAvg of ours, a rule of Flower            refused: take ours of that name
+    another rule of ours, a strategy of its own refused: one of the two would be left out
+    two of Flower's optimisers                  refused: both move the model
+    Flower's optimiser before ours              refused: ours would not be called
+    ==========================================  ==================================================
+
     Raises
     ------
     TypeError
-        If one of two rules would be left out without a word: a rule of Flower mixed with `base`
-        instead of ours of the same name, or a rule of ours with a strategy that has another; and
-        likewise with two server optimisers, or with one that comes before `base`.
+        If one of two rules would be left out without a word.
     """
-    # Of a class that is being made, ABCMeta's issubclass gives, and remembers, wrong answers.
-    optimisers = [other for other in OPTIMISERS if other in cls.__mro__]
-    if len(optimisers) > 1:
-        names = " and ".join(other.__name__ for other in optimisers)
-        raise TypeError(f"{cls.__name__}: {names} both move the model: derive it from one of them")
-    for other in cls.__mro__[: cls.__mro__.index(base)]:
-        if not set(OPTIMISERS).isdisjoint(other.__mro__) and base not in other.__mro__:
-            raise TypeError(
-                f"{cls.__name__}: name {base.__name__} before {other.__name__} among its bases"
-            )
+    _require_one_optimiser(cls)
+    _require_ours_first(cls, base)
+    _require_our_rules(cls)
     owner = next(other for other in cls.__mro__ if "combine" in vars(other))
-    ruling = [other for other in cls.__mro__ if not vars(other).keys().isdisjoint(_RULING)]
-    for rule in RULES:
-        if rule in cls.__mro__ and not any(rule in other.__mro__ for other in ruling):
-            taken = next(other for other in cls.__mro__ if _is_flowers(other, rule))
-            raise TypeError(
-                f"{cls.__name__}: take {taken.__name__} from fedmed_flower.strategies, "
-                "not from Flower"
-            )
-    after = cls.__mro__[cls.__mro__.index(base) + 1 :]
-    for other in after:
+    for other in cls.__mro__[cls.__mro__.index(base) + 1 :]:
         if "aggregate_train" in vars(other) and other not in (*RULES, flower.Strategy):
             if set(OPTIMISERS).isdisjoint(other.__mro__) and owner is not base:
                 raise TypeError(
@@ -89,6 +85,34 @@ def class_below(cls: type, base: type) -> type[Any] | None:
                 )
             return other
     return None
+
+
+def _require_one_optimiser(cls: type) -> None:
+    # Of a class that is being made, ABCMeta's issubclass gives, and remembers, wrong answers.
+    optimisers = [other for other in OPTIMISERS if other in cls.__mro__]
+    if len(optimisers) > 1:
+        names = " and ".join(other.__name__ for other in optimisers)
+        raise TypeError(f"{cls.__name__}: {names} both move the model: derive it from one of them")
+
+
+def _require_ours_first(cls: type, base: type) -> None:
+    for other in cls.__mro__[: cls.__mro__.index(base)]:
+        if not set(OPTIMISERS).isdisjoint(other.__mro__) and base not in other.__mro__:
+            raise TypeError(
+                f"{cls.__name__}: name {base.__name__} before {other.__name__} among its bases"
+            )
+
+
+def _require_our_rules(cls: type) -> None:
+    """Refuse a rule of Flower in whose place no class of ours comes."""
+    ruling = [other for other in cls.__mro__ if not vars(other).keys().isdisjoint(_RULING)]
+    for rule in RULES:
+        if rule in cls.__mro__ and not any(rule in other.__mro__ for other in ruling):
+            taken = next(other for other in cls.__mro__ if _is_flowers(other, rule))
+            raise TypeError(
+                f"{cls.__name__}: take {taken.__name__} from fedmed_flower.strategies, "
+                "not from Flower"
+            )
 
 
 def _is_flowers(cls: type, rule: type) -> bool:
