@@ -7,7 +7,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,8 +57,6 @@ from fedmed_flower.wire import ALL_SITES, SPLIT
 log = logging.getLogger("flwr.fedmed")
 
 _TRAIN, _EVALUATE = 0, 1
-# How the records that travel beside the model are named in `FedAvg.export_state`.
-_COMPANION = "companion "
 
 
 @dataclass
@@ -77,6 +75,8 @@ class RunState:
         Replies of that round that no honest site sends.
     sent_arrays : ArrayRecord or None
         The model that `FedAvg.configure_train` has sent last.
+    companions : dict of str to ArrayRecord
+        Those of `FedAvg.companions` that have come back changed.
     evaluated : str
         The phase of evaluation: ``val``, or ``test`` at the end.
     """
@@ -86,6 +86,7 @@ class RunState:
     server_round: int = 0
     faulty: int = 0
     sent_arrays: ArrayRecord | None = None
+    companions: dict[str, ArrayRecord] = field(default_factory=dict)
     evaluated: str = "val"
 
 
@@ -131,8 +132,8 @@ class FedAvg(flower.FedAvg):
         Site name by node id, as far as the sites have told it.
     companions : dict of str to ArrayRecord
         Records that travel beside the model in each training message and must come back, changed,
-        in each reply; none here. `combine_companion` makes the next ones, the checkpoint keeps
-        them.
+        in each reply, as they are at the start of a run; none here. `combine_companion` makes the
+        next ones, which `current_companions` gives and the checkpoint keeps.
     run : RunState
         What the run knows from one phase to the next.
 
@@ -326,7 +327,7 @@ class FedAvg(flower.FedAvg):
             self.inbox.fail(server_round, "train", ALL_SITES, reason)
             return []
         for message in addressed:
-            message.content.update(self.companions)
+            message.content.update(self.current_companions)
         return addressed
 
     def configure_evaluate(
@@ -467,15 +468,17 @@ class FedAvg(flower.FedAvg):
         Here that of Flower's server optimisers, and `companions`. A strategy that keeps more adds
         it.
         """
-        companions = {f"{_COMPANION}{name}": each for name, each in self.companions.items()}
+        current = self.current_companions
+        companions = {f"{checkpoints.COMPANION}{name}": each for name, each in current.items()}
         return export_state(vars(self)) | companions
 
     def import_state(self, state: dict[str, ArrayRecord]) -> None:
         """Take up what `export_state` returned when the checkpoint was written."""
-        rest = dict(state)
-        for name in self.companions:
-            if (kept := rest.pop(f"{_COMPANION}{name}", None)) is not None:
-                self.companions[name] = kept
+        rest, self.run.companions = dict(state), {}
+        for name, first in self.companions.items():
+            if (kept := rest.pop(f"{checkpoints.COMPANION}{name}", None)) is not None:
+                checkpoints.require_layout(name, kept, first)
+                self.run.companions[name] = kept
         vars(self).update(import_state(vars(self), rest, type(self).__name__))
 
     def aggregate_evaluate(
@@ -514,6 +517,11 @@ class FedAvg(flower.FedAvg):
         unchanged = all(getattr(own, name) is getattr(FedAvg, name) for name in names)
         limited = self.max_weight_share is not None or self.max_update_norm is not None
         return unchanged and not limited and not self.companions
+
+    @property
+    def current_companions(self) -> dict[str, ArrayRecord]:
+        """What travels beside the model in the next round."""
+        return self.companions | self.run.companions
 
     @property
     def history(self) -> History:
@@ -560,7 +568,9 @@ class FedAvg(flower.FedAvg):
         layout = self.reply_layout(sent) if sent is not None else first_arrays(first)
         streaming = rest is not None and self.is_plain_mean and layout is not None
         waiting = drain(first, rest) if rest is not None else first
-        admitted = self.inbox.admit(server_round, "train", waiting, key, layout, self.companions)
+        admitted = self.inbox.admit(
+            server_round, "train", waiting, key, layout, self.current_companions
+        )
         usable = weighed(admitted, self.weigh, self.decode, self._reject)
         if streaming and layout is not None:
             mean, accepted = mean_one_by_one(usable, layout, self._reject)
@@ -578,7 +588,7 @@ class FedAvg(flower.FedAvg):
                 accepted,
                 sent if sent is not None else layout,
                 sent,
-                self.companions,
+                self.current_companions,
                 self._rule,
                 self.combine_companion,
                 Limits(self.max_weight_share, self.max_update_norm),
@@ -589,7 +599,7 @@ class FedAvg(flower.FedAvg):
             self.inbox.record(server_round, "train", accepted)
             if not combined.tried:
                 return None, accepted
-            self.companions |= combined.companions
+            self.run.companions |= combined.companions
         if (flaw := flaw_of(model)) is not None:
             self.inbox.fail(server_round, "train", ALL_SITES, f"in the new model, {flaw}")
             return None, accepted

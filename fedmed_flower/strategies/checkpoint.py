@@ -19,6 +19,23 @@ from fedmed_flower.strategies.server_optimizers import OPTIMISERS, RULES
 
 # Flower's strategies of which nothing is lost between rounds: `export_state` saves what they keep.
 _KNOWN = {*RULES, *OPTIMISERS, *flower.FedAdam.__mro__, flower.FedProx, flower.Krum}
+# How records that travel beside the model are named in a strategy's state.
+COMPANION = "companion "
+
+
+def require_layout(name: str, kept: ArrayRecord, first: ArrayRecord) -> None:
+    """Refuse a record beside the model that is not as the strategy's own.
+
+    Raises
+    ------
+    InputError
+        If keys, shapes or dtypes differ.
+    """
+    if _layout(kept) != _layout(first):
+        raise InputError(
+            f"the checkpoint holds another {name} beside the model than this strategy sends: "
+            "resume it with the strategy that it was started with"
+        )
 
 
 def metrics_in(result: flower.Result) -> dict[str, dict[str, Any]]:
@@ -72,6 +89,8 @@ def require_resumable(
     wanted = _layout(initial_arrays)
     fits = _layout(checkpoint.arrays) == wanted
     for name, record in checkpoint.strategy_state.items():
+        if name.startswith(COMPANION):  # Of a layout of its own: see `require_layout`.
+            continue
         shapes = {key: shape for key, (_, _, shape) in _layout(record).items()}
         floating = [shape for _, dtype, shape in wanted.values() if kernels.is_floating(dtype)]
         if name == "momentum_vector":  # A list, whose keys are places in it.

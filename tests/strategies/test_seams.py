@@ -278,7 +278,52 @@ def test_an_array_beside_the_model_that_comes_back_changed(rule, tmp_path):
     assert dump(whole.result.arrays) == expected(rule, site_app(single))
     for strategy in (whole, resumed):
         # Means of 0..3, of 0..2 and of 2 and 3 on top of each other.
-        assert strategy.companions["control"]["c"].numpy().tolist() == [5.0] * 3
+        assert strategy.current_companions["control"]["c"].numpy().tolist() == [5.0] * 3
+
+
+def beside(message, context):
+    """A site that makes the model of the control, and counts the control up."""
+    control = message.content["control"]["c"].numpy()
+    model = arrays(w=control[:3] + np.float32(number_of(context)))
+    return reply(message, context, model, control=arrays(c=control + np.float32(1)))
+
+
+def controlled_app():
+    app = ClientApp()
+    app.train()(beside)
+    return app
+
+
+def test_a_run_that_starts_afresh_has_the_first_companions():
+    strategy, models = made_of(Controlled, FedAvg), []
+    for _ in range(2):
+        run(strategy, controlled_app(), INITIAL, ROUNDS, SITES)
+        models.append(dump(strategy.result.arrays))
+    assert models[0] == models[1]
+    assert strategy.companions["control"]["c"].numpy().tolist() == [0.0] * 3
+
+
+class Longer(FedAvg):
+    """Whose companion has an entry of the model's name, of another shape."""
+
+    def __init__(self, *args, size=5, **kwargs):
+        super().__init__(*args, fraction_evaluate=0.0, **kwargs)
+        self.companions = {"control": arrays(c=np.zeros(3), w=np.zeros(size, np.float32))}
+
+
+def test_a_companion_of_another_shape_than_the_model_is_gone_on_with(tmp_path):
+    app = ClientApp()
+
+    @app.train()
+    def _(message, context):
+        return reply(message, context, INITIAL, control=message.content["control"])
+
+    run(Longer(run_dir=tmp_path), app, INITIAL, 1, SITES)
+    resumed = Longer(run_dir=tmp_path, resume=True)
+    run(resumed, app, INITIAL, 2, SITES)
+    assert resumed.current_companions["control"]["w"].numpy().shape == (5,)
+    with pytest.raises(ValueError, match="another control beside the model than this strategy"):
+        run(Longer(run_dir=tmp_path, resume=True, size=4), app, INITIAL, 3, SITES)
 
 
 def test_what_a_companion_would_tell_has_no_noise():
