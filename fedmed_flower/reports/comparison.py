@@ -1,183 +1,146 @@
-"""The parts of a report that compare: models with each other, and groups of patients."""
+"""The sections of a report that compare: models with each other, and groups of patients."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from fedmed_flower.metrics.names import in_groups, lower_is_better
-from fedmed_flower.metrics.outcomes import gaps
+from fedmed_flower.metrics.names import lower_is_better
 from fedmed_flower.reports import frame, plots
-from fedmed_flower.reports.frame import DASH, count_of, escaped, format_of, format_value, name
-from fedmed_flower.reports.plots import Pens
-from fedmed_flower.reports.summary import (
-    COUNT,
-    Column,
-    at_worst,
-    by_site,
-    mean,
-    nested,
-    number,
-    of_all,
-    site_table,
-)
+from fedmed_flower.reports.contents import Cell, Comparison, FineTuned, Groups, sides
+from fedmed_flower.reports.frame import COUNT, count_of, escaped, format_of, format_value, name
+from fedmed_flower.reports.plots import Styles
+from fedmed_flower.reports.summary import mean
+from fedmed_flower.reports.tables import site_table, total_cell, worst_cell
 
+_HEADING = "<h2>Was it worth it?</h2>"
 _TO_COMPARE = """<p>{}To compare with each hospital’s own model and with one trained on all data
 pooled, run with <code>-c baselines=true</code>.</p>"""
 _CHANCE = "One run with one seed: small differences can be chance, above all on few test records."
-_BEFORE_AFTER = """<p class="note">Each figure is {}, or where the hospital’s validation records
-leave it undefined the next figure that they have.</p>"""
+_BEFORE_AFTER = """<p class="note">Each metric is {}, or where the hospital’s validation records
+leave it undefined the next metric that they have.</p>"""
+_MOST_NAMED = 8
+_CHANGE = "+,.3f"
 
 
-def models(summary: dict[str, Any], styles: Pens, main: str) -> str:
-    """Return the section on what the federated model is held against."""
-    heading, test = "<h2>Was it worth it?</h2>", nested(summary, "test")
-    local, pooled, personal = (nested(test, key) for key in ("local", "pooled", "personal"))
-    baselines = bool(local or pooled)
-    if not baselines:
-        heading += _TO_COMPARE.format("" if personal else "Not measured in this run. ")
-    if not baselines and not personal:
-        return heading
-    parts = (local, nested(test, "sites"), personal, nested(pooled, "sites"))
-    alone, federated, tuned, central = (by_site(own, main) for own in parts)
-    gains, changes = _differences(federated, alone), _differences(tuned, federated)
-    together = number(test.get("federated"), main)
-    everybody = mean(by_site({site: nested(own, "all") for site, own in local.items()}, main))
-    gain = None if everybody is None or together is None else together - everybody
-    of_alone = f"{format_value(everybody)}<small>mean of all models</small>"
-    lower = lower_is_better(main)
-    columns = [
-        Column("Own model alone", alone, of_alone, lower=lower),
-        Column("Federated", federated, of_all(test.get("federated"), main), lower=lower),
-        Column("Fine-tuned at the hospital", tuned, format_value(None), lower=lower),
-        Column("Trained on pooled data", central, of_all(pooled, main), lower=lower),
-        Column("Federated − alone", gains, format_value(gain, "+,.3f"), "+,.3f", lower),
-        Column("Fine-tuned − federated", changes, format_value(None), "+,.3f", lower),
-    ]
-    # A model may have no number at any hospital and yet one on all records together.
-    columns = [one for one in columns if one.values or not one.together.startswith(DASH)]
-    full = [s for s in styles if all(s in one.values for one in columns if one.values)]
-    names, crowd = {site: pen[2] for site, pen in styles.items()}, len(styles) > frame.MANY
-    note = _CHANCE
-    if len(full) < len(styles):
-        rows = "Mean, quartiles" if crowd else "Mean"
-        note += (
-            f" {rows} and worst are over the {count_of(len(full), 'hospital')} with every number."
-        )
-    words = f"<p>{_gained(gains, main)}</p>" if gains else ""
+def models(comparison: Comparison | None, styles: Styles, main: str) -> str:
+    """Return the section on what the federated model is compared with."""
+    if comparison is None:
+        return _HEADING + _TO_COMPARE.format("Not measured in this run. ")
+    heading = _HEADING if comparison.baselines else _HEADING + _TO_COMPARE.format("")
+    gained = f"<p>{_gained(comparison.gains, main)}</p>" if comparison.gains else ""
+    names = {site: style.key for site, style in styles.items()}
     title = frame.title(main)
-    table = site_table(names, f"{title} on each hospital’s own test records", columns, full)
-    reached = [alone, federated, tuned, central]
-    if crowd:
-        same = [{site: values[site] for site in full if site in values} for values in reached]
-        drawn = plots.spreads(same, title, lower_is_better(main))
-    else:
-        drawn = plots.dots(styles, reached, title)
-    fine_tuned = _fine_tuned(personal, changes, names, main) if personal else ""
-    return f'{heading}{words}{table}<p class="note">{note}</p>{drawn}{fine_tuned}'
+    caption = f"{title} on each hospital’s own test records"
+    table = site_table(names, caption, comparison.columns, comparison.complete)
+    note = f'<p class="note">{_CHANCE}{_left_out(comparison, len(styles))}</p>'
+    drawn = _drawn(comparison, styles, title, main)
+    tuned = comparison.fine_tuned
+    fine_tuned = "" if tuned is None else _fine_tuned(tuned, names, main)
+    return heading + gained + table + note + drawn + fine_tuned
 
 
-def _differences(values: dict[str, float], others: dict[str, float]) -> dict[str, float]:
-    return {site: value - others[site] for site, value in values.items() if site in others}
+def _left_out(comparison: Comparison, count: int) -> str:
+    """Return the sentence that names the rows which leave out hospitals, if any do."""
+    complete = len(comparison.complete)
+    if complete == count:
+        return ""
+    rows = "Mean, quartiles" if count > frame.MANY else "Mean"
+    return f" {rows} and worst are over the {count_of(complete, 'hospital')} with every number."
 
 
-def _sides(differences: dict[str, float], main: str) -> tuple[list[str], list[str]]:
-    """Return who is better and who is worse, as far as the page shows it, the most first."""
-    sign = -1 if lower_is_better(main) else 1
-    shown = {site: sign * round(value, 3) for site, value in differences.items()}
-    better = sorted((s for s in shown if shown[s] > 0), key=lambda s: -sign * differences[s])
-    worse = sorted((s for s in shown if shown[s] < 0), key=lambda s: sign * differences[s])
-    return better, worse
+def _drawn(comparison: Comparison, styles: Styles, title: str, main: str) -> str:
+    """Return the drawing of the models: a row for each hospital, or their spread if many."""
+    if len(styles) <= frame.MANY:
+        return plots.dots(styles, comparison.models, title)
+    of_complete = [
+        {site: values[site] for site in comparison.complete if site in values}
+        for values in comparison.models
+    ]
+    return plots.spreads(of_complete, title, lower_is_better(main))
 
 
 def _gained(gains: dict[str, float], main: str) -> str:
-    gained, lost = _sides(gains, main)
-    some = []
-    for names in (gained, lost):
-        shown = ", ".join(f"{escaped(s)} {format_value(gains[s], '+,.3f')}" for s in names[:8])
-        some.append(f" ({shown}{', …' if len(names) > 8 else ''})" if names else "")
+    gained, lost = sides(gains, main)
     what = f"{'a lower ' if lower_is_better(main) else ''}{name(main)}"
+    return (
+        f"Of {count_of(len(gains), 'hospital')} {len(gained) or 'none'} gained {what}"
+        f"{_named(gained, gains)} and {len(lost) or 'none'} lost{_named(lost, gains)} "
+        "against their own models alone."
+    )
+
+
+def _named(sites: list[str], gains: dict[str, float]) -> str:
+    """Return the first sites with their gains, in brackets."""
+    if not sites:
+        return ""
+    first = [f"{escaped(s)} {format_value(gains[s], _CHANGE)}" for s in sites[:_MOST_NAMED]]
+    more = ", …" if len(sites) > _MOST_NAMED else ""
+    return f" ({', '.join(first)}{more})"
+
+
+def _fine_tuned(tuned: FineTuned, names: dict[str, str], main: str) -> str:
+    """Return what fine-tuning did, on the validation records it was chosen by and on test."""
     words = (
-        f"Of {count_of(len(gains), 'hospital')} {len(gained) or 'none'} gained {what}{some[0]} and "
+        f"The federated model was fine-tuned at {count_of(len(tuned.sites), 'hospital')}: "
+        f"{tuned.num_kept or 'none'} kept the result, "
+        f"{tuned.num_measured - tuned.num_kept or 'none'} the federated model. "
+        "A hospital keeps what is best on its validation records, so that by construction none "
+        "is worse there. "
     )
-    return f"{words}{len(lost) or 'none'} lost{some[1]} against their own models alone."
-
-
-def _fine_tuned(
-    personal: dict[str, Any], changes: dict[str, float], names: dict[str, str], main: str
-) -> str:
-    """Return what fine-tuning did, on the validation records that it was judged by and on test."""
-    before, after, kept = (
-        by_site(personal, key) for key in ("val-global", "val-own", "personal-epochs")
-    )
-    count = sum(passes > 0 for passes in kept.values())
-    words = f"The federated model was fine-tuned at {count_of(len(personal), 'hospital')}: "
-    words += f"{count or 'none'} kept the result, {len(kept) - count or 'none'} the federated "
-    words += "model. A hospital keeps what is best on its validation records, so that by "
-    words += "construction none is worse there. "
-    if changes:
-        better, worse = _sides(changes, main)
-        equal = len(changes) - len(better) - len(worse)
-        words += f"On the test records what it kept is better at {len(better) or 'none'}, equal at "
-        words += f"{equal or 'none'} and worse at {len(worse) or 'none'} of "
-        words += f"{count_of(len(changes), 'hospital')} (mean change of {name(main)} "
-        words += f"<b>{format_value(mean(changes), '+,.3f')}</b>)."
-    lower = lower_is_better(main)
-    columns = [
-        Column("Federated", before, lower=lower),
-        Column("Fine-tuned", after, lower=lower),
-        Column("Change", _differences(after, before), spec="+,.3f", lower=lower),
-        Column("Passes kept", kept, spec=COUNT),
-    ]
-    own = {site: named for site, named in names.items() if site in personal}
-    table = site_table(own, "On each hospital’s own validation records", columns, own)
+    if tuned.changes:
+        words += _changed(tuned.changes, main)
+    tuned_names = {site: named for site, named in names.items() if site in tuned.sites}
+    caption = "On each hospital’s own validation records"
+    table = site_table(tuned_names, caption, tuned.columns, tuned_names)
     note = _BEFORE_AFTER.format(name(main))
     return f"<h3>Fine-tuned at the hospital</h3><p>{words}</p>{table}{note}"
 
 
-def groups(summary: dict[str, Any], main: str) -> str:
-    """Return the section on groups of patients; nothing if figures were not told by group."""
-    test = nested(summary, "test")
-    federated = nested(test, "federated")
-    shown = {key: value for key in federated if (value := number(federated, key)) is not None}
-    together = {group: own for group, own in in_groups(shown).items() if group}
-    if not together:
+def _changed(changes: dict[str, float], main: str) -> str:
+    better, worse = sides(changes, main)
+    equal = len(changes) - len(better) - len(worse)
+    return (
+        f"On the test records what it kept is better at {len(better) or 'none'}, "
+        f"equal at {equal or 'none'} and worse at {len(worse) or 'none'} of "
+        f"{count_of(len(changes), 'hospital')} (mean change of {name(main)} "
+        f"<b>{format_value(mean(changes), _CHANGE)}</b>)."
+    )
+
+
+def groups(columns: list[Groups]) -> str:
+    """Return the section on groups of patients; nothing if no metric was measured by group."""
+    if not columns:
         return ""
-    sites = {site: in_groups(nested(own)) for site, own in nested(test, "sites").items()}
-    frame.require_small(len(together), len(sites))
-    chosen = dict.fromkeys((main, *frame.GROUPED))
-    keys = [key for key in chosen if any(key in own for own in together.values())]
-    head = [text for key in keys for text in (frame.title(key), "Worst hospital")]
-    reported, section = gaps(shown), "<h2>By group</h2>"
-    for column in dict.fromkeys(_column(group) for group in together):
-        rows = []
-        for group in sorted((g for g in together if _column(g) == column), key=_place):
-            own = {site: nested(parts, group) for site, parts in sites.items()}
-            records = format_value(number(together[group], "num-examples"), COUNT)
-            telling = format_value(len(by_site(own, "num-examples")), COUNT)
-            row = [escaped(group.partition("=")[2]), records, telling]
-            for key in keys:
-                worst = at_worst(by_site(own, key), format_of(key), lower_is_better(key))
-                row += [of_all(together[group], key, format_of(key)), worst]
-            rows.append(row)
-        title = escaped(column)
-        names = [title, "Records", "Hospitals", *head]
-        section += frame.table(f"By {title}, all test records together", names, rows)
-        apart = {key: reported[f"{key}@{column}"] for key in keys if f"{key}@{column}" in reported}
-        if apart:
-            words = [
-                f"in {name(key)} by <b>{format_value(gap, format_of(key))}</b>"
-                for key, gap in apart.items()
-            ]
-            section += f"<p>Best and worst group of {title} differ {', '.join(words)}.</p>"
-    return f'{section}<p class="note">{frame.GROUPS}</p>'
+    tables = "".join(map(_group_table, columns))
+    return f'<h2>By group</h2>{tables}<p class="note">{frame.GROUPS}</p>'
 
 
-def _column(group: str) -> str:
-    return group.removeprefix("@").partition("=")[0]
+def _group_table(groups: Groups) -> str:
+    title = escaped(groups.column)
+    head = [title, "Records", "Hospitals", *metric_heads(groups.metrics)]
+    rows = []
+    for group in groups.groups:
+        records = format_value(group.records, COUNT)
+        num_sites = format_value(group.num_sites, COUNT)
+        rows.append([escaped(group.value), records, num_sites, *metric_cells(group.cells)])
+    table = frame.table(f"By {title}, all test records together", head, rows)
+    if not groups.gaps:
+        return table
+    apart = ", ".join(
+        f"in {name(key)} by <b>{format_value(gap, format_of(key))}</b>"
+        for key, gap in groups.gaps.items()
+    )
+    return f"{table}<p>Best and worst group of {title} differ {apart}.</p>"
 
 
-def _place(group: str) -> tuple[int, str]:
-    """Return what sorts groups: bands from below to above, numbers by their size."""
-    value = group.partition("=")[2]
-    rank = {"<": 0, ">": 2}.get(value[:1], 1)
-    return rank, frame.natural(value)
+def metric_heads(metrics: list[str]) -> list[str]:
+    """Return the heads of `metric_cells`."""
+    return [text for key in metrics for text in (frame.title(key), "Worst hospital")]
+
+
+def metric_cells(cells: list[Cell]) -> list[str]:
+    """Return for each metric two cells: of all hospitals together, and the worst hospital."""
+    texts = []
+    for cell in cells:
+        spec = format_of(cell.key)
+        texts.append(total_cell(cell.total, spec))
+        texts.append(worst_cell(cell.by_site, spec, lower_is_better(cell.key)))
+    return texts

@@ -11,7 +11,8 @@ from typing import Any
 from fedmed_flower.data.site import GENERATED
 
 DASH = "–"
-# Of more hospitals than these a table tells the spread, and its rows are folded away.
+COUNT = ",.0f"  # format of a number of records, patients or rounds
+# For more hospitals than these a table shows the spread, and its rows are folded away.
 MANY = 30
 # A table with more columns is set smaller.
 ROOMY = 9
@@ -27,7 +28,7 @@ PREDICTED |= {"integrated-brier": "integrated Brier score", "r2": "R²", "d2": "
 PREDICTED |= {"rmse": "RMSE", "deviance": "deviance"}
 NAMES = CLASSIFIED | OUTLINED | PREDICTED
 NAMES |= {WORST_PATIENT: "Dice, worst patient", "loss": "loss"}
-# Told of groups of patients, beside the main one.
+# Metrics shown of groups of patients, beside the main one.
 GROUPED = ("sensitivity", "specificity", "calibration-error", "hd95", "surface-dice", "mae")
 # In an SVG these become CSS variables, so that plots follow the colour scheme.
 SCHEME = {"#010203": "var(--soft)", "#010204": "var(--line)", "#010205": "var(--paper)"}
@@ -104,7 +105,7 @@ NOTES = {
     "surface-dice": "Surface Dice: the part of the outlines that lies within a tolerance of the "
     "other. ",
 }
-BETWEEN = """Some hospitals tell coarse figures: no AUC (†) where a class has fewer than ten
+BETWEEN = """Some hospitals send coarse figures: no AUC (†) where a class has fewer than ten
 patients, and not in what order some records are scored. The AUC of all records lies between the two
 small numbers; the one above them is an estimate. """
 CASES = """<p>Pictures of single test images, as hospitals chose to send them. They show what the
@@ -112,7 +113,8 @@ model does; how well it does so is in the tables above. """
 LINES = "Outlines are solid as the hospital drew them, dashed as the model does.</p>"
 HEAT = """In a heat map orange places speak for the class that the title names, blue ones against
 it.</p>"""
-# Added to what the page may load where it shows pictures.
+REJECTED = "Rejected: records that cannot be used; the hospital’s own log says which. "
+# Added to what the page may load if it shows pictures.
 EMBEDDED = "; img-src data:"
 # To what a hospital replied.
 REPLIED = {
@@ -137,14 +139,14 @@ WAYS = {
 LEFT = """<h2>What left each hospital</h2><p>{stays} The table holds what the hospitals in fact
 sent. Several patients together are as many as each hospital asks for: at a real one ten, unless it
 says otherwise, and in a simulation one is enough. A hospital with coarse figures rounds them
-before. Of an error a hospital tells the class, and why it declined a round.</p>"""
+before. Of an error a hospital sends the class, and why it declined a round.</p>"""
 NOT_RECORDED = "<p>What was sent was not recorded.</p>"
 NO_RECORD = "No patient record: no image, no row of a table."
 PICTURES = """No patient record, and of images only the pictures of test cases above with their
 titles; each shows one patient, and no bound on privacy covers them."""
-GROUPS = """A hospital tells nothing of a group of fewer than ten patients (unless it has set
+GROUPS = """A hospital sends nothing of a group of fewer than ten patients (unless it has set
 another number), nor of one that would follow from the others; all together are those of the
-hospitals that tell of the group. Small groups differ by chance."""
+hospitals that report the group. Small groups differ by chance."""
 UNPROTECTED = """<p>Privacy accounting is not part of this run: nothing here bounds what could be
 inferred about one patient from what was sent without noise.</p>"""
 HOSPITAL = """<p>Unit: the hospital. Whether a whole hospital took part is hidden, in the models of
@@ -152,9 +154,10 @@ all rounds together, to epsilon <b>{epsilon}</b> at delta {delta}, by noise that
 The server itself, and its files with each hospital’s numbers, are not covered.</p>"""
 NO_PATIENT = "<p>Nothing here bounds what could be inferred about one patient.</p>"
 PATIENT = """<p>Unit: the patient, with all records, in or out. What the models of all rounds
-together tell about any one training patient is bounded by the run’s target, epsilon <b>{target}</b>
-at delta {delta}, by clipping and noise at the hospital; the hospitals told <b>{epsilon}</b> at
-most. What other runs have cost the same patients is in each hospital’s own ledger. """
+together disclose about any one training patient is bounded by the run’s target, epsilon
+<b>{target}</b> at delta {delta}, by clipping and noise at the hospital; the hospitals reported
+<b>{epsilon}</b> at most. What other runs have cost the same patients is in each hospital’s own
+ledger. """
 NOISED = """Evaluation counts carry noise too, and cost a validation or test patient no more than
 the target. Not covered: the numbers of records, and which rounds a hospital declined.</p>"""
 EXACT = """Not covered, since it carries no noise: numbers of records, and all that is measured on
@@ -183,7 +186,7 @@ def require_small(*sides: int) -> None:
 
 def natural(text: str) -> str:
     """Return what sorts names as people number them: hospital-2 before hospital-10."""
-    return re.sub(r"\d+", lambda found: found[0].zfill(9), text)
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(9), text)
 
 
 def count_of(count: float, noun: str) -> str:

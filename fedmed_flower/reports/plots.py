@@ -10,7 +10,7 @@ import re
 import statistics
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -19,10 +19,21 @@ from fedmed_flower.files import read_file
 from fedmed_flower.reports.frame import FAINT, INK, PAPER, SCHEME, count_of, escaped, format_value
 
 Series = dict[str, dict[int, float]]  # site -> round -> value
-Pens = dict[str, tuple[str, str, str]]  # site -> colour, line style, name with its key
 
-CROWD, WORST = "#5b7f9c", "#d55e00"
-# What is compared, in this order, and how it is marked.
+
+class SiteStyle(NamedTuple):
+    """How a site is drawn; `key` is its name as HTML, with its line before it if it has one."""
+
+    colour: str
+    dashes: str
+    key: str
+
+
+Styles = dict[str, SiteStyle]
+
+CROWD = "#5b7f9c"
+WORST = "#d55e00"
+# The models that are compared, in this order, and how each is marked.
 MODELS = {
     "own model alone": "○",
     "federated": "●",
@@ -33,43 +44,46 @@ _FILE = re.compile(r"pictures/[0-9]+\.png")
 SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "0", "text.parse_math": False}
 
 
-def styles(sites: list[str]) -> Pens:
-    """Return how each site is drawn: in a colour of its own while there are enough of them."""
+def styles(sites: list[str]) -> Styles:
+    """Return how each site is drawn: in a colour of its own if there are enough of them."""
     if len(sites) > len(PALETTE):
-        return {site: (CROWD, "-", escaped(site)) for site in sites}
-    looks = {site: (PALETTE[i], "--" if i > 5 else "-") for i, site in enumerate(sites)}
-    return {site: (*look, line(*look) + escaped(site)) for site, look in looks.items()}
+        return {site: SiteStyle(CROWD, "-", escaped(site)) for site in sites}
+    drawn = {}
+    for colour, (index, site) in zip(PALETTE, enumerate(sites), strict=False):
+        dashes = "--" if index > 5 else "-"
+        drawn[site] = SiteStyle(colour, dashes, line(colour, dashes) + escaped(site))
+    return drawn
 
 
-def line(colour: str, style: str = "-") -> str:
+def line(colour: str, dashes: str = "-") -> str:
     """Return the key of a line."""
-    path = f'<path d="M0 5H20" stroke="{colour}" stroke-width="3" stroke-dasharray="'
-    path += '4 2.5"/>' if style == "--" else 'none"/>'
+    pattern = "4 2.5" if dashes == "--" else "none"
+    path = f'<path d="M0 5H20" stroke="{colour}" stroke-width="3" stroke-dasharray="{pattern}"/>'
     return f'<svg class="key" viewBox="0 0 20 10" aria-hidden="true">{path}</svg>'
 
 
-def keys(styles: Pens, together: bool) -> str:
-    """Return the legend of `panel`, with a line for all together where there is one."""
-    found = [key for _, _, key in styles.values()]
+def keys(styles: Styles, together: bool) -> str:
+    """Return the legend of `panel`; `together` adds the line of all sites together."""
+    listed = [style.key for style in styles.values()]
     if len(styles) > len(PALETTE):
-        found = ["shaded: all hospitals", f"{line(CROWD)}median", f"{line(WORST)}worst at the end"]
+        listed = ["shaded: all hospitals", f"{line(CROWD)}median", f"{line(WORST)}worst at the end"]
     if together:
-        found.append(f"{line('var(--soft)')}all together")
-    return f"<ul><li>{'</li><li>'.join(found)}</li></ul>"
+        listed.append(f"{line('var(--soft)')}all together")
+    return f"<ul><li>{'</li><li>'.join(listed)}</li></ul>"
 
 
-def dots(styles: Pens, models: list[dict[str, float]], name: str) -> str:
+def dots(styles: Styles, models: list[dict[str, float]], name: str) -> str:
     """Draw what the models of `MODELS` reach at each site."""
     sites = [site for site in styles if any(site in values for values in models)]
     axes: Any = Figure((6.2, 0.5 + 0.24 * len(sites)), layout="constrained").subplots()
     for row, site in enumerate(sites):
-        own, shared, tuned, best = (values.get(site, math.nan) for values in models)
-        style: dict[str, Any] = {"color": styles[site][0], "lw": 1.6, "mew": 1.5}
-        axes.plot([own, shared, tuned], [row] * 3, "-", **style)
-        axes.plot([own], [row], "o", mfc=PAPER, **style)
-        axes.plot([shared], [row], "o", **style)
+        alone, federated, tuned, pooled = (values.get(site, math.nan) for values in models)
+        style: dict[str, Any] = {"color": styles[site].colour, "lw": 1.6, "mew": 1.5}
+        axes.plot([alone, federated, tuned], [row] * 3, "-", **style)
+        axes.plot([alone], [row], "o", mfc=PAPER, **style)
+        axes.plot([federated], [row], "o", **style)
         axes.plot([tuned], [row], "D", ms=4, **style)
-        axes.plot([best], [row], "|", ms=9, **style)
+        axes.plot([pooled], [row], "|", ms=9, **style)
     axes.set_yticks(range(len(sites)), [html.unescape(escaped(site))[:24] for site in sites])
     axes.set_ylim(len(sites) - 0.4, -0.6)
     drawn = zip(models, MODELS.items(), strict=True)
@@ -78,7 +92,7 @@ def dots(styles: Pens, models: list[dict[str, float]], name: str) -> str:
 
 
 def spreads(models: list[dict[str, float]], name: str, lower: bool) -> str:
-    """Draw how the models of `MODELS` do over so many sites that each has no place of its own."""
+    """Draw the spread of what the models of `MODELS` reach, for many sites; `lower` is better."""
     shown = [(model, v) for model, v in zip(MODELS, models, strict=True) if len(v) > 1]
     axes: Any = Figure((6.2, 0.6 + 0.3 * len(shown)), layout="constrained").subplots()
     for row, (_, values) in enumerate(shown):
@@ -98,16 +112,16 @@ def _compared(axes: Any, key: str, name: str) -> str:
     return f'<figure class="dots"><figcaption>{key}</figcaption>{drawing}</figure>'
 
 
-def panel(styles: Pens, series: Series, total: dict[int, float], title: str, lower: bool) -> str:
-    """Draw one figure over the rounds; of many sites their range, median and worst.
+def panel(styles: Styles, series: Series, total: dict[int, float], title: str, lower: bool) -> str:
+    """Draw a metric over the rounds; of many sites the range, the median and the worst.
 
     Parameters
     ----------
-    pens
+    styles
         Of all sites, in their order.
     series, total
-        The sites' values and those of all together; either may be empty. Without any value
-        nothing is drawn.
+        The sites' values and those of all together; either may be empty. If both are, the drawing
+        is empty too.
     title
         What is shown.
     lower
@@ -118,45 +132,63 @@ def panel(styles: Pens, series: Series, total: dict[int, float], title: str, low
     if not rounds:
         return ""
     axes: Any = Figure((3.4, 2.4), layout="constrained").subplots()
-    lines, caption = [(values, *styles[site][:2]) for site, values in series.items()], ""
     if len(styles) > len(PALETTE) and series:
-        reported: dict[int, list[float]] = {turn: [] for turn in rounds}
-        for own in series.values():
-            for turn, value in own.items():
-                reported[turn].append(value)
-        spread = {turn: values for turn, values in reported.items() if values}
-        bottom, top = [*map(min, spread.values())], [*map(max, spread.values())]
-        axes.fill_between([*spread], bottom, top, color=CROWD, alpha=0.25, lw=0)
-        ends = {site: [*values.values()][-1] for site, values in series.items()}
-        worst = (max if lower else min)(ends, key=lambda site: ends[site])
-        middle = {turn: statistics.median(values) for turn, values in spread.items()}
-        lines = [(middle, CROWD, "-"), (series[worst], WORST, "-")]
-        caption = f" · worst: {escaped(worst)}, {format_value(ends[worst])}"
-    style: dict[str, Any] = {"lw": 1.4, "marker": "o" if len(rounds) <= 15 else "", "ms": 2.6}
-    for values, colour, dashes in (*lines, (total, INK, "-")):
-        axes.plot([*values], [*values.values()], dashes, color=colour, **style)
+        lines, caption = _crowd(axes, series, lower)
+    else:
+        lines = [(values, styles[s].dashes, styles[s].colour) for s, values in series.items()]
+        caption = ""
+    marker = "o" if len(rounds) <= 15 else ""
+    for values, dashes, colour in (*lines, (total, "-", INK)):
+        x = [*values]
+        axes.plot(x, [*values.values()], dashes, color=colour, lw=1.4, marker=marker, ms=2.6)
     axes.locator_params(axis="x", nbins=6, integer=True)
     axes.locator_params(axis="y", nbins=6)
     drawing = svg(axes, f"{title} over {count_of(len(rounds), 'round')}", "round", grid="y")
     return f"<figure><figcaption><b>{title}</b>{caption}</figcaption>{drawing}</figure>"
 
 
+def _crowd(
+    axes: Any, series: Series, lower: bool
+) -> tuple[list[tuple[dict[int, float], str, str]], str]:
+    """Shade the range of many sites; return the lines of median and worst, and a caption."""
+    by_round: dict[int, list[float]] = {}
+    for curve in series.values():
+        for turn, value in curve.items():
+            by_round.setdefault(turn, []).append(value)
+    by_round = dict(sorted(by_round.items()))
+    bottom = [min(values) for values in by_round.values()]
+    top = [max(values) for values in by_round.values()]
+    axes.fill_between([*by_round], bottom, top, color=CROWD, alpha=0.25, lw=0)
+    median = {turn: statistics.median(values) for turn, values in by_round.items()}
+    last = {site: [*curve.values()][-1] for site, curve in series.items()}
+    worst = (max if lower else min)(last, key=lambda site: last[site])
+    caption = f" · worst: {escaped(worst)}, {format_value(last[worst])}"
+    return [(median, "-", CROWD), (series[worst], "-", WORST)], caption
+
+
 def case(entry: dict[str, Any], folder: Path) -> str:
-    """Return a test case's picture from the run folder; where it is not sound, a line says why."""
-    file, title = str(entry.get("file")), escaped(entry.get("title"))
-    # No other file of this machine may get into the page.
-    problem, png = None if _FILE.fullmatch(file) else "it is no picture of the run folder", b""
-    try:
-        if problem is None:
-            png = read_file(folder, file, MOST_BYTES)
-            problem = sound(png)
-    except OSError as error:
-        problem = f"it cannot be read ({error.strerror})"
+    """Return a test case's picture from the run folder; or a line that says what is wrong."""
+    file = str(entry.get("file"))
+    title = escaped(entry.get("title"))
+    png, problem = _picture(folder, file)
     if problem is not None:
         return f'<p class="note">Not shown: {title} ({escaped(file)}): {escaped(problem)}</p>'
-    alt, data = f"{escaped(entry.get('site'))}: {title}", base64.b64encode(png).decode()
+    alt = f"{escaped(entry.get('site'))}: {title}"
+    data = base64.b64encode(png).decode()
     picture = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
     return f"<figure>{picture}<figcaption>{title}</figcaption></figure>"
+
+
+def _picture(folder: Path, file: str) -> tuple[bytes, str | None]:
+    """Return a picture's bytes, and what is wrong with it."""
+    # No other file of this machine may get into the page.
+    if not _FILE.fullmatch(file):
+        return b"", "it is no picture of the run folder"
+    try:
+        png = read_file(folder, file, MOST_BYTES)
+    except OSError as error:
+        return b"", f"it cannot be read ({error.strerror})"
+    return png, sound(png)
 
 
 def svg(axes: Any, label: str, across: str, grid: str = "x") -> str:
@@ -171,6 +203,7 @@ def svg(axes: Any, label: str, across: str, grid: str = "x") -> str:
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         axes.figure.savefig(buffer, format="svg", transparent=True)
     drawing = re.sub(r"(?s)<(metadata|style).*?</\1>|(?<=<g) id=\"[^\"]*\"", "", buffer.getvalue())
-    drawing = re.sub(r"(?<=: )#01020[345]", lambda found: SCHEME[found[0]], drawing)
-    start, shapes = re.search(r"viewBox=\"[^\"]*\"", drawing), drawing.partition("<defs>")[2]
-    return f'<svg role="img" aria-label="{label}" {start[0] if start else ""}><defs>{shapes}'
+    drawing = re.sub(r"(?<=: )#01020[345]", lambda colour: SCHEME[colour[0]], drawing)
+    box = re.search(r"viewBox=\"[^\"]*\"", drawing)
+    shapes = drawing.partition("<defs>")[2]
+    return f'<svg role="img" aria-label="{label}" {box[0] if box else ""}><defs>{shapes}'

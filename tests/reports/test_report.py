@@ -178,7 +178,7 @@ def test_coarse_figures_show_between_what_the_auc_of_all_lies(tmp_path):
     assert page.table("By sex")["1"][2] == "0.800 0.710 to 0.900"
     assert "The AUC of all records lies between the two" in page.text
     plain = Page(report(tmp_path, full_summary())).text
-    assert not [words for words in ("between 0", "Some hospitals tell coarse") if words in plain]
+    assert not [words for words in ("between 0", "Some hospitals send coarse") if words in plain]
 
 
 def test_failures_settings_and_versions_are_listed(tmp_path):
@@ -398,7 +398,7 @@ def test_what_each_patient_has_cost_is_told_with_its_unit(tmp_path):
     assert "Unit: the patient, with all records, in or out." in page
     words = " ".join(page.split())
     assert "target, epsilon <b>4.0</b> at delta 1e-05" in words
-    assert "the hospitals told <b>2.500</b> at most" in words
+    assert "the hospitals reported <b>2.500</b> at most" in words
     assert "Not covered, since it carries no noise: numbers of records, and all that" in words
     assert "Each model for comparison is a run of its own" in words
     assert "Privacy accounting" not in page
@@ -654,7 +654,7 @@ def test_what_is_no_picture_is_named_and_left_out(tmp_path):
     assert "<script" not in text
     for line in (
         "Not shown: lost (pictures/1.png): it cannot be read (No such file or directory)",
-        "Not shown: <script> (pictures/2.png): it is no PNG",
+        "Not shown: <script> (pictures/2.png): it is not a PNG",
         "Not shown: large (pictures/3.png): it has 1025 x 4 pixels, more than 1024 x 1024",
         "Not shown: long (pictures/4.png): it cannot be read (it has "
         f"{len(pictures[3][2]):,} bytes, more than 512,000)",
@@ -786,7 +786,7 @@ def test_groups_have_a_table_a_column_and_the_gap_in_words(tmp_path):
     assert list(bands) == ["age-band", "<50", "50-65", ">=65"]
     assert "Best and worst group of age-band differ in AUC by 0.050." in page.text
     words = " ".join(page.text.split())
-    assert "A hospital tells nothing of a group of fewer than ten patients" in words
+    assert "A hospital sends nothing of a group of fewer than ten patients" in words
     assert "auc@" not in page.text
     assert "By group" not in report(tmp_path, full_summary())
 
@@ -922,19 +922,19 @@ def test_a_hospital_without_training_records_is_marked(tmp_path):
     assert "tested\xa0only" not in report(tmp_path, full_summary())
 
 
-def test_rows_turned_away_and_hospitals_that_take_no_part_are_told(tmp_path):
+def test_rows_rejected_and_hospitals_that_take_no_part_are_told(tmp_path):
     summary = full_summary()
-    summary["sites"]["hospital-2"]["turned-away"] = 12
+    summary["sites"]["hospital-2"]["rejected"] = 12
     summary["refused"] = {"no <b> column 'ill'": ["north", "south"], "odd": 7}
     page = Page(report(tmp_path, summary))
     table = page.table("Records per split")
-    assert table["Hospital"][3] == "Turned away"
+    assert table["Hospital"][3] == "Rejected"
     assert [table[site][3] for site in FEDERATED] == ["–", "12", "–"]
     assert table["All records together"][3] == "12"
-    assert "Turned away: records that cannot be used; the hospital’s own log" in page.text
+    assert "Rejected: records that cannot be used; the hospital’s own log" in page.text
     assert "Could not take part: north, south (no <b> column 'ill')." in page.text
     plain = report(tmp_path, full_summary())
-    assert "Turned away" not in plain
+    assert "Rejected" not in plain
     assert "Could not take part" not in plain
 
 

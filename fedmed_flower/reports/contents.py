@@ -1,0 +1,472 @@
+"""What the sections of a report say, computed from a run's summary. No HTML is made here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fedmed_flower.data.site import some_of
+from fedmed_flower.metrics.names import in_groups, lower_is_better
+from fedmed_flower.metrics.outcomes import gaps
+from fedmed_flower.reports import frame
+from fedmed_flower.reports.frame import COUNT, format_of
+from fedmed_flower.reports.summary import (
+    Total,
+    by_site,
+    classes,
+    mean,
+    measured,
+    metrics_by_site,
+    nested,
+    number,
+    tested_only,
+    total,
+    worst,
+)
+from fedmed_flower.reports.tables import Column
+from fedmed_flower.wire import Sent, noised_evaluation
+
+_MOST_IN_WORDS = 5
+_CHANGE = "+,.3f"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the federated model reaches.
+
+    Attributes
+    ----------
+    metrics
+        On all test records together; at most five.
+    records
+        The number of these records, if it is known.
+    by_site
+        The main metric of each hospital.
+    mean, worst
+        Of `by_site`: its mean, and the hospital with the worst value.
+    worst_patient
+        The Dice of the patient with the lowest, for a segmentation.
+    finished
+        Whether the run finished.
+    """
+
+    metrics: dict[str, Total]
+    records: float | None
+    by_site: dict[str, float]
+    mean: float | None
+    worst: str
+    worst_patient: float | None
+    finished: bool
+
+
+def result(summary: dict[str, Any], main: str) -> Result:
+    """Return what the federated model reaches."""
+    together = nested(summary, "test", "federated")
+    values = by_site(nested(summary, "test", "sites"), main)
+    keys = [key for key in metrics_by_site(summary, main) if not key.startswith("dice-")]
+    totals = {key: total(together, key) for key in keys[:_MOST_IN_WORDS]}
+    return Result(
+        metrics={key: each for key, each in totals.items() if each.value is not None},
+        records=number(together, "num-examples"),
+        by_site=values,
+        mean=mean(values),
+        worst=worst(values, lower_is_better(main)),
+        worst_patient=number(together, frame.WORST_PATIENT) if main == "dice" else None,
+        finished=summary.get("status") == "finished",
+    )
+
+
+@dataclass(frozen=True)
+class Hospitals:
+    """The table of hospitals.
+
+    Attributes
+    ----------
+    columns
+        Numbers of records, then metrics.
+    metrics
+        The names of these metrics.
+    undefined
+        Hospitals whose test records leave the main metric undefined.
+    untrained
+        Hospitals that were only tested.
+    rejected
+        Whether a hospital has rejected rows.
+    refused
+        Why hospitals could not take part, and which.
+    bounded
+        Whether the main metric has bounds.
+    """
+
+    columns: list[Column]
+    metrics: list[str]
+    undefined: list[str]
+    untrained: set[str]
+    rejected: bool
+    refused: list[tuple[str, str]]
+    bounded: bool
+
+
+def hospitals(summary: dict[str, Any], main: str) -> Hospitals:
+    """Return the table of hospitals."""
+    counts = nested(summary, "sites")
+    tested = nested(summary, "test", "sites")
+    together = nested(summary, "test", "federated")
+    metrics = metrics_by_site(summary, main)
+    columns = [_counts(split.capitalize(), counts, split) for split in ("train", "val", "test")]
+    rejected = _counts("Rejected", counts, "rejected")
+    if rejected.values:
+        columns.append(rejected)
+    for key in metrics:
+        values = by_site(tested, key)
+        lower = lower_is_better(key)
+        columns.append(
+            Column(frame.title(key), values, total(together, key), format_of(key), lower)
+        )
+    return Hospitals(
+        columns=columns,
+        metrics=metrics,
+        undefined=_undefined(tested, main),
+        untrained=tested_only(summary),
+        rejected=bool(rejected.values),
+        refused=_refused(summary),
+        bounded=total(together, main).bounds is not None,
+    )
+
+
+def _counts(title: str, sites: Mapping[str, Any], key: str) -> Column:
+    counts = by_site(sites, key)
+    return Column(title, counts, Total(sum(counts.values()) if counts else None), COUNT)
+
+
+def _undefined(tested: dict[str, Any], main: str) -> list[str]:
+    """Return the hospitals that measured their test records but could not say the main metric."""
+    if main not in frame.UNDEFINED:
+        return []
+    measured_there = {
+        site: {*nested(metrics)} - {"num-examples"} for site, metrics in tested.items()
+    }
+    return [site for site, keys in measured_there.items() if keys and main not in keys]
+
+
+def _refused(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (reason, some_of([*map(str, sites)]) if isinstance(sites, list) else "")
+        for reason, sites in nested(summary, "refused").items()
+    ]
+
+
+class Cell(NamedTuple):
+    """A metric of one class or group: of all hospitals together, and of each."""
+
+    key: str
+    total: Total
+    by_site: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a segmentation: by name the cells of one row, a metric each."""
+
+    metrics: list[str]
+    rows: dict[str, list[Cell]]
+
+
+def by_class(summary: dict[str, Any], shown: list[str]) -> Classes | None:
+    """Return the metrics of each class; None if the table of hospitals has them all."""
+    outlined = classes(summary)
+    known = {*measured(summary)}
+    keys = {kind: [f"{kind}-{name}" for name in outlined] for kind in frame.OUTLINED}
+    keys = {kind: of_kind for kind, of_kind in keys.items() if known.intersection(of_kind)}
+    in_other_table = {*shown} >= {key for of_kind in keys.values() for key in of_kind}
+    if "dice" not in shown or len(outlined) < 2 or in_other_table:
+        return None
+    together = nested(summary, "test", "federated")
+    sites = nested(summary, "test", "sites")
+    frame.require_small(len(outlined), len(sites))
+    rows = {name: [_cell(f"{kind}-{name}", together, sites) for kind in keys] for name in outlined}
+    return Classes([*keys], rows)
+
+
+def _cell(key: str, together: dict[str, Any], sites: Mapping[str, Any]) -> Cell:
+    return Cell(key, total(together, key), by_site(sites, key))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Patients with one value of a column."""
+
+    value: str
+    records: float | None
+    num_sites: int
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of one column, and how far the best and the worst lie apart by metric."""
+
+    column: str
+    metrics: list[str]
+    groups: list[Group]
+    gaps: dict[str, float]
+
+
+def groups(summary: dict[str, Any], main: str) -> list[Groups]:
+    """Return the groups of patients, a column each; none if no metric was measured by group."""
+    federated = nested(summary, "test", "federated")
+    shown = {key: value for key in federated if (value := number(federated, key)) is not None}
+    together = {group: metrics for group, metrics in in_groups(shown).items() if group}
+    if not together:
+        return []
+    tested = nested(summary, "test", "sites")
+    sites = {site: in_groups(nested(metrics)) for site, metrics in tested.items()}
+    frame.require_small(len(together), len(sites))
+    candidates = dict.fromkeys((main, *frame.GROUPED))
+    keys = [key for key in candidates if any(key in metrics for metrics in together.values())]
+    widths = gaps(shown)
+    listed = []
+    for column in dict.fromkeys(_column(group) for group in together):
+        names = sorted((g for g in together if _column(g) == column), key=_order)
+        rows = []
+        for name in names:
+            of_group = {site: nested(parts, name) for site, parts in sites.items()}
+            cells = [_cell(key, together[name], of_group) for key in keys]
+            records = number(together[name], "num-examples")
+            num_sites = len(by_site(of_group, "num-examples"))
+            rows.append(Group(name.partition("=")[2], records, num_sites, cells))
+        apart = {key: widths[f"{key}@{column}"] for key in keys if f"{key}@{column}" in widths}
+        listed.append(Groups(column, keys, rows, apart))
+    return listed
+
+
+def _column(group: str) -> str:
+    return group.removeprefix("@").partition("=")[0]
+
+
+def _order(group: str) -> tuple[int, str]:
+    """Return what sorts groups: bands from below to above, numbers by their size."""
+    value = group.partition("=")[2]
+    rank = {"<": 0, ">": 2}.get(value[:1], 1)
+    return rank, frame.natural(value)
+
+
+class Sides(NamedTuple):
+    """Who is better and who is worse, as far as three digits show it; the largest change first."""
+
+    better: list[str]
+    worse: list[str]
+
+
+def sides(changes: Mapping[str, float], main: str) -> Sides:
+    """Return the hospitals whose change is for the better, and those where it is for the worse."""
+    sign = -1 if lower_is_better(main) else 1
+    shown = {site: sign * round(change, 3) for site, change in changes.items()}
+    better = sorted((s for s in shown if shown[s] > 0), key=lambda s: -sign * changes[s])
+    worse = sorted((s for s in shown if shown[s] < 0), key=lambda s: sign * changes[s])
+    return Sides(better, worse)
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What fine-tuning at the hospitals did.
+
+    Attributes
+    ----------
+    num_sites
+        Hospitals that have fine-tuned.
+    num_measured, num_kept
+        Of these, who said how many passes it kept; who kept one or more.
+    changes
+        On test records: fine-tuned minus federated, of each hospital.
+    columns
+        On the validation records by which each hospital has chosen.
+    """
+
+    sites: list[str]
+    num_measured: int
+    num_kept: int
+    changes: dict[str, float]
+    columns: list[Column]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The federated model beside other models, by the main metric on test records.
+
+    Attributes
+    ----------
+    baselines
+        Whether models of one hospital alone, or of pooled data, were trained.
+    models
+        Of each model in the order of `plots.MODELS`: its value at each hospital.
+    gains
+        Federated minus alone, of each hospital that has both.
+    columns
+        The table, without columns that are empty.
+    complete
+        The hospitals with a number in every column.
+    fine_tuned
+        None if no hospital has fine-tuned.
+    """
+
+    baselines: bool
+    models: list[dict[str, float]]
+    gains: dict[str, float]
+    columns: list[Column]
+    complete: list[str]
+    fine_tuned: FineTuned | None
+
+
+def comparison(summary: dict[str, Any], sites: Iterable[str], main: str) -> Comparison | None:
+    """Return what the federated model is compared with; None if there is no other model."""
+    test = nested(summary, "test")
+    local = nested(test, "local")
+    pooled = nested(test, "pooled")
+    personal = nested(test, "personal")
+    if not local and not pooled and not personal:
+        return None
+    alone = by_site(local, main)
+    federated = by_site(nested(test, "sites"), main)
+    tuned = by_site(personal, main)
+    central = by_site(nested(pooled, "sites"), main)
+    gains = _differences(federated, alone)
+    changes = _differences(tuned, federated)
+    total_alone = mean(by_site({site: nested(part, "all") for site, part in local.items()}, main))
+    total_federated = number(test.get("federated"), main)
+    gain = None
+    if total_alone is not None and total_federated is not None:
+        gain = total_federated - total_alone
+    lower = lower_is_better(main)
+    columns = [
+        Column("Own model alone", alone, Total(total_alone, remark="mean of all models")),
+        Column("Federated", federated, total(test.get("federated"), main)),
+        Column("Fine-tuned at the hospital", tuned, Total()),
+        Column("Trained on pooled data", central, total(pooled, main)),
+        Column("Federated − alone", gains, Total(gain), _CHANGE),
+        Column("Fine-tuned − federated", changes, Total(), _CHANGE),
+    ]
+    columns = [column._replace(lower=lower) for column in columns if not _empty(column)]
+    filled = [column.values for column in columns if column.values]
+    return Comparison(
+        baselines=bool(local or pooled),
+        models=[alone, federated, tuned, central],
+        gains=gains,
+        columns=columns,
+        complete=[site for site in sites if all(site in values for values in filled)],
+        fine_tuned=_fine_tuned(personal, changes, lower) if personal else None,
+    )
+
+
+def _empty(column: Column) -> bool:
+    # A model may have no number at any hospital and yet one on all records together.
+    return not column.values and (column.total is None or column.total.value is None)
+
+
+def _differences(values: dict[str, float], others: dict[str, float]) -> dict[str, float]:
+    return {site: value - others[site] for site, value in values.items() if site in others}
+
+
+def _fine_tuned(personal: dict[str, Any], changes: dict[str, float], lower: bool) -> FineTuned:
+    before = by_site(personal, "val-global")
+    after = by_site(personal, "val-own")
+    passes = by_site(personal, "personal-epochs")
+    return FineTuned(
+        sites=[*personal],
+        num_measured=len(passes),
+        num_kept=sum(count > 0 for count in passes.values()),
+        changes=changes,
+        columns=[
+            Column("Federated", before, lower=lower),
+            Column("Fine-tuned", after, lower=lower),
+            Column("Change", _differences(after, before), spec=_CHANGE, lower=lower),
+            Column("Passes kept", passes, spec=COUNT),
+        ],
+    )
+
+
+class SiteCost(NamedTuple):
+    """What this run has cost a patient of one hospital, and in how many rounds."""
+
+    epsilon: float | None
+    rounds: float | None
+    declined: float | None
+
+
+@dataclass(frozen=True)
+class Patients:
+    """The guarantee for a patient: the run's target, and what each hospital reported."""
+
+    target_epsilon: Any
+    delta: Any
+    by_site: dict[str, SiteCost]
+    noised: bool
+    baselines: bool
+
+    @property
+    def most(self) -> float | None:
+        """The largest epsilon that a hospital reported."""
+        costs = [cost.epsilon for cost in self.by_site.values() if cost.epsilon is not None]
+        return max(costs, default=None)
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """The guarantees of a run; None each if the run gives none for that unit."""
+
+    hospital: dict[str, Any]
+    patients: Patients | None
+
+
+def privacy(summary: dict[str, Any]) -> Privacy:
+    """Return what the run's noise guarantees, for a hospital and for a patient."""
+    patient = nested(summary, "privacy", "patient")
+    hospital = nested(summary, "privacy", "hospital")
+    if not patient:
+        return Privacy(hospital, None)
+    sites = nested(patient, "sites")
+    costs = {
+        site: SiteCost(*(number(part, key) for key in ("epsilon", "rounds", "declined")))
+        for site, part in sites.items()
+    }
+    return Privacy(
+        hospital,
+        Patients(
+            target_epsilon=patient.get("target-epsilon"),
+            delta=patient.get("delta"),
+            by_site=costs,
+            noised=_noised(summary),
+            baselines=nested(summary, "config").get("baselines") is True,
+        ),
+    )
+
+
+def _noised(summary: dict[str, Any]) -> bool:
+    """Return whether the evaluations of every hospital carried noise."""
+    sites = Sent.of(summary.get("sent")).keys.get("evaluate", {})
+    return bool(sites) and all(noised_evaluation(keys) for keys in sites.values())
+
+
+class Disclosure(NamedTuple):
+    """What some hospitals sent in one reply: its kind, how it left, which hospitals, what."""
+
+    reply: str
+    how: str
+    sites: str
+    what: tuple[str, ...]
+
+
+def disclosed(summary: dict[str, Any]) -> list[Disclosure]:
+    """Return what the hospitals have sent; what all sent alike is one entry."""
+    sent = Sent.of(summary.get("sent"))
+    for by_hospital in sent.keys.values():
+        keys = {key for keys in by_hospital.values() for key in keys}
+        frame.require_small(len(keys), len(by_hospital))
+    count = len({site for sites in sent.keys.values() for site in sites})
+    listed = []
+    for reply, how, sites, what in sent.lines():
+        names = sorted(sites, key=frame.natural)
+        named = f"all {count}" if len(names) == count > 1 else some_of(names)
+        listed.append(Disclosure(reply, how, named, what))
+    return listed
