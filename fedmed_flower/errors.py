@@ -1,4 +1,4 @@
-"""Errors that are told in words, and the one function that cleans a text before it is shown."""
+"""Errors that users read, and the one function that cleans a text before it is shown."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import logging
 import re
 import unicodedata
 
-# What a hospital says in place of every failure that a patient's rows could have caused.
+# A hospital sends this text instead of any failure that a patient's rows could have caused.
 FAILED = "failed"
 _MOST_LETTERS = 4000
-# Control characters, and those that turn the direction of a line, are shown as Python writes them.
-_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Unicode categories of control characters, and of those that change the direction of a line.
+_INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _SPACES = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
 
 
@@ -23,15 +23,15 @@ def shown(value: object, most: int = _MOST_LETTERS) -> str:
     Parameters
     ----------
     value : object
-        Its text is taken.
+        An object whose ``str`` is shown.
     most : int
-        Letters; from a longer text the middle is left out.
+        Largest number of letters; of a longer text the middle is left out.
 
     Returns
     -------
     str
-        With a blank for each run of line breaks and tabs, and each other control character as its
-        code.
+        The text with a blank for each run of line breaks and tabs, and an escape code, as Python
+        writes it, for each other control character.
 
     Examples
     --------
@@ -41,7 +41,7 @@ def shown(value: object, most: int = _MOST_LETTERS) -> str:
     text = _SPACES.sub(" ", str(value))
     if not text.isprintable():
         text = "".join(
-            letter.encode("unicode_escape").decode() if _is_unseen(letter) else letter
+            letter.encode("unicode_escape").decode() if _is_invisible(letter) else letter
             for letter in text
         )
     if len(text) > most:
@@ -50,17 +50,18 @@ def shown(value: object, most: int = _MOST_LETTERS) -> str:
     return text
 
 
-def _is_unseen(letter: str) -> bool:
-    return unicodedata.category(letter) in _UNSEEN
+def _is_invisible(letter: str) -> bool:
+    return unicodedata.category(letter) in _INVISIBLE
 
 
 class _OneLine(logging.Filter):
-    """Cleans each line of this package's log, whatever names it quotes."""
+    """Cleans each line of this package's log, since names in it come from messages and files."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = shown(record.getMessage()), ()
+        record.msg = shown(record.getMessage())
+        record.args = ()
         if record.exc_info:
-            # Behind a bar: no line of a traceback can be taken for one of the log.
+            # With a bar, so that no line of a traceback looks like a line of the log.
             lines = logging.Formatter().formatException(record.exc_info).split("\n")
             record.exc_text = "\n".join(f"  | {shown(line)}" for line in lines)
         return True
@@ -70,9 +71,9 @@ logging.getLogger("flwr.fedmed").addFilter(_OneLine())
 
 
 class InputError(ValueError):
-    """A setting, a file or a folder that was given is wrong.
+    """A setting, a file or a folder is wrong.
 
-    The text is one line: what is wrong, where, which value was given and what to do.
+    The text is one line: what is wrong, where, which value was given, and what to do.
     Commands print it without a traceback and exit with code 2.
     """
 
@@ -81,9 +82,9 @@ class InputError(ValueError):
 
 
 class DeclinedError(Exception):
-    """A hospital does not take part, for a reason that it may tell: its privacy budget.
+    """A hospital does not take part, for a reason that may leave it, such as its privacy budget.
 
-    The text holds nothing about patients and reaches the server as it is.
+    The text reveals nothing about patients and is sent to the server unchanged.
     """
 
     def __init__(self, text: object = "") -> None:

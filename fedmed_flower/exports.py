@@ -1,4 +1,4 @@
-"""Public names of a room, each loaded when it is first asked for."""
+"""Public names of a room, each loaded at its first use."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 
 def on_demand(room: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], list[str]]:
-    """Return the ``__getattr__`` and the ``__all__`` of a room that loads its files on demand.
+    """Return ``__getattr__`` and ``__all__`` for a room that loads its files on demand.
 
-    A server that only takes a strategy must not wait for torch and MONAI to load.
+    So a server that uses only a strategy does not wait for torch and MONAI to load.
 
     Parameters
     ----------
     room : str
         The room's ``__name__``.
     homes : mapping of str to str
-        By public name the file, relative to the room.
+        The module of each public name, relative to the room.
     """
 
     def load(name: str) -> Any:

@@ -1,8 +1,9 @@
 """Reading a folder that a stranger may have written: nothing outside it, and no more than a bound.
 
-What is read of a run folder is JSON, TOML, tables of text, PNG and arrays of plain numbers; none of
-it can name code. Here is what holds for all of them: no file is reached through a link that leads
-out of the folder, no more is read than a bound, and an archive unpacks to no more than it holds.
+A run folder is read as JSON, TOML, tables of text, PNG and arrays of plain numbers; none of them
+can name code. The functions here hold for all of them: no file is reached through a link that leads
+out of the folder, no more bytes are read than a bound, and no archive unpacks to more bytes than it
+has.
 """
 
 from __future__ import annotations
@@ -22,25 +23,35 @@ from typing import Any, BinaryIO, TextIO
 
 from fedmed_flower.errors import InputError
 
-# Of a file that is read at once; as objects it takes twenty times as much memory.
+# Bytes of a file that is read at once; its objects take twenty times as much memory.
 MOST_TEXT = 1 << 26
-# Of a table, which is read line by line.
+# Bytes of a table, which is read line by line.
 MOST_TABLE = 1 << 34
-# What a reader of somebody else's content raises where the content is not what it should be.
+# Errors that a reader raises if somebody else's content is malformed.
 MALFORMED = (
     *(ArithmeticError, AttributeError, LookupError, MemoryError),
     *(RecursionError, TypeError, ValueError, csv.Error),
 )
 _MOST_LINE = 1 << 16
-_MOST_ENTRIES, _MOST_LEVELS, _MOST_MEMBERS = 1_000_000, 20, 1_000_000
-# The end of SQLite's journal of several files at once, after the name of a file that is deleted
-# when the journal is played back.
+_MOST_ENTRIES = 1_000_000
+_MOST_LEVELS = 20
+_MOST_MEMBERS = 1_000_000
+# The last bytes of an SQLite journal that names another file, which SQLite deletes when it plays
+# the journal back.
 _SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")
 
 
 @contextmanager
 def as_input_error(what: str, remedy: str) -> Iterator[None]:
-    """Turn what a reader raises on somebody else's content into an `InputError` of one line."""
+    """Turn an error of `MALFORMED` into an `InputError` of one line.
+
+    Parameters
+    ----------
+    what : str
+        Name of the content in the error.
+    remedy : str
+        What to do, as the end of the error.
+    """
     try:
         yield
     except InputError:
@@ -60,23 +71,23 @@ def open_file(folder: Path, name: str, most: int) -> BinaryIO:
     name : str
         Path of the file in the folder.
     most : int
-        Bytes that the file may have.
+        Largest number of bytes of the file.
 
     Raises
     ------
     OSError
-        If there is no such file, a link leads it out of the folder, or it is too large or not
-        one that can be read to its end. `strerror` is the reason in words.
+        If there is no such file, a link leads out of the folder, the file is too large, or it is
+        no regular file. `strerror` is the reason in words.
     """
     real = _inside(folder, folder / name)
-    # Opening a pipe would wait for somebody who writes to it.
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
     descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no file")
-        if about.st_size > most:
-            reason = f"it has {about.st_size:,} bytes, more than {most:,}"
+        if status.st_size > most:
+            reason = f"it has {status.st_size:,} bytes, more than {most:,}"
             raise OSError(errno.EFBIG, reason)
     except OSError:
         os.close(descriptor)
@@ -85,7 +96,7 @@ def open_file(folder: Path, name: str, most: int) -> BinaryIO:
 
 
 def _inside(folder: Path, path: Path) -> str:
-    """Return where a path leads to, which must be in a folder."""
+    """Resolve a path, which must not lead out of a folder."""
     real = os.path.realpath(path)
     if not Path(real).is_relative_to(os.path.realpath(folder)):
         raise OSError(errno.ELOOP, f"a link leads out of the folder, to {real}")
@@ -93,7 +104,13 @@ def _inside(folder: Path, path: Path) -> str:
 
 
 def read_file(folder: Path, name: str, most: int = MOST_TEXT) -> bytes:
-    """Return a file of a folder; what is raised is as in `open_file`."""
+    """Return the bytes of a file of a folder.
+
+    Raises
+    ------
+    OSError
+        As in `open_file`.
+    """
     with open_file(folder, name, most) as file:
         return file.read(most)
 
@@ -104,7 +121,7 @@ def read_lines(text: TextIO) -> Iterator[str]:
     Raises
     ------
     csv.Error
-        If one is longer than any line of ours: it could be as long as the file.
+        If a line has 65,536 letters or more, which no table of this package has.
     """
     while line := text.readline(_MOST_LINE):
         if len(line) == _MOST_LINE:
@@ -118,63 +135,67 @@ def read_object(folder: Path, name: str, hint: str) -> dict[str, Any]:
     Raises
     ------
     InputError
-        If there is none, with `hint`, which says what to do.
+        If the file cannot be read or holds no JSON object. The text ends with `hint`, which says
+        what to do.
     """
     path = folder / name
     try:
-        found = json.loads(read_file(folder, name).decode())
+        content = json.loads(read_file(folder, name).decode())
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not valid JSON: {error}"
         raise InputError(f"{path} cannot be read ({reason}): {hint}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds a {type(found).__name__}, not a JSON object: {hint}")
-    return found
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a JSON object: {hint}")
+    return content
 
 
 def require_closed(folder: Path) -> None:
-    """Refuse a folder from which a program that goes on in it would be led elsewhere.
+    """Refuse a folder in which a resumed run could read, change or delete files outside it.
 
     Raises
     ------
     InputError
-        If anything in it, at any depth, is a link that leads out, or is neither file nor folder;
-        or a database's journal names another file, which SQLite would delete.
+        If anything in the folder, at any depth, is a link that leads out, a file that has another
+        name elsewhere, or neither a file nor a folder; if a database's journal names another file,
+        which SQLite would delete; or if the folder holds too much or is too deep.
     """
     for count, path in enumerate(_everything(folder), start=1):
         if count > _MOST_ENTRIES or len(path.relative_to(folder).parts) > _MOST_LEVELS:
             raise InputError(
                 f"{folder} holds more than {_MOST_ENTRIES:,} files and folders, or they are more "
-                f"than {_MOST_LEVELS} deep: no run folder does"
+                f"than {_MOST_LEVELS} deep: it is no run folder"
             )
         try:
-            about = Path(_inside(folder, path)).stat()
-            mode = about.st_mode
+            status = Path(_inside(folder, path)).stat()
+            mode = status.st_mode
         except OSError as error:
             raise InputError(
-                f"{path} cannot be gone on with ({error.strerror}): put there what it stands for"
+                f"{path} cannot be used ({error.strerror}): replace it by the file that it "
+                "stands for"
             ) from error
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise InputError(f"{path} is neither a file nor a folder: remove it")
-        if stat.S_ISREG(mode) and about.st_nlink > 1:
+        if stat.S_ISREG(mode) and status.st_nlink > 1:
             raise InputError(f"{path} is one file with another name elsewhere: put a copy there")
         if stat.S_ISREG(mode) and path.name.endswith("-journal"):
-            _require_own_journal(path)
+            _require_single_journal(path)
 
 
 def _everything(folder: Path) -> Iterator[Path]:
-    """Return what is in a folder at any depth; no link is followed."""
-    for index, folders, names in os.walk(folder):
+    """Yield all files and folders in a folder, at any depth, without following links."""
+    for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
-            yield Path(index, name)
+            yield Path(parent, name)
 
 
 def require_lone_database(folder: Path, name: str) -> None:
-    """Refuse a database of SQLite that would lead to a file outside its folder when it is opened.
+    """Refuse an SQLite database if opening it could touch a file outside its folder.
 
     Raises
     ------
     InputError
-        As `require_closed`, of the database and the files that SQLite keeps beside it.
+        If the database, or a file that SQLite keeps beside it, is a link that leads out or is no
+        file, or if its journal names another file.
     """
     for ending in ("", "-journal", "-wal", "-shm"):
         path = folder / f"{name}{ending}"
@@ -188,10 +209,11 @@ def require_lone_database(folder: Path, name: str) -> None:
                 f"{path} cannot be read ({error.strerror}): put the file itself there"
             ) from error
         if ending == "-journal":
-            _require_own_journal(path)
+            _require_single_journal(path)
 
 
-def _require_own_journal(path: Path) -> None:
+def _require_single_journal(path: Path) -> None:
+    """Refuse an SQLite journal that names another file."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - len(_SUPER_JOURNAL)))
@@ -203,17 +225,23 @@ def _require_own_journal(path: Path) -> None:
 
 
 class StoredMembers:
-    """The members of a zip archive, each read when it is asked for.
+    """The members of an uncompressed zip archive, each read when it is asked for.
 
     Parameters
     ----------
     file : binary file
-        An archive whose members are stored as they are: all together they are no longer than it.
+        The archive.
+
+    Attributes
+    ----------
+    left : dict of str to zipfile.ZipInfo
+        Members that have not been read, by name.
 
     Raises
     ------
     ValueError
-        If a member is compressed or encrypted, two have one name, or they claim to be longer.
+        If there are more than a million members, if one is compressed or encrypted, if two have the
+        same name, or if together they claim more bytes than the file has.
     zipfile.BadZipFile, NotImplementedError, EOFError
         If the archive is damaged.
     """
@@ -225,22 +253,27 @@ class StoredMembers:
         if len(members) > _MOST_MEMBERS:
             raise ValueError(f"it has {len(members):,} members, more than {_MOST_MEMBERS:,}")
         if len({member.filename for member in members}) < len(members):
-            raise ValueError("two members have one name")
+            raise ValueError("two members have the same name")
         for member in members:
             packed = member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1
             if packed or member.file_size != member.compress_size:
-                raise ValueError(f"its member {member.filename} is not stored as it is")
-        if (total := sum(member.file_size for member in members)) > size:
+                raise ValueError(
+                    f"its member {member.filename} is compressed, encrypted or damaged"
+                )
+        total = sum(member.file_size for member in members)
+        if total > size:
             raise ValueError(f"its members claim {total:,} bytes, and the file has {size:,}")
         self.left = {member.filename: member for member in members}
 
     def pop(self, name: str, most: int) -> bytes:
-        """Return what a member holds, which is then not `left`.
+        """Return the bytes of a member and remove it from `left`.
 
         Raises
         ------
+        KeyError
+            If there is no such member, or it has been read before.
         ValueError
-            If it is longer than `most` bytes.
+            If the member has more than `most` bytes.
         """
         member = self.left.pop(name)
         if member.file_size > most:
@@ -251,9 +284,9 @@ class StoredMembers:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file so that a crash leaves either the old one or the new one, never a part."""
+    """Replace a file so that a crash leaves either the old or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name that nobody can know beforehand: a link of this name would be written through.
+    # The name cannot be guessed: a stranger's link of that name would be written through.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:

@@ -1,12 +1,13 @@
 """All that travels between server and hospitals: every key, record and reply, one line each.
 
-`MESSAGES` is what a server sends, `REPLIES` what a hospital sends back and how it leaves:
-`plain`: as it is. `bounded`: as it is, but of the fewest patients that the hospital allows.
-`known`: taken as known in every guarantee. `noised`: with noise that was charged, or following from
-such numbers alone. `never`: not.
+`MESSAGES` lists what a server sends. `REPLIES` lists what a hospital sends back, and how it leaves:
+`plain`: unchanged. `bounded`: unchanged, but computed from at least the minimum number of patients
+that the hospital sets. `known`: unchanged, and assumed to be known in every privacy guarantee.
+`noised`: with noise that was charged, or computed from such numbers alone. `never`: it does not
+leave.
 
-``docs/privacy.md`` has the same tables; a test holds messages and replies themselves against them.
-The report names by them what each hospital has in fact sent.
+``docs/privacy.md`` has the same tables, and a test compares them with real messages and replies.
+The report uses them to list what each hospital has in fact sent.
 """
 
 from __future__ import annotations
@@ -19,40 +20,60 @@ from typing import Any, NamedTuple, Self
 from flwr.app import RecordDict
 
 # Keys of a message's config. Flower's own:
-SERVER_ROUND, PROXIMAL_MU = "server-round", "proximal-mu"
-# Which rows are evaluated; whether all sites' rows together are meant, in a simulation.
-SPLIT, POOL_SITES = "split", "pool-sites"
-# One name for all rounds of a run; in a simulation, where its sites keep their ledgers.
-RUN_KEY, LEDGER_DIR = "run-key", "ledger-dir"
+SERVER_ROUND = "server-round"
+PROXIMAL_MU = "proximal-mu"
+# Which rows are evaluated.
+SPLIT = "split"
+# Whether all sites' rows together are meant, in a simulation.
+POOL_SITES = "pool-sites"
+# One name for all rounds of a run.
+RUN_KEY = "run-key"
+# Where the sites of a simulation keep their ledgers.
+LEDGER_DIR = "ledger-dir"
 # The digest of the model's part that does not travel, which every site must have too.
 FROZEN = "frozen-digest"
 # What all sites agreed upon before the first round, in each site's every message.
 AGREED = "agreed"
-# How the trees of several hospitals make one ensemble; which part of a round's step a site has.
-TREES, TREE_SHARE = "trees", "tree-share"
-# How many pictures or variants are asked for, and from which variant on.
-COUNT, OFFSET = "count", "offset"
-# A question for statistics; whether counts of an association study have squares.
-REQUEST, SQUARES = "request", "squares"
+# How the trees of several hospitals make one ensemble.
+TREES = "trees"
+# Which part of a round's step a site has.
+TREE_SHARE = "tree-share"
+# How many pictures or variants are asked for.
+COUNT = "count"
+# From which variant on.
+OFFSET = "offset"
+# A question for statistics.
+REQUEST = "request"
+# Whether counts of an association study have squares.
+SQUARES = "squares"
 
 # Records of a reply.
-SITE_RECORD, PATIENTS_RECORD = "site", "patients"
-CONTRIBUTION, PICTURES, STATISTICS = "contribution", "pictures", "statistics"
-COHORT, VARIANTS, PLACES, TOLD = "cohort", "variants", "places", "told"
+SITE_RECORD = "site"
+PATIENTS_RECORD = "patients"
+CONTRIBUTION = "contribution"
+PICTURES = "pictures"
+STATISTICS = "statistics"
+COHORT = "cohort"
+VARIANTS = "variants"
+POSITIONS = "positions"
+SUMS = "sums"
 # Which variants a hospital is asked for, in a message of an association study.
 BLOCK = "block"
-# Entries of them.
-DIGESTS, DIGEST_BYTES = "digests", 8
-TITLES, IMAGES, ANSWER = "titles", "images", "answer"
-TURNED_AWAY = "turned-away"
-# Of a site's own model: its main figure on validation rows, before and after, and the passes kept.
+# Entries of these records.
+DIGESTS = "digests"
+DIGEST_BYTES = 8
+TITLES = "titles"
+IMAGES = "images"
+ANSWER = "answer"
+REJECTED = "rejected"
+# Of a site's own model: its main metric on validation rows, before and after, and the passes kept.
 PERSONAL = ("val-global", "val-own", "personal-epochs")
 # What a run has cost a patient of a site; of several sites, the most.
 EPSILON = "patient-epsilon"
 # What the rounds have cost a hospital, by the server's noise.
 HOSPITAL_EPSILON = "hospital-epsilon"
 
-# How the reply of a hospital begins that does not take part, for a reason that it may tell.
+# How the reply of a hospital begins that does not take part, for a reason that it may send.
 DECLINED = "declined: "
 # Stands for all sites together where a site's name is expected.
 ALL_SITES = "all"
@@ -66,13 +87,16 @@ class Entry(NamedTuple):
     Attributes
     ----------
     reply : str
-        To which kind of message: ``train``, ``evaluate``, the name of a query, or ``any``.
+        Kind of message that is answered: ``train``, ``evaluate``, the name of a query, or ``any``.
     key : str
-        Name of the record and of its entry. ``CLASS``, ``COLUMN`` and ``FIGURE`` stand for any.
+        Name of the record and of its entry. ``CLASS``, ``COLUMN`` and ``FIGURE`` are placeholders
+        for any class, column and metric.
     what : str
-        In words.
-    plain, private : str
-        How it leaves in a plain run, and in a private one or where the hospital has a budget.
+        Description for readers.
+    plain : str
+        How the entry leaves in a plain run.
+    private : str
+        How it leaves in a private run, or if the hospital has a budget.
     """
 
     reply: str
@@ -92,9 +116,9 @@ class Sending(NamedTuple):
     key : str
         Name of the record and of its entry.
     what : str
-        In words.
+        Description for readers.
     writer, reader : str
-        Which file of the server writes it, and which of the hospital reads it.
+        The module of the server that writes it, and the module of the hospital that reads it.
     """
 
     message: str
@@ -156,7 +180,7 @@ describe | metrics.num-examples | number of training rows, once more | plain | k
 describe | metrics.train | number of training rows (private: of patients) | plain | known
 describe | metrics.val | number of validation rows (private: of patients) | plain | known
 describe | metrics.test | number of test rows (private: of patients) | plain | known
-describe | metrics.turned-away | number of rows that could not be used | plain | never
+describe | metrics.rejected | number of rows that could not be used | plain | never
 contribution | contribution.moments COLUMN | moments of a column | bounded | never
 contribution | contribution.categories COLUMN | categories of ten patients or more | bounded | never
 contribution | contribution.counts COLUMN | how many patients have each | bounded | never
@@ -218,13 +242,13 @@ variants | variants.names | ids of the variants | plain | never
 variants | variants.first | alleles A1 | plain | never
 variants | variants.second | alleles A2 | plain | never
 variants | variants.offset | where the next lines begin | plain | never
-variants | places.chromosomes | chromosomes of the variants | plain | never
-variants | places.positions | positions of the variants | plain | never
-counts | told.values | people and copies by case status | bounded | never
-linear | told.values | sums of products of copies, covariates, trait | bounded | never
-logistic | told.values | score and information of a Newton step | bounded | never
-logistic | told.withheld | variants in which one person weighs too much | bounded | never
-loadings | told.values | sums from which genotypes can be computed | plain | never
+variants | positions.chromosomes | chromosomes of the variants | plain | never
+variants | positions.positions | positions of the variants | plain | never
+counts | sums.values | people and copies by case status | bounded | never
+linear | sums.values | sums of products of copies, covariates, trait | bounded | never
+logistic | sums.values | score and information of a Newton step | bounded | never
+logistic | sums.withheld | variants in which one person weighs too much | bounded | never
+loadings | sums.values | sums from which genotypes can be computed | plain | never
 """
 REPLIES = tuple(
     Entry(*(cell.strip() for cell in line.split("|"))) for line in _REPLIES.strip().splitlines()
@@ -240,12 +264,12 @@ _PRIVATE = {entry.key for entry in REPLIES if entry.plain == NEVER}
 
 
 def keys_of(reply: str, content: RecordDict) -> set[str]:
-    """Return the keys of a reply as `REPLIES` has them.
+    """Return the keys of a reply in the notation of `REPLIES`.
 
     Parameters
     ----------
     reply : str
-        To which kind of message, as in `Entry`.
+        Kind of message that is answered, as in `Entry`.
     content : RecordDict
     """
     return {_generic(reply, name, str(key)) for name, record in content.items() for key in record}
@@ -257,8 +281,8 @@ def _generic(reply: str, name: str, key: str) -> str:
     metric, _, group = key.partition("@")
     if name == "metrics" and reply == "evaluate" and group:
         return "metrics.FIGURE@column=value"
-    own = metric.startswith("val-") or metric == "personal-epochs"
-    if name == "metrics" and reply == "personal" and not own:
+    listed = metric.startswith("val-") or metric == "personal-epochs"
+    if name == "metrics" and reply == "personal" and not listed:
         return "metrics.FIGURE"
     metric = re.sub(r"^(dice|hd95|surface-dice)-(?!worst$).*", r"\1-CLASS", metric)
     metric = re.sub(r"^(moments|categories|counts) .*", r"\1 COLUMN", metric)
@@ -266,23 +290,26 @@ def _generic(reply: str, name: str, key: str) -> str:
 
 
 def noised_evaluation(keys: Collection[str]) -> bool:
-    """Return whether an evaluation with these keys carries noise, or tells no figure."""
+    """Return whether an evaluation with these keys carries noise or contains no metric at all."""
     figures = {entry.key for entry in REPLIES if entry.reply == "evaluate"}
     figures.discard("metrics.num-examples")
     return figures.isdisjoint(keys) or not _PRIVATE.isdisjoint(keys)
 
 
 class Line(NamedTuple):
-    """What several sites have sent alike.
+    """Entries that left the same sites in the same way.
 
     Attributes
     ----------
     reply : str
         As in `Entry`.
     how : str
-        As `Entry.plain`; ``simulated`` for what only a simulation sends, ``unlisted`` for what is
-        not in `REPLIES`, such as a figure of the app's own.
-    sites, what : tuple of str
+        As `Entry.plain`. Also ``simulated`` for an entry that only a simulation sends, and
+        ``unlisted`` for one that is not in `REPLIES`, such as a metric that the app adds.
+    sites : tuple of str
+        Names of the sites.
+    what : tuple of str
+        Descriptions of the entries, as `Entry.what`.
     """
 
     reply: str
@@ -291,22 +318,22 @@ class Line(NamedTuple):
     what: tuple[str, ...]
 
 
-def _place(reply: str) -> int:
+def _order(reply: str) -> int:
     order = [*dict.fromkeys(entry.reply for entry in REPLIES)]
     return order.index(reply) if reply in order else len(order)
 
 
 def _ways(entry: Entry | None, key: str, sites: Mapping[str, set[str]]) -> dict[str, list[str]]:
-    """Return the sites that have sent a key, by how it left them."""
-    found: dict[str, list[str]] = {}
+    """Return the names of the sites that have sent a key, by how it left."""
+    sites_of: dict[str, list[str]] = {}
     for site, keys in sites.items():
         if entry is None:
             how = "simulated" if key in SIMULATED else "unlisted"
         else:
             how = entry.plain if _PRIVATE.isdisjoint(keys) else entry.private
         if key in keys:
-            found.setdefault(how, []).append(site)
-    return found
+            sites_of.setdefault(how, []).append(site)
+    return sites_of
 
 
 @dataclass
@@ -316,57 +343,57 @@ class Sent:
     Attributes
     ----------
     keys : dict
-        Keys as `REPLIES` has them, by the kind of reply and the name of the site.
+        Keys in the notation of `REPLIES`, by the kind of reply and the name of the site.
     """
 
     keys: dict[str, dict[str, set[str]]] = field(default_factory=dict)
 
     def take(self, reply: str, site: str, content: RecordDict) -> None:
-        """Take up a reply, whether it could be used or not."""
+        """Record the keys of a reply, even if the reply could not be used."""
         self.keys.setdefault(reply, {}).setdefault(site, set()).update(keys_of(reply, content))
 
     def add(self, other: Sent) -> None:
-        """Take up what others have taken up."""
+        """Add the keys that another `Sent` has recorded."""
         for reply, sites in other.keys.items():
             for site, keys in sites.items():
                 self.keys.setdefault(reply, {}).setdefault(site, set()).update(keys)
 
     def table(self) -> dict[str, dict[str, list[str]]]:
-        """Return the keys as JSON has them, in order."""
+        """Return the sorted keys as lists and dicts, for JSON."""
         return {
             reply: {site: sorted(keys) for site, keys in sorted(sites.items())}
             for reply, sites in sorted(self.keys.items())
         }
 
     def lines(self) -> list[Line]:
-        """Return what was sent, together what left alike from the same sites."""
+        """Return what was sent, grouped by reply, way of leaving, and sites."""
         common = {entry.key for entry in REPLIES if entry.reply == "any"}
-        found: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+        lines: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
         every: dict[str, set[str]] = {}
         for sites in self.keys.values():
             for site, keys in sites.items():
                 every.setdefault(site, set()).update(keys & common)
         replies = {"any": every} | self.keys
-        for reply in sorted(replies, key=_place):
+        for reply in sorted(replies, key=_order):
             known = {entry.key: entry for entry in REPLIES if entry.reply == reply}
             sent = {key for keys in replies[reply].values() for key in keys}
             sent -= set() if reply == "any" else common
             for key in (*(key for key in known if key in sent), *sorted(sent - known.keys())):
                 what = known[key].what if key in known else SIMULATED.get(key, key)
                 for how, names in _ways(known.get(key), key, replies[reply]).items():
-                    found.setdefault((reply, how, tuple(names)), []).append(what)
-        return [Line(*alike, tuple(what)) for alike, what in found.items()]
+                    lines.setdefault((reply, how, tuple(names)), []).append(what)
+        return [Line(*alike, tuple(what)) for alike, what in lines.items()]
 
     @classmethod
     def of(cls, table: Any) -> Self:
-        """Return what `table` gave; what it cannot have given is left out."""
-        found = cls()
+        """Read a result of `table`; parts that `table` cannot have returned are ignored."""
+        sent = cls()
         for reply, sites in table.items() if isinstance(table, dict) else ():
             for site, keys in sites.items() if isinstance(sites, dict) else ():
                 if isinstance(keys, list):
                     names = {key for key in keys if isinstance(key, str)}
-                    found.keys.setdefault(reply, {})[site] = names
-        return found
+                    sent.keys.setdefault(reply, {})[site] = names
+        return sent
 
 
 def tell_error(site: str, text: str) -> str:
@@ -375,6 +402,6 @@ def tell_error(site: str, text: str) -> str:
 
 
 def read_error(reason: str) -> tuple[str | None, str]:
-    """Return site and text of a reason that `tell_error` made; None and the reason of another."""
-    found = re.fullmatch(r"site (.+?): (.*)", reason, re.DOTALL)
-    return (found[1], found[2]) if found else (None, reason)
+    """Split a reason that `tell_error` made into site and text; for any other, the site is None."""
+    match = re.fullmatch(r"site (.+?): (.*)", reason, re.DOTALL)
+    return (match[1], match[2]) if match else (None, reason)

@@ -163,10 +163,10 @@ def unreadable(folder: Path, epsilon: float) -> Found:
             how = {"local_steps": 1, "learning_rate": 1.0, "max_grad_norm": 1.0}
             after = victim.trained(arrays, **how)
             noise = noise_for(epsilon, DELTA, 1.0, 1)
-            told = 40 - noise / (after["1.weight"] - arrays["1.weight"]).std() if after else 0
+            sums = 40 - noise / (after["1.weight"] - arrays["1.weight"]).std() if after else 0
         else:
-            told = victim.ask("query.describe")["metrics"].get("turned-away", 0)
-        right += round(float(told)) == count
+            sums = victim.ask("query.describe")["metrics"].get("rejected", 0)
+        right += round(float(sums)) == count
     return Found(right, len(counts), len(counts) / 6)
 
 
@@ -229,10 +229,10 @@ def ask_genomes(folder: Path, epsilon: float) -> Callable[[float, float], Floats
             "intercepts": np.full(VARIANTS, start),
         }
         reply = victim.ask("query.logistic", lines | model)
-        if "told" not in reply:
+        if "sums" not in reply:
             return np.full((VARIANTS, 9), np.nan)
-        told = {name: view(array) for name, array in reply["told"].items()}
-        return np.where(told["withheld"][:, None], np.nan, told["values"])
+        sums = {name: view(array) for name, array in reply["sums"].items()}
+        return np.where(sums["withheld"][:, None], np.nan, sums["values"])
 
     return ask
 
@@ -252,8 +252,8 @@ def compared(guess: Floats) -> Found:
 def steep(folder: Path, epsilon: float) -> Found:
     """Ask at slopes so steep that one person, whose age is known, has all the weight."""
     ask = ask_genomes(folder, epsilon)
-    told = np.stack([ask(5000.0, -5000 * age) for age in about_mean()])
-    return compared(told[..., 5] / told[..., 3])
+    sums = np.stack([ask(5000.0, -5000 * age) for age in about_mean()])
+    return compared(sums[..., 5] / sums[..., 3])
 
 
 def mild(folder: Path, epsilon: float) -> Found:
@@ -264,7 +264,7 @@ def mild(folder: Path, epsilon: float) -> Found:
     then the next.
     """
     ask, age = ask_genomes(folder, epsilon), about_mean()
-    parts, told = [], []
+    parts, sums = [], []
     for size, sign, middle in itertools.product(
         np.geomspace(0.005, 0.5, 6), (1, -1), np.linspace(age.min(), age.max(), 14)
     ):
@@ -274,11 +274,11 @@ def mild(folder: Path, epsilon: float) -> Found:
             weight = risk * (1 - risk)
             # One number more: the copies of all cases together.
             parts += [[*-risk, 1.0], [*weight, 0.0], [*weight * age, 0.0]]
-            told += [*answer[:, [2, 5, 7]].T]
+            sums += [*answer[:, [2, 5, 7]].T]
     guess = np.full((PEOPLE + 1, VARIANTS), np.nan)
-    left = [*range(PEOPLE + 1)] if told else []
-    scale = np.linalg.norm(parts, axis=1)[:, None] if told else 1.0
-    matrix, rest = np.array(parts) / scale, np.array(told) / scale
+    left = [*range(PEOPLE + 1)] if sums else []
+    scale = np.linalg.norm(parts, axis=1)[:, None] if sums else 1.0
+    matrix, rest = np.array(parts) / scale, np.array(sums) / scale
     while left:
         inverse = np.linalg.pinv(matrix[:, left], rcond=1e-15)
         surest = int(np.argmin((inverse**2).sum(1)))

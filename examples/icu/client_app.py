@@ -41,10 +41,10 @@ class IntensiveCareUnit(TabularClient):
         table = table_of(own, self.schema, f"{ICU_SOURCE}, hospital {hospitals[site.index]}")
         if site.index in held_out:
             # A hospital that takes no part in training tests the model on all of its patients.
-            away = table.turned_away
-            return SiteData(train=(), test=table.rows, source=ICU_SOURCE, turned_away=away)
+            away = table.rejected
+            return SiteData(train=(), test=table.rows, source=ICU_SOURCE, rejected=away)
         splits = split_patients(table.rows, self.settings.seed, (0.85, 0.15, 0.0))
-        return SiteData(**splits, source=ICU_SOURCE, turned_away=table.turned_away)
+        return SiteData(**splits, source=ICU_SOURCE, rejected=table.rejected)
 
     def _held_out(self, count: int) -> set[int]:
         """Return which hospitals take no part in training: one quarter of all."""

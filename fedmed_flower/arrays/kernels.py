@@ -1,8 +1,8 @@
 """The only loops over parameters: weighted sums, order statistics and inner products of replies.
 
 A reply is a row: a sequence of flat arrays, one for each entry of the model. The rows of one call
-have the same entries. All kernels go through them block by block, so that a block stays in the
-processor's cache while every row passes through it, and copy no row as a whole.
+have the same entries. All kernels process the rows block by block, so that a block stays in the
+processor's cache while every row is read, and copy no row as a whole.
 
 Sums are made in float32 for 16-bit and 32-bit floating-point entries and in float64 for float64 and
 integers. An entry of dtype ``V2`` holds bfloat16 numbers, which NumPy does not know.
@@ -26,16 +26,19 @@ from numpy.typing import NDArray
 T = TypeVar("T")
 Row = Sequence[NDArray[Any]]
 Reduce = Callable[[list[NDArray[Any]]], NDArray[Any]]
-# Where an entry's part lies: entry, start and stop in it, place in the block.
+# A part of an entry: index of the entry, start and stop within it, start within the block.
 Piece = tuple[int, int, int, int]
 
 BFLOAT16 = np.dtype("V2")
-# Measured by benchmarks/aggregation.py --crossover: beyond it, sorting columns is faster.
+# With more rows, sorting columns is faster, as benchmarks/aggregation.py --crossover measures.
 NETWORK_UP_TO = 64
-# Elements: the largest that gain from the cache, and fewest calls of NumPy among those.
-_SUM_BLOCK, _GRAM_BLOCK, _SORT_BLOCK = 65536, 8192, 32768
+# Elements a block: as many as the cache holds, because larger blocks need fewer calls of NumPy.
+_SUM_BLOCK = 65536
+_GRAM_BLOCK = 8192
+_SORT_BLOCK = 32768
+# Elements of a block over all rows.
 _SORT_CACHE = 1 << 20
-# Below it, a thread costs more than it brings.
+# Elements a thread: with fewer, starting a thread costs more time than it saves.
 _PER_THREAD = 1 << 20
 
 
@@ -44,13 +47,14 @@ def threads() -> int:
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdecimal() and int(given):
         return int(given)
-    # Only Linux can tell which cores this process may use.
-    own = getattr(os, "sched_getaffinity", None)
-    return min(len(own(0)) if own else os.cpu_count() or 1, 4)
+    # Only Linux reports which cores this process may use.
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(cores, 4)
 
 
 def weighted_sum(rows: Sequence[Row], weights: Sequence[float], outs: Row) -> None:
-    """Write ``sum_k weights[k] rows[k]`` to `outs`, in the order of the rows.
+    """Write ``sum_k weights[k] rows[k]`` to `outs`, added in the order of the rows.
 
     Parameters
     ----------
@@ -58,7 +62,7 @@ def weighted_sum(rows: Sequence[Row], weights: Sequence[float], outs: Row) -> No
         K may be 0.
     weights : sequence of K floats
     outs : row
-        Written in place; may have other dtypes than the rows. Rounded for integers.
+        Written in place; may have other dtypes than the rows. Integers are rounded.
     """
 
     def work(blocks: list[list[Piece]]) -> None:
@@ -88,8 +92,8 @@ def accumulate(
 ) -> None:
     """Add ``weight row``, or ``weight (row - centre)``, to sums in twice float64's precision.
 
-    So exactly that the order of the rows makes no difference to the mean, but where numbers a
-    1e16 times larger cancel each other out.
+    The sums are so exact that the order of the rows does not change the mean, unless numbers 1e16
+    times larger than it cancel each other out.
 
     Parameters
     ----------
@@ -108,15 +112,15 @@ def accumulate(
                 part = np.subtract(part, widen(centre[entry][start:stop]), dtype=high.dtype)
             term = np.multiply(part, weight, dtype=high.dtype)
             total = high + term
-            seen = total - high
-            low += (high - (total - seen)) + (term - seen)
+            added = total - high
+            low += (high - (total - added)) + (term - added)
             high[...] = total
 
     _share(_blocks([len(part) for part in row], _GRAM_BLOCK, pack=False), work)
 
 
 def divide(sums: Sequence[NDArray[Any]], total: float, outs: Row) -> None:
-    """Write what `accumulate` has added up, divided by a number, to `outs`."""
+    """Write the sums of `accumulate`, divided by `total`, to `outs`."""
 
     def work(blocks: list[list[Piece]]) -> None:
         for ((entry, start, stop, _),) in blocks:
@@ -135,7 +139,7 @@ def order_statistics(
     reduce: Reduce | None = None,
     mix: NDArray[np.float64] | None = None,
 ) -> NDArray[np.bool_]:
-    """Write a function of the sorted values of each parameter to `outs`.
+    """Sort the values of each parameter over the rows, and write a function of them to `outs`.
 
     Parameters
     ----------
@@ -145,15 +149,20 @@ def order_statistics(
     low, high : int
         The ranks that are needed: ``low <= rank < high``.
     reduce : callable, optional
-        Takes ``high - low`` arrays of shape (n,), in ascending order at each place, which it may
-        change, and returns one of shape (n,). The mean where None.
+        Takes ``high - low`` arrays of shape (n,), in ascending order at each index, which it may
+        change, and returns one of shape (n,). If left out: the mean.
     mix : ndarray of shape (M, K), optional
-        Sort the M rows ``mix @ rows`` in place of the K rows.
+        Sort the M rows ``mix @ rows`` instead of the K rows.
 
     Returns
     -------
     ndarray of shape (K,)
-        Which rows are finite throughout; where not all are, `outs` is of no use.
+        Which rows are finite throughout. Unless all are, `outs` must not be used.
+
+    Raises
+    ------
+    ValueError
+        If the ranks do not exist, or an entry is complex.
     """
     count = len(rows) if mix is None else len(mix)
     if not 0 <= low < high <= count:
@@ -163,7 +172,7 @@ def order_statistics(
     for dtype, entries in _by_working(outs).items():
         if dtype.kind == "c":
             raise ValueError("complex numbers have no order")
-        # Sorting columns takes three copies of a block.
+        # Sorting columns needs three more copies of a block.
         cache = _SORT_CACHE if count <= NETWORK_UP_TO else _SORT_CACHE // 4
         width = min(_SORT_BLOCK, max(1024, cache // count))
 
@@ -184,7 +193,7 @@ def order_statistics(
                     for entry, start, stop, index in block:
                         part = row[entries[entry]][start:stop]
                         buffer[k, index : index + stop - start] = widen(part)
-                # Not into a buffer: NumPy 2.4 writes every fourth flag where they are strided.
+                # No out= here: NumPy 2.4 writes only every fourth flag into a strided buffer.
                 sound &= np.isfinite(buffer[:, :size]).all(axis=1)
                 if weights is not None:
                     np.matmul(weights, buffer[:, :size], out=mixed[:, :size])
@@ -201,20 +210,20 @@ def order_statistics(
 
 
 def gram(rows: Sequence[Row], centre: Row, double: bool = False) -> NDArray[np.float64]:
-    """Return the inner products of the rows' floating-point entries, taken from a centre.
+    """Return the inner products of the rows' differences to a centre, in floating-point entries.
 
     Parameters
     ----------
     rows : sequence of K rows
     centre : row
     double : bool
-        Multiply in float64 throughout; else blocks of single-precision entries in float32.
+        Multiply in float64 throughout; if False, single-precision entries in float32.
 
     Returns
     -------
     ndarray of shape (K, K)
-        ``G[i, j] = <rows[i] - centre, rows[j] - centre>``, summed up in float64. A row that is not
-        finite, or so far from the centre that its square overflows, has no finite ``G[i, i]``.
+        ``G[i, j] = <rows[i] - centre, rows[j] - centre>``, summed in float64. ``G[i, i]`` is not
+        finite if row i is not, or is so far from the centre that its square overflows.
     """
     total = np.zeros((len(rows), len(rows)))
     for dtype, entries in _by_working(centre).items():
@@ -224,18 +233,18 @@ def gram(rows: Sequence[Row], centre: Row, double: bool = False) -> NDArray[np.f
         with np.errstate(invalid="ignore", over="ignore"):
             for block in _blocks([len(centre[entry]) for entry in entries], width):
                 for entry, start, stop, index in block:
-                    own = widen(centre[entries[entry]][start:stop])
+                    origin = widen(centre[entries[entry]][start:stop])
                     for k, row in enumerate(rows):
                         part = widen(row[entries[entry]][start:stop])
                         out = buffer[k, index : index + stop - start]
-                        np.subtract(part, own, out=out, dtype=buffer.dtype)
+                        np.subtract(part, origin, out=out, dtype=buffer.dtype)
                 size = block[-1][3] + block[-1][2] - block[-1][1]
                 total += buffer[:, :size] @ buffer[:, :size].T
     return total
 
 
 def is_floating(dtype: np.dtype[Any]) -> bool:
-    """Return whether an entry of this dtype takes part in norms and distances."""
+    """Return whether entries of a dtype count in norms and distances."""
     return dtype.kind == "f" or dtype == BFLOAT16
 
 
@@ -248,7 +257,7 @@ def working(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def widen(values: NDArray[Any]) -> NDArray[Any]:
-    """Return bfloat16 numbers as float32; other arrays as they are."""
+    """Return bfloat16 numbers as float32; return other arrays unchanged."""
     if values.dtype != BFLOAT16:
         return values
     bits: NDArray[Any] = values.view(np.uint16).astype(np.uint32) << 16
@@ -257,7 +266,7 @@ def widen(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def narrow(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Round numbers to the nearest that a dtype has, ties to even; integers stay in range."""
+    """Round numbers to the nearest of a dtype, ties to even; clip them to an integer's range."""
     if values.dtype == dtype:
         return values
     if dtype == BFLOAT16:
@@ -267,7 +276,8 @@ def narrow(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     if dtype.kind in "iu":
         info = np.iinfo(dtype)
         # float(max) may round to a value above max, which would overflow in the cast.
-        low, high = float(info.min), np.nextafter(float(info.max), 0)
+        low = float(info.min)
+        high = np.nextafter(float(info.max), 0)
         whole: NDArray[Any] = np.asarray(np.clip(values, low, high)).astype(dtype)
         whole[values > high] = info.max
         return whole
@@ -277,8 +287,10 @@ def narrow(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
 def _bfloat16(values: NDArray[Any]) -> NDArray[Any]:
     single = values.astype(np.float32)
     bits = single.view(np.uint32)
-    # Rounding twice goes wrong next to a tie, but for an odd last bit that tells of what was cut.
-    inexact, larger = single != values, abs(single) > abs(values)
+    # Rounding twice can go wrong at a tie of the second rounding. So the first one cuts off towards
+    # zero, and sets the last bit if anything was cut off.
+    inexact = single != values
+    larger = abs(single) > abs(values)
     bits -= larger
     bits |= inexact
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
@@ -289,13 +301,13 @@ def _bfloat16(values: NDArray[Any]) -> NDArray[Any]:
 
 @functools.lru_cache(maxsize=64)
 def network(count: int, low: int, high: int) -> tuple[tuple[int, int, bool, bool], ...]:
-    """Return the comparators that put the ranks ``low <= rank < high`` of `count` rows in place.
+    """Return the comparators that sort the ranks ``low <= rank < high`` of `count` rows.
 
     Returns
     -------
     tuple of (i, j, lower, upper)
-        Compare rows i and j; the smaller goes to i where `lower` is needed later, the larger to j
-        where `upper` is.
+        Compare rows i and j. The smaller one goes to i if `lower`, the larger one to j if `upper`;
+        otherwise that row is not needed later.
     """
     comparators = []
     span = 1 << max(count - 1, 0).bit_length()
@@ -311,16 +323,16 @@ def network(count: int, low: int, high: int) -> tuple[tuple[int, int, bool, bool
             k //= 2
         p *= 2
     needed = set(range(low, high))
-    kept = []
+    pruned = []
     for i, j in reversed(comparators):
         if i in needed or j in needed:
-            kept.append((i, j, i in needed, j in needed))
+            pruned.append((i, j, i in needed, j in needed))
             needed |= {i, j}
-    return tuple(reversed(kept))
+    return tuple(reversed(pruned))
 
 
 def _sort(block: NDArray[Any], low: int, high: int, spare: NDArray[Any]) -> list[NDArray[Any]]:
-    """Return the wanted ranks of each column of a block, which is used up."""
+    """Return the wanted ranks of each column of a block; the block is overwritten."""
     if len(block) > NETWORK_UP_TO:
         columns = np.ascontiguousarray(block.T)
         columns.sort(axis=1)
@@ -354,7 +366,7 @@ def _by_working(row: Row) -> dict[np.dtype[Any], list[int]]:
 
 
 def _blocks(sizes: Sequence[int], width: int, pack: bool = True) -> list[list[Piece]]:
-    """Cut entries into blocks of at most `width` elements; small entries share one if `pack`."""
+    """Divide entries into blocks of at most `width` elements; small ones share one if `pack`."""
     blocks: list[list[Piece]] = []
     index = width
     for entry, size in enumerate(sizes):
@@ -371,7 +383,7 @@ def _blocks(sizes: Sequence[int], width: int, pack: bool = True) -> list[list[Pi
 
 
 def _share(blocks: list[list[Piece]], work: Callable[[list[list[Piece]]], T]) -> list[T]:
-    """Let threads do equal shares of the blocks: NumPy lets go of Python's lock in long loops."""
+    """Divide the blocks among threads, which help as NumPy releases Python's lock in long loops."""
 
     def quiet(part: list[list[Piece]]) -> T:
         with np.errstate(invalid="ignore", over="ignore"):

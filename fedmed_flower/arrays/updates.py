@@ -21,40 +21,41 @@ class NotUsableError(Exception):
 
     Attributes
     ----------
-    reasons : dict
-        Why, by the position among the updates; not empty.
+    reasons : dict of int to str
+        Why each of them must not be used, by its index among the updates; not empty.
     broken : bool
-        Whether no honest site in order sends such an update.
+        Whether no honest site that works correctly sends such an update.
     """
 
     def __init__(self, reasons: dict[int, str], broken: bool = True) -> None:
         super().__init__("; ".join(f"update {k}: {reason}" for k, reason in reasons.items()))
-        self.reasons, self.broken = reasons, broken
+        self.reasons = reasons
+        self.broken = broken
 
 
 class Updates:
-    """What the sites sent in one round: K replies as one K x P matrix that is never built.
+    """The replies of K sites in one round, as one K x P matrix that is never built.
 
     Parameters
     ----------
     arrays : sequence of K ArrayRecord
-        Of the keys, shapes and dtypes of `layout`. Never changed.
+        With the keys, shapes and dtypes of `layout`. They are never changed.
     layout : ArrayRecord
         Gives keys, shapes and dtypes.
     centre : ArrayRecord, optional
-        The global model that the sites started from; None if it is not known.
+        The global model that the sites started from; left out if it is not known.
     sites : sequence of str, optional
     metrics : sequence of MetricRecord, optional
     mix : ndarray of shape (M, K), optional
-        The updates are M weighted sums of what the sites sent.
+        The updates are then ``mix @ arrays``: M weighted sums of the replies.
 
     Attributes
     ----------
     layout : ArrayRecord
     sites, metrics : tuple
-        What else the K sites sent, in the same order.
+        Names of the K sites and the metrics that they sent, in the same order.
     used : list of int
-        Those of the K that had a part in the last sum or subset.
+        Indices of the K replies that the last sum or subset used.
     """
 
     def __init__(
@@ -66,14 +67,17 @@ class Updates:
         metrics: Sequence[MetricRecord] = (),
         mix: NDArray[np.float64] | None = None,
     ) -> None:
+        self.layout = layout
+        self.sites = tuple(sites)
+        self.metrics = tuple(metrics)
         self._arrays = tuple(arrays)
-        self.layout, self._centre, self._mix = layout, centre, mix
         self._rows = [flat(record, layout) for record in self._arrays]
-        self.sites, self.metrics = tuple(sites), tuple(metrics)
+        self._centre = centre
+        self._mix = mix
         self._checked = False
         self._products: NDArray[np.float64] | None = None
-        # The update that stands for a global model that is not known.
-        self._place = 0
+        # Index of the reply that is the origin if the global model is not known.
+        self._origin_index = 0
         self.used = list(range(len(self._rows)))
 
     @property
@@ -89,9 +93,11 @@ class Updates:
     def mixed(self, mix: NDArray[np.float64]) -> Updates:
         """Return weighted sums of these updates: row m is ``sum_k mix[m, k] update_k``."""
         total = mix if self._mix is None else mix @ self._mix
-        made = Updates(self._arrays, self.layout, self._centre, self.sites, self.metrics, total)
-        made._checked, made._products, made._place = self._checked, self._products, self._place
-        return made
+        sums = Updates(self._arrays, self.layout, self._centre, self.sites, self.metrics, total)
+        sums._checked = self._checked
+        sums._products = self._products
+        sums._origin_index = self._origin_index
+        return sums
 
     def chosen_by(
         self,
@@ -99,9 +105,9 @@ class Updates:
         num_malicious: int,
         count: int,
     ) -> list[int]:
-        """Return which updates a selection rule of Flower's form picks.
+        """Return the indices of the updates that a selection rule in Flower's form picks.
 
-        It is given what the sites sent, as records that it may change.
+        The rule receives copies of the replies, so it may change them.
 
         Raises
         ------
@@ -122,24 +128,24 @@ class Updates:
         return known
 
     def subset(self, chosen: Sequence[int]) -> Updates:
-        """Return some of these updates."""
+        """Return the updates with the indices `chosen`, in that order."""
         if self._mix is not None:
             return self.mixed(np.eye(self.count)[list(chosen)])
         self.used = sorted(chosen)
-        made = Updates(
+        subset = Updates(
             [self._arrays[k] for k in chosen],
             self.layout,
             self._centre,
             [self.sites[k] for k in chosen] if self.sites else (),
             [self.metrics[k] for k in chosen] if self.metrics else (),
         )
-        made._checked = self._checked
-        return made
+        subset._checked = self._checked
+        return subset
 
     def others(self) -> Updates | None:
-        """Return the integers and bools of these updates, of which distances know nothing.
+        """Return the integer and bool entries of these updates, which distances ignore.
 
-        None if there are none.
+        None if there are no such entries.
         """
         keys = [key for key, array in self.layout.items() if view(array).dtype.kind in "biu"]
         if not keys:
@@ -157,7 +163,7 @@ class Updates:
     ) -> ArrayRecord:
         """Return ``sum_k weights[k] update_k + rest centre``.
 
-        The centre is that of `gram` where the global model is not known.
+        If the global model is not known, the centre is the update that `gram` uses.
 
         Raises
         ------
@@ -167,12 +173,14 @@ class Updates:
         given = np.asarray(weights, float)
         factors = [float(w) for w in (given if self._mix is None else given @ self._mix)]
         self.used = used = [k for k, factor in enumerate(factors) if factor]
-        rows, factors = [self._rows[k] for k in used], [factors[k] for k in used]
+        rows = [self._rows[k] for k in used]
+        factors = [factors[k] for k in used]
         if rest:
-            rows, factors = [*rows, self._origin()], [*factors, rest]
+            rows.append(self._origin())
+            factors.append(rest)
         draft = Draft(self.layout)
         kernels.weighted_sum(rows, factors, draft.row)
-        # What is not finite in an update is not finite in the sum either, in any entry.
+        # A number that is not finite in an update is not finite in the sum either.
         if len(used) == len(self._rows) and all(is_finite(part) for part in draft.row):
             self._checked = True
         self.check()
@@ -188,8 +196,8 @@ class Updates:
         low, high : int
             0 is the smallest of the `count` values.
         reduce : callable, optional
-            Makes something else of them: takes ``high - low`` arrays of shape (n,), ascending at
-            each place, and returns one of shape (n,).
+            Used instead of the mean: takes ``high - low`` arrays of shape (n,), ascending at each
+            index, and returns one of shape (n,).
 
         Raises
         ------
@@ -206,9 +214,9 @@ class Updates:
     def gram(self) -> NDArray[np.float64]:
         """Return the inner products of the updates' differences to the global model.
 
-        Only floating-point entries count. Where the global model is not known, the differences are
-        those to one of the updates, the first unless others lie closer together: distances are the
-        same.
+        Only floating-point entries count. If the global model is not known, the differences are
+        those to one of the updates: distances are the same. It is the first one, unless that lies
+        far from the others.
 
         Returns
         -------
@@ -234,13 +242,18 @@ class Updates:
     def norms(self, double: bool = False) -> NDArray[np.float64]:
         """Return the Euclidean norm of each site's difference to the global model; shape (K,).
 
-        NaN or infinite if it cannot be computed. Where the global model is not known, the
-        difference is that of `gram`, and raises what that raises.
+        A norm is NaN or infinite if it cannot be computed. If the global model is not known, the
+        difference is that of `gram`.
 
         Parameters
         ----------
         double : bool
-            Compute in float64 throughout, where the model is known.
+            Compute in float64 throughout, if the model is known.
+
+        Raises
+        ------
+        NotUsableError
+            If the model is not known, as in `gram`.
         """
         if self._centre is None:
             self.gram()
@@ -253,15 +266,15 @@ class Updates:
     ) -> dict[str, NDArray[np.float64]]:
         """Return ``sum_k weights[k] (update_k - model)`` of the floating-point entries.
 
-        Flattened, by key; exact but for one rounding to float64.
+        The sums are flat arrays by key, exact except for one rounding to float64.
 
         Raises
         ------
         ValueError
-            If the global model is not known.
+            If the global model is not known, or these updates are weighted sums.
         """
         if self._centre is None or self._mix is not None:
-            raise ValueError("changes are those of a global model that is known")
+            raise ValueError("changes need a known global model, and updates that are not mixed")
         origin = self._origin()
         keys = {key: k for k, key in enumerate(self.layout) if kernels.is_floating(origin[k].dtype)}
         sums = [np.zeros((2, origin[k].size)) for k in keys.values()]
@@ -271,7 +284,7 @@ class Updates:
         return {key: total.sum(axis=0) for key, total in zip(keys, sums, strict=True)}
 
     def moved(self, changes: Mapping[str, NDArray[np.float64]]) -> ArrayRecord:
-        """Return the global model plus changes as `sum_of_changes` gives them."""
+        """Return the global model plus changes in the form of `sum_of_changes`."""
         draft = Draft(self.layout)
         for key, out, part in zip(self.layout, draft.row, self._origin(), strict=True):
             if key in changes:
@@ -281,12 +294,12 @@ class Updates:
         return draft.finish()
 
     def require_norms(self, times: float) -> None:
-        """Require that no update is longer than some times the median length.
+        """Require that the norm of no update is above `times` the median norm.
 
         Raises
         ------
         NotUsableError
-            With the updates that are, or that hold NaN or infinite values.
+            For each update whose norm is, or that holds NaN or infinite values.
         """
         norms = self.norms()
         finite = norms[np.isfinite(norms)]
@@ -294,7 +307,7 @@ class Updates:
             self.check()
         limit = times * float(np.median(finite)) if len(finite) else 0.0
         reasons = {
-            k: f"its change of the model is {norm:.3g} long, {limit:.3g} is the limit"
+            k: f"its change of the model has the norm {norm:.3g}, the limit is {limit:.3g}"
             for k, norm in enumerate(norms)
             if not norm <= limit
         }
@@ -303,7 +316,7 @@ class Updates:
 
     def _origin(self) -> list[NDArray[Any]]:
         if self._centre is None:
-            return self._rows[self._place]
+            return self._rows[self._origin_index]
         return flat(self._centre, self.layout)
 
     def _inner_products(self) -> NDArray[np.float64]:
@@ -314,35 +327,37 @@ class Updates:
             lengths = np.diag(products)
             spread = np.median(lengths[:, None] + lengths - 2 * products, axis=1)
             best = int(np.argmin(spread))
-            # What lies far from the others drowns their differences in its rounding errors.
+            # An origin far from the others drowns their differences in rounding errors.
             if spread[0] > 100 * spread[best]:
-                self._place = best
+                self._origin_index = best
                 self._products = kernels.gram(self._rows, self._origin())
         return self._products
 
     def _far(self, products: NDArray[np.float64]) -> list[int]:
-        """Return the updates to which the distances from the centre, or others, overflow."""
+        """Return the indices of the updates whose distance to the centre or another overflows."""
         finite = np.isfinite(products)
         if finite.diagonal().all():
             return [int(k) for k in np.flatnonzero(~finite.all(axis=1))]
         far = [int(k) for k in np.flatnonzero(~finite.diagonal())]
-        # An update that most are far from is the one that is far.
-        return [self._place] if self._centre is None and 2 * len(far) > len(self._rows) else far
+        # If most updates are far from the origin, the origin is the outlier.
+        if self._centre is None and 2 * len(far) > len(self._rows):
+            return [self._origin_index]
+        return far
 
     def check(self) -> None:
-        """Raise `NotUsableError` where updates hold NaN or infinite values."""
+        """Raise `NotUsableError` if updates hold NaN or infinite values."""
         if self._checked:
             return
-        found = {k: not_finite(record) for k, record in enumerate(self._arrays)}
-        if reasons := {k: reason for k, reason in found.items() if reason is not None}:
+        errors = {k: not_finite(record) for k, record in enumerate(self._arrays)}
+        if reasons := {k: error for k, error in errors.items() if error is not None}:
             raise NotUsableError(reasons)
         self._checked = True
 
 
 class Mean:
-    """A weighted mean to which replies are added one by one and need not be kept.
+    """A weighted mean to which replies are added one by one, without keeping them.
 
-    Takes 16 bytes for each parameter (32 for complex ones), however many replies there are.
+    It takes 16 bytes for each parameter (32 for complex ones), however many replies there are.
     Numbers nearer 0 than 1e-280 lose digits.
 
     Parameters
@@ -352,7 +367,7 @@ class Mean:
     """
 
     def __init__(self, layout: ArrayRecord) -> None:
-        self._like = layout
+        self._layout = layout
         self._weights: list[float] = []
         self._sums = [
             np.zeros((2, values.size), np.complex128 if values.dtype.kind == "c" else np.float64)
@@ -361,13 +376,13 @@ class Mean:
 
     def add(self, arrays: ArrayRecord, weight: float) -> None:
         """Add a reply that is finite throughout."""
-        # So small, and as exact, the largest weights and numbers do not add up to infinity.
+        # Scaled by a power of two, which is exact, so that the largest numbers do not overflow.
         share = math.ldexp(weight, -64)
-        kernels.accumulate(flat(arrays, self._like), share, self._sums)
+        kernels.accumulate(flat(arrays, self._layout), share, self._sums)
         self._weights.append(share)
 
     def result(self) -> ArrayRecord:
-        """Return the mean of what was added: one reply at least."""
-        draft = Draft(self._like)
+        """Return the mean of the replies that were added, at least one."""
+        draft = Draft(self._layout)
         kernels.divide(self._sums, math.fsum(self._weights), draft.row)
         return draft.finish()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedmed_flower.arrays import kernels
 
 _NUMPY = "numpy.ndarray"
-# Elements that are looked at together, so that what is made of them stays small.
+# Elements that are checked at a time, so that temporary arrays stay small.
 _PART = 65536
 _READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -28,18 +28,18 @@ def view(array: Array) -> NDArray[Any]:
     Parameters
     ----------
     array : Array
-        Its ``data`` is read as the bytes of a ``.npy`` file; the shape and dtype that it claims
-        are not trusted, but for ``bfloat16``, which a ``.npy`` file cannot tell.
+        Its ``data`` is read as the bytes of a ``.npy`` file. The shape and dtype that it states
+        beside them are not trusted, except ``bfloat16``, which a ``.npy`` file cannot express.
 
     Returns
     -------
     ndarray
-        Read-only, of the shape and dtype that the bytes hold; of dtype ``V2`` for bfloat16.
+        Read-only, of the shape and dtype in the bytes; of dtype ``V2`` for bfloat16.
 
     Raises
     ------
     ValueError
-        If the bytes are no well-formed array of plain numbers.
+        If the bytes are not a well-formed array of plain numbers.
     """
     if array.stype != _NUMPY:
         raise ValueError(f"unknown serialisation {array.stype!r}")
@@ -54,14 +54,14 @@ def view(array: Array) -> NDArray[Any]:
 
 
 def _head_length(data: bytes) -> int:
-    """Return how many bytes come before the values, as the file itself has it."""
+    """Return how many bytes come before the values, as the file states; at most 65,536."""
     size = 2 if data[6:7] == b"\x01" else 4
     return min(8 + size + int.from_bytes(data[8 : 8 + size], "little"), 65536)
 
 
 @functools.lru_cache(maxsize=4096)
 def _header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Read a header; a model's replies repeat the same few, and reading one takes 20 us."""
+    """Return a header's shape, order, dtype and length; cached, as reading one takes 20 us."""
     file = BytesIO(head)
     try:
         shape, fortran_order, dtype = _READERS[np.lib.format.read_magic(file)](file)
@@ -74,11 +74,22 @@ def _header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
 
 
 class Draft:
-    """Arrays to be filled in place: the values are written where Flower's bytes will be."""
+    """Arrays to be filled in place: the values are written directly into the bytes for Flower.
+
+    Parameters
+    ----------
+    layout : ArrayRecord
+        Gives keys, shapes and dtypes.
+
+    Attributes
+    ----------
+    row : list of ndarray
+        A flat, writable array for each entry.
+    """
 
     def __init__(self, layout: ArrayRecord) -> None:
         self._files: dict[str, BytesIO] = {}
-        self._like = layout
+        self._layout = layout
         self.row: list[NDArray[Any]] = []
         for key, array in layout.items():
             values = view(array)
@@ -92,19 +103,19 @@ class Draft:
                 },
             )
             start = head.tell()
-            # Zeros from the system cost nothing until they are written to.
+            # The system provides zeros without cost until they are written to.
             file = BytesIO(bytes(start + values.nbytes))
             file.write(head.getvalue())
             self._files[key] = file
             self.row.append(np.frombuffer(file.getbuffer(), values.dtype, offset=start))
 
     def finish(self) -> ArrayRecord:
-        """Return what was filled in; the draft cannot be written to any more."""
+        """Return the arrays as a record; the draft cannot be written to afterwards."""
         self.row.clear()
         return ArrayRecord(
             {
                 key: Array(_name(values.dtype), values.shape, _NUMPY, self._files[key].getvalue())
-                for key, values in ((key, view(array)) for key, array in self._like.items())
+                for key, values in ((key, view(array)) for key, array in self._layout.items())
             }
         )
 
@@ -118,7 +129,7 @@ def flat(record: ArrayRecord, layout: ArrayRecord) -> list[NDArray[Any]]:
 
 
 def not_finite(record: ArrayRecord) -> str | None:
-    """Return which entry of a record holds NaN or infinite values; None if none does."""
+    """Return an error that names an entry with NaN or infinite values; None if there is none."""
     for key, array in record.items():
         if not is_finite(view(array)):
             return f"{key} holds NaN or infinite values"
@@ -130,20 +141,22 @@ def is_finite(values: NDArray[Any]) -> bool:
     if values.dtype.kind in "biu":
         return True
     flat_values = values.ravel("K")
-    parts = range(0, flat_values.size, _PART)
-    return all(np.isfinite(kernels.widen(flat_values[at : at + _PART])).all() for at in parts)
+    starts = range(0, flat_values.size, _PART)
+    parts = (flat_values[start : start + _PART] for start in starts)
+    return all(np.isfinite(kernels.widen(part)).all() for part in parts)
 
 
 def keep_dtypes(arrays: ArrayRecord, layout: ArrayRecord) -> ArrayRecord:
-    """Give averaged entries their dtype back.
+    """Return averaged entries in the dtypes of a layout.
 
-    A mean of integers, such as BatchNorm's ``num_batches_tracked``, comes out as float64. It is
-    rounded to the nearest value of the dtype that the entry has in `layout`; entries that have
-    their dtype already are passed through.
+    A mean of integers, such as BatchNorm's ``num_batches_tracked``, is float64. It is rounded to
+    the nearest value of the dtype that the entry has in `layout`. Entries that have that dtype
+    already are returned unchanged.
     """
     record = ArrayRecord()
     for key, array in arrays.items():
-        dtype, values = view(layout[key]).dtype, view(array)
+        dtype = view(layout[key]).dtype
+        values = view(array)
         if values.dtype != dtype:
             array = Array(np.asarray(kernels.narrow(values, dtype)))
             array.dtype = _name(dtype)

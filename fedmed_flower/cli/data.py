@@ -1,4 +1,4 @@
-"""The commands `fedmed data ...`: look at a hospital's folder before it takes part."""
+"""The commands `fedmed data ...`: check a hospital's folder before it takes part."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fedmed_flower.errors import InputError, shown
 if TYPE_CHECKING:
     from fedmed_flower.data.checks import Finding
 
-data_app = typer.Typer(help="Look at a hospital's own data.", no_args_is_help=True)
+data_app = typer.Typer(help="Check a hospital's own data.", no_args_is_help=True)
 
-# A mask that was taken for an image, or the reverse, may hold thousands of values.
+# Bounds the values that are listed: an image that was mistaken for a mask may hold thousands.
 _MOST_VALUES = 12
 _PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")
 
@@ -35,35 +35,36 @@ def check(
     classes: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Number of classes; in masks with the background.  [default: dataset.json]"
+            min=1,
+            help="Number of classes; masks count the background too.  [default: dataset.json]",
         ),
     ] = None,
     node_config: Annotated[
         str | None,
-        typer.Option(help='What the SuperNode will be started with: "KEY=VALUE KEY=VALUE ...".'),
+        typer.Option(help='The node config of the SuperNode: "KEY=VALUE KEY=VALUE ...".'),
     ] = None,
 ) -> None:
-    """Read all images and masks of a folder and name what cannot be used.
+    """Read all images and masks of a folder and list those that cannot be used.
 
-    For a hospital without images leave the folder out: the node config alone is checked.
+    A hospital without images gives no folder: then only the node config is checked.
     """
-    # With MONAI, whose import the other commands need not wait for.
+    # Imports MONAI, for which the other commands need not wait.
     from fedmed_flower.data.checks import check_folder
 
     with input_errors():
         if node_config is not None:
             _check_node(node_config)
-            console.print("the node config is understood")
+            console.print("the node config is valid")
         if folder is None:
             if node_config is None:
                 raise InputError("give a folder, --node-config, or both")
             return
         with console.status(Text(shown(f"reading {folder}"))):
             findings = check_folder(folder, num_classes=classes)
-    images = [one for one in findings if one.image]
+    images = [finding for finding in findings if finding.image]
     _print_table(images, folder.expanduser())
     _print_summary(images)
-    problems = [_problem(one) for one in findings if one.problem is not None]
+    problems = [_problem(finding) for finding in findings if finding.problem is not None]
     for problem in problems:
         console.print(problem, style="red")
     if problems:
@@ -73,33 +74,33 @@ def check(
 
 
 def _check_node(text: str) -> None:
-    """Raise `InputError` where a hospital would refuse its node config.
+    """Raise `InputError` if a hospital would refuse this node config.
 
-    Keys of an app's own, which its client names, are not known here.
+    Node keys that an app adds are refused too: only the app's client knows them.
     """
     from flwr.app import Context, RecordDict
     from flwr.common.config import parse_config_args
 
-    from fedmed_flower.clients.storage import own_folder
+    from fedmed_flower.clients.storage import output_folder
     from fedmed_flower.data.site import Site
     from fedmed_flower.privacy.ledger import Ledger
     from fedmed_flower.privacy.patient import ledger_path
     from fedmed_flower.settings.node import NodeSettings
 
-    # Flower passes over what is no pair.
+    # Flower ignores text that is no pair.
     if rest := _PAIR.sub("", text).strip():
         raise InputError(f"the node config must be KEY=VALUE KEY=VALUE ..., got {rest!r} in it")
     try:
         config = parse_config_args([text])
-    except Exception as error:  # Of Flower's parser, in several kinds.
+    except Exception as error:  # Flower's parser raises several kinds of errors.
         raise InputError(
-            'the node config cannot be read: a text needs quotes, as in site-name="north", got '
-            f"{text!r}"
+            f"the node config cannot be read, got {text!r}: write a text in quotes, as in "
+            'site-name="north"'
         ) from error
     NodeSettings.of(config)
     context = Context(0, 0, config, RecordDict(), {})
     site = Site.from_context(context)
-    own_folder(context, site, {})
+    output_folder(context, site, {})
     path = ledger_path(context, site, {})
     if path.exists() or "ledger" in config:
         Ledger(path, read_only=True).split_key()
@@ -107,47 +108,56 @@ def _check_node(text: str) -> None:
 
 def _print_table(images: Sequence[Finding], folder: Path) -> None:
     columns = {
-        "patient": [one.patient for one in images],
-        "image": [one.image.replace(f"{folder}/", "") for one in images],
-        "split": [one.split for one in images],
-        "shape": [_times(one.shape) for one in images],
-        "spacing (mm)": [_times(one.spacing) for one in images],
-        "axes": [one.orientation for one in images],
-        "values": ["" if one.low is None else f"{one.low:g} to {one.high:g}" for one in images],
-        "label": [_label(one.label) for one in images],
+        "patient": [finding.patient for finding in images],
+        "image": [finding.image.replace(f"{folder}/", "") for finding in images],
+        "split": [finding.split for finding in images],
+        "shape": [_times(finding.shape) for finding in images],
+        "spacing (mm)": [_times(finding.spacing) for finding in images],
+        "axes": [finding.orientation for finding in images],
+        "values": [
+            "" if finding.low is None else f"{finding.low:g} to {finding.high:g}"
+            for finding in images
+        ],
+        "label": [_label(finding.label) for finding in images],
     }
     filled = {name: cells for name, cells in columns.items() if any(cells)}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in filled:
         table.add_column(name, overflow="fold")
-    for one, *cells in zip(images, *filled.values(), strict=True):
-        table.add_row(*cells, style="red" if one.problem else None)
+    for finding, *cells in zip(images, *filled.values(), strict=True):
+        table.add_row(*cells, style="red" if finding.problem else None)
     print_table(console, table)
 
 
 def _print_summary(images: Sequence[Finding]) -> None:
-    splits = Counter(one.split for one in images if one.split)
+    splits = Counter(finding.split for finding in images if finding.split)
     parts = ", ".join(f"{name} {count}" for name, count in splits.items())
     console.print(
-        f"{len(images)} images of {len({one.patient for one in images})} patients"
+        f"{len(images)} images of {len({finding.patient for finding in images})} patients"
         + (f": {parts}" if parts else "")
     )
-    read = [one for one in images if one.shape]
-    for name, setting, found in (
-        ("spacings", "spacing", [_times(one.spacing) for one in read]),
-        ("orientations", "orientation", [one.orientation for one in read if one.orientation]),
+    read = [finding for finding in images if finding.shape]
+    for name, setting, values in (
+        ("spacings", "spacing", [_times(finding.spacing) for finding in read]),
+        (
+            "orientations",
+            "orientation",
+            [finding.orientation for finding in read if finding.orientation],
+        ),
     ):
-        if not found:
+        if not values:
             continue
-        kinds = Counter(found).most_common()
+        kinds = Counter(values).most_common()
         listed = ", ".join(f"{kind} ({count})" for kind, count in kinds[:5])
         more = f" and {len(kinds) - 5} more" if len(kinds) > 5 else ""
         hint = f"; {setting} in the run config brings them to one" if len(kinds) > 1 else ""
         console.print(f"{name}: {listed}{more}{hint}")
 
 
-def _problem(one: Finding) -> str:
-    return f"patient {one.patient}: {one.problem}" if one.image else f"{one.problem}"
+def _problem(finding: Finding) -> str:
+    return (
+        f"patient {finding.patient}: {finding.problem}" if finding.image else f"{finding.problem}"
+    )
 
 
 def _label(label: int | tuple[int, ...] | None) -> str:

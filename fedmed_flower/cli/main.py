@@ -1,4 +1,4 @@
-"""The command `fedmed`: its subcommands, among them a report again and a look into a ledger."""
+"""The command `fedmed`: all subcommands; here are `report` and `privacy`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger("flwr.fedmed")
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write report.html of a run folder again."""
+    """Rewrite report.html of a run folder."""
     with input_errors():
         try:
             console.print(f"report: {write_report(folder)}")
@@ -44,22 +44,22 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 def privacy(
     ledger: Annotated[Path, typer.Argument(help="A hospital's ledger, or a folder of ledgers.")],
     delta: Annotated[
-        float | None, typer.Option(help="Of epsilon.  [default: the budget's, or 1e-5]")
+        float | None, typer.Option(help="Delta of epsilon.  [default: the budget's, or 1e-5]")
     ] = None,
     new: Annotated[bool, typer.Option("--new", help="Make a new, empty ledger.")] = False,
 ) -> None:
-    """Show what was released about a hospital's patients, run by run, and what is left."""
+    """Show what each run released about a hospital's patients, and what is left of the budget."""
     with input_errors():
         if new:
             if ledger.exists():
-                raise InputError(f"{ledger} is there already: a new ledger needs a name of its own")
+                raise InputError(f"{ledger} exists already: give the new ledger another name")
             Ledger(ledger)
-        found = sorted(ledger.glob("*.sqlite")) if ledger.is_dir() else [ledger]
-        if not found:
+        paths = sorted(ledger.glob("*.sqlite")) if ledger.is_dir() else [ledger]
+        if not paths:
             raise InputError(f"there is no ledger (*.sqlite) in the folder {ledger}")
-        for path in found:
-            own = path if ledger.is_dir() else path.resolve()
-            require_lone_database(own.parent, own.name)
+        for path in paths:
+            file = path if ledger.is_dir() else path.resolve()
+            require_lone_database(file.parent, file.name)
             with as_input_error(f"the privacy ledger {path}", "restore it from a copy"):
                 print_ledger(console, path, Ledger(path, read_only=True), delta)
 
@@ -71,13 +71,13 @@ def _set_up_log() -> None:
 
 def main() -> None:
     """Run the command line."""
-    # A library has given the root logger a handler, which would write each line once more.
+    # A library gives the root logger a handler, which would write each line a second time.
     logging.getLogger("flwr").propagate = False
     app()
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints this package's lines, and of Flower's only warnings and errors."""
+    """Prints this package's log lines from INFO on, and Flower's from WARNING on."""
 
     def emit(self, record: logging.LogRecord) -> None:
         ours = record.name.startswith("flwr.fedmed")

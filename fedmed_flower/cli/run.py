@@ -1,4 +1,4 @@
-"""`fedmed run` and `fedmed demo`: an app with simulated hospitals, and what became of it."""
+"""`fedmed run` and `fedmed demo`: run an app with simulated hospitals and print the results."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Engine(StrEnum):
     FLOWER = "flower"
 
 
-# The texts that are one of a few names, each checked by the section that it belongs to: what a run
-# that is gone on with takes of its folder, besides numbers and booleans.
+# A resumed run takes these texts of its folder, besides numbers and booleans. Each is one of a few
+# names, which the section that it belongs to checks.
 CHOICES = {
     *("optimizer", "schedule", "device", "privacy", "patient-records"),
     *("preparation", "survival-loss", "tabular-network"),
@@ -57,7 +57,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class _Job:
-    """A run that was found right and can start."""
+    """A run that has been checked and can start."""
 
     name: str
     path: Path
@@ -66,14 +66,14 @@ class _Job:
     num_sites: int
     engine: Engine
     folder: Path
-    # What the command line has set, as it is given again.
-    given: str
+    # The options "-c key=value" of the command line, to be repeated when the run is resumed.
+    set_options: str
 
 
 def run(
     path: Annotated[Path, typer.Argument(metavar="APP", help="Folder of the Flower app.")],
     sites: Annotated[
-        int | None, typer.Option(help="Number of hospitals.  [default: the app's own, or 5]")
+        int | None, typer.Option(help="Number of hospitals.  [default: the app's number, or 5]")
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Overrides num-server-rounds.")] = None,
     config: Annotated[
@@ -85,7 +85,7 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="Run folder.  [default: runs/APP-date-time]")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
 ) -> None:
     """Run a Flower app with simulated hospitals."""
     with input_errors():
@@ -98,7 +98,7 @@ def demo(
         Path | None, typer.Option(help="Run folder.  [default: runs/pneumonia-date-time]")
     ] = None,
 ) -> None:
-    """Five hospitals train a chest X-ray classifier in this process, and a report is written."""
+    """Train a chest X-ray classifier at five simulated hospitals, and write a report."""
     with input_errors():
         settings = ["baselines=true"]
         try:
@@ -120,9 +120,9 @@ def _prepare(
     out: Path | None,
     resume: Path | None,
 ) -> _Job:
-    """Check everything that can be checked before anything starts or is written."""
+    """Check all that can be checked before the run starts and anything is written."""
     if out is not None and resume is not None:
-        raise InputError("--out and --resume exclude each other: --resume DIR goes on in DIR")
+        raise InputError("--out and --resume exclude each other: --resume DIR continues in DIR")
     name, defaults, references = load_project(path)
     before = None
     if resume is not None:
@@ -130,8 +130,7 @@ def _prepare(
         defaults = with_choices_of(resume, before.config, defaults)
         if sites not in (None, before.sites):
             raise InputError(
-                f"{resume} was started with {before.sites} sites: resume it with as many, "
-                f"got --sites {sites}"
+                f"--sites must be {before.sites}, with which {resume} was started, got {sites}"
             )
         sites = before.sites
     run_folder = RunFolder.named(resume or out, name)
@@ -141,7 +140,7 @@ def _prepare(
     for key, option in (("run-dir", "--out"), ("resume", "--resume")):
         if any(text.partition("=")[0].strip() == key for text in settings):
             raise InputError(f"fedmed run sets {key} itself: give {option} instead of -c {key}")
-    given = "".join(f" -c {shlex.quote(text)}" for text in settings)
+    set_options = "".join(f" -c {shlex.quote(text)}" for text in settings)
     config = override(defaults, settings)
     config |= {} if rounds is None else {"num-server-rounds": rounds}
     config |= {"run-dir": str(folder), "resume": resume is not None}
@@ -155,40 +154,40 @@ def _prepare(
         raise InputError(f"min-sites must be at most --sites = {num_sites}, got {plan.min_sites}")
     Settings.from_run_config(config)
     PrivacySettings.from_run_config(config)
-    return _Job(name, path.resolve(), references, config, num_sites, engine, folder, given)
+    return _Job(name, path.resolve(), references, config, num_sites, engine, folder, set_options)
 
 
 def with_choices_of(folder: Path, before: UserConfig, defaults: UserConfig) -> UserConfig:
-    """Return an app's settings with the numbers and choices of the run in a folder.
+    """Return an app's default settings, replaced by the numbers and choices of a run folder.
 
-    A stranger may have written the folder. Of its texts only those of `CHOICES` are taken: any
+    A stranger may have written the folder. Of its texts only those in `CHOICES` are taken: any
     other could be a path, or name what is built or run.
 
     Raises
     ------
     InputError
-        If one of them is not what the app, or the section that it belongs to, takes.
+        If the app, or the section that a setting belongs to, does not accept its value.
     """
-    # Importing MONAI takes seconds: only where the app has images.
     from fedmed_flower.settings.survival import SurvivalSettings
     from fedmed_flower.settings.trees import TreeSettings
 
     sections: list[type[Section]]
     sections = [Plan, Settings, PrivacySettings, TabularSettings, SurvivalSettings, TreeSettings]
     if "cache-gigabytes" in defaults:
+        # Imports MONAI, which takes seconds; apps without images need not wait for it.
         from fedmed_flower.settings.imaging import ImagingSettings
 
         sections.append(ImagingSettings)
-    taken = dict(defaults)
+    config = dict(defaults)
     try:
         for key in before.keys() & defaults.keys():
             if key in CHOICES or not isinstance(before[key], str):
-                taken[key] = with_type_of(defaults[key], before[key], key)
+                config[key] = with_type_of(defaults[key], before[key], key)
         for section in sections:
-            section.from_run_config(taken | {"run-dir": str(folder)})
+            section.from_run_config(config | {"run-dir": str(folder)})
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from None
-    return taken
+    return config
 
 
 def _examples() -> Path:
@@ -200,16 +199,16 @@ def _examples() -> Path:
 
 
 def _execute(job: _Job) -> None:
-    """Run a job, print its results and, as the last line, what happened and where it is."""
+    """Run a job and print its results; the last line gives the outcome and the run folder."""
     rounds = job.config["num-server-rounds"]
     console.print(f"{job.name}: {job.num_sites} sites, {rounds} rounds, engine {job.engine}")
-    # A polite kill ends a run as Ctrl-C does, with summary and report.
+    # SIGTERM ends a run as Ctrl-C does, with summary and report.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if job.engine is Engine.FLOWER:
             run_flower(job.path, job.config, job.num_sites, sys.stdout)
         else:
-            _run_here(job)
+            _run_local(job)
     except InputError:
         raise
     except KeyboardInterrupt:
@@ -221,9 +220,9 @@ def _execute(job: _Job) -> None:
         console.print(text, style="red")
         raise typer.Exit(1) from error
     if not (job.folder / SUMMARY).exists():
-        # An app that calls a strategy by itself and not `federate` writes no summary.
-        where = job.folder if job.folder.exists() else "the app wrote no run folder"
-        console.print(f"finished: {where}")
+        # An app that calls a strategy itself instead of `federate` writes no summary.
+        outcome = job.folder if job.folder.exists() else "the app wrote no run folder"
+        console.print(f"finished: {outcome}")
         return
     remedy = "run the app in another folder"
     with as_input_error(f"{job.folder / SUMMARY}", remedy):
@@ -236,14 +235,14 @@ def _execute(job: _Job) -> None:
         console.print(f"{summary['status']}: {done}: {job.folder}")
 
 
-def _run_here(job: _Job) -> None:
+def _run_local(job: _Job) -> None:
     server, client = (load_app(reference, InputError, job.path) for reference in job.references)
-    for found, kind, reference in (
+    for component, kind, reference in (
         (server, ServerApp, job.references[0]),
         (client, ClientApp, job.references[1]),
     ):
-        if not isinstance(found, kind):
-            raise InputError(f"{reference} is a {type(found).__name__}, not a {kind.__name__}")
+        if not isinstance(component, kind):
+            raise InputError(f"{reference} is a {type(component).__name__}, not a {kind.__name__}")
     with _progress() as on_reply:
         run_local(
             server,
@@ -258,7 +257,7 @@ def _run_here(job: _Job) -> None:
 def _whereabouts(job: _Job) -> str:
     folder = job.folder
     if RunFolder(folder).checkpoint_file.exists():
-        return f"{folder} (go on with --resume {folder}{job.given})"
+        return f"{folder} (go on with --resume {folder}{job.set_options})"
     return f"{folder}" if folder.exists() else "nothing was written"
 
 

@@ -1,4 +1,4 @@
-"""The command `fedmed statistics`: an app's hospitals describe their patients."""
+"""The command `fedmed statistics`: describe the patients of an app's hospitals."""
 
 from __future__ import annotations
 
@@ -31,13 +31,17 @@ def statistics(
     sites: Annotated[
         int | None, typer.Option(min=1, help="Number of hospitals.  [default: the app's, or 5]")
     ] = None,
-    column: Annotated[_Names, typer.Option(help="A column.  [default: all]")] = None,
-    where: Annotated[_Names, typer.Option(help='A condition such as "age>=50".')] = None,
-    by: Annotated[str, typer.Option(help="A column: one table for each of its values.")] = "",
-    categorical: Annotated[_Names, typer.Option(help="A column of codes.")] = None,
+    column: Annotated[_Names, typer.Option(help="Describe this column.  [default: all]")] = None,
+    where: Annotated[
+        _Names, typer.Option(help='Count only rows that meet a condition such as "age>=50".')
+    ] = None,
+    by: Annotated[str, typer.Option(help="Make one table for each value of this column.")] = "",
+    categorical: Annotated[
+        _Names, typer.Option(help="Treat the numbers of this column as codes.")
+    ] = None,
     quantiles: Annotated[bool, typer.Option("--quantiles", help="Medians and quartiles.")] = False,
     resolution: Annotated[
-        _Names, typer.Option(help="How finely quantiles are told: COLUMN=WIDTH.")
+        _Names, typer.Option(help="Round quantiles of a column to a width: COLUMN=WIDTH.")
     ] = None,
     bounds: Annotated[
         _Names, typer.Option("--range", help="Declared range, for noise: COLUMN=LOW,HIGH.")
@@ -45,8 +49,12 @@ def statistics(
     categories: Annotated[
         _Names, typer.Option(help="Declared categories, for noise: COLUMN=A,B.")
     ] = None,
-    correlations: Annotated[bool, typer.Option("--correlations", help="Of all pairs.")] = False,
-    table: Annotated[_Names, typer.Option(help="Two categorical columns: A,B.")] = None,
+    correlations: Annotated[
+        bool, typer.Option("--correlations", help="Correlations of all pairs of columns.")
+    ] = False,
+    table: Annotated[
+        _Names, typer.Option(help="Cross-tabulate two categorical columns: A,B.")
+    ] = None,
     survival: Annotated[str, typer.Option(metavar="TIME,EVENT,HORIZON,WIDTH")] = "",
     drift_by: Annotated[
         str, typer.Option(help="Compare values of a column, or windows (--window), with the first.")
@@ -56,9 +64,11 @@ def statistics(
         bool, typer.Option("--drift-sites", help="Compare each hospital with all others.")
     ] = False,
     weekly: Annotated[str, typer.Option(help="Count rows by the week of this column.")] = "",
-    alert: Annotated[str, typer.Option(help=f"How to watch weeks: {', '.join(ALARMS)}.")] = "c2",
+    alert: Annotated[
+        str, typer.Option(help=f"Alarm for the weekly counts: {', '.join(ALARMS)}.")
+    ] = "c2",
     epsilon: Annotated[float, typer.Option(help="Answer with noise; charged to ledgers.")] = 0.0,
-    delta: Annotated[float, typer.Option(help="Of epsilon.")] = 1e-5,
+    delta: Annotated[float, typer.Option(help="Delta of epsilon.")] = 1e-5,
     out: Annotated[
         Path | None, typer.Option(help="Run folder.  [default: runs/APP-statistics-date-time]")
     ] = None,
@@ -66,11 +76,13 @@ def statistics(
         _Names, typer.Option("--config", "-c", help="A setting of the app: key=value.")
     ] = None,
 ) -> None:
-    """Describe the patients of all hospitals, without a row leaving one of them."""
+    """Describe the patients of all hospitals; no row leaves a hospital."""
     with input_errors():
         if drift_by and (by or drift_sites):
             raise InputError("--drift-by excludes --by and --drift-sites")
-        drift = "groups" if drift_by else "sites" if drift_sites else ""
+        drift = "sites" if drift_sites else ""
+        if drift_by:
+            drift = "groups"
         chosen = {"histograms": quantiles or bool(drift), "correlations": correlations}
         request = Request(
             columns=tuple(column or ()),
@@ -96,8 +108,8 @@ def statistics(
         count = default_sites(path) if sites is None else sites
         folder = _run(path, count, out, config or [], request, drift, alert)
         summary = read_object(folder, SUMMARY, "run the survey again")
-    for made in summary["tables"]:
-        _print_table(made)
+    for entry in summary["tables"]:
+        _print_table(entry)
     console.print(f"report: {folder / 'report.html'}")
     mark = f" ({summary['data']})" if summary["generated"] else ""
     answered = f"{len(summary['sites'])} of {count} hospitals{mark}"
@@ -119,9 +131,9 @@ def _run(
     run_folder = RunFolder.named(out, f"{name}-statistics")
     folder = run_folder.path
     run_folder.require_unused()
-    # A survey has settings that an app need not declare.
-    keys = {"min-cell-count": 10}
-    run_config = override(keys | defaults, settings) | {"run-dir": str(folder)}
+    # Settings of a survey that an app need not declare.
+    survey_defaults = {"min-cell-count": 10}
+    run_config = override(survey_defaults | defaults, settings) | {"run-dir": str(folder)}
     client = load_app(references[1], InputError, path.resolve())
     if not isinstance(client, ClientApp):
         raise InputError(f"{references[1]} is a {type(client).__name__}, not a ClientApp")
@@ -136,20 +148,20 @@ def _run(
 
 
 def _pairs(texts: Iterable[str] | None, option: str) -> list[tuple[str, str]]:
-    found = []
+    pairs = []
     for text in texts or ():
         name, separator, value = text.partition("=")
         if not (separator and name.strip() and value.strip()):
             raise InputError(f"--{option} takes COLUMN=VALUE, got {text!r}")
-        found.append((name.strip(), value.strip()))
-    return found
+        pairs.append((name.strip(), value.strip()))
+    return pairs
 
 
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise InputError(f"{text!r} is no number") from None
+        raise InputError(f"expected a number, got {text!r}") from None
 
 
 def _range(text: str) -> tuple[float, float]:
@@ -173,12 +185,12 @@ def _survival(text: str) -> Survival:
     return Survival(parts[0], parts[1], _number(parts[2]), _number(parts[3]))
 
 
-def _print_table(made: dict[str, Any]) -> None:
-    table = Table(title=made["title"], title_justify="left")
-    words = made["title"] in ("Withheld", "No answer", "Drift")
-    for number, name in enumerate(made["head"]):
-        justify: Any = "left" if number == 0 or words else "right"
+def _print_table(entry: dict[str, Any]) -> None:
+    table = Table(title=entry["title"], title_justify="left")
+    words = entry["title"] in ("Withheld", "No answer", "Drift")
+    for index, name in enumerate(entry["head"]):
+        justify: Any = "left" if index == 0 or words else "right"
         table.add_column(name, justify=justify, overflow="fold")
-    for row in made["rows"]:
+    for row in entry["rows"]:
         table.add_row(*row)
     print_table(console, table)

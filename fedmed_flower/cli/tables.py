@@ -1,4 +1,4 @@
-"""What the command line prints: through one console, which shows each text as it is."""
+"""Tables of the command line, and its one console, which shows each text literally."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from fedmed_flower.privacy.ledger import Ledger, Plain
 
 
 class LineConsole(Console):
-    """Prints each text as one line and as it is.
+    """Prints each text literally and on one line.
 
-    Names come from messages and files: nothing in them is markup, breaks a line, moves a cursor or
-    turns the direction of a line, on whatever way a text reaches the terminal.
+    Names come from messages and files. However such a text reaches the terminal, it cannot act as
+    markup, break a line, move the cursor or change the direction of a line.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return a text to be shown; rich makes each cell and each printed text by this."""
+        """Return a text to show; rich calls this for each cell and each printed text."""
         return super().render_str(shown(text), **options)
 
 
@@ -37,7 +37,7 @@ console = LineConsole()
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table; where no terminal shows it, one line a row for what reads it there."""
+    """Print a table; if the output is no terminal, each row is one line, for programs to read."""
     if not console.is_terminal:
         wide = console.options.update(width=10_000)
         console.width = max(console.width, console.measure(table, options=wide).maximum)
@@ -56,8 +56,41 @@ def print_results(console: Console, summary: dict[str, Any]) -> None:
 
 
 def _print_test(console: Console, summary: dict[str, Any]) -> None:
-    """Print the test results of each hospital, with mean and worst beside all together."""
+    """Print the test results of each hospital, their mean and worst, and those of all test data."""
     test = summary["test"]
+    columns = _test_columns(test)
+    results = [test["federated"], *(part for parts in columns.values() for part in parts.values())]
+    metric = main_metric({name for result in results for name in result})
+    title = {"auc": "AUC", "dice": "Dice", "r2": "R2"}.get(metric, metric)
+    table = Table("hospital", "train", "test", title=f"{title} on each hospital's own test data")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for site, counts in summary["sites"].items():
+        values = [column.get(site, {}).get(metric) for column in columns.values()]
+        table.add_row(site, str(counts["train"]), str(counts["test"]), *map(_show, values))
+    # Mean and worst compare the same hospitals in each column: those with a value in all.
+    compared = [
+        site
+        for site in summary["sites"]
+        if all(column.get(site, {}).get(metric) is not None for column in columns.values())
+    ]
+    known = [[column[site][metric] for site in compared] for column in columns.values()]
+    worst = max if lower_is_better(metric) else min
+    table.add_section()
+    table.add_row("mean", "", "", *(_show(sum(k) / len(k) if k else None) for k in known))
+    table.add_row("worst", "", "", *(_show(worst(k, default=None)) for k in known))
+    overall = {"federated": test["federated"], "all data pooled": test.get("pooled", {})}
+    totals = [overall.get(name, {}) for name in columns]
+    table.add_row("all test data", "", "", *(_show(total.get(metric)) for total in totals))
+    # Hospitals with coarse figures report bounds.
+    for label, bound in (("  at least", f"{metric}-low"), ("  at most", f"{metric}-high")):
+        if any(bound in total for total in totals):
+            table.add_row(label, "", "", *(_show(total.get(bound)) for total in totals))
+    console.print(table)
+
+
+def _test_columns(test: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the title of each column of a test table, and its results by site."""
     columns = {"federated": test["sites"]}
     if "local" in test:
         columns = {"alone": test["local"], **columns}
@@ -65,54 +98,35 @@ def _print_test(console: Console, summary: dict[str, Any]) -> None:
         columns["its own"] = test["personal"]
     if "pooled" in test:
         columns["all data pooled"] = test["pooled"]["sites"]
-    every = [test["federated"], *(part for parts in columns.values() for part in parts.values())]
-    figure = main_metric({name for part in every for name in part})
-    name_of = {"auc": "AUC", "dice": "Dice", "r2": "R2"}.get(figure, figure)
-    table = Table("hospital", "train", "test", title=f"{name_of} on each hospital's own test data")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for site, counts in summary["sites"].items():
-        values = [column.get(site, {}).get(figure) for column in columns.values()]
-        table.add_row(site, str(counts["train"]), str(counts["test"]), *map(_show, values))
-    # Mean and worst compare the same hospitals in each column: those with a figure in all.
-    compared = [
-        site
-        for site in summary["sites"]
-        if all(column.get(site, {}).get(figure) is not None for column in columns.values())
-    ]
-    known = [[column[site][figure] for site in compared] for column in columns.values()]
-    worst = max if lower_is_better(figure) else min
-    table.add_section()
-    table.add_row("mean", "", "", *(_show(sum(k) / len(k) if k else None) for k in known))
-    table.add_row("worst", "", "", *(_show(worst(k, default=None)) for k in known))
-    together = {"federated": test["federated"], "all data pooled": test.get("pooled", {})}
-    of_all = [together.get(name, {}) for name in columns]
-    table.add_row("all test data", "", "", *(_show(found.get(figure)) for found in of_all))
-    # Where hospitals tell coarse figures.
-    for words, end in (("  at least", f"{figure}-low"), ("  at most", f"{figure}-high")):
-        if any(end in found for found in of_all):
-            table.add_row(words, "", "", *(_show(found.get(end)) for found in of_all))
-    console.print(table)
+    return columns
 
 
 def print_ledger(console: Console, path: Path, ledger: Ledger, delta: float | None) -> None:
-    """Print what each run released, what the patients have spent at most, and what is left."""
+    """Print what each run released, the highest epsilon of a patient, and what is left of it."""
     budget = ledger.budget()
-    delta = (1e-5 if budget is None else budget.delta) if delta is None else delta
+    if delta is None:
+        delta = 1e-5 if budget is None else budget.delta
     table = Table(title=f"{path}: epsilon per patient at delta {delta:g}", title_justify="left")
     for name in ("since (UTC)", "run", "app", "on", "patients", "rounds", "steps", "epsilon"):
         numbers = name in ("patients", "rounds", "steps", "epsilon")
         table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for entry in ledger.entries():
-        rounds = f"{entry.rounds}" + (f" ({entry.unsettled} broken off)" if entry.unsettled else "")
-        epsilon = _show(epsilon_of(entry.releases, delta))
-        steps = f"{entry.releases.total()}"
-        began, patients = entry.began[:16].replace("T", " "), f"{entry.patients}"
-        words = (began, entry.run, entry.app, entry.purpose, patients)
-        table.add_row(*words, rounds, steps, epsilon)
+        rounds = f"{entry.rounds}"
+        if entry.unsettled:
+            rounds += f" ({entry.unsettled} interrupted)"
+        table.add_row(
+            entry.began[:16].replace("T", " "),
+            entry.run,
+            entry.app,
+            entry.purpose,
+            f"{entry.patients}",
+            rounds,
+            f"{entry.releases.total()}",
+            _show(epsilon_of(entry.releases, delta)),
+        )
     console.print(table)
     spent = ledger.most(delta)
-    text = f"spent on the patient of whom most was released, all runs together: {_show(spent)}"
+    text = f"highest epsilon of a patient, all runs together: {_show(spent)}"
     if budget is not None and budget.delta == delta:
         left = max(0.0, budget.epsilon - spent)
         text += f" of {budget.epsilon:g}; left: about {_show(left)}"
@@ -128,9 +142,14 @@ def _print_plain(console: Console, plain: list[Plain], most: int) -> None:
         numbers = name in ("patients", "times")
         table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for entry in plain:
-        began = entry.began[:16].replace("T", " ")
-        counts = f"{entry.patients}", f"{entry.times}"
-        table.add_row(began, entry.run, entry.app, entry.purpose, *counts)
+        table.add_row(
+            entry.began[:16].replace("T", " "),
+            entry.run,
+            entry.app,
+            entry.purpose,
+            f"{entry.patients}",
+            f"{entry.times}",
+        )
     console.print(table)
     console.print(f"the patient who was measured without noise most often: {most} times")
 
@@ -141,7 +160,7 @@ def _show(value: float | None) -> str:
 
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """Turn wrong input into one line and exit code 2."""
+    """Turn an `InputError` into one printed line and exit code 2."""
     try:
         yield
     except InputError as error:

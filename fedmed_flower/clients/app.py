@@ -1,6 +1,6 @@
 """The ClientApp of a hospital: from a message to a reply, by the handler of the message's type.
 
-Of what fails at a real site, the class alone leaves it.
+If something fails at a real site, only the class of the error leaves it.
 """
 
 from __future__ import annotations
@@ -62,23 +62,26 @@ def answer(
     message: Message,
     context: Context,
 ) -> Message:
-    """Return the reply to a message, or the error in its place.
+    """Return the reply to a message; if anything fails, the reply is an error.
 
     Parameters
     ----------
     cls : type of MedicalClient
     handler : callable or str
-        Maps (an instance, message) to the content of the reply; or the name of such a function.
+        Maps (client, message) to the content of the reply; or the name of such a function, as
+        ``"module:function"``.
     message, context
-        As Flower gives them.
+        As Flower passes them.
     """
-    site, client, state = None, None, copy.deepcopy(context.state)
+    site = None
+    client = None
+    state = copy.deepcopy(context.state)
     try:
         site = Site.from_context(context)
-        # A misspelled budget is none: nothing is answered before all keys are understood.
+        # A misspelled budget would bound nothing: no message is answered if a key is unknown.
         NodeSettings.of(context.node_config, cls.node_keys)
         client = _stand_in(cls(context), message)
-        handle = _named(handler) if isinstance(handler, str) else handler
+        handle = _function_at(handler) if isinstance(handler, str) else handler
         content = handle(client, message)
         about: dict[str, Any] = {"name": site.name, "simulated": site.simulated}
         if client.touched or not client.sealed:
@@ -88,27 +91,42 @@ def answer(
         return Message(content, reply_to=message)
     except Exception as error:
         context.state = state
-        cause = _input_error(error) or error
-        name = "without a name" if site is None else site.name
-        simulated = site is not None and site.simulated
-        sealed = not simulated and client is not None and client.touched and client.sealed
-        reason, level = _reason(cause, simulated, sealed)
-        traceback = level == logging.ERROR and not isinstance(cause, InputError)
-        log.log(level, "%s: %s", name, cause, exc_info=traceback)
-        failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=tell_error(name, reason))
-        return Message(failure, reply_to=message)
+        return Message(_logged_failure(error, site, client), reply_to=message)
 
 
-def _reason(cause: Exception, simulated: bool, sealed: bool) -> tuple[str, int]:
-    """Return what the server is told of an error, and how loud the hospital's own log says it.
+def _logged_failure(error: Exception, site: Site | None, client: MedicalClient | None) -> Error:
+    """Log an error at the site and return the one that is sent.
 
     Parameters
     ----------
+    error : Exception
+    site : Site or None
+        None if the error came before the site was known.
+    client : MedicalClient or None
+        None if the error came before the client was made.
+    """
+    cause = _input_error(error) or error
+    name = "without a name" if site is None else site.name
+    simulated = site is not None and site.simulated
+    sealed = not simulated and client is not None and client.touched and client.sealed
+    reason, level = _reason(cause, simulated, sealed)
+    traceback = level == logging.ERROR and not isinstance(cause, InputError)
+    log.log(level, "%s: %s", name, cause, exc_info=traceback)
+    return Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=tell_error(name, reason))
+
+
+def _reason(cause: Exception, simulated: bool, sealed: bool) -> tuple[str, int]:
+    """Return the text that the server receives for an error, and the level of the site's own log.
+
+    Parameters
+    ----------
+    cause : Exception
     simulated : bool
-        Nothing leaves: the server, which runs on the same machine, logs the text.
+        Whether the site is simulated. Then the whole text is sent, and the server, which runs on
+        the same machine, logs it.
     sealed : bool
-        A patient's rows were looked at, and only noise may leave: which error it is may depend on
-        a patient.
+        Whether a patient's rows were looked at and only noise may leave. Then not even the class is
+        sent, since which error it is may depend on a patient.
     """
     kind = type(cause).__name__
     if isinstance(cause, DeclinedError):
@@ -181,23 +199,23 @@ def evaluate(client: MedicalClient, message: Message) -> RecordDict:
 
 
 def _stand_in(client: MedicalClient, message: Message) -> MedicalClient:
-    """Return who answers a message: the client, or what takes its place for such a message."""
+    """Return the client that answers a message: this one, or its stand-in for the config's key."""
     for config in message.content.config_records.values():
         for key, maker in client.stand_ins.items():
             if key in config:
-                made: MedicalClient = _named(maker)(client)
-                return made
+                stand_in: MedicalClient = _function_at(maker)(client)
+                return stand_in
     return client
 
 
-def _named(name: str) -> Any:
+def _function_at(name: str) -> Any:
     """Return the function that a text names as ``module:function``."""
     module, _, function = name.partition(":")
     return getattr(import_module(module), function)
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
-    """Return the wrong input that caused an error: MONAI wraps what its transforms raise."""
+    """Return the `InputError` behind an error, since MONAI wraps what its transforms raise."""
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__
     return error

@@ -1,4 +1,4 @@
-"""One hospital's side of a round, and the ClientApp made of it."""
+"""The base class of all clients: one hospital's side of a round."""
 
 from __future__ import annotations
 
@@ -66,31 +66,31 @@ log = logging.getLogger("flwr.fedmed")
 
 # Maps (client, message) to the content of the reply.
 Query = Callable[[Any, Message], RecordDict]
-# Letters of a run's name: the ledger keeps it for good.
+# Letters of a run's name, which the ledger keeps for good.
 _MOST_KEY = 200
 
 
 class MedicalClient(ABC):
     """One hospital in a run. Subclass a client for a kind of data, such as `ClassificationClient`.
 
-    An instance lives for one message; what must last goes into ``context.state``.
+    An instance lives for one message. Values that later messages need go into ``context.state``.
 
     Hooks
     -----
     build_model
-        The network. Must be the same at every site and at the server.
+        The network. It must be the same at every site and at the server.
     load_data
         This site's rows.
     check
-        Raise `InputError` where the rows cannot be used.
+        Raise `InputError` if the rows cannot be used.
     screen
-        Turn single rows away that cannot be used, and name them in the log.
+        Reject single rows that cannot be used, and name them in the log.
     contribute, agree
-        What a site tells before the first round, and what the server makes of all sites' answers.
+        What a site sends before the first round, and what the server makes of all contributions.
     prepare
-        Make of rows what the hooks below take; kept in memory for the length of a run.
+        Convert rows to what the hooks below take. The result stays in memory during a run.
     batch_of, loss_of
-        Some rows as a batch, and its loss: all that training needs, plain or private.
+        Some rows as a batch, and the batch's loss. Plain and private training need nothing else.
     fit
         Train on the training rows; returns metrics.
     measure
@@ -98,23 +98,22 @@ class MedicalClient(ABC):
     describe
         Numbers about the rows, to show how a simulation split them.
     draw
-        Pictures of some rows with what the model makes of them.
+        Pictures of some rows with the model's answer.
     made_up
-        Rows that no patient stands behind, on which model and loss are tried before any patient's
-        row is looked at.
+        Rows of no patient. Model and loss are tried on them before any patient's row is read.
     check_private
-        Refuse what cannot be trained privately.
+        Refuse a model or loss that cannot be trained privately.
     seed_transforms
-        Seed what is random in making a batch.
+        Seed the random transforms of a batch.
     measure_privately, require_measurable
-        Evaluate by counts with noise; refuse where that cannot be done.
+        Evaluate by counts with noise; refuse if the client cannot.
     label_of
-        A row's class, to say which split lacks one.
+        A row's class. The log names classes that a split lacks.
 
     Parameters
     ----------
     context : flwr.app.Context
-        As Flower gives it to a ClientApp.
+        As Flower passes it to a ClientApp.
 
     Attributes
     ----------
@@ -126,25 +125,26 @@ class MedicalClient(ABC):
     models : ModelSettings
         From the run config: the network, and which part of it is trained and travels.
     proximal_mu : float
-        How strongly `fit` holds the model near the global one; sent by `FedProx`, else 0.
+        How strongly `fit` holds the model near the global one. `FedProx` sends it; else it is 0.
     progress : float
-        Which part of the run's rounds was done before this one.
+        Share of the run's rounds that were done before this one; in [0, 1).
     agreed : str
-        What the server made of all sites' answers before the first round; empty before that.
+        What the server made of all contributions; empty before the first round.
     split : str
-        Which rows a message asks to evaluate on; empty in another message.
+        The split on which the message asks to evaluate; empty if it asks for something else.
     pooled : bool
-        Whether a message is about all sites' rows together.
+        Whether the message is about all sites' rows together.
     touched : bool
-        Whether the rows were looked at since the message came.
+        Whether the site's rows were used since the message came.
     queries : dict
-        What answers a Flower query, by its name: maps (client, message) to the content of the
-        reply, or names such a function as ``"module:function"``. A subclass adds its own.
+        The function that answers each Flower query, by the query's name. It maps (client, message)
+        to the content of the reply, and may be given as ``"module:function"``. A subclass adds its
+        own.
     stand_ins : dict
-        A message whose config has such a key is answered by what the function of this name makes
-        of the client.
+        By a key of a message's config: the function, as ``"module:function"``, that maps this
+        client to the one that answers such a message.
     node_keys : tuple of str
-        Keys of the hospital's node config that are the app's own.
+        Keys that the app adds to the hospital's node config.
     """
 
     queries: ClassVar[Mapping[str, Query | str]] = {
@@ -156,7 +156,7 @@ class MedicalClient(ABC):
     }
     stand_ins: ClassVar[Mapping[str, str]] = {}
     node_keys: ClassVar[Collection[str]] = ()
-    # How `prepare` differs from that of other clients of this class's name.
+    # Part of the cache's keys: tells clients apart that share a class name but prepare differently.
     prepared_for: ClassVar[str] = ""
     run_cache: ClassVar[RunCache] = RunCache()
 
@@ -165,14 +165,18 @@ class MedicalClient(ABC):
         self.settings = Settings.from_run_config(context.run_config)
         self.privacy = PrivacySettings.from_run_config(context.run_config)
         self.models = ModelSettings.of_site(context)
-        self.proximal_mu, self.progress, self.agreed, self.split = 0.0, 0.0, "", ""
-        self.pooled = self.touched = False
-        # Places of the training rows that made this message's update.
+        self.proximal_mu = 0.0
+        self.progress = 0.0
+        self.agreed = ""
+        self.split = ""
+        self.pooled = False
+        self.touched = False
+        # Indices of the training rows that made this message's update.
         self.entered: set[int] = set()
 
     @cached_property
     def node(self) -> NodeSettings:
-        """What the hospital says for itself."""
+        """The settings of the hospital's node config."""
         return NodeSettings.of(self.context.node_config, self.node_keys)
 
     @cached_property
@@ -182,37 +186,37 @@ class MedicalClient(ABC):
 
     @abstractmethod
     def load_data(self, site: Site) -> SiteData:
-        """Return the rows of a site; one without training rows is only tested."""
+        """Return the rows of a site; a site without training rows is only tested."""
 
     def build_model(self) -> nn.Module:
         """Return the network with fresh weights."""
         raise self._without("build_model")
 
     def check(self, data: SiteData) -> None:  # noqa: B027
-        """Raise `InputError` where the rows cannot be used; it names the row and the remedy."""
+        """Raise `InputError` if the rows cannot be used; it names the row and the remedy."""
 
     def screen(self, rows: Sequence[Row], split: str) -> Sequence[Row]:
-        """Return the rows that can be used; a subclass says in the log which cannot, and why.
+        """Return the rows that can be used; a subclass logs which cannot, and why.
 
-        If `sealed`, one row decides nothing about another.
+        If the client is `sealed`, a row must not decide whether another one can be used.
         """
         return rows
 
     def label_of(self, row: Row) -> Hashable | None:
-        """Return the class of a row; None if rows have none."""
+        """Return the class of a row; None if rows have no class."""
         return None
 
     @property
     def must_agree(self) -> bool:
-        """Whether the model needs what all sites tell before the first round."""
+        """Whether the model needs all sites' contributions before the first round."""
         return False
 
     def contribute(self) -> dict[str, Any]:
-        """Return what this site tells before the first round: numbers, texts and lists of them."""
+        """Return what this site sends before the first round: numbers, texts and lists of them."""
         return {}
 
     def agree(self, contributions: Mapping[str, Mapping[str, Any]]) -> str:
-        """Return, at the server, what goes to all sites with each message as `agreed`.
+        """Return the text that the server sends to all sites, with each message, as `agreed`.
 
         Parameters
         ----------
@@ -222,15 +226,17 @@ class MedicalClient(ABC):
         return ""
 
     def prepare(self, rows: Sequence[Row], train: bool) -> Any:
-        """Return the rows as `batch_of` (where `train`) or `measure` take them."""
+        """Return the rows as `batch_of` takes them if `train` is True, else as `measure` does."""
         raise self._without("prepare")
 
     def fit(self, model: nn.Module, prepared: Any, seed: int) -> dict[str, Any]:
         """Train `model` in place for a round and return metrics such as ``loss``.
 
-        Here by `batch_of` and `loss_of`, which must give the mean over a batch.
+        The default uses `batch_of`, and `loss_of`, which must return the mean over a batch.
         """
-        settings, size, count = self.settings, self.settings.batch_size, len(prepared)
+        settings = self.settings
+        size = settings.batch_size
+        count = len(prepared)
         self.seed_transforms(prepared, seed)
 
         def collate(indices: list[int]) -> dict[str, Tensor]:
@@ -241,7 +247,7 @@ class MedicalClient(ABC):
             range(count),  # type: ignore[arg-type]
             size,
             shuffle=True,
-            # One row alone has no variance, which batch normalisation needs.
+            # A last batch of one row has no variance, which batch normalisation needs.
             drop_last=count > size and count % size == 1,
             collate_fn=collate,
             generator=torch.Generator().manual_seed(seed),
@@ -264,11 +270,11 @@ class MedicalClient(ABC):
         raise self._without("measure")
 
     def describe(self, data: SiteData) -> dict[str, Any]:
-        """Return further numbers about the rows; asked for in a simulation only."""
+        """Return further numbers about the rows; only a simulation asks for them."""
         return {}
 
     def batch_of(self, prepared: Any, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Return some of the training rows, on the device, as what `loss_of` takes.
+        """Return some training rows as a batch for `loss_of`, on the device.
 
         Apply random augmentation, if any, to each row independently.
         """
@@ -279,20 +285,20 @@ class MedicalClient(ABC):
         raise self._without("batch_of and loss_of")
 
     def draw(self, model: nn.Module, prepared: Any, count: int) -> list[Picture]:
-        """Return pictures of `count` prepared rows and of the worst; here none.
+        """Return pictures of `count` prepared rows and of the worst one; the default draws none.
 
-        A title names no patient.
+        A title must not name a patient.
         """
         return []
 
     def made_up(self, count: int) -> list[Row]:
-        """Return rows as `load_data` gives them, made of what the client declares alone.
+        """Return rows in the form of `load_data`, made only of what the client declares.
 
-        Each must differ from the others, or a loss that mixes records is not found out.
+        Each must differ from the others; otherwise a loss that mixes records goes unnoticed.
         """
         raise InputError(
-            f"{type(self).__name__} does not define made_up: before a patient's row is looked at, "
-            "model and loss are tried on rows that are no patient's"
+            f"{type(self).__name__} does not define made_up, the rows of no patient on which model "
+            "and loss are tried before a patient's row is read: define it"
         )
 
     def probe(self, count: int) -> dict[str, Tensor]:
@@ -301,28 +307,28 @@ class MedicalClient(ABC):
         return self.batch_of(self.prepare(rows, train=True), range(len(rows)))
 
     def check_private(self, model: nn.Module, probe: Mapping[str, Tensor]) -> None:
-        """Raise `InputError` where model or loss cannot be trained privately.
+        """Raise `InputError` if model or loss cannot be trained privately.
 
-        A subclass adds what else it does with a batch. `probe` is one of made-up rows.
+        `probe` is a batch of made-up rows. A subclass also checks what else it does with a batch.
         """
         require_private_model(model, self.loss_of, probe)
         require_private_loss(model, self.loss_of, probe)
         require_forgetful(model, self.loss_of, probe)
 
     def seed_transforms(self, prepared: Any, seed: int) -> None:  # noqa: B027
-        """Seed what draws from a generator other than torch's when a batch is made."""
+        """Seed random transforms that draw from a generator other than torch's."""
 
     def measure_privately(
         self, model: nn.Module, prepared: Any, patients: Sequence[Hashable], noise: float
     ) -> dict[str, Any]:
-        """Return metrics of which one patient changes little, with noise of this multiplier.
+        """Return metrics with noise of this multiplier, bounded in what one patient can change.
 
         `prepared` may be empty. A row for which the network fails adds nothing.
         """
         raise InputError(f"{type(self).__name__} does not define measure_privately")
 
     def require_measurable(self) -> None:
-        """Raise `InputError` where `measure_privately` is not possible, whatever the rows are."""
+        """Raise `InputError` if `measure_privately` is not possible, whatever the rows are."""
         if type(self).measure_privately is MedicalClient.measure_privately:
             raise InputError(f"{type(self).__name__} does not define measure_privately")
 
@@ -333,26 +339,26 @@ class MedicalClient(ABC):
     def client_app(cls) -> ClientApp:
         """Return the Flower ClientApp of this client: train, evaluate and its queries.
 
-        Errors raised in a handler leave a real site as their class alone. Load no data while the
-        module is imported: of an error raised there Flower sends the text.
+        Of an error raised in a handler, only the class leaves a real site. Load no data while the
+        module is imported, since Flower sends the whole text of an error raised there.
         """
-        # By its name: that module knows the clients, which know nothing of messages' ways.
+        # Imported here, by its name, since `app` imports this module.
         app: ClientApp = import_module("fedmed_flower.clients.app").app_of(cls)
         return app
 
     def read(self, message: Message) -> ConfigRecord:
-        """Return the config of a message, and take up what it says of all sites.
+        """Return the config of a message, and set `agreed` and `pooled` by it.
 
         Raises
         ------
         DeclinedError
-            If it begins a run at a real hospital in which too many began today.
+            If the message begins a run at a real hospital where too many runs began today.
         """
         config = next(iter(message.content.config_records.values()), ConfigRecord())
         self.agreed = str(config.get(AGREED, ""))
         self.pooled = bool(config.get(POOL_SITES, False))
         if not self.site.simulated:
-            # All parts of a run, such as those for comparison, are one.
+            # The parts of a run, such as its models for comparison, count as one run.
             run = self.run_key(config).partition("/")[0]
             self.ledger(config).begin_run(run, self.node.most_runs_a_day)
         return config
@@ -365,15 +371,15 @@ class MedicalClient(ABC):
         return key
 
     def ledger(self, config: Mapping[str, Any]) -> Ledger:
-        """Return the site's ledger, made if it is in its usual place and not there yet.
+        """Return the site's ledger; one in the usual place is created if it does not exist.
 
         Parameters
         ----------
         config : mapping
-            Came with the message; heeded in a simulation only.
+            The message's config; only a simulation takes the folder from it.
         """
         path = ledger_path(self.context, self.site, config)
-        # A ledger that the hospital has named and that is gone is no reason to begin a new one.
+        # If the hospital has named a ledger and the file is gone, a new one must not replace it.
         named = "ledger" in self.context.node_config
         if not (self.site.simulated or named or path.exists()):
             text = "%s: %s is a new ledger, in which nothing was ever released"
@@ -381,21 +387,21 @@ class MedicalClient(ABC):
         return Ledger(path, create=not named)
 
     def book_path(self, config: Mapping[str, Any]) -> Path:
-        """Return the file of what the site has told; it is made where it is first needed."""
+        """Return the path of the site's book; the file is created when it is first needed."""
         path = book_path(ledger_path(self.context, self.site, config))
         if not (self.site.simulated or path.exists()):
             log.warning("%s: %s is new: no earlier answer is known", self.site.name, path)
         return path
 
     def open_book(self, config: Mapping[str, Any], minimum: int) -> AbstractContextManager[Book]:
-        """Open the book of a real hospital; what was admitted is on the disk when this is left.
+        """Open the book of a real hospital; entries are on the disk when the context is left.
 
         Parameters
         ----------
         config : mapping
-            Came with the message.
+            The message's config.
         minimum : int
-            The fewest patients who may be told apart; at least 1.
+            The fewest patients who may be singled out; at least 1.
         """
         data = self.data()
         return open_book(
@@ -409,7 +415,7 @@ class MedicalClient(ABC):
 
     @property
     def declared(self) -> Schema | None:
-        """What the hospital declares of its columns; None if it declares nothing."""
+        """The schema by which the hospital declares its columns; None if there is none."""
         return getattr(self, "schema", None)
 
     def require_protection(self) -> None:
@@ -425,18 +431,18 @@ class MedicalClient(ABC):
             )
 
     def require_usable(self, rows: Sequence[Row]) -> None:
-        """Decline to learn without noise from training rows of few patients, or of a private run.
+        """Decline to learn without noise from these training rows if the hospital must not.
 
         Raises
         ------
         DeclinedError
-            At a real hospital: where they are of fewer patients than an update is made of, or an
-            earlier run has trained on one of them with noise, which this would undo.
+            At a real hospital, if the rows are of fewer patients than an update needs, or an
+            earlier run has trained on one of the patients with noise, which this would undo.
         """
         patients = {patient_text(row["patient"]) for row in rows}
         fewest = fewest_patients(self.context, self.site, "train")
         if len(patients) < fewest:
-            raise DeclinedError(f"an update here is made of at least {fewest} patients")
+            raise DeclinedError(f"an update here needs at least {fewest} patients")
         self._require_plain(patients)
 
     def _require_plain(self, patients: Collection[str]) -> None:
@@ -444,39 +450,49 @@ class MedicalClient(ABC):
             raise DeclinedError("patients who were trained on with noise are used with noise only")
 
     def require_several(self, rows: Sequence[Row]) -> None:
-        """Decline to send an update that few patients have made.
+        """Decline to send an update that was made of too few patients.
 
         Raises
         ------
         DeclinedError
         """
-        settings, indices = self.settings, sorted(self.entered)
+        settings = self.settings
+        indices = sorted(self.entered)
         if indices and indices[-1] < len(rows):
             patients = {patient_text(rows[index]["patient"]) for index in indices}
-        else:  # A subclass that trains in its own way tells nothing of it.
+        else:  # A subclass with its own `fit` does not record which rows it used.
             patients = {patient_text(row["patient"]) for row in rows}
         most = settings.local_steps * settings.batch_size or len(patients)
         fewest = fewest_patients(self.context, self.site, "train")
         if min(len(patients), most) < fewest:
-            raise DeclinedError(f"an update here is made of at least {fewest} patients")
+            raise DeclinedError(f"an update here needs at least {fewest} patients")
 
     def disclosed(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Return figures as they leave: coarsely where the hospital says so."""
+        """Return metrics as they leave: coarse ones if the hospital's node config asks for it."""
         return coarsened(metrics) if self.node.coarse_figures else metrics
 
     def disclosable(
         self, rows: Sequence[Row], purpose: str, config: ConfigRecord
     ) -> Sequence[Row] | None:
-        """Return the rows of which figures may leave; None if of none.
+        """Return the rows whose metrics may leave; None if no metrics may leave.
 
-        At a real hospital that is written down before anything is measured: in its book, by which
-        patients who came since, and are too few, wait; and in its ledger, which counts how often a
-        patient was measured without noise.
+        At a real hospital this is written down before anything is measured. The book makes new
+        patients wait until there are enough of them. The ledger counts how often each patient was
+        measured without noise.
+
+        Parameters
+        ----------
+        rows : sequence of Row
+            Screened rows.
+        purpose : str
+            What they are measured for, as the ledger notes it.
+        config : ConfigRecord
+            The message's config.
 
         Raises
         ------
         DeclinedError
-            If an earlier run has trained on one of the patients with noise, which the figures
+            If an earlier run has trained on one of the patients with noise, which the metrics
             would undo.
         """
         patients = {patient_text(row["patient"]) for row in rows}
@@ -498,47 +514,49 @@ class MedicalClient(ABC):
         return reported
 
     def tellable(self, column: str, rows: Sequence[Row]) -> list[Row]:
-        """Return of which rows an answer about a column may leave without noise.
+        """Return the rows that may count in an answer about a column without noise.
 
-        At a real hospital that is written down in its book before the answer is made: rows that
-        came since an earlier answer, and are too few to be told apart from it, are left out.
+        At a real hospital this is written down in its book before the answer is computed. Rows
+        that are new since an earlier answer are left out if too few patients are behind them.
 
         Parameters
         ----------
         column : str
         rows : sequence of Row
-            As `data` or `screened` gave them.
+            As `data` or `screened` returned them.
 
         Raises
         ------
         DeclinedError
-            If this run or the hospital protects patients by noise, or the rows that are left are
-            of fewer patients than ``min-cell-count``.
+            If this run or the hospital protects patients by noise, or the remaining rows are of
+            fewer patients than ``min-cell-count``.
         """
         if self.secretive:
             raise DeclinedError("this run, or this hospital, protects patients by noise")
-        minimum, usable = min_cell_count(self.context, self.site), list(rows)
+        minimum = min_cell_count(self.context, self.site)
+        usable = list(rows)
         if not self.site.simulated:
             with self.open_book({}, minimum) as book:
-                inside = book.column(column, book.of({id(row) for row in rows}))
-                told = () if inside is None else zip(book.rows, inside, strict=True)
-                usable = [row for row, fine in told if fine]
+                mask = book.column(column, book.mask_of({id(row) for row in rows}))
+                usable = []
+                if mask is not None:
+                    usable = [row for row, fine in zip(book.rows, mask, strict=True) if fine]
         if len({patient_text(row["patient"]) for row in usable}) < minimum:
-            raise DeclinedError(f"an answer here is about at least {minimum} patients")
+            raise DeclinedError(f"an answer here needs at least {minimum} patients")
         return usable
 
     @property
     def secretive(self) -> bool:
-        """Whether nothing may leave that depends on what is in a patient's files, noise apart."""
+        """Whether nothing that depends on a patient's files may leave without noise."""
         return self.privacy.on or self.noises_metrics
 
     @property
     def noises_metrics(self) -> bool:
-        """Whether what evaluation counts carries noise, and is charged.
+        """Whether evaluation counts with noise, and is charged to the ledger.
 
-        Always if the hospital has set a budget: what a server may ask for exactly, no budget
-        bounds. Else as ``private-metrics`` of the hospital's node config says; if it says nothing,
-        in private runs, unless the run config of a simulation says otherwise.
+        It always does if the hospital has set a budget, since no budget bounds answers without
+        noise. Else ``private-metrics`` of the hospital's node config decides. If that is not set,
+        private runs do; in a simulation the run config may switch it off.
         """
         if budget_of(self.context) is not None:
             return True
@@ -548,14 +566,14 @@ class MedicalClient(ABC):
 
     @property
     def sealed(self) -> bool:
-        """Whether that is so at a real hospital, whose server sees all that leaves."""
+        """Whether the client is `secretive` at a real hospital, whose server sees all replies."""
         return self.secretive and not self.site.simulated
 
     def count(self, split: str, pooled: bool = False) -> int:
-        """Return the number that the server is told of a split: of rows that can be used.
+        """Return the size of a split as the server receives it: the number of usable rows.
 
-        If what is in a file must not show, the number of patients who were loaded: how many
-        rows one of them has, and whether these can be used, is then not told.
+        If the client is `secretive`, it is the number of loaded patients. It does not show how many
+        rows a patient has, nor whether they can be used.
         """
         if self.secretive:
             return len({patient_text(row["patient"]) for row in getattr(self.data(pooled), split)})
@@ -563,8 +581,8 @@ class MedicalClient(ABC):
 
     def fresh_model(self) -> tuple[nn.Module, Travelling]:
         """Return the network on the device with fresh weights, and which part of it travels."""
-        # The server's seed: what does not travel is then the same here. What travels is thrown
-        # away, and must not move the seeded generator of `fit`.
+        # The run's seed makes the frozen part the same here as at the server. `seeded` also keeps
+        # the generator of `fit` where it was.
         with self.seeded(self.settings.seed):
             model = self.build_model()
         travelling = Travelling(model, self.models.trainable)
@@ -575,25 +593,33 @@ class MedicalClient(ABC):
         return model.to(device), travelling
 
     def model_of(self, arrays: ArrayRecord, config: ConfigRecord) -> tuple[nn.Module, Travelling]:
-        """Return the network with weights that came with a message."""
+        """Return the network with the weights of a message, and which part of it travels.
+
+        Raises
+        ------
+        InputError
+            If the frozen part is not the same here as at the server.
+        """
         model, travelling = self.fresh_model()
         if FROZEN in config and config[FROZEN] != travelling.digest(model):
             raise InputError(
-                "what trainable leaves out of the model is not the same here as at the server: "
-                "build_model must load the same weights on both, such as those of one bundle"
+                "the frozen part of the model, which trainable leaves out, is not the same here as "
+                "at the server: build_model must load the same weights on both, such as those of "
+                "one bundle"
             )
         travelling.load(model, arrays.to_torch_state_dict())
         return model, travelling
 
     def seeded(self, seed: int) -> Any:
-        """Return the context in which torch works for this site: its seed and its threads."""
+        """Return a context in which torch uses this seed and the site's number of threads."""
         threads = self.settings.torch_threads or int(self.site.simulated)
         return torch_environment(seed, threads, torch_device(self.settings))
 
     def data(self, pooled: bool = False) -> SiteData:
-        """Return the site's rows as `load_data` gives them; the run keeps them."""
+        """Return the site's rows as `load_data` returns them; they are cached during the run."""
         self.touched = True
-        loaded, key = self.cache.loaded, self.key(pooled)
+        loaded = self.cache.loaded
+        key = self.key(pooled)
         if key not in loaded:
             data = self.pooled_data() if pooled else self._loaded_data()
             if not any(getattr(data, split) for split in SPLITS):
@@ -609,15 +635,15 @@ class MedicalClient(ABC):
         return loaded[key]
 
     def _loaded_data(self) -> SiteData:
-        """Return the rows; at a real hospital they are split by its own key."""
+        """Return the rows; at a real hospital the secret key in its ledger splits them."""
         real = not self.site.simulated
         with splitting_by(lambda: self.ledger({}).split_key()) if real else nullcontext():
             data = self.load_data(self.site)
-        self._say_classes(data)
+        self._log_lacking_classes(data)
         return data
 
     def pooled_data(self) -> SiteData:
-        """Return the rows of all sites whose rows can be used; the log names the others.
+        """Return the rows of all sites; a site that fails is left out and named in the log.
 
         A row's patient is (index of the site, patient).
 
@@ -634,34 +660,35 @@ class MedicalClient(ABC):
             other.site = replace(self.site, index=index, name=f"hospital-{index + 1}")
             try:
                 parts[index] = other.data()
-            except Exception as error:  # What keeps one site from a run must not keep the others.
-                log.warning("all data pooled are without %s: %s", other.site.name, error)
+            except Exception as error:  # One broken site must not keep the others from the run.
+                log.warning("the pooled data lack %s: %s", other.site.name, error)
         if not parts:
             raise InputError("no site has rows to pool")
         return together(parts)
 
-    def _say_classes(self, data: SiteData) -> None:
-        """Say in the log which class of the training rows another split lacks."""
-        found = {s: Counter(self._class_of(row) for row in getattr(data, s)) for s in SPLITS}
+    def _log_lacking_classes(self, data: SiteData) -> None:
+        """Log the classes of the training rows that another split lacks."""
+        classes = {s: Counter(self._class_of(row) for row in getattr(data, s)) for s in SPLITS}
         for split in SPLITS[1:]:
-            lacking = sorted(found["train"].keys() - found[split].keys() - {""})
-            if found[split] and lacking:
+            lacking = sorted(classes["train"].keys() - classes[split].keys() - {""})
+            if classes[split] and lacking:
                 level = logging.DEBUG if self.site.simulated else logging.WARNING
                 text = "%s: no row of the %s split has class %s"
                 log.log(level, text, self.site.name, split, ", ".join(lacking))
 
     def _class_of(self, row: Row) -> str:
-        """Return the class of a row as the log shows it; empty if it has none, or none fits."""
+        """Return the class of a row for the log; empty if it has no class or a broken one."""
         try:
             label = self.label_of(row)
             return "" if label is None else str(label)
-        except Exception:  # Whatever a row can be: it must not decide about the others.
+        except Exception:  # One broken row must not decide about the others.
             return ""
 
     def screened(self, split: str, pooled: bool = False) -> Sequence[Row]:
-        """Return the rows of a split that can be used; the run keeps them."""
+        """Return the rows of a split that can be used; they are cached during the run."""
         rows: Sequence[Row] = getattr(self.data(pooled), split)
-        screened, key = self.cache.screened, self.key(pooled, split)
+        screened = self.cache.screened
+        key = self.key(pooled, split)
         if key not in screened:
             if self.sealed:
                 rows = [row for row in rows if self._passes(row, split)]
@@ -669,66 +696,67 @@ class MedicalClient(ABC):
         return screened[key]
 
     def _passes(self, row: Row, split: str) -> bool:
-        """Return whether a row, all by itself, passes `check`."""
+        """Return whether a row passes `check` by itself."""
         try:
             parts: dict[str, Any] = {"train": (), split: (row,)}
             self.check(SiteData(**parts))
-        except Exception as error:  # Whatever a row can be: it must not decide about the others.
-            log.warning("%s: turned away, %s split: %s", self.site.name, split, error)
+        except Exception as error:  # One broken row must not decide about the others.
+            log.warning("%s: rejected, %s split: %s", self.site.name, split, error)
             return False
         return True
 
     def loaded(self, split: str) -> Sequence[Row]:
-        """Return the rows of a split as the message at hand asks for them, usable or not."""
+        """Return the rows of a split as they were loaded, pooled if the message asks for that."""
         rows: Sequence[Row] = getattr(self.data(self.pooled), split)
         return rows
 
     def screened_data(self, pooled: bool = False, splits: Collection[str] = SPLITS) -> SiteData:
-        """Return the rows that passed `screen`; splits that are not named are as they were loaded.
+        """Return the data with the named splits screened; the other splits stay as loaded.
 
         Raises
         ------
         InputError
-            If all training rows were turned away.
+            If all training rows were rejected.
         """
         data = self.data(pooled)
         usable: dict[str, Any] = {split: self.screened(split, pooled) for split in splits}
         screened = replace(data, **usable)
         if not screened.train and data.train:
-            raise InputError("there are no training rows left: all were turned away")
+            raise InputError("there are no training rows left: all were rejected")
         return screened
 
     def prepared(self, split: str, pooled: bool) -> tuple[SiteData, Any]:
-        """Return the rows of a split that passed `screen`, and the same as `prepare` makes them.
+        """Return the data with a split screened, and the rows of that split as prepared.
 
         Raises
         ------
         InputError
-            If training rows are asked for and there are none.
+            If the training split is asked for and has no rows.
         """
         data = self.screened_data(pooled, (split,))
         if split == "train" and not data.train:
             raise InputError("there are no training rows")
-        prepared, key = self.cache.prepared, self.key(self.prepared_for, pooled, split)
+        prepared = self.cache.prepared
+        key = self.key(self.prepared_for, pooled, split)
         if key not in prepared:
             prepared[key] = self.prepare(getattr(data, split), train=split == "train")
         return data, prepared[key]
 
     @property
     def cache(self) -> RunCache:
-        """What this process keeps of the run."""
+        """The rows that this process keeps during the run."""
         return self.run_cache.of_run(self.context.run_id)
 
     def key(self, *parts: Hashable) -> Key:
-        """Return the key in `cache` of something of this site, under this class's name."""
+        """Return a key for `cache`: this class, this site, and the parts."""
         return (type(self).__qualname__, self.site, *parts)
 
 
 def _require_named(data: SiteData) -> None:
-    """Refuse rows whose patients are the lines of a table: the ledger must know them again."""
+    """Raise `InputError` if patients are only known by their line of a table."""
     rows = (row for split in SPLITS for row in getattr(data, split))
     if any(isinstance(row.get("patient"), LineNumber) for row in rows):
         raise InputError(
-            "the table names no patients: with privacy or a budget it needs a column of them, "
-            "since the ledger must know each patient again however the table is sorted"
+            "the table names no patients: with privacy or a budget it needs a column of patients, "
+            "since the ledger must recognise each patient however the table is sorted"
         )

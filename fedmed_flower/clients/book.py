@@ -1,9 +1,10 @@
-"""What a hospital has told without noise, and of whom: one book under all kinds of answers.
+"""The book of a hospital: what left without noise, and about which patients.
 
-Figures of an evaluation, sums before the first round, counts of a study, pictures and the answers
-to questions for statistics are written down in one file beside the privacy ledger, over all runs,
-before they leave. Few patients who come or go are told apart by no kind: see `fedmed_flower.
-statistics.guard` for the rule. In a simulation nothing leaves, and nothing is written down.
+Metrics of an evaluation, sums before the first round, counts of a study, pictures and answers to
+questions for statistics are written down before they leave. One file beside the privacy ledger
+holds them over all runs, so that no combination of them singles out a few patients who came or
+went: see `fedmed_flower.statistics.guard` for the rule. In a simulation nothing leaves the machine,
+and nothing is written down.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from fedmed_flower.statistics.guard import NEW, OUTSIDE, Guard, Members, open_gu
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.types import Codes, Mask
 
-# Beside the ledger, and not taken for one.
+# Not ".sqlite": the file lies beside the ledger and must not be taken for one.
 _ENDING = ".answers"
-# The cell of all categories that are not told apart.
+# The cell of all categories that are too small to be disclosed singly.
 POOLED = 2**30
 
 
 def book_path(ledger: Path) -> Path:
-    """Return the file beside a hospital's ledger that holds what it has told."""
+    """Return the path of a hospital's book, beside its ledger."""
     return ledger.with_name(ledger.name.removesuffix(".sqlite") + _ENDING)
 
 
@@ -41,15 +42,19 @@ class Book:
     ----------
     guard : Guard
     columns : Columns
-        Of all rows of all splits.
+        The columns of all rows of all splits.
     rows : sequence of Row
         The same rows.
     app : str
-        The client's class: figures of one client cannot be compared with those of another.
+        Name of the client's class. Metrics of different clients cannot be compared, so each class
+        has evaluations of its own.
     """
 
     def __init__(self, guard: Guard, columns: Columns, rows: Sequence[Row], app: str) -> None:
-        self._guard, self._columns, self._rows, self._app = guard, columns, rows, app
+        self._guard = guard
+        self._columns = columns
+        self._rows = rows
+        self._app = app
 
     def admit(
         self,
@@ -57,24 +62,23 @@ class Book:
         inside: Mask,
         values: Codes | None = None,
     ) -> Mask | None:
-        """Write down that something is told of some rows, and return of which it may be.
+        """Write down an answer about some rows, and return the rows that may count in it.
 
-        Rows that came since an earlier answer, and are too few to be told apart from it, are left
-        out.
+        Rows that are new since an earlier answer are left out if too few patients are behind them.
 
         Parameters
         ----------
         members : Members
-            What is told of.
+            The variable that the answer is about.
         inside : ndarray of bool
-            (rows,) of which is to be told.
+            (rows,) the rows that the answer should count.
         values : ndarray of int64, optional
-            (rows,) cells, at least 0, that the answer tells apart.
+            (rows,) the cell of each row in the answer, at least 0; left out, all are in one cell.
 
         Returns
         -------
         ndarray of bool or None
-            None if nothing may be told.
+            (rows,) the rows that may count; None if no answer may leave.
         """
         new = self._guard.labels(members) == NEW
         for usable in (inside, inside & ~new):
@@ -90,17 +94,17 @@ class Book:
         return self._rows
 
     def evaluation(self, rows: Sequence[Row]) -> list[Row] | None:
-        """Return of which rows figures may leave; None if of none.
+        """Return the rows whose metrics may leave; None if no metrics may leave.
 
         Raises
         ------
         InputError
-            If a row is not one that was loaded, so that it cannot be known again.
+            If a row is not one of the loaded rows, so that the book cannot recognise it.
         """
         ids = {id(row) for row in rows}
-        inside = self.of(ids)
+        inside = self.mask_of(ids)
         if int(inside.sum()) != len(ids):
-            raise InputError("screen must return rows that it was given, not others")
+            raise InputError("screen must return rows that it was given, not copies or new rows")
         usable = self.admit(self._guard.everybody(f"evaluations by {self._app}"), inside)
         if usable is None:
             return None
@@ -108,56 +112,63 @@ class Book:
         return [row for row in rows if id(row) in reported]
 
     def column(self, name: str, inside: Mask, values: Codes | None = None) -> Mask | None:
-        """Return of which rows a column may be told of; None if of none, or it is not there."""
+        """Write down an answer about a column, as `admit`; None also if there is no such column."""
         if name not in self._columns.names:
             return None
         return self.admit(self._guard.members(name), inside, values)
 
     def known(self, name: str) -> Mask:
-        """Return the rows of which a column was told before."""
+        """Return (rows,) the rows that an earlier answer about a column has counted."""
         if name not in self._columns.names:
             return np.zeros(len(self._rows), bool)
         known: Mask = self._guard.labels(self._guard.members(name)) != NEW
         return known
 
     def categories(self, name: str, inside: Mask, minimum: int) -> Codes | None:
-        """Return (rows,) the number of each row's category, as far as these may be told apart.
+        """Return the categories of a column as far as they may be disclosed singly.
 
-        `POOLED` are those of few patients, the smallest first, until together they are enough; -1
-        is a row that is not inside or has no category.
+        Categories of few patients are pooled, the smallest first, until the pool has enough
+        patients.
 
         Parameters
         ----------
         name : str
         inside : ndarray of bool
-            (rows,) of which is to be told.
+            (rows,) the rows that the answer should count.
         minimum : int
+            The fewest patients of a category that is disclosed singly; at least 1.
 
         Returns
         -------
-        ndarray or None
-            None if all categories together are of too few patients.
+        ndarray of int64 or None
+            (rows,) the number of each row's category; `POOLED` for a pooled one, -1 for a row that
+            is not inside or has no category. None if all categories together are of too few
+            patients.
         """
         codes = self._columns.codes(name)[0]
-        here = inside & (codes >= 0)
+        valued = inside & (codes >= 0)
         labels = self._guard.labels(self._guard.members(name))
-        pooled = pool_small(codes[here], labels[here], self._columns.patient_of_row[here], minimum)
+        patient_of_row = self._columns.patient_of_row[valued]
+        pooled = pool_small(codes[valued], labels[valued], patient_of_row, minimum)
         if pooled is None:
             return None
         codes = np.full(len(self._rows), -1, np.int64)
-        codes[here] = np.where(pooled < 0, POOLED, pooled)
+        codes[valued] = np.where(pooled < 0, POOLED, pooled)
         return codes
 
-    def of(self, rows: Collection[int]) -> Mask:
-        """Return which rows are among some, by their identity."""
-        return np.array([id(row) in rows for row in self._rows])
+    def mask_of(self, ids: Collection[int]) -> Mask:
+        """Return (rows,) whether each row's `id` is among the given ones."""
+        return np.array([id(row) in ids for row in self._rows])
 
     def shown(self, run: str) -> tuple[bool, set[str] | None]:
-        """Return whether a run had pictures, and of whom here any had; None if of nobody."""
+        """Return whether a run had pictures, and the patients here of whom any run had pictures.
+
+        The latter is None if no run has had pictures of anybody.
+        """
         return self._guard.shown(run)
 
     def show(self, run: str, patients: Collection[str]) -> None:
-        """Write down that pictures of patients leave."""
+        """Write down that a run has its pictures, and of which patients."""
         self._guard.show(run, patients)
 
 
@@ -170,7 +181,7 @@ def open_book(
     hide_few_missing: bool,
     app: str,
 ) -> Iterator[Book]:
-    """Open the book of a real hospital; what was admitted is on the disk when this is left.
+    """Open the book of a real hospital; entries are on the disk when the context is left.
 
     Parameters
     ----------
@@ -179,11 +190,11 @@ def open_book(
     rows : sequence of Row
         All rows of all splits.
     schema : Schema, optional
-        What the hospital declares of its columns.
+        The hospital's declaration of its columns.
     minimum : int
-        The fewest patients who may be told apart; at least 1.
+        The fewest patients who may be singled out; at least 1.
     hide_few_missing : bool
-        As the hospital's node config has it.
+        As in the hospital's node config.
     app : str
         As `Book` takes it.
     """

@@ -1,4 +1,4 @@
-"""Rows after MONAI's transforms, of which what never changes stays in memory."""
+"""Rows after MONAI's transforms; results that never change stay in memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fedmed_flower.data.site import Row
 
 
 @contextmanager
-def tracking(indices: bool) -> Iterator[None]:
-    """Let MONAI's transforms keep track of where images came from, or not: that takes less time."""
+def tracking(positions: bool) -> Iterator[None]:
+    """Let MONAI's transforms track the position of images, or not, which takes less time."""
     before = get_track_meta()
-    set_track_meta(indices)
+    set_track_meta(positions)
     try:
         yield
     finally:
@@ -26,54 +26,58 @@ def tracking(indices: bool) -> Iterator[None]:
 
 
 class CachedRows(Dataset[Any]):
-    """Rows after their transforms; what never changes is kept in memory, within a limit.
+    """Rows after their transforms; results that never change are kept in memory, within a limit.
 
-    Rows that are not kept come out as those that are. (MONAI's CacheDataset counts rows, whatever
-    their size, and runs the whole chain of a row that is not kept with one setting for
-    `set_track_meta`: without it images lose their place before they are brought to a grid, with it
-    random transforms take much longer.)
+    Rows beyond the limit come out the same, more slowly. (MONAI's CacheDataset limits the number of
+    rows, whatever their size. It also runs the whole chain of a row that is not cached with one
+    setting of `set_track_meta`. If that is off, images lose their position before they are brought
+    to a grid; if it is on, random transforms take much longer.)
 
     Parameters
     ----------
     rows : sequence of dict
     steps : sequence of callable
-        What MONAI's transforms give up to the first random one, or the first plain function, is
-        kept. From the first random one on, they see tensors without a place.
+        MONAI's transforms, and plain functions. The results before the first random transform or
+        plain function are kept. From the first random transform on, images have no position.
     limit : float
-        Bytes.
+        The most memory for kept rows, in bytes.
 
     Attributes
     ----------
     transform : Compose
-        All steps, to be seeded or undone.
+        All steps; a caller seeds or inverts them here.
     count, held : int
-        How many rows are kept, and how many bytes they take.
+        Number of kept rows, and of bytes that they take.
     """
 
     def __init__(
         self, rows: Sequence[Row], steps: Sequence[Callable[[Any], Any]], limit: float
     ) -> None:
-        self.rows, self.transform = list(rows), Compose(list(steps))
+        self.rows = list(rows)
+        self.transform = Compose(list(steps))
         self._end = len(steps)
-        random = (at for at, step in enumerate(steps) if isinstance(step, RandomizableTrait))
+        random = (i for i, step in enumerate(steps) if isinstance(step, RandomizableTrait))
         self._random = next(random, self._end)
-        plain = (at for at, step in enumerate(steps) if not isinstance(step, Transform))
+        plain = (i for i, step in enumerate(steps) if not isinstance(step, Transform))
         self._fixed = min(self._random, next(plain, self._end))
-        self._kept: list[Any] = []
-        self.count = self.held = 0
+        self._cache: list[Any] = []
+        self.count = 0
+        self.held = 0
         while self.count < len(self.rows) and self.held < limit:
-            row = self._begun(self.count)
-            if self.held + _bytes(row) > limit:
+            row = self._after_fixed(self.count)
+            size = _bytes(row)
+            if self.held + size > limit:
                 break
-            self._kept.append(row)
-            self.count, self.held = self.count + 1, self.held + _bytes(row)
+            self._cache.append(row)
+            self.count += 1
+            self.held += size
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
         """Return a row after all transforms: a dict, or a list of dicts after one that crops."""
-        row = self._kept[index] if index < self.count else self._begun(index)
+        row = self._cache[index] if index < self.count else self._after_fixed(index)
         if self._fixed == self._end:
             return row
         with tracking(True):
@@ -82,11 +86,13 @@ class CachedRows(Dataset[Any]):
         with tracking(False):
             return self.transform(row, start=self._random)
 
-    def _begun(self, index: int) -> Any:
+    def _after_fixed(self, index: int) -> Any:
+        """Return a row after the steps whose results never change."""
         with tracking(True):
             return convert_to_contiguous(self.transform(self.rows[index], end=self._fixed))
 
 
 def _bytes(row: Any) -> int:
     rows = row if isinstance(row, list) else [row]
-    return sum(part.nbytes for one in rows for part in one.values() if hasattr(part, "nbytes"))
+    values = (value for entries in rows for value in entries.values())
+    return sum(value.nbytes for value in values if hasattr(value, "nbytes"))

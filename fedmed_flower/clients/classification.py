@@ -1,4 +1,4 @@
-"""A client for classes of images, 2D and 3D."""
+"""A client that classifies images, 2D and 3D."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from fedmed_flower.models.device import half_precision
 
 
 class ClassificationClient(ImagingClient):
-    """Trains a network that tells classes of images apart.
+    """Trains a network that classifies images.
 
-    A subclass gives `num_classes`, `load_data` and, unless the run config names a network,
+    A subclass defines `num_classes`, `load_data` and, unless the run config names a network,
     `build_model`. The network has `num_classes` outputs (cross entropy), or one output for two
     classes (binary cross entropy). Rows are dicts:
 
@@ -46,7 +46,7 @@ class ClassificationClient(ImagingClient):
     Hooks
     -----
     transforms, intensity, random_transforms
-        As `ImagingClient` has them.
+        As in `ImagingClient`.
     augment
         Random changes of a training batch. The default makes none.
     loss
@@ -55,10 +55,10 @@ class ClassificationClient(ImagingClient):
     Attributes
     ----------
     num_classes, spatial_dims, modality
-        As `ImagingClient` has them.
+        As in `ImagingClient`.
     cam_layer : str
-        Name of the layer whose activation is shown in pictures (Grad-CAM); empty shows instead
-        by how much covering a part of the image lowers the score (occlusion sensitivity).
+        Name of the layer whose activation pictures show (Grad-CAM). If it is empty, they show how
+        much the score falls when a part of the image is covered (occlusion sensitivity).
     """
 
     cam_layer: str = ""
@@ -66,11 +66,13 @@ class ClassificationClient(ImagingClient):
     def augment(self, images: Tensor) -> Tensor:
         """Return a training batch with random changes; torch's generator is seeded beforehand.
 
+        Changing a whole batch here takes a fraction of the time of MONAI's random transforms, which
+        change one image after the other.
+
         Parameters
         ----------
         images : Tensor
-            (batch, channels, *spatial), on the device. What is done to a whole batch here takes a
-            fraction of the time that MONAI's random transforms take, one image after the other.
+            (batch, channels, *spatial), on the device.
         """
         return images
 
@@ -94,16 +96,17 @@ class ClassificationClient(ImagingClient):
         return value
 
     def _outputs(self, outputs: Tensor) -> Tensor:
-        """Return the network's outputs, which must be those of the classes.
+        """Return the network's outputs.
 
         Raises
         ------
         InputError
+            If their number does not fit the number of classes.
         """
         allowed = (1, 2) if self.num_classes == 2 else (self.num_classes,)
         if outputs.ndim != 2 or outputs.shape[1] not in allowed:
             raise InputError(
-                f"the network gives outputs of shape {tuple(outputs.shape)}: {self.num_classes} "
+                f"the network returns outputs of shape {tuple(outputs.shape)}: {self.num_classes} "
                 f"classes need (rows, {' or '.join(map(str, allowed))})"
             )
         return outputs
@@ -116,19 +119,19 @@ class ClassificationClient(ImagingClient):
         return self.loss()
 
     def measure(self, model: nn.Module, prepared: CachedRows) -> dict[str, Any]:
-        """Return ``loss`` and the figures and counts of `classification_metrics`."""
+        """Return ``loss`` and the metrics and counts of `classification_metrics`."""
         outputs, labels = self._predict(model, prepared)
         loss = self._loss(torch.from_numpy(outputs), torch.from_numpy(labels))
         patient_of_row = [patient_text(row["patient"]) for row in prepared.rows]
-        found = classification_metrics(labels, outputs, patient_of_row, self.node.coarse_figures)
-        return found | {"loss": float(loss)}
+        metrics = classification_metrics(labels, outputs, patient_of_row, self.node.coarse_figures)
+        return metrics | {"loss": float(loss)}
 
     def measure_privately(
         self, model: nn.Module, prepared: CachedRows, patients: Sequence[Hashable], noise: float
     ) -> dict[str, Any]:
-        """Return what follows from `noised_counts`, and those counts; no loss.
+        """Return the metrics that follow from `noised_counts`, and those counts; no loss.
 
-        Each record goes through the model by itself, so that none can change another's score.
+        Each record goes through the model by itself, so that it cannot change another's score.
         """
         model.eval()
         labels: dict[int, int] = {}
@@ -138,25 +141,30 @@ class ClassificationClient(ImagingClient):
             labels[index] = int(batch["label"])
             return {"image": batch["image"]}
 
-        indices, found = predict_alone(
+        indices, scores = predict_alone(
             lambda batch: self._outputs(model(batch["image"])),
             batch_at,
             len(prepared),
             half_precision(self.settings),
         )
-        outputs = np.asarray(found).reshape(-1, found[0].size if found else self.num_classes)
+        width = scores[0].size if scores else self.num_classes
+        outputs = np.asarray(scores).reshape(-1, width)
         truth = [labels[index] for index in indices]
         counts = noised_counts(truth, outputs, [patients[index] for index in indices], noise)
         return noised_metrics(counts) | {NOISED: counts}
 
     def draw(self, model: nn.Module, prepared: CachedRows, count: int) -> list[Picture]:
-        """Return the first rows, and that of the highest loss, with what the score rests on."""
+        """Return pictures of the first rows and the one with the highest loss.
+
+        A map over each image shows which parts the score of its class rests on.
+        """
         outputs, labels = self._predict(model, prepared)
         rows = zip(torch.from_numpy(outputs), torch.from_numpy(labels), strict=True)
         losses = [float(self._loss(output[None], label[None])) for output, label in rows]
         worst = int(np.argmax(losses))
         indices = dict.fromkeys([*range(min(count, len(labels))), worst])
-        heat, sides = self._heat(model), self.imaging.numbers("spacing", self.spatial_dims)
+        heat = self._heat(model)
+        sides = self.imaging.numbers("spacing", self.spatial_dims)
         pictures = []
         for number, index in enumerate(indices, start=1):
             spacing: Sequence[float] = sides
@@ -166,7 +174,7 @@ class ClassificationClient(ImagingClient):
             title = f"{name}: class {labels[index]}, given {guess:.0%}"
             layers = [image[0, 0].cpu().numpy(), heat(image)]
             if self.spatial_dims == 3 and (axes := self.imaging.orientation):
-                # Drawn as a radiologist sees it.
+                # `heatmap` expects the axes of a volume in the order RAS.
                 turn: NDArray[Any] = axcodes2ornt(axes)  # type: ignore[no-untyped-call]
                 layers = [apply_orientation(layer, turn) for layer in layers]  # type: ignore[no-untyped-call]
                 spacing = [spacing[axis] for axis in np.argsort(turn[:, 0])] if spacing else ()
@@ -175,7 +183,7 @@ class ClassificationClient(ImagingClient):
         return pictures
 
     def _heat(self, model: nn.Module) -> Callable[[Tensor], NDArray[np.float32]]:
-        """Return what shows where the score of an image's likeliest class comes from."""
+        """Return a function that maps an image to the parts its likeliest class rests on."""
         from monai.visualize import GradCAM, OcclusionSensitivity
 
         scores = _Scores(model)
@@ -187,34 +195,34 @@ class ClassificationClient(ImagingClient):
                 raise InputError(
                     f"cam_layer must name a layer of the model{hint}, got {self.cam_layer!r}"
                 )
-            # MONAI's own postprocessing turns the largest value to 0.
+            # MONAI's own postprocessing would turn the largest value to 0.
             grad_cam = GradCAM(scores, f"model.{self.cam_layer}", postprocessing=lambda map: map)
-            # Layers before the first that is trained get a gradient only with the image.
+            # Frozen layers before the first trainable one get a gradient only through the image.
             return lambda image: _values(grad_cam(image.clone().requires_grad_())[0, 0])
-        parts, at_a_time = (7, 16) if self.spatial_dims == 2 else (4, 2)
+        parts, windows_at_once = (7, 16) if self.spatial_dims == 2 else (4, 2)
 
-        def without(image: Tensor) -> NDArray[np.float32]:
+        def occlusion(image: Tensor) -> NDArray[np.float32]:
             best = int(scores(image)[0].argmax())
             cover = OcclusionSensitivity(
                 scores,
                 mask_size=[min(side, max(2, side // parts)) for side in image.shape[2:]],
-                n_batch=at_a_time,
+                n_batch=windows_at_once,
                 verbose=False,
                 overlap=0.5,
                 activate=False,
             )
             with warnings.catch_warnings():
-                # Of how MONAI indexes.
+                # torch warns about the way in which MONAI indexes.
                 warnings.simplefilter("ignore", UserWarning)
                 covered = cover(image)[0][0, best]
             return _values(scores(image)[0, best] - covered)
 
-        return without
+        return occlusion
 
     def _predict(
         self, model: nn.Module, prepared: CachedRows
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return outputs and labels; volumes one batch at a time, pictures in larger ones."""
+        """Return outputs and labels; volumes pass one by one, 2D images in batches."""
         model.eval()
         size = max(self.settings.batch_size, 64) if self.spatial_dims == 2 else 1
         labels = list[Tensor]()
@@ -244,7 +252,7 @@ class _CrossEntropy(nn.Module):
 
 
 class _Scores(nn.Module):
-    """Gives the log-odds of each class against the rest, also where the model has one output."""
+    """Returns the log-odds of each class against the rest, also if the model has one output."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -268,7 +276,7 @@ def _values(map: Tensor) -> NDArray[np.float32]:
 
 
 def _share(outputs: NDArray[np.float32], label: int) -> float:
-    """Return the probability that the network gives a class."""
+    """Return the probability that the network assigns to a class."""
     if len(outputs) == 1:
         outputs = np.asarray([0.0, outputs[0]], np.float32)
     shares = np.exp(outputs - outputs.max())

@@ -1,4 +1,4 @@
-"""Digests of patients' names, which only a simulation tells."""
+"""Digests of patients' names, which only a simulated site sends."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedmed_flower.wire import DIGEST_BYTES, DIGESTS, PATIENTS_RECORD
 
 
 def digests_of(site: Site, data: SiteData, run_id: int) -> Mapping[str, ConfigRecord]:
-    """Return the records that a reply takes along: digests of the patients' names, 8 bytes each.
+    """Return records to add to a reply: digests of the patients' names, `DIGEST_BYTES` each.
 
-    Names are texts; a patient without one, whom only the line of a table tells apart, has none.
-    A real hospital tells nothing: a digest lets who guesses a name see whether it is there.
+    Only names that are texts have a digest; a patient known by a number or by the line of a table
+    has none. A real hospital sends no digests, since whoever guesses a name could check it.
     """
     if not site.simulated:
         return {}

@@ -1,4 +1,4 @@
-"""What clients for images share: from files on a grid to batches, on MONAI's transforms."""
+"""The common part of clients for images: from files to batches, by MONAI's transforms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.cache import CachedRows
-from fedmed_flower.data.checks import check_row
+from fedmed_flower.data.checks import Finding, check_row
 from fedmed_flower.data.images import files_of, read_image
 from fedmed_flower.data.site import Row, SiteData
 from fedmed_flower.errors import InputError
@@ -42,20 +42,21 @@ _MOST_LINES = 20
 
 
 class ImagingClient(MedicalClient):
-    """What `ClassificationClient` and `SegmentationClient` share.
+    """The base of `ClassificationClient` and `SegmentationClient`.
 
     Hooks
     -----
     build_model
-        The default builds what ``network`` and ``network-args``, or ``bundle``, in the run config
-        name.
+        The default builds the network that the run config names by ``network`` and
+        ``network-args``, or by ``bundle``.
     transforms
-        MONAI dictionary transforms of a row. The default loads, brings to the grid of the run
-        config, scales the intensity by `modality`, and ends with `random_transforms` in training.
+        MONAI dictionary transforms of a row. The default loads the images, resamples them to the
+        grid of the run config, scales their intensity by `modality`, and ends with
+        `random_transforms` in training.
     intensity
-        How values are scaled.
+        The transforms that scale the values.
     random_transforms
-        MONAI's random dictionary transforms, in training. Angles are in radians.
+        MONAI's random dictionary transforms for training. Angles are in radians.
 
     Attributes
     ----------
@@ -63,21 +64,22 @@ class ImagingClient(MedicalClient):
         2 or 3.
     num_classes : int
     image_shape : tuple of int
-        (channels, *spatial) that each image has as it is read. Private training, and evaluation
-        with noise, need it or ``patch-size``: a network is tried on made-up images before any
-        patient's is looked at, and images of another shape add nothing. With ``patch-size`` its
-        first number counts alone; where it is empty, images have one channel.
+        Shape (channels, *spatial) of each image as it is read. Private training, and evaluation
+        with noise, need it or ``patch-size``: they try the network on made-up images before any
+        patient's image is read, and images of another shape add nothing. If ``patch-size`` is set,
+        only the number of channels is used. If `image_shape` is empty, images have one channel.
     modality : {"", "ct", "mr", "xray"}
-        ``ct`` cuts values to `ct_window` and scales them to [0, 1]; ``mr`` brings what is not 0 to
-        mean 0 and standard deviation 1; ``xray`` scales the 1st to 99th percentile to [0, 1]; the
-        default brings the whole image to mean 0 and standard deviation 1. Channels by themselves.
+        How each channel is scaled. ``ct`` clips values to `ct_window` and scales them to [0, 1].
+        ``mr`` brings values other than 0 to mean 0 and standard deviation 1. ``xray`` scales the
+        1st to 99th percentile to [0, 1]. The default brings the whole image to mean 0 and standard
+        deviation 1.
     ct_window : tuple of float
-        Lowest and highest Hounsfield unit that is told apart.
+        Lowest and highest value, in Hounsfield units, to which images are clipped.
     label_values : sequence of int
-        What stands in masks for class 0, 1, ...; empty if it is the class number.
+        The values of masks for class 0, 1, ...; empty if masks hold class numbers.
     empty_masks : bool
-        Keep images whose mask holds the background alone, such as those of healthy patients; else
-        they are turned away.
+        Keep images whose mask holds only the background, such as those of healthy patients. If
+        False, they are rejected.
     """
 
     spatial_dims: int = 2
@@ -92,12 +94,12 @@ class ImagingClient(MedicalClient):
 
     @cached_property
     def imaging(self) -> ImagingSettings:
-        """The settings of `ImagingSettings`."""
+        """The imaging settings of the run config."""
         return ImagingSettings.from_run_config(self.context.run_config)
 
     @property
     def patch_size(self) -> tuple[int, ...]:
-        """Voxels of a training patch, one number an axis; empty for whole images."""
+        """Voxels of a training patch, one number for each axis; empty for whole images."""
         return tuple(map(int, self.imaging.numbers("patch_size", self.spatial_dims)))
 
     def build_model(self) -> nn.Module:
@@ -107,15 +109,15 @@ class ImagingClient(MedicalClient):
     def transforms(self, train: bool) -> Sequence[Callable[[Any], Any]]:
         """Return the transforms of a row.
 
-        MONAI transforms up to the first random one (or the first plain function) are done once a
-        run and what they give is kept in memory.
+        The MONAI transforms before the first random one, or the first plain function, run once in
+        a run; their results stay in memory.
         """
         steps = [self._load(train), *self.to_grid(self._keys), *self.intensity()]
         steps += self.to_size(train)
         return [*steps, *self.random_transforms()] if train else steps
 
     def to_grid(self, keys: Sequence[str]) -> list[Callable[[Any], Any]]:
-        """Return the transforms that bring images, and masks, to the grid of the run config."""
+        """Return the transforms that resample images, and masks, to the grid of the run config."""
         steps: list[Callable[[Any], Any]] = []
         if self.spatial_dims == 3 and self.imaging.orientation:
             steps.append(Orientationd(keys, axcodes=self.imaging.orientation, labels=None))
@@ -140,15 +142,15 @@ class ImagingClient(MedicalClient):
         return [NormalizeIntensityd("image", channel_wise=True)]
 
     def to_size(self, train: bool) -> list[Callable[[Any], Any]]:
-        """Return the transforms that bring images to ``patch-size``; here about their middle."""
+        """Return the transforms that crop or pad images to ``patch-size``, here from the middle."""
         return [ResizeWithPadOrCropd(self._keys, self.patch_size)] if self.patch_size else []
 
     def random_transforms(self) -> list[Callable[[Any], Any]]:
-        """Return MONAI's random transforms of a training row; none here."""
+        """Return MONAI's random transforms of a training row; the default has none."""
         return []
 
     def check(self, data: SiteData) -> None:
-        """Raise `InputError` where a setting or an attribute is out of its range."""
+        """Raise `InputError` if a setting or an attribute is out of its range."""
         if self.modality not in MODALITIES:
             raise InputError(
                 f"modality must be one of {', '.join(map(repr, MODALITIES))}, got {self.modality!r}"
@@ -171,23 +173,24 @@ class ImagingClient(MedicalClient):
         Raises
         ------
         InputError
-            If neither `image_shape` nor ``patch-size`` says how large an image is.
+            If neither `image_shape` nor ``patch-size`` is set, or ``spacing`` is set without
+            ``patch-size``.
         """
         self.check(SiteData(()))
         shape = (self._channels, *(self.patch_size or self.image_shape[1:]))
         if len(shape) == 1:
             raise InputError(
-                f"{type(self).__name__} must say how large its images are before one is looked at: "
-                "give it image_shape = (channels, *spatial), or set patch-size"
+                f"{type(self).__name__} must declare the size of its images before a patient's "
+                "image is read: give it image_shape = (channels, *spatial), or set patch-size"
             )
         if self.imaging.spacing and not self.patch_size:
             raise InputError(
-                "spacing makes images of different shapes, which private training cannot take: set "
-                "patch-size beside it"
+                "spacing makes images of different shapes, which private training cannot use: set "
+                "patch-size as well"
             )
         rng = np.random.default_rng(0)
-        # Each is brighter towards another end: images alike on average would hide that a loss
-        # mixes them.
+        # Images with the same average would hide that a loss mixes them: brightness rises along
+        # the last axis, more steeply in each further image.
         ramp = np.linspace(0.1, 1.0, shape[-1])
         return [
             {
@@ -206,82 +209,93 @@ class ImagingClient(MedicalClient):
         return self.image_shape[0] if self.image_shape else 1
 
     def screen(self, rows: Sequence[Row], split: str) -> list[Row]:
-        """Turn away rows whose files cannot be used; the log names each.
+        """Return the rows whose files can be used; the log names the others.
 
         Raises
         ------
         InputError
             If no training row is left.
         """
-        kept, problems = [], []
-        how = (self.spatial_dims, self.num_classes, self.label_values, self.empty_masks)
-        findings = [check_row(row, *how) for row in rows]
-        channels = Counter(found.shape[0] for found in findings if found.problem is None)
+        declared = (self.spatial_dims, self.num_classes, self.label_values, self.empty_masks)
+        checks = [check_row(row, *declared) for row in rows]
+        channels = Counter(check.shape[0] for check in checks if check.problem is None)
         usual = max(channels, key=lambda count: channels[count], default=0)
-        if self.sealed:  # Others' images must not decide.
+        if self.sealed:  # Other patients' images must not decide about this one.
             usual = self._channels
-        for row, found in zip(rows, findings, strict=True):
-            problem = found.problem
-            if problem is None and isinstance(found.label, tuple) != ("label" in self._keys):
-                wanted = "a mask" if "label" in self._keys else "a class number"
-                problem = f"its label is not {wanted}, which {type(self).__name__} asks for"
-            if problem is None and found.shape[0] != usual:
-                others = "declared are" if self.sealed else "most images have"
-                problem = f"{found.image} has {found.shape[0]} channels, {others} {usual}"
+        usable = []
+        problems = []
+        for row, check in zip(rows, checks, strict=True):
+            problem = self._problem(check, usual)
             if problem is None:
-                kept.append(row)
+                usable.append(row)
             else:
                 problems.append(f"patient {row.get('patient')}: {problem}")
-        if split == "train" and problems and not kept and not self.sealed:
+        if split == "train" and problems and not usable and not self.sealed:
             raise InputError(
-                f"all {len(rows)} rows of the train split were turned away; {problems[0]}"
+                f"all {len(rows)} rows of the train split were rejected; {problems[0]}"
             )
         site = self.site.name
         for problem in problems[:_MOST_LINES]:
-            log.warning("%s: turned away, %s split, %s", site, split, problem)
+            log.warning("%s: rejected, %s split, %s", site, split, problem)
         if len(problems) > _MOST_LINES:
             more = len(problems) - _MOST_LINES
-            log.warning("%s: and %d more of the %s split turned away", site, more, split)
-        return kept
+            log.warning("%s: and %d more of the %s split rejected", site, more, split)
+        return usable
+
+    def _problem(self, check: Finding, channels: int) -> str | None:
+        """Return why a row that was checked cannot be used; None if it can."""
+        if check.problem is not None:
+            return check.problem
+        wants_mask = "label" in self._keys
+        if isinstance(check.label, tuple) != wants_mask:
+            wanted = "a mask" if wants_mask else "a class number"
+            return f"its label is not {wanted}, which {type(self).__name__} needs"
+        if check.shape[0] != channels:
+            others = "the client expects" if self.sealed else "most images have"
+            return f"{check.image} has {check.shape[0]} channels, {others} {channels}"
+        return None
 
     def prepare(self, rows: Sequence[Row], train: bool) -> CachedRows:
-        """Return the rows after their transforms; what never changes stays in memory."""
+        """Return the rows after their transforms; results that never change stay in memory."""
         steps = list(self.transforms(train))
         random = (i for i, step in enumerate(steps) if isinstance(step, RandomizableTrait))
-        # What is kept is copied for each random step: a plain tensor is copied ten times faster.
+        # A cached row is copied before its random steps: plain tensors copy ten times faster.
         steps.insert(next(random, len(steps)), EnsureTyped(self._keys, track_meta=False))
         return self._cached(rows, [*steps, EnsureTyped(self._keys, track_meta=False)])
 
     def _load(self, train: bool) -> Callable[[Any], Any]:
-        """Return what reads the files of a row."""
+        """Return the transform that reads the files of a row."""
         return LoadRow(self.spatial_dims)
 
     def _cached(self, rows: Sequence[Row], steps: Sequence[Callable[[Any], Any]]) -> CachedRows:
-        """Keep as many rows in memory as this site may, all its splits together."""
+        """Keep as many rows in memory as this site may, over all its splits."""
         sites = self.site.num_sites if self.site.simulated else 1
-        mine = self.cache.prepared_of(self.site)
-        held = sum(kept.held for kept in mine if isinstance(kept, CachedRows))
-        made = CachedRows(rows, steps, self.imaging.cache_gigabytes * 2**30 / sites - held)
-        if made.count < len(made):
-            log.info("%s: %d of %d rows fit into the cache", self.site.name, made.count, len(made))
-        return made
+        others = self.cache.prepared_of(self.site)
+        held = sum(other.held for other in others if isinstance(other, CachedRows))
+        cached = CachedRows(rows, steps, self.imaging.cache_gigabytes * 2**30 / sites - held)
+        if cached.count < len(cached):
+            numbers = (cached.count, len(cached))
+            log.info("%s: %d of %d rows fit into the cache", self.site.name, *numbers)
+        return cached
 
     def seed_transforms(self, prepared: CachedRows, seed: int) -> None:
         """Seed MONAI's random transforms."""
         prepared.transform.set_random_state(seed)
 
     def batch_of(self, prepared: CachedRows, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Return ``image`` and ``label`` of some training rows, changed at random."""
+        """Return ``image`` and ``label`` of training rows, changed at random."""
         return self._changed(self._rows(prepared, indices))
 
     def _rows(self, prepared: CachedRows, indices: Sequence[int]) -> dict[str, Tensor]:
-        found = [prepared[index] for index in indices]
-        # MONAI's cropping transforms return lists.
-        rows = [row for part in found for row in (part if isinstance(part, list) else [part])]
+        rows: list[Row] = []
+        for index in indices:
+            samples = prepared[index]
+            # MONAI's cropping transforms return lists.
+            rows += samples if isinstance(samples, list) else [samples]
         if self.privacy.on and len(rows) != len(indices):
             raise InputError(
                 f"the transforms make {len(rows)} samples of {len(indices)} records: private "
-                "training needs one of each (num_samples=1)"
+                "training needs one sample of each record (num_samples=1)"
             )
         return self._on_device(rows)
 
@@ -302,13 +316,14 @@ class ImagingClient(MedicalClient):
         return torch.tensor([int(row["label"]) for row in rows])
 
     def _changed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a training batch with the random changes of the subclass."""
+        """Return a training batch after the subclass's random changes."""
         return dict(batch)
 
     def check_private(self, model: nn.Module, probe: Mapping[str, Tensor]) -> None:
-        """Raise `InputError` where model, loss or ``augment`` mix patients."""
+        """Raise `InputError` if model, loss or ``augment`` mix patients."""
         super().check_private(model, probe)
-        images, labels = probe["image"], probe["label"]
+        images = probe["image"]
+        labels = probe["label"]
         masks = labels if labels.ndim == images.ndim else None
 
         def change(joined: Tensor) -> Tensor:
@@ -316,8 +331,8 @@ class ImagingClient(MedicalClient):
             parts = {"image": joined[:, :channels], "label": labels}
             if masks is not None:
                 parts["label"] = joined[:, channels:].to(masks.dtype)
-            found = self._changed(parts)
-            return _joined(found["image"], found["label"] if masks is not None else None)
+            changed = self._changed(parts)
+            return _joined(changed["image"], None if masks is None else changed["label"])
 
         require_independent(change, _joined(images, masks))
 
@@ -325,12 +340,12 @@ class ImagingClient(MedicalClient):
 class LoadRow(Transform):  # type: ignore[misc]
     """Read a row's ``image`` as `read_image` does.
 
-    2D arrays come without a place, so that what follows takes less time.
+    2D arrays get no position in the patient, so that later transforms take less time.
 
     Parameters
     ----------
     spatial_dims : int
-        2 or 3. An image of so many dimensions gets one channel.
+        2 or 3. An image with this number of dimensions gets one channel.
 
     Raises
     ------
@@ -353,7 +368,7 @@ class LoadRow(Transform):  # type: ignore[misc]
 
 
 def plain(image: Tensor) -> Tensor:
-    """Return the values of an image without its place."""
+    """Return the values of an image without its position in the patient."""
     return image.as_tensor() if isinstance(image, MetaTensor) else image
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import Message, MetricRecord, RecordDict
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.clients.storage import file_name, own_folder
+from fedmed_flower.clients.storage import file_name, output_folder
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.files import write_atomic
 from fedmed_flower.metrics.names import lower_is_better, main_metric
@@ -23,98 +23,116 @@ from fedmed_flower.wire import PERSONAL
 log = logging.getLogger("flwr.fedmed")
 
 
+class _Best(NamedTuple):
+    """The best model so far, its metrics on the validation rows, and the pass that made it."""
+
+    state: dict[str, Tensor]
+    metrics: dict[str, float]
+    epoch: int
+
+
 def personal(client: MedicalClient, message: Message) -> RecordDict:
     """Fine-tune the global model for this hospital; the model itself stays here."""
     return RecordDict({"metrics": MetricRecord(personalise(client, message))})
 
 
 def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
-    """Fine-tune the model that came with a message; keep what is best on the validation rows.
+    """Fine-tune the model that came with a message; keep the best one by the validation rows.
 
-    After each of at most ``personal-epochs`` passes over the training rows the model is measured
-    on the validation rows. The one with the best main figure is kept, of several with the same
-    figure that with the least loss, and the global model where no pass improves either: so no
-    hospital is worse off on its validation rows. A pass in which the model diverges is the last.
-    If the hospital keeps a folder, its model is
-    written there, as ``personal/SITE.safetensors``.
+    After each pass over the training rows, of which there are at most ``personal-epochs``, the
+    model is measured on the validation rows. The model with the best main metric is kept; if
+    several have the same, the one with the lowest loss; if no pass improves either, the global
+    model. So no hospital is worse off on its validation rows. A pass in which the model diverges
+    is the last. If the hospital has an output folder, its model is written there, as
+    ``personal/SITE.safetensors``.
+
+    Parameters
+    ----------
+    client : MedicalClient
+        Its settings are changed to those of one pass.
+    message : Message
+        Its first array record is the global model.
 
     Returns
     -------
     dict
-        The metrics of the kept model on the test rows; ``val-global`` and ``val-own``, the main
-        figure of both models on the validation rows, and ``personal-epochs``, after how many
-        passes the model was kept; 0 means the global model.
+        The metrics of the kept model on the test rows. Also ``val-global`` and ``val-own``, the
+        main metric of both models on the validation rows, and ``personal-epochs``, the number of
+        passes after which the model was kept; 0 means the global model.
 
     Raises
     ------
     DeclinedError
-        If the hospital does not want one (``personal=false`` in its node config), or in a
-        private run: the model would be trained without noise, and what is measured of it leaves.
+        If the hospital does not want a personal model (``personal=false`` in its node config), in
+        a private run, since the model would be trained without noise and its metrics leave, or if
+        too few patients are behind its metrics.
     InputError
-        If the site has no training or no validation rows.
+        If ``personal-epochs`` is below 1, or the site has no training or no validation rows.
     """
     config = client.read(message)
     if not with_type_of(True, client.context.node_config.get("personal", True), "personal"):
         raise DeclinedError("personal=false in the hospital's node config")
     if client.secretive:
         raise DeclinedError("a personal model is trained without noise")
-    settings, site = client.settings, client.site
+    settings = client.settings
+    site = client.site
     if settings.personal_epochs < 1:
         raise InputError(
             f"personal-epochs must be at least 1 to fine-tune, got {settings.personal_epochs}"
         )
-    (own, train), (val, val_rows), (test, test_rows) = (
-        client.prepared(split, pooled=False) for split in ("train", "val", "test")
-    )
-    client.require_usable(own.train)
-    if not val.val:
-        raise InputError("there are no validation rows to tell by whether fine-tuning helps")
-    tellable = True
-    for split, rows in (("val", val.val), ("test", test.test)):
+    train_data, train = client.prepared("train", pooled=False)
+    val_data, val = client.prepared("val", pooled=False)
+    test_data, test = client.prepared("test", pooled=False)
+    client.require_usable(train_data.train)
+    if not val_data.val:
+        raise InputError(
+            "there are no validation rows, by which fine-tuning is judged: give this site some"
+        )
+    disclosable = True
+    for split, rows in (("val", val_data.val), ("test", test_data.test)):
         reported = client.disclosable(rows, f"personal {split}", config) if rows else rows
         if reported is None:
-            tellable = False
+            disclosable = False
         elif len(reported) < len(rows) and split == "val":
-            val_rows = client.prepare(reported, train=False)
+            val = client.prepare(reported, train=False)
         elif len(reported) < len(rows):
-            test_rows = client.prepare(reported, train=False)
-    # A pass at a time, at the learning rate of the first round.
+            test = client.prepare(reported, train=False)
+    # `fit` trains for one pass, at the learning rate of the first round.
     client.settings = replace(settings, local_epochs=1, local_steps=0)
     model, _ = client.model_of(next(iter(message.content.array_records.values())), config)
     seed = derive_seed(settings.seed, site.name, "personal")
     with client.seeded(seed):
-        before = _measured(client, model, val_rows)
+        before = _measured(client, model, val)
         metric = main_metric(before)
-        best, after, kept = copy.deepcopy(model.state_dict()), before, 0
+        best = _Best(copy.deepcopy(model.state_dict()), before, 0)
         for epoch in range(1, settings.personal_epochs + 1):
             try:
                 client.fit(model, train, derive_seed(seed, epoch))
-                found = _measured(client, model, val_rows)
-            except (ArithmeticError, ValueError) as error:  # Outputs that are no numbers any more.
+                after = _measured(client, model, val)
+            except (ArithmeticError, ValueError) as error:  # The model diverged: outputs are NaN.
                 log.warning("%s: fine-tuning ends in pass %d: %s", site.name, epoch, error)
                 break
-            if _improves(found, after, metric):
-                best, after, kept = copy.deepcopy(model.state_dict()), found, epoch
-        model.load_state_dict(best)
-        metrics = client.measure(model, test_rows) if test.test else {"num-examples": 0}
-    folder = own_folder(client.context, site, config)
+            if _improves(after, best.metrics, metric):
+                best = _Best(copy.deepcopy(model.state_dict()), after, epoch)
+        model.load_state_dict(best.state)
+        metrics = client.measure(model, test) if test_data.test else {"num-examples": 0}
+    folder = output_folder(client.context, site, config)
     if folder is not None:
         path = folder / "personal" / f"{file_name(site.name)}.safetensors"
-        write_atomic(path, save({key: value.contiguous() for key, value in best.items()}))
-        log.info("%s: its own model is in %s", site.name, path)
-    if not tellable:
-        raise DeclinedError("figures of its own model would be of too few patients")
-    return client.disclosed(
-        metrics | dict(zip(PERSONAL, (before[metric], after[metric], kept), strict=True))
-    )
+        write_atomic(path, save({key: value.contiguous() for key, value in best.state.items()}))
+        log.info("%s: the personal model is in %s", site.name, path)
+    if not disclosable:
+        raise DeclinedError("too few patients are behind the metrics of the personal model")
+    personal_metrics = (before[metric], best.metrics[metric], best.epoch)
+    return client.disclosed(metrics | dict(zip(PERSONAL, personal_metrics, strict=True)))
 
 
 def _measured(client: MedicalClient, model: nn.Module, prepared: Any) -> dict[str, float]:
-    found = client.measure(model, prepared)
-    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+    metrics = client.measure(model, prepared)
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
-def _improves(found: dict[str, float], before: dict[str, float], metric: str) -> bool:
-    if found[metric] != before[metric]:
-        return (found[metric] < before[metric]) == lower_is_better(metric)
-    return found.get("loss", 0.0) < before.get("loss", 0.0)
+def _improves(after: dict[str, float], before: dict[str, float], metric: str) -> bool:
+    if after[metric] != before[metric]:
+        return (after[metric] < before[metric]) == lower_is_better(metric)
+    return after.get("loss", 0.0) < before.get("loss", 0.0)

@@ -1,4 +1,4 @@
-"""Drawings of test cases: outlines of masks, and maps of what a classifier looked at."""
+"""Pictures of test cases: outlines of masks, and maps of the parts that a score rests on."""
 
 from __future__ import annotations
 
@@ -20,10 +20,19 @@ from PIL import Image
 from fedmed_flower.data.pictures import PALETTE, Picture
 from fedmed_flower.errors import InputError
 
-_SMALL, _WIDTH, _LOWEST, _HIGHEST = 60_000, 320, 120, 480  # bytes of a file, pixels
-_DPI, _LINE, _MOST_NAMES, _LONGEST = 100, 14, 12, 20
+_MOST_BYTES = 60_000
+# Pixels: the width of a picture, the bounds of its height, and the height of a legend's line.
+_WIDTH = 320
+_LOWEST = 120
+_HIGHEST = 480
+_LINE = 14
+_DPI = 100
+# Names in a legend, and letters in a name.
+_MOST_NAMES = 12
+_MOST_LETTERS = 20
 _DASHES = (0, (2.0, 1.6))
-_FOR, _AGAINST = "#d55e00", "#0072b2"
+_FOR = "#d55e00"
+_AGAINST = "#0072b2"
 
 
 def outlined(
@@ -39,28 +48,29 @@ def outlined(
     Parameters
     ----------
     image : array of shape (channels, *spatial)
-        2D, shown as it is, rows first; or 3D with axes to the right, anterior and superior (RAS),
+        2D, rows first, shown as it is; or 3D with axes to the right, anterior and superior (RAS),
         shown as a radiologist sees it: anterior up, the patient's right on the left. The first
         channel is drawn, between the 1st and 99th percentile of the slice.
     truth, guess : integer array of shape (*spatial), or None
-        0 is the background. Of a volume the slice along the last axis is shown in which the truth
-        covers most; where it covers nothing, or is None, the guess; else the middle one. (Else
-        whoever makes the model could choose the slice.)
+        Class numbers; 0 is the background. Of a volume, the slice along the last axis is shown in
+        which the truth covers most. If the truth is empty or None, the guess decides; if that is
+        too, the middle slice is shown. (If the guess decided first, whoever makes the model could
+        choose the slice.)
     classes : sequence of str
         Names of the classes 1, 2, ...
     title : str
     spacing : sequence of float
-        Millimetres between voxels, one a spatial axis; left out, all are alike.
+        Millimetres between voxels, one number for each spatial axis; left out, all are equal.
 
     Returns
     -------
     Picture
-        320 pixels wide and below 60 kB; equal bytes for equal input.
+        320 pixels wide and below 60 kB. Equal input gives equal bytes.
 
     Raises
     ------
     InputError
-        If shapes do not fit, or a mask holds a value that is no class.
+        If shapes do not fit, or a mask holds a value that is no class number.
     """
     pixels = _first_channel(image)
     masks = {
@@ -73,39 +83,39 @@ def outlined(
     index = _fullest(covered)
     figure, axes = _canvas(pixels, index, _spaces(spacing, pixels.ndim))
     keys: list[tuple[str, Any, float, str]] = []
-    found = set[int]()
+    drawn = set[int]()
     for name, dashes, words in (("truth", "-", "truth"), ("guess", _DASHES, "prediction")):
         if name not in masks:
             continue
         keys.append(("white", dashes, 1.2, words))
-        # A border of background closes the outline of what touches the image's edge.
+        # A border of background closes the outline of a structure that touches the image's edge.
         mask = np.pad(_shown(masks[name], index), 1)
         rows, columns = (np.arange(-1, size - 1) for size in mask.shape)
         for number in np.unique(mask[mask > 0]).tolist():
             style = {"colors": [_colour(number)], "linestyles": [dashes], "linewidths": 1.5}
             axes.contour(columns, rows, mask == number, [0.5], **style)
-            found.add(number)
-    names = [(_colour(number), "-", 4.0, _short(classes[number - 1])) for number in sorted(found)]
+            drawn.add(number)
+    names = [(_colour(number), "-", 4.0, _short(classes[number - 1])) for number in sorted(drawn)]
     if len(names) > _MOST_NAMES:
         names[_MOST_NAMES:] = [("none", "-", 0.0, f"and {len(names) - _MOST_NAMES} more")]
     return Picture(title, _png(figure, keys + names))
 
 
 def heatmap(image: ArrayLike, map: ArrayLike, title: str, spacing: Sequence[float] = ()) -> Picture:
-    """Lay a transparent map over its image: orange where it is above 0, blue where it is below.
+    """Lay a transparent map over its image: orange for values above 0, blue for those below.
 
     Parameters
     ----------
     image, title, spacing
         As in `outlined`.
     map : array of shape (*spatial)
-        What each place counts for, such as a class activation map. Its largest absolute value is
+        The weight of each voxel, such as a class activation map. The largest absolute value is
         drawn strongest, and decides which slice of a volume is shown.
 
     Returns
     -------
     Picture
-        As `outlined` does.
+        As `outlined` returns it.
 
     Raises
     ------
@@ -116,7 +126,7 @@ def heatmap(image: ArrayLike, map: ArrayLike, title: str, spacing: Sequence[floa
     values = np.nan_to_num(np.asarray(map, dtype=np.float64))
     if values.shape != pixels.shape:
         raise InputError(
-            f"map has the shape {values.shape}, the image {pixels.shape}: give a value a pixel"
+            f"map has the shape {values.shape}, the image {pixels.shape}: give one value a pixel"
         )
     strength = np.abs(values) / (np.abs(values).max() or 1.0)
     if values.ndim == 3:
@@ -147,11 +157,12 @@ def _mask(
     values = np.asarray(mask)
     if values.shape != shape:
         raise InputError(
-            f"{name} has the shape {values.shape}, the image {shape}: give a class a pixel"
+            f"{name} has the shape {values.shape}, the image {shape}: give one class a pixel"
         )
-    if (odd := ~np.isin(values, np.arange(num_classes + 1))).any():
+    unknown = ~np.isin(values, np.arange(num_classes + 1))
+    if unknown.any():
         raise InputError(
-            f"{name} holds {values[odd][0]}: it must hold 0 and the numbers of the "
+            f"{name} holds {values[unknown][0]}: it must hold 0 and the numbers of the "
             f"{num_classes} classes"
         )
     return values.astype(np.int64)
@@ -183,7 +194,7 @@ def _colour(number: int) -> str:
 def _canvas(
     pixels: NDArray[np.float64], index: int, spacing: Sequence[float]
 ) -> tuple[Figure, Any]:
-    """Return a figure as large as the image in it, which stands in grey on the axes."""
+    """Return a figure of the image's size, and its axes with the image in grey."""
     grey = _shown(pixels, index)
     down, across = spacing if pixels.ndim == 2 else (spacing[1], spacing[0])
     height = _WIDTH * (grey.shape[0] * down) / (grey.shape[1] * across)
@@ -194,21 +205,23 @@ def _canvas(
     low, high = np.percentile(grey, [1, 99])
     style: dict[str, Any] = {"cmap": "gray", "vmin": low, "vmax": high if high > low else low + 1}
     axes.imshow(grey, aspect=down / across, interpolation="auto", **style)
-    # Neither outlines nor maps move the view.
+    # Outlines and maps must not move the view.
     axes.autoscale(False)
     return figure, axes
 
 
 def _png(figure: Figure, keys: Sequence[tuple[str, Any, float, str]]) -> bytes:
     """Draw a figure with a legend below it, in as many colours as a small file allows."""
-    (axes,), (_, high) = figure.axes, figure.get_size_inches() * _DPI
+    (axes,) = figure.axes
+    _, high = figure.get_size_inches() * _DPI
     below = _LINE * -(-len(keys) // 2) + (6 if keys else 0)
-    # A hair more than whole pixels, since the canvas rounds down.
+    # A little more than whole pixels, since the canvas rounds down.
     figure.set_size_inches((_WIDTH + 0.01) / _DPI, (high + below + 0.01) / _DPI)
     axes.set_position((0, below / (high + below), 1, high / (high + below)))
     pixels = IdentityTransform()
     for number, (colour, dashes, width, words) in enumerate(keys):
-        x, y = 6 + number % 2 * _WIDTH / 2, below - 3 - _LINE * (number // 2 + 0.5)
+        x = 6 + number % 2 * _WIDTH / 2
+        y = below - 3 - _LINE * (number // 2 + 0.5)
         style: dict[str, Any] = {"color": colour, "ls": dashes, "lw": width, "transform": pixels}
         figure.add_artist(Line2D([x, x + 16], [y, y], solid_capstyle="butt", **style))
         font: dict[str, Any] = {
@@ -225,14 +238,14 @@ def _png(figure: Figure, keys: Sequence[tuple[str, Any, float, str]]) -> bytes:
     drawn = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
     for colours in (256, 64, 16, 8):
         file = io.BytesIO()
-        _in_few(drawn, colours).save(file, "PNG", optimize=True)
-        if file.tell() < _SMALL:
+        _reduced(drawn, colours).save(file, "PNG", optimize=True)
+        if file.tell() < _MOST_BYTES:
             break
     return file.getvalue()
 
 
-def _in_few(drawn: NDArray[np.uint8], colours: int) -> Image.Image:
-    """Return a picture in few colours, half of them for what is not grey: no grey gets a tint."""
+def _reduced(drawn: NDArray[np.uint8], colours: int) -> Image.Image:
+    """Return a picture in few colours, at least half of them greys, so that no grey gets a tint."""
     tinted = (drawn != drawn[..., :1]).any(axis=-1)
     others = colours // 2 if tinted.any() else 0
     greys = colours - others
@@ -240,14 +253,15 @@ def _in_few(drawn: NDArray[np.uint8], colours: int) -> Image.Image:
     palette = np.linspace(0, 255, greys).round().astype(np.uint8).repeat(3).tobytes()
     if others:
         # This method keeps rare colours, such as those of a thin line.
-        kept = Image.fromarray(drawn[tinted][None]).quantize(others, Image.Quantize.MAXCOVERAGE)
-        indices[tinted] = greys + np.asarray(kept)[0]
-        palette += bytes(kept.getpalette() or [])[: 3 * others]
-    few = Image.fromarray(indices.astype(np.uint8))
-    few.putpalette(palette)
-    return few
+        image = Image.fromarray(drawn[tinted][None])
+        quantized = image.quantize(others, Image.Quantize.MAXCOVERAGE)
+        indices[tinted] = greys + np.asarray(quantized)[0]
+        palette += bytes(quantized.getpalette() or [])[: 3 * others]
+    reduced = Image.fromarray(indices.astype(np.uint8))
+    reduced.putpalette(palette)
+    return reduced
 
 
 def _short(name: str) -> str:
     clean = "".join(letter if letter.isprintable() else " " for letter in name)
-    return clean if len(clean) <= _LONGEST else clean[: _LONGEST - 1] + "…"
+    return clean if len(clean) <= _MOST_LETTERS else clean[: _MOST_LETTERS - 1] + "…"

@@ -1,4 +1,4 @@
-"""All sites' rows together, for the comparison that only a simulation can make."""
+"""All sites' rows together, for a comparison that only a simulation can make."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def together(parts: Mapping[int, SiteData]) -> SiteData:
     Parameters
     ----------
     parts : mapping of int to SiteData
-        By the index of the site; at least one.
+        The rows of each site, by its index; at least one site.
     """
-    # Two hospitals may give two patients one number.
+    # Two hospitals may give the same number to different patients.
     splits: dict[str, Any] = {
         split: [
             {**row, "patient": (index, row["patient"])}
@@ -29,8 +29,8 @@ def together(parts: Mapping[int, SiteData]) -> SiteData:
     return replace(next(iter(parts.values())), **splits)
 
 
-def places_by_site(rows: Sequence[Row]) -> dict[int, list[int]]:
-    """Return the places of each site's rows among those that `together` returned."""
+def indices_by_site(rows: Sequence[Row]) -> dict[int, list[int]]:
+    """Return the indices of each site's rows among those that `together` returned."""
     indices: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
         indices.setdefault(row["patient"][0], []).append(index)

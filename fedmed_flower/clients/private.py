@@ -1,8 +1,8 @@
-"""One hospital's side of a private message: try, charge, look at patients, train or measure.
+"""One hospital's side of a private message: try, charge, read patients' rows, train or measure.
 
-Before the ledger is charged, nothing that depends on a patient decides anything that leaves: model,
-loss and settings are tried on made-up rows. After it only noised numbers leave. A row that fails,
-in whatever way, counts as a row that adds nothing: its patient cannot decide whether a reply comes.
+Before the ledger is charged, nothing that leaves depends on a patient: model, loss and settings are
+tried on made-up rows. After the charge, only noised numbers leave. A row that fails in any way adds
+nothing, so that no patient decides whether a reply is sent.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ log = logging.getLogger("flwr.fedmed")
 
 
 class UsableRows(NamedTuple):
-    """The rows of a split that work, alone and whatever the others are.
+    """The rows of a split that can be used, whatever the other rows are.
 
     Attributes
     ----------
-    prepared
-        As the client prepares them.
+    prepared : any
+        Rows as the client prepares them.
     indices : list of int
-        Those among `prepared`.
+        Positions of the usable rows in `prepared`.
     patients : list of str
-        The patient of each place.
+        The patient of each index.
     """
 
     prepared: Any
@@ -54,29 +54,35 @@ def train_protected(
     Parameters
     ----------
     client : MedicalClient
-        Gives ``batch_of``, ``loss_of``, ``made_up`` and the settings.
+        Defines ``batch_of``, ``loss_of``, ``made_up`` and the settings.
     model : Module
         Changed in place.
     config : ConfigRecord
-        Came with the message.
+        The message's config.
+
+    Returns
+    -------
+    dict
+        The epsilon that this run has cost so far.
 
     Raises
     ------
     InputError
-        If model, loss or client cannot be trained privately; nothing is charged then.
+        If model, loss or client cannot be trained privately, or there are no training rows; nothing
+        is charged then. Also if training changes a part of the model that is not trained.
     DeclinedError
-        If the run's target or the hospital's budget would be passed.
+        If the run's target or the hospital's budget would be exceeded; nothing is charged then.
     """
     settings = client.settings
     _require_own_fit(client)
-    # Whatever is random about one patient must not follow from what an onlooker may know.
+    # An onlooker knows the run's seed and must not be able to repeat the random draws.
     torch.manual_seed(secrets.randbits(63))
     probe = client.probe(PROBE)
     checked = client.key(client.prepared_for, "checked")
     if checked not in client.cache.more:
         client.check_private(client.fresh_model()[0], probe)
         client.cache.more[checked] = True
-    # From here on patients are looked at.
+    # From here on patients' rows are read.
     patients = _patients(client, "train")
     if not patients:
         raise InputError("there are no training rows")
@@ -100,13 +106,15 @@ def train_protected(
             half_precision(settings),
             client.proximal_mu,
         )
-        if (name := unchanged(before, model)) is not None:
+        name = unchanged(before, model)
+        if name is not None:
             raise InputError(
-                f"training has changed {name}, which would leave the hospital without noise"
+                f"training has changed {name}, which is not trained and would leave the hospital "
+                "without noise: the model must not change it"
             )
     if dropped:
         log.warning("%s: %d gradients could not be used", client.site.name, dropped)
-    # The loss stays here: without noise it would tell of patients what the budget does not cover.
+    # The loss has no noise and is not covered by the budget, so it must not leave.
     log.debug("%s: mean training loss %.4f", client.site.name, loss)
     return privacy.spent(patients)
 
@@ -114,18 +122,18 @@ def train_protected(
 def measure_protected(
     client: MedicalClient, model: nn.Module, config: ConfigRecord
 ) -> dict[str, Any]:
-    """Evaluate with noise on what is counted, and return the metrics.
+    """Evaluate on the config's ``split`` by counts with noise, and return the metrics.
 
-    Parameters are those of `train_protected`; patients are those of the config's ``split``.
+    Parameters and errors are those of `train_protected`; the model is not changed.
     """
     split = str(config.get(SPLIT, "val"))
     client.require_measurable()
-    # What the network gives is compared with what the client declares.
+    # Fails here, before the charge, if the network's outputs do not fit what the client declares.
     probe = client.probe(1)
     model.eval()
     with torch.no_grad():
         client.loss_of(model, probe)
-    # From here on patients are looked at.
+    # From here on patients' rows are read.
     patients = _patients(client, split)
     if not patients:
         return {"num-examples": 0}
@@ -138,7 +146,7 @@ def measure_protected(
 
 
 def usable_rows(client: MedicalClient, split: str, probe: Batch, alike: bool = False) -> UsableRows:
-    """Return the rows of a split that work; each is tried by itself, and decides for itself alone.
+    """Return the rows of a split that can be used; no row decides about another.
 
     Parameters
     ----------
@@ -147,7 +155,12 @@ def usable_rows(client: MedicalClient, split: str, probe: Batch, alike: bool = F
     probe : dict of tensors
         A batch of made-up rows.
     alike : bool
-        Take those rows alone that are like made-up ones in shape and dtype, as training needs.
+        Leave out rows whose shape or dtype differs from those of made-up rows, as training needs.
+
+    Raises
+    ------
+    InputError
+        If `prepare` returns another number of rows than it was given.
     """
     train = split == "train"
     rows = client.screened(split, client.pooled)
@@ -157,26 +170,26 @@ def usable_rows(client: MedicalClient, split: str, probe: Batch, alike: bool = F
         log.debug("%s: rows are prepared one by one: %s", client.site.name, error)
         rows = [row for row in rows if _works(lambda row=row: client.prepare([row], train))]
         if not _works(lambda: client.prepare(rows, train)):
-            # Each works alone: those stay that made-up rows can stand beside.
-            rows = [row for row in rows if _is_like(client, client.prepare([row], train), 0, probe)]
+            # Each row works alone, but not all together: those that match made-up rows stay.
+            rows = [row for row in rows if _matches(client, client.prepare([row], train), 0, probe)]
         prepared = client.prepare(rows, train)
     if len(prepared) != len(rows):
         raise InputError(
-            f"prepare has made {len(prepared)} of {len(rows)} rows: to know which patient each is "
-            "of, private training needs one of each, in their order; split records in load_data"
+            f"prepare has made {len(prepared)} rows of {len(rows)}: to know the patient of each, "
+            "private training needs one row of each, in the same order; split records in load_data"
         )
     indices = list(range(len(rows)))
     if alike:
-        indices = [index for index in indices if _is_like(client, prepared, index, probe)]
-    if away := len(client.loaded(split)) - len(indices):
+        indices = [index for index in indices if _matches(client, prepared, index, probe)]
+    unusable = len(client.loaded(split)) - len(indices)
+    if unusable:
         log.warning(
-            "%s: %d rows of the %s split cannot be used and add nothing: the model learns less "
-            "than their number suggests",
-            *(client.site.name, away, split),
+            "%s: %d rows of the %s split cannot be used and add nothing: fewer rows count than the "
+            "split has",
+            *(client.site.name, unusable, split),
         )
-    return UsableRows(
-        prepared, indices, [patient_text(rows[index]["patient"]) for index in indices]
-    )
+    patients = [patient_text(rows[index]["patient"]) for index in indices]
+    return UsableRows(prepared, indices, patients)
 
 
 def _works(step: Any) -> bool:
@@ -190,23 +203,29 @@ def _works(step: Any) -> bool:
     return True
 
 
-def _is_like(client: MedicalClient, prepared: Any, index: int, probe: Batch) -> bool:
-    """Return whether a row becomes a batch of entries, shapes and dtypes as made-up ones have."""
-    found: dict[str, Tensor] = {}
+def _matches(client: MedicalClient, prepared: Any, index: int, probe: Batch) -> bool:
+    """Return whether the batch of a row has the entries, shapes and dtypes of made-up rows."""
+    batch: dict[str, Tensor] = {}
 
     def make() -> None:
-        found.update(client.batch_of(prepared, [index]))
+        batch.update(client.batch_of(prepared, [index]))
 
-    return _works(make) and {name: (v.shape[1:], v.dtype) for name, v in found.items()} == {
-        name: (v.shape[1:], v.dtype) for name, v in probe.items()
-    }
+    return _works(make) and _layout(batch) == _layout(probe)
+
+
+def _layout(batch: Batch) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return the shape of one record, and the dtype, of each entry of a batch."""
+    return {name: (values.shape[1:], values.dtype) for name, values in batch.items()}
 
 
 def _privacy(client: MedicalClient, config: ConfigRecord) -> PatientPrivacy:
-    ledger, budget = client.ledger(config), budget_of(client.context)
+    ledger = client.ledger(config)
+    budget = budget_of(client.context)
     if budget is None and not client.site.simulated:
         log.warning(
-            "%s: no budget-epsilon is set: only the server bounds the run", client.site.name
+            "%s: budget-epsilon is not set, so that only the server limits what the run may "
+            "release: set it in the node config",
+            client.site.name,
         )
     return PatientPrivacy(
         client.privacy, ledger, client.run_key(config), budget, type(client).__name__
@@ -214,7 +233,7 @@ def _privacy(client: MedicalClient, config: ConfigRecord) -> PatientPrivacy:
 
 
 def _patients(client: MedicalClient, split: str) -> list[str]:
-    """Return the patients of a split as they were loaded, whether their rows can be used or not."""
+    """Return the patients of a split as loaded, whether or not their rows can be used."""
     return list(dict.fromkeys(patient_text(row["patient"]) for row in client.loaded(split)))
 
 
@@ -223,11 +242,11 @@ def _round(config: ConfigRecord) -> int:
 
 
 def _require_own_fit(client: MedicalClient) -> None:
-    """Refuse a `fit` of a subclass, which private training would not use."""
+    """Raise `InputError` for a subclass's own `fit`, which private training would not use."""
     classes = type(client).__mro__
     fit, loss_of = (next(c for c in classes if name in vars(c)) for name in ("fit", "loss_of"))
     if fit is not loss_of and issubclass(fit, loss_of):
         raise InputError(
-            f"{fit.__name__} gives its own fit, which private training does not use: give "
-            "batch_of and loss_of beside it"
+            f"{fit.__name__} defines its own fit, which private training does not use: define "
+            "batch_of and loss_of as well"
         )

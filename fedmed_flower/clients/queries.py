@@ -1,4 +1,4 @@
-"""What a site answers beside training and evaluation."""
+"""A site's answers to queries other than training and evaluation."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.duplicates import digests_of
-from fedmed_flower.clients.storage import keep_pictures, own_folder
+from fedmed_flower.clients.storage import keep_pictures, output_folder
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import SPLITS, patient_text
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.models.device import torch_device
 from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.settings.section import with_type_of
-from fedmed_flower.wire import CONTRIBUTION, COUNT, IMAGES, PICTURES, TITLES, TURNED_AWAY
+from fedmed_flower.wire import CONTRIBUTION, COUNT, IMAGES, PICTURES, REJECTED, TITLES
 
 log = logging.getLogger("flwr.fedmed")
 
-# Of a real hospital, the worst included, however many a server asks for.
+# The most pictures that leave a real hospital in a run, whatever number the server asks for.
 MOST_PICTURES = 6
 
 
 def describe(client: MedicalClient, message: Message) -> RecordDict:
-    """Tell the numbers of rows; where what is in files must not show, of patients."""
+    """Return the number of rows of each split; of patients if the client is `secretive`."""
     torch_device(client.settings)
     if not client.sealed:
         client.screened_data()
     counts: dict[str, Any] = {split: client.count(split) for split in SPLITS}
     counts["num-examples"] = counts["train"]
     if not client.secretive:
-        loaded = client.data()
-        screened = sum(len(getattr(loaded, s)) - len(client.screened(s)) for s in SPLITS)
-        counts[TURNED_AWAY] = loaded.turned_away + screened
+        data = client.data()
+        unusable = sum(len(getattr(data, s)) - len(client.screened(s)) for s in SPLITS)
+        counts[REJECTED] = data.rejected + unusable
     if client.site.simulated:
         counts |= client.describe(client.screened_data())
     return RecordDict(
@@ -47,20 +47,22 @@ def describe(client: MedicalClient, message: Message) -> RecordDict:
 
 
 def pictures(client: MedicalClient, message: Message) -> RecordDict:
-    """Draw test rows; the pictures leave only where the hospital lets them.
+    """Draw test rows; the pictures leave only if the hospital allows it.
 
-    That is where its node config has ``share-images=true``, once a run, no more than
-    `MOST_PICTURES`, and in later runs of the same patients alone; and in a simulation, unless its
-    node config has ``share-images=false``. Others are written into the hospital's own folder, if it
-    has one. A hospital with a privacy budget, which a picture would pass at once, draws none: of
-    whom, and whether that succeeds, the server's model would decide.
+    A real hospital allows it by ``share-images=true`` in its node config. It sends pictures once a
+    run, at most `MOST_PICTURES`, and in later runs only of the same patients. A simulated site
+    sends pictures unless its node config has ``share-images=false``. Pictures that may not leave
+    are written to the hospital's own folder, if it has one. A hospital with a privacy budget draws
+    no pictures: one picture would exceed the budget, and the server's model would decide whom it
+    shows and whether drawing succeeds.
 
     Raises
     ------
     DeclinedError
-        If the run had its pictures.
+        If the run already had its pictures.
     """
-    config, site = client.read(message), client.site
+    config = client.read(message)
+    site = client.site
     shared: list[Picture] = []
     if site.simulated or budget_of(client.context) is None:
         given = client.context.node_config.get("share-images", site.simulated)
@@ -69,7 +71,7 @@ def pictures(client: MedicalClient, message: Message) -> RecordDict:
             shared = _draw(client, message, config)
         elif share:
             shared = _draw_in_book(client, message, config)
-        elif (folder := own_folder(client.context, site, config)) is not None:
+        elif (folder := output_folder(client.context, site, config)) is not None:
             keep_pictures(folder, site, _draw(client, message, config))
         else:
             log.info("%s: no pictures: they may not leave, and output-dir is not set", site.name)
@@ -86,7 +88,7 @@ def _draw(
     config: ConfigRecord,
     patients: Collection[str] | None = None,
 ) -> list[Picture]:
-    """Return pictures of test rows, of some patients alone where they are given."""
+    """Return pictures of test rows; if patients are given, only of these."""
     data, prepared = client.prepared("test", pooled=False)
     rows = data.test
     if patients is not None:
@@ -101,25 +103,26 @@ def _draw(
 
 
 def _draw_in_book(client: MedicalClient, message: Message, config: ConfigRecord) -> list[Picture]:
-    """Return the pictures that leave a real hospital, written down beforehand."""
+    """Return the pictures that leave a real hospital, after writing them down in its book."""
     run = client.run_key(config)
     with client.open_book(config, 1) as book:
         had, seen = book.shown(run)
         if had:
             raise DeclinedError("pictures leave once a run")
-        # Also where drawing fails: else the server could try again with another model.
+        # Before drawing: if that fails, the server must not try again with another model.
         book.show(run, ())
-        found = _draw(client, message, config, seen)
-        named = [(patient_text(p.patient), p) for p in found if p.patient is not None]
-        # A client's own draw may show whom it likes.
-        allowed = [one for one in named if seen is None or one[0] in seen][-MOST_PICTURES:]
+        drawn = _draw(client, message, config, seen)
+        named = [(patient_text(p.patient), p) for p in drawn if p.patient is not None]
+        # A subclass's `draw` may show patients other than those it was asked for.
+        allowed = [(patient, p) for patient, p in named if seen is None or patient in seen]
+        allowed = allowed[-MOST_PICTURES:]
         book.show(run, {patient for patient, _ in allowed})
     return [picture for _, picture in allowed]
 
 
 def contribution(client: MedicalClient, message: Message) -> RecordDict:
-    """Tell what the model is prepared with before the first round."""
+    """Return what the site contributes before the first round, such as means and categories."""
     client.read(message)
     if client.secretive:
-        raise DeclinedError("what is told before the first round carries no noise")
+        raise DeclinedError("contributions before the first round carry no noise")
     return RecordDict({CONTRIBUTION: ConfigRecord(client.contribute())})

@@ -1,4 +1,4 @@
-"""What a process keeps of its sites for the length of a run: a client lives for one message."""
+"""The rows of its sites that a process keeps during a run, since a client lives for one message."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from fedmed_flower.data.site import Row, Site, SiteData
 
-# The client's class, the site, and what tells several things of them apart.
+# The name of the client's class, the site, and further parts, such as a split's name.
 Key = tuple[Hashable, ...]
 
 
@@ -19,14 +19,15 @@ class RunCache:
     Attributes
     ----------
     run_id : int or None
-        The run that it belongs to.
+        The run to which the rows belong; None before the first run.
     loaded : dict of Key to SiteData
+        All rows, as a client's `load_data` returned them.
     screened : dict of Key to sequence of Row
         The rows of a split that can be used.
     prepared : dict of Key to any
         The rows of a split as a client's `prepare` makes them.
     more : dict of Key to any
-        What a client keeps of its own.
+        Anything else that a client keeps.
     """
 
     run_id: int | None = None
@@ -39,10 +40,10 @@ class RunCache:
         """Return the cache, emptied if it belonged to another run."""
         if run_id != self.run_id:
             self.run_id = run_id
-            for kept in (self.loaded, self.screened, self.prepared, self.more):
-                kept.clear()
+            for rows in (self.loaded, self.screened, self.prepared, self.more):
+                rows.clear()
         return self
 
     def prepared_of(self, site: Site) -> Iterator[Any]:
-        """Yield all that is prepared of a site, whichever client has prepared it."""
-        return (kept for key, kept in self.prepared.items() if site in key)
+        """Yield the prepared rows of a site, whichever client has prepared them."""
+        return (prepared for key, prepared in self.prepared.items() if site in key)

@@ -1,4 +1,4 @@
-"""A client for outlining structures in images, 2D and 3D."""
+"""A client that outlines structures in images, 2D and 3D."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from fedmed_flower.models.device import half_precision, torch_device
 
 log = logging.getLogger("flwr.fedmed")
 
-# A class of this name would have the same key as the worst patient.
+# The metrics of a class of this name would have the same key as those of the worst patient.
 _WORST_CLASS = WORST.removeprefix(f"{DICE}-")
 # Whole images are padded to a multiple of this: networks halve them several times.
 _DIVISOR = 16
@@ -56,40 +56,39 @@ _DIVISOR = 16
 class SegmentationClient(ImagingClient):
     """Trains a network that outlines structures.
 
-    A subclass gives `classes`, `load_data` and, unless the run config names a network,
+    A subclass defines `classes`, `load_data` and, unless the run config names a network,
     `build_model`, which returns a network with one output channel for the background and one for
     each class. Rows are dicts:
 
     - ``image``: as for `ClassificationClient`;
-    - ``label``: a mask of the same shape and place, with 0 for the background and a number from 1
-      on for each class (or `label_values`): an array or a file;
+    - ``label``: a mask of the same shape and position, an array or a file, with 0 for the
+      background and the numbers 1, 2, ... for the classes (or `label_values`);
     - ``patient``: anything hashable.
 
-    What is measured is measured on each mask's own grid: what the network gives is brought back to
-    it.
+    The network's output is brought back to the grid of each mask and is measured there.
 
     Hooks
     -----
     transforms, intensity, random_transforms
-        As `ImagingClient` has them, with ``label`` beside ``image``.
+        As in `ImagingClient`, for ``image`` and ``label``.
     to_size
-        How a training patch is cut out; one a patient and step.
+        The transforms that cut out a training patch, one for each image and step.
     augment
         Random changes of a training batch. The default makes none.
     loss
-        Maps (outputs, one-hot truth) to a number; the default is Dice plus cross entropy of each
-        patient.
+        Maps (outputs, one-hot truth) to a number. The default is Dice of each image plus cross
+        entropy.
     postprocess
-        Changes the mask that the network gives. The default leaves it.
+        Changes the mask that the network predicts. The default leaves it as it is.
 
     Attributes
     ----------
     classes : sequence of str
         Names of the classes 1, 2, ...
     surface_tolerance : float
-        Millimetres within which an outline is right, for surface Dice.
+        Millimetres within which an outline counts as correct, for surface Dice; at least 0.
     overlap : float
-        Part of a patch that two neighbouring ones share in inference; in [0, 1).
+        Part of a patch that it shares with a neighbouring patch in inference; in [0, 1).
     """
 
     classes: Sequence[str]
@@ -99,21 +98,21 @@ class SegmentationClient(ImagingClient):
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
-        """How many classes there are with the background."""
+        """The number of classes, including the background."""
         return 1 + len(self.classes)
 
     def transforms(self, train: bool) -> Sequence[Callable[[Any], Any]]:
         """Return the transforms of a row.
 
-        In evaluation ``label`` stays as it was read, and what changes the place of ``image`` must
-        be one of MONAI's invertible transforms.
+        In evaluation ``label`` stays as it was read. A transform that changes the position of
+        ``image`` must then be one of MONAI's invertible transforms.
         """
         if train:
             return super().transforms(train)
         return [self._load(train), *self.to_grid(["image"]), *self.intensity()]
 
     def to_size(self, train: bool) -> list[Callable[[Any], Any]]:
-        """Return the transforms that cut a training patch: one a patient, half on a structure."""
+        """Return the transforms that cut one training patch, half of the time on a structure."""
         if not self.patch_size:
             return [DivisiblePadd(self._keys, _DIVISOR)]
         size = self.patch_size
@@ -138,28 +137,28 @@ class SegmentationClient(ImagingClient):
         return images, labels
 
     def loss(self) -> nn.Module:
-        """Return the training loss: Dice of each patient plus cross entropy."""
+        """Return the training loss: Dice of each image plus cross entropy."""
         loss: nn.Module = DiceCELoss(softmax=True)
         return loss
 
     def postprocess(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the mask (*spatial) that counts, such as its largest connected part."""
+        """Return the mask (*spatial) that is measured, such as its largest connected part."""
         return mask
 
     def check(self, data: SiteData) -> None:
-        """Raise `InputError` where a setting or an attribute is out of its range."""
+        """Raise `InputError` if a setting or an attribute is out of its range."""
         super().check(data)
         names = self.classes
-        sound = not isinstance(names, str) and 0 < len(names) == len({*names, _WORST_CLASS}) - 1
-        if not sound:
+        if isinstance(names, str) or not 0 < len(names) == len({*names, _WORST_CLASS}) - 1:
             raise InputError(
                 f"classes must be a tuple of one or more different names, none of them "
                 f"{_WORST_CLASS!r}, got {names!r}"
             )
         if data.class_names and tuple(data.class_names) != tuple(names):
             raise InputError(
-                f"the data call their classes {', '.join(data.class_names)}, this client "
-                f"{', '.join(names)}: a class must mean the same at all hospitals"
+                f"the data name their classes {', '.join(data.class_names)}, this client "
+                f"{', '.join(names)}: a class must mean the same at all hospitals, so make classes "
+                "and data agree"
             )
         if not 0 <= self.overlap < 1:
             raise InputError(f"overlap must be at least 0 and below 1, got {self.overlap}")
@@ -169,17 +168,17 @@ class SegmentationClient(ImagingClient):
             )
 
     def describe(self, data: SiteData) -> dict[str, Any]:
-        """Return nothing: to count voxels, all masks would have to be read."""
+        """Return no numbers, since counting voxels would mean reading all masks."""
         return {}
 
     def _made_up_label(self, number: int, sides: Sequence[int], rng: np.random.Generator) -> Any:
         values = np.asarray(self.label_values or range(self.num_classes))
-        # In each another class is the most frequent.
+        # In each mask, another class is the most frequent.
         shares = 4.0 ** -((np.arange(len(values)) + number) % len(values))
         return rng.choice(values, size=tuple(sides), p=shares / shares.sum())
 
     def prepare(self, rows: Sequence[Row], train: bool) -> CachedRows:
-        """Return the rows after their transforms; for evaluation with what undoes them."""
+        """Return the rows after their transforms; those for evaluation can be inverted."""
         if train:
             return super().prepare(rows, train)
         return self._cached(rows, self.transforms(train))
@@ -191,8 +190,8 @@ class SegmentationClient(ImagingClient):
         truth = batch["label"] == numbers.view(1, -1, *[1] * self.spatial_dims)
         if outputs.shape[2:] != truth.shape[2:]:
             raise InputError(
-                f"the network gives a mask of shape {tuple(outputs.shape[2:])} for an image of "
-                f"shape {tuple(truth.shape[2:])}: they must be the same"
+                f"the network returns a mask of shape {tuple(outputs.shape[2:])} for an image of "
+                f"shape {tuple(truth.shape[2:])}: the shapes must be the same"
             )
         value: Tensor = self._loss(outputs.float(), truth.float())
         return value
@@ -202,16 +201,16 @@ class SegmentationClient(ImagingClient):
         return self.loss()
 
     def _first(self, outputs: Any) -> Tensor:
-        """Return the output that counts, of the networks that return several in training."""
-        found: Tensor = outputs[0] if isinstance(outputs, list | tuple) else outputs
+        """Return the main output, since some networks return several outputs in training."""
+        first: Tensor = outputs[0] if isinstance(outputs, list | tuple) else outputs
         # Deep supervision as in DynUNet: (batch, outputs, channels, *spatial).
-        found = found[:, 0] if found.ndim == self.spatial_dims + 3 else found
-        if found.shape[1] != self.num_classes:
+        first = first[:, 0] if first.ndim == self.spatial_dims + 3 else first
+        if first.shape[1] != self.num_classes:
             raise InputError(
-                f"the network has {found.shape[1]} output channels: {self.num_classes} are "
+                f"the network has {first.shape[1]} output channels: {self.num_classes} are "
                 f"needed, one for the background and one for each of {', '.join(self.classes)}"
             )
-        return found
+        return first
 
     def _labels(self, rows: Sequence[Row]) -> Tensor:
         return torch.stack([row["label"] for row in rows])
@@ -221,61 +220,64 @@ class SegmentationClient(ImagingClient):
         return {"image": images, "label": labels}
 
     def measure(self, model: nn.Module, prepared: CachedRows) -> dict[str, Any]:
-        """Return the figures of `site_scores`; of a patient with several images, their means."""
-        found: dict[Hashable, list[dict[str, float]]] = {}
+        """Return the metrics of `site_scores`; those of a patient's images are averaged first."""
+        by_patient: dict[Hashable, list[dict[str, float]]] = {}
         for row, _, scores in self._outlines(model, prepared):
-            found.setdefault(patient_text(row["patient"]), []).append(scores)
-        return site_scores([mean_scores(scores) for scores in found.values()])
+            by_patient.setdefault(patient_text(row["patient"]), []).append(scores)
+        return site_scores([mean_scores(scores) for scores in by_patient.values()])
 
     def measure_privately(
         self, model: nn.Module, prepared: CachedRows, patients: Sequence[Hashable], noise: float
     ) -> dict[str, Any]:
-        """Return the mean Dice that follows from `noised_dice`, and those sums."""
-        found, patient_of_row = [], []
+        """Return the mean Dice that follows from the sums of `noised_dice`, and those sums."""
+        scores = []
+        patient_of_row = []
         for index, patient in enumerate(patients):
             try:
-                found.append(self._outlined(model, prepared, index)[2])
+                scores.append(self._outlined(model, prepared, index)[2])
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 log.debug("the network fails for a record: %s", error)
                 continue
             patient_of_row.append(patient)
-        sums = noised_dice(found, patient_of_row, noise, self.classes)
+        sums = noised_dice(scores, patient_of_row, noise, self.classes)
         return dice_of(sums, self.classes) | {NOISED_DICE: sums}
 
     def draw(self, model: nn.Module, prepared: CachedRows, count: int) -> list[Picture]:
-        """Return the first rows, and the one with the lowest Dice, with truth and prediction."""
+        """Return pictures of the first rows, and of the one with the lowest Dice, as the last."""
         shown: list[tuple[Row, NDArray[np.uint8], float]] = []
         worst: tuple[Row, NDArray[np.uint8], float] | None = None
         for row, mask, scores in self._outlines(model, prepared):
-            one = (row, mask, patient_dice(scores))
+            dice = patient_dice(scores)
+            case = (row, mask, dice)
             if len(shown) < count:
-                shown.append(one)
-            if worst is None or one[2] < worst[2]:
-                worst = one
+                shown.append(case)
+            if worst is None or dice < worst[2]:
+                worst = case
         if worst is not None:
-            shown = [one for one in shown if one is not worst] + [worst]
+            shown = [case for case in shown if case is not worst] + [worst]
         pictures = []
         for number, (row, mask, dice) in enumerate(shown, start=1):
             name = "the lowest Dice" if number == len(shown) else f"case {number}"
-            image, spacing = read_image(row["source"], self.spatial_dims), row["spacing"]
+            image = read_image(row["source"], self.spatial_dims)
+            spacing = row["spacing"]
             layers = [plain(image)[0].numpy(), row["label"], mask]
             if self.spatial_dims == 3:
-                # Drawn as a radiologist sees it, however the file lies.
+                # `outlined` expects the axes of a volume in the order RAS.
                 turn: NDArray[Any] = io_orientation(image.affine.numpy())  # type: ignore[no-untyped-call]
                 layers = [apply_orientation(layer, turn) for layer in layers]  # type: ignore[no-untyped-call]
                 spacing = [spacing[axis] for axis in np.argsort(turn[:, 0])]
-            title, classes = f"{name}: Dice {dice:.2f}", tuple(self.classes)
-            first, truth, guess = layers
-            picture = outlined(first[None], truth, guess, classes, title, spacing)
+            title = f"{name}: Dice {dice:.2f}"
+            pixels, truth, guess = layers
+            picture = outlined(pixels[None], truth, guess, tuple(self.classes), title, spacing)
             pictures.append(replace(picture, patient=row["patient"]))
         return pictures
 
     def _outlines(
         self, model: nn.Module, prepared: CachedRows
     ) -> Iterator[tuple[Row, NDArray[np.uint8], dict[str, float]]]:
-        """Outline one row after the other, on its own grid, and compare with its mask."""
+        """Outline one row after the other on its own grid; yield row, mask and scores."""
         for index in range(len(prepared)):
             yield self._outlined(model, prepared, index)
 
@@ -285,29 +287,30 @@ class SegmentationClient(ImagingClient):
         model.eval()
         row = prepared[index]
         mask = self.postprocess(self._outline(model, row, prepared.transform))
-        truth, spacing = row["label"], row["spacing"]
+        truth = row["label"]
         if mask.shape != truth.shape:
             raise InputError(
-                f"the network's mask has shape {mask.shape}, the label {truth.shape}: what "
-                "transforms change of an image's place must be invertible, and postprocess "
-                "must keep the shape"
+                f"the network's mask has shape {mask.shape}, the label {truth.shape}: transforms "
+                "that change an image's position must be invertible, and postprocess must keep the "
+                "shape"
             )
-        scores = mask_scores(truth, mask, self.classes, spacing, self.surface_tolerance)
+        scores = mask_scores(truth, mask, self.classes, row["spacing"], self.surface_tolerance)
         return row, mask, scores
 
     @torch.no_grad()
     def _outline(self, model: nn.Module, row: Row, chain: Compose) -> NDArray[np.uint8]:
-        image, device = row["image"], torch_device(self.settings)
+        image = row["image"]
+        device = torch_device(self.settings)
         sides = tuple(image.shape[1:])
         roi = self.patch_size or tuple(-(-side // _DIVISOR) * _DIVISOR for side in sides)
         parts = Parts()
 
         def forward(windows: Tensor) -> Tensor:
-            def one(part: Mapping[str, Tensor], _: float) -> Tensor:
+            def of_part(part: Mapping[str, Tensor], _: float) -> Tensor:
                 with torch.autocast(device.type, torch.bfloat16, half_precision(self.settings)):
                     return self._first(model(part["image"])).float()
 
-            return torch.cat(parts.run({"image": windows}, one))
+            return torch.cat(parts.run({"image": windows}, of_part))
 
         outputs = sliding_window_inference(
             plain(image)[None].to(device),
@@ -329,30 +332,41 @@ class SegmentationClient(ImagingClient):
 class LoadPair(Transform):  # type: ignore[misc]
     """Read a row's ``image`` and ``label``.
 
-    For evaluation the mask is an array (*spatial) that no transform moves, and two entries come
-    with it: ``spacing`` (millimetres), and ``source``, what the image was read from.
+    For evaluation, the mask is an array (*spatial) that no transform moves. Two entries are added:
+    ``spacing`` in millimetres, and ``source``, the row's ``image`` before it was read.
 
     Parameters
     ----------
     spatial_dims, num_classes, label_values
         As `read_label` takes them.
     train : bool
+        Whether the row is for training.
+
+    Raises
+    ------
+    InputError
+        If image or mask cannot be read or do not fit; it names the patient.
     """
 
     def __init__(
         self, spatial_dims: int, num_classes: int, label_values: Sequence[int], train: bool
     ) -> None:
-        self.how, self.train = (spatial_dims, num_classes, label_values), train
+        self.spatial_dims = spatial_dims
+        self.num_classes = num_classes
+        self.label_values = label_values
+        self.train = train
 
     def __call__(self, row: Row) -> dict[str, Any]:
         """Return the row with image and mask loaded; an error names the patient."""
         try:
-            image = read_image(row["image"], self.how[0])
-            # An array or a picture has no place of its own: it lies where the image does.
-            mask = read_label(row["label"], *self.how, image)
+            image = read_image(row["image"], self.spatial_dims)
+            # A mask without a position of its own takes the image's.
+            mask = read_label(
+                row["label"], self.spatial_dims, self.num_classes, self.label_values, image
+            )
         except InputError as error:
             raise InputError(f"patient {row['patient']}: {error}") from error
         if self.train:
             return {**row, "image": image, "label": mask}
-        more = {"spacing": spacing_of(image), "source": row["image"]}
-        return {**row, "image": image, "label": plain(mask)[0].numpy(), **more}
+        origin = {"spacing": spacing_of(image), "source": row["image"]}
+        return {**row, "image": image, "label": plain(mask)[0].numpy(), **origin}

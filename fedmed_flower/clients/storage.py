@@ -1,4 +1,4 @@
-"""What a run leaves with a hospital: how its patients were split, and pictures that stay."""
+"""The files that a run leaves at a hospital: the split of its patients, and its pictures."""
 
 from __future__ import annotations
 
@@ -23,31 +23,38 @@ from fedmed_flower.wire import LEDGER_DIR, RUN_KEY
 log = logging.getLogger("flwr.fedmed")
 
 
-def own_folder(context: Context, site: Site, message: Mapping[str, Any]) -> Path | None:
-    """Return where a hospital keeps what does not leave it; None if it keeps nothing.
+def output_folder(context: Context, site: Site, message: Mapping[str, Any]) -> Path | None:
+    """Return the folder for files that do not leave a hospital; None if it has none.
 
-    That is ``output-dir`` of its node config, with a folder for each run and its models for
-    comparison; in a simulation, the run folder.
+    A hospital sets it by ``output-dir`` of its node config; in that folder each run, together with
+    its models for comparison, has a folder of its own. In a simulation it is the run folder.
+
+    Parameters
+    ----------
+    context : Context
+    site : Site
+    message : mapping
+        The message's config.
 
     Raises
     ------
     InputError
-        If ``output-dir`` is no folder.
+        If ``output-dir`` is not a folder.
     """
-    if (given := context.node_config.get("output-dir")) is not None:
+    given = context.node_config.get("output-dir")
+    if given is not None:
         folder = Path(str(with_type_of("", given, "output-dir"))).expanduser()
         if not folder.is_dir():
             raise InputError(f"output-dir of site {site.name} is not a folder: {folder}")
         key = str(message.get(RUN_KEY, context.run_id))
         return folder / file_name(key.partition("/")[0])
-    if site.simulated and (ledgers := str(message.get(LEDGER_DIR, ""))):
-        return Path(ledgers).parent
-    return None
+    ledgers = str(message.get(LEDGER_DIR, ""))
+    return Path(ledgers).parent if site.simulated and ledgers else None
 
 
 def keep_splits(context: Context, site: Site, message: ConfigRecord, data: SiteData) -> None:
-    """Write which patient is in which split, as ``splits/SITE.csv``; once a run."""
-    folder = own_folder(context, site, message)
+    """Write the split of each patient to ``splits/SITE.csv``, once a run."""
+    folder = output_folder(context, site, message)
     if folder is None:
         return
     path = folder / "splits" / f"{file_name(site.name)}.csv"
@@ -64,7 +71,7 @@ def keep_splits(context: Context, site: Site, message: ConfigRecord, data: SiteD
 
 
 def keep_pictures(folder: Path, site: Site, pictures: Sequence[Picture]) -> None:
-    """Write pictures that do not leave, as ``pictures-kept/SITE-1-TITLE.png`` and so on."""
+    """Write pictures that may not leave to ``pictures-kept/SITE-1-TITLE.png`` and so on."""
     for number, picture in enumerate(pictures, start=1):
         name = f"{file_name(site.name)}-{number}-{_plain(picture.title)}.png"
         write_atomic(folder / "pictures-kept" / name, picture.png)
@@ -73,12 +80,12 @@ def keep_pictures(folder: Path, site: Site, pictures: Sequence[Picture]) -> None
 
 def _patients(data: SiteData, split: str) -> list[str]:
     patients = [row["patient"] for row in getattr(data, split)]
-    # A number is one patient, whichever of NumPy's or torch's types it has.
+    # A number names one patient, whether it is Python's, NumPy's or torch's.
     return list(dict.fromkeys(str(p.item() if hasattr(p, "item") else p) for p in patients))
 
 
 def file_name(text: str) -> str:
-    """Return a name that stays in its folder, and differs where texts differ."""
+    """Return a file name that is safe as part of a path; different texts get different names."""
     plain = _plain(text)
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

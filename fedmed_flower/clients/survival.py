@@ -1,4 +1,4 @@
-"""A client for times until an event: how long patients live, or stay free of a relapse."""
+"""A client for the time until an event, such as death or a relapse."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from fedmed_flower.models.survival import (
 from fedmed_flower.settings.survival import SurvivalSettings
 
 log = logging.getLogger("flwr.fedmed")
-# Times at which the Brier score is taken, between 0 and the horizon.
-_TIMES = 50
+# Number of times, between 0 and the horizon, over which the Brier score is integrated.
+_NUM_TIMES = 50
 
 
 class SurvivalClient(TabularClient):
-    """Predicts how long it takes until an event, from the columns of a table.
+    """Predicts the time until an event from the columns of a table.
 
-    The schema has ``task="survival"``, the time as its target and the event's column. Figures are
-    ``c-index``, the concordance index of Harrell among a hospital's own patients, and, where a
-    horizon is given, ``integrated-brier``.
+    The schema has ``task="survival"``, the time as its target, and a column for the event. The
+    metrics are ``c-index``, Harrell's concordance index among each hospital's own patients, and, if
+    a horizon is set, ``integrated-brier``.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class SurvivalClient(TabularClient):
         From the run config.
     """
 
-    # Nobody's risk is known at first, and privacy's few steps need not undo a random guess.
+    # All risks start equal, so that the few steps of a private run need not undo a random guess.
     zeros = True
 
     def __init__(self, context: Context) -> None:
@@ -64,7 +64,8 @@ class SurvivalClient(TabularClient):
         Raises
         ------
         InputError
-            If Cox's partial likelihood, which compares patients, would be trained privately.
+            If ``survival-loss`` is ``cox`` in a private run: Cox's partial likelihood compares
+            patients with each other.
         """
         network = super().build_model()
         self._require_uncoupled()
@@ -73,7 +74,7 @@ class SurvivalClient(TabularClient):
         return _Hazards(network, self.survival.survival_intervals)
 
     def check_private(self, model: nn.Module, probe: Mapping[str, Tensor]) -> None:
-        """Refuse Cox's partial likelihood, whatever network a subclass builds."""
+        """Raise `InputError` as `TabularClient` does, and for Cox's partial likelihood."""
         self._require_uncoupled()
         super().check_private(model, probe)
 
@@ -85,7 +86,7 @@ class SurvivalClient(TabularClient):
             )
 
     def check(self, data: SiteData) -> None:
-        """Raise `InputError` where the schema is for another task, or rows lack a column."""
+        """Raise `InputError` if the schema is for another task, or a row lacks a column."""
         if self.schema.task != "survival":
             raise InputError(
                 f'{type(self).__name__} needs a schema with task="survival", got '
@@ -94,7 +95,7 @@ class SurvivalClient(TabularClient):
         super().check(data)
 
     def targets(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Return ``time`` and ``event``, as numbers."""
+        """Return ``time`` and ``event`` of the rows, as numbers."""
         columns = {"time": self.schema.target, "event": self.schema.event}
         return {
             name: torch.tensor([float(row[column]) for row in rows])
@@ -119,7 +120,7 @@ class SurvivalClient(TabularClient):
         return torch.as_tensor(edges, dtype=torch.float32, device=torch_device(self.settings))
 
     def figures(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
-        """Return ``c-index`` with the pairs it counts, and ``integrated-brier``."""
+        """Return ``c-index`` and the counts of pairs behind it."""
         times, events = _times(prepared)
         counts = concordance(times, events, self._risks(outputs))
         figures: dict[str, Any] = {"num-examples": len(prepared), PAIRS: [float(n) for n in counts]}
@@ -130,17 +131,19 @@ class SurvivalClient(TabularClient):
 
     def measure(self, model: nn.Module, prepared: TableRows) -> dict[str, Any]:
         """Return ``loss``, ``c-index`` (by group too) and ``integrated-brier``."""
-        found = super().measure(model, prepared)
+        metrics = super().measure(model, prepared)
         if self.survival.survival_horizon and self.data(self.pooled).train:
             score = self._integrated_brier(model, prepared)
-            found |= {} if score is None else {"integrated-brier": score}
-        return found
+            if score is not None:
+                metrics["integrated-brier"] = score
+        return metrics
 
     def _integrated_brier(self, model: nn.Module, prepared: TableRows) -> float | None:
-        """Return the score, by the censoring and, for Cox, the baseline of the training rows.
+        """Return the integrated Brier score; None if the hospital's training rows may not be used.
 
-        In a private run training rows must tell nothing without noise: the censoring is then that
-        of the rows that are measured. None if a hospital does not let training rows be used.
+        The censoring, and for Cox the baseline hazard, are estimated from the training rows. In a
+        private run these must not be used without noise, so the censoring is estimated from the
+        measured rows.
         """
         settings = self.survival
         if not self.privacy.on:
@@ -149,7 +152,7 @@ class SurvivalClient(TabularClient):
             except DeclinedError as error:
                 log.info("%s: no integrated Brier score: %s", self.site.name, error)
                 return None
-        grid = np.linspace(0.0, settings.survival_horizon, _TIMES + 1)[1:]
+        grid = np.linspace(0.0, settings.survival_horizon, _NUM_TIMES + 1)[1:]
         train = prepared if self.privacy.on else self.prepared("train", self.pooled)[1]
         outputs = self._predict(model, prepared)
         if settings.survival_loss == "cox":
@@ -162,23 +165,23 @@ class SurvivalClient(TabularClient):
         return integrated_brier_score(*_times(train), *_times(prepared), curves, grid)
 
     def _risks(self, outputs: NDArray[np.float32]) -> NDArray[Any]:
-        """Return one number a patient, higher for an earlier event."""
+        """Return one number for each row, higher for an earlier event."""
         if self.survival.survival_loss == "cox":
             return outputs[:, 0]
         risks: NDArray[Any] = np.asarray(risk_from_hazards(outputs))
         return risks
 
     def require_measurable(self) -> None:
-        """Raise `InputError` where the loss has no probability up to a horizon."""
+        """Raise `InputError` if the loss gives no probability of an event before the horizon."""
         if self.survival.survival_loss == "cox":
-            raise InputError('figures with noise need survival-loss="discrete", got "cox"')
+            raise InputError('metrics with noise need survival-loss="discrete", got "cox"')
 
     def measure_privately(
         self, model: nn.Module, prepared: TableRows, patients: Sequence[Hashable], noise: float
     ) -> dict[str, Any]:
-        """Return how well the risk tells who has the event before the horizon, by noised counts.
+        """Return how well the risk predicts an event before the horizon, by counts with noise.
 
-        Patients who leave before the horizon without the event are not counted.
+        Patients who are censored before the horizon are not counted.
         """
         indices, outputs = self._predict_alone(model, prepared)
         times, events = (part[indices] for part in _times(prepared))
@@ -194,15 +197,15 @@ class SurvivalClient(TabularClient):
 
 
 class _Hazards(nn.Module):
-    """Adds to one score a patient the log odds of an event in each interval (Cox 1972, section 6).
+    """Adds the log odds of each interval to one score a patient (Cox 1972, section 6).
 
-    With one score for all intervals, privacy has few numbers to hide.
+    With one score for all intervals, a private run has few numbers to hide in noise.
     """
 
     def __init__(self, score: nn.Module, intervals: int) -> None:
         super().__init__()
         self.score = score
-        # Events are rare: from even odds on, all of a private run would go into learning that.
+        # Events are rare. From even odds, a private run would spend all its steps learning that.
         self.baseline = nn.Parameter(torch.full((intervals,), -3.0))
 
     def forward(self, features: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A client for tables: health records and whatever else has a row a patient or a visit."""
+"""A client for tables with one row for each patient or visit, such as health records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.book import POOLED, Book
-from fedmed_flower.clients.pooled import places_by_site
+from fedmed_flower.clients.pooled import indices_by_site
 from fedmed_flower.clients.targets import (
     CLASSED,
     SCALED,
@@ -50,7 +50,7 @@ from fedmed_flower.wire import TREES
 
 log = logging.getLogger("flwr.fedmed")
 
-# Rows that are predicted at a time.
+# Rows in a batch of prediction.
 _BATCH = 4096
 
 
@@ -61,9 +61,9 @@ class TableRows:
     Attributes
     ----------
     inputs : dict of str to Tensor
-        ``features`` (n, width), and what the loss compares with, each of length n.
+        ``features`` (n, width), and the targets that the loss needs, each of length n.
     rows : sequence of dict
-        As they were loaded.
+        The n rows as they were loaded.
     """
 
     inputs: Mapping[str, Tensor]
@@ -72,30 +72,30 @@ class TableRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def some(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Return rows as a batch."""
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return the rows at these indices as a batch."""
         device = self.inputs["features"].device
-        chosen = torch.as_tensor(indices, dtype=torch.long, device=device)
-        return {name: values.index_select(0, chosen) for name, values in self.inputs.items()}
+        index = torch.as_tensor(indices, dtype=torch.long, device=device)
+        return {name: values.index_select(0, index) for name, values in self.inputs.items()}
 
 
 class TabularClient(MedicalClient):
     """Predicts a column of a table from others.
 
-    A subclass gives `schema` and `load_data`. Rows are dicts with ``patient`` and the schema's
-    columns, as `fedmed_flower.data.schema.read_table` makes them.
+    A subclass defines `schema` and `load_data`. Rows are dicts with ``patient`` and the schema's
+    columns, as `fedmed_flower.data.schema.read_table` returns them.
 
     Hooks
     -----
     loss
         Maps (outputs, batch) to a number.
     outputs
-        How many outputs the network has.
+        The number of the network's outputs.
 
     Attributes
     ----------
     schema : Schema
-        Which columns there are, and which one is predicted.
+        The columns, and which of them is predicted.
     tables : TabularSettings
         From the run config.
     zeros : bool
@@ -117,24 +117,26 @@ class TabularClient(MedicalClient):
 
     @property
     def must_agree(self) -> bool:
-        """Whether hospitals tell of their columns before the first round."""
-        # In a private run nobody tells anything, and `build_model` says so at once.
+        """Whether hospitals contribute statistics of their columns before the first round."""
+        # In a private run no hospital contributes; `build_model` rejects this preparation at once.
         return self.tables.preparation == "federated" and not self.privacy.on
 
     def contribute(self) -> dict[str, Any]:
-        """Return means, spreads and categories of the training rows, by ten patients or more.
+        """Return means, scales and categories of the training rows.
 
-        At a real hospital they are written down in its book before they leave. Of a column of which
-        earlier answers leave too few patients among the training rows, those of all rows are told
-        that are known already, or nothing.
+        Each is of at least ``min-cell-count`` patients. At a real hospital they are written down in
+        its book before they leave. If the training rows would single out too few patients, after
+        earlier answers about a column, all rows that those answers counted are used. If these may
+        not be used either, the column is left out.
         """
-        schema, minimum = with_target(self.schema), min_cell_count(self.context, self.site)
+        schema = with_target(self.schema)
+        minimum = min_cell_count(self.context, self.site)
         train = self.screened_data().train
         if self.site.simulated:
             return contribution(train, schema, minimum)
         reported = dict[str, Any]()
         with self.open_book({}, minimum) as book:
-            inside = book.of({id(row) for row in train})
+            inside = book.mask_of({id(row) for row in train})
             for column in schema.features:
                 if column not in schema.categories:
                     rows = self._tellable(book, column, inside, minimum)
@@ -142,21 +144,24 @@ class TabularClient(MedicalClient):
         return reported
 
     def _tellable(self, book: Book, column: str, inside: Mask, minimum: int) -> list[Row]:
-        """Return the rows of which a column, or whose categories, may be told."""
-        # Those of the training rows; else those of all rows that earlier answers have counted.
+        """Return the rows whose values in a column may be disclosed; none if too few.
+
+        These are the training rows, or, if they may not be, all rows that earlier answers counted.
+        """
         for rows in (inside, book.known(column)):
             values = None
             if column in self.schema.categorical:
                 values = book.categories(column, rows, minimum)
                 if values is None:
                     continue
-            usable = book.column(column, rows if values is None else rows & (values >= 0), values)
+            counted = rows if values is None else rows & (values >= 0)
+            usable = book.column(column, counted, values)
             if usable is None:
                 continue
             if rows is not inside:
                 log.warning(
-                    "%s: %s is told of all rows, not of the training rows alone: beside earlier "
-                    "answers these would be of too few patients",
+                    "%s: statistics of %s are of all rows, not only of the training rows: after "
+                    "earlier answers these would be of too few patients",
                     *(self.site.name, column),
                 )
             reported = usable if values is None else usable & (values != POOLED)
@@ -164,51 +169,53 @@ class TabularClient(MedicalClient):
         return []
 
     def agree(self, contributions: Mapping[str, Mapping[str, Any]]) -> str:
-        """Return what all hospitals' columns give together.
+        """Return the preparation that all hospitals' contributions give together, as text.
 
         Raises
         ------
         InputError
-            If no hospital told anything that can be used.
+            If no hospital has sent a contribution that can be used.
         """
         schema = with_target(self.schema)
-        # Names in the log those who tell what cannot be used.
-        found = Preparation.agreed(schema, contributions)
+        # Logs the hospitals whose contributions cannot be used.
+        preparation = Preparation.agreed(schema, contributions)
         learnt = schema.numeric or {*schema.categorical} - schema.categories.keys()
-        fine = [
+        usable = [
             reported
             for reported in contributions.values()
             if check_contribution(reported, schema) is None
         ]
-        if learnt and not any(fine):
+        if learnt and not any(usable):
             raise InputError(
                 "no hospital could share statistics of its columns: each needs at least "
                 'min-cell-count patients. Set preparation="declared" and give ranges and '
                 "categories in the schema"
             )
-        return found.to_text()
+        return preparation.to_text()
 
     @cached_property
     def _agreed_upon(self) -> tuple[Preparation, Unit]:
         if not self.agreed:
             raise InputError(
-                'preparation="federated" needs what hospitals tell before the first round: give '
-                f"federate an instance, {type(self).__name__}(context), in place of its build_model"
+                'preparation="federated" needs contributions from all hospitals before the first '
+                f"round: give federate an instance, {type(self).__name__}(context), in place of "
+                "its build_model"
             )
         return agreed_upon(self.agreed, self.schema)
 
     @cached_property
     def prepared_by(self) -> Preparation:
-        """How features are made of columns.
+        """The preparation that makes features of columns.
 
         Raises
         ------
         InputError
-            If privacy is on and the preparation would be learnt from patients without noise, or
-            nothing was agreed upon, or a hospital without training rows would have to learn its
-            own.
+            If privacy is on and the preparation would be learnt from patients without noise. If
+            hospitals have not agreed on one yet. If a hospital without training rows would have to
+            learn its own.
         DeclinedError
-            If a hospital with a privacy budget would have to learn its own.
+            If a hospital with a privacy budget would have to learn its own, or its training rows
+            may not be used without noise.
         """
         self._require_unlearnt()
         kind = self.tables.preparation
@@ -218,15 +225,15 @@ class TabularClient(MedicalClient):
             if self.secretive:
                 raise DeclinedError(
                     'preparation="site" learns from patients without noise, and this hospital has '
-                    'a privacy budget: preparation="declared" learns nothing'
+                    'a privacy budget: set preparation="declared", which learns nothing'
                 )
-            own = self.screened_data().train
-            if own:
-                self.require_usable(own)
-            return self._of_own(own)
+            rows = self.screened_data().train
+            if rows:
+                self.require_usable(rows)
+            return self._learnt_from(rows)
         return self._agreed_upon[0]
 
-    def _of_own(self, rows: Sequence[Row]) -> Preparation:
+    def _learnt_from(self, rows: Sequence[Row]) -> Preparation:
         if not rows:
             raise InputError('preparation="site" needs training rows, and there are none')
         return Preparation.of_rows(self.schema, rows)
@@ -254,11 +261,15 @@ class TabularClient(MedicalClient):
             If the schema declares too little for the run config's preparation.
         """
         self._require_unlearnt()
-        schema, tables = self.schema, self.tables
+        schema = self.schema
+        tables = self.tables
         require_declared(schema, tables.preparation)
-        # Of one hospital's own preparation the server knows the width alone.
-        own = tables.preparation == "site"
-        width = (Preparation.agreed(schema, {}) if own else self.prepared_by).width
+        # The server has no rows, from which each hospital learns its own preparation: it knows only
+        # the width, which follows from the schema.
+        if tables.preparation == "site":
+            width = Preparation.agreed(schema, {}).width
+        else:
+            width = self.prepared_by.width
         network = tabular_network(
             tables.tabular_network,
             width,
@@ -271,8 +282,8 @@ class TabularClient(MedicalClient):
         return nn.Sequential(network, InUnit(self.unit)) if schema.task in SCALED else network
 
     def check(self, data: SiteData) -> None:
-        """Raise `InputError` where a row lacks a column or holds what cannot be predicted."""
-        # Groups are reported without noise, or not at all.
+        """Raise `InputError` if a row lacks a column or holds an impossible target or event."""
+        # A secretive client reports no groups, so their columns need no check.
         groups = () if self.secretive else self.tables.groups
         for split in SPLITS:
             require_rows(getattr(data, split), self.schema, groups, f"the {split} split")
@@ -284,7 +295,8 @@ class TabularClient(MedicalClient):
 
     def made_up(self, count: int) -> list[Row]:
         """Return rows of random numbers, categories and outcomes that the schema allows."""
-        schema, rng = self.schema, np.random.default_rng(0)
+        schema = self.schema
+        rng = np.random.default_rng(0)
 
         def number(name: str) -> float:
             low, high = schema.ranges.get(name, (1.0, 2.0))
@@ -316,37 +328,37 @@ class TabularClient(MedicalClient):
         return {"labels": np.bincount(labels, minlength=max(2, self.outputs)).tolist()}
 
     def prepare(self, rows: Sequence[Row], train: bool) -> TableRows:
-        """Return the rows as tensors on the device; unseen categories are told in the log."""
+        """Return the rows as tensors on the device; unseen categories are logged."""
         if self.pooled and self.tables.preparation == "site":
-            features = self._features_of_each(rows)
+            features = self._pooled_features(rows)
         else:
             features = self.prepared_by.transform(rows)
             if train and (unseen := self.prepared_by.unseen(rows)):
-                reported = ", ".join(f"{name} ({count} rows)" for name, count in unseen.items())
-                log.warning("%s: categories that are not in the list: %s", self.site.name, reported)
+                names = ", ".join(f"{name} ({count} rows)" for name, count in unseen.items())
+                log.warning("%s: categories that are not in the list: %s", self.site.name, names)
         inputs = {"features": torch.from_numpy(features)} | self.targets(rows)
         device = torch_device(self.settings)
         return TableRows({name: values.to(device) for name, values in inputs.items()}, rows)
 
-    def _features_of_each(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        """Return the features of all hospitals' rows, of each by its own training rows."""
+    def _pooled_features(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """Return the features of all sites' rows, prepared by each site's own training rows."""
         train = self.screened_data(pooled=True).train
-        owned = places_by_site(train)
+        train_indices = indices_by_site(train)
         features = np.zeros((len(rows), Preparation.agreed(self.schema, {}).width), np.float32)
-        for number, indices in places_by_site(rows).items():
-            own = self._of_own([train[index] for index in owned.get(number, [])])
-            features[indices] = own.transform([rows[index] for index in indices])
+        for site, indices in indices_by_site(rows).items():
+            preparation = self._learnt_from([train[i] for i in train_indices.get(site, [])])
+            features[indices] = preparation.transform([rows[index] for index in indices])
         return features
 
     def targets(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Return what the loss compares outputs with, by its name in a batch."""
+        """Return the targets that the loss compares outputs with, by their names in a batch."""
         values = [row[self.schema.target] for row in rows]
         whole = self.schema.task in CLASSED
         return {"target": torch.tensor(values, dtype=torch.long if whole else torch.float32)}
 
     def batch_of(self, prepared: TableRows, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Return training rows as ``features`` and what `targets` gives."""
-        return prepared.some(indices)
+        """Return training rows as a batch: ``features`` and the targets of `targets`."""
+        return prepared.batch(indices)
 
     def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
         """Return the training loss."""
@@ -354,19 +366,20 @@ class TabularClient(MedicalClient):
 
     @property
     def _width(self) -> int:
-        """How many outputs the whole network has."""
+        """The number of outputs of the whole network."""
         return self.outputs
 
     def _outputs(self, outputs: Tensor) -> Tensor:
-        """Return the network's outputs, which must be as many as the task needs.
+        """Return the network's outputs.
 
         Raises
         ------
         InputError
+            If their number does not fit the task.
         """
         if outputs.ndim != 2 or outputs.shape[1] != self._width:
             raise InputError(
-                f"the network gives outputs of shape {tuple(outputs.shape)}: the task "
+                f"the network returns outputs of shape {tuple(outputs.shape)}: the task "
                 f"{self.schema.task} needs (rows, {self._width})"
             )
         return outputs
@@ -374,16 +387,18 @@ class TabularClient(MedicalClient):
     def loss(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the mean loss: cross entropy, Poisson (of the log rate) or half the squared error.
 
-        The latter two are those of a target by its `unit`, whatever it is measured in.
+        The latter two are divided by the scale of `unit`, so that they do not depend on the unit in
+        which the target is measured.
 
         Parameters
         ----------
         outputs : Tensor
             (batch, outputs), in the target's own unit.
         batch : dict of Tensor
-            With ``target``.
+            It holds ``target``, of shape (batch,).
         """
-        task, target = self.schema.task, batch["target"]
+        task = self.schema.task
+        target = batch["target"]
         if task == "multi-class":
             return functional.cross_entropy(outputs, target)
         scores = outputs[:, 0]
@@ -394,32 +409,33 @@ class TabularClient(MedicalClient):
         return ((scores - target) / self.unit.factor).square().mean() / 2
 
     def measure(self, model: nn.Module, prepared: TableRows) -> dict[str, Any]:
-        """Return ``loss``, the figures of `outcome_metrics`, and on test rows each group's."""
+        """Return ``loss``, the metrics of `figures`, and on test rows also those of each group."""
         outputs = self._predict(model, prepared)
 
         def measured(indices: Sequence[int]) -> dict[str, Any]:
             chosen = list(indices)
-            some = TableRows(prepared.some(chosen), [prepared.rows[index] for index in chosen])
-            return self.figures(outputs[chosen], some)
+            group = TableRows(prepared.batch(chosen), [prepared.rows[index] for index in chosen])
+            return self.figures(outputs[chosen], group)
 
-        found = self.figures(outputs, prepared)
-        cpu = {name: values.cpu() for name, values in prepared.inputs.items()}
-        found["loss"] = float(self.loss(torch.from_numpy(outputs), cpu))
-        if (groups := self.tables.groups) and self.split == "test":
+        metrics = self.figures(outputs, prepared)
+        on_cpu = {name: values.cpu() for name, values in prepared.inputs.items()}
+        metrics["loss"] = float(self.loss(torch.from_numpy(outputs), on_cpu))
+        groups = self.tables.groups
+        if groups and self.split == "test":
             minimum = min_cell_count(self.context, self.site)
-            tellable = self._tellable_groups(prepared.rows, groups, minimum)
-            found |= by_group(prepared.rows, tellable, minimum, measured)
-        return found
+            columns = self._disclosable_groups(prepared.rows, groups, minimum)
+            metrics |= by_group(prepared.rows, columns, minimum, measured)
+        return metrics
 
-    def _tellable_groups(
+    def _disclosable_groups(
         self, rows: Sequence[Row], names: Sequence[str], minimum: int
     ) -> Sequence[str]:
-        """Return the columns by whose values figures of rows may be told apart."""
+        """Return the columns for whose groups metrics of these rows may leave."""
         if self.site.simulated:
             return names
-        tellable = []
+        disclosable = []
         with self.open_book({}, minimum) as book:
-            inside = book.of({id(row) for row in rows})
+            inside = book.mask_of({id(row) for row in rows})
             for name in names:
                 groups = {
                     key.partition("=")[2]: number
@@ -428,17 +444,17 @@ class TabularClient(MedicalClient):
                 values = np.array([groups.get(str(row.get(name)), POOLED) for row in book.rows])
                 usable = book.column(name, inside, values)
                 if usable is not None and bool((usable == inside).all()):
-                    tellable.append(name)
+                    disclosable.append(name)
                 else:
                     log.warning(
-                        "%s: figures by %s are not told: beside earlier answers they would be of "
+                        "%s: metrics by %s are withheld: after earlier answers they would be of "
                         "too few patients",
                         *(self.site.name, name),
                     )
-        return tellable
+        return disclosable
 
     def figures(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
-        """Return the figures of some rows, from the network's outputs for them."""
+        """Return the metrics of rows, from the network's outputs for them."""
         target = prepared.inputs["target"].cpu().numpy()
         patient_of_row = [patient_text(row["patient"]) for row in prepared.rows]
         return outcome_metrics(
@@ -446,19 +462,20 @@ class TabularClient(MedicalClient):
         )
 
     def require_measurable(self) -> None:
-        """Raise `InputError` where a number is predicted whose range the schema does not give."""
+        """Raise `InputError` if a number is predicted and the schema does not give its range."""
         if self.schema.task in SCALED and self.schema.target not in self.schema.ranges:
             raise InputError(
-                f"figures with noise need a range of {self.schema.target} in the schema's ranges"
+                f"metrics with noise need a range of {self.schema.target} in the schema's ranges"
             )
 
     def measure_privately(
         self, model: nn.Module, prepared: TableRows, patients: Sequence[Hashable], noise: float
     ) -> dict[str, Any]:
-        """Return figures that follow from counts with noise, or from errors clipped to a range."""
+        """Return metrics by counts with noise; for a number, by noised sums of clipped errors."""
         indices, outputs = self._predict_alone(model, prepared)
         target = prepared.inputs["target"].cpu().numpy()[indices]
-        patient_of_row, task = [patients[index] for index in indices], self.schema.task
+        patient_of_row = [patients[index] for index in indices]
+        task = self.schema.task
         if task in CLASSED:
             counts = noised_counts(target, outputs, patient_of_row, noise)
             return noised_metrics(counts) | {NOISED: counts}
@@ -469,16 +486,16 @@ class TabularClient(MedicalClient):
     def _predict_alone(
         self, model: nn.Module, prepared: TableRows
     ) -> tuple[list[int], NDArray[np.float32]]:
-        """Return the places of the rows for which the network did not fail, and their outputs."""
+        """Return the indices of the rows for which the network did not fail, and their outputs."""
         model.eval()
         features = prepared.inputs["features"]
-        indices, found = predict_alone(
+        indices, scores = predict_alone(
             lambda batch: self._outputs(model(batch["features"])),
             lambda index: {"features": features[index : index + 1]},
             len(prepared),
             half_precision(self.settings),
         )
-        return indices, np.asarray(found, np.float32).reshape(-1, self._width)
+        return indices, np.asarray(scores, np.float32).reshape(-1, self._width)
 
     def _predict(self, model: nn.Module, prepared: TableRows) -> NDArray[np.float32]:
         """Return the outputs of all rows, (n, outputs)."""

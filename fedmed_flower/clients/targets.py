@@ -1,9 +1,9 @@
-"""What is predicted from a table: its possible values, and the unit in which a network predicts."""
+"""The target of a table: its possible values, and the unit in which a network predicts it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any, NamedTuple
@@ -17,19 +17,21 @@ from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import Row
 from fedmed_flower.errors import InputError
 
-CLASSED, SCALED = ("binary", "multi-class"), ("count", "continuous")
+# The tasks that predict a class, and those that predict a number.
+CLASSED = ("binary", "multi-class")
+SCALED = ("count", "continuous")
 
 
 class Unit(NamedTuple):
-    """How a network's output o, which is about 1, becomes a number: factor * o + shift.
+    """Converts a network's output o, which is of the order of 1, to a number: factor * o + shift.
 
     Attributes
     ----------
     shift, factor : float
-        The target's mean and scale. Of a count, whose logarithm is predicted, the mean's logarithm
-        and 1.
+        The target's mean and scale. For a count, whose logarithm is predicted, they are the
+        logarithm of the mean, and 1.
     weight : float
-        Of a count: by which the loss is multiplied, 1 / the mean.
+        The factor of the loss of a count: 1 / the mean.
     """
 
     shift: float = 0.0
@@ -38,24 +40,28 @@ class Unit(NamedTuple):
 
 
 class InUnit(nn.Module):
-    """The last step of a network that predicts numbers."""
+    """The last layer of a network that predicts numbers."""
 
     def __init__(self, unit: Unit) -> None:
         super().__init__()
         self.unit = unit
 
     def forward(self, outputs: Tensor) -> Tensor:
-        """Return the outputs in the unit, for which 16 bits are too few."""
+        """Return the outputs in the unit, in 32 bits at least, since 16 are too few for it."""
         precise = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         return self.unit.factor * precise + self.unit.shift
 
 
 def with_target(schema: Schema) -> Schema:
-    """Return the schema of what hospitals tell: a number to predict counts as one more column."""
+    """Return the schema of contributions, in which a number to predict is one more column."""
     if schema.task not in SCALED:
         return schema
-    numeric, target = (*schema.numeric, schema.target), f"{schema.target} (predicted)"
-    return replace(schema, target=target, task="binary", numeric=numeric)
+    return replace(
+        schema,
+        target=f"{schema.target} (predicted)",
+        task="binary",
+        numeric=(*schema.numeric, schema.target),
+    )
 
 
 def agreed_upon(text: str, schema: Schema) -> tuple[Preparation, Unit]:
@@ -64,34 +70,38 @@ def agreed_upon(text: str, schema: Schema) -> tuple[Preparation, Unit]:
     Parameters
     ----------
     text : str
-        Of a preparation by `with_target` of the schema.
+        The text of a preparation by the schema that `with_target` returns.
     schema : Schema
 
     Raises
     ------
     InputError
-        If the text is something else, or is of other columns than the schema's.
+        If the text is not that of a preparation, or has other columns than the schema.
     """
-    found, declared = Preparation.from_text(text), with_target(schema)
-    if ([*found.means], [*found.categories]) != ([*declared.numeric], [*declared.categorical]):
+    agreed = Preparation.from_text(text)
+    declared = with_target(schema)
+    if ([*agreed.means], [*agreed.categories]) != ([*declared.numeric], [*declared.categorical]):
         raise InputError(
-            f"hospitals have agreed upon the columns {_listed(found.means, found.categories)}; the "
-            f"schema here has {_listed(declared.numeric, declared.categorical)}: all must run the "
-            "same app"
+            f"hospitals have agreed upon the columns {_listed(agreed.means, agreed.categories)}; "
+            f"the schema here has {_listed(declared.numeric, declared.categorical)}: all must run "
+            "the same app"
         )
-    own = replace(
-        found,
-        means={name: found.means[name] for name in schema.numeric},
-        scales={name: found.scales[name] for name in schema.numeric},
-        still=tuple(name for name in found.still if name in schema.numeric),
+    features = replace(
+        agreed,
+        means={name: agreed.means[name] for name in schema.numeric},
+        scales={name: agreed.scales[name] for name in schema.numeric},
+        still=tuple(name for name in agreed.still if name in schema.numeric),
     )
     if schema.task not in SCALED:
-        return own, Unit()
-    return own, _unit(schema, found.means[schema.target], found.scales[schema.target])
+        return features, Unit()
+    return features, _unit(schema, agreed.means[schema.target], agreed.scales[schema.target])
 
 
 def declared_unit(schema: Schema) -> Unit:
-    """Return the unit by the target's range: 0 lies in its middle, 2 at its end; else as it is."""
+    """Return the unit by the target's declared range: output 0 is its middle, output 2 its end.
+
+    Without a range, or if the target is not a number, outputs are not converted.
+    """
     if schema.task not in SCALED or schema.target not in schema.ranges:
         return Unit()
     low, high = schema.ranges[schema.target]
@@ -99,10 +109,10 @@ def declared_unit(schema: Schema) -> Unit:
 
 
 def require_declared(schema: Schema, preparation: str) -> None:
-    """Raise `InputError` where a network needs what neither hospitals tell nor the schema says."""
+    """Raise `InputError` if the schema lacks ranges or categories that the preparation needs."""
     lacking = []
     if preparation != "federated" and schema.task in SCALED and schema.target not in schema.ranges:
-        lacking.append(f"a range of {schema.target!r}, which is to be predicted")
+        lacking.append(f"a range of {schema.target!r}, which is predicted")
     if preparation == "site":
         undeclared = [name for name in schema.categorical if name not in schema.categories]
         lacking += [f"categories of {name!r}" for name in undeclared]
@@ -114,7 +124,7 @@ def require_declared(schema: Schema, preparation: str) -> None:
 
 
 def require_rows(rows: Sequence[Row], schema: Schema, groups: Sequence[str], where: str) -> None:
-    """Refuse rows from which nothing can be learnt or told.
+    """Raise `InputError` if a row does not fit the schema or the groups.
 
     Parameters
     ----------
@@ -123,51 +133,59 @@ def require_rows(rows: Sequence[Row], schema: Schema, groups: Sequence[str], whe
     groups : sequence of str
         The columns of ``report-by``.
     where : str
-        How the error calls the rows.
+        The name of the rows in the error, such as "the train split".
 
     Raises
     ------
     InputError
-        If a row lacks a column, a target or an event cannot be, or a group is no text.
+        If a row lacks a column, its target or event is not a possible value, a cell holds several
+        values, or a group is not a text.
     """
     needed = {*schema.features, schema.target} | ({schema.event} - {""})
     wanted = _wanted(schema)
     for number, row in enumerate(rows):
-        if lacking := [name for name in groups if name not in row]:
-            known = ", ".join(name for name, value in row.items() if isinstance(value, str))
-            raise InputError(
-                f"report-by names {lacking[0]}, which row {number} of {where} does not have: "
-                f"it has {known}"
-            )
-        if lacking := sorted(needed - row.keys()):
-            raise InputError(
-                f"row {number} of {where} has no {', '.join(lacking)}: rows come from read_table, "
-                "or have every column of the schema"
-            )
-        for name, (fits, what) in wanted.items():
+        row_name = f"row {number} of {where}"
+        _require_columns(row, needed, groups, row_name)
+        for name, (fits, description) in wanted.items():
             value = row[name]
             if not (isinstance(value, Real) and is_number(value) and fits(value)):
-                raise InputError(
-                    f"row {number} of {where} has {name} {quoted(value)}: it must be {what}"
-                )
+                raise InputError(f"{row_name} has {name} {quoted(value)}: it must be {description}")
         for name in schema.features:
-            # A list is read where it stands alone, and not beside numbers.
+            # A list would pass in a row that is prepared alone, and fail beside rows with numbers.
             if hasattr(row[name], "__len__") and not isinstance(row[name], str | bytes):
                 raise InputError(
-                    f"row {number} of {where} has {name} {quoted(row[name])}: a cell holds one "
-                    "number or text"
+                    f"{row_name} has {name} {quoted(row[name])}: a cell holds one number or text"
                 )
         for name in groups:
-            # What is not equal to itself is NaN, a missing text in a data frame.
-            if not (row[name] is None or isinstance(row[name], str) or row[name] != row[name]):
+            value = row[name]
+            # Only NaN, a missing text in a data frame, differs from itself.
+            missing = value is None or value != value
+            if not (missing or isinstance(value, str)):
                 raise InputError(
-                    f"row {number} of {where} has {name} {row[name]!r}: report-by takes columns of "
-                    "texts, such as categories, or the bands into which the schema cuts a number"
+                    f"{row_name} has {name} {value!r}: report-by takes columns of texts, such as "
+                    "categories, or the bands into which the schema cuts a number"
                 )
+
+
+def _require_columns(
+    row: Row, needed: Collection[str], groups: Sequence[str], row_name: str
+) -> None:
+    lacking = [name for name in groups if name not in row]
+    if lacking:
+        known = ", ".join(name for name, value in row.items() if isinstance(value, str))
+        raise InputError(
+            f"report-by names {lacking[0]}, which {row_name} does not have: it has {known}"
+        )
+    lacking = sorted(set(needed) - row.keys())
+    if lacking:
+        raise InputError(
+            f"{row_name} has no {', '.join(lacking)}: take rows from read_table, or give each row "
+            "every column of the schema"
+        )
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a number is finite, also as Python's float."""
+    """Return whether a number is finite, and not too large for a float."""
     try:
         return math.isfinite(value)
     except OverflowError:
@@ -175,16 +193,18 @@ def is_number(value: Any) -> bool:
 
 
 def _wanted(schema: Schema) -> dict[str, tuple[Callable[[Any], bool], str]]:
-    """Return, of each column that is predicted, how to tell a fitting number, and that in words."""
+    """Return the check of the target, and of the event, with a description of valid values."""
     top = max(2, len(schema.classes)) - 1
     classes = (range(top + 1).__contains__, f"the number of a class, 0 to {top}")
-    found: dict[str, tuple[Callable[[Any], bool], str]] = {
+    numbers: dict[str, tuple[Callable[[Any], bool], str]] = {
         "count": (lambda value: value >= 0 and value == int(value), "a count: 0, 1, 2, ..."),
         "continuous": (lambda value: True, "a finite number"),
         "survival": (lambda value: value > 0, "a finite number above 0"),
     }
-    wanted = {schema.target: found.get(schema.task, classes)}
-    return wanted | ({schema.event: ((0, 1).__contains__, "0 or 1")} if schema.event else {})
+    wanted = {schema.target: numbers.get(schema.task, classes)}
+    if schema.event:
+        wanted[schema.event] = ((0, 1).__contains__, "0 or 1")
+    return wanted
 
 
 def _unit(schema: Schema, mean: float, scale: float) -> Unit:

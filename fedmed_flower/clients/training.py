@@ -1,4 +1,4 @@
-"""The local loop, plain and private."""
+"""The training loop of a site, plain and private."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from fedmed_flower.privacy.sampling import PatientSampler
 
 log = logging.getLogger("flwr.fedmed")
 
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-# On a CPU several sites may train side by side.
-_CPU_MEMORY, _MOST_RECORDS = 4 * 2**30, 256
-# Records on which the two methods are measured: with few, vmap's start would decide.
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+# Bytes that are assumed free on a CPU, where several sites may train side by side.
+_CPU_MEMORY = 4 * 2**30
+_MOST_RECORDS = 256
+# Records on which the two methods are compared: with fewer, vmap's start-up would decide.
 _PROBE = 32
 
 
@@ -40,14 +42,16 @@ def train_epochs(
 ) -> float:
     """Train a model in place.
 
-    A batch for which the memory is too small is from then on taken in parts, whose gradients are
-    added up to that of the whole batch; batch normalisation then sees a part at a time.
+    If a batch does not fit into memory, this and all later batches are split into parts. Their
+    gradients add up to the gradient of the whole batch; batch normalisation sees one part at a
+    time.
 
     Parameters
     ----------
     model : Module
     batches : iterable of dict of tensors
-        Iterated once an epoch; on the model's device, the first dimension counting records.
+        Iterated once in each epoch. Tensors are on the model's device; their first dimension counts
+        records.
     loss : callable
         Maps (model, batch) to the mean over the batch's records.
     optimizer : Optimizer
@@ -55,25 +59,26 @@ def train_epochs(
     mixed_precision : bool
         Run model and loss in bfloat16 by autocast.
     proximal_mu : float
-        Holds the parameters near those they begin with: adds ``mu / 2`` times the squared distance
-        to the loss (FedProx, Li et al. 2020, https://arxiv.org/abs/1812.06127, equation 2). At
-        least 0.
+        Holds the parameters near their initial values: ``mu / 2`` times the squared distance is
+        added to the loss (FedProx, Li et al. 2020, https://arxiv.org/abs/1812.06127, equation 2).
+        At least 0.
 
     Returns
     -------
     float
-        Mean loss over the rows of the last epoch.
+        Mean loss over the rows of the last epoch, without the proximal term.
 
     Raises
     ------
     FloatingPointError
-        If a batch has a loss that is not finite; the model is of no use from then on.
+        If the loss of a batch is not finite; the model cannot be used any more.
     torch.OutOfMemoryError
-        If the memory does not do for one record.
+        If one record does not fit into memory.
     """
     model.train()
-    held = [(p, p.detach().clone()) for p in model.parameters()] if proximal_mu else []
-    parts, mean = Parts(), float("nan")
+    start = [(p, p.detach().clone()) for p in model.parameters()] if proximal_mu else []
+    parts = Parts()
+    mean = float("nan")
 
     def backward(part: Batch, share: float) -> float:
         kind = next(iter(part.values())).device.type
@@ -83,36 +88,45 @@ def train_epochs(
         return float(value.item() * share)
 
     for epoch in range(epochs):
-        total, rows = 0.0, 0
+        total = 0.0
+        rows = 0
         for batch in batches:
             values = parts.run(
                 batch, backward, before=lambda: optimizer.zero_grad(set_to_none=True)
             )
-            value, count = sum(values), len(next(iter(batch.values())))
-            for parameter, start in held:
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - start, alpha=proximal_mu)
+            value = sum(values)
+            count = len(next(iter(batch.values())))
+            _add_proximal_term(start, proximal_mu)
             optimizer.step()
-            total, rows = total + value * count, rows + count
+            total += value * count
+            rows += count
             if not math.isfinite(total):
                 raise FloatingPointError(f"the training loss is {value} in epoch {epoch + 1}")
         mean = total / rows
     return mean
 
 
+def _add_proximal_term(start: Iterable[tuple[nn.Parameter, Tensor]], mu: float) -> None:
+    """Add to each gradient ``mu`` times the parameter's distance from its initial value."""
+    for parameter, initial in start:
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - initial, alpha=mu)
+
+
 class Steps:
-    """Yields `count` batches in each pass, going over the data as often as that takes.
+    """Yields `count` batches in each pass, and goes over the data as often as that needs.
 
     Parameters
     ----------
     batches : iterable of dict of tensors
         Restarted from the beginning when exhausted. If it is empty, no batch is produced.
     count : int
-        At least 1.
+        Batches in a pass; at least 1.
     """
 
     def __init__(self, batches: Iterable[Batch], count: int) -> None:
-        self._batches, self._count = batches, count
+        self._batches = batches
+        self._count = count
 
     def __iter__(self) -> Iterator[Batch]:
         left = self._count
@@ -126,7 +140,7 @@ class Steps:
 
 
 class Parts:
-    """Runs batches in parts that fit into the memory: whole until it is found too small.
+    """Runs batches whole, and in parts once a batch did not fit into memory.
 
     Attributes
     ----------
@@ -149,8 +163,10 @@ class Parts:
         ----------
         batch : dict of tensors
         work : callable
+            Maps (part, share) to a result; the shares of all parts add up to 1.
         before : callable
-            Called at the beginning, and again if all begins again with smaller parts.
+            Called before the first part, and again each time when all parts are repeated with fewer
+            records.
 
         Raises
         ------
@@ -160,7 +176,8 @@ class Parts:
         count = len(next(iter(batch.values())))
         while True:
             size = min(self.size or count, count)
-            # Parts are alike: a last one of one record has no variance for batch normalisation.
+            # Of equal size, since a last part of one record would have no variance for batch
+            # normalisation.
             parts = zip(*(v.tensor_split(-(-count // size)) for v in batch.values()), strict=True)
             try:
                 before()
@@ -171,16 +188,17 @@ class Parts:
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
-            # Outside the handler, whose traceback holds on to what was computed.
+            # Outside the handler, whose traceback keeps the failed parts in memory.
             self.size = _half(size)
 
 
 def _half(size: int) -> int:
-    """Return half a size of parts, and free what was reserved for the larger ones."""
+    """Return half the size of a part, rounded up, and free the memory of the larger parts."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    log.warning("out of memory with %d records at a time: going on with %d", size, (size + 1) // 2)
-    return (size + 1) // 2
+    half = (size + 1) // 2
+    log.warning("out of memory with %d records at a time: going on with %d", size, half)
+    return half
 
 
 def train_privately(
@@ -199,38 +217,44 @@ def train_privately(
     Parameters
     ----------
     model : Module
-        One that `require_private_model` lets pass.
+        A model that `require_private_model` accepts.
     batch_of : callable
-        Returns the records at some places of the training rows, on the model's device.
+        Maps indices of training rows to their batch, on the model's device.
     patients : sequence of hashable
-        The patient of each training row that can be used; there may be none.
+        The patient of each usable training row; may be empty.
     loss : callable
         Maps (model, batch of one record) to one number.
     optimizer : Optimizer
-        Over the parameters that require a gradient. Its weight decay comes after the noise.
+        Over the parameters that require a gradient. Weight decay is applied after the noise.
     mechanism : Mechanism
-        Sampling rate, noise, clipping norm, number of steps, and of all patients.
+        Sampling rate, noise, clipping norm, number of steps, and number of all patients.
     probe : dict of tensors
-        Made-up records, on which is measured how gradients are computed: no patient's record
-        decides it.
+        Made-up records. The method of computing gradients is chosen on them, so that no patient's
+        record decides it.
     mixed_precision : bool
         Run the model in bfloat16 by autocast.
     proximal_mu : float
-        As in `train_epochs`; the term enters after clipping and noise, which it does not need.
+        As in `train_epochs`. The term is added after clipping and noise, since it does not depend
+        on records.
 
     Returns
     -------
     tuple of (float, int)
-        Mean loss of the records that were drawn, NaN if there were none, and how many patients'
-        gradients were not finite, or could not be computed, and therefore left out. Neither carries
-        noise.
+        Mean loss of the drawn records, NaN if none was drawn. The number of patients who were left
+        out since their gradients were not finite or could not be computed. Neither carries noise.
+
+    Raises
+    ------
+    torch.OutOfMemoryError
+        If one record does not fit into memory.
     """
-    # Opacus takes a second to import, in each process that answers one message.
+    # Imported here: Opacus takes a second, in each process that answers one message.
     from fedmed_flower.privacy.optimizer import PatientOptimizer
 
     keep_freed_memory()
     model.train()
-    settings, release = mechanism.settings, mechanism.release
+    settings = mechanism.settings
+    release = mechanism.release
     sampler = PatientSampler(
         patients, release.sampling_rate, settings.patient_records, mechanism.num_patients
     )
@@ -238,87 +262,84 @@ def train_privately(
         optimizer, release.noise_multiplier, settings.max_grad_norm, sampler.expected
     )
     gradients = RecordGradients(model, loss, mixed_precision)
-    held = [(p, p.detach().clone()) for p in gradients.parameters.values()] if proximal_mu else []
-
-    def add_proximal_term(_: object) -> None:
-        for parameter, start in held:
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - start, alpha=proximal_mu)
-
-    private.attach_step_hook(add_proximal_term)
+    parameters = gradients.parameters.values()
+    start = [(p, p.detach().clone()) for p in parameters] if proximal_mu else []
+    private.attach_step_hook(lambda _: _add_proximal_term(start, proximal_mu))
     drawn = max(1, round(sampler.expected))
     size = micro_batch_size(gradients, probe, drawn, settings.micro_batch_size)
     batches = _MicroBatches(gradients, batch_of, size)
     losses = [torch.zeros(0)]
     for _ in range(mechanism.steps):
         private.draw_ahead()
-        for computed in batches.of(sampler.draw()):
+        for computed in batches.run(sampler.draw()):
             if computed is None:
                 private.dropped += 1
                 continue
-            clippable, of_records = computed
-            losses.append(of_records.float().cpu())
+            clippable, record_losses = computed
+            losses.append(record_losses.float().cpu())
             private.accumulate(clippable)
-            del computed, clippable  # Before the next patients' gradients are computed.
+            del computed, clippable  # Free them before the next patients' gradients are computed.
         private.release()
-    each = torch.cat(losses)
-    return float(each[each.isfinite()].mean()), private.dropped
+    all_losses = torch.cat(losses)
+    return float(all_losses[all_losses.isfinite()].mean()), private.dropped
 
 
 class _MicroBatches:
-    """The gradients of drawn patients, of as many records at a time as fit into the memory.
+    """Computes the gradients of drawn patients, with as many records at a time as memory allows.
 
     Parameters
     ----------
     gradients : RecordGradients
     batch_of : callable
-        Maps numbers of records to a batch.
+        Maps indices of records to a batch.
     size : int
-        Records at a time, at first.
+        Most records at a time; halved when memory runs out.
     """
 
     def __init__(
         self, gradients: RecordGradients, batch_of: Callable[[Sequence[int]], Batch], size: int
     ) -> None:
-        self._gradients, self._batch_of, self._size = gradients, batch_of, size
+        self._gradients = gradients
+        self._batch_of = batch_of
+        self._size = size
 
-    def of(self, waiting: list[list[int]]) -> Iterator[tuple[list[Tensor], Tensor] | None]:
+    def run(self, waiting: list[list[int]]) -> Iterator[tuple[list[Tensor], Tensor] | None]:
         """Yield gradients of patients and losses of their records; None for a patient that fails.
 
         Parameters
         ----------
         waiting : list of list of int
-            The records of each patient.
+            The indices of each patient's records.
         """
+        # How many of the next patients are computed one by one.
         alone = 0
         while waiting:
-            group, rest = _first(waiting, self._size)
-            if alone:
-                group, rest = waiting[:1], waiting[1:]
+            group = waiting[: 1 if alone else _count_that_fit(waiting, self._size)]
             records = min(self._size, sum(map(len, group)))
             computed, failure = self._try(group)
-            # Nothing of a group that failed was added up yet.
+            # A group that failed has yielded nothing, so it can be tried again.
             if isinstance(failure, torch.OutOfMemoryError):
                 if records == 1:
                     raise failure
                 self._size = _half(records)
             elif failure is not None and len(group) > 1:
-                # One of them must not decide about the others: each by itself.
+                # A patient whose record fails must not decide about the others.
                 alone = len(group)
             else:
-                waiting, alone = rest, max(0, alone - 1)
+                waiting = waiting[len(group) :]
+                alone = max(0, alone - 1)
                 yield computed
             del computed, failure
 
     def _try(
         self, group: list[list[int]]
     ) -> tuple[tuple[list[Tensor], Tensor] | None, Exception | None]:
-        """Return what was computed of some patients, or the error without its traceback.
+        """Return the gradients and losses of patients, or the error without its traceback.
 
         A traceback would keep the failed batch in memory.
         """
         try:
-            return _of_patients(self._gradients, self._batch_of, group, self._size), None
+            return _patient_gradients(self._gradients, self._batch_of, group, self._size), None
         except Exception as error:
             if not isinstance(error, torch.OutOfMemoryError):
                 log.debug("gradients of %d patients: %s", len(group), error)
@@ -326,75 +347,95 @@ class _MicroBatches:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what it frees: fresh pages for each gradient can double a step's time."""
+    """Let glibc keep freed memory, since new pages for each gradient can double a step's time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _first(waiting: list[list[int]], size: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Split off the patients whose records fit into a micro-batch: at least one patient."""
-    total, count = 0, 0
+def _count_that_fit(waiting: list[list[int]], size: int) -> int:
+    """Return how many of the first patients have together at most `size` records; at least 1."""
+    total = 0
+    count = 0
     while count < len(waiting) and (not count or total + len(waiting[count]) <= size):
         total += len(waiting[count])
         count += 1
-    return waiting[:count], waiting[count:]
+    return count
 
 
-def _of_patients(
+def _patient_gradients(
     gradients: RecordGradients,
     batch_of: Callable[[Sequence[int]], Batch],
-    groups: list[list[int]],
+    records: list[list[int]],
     size: int,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return for each patient the mean gradient over the patient's records, and all losses."""
-    indices = [index for group in groups for index in group]
-    if len(indices) == len(groups):
-        return gradients(batch_of(indices))
-    owners = torch.tensor([number for number, group in enumerate(groups) for _ in group])
-    share = 1 / torch.tensor([len(group) for group in groups])
-    sums: list[Tensor] = []
-    losses = []
-    for start in range(0, len(indices), size):
-        made, found = gradients(batch_of(indices[start : start + size]))
-        if not sums:
-            sums = [g.new_zeros((len(groups), *g.shape[1:])) for g in made]
-        of = owners[start : start + size].to(found.device)
-        for total, gradient in zip(sums, made, strict=True):
-            weights = share.to(gradient)[of].view(-1, *[1] * (gradient.ndim - 1))
-            total.index_add_(0, of, gradient * weights)
-        losses.append(found)
-    return sums, torch.cat(losses)
-
-
-def micro_batch_size(gradients: RecordGradients, probe: Batch, drawn: int, wanted: int = 0) -> int:
-    """Choose the method, and how many gradients fit into a quarter of the free memory.
+    """Return for each patient the mean gradient over the patient's records, and all losses.
 
     Parameters
     ----------
     gradients : RecordGradients
-        Its method is set.
+    batch_of : callable
+        Maps indices of records to a batch.
+    records : list of list of int
+        The indices of each patient's records.
+    size : int
+        Most records at a time.
+    """
+    indices = [index for of_patient in records for index in of_patient]
+    if len(indices) == len(records):
+        return gradients(batch_of(indices))
+    patient_of_row = torch.tensor(
+        [number for number, of_patient in enumerate(records) for _ in of_patient]
+    )
+    share = 1 / torch.tensor([len(of_patient) for of_patient in records])
+    sums: list[Tensor] = []
+    losses = []
+    for start in range(0, len(indices), size):
+        record_gradients, record_losses = gradients(batch_of(indices[start : start + size]))
+        if not sums:
+            sums = [g.new_zeros((len(records), *g.shape[1:])) for g in record_gradients]
+        patients = patient_of_row[start : start + size].to(record_losses.device)
+        for total, gradient in zip(sums, record_gradients, strict=True):
+            weights = share.to(gradient)[patients].view(-1, *[1] * (gradient.ndim - 1))
+            total.index_add_(0, patients, gradient * weights)
+        losses.append(record_losses)
+    return sums, torch.cat(losses)
+
+
+def micro_batch_size(gradients: RecordGradients, probe: Batch, drawn: int, wanted: int = 0) -> int:
+    """Choose the method, and return how many gradients fit into a quarter of the free memory.
+
+    Parameters
+    ----------
+    gradients : RecordGradients
+        Its method is set here.
     probe : dict of tensors
-        Records that are like those to come, on the device; at least one.
+        Records of the same shapes as those to come, on the device; at least one.
     drawn : int
         Records of a step on average; at least 1.
     wanted : int
-        The most, whatever the memory; 0 finds out.
+        The most, whatever the memory; 0 chooses by the memory.
+
+    Returns
+    -------
+    int
+        Records at a time; at least 1.
 
     Raises
     ------
     torch.OutOfMemoryError
-        If the memory does not do for one record.
+        If one record does not fit into memory.
     """
     first = {key: value[:1] for key, value in probe.items()}
-    device, count = next(iter(first.values())).device, len(next(iter(probe.values())))
+    device = next(iter(first.values())).device
+    count = len(next(iter(probe.values())))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _CPU_MEMORY
     most = wanted or min(_MOST_RECORDS, free // 4 // gradients.bytes_per_record(first))
     most = max(1, most)
     while True:
         tried = min(most, _PROBE, drawn)
-        # A few records, repeated, take as much time and memory as others.
+        # Repeated records take as much time and memory as different ones.
         indices = torch.arange(tried, device=device) % count
         try:
             gradients.choose({key: value[indices] for key, value in probe.items()})
@@ -402,7 +443,8 @@ def micro_batch_size(gradients: RecordGradients, probe: Batch, drawn: int, wante
             if tried == 1:
                 raise
         else:
-            return most if wanted or gradients.method == "vmap" else min(most, PROBE)
+            limited = not wanted and gradients.method != "vmap"
+            return min(most, PROBE) if limited else most
         most = _half(tried)
 
 
@@ -413,26 +455,28 @@ def predict_alone(
     count: int,
     mixed_precision: bool = False,
 ) -> tuple[list[int], list[NDArray[np.float32]]]:
-    """Return a network's outputs for records one by one, so that none can change another's.
+    """Return a network's outputs for records one by one, so that no record changes another's.
 
     Parameters
     ----------
     model : callable
         Maps a batch to outputs; the network is in evaluation mode.
     batch_at : callable
-        Returns the batch of one record.
+        Maps the index of a record to its batch.
     count : int
-        How many records there are.
+        Number of records.
     mixed_precision : bool
         Run the model in bfloat16 by autocast.
 
     Returns
     -------
     indices : list of int
-        Of the records for which the network did not fail.
+        The records for which the network did not fail.
     outputs : list of arrays of shape (c,)
+        The outputs for these records.
     """
-    indices, outputs = [], []
+    indices = []
+    outputs = []
     for index in range(count):
         try:
             (output,) = predict(model, [batch_at(index)], mixed_precision)
@@ -457,7 +501,7 @@ def predict(
     model : callable
         Maps a batch to outputs; the network is in evaluation mode.
     batches : iterable of dict of tensors
-        On the model's device; taken in parts where the memory is too small.
+        On the model's device; a batch that does not fit into memory is split into parts.
     mixed_precision : bool
         Run the model in bfloat16 by autocast.
     """

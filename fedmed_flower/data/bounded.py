@@ -1,8 +1,8 @@
-"""Bounds on what a file may bring: bytes once unpacked, places that links lead to, quoted letters.
+"""Bounds on untrusted files: bytes once unpacked, targets of links, letters that errors quote.
 
 A small file can unpack to more than a hospital's memory: 285 kB of deflate to 290 MB, a header of
-348 bytes to petabytes. What such a file says is held against `MOST` before memory is taken for it,
-and what it unpacks to is counted while it is unpacked.
+348 bytes to petabytes. The size that a file states is compared with `MOST` before memory is
+allocated for it, and bytes are counted while they are unpacked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Readable(Protocol):
 
 
 def require_within(what: str, size: int, kind: Kind) -> None:
-    """Raise `InputError` where more bytes than `MOST` come, or are said to come.
+    """Raise `InputError` if a size is above the bound of its kind in `MOST`.
 
     Parameters
     ----------
@@ -61,24 +61,25 @@ def require_within(what: str, size: int, kind: Kind) -> None:
 
 
 def unpacked(packed: _Readable, name: object, kind: Kind) -> bytes:
-    """Return all that a compressed file holds, read to its end, where its checksum stands.
+    """Return the content of a compressed file, read to the end, so that its checksum is verified.
 
     Parameters
     ----------
     packed : file
-        What unpacks while it is read, as `gzip.open` returns.
+        Unpacks while it is read, as the file that `gzip.open` returns.
     name : object
-        How errors call it.
+        The file's name in errors.
     kind : str
         A key of `MOST`.
 
     Raises
     ------
     InputError
-        If it unpacks to more than it may; no more than that was unpacked. Whatever else
-        `packed` raises is not caught.
+        If the content is larger than `MOST` allows; reading stops there. Errors of `packed` itself
+        are not caught.
     """
-    content, size = io.BytesIO(), 0
+    content = io.BytesIO()
+    size = 0
     while part := packed.read(_PART):
         size += len(part)
         require_within(f"{name} unpacks to at least", size, kind)
@@ -87,14 +88,15 @@ def unpacked(packed: _Readable, name: object, kind: Kind) -> bytes:
 
 
 def require_deflated(packed: bytes, name: object, kind: Kind) -> None:
-    """Raise `InputError` where raw deflate unpacks to more than it may; nothing is kept of it.
+    """Raise `InputError` if raw deflate unpacks to more than `MOST` allows; discard the content.
 
     Raises
     ------
     zlib.error
-        If it is no deflate.
+        If the bytes are not deflate.
     """
-    stream, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    size = 0
     for start in range(0, len(packed), _PACKED_PART):
         rest = packed[start : start + _PACKED_PART]
         while rest and not stream.eof:
@@ -104,12 +106,12 @@ def require_deflated(packed: bytes, name: object, kind: Kind) -> None:
 
 
 def array_bytes(file: BinaryIO) -> int:
-    """Return how many bytes of values a .npy file says that it holds, from its header alone.
+    """Return how many bytes of values the header of a .npy file states; the values are not read.
 
     Raises
     ------
     ValueError
-        If it has no such header.
+        If the file has no such header.
     """
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
@@ -120,29 +122,29 @@ def array_bytes(file: BinaryIO) -> int:
 
 
 def real_path(path: Path) -> Path:
-    """Return where a path leads in the end; links that lead in a circle are left as they are."""
+    """Return a path with all links resolved; links that form a circle are left as they are."""
     return Path(os.path.realpath(path))
 
 
 def leads_out(path: Path, root: Path) -> bool:
-    """Return whether a path leads, by links, out of the folder ``root``, a `real_path`."""
+    """Return whether the links of a path lead out of the folder ``root``, a `real_path`."""
     return not real_path(path).is_relative_to(root)
 
 
 def links_out(folder: Path, root: Path) -> list[Path]:
-    """Return what lies directly in a folder, is not hidden and leads out of ``root``, by name."""
+    """Return the links of a folder that lead out of ``root``, by name; hidden ones are left out."""
     with os.scandir(folder) as entries:
         links = [entry.name for entry in entries if entry.is_symlink()]
-    found = (folder / name for name in sorted(links) if not name.startswith("."))
-    return [link for link in found if leads_out(link, root)]
+    visible = (folder / name for name in sorted(links) if not name.startswith("."))
+    return [link for link in visible if leads_out(link, root)]
 
 
 def quoted(value: object, most: int = 80) -> str:
-    """Return a value as Python writes it, cut in its middle; of what cannot be written, the type.
+    """Return a value's `repr`, shortened in its middle; if `repr` fails, the name of its type.
 
-    Cells and rows may hold a million letters, or an object whose text raises an error.
+    Cells and rows may hold a million letters, or an object whose `repr` raises an error.
     """
     try:
         return shown(repr(value), most)
-    except Exception:  # Whatever an object's own method does.
+    except Exception:  # An object's __repr__ can raise anything.
         return f"a {type(value).__name__}"

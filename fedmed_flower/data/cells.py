@@ -25,54 +25,58 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 MISSING = ("", "?", "NA", "N/A", "NaN", "NaT", "None", "NULL", "<NA>")
-# Nothing is measured or counted beyond it, and sums of squares below it fit a float.
+# No measurement or count is larger, and sums of squares of numbers up to it fit a float.
 LARGEST = 1e30
 
-# Data frames write classes as 1.0 where a column has gaps; "1.00" and "01" may be codes.
+# Data frames write classes as 1.0 if a column has gaps; "1.00" and "01" may be codes.
 _WHOLE = re.compile(r"(0|-?[1-9][0-9]*)\.0")
 _FLAGS = {"true": "1", "false": "0"}
 
 
 def category_text(value: Any) -> str | None:
-    """Return the text that a value has as a category: 1.0, 1, "1.0", " 1", True and "true" are "1".
+    """Return a value as the text of a category: 1.0, 1, "1.0", " 1", True and "true" give "1".
 
-    None, NaN and an empty text are None.
+    None, NaN and an empty text give None.
     """
     if isinstance(value, str):
         text = value.strip()
     elif value is None or (isinstance(value, Real) and value != value):
         return None
     else:
-        whole = isinstance(value, float | np.floating) and float(value).is_integer()
-        text = str(int(value) if whole else value).strip()
+        if isinstance(value, float | np.floating) and float(value).is_integer():
+            value = int(value)
+        text = str(value).strip()
     text = _FLAGS.get(text.lower(), text)
-    return (found[1] if (found := _WHOLE.fullmatch(text)) else text) or None
+    if whole_number := _WHOLE.fullmatch(text):
+        return whole_number[1]
+    return text or None
 
 
 @dataclass
 class Cells:
-    """The columns of a table before they are understood; which rows are turned away, and why.
+    """The columns of a table before they are interpreted; which rows are rejected, and why.
 
     Attributes
     ----------
     where : str
-        How errors call the table.
+        The table's name in errors.
     word, lines : str, sequence of int
-        What a row is called by: "line" and its number in a text, or "row" and its number.
+        How errors refer to a row: "line" and its number in a text, or "row" and its number.
     names : list of str
-        Of the columns, in order.
+        Names of the columns, in order.
     column : callable
-        Returns the cells at a place in `names`: texts or whatever else, None if missing.
+        Takes an index of `names` and returns the cells of that column: texts or any other objects,
+        None if missing.
     decimal : str
         The decimal mark of numbers in texts.
     ragged : int
-        How many rows have more or fewer cells than the heading; they are not here.
+        How many rows have more or fewer cells than the heading; they are left out.
     problems : list of str
-        What was found wrong so far.
+        Problems found so far.
     missing : frozenset of str
-        What stands for a missing value, in small letters.
-    away : array of bool
-        Which rows are turned away so far.
+        Texts that stand for a missing value, in lower case.
+    rejected : array of bool
+        Which rows are rejected so far.
     """
 
     where: str
@@ -86,44 +90,50 @@ class Cells:
     missing: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        self.away = np.zeros(len(self.lines), dtype=bool)
+        self.rejected = np.zeros(len(self.lines), dtype=bool)
 
-    def of(self, name: str) -> list[Any]:
-        """Return a column's cells; None in all rows where there is no such column."""
+    def raw(self, name: str) -> list[Any]:
+        """Return a column's cells as they were read; all None if there is no such column."""
         if name in self.names:
             return self.column(self.names.index(name))
         return [None] * len(self.lines)
 
     def texts(self, name: str, declared: Sequence[str] = ()) -> list[str | None]:
-        """Return a column as texts, None if missing; what is declared is never missing."""
+        """Return a column as texts, None if missing; a declared text never counts as missing."""
         return [
             text if text in declared or (text and text.lower() not in self.missing) else None
-            for text in map(category_text, self.of(name))
+            for text in map(category_text, self.raw(name))
         ]
 
     def numbers(
         self, name: str, limits: tuple[float, float] | None = None, needed: str = ""
     ) -> NDArray[np.float64]:
-        """Return a column as numbers, NaN if one is missing or cannot be.
+        """Return a column as numbers, NaN if a cell is missing, not a number or out of its limits.
 
-        If it is `needed`, and called so, rows that have none are turned away.
+        `needed` is the column's name in problems if a row cannot do without it: rows with such a
+        cell are then rejected. Rows with a missing cell are not.
         """
-        cells = self.of(name)
-        found = [self._number(cell) for cell in cells]
-        values = np.asarray([math.nan if value is None else value for value in found])
-        values[np.isin(values, [float(text) for text in self.missing if _is_number(text)])] = np.nan
-        none, far = np.asarray([value is None for value in found], bool), np.abs(values) > LARGEST
-        faults = {"is no number": none, f"is beyond {LARGEST:g}": far}
+        cells = self.raw(name)
+        numbers = [self._number(cell) for cell in cells]
+        values = np.asarray([math.nan if number is None else number for number in numbers])
+        codes = [float(text) for text in self.missing if _is_number(text)]
+        values[np.isin(values, codes)] = np.nan
+        too_large = np.abs(values) > LARGEST
+        faults = {
+            "is not a number": np.asarray([number is None for number in numbers], bool),
+            f"is beyond {LARGEST:g}": too_large,
+        }
         if limits:
-            what = f"is outside {plain(limits[0])} to {plain(limits[1])}"
-            faults[what] = ((values < limits[0]) | (values > limits[1])) & ~far
+            low, high = limits
+            what = f"is outside {plain(low)} to {plain(high)}"
+            faults[what] = ((values < low) | (values > high)) & ~too_large
         for what, mask in faults.items():
             values[mask] = np.nan
-            self.tell(needed or name, what, mask, cells, bool(needed))
+            self.note(needed or name, what, mask, cells, bool(needed))
         return values
 
     def _number(self, cell: Any) -> float | None:
-        """Return a cell's number, NaN if it is missing, None if it is neither."""
+        """Return a cell's number, NaN if the cell is missing, None if it is not a number."""
         if isinstance(cell, str):
             text = cell.strip()
             if not text or text.lower() in self.missing:
@@ -137,41 +147,45 @@ class Cells:
         except (TypeError, ValueError, OverflowError):  # Such as a date.
             return None
 
-    def tell(
-        self, name: str, what: str, mask: ArrayLike, cells: Any = None, away: bool = True
+    def note(
+        self, name: str, what: str, mask: ArrayLike, cells: Any = None, reject: bool = True
     ) -> None:
-        """Note what is wrong in some rows, and turn these away where a row cannot be without."""
-        wrong = np.asarray(mask, bool) & ~self.away
+        """Add a problem of the rows in `mask`, and reject these rows if `reject`.
+
+        Rows that are rejected already are not counted again.
+        """
+        wrong = np.asarray(mask, bool) & ~self.rejected
         if not wrong.any():
             return
-        count, first = int(wrong.sum()), int(wrong.argmax())
+        count = int(wrong.sum())
+        first = int(wrong.argmax())
         example = "" if cells is None else f" with {_example(cells[first])}"
-        outcome = "turned away" if away else "counted as missing"
+        outcome = "rejected" if reject else "counted as missing"
         self.problems.append(
             shown(
                 f"{name} {what} in {count} row{'s' * (count > 1)}, {outcome}; the first is "
                 f"{self.word} {self.lines[first]}{example}"
             )
         )
-        if away:
-            self.away |= wrong
+        if reject:
+            self.rejected |= wrong
 
     def need(self, name: str, texts: Sequence[str | None], allowed: Sequence[str] = ()) -> None:
-        """Turn away rows without a text, or with none of those that are allowed."""
-        self.tell(name, "is missing", [text is None for text in texts])
+        """Reject rows whose text is missing, or is not among `allowed` if that is given."""
+        self.note(name, "is missing", [text is None for text in texts])
         if allowed:
-            what = f"is none of {', '.join(allowed)}"
-            self.tell(name, what, [text not in allowed for text in texts], texts)
+            what = f"is not one of {', '.join(allowed)}"
+            self.note(name, what, [text not in allowed for text in texts], texts)
 
 
 def read_text(path: Path, content: bytes) -> Cells:
-    """Return the cells of a text with a heading, by lines.
+    """Return the cells of a text whose first line that is not blank is the heading.
 
     Raises
     ------
     InputError
-        If it is no such text in UTF-8, or, if it is called ``.gz``, no whole gzip file or one
-        that unpacks to more than `bounded.MOST` bytes.
+        If the text is empty, not in UTF-8 or not well-formed CSV. If its name ends in ``.gz``:
+        also if the gzip file is incomplete or unpacks to more than `bounded.MOST` bytes.
     """
     try:
         if path.suffix.lower() == ".gz":
@@ -179,22 +193,22 @@ def read_text(path: Path, content: bytes) -> Cells:
                 content = unpacked(packed, path, "a table")
         lines = io.StringIO(content.decode("utf-8-sig"), newline="")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not in UTF-8 ({error.reason}): save it as such") from None
+        raise InputError(f"{path} is not in UTF-8 ({error.reason}): save it in UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is no whole gzip file: {error}") from None
+        raise InputError(f"{path} is not a complete gzip file: {error}") from None
     heading = next((line for line in lines if line.strip(" ,;\t\r\n")), "")
     require(bool(heading), f"{path} is empty")
-    require("\0" not in heading, f"{path} is no text in UTF-8: save it as such")
-    # Where a comma is the decimal mark, spreadsheets separate columns by semicolons.
+    require("\0" not in heading, f"{path} is not a text in UTF-8: save it in UTF-8")
+    # If a comma is the decimal mark, spreadsheets separate columns by semicolons.
     separator = max(",;\t", key=heading.count)
     lines.seek(0)
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
     try:
-        found = [(reader.line_num, line) for line in reader if any(map(str.strip, line))]
+        numbered = [(reader.line_num, line) for line in reader if any(map(str.strip, line))]
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}") from None
-    names = [name.strip() for name in found.pop(0)[1]]
-    whole = [(number, line) for number, line in found if len(line) == len(names)]
+    names = [name.strip() for name in numbered.pop(0)[1]]
+    whole = [(number, line) for number, line in numbered if len(line) == len(names)]
     cells = Cells(
         shown(path),
         "line",
@@ -202,14 +216,13 @@ def read_text(path: Path, content: bytes) -> Cells:
         names,
         lambda index: [line[index] for _, line in whole],
         "," if separator == ";" else ".",
-        len(found) - len(whole),
+        len(numbered) - len(whole),
     )
     if cells.ragged:
-        number, line = next(one for one in found if len(one[1]) != len(names))
+        number, count = next((n, len(line)) for n, line in numbered if len(line) != len(names))
         cells.problems.append(
-            f"the heading has {len(names)} cells, other than {cells.ragged} "
-            f"row{'s' * (cells.ragged > 1)}, turned away; the first is line {number} with "
-            f"{len(line)}"
+            f"the number of cells differs from the heading's {len(names)} in {cells.ragged} "
+            f"row{'s' * (cells.ragged > 1)}, rejected; the first is line {number} with {count}"
         )
     return cells
 
@@ -220,10 +233,10 @@ def read_parquet(path: Path, content: bytes) -> Cells:
     Raises
     ------
     InputError
-        If it is none, it has more than `bounded.MOST` bytes as numbers and texts in memory, or
+        If it is not a complete Parquet file, takes more than `bounded.MOST` bytes in memory, or
         pyarrow is not installed.
     """
-    # Loading pandas takes a second, which a table in a text need not wait for.
+    # Imported here because it takes a second, which a CSV file need not wait for.
     import pandas as pd
 
     try:
@@ -237,28 +250,28 @@ def read_parquet(path: Path, content: bytes) -> Cells:
         ) from None
     except Exception as error:  # A broken file makes the decoders fail in a dozen ways.
         reason = shown(error, 200)
-        raise InputError(f"{path} is no whole Parquet file: {reason}") from error
-    # A column that pandas took for the index when the file was written.
+        raise InputError(f"{path} is not a complete Parquet file: {reason}") from error
+    # pandas stores the index of the frame that was written; its levels are columns of the table.
     named = [name for name in frame.index.names if name is not None]
     return frame_cells(frame.reset_index(named) if named else frame, shown(path))
 
 
 def frame_cells(frame: DataFrame, where: str) -> Cells:
-    """Return the cells of a data frame, but for its index."""
+    """Return the cells of a data frame; its index is ignored."""
 
     def column(index: int) -> list[Any]:
         values = frame.iloc[:, index]
-        there = values.notna()
-        return [cell if known else None for cell, known in zip(values, there, strict=True)]
+        return [cell if known else None for cell, known in zip(values, values.notna(), strict=True)]
 
     names = [str(name).strip() for name in frame.columns]
     return Cells(where, "row", range(1, len(frame) + 1), names, column)
 
 
 def _require_small(path: Path, content: bytes) -> None:
-    """Raise `InputError` where a Parquet file holds more than a table may.
+    """Raise `InputError` if a Parquet file unpacks to more than a table may.
 
-    Parquet writes a text that is repeated once, and a run of one number as two numbers.
+    Parquet stores a repeated text once, and a run of one number as two numbers: the file's own
+    size bounds nothing.
     """
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import compute
@@ -267,13 +280,14 @@ def _require_small(path: Path, content: bytes) -> None:
     about = ParquetFile(io.BytesIO(content))
     groups = (about.metadata.row_group(index) for index in range(about.num_row_groups))
     written = sum(group.total_byte_size for group in groups)
-    # Pandas takes eight bytes or more a cell, even for none.
+    # pandas takes eight bytes or more a cell, even if it is missing.
     size = max(written, 8 * about.metadata.num_rows * about.metadata.num_columns)
     require_within(f"{path} says that it holds", size, "a table")
     kinds = pa.string(), pa.binary(), pa.large_string(), pa.large_binary()
     texts = [field.name for field in about.schema_arrow if field.type in kinds]
-    wide = [one.name for one in about.schema_arrow if not pa.types.is_primitive(one.type)]
-    file, size = ParquetFile(io.BytesIO(content), read_dictionary=texts), 0
+    wide = [field.name for field in about.schema_arrow if not pa.types.is_primitive(field.type)]
+    file = ParquetFile(io.BytesIO(content), read_dictionary=texts)
+    size = 0
     for batch in file.iter_batches(columns=wide):
         size += batch.nbytes
         for column in map(batch.column, texts):
@@ -288,14 +302,14 @@ def plain(number: float) -> str:
 
 
 def near_names(name: str, names: Iterable[str]) -> str:
-    """Return which names are like one, as an addition in brackets; nothing if none is."""
+    """Return the names that resemble a name, as " (near: 'age')"; an empty text if none does."""
     folded = {known.lower(): known for known in names}
     near = difflib.get_close_matches(name.lower(), folded)
     return f" (near: {', '.join(repr(folded[text]) for text in near)})" if near else ""
 
 
 def require(fulfilled: bool, text: str) -> None:
-    """Raise `InputError` with a text where something is not as it must be."""
+    """Raise `InputError` with a text unless a condition is fulfilled."""
     if not fulfilled:
         raise InputError(text)
 

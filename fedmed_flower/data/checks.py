@@ -22,18 +22,19 @@ from fedmed_flower.errors import InputError, shown
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found in one row, or, where ``image`` is empty, in a folder as a whole.
+    """What was found in one row, or in a folder as a whole if ``image`` is empty.
 
     Attributes
     ----------
     patient, image : str
         ``image`` is a path, several paths joined by "; ", or "array".
     shape : tuple of int
-        (channels, *spatial); empty if the image cannot be read, as the next four.
+        (channels, *spatial); empty if the image cannot be read. The next four fields are then
+        empty or None as well.
     spacing : tuple of float
         Millimetres between voxels, one number an axis.
     orientation : str
-        Such as RAS; empty for a 2D image.
+        Directions of the axes, such as RAS; empty for a 2D image.
     low, high : float or None
         Least and greatest value of the image.
     label : int, tuple of int or None
@@ -41,7 +42,7 @@ class Finding:
     problem : str or None
         Why the row cannot be used.
     split : str
-        As the row names it; else empty.
+        The split that the row names; empty if it names none.
     """
 
     patient: str
@@ -63,34 +64,36 @@ def check_row(
     label_values: Sequence[int] = (),
     empty_masks: bool = False,
 ) -> Finding:
-    """Read what a row names and return what is there; a bad file is a finding, not an error.
+    """Read the image and the mask of a row and describe them; a problem is part of the finding.
 
-    Whatever the row holds, or is, no error is raised.
+    No error is raised, whatever the row holds or is.
 
     Parameters
     ----------
     row : dict
         ``image``, ``patient`` and ``label``: a class number, or a mask (path or array).
     spatial_dims : int or None
-        As `read_image` takes it.
+        As in `read_image`.
     num_classes : int or None
-        For masks with the background. None lets all whole numbers from 0 on pass.
+        Number of classes, in masks with the background. None accepts all whole numbers from 0 on.
     label_values : sequence of int
-        What stands in masks for class 0, 1, ...; empty if it is the class number.
+        The values of masks for class 0, 1, ...; empty if masks hold the class numbers.
     empty_masks : bool
-        Let masks pass that hold the background alone.
+        Whether a mask may hold the background alone.
     """
-    found = Finding("", "array")
+    finding = Finding("", "array")
     try:
-        found = replace(found, image=_name(row.get("image")))
-        found = replace(found, patient=str(row.get("patient", "")), split=str(row.get("split", "")))
+        finding = replace(finding, image=_name(row.get("image")))
+        patient = str(row.get("patient", ""))
+        split = str(row.get("split", ""))
+        finding = replace(finding, patient=patient, split=split)
         for name in ("image", "label", "patient"):
             if name not in row:
                 raise InputError(f"the row has no {name}")
         image = read_image(row["image"], spatial_dims)
         values = image.as_tensor()
-        found = replace(
-            found,
+        finding = replace(
+            finding,
             shape=tuple(image.shape),
             spacing=spacing_of(image),
             orientation=orientation_of(image),
@@ -106,12 +109,12 @@ def check_row(
                 )
         else:
             label = _class_number(row["label"], num_classes)
-        return replace(found, label=label)
+        return replace(finding, label=label)
     except InputError as error:
-        return replace(found, problem=str(error))
-    except Exception as error:  # Whatever else a file or a row can do.
-        text = f"{found.image}: {type(error).__name__}: {one_line(error)}"
-        return replace(found, problem=shown(text))
+        return replace(finding, problem=str(error))
+    except Exception as error:  # A file or a row can raise anything.
+        text = f"{finding.image}: {type(error).__name__}: {one_line(error)}"
+        return replace(finding, problem=shown(text))
 
 
 def check_folder(
@@ -123,16 +126,17 @@ def check_folder(
     ----------
     folder : str or Path
     spatial_dims : int or None
-        None takes each image as its file is.
+        None takes the dimensions of each file.
     num_classes : int or None
-        None takes what dataset.json names; where it names none, all whole numbers pass.
+        None takes the classes that dataset.json names; if it names none, all whole numbers from 0
+        on are accepted.
 
     Returns
     -------
     list of Finding
-        One a row; after them one, without an image, for each problem of the folder as a whole: what
-        `read_folder` could not use, a patient in two splits, and images of different dimensions or
-        channels.
+        One a row, then one without an image for each problem of the folder as a whole: files that
+        `read_folder` could not use, a patient in two splits, and images that differ in dimensions
+        or channels.
 
     Raises
     ------
@@ -148,7 +152,8 @@ def check_folder(
         split_patients(listing.rows, 0, (1.0, 0.0, 0.0))
     except InputError as error:
         problems.append(str(error))
-    kinds = Counter((one.shape[0], len(one.shape) - 1) for one in findings if one.shape)
+    shapes = [finding.shape for finding in findings if finding.shape]
+    kinds = Counter((shape[0], len(shape) - 1) for shape in shapes)
     if len(kinds) > 1:
         listed = (
             f"{count} with {channels} channel{'s' * (channels > 1)} in {dims}D"
@@ -166,7 +171,7 @@ def _classes(
     try:
         mask = read_label(source, dims, num_classes, values, image)
     except InputError as error:
-        raise InputError(f"its mask {_with(shown(name), str(error))}") from None
+        raise InputError(f"its mask {_prefixed(shown(name), str(error))}") from None
     return tuple(torch.unique(mask.as_tensor()).tolist())
 
 
@@ -193,5 +198,5 @@ def _name(source: Any) -> str:
     return "; ".join(map(str, files_of(source))) or "array"
 
 
-def _with(name: str, text: str) -> str:
+def _prefixed(name: str, text: str) -> str:
     return text if name in text else f"{name}: {text}"

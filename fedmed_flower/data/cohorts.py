@@ -17,7 +17,7 @@ from fedmed_flower.data.download import PublicFile, SourceUnavailable, obtain
 from fedmed_flower.data.sources import HEART_FEATURES, load_heart_disease
 from fedmed_flower.errors import InputError
 
-# What pandas raises of a table that is cut off, packed wrongly, or another one.
+# What pandas raises if a table is cut off, damaged or not the expected one.
 _UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error)
 _FLAMBY = "https://github.com/owkin/FLamby/raw/edacf54/flamby/datasets/fed_tcga_brca"
 _TCGA = {
@@ -32,7 +32,7 @@ _TCGA = {
 TCGA_SOURCE = "TCGA-BRCA clinical table (GDC), FLamby's split"
 # FLamby's numbering of the regions of the source sites.
 REGIONS = ("Northeast", "South", "West", "Midwest", "Europe", "Canada")
-# The columns beside age, 0 or 1: of each group those that FLamby's authors kept.
+# The columns besides age, 0 or 1: in each group those that FLamby's authors kept.
 TCGA_FLAGS = tuple(
     f"{group}_{value}"
     for group, values in {
@@ -59,7 +59,7 @@ TCGA_FLAGS = tuple(
 )
 ICU_SOURCE = "eICU-CRD demo 2.0.1 (PhysioNet, ODbL)"
 _EICU = ("patient", "apacheapsvar", "apachepredvar")
-# What stands for a missing value in the APACHE tables.
+# The code of a missing value in the APACHE tables.
 _MISSING = -1
 # Flags of the APACHE tables, 0 or 1.
 ICU_FLAGS = (
@@ -97,16 +97,18 @@ ICU_RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
 def heart_disease(timeout: float = 10) -> tuple[dict[str, pd.DataFrame], str]:
     """Load UCI Heart Disease: 13 columns and ``disease`` (0 or 1), by hospital.
 
-    Parameters and errors are those of `load_heart_disease`; zeros in ``chol`` and ``trestbps``,
-    which no living patient has, are missing values.
+    Zeros in ``chol`` and ``trestbps``, which no living patient has, count as missing. Parameters
+    and errors are those of `load_heart_disease`.
 
     Returns
     -------
-    tables : dict
-        cleveland, hungarian, switzerland, va.
+    tables : dict of str to DataFrame
+        By hospital: cleveland, hungarian, switzerland, va.
     source : str
+        Where the tables come from.
     """
-    tables, sources = {}, set()
+    tables = {}
+    sources = set()
     for name, table in load_heart_disease(timeout).items():
         frame = pd.DataFrame(table.features, columns=list(HEART_FEATURES))
         impossible = frame[["chol", "trestbps"]] == 0
@@ -121,8 +123,8 @@ def heart_disease(timeout: float = 10) -> tuple[dict[str, pd.DataFrame], str]:
 def breast_cancer(timeout: float = 10) -> pd.DataFrame:
     """Load TCGA-BRCA: 39 numeric columns, ``E`` (died), ``T`` (days), ``region`` and ``split``.
 
-    1,088 patients; ``split`` is train or test as FLamby divides them. Patients with a time of 0
-    or less are there too. Parameters and errors are those of `load_heart_disease`.
+    It holds 1,088 patients, those with a time of 0 or less included. ``split`` is train or test as
+    FLamby divides them. Parameters and errors are those of `load_heart_disease`.
     """
     paths = [obtain(_TCGA[name], timeout).path for name in ("brca", "train_test_split")]
     try:
@@ -137,29 +139,31 @@ def breast_cancer(timeout: float = 10) -> pd.DataFrame:
 
 
 def intensive_care(folder: str | Path | None = None) -> pd.DataFrame:
-    """Load the eICU demo: one row a stay, with what APACHE asks of the first day.
+    """Load the eICU demo: one row a stay, with the APACHE variables of its first day.
 
     Columns: ``stay``, ``patient``, ``hospital``, ``age`` (above 89: 90), ``gender``, ``unit``,
-    those of `ICU_RANGES` and `ICU_FLAGS`, and ``died`` (in hospital: 1). 2,179 stays in 186
-    hospitals; stays without APACHE variables, or of which it is not known how they ended, are not
-    there.
+    those of `ICU_RANGES` and `ICU_FLAGS`, and ``died`` (in hospital: 1). It holds 2,179 stays in
+    186 hospitals. Stays without APACHE variables or with an unknown outcome are left out.
 
     Parameters
     ----------
     folder : str or Path, optional
-        With patient.csv.gz, apacheapsvar.csv.gz and apachepredvar.csv.gz; else the folder
-        ``eicu-demo`` in that which the environment variable ``FEDMED_DATA`` names.
+        The folder that holds patient.csv.gz, apacheapsvar.csv.gz and apachepredvar.csv.gz. If left
+        out: ``eicu-demo`` in the folder that the environment variable ``FEDMED_DATA`` names.
 
     Raises
     ------
     SourceUnavailable
-        If a table is not there: the publisher gives no checksum that a download could be
-        compared with, so nothing is downloaded.
+        If a table is missing. Nothing is downloaded, because the publisher gives no checksum.
     InputError
         If a table cannot be read or lacks a column.
     """
     home = os.environ.get("FEDMED_DATA")
-    where = Path(folder) if folder else Path(home).expanduser() / "eicu-demo" if home else None
+    where: Path | None = None
+    if folder:
+        where = Path(folder)
+    elif home:
+        where = Path(home).expanduser() / "eicu-demo"
     files = {name: (where or Path("eicu-demo")) / f"{name}.csv.gz" for name in _EICU}
     if where is None or not all(path.is_file() for path in files.values()):
         raise SourceUnavailable(
@@ -188,7 +192,7 @@ def intensive_care(folder: str | Path | None = None) -> pd.DataFrame:
         for name in (*ICU_RANGES, *ICU_FLAGS):
             values = age if name == "age" else stays[name]
             known = values.where(values != _MISSING)
-            # Of a flag, blank means that it was not set.
+            # A blank flag was not set.
             frame[name] = known.fillna(0) if name in ICU_FLAGS else known
     except _UNREADABLE as error:
         raise InputError(f"{where}: {type(error).__name__}: {error}") from error

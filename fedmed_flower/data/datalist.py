@@ -1,4 +1,4 @@
-"""A hospital's folder as rows: dataset.json of the Medical Segmentation Decathlon, CSV or DICOM."""
+"""Rows from a hospital's folder: dataset.json of the Decathlon, a CSV file, or DICOM files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ from fedmed_flower.data.splits import split_patients as split_patients
 from fedmed_flower.data.tables import LINK_OUT, Line, read_csv, read_dataset, rows_of
 from fedmed_flower.errors import InputError, shown
 
-DATASET, DATALIST, LABELS = "dataset.json", "datalist.csv", "labels.csv"
+DATASET = "dataset.json"
+DATALIST = "datalist.csv"
+LABELS = "labels.csv"
 _LOOKED_FOR = f"{DATASET}, {DATALIST} (or one other .csv file), or DICOM files"
 _COLUMNS = ("image", "label", "patient")
+# The images of one directory: slices by series, and each file that is an image alone by itself.
+_Images = dict[tuple[str, Path | None], dict[Path, pydicom.Dataset]]
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -32,15 +36,15 @@ class Listing:
     Attributes
     ----------
     rows : tuple of dict
-        One an image: ``image`` (path, or list of paths that are its channels), ``patient`` (text)
-        and, where the folder tells them, ``label`` (class number, or path of a mask) and ``split``.
-        Paths are texts.
+        One dict an image: ``image`` (path, or list of paths that are its channels), ``patient``
+        (text) and, if the folder names them, ``label`` (class number, or path of a mask) and
+        ``split``. Paths are texts.
     layout : str
-        What the rows were read from: the name of a table, or ``DICOM``.
+        Source of the rows: the name of a table, or ``DICOM``.
     class_names : tuple of str
         Names of the classes 1, 2, ... from dataset.json; class 0, the background, is left out.
     problems : tuple of str
-        What cannot be used, by file or line, and why, in one line each; it is not among the rows.
+        One line for each file or line of a table that cannot be used, and why. These give no row.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -50,22 +54,23 @@ class Listing:
 
 
 def read_folder(folder: str | Path) -> Listing:
-    """Find what a folder holds, in the first of three layouts that is there.
+    """List the images of a folder, in the first of three layouts that it has.
 
-    1. ``dataset.json`` of the Medical Segmentation Decathlon: of the entries in "training", "image"
-       is a path or a list of paths (channels), "label" a path or a class number, and "patient" and
-       "split" may be given; a patient's name is otherwise that of the file.
-    2. ``datalist.csv``, or the only .csv file where there is no DICOM: columns image, label,
-       patient and, if wanted, split. Several paths separated by ";" are channels.
-    3. DICOM files, in the folder and all below; patients are their PatientID. Slices that share a
-       SeriesInstanceUID are one image and have a folder for themselves. Files that are the only one
-       of their series, or that have no place in the patient (X-rays), are an image each and may
-       share one. A table ``labels.csv``, if there, has the columns label and series
-       (SeriesInstanceUID) or patient, and, if wanted, split; what it does not name is a problem.
+    1. ``dataset.json`` of the Medical Segmentation Decathlon. In each entry of "training", "image"
+       is a path or a list of paths (channels), "label" a path or a class number; "patient" and
+       "split" are optional. An entry without a patient is named after its file.
+    2. ``datalist.csv``, or the only .csv file if there are no DICOM files: columns image, label,
+       patient and, optionally, split. Several paths separated by ";" are channels.
+    3. DICOM files, in the folder and all folders below; the patient is the PatientID. Slices that
+       share a SeriesInstanceUID are one image and need a folder of their own. A file that is the
+       only one of its series, or has no position in the patient (X-rays), is an image by itself;
+       several such files may share a folder. An optional table ``labels.csv`` has the columns label
+       and series (SeriesInstanceUID) or patient, and, optionally, split; an image that it does not
+       name is a problem.
 
-    Paths are relative to the folder and do not leave it, nor do links lead out of it: what one that
-    does leads to is a problem, and is not read. The folder itself may be reached through a link.
-    Files are looked for but not read, save the headers of DICOM.
+    Paths are relative to the folder and stay in it. A link that leads out of the folder is a
+    problem, and its target is not read; the folder itself may be reached through a link. Of all
+    files only tables and the headers of DICOM files are read.
 
     Raises
     ------
@@ -75,10 +80,10 @@ def read_folder(folder: str | Path) -> Listing:
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder")
+        raise InputError(f"{folder} is not a folder")
     try:
         listing = _read(folder)
-    except OSError as error:  # A disk or a permission.
+    except OSError as error:
         raise InputError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
     if not listing.rows:
         count = len(listing.problems)
@@ -90,10 +95,10 @@ def read_folder(folder: str | Path) -> Listing:
 def load_folder(
     folder: str | Path, seed: int, shares: Sequence[float] = (0.7, 0.1, 0.2)
 ) -> SiteData:
-    """Return what a hospital's folder holds, split as `split_patients` does.
+    """Read a hospital's folder with `read_folder` and divide its rows with `split_patients`.
 
-    Each problem of `read_folder` is a warning in the log. Parameters and errors are those of the
-    two.
+    Each problem of `read_folder` is a warning in the log. Parameters and errors are those of these
+    two functions.
     """
     listing = read_folder(folder)
     for problem in listing.problems:
@@ -107,7 +112,7 @@ def load_folder(
         test,
         source=shown(f"folder {name}, {listing.layout}"),
         class_names=listing.class_names,
-        turned_away=len(listing.problems),
+        rejected=len(listing.problems),
     )
 
 
@@ -115,12 +120,15 @@ def _read(folder: Path) -> Listing:
     problems: list[str] = []
     names: tuple[str, ...] = ()
     if (file := folder / DATASET).is_file():
+        layout = DATASET
         lines, names = read_dataset(file, problems)
-        rows, layout = rows_of(lines, folder, _COLUMNS, problems), DATASET
+        rows = rows_of(lines, folder, _COLUMNS, problems)
     elif table := _find_table(folder):
-        rows, layout = rows_of(_channels(table, problems), folder, _COLUMNS, problems), table.name
+        layout = table.name
+        rows = rows_of(_channels(table, problems), folder, _COLUMNS, problems)
     elif any(map(is_dicom, _folders(folder))):
-        rows, layout = _of_dicom(folder, problems), "DICOM"
+        layout = "DICOM"
+        rows = _dicom_rows(folder, problems)
     else:
         raise InputError(f"{folder} holds no data: looked for {_LOOKED_FOR}")
     return Listing(tuple(rows), layout, names, tuple(map(shown, problems)))
@@ -139,13 +147,13 @@ def _find_table(folder: Path) -> Path | None:
 
 
 def _channels(table: Path, problems: list[str]) -> Iterator[Line]:
-    """Return the lines of a table with images of several channels as lists."""
+    """Yield the lines of a table; an image of several channels is a list of paths."""
     for where, line in read_csv(table, _COLUMNS, problems):
         paths = [path for part in line.get("image", "").split(";") if (path := part.strip())]
         yield where, {**line, "image": paths if len(paths) > 1 else "".join(paths)}
 
 
-def _of_dicom(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
+def _dicom_rows(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
     images = list(_dicom_images(folder, problems))
     if not (table := folder / LABELS).is_file():
         unlabelled = [(str(folder / line["image"]), line) for _, line in images]
@@ -179,67 +187,78 @@ def _of_dicom(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _dicom_images(folder: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Return SeriesInstanceUID, path and patient of each image in a folder and all below."""
-    indices: dict[str, list[Path]] = defaultdict(list)
-    found, root = [], real_path(folder)
-    for index in _folders(folder):
-        # Slices by series; an image without a place in the patient is no slice.
-        images: dict[tuple[str, Path | None], dict[Path, pydicom.Dataset]] = defaultdict(dict)
-        links = links_out(index, root)
-        problems += [f"{link} {LINK_OUT}" for link in links]
-        complete = all(link.is_dir() for link in links)
-        for file in dicom_files(index):
-            if file in links:
-                continue
-            try:
-                header = open_dicom(file, stop_before_pixels=True, specific_tags=list(HEADER))
-            except InputError as error:
-                problems.append(str(error))
-                complete = False
-                continue
-            series = str(header.get("SeriesInstanceUID", ""))
-            images[series, None if is_placed(header) else file][file] = header
+    """Yield SeriesInstanceUID, path and patient of each image in a folder and all below."""
+    root = real_path(folder)
+    listing: list[tuple[str, Path, str]] = []
+    directories_of: dict[str, list[Path]] = defaultdict(list)
+    for directory in _folders(folder):
+        images, complete = _dicom_headers(directory, root, problems)
         most = max(map(len, images.values()), default=0)
         if most > 1 and len(images) > 1:
             names = ", ".join(sorted({series for series, _ in images}))
             problems.append(
-                f"{index} holds {len(images)} series, one of them of {most} slices ({names}): "
+                f"{directory} holds {len(images)} series, one of them of {most} slices ({names}): "
                 "give each a folder of its own"
             )
             continue
         if not complete and any(alone is None for _, alone in images):
-            problems.append(f"{index}: a slice is missing where a file cannot be used")
+            problems.append(f"{directory}: a slice may be missing, as a file cannot be used")
             images = {key: slices for key, slices in images.items() if key[1] is not None}
         for (series, alone), slices in images.items():
             patients = sorted({str(part.get("PatientID", "")).strip() for part in slices.values()})
             if len(patients) > 1:
-                problems.append(f"{index}: its series has several patients: {', '.join(patients)}")
+                names = ", ".join(patients)
+                problems.append(f"{directory}: its series has several patients: {names}")
                 continue
             if series and alone is None:
-                indices[series].append(index)
-            found.append((series, index if most > 1 else next(iter(slices)), patients[0]))
-    for series, path, patient in found:
-        if len(indices[series]) > 1:
-            listed = ", ".join(map(str, indices[series]))
+                directories_of[series].append(directory)
+            path = directory if most > 1 else next(iter(slices))
+            listing.append((series, path, patients[0]))
+    for series, path, patient in listing:
+        if len(directories_of[series]) > 1:
+            listed = ", ".join(map(str, directories_of[series]))
             problems.append(f"{path}: slices of its series are in several folders: {listed}")
         else:
             image = path.relative_to(folder).as_posix()
             yield series, {"image": image, "patient": patient}
 
 
-def _folders(folder: Path) -> Iterator[Path]:
-    """Return a folder and all in it that are not hidden, each once, though links may lead there."""
-    root = real_path(folder)
-    seen, waiting = set[Path](), [(folder, root)]
-    while waiting:
-        index, there = waiting.pop()
-        if there in seen or not there.is_relative_to(root):
+def _dicom_headers(directory: Path, root: Path, problems: list[str]) -> tuple[_Images, bool]:
+    """Return the headers of a directory's images, and whether all of its files could be used."""
+    images: _Images = defaultdict(dict)
+    links = links_out(directory, root)
+    problems += [f"{link} {LINK_OUT}" for link in links]
+    complete = all(link.is_dir() for link in links)
+    for file in dicom_files(directory):
+        if file in links:
             continue
-        seen.add(there)
-        yield index
+        try:
+            header = open_dicom(file, stop_before_pixels=True, specific_tags=list(HEADER))
+        except InputError as error:
+            problems.append(str(error))
+            complete = False
+            continue
+        series = str(header.get("SeriesInstanceUID", ""))
+        # An image without a position in the patient is not a slice.
+        alone = None if is_placed(header) else file
+        images[series, alone][file] = header
+    return images, complete
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """Yield a folder and all folders below, but no hidden ones; each once, even if linked twice."""
+    root = real_path(folder)
+    seen: set[Path] = set()
+    waiting = [(folder, root)]
+    while waiting:
+        path, real = waiting.pop()
+        if real in seen or not real.is_relative_to(root):
+            continue
+        seen.add(real)
+        yield path
         waiting += [
-            (child, real_path(child) if child.is_symlink() else there / child.name)
-            for child in reversed(_visible(index))
+            (child, real_path(child) if child.is_symlink() else real / child.name)
+            for child in reversed(_visible(path))
             if child.is_dir()
         ]
 

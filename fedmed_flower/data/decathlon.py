@@ -24,12 +24,14 @@ _TITLE = "Hippocampus (Medical Segmentation Decathlon, Task04)"
 def load_hippocampus(timeout: float = 30) -> Volumes:
     """Return the training volumes: MR crops of about 35 x 50 x 36 mm around one hippocampus.
 
-    Masks hold 1 for the anterior part (head) and 2 for the posterior part (body and tail). A folder
-    of own copies is used first where ``FEDMED_DATA`` names it: its ``hippocampus`` or
-    ``Task04_Hippocampus``, with ``imagesTr`` and ``labelsTr``. Otherwise the archive (28 MB) is
-    downloaded once, its checksum enforced, and unpacked into the folder ``FEDMED_CACHE``.
+    Masks hold 1 for the anterior part (head) and 2 for the posterior part (body and tail). A local
+    copy is used first: ``hippocampus`` or ``Task04_Hippocampus``, with ``imagesTr`` and
+    ``labelsTr``, in the folder that the environment variable ``FEDMED_DATA`` names. Otherwise the
+    archive (28 MB) is downloaded once, its checksum enforced, and unpacked into the folder
+    ``FEDMED_CACHE``.
 
-    The set names no patients: each volume counts as one, though some are the two sides of a brain.
+    The set names no patients. Each volume counts as a patient, though some volumes are the two
+    sides of one brain.
 
     Parameters
     ----------
@@ -39,7 +41,8 @@ def load_hippocampus(timeout: float = 30) -> Volumes:
     Raises
     ------
     InputError
-        If the folder or the archive is not as it should be.
+        If the folder lacks images or masks, or the archive has a wrong checksum or cannot be
+        unpacked.
     SourceUnavailable
         If the publisher cannot be reached.
     """
@@ -48,7 +51,8 @@ def load_hippocampus(timeout: float = 30) -> Volumes:
             folder = Path(named).expanduser() / name
             if (folder / "imagesTr").is_dir():
                 return Volumes(_pairs(folder), f"{_TITLE}, local copy")
-    address, md5 = DecathlonDataset.resource[_TASK], DecathlonDataset.md5[_TASK]
+    address = DecathlonDataset.resource[_TASK]
+    md5 = DecathlonDataset.md5[_TASK]
     file = PublicFile(_TITLE, Path(f"hippocampus/{_TASK}.tar"), address, md5)
     archive = obtain(file, timeout, ', or choose dataset="phantoms"')
     unpacked = archive.path.with_name(f"{archive.path.name}-unpacked")
@@ -71,17 +75,17 @@ def _pairs(folder: Path) -> tuple[Row, ...]:
 
 
 def _unpack(archive: Path, target: Path) -> None:
-    """Unpack so that the folder is there whole or not at all."""
+    """Unpack an archive; on an error no part of the folder remains."""
     try:
         with tempfile.TemporaryDirectory(dir=target.parent) as draft:
-            # Not compressed: what is in it is no larger than it.
+            # "r:" refuses compression, so the content is no larger than the archive.
             with tarfile.open(archive, "r:") as content:
                 content.extractall(Path(draft) / "content", filter="data")
-            # Where tarfile cannot read on it takes that for the end, which two empty blocks mark.
+            # tarfile takes a damaged block for the end; the true end is marked by empty blocks.
             if archive.read_bytes()[-1024:].strip(b"\0"):
                 raise EOFError("it is cut short")
             (Path(draft) / "content").rename(target)
     except (tarfile.TarError, OSError, EOFError) as error:
-        # Another process, such as that of another simulated site, may have been faster.
+        # Another process, such as that of another simulated site, may have unpacked it meanwhile.
         if not target.is_dir():
             raise InputError(f"{archive} cannot be unpacked: {error}") from error

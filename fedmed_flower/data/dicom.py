@@ -20,12 +20,12 @@ from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from fedmed_flower.data.bounded import require_deflated, require_within
 from fedmed_flower.errors import InputError, shown
 
-# A file that is called so and is none was cut off: to leave it out would lose a slice.
+# A file with such a name that is not DICOM was cut off: without an error a slice would be lost.
 _SUFFIXES = (".dcm", ".dicom", ".ima")
-# How far two steps from slice to slice may differ, as part of the usual one.
+# How far a step from slice to slice may differ from the median step, as a fraction of it.
 _GAP = 0.1
 _MOST_LETTERS = 300
-_PREAMBLE = 132  # Bytes before the first element, the letters DICM among them.
+_PREAMBLE = 132  # Bytes before the first element, with the letters DICM at the end.
 HEADER = (
     *("PatientID", "SeriesInstanceUID", "Rows"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
@@ -39,12 +39,12 @@ def is_dicom(path: Path) -> bool:
     """Return whether a file is DICOM, or a folder directly holds DICOM files."""
     if path.is_dir():
         return any(map(is_dicom, _files_in(path)))
-    # A file of the kernel has no size, and to read it may wait for ever.
+    # Files of the kernel, such as in /proc, have no size, and reading one may block for ever.
     return path.is_file() and path.stat().st_size >= _PREAMBLE and looks_like_dicom(path)
 
 
 def dicom_files(folder: Path) -> list[Path]:
-    """Return the files that lie directly in a folder and are DICOM, or called so, by name.
+    """Return the files directly in a folder that are DICOM or have such a suffix, by name.
 
     A DICOMDIR is left out.
     """
@@ -53,19 +53,19 @@ def dicom_files(folder: Path) -> list[Path]:
 
 
 def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
-    """Return what pydicom reads, with its options; what is in `HEADER` is sound.
+    """Read a DICOM file with pydicom's options; the elements in `HEADER` can be decoded.
 
     Raises
     ------
     InputError
-        If the file is no DICOM file, holds no image, or unpacks to more than
-        `bounded.MOST` bytes.
+        If the file is not DICOM, holds no image, an element in `HEADER` cannot be decoded, or the
+        file unpacks to more than `bounded.MOST` bytes.
     """
     with _readable(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _Deflatable(io.FileIO(file)) as stream:
             part = pydicom.dcmread(stream, **options)
-        for name in HEADER:  # pydicom decodes what is asked for.
+        for name in HEADER:  # pydicom decodes an element when it is first read.
             part.get(name)
     if "Rows" not in part:
         raise InputError(f"{file} holds no image: it is cut off, or a document")
@@ -73,7 +73,7 @@ def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
 
 
 class _Deflatable(io.BufferedReader):
-    """A file of which pydicom takes all the rest at once where it is going to inflate it."""
+    """A file that bounds deflated content: pydicom reads all the rest at once to inflate it."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         content = super().read(size)
@@ -84,7 +84,7 @@ class _Deflatable(io.BufferedReader):
 
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
-    """Turn what pydicom raises, in a dozen ways, into an `InputError` that names the file."""
+    """Turn whatever pydicom raises into an `InputError` that names the file."""
     try:
         yield
     except InputError:
@@ -94,35 +94,39 @@ def _readable(file: Path) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """Return the text of somebody else's error in one line of readable length."""
+    """Return the text of another library's error in one line of at most 300 letters.
+
+    If the text cannot be made, return the name of the error's class.
+    """
     try:
         return shown(error, _MOST_LETTERS)
-    except Exception:  # An error whose text is one.
+    except Exception:  # An error's own __str__ can raise one.
         return type(error).__name__
 
 
 def read_dicom(path: Path) -> tuple[Array, Array, bool]:
-    """Read one DICOM file, or a folder with one series in the order of its slices' places.
+    """Read one DICOM file, or a folder with one series, its slices in order of position.
 
     Returns
     -------
     values : ndarray
         float32, (channels, columns, rows, slices), in the units of the modality; MONOCHROME1 is
-        turned so that bright is dense.
+        inverted so that bright is dense.
     affine : ndarray
-        (4, 4), from voxels to millimetres to the right, to the front and up.
+        (4, 4), maps voxels to millimetres (right, anterior, superior).
     placed : bool
-        False if the file does not say where it lies, as X-rays: then ``affine`` holds the
-        spacing alone.
+        Whether the file states its position in the patient. An X-ray does not: then ``affine``
+        holds the spacing alone.
 
     Raises
     ------
     InputError
-        If a file cannot be read, the files are not one series with each slice in its place, or
-        a file or all of them have, or unpack to, more than `bounded.MOST` bytes.
+        If a file cannot be read; if the files are not one series of evenly spaced slices; if a file
+        or all of them have, or unpack to, more than `bounded.MOST` bytes.
     """
     files = dicom_files(path) if path.is_dir() else [path]
-    slices, size = dict[Path, pydicom.Dataset](), 0
+    slices: dict[Path, pydicom.Dataset] = {}
+    size = 0
     for file in files:
         slices[file] = open_dicom(file)
         size += _bytes(file, slices[file])
@@ -133,42 +137,43 @@ def read_dicom(path: Path) -> tuple[Array, Array, bool]:
     values = np.stack(pixels, axis=-1)  # (rows, columns, [colours,] slices)
     values = np.moveaxis(values, 2, 0) if values.ndim == 4 else values[None]
     parts = list(slices.values())
-    first, last = parts[0], parts[-1]
+    first = parts[0]
+    last = parts[-1]
     if first.get("PhotometricInterpretation") == "MONOCHROME1":
         values = values.max() + values.min() - values
     between_rows, between_columns = _spacing(first)
     affine = np.diag([between_columns, between_rows, 1.0, 1.0])
     if placed := is_placed(first):
-        # The formula of DICOM PS3.3 C.7.6.2.1.1. It counts to the left and to the back.
-        turns = np.reshape(np.asarray(first.ImageOrientationPatient, float), (2, 3))
+        # The formula of DICOM PS3.3 C.7.6.2.1.1, with axes to the left and to the back.
+        directions = np.reshape(np.asarray(first.ImageOrientationPatient, float), (2, 3))
         corners = np.array([first.ImagePositionPatient, last.ImagePositionPatient], float)
         steps = len(slices) - 1
-        affine[:3, 0] = turns[0] * between_columns
-        affine[:3, 1] = turns[1] * between_rows
-        affine[:3, 2] = (corners[1] - corners[0]) / steps if steps else np.cross(*turns)
+        affine[:3, 0] = directions[0] * between_columns
+        affine[:3, 1] = directions[1] * between_rows
+        affine[:3, 2] = (corners[1] - corners[0]) / steps if steps else np.cross(*directions)
         affine[:3, 3] = corners[0]
         affine[:2] *= -1
     return values.swapaxes(1, 2), affine, placed
 
 
 def is_placed(part: pydicom.Dataset) -> bool:
-    """Return whether an image says where it lies in the patient."""
+    """Return whether an image states its position and orientation in the patient."""
     return all(part.get(name) for name in ("ImagePositionPatient", "ImageOrientationPatient"))
 
 
 def _spacing(part: pydicom.Dataset) -> tuple[float, float]:
-    """Return the millimetres between rows and between columns; of an X-ray, at the detector."""
+    """Return the millimetres between rows and between columns; for an X-ray, at the detector."""
     rows, columns = part.get("PixelSpacing") or part.get("ImagerPixelSpacing") or (1, 1)
     return float(rows), float(columns)
 
 
 def _bytes(file: Path, part: pydicom.Dataset) -> int:
-    """Return what a file takes in memory: unpacked, or its pixels as float32.
+    """Return the bytes that a file takes in memory: its content, or more if float32 pixels do.
 
     Raises
     ------
     InputError
-        If it holds several frames, or says that its pixels take more than they may.
+        If the file holds several frames, or states pixels that take more than `bounded.MOST` bytes.
     """
     with _readable(file):
         if int(part.get("NumberOfFrames") or 1) > 1:
@@ -178,13 +183,13 @@ def _bytes(file: Path, part: pydicom.Dataset) -> int:
         depth = math.ceil(int(part.get("BitsAllocated") or 8) / 8)
         what = f"{file} says that it holds"
         require_within(what, values * depth, "a picture or a DICOM file")
-        # pydicom keeps what it has inflated.
+        # pydicom keeps inflated content in a buffer.
         length = part.buffer.seek(0, io.SEEK_END) if part.buffer else file.stat().st_size
         return max(4 * values, length)
 
 
 def _pixels(file: Path, part: pydicom.Dataset) -> NDArray[np.float32]:
-    """Return (rows, columns) or (rows, columns, colours) in the units of the modality."""
+    """Return pixels, (rows, columns) or (rows, columns, colours), in units of the modality."""
     with _readable(file):
         array = part.pixel_array
         if part.get("PhotometricInterpretation") == "PALETTE COLOR":
@@ -193,7 +198,7 @@ def _pixels(file: Path, part: pydicom.Dataset) -> NDArray[np.float32]:
 
 
 def _in_order(slices: Slices, path: Path) -> Slices:
-    """Return the slices of one series from its first place to its last."""
+    """Check that the slices are one evenly spaced series, and return them in order of position."""
     _require_one_series(slices, path)
     _require_placed(slices, path)
     _require_same_geometry(slices, path)
@@ -205,10 +210,10 @@ def _in_order(slices: Slices, path: Path) -> Slices:
 def _require_one_series(slices: Slices, path: Path) -> None:
     parts = slices.values()
     for name, what in (("SeriesInstanceUID", "series"), ("PatientID", "patients")):
-        found = sorted({str(part.get(name, "")) for part in parts})
-        if len(found) > 1:
+        values = sorted({str(part.get(name, "")) for part in parts})
+        if len(values) > 1:
             raise InputError(
-                f"{path} holds {len(found)} {what} ({', '.join(found)}): give each a folder of "
+                f"{path} holds {len(values)} {what} ({', '.join(values)}): give each a folder of "
                 "its own"
             )
 
@@ -241,8 +246,9 @@ def _require_same_geometry(slices: Slices, path: Path) -> None:
 
 
 def _along_normal(slices: Slices) -> tuple[Slices, NDArray[np.float64]]:
-    """Return the slices in the order of their places, and the corner of each, (slices, 3)."""
-    files, parts = list(slices), list(slices.values())
+    """Return the slices in order of position, and the corner of each, (slices, 3)."""
+    files = list(slices)
+    parts = list(slices.values())
     directions = np.reshape(np.asarray(parts[0].ImageOrientationPatient, float), (2, 3))
     corners = np.array([part.ImagePositionPatient for part in parts], float)
     order = np.argsort(corners @ np.cross(*directions), kind="stable")
@@ -250,7 +256,7 @@ def _along_normal(slices: Slices) -> tuple[Slices, NDArray[np.float64]]:
 
 
 def _require_even_steps(slices: Slices, corners: NDArray[np.float64], path: Path) -> None:
-    """Refuse a series in which a slice is missing, doubled or out of place."""
+    """Raise `InputError` if a slice is missing, doubled or out of line."""
     steps = np.diff(corners, axis=0)
     usual = np.median(steps, axis=0)
     spacing = float(np.linalg.norm(usual))
@@ -258,7 +264,7 @@ def _require_even_steps(slices: Slices, corners: NDArray[np.float64], path: Path
         gap = float(np.linalg.norm(step))
         where = f"{before.name} and {after.name}"
         if gap < _GAP * max(spacing, 1e-6):
-            raise InputError(f"{path}: two slices at one place, {where}")
+            raise InputError(f"{path}: two slices at one position, {where}")
         if np.linalg.norm(step - usual) > _GAP * spacing:
             raise InputError(
                 f"{path}: a slice is missing or out of place between {where}: they are {gap:.4g} "
@@ -267,7 +273,7 @@ def _require_even_steps(slices: Slices, corners: NDArray[np.float64], path: Path
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """Return the files of a folder by name; what is hidden, or lists the others, is left out."""
+    """Return the files of a folder by name; hidden files and a DICOMDIR are left out."""
     return [
         path
         for path in sorted(folder.iterdir())

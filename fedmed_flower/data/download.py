@@ -1,4 +1,4 @@
-"""Public files: a folder that the user names, else a download whose checksum is enforced."""
+"""Public files: a local copy in a folder that the user names, or a download with its checksum."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LOG = logging.getLogger("flwr.fedmed")
 
 
 class SourceUnavailable(InputError):  # noqa: N818
-    """A dataset is in no local folder and its publisher cannot be reached."""
+    """There is no local copy of a dataset, and it cannot be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class ImageSplits:
     ----------
     images : mapping of str to ndarray
         By split, (n, H, W) or (n, H, W, C), read-only; uint8 from 0 to 255 in the public sets. A
-        hospital's own file may hold another number type, the same in all splits.
+        hospital's own file may have another dtype, the same in all splits.
     labels : mapping of str to ndarray
         By split, (n,) int64, 0 or greater, read-only.
     source : str
-        If the images come from, for log, summary and report.
+        Where the images come from, for log, summary and report.
     generated : bool
         True if no real patient stands behind the images.
     """
@@ -53,11 +53,12 @@ class ImageSplits:
     generated: bool = False
 
     def rows(self, split: str, which: Iterable[int] | None = None) -> list[Row]:
-        """Return the images of a split, or those at `which`, as a client's rows.
+        """Return the images of a split, or those with the indices `which`, as a client's rows.
 
         These sets name no patients: each image counts as a patient of its own.
         """
-        images, labels = self.images[split], self.labels[split]
+        images = self.images[split]
+        labels = self.labels[split]
         indices = range(len(labels)) if which is None else which
         return [
             {"image": images[i], "label": int(labels[i]), "patient": f"{split}-{i}"}
@@ -66,7 +67,7 @@ class ImageSplits:
 
 
 class PublicFile(NamedTuple):
-    """A file at its publisher; ``local`` is where it lies in a folder of local copies."""
+    """A file at its publisher; ``local`` is its path within a folder of local copies."""
 
     title: str
     local: Path
@@ -75,7 +76,7 @@ class PublicFile(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A file on this disk, and the key under which what was read from it is kept."""
+    """A file on this disk; a key for caching its content, as a changed file gives another key."""
 
     path: Path
     mtime_ns: int
@@ -91,7 +92,7 @@ def require(fulfilled: bool, text: str) -> None:
 
 
 def local_copy(path: Path, title: str, origin: str) -> Copy:
-    """Return a file on this disk, with what tells whether it has changed."""
+    """Return a file on this disk with the time of its last change and its size."""
     try:
         status = path.stat()
     except OSError as error:
@@ -100,7 +101,7 @@ def local_copy(path: Path, title: str, origin: str) -> Copy:
 
 
 def obtain(file: PublicFile, timeout: float, alternative: str = "") -> Copy:
-    """Return a public file: a local copy, else a download whose checksum is enforced.
+    """Return a public file: a local copy, or a download whose checksum is enforced.
 
     Parameters
     ----------
@@ -108,7 +109,18 @@ def obtain(file: PublicFile, timeout: float, alternative: str = "") -> Copy:
     timeout : float
         Seconds to wait for the first data and then for more, greater than 0.
     alternative : str
-        What else the user can do, for the error where the publisher cannot be reached.
+        Another remedy, which the error names if the publisher cannot be reached.
+
+    Returns
+    -------
+    Copy
+
+    Raises
+    ------
+    SourceUnavailable
+        If there is no local copy and the publisher cannot be reached.
+    InputError
+        If the time-out, a folder or the checksum is wrong.
     """
     require(
         isinstance(timeout, Real) and 0 < timeout < math.inf,
@@ -147,7 +159,7 @@ def obtain(file: PublicFile, timeout: float, alternative: str = "") -> Copy:
         path = pooch.retrieve(file.url, f"md5:{file.md5}", name, cache, downloader=download)
     except OSError as error:
         raise InputError(
-            f"{file.title}: no use of the folder {cache} ({type(error).__name__}); set "
+            f"{file.title}: the folder {cache} cannot be used ({type(error).__name__}); set "
             "FEDMED_CACHE to a folder that you may write to"
         ) from error
     return local_copy(Path(path), file.title, "the publisher's checksum")
@@ -162,8 +174,15 @@ class _Buffer(io.BytesIO):
 
 
 def _receive(url: str, timeout: float) -> bytes:
-    """Download in a thread: name look-up and a host's many addresses have no common time-out."""
-    buffer, errors = _Buffer(), list[Exception]()
+    """Download a file, in a thread because name look-up and a host's addresses share no time-out.
+
+    Raises
+    ------
+    TimeoutError
+        If no data arrive for `timeout` seconds. Errors of pooch are raised as they are.
+    """
+    errors: list[Exception] = []
+    buffer = _Buffer()
     buffer.touched = time.monotonic()
 
     def work() -> None:
@@ -184,23 +203,22 @@ def _receive(url: str, timeout: float) -> bytes:
 
 
 def content_of(copy: Copy) -> tuple[bytes, str]:
-    """Read a file; return its bytes and how its source is named."""
+    """Return a file's bytes, and the text that names it as a source in log and report."""
     try:
         content = copy.path.read_bytes()
     except OSError as error:
         raise InputError(f"{copy.path}: cannot be read ({type(error).__name__})") from error
     sha256 = hashlib.sha256(content).hexdigest()
     _LOG.info("%s: %s, sha256 %s, %s", copy.title, copy.path, sha256, copy.origin)
-    # Of a hospital's own file the checksum must stay there: it tells whether a guess is right.
-    return (
-        content,
-        copy.title if copy.origin == AS_IT_IS else f"{copy.title}, sha256 {sha256[:12]}…",
-    )
+    # The checksum of a hospital's own file must not leave: it confirms a guess of the content.
+    if copy.origin == AS_IT_IS:
+        return content, copy.title
+    return content, f"{copy.title}, sha256 {sha256[:12]}…"
 
 
 @dataclass(frozen=True)
 class Volumes:
-    """Volumes with masks, as a client's rows, and where they come from."""
+    """Volumes with masks as a client's rows, their source, and whether they are generated."""
 
     rows: tuple[Row, ...]
     source: str

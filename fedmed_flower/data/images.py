@@ -1,4 +1,4 @@
-"""Images with their place in the patient: NIfTI, DICOM, pictures and arrays."""
+"""Images with their position in the patient: NIfTI, DICOM, pictures and arrays."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
 _PACKED = (".nii.gz", ".nii.bz2", ".nii.zst", ".mgz")
 # How far a mask's corners may lie from its image's, in voxels.
 _NEAR = 0.1
-# Where MONAI keeps the affine of the file; only images whose place is known have it here.
-_PLACE = "original_affine"
+# MONAI's key for the affine of the file; here only images with a position in the patient have it.
+_FILE_AFFINE = "original_affine"
 
 Array = NDArray[Any]
 
@@ -42,19 +42,19 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
     source : str, Path, ndarray, Tensor, or sequence of paths
         A NIfTI file (or another that nibabel reads), a picture, a .npy file, a DICOM file, a
         folder with one DICOM series, or an array of shape (*spatial) or (channels, *spatial).
-        Several paths are channels of one image.
+        Several paths are the channels of one image.
     spatial_dims : int or None
-        2 or 3. None takes what the file holds: 2 for pictures and single slices, else 3.
+        2 or 3. None takes the dimensions of the file: 2 for pictures and single slices, else 3.
 
     Returns
     -------
     MetaTensor
         float32, (channels, *spatial). A volume keeps the axes of its file, a DICOM series has
         (columns, rows, slices), and ``affine`` maps voxels to millimetres (right, anterior,
-        superior). A 2D image has (rows, columns) whatever its file, and of its place ``affine``
-        holds the spacing alone. Arrays and pictures have the identity. DICOM values are rescaled
-        (modality), and MONOCHROME1 is turned so that bright is dense. A picture with a palette
-        gives the palette's numbers.
+        superior). A 2D image has (rows, columns) whatever its file, and its ``affine`` holds the
+        spacing alone. The ``affine`` of arrays and pictures is the identity. DICOM values are in
+        the units of the modality, and MONOCHROME1 is inverted so that bright is dense. The values
+        of a picture with a palette are the palette's indices.
 
     Raises
     ------
@@ -63,7 +63,8 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
         values, or has or unpacks to more than `bounded.MOST` bytes; the text names the file.
     """
     if _are_paths(source):
-        parts, size = list[MetaTensor](), 0
+        parts: list[MetaTensor] = []
+        size = 0
         for path in source:
             parts.append(read_image(path, spatial_dims))
             if (problem := mismatch(parts[-1], parts[0])) is not None:
@@ -71,7 +72,7 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
             size += parts[-1].nbytes
             require_within(f"{source[0]} and its other channels have at least", size, "an image")
         channels = torch.cat([part.as_tensor() for part in parts])
-        return MetaTensor(channels, parts[0].affine, _place_of(parts[0]))
+        return MetaTensor(channels, parts[0].affine, _file_affine_of(parts[0]))
     array, affine, placed = _read(source, spatial_dims)
     try:
         return _fit(array, affine, placed, spatial_dims)
@@ -92,37 +93,38 @@ def read_label(
     Parameters
     ----------
     source, spatial_dims
-        As in `read_image`; one channel.
+        As in `read_image`; the mask must have one channel.
     num_classes : int or None
-        With the background, which is 0; at most 256. None takes any whole numbers from 0 on.
+        Number of classes with the background, which is 0; at most 256. None accepts any whole
+        numbers from 0 on.
     values : sequence of int
-        What stands in the file for class 0, 1, ...; left out, the class number itself.
+        The values in the file for class 0, 1, ...; if left out, the file holds the class numbers.
     image : MetaTensor, optional
-        The image that the mask belongs to, from `read_image`. The mask is then given its affine,
-        which a picture or an array does not have by itself.
+        The image that the mask belongs to, from `read_image`. The mask is then given the image's
+        affine, as a mask from a picture or an array has none of its own.
 
     Returns
     -------
     MetaTensor
-        uint8, or int64 where ``num_classes`` is None; (1, *spatial).
+        uint8, or int64 if neither ``num_classes`` nor ``values`` is given; (1, *spatial).
 
     Raises
     ------
     InputError
-        As `read_image`; if a value is no class; and where the mask does not fit ``image``.
+        As in `read_image`; if a value is not a class; if the mask does not fit ``image``.
     """
     mask = read_image(source, spatial_dims)
     if len(mask) != 1:
         raise InputError(f"a mask must have one channel, got {len(mask)}")
     if image is not None and (problem := mismatch(mask, image)) is not None:
         raise InputError(problem)
-    layout = mask if image is None else image
-    found = mask.as_tensor()
+    geometry = mask if image is None else image
+    voxels = mask.as_tensor()
     if num_classes is None and not values:
-        whole = found.to(torch.int64)
-        _require_classes(found, (whole == found) & (whole >= 0), "whole numbers from 0 on")
-        return MetaTensor(whole, layout.affine, _place_of(layout))
-    known = torch.tensor(tuple(values) or tuple(range(num_classes or 0)), dtype=found.dtype)
+        whole = voxels.to(torch.int64)
+        _require_classes(voxels, (whole == voxels) & (whole >= 0), "whole numbers from 0 on")
+        return MetaTensor(whole, geometry.affine, _file_affine_of(geometry))
+    known = torch.tensor(tuple(values) or tuple(range(num_classes or 0)), dtype=voxels.dtype)
     count = len(known) if num_classes is None else num_classes
     if len(known) != count or len(torch.unique(known)) != count or not 1 <= count <= 256:
         raise InputError(
@@ -130,36 +132,44 @@ def read_label(
             f"and at most 256, got {tuple(values)}"
         )
     known, order = known.sort()
-    places = torch.bucketize(found, known, out_int32=True).clamp(max=count - 1)
+    indices = torch.bucketize(voxels, known, out_int32=True).clamp(max=count - 1)
     listed = ", ".join(f"{value:g}" for value in known)
-    _require_classes(found, known[places] == found, listed)
-    return MetaTensor(order.to(torch.uint8)[places], layout.affine, _place_of(layout))
+    _require_classes(voxels, known[indices] == voxels, listed)
+    classes = order.to(torch.uint8)[indices]
+    return MetaTensor(classes, geometry.affine, _file_affine_of(geometry))
 
 
 def mismatch(label: MetaTensor, image: MetaTensor) -> str | None:
     """Return how the grid of a mask, or of a channel, differs from its image's; None if it fits.
 
-    Both are as `read_image` returned them. Where one of the two has no place in the patient, as a
-    picture or an array, the shapes are compared alone.
+    Both are as `read_image` returned them. If one of the two has no position in the patient, as
+    pictures and arrays have none, only the shapes are compared.
     """
     shape = tuple(image.shape[1:])
     if tuple(label.shape[1:]) != shape:
         return f"its shape is {tuple(label.shape[1:])}, the image's {shape}"
-    if _PLACE not in label.meta or _PLACE not in image.meta:
+    if _FILE_AFFINE not in label.meta or _FILE_AFFINE not in image.meta:
         return None
-    here, there = (np.asarray(part.meta[_PLACE], float) for part in (label, image))
+    label_affine = np.asarray(label.meta[_FILE_AFFINE], float)
+    image_affine = np.asarray(image.meta[_FILE_AFFINE], float)
     sides = [(0, side - 1) for side in (*shape, 1)[:3]]
     corners = np.array([(*corner, 1) for corner in itertools.product(*sides)], float).T
-    off = (here - there) @ corners
-    if np.abs(np.linalg.solve(there, off)[:3]).max() <= _NEAR:
+    offsets = (label_affine - image_affine) @ corners
+    if np.abs(np.linalg.solve(image_affine, offsets)[:3]).max() <= _NEAR:
         return None
-    texts = (
-        f"spacing {_numbers(spacing_of(part))}, orientation {_codes(place)}, "
-        f"origin {_numbers(place[:3, 3])}"
-        for part, place in ((label, here), (image, there))
+    distance = np.linalg.norm(offsets[:3], axis=0).max()
+    return (
+        f"it lies up to {distance:.3g} mm away from the image: {_grid(label, label_affine)}; "
+        f"the image: {_grid(image, image_affine)}"
     )
-    distance = np.linalg.norm(off[:3], axis=0).max()
-    return f"it lies up to {distance:.3g} mm elsewhere: {next(texts)}; the image: {next(texts)}"
+
+
+def _grid(image: MetaTensor, affine: Array) -> str:
+    """Return spacing, orientation and origin of an image as a text."""
+    return (
+        f"spacing {_numbers(spacing_of(image))}, orientation {_codes(affine)}, "
+        f"origin {_numbers(affine[:3, 3])}"
+    )
 
 
 def spacing_of(image: MetaTensor) -> tuple[float, ...]:
@@ -169,12 +179,12 @@ def spacing_of(image: MetaTensor) -> tuple[float, ...]:
 
 
 def orientation_of(image: MetaTensor) -> str:
-    """Return where the axes of a volume point to, such as RAS; empty for a 2D image."""
+    """Return the directions in which a volume's axes point, such as RAS; empty for a 2D image."""
     return _codes(np.asarray(image.affine, float)) if image.ndim == 4 else ""
 
 
 def files_of(source: Any) -> Iterator[Path]:
-    """Return the paths that an image or a mask is read from; none for an array."""
+    """Yield the paths that an image or a mask is read from; an array has no path."""
     if isinstance(source, str | Path):
         yield Path(source)
     elif _are_paths(source):
@@ -182,17 +192,17 @@ def files_of(source: Any) -> Iterator[Path]:
 
 
 def _read(source: Any, spatial_dims: int | None) -> tuple[Array, Array | None, bool]:
-    """Return values with the channel first, their affine if any, and if their place is known."""
+    """Return values with the channel first, their affine or None, and whether it is a position."""
     if not isinstance(source, str | Path):
         return _with_channel(np.asarray(source), spatial_dims), None, False
     path = Path(source)
     try:
         if not path.exists():
             raise InputError(f"{path} is not there")
-        if not (path.is_file() or path.is_dir()):  # A pipe would be waited for.
+        if not (path.is_file() or path.is_dir()):  # Reading a pipe would block.
             raise InputError(f"{path} is neither a file nor a folder")
         with warnings.catch_warnings():
-            # What the readers warn of is checked below, or said by name.
+            # What the readers warn of is checked below.
             warnings.simplefilter("ignore")
             # In a DICOM file, a JPEG may be larger than the header says.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -223,7 +233,7 @@ def _read_array(path: Path) -> Array:
 
 
 def _read_picture(path: Path) -> Array:
-    # Pillow knows more formats; some of them start other programs or unpack without a bound.
+    # Some of Pillow's other formats start programs or unpack without a bound.
     with Image.open(path, formats=_FORMATS) as picture:
         if (frames := getattr(picture, "n_frames", 1)) > 1:
             raise InputError(f"{path} holds {frames} pictures: give each a file of its own")
@@ -239,28 +249,29 @@ def _read_volume(path: Path) -> tuple[Array, Array]:
         raise InputError(f"{path} holds a surface, not a volume")
     content = None
     if path.name.lower().endswith(_PACKED):
-        # Before nibabel, which takes what a header asks for and does not get to the checksum.
+        # Unpacked here: nibabel allocates what the header states and never verifies the checksum.
         with ImageOpener(str(path)) as packed:
             content = unpacked(packed, path, "an image")
     elif path.suffix.lower() in (".gz", ".bz2", ".zst"):
-        # Of a packed pair nibabel would unpack the other file too, without a bound.
-        raise InputError(f"{path} is no NIfTI file with both header and voxels: unpack it")
+        # A pair of header and voxels: nibabel would unpack the second file without a bound.
+        raise InputError(f"{path} is not a NIfTI file with both header and voxels: unpack it")
     volume: Any = nibabel.load(path)
     _require_one_folder(path, volume)
-    # What is scaled, or kept as float32, takes four bytes a voxel or more.
+    # Scaled values, and float32 values, take four bytes a voxel or more.
     size = math.prod(volume.shape) * max(volume.get_data_dtype().itemsize, 4)
     require_within(f"{path} says that it holds", size, "an image")
     if content is not None:
         volume = type(volume).from_bytes(content)
     array = np.asanyarray(volume.dataobj)
-    if array.ndim == 5 and array.shape[3] == 1:  # NIfTI's vectors have a time of length one.
+    # NIfTI stores vectors with a time axis of length one.
+    if array.ndim == 5 and array.shape[3] == 1:
         array = array[:, :, :, 0]
     array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
     return array, np.array(volume.affine, float)
 
 
 def _require_one_folder(path: Path, volume: Any) -> None:
-    """Raise `InputError` where the other file of a pair, such as .hdr and .img, lies elsewhere."""
+    """Raise `InputError` if a pair of files, such as .hdr and .img, is not in one folder."""
     for part in volume.file_map.values():
         if part.filename and real_path(Path(part.filename)).parent != real_path(path).parent:
             raise InputError(
@@ -270,26 +281,28 @@ def _require_one_folder(path: Path, volume: Any) -> None:
 
 
 def _fit(array: Array, affine: Array | None, placed: bool, spatial_dims: int | None) -> MetaTensor:
-    """Bring what was read to its form for so many dimensions, and check its values."""
+    """Return an image of the wanted number of dimensions from values and affine of a file."""
     dims = _dims_of(array, spatial_dims)
     if dims == 3 and affine is not None and not placed:
-        raise InputError("it has no place in the patient (ImagePositionPatient), as X-rays")
+        raise InputError(
+            "it has no position in the patient (ImagePositionPatient), like an X-ray: read it with "
+            "spatial_dims = 2"
+        )
     if array.size == 0:
         raise InputError(f"its shape is {array.shape}: it is empty")
     require_within("as float32 it has", 4 * array.size, "an image")
     if dims == 2 and array.ndim == 4:
         array, affine = _slice_of(array, affine)
     if dims == 2 and affine is not None:
-        array, affine = array.swapaxes(1, 2), _affine_of_slice(affine)
+        array = array.swapaxes(1, 2)
+        affine = _affine_of_slice(affine)
     meta = {}
     if affine is None:
         affine = np.eye(4)
     else:
-        sides = np.maximum(np.linalg.norm(affine[:3, :3], axis=0), 1e-9)
-        if not (np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3] / sides)) > 1e-3):
-            raise InputError(f"its affine leads to no place in space: {affine[:3].tolist()}")
+        sides = _voxel_sides(affine)
         if placed:
-            meta[_PLACE] = torch.from_numpy(affine)
+            meta[_FILE_AFFINE] = torch.from_numpy(affine)
         if dims == 2:
             affine = np.diag([*sides[:2], 1.0, 1.0])
     with np.errstate(over="ignore"):
@@ -299,8 +312,16 @@ def _fit(array: Array, affine: Array | None, placed: bool, spatial_dims: int | N
     return MetaTensor(values, torch.from_numpy(affine.copy()), meta)
 
 
+def _voxel_sides(affine: Array) -> Array:
+    """Return the sides of a voxel, (3,), in millimetres; raise if the affine has no inverse."""
+    sides: Array = np.maximum(np.linalg.norm(affine[:3, :3], axis=0), 1e-9)
+    if not (np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3] / sides)) > 1e-3):
+        raise InputError(f"its affine must be finite and invertible, got {affine[:3].tolist()}")
+    return sides
+
+
 def _dims_of(array: Array, spatial_dims: int | None) -> int:
-    """Return how many dimensions an image is to have beside the channel; refuse what has others."""
+    """Return the number of spatial dimensions; raise if the values do not have that number."""
     if array.dtype.kind not in "biuf":
         raise InputError(f"it holds {array.dtype}, not numbers")
     is_flat = array.ndim == 3 or (array.ndim == 4 and bool(_flat_axes(array)))
@@ -318,7 +339,7 @@ def _flat_axes(array: Array) -> list[int]:
 
 
 def _slice_of(array: Array, affine: Array | None) -> tuple[Array, Array | None]:
-    """Return the only slice of a volume: a picture, or a slice, that was stored as one."""
+    """Return a picture, or a slice, that was stored as a volume of one slice."""
     axis = _flat_axes(array)[-1]
     if affine is not None:
         affine = np.insert(np.delete(affine, axis - 1, 1), 2, affine[:, axis - 1], 1)
@@ -326,24 +347,24 @@ def _slice_of(array: Array, affine: Array | None) -> tuple[Array, Array | None]:
 
 
 def _affine_of_slice(affine: Array) -> Array:
-    """Return the affine of a slice whose two axes have changed places."""
+    """Return the affine of a slice after its two axes were swapped."""
     affine = affine[:, [1, 0, 2, 3]]
-    # Files of one slice do not always say how thick it is.
+    # Files of one slice do not always state its thickness.
     normal = np.cross(affine[:3, 0], affine[:3, 1])
     affine[:3, 2] = normal / max(np.linalg.norm(normal) ** 0.5, 1e-9)
     return affine
 
 
-def _place_of(image: MetaTensor) -> dict[str, Any]:
-    return {key: value for key, value in image.meta.items() if key == _PLACE}
+def _file_affine_of(image: MetaTensor) -> dict[str, Any]:
+    return {key: value for key, value in image.meta.items() if key == _FILE_AFFINE}
 
 
-def _require_classes(found: Tensor, fine: Tensor, classes: str) -> None:
-    if not bool(fine.all()):
-        odd = sorted({round(float(value), 3) for value in torch.unique(found[~fine])[:5]})
+def _require_classes(voxels: Tensor, valid: Tensor, classes: str) -> None:
+    if not bool(valid.all()):
+        odd = sorted({round(float(value), 3) for value in torch.unique(voxels[~valid])[:5]})
+        listed = ", ".join(f"{value:g}" for value in odd)
         raise InputError(
-            f"it holds the values {', '.join(f'{value:g}' for value in odd)}, which are no class: "
-            f"a mask holds {classes}"
+            f"it holds the values {listed}, which are not classes: a mask holds {classes}"
         )
 
 

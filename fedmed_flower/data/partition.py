@@ -1,6 +1,6 @@
-"""Splitting a dataset among hospitals: always whole patients, always the same for one seed.
+"""Split a dataset among hospitals: by whole patients, and the same for the same seed.
 
-To draw each label's shares from a Dirichlet distribution is the method of M. Yurochkin et al.,
+Drawing each label's shares from a Dirichlet distribution is the method of M. Yurochkin et al.,
 "Bayesian Nonparametric Federated Learning of Neural Networks", ICML 2019,
 https://arxiv.org/abs/1905.12022.
 """
@@ -26,14 +26,15 @@ def dirichlet_shares(
 ) -> NDArray[np.float64]:
     """Draw how each label is spread over the sites.
 
-    Use the same shares for train, val and test: then a site is tested on what it trains on.
+    Use the same shares for train, val and test, so that a site is tested on the mix of labels that
+    it trains on.
 
     Parameters
     ----------
     num_classes, num_sites : int
         1 or greater.
     alpha : float
-        Above 0, finite: 0.1 gives sites with one label, 100 sites that are alike.
+        Above 0, finite: 0.1 gives sites of mostly one label, 100 gives similar sites.
     seed : int
         0 or greater.
 
@@ -66,9 +67,9 @@ def split_by_shares(
 ) -> list[Rows]:
     """Give each site its share of the patients of each class.
 
-    A patient's class is the most frequent label among the rows, the smaller one in a tie. Shares
-    become whole patients by largest remainders. A site with too few patients is then given some
-    of the largest site's, drawn at random.
+    A patient's class is the most frequent label of the patient's rows, the smaller one in a tie.
+    Shares are rounded to whole patients by largest remainders. A site that then has too few
+    patients is given patients of the largest site, drawn at random.
 
     Parameters
     ----------
@@ -79,9 +80,9 @@ def split_by_shares(
     seed : int
         0 or greater; decides which patients a site is given.
     patients : array_like, optional
-        (n,) whose row it is; left out, each row is a patient.
+        (n,) the patient of each row; if left out, each row is a patient.
     min_patients : int
-        At least so many patients a site, 0 or greater.
+        The fewest patients of a site, 0 or greater.
 
     Returns
     -------
@@ -91,10 +92,11 @@ def split_by_shares(
     Raises
     ------
     InputError
-        If an argument is out of its range, lengths differ, a patient is missing or there are
-        too few patients for `min_patients` a site.
+        If an argument is out of its range, lengths differ, a patient is missing or there are fewer
+        than `min_patients` patients for each site.
     """
-    values, matrix = _labels(labels), _numbers("shares", shares)
+    values = _labels(labels)
+    matrix = _numbers("shares", shares)
     _at_least("seed", seed, 0)
     _at_least("min_patients", min_patients, 0)
     if matrix.ndim != 2 or 0 in matrix.shape:
@@ -109,10 +111,10 @@ def split_by_shares(
     patient_of_row = _patient_numbers(patients, values.size)
     num_patients = int(patient_of_row.max(initial=-1)) + 1
     if num_sites * min_patients > num_patients:
-        each = "" if min_patients == 1 else f" over {min_patients} (min_patients)"
+        divisor = "" if min_patients == 1 else f" over {min_patients} (min_patients)"
         raise InputError(
             f"num_sites must be at most {num_patients // min_patients}, the number of patients"
-            f"{each}; got {num_sites}"
+            f"{divisor}; got {num_sites}"
         )
     tally = np.bincount(patient_of_row * num_classes + values, minlength=num_patients * num_classes)
     patient_class = tally.reshape(num_patients, num_classes).argmax(axis=1)
@@ -136,14 +138,14 @@ def by_quantity(
     Parameters
     ----------
     patients : int or array_like
-        How many rows there are, each a patient, or (n,) whose row it is.
+        The number of rows, if each is a patient; or (n,) the patient of each row.
     shares : array_like
         (num_sites,) relative sizes, 0 or greater with a sum above 0: [2, 1, 1] is half, quarter,
         quarter of the patients.
     seed, min_patients
         As in `split_by_shares`.
 
-    Returns and raises what `split_by_shares` does.
+    Return value and errors are those of `split_by_shares`.
     """
     sizes = _numbers("shares", shares)
     if sizes.ndim != 1 or not (np.all(sizes >= 0) and 0 < sizes.sum() < math.inf):
@@ -160,12 +162,12 @@ def by_column(values: ArrayLike) -> dict[str, Rows]:
     Parameters
     ----------
     values : array_like
-        (n,) one name a row; read as text without surrounding blanks.
+        (n,) the hospital's name for each row; read as text without surrounding blanks.
 
     Returns
     -------
     dict of str to ndarray
-        The row numbers of each name, ascending; the names in the order of their text.
+        The row numbers of each name, ascending; the names are sorted as texts.
 
     Raises
     ------
@@ -191,7 +193,7 @@ def counts(
     Parameters
     ----------
     parts : sequence or mapping of ndarray
-        From one of the functions above; unnamed sites are called hospital-1, hospital-2, ...
+        From one of the functions above; sites without names are called hospital-1, hospital-2, ...
     labels, patients : array_like
         As in `split_by_shares`.
 
@@ -199,12 +201,12 @@ def counts(
     -------
     list of dict
         A dict a site: "site", "patients", "rows", and "label 0", "label 1", ... up to the greatest
-        label of all rows. `format_counts` makes it a table.
+        label of all rows. `format_counts` formats it as a table.
 
     Raises
     ------
     InputError
-        As `split_by_shares`.
+        As in `split_by_shares`.
     """
     values = _labels(labels)
     patient_of_row = _patient_numbers(patients, values.size)
@@ -222,7 +224,7 @@ def counts(
 
 
 def format_counts(table: Sequence[Mapping[str, Any]]) -> str:
-    """Lay out what `counts` returns as lines of aligned plain text, the first one a heading.
+    """Return the table from `counts` as lines of aligned plain text, with a heading.
 
     Examples
     --------
@@ -271,7 +273,7 @@ def _texts(name: str, values: ArrayLike) -> NDArray[np.str_]:
     texts = [str(value).strip() for value in column]
     for row, text in enumerate(texts):
         if text.lower() in _MISSING:
-            raise InputError(f'{name} must name one in each row; row {row} has "{text}"')
+            raise InputError(f'{name} must not be missing in any row; row {row} has "{text}"')
     return np.array(texts, dtype=np.str_)
 
 
@@ -286,7 +288,7 @@ def _patient_numbers(patients: ArrayLike | None, num_rows: int) -> NDArray[np.in
 
 
 def _whole(shares: NDArray[np.float64], total: int) -> NDArray[np.intp]:
-    """Round shares of a total to whole numbers with that sum, by largest remainders."""
+    """Divide a total by shares into whole numbers with that sum, by largest remainders."""
     exact = shares / shares.sum() * total
     whole: NDArray[np.intp] = np.floor(exact).astype(np.intp)
     order = np.argsort(whole - exact, kind="stable")

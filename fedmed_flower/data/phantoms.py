@@ -1,8 +1,8 @@
-"""Generated images, for tests and demonstrations offline: small chest X-rays and hippocampi.
+"""Generated images for tests and demonstrations offline: small chest X-rays and hippocampi.
 
-No patient stands behind them and nothing that is learned from them is a medical finding. They
-stand in for PneumoniaMNIST (https://medmnist.com), whose share of label 1 in train they have, and
-for the hippocampi of the Medical Segmentation Decathlon (http://medicaldecathlon.com).
+They show no patients, and nothing that is learned from them is a medical finding. The X-rays stand
+in for PneumoniaMNIST (https://medmnist.com) and have the share of label 1 of its train split; the
+hippocampi stand in for those of the Medical Segmentation Decathlon (http://medicaldecathlon.com).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def chest_xrays(
 ) -> ImageSplits:
     """Generate grey images with dark lung fields between a bright mediastinum and bright ribs.
 
-    Label 1 stands for opacities in the lungs: one to three blurred patches, from hardly seen
+    Label 1 stands for opacities in the lungs: one to three blurred patches, from hardly visible
     to dense. Exposure, contrast, position, size and noise differ from image to image. 74 % of
     each split have label 1. The pneumonia example reaches a test AUC of about 0.97 with 2000
     images in ten rounds.
@@ -39,7 +39,7 @@ def chest_xrays(
     num_train : int
         1 or greater.
     num_val, num_test : int
-        0 or greater. What one split holds does not depend on the size of another.
+        0 or greater. The images of a split do not depend on the size of another.
     seed : int
         0 or greater; the same seed gives the same images.
     size : int
@@ -65,7 +65,8 @@ def chest_xrays(
     for name, (value, low, high) in bounds.items():
         if not isinstance(value, int | np.integer) or not low <= value <= high:
             raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-    images, labels = {}, {}
+    images = {}
+    labels = {}
     for number, (split, rows) in enumerate(
         zip(SPLITS, (num_train, num_val, num_test), strict=True)
     ):
@@ -75,16 +76,17 @@ def chest_xrays(
         step = max(1, _BLOCK_PIXELS // size**2)
         for start in range(0, rows, step):
             drawn[start : start + step] = _draw(truth[start : start + step], size, rng)
-        images[split], labels[split] = drawn, truth.astype(np.int64)
+        images[split] = drawn
+        labels[split] = truth.astype(np.int64)
         drawn.flags.writeable = labels[split].flags.writeable = False
     return ImageSplits(images, labels, GENERATED, generated=True)
 
 
 def hippocampi(count: int, seed: int = 0, size: int = 24) -> Volumes:
-    """Generate volumes with a curved, bright body whose two ends are to be told apart.
+    """Generate volumes with a curved, bright body that has an anterior and a posterior part.
 
     Class 1 is the anterior, thicker third and class 2 the rest, as in the hippocampus set of the
-    Medical Segmentation Decathlon. Place, length, thickness, bend, contrast, sharpness and noise
+    Medical Segmentation Decathlon. Position, length, thickness, bend, contrast, sharpness and noise
     differ from volume to volume, and so does the shape, by a voxel or two.
 
     Parameters
@@ -94,7 +96,7 @@ def hippocampi(count: int, seed: int = 0, size: int = 24) -> Volumes:
     seed : int
         0 or greater; the same seed gives the same volumes.
     size : int
-        About how many voxels each side has, 12 to 128.
+        Approximate number of voxels along each side, 12 to 128.
 
     Returns
     -------
@@ -116,13 +118,14 @@ def hippocampi(count: int, seed: int = 0, size: int = 24) -> Volumes:
 
 
 def _hippocampus(rng: np.random.Generator, size: int, number: int) -> Row:
-    """Draw one volume; lengths are halves of the volume's side."""
+    """Draw one volume; the unit of length is half of the volume's side."""
     shape = size + rng.integers(-2, 3, 3)
     x, y, z = np.meshgrid(
         *(np.linspace(-1, 1, side, dtype=np.float32) for side in shape), indexing="ij"
     )
     cx, cy, cz = rng.normal(0, 0.08, 3)
-    bend, half = rng.uniform(0.1, 0.35), rng.uniform(0.6, 0.75)
+    bend = rng.uniform(0.1, 0.35)
+    half = rng.uniform(0.6, 0.75)
     along = (y - cy) / half
     thick = rng.uniform(0.22, 0.3) * (1 + 0.35 * np.clip(along, -1, 1))
     away = np.hypot(x - cx - bend * (along**2 - 0.4), (z - cz - 0.5 * bend * along) * 1.2)
@@ -140,7 +143,7 @@ def _hippocampus(rng: np.random.Generator, size: int, number: int) -> Row:
 
 
 def _draw(opaque: NDArray[np.bool_], size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Draw one image for each entry of ``opaque``; lengths are halves of the image's width."""
+    """Draw one image for each entry of ``opaque``; the unit of length is half of its width."""
     n = len(opaque)
 
     def vary(mean: float, spread: float) -> Images:
@@ -183,16 +186,17 @@ def _sigmoid(values: Images) -> Images:
 
 
 def _ellipse(x: Images, y: Images, width: Images, height: Images) -> Images:
-    """1 inside the ellipse and 0 outside, with a soft edge."""
+    """Return 1 inside the ellipse and 0 outside, with a soft edge."""
     return _sigmoid(12 * (1 - (x / width) ** 2 - (y / height) ** 2))
 
 
 def _patches(rng: np.random.Generator, x: Images, y: Images, count: int, radius: float) -> Images:
-    """``count`` blurred spots an image, at random places in either lung."""
+    """Return ``count`` blurred spots an image, at random positions in either lung."""
     total = np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
     for _ in range(count):
         side, across, down, scale = rng.uniform(-1, 1, (4, len(x), 1, 1)).astype(np.float32)
         spread = radius * (1 + 0.4 * scale)
-        dx, dy = x - np.sign(side) * 0.44 - 0.18 * across, y + 0.05 - 0.5 * down
+        dx = x - np.sign(side) * 0.44 - 0.18 * across
+        dy = y + 0.05 - 0.5 * down
         total += np.exp(-(dx**2 + dy**2) / (2 * spread**2))
     return total

@@ -1,4 +1,4 @@
-"""Pictures of test cases that a hospital may let out, and which of them a report shows."""
+"""Pictures of test cases that a hospital may disclose, and the check of a site's pictures."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from PIL import Image
 COLOURS = "#0072b2 #d55e00 #009e73 #c066a0 #d99000 #3fa7dc #7a68b3 #a8743a #7f8c1d #c23b4e #1c9c9c"
 PALETTE = (*COLOURS.split(), "#808080")
 
-MOST_PIXELS, MOST_BYTES = 1024, 512_000  # of a picture that a report shows: each side, the file
-_START, _CHANNELS = b"\x89PNG\r\n\x1a\n", {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-# What may stand in a PNG: the picture, its colours, its size in print, short texts. No animation,
-# no packed profile or text, nothing of which a browser knows and this module does not.
+# Bounds on a picture in a report: pixels of a side, bytes of the file.
+MOST_PIXELS = 1024
+MOST_BYTES = 512_000
+_START = b"\x89PNG\r\n\x1a\n"
+# Values a pixel, by PNG's colour type.
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+# Chunks that a PNG may have: the picture, its colours, its size in print, short texts. Animations,
+# compressed profiles or texts, and chunks that only browsers know are not allowed.
 _CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"sBIT", b"bKGD"}
 _CHUNKS |= {b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"tEXt", b"tIME"}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of one test case; its title and pixels leave the hospital as they are.
+    """A picture of one test case; its title and pixels leave the hospital unchanged.
 
-    `patient` stays: the hospital notes of whom pictures left.
+    `patient` does not leave. With it the hospital records whose pictures it disclosed.
     """
 
     title: str
@@ -34,24 +38,28 @@ class Picture:
 
 
 def sound(png: bytes) -> str | None:
-    """Return why a picture from a site is not shown; None if it may be.
+    """Return why a picture from a site must not be shown; None if it may be.
 
-    It must be one PNG and nothing else, of at most 1024 x 1024 pixels and 512 kB, not interlaced
-    and not animated, whose data are exactly its pixels, and which Pillow decodes.
+    It must be one PNG with nothing behind it, of at most 1024 x 1024 pixels and 512 kB, neither
+    interlaced nor animated. Its data must be exactly its pixels, and Pillow must decode it.
     """
     if len(png) > MOST_BYTES:
         return f"it has {len(png):,} bytes, more than {MOST_BYTES:,}"
     if not png.startswith(_START):
-        return "it is no PNG"
-    packed, kinds, at = b"", list[bytes](), len(_START)
+        return "it is not a PNG"
+    packed = b""
+    kinds: list[bytes] = []
+    at = len(_START)
     while at < len(png) and kinds[-1:] != [b"IEND"]:
         length, kind = struct.unpack(">I4s", png[at : at + 8].ljust(8, b"\0"))
-        content, check = png[at + 8 : at + 8 + length], png[at + 8 + length : at + 12 + length]
+        content = png[at + 8 : at + 8 + length]
+        check = png[at + 8 + length : at + 12 + length]
         if len(check) != 4 or struct.unpack(">I", check)[0] != zlib.crc32(kind + content):
             return "it is damaged or cut short"
         if kind not in _CHUNKS:
             return f"it holds more than one still picture ({kind.decode('ascii', 'replace')!r})"
-        packed += content if kind == b"IDAT" else b""
+        if kind == b"IDAT":
+            packed += content
         kinds.append(kind)
         at += 12 + length
     if kinds[:1] != [b"IHDR"] or kinds.count(b"IHDR") != 1 or kinds[-1] != b"IEND":
@@ -70,12 +78,12 @@ def _pixels_fit(png: bytes, packed: bytes) -> str | None:
         return f"it has {width} x {height} pixels, more than {MOST_PIXELS} x {MOST_PIXELS} or none"
     if interlaced:
         return "it is interlaced"
-    # A row is a filter and its pixels.
+    # A row is one byte for the filter and its pixels.
     size = height * (1 + -(-width * depth * _CHANNELS.get(colour, 1) // 8))
     unpacking = zlib.decompressobj()
     try:
-        found = len(unpacking.decompress(packed, size + 1))
-        if found != size or not unpacking.eof or unpacking.unused_data:
+        unpacked = len(unpacking.decompress(packed, size + 1))
+        if unpacked != size or not unpacking.eof or unpacking.unused_data:
             return f"its data are not those of {width} x {height} pixels"
         with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
             picture.load()

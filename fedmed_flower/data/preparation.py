@@ -1,6 +1,6 @@
-"""From a table's columns to the features of a network: imputation, scaling, categories.
+"""Turn a table's columns into the features of a network: imputation, scaling, categories.
 
-What several hospitals' moments give together follows T. F. Chan, G. H. Golub and R. J. LeVeque,
+The moments of several hospitals are merged after T. F. Chan, G. H. Golub and R. J. LeVeque,
 "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", COMPSTAT 1982,
 https://doi.org/10.1007/978-3-642-51461-6_3.
 """
@@ -25,35 +25,42 @@ from fedmed_flower.errors import InputError
 
 log = logging.getLogger("flwr.fedmed")
 
-# The keys of what a hospital tells, each followed by a column.
-_MOMENTS, _CATEGORIES, _COUNTS = "moments ", "categories ", "counts "
+# The keys of a contribution, each followed by a column.
+_MOMENTS = "moments "
+_CATEGORIES = "categories "
+_COUNTS = "counts "
+# The largest count of a contribution.
 _MOST = 1e12
-# Of declared ranges, which lie from -2 to 2 after scaling; and what float32 holds with ease.
-_CLIP, _FINITE = 2.0, 1e30
+# The ends of a declared range after scaling.
+_CLIP = 2.0
+# The largest feature otherwise; float32 holds it with ease.
+_FINITE = 1e30
+# Scales are above it.
 _LEAST = 1 / LARGEST
 
 
 def contribution(
     rows: Sequence[Row], schema: Schema, minimum: int, only: str | None = None
 ) -> dict[str, list[float] | list[str] | list[int]]:
-    """Return what a hospital tells of its rows, for `Preparation.agreed`.
+    """Return the statistics of a hospital's rows that `Preparation.agreed` needs.
 
     Parameters
     ----------
     rows : sequence of dict
-        With ``patient`` and the features.
+        Each has ``patient`` and the features.
     schema : Schema
     minimum : int
-        At least 1: nothing is told that fewer patients stand behind.
+        1 or greater. A statistic of fewer patients is withheld.
     only : str, optional
-        The column that is told; else all of the schema's features.
+        The only column to report; if left out, all of the schema's features.
 
     Returns
     -------
     dict
-        ``moments COLUMN``: number of values, their mean and the sum of their squared distances to
-        it, for each numeric column. ``categories COLUMN`` and ``counts COLUMN``: the values, and
-        how many patients have each, for each categorical column that is not declared.
+        ``moments COLUMN``, for each numeric column: number of values, their mean and the sum of
+        their squared distances to it. ``categories COLUMN`` and ``counts COLUMN``, for each
+        categorical column whose categories are not declared: the values, sorted, and the number of
+        patients with each.
     """
     require(minimum >= 1, f"minimum must be at least 1, got {minimum}")
     patients = np.asarray([patient_text(row["patient"]) for row in rows], dtype=object)
@@ -62,21 +69,18 @@ def contribution(
         if only not in (None, column):
             continue
         values = _numbers(rows, column)
-        there = ~np.isnan(values)
-        if there.any() and len({*patients[there]}) >= minimum:
-            reported[_MOMENTS + column] = _moments(values[there])
+        known = ~np.isnan(values)
+        if known.any() and len({*patients[known]}) >= minimum:
+            reported[_MOMENTS + column] = _moments(values[known])
     for column in schema.categorical:
         if column in schema.categories or only not in (None, column):
             continue
-        owners: dict[str, set[str]] = defaultdict(set)
+        patients_with: dict[str, set[str]] = defaultdict(set)
         for text, patient in zip(_texts(rows, column), patients, strict=True):
             if text is not None:
-                owners[text].add(patient)
-        counts = {
-            text: len(patient_of_row)
-            for text, patient_of_row in owners.items()
-            if len(patient_of_row) >= minimum
-        }
+                patients_with[text].add(patient)
+        sizes = {text: len(members) for text, members in patients_with.items()}
+        counts = {text: size for text, size in sizes.items() if size >= minimum}
         if counts:
             reported[_CATEGORIES + column] = sorted(counts)
             reported[_COUNTS + column] = [counts[text] for text in sorted(counts)]
@@ -84,19 +88,20 @@ def contribution(
 
 
 def check_contribution(reported: Mapping[str, Any], schema: Schema) -> str | None:
-    """Return what is wrong with what a hospital told; None if nothing is."""
+    """Return what is wrong with a hospital's contribution; None if it can be used."""
     known = {_MOMENTS + column for column in schema.numeric}
     learnt = [column for column in schema.categorical if column not in schema.categories]
     known |= {kind + column for column in learnt for kind in (_CATEGORIES, _COUNTS)}
     if unknown := [key for key in reported if key not in known]:
-        return f"{unknown[0]!r} is nothing that the schema asks for"
+        return f"{unknown[0]!r} is not asked for by the schema"
     for key, values in reported.items():
         if not isinstance(values, list):
             return f"{key!r} must be a list"
         if key.startswith(_MOMENTS) and not _are_moments(values):
             return f"{key!r} must be a number of values, their mean and their squared distances"
     for column in learnt:
-        texts, counts = reported.get(_CATEGORIES + column, []), reported.get(_COUNTS + column, [])
+        texts = reported.get(_CATEGORIES + column, [])
+        counts = reported.get(_COUNTS + column, [])
         whole = all(type(count) is int and 0 < count <= _MOST for count in counts)
         named = all(isinstance(text, str) and text for text in texts)
         if not (whole and named and len({*texts}) == len(texts) == len(counts)):
@@ -106,25 +111,27 @@ def check_contribution(reported: Mapping[str, Any], schema: Schema) -> str | Non
 
 @dataclass(frozen=True)
 class Preparation:
-    """How features are made of columns.
+    """How the features of a network are computed from columns.
 
     Attributes
     ----------
     means, scales : dict of str to float
-        Of each numeric column; a scale is the standard deviation (n - 1), above 1e-30.
+        Mean and scale of each numeric column. A scale is the standard deviation (n - 1), or a
+        quarter of the declared range; it is above 1e-30.
     categories : dict of str to tuple of str
-        Of each categorical column.
+        The categories of each categorical column.
     indicators : bool
-        Whether each numeric column has a feature more that says whether the value is missing.
+        Whether each numeric column has a second feature: 1 if the value is missing, else 0.
     still : tuple of str
-        Numeric columns that never vary or that nobody knows: 0 in each row.
+        Numeric columns that never vary or of which no hospital has statistics. Their feature is 0
+        in each row.
     clipped : bool
-        Whether numbers end at the declared range, 2 scales from the mean.
+        Whether numbers are clipped to the declared range, 2 scales from the mean.
 
     Raises
     ------
     InputError
-        If a field is not as said.
+        If a field has another type or is out of its range; if the fields name different columns.
     """
 
     means: Mapping[str, float]
@@ -143,10 +150,7 @@ class Preparation:
         require(positive, f"scales must be above {_LEAST:g}, got {dict(self.scales)}")
         require([*self.means] == [*self.scales], "means and scales must name the same columns")
         fine = isinstance(self.categories, Mapping) and all(
-            isinstance(texts, tuple)
-            and all(isinstance(text, str) and text for text in texts)
-            and len({*texts}) == len(texts)
-            for texts in self.categories.values()
+            map(_are_distinct_texts, self.categories.values())
         )
         require(fine, f"categories must be different texts by column, got {self.categories!r}")
         fine = isinstance(self.still, tuple) and {*self.still} <= {*self.means}
@@ -157,59 +161,65 @@ class Preparation:
 
     @classmethod
     def agreed(cls, schema: Schema, contributions: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Return what several hospitals' `contribution` give together.
+        """Merge the contributions of several hospitals into one preparation.
+
+        The log warns of malformed contributions, which are left out, and of columns that are
+        constant or that no hospital reports. A column that no hospital reports is scaled by its
+        declared range, if it has one.
 
         Parameters
         ----------
         schema : Schema
-            Its declared categories win over those that were told.
+            Its declared categories take precedence over reported ones.
         contributions : dict of str to dict
-            By hospital; their order is of no account. A malformed one is left out and told in the
-            log, as are columns that are constant or that nobody tells of: the latter are scaled by
-            their declared range where there is one.
+            The return value of `contribution` by hospital, in any order.
         """
-        fine = []
+        usable = []
         for site in sorted(contributions):
             if reason := check_contribution(contributions[site], schema):
-                log.warning("%s tells of its columns what cannot be used: %s", site, reason)
+                log.warning("the statistics that %s sent cannot be used: %s", site, reason)
             else:
-                fine.append(contributions[site])
-        means, scales, still = {}, {}, []
+                usable.append(contributions[site])
+        means: dict[str, float] = {}
+        scales: dict[str, float] = {}
+        still: list[str] = []
         for column in schema.numeric:
-            reported = [one[_MOMENTS + column] for one in fine if _MOMENTS + column in one]
+            key = _MOMENTS + column
+            reported = [statistics[key] for statistics in usable if key in statistics]
             count, mean, squares = _merged(reported)
             scale = math.sqrt(squares / (count - 1)) if count > 1 else 0.0
             if contributions and not reported and column in schema.ranges:
-                low, high = schema.ranges[column]
-                mean, scale = (low + high) / 2, (high - low) / 4
-                log.warning("column %s: no hospital tells of it; scaled by its range", column)
-            # Rounding gives values that are all alike a spread.
+                mean, scale = _mean_and_scale(schema.ranges[column])
+                log.warning("column %s: no hospital reports it; scaled by its range", column)
+            # Equal values can have a spread by rounding.
             if scale <= max(1e-12 * abs(mean), _LEAST):
                 still.append(column)
                 scale = 1.0
                 if contributions:
-                    what = "never varies" if reported else "is known to no hospital"
+                    what = "never varies" if reported else "is reported by no hospital"
                     log.warning("column %s %s: its feature is 0 in all rows", column, what)
-            means[column], scales[column] = mean, scale
+            means[column] = mean
+            scales[column] = scale
         categories = {}
         for column in schema.categorical:
-            texts = {text for one in fine for text in one.get(_CATEGORIES + column, [])}
+            key = _CATEGORIES + column
+            texts = {text for statistics in usable for text in statistics.get(key, [])}
             categories[column] = schema.categories.get(column, tuple(sorted(texts)))
             if contributions and not categories[column]:
-                log.warning("column %s has no category that a hospital tells: no feature", column)
+                log.warning("column %s: no hospital reports a category; it has no feature", column)
         return cls(means, scales, categories, schema.indicators, tuple(still))
 
     @classmethod
     def of_rows(cls, schema: Schema, rows: Sequence[Row]) -> Self:
-        """Return what one hospital's own rows give, as `agreed` does."""
+        """Return the preparation that follows from one hospital's rows alone, as in `agreed`."""
         return cls.agreed(schema, {"this hospital": contribution(rows, schema, 1)})
 
     @classmethod
     def declared(cls, schema: Schema) -> Self:
-        """Return a preparation of which nothing is learnt from patients.
+        """Return the preparation that follows from the schema alone; it reveals no patient's data.
 
         The mean is the middle of a column's range and the scale a quarter of its width, so that
-        features lie from -2 to 2; numbers outside the range are moved to its ends.
+        features lie from -2 to 2. Numbers outside the range are clipped to its ends.
 
         Raises
         ------
@@ -223,27 +233,27 @@ class Preparation:
             if name not in schema.categories
         ]
         require(not lacking, f"the schema declares too little: it needs {', '.join(lacking)}")
-        ranges = {name: schema.ranges[name] for name in schema.numeric}
+        spans = {name: _mean_and_scale(schema.ranges[name]) for name in schema.numeric}
         return cls(
-            {name: (low + high) / 2 for name, (low, high) in ranges.items()},
-            {name: (high - low) / 4 for name, (low, high) in ranges.items()},
+            {name: mean for name, (mean, _) in spans.items()},
+            {name: scale for name, (_, scale) in spans.items()},
             {name: schema.categories[name] for name in schema.categorical},
             schema.indicators,
             clipped=True,
         )
 
     def to_text(self) -> str:
-        """Return JSON from which `from_text` makes the same bits."""
+        """Return JSON from which `from_text` restores this preparation to the bit."""
         return json.dumps(asdict(self), allow_nan=False)
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """Return what `to_text` wrote.
+        """Return the preparation that `to_text` wrote.
 
         Raises
         ------
         InputError
-            If the text is something else.
+            If the text is not such JSON.
         """
         try:
             given = json.loads(text)
@@ -252,13 +262,13 @@ class Preparation:
             given["categories"] = {column: tuple(texts) for column, texts in lists}
             return cls(**given)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise InputError(f"this is no preparation of columns: {error}") from None
+            raise InputError(f"this is not a preparation of columns: {error}") from None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The features, such as "age", "age missing" and "cp=2".
+        """The names of the features, such as "age", "age missing" and "cp=2".
 
-        Each category is a feature, but of two only the second is one.
+        Each category has a feature; of a column with two categories only the second has one.
         """
         numeric = (
             name
@@ -278,8 +288,8 @@ class Preparation:
     def transform(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """Return the features of rows, (n, width), in the order of `names`.
 
-        A number is less the mean and by the scale; one that is missing is 0. A missing category
-        and one that is not in the list are 0 in each of the column's features.
+        A number becomes (number - mean) / scale, and 0 if it is missing. If a category is missing
+        or not in the list, all features of its column are 0.
 
         Raises
         ------
@@ -302,19 +312,19 @@ class Preparation:
                 text: number for number, text in enumerate(self._features_of(column), index)
             }
             indices = np.asarray([known.get(text, -1) for text in _texts(rows, column)], np.intp)
-            there = np.flatnonzero(indices >= 0)
-            features[there, indices[there]] = 1
+            listed = np.flatnonzero(indices >= 0)
+            features[listed, indices[listed]] = 1
             index += len(known)
         return features
 
     def unseen(self, rows: Sequence[Row]) -> dict[str, int]:
         """Count the rows of each category that is not in the list, by names such as "cp=5"."""
-        found: Counter[str] = Counter()
+        rows_with: Counter[str] = Counter()
         for column, texts in self.categories.items():
             for text, count in Counter(_texts(rows, column)).items():
                 if text is not None and text not in texts:
-                    found[f"{column}={text}"] += count
-        return dict(sorted(found.items()))
+                    rows_with[f"{column}={text}"] += count
+        return dict(sorted(rows_with.items()))
 
     def _features_of(self, column: str) -> tuple[str, ...]:
         texts = self.categories[column]
@@ -330,7 +340,7 @@ def _cells(rows: Sequence[Row], column: str) -> list[Any]:
 
 
 def _numbers(rows: Sequence[Row], column: str) -> NDArray[np.float64]:
-    """Return a column, NaN if a value is missing or beyond all measurement."""
+    """Return a column as (rows,) float64; NaN if a value is missing or beyond `LARGEST`."""
     cells = _cells(rows, column)
     try:
         values = np.asarray(cells, dtype=np.float64)
@@ -349,39 +359,49 @@ def _texts(rows: Sequence[Row], column: str) -> list[str | None]:
 
 
 def _moments(values: NDArray[np.float64]) -> list[float]:
-    """Return number, mean and sum of squared distances; in any order the same bits."""
+    """Return number, mean and sum of squared distances, the same bits for any order of values."""
     mean = math.fsum(values) / len(values)
     if values.min() == values.max():
         return [float(len(values)), float(values[0]), 0.0]
     far = values - mean
-    # What the rounding of the mean adds goes out again.
+    # The second term corrects for the rounding of the mean.
     squares = math.fsum(far * far) - math.fsum(far) ** 2 / len(values)
     return [float(len(values)), mean, max(0.0, squares)]
 
 
 def _merged(moments: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    count, mean, squares = 0.0, 0.0, 0.0
-    for more, own, distances in moments:
-        total = count + more
-        apart = own - mean
-        squares += distances + apart * apart * count * more / total
-        mean += apart * more / total
+    """Return number, mean and sum of squared distances of all hospitals' values together."""
+    count = mean = squares = 0.0
+    for site_count, site_mean, site_squares in moments:
+        total = count + site_count
+        apart = site_mean - mean
+        squares += site_squares + apart * apart * count * site_count / total
+        mean += apart * site_count / total
         count = total
     return count, mean, squares
+
+
+def _mean_and_scale(limits: tuple[float, float]) -> tuple[float, float]:
+    """Return the mean and the scale that bring a declared range to -2 to 2."""
+    low, high = limits
+    return (low + high) / 2, (high - low) / 4
+
+
+def _are_distinct_texts(texts: Any) -> bool:
+    if not isinstance(texts, tuple) or not all(isinstance(text, str) and text for text in texts):
+        return False
+    return len({*texts}) == len(texts)
 
 
 def _are_moments(values: Sequence[Any]) -> bool:
     if len(values) != 3 or not all(map(_is_number, values)):
         return False
     count, mean, squares = values
-    # As far apart as numbers can be.
-    most = count * (2 * LARGEST) ** 2
-    return bool(
-        1 <= count <= _MOST
-        and float(count).is_integer()
-        and abs(mean) <= LARGEST
-        and 0 <= squares <= (most if count > 1 else 0)
-    )
+    # Two numbers are at most 2 * LARGEST apart.
+    most = count * (2 * LARGEST) ** 2 if count > 1 else 0
+    if not 1 <= count <= _MOST or not float(count).is_integer():
+        return False
+    return bool(abs(mean) <= LARGEST and 0 <= squares <= most)
 
 
 def _is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A hospital's table: what its columns mean, and CSV or Parquet files as rows."""
+"""The schema of a hospital's table, and rows from CSV or Parquet files that follow it."""
 
 from __future__ import annotations
 
@@ -41,40 +41,40 @@ _ROW_KEYS = ("patient", "split")
 
 @dataclass(frozen=True)
 class Schema:
-    """What the columns of a table mean; the same at each hospital of a run.
+    """The meaning of a table's columns; the same at each hospital of a run.
 
     Attributes
     ----------
     target : str
-        The column to predict; for survival the time, above 0.
+        The column to predict; in a survival task the time, above 0.
     task : str
         "binary", "multi-class", "count", "continuous" or "survival".
     numeric, categorical : tuple of str
-        The features. Numbers and True or False in a categorical column are texts, as
-        `category_text` makes them.
+        The features. In a categorical column numbers, True and False become texts as in
+        `category_text`.
     categories : dict of str to tuple of str
-        Of a categorical column: all that it can hold, in order. Columns may be left out.
+        By categorical column: all its possible values, in order. Columns may be left out.
     ranges : dict of str to (float, float)
-        Of a numeric column, or a target that is a number: least and greatest plausible value. One
-        outside counts as missing, and is reported.
+        By numeric column, or target that is a number: least and greatest plausible value. A value
+        outside is logged. In a feature it counts as missing; a row with such a target is rejected.
     bands : dict of str to tuple of float
-        Of a numeric column: cut points. ``{"age": (50, 65)}`` gives rows an "age-band", which is
-        "<50", "50-65" (65 is not in it) or ">=65"; it is no feature.
+        By numeric column: cut points. ``{"age": (50, 65)}`` adds an "age-band" to each row: "<50",
+        "50-65" (65 not included) or ">=65". A band is not a feature.
     classes : tuple of str
-        The target's classes, as they stand in the table; class 0 first. For a binary target "0" and
-        "1" where left out.
+        The target's classes, as written in the table; class 0 first. If left out for a binary
+        target: "0" and "1".
     event : str
-        For survival: the column that is 1 if the event happened, 0 if a row is censored.
+        In a survival task: the column that is 1 if the event happened, 0 if a row is censored.
     patient : str
-        The column that says whose row it is.
+        The column that names the patient of each row.
     indicators : bool
-        One feature more for each numeric column: 1 if the value is missing, else 0.
+        Whether each numeric column has a second feature: 1 if the value is missing, else 0.
 
     Raises
     ------
     InputError
-        If a field is not as said, a column is named twice, or the target, the event or the
-        patient is among the features.
+        If a field has another type or is out of its range, a column is named twice, or the target,
+        the event or the patient is among the features.
 
     Examples
     --------
@@ -122,7 +122,7 @@ class Schema:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The columns that a prediction rests on."""
+        """The columns that a prediction is computed from: numeric, then categorical."""
         return (*self.numeric, *self.categorical)
 
     def _put(self, name: str, value: Any) -> None:
@@ -149,8 +149,8 @@ class Schema:
         for name in _ROW_KEYS:
             require(
                 named.get(name) in (None, "patient"),
-                f"{named.get(name)} names {name!r}, which in rows means something else: rename the "
-                "column",
+                f"{named.get(name)} names {name!r}, which is a key of rows with another meaning: "
+                "rename the column",
             )
 
     def _by_column(
@@ -160,7 +160,7 @@ class Schema:
         kind = "categorical" if name == "categories" else "numeric"
         for column in given:
             near = near_names(str(column), known)
-            require(column in known, f"{name} names {column!r}{near}, which is no {kind} column")
+            require(column in known, f"{name} names {column!r}{near}, which is not a {kind} column")
         return {column: read(f"{name} of {column!r}", value) for column, value in given.items()}
 
     def _check_task(self) -> None:
@@ -185,19 +185,19 @@ class Table:
     Attributes
     ----------
     rows : list of dict
-        ``patient`` (a text, or a `LineNumber` where the table names no patients), ``split`` where
-        asked for; by their columns: numeric features (float, NaN if missing), categorical
-        features, bands and kept columns (text, None if missing), the target (number of the
-        class, count, number or time) and the event (0 or 1).
-    turned_away : int
-        How many rows could not be used and are not here.
+        Each has ``patient`` (a text, or a `LineNumber` if the table names no patients) and, if a
+        column for it was named, ``split``. By the names of their columns it has numeric features
+        (float, NaN if missing), categorical features, bands and kept columns (text, None if
+        missing), the target (number of the class, count, number or time) and the event (0 or 1).
+    rejected : int
+        How many rows could not be used and are left out.
     problems : tuple of str
-        What was found wrong, how often and how it was handled. For the hospital's own log: they
-        quote the table.
+        Each problem of the table, how often it occurs and how it was handled. Only for the
+        hospital's own log, because problems quote the table.
     """
 
     rows: list[dict[str, Any]]
-    turned_away: int = 0
+    rejected: int = 0
     problems: tuple[str, ...] = ()
 
 
@@ -214,23 +214,24 @@ def read_table(
     Parameters
     ----------
     path : str or Path
-        ``.parquet`` (needs pyarrow), or a text in UTF-8 with a heading whose cells are separated by
-        commas, semicolons or tabs; ``.gz`` is unpacked. Among semicolons a number may have a
-        decimal comma.
+        ``.parquet`` (needs pyarrow), or a text in UTF-8 with a heading; ``.gz`` is unpacked. The
+        cells of a text are separated by commas, semicolons or tabs. With semicolons, numbers may
+        have a decimal comma.
     schema : Schema
     split : str
-        The column that says train, val or test, if any.
+        The column that holds train, val or test; empty if there is none.
     missing : sequence of str
-        What stands for a missing value, besides nothing; case does not count, and "-9" is also the
-        number. A declared category or class is none, whatever it is called.
+        Texts that stand for a missing value, besides an empty cell. Case does not matter, and "-9"
+        also stands for the number. A declared category or class never counts as missing.
     keep : sequence of str
-        Further columns that rows are to have, as texts.
+        Further columns that rows have, as texts.
 
     Returns
     -------
     Table
-        A row is turned away where its target, event, patient or split is missing or is none. Of
-        features such values count as missing, as does a whole column that is not there.
+        A row is rejected if its target, event, patient or split is missing or not allowed. An
+        invalid value of a feature counts as missing, as does a column of a feature that the table
+        lacks.
 
     Raises
     ------
@@ -256,21 +257,21 @@ def table_of(
     missing: Sequence[str] = MISSING,
     keep: Sequence[str] = (),
 ) -> Table:
-    """Return the rows of a data frame that was read otherwise; its index is not looked at.
+    """Return the rows of a data frame; its index is ignored.
 
     Parameters
     ----------
     frame : pandas.DataFrame
     where : str
-        How problems and errors call it.
+        The table's name in problems and errors.
     schema, split, missing, keep
-        As in `read_table`, which also says what is returned and raised. Rows count from 1.
+        As in `read_table`, as are the return value and the errors. Rows are numbered from 1.
     """
     return _table(frame_cells(frame, where), schema, split, missing, keep)
 
 
 def band_name(column: str) -> str:
-    """Return the name of the column that holds the bands of a numeric one."""
+    """Return the key under which rows hold the band of a numeric column."""
     return f"{column}-band"
 
 
@@ -289,14 +290,14 @@ def _table(
     if split:
         columns["split"] = [text and text.lower() for text in cells.texts(split)]
         cells.need(f"split {split}", columns["split"], SPLITS)
-    if cells.away.all():
+    if cells.rejected.all():
         reasons = "; ".join(cells.problems)
         raise InputError(f"{cells.where}: none of {count} rows can be used: {reasons}")
     if "patient" not in columns:
         columns["patient"] = [LineNumber(line) for line in cells.lines]
         cells.problems.append(
             f"there is no column 'patient'{near_names('patient', cells.names)}: each row counts as "
-            f"a patient, called by the {cells.word}"
+            f"a patient, named after its {cells.word}"
         )
     for name in absent:
         near = near_names(name, cells.names)
@@ -310,8 +311,8 @@ def _table(
         columns[name] = cells.texts(name, schema.categories.get(name, ()))
     columns |= outcome
     columns |= {name: cells.texts(name) for name in keep if name not in columns}
-    lines = zip(cells.away, *columns.values(), strict=True)
-    rows = [dict(zip(columns, line, strict=True)) for away, *line in lines if not away]
+    lines = zip(cells.rejected, *columns.values(), strict=True)
+    rows = [dict(zip(columns, line, strict=True)) for rejected, *line in lines if not rejected]
     problems = tuple(f"{cells.where}: {problem}" for problem in cells.problems)
     for problem in problems:
         log.warning("%s", problem)
@@ -319,10 +320,11 @@ def _table(
 
 
 def _check_names(cells: Cells, schema: Schema, split: str, keep: Sequence[str]) -> tuple[str, ...]:
-    """Return which of the columns that are read is not there; raise where one must be."""
-    names, where = cells.names, cells.where
-    name, times = Counter(filter(None, names)).most_common(1)[0] if any(names) else ("", 0)
-    require(times < 2, f"{where} has {times} columns {name!r}: call each differently")
+    """Return the features and kept columns that the table lacks; raise if it lacks another one."""
+    names = cells.names
+    where = cells.where
+    for name, times in Counter(filter(None, names)).most_common(1):
+        require(times < 2, f"{where} has {times} columns {name!r}: rename all but one")
     listed = f"its columns are {', '.join(map(repr, names[:30]))}{', ...' * (len(names) > 30)}"
     roles = {"target": schema.target, "event": schema.event, "split": split}
     if schema.patient != "patient":
@@ -333,17 +335,24 @@ def _check_names(cells: Cells, schema: Schema, split: str, keep: Sequence[str]) 
             f"{where} has no column {name!r}{near_names(name, names)}, the {role}; {listed}",
         )
     for name in keep:
-        require(name not in _ROW_KEYS, f"keep names {name!r}, which in rows has its own meaning")
+        require(
+            name not in _ROW_KEYS,
+            f"keep names {name!r}, which is a key of rows with another meaning: rename the column",
+        )
     absent = [name for name in (*schema.features, *keep) if name not in names]
     if {*schema.features} <= {*absent}:
-        reported = ", ".join(f"{name!r}{near_names(name, names)}" for name in schema.features)
-        raise InputError(f"{where} has none of the features {reported}; {listed}")
+        features = ", ".join(f"{name!r}{near_names(name, names)}" for name in schema.features)
+        raise InputError(f"{where} has none of the features {features}; {listed}")
     return tuple(absent)
 
 
 def _outcome(cells: Cells, schema: Schema) -> dict[str, list[int] | list[float]]:
-    """Return target and event; rows without are turned away, and hold anything here."""
-    name, classes = schema.target, schema.classes
+    """Return the columns of target and event, and reject the rows that lack one.
+
+    The value of a row that is rejected is arbitrary.
+    """
+    name = schema.target
+    classes = schema.classes
     label = f"target {name}"
     if classes:
         texts = cells.texts(name, classes)
@@ -351,15 +360,15 @@ def _outcome(cells: Cells, schema: Schema) -> dict[str, list[int] | list[float]]
         number = {text: index for index, text in enumerate(classes)}
         return {name: [number.get(text or "", 0) for text in texts]}
     values = cells.numbers(name, schema.ranges.get(name), label)
-    cells.tell(label, "is missing", np.isnan(values))
-    raw = cells.of(name)
+    cells.note(label, "is missing", np.isnan(values))
+    raw = cells.raw(name)
     if schema.task == "count":
         whole = (values >= 0) & (values == np.floor(values)) & (values <= 2**53)
-        cells.tell(label, "is no count (0, 1, 2, ...)", ~whole, raw)
+        cells.note(label, "is not a count (0, 1, 2, ...)", ~whole, raw)
         return {name: np.where(whole, values, 0).astype(np.int64).tolist()}
     if schema.task == "continuous":
         return {name: values.tolist()}
-    cells.tell(label, "is not above 0", ~(values > 0), raw)
+    cells.note(label, "is not above 0", ~(values > 0), raw)
     events = cells.texts(schema.event)
     cells.need(f"event {schema.event}", events, ("0", "1"))
     return {name: values.tolist(), schema.event: [int(text == "1") for text in events]}
@@ -369,7 +378,7 @@ def _bands(values: NDArray[np.float64], cuts: Sequence[float]) -> list[str | Non
     points = [plain(cut) for cut in cuts]
     labels: list[str | None] = [f"<{points[0]}", *map("-".join, pairwise(points))]
     labels += [f">={points[-1]}", None]
-    # A missing value sorts after all others, hence beyond the last cut.
+    # A missing value has the last label, None.
     indices = np.where(np.isnan(values), len(cuts) + 1, np.searchsorted(cuts, values, "right"))
     return [labels[index] for index in indices]
 
@@ -389,21 +398,22 @@ def _distinct(what: str, values: Any) -> tuple[str, ...]:
     several = isinstance(values, Iterable) and not isinstance(values, str)
     require(several, f"{what} must be a tuple of texts, got {values!r}")
     texts = tuple(map(category_text, values))
-    found = tuple(text for text in texts if text)
+    filled = tuple(text for text in texts if text)
     require(
-        0 < len(found) == len(texts) == len({*found}),
+        0 < len(filled) == len(texts) == len({*filled}),
         f"{what} must be one or more different texts, none of them empty, got {tuple(values)!r}",
     )
-    return found
+    return filled
 
 
 def _ascending(what: str, values: Any) -> tuple[float, ...]:
     numbers = tuple(values) if isinstance(values, Iterable) else ()
     real = bool(numbers) and all(isinstance(value, Real) for value in numbers)
     floats = tuple(map(float, numbers)) if real else ()
-    fine = all(abs(value) <= LARGEST for value in floats)
-    fine = fine and all(low < high for low, high in pairwise(floats))
-    require(real and fine, f"{what} must be finite numbers in ascending order, got {values!r}")
+    finite = all(abs(value) <= LARGEST for value in floats)
+    ascending = all(low < high for low, high in pairwise(floats))
+    fulfilled = real and finite and ascending
+    require(fulfilled, f"{what} must be finite numbers in ascending order, got {values!r}")
     return floats
 
 

@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 GENERATED = "generated data, not patients"
 SPLITS = ("train", "val", "test")
 
-# A whole number, however a spreadsheet, a data frame or a person has written it.
+# A whole number as spreadsheets, data frames and people write it.
 _WHOLE = re.compile(r"(-?)0*([0-9]+)(\.0*)?")
 
 _simulating: ContextVar[bool] = ContextVar("simulating", default=False)
@@ -33,7 +33,7 @@ _simulating: ContextVar[bool] = ContextVar("simulating", default=False)
 
 @contextmanager
 def simulation() -> Iterator[None]:
-    """Mark that all sites live in this process, so that nothing secret can leave one."""
+    """Mark that all sites live in this process, so that nothing can leave a hospital."""
     token = _simulating.set(True)
     try:
         yield
@@ -55,15 +55,15 @@ class Site:
     Attributes
     ----------
     name : str
-        Unique among the sites of a run; used in every table and report.
+        Unique among the sites of a run; at most 80 printable letters without ": ".
     index : int
         From 0 to ``num_sites - 1``.
     num_sites : int
-        How many sites a shared dataset is split among; 1 if the site has data of its own.
+        Number of sites that share the dataset; 1 if the site has data of its own.
     data_dir : Path or None
         The hospital's own folder, or None in a simulation on a shared dataset.
     simulated : bool
-        True if all sites live on one machine, so that nothing secret can leave it.
+        True if all sites live on one machine, so that nothing can leave a hospital.
     """
 
     name: str
@@ -89,14 +89,15 @@ class Site:
     def from_context(cls, context: Context) -> Site:
         """Read the site from a Flower context.
 
-        Flower's simulation gives ``partition-id`` and ``num-partitions``. A SuperNode gives what
-        its ``--node-config`` says: ``site-name``, ``data-dir`` and, where a shared dataset is
-        split, ``partition-id`` and ``num-partitions``.
+        Flower's simulation gives ``partition-id`` and ``num-partitions``. A SuperNode gives its
+        ``--node-config``: ``site-name``, ``data-dir`` and, if the sites share a dataset,
+        ``partition-id`` and ``num-partitions``.
 
         Raises
         ------
         InputError
-            If neither ``site-name`` nor ``partition-id`` is given, or ``data-dir`` is no folder.
+            If the site has no name or not a valid one, ``data-dir`` is not a folder, or
+            ``partition-id`` is not an integer from 0 to ``num-partitions`` - 1.
         """
         config = context.node_config
         try:
@@ -104,8 +105,8 @@ class Site:
             num_sites = int(config.get("num-partitions", 1))
         except ValueError as error:
             raise InputError(f"partition-id and num-partitions must be integers: {error}") from None
-        own = {"site-name", "data-dir"} & config.keys()
-        simulated = "partition-id" in config and not own and in_simulation()
+        is_real = bool({"site-name", "data-dir"} & config.keys())
+        simulated = "partition-id" in config and not is_real and in_simulation()
         name = str(config.get("site-name", f"hospital-{index + 1}" if simulated else "")).strip()
         if not name:
             raise InputError("this SuperNode has no name: give --node-config 'site-name=\"...\"'")
@@ -125,14 +126,14 @@ class SiteData:
         One dict a row: ``image`` (an array, or a path that MONAI reads), ``label`` and
         ``patient``. No patient may be in two splits.
     source : str
-        If the rows come from, for log, summary and report.
+        Where the rows come from, for log, summary and report.
     generated : bool
         True if no real patient stands behind the rows.
     class_names : tuple of str
-        Names of the classes 1, 2, ... in masks, where the data name them; a client that calls them
-        otherwise refuses the data.
-    turned_away : int
-        How many rows could not be used and are not here.
+        Names of the classes 1, 2, ... in masks, if the data name them. A client with other names
+        refuses the data.
+    rejected : int
+        How many rows could not be used and are left out.
     """
 
     train: Sequence[Row]
@@ -141,44 +142,47 @@ class SiteData:
     source: str = "not named"
     generated: bool = False
     class_names: tuple[str, ...] = ()
-    turned_away: int = 0
+    rejected: int = 0
 
 
 def min_cell_count(context: Context, site: Site) -> int:
-    """Return the fewest patients of whom a hospital tells a number, unless there is none.
+    """Return the minimum count: the fewest patients behind a number that leaves the hospital.
 
-    That is ``min-cell-count`` of its node config, 10 where it says nothing. The run config can
-    raise it; in a simulation, where nothing leaves, also lower it.
+    It is ``min-cell-count`` of the node config, 10 if that is not given. The run config can raise
+    it; in a simulation, in which nothing leaves a hospital, it can also lower it. A count of 0
+    patients may leave.
 
     Raises
     ------
     InputError
-        If it is no whole number, or below 1.
+        If it is not a whole number, or below 1.
     """
     key = "min-cell-count"
     asked = with_type_of(FEWEST, context.run_config.get(key, FEWEST), key)
-    own = NodeSettings.from_run_config(context.node_config).min_cell_count
-    simulated = site.simulated and key not in context.node_config
-    count = asked if simulated else max(asked if key in context.run_config else own, own)
+    count = NodeSettings.from_run_config(context.node_config).min_cell_count
+    if site.simulated and key not in context.node_config:
+        count = asked
+    elif key in context.run_config:
+        count = max(asked, count)
     if count < 1:
         raise InputError(f"{key} must be at least 1, got {count}")
     return int(count)
 
 
 def fewest_patients(context: Context, site: Site, purpose: str) -> int:
-    """Return the fewest patients behind an update (``train``) or figures (``evaluated``).
+    """Return the fewest patients behind an update (``train``) or metrics (``evaluated``).
 
-    At a real hospital that is ``min-train-patients`` or ``min-evaluated-patients`` of its node
-    config, 10 where it says nothing; in a simulation 1, unless it says otherwise.
+    It is ``min-train-patients`` or ``min-evaluated-patients`` of the node config. If that is not
+    given, it is 10 at a real hospital and 1 in a simulation.
     """
     if site.simulated and f"min-{purpose}-patients" not in context.node_config:
         return 1
-    own = NodeSettings.from_run_config(context.node_config)
-    return own.min_train_patients if purpose == "train" else own.min_evaluated_patients
+    settings = NodeSettings.from_run_config(context.node_config)
+    return settings.min_train_patients if purpose == "train" else settings.min_evaluated_patients
 
 
 def require_patients(data: SiteData) -> None:
-    """Raise `InputError` where a row has no patient, or a patient is in two splits."""
+    """Raise `InputError` if a row has no patient, or a patient is in two splits."""
     seen: dict[str, str] = {}
     for split in SPLITS:
         for number, row in enumerate(getattr(data, split)):
@@ -195,52 +199,52 @@ def require_patients(data: SiteData) -> None:
 def with_patients(data: SiteData) -> SiteData:
     """Return the data without the rows for which `require_patients` would raise.
 
-    Whether one patient's rows are kept depends on that patient alone: of two splits it is the
-    first. The log says how many rows go.
+    A patient in two splits stays in the first of them, so whether a patient's rows stay depends on
+    that patient alone. The log gives the number of rows left out.
     """
     seen: dict[str, str] = {}
-    kept: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for split in SPLITS:
         rows = getattr(data, split)
         for row in rows:
             try:
                 patient = patient_text(row["patient"])
-            except Exception:  # Whatever a row can be: it goes, and the others stay.
+            except Exception:  # A row can raise anything; only that row is left out.
                 continue
             if seen.setdefault(patient, split) == split:
-                kept[split].append(row)
-        if away := len(rows) - len(kept[split]):
+                parts[split].append(row)
+        if left_out := len(rows) - len(parts[split]):
             log.warning(
-                "%d rows of the %s split are left out: they name no patient, or one of another "
-                "split",
-                away,
+                "%d rows of the %s split are left out: they name no patient, or one who is in "
+                "another split",
+                left_out,
                 split,
             )
-    return replace(data, train=kept["train"], val=kept["val"], test=kept["test"])
+    return replace(data, train=parts["train"], val=parts["val"], test=parts["test"])
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:
-    """Return the first names with commas between them, and dots where there are more."""
+    """Return the first names, separated by commas; if there are more, dots follow."""
     return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
 class LineNumber(int):
-    """The line of a table that names no patients, in the place of the patient.
+    """The number of a line, used as patient if a table names no patients.
 
-    Sorted otherwise, the table has other people on its lines: what a patient has cost cannot be
-    kept under such a name.
+    It names another person once the table is sorted differently. So a ledger cannot record under
+    it what a patient has cost.
     """
 
 
 def patient_text(patient: Any) -> str:
-    """Return one text for a patient, however tables and programs have written the number.
+    """Return one text for a patient, whichever way the number is written.
 
-    1, 1.0, "1", " 1", "1.0" and "001" are one patient; in each process the same.
+    1, 1.0, "1", " 1", "1.0" and "001" are one patient. The text is the same in every process.
 
     Raises
     ------
     InputError
-        If a patient is neither a text nor a finite number nor a tuple of those.
+        If the patient is not a text, bytes, a finite number or a tuple of these.
     """
     if isinstance(patient, tuple):
         return f"({', '.join(map(patient_text, patient))})"

@@ -1,4 +1,4 @@
-"""Public datasets: a folder that the user names, else a download whose checksum is enforced.
+"""Public datasets: a copy in a folder that the user names, or a download with a checked checksum.
 
 MedMNIST v2: J. Yang et al., "MedMNIST v2 - A large-scale lightweight benchmark for 2D and 3D
 biomedical image classification", Scientific Data 10:41, 2023, https://medmnist.com, CC BY 4.0.
@@ -46,7 +46,7 @@ class HeartTable:
     """One hospital of the UCI Heart Disease data, one row a patient; the arrays are read-only.
 
     ``features`` is (n, 13) float64 in the order of `HEART_FEATURES`, NaN if the file has "?".
-    ``target`` is (n,) int64: 1 if a heart disease was found (num > 0), else 0.
+    ``target`` is (n,) int64: 1 if the patient has a heart disease (num > 0), else 0.
     """
 
     hospital: str
@@ -97,14 +97,14 @@ def load_dataset(
     Parameters
     ----------
     name, path, timeout
-        As in `load_medmnist`; "phantoms" take no path and no time-out.
+        As in `load_medmnist`; "phantoms" need no time-out, and a path must not be given.
     sizes, seed
-        How many "phantoms" train, val and test hold, and their seed, as in `chest_xrays`.
+        The numbers of "phantoms" in train, val and test, and their seed, as in `chest_xrays`.
 
     Raises
     ------
     InputError
-        As `load_medmnist` and `chest_xrays` do, and where "phantoms" are given a path.
+        As in `load_medmnist` and `chest_xrays`; if a path is given with "phantoms".
     """
     if path is None:
         _check_name(name, DATASETS)
@@ -119,16 +119,16 @@ def load_dataset(
 def load_medmnist(name: str, path: str | Path | None = None, timeout: float = 10) -> ImageSplits:
     """Load a MedMNIST dataset, or a file in its layout.
 
-    The folder that the environment variable ``FEDMED_DATA`` names is looked in first, for
-    ``medmnist/<name>.npz`` and ``<name>.npz``; such a copy is used as it is. Otherwise the file is
-    downloaded once into the folder ``FEDMED_CACHE`` (default: the user's cache folder).
+    A local copy is used first, without a check of its checksum: ``medmnist/<name>.npz`` or
+    ``<name>.npz`` in the folder that the environment variable ``FEDMED_DATA`` names. Otherwise the
+    file is downloaded once into the folder ``FEDMED_CACHE`` (default: the user's cache folder).
 
     Parameters
     ----------
     name : str
-        "pneumoniamnist" or "breastmnist"; with `path`, any name for `ImageSplits.source`.
+        "pneumoniamnist" or "breastmnist"; with `path`, any name, which `ImageSplits.source` shows.
     path : str or Path, optional
-        An npz file with the arrays ``{train,val,test}_{images,labels}``, used as it is.
+        An npz file with the arrays ``{train,val,test}_{images,labels}``.
     timeout : float
         Seconds to wait for the first data and then for more, greater than 0.
 
@@ -141,8 +141,8 @@ def load_medmnist(name: str, path: str | Path | None = None, timeout: float = 10
         If the publisher cannot be reached.
     """
     if path is not None:
-        own = Path(path).expanduser()
-        return _read_medmnist(local_copy(own, f"{name} ({own.name})", AS_IT_IS))
+        file = Path(path).expanduser()
+        return _read_medmnist(local_copy(file, f"{name} ({file.name})", AS_IT_IS))
     _check_name(name, MEDMNIST)
     return _read_medmnist(obtain(MEDMNIST[name], timeout, ', or choose dataset="phantoms"'))
 
@@ -150,8 +150,8 @@ def load_medmnist(name: str, path: str | Path | None = None, timeout: float = 10
 def load_heart_disease(timeout: float = 10) -> dict[str, HeartTable]:
     """Load the UCI Heart Disease data by hospital: cleveland, hungarian, switzerland and va.
 
-    They have 303, 294, 123 and 200 patients. Looked for as in `load_medmnist`, in the folder
-    ``heart-disease`` of ``FEDMED_DATA``. Parameters and errors are those of `load_medmnist`.
+    They have 303, 294, 123 and 200 patients. Local copies are looked for in ``FEDMED_DATA`` and its
+    folder ``heart-disease``; parameters and errors are those of `load_medmnist`.
     """
     return {name: _read_heart(obtain(file, timeout), name) for name, file in HEART.items()}
 
@@ -168,24 +168,26 @@ def _read_medmnist(copy: Copy) -> ImageSplits:
     wanted = {f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")}
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as npz:
-            there = set(npz.files)
-            size = sum(_array_bytes(npz.zip, name) for name in wanted & there)
+            names = set(npz.files)
+            size = sum(_array_bytes(npz.zip, name) for name in wanted & names)
             require_within(f"{copy.path} says that it holds", size, "a data set")
-            arrays = {name: npz[name] for name in wanted & there}
-            generated = "generated" in there
+            arrays = {name: npz[name] for name in wanted & names}
+            generated = "generated" in names
     except InputError:
         raise
-    except Exception as error:  # a broken file makes the decoders fail in a dozen ways
+    except Exception as error:  # A broken file makes the decoders fail in a dozen ways.
         raise InputError(
-            f"{copy.path}: not a whole npz file without pickled objects "
+            f"{copy.path}: not a complete npz file without pickled objects "
             f"({type(error).__name__}); copy or download it again"
         ) from error
-    missing, found = ", ".join(sorted(wanted - there)), ", ".join(sorted(there)) or "nothing"
-    require(not missing, f"{copy.path}: lacks {missing}; it holds {found}")
+    missing = ", ".join(sorted(wanted - names))
+    listed = ", ".join(sorted(names)) or "nothing"
+    require(not missing, f"{copy.path}: lacks {missing}; it holds {listed}")
     images = {split: arrays[f"{split}_images"] for split in SPLITS}
     labels = {split: _labels(arrays[f"{split}_labels"], copy.path, split) for split in SPLITS}
     for split, array in images.items():
-        name, layout = f"{copy.path}: {split}_images", images["train"]
+        name = f"{copy.path}: {split}_images"
+        layout = images["train"]
         require(
             array.ndim in (3, 4) and 0 not in array.shape[1:],
             f"{name} must have shape (n, H, W) or (n, H, W, C), got {array.shape}",
@@ -205,7 +207,7 @@ def _read_medmnist(copy: Copy) -> ImageSplits:
 
 
 def _array_bytes(archive: Any, name: str) -> int:
-    """Return how many bytes an array in a zip says that it has, without unpacking it."""
+    """Return how many bytes of values the header of an array in a zip file states."""
     with archive.open(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name) as file:
         return array_bytes(file)
 
@@ -240,6 +242,7 @@ def _read_heart(copy: Copy, hospital: str) -> HeartTable:
         rows.append(row)
     require(bool(rows), f"{copy.path}: holds no rows")
     table = np.array(rows)
-    features, target = table[:, :-1].copy(), (table[:, -1] > 0).astype(np.int64)
+    features = table[:, :-1].copy()
+    target = (table[:, -1] > 0).astype(np.int64)
     features.flags.writeable = target.flags.writeable = False
     return HeartTable(hospital, features, target, source)

@@ -1,8 +1,8 @@
-"""Which of a hospital's patients are for training, for validation and for the test.
+"""Division of a hospital's patients into those for training, for validation and for the test.
 
-A patient's split follows from a keyed hash of that patient alone: one who joins or leaves moves
-nobody else. At a real hospital the key is the hospital's own and never changes, so no server can
-have the patients of one run's training measured in another run's test.
+A patient's split follows from a keyed hash of that patient alone, so the others keep their splits
+when a patient joins or leaves. A real hospital has a secret key that never changes, so no server
+can have the patients of one run's training measured in another run's test.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 from fedmed_flower.data.site import SPLITS, Row, patient_text
 from fedmed_flower.errors import InputError
 
-# Gives the key of the hospital whose rows are being loaded.
+# Returns the key of the hospital whose rows are being loaded.
 _hospital_key: ContextVar[Callable[[], bytes] | None] = ContextVar("hospital_key", default=None)
 
 
 @contextmanager
 def splitting_by(key: Callable[[], bytes]) -> Iterator[None]:
-    """Let `split_patients` go by a hospital's key in place of a seed.
+    """Let `split_patients` use a hospital's key instead of a seed.
 
     Parameters
     ----------
     key : callable
-        Returns the key, 1 to 64 bytes; called only where patients are split.
+        Returns the key, 1 to 64 bytes; called only if patients are split by it.
     """
     token = _hospital_key.set(key)
     try:
@@ -46,13 +46,13 @@ def split_patients(
     Parameters
     ----------
     rows : sequence of dict
-        With ``patient``. Rows that carry a ``split`` keep it; if none does, each patient is put
-        into a split by a hash of the patient under a key, so that the shares hold on average.
+        Each has ``patient``. Rows that have a ``split`` keep it. If no row has one, a keyed hash of
+        the patient gives the split, so that the shares hold on average.
     seed : int
-        0 or greater: the key, in a simulation and in a script. Where a client loads the data of a
-        real hospital, the hospital's own key counts instead, and the seed does nothing.
+        0 or greater; gives the key in simulations and scripts. If a client loads the data of a real
+        hospital, the hospital's own key is used and the seed has no effect.
     shares : sequence of float
-        Of train, val and test: 0 or greater with sum 1, train above 0.
+        The shares of train, val and test: 0 or greater with sum 1, train above 0.
 
     Returns
     -------
@@ -62,13 +62,13 @@ def split_patients(
     Raises
     ------
     InputError
-        If an argument is out of its range, only some rows carry a split, a patient is in two
-        splits or no row is in train.
+        If an argument is out of its range, a row has no patient, only some rows have a split, a
+        patient is in two splits or no row is in train.
 
     Examples
     --------
     >>> rows = [{"patient": number} for number in range(100)]
-    >>> {split: len(found) for split, found in split_patients(rows, seed=1).items()}
+    >>> {split: len(part) for split, part in split_patients(rows, seed=1).items()}
     {'train': 69, 'val': 10, 'test': 21}
     """
     if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
@@ -87,8 +87,8 @@ def split_patients(
     given = sum("split" in row for row in rows)
     if given not in (0, len(rows)):
         raise InputError(
-            f"{given} of {len(rows)} rows carry a split: give one to all of them, or to none and "
-            "whole patients are drawn"
+            f"{given} of {len(rows)} rows have a split: give one to all of them, or to none, and "
+            "each patient is put into one"
         )
     split_of = _as_given(rows, patients) if given else _by_hash(patients, int(seed), sizes)
     parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
@@ -120,6 +120,6 @@ def _by_hash(patients: Sequence[str], seed: int, shares: NDArray[np.float64]) ->
     split_of = {}
     for patient in dict.fromkeys(patients):
         digest = hashlib.blake2b(patient.encode(), key=key, digest_size=8).digest()
-        index = int.from_bytes(digest, "big") / 2**64
-        split_of[patient] = SPLITS[int(np.searchsorted(ends, index, side="right"))]
+        fraction = int.from_bytes(digest, "big") / 2**64
+        split_of[patient] = SPLITS[int(np.searchsorted(ends, fraction, side="right"))]
     return split_of

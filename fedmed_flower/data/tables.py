@@ -17,69 +17,74 @@ from fedmed_flower.errors import InputError, shown
 
 log = logging.getLogger("flwr.fedmed")
 
-# Where a line stands, and its cells by column.
+# The name of a line in errors, and its cells by column.
 Line = tuple[str, Mapping[str, Any]]
-# What is wrong with a link that leads to files of others.
-LINK_OUT = "is a link out of the folder: put what it leads to into the folder itself"
+# The end of the error for a link that leads to files outside of the hospital's folder.
+LINK_OUT = "is a link out of the folder: copy its target into the folder"
 _MISSING = {"", "nan", "none", "nat", "<na>"}
-# Spreadsheets and data frames write classes as 1.0 where a column has gaps.
+# Spreadsheets and data frames write classes as 1.0 if a column has gaps.
 _WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
 
 
 class _UnusableError(Exception):
-    """Why one line cannot be used."""
+    """One line of a table cannot be used."""
 
 
 def read_dataset(file: Path, problems: list[str]) -> tuple[list[Line], tuple[str, ...]]:
     """Return the training entries of a dataset.json and the names of the classes 1, 2, ...
 
-    An entry without a patient is given the name of its first file.
+    An entry without a patient is named after its first file. An entry that cannot be used is added
+    to ``problems``.
 
     Raises
     ------
     InputError
-        If the file is no JSON, has no list "training", or is a link out of its folder.
+        If the file is not JSON, has no list "training", or is a link out of its folder.
     """
     try:
         content = json.loads(_text(file))
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is no JSON: {error}") from None
+        raise InputError(f"{file} is not JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("training"), list):
         raise InputError(f'{file} must hold a list "training" of entries with image and label')
     lines: list[Line] = []
-    nameless = sum(isinstance(e, dict) and "patient" not in e for e in content["training"])
+    entries = content["training"]
+    nameless = sum(isinstance(entry, dict) and "patient" not in entry for entry in entries)
     if nameless:
         log.warning(
-            "%s: %d entries name no patient and count as one each: where a patient has several "
-            "images, give each entry a patient, or they come apart in splits and in privacy",
+            "%s: %d entries name no patient and count as one patient each. If a patient has "
+            "several images, name the patient in each entry: otherwise they may fall into "
+            "different splits, and privacy protects each image instead of the patient",
             file,
             nameless,
         )
-    for number, entry in enumerate(content["training"], start=1):
+    for number, entry in enumerate(entries, start=1):
         where = f"{file.name}, training entry {number}"
         if isinstance(entry, dict):
             lines.append((where, {"patient": _stem(entry.get("image")), **entry}))
         else:
-            problems.append(f"{where}: it must be a table with image and label")
+            problems.append(f"{where}: it must be an object with image and label")
     return lines, _class_names(content.get("labels") or {}, file, problems)
 
 
 def read_csv(file: Path, columns: Sequence[str], problems: list[str]) -> Iterator[Line]:
-    """Return the lines of a CSV file that are not blank, without their empty cells.
+    """Yield the lines of a CSV file that are not blank, without their empty cells.
+
+    A line with another number of cells than the heading is added to ``problems``.
 
     Raises
     ------
     InputError
-        If the file is no CSV in UTF-8, lacks one of the columns, or is a link out of its folder.
+        If the file is not CSV in UTF-8, lacks one of the columns, or is a link out of its folder.
     """
     try:
         text = _text(file)
     except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not in UTF-8 ({error.reason}): save it as such") from None
+        raise InputError(f"{file} is not in UTF-8 ({error.reason}): save it in UTF-8") from None
     heading = next((line for line in text.splitlines() if line.strip(" ,;\t")), "")
-    # Where a comma is the decimal mark, spreadsheets separate columns by semicolons.
+    # If a comma is the decimal mark, spreadsheets separate columns by semicolons.
     separator = max(",;\t", key=heading.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     names: list[str] = []
@@ -108,8 +113,8 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Return a row for each line: ``image``, ``patient`` and, if given, ``label`` and ``split``.
 
-    What cannot be used is added to ``problems``, as what lies outside of the folder, or leads there
-    by a link.
+    A line that cannot be used is added to ``problems``, such as one whose files lie outside of the
+    folder or are links out of it.
     """
     root = real_path(folder)
     rows: list[dict[str, Any]] = []
@@ -133,15 +138,16 @@ def _class_names(labels: Any, file: Path, problems: list[str]) -> tuple[str, ...
     if isinstance(labels, dict):
         numbers = {str(number): number for number in range(len(labels) + 1)}
         for key, value in labels.items():
-            # {"1": "liver"} as the Decathlon has it, or {"liver": 1}.
+            # {"1": "liver"} as in the Decathlon, or {"liver": 1}.
             number, name = (key, value) if isinstance(value, str) else (value, key)
             if str(number) in numbers:
                 names[numbers[str(number)]] = str(name)
-    found = sorted({0, *names})
-    if not isinstance(labels, dict) or len(names) < len(labels) or found != list(range(len(found))):
+    classes = sorted({0, *names})
+    complete = isinstance(labels, dict) and len(names) >= len(labels)
+    if not complete or classes != list(range(len(classes))):
         problems.append(f'{file.name}: "labels" must number the classes 0, 1, 2, ... once each')
         return ()
-    return tuple(names[number] for number in found if number > 0)
+    return tuple(names[number] for number in classes if number > 0)
 
 
 def _row(
@@ -150,7 +156,8 @@ def _row(
     for name in needed:
         if line.get(name) in (None, "", []):
             raise _UnusableError(f"it has no {name}")
-    image, patient = line["image"], line["patient"]
+    image = line["image"]
+    patient = line["patient"]
     if not isinstance(patient, str | int):
         raise _UnusableError(f"a patient must be a text, got {quoted(patient)}")
     several = isinstance(image, list)
@@ -162,7 +169,7 @@ def _row(
         row["split"] = str(line["split"]).strip().lower()
         if row["split"] not in SPLITS:
             raise _UnusableError(
-                f"its split {quoted(line['split'])} is none of {', '.join(SPLITS)}"
+                f"its split {quoted(line['split'])} is not one of {', '.join(SPLITS)}"
             )
     return row
 
@@ -176,27 +183,28 @@ def _label(label: Any, folder: Path, root: Path) -> int | str:
 
 
 def _path(text: Any, folder: Path, root: Path) -> str:
-    """Return the path of what lies in the folder, whose real path is ``root``."""
+    """Return the path of an existing file or folder in ``folder``, whose real path is ``root``."""
     if not isinstance(text, str):
-        raise _UnusableError(f"{quoted(text)} is no path")
+        raise _UnusableError(f"{quoted(text)} is not a path")
     # Tables written on Windows name folders with backslashes.
     path = PurePosixPath(text.strip().replace("\\", "/"))
     name = shown(text.strip()[:200])
     if path.is_absolute() or PureWindowsPath(path).drive or ".." in path.parts:
         raise _UnusableError(f"{name} leaves the folder: paths must be relative to it")
-    index = folder / path
+    full = folder / path
     try:
-        there, is_folder = index.exists(), index.is_dir()
+        exists = full.exists()
+        is_folder = full.is_dir()
     except OSError:  # Such as a name that is too long.
-        there = is_folder = False
-    if not there:
+        exists = is_folder = False
+    if not exists:
         raise _UnusableError(f"{name} is not there")
-    if leads_out(index, root):
+    if leads_out(full, root):
         raise _UnusableError(f"{name} {LINK_OUT}")
-    # The slices of a series.
-    if is_folder and (links := links_out(index, root)):
+    # A folder holds the slices of a series.
+    if is_folder and (links := links_out(full, root)):
         raise _UnusableError(f"{name}/{links[0].name} {LINK_OUT}")
-    return str(index)
+    return str(full)
 
 
 def _text(file: Path) -> str:
@@ -206,7 +214,7 @@ def _text(file: Path) -> str:
 
 
 def _stem(image: Any) -> str | None:
-    """Return the name of an image's first file without .nii.gz or the like."""
+    """Return the name of an image's first file without its suffix, such as .nii.gz; else None."""
     first = image[0] if isinstance(image, list) and image else image
     if not isinstance(first, str):
         return None

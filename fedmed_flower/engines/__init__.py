@@ -1,4 +1,4 @@
-"""Where a run happens: in one process, on Flower's engine, on a GPU."""
+"""Engines that execute a run: in one process, or on Flower's simulation engine."""
 
 from typing import TYPE_CHECKING
 

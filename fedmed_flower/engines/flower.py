@@ -1,4 +1,4 @@
-"""`flwr run` on Flower's simulation engine, with a SuperLink of its own and an honest outcome."""
+"""`flwr run` on Flower's simulation engine, with its own SuperLink and a checked outcome."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -28,7 +28,7 @@ from fedmed_flower.errors import InputError, shown
 log = logging.getLogger("flwr.fedmed")
 
 _LINK = "fedmed"
-# How Flower colours its lines.
+# Colour codes in Flower's lines.
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _STARTED = re.compile(r"Successfully started run (\d+)")
 _ENVIRONMENT = {
@@ -49,7 +49,7 @@ def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -
     """Run an app on Flower's simulation engine and follow its log.
 
     A SuperLink is started for this run alone, in the current environment and folder, and stopped
-    afterwards; the user's own Flower configuration is not touched.
+    afterwards. The user's Flower configuration is not changed.
 
     Parameters
     ----------
@@ -58,9 +58,9 @@ def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -
     config : dict
         The whole run config.
     num_sites : int
-        Simulated SuperNodes.
+        Number of simulated SuperNodes.
     output : text file
-        Gets the log.
+        The log is written to it.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -
         raise InputError(
             'the Flower engine needs Ray: pip install "fedmed-flower[simulation]"'
         ) from error
-    with _superlink() as (environment, log):
+    with _superlink() as (environment, link_log):
         command = [
             _program("flwr"),
             "run",
@@ -88,7 +88,6 @@ def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -
         settings = Path(environment["FLWR_HOME"]) / "run-config.toml"
         settings.write_text(tomli_w.dumps(dict(config)), encoding="utf-8")
         command += ["--run-config", str(settings)]
-        run_id = ""
         with subprocess.Popen(
             command,
             env=environment,
@@ -98,29 +97,37 @@ def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -
             errors="replace",
         ) as process:
             try:
-                for line in process.stdout or ():
-                    output.write(f"{shown(_COLOUR.sub('', line.rstrip()))}\n")
-                    output.flush()
-                    if found := _STARTED.search(line):
-                        run_id = found[1]
+                run_id = _follow(process.stdout or (), output)
             except BaseException:
-                # Leaving the block waits for the process, which would follow the run to its end.
+                # Otherwise leaving the block would wait until the run has ended.
                 process.kill()
                 raise
         if not run_id:
             raise EngineError(f"flwr run did not start the app (exit code {process.returncode})")
         status, details = _outcome(run_id, environment)
         if status != "finished:completed":
-            text = f"Flower reports {status}" + (f" ({details})" if details else "")
-            raise EngineError(f"{text}; {_last_line(log)}" if not details else text)
+            reason = f" ({details})" if details else f"; {_last_line(link_log)}"
+            raise EngineError(f"Flower reports {status}{reason}")
+
+
+def _follow(lines: Iterable[str], output: IO[str]) -> str:
+    """Copy the lines of ``flwr run``; return the id of the run, or an empty text if none began."""
+    run_id = ""
+    for line in lines:
+        output.write(f"{shown(_COLOUR.sub('', line.rstrip()))}\n")
+        output.flush()
+        if match := _STARTED.search(line):
+            run_id = match[1]
+    return run_id
 
 
 def _federation_config(app: Path, config: UserConfig, num_sites: int) -> str:
-    """Return the engine's resources: one core a worker, and as much of a GPU as one site takes."""
+    """Return the engine's resources: per worker one core, and the share of a GPU a site needs."""
     import torch
 
     workers = max(1, min(num_sites, os.cpu_count() or 1))
-    gpus, share = torch.cuda.device_count(), 0.0
+    gpus = torch.cuda.device_count()
+    share = 0.0
     if gpus and config.get("device") != "cpu":
         total = min(torch.cuda.get_device_properties(d).total_memory for d in range(gpus))
         share = gpu_share(measure_site(app, config, num_sites), total, gpus, workers)
@@ -171,16 +178,17 @@ def _await(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that descend from it: first asked, then killed.
+    """End a process and its descendants, by SIGTERM and, after five seconds, by SIGKILL.
 
-    Flower's simulation is a session of its own: a signal to the SuperLink's group alone would leave
-    it training and writing.
+    Flower's simulation runs in another session: after a signal to the SuperLink's group alone it
+    would go on to train and write.
     """
-    table = _parents()
-    family, new = set[int](), {process.pid}
+    parents = _parents()
+    family = set[int]()
+    new = {process.pid}
     while new:
         family |= new
-        new = {pid for pid, parent in table.items() if parent in new} - family
+        new = {pid for pid, parent in parents.items() if parent in new} - family
     for request in (signal.SIGTERM, signal.SIGKILL):
         for pid in family:
             with suppress(ProcessLookupError):
@@ -207,7 +215,8 @@ def _outcome(run_id: str, environment: Mapping[str, str]) -> tuple[str, str]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         try:
             run = json.loads(done.stdout)["runs"][0]
-            status, details = str(run["status"]), str(run.get("status-details") or "")
+            status = str(run["status"])
+            details = str(run.get("status-details") or "")
         except (ValueError, KeyError, IndexError) as error:
             raise EngineError(f"flwr ls gave no status of run {run_id}: {done.stderr}") from error
         if status.startswith("finished") or time.monotonic() > deadline:
@@ -217,10 +226,10 @@ def _outcome(run_id: str, environment: Mapping[str, str]) -> tuple[str, str]:
 
 def _program(name: str) -> str:
     beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if not found:
+    path = str(beside) if beside.exists() else shutil.which(name)
+    if not path:
         raise InputError(f"the program {name} is not installed: pip install flwr")
-    return found
+    return path
 
 
 def _last_line(log: Path) -> str:

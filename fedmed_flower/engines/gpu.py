@@ -1,7 +1,7 @@
-"""How much of a GPU one site takes, so that as many share one as fit.
+"""Measure the GPU memory of one site, so that as many sites share a GPU as fit.
 
-``python -m fedmed_flower.engines.gpu APP SETTINGS SITES OUT`` lets one site of an app train a round
-in a process of its own and writes what it took.
+``python -m fedmed_flower.engines.gpu APP SETTINGS SITES OUT`` lets one site of an app train for one
+round in its own process, and writes the peak to the file OUT.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from flwr.supercore.object_ref import load_app
 from fedmed_flower.engines.local import run_local
 from fedmed_flower.errors import InputError
 
-# What CUDA itself takes in each process, and what is left free for others.
-_CONTEXT, _USABLE = 2**29, 0.9
+# Bytes that CUDA itself takes in each process.
+_CONTEXT = 2**29
+# Share of a GPU that may be planned; the rest stays free for others.
+_USABLE = 0.9
 
 
 def gpu_share(peak: int, total: int, gpus: int, workers: int) -> float:
@@ -32,27 +34,27 @@ def gpu_share(peak: int, total: int, gpus: int, workers: int) -> float:
     Parameters
     ----------
     peak : int
-        Bytes that one site takes, CUDA's own included; 0 if that is not known.
+        Bytes that one site takes, including those of CUDA itself; 0 if that is not known.
     total : int
         Bytes of a GPU.
     gpus, workers : int
-        How many there are; at least 1 each.
+        Their numbers; at least 1 each.
 
     Returns
     -------
     float
-        A little less than 1 over how many workers share a GPU, in four decimals, which is as exact
-        as Ray counts; 1 if a site needs a whole GPU, or more than there is.
+        A little less than 1 / the number of workers that share a GPU, in four decimals, the
+        precision of Ray. 1 if a site needs a whole GPU or more.
     """
-    most = -(-workers // gpus)
+    sharing = -(-workers // gpus)
     if peak:
-        most = min(most, int(_USABLE * total / peak))
-    # Flower hands the number on in single precision: 0.2 would be above a fifth.
-    return 9999 // most / 10_000 if most > 1 else 1.0
+        sharing = min(sharing, int(_USABLE * total / peak))
+    # A little less, because Flower converts it to single precision, in which 0.2 exceeds a fifth.
+    return 9999 // sharing / 10_000 if sharing > 1 else 1.0
 
 
 def measure_site(app: Path, config: UserConfig, num_sites: int) -> int:
-    """Return how many bytes of a GPU one site takes in a round; 0 if that cannot be found out.
+    """Return how many bytes of a GPU one site takes in a round; 0 if measuring fails.
 
     Parameters
     ----------
@@ -61,10 +63,11 @@ def measure_site(app: Path, config: UserConfig, num_sites: int) -> int:
     config : dict
         The whole run config.
     num_sites : int
-        How many sites the data are split among.
+        Number of sites among which the data are split.
     """
     with tempfile.TemporaryDirectory(prefix="fedmed-measure-") as folder:
-        settings, out = Path(folder) / "settings.json", Path(folder) / "peak.json"
+        settings = Path(folder) / "settings.json"
+        out = Path(folder) / "peak.json"
         settings.write_text(json.dumps(dict(config)), encoding="utf-8")
         command = [sys.executable, "-m", "fedmed_flower.engines.gpu"]
         command += [str(app), str(settings), str(num_sites), str(out)]
@@ -75,16 +78,16 @@ def measure_site(app: Path, config: UserConfig, num_sites: int) -> int:
 def train_once(
     references: tuple[str, str], app: Path, config: UserConfig, num_sites: int, folder: Path
 ) -> int:
-    """Run one round in which the first site alone takes part; return how often it trained.
+    """Run one round in which only the first site takes part; return how often it trained.
 
     Parameters
     ----------
     references : tuple of str
-        Of the app's ServerApp and ClientApp.
+        References of the app's ServerApp and ClientApp.
     app, config, num_sites
-        As `measure_site` takes them.
+        As in `measure_site`.
     folder : Path
-        Gets the run folder.
+        The run folder is made in it.
     """
     server, client = (load_app(reference, InputError, app) for reference in references)
     trained = 0
@@ -92,8 +95,7 @@ def train_once(
     def first_site_alone(message: Message, context: Context) -> Message:
         nonlocal trained
         if context.node_config["partition-id"] != 0 or message.metadata.message_type == "evaluate":
-            text = "not measured"
-            error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=text)
+            error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason="not measured")
             return Message(error, reply_to=message)
         trained += message.metadata.message_type == "train"
         reply: Message = client(message, context)
@@ -101,11 +103,11 @@ def train_once(
 
     once: dict[str, Any] = {"num-server-rounds": 1, "run-dir": str(folder / "run"), "resume": False}
     once |= {"baselines": False, "pictures": 0}
-    known = {key: value for key, value in once.items() if key in config}
+    declared = {key: value for key, value in once.items() if key in config}
     try:
-        run_local(server, _as_app(first_site_alone), num_sites, run_config=dict(config) | known)
+        run_local(server, _as_app(first_site_alone), num_sites, run_config=dict(config) | declared)
     except Exception as error:
-        # A rule that needs more than one reply fails: what the site took is known all the same.
+        # A rule that needs several replies fails, but only after the site has trained.
         if not trained:
             raise error
     return trained
@@ -119,7 +121,7 @@ def _as_app(handle: Callable[[Message, Context], Message]) -> ClientApp:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure one site, as the module says."""
+    """Measure one site and write the peak in bytes to a file, as the module docstring describes."""
     import torch
 
     from fedmed_flower.engines.project import load_project

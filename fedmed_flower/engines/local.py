@@ -1,4 +1,4 @@
-"""A ServerApp and its ClientApps in one process, over Flower's public Grid interface."""
+"""Run a ServerApp and its ClientApps in one process, through Flower's public Grid interface."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def run_local(
 ) -> Context:
     """Run an app in this process, one client after the other.
 
-    The clients see what they see on Flower's simulation engine: contents of their own, a
-    ``context.state`` that lasts from round to round, and a ``partition-id``. A client that raises
-    becomes the error reply that Flower's engine makes of it. A debugger works inside a client.
+    The clients see what they see on Flower's simulation engine: their own copies of contents, a
+    ``context.state`` that lasts from round to round, and a ``partition-id``. If a client raises,
+    its reply is the error reply that Flower's engine would send. A debugger works inside a client.
 
     Parameters
     ----------
@@ -64,19 +64,20 @@ def run_local(
     num_sites : int
         At least 1.
     run_config : dict, optional
-        Given to server and clients.
+        The run config of server and clients.
     node_configs : sequence of dict, optional
-        One a site, on top of ``partition-id`` and ``num-partitions``. A site with a ``site-name``
-        or ``data-dir`` of its own is treated as a real one: of its errors only the class is told.
+        One per site, added to ``partition-id`` and ``num-partitions``. A site with its own
+        ``site-name`` or ``data-dir`` is treated as a real hospital: of its errors only the class
+        leaves.
     app_name : str
-        As it shall stand in reports.
+        Name of the app in reports.
     on_reply : callable, optional
         Called as ``on_reply(message_type, done, sent)`` after each client.
 
     Returns
     -------
     Context
-        The server's, as its app left it.
+        The context of the server, as its app left it.
 
     Raises
     ------
@@ -85,27 +86,31 @@ def run_local(
     """
     if num_sites < 1:
         raise InputError(f"num_sites must be at least 1, got {num_sites}")
-    extra = [{}] * num_sites if node_configs is None else list(node_configs)
-    if len(extra) != num_sites:
-        raise InputError(f"node_configs must have num_sites = {num_sites} items, got {len(extra)}")
+    configs = [{}] * num_sites if node_configs is None else list(node_configs)
+    if len(configs) != num_sites:
+        raise InputError(
+            f"node_configs must have num_sites = {num_sites} items, got {len(configs)}"
+        )
     run_id = secrets.randbits(63)
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, SUPERLINK_NODE_ID, 1
+    TaskIdentity.run_id = run_id
+    TaskIdentity.node_id = SUPERLINK_NODE_ID
+    TaskIdentity.task_id = 1
     config = dict(run_config or {})
     contexts = {
         _FIRST_NODE_ID + index: Context(
             run_id=run_id,
             node_id=_FIRST_NODE_ID + index,
-            node_config={"partition-id": index, "num-partitions": num_sites} | dict(own),
+            node_config={"partition-id": index, "num-partitions": num_sites} | dict(node_config),
             state=RecordDict(),
             run_config=dict(config),
         )
-        for index, own in enumerate(extra)
+        for index, node_config in enumerate(configs)
     }
     grid = LocalGrid(client_app, contexts, on_reply)
     grid.run.fab_id = app_name
     context = Context(run_id, SUPERLINK_NODE_ID, {}, RecordDict(), config)
-    # Looking through the million objects that torch and MONAI load for garbage takes a quarter of
-    # a second each time; they stay anyway.
+    # torch and MONAI load a million objects that are never garbage; to scan them takes a quarter
+    # of a second each time.
     gc.freeze()
     try:
         with simulation():
@@ -117,21 +122,21 @@ def run_local(
 
 @dataclass
 class _Progress:
-    """How many of the messages that were sent together have been dealt with."""
+    """Of the messages that were sent together: how many there are and how many are done."""
 
     sent: int = 0
     done: int = 0
 
 
 class LocalGrid(Grid):
-    """Runs a ClientApp on each message when its reply is asked for.
+    """Runs a ClientApp on each message when its reply is pulled.
 
     Attributes
     ----------
     complete : bool
-        All sites are there from the start: waiting for more is in vain.
+        True: all sites are connected from the start, so nobody waits for more.
     in_process : bool
-        A client runs when its reply is pulled.
+        True: a client runs when its reply is pulled.
 
     Parameters
     ----------
@@ -163,7 +168,7 @@ class LocalGrid(Grid):
 
     @property
     def run(self) -> Run:
-        """The run this grid works for."""
+        """The run of this grid."""
         return self._run
 
     def create_message(
@@ -174,7 +179,7 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Make a message, as `Message` does."""
+        """Return a `Message` with these values."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -182,8 +187,9 @@ class LocalGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Take messages; their clients run when the replies are pulled."""
-        ids, progress = list[str](), _Progress()
+        """Store messages, whose clients run when the replies are pulled; return their ids."""
+        ids = list[str]()
+        progress = _Progress()
         for message in messages:
             if message.metadata.dst_node_id not in self._contexts:
                 raise ValueError(f"there is no node {message.metadata.dst_node_id}")
@@ -202,12 +208,12 @@ class LocalGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Run the clients of these messages; those not begun by the timeout do not reply."""
+        """Run the clients of these messages; a client not started by the timeout does not reply."""
         deadline = None if timeout is None else time.monotonic() + timeout
         return self._replies(list(self.push_messages(messages)), deadline)
 
     def export_states(self) -> dict[str, bytes]:
-        """Return what the clients keep in ``context.state``, by node id."""
+        """Return the ``context.state`` of each client that keeps one, serialised, by node id."""
         return {
             str(node_id): recorddict_to_proto(context.state).SerializeToString()
             for node_id, context in self._contexts.items()
@@ -215,7 +221,7 @@ class LocalGrid(Grid):
         }
 
     def import_states(self, states: Mapping[str, bytes]) -> None:
-        """Give the clients back what `export_states` returned; the others keep nothing."""
+        """Restore what `export_states` returned; a client that is not in it gets an empty state."""
         for node_id, context in self._contexts.items():
             proto = ProtoRecordDict.FromString(states.get(str(node_id), b""))
             context.state = recorddict_from_proto(proto)
@@ -235,7 +241,7 @@ class LocalGrid(Grid):
         return replies
 
     def _handle(self, message: Message) -> Message | None:
-        """Run one client on copies, so that nothing it changes reaches another client."""
+        """Run one client on copies, so that no change reaches another client."""
         stored = self._contexts[message.metadata.dst_node_id]
         context = Context(
             stored.run_id,

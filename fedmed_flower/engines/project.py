@@ -1,4 +1,4 @@
-"""The pyproject of a Flower app."""
+"""Read the ``pyproject.toml`` of a Flower app."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fedmed_flower.errors import InputError
 
 
 def load_project(path: Path) -> tuple[str, UserConfig, tuple[str, str]]:
-    """Return name, run config and the references of ServerApp and ClientApp of a Flower app.
+    """Return name, default run config, and references of ServerApp and ClientApp of a Flower app.
 
     Raises
     ------
     InputError
-        If the folder is no Flower app, or does not declare what is set from here.
+        If the folder is no Flower app, or does not declare a setting that ``fedmed run`` sets.
     """
     try:
         project = get_project_config(path)
@@ -30,20 +30,20 @@ def load_project(path: Path) -> tuple[str, UserConfig, tuple[str, str]]:
     for key in ("run-dir", "resume", "num-server-rounds"):
         if key not in defaults:
             raise InputError(
-                f"{path / 'pyproject.toml'} lacks {key} in [tool.flwr.app.config]: Flower lets "
-                "only declared settings be set"
+                f"{path / 'pyproject.toml'} lacks {key} in [tool.flwr.app.config]: add it, since "
+                "Flower sets only declared settings"
             )
     components = section["components"]
     return project["project"]["name"], defaults, (components["serverapp"], components["clientapp"])
 
 
 def default_sites(path: Path) -> int:
-    """Return the number of sites that an app names in ``[tool.fedmed]``; 5 where it names none.
+    """Return ``sites`` in ``[tool.fedmed]`` of an app's ``pyproject.toml``; 5 if it is not set.
 
     Raises
     ------
     InputError
-        If it is no whole number.
+        If ``sites`` is no whole number.
     """
     table = tomllib.loads((path / "pyproject.toml").read_text(encoding="utf-8"))
     count = table.get("tool", {}).get("fedmed", {}).get("sites", 5)

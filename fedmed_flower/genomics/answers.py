@@ -20,32 +20,36 @@ from fedmed_flower.genomics.association import (
 )
 from fedmed_flower.genomics.plink import MOST_POSITION, Listing
 from fedmed_flower.genomics.types import Counts, Floats
-from fedmed_flower.wire import COHORT, PLACES, TOLD, VARIANTS
+from fedmed_flower.wire import COHORT, POSITIONS, SUMS, VARIANTS
 
 # No hospital has more people or variants, and no study more covariates.
-_MOST, _MOST_COVARIATES = 10**9, 200
+_MOST = 10**9
+_MOST_COVARIATES = 200
 
 
 def read_about(content: RecordDict) -> dict[str, Any]:
-    """Return what a hospital says of its people.
+    """Return a hospital's description of its people and of its study.
 
     Raises
     ------
     ValueError
-        If it is malformed.
+        If the description is malformed.
     """
     record = dict(content.config_records[COHORT])
     about: dict[str, Any] = {
         key: int(record[key])  # type: ignore[arg-type]
         for key in ("people", "cases", "variants", "minimum")
     }
-    within = min(about.values()) >= 0 and max(about.values()) <= _MOST
-    if not within or about["cases"] > about["people"] or not about["people"]:
-        raise ValueError(f"{about} cannot be")
+    in_range = min(about.values()) >= 0 and max(about.values()) <= _MOST
+    if not in_range or about["cases"] > about["people"] or not about["people"]:
+        raise ValueError(
+            f"each number must lie in 0..{_MOST}, with at least one of people and no more cases "
+            f"than people, got {about}"
+        )
     about |= {key: str(record[key]) for key in ("trait", "phenotype")}
     about["covariates"] = [str(name) for name in record["covariates"]]  # type: ignore[union-attr]
     if (count := len(about["covariates"])) > _MOST_COVARIATES:
-        raise ValueError(f"{count} covariates, where at most {_MOST_COVARIATES} can be")
+        raise ValueError(f"covariates must be at most {_MOST_COVARIATES}, got {count}")
     return about
 
 
@@ -55,20 +59,30 @@ def read_listing(content: RecordDict, most: int) -> Listing:
     Raises
     ------
     ValueError
-        If it is malformed, or longer than `most`.
+        If the part is malformed, or has more than `most` variants.
     """
-    record, indices = content.config_records[VARIANTS], content.array_records[PLACES]
-    chromosomes, positions = view(indices["chromosomes"]), view(indices["positions"])
+    record = content.config_records[VARIANTS]
+    places = content.array_records[POSITIONS]
+    chromosomes = view(places["chromosomes"])
+    positions = view(places["positions"])
     texts = [str(record[name]).split("\n") for name in ("names", "first", "second")]
     count = len(positions)
     if chromosomes.dtype != np.int8 or positions.dtype != np.int64:
-        raise ValueError("places of another type")
+        raise ValueError(
+            f"chromosomes must be int8 and positions int64, got {chromosomes.dtype} and "
+            f"{positions.dtype}"
+        )
     if chromosomes.shape != (count,) or not 0 < count <= most:
-        raise ValueError(f"{count} variants where 1 to {most} were asked for")
+        raise ValueError(
+            f"chromosomes and positions must have one shape, of 1 to {most} variants, got "
+            f"{chromosomes.shape} and {positions.shape}"
+        )
     if any(len(text) != count for text in texts):
-        raise ValueError("ids and alleles for another number of variants")
+        raise ValueError(f"names, first and second must be of {count} variants, as positions are")
     if chromosomes.min() < 0 or chromosomes.max() > 22 or not _within(positions, 0, MOST_POSITION):
-        raise ValueError("places on no chromosome")
+        raise ValueError(
+            f"chromosomes must lie in 0..22 and positions in 0..{MOST_POSITION}, 0 if not known"
+        )
     return Listing(chromosomes, positions, *texts, offset=int(record["offset"]))  # type: ignore
 
 
@@ -78,29 +92,30 @@ def read_counts(content: RecordDict, variants: int, about: Mapping[str, int]) ->
     Raises
     ------
     ValueError
-        If they are malformed, or no counts of as many people.
+        If they are malformed, or do not fit the number of people in `about`.
     """
     values = _values(content, (variants, 5))
     if values.dtype != np.int64:
-        raise ValueError(f"counts of type {values.dtype}")
+        raise ValueError(f"counts must be int64, got {values.dtype}")
     known = values[(values != WITHHELD).any(1)]
-    people = about["cases"], about["people"] - about["cases"]
+    cases = about["cases"]
+    controls = about["people"] - cases
     for status, copies, most in (
-        (CASES, CASE_COPIES, people[0]),
-        (CONTROLS, CONTROL_COPIES, people[1]),
+        (CASES, CASE_COPIES, cases),
+        (CONTROLS, CONTROL_COPIES, controls),
     ):
         if not _within(known[:, status], 0, most):
             raise ValueError(f"numbers of people outside 0..{most}")
         if not _within(known[:, copies], 0, 2 * known[:, status]):
-            raise ValueError("more alleles than people can have")
+            raise ValueError("copies of A1 must lie in 0..2 for each person counted")
     both = known[:, CASE_COPIES] + known[:, CONTROL_COPIES]
     if known[:, SQUARES].any() and not _within(known[:, SQUARES], both, 2 * both):
-        raise ValueError("a sum of squares that does not fit the number of alleles")
+        raise ValueError("a sum of squared copies must be 1 to 2 times the copies")
     return values
 
 
 def read_sums(content: RecordDict, shape: tuple[int, ...]) -> Floats:
-    """Return sums of this shape that a hospital sent.
+    """Return the sums that a hospital sent, of the given shape.
 
     Raises
     ------
@@ -109,12 +124,12 @@ def read_sums(content: RecordDict, shape: tuple[int, ...]) -> Floats:
     """
     values = _values(content, shape)
     if values.dtype != np.float64 or not is_finite(values):
-        raise ValueError("sums that are no finite numbers")
+        raise ValueError("sums must be float64 and finite")
     return values
 
 
 def read_terms(content: RecordDict, shape: tuple[int, int]) -> tuple[Floats, NDArray[np.bool_]]:
-    """Return sums of this shape that a hospital sent, and of which variants it withholds them.
+    """Return the sums that a hospital sent, and which variants it withholds.
 
     Raises
     ------
@@ -122,16 +137,18 @@ def read_terms(content: RecordDict, shape: tuple[int, int]) -> tuple[Floats, NDA
         If they are malformed or not finite.
     """
     sums = read_sums(content, shape)
-    withheld = view(content.array_records[TOLD]["withheld"])
+    withheld = view(content.array_records[SUMS]["withheld"])
     if withheld.dtype != np.bool_ or withheld.shape != shape[:1]:
-        raise ValueError("nothing that says which variants are withheld")
+        raise ValueError(
+            f"withheld must be bool of shape {shape[:1]}, got {withheld.dtype} of {withheld.shape}"
+        )
     return sums, withheld
 
 
 def _values(content: RecordDict, shape: tuple[int, ...]) -> NDArray[Any]:
-    values = view(content.array_records[TOLD]["values"])
+    values = view(content.array_records[SUMS]["values"])
     if values.shape != shape:
-        raise ValueError(f"an array of shape {values.shape}, {shape} was asked for")
+        raise ValueError(f"values must have shape {shape}, got {values.shape}")
     return values
 
 

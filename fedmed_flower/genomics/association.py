@@ -1,6 +1,6 @@
-"""Tests of one variant at a time on counts that hospitals add up.
+"""Tests of one variant at a time, on counts summed over the hospitals.
 
-Statistics as PLINK 1.9 has them. P. Armitage, "Tests for linear trends in proportions and
+The statistics are those of PLINK 1.9. P. Armitage, "Tests for linear trends in proportions and
 frequencies", Biometrics 11:375-386, 1955. B. Devlin and K. Roeder, "Genomic control for association
 studies", Biometrics 55:997-1004, 1999.
 """
@@ -17,15 +17,16 @@ from scipy import special, stats
 
 from fedmed_flower.genomics.types import Counts, Floats
 
-# What a hospital counts of a variant: people with a genotype, copies of A1 among them, and the sum
-# over all people of the squared number of copies. Of a continuous trait all are controls.
+# Columns of a hospital's counts, a row a variant: people with a genotype, copies of A1 among them,
+# and the sum over all people of the squared number of copies. If the trait is continuous, everybody
+# is a control.
 CASES, CONTROLS, CASE_COPIES, CONTROL_COPIES, SQUARES = range(5)
 WITHHELD = -1
 _LN10 = math.log(10)
 
 
 class Results(NamedTuple):
-    """One number a variant each, NaN if the counts give none.
+    """Results of a test, one number a variant; NaN if the counts do not determine it.
 
     Attributes
     ----------
@@ -51,10 +52,10 @@ def count_copies(genotypes: NDArray[np.int8], cases: NDArray[np.bool_], squares:
     Parameters
     ----------
     genotypes : (n, m) int8 array
-        0, 1, 2; negative where missing.
+        0, 1, 2; negative if missing.
     cases : (n,) bool array
     squares : bool
-        Whether the sum of squares is counted; else it is 0.
+        Whether to count the sum of squares; if not, it is 0.
 
     Returns
     -------
@@ -80,10 +81,10 @@ def count_copies(genotypes: NDArray[np.int8], cases: NDArray[np.bool_], squares:
 
 
 def withheld(counts: Counts, minimum: int) -> NDArray[np.bool_]:
-    """Return of which variants a hospital must not tell its counts.
+    """Return for which variants a hospital must not disclose its counts.
 
-    Those of whose rarer allele it has fewer than `minimum` copies, or of which it has fewer than
-    `minimum` cases or controls; none at all may be told.
+    A variant is withheld if the hospital has fewer than `minimum` copies of its rarer allele, fewer
+    than `minimum` cases or fewer than `minimum` controls. A number of 0 may be disclosed.
     """
     people = counts[:, CASES] + counts[:, CONTROLS]
     copies = counts[:, CASE_COPIES] + counts[:, CONTROL_COPIES]
@@ -102,7 +103,8 @@ def allelic_test(counts: Counts) -> Results:
         Summed over the hospitals.
     """
     a, c = (counts[:, key].astype(np.float64) for key in (CASE_COPIES, CONTROL_COPIES))
-    b, d = 2.0 * counts[:, CASES] - a, 2.0 * counts[:, CONTROLS] - c
+    b = 2.0 * counts[:, CASES] - a
+    d = 2.0 * counts[:, CONTROLS] - c
     with np.errstate(divide="ignore", invalid="ignore"):
         ways = (a + b) * (c + d) * (a + c) * (b + d)
         statistic = np.where(ways > 0, (a + b + c + d) * (a * d - b * c) ** 2 / ways, np.nan)
@@ -119,13 +121,16 @@ def trend_test(counts: Counts) -> Results:
     counts : (m, 5) int64 array
         Summed over the hospitals, with squares.
     """
-    cases, controls, own, others, squares = counts.T.astype(np.float64)
-    people, copies = cases + controls, own + others
+    cases, controls, case_copies, control_copies, squares = counts.T.astype(np.float64)
+    people = cases + controls
+    copies = case_copies + control_copies
     with np.errstate(divide="ignore", invalid="ignore"):
         spread = cases * controls * (people * squares - copies**2)
-        statistic = people * (people * own - cases * copies) ** 2 / spread
+        statistic = people * (people * case_copies - cases * copies) ** 2 / spread
         statistic = np.where(spread > 0, statistic, np.nan)
-        return _with_odds_ratio(own, 2 * cases - own, others, 2 * controls - others, statistic)
+        case_others = 2 * cases - case_copies
+        control_others = 2 * controls - control_copies
+        return _with_odds_ratio(case_copies, case_others, control_copies, control_others, statistic)
 
 
 def _with_odds_ratio(a: Floats, b: Floats, c: Floats, d: Floats, statistic: Floats) -> Results:
@@ -144,22 +149,24 @@ def log10_p_of_z(z: Floats) -> Floats:
 def log10_p_of_t(t: Floats, freedom: Floats) -> Floats:
     """Return the decimal logarithm of the two-sided p-value of Student's t."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.log(2 * special.stdtr(freedom, -np.abs(t)))
-        # Where that underflows: the incomplete beta function, as a product of logarithms.
-        a, x, rest = freedom / 2, freedom / (freedom + t**2), t**2 / (freedom + t**2)
+        log_p = np.log(2 * special.stdtr(freedom, -np.abs(t)))
+        # If that underflows: the incomplete beta function, as a sum of logarithms.
+        a = freedom / 2
+        x = freedom / (freedom + t**2)
+        rest = t**2 / (freedom + t**2)
         series = special.hyp2f1(a + 0.5, 1.0, a + 1.0, x)
         far = a * np.log(x) + 0.5 * np.log(rest) - np.log(a) - special.betaln(a, 0.5)
         far += np.log(series)
-        # Of hundreds of thousands of people the series may fail, and Wallace's normal
-        # approximation is right to six digits.
+        # With hundreds of thousands of people the series may fail. Wallace's normal approximation
+        # is then right to six digits.
         z = np.sqrt(freedom * np.log1p(t**2 / freedom)) * (8 * freedom + 1) / (8 * freedom + 3)
         far = np.where(np.isfinite(far), far, log10_p_of_z(z) * _LN10)
-        found = np.where(found < -650, far, found)
-    return np.asarray(found / _LN10, np.float64)
+        log_p = np.where(log_p < -650, far, log_p)
+    return np.asarray(log_p / _LN10, np.float64)
 
 
 def p_text(log10_p: float) -> str:
-    """Return a p-value as text, also where a float would be 0."""
+    """Return a p-value as text, even if it is too small for a float."""
     if math.isnan(log10_p):
         return "nan"
     if log10_p > -300:
@@ -169,14 +176,16 @@ def p_text(log10_p: float) -> str:
 
 
 def log10_of_text(text: str) -> float:
-    """Return the decimal logarithm of what `p_text` wrote."""
+    """Return the decimal logarithm of a p-value that `p_text` wrote."""
     mantissa, _, exponent = text.partition("e")
     number = float(mantissa)
-    return math.log10(number) + int(exponent or 0) if number > 0 else -math.inf * (number == 0)
+    if number > 0:
+        return math.log10(number) + int(exponent or 0)
+    return -math.inf if number == 0 else math.nan
 
 
 def genomic_inflation(log10_p: Sequence[float] | Floats) -> float:
-    """Return how far the median statistic lies above that of no association; 1 is as expected."""
+    """Return the median statistic over that expected without association; NaN without p-values."""
     known = np.asarray(log10_p, np.float64)
     known = known[np.isfinite(known)]
     if not len(known):

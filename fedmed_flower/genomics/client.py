@@ -26,18 +26,19 @@ from fedmed_flower.genomics.regression import linear_sums, logistic_terms, stand
 from fedmed_flower.genomics.types import Floats
 from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.settings.section import with_type_of
-from fedmed_flower.wire import COHORT, COUNT, OFFSET, PLACES, SQUARES, TOLD, VARIANTS
+from fedmed_flower.wire import COHORT, COUNT, OFFSET, POSITIONS, SQUARES, SUMS, VARIANTS
 
 log = logging.getLogger("flwr.fedmed")
 
-# Genotypes that are in memory at a time, as numbers of several kinds.
+# Genotypes of one part: as many are in memory at a time, in several arrays.
 _CELLS = 1 << 22
-# Of one answer: 128 MB.
+# Numbers of one answer: 128 MB.
 _MOST_NUMBERS = 1 << 24
-_MOST_LINES, _MOST_OFFSET = 1 << 20, 1 << 62
-# What a study of 50 components asks for, with the few more that the search for them takes.
+_MOST_LINES = 1 << 20
+_MOST_OFFSET = 1 << 62
+# A study of 50 components asks for this many columns, with the few more that the search takes.
 _MOST_LOADINGS = 64
-# Components are made of common variants. A rarer one would weigh by its few carriers alone.
+# Components are made of common variants: in a rarer one a few carriers have all the weight.
 _LEAST_FREQUENCY = 0.01
 _SCORES = "component-scores"
 TRAITS = ("binary", "continuous")
@@ -51,16 +52,16 @@ class Cohort:
     ----------
     fileset : Fileset
     people : (n,) int array
-        Their places in the fam file.
+        Their indices in the fam file.
     trait : (n,) float array
-        0 or 1 if it is binary.
+        0 or 1 if the trait is binary.
     covariates : (n, c) float array
-        About their means here.
+        Centred on their means at this hospital.
     minimum : int
-        A variant is withheld of whose rarer allele, or of whose cases or controls, there are fewer,
-        unless there are none.
+        A variant is withheld if there are fewer copies of its rarer allele, fewer cases or fewer
+        controls, unless there are none.
     left_out : tuple of str
-        Who takes no part, and how many.
+        How many people or rows take no part, and why.
     """
 
     fileset: Fileset
@@ -74,9 +75,9 @@ class Cohort:
 class GenomicsClient(MedicalClient):
     """A hospital with PLINK files. Give `load_data` and `genotypes`; training is not part of it.
 
-    Rows of all splits take part: one a person, with ``patient``, the individual id (IID) of the fam
-    file, with the phenotype and the covariates. A person without a row, without a phenotype or
-    without a covariate takes no part, nor does a row without a person.
+    Rows of all splits take part, one a person. A row has ``patient`` (the individual id, IID, of
+    the fam file), the phenotype and the covariates. A person without a row, a phenotype or a
+    covariate takes no part, nor does a row without a person.
 
     Attributes
     ----------
@@ -97,7 +98,14 @@ class GenomicsClient(MedicalClient):
         """Return the path of the site's bed, bim and fam files without the endings."""
 
     def check(self, data: SiteData) -> None:
-        """Refuse rows without the columns, with text in them, and a person with two rows."""
+        """Check the trait and the rows.
+
+        Raises
+        ------
+        InputError
+            If the trait is unknown, a row lacks a column or has no number in it, or a person has
+            two rows.
+        """
         if self.trait not in TRAITS:
             raise InputError(f"trait must be one of {', '.join(TRAITS)}, got {self.trait!r}")
         seen = set()
@@ -114,21 +122,23 @@ class GenomicsClient(MedicalClient):
             seen.add(name)
 
     def cohort(self) -> Cohort:
-        """Return who takes part; what does not depend on the message is kept for the run.
+        """Return who takes part; read once a run.
 
         Raises
         ------
         DeclinedError
-            If the hospital asks for noise, or too few people, cases or controls are there.
+            If the hospital asks for noise, or has too few people, cases or controls.
         InputError
             If files and rows do not fit each other.
         """
         if budget_of(self.context) is not None or self.privacy.on:
             raise DeclinedError("an association study carries no noise")
-        kept, key, noted = self.cache.more, self.key("cohort"), self.key("cohort noted")
-        if key not in kept:
-            kept[key] = self._cohort()
-        cohort: Cohort = kept[key]
+        cache = self.cache.more
+        key = self.key("cohort")
+        noted_key = self.key("cohort noted")
+        if key not in cache:
+            cache[key] = self._cohort()
+        cohort: Cohort = cache[key]
         cases = int(cohort.trait.sum()) if self.trait == "binary" else 0
         for what, count in (
             ("people", len(cohort.trait)),
@@ -137,22 +147,22 @@ class GenomicsClient(MedicalClient):
         ):
             if count < cohort.minimum and (count or what == "people"):
                 raise DeclinedError(f"it has fewer {what} than min-cell-count")
-        if noted not in kept:
+        if noted_key not in cache:
             self._note(cohort)
-            kept[noted] = True
+            cache[noted_key] = True
         return cohort
 
     def _note(self, cohort: Cohort) -> None:
-        """Write down of whom a real hospital tells, beside what it told before.
+        """Record in a real hospital's book which people its answers are about.
 
         Raises
         ------
         DeclinedError
-            If these people and those of an earlier answer differ by too few.
+            If these people differ by too few from those of an earlier answer.
         """
         if self.site.simulated:
             return
-        names = {cohort.fileset.people[at] for at in cohort.people}
+        names = {cohort.fileset.people[index] for index in cohort.people}
         with self.open_book({}, cohort.minimum) as book:
             inside = np.array([person(row["patient"]) in names for row in book.rows])
             cells = None
@@ -163,19 +173,23 @@ class GenomicsClient(MedicalClient):
             raise DeclinedError("its people differ by too few from those of an earlier answer")
 
     def _cohort(self) -> Cohort:
-        fileset, data = Fileset.open(self.genotypes(self.site)), self.data()
+        fileset = Fileset.open(self.genotypes(self.site))
+        data = self.data()
         rows: dict[str, Row] = {
             person(row["patient"]): row for split in SPLITS for row in getattr(data, split)
         }
-        found = [at for at, name in enumerate(fileset.people) if name in rows]
-        if not found:
+        indices = [index for index, name in enumerate(fileset.people) if name in rows]
+        if not indices:
             raise InputError(
                 f"none of the {len(rows)} patients is in {fileset.prefix}.fam: ids are compared as "
                 f"texts, such as {next(iter(rows))!r} and {fileset.people[0]!r}"
             )
         columns = (self.phenotype, *self.covariates)
         values = np.array(
-            [[_number(rows[fileset.people[at]], column) for column in columns] for at in found]
+            [
+                [_number(rows[fileset.people[index]], column) for column in columns]
+                for index in indices
+            ]
         )
         known = np.isfinite(values).all(1)
         if self.trait == "binary" and not np.isin(values[known, 0], (0, 1)).all():
@@ -184,22 +198,23 @@ class GenomicsClient(MedicalClient):
                 f"{self.phenotype} of a binary trait must be 0 or 1, got {odd:g}: PLINK's 1 and 2 "
                 "are 0 and 1 here"
             )
-        without = {
-            "people of the fam file have no row": len(fileset.people) - len(found),
-            "rows have no person in the fam file": len(rows) - len(found),
+        omitted = {
+            "people of the fam file have no row": len(fileset.people) - len(indices),
+            "rows have no person in the fam file": len(rows) - len(indices),
             "people lack the phenotype or a covariate": int((~known).sum()),
         }
         if not known.any():
             raise InputError(f"nobody has both {self.phenotype} and all covariates")
-        values, people = values[known], np.array(found, np.intp)[known]
+        people = np.array(indices, np.intp)[known]
+        values = values[known]
         covariates = values[:, 1:] - values[:, 1:].mean(0)
         minimum = min_cell_count(self.context, self.site)
-        left_out = tuple(f"{count} {what}" for what, count in without.items() if count)
+        left_out = tuple(f"{count} {what}" for what, count in omitted.items() if count)
         return Cohort(fileset, people, values[:, 0], covariates, minimum, left_out)
 
 
 def person(patient: Any) -> str:
-    """Return a patient as the fam file has it, as text."""
+    """Return a patient's id as text, as in a fam file: 7.0 is ``7``."""
     value = patient.item() if hasattr(patient, "item") else patient
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
@@ -217,19 +232,19 @@ def _number(row: Row, column: str) -> float:
 
 
 def cohort(client: GenomicsClient, message: Message) -> RecordDict:
-    """Tell how many people take part, and in what."""
-    found = client.cohort()
-    for text in found.left_out:
+    """Report how many people take part, and in which study."""
+    cohort = client.cohort()
+    for text in cohort.left_out:
         log.warning("%s: %s: they take no part", client.site.name, text)
-    cases = int(found.trait.sum()) if client.trait == "binary" else 0
+    cases = int(cohort.trait.sum()) if client.trait == "binary" else 0
     about: dict[str, Any] = {
-        "people": len(found.trait),
+        "people": len(cohort.trait),
         "cases": cases,
-        "variants": found.fileset.num_variants,
+        "variants": cohort.fileset.num_variants,
         "trait": client.trait,
         "phenotype": client.phenotype,
         "covariates": list(client.covariates),
-        "minimum": found.minimum,
+        "minimum": cohort.minimum,
     }
     return RecordDict(
         {
@@ -240,132 +255,141 @@ def cohort(client: GenomicsClient, message: Message) -> RecordDict:
 
 
 def variants(client: GenomicsClient, message: Message) -> RecordDict:
-    """Tell the next lines of the bim file."""
+    """Send the next lines of the bim file."""
     config = client.read(message)
     fileset = client.cohort().fileset
     offset = _whole(config, OFFSET, 0, _MOST_OFFSET)
-    found = fileset.variants(offset, _whole(config, COUNT, 1, _MOST_LINES))
+    listing = fileset.variants(offset, _whole(config, COUNT, 1, _MOST_LINES))
     texts: dict[str, Any] = {
-        name: "\n".join(getattr(found, name)) for name in ("names", "first", "second")
+        name: "\n".join(getattr(listing, name)) for name in ("names", "first", "second")
     }
-    indices = {"chromosomes": Array(found.chromosomes), "positions": Array(found.positions)}
+    places = {"chromosomes": Array(listing.chromosomes), "positions": Array(listing.positions)}
     return RecordDict(
         {
-            VARIANTS: ConfigRecord(texts | {"offset": found.offset}),
-            PLACES: ArrayRecord(indices),
+            VARIANTS: ConfigRecord(texts | {"offset": listing.offset}),
+            POSITIONS: ArrayRecord(places),
         }
     )
 
 
 def counts(client: GenomicsClient, message: Message) -> RecordDict:
-    """Tell the counts of some variants; -1 for one of which they are withheld."""
-    found = client.cohort()
-    asked = _Asked(message, found, 5)
-    cases = found.trait == 1 if client.trait == "binary" else np.zeros(len(found.trait), bool)
+    """Send the counts of the requested variants; -1 if a variant's counts are withheld."""
+    cohort = client.cohort()
+    request = _Request(message, cohort, 5)
+    cases = _cases(client, cohort)
     squares = bool(client.read(message).get(SQUARES, False))
     reported = []
-    for _, genotypes in asked.blocks(found):
+    for _, genotypes in request.blocks(cohort):
         part = count_copies(genotypes, cases, squares)
-        part[withheld(part, found.minimum)] = WITHHELD
+        part[withheld(part, cohort.minimum)] = WITHHELD
         reported.append(part)
-    return _told(np.concatenate(reported))
+    return _reply(np.concatenate(reported))
 
 
 def linear(client: GenomicsClient, message: Message) -> RecordDict:
-    """Tell what the linear models of some variants are made of."""
-    found = client.cohort()
-    covariates = _with_scores(client, found)
+    """Send the sums from which the linear models of the requested variants are computed."""
+    cohort = client.cohort()
+    covariates = _with_scores(client, cohort)
     width = covariates.shape[1] + 2
-    asked = _Asked(message, found, width * (width + 1) // 2)
-    return _told(
+    request = _Request(message, cohort, width * (width + 1) // 2)
+    return _reply(
         np.concatenate(
             [
-                linear_sums(_tellable(client, found, genotypes), found.trait, covariates)
-                for _, genotypes in asked.blocks(found)
+                linear_sums(_disclosable(client, cohort, genotypes), cohort.trait, covariates)
+                for _, genotypes in request.blocks(cohort)
             ]
         )
     )
 
 
 def logistic(client: GenomicsClient, message: Message) -> RecordDict:
-    """Tell what one Newton step of the logistic models of some variants is made of.
+    """Send the terms of one Newton step of the logistic models of the requested variants.
 
-    ``withheld`` says for each variant whether nothing is told of it, because one person has more
-    than one part in `minimum` of the weight, as `logistic_terms` has it: 0 stands in its place.
+    ``withheld`` says for each variant whether its terms are withheld, with 0 sent in their place.
+    They are withheld if one person has more than one part in `minimum` of the weight, as
+    `logistic_terms` measures it.
     """
-    found = client.cohort()
-    covariates = _with_scores(client, found)
+    cohort = client.cohort()
+    covariates = _with_scores(client, cohort)
     width = covariates.shape[1] + 2
-    asked = _Asked(message, found, width + width * (width + 1) // 2)
-    count = len(asked.lines)
-    slopes = asked.array("slopes", count, width - 1)
-    intercepts = asked.array("intercepts", count)
-    reported, few = [], []
-    for part, genotypes in asked.blocks(found):
-        seen = _tellable(client, found, genotypes)
-        at = (found.trait == 1, covariates, slopes[part], intercepts[part])
-        terms, shares = logistic_terms(seen, *at)
-        # Of ten people alike each has a tenth, but for rounding.
-        above = ~(shares * found.minimum <= 1 + 1e-9)
+    request = _Request(message, cohort, width + width * (width + 1) // 2)
+    count = len(request.lines)
+    slopes = request.array("slopes", count, width - 1)
+    intercepts = request.array("intercepts", count)
+    reported = []
+    weighty = []
+    for part, genotypes in request.blocks(cohort):
+        disclosable = _disclosable(client, cohort, genotypes)
+        terms, shares = logistic_terms(
+            disclosable, cohort.trait == 1, covariates, slopes[part], intercepts[part]
+        )
+        # Ten equal people have a tenth each, but for rounding.
+        above = ~(shares * cohort.minimum <= 1 + 1e-9)
         terms[above] = 0.0
         reported.append(terms)
-        few.append(above)
-    return _told(np.concatenate(reported), withheld=np.concatenate(few))
+        weighty.append(above)
+    return _reply(np.concatenate(reported), withheld=np.concatenate(weighty))
 
 
 def loadings(client: GenomicsClient, message: Message) -> RecordDict:
-    """Tell the sum over the people of g (g' loadings), g being their standardised genotypes.
+    """Send the sum over the people of g (g' loadings), where g are their standardised genotypes.
 
-    As many such sums as there are people give all their genotypes: a real hospital tells them only
-    where its node config has ``share-components=true``.
+    As many such sums as there are people determine all their genotypes. So a real hospital sends
+    them only if its node config has ``share-components=true``.
     """
-    found = client.cohort()
-    asked = _Asked(message, found, _MOST_LOADINGS)
-    scores, frequencies = asked.scores(client, found)
-    return _told(
+    cohort = client.cohort()
+    request = _Request(message, cohort, _MOST_LOADINGS)
+    scores, frequencies = request.scores(client, cohort)
+    return _reply(
         np.concatenate(
             [
                 standardised(genotypes, frequencies[part]).T @ scores
-                for part, genotypes in asked.blocks(found)
+                for part, genotypes in request.blocks(cohort)
             ]
         )
     )
 
 
 def scores(client: GenomicsClient, message: Message) -> RecordDict:
-    """Keep the people's scores on the principal components here, for the models that follow."""
-    found = client.cohort()
-    own, _ = _Asked(message, found, _MOST_LOADINGS).scores(client, found)
-    client.context.state[_SCORES] = ArrayRecord({"scores": Array(own - own.mean(0))})
+    """Store the people's scores on the principal components, as covariates of later models.
+
+    The reply is empty.
+    """
+    cohort = client.cohort()
+    scores, _ = _Request(message, cohort, _MOST_LOADINGS).scores(client, cohort)
+    client.context.state[_SCORES] = ArrayRecord({"scores": Array(scores - scores.mean(0))})
     return RecordDict()
 
 
-class _Asked:
-    """Which variants a message asks for, and the arrays that come with it.
+class _Request:
+    """Which variants a message requests, and the arrays that come with it.
 
     Parameters
     ----------
     message : Message
     cohort : Cohort
     width : int
-        Numbers that the answer has of each variant.
+        How many numbers the answer has for each variant.
 
     Raises
     ------
     InputError
-        If the variants are not different lines of the hospital's file, or the answer would be
-        too large.
+        If a line is not in the hospital's bim file or is repeated, or the answer would be too
+        large.
     """
 
     def __init__(self, message: Message, cohort: Cohort, width: int) -> None:
         self._arrays = next(iter(message.content.array_records.values()), ArrayRecord())
-        self.lines, self.swapped = self._view("lines"), self._view("swapped")
+        self.lines = self._view("lines")
+        self.swapped = self._view("swapped")
         whole = self.lines.dtype.kind in "iu" and self.lines.ndim == 1
         if not whole or self.swapped.shape != self.lines.shape or self.swapped.dtype != np.bool_:
             raise InputError(
                 "lines must be whole numbers, one a variant, and swapped true or false for each"
             )
-        count, most, last = len(self.lines), _MOST_NUMBERS // width, cohort.fileset.num_variants - 1
+        count = len(self.lines)
+        most = _MOST_NUMBERS // width
+        last = cohort.fileset.num_variants - 1
         if count > most:
             raise InputError(f"lines must be at most {most} for this question, got {count}")
         if not count or self.lines.min() < 0 or self.lines.max() > last:
@@ -379,57 +403,65 @@ class _Asked:
         return view(self._arrays[name])
 
     def array(self, name: str, *shape: int) -> Floats:
-        """Return an array of finite numbers, of this shape.
+        """Return an array of the message by name.
 
         Raises
         ------
         InputError
+            If it is missing, is not float64 of this shape, or is not finite.
         """
-        found: Floats = self._view(name)
-        if found.dtype != np.float64 or found.shape != shape:
+        values: Floats = self._view(name)
+        if values.dtype != np.float64 or values.shape != shape:
             raise InputError(
-                f"{name} must be float64 of shape {shape}, got {found.dtype} of {found.shape}"
+                f"{name} must be float64 of shape {shape}, got {values.dtype} of {values.shape}"
             )
-        if not np.isfinite(found).all():
+        if not np.isfinite(values).all():
             raise InputError(f"{name} must be finite")
-        return found
+        return values
 
     def blocks(self, cohort: Cohort) -> Iterator[tuple[slice, NDArray[np.int8]]]:
-        """Yield places and genotypes of as many variants as are good for memory."""
-        lines, size = self.lines, max(1, _CELLS // len(cohort.people))
+        """Yield slices of the requested variants with their genotypes, each of bounded memory."""
+        size = max(1, _CELLS // len(cohort.people))
         everybody = len(cohort.people) == len(cohort.fileset.people)
         people = slice(None) if everybody else cohort.people
-        for start in range(0, len(lines), size):
+        for start in range(0, len(self.lines), size):
             part = slice(start, start + size)
-            found = cohort.fileset.read(people, lines[part].astype(np.int64))
+            genotypes = cohort.fileset.read(people, self.lines[part].astype(np.int64))
             for column in np.flatnonzero(self.swapped[part]):
-                copies = found[:, column]
+                copies = genotypes[:, column]
                 copies[copies >= 0] = 2 - copies[copies >= 0]
-            yield part, found
+            yield part, genotypes
 
     def scores(self, client: GenomicsClient, cohort: Cohort) -> tuple[Floats, Floats]:
-        """Return what the loadings make of each person's genotypes, and the frequencies.
+        """Return each person's scores on the loadings, and the variants' frequencies.
+
+        Returns
+        -------
+        scores : (n, k) float array
+        frequencies : (m,) float array
 
         Raises
         ------
         DeclinedError
-            If the hospital has not said that it takes part in components.
+            If ``share-components`` is false in the node config, or not set at a real hospital.
+        InputError
+            If loadings or frequencies are malformed or out of range.
         """
-        given = client.context.node_config.get("share-components", client.site.simulated)
-        if not with_type_of(False, given, "share-components"):
+        share = client.context.node_config.get("share-components", client.site.simulated)
+        if not with_type_of(False, share, "share-components"):
             raise DeclinedError(
-                "components take sums from which genotypes can be computed: a hospital that is "
-                "willing sets share-components=true in its node config"
+                "components need sums from which genotypes can be computed: to allow them, set "
+                "share-components=true in the node config"
             )
         shape = self._view("loadings").shape
         columns = shape[1] if len(shape) == 2 else 0
         if not 1 <= columns <= _MOST_LOADINGS:
             raise InputError(f"loadings must have 1 to {_MOST_LOADINGS} columns, got {columns}")
-        wanted = self.array("loadings", len(self.lines), columns)
-        if np.abs(wanted).max() > 1:
+        loadings = self.array("loadings", len(self.lines), columns)
+        if np.abs(loadings).max() > 1:
             raise InputError("loadings must lie in -1..1: those of a component have length 1")
         frequencies = self.array("frequencies", len(self.lines))
-        # One for each person would give a single person all the weight.
+        # A server could choose frequencies that give one person all the weight.
         if np.minimum(frequencies, 1 - frequencies).min() < _LEAST_FREQUENCY:
             raise InputError(
                 f"frequencies must lie in {_LEAST_FREQUENCY}..{1 - _LEAST_FREQUENCY}: components "
@@ -437,32 +469,37 @@ class _Asked:
             )
         total = np.zeros((len(cohort.people), columns))
         for part, genotypes in self.blocks(cohort):
-            seen = _tellable(client, cohort, genotypes)
-            total += standardised(seen, frequencies[part]) @ wanted[part]
+            disclosable = _disclosable(client, cohort, genotypes)
+            total += standardised(disclosable, frequencies[part]) @ loadings[part]
         return total, frequencies
 
 
-def _tellable(
+def _cases(client: GenomicsClient, cohort: Cohort) -> NDArray[np.bool_]:
+    """Return who is a case: nobody if the trait is continuous."""
+    return cohort.trait == 1 if client.trait == "binary" else np.zeros(len(cohort.trait), bool)
+
+
+def _disclosable(
     client: GenomicsClient, cohort: Cohort, genotypes: NDArray[np.int8]
 ) -> NDArray[np.int8]:
-    """Return genotypes of which sums may be told."""
-    cases = cohort.trait == 1 if client.trait == "binary" else np.zeros(len(cohort.trait), bool)
+    """Return the genotypes if sums over them may be disclosed; raise `InputError` if not."""
+    cases = _cases(client, cohort)
     if withheld(count_copies(genotypes, cases, squares=False), cohort.minimum).any():
-        raise InputError("models were asked for of variants whose counts are withheld")
+        raise InputError("models were requested of variants whose counts are withheld")
     return genotypes
 
 
 def _with_scores(client: GenomicsClient, cohort: Cohort) -> Floats:
     if _SCORES not in client.context.state:
         return cohort.covariates
-    kept = view(client.context.state.array_records[_SCORES]["scores"])
-    return np.column_stack([cohort.covariates, kept])
+    scores = view(client.context.state.array_records[_SCORES]["scores"])
+    return np.column_stack([cohort.covariates, scores])
 
 
-def _told(values: NDArray[Any], **more: NDArray[Any]) -> RecordDict:
+def _reply(values: NDArray[Any], **more: NDArray[Any]) -> RecordDict:
     arrays = {"values": values} | more
     reported = {name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()}
-    return RecordDict({TOLD: ArrayRecord(reported)})
+    return RecordDict({SUMS: ArrayRecord(reported)})
 
 
 def _whole(config: ConfigRecord, name: str, least: int, most: int) -> int:

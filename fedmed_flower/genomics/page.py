@@ -1,4 +1,4 @@
-"""The page of an association study: its Manhattan and QQ plots, its hits, its hospitals."""
+"""The page of an association study: Manhattan plot, QQ plot, hits and hospitals."""
 
 from __future__ import annotations
 
@@ -40,17 +40,21 @@ _LINE = math.log10(5e-8)
 _STATUS = {"finished": "Finished", "failed": "Failed", "stopped": "Stopped", "running": "Running"}
 _BANNER = '<div class="banner" role="note">Generated data: {}</div>'
 _MOST_CHROMOSOMES = 100
-# So fine is what is drawn: dots in the same cell are one.
-_ACROSS, _UP, _CROWDED = 400, 45, 3.0
+# A plot is drawn with one dot a cell: this many cells across, and this many up to the height below
+# which dots are crowded.
+_ACROSS = 400
+_UP = 45
+_CROWDED = 3.0
+# Colours of every other chromosome.
 _EVEN, _ODD = "#0072b2", "#5b7f9c"
 _LEAVES = """<h2>What left each hospital</h2><p>No genotype and no row of a person. Of each variant
 a hospital sends sums over its people: how many cases and controls have a genotype, how many copies
-of the allele they have together{}. Before, it told how many people, cases and variants it has, and
-the ids, places and alleles of its variants.{} A variant of whose rarer allele fewer copies are
-there than the hospital’s minimum, or fewer cases or controls, unless none, is withheld.</p><p>None
-of this carries noise: the minimum is no bound on what could be inferred about one person. Whoever
-has a person’s genotypes can tell from the allele frequencies of many variants whether this person
-was among a hospital’s cases. Hospitals with a privacy budget decline.</p>"""
+of the allele they have together{}. Before, it sent how many people, cases and variants it has, and
+the ids, positions and alleles of its variants.{} A variant is withheld if the hospital has fewer
+copies of its rarer allele, fewer cases or fewer controls than its minimum, unless it has none.</p>
+<p>None of this carries noise: the minimum does not bound what can be inferred about one person.
+Whoever has a person’s genotypes can tell from the allele frequencies of many variants whether this
+person was among a hospital’s cases. Hospitals with a privacy budget decline.</p>"""
 _SENT = {
     "trend": ", and the sum of the squared numbers of copies",
     "allelic": "",
@@ -69,7 +73,7 @@ def write_page(folder: Path) -> Path:
     Parameters
     ----------
     folder
-        With ``summary.json`` and, where the study got that far, ``association.csv``.
+        With ``summary.json`` and, if the study got that far, ``association.csv``.
 
     Returns
     -------
@@ -106,7 +110,9 @@ def write_page(folder: Path) -> Path:
 def _read(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Return chromosome, position and the p-value's decimal logarithm of each variant."""
     # Plain numbers: a study may have millions of variants.
-    chromosomes, positions, logarithms = array("q"), array("q"), array("d")
+    chromosomes = array("q")
+    positions = array("q")
+    logarithms = array("d")
     try:
         file = open_file(folder, TABLE, MOST_TABLE)
     except FileNotFoundError:
@@ -118,13 +124,13 @@ def _read(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[n
         rows = csv.reader(read_lines(text))
         if tuple(next(rows, ())) != COLUMNS:
             raise InputError(f"{folder / TABLE} does not have the columns {', '.join(COLUMNS)}")
-        at = COLUMNS.index("p")
+        p_index = COLUMNS.index("p")
         for row in rows:
             chromosomes.append(int(row[0]))
             positions.append(int(row[1]))
-            logarithms.append(log10_of_text(row[at]))
+            logarithms.append(log10_of_text(row[p_index]))
     if len(np.unique(chromosomes)) > _MOST_CHROMOSOMES:
-        raise InputError(f"{folder / TABLE} tells of more than {_MOST_CHROMOSOMES} chromosomes")
+        raise InputError(f"{folder / TABLE} has more than {_MOST_CHROMOSOMES} chromosomes")
     return np.array(chromosomes), np.array(positions), np.array(logarithms)
 
 
@@ -146,14 +152,14 @@ def _result(summary: dict[str, Any], study: dict[str, Any]) -> str:
     named = [*study["covariates"]] if study["test"] in ("linear", "logistic") else []
     if study["components"]:
         named.append(count_of(len(study["components"]), "principal component"))
-    with_these = f", adjusted for {escaped(', '.join(named))}" if named else ""
+    adjustment = f", adjusted for {escaped(', '.join(named))}" if named else ""
     words = f"{count_of(people, 'person').replace('persons', 'people')}"
     if study["test"] != "linear":
         words += f", {cases:,} of them cases"
     words += f": {escaped(study['phenotype'])} by {TESTS[study['test']]}"
-    words += f"{with_these}, on {count_of(study['tested'], 'variant')}"
-    if left := study["variants"] - study["tested"]:
-        words += f" ({left:,} more gave no result)"
+    words += f"{adjustment}, on {count_of(study['tested'], 'variant')}"
+    if untested := study["variants"] - study["tested"]:
+        words += f" ({untested:,} more gave no result)"
     inflation = study["lambda-gc"]
     shown = DASH if inflation is None else f"{inflation:.3f}"
     return (
@@ -171,13 +177,13 @@ def _plots(
     study: dict[str, Any],
 ) -> str:
     known = np.isfinite(log10_p)
-    chromosomes, positions, height = chromosomes[known], positions[known], -log10_p[known]
-    drawn = _manhattan(chromosomes, positions, height) + _qq(height, study["lambda-gc"])
-    return f"<h2>Variants</h2>{drawn}"
+    height = -log10_p[known]
+    manhattan = _manhattan(chromosomes[known], positions[known], height)
+    return f"<h2>Variants</h2>{manhattan}{_qq(height, study['lambda-gc'])}"
 
 
 def _thin(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Return which dots are drawn: of a crowd that would lie on each other, one."""
+    """Return the indices of the dots to draw: one of those that would cover each other."""
     span = max(float(x.max() - x.min()), 1e-9)
     cells = np.round((x - x.min()) / span * _ACROSS) * 1e6
     fine = np.where(y > _CROWDED, 1e3 + y * 40, y * _UP / _CROWDED)
@@ -188,18 +194,20 @@ def _manhattan(
     chromosomes: NDArray[np.int64], positions: NDArray[np.int64], height: NDArray[np.float64]
 ) -> str:
     present = np.unique(chromosomes)
-    starts, ticks, x = 0.0, list[tuple[float, str]](), np.zeros(len(height))
+    start = 0.0
+    ticks: list[tuple[float, str]] = []
+    x = np.zeros(len(height))
     for chromosome in present:
-        own = chromosomes == chromosome
-        first, last = int(positions[own].min()), int(positions[own].max())
-        x[own] = starts + positions[own] - first
-        ticks.append((starts + (last - first) / 2, str(chromosome)))
-        starts += (last - first) * 1.02 + 1
+        on_it = chromosomes == chromosome
+        first, last = int(positions[on_it].min()), int(positions[on_it].max())
+        x[on_it] = start + positions[on_it] - first
+        ticks.append((start + (last - first) / 2, str(chromosome)))
+        start += (last - first) * 1.02 + 1
     axes: Any = Figure((8.4, 3.1), layout="constrained").subplots()
     drawn = _thin(x, height)
     for odd, colour in enumerate((_EVEN, _ODD)):
-        own = drawn[np.searchsorted(present, chromosomes[drawn]) % 2 == odd]
-        axes.plot(x[own], height[own], "o", ms=2.2, mew=0, color=colour)
+        dots = drawn[np.searchsorted(present, chromosomes[drawn]) % 2 == odd]
+        axes.plot(x[dots], height[dots], "o", ms=2.2, mew=0, color=colour)
     if len(present) == 1:
         first = int(positions.min())
         indices = np.linspace(0, float(x.max()), 5)
@@ -260,11 +268,11 @@ def _hospitals(summary: dict[str, Any]) -> str:
     ]
     head = ["Hospital", *(key.capitalize() for key in keys), "Minimum"]
     note = (
-        "Counted: variants that this hospital’s people are counted in. Withheld: too few copies of "
-        "the rarer allele, cases or controls. Swapped: A1 and A2 the other way round than at most "
-        "hospitals, and counted. Left out: other alleles, or swapped where both strands read the "
-        "same. Absent: at other hospitals only. Which, and where, is in the notes of "
-        f"{TABLE}; only chromosomes 1 to 22 are tested."
+        "Counted: variants in which this hospital’s people are counted. Withheld: too few copies "
+        "of the rarer allele, cases or controls. Swapped: A1 and A2 are the other way round than "
+        "at most hospitals, and counted. Left out: other alleles, or swapped alleles that read the "
+        f"same on both strands. Absent: at other hospitals only. The notes of {TABLE} name "
+        "the variants and hospitals. Only chromosomes 1 to 22 are tested."
     )
     table = frame.table("People and variants of each hospital", head, rows)
     return f'<h2>Hospitals</h2>{table}<p class="note">{note}</p>'
@@ -275,7 +283,9 @@ def _failures(summary: dict[str, Any]) -> str:
         return "<h2>What failed</h2><p>No hospital failed.</p>"
     keys = {"site": "Hospital", "phase": "Question", "round": "Block", "reason": "Reason"}
     rows = [[escaped(entry.get(key)) for key in keys] for entry in summary["failures"]]
-    table = frame.table("From there on the others went on", keys.values(), rows, kind="words")
+    table = frame.table(
+        "The study went on without these hospitals", keys.values(), rows, kind="words"
+    )
     return f"<h2>What failed</h2>{table}"
 
 

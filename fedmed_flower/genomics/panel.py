@@ -1,4 +1,4 @@
-"""The hospitals of an association study: who takes part, asked one question after the other."""
+"""The hospitals of an association study: which take part, and how they are asked a question."""
 
 from __future__ import annotations
 
@@ -36,14 +36,18 @@ class Panel:
     nodes : list of int
     names : list of str
     about : list of dict
-        What each told of its people.
+        Each hospital's description of its people, as `read_about` returns it.
     left_out : set of int
-        Places of those that do not take part any more.
+        Indices of the hospitals that no longer take part.
     failures : list of Failure
     asked : int
-        Questions so far, each to all hospitals.
+        How many questions were asked so far.
     sources : set of str
-    generated, simulated : bool
+        Names of the hospitals' data.
+    generated : bool
+        Whether a hospital's data are generated.
+    simulated : bool
+        Whether all hospitals are simulated.
     """
 
     grid: Grid
@@ -60,7 +64,7 @@ class Panel:
 
     @property
     def taking(self) -> list[int]:
-        """Places of the hospitals that take part."""
+        """Indices of the hospitals that take part."""
         return [site for site in range(len(self.nodes)) if site not in self.left_out]
 
     def ask(
@@ -70,24 +74,24 @@ class Panel:
         read: Callable[[int, RecordDict], T],
         block: int = 0,
     ) -> dict[int, T]:
-        """Ask hospitals a question; leave those out that fail or answer what cannot be.
+        """Ask hospitals a question; leave out those that fail or send a malformed answer.
 
         Parameters
         ----------
         question : str
             Name of the query.
         contents : dict
-            What each is sent, by its place.
+            What is sent to each hospital, by its index.
         read : callable
-            Maps place and content of an answer to what is returned; raises `ValueError` or the
-            like where it is malformed.
+            Maps a hospital's index and the content of its answer to a value; raises `ValueError`
+            or the like if the answer is malformed.
         block : int
-            For the list of failures.
+            Number of the block, for the list of failures.
 
         Returns
         -------
         dict
-            What `read` made of the answers, by place.
+            The values that `read` returned, by the hospital's index.
 
         Raises
         ------
@@ -110,65 +114,87 @@ class Panel:
             self.leave_out(sites[failure.node_id], question, failure.reason, block)
         if not self.taking:
             raise RunFailedError(f"no site is left: {self.failures[-1].reason}")
-        found = {sites[answer.node_id]: answer.value for answer in answers}
-        return dict(sorted(found.items()))
+        values = {sites[answer.node_id]: answer.value for answer in answers}
+        return dict(sorted(values.items()))
 
     def leave_out(self, site: int, question: str, reason: str, block: int = 0) -> None:
-        """Go on without a hospital."""
+        """Leave out a hospital from here on."""
         self.left_out.add(site)
         self.failures.append(Failure(block, question, self.names[site], reason))
         log.warning("%s is left out: %s", self.names[site], reason)
 
 
 def assemble(grid: Grid, timeout: float, trait: str) -> Panel:
-    """Ask every connected site for its people; those with the same study take part.
+    """Ask every connected site for its people; return the panel of those that take part.
+
+    A site takes part if its trait is the wanted one, and its phenotype and covariates are those of
+    most sites.
+
+    Parameters
+    ----------
+    grid : Grid
+    timeout : float
+        Seconds that each question may take.
+    trait : {"binary", "continuous"}
 
     Raises
     ------
     InputError
-        If none does.
+        If no site takes part.
     """
-    panel, names, found = Panel(grid, timeout), dict[int, str](), dict[int, dict[str, Any]]()
+    panel = Panel(grid, timeout)
+    names: dict[int, str] = {}
+    about_of: dict[int, dict[str, Any]] = {}
     namesakes = Namesakes()
 
     def read(_: int, content: RecordDict) -> tuple[dict[str, Any], str, bool, bool]:
-        about, record = read_about(content), content.config_records[SITE_RECORD]
+        about = read_about(content)
+        record = content.config_records[SITE_RECORD]
         return about, str(record["data"]), bool(record["generated"]), bool(record["simulated"])
 
     contents = {node: RecordDict() for node in grid.get_node_ids()}
     answers, failures = ask_all(grid, COHORT, contents, read, timeout, names)
     for answer in answers:
-        found[answer.node_id], source, generated, simulated = answer.value
+        about_of[answer.node_id], source, generated, simulated = answer.value
         panel.sources.add(source)
         panel.generated |= generated
         panel.simulated &= simulated
         namesakes.take(answer.node_id, answer.content)
     refused = [(failure.node_id, failure.reason) for failure in failures]
-    for node, about in list(found.items()):
-        if about["trait"] != trait:
-            del found[node]
-            refused.append(
-                (node, f"its trait is {about['trait']}, and the test takes a {trait} one")
-            )
-    studies = Counter((about["phenotype"], *about["covariates"]) for about in found.values())
-    for node, about in list(found.items()):
-        study = (about["phenotype"], *about["covariates"])
-        if study != (most := studies.most_common(1)[0][0]):
-            del found[node]
-            ours, theirs = ", ".join(most), ", ".join(study)
-            refused.append((node, f"its columns are {theirs}, most hospitals' {ours}"))
+    for node, reason in _other_studies(about_of, trait):
+        del about_of[node]
+        refused.append((node, reason))
     for node, reason in refused:
         failure = Failure(0, COHORT, names.get(node, f"node {node}"), reason)
         panel.failures.append(failure)
         log.warning("%s does not take part: %s", failure.site, reason)
-    if not found:
+    if not about_of:
         raise InputError(
             f"no site takes part: {refused[0][1]}" if refused else "no site is connected"
         )
-    for node in sorted(found, key=lambda node: (names.get(node, ""), node)):
+    for node in sorted(about_of, key=lambda node: (names.get(node, ""), node)):
         panel.nodes.append(node)
         panel.names.append(names.get(node, f"node {node}"))
-        panel.about.append(found[node])
+        panel.about.append(about_of[node])
     if text := namesakes.text(dict(zip(panel.nodes, panel.names, strict=True))):
         log.warning("%s", text)
     return panel
+
+
+def _other_studies(about_of: dict[int, dict[str, Any]], trait: str) -> list[tuple[int, str]]:
+    """Return the nodes with another trait, or other columns than most, and the reason of each."""
+    others = []
+    columns_of: dict[int, tuple[str, ...]] = {}
+    for node, about in about_of.items():
+        if about["trait"] == trait:
+            columns_of[node] = (about["phenotype"], *about["covariates"])
+        else:
+            reason = f"its trait is {about['trait']}, and the test takes a {trait} one"
+            others.append((node, reason))
+    counts = Counter(columns_of.values())
+    for node, columns in columns_of.items():
+        usual = counts.most_common(1)[0][0]
+        if columns != usual:
+            reason = f"its columns are {', '.join(columns)}, most hospitals' {', '.join(usual)}"
+            others.append((node, reason))
+    return others

@@ -23,27 +23,29 @@ from fedmed_flower.errors import InputError
 
 MISSING = -127
 AUTOSOMES = 22
-# As PLINK itself has it. 0 and less are no place.
+# The largest that PLINK itself takes. A position of 0 or less is unknown.
 MOST_POSITION = (1 << 31) - 1
-_MAGIC, _SAMPLE_MAJOR = b"\x6c\x1b\x01", b"\x6c\x1b\x00"
+_MAGIC = b"\x6c\x1b\x01"
+_SAMPLE_MAJOR = b"\x6c\x1b\x00"
 _FIELDS = {".bim": 6, ".fam": 6}
 _CODES = {f"{prefix}{code}": code for prefix in ("", "chr") for code in range(1, AUTOSOMES + 1)}
-_READ_BYTES, _MOST_LINES = 1 << 20, 1 << 20
+_READ_BYTES = 1 << 20
+_MOST_LINES = 1 << 20
 
 
 class Listing(NamedTuple):
-    """Some variants, in the order of their file.
+    """Consecutive variants of a bim file.
 
     Attributes
     ----------
     chromosomes : (m,) int8 array
-        1 to 22; 0 for any other chromosome and for a variant without a place.
+        1 to 22; 0 for any other chromosome and for a variant of unknown position.
     positions : (m,) int64 array
-        To 2147483647; 0 for a variant without a place.
+        1 to 2147483647; 0 for a variant of unknown position.
     names, first, second : list of str
-        Ids, and the alleles A1 and A2 as the file has them, in capitals.
+        Ids, and the alleles A1 and A2 of the file, in capitals.
     offset : int
-        The byte at which the next line begins.
+        The byte of the file at which the next line begins.
     """
 
     chromosomes: NDArray[np.int8]
@@ -56,12 +58,12 @@ class Listing(NamedTuple):
 
 @dataclass(frozen=True)
 class Fileset:
-    """A bed, a bim and a fam file that fit each other.
+    """A bed, a bim and a fam file that belong together.
 
     Attributes
     ----------
     prefix : Path
-        Their path without the endings.
+        The path of the files without the endings.
     people : tuple of str
         Individual ids (IID), in the order of the fam file.
     num_variants : int
@@ -73,13 +75,14 @@ class Fileset:
 
     @classmethod
     def open(cls, prefix: str | Path) -> Self:
-        """Look at three files without reading the genotypes.
+        """Check the three files and read the fam file, but no genotypes.
 
         Raises
         ------
         InputError
-            If a file is missing, an individual id is not unique, the bed file is none, is
-            ordered by person, or does not have the size that bim and fam ask for.
+            If a file cannot be read, the fam file is empty or repeats an individual id, or the
+            bed file is no bed file, is ordered by person, or does not have the size that follows
+            from the bim and the fam file.
         """
         prefix = Path(prefix).expanduser()
         bed, bim, fam = (prefix.with_name(prefix.name + end) for end in (".bed", ".bim", ".fam"))
@@ -87,7 +90,7 @@ class Fileset:
             lines = fam.read_text(encoding="utf-8", errors="replace").splitlines()
         people = tuple(_split(fam, number, line)[1] for number, line in enumerate(lines, start=1))
         if not people:
-            raise InputError(f"{fam} has no line: there is nobody in it")
+            raise InputError(f"{fam} is empty: it needs one line a person")
         if repeated := [name for name, count in Counter(people).items() if count > 1]:
             raise InputError(
                 f"{fam} has the individual id {quoted(repeated[0])} more than once: give each "
@@ -96,7 +99,8 @@ class Fileset:
         with _readable(bim):
             count = _count_lines(bim)
         with _readable(bed), bed.open("rb") as file:
-            size, head = bed.stat().st_size, file.read(3)
+            size = bed.stat().st_size
+            head = file.read(3)
         if head == _SAMPLE_MAJOR:
             raise InputError(
                 f"{bed} is ordered by person, as early versions of PLINK wrote it: write it again "
@@ -115,24 +119,24 @@ class Fileset:
         return cls(prefix, people, count)
 
     def variants(self, offset: int, count: int) -> Listing:
-        """Return up to `count` variants from a byte of the bim file on.
+        """Return up to `count` variants, beginning at a byte of the bim file.
 
         Parameters
         ----------
         offset : int
-            0, or the `offset` of the listing before.
+            0, or `offset` of the previous listing.
         count : int
             1 to 1,048,576.
 
         Raises
         ------
         InputError
-            If a line is malformed, or a position is no number, or beyond `MOST_POSITION`.
+            If an argument is out of range, a line is malformed, or a position is no whole number
+            or is beyond `MOST_POSITION`.
         """
         if not 0 <= offset < 1 << 63 or not 1 <= count <= _MOST_LINES:
             raise InputError(
-                f"a listing takes an offset of at least 0 and 1 to {_MOST_LINES} lines, got "
-                f"{offset} and {count}"
+                f"offset must be at least 0 and count in 1..{_MOST_LINES}, got {offset} and {count}"
             )
         bim = self.prefix.with_name(self.prefix.name + ".bim")
         with _readable(bim), bim.open("rb") as file:
@@ -141,47 +145,52 @@ class Fileset:
         text = b"".join(lines)
         words = text.decode("utf-8", errors="replace").split()
         if len(words) != _FIELDS[".bim"] * len(lines):
-            for at, line in enumerate(lines):
-                _split(bim, _line_at(bim, offset) + at, line.decode("utf-8", errors="replace"))
-        indices = [_position(word) for word in words[3::6]]
-        if None in indices:
-            at = indices.index(None)
+            for index, line in enumerate(lines):
+                _split(bim, _line_at(bim, offset) + index, line.decode("utf-8", errors="replace"))
+        parsed = [_position(word) for word in words[3::6]]
+        if None in parsed:
+            index = parsed.index(None)
             raise InputError(
-                f"{bim} line {_line_at(bim, offset) + at} has the position "
-                f"{quoted(words[3 + 6 * at])}: a position is a whole number from -{MOST_POSITION} "
-                f"to {MOST_POSITION}"
+                f"{bim} line {_line_at(bim, offset) + index} has the position "
+                f"{quoted(words[3 + 6 * index])}: a position is a whole number from "
+                f"-{MOST_POSITION} to {MOST_POSITION}"
             )
-        positions = np.maximum(np.array(indices, np.int64), 0)
+        positions = np.maximum(np.array(parsed, np.int64), 0)
         chromosomes = np.array([_CODES.get(word, 0) for word in words[0::6]], np.int8)
         chromosomes[positions <= 0] = 0
-        first, second = ([word.upper() for word in words[at::6]] for at in (4, 5))
+        first, second = ([word.upper() for word in words[column::6]] for column in (4, 5))
         return Listing(chromosomes, positions, words[1::6], first, second, offset + len(text))
 
     def read(
         self, people: NDArray[np.intp] | slice, lines: NDArray[np.int64] | slice
     ) -> NDArray[np.int8]:
-        """Return how often each person has allele A1.
+        """Return how many copies of allele A1 each person has.
 
         Parameters
         ----------
         people, lines : int array or slice
-            Of the fam and of the bim file, from 0.
+            Indices of lines of the fam and of the bim file, from 0.
 
         Returns
         -------
         (people, variants) int8 array
-            0, 1, 2, or -127 where the genotype is missing; Fortran order.
+            0, 1 or 2; -127 if the genotype is missing. In Fortran order.
+
+        Raises
+        ------
+        InputError
+            If bed-reader is not installed or cannot read the bed file.
         """
         bed = self.prefix.with_name(self.prefix.name + ".bed")
         try:
             sizes = len(self.people), self.num_variants
             with bed_reader().open_bed(bed, *sizes, num_threads=1) as file:
-                found: NDArray[np.int8] = file.read((people, lines), dtype="int8", order="F")
+                copies: NDArray[np.int8] = file.read((people, lines), dtype="int8", order="F")
         except InputError:
             raise
         except Exception as error:  # bed-reader fails in a dozen ways.
             raise InputError(f"{bed} cannot be read: {error}") from error
-        return found
+        return copies
 
 
 def bed_reader() -> Any:
@@ -193,13 +202,13 @@ def bed_reader() -> Any:
         If it is not installed.
     """
     try:
-        import bed_reader as found
+        import bed_reader as module
     except ImportError as error:
         raise InputError(
             "PLINK files are read by bed-reader, which is not installed: "
             "pip install 'fedmed-flower[genomics]'"
         ) from error
-    return found
+    return module
 
 
 def _split(file: Path, number: int, line: str) -> list[str]:
@@ -207,7 +216,7 @@ def _split(file: Path, number: int, line: str) -> list[str]:
     needed = _FIELDS[file.suffix]
     if len(fields) != needed:
         raise InputError(
-            f"{file} line {number} is one of {len(fields)} fields, {needed} needed: "
+            f"{file} line {number} must have {needed} fields, got {len(fields)}: "
             f"{quoted(line.strip())}"
         )
     return fields
@@ -222,7 +231,7 @@ def _position(text: str) -> int | None:
 
 
 def _line_at(path: Path, offset: int) -> int:
-    """Return the number, from 1, of the line that begins at a byte."""
+    """Return the number, from 1, of the line that begins at a byte of the file."""
     number = 1
     with path.open("rb") as file:
         while offset > 0 and (part := file.read(min(offset, _READ_BYTES))):
@@ -232,10 +241,12 @@ def _line_at(path: Path, offset: int) -> int:
 
 
 def _count_lines(path: Path) -> int:
-    count, last = 0, b"\n"
+    count = 0
+    last = b"\n"
     with path.open("rb") as file:
         while part := file.read(_READ_BYTES):
-            count, last = count + part.count(b"\n"), part[-1:]
+            count += part.count(b"\n")
+            last = part[-1:]
     return count + (last != b"\n")
 
 
@@ -245,6 +256,6 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror}): genotypes are named by the path of their "
-            "bed, bim and fam files without the endings"
+            f"{path} cannot be read ({error.strerror}): give the path of the bed, bim and "
+            "fam files without the endings"
         ) from error

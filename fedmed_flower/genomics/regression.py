@@ -1,6 +1,6 @@
 """Regressions of one variant at a time, and principal components, from sums over hospitals.
 
-Each hospital has an intercept of its own, as a pooled analysis with one indicator a hospital has.
+Each hospital has an intercept, like a pooled analysis with one indicator variable a hospital.
 A. L. Price et al., "Principal components analysis corrects for stratification in genome-wide
 association studies", Nature Genetics 38:904-909, 2006.
 """
@@ -16,18 +16,23 @@ from scipy import linalg, special
 from fedmed_flower.genomics.association import Results, log10_p_of_t, log10_p_of_z
 from fedmed_flower.genomics.types import Floats
 
-# A regression takes the covariates first and the copies of A1 last.
+# Columns of a regression: the covariates first, the copies of A1 last.
 MOST_STEPS = 25
-_CONVERGED, _SINGULAR, _SPENT = 1e-7, 1e-10, 1e-12
-# Of the weight of a rare allele one person may have so many times what is allowed of all people's.
+_CONVERGED = 1e-7
+_SINGULAR = 1e-10
+_SPENT = 1e-12
+# Among the carriers of an allele, one person may have this many times the share allowed among all.
 _CARRIERS = 5
-_MORE_COLUMNS, _MOST_COLUMNS, _MOST_ROUNDS, _STILL = 2, 400, 100, 1e-6
-# In each of two arrays at the server: 128 MB.
+_MORE_COLUMNS = 2
+_MOST_COLUMNS = 400
+_MOST_ROUNDS = 100
+_STILL = 1e-6
+# Numbers in each of two arrays at the server: 128 MB.
 _MOST_NUMBERS = 1 << 24
 
 
 def pairs(width: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return rows and columns of a symmetric matrix as it is sent: its upper triangle."""
+    """Return rows and columns of the upper triangle, as which a symmetric matrix is sent."""
     return np.triu_indices(width)
 
 
@@ -41,26 +46,27 @@ def _square(packed: Floats, width: int) -> Floats:
 
 
 def _copies(genotypes: NDArray[np.int8]) -> tuple[Floats, Floats]:
-    """Return copies of A1, 0 if missing, and 1 if known; (m, n) both."""
+    """Return the copies of A1, 0 if missing, and whether they are known, 1 or 0; both (m, n)."""
     known = genotypes.T >= 0
-    return np.where(known, genotypes.T, np.int8(0)).astype(np.float64), known.astype(np.float64)
+    copies = np.where(known, genotypes.T, np.int8(0))
+    return copies.astype(np.float64), known.astype(np.float64)
 
 
 def linear_sums(genotypes: NDArray[np.int8], trait: Floats, covariates: Floats) -> Floats:
-    """Return what a hospital adds to the linear models of some variants.
+    """Return the sums of one hospital for the linear models of some variants.
 
     Parameters
     ----------
     genotypes : (n, m) int8 array
-        Negative where missing.
+        Negative if missing.
     trait : (n,) float array
     covariates : (n, c) float array
 
     Returns
     -------
     (m, (c + 2) (c + 3) / 2) float array
-        Sums of products of covariates, copies and trait about their means over the people whose
-        genotype is known: the upper triangle of a matrix.
+        Sums of products of covariates, copies and trait, centred on their means over the people
+        whose genotype is known: the upper triangle of a matrix.
     """
     copies, known = _copies(genotypes)
     others = np.column_stack([covariates, trait])
@@ -73,7 +79,7 @@ def linear_sums(genotypes: NDArray[np.int8], trait: Floats, covariates: Floats) 
     among = known @ (others[:, rows] * others[:, columns])
     among -= sums[:, rows] * sums[:, columns] / people[:, None]
     whole = np.zeros((len(copies), width, width))
-    # The copies' place is before the trait, which is the last of `others`.
+    # The copies come before the trait, which is the last of `others`.
     order = np.array([*range(width - 2), width - 1])
     whole[:, order[rows], order[columns]] = among
     whole[:, order[columns], order[rows]] = among
@@ -90,9 +96,9 @@ def linear_test(sums: Floats, people: NDArray[np.int64], sites: NDArray[np.int64
     Parameters
     ----------
     sums : (m, k) float array
-        `linear_sums`, added up over the hospitals.
+        `linear_sums`, summed over the hospitals.
     people, sites : (m,) int array
-        How many people and hospitals that were.
+        How many people and hospitals are in the sums.
     """
     width = round((np.sqrt(8 * sums.shape[1] + 1) - 1) / 2)
     whole = _square(sums, width)
@@ -100,7 +106,7 @@ def linear_test(sums: Floats, people: NDArray[np.int64], sites: NDArray[np.int64
     freedom = (people - sites - (width - 1)).astype(np.float64)
     slopes = np.einsum("mij,mj->mi", inverse, whole[:, :-1, -1])
     rest = whole[:, -1, -1] - np.einsum("mi,mi->m", slopes, whole[:, :-1, -1])
-    # What is left of a trait that is explained wholly is rounding.
+    # If the trait is explained wholly, the residual sum is rounding.
     exact = rest <= 1e-13 * whole[:, -1, -1]
     with np.errstate(divide="ignore", invalid="ignore"):
         error = np.sqrt(np.maximum(rest, 0) / freedom * inverse[:, -1, -1])
@@ -131,43 +137,44 @@ def logistic_terms(
     slopes: Floats,
     intercepts: Floats,
 ) -> tuple[Floats, Floats]:
-    """Return what a hospital adds to one Newton step of the logistic models of some variants.
+    """Return the terms of one hospital for a Newton step of the logistic models of some variants.
 
-    The server chooses where the models stand, and so how much each person weighs. With risk p and
+    The server chooses the models' parameters, and so how much each person weighs. With risk p and
     outcome y, a person adds (y - p) x to the score and p (1 - p) x x' to the information; x are 1,
-    the covariates and the copies. Where a slope is steep, p (1 - p) is next to nothing but for the
-    person at the threshold, whose x the information then tells; and two scores whose thresholds lie
-    on both sides of a person differ by this x.
+    the covariates and the copies. If a slope is steep, p (1 - p) is next to 0 for all but the
+    person at the threshold, and the information discloses this person's x. Two scores also differ
+    by a person's x if the person lies between their thresholds.
 
-    So the largest part that one person has is returned beside the sums: of the sum of p (1 - p), of
-    the sum of abs(y - p), and, by a fifth, of the sums of p (1 - p) times the copies of either
-    allele. By a fifth, because of ten carriers one may have several tenths in an honest fit. So
-    measured, no person has more than a tenth in 999 of 1,000 honest fits from 0 to convergence at a
-    hospital with ten cases, ten controls, ten copies and fifty people or more, where covariates
-    move the log odds by a standard deviation of up to 1.
+    So the largest share of one person is returned beside the sums. It is the largest of the
+    person's shares in the sum of p (1 - p), in the sum of abs(y - p) and, divided by 5, in the sums
+    of p (1 - p) times the copies of either allele. The division is needed because one of ten
+    carriers may have several tenths in an honest fit. Measured so, no person has more than a tenth
+    in 999 of 1,000 honest fits, from 0 to convergence, at a hospital with ten cases, ten controls,
+    ten copies and fifty people or more, if covariates move the log odds by a standard deviation of
+    up to 1.
 
-    Two things are not looked at, for no server chooses them. Of abs(y - p) times the copies, the
-    only case among ten carriers has half in any study, as the counts tell anyway. A covariate that
-    is far from all others' has most of that covariate's sums.
+    Two shares are not measured, because no server chooses them. In the sum of abs(y - p) times the
+    copies, the only case among ten carriers has half in any study, as the counts disclose anyway.
+    In the sums of a covariate, a person whose covariate is far from all others' has most.
 
     Parameters
     ----------
     genotypes : (n, m) int8 array
-        Negative where missing.
+        Negative if missing.
     cases : (n,) bool array
     covariates : (n, c) float array
     slopes : (m, c + 1) float array
-        Where the models stand: of the covariates and, last, of the copies of A1.
+        The models' present slopes: of the covariates and, last, of the copies of A1.
     intercepts : (m,) float array
-        This hospital's.
+        The models' present intercepts for this hospital.
 
     Returns
     -------
     terms : (m, p + p (p + 1) / 2) float array, p = c + 2
         Score, and the upper triangle of the information; intercept first.
     shares : (m,) float array
-        The largest part that one person has, 0 to 1. NaN if nobody weighs anything or a number
-        is too large for a float; the terms are then of no use.
+        The largest share of one person, 0 to 1. NaN if nobody weighs anything or a number is too
+        large for a float; the terms are then of no use.
     """
     copies, known = _copies(genotypes)
     fixed = np.column_stack([np.ones(len(cases)), covariates])
@@ -187,15 +194,15 @@ def logistic_terms(
     rows, columns = pairs(width)
     shares = np.maximum(_largest_share(weight), _largest_share(np.abs(rest)))
     others = 2 * known - copies
-    for carried, of_these in ((copies, weighted), (others, weight * others)):
-        # An allele that nobody has tells of nobody.
-        share = np.where(carried.any(1), _largest_share(of_these), 0.0)
+    for carried, carrier_weight in ((copies, weighted), (others, weight * others)):
+        # An allele that nobody has discloses nobody.
+        share = np.where(carried.any(1), _largest_share(carrier_weight), 0.0)
         shares = np.maximum(shares, share / _CARRIERS)
     return np.column_stack([score, information[:, rows, columns]]), shares
 
 
 def _largest_share(weights: Floats) -> Floats:
-    """Return the largest part that a person has of weights (m, n) that are not negative."""
+    """Return the largest share of one person in (m, n) weights that are not negative."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(weights.max(1) / weights.sum(1), np.float64)
 
@@ -203,9 +210,9 @@ def _largest_share(weights: Floats) -> Floats:
 class LogisticFit:
     """Newton's method for the logistic models of some variants, one intercept a hospital.
 
-    A step after which the Newton decrement is larger than before went too far, and is halved: S.
-    Boyd and L. Vandenberghe, "Convex Optimization", 2004, section 9.5, has the decrement; they
-    compare likelihoods instead, of which one person may have most.
+    A step is halved if the Newton decrement is larger after it than before. S. Boyd and
+    L. Vandenberghe, "Convex Optimization", 2004, section 9.5, define the decrement. They compare
+    likelihoods instead, in which one person may have the largest share.
 
     Attributes
     ----------
@@ -214,14 +221,15 @@ class LogisticFit:
     taking : (hospitals, m) bool array
         Which hospital takes part in which variant.
     failed : (m,) bool array
-        The model is not identified, or did not converge.
+        Whether the model is not identified, or did not converge.
 
     Parameters
     ----------
     cases, controls : (hospitals, m) int array
-        People at each hospital. One without both takes no part: its intercept is not identified.
+        People at each hospital. A hospital without cases or without controls takes no part: its
+        intercept is not identified.
     covariates : int
-        How many.
+        How many covariates there are.
     """
 
     def __init__(
@@ -241,11 +249,11 @@ class LogisticFit:
 
     @property
     def waiting(self) -> NDArray[np.intp]:
-        """Places of the variants that need another step."""
+        """Indices of the variants that need another step."""
         return np.flatnonzero(self._open)
 
     def leave_out(self, site: int, variants: NDArray[np.intp]) -> None:
-        """Begin the models of variants that wait again, without a hospital."""
+        """Restart the models of some variants from the beginning, without a hospital."""
         self.taking[site, variants] = False
         self.slopes[variants] = 0.0
         self.intercepts[:, variants] = self._start[:, variants]
@@ -255,27 +263,30 @@ class LogisticFit:
         self._open[alone] = False
 
     def step(self, terms: Floats, waiting: NDArray[np.intp]) -> None:
-        """Take one step.
+        """Take one step with the models of some variants.
 
         Parameters
         ----------
         terms : (hospitals, w, k) float array
-            `logistic_terms` of the variants at `waiting`; 0 if a hospital takes no part.
+            `logistic_terms` of these variants; 0 if a hospital takes no part.
         waiting : (w,) int array
+            Indices of the variants.
         """
         width = self.slopes.shape[1] + 1
-        score, information = terms[:, :, :width], _square(terms[:, :, width:], width)
-        # The intercept of a hospital is in its own terms alone: it is solved for there.
+        score = terms[:, :, :width]
+        information = _square(terms[:, :, width:], width)
+        # A hospital's intercept is in its terms alone, so it is eliminated first.
         known = self.taking[:, waiting] & (information[:, :, 0, 0] > 0)
-        own = np.where(known, information[:, :, 0, 0], np.inf)
-        share = information[:, :, 0, 1:] / own[:, :, None]
+        pivot = np.where(known, information[:, :, 0, 0], np.inf)
+        share = information[:, :, 0, 1:] / pivot[:, :, None]
         slopes = (information[:, :, 1:, 1:] - share[..., None] * information[:, :, :1, 1:]).sum(0)
         wanted = (score[:, :, 1:] - share * score[:, :, :1]).sum(0)
         inverse, sound = _inverse(slopes)
         change = np.einsum("mij,mj->mi", inverse, wanted)
-        shift = score[:, :, 0] / own - np.einsum("smj,mj->sm", share, change)
+        shift = score[:, :, 0] / pivot - np.einsum("smj,mj->sm", share, change)
         with np.errstate(over="ignore", invalid="ignore"):
-            decrement = np.einsum("mi,mi->m", wanted, change) + (score[:, :, 0] ** 2 / own).sum(0)
+            decrement = np.einsum("mi,mi->m", wanted, change)
+            decrement = decrement + (score[:, :, 0] ** 2 / pivot).sum(0)
         sound &= np.isfinite(decrement)
         first = np.isinf(self._decrement[waiting])
         ahead = sound & (first | (decrement <= self._decrement[waiting]))
@@ -283,27 +294,30 @@ class LogisticFit:
         alone = waiting[first & ~sound]
         self.failed[alone] = True
         self._open[alone] = False
-        self._go(waiting[ahead], change[ahead], shift[:, ahead], decrement[ahead])
+        self._move(waiting[ahead], change[ahead], shift[:, ahead], decrement[ahead])
         errors = np.sqrt(np.einsum("mii->mi", inverse))
         self._error[waiting[ahead]] = errors[ahead, -1]
         done = ahead & (np.abs(change) < _CONVERGED * errors).all(1)
-        done &= (np.abs(shift) * np.sqrt(np.where(known, own, 0)) < _CONVERGED).all(0)
+        done &= (np.abs(shift) * np.sqrt(np.where(known, pivot, 0)) < _CONVERGED).all(0)
         self._open[waiting[done]] = False
 
-    def _halve(self, back: NDArray[np.intp]) -> None:
+    def _halve(self, variants: NDArray[np.intp]) -> None:
+        """Go back by half of the last step."""
         slopes, intercepts = self._step
-        slopes[back] /= 2
-        intercepts[:, back] /= 2
-        self.slopes[back] -= slopes[back]
-        self.intercepts[:, back] -= intercepts[:, back]
+        slopes[variants] /= 2
+        intercepts[:, variants] /= 2
+        self.slopes[variants] -= slopes[variants]
+        self.intercepts[:, variants] -= intercepts[:, variants]
 
-    def _go(
-        self, ahead: NDArray[np.intp], change: Floats, shift: Floats, decrement: Floats
+    def _move(
+        self, variants: NDArray[np.intp], change: Floats, shift: Floats, decrement: Floats
     ) -> None:
-        self._decrement[ahead] = decrement
-        self.slopes[ahead] += change
-        self.intercepts[:, ahead] += shift
-        self._step[0][ahead], self._step[1][:, ahead] = change, shift
+        slopes, intercepts = self._step
+        slopes[variants] = change
+        intercepts[:, variants] = shift
+        self.slopes[variants] += change
+        self.intercepts[:, variants] += shift
+        self._decrement[variants] = decrement
 
     def finish(self) -> Results:
         """Return the odds ratios, as ``plink --logistic``; NaN if a model failed."""
@@ -317,7 +331,7 @@ class LogisticFit:
 
 
 def standardised(genotypes: NDArray[np.int8], frequencies: Floats) -> Floats:
-    """Return copies of A1 as (n, m) with mean 0 and variance 1 for these frequencies; missing 0."""
+    """Return (n, m) copies of A1, scaled by frequency to mean 0 and variance 1; 0 if missing."""
     spread = np.sqrt(2 * frequencies * (1 - frequencies))
     return np.where(genotypes < 0, 0.0, (genotypes - 2 * frequencies) / spread)
 
@@ -327,11 +341,12 @@ def principal_components(
 ) -> tuple[Floats, Floats, int]:
     """Return the first principal components by the block Lanczos method.
 
-    Each round's answers stay in use, so that the rounds are few where the components are hardly
-    stronger than what follows them (Musco and Musco, "Randomized block Krylov methods for stronger
-    and faster approximate singular value decomposition", NeurIPS 2015, algorithm 2; restarted from
-    the strongest half where they would fill the memory, as in Wu and Simon, "Thick-restart Lanczos
-    method for large symmetric eigenvalue problems", SIAM J. Matrix Anal. Appl. 22, 2000).
+    The answers of all rounds stay in use, so few rounds are enough even if the components are
+    hardly stronger than those that follow: Musco and Musco, "Randomized block Krylov methods for
+    stronger and faster approximate singular value decomposition", NeurIPS 2015, algorithm 2. If the
+    answers would fill the memory, the method restarts from the strongest half of them: Wu and
+    Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM J. Matrix
+    Anal. Appl. 22, 2000.
 
     Parameters
     ----------
@@ -339,10 +354,11 @@ def principal_components(
         Maps loadings (variants, k) to the sum over all people of g (g' loadings), where g is a
         person's `standardised` genotypes.
     variants, people : int
-        How many, all hospitals together.
+        How many there are, all hospitals together.
     count : int
-        Components wanted.
+        How many components to find.
     seed : int
+        Seed of the random start.
 
     Returns
     -------
@@ -351,30 +367,36 @@ def principal_components(
     values : (count,) float array
         Variance of the scores, summed over people and divided by the number of variants.
     rounds : int
-        Calls of `multiply`.
+        How often `multiply` was called.
     """
     width = min(count + _MORE_COLUMNS, variants, people)
     most = max(4 * width, min(_MOST_COLUMNS, _MOST_NUMBERS // variants))
     block = np.linalg.qr(np.random.default_rng(seed).normal(size=(variants, width)))[0]
     basis = products = np.empty((variants, 0))
     loadings = np.zeros((variants, min(count, width)))
-    rounds, moved = 0, np.inf
+    rounds = 0
+    moved = np.inf
     while moved > _STILL and rounds < _MOST_ROUNDS and block.shape[1]:
         rest = multiply(block)
-        basis, products = np.hstack([basis, block]), np.hstack([products, rest])
+        basis = np.hstack([basis, block])
+        products = np.hstack([products, rest])
         values, turn = np.linalg.eigh(basis.T @ products)
-        turn, before, rounds = turn[:, ::-1], loadings, rounds + 1
+        turn = turn[:, ::-1]
+        before = loadings
+        rounds += 1
         loadings = basis @ turn[:, :count]
         moved = float(np.linalg.norm(loadings - before @ (before.T @ loadings)))
         rest = rest - basis @ (basis.T @ rest)
         new, sizes, _ = linalg.qr(rest, mode="economic", pivoting=True)
-        # Where nothing new is left, the components are exact.
+        # If nothing new is left, the components are exact.
         block = new[:, np.abs(np.diag(sizes)) > _SPENT * values[-1]]
-        for _ in range(2):  # What is hardly new is, as first computed, not orthogonal to the rest.
+        # Twice: a column that is hardly new is not orthogonal to the basis after the first time.
+        for _ in range(2):
             block = np.linalg.qr(block - basis @ (basis.T @ block))[0]
         if basis.shape[1] + width > most:
             strongest = turn[:, : most // 2]
-            basis, products = basis @ strongest, products @ strongest
+            basis = basis @ strongest
+            products = products @ strongest
     # The sign is free: the largest loading is positive.
     loadings = loadings * np.sign(loadings[np.abs(loadings).argmax(0), range(loadings.shape[1])])
     return loadings, values[::-1][:count] / variants, rounds

@@ -1,4 +1,4 @@
-"""The exchanges of an association study: what the hospitals are asked for some variants."""
+"""The exchanges of an association study: what hospitals are asked, block by block."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ from fedmed_flower.wire import BLOCK, COUNT, OFFSET, SQUARES, VARIANTS
 
 log = logging.getLogger("flwr.fedmed")
 
-# Numbers that a hospital sends of the models of one part.
+# Numbers that a hospital sends in one answer for the models of some variants.
 _MOST_NUMBERS = 1 << 20
+# Components are made of variants with at least this frequency of the rarer allele.
 _COMMON = 0.05
 _Regressed = tuple[Results, NDArray[np.bool_], NDArray[np.bool_]]
 
 
 def blocks(panel: Panel, size: int, squares: bool) -> Iterator[tuple[int, Block, Counts]]:
-    """Yield number, variants and counts of one block after the other, in order of their place.
+    """Yield the blocks in the order of chromosome and position, with their counts.
 
     Parameters
     ----------
@@ -48,7 +49,7 @@ def blocks(panel: Panel, size: int, squares: bool) -> Iterator[tuple[int, Block,
     size : int
         Variants that a hospital sends at a time.
     squares : bool
-        Whether sums of squares are counted.
+        Whether hospitals count sums of squares.
 
     Yields
     ------
@@ -56,19 +57,22 @@ def blocks(panel: Panel, size: int, squares: bool) -> Iterator[tuple[int, Block,
         From 1.
     block : Block
     counts : (hospitals, variants, 5) int64 array
-        -1 if withheld, 0 if nothing is counted.
+        -1 if the hospital withholds the variant, 0 if it cannot count it.
     """
-    number, offsets = 0, [0] * len(panel.nodes)
+    number = 0
+    offsets = [0] * len(panel.nodes)
     merger = Merger(len(panel.nodes), size)
     for site, about in enumerate(panel.about):
         if not about["variants"]:
             merger.end(site)
 
     def read(site: int, content: RecordDict) -> None:
-        part, reported = read_listing(content, merger.size), panel.about[site]["variants"]
-        if (come := merger.read[site] + len(part.names)) > reported:
-            raise ValueError(f"more variants than the {reported} that it told")
-        merger.add(site, part, come == reported)
+        part = read_listing(content, merger.size)
+        expected = panel.about[site]["variants"]
+        count = merger.read[site] + len(part.names)
+        if count > expected:
+            raise ValueError(f"variants must be {expected}, as it reported, got {count} or more")
+        merger.add(site, part, count == expected)
         offsets[site] = part.offset
 
     while True:
@@ -82,7 +86,8 @@ def blocks(panel: Panel, size: int, squares: bool) -> Iterator[tuple[int, Block,
             }
             panel.ask(VARIANTS, asked, read, number)
             continue
-        if (block := merger.take()) is None:
+        block = merger.take()
+        if block is None:
             return
         if block.variants:
             number += 1
@@ -120,7 +125,7 @@ def regress(
     test: str,
     covariates: int,
 ) -> _Regressed:
-    """Fit one regression a variant.
+    """Fit one regression a variant, in parts whose sums are of bounded size.
 
     Parameters
     ----------
@@ -130,10 +135,10 @@ def regress(
     taking : (hospitals, variants) bool array
         Which hospital may take part in which variant.
     number : int
-        Of the block.
+        Number of the block.
     test : {"logistic", "linear"}
     covariates : int
-        How many, components and all.
+        How many covariates there are, components included.
 
     Returns
     -------
@@ -141,22 +146,24 @@ def regress(
     taking : (hospitals, variants) bool array
         Which hospital took part in which variant.
     weighty : (hospitals, variants) bool array
-        Which hospital has withheld which variant, because one person has too much weight.
+        Which hospital withheld which variant because one person has too much weight.
     """
     width = covariates + 2
     size = max(1, _MOST_NUMBERS // (width + width * (width + 1) // 2))
     fit = _linear if test == "linear" else _logistic
-    results, took, withheld = [], [], []
+    results = []
+    took_part = []
+    weighty = []
     for start in range(0, len(block.variants), size):
         part = slice(start, start + size)
         piece = Block(block.variants[part], block.lines[:, part], block.codes[:, part])
-        own = taking[:, part] & (counts[:, part, :2].sum(2) > 0)
-        result, own, few = fit(panel, piece, counts[:, part], own, number, covariates)
+        active = taking[:, part] & (counts[:, part, :2].sum(2) > 0)
+        result, active, withheld = fit(panel, piece, counts[:, part], active, number, covariates)
         results.append(result)
-        took.append(own)
-        withheld.append(few)
+        took_part.append(active)
+        weighty.append(withheld)
     whole = Results(*(np.concatenate(column) for column in zip(*results, strict=True)))
-    return whole, np.concatenate(took, 1), np.concatenate(withheld, 1)
+    return whole, np.concatenate(took_part, 1), np.concatenate(weighty, 1)
 
 
 def _linear(
@@ -194,46 +201,49 @@ def _logistic(
     covariates: int,
 ) -> _Regressed:
     taking[list(panel.left_out)] = False
-    own = np.where(taking[:, :, None], counts, 0)
-    fit = LogisticFit(own[:, :, CASES], own[:, :, CONTROLS], covariates)
+    people = np.where(taking[:, :, None], counts, 0)
+    fit = LogisticFit(people[:, :, CASES], people[:, :, CONTROLS], covariates)
     weighty = np.zeros_like(taking)
     width = covariates + 2
     numbers = width + width * (width + 1) // 2
     for _ in range(MOST_STEPS):
-        if not len(waiting := fit.waiting):
+        waiting = fit.waiting
+        if not len(waiting):
             break
-        here = fit.taking[:, waiting]
+        active = fit.taking[:, waiting]
         asked = {}
-        for site in np.flatnonzero(here.any(1)).tolist():
-            chosen = waiting[here[site]]
+        for site in np.flatnonzero(active.any(1)).tolist():
+            chosen = waiting[active[site]]
             record = _lines(block, site, chosen)
             record["slopes"] = Array(fit.slopes[chosen])
             record["intercepts"] = Array(fit.intercepts[site, chosen])
             asked[site] = RecordDict({BLOCK: record})
 
         def read(
-            site: int, content: RecordDict, here: NDArray[np.bool_] = here
+            site: int, content: RecordDict, active: NDArray[np.bool_] = active
         ) -> tuple[Floats, NDArray[np.bool_]]:
-            return read_terms(content, (int(here[site].sum()), numbers))
+            return read_terms(content, (int(active[site].sum()), numbers))
 
-        found = panel.ask("logistic", asked, read, number)
-        if gone := asked.keys() - found.keys():
-            for site in gone:
+        answers = panel.ask("logistic", asked, read, number)
+        if failed := asked.keys() - answers.keys():
+            for site in failed:
                 fit.leave_out(site, waiting)
             continue
-        terms, few = np.zeros((*here.shape, numbers)), np.zeros_like(here)
-        for site, (values, withheld) in found.items():
-            terms[site, here[site]], few[site, here[site]] = values, withheld
-        weighty[:, waiting] |= few
-        whole = ~few.any(0)
-        fit.step(terms[:, whole], waiting[whole])
-        for site in found:
-            fit.leave_out(site, waiting[few[site]])
+        terms = np.zeros((*active.shape, numbers))
+        withheld = np.zeros_like(active)
+        for site, (site_terms, site_withheld) in answers.items():
+            terms[site, active[site]] = site_terms
+            withheld[site, active[site]] = site_withheld
+        weighty[:, waiting] |= withheld
+        complete = ~withheld.any(0)
+        fit.step(terms[:, complete], waiting[complete])
+        for site in answers:
+            fit.leave_out(site, waiting[withheld[site]])
     return fit.finish(), fit.taking, weighty
 
 
 def find_components(panel: Panel, size: int, count: int, most: int, seed: int) -> list[float]:
-    """Find principal components; each hospital keeps its people's scores to itself.
+    """Find principal components; the people's scores stay at their hospitals.
 
     Parameters
     ----------
@@ -241,65 +251,47 @@ def find_components(panel: Panel, size: int, count: int, most: int, seed: int) -
     size : int
         Variants that a hospital sends at a time.
     count : int
-        Components.
+        How many components to find.
     most : int
-        Variants that they are made of.
+        How many variants, at most, the components are made of.
     seed : int
+        Seed of the random start.
 
     Returns
     -------
     list of float
-        Their eigenvalues.
+        The eigenvalues of the components.
 
     Raises
     ------
     InputError
-        If too few variants or people are there.
+        If there are too few common variants or people.
     """
     while True:
         try:
             return _components(panel, size, count, most, seed)
         except _FewerHospitalsError:
-            log.warning("components are looked for again, among the hospitals that are left")
+            log.warning("components are searched for again, among the hospitals that are left")
 
 
 class _FewerHospitalsError(Exception):
-    """A hospital was left out, and what it told is in the sums so far."""
+    """A hospital was left out whose answers are in the sums so far."""
 
 
 def _components(panel: Panel, size: int, count: int, most: int, seed: int) -> list[float]:
     left_out = len(panel.left_out)
-    step, seen, lines, swapped, frequencies = 1, 0, list[Any](), list[Any](), list[float]()
-    for _, block, counts in blocks(panel, size, squares=False):
-        reported = (block.usable() & (counts[:, :, CASES] != WITHHELD))[panel.taking].all(0)
-        pooled = counts[panel.taking].sum(0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            copies = pooled[:, CASE_COPIES] + pooled[:, CONTROL_COPIES]
-            frequency = copies / (2 * (pooled[:, CASES] + pooled[:, CONTROLS]))
-        common = np.flatnonzero(reported & (np.minimum(frequency, 1 - frequency) >= _COMMON))
-        kept = common[(np.arange(len(common)) + seen) % step == 0]
-        seen += len(common)
-        lines += list(block.lines[:, kept].T)
-        swapped += list(block.codes[:, kept].T == SWAPPED)
-        frequencies += frequency[kept].tolist()
-        while len(lines) > 2 * most:
-            # Every second one goes, so that what is left stays evenly spread.
-            lines, swapped, frequencies = lines[::2], swapped[::2], frequencies[::2]
-            step *= 2
+    lines, swapped, frequencies = _common_variants(panel, size, most)
     if len(panel.left_out) > left_out:
         raise _FewerHospitalsError
-    chosen = np.linspace(0, len(lines) - 1, min(most, len(lines))).round().astype(int)
     people = sum(panel.about[site]["people"] for site in panel.taking)
-    if len(chosen) < count or people <= count:
+    if len(lines) < count or people <= count:
         raise InputError(
-            f"{count} components cannot be made of {len(chosen)} common variants that every "
-            f"hospital tells, and of {people} people: choose fewer components"
+            f"{count} components cannot be made of {len(lines)} common variants that every "
+            f"hospital reports, and of {people} people: choose fewer components"
         )
-    indices, flips = np.array(lines, np.int64)[chosen], np.array(swapped, bool)[chosen]
-    frequency = np.array(frequencies)[chosen]
 
     # The most that a person's standardised genotypes, squared, can add up to.
-    odds = frequency / (1 - frequency)
+    odds = frequencies / (1 - frequencies)
     longest = float(2 * np.maximum(odds, 1 / odds).sum())
 
     def asked(loadings: Floats) -> dict[int, RecordDict]:
@@ -308,9 +300,9 @@ def _components(panel: Panel, size: int, count: int, most: int, seed: int) -> li
                 {
                     BLOCK: ArrayRecord(
                         {
-                            "lines": Array(np.ascontiguousarray(indices[:, site])),
-                            "swapped": Array(np.ascontiguousarray(flips[:, site])),
-                            "frequencies": Array(frequency),
+                            "lines": Array(np.ascontiguousarray(lines[:, site])),
+                            "swapped": Array(np.ascontiguousarray(swapped[:, site])),
+                            "frequencies": Array(frequencies),
                             "loadings": Array(np.ascontiguousarray(loadings)),
                         }
                     )
@@ -324,27 +316,75 @@ def _components(panel: Panel, size: int, count: int, most: int, seed: int) -> li
             sums = read_sums(content, loadings.shape)
             # Loadings have length 1.
             if np.abs(sums).max() > panel.about[site]["people"] * longest:
-                raise ValueError("larger sums than people can have")
+                raise ValueError("sums are larger than people can have")
             return sums
 
-        found = panel.ask("loadings", asked(loadings), read)
+        answers = panel.ask("loadings", asked(loadings), read)
         if len(panel.left_out) > left_out:
             raise _FewerHospitalsError
-        return np.asarray(sum(found.values()), np.float64)
+        return np.asarray(sum(answers.values()), np.float64)
 
-    loadings, values, rounds = principal_components(multiply, len(chosen), people, count, seed)
+    loadings, values, rounds = principal_components(multiply, len(lines), people, count, seed)
     panel.ask("scores", asked(loadings), lambda site, content: None)
     if len(panel.left_out) > left_out:
         raise _FewerHospitalsError
-    log.info("%d components of %d variants in %d rounds", len(values), len(chosen), rounds)
+    log.info("%d components of %d variants in %d rounds", len(values), len(lines), rounds)
     return [float(value) for value in values]
 
 
-def _lines(block: Block, site: int, where: NDArray[Any]) -> ArrayRecord:
-    """Return which lines of its bim file a hospital is asked for."""
+def _common_variants(
+    panel: Panel, size: int, most: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], Floats]:
+    """Return up to `most` common variants that every hospital reports, evenly spread.
+
+    Returns
+    -------
+    lines : (variants, hospitals) int64 array
+    swapped : (variants, hospitals) bool array
+    frequencies : (variants,) float array
+    """
+    step = 1
+    seen = 0
+    lines: list[NDArray[np.int64]] = []
+    swapped: list[NDArray[np.bool_]] = []
+    frequencies: list[float] = []
+    for _, block, counts in blocks(panel, size, squares=False):
+        reported = (block.usable() & (counts[:, :, CASES] != WITHHELD))[panel.taking].all(0)
+        pooled = counts[panel.taking].sum(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            copies = pooled[:, CASE_COPIES] + pooled[:, CONTROL_COPIES]
+            frequency = copies / (2 * (pooled[:, CASES] + pooled[:, CONTROLS]))
+        common = np.flatnonzero(reported & (np.minimum(frequency, 1 - frequency) >= _COMMON))
+        sampled = common[(np.arange(len(common)) + seen) % step == 0]
+        seen += len(common)
+        lines += list(block.lines[:, sampled].T)
+        swapped += list(block.codes[:, sampled].T == SWAPPED)
+        frequencies += frequency[sampled].tolist()
+        while len(lines) > 2 * most:
+            # Every second one is dropped, so that the others stay evenly spread.
+            lines = lines[::2]
+            swapped = swapped[::2]
+            frequencies = frequencies[::2]
+            step *= 2
+    chosen = np.linspace(0, len(lines) - 1, min(most, len(lines))).round().astype(int)
+    return (
+        np.array(lines, np.int64)[chosen],
+        np.array(swapped, bool)[chosen],
+        np.array(frequencies)[chosen],
+    )
+
+
+def _lines(block: Block, site: int, chosen: NDArray[Any]) -> ArrayRecord:
+    """Return which lines of its bim file a hospital is asked for, and whether A1 is swapped there.
+
+    Parameters
+    ----------
+    chosen : bool or int array
+        Which variants of the block.
+    """
     return ArrayRecord(
         {
-            "lines": Array(block.lines[site, where]),
-            "swapped": Array(block.codes[site, where] == SWAPPED),
+            "lines": Array(block.lines[site, chosen]),
+            "swapped": Array(block.codes[site, chosen] == SWAPPED),
         }
     )

@@ -25,7 +25,7 @@ from fedmed_flower.genomics.plink import Fileset
 from fedmed_flower.genomics.variants import complement
 
 _BLOCK = 4096
-# The first column that is there counts; the second names are those of the PGS Catalog.
+# Names of each column: the first that a file has is read. Second are those of the PGS Catalog.
 _COLUMNS = {
     "variant": ("id", "rsID", "variant", "SNP"),
     "allele": ("allele", "effect_allele", "A1"),
@@ -36,7 +36,7 @@ _COLUMNS = {
 
 
 class Weight(NamedTuple):
-    """What one allele adds to a score.
+    """The weight of one allele in a score.
 
     Attributes
     ----------
@@ -45,11 +45,11 @@ class Weight(NamedTuple):
     allele : str
         The allele that is counted.
     weight : float
-        Added once for each copy of it.
+        What each copy of `allele` adds to the score.
     other : str
         The other allele; empty if it is not known.
     frequency : float
-        Of `allele`, for people whose genotype is missing; NaN if it is not known.
+        Frequency of `allele`, for people whose genotype is missing; NaN if it is not known.
     """
 
     variant: str
@@ -66,11 +66,11 @@ class Scores:
     Attributes
     ----------
     values : dict of str to float
-        By individual id.
+        Score by individual id.
     used : int
-        Weights that count.
+        How many weights the scores are made of.
     left_out : dict of str to str
-        Why other weights do not, by the id of their variant.
+        Why each other weight is left out, by the id of its variant.
     """
 
     values: dict[str, float]
@@ -81,14 +81,15 @@ class Scores:
 def read_weights(path: str | Path) -> list[Weight]:
     """Read weights from a text file with a header, plain or gzipped.
 
-    The columns are ``id``, ``allele``, ``weight`` and, if there, ``other`` and ``frequency``, or as
-    the PGS Catalog names them; tabs or commas between them. Lines that begin with # are skipped.
+    The columns are ``id``, ``allele`` and ``weight``, optionally ``other`` and ``frequency``, or
+    have the names of the PGS Catalog. Tabs or commas separate them. Lines that begin with # are
+    skipped.
 
     Raises
     ------
     InputError
-        If the file cannot be read, a column is missing, a value is no number, a weight is beyond
-        1e30, or the file unpacks to more than `bounded.MOST` bytes.
+        If the file cannot be read, a column is missing, a line has no id or allele, a value is no
+        number, a weight is beyond 1e30, or the file unpacks to more than `bounded.MOST` bytes.
     """
     path = Path(path).expanduser()
     try:
@@ -105,55 +106,60 @@ def polygenic_scores(
 ) -> Scores:
     """Return the sum over variants of weight times copies of the allele, for each person.
 
-    An allele that stands second in the bim file is counted there; one that is on neither place is
-    looked for on the other strand, unless the two strands of the variant look the same.
+    The allele may be A1 or A2 of the bim file. If it is neither, it is looked up on the other
+    strand, unless both strands of the variant read the same.
 
     Parameters
     ----------
     prefix : path
-        Of the bed, bim and fam files, without the endings.
+        Path of the bed, bim and fam files, without the endings.
     weights : sequence of Weight
     frequencies : dict, optional
-        Frequency of the counted allele by variant id; goes before that of the weight. It stands in
-        for a missing genotype.
+        Frequency of the counted allele by variant id, which replaces a missing genotype. It takes
+        precedence over the frequency of the weight.
 
     Raises
     ------
     InputError
         If a file is malformed, a variant has two weights, a frequency is not in [0, 1], or a
-        genotype is missing for which no frequency is known.
+        genotype is missing and the frequency is not known.
     """
-    fileset, given = Fileset.open(prefix), dict(frequencies or {})
+    fileset = Fileset.open(prefix)
+    frequency_of = dict(frequencies or {})
     wanted: dict[str, Weight] = {}
     for weight in weights:
         if wanted.setdefault(weight.variant, weight) is not weight:
-            raise InputError(f"variant {weight.variant} has two weights: leave one")
-        frequency = given.setdefault(weight.variant, weight.frequency)
+            raise InputError(f"variant {weight.variant} has two weights: remove one")
+        frequency = frequency_of.setdefault(weight.variant, weight.frequency)
         if not (math.isnan(frequency) or 0 <= frequency <= 1):
             raise InputError(
                 f"the frequency of {weight.variant} must lie in [0, 1], got {frequency}"
             )
-    indices: dict[str, tuple[int, str, str]] = {}
+    variants: dict[str, tuple[int, str, str]] = {}
     left_out: dict[str, str] = {}
-    line = offset = 0
+    line = 0
+    offset = 0
     while line < fileset.num_variants:
         listing = fileset.variants(offset, _BLOCK)
-        for at, name in enumerate(listing.names):
+        for index, name in enumerate(listing.names):
             if name in wanted:
-                if name in indices:
+                if name in variants:
                     left_out[name] = f"its id is repeated in {fileset.prefix}.bim"
-                indices[name] = (line + at, listing.first[at], listing.second[at])
-        line, offset = line + len(listing.names), listing.offset
-    lines, signed = list[int](), list[tuple[Weight, bool]]()
+                variants[name] = (line + index, listing.first[index], listing.second[index])
+        line += len(listing.names)
+        offset = listing.offset
+    lines: list[int] = []
+    signed: list[tuple[Weight, bool]] = []
     for name, weight in wanted.items():
-        if name not in indices:
+        if name not in variants:
             left_out[name] = f"it is not in {fileset.prefix}.bim"
         elif name not in left_out:
-            index, first, second = indices[name]
-            if (swapped := _swapped(weight, first, second)) is None:
+            line, first, second = variants[name]
+            swapped = _swapped(weight, first, second)
+            if swapped is None:
                 left_out[name] = f"its alleles are {first}/{second}"
             else:
-                lines.append(index)
+                lines.append(line)
                 signed.append((weight, swapped))
     totals = np.zeros(len(fileset.people))
     for start in range(0, len(lines), _BLOCK):
@@ -163,8 +169,10 @@ def polygenic_scores(
             genotypes.T, signed[start : start + _BLOCK], strict=True
         ):
             counts = (2.0 - column) if swapped else column.astype(np.float64)
-            if (missing := column < 0).any():
-                if math.isnan(frequency := given[weight.variant]):
+            missing = column < 0
+            if missing.any():
+                frequency = frequency_of[weight.variant]
+                if math.isnan(frequency):
                     raise InputError(
                         f"{missing.sum()} people have no genotype of {weight.variant}: give its "
                         "frequency, in the weights or in frequencies"
@@ -176,16 +184,17 @@ def polygenic_scores(
 
 
 def _swapped(weight: Weight, first: str, second: str) -> bool | None:
-    """Return whether the allele to be counted is the second one; None if it is neither."""
-    allele, other = weight.allele.upper(), weight.other.upper()
-    ways = [(allele, other)]
+    """Return whether the counted allele is the second one; None if it is neither."""
+    pair = (weight.allele.upper(), weight.other.upper())
+    pairs = [pair]
     if complement(first) != second:
-        ways.append((complement(allele), complement(other)))
-    for this, that in ways:
-        for swapped, (own, rest) in enumerate(((first, second), (second, first))):
+        pairs.append((complement(pair[0]), complement(pair[1])))
+    for allele, other in pairs:
+        for swapped, (counted, rest) in enumerate(((first, second), (second, first))):
             # "0" stands for an allele that nobody in the file has.
-            whole = this == own and (not that or rest in (that, "0"))
-            if whole or (own == "0" and that and that == rest):
+            if allele == counted and (not other or rest in (other, "0")):
+                return bool(swapped)
+            if counted == "0" and other and other == rest:
                 return bool(swapped)
     return None
 
@@ -194,14 +203,15 @@ def _weights(path: Path, lines: Iterable[str]) -> list[Weight]:
     rows = csv.reader(lines, delimiter="\t")
     head = next(rows, [])
     if len(head) == 1:
-        head, rows = head[0].split(","), csv.reader(lines)
+        head = head[0].split(",")
+        rows = csv.reader(lines)
     head = [name.strip() for name in head]
-    found = {
+    columns = {
         key: next((head.index(name) for name in names if name in head), None)
         for key, names in _COLUMNS.items()
     }
     for key in ("variant", "allele", "weight"):
-        if found[key] is None:
+        if columns[key] is None:
             raise InputError(
                 f"{path} has no column {' or '.join(_COLUMNS[key])}: it has {', '.join(head)}"
             )
@@ -210,8 +220,8 @@ def _weights(path: Path, lines: Iterable[str]) -> list[Weight]:
         if not any(row):
             continue
         cell = {
-            key: row[at].strip() if at is not None and at < len(row) else ""
-            for key, at in found.items()
+            key: row[index].strip() if index is not None and index < len(row) else ""
+            for key, index in columns.items()
         }
         try:
             weight = float(cell["weight"])
@@ -219,7 +229,7 @@ def _weights(path: Path, lines: Iterable[str]) -> list[Weight]:
         except ValueError as error:
             text = shown(error, 200)
             raise InputError(f"{path}, variant {quoted(cell['variant'])}: {text}") from None
-        # Sums over all variants stay finite.
+        # The limit keeps sums over all variants finite.
         if not abs(weight) <= LARGEST or not cell["variant"] or not cell["allele"]:
             raise InputError(
                 f"{path}, variant {quoted(cell['variant'])}: each line needs an id, an allele and "

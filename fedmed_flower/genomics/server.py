@@ -52,10 +52,10 @@ _PACKAGES = ("fedmed-flower", "flwr", "numpy", "scipy")
 
 
 def associate(grid: Grid, context: Context) -> dict[str, Any]:
-    """Run an association study as the run config says and leave a complete run folder.
+    """Run an association study by the run config and leave a complete run folder.
 
     The folder holds ``association.csv`` with a line a variant, ``summary.json``, ``report.html``,
-    ``config.toml`` and ``log.txt``. Nothing is written before at least one site takes part.
+    ``config.toml`` and ``log.txt``. Nothing is written until at least one site takes part.
 
     Parameters
     ----------
@@ -65,14 +65,14 @@ def associate(grid: Grid, context: Context) -> dict[str, Any]:
     Returns
     -------
     dict
-        What ``summary.json`` holds.
+        The content of ``summary.json``.
 
     Raises
     ------
     InputError
         If the run config is wrong or no site can take part.
     RunFailedError
-        If all sites failed on the way.
+        If all sites failed during the study.
     """
     config = context.run_config
     study = Study.from_run_config(config)
@@ -97,11 +97,11 @@ def _leave_out_one_sided(panel: Panel) -> None:
     for site, about in enumerate(panel.about):
         if about["cases"] in (0, about["people"]):
             only = "cases" if about["cases"] else "controls"
-            reason = f"it has {only} only, so that its intercept is not identified"
+            reason = f"it has {only} only, so its intercept is not identified"
             panel.leave_out(site, "logistic", reason)
     if not panel.taking:
         raise InputError(
-            "no hospital has both cases and controls, which test=logistic needs: take test=trend "
+            "no hospital has both cases and controls, which test=logistic needs: set test=trend "
             "or test=allelic"
         )
 
@@ -154,16 +154,17 @@ class _Association:
         return summary
 
     def _sweep(self) -> None:
-        study, panel, size = self.study, self.panel, self.study.block_size
+        study = self.study
+        size = study.block_size
         if study.components:
             most = study.component_variants
-            self.values = find_components(panel, size, study.components, most, study.seed)
+            self.values = find_components(self.panel, size, study.components, most, study.seed)
         with _table(self.folder.path / TABLE) as lines:
-            for number, block, counts in blocks(panel, size, study.test == "trend"):
+            for number, block, counts in blocks(self.panel, size, study.test == "trend"):
                 lines.writerows(self._test(block, counts, number))
 
     def _test(self, block: Block, counts: Counts, number: int) -> list[list[str]]:
-        """Return the lines of the table for some variants."""
+        """Test some variants; return their lines of the table."""
         held = counts[:, :, CASES] == WITHHELD
         taking = block.usable() & ~held
         taking[list(self.panel.left_out)] = False
@@ -184,8 +185,8 @@ class _Association:
         rows = self._rows(block, counts.sum(0), taking.sum(0), results, notes)
         known = np.flatnonzero(np.isfinite(results.log10_p))
         first = known[np.argsort(results.log10_p[known], kind="stable")[:_TOP]]
-        found = [(float(results.log10_p[at]), rows[at]) for at in first]
-        self.best = heapq.nsmallest(_TOP, [*self.best, *found], key=lambda pair: pair[0])
+        best = [(float(results.log10_p[index]), rows[index]) for index in first]
+        self.best = heapq.nsmallest(_TOP, [*self.best, *best], key=lambda pair: pair[0])
         return rows
 
     def _note_sites(
@@ -196,19 +197,21 @@ class _Association:
         taking: NDArray[np.bool_],
         notes: dict[int, list[str]],
     ) -> None:
-        """Count, and note at the variants, which hospital does not count and why."""
+        """Count, and note for each variant, which hospital does not take part and why."""
         reasons: dict[tuple[int, str], list[str]] = {}
         idle = "no genotype" if self.study.test == "linear" else "cases or controls only"
         for site, name in enumerate(self.panel.names):
-            codes, usable, tally = block.codes[site], block.usable()[site], self.tally[site]
-            found = {text: codes == code for code, text in REASONS.items()}
-            found["withheld"] = held[site]
-            found["one person weighs too much"] = weighty[site]
-            found[idle] = usable & ~held[site] & ~weighty[site] & ~taking[site]
+            codes = block.codes[site]
+            usable = block.usable()[site]
+            tally = self.tally[site]
+            excluded = {text: codes == code for code, text in REASONS.items()}
+            excluded["withheld"] = held[site]
+            excluded["one person weighs too much"] = weighty[site]
+            excluded[idle] = usable & ~held[site] & ~weighty[site] & ~taking[site]
             if site in self.panel.left_out:
-                found = {"failed": usable & ~taking[site]}
-            for text, where in found.items():
-                for index in np.flatnonzero(where).tolist():
+                excluded = {"failed": usable & ~taking[site]}
+            for text, variants in excluded.items():
+                for index in np.flatnonzero(variants).tolist():
                     reasons.setdefault((index, text), []).append(name)
             tally["counted"] += int(taking[site].sum())
             tally["withheld"] += int((held[site] | weighty[site]).sum())
@@ -231,9 +234,13 @@ class _Association:
         with np.errstate(invalid="ignore"):
             frequency = copies / (2 * people)
         for index in np.flatnonzero(np.isnan(results.log10_p)).tolist():
-            alone = copies[index] in (0, 2 * people[index])
-            why = "one allele only" if alone else "no result: not identified or not converged"
-            notes.setdefault(index, []).append(why if people[index] else "no hospital counts")
+            if not people[index]:
+                note = "no hospital counts"
+            elif copies[index] in (0, 2 * people[index]):
+                note = "one allele only"
+            else:
+                note = "no result: not identified or not converged"
+            notes.setdefault(index, []).append(note)
         binary = self.study.test != "linear"
         numbers = (frequency, results.effect, results.se, results.statistic)
         texts = [[f"{value:.12g}" for value in column.tolist()] for column in numbers]
@@ -243,18 +250,19 @@ class _Association:
             [
                 *(str(variant.chromosome), str(variant.position), variant.name),
                 *(variant.a1, variant.a2, str(count), str(everybody)),
-                *([str(own[CASES]), str(own[CONTROLS])] if binary else ["", ""]),
-                *(column[at] for column in texts),
-                ps[at],
-                "; ".join(notes.get(at, ())),
+                *([str(sums[CASES]), str(sums[CONTROLS])] if binary else ["", ""]),
+                *(column[index] for column in texts),
+                ps[index],
+                "; ".join(notes.get(index, ())),
             ]
-            for at, (variant, (count, everybody, own)) in enumerate(
+            for index, (variant, (count, everybody, sums)) in enumerate(
                 zip(block.variants, totals, strict=True)
             )
         ]
 
     def _write_summary(self, status: str, message: str = "") -> dict[str, Any]:
-        panel, known = self.panel, np.concatenate([*self.log10_p, np.zeros(0)])
+        panel = self.panel
+        log10_p = np.concatenate([*self.log10_p, np.zeros(0)])
         local = hasattr(panel.grid, "export_states")
         engine = "Flower simulation" if panel.simulated else "Flower deployment"
         sites = {}
@@ -278,9 +286,9 @@ class _Association:
                 "phenotype": panel.about[0]["phenotype"],
                 "covariates": panel.about[0]["covariates"],
                 "components": self.values,
-                "variants": len(known),
-                "tested": int(np.isfinite(known).sum()),
-                "lambda-gc": genomic_inflation(known),
+                "variants": len(log10_p),
+                "tested": int(np.isfinite(log10_p).sum()),
+                "lambda-gc": genomic_inflation(log10_p),
             },
             "tables": [],
             "failures": [asdict(failure) for failure in panel.failures],

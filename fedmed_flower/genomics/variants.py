@@ -21,7 +21,7 @@ REASONS = {
     REPEATED: "id repeated",
 }
 _UNKNOWN = ("0", ".")
-# Variants of one hospital at one place, which cannot be taken before the next place has come.
+# Variants of one hospital at one position: they are held until its next position has come.
 _MOST_AT_ONE_PLACE = 1 << 16
 _OTHER_STRAND = str.maketrans("ACGT", "TGCA")
 
@@ -33,20 +33,20 @@ def complement(allele: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def align(pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], tuple[int, ...]]:
-    """Return the alleles A1 and A2 that most hospitals have, and how each one's lie to them.
+    """Return A1 and A2 as most hospitals have them, and how each hospital's alleles relate to them.
 
     Parameters
     ----------
     pairs : tuple of (str, str)
-        A1 and A2 of each hospital, in order: the first decides a tie. ``0`` or ``.`` stands for an
-        allele that nobody there has.
+        A1 and A2 of each hospital. The first of tied pairs is taken. ``0`` or ``.`` stands for an
+        allele that nobody at the hospital has.
 
     Returns
     -------
     pair : (str, str)
     codes : tuple of int
-        `SAME`, `SWAPPED`, `OTHER_ALLELES`, or `UNCLEAR_STRAND`: swapped, of a variant of which
-        both strands read the same (A/T, C/G), so that it may as well be from the other strand.
+        `SAME`, `SWAPPED` or `OTHER_ALLELES`; `UNCLEAR_STRAND` if the alleles are swapped and both
+        strands read the same (A/T, C/G), so that they may as well be from the other strand.
     """
     if len(set(pairs)) == 1:
         return pairs[0], (SAME,) * len(pairs)
@@ -56,16 +56,16 @@ def align(pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], tuple[in
         ordered = Counter(pair for pair in whole if frozenset(pair) == together)
         reference = ordered.most_common(1)[0][0]
     else:
-        # Everywhere one allele alone: two that differ make the variant.
+        # Every hospital has one allele alone; two different ones make the variant.
         known = list(dict.fromkeys(a for pair in pairs for a in pair if a not in _UNKNOWN))
         reference = (known[1], known[0]) if len(known) == 2 else pairs[0]
     ambiguous = complement(reference[0]) == reference[1]
-    return reference, tuple(_lie(pair, reference, ambiguous) for pair in pairs)
+    return reference, tuple(_code(pair, reference, ambiguous) for pair in pairs)
 
 
-def _lie(pair: tuple[str, str], reference: tuple[str, str], ambiguous: bool) -> int:
-    def fits(this: tuple[str, str]) -> bool:
-        return all(a in (b, *_UNKNOWN) for a, b in zip(this, reference, strict=True))
+def _code(pair: tuple[str, str], reference: tuple[str, str], ambiguous: bool) -> int:
+    def fits(alleles: tuple[str, str]) -> bool:
+        return all(a in (b, *_UNKNOWN) for a, b in zip(alleles, reference, strict=True))
 
     if fits(pair):
         return SAME
@@ -79,7 +79,7 @@ def _within(values: NDArray[Any], least: int, most: int) -> bool:
 
 
 class Variant(NamedTuple):
-    """A variant, and the two alleles that are told apart at all hospitals; A1 is counted."""
+    """A variant and the two alleles that all hospitals distinguish; A1 is counted."""
 
     chromosome: int
     position: int
@@ -97,7 +97,8 @@ class Block(NamedTuple):
     lines : (hospitals, variants) int64 array
         The variant's line in a hospital's bim file, from 0.
     codes : (hospitals, variants) int8 array
-        How a hospital's alleles lie; `ABSENT` where it lacks the variant.
+        How a hospital's alleles relate to the variant's, as `align` returns it; `ABSENT` if the
+        hospital lacks the variant, `REPEATED` if it has the variant twice.
     """
 
     variants: list[Variant]
@@ -110,28 +111,29 @@ class Block(NamedTuple):
 
 
 class Merger:
-    """Merges lists of variants that come in parts; it holds no more than a few parts of each.
+    """Merges lists of variants that come in parts, and holds only a few parts of each list.
 
-    A variant is known by chromosome, position and id together.
+    A variant is identified by chromosome, position and id together.
 
     Parameters
     ----------
     count : int
-        Of hospitals.
+        Number of hospitals.
     size : int
-        Variants that one part should have.
+        Number of variants that one part should have.
 
     Attributes
     ----------
     read : list of int
-        Lines that have come from each hospital.
+        Number of lines that have come from each hospital.
     skipped : list of int
-        How many of them are on no autosome, or have no place.
+        How many of these lines are on no autosome or have no position.
     """
 
     def __init__(self, count: int, size: int) -> None:
         self.size = size
-        self.read, self.skipped = [0] * count, [0] * count
+        self.read = [0] * count
+        self.skipped = [0] * count
         self._ended = [False] * count
         self._waiting: list[list[tuple[int, str, int, tuple[str, str]]]] = [
             [] for _ in range(count)
@@ -152,11 +154,12 @@ class Merger:
         Raises
         ------
         ValueError
-            If it goes on before the end of the part before, is not in order, names a place that
-            no chromosome has, or too many variants at one place.
+            If the part begins before the end of the previous one, is not in order, has a position
+            out of range, or has too many variants at one position.
         """
         indices = np.flatnonzero(part.chromosomes)
-        chromosomes, positions = part.chromosomes[indices], part.positions[indices]
+        chromosomes = part.chromosomes[indices]
+        positions = part.positions[indices]
         if not _within(chromosomes, 1, AUTOSOMES) or not _within(positions, 1, MOST_POSITION):
             raise ValueError(
                 f"it has variants outside of the chromosomes 1 to {AUTOSOMES} or of the positions "
@@ -168,16 +171,13 @@ class Merger:
                 "its variants are not in order of chromosome and position: sort its files with "
                 "plink --make-bed"
             )
-        waiting = [
-            *self._waiting[site],
-            *(
-                (key, part.names[at], self.read[site] + at, (part.first[at], part.second[at]))
-                for key, at in zip(keys.tolist(), indices.tolist(), strict=True)
-            ),
-        ]
+        waiting = list(self._waiting[site])
+        for key, index in zip(keys.tolist(), indices.tolist(), strict=True):
+            alleles = (part.first[index], part.second[index])
+            waiting.append((key, part.names[index], self.read[site] + index, alleles))
         crowd = waiting[-1 - _MOST_AT_ONE_PLACE :]
         if len(crowd) > _MOST_AT_ONE_PLACE and crowd[0][0] == crowd[-1][0]:
-            raise ValueError(f"it has more than {_MOST_AT_ONE_PLACE} variants at one place")
+            raise ValueError(f"it has more than {_MOST_AT_ONE_PLACE} variants at one position")
         self._waiting[site] = waiting
         self.read[site] += len(part.names)
         self.skipped[site] += len(part.names) - len(indices)
@@ -185,43 +185,46 @@ class Merger:
         self._ended[site] = ended
 
     def end(self, site: int) -> None:
-        """Forget a hospital."""
-        self._waiting[site], self._ended[site] = [], True
+        """Drop a hospital's waiting variants and expect no more."""
+        self._waiting[site] = []
+        self._ended[site] = True
 
     def take(self) -> Block | None:
-        """Return the next variants; none but a block without one where more must come first.
+        """Return the next variants.
 
         Returns
         -------
         Block or None
-            None at the end.
+            A block without a variant if more lines must come first; None at the end.
         """
         open_ends = [self._last[site] for site, ended in enumerate(self._ended) if not ended]
-        # Of the last position that a hospital has told, more variants may come.
+        # At the last position that a hospital has sent, more variants may follow.
         horizon = min(open_ends, default=1 << 62)
-        found: dict[tuple[int, str], list[tuple[int, int, tuple[str, str]]]] = {}
+        entries: dict[tuple[int, str], list[tuple[int, int, tuple[str, str]]]] = {}
         for site, waiting in enumerate(self._waiting):
             cut = bisect_left(waiting, horizon, key=itemgetter(0))
             for key, name, line, pair in waiting[:cut]:
-                found.setdefault((key, name), []).append((site, line, pair))
+                entries.setdefault((key, name), []).append((site, line, pair))
             del waiting[:cut]
-        if not found and not open_ends:
+        if not entries and not open_ends:
             return None
-        if not found and not self.hungry():
+        if not entries and not self.hungry():
             self.size *= 2
-        return _block(found, len(self._waiting))
+        return _block(entries, len(self._waiting))
 
 
 def _block(
-    found: dict[tuple[int, str], list[tuple[int, int, tuple[str, str]]]], count: int
+    entries: dict[tuple[int, str], list[tuple[int, int, tuple[str, str]]]], count: int
 ) -> Block:
-    ordered, variants = sorted(found), list[Variant]()
-    lines, codes = ([[value] * len(ordered) for _ in range(count)] for value in (0, ABSENT))
-    for index, (key, name) in enumerate(ordered):
-        entries = found[key, name]
-        (a1, a2), lies = align(tuple([pair for _, _, pair in entries]))
+    variants: list[Variant] = []
+    lines = [[0] * len(entries) for _ in range(count)]
+    codes = [[ABSENT] * len(entries) for _ in range(count)]
+    for index, (key, name) in enumerate(sorted(entries)):
+        hospital_entries = entries[key, name]
+        (a1, a2), relations = align(tuple([pair for _, _, pair in hospital_entries]))
         variants.append(Variant(key >> 40, key & ((1 << 40) - 1), name, a1, a2))
-        for (site, line, _), code in zip(entries, lies, strict=True):
-            taken = codes[site][index] != ABSENT
-            lines[site][index], codes[site][index] = line, REPEATED if taken else code
+        for (site, line, _), code in zip(hospital_entries, relations, strict=True):
+            is_repeated = codes[site][index] != ABSENT
+            lines[site][index] = line
+            codes[site][index] = REPEATED if is_repeated else code
     return Block(variants, np.array(lines, np.int64), np.array(codes, np.int8))

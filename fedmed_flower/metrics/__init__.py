@@ -1,4 +1,4 @@
-"""Metrics of one hospital, and of all hospitals from what each sends."""
+"""Metrics of one hospital, and of all hospitals from the counts and sums that each sends."""
 
 from typing import TYPE_CHECKING
 

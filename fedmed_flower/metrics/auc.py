@@ -1,8 +1,8 @@
 """How well scores rank the rows of several sites, from each site's histograms of them.
 
-A site lays a grid over its scores and counts, in each bin, rows without and with the class. A site
-that tells coarsely merges bins until each holds ten patients or more; the rows of one bin are then
-in an order that nobody knows, and the area under the ROC curve over all sites lies between bounds.
+A site lays a grid over its scores and counts, in each bin, the rows without and with the class. A
+site that reports coarsely merges bins until each holds ten patients or more. The order of the rows
+in a bin is then unknown, so the area under the ROC curve over all sites lies between two bounds.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ from numpy.typing import NDArray
 
 from fedmed_flower.metrics.types import Floats, Whole
 
-# Bins of 1/500 of the interquartile range at the median that grow outwards (sinh), so that narrow,
-# skewed and far-off scores keep their order.
+# Bins are 1/500 of the interquartile range wide at the median and grow outwards (sinh), so that
+# narrow, skewed and far-off scores keep their order.
 BINS = 2048
 EDGES = np.sinh(np.linspace(-10.0, 10.0, BINS + 1))
 
-# Different patients in a bin that is told coarsely.
+# The fewest different patients in a bin of a coarse histogram.
 FEWEST = 10
-# A coarse grid is the same at each site, so that it tells nothing of the patients. Its bins are no
-# wider than a hundredth of the log-odds that they stand for; its middle is the threshold 0.
-_COARSE_WIDTH, _MIDDLE = 0.01, BINS // 2
-# Stands for a bin that is part of the one before it, and for an AUC that is not told.
-MERGED, UNTOLD = -1, -1.0
-# By how much an AUC that is told coarsely is rounded, at most.
+# A coarse grid is the same at each site, so that it discloses nothing of the patients. Its bins are
+# no wider than a hundredth of the log-odds that they stand for; its middle is the threshold 0.
+_COARSE_WIDTH = 0.01
+_MIDDLE = BINS // 2
+# Count of a bin that is merged into the one before it.
+MERGED = -1
+# AUC of a site that does not report its own.
+UNREPORTED = -1.0
+# Rounding changes an AUC that is reported coarsely by at most this.
 _ROUNDED = 0.0005
 
 
@@ -46,20 +49,20 @@ def fine_histograms(
     Returns
     -------
     tuple, list of int
-        The counts are those of the rows without the class, then those with it, each in `BINS` bins.
-        Scores beyond the grid are counted at its ends.
+        The counts of the rows without the class, then of those with it, each in `BINS` bins. Scores
+        beyond the grid are counted at its ends.
     """
     low, centre, high = np.percentile(score, [25, 50, 75])
     width = max(0.2 * (high - low), 1e-3 * score.std(), 1e-9 * max(1.0, abs(centre)))
-    # Rounded, so that the grid does not tell one patient's score.
+    # Rounded, so that the grid does not disclose one patient's score.
     width = float(f"{width:.1e}")
     centre = width * round(centre / width)
-    own = _own_auc(truth, score) if truth.any() and not truth.all() else 0.5
+    auc = _auc(truth, score) if truth.any() and not truth.all() else 0.5
     indices = np.clip((score - centre) / width, EDGES[0], EDGES[-1])
     counts: list[int] = []
     for group in (False, True):
         counts += np.histogram(indices[truth == group], EDGES)[0].tolist()
-    return (float(centre), float(width), own), counts
+    return (float(centre), float(width), auc), counts
 
 
 def coarse_histograms(
@@ -67,29 +70,32 @@ def coarse_histograms(
 ) -> tuple[tuple[float, float, float], list[int]]:
     """Return grid and counts as `fine_histograms` does, in bins of ten different patients or more.
 
-    Rows without the class and rows with it are binned by themselves, in no more bins than one for
-    ten of their patients; fewer than twenty patients have one bin. The first bin begins, and the
-    last one ends, anywhere: no lowest and no highest score is told.
+    Rows without the class and rows with it are binned separately, with at most one bin for ten of
+    their patients; fewer than twenty patients have one bin. The first bin has no lower end and the
+    last one no upper end, so that neither the lowest nor the highest score is disclosed.
 
     Parameters
     ----------
     truth, score
         As `fine_histograms` takes them.
     patients : sequence of n hashables
+        The patient of each row.
     cut : bool
-        Whether to have a bin end at the threshold 0, on each side of which ten patients or more of
-        twenty or more must be, without and with the class.
+        Whether a bin ends at the threshold 0. Without and with the class, there must then be twenty
+        patients or more, and ten or more on each side of the threshold.
 
     Returns
     -------
     tuple, list of int
-        A bin's count stands at its first bin of the grid, and `MERGED` at the others. Each holds
-        its upper end, not its lower. The AUC is `UNTOLD` where one class has fewer than ten
-        patients.
+        A merged bin's count stands at its first bin of the grid, and `MERGED` at the others. A bin
+        holds its upper end, not its lower. The AUC is `UNREPORTED` if the rows without the class or
+        those with it are of fewer than ten patients.
     """
     cells = np.searchsorted(_COARSE_WIDTH * EDGES, score, side="left").astype(np.int64) - 1
     cells = np.clip(cells, 0, BINS - 1)
-    codes, enough, counts = numbered(patients), True, list[int]()
+    codes = numbered(patients)
+    has_enough = True
+    counts: list[int] = []
     for group in (False, True):
         order = np.flatnonzero(truth == group)
         order = order[np.argsort(cells[order], kind="stable")]
@@ -98,24 +104,24 @@ def coarse_histograms(
         merged = np.full(BINS, MERGED)
         merged[starts] = np.diff(np.searchsorted(cells[order], [*starts, BINS]))
         counts += merged.tolist()
-        enough &= different(patient_of_row) >= FEWEST
-    own = _own_auc(truth, score) if enough else UNTOLD
-    return (0.0, _COARSE_WIDTH, own), counts
+        has_enough &= different(patient_of_row) >= FEWEST
+    auc = _auc(truth, score) if has_enough else UNREPORTED
+    return (0.0, _COARSE_WIDTH, auc), counts
 
 
 def numbered(patients: Sequence[Hashable]) -> Whole:
-    """Return a number for each row, the same for rows of one patient."""
+    """Return the number of each row's patient, counted from 0."""
     numbers: dict[Hashable, int] = {}
     return np.asarray([numbers.setdefault(one, len(numbers)) for one in patients], dtype=np.int64)
 
 
 def different(codes: Whole) -> int:
-    """Return how many patients there are."""
+    """Return how many different patients have rows, given by their numbers."""
     return int(np.unique(codes).size)
 
 
-def _own_auc(truth: NDArray[np.bool_], score: Floats) -> float:
-    # Loading scikit-learn takes a second, which a server that only averages need not wait for.
+def _auc(truth: NDArray[np.bool_], score: Floats) -> float:
+    # Imported here because scikit-learn takes a second to load, and a server does not need it.
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(truth, score))
@@ -135,31 +141,32 @@ def _starts(cells: Whole, codes: Whole, cut: bool) -> list[int]:
 
 
 def _cuts(cells: Whole, codes: Whole, most: int) -> list[int]:
-    """Return where to cut rows into at most so many bins of much the same size."""
+    """Return the cells at which to cut rows into at most `most` bins of about the same size."""
     last = np.zeros(codes.max(initial=-1) + 1, dtype=np.int64)
     np.maximum.at(last, codes, np.arange(1, len(codes) + 1))
     ends = np.sort(last[last > 0])
-    cuts, start = list[int](), 0
+    cuts: list[int] = []
+    start = 0
     for stop in (np.flatnonzero(np.diff(cells)) + 1).tolist():
         if len(cuts) == most - 1 or ends.size - np.searchsorted(ends, stop, "right") < FEWEST:
             break
         is_due = stop * most >= (len(cuts) + 1) * len(cells)
         if is_due and different(codes[start:stop]) >= FEWEST:
-            # In the middle of the gap, so that the end tells neither neighbour's score.
+            # In the middle of the gap, so that the end discloses neither neighbour's score.
             cuts.append(int(cells[stop - 1] + cells[stop] + 1) // 2)
             start = stop
     return cuts
 
 
-def merged_auc(edges: Floats, counts: Floats, own: Floats) -> float:
+def merged_auc(edges: Floats, counts: Floats, site_aucs: Floats) -> float:
     """Return the area under the ROC curve over all sites' rows; NaN if one class is empty.
 
     Parameters
     ----------
     edges : array of shape (sites, bins + 1)
     counts : array of shape (sites, 2, bins)
-    own : array of shape (sites,)
-        The AUC among a site's own rows.
+    site_aucs : array of shape (sites,)
+        The AUC among the rows of each site.
 
     Notes
     -----
@@ -170,10 +177,10 @@ def merged_auc(edges: Floats, counts: Floats, own: Floats) -> float:
     union = np.unique(edges)
     below = np.zeros((2, len(union)))
     ordered = 0.0
-    for own_edges, own_auc, histograms in zip(edges, own, counts, strict=True):
+    for site_edges, auc, histograms in zip(edges, site_aucs, counts, strict=True):
         cumulated = np.pad(np.cumsum(histograms, axis=1), ((0, 0), (1, 0)))
-        spread = np.asarray([np.interp(union, own_edges, group) for group in cumulated])
-        ordered += own_auc * spread[:, -1].prod() - ordered_pairs(spread)
+        spread = np.asarray([np.interp(union, site_edges, group) for group in cumulated])
+        ordered += auc * spread[:, -1].prod() - ordered_pairs(spread)
         below += spread
     pairs = below[:, -1].prod()
     return float((ordered + ordered_pairs(below)) / pairs) if pairs else float("nan")
@@ -186,44 +193,46 @@ def ordered_pairs(below: Floats) -> float:
 
 
 def bounded_auc(
-    edges: Floats, counts: Floats, own: Floats, alone: float | None = None
+    edges: Floats, counts: Floats, site_aucs: Floats, known: float | None = None
 ) -> tuple[float, float, float] | None:
-    """Return the area under the ROC curve over the rows of all sites, some of which tell coarsely.
+    """Return the AUC over all sites' rows, with bounds, if some sites report coarsely.
 
     Parameters
     ----------
     edges : array of shape (sites, classes, bins + 1)
     counts : array of shape (sites, classes, 2, bins)
-        With `MERGED` where a bin is part of the one before it.
-    own : array of shape (sites, classes)
-        The AUC among a site's own rows, or `UNTOLD`.
-    alone : float, optional
-        The AUC where it is known.
+        `MERGED` if a bin is merged into the one before it.
+    site_aucs : array of shape (sites, classes)
+        The AUC among the rows of each site, or `UNREPORTED`.
+    known : float, optional
+        The AUC over all rows, if it is known; it is then the estimate.
 
     Returns
     -------
     tuple or None
         An estimate and two bounds, rounded outwards to three digits; means over the classes. None
-        where a class, or its rest, is empty.
+        if a class, or its rest, is empty.
 
     Notes
     -----
-    Of a pair of rows of two sites the bins tell the order, unless they overlap. Of the pairs within
-    a site as many are in order as its AUC says. For the bounds all other pairs are taken to be in
-    the wrong order, and in the right one; for the estimate, as many of them to be in order as of
-    those within a site whose bins overlap, or half of them where no site has told its AUC.
+    If the bins of two rows do not overlap, they show the order of the rows. Within a site, the AUC
+    shows how many pairs are in order. All other pairs are unknown: one bound takes them all to be
+    in the wrong order, the other in the right one. The estimate takes the same share of them to be
+    in order as of the pairs within a site whose bins overlap, or half if no site reports its AUC.
     """
-    parts = [_bounded(edges[:, c], counts[:, c], own[:, c]) for c in range(own.shape[1])]
+    classes = range(site_aucs.shape[1])
+    parts = [_bounded(edges[:, c], counts[:, c], site_aucs[:, c]) for c in classes]
     value, low, high = (float(mean) for mean in np.mean(parts, axis=0))
     if math.isnan(value):
         return None
-    value = value if alone is None else float(alone)
+    value = value if known is None else float(known)
     # Sums of many terms may be off by their last digits.
-    low, high = math.floor(1e3 * low - 1e-6) / 1e3, math.ceil(1e3 * high + 1e-6) / 1e3
+    low = math.floor(1e3 * low - 1e-6) / 1e3
+    high = math.ceil(1e3 * high + 1e-6) / 1e3
     return value, max(0.0, min(low, value)), min(1.0, max(high, value))
 
 
-def _bounded(edges: Floats, counts: Floats, own: Floats) -> tuple[float, float, float]:
+def _bounded(edges: Floats, counts: Floats, site_aucs: Floats) -> tuple[float, float, float]:
     bins = [
         [_intervals(site_edges, group) for group in site]
         for site_edges, site in zip(edges, counts, strict=True)
@@ -233,22 +242,25 @@ def _bounded(edges: Floats, counts: Floats, own: Floats) -> tuple[float, float, 
     if not pairs:
         return math.nan, math.nan, math.nan
     surely, perhaps = _ordered(negatives, positives)
-    # Of pairs within sites: in order by the AUC, its error, in order of those that overlap, these.
-    ordered = error = settled = overlapping = 0.0
-    for site, auc, histograms in zip(bins, own, counts, strict=True):
-        if auc == UNTOLD:
+    # Pairs within sites: in order by the AUC, and the rounding error of this number.
+    ordered = error = 0.0
+    # Those of them whose bins overlap: in order by the AUC, and all.
+    settled = overlapping = 0.0
+    for site, auc, histograms in zip(bins, site_aucs, counts, strict=True):
+        if auc == UNREPORTED:
             continue
-        surely_here, perhaps_here = _ordered(*site)
-        here = float(site[0][2].sum() * site[1][2].sum())
-        ordered += auc * here
-        error += _ROUNDED * here * bool((histograms < 0).any())
-        settled += auc * here - surely_here
-        overlapping += perhaps_here - surely_here
-        surely -= surely_here
-        perhaps -= perhaps_here
+        site_surely, site_perhaps = _ordered(*site)
+        site_pairs = float(site[0][2].sum() * site[1][2].sum())
+        ordered += auc * site_pairs
+        error += _ROUNDED * site_pairs * bool((histograms < 0).any())
+        settled += auc * site_pairs - site_surely
+        overlapping += site_perhaps - site_surely
+        surely -= site_surely
+        perhaps -= site_perhaps
     share = min(1.0, max(0.0, settled / overlapping)) if overlapping else 0.5
     value = ordered + surely + share * (perhaps - surely)
-    low, high = ordered - error + surely, ordered + error + perhaps
+    low = ordered - error + surely
+    high = ordered + error + perhaps
     return value / pairs, low / pairs, high / pairs
 
 
@@ -260,12 +272,15 @@ def _intervals(edges: Floats, counts: Floats) -> Floats:
     starts = np.flatnonzero(counts >= 0)
     ends = edges.copy()
     # Rows beyond the grid are counted at its ends.
-    ends[0], ends[-1] = -np.inf, np.inf
-    lower, upper = ends[starts], ends[[*starts[1:], len(counts)]]
+    ends[0] = -np.inf
+    ends[-1] = np.inf
+    lower = ends[starts]
+    upper = ends[[*starts[1:], len(counts)]]
     if len(starts) == len(counts):
-        # The site has found its bins by other roundings, and they hold their lower ends.
+        # A fine histogram: its bins hold their lower ends, which the site rounded in another way.
         slack = 16 * np.finfo(float).eps * (np.abs(ends) + abs(ends[_MIDDLE])) + 1e-300
-        lower, upper = lower - slack[:-1], upper + slack[1:]
+        lower = lower - slack[:-1]
+        upper = upper + slack[1:]
     rows = counts[starts]
     return np.stack([lower, upper, rows])[:, rows > 0]
 
@@ -281,7 +296,7 @@ def _ordered(negatives: Floats, positives: Floats) -> tuple[float, float]:
 def _rows_up_to(
     ends: Floats, rows: Floats, limits: Floats, side: Literal["left", "right"]
 ) -> Floats:
-    """Return how many rows have ends below each limit; at it too where the side is "right"."""
+    """Return how many rows have ends below each limit, or at it if the side is "right"."""
     order = np.argsort(ends)
     cumulated = np.append(0.0, np.cumsum(rows[order]))
     return np.asarray(cumulated[np.searchsorted(ends[order], limits, side)])
@@ -298,28 +313,29 @@ def merged_precision(edges: Floats, counts: Floats) -> float:
     Notes
     -----
     It is the mean, over the rows with the class, of the share of the class among the rows that
-    score as high or higher. A row is taken to stand in the middle of its bin, with half of the
-    others there above it. But two or more rows between two empty bins are taken to have one score,
-    as a table of few categories gives, which other sites' rows in bins that overlap have as well.
+    score as high or higher. A row is taken to lie in the middle of its bin, with half of the bin's
+    other rows above it. Two or more rows between two empty bins are taken to have one score, as a
+    table of few categories gives. Other sites' rows in bins that overlap are taken to have it too.
     """
     if not counts.sum(axis=(0, 2)).all():
         return float("nan")
     # Rows at or above each edge.
     above = np.cumsum(np.pad(counts, ((0, 0), (0, 0), (0, 1)))[..., ::-1], axis=2)[..., ::-1]
     total = 0.0
-    for site, own in enumerate(counts):
-        indices = np.flatnonzero(own[1])
-        rows = np.pad(own.sum(axis=0), 1)
+    for site, histograms in enumerate(counts):
+        indices = np.flatnonzero(histograms[1])
+        rows = np.pad(histograms.sum(axis=0), 1)
         tied = ((rows[1:-1] > 1) & (rows[:-2] == 0) & (rows[2:] == 0))[indices]
-        # Whoever stands there is counted in whole.
-        same = np.where(tied, own[:, indices], own[:, indices] / 2 + [[0.0], [0.5]])
+        # Tied rows are all counted.
+        in_bin = histograms[:, indices]
+        same = np.where(tied, in_bin, in_bin / 2 + [[0.0], [0.5]])
         ahead = above[site][:, indices + 1] + same
         low = edges[site, indices]
         middle = (low + edges[site, indices + 1]) / 2
         for other in np.flatnonzero(np.arange(len(counts)) != site):
             bins = np.searchsorted(edges[other], low, side="right") - 1
             whole = above[other][:, np.clip(bins, 0, counts.shape[2])]
-            part = [np.interp(middle, edges[other], each) for each in above[other]]
+            part = [np.interp(middle, edges[other], group) for group in above[other]]
             ahead += np.where(tied, whole, part)
-        total += float(own[1, indices] @ (ahead[1] / ahead.sum(axis=0)))
+        total += float(histograms[1, indices] @ (ahead[1] / ahead.sum(axis=0)))
     return total / float(counts[:, 1].sum())

@@ -1,9 +1,9 @@
-"""What one hospital measures, and what several hospitals' sums give together.
+"""Metrics of a classifier, from one hospital's rows and from noised counts.
 
-A hospital never sends a list of scores. For figures over all hospitals it sends counts: the
+A hospital never sends a list of scores. For metrics over all hospitals it sends counts: the
 confusion matrix, and for each class two histograms of the score (rows without and with the class)
-on a grid laid around the hospital's own median. A hospital that wants to tell coarsely counts ten
-patients or more at a time, and rounds.
+on a grid around the hospital's median. A hospital that reports coarsely sends only counts of ten
+patients or more, and rounds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics.auc import (
     FEWEST,
-    UNTOLD,
+    UNREPORTED,
     coarse_histograms,
     different,
     fine_histograms,
@@ -72,21 +72,21 @@ def classification_metrics(
     labels : integer array of shape (n,)
     logits : array of shape (n, 1) or (n, c)
     patients : sequence of n hashables, optional
-        Whose the rows are; each row is of a patient of its own where nothing is said.
+        The patient of each row. If None, each row is one patient.
     coarse : bool
-        Whether each count is of ten different patients or more, or of all of a class. `coarsened`
-        rounds what is left.
+        Whether each count must be of ten different patients or more, or of all of a class.
+        `coarsened` rounds the result.
 
     Returns
     -------
     dict
         ``num-examples``, ``accuracy``, ``balanced-accuracy``, ``sensitivity``, ``specificity``
         and ``auc`` (for more than two classes: the mean of one class against the rest), and the
-        counts that `pool` sums. A figure that these rows leave undefined, such as the AUC of
+        counts that `pool` sums. A metric that is undefined for these rows, such as the AUC of
         one class, is left out.
 
-        If `coarse`, the AUC is also left out if a class, or its rest, has fewer than ten
-        patients, and the confusion matrix, with all that follows from it, if a cell has.
+        If `coarse`, the AUC is also left out if a class, or its rest, has fewer than ten patients.
+        The confusion matrix, with all that follows from it, is left out if a cell has fewer.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def classification_metrics(
     confusion = confusion_matrix(y, guess, labels=np.arange(num_classes))
     positive = (y == 1)[:, None] if num_classes == 2 else y[:, None] == np.arange(num_classes)
     reported = not coarse or _is_coarse(y, guess, numbered(patient_of_row), num_classes)
-    found = [
+    histograms = [
         coarse_histograms(truth, score, patient_of_row, reported and num_classes == 2)
         if coarse
         else fine_histograms(truth, score)
@@ -118,16 +118,16 @@ def classification_metrics(
         **(rates_of(confusion) if reported else {}),
     }
     aucs = [
-        own
-        for truth, ((_, _, own), _) in zip(positive.T, found, strict=True)
-        if truth.any() and not truth.all() and own != UNTOLD
+        auc
+        for truth, ((_, _, auc), _) in zip(positive.T, histograms, strict=True)
+        if truth.any() and not truth.all() and auc != UNREPORTED
     ]
     if len(aucs) == margins.shape[1]:
         metrics["auc"] = float(np.mean(aucs))
     if reported:
         metrics[CONFUSION] = confusion.ravel().tolist()
-    metrics[GRID] = [value for grid, _ in found for value in grid]
-    metrics[COUNTS] = [count for _, counts in found for count in counts]
+    metrics[GRID] = [value for grid, _ in histograms for value in grid]
+    metrics[COUNTS] = [count for _, counts in histograms for count in counts]
     return metrics
 
 
@@ -135,21 +135,23 @@ def _is_coarse(
     labels: NDArray[np.int64], guess: NDArray[Any], codes: NDArray[np.int64], num_classes: int
 ) -> bool:
     """Return whether each cell of the confusion matrix is of ten different patients or more."""
-    cells = [[(labels == c) & (guess == g) for g in range(num_classes)] for c in range(num_classes)]
-    enough = all(different(codes[cell]) >= FEWEST for row in cells for cell in row)
+    cells = [(labels == c) & (guess == g) for c in range(num_classes) for g in range(num_classes)]
+    has_enough = all(different(codes[cell]) >= FEWEST for cell in cells)
     # A patient with several rows may be in several cells.
     least = FEWEST * num_classes
-    return enough and all(different(codes[labels == c]) >= least for c in range(num_classes))
+    return has_enough and all(different(codes[labels == c]) >= least for c in range(num_classes))
 
 
 def noised_counts(
     labels: ArrayLike, logits: ArrayLike, patients: Sequence[Hashable], noise_multiplier: float
 ) -> list[float]:
-    """Count what a classifier does, with noise that hides each patient.
+    """Count a classifier's scores and guesses, with noise that hides each patient.
 
-    For two classes the counts are histograms of the score of the rows without and with the second
-    class; for more, such histograms for each class against the rest, and the confusion matrix.
-    Each patient's rows weigh 1 together, so that adding or removing a patient changes the counts
+    For two classes the counts are histograms of the score, one of the rows without and one of those
+    with the second class. For more classes they are such histograms for each class against the
+    rest, and the confusion matrix.
+
+    Each patient's rows together have weight 1. So adding or removing a patient changes the counts
     by at most 1 (two classes) or the root of the number of classes + 1, in Euclidean length.
 
     Parameters
@@ -165,10 +167,11 @@ def noised_counts(
     list of float
         For `noised_metrics`.
     """
-    y, margins = np.asarray(labels, dtype=np.int64), class_margins(logits)
+    y = np.asarray(labels, dtype=np.int64)
+    margins = class_margins(logits)
     num_classes = max(2, margins.shape[1])
-    rows_of = Counter(patients)
-    share = np.asarray([1 / rows_of[patient] for patient in patients])
+    row_counts = Counter(patients)
+    share = np.asarray([1 / row_counts[patient] for patient in patients])
     positive = (y == 1)[:, None] if num_classes == 2 else y[:, None] == np.arange(num_classes)
     indices = np.clip(margins, _NOISED_EDGES[0], _NOISED_EDGES[-1])
     parts = [
@@ -188,7 +191,7 @@ def noised_counts(
 
 
 def noised_metrics(counts: ArrayLike) -> dict[str, float]:
-    """Return figures from the counts of one hospital, or the sum of several hospitals' counts.
+    """Return the metrics that follow from one hospital's noised counts, or the sum of several.
 
     Parameters
     ----------
@@ -198,8 +201,8 @@ def noised_metrics(counts: ArrayLike) -> dict[str, float]:
     Returns
     -------
     dict
-        ``num-examples`` (patients, to the nearest whole number) and, where it is above 0, the
-        figures of `classification_metrics`. An AUC from 32 bins is as coarse as they are.
+        ``num-examples`` (patients, to the nearest whole number) and, if it is above 0, the metrics
+        of `classification_metrics`. The AUC is as coarse as the 32 bins it comes from.
     """
     values = np.asarray(counts, dtype=np.float64)
     num_classes = classes_of_noised(len(values))
@@ -210,7 +213,7 @@ def noised_metrics(counts: ArrayLike) -> dict[str, float]:
     else:
         confusion = values[histograms.size :].reshape(num_classes, num_classes)
     metrics: dict[str, float] = {"num-examples": max(0.0, float(round(confusion.sum())))}
-    # Cut off at 0 after adding up, so that noise cancels out as far as it can.
+    # Clipped at 0 only after summing, so that noise cancels out as far as it can.
     confusion = np.maximum(confusion, 0.0)
     if not metrics["num-examples"] or not confusion.any():
         return {"num-examples": 0.0}
@@ -234,8 +237,8 @@ def classes_of_noised(length: int) -> int:
 
 
 def rates_of(confusion: NDArray[np.int64]) -> dict[str, float]:
-    """Return what follows from a confusion matrix; what is undefined is left out."""
-    # Loading scikit-learn takes a second, which a server that only averages need not wait for.
+    """Return the metrics that follow from a confusion matrix; undefined ones are left out."""
+    # Imported here because scikit-learn takes a second to load, and not every server needs it.
     from sklearn.metrics import multilabel_confusion_matrix
 
     truth, guess = np.indices(confusion.shape)

@@ -1,4 +1,4 @@
-"""What leaves a hospital that tells coarsely."""
+"""Metrics as a hospital sends them that reports coarsely."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from fedmed_flower.metrics.names import (
 )
 from fedmed_flower.wire import EPSILON, HOSPITAL_EPSILON
 
-# What `coarsened` leaves as it is, and parts of the names of what it leaves out.
+# Metrics that `coarsened` does not change.
 _EXACT = ("num-examples", EPSILON, HOSPITAL_EPSILON, NOISED, NOISED_DICE)
+# Parts of the names of single patients' metrics, which `coarsened` leaves out.
 _SINGLE = {"worst", "lowest", "highest", "min", "max"}
 
 
 def coarsened(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a hospital that tells coarsely may send of any client's metrics.
+    """Return a client's metrics as a hospital that reports coarsely may send them.
 
     Parameters
     ----------
@@ -41,11 +42,11 @@ def coarsened(metrics: Mapping[str, Any]) -> dict[str, Any]:
     Returns
     -------
     dict
-        Numbers that are not integers by their type have three significant digits, in lists too;
-        so have the sums that `pool` adds up, but for numbers of rows. Left out are figures of
+        Numbers that are not integers by their type have three significant digits, in lists too. So
+        have the sums that `pool` adds up, except for numbers of rows. Left out are metrics of
         single patients (with worst, lowest, highest, min or max in the name) and counts of a
-        classifier that are not coarse. ``num-examples``, what a run has cost and what carries noise
-        stay as they are.
+        classifier that are not coarse. ``num-examples``, the privacy cost of the run and counts
+        with noise stay as they are.
     """
     return {
         name + group: value
@@ -79,10 +80,10 @@ def three_digits(value: float) -> float:
 
 
 def coarse_sums(key: str, sums: Sequence[float]) -> list[float]:
-    """Return sums of three significant digits; how many rows they are of stays.
+    """Return sums with three significant digits; the number of rows stays exact.
 
-    The mean of numbers is told to a hundredth of their standard deviation. Of pairs the share in
-    order, half of the tied ones included, has three digits.
+    The mean of numbers is rounded to a hundredth of their standard deviation. Of pairs, the share
+    in order, with half of the tied ones, is rounded to three digits.
     """
     rounded = [three_digits(value) for value in sums]
     if key == NOISED_ERRORS:
@@ -92,9 +93,9 @@ def coarse_sums(key: str, sums: Sequence[float]) -> list[float]:
         share = three_digits((sums[0] + sums[1] / 2) / sums[2]) if pairs else 0.0
         return [share * pairs, 0.0, pairs]
     if key == CALIBRATION:
-        kept = np.asarray(sums, dtype=np.float64).reshape(CALIBRATION_BINS, 3)
-        kept[:, 1] = np.minimum(rounded[1::3], kept[:, 0])
-        return [float(value) for value in kept.ravel()]
+        bins = np.asarray(sums, dtype=np.float64).reshape(CALIBRATION_BINS, 3)
+        bins[:, 1] = np.minimum(rounded[1::3], bins[:, 0])
+        return [float(value) for value in bins.ravel()]
     step = 0.01 * math.sqrt(rounded[2] / sums[0]) if key == TARGET else 0.0
     mean = step * round(sums[1] / step) if 0 < step < math.inf else rounded[1]
     return [sums[0], mean, *rounded[2:]]

@@ -1,4 +1,4 @@
-"""Figures over all hospitals' rows, from what each hospital counted."""
+"""Metrics over all hospitals' rows, from the counts and sums of each hospital."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedmed_flower.metrics.auc import (
     BINS,
     EDGES,
     MERGED,
-    UNTOLD,
+    UNREPORTED,
     bounded_auc,
     merged_auc,
     merged_precision,
@@ -47,9 +47,9 @@ from fedmed_flower.metrics.outcomes import (
 )
 from fedmed_flower.metrics.segmentation import dice_of
 
-# Figures of which the mean over rows is that over all hospitals' rows.
+# Metrics that are means over rows: the mean of the hospitals' values, by rows, is exact.
 _MEANS = ("brier", "integrated-brier")
-# Squares of larger sums, added up, are beyond all floats.
+# Sums of squares of larger numbers overflow a float.
 _MOST = 1e100
 
 
@@ -61,7 +61,8 @@ def check_counts(record: Mapping[str, Any]) -> str | None:
         rows = part.get("num-examples", 0)
         if group and not (isinstance(rows, int | float) and 0 <= rows <= most):
             return f"num-examples{group} must be a number from 0 to num-examples = {most}"
-        if (reason := _check_counts(part) or check_sums(part)) is not None:
+        reason = _check_counts(part) or check_sums(part)
+        if reason is not None:
             return f"{reason}, in {group}" if group else reason
     return None
 
@@ -71,9 +72,10 @@ def _check_counts(record: Mapping[str, Any]) -> str | None:
 
 
 def _check_noised(record: Mapping[str, Any]) -> str | None:
-    counts, dice = record.get(NOISED), record.get(NOISED_DICE)
+    counts = record.get(NOISED)
+    dice = record.get(NOISED_DICE)
     if counts is not None and not (_are_counts(counts) and classes_of_noised(len(counts))):
-        return f"{NOISED} must be a list of finite numbers of a length that {NOISED} can have"
+        return f"{NOISED} must be a list of finite numbers whose length fits a number of classes"
     if dice is not None and not (_are_counts(dice) and len(dice) > 1):
         return f"{NOISED_DICE} must be a list of two or more finite numbers"
     return None
@@ -85,9 +87,10 @@ def _check_classes(record: Mapping[str, Any]) -> str | None:
     if all(values is None for values in lists):
         return None
     confusion, grid, counts = lists
-    # A hospital that tells coarsely may keep the confusion matrix back.
+    # A hospital that reports coarsely may withhold the confusion matrix.
     withheld = confusion is None and isinstance(counts, list) and MERGED in counts
-    if not all(isinstance(values, list) for values in (lists[1:] if withheld else lists)):
+    expected = lists[1:] if withheld else lists
+    if not all(isinstance(values, list) for values in expected):
         return f"{', '.join(SUMMABLE)} must be lists, and all or none of them sent"
     rows = record.get("num-examples")
     if withheld:
@@ -103,12 +106,12 @@ def _check_classes(record: Mapping[str, Any]) -> str | None:
 
 
 def _are_counts(values: Any) -> bool:
-    """Return whether these are numbers that can be added up: nobody counts beyond 1e12."""
+    """Return whether the values are a list of numbers that can be counts: at most 1e12 in size."""
     return isinstance(values, list) and all(abs(value) <= 1e12 for value in values)
 
 
 def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
-    """Return the figures over all hospitals' rows together from what each hospital counted.
+    """Return the metrics over all hospitals' rows together, from each hospital's counts and sums.
 
     Parameters
     ----------
@@ -119,25 +122,28 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
     Returns
     -------
     dict
-        The same figures as one hospital's, and the total ``num-examples``, from those that have
-        the counts; of masks only what is no weighted mean of the hospitals' figures; nothing for
-        other records, or where only some are noised. The AUC is exact for pairs of rows of one
-        hospital and comes from the histograms for pairs of rows of two. It is right to 0.001 for
-        scores with one hump, heavy tails and skew included; where a network crowds its scores into
-        two humps a hundred times narrower than their distance, it can be off by some thousandths.
-        The average precision comes from the histograms alone: right to 0.002 for such scores, and
-        for few distinct ones, with some hundred rows of each class at several hospitals. With fewer
-        than 500 rows of the class in all, two rows at the top whose bins overlap may move it by
-        half of one over their number.
+        The same metrics as one hospital's, and the total ``num-examples``, from the records that
+        have the counts. For masks, only metrics that are no weighted mean of the hospitals'. Empty
+        for other records, or if only some are noised.
 
-        If a hospital tells coarsely, the AUC of all rows lies between ``auc-low`` and
+        The AUC is exact for pairs of rows of one hospital, and comes from the histograms for pairs
+        of rows of two. It is right to 0.001 for scores with one hump, heavy tails and skew
+        included. It can be off by some thousandths if a network crowds its scores into two humps a
+        hundred times narrower than their distance.
+
+        The average precision comes from the histograms alone. It is right to 0.002 for scores with
+        one hump, and for few distinct scores, with some hundred rows of each class at several
+        hospitals. With fewer than 500 rows of the class in all, two rows at the top whose bins
+        overlap may move it by half of one over their number.
+
+        If a hospital reports coarsely, the AUC of all rows lies between ``auc-low`` and
         ``auc-high`` (to three digits, rounded outwards), whatever the order of rows that share a
-        bin; ``auc`` is an estimate. Left out then are the average precision, and what follows from
-        counts that one of the hospitals keeps back.
+        bin; ``auc`` is an estimate. The average precision is then left out, and so are metrics that
+        follow from counts that a hospital withholds.
 
     Examples
     --------
-    Log odds of the disease, at two hospitals.
+    Log odds of the disease at two hospitals:
 
     >>> from fedmed_flower.metrics.classification import classification_metrics
     >>> north = classification_metrics([0, 0, 1, 1], [[-2.0], [1.0], [0.5], [3.0]])
@@ -167,39 +173,45 @@ def _pool(records: list[dict[str, Any]], every: bool) -> dict[str, float]:
             total = np.sum([np.asarray(record[key]) for record in records], axis=0)
             return noised_metrics(total) if key == NOISED else noised_error_metrics(total)
     if masks := [record for record in records if isinstance(record.get(WORST), int | float)]:
-        # A hospital that tells coarsely has a worst patient, too.
-        silent = any(DICE in record and WORST not in record for record in records)
-        return {} if silent else pool_masks(masks)
-    figures = pool_outcomes(records, every)
-    if found := _holding(records, GRID, COUNTS):
-        figures = {name: value for name, value in figures.items() if name not in _untold(found)}
-        figures |= _pool_classes(found)
+        # A hospital that reports coarsely has a worst patient too, but does not report it.
+        is_complete = all(WORST in record for record in records if DICE in record)
+        return pool_masks(masks) if is_complete else {}
+    metrics = pool_outcomes(records, every)
+    if counted := _holding(records, GRID, COUNTS):
+        withheld = _withheld_metrics(counted)
+        metrics = {name: value for name, value in metrics.items() if name not in withheld}
+        metrics |= _pool_classes(counted)
+    if not metrics:
+        return {}
     rows = [record.get("num-examples") for record in records]
     total = float(sum(count for count in rows if isinstance(count, int | float)))
-    return {"num-examples": total} | figures if figures else {}
+    return {"num-examples": total} | metrics
 
 
 def _holding(records: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
-    """Return the records with these lists; none if their lengths differ."""
-    found = [record for record in records if all(key in record for key in keys)]
-    return found if len({tuple(len(one[key]) for key in keys) for one in found}) == 1 else []
+    """Return the records that have these lists; an empty list if the lengths differ."""
+    holding = [record for record in records if all(key in record for key in keys)]
+    lengths = {tuple(len(record[key]) for key in keys) for record in holding}
+    return holding if len(lengths) == 1 else []
 
 
-def _untold(records: list[dict[str, Any]]) -> set[str]:
-    """Return the figures over all rows of which one of these hospitals keeps its part back."""
+def _withheld_metrics(records: list[dict[str, Any]]) -> set[str]:
+    """Return the metrics for which one of these hospitals withholds its counts."""
     if not any(MERGED in record[COUNTS] for record in records):
         return set()
-    without = {
-        name for record in records for name in (CONFUSION, CALIBRATION) if name not in record
-    }
-    untold = {"average-precision"} | ({*RATES} if CONFUSION in without else set())
-    return untold | ({"calibration-error"} if CALIBRATION in without else set())
+    withheld = {"average-precision"}
+    if any(CONFUSION not in record for record in records):
+        withheld.update(RATES)
+    if any(CALIBRATION not in record for record in records):
+        withheld.add("calibration-error")
+    return withheld
 
 
 def _pool_classes(records: list[dict[str, Any]]) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    if len(reported := _holding(records, CONFUSION)) == len(records):
-        total = np.sum([np.asarray(record[CONFUSION]) for record in reported], axis=0)
+    with_confusion = _holding(records, CONFUSION)
+    if len(with_confusion) == len(records):
+        total = np.sum([np.asarray(record[CONFUSION]) for record in with_confusion], axis=0)
         num_classes = round(len(total) ** 0.5)
         metrics = rates_of(total.reshape(num_classes, num_classes))
     grids = np.asarray([record[GRID] for record in records]).reshape(len(records), -1, 3)
@@ -211,28 +223,31 @@ def _pool_classes(records: list[dict[str, Any]]) -> dict[str, float]:
     alone = records[0] if len(records) == 1 else {}
     if (counts < 0).any():
         bounds = bounded_auc(edges, counts, grids[..., 2], alone.get("auc"))
-        return metrics | (dict(zip(("auc", LOW, HIGH), bounds, strict=True)) if bounds else {})
-    found = {"auc": [merged_auc(edges[:, c], counts[:, c], grids[:, c, 2]) for c in classes]}
+        if bounds is not None:
+            metrics |= dict(zip(("auc", LOW, HIGH), bounds, strict=True))
+        return metrics
+    by_class = {"auc": [merged_auc(edges[:, c], counts[:, c], grids[:, c, 2]) for c in classes]}
     if any(CALIBRATION in record for record in records):
-        found["average-precision"] = [merged_precision(edges[:, c], counts[:, c]) for c in classes]
-    for name, values in found.items():
-        own = alone.get(name)
+        precisions = [merged_precision(edges[:, c], counts[:, c]) for c in classes]
+        by_class["average-precision"] = precisions
+    for name, values in by_class.items():
+        known = alone.get(name)
         if not np.isnan(values).any():
-            metrics[name] = float(own if isinstance(own, int | float) else np.mean(values))
+            metrics[name] = float(known if isinstance(known, int | float) else np.mean(values))
     return metrics
 
 
 def check_histograms(grid: list[Any], counts: list[Any], num_scores: int, rows: Any) -> str | None:
-    """Return what is wrong with what a site sent of so many scores; None if nothing is.
+    """Return what is wrong with the histograms that a site sent; None if nothing is.
 
     Parameters
     ----------
     grid, counts : list
-        As `fine_histograms` or `coarse_histograms` return them, of one score after the other.
+        As `fine_histograms` or `coarse_histograms` return them, for one score after the other.
     num_scores : int
-        At least 1.
+        How many scores a row has; at least 1.
     rows : int
-        How many there are.
+        How many rows the site has.
     """
     if (len(grid), len(counts)) != (3 * num_scores, 2 * BINS * num_scores) or num_scores == 2:
         return f"{GRID} and {COUNTS} have {len(grid)} and {len(counts)} entries"
@@ -247,19 +262,21 @@ def check_histograms(grid: list[Any], counts: list[Any], num_scores: int, rows: 
 
 
 def _check_grid(grid: list[float], merged: bool) -> str | None:
-    """Return what is wrong with centre, width and AUC, which follow each other for each score."""
-    centres, widths, aucs = grid[0::3], grid[1::3], grid[2::3]
+    """Return what is wrong with a grid: centre, width and AUC for one score after the other."""
+    centres = grid[0::3]
+    widths = grid[1::3]
+    aucs = grid[2::3]
     farthest = float(EDGES[-1])
     ends = [abs(c) + width * farthest for c, width in zip(centres, widths, strict=True)]
     if not all(map(math.isfinite, (*grid, *ends))) or min(widths) <= 0:
         return f"{GRID} must be finite, with widths above 0"
-    if not all(0 <= auc <= 1 or (auc == UNTOLD and merged) for auc in aucs):
+    if not all(0 <= auc <= 1 or (auc == UNREPORTED and merged) for auc in aucs):
         return f"{GRID} names an AUC outside 0 to 1"
     return None
 
 
 def pool_masks(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return what is no weighted mean of several hospitals' figures: empty if nothing is.
+    """Return those metrics of masks over all hospitals that are no weighted mean of theirs.
 
     Parameters
     ----------
@@ -271,7 +288,8 @@ def pool_masks(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         sums = np.sum([np.asarray(record[NOISED_DICE]) for record in records], axis=0)
         if len(sums) != 1 + len(names):
             # One site omitted a class, so the sums can no longer be matched to classes.
-            names, sums = [], sums[:1]
+            names = []
+            sums = sums[:1]
         return dice_of(sums, [name.removeprefix(f"{DICE}-") for name in names])
     if isinstance(records[0].get(WORST), int | float):
         return {WORST: min(float(record[WORST]) for record in records)}
@@ -289,16 +307,13 @@ def check_sums(record: Mapping[str, Any]) -> str | None:
             return f"{key} must be a list of {length} finite numbers"
         if key == NOISED_ERRORS:
             continue
-        # The mean of numbers may be anything.
-        if min(values[:1] + values[2:] if key == TARGET else values) < 0:
+        # The mean of numbers, the second value, may be below 0.
+        not_negative = values[:1] + values[2:] if key == TARGET else values
+        if min(not_negative) < 0:
             return f"{key} must hold no number below 0"
         if key == PAIRS and values[0] + values[1] > values[2]:
             return f"{key} must not count more pairs than can be compared"
-        # Sums of fractions round to a hair above.
-        if key == CALIBRATION and any(
-            max(values[index + 1 : index + 3]) > values[index] * (1 + 1e-9)
-            for index in range(0, length, 3)
-        ):
+        if key == CALIBRATION and not _is_calibration(values):
             return f"{key} must hold no sum above the number of rows of its bin"
         counted = sum(values[::3]) if key == CALIBRATION else values[0]
         if key != PAIRS and not counted == rows != 0:
@@ -306,30 +321,37 @@ def check_sums(record: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _is_calibration(sums: list[float]) -> bool:
+    """Return whether no bin's sum, of probabilities or of events, is above its number of rows."""
+    bins = zip(sums[0::3], sums[1::3], sums[2::3], strict=True)
+    # Sums of fractions round to a hair above.
+    return all(max(expected, events) <= rows * (1 + 1e-9) for rows, expected, events in bins)
+
+
 def pool_outcomes(records: Sequence[Mapping[str, Any]], every: bool = False) -> dict[str, float]:
-    """Return the figures over the rows of those hospitals that sent the sums, for one group.
+    """Return the metrics of one group over the rows of the hospitals that sent the sums.
 
     Parameters
     ----------
     records : sequence of dict
-        Without the group in the names.
+        One hospital's metrics and sums each, without the group in the names.
     every : bool
-        Whether to give the mean over rows also of figures for which that is an approximation.
+        Whether to return the mean over rows also of metrics for which it is an approximation.
     """
     counted = [record for record in records if is_number(record.get("num-examples"))]
     names = {name for record in counted for name in record} if every else {*_MEANS}
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name in sorted(names - {"num-examples"}):
-        kept = [record for record in counted if is_number(record.get(name))]
-        if total := float(sum(record["num-examples"] for record in kept)):
-            figures[name] = float(sum(one[name] * (one["num-examples"] / total) for one in kept))
+        sent = [record for record in counted if is_number(record.get(name))]
+        if total := float(sum(record["num-examples"] for record in sent)):
+            metrics[name] = float(sum(one[name] * (one["num-examples"] / total) for one in sent))
     for key in (CALIBRATION, TARGET, COUNT, PAIRS):
         sums = np.asarray([record[key] for record in records if key in record], dtype=np.float64)
         total = sums.sum(axis=0)
         if len(sums) and key == CALIBRATION:
-            figures["calibration-error"] = calibration_error(total.reshape(CALIBRATION_BINS, 3))
+            metrics["calibration-error"] = calibration_error(total.reshape(CALIBRATION_BINS, 3))
         elif len(sums) and key == PAIRS and total[2]:
-            figures["c-index"] = float((total[0] + total[1] / 2) / total[2])
+            metrics["c-index"] = float((total[0] + total[1] / 2) / total[2])
         elif len(sums) and key != PAIRS:
-            figures |= explained(key, sums)
-    return {name: value for name, value in figures.items() if math.isfinite(value)}
+            metrics |= explained(key, sums)
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -1,8 +1,8 @@
-"""How well masks agree: Dice, 95% Hausdorff distance and surface Dice, a patient and a site.
+"""Metrics of masks: Dice, 95% Hausdorff distance and surface Dice, for a patient and for a site.
 
-Every patient counts in every figure. A structure that is neither in the truth nor in the guess is
-agreed upon (Dice and surface Dice 1, distance 0). One that is missed or invented has Dice and
-surface Dice 0, and its distance is the image's diagonal, as far as any could be.
+Every patient counts in every metric. If a structure is neither in the truth nor in the guess, Dice
+and surface Dice are 1 and the distance is 0. If it is missed or invented, Dice and surface Dice are
+0 and the distance is the image's diagonal, the largest possible.
 """
 
 from __future__ import annotations
@@ -37,22 +37,23 @@ def mask_scores(
     classes : sequence of str
         Names of the classes 1, 2, ...
     spacing : sequence of float
-        Millimetres between voxels, one an axis.
+        Millimetres between voxels, one number an axis.
     tolerance : float
-        Millimetres within which an outline is right; at least 0.
+        Largest distance in millimetres at which an outline counts as right; at least 0.
 
     Returns
     -------
     dict
-        ``dice-NAME``, ``hd95-NAME`` (millimetres) and ``surface-dice-NAME`` of each class, as MONAI
-        computes them where truth and guess hold the class.
+        ``dice-NAME``, ``hd95-NAME`` (millimetres) and ``surface-dice-NAME`` of each class. MONAI
+        computes them if truth and guess both have the class.
 
     Raises
     ------
     InputError
-        If the shapes, or the number of axes and of spacings, differ.
+        If the shapes of the masks differ, or there is not one spacing an axis.
     """
-    first, second = np.asarray(truth), np.asarray(guess)
+    first = np.asarray(truth)
+    second = np.asarray(guess)
     if first.shape != second.shape or first.ndim != len(spacing):
         raise InputError(
             f"truth has the shape {first.shape} and guess {second.shape}, with {len(spacing)} "
@@ -62,12 +63,13 @@ def mask_scores(
     scores: dict[str, float] = {}
     for number, name in enumerate(classes, start=1):
         pair = (first == number, second == number)
-        is_there, is_found = (bool(mask.any()) for mask in pair)
-        dice, distance, surface = float(is_there == is_found), 0.0, float(is_there == is_found)
-        if is_there and is_found:
+        in_truth, in_guess = (bool(mask.any()) for mask in pair)
+        if in_truth and in_guess:
             dice, distance, surface = _compare(*pair, spacing, tolerance)
-        elif is_there or is_found:
-            distance = length
+        elif in_truth or in_guess:
+            dice, distance, surface = 0.0, length, 0.0
+        else:
+            dice, distance, surface = 1.0, 0.0, 1.0
         scores |= {
             f"{DICE}-{name}": dice,
             f"{HD95}-{name}": distance,
@@ -77,7 +79,7 @@ def mask_scores(
 
 
 def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of each figure."""
+    """Return the mean of each metric over the patients."""
     return {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}
 
 
@@ -118,7 +120,7 @@ def noised_dice(
 ) -> list[float]:
     """Add up patients and their Dice, with noise that hides each patient.
 
-    Each patient's records weigh 1 together, so that adding or removing a patient changes the sums
+    Each patient's records together have weight 1. So adding or removing a patient changes the sums
     by at most the root of the number of classes + 1, in Euclidean length.
 
     Parameters
@@ -139,15 +141,15 @@ def noised_dice(
     names = [f"{DICE}-{name}" for name in classes]
     rows = np.asarray([[1.0, *(one[name] for name in names)] for one in scores])
     rows = rows.reshape(len(scores), 1 + len(names))
-    rows_of = Counter(patients)
-    share = np.asarray([1 / rows_of[patient] for patient in patients])
+    row_counts = Counter(patients)
+    share = np.asarray([1 / row_counts[patient] for patient in patients])
     sums: NDArray[np.float64] = share @ np.clip(rows, 0.0, 1.0)
     sums += gaussian(sums.size, noise_multiplier * math.sqrt(sums.size), secure_generator())
     return [float(value) for value in sums]
 
 
 def dice_of(sums: ArrayLike, classes: Sequence[str]) -> dict[str, float]:
-    """Return the figures that follow from `noised_dice` of one hospital, or several sums of it."""
+    """Return the metrics that follow from `noised_dice` of one hospital, or the sum of several."""
     count, *totals = np.asarray(sums, dtype=np.float64)
     if not math.isfinite(count) or round(count) < 1:
         return {"num-examples": 0.0}
@@ -161,7 +163,7 @@ def _compare(
     truth: NDArray[np.bool_], guess: NDArray[np.bool_], spacing: Sequence[float], tolerance: float
 ) -> tuple[float, float, float]:
     """Return Dice, 95% Hausdorff distance and surface Dice of two masks that are not empty."""
-    # Loading them takes seconds, which a server that only averages need not wait for.
+    # Imported here because they take seconds to load, and a server does not need them.
     import torch
     from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 
@@ -169,7 +171,7 @@ def _compare(
     pair["y_pred"] = torch.from_numpy(guess)[None, None].float()
     grid: Any = {"include_background": True, "spacing": list(spacing)}
     with warnings.catch_warnings():
-        # Of MONAI's own arguments, which it passes to itself.
+        # MONAI warns of arguments that it passes to itself.
         warnings.simplefilter("ignore", FutureWarning)
         return (
             float(compute_dice(**pair, include_background=True)),

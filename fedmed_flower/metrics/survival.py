@@ -1,11 +1,11 @@
-"""Losses and figures of models that predict how long it takes until an event.
+"""Losses and metrics of models that predict the time until an event.
 
-A patient has a time and an event, 1 if it happened at that time and 0 if the patient was
-last seen then without it (censored). Losses: D. R. Cox, "Regression models and life-tables",
+A patient has a time and an event: 1 if the event happened at that time, 0 if the patient was last
+seen then without it (censored). Losses: D. R. Cox, "Regression models and life-tables",
 Journal of the Royal Statistical Society B 34, 1972, with the ties of B. Efron, "The efficiency of
 Cox's likelihood function for censored data", JASA 72, 1977; and M. F. Gensheimer,
 B. Narasimhan, "A scalable discrete-time survival model for neural networks", PeerJ 7, 2019,
-https://arxiv.org/abs/1805.00917. Figures: F. E. Harrell, R. M. Califf, D. B. Pryor, K. L. Lee,
+https://arxiv.org/abs/1805.00917. Metrics: F. E. Harrell, R. M. Califf, D. B. Pryor, K. L. Lee,
 R. A. Rosati, "Evaluating the yield of medical tests", JAMA 247, 1982; E. Graf, C. Schmoor,
 W. Sauerbrei, M. Schumacher, "Assessment and comparison of prognostic classification schemes for
 survival data", Statistics in Medicine 18, 1999.
@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics.types import Numbers
 
-# Its exponential is still finite.
+# The exponential of this number is still finite.
 LARGEST_LOG = 700.0
 
 
@@ -36,10 +36,14 @@ class ConcordanceCounts(NamedTuple):
 def check_outcomes(times: ArrayLike, events: ArrayLike) -> tuple[Numbers, NDArray[np.bool_]]:
     """Return times and events as arrays of shape (n,).
 
-    Raises `InputError` with the row where a time is not finite and above 0, an event not 0 or 1,
-    and where their lengths differ.
+    Raises
+    ------
+    InputError
+        If a time is not finite and above 0, or an event is not 0 or 1, with the row; or if the
+        lengths differ.
     """
-    when, happened = _numbers("times", times), _numbers("events", events)
+    when = _numbers("times", times)
+    happened = _numbers("events", events)
     require_same_length(times=when.size, events=happened.size)
     for name, values, right, bound in (
         ("times", when, when > 0, "above 0"),
@@ -54,25 +58,26 @@ def check_outcomes(times: ArrayLike, events: ArrayLike) -> tuple[Numbers, NDArra
 def concordance(times: ArrayLike, events: ArrayLike, risks: ArrayLike) -> ConcordanceCounts:
     """Count the pairs of patients whose risks are in the order of their events, after Harrell.
 
-    Two patients are comparable where one had the event and the other was without it at that time,
-    also where last seen at that very time. They are concordant where the former has the higher
-    risk, and tied where the risks are equal.
+    Two patients are comparable if one had the event and the other was without it at that time, or
+    was last seen at that very time. They are concordant if the former has the higher risk, and tied
+    if the risks are equal.
 
     Parameters
     ----------
     times, events, risks : array_like
-        (n,); a higher risk is that of an earlier event.
+        (n,); a higher risk means an earlier event.
 
     Raises
     ------
     InputError
-        As `check_outcomes`, and where a risk is not finite.
+        As `check_outcomes`, or if a risk is not finite.
     """
     when, happened, scores = _with_scores(times, events, "risks", risks)
-    # Events come before who is last seen at the same time.
+    # At the same time, events come before censored patients.
     turn = 2 * np.unique(when, return_inverse=True)[1] + ~happened
     order = np.argsort(turn)
-    turn, scores = turn[order], scores[order]
+    turn = turn[order]
+    scores = scores[order]
     first_after = np.searchsorted(turn, turn, side="right")
     concordant = tied = comparable = 0
     for index in np.flatnonzero(happened[order]):
@@ -86,22 +91,24 @@ def concordance(times: ArrayLike, events: ArrayLike, risks: ArrayLike) -> Concor
 def concordance_index(times: ArrayLike, events: ArrayLike, risks: ArrayLike) -> float | None:
     """Return Harrell's index of concordance by lifelines; None if no pair is comparable.
 
-    `concordance` takes the same arguments and counts what this is the share of.
+    It is the share of concordant pairs, half of the tied ones included, that `concordance` counts
+    for the same arguments.
     """
-    # Loading it takes a second or more.
+    # Imported here because lifelines takes a second or more to load.
     from lifelines.utils import concordance_index as index
 
     when, happened, scores = _with_scores(times, events, "risks", risks)
     try:
         return float(index(when, -scores, happened))
-    except ZeroDivisionError:  # lifelines' word for no comparable pair.
+    except ZeroDivisionError:  # Raised by lifelines if no pair is comparable.
         return None
 
 
 def kaplan_meier(times: ArrayLike, events: ArrayLike) -> tuple[Numbers, Numbers]:
     """Return the Kaplan-Meier curve: the different times, ascending, and survival from each on.
 
-    Before the first time survival is 1. Who is censored at the time of an event was at risk of it.
+    Before the first time survival is 1. A patient censored at the time of an event was at risk of
+    it.
     """
     when, died, at_risk = _life_table(*check_outcomes(times, events))
     return when, np.cumprod(1 - died / at_risk, dtype=np.float64)
@@ -118,7 +125,8 @@ def breslow(times: ArrayLike, events: ArrayLike, log_hazards: ArrayLike) -> tupl
     Returns
     -------
     times, cumulative : ndarray
-        The different times, ascending, and the cumulative hazard from each on; before, it is 0.
+        The different times, ascending, and the cumulative hazard from each on. Before the first it
+        is 0.
     """
     when, happened, scores = _with_scores(times, events, "log_hazards", log_hazards)
     distinct, died, at_risk = _life_table(when, happened)
@@ -136,14 +144,18 @@ def survival_of_cox(
     Parameters
     ----------
     baseline : tuple of ndarray
-        From `breslow`; after its last time the hazard is taken as 0.
+        Times and cumulative hazard from `breslow`. After the last time the hazard is taken as 0.
     log_hazards : array_like
         (n,)
     grid : array_like
-        (times,); the result has the shape (n, times).
+        (times,) times at which the probability is returned.
+
+    Returns
+    -------
+    ndarray of shape (n, times)
     """
     scores = _numbers("log_hazards", log_hazards)
-    cumulative = _from_each_on(*baseline, _numbers("grid", grid), before=0.0)
+    cumulative = _step_function(*baseline, _numbers("grid", grid), before=0.0)
     with np.errstate(divide="ignore"):
         logs = np.log(cumulative)
     return np.exp(-np.exp(np.minimum(scores[:, None] + logs, LARGEST_LOG)))
@@ -159,34 +171,36 @@ def brier_at(
 ) -> Numbers:
     """Return the Brier score, the mean squared error of survival probabilities, at some times.
 
-    Who is censored before a time is left out there, and the others weigh the more, by the
-    Kaplan-Meier curve of being censored among the training rows, after Graf and others.
+    A patient censored before a time is left out there, and the others weigh more. Their weights
+    come from the Kaplan-Meier curve of being censored among the training rows, after Graf and
+    others.
 
     Parameters
     ----------
     train_times, train_events : array_like
-        (m,) of the rows that tell how patients are censored.
+        (m,) of the training rows, from which the curve of being censored is estimated.
     times, events : array_like
         (n,)
     survival : array_like
         (n, len(grid)) predicted probabilities of being without the event, 0 to 1.
     grid : array_like
-        Times.
+        (len(grid),) times of the scores.
 
     Returns
     -------
     ndarray of shape (len(grid),)
-        NaN if it is not defined: from the last of `times` on, after the last of `train_times`,
-        and where the curve of being censored is 0.
+        NaN at a time at which the score is not defined: from the last of `times` on, after the last
+        of `train_times`, and if the curve of being censored is 0.
 
     Raises
     ------
     InputError
-        As `check_outcomes`, and where `survival` or `grid` is not as said here.
+        As `check_outcomes`, or if `survival` or `grid` has another shape or is out of range.
     """
     train_when, train_happened = check_outcomes(train_times, train_events)
     when, happened = check_outcomes(times, events)
-    at, chances = _numbers("grid", grid), np.asarray(survival, dtype=np.float64)
+    at = _numbers("grid", grid)
+    chances = np.asarray(survival, dtype=np.float64)
     if chances.shape != (when.size, at.size):
         raise InputError(
             f"survival must have the shape {(when.size, at.size)}, a row a patient and a column "
@@ -197,15 +211,15 @@ def brier_at(
         raise InputError(f"survival must be from 0 to 1; row {int(np.argmin(right))} is not")
     distinct, died, _ = _life_table(train_when, train_happened)
     _, censored, at_risk = _life_table(train_when, ~train_happened)
-    # Who had the event at a time could not be censored at it any more.
+    # A patient who had the event at a time could no longer be censored at it.
     seen = np.cumprod(1 - censored / np.maximum(at_risk - died, 1))
-    at_grid, own = (_from_each_on(distinct, seen, x, before=1.0) for x in (at, when))
+    at_grid, at_patient = (_step_function(distinct, seen, x, before=1.0) for x in (at, when))
     defined = (at < when.max(initial=0)) & (at <= train_when.max(initial=0)) & (at_grid > 0)
     scores = np.full(at.size, np.nan)
     for index in np.flatnonzero(defined):
         had = happened & (when <= at[index])
         without = when > at[index]
-        errors = (chances[had, index] ** 2 / own[had]).sum()
+        errors = (chances[had, index] ** 2 / at_patient[had]).sum()
         errors += ((1 - chances[without, index]) ** 2).sum() / at_grid[index]
         scores[index] = errors / when.size
     return scores
@@ -221,8 +235,8 @@ def integrated_brier_score(
 ) -> float | None:
     """Return the mean of `brier_at` over time, by trapezoids.
 
-    The arguments are those of `brier_at`, with ascending times. Times of `grid` at which it is not
-    defined are left out, as if it ended before; None if fewer than two are left.
+    The arguments are those of `brier_at`, with ascending times of `grid`. Times at which the score
+    is not defined are left out. If fewer than two times are left, the result is None.
     """
     scores = brier_at(train_times, train_events, times, events, survival, grid)
     at = _numbers("grid", grid)
@@ -230,7 +244,7 @@ def integrated_brier_score(
     if not ascends.all():
         index = int(np.argmin(ascends)) + 1
         raise InputError(
-            f"grid must ascend; place {index} has {at[index]:g} after {at[index - 1]:g}"
+            f"grid must ascend; index {index} has {at[index]:g} after {at[index - 1]:g}"
         )
     used = np.isfinite(scores)
     if used.sum() < 2:
@@ -247,7 +261,8 @@ def _life_table(
     return distinct, died, times.size - np.cumsum(sizes) + sizes
 
 
-def _from_each_on(times: Numbers, values: Numbers, at: Numbers, before: float) -> Numbers:
+def _step_function(times: Numbers, values: Numbers, at: Numbers, before: float) -> Numbers:
+    """Return at each time the value of the last of `times` that is not later."""
     return np.append(before, values)[np.searchsorted(times, at, side="right")]
 
 

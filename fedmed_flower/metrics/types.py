@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-# Numbers of any shape; (n,) where nothing else is said, one a row.
+# Numbers of any shape; if no shape is stated, (n,), one a row.
 Floats = NDArray[np.float64]
 # (n,) times, events or risks, one a patient.
 Numbers = NDArray[np.float64]

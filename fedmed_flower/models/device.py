@@ -1,4 +1,4 @@
-"""Where and how torch works for a site: device, precision, optimizer, seeds, threads, layout."""
+"""The settings of torch for a site: device, precision, optimizer, seeds, threads, memory layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def torch_device(settings: Settings) -> torch.device:
     Raises
     ------
     InputError
-        If a GPU is asked for that is not there.
+        If the settings ask for a GPU and torch sees none.
     """
     if settings.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,7 +46,7 @@ def make_optimizer(
     settings : Settings
     model : Module
     progress : float
-        Which part of the run's rounds is done, for ``schedule``; in [0, 1).
+        Share of the run's rounds that are done, for ``schedule``; in [0, 1).
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rate = settings.learning_rate
@@ -60,7 +60,7 @@ def make_optimizer(
 
 
 def derive_seed(*parts: object) -> int:
-    """Return a seed that depends on all parts, such as seed, site, round and purpose."""
+    """Return a seed, in [0, 2**32), that depends on all parts, such as seed, site and round."""
     text = "/".join(str(part).replace("/", "//") for part in parts)
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:4], "big")
@@ -68,16 +68,16 @@ def derive_seed(*parts: object) -> int:
 
 @contextmanager
 def torch_environment(seed: int, threads: int, device: torch.device) -> Iterator[None]:
-    """Seed torch and set its threads, and put both back as they were.
+    """Seed torch and set its threads; restore both when the context is left.
 
     Parameters
     ----------
     seed : int
         For torch's global generators.
     threads : int
-        0 leaves the number of threads as it is.
+        Number of threads; 0 leaves it as it is.
     device : torch.device
-        Its generator is put back too.
+        Its generator is restored too.
     """
     before = torch.get_num_threads()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

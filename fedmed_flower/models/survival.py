@@ -1,4 +1,4 @@
-"""Losses for times until an event, and what follows from hazards."""
+"""Losses for times until an event; survival and risk from hazards."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def cox_loss(log_hazards: Tensor, times: Tensor, events: Tensor, ties: str = "ef
     times : Tensor of shape (n,)
         Above 0.
     events : Tensor of shape (n,)
-        0 or 1. Without an event the loss is 0, and so are its gradients.
+        0 or 1. If there is no event, the loss is 0, and so are its gradients.
     ties : {"efron", "breslow"}
-        What is done with events at the same time.
+        Method for events at the same time.
 
     Raises
     ------
@@ -39,25 +39,27 @@ def cox_loss(log_hazards: Tensor, times: Tensor, events: Tensor, ties: str = "ef
         raise InputError(f"ties must be one of {', '.join(_TIES)}, got {ties!r}")
     require_same_length(log_hazards=log_hazards.numel(), times=len(times), events=len(events))
     check_outcomes(times.detach().cpu(), events.detach().cpu())
-    # Sums are too much for half precision.
+    # Half precision is too coarse for the sums.
     scores = log_hazards.reshape(-1).to(torch.promote_types(log_hazards.dtype, torch.float32))
     order = torch.argsort(times, descending=True)
-    scores, happened = scores[order], events[order].long()
+    scores = scores[order]
+    happened = events[order].long()
     _, group, sizes = torch.unique_consecutive(
         times[order], return_inverse=True, return_counts=True
     )
     last = sizes.cumsum(0) - 1
-    # Those at risk are the patients with a time as late or later.
+    # Patients with the same or a later time are at risk.
     at_risk = torch.logcumsumexp(scores, 0)[last][group]
     if ties == "efron":
-        here = torch.zeros_like(sizes).index_add(0, group, happened)
+        # Events in each group of equal times, and for each event those before it in its group.
+        tied = torch.zeros_like(sizes).index_add(0, group, happened)
         total = happened.cumsum(0)
-        earlier = (total - happened - (total[last] - here)[group]) * happened
+        earlier = (total - happened - (total[last] - tied)[group]) * happened
         # Shares of the hazard at risk, so that no exponential overflows.
         shares = (scores - at_risk).exp() * happened
         dying = torch.zeros_like(last, dtype=shares.dtype).index_add(0, group, shares)[group]
         at_risk = at_risk + torch.log1p(
-            -earlier.to(scores.dtype) / here[group].clamp(min=1) * dying
+            -earlier.to(scores.dtype) / tied[group].clamp(min=1) * dying
         )
     return ((at_risk - scores) * happened).sum() / happened.sum().clamp(min=1)
 
@@ -65,20 +67,20 @@ def cox_loss(log_hazards: Tensor, times: Tensor, events: Tensor, ties: str = "ef
 def discrete_time_loss(logits: Tensor, times: Tensor, events: Tensor, edges: Tensor) -> Tensor:
     """Return the negative log-likelihood of a hazard in each interval, as a mean over the rows.
 
-    The hazard sigmoid(logit) of an interval is the probability of an event in it for who comes to
-    its start. An interval holds its end, not its start. A patient with an event survived the
-    intervals before it; a censored one survived those that have ended by the time, and tells
-    nothing about the interval in which he or she was last seen, whatever part of it has passed.
-    Who has a time beyond the last edge survived all intervals, with or without an event later.
+    The hazard sigmoid(logit) of an interval is the probability of an event in it, for a patient who
+    reaches its start. An interval includes its end, not its start. A patient with an event survived
+    all intervals before that of the event. A censored patient survived the intervals that ended by
+    the time of censoring; the interval in which that time lies does not count. A patient with a
+    time beyond the last edge survived all intervals, with or without a later event.
 
     Parameters
     ----------
     logits : Tensor of shape (n, intervals)
     times, events : Tensor of shape (n,)
-        As `check_outcomes` wants them. It is not called here, as nothing in here depends on values:
-        the loss of one row can go through ``torch.func.vmap``.
+        Valid for `check_outcomes`. It is not called here, since ``torch.func.vmap``, which may run
+        this loss row by row, allows no check of values.
     edges : Tensor of shape (intervals + 1,)
-        Ascending from 0, as from `interval_edges`.
+        Ascending from 0, as `interval_edges` returns them.
 
     Raises
     ------
@@ -92,17 +94,24 @@ def discrete_time_loss(logits: Tensor, times: Tensor, events: Tensor, edges: Ten
             f"got {tuple(logits.shape)} and {tuple(edges.shape)}"
         )
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # A time that is rounded to fewer bits lies on an edge only if the edge is rounded likewise.
+    # A time that was rounded to fewer bits equals an edge only if the edge is rounded as well.
     ends = edges.to(times.device, times.dtype if times.is_floating_point() else edges.dtype)
-    when, happened = times[:, None], events[:, None].to(scores.dtype)
-    fails = (ends[:-1] < when) * (when <= ends[1:]) * happened
-    survives = (ends[1:] <= when) * (1 - fails)
+    time = times[:, None]
+    happened = events[:, None].to(scores.dtype)
+    fails = (ends[:-1] < time) * (time <= ends[1:]) * happened
+    survives = (ends[1:] <= time) * (1 - fails)
     likelihood = fails * logsigmoid(scores) + survives * logsigmoid(-scores)
     return -likelihood.sum() / len(logits)
 
 
 def interval_edges(horizon: float, count: int) -> Tensor:
-    """Return the edges of `count` intervals of one length from 0 to `horizon`, in float64."""
+    """Return the edges of `count` equal intervals from 0 to `horizon`, in float64.
+
+    Raises
+    ------
+    InputError
+        If `count` is below 1, or `horizon` is not a finite number above 0.
+    """
     if count < 1:
         raise InputError(f"count must be at least 1 interval, got {count}")
     if not 0 < horizon < math.inf:
@@ -111,9 +120,12 @@ def interval_edges(horizon: float, count: int) -> Tensor:
 
 
 def survival_from_hazards(logits: ArrayLike) -> Numbers:
-    """Return the probability of being without the event at each edge, the first one 1.
+    """Return the probability of no event up to each edge, (n, intervals + 1); the first is 1.
 
-    From logits of shape (n, intervals), as `discrete_time_loss` takes them, to (n, intervals + 1).
+    Parameters
+    ----------
+    logits : array of shape (n, intervals)
+        As `discrete_time_loss` takes them.
     """
     scores = np.asarray(logits, dtype=np.float64)
     logs = -np.cumsum(np.logaddexp(0, scores), axis=1)
@@ -122,10 +134,15 @@ def survival_from_hazards(logits: ArrayLike) -> Numbers:
 
 
 def risk_from_hazards(logits: ArrayLike) -> Numbers:
-    """Return a score for `concordance` from logits of shape (n, intervals).
+    """Return a risk (n,) for `concordance`, from -intervals to -1/2; higher for an earlier event.
 
-    It is the mean time without the event up to the last edge, by trapezoids, in intervals of one
-    length, with a minus: from -intervals to -1/2, higher for an earlier event.
+    It is minus the mean time without the event up to the last edge, in numbers of equal intervals,
+    by the trapezoidal rule.
+
+    Parameters
+    ----------
+    logits : array of shape (n, intervals)
+        As `discrete_time_loss` takes them.
     """
     survival = survival_from_hazards(logits)
     risks: Numbers = (survival[:, -1] - survival[:, 0]) / 2 - survival[:, 1:].sum(axis=1)

@@ -1,6 +1,6 @@
 """Networks for tables: linear, multi-layer perceptron, and residual.
 
-The residual one is the ResNet of Gorishniy, Rubachev, Khrulkov and Babenko (Revisiting Deep
+The residual network is the ResNet of Gorishniy, Rubachev, Khrulkov and Babenko (Revisiting Deep
 Learning Models for Tabular Data, NeurIPS 2021, https://arxiv.org/abs/2106.11959), with layer
 normalisation in place of batch normalisation, which mixes patients.
 """
@@ -31,17 +31,17 @@ def tabular_network(
     inputs, outputs : int
         At least 1.
     width, depth : int
-        Of the hidden layers, and how many (for ``residual``, of the blocks); at least 1, and for
-        ``residual`` a width of at least 2. No effect on ``linear``.
+        Width and number of the hidden layers (for ``residual``, of the blocks); at least 1. The
+        width of ``residual`` must be at least 2. No effect on ``linear``.
     dropout : float
         Share of hidden values that are left out in training, in [0, 1). No effect on ``linear``.
     zeros : bool
-        Whether the last layer starts with zeros, so that all outputs do.
+        Whether the last layer starts with zeros, so that all outputs are 0 at first.
 
     Raises
     ------
     InputError
-        If the kind is unknown or a number out of range.
+        If `kind` is unknown or a number is out of its range.
     """
     if kind not in KINDS:
         raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -52,7 +52,7 @@ def tabular_network(
     if not 0 <= dropout < 1:
         raise InputError(f"dropout must be at least 0 and below 1, got {dropout}")
     if kind == "residual" and width < 2:
-        # A single number less its own mean is 0.
+        # Layer normalisation of a single number is always 0.
         raise InputError(f"width must be at least 2 for a residual network, got {width}")
     hidden: list[nn.Module] = []
     if kind == "mlp":
@@ -69,7 +69,7 @@ def tabular_network(
 
 
 class _Block(nn.Module):
-    """Adds to its input what two layers make of it; the one between is twice as wide."""
+    """Adds to its input the output of two layers, with twice the width between them."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which entries of a network's state dict travel between server and sites."""
+"""The entries of a network's state dict that travel between server and sites."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fedmed_flower.errors import InputError
 
 
 class Travelling:
-    """The part of a network that sites train together; the rest is frozen and stays in its place.
+    """The part of a network that sites train together; the rest is frozen and does not travel.
 
     Parameters
     ----------
     model : Module
-        Is changed: parameters that do not travel require no gradient any more, and layers with
-        parameters or buffers of which none travels evaluate from now on, also after
-        ``model.train()``. So batch normalisation of a frozen encoder neither learns nor mixes
-        patients. Layers with neither, such as dropout, follow ``model.train()``.
+        It is changed. Parameters that do not travel no longer require a gradient. A layer whose
+        parameters and buffers all stay is put into evaluation mode and remains there, also after
+        ``model.train()``; so batch normalisation of a frozen encoder neither learns nor mixes
+        patients. Layers without parameters and buffers, such as dropout, follow ``model.train()``.
     trainable : str
         Patterns of `fnmatch`, separated by commas, for the names of parameters and buffers; case
-        counts. ``*.decoder.*`` also matches ``decoder.conv.weight``. Empty: everything travels and
-        the model is left as it is.
+        matters. ``*.decoder.*`` also matches ``decoder.conv.weight``. If it is empty, everything
+        travels and the model is not changed.
 
     Attributes
     ----------
@@ -37,8 +37,8 @@ class Travelling:
     Raises
     ------
     InputError
-        If a pattern is empty or matches no parameter, or the patterns match one of two names of
-        a tensor.
+        If a pattern is empty or matches no parameter, if the patterns match only one of two names
+        of a tensor, or if they match a part of a layer without the buffers that it changes.
     """
 
     def __init__(self, model: nn.Module, trainable: str) -> None:
@@ -55,34 +55,35 @@ class Travelling:
             if not travels(name):
                 parameter.requires_grad_(False)
         for prefix, layer in model.named_modules():
-            own = [name for name, _ in layer.named_parameters(prefix, recurse=False)]
-            own += [name for name, _ in layer.named_buffers(prefix, recurse=False)]
-            buffers = {name for name, _ in layer.named_buffers(prefix, recurse=False)}
-            if any(map(travels, own)) and (left := sorted(n for n in buffers if not travels(n))):
+            buffers = [name for name, _ in layer.named_buffers(prefix, recurse=False)]
+            names = [name for name, _ in layer.named_parameters(prefix, recurse=False)] + buffers
+            travelling = any(map(travels, names))
+            frozen = sorted(name for name in buffers if not travels(name))
+            if travelling and frozen:
                 raise InputError(
-                    f"trainable matches a part of the layer {prefix} and not {left[0]}, which it "
-                    f"changes in training: match all of it or nothing, got {trainable!r}"
+                    f"trainable matches a part of the layer {prefix} but not {frozen[0]}, which it "
+                    f"changes in training: match all of the layer or nothing, got {trainable!r}"
                 )
-            if own and not any(map(travels, own)):
+            if names and not travelling:
                 layer.training = False
                 layer.train = _Evaluating(layer)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return what travels of a model like the first, on the CPU.
+        """Return the entries of a model that travel, on the CPU.
 
-        The values of a model on the CPU are not copied: they change with it.
+        The values of a model on the CPU are not copied, so they change with the model.
         """
         entries = model.state_dict()
         return {name: entries[name].detach().cpu() for name in self.names}
 
     def load(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Put into a model what travelled.
+        """Load the entries that travelled into a model.
 
         Raises
         ------
         ValueError
-            If `state` lacks an entry, has one that does not travel, or one of another shape; the
-            model is left as it was.
+            If `state` lacks an entry, or has an entry that does not travel or has another shape;
+            the model is then not changed.
         """
         entries = model.state_dict()
         wanted = {name: entries[name].shape for name in self.names}
@@ -91,31 +92,32 @@ class Travelling:
             if wanted.get(name) != given.get(name):
                 raise ValueError(
                     f"{name} should have shape {wanted.get(name)}, got {given.get(name)} "
-                    "(None: not there)"
+                    "(None: no such entry)"
                 )
         entries.update(state)
         model.load_state_dict(entries)
 
     def digest(self, model: nn.Module) -> str:
-        """Return a SHA-256 of what does not travel; empty if everything does.
+        """Return a SHA-256 of the entries that do not travel; empty if all travel.
 
-        The same on any machine (of the usual byte order) where names, types and values are.
+        Equal names, types, shapes and values give the same digest on all machines with the usual
+        byte order.
         """
         travelling = set(self.names)
-        kept = {n: value for n, value in model.state_dict().items() if n not in travelling}
-        found = hashlib.sha256()
-        for name, value in kept.items():
-            found.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+        frozen = {n: value for n, value in model.state_dict().items() if n not in travelling}
+        digest = hashlib.sha256()
+        for name, value in frozen.items():
+            digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
             # NumPy has no bfloat16, so the bytes are torch's.
-            found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return found.hexdigest() if kept else ""
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest() if frozen else ""
 
 
 class _Evaluating:
-    """A layer's `train` that leaves the layer itself in evaluation, but not what it contains."""
+    """A layer's `train` that switches the layers inside it, but not the layer itself."""
 
     def __init__(self, layer: nn.Module) -> None:
-        # A layer that held itself would outlive its network until cycles are collected.
+        # A strong reference to the layer would be a cycle, and would keep the network in memory.
         self._layer = weakref.ref(layer)
 
     def __call__(self, mode: bool = True) -> nn.Module | None:
@@ -125,13 +127,19 @@ class _Evaluating:
                 child.train(mode)
         return layer
 
-    # A copy or a pickle of the layer gets one of its own.
+    # So that a copy or a pickle of the layer refers to the copy.
     def __reduce__(self) -> tuple[type[_Evaluating], tuple[nn.Module | None]]:
         return _Evaluating, (self._layer(),)
 
 
 def _patterns(trainable: str, names: list[str]) -> list[str]:
-    """Return the patterns, each of which matches a parameter of these names."""
+    """Return the patterns in `trainable`, each of which matches one of these names.
+
+    Raises
+    ------
+    InputError
+        If a pattern is empty or matches no name.
+    """
     if not trainable:
         return ["*"]
     patterns = [pattern.strip() for pattern in trainable.split(",")]
@@ -142,7 +150,7 @@ def _patterns(trainable: str, names: list[str]) -> list[str]:
         )
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
-            # Far apart: the first three would be of one layer.
+            # Examples from all over the network, since the first three would be of one layer.
             examples = names[:: max(1, (len(names) - 1) // 2)][:3]
             raise InputError(
                 f"trainable: no parameter matches {pattern!r}; the network has {len(names)}, such "
@@ -158,7 +166,7 @@ def _matches(name: str, pattern: str) -> bool:
 def _require_whole(
     entries: Mapping[str, Tensor], travels: Callable[[str], bool], trainable: str
 ) -> None:
-    """Raise `InputError` where a tensor has two names of which one travels."""
+    """Raise `InputError` if a tensor has two names and only one of them travels."""
     known: dict[int, str] = {}
     for name, value in entries.items():
         other = known.setdefault(id(value), name)

@@ -1,10 +1,10 @@
-"""What releases with Gaussian noise cost together.
+"""The privacy loss of several releases with Gaussian noise together.
 
-By privacy loss distributions (Doroshenko, Ghazi, Kamath, Kumar, Manurangsi: Connect the Dots, PETS
-2022, https://arxiv.org/abs/2207.04380), as dp-accounting computes them: an upper bound, and the
-tightest that is known. It is proven for noise and rates that are fixed beforehand; those of later
-runs are chosen after earlier ones were seen, as everywhere in practice. Neighbours are two sets
-that differ by one member; samples are Poisson samples.
+dp-accounting computes it from privacy loss distributions (Doroshenko, Ghazi, Kamath, Kumar,
+Manurangsi: Connect the Dots, PETS 2022, https://arxiv.org/abs/2207.04380). The result is an upper
+bound, the tightest that is known. The proof assumes noise and sampling rates that are fixed
+beforehand; in practice those of a later run are chosen after earlier results were seen. Neighbours
+are two sets that differ by one member; samples are Poisson samples.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from typing import NamedTuple
 
 from fedmed_flower.errors import InputError
 
-# For the search of a noise multiplier, whose result is checked with the finer one.
-_COARSE, _STEP = 3.0, 1.0005
+# The search for a noise multiplier rounds losses this many times more coarsely.
+_COARSE = 3.0
+# Factor by which the result of that search is then moved, with fine rounding.
+_STEP = 1.0005
 # With less noise epsilon is above 500,000: no protection that is worth a number.
-_LEAST_NOISE, _MOST_NOISE = 1e-3, 1e9
-# The same for many releases together, and as far as numbers reach.
+_LEAST_NOISE = 1e-3
+_MOST_NOISE = 1e9
+# With wider intervals epsilon is as useless, and floats soon overflow.
 _MOST_INTERVAL = 100.0
 
 
@@ -33,7 +36,7 @@ class Release(NamedTuple):
     sampling_rate : float
         Probability with which each member takes part; above 0, at most 1.
     noise_multiplier : float
-        Standard deviation of the noise in units of the clipping norm; 0 for no noise, at most 1e9.
+        Standard deviation of the noise in units of the clipping norm; from 0 (no noise) to 1e9.
     """
 
     sampling_rate: float
@@ -45,16 +48,16 @@ def epsilon_of(releases: Iterable[Release] | Mapping[Release, int], delta: float
 
     Parameters
     ----------
-    releases : iterable of Release, or mapping to their numbers
-        Equal ones are composed together. Numbers are integers, at least 0.
+    releases : iterable of Release, or mapping of Release to int
+        A mapping gives how many releases there are of each kind; at least 0.
     delta : float
         Above 0, below 1.
 
     Returns
     -------
     float
-        0 without releases; infinite if one of them had a noise multiplier below 0.001, or all
-        together cost as much as that.
+        0 without releases. Infinite if a noise multiplier is below 0.001, or if all releases
+        together cost as much as such a release.
 
     Raises
     ------
@@ -63,7 +66,7 @@ def epsilon_of(releases: Iterable[Release] | Mapping[Release, int], delta: float
 
     Examples
     --------
-    A hundred steps, each on a tenth of the patients, with noise of the clipping norm.
+    A hundred steps, each on a tenth of the patients, with noise as large as the clipping norm.
 
     >>> round(epsilon_of({Release(sampling_rate=0.1, noise_multiplier=1.0): 100}, delta=1e-5), 2)
     7.05
@@ -84,7 +87,7 @@ def epsilon_of(releases: Iterable[Release] | Mapping[Release, int], delta: float
 
 
 def noise_for(epsilon: float, delta: float, sampling_rate: float, count: int) -> float:
-    """Return the least noise multiplier with which so many releases stay within a budget.
+    """Return the least noise multiplier that keeps `count` releases within a budget.
 
     Parameters
     ----------
@@ -93,19 +96,20 @@ def noise_for(epsilon: float, delta: float, sampling_rate: float, count: int) ->
     delta : float
         Above 0, below 1.
     sampling_rate : float
-        Of each release; above 0, at most 1.
+        Sampling rate of each release; above 0, at most 1.
     count : int
-        How many releases there will be; at least 1.
+        Number of releases; at least 1.
 
     Returns
     -------
     float
-        To within a thousandth. ``epsilon_of`` that many releases with it is at most `epsilon`.
+        The least noise multiplier to within a thousandth, rounded up: `epsilon_of` of `count`
+        releases with it is at most `epsilon`.
 
     Raises
     ------
     InputError
-        If a value is out of its range, or no noise multiplier up to 1e9 is enough.
+        If a value is out of its range, or if no noise multiplier up to 1e9 is enough.
 
     Examples
     --------
@@ -127,37 +131,39 @@ def _noise_for(epsilon: float, delta: float, sampling_rate: float, count: int) -
     # Imported late, as dp_accounting below.
     from scipy.optimize import brentq
 
-    def over(logarithm: float) -> float:
-        release = Release(sampling_rate, math.exp(logarithm))
+    def excess(log_noise: float) -> float:
+        release = Release(sampling_rate, math.exp(log_noise))
         return _epsilon(((release, count),), delta, _COARSE) - epsilon
 
-    # From where noise is worth something: accounting for little noise takes long.
+    # The search starts at a multiplier of 1: accounting for little noise takes long.
     high = 0.0
-    while over(high) > 0:
+    while excess(high) > 0:
         high += 1.0
         if high > math.log(_MOST_NOISE):
             raise InputError(
-                f"no noise keeps {count} releases within epsilon {epsilon} at delta {delta}"
+                f"no noise multiplier up to {_MOST_NOISE:g} keeps {count} releases within epsilon "
+                f"{epsilon} at delta {delta}: plan fewer releases, or raise epsilon or delta"
             )
     low = high - 1.0
-    while over(low) <= 0:
-        low, high = low - 0.5, low
+    while excess(low) <= 0:
+        high = low
+        low -= 0.5
         if low < math.log(_LEAST_NOISE):
             return math.exp(high)
-    noise = math.exp(brentq(over, low, high, xtol=5e-4))
+    noise = math.exp(brentq(excess, low, high, xtol=5e-4))
 
-    def enough(noise: float) -> bool:
+    def within_budget(noise: float) -> bool:
         return _epsilon(((Release(sampling_rate, noise), count),), delta) <= epsilon
 
-    while not enough(noise):
+    while not within_budget(noise):
         noise *= _STEP
-    while enough(noise / _STEP):
+    while within_budget(noise / _STEP):
         noise /= _STEP
     return noise
 
 
 def require_release(sampling_rate: float, noise_multiplier: float) -> None:
-    """Raise `InputError` where a value of a release is out of its range."""
+    """Raise `InputError` if a value of a release is out of its range."""
     if not 0 < sampling_rate <= 1:
         raise InputError(f"sampling_rate must be above 0 and at most 1, got {sampling_rate}")
     if not 0 <= noise_multiplier <= _MOST_NOISE:
@@ -170,9 +176,10 @@ def require_release(sampling_rate: float, noise_multiplier: float) -> None:
 @functools.lru_cache(maxsize=1024)
 def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float, coarse: float = 1.0) -> float:
     merged = _merged(counts)
-    if (interval := _interval(merged)) > _MOST_INTERVAL:
+    interval = _interval(merged)
+    if interval > _MOST_INTERVAL:
         return math.inf
-    # A second to import, for which a process without privacy need not wait.
+    # The import takes a second, for which a process without privacy need not wait.
     from dp_accounting import dp_event, pld
 
     accountant = pld.PLDAccountant(value_discretization_interval=coarse * interval)
@@ -185,21 +192,25 @@ def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float, coarse: floa
 
 
 def _merged(counts: Iterable[tuple[Release, int]]) -> dict[Release, int]:
-    """Make of all releases without sampling one, which is as much as they are together."""
-    merged, precision = {}, 0.0
+    """Replace all releases without sampling by one that costs the same as they do together."""
+    merged: dict[Release, int] = {}
+    precision = 0.0
     for release, count in counts:
         if release.sampling_rate == 1:
             precision += count / release.noise_multiplier**2
         else:
             merged[release] = count
-    return merged | ({Release(1.0, precision**-0.5): 1} if precision else {})
+    if precision:
+        merged[Release(1.0, precision**-0.5)] = 1
+    return merged
 
 
 def _interval(counts: Mapping[Release, int]) -> float:
-    """Return how finely losses are told apart: finely beside what one release and all of them lose.
+    """Return the width to whose multiples privacy losses are rounded up.
 
-    Each release is rounded up. Where one loses less than an interval, many of them add up to far
-    too much; a finer interval than this takes minutes and changes nothing.
+    The width is small beside the loss of one release and beside the loss of all. If it were larger
+    than the loss of one release, the rounding errors of many would add up to far too much. A
+    smaller width takes minutes and changes nothing.
     """
     single = max(0.5 / release.noise_multiplier**2 for release in counts)
     spread = sum(n * (r.sampling_rate / r.noise_multiplier) ** 2 for r, n in counts.items())

@@ -1,7 +1,7 @@
-"""A gradient for each record, from which `PatientOptimizer` makes a step that hides a patient.
+"""One gradient per record. `PatientOptimizer` makes of them a step that hides each patient.
 
-Each record goes through model and loss by itself, so nothing that a network or a loss does with a
-batch can mix two patients.
+Each record goes through model and loss alone, so no operation of a network or a loss on a batch
+can mix two patients.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ Batch = Mapping[str, Tensor]
 Loss = Callable[[Callable[..., Any], Batch], Tensor]
 METHODS = ("auto", "vmap", "loop")
 
-# Records that show what a model is like, and how often each method is timed.
-PROBE, _REPEATS = 4, 2
+# Number of records on which a model is tried.
+PROBE = 4
+# How often each method is timed.
+_REPEATS = 2
 
 
 class RecordGradients:
@@ -32,15 +34,15 @@ class RecordGradients:
     Parameters
     ----------
     model : Module
-        In training mode. Its parameters that require a gradient are those that are trained.
+        In training mode. The parameters that require a gradient are the trained ones.
     loss : callable
         Maps (model, batch of one record) to one number. A batch is a dict of tensors whose first
         dimension counts records.
     mixed_precision : bool
-        Run model and loss in bfloat16 by autocast; gradients are in the parameters' dtype.
+        Run model and loss in bfloat16 by autocast; gradients keep the parameters' dtype.
     method : {"auto", "vmap", "loop"}
-        ``vmap`` vectorises over the records. ``loop`` takes one after the other, for what vmap
-        cannot do, and needs the least memory. ``auto`` lets `choose` decide.
+        ``vmap`` vectorises over the records. ``loop`` takes one record after the other: it works
+        with every model and needs the least memory. ``auto`` lets `choose` decide.
 
     Attributes
     ----------
@@ -53,22 +55,24 @@ class RecordGradients:
     ) -> None:
         if method not in METHODS:
             raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-        self.model, self.loss, self.method = model, loss, method
+        self.model = model
+        self.loss = loss
+        self.method = method
         self.mixed_precision = mixed_precision
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     def __call__(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
-        """Return gradients and losses.
+        """Return the gradient and the loss of each record.
 
         Parameters
         ----------
         batch : dict of tensors of shape (n, ...)
-            n at least 1.
+            n records, at least 1.
 
         Returns
         -------
         list of tensors of shape (n, *shape of the parameter)
-            One a parameter, in the order of `parameters`.
+            The gradients, one tensor per parameter, in the order of `parameters`.
         Tensor of shape (n,)
             The loss of each record.
 
@@ -82,12 +86,12 @@ class RecordGradients:
         return self._vectorised(batch) if self.method == "vmap" else self._one_by_one(batch)
 
     def choose(self, batch: Batch) -> None:
-        """Take the method that is faster for batches of this size: vmap where it works at all."""
+        """Set `method` to the faster one for batches of this size, or to loop if vmap fails."""
         try:
             self._vectorised(batch)
         except (InputError, torch.OutOfMemoryError):
             raise
-        except Exception:  # What vmap cannot do fails in a dozen ways.
+        except Exception:  # vmap fails with many kinds of errors.
             self.method = "loop"
             return
         probe = {key: value[:PROBE] for key, value in batch.items()}
@@ -97,22 +101,22 @@ class RecordGradients:
         self.method = "vmap" if together <= alone else "loop"
 
     def bytes_per_record(self, batch: Batch) -> int:
-        """Return about how much memory a record takes: what backward needs, and its gradient."""
+        """Estimate the bytes that a record takes: tensors saved for backward, and its gradient."""
         saved: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            # A view of a larger tensor keeps no more than itself for this record.
-            index = tensor.untyped_storage().data_ptr()
-            saved[index] = max(saved.get(index, 0), tensor.numel() * tensor.element_size())
+            # The size of the tensor, not of its storage: a view may be of a larger tensor.
+            pointer = tensor.untyped_storage().data_ptr()
+            saved[pointer] = max(saved.get(pointer, 0), tensor.numel() * tensor.element_size())
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             self._value(self.model, {key: value[:1] for key, value in batch.items()})
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        activations = sum(size for pointer, size in saved.items() if pointer not in own)
-        weights = sum(p.numel() * p.element_size() for p in self.parameters.values())
-        # As much again as the gradients take is left for what vmap makes on the way to them.
-        return activations + 2 * weights
+        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        activations = sum(size for pointer, size in saved.items() if pointer not in weights)
+        gradients = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        # Twice, because vmap needs about as much again for intermediate results.
+        return activations + 2 * gradients
 
     def _value(self, model: Callable[..., Any], row: Batch) -> Tensor:
         kind = next(iter(row.values())).device.type
@@ -126,20 +130,23 @@ class RecordGradients:
 
         weights = {name: p.detach() for name, p in self.parameters.items()}
         # Each record draws its own dropout.
-        each = vmap(grad_and_value(one), in_dims=(None, 0), randomness="different")
-        gradients, losses = each(weights, dict(batch))
+        vectorised = vmap(grad_and_value(one), in_dims=(None, 0), randomness="different")
+        gradients, losses = vectorised(weights, dict(batch))
         return [gradients[name] for name in self.parameters], losses.detach()
 
     def _one_by_one(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
-        rows, losses, parameters = [], [], list(self.parameters.values())
-        for number in range(len(next(iter(batch.values())))):
-            value = self._value(self.model, {k: v[number : number + 1] for k, v in batch.items()})
+        parameters = list(self.parameters.values())
+        rows = []
+        losses = []
+        for index in range(len(next(iter(batch.values())))):
+            value = self._value(self.model, {k: v[index : index + 1] for k, v in batch.items()})
             rows.append(torch.autograd.grad(value, parameters, materialize_grads=True))
             losses.append(value.detach())
         return [torch.stack(column) for column in zip(*rows, strict=True)], torch.stack(losses)
 
     def _seconds(self, run: Callable[[Batch], Any], batch: Batch) -> float:
-        device, best = next(iter(batch.values())).device, float("inf")
+        device = next(iter(batch.values())).device
+        best = float("inf")
         for _ in range(_REPEATS):
             began = time.perf_counter()
             run(batch)
@@ -150,21 +157,21 @@ class RecordGradients:
 
 
 def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> Callable[..., Any]:
-    """Return `model` as a function, with other values of the parameters that are named.
+    """Return `model` as a function in which the named parameters have other values.
 
     Parameters
     ----------
     model : Module
-        Is left as it is, also where it has one layer, or one parameter, in several places.
+        Is not changed, even if a layer or a parameter stands in it several times.
     values : dict of tensors
-        By the names of ``model.named_parameters()``.
+        The new values, by the names of ``model.named_parameters()``.
     """
     names = {parameter: name for name, parameter in model.named_parameters() if name in values}
     # Each layer once: torch's own tying leaves the values behind in a layer that has two names.
     everywhere = {
-        f"{prefix}.{own}" if prefix else own: values[names[parameter]]
+        f"{prefix}.{local}" if prefix else local: values[names[parameter]]
         for prefix, layer in model.named_modules()
-        for own, parameter in layer.named_parameters(recurse=False, remove_duplicate=False)
+        for local, parameter in layer.named_parameters(recurse=False, remove_duplicate=False)
         if parameter in names
     }
 
@@ -175,7 +182,7 @@ def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> Callable[...,
 
 
 def require_number(value: Tensor) -> Tensor:
-    """Return the loss of one record, which must be one number.
+    """Return the loss of one record if it is one number.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""A hospital's own record of what was released about its patients, durable and only growing."""
+"""A hospital's durable record of what was released about its patients; no charge is removed."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ CREATE TABLE plain (id INTEGER PRIMARY KEY AUTOINCREMENT, time TEXT NOT NULL, ru
   app TEXT NOT NULL, purpose TEXT NOT NULL, dataset INTEGER NOT NULL REFERENCES datasets);
 CREATE TABLE runs (run TEXT PRIMARY KEY, time TEXT NOT NULL) WITHOUT ROWID;
 """
-# SQLite's own, for AUTOINCREMENT.
+# SQLite makes this table itself, for AUTOINCREMENT.
 _COUNTER = "CREATE TABLE sqlite_sequence(name,seq)"
 _BUDGET = ("budget-epsilon", "budget-delta")
-_SPLIT_KEY, _KEY_BYTES = "split-key", 32
-# Two runs at one hospital wait for each other while one of them is charged.
+_SPLIT_KEY = "split-key"
+_KEY_BYTES = 32
+# While one run at a hospital is charged, another waits.
 _WAIT_SECONDS = 120
 
 
@@ -58,7 +59,7 @@ class Limit(NamedTuple):
     delta : float
         Above 0, below 1.
     name : str
-        As a decline shall name it.
+        Stands in the message of a decline.
     """
 
     epsilon: float
@@ -76,9 +77,9 @@ class Entry(NamedTuple):
     began : str
         UTC time of the first charge.
     rounds : int
-        Charges.
+        Number of charges.
     unsettled : int
-        Charges of rounds that were interrupted; they count all the same.
+        Number of charges of rounds that were interrupted; they count all the same.
     patients : int
     releases : Counter of Release
     dataset : int
@@ -103,8 +104,10 @@ class Plain(NamedTuple):
     run, app, purpose : str
         Purpose is the split of an evaluation.
     began : str
-        UTC time of the first.
-    times, patients : int
+        UTC time of the first measurement.
+    times : int
+        Number of measurements.
+    patients : int
     """
 
     run: str
@@ -118,26 +121,28 @@ class Plain(NamedTuple):
 class Ledger:
     """One SQLite file of one hospital, for all its runs and sets of patients.
 
-    What was released about two sets of patients adds up where they share a patient. Of a patient
-    the ledger keeps a hash, under a key of its own. It also holds the key by which the hospital's
-    patients are split, what was measured without noise, and when each run began.
+    If two sets of patients share a patient, their releases add up. Of each patient the ledger
+    stores a hash, under a key that only this file holds. It also stores the key by which the
+    hospital's patients are split, what was measured without noise, and when each run began.
 
     Parameters
     ----------
     path : Path
     read_only : bool
-        Only look, at a file that is there.
+        Open an existing file for reading only.
     create : bool
-        Make the file, for its owner alone, and its folder, where it is not there.
+        If the file does not exist, make it, readable by its owner alone, and its folder.
 
     Raises
     ------
     InputError
-        If the file is no ledger, is damaged, or cannot be written.
+        If the file does not exist and is not to be made, is no ledger, is damaged, or cannot be
+        written.
     """
 
     def __init__(self, path: Path, read_only: bool = False, create: bool = True) -> None:
-        self.path, self._read_only = path, read_only
+        self.path = path
+        self._read_only = read_only
         with _as_input_error(path):
             if not path.exists():
                 if read_only or not create:
@@ -147,10 +152,11 @@ class Ledger:
                     )
                 self._create()
         with self._open() as connection:
-            found = self._about(connection, "version")
-        if found != _VERSION:
+            version = self._about(connection, "version")
+        if version != _VERSION:
             raise InputError(
-                f"{path} is a ledger of version {found}, and this package knows {_VERSION}"
+                f"the ledger {path} has version {version}, this package reads version {_VERSION}: "
+                "use the version of fedmed-flower that wrote it"
             )
 
     def charge(
@@ -166,25 +172,25 @@ class Ledger:
         run_limit: Limit | None = None,
         budget: Limit | None = None,
     ) -> int:
-        """Write down releases before anything of them is computed.
+        """Record releases before anything of them is computed.
 
-        When this returns, the charge has reached the disk, and no kill or power failure takes it
-        back. `settle` later notes that the round came to its end.
+        When this returns, the charge has reached the disk, and no kill or power failure removes
+        it. `settle` later notes that the round ended.
 
         Parameters
         ----------
         patients : iterable of hashable
-            All whose records may take part; repetitions count once.
+            All patients whose records may take part; a repeated patient counts once.
         release : Release
         count : int
-            How many of them there will be; at least 1.
+            Number of such releases; at least 1.
         run : str
             One name for all rounds of a run, and for those after a restart.
         purpose : str
             ``train``, or the split of an evaluation.
         server_round : int
         app : str
-            For the reader.
+            Name of the app, shown to whoever reads the ledger.
         run_limit : Limit, optional
             What this run may release about these patients.
         budget : Limit, optional
@@ -193,12 +199,12 @@ class Ledger:
         Returns
         -------
         int
-            For `settle`.
+            Number of the charge, for `settle`.
 
         Raises
         ------
         DeclinedError
-            If a limit would be passed; nothing is charged then.
+            If a limit would be passed; then nothing is charged.
         InputError
             If a value is out of range or the ledger cannot be written.
         """
@@ -253,7 +259,7 @@ class Ledger:
         for limit, runs in ((run_limit, run), (budget, None)):
             if limit is not None:
                 total = self._releases(connection, datasets, runs) + new
-                if _passed(total, limit):
+                if _exceeds(total, limit):
                     return limit
         return None
 
@@ -265,18 +271,21 @@ class Ledger:
     def released(
         self, patients: Iterable[Hashable], run: str | None = None, app: str | None = None
     ) -> Counter[Release]:
-        """Return all releases about these patients; of one run, or one app, where it is given."""
+        """Return all releases about these patients; only those of `run` or `app` if it is given."""
         with self._open() as connection:
-            return self._releases(connection, self._find(connection, patients)[2], run, app)
+            _, _, overlapping = self._find(connection, patients)
+            return self._releases(connection, overlapping, run, app)
 
     def split_key(self) -> bytes:
-        """Return the key by which patients are split into train, val and test; made with the file.
+        """Return the key by which patients are split into train, val and test.
+
+        The key is made together with the file and never again: under a new key, patients on whom
+        an earlier run has trained would be measured by the next.
 
         Raises
         ------
         InputError
-            If the file has none: under a new one, patients on whom an earlier run has trained
-            would be measured by the next.
+            If the file has no valid key.
         """
         with self._open() as connection:
             key = self._about(connection, _SPLIT_KEY)
@@ -288,20 +297,20 @@ class Ledger:
         return key
 
     def has_trained(self, patients: Iterable[Hashable]) -> bool:
-        """Return whether any of these patients was trained on with noise."""
+        """Return whether a run has trained with noise on any of these patients."""
         with self._open() as connection:
-            near = self._find(connection, patients)[2]
-            sets = ", ".join(map(str, near))
+            _, _, overlapping = self._find(connection, patients)
+            sets = ", ".join(map(str, overlapping))
             query = f"SELECT 1 FROM charges WHERE purpose = 'train' AND dataset IN ({sets}) LIMIT 1"
             return connection.execute(query).fetchone() is not None
 
     def note_plain(
         self, patients: Iterable[Hashable], *, run: str, purpose: str, app: str = ""
     ) -> None:
-        """Write down that patients are measured without noise, before they are."""
+        """Record, before it is done, that patients are measured without noise."""
         with self._open() as connection:
-            members, fingerprint, near = self._find(connection, patients)
-            dataset = self._dataset(connection, members, fingerprint, near)
+            members, fingerprint, overlapping = self._find(connection, patients)
+            dataset = self._dataset(connection, members, fingerprint, overlapping)
             connection.execute(
                 "INSERT INTO plain (time, run, app, purpose, dataset) VALUES (?, ?, ?, ?, ?)",
                 (_now(), run, app, purpose, dataset),
@@ -318,7 +327,7 @@ class Ledger:
         return [Plain(*row) for row in rows]
 
     def most_plain(self) -> int:
-        """Return how often the patient was measured without noise who was so most often."""
+        """Return the largest number of times that one patient was measured without noise."""
         query = (
             "SELECT max(times) FROM (SELECT count(*) AS times FROM plain "
             "JOIN members USING (dataset) GROUP BY patient)"
@@ -328,20 +337,20 @@ class Ledger:
         return int(most or 0)
 
     def begin_run(self, run: str, most: int) -> None:
-        """Write down when a run began, once.
+        """Record when a run began; a run that is already recorded is left as it is.
 
         Raises
         ------
         DeclinedError
-            If `most` others began within the last 24 hours; this one then did not.
+            If `most` other runs began within the last 24 hours; then this run is not recorded.
         """
         since = (datetime.now(UTC) - timedelta(days=1)).isoformat(timespec="seconds")
         with self._open() as connection:
-            known = "SELECT count(*) FROM runs WHERE run = ?"
-            if connection.execute(known, (run,)).fetchone()[0]:
+            query = "SELECT count(*) FROM runs WHERE run = ?"
+            if connection.execute(query, (run,)).fetchone()[0]:
                 return
-            recent = "SELECT count(*) FROM runs WHERE time > ?"
-            allowed = connection.execute(recent, (since,)).fetchone()[0] < most
+            query = "SELECT count(*) FROM runs WHERE time > ?"
+            allowed = connection.execute(query, (since,)).fetchone()[0] < most
             if allowed:
                 connection.execute("INSERT INTO runs VALUES (?, ?)", (run, _now()))
         if not allowed:
@@ -352,8 +361,8 @@ class Ledger:
         query = "SELECT DISTINCT group_concat(dataset) FROM members GROUP BY patient"
         with self._open() as connection:
             together = [sets.split(",") for (sets,) in connection.execute(query)]
-            each = [self._releases(connection, sets) for sets in together]
-        return max((epsilon_of(found, delta) for found in each), default=0.0)
+            totals = [self._releases(connection, sets) for sets in together]
+        return max((epsilon_of(releases, delta) for releases in totals), default=0.0)
 
     def budget(self) -> Limit | None:
         """Return the hospital's budget as of the last charge or decline; None if it set none."""
@@ -382,7 +391,7 @@ class Ledger:
         return list(entries.values())
 
     def _create(self) -> None:
-        """Make the file whole and then give it its name, so that an empty one is always damage."""
+        """Write the whole file, then give it its name, so that an empty ledger is a damaged one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}")
         try:
@@ -404,7 +413,7 @@ class Ledger:
             except sqlite3.OperationalError as error:
                 if mode == "rw" or error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
                     raise
-                # A write that was killed has to be taken back first, which a copy is enough for.
+                # A killed write must be rolled back before reading, here in a copy of the file.
                 copy = Path(stack.enter_context(TemporaryDirectory())) / "ledger"
                 for ending in ("", "-journal"):
                     shutil.copyfile(f"{self.path}{ending}", f"{copy}{ending}")
@@ -414,33 +423,39 @@ class Ledger:
     def _find(
         self, connection: sqlite3.Connection, patients: Iterable[Hashable]
     ) -> tuple[list[bytes], str, set[int]]:
-        """Return the hashes of patients, that of all, and the sets that share one with them."""
+        """Return the patients' hashes, the hash of their set, and the sets that overlap with it."""
         key = self._about(connection, "key")
         texts = {patient_text(patient).encode() for patient in patients}
         members = sorted(hashlib.blake2b(text, key=key, digest_size=16).digest() for text in texts)
         if not members:
             raise InputError("there are no patients to charge for")
         fingerprint = hashlib.blake2b(b"".join(members), key=key).hexdigest()
-        known = "SELECT other FROM overlaps JOIN datasets ON dataset = id WHERE fingerprint = ?"
-        rows = connection.execute(known, (fingerprint,)).fetchall()
+        query = "SELECT other FROM overlaps JOIN datasets ON dataset = id WHERE fingerprint = ?"
+        rows = connection.execute(query, (fingerprint,)).fetchall()
         if not rows:
-            one = "SELECT dataset FROM members WHERE patient = ?"
-            rows = [row for member in members for row in connection.execute(one, (member,))]
+            query = "SELECT dataset FROM members WHERE patient = ?"
+            rows = [row for member in members for row in connection.execute(query, (member,))]
         return members, fingerprint, {dataset for (dataset,) in rows}
 
     @staticmethod
     def _dataset(
-        connection: sqlite3.Connection, members: Collection[bytes], fingerprint: str, near: set[int]
+        connection: sqlite3.Connection,
+        members: Collection[bytes],
+        fingerprint: str,
+        overlapping: set[int],
     ) -> int:
-        """Return the number of a set of patients, new where it has not been charged for."""
+        """Return the number of a set of patients, under which it is stored if it is new."""
         query = "SELECT id FROM datasets WHERE fingerprint = ?"
-        if (found := connection.execute(query, (fingerprint,)).fetchone()) is not None:
-            return int(found[0])
-        add = "INSERT INTO datasets (fingerprint, patients) VALUES (?, ?)"
-        dataset = int(connection.execute(add, (fingerprint, len(members))).lastrowid or 0)
+        row = connection.execute(query, (fingerprint,)).fetchone()
+        if row is not None:
+            return int(row[0])
+        query = "INSERT INTO datasets (fingerprint, patients) VALUES (?, ?)"
+        dataset = int(connection.execute(query, (fingerprint, len(members))).lastrowid or 0)
         rows = ((member, dataset) for member in members)
         connection.executemany("INSERT INTO members VALUES (?, ?)", rows)
-        pairs = {(dataset, dataset), *((dataset, o) for o in near), *((o, dataset) for o in near)}
+        pairs = {(dataset, dataset)}
+        for other in overlapping:
+            pairs |= {(dataset, other), (other, dataset)}
         connection.executemany("INSERT INTO overlaps VALUES (?, ?)", pairs)
         return dataset
 
@@ -462,40 +477,41 @@ class Ledger:
 
     @staticmethod
     def _about(connection: sqlite3.Connection, key: str) -> Any:
-        found = connection.execute("SELECT value FROM about WHERE key = ?", (key,)).fetchone()
-        return None if found is None else found[0]
+        row = connection.execute("SELECT value FROM about WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
 
 
 @contextmanager
 def transaction(path: Path, mode: str, schema: str) -> Iterator[sqlite3.Connection]:
-    """Open one transaction, which ends on the disk or not at all.
+    """Open one transaction, which reaches the disk as a whole or not at all.
 
     Parameters
     ----------
     path : Path
     mode : {"ro", "rw", "rwc"}
-        As SQLite has it. With "rwc" a new file is given what the schema says.
+        SQLite's mode. With "rwc" the statements of `schema` are run on a new file.
     schema : str
-        Statements that make tables and indexes, parted by semicolons.
+        Statements that make tables and indexes, separated by semicolons.
 
     Raises
     ------
     sqlite3.Error
-        If the file is damaged, or holds anything that `schema` does not make: in a stranger's
-        file a view or a computed column could be read without end, and a trigger could write.
+        If the file is damaged, or if it holds anything that `schema` does not make: in a
+        stranger's file a view or a computed column could be read without end, and a trigger could
+        write.
     """
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, timeout=_WAIT_SECONDS, isolation_level=None, uri=True)
     try:
         connection.execute("PRAGMA synchronous = EXTRA")
-        # For macOS, where a plain sync stops in the disk's own memory.
+        # For macOS, where a plain sync reaches only the disk's cache.
         connection.execute("PRAGMA fullfsync = ON")
         connection.execute("BEGIN" if mode == "ro" else "BEGIN IMMEDIATE")
-        # SQLite itself does not notice where a part of the last page is lost.
+        # SQLite itself does not notice that a part of the last page is lost.
         query = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
         (size,) = connection.execute(query).fetchone()
         if mode != "rwc" and path.stat().st_size < max(size, 1):
-            raise sqlite3.DatabaseError("its end is lost")
+            raise sqlite3.DatabaseError("the end of the file is missing")
         statements = [part.strip() for part in schema.split(";") if part.strip()]
         if mode == "rwc":
             for statement in statements:
@@ -503,7 +519,7 @@ def transaction(path: Path, mode: str, schema: str) -> Iterator[sqlite3.Connecti
         query = "SELECT sql, name FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name"
         for sql, name in connection.execute(query).fetchall():
             if sql not in (*statements, _COUNTER):
-                raise sqlite3.DatabaseError(f"it holds {name!r}, which is not made here")
+                raise sqlite3.DatabaseError(f"it holds {name!r}, which fedmed-flower does not make")
         yield connection
         connection.execute("COMMIT")
     finally:
@@ -511,13 +527,13 @@ def transaction(path: Path, mode: str, schema: str) -> Iterator[sqlite3.Connecti
 
 
 def give_name(draft: Path, path: Path) -> None:
-    """Rename a file, but never in the place of one that was made in the meantime."""
+    """Rename `draft` to `path`, unless `path` was made in the meantime."""
     try:
         os.link(draft, path)
     except FileExistsError:
         return
     except OSError:
-        # Not every filesystem has hard links; where they lack, POSIX has locks.
+        # Without hard links on this filesystem, a lock on the folder keeps others out.
         import fcntl
 
         folder = os.open(path.parent, os.O_RDONLY)
@@ -535,8 +551,8 @@ def _as_input_error(path: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError) as error:
         raise InputError(
-            f"the privacy ledger {path} cannot be used ({error}): mend its place, or restore it "
-            "from a copy; without it nobody knows what was released"
+            f"the privacy ledger {path} cannot be used ({error}): repair its folder or disk, or "
+            "restore it from a copy; without it nobody knows what was released"
         ) from error
 
 
@@ -544,11 +560,15 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _passed(releases: Counter[Release], limit: Limit) -> bool:
+def _exceeds(releases: Counter[Release], limit: Limit) -> bool:
     epsilon = epsilon_of(releases, limit.delta)
-    if epsilon > limit.epsilon:
+    exceeds = epsilon > limit.epsilon
+    if exceeds:
         log.info(
             "declined: epsilon would come to %.3f at delta %g, above %g, %s",
-            *(epsilon, limit.delta, limit.epsilon, limit.name),
+            epsilon,
+            limit.delta,
+            limit.epsilon,
+            limit.name,
         )
-    return epsilon > limit.epsilon
+    return exceeds

@@ -1,11 +1,11 @@
-"""Gaussian noise that nobody can predict or take out again.
+"""Gaussian noise that nobody can predict or remove.
 
 The generator is AES-128 in counter mode under a key from the operating system; there is no seed.
 
-A normal number in floating point is one of a few values only, whose pattern can give away what it
-was added to (Mironov, On Significance of the Least Significant Bits for Differential Privacy, CCS
-2012). So each number is half the sum of four, which makes the values that can occur too many to be
-told apart (Holohan and Braghin, Secure Random Sampling in Differential Privacy, ESORICS 2021,
+In floating point a normal number takes few values only, and their pattern can reveal what the
+number was added to (Mironov, On Significance of the Least Significant Bits for Differential
+Privacy, CCS 2012). So each number is half the sum of four: then there are too many possible values
+to search (Holohan and Braghin, Secure Random Sampling in Differential Privacy, ESORICS 2021,
 https://arxiv.org/abs/2107.10138).
 """
 
@@ -21,7 +21,7 @@ _SUMMANDS = 4
 
 
 def secure_generator() -> np.random.Generator:
-    """Return a generator of its own, keyed by the operating system."""
+    """Return a new generator, keyed by the operating system."""
     return np.random.Generator(AESCounter(key=secrets.randbits(128)))
 
 
@@ -33,9 +33,9 @@ def gaussian(size: int, std: float, generator: np.random.Generator) -> NDArray[n
     size : int
         At least 0.
     std : float
-        Their standard deviation; at least 0.
+        Standard deviation of the numbers; at least 0.
     generator : numpy.random.Generator
-        `secure_generator()`, where the noise protects somebody.
+        Must be a `secure_generator()` if the noise protects patients.
 
     Returns
     -------

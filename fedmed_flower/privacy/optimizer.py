@@ -1,4 +1,4 @@
-"""Opacus's optimizer, which makes of a gradient for each patient a step that hides every patient.
+"""An optimizer whose steps hide each patient: it clips one gradient per patient and adds noise.
 
 Abadi, Chu, Goodfellow, McMahan, Mironov, Talwar, Zhang: Deep Learning with Differential Privacy,
 CCS 2016, https://arxiv.org/abs/1607.00133, algorithm 1, with a fixed denominator.
@@ -16,29 +16,31 @@ from torch import Tensor
 
 from fedmed_flower.privacy.noise import gaussian, secure_generator
 
-# Numbers that are clipped and added at a time: what a cache holds, and what keeps a GPU busy.
-_BLOCK = (2**18, 2**24)
+# How many numbers are clipped and added at a time: as many as the cache of a CPU holds, and as
+# many as keep a GPU busy.
+_CPU_BLOCK = 2**18
+_GPU_BLOCK = 2**24
 
 
 class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Opacus's optimizer with noise that no seed decides.
+    """Opacus's optimizer, with noise that depends on no seed.
 
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        Makes the step. Its weight decay, momentum and the like come after clipping and noise.
+        Makes the step. Its weight decay and momentum are applied after clipping and noise.
     noise_multiplier : float
         Standard deviation of the noise on the sum of clipped gradients, in units of
         `max_grad_norm`.
     max_grad_norm : float
-        To which the gradient of each patient is clipped.
+        Norm to which the gradient of each patient is clipped.
     expected_patients : float
-        What the sum is divided by, however many patients were drawn; above 0.
+        Divisor of the sum, however many patients were drawn; above 0.
 
     Attributes
     ----------
     dropped : int
-        Patients whose gradient was not finite and therefore left out.
+        Number of gradients that were left out because they were not finite.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         self._ahead: Future[Tensor] | None = None
 
     def draw_ahead(self) -> None:
-        """Begin to draw the noise of the step to come, in a thread beside the gradients."""
+        """Start to draw the noise of the next step, in a thread that runs beside the gradients."""
         self._ahead = future = Future[Tensor]()
 
         def draw() -> None:
@@ -76,7 +78,7 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         Parameters
         ----------
         gradients : list of tensors of shape (patients, *shape of the parameter)
-            One a trained parameter, in their order.
+            One tensor per trained parameter, in the order of the parameters.
         """
         for parameter, gradient in zip(self.params, gradients, strict=True):
             parameter.grad_sample = gradient
@@ -86,8 +88,8 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
     def clip_and_accumulate(self) -> None:
         """Add the clipped gradients of the patients in `grad_samples` to the sums, in float64.
 
-        In float32 a norm over millions of numbers comes out up to some percent too small, and the
-        clipped gradient that much too long.
+        In float32 a norm over millions of numbers comes out up to a few percent too small, which
+        would leave the clipped gradient too long by as much.
         """
         pairs = zip(self.grad_samples, self.params, strict=True)
         rows = [gradient.reshape(len(gradient), p.numel()) for gradient, p in pairs]
@@ -101,7 +103,8 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         finite = squares.isfinite()
         if not bool(finite.all()):
             self.dropped += int((~finite).sum())
-            rows, squares = [row[finite] for row in rows], squares[finite]
+            rows = [row[finite] for row in rows]
+            squares = squares[finite]
         factors = (self.max_grad_norm / squares.sqrt()).clamp(max=1.0)
         for parameter, row in zip(self.params, rows, strict=True):
             if parameter.summed_grad is None:
@@ -111,7 +114,7 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
                 total[along] += factors[across] @ row[across, along].double()
 
     def release(self) -> None:
-        """Add noise to the sum, divide it, and make a step; also where nobody was drawn."""
+        """Add noise to the sum, divide it, and make a step, even if no patient was drawn."""
         for parameter in self.params:
             if parameter.summed_grad is None:
                 parameter.summed_grad = _zeros(parameter)
@@ -125,8 +128,9 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def add_noise(self) -> None:
         """Add noise to the sum of clipped gradients, and round once."""
-        # Forgotten first: no noise is ever used twice.
-        ahead, self._ahead = self._ahead, None
+        # Reset before anything can fail: no noise is ever used twice.
+        ahead = self._ahead
+        self._ahead = None
         noise = self._draw() if ahead is None else ahead.result()
         parts = torch.split(noise, [parameter.numel() for parameter in self.params])
         for parameter, part in zip(self.params, parts, strict=True):
@@ -144,12 +148,14 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
 
 
 def _blocks(row: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut a matrix into blocks that a cache holds: copies of them in float64 cost little."""
-    entries, (height, width) = _BLOCK[row.device.type == "cuda"], row.shape
-    count, long = max(1, entries // max(1, width)), min(max(1, width), entries)
-    for top in range(0, height, count):
-        for left in range(0, width, long):
-            yield slice(top, top + count), slice(left, left + long)
+    """Cut a matrix into blocks so small that a copy of one in float64 costs little."""
+    size = _GPU_BLOCK if row.device.type == "cuda" else _CPU_BLOCK
+    height, width = row.shape
+    block_height = max(1, size // max(1, width))
+    block_width = min(max(1, width), size)
+    for top in range(0, height, block_height):
+        for left in range(0, width, block_width):
+            yield slice(top, top + block_height), slice(left, left + block_width)
 
 
 def _zeros(layout: Tensor) -> Tensor:

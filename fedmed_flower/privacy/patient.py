@@ -1,7 +1,7 @@
-"""What a run asks of a hospital's patients, and what the hospital lets it have.
+"""What a run may release about a hospital's patients.
 
-The unit is the patient: with all records, in or out. A run names a target, from which each hospital
-works out its own noise; the hospital names a budget for all runs together, and keeps the ledger.
+The unit of privacy is the patient, with all records. A run sets a target epsilon, from which each
+hospital computes its noise. The hospital sets a budget for all runs together and keeps the ledger.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fedmed_flower.wire import EPSILON, LEDGER_DIR, POOL_SITES
 log = logging.getLogger("flwr.fedmed")
 
 LEDGER_FILE = "privacy-ledger.sqlite"
-# The test split is asked for once a run, and once more where the run is resumed at its end.
+# The test split is measured once a run, and once more if the run is resumed at its end.
 _TESTS = 2
 _MOST_STEPS = 100_000
-# Of a run: what they cost together takes seconds to compute.
+# In one run; the cost of so many takes seconds to compute.
 _MOST_RELEASES = 1_000_000
 _BUDGET = {"budget-epsilon", "budget-delta"}
 
@@ -39,7 +39,7 @@ class Mechanism(NamedTuple):
     Attributes
     ----------
     release : Release
-        Of each step.
+        What each step releases.
     steps : int
     num_patients : int
     settings : PrivacySettings
@@ -63,7 +63,7 @@ class PatientPrivacy:
     budget : Limit, optional
         What the hospital allows for all runs together.
     app : str
-        For the reader of the ledger.
+        Name of the app, shown to whoever reads the ledger.
     """
 
     def __init__(
@@ -74,51 +74,55 @@ class PatientPrivacy:
         budget: Limit | None = None,
         app: str = "",
     ) -> None:
-        self.settings, self.ledger, self.run = settings, ledger, run
-        self.budget, self.app = budget, app
+        self.settings = settings
+        self.ledger = ledger
+        self.run = run
+        self.budget = budget
+        self.app = app
 
     def plan_training(
         self, patients: Sequence[Hashable], epochs: int, batch_size: int, steps: int = 0
     ) -> Mechanism:
-        """Return what a round of training is: its noise keeps all planned rounds to the target.
+        """Return the steps of a training round, with noise that keeps all rounds to the target.
 
         Parameters
         ----------
         patients : sequence of hashable
-            One a record.
+            The patient of each record.
         epochs : int
-            Passes over the patients on average, where `steps` is 0.
+            Mean number of passes over the patients; used if `steps` is 0.
         batch_size : int
-            Patients in a step on average, where the settings name no sampling rate.
+            Mean number of patients in a step; used if the settings name no sampling rate.
         steps : int
-            Steps in the round; 0 goes by `epochs`.
+            Number of steps in the round; 0 for the number that `epochs` makes.
 
         Raises
         ------
         InputError
             If a round would have more than 100,000 steps, or the run more than a million.
         """
-        settings, count = self.settings, len(set(patients))
+        settings = self.settings
+        count = len(set(patients))
         rate = settings.sampling_rate or min(1.0, batch_size / count)
         if steps > _MOST_STEPS:
             raise InputError(f"local-steps must be at most {_MOST_STEPS} with privacy, got {steps}")
         steps = steps or max(1, round(epochs / rate))
         if steps > _MOST_STEPS:
             raise InputError(
-                f"local-epochs = {epochs} at a sampling rate of {rate:g} make {steps} steps a "
+                f"local-epochs = {epochs} at a sampling rate of {rate:g} makes {steps} steps a "
                 f"round, above {_MOST_STEPS}: raise sampling-rate or batch-size"
             )
-        target, planned = settings.target_epsilon, settings.num_server_rounds
+        planned = settings.num_server_rounds
         if steps * planned > _MOST_RELEASES:
             raise InputError(
-                f"{steps} steps a round in num-server-rounds = {planned} rounds are more than "
-                f"{_MOST_RELEASES:,} steps, which privacy accounting can be asked for: lower one"
+                f"{steps} steps a round in num-server-rounds = {planned} rounds are more than the "
+                f"{_MOST_RELEASES:,} steps that privacy accounting can handle: lower one of them"
             )
-        noise = noise_for(target, settings.delta, rate, steps * planned)
+        noise = noise_for(settings.target_epsilon, settings.delta, rate, steps * planned)
         return Mechanism(Release(rate, noise), steps, count, settings)
 
     def plan_evaluation(self, split: str) -> Release:
-        """Return the release of one evaluation, on the patients of one split."""
+        """Return the release of one evaluation on the patients of a split."""
         settings = self.settings
         planned = _TESTS if split == "test" else settings.num_server_rounds
         noise = noise_for(settings.target_epsilon, settings.delta, 1.0, planned)
@@ -133,7 +137,7 @@ class PatientPrivacy:
         purpose: str,
         server_round: int,
     ) -> Iterator[None]:
-        """Charge the ledger, do what follows, and settle; what fails on the way stays charged.
+        """Charge the ledger, run the block, then settle; if the block fails, the charge stays.
 
         Raises
         ------
@@ -159,8 +163,8 @@ class PatientPrivacy:
     def spent(self, patients: Sequence[Hashable]) -> dict[str, float]:
         """Return what this run of this app has released about these patients.
 
-        What others have released stays in the ledger: it would tell whether these patients were
-        among theirs. A server may call the runs of several apps alike.
+        What other runs have released is left out: it would reveal whether these patients took part
+        in them. `app` counts too, since a server may give runs of several apps the same name.
         """
         released = self.ledger.released(patients, self.run, self.app)
         return {EPSILON: epsilon_of(released, self.settings.delta)}
@@ -174,49 +178,49 @@ def budget_of(context: Context) -> Limit | None:
     InputError
         If a value is missing, of the wrong type or out of range.
     """
-    given = {key: context.node_config[key] for key in _BUDGET & context.node_config.keys()}
-    own = NodeSettings.of(given)
-    if not own.budget_epsilon:
+    config = {key: context.node_config[key] for key in _BUDGET & context.node_config.keys()}
+    node = NodeSettings.of(config)
+    if not node.budget_epsilon:
         return None
-    return Limit(own.budget_epsilon, own.budget_delta, "the hospital's privacy budget")
+    return Limit(node.budget_epsilon, node.budget_delta, "the hospital's privacy budget")
 
 
 def ledger_path(context: Context, site: Site, message: Any) -> Path:
-    """Return where a site keeps its ledger.
+    """Return the path of a site's ledger.
 
     Parameters
     ----------
     context : Context
-        ``ledger`` in its node config is the file, on the hospital's own disk.
+        ``ledger`` in its node config is the path of the file, on the hospital's own disk.
     site : Site
-        With a ``data-dir``, the file may lie there. Sites of a simulation have theirs in the
-        run folder.
+        Without ``ledger``, the file of a hospital lies in its ``data-dir``, and that of a simulated
+        site in the run folder.
     message : mapping
-        The config that came with the message: ``ledger-dir``, heeded in a simulation only.
+        The config that came with the message: ``ledger-dir``, used in a simulation only.
 
     Raises
     ------
     InputError
-        If none of them says, or the path in the node config is not absolute.
+        If none of them gives a path, or if the path in the node config is not absolute.
     """
     if "ledger" in context.node_config:
         path = Path(str(context.node_config["ledger"])).expanduser()
         if not path.is_absolute():
             raise InputError(
-                f"ledger in the node config must be an absolute path, got {str(path)!r}: elsewhere "
-                "it would be another file"
+                f"ledger in the node config must be an absolute path, got {str(path)!r}: a "
+                "relative path names another file in another working directory"
             )
         return path
     if not site.simulated:
         if site.data_dir is not None:
             return site.data_dir / LEDGER_FILE
         raise InputError(
-            "a hospital keeps a privacy ledger: give --node-config "
-            "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir in which it can lie"
+            "a hospital needs a file for its privacy ledger: give --node-config "
+            "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir to hold it"
         )
     run_dir = str(context.run_config.get("run-dir", ""))
     folder = str(message.get(LEDGER_DIR, "")) or (run_dir and str(Path(run_dir) / "ledgers"))
     if not folder:
-        raise InputError("privacy needs a place for the sites' ledgers: give run-dir")
+        raise InputError("privacy needs a folder for the sites' ledgers: give run-dir")
     pooled = bool(message.get(POOL_SITES, False))
     return Path(folder).expanduser() / f"{'all-sites' if pooled else site.name}.sqlite"

@@ -1,4 +1,4 @@
-"""Poisson sampling of patients: the draw that the accounting assumes."""
+"""Poisson sampling of patients, as privacy accounting assumes it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fedmed_flower.settings.privacy import ONE, RECORDS
 
 
 class PatientSampler:
-    """Draws patients for each step, every one on its own with the same probability.
+    """Draws the patients of each step, independently and with the same probability.
 
-    The draws come from a generator that the operating system keys: whoever knew them would know
-    more than the amplification by sampling allows for.
+    The operating system keys the generator: privacy amplification by sampling holds only if nobody
+    knows who was drawn.
 
     Parameters
     ----------
@@ -22,21 +22,23 @@ class PatientSampler:
     sampling_rate : float
         Above 0, at most 1.
     records : {"one", "mean"}
-        What a drawn patient contributes: one record, drawn again each time, or all of them.
+        What a drawn patient contributes: one record, drawn again each time, or all records.
     num_patients : int, optional
-        Those without a record are among them; else those of `patients` alone.
+        Number of patients, including those without a usable record. By default the number of
+        patients in `patients`.
 
     Attributes
     ----------
     num_patients : int
     expected : float
-        Patients of a draw on average: what the sum of their gradients is divided by. With patients
-        whose records cannot be used among them, it does not tell how many these are.
+        Mean number of patients in a draw, by which the sum of their gradients is divided. If
+        `num_patients` includes patients without a usable record, `expected` does not reveal how
+        many they are.
 
     Raises
     ------
     InputError
-        If there is no patient or a value is out of range.
+        If there is no patient, or if a value is out of range.
     """
 
     def __init__(
@@ -59,21 +61,22 @@ class PatientSampler:
         if count < len(groups):
             raise InputError(f"num_patients must be at least {len(groups)}, got {count}")
         self._groups = list(groups.values())
-        self._rate, self._one = sampling_rate, records == ONE
+        self._rate = sampling_rate
+        self._one_record = records == ONE
         self._generator = secure_generator()
         self.num_patients = count
         self.expected = sampling_rate * self.num_patients
 
     def draw(self) -> list[list[int]]:
-        """Return, for each patient of a step, the places of the records that contribute.
+        """Draw the patients of a step, and return the indices of their records that contribute.
 
         Returns
         -------
         list of lists of int
-            None of the inner ones empty; the outer one is where nobody was drawn.
+            One list per drawn patient, never an empty one. If nobody was drawn, there is no list.
         """
         drawn = self._generator.random(len(self._groups)) < self._rate
         chosen = [group for group, taken in zip(self._groups, drawn, strict=True) if taken]
-        if not self._one:
+        if not self._one_record:
             return chosen
         return [[group[self._generator.integers(len(group))]] for group in chosen]

@@ -1,4 +1,4 @@
-"""What a model and a loss must satisfy to be trained privately, and the usual remedy."""
+"""Checks of a model and a loss before private training, and the usual remedy."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from fedmed_flower.privacy.gradients import Batch, Loss, require_number, with_va
 
 _REMEDY = "build_model can return fedmed_flower.privacy.validate.with_group_norm(model)"
 _PRECISE = (torch.float32, torch.float64)
-# How often a random change is tried: one may mix patients now and then only.
+# How often a random change is tried: it may mix patients only now and then.
 _TRIALS = 8
 
 
 def with_group_norm(model: nn.Module, num_groups: int = 8) -> nn.Module:
-    """Replace the layers that learn from the patients of a batch together, in place.
+    """Replace, in place, the layers that normalise over the patients of a batch.
 
     Parameters
     ----------
@@ -39,18 +39,19 @@ def with_group_norm(model: nn.Module, num_groups: int = 8) -> nn.Module:
         BatchNorm becomes GroupNorm and keeps its weight and bias. InstanceNorm with running
         statistics loses them.
     num_groups : int
-        The most groups of a layer; at least 1. A layer whose channels it does not divide gets the
-        greatest common divisor; each group has at least two channels, where the layer has two.
+        Largest number of groups of a layer; at least 1. If it does not divide the number of
+        channels, the greatest common divisor is used. Each group has at least two channels, unless
+        the layer has only one.
 
     Returns
     -------
     Module
-        `model`, or the new layer where `model` is a BatchNorm itself.
+        `model`, or the new layer if `model` is itself a BatchNorm.
 
     Raises
     ------
     InputError
-        If `num_groups` is out of range or a layer does not know its channels yet.
+        If `num_groups` is out of range, or if a lazy layer does not know its channels yet.
     """
     if num_groups < 1:
         raise InputError(f"num_groups must be at least 1, got {num_groups}")
@@ -58,7 +59,8 @@ def with_group_norm(model: nn.Module, num_groups: int = 8) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, (_BatchNorm, _InstanceNorm)) and not module.num_features:
             raise InputError(
-                f"{_layer(name, module)} does not know its channels yet: give the model one input"
+                f"{_layer(name, module)} does not know its channels yet: run the model on one "
+                "input first"
             )
         if isinstance(module, _BatchNorm):
             new[module] = _group_norm(module, num_groups)
@@ -66,7 +68,7 @@ def with_group_norm(model: nn.Module, num_groups: int = 8) -> nn.Module:
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
     for module in list(model.modules()):
-        # A layer may be in the model in several places.
+        # Not named_children(), which leaves out the second name of a layer that has two.
         for name, child in module._modules.items():
             if child in new:
                 setattr(module, name, new[child])
@@ -77,11 +79,12 @@ def _group_norm(layer: _BatchNorm, num_groups: int) -> nn.GroupNorm:
     channels = layer.num_features
     groups = math.gcd(num_groups, channels)
     if groups == channels:
-        # One number less its own mean is 0.
+        # A group of one number is normalised to 0.
         groups = next((n for n in range(channels // 2, 0, -1) if channels % n == 0), 1)
     norm = nn.GroupNorm(groups, channels, eps=layer.eps, affine=layer.affine)
     if layer.affine:
-        norm.weight, norm.bias = layer.weight, layer.bias
+        norm.weight = layer.weight
+        norm.bias = layer.bias
     return norm.train(layer.training)
 
 
@@ -93,27 +96,50 @@ def require_private_model(model: nn.Module, loss: Loss, batch: Batch) -> None:
     model : Module
         Is put into training mode.
     loss : callable
-        As `RecordGradients` takes it.
+        As in `RecordGradients`.
     batch : dict of tensors
         Its first record is run through the model once.
 
     Raises
     ------
     InputError
-        Naming the module and the remedy, where a module normalises over the batch, changes a
-        buffer or a parameter in training, or has parameters that are never trained or not precise
-        enough to be clipped; also where the loss is not one number or does not depend on the model
-        that it is given.
+        If a module normalises over the batch, changes a buffer or a parameter in training, or has
+        parameters that never get a gradient or are not precise enough to be clipped. The error
+        names the module and the remedy. Also if the loss is not one number, or does not depend on
+        the model that it is given.
     """
     model.train()
+    _require_separate_patients(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _require_clippable(trained)
+    before = _copies(model, trained=True)
+    copies = {name: p.detach().clone().requires_grad_() for name, p in trained.items()}
+    record = {key: part[:1] for key, part in batch.items()}
+    value = require_number(loss(with_values(model, copies), record))
+    name = _difference(before, _state(model, trained=True) | copies)
+    if name is not None:
+        owner, _, local = name.rpartition(".")
+        kind = "parameter" if name in dict(model.named_parameters()) else "buffer"
+        raise InputError(
+            f"{_layer(owner, model.get_submodule(owner))} changes its {kind} {local} in training, "
+            f"and its content leaves the hospital without noise: {_REMEDY}, or replace the layer"
+        )
+    _require_gradients(value, copies)
+
+
+def _require_separate_patients(model: nn.Module) -> None:
+    """Refuse layers that normalise over the batch or keep statistics of it."""
     for name, module in model.named_modules():
-        keeps = isinstance(module, _InstanceNorm) and module.track_running_stats
-        # What stays in evaluation when the model is put into training is frozen: it learns nothing.
-        if module.training and (keeps or isinstance(module, _BatchNorm)):
+        keeps_statistics = isinstance(module, _InstanceNorm) and module.track_running_stats
+        # A layer that stays in evaluation mode is frozen and harmless.
+        if module.training and (keeps_statistics or isinstance(module, _BatchNorm)):
             raise InputError(
                 f"{_layer(name, module)} mixes patients or keeps statistics of them: {_REMEDY}"
             )
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _require_clippable(trained: Mapping[str, Tensor]) -> None:
+    """Refuse a model without trained parameters, and one whose gradients cannot be clipped."""
     if not trained:
         raise InputError("no parameter of the model requires a gradient: there is nothing to train")
     for name, parameter in trained.items():
@@ -123,28 +149,17 @@ def require_private_model(model: nn.Module, loss: Loss, batch: Batch) -> None:
                 "exactly: build_model can return model.float(); mixed-precision=true still runs "
                 "it in bfloat16 on a GPU"
             )
-    before = _copies(model, trained=True)
-    copies = {name: p.detach().clone().requires_grad_() for name, p in trained.items()}
 
-    one = {key: part[:1] for key, part in batch.items()}
-    value = require_number(loss(with_values(model, copies), one))
-    after = _state(model, trained=True) | copies
-    name = _difference(before, after)
-    if name is not None:
-        owner, _, own = name.rpartition(".")
-        kind = "parameter" if name in dict(model.named_parameters()) else "buffer"
-        raise InputError(
-            f"{_layer(owner, model.get_submodule(owner))} changes its {kind} {own} in "
-            f"training: what it keeps there leaves the hospital without noise; {_REMEDY}, or "
-            "replace the layer"
-        )
-    needless = "the loss does not depend on any parameter that requires a gradient"
+
+def _require_gradients(value: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse a loss that gives some of the parameters no gradient."""
+    independent = "the loss does not depend on any parameter that requires a gradient"
     if not value.requires_grad:
-        raise InputError(needless)
-    gradients = torch.autograd.grad(value, list(copies.values()), allow_unused=True)
-    if all(found is None for found in gradients):
-        raise InputError(f"{needless} of the model that it is given")
-    unused = [name for name, found in zip(trained, gradients, strict=True) if found is None]
+        raise InputError(independent)
+    gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    if all(gradient is None for gradient in gradients):
+        raise InputError(f"{independent} of the model that it is given")
+    unused = [name for name, grad in zip(parameters, gradients, strict=True) if grad is None]
     if unused:
         more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
         raise InputError(
@@ -155,22 +170,22 @@ def require_private_model(model: nn.Module, loss: Loss, batch: Batch) -> None:
 
 
 def require_private_loss(model: nn.Module, loss: Loss, batch: Batch) -> None:
-    """Refuse a loss that is not the mean, or the sum, of what it gives for one patient each.
+    """Refuse a loss of a batch that is not the mean or the sum of the losses of its records.
 
     Parameters
     ----------
     model : Module
         Is left in training mode.
     loss : callable
-        As `RecordGradients` takes it.
+        As in `RecordGradients`.
     batch : dict of tensors
-        Of several patients; with one there is nothing to see.
+        Several records; with one record nothing can be found.
 
     Raises
     ------
     InputError
-        If the loss couples patients: batch Dice, the Cox partial likelihood, or a mean weighted
-        by class, whose weights would cancel out for one patient.
+        If the loss couples patients. Batch Dice and the Cox partial likelihood do; so does a mean
+        weighted by class, whose weight cancels out for a single record.
     """
     count = len(next(iter(batch.values())))
     model.eval()
@@ -184,9 +199,9 @@ def require_private_loss(model: nn.Module, loss: Loss, batch: Batch) -> None:
             "the loss of several records must be one number, their mean or sum, got shape "
             f"{tuple(together.shape)}"
         )
-    wanted = torch.stack([alone.mean(), alone.sum()])
-    near = torch.isclose(together, wanted, rtol=1e-4, atol=1e-6, equal_nan=True)
-    if not bool(near.any()):
+    allowed = torch.stack([alone.mean(), alone.sum()])
+    close = torch.isclose(together, allowed, rtol=1e-4, atol=1e-6, equal_nan=True)
+    if not bool(close.any()):
         raise InputError(
             "the loss of a batch is not the mean or sum of its records' losses: "
             f"{float(together):.6g} for {count} records, {float(alone.mean()):.6g} as the mean of "
@@ -203,33 +218,32 @@ def require_forgetful(model: nn.Module, loss: Loss, batch: Batch) -> None:
     model : Module
         Is left in training mode.
     loss : callable
-        As `RecordGradients` takes it.
+        As in `RecordGradients`.
     batch : dict of tensors
-        With one record there is nothing to see.
+        At least two records; with one record little can be found.
 
     Raises
     ------
     InputError
-        If the loss of the first record is another one after the second was seen, or where
-        anything that the model, its classes or the object of the loss holds is another after it:
-        a bank of records may have no effect until it is full.
+        If the second record changes the loss of the first, or anything that the model, its classes
+        or the object of the loss holds: a bank of records may have no effect until it is full.
     """
     model.train()
     first, second = ({key: part[i : i + 1] for key, part in batch.items()} for i in (0, 1))
 
-    def of_first() -> Tensor:
+    def loss_of_first() -> Tensor:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return loss(model, first)
 
     with torch.no_grad():
-        before = of_first()
-        # What is made once, at the first record, is there by now.
+        before = loss_of_first()
+        # Looked at after one record: what is made once, at the first call, exists by now.
         held_before = _held_by(model, loss)
         if len(next(iter(second.values()))):
             loss(model, second)
         held_after = _held_by(model, loss)
-        after = of_first()
+        after = loss_of_first()
     remedy = "Private training needs a model and a loss that keep nothing"
     if not torch.allclose(before, after, rtol=1e-6, atol=0, equal_nan=True):
         raise InputError(
@@ -245,7 +259,7 @@ def require_forgetful(model: nn.Module, loss: Loss, batch: Batch) -> None:
 
 
 def _held_by(model: nn.Module, loss: Loss) -> dict[str, object]:
-    """Return what model and loss hold beside parameters and buffers, by name."""
+    """Return what model and loss hold besides parameters and buffers, by name."""
     owner = loss if isinstance(loss, nn.Module) else getattr(loss, "__self__", None)
     seen = {id(model), id(owner)}
     held = {
@@ -264,21 +278,21 @@ def _held_by(model: nn.Module, loss: Loss) -> dict[str, object]:
 
 
 def _attributes(owner: object) -> dict[str, object]:
-    """Return what an object holds itself, and what its classes hold that can be changed."""
-    kinds = (Tensor, np.ndarray, MutableMapping, MutableSequence, MutableSet, deque)
+    """Return the attributes of an object, and the mutable ones of its classes."""
+    mutable = (Tensor, np.ndarray, MutableMapping, MutableSequence, MutableSet, deque)
     shared = {
         name: value
         for kind in type(owner).__mro__
         for name, value in vars(kind).items()
-        if isinstance(value, kinds)
+        if isinstance(value, mutable)
     }
-    own = getattr(owner, "__dict__", {})
+    attributes = getattr(owner, "__dict__", {})
     hidden = vars(nn.Module()).keys() if isinstance(owner, nn.Module) else ()
-    return shared | {name: value for name, value in own.items() if name not in hidden}
+    return shared | {name: value for name, value in attributes.items() if name not in hidden}
 
 
 def _content(value: object, seen: set[int], depth: int = 6) -> object:
-    """Return what can be compared with what the same object holds later."""
+    """Return a copy of an object's content that can be compared with a later one."""
     if isinstance(value, Tensor | np.ndarray):
         array = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
         return array.shape, str(value.dtype), array.tobytes()
@@ -309,12 +323,13 @@ def require_independent(
     inputs : Tensor of shape (n, ...)
         n at least 2.
     name : str
-        As it shall stand in the error.
+        Name of the change in the error.
 
     Raises
     ------
     InputError
-        If it does, as in mixup, or where the number of records changes.
+        If the outcome for one record depends on another, as in mixup, if the number of records
+        changes, or if `change` does not follow torch's global generator.
     """
     cuda = [inputs.device] if inputs.is_cuda else []
 
@@ -327,44 +342,44 @@ def require_independent(
         plain = changed(inputs, seed)
         if len(plain) == len(inputs) and not _equal(plain, changed(inputs, seed)):
             raise InputError(
-                f"{name} does not follow torch's global generator, so that it cannot be told "
-                "whether it mixes patients: draw all that is random from there"
+                f"{name} does not follow torch's global generator, so nobody can check whether it "
+                "mixes patients: draw all random numbers from that generator"
             )
         for index in range(len(inputs)):
             others = (inputs.flip(-1) + 1).to(inputs.dtype)
             others[index] = inputs[index]
-            found = changed(others, seed)
-            if not len(plain) == len(found) == len(inputs) or not _equal(
-                plain[index], found[index]
-            ):
+            other = changed(others, seed)
+            same_length = len(plain) == len(other) == len(inputs)
+            if not same_length or not _equal(plain[index], other[index]):
                 raise InputError(
                     f"{name} mixes patients: the outcome for one record depends on another, as in "
-                    "mixup. Private training needs each to be changed by itself"
+                    "mixup. Private training needs a change of each record alone"
                 )
 
 
 def unchanged(before: Iterable[tuple[str, Tensor]], model: nn.Module) -> str | None:
-    """Return the first that training changed of what it must not; None if it changed nothing.
+    """Return the name of the first entry that training must not change but did; None if none.
 
-    That is a buffer, also one that was not there before, a frozen parameter, or whatever else is in
-    the model's state dict and is not trained.
+    Such entries are the buffers, including new ones, the frozen parameters, and whatever else the
+    model's state dict holds that is not trained.
     """
     return _difference(dict(before), _state(model, trained=False))
 
 
 def held(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return copies of all that private training must leave as it is: for `unchanged`."""
+    """Return copies of all that private training must not change, for `unchanged`."""
     return list(_copies(model, trained=False).items())
 
 
 def _state(model: nn.Module, trained: bool) -> dict[str, Tensor]:
-    """Return what leaves with the model and what stays in its buffers, by name."""
-    learns = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    """Return the state dict and all buffers, by name; the trained parameters only if `trained`."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    trainable = {name for name, parameter in parameters if parameter.requires_grad}
     state = model.state_dict() | dict(model.named_buffers())
     return {
         name: value
         for name, value in state.items()
-        if isinstance(value, Tensor) and (trained or name not in learns)
+        if isinstance(value, Tensor) and (trained or name not in trainable)
     }
 
 
@@ -373,7 +388,7 @@ def _copies(model: nn.Module, trained: bool) -> dict[str, Tensor]:
 
 
 def _difference(before: dict[str, Tensor], after: dict[str, Tensor]) -> str | None:
-    """Return the name of the first entry that differs or is in one of them only."""
+    """Return the name of the first entry that differs or that only one of the two holds."""
     for name in before | after:
         if name not in before or name not in after or not _equal(before[name], after[name]):
             return name

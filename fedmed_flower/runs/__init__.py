@@ -1,4 +1,4 @@
-"""A run from its first question to its report."""
+"""A run, from its roll call to its report."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What a run's model is compared with: own models of the sites, all data pooled, fine-tuning."""
+"""Models for comparison: one of each site alone, one on all data pooled, and fine-tuned ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Table = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Baselines:
-    """Trains models for comparison, from the same initial model and for as many rounds.
+    """Trains models for comparison, from the run's initial model and for as many rounds.
 
     Attributes
     ----------
@@ -33,12 +33,12 @@ class Baselines:
     plan : Plan
     sites : Sites
     folder : RunFolder
-        Of the run; each model has a folder in its ``baselines``.
+        The folder of the run; each model for comparison has a folder in its ``baselines``.
     initial : ArrayRecord
     config : callable
-        Returns what each message of a part of the run tells the sites.
+        Returns the config of the messages of one part of the run.
     history : History
-        Of the run; takes up the results and the failures.
+        The history of the run, to which results and failures are added.
     """
 
     grid: Grid
@@ -50,22 +50,22 @@ class Baselines:
     history: History
 
     def fine_tune(self, arrays: ArrayRecord) -> Table:
-        """Let each site fine-tune the global model; return what its own model reaches there."""
+        """Let each site fine-tune the global model; return the test metrics of each model."""
         log.info("each hospital fine-tunes the model for itself")
         nodes = {node_id: self.sites.names[node_id] for node_id in self.sites.trainers()}
-        found = collect_personal(
+        table = collect_personal(
             self.grid, arrays, self.config(), self.plan.round_timeout, nodes, self.sites.sent
         )
-        self._record("personal-test", found)
-        return found
+        self._record("personal-test", table)
+        return table
 
     def compare(self, test: dict[str, Any]) -> None:
-        """Train each site's model alone, and one on all data pooled if that is possible.
+        """Train a model at each site alone, and in a simulation one on all data pooled.
 
         Parameters
         ----------
         test : dict
-            Takes up the results under ``local`` and ``pooled``, as they come.
+            Each result is added under ``local`` or ``pooled`` as soon as it is known.
         """
         test["local"] = {}
         trainers = self.sites.trainers()
@@ -76,10 +76,11 @@ class Baselines:
             log.info("for comparison: %s alone", name)
             label = f"local-{number}-{re.sub(r'[^A-Za-z0-9_-]', '_', name)}"
             table = self._trained_at(label, node_id)
-            own, of_all = table.get(name, {}), table.get(ALL_SITES, {})
-            test["local"][name] = own | {"all": of_all}
-            self._record("local-test", {name: own})
-            self._record("local-test-all", {name: of_all})
+            at_site = table.get(name, {})
+            at_all_sites = table.get(ALL_SITES, {})
+            test["local"][name] = at_site | {"all": at_all_sites}
+            self._record("local-test", {name: at_site})
+            self._record("local-test-all", {name: at_all_sites})
         if not self.sites.simulated:
             log.warning("no model on all data pooled: the data of real sites stay apart")
             return
@@ -94,10 +95,10 @@ class Baselines:
             self.history.add(self.plan.num_server_rounds, phase, site, metrics)
 
     def _trained_at(self, label: str, node_id: int, **config: bool) -> Table:
-        """Train a model at one site only; return its test results, none if it never trained."""
+        """Train a model at one site; return its test results, none if no round succeeded."""
         plan = self.plan
         if hasattr(self.grid, "import_states"):
-            # What the clients kept in the federated run must not help the comparison.
+            # State that the clients kept in the federated run must not help this one.
             self.grid.import_states({})
         strategy = FedAvg(
             run_dir=(self.folder / "baselines" / label).path, resume=plan.resume, seed=plan.seed
@@ -114,9 +115,8 @@ class Baselines:
         )
         table: Table = {}
         if result.train_metrics_clientapp:
-            config_of_test = self.config(f"/{label}")
             table = strategy.test(
-                self.grid, result.arrays, config_of_test, timeout=plan.round_timeout
+                self.grid, result.arrays, self.config(f"/{label}"), timeout=plan.round_timeout
             )
         self.sites.sent.add(strategy.history.sent)
         self.history.failures += [

@@ -64,21 +64,21 @@ _PACKAGES = ("fedmed-flower", "flwr", "torch", "monai", "numpy", "scikit-learn")
 
 
 class RunFailedError(RuntimeError):
-    """A run came to its end without one successful round."""
+    """A run ended without a successful round."""
 
 
 @runtime_checkable
 class Modeller(Protocol):
-    """What makes the model of a run, such as a `MedicalClient`."""
+    """An object that makes the model of a run, such as a `MedicalClient`."""
 
     agreed: str
 
     @property
     def must_agree(self) -> bool:
-        """Whether the model needs what all sites tell before the first round."""
+        """Whether the model depends on contributions of the sites before the first round."""
 
     def agree(self, contributions: dict[str, dict[str, Any]]) -> str:
-        """Return what all sites get to know, made of what each has told."""
+        """Return what is agreed, made of all sites' contributions and the same at each site."""
 
     def build_model(self) -> nn.Module:
         """Return the network with fresh weights."""
@@ -87,12 +87,12 @@ class Modeller(Protocol):
 def federate(
     strategy: FedAvg, grid: Grid, context: Context, model: Modeller | Callable[[], nn.Module]
 ) -> flower.Result:
-    """Run an experiment as the run config says and leave a complete run folder.
+    """Run an experiment by the run config, and write a complete run folder.
 
     The folder holds ``config.toml``, ``checkpoint.zip``, ``metrics.csv``, ``model.safetensors``,
-    ``summary.json``, ``report.html`` and ``log.txt``, ``pictures/`` where sites let them leave, and
-    in a simulation ``splits/``. Nothing is written before the run config was found right and at
-    least one site has answered.
+    ``summary.json``, ``report.html`` and ``log.txt``, also ``pictures/`` if sites permit pictures
+    to leave, and ``splits/`` in a simulation. Nothing is written before the run config has been
+    checked and at least one site has answered.
 
     Parameters
     ----------
@@ -101,9 +101,9 @@ def federate(
     grid, context
         As Flower gives them to a ServerApp.
     model : MedicalClient or callable
-        An instance of the app's client, ``MyHospital(context)``; its `build_model` is called once,
-        with torch seeded by ``seed``. Or a function that returns the network, which does where
-        the client needs nothing to be agreed upon before the first round.
+        An instance of the app's client, ``MyHospital(context)``. Its `build_model` is called once,
+        with torch seeded by ``seed``. If nothing has to be agreed before the first round, a
+        function that returns the network is enough.
 
     Returns
     -------
@@ -125,9 +125,11 @@ def federate(
         require_same_settings(folder, before.config, context.run_config)
     agreed = "" if before is None else before.agreed
     asking = model if isinstance(model, Modeller) and model.must_agree and not agreed else None
-    strategy.folder, strategy.resume, strategy.seed = folder, plan.resume, plan.seed
+    strategy.folder = folder
+    strategy.resume = plan.resume
+    strategy.seed = plan.seed
     if asking is None:
-        # Before anybody is waited for: a wrong run config or checkpoint shows at once.
+        # Before waiting for sites, so that a wrong run config or checkpoint is reported at once.
         start = _start_model(model, agreed, context.run_config, plan.seed)
         strategy.find_checkpoint(start.initial)
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
@@ -140,19 +142,24 @@ def federate(
             agreed = asking.agree(contributions)
         start = _start_model(model, agreed, context.run_config, plan.seed)
     strategy.site_names |= sites.names
-    if len(trainers := sites.trainers()) < len(sites.counts):
+    trainers = sites.trainers()
+    if len(trainers) < len(sites.counts):
         strategy.only = trainers
     if before is not None and sites.simulated and before.sites != sites.asked:
         raise InputError(
-            f"{folder.path} was started with {before.sites} sites and has {sites.asked} now: each "
-            "would get other patients; resume with as many"
+            f"{folder.path} was started with {before.sites} sites and has {sites.asked} now, which "
+            f"would give each site other patients: resume with {before.sites} sites"
         )
     key = (before and before.key) or secrets.token_hex(8)
-    about = {"app": _app_name(grid), "strategy": type(strategy).__name__, "sites": sites.asked}
-    about |= {"key": key} | ({"agreed": agreed} if agreed else {})
-    versions = {package: version(package) for package in _PACKAGES}
-    tables = {"run": about, "config": dict(context.run_config), "versions": versions}
-    folder.write(CONFIG, tomli_w.dumps(tables).encode())
+    about = {
+        "app": _app_name(grid),
+        "strategy": type(strategy).__name__,
+        "sites": sites.asked,
+        "key": key,
+    }
+    if agreed:
+        about["agreed"] = agreed
+    _write_config(folder, about, context.run_config)
     experiment = Experiment(
         strategy=strategy,
         grid=grid,
@@ -167,20 +174,27 @@ def federate(
     return experiment.run()
 
 
+def _write_config(folder: RunFolder, run: dict[str, Any], config: UserConfig) -> None:
+    """Write ``config.toml`` of a run folder."""
+    versions = {package: version(package) for package in _PACKAGES}
+    tables = {"run": run, "config": dict(config), "versions": versions}
+    folder.write(CONFIG, tomli_w.dumps(tables).encode())
+
+
 class Before(NamedTuple):
-    """What a run folder says of its run.
+    """What ``config.toml`` of a run folder records of its run.
 
     Attributes
     ----------
     config : dict
         The run config.
     sites : int
-        With how many it was started; from 1 to 100,000.
+        Number of sites at its start; from 1 to 100,000.
     key : str
-        Under which ledgers count its rounds: up to 64 letters, digits, ``-`` and ``_``; empty where
-        there is none.
+        Name of the run in the ledgers: up to 64 letters, digits, ``-`` and ``_``; empty if the run
+        has none.
     agreed : str
-        What its sites agreed upon; empty if there was nothing to agree upon.
+        What the sites agreed upon; empty if there was nothing to agree upon.
     """
 
     config: UserConfig
@@ -190,39 +204,42 @@ class Before(NamedTuple):
 
 
 def read_before(folder: RunFolder) -> Before:
-    """Read what ``config.toml`` of a run folder says, which a stranger may have written.
+    """Read and check ``config.toml`` of a run folder, which a stranger may have written.
 
     Raises
     ------
     InputError
-        As `require_closed` and `RunFolder.read_config`, and where a value is not what a run has
-        written.
+        As `require_closed` and `RunFolder.read_config`; also if a value is none that a run writes.
     """
     require_closed(folder.path)
     tables = folder.read_config()
     run = tables["run"]
-    sites, key, agreed = run.get("sites"), run.get("key", ""), run.get("agreed", "")
+    sites = run.get("sites")
     # The key becomes the name of a folder and of an entry in a hospital's ledger.
-    for name, fine, bound, given in (
-        ("sites", type(sites) is int and 1 <= sites <= _MOST_SITES, f"in 1..{_MOST_SITES}", sites),
+    key = run.get("key", "")
+    agreed = run.get("agreed", "")
+    sound_count = type(sites) is int and 1 <= sites <= _MOST_SITES
+    for name, valid, bound, value in (
+        ("sites", sound_count, f"in 1..{_MOST_SITES}", sites),
         ("key", _KEY.fullmatch(str(key)), "up to 64 letters, digits, - and _", key),
         ("agreed", isinstance(agreed, str), "a text", agreed),
     ):
-        if not fine:
+        if not valid:
             raise InputError(
-                f"{name} in {folder.path / CONFIG} must be {bound}, got {given!r}: restore the "
+                f"{name} in {folder.path / CONFIG} must be {bound}, got {value!r}: restore the "
                 "file from a copy"
             )
     return Before(tables["config"], int(sites or 0), str(key), str(agreed))
 
 
 def require_same_settings(folder: RunFolder, before: UserConfig, now: UserConfig) -> None:
-    """Refuse to go on with settings that would make it another run.
+    """Refuse to resume with settings that would make it another run.
 
     Raises
     ------
     InputError
-        With each setting that differs, and how to give it.
+        If a setting differs that a resumed run may not change. The error lists those settings, as
+        options with the values of the start.
     """
     keys = sorted((before.keys() | now.keys()) - FREE_ON_RESUME)
     changed = [key for key in keys if before.get(key) != now.get(key)]
@@ -231,10 +248,10 @@ def require_same_settings(folder: RunFolder, before: UserConfig, now: UserConfig
     first = changed[0]
     text = f"{first} was {before.get(first)!r} when {folder.path} was started and is "
     text += f"{now.get(first)!r} now: resume with the settings of the start"
-    known = [key for key in changed if key in before and key in now]
-    given = [f"-c {shlex.quote(f'{key}={_text(before[key])}')}" for key in known]
-    if given:
-        text += f"; where you trust that folder, give them: {' '.join(given)}"
+    in_both = [key for key in changed if key in before and key in now]
+    options = [f"-c {shlex.quote(f'{key}={_text(before[key])}')}" for key in in_both]
+    if options:
+        text += f"; if you trust that folder, give them: {' '.join(options)}"
     raise InputError(text)
 
 
@@ -243,7 +260,17 @@ def _text(value: UserConfigValue) -> str:
 
 
 class StartModel(NamedTuple):
-    """The model at the start: what travels, the digest of what does not, and all of it."""
+    """The model at the start of a run.
+
+    Attributes
+    ----------
+    initial : ArrayRecord
+        The part that travels.
+    frozen : str
+        Digest of the part that does not travel; empty if all of the model travels.
+    whole : ArrayRecord
+        The whole model; empty if all of it travels.
+    """
 
     initial: ArrayRecord
     frozen: str
@@ -268,7 +295,7 @@ def _start_model(
 
 @dataclass
 class Experiment:
-    """A run from its first round to its report."""
+    """A run, from its first round to its report."""
 
     strategy: FedAvg
     grid: Grid
@@ -286,41 +313,16 @@ class Experiment:
 
     def run(self) -> flower.Result:
         """Train, test, compare, report."""
-        plan, strategy, folder = self.plan, self.strategy, self.folder
+        folder = self.folder
         with folder.log_file():
             self.sites.write_log()
             try:
                 self._write_summary("running")
-                result = strategy.start(
-                    self.grid,
-                    self.model.initial,
-                    plan.num_server_rounds,
-                    plan.round_timeout,
-                    train_config=self.config(),
-                    evaluate_config=self.config(),
-                )
-                if not result.train_metrics_clientapp:
-                    raise RunFailedError(self._why_nothing_succeeded())
-                if self.model.frozen:  # Until now the file held what travels alone.
-                    folder.write_model(ArrayRecord({**self.model.whole, **result.arrays}))
-                table = strategy.test(
-                    self.grid, result.arrays, self.config(), timeout=plan.round_timeout
-                )
-                self.test["federated"] = table.pop(ALL_SITES, {})
-                self.test["sites"] = table
-                if plan.pictures:
-                    asked = (self.config(), plan.pictures, plan.round_timeout)
-                    sent = (self.sites.names, self.sites.sent)
-                    self.pictures = collect_pictures(
-                        self.grid, result.arrays, *asked, *sent, folder
-                    )
+                result = self._train()
+                self._test(result.arrays)
                 self._write_summary("running")
-                if plan.personal_epochs:
-                    self.test["personal"] = self._baselines().fine_tune(result.arrays)
-                if plan.baselines:
-                    self._warn_of_cost()
-                    self._baselines().compare(self.test)
-                folder.write(METRICS, strategy.history.to_csv())
+                self._compare(result.arrays)
+                folder.write(METRICS, self.strategy.history.to_csv())
             except BaseException as error:
                 stopped = isinstance(error, KeyboardInterrupt)
                 text = "stopped by the user" if stopped else f"{type(error).__name__}: {error}"
@@ -334,6 +336,49 @@ class Experiment:
             log.info("report: %s", report)
         return result
 
+    def _train(self) -> flower.Result:
+        """Train by the strategy, and write the model whole if only a part of it travels."""
+        result = self.strategy.start(
+            self.grid,
+            self.model.initial,
+            self.plan.num_server_rounds,
+            self.plan.round_timeout,
+            train_config=self.config(),
+            evaluate_config=self.config(),
+        )
+        if not result.train_metrics_clientapp:
+            raise RunFailedError(self._why_nothing_succeeded())
+        if self.model.frozen:
+            # Until now the file holds only the part that travels.
+            self.folder.write_model(ArrayRecord({**self.model.whole, **result.arrays}))
+        return result
+
+    def _test(self, arrays: ArrayRecord) -> None:
+        """Evaluate the final model on the sites' test rows, and collect pictures."""
+        plan = self.plan
+        table = self.strategy.test(self.grid, arrays, self.config(), timeout=plan.round_timeout)
+        self.test["federated"] = table.pop(ALL_SITES, {})
+        self.test["sites"] = table
+        if plan.pictures:
+            self.pictures = collect_pictures(
+                self.grid,
+                arrays,
+                self.config(),
+                plan.pictures,
+                plan.round_timeout,
+                self.sites.names,
+                self.sites.sent,
+                self.folder,
+            )
+
+    def _compare(self, arrays: ArrayRecord) -> None:
+        """Make the models for comparison that the plan asks for."""
+        if self.plan.personal_epochs:
+            self.test["personal"] = self._baselines().fine_tune(arrays)
+        if self.plan.baselines:
+            self._warn_of_cost()
+            self._baselines().compare(self.test)
+
     def _baselines(self) -> Baselines:
         return Baselines(
             self.grid,
@@ -346,14 +391,17 @@ class Experiment:
         )
 
     def _warn_of_cost(self) -> None:
-        """Say what models for comparison cost patients and hospitals."""
+        """Log what models for comparison cost patients and hospitals."""
         if "privacy" in self.strategy.export_state():
             log.warning("the models for comparison are trained without noise: keep them here")
         if self.run_config.get("privacy") == "patient":
-            log.warning("each model for comparison costs as much again, in the ledgers alone")
+            log.warning(
+                "each model for comparison costs patients as much as the run again; only the "
+                "ledgers show it"
+            )
 
     def config(self, part: str = "", **more: bool) -> ConfigRecord:
-        """Return what each message tells the sites: ledgers count a run's rounds under one key."""
+        """Return the config of each message; ledgers count all rounds of a part under one key."""
         config = ConfigRecord({RUN_KEY: f"{self.key}{part}", **more})
         if self.agreed:
             config[AGREED] = self.agreed
@@ -364,8 +412,9 @@ class Experiment:
         return config
 
     def _write_summary(self, status: str, message: str = "") -> None:
-        sites, sent = self.sites, Sent()
+        sites = self.sites
         rows = self.strategy.history.rows
+        sent = Sent()
         for part in (sites.sent, self.strategy.history.sent):
             sent.add(part)
         summary = {
@@ -395,7 +444,7 @@ class Experiment:
         self.folder.write_json(SUMMARY, summary)
 
     def _privacy(self) -> dict[str, Any]:
-        """Return what the sites, or the server, said that the rounds so far have cost, by unit."""
+        """Return the privacy cost of the rounds so far, by unit: of hospitals and of patients."""
         reported: dict[str, Any] = {}
         sites: dict[str, dict[str, float]] = {}
         for _, phase, site, metric, value in self.strategy.history.rows:
@@ -414,11 +463,11 @@ class Experiment:
             if failure.phase == "train" and failure.reason.startswith(DECLINED):
                 sites.setdefault(failure.site, {"rounds": 0, "declined": 0})["declined"] += 1
         if self.run_config.get("privacy") == "patient":
-            wanted = PrivacySettings.from_run_config(self.run_config)
+            settings = PrivacySettings.from_run_config(self.run_config)
             reported["patient"] = {
-                "target-epsilon": wanted.target_epsilon,
-                "delta": wanted.delta,
-                "private-metrics": wanted.private_metrics,
+                "target-epsilon": settings.target_epsilon,
+                "delta": settings.delta,
+                "private-metrics": settings.private_metrics,
                 "sites": sites,
             }
         return reported

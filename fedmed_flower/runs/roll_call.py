@@ -1,4 +1,4 @@
-"""What sites are asked beside the rounds: who they are, and for pictures at the end."""
+"""Exchanges outside the rounds: roll call, contributions, personal models and pictures."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from fedmed_flower.wire import (
     IMAGES,
     PERSONAL,
     PICTURES,
+    REJECTED,
     SITE_RECORD,
     TITLES,
-    TURNED_AWAY,
     Sent,
 )
 
@@ -36,12 +36,12 @@ log = logging.getLogger("flwr.fedmed")
 
 @dataclass
 class Sites:
-    """What the sites said of themselves before the first round."""
+    """What the sites reported of themselves at the roll call."""
 
     counts: dict[int, dict[str, int]] = field(default_factory=dict)
     labels: dict[int, Any] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
-    turned_away: dict[int, int] = field(default_factory=dict)
+    rejected: dict[int, int] = field(default_factory=dict)
     sources: set[str] = field(default_factory=set)
     generated: bool = False
     simulated: bool = True
@@ -52,32 +52,40 @@ class Sites:
     sent: Sent = field(default_factory=Sent)
 
     def refused(self) -> dict[str, list[str]]:
-        """Return the names of the sites that cannot take part, by their reason."""
-        found: dict[str, list[str]] = {}
+        """Return the names of the sites that cannot take part, by reason."""
+        names: dict[str, list[str]] = {}
         for node_id, reason in self.refusals.items():
-            found.setdefault(reason, []).append(self.names.get(node_id, f"node {node_id}"))
-        return found
+            names.setdefault(reason, []).append(self.names.get(node_id, f"node {node_id}"))
+        return names
 
     def rows(self) -> dict[str, dict[str, int]]:
-        """Return the numbers of rows by the name of the site, with those turned away, if any."""
-        away = self.turned_away if any(self.turned_away.values()) else {}
+        """Return each site's numbers of rows by split, and of rows rejected if there are any."""
+        rejected = self.rejected if any(self.rejected.values()) else {}
         return {
-            self.names[node_id]: counts | ({TURNED_AWAY: away[node_id]} if node_id in away else {})
+            self.names[node_id]: counts
+            | ({REJECTED: rejected[node_id]} if node_id in rejected else {})
             for node_id, counts in self.counts.items()
         }
 
     def write_log(self) -> None:
-        """Say in the log who takes part and with what, and what was said before there was a log."""
+        """Log the lines that were held back, then which sites take part and with which rows."""
         for line in self.lines:
             log.handle(line)
         for reason, names in self.refused().items():
-            count, some = f"{len(names)} of {self.asked}", some_of(sorted(names))
-            log.warning("%s sites cannot take part (%s): %s", count, some, reason)
+            log.warning(
+                "%d of %d sites cannot take part (%s): %s",
+                len(names),
+                self.asked,
+                some_of(sorted(names)),
+                reason,
+            )
         if self.generated:
             log.warning("%s", GENERATED)
         if text := self.namesakes.text(self.names):
-            more = ", may be tested on after training elsewhere, and have the privacy cost of both"
-            log.warning("%s%s", text, more)
+            consequences = (
+                ", may be tested on after training elsewhere, and have the privacy cost of both"
+            )
+            log.warning("%s%s", text, consequences)
         for split in SPLITS:
             empty = [self.names[node] for node, counts in self.counts.items() if not counts[split]]
             if empty:
@@ -85,10 +93,10 @@ class Sites:
         for node_id, counts in self.counts.items():
             rows = ", ".join(f"{count} {split}" for split, count in counts.items())
             labels = self.labels[node_id]
-            of_each = f"; training rows by label: {labels}" if labels else ""
-            if away := self.turned_away.get(node_id):
-                of_each += f"; {away} rows turned away at the site"
-            log.info("%s: %s%s", self.names[node_id], rows, of_each)
+            details = f"; training rows by label: {labels}" if labels else ""
+            if rejected := self.rejected.get(node_id):
+                details += f"; {rejected} rows rejected at the site"
+            log.info("%s: %s%s", self.names[node_id], rows, details)
 
     def trainers(self) -> set[int]:
         """Return the nodes that have training rows; the others are only tested."""
@@ -96,7 +104,13 @@ class Sites:
 
 
 def roll_call(grid: Grid, timeout: float) -> Sites:
-    """Ask every connected site for its name and its numbers of rows."""
+    """Ask every connected site for its name and its numbers of rows.
+
+    Raises
+    ------
+    InputError
+        If no site answers, or none has training rows.
+    """
     nodes = list(grid.get_node_ids())
     sites = Sites(asked=len(nodes))
     contents = {node_id: RecordDict() for node_id in nodes}
@@ -107,11 +121,13 @@ def roll_call(grid: Grid, timeout: float) -> Sites:
 
     asked = ask(grid, "describe", contents, read, timeout, sites.names)
     for answer in sorted(asked, key=lambda answer: (answer.site, answer.node_id)):
-        about, node_id = answer.value, answer.node_id
+        about = answer.value
+        node_id = answer.node_id
         sites.names.setdefault(node_id, answer.site)
-        sites.counts[node_id], sites.labels[node_id] = about.rows, about.labels
-        if about.turned_away is not None:
-            sites.turned_away[node_id] = about.turned_away
+        sites.counts[node_id] = about.rows
+        sites.labels[node_id] = about.labels
+        if about.rejected is not None:
+            sites.rejected[node_id] = about.rejected
         sites.namesakes.take(node_id, answer.content)
         sites.sources.add(about.source)
         sites.generated |= about.generated
@@ -126,11 +142,11 @@ def roll_call(grid: Grid, timeout: float) -> Sites:
 
 
 class _About(NamedTuple):
-    """What one site says of itself."""
+    """What one site reports of itself."""
 
     rows: dict[str, int]
     labels: Any
-    turned_away: int | None
+    rejected: int | None
     source: str
     generated: bool
     simulated: bool
@@ -140,23 +156,29 @@ def _about(content: RecordDict) -> _About:
     record = content.config_records[SITE_RECORD]
     (counts,) = content.metric_records.values()
     rows = {split: int(counts[split]) for split in SPLITS}  # type: ignore[arg-type]
-    away = int(counts.get(TURNED_AWAY, 0))  # type: ignore[arg-type]
-    if min(*rows.values(), away) < 0:
-        raise ValueError(f"negative number of rows in {rows}, {away} turned away")
-    flags = bool(record["generated"]), bool(record["simulated"])
-    turned_away = away if TURNED_AWAY in counts else None
-    return _About(rows, counts.get("labels"), turned_away, str(record["data"]), *flags)
+    rejected = int(counts.get(REJECTED, 0))  # type: ignore[arg-type]
+    if min(*rows.values(), rejected) < 0:
+        raise ValueError(f"negative number of rows in {rows}, {rejected} rejected")
+    return _About(
+        rows=rows,
+        labels=counts.get("labels"),
+        rejected=rejected if REJECTED in counts else None,
+        source=str(record["data"]),
+        generated=bool(record["generated"]),
+        simulated=bool(record["simulated"]),
+    )
 
 
 @contextmanager
 def held_back() -> Iterator[list[logging.LogRecord]]:
-    """Hold log lines back until a run has a folder with a log for them.
+    """Hold log lines back until the run has a folder with a log file.
 
-    If it comes to none, because an error is raised, they are logged at once.
+    If an error is raised, there will be no such file, and the lines are logged at once.
     """
     handler = BufferingHandler(capacity=2**30)
     log.addHandler(handler)
-    log.propagate, before = False, log.propagate
+    before = log.propagate
+    log.propagate = False
     done = False
     try:
         yield handler.buffer
@@ -171,19 +193,19 @@ def held_back() -> Iterator[list[logging.LogRecord]]:
 def collect_contributions(
     grid: Grid, timeout: float, names: Mapping[int, str], sent: Sent
 ) -> dict[str, dict[str, Any]]:
-    """Ask each site what the model is to be prepared with.
+    """Ask each site for its contribution, from which the model is prepared.
 
     Parameters
     ----------
     names : dict of int to str
-        Site name by node id; only these are asked.
+        Site name by node id; only these nodes are asked.
     sent : Sent
-        Takes up what comes.
+        The answers are added to it.
 
     Returns
     -------
     dict
-        What each site told, by its name; the log says why one told nothing.
+        Contribution by name of the site. The log says why a site sent none.
     """
 
     def read(_: int, content: RecordDict) -> dict[str, Any]:
@@ -194,7 +216,7 @@ def collect_contributions(
     for answer in answers:
         sent.take(CONTRIBUTION, answer.site, answer.content)
     for failure in failures:
-        log.warning("%s tells nothing to prepare the model with: %s", failure.site, failure.reason)
+        log.warning("%s sent nothing to prepare the model with: %s", failure.site, failure.reason)
     return {answer.site: answer.value for answer in answers}
 
 
@@ -216,14 +238,14 @@ def collect_personal(
     Returns
     -------
     dict
-        The figures of each site's own model, by the name of the site; the log says why one has
+        Metrics of each site's personal model, by name of the site. The log says why a site has
         none.
     """
     site_names = dict(names)
 
     def read(node_id: int, content: RecordDict) -> dict[str, float]:
         sent.take("personal", site_names[node_id], content)
-        return _figures(content)
+        return _personal_metrics(content)
 
     contents = {node_id: RecordDict({"arrays": arrays, "config": config}) for node_id in names}
     answers, failures = ask_all(grid, "personal", contents, read, timeout, site_names)
@@ -232,21 +254,23 @@ def collect_personal(
     return {answer.site: answer.value for answer in answers}
 
 
-def _figures(content: RecordDict) -> dict[str, float]:
-    """Return the figures of a site's own model."""
+def _personal_metrics(content: RecordDict) -> dict[str, float]:
+    """Read the metrics of a site's personal model from its answer."""
     records = list(content.metric_records.values())
     if len(records) != 1:
         raise ValueError(f"it has {len(records)} metric records instead of one")
     record = records[0]
-    figures = {name: float(value) for name, value in record.items() if not isinstance(value, list)}
-    if missing := sorted({*PERSONAL} - figures.keys()):
+    metrics = {name: float(value) for name, value in record.items() if not isinstance(value, list)}
+    if missing := sorted({*PERSONAL} - metrics.keys()):
         raise ValueError(f"it has no {missing[0]}")
-    if odd := [name for name, value in figures.items() if not math.isfinite(value)]:
-        raise ValueError(f"{odd[0]} is not finite")
-    counts = ("personal-epochs", "num-examples")
-    if odd := [n for n in counts if figures.get(n, 0) < 0 or figures.get(n, 0) % 1]:
-        raise ValueError(f"{odd[0]} is {figures[odd[0]]}")
-    return figures
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is not finite")
+    for name in ("personal-epochs", "num-examples"):
+        count = metrics.get(name, 0)
+        if count < 0 or count % 1:
+            raise ValueError(f"{name} must be a whole number, at least 0, got {count}")
+    return metrics
 
 
 def collect_pictures(
@@ -259,22 +283,22 @@ def collect_pictures(
     sent: Sent,
     folder: RunFolder,
 ) -> list[dict[str, str]]:
-    """Ask each site for pictures of test cases and write those that may be shown.
+    """Ask each site for pictures of test cases, and write the sound ones to the run folder.
 
     Parameters
     ----------
     count : int
-        Cases a site, beside the worst.
+        Number of cases per site, besides the worst one.
     names, sent
         As in `collect_contributions`.
     folder : RunFolder
-        Gets ``pictures/1.png`` and so on.
+        The pictures are written to it as ``pictures/1.png`` and so on.
 
     Returns
     -------
     list of dict
-        ``site``, ``file`` and ``title`` of each picture, in the order of the sites' names. A site
-        that answers with an error, or with what is no sound picture, has none; the log says why.
+        ``site``, ``file`` and ``title`` of each picture, in the order of the sites' names. An
+        answer with an error gives no picture, and a broken picture is left out; the log says why.
     """
     content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, COUNT: count})})
     contents = {node_id: content for node_id in grid.get_node_ids() if node_id in names}
@@ -285,27 +309,34 @@ def collect_pictures(
     answers, failures = ask_all(grid, PICTURES, contents, read, timeout, dict(names))
     for failure in failures:
         log.warning("no pictures of %s: %s", failure.site, failure.reason)
-    found: dict[str, list[tuple[str, bytes]]] = {}
+    by_site: dict[str, list[tuple[str, bytes]]] = {}
     for answer in answers:
         if answer.value:
             sent.take(PICTURES, answer.site, answer.content)
-        found[answer.site] = []
-        for title, png in answer.value[: count + 1]:
-            if (reason := sound(png)) is not None:
-                log.warning("a picture of %s is not shown: %s", answer.site, reason)
-            else:
-                found[answer.site].append((title[:120], png))
+        by_site[answer.site] = _sound_pictures(answer.site, answer.value[: count + 1])
     pictures: list[dict[str, str]] = []
-    for site in sorted(found):
-        for title, png in found[site]:
+    for site in sorted(by_site):
+        for title, png in by_site[site]:
             name = f"pictures/{len(pictures) + 1}.png"
             folder.write(name, png)
             pictures.append({"site": site, "file": name, "title": title})
     return pictures
 
 
+def _sound_pictures(site: str, pictures: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+    """Return the pictures that can be shown, with titles cut to 120 letters; log the others."""
+    shown = []
+    for title, png in pictures:
+        reason = sound(png)
+        if reason is None:
+            shown.append((title[:120], png))
+        else:
+            log.warning("a picture of %s is not shown: %s", site, reason)
+    return shown
+
+
 def _pairs(record: ConfigRecord) -> list[tuple[str, bytes]]:
-    """Return title and file of each picture; whatever else a site may send is an error."""
+    """Read title and PNG file of each picture from an answer; any other content is an error."""
     titles: Any = record[TITLES]
     images: Any = record[IMAGES]
     if not isinstance(titles, list) or not isinstance(images, list):
@@ -314,7 +345,7 @@ def _pairs(record: ConfigRecord) -> list[tuple[str, bytes]]:
         raise ValueError(f"{len(titles)} titles of {len(images)} pictures")
     pairs = list(zip(titles, images, strict=True))
     for title, png in pairs:
-        # Made into bytes, a number would become as many zeros.
+        # Checked, because bytes(n) of a number n would be n zeros.
         if not isinstance(title, str) or not isinstance(png, bytes):
             raise TypeError("titles must be texts and images bytes")
     return pairs

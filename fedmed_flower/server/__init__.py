@@ -1,4 +1,4 @@
-"""The server's side of every question: asking, screening, recording."""
+"""The server's side of every question: asking sites, screening replies, recording runs."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,7 @@
 """One way to ask: send messages to sites, collect the replies, and read the answers.
 
-`Exchange` carries messages and says to which of them nothing came back; the rounds of training are
-made of it. `ask` puts a question to sites and reads their answers; whatever else is asked goes
-through it.
+`Exchange` sends messages and lists those without a reply; the rounds of training use it. `ask`
+puts a question to sites and reads their answers; all other questions use it.
 """
 
 from __future__ import annotations
@@ -20,11 +19,12 @@ from fedmed_flower.server.screening import error_text
 from fedmed_flower.server.sites import learn_name
 
 T = TypeVar("T")
-# Replies that are pulled at a time: each holds a model.
+# Most replies pulled at a time: each may hold a model.
 _TOGETHER = 20
 # Seconds between two looks for replies: at first, and at most.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
-# What a malformed answer makes its reader raise.
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 1.0
+# Exceptions that reading a malformed answer may raise.
 MALFORMED = (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration)
 
 
@@ -39,15 +39,14 @@ class Exchange:
     timeout : float
         Seconds to wait for the replies.
     minimum : int, optional
-        Replies without an error after which only `grace` seconds more are waited. None waits for
-        all.
+        After so many replies without an error, wait only `grace` seconds more. None waits for all.
     grace : float
-        Seconds.
+        Seconds to wait after the `minimum` of replies.
 
     Attributes
     ----------
     silent : list of Message
-        Messages to which nothing came back; complete at the end of the iteration.
+        Messages without a reply; complete at the end of the iteration.
     seconds : float
         How long the iteration took.
     """
@@ -60,14 +59,17 @@ class Exchange:
         minimum: int | None = None,
         grace: float = 0.0,
     ) -> None:
-        self.grid, self.messages, self.timeout = grid, messages, timeout
-        self.minimum, self.grace = minimum, grace
+        self.grid = grid
+        self.messages = messages
+        self.timeout = timeout
+        self.minimum = minimum
+        self.grace = grace
         self.silent: list[Message] = []
         self.seconds = 0.0
 
     def __iter__(self) -> Iterator[tuple[Message, Message]]:
         sent = self._push()
-        # A large model takes long to send, which is no site's fault.
+        # The time that sending took does not count: a large model takes long.
         began = time.monotonic()
         waiting = dict(sent)
         for reply in self._pull(waiting, began):
@@ -75,36 +77,43 @@ class Exchange:
             if request in sent:
                 waiting.pop(request, None)
                 yield sent[request], reply
-        self.silent = [m for m in self.messages if m.metadata.message_id not in sent]
+        self.silent = [
+            message for message in self.messages if message.metadata.message_id not in sent
+        ]
         self.silent += waiting.values()
         self.seconds = time.monotonic() - began
 
     def _push(self) -> dict[str, Message]:
-        """Send the messages; return those that Flower took, by id."""
+        """Send the messages; return those that Flower accepted, by id."""
         if not self.messages:
             return {}
-        taken = {key for key in self.grid.push_messages(self.messages) if key}
+        accepted = {key for key in self.grid.push_messages(self.messages) if key}
         by_id = {message.metadata.message_id: message for message in self.messages}
-        return {key: message for key, message in by_id.items() if key in taken}
+        return {key: message for key, message in by_id.items() if key in accepted}
 
     def _pull(self, waiting: Mapping[str, Message], began: float) -> Iterator[Message]:
-        """Yield replies until none is awaited or the time is over."""
-        # Such a grid runs a client when its reply is pulled: what does not come then never comes.
+        """Yield replies until no message waits for one or the time is over."""
+        # Such a grid runs a client when its reply is pulled: a reply that does not come then never
+        # comes.
         in_process = getattr(self.grid, "in_process", False)
         together = 1 if in_process else _TOGETHER
-        deadline, pause, answered = began + self.timeout, _FIRST_PAUSE, 0
+        deadline = began + self.timeout
+        pause = _FIRST_PAUSE
+        answered = 0
         while waiting:
             before = len(waiting)
             keys = iter(list(waiting))
-            while some := list(islice(keys, together)):
+            while ids := list(islice(keys, together)):
                 if in_process and time.monotonic() >= deadline:
                     return
-                for reply in self.grid.pull_messages(some):
+                for reply in self.grid.pull_messages(ids):
                     answered += not reply.has_error()
                     yield reply
             now = time.monotonic()
             if self.minimum is not None and answered >= self.minimum:
-                deadline, self.minimum = min(deadline, now + self.grace), None
+                deadline = min(deadline, now + self.grace)
+                # The deadline is moved once.
+                self.minimum = None
             if now >= deadline or (in_process and len(waiting) == before):
                 return
             if waiting:
@@ -124,7 +133,7 @@ class Answer(Generic[T]):
     site : str
         The site's name.
     value : T
-        What the question's reader made of the reply.
+        What `read` of the question returned for the reply.
     content : RecordDict
         The reply itself.
     """
@@ -137,7 +146,7 @@ class Answer(Generic[T]):
 
 @dataclass(frozen=True)
 class NoAnswer:
-    """A site without an answer that can be used, and why; `silent` if nothing came back at all."""
+    """A site without a usable answer, and why; `silent` if no reply came at all."""
 
     node_id: int
     site: str
@@ -152,8 +161,8 @@ class Question(Generic[T]):
     Attributes
     ----------
     failures : list of NoAnswer
-        Sites that replied with an error, with what cannot be read, or not at all, in the order of
-        their names; complete at the end of the iteration.
+        Sites that replied with an error, with an answer that cannot be read, or not at all, in the
+        order of their names; complete at the end of the iteration.
     """
 
     exchange: Exchange
@@ -167,7 +176,7 @@ class Question(Generic[T]):
             if message.metadata.message_id in replied:
                 continue
             replied.add(message.metadata.message_id)
-            # Not that of the reply: the SuperLink replies in place of a site that has died.
+            # Not the node of the reply: the SuperLink replies in place of a site that has died.
             node_id = message.metadata.dst_node_id
             learn_name(self.names, node_id, reply)
             if reply.has_error():
@@ -202,7 +211,7 @@ def ask(
     minimum: int | None = None,
     grace: float = 0.0,
 ) -> Question[T]:
-    """Ask sites a question; iterate over what is returned to send it and get the answers.
+    """Prepare a question to sites; iterating over it sends it and yields the answers.
 
     Parameters
     ----------
@@ -210,16 +219,21 @@ def ask(
     question : str
         Name of the query, such as ``describe``.
     contents : mapping of int to RecordDict
-        What each site is sent, by node id.
+        The content of the message to each site, by node id.
     read : callable
-        Maps node id and content of a reply to the answer; raises one of `MALFORMED` where the
-        reply is not what it must be. The text of a `ValueError` becomes the reason.
+        Maps node id and content of a reply to the answer; raises one of `MALFORMED` if the reply is
+        malformed. The text of a `ValueError` becomes the reason.
     timeout : float
         Seconds to wait for the answers.
     names : dict of int to str
-        Site name by node id; a name that is not there yet is taken from the reply.
-    minimum, grace
-        As `Exchange` takes them.
+        Site name by node id; the name of a site that is missing is added from its reply.
+    minimum : int, optional
+    grace : float
+        As in `Exchange`.
+
+    Returns
+    -------
+    Question
     """
     kind = f"{MessageType.QUERY}.{question}"
     messages = [Message(content, node_id, kind) for node_id, content in contents.items()]
@@ -241,7 +255,7 @@ def ask_all(
     Returns
     -------
     tuple of (list of Answer, list of NoAnswer)
-        Both in the order of the sites' names.
+        The answers, and the sites without one; both in the order of the sites' names.
     """
     asked = ask(grid, question, contents, read, timeout, names, minimum, grace)
     answers = sorted(asked, key=lambda answer: (answer.site, answer.node_id))

@@ -1,4 +1,4 @@
-"""Patients of one name at several hospitals, which only a simulation can see."""
+"""Patient ids that several hospitals have in common, which only a simulation can see."""
 
 from __future__ import annotations
 
@@ -15,35 +15,43 @@ from fedmed_flower.wire import DIGEST_BYTES, DIGESTS, PATIENTS_RECORD
 
 @dataclass
 class Namesakes:
-    """Collects the digests that hospitals of a simulation sent.
+    """Collects the digests of patient ids that hospitals of a simulation sent.
 
     Attributes
     ----------
-    of_site : dict
-        Digests by the number of the site's node.
+    digests : dict of int to ndarray of uint64
+        Sorted digests by node id.
     """
 
-    of_site: dict[int, NDArray[np.uint64]] = field(default_factory=dict)
+    digests: dict[int, NDArray[np.uint64]] = field(default_factory=dict)
 
     def take(self, node_id: int, content: RecordDict) -> None:
-        """Take up a reply; one without digests, or with what cannot be read, is passed over."""
+        """Take up the digests of a reply; missing or malformed digests are ignored."""
         record = content.config_records.get(PATIENTS_RECORD, ConfigRecord())
-        digests = record.get(DIGESTS)
-        if isinstance(digests, bytes) and len(digests) % DIGEST_BYTES == 0:
-            self.of_site[node_id] = np.unique(np.frombuffer(digests, "<u8"))
+        data = record.get(DIGESTS)
+        if isinstance(data, bytes) and len(data) % DIGEST_BYTES == 0:
+            self.digests[node_id] = np.unique(np.frombuffer(data, "<u8"))
 
     def text(self, names: Mapping[int, str]) -> str:
-        """Return at which of the sites in `names` others' names are; empty if at none."""
-        of_site = {node: self.of_site[node] for node in names if node in self.of_site}
-        if not of_site:
+        """Return a warning about patient ids that sites of `names` share; empty if there are none.
+
+        Parameters
+        ----------
+        names : mapping of int to str
+            Site name by node id; other sites are ignored.
+        """
+        by_node = {node: self.digests[node] for node in names if node in self.digests}
+        if not by_node:
             return ""
-        found, counts = np.unique(np.concatenate([*of_site.values()]), return_counts=True)
-        shared = found[counts > 1]
+        distinct, counts = np.unique(np.concatenate([*by_node.values()]), return_counts=True)
+        shared = distinct[counts > 1]
         if not len(shared):
             return ""
-        where = sorted(names[node] for node, own in of_site.items() if np.isin(own, shared).any())
+        sites = sorted(
+            names[node] for node, digests in by_node.items() if np.isin(digests, shared).any()
+        )
         return (
-            f"patient ids that are at more than one hospital ({some_of(where)}): {len(shared)}. "
+            f"patient ids that are at more than one hospital ({some_of(sites)}): {len(shared)}. "
             "Each counts as a patient of its own there; if they are the same people, they count "
             "twice"
         )

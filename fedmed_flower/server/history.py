@@ -16,7 +16,7 @@ COLUMNS = ("round", "phase", "site", "metric", "value")
 
 @dataclass(frozen=True)
 class Failure:
-    """A site whose reply was not used: when, which and why."""
+    """A site whose reply was not used: round, phase, site and reason."""
 
     round: int
     phase: str
@@ -34,7 +34,7 @@ class History:
         `site` is a site's name, or ``"all"`` for all sites together.
     failures : list of Failure
     sent : Sent
-        What the sites have sent in the rounds.
+        What the sites sent in the rounds.
     """
 
     rows: list[tuple[int, str, str, str, float]] = field(default_factory=list)
@@ -42,7 +42,7 @@ class History:
     sent: Sent = field(default_factory=Sent)
 
     def add(self, server_round: int, phase: str, site: str, metrics: Mapping[str, Any]) -> None:
-        """Append the single numbers among `metrics`; lists are left out."""
+        """Append the metrics that are single numbers; lists are left out."""
         self.rows += [
             (server_round, phase, site, name, float(value))
             for name, value in metrics.items()
@@ -50,7 +50,7 @@ class History:
         ]
 
     def describe(self, server_round: int) -> str:
-        """Return a round in a line: loss, the first known validation figure, who failed."""
+        """Return a round in a line: training loss, first known validation metric, failed sites."""
         known = {
             (phase, metric): value
             for number, phase, site, metric, value in self.rows
@@ -58,9 +58,10 @@ class History:
         }
         wanted = [("train", "loss"), *(("val", name) for name in MAIN)]
         shown = [(*key, known[key]) for key in wanted if key in known]
-        # After the training loss one figure is enough.
+        # The training loss and one validation metric, or two validation metrics without it.
         parts = [f"{phase} {name} {value:.4f}" for phase, name, value in shown[:2]]
-        if failed := {failure.site for failure in self.failures if failure.round == server_round}:
+        failed = {failure.site for failure in self.failures if failure.round == server_round}
+        if failed:
             parts.append(f"failed: {', '.join(sorted(failed))}")
         return "  ".join(parts)
 

@@ -28,14 +28,14 @@ class AcceptedReply:
     node_id : int
     site : str
     number : int
-        Place of the message that it replies to among those of its phase: a site may be sent two.
+        Index of the message that it replies to in its phase: a site may be sent two.
     arrays : ArrayRecord
         The model that came back; empty for an evaluation reply.
     companions : dict of str to ArrayRecord
         What came back beside the model, by name.
     weight : float
     used : bool
-        Whether the rule has used it.
+        Whether the rule used it.
     """
 
     message: Message
@@ -54,19 +54,19 @@ class AcceptedReply:
 
 
 class Inbox:
-    """Knows the sites by name, and keeps the run's history.
+    """Screens replies, names their sites and records both in the run's history.
 
     Attributes
     ----------
     history : History
     site_names : dict
-        Site name by node id, as far as the sites have told it.
+        Site name by node id, as far as the sites have reported it.
     connected : collection of int
-        The nodes that live, as far as is known.
+        The nodes that were connected at the last look.
     malformed : int
-        Sites whose arrays the last call of `admit` could not use.
+        Number of replies with unusable arrays in the last call of `admit`.
     declined : set of int
-        The nodes that did not take part when they were last asked to train, by their own decision.
+        The nodes that declined when they were last asked to train.
     """
 
     def __init__(self) -> None:
@@ -75,14 +75,15 @@ class Inbox:
         self.connected: Collection[int] = ()
         self.malformed = 0
         self.declined: set[int] = set()
-        self._addressed: dict[str, tuple[int, int]] = {}
+        # Node and index of each message of the phase, by message id.
+        self._senders: dict[str, tuple[int, int]] = {}
 
     def name(self, node_id: int) -> str:
-        """Return a node's site name, or ``node <id>`` where it has not told it."""
+        """Return a node's site name, or ``node <id>`` if it has reported none."""
         return self.site_names.get(node_id, f"node {node_id}")
 
     def fail(self, server_round: int, phase: str, site: str, reason: str) -> None:
-        """Record why a site, or ``"all"`` of them, did not count."""
+        """Record and log why a site, or ``"all"`` of them, did not count."""
         reason = " ".join(reason.split())
         if len(reason) > 400:
             # An engine's traceback names the cause in its last line.
@@ -101,20 +102,20 @@ class Inbox:
         server_round: int,
         phase: str,
     ) -> Iterator[Message]:
-        """Send messages and hand out the replies as they come; record to which none came in time.
+        """Send messages and yield the replies as they come; record sites without a reply in time.
 
-        Replies of which the iterator's user keeps none are nowhere kept.
+        No reference to a reply remains here: it is freed as soon as the caller drops it.
         """
         exchange = Exchange(grid, messages, timeout)
         numbers = {id(message): number for number, message in enumerate(messages)}
-        self._addressed = {}
+        self._senders = {}
         for message, reply in exchange:
-            address = message.metadata.dst_node_id, numbers[id(message)]
-            self._addressed[message.metadata.message_id] = address
+            sender = (message.metadata.dst_node_id, numbers[id(message)])
+            self._senders[message.metadata.message_id] = sender
             yield reply
         for message in exchange.silent:
-            site, waited = self.name(message.metadata.dst_node_id), f"{exchange.seconds:.0f} s"
-            self.fail(server_round, phase, site, f"no reply after {waited}")
+            site = self.name(message.metadata.dst_node_id)
+            self.fail(server_round, phase, site, f"no reply after {exchange.seconds:.0f} s")
 
     def admit(
         self,
@@ -125,14 +126,14 @@ class Inbox:
         layout: ArrayRecord | None,
         companions: Mapping[str, ArrayRecord] | None = None,
     ) -> Iterator[AcceptedReply]:
-        """Hand on the replies that pass screening; record why the others do not.
+        """Yield the replies that pass screening; record why the others do not.
 
         Parameters
         ----------
-        layout, companions
-            As `screen` takes them.
+        weighted_by_key, layout, companions
+            As in `screen`.
         """
-        beside = companions or {}
+        layouts = companions or {}
         answered: set[str] = set()
         self.malformed = 0
         for reply in replies:
@@ -145,24 +146,40 @@ class Inbox:
             if request and request in answered:
                 reason: str | None = "the site has replied already"
             else:
-                reason = screen(reply, weighted_by_key, layout, beside)
-                if reason is not None and layout is not None and reply.has_content():
-                    self.malformed += screen_arrays(reply, layout, beside) is not None
+                reason = self._flaw(reply, weighted_by_key, layout, layouts)
             answered.add(request)
             if phase == "train":
-                declined = reason is not None and reason.startswith(DECLINED)
-                (self.declined.add if declined else self.declined.discard)(node_id)
+                self._note_declined(node_id, reason)
             if reason is not None:
                 self.fail(server_round, phase, self.name(node_id), reason)
                 continue
             accepted = AcceptedReply(reply, node_id, self.name(node_id), number)
             if layout is not None:
-                accepted.arrays = model_of(reply, beside)
-                accepted.companions = {name: reply.content.array_records[name] for name in beside}
+                accepted.arrays = model_of(reply, layouts)
+                accepted.companions = {name: reply.content.array_records[name] for name in layouts}
             yield accepted
 
+    def _flaw(
+        self,
+        reply: Message,
+        weighted_by_key: str,
+        layout: ArrayRecord | None,
+        companions: Mapping[str, ArrayRecord],
+    ) -> str | None:
+        """Screen a reply; if its arrays cannot be used, count it as malformed."""
+        reason = screen(reply, weighted_by_key, layout, companions)
+        if reason is not None and layout is not None and reply.has_content():
+            self.malformed += screen_arrays(reply, layout, companions) is not None
+        return reason
+
+    def _note_declined(self, node_id: int, reason: str | None) -> None:
+        if reason is not None and reason.startswith(DECLINED):
+            self.declined.add(node_id)
+        else:
+            self.declined.discard(node_id)
+
     def in_order(self, replies: Iterable[AcceptedReply]) -> list[AcceptedReply]:
-        """Sort by site name: the order of a sum decides its last bits, and must not be chance."""
+        """Sort by site name: sums depend on the order in their last bits."""
         return sorted(
             replies, key=lambda reply: (self.site_names.get(reply.node_id, ""), reply.number)
         )
@@ -173,9 +190,9 @@ class Inbox:
             self.history.add(server_round, phase, reply.site, reply.metrics)
 
     def _sender(self, reply: Message) -> tuple[int, int]:
-        """Return the site that a reply speaks of, and the place of the message that it replies to.
+        """Return the node that was asked, and the index of the message to it.
 
-        The SuperLink replies in place of a site that died.
+        It is not always the node of the reply: the SuperLink replies for a site that has died.
         """
-        unknown = reply.metadata.src_node_id, 0
-        return self._addressed.get(reply.metadata.reply_to_message_id, unknown)
+        unknown = (reply.metadata.src_node_id, 0)
+        return self._senders.get(reply.metadata.reply_to_message_id, unknown)

@@ -34,15 +34,23 @@ from fedmed_flower.files import (
 from fedmed_flower.server.history import Failure, History
 from fedmed_flower.wire import Sent
 
-CHECKPOINT, METRICS, MODEL = "checkpoint.zip", "metrics.csv", "model.safetensors"
-CONFIG, SUMMARY, LOG = "config.toml", "summary.json", "log.txt"
-_MOST_CONFIG, _MOST_CHECKPOINT = 1 << 24, 1 << 36
-_MOST_ROUND, _MOST_NUMBER, _MOST_SEED = 2**31, 2**63, 2**128
-# Bytes of what a client keeps between rounds, and of what stands before an array's numbers.
-_MOST_STATE, _MOST_HEAD = 1 << 30, 1 << 16
-_OF_FAILURE = ("phase", "site", "reason")
-# A line of ``config.toml``. A key of many parts, or nested values, would keep a parser busy for
-# hours.
+CHECKPOINT = "checkpoint.zip"
+METRICS = "metrics.csv"
+MODEL = "model.safetensors"
+CONFIG = "config.toml"
+SUMMARY = "summary.json"
+LOG = "log.txt"
+# Bytes.
+_MOST_CONFIG = 1 << 24
+_MOST_CHECKPOINT = 1 << 36
+# Bytes of a client's state, and of the header of a ``.npy`` file.
+_MOST_STATE = 1 << 30
+_MOST_HEADER = 1 << 16
+_MOST_ROUND = 2**31
+_MOST_NUMBER = 2**63
+_MOST_SEED = 2**128
+_FAILURE_TEXTS = ("phase", "site", "reason")
+# A line of ``config.toml``. A parser could take hours for a key of many parts or nested values.
 _LINE = re.compile(r'(\[[\w-]+\]|([\w-]+|"([^"\\]|\\.)*")\s*=\s*[^\s\[{].*|#.*)?')
 
 
@@ -61,7 +69,7 @@ class Checkpoint:
 
 
 class _OneLine(logging.Formatter):
-    """Keeps what others log, too, from forging lines; a traceback below a line stays as it is."""
+    """Keeps each logged text on one line, so that none can forge a line; tracebacks stay whole."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         return shown(super().formatMessage(record))
@@ -73,7 +81,7 @@ class RunFolder:
     Parameters
     ----------
     path : str or Path
-        Made on the first write.
+        The folder; it is made on the first write.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -81,14 +89,14 @@ class RunFolder:
 
     @classmethod
     def named(cls, path: str | Path | None, run: str = "") -> RunFolder:
-        """Return the folder of this path, made absolute; of none, a new one under ``runs/``.
+        """Return the folder at a path, made absolute; without a path, a new one under ``runs/``.
 
         Parameters
         ----------
         path : str or Path, optional
-            Empty is none.
+            An empty text counts as no path.
         run : str
-            What the new folder's name begins with, before date and time.
+            Start of the new folder's name, before date and time.
         """
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         default = Path("runs") / (f"{run}-{stamp}" if run else stamp)
@@ -103,7 +111,7 @@ class RunFolder:
         return self.path / CHECKPOINT
 
     def make(self, arrays: ArrayRecord) -> None:
-        """Make the folder and try what will be written, so that no round is trained in vain.
+        """Make the folder and check that it can hold the run, so that no round is trained in vain.
 
         Raises
         ------
@@ -143,7 +151,7 @@ class RunFolder:
             handler.close()
 
     def require_no_checkpoint(self) -> None:
-        """Raise `InputError` where an earlier run left a checkpoint here."""
+        """Raise `InputError` if an earlier run left a checkpoint here."""
         if self.checkpoint_file.exists():
             raise InputError(
                 f"{self.path} holds an earlier run: choose another folder, "
@@ -151,7 +159,7 @@ class RunFolder:
             )
 
     def require_unused(self) -> None:
-        """Raise `InputError` where the path is taken, so that no earlier run is overwritten."""
+        """Raise `InputError` if the path is in use: no earlier run must be overwritten."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(
                 f"the run folder {self.path} is in use: choose another (--out, run-dir), "
@@ -168,13 +176,13 @@ class RunFolder:
         self.write(name, json.dumps(_without_nan(content), indent=2, allow_nan=False).encode())
 
     def read_config(self) -> dict[str, dict[str, UserConfigValue]]:
-        """Return what ``config.toml`` holds: ``run``, ``config`` and ``versions``.
+        """Return the tables of ``config.toml``: ``run``, ``config`` and ``versions``.
 
         Raises
         ------
         InputError
-            If the file is missing or damaged, or holds what no run has written there: other
-            than texts, booleans and numbers of 64 bits, one a line.
+            If the file is missing or damaged, or holds anything but texts, booleans and numbers of
+            64 bits, one a line.
         """
         try:
             text = read_file(self.path, CONFIG, _MOST_CONFIG).decode().replace("\r\n", "\n")
@@ -196,8 +204,8 @@ class RunFolder:
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint and the table of metrics that belongs to it.
 
-        The checkpoint is one file, so its parts cannot disagree: a zip archive with each array's
-        ``.npy`` bytes as they are, and the rest as JSON.
+        The checkpoint is one file, so its parts cannot disagree: a zip archive with the ``.npy``
+        bytes of each array, and the rest as JSON.
         """
         records = {"arrays": checkpoint.arrays} | {
             f"state/{name}": record for name, record in checkpoint.strategy_state.items()
@@ -230,14 +238,15 @@ class RunFolder:
         Raises
         ------
         InputError
-            If the file is damaged, larger than 64 GiB, or unpacks to more than it holds.
+            If the file is damaged or larger than 64 GiB, or its members claim more bytes than it
+            has.
         """
         try:
             with open_file(self.path, CHECKPOINT, _MOST_CHECKPOINT) as file:
                 return _checkpoint(StoredMembers(file))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except Exception as error:  # A damaged archive makes its readers fail in a dozen ways.
+        except Exception as error:  # Readers of a damaged archive raise a dozen different ones.
             reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(
                 f"the checkpoint {self.checkpoint_file} cannot be read ({reason}): restore it from "
@@ -257,7 +266,7 @@ def _index(record: ArrayRecord) -> list[dict[str, Any]]:
 
 
 def _checkpoint(members: StoredMembers) -> Checkpoint:
-    """Return what the members of an archive say; each must be named by ``state.json``."""
+    """Return the checkpoint in an archive; ``state.json`` must name each of its members."""
     state = json.loads(members.pop("state.json", MOST_TEXT))
     records = {name: _take(members, name, index) for name, index in state["records"].items()}
     states = {
@@ -267,10 +276,8 @@ def _checkpoint(members: StoredMembers) -> Checkpoint:
     if members.left:
         raise ValueError(f"state.json does not name its member {min(members.left)}")
     failures = [
-        Failure(
-            _whole(reported["round"], _MOST_ROUND), *(f"{reported[key]}" for key in _OF_FAILURE)
-        )
-        for reported in state["failures"]
+        Failure(_whole(entry["round"], _MOST_ROUND), *(f"{entry[key]}" for key in _FAILURE_TEXTS))
+        for entry in state["failures"]
     ]
     rows = [
         (_whole(number, _MOST_ROUND), str(phase), str(site), str(metric), float(value))
@@ -292,7 +299,7 @@ def _take(members: StoredMembers, name: str, index: list[dict[str, Any]]) -> Arr
     record = ArrayRecord()
     for number, entry in enumerate(index):
         shape = tuple(entry["shape"])
-        most = np.dtype(entry["dtype"]).itemsize * math.prod(shape) + _MOST_HEAD
+        most = np.dtype(entry["dtype"]).itemsize * math.prod(shape) + _MOST_HEADER
         data = members.pop(f"{name}/{number}.npy", most)
         array = Array(entry["dtype"], shape, entry["stype"], data)
         view(array)

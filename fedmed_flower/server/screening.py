@@ -19,7 +19,7 @@ from fedmed_flower.wire import read_error
 
 log = logging.getLogger("flwr.fedmed")
 
-# No hospital has more records; who says so wants its update to be the whole mean.
+# No hospital has more examples: a site that reports more would be the whole mean.
 MOST_EXAMPLES = 10**9
 
 
@@ -29,7 +29,7 @@ def screen(
     layout: ArrayRecord | None,
     companions: Mapping[str, ArrayRecord] | None = None,
 ) -> str | None:
-    """Return why a reply cannot be used, or None if it can.
+    """Return why a reply cannot be used; None if it can.
 
     Parameters
     ----------
@@ -37,9 +37,9 @@ def screen(
     weighted_by_key : str
         Name of the metric that is the reply's weight.
     layout : ArrayRecord or None
-        Whose keys, shapes and dtypes a training reply's arrays must have. Whether the values are
-        finite is seen when they are read for the first time, by `Updates`. None for an evaluation
-        reply, which carries no arrays.
+        Keys, shapes and dtypes that a training reply's arrays must have. `Updates` checks that the
+        values are finite, when it reads them for the first time. None for an evaluation reply,
+        which carries no arrays.
     companions : mapping of str to ArrayRecord, optional
         Layouts of the records that must come back beside the model, by name.
     """
@@ -50,10 +50,12 @@ def screen(
     metrics = list(reply.content.metric_records.values())
     if len(metrics) != 1:
         return f"the reply has {len(metrics)} metric records instead of one"
-    if (reason := _screen_weight(metrics[0], weighted_by_key, layout is not None)) is not None:
+    reason = _screen_weight(metrics[0], weighted_by_key, layout is not None)
+    if reason is not None:
         return reason
     for name, value in metrics[0].items():
-        if not all(_fits(number) for number in (value if isinstance(value, list) else [value])):
+        numbers = value if isinstance(value, list) else [value]
+        if not all(_fits(number) for number in numbers):
             return f"{name} is an integer beyond 64 bits"
     if layout is None:
         return check_counts(metrics[0])
@@ -63,17 +65,18 @@ def screen(
 def screen_arrays(
     reply: Message, layout: ArrayRecord, companions: Mapping[str, ArrayRecord]
 ) -> str | None:
-    """Return why the arrays of a reply with content cannot be used, or None if they can."""
+    """Return why the arrays of a reply with content cannot be used; None if they can."""
     records = reply.content.array_records
     for name, wanted in companions.items():
         if name not in records:
             return f"the reply has no array record {name}"
-        if (flaw := _flaw_of(records[name], wanted)) is not None:
+        flaw = _layout_flaw(records[name], wanted)
+        if flaw is not None:
             return f"in {name}, {flaw}"
     models = [arrays for name, arrays in records.items() if name not in companions]
     if len(models) != 1:
         return f"the reply has {len(models)} array records instead of one"
-    return _flaw_of(models[0], layout)
+    return _layout_flaw(models[0], layout)
 
 
 def model_of(reply: Message, companions: Collection[str]) -> ArrayRecord:
@@ -83,16 +86,16 @@ def model_of(reply: Message, companions: Collection[str]) -> ArrayRecord:
 
 
 def error_text(reply: Message) -> str:
-    """Return why a site failed; outside a simulation, of an exception no more than its class.
+    """Return why a site failed; outside a simulation, only the class of an exception.
 
-    A ClientApp that is not ours, or cannot be imported, makes Flower send the exception's text,
-    which may name a patient: it must not go on into log, history and report.
+    If a ClientApp is not ours or cannot be imported, Flower sends the exception's text. It may name
+    a patient, so it must not reach log, history and report.
     """
     reason = reply.error.reason or f"error {reply.error.code}"
     site, text = read_error(reason)
-    found = re.match(r"<class '([\w.]+)'>:", text)
-    if found and site is None and not in_simulation():
-        return found[1].rpartition(".")[2]
+    exception = re.match(r"<class '([\w.]+)'>:", text)
+    if exception and site is None and not in_simulation():
+        return exception[1].rpartition(".")[2]
     return text
 
 
@@ -110,18 +113,19 @@ def _screen_weight(metrics: MetricRecord, key: str, training: bool) -> str | Non
 
 
 def _fits(number: float) -> bool:
-    # Flower's wire format ends there, but a run in one process hands any integer over.
+    # Flower's wire format has 64 bits; a run in one process hands over any integer.
     return not isinstance(number, int) or -(2**63) <= number < 2**63
 
 
-def _flaw_of(arrays: ArrayRecord, layout: ArrayRecord) -> str | None:
+def _layout_flaw(arrays: ArrayRecord, layout: ArrayRecord) -> str | None:
     if missing := layout.keys() - arrays.keys():
         return f"{len(missing)} arrays are missing, such as {min(missing)}"
     if extra := arrays.keys() - layout.keys():
         return f"{len(extra)} arrays are not in the model, such as {min(extra)}"
     for key, array in arrays.items():
         try:
-            values, wanted = view(array), view(layout[key])
+            values = view(array)
+            wanted = view(layout[key])
         except ValueError as error:
             return f"{key} cannot be read: {error}"
         if values.shape != wanted.shape or values.dtype != wanted.dtype:
@@ -135,8 +139,8 @@ def _flaw_of(arrays: ArrayRecord, layout: ArrayRecord) -> str | None:
 def _shared_metrics(records: list[MetricRecord]) -> list[str]:
     """Return the names of the metrics that all records hold in the same form.
 
-    A name counts where it stands for one finite number in each record, or for lists of one length:
-    one site's NaN must not become the mean of all.
+    A name counts if it stands for one finite number in each record, or for lists of one length with
+    finite sums: one site's NaN must not become the mean of all.
     """
     first, *others = records
     return [
@@ -147,10 +151,11 @@ def _shared_metrics(records: list[MetricRecord]) -> list[str]:
     ]
 
 
-def sound_figures(replies: list[Message]) -> list[Message]:
-    """Leave out evaluation replies with a number that is not finite where most have a finite one.
+def with_finite_metrics(replies: list[Message]) -> list[Message]:
+    """Leave out evaluation replies in which a metric is not finite that is finite in most.
 
-    One site's NaN would take the figure from all others. Nothing is left out if most have none.
+    Otherwise one site's NaN would take the metric from all others. If the metric is finite in no
+    more than half of the replies, none is left out for it.
     """
     finite = [
         {name: _form(value) is not None for name, value in metrics_of(reply).items()}
@@ -158,19 +163,19 @@ def sound_figures(replies: list[Message]) -> list[Message]:
     ]
     having = Counter(name for record in finite for name in record if record[name])
     usual = {name for name, count in having.items() if 2 * count > len(replies)}
-    kept = []
+    usable = []
     for reply, record in zip(replies, finite, strict=True):
         odd = [name for name in record if name in usual and not record[name]]
         if odd:
             log.warning("a site is left out of the averages: its %s is not finite", odd[0])
         else:
-            kept.append(reply)
-    return kept
+            usable.append(reply)
+    return usable
 
 
 def _form(value: object) -> int | None:
+    """Return -1 for a finite number, the length of a list with a finite sum; None for others."""
     try:
-        # A sum is finite where all numbers are: a record's list holds numbers of one type.
         whole: float = sum(value) if isinstance(value, list) else value  # type: ignore[assignment]
         if not math.isfinite(whole):
             return None
@@ -185,30 +190,31 @@ def metrics_of(reply: Message) -> MetricRecord:
 
 
 def first_arrays(replies: Iterable[Message]) -> ArrayRecord | None:
-    """Return the first sound arrays among the replies, where there are any."""
+    """Return the first arrays among the replies that can be read; None if there are none."""
     for reply in replies:
         if not reply.has_error() and reply.has_content():
             for arrays in reply.content.array_records.values():
-                if _flaw_of(arrays, arrays) is None:
+                if _layout_flaw(arrays, arrays) is None:
                     return arrays
     return None
 
 
 def capped(weights: Sequence[float], share: float | None) -> list[float]:
-    """Cut weights so that none is more than a share of their sum.
+    """Cut weights so that none is more than a share of the sum of all.
 
     Parameters
     ----------
     weights : sequence of float
         Above 0.
     share : float or None
-        Above 0, at most 1. All weights become equal where it is no more than 1 / their number.
+        Above 0, at most 1. All weights become equal if it is at most 1 / their number. None cuts
+        nothing.
     """
     if share is None or max(weights) <= share * sum(weights):
         return list(weights)
     ordered = sorted(weights, reverse=True)
     for count in range(1, len(ordered)):
-        # With `count` weights cut to the same limit, the limit is the share of what results.
+        # If `count` weights are cut to one limit, the limit is `share` of the sum after the cut.
         if count * share < 1:
             limit = share * sum(ordered[count:]) / (1 - count * share)
             if limit >= ordered[count]:
@@ -223,41 +229,39 @@ def with_shared_metrics(
     weights: Sequence[float] | None = None,
     pooled: Collection[str] = (),
 ) -> list[Message]:
-    """Return copies that name their records alike and hold only the metrics that all have.
+    """Return copies with the same record names that hold only the metrics that all replies have.
 
-    Entries may be taken out of the copies' records: the replies do not change.
+    The copies have records of their own: taking entries out of them does not change the replies.
 
     Parameters
     ----------
     weighted_by_key : str
         Name of the metric that is a reply's weight.
     share : float, optional
-        No copy's weight is more than this share of all, as in `capped`.
+        Largest share of a copy's weight in the sum of all, as in `capped`.
     weights : sequence of float, optional
-        The copies' weights, in place of their own.
+        The copies' weights, in place of those of the replies.
     pooled : collection of str, optional
-        Metrics of which a figure is told in any case: where not all replies have one, nobody is
-        warned.
+        Metrics that are pooled: if some replies lack one, no warning is logged.
     """
     names = _shared_metrics([metrics_of(reply) for reply in replies])
     reported = {name for reply in replies for name in metrics_of(reply) if name not in pooled}
-    # Figures of groups, and sums, come from what all sites have together.
-    if dropped := {
-        name for name in reported - {*names} if "@" not in name and not is_pooled_only(name)
-    }:
+    # Metrics of groups, and sums, are pooled: not every site must have them.
+    dropped = {name for name in reported - {*names} if "@" not in name and not is_pooled_only(name)}
+    if dropped:
         log.warning("not in every reply, so not averaged: %s", ", ".join(sorted(dropped)))
     metrics_key = next(iter(replies[0].content.metric_records))
     arrays_key = next(iter(replies[0].content.array_records), None)
     given: list[float] = [metrics_of(reply)[weighted_by_key] for reply in replies]  # type: ignore[misc]
     wanted = capped(given, share) if weights is None else weights
     messages = []
-    for reply, own, weight in zip(replies, given, wanted, strict=True):
+    for reply, given_weight, weight in zip(replies, given, wanted, strict=True):
         content = RecordDict(dict(reply.content.config_records.items()))
         for arrays in reply.content.array_records.values():
             content[arrays_key or "arrays"] = ArrayRecord(dict(arrays))
         metrics = {name: metrics_of(reply)[name] for name in names}
-        # Integers stay integers, so that Flower's averages come out to the same bit.
-        weight = own if own == weight else weight
+        # An integer stays an integer, so that Flower's averages are equal to the bit.
+        weight = given_weight if given_weight == weight else weight
         content[metrics_key] = MetricRecord(metrics | {weighted_by_key: weight})
         message = copy.copy(reply)
         message.content = content
@@ -276,7 +280,7 @@ def without_arrays(reply: Message) -> Message:
 
 
 def with_arrays(reply: Message, arrays: ArrayRecord) -> Message:
-    """Return a copy that holds these arrays alone, under the name of the reply's first."""
+    """Return a copy that holds `arrays` alone, under the name of the reply's first record."""
     message = without_arrays(reply)
     message.content[next(iter(reply.content.array_records))] = arrays
     return message

@@ -18,12 +18,12 @@ log = logging.getLogger("flwr.fedmed")
 
 
 def wait_for_sites(grid: Grid, needed: int, timeout: float = math.inf) -> int:
-    """Wait until enough sites are connected; once waiting, until no further one turns up.
+    """Wait until enough sites are connected; after a wait, also until no further site connects.
 
     Returns
     -------
     int
-        How many are connected; fewer than `needed` only where `timeout` seconds have passed.
+        Number of connected sites; fewer than `needed` only if `timeout` seconds have passed.
 
     Raises
     ------
@@ -42,23 +42,24 @@ def wait_for_sites(grid: Grid, needed: int, timeout: float = math.inf) -> int:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         time.sleep(1)
-        before, count = count, len(list(grid.get_node_ids()))
+        before = count
+        count = len(list(grid.get_node_ids()))
         if count >= needed and count == before:
             break
     return count
 
 
 def shortfall(strategy: str, needed: int, count: int) -> str | None:
-    """Return why the sites that take part are too few for what a strategy promises; or None.
+    """Return why too few sites take part for what a strategy promises; None if there are enough.
 
     Parameters
     ----------
     strategy : str
         The strategy's name.
     needed : int
-        Replies a round.
+        Replies that the strategy needs in a round.
     count : int
-        Sites that take part; with none there is nothing to promise.
+        Sites that take part; 0 gives None.
     """
     if count == 0 or count >= needed:
         return None
@@ -71,17 +72,18 @@ def shortfall(strategy: str, needed: int, count: int) -> str | None:
 def nobody_left(
     connected: Collection[int], declined: Collection[int], only: Collection[int] | None
 ) -> str | None:
-    """Return why no further round can be trained; None while a site is there that may train.
+    """Return why no further round can be trained; None if a connected site may train.
 
     Parameters
     ----------
     connected, declined : collection of int
-        Nodes that are connected, and those that have declined to train.
+        Nodes that are connected, and nodes that have declined to train.
     only : collection of int, optional
         Nodes to which training is confined.
     """
-    nodes = set(connected) if declined else set()
-    nodes = nodes if only is None else nodes & set(only)
+    if not declined:
+        return None
+    nodes = set(connected) if only is None else set(connected) & set(only)
     if not nodes or nodes - set(declined):
         return None
     return "every connected site has declined to train further"
@@ -90,7 +92,7 @@ def nobody_left(
 def draw(
     nodes: Iterable[int], names: Mapping[int, str], count: int, seed: tuple[int, ...]
 ) -> list[int]:
-    """Draw nodes by seed and site name alone: Flower gives a site another node id in each run.
+    """Draw nodes by seed and site name alone: a site has another node id in each run.
 
     Returns
     -------
@@ -106,10 +108,11 @@ def draw(
 def learn_name(
     names: dict[int, str], node_id: int, reply: Message, connected: Collection[int] = ()
 ) -> None:
-    """Take up the name that a reply gives its site.
+    """Add the name that a reply gives its site to `names`, if the site has none yet.
 
-    A name that another site has, or that could be mistaken for one, gets the node id. A site that
-    comes back under another node id gets its name back: `connected` says which nodes still live.
+    The node id is added to a name that another site has, or that could be mistaken for ``all`` or
+    ``node <id>``. A site that comes back under another node id gets its name back, if the node that
+    had it is not in `connected`.
     """
     if node_id in names:
         return
@@ -125,7 +128,8 @@ def learn_name(
     if not name:
         return
     if connected:
-        for other in [n for n, held in names.items() if held == name and n not in connected]:
+        gone = [node for node, held in names.items() if held == name and node not in connected]
+        for other in gone:
             log.warning("node %d takes the place of node %d as %s", node_id, other, name)
             del names[other]
     taken = name == ALL_SITES or name in names.values() or "node " in name

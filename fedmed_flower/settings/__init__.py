@@ -1,1 +1,1 @@
-"""Settings of runs and of hospitals, in groups."""
+"""Settings of runs and of hospitals, one file per group."""

@@ -1,4 +1,4 @@
-"""How images are brought to one grid."""
+"""Settings that bring images to one grid."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedmed_flower.settings.section import Section
 
-# Of a patch: that of 512 x 512 x 512 takes half a gigabyte.
+# Voxels of a patch: one of 512 x 512 x 512 takes half a gigabyte.
 MOST_VOXELS = 2**27
 
 
@@ -18,18 +18,19 @@ class ImagingSettings(Section):
     Attributes
     ----------
     spacing : str
-        Millimetres between voxels, one number an axis: ``"1,1,2.5"``. Empty leaves each image at
+        Millimetres between voxels, one number per axis: ``"1,1,2.5"``. If empty, each image keeps
         its own.
     orientation : str
-        If the axes of volumes from files point to. Empty leaves each as it is.
+        Directions of the axes of volumes that are read from files. If empty, each volume keeps its
+        own.
     patch_size : str
-        Voxels of what a network is trained on, one number an axis: ``"96,96,64"``. Smaller images
-        are padded. To segment a larger one, training takes a random part of it and inference slides
-        over it; to classify it, its middle is taken. Empty takes images whole; to segment them,
-        they are padded to a multiple of 16.
+        Voxels of a patch on which the network is trained, one number per axis: ``"96,96,64"``.
+        Smaller images are padded. In a larger image, segmentation trains on random patches and
+        slides over the image at inference; classification takes the middle. If empty, images are
+        taken whole; for segmentation they are padded to a multiple of 16.
     cache_gigabytes : float
-        Memory for images that are ready for the network, all sites of a process together; those
-        beyond it are read again each time. At least 0.
+        Memory for images that are ready for the network, of all sites in a process together; at
+        least 0. Images that do not fit are read again each time.
     """
 
     spacing: str = ""
@@ -49,12 +50,20 @@ class ImagingSettings(Section):
         self.require_at_least(0, "cache_gigabytes")
 
     def numbers(self, name: str, dims: int) -> tuple[float, ...]:
-        """Return a field's numbers, as many as `dims` unless that is 0; none if it is empty.
+        """Return the numbers in a field; an empty field gives an empty tuple.
+
+        Parameters
+        ----------
+        name : str
+            Name of the field.
+        dims : int
+            How many numbers the field must have unless it is empty; 0 allows any number.
 
         Raises
         ------
         InputError
-            If they are no numbers above 0, or not so many.
+            If the field does not hold numbers above 0, or not `dims` of them, or if a patch is too
+            large.
         """
         text = getattr(self, name).strip()
         try:

@@ -1,4 +1,4 @@
-"""Which network is trained."""
+"""Settings that choose the network."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class ModelSettings(Section):
     network : str
         Name of a network in ``monai.networks.nets``, such as ``UNet`` or ``resnet18``.
     network_args : str
-        Its arguments as a TOML inline table or a JSON object, such as
+        Arguments of the network as a TOML inline table or a JSON object, such as
         ``{spatial_dims = 3, in_channels = 1, out_channels = 3}``.
     bundle : str
-        Folder of a MONAI bundle, in place of `network`. Its config can run any code: name a folder
-        whose origin you trust. A real site takes the folder that its own node config names.
+        Folder of a MONAI bundle, used instead of `network`. Its config can run any code: name a
+        folder whose origin you trust. A real hospital uses the folder that its node config names.
     trainable : str
-        Which part travels and is trained, as `fedmed_flower.models.trainable.Travelling` takes it.
+        The part that is trained and travels, as in `fedmed_flower.models.trainable.Travelling`.
     """
 
     network: str = ""
@@ -35,12 +35,12 @@ class ModelSettings(Section):
 
     @classmethod
     def of_site(cls, context: Context) -> ModelSettings:
-        """Read the settings, the bundle's folder of a real site from its own node config.
+        """Read the settings; at a real hospital the bundle's folder comes from its node config.
 
         Raises
         ------
         InputError
-            If the run asks for a bundle and the site's node config names none.
+            If the run asks for a bundle and the node config of a real hospital names none.
         """
         settings = cls.from_run_config(context.run_config)
         if not settings.bundle or not {"site-name", "data-dir"} & context.node_config.keys():

@@ -1,4 +1,4 @@
-"""What a hospital says for itself."""
+"""Settings that only a hospital can make, in its node config."""
 
 from __future__ import annotations
 
@@ -13,46 +13,49 @@ from flwr.app import UserConfig
 from fedmed_flower.errors import InputError
 from fedmed_flower.settings.section import Section
 
-# The fewest patients behind what a real hospital tells, where its node config says nothing.
+# Default of a real hospital's minimum numbers of patients.
 FEWEST = 10
 
 
 @dataclass(frozen=True)
 class NodeSettings(Section):
-    """What a hospital says for itself, in its SuperNode's ``--node-config``; no server can set it.
+    """Settings of a hospital in its SuperNode's ``--node-config``; no server can set them.
 
     Attributes
     ----------
     site_name, data_dir, partition_id, num_partitions
-        As `Site` takes them.
+        As in `Site`.
     ledger : str
         Path of the hospital's privacy ledger; empty for one in `data_dir`.
     budget_epsilon, budget_delta : float
         What all runs together may release about a patient; 0 if none is set.
     private_metrics : bool
-        Whether evaluation counts carry noise. A private run's do unless this says false; those of
-        another run do where it says true.
+        Whether evaluation counts carry noise: of every run if true, of no run if false. If the
+        node config lacks it, those of private runs do.
     output_dir : str
-        Folder for what stays with the hospital.
-    share_images, share_components : bool
-        Whether pictures of test cases may leave, and sums from which genotypes can be computed.
+        Folder for files that stay with the hospital.
+    share_images : bool
+        Whether pictures of test cases may leave.
+    share_components : bool
+        Whether sums from which genotypes can be computed may leave.
     bundle : str
         Folder of the hospital's own copy of a MONAI bundle.
     personal : bool
-        Whether the hospital fine-tunes a model for itself where a run asks.
+        Whether the hospital fine-tunes a model for itself if a run asks for it.
     min_cell_count : int
-        The fewest patients of whom a number is told; at least 1.
+        The fewest patients behind a statistic that leaves; at least 1.
     min_train_patients : int
-        The fewest different patients whose rows made one update that leaves; at least 1. The random
-        draws of private training are excepted.
+        The fewest patients whose rows make an update that leaves; at least 1. It does not apply to
+        the random draws of private training.
     min_evaluated_patients : int
-        The fewest patients of whom figures of an evaluation leave; at least 1.
+        The fewest patients behind the metrics of an evaluation that leave; at least 1.
     coarse_figures : bool
-        Whether losses and scores leave more coarsely.
+        Whether losses and metrics leave coarse: of ten patients or more, and rounded.
     hide_few_missing : bool
-        Whether a variable is withheld that few patients lack.
+        Whether a variable is withheld if its value is missing for only a few patients.
     max_filter_values : int
-        How many values of a column questions may compare with, all runs together; at least 0.
+        With how many values of a column the conditions of all runs together may compare; at
+        least 0.
     most_runs_a_day : int
         How many runs may begin within 24 hours; at least 1.
     """
@@ -91,13 +94,13 @@ class NodeSettings(Section):
         ----------
         config : dict
         more : collection of str
-            Keys of the app's own, which are not read here.
+            Node keys of the app, which are allowed but not read here.
 
         Raises
         ------
         InputError
-            If a key is unknown, which would else be ignored without a word; if a value has
-            the wrong type or is out of range; and where the keys of a budget do not fit together.
+            If a key is unknown, since a mistyped key would have no effect; if a value has the wrong
+            type or is out of range; or if the keys of a budget do not fit together.
         """
         for key in config:
             if key not in NODE_KEYS and key not in more:
@@ -121,8 +124,8 @@ class NodeSettings(Section):
                 )
             if not config.get("private-metrics", True):
                 raise InputError(
-                    "private-metrics=false cannot stand beside budget-epsilon: what is measured "
-                    "without noise, no budget bounds"
+                    "private-metrics=false excludes budget-epsilon, since no budget bounds metrics "
+                    "without noise: remove one of them from the node config"
                 )
         return found
 

@@ -1,4 +1,4 @@
-"""How the server runs an experiment."""
+"""Settings by which the server runs an experiment."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ class Plan(Section):
     Attributes
     ----------
     num_server_rounds : int
-        At least 1.
+        Number of rounds; at least 1.
     round_timeout : float
-        Seconds to wait in each phase, for replies and for the strategy's minimum of connected
-        sites; above 0.
+        Seconds to wait in each phase, for replies and for the sites that the strategy needs; above
+        0.
     min_sites : int
-        Sites that must be connected before the run starts; at least 1.
+        Number of sites that must be connected before the run starts; at least 1.
     seed : int
-        Of the initial weights and of the sampling of sites; at least 0.
+        Seed of the initial weights and of the sampling of sites; at least 0.
     run_dir : str
-        The run folder. Empty for a new one under ``runs/``.
+        The run folder. If empty, a new one is made under ``runs/``.
     resume : bool
-        Go on from the checkpoint in the run folder.
+        Continue from the checkpoint in the run folder.
     baselines : bool
-        Afterwards also train each site's model alone and, in a simulation, one model on all data
+        After the run, also train a model at each site alone and, in a simulation, one on all data
         pooled, each for as many rounds.
     pictures : int
-        Test cases of each site that the report shows, and the worst beside them, where the site
-        lets them leave; 0 asks for none.
+        Number of test cases per site that the report shows, besides the worst one, if the site lets
+        pictures leave; 0 asks for no pictures.
     personal_epochs : int
-        Most passes in which each site may fine-tune the last model for itself; 0 asks for none.
+        Largest number of passes in which each site may fine-tune the last model for itself; 0 asks
+        for no such model.
     """
 
     num_server_rounds: int = 3

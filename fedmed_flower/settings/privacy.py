@@ -1,4 +1,4 @@
-"""How patients are protected."""
+"""Settings of patients' differential privacy."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ class PrivacySettings(Section):
     privacy : {"none", "patient"}
         ``patient``: each site trains with differential privacy for each of its patients.
     target_epsilon : float
-        What the run's models may cost a patient, all rounds together; above 0.
+        Largest epsilon that all rounds of training together may cost a patient; above 0.
     delta : float
-        Above 0, below 1; well below 1 / the number of patients.
+        Above 0, below 1; it should be well below 1 / the number of patients.
     max_grad_norm : float
-        To which the gradient of each patient is clipped; from 1e-6 to 1e6.
+        Norm to which the gradient of each patient is clipped; from 1e-6 to 1e6.
     sampling_rate : float
         Probability with which a patient takes part in a step; from 1e-6 to 1, or 0 for
         ``batch-size`` / the site's number of patients.
     patient_records : {"one", "mean"}
         What a patient with several records contributes to a step: one of them, or their mean.
     private_metrics : bool
-        If privacy is on, evaluate by counts with noise, on the account of the patients who are
-        counted. A simulation may turn that off here; a real hospital goes by its node config.
+        If privacy is on, evaluate by counts with noise, which are charged to the patients who are
+        counted. A simulation may switch this off here; a real hospital uses its node config.
     micro_batch_size : int
-        Records whose gradients are in memory at a time; from 0 to a million. 0 finds out.
+        Number of records whose gradients are in memory at a time; from 0 to a million. 0 chooses
+        it by the free memory.
     num_server_rounds : int
-        Rounds for which the target is planned; from 1 to 100,000.
+        Number of rounds for which the target is planned; from 1 to 100,000.
     """
 
     privacy: str = "none"

@@ -13,7 +13,7 @@ from flwr.app import UserConfig, UserConfigValue
 
 from fedmed_flower.errors import InputError
 
-# Beyond it a schedule and a plan of noise would keep a hospital busy for nothing.
+# With more rounds, planning a schedule and the noise would only keep a hospital busy.
 MOST_ROUNDS = 100_000
 
 
@@ -38,12 +38,12 @@ class Section:
 
     @classmethod
     def from_run_config(cls, config: UserConfig) -> Self:
-        """Read the settings; keys that are not there keep their defaults.
+        """Read the settings; a setting that the config lacks keeps its default.
 
         Raises
         ------
         InputError
-            If a value has the wrong type or is out of range; it names key, bound and value.
+            If a value has the wrong type or is out of range; the error names key, bound and value.
         """
         values: dict[str, Any] = {}
         for entry in fields(cls):
@@ -53,41 +53,41 @@ class Section:
         return cls(**values)
 
     def require(self, name: str, fulfilled: bool, bound: str) -> None:
-        """Raise `InputError` where a field is not as it must be."""
+        """Raise `InputError` if `fulfilled` is false: the field must be what `bound` says."""
         if not fulfilled:
             key, value = name.replace("_", "-"), getattr(self, name)
             raise InputError(f"{key} must be {bound}, got {value!r}")
 
     def require_at_least(self, bound: int, *names: str) -> None:
-        """Raise `InputError` where a field is below `bound`."""
+        """Raise `InputError` if a field is below `bound`."""
         for name in names:
             self.require(name, getattr(self, name) >= bound, f"at least {bound}")
 
     def require_within(self, low: float, high: float, *names: str) -> None:
-        """Raise `InputError` where a field is below `low` or above `high`."""
+        """Raise `InputError` if a field is below `low` or above `high`."""
         for name in names:
             self.require(name, low <= getattr(self, name) <= high, f"from {low:,} to {high:,}")
 
     def require_positive(self, *names: str) -> None:
-        """Raise `InputError` where a field is not above 0 and finite."""
+        """Raise `InputError` if a field is not above 0 or not finite."""
         for name in names:
             value = getattr(self, name)
             self.require(name, value > 0 and math.isfinite(value), "above 0 and finite")
 
 
 def with_type_of(default: Any, value: Any, key: str) -> Any:
-    """Return `value`, an int as a float where `default` is one.
+    """Return `value` if it has the type of `default`; an int may stand for a float.
 
     Raises
     ------
     InputError
-        If the types differ.
+        If the types differ, or if an int is too large for a float.
     """
     if isinstance(default, float) and type(value) is int:
         try:
             return float(value)
         except OverflowError:
-            raise InputError(f"{key} must be a number that a float can hold") from None
+            raise InputError(f"{key} must be a number between -1e308 and 1e308") from None
     if type(value) is not type(default):
         raise InputError(f"{key} must be of type {type(default).__name__}, got {value!r}")
     return value
@@ -99,9 +99,9 @@ def override(defaults: UserConfig, texts: Collection[str]) -> UserConfig:
     Parameters
     ----------
     defaults : dict
-        As the app declares it; only its keys can be set.
+        The run config that the app declares; only its keys can be set.
     texts : collection of str
-        The value is read as TOML; a text needs no quotes where the default is a text.
+        Each value is read as TOML. If the default is a text, the value needs no quotes.
 
     Raises
     ------
@@ -122,7 +122,7 @@ def override(defaults: UserConfig, texts: Collection[str]) -> UserConfig:
 
 
 def _parse(raw: str, default: UserConfigValue) -> UserConfigValue:
-    """Return the value that a text stands for in TOML; the text itself where it is no one value."""
+    """Read a text as one TOML value; return the text itself if it is none, or a text is needed."""
     try:
         found = tomllib.loads(f"value = {raw}")
     except (ValueError, RecursionError):

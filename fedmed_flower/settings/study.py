@@ -1,4 +1,4 @@
-"""An association study."""
+"""Settings of an association study."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ TESTS = {
 
 @dataclass(frozen=True)
 class Study(Section):
-    """An association study, from the run config (``block-size`` there is `block_size` here).
+    """Settings of an association study (``block-size`` in the run config is `block_size` here).
 
     Attributes
     ----------
     test : {"trend", "allelic", "logistic", "linear"}
-        Of each variant by itself. ``linear`` takes a continuous trait, the others a binary one.
+        The test of each single variant. ``linear`` takes a continuous trait, the others a binary
+        one.
     components : int
-        Principal components of ancestry that go as covariates into ``logistic`` and ``linear``; at
-        most 50.
+        Number of principal components of ancestry that are covariates of ``logistic`` and
+        ``linear``; from 0 to 50.
     component_variants : int
-        Variants, at most, from which they are made: evenly spread among those of which every
-        hospital tells its counts and the rarer allele has a frequency of 0.05 or more; 1 to
-        262,144.
+        Largest number of variants from which the components are computed; from 1 to 262,144. They
+        are evenly spread among the variants whose counts every hospital reports and whose rarer
+        allele has a frequency of 0.05 or more.
     block_size : int
-        Variants in a message; 1 to 1,048,576.
+        Number of variants in a message; from 1 to 1,048,576.
     min_sites : int
-        Sites that must be connected before the study starts; at least 1.
+        Number of sites that must be connected before the study starts; at least 1.
     round_timeout : float
         Seconds to wait for the answers to each question; above 0.
     seed : int
-        If the search for components begins; at least 0.
+        Seed of the random start of the search for components; at least 0.
     run_dir : str
-        The run folder. Empty for a new one under ``runs/``.
+        The run folder. If empty, a new one is made under ``runs/``.
     resume : bool
-        Must be false: a study that was broken off starts again.
+        Must be false: an interrupted study is started again.
     """
 
     test: str = "trend"

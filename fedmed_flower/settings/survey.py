@@ -1,4 +1,4 @@
-"""How a survey runs."""
+"""Settings by which a survey runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class SurveySettings(Section):
     Attributes
     ----------
     run_dir : str
-        The run folder. Empty for a new one under ``runs/``.
+        The run folder. If empty, a new one is made under ``runs/``.
     round_timeout : float
         Seconds to wait for answers; above 0.
     min_sites : int
-        Sites that must be connected before they are asked; at least 1.
+        Number of sites that must be connected before the first question; at least 1.
     """
 
     run_dir: str = ""

@@ -1,4 +1,4 @@
-"""How survival is modelled."""
+"""Settings of survival models."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ class SurvivalSettings(Section):
     Attributes
     ----------
     survival_loss : {"cox", "discrete"}
-        Cox's partial likelihood, of the patients of a batch, whose losses depend on each other; or
-        the likelihood of the hazard in each of some intervals, which can be trained with privacy.
+        ``cox``: Cox's partial likelihood over a batch, in which the losses of patients depend on
+        each other. ``discrete``: the likelihood of the hazard in each of several intervals, which
+        can be trained with privacy.
     survival_horizon : float
-        The time up to which is predicted, in the unit of the table; above 0 for ``discrete``. The
-        integrated Brier score goes up to it; 0 leaves it out.
+        Time up to which the model predicts, in the unit of the table; at least 0, and above 0 for
+        ``discrete``. The integrated Brier score ends there; with 0 it is left out.
     survival_intervals : int
-        Of equal length between 0 and the horizon, for ``discrete``; from 1 to 10,000.
+        Number of intervals of equal length between 0 and the horizon, for ``discrete``; from 1 to
+        10,000.
     """
 
     survival_loss: str = "cox"

@@ -1,4 +1,4 @@
-"""How tables are prepared, modelled and reported."""
+"""Settings of how tables are prepared, modelled and reported."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ class TabularSettings(Section):
     Attributes
     ----------
     preparation : {"federated", "site", "declared"}
-        If means, scales and lists of categories come from: from all hospitals' training rows,
-        told before the first round; from each hospital's own (all categories must then be
-        declared); or from the schema's ``ranges`` and ``categories`` alone, so that nothing is
-        learnt from patients, as privacy needs it. A number to predict has the mean and scale that
-        all hospitals tell, and else those of its declared range.
+        Source of means, scales and lists of categories. ``federated``: all hospitals' training
+        rows, reported before the first round. ``site``: each hospital's own rows; then all
+        categories must be declared. ``declared``: the schema's ``ranges`` and ``categories`` alone,
+        so that nothing is learnt from patients, as privacy needs it. A numeric target has the mean
+        and scale of the reports if there are any, else those of its declared range.
     tabular_network : {"linear", "mlp", "residual"}
         Linear (or logistic) regression, or a network of `network_depth` layers or blocks.
-    network_width, network_depth : int
-        From 1 to 65,536 and to 1,000; no effect on ``linear``.
+    network_width : int
+        Width of a layer; from 1 to 16,384. Its square times `network_depth` is at most 2^28. It has
+        no effect on ``linear``.
+    network_depth : int
+        From 1 to 1,000. It has no effect on ``linear``.
     network_dropout : float
-        In [0, 1).
+        Share of dropped values; in [0, 1).
     report_by : str
-        Columns, with commas between them, for whose values the figures are reported apart, such as
+        Columns, separated by commas: metrics are also reported for each of their values. Example:
         ``sex,age-band``.
     """
 

@@ -1,4 +1,4 @@
-"""How a site trains."""
+"""Settings by which a site trains."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ class Settings(Section):
     local_epochs : int
         Passes over the site's training rows in a round; from 1 to 10,000.
     local_steps : int
-        Batches in a round, whatever number of rows a site has; up to a million. 0 goes by
-        `local_epochs`.
+        Number of batches in a round, whatever number of rows a site has; from 0 to a million. 0
+        uses `local_epochs` instead.
     batch_size : int
-        Rows in a step; from 1 to a million.
+        Number of rows in a step; from 1 to a million.
     learning_rate : float
         Above 0.
     weight_decay : float
         At least 0; 0 adds no penalty.
     optimizer : {"adam", "sgd"}
-        A new one in each round.
+        Each round starts with a new one.
     momentum : float
-        For ``sgd``; in [0, 1).
+        Momentum of ``sgd``; in [0, 1).
     schedule : {"constant", "cosine"}
-        How the learning rate goes over the rounds: ``cosine`` brings it down from `learning_rate`
-        in the first round towards 0 after the last of ``num-server-rounds``. A run that is resumed
-        for more rounds takes, from there on, the rates of so many.
+        Learning rate over the rounds. ``cosine`` lowers it from `learning_rate` in the first round
+        towards 0 after the last of ``num-server-rounds``. If a run is resumed for more rounds, the
+        new rounds use the rates of the new number of rounds.
     seed : int
-        From 0 to 2^63 - 1. Together with site, round and purpose it decides everything random at a
-        site that does not protect privacy. At a real hospital it does not decide how patients are
-        split.
+        From 0 to 2^63 - 1. Together with site, round and purpose it determines all random numbers
+        at a site that do not protect privacy. At a real hospital it does not determine how patients
+        are split.
     device : {"auto", "cpu", "cuda"}
-        ``auto`` takes a GPU where there is one. A number may follow: ``cuda:1``.
+        ``auto`` takes a GPU if there is one. A number may follow: ``cuda:1``.
     mixed_precision : bool
-        bfloat16 where the device is a GPU; no effect on a CPU.
+        Train in bfloat16 if the device is a GPU; no effect on a CPU.
     channels_last : bool
-        Keep images and weights with their channels last where the device is a GPU; no effect on a
-        CPU.
+        Keep the channels of images and weights last if the device is a GPU; no effect on a CPU.
     torch_threads : int
-        Up to 1024. 0 means 1 in a simulation, where sites share the machine, and torch's own choice
-        elsewhere.
+        From 0 to 1024. 0 means 1 in a simulation, in which sites share the machine, and torch's own
+        choice at a real hospital.
     personal_epochs : int
-        Most passes in which a hospital may fine-tune the last global model for itself; up to
-        10,000. 0 for none.
+        Largest number of passes in which a hospital may fine-tune the last global model for itself;
+        from 0 to 10,000. 0 means no fine-tuning.
     num_server_rounds : int
-        How many rounds `schedule` is planned for; up to 100,000. ``cosine`` needs at least 1.
+        Number of rounds for which `schedule` is planned; from 0 to 100,000. ``cosine`` needs at
+        least 1.
     """
 
     local_epochs: int = 1
@@ -96,6 +96,6 @@ class Settings(Section):
         self.require("device", known, f"one of {', '.join(_DEVICES)}")
 
     def progress(self, server_round: int) -> float:
-        """Return which part of the run's rounds is done before this one, the first being 1."""
+        """Return the share of the run's rounds that precede a round; the first round is 1."""
         rounds = max(1, self.num_server_rounds)
         return min(max(0, server_round - 1), rounds - 1) / rounds

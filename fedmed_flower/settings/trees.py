@@ -1,4 +1,4 @@
-"""How trees are grown."""
+"""Settings of how trees are grown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedmed_flower.settings.section import Section
 
-# XGBoost calculates with four bytes a number: less of a learning rate would be nothing.
+# XGBoost computes in float32, in which a smaller learning rate would have no effect.
 LEAST_PART = 1e-6
 _MOST_WEIGHT = 10**6
 
@@ -20,13 +20,13 @@ class TreeSettings(Section):
     tree_max_depth : int
         From 1 to 12.
     tree_learning_rate : float
-        How far a round goes, all its trees together; from 1e-6 to 1. In bagging each hospital's
-        trees have an equal part of it.
+        Learning rate of all trees of a round together; from 1e-6 to 1. In bagging each hospital's
+        trees get an equal share of it.
     trees_a_round : int
-        That a hospital grows side by side in a round, as a random forest does; from 1 to 1,000.
-        More than one needs a `tree_subsample` below 1.
+        Number of trees that a hospital grows side by side in a round, as a random forest does; from
+        1 to 1,000. More than one needs a `tree_subsample` below 1.
     tree_subsample : float
-        Part of the training rows that each tree is grown from, from 1e-6 to 1.
+        Share of the training rows that each tree is grown from; from 1e-6 to 1.
     tree_min_child_weight, tree_lambda : float
         XGBoost's ``min_child_weight`` and ``lambda``; from 0 to 1,000,000.
     """

@@ -1,4 +1,4 @@
-"""Which cells a table is told in, so that none of them has patients but fewer than the minimum."""
+"""The cells of a table, chosen so that each has no patient or at least the minimum."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 from fedmed_flower.statistics.fewest import class_codes, fewest, patients_of
 from fedmed_flower.statistics.types import Codes, Floats
 
-# Far beyond that a multiple of a width cannot be told from the next.
+# From here on, floats cannot distinguish a multiple of a width from the next.
 _MOST_STEPS = 2.0**53
 
 
 def grid(values: Floats, width: float) -> tuple[Codes, float]:
     """Return for each value the k with ``k * width <= value < (k + 1) * width``, and the width.
 
-    The width is doubled where values lie so far from 0 that floats could not tell the edges apart.
+    The width is doubled if values lie so far from 0 that floats cannot distinguish the edges.
     """
     most = float(np.abs(values).max(initial=0.0))
     while most / width >= _MOST_STEPS:
         width *= 2
     steps = np.floor(values / width)
-    # What the division has rounded.
+    # The division may have rounded to the neighbouring step.
     steps -= steps * width > values
     steps += (steps + 1) * width <= values
     return steps.astype(np.int64), width
@@ -35,7 +35,8 @@ def coarse_enough(cells: Codes, patient_of_row: Codes, minimum: int) -> bool:
     On a finer grid the edges between merged cells would be the values of single patients.
     """
     classes = class_codes(cells)
-    rows, patients = np.bincount(classes), patients_of(classes, patient_of_row)
+    rows = np.bincount(classes)
+    patients = patients_of(classes, patient_of_row)
     return bool(2 * rows[patients >= minimum].sum() >= cells.size)
 
 
@@ -44,50 +45,58 @@ def merge_neighbours(
 ) -> list[tuple[int, int]] | None:
     """Merge neighbouring bins until each has enough patients of each class that is in it.
 
-    A bin ends as soon as it may, and as those behind it can still have enough.
+    A bin ends as soon as it has enough patients and the rows behind it can still fill a bin.
 
     Parameters
     ----------
     steps : ndarray
         (rows,) the bin of each row.
     constraints : sequence of ndarray
-        (rows,) classes; of each class a bin has no patient, or the minimum.
+        (rows,) classes. A bin has no patient of a class, or at least the minimum.
     patient_of_row : ndarray
-        (rows,) the patient.
+        (rows,) the patient of each row.
     minimum : int
+        The fewest patients of a class in a bin.
 
     Returns
     -------
     list of (int, int) or None
-        First and last step of each bin, in ascending order; the steps between them are empty. None
-        where not even all of them together are enough.
+        First and last step of each bin, in ascending order; no row lies between two bins. None if
+        even all steps together have too few patients.
     """
     order = np.argsort(steps, kind="stable")
     ends = np.flatnonzero(np.diff(steps[order], append=np.nan)).tolist()
-    patient_of = patient_of_row[order].tolist()
+    patients = patient_of_row[order].tolist()
     classes = [
         [(number, code) for code in codes[order].tolist()]
         for number, codes in enumerate(constraints)
     ]
-    # Where a patient is last seen in a class: behind that it has one patient fewer left.
+    # The last row of a patient in a class: behind it, the class has one patient fewer left.
     last = {
-        pair: n for codes in classes for n, pair in enumerate(zip(codes, patient_of, strict=True))
+        pair: index
+        for codes in classes
+        for index, pair in enumerate(zip(codes, patients, strict=True))
     }
     left = Counter(key for key, _ in last)
     small_left = {key for key, count in left.items() if count < minimum}
     held: dict[tuple[int, int], set[int]] = defaultdict(set)
     merged: list[tuple[int, int]] = []
-    start = first = 0
+    first = 0
+    start = 0
     for end in ends:
         for codes in classes:
             for index in range(start, end + 1):
-                key, patient = codes[index], patient_of[index]
+                key = codes[index]
+                patient = patients[index]
                 held[key].add(patient)
                 if last[key, patient] == index:
                     left[key] -= 1
-                    (small_left.add if 0 < left[key] < minimum else small_left.discard)(key)
+                    if 0 < left[key] < minimum:
+                        small_left.add(key)
+                    else:
+                        small_left.discard(key)
         start = end + 1
-        if not small_left and all(len(patients) >= minimum for patients in held.values()):
+        if not small_left and all(len(members) >= minimum for members in held.values()):
             merged.append((int(steps[order[first]]), int(steps[order[end]])))
             first = start
             held = defaultdict(set)
@@ -95,23 +104,24 @@ def merge_neighbours(
 
 
 def pool_small(cells: Codes, labels: Codes, patient_of_row: Codes, minimum: int) -> Codes | None:
-    """Put small cells into one, the smallest first, until that has enough patients.
+    """Pool small cells into one, the smallest first, until it has enough patients.
 
     Parameters
     ----------
     cells : ndarray
         (rows,) 0 or greater.
     labels : ndarray
-        (rows,) classes; of each class a cell has no patient, or the minimum.
+        (rows,) classes. A cell has no patient of a class, or at least the minimum.
     patient_of_row : ndarray
-        (rows,) the patient.
+        (rows,) the patient of each row.
     minimum : int
+        The fewest patients of a class in a cell.
 
     Returns
     -------
     ndarray or None
-        (rows,) the cells, -1 for the pooled ones. None if all of them are pooled and it is not
-        enough.
+        (rows,) the cells, -1 for the pooled ones. None if even all cells pooled have too few
+        patients.
     """
     cells = cells.copy()
     classes = class_codes(cells, labels)

@@ -27,15 +27,16 @@ log = logging.getLogger("flwr.fedmed")
 def statistics(client: MedicalClient, message: Message) -> RecordDict:
     """Return what may leave of the answer to ``request`` in the message's config.
 
-    All rows of all splits together are asked about. What is told without noise is first written
-    down in a file beside the hospital's ledger; noise is charged to the ledger.
+    The answer is about the rows of all splits together. An exact answer is first recorded in a file
+    beside the hospital's ledger; an answer with noise is charged to the ledger.
 
     Raises
     ------
     InputError
-        If the request is none, or names what is not there, or a file cannot be written.
+        If the request cannot be read or does not fit the columns, or a file cannot be written.
     DeclinedError
-        If the hospital tells nothing without noise, or the budget would be passed.
+        If the hospital answers only with noise, or noise is asked of a real hospital that has no
+        budget, or the charge would exceed the budget, or the conditions use too many values.
     """
     config = client.read(message)
     request = Request.from_text(str(config.get(REQUEST, "")))
@@ -44,12 +45,15 @@ def statistics(client: MedicalClient, message: Message) -> RecordDict:
             "this hospital, or this run, protects patients by noise: ask with --epsilon"
         )
     if request.epsilon and not client.site.simulated and budget_of(client.context) is None:
-        # With a large epsilon, or often enough, noise is no protection.
-        raise DeclinedError("noise takes the place of the minimum count only under a budget")
+        # Without a budget a large epsilon, or many questions, would make noise useless.
+        raise DeclinedError(
+            "noise replaces the minimum count only if the hospital has a budget: budget-epsilon in "
+            "its node config"
+        )
     minimum = max(min_cell_count(client.context, client.site), request.minimum)
     reported: dict[str, Any] = {"minimum": minimum, "noise": None}
     reported |= (_noised if request.epsilon else _exact)(client, config, request, minimum)
-    # In a simulation the server prints it, in the same process.
+    # In a simulation the server reports it in the same process.
     level = logging.DEBUG if client.site.simulated else logging.INFO
     for group, what, why in reported["withheld"]:
         log.log(level, "%s withholds %s: %s", client.site.name, f"{group} {what}".strip(), why)
@@ -65,7 +69,8 @@ def statistics(client: MedicalClient, message: Message) -> RecordDict:
 def _exact(
     client: MedicalClient, config: ConfigRecord, request: Request, minimum: int
 ) -> dict[str, Any]:
-    columns, node = Columns(_rows(client), request, client.declared), client.node
+    columns = Columns(_rows(client), request, client.declared)
+    node = client.node
     return answer_exactly(
         client.book_path(config),
         columns,
@@ -79,9 +84,9 @@ def _exact(
 def _noised(
     client: MedicalClient, config: ConfigRecord, request: Request, minimum: int
 ) -> dict[str, Any]:
-    """Answer with noise: until the ledger is charged, of the rows only the patients are looked at.
+    """Answer with noise; before the ledger is charged, only the patients are read from the rows.
 
-    So what is wrong with a request shows before, and is the same whatever the rows hold.
+    So a faulty request fails before the charge, with an error that does not depend on the rows.
     """
     declared = Declared(request, client.declared)
     planned = plan(request, declared)

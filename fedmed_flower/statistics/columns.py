@@ -30,7 +30,7 @@ from fedmed_flower.statistics.values import (
     texts_meet,
 )
 
-# A request cannot name a longer one.
+# No request can name a longer column.
 _MOST_LETTERS = 200
 _EVENTS: Mapping[str | None, int] = {"1": 1, "0": 0}
 
@@ -41,7 +41,7 @@ class Columns:
     Parameters
     ----------
     rows : sequence of dict
-        Each with ``patient``; a column is what holds single values: numbers, texts, dates.
+        Each has ``patient``. A column is a key whose values are all single: numbers, texts, dates.
     request : Request
     schema : object, optional
         As `Declared` takes them.
@@ -50,18 +50,21 @@ class Columns:
     ----------
     names : tuple of str
     patients : list of str
-        Of each row.
+        The patient of each row.
     declared : Declared
     """
 
     def __init__(self, rows: Sequence[Row], request: Request, schema: Any = None) -> None:
-        self._rows, self.declared = rows, Declared(request, schema)
+        self._rows = rows
+        self.declared = Declared(request, schema)
         self.patients = [patient_text(row["patient"]) for row in rows]
-        found: dict[Any, bool] = {}
+        all_single: dict[Any, bool] = {}
         for row in rows:
             for name, value in row.items():
-                found[name] = found.get(name, True) and is_single(value)
-        self.names = tuple(name for name, single in found.items() if single and _can_be_named(name))
+                all_single[name] = all_single.get(name, True) and is_single(value)
+        self.names = tuple(
+            name for name, single in all_single.items() if single and _can_be_named(name)
+        )
         self._kinds: dict[str, bool] = {}
         self._texts: dict[str, list[str | None]] = {}
         self._numbers: dict[str, NDArray[np.float64]] = {}
@@ -73,19 +76,19 @@ class Columns:
 
     @cached_property
     def patient_of_row(self) -> Codes:
-        """A number for each row that is the same for the rows of one patient."""
+        """For each row, the number of its patient."""
         return np.unique(self.patients, return_inverse=True)[1].astype(np.int64)
 
     def is_categorical(self, name: str) -> bool:
-        """Return whether a column holds categories: as declared, or by what most values are."""
+        """Return whether a column holds categories: as declared, else by most of its values."""
         declared = self.declared.is_categorical(name)
         return self._holds_categories(name) if declared is None else declared
 
     def _holds_categories(self, name: str) -> bool:
         """Return whether a column holds categories, whatever a request declares it to be."""
         if name not in self._kinds:
-            own = self.declared.by_schema(name)
-            self._kinds[name] = self._mostly_texts(name) if own is None else own
+            by_schema = self.declared.by_schema(name)
+            self._kinds[name] = self._mostly_texts(name) if by_schema is None else by_schema
         return self._kinds[name]
 
     def _mostly_texts(self, name: str) -> bool:
@@ -102,7 +105,7 @@ class Columns:
     def texts(self, name: str) -> list[str | None]:
         """Return a column as categories, in which 1, 1.0, "1" and True are the same.
 
-        None if there is no value, which text in a column of numbers is not.
+        None for a missing value. In a column of numbers, a text that is no number is missing.
         """
         if name not in self._texts:
             texts = [text_of(value) for value in cells_of(self._rows, name)]
@@ -112,14 +115,14 @@ class Columns:
         return self._texts[name]
 
     def codes(self, name: str) -> tuple[Codes, list[str]]:
-        """Return a column as numbers of its categories, -1 if there is none, and their names."""
+        """Return the number of each row's category, -1 if it is missing, and the categories."""
         texts = self.texts(name)
         names = sorted({text for text in texts if text is not None})
         number = {text: index for index, text in enumerate(names)}
         return np.array([-1 if t is None else number[t] for t in texts], np.int64), names
 
     def days(self, name: str) -> tuple[Floats, bool]:
-        """Return a column of dates as numbers of days, and whether it holds dates."""
+        """Return a column as (rows,) numbers of days, and whether it holds dates."""
         values = cells_of(self._rows, name)
         dates = sum(isinstance(value, str | date) and not is_gap(value) for value in values)
         if 2 * dates < sum(not is_gap(value) for value in values):
@@ -127,20 +130,20 @@ class Columns:
         return np.array([day_of(value) for value in values], np.float64), True
 
     def family(self, name: str) -> tuple[str, ...]:
-        """Return the columns that tell of the same values, such as ``age`` and ``age-band``."""
+        """Return the columns made of the same values, such as ``age`` and ``age-band``."""
         source = name.removesuffix("-band")
         if source not in self.declared.bands:
             return (name,)
         return tuple(one for one in (source, f"{source}-band") if one in self.names)
 
     def identities(self, family: tuple[str, ...]) -> list[str | None]:
-        """Return a text of each row's values in some columns; None if it has none of them."""
-        # By their texts, whatever a request declares them to be: a row must be known again.
-        each = zip(*map(self.texts, family), strict=True)
-        return [ascii(values) if any(v is not None for v in values) else None for values in each]
+        """Return a text of each row's values in some columns; None if all are missing."""
+        # As texts, whatever a request declares: later requests must recognise the row.
+        rows = zip(*map(self.texts, family), strict=True)
+        return [ascii(values) if any(v is not None for v in values) else None for values in rows]
 
     def contents(self) -> list[str]:
-        """Return a text for each row that tells a patient's rows apart, whatever their order."""
+        """Return a text for each row that distinguishes a patient's rows, whatever their order."""
         count = Counter(self.patients)
         return [
             ascii(sorted((name, text_of(row.get(name))) for name in self.names))
@@ -150,12 +153,12 @@ class Columns:
         ]
 
     def require(self, *names: str) -> None:
-        """Raise `InputError` where one of these columns is not there."""
+        """Raise `InputError` if one of these columns is missing."""
         for name in names:
             if name not in self.names:
                 near = difflib.get_close_matches(name, self.names, n=1)
-                some = some_of(self.names, 10)
-                hint = f"did you mean {near[0]}?" if near else f"there are {some}"
+                listing = some_of(self.names, 10)
+                hint = f"did you mean {near[0]}?" if near else f"there are {listing}"
                 raise InputError(f"there is no column {name!r} of single values: {hint}")
 
     def meets(self, condition: Filter) -> Mask:
@@ -165,15 +168,15 @@ class Columns:
         return numbers_meet(self.numbers(condition.column), condition)
 
     def survival(self, survival: Survival) -> tuple[Floats, Codes]:
-        """Return times and events of columns that are there; see `follow_up`."""
+        """Return times and events of two columns that exist; see `follow_up`."""
         return follow_up(self.numbers(survival.time), self.texts(survival.event), survival.horizon)
 
 
 def follow_up(times: Floats, events: Sequence[str | None], horizon: float) -> tuple[Floats, Codes]:
-    """Return the times, NaN if time or event is missing or the time is below 0, and events.
+    """Return times and events, both (rows,).
 
-    Times beyond the horizon are censored there. An event is "1" where it happened and "0" where
-    the time is that of censoring.
+    A time is NaN if it is below 0, or if time or event is missing. Times beyond the horizon are
+    censored there. An event is "1" if it happened and "0" if the time is that of censoring.
     """
     happened = np.array([_EVENTS.get(text, -1) for text in events], np.int64)
     with np.errstate(invalid="ignore"):

@@ -9,7 +9,7 @@ from fedmed_flower.data.schema import band_name
 from fedmed_flower.errors import InputError
 from fedmed_flower.statistics.request import Request
 
-# The column of a schema that holds codes, by its task.
+# For each task, the schema's attribute that names a column of codes.
 _CODED = {"binary": "target", "multi-class": "target", "survival": "event"}
 
 
@@ -33,20 +33,22 @@ class Declared:
     """
 
     def __init__(self, request: Request, schema: Any = None) -> None:
-        self._request, self._schema = request, schema
-        self.ranges = {**_of(schema, "ranges"), **request.ranges}
-        self.categories = {**_of(schema, "categories"), **request.categories}
-        self.bands = _of(schema, "bands")
+        self._request = request
+        self._schema = schema
+        self.ranges = {**_mapping(schema, "ranges"), **request.ranges}
+        self.categories = {**_mapping(schema, "categories"), **request.categories}
+        self.bands = _mapping(schema, "bands")
 
     def by_schema(self, name: str) -> bool | None:
-        """Return whether a column holds categories by the schema; None if it says nothing."""
+        """Return whether the schema says that a column holds categories; None if it names none."""
         schema = self._schema
-        if name and name == getattr(schema, _CODED.get(getattr(schema, "task", ""), ""), ""):
+        coded = _CODED.get(getattr(schema, "task", ""), "")
+        if name and name == getattr(schema, coded, ""):
             return True
-        named = (*getattr(schema, "categorical", ()), *_of(schema, "categories"))
-        if name in (*named, *map(band_name, self.bands)):
+        categorical = (*getattr(schema, "categorical", ()), *_mapping(schema, "categories"))
+        if name in (*categorical, *map(band_name, self.bands)):
             return True
-        numeric = (*getattr(schema, "numeric", ()), *_of(schema, "ranges"))
+        numeric = (*getattr(schema, "numeric", ()), *_mapping(schema, "ranges"))
         return False if name in numeric else None
 
     def is_categorical(self, name: str) -> bool | None:
@@ -54,12 +56,12 @@ class Declared:
 
         A number may be tabulated as a code, but a category is never taken for a number.
         """
-        own = self.by_schema(name)
-        if own or name in (*self._request.categorical, *self.categories):
+        by_schema = self.by_schema(name)
+        if by_schema or name in (*self._request.categorical, *self.categories):
             return True
         if name in (*self.ranges, *self._request.resolutions):
             return False
-        return own
+        return by_schema
 
     def has_range(self, name: str) -> bool:
         """Return whether a column is numeric, and its range is declared."""
@@ -70,26 +72,30 @@ class Declared:
         return name in self.categories and self.is_categorical(name) is True
 
     def require_agreement(self) -> None:
-        """Raise `InputError` where the request takes a column for what the schema says it is not.
+        """Raise `InputError` if the request declares a column otherwise than the schema.
 
-        Without noise such a request is answered as `is_categorical` says.
+        Only answers with noise need this: without noise `is_categorical` decides.
         """
-        request, way_out = self._request, "leave that out, or change the schema"
+        request = self._request
+        remedy = "leave that out, or change the schema"
         for name in request.ranges:
             if self.by_schema(name) is True:
                 raise InputError(
                     f"the request declares a range of {name}, which holds categories by the "
-                    f"hospital's schema: {way_out}"
+                    f"hospital's schema: {remedy}"
                 )
         for name in (*request.categorical, *request.categories):
             if self.by_schema(name) is False:
                 raise InputError(
                     f"the request declares {name} categorical, which holds numbers by the "
-                    f"hospital's schema: {way_out}"
+                    f"hospital's schema: {remedy}"
                 )
 
     def resolution(self, name: str) -> float | None:
-        """Return how finely a numeric column may be told; None if nothing says."""
+        """Return the width of a numeric column's cells, as requested or else made from its range.
+
+        None if neither is declared.
+        """
         if name in self._request.resolutions:
             return float(self._request.resolutions[name])
         if name not in self.ranges:
@@ -97,10 +103,10 @@ class Declared:
         low, high = self.ranges[name]
         finest = (high - low) / 50
         step = 10.0 ** math.floor(math.log10(finest))
-        # To twelve digits, lest 5 times a thousandth be 0.005000000000000001.
+        # Rounded to twelve digits: 5 times a thousandth would be 0.005000000000000001.
         widths = (float(f"{n * step:.12g}") for n in (1, 2, 5) if n * step <= finest)
         return max(widths, default=step)
 
 
-def _of(schema: Any, name: str) -> dict[str, Any]:
+def _mapping(schema: Any, name: str) -> dict[str, Any]:
     return dict(getattr(schema, name, None) or {})

@@ -18,20 +18,20 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedmed_flower.errors import InputError
 
-# Known weeks without which no mean and standard deviation are taken.
+# The fewest known weeks of which a mean and a standard deviation are taken.
 _FEWEST_KNOWN = 3
-# The least standard deviation of `cusum`, which a baseline without cases would put at 0.
+# The least standard deviation in `cusum`: that of a baseline without cases would be 0.
 _LEAST_SD = 0.5
 
 
 @dataclass(frozen=True)
 class Alerts:
-    """What each week shows.
+    """The statistic of each week, and whether it is an alert.
 
     Attributes
     ----------
     statistic : ndarray of shape (weeks,)
-        NaN if a week is unknown, or what comes before it does not do for a baseline.
+        NaN if the week is unknown, or too few weeks of its baseline are known.
     alert : ndarray of bool, shape (weeks,)
     """
 
@@ -53,7 +53,7 @@ def psi(expected: ArrayLike, actual: ArrayLike) -> float:
     Returns
     -------
     float
-        0 or greater; the same where the two change places.
+        0 or greater; the same if the two arguments are swapped.
 
     Raises
     ------
@@ -109,19 +109,19 @@ def ks(expected: ArrayLike, actual: ArrayLike) -> tuple[float, float]:
 def ears_c2(counts: ArrayLike, baseline: int = 7, lag: int = 2, threshold: float = 3.0) -> Alerts:
     """Find weeks with unusually many cases by method C2 of EARS.
 
-    The statistic of week t is (count - mean) / sd of the `baseline` weeks that end `lag` weeks
-    before t - 1, with the standard deviation of a sample; above `threshold` it is an alert. Where
-    those weeks are all alike, any count above them is an alert (statistic infinite), as in
-    ``earsC`` of the R package surveillance.
+    The statistic of week t is (count - mean) / sd. Mean and standard deviation (of a sample) are
+    those of the `baseline` weeks that end `lag` weeks before week t - 1. A statistic above
+    `threshold` is an alert. If the baseline weeks are all alike, any count above them is an alert
+    with an infinite statistic, as in ``earsC`` of the R package surveillance.
 
     Parameters
     ----------
     counts : array_like
-        (weeks,) 0 or greater; NaN if a week is unknown, which is left out of baselines.
+        (weeks,) 0 or greater; NaN for an unknown week, which baselines leave out.
     baseline : int
         Weeks, 3 or greater; at least 3 of them must be known.
     lag : int
-        Weeks between the baseline and the week that is looked at, 0 or greater.
+        Weeks between the baseline and the week that is judged, 0 or greater.
     threshold : float
         In standard deviations, above 0.
 
@@ -154,7 +154,7 @@ def ears_c2(counts: ArrayLike, baseline: int = 7, lag: int = 2, threshold: float
 def cusum(counts: ArrayLike, k: float = 0.5, h: float = 4.0, baseline: int = 13) -> Alerts:
     """Find a lasting rise of weekly counts by Page's cumulated sum.
 
-    S = max(0, S + (count - mean) / sd - k) from week to week, from 0 on; at `h` and above it is
+    S starts at 0 and becomes max(0, S + (count - mean) / sd - k) each week; at `h` and above it is
     an alert. Nothing sets S back to 0 after an alert, so that alerts last until the excess has been
     made up for. Mean and standard deviation are those of the first `baseline` weeks; the latter is
     at least the root of the mean, by which a Poisson count varies, and at least 0.5.
@@ -162,13 +162,13 @@ def cusum(counts: ArrayLike, k: float = 0.5, h: float = 4.0, baseline: int = 13)
     Parameters
     ----------
     counts : array_like
-        (weeks,) 0 or greater; NaN if a week is unknown, over which S stays as it was.
+        (weeks,) 0 or greater; NaN for an unknown week, which leaves S unchanged.
     k : float
-        What is taken off each week, in standard deviations, 0 or greater.
+        What S loses each week, in standard deviations, 0 or greater.
     h : float
-        Above 0.
+        The least S that is an alert, above 0.
     baseline : int
-        Weeks, 3 or greater; where fewer than 3 of them are known there is no statistic at all.
+        Weeks, 3 or greater. If fewer than 3 of them are known, no week has a statistic.
 
     Returns
     -------
@@ -187,7 +187,8 @@ def cusum(counts: ArrayLike, k: float = 0.5, h: float = 4.0, baseline: int = 13)
     weeks = _weekly(counts, baseline, 0)
     mean, sd = _mean_and_sd(weeks[:baseline])
     sd = max(sd, math.sqrt(mean), _LEAST_SD)
-    statistic, total = np.full(weeks.size, np.nan), 0.0
+    statistic = np.full(weeks.size, np.nan)
+    total = 0.0
     for week in range(baseline, weeks.size):
         if not (math.isnan(weeks[week]) or math.isnan(mean)):
             total = max(0.0, total + (weeks[week] - mean) / sd - k)
@@ -236,12 +237,12 @@ def _counts(name: str, values: ArrayLike, unknown: bool = False) -> NDArray[np.f
         raise InputError(f"{name} must be numbers: {error}") from error
     if counts.ndim != 1:
         raise InputError(f"{name} must have one dimension, got the shape {counts.shape}")
-    right = (counts >= 0) & (counts < math.inf)
+    valid = (counts >= 0) & (counts < math.inf)
     if unknown:
-        right |= np.isnan(counts)
-    if not right.all():
-        index = int(np.argmin(right))
+        valid |= np.isnan(counts)
+    if not valid.all():
+        index = int(np.argmin(valid))
         raise InputError(
-            f"{name} must be finite, 0 or greater; at place {index} it is {counts[index]:g}"
+            f"{name} must be finite, 0 or greater; at index {index} it is {counts[index]:g}"
         )
     return counts

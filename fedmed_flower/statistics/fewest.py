@@ -8,7 +8,7 @@ from scipy.sparse.csgraph import connected_components
 
 from fedmed_flower.statistics.types import Codes
 
-# Patients times classes that are looked at together; with more nothing is answered.
+# Patients times classes that are searched together; a larger search is refused.
 _MOST_SPREAD = 10**7
 _ROUNDING = 1e-6
 
@@ -32,7 +32,7 @@ def patients_of(classes: Codes, patient_of_row: Codes) -> Codes:
 
 
 def fewest(classes: Codes, patient_of_row: Codes) -> float:
-    """Return the number of patients in the smallest class; infinite without one."""
+    """Return the number of patients in the smallest class; 2**62 if there is no class."""
     counts = patients_of(classes, patient_of_row)
     return float(counts[counts > 0].min(initial=2**62))
 
@@ -56,14 +56,14 @@ def fewest_left(classes: Codes, patient_of_row: Codes, minimum: int) -> float:
     Returns
     -------
     float
-        The fewest patients of a combination that was found. Below `minimum` it need not be the
-        smallest; from it on the true number may be smaller. 0 if the patients with rows in several
-        classes, times those classes, are more than ten million: that is not searched.
+        The fewest patients of a combination that was found. If that is below `minimum`, others may
+        have fewer still; if not, combinations that were not tried may. 0 if the patients with rows
+        in several classes, times those classes, are more than ten million: that is not searched.
 
     Examples
     --------
-    Three patients with a first visit (class 0) and a second one (class 1), but for the last, who
-    came once. Each class has two patients or more, yet their difference is one patient.
+    Three patients have a first visit (class 0), and two of them a second one (class 1). Each class
+    has two patients or more, yet their difference is one patient.
 
     >>> import numpy as np
     >>> classes, patient_of_row = np.array([0, 1, 0, 1, 0]), np.array([0, 0, 1, 1, 2])
@@ -75,23 +75,25 @@ def fewest_left(classes: Codes, patient_of_row: Codes, minimum: int) -> float:
         return smallest
     pairs, rows = np.unique(np.stack((patient_of_row, classes)), axis=1, return_counts=True)
     alone = np.bincount(pairs[0])[pairs[0]] == 1
-    # A class with enough patients who have all their rows in it is in no small sum.
+    # No small combination contains a class in which enough patients have all their rows.
     settled = np.bincount(pairs[1][alone], minlength=int(classes.max()) + 1) >= minimum
-    (patients, columns), rows = pairs[:, ~settled[pairs[1]]], rows[~settled[pairs[1]]]
+    unsettled = ~settled[pairs[1]]
+    pairs = pairs[:, unsettled]
+    rows = rows[unsettled]
     if not rows.size:
         return smallest
-    patients, columns = (np.unique(part, return_inverse=True)[1] for part in (patients, columns))
+    patients, columns = (np.unique(part, return_inverse=True)[1] for part in pairs)
     if (patients.max() + 1) * (columns.max() + 1) > _MOST_SPREAD:
         return 0.0
     table = np.zeros((patients.max() + 1, columns.max() + 1))
     table[patients, columns] = rows
     spread, count = np.unique(table, axis=0, return_counts=True)
     for column in spread.T:
-        apart = count @ (spread != column[:, None])
-        smallest = min(smallest, float(apart[apart > 0].min(initial=2**62)))
-    parts, part_of = connected_components(spread.T @ spread > 0, directed=False)
-    for number in range(parts):
-        part = spread[:, part_of == number]
+        differing = count @ (spread != column[:, None])
+        smallest = min(smallest, float(differing[differing > 0].min(initial=2**62)))
+    part_count, part_of_class = connected_components(spread.T @ spread > 0, directed=False)
+    for number in range(part_count):
+        part = spread[:, part_of_class == number]
         inside = part.any(1)
         smallest = min(smallest, _left_at_last(part[inside], count[inside]))
     return smallest
@@ -103,7 +105,7 @@ def _left_at_last(spread: NDArray[np.float64], count: Codes) -> float:
     Parameters
     ----------
     spread : array of shape (patterns, classes)
-        Rows of a patient in each class.
+        How many rows a patient with the pattern has in each class.
     count : array of shape (patterns,)
         Patients with each pattern.
     """
@@ -113,9 +115,9 @@ def _left_at_last(spread: NDArray[np.float64], count: Codes) -> float:
         first = np.argmax(np.abs(spread) > _ROUNDING, axis=1)
         spread *= np.sign(spread[np.arange(len(spread)), first])[:, None]
         # Group equal rows by their projection on a fixed random direction.
-        kind_of = np.unique(np.round(spread @ direction, 6), return_inverse=True)[1]
-        most = spread[np.argmax(kind_of == np.argmax(np.bincount(kind_of, count)))]
-        rest = spread - np.outer(spread @ most, most)
+        kinds = np.unique(np.round(spread @ direction, 6), return_inverse=True)[1]
+        commonest = spread[np.argmax(kinds == np.argmax(np.bincount(kinds, count)))]
+        rest = spread - np.outer(spread @ commonest, commonest)
         left = np.linalg.norm(rest, axis=1) > _ROUNDING
         if not left.any():
             return float(count.sum())

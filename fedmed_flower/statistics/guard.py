@@ -43,7 +43,8 @@ from fedmed_flower.statistics.fewest import class_codes, fewest_left
 from fedmed_flower.statistics.types import Codes, Hashes, Mask
 
 # Cell codes: the row is not part of the answer; the answer reveals that its value is missing.
-OUTSIDE, LACKING = -1, 2**31
+OUTSIDE = -1
+LACKING = 2**31
 # The label of rows that no answer has counted.
 NEW = -1
 _VERSION = 2
@@ -60,7 +61,7 @@ CREATE TABLE compared (column_name TEXT NOT NULL, value TEXT NOT NULL,
 
 @dataclass(frozen=True)
 class Partition:
-    """The rows that answers about one key have told apart.
+    """The classes into which answers about one key have split the rows.
 
     Attributes
     ----------
@@ -69,7 +70,7 @@ class Partition:
     patients : ndarray of uint64
         Hashes of their patients.
     labels : ndarray of int64
-        The class of each.
+        The class of each row.
     """
 
     elements: Hashes
@@ -85,9 +86,9 @@ class Members:
     ----------
     key : str
     names : tuple of str
-        The columns it was asked for by; empty for all rows.
+        The columns that stand for the key in this request; empty for all rows.
     rows : ndarray of int64
-        Which rows they are.
+        The indices of the rows.
     elements : ndarray of uint64
         A hash of each row's patient and value.
     """
@@ -104,18 +105,18 @@ class Guard:
     Parameters
     ----------
     connection : sqlite3.Connection
-        With the tables of a hospital's file.
+        Open on a hospital's file.
     columns : Columns
         The rows.
     minimum : int
         At least 1.
     hide_missing : bool
-        That a row lacks a value is then told of the minimum of patients only.
+        If true, the rows without a value are of no patient or of at least `minimum`, like others.
 
     Attributes
     ----------
     beside : tuple of str
-        The columns by which rows were chosen, once these are admitted.
+        The columns by which rows were chosen, once the choice is admitted.
     """
 
     def __init__(
@@ -125,29 +126,31 @@ class Guard:
         minimum: int,
         hide_missing: bool = False,
     ) -> None:
-        self._connection, self._columns = connection, columns
-        self.minimum, self._hide = minimum, hide_missing
+        self._connection = connection
+        self._columns = columns
+        self.minimum = minimum
+        self._hide_missing = hide_missing
         self.beside: tuple[str, ...] = ()
         (self._key,) = connection.execute("SELECT value FROM about WHERE key = 'key'").fetchone()
-        each = {patient: self._hash(patient) for patient in dict.fromkeys(columns.patients)}
-        self._patients = np.array([each[p] for p in columns.patients], np.uint64)
+        hashes = {patient: self._hash(patient) for patient in dict.fromkeys(columns.patients)}
+        self._patients = np.array([hashes[patient] for patient in columns.patients], np.uint64)
         self._partitions: dict[str, Partition | None] = {}
         self._changed: dict[str, Partition] = {}
         self._members: dict[str, Members] = {}
 
     def members(self, *names: str) -> Members:
-        """Return the rows that have a value in a column, or in two; all rows for no column.
+        """Return the rows that have a value in a column, or in two; without a name, all rows.
 
-        Columns of one family have one key, for they tell of the same values.
+        Columns of one family share a key, because they are made of the same values.
         """
         families = sorted({self._columns.family(name) for name in names})
         key = json.dumps(families)
         if key not in self._members:
             if names:
-                each = [self._columns.identities(family) for family in families]
+                identities = [self._columns.identities(family) for family in families]
                 texts = [
-                    ascii(several) if self._hide or None not in several else None
-                    for several in zip(*each, strict=True)
+                    ascii(values) if self._hide_missing or None not in values else None
+                    for values in zip(*identities, strict=True)
                 ]
             else:
                 texts = [*self._columns.contents()]
@@ -156,32 +159,35 @@ class Guard:
         return self._members[key]
 
     def everybody(self, kind: str) -> Members:
-        """Return all rows, for answers of a kind that are told apart among themselves alone."""
+        """Return all rows, for a kind of answer that is combined only with others of its kind."""
         rows, elements = self._elements([*self._columns.contents()], False)
         return Members(kind, (), rows, elements)
 
     def _elements(self, texts: Sequence[str | None], valued: bool) -> tuple[Codes, Hashes]:
-        """Hash patient and value; rows that agree in both are told apart by their number.
+        """Return the indices of the rows that have a text, and a hash of each row.
 
-        Without values only the number tells a patient's rows apart, in the order of the texts.
+        The hash is made of patient and text, and of a number that distinguishes rows that agree in
+        both. Without values only the number, in the order of the texts, distinguishes a patient's
+        rows.
         """
         indices = [index for index, text in enumerate(texts) if text is not None]
         if not valued:
             indices.sort(key=lambda index: texts[index] or "")
         seen: Counter[tuple[str, str]] = Counter()
-        found = []
+        elements = []
         for index in indices:
-            one = (self._columns.patients[index], texts[index] or "" if valued else "")
-            found.append(self._hash("\n".join((*one, str(seen[one])))))
-            seen[one] += 1
-        return np.array(indices, np.int64), np.array(found, np.uint64)
+            text = texts[index] or "" if valued else ""
+            identity = (self._columns.patients[index], text)
+            elements.append(self._hash("\n".join((*identity, str(seen[identity])))))
+            seen[identity] += 1
+        return np.array(indices, np.int64), np.array(elements, np.uint64)
 
     def _hash(self, text: str) -> int:
         digest = hashlib.blake2b(text.encode(errors="backslashreplace"), key=self._key)
         return int.from_bytes(digest.digest()[:8])
 
     def labels(self, members: Members) -> Codes:
-        """Return (rows,) the class of each row so far; `NEW` for rows that none of them counted."""
+        """Return (rows,) the class of each row so far; `NEW` if no answer has counted the row."""
         return self._labels(members, self._partition(members.key))
 
     def _labels(self, members: Members, partition: Partition | None) -> Codes:
@@ -194,21 +200,21 @@ class Guard:
         return labels
 
     def admit(self, keys: Sequence[Members], cells: Sequence[Codes], waiting: Mask) -> bool:
-        """Write down that an answer gives rows these cells, if that may be told.
+        """Record that an answer puts rows into these cells, if the answer may leave.
 
         Parameters
         ----------
         keys : sequence of Members
-            What it tells of.
+            What the answer is about.
         cells : sequence of ndarray of int64
             For each key (rows,) cells, with `OUTSIDE` for rows that the answer leaves out.
         waiting : ndarray of bool
-            (rows,) of these the new ones are not counted yet: they remain new.
+            (rows,) rows that the answer does not count yet; those of them that are new remain new.
 
         Returns
         -------
         bool
-            Whether it may, of all keys; nothing changes where it may not.
+            Whether the answer may leave, by all keys. If not, nothing changes.
         """
         names = {name for members in keys for name in members.names}
         pairs = [
@@ -241,22 +247,26 @@ class Guard:
         Parameters
         ----------
         partition : Partition or None
-            What earlier answers have told apart; None if there were none.
+            The classes that earlier answers have made; None if there were none.
         members : Members
         cells, waiting : ndarray
             (rows,) of all the hospital's rows, as `admit` takes them.
         """
         labels = self._labels(members, partition)[members.rows]
         taken = (labels != NEW) | ~waiting[members.rows]
-        rows, elements, labels = members.rows[taken], members.elements[taken], labels[taken]
-        now, patients = cells[rows], self._patients[rows]
+        rows = members.rows[taken]
+        elements = members.elements[taken]
+        labels = labels[taken]
+        patients = self._patients[rows]
+        new_cells = cells[rows]
         if partition is not None:
             gone = ~np.isin(partition.elements, elements)
             elements = np.concatenate((elements, partition.elements[gone]))
             patients = np.concatenate((patients, partition.patients[gone]))
             labels = np.concatenate((labels, partition.labels[gone]))
-            now = np.concatenate((now, np.full(int(gone.sum()), OUTSIDE, np.int64)))
-        classes = class_codes(labels, now)
+            outside = np.full(int(gone.sum()), OUTSIDE, np.int64)
+            new_cells = np.concatenate((new_cells, outside))
+        classes = class_codes(labels, new_cells)
         patient_of_row = np.unique(patients, return_inverse=True)[1].astype(np.int64)
         if fewest_left(classes, patient_of_row, self.minimum) < self.minimum:
             return None
@@ -265,22 +275,26 @@ class Guard:
             and elements.size == partition.elements.size
             and np.unique(classes).size == np.unique(partition.labels).size
         ):
-            return partition  # Asked again: nothing is told apart that was not before.
+            return partition  # Asked again: no class is split.
         order = np.argsort(elements)
         return Partition(elements[order], patients[order], classes[order])
 
     def shown(self, run: str) -> tuple[bool, set[str] | None]:
-        """Return whether a run had pictures, and of which of the patients here any run had.
+        """Return whether a run had its pictures, and which of these patients any run has shown.
 
-        None if no run has shown anybody yet.
+        The patients are None if no run has shown anybody yet.
         """
         rows = self._connection.execute("SELECT run, patient FROM shown").fetchall()
-        seen = {patient for _, patient in rows} - {b""}
-        here = {name for name in dict.fromkeys(self._columns.patients) if self._blob(name) in seen}
-        return any(name == run for name, _ in rows), here if seen else None
+        had_pictures = any(name == run for name, _ in rows)
+        blobs = {patient for _, patient in rows} - {b""}
+        if not blobs:
+            return had_pictures, None
+        return had_pictures, {
+            name for name in dict.fromkeys(self._columns.patients) if self._blob(name) in blobs
+        }
 
     def show(self, run: str, patients: Iterable[str]) -> None:
-        """Note that a run has its pictures, and of which patients."""
+        """Record that a run has its pictures, and of which patients."""
         rows = [(run, b""), *((run, self._blob(patient)) for patient in patients)]
         self._connection.executemany("INSERT OR IGNORE INTO shown VALUES (?, ?)", rows)
 
@@ -288,7 +302,7 @@ class Guard:
         return self._hash(f"picture of {patient}").to_bytes(8)
 
     def save(self) -> None:
-        """Put the partitions into the file."""
+        """Write the changed partitions into the file."""
         self._connection.executemany(
             "INSERT OR REPLACE INTO partitions VALUES (?, ?, ?, ?)",
             [
@@ -302,8 +316,10 @@ class Guard:
             query = "SELECT elements, patients, labels FROM partitions WHERE key = ?"
             row = self._connection.execute(query, (key,)).fetchone()
             if row is not None:
-                kinds = (np.uint64, np.uint64, np.int64)
-                parts: Any = [np.frombuffer(b, k) for b, k in zip(row, kinds, strict=True)]
+                dtypes = (np.uint64, np.uint64, np.int64)
+                parts: Any = [
+                    np.frombuffer(blob, dtype) for blob, dtype in zip(row, dtypes, strict=True)
+                ]
                 if len({part.size for part in parts}) > 1:
                     raise sqlite3.DatabaseError(f"the partition of {key!r} is damaged")
                 row = Partition(*parts)
@@ -315,14 +331,15 @@ class Guard:
 def open_guard(
     path: Path, columns: Columns, minimum: int, hide_missing: bool = False
 ) -> Iterator[Guard]:
-    """Open a hospital's file; what was admitted has reached the disk when this is left.
+    """Open a hospital's file; when the block ends, what was admitted has reached the disk.
 
-    Also if it is left by an error: what may be told once was perhaps told, by the error.
+    That holds also if the block ends with an error, which may have disclosed the answer.
 
     Raises
     ------
     InputError
-        If the file is none of these, is damaged or cannot be written: nothing may be told then.
+        If the file is not a hospital's record of answers, is damaged or cannot be written. Nothing
+        may leave then.
     """
     failure: BaseException | None = None
     with _opened(path) as connection:
@@ -332,7 +349,7 @@ def open_guard(
         except (sqlite3.Error, OSError):
             raise
         except BaseException as error:
-            # Raised behind the commit, which it would take back here.
+            # Raised after the commit: raised here, it would undo the commit.
             failure = error
         guard.save()
     if failure is not None:
@@ -340,10 +357,9 @@ def open_guard(
 
 
 def note_compared(path: Path, values: Iterable[tuple[str, float | str]], most: int) -> None:
-    """Note that rows are told apart by values of columns, or by multiples of widths.
+    """Record the values of columns, or the widths, by which a request distinguishes rows.
 
-    What is noted has reached the disk when this returns or declines, whatever becomes of the
-    request.
+    The record has reached the disk when this returns or declines, whatever becomes of the request.
 
     Parameters
     ----------
@@ -352,27 +368,29 @@ def note_compared(path: Path, values: Iterable[tuple[str, float | str]], most: i
     values : iterable of (str, float or str)
         Column and value.
     most : int
-        How many different values a column may have, all requests together; no more are noted.
+        How many different values a column may have, all requests together; no more are recorded.
 
     Raises
     ------
     DeclinedError
-        If a column has had `most` others: with enough of them the values of single patients
-        could be found by what is refused.
+        If a column has already had `most` other values. With enough of them the values of single
+        patients could be found from what is refused.
     InputError
         If the file cannot be used; see `open_guard`.
     """
     with _opened(path) as connection:
-        passed = [column for column, value in values if not _noted(connection, column, value, most)]
-    if passed:
+        exhausted = [
+            column for column, value in values if not _record(connection, column, value, most)
+        ]
+    if exhausted:
         raise DeclinedError(
-            f"conditions on {passed[0]}, and widths of its cells, may use {most} different values "
-            "in all, and have"
+            f"conditions on {exhausted[0]}, and widths of its cells, may use {most} different "
+            "values in all requests together, which are used up: ask with earlier values"
         )
 
 
-def _noted(connection: sqlite3.Connection, column: str, value: float | str, most: int) -> bool:
-    """Note one value of a column where it may be, and return whether it may."""
+def _record(connection: sqlite3.Connection, column: str, value: float | str, most: int) -> bool:
+    """Record one value of a column, if it may have one more; return whether it is recorded."""
     query = "SELECT value FROM compared WHERE column_name = ?"
     values = {known for (known,) in connection.execute(query, (column,))} | {ascii(value)}
     if len(values) > most:
@@ -383,24 +401,25 @@ def _noted(connection: sqlite3.Connection, column: str, value: float | str, most
 
 @contextmanager
 def _opened(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open one transaction on a hospital's file, which is made where there is none."""
+    """Open one transaction on a hospital's file, which is created if it is missing."""
     try:
         if not path.exists():
             _create(path)
         with transaction(path, "rw", _SCHEMA) as connection:
             query = "SELECT value FROM about WHERE key = 'version'"
-            if (version := connection.execute(query).fetchone()) != (_VERSION,):
+            version = connection.execute(query).fetchone()
+            if version != (_VERSION,):
                 raise sqlite3.DatabaseError(f"version {version} instead of {_VERSION}")
             yield connection
     except (sqlite3.Error, OSError) as error:
         raise InputError(
-            f"the record of answers {path} cannot be used ({error}): mend its place, or restore it "
-            "from a copy; without it nobody knows what was told before"
+            f"the record of answers {path} cannot be used ({error}): repair its folder, or restore "
+            "it from a copy; without it nobody knows what was disclosed before"
         ) from error
 
 
 def _create(path: Path) -> None:
-    """Make the file whole and then give it its name, so that an empty one is always damage."""
+    """Complete the file before it gets its name, so that an empty file is always a damaged one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:

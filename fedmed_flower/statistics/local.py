@@ -2,10 +2,10 @@
 
 Numbers count rows; the minimum counts patients.
 
-An error may not depend on whether a group could be told of, else it would tell that too. So a
-request is looked at in three steps, of which each has left its trace in the hospital's file before
-the next begins: the values it compares with are noted, it is held against the columns, and it is
-answered.
+An error must not depend on whether a group may be disclosed, because it would disclose that. So a
+request is handled in three steps: the values that it compares with are recorded, it is checked
+against the columns, and it is answered. What a step records has reached the hospital's file before
+the next begins.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ MOST_COMPARED = 20
 OTHERS = "all others"
 FEW = "fewer patients than the minimum, alone or beside earlier answers"
 MISSING = "there is no such column of single values"
-_MOST_WEEKS, _MOST_CELLS = 10_000, 1_000_000
-# Beyond that a week has no number of its own.
+_MOST_WEEKS = 10_000
+_MOST_CELLS = 1_000_000
+# Later days count as this one: floats far beyond it cannot distinguish two weeks.
 _LAST_DAY = 1e15
 
 
@@ -56,7 +57,7 @@ def answer_exactly(
     hide_missing: bool = False,
     most_compared: int = MOST_COMPARED,
 ) -> Reported:
-    """Answer a request as far as that may be told beside earlier answers, and write that down.
+    """Answer a request as far as the answer may leave beside earlier ones, and record that.
 
     Parameters
     ----------
@@ -65,9 +66,9 @@ def answer_exactly(
     columns : Columns
     request : Request
     minimum : int
-        The fewest patients of whom a number is told; at least 1.
+        The fewest patients behind a number that leaves; at least 1.
     hide_missing : bool
-        That a row lacks a value is then told of the minimum of patients only.
+        If true, the rows without a value are of no patient or of at least `minimum`, like others.
     most_compared : int
         How many different values the conditions on one column, and the widths of its cells, may
         use, all requests together.
@@ -80,8 +81,8 @@ def answer_exactly(
     Raises
     ------
     InputError
-        If conditions, `by`, `weekly` or survival name what is not there or does not fit, which
-        the columns decide and no condition; or where the file cannot be used.
+        If conditions, `by`, `weekly` or survival name a column that is missing or does not fit,
+        whoever meets the conditions; or if the file cannot be used.
     DeclinedError
         If conditions on a column, or its widths, have used too many values.
     """
@@ -92,23 +93,26 @@ def answer_exactly(
 
 
 def _compared(columns: Columns, request: Request) -> list[tuple[str, float | str]]:
-    """Return by which values of columns that are there a request tells rows apart."""
-    found = [(condition.column, condition.value) for condition in request.where]
+    """Return the values by which a request distinguishes rows, with their columns.
+
+    Columns that the hospital lacks are left out.
+    """
+    compared = [(condition.column, condition.value) for condition in request.where]
     if request.by_width:
-        found.append((request.by, request.by_width))
+        compared.append((request.by, request.by_width))
     if request.survival is not None:
         time, _, *lengths = request.survival
-        found += [(time, length) for length in lengths]
+        compared += [(time, length) for length in lengths]
     if "histograms" in request.kinds:
         for name in _wanted(columns, request):
             width = columns.declared.resolution(name)
             if width is not None and not columns.is_categorical(name):
-                found.append((name, width))
-    return [(name, value) for name, value in found if name in columns.names]
+                compared.append((name, width))
+    return [(name, value) for name, value in compared if name in columns.names]
 
 
 def _require_sound(columns: Columns, request: Request) -> None:
-    """Raise `InputError` where a request names what is not there, or what does not fit."""
+    """Raise `InputError` if a request names a column that is missing or does not fit."""
     for condition in request.where:
         columns.require(condition.column)
         require_comparable(condition, columns.is_categorical(condition.column))
@@ -122,8 +126,8 @@ def _require_sound(columns: Columns, request: Request) -> None:
 
 
 def _wanted(columns: Columns, request: Request) -> list[str]:
-    """Return the columns that are asked for and are there."""
-    # The curve tells of its columns; beside a table of events it would often be withheld.
+    """Return the columns that are asked for and exist."""
+    # The curve covers its own columns; beside a table of events it would often be withheld.
     others = (request.by, request.weekly, *(request.survival or ())[:2])
     wanted = request.columns or tuple(name for name in columns.names if name not in others)
     return [name for name in wanted if name in columns.names]
@@ -140,10 +144,12 @@ class Local:
     """
 
     def __init__(self, columns: Columns, request: Request, guard: Guard) -> None:
-        self._columns, self._request, self._guard = columns, request, guard
+        self._columns = columns
+        self._request = request
+        self._guard = guard
         self._group = ""
         self._withheld: list[list[str]] = []
-        # Rows that have come since earlier answers, and are too few to be told of.
+        # Rows that came after earlier answers and are too few to be counted.
         self._waiting = np.zeros(columns.count, bool)
 
     def answer(self) -> Reported:
@@ -155,8 +161,8 @@ class Local:
             entry: Reported = {"name": name, "start": start, "rows": int(inside.sum())}
             entry |= {"patients": patients, "numeric": {}, "categorical": {}}
             reported.append(entry | {"correlations": [], "pairs": []})
-        # What cannot be told more coarsely goes first, and histograms go last: they make do with
-        # the cells that are left to them.
+        # Parts that cannot be made coarser go first. Histograms go last: they can use whatever
+        # cells the other parts leave.
         for part in (
             self._moments,
             self._correlations,
@@ -172,38 +178,41 @@ class Local:
         return {"groups": reported, "withheld": self._withheld}
 
     def _or_withheld(self, part: Callable[..., Any], what: str, *arguments: Any) -> Any:
-        """Return a part of the answer; where it fails, it is withheld as if it were of too few.
+        """Return a part of the answer; if it fails, withhold it as if it had too few patients.
 
-        `part` takes what it is called, and the arguments.
+        `part` takes `what`, its name in the answer, and the arguments.
         """
         try:
             return part(what, *arguments)
         except (sqlite3.Error, OSError):
-            # Of the file, which is the same trouble for every question.
+            # The file has failed, which does not depend on the question.
             raise
         except Exception:
-            # That something failed could tell that there was somebody for whom it could.
+            # The failure itself could disclose that somebody is in the group.
             log.exception("%s could not be computed and is withheld", what)
             return self._withhold(what)
 
     def _groups(self, what: str) -> list[tuple[str, float | None, Mask]]:
-        """Return name, start of the window and rows of each group that may be told of."""
-        request, columns, guard = self._request, self._columns, self._guard
-        met = [columns.meets(condition) for condition in request.where]
-        inside = np.logical_and.reduce([np.ones(columns.count, bool), *met])
+        """Return name, start of the window and rows of each group that may be disclosed."""
+        request = self._request
+        columns = self._columns
+        guard = self._guard
+        masks = [columns.meets(condition) for condition in request.where]
+        inside = np.logical_and.reduce([np.ones(columns.count, bool), *masks])
         labels, names = self._by()
         everybody = guard.members()
         for usable, waiting in self._attempts(inside & (labels >= 0), everybody):
-            old, patient_of_row = guard.labels(everybody)[usable], columns.patient_of_row[usable]
-            pooled = pool_small(labels[usable], old, patient_of_row, guard.minimum)
+            classes = guard.labels(everybody)[usable]
+            patient_of_row = columns.patient_of_row[usable]
+            pooled = pool_small(labels[usable], classes, patient_of_row, guard.minimum)
             if pooled is None:
                 continue
             reported = np.full(columns.count, OUTSIDE, np.int64)
             reported[usable] = np.where(pooled < 0, len(names), pooled)
-            # Of each variable in a condition the rows are told apart by that condition alone; of
-            # the hospital's rows by all of them, as if each had been asked for by itself.
-            cells: dict[str, list[Codes]] = {"": [reported, *(m.astype(np.int64) for m in met)]}
-            for condition, mask in zip(request.where, met, strict=True):
+            # The conditions on a column split its rows; all conditions split the rows as such, as
+            # if each had been asked for by itself.
+            cells: dict[str, list[Codes]] = {"": [reported, *(m.astype(np.int64) for m in masks)]}
+            for condition, mask in zip(request.where, masks, strict=True):
                 cells.setdefault(condition.column, []).append(mask.astype(np.int64))
             if request.by:
                 cells.setdefault(request.by, []).append(reported)
@@ -219,18 +228,21 @@ class Local:
         return []
 
     def _by(self) -> tuple[Codes, list[tuple[str, float | None]]]:
-        """Return the group of each row, -1 for none, and name and start of each group."""
-        name, width, columns = self._request.by, self._request.by_width, self._columns
+        """Return each row's group, -1 if it is in no group, and each group's name and start."""
+        name = self._request.by
+        width = self._request.by_width
+        columns = self._columns
         if not name:
             return np.zeros(columns.count, np.int64), [("", None)]
         if not width:
             codes, texts = columns.codes(name)
             return codes, [(text[:200], None) for text in texts]
         days, dated = columns.days(name)
-        labels, known = np.full(days.size, OUTSIDE, np.int64), ~np.isnan(days)
+        known = ~np.isnan(days)
         steps, width = grid(days[known], width)
-        found, labels[known] = np.unique(steps, return_inverse=True)
-        starts = [float(step * width) for step in found]
+        labels = np.full(days.size, OUTSIDE, np.int64)
+        distinct, labels[known] = np.unique(steps, return_inverse=True)
+        starts = [float(step * width) for step in distinct]
         if dated:
             return labels, [(f"from {_date(start)}", start) for start in starts]
         return labels, [(f"{start:g} to {start + width:g}", start) for start in starts]
@@ -242,7 +254,8 @@ class Local:
 
     def _moments_of(self, name: str, entry: Reported, inside: Mask) -> None:
         guard = self._guard
-        members, numbers = guard.members(name), self._columns.numbers(name)
+        members = guard.members(name)
+        numbers = self._columns.numbers(name)
         for usable, waiting in self._attempts(inside & ~np.isnan(numbers), members):
             if guard.admit([members], [self._cells(inside, usable, 0)], waiting):
                 reported = _counted(inside, usable)
@@ -257,17 +270,21 @@ class Local:
             return
         for name, reported in entry["numeric"].items():
             if reported["n"]:
-                found = self._or_withheld(self._histogram, f"histogram of {name}", name, inside)
-                if found is not None:
-                    reported["histogram"] = found
+                histogram = self._or_withheld(self._histogram, f"histogram of {name}", name, inside)
+                if histogram is not None:
+                    reported["histogram"] = histogram
 
     def _histogram(self, what: str, name: str, inside: Mask) -> Reported | None:
-        guard, columns = self._guard, self._columns
-        if (asked := columns.declared.resolution(name)) is None:
-            return self._withhold(what, "nothing says how finely to tell it")
-        numbers, members = columns.numbers(name), guard.members(name)
+        guard = self._guard
+        columns = self._columns
+        asked = columns.declared.resolution(name)
+        if asked is None:
+            return self._withhold(what, "it has neither a resolution nor a declared range")
+        numbers = columns.numbers(name)
+        members = guard.members(name)
         for usable, waiting in self._attempts(inside & ~np.isnan(numbers), members):
-            values, patient_of_row = numbers[usable], columns.patient_of_row[usable]
+            values = numbers[usable]
+            patient_of_row = columns.patient_of_row[usable]
             steps, width = grid(values, asked)
             while not coarse_enough(steps, patient_of_row, guard.minimum) and width < 1e100:
                 steps, width = grid(values, 2 * width)
@@ -275,8 +292,8 @@ class Local:
             bins = merge_neighbours(steps, [labels], patient_of_row, guard.minimum)
             if bins is None:
                 continue
-            # Where a bin had to be merged its lower end is not told, nor the upper one of the last:
-            # the lowest and the highest value are those of the minimum of patients, or unknown.
+            # The lower end of a merged bin is not disclosed, nor the upper end of a merged last
+            # bin: the lowest and the highest value are of the minimum of patients, or unknown.
             full = [end for low, high in bins if low == high for end in (low, high + 1)]
             edges = sorted({*full, *(high + 1 for _, high in bins[:-1])})
             indices = np.searchsorted(np.array(edges, np.int64), steps, side="right")
@@ -295,23 +312,27 @@ class Local:
                 self._or_withheld(self._categories_of, name, entry, inside)
 
     def _categories_of(self, name: str, entry: Reported, inside: Mask) -> None:
-        guard, columns = self._guard, self._columns
+        guard = self._guard
+        columns = self._columns
         tabulated = "tables" in self._request.kinds
-        members, (codes, texts) = guard.members(name), columns.codes(name)
+        members = guard.members(name)
+        codes, texts = columns.codes(name)
         attempts = list(self._attempts(inside & (codes >= 0), members))
-        # Rather a table without new rows than one in which no category can be named.
+        # A table without new rows is better than one in which no category can be named.
         for number, (usable, waiting) in enumerate([*attempts, *attempts]):
-            labels, patient_of_row = guard.labels(members)[usable], columns.patient_of_row[usable]
+            labels = guard.labels(members)[usable]
+            patient_of_row = columns.patient_of_row[usable]
             pooled = pool_small(codes[usable] * tabulated, labels, patient_of_row, guard.minimum)
             if pooled is None or (number < len(attempts) and not (pooled >= 0).any()):
                 continue
-            several = np.where(pooled < 0, len(texts), pooled)
-            if guard.admit([members], [self._cells(inside, usable, several)], waiting):
+            cells = self._cells(inside, usable, np.where(pooled < 0, len(texts), pooled))
+            if guard.admit([members], [cells], waiting):
                 reported = _counted(inside, usable)
                 if tabulated:
-                    found, counts = np.unique(pooled[pooled >= 0], return_counts=True)
-                    reported["names"] = [texts[code][:200] for code in found]
-                    reported["counts"], reported["few"] = counts.tolist(), int((pooled < 0).sum())
+                    named, counts = np.unique(pooled[pooled >= 0], return_counts=True)
+                    reported["names"] = [texts[code][:200] for code in named]
+                    reported["counts"] = counts.tolist()
+                    reported["few"] = int((pooled < 0).sum())
                 entry["categorical"][name] = reported
                 return
         self._withhold(name)
@@ -331,8 +352,10 @@ class Local:
                 entry["pairs"].append(reported)
 
     def _correlation(self, what: str, one: str, other: str, inside: Mask) -> Reported | None:
-        guard, columns = self._guard, self._columns
-        x, y = columns.numbers(one), columns.numbers(other)
+        guard = self._guard
+        columns = self._columns
+        x = columns.numbers(one)
+        y = columns.numbers(other)
         keys = [guard.members(one), guard.members(other)]
         for usable, waiting in self._attempts(inside & ~np.isnan(x + y), *keys):
             cells = self._cells(inside, usable, 0)
@@ -343,13 +366,15 @@ class Local:
         return self._withhold(what)
 
     def _pair(self, what: str, one: str, other: str, inside: Mask) -> Reported | None:
-        guard, columns = self._guard, self._columns
+        guard = self._guard
+        columns = self._columns
         for name in (one, other):
             if name not in columns.names:
                 return self._withhold(what, MISSING)
             if not columns.is_categorical(name):
                 return self._withhold(what, f"{name} holds numbers and is not declared categorical")
-        (a, names), (b, others) = columns.codes(one), columns.codes(other)
+        a, names = columns.codes(one)
+        b, others = columns.codes(other)
         joint = a * len(others) + b
         keys = [guard.members(one), guard.members(other), guard.members(one, other)]
         for usable, waiting in self._attempts(inside & (a >= 0) & (b >= 0), *keys):
@@ -357,12 +382,12 @@ class Local:
             cells = [self._cells(inside, usable, codes[usable]) for codes in (a, b, joint)]
             small = fewest(classes, columns.patient_of_row[usable]) < guard.minimum
             if usable.any() and not small and guard.admit(keys, cells, waiting):
-                rows, row_of = np.unique(a[usable], return_inverse=True)
-                across, column_of = np.unique(b[usable], return_inverse=True)
+                rows, row_indices = np.unique(a[usable], return_inverse=True)
+                across, column_indices = np.unique(b[usable], return_inverse=True)
                 if rows.size * across.size > _MOST_CELLS:
                     return self._withhold(what, f"it has more than {_MOST_CELLS:,} cells")
                 table = np.zeros((rows.size, across.size), np.int64)
-                np.add.at(table, (row_of, column_of), 1)
+                np.add.at(table, (row_indices, column_indices), 1)
                 return {
                     "columns": [one, other],
                     "rows": [names[code][:200] for code in rows],
@@ -377,31 +402,33 @@ class Local:
             self._or_withheld(self._survival_of, what, asked, entry, inside)
 
     def _survival_of(self, what: str, asked: Survival, entry: Reported, inside: Mask) -> None:
-        guard, columns = self._guard, self._columns
+        guard = self._guard
+        columns = self._columns
         times, events = columns.survival(asked)
         keys = [guard.members(*names) for names in ((asked.time,), (asked.event,), asked[:2])]
         for usable, waiting in self._attempts(inside & ~np.isnan(times), *keys):
-            happened, patient_of_row, width = (
-                events[usable],
-                columns.patient_of_row[usable],
-                asked.width,
-            )
             if not usable.any():
                 continue
-            steps, end = _upward(times[usable], width), _upward(asked.horizon, width)
+            happened = events[usable]
+            patient_of_row = columns.patient_of_row[usable]
+            width = asked.width
+            steps = _upward(times[usable], width)
+            end = _upward(asked.horizon, width)
             while end > 1 and not coarse_enough(
                 2 * steps + happened, patient_of_row, guard.minimum
             ):
                 width *= 2
-                steps, end = _upward(times[usable], width), _upward(asked.horizon, width)
+                steps = _upward(times[usable], width)
+                end = _upward(asked.horizon, width)
             labels = [guard.labels(key)[usable] for key in keys]
-            apart = [labels[0], class_codes(labels[2], happened)]
-            bins = merge_neighbours(steps, apart, patient_of_row, guard.minimum)
+            constraints = [labels[0], class_codes(labels[2], happened)]
+            bins = merge_neighbours(steps, constraints, patient_of_row, guard.minimum)
             if bins is None:
                 continue
             ends = [high for _, high in bins]
-            # Where the last bin had to be merged, the longest time is not told.
-            ends[-1] = ends[-1] if bins[-1][0] == bins[-1][1] else int(end)
+            # If the last bin is merged, the longest time is not disclosed.
+            if bins[-1][0] != bins[-1][1]:
+                ends[-1] = int(end)
             indices = np.searchsorted(np.array(ends), steps)
             values = (indices, happened, 2 * indices + happened)
             cells = [self._cells(inside, usable, value) for value in values]
@@ -425,7 +452,8 @@ class Local:
             self._or_withheld(self._weeks_of, f"weeks by {name}", name, entry, inside)
 
     def _weeks_of(self, what: str, name: str, entry: Reported, inside: Mask) -> None:
-        guard, columns = self._guard, self._columns
+        guard = self._guard
+        columns = self._columns
         days, dated = columns.days(name)
         days = np.clip(days, -_LAST_DAY, _LAST_DAY)
         members = guard.members(name)
@@ -433,7 +461,8 @@ class Local:
             # The first day of the calendar is a Monday.
             steps = np.floor((days[usable] - dated) / 7).astype(np.int64)
             weeks, indices = np.unique(steps, return_inverse=True)
-            labels, patient_of_row = guard.labels(members)[usable], columns.patient_of_row[usable]
+            labels = guard.labels(members)[usable]
+            patient_of_row = columns.patient_of_row[usable]
             pooled = pool_small(indices.astype(np.int64), labels, patient_of_row, guard.minimum)
             if pooled is None or not (pooled >= 0).any():
                 continue
@@ -455,13 +484,15 @@ class Local:
         self._withhold(what)
 
     def _attempts(self, usable: Mask, *keys: Members) -> Iterator[tuple[Mask, Mask]]:
-        """Give the rows of an answer and those that wait.
+        """Yield the rows of an answer, and those that wait.
 
-        First all rows are in it; then, where new ones are too few to be told of, the known ones.
+        First all rows are in it. If that answer may not leave, new rows may be too few: the second
+        attempt has only rows that earlier answers have counted.
         """
         yield usable & ~self._waiting, self._waiting
         new = self._waiting | np.logical_or.reduce([self._guard.labels(k) == NEW for k in keys])
-        if (known := usable & ~new).any() or not usable.any():
+        known = usable & ~new
+        if known.any() or not usable.any():
             yield known, new
 
     def _cells(self, inside: Mask, usable: Mask, values: Codes | int) -> Codes:
@@ -476,7 +507,7 @@ class Local:
 
 
 def moments(values: list[float]) -> Reported:
-    """Return number, mean and sum of squared deviations, the mean with what rounding left over."""
+    """Return number, mean, what rounding took from the mean, and sum of squared deviations."""
     count = len(values)
     mean = math.fsum(values) / count
     rest = math.fsum(value - mean for value in values) / count
@@ -484,9 +515,9 @@ def moments(values: list[float]) -> Reported:
     return {"n": count, "mean": mean, "rest": rest, "m2": squares}
 
 
-def comoment(x: Any, y: Any, of_x: Reported, of_y: Reported) -> float:
+def comoment(x: Any, y: Any, moments_x: Reported, moments_y: Reported) -> float:
     """Return the sum of products of deviations."""
-    first, second = (v - m["mean"] - m["rest"] for v, m in ((x, of_x), (y, of_y)))
+    first, second = (v - m["mean"] - m["rest"] for v, m in ((x, moments_x), (y, moments_y)))
     return math.fsum(first * second)
 
 

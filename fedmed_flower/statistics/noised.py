@@ -1,14 +1,14 @@
 """What one hospital answers with noise, so that a privacy budget covers it.
 
-One vector holds everything that is counted and summed. A row adds a vector to it whose length is
-at most `Plan.bound`, and a patient the mean of these over all rows of that patient, so that one
-patient with all records, in or out, changes the whole by no more than that. Gaussian noise on each
-number then makes it one release with the noise multiplier std / bound.
+One vector holds everything that is counted and summed. Each row has a vector of length `Plan.bound`
+or less, and a patient adds the mean of the vectors of all the patient's rows. So one patient, with
+all rows in or out, changes the sum by at most that bound. Gaussian noise on each number then makes
+it one release with the noise multiplier std / bound.
 
-What a row adds may follow from the row and from what is declared, and from nothing else: if other
-patients' rows decided how it is read, one of them could move the vector by more. So a plan is made
-before there are rows, and each cell is read by itself. A cell that does not fit its column counts
-as missing, and so does a column that is not there.
+What a row adds depends only on the row and on what is declared. If other patients' rows decided how
+it is read, one of them could change the sum by more. So a plan is made before any row is read, and
+each cell is read by itself. A cell that does not fit its column counts as missing, and so does the
+cell of a column that a row lacks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from fedmed_flower.statistics.request import Filter, Request, Survival, require_
 from fedmed_flower.statistics.types import Codes, Floats, Mask, Reported
 from fedmed_flower.statistics.values import cells_of, numbers_meet, numbers_of, text_of, texts_meet
 
-_MOST_BINS, _MOST_CORRELATED, _MOST_NUMBERS = 200, 50, 1_000_000
+_MOST_BINS = 200
+_MOST_CORRELATED = 50
+_MOST_NUMBERS = 1_000_000
 _UNDECLARED = "with noise a column needs a declared range, or declared categories"
 _SMALL = "its count, with noise, is below the minimum"
 
@@ -42,26 +44,28 @@ class Cells:
     Parameters
     ----------
     rows : sequence of dict
-        Of one whose ``patient`` is none nothing is read.
+        A row whose ``patient`` is not a valid name is left out.
     declared : Declared
 
     Attributes
     ----------
     patients : list of str
-        Of each row that is read.
+        The patient of each row that is not left out.
     """
 
     def __init__(self, rows: Sequence[Row], declared: Declared) -> None:
         named = [(patient, row) for row in rows if (patient := _patient(row)) is not None]
         self.patients = [patient for patient, _ in named]
-        self._rows, self._declared = [row for _, row in named], declared
+        self._rows = [row for _, row in named]
+        self._declared = declared
         self._codes: dict[str, Codes] = {}
         self._scaled: dict[str, tuple[Floats, Mask]] = {}
 
     def codes(self, name: str) -> Codes:
         """Return (rows,) the number of each row's category of a column.
 
-        Behind those that are declared are all other categories, and then a missing one.
+        The declared categories come first. One number behind them stands for all other categories,
+        and the last for a missing value.
         """
         if name not in self._codes:
             names = self._declared.categories[name]
@@ -72,13 +76,17 @@ class Cells:
         return self._codes[name]
 
     def scaled(self, name: str) -> tuple[Floats, Mask]:
-        """Return a column clipped to its range as -1 to 1, 0 if it is missing, and where not."""
+        """Return a column clipped to its range and scaled to -1 to 1, and which rows have a value.
+
+        A missing value is 0.
+        """
         if name not in self._scaled:
-            (low, high), numbers = map(float, self._declared.ranges[name]), self._numbers(name)
+            low, high = map(float, self._declared.ranges[name])
+            numbers = self._numbers(name)
             present = ~np.isnan(numbers)
             with np.errstate(over="ignore"):
                 scaled = (np.where(present, numbers, low) - low) / (high - low) * 2 - 1
-            # Last, so that the bound holds whatever the arithmetic has made of an odd range.
+            # Clipped last: the bound must hold whatever rounding makes of an extreme range.
             scaled = np.where(present, np.clip(np.nan_to_num(scaled), -1.0, 1.0), 0.0)
             self._scaled[name] = scaled, present
         return self._scaled[name]
@@ -109,14 +117,14 @@ class Block:
     kind : {"patients", "table", "moments", "pair", "correlation", "survival"}
     columns : tuple of str
     values : callable
-        Maps `Cells` to (rows, numbers) what each row adds; or, for counts, to (rows,) which number
-        it adds 1 to.
+        Maps `Cells` to (rows, numbers), what each row adds. For counts it maps to (rows,), the
+        index of the number to which each row adds 1.
     size : int
         How many numbers.
     bound : float
         The greatest length of what a row adds.
     about : dict
-        What makes an answer of the numbers.
+        What else the answer says: edges or times of the cells, shape of the table.
     """
 
     kind: str
@@ -140,6 +148,7 @@ class Plan:
     where : tuple of Filter
         The conditions that rows meet.
     withheld : list of (str, str, str)
+        Group, what is withheld, and why.
     declared : Declared
     """
 
@@ -160,12 +169,12 @@ class Plan:
         _, patient_of_row = np.unique(cells.patients, return_inverse=True)
         weights = 1.0 / np.bincount(patient_of_row)[patient_of_row]
         labels = self._labels(cells)
-        rows_of = [np.flatnonzero(labels == number) for number in range(len(self.groups))]
-        found = [_sums(block, block.values(cells), rows_of, weights) for block in self.blocks]
-        return np.concatenate(found, axis=1)
+        groups = [np.flatnonzero(labels == number) for number in range(len(self.groups))]
+        sums = [_sums(block, block.values(cells), groups, weights) for block in self.blocks]
+        return np.concatenate(sums, axis=1)
 
     def _labels(self, cells: Cells) -> Codes:
-        """Return (rows,) the group of each row, -1 for none."""
+        """Return (rows,) the group of each row, -1 if the row is in no group."""
         labels = np.zeros(len(cells.patients), np.int64)
         if self.by:
             labels = cells.codes(self.by).copy()
@@ -176,13 +185,13 @@ class Plan:
 
 
 def plan(request: Request, declared: Declared) -> Plan:
-    """Return what a request counts, which it and the schema decide.
+    """Return what is counted, as request and schema decide.
 
     Raises
     ------
     InputError
-        If no column is named, a condition or `by` is of one that is not declared or does not fit
-        it, request and schema declare a column otherwise, or too much is asked at once.
+        If no column is named, a condition or `by` uses a column that is not declared or that it
+        does not fit, request and schema declare a column differently, or too much is asked at once.
     """
     names = request.columns or tuple(dict.fromkeys((*declared.ranges, *declared.categories)))
     _require_declared(request, declared, names)
@@ -206,9 +215,11 @@ def plan(request: Request, declared: Declared) -> Plan:
     if request.survival is not None:
         blocks.append(_survival(request.survival))
     groups = tuple(declared.categories[request.by]) if request.by else ("",)
-    if (size := len(groups) * sum(block.size for block in blocks)) > _MOST_NUMBERS:
+    size = len(groups) * sum(block.size for block in blocks)
+    if size > _MOST_NUMBERS:
         raise InputError(
-            f"with noise at most {_MOST_NUMBERS:,} numbers can be asked for, got {size:,}"
+            f"with noise at most {_MOST_NUMBERS:,} numbers can be asked for, got {size:,}: ask for "
+            "fewer columns, pairs or groups"
         )
     return Plan(blocks, groups, request.by, request.where, withheld, declared)
 
@@ -220,25 +231,26 @@ def noised(
     sums = planned.sums(cells)
     noise = gaussian(sums.size, noise_multiplier * planned.bound, secure_generator())
     sums += noise.reshape(sums.shape)
-    groups, withheld = [], list(planned.withheld)
+    groups = []
+    withheld = list(planned.withheld)
     for name, vector in zip(planned.groups, sums, strict=True):
-        reported, small = _told(name, planned.blocks, vector, planned.declared, minimum)
+        reported, small = _answer_of_group(name, planned.blocks, vector, planned.declared, minimum)
         groups.append(reported)
         withheld += [[name, what, _SMALL] for what in small]
     return groups, withheld
 
 
 def _patient(row: Row) -> str | None:
-    """Return whose row it is; None if that is no patient."""
+    """Return the patient of a row; None if the row has no valid one."""
     try:
         return patient_text(row["patient"])
     except Exception:
-        # Whatever stands there: with an error in its place one row would decide over the answer.
+        # Whatever the cell holds: an error would let one row decide whether there is an answer.
         return None
 
 
 def _require_declared(request: Request, declared: Declared, names: Sequence[str]) -> None:
-    """Raise `InputError` where a request cannot be answered by what is declared."""
+    """Raise `InputError` if a request needs what is not declared."""
     declared.require_agreement()
     if not names:
         raise InputError(f"{_UNDECLARED}: name columns, and declare them")
@@ -254,17 +266,21 @@ def _require_declared(request: Request, declared: Declared, names: Sequence[str]
     numeric = sum(declared.has_range(name) for name in names)
     if "correlations" in request.kinds and numeric > _MOST_CORRELATED:
         raise InputError(
-            f"correlations with noise are of at most {_MOST_CORRELATED} columns, got {numeric}"
+            f"correlations with noise are of at most {_MOST_CORRELATED} columns, got {numeric}: "
+            "name fewer columns"
         )
 
 
-def _sums(block: Block, values: NDArray[Any], rows_of: Sequence[Codes], weights: Floats) -> Floats:
-    """Return (groups, numbers) what the rows of each group add, each by its weight."""
+def _sums(block: Block, values: NDArray[Any], groups: Sequence[Codes], weights: Floats) -> Floats:
+    """Return (groups, numbers), the weighted sum of what the rows of each group add.
+
+    `groups` holds the indices of each group's rows.
+    """
     if values.ndim == 1:
-        each = [np.bincount(values[here], weights[here], block.size) for here in rows_of]
+        sums = [np.bincount(values[rows], weights[rows], block.size) for rows in groups]
     else:
-        each = [weights[here] @ values[here] for here in rows_of]
-    return np.array(each, np.float64)
+        sums = [weights[rows] @ values[rows] for rows in groups]
+    return np.array(sums, np.float64)
 
 
 def _everybody(cells: Cells) -> Codes:
@@ -277,15 +293,16 @@ def _table(declared: Declared, name: str) -> Block:
 
 
 def _numeric(request: Request, declared: Declared, name: str) -> list[Block]:
-    (low, high), bins = declared.ranges[name], 1
+    low, high = declared.ranges[name]
+    bins = 1
     if "histograms" in request.kinds:
         width = declared.resolution(name) or high - low
         bins = max(1, math.ceil(min((high - low) / width, _MOST_BINS)))
 
     def indices(cells: Cells) -> Codes:
         scaled, present = cells.scaled(name)
-        found = np.clip(((scaled + 1) / 2 * bins).astype(np.int64), 0, bins - 1)
-        return np.where(present, found, bins)
+        inside = np.clip(((scaled + 1) / 2 * bins).astype(np.int64), 0, bins - 1)
+        return np.where(present, inside, bins)
 
     def squares(cells: Cells) -> Floats:
         scaled, _ = cells.scaled(name)
@@ -309,8 +326,9 @@ def _pair(declared: Declared, one: str, other: str) -> Block:
 
 def _correlation(one: str, other: str) -> Block:
     def products(cells: Cells) -> Floats:
-        (x, first), (y, second) = cells.scaled(one), cells.scaled(other)
-        both = first & second
+        x, x_present = cells.scaled(one)
+        y, y_present = cells.scaled(other)
+        both = x_present & y_present
         return np.column_stack((np.ones_like(x), x, y, x * x, y * y, x * y)) * both[:, None]
 
     return Block("correlation", (one, other), products, 6, math.sqrt(6))
@@ -330,16 +348,17 @@ def _survival(asked: Survival) -> Block:
     return Block("survival", asked[:2], indices, 2 * count + 1, 1.0, {"times": ends})
 
 
-def _told(
+def _answer_of_group(
     name: str, blocks: list[Block], vector: Floats, declared: Declared, minimum: int
 ) -> tuple[Reported, list[str]]:
-    """Return the answer that noised numbers give, without what they say of too few patients."""
+    """Return a group's answer made from noised numbers, and what is left out as too small."""
     reported: Reported = {"name": name, "start": None, "numeric": {}, "categorical": {}}
     reported |= {"correlations": [], "pairs": []}
     small: list[str] = []
     ends = np.cumsum([block.size for block in blocks])
     for block, numbers in zip(blocks, np.split(vector, ends[:-1]), strict=True):
-        counts, columns = np.maximum(numbers, 0.0), block.columns
+        counts = np.maximum(numbers, 0.0)
+        columns = block.columns
         if block.kind == "patients":
             reported["rows"] = reported["patients"] = float(counts[0])
         elif block.kind == "moments":
@@ -386,7 +405,8 @@ def _moments(sums: Floats, count: float, limits: tuple[float, float]) -> Reporte
 def _correlated(
     sums: Floats, columns: tuple[str, ...], ranges: Mapping[str, tuple[float, float]]
 ) -> Reported:
-    count, half = float(sums[0]), [(ranges[n][1] - ranges[n][0]) / 2 for n in columns]
+    count = float(sums[0])
+    half = [(ranges[name][1] - ranges[name][0]) / 2 for name in columns]
     parts = [
         {"n": count, **_moments(sums[[index, index + 2]], count, ranges[name])}
         for index, name in zip((1, 2), columns, strict=True)

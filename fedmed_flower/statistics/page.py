@@ -16,25 +16,28 @@ from fedmed_flower.data.pictures import PALETTE
 from fedmed_flower.files import as_input_error, read_object, write_atomic
 from fedmed_flower.reports import frame, plots
 from fedmed_flower.reports.frame import INK, count_of, escaped
-from fedmed_flower.reports.plots import Pens
+from fedmed_flower.reports.plots import Styles
 from fedmed_flower.server.run_folder import SUMMARY
 from fedmed_flower.statistics.pooling import cumulate, pool_survival
 from fedmed_flower.statistics.table import OVERALL, label, tables
 
 STATISTICS_FILE = "statistics.json"
-_MOST_ROWS, _MOST_PLOTS, _MOST_NAMES, _MOST_WEEKS = 400, 24, 100, 2000
+_MOST_ROWS = 400
+_MOST_PLOTS = 24
+_MOST_NAMES = 100
+_MOST_WEEKS = 2000
 _ALERT = "#d55e00"
 _BANNER = '<div class="banner" role="note">generated rows, not patients</div>'
-_LEFT = """<h2>What left each hospital</h2><p>The numbers behind these tables and no row: counts,
+_LEFT = """<h2>What left each hospital</h2><p>The numbers behind these tables, but no row: counts,
 sums, sums of squares and of products, and the edges of merged cells. Each is of {} patients or
-more of that hospital, or none, alone and beside what it has answered before. That something is
-withheld, and which condition was refused, is told as well.</p>"""
+more of that hospital, or of none, alone and combined with earlier answers. Each hospital also
+disclosed what it withholds, and which condition it refused.</p>"""
 _NOISED = """<h2>What left each hospital</h2><p>The numbers behind these tables, each with Gaussian
-noise: what they tell about one patient is bounded by epsilon <b>{}</b> at delta {}, charged to each
-hospital’s ledger before it was computed. Counts are estimates: none of them is exact.</p>"""
+noise: what they disclose about one patient is bounded by epsilon <b>{}</b> at delta {}, charged to
+each hospital’s ledger before it was computed. Counts are estimates: none of them is exact.</p>"""
 _NOTES = """<p class="note">SD: standard deviation. Medians and quartiles are read off merged cells.
-“few”: the hospital has fewer patients than its minimum, or none, or as many as hide such a number
-beside it; ≥: these are not counted. A dash: withheld, or not there.</p>"""
+“few”: the hospital has no patient with the value, or fewer than its minimum, or just enough to hide
+such a number in another cell; ≥: a sum without these. A dash: withheld or missing.</p>"""
 _DRIFT = """<p class="note">PSI, the population stability index: by custom above 0.1 a change, above
 0.25 a large one. KS, Kolmogorov and Smirnov: the greatest distance of two distributions, and the
 probability p of one as large by chance.</p>"""
@@ -49,9 +52,10 @@ def write_page(folder: Path) -> Path:
         If ``summary.json`` or ``statistics.json`` is missing or damaged.
     """
     hint = "give the folder of a survey"
-    summary, found = read_object(folder, SUMMARY, hint), read_object(folder, STATISTICS_FILE, hint)
+    summary = read_object(folder, SUMMARY, hint)
+    survey = read_object(folder, STATISTICS_FILE, hint)
     with as_input_error(f"the survey in {folder / STATISTICS_FILE}", "run it again"):
-        body = _body(summary, found)
+        body = _body(summary, survey)
     text = frame.PAGE.substitute(
         title=escaped(summary.get("app") or "Survey"),
         images="",
@@ -63,35 +67,36 @@ def write_page(folder: Path) -> Path:
     return target
 
 
-def _body(summary: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    styles = plots.styles(sorted(found["sites"], key=frame.natural))
-    for group in found["groups"].values():
+def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
+    styles = plots.styles(sorted(survey["sites"], key=frame.natural))
+    for group in survey["groups"].values():
         counted = group["overall"]["categorical"].values()
-        many_rows = sum(len(reported.get("counts", ())) + 1 for reported in counted)
-        frame.require_small(many_rows + len(group["overall"]["numeric"]), len(group["sites"]))
-    made = tables(found)
-    first = [table for table in made if table["title"].startswith("Table 1")]
-    rest = [table for table in made if not table["title"].startswith("Table 1")]
+        row_count = sum(len(reported.get("counts", ())) + 1 for reported in counted)
+        frame.require_small(row_count + len(group["overall"]["numeric"]), len(group["sites"]))
+    all_tables = tables(survey)
+    first = [table for table in all_tables if table["title"].startswith("Table 1")]
+    rest = [table for table in all_tables if not table["title"].startswith("Table 1")]
     parts = [_head(summary, styles), *(_table(table) for table in first), _NOTES if first else ""]
     with matplotlib.rc_context(plots.SETTINGS):
-        for name, group in islice(found["groups"].items(), _MOST_PLOTS):
+        for name, group in islice(survey["groups"].items(), _MOST_PLOTS):
             reported = {
                 site: entry
-                for site, answer in found["sites"].items()
+                for site, answer in survey["sites"].items()
                 for entry in answer["groups"]
                 if entry["name"] == name
             }
-            parts.append(_drawings(label(found, name), group, reported, styles))
-        if (left := len(found["groups"]) - _MOST_PLOTS) > 0:
+            parts.append(_drawings(label(survey, name), group, reported, styles))
+        left = len(survey["groups"]) - _MOST_PLOTS
+        if left > 0:
             parts.append(f'<p class="note">{count_of(left, "more group")} not drawn.</p>')
-        watched = [entry for entry in found["alerts"] if "note" not in entry]
+        watched = [entry for entry in survey["alerts"] if "note" not in entry]
         drawn = "".join(_weeks(entry) for entry in watched[:_MOST_PLOTS])
         parts.append(f"<h2>Week by week</h2>{drawn}" if drawn else "")
     for table in rest:
         note = _DRIFT if table["title"] == "Drift" else ""
         parts.append(_table(table) + note)
-    request = found["request"]
-    minima = [reported["minimum"] for reported in found["sites"].values()]
+    request = survey["request"]
+    minima = [reported["minimum"] for reported in survey["sites"].values()]
     if request["epsilon"]:
         parts.append(_NOISED.format(escaped(request["epsilon"]), escaped(request["delta"])))
     else:
@@ -103,7 +108,7 @@ def _body(summary: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _head(summary: Mapping[str, Any], styles: Pens) -> str:
+def _head(summary: Mapping[str, Any], styles: Styles) -> str:
     date = escaped(summary.get("started")).replace("T", " ")[:16]
     failed = summary.get("status") != "finished"
     alert = (
@@ -125,34 +130,34 @@ def _table(table: Mapping[str, Any]) -> str:
 
 
 def _drawings(
-    name: str, group: Mapping[str, Any], reported: Mapping[str, Any], styles: Pens
+    name: str, group: Mapping[str, Any], reported: Mapping[str, Any], styles: Styles
 ) -> str:
-    of_group = f", {escaped(name)}" if name else ""
+    suffix = f", {escaped(name)}" if name else ""
     drawn = [
         _histogram(column, {s: t["numeric"].get(column, {}) for s, t in reported.items()}, styles)
         for column in group["overall"]["numeric"]
     ]
     shown = "".join([drawing for drawing in drawn if drawing][:_MOST_PLOTS])
-    text = f'<h2>Distributions{of_group}</h2>{_keys(styles)}<div class="plots">{shown}</div>'
+    text = f'<h2>Distributions{suffix}</h2>{_keys(styles)}<div class="plots">{shown}</div>'
     parts = [text if shown else ""]
     if "survival" in group["overall"]:
         parts.append(
-            f"<h2>Survival{of_group}</h2>{_keys(styles)}{_survival(group, reported, styles)}"
+            f"<h2>Survival{suffix}</h2>{_keys(styles)}{_survival(group, reported, styles)}"
         )
     if len(group["overall"]["correlations"]) > 1:
-        parts.append(_matrix(group["overall"]["correlations"], of_group))
+        parts.append(_matrix(group["overall"]["correlations"], suffix))
     return "".join(parts)
 
 
-def _keys(styles: Pens) -> str:
-    """Return the legend; too many hospitals have one colour."""
-    own = [key for _, _, key in styles.values()] if len(styles) <= len(PALETTE) else []
-    every = [*own, plots.line("var(--soft)") + OVERALL.lower()]
-    return f"<ul><li>{'</li><li>'.join(every)}</li></ul>"
+def _keys(styles: Styles) -> str:
+    """Return the legend; if there are more hospitals than colours, it names none of them."""
+    site_keys = [key for _, _, key in styles.values()] if len(styles) <= len(PALETTE) else []
+    keys = [*site_keys, plots.line("var(--soft)") + OVERALL.lower()]
+    return f"<ul><li>{'</li><li>'.join(keys)}</li></ul>"
 
 
-def _histogram(column: str, reported: Mapping[str, Any], styles: Pens) -> str:
-    """Draw how many in a hundred lie below each value: merged cells differ between hospitals."""
+def _histogram(column: str, reported: Mapping[str, Any], styles: Styles) -> str:
+    """Draw the percentage below each value, which compares hospitals whose cells differ."""
     parts = {
         site: t["histogram"] for site, t in reported.items() if t.get("histogram", {}).get("edges")
     }
@@ -172,18 +177,20 @@ def _histogram(column: str, reported: Mapping[str, Any], styles: Pens) -> str:
     return f"<figure><figcaption><b>{escaped(column)}</b> · % below</figcaption>{drawing}</figure>"
 
 
-def _survival(group: Mapping[str, Any], reported: Mapping[str, Any], styles: Pens) -> str:
+def _survival(group: Mapping[str, Any], reported: Mapping[str, Any], styles: Styles) -> str:
     axes: Any = Figure((6.4, 3.2), layout="constrained").subplots()
     for site, part in reported.items():
         if "survival" in part:
             curve = pool_survival([part["survival"]])
-            x, y = [0.0, *curve.times], [1.0, *curve.survival]
+            x = [0.0, *curve.times]
+            y = [1.0, *curve.survival]
             axes.step(x, y, styles[site][1], where="post", color=styles[site][0], lw=1.2)
     curve = group["overall"]["survival"]
     axes.step([0.0, *curve["times"]], [1.0, *curve["survival"]], where="post", color=INK, lw=1.8)
     axes.set_ylim(0, 1.02)
     drawing = plots.svg(axes, "Kaplan-Meier curves", "time", grid="y")
-    at_risk, events = curve["at_risk"][0], math.fsum(curve["events"])
+    at_risk = curve["at_risk"][0]
+    events = math.fsum(curve["events"])
     caption = (
         f"Kaplan-Meier · {count_of(curve['hospitals'], 'hospital')}, {at_risk:,.0f} patients, "
     )
@@ -191,7 +198,7 @@ def _survival(group: Mapping[str, Any], reported: Mapping[str, Any], styles: Pen
     return f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
 
 
-def _matrix(correlations: Sequence[Mapping[str, Any]], of_group: str) -> str:
+def _matrix(correlations: Sequence[Mapping[str, Any]], suffix: str) -> str:
     names = list(dict.fromkeys(name for reported in correlations for name in reported["columns"]))
     if len(names) > _MOST_NAMES:
         return (
@@ -215,7 +222,7 @@ def _matrix(correlations: Sequence[Mapping[str, Any]], of_group: str) -> str:
     axes.set_xticks(ticks, [_plain(name) for name in names], fontsize=size, rotation=90)
     axes.invert_yaxis()
     drawing = plots.svg(axes, "correlation matrix", "", grid="x")
-    return f'<h2>Correlation{of_group}</h2><figure class="dots">{drawing}</figure>'
+    return f'<h2>Correlation{suffix}</h2><figure class="dots">{drawing}</figure>'
 
 
 def _weeks(entry: Mapping[str, Any]) -> str:
@@ -239,5 +246,5 @@ def _weeks(entry: Mapping[str, Any]) -> str:
 
 
 def _plain(name: str) -> str:
-    """Return a name for an axis: short, in one line, without marks that a drawing reads."""
+    """Return a name for an axis: short, in one line, without control characters."""
     return "".join(c if c.isprintable() else "�" for c in name)[:24]

@@ -1,4 +1,4 @@
-"""What the answers of several hospitals give together."""
+"""The answers of several hospitals, pooled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from fedmed_flower.statistics.types import Reported
 
 
 class Moments(NamedTuple):
-    """Number, mean and variance of a sample; without a value NaN, of one value variance NaN."""
+    """Number, mean and variance of a sample.
+
+    The mean is NaN without a value, the variance is NaN without two.
+    """
 
     n: float
     mean: float
@@ -26,7 +29,7 @@ class Moments(NamedTuple):
 
 
 class Quantile(NamedTuple):
-    """A quantile: an estimate, and what it lies between for certain."""
+    """A quantile: an estimate, and bounds between which the quantile certainly lies."""
 
     value: float
     low: float
@@ -34,7 +37,7 @@ class Quantile(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A Kaplan-Meier curve: at each time how many were at risk, and who survives it."""
+    """A Kaplan-Meier curve: for each time the number at risk, the events and the survival."""
 
     times: list[float]
     at_risk: list[float]
@@ -57,7 +60,7 @@ def pool_moments(parts: Iterable[Reported]) -> Moments:
     count = math.fsum(part["n"] for part in known)
     if not known:
         return Moments(0.0, math.nan, math.nan)
-    # From one of the means on, so that a mean far from 0 takes no digits.
+    # Relative to one of the means, so that a mean far from 0 costs no digits.
     base = known[0]["mean"]
     shifts = [part["mean"] - base + part["rest"] for part in known]
     shift = math.fsum(p["n"] * s for p, s in zip(known, shifts, strict=True)) / count
@@ -86,7 +89,7 @@ def pool_correlation(parts: Sequence[Reported]) -> float:
 
 
 def pool_counts(parts: Iterable[Reported]) -> tuple[dict[str, float], float]:
-    """Add up categories; return their counts by name, and that of those too small to be named."""
+    """Return the pooled counts of categories by name, and of those too small to be named."""
     total: dict[str, float] = {}
     few = 0.0
     for part in parts:
@@ -100,17 +103,18 @@ def pool_quantile(parts: Sequence[Reported], share: float) -> Quantile:
     """Return a quantile of all rows together.
 
     The bounds contain what pandas' ``quantile`` gives for the rows themselves: each value is at
-    least the lower edge of its bin, and less than the upper one. The estimate is made as by
-    `cumulate`.
+    least the lower edge of its bin, and less than the upper one. The estimate interpolates as
+    `cumulate` does.
 
     Parameters
     ----------
     parts : sequence of dict
-        ``edges``, ascending, between which the bins lie, and ``counts``, one more of them.
+        ``edges``, ascending, which separate the bins, and ``counts``, one more than the edges.
     share : float
         0 to 1.
     """
-    lows, highs = list[tuple[float, float]](), list[tuple[float, float]]()
+    lows: list[tuple[float, float]] = []
+    highs: list[tuple[float, float]] = []
     for part in parts:
         lows += zip((-math.inf, *part["edges"]), part["counts"], strict=True)
         highs += zip((*part["edges"], math.inf), part["counts"], strict=True)
@@ -145,24 +149,24 @@ def cumulate(parts: Sequence[Reported]) -> tuple[list[float], NDArray[np.float64
 def same_bins(parts: Sequence[Reported]) -> list[NDArray[np.float64]] | None:
     """Return histograms in the bins of the coarsest of them; None if that has a single bin.
 
-    In the finer ones a bin that is cut is cut as `cumulate` does it.
+    An edge inside a bin of a finer histogram divides the bin's count as `cumulate` does.
     """
     coarsest: list[float] = min((part["edges"] for part in parts), key=len, default=[])
     if not coarsest:
         return None
     edges, below = cumulate(parts)
-    found = []
+    histograms = []
     for part, reached in zip(parts, below, strict=True):
         cut = reached[np.searchsorted(edges, coarsest)]
-        found.append(np.diff([0.0, *cut, math.fsum(part["counts"])]))
-    return found
+        histograms.append(np.diff([0.0, *cut, math.fsum(part["counts"])]))
+    return histograms
 
 
 def pool_survival(parts: Iterable[Reported]) -> Curve:
-    """Return the Kaplan-Meier curve of all patients, times rounded up as each hospital has told.
+    """Return the Kaplan-Meier curve of all patients, times rounded up as each hospital reports.
 
     If one hospital's interval contains times of another's, its events and censored patients are
-    taken to lie evenly in it, as `cumulate` does it.
+    taken to lie evenly in it, as `cumulate` does.
 
     E. L. Kaplan, P. Meier, "Nonparametric estimation from incomplete observations", JASA 53, 1958.
 
@@ -179,9 +183,10 @@ def pool_survival(parts: Iterable[Reported]) -> Curve:
         for side, name in enumerate(("events", "censored")):
             reached = np.interp(times, [start, *part["times"]], [0.0, *np.cumsum(part[name])])
             totals[:, side] += np.diff(reached, prepend=0.0)
-    # Shares of patients, added up, are not quite as many as the patients.
+    # Of the counts themselves: interpolated shares would not add up exactly.
     left = math.fsum(n for part in reported for name in ("events", "censored") for n in part[name])
-    curve, alive = Curve(times, [], [], []), 1.0
+    curve = Curve(times, [], [], [])
+    alive = 1.0
     for events, censored in totals.tolist():
         alive *= max(0.0, 1 - events / left) if left > 0 else 1.0
         for values, value in zip(curve[1:], (left, events, alive), strict=True):
@@ -191,7 +196,7 @@ def pool_survival(parts: Iterable[Reported]) -> Curve:
 
 
 def _value_at(values: list[tuple[float, float]], index: int) -> float:
-    """Return the value at a place, from 0 on, among values that occur so many times."""
+    """Return the value at an index, from 0 on, of sorted values that are given with counts."""
     reached = 0.0
     for value, count in sorted(values):
         reached += count

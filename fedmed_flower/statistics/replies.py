@@ -10,24 +10,29 @@ from typing import Any
 
 from fedmed_flower.statistics.types import Reported
 
-_MOST_LETTERS, _MOST_COUNT = 64 * 2**20, 1e12
-# Of 1e12 values below 1e100, so that the squares of all hospitals can be added up.
+_MOST_LETTERS = 64 * 2**20
+_MOST_COUNT = 1e12
+# The sum of squares of 1e12 values below 1e100; those of all hospitals can be added up.
 _MOST_SQUARES = 1e213
 _MOST_GROUPS = 10_000
-# Of sums in floating point.
+# What rounding may add to sums in floating point.
 _ROUNDING = 1 + 1e-6
 
 
 def read_reply(text: object) -> dict[str, Any]:
-    """Return an answer as a dict in which everything is what it must be.
+    """Return an answer as a dict, once every part of it is checked.
 
     Raises
     ------
     ValueError
-        If it is not; the text says what is wrong.
+        If a part is not what it must be; the error's text names the part.
     """
-    if not isinstance(text, str) or len(text) > _MOST_LETTERS:
-        raise ValueError("it is no text, or too long")
+    if not isinstance(text, str):
+        raise ValueError(f"the answer must be a text, got {type(text).__name__}")
+    if len(text) > _MOST_LETTERS:
+        raise ValueError(
+            f"the answer must have at most {_MOST_LETTERS:,} letters, got {len(text):,}"
+        )
     try:
         reported = json.loads(text)
         exact = reported["noise"] is None
@@ -36,18 +41,20 @@ def read_reply(text: object) -> dict[str, Any]:
                 _number(reported["noise"][name], name, least=0.0)
         _number(reported["minimum"], "minimum", least=1)
         if len(reported["groups"]) > _MOST_GROUPS:
-            raise ValueError(f"there are more than {_MOST_GROUPS:,} groups")
+            raise ValueError(
+                f"groups must be at most {_MOST_GROUPS:,}, got {len(reported['groups']):,}"
+            )
         names = [_read_group(group, exact) for group in reported["groups"]]
         if len(set(names)) < len(names):
-            raise ValueError("a group is there twice")
+            raise ValueError("groups must have different names, two have the same")
         for entry in reported["withheld"]:
             _texts(entry, "withheld", count=3)
     except ValueError:
         raise
     except Exception as error:  # A hostile answer can be wrong in a dozen ways.
         raise ValueError(f"{type(error).__name__} {error}"[:200]) from None
-    found: dict[str, Any] = reported
-    return found
+    checked: dict[str, Any] = reported
+    return checked
 
 
 def _read_group(group: Reported, exact: bool) -> str:
@@ -80,7 +87,8 @@ def _read_numeric(reported: Reported, name: str, exact: bool, most: float) -> No
     if "mean" in reported:
         _moments(reported, name)
     if "histogram" in reported:
-        edges, counts = reported["histogram"]["edges"], reported["histogram"]["counts"]
+        edges = reported["histogram"]["edges"]
+        counts = reported["histogram"]["counts"]
         _ascending(edges, name)
         _counts(counts, name, exact, count if exact else math.inf, len(edges) + 1)
 
@@ -116,7 +124,7 @@ def _read_pair(reported: Reported, exact: bool, most: float) -> None:
     _texts(reported["rows"], "pair")
     _texts(reported["across"], "pair")
     if len(reported["counts"]) != len(reported["rows"]):
-        raise ValueError("a table has another number of rows than names")
+        raise ValueError("a table must have a name for each row")
     for counts in reported["counts"]:
         _counts(counts, "a table", exact, most, len(reported["across"]))
 
@@ -126,13 +134,13 @@ def _read_survival(reported: Reported, exact: bool, most: float) -> None:
     for name in ("events", "censored"):
         _counts(reported[name], name, exact, most, len(reported["times"]))
     if math.fsum([*reported["events"], *reported["censored"]]) > most:
-        raise ValueError("a curve has more patients than there are")
+        raise ValueError("a curve counts more rows than its group has")
 
 
 def _read_weeks(reported: Reported, exact: bool, most: float) -> None:
     _texts([reported["start"]], "weeks")
     if _number(reported["first"], "first week") % 1:
-        raise ValueError("the first week is no whole number")
+        raise ValueError("the first week must be a whole number")
     known = [count for count in reported["counts"] if count is not None]
     if len(reported["counts"]) > 10_000:
         raise ValueError("there are more than 10,000 weeks")
@@ -140,29 +148,31 @@ def _read_weeks(reported: Reported, exact: bool, most: float) -> None:
 
 
 def _number(value: object, name: str, least: float = -math.inf, most: float = math.inf) -> float:
-    right = isinstance(value, int | float) and not isinstance(value, bool)
-    if not right or not math.isfinite(value) or not least <= value <= most:  # type: ignore
-        raise ValueError(f"{name} is {str(value)[:40]}")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not least <= value <= most:  # type: ignore
+        raise ValueError(
+            f"{name} must be a finite number from {least:g} to {most:g}, got {str(value)[:40]}"
+        )
     return float(value)  # type: ignore[arg-type]
 
 
 def _count(value: object, name: str, exact: bool, most: float = math.inf) -> float:
     if exact and not isinstance(value, int):
-        raise ValueError(f"{name} is {str(value)[:40]}")
+        raise ValueError(f"{name} must be a whole number, got {str(value)[:40]}")
     return _number(value, name, 0.0, min(most, _MOST_COUNT))
 
 
 def _counts(values: Sequence[object], name: str, exact: bool, most: float, length: int) -> None:
     if not isinstance(values, list) or len(values) != length:
-        raise ValueError(f"{name} has not {length} counts")
+        raise ValueError(f"{name} must have {length} counts")
     if math.fsum(_count(value, name, exact) for value in values) > most:
-        raise ValueError(f"{name} counts more than there are")
+        raise ValueError(f"{name} counts more rows than there are")
 
 
 def _counted(reported: Reported, name: str, exact: bool, most: float) -> float:
     count = _count(reported["n"], name, exact)
     if count + _count(reported["missing"], name, exact) > most:
-        raise ValueError(f"{name} counts more than there are")
+        raise ValueError(f"{name} counts more rows than there are")
     return count
 
 
@@ -174,13 +184,14 @@ def _moments(reported: Reported, name: str) -> None:
 
 def _ascending(values: object, name: str) -> None:
     if not isinstance(values, list):
-        raise ValueError(f"{name} has no list of edges")
+        raise ValueError(f"{name} must have a list of edges")
     numbers = [_number(value, name) for value in values]
     if any(not low < high for low, high in pairwise(numbers)):
         raise ValueError(f"the edges of {name} do not ascend")
 
 
 def _texts(values: Any, name: str, count: int | None = None) -> None:
-    right = isinstance(values, list | dict) and (count is None or len(values) == count)
-    if not right or not all(isinstance(text, str) and len(text) <= 400 for text in values):
-        raise ValueError(f"{name[:40]} has not the texts that it must have")
+    complete = isinstance(values, list | dict) and (count is None or len(values) == count)
+    if not complete or not all(isinstance(text, str) and len(text) <= 400 for text in values):
+        number = "texts" if count is None else f"{count} texts"
+        raise ValueError(f"{name[:40]} must have {number} of at most 400 letters")

@@ -22,8 +22,9 @@ OPERATIONS: Mapping[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge,
 }
 _FILTER = re.compile(r"\s*(.+?)\s*(==|!=|<=|>=|<|>|=)\s*(.*?)\s*")
-_MOST_NAMES, _MOST_LETTERS = 1000, 200
-# Numbers in a hospital's columns are below it.
+_MOST_NAMES = 1000
+_MOST_LETTERS = 200
+# Numbers in a hospital's columns are below this.
 _FARTHEST = 1e100
 
 
@@ -70,7 +71,7 @@ class Request:
     where : tuple of Filter
         All of them must hold.
     by : str
-        A column: each of its values is answered for by itself. Empty for all rows together.
+        A column whose values make groups, each answered by itself. Empty for all rows together.
     by_width : float
         Above 0: `by` holds numbers or dates, and its windows are that wide, in days for dates.
     kinds : tuple of str
@@ -78,12 +79,12 @@ class Request:
     categorical : tuple of str
         Columns of numbers that are codes.
     resolutions : mapping of str to float
-        How finely a numeric column is told in histograms and quantiles. Where it is left out, it is
-        a fiftieth of the declared range; without that either, neither is answered.
+        The width of a numeric column's cells in histograms and quantiles. By default it is about a
+        fiftieth of the declared range; a column without a range then has neither.
     ranges : mapping of str to (float, float)
-        Noise needs it of every numeric column: values are clipped to it.
+        With noise every numeric column needs a range, to which values are clipped.
     categories : mapping of str to tuple of str
-        Noise needs them of every categorical column.
+        With noise every categorical column needs its categories.
     pairs : tuple of (str, str)
         Categorical columns to tabulate against each other.
     survival : Survival or None
@@ -92,7 +93,7 @@ class Request:
     epsilon, delta : float
         With `epsilon` above 0 the answer carries noise and is charged to each hospital's ledger.
     minimum : int
-        The fewest patients of whom a number is told, where a hospital does not ask for more.
+        The fewest patients behind a number that leaves, if a hospital does not ask for more.
     """
 
     columns: tuple[str, ...] = ()
@@ -112,7 +113,7 @@ class Request:
     minimum: int = 0
 
     def __post_init__(self) -> None:
-        """Raise `InputError` where a field is out of its range."""
+        """Raise `InputError` if a field is out of its range."""
         for name in ("columns", "categorical", "kinds"):
             _require_names(name, getattr(self, name))
         _require_names("by", (self.by,) if self.by else ())
@@ -131,7 +132,7 @@ class Request:
         for column, width in self.resolutions.items():
             _require_length(f"the resolution of {column}", width)
         for column, (low, high) in self.ranges.items():
-            # As floats, which is what is computed with.
+            # As floats, in which answers are computed: different integers may be equal then.
             if not (max(-low, high) <= _FARTHEST and float(high) - float(low) > 1e-300):
                 raise InputError(
                     f"the range of {column} must be two numbers from -{_FARTHEST:g} to "
@@ -175,16 +176,17 @@ class Request:
         Raises
         ------
         InputError
-            If it is no request, whatever else it is.
+            If the text is not a request.
         """
         try:
             given = json.loads(text)
             known = {entry.name for entry in fields(cls)}
             if unknown := given.keys() - known:
                 raise ValueError(f"unknown {', '.join(sorted(unknown))}")
-            survival, ranges = given.get("survival"), _table(given, "ranges")
+            survival = given.get("survival")
+            ranges = _table(given, "ranges")
             return cls(
-                **{name: _as(type(_DEFAULT[name]), value, name) for name, value in given.items()}
+                **{name: _typed(type(_DEFAULT[name]), value, name) for name, value in given.items()}
                 | {
                     "where": tuple(Filter(*entry) for entry in given.get("where", ())),
                     "pairs": tuple(tuple(pair) for pair in given.get("pairs", ())),
@@ -206,19 +208,19 @@ def parse_filter(text: str) -> Filter:
     Raises
     ------
     InputError
-        If the text is none.
+        If the text is not a condition.
 
     Examples
     --------
     >>> parse_filter("age>=50")
     Filter(column='age', operation='>=', value=50.0)
     """
-    found = _FILTER.fullmatch(text)
-    if found is None or not found[3] or found[3][0] in "<>=!":
+    match = _FILTER.fullmatch(text)
+    if match is None or not match[3] or match[3][0] in "<>=!":
         raise InputError(
             f"a condition must be a column, one of {' '.join(OPERATIONS)} and a value, got {text!r}"
         )
-    column, operation, raw = found.groups()
+    column, operation, raw = match.groups()
     try:
         value: float | str = float(raw)
     except ValueError:
@@ -243,7 +245,7 @@ def _require_filter(condition: Filter) -> None:
 
 
 def require_comparable(condition: Filter, categorical: bool) -> None:
-    """Raise `InputError` where a condition does not fit a column of categories, or of numbers."""
+    """Raise `InputError` if a condition does not fit a column of categories, or of numbers."""
     column, operation, value = condition
     if not categorical and isinstance(value, str):
         raise InputError(f"{column} holds numbers and cannot be compared with {value!r}")
@@ -267,7 +269,9 @@ def _require_names(what: str, names: Iterable[str]) -> None:
     names = list(names)
     for name in names:
         if not isinstance(name, str) or not 0 < len(name) <= _MOST_LETTERS:
-            raise InputError(f"{what} must be of texts of 1 to {_MOST_LETTERS} letters: {name!r}")
+            raise InputError(
+                f"{what} must be of texts of 1 to {_MOST_LETTERS} letters, got {name!r}"
+            )
     if len(names) > _MOST_NAMES:
         raise InputError(f"{what} must be at most {_MOST_NAMES}, got {len(names)}")
 
@@ -282,8 +286,8 @@ def _require_number(what: str, value: float, fulfilled: bool, bound: str) -> Non
         raise InputError(f"{what} must be {bound} and finite, got {value}")
 
 
-def _as(kind: type, value: Any, name: str) -> Any:
-    """Return a value that JSON has given with the type of a field."""
+def _typed(kind: type, value: Any, name: str) -> Any:
+    """Return a value read from JSON in the type of its field."""
     if kind is tuple and isinstance(value, list):
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Federated statistics: the server asks, adds up what hospitals tell, and writes it down."""
+"""Federated statistics: the server asks, adds up what hospitals answer, and writes it down."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ _PACKAGES = ("fedmed-flower", "flwr", "numpy")
 
 @dataclass
 class Answer:
-    """What the hospitals have told.
+    """The answers of all hospitals.
 
     Attributes
     ----------
     request : Request
     sites : dict
-        What each hospital told, by its name.
+        Each hospital's answer, by its name.
     failures : list of (str, str)
-        Which hospitals told nothing, and why.
+        Each hospital without an answer, and why.
     sources : set of str
-        If the hospitals' rows come from.
+        Where the hospitals' rows come from.
     generated : bool
         Whether rows were generated.
     """
@@ -66,14 +66,15 @@ class Answer:
     generated: bool = False
 
     def groups(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Return what was told of each group, by group and by hospital; ``""`` is all rows."""
-        found: dict[str, dict[str, dict[str, Any]]] = {}
+        """Return the answers by group and by hospital; the group ``""`` is all rows."""
+        by_name: dict[str, dict[str, dict[str, Any]]] = {}
         starts: dict[str, float] = {}
         for site, reported in self.sites.items():
             for group in reported["groups"]:
-                found.setdefault(group["name"], {})[site] = group
+                by_name.setdefault(group["name"], {})[site] = group
                 starts[group["name"]] = float("inf") if group["start"] is None else group["start"]
-        return {name: found[name] for name in sorted(found, key=lambda name: (starts[name], name))}
+        names = sorted(by_name, key=lambda name: (starts[name], name))
+        return {name: by_name[name] for name in names}
 
     def overall(self, group: str = "") -> dict[str, Any]:
         """Return the figures of all hospitals together; see `summary.summarise`."""
@@ -83,7 +84,7 @@ class Answer:
 def ask(
     grid: Grid, request: Request, timeout: float, config: Mapping[str, Any] | None = None
 ) -> Answer:
-    """Ask every connected hospital, and keep what is sound.
+    """Ask every connected hospital, and keep the answers that pass all checks.
 
     Parameters
     ----------
@@ -92,16 +93,18 @@ def ask(
     timeout : float
         Seconds to wait for answers.
     config : mapping, optional
-        Goes along with the request.
+        What travels beside the request.
 
     Returns
     -------
     Answer
-        A hospital that answers with an error, or with what cannot be, is among its `failures`.
+        A hospital without an answer that passes all checks is among its `failures`.
     """
     record = ConfigRecord({REQUEST: request.to_text(), **(config or {})})
     contents = {node_id: RecordDict({"config": record}) for node_id in grid.get_node_ids()}
-    answer, names, namesakes = Answer(request), dict[int, str](), Namesakes()
+    answer = Answer(request)
+    names: dict[int, str] = {}
+    namesakes = Namesakes()
     answers, failures = ask_all(grid, STATISTICS, contents, _read, timeout, names)
     for one in answers:
         answer.sites[one.site], source, generated = one.value
@@ -110,8 +113,8 @@ def ask(
         answer.generated |= generated
     answer.failures = [(failure.site, failure.reason) for failure in failures]
     for reason in dict.fromkeys(reason for _, reason in answer.failures):
-        names_of = ", ".join(name for name, why in answer.failures if why == reason)
-        log.warning("no statistics of %s: %s", names_of, reason)
+        hospitals = ", ".join(name for name, why in answer.failures if why == reason)
+        log.warning("no statistics of %s: %s", hospitals, reason)
     if text := namesakes.text(names):
         log.warning("%s", text)
     return answer
@@ -119,9 +122,9 @@ def ask(
 
 def _read(_: int, content: RecordDict) -> tuple[dict[str, Any], str, bool]:
     """Return what a hospital answers, the source of its rows, and whether they were generated."""
-    found = read_reply(content.config_records[STATISTICS][ANSWER])
+    reported = read_reply(content.config_records[STATISTICS][ANSWER])
     about = content.config_records.get(SITE_RECORD, ConfigRecord())
-    return found, str(about.get("data", "not named")), about.get("generated") is True
+    return reported, str(about.get("data", "not named")), about.get("generated") is True
 
 
 def survey(
@@ -141,24 +144,25 @@ def survey(
     grid, context
         As Flower gives them to a ServerApp.
     request : Request, optional
-        Left out, tables and moments of all columns.
+        By default tables and moments of all columns.
     drift : {"", "sites", "groups"}
         ``sites`` compares each hospital with all others, ``groups`` each group of the request's
         ``by`` with the first.
     alert : {"c2", "cusum"}
-        How weekly counts are watched.
+        The method that finds weeks with more cases than before.
 
     Raises
     ------
     InputError
-        If an argument or a setting is wrong, or no hospital has told anything.
+        If an argument or a setting is wrong, or no hospital has sent statistics.
     """
     if drift not in DRIFT:
         raise InputError(f"drift must be one of {', '.join(DRIFT[1:])}, or empty, got {drift!r}")
     if alert not in ALARMS:
         raise InputError(f"alert must be one of {', '.join(ALARMS)}, got {alert!r}")
     settings = SurveySettings.from_run_config(context.run_config)
-    began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    began = time.monotonic()
+    started = datetime.now(UTC).isoformat(timespec="seconds")
     folder = RunFolder.named(settings.run_dir)
     folder.require_unused()
     with folder.log_file():
@@ -167,24 +171,24 @@ def survey(
         if in_simulation():
             config[LEDGER_DIR] = str(folder.path / "ledgers")
         answer = ask(grid, request or Request(), settings.round_timeout, config)
-        found = _found(answer, drift, alert)
-        folder.write_json(STATISTICS_FILE, found)
+        content = _content(answer, drift, alert)
+        folder.write_json(STATISTICS_FILE, content)
         about = {
             "app": grid.run.fab_id.rpartition("/")[2] or "federated statistics",
             "started": started,
             "seconds": round(time.monotonic() - began, 1),
             "config": dict(context.run_config),
         }
-        folder.write_json(SUMMARY, about | _summary(answer, found))
+        folder.write_json(SUMMARY, about | _summary(answer, content))
         log.info("report: %s", write_page(folder.path))
     if not answer.sites:
         reason = answer.failures[0][1] if answer.failures else "no hospital is connected"
-        raise InputError(f"no hospital has told anything: {reason}")
+        raise InputError(f"no hospital has sent statistics: {reason}")
     return answer
 
 
-def _found(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
-    """Return what ``statistics.json`` shall hold."""
+def _content(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
+    """Return the content of ``statistics.json``; warn of alerts."""
     groups = answer.groups()
     changes: list[dict[str, Any]] = []
     if drift == "sites":
@@ -220,11 +224,11 @@ def _found(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
     }
 
 
-def _summary(answer: Answer, found: dict[str, Any]) -> dict[str, Any]:
+def _summary(answer: Answer, content: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": "statistics",
         "status": "finished" if answer.sites else "failed",
-        "message": "" if answer.sites else "no hospital has told anything",
+        "message": "" if answer.sites else "no hospital has sent statistics",
         "data": "generated rows, not patients"
         if answer.generated
         else "; ".join(sorted(answer.sources)),
@@ -233,8 +237,8 @@ def _summary(answer: Answer, found: dict[str, Any]) -> dict[str, Any]:
             name: sum(group["patients"] for group in reported["groups"])
             for name, reported in answer.sites.items()
         },
-        "tables": tables(found),
-        "failures": found["failures"],
+        "tables": tables(content),
+        "failures": content["failures"],
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
     }

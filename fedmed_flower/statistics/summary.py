@@ -39,9 +39,9 @@ def summarise(groups: Sequence[Reported]) -> dict[str, Any]:
         ``rows``, ``patients``, ``numeric`` (by column: ``n``, ``missing``, ``hospitals``, ``mean``,
         ``variance``, ``sd``, ``quantiles`` as [value, low, high] by share), ``categorical``
         (``n``, ``missing``, ``hospitals``, ``counts`` by name, ``few``), ``correlations``,
-        ``pairs`` and ``survival``. What no hospital has told is not there.
+        ``pairs`` and ``survival``. A figure is left out if no hospital has sent its part.
     """
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "rows": math.fsum(group["rows"] for group in groups),
         "patients": math.fsum(group["patients"] for group in groups),
         "numeric": {name: _numeric(parts) for name, parts in _columns(groups, "numeric").items()},
@@ -54,14 +54,14 @@ def summarise(groups: Sequence[Reported]) -> dict[str, Any]:
     for columns, parts in _by_columns(groups, "correlations").items():
         count = math.fsum(part["of"][0]["n"] for part in parts)
         r = pool_correlation(parts)
-        found["correlations"].append(
+        figures["correlations"].append(
             {"columns": list(columns), "n": count, "r": r, "hospitals": len(parts)}
         )
     for columns, parts in _by_columns(groups, "pairs").items():
-        found["pairs"].append({"columns": list(columns), **_crossed(parts)})
+        figures["pairs"].append({"columns": list(columns), **_crossed(parts)})
     if curves := [group["survival"] for group in groups if "survival" in group]:
-        found["survival"] = pool_survival(curves)._asdict() | {"hospitals": len(curves)}
-    return found
+        figures["survival"] = pool_survival(curves)._asdict() | {"hospitals": len(curves)}
+    return figures
 
 
 def differences(
@@ -72,31 +72,32 @@ def differences(
     Parameters
     ----------
     one, others : sequence of dict
-        What was told of the one group, and of that which it is compared with.
+        The answers about one group, and about the group that it is compared with.
     name, against : str
-        What the two are called.
+        The names of the two.
 
     Returns
     -------
     list of dict
         ``column``, ``of``, ``against``, ``psi`` (population stability index) and, of numeric
-        columns, ``ks`` and ``p`` (Kolmogorov-Smirnov); ``note`` where there is nothing to compare.
+        columns, ``ks`` and ``p`` (Kolmogorov-Smirnov); ``note`` if there is nothing to compare.
     """
-    found = []
+    rows = []
     for kind in ("numeric", "categorical"):
-        first, second = _columns(one, kind), _columns(others, kind)
+        first = _columns(one, kind)
+        second = _columns(others, kind)
         for column in first:
             row: dict[str, Any] = {"column": column, "of": name, "against": against}
             parts = first[column], second.get(column, [])
             both = (_binned if kind == "numeric" else _named)(*parts)
             if both is None or not all(counts.any() for counts in both):
-                row["note"] = "no two cells that both have told"
+                row["note"] = "fewer than two cells that both have sent"
             else:
                 row["psi"] = psi(*both)
                 if kind == "numeric":
                     row["ks"], row["p"] = ks(*both)
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
 def drift_between_sites(sites: Mapping[str, Reported]) -> list[dict[str, Any]]:
@@ -122,7 +123,7 @@ def drift_between_groups(groups: Mapping[str, Sequence[Reported]]) -> list[dict[
 def alarms(sites: Mapping[str, Reported], method: str) -> list[dict[str, Any]]:
     """Find the weeks in which a hospital had more cases than before.
 
-    A week that a hospital withholds is unknown, and left out of what others are compared with.
+    A week that a hospital withholds is unknown, and left out of baselines.
 
     Parameters
     ----------
@@ -133,11 +134,11 @@ def alarms(sites: Mapping[str, Reported], method: str) -> list[dict[str, Any]]:
     -------
     list of dict
         ``site``, ``start`` of the first week, ``counts``, ``statistic`` and ``alert`` by week; or
-        a ``note`` where they cannot be judged.
+        a ``note`` if the weeks cannot be judged.
     """
     if method not in ALARMS:
         raise InputError(f"alert must be one of {', '.join(ALARMS)}, got {method!r}")
-    found = []
+    rows = []
     for site, reported in sites.items():
         if "weeks" not in reported:
             continue
@@ -147,26 +148,27 @@ def alarms(sites: Mapping[str, Reported], method: str) -> list[dict[str, Any]]:
         try:
             result = ALARMS[method](np.array(counts))
         except InputError as error:
-            found.append(row | {"note": str(error)})
-            continue
-        found.append(row | {"statistic": result.statistic.tolist(), "alert": result.alert.tolist()})
-    return found
+            rows.append(row | {"note": str(error)})
+        else:
+            weekly = {"statistic": result.statistic.tolist(), "alert": result.alert.tolist()}
+            rows.append(row | weekly)
+    return rows
 
 
 def _columns(groups: Sequence[Reported], kind: str) -> dict[str, list[Reported]]:
-    found: dict[str, list[Reported]] = {}
+    by_name: dict[str, list[Reported]] = {}
     for group in groups:
         for name, reported in group[kind].items():
-            found.setdefault(name, []).append(reported)
-    return found
+            by_name.setdefault(name, []).append(reported)
+    return by_name
 
 
 def _by_columns(groups: Sequence[Reported], kind: str) -> dict[tuple[str, ...], list[Reported]]:
-    found: dict[tuple[str, ...], list[Reported]] = {}
+    by_columns: dict[tuple[str, ...], list[Reported]] = {}
     for group in groups:
         for reported in group[kind]:
-            found.setdefault(tuple(reported["columns"]), []).append(reported)
-    return found
+            by_columns.setdefault(tuple(reported["columns"]), []).append(reported)
+    return by_columns
 
 
 def _sizes(parts: Sequence[Reported]) -> dict[str, Any]:
@@ -175,20 +177,20 @@ def _sizes(parts: Sequence[Reported]) -> dict[str, Any]:
 
 
 def _numeric(parts: Sequence[Reported]) -> dict[str, Any]:
-    found = _sizes(parts)
+    figures = _sizes(parts)
     if known := [part for part in parts if "mean" in part]:
         moments = pool_moments(known)
-        found |= {"mean": moments.mean, "variance": moments.variance, "sd": moments.sd}
+        figures |= {"mean": moments.mean, "variance": moments.variance, "sd": moments.sd}
     if binned := [part["histogram"] for part in parts if "histogram" in part]:
-        found["quantiles"] = {str(share): list(pool_quantile(binned, share)) for share in SHARES}
-    return found
+        figures["quantiles"] = {str(share): list(pool_quantile(binned, share)) for share in SHARES}
+    return figures
 
 
 def _categorical(parts: Sequence[Reported]) -> dict[str, Any]:
-    found = _sizes(parts)
+    figures = _sizes(parts)
     if tabulated := [part for part in parts if "names" in part]:
-        found["counts"], found["few"] = pool_counts(tabulated)
-    return found
+        figures["counts"], figures["few"] = pool_counts(tabulated)
+    return figures
 
 
 def _crossed(parts: Sequence[Reported]) -> dict[str, Any]:
@@ -197,28 +199,34 @@ def _crossed(parts: Sequence[Reported]) -> dict[str, Any]:
         for row, counts in zip(part["rows"], part["counts"], strict=True):
             for across, count in zip(part["across"], counts, strict=True):
                 totals[row, across] = totals.get((row, across), 0) + count
-    rows, across = sorted({row for row, _ in totals}), sorted({name for _, name in totals})
-    counts = [[totals.get((row, name), 0) for name in across] for row in rows]
-    return {"rows": rows, "across": across, "counts": counts, "hospitals": len(parts)}
+    rows = sorted({row for row, _ in totals})
+    columns = sorted({name for _, name in totals})
+    counts = [[totals.get((row, name), 0) for name in columns] for row in rows]
+    return {"rows": rows, "across": columns, "counts": counts, "hospitals": len(parts)}
 
 
 def _binned(one: Sequence[Reported], others: Sequence[Reported]) -> list[NDArray[Any]] | None:
-    # One cell with all rows in it would agree with whatever it is compared with.
-    sides = [
-        [h for p in side if np.count_nonzero((h := p.get("histogram", {})).get("counts", ())) > 1]
-        for side in (one, others)
-    ]
-    counts = same_bins([*sides[0], *sides[1]])
-    if counts is None or not all(sides) or np.count_nonzero(np.sum(counts, axis=0)) < 2:
+    first = _histograms(one)
+    second = _histograms(others)
+    counts = same_bins([*first, *second])
+    if counts is None or not first or not second:
         return None
-    return [np.sum(counts[: len(sides[0])], axis=0), np.sum(counts[len(sides[0]) :], axis=0)]
+    if np.count_nonzero(np.sum(counts, axis=0)) < 2:
+        return None
+    return [np.sum(counts[: len(first)], axis=0), np.sum(counts[len(first) :], axis=0)]
+
+
+def _histograms(parts: Sequence[Reported]) -> list[Reported]:
+    # A histogram whose rows are all in one cell would agree with any other.
+    histograms = [part["histogram"] for part in parts if "histogram" in part]
+    return [histogram for histogram in histograms if np.count_nonzero(histogram["counts"]) > 1]
 
 
 def _named(one: Sequence[Reported], others: Sequence[Reported]) -> list[NDArray[Any]] | None:
-    """Return the counts of the categories that are known of the one side, and of all others.
+    """Return for both sides the counts of the categories that `one` knows, and of all other rows.
 
-    What a hospital does not name may be among its few. On the other side only those hospitals count
-    of whom all these categories are known.
+    A category that a hospital does not name may be among its few. So of `others` only those
+    hospitals count that know all these categories.
     """
     first = [part for part in one if "names" in part]
     names = {name for part in first for name in part["names"]}
@@ -227,12 +235,13 @@ def _named(one: Sequence[Reported], others: Sequence[Reported]) -> list[NDArray[
     second = [part for part in others if "names" in part and _knows(part, names)]
     if not (names and second):
         return None
-    found = []
-    for side in (first, second):
-        counts, few = pool_counts(side)
-        own = [counts.get(name, 0.0) for name in sorted(names)]
-        found.append(np.array([*own, max(0.0, sum(counts.values()) + few - sum(own))]))
-    return found
+    sides = []
+    for parts in (first, second):
+        counts, few = pool_counts(parts)
+        named = [counts.get(name, 0.0) for name in sorted(names)]
+        rest = max(0.0, sum(counts.values()) + few - sum(named))
+        sides.append(np.array([*named, rest]))
+    return sides
 
 
 def _knows(part: Reported, names: set[str]) -> bool:

@@ -14,41 +14,39 @@ OVERALL = "Overall"
 _MOST_TIMES = 12
 
 
-def tables(found: Mapping[str, Any]) -> list[Table]:
+def tables(survey: Mapping[str, Any]) -> list[Table]:
     """Return all tables of a survey.
 
     Parameters
     ----------
-    found : mapping
-        What ``statistics.json`` holds.
+    survey : mapping
+        The content of ``statistics.json``.
 
     Returns
     -------
     list of dict
         Each with ``title``, ``head`` and ``rows`` of texts.
     """
-    groups = {label(found, name): group for name, group in found["groups"].items()}
-    made = [
-        table_one(name, group, bool(found["request"].get("epsilon")))
-        for name, group in groups.items()
-    ]
-    made += [pair for name, group in groups.items() for pair in _pairs(name, group)]
-    made += [_correlations(name, group) for name, group in groups.items()]
-    made += [_curve(name, group) for name, group in groups.items()]
-    made += [_drift(found["drift"]), _alerts(found["alerts"], found["alert"])]
-    made += [_withheld(found["sites"]), _failures(found["failures"])]
-    return [table for table in made if table["rows"]]
+    groups = {label(survey, name): group for name, group in survey["groups"].items()}
+    noised = bool(survey["request"].get("epsilon"))
+    candidates = [table_one(name, group, noised) for name, group in groups.items()]
+    candidates += [pair for name, group in groups.items() for pair in _pairs(name, group)]
+    candidates += [_correlations(name, group) for name, group in groups.items()]
+    candidates += [_curve(name, group) for name, group in groups.items()]
+    candidates += [_drift(survey["drift"]), _alerts(survey["alerts"], survey["alert"])]
+    candidates += [_withheld(survey["sites"]), _failures(survey["failures"])]
+    return [table for table in candidates if table["rows"]]
 
 
-def label(found: Mapping[str, Any], name: str) -> str:
-    """Return what a group is called: the column that makes groups and its value."""
-    return f"{found['request']['by']} {name}" if name else ""
+def label(survey: Mapping[str, Any], name: str) -> str:
+    """Return the label of a group: the column that makes groups, and its value."""
+    return f"{survey['request']['by']} {name}" if name else ""
 
 
 def table_one(name: str, group: Mapping[str, Any], noised: bool = False) -> Table:
     """Return the table that describes the patients, by hospital and overall.
 
-    With noise, counts below every hospital's minimum are no counts: they are shown as few.
+    Without noise, a value that a hospital may have pooled with other small ones is shown as few.
     """
     columns = [*group["sites"].values(), group["overall"]]
     title = "Table 1" + (f", {name}" if name else "")
@@ -66,7 +64,7 @@ def table_one(name: str, group: Mapping[str, Any], noised: bool = False) -> Tabl
         parts = [column["categorical"].get(variable) for column in columns]
         for value in reported.get("counts", ()):
             shown = [_share(part, value, noised) for part in parts]
-            # Those that a hospital has put among its few are not in the sum.
+            # The sum leaves out what hospitals count among their few.
             shown[-1] = "≥" * ("few" in shown) + shown[-1]
             rows.append([f"{variable} = {value}, n (%)", *shown])
         if reported.get("few"):
@@ -76,18 +74,18 @@ def table_one(name: str, group: Mapping[str, Any], noised: bool = False) -> Tabl
 
 
 def figure(value: float | None) -> str:
-    """Return a number with about four digits; a dash for none."""
+    """Return a number with about four digits; a dash if there is none."""
     if value is None or not math.isfinite(value):
         return DASH
     size = abs(value)
-    digits = 3 if size < 1 else 2 if size < 10 else 1 if size < 1000 else 0
     if size and (size < 0.001 or size >= 1e7):
         return f"{value:.3g}".replace("-", "−")
+    digits = 3 - sum(size >= bound for bound in (1, 10, 1000))
     return f"{value:,.{digits}f}".replace("-", "−")
 
 
 def count(value: float | None) -> str:
-    """Return a number of rows."""
+    """Return a number of rows as text; a dash if there is none."""
     return DASH if value is None else f"{value:,.0f}"
 
 
@@ -105,7 +103,7 @@ def _median(part: Mapping[str, Any] | None) -> str:
 
 
 def _quantile(value: float | None, low: float | None, high: float | None) -> str:
-    """Return an estimate; of one in an open cell its one bound."""
+    """Return an estimate; if its cell is open at one end, the bound at the other."""
     bounds = [figure(bound) for bound in (low, high)]
     if bounds[0] == DASH:
         return DASH if bounds[1] == DASH else f"<{bounds[1]}"
@@ -120,7 +118,7 @@ def _share(part: Mapping[str, Any] | None, value: str, noised: bool) -> str:
     if part is None or "counts" not in part:
         return DASH
     number = part["counts"].get(value, 0)
-    # A hospital that has pooled small cells may have some of this one.
+    # A hospital that has pooled small cells may have rows with this value among them.
     if not number and part["few"] and not noised:
         return "few"
     return f"{count(number)} ({100 * number / part['n']:.1f})" if part["n"] else DASH
@@ -137,7 +135,7 @@ def _named(title: str, group: str) -> str:
 
 
 def _pairs(name: str, group: Mapping[str, Any]) -> list[Table]:
-    made = []
+    crossed = []
     for reported in group["overall"]["pairs"]:
         one, other = reported["columns"]
         rows = [
@@ -146,8 +144,8 @@ def _pairs(name: str, group: Mapping[str, Any]) -> list[Table]:
         ]
         head = ["", *(f"{other} = {value}" for value in reported["across"])]
         what = f"{one} by {other}, {reported['hospitals']} hospitals"
-        made.append({"title": _named(what, name), "head": head, "rows": rows})
-    return made
+        crossed.append({"title": _named(what, name), "head": head, "rows": rows})
+    return crossed
 
 
 def _correlations(name: str, group: Mapping[str, Any]) -> Table:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# (rows,) numbers of a column, NaN where missing; or the numbers of some cells.
+# (rows,) numbers of a column, NaN if missing; or the numbers of some cells.
 Floats = NDArray[np.float64]
-# (rows,) whether a row is meant.
+# (rows,) whether a row is selected.
 Mask = NDArray[np.bool_]
 # (rows,) the number of each row's cell, class, category or patient; -1 for none.
 Codes = NDArray[np.int64]
-# (elements,) keyed hashes by which rows are known again in later runs.
+# (elements,) keyed hashes by which later runs recognise rows.
 Hashes = NDArray[np.uint64]
 # What a hospital answers of one group, as it travels.
 Reported = dict[str, Any]

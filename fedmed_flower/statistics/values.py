@@ -16,7 +16,7 @@ from fedmed_flower.statistics.types import Floats, Mask
 # What a row holds beside its columns.
 NOT_COLUMNS = ("patient", "image")
 _MISSING = {"", "nan", "none", "nat", "<na>", "na", "?"}
-# Of more decimal digits Python makes no text.
+# Python refuses decimal texts of more than 4,300 digits; longer integers are written in hex.
 _MOST_BITS = 10_000
 
 
@@ -36,7 +36,7 @@ def is_gap(value: Any) -> bool:
     """Return whether a plain value stands for a missing one."""
     if isinstance(value, str):
         return value.strip().lower() in _MISSING
-    # What is not equal to itself is NaN, or pandas' missing time.
+    # Only NaN and pandas' missing time are not equal to themselves.
     return value is None or (isinstance(value, float | date) and value != value)
 
 
@@ -47,7 +47,7 @@ def number_of(value: Any) -> float:
         number = float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:
         return math.nan
-    # Beyond that squares and their sums would be no floats.
+    # Squares of larger numbers, and their sums, would overflow.
     return number if abs(number) < 1e100 else math.nan
 
 
@@ -75,7 +75,7 @@ def text_of(value: Any) -> str | None:
         number = float(text)
     except ValueError:
         return text
-    # As spreadsheets and data frames write a code in a column with gaps.
+    # Spreadsheets and data frames write a code as 1.0 if its column has gaps.
     return str(int(number)) if text.endswith(".0") and number.is_integer() else text
 
 
@@ -87,7 +87,9 @@ def day_of(value: Any) -> float:
             return float(date.fromisoformat(value.strip()[:10]).toordinal())
         except ValueError:
             return math.nan
-    return float(value.toordinal()) if isinstance(value, date) and not is_gap(value) else math.nan
+    if isinstance(value, date) and not is_gap(value):
+        return float(value.toordinal())
+    return math.nan
 
 
 def numbers_of(values: Sequence[Any]) -> Floats:
@@ -102,13 +104,15 @@ def cells_of(rows: Sequence[Row], name: str) -> list[Any]:
 
 def numbers_meet(numbers: Floats, condition: Filter) -> Mask:
     """Return for each number whether it meets a condition; NaN meets none."""
-    compare, value = OPERATIONS[condition.operation], float(condition.value)
+    compare = OPERATIONS[condition.operation]
+    value = float(condition.value)
     return np.asarray(compare(numbers, value) & ~np.isnan(numbers))
 
 
 def texts_meet(texts: Sequence[str | None], condition: Filter) -> Mask:
     """Return for each category whether it meets a condition; a missing one meets none."""
-    compare, wanted = OPERATIONS[condition.operation], text_of(condition.value)
+    compare = OPERATIONS[condition.operation]
+    wanted = text_of(condition.value)
     return np.array([text is not None and compare(text, wanted) for text in texts], bool)
 
 

@@ -46,5 +46,5 @@ __all__ = [
 ]
 
 
-# The accountant takes a second to load, which the other strategies need not wait for.
+# The accountant takes a second to load: the other strategies do not wait for it.
 __getattr__, _ = on_demand(__name__, {"DPFedAvg": "private"})

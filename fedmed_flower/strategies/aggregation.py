@@ -1,7 +1,7 @@
 """From the replies of a round to a model: all at once, or one by one as they come.
 
-Nothing here knows a strategy: the functions take replies, layouts and the strategy's rule, and say
-by a callback which replies they leave out.
+Nothing here knows a strategy: the functions take replies, layouts and the strategy's rule. They
+report by a callback which replies they leave out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedmed_flower.server.inbox import AcceptedReply
 from fedmed_flower.server.screening import capped, metrics_of, with_shared_metrics, without_arrays
 from fedmed_flower.wire import EPSILON
 
-# More replies than these are added to the mean one by one if the rule is a mean.
+# If more replies than this are awaited and the rule is a mean, each is added to it as it comes.
 STREAM_ABOVE = 100
 # The sum of all weights, and a weight times a value, must be finite.
 _MOST_WEIGHT = 1e100
@@ -26,17 +26,18 @@ _MOST_WEIGHT = 1e100
 Weigh = Callable[[str, Message], float]
 Decode = Callable[[ArrayRecord], ArrayRecord]
 MetricsRule = Callable[[list[RecordDict], str], MetricRecord]
-# Records that a site's reply does not count, why, and whether no honest site sends such a one.
+# Records that a site's reply does not count: site, reason, and whether no honest site sends such
+# a reply.
 Reject = Callable[[str, str, bool], None]
-# Makes the new model of the replies, given as they came and as updates with their weights.
+# Makes the new model of replies, given as messages and as updates with their weights.
 Rule = Callable[[list[AcceptedReply], Updates, list[float]], ArrayRecord | None]
-# Makes the record of a name that travels beside the model.
+# Makes the next companion of a name.
 CompanionRule = Callable[[str, Updates, list[float]], ArrayRecord]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one reply may do to the model, as `FedAvg` takes it."""
+    """Bounds of one reply: `max_weight_share` and `max_update_norm` of `FedAvg`."""
 
     weight_share: float | None = None
     update_norm: float | None = None
@@ -44,17 +45,18 @@ class Limits:
 
 @dataclass
 class Combined:
-    """What a rule has made of a round's replies.
+    """What a rule made of a round's replies.
 
     Attributes
     ----------
     model : ArrayRecord or None
+        None if there were too few replies, or the rule returned no model.
     replies : list of AcceptedReply
-        Those that remained, in the order of their sites' names.
+        The replies that were not rejected, in the order of their sites' names.
     companions : dict of str to ArrayRecord
-        The next ones, by name.
+        The companions of the next round, by name.
     tried : bool
-        Whether there were replies enough for the rule.
+        Whether there were enough replies for the rule.
     """
 
     model: ArrayRecord | None
@@ -63,8 +65,12 @@ class Combined:
     tried: bool = True
 
 
-def first_of(replies: Iterable[Message]) -> tuple[list[Message], Iterator[Message] | None]:
-    """Return the replies as a list; of more than `STREAM_ABOVE` from an iterator the rest apart."""
+def first_and_rest(replies: Iterable[Message]) -> tuple[list[Message], Iterator[Message] | None]:
+    """Return the first replies as a list, and an iterator over the rest.
+
+    The rest is None if all replies are in the list: if they come as a sequence, or are at most
+    `STREAM_ABOVE`.
+    """
     if isinstance(replies, Sequence):
         return list(replies), None
     rest = iter(replies)
@@ -73,7 +79,7 @@ def first_of(replies: Iterable[Message]) -> tuple[list[Message], Iterator[Messag
 
 
 def drain(first: list[Message], rest: Iterator[Message]) -> Iterator[Message]:
-    """Yield the messages of `first`, emptying it, then those of `rest`: none stays in memory."""
+    """Yield the messages of `first`, emptying it to save memory, then those of `rest`."""
     first.reverse()
     while first:
         yield first.pop()
@@ -83,7 +89,7 @@ def drain(first: list[Message], rest: Iterator[Message]) -> Iterator[Message]:
 def weighed(
     replies: Iterable[AcceptedReply], weigh: Weigh, decode: Decode, reject: Reject
 ) -> Iterator[AcceptedReply]:
-    """Give each reply its weight and the arrays that the rule works on; reject what has none."""
+    """Give each reply its weight and the decoded arrays; reject a reply if either fails."""
     for reply in replies:
         try:
             reply.weight = weigh(reply.site, reply.message)
@@ -102,13 +108,15 @@ def mean_one_by_one(
     replies: Iterable[AcceptedReply], layout: ArrayRecord, reject: Reject
 ) -> tuple[Mean, list[AcceptedReply]]:
     """Add each reply to the mean as it comes, then drop its arrays to save memory."""
-    mean, added = Mean(layout), []
+    mean = Mean(layout)
+    added = []
     for reply in replies:
         if (flaw := not_finite(reply.arrays)) is not None:
             reject(reply.site, flaw, False)
             continue
         mean.add(reply.arrays, reply.weight)
-        reply.message, reply.arrays = without_arrays(reply.message), ArrayRecord()
+        reply.message = without_arrays(reply.message)
+        reply.arrays = ArrayRecord()
         reply.used = True
         added.append(reply)
     return mean, added
@@ -125,24 +133,29 @@ def combine(
     suffice: Callable[[int], bool],
     reject: Reject,
 ) -> Combined:
-    """Apply a rule; if it finds replies that cannot be used, apply it again without them.
+    """Apply a rule; if it rejects replies, apply it again without them.
 
     Parameters
     ----------
     replies : list of AcceptedReply
         In the order of their sites' names.
     layout : ArrayRecord or None
-        Keys, shapes and dtypes of the model; None if nobody knows them.
+        Keys, shapes and dtypes of the model; None if they are not known.
     sent : ArrayRecord or None
-        The global model that the sites started from, if it is known.
+        The global model that the sites started from; None if it is not known.
     companions : mapping of str to ArrayRecord
         What was sent beside the model, by name.
-    rule, companion_rule
-        Raise `NotUsableError` where updates must not be used.
+    rule, companion_rule : callable
+        Raise `NotUsableError` if updates must not be used.
     limits : Limits
     suffice : callable
-        Whether a number of replies is enough; asked again after replies were left out.
+        Whether a number of replies is enough; called again after replies were left out.
     reject : callable
+        Called for each reply that is left out.
+
+    Returns
+    -------
+    Combined
     """
     norms_checked = limits.update_norm is None
     while suffice(len(replies)) and layout is not None:
@@ -154,10 +167,12 @@ def combine(
                 norms_checked = True
                 updates.require_norms(limits.update_norm)
             weights = capped([reply.weight for reply in replies], limits.weight_share)
-            beside = {}
+            following = {}
             for name, record in companions.items():
-                brought = [reply.companions[name] for reply in replies]
-                beside[name] = _checked(name, brought, record, replies, weights, companion_rule)
+                returned = [reply.companions[name] for reply in replies]
+                following[name] = _next_companion(
+                    name, returned, record, replies, weights, companion_rule
+                )
             model = rule(replies, updates, weights)
         except NotUsableError as error:
             for index, reason in error.reasons.items():
@@ -166,7 +181,7 @@ def combine(
             continue
         for index in updates.used:
             replies[index].used = True
-        return Combined(model, replies, beside)
+        return Combined(model, replies, following)
     return Combined(None, replies, tried=False)
 
 
@@ -176,19 +191,20 @@ def _updates(
     sent: ArrayRecord | None,
     replies: Sequence[AcceptedReply],
 ) -> Updates:
-    sites, metrics = [reply.site for reply in replies], [reply.metrics for reply in replies]
+    sites = [reply.site for reply in replies]
+    metrics = [reply.metrics for reply in replies]
     return Updates(arrays, layout, sent, sites, metrics)
 
 
-def _checked(
+def _next_companion(
     name: str,
-    brought: list[ArrayRecord],
+    returned: list[ArrayRecord],
     sent: ArrayRecord,
     replies: list[AcceptedReply],
     weights: list[float],
     rule: CompanionRule,
 ) -> ArrayRecord:
-    updates = _updates(brought, sent, sent, replies)
+    updates = _updates(returned, sent, sent, replies)
     combined = rule(name, updates, weights)
     updates.check()
     return combined
@@ -200,14 +216,17 @@ def shapes(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:
 
 
 def flaw_of(model: ArrayRecord | None) -> str | None:
-    """Return why this is no finite model; None if it is one."""
-    return "there is none" if model is None else not_finite(model)
+    """Return why there is no finite model; None if there is one."""
+    if model is None:
+        return "the rule made no model"
+    flaw = not_finite(model)
+    return None if flaw is None else f"in the new model, {flaw}"
 
 
 def average_metrics(
     replies: Iterable[AcceptedReply], key: str, share: float | None, rule: MetricsRule
 ) -> MetricRecord | None:
-    """Average the metrics of the replies that the rule used, as Flower does; None of none."""
+    """Average the metrics of the used replies, as Flower does; None if no reply was used."""
     used = [without_arrays(reply.message) for reply in replies if reply.used]
     if not used:
         return None

@@ -16,7 +16,9 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.server.screening import metrics_of
 from fedmed_flower.strategies.base import FedAvg
 
-EXAMPLES, UNIFORM, INVERSE_LOSS = "examples", "uniform", "inverse-loss"
+EXAMPLES = "examples"
+UNIFORM = "uniform"
+INVERSE_LOSS = "inverse-loss"
 Weights = str | Mapping[str, float] | Callable[[Message], float]
 
 
@@ -27,27 +29,23 @@ class WeightedFedAvg(FedAvg):
     ----------
     weights : str, mapping or callable
         ``"examples"``: the number of examples, as in `FedAvg`. ``"uniform"``: each hospital counts
-        the same. ``"inverse-loss"``: 1 / training loss. A mapping from site name to weight; a site
-        that is not in it is left out. A function that is given the reply; a reply for which it
-        fails or returns no number is left out. Weights must be above 0 and at most 1e100.
+        the same. ``"inverse-loss"``: 1 / training loss. A mapping from site name to weight: a site
+        without an entry is left out. A function of the reply: a reply for which it fails or
+        returns no number is left out. Weights must be above 0 and at most 1e100.
     loss_key : str
         Name of the metric that is the training loss, for ``"inverse-loss"``.
 
     Raises
     ------
     InputError
-        If `weights` is none of these, or a mapping to something else than such weights.
+        If `weights` is none of these, or a value of the mapping is not above 0 and finite.
     """
 
     def __init__(
         self, *args: Any, weights: Weights = EXAMPLES, loss_key: str = "loss", **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        if (
-            weights not in (EXAMPLES, UNIFORM, INVERSE_LOSS)
-            if isinstance(weights, str)
-            else (not isinstance(weights, Mapping) and not callable(weights))
-        ):
+        if not _are_weights(weights):
             raise InputError(
                 f"weights must be {EXAMPLES!r}, {UNIFORM!r}, {INVERSE_LOSS!r}, a mapping by site "
                 f"name or a function of the reply, got {weights!r}"
@@ -60,16 +58,16 @@ class WeightedFedAvg(FedAvg):
         self.loss_key = loss_key
 
     def weigh(self, site: str, reply: Message) -> float:
-        """Return the weight that this strategy was asked to give to a reply."""
+        """Return the weight of a reply by the argument `weights`."""
         if self.weights == EXAMPLES:
             return super().weigh(site, reply)
         if self.weights == UNIFORM:
             return 1.0
         if self.weights == INVERSE_LOSS:
-            return 1 / loss_of(reply, self.loss_key)
+            return 1 / training_loss(reply, self.loss_key)
         if isinstance(self.weights, Mapping):
             if site not in self.weights:
-                raise ValueError("weights does not name it")
+                raise ValueError("weights has no entry for this site")
             return float(self.weights[site])
         try:
             return float(self.weights(reply))  # type: ignore[operator]
@@ -78,7 +76,7 @@ class WeightedFedAvg(FedAvg):
 
 
 class FedProx(FedAvg, flower.FedProx):
-    """FedProx: sites are held near the global model by ``proximal_mu`` (0 gives back FedAvg).
+    """FedProx: ``proximal_mu`` holds sites near the global model (0 gives back FedAvg).
 
     Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith: Federated Optimization in Heterogeneous Networks,
     MLSys 2020, https://arxiv.org/abs/1812.06127
@@ -110,17 +108,17 @@ class FedAdagrad(FedAvg, flower.FedAdagrad):
 
 
 class QFedAvg(FedAvg, flower.QFedAvg):
-    """q-FedAvg: sites with a higher loss move the model more (``q`` = 0: all the same).
+    """q-FedAvg: sites with a higher loss move the model more (with ``q`` = 0, all count the same).
 
     Li, Sanjabi, Beirami, Smith: Fair Resource Allocation in Federated Learning, ICLR 2020,
     https://arxiv.org/abs/1905.10497, equation 4 and algorithm 2, with 1 / ``client_learning_rate``
-    for the Lipschitz constant. A reply without a loss of ``train_loss_key`` is left out.
+    for the Lipschitz constant. A reply without the metric ``train_loss_key`` is left out.
     """
 
     def weigh(self, site: str, reply: Message) -> float:
         """Return the site's training loss to the power of ``q``."""
-        # Flower's own guard against a loss of 0.
-        loss = loss_of(reply, self.train_loss_key, least=0.0) + 1e-10
+        # Flower adds the same number against a loss of 0.
+        loss = training_loss(reply, self.train_loss_key, least=0.0) + 1e-10
         with np.errstate(over="ignore"):
             return float(np.float_power(loss, self.q))
 
@@ -132,40 +130,53 @@ class QFedAvg(FedAvg, flower.QFedAvg):
         InputError
             If the global model is not known.
         NotUsableError
-            If updates hold NaN or infinite values, or are too large to be computed with.
+            If updates hold NaN or infinite values, or are so large that the result overflows.
         """
         if not updates.centred:
             raise InputError(
                 "QFedAvg moves the global model, which it does not know: call configure_train "
                 "before aggregate_train"
             )
-        powers, lipschitz = np.asarray(weights), 1 / self.client_learning_rate
-        losses = np.array([each[self.train_loss_key] for each in updates.metrics]) + 1e-10
+        powers = np.asarray(weights)
+        lipschitz = 1 / self.client_learning_rate
+        losses = np.array([metrics[self.train_loss_key] for metrics in updates.metrics]) + 1e-10
         with np.errstate(over="ignore", invalid="ignore"):
             squared = (lipschitz * updates.norms()) ** 2
             h = self.q * losses ** (self.q - 1) * squared + lipschitz * powers
         if not np.isfinite(h.sum()):
             updates.check()
-            # The sum may overflow where no part of it does.
-            far = [int(k) for k in np.flatnonzero(~np.isfinite(h))] or [int(h.argmax())]
-            reason = "its loss or its change of the model is too large to be computed with"
-            raise NotUsableError(dict.fromkeys(far, reason))
+            # The sum may overflow although no part of it does.
+            overflowing = [int(k) for k in np.flatnonzero(~np.isfinite(h))] or [int(h.argmax())]
+            reason = "its loss or its change of the model is so large that the mean overflows"
+            raise NotUsableError(dict.fromkeys(overflowing, reason))
         shares = lipschitz * powers / h.sum()
         return updates.weighted_sum(shares, rest=1 - shares.sum())
 
 
-def loss_of(reply: Message, key: str, least: float | None = None) -> float:
+def _are_weights(weights: object) -> bool:
+    if isinstance(weights, str):
+        return weights in (EXAMPLES, UNIFORM, INVERSE_LOSS)
+    return isinstance(weights, Mapping) or callable(weights)
+
+
+def training_loss(reply: Message, key: str, least: float | None = None) -> float:
     """Return a reply's training loss.
 
     Raises
     ------
     ValueError
-        If it is missing, no single number, or not above 0 (below `least`, if given).
+        If it is missing or no single number; if it is not above 0 (or is below `least`, if that
+        is given).
     """
     loss = metrics_of(reply).get(key)
     if not isinstance(loss, int | float):
         raise ValueError(f"it has no training loss {key}")
-    if not (loss > 0 if least is None else loss >= least):
-        bound = "above 0" if least is None else f"at least {least:g}"
+    if least is None:
+        allowed = loss > 0
+        bound = "above 0"
+    else:
+        allowed = loss >= least
+        bound = f"at least {least:g}"
+    if not allowed:
         raise ValueError(f"its training loss {key} must be {bound}, got {loss}")
     return float(loss)

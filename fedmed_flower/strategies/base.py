@@ -26,19 +26,20 @@ from fedmed_flower.server.run_folder import Checkpoint, RunFolder
 from fedmed_flower.server.screening import (
     first_arrays,
     metrics_of,
-    sound_figures,
     with_arrays,
+    with_finite_metrics,
     with_shared_metrics,
 )
 from fedmed_flower.server.sites import draw, nobody_left, shortfall, wait_for_sites
 from fedmed_flower.strategies import checkpoint as checkpoints
 from fedmed_flower.strategies.aggregation import (
     STREAM_ABOVE,
+    Combined,
     Limits,
     average_metrics,
     combine,
     drain,
-    first_of,
+    first_and_rest,
     flaw_of,
     mean_one_by_one,
     shapes,
@@ -56,27 +57,28 @@ from fedmed_flower.wire import ALL_SITES, SPLIT
 
 log = logging.getLogger("flwr.fedmed")
 
-_TRAIN, _EVALUATE = 0, 1
+_TRAIN = 0
+_EVALUATE = 1
 
 
 @dataclass
 class RunState:
-    """What a run knows from one phase to the next; `FedAvg.start` makes it afresh.
+    """What a run knows from one phase to the next; `FedAvg.start` makes a new one.
 
     Attributes
     ----------
     timeout : float
         Seconds to wait in each phase.
     begun : bool
-        Whether a round has led to a model.
+        Whether a round has made a model.
     server_round : int
         The round whose replies are being combined.
     faulty : int
         Replies of that round that no honest site sends.
     sent_arrays : ArrayRecord or None
-        The model that `FedAvg.configure_train` has sent last.
+        The model that `FedAvg.configure_train` sent last.
     companions : dict of str to ArrayRecord
-        Those of `FedAvg.companions` that have come back changed.
+        The companions that came back changed, by name.
     evaluated : str
         The phase of evaluation: ``val``, or ``test`` at the end.
     """
@@ -105,19 +107,18 @@ class FedAvg(flower.FedAvg):
     run_dir : str or Path, optional
         Folder for checkpoint, metrics and model. None keeps everything in memory.
     resume : bool
-        Go on from the checkpoint in `run_dir` where there is one.
+        Go on from the checkpoint in `run_dir` if there is one.
     seed : int, optional
-        Decides which sites are sampled in a round, together with the sites' names. Drawn from the
-        operating system where None.
+        Decides which sites are sampled in a round, together with the sites' names. At least 0. None
+        draws it from the operating system.
     min_replies : int
-        A round in which fewer usable training replies come back leaves the model as it is. At
-        least 1.
+        A round with fewer usable training replies leaves the model as it is. At least 1.
     max_weight_share : float, optional
-        No reply weighs more than this part of all weights together; what is above is cut off.
-        Above 0, at most 1; None, as in Flower, trusts what sites say of their size.
+        Largest share of one reply in the sum of all weights; a larger weight is cut to it. Above 0,
+        at most 1. None sets no limit, as in Flower: a site that overstates its size is believed.
     max_update_norm : float, optional
-        Replies whose change of the model is longer than this many times the median length are left
-        out. At least 1. (Where `aggregate_train` is called without a `configure_train` before it,
+        A reply is left out if its change of the model is longer than this many times the median
+        length. At least 1. (If `aggregate_train` is called without `configure_train` before it,
         lengths are distances from one of the replies, near the middle.)
 
     Attributes
@@ -125,15 +126,16 @@ class FedAvg(flower.FedAvg):
     history : History
         Every number of every site and every failure, round by round.
     result : flwr.serverapp.strategy.Result
-        What `start` returns; also there while it runs and after it was interrupted.
+        What `start` returns; up to date while it runs and after it was interrupted.
     only : set of int, optional
         Node ids to which training and evaluation are confined.
     site_names : dict
-        Site name by node id, as far as the sites have told it.
+        Site name by node id, as far as the sites have reported it.
     companions : dict of str to ArrayRecord
-        Records that travel beside the model in each training message and must come back, changed,
-        in each reply, as they are at the start of a run; none here. `combine_companion` makes the
-        next ones, which `current_companions` gives and the checkpoint keeps.
+        Records that travel beside the model: sent in each training message, and sent back, changed,
+        in each reply. These are the ones at the start of a run; `FedAvg` has none.
+        `combine_companion` makes the next ones, `current_companions` returns them, and the
+        checkpoint holds them.
     run : RunState
         What the run knows from one phase to the next.
 
@@ -175,7 +177,8 @@ class FedAvg(flower.FedAvg):
             )
         if max_update_norm is not None and not max_update_norm >= 1:
             raise InputError(f"max_update_norm must be at least 1, got {max_update_norm}")
-        self.max_weight_share, self.max_update_norm = max_weight_share, max_update_norm
+        self.max_weight_share = max_weight_share
+        self.max_update_norm = max_update_norm
         if resume and run_dir is None:
             raise InputError("resume needs run_dir, the folder of the run to go on with")
         self.folder = None if run_dir is None else RunFolder(run_dir)
@@ -211,12 +214,12 @@ class FedAvg(flower.FedAvg):
         timeout : float
             Seconds to wait for the replies of a phase, and before it for the minimum of sites to
             be connected. Sites that have not replied by then are recorded as failed for that
-            phase; where too few are connected, the phase is recorded as failed.
+            phase. If too few are connected by then, the phase is recorded as failed.
 
         Returns
         -------
         flwr.serverapp.strategy.Result
-            Its `arrays` are the last model, and the initial one where no round succeeded.
+            Its `arrays` are the last model, or the initial one if no round succeeded.
 
         Raises
         ------
@@ -233,9 +236,10 @@ class FedAvg(flower.FedAvg):
             _EVALUATE: ConfigRecord() if evaluate_config is None else evaluate_config,
         }
         self.run = RunState(timeout)
-        self.inbox.history, self.inbox.declined = History(), set()
+        self.inbox.history = History()
+        self.inbox.declined = set()
         self.result = flower.Result(arrays=initial_arrays)
-        # A run that starts afresh owes nothing to one before it.
+        # An earlier run of this object must leave no state behind.
         self.import_state({})
         first = self._restore(grid, initial_arrays) + 1
         if first > num_rounds + 1:
@@ -244,7 +248,9 @@ class FedAvg(flower.FedAvg):
                 f"got {num_rounds}"
             )
         if first == 1 and evaluate_fn is not None:
-            self._keep(0, "evaluate_metrics_serverapp", evaluate_fn(0, initial_arrays), "server")
+            self._add_metrics(
+                0, "evaluate_metrics_serverapp", evaluate_fn(0, initial_arrays), "server"
+            )
         for server_round in range(first, num_rounds + 1):
             reason = self.stop_reason() or nobody_left(
                 list(grid.get_node_ids()), self.inbox.declined, self.only
@@ -262,18 +268,19 @@ class FedAvg(flower.FedAvg):
             )
             if aggregated is not None:
                 self.result.arrays = arrays = aggregated
-            self._keep(server_round, "train_metrics_clientapp", metrics, "train")
+            self._add_metrics(server_round, "train_metrics_clientapp", metrics, "train")
 
             messages = list(self.configure_evaluate(server_round, arrays, configs[_EVALUATE], grid))
             replies = self.exchange(grid, messages, server_round, "val")
             metrics = self.aggregate_evaluate(server_round, replies)
-            self._keep(server_round, "evaluate_metrics_clientapp", metrics, "val")
+            self._add_metrics(server_round, "evaluate_metrics_clientapp", metrics, "val")
 
             if evaluate_fn is not None:
                 metrics = evaluate_fn(server_round, arrays)
-                self._keep(server_round, "evaluate_metrics_serverapp", metrics, "server")
+                self._add_metrics(server_round, "evaluate_metrics_serverapp", metrics, "server")
             self._save(grid, server_round)
-            seconds, line = time.perf_counter() - began, self.history.describe(server_round)
+            seconds = time.perf_counter() - began
+            line = self.history.describe(server_round)
             log.info("round %d/%d  %s  %.1f s", server_round, num_rounds, line, seconds)
         return self.result
 
@@ -284,7 +291,7 @@ class FedAvg(flower.FedAvg):
         config: ConfigRecord | None = None,
         timeout: float = 3600,
     ) -> dict[str, dict[str, float]]:
-        """Evaluate a model once on every connected site's test split.
+        """Evaluate a model once on the test split of every connected site.
 
         Returns
         -------
@@ -298,7 +305,8 @@ class FedAvg(flower.FedAvg):
             Message(content, node_id, MessageType.EVALUATE) for node_id in grid.get_node_ids()
         ]
         before = len(self.history.rows)
-        self.run.evaluated, self.run.timeout = "test", timeout
+        self.run.evaluated = "test"
+        self.run.timeout = timeout
         try:
             replies = self.exchange(grid, messages, server_round, "test")
             metrics = self.aggregate_evaluate(server_round, replies)
@@ -370,21 +378,22 @@ class FedAvg(flower.FedAvg):
         Parameters
         ----------
         replies : iterable of Message
-            Never changed. Where more than 100 come from an iterator and the rule is a plain mean,
-            each is added as it comes and need not be kept.
+            Never changed. If more than 100 come from an iterator and the rule is a plain mean,
+            each is added as it comes and need not stay in memory.
 
         Returns
         -------
         tuple of (ArrayRecord or None, MetricRecord or None)
-            (None, None) where fewer than `min_replies` passed, or fewer than the rule needs.
+            (None, None) if fewer than `min_replies` passed, or fewer than the rule needs.
         """
         self.run.server_round = server_round
         try:
             arrays, accepted = self._combined(server_round, replies)
             if arrays is None:
                 return None, None
-            key, share = self.weighted_by_key, self.max_weight_share
-            metrics = average_metrics(accepted, key, share, self.train_metrics_aggr_fn)
+            metrics = average_metrics(
+                accepted, self.weighted_by_key, self.max_weight_share, self.train_metrics_aggr_fn
+            )
             self.run.begun = True
             moved = self._step(server_round, arrays)
             return (None, None) if moved is None else (moved, metrics)
@@ -392,14 +401,14 @@ class FedAvg(flower.FedAvg):
             self.run.faulty = 0
 
     def combine(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
-        """Return the new model: the rule of a strategy, and all that a new one has to give.
+        """Return the new model: the rule of the strategy, and all that a new strategy must define.
 
         Parameters
         ----------
         updates : Updates
             What the sites sent, in the order of their names.
         weights : sequence of K floats
-            What `weigh` made of the replies, none above `max_weight_share` of their sum.
+            Weights of the replies by `weigh`, none above `max_weight_share` of their sum.
         """
         total = sum(weights)
         return updates.weighted_sum([weight / total for weight in weights])
@@ -410,20 +419,20 @@ class FedAvg(flower.FedAvg):
         Raises
         ------
         ValueError
-            If the strategy cannot use the reply, with the reason; it is left out.
+            If the strategy cannot use the reply; it is left out, and the text is the reason.
         """
         return float(metrics_of(reply)[self.weighted_by_key])  # type: ignore[arg-type]
 
     def combine_companion(
         self, name: str, updates: Updates, weights: Sequence[float]
     ) -> ArrayRecord:
-        """Return the next record of `companions` of that name: here the weighted mean.
+        """Return the next companion of a name: here the weighted mean.
 
         Parameters
         ----------
         name : str
         updates : Updates
-            What the sites sent back, from the record that they were sent.
+            What the sites sent back; changes count from the record that was sent to them.
         weights : sequence of K floats
             As in `combine`.
         """
@@ -431,26 +440,26 @@ class FedAvg(flower.FedAvg):
         return updates.weighted_sum([weight / total for weight in weights])
 
     def reply_layout(self, sent: ArrayRecord) -> ArrayRecord:
-        """Return whose keys, shapes and dtypes the arrays of a reply must have: here the model's.
+        """Return a record with the keys, shapes and dtypes of a reply's arrays: here the model.
 
-        Override it with `decode` where sites send the model otherwise, such as in 8 bits.
+        Override it with `decode` if sites send the model in another form, such as in 8 bits.
         """
         return sent
 
     def decode(self, arrays: ArrayRecord) -> ArrayRecord:
-        """Return the model that arrays of `reply_layout` stand for: here the arrays themselves.
+        """Return the model that a reply's arrays stand for: here the arrays themselves.
 
         Raises
         ------
         ValueError
-            If they stand for none, with the reason; the reply is left out.
+            If they stand for no model; the reply is left out, and the text is the reason.
         """
         return arrays
 
     def choose(
         self, nodes: Collection[int], count: int, server_round: int, training: bool
     ) -> list[int]:
-        """Return which connected nodes take part: here `count` of them, by the run's seed."""
+        """Return the connected nodes that take part: here `count` of them, drawn by the seed."""
         phase = _TRAIN if training else _EVALUATE
         return draw(nodes, self.site_names, count, (self.seed, server_round, phase))
 
@@ -459,52 +468,58 @@ class FedAvg(flower.FedAvg):
         return None
 
     def needed(self) -> int:
-        """Return the fewest usable replies of a round for which the rule keeps its promise."""
+        """Return the fewest usable replies of a round with which the rule keeps its promise."""
         return 1
 
     def export_state(self) -> dict[str, ArrayRecord]:
-        """Return what must be kept between rounds besides the model: it goes into the checkpoint.
+        """Return the state between rounds, apart from the model, for the checkpoint.
 
-        Here that of Flower's server optimisers, and `companions`. A strategy that keeps more adds
-        it.
+        Here the state of Flower's server optimisers, and the companions. A strategy with more
+        state adds it.
         """
-        current = self.current_companions
-        companions = {f"{checkpoints.COMPANION}{name}": each for name, each in current.items()}
+        companions = {
+            f"{checkpoints.COMPANION}{name}": record
+            for name, record in self.current_companions.items()
+        }
         return export_state(vars(self)) | companions
 
     def import_state(self, state: dict[str, ArrayRecord]) -> None:
         """Take up what `export_state` returned when the checkpoint was written."""
-        rest, self.run.companions = dict(state), {}
+        rest = dict(state)
+        self.run.companions = {}
         for name, first in self.companions.items():
-            if (kept := rest.pop(f"{checkpoints.COMPANION}{name}", None)) is not None:
-                checkpoints.require_layout(name, kept, first)
-                self.run.companions[name] = kept
+            record = rest.pop(f"{checkpoints.COMPANION}{name}", None)
+            if record is not None:
+                checkpoints.require_layout(name, record, first)
+                self.run.companions[name] = record
         vars(self).update(import_state(vars(self), rest, type(self).__name__))
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Screen the replies, average their metrics as Flower does, and add the pooled figures."""
+        """Screen the replies, average their metrics as Flower does, and add the pooled metrics."""
         phase = self.run.evaluated
         admitted = self.inbox.admit(server_round, phase, replies, self.weighted_by_key, None)
-        kept = self.inbox.in_order(admitted)
-        self.inbox.record(server_round, phase, kept)
-        # A hospital may tell its number of patients and no figure: they are too few.
-        usable = [
+        accepted = self.inbox.in_order(admitted)
+        self.inbox.record(server_round, phase, accepted)
+        # A hospital with too few patients reports their number and no other metric.
+        with_metrics = [
             reply.message
-            for reply in kept
+            for reply in accepted
             if reply.metrics[self.weighted_by_key] and len(reply.metrics) > 1
         ]
-        if not (usable := sound_figures(usable)):
+        usable = with_finite_metrics(with_metrics)
+        if not usable:
             return None
-        figures = pool([dict(metrics_of(message)) for message in usable])
-        key, share = self.weighted_by_key, self.max_weight_share
-        trimmed = with_shared_metrics(usable, key, share, pooled=figures)
+        pooled = pool([dict(metrics_of(message)) for message in usable])
+        trimmed = with_shared_metrics(
+            usable, self.weighted_by_key, self.max_weight_share, pooled=pooled
+        )
         metrics = super().aggregate_evaluate(server_round, trimmed)
-        if metrics is not None and figures:
-            for key in filter(is_pooled_only, list(metrics)):
-                metrics.pop(key)
-            metrics.update(figures)
+        if metrics is not None and pooled:
+            for name in filter(is_pooled_only, list(metrics)):
+                metrics.pop(name)
+            metrics.update(pooled)
         return metrics
 
     @property
@@ -513,14 +528,14 @@ class FedAvg(flower.FedAvg):
         if self.below is not None and not issubclass(self.below, OPTIMISERS):
             return False
         # A subclass may look at the replies before it passes them on.
-        own, names = type(self), ("combine", "aggregate_train", "exchange", "decode")
-        unchanged = all(getattr(own, name) is getattr(FedAvg, name) for name in names)
+        names = ("combine", "aggregate_train", "exchange", "decode")
+        unchanged = all(getattr(type(self), name) is getattr(FedAvg, name) for name in names)
         limited = self.max_weight_share is not None or self.max_update_norm is not None
         return unchanged and not limited and not self.companions
 
     @property
     def current_companions(self) -> dict[str, ArrayRecord]:
-        """What travels beside the model in the next round."""
+        """The companions of the next round, by name."""
         return self.companions | self.run.companions
 
     @property
@@ -530,7 +545,7 @@ class FedAvg(flower.FedAvg):
 
     @property
     def site_names(self) -> dict[int, str]:
-        """Site name by node id, as far as the sites have told it."""
+        """Site name by node id, as far as the sites have reported it."""
         return self.inbox.site_names
 
     @site_names.setter
@@ -538,7 +553,7 @@ class FedAvg(flower.FedAvg):
         self.inbox.site_names = names
 
     def site_name(self, node_id: int) -> str:
-        """Return a node's site name, or ``node <id>`` where it has not told it."""
+        """Return a node's site name, or ``node <id>`` if it has reported none."""
         return self.inbox.name(node_id)
 
     def find_checkpoint(self, initial_arrays: ArrayRecord) -> Checkpoint | None:
@@ -548,7 +563,7 @@ class FedAvg(flower.FedAvg):
         ------
         InputError
             If it is damaged, or a run that goes on from it would not be the run that was
-            broken off.
+            interrupted.
         """
         if self.folder is None or not self.resume:
             return None
@@ -560,55 +575,68 @@ class FedAvg(flower.FedAvg):
     def _combined(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, list[AcceptedReply]]:
-        """Screen and combine replies, and record them; return the model and who had a part."""
-        first, rest = first_of(replies)
+        """Screen, combine and record replies; return the model and the replies behind it."""
+        first, rest = first_and_rest(replies)
         if not first and self.needed() > 0:
             return None, []
-        sent, key = self.run.sent_arrays, self.weighted_by_key
+        sent = self.run.sent_arrays
         layout = self.reply_layout(sent) if sent is not None else first_arrays(first)
-        streaming = rest is not None and self.is_plain_mean and layout is not None
         waiting = drain(first, rest) if rest is not None else first
         admitted = self.inbox.admit(
-            server_round, "train", waiting, key, layout, self.current_companions
+            server_round, "train", waiting, self.weighted_by_key, layout, self.current_companions
         )
         usable = weighed(admitted, self.weigh, self.decode, self._reject)
-        if streaming and layout is not None:
-            mean, accepted = mean_one_by_one(usable, layout, self._reject)
-            accepted = self.inbox.in_order(accepted)
-            self.inbox.record(server_round, "train", accepted)
-            if not self._suffice(len(accepted)):
-                return None, accepted
-            model: ArrayRecord | None = mean.result()
+        if rest is not None and layout is not None and self.is_plain_mean:
+            combined = self._combined_one_by_one(usable, layout)
         else:
-            accepted = self.inbox.in_order(usable)
-            self.run.faulty = self.inbox.malformed
-            if sent is None and accepted:
-                layout = accepted[0].arrays
-            combined = combine(
-                accepted,
-                sent if sent is not None else layout,
-                sent,
-                self.current_companions,
-                self._rule,
-                self.combine_companion,
-                Limits(self.max_weight_share, self.max_update_norm),
-                self._suffice,
-                self._reject,
-            )
-            model, accepted = combined.model, combined.replies
-            self.inbox.record(server_round, "train", accepted)
-            if not combined.tried:
-                return None, accepted
-            self.run.companions |= combined.companions
-        if (flaw := flaw_of(model)) is not None:
-            self.inbox.fail(server_round, "train", ALL_SITES, f"in the new model, {flaw}")
-            return None, accepted
-        return model, accepted
+            combined = self._combined_together(usable, layout)
+        if not combined.tried:
+            return None, combined.replies
+        self.run.companions |= combined.companions
+        flaw = flaw_of(combined.model)
+        if flaw is not None:
+            self.inbox.fail(server_round, "train", ALL_SITES, flaw)
+            return None, combined.replies
+        return combined.model, combined.replies
+
+    def _combined_one_by_one(
+        self, replies: Iterable[AcceptedReply], layout: ArrayRecord
+    ) -> Combined:
+        mean, added = mean_one_by_one(replies, layout, self._reject)
+        accepted = self.inbox.in_order(added)
+        self.inbox.record(self.run.server_round, "train", accepted)
+        if not self._suffice(len(accepted)):
+            return Combined(None, accepted, tried=False)
+        return Combined(mean.result(), accepted)
+
+    def _combined_together(
+        self, replies: Iterable[AcceptedReply], layout: ArrayRecord | None
+    ) -> Combined:
+        accepted = self.inbox.in_order(replies)
+        self.run.faulty = self.inbox.malformed
+        sent = self.run.sent_arrays
+        if sent is not None:
+            layout = sent
+        elif accepted:
+            layout = accepted[0].arrays
+        combined = combine(
+            accepted,
+            layout,
+            sent,
+            self.current_companions,
+            self._rule,
+            self.combine_companion,
+            Limits(self.max_weight_share, self.max_update_norm),
+            self._suffice,
+            self._reject,
+        )
+        self.inbox.record(self.run.server_round, "train", combined.replies)
+        return combined
 
     def _rule(
         self, replies: list[AcceptedReply], updates: Updates, weights: list[float]
     ) -> ArrayRecord | None:
-        """Apply our rule, or that of a strategy that is neither ours nor Flower's."""
+        """Apply our rule, or the rule of a strategy that is neither ours nor Flower's."""
         other = self.below
         if other is None or issubclass(other, OPTIMISERS):
             combined = self.combine(updates, weights)
@@ -617,13 +645,18 @@ class FedAvg(flower.FedAvg):
         updates.check()
         models = [with_arrays(reply.message, reply.arrays) for reply in replies]
         messages = with_shared_metrics(models, self.weighted_by_key, weights=weights)
-        made, _ = other.aggregate_train(self, self.run.server_round, messages)
-        if made is not None and shapes(made) != shapes(updates.layout):
-            raise InputError(f"{other.__name__} returns a model of other entries or shapes")
-        return None if made is None else keep_dtypes(made, updates.layout)
+        model, _ = other.aggregate_train(self, self.run.server_round, messages)
+        if model is None:
+            return None
+        if shapes(model) != shapes(updates.layout):
+            raise InputError(
+                f"{other.__name__}.aggregate_train must return a model with the keys and shapes "
+                f"of the replies, {shapes(updates.layout)}, got {shapes(model)}"
+            )
+        return keep_dtypes(model, updates.layout)
 
     def _step(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord | None:
-        """Let Flower's server optimiser, if there is one, move the global model."""
+        """Move the global model by the step of Flower's server optimiser, if there is one."""
         optimiser = self.below
         if optimiser is None or not issubclass(optimiser, OPTIMISERS):
             return arrays
@@ -632,16 +665,23 @@ class FedAvg(flower.FedAvg):
                 f"{type(self).__name__} moves the global model, which it does not know: "
                 "call configure_train before aggregate_train"
             )
-        sent, keys = self.run.sent_arrays, (self.arrayrecord_key, self.weighted_by_key)
-        moved, changed = step(optimiser, vars(self), server_round, arrays, sent, *keys)
+        moved, changed = step(
+            optimiser,
+            vars(self),
+            server_round,
+            arrays,
+            self.run.sent_arrays,
+            self.arrayrecord_key,
+            self.weighted_by_key,
+        )
         if moved is None:
-            reason = f"the step of {optimiser.__name__} leads beyond what the model can hold"
+            reason = f"the step of {optimiser.__name__} leads to NaN or infinite values"
             self.inbox.fail(server_round, "train", ALL_SITES, reason)
         vars(self).update(changed)
         return moved
 
     def _suffice(self, count: int) -> bool:
-        """Return whether so many usable replies will do; record it if they do not."""
+        """Return whether `count` usable replies are enough; record it if they are not."""
         # `needed() == 0` means that the strategy makes a model even without replies (DPFedAvg
         # releases noise).
         needed = max(self.min_replies, self.needed()) if self.needed() else 0
@@ -659,14 +699,14 @@ class FedAvg(flower.FedAvg):
     def _wait(
         self, grid: Grid, server_round: int, phase: str, fraction: float, minimum: int
     ) -> bool:
-        """Wait for the sites of a phase; record it if too few of them come within the timeout."""
+        """Wait for the sites of a phase; record it if too few connect within the timeout."""
         needed = max(minimum, self.min_available_nodes) if fraction > 0 else 0
         starting = math.isfinite(self.run.timeout) and not self.run.begun
         if phase == "train" and starting and not getattr(grid, "complete", False):
-            # Hospitals connect one after the other: a rule that needs many must not refuse the
-            # first.
+            # Hospitals connect one after the other: a rule that needs many must wait for them.
             needed = max(needed, self.needed())
-        if (count := wait_for_sites(grid, needed, self.run.timeout)) >= needed:
+        count = wait_for_sites(grid, needed, self.run.timeout)
+        if count >= needed:
             return True
         reason = f"{count} sites are connected, {needed} needed"
         self.inbox.fail(server_round, phase, ALL_SITES, reason)
@@ -682,9 +722,9 @@ class FedAvg(flower.FedAvg):
                 self.seed,
                 self.result.arrays,
                 self.history,
-                checkpoints.metrics_in(self.result),
+                checkpoints.metrics_as_dicts(self.result),
                 self.site_names,
-                # Only a grid that runs the clients in this process can save what they keep.
+                # Only a grid that runs the clients in this process can save their states.
                 grid.export_states() if hasattr(grid, "export_states") else {},
                 self.export_state(),
             )
@@ -701,19 +741,23 @@ class FedAvg(flower.FedAvg):
             folder.require_no_checkpoint()
             folder.make(initial_arrays)
             return 0
-        self.seed, self.inbox.history = checkpoint.seed, checkpoint.history
+        self.seed = checkpoint.seed
+        self.inbox.history = checkpoint.history
         self.site_names = checkpoint.site_names | self.site_names
         self.result.arrays = checkpoint.arrays
         with checkpoints.read_from(folder):
             self.import_state(checkpoint.strategy_state)
-            vars(self.result).update(checkpoints.metrics_of(checkpoint, self.result))
+            vars(self.result).update(checkpoints.metrics_as_records(checkpoint, self.result))
         checkpoints.restore_clients(grid, checkpoint, folder)
-        # A crash may have come between the checkpoint and the model.
+        # The run may have died after it wrote the checkpoint and before it wrote the model.
         folder.write_model(checkpoint.arrays)
         log.info("going on after round %d of %s", checkpoint.server_round, folder.path)
         return checkpoint.server_round
 
-    def _keep(self, server_round: int, name: str, metrics: MetricRecord | None, phase: str) -> None:
+    def _add_metrics(
+        self, server_round: int, name: str, metrics: MetricRecord | None, phase: str
+    ) -> None:
+        """Put the metrics of a phase, if there are any, into the result and the history."""
         if metrics is not None:
             getattr(self.result, name)[server_round] = metrics
             self.history.add(server_round, phase, ALL_SITES, metrics)
@@ -721,7 +765,7 @@ class FedAvg(flower.FedAvg):
     def _address(
         self, messages: Iterable[Message], grid: Grid, server_round: int, phase: int
     ) -> list[Message]:
-        """Send Flower's messages to sites drawn by this run's seed, in the order of their names."""
+        """Address Flower's messages to the sites that `choose` returns."""
         messages = list(messages)
         connected = self.inbox.connected = set(grid.get_node_ids())
         nodes = connected if self.only is None else connected & self.only

@@ -17,28 +17,28 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.server.run_folder import Checkpoint, RunFolder
 from fedmed_flower.strategies.server_optimizers import OPTIMISERS, RULES
 
-# Flower's strategies of which nothing is lost between rounds: `export_state` saves what they keep.
+# Flower's strategies that can be resumed: `export_state` saves all their state between rounds.
 _KNOWN = {*RULES, *OPTIMISERS, *flower.FedAdam.__mro__, flower.FedProx, flower.Krum}
-# How records that travel beside the model are named in a strategy's state.
+# What the names of companions begin with in a strategy's state.
 COMPANION = "companion "
 
 
-def require_layout(name: str, kept: ArrayRecord, first: ArrayRecord) -> None:
-    """Refuse a record beside the model that is not as the strategy's own.
+def require_layout(name: str, saved: ArrayRecord, first: ArrayRecord) -> None:
+    """Refuse a companion of a checkpoint if its layout differs from that of the strategy's first.
 
     Raises
     ------
     InputError
         If keys, shapes or dtypes differ.
     """
-    if _layout(kept) != _layout(first):
+    if _layout(saved) != _layout(first):
         raise InputError(
-            f"the checkpoint holds another {name} beside the model than this strategy sends: "
-            "resume it with the strategy that it was started with"
+            f"the companion {name} in the checkpoint has other keys, shapes or dtypes than this "
+            "strategy's: resume the run with the strategy that it was started with"
         )
 
 
-def metrics_in(result: flower.Result) -> dict[str, dict[str, Any]]:
+def metrics_as_dicts(result: flower.Result) -> dict[str, dict[str, Any]]:
     """Return the metrics of all rounds as a checkpoint holds them."""
     return {
         name: {str(key): dict(record) for key, record in getattr(result, name).items()}
@@ -48,20 +48,21 @@ def metrics_in(result: flower.Result) -> dict[str, dict[str, Any]]:
 
 
 def restore_clients(grid: Grid, checkpoint: Checkpoint, folder: RunFolder) -> None:
-    """Give the clients back what they kept between rounds.
+    """Give the clients the states back that they had after the checkpoint's round.
 
     Raises
     ------
     InputError
-        If they kept something and live elsewhere now, or it cannot be read.
+        If the checkpoint holds states and the clients run in other processes now, or a state cannot
+        be read.
     """
     if hasattr(grid, "import_states"):
         with read_from(folder):
             grid.import_states(checkpoint.client_states)
     elif checkpoint.client_states:
         raise InputError(
-            f"{folder.path} holds what its clients kept between rounds in one process: "
-            "go on with it there, by run_local"
+            f"{folder.path} holds states of clients that ran in one process: resume it with "
+            "run_local"
         )
 
 
@@ -73,8 +74,9 @@ def require_resumable(
     Raises
     ------
     InputError
-        If a strategy of Flower keeps state that the checkpoint lacks, or the checkpoint holds
-        other arrays than `initial_arrays`, or of one of them something of another shape.
+        If a strategy of Flower has state that the checkpoint lacks, if the checkpoint's model has
+        another layout than `initial_arrays`, or if a saved state has another shape than the array
+        of the model that it belongs to.
     """
     with_state = {
         base.__name__
@@ -89,11 +91,11 @@ def require_resumable(
     wanted = _layout(initial_arrays)
     fits = _layout(checkpoint.arrays) == wanted
     for name, record in checkpoint.strategy_state.items():
-        if name.startswith(COMPANION):  # Of a layout of its own: see `require_layout`.
+        if name.startswith(COMPANION):  # It has a layout of its own: see `require_layout`.
             continue
         shapes = {key: shape for key, (_, _, shape) in _layout(record).items()}
         floating = [shape for _, dtype, shape in wanted.values() if kernels.is_floating(dtype)]
-        if name == "momentum_vector":  # A list, whose keys are places in it.
+        if name == "momentum_vector":  # Flower holds it as a list: its keys are indices.
             fits &= [*shapes.values()] == floating
         fits &= all(shapes[key] == wanted[key][2] for key in shapes.keys() & wanted.keys())
     if not fits:
@@ -104,13 +106,21 @@ def require_resumable(
 
 
 def _layout(arrays: ArrayRecord) -> dict[str, tuple[str, np.dtype[Any], tuple[int, ...]]]:
-    """Return what is claimed of each array, and of what dtype and shape its values are."""
+    """Return each array's declared dtype, and dtype and shape of its values."""
     views = {key: view(array) for key, array in arrays.items()}
     return {key: (arrays[key].dtype, values.dtype, values.shape) for key, values in views.items()}
 
 
-def metrics_of(checkpoint: Checkpoint, result: flower.Result) -> dict[str, dict[int, MetricRecord]]:
-    """Return the metrics of all rounds; under a name that no result has stands something else."""
+def metrics_as_records(
+    checkpoint: Checkpoint, result: flower.Result
+) -> dict[str, dict[int, MetricRecord]]:
+    """Return the metrics of all rounds as a result holds them.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint holds metrics of a name that `result` lacks.
+    """
     if unknown := checkpoint.metrics.keys() - (vars(result).keys() - {"arrays"}):
         raise ValueError(f"a result has no {min(unknown)}")
     return {
@@ -121,13 +131,13 @@ def metrics_of(checkpoint: Checkpoint, result: flower.Result) -> dict[str, dict[
 
 @contextmanager
 def read_from(folder: RunFolder) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint's parts are taken up into one line."""
+    """Turn an error in reading the parts of a checkpoint into an `InputError` of one line."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # Of protobuf, of Flower's records and of each strategy.
+    except Exception as error:  # Protobuf, Flower's records and each strategy raise their own.
         raise InputError(
-            f"the checkpoint {folder.checkpoint_file} cannot be gone on from "
+            f"the checkpoint {folder.checkpoint_file} cannot be resumed "
             f"({type(error).__name__}: {error}): restore it from a copy, or start a new run"
         ) from error

@@ -1,4 +1,4 @@
-"""Differential privacy for whole hospitals, given by the server."""
+"""Differential privacy for whole hospitals: the server adds the noise."""
 
 from __future__ import annotations
 
@@ -35,31 +35,34 @@ from fedmed_flower.strategies.server_optimizers import OPTIMISERS
 from fedmed_flower.wire import HOSPITAL_EPSILON
 
 LEDGER = "privacy.json"
-# What adaptive clipping may take of the budget where the noise of its count is not given.
+# Share of the budget that adaptive clipping takes if `count_stddev` is not given.
 _COUNT_SHARE = 0.1
-# Beyond them, squares of lengths and the noise leave the range of float64.
-_LEAST_NORM, _MOST_NORM = 1e-100, 1e100
-# Methods on which the accounting rests.
+# Outside these bounds, squares of lengths and the noise leave the range of float64.
+_LEAST_NORM = 1e-100
+_MOST_NORM = 1e100
+# The accounting holds for these methods of `DPFedAvg` only.
 _RULING = {"combine", "rule", "weigh", "choose", "needed"}
 _PLAIN = (FedAvg, flower.FedAvg, flower.Strategy, *OPTIMISERS)
 
 
 class DPFedAvg(FedAvg):
-    """Federated averaging in whose models no hospital can be made out.
+    """Federated averaging whose models do not show whether a hospital took part.
 
     McMahan, Ramage, Talwar, Zhang: Learning Differentially Private Recurrent Language Models, ICLR
     2018, https://arxiv.org/abs/1710.06963, algorithm 1, with a fixed denominator. The clipping norm
     may follow a quantile: Andrew, Thakkar, McMahan, Ramaswamy: Differentially Private Learning with
     Adaptive Clipping, NeurIPS 2021, https://arxiv.org/abs/1905.03871, algorithm 1.
 
-    Each round every hospital takes part with the same probability, by a draw of the operating
-    system. Its change of the model, in the floating-point entries, is clipped, all count the same,
-    and noise is added to the sum, also where nobody took part or replied, or too few sites are
-    connected: whether a round has a release must not tell who was there. Other entries stay as
-    they are. What is protected is that a hospital took part at all, in the models of all rounds
-    together, against everybody but the server; its own metrics and failures, which the server
-    writes to the run folder, are not. Patients are protected by training at the hospital, not here.
-    Do without BatchNorm: its running variances get noise as other entries do and may turn negative.
+    In each round every hospital takes part with the same probability, by a draw of the operating
+    system. Its change of the model, in the floating-point entries, is clipped; all count the same;
+    noise is added to the sum. Noise is released even if nobody took part or replied, or too few
+    sites are connected: whether a round has a release must not show who was there. Other entries
+    stay as they are.
+
+    The models of all rounds together hide from everybody but the server whether a hospital took
+    part at all. A hospital's metrics and failures, which the server writes to the run folder, are
+    not protected. Patients are protected by training at the hospital, not here. Do without
+    BatchNorm: its running variances get noise as other entries do and may turn negative.
 
     With one of Flower's server optimisers: ``class DPFedAdam(DPFedAvg, flower.FedAdam)``.
 
@@ -69,36 +72,35 @@ class DPFedAvg(FedAvg):
         Standard deviation of the noise of a round, in units of the clipping norm, the noise of the
         adaptive clipping's count included. At least 0; 0 adds none and protects nobody.
     clipping_norm : float
-        Bound of the length of a hospital's change of the model; where it is adaptive, the first
-        round's. At least 1e-100, at most 1e100, and held there.
+        Bound of the length of a hospital's change of the model; with `target_quantile`, that of the
+        first round. At least 1e-100, at most 1e100; an adaptive norm stays within these bounds.
     population_size : int
-        Hospitals of the consortium, whether connected or not; at least 1. With `sampling_rate` it
-        gives the denominator.
+        Hospitals of the consortium, whether connected or not; at least 1. Times `sampling_rate` it
+        is the denominator of the mean.
     sampling_rate : float
         Probability with which a hospital takes part in a round. Above 0, at most 1.
     delta : float
         Above 0, below 1; well below 1 / `population_size`.
     target_epsilon : float, optional
-        The run ends, with its model, before a round would bring epsilon above it. Above 0. What
-        earlier runs with the same hospitals have cost is not known here, but for those that a
-        resumed run goes on from.
+        The run ends, with its model, before a round would bring epsilon above it. Above 0. The
+        rounds before a resume count; other runs with the same hospitals do not.
     target_quantile : float, optional
-        Clip at this quantile of the lengths, privately estimated; in (0, 1). None: the clipping
-        norm stays. With few hospitals and much noise the estimate wanders.
+        Clip at this quantile of the lengths, which is estimated privately. Above 0, below 1. With
+        few hospitals and much noise the estimate wanders. None keeps the clipping norm.
     clip_norm_lr : float
         Step of the clipping norm's logarithm. Above 0.
     count_stddev : float, optional
         Standard deviation of the noise added to the count of unclipped updates. Above half of
-        `noise_multiplier`, finite. None takes a tenth of the budget for it, and at least a
-        twentieth of the hospitals of a round.
+        `noise_multiplier`, finite. None spends a tenth of the budget on it, or less if the standard
+        deviation would be below a twentieth of the expected hospitals of a round.
 
     Attributes
     ----------
     clipping_norm : float
-        That of the next round.
+        The clipping norm of the next round.
     releases : collections.Counter
-        Numbers of releases so far, by `privacy.accounting.Release`. With a run folder they are
-        in its ``privacy.json`` before anything of them can be seen.
+        Numbers of releases so far, by `privacy.accounting.Release`. With a run folder, a release is
+        in its ``privacy.json`` before anything of it can be seen.
 
     Raises
     ------
@@ -137,30 +139,35 @@ class DPFedAvg(FedAvg):
             _require("target_quantile", target_quantile, inside, "above 0 and below 1")
         limits = {"min_replies": 1, "max_weight_share": None, "max_update_norm": None}
         for name, allowed in (limits | {"fraction_train": 1.0}).items():
-            # Each of them would let what is released depend on who took part.
+            # Any other value would let the release depend on who took part.
             value = getattr(self, name)
             _require(name, value, value == allowed, f"{allowed} with differential privacy")
-        self.noise_multiplier, self.sampling_rate = float(noise_multiplier), float(sampling_rate)
-        self.population_size, self.delta = population_size, float(delta)
+        self.noise_multiplier = float(noise_multiplier)
+        self.sampling_rate = float(sampling_rate)
+        self.population_size = population_size
+        self.delta = float(delta)
         self.clipping_norm = self._first_norm = float(clipping_norm)
         self.clip_norm_lr = clip_norm_lr
-        self.target_epsilon, self.target_quantile = target_epsilon, target_quantile
+        self.target_epsilon = target_epsilon
+        self.target_quantile = target_quantile
         self.expected = sampling_rate * population_size
         if count_stddev is None:
             least = noise_multiplier / (2 * math.sqrt(_COUNT_SHARE))
             count_stddev = max(self.expected / 20, least)
-        more = noise_multiplier / 2 < count_stddev < math.inf or noise_multiplier == 0
-        _require("count_stddev", count_stddev, more, "above half of noise_multiplier and finite")
+        inside = noise_multiplier / 2 < count_stddev < math.inf or noise_multiplier == 0
+        bound = "above half of noise_multiplier and finite"
+        _require("count_stddev", count_stddev, inside, bound)
         self.count_stddev = count_stddev
         self.releases: Counter[Release] = Counter()
         self._drawn: int | None = None
         self._sample: list[int] = []
-        if (reason := self.stop_reason()) is not None:
+        reason = self.stop_reason()
+        if reason is not None:
             raise InputError(reason)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         for other in cls.__mro__:
-            # Of a class that is being made, ABCMeta's issubclass gives wrong answers.
+            # While a class is being made, ABCMeta's issubclass gives wrong answers about it.
             derived = DPFedAvg in other.__mro__
             ruling = (_RULING if derived else _RULING | {"aggregate_train"}) & vars(other).keys()
             if ruling and other not in (DPFedAvg, *_PLAIN):
@@ -173,7 +180,7 @@ class DPFedAvg(FedAvg):
 
     @property
     def epsilon(self) -> float:
-        """What the releases so far cost together, at `delta`."""
+        """Epsilon of all releases so far, at `delta`."""
         return epsilon_of(self.releases, self.delta)
 
     @property
@@ -193,15 +200,15 @@ class DPFedAvg(FedAvg):
         Raises
         ------
         InputError
-            Also if ``privacy.json`` in the run folder cannot be read, or tells of releases
-            that this run does not go on from, or the checkpoint is that of a run without noise.
+            Also if ``privacy.json`` in the run folder cannot be read or records releases of a run
+            that is not resumed, or if the checkpoint is from a run without noise.
         """
         if self.folder is not None:
             self._take_up_ledger(self.folder)
         return super().start(grid, initial_arrays, *args, **kwargs)
 
     def stop_reason(self) -> str | None:
-        """Return why no further round may be trained."""
+        """Return why no further round may be trained; None if one may."""
         if self.target_epsilon is None:
             return None
         planned = self.releases + Counter([self._release])
@@ -214,22 +221,22 @@ class DPFedAvg(FedAvg):
         )
 
     def needed(self) -> int:
-        """Return 0: noise alone is released where nobody replied."""
+        """Return 0: noise alone is released if nobody replied."""
         return 0
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """Address this round's training messages to the sites that are drawn; maybe to none."""
+        """Address this round's training messages to the sites drawn, which may be none."""
         if self.companions:
             raise InputError(
-                f"{type(self).__name__} takes no companions: what travels beside the model would "
-                "leave without noise"
+                f"{type(self).__name__} takes no companions, got {', '.join(self.companions)}: "
+                "they would leave without noise"
             )
         self._sample = []
         messages = list(super().configure_train(server_round, arrays, config, grid))
         self._drawn = server_round
-        # A site that has connected since Flower counted them must not take another's place.
+        # Flower made too few messages if a site has connected since it counted them.
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         late = self._sample[len(messages) :]
         return [*messages, *(Message(content, node, MessageType.TRAIN) for node in late)]
@@ -237,7 +244,7 @@ class DPFedAvg(FedAvg):
     def choose(
         self, nodes: Collection[int], count: int, server_round: int, training: bool
     ) -> list[int]:
-        """Draw each site on its own for training; evaluation is drawn as in `FedAvg`."""
+        """Draw each site independently for training; draw as `FedAvg` for evaluation."""
         if not training:
             return super().choose(nodes, count, server_round, training)
         draw = random.SystemRandom()
@@ -247,12 +254,12 @@ class DPFedAvg(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Release the noisy mean; the metrics tell ``epsilon`` so far and ``clipping-norm``.
+        """Release the noisy mean; report ``hospital-epsilon`` so far and ``clipping-norm``.
 
         Raises
         ------
         InputError
-            If no sites were drawn for this round, or it was released already.
+            If no sites were drawn for this round, or the round was released already.
         """
         if self._drawn != server_round:
             raise InputError(
@@ -271,20 +278,21 @@ class DPFedAvg(FedAvg):
         Raises
         ------
         NotUsableError
-            If updates hold NaN or infinite values, or values whose squares overflow; nothing is
+            If updates hold NaN or infinite values, or values whose squares overflow. Nothing is
             released then.
         """
         updates.check()
         norms = updates.norms(double=True)
-        if (far := np.flatnonzero(~np.isfinite(norms))).size:
-            raise NotUsableError({int(k): OVERFLOW for k in far})
-        # Charged before anything is computed that could be seen.
+        overflowing = np.flatnonzero(~np.isfinite(norms))
+        if overflowing.size:
+            raise NotUsableError({int(k): OVERFLOW for k in overflowing})
+        # Charged before anything is computed that could be seen: a crash must not lose the charge.
         self.releases[self._release] += 1
         if self.folder is not None:
             self.folder.write(LEDGER, self._ledger())
         changes = updates.sum_of_changes(self.clipping_norm / np.maximum(norms, self.clipping_norm))
         std = self.sum_multiplier * self.clipping_norm
-        # A new one for each release: a copy of the strategy must not repeat the noise.
+        # A new generator for each release: a copy of the strategy must not repeat the noise.
         generator = secure_generator()
         for change in changes.values():
             change += gaussian(change.size, std, generator)
@@ -294,7 +302,7 @@ class DPFedAvg(FedAvg):
         return updates.moved(changes)
 
     def export_state(self) -> dict[str, ArrayRecord]:
-        """Return what was released, and the clipping norm."""
+        """Return the state of `FedAvg`, the releases and the clipping norm."""
         table = np.array([[*release, count] for release, count in self.releases.items()], float)
         record = ArrayRecord(
             {
@@ -305,13 +313,13 @@ class DPFedAvg(FedAvg):
         return super().export_state() | {"privacy": record}
 
     def import_state(self, state: dict[str, ArrayRecord]) -> None:
-        """Take up what `export_state` returned; what was released stays released."""
-        super().import_state({key: kept for key, kept in state.items() if key != "privacy"})
+        """Take up what `export_state` returned; releases are only ever added."""
+        super().import_state({key: record for key, record in state.items() if key != "privacy"})
         self.clipping_norm = self._first_norm
         if "privacy" in state:
             norm = float(view(state["privacy"]["clipping-norm"]))
             if not 0 < norm < math.inf:
-                raise ValueError(f"{norm} is no clipping norm")
+                raise ValueError(f"clipping-norm must be above 0 and finite, got {norm}")
             self.clipping_norm = norm
             self.releases |= _counter(view(state["privacy"]["releases"]).tolist())
 
@@ -324,10 +332,10 @@ class DPFedAvg(FedAvg):
     ) -> None:
         noise = gaussian(1, self.count_stddev, generator)[0] if self.noise_multiplier else 0.0
         count = float((norms <= self.clipping_norm).sum() - len(norms) / 2 + noise)
-        below = count / self.expected + 0.5
-        logarithm = math.log(self.clipping_norm) - self.clip_norm_lr * (below - quantile)
-        held = min(max(logarithm, math.log(_LEAST_NORM)), math.log(_MOST_NORM))
-        self.clipping_norm = math.exp(held)
+        unclipped = count / self.expected + 0.5
+        logarithm = math.log(self.clipping_norm) - self.clip_norm_lr * (unclipped - quantile)
+        bounded = min(max(logarithm, math.log(_LEAST_NORM)), math.log(_MOST_NORM))
+        self.clipping_norm = math.exp(bounded)
 
     def _take_up_ledger(self, folder: RunFolder) -> None:
         path = folder.path / LEDGER
@@ -339,11 +347,11 @@ class DPFedAvg(FedAvg):
                     f"{folder.path} holds a run without differential privacy, whose rounds cannot "
                     "be accounted for: resume it with the strategy that it was started with"
                 )
-            # A round that was released and then lost in a crash was released all the same.
+            # A round that was lost in a crash may have been seen: its release counts.
             self.releases |= released
         elif released and not folder.checkpoint_file.exists():
             raise InputError(
-                f"{path} tells of {released.total()} releases of an earlier run: choose another "
+                f"{path} records {released.total()} releases of an earlier run: choose another "
                 "folder, or go on with that run, whose releases count (resume)"
             )
 
@@ -354,14 +362,14 @@ class DPFedAvg(FedAvg):
 
 def _read_ledger(path: Path) -> Counter[Release]:
     try:
-        found = json.loads(read_file(path.parent, path.name).decode())
-        return _counter(found["releases"])
+        ledger = json.loads(read_file(path.parent, path.name).decode())
+        return _counter(ledger["releases"])
     except FileNotFoundError:
         return Counter()
     except (OSError, *MALFORMED) as error:
         raise InputError(
-            f"the privacy ledger {path} cannot be read ({error}): restore it from a copy, or what "
-            "was released is not known"
+            f"the privacy ledger {path} cannot be read ({error}), so the releases so far are not "
+            "known: restore it from a copy"
         ) from error
 
 
@@ -370,7 +378,7 @@ def _counter(rows: Iterable[Sequence[float]]) -> Counter[Release]:
     for rate, noise, count in rows:
         require_release(rate, noise)
         if count < 1 or count != int(count):
-            raise ValueError(f"{count} is no number of releases")
+            raise ValueError(f"a number of releases must be a whole number above 0, got {count}")
         releases[Release(rate, noise)] += int(count)
     return releases
 

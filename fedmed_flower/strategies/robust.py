@@ -1,4 +1,4 @@
-"""Strategies that malicious or broken sites cannot bend: a rule each, bound to the rounds."""
+"""Strategies that malicious or broken sites cannot bend: each applies a rule of `rules`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from fedmed_flower.strategies.rules import (
 
 log = logging.getLogger("flwr.fedmed")
 
-NEAREST, BUCKETING = "nearest", "bucketing"
+NEAREST = "nearest"
+BUCKETING = "bucketing"
 
 
 class Robust(FedAvg):
@@ -40,14 +41,14 @@ class Robust(FedAvg):
     Parameters
     ----------
     num_malicious_nodes : int
-        Sites that may be malicious or broken (f). A round with too few sites for the rule to
-        withstand so many is refused; a site whose reply screening has found out counts as one of
-        them. Krum, MultiKrum, Bulyan and ``mixing="nearest"`` work with it; for the other rules it
-        is that check alone. At least 0.
+        Sites that may be malicious or broken (f). At least 0. A round is refused if it has too few
+        sites for the rule to withstand f of them; a site whose reply no honest site sends is one of
+        the f. Krum, MultiKrum, Bulyan and ``mixing="nearest"`` compute with f; the other rules only
+        make that check.
     mixing : {"nearest", "bucketing"}, optional
-        Average updates before the rule, since those of honest hospitals differ where their
-        patients do, and a rule may then take the odd one for an attacker. ``"nearest"``: each
-        update with its ``K - f`` nearest. ``"bucketing"``: in random buckets.
+        Average updates before the rule: honest hospitals with different patients send different
+        updates, and a rule may take one of them for an attacker's. ``"nearest"``: each update with
+        its ``K - f`` nearest. ``"bucketing"``: in random buckets. None does not average.
     bucket_size : int
         Updates in a bucket. At least 2.
 
@@ -58,7 +59,7 @@ class Robust(FedAvg):
     """
 
     num_malicious_nodes: int
-    # Whether the rule goes by distances, in which integers take no part.
+    # Whether the rule uses distances, which are over the floating-point entries alone.
     by_distance = False
 
     def __init__(
@@ -79,7 +80,8 @@ class Robust(FedAvg):
             )
         if bucket_size < 2:
             raise InputError(f"bucket_size must be at least 2, got {bucket_size}")
-        self.mixing, self.bucket_size = mixing, bucket_size
+        self.mixing = mixing
+        self.bucket_size = bucket_size
 
     def needed(self) -> int:
         """Return the fewest replies with which the rule withstands the malicious sites."""
@@ -87,28 +89,28 @@ class Robust(FedAvg):
         return (rows - 1) * self.bucket_size + 1 if self.mixing == BUCKETING else rows
 
     def rows_needed(self, num_malicious: int) -> int:
-        """Return the same for the rule alone, behind any mixing: an honest majority."""
+        """Return the fewest updates, after mixing, that the rule needs: an honest majority."""
         return 2 * num_malicious + 1
 
     def withstood(self, rows: int) -> int:
-        """Return how many of so many updates the rule takes to be malicious.
+        """Return how many of `rows` updates the rule takes to be malicious.
 
-        All that were promised where the updates suffice for it, and at least those that screening
-        has not found out.
+        That is `num_malicious_nodes` if the updates are enough for it, else the largest number for
+        which they are, but at least `num_malicious_nodes` less the faulty replies of the round.
         """
         left = max(0, self.num_malicious_nodes - self.run.faulty)
         promised = range(self.num_malicious_nodes, left, -1)
         return next((f for f in promised if self.rows_needed(f) <= rows), left)
 
     def combine(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
-        """Mix the updates where that was asked for, and apply the rule.
+        """Mix the updates if `mixing` is set, then apply the rule.
 
         Raises
         ------
         InputError
-            If an entry is complex, which has neither order nor distance here.
+            If an entry is complex: the rules need an order or a distance.
         """
-        given = updates
+        unmixed = updates
         for key, array in updates.layout.items():
             if array.dtype.startswith("complex"):
                 raise InputError(f"{key} is {array.dtype}: no robust rule can combine it")
@@ -122,14 +124,14 @@ class Robust(FedAvg):
         if self.mixing is not None:
             weights = [1.0] * updates.count
         combined = self.rule(updates, weights)
-        # A site that is trusted for its other entries could send any integers.
-        if self.by_distance and (others := given.others()) is not None:
+        # The rule trusts a site for its floating-point entries: its integers may be anything.
+        if self.by_distance and (others := unmixed.others()) is not None:
             return ArrayRecord(dict(combined) | dict(median(others)))
         return combined
 
     @abstractmethod
     def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
-        """Return the new model: what a robust rule of your own has to give."""
+        """Return the new model: all that a new robust strategy must define."""
 
 
 class FedMedian(Robust, flower.FedMedian):
@@ -154,7 +156,7 @@ class FedTrimmedAvg(Robust, flower.FedTrimmedAvg):
     Parameters
     ----------
     beta : float
-        Part of the values that is cut off at each end. At least 0, below 0.5.
+        Share of the values that is cut off at each end. At least 0, below 0.5.
 
     Raises
     ------
@@ -168,7 +170,7 @@ class FedTrimmedAvg(Robust, flower.FedTrimmedAvg):
         except ValueError as error:
             if isinstance(error, InputError):
                 raise
-            # By position, it is Flower's last argument.
+            # Positional, it is the last of Flower's arguments.
             beta = kwargs["beta"] if "beta" in kwargs else args[-1]
             raise InputError(f"beta must be at least 0 and below 0.5, got {beta}") from error
         if self.beta == 0 and self.num_malicious_nodes > 0:
@@ -177,11 +179,11 @@ class FedTrimmedAvg(Robust, flower.FedTrimmedAvg):
             )
 
     def rows_needed(self, num_malicious: int) -> int:
-        """Return the fewest replies of which so many are cut off at each end."""
+        """Return the fewest replies of which `num_malicious` are cut off at each end."""
         if num_malicious == 0:
             return 1
         near = math.ceil(num_malicious / self.beta)
-        # The same product decides the cut, and may be rounded either way.
+        # `trimmed_mean` cuts by the same product, which may be rounded either way.
         fitting = (count for count in (near - 1, near) if int(self.beta * count) >= num_malicious)
         return max(2 * num_malicious + 1, next(fitting, near + 1))
 
@@ -199,7 +201,7 @@ class FedTrimmedAvg(Robust, flower.FedTrimmedAvg):
 class MultiKrum(Robust, flower.MultiKrum):
     """The mean of the ``num_nodes_to_select`` most trustworthy updates (`multi_krum`).
 
-    It is weighted by the numbers of examples, as in Flower; all count the same with `mixing`.
+    The mean is weighted by the numbers of examples, as in Flower, or plain with `mixing`.
     """
 
     by_distance = True
@@ -212,7 +214,7 @@ class MultiKrum(Robust, flower.MultiKrum):
             )
 
     def rows_needed(self, num_malicious: int) -> int:
-        """Return ``2f + 3``, and so many that no malicious one must be selected."""
+        """Return ``2f + 3``, or more if `num_nodes_to_select` honest updates need it."""
         f = num_malicious
         return max(2 * f + 3, self.num_nodes_to_select + f) if f else 1
 
@@ -230,14 +232,17 @@ class Bulyan(Robust, flower.Bulyan):
     """Krum's choice, then for each parameter the mean of the values nearest its median.
 
     El Mhamdi, Guerraoui, Rouault: The Hidden Vulnerability of Distributed Learning in Byzantium,
-    ICML 2018, https://arxiv.org/abs/1802.07927. The choice is made one update after the other, as
-    in the paper; `selection_rule` replaces it, as in Flower.
+    ICML 2018, https://arxiv.org/abs/1802.07927. Updates are chosen one after the other, as in the
+    paper; a `selection_rule` chooses them instead, as in Flower.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.mixing is not None and self.selection_rule is not select_multikrum:
-            raise InputError("mixing cannot go with a selection_rule, which is given whole replies")
+            raise InputError(
+                "mixing must be None with a selection_rule, which takes whole replies, "
+                f"got {self.mixing!r}"
+            )
 
     def rows_needed(self, num_malicious: int) -> int:
         """Return ``4f + 3``."""
@@ -273,7 +278,7 @@ class CenteredClipping(Robust):
     tau : float, optional
         Radius of the clipping. Above 0; None takes the median distance.
     num_iterations : int
-        Clippings, each around the last one's outcome. At least 1.
+        Number of clippings, each around the result of the one before. At least 1.
     """
 
     by_distance = True
@@ -287,10 +292,11 @@ class CenteredClipping(Robust):
         if num_iterations < 1:
             raise InputError(f"num_iterations must be at least 1, got {num_iterations}")
         # Not `tau`, which is another number in Flower's adaptive optimisers.
-        self.radius, self.num_iterations = tau, num_iterations
+        self.radius = tau
+        self.num_iterations = num_iterations
 
     def rule(self, updates: Updates, weights: Sequence[float]) -> ArrayRecord:
-        """Return the clipped mean, around the geometric median where no global model is known."""
+        """Return the clipped mean; around the geometric median if the global model is unknown."""
         gram = updates.gram()
         start = None if updates.centred else geometric_median(gram)
         shares = centered_clipping(gram, self.radius, self.num_iterations, start)

@@ -1,7 +1,8 @@
 """Rules that malicious or broken sites cannot bend.
 
-A rule is a function of the updates that goes through their parameters by the three kernels alone.
-Each hospital has one vote; numbers of examples count only where a rule says so.
+A rule is a function of the updates. It reads their parameters through three kernels alone: order
+statistics, inner products and weighted sums. Each hospital has one vote; numbers of examples count
+only if a rule says so.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ def trimmed_mean(updates: Updates, beta: float) -> ArrayRecord:
     """Return the mean of each parameter without the ``int(beta K)`` smallest and largest values.
 
     Yin et al. 2018, as `median`. The m values that remain are added in ascending order, so that the
-    order of the sites decides nothing; Flower adds them as `numpy.partition` leaves them. Both lie
-    within ``m eps`` times their mean magnitude of each other, and agree to the bit for m up to 2.
+    order of the sites has no effect; Flower adds them as `numpy.partition` leaves them. The two
+    results differ by at most ``m eps`` times the mean magnitude of the values, and agree to the bit
+    for m up to 2.
 
     Parameters
     ----------
@@ -44,17 +46,17 @@ def trimmed_mean(updates: Updates, beta: float) -> ArrayRecord:
 
 
 def krum_order(distances: Floats, num_malicious: int) -> list[int]:
-    """Return the updates from the most to the least trustworthy.
+    """Return the indices of the updates from the most to the least trustworthy.
 
     Blanchard, El Mhamdi, Guerraoui, Stainer: Machine Learning with Adversaries, NeurIPS 2017,
     https://arxiv.org/abs/1703.02757: an update's score is the sum of the squared distances to its
-    ``K - f - 2`` nearest neighbours; low is good. Of equal scores, which two updates have that are
-    each other's only neighbour, the earlier comes first.
+    ``K - f - 2`` nearest neighbours; low is good. Of equal scores, the earlier update comes first
+    (two updates have equal scores if each is the other's only neighbour).
 
     Parameters
     ----------
     distances : ndarray of shape (K, K)
-        Squared.
+        Squared distances between the updates.
     """
     count = len(distances)
     near = min(max(1, count - num_malicious - 2), count - 1)
@@ -65,13 +67,13 @@ def krum_order(distances: Floats, num_malicious: int) -> list[int]:
 def multi_krum(
     updates: Updates, weights: Sequence[float], num_malicious: int, num_selected: int
 ) -> ArrayRecord:
-    """Return the weighted mean of the updates that Krum trusts most; Krum itself with one."""
+    """Return the weighted mean of the updates that Krum trusts most; of one, that is Krum."""
     order = krum_order(squared_distances(updates.gram()), num_malicious)
     return mean_of(updates, weights, order[:num_selected])
 
 
 def bulyan_selection(distances: Floats, num_malicious: int) -> list[int]:
-    """Return the ``K - 2f`` updates that Krum picks one after the other."""
+    """Return the indices of ``K - 2f`` updates, which Krum picks one after the other."""
     left = list(range(len(distances)))
     chosen: list[int] = []
     while len(chosen) < len(distances) - 2 * num_malicious:
@@ -81,12 +83,13 @@ def bulyan_selection(distances: Floats, num_malicious: int) -> list[int]:
 
 
 def nearest_to_median(count: int) -> Callable[[list[NDArray[Any]]], NDArray[Any]]:
-    """Return a function of sorted values: the mean of the `count` that are nearest the median."""
+    """Return a function that maps sorted values to the mean of the `count` nearest the median."""
 
     def reduce(ordered: list[NDArray[Any]]) -> NDArray[Any]:
         two = ordered[0].dtype.type(2)
         middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / two
-        # They lie side by side: move the window up while what enters is nearer than what leaves.
+        # They are consecutive: move the window up while the entering value is nearer the median
+        # than the leaving one.
         window = [values.copy() for values in ordered[:count]]
         for index, entering in enumerate(ordered[count:]):
             leaving = window[index % count]
@@ -104,7 +107,7 @@ def nearest_to_median(count: int) -> Callable[[list[NDArray[Any]]], NDArray[Any]
 def geometric_median(
     gram: Floats, smoothing: float = 1e-6, tolerance: float = 1e-9, max_steps: int = 1000
 ) -> Floats:
-    """Return the coefficients of the point whose distances to all updates have the least sum.
+    """Return the coefficients of the point with the least sum of distances to all updates.
 
     Pillutla, Kakade, Harchaoui: Robust Aggregation for Federated Learning, IEEE Transactions on
     Signal Processing 2022, https://arxiv.org/abs/1912.13445: smoothed Weiszfeld steps, here on the
@@ -115,18 +118,20 @@ def geometric_median(
     gram : ndarray of shape (K, K)
         Inner products of the updates.
     smoothing : float
-        Distances below it, times the median distance, count as it.
+        Lower bound of the distances that are divided by, as a multiple of the median distance.
     tolerance : float
-        Steps shorter than it, times the median distance, are the last.
+        Stop after a step that is shorter than this multiple of the median distance.
+    max_steps : int
+        Stop after this many steps at the latest.
 
     Returns
     -------
     ndarray of shape (K,)
-        Its sum is 1.
+        Coefficients of the updates; their sum is 1.
     """
     distances = np.sqrt(squared_distances(gram))
-    # The first step is made from the update with the least sum, which lies among the honest ones: a
-    # start at the mean is as far off as the farthest update.
+    # Start from the update with the least sum of distances, which lies among the honest ones: one
+    # far update takes the mean with it.
     distances = distances[distances.sum(axis=1).argmin()]
     coefficients = _weiszfeld(distances, 1.0)
     for _ in range(max_steps):
@@ -134,7 +139,7 @@ def geometric_median(
         following = _weiszfeld(distances, smoothing)
         step = following - coefficients
         coefficients = following
-        # How far the point moves: a far update's coefficient is small where its reach is not.
+        # Compare the movement of the point: a small coefficient of a far update moves it much.
         if step @ gram @ step <= (tolerance * np.median(distances)) ** 2:
             break
     return coefficients
@@ -146,24 +151,24 @@ def centered_clipping(
     """Return the coefficients of the clipped mean around the global model.
 
     Karimireddy, He, Jaggi: Learning from History for Byzantine Robust Optimization, ICML 2021,
-    https://arxiv.org/abs/2012.10333, algorithm 2. What is averaged are models, so that what the
-    last round led to, the global model, is where clipping starts.
+    https://arxiv.org/abs/2012.10333, algorithm 2. Here models are averaged, so clipping starts at
+    the result of the last round, which is the global model.
 
     Parameters
     ----------
     gram : ndarray of shape (K, K)
         Inner products of the differences to the global model.
     tau : float, optional
-        Radius; None takes the median distance of each step.
+        Radius of the clipping; None takes the median distance of each step.
     steps : int
-        Clippings, each around the last one's outcome.
+        Number of clippings, each around the result of the one before.
     start : ndarray of shape (K,), optional
         Coefficients of the point where clipping starts instead of at the global model.
 
     Returns
     -------
     ndarray of shape (K,)
-        The rest to 1 is the global model's.
+        Coefficients of the updates; what they lack to 1 is the global model's.
     """
     coefficients = np.zeros(len(gram)) if start is None else start
     for _ in range(steps):
@@ -176,21 +181,21 @@ def centered_clipping(
 
 
 def nearest_neighbours(distances: Floats, num_malicious: int) -> Floats:
-    """Return the mixture that puts the mean of its ``K - f`` nearest in each update's place.
+    """Return the matrix that replaces each update by the mean of its ``K - f`` nearest.
 
     Allouah, Farhadkhani, Guerraoui, Gupta, Pinot, Stephan: Fixing by Mixing, AISTATS 2023,
     https://arxiv.org/abs/2302.01772, algorithm 2. An update is its own nearest neighbour.
     """
     count = len(distances)
-    own = distances - np.diag(np.full(count, np.inf))
-    order = np.argsort(own, axis=1, kind="stable")[:, : count - num_malicious]
+    self_first = distances - np.diag(np.full(count, np.inf))
+    order = np.argsort(self_first, axis=1, kind="stable")[:, : count - num_malicious]
     mix = np.zeros((count, count))
     np.put_along_axis(mix, order, 1 / order.shape[1], axis=1)
     return mix
 
 
 def buckets(count: int, size: int, rng: np.random.Generator) -> Floats:
-    """Return the mixture that averages updates in random buckets.
+    """Return the matrix that averages updates in random buckets.
 
     Karimireddy, He, Jaggi: Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing,
     ICLR 2022, https://arxiv.org/abs/2006.09365, algorithm 1. The last bucket may be smaller.
@@ -210,21 +215,21 @@ def squared_distances(gram: Floats) -> Floats:
 
 
 def mean_of(updates: Updates, weights: Sequence[float], chosen: Sequence[int]) -> ArrayRecord:
-    """Return the weighted mean of some of the updates."""
-    given = np.zeros(updates.count)
-    given[list(chosen)] = np.asarray(weights)[list(chosen)]
-    return updates.weighted_sum(given / given.sum())
+    """Return the weighted mean of the updates at the indices `chosen`."""
+    shares = np.zeros(updates.count)
+    shares[list(chosen)] = np.asarray(weights)[list(chosen)]
+    return updates.weighted_sum(shares / shares.sum())
 
 
 def _weiszfeld(distances: Floats, smoothing: float) -> Floats:
-    """Return coefficients inverse to distances; those below a part of the median count as it."""
-    near = np.maximum(distances, max(smoothing * float(np.median(distances)), 1e-300))
-    coefficients: Floats = 1 / near / (1 / near).sum()
+    """Return coefficients inverse to the distances, bounded by `smoothing` times the median."""
+    bounded = np.maximum(distances, max(smoothing * float(np.median(distances)), 1e-300))
+    coefficients: Floats = 1 / bounded / (1 / bounded).sum()
     return coefficients
 
 
 def _distances_to(gram: Floats, coefficients: Floats) -> Floats:
-    """Return the distance of each update to a sum of them."""
+    """Return the distance of each update to the weighted sum of all."""
     products = gram @ coefficients
     squared = np.diag(gram) - 2 * products + coefficients @ products
     return np.sqrt(np.maximum(squared, 0))

@@ -1,7 +1,7 @@
-"""Flower's server optimisers under our rules: their step, and what they keep between rounds.
+"""Flower's server optimisers under our rules: their step, and their state between rounds.
 
 Our rule makes one model of all replies, and the optimiser is given that model as if it were the
-only reply. So each optimiser goes with each rule, and of Flower's code no more than the step runs.
+only reply. So each optimiser works with each rule, and only the step is Flower's code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedmed_flower.arrays import kernels
 from fedmed_flower.arrays.views import keep_dtypes, not_finite, view
 from fedmed_flower.errors import InputError
 
-# Flower's rules in whose place ours come, by a class of the same name.
+# Flower's rules that a class of ours with the same name replaces.
 RULES = (
     flower.FedAvg,
     flower.FedMedian,
@@ -33,17 +33,18 @@ OPTIMISERS = (flower.FedAdam, flower.FedYogi, flower.FedAdagrad, flower.FedAvgM)
 # Our methods that say how replies are combined.
 _RULING = {"combine", "rule"}
 _MINIMA = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
-# What they keep, apart from the model itself.
+# Attributes in which the optimisers keep state, apart from the model.
 _STATE = ("m_t", "v_t", "momentum_vector")
 
 
 def minima(
     init: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, int]:
-    """Return 1 for each minimum number of nodes that is not among the arguments of a class."""
+    """Return 1 for each minimum number of nodes that the arguments of a class leave out."""
     signature = inspect.signature(init)
-    if any(each.kind == each.VAR_POSITIONAL for each in signature.parameters.values()):
-        # Somebody else's strategy that passes on what it is given.
+    parameters = signature.parameters.values()
+    if any(parameter.kind == parameter.VAR_POSITIONAL for parameter in parameters):
+        # Somebody else's strategy, which passes its arguments on to Flower's.
         signature = inspect.signature(flower.FedAvg)
     named = {name: value for name, value in kwargs.items() if name in signature.parameters}
     given = signature.bind_partial(*args, **named).arguments
@@ -51,7 +52,7 @@ def minima(
 
 
 def class_below(cls: type, base: type) -> type[Any] | None:
-    """Return the class after `base` whose ``aggregate_train`` no rule of ours stands in for.
+    """Return the class after `base` whose ``aggregate_train`` is called, or None if none is.
 
     What may be mixed, `base` being our `FedAvg`:
 
@@ -70,7 +71,7 @@ def class_below(cls: type, base: type) -> type[Any] | None:
     Raises
     ------
     TypeError
-        If one of two rules would be left out without a word.
+        If one of two rules would be ignored silently.
     """
     _require_one_optimiser(cls)
     _require_ours_first(cls, base)
@@ -88,7 +89,7 @@ def class_below(cls: type, base: type) -> type[Any] | None:
 
 
 def _require_one_optimiser(cls: type) -> None:
-    # Of a class that is being made, ABCMeta's issubclass gives, and remembers, wrong answers.
+    # While a class is being made, ABCMeta's issubclass gives and caches wrong answers about it.
     optimisers = [other for other in OPTIMISERS if other in cls.__mro__]
     if len(optimisers) > 1:
         names = " and ".join(other.__name__ for other in optimisers)
@@ -104,13 +105,13 @@ def _require_ours_first(cls: type, base: type) -> None:
 
 
 def _require_our_rules(cls: type) -> None:
-    """Refuse a rule of Flower in whose place no class of ours comes."""
+    """Refuse a rule of Flower that no class of ours replaces."""
     ruling = [other for other in cls.__mro__ if not vars(other).keys().isdisjoint(_RULING)]
     for rule in RULES:
         if rule in cls.__mro__ and not any(rule in other.__mro__ for other in ruling):
-            taken = next(other for other in cls.__mro__ if _is_flowers(other, rule))
+            flowers = next(other for other in cls.__mro__ if _is_flowers(other, rule))
             raise TypeError(
-                f"{cls.__name__}: take {taken.__name__} from fedmed_flower.strategies, "
+                f"{cls.__name__}: take {flowers.__name__} from fedmed_flower.strategies, "
                 "not from Flower"
             )
 
@@ -128,7 +129,7 @@ def step(
     arrays_key: str,
     weight_key: str,
 ) -> tuple[ArrayRecord | None, dict[str, Any]]:
-    """Move the global model towards a round's outcome as a server optimiser does.
+    """Move the global model towards the result of a round as a server optimiser does.
 
     Only floating-point entries are moved, in float32 at least; the others are those of `new`.
 
@@ -137,31 +138,33 @@ def step(
     optimiser : type
         One of `OPTIMISERS`.
     attributes : mapping of str to any
-        Those of the strategy: the optimiser's settings, and what it keeps between rounds.
+        Attributes of the strategy: the optimiser's settings, and its state between rounds.
+    server_round : int
+        The current round.
     new, old : ArrayRecord
-        What the rule made of the replies, and the global model that was sent.
+        The model that the rule made of the replies, and the global model that was sent.
     arrays_key, weight_key : str
         Names of a reply's record of arrays, and of its weight.
 
     Returns
     -------
     tuple of (ArrayRecord or None, dict)
-        The model, and the attributes that have changed. None and nothing if the step leads beyond
-        the numbers of a dtype.
+        The model, and the attributes that have changed. (None, {}) if the step leads to NaN or
+        infinite values.
     """
     floating = [key for key, array in old.items() if kernels.is_floating(view(array).dtype)]
     wide_new = {key: _wide(new[key]) for key in floating}
     wide_old = {key: _wide(old[key]) for key in floating}
-    # FedAvgM wants a record, the others arrays by name.
+    # FedAvgM takes a record, the others a dictionary of arrays.
     current: Any = wide_old
     if issubclass(optimiser, flower.FedAvgM):
         current = ArrayRecord({key: Array(values) for key, values in wide_old.items()})
-    # Made of the optimiser's class alone, so that neither our rule nor another of Flower's runs.
+    # An instance of the optimiser's class alone: neither our rule nor another of Flower's runs.
     trial = object.__new__(optimiser)
     vars(trial).update(
         attributes,
         current_arrays=current,
-        # The caller's own is for the sites' metrics, not for this reply.
+        # The strategy's own function is for the sites' metrics, not for this reply.
         train_metrics_aggr_fn=lambda contents, key: MetricRecord(),
     )
     content = RecordDict(
@@ -186,7 +189,7 @@ def step(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Flower from telling of "1 results", which is the stand-in reply."""
+    """Keep Flower from logging "1 results": the one reply is not a site's."""
     logger = logging.getLogger("flwr")
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -202,18 +205,18 @@ def _wide(array: Array) -> np.ndarray[Any, Any]:
 
 
 def export_state(attributes: Mapping[str, Any]) -> dict[str, ArrayRecord]:
-    """Return what Flower's server optimisers keep between rounds, by name.
+    """Return the state of Flower's server optimisers between rounds, by name.
 
     Parameters
     ----------
     attributes : mapping of str to any
-        Those of the strategy.
+        Attributes of the strategy.
     """
     state = {}
     for name in _STATE:
-        kept = attributes.get(name)
-        if kept:
-            items = kept.items() if isinstance(kept, dict) else enumerate(kept)
+        values = attributes.get(name)
+        if values:
+            items = values.items() if isinstance(values, dict) else enumerate(values)
             state[name] = ArrayRecord({str(key): Array(np.asarray(v)) for key, v in items})
     return state
 
@@ -221,20 +224,21 @@ def export_state(attributes: Mapping[str, Any]) -> dict[str, ArrayRecord]:
 def import_state(
     attributes: Mapping[str, Any], state: Mapping[str, ArrayRecord], strategy: str
 ) -> dict[str, Any]:
-    """Return the attributes with which a strategy is as it was at `export_state`.
+    """Return the attributes that restore the state of a strategy's optimiser.
 
     Parameters
     ----------
     attributes : mapping of str to any
-        Those of the strategy.
+        Attributes of the strategy.
     state : mapping of str to ArrayRecord
+        What `export_state` returned.
     strategy : str
         The strategy's name.
 
     Raises
     ------
     InputError
-        If another optimiser kept it.
+        If the state is of another optimiser.
     """
     for name in state:
         if name not in _STATE or name not in attributes:
@@ -242,9 +246,11 @@ def import_state(
                 f"the checkpoint holds {name}, which {strategy} does not keep: "
                 "resume it with the strategy that it was started with"
             )
-    found: dict[str, Any] = {}
+    restored: dict[str, Any] = {}
     for name in _STATE:
         if name in attributes:
-            kept = {key: view(array) for key, array in state.get(name, ArrayRecord()).items()}
-            found[name] = (list(kept.values()) if name == "momentum_vector" else kept) or None
-    return found
+            arrays = {key: view(array) for key, array in state.get(name, ArrayRecord()).items()}
+            values = list(arrays.values()) if name == "momentum_vector" else arrays
+            # Flower's optimisers start from None.
+            restored[name] = values or None
+    return restored

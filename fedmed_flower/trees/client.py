@@ -3,8 +3,8 @@
 T. Chen and C. Guestrin: XGBoost: A Scalable Tree Boosting System, KDD 2016,
 https://arxiv.org/abs/1603.02754
 
-How trees of several hospitals make one ensemble is the matter of Flower's `FedXgbBagging` and
-`FedXgbCyclic`, which `fedmed_flower.trees.server.grow` runs.
+Flower's `FedXgbBagging` and `FedXgbCyclic`, which `fedmed_flower.trees.server.grow` runs, make one
+ensemble of several hospitals' trees.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _REACH = 10.0
 
 
 class TreeClient(TabularClient):
-    """A client for tables that grows trees where it would train a network; made by `as_trees`.
+    """A client for tables that grows trees instead of training a network; made by `as_trees`.
 
     Everything else is the client's: its rows, what it measures, what it declines. Features are the
     columns' own values, NaN if missing, and a column for each category of the preparation.
@@ -67,10 +67,10 @@ class TreeClient(TabularClient):
 
     A hospital's new trees have no leaf with fewer training patients than ``min-cell-count``, and
     hospitals with fewer decline. Thresholds are multiples of about a fiftieth of a column's
-    declared range, and quantiles with so many patients between any two where none is declared; they
-    and the leaves carry no noise. Where the trees that were sent part fewer of the patients from
-    the others, all trees together, no ``loss`` is told of them: it would tell of those few.
-    The server is trusted in that it may send any trees: they are read and checked here, and
+    declared range. If none is declared, they are quantiles with at least ``min-cell-count``
+    patients between any two. Thresholds and leaves carry no noise. If all trees that were sent
+    together separate fewer patients from the others, no ``loss`` is sent: it would disclose
+    something of those few. The server may send any trees: they are read and checked here, and
     XGBoost's parser is given what was written from scratch. Nothing is unpickled.
 
     Attributes
@@ -80,7 +80,7 @@ class TreeClient(TabularClient):
     whole : bool
         Whether the ensemble goes back with the new trees (cyclic) or these alone (bagging).
     share : float
-        Which part of the learning rate this hospital's trees have in a round.
+        The part of the learning rate that this hospital's trees have in a round, above 0 to 1.
     """
 
     stand_ins: ClassVar[Mapping[str, str]] = {}
@@ -89,13 +89,14 @@ class TreeClient(TabularClient):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.trees = TreeSettings.from_run_config(context.run_config)
-        self.whole, self.share = False, 1.0
+        self.whole = False
+        self.share = 1.0
         if self.schema.task == "survival":
             client: Any = self
             client.survival = replace(client.survival, survival_loss="cox")
 
     def read(self, message: Message) -> ConfigRecord:
-        """Return the config of a message, and take up what it says of trees."""
+        """Return the config of a message, and store what it says of trees."""
         config = super().read(message)
         if config[TREES] not in (BAGGING, CYCLIC):
             raise InputError(f"{TREES} must be {BAGGING} or {CYCLIC}, got {config[TREES]!r}")
@@ -124,7 +125,10 @@ class TreeClient(TabularClient):
         schema = self.schema
         names = tuple(plain_name(name) for name in _raw(schema, self.prepared_by).names)
         if not names:
-            raise InputError("trees need a feature: the schema has no numeric column, and no list")
+            raise InputError(
+                "trees need a feature, and the schema has no numeric column and no categories: add "
+                "one of them"
+            )
         base = {"count": 1.0, "continuous": 0.0, "survival": 1.0}.get(schema.task, 0.5)
         reach = LARGEST if schema.task == "continuous" else _REACH
         if schema.task in ("count", "continuous") and schema.target in schema.ranges:
@@ -137,7 +141,7 @@ class TreeClient(TabularClient):
 
     @property
     def threads(self) -> int:
-        """XGBoost's threads: one where sites share a machine; 0, which is all, elsewhere."""
+        """XGBoost's threads: torch's setting, else one if sites share a machine, else all (0)."""
         return self.settings.torch_threads or int(self.site.simulated)
 
     def build_model(self) -> nn.Module:
@@ -167,57 +171,59 @@ class TreeClient(TabularClient):
         return TableRows(inputs | {"features": features}, rows)
 
     def fit(self, model: nn.Module, prepared: TableRows, seed: int) -> dict[str, Any]:
-        """Grow the trees of a round and return the training rows' ``loss``, where it may be told.
+        """Grow the trees of a round; return the training rows' ``loss``, if it may be disclosed.
 
         Raises
         ------
         DeclinedError
-            If too few patients are here for even one leaf.
+            If the hospital has too few patients for one leaf.
         """
         if not isinstance(model, Ensemble):
             raise TypeError(f"fit must be given an Ensemble, got {type(model).__name__}")
-        minimum, patients = min_cell_count(self.context, self.site), _patients(prepared)
+        minimum = min_cell_count(self.context, self.site)
+        patients = _patients(prepared)
         if len(np.unique(patients)) < minimum:
             raise DeclinedError(f"trees are grown of at least {minimum} patients")
         most = self.form.most_leaf(self.share)
         new = [clipped(tree, most) for tree in self._grow(model, prepared, patients, seed)]
         grown = Ensemble(self.form, [*model.trees, *new], self.threads)
         model.send(grown.trees if self.whole else new)
-        if self._tells_few_apart(model, prepared, patients):
+        if self._separates_few(model, prepared, patients):
             return {}
         loss = self.loss(torch.from_numpy(self._predict(grown, prepared)), prepared.inputs)
         return {"loss": float(loss)}
 
     def measure(self, model: nn.Module, prepared: TableRows) -> dict[str, Any]:
-        """Return the figures, with ``loss`` where it may be told."""
+        """Return the metrics, with ``loss`` if it may be disclosed."""
         if not isinstance(model, Ensemble):
             raise TypeError(f"measure must be given an Ensemble, got {type(model).__name__}")
-        found = super().measure(model, prepared)
-        if self._tells_few_apart(model, prepared, _patients(prepared)):
-            del found["loss"]
-        return found
+        metrics = super().measure(model, prepared)
+        if self._separates_few(model, prepared, _patients(prepared)):
+            del metrics["loss"]
+        return metrics
 
-    def _tells_few_apart(
+    def _separates_few(
         self, model: Ensemble, prepared: TableRows, patients: NDArray[np.intp]
     ) -> bool:
-        """Return whether the sent trees part fewer patients from all others than may be told of.
+        """Return whether the sent trees separate fewer patients than the minimum from all others.
 
-        Each tree's leaves may hold enough and yet few patients be in the same leaves of all trees,
-        whose numbers alone then change with what the server puts into these leaves.
+        Each leaf may hold enough patients, and yet only few may be in the same leaves of all trees.
+        Then their predictions alone change with what the server puts into these leaves.
         """
         minimum = min_cell_count(self.context, self.site)
-        together = np.zeros(len(prepared), np.intp)
-        for leaves in model.places(prepared.inputs["features"].numpy()):
-            both = np.column_stack([together, leaves])
-            together = np.unique(both, axis=0, return_inverse=True)[1].reshape(-1)
-            if _fewest(together, patients) < minimum:
+        classes = np.zeros(len(prepared), np.intp)
+        for leaves in model.leaf_indices(prepared.inputs["features"].numpy()):
+            pairs = np.column_stack([classes, leaves])
+            classes = np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
+            if _fewest(classes, patients) < minimum:
                 return True
         return False
 
     def _edges(self, features: NDArray[np.float32], patients: NDArray[np.intp]) -> list[Edges]:
         """Return where each feature may be split."""
         minimum = min_cell_count(self.context, self.site)
-        declared, edges = Declared(Request(), self.schema), list[Edges]()
+        declared = Declared(Request(), self.schema)
+        edges: list[Edges] = []
         for index, column in enumerate(self.schema.numeric):
             if step := declared.resolution(column):
                 edges.append(spaced_edges(*self.schema.ranges[column], step))
@@ -229,18 +235,21 @@ class TreeClient(TabularClient):
     def _grow(
         self, model: Ensemble, prepared: TableRows, patients: NDArray[np.intp], seed: int
     ) -> list[Tree]:
-        """Return new trees, grown with larger children until none has a leaf of few patients."""
-        xgboost, settings = _xgboost(), self.trees
-        minimum, features = min_cell_count(self.context, self.site), prepared.inputs["features"]
+        """Return new trees; the least child weight is raised until no leaf has too few patients."""
+        xgboost = _xgboost()
+        settings = self.trees
+        minimum = min_cell_count(self.context, self.site)
+        features = prepared.inputs["features"]
         edges = self._edges(features.numpy(), patients)
-        bins, labels = in_bins(features.numpy(), edges), _labels(prepared)
-        # The trees before split the features themselves.
+        bins = in_bins(features.numpy(), edges)
+        labels = _labels(prepared)
+        # Of the features, not of their bins: earlier trees split the features themselves.
         margins = model(features).numpy()
         parameters: dict[str, Any] = {
             "objective": self.form.objective,
             "tree_method": "hist",
             "max_depth": settings.tree_max_depth,
-            # The trees of a round are a forest: their mean.
+            # The trees of a round are a forest, of which the mean is added.
             "learning_rate": settings.tree_learning_rate * self.share / settings.trees_a_round,
             "min_child_weight": settings.tree_min_child_weight,
             "lambda": settings.tree_lambda,
@@ -250,10 +259,11 @@ class TreeClient(TabularClient):
             "verbosity": 0,
         }
         if self.form.outputs > 1:
-            # One tree for all classes: Flower takes each tree for one of the first class.
+            # One tree for all classes: Flower would assign a tree of one class to the first class.
             parameters |= {"num_class": self.form.outputs, "multi_strategy": "multi_output_tree"}
-        rng, trees = np.random.default_rng(seed), list[Tree]()
-        alone = replace(self.form, settings=replace(settings, trees_a_round=1))
+        rng = np.random.default_rng(seed)
+        trees: list[Tree] = []
+        form_of_one = replace(self.form, settings=replace(settings, trees_a_round=1))
         for _ in range(settings.trees_a_round):
             drawn = _drawn(patients, settings.tree_subsample, minimum, rng)
             data = xgboost.DMatrix(
@@ -266,8 +276,7 @@ class TreeClient(TabularClient):
                 if all(_fewest(leaf, patients[drawn]) >= minimum for leaf in indices.T):
                     break
                 weight = {"min_child_weight": max(2 * weight["min_child_weight"], 1e-3)}
-            found = bytes(grown.save_raw("json"))
-            trees += read_trees(found, alone, 1, named=False)
+            trees += read_trees(bytes(grown.save_raw("json")), form_of_one, 1, named=False)
         return [at_edges(tree, edges) for tree in trees]
 
     def require_protection(self) -> None:
@@ -280,7 +289,7 @@ class TreeClient(TabularClient):
 class Ensemble(nn.Module):
     """Trees as a network: maps features (n, width) to margins (n, outputs).
 
-    Its one entry, ``0``, is what travels: the bytes of a model in XGBoost's JSON.
+    Its one buffer, ``0``, is what travels: the bytes of a model in XGBoost's JSON.
 
     Parameters
     ----------
@@ -288,16 +297,18 @@ class Ensemble(nn.Module):
     trees : sequence of dict
         As `read_trees` returns them.
     threads : int
-        That XGBoost uses; 0 for all.
+        How many XGBoost uses; 0 for all.
     """
 
     def __init__(self, form: Form, trees: Sequence[Tree], threads: int = 0) -> None:
         super().__init__()
-        self.form, self.trees, self.threads = form, list(trees), threads
+        self.form = form
+        self.trees = list(trees)
+        self.threads = threads
         self.send(trees)
 
     def send(self, trees: Sequence[Tree]) -> None:
-        """Put trees in place of what travels; predictions stay."""
+        """Replace the trees that travel; predictions still use `trees`."""
         content = bytearray(write_trees(self.form, trees))
         self.register_buffer("0", torch.frombuffer(content, dtype=torch.uint8))
 
@@ -314,17 +325,17 @@ class Ensemble(nn.Module):
         booster.set_param({"nthread": self.threads})
         return booster
 
-    def places(self, features: NDArray[np.float32]) -> Iterator[NDArray[Any]]:
-        """Yield, tree by tree, in which leaf each row of features (n, width) is: (n,)."""
+    def leaf_indices(self, features: NDArray[np.float32]) -> Iterator[NDArray[Any]]:
+        """Yield for each tree the leaf (n,) of each row of features (n, width)."""
         data = _xgboost().DMatrix(features, nthread=self.threads)
         for number in range(self.rounds):
-            found = self.booster[number : number + 1].predict(data, pred_leaf=True)
-            yield from found.reshape(len(features), -1).T
+            leaves = self.booster[number : number + 1].predict(data, pred_leaf=True)
+            yield from leaves.reshape(len(features), -1).T
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return log odds, log rates, log hazards or the number."""
-        found = self.booster.inplace_predict(features.numpy(), predict_type="margin")
-        return torch.from_numpy(np.asarray(found)).reshape(len(features), -1)
+        """Return log odds, log rates, log hazards or the predicted number."""
+        margins = self.booster.inplace_predict(features.numpy(), predict_type="margin")
+        return torch.from_numpy(np.asarray(margins)).reshape(len(features), -1)
 
 
 def as_trees(client: TabularClient) -> TreeClient:
@@ -355,27 +366,29 @@ def raw_features(
 
 @functools.cache
 def _tree_class(cls: type[TabularClient]) -> type[TreeClient]:
-    # By the same name: what one has loaded, the other need not load again.
+    # Under the same name: what is loaded for one class need not be loaded again for the other.
     names = {"__qualname__": cls.__qualname__, "__module__": cls.__module__}
     return type(cls.__name__, (TreeClient, cls), names)
 
 
 def _raw(schema: Schema, prepared_by: Preparation) -> Preparation:
     """Return a preparation that leaves numbers as they are."""
-    means, scales = dict.fromkeys(schema.numeric, 0.0), dict.fromkeys(schema.numeric, 1.0)
+    means = dict.fromkeys(schema.numeric, 0.0)
+    scales = dict.fromkeys(schema.numeric, 1.0)
     return Preparation(means, scales, prepared_by.categories)
 
 
 def _labels(prepared: TableRows) -> NDArray[Any]:
-    """Return what XGBoost compares with; times of patients without the event are negative."""
+    """Return the labels for XGBoost; the times of patients without the event are negative."""
     if "target" in prepared.inputs:
         return prepared.inputs["target"].numpy()
-    times, events = prepared.inputs["time"].numpy(), prepared.inputs["event"].numpy()
+    times = prepared.inputs["time"].numpy()
+    events = prepared.inputs["event"].numpy()
     return np.where(events == 1, times, -times)
 
 
 def _patients(prepared: TableRows) -> NDArray[np.intp]:
-    """Return a number for each row that is the same for the rows of one patient."""
+    """Return (n,), the number of each row's patient."""
     texts = [patient_text(row["patient"]) for row in prepared.rows]
     return np.unique(texts, return_inverse=True)[1]
 
@@ -383,14 +396,14 @@ def _patients(prepared: TableRows) -> NDArray[np.intp]:
 def _drawn(
     patients: NDArray[np.intp], share: float, minimum: int, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
-    """Return which rows a tree grows on: of a share of the patients, of `minimum` at least."""
+    """Return which rows a tree grows on: those of a share of the patients, at least `minimum`."""
     everybody = np.unique(patients)
     count = min(len(everybody), max(minimum, round(share * len(everybody))))
     return np.isin(patients, rng.choice(everybody, count, replace=False))
 
 
 def _fewest(leaf: NDArray[Any], patients: NDArray[Any]) -> int:
-    """Return the number of patients in the leaf of a tree that has the fewest."""
+    """Return the number of patients in that leaf of a tree that has the fewest."""
     pairs = np.unique(np.stack([leaf, patients]), axis=1)
     return int(np.unique(pairs[0], return_counts=True)[1].min())
 

@@ -1,8 +1,8 @@
-"""Tree ensembles as XGBoost's JSON: what one is made of, checked before anybody makes use of it.
+"""Tree ensembles in XGBoost's JSON, checked before they are used.
 
-What is read here is written again from scratch before it goes on, to a server's model or to
-XGBoost's own parser, so that nothing travels but the trees. Numbers that no prediction needs are
-written as zeros: gain and cover tell how many patients are behind a node, and what became of them.
+What is read here is written again from scratch before it goes to the server's model or to XGBoost's
+own parser, so that nothing but the trees travels. Numbers that no prediction needs are written as
+zeros: gain and cover disclose how many patients are behind a node, and their outcomes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from fedmed_flower.arrays.views import view
 from fedmed_flower.settings.trees import TreeSettings
 
-# Of the server's messages: that they are about trees, and how these travel; and which part of the
-# learning rate a hospital's trees have.
-BAGGING, CYCLIC = "bagging", "cyclic"
+# How trees travel, as the server's messages say: the new ones alone, or the whole ensemble.
+BAGGING = "bagging"
+CYCLIC = "cyclic"
 MODEL = "model.json"
 
 MOST_TREES = 10_000
 
-# Parsed, a model takes up to twenty times as much.
+# The longest model; parsed, it takes up to twenty times as much memory.
 _MOST_BYTES = 2**27
 _VERSION = [3, 2, 0]
 _OBJECTIVES: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -37,7 +37,7 @@ _OBJECTIVES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "continuous": ("reg:squarederror", {"reg_loss_param": {"scale_pos_weight": "1"}}),
     "survival": ("survival:cox", {}),
 }
-# XGBoost's parameters may not hold these, nor its feature names.
+# Characters that XGBoost's parameters and feature names must not contain.
 _PLAIN = str.maketrans({"[": "(", "]": ")", "<": "less than "})
 _NO_PARENT = 2**31 - 1
 _MOST_FLOAT = 3e38
@@ -53,9 +53,9 @@ class Form:
     Attributes
     ----------
     task : str
-        Of the schema.
+        The schema's task.
     features : tuple of str
-        Names of the columns of the matrix.
+        The names of the feature matrix's columns, in order.
     outputs : int
         Number of classes of a multi-class task, else 1.
     base : float
@@ -84,7 +84,7 @@ class Form:
         return self.reach * settings.tree_learning_rate * share / settings.trees_a_round
 
     def most_bytes(self, trees: int) -> int:
-        """Return the greatest length of so many trees as JSON."""
+        """Return the greatest length in bytes that a number of trees has as JSON."""
         nodes: int = 2 ** (self.settings.tree_max_depth + 1)
         names = sum(len(name) for name in self.features)
         length = 2**16 + 16 * (names + len(self.features))
@@ -92,7 +92,7 @@ class Form:
 
 
 def plain_name(name: str) -> str:
-    """Return a feature's name without what XGBoost's names may not hold."""
+    """Return a feature's name without the characters that XGBoost refuses."""
     return name.translate(_PLAIN)
 
 
@@ -103,21 +103,21 @@ def write_trees(form: Form, trees: Sequence[Tree], named: bool = True) -> bytes:
     ----------
     form : Form
     trees : sequence of dict
-        As `read_trees` returns them; those of a round after those of the round before.
+        As `read_trees` returns them, in the order of the rounds.
     named : bool
-        With the features' names; XGBoost then asks for them in the data, too.
+        Whether to write the features' names; XGBoost then asks for them in the data, too.
     """
-    side_by_side = form.settings.trees_a_round
+    trees_a_round = form.settings.trees_a_round
     objective: dict[str, Any] = dict(_OBJECTIVES[form.task][1])
     if form.task == "multi-class":
         objective = {"softmax_multiclass_param": {"num_class": str(form.outputs)}}
     model = {
         "cats": {"enc": [], "feature_segments": [], "sorted_idx": []},
         "gbtree_model_param": {
-            "num_parallel_tree": str(side_by_side),
+            "num_parallel_tree": str(trees_a_round),
             "num_trees": str(len(trees)),
         },
-        "iteration_indptr": list(range(0, len(trees) + 1, side_by_side)),
+        "iteration_indptr": list(range(0, len(trees) + 1, trees_a_round)),
         "tree_info": [0] * len(trees),
         "trees": [tree | {"id": number} for number, tree in enumerate(trees)],
     }
@@ -144,40 +144,43 @@ def read_trees(data: bytes, form: Form, most: int, named: bool = True) -> list[T
     Parameters
     ----------
     data : bytes
-        Of anybody; nothing for no trees.
+        From an untrusted sender; empty for no trees.
     form : Form
-        What it must be.
+        The form that the model must have.
     most : int
-        Trees that it may hold.
+        The most trees that it may hold.
     named : bool
         Whether it must have the features' names.
 
     Returns
     -------
     list of dict
-        Which XGBoost's parser can be given without fear: each is a tree, with splits by features
-        that there are and finite numbers.
+        Safe for XGBoost's parser: each is a tree, splits by features that exist and has finite
+        numbers.
 
     Raises
     ------
     ValueError
-        If it is something else, with the reason.
+        If the data is anything else; the error's text gives the reason.
     """
     if not data:
         return []
-    if len(data) > (longest := form.most_bytes(most)):
+    longest = form.most_bytes(most)
+    if len(data) > longest:
         raise ValueError(f"a model of {most} trees has at most {longest} bytes, got {len(data)}")
     # Counted before the text is parsed, which takes memory.
-    if (count := data.count(b'"left_children"')) > most:
-        raise ValueError(f"there are {count} trees, where {most} may be")
+    count = data.count(b'"left_children"')
+    if count > most:
+        raise ValueError(f"the model must have at most {most} trees, got {count}")
     try:
         learner = json.loads(data)["learner"]
         features = int(learner["learner_model_param"]["num_feature"])
-        base = [float(each) for each in _base_scores(learner)]
-        names, objective = learner["feature_names"], learner["objective"]["name"]
+        base_scores = [float(score) for score in _base_scores(learner)]
+        names = learner["feature_names"]
+        objective = learner["objective"]["name"]
         model = learner["gradient_booster"]["model"]
-        given, side_by_side = model["trees"], model["gbtree_model_param"]["num_parallel_tree"]
-        count = len(given) if isinstance(given, list) else -1
+        given = model["trees"]
+        trees_a_round = model["gbtree_model_param"]["num_parallel_tree"]
     except _MALFORMED as error:
         raise ValueError(f"this is no model in XGBoost's JSON ({type(error).__name__})") from None
     if objective != form.objective:
@@ -186,13 +189,17 @@ def read_trees(data: bytes, form: Form, most: int, named: bool = True) -> list[T
         raise ValueError(f"the trees are of {features} features instead of {len(form.features)}")
     if named and names != list(form.features):
         raise ValueError("the features have other names, or another order")
-    if not all(math.isclose(each, form.base, rel_tol=1e-5) for each in base):
-        raise ValueError(f"the trees start from {base[0]:g} instead of {form.base:g}")
-    if not 0 <= count <= most or count % form.settings.trees_a_round:
-        raise ValueError(f"there are {count} trees, where {most} may be")
-    if side_by_side != str(form.settings.trees_a_round):
-        wanted = form.settings.trees_a_round
-        raise ValueError(f"{str(side_by_side)[:20]!r} trees a round are named instead of {wanted}")
+    if not all(math.isclose(score, form.base, rel_tol=1e-5) for score in base_scores):
+        raise ValueError(f"the trees start from {base_scores[0]:g} instead of {form.base:g}")
+    if not isinstance(given, list):
+        raise ValueError(f"the trees must be a list, got {type(given).__name__}")
+    wanted = form.settings.trees_a_round
+    if len(given) > most or len(given) % wanted:
+        raise ValueError(
+            f"the model must have at most {most} trees, {wanted} a round, got {len(given)}"
+        )
+    if trees_a_round != str(wanted):
+        raise ValueError(f"the model has {str(trees_a_round)[:20]!r} trees a round, not {wanted}")
     return [_checked(tree, number, form) for number, tree in enumerate(given)]
 
 
@@ -220,7 +227,7 @@ def leaves(tree: Tree) -> NDArray[np.float64]:
 
 
 def clipped(tree: Tree, most: float) -> Tree:
-    """Return a tree none of whose leaves holds a larger number."""
+    """Return a tree with the numbers of its leaves clipped to -`most` to `most`."""
     if "leaf_weights" in tree:
         return tree | {"leaf_weights": np.clip(leaves(tree), -most, most).tolist()}
     values = np.asarray(tree["split_conditions"])
@@ -237,39 +244,47 @@ def _base_scores(learner: dict[str, Any]) -> list[str]:
 def _checked(given: Any, number: int, form: Form) -> Tree:
     """Return one tree, written from scratch from what a prediction needs."""
     if not isinstance(given, dict) or not isinstance(given.get("left_children"), list):
-        raise ValueError(f"tree {number} is none")
-    count, most = len(given["left_children"]), 2 ** (form.settings.tree_max_depth + 1) - 1
+        raise ValueError(f"tree {number} must be an object with a list left_children")
+    count = len(given["left_children"])
+    most = 2 ** (form.settings.tree_max_depth + 1) - 1
     if not 1 <= count <= most:
-        raise ValueError(f"tree {number} has {count} nodes, where {most} may be")
+        raise ValueError(f"tree {number} must have 1 to {most} nodes, got {count}")
 
     def column(key: str, length: int, whole: bool) -> NDArray[Any]:
         values = given.get(key)
-        fine = isinstance(values, list) and len(values) == length
+        complete = isinstance(values, list) and len(values) == length
         try:
-            found = np.asarray(values if fine else None)
-        except ValueError:  # Lists of lists.
-            found = np.asarray(None)
-        if found.shape != (length,) or found.dtype.kind not in ("i" if whole else "if"):
-            raise ValueError(f"tree {number} has no {key} of {length} numbers")
-        if not (np.abs(found.astype(np.float64)) <= _MOST_FLOAT).all():
-            raise ValueError(f"tree {number} has {key} that are not finite")
-        return found
+            numbers = np.asarray(values if complete else None)
+        except ValueError:  # Lists of different lengths.
+            numbers = np.asarray(None)
+        if numbers.shape != (length,) or numbers.dtype.kind not in ("i" if whole else "if"):
+            kind = "whole numbers" if whole else "numbers"
+            raise ValueError(f"{key} of tree {number} must be {length} {kind}")
+        if not (np.abs(numbers.astype(np.float64)) <= _MOST_FLOAT).all():
+            raise ValueError(
+                f"{key} of tree {number} must be finite numbers from -{_MOST_FLOAT:g} to "
+                f"{_MOST_FLOAT:g}"
+            )
+        return numbers
 
     left, right, split = (
         column(key, count, True) for key in ("left_children", "right_children", "split_indices")
     )
-    default, values = column("default_left", count, True), column("split_conditions", count, False)
+    default = column("default_left", count, True)
+    values = column("split_conditions", count, False)
     inner = left != -1
     indices = np.flatnonzero(inner)
     children = np.concatenate([left[inner], right[inner]])
-    # Each but the root is the child of one before it: so there is no circle and no node apart.
-    if not (
-        np.array_equal(np.sort(children), np.arange(1, count))
-        and (children > np.tile(indices, 2)).all()
-    ):
-        raise ValueError(f"tree {number} is none: its nodes do not hang together")
+    # Then there is no cycle, and no node apart from the others.
+    each_once = np.array_equal(np.sort(children), np.arange(1, count))
+    if not each_once or not (children > np.tile(indices, 2)).all():
+        raise ValueError(
+            f"each node of tree {number} but the first must be the child of one node before it"
+        )
     if not ((split[inner] >= 0) & (split[inner] < len(form.features))).all():
-        raise ValueError(f"tree {number} splits by a feature that there is not")
+        raise ValueError(
+            f"tree {number} must split by the features 0 to {len(form.features) - 1} only"
+        )
     parents = np.full(count, -1 if form.outputs > 1 else _NO_PARENT)
     parents[children] = np.tile(indices, 2)
     tree: Tree = {
@@ -298,7 +313,7 @@ def _checked(given: Any, number: int, form: Form) -> Tree:
     if form.outputs > 1:
         ends = np.flatnonzero(~inner)
         if not np.array_equal(np.sort(right[ends]), np.arange(len(ends))):
-            raise ValueError(f"tree {number} has leaves without numbers")
+            raise ValueError(f"each leaf of tree {number} must have numbers of its own")
         weights = column("leaf_weights", len(ends) * form.outputs, False)
         tree["leaf_weights"] = weights.astype(np.float64).tolist()
         tree["right_children"] = right.tolist()

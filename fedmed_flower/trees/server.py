@@ -42,7 +42,7 @@ _PASSED_ON = (
     *("fraction_train", "fraction_evaluate", "weighted_by_key", "arrayrecord_key"),
     *("configrecord_key", "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", *_MINIMA),
 )
-# What `federate` does with a network alone.
+# Settings of what `federate` does only with a network.
 _NETWORKS_ONLY = ("baselines", "personal-epochs")
 
 
@@ -61,10 +61,10 @@ def grow(
     Parameters
     ----------
     strategy : FedXgbBagging or FedXgbCyclic
-        Of ``flwr.serverapp.strategy``. In bagging the hospitals' new trees of a round are added up,
-        in a cycle one hospital after the other adds its own. Minimum numbers of nodes that are
-        Flower's default, 2, become 1; ``min-sites`` of the run config waits for more. Replies pass
-        screening before the strategy is given them.
+        Of ``flwr.serverapp.strategy``. In bagging the new trees of all hospitals in a round are
+        added; in a cycle one hospital after the other adds its own. Minimum numbers of nodes that
+        are Flower's default, 2, become 1; ``min-sites`` of the run config waits for more. Replies
+        pass screening before the strategy is given them.
     grid, context
         As Flower gives them to a ServerApp.
     client : TabularClient
@@ -77,8 +77,8 @@ def grow(
     Raises
     ------
     InputError
-        If the run config or every site's data is wrong, another strategy is given, privacy is
-        asked for, or a run to go on with.
+        If the run config or every site's data is wrong, the strategy is another one, or the run
+        config asks for privacy or to resume a run.
     RunFailedError
         If no round succeeded.
     """
@@ -97,32 +97,34 @@ def grow(
         if config.get(key):
             log.warning("%s is for networks: trees are grown without it", key)
             config[key] = type(config[key])()
-    own = Context(
+    tree_context = Context(
         context.run_id,
         context.node_id,
         context.node_config,
         context.state,
         config | {"pictures": 0},
     )
-    trees = as_trees(type(client)(own))
-    if (count := plan.num_server_rounds * trees.trees.trees_a_round) > MOST_TREES:
+    tree_client = as_trees(type(client)(tree_context))
+    count = plan.num_server_rounds * tree_client.trees.trees_a_round
+    if count > MOST_TREES:
         raise InputError(
             f"num-server-rounds times trees-a-round must be at most {MOST_TREES:,}, got {count:,}"
         )
-    # A run is told apart by the strategy's name.
+    # Under the name of Flower's strategy, by which runs are distinguished.
     name = type(strategy).__name__
-    growing: FedAvg = type(name, (_Growing,), {"__doc__": type(strategy).__doc__})(strategy, trees)
-    return federate(growing, grid, own, trees)
+    strategy_class = type(name, (_Growing,), {"__doc__": type(strategy).__doc__})
+    growing: FedAvg = strategy_class(strategy, tree_client)
+    return federate(growing, grid, tree_context, tree_client)
 
 
 class _Growing(FedAvg):
-    """The rounds of our strategies around an aggregation of Flower's.
+    """A strategy with our rounds that leaves the combining of trees to one of Flower's.
 
     Parameters
     ----------
     inner : FedXgbBagging or FedXgbCyclic
     client : TreeClient
-        Knows what the ensembles of this run are, once hospitals have agreed.
+        Holds the form of this run's ensembles, once hospitals have agreed.
     """
 
     def __init__(self, inner: flower.FedAvg, client: TreeClient) -> None:
@@ -134,13 +136,16 @@ class _Growing(FedAvg):
         for name in _MINIMA:
             setattr(inner, name, 1 if getattr(inner, name) == 2 else getattr(inner, name))
         super().__init__(**{name: getattr(inner, name) for name in _PASSED_ON})
-        self.inner, self.client, self.share = inner, client, 1.0
+        self.inner = inner
+        self.client = client
+        self.share = 1.0
         self.cyclic = isinstance(inner, flower.FedXgbCyclic)
         self.run_folder: RunFolder | None = None
 
     def start(self, *args: Any, **kwargs: Any) -> flower.Result:
-        """Run the rounds; nothing is kept to go on from."""
-        self.run_folder, self.folder = self.folder, None
+        """Run the rounds, without checkpoints."""
+        self.run_folder = self.folder
+        self.folder = None
         return super().start(*args, **kwargs)
 
     def test(
@@ -151,7 +156,7 @@ class _Growing(FedAvg):
         timeout: float = 3600,
     ) -> dict[str, dict[str, float]]:
         """Evaluate an ensemble once on every connected site's test split."""
-        return super().test(grid, arrays, self._told(config or ConfigRecord()), timeout)
+        return super().test(grid, arrays, self._with_mode(config or ConfigRecord()), timeout)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -160,10 +165,10 @@ class _Growing(FedAvg):
         self.run.sent_arrays = arrays
         if not self._wait(grid, server_round, "train", self.fraction_train, self.min_train_nodes):
             return []
-        messages = self.inner.configure_train(server_round, arrays, self._told(config), grid)
+        messages = self.inner.configure_train(server_round, arrays, self._with_mode(config), grid)
         addressed = self._address(messages, grid, server_round, 0)
         nodes = {message.metadata.dst_node_id for message in addressed}
-        # All new trees are added up: those that decline had better not slow the others down.
+        # All new trees are added up. A site that declines must not make the others' share smaller.
         self.share = 1 / max(1, len(nodes - self.inbox.declined))
         for message in addressed:
             message.content.config_records[self.configrecord_key][TREE_SHARE] = self.share
@@ -173,7 +178,7 @@ class _Growing(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Address this round's evaluation messages to a sample of the sites."""
-        return super().configure_evaluate(server_round, arrays, self._told(config), grid)
+        return super().configure_evaluate(server_round, arrays, self._with_mode(config), grid)
 
     def choose(
         self, nodes: Collection[int], count: int, server_round: int, training: bool
@@ -190,7 +195,8 @@ class _Growing(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Hand the replies that pass screening to Flower's strategy."""
         self.run.server_round = server_round
-        key, usable = self.weighted_by_key, []
+        key = self.weighted_by_key
+        usable = []
         admitted = self.inbox.admit(server_round, "train", replies, key, None)
         for reply in self.inbox.in_order(admitted):
             try:
@@ -212,35 +218,41 @@ class _Growing(FedAvg):
             self.run_folder.write(MODEL, model_bytes(arrays))
         return arrays, metrics
 
-    def _told(self, config: ConfigRecord) -> ConfigRecord:
+    def _with_mode(self, config: ConfigRecord) -> ConfigRecord:
+        """Return a config that also says how trees travel."""
         return ConfigRecord({**config, TREES: CYCLIC if self.cyclic else BAGGING})
 
     def _screened(self, reply: Message) -> Message:
-        """Return a copy of a reply that holds what Flower makes use of, written from scratch.
+        """Return a copy of a reply that holds only what Flower uses, written from scratch.
 
         Raises
         ------
         ValueError
-            If it cannot be used, with the reason.
+            If the reply cannot be used; the error's text gives the reason.
         """
-        form, sent = self.client.form, self.run.sent_arrays
+        form = self.client.form
+        sent = self.run.sent_arrays
         before = [] if sent is None else read_trees(model_bytes(sent), form, MOST_TREES)
         records = list(reply.content.array_records.values())
         if len(records) != 1:
             raise ValueError(f"the reply has {len(records)} array records instead of one")
         if not metrics_of(reply)[self.weighted_by_key]:
             raise ValueError(f"{self.weighted_by_key} must be above 0")
-        # In a cycle the others' trees come back too; those that were sent stand in for them.
-        kept = before if self.cyclic else []
-        wanted = len(kept) + form.settings.trees_a_round
+        # In a cycle the earlier trees come back, too; those that were sent are used instead.
+        earlier = before if self.cyclic else []
+        wanted = len(earlier) + form.settings.trees_a_round
         trees = read_trees(model_bytes(records[0]), form, wanted)
         if len(trees) != wanted:
             raise ValueError(f"the reply has {len(trees)} trees instead of {wanted}")
-        new, most = trees[len(kept) :], form.most_leaf(self.share)
-        if (far := max(float(np.abs(leaves(tree)).max()) for tree in new)) > most * (1 + 1e-5):
-            raise ValueError(f"a leaf holds {far:g}, where {most:g} is the most")
+        new = trees[len(earlier) :]
+        most = form.most_leaf(self.share)
+        largest = max(float(np.abs(leaves(tree)).max()) for tree in new)
+        if largest > most * (1 + 1e-5):
+            raise ValueError(
+                f"the numbers in leaves must be at most {most:g} in size, got {largest:g}"
+            )
         content = RecordDict({"metrics": metrics_of(reply)})
-        model = np.frombuffer(write_trees(form, [*kept, *new]), dtype=np.uint8)
+        model = np.frombuffer(write_trees(form, [*earlier, *new]), dtype=np.uint8)
         content["arrays"] = ArrayRecord([model])
         message = copy.copy(reply)
         message.content = content

@@ -324,7 +324,7 @@ def test_a_long_update_is_refused():
     rows = [[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [0.0, 11.0], [1e30, 0.0]]
     given_updates = updates(*rows, centre=arrays(w=[0.0, 0.0]))
     given_updates.subset([0, 1, 2]).require_norms(1.5)
-    text = "its change of the model is {} long, {} is the limit"
+    text = "its change of the model has the norm {}, the limit is {}"
     # The median of 1, 2, 3 and 11 is 2.5.
     assert reasons(given_updates.require_norms, 4) == {
         3: text.format("11", "10"), 4: text.format("inf", "10"),

@@ -71,8 +71,8 @@ def test_the_number_of_classes_can_be_given(folder):
     code, lines = check(folder, "--classes", "1")
     assert code == 1
     assert lines[-4] == (
-        f"patient Ana [red]: its mask {folder}/m0.nii.gz: it holds the values 1, which are no "
-        "class: a mask holds 0"
+        f"patient Ana [red]: its mask {folder}/m0.nii.gz: it holds the values 1, which are "
+        "not classes: a mask holds 0"
     )
     code, lines = check(folder, "--classes", "0")
     assert code == 2
@@ -81,7 +81,7 @@ def test_the_number_of_classes_can_be_given(folder):
 def test_wrong_input_exits_with_2(tmp_path):
     assert check(tmp_path / "nowhere") == (
         2,
-        [f"not started: {tmp_path / 'nowhere'} is no folder"],
+        [f"not started: {tmp_path / 'nowhere'} is not a folder"],
     )
     assert check(tmp_path) == (
         2,
@@ -120,7 +120,7 @@ def test_a_folder_of_pictures_has_no_axes(tmp_path, monkeypatch):
         ("budget_epsilon=1.0", "has an unknown key 'budget_epsilon': did you mean budget-epsilon?"),
         ("budget-epsilon=1.0", "budget-epsilon in the node config needs budget-delta beside it"),
         ("min-cell-count=0", "min-cell-count must be at least 1, got 0"),
-        ("personal=yes", "the node config cannot be read: a text needs quotes"),
+        ("personal=yes", "write a text in quotes, as in site-name="),
         ("personal", "the node config must be KEY=VALUE KEY=VALUE ..., got 'personal' in it"),
         ('ledger="/nowhere/ledger.sqlite"', "there is no ledger /nowhere/ledger.sqlite"),
         ('output-dir="/nowhere/out"', "output-dir of site north is not a folder: /nowhere/out"),
@@ -138,14 +138,14 @@ def test_a_node_config_that_is_understood(folder):
     text = f'site-name="north" data-dir="{folder}" budget-epsilon=3 budget-delta=1e-5'
     code, lines = check(folder, "--node-config", text)
     assert code == 0
-    assert lines[0] == "the node config is understood"
+    assert lines[0] == "the node config is valid"
     assert not (folder / "privacy-ledger.sqlite").exists()
 
 
 def test_a_node_config_is_checked_without_a_folder_too(tmp_path):
     text = f'site-name="north" data-dir="{tmp_path}"'
     done = CliRunner().invoke(app, ["data", "check", "--node-config", text])
-    assert (done.exit_code, done.output.strip()) == (0, "the node config is understood")
+    assert (done.exit_code, done.output.strip()) == (0, "the node config is valid")
     done = CliRunner().invoke(app, ["data", "check"])
     assert (done.exit_code, done.output.strip()) == (
         2,

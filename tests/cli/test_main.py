@@ -176,7 +176,7 @@ def test_labels_out_of_range_are_one_line(workdir):
     assert done.returncode == 2
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("not started: all ")
-    assert "rows of the train split were turned away; patient train-" in last
+    assert "rows of the train split were rejected; patient train-" in last
     assert "is out of range: labels must be integers from 0 to 1" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert not (workdir / "runs").exists()
@@ -333,7 +333,7 @@ def test_a_ledger_is_shown_run_by_run(tmp_path, monkeypatch):
         shown = [[cell.strip() for cell in line[2:-1]] for line in lines]
         first, second = (epsilon_of({release: count}, 1e-6) for count in (10, 5))
         assert shown == [
-            ["first", "Heart", "train", "40", "2 (1 broken off)", "10", f"{first:.3f}"],
+            ["first", "Heart", "train", "40", "2 (1 interrupted)", "10", f"{first:.3f}"],
             ["second", "Heart", "train", "40", "1", "5", f"{second:.3f}"],
         ]
         spent = epsilon_of({release: 15}, 1e-6)
@@ -349,7 +349,7 @@ def test_a_new_ledger_is_made_where_none_is(tmp_path):
     assert Ledger(path, read_only=True).entries() == []
     result = CliRunner().invoke(app, ["privacy", "--new", str(path)])
     assert result.exit_code == 2
-    assert "is there already: a new ledger needs a name of its own" in result.stdout
+    assert "exists already: give the new ledger another name" in result.stdout
 
 
 def test_a_ledger_that_is_not_there_or_none_is_one_line(tmp_path):

@@ -154,7 +154,7 @@ def test_an_empty_split_counts_no_rows():
 
 def test_describe_counts_rows_and_in_a_simulation_labels(tmp_path):
     reply = ask(TinyClient, "query.describe", context_of())
-    expected = {"num-examples": 10, "train": 10, "val": 6, "test": 8, "turned-away": 0}
+    expected = {"num-examples": 10, "train": 10, "val": 6, "test": 8, "rejected": 0}
     assert dict(reply.content["metrics"]) == expected | {"labels": [5, 5]}
     reply = ask(TinyClient, "query.describe", context_of(node_config=node_of(tmp_path)))
     assert dict(reply.content["metrics"]) == expected
@@ -225,7 +225,10 @@ def test_a_loss_that_is_not_finite_is_an_error_reply():
 
 def test_arrays_of_another_model_are_an_error_reply():
     arrays = model_arrays(lambda: linear(3))
-    text = "1.weight should have shape torch.Size([2, 4]), got torch.Size([3, 4]) (None: not there)"
+    text = (
+        "1.weight should have shape torch.Size([2, 4]), got torch.Size([3, 4]) (None: no such "
+        "entry)"
+    )
     assert error_of(TinyClient, arrays=arrays) == f"ValueError: {text}"
 
 
@@ -473,12 +476,12 @@ def test_an_update_that_fewer_than_ten_patients_have_made_does_not_leave_a_real_
     if leaves:
         assert reply.content["metrics"]["num-examples"] == rows
     else:
-        text = "declined: an update here is made of at least 10 patients"
+        text = "declined: an update here needs at least 10 patients"
         assert read_error(reply.error.reason) == ("north", text)
     for node in (None, node_of(tmp_path, min_train_patients=1)):
         assert not ask(one, "train", context_of(node_config=node, **config)).has_error()
     more = node_of(tmp_path, min_train_patients=patients + 1)
-    text = f"an update here is made of at least {patients + 1} patients"
+    text = f"an update here needs at least {patients + 1} patients"
     reply = ask(one, "train", context_of(node_config=more, **config))
     assert read_error(reply.error.reason)[1] == f"declined: {text}"
 
@@ -598,8 +601,8 @@ def test_a_real_hospital_without_a_place_for_its_ledger_answers_nothing(kind, ca
     context = context_of(node_config={"site-name": "north"})
     assert ask(Client, kind, context).error.reason == "site north: InputError"
     assert caplog.messages == [
-        "north: a hospital keeps a privacy ledger: give --node-config "
-        "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir in which it can lie"
+        "north: a hospital needs a file for its privacy ledger: give --node-config "
+        "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir to hold it"
     ]
     assert loaded == []
 
@@ -773,15 +776,15 @@ def test_a_client_of_its_own_must_give_rows_that_no_patient_stands_behind(tmp_pa
     context = context_of(privacy="patient", run_dir=str(tmp_path))
     text = error_of(Client, "train", context, arrays=model_arrays(line))
     assert text == (
-        "Client does not define made_up: before a patient's row is looked at, model and loss are "
-        "tried on rows that are no patient's"
+        "Client does not define made_up, the rows of no patient on which model and loss are tried "
+        "before a patient's row is read: define it"
     )
     assert loaded == []
     assert not (tmp_path / "ledgers").exists()
 
 
 class Screening(TinyClient):
-    """Turns away the rows of patients whose number is marked."""
+    """Rejects the rows of patients whose number is marked."""
 
     marked = ("3", "4")
 
@@ -789,12 +792,12 @@ class Screening(TinyClient):
         return [row for row in rows if not row["patient"].endswith(self.marked)]
 
 
-def test_rows_that_are_turned_away_are_neither_counted_nor_trained_on():
+def test_rows_that_are_rejected_are_neither_counted_nor_trained_on():
     context = context_of()
     metrics = ask(Screening, "query.describe", context).content["metrics"]
     # Of 10, 6 and 8 rows in turn two are marked: 3 and 4.
     assert dict(metrics) == {
-        "num-examples": 8, "train": 8, "val": 4, "test": 6, "turned-away": 6, "labels": [4, 4],
+        "num-examples": 8, "train": 8, "val": 4, "test": 6, "rejected": 6, "labels": [4, 4],
     }  # fmt: skip
     assert ask(Screening, "train", context).content["metrics"]["num-examples"] == 8
     assert ask(Screening, "evaluate", context).content["metrics"]["num-examples"] == 4
@@ -824,13 +827,13 @@ def test_rows_are_screened_once_a_split_and_run():
 def test_a_site_that_turns_every_training_row_away():
     client = type("Client", (Screening,), {"marked": tuple("0123456789")})
     for kind in ("query.describe", "train"):
-        text = "there are no training rows left: all were turned away"
+        text = "there are no training rows left: all were rejected"
         assert error_of(client, kind) == text
     reply = ask(client, "evaluate", context_of())
     assert dict(reply.content["metrics"]) == {"num-examples": 0}
 
 
-def test_the_ledger_counts_the_patients_of_rows_that_are_turned_away_too(tmp_path):
+def test_the_ledger_counts_the_patients_of_rows_that_are_rejected_too(tmp_path):
     context = context_of(privacy="patient", target_epsilon=4.0, run_dir=str(tmp_path))
     reply = ask(Screening, "train", context)
     (entry,) = Ledger(tmp_path / "ledgers" / "hospital-1.sqlite", read_only=True).entries()
@@ -923,8 +926,8 @@ def test_a_site_with_other_frozen_weights_is_refused():
     ).has_error()
     other = type("Other", (Encoded,), {"stem": 1})
     text = (
-        "what trainable leaves out of the model is not the same here as at the server: "
-        "build_model must load the same weights on both, such as those of one bundle"
+        "the frozen part of the model, which trainable leaves out, is not the same here as at the "
+        "server: build_model must load the same weights on both, such as those of one bundle"
     )
     for kind in ("train", "evaluate", "query.pictures"):
         reason = error_of(
@@ -939,7 +942,7 @@ def test_a_site_with_other_frozen_weights_is_refused():
 
 def test_arrays_with_the_frozen_part_are_an_error_reply():
     arrays = ArrayRecord(halves().state_dict())
-    text = "stem.1.weight should have shape None, got torch.Size([6, 4]) (None: not there)"
+    text = "stem.1.weight should have shape None, got torch.Size([6, 4]) (None: no such entry)"
     assert error_of(Encoded, "train", context_of(**HEAD), arrays=arrays) == f"ValueError: {text}"
 
 

@@ -143,8 +143,8 @@ def test_what_statistics_have_split_finely_contributions_tell_of_all_rows(tmp_pa
         count = sum(not np.isnan(row[column]) for rows in splits.values() for row in rows)
         assert found[f"moments {column}"][0] == count
         text = (
-            f"north: {column} is told of all rows, not of the training rows alone: beside earlier "
-            "answers these would be of too few patients"
+            f"north: statistics of {column} are of all rows, not only of the training rows: after "
+            "earlier answers these would be of too few patients"
         )
         assert caplog.messages.count(text) == 1
     assert sum(found["counts ward"]) <= 40
@@ -192,7 +192,7 @@ def test_categories_that_are_told_of_all_rows_stand_in_the_book(tmp_path, caplog
     found = contribution(client, node)
     counts = zip(found["categories ward"], found["counts ward"], strict=True)
     assert dict(counts) == {"a": 67, "b": 14, "c": 19}
-    assert "north: ward is told of all rows, not of the training rows alone" in caplog.text
+    assert "north: statistics of ward are of all rows, not only of the training rows" in caplog.text
     with client(context_of(node_config=node)).open_book({}, 10) as book:
         labels = book._guard.labels(book._guard.members("ward"))
         classes = [{*labels[[row["ward"] == ward for row in book.rows]]} for ward in "abc"]
@@ -351,7 +351,7 @@ def test_groups_are_told_and_withheld_beside_what_statistics_have_told(tmp_path,
     after = figures(client, node, **groups)
     assert group_counts(after) == {"ward=a": 20, "ward=b": 20}
     text = (
-        "north: figures by sex are not told: beside earlier answers they would be of too few "
+        "north: metrics by sex are withheld: after earlier answers they would be of too few "
         "patients"
     )
     assert caplog.messages.count(text) == 1
@@ -489,8 +489,8 @@ def test_without_a_book_that_can_be_read_nothing_is_told(tmp_path, content, capl
             f"north: the record of answers {tmp_path / 'privacy-ledger.answers'} cannot be used ("
         )
         assert text.endswith(
-            "): mend its place, or restore it from a copy; without it nobody knows what was told "
-            "before"
+            "): repair its folder, or restore it from a copy; without it nobody knows what was "
+            "disclosed before"
         )
 
 
@@ -544,7 +544,7 @@ def test_a_question_of_ones_own_is_about_whom_the_book_lets(tmp_path):
 def test_a_question_of_ones_own_is_declined(tmp_path):
     for name in ("few", "private"):
         (tmp_path / name).mkdir()
-    with pytest.raises(DeclinedError, match=r"^an answer here is about at least 10 patients$"):
+    with pytest.raises(DeclinedError, match=r"^an answer here needs at least 10 patients$"):
         tellable(node_of(tmp_path / "few"), **tables(train=9))
     noise = r"^this run, or this hospital, protects patients by noise$"
     with pytest.raises(DeclinedError, match=noise):

@@ -60,17 +60,17 @@ def pictures(count=6, shape=(2, 2)):
     return list(np.random.default_rng(8).integers(0, 255, (count, *shape)).astype(np.uint8))
 
 
-def turned_away(caplog):
-    return [r.getMessage() for r in caplog.records if "turned away" in r.getMessage()]
+def rejected(caplog):
+    return [r.getMessage() for r in caplog.records if "rejected" in r.getMessage()]
 
 
 @pytest.mark.parametrize("label", [2, -1, 1.0, True, None])
-def test_a_row_with_a_label_out_of_range_is_turned_away_and_the_others_train(caplog, label):
+def test_a_row_with_a_label_out_of_range_is_rejected_and_the_others_train(caplog, label):
     rows = make_rows(6, 0)
     bad = [row | {"label": label} if number == 3 else row for number, row in enumerate(rows)]
     found = trained(fixed(SiteData(train=bad)), context_of())
-    assert turned_away(caplog) == [
-        f"hospital-1: turned away, train split, patient p-3: label {label!r} is out of range: "
+    assert rejected(caplog) == [
+        f"hospital-1: rejected, train split, patient p-3: label {label!r} is out of range: "
         "labels must be integers from 0 to 1 (num_classes - 1)"
     ]
     assert found == trained(fixed(SiteData(train=[*rows[:3], *rows[4:]])), context_of())
@@ -81,20 +81,20 @@ def test_a_mask_is_no_class(caplog, label):
     rows = make_rows(6, 0)
     bad = [row | {"label": label} if number == 3 else row for number, row in enumerate(rows)]
     found = trained(fixed(SiteData(train=bad)), context_of())
-    (line,) = turned_away(caplog)
-    assert line.startswith("hospital-1: turned away, train split, patient p-3: its ")
+    (line,) = rejected(caplog)
+    assert line.startswith("hospital-1: rejected, train split, patient p-3: its ")
     if not isinstance(label, str):
-        assert line.endswith("its label is not a class number, which Fixed asks for")
+        assert line.endswith("its label is not a class number, which Fixed needs")
     assert found == trained(fixed(SiteData(train=[*rows[:3], *rows[4:]])), context_of())
 
 
 @pytest.mark.parametrize("key", ["image", "label"])
-def test_a_row_without_image_or_label_is_turned_away(caplog, key):
+def test_a_row_without_image_or_label_is_rejected(caplog, key):
     rows = make_rows(4, 0)
     del rows[1][key]
     found = trained(fixed(SiteData(train=rows)), context_of())
-    assert turned_away(caplog) == [
-        f"hospital-1: turned away, train split, patient p-1: the row has no {key}"
+    assert rejected(caplog) == [
+        f"hospital-1: rejected, train split, patient p-1: the row has no {key}"
     ]
     assert found == trained(fixed(SiteData(train=[rows[0], *rows[2:]])), context_of())
 
@@ -119,53 +119,53 @@ for _shape in ((4,), (2, 2, 2, 2), ()):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_an_image_that_cannot_be_used_is_turned_away_and_the_others_train(caplog, name):
+def test_an_image_that_cannot_be_used_is_rejected_and_the_others_train(caplog, name):
     image, text = BROKEN[name]
     images = pictures()
     found = trained(with_images([image, *images], [0] + [n % 2 for n in range(6)]), context_of())
-    assert turned_away(caplog) == [f"hospital-1: turned away, train split, patient 0: {text}"]
+    assert rejected(caplog) == [f"hospital-1: rejected, train split, patient 0: {text}"]
     assert found == trained(with_images(images), context_of())
 
 
 @pytest.mark.parametrize("text", [None, "this is no picture"])
-def test_a_file_that_is_not_there_or_no_image_is_turned_away(caplog, tmp_path, text):
+def test_a_file_that_is_not_there_or_no_image_is_rejected(caplog, tmp_path, text):
     path = tmp_path / "scan.png"
     if text:
         path.write_text(text)
     trained(with_images([path, *pictures()]), context_of())
-    (line,) = turned_away(caplog)
+    (line,) = rejected(caplog)
     end = f"{path} cannot be read: cannot identify image file" if text else f"{path} is not there"
-    assert line.startswith(f"hospital-1: turned away, train split, patient 0: {end}")
+    assert line.startswith(f"hospital-1: rejected, train split, patient 0: {end}")
 
 
 def test_an_error_where_no_training_row_is_left():
     reason = reason_of(with_images([np.full((2, 2), np.nan)] * 3))
     assert reason == (
-        "all 3 rows of the train split were turned away; patient 0: it holds NaN or infinite values"
+        "all 3 rows of the train split were rejected; patient 0: it holds NaN or infinite values"
     )
 
 
-def test_other_splits_may_be_turned_away_altogether(caplog):
+def test_other_splits_may_be_rejected_altogether(caplog):
     broken = [row | {"image": np.full((2, 2), np.nan)} for row in make_rows(2, 1, "q")]
     client, context = fixed(SiteData(train=make_rows(4, 0), test=broken)), context_of()
     assert not ask(client, "train", context).has_error()
     # Rows are looked at when their split is asked for, once a run.
-    assert turned_away(caplog) == []
+    assert rejected(caplog) == []
     for _ in range(2):
         reply = ask(client, "evaluate", context, split="test")
         assert dict(reply.content["metrics"]) == {"num-examples": 0}
-    assert len(turned_away(caplog)) == 2
+    assert len(rejected(caplog)) == 2
     reply = ask(client, "query.describe", context)
     counts = dict(reply.content["metrics"])
-    assert (counts["test"], counts["turned-away"], counts["labels"]) == (0, 2, [2, 2])
+    assert (counts["test"], counts["rejected"], counts["labels"]) == (0, 2, [2, 2])
 
 
 def test_of_very_many_the_log_names_twenty(caplog):
     images = [*[np.full((2, 2), np.nan)] * 33, *pictures()]
     trained(with_images(images), context_of())
-    lines = turned_away(caplog)
+    lines = rejected(caplog)
     assert len(lines) == 21
-    assert lines[-1] == "hospital-1: and 13 more of the train split turned away"
+    assert lines[-1] == "hospital-1: and 13 more of the train split rejected"
 
 
 def test_images_in_every_form_train_to_the_same_bits(tmp_path):
@@ -592,7 +592,7 @@ def test_where_others_images_must_not_decide_the_declared_channels_do(tmp_path, 
     caplog.clear()
     private = context_of(node_config=node_of(tmp_path), privacy="patient")
     assert ask(client, "train", private).content["metrics"]["num-examples"] == 23
-    assert "has 3 channels, declared are 1" in caplog.text
+    assert "has 3 channels, the client expects 1" in caplog.text
     assert "most images have" not in caplog.text
 
 

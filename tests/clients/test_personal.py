@@ -189,7 +189,7 @@ def test_a_hospital_can_decline(tmp_path):
 def test_a_hospital_without_rows_to_learn_from_or_to_judge_by():
     rows = patients(20, 1)
     only = holding({0: SiteData(train=rows)}, Agreeing)
-    text = "there are no validation rows to tell by whether fine-tuning helps"
+    text = "there are no validation rows, by which fine-tuning is judged: give this site some"
     assert error_of(only) == text
     assert error_of(holding({0: SiteData(train=(), val=rows)}, Agreeing)) == (
         "there are no training rows"
@@ -225,7 +225,7 @@ def test_a_model_whose_figures_are_of_too_few_stays_and_is_not_told_of(tmp_path,
         assert reply.content["metrics"]["num-examples"] == 40
         assert told == {"personal val": 20, "personal test": 40}
     else:
-        text = "declined: figures of its own model would be of too few patients"
+        text = "declined: too few patients are behind the metrics of the personal model"
         assert read_error(reply.error.reason) == ("north", text)
         assert "personal val" not in told
 
@@ -252,7 +252,7 @@ def test_the_run_names_who_has_no_model_of_its_own(tmp_path):
     text = "has no model of its own: "
     assert f"hospital-2 {text}declined: personal=false in the hospital's node config" in log
     assert f"north {text}InputError" in log
-    assert "north: there are no validation rows to tell by whether fine-tuning helps" in log
+    assert "north: there are no validation rows, by which fine-tuning is judged" in log
     assert summary["status"] == "finished"
 
 
@@ -285,6 +285,6 @@ def test_few_training_patients_teach_no_model_of_which_figures_leave(tmp_path):
     val, test = patients(20, 2, "val"), patients(20, 3, "test")
     few = holding({0: SiteData(train=train, val=val, test=test)}, Agreeing)
     node = node_of(tmp_path)
-    text = "declined: an update here is made of at least 10 patients"
+    text = "declined: an update here needs at least 10 patients"
     assert error_of(few, node_config=node) == text
     metrics_of(few, node_config=node | {"min-train-patients": 9})

@@ -240,7 +240,7 @@ IMAGE = np.zeros((1, 4, 4))
         ),
         (
             (IMAGE, np.zeros((4, 5)), None, ["a"], ""),
-            "truth has the shape (4, 5), the image (4, 4): give a class a pixel",
+            "truth has the shape (4, 5), the image (4, 4): give one class a pixel",
         ),
         (
             (IMAGE, None, np.full((4, 4), 2), ["a"], ""),
@@ -263,7 +263,7 @@ def test_wrong_input_is_named(arguments, problem):
 def test_map_of_another_shape_is_named():
     with pytest.raises(InputError) as error:
         heatmap(IMAGE, np.zeros((2, 2)), "")
-    problem = "map has the shape (2, 2), the image (4, 4): give a value a pixel"
+    problem = "map has the shape (2, 2), the image (4, 4): give one value a pixel"
     assert str(error.value) == problem
 
 
@@ -330,12 +330,12 @@ IDAT, IEND = chunk(b"IDAT", zlib.compress(b"\0" * 20)), chunk(b"IEND", b"")
 @pytest.mark.parametrize(
     ("png", "problem"),
     [
-        (b"", "it is no PNG"),
-        (START[:5], "it is no PNG"),
-        (saved(Image.new("L", (4, 4)), "JPEG"), "it is no PNG"),
+        (b"", "it is not a PNG"),
+        (START[:5], "it is not a PNG"),
+        (saved(Image.new("L", (4, 4)), "JPEG"), "it is not a PNG"),
         (
             b"<svg><script>alert(1)</script></svg>",
-            "it is no PNG",
+            "it is not a PNG",
         ),
         (START, DAMAGED),
         (GOOD[:-1], DAMAGED),

@@ -533,7 +533,7 @@ def test_the_report_and_the_metrics_tell_what_each_patient_has_cost(tmp_path):
     page = " ".join((tmp_path / "run" / "report.html").read_text().split())
     assert "Unit: the patient, with all records, in or out." in page
     assert "bounded by the run’s target, epsilon <b>4.0</b> at delta 1e-05" in page
-    assert "the hospitals told <b>4.000</b> at most" in page
+    assert "the hospitals reported <b>4.000</b> at most" in page
     lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert sum("hospital-1,patient-epsilon," in line for line in lines) == 2
 
@@ -608,19 +608,19 @@ class Remembering(TinyClient):
             Mixing,
             linear,
             "augment mixes patients: the outcome for one record depends on another, as in mixup. "
-            "Private training needs each to be changed by itself",
+            "Private training needs a change of each record alone",
         ),
         (
             OwnFit,
             linear,
-            "OwnFit gives its own fit, which private training does not use: give batch_of and "
-            "loss_of beside it",
+            "OwnFit defines its own fit, which private training does not use: define batch_of and "
+            "loss_of as well",
         ),
         (
             Bare,
             linear,
-            "Bare gives its own fit, which private training does not use: give batch_of and "
-            "loss_of beside it",
+            "Bare defines its own fit, which private training does not use: define batch_of and "
+            "loss_of as well",
         ),
     ],
 )
@@ -653,7 +653,10 @@ def test_what_training_leaves_behind_in_a_buffer_never_leaves(tmp_path):
     reply = ask(Remembering, "train", private(tmp_path, local_epochs=9), arrays)
     assert reply.has_error()
     text = read_error(reply.error.reason)[1]
-    assert text == "training has changed 1.seen, which would leave the hospital without noise"
+    assert text == (
+        "training has changed 1.seen, which is not trained and would leave the hospital without "
+        "noise: the model must not change it"
+    )
     (entry,) = ledger_of(tmp_path).entries()
     assert entry.unsettled == 1
 
@@ -730,7 +733,7 @@ def test_a_bank_of_records_is_refused_before_anything_is_charged(tmp_path, monke
 
 def test_rows_that_prepare_multiplies_are_refused(tmp_path):
     text = error_of(Slicing, private(tmp_path))
-    assert text.startswith("prepare has made 30 of 10 rows: to know which patient each is of")
+    assert text.startswith("prepare has made 30 rows of 10: to know the patient of each")
 
 
 def test_a_patient_is_one_whichever_type_its_number_has(tmp_path):
@@ -828,16 +831,16 @@ def test_images_that_say_nothing_of_their_size_cannot_be_tried(tmp_path):
         image_shape = ()
 
     text = (
-        "Client must say how large its images are before one is looked at: give it image_shape = "
-        "(channels, *spatial), or set patch-size"
+        "Client must declare the size of its images before a patient's image is read: give it "
+        "image_shape = (channels, *spatial), or set patch-size"
     )
     for kind in ("train", "evaluate"):
         assert error_of(Client, private(tmp_path), kind) == text
     assert not ask(Client, "train", private(tmp_path, patch_size="2,2")).has_error()
     assert not ask(Client, "train", context_of()).has_error()
     text = (
-        "spacing makes images of different shapes, which private training cannot take: set "
-        "patch-size beside it"
+        "spacing makes images of different shapes, which private training cannot use: set "
+        "patch-size as well"
     )
     assert error_of(TinyClient, private(tmp_path, spacing="1,1")) == text
 
@@ -895,8 +898,8 @@ def test_a_failure_before_rows_are_looked_at_tells_its_class(tmp_path):
 
 
 NO_PATIENTS = (
-    "the table names no patients: with privacy or a budget it needs a column of them, since the "
-    "ledger must know each patient again however the table is sorted"
+    "the table names no patients: with privacy or a budget it needs a column of patients, since "
+    "the ledger must recognise each patient however the table is sorted"
 )
 
 
@@ -929,7 +932,7 @@ def test_whoever_has_no_budget_is_told_so(tmp_path, caplog):
     node = {"site-name": "north", "data-dir": str(tmp_path)}
     assert not ask(TinyClient, "train", private(tmp_path, node_config=node)).has_error()
     assert "is a new ledger, in which nothing was ever released" in caplog.text
-    assert "north: no budget-epsilon is set: only the server bounds the run" in caplog.text
+    assert "north: budget-epsilon is not set, so that only the server limits" in caplog.text
     assert (tmp_path / "privacy-ledger.sqlite").exists()
 
 

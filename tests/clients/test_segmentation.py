@@ -346,7 +346,7 @@ def test_image_and_mask_of_a_training_row_lie_on_each_other(tmp_path, place, gig
         assert np.array_equal(middle, turned)
 
 
-def test_a_mask_that_lies_elsewhere_is_turned_away(tmp_path):
+def test_a_mask_that_lies_elsewhere_is_rejected(tmp_path):
     row, truth = corner_case(tmp_path, "LAS")
     other = save(tmp_path / "other.nii.gz", truth, PLACES["tilted"])
     data = SiteData([row], test=[{**row, "label": other, "patient": "b"}])
@@ -430,8 +430,8 @@ def test_a_network_with_another_number_of_output_channels(kind):
 def test_a_network_that_gives_a_smaller_mask():
     client = with_outputs(lambda outputs: outputs[:, :, ::2, ::2])
     assert reason_of(client) == (
-        "the network gives a mask of shape (8, 8) for an image of shape (16, 16): they must be the "
-        "same"
+        "the network returns a mask of shape (8, 8) for an image of shape (16, 16): the shapes "
+        "must be the same"
     )
 
 
@@ -503,8 +503,8 @@ def test_postprocessing_decides_what_counts():
 
 
 MISFIT = (
-    "the network's mask has shape {}, the label (16, 16): what transforms change of an image's "
-    "place must be invertible, and postprocess must keep the shape"
+    "the network's mask has shape {}, the label (16, 16): transforms that change an image's "
+    "position must be invertible, and postprocess must keep the shape"
 )
 
 
@@ -566,30 +566,28 @@ def test_patches_have_their_size_and_half_of_them_lie_on_a_structure(gigabytes):
     assert 0.45 < on < 0.75
 
 
-def names_turned_away(caplog):
-    return [record.getMessage() for record in caplog.records if "turned away" in record.message]
+def names_rejected(caplog):
+    return [record.getMessage() for record in caplog.records if "rejected" in record.message]
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"label": np.full((16, 16), 7)},
-         "its mask array: it holds the values 7, which are no class: a mask holds 0, 1, 2"),
+         "its mask array: it holds the values 7, which are not classes: a mask holds 0, 1, 2"),
         ({"label": np.ones((16, 15))},
          "its mask array: its shape is (16, 15), the image's (16, 16)"),
         ({"label": 1},
-         "its label is not a mask, which Fixed asks for"),
+         "its label is not a mask, which Fixed needs"),
         ({"image": np.full((16, 16), np.nan)}, "it holds NaN or infinite values"),
     ],
 )  # fmt: skip
-def test_a_row_that_cannot_be_used_is_turned_away_by_name(caplog, change, text):
+def test_a_row_that_cannot_be_used_is_rejected_by_name(caplog, change, text):
     rows = rows_of(3)
     rows[1] = {**rows[1], **change}
     client, context = client_of(SiteData(rows)), context_of()
     found = trained(client, context, start(client))
-    assert names_turned_away(caplog) == [
-        f"hospital-1: turned away, train split, patient p-1: {text}"
-    ]
+    assert names_rejected(caplog) == [f"hospital-1: rejected, train split, patient p-1: {text}"]
     rest = client_of(SiteData([rows[0], rows[2]]))
     assert found == trained(rest, context_of(), start(rest))
 
@@ -628,7 +626,7 @@ def test_the_tolerance_of_the_surface_is_that_of_the_client():
 def test_nothing_is_counted_for_the_roll_call():
     reply = ask(client_of(data_of()), "query.describe", context_of())
     counts = dict(reply.content["metrics"])
-    assert counts == {"num-examples": 4, "train": 4, "val": 0, "test": 0, "turned-away": 0}
+    assert counts == {"num-examples": 4, "train": 4, "val": 0, "test": 0, "rejected": 0}
 
 
 def test_an_empty_split_has_no_figures():
@@ -687,7 +685,7 @@ def test_an_augment_that_mixes_patients_is_refused_before_anything_is_charged(tm
         reason = reason_of(client, context=private(tmp_path))
         assert reason == (
             "augment mixes patients: the outcome for one record depends on another, as in mixup. "
-            "Private training needs each to be changed by itself"
+            "Private training needs a change of each record alone"
         )
         assert trained(client, context_of(), start(client)) != bits(start(client))
     assert ledgers(tmp_path) == []
@@ -724,8 +722,8 @@ def test_several_patches_a_patient_are_refused_under_privacy_and_train_without(t
     client = client_of(data_of(4), Client, **SIZED)
     more = {"cache_gigabytes": gigabytes}
     assert reason_of(client, context=private(tmp_path, **more)) == (
-        "the transforms make 16 samples of 4 records: private training needs one of each "
-        "(num_samples=1)"
+        "the transforms make 16 samples of 4 records: private training needs one sample of each "
+        "record (num_samples=1)"
     )
     assert sizes == []
     assert ledgers(tmp_path) == []
@@ -930,8 +928,8 @@ def test_a_volume_is_drawn_as_it_lies_in_the_patient(tmp_path, place):
 def test_classes_must_be_called_alike_at_all_hospitals():
     swapped = replace(data_of(2), class_names=("high", "low"))
     assert reason_of(client_of(swapped)) == (
-        "the data call their classes high, low, this client low, high: a class must mean the same "
-        "at all hospitals"
+        "the data name their classes high, low, this client low, high: a class must mean the same "
+        "at all hospitals, so make classes and data agree"
     )
     same = replace(data_of(2), class_names=("low", "high"))
     assert not ask(client_of(same), "train", context_of(), start(client_of(same))).has_error()
@@ -948,28 +946,28 @@ def test_under_privacy_the_counts_tell_nothing_of_what_is_in_a_file():
     empty = [{**whole.train[0], "label": np.zeros((16, 16), np.uint8)}, *whole.train[1:]]
     one_less = SiteData(empty, (), whole.test)
     plain = counts_of(client_of(one_less))
-    assert (plain["train"], plain["num-examples"], plain["turned-away"]) == (3, 3, 1)
+    assert (plain["train"], plain["num-examples"], plain["rejected"]) == (3, 3, 1)
     private = {"privacy": "patient", "patch-size": "16,16"}
     assert counts_of(client_of(one_less), **private) == counts_of(client_of(whole), **private)
-    assert "turned-away" not in counts_of(client_of(whole), **private)
+    assert "rejected" not in counts_of(client_of(whole), **private)
 
 
 def test_empty_masks_are_kept_where_the_client_says_so():
     rows = rows_of(2)
     rows[0]["label"] = np.zeros((16, 16), np.uint8)
-    data = SiteData(rows, (), rows_of(1, name="t"), turned_away=2)
-    assert counts_of(client_of(data))["turned-away"] == 3
+    data = SiteData(rows, (), rows_of(1, name="t"), rejected=2)
+    assert counts_of(client_of(data))["rejected"] == 3
     kept = counts_of(client_of(data, empty_masks=True))
-    assert (kept["train"], kept["turned-away"]) == (2, 2)
+    assert (kept["train"], kept["rejected"]) == (2, 2)
 
 
-def test_an_image_with_other_channels_than_most_is_turned_away(caplog):
+def test_an_image_with_other_channels_than_most_is_rejected(caplog):
     rows = rows_of(3)
     rows[1]["image"] = np.stack([rows[1]["image"]] * 3)
     with caplog.at_level("WARNING", "flwr.fedmed"):
         assert counts_of(client_of(SiteData(rows)))["train"] == 2
     assert (
-        "hospital-1: turned away, train split, patient p-1: array has 3 channels, most images "
+        "hospital-1: rejected, train split, patient p-1: array has 3 channels, most images "
         "have 1" in caplog.messages
     )
 

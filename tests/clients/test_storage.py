@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord
 from tiny import TinyClient, ask, context_of, fixed, make_rows, node_of, nodes_of, run_tiny, says
 
 from fedmed_flower import SiteData
-from fedmed_flower.clients.storage import keep_pictures, keep_splits, own_folder
+from fedmed_flower.clients.storage import keep_pictures, keep_splits, output_folder
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import Site
 from fedmed_flower.errors import InputError
@@ -137,7 +137,7 @@ def test_the_split_is_that_of_all_rows_and_names_each_patient_once(tmp_path):
 
 def test_without_a_run_key_the_folder_is_named_by_the_run(tmp_path):
     context, site = real(tmp_path)
-    assert own_folder(context, site, ConfigRecord()) == tmp_path / "own" / str(context.run_id)
+    assert output_folder(context, site, ConfigRecord()) == tmp_path / "own" / str(context.run_id)
 
 
 def test_without_output_dir_a_real_site_keeps_nothing(tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_without_output_dir_a_real_site_keeps_nothing(tmp_path, monkeypatch):
     context = context_of(node_config=node_of(tmp_path / "data"))
     told = message(**{"ledger-dir": str(tmp_path / "ledgers")})
     # What a server says of its own folders is heeded in a simulation only.
-    assert own_folder(context, Site("north"), told) is None
+    assert output_folder(context, Site("north"), told) is None
     keep_splits(context, Site("north"), told, data())
     client = drawing()
     assert shared(client, context, run_key="k1", ledger_dir=str(tmp_path / "ledgers")) == []
@@ -157,7 +157,7 @@ def test_without_output_dir_a_real_site_keeps_nothing(tmp_path, monkeypatch):
 
 def test_a_simulation_without_a_run_folder_keeps_nothing():
     site = Site("hospital-1", simulated=True)
-    assert own_folder(context_of(), site, message()) is None
+    assert output_folder(context_of(), site, message()) is None
     keep_splits(context_of(), site, message(), data())
 
 
@@ -258,7 +258,7 @@ def test_names_stay_in_their_folder(tmp_path, text):
     (tmp_path / "deep").mkdir()
     context, site = real(tmp_path / "deep", name=text)
     keep_splits(context, site, message(text), data())
-    keep_pictures(own_folder(context, site, message(text)), site, [Picture(3 * text, b"p")])
+    keep_pictures(output_folder(context, site, message(text)), site, [Picture(3 * text, b"p")])
     found = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
     assert len(found) == 2
     for path in found:

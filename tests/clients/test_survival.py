@@ -313,7 +313,7 @@ def test_noised_counts_tell_who_has_the_event_before_the_horizon(tmp_path, monke
     assert not set(told[0]) & {"loss", "c-index", "integrated-brier", "concordance-pairs"}
     node = {"partition-id": 0, "num-partitions": 2, "private-metrics": True}
     context = context_of(node_config=node, run_dir=str(tmp_path), **DECLARED)
-    text = 'figures with noise need survival-loss="discrete", got "cox"'
+    text = 'metrics with noise need survival-loss="discrete", got "cox"'
     found = error_of(TinySurvival, context, "evaluate", arrays_of(TinySurvival, context))
     assert found == text
 

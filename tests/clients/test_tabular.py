@@ -164,8 +164,8 @@ def told(**columns):
     return lambda message: Message(RecordDict({"contribution": record}), reply_to=message)
 
 
-NOTHING = "west tells nothing to prepare the model with: "
-UNUSABLE = "west tells of its columns what cannot be used: "
+NOTHING = "west sent nothing to prepare the model with: "
+UNUSABLE = "the statistics that west sent cannot be used: "
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ UNUSABLE = "west tells of its columns what cannot be used: "
     [
         (failed("site west: OSError"), NOTHING + "OSError"),
         (told(moments_age=[9.0, math.nan, 1.0]), UNUSABLE + "'moments age' must be a number of"),
-        (told(name="patient Smith"), UNUSABLE + "'name' is nothing that the schema asks for"),
+        (told(name="patient Smith"), UNUSABLE + "'name' is not asked for by the schema"),
         (lambda message: None, NOTHING + "no answer"),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_hospital_that_fails_in_the_first_round_tells_the_class_alone(tmp_path
     )
     log = (tmp_path / "run" / "log.txt").read_text()
     assert NOTHING + "InputError" in log
-    assert "south tells nothing to prepare the model with: declined: not today" in log
+    assert "south sent nothing to prepare the model with: declined: not today" in log
     for name in ("report.html", "summary.json"):
         assert "Smith" not in (tmp_path / "run" / name).read_text()
 
@@ -223,9 +223,9 @@ ALONE = (
         (
             TinyTable,
             failed("site x: declined: no"),
-            "tells nothing to prepare the model with: decl",
+            "sent nothing to prepare the model with: decl",
         ),
-        (TinyTable, told(moments_age=[1.0]), "hospital-1 tells of its columns what cannot be used"),
+        (TinyTable, told(moments_age=[1.0]), "the statistics that hospital-1 sent cannot be used"),
         (holding({0: SiteData(train=patients(9, 1))}), None, ""),
     ],
 )
@@ -246,8 +246,8 @@ class Wards(TinyTable):
 
 def test_federate_must_be_given_the_client_where_hospitals_agree(tmp_path):
     text = (
-        'preparation="federated" needs what hospitals tell before the first round: give federate '
-        "an instance, TinyTable(context), in place of its build_model"
+        'preparation="federated" needs contributions from all hospitals before the first round: '
+        "give federate an instance, TinyTable(context), in place of its build_model"
     )
     by_model = {"wrap": lambda client: client.build_model, "num_server_rounds": 1}
     with pytest.raises(InputError, match=says(text)):
@@ -272,8 +272,8 @@ def test_hospitals_with_another_schema_than_the_servers_are_told_so(tmp_path):
 
 def test_what_comes_in_place_of_an_agreement_is_refused():
     context, rubbish = context_of(), '{"means": {}}'
-    assert error_of(TinyTable, context, agreed=rubbish).startswith("this is no preparation of")
-    text = 'preparation="federated" needs what hospitals tell before the first round'
+    assert error_of(TinyTable, context, agreed=rubbish).startswith("this is not a preparation of")
+    text = 'preparation="federated" needs contributions from all hospitals before the first round'
     assert error_of(TinyTable, context).startswith(text)
 
 
@@ -303,9 +303,7 @@ def test_a_preparation_by_site_needs_what_the_hospitals_cannot_agree_upon(tmp_pa
     text = 'the schema declares too little for preparation="site": it needs '
     with pytest.raises(InputError, match=says(f"{text}categories of 'ward'")):
         run_tables(tmp_path / "run", preparation="site")
-    with pytest.raises(
-        InputError, match=says(f"{text}a range of 'outcome', which is to be predicted")
-    ):
+    with pytest.raises(InputError, match=says(f"{text}a range of 'outcome', which is predicted")):
         run_tables(tmp_path / "run", predicting("cost", ranges={}), preparation="site")
     assert not (tmp_path / "run").exists()
     tested = holding({1: SiteData(train=(), test=patients(20, 3))}, Wards)
@@ -350,7 +348,7 @@ OUT = {
     ),
     "unknown class": (changed(ill=2), "row 0 of the train split has ill 2: it must be the number"),
     "a column less": (lambda data: replace(data, test=[{"patient": 1}]), "row 0 of the test split"),
-    "turned away": (unusable, "ill.csv: none of 60 rows can be used"),
+    "rejected": (unusable, "ill.csv: none of 60 rows can be used"),
 }
 TESTED = {"tested only": lambda data: replace(data, train=(), val=())}
 TRAINED = {
@@ -388,7 +386,7 @@ def test_hospitals_that_differ_keep_nobody_from_going_on(tmp_path):
     for name, (_, text) in OUT.items():
         assert f"1 of {len(changes)} sites cannot take part ({names[name]}): {text}" in log
     for name in ("no val", "few patients"):
-        text = "has no model of its own: there are no validation rows to tell by whether"
+        text = "has no model of its own: there are no validation rows, by which"
         assert f"{names[name]} {text}" in log
     assert f"{names['unknown to all']}: categories that are not in the list: sex=x (60 rows)" in log
     found = agreed_in(tmp_path)
@@ -418,7 +416,7 @@ def test_a_hospital_whose_rows_cannot_be_used_is_not_in_the_pooled_data(tmp_path
     assert set(summary["test"]["pooled"]["sites"]) == {"hospital-1", "hospital-3"}
     lines = (tmp_path / "baselines" / "pooled" / "metrics.csv").read_text().splitlines()
     assert "1,train,hospital-1,num-examples,120.0" in lines
-    assert "all data pooled are without hospital-2: row 0 of" in (tmp_path / "log.txt").read_text()
+    assert "the pooled data lack hospital-2: row 0 of" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_column_that_no_hospital_knows_or_that_never_varies_is_0_for_all(tmp_path):
@@ -427,7 +425,7 @@ def test_a_column_that_no_hospital_knows_or_that_never_varies_is_0_for_all(tmp_p
     assert agreed_in(tmp_path).still == ("age",)
     log = (tmp_path / "log.txt").read_text()
     assert "column age never varies: its feature is 0 in all rows" in log
-    assert "column pressure: no hospital tells of it; scaled by its range" in log
+    assert "column pressure: no hospital reports it; scaled by its range" in log
 
 
 # What is predicted.
@@ -495,7 +493,7 @@ def test_the_unit_of_a_number_is_what_hospitals_agree_upon_or_its_range(tmp_path
     assert own.prepared_by.names == ("age", "sex=m")
     text = (
         'the schema declares too little for preparation="declared": it needs a range of '
-        "'outcome', which is to be predicted"
+        "'outcome', which is predicted"
     )
     bare = predicting("cost", ranges={"age": (0, 100)})
     with pytest.raises(InputError, match=says(text)):
@@ -758,7 +756,7 @@ def test_noised_errors_need_a_declared_range(kind, tmp_path, caplog):
         def load_data(self, site):
             raise AssertionError("the rows are looked at")
 
-    text = "figures with noise need a range of outcome in the schema's ranges"
+    text = "metrics with noise need a range of outcome in the schema's ranges"
     with pytest.raises(InputError, match=says(text)):
         Client(context_of()).require_measurable()
     context = context_of(node_config=node_of(tmp_path, private_metrics=True))
@@ -807,7 +805,7 @@ def test_a_hospital_with_a_budget_learns_no_preparation_of_its_own(tmp_path):
 def test_a_real_hospital_tells_its_number_of_rows_and_no_labels(tmp_path):
     node = node_of(tmp_path)
     told = ask(TinyTable, "query.describe", context_of(node_config=node))
-    assert set(told.content["metrics"]) == {"train", "val", "test", "num-examples", "turned-away"}
+    assert set(told.content["metrics"]) == {"train", "val", "test", "num-examples", "rejected"}
     simulated = ask(TinyTable, "query.describe", context_of()).content["metrics"]
     assert sum(simulated["labels"]) == 60
     private = context_of(node_config=node, **PRIVATE, **DECLARED)
@@ -828,7 +826,7 @@ def test_a_contribution_tells_of_nothing_that_fewer_than_ten_patients_have(tmp_p
         assert record["moments age"][0] == 18
 
 
-def test_rows_that_are_turned_away_are_not_told_of():
+def test_rows_that_are_rejected_are_not_told_of():
     class Screening(TinyTable):
         def screen(self, rows, split):
             return [row for row in rows if row["age"] < 60]

@@ -194,12 +194,12 @@ def test_a_bad_mask_is_named(tmp_path, scan):
         return text.replace(path, "M")
 
     assert found(mask((4, 3, 2), 1, 3)) == (
-        "its mask M: it holds the values 3, which are no class: a mask holds 0, 1"
+        "its mask M: it holds the values 3, which are not classes: a mask holds 0, 1"
     )
     assert found(mask((4, 3, 3))) == ("its mask M: its shape is (4, 3, 3), the image's (4, 3, 2)")
     assert found(mask(), np.diag([0.5, -0.75, 2, 1])) == (
-        "its mask M: it lies up to 3 mm elsewhere: spacing 0.5x0.75x2, orientation RPS, origin "
-        "0x0x0; the image: spacing 0.5x0.75x2, orientation LPS, origin 0x0x0"
+        "its mask M: it lies up to 3 mm away from the image: spacing 0.5x0.75x2, orientation RPS, "
+        "origin 0x0x0; the image: spacing 0.5x0.75x2, orientation LPS, origin 0x0x0"
     )
     empty = "its mask M is empty: it holds only the background"
     assert found(mask((4, 3, 2), 0)) == empty
@@ -236,8 +236,8 @@ def test_a_folder_is_read_completely(tmp_path, scan):
     good, bad, lost = check_folder(tmp_path)
     assert (good.image, good.label, good.split, good.problem) == (scan, (0, 1), "train", None)
     assert bad.problem == (
-        f"its mask {tmp_path}/high.nii.gz: it holds the values 2, which are no class: a mask holds "
-        "0, 1"
+        f"its mask {tmp_path}/high.nii.gz: it holds the values 2, which are not classes: a mask "
+        "holds 0, 1"
     )
     assert lost == Finding("", "", problem="dataset.json, training entry 3: z.nii.gz is not there")
     assert check_folder(tmp_path, num_classes=3)[1].problem is None

@@ -139,7 +139,7 @@ def test_patients_with_breast_cancer_have_a_region_and_a_split(tmp_path, monkeyp
     assert list(frame["patient"]) == ["TCGA-a", "TCGA-b", "TCGA-c", "TCGA-d"]
     assert list(frame["region"]) == ["Midwest", "Northeast", "Northeast", "Canada"]
     assert list(frame["split"]) == ["test", "train", "test", "train"]
-    # Who has no time is there, for the schema to turn away.
+    # Who has no time is there, for the schema to reject.
     assert list(frame["T"]) == [538, 677, 0, -7]
     assert list(frame["E"]) == [0, 1, 0, 1]
     assert len(TCGA_FLAGS) == 38

@@ -120,7 +120,7 @@ def test_several_files_of_an_entry_are_channels(tmp_path):
 def test_entries_that_cannot_be_used_are_named(tmp_path):
     touch(tmp_path, "a.nii", "b.nii", "c.nii")
     entries = {
-        "it must be a table with image and label": "a.nii",
+        "it must be an object with image and label": "a.nii",
         "it has no image": {"label": 0},
         "it has no label": {"image": "b.nii", "label": None},
         "missing.nii is not there": {"image": "missing.nii", "label": 0},
@@ -134,9 +134,9 @@ def test_entries_that_cannot_be_used_are_named(tmp_path):
             "label": 0,
         },
         f"{'a' * 200} is not there": {"image": "a" * 400, "label": 0},
-        "True is no path": {"image": "b.nii", "label": True},
-        "0.5 is no path": {"image": "b.nii", "label": 0.5},
-        "its split 'training' is none of train, val, test": {
+        "True is not a path": {"image": "b.nii", "label": True},
+        "0.5 is not a path": {"image": "b.nii", "label": 0.5},
+        "its split 'training' is not one of train, val, test": {
             "image": "b.nii",
             "label": 0,
             "split": "training",
@@ -159,10 +159,10 @@ def test_entries_that_cannot_be_used_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("{", "{} is no JSON: Expecting property name enclosed in double quotes"),
+        ("{", "{} is not JSON: Expecting property name enclosed in double quotes"),
         ("[]", '{} must hold a list "training" of entries with image and label'),
         ('{"numTraining": 3}', '{} must hold a list "training" of entries with image and label'),
-        ("[" * 100_000, "{} is no JSON: "),
+        ("[" * 100_000, "{} is not JSON: "),
     ],
 )
 def test_a_dataset_that_cannot_be_read(tmp_path, content, text):
@@ -221,7 +221,7 @@ def test_lines_that_cannot_be_used_are_named(tmp_path):
         "it has 5 cells, the heading 4": "a.png,b.png,0,p1,train",
         "c.png is not there": "a.png;c.png,0,p1,train",
         "m.png is not there": "b.png,m.png,p1,train",
-        "its split 'Valid' is none of train, val, test": "b.png,0,p1,Valid",
+        "its split 'Valid' is not one of train, val, test": "b.png,0,p1,Valid",
         "a/../b.png leaves the folder: paths must be relative to it": "a/../b.png,0,p1,train",
         "~/b.png is not there": "~/b.png,0,p1,train",
         "its image was named before, in datalist.csv, line 2": "a.png,0,p3,test",
@@ -250,7 +250,7 @@ def test_lines_that_cannot_be_used_are_named(tmp_path):
         ),
         (
             "image,label,patient\na.png,0,Müller\n".encode("latin-1"),
-            "{} is not in UTF-8 (invalid start byte): save it as such",
+            "{} is not in UTF-8 (invalid start byte): save it in UTF-8",
         ),
         (b'image,label,patient\n"a.png,0,p1\n', "{}, line 2: unexpected end of data"),
     ],
@@ -336,7 +336,7 @@ def test_series_that_cannot_be_told_apart_are_named(tmp_path):
         "own",
         f"{patient_of_row}: its series has several patients: p1, p2",
         f"{broken} holds no image: it is cut off, or a document",
-        f"{tmp_path / 'broken'}: a slice is missing where a file cannot be used",
+        f"{tmp_path / 'broken'}: a slice may be missing, as a file cannot be used",
         f"{tmp_path / 'part1'}: slices of its series are in several folders: {parts}",
         f"{tmp_path / 'part2'}: slices of its series are in several folders: {parts}",
     }
@@ -383,7 +383,7 @@ def test_labels_by_series_and_by_patient(tmp_path):
 
 # Links
 
-LINK_OUT = "is a link out of the folder: put what it leads to into the folder itself"
+LINK_OUT = "is a link out of the folder: copy its target into the folder"
 
 
 @pytest.fixture
@@ -465,7 +465,7 @@ def test_the_walk_for_dicom_does_not_follow_links_out_of_the_folder(own):
         f"{own / 'parent'} {LINK_OUT}",
         f"{own / 'up'} {LINK_OUT}",
         f"{own / 'mixed/more.dcm'} {LINK_OUT}",
-        f"{own / 'mixed'}: a slice is missing where a file cannot be used",
+        f"{own / 'mixed'}: a slice may be missing, as a file cannot be used",
     )
 
 
@@ -548,7 +548,7 @@ def test_a_folder_without_data(tmp_path):
     )
     with pytest.raises(InputError, match=says(text)):
         read_folder(tmp_path)
-    with pytest.raises(InputError, match=says(f"{tmp_path / 'a.nii.gz'} is no folder")):
+    with pytest.raises(InputError, match=says(f"{tmp_path / 'a.nii.gz'} is not a folder")):
         read_folder(tmp_path / "a.nii.gz")
 
 
@@ -607,8 +607,8 @@ def test_splits_that_are_given_are_kept():
     [
         (
             rows_of("a", split="train") + rows_of("b"),
-            "1 of 2 rows carry a split: give one to all of them, or to none and whole patients are "
-            "drawn",
+            "1 of 2 rows have a split: give one to all of them, or to none, and each patient is "
+            "put into one",
         ),
         (
             rows_of("Ana", "b", split="train") + rows_of("Ana", split="test"),

@@ -128,7 +128,7 @@ BROKEN = {
     ),
     "slice twice": (
         lambda files: (files[0].parent / "again.dcm").write_bytes(files[3].read_bytes()),
-        "{}: two slices at one place, IM0004.dcm and again.dcm",
+        "{}: two slices at one position, IM0004.dcm and again.dcm",
     ),
     "slice aside": (
         lambda files: change(files[5], ImagePositionPatient=[3, 0, 10]),
@@ -247,7 +247,10 @@ def test_several_frames_in_a_file_are_refused(tmp_path):
 
 def test_an_x_ray_is_no_volume(tmp_path):
     path = write_image(tmp_path / "x.dcm", voxels((7, 9)))
-    text = f"{path}: it has no place in the patient (ImagePositionPatient), as X-rays"
+    text = (
+        f"{path}: it has no position in the patient (ImagePositionPatient), like an X-ray: read it "
+        "with spatial_dims = 2"
+    )
     with pytest.raises(InputError, match=says(text)):
         read_image(path, 3)
 
@@ -342,7 +345,7 @@ FLAT = np.diag([0.5, 0.0, 2.0, 1.0])
         (spoilt(np.inf), None, "it holds NaN or infinite values"),
         (spoilt(1e30).astype(np.float64) * 1e30, None, "it holds NaN or infinite values"),
         (spoilt(0).astype(np.complex64), None, "it holds complex64, not numbers"),
-        (spoilt(0), FLAT, f"its affine leads to no place in space: {FLAT[:3].tolist()}"),
+        (spoilt(0), FLAT, f"its affine must be finite and invertible, got {FLAT[:3].tolist()}"),
         (
             spoilt(0)[..., 0],
             None,
@@ -459,8 +462,8 @@ def test_channels_of_different_shape_or_place(tmp_path):
         read_image([first, other], 3)
     moved = save_nifti(tmp_path / "c.nii", voxels(), np.diag([-1, 1, 1, 1]))
     text = (
-        f"{moved} does not fit {first}: it lies up to 8 mm elsewhere: spacing 1x1x1, orientation "
-        "LAS, origin 0x0x0; the image: spacing 1x1x1, orientation RAS, origin 0x0x0"
+        f"{moved} does not fit {first}: it lies up to 8 mm away from the image: spacing 1x1x1, "
+        "orientation LAS, origin 0x0x0; the image: spacing 1x1x1, orientation RAS, origin 0x0x0"
     )
     with pytest.raises(InputError, match=says(text)):
         read_image([str(first), str(moved)], 3)
@@ -484,16 +487,16 @@ def test_masks_are_class_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("mask", "classes", "values", "text"),
     [
-        ([[0, 255]], 2, (), "it holds the values 255, which are no class: a mask holds 0, 1"),
-        ([[0, 2]], 2, (0, 1), "it holds the values 2, which are no class: a mask holds 0, 1"),
-        ([[0, -1]], 2, (), "it holds the values -1, which are no class: a mask holds 0, 1"),
-        ([[0, 0.5]], 2, (), "it holds the values 0.5, which are no class: a mask holds 0, 1"),
+        ([[0, 255]], 2, (), "it holds the values 255, which are not classes: a mask holds 0, 1"),
+        ([[0, 2]], 2, (0, 1), "it holds the values 2, which are not classes: a mask holds 0, 1"),
+        ([[0, -1]], 2, (), "it holds the values -1, which are not classes: a mask holds 0, 1"),
+        ([[0, 0.5]], 2, (), "it holds the values 0.5, which are not classes: a mask holds 0, 1"),
         (
             [[0.25, -1]],
             None,
             (),
-            "it holds the values -1, 0.25, which are no class: a mask holds whole numbers from 0 "
-            "on",
+            "it holds the values -1, 0.25, which are not classes: a mask holds whole numbers from "
+            "0 on",
         ),
         (
             [[0, 1]],
@@ -531,8 +534,8 @@ def test_a_mask_of_another_shape_or_place(tmp_path):
         read_label(narrow, 3, 2, image=image)
     turned = save_nifti(tmp_path / "b.nii", np.zeros((5, 4, 6), np.uint8), np.diag([1, -1, 1, 1]))
     text = (
-        "it lies up to 6 mm elsewhere: spacing 1x1x1, orientation RPS, origin 0x0x0; the image: "
-        "spacing 1x1x1, orientation RAS, origin 0x0x0"
+        "it lies up to 6 mm away from the image: spacing 1x1x1, orientation RPS, origin 0x0x0; the "
+        "image: spacing 1x1x1, orientation RAS, origin 0x0x0"
     )
     with pytest.raises(InputError, match=says(text)):
         read_label(turned, 3, 2, image=image)
@@ -545,7 +548,8 @@ def test_a_small_error_counts_by_what_it_does_at_the_corners(tmp_path):
 
     # 0.001 mm a slice are 0.01 mm over ten slices, and 0.2 mm over 200.
     assert mismatch(grid("a.nii", 10, 1.001), grid("b.nii", 10, 1)) is None
-    assert "0.199 mm elsewhere" in mismatch(grid("a.nii", 200, 1.001), grid("b.nii", 200, 1))
+    text = mismatch(grid("a.nii", 200, 1.001), grid("b.nii", 200, 1))
+    assert "0.199 mm away from the image" in text
     # Voxels of a micrometre: a hundredth of a millimetre is ten of them.
     small = np.diag([1e-3, 1e-3, 1e-3, 1])
     moved = small.copy()
@@ -554,7 +558,7 @@ def test_a_small_error_counts_by_what_it_does_at_the_corners(tmp_path):
     first, second = (
         read_image(save_nifti(tmp_path / "c.nii", array, affine), 3) for affine in (small, moved)
     )
-    assert "0.01 mm elsewhere" in mismatch(first, second)
+    assert "0.01 mm away from the image" in mismatch(first, second)
 
 
 def test_a_picture_as_the_mask_of_an_x_ray_takes_its_spacing(tmp_path):
@@ -577,7 +581,7 @@ def test_the_mask_of_another_slice_or_a_mirrored_one_is_noticed_in_2d(tmp_path):
     image = read_image(slice_at("x.nii", here), 2)
     assert mismatch(read_image(slice_at("m.nii", here), 2), image) is None
     for affine in (above, mirrored):
-        assert "mm elsewhere" in mismatch(read_image(slice_at("m.nii", affine), 2), image)
+        assert "mm away from the image" in mismatch(read_image(slice_at("m.nii", affine), 2), image)
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR"])

@@ -125,7 +125,7 @@ def test_by_column_sorts_names_and_refuses_missing_ones():
     assert {name: rows.tolist() for name, rows in parts.items()} == {"ulm": [1], "va": [0, 2]}
     assert list(parts) == ["ulm", "va"]
     for missing in (None, float("nan"), " "):
-        with pytest.raises(InputError, match="values must name one in each row; row 1 has"):
+        with pytest.raises(InputError, match="values must not be missing in any row; row 1 has"):
             by_column(np.array(["ulm", missing], dtype=object))
 
 
@@ -216,7 +216,7 @@ def test_counts_make_an_aligned_table():
         ),
         (
             lambda: split_by_shares([0, 1], EVEN, 0, ["a", ""]),
-            'patients must name one in each row; row 1 has ""',
+            'patients must not be missing in any row; row 1 has ""',
         ),
         (
             lambda: by_quantity(5, [1, -1], 0),

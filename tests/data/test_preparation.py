@@ -235,8 +235,8 @@ def test_columns_without_spread_or_without_values_are_zero_and_told(caplog):
         agreed = Preparation.agreed(schema, told)
     assert caplog.messages == [
         "column age never varies: its feature is 0 in all rows",
-        "column chol is known to no hospital: its feature is 0 in all rows",
-        "column cp has no category that a hospital tells: no feature",
+        "column chol is reported by no hospital: its feature is 0 in all rows",
+        "column cp: no hospital reports a category; it has no feature",
     ]
     assert agreed.means == {"age": pytest.approx(0.1), "chol": 0.0, "bmi": 2.75}
     assert (agreed.scales["age"], agreed.scales["chol"]) == (1.0, 1.0)
@@ -255,8 +255,8 @@ def test_without_hospitals_the_declared_categories_give_the_width(caplog):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"moments bmi": [1.0, 1.0, 0.0]}, "'moments bmi' is nothing that the schema asks for"),
-        ({"age": 3}, "'age' is nothing that the schema asks for"),
+        ({"moments bmi": [1.0, 1.0, 0.0]}, "'moments bmi' is not asked for by the schema"),
+        ({"age": 3}, "'age' is not asked for by the schema"),
         ({"moments age": 3.0}, "'moments age' must be a list"),
         *[
             (
@@ -306,7 +306,7 @@ def test_malformed_contributions_are_left_out_and_told(change, text, caplog):
     with caplog.at_level(logging.WARNING, logger="flwr.fedmed"):
         agreed = Preparation.agreed(SCHEMA, {"Ulm": fine, "Bonn": bad})
     assert agreed == Preparation.agreed(SCHEMA, {"Ulm": fine})
-    assert caplog.messages == [f"Bonn tells of its columns what cannot be used: {text}"]
+    assert caplog.messages == [f"the statistics that Bonn sent cannot be used: {text}"]
 
 
 def test_declared_ranges_and_categories_bound_all_features(tmp_path):
@@ -390,7 +390,7 @@ def test_text_and_back_to_the_same_bits():
 def test_texts_that_are_no_preparation(change, text):
     fine = Preparation({"age": 1.0}, {"age": 2.0}, {"cp": ("1", "2")}).to_text()
     changed = json.dumps(json.loads(fine) | change)
-    told = "this is no preparation of columns: "
+    told = "this is not a preparation of columns: "
     match = says(told + text) if text else f"^{told}"
     with pytest.raises(InputError, match=match):
         Preparation.from_text(changed)
@@ -398,7 +398,7 @@ def test_texts_that_are_no_preparation(change, text):
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "3", "null", "[" * 100_000, '"x"'])
 def test_texts_that_are_none_at_all(text):
-    with pytest.raises(InputError, match=r"^this is no preparation of columns: "):
+    with pytest.raises(InputError, match=r"^this is not a preparation of columns: "):
         Preparation.from_text(text)
 
 

@@ -34,7 +34,7 @@ def read(folder, text, schema, **options):
     path = written(folder, text)
     table = read_table(path, schema, **options)
     assert all(problem.startswith(f"{path}: ") for problem in table.problems)
-    return table.rows, table.turned_away, [one.split(": ", 1)[1] for one in table.problems]
+    return table.rows, table.rejected, [one.split(": ", 1)[1] for one in table.problems]
 
 
 def column(rows, name):
@@ -43,12 +43,12 @@ def column(rows, name):
 
 def test_a_table_becomes_rows(tmp_path):
     text = "patient,age,chol,sex,ill,ward\nA,63,2.5,1,1,x\n B , 41 ,, 0,0,y\n"
-    rows, turned_away, problems = read(tmp_path, text, HEART)
+    rows, rejected, problems = read(tmp_path, text, HEART)
     assert rows[0] == {"patient": "A", "age": 63.0, "chol": 2.5, "sex": "1", "ill": 1}
     assert rows[1].items() >= {"patient": "B", "age": 41.0, "sex": "0", "ill": 0}.items()
     assert math.isnan(rows[1]["chol"])
     assert isinstance(rows[0]["ill"], int)
-    assert (turned_away, problems) == (0, [])
+    assert (rejected, problems) == (0, [])
 
 
 @pytest.mark.parametrize("name", ["t.csv.gz", "t.txt", "t.tsv"])
@@ -67,7 +67,7 @@ def test_a_byte_order_mark_and_quotes_with_line_breaks(tmp_path):
     rows, _, problems = read(tmp_path, text, HEART)
     assert column(rows, "patient") == ["A,\nA", "B"]
     assert problems == [
-        "chol is no number in 1 row, counted as missing; the first is line 4 with 'x'"
+        "chol is not a number in 1 row, counted as missing; the first is line 4 with 'x'"
     ]
 
 
@@ -103,10 +103,8 @@ def test_a_frame_is_left_as_it_was_and_its_index_does_not_count():
     before = frame.copy()
     table = table_of(frame, NUMBER, "stays")
     assert table.rows == [{"patient": "7", "x": 1.0, "y": 3.0}]
-    assert table.turned_away == 1
-    assert table.problems == (
-        "stays: target y is missing in 1 row, turned away; the first is row 2",
-    )
+    assert table.rejected == 1
+    assert table.problems == ("stays: target y is missing in 1 row, rejected; the first is row 2",)
     pd.testing.assert_frame_equal(frame, before)
 
 
@@ -136,10 +134,10 @@ def test_bands_have_their_lower_end(tmp_path):
 def test_values_outside_the_plausible_range_are_missing_and_told(tmp_path):
     schema = replace(HEART, ranges={"age": (0, 120)}, bands={"age": (50,)})
     text = "patient,age,chol,sex,ill\nA,120,1,1,1\nB,-1,1,1,0\nC,999,1,1,0\nD,0,1,1,0\n"
-    rows, turned_away, problems = read(tmp_path, text, schema)
+    rows, rejected, problems = read(tmp_path, text, schema)
     assert repr(column(rows, "age")) == "[120.0, nan, nan, 0.0]"
     assert column(rows, "age-band") == [">=50", None, None, "<50"]
-    assert turned_away == 0
+    assert rejected == 0
     assert problems == [
         "age is outside 0 to 120 in 2 rows, counted as missing; the first is line 3 with '-1'"
     ]
@@ -148,13 +146,13 @@ def test_values_outside_the_plausible_range_are_missing_and_told(tmp_path):
 def test_texts_and_infinite_values_in_a_numeric_column(tmp_path):
     cells = ["3", "abc", "1_000", "inf", "-1e40", "true", "?", "n/a", "", "1e3", "4,5"]
     text = "patient\tx\ty\n" + "".join(f"A\t{cell}\t1\n" for cell in cells)
-    rows, turned_away, problems = read(tmp_path, text, NUMBER)
+    rows, rejected, problems = read(tmp_path, text, NUMBER)
     nan = math.nan
     wanted = [3, nan, nan, nan, nan, 1, nan, nan, nan, 1000, nan]
     np.testing.assert_array_equal(column(rows, "x"), wanted)
-    assert turned_away == 0
+    assert rejected == 0
     assert problems == [
-        "x is no number in 3 rows, counted as missing; the first is line 3 with 'abc'",
+        "x is not a number in 3 rows, counted as missing; the first is line 3 with 'abc'",
         "x is beyond 1e+30 in 2 rows, counted as missing; the first is line 5 with 'inf'",
     ]
 
@@ -165,20 +163,20 @@ def test_what_is_no_number_in_a_frame():
     table = table_of(frame, NUMBER, "t")
     np.testing.assert_array_equal(column(table.rows, "x"), [*[math.nan] * 4, 1.5, *[math.nan] * 3])
     assert table.problems == (
-        "t: x is no number in 4 rows, counted as missing; the first is row 1 with '2020-01-01'",
+        "t: x is not a number in 4 rows, counted as missing; the first is row 1 with '2020-01-01'",
     )
     dates = frame.assign(x=pd.to_datetime("2020-01-01"))
-    assert "x is no number in 8 rows" in table_of(dates, NUMBER, "t").problems[0]
+    assert "x is not a number in 8 rows" in table_of(dates, NUMBER, "t").problems[0]
 
 
 def test_codes_of_missing_values(tmp_path):
     text = "patient,age,chol,sex,ill\nA,-9,-9.0,-9,1\nB,1,NA,none,0\nC,2,3,dk,\n"
-    rows, turned_away, problems = read(tmp_path, text, HEART, missing=("-9", "NA", "NONE"))
+    rows, rejected, problems = read(tmp_path, text, HEART, missing=("-9", "NA", "NONE"))
     assert repr(column(rows, "age") + column(rows, "chol")) == "[nan, 1.0, nan, nan]"
     assert column(rows, "sex") == [None, None]
     # Nothing always stands for a missing value.
-    assert turned_away == 1
-    assert problems == ["target ill is missing in 1 row, turned away; the first is line 4"]
+    assert rejected == 1
+    assert problems == ["target ill is missing in 1 row, rejected; the first is line 4"]
 
 
 def test_a_declared_category_is_not_missing(tmp_path):
@@ -198,9 +196,9 @@ def test_a_declared_category_is_not_missing(tmp_path):
 
 def test_a_feature_that_is_not_there_is_missing(tmp_path):
     text = "patient,AGE,sex,ill\nA,3,1,1\n"
-    rows, turned_away, problems = read(tmp_path, text, HEART)
+    rows, rejected, problems = read(tmp_path, text, HEART)
     assert math.isnan(rows[0]["age"])
-    assert turned_away == 0
+    assert rejected == 0
     assert problems == [
         "there is no column 'age' (near: 'AGE'): counted as missing in all rows",
         "there is no column 'chol': counted as missing in all rows",
@@ -242,31 +240,31 @@ def test_without_patients_each_row_is_one(tmp_path):
     rows, _, problems = read(tmp_path, "x,y,Patient\n1,1,A\n2,?,A\n\n3,1,A\n", NUMBER)
     assert column(rows, "patient") == [2, 5]
     assert problems == [
-        "target y is missing in 1 row, turned away; the first is line 3",
-        "there is no column 'patient' (near: 'Patient'): each row counts as a patient, called by "
-        "the line",
+        "target y is missing in 1 row, rejected; the first is line 3",
+        "there is no column 'patient' (near: 'Patient'): each row counts as a patient, named "
+        "after its line",
     ]
 
 
-def test_a_row_without_its_patient_is_turned_away(tmp_path):
+def test_a_row_without_its_patient_is_rejected(tmp_path):
     schema = replace(NUMBER, patient="id")
     text = "id,x,y\n007,1,1\n,1,1\nNA,1,1\n7.0,1,1\n"
-    rows, turned_away, problems = read(tmp_path, text, schema)
+    rows, rejected, problems = read(tmp_path, text, schema)
     assert column(rows, "patient") == ["007", "7"]
-    assert turned_away == 2
-    assert problems == ["patient id is missing in 2 rows, turned away; the first is line 3"]
+    assert rejected == 2
+    assert problems == ["patient id is missing in 2 rows, rejected; the first is line 3"]
 
 
 def test_classes(tmp_path):
     schema = Schema("ill", "binary", numeric=("x",), classes=("no", "yes"))
-    rows, turned_away, problems = read(
+    rows, rejected, problems = read(
         tmp_path, "patient,x,ill\nA,1,yes\nB,1,no\nC,1,Yes\nD,1,\nE,1,2\n", schema
     )
     assert column(rows, "ill") == [1, 0]
-    assert turned_away == 3
+    assert rejected == 3
     assert problems == [
-        "target ill is missing in 1 row, turned away; the first is line 5",
-        "target ill is none of no, yes in 2 rows, turned away; the first is line 4 with 'Yes'",
+        "target ill is missing in 1 row, rejected; the first is line 5",
+        "target ill is not one of no, yes in 2 rows, rejected; the first is line 4 with 'Yes'",
     ]
     given = Schema("ill", "binary", numeric=("x",))
     assert given.classes == ("0", "1")
@@ -278,39 +276,39 @@ def test_counts(tmp_path):
     schema = Schema("days", "count", numeric=("x",))
     cells = ["0", "3.0", "-1", "2.5", "1e20", "x", "inf", ""]
     text = "patient,x,days\n" + "".join(f"A,1,{cell}\n" for cell in cells)
-    rows, turned_away, problems = read(tmp_path, text, schema)
+    rows, rejected, problems = read(tmp_path, text, schema)
     assert column(rows, "days") == [0, 3]
     assert all(isinstance(value, int) for value in column(rows, "days"))
-    assert turned_away == 6
+    assert rejected == 6
     assert problems == [
-        "target days is no number in 1 row, turned away; the first is line 7 with 'x'",
-        "target days is beyond 1e+30 in 1 row, turned away; the first is line 8 with 'inf'",
-        "target days is missing in 1 row, turned away; the first is line 9",
-        "target days is no count (0, 1, 2, ...) in 3 rows, turned away; the first is line 4 with "
-        "'-1'",
+        "target days is not a number in 1 row, rejected; the first is line 7 with 'x'",
+        "target days is beyond 1e+30 in 1 row, rejected; the first is line 8 with 'inf'",
+        "target days is missing in 1 row, rejected; the first is line 9",
+        "target days is not a count (0, 1, 2, ...) in 3 rows, rejected; the first is line 4 "
+        "with '-1'",
     ]
 
 
-def test_a_target_outside_its_range_is_turned_away(tmp_path):
+def test_a_target_outside_its_range_is_rejected(tmp_path):
     schema = replace(NUMBER, ranges={"y": (0, 10)})
-    rows, turned_away, problems = read(tmp_path, "patient,x,y\nA,1,10\nB,1,11\n", schema)
-    assert (column(rows, "y"), turned_away) == ([10.0], 1)
+    rows, rejected, problems = read(tmp_path, "patient,x,y\nA,1,10\nB,1,11\n", schema)
+    assert (column(rows, "y"), rejected) == ([10.0], 1)
     assert problems == [
-        "target y is outside 0 to 10 in 1 row, turned away; the first is line 3 with '11'"
+        "target y is outside 0 to 10 in 1 row, rejected; the first is line 3 with '11'"
     ]
 
 
 def test_survival(tmp_path):
     schema = Schema("T", "survival", numeric=("x",), event="E")
     text = "patient,x,T,E\nA,1,5.5,1.0\nB,1,3,0\nC,1,0,1\nD,1,-2,1\nE,1,?,1\nF,1,1,\nG,1,1,2\n"
-    rows, turned_away, problems = read(tmp_path, text, schema)
+    rows, rejected, problems = read(tmp_path, text, schema)
     assert [(row["T"], row["E"]) for row in rows] == [(5.5, 1), (3.0, 0)]
-    assert turned_away == 5
+    assert rejected == 5
     assert problems == [
-        "target T is missing in 1 row, turned away; the first is line 6",
-        "target T is not above 0 in 2 rows, turned away; the first is line 4 with '0'",
-        "event E is missing in 1 row, turned away; the first is line 7",
-        "event E is none of 0, 1 in 1 row, turned away; the first is line 8 with '2'",
+        "target T is missing in 1 row, rejected; the first is line 6",
+        "target T is not above 0 in 2 rows, rejected; the first is line 4 with '0'",
+        "event E is missing in 1 row, rejected; the first is line 7",
+        "event E is not one of 0, 1 in 1 row, rejected; the first is line 8 with '2'",
     ]
 
 
@@ -319,8 +317,8 @@ def test_no_row_that_can_be_used(tmp_path):
     with pytest.raises(
         InputError,
         match=says(
-            f"{path}: none of 3 rows can be used: target y is missing in 2 rows, turned away; the "
-            "first is line 2; patient patient is missing in 1 row, turned away; the first is line 4"
+            f"{path}: none of 3 rows can be used: target y is missing in 2 rows, rejected; the "
+            "first is line 2; patient patient is missing in 1 row, rejected; the first is line 4"
         ),
     ):
         read_table(path, NUMBER)
@@ -328,34 +326,35 @@ def test_no_row_that_can_be_used(tmp_path):
     with pytest.raises(
         InputError,
         match=says(
-            f"{path}: none of 1 rows can be used: the heading has 3 cells, other than 1 row, "
-            "turned away; the first is line 2 with 4"
+            f"{path}: none of 1 rows can be used: the number of cells differs from the heading's 3 "
+            "in 1 row, rejected; the first is line 2 with 4"
         ),
     ):
         read_table(path, NUMBER)
 
 
-def test_rows_of_another_length_are_turned_away(tmp_path):
+def test_rows_of_another_length_are_rejected(tmp_path):
     text = "patient,x,y\nA,1,2\nB,1\nC,1,2,\n,,\nD,3,4\n"
-    rows, turned_away, problems = read(tmp_path, text, NUMBER)
+    rows, rejected, problems = read(tmp_path, text, NUMBER)
     assert column(rows, "patient") == ["A", "D"]
-    assert turned_away == 2
+    assert rejected == 2
     assert problems == [
-        "the heading has 3 cells, other than 2 rows, turned away; the first is line 3 with 2"
+        "the number of cells differs from the heading's 3 in 2 rows, rejected; the first is "
+        "line 3 with 2"
     ]
 
 
 def test_splits_that_the_table_names(tmp_path):
     text = "patient,x,y,fold\nA,1,1,Train\nA,2,1,train\nB,1,1,test\nC,1,1,dev\nD,1,1,\n"
-    rows, turned_away, problems = read(tmp_path, text, NUMBER, split="fold")
-    data = SiteData(**split_patients(rows, 0), turned_away=turned_away)
+    rows, rejected, problems = read(tmp_path, text, NUMBER, split="fold")
+    data = SiteData(**split_patients(rows, 0), rejected=rejected)
     require_patients(data)
     assert column(data.train, "patient") == ["A", "A"]
     assert column(data.test, "patient") == ["B"]
-    assert data.turned_away == 2
+    assert data.rejected == 2
     assert problems == [
-        "split fold is missing in 1 row, turned away; the first is line 6",
-        "split fold is none of train, val, test in 1 row, turned away; the first is line 5 with "
+        "split fold is missing in 1 row, rejected; the first is line 6",
+        "split fold is not one of train, val, test in 1 row, rejected; the first is line 5 with "
         "'dev'",
     ]
 
@@ -366,9 +365,8 @@ def test_further_columns_are_kept_as_texts(tmp_path):
     wanted = {"patient": "A", "x": 1.0, "y": 2.0, "year": "2015", "ward": None, "site": None}
     assert rows == [wanted]
     assert problems == ["there is no column 'site': counted as missing in all rows"]
-    with pytest.raises(
-        InputError, match=says("keep names 'split', which in rows has its own meaning")
-    ):
+    error = "keep names 'split', which is a key of rows with another meaning: rename the column"
+    with pytest.raises(InputError, match=says(error)):
         read(tmp_path, text, NUMBER, keep=("split",))
 
 
@@ -384,23 +382,25 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     fails("blank.csv", b"\n , ,\n", " is empty")
     fails("heading.csv", b"patient,x,y\n", " holds no rows")
     twice = b"patient,x,x ,y\nA,1,2,3\n"
-    fails("twice.csv", twice, " has 2 columns 'x': call each differently")
-    latin = " is not in UTF-8 (invalid continuation byte): save it as such"
+    fails("twice.csv", twice, " has 2 columns 'x': rename all but one")
+    latin = " is not in UTF-8 (invalid continuation byte): save it in UTF-8"
     fails(
         "latin.csv",
         "patient,x,y\nMüller,1,2\n".encode("latin-1"),
         latin.replace("continuation", "start"),
     )
-    fails("wide.csv", rows.decode().encode("utf-16-le"), " is no text in UTF-8: save it as such")
+    wide = rows.decode().encode("utf-16-le")
+    fails("wide.csv", wide, " is not a text in UTF-8: save it in UTF-8")
     fails("open.csv", b'patient,x,y\nA,1,"2\n', ", line 2: unexpected end of data")
     long = b"patient,x,y\nA,1," + b"2" * (csv.field_size_limit() + 1) + b"\n"
     fails("long.csv", long, ", line 2: field larger than field limit (131072)")
     packed = gzip.compress(rows)
     cut = (
-        " is no whole gzip file: Compressed file ended before the end-of-stream marker was reached"
+        " is not a complete gzip file: Compressed file ended before the end-of-stream marker was "
+        "reached"
     )
     fails("cut.csv.gz", packed[:-9], cut)
-    fails("not.csv.gz", rows, " is no whole gzip file: Not a gzipped file (b'pa')")
+    fails("not.csv.gz", rows, " is not a complete gzip file: Not a gzipped file (b'pa')")
     (tmp_path / "a").mkdir()
     with pytest.raises(InputError, match=says(f"{tmp_path / 'a'} cannot be read: Is a directory")):
         read_table(tmp_path / "a", NUMBER)
@@ -411,13 +411,14 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
         read_table(absent, NUMBER)
     text = tmp_path / "text.parquet"
     text.write_bytes(rows)
-    with pytest.raises(InputError, match=rf"^{text} is no whole Parquet file: .*[Pp]arquet"):
+    with pytest.raises(InputError, match=rf"^{text} is not a complete Parquet file: .*[Pp]arquet"):
         read_table(text, NUMBER)
     whole = tmp_path / "whole.parquet"
     pd.DataFrame({"patient": ["A"], "x": [1], "y": [2]}).to_parquet(whole)
     (tmp_path / "cut.parquet").write_bytes(whole.read_bytes()[:-20])
-    with pytest.raises(InputError, match=f"^{tmp_path / 'cut.parquet'} is no whole Parquet file: "):
-        read_table(tmp_path / "cut.parquet", NUMBER)
+    cut = tmp_path / "cut.parquet"
+    with pytest.raises(InputError, match=f"^{cut} is not a complete Parquet file: "):
+        read_table(cut, NUMBER)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
         InputError,
@@ -431,7 +432,7 @@ def test_frames_without_rows_or_with_a_column_twice():
     with pytest.raises(InputError, match=says("stays holds no rows")):
         table_of(empty, NUMBER, "stays")
     twice = pd.DataFrame([["A", 1, 2, 3]], columns=["patient", "x", "x", "y"])
-    with pytest.raises(InputError, match=says("stays has 2 columns 'x': call each differently")):
+    with pytest.raises(InputError, match=says("stays has 2 columns 'x': rename all but one")):
         table_of(twice, NUMBER, "stays")
 
 
@@ -458,26 +459,26 @@ def test_frames_without_rows_or_with_a_column_twice():
         ({"task": "survival", "event": "a"}, "event 'a' is in numeric too: the model would be "
          "given what it must not see"),
         ({"task": "survival", "event": "y"}, "event names 'y', named in target before"),
-        ({"numeric": ("patient",), "patient": "id"}, "numeric names 'patient', which in rows "
-         "means something else: rename the column"),
-        ({"target": "split"}, "target names 'split', which in rows means something else: rename "
-         "the column"),
+        ({"numeric": ("patient",), "patient": "id"}, "numeric names 'patient', which is a "
+         "key of rows with another meaning: rename the column"),
+        ({"target": "split"}, "target names 'split', which is a key of rows with another "
+         "meaning: rename the column"),
         ({"ranges": ("a", 0, 1)}, "ranges must be a dict by column, got ('a', 0, 1)"),
-        ({"ranges": {"A": (0, 1)}}, "ranges names 'A' (near: 'a'), which is no numeric column"),
-        ({"ranges": {"c": (0, 1)}}, "ranges names 'c', which is no numeric column"),
-        ({"ranges": {"y": (0, 1)}}, "ranges names 'y', which is no numeric column"),
+        ({"ranges": {"A": (0, 1)}}, "ranges names 'A' (near: 'a'), which is not a numeric column"),
+        ({"ranges": {"c": (0, 1)}}, "ranges names 'c', which is not a numeric column"),
+        ({"ranges": {"y": (0, 1)}}, "ranges names 'y', which is not a numeric column"),
         ({"ranges": {"a": (1, 1)}}, "ranges of 'a' must be finite numbers in ascending order, "
          "got (1, 1)"),
         ({"ranges": {"a": (0, math.inf)}}, "ranges of 'a' must be finite numbers in ascending "
          "order, got (0, inf)"),
         ({"ranges": {"a": (0, 1, 2)}}, "ranges of 'a' must be two numbers, got (0, 1, 2)"),
-        ({"bands": {"c": (1,)}}, "bands names 'c', which is no numeric column"),
+        ({"bands": {"c": (1,)}}, "bands names 'c', which is not a numeric column"),
         ({"bands": {"a": (2, 1)}}, "bands of 'a' must be finite numbers in ascending order, "
          "got (2, 1)"),
         ({"bands": {"a": ()}}, "bands of 'a' must be finite numbers in ascending order, got ()"),
         ({"bands": {"a": ("1",)}}, "bands of 'a' must be finite numbers in ascending order, "
          "got ('1',)"),
-        ({"categories": {"a": ("1",)}}, "categories names 'a', which is no categorical column"),
+        ({"categories": {"a": ("1",)}}, "categories names 'a', which is not a categorical column"),
         ({"categories": {"c": "12"}}, "categories of 'c' must be a tuple of texts, got '12'"),
         ({"categories": {"c": ()}}, "categories of 'c' must be one or more different texts, none "
          "of them empty, got ()"),

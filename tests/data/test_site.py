@@ -205,8 +205,8 @@ def test_an_app_names_the_keys_that_are_its_own(tmp_path):
         ({"budget-delta": 1e-5}, "budget-delta in the node config needs budget-epsilon beside it"),
         (
             {"budget-epsilon": 1.0, "budget-delta": 1e-5, "private-metrics": False},
-            "private-metrics=false cannot stand beside budget-epsilon: what is measured without "
-            "noise, no budget bounds",
+            "private-metrics=false excludes budget-epsilon, since no budget bounds metrics without "
+            "noise: remove one of them from the node config",
         ),
     ],
 )

@@ -333,7 +333,7 @@ def test_colour_and_empty_val_and_test_are_allowed(tmp_path):
         ({"test_labels": np.array([0, -2, 1])}, "test_labels must be 0 or greater, got -2"),
         ({"test_labels": np.zeros((3, 2), int)}, "must have shape (n,) or (n, 1), got (3, 2)"),
         ({"test_labels": np.array(1)}, "must have shape (n,) or (n, 1), got ()"),
-        ({"train_labels": np.array([{}] * 4)}, "not a whole npz file without pickled objects"),
+        ({"train_labels": np.array([{}] * 4)}, "not a complete npz file without pickled objects"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_named(tmp_path, changes, text):
@@ -346,21 +346,21 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path, changes, text):
 
 @pytest.mark.parametrize("content", [b"", b"image,label\n", BODY[:40], BODY[:-30], BODY[60:]])
 def test_a_broken_file_is_named(tmp_path, content):
-    with pytest.raises(InputError, match=r"own.npz: not a whole npz file"):
+    with pytest.raises(InputError, match=r"own.npz: not a complete npz file"):
         load(tmp_path, content)
 
 
 def test_a_changed_byte_in_an_image_is_noticed(tmp_path):
     image = arrays()["train_images"].tobytes()
     at = BODY.index(image) + 7
-    with pytest.raises(InputError, match=r"not a whole npz file .*BadZipFile"):
+    with pytest.raises(InputError, match=r"not a complete npz file .*BadZipFile"):
         load(tmp_path, BODY[:at] + bytes([BODY[at] ^ 1]) + BODY[at + 1 :])
 
 
 def test_a_single_npy_array_is_not_an_npz(tmp_path):
     file = io.BytesIO()
     np.save(file, np.zeros(3))
-    with pytest.raises(InputError, match="not a whole npz file"):
+    with pytest.raises(InputError, match="not a complete npz file"):
         load(tmp_path, file.getvalue())
 
 

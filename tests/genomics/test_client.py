@@ -13,7 +13,7 @@ from fedmed_flower.genomics.regression import linear_sums, logistic_terms, stand
 
 def told(reply):
     assert not reply.has_error(), reply.error.reason
-    return view(reply.content["told"]["values"])
+    return view(reply.content["sums"]["values"])
 
 
 def test_it_tells_its_people_and_the_lines_of_its_bim_file(tmp_path):
@@ -25,7 +25,7 @@ def test_it_tells_its_people_and_the_lines_of_its_bim_file(tmp_path):
     }
     listed = question(client, "variants", {"offset": 0, "count": 2}).content
     assert listed["variants"]["names"] == "rs0\nrs1"
-    assert view(listed["places"]["positions"]).tolist() == [10, 20]
+    assert view(listed["positions"]["positions"]).tolist() == [10, 20]
     rest = question(client, "variants", {"offset": listed["variants"]["offset"], "count": 9})
     assert rest.content["variants"]["names"] == "rs2\nrs3\nrs4\nrs5"
 
@@ -63,7 +63,7 @@ def test_a_rare_allele_is_withheld_here_and_asked_in_vain(tmp_path):
     found = told(question(client, "counts", **everything()))
     assert (found[0] == -1).all()
     assert (found[1:] >= 0).all()
-    text = "site hospital-1: models were asked for of variants whose counts are withheld"
+    text = "site hospital-1: models were requested of variants whose counts are withheld"
     frequencies, loadings = np.full(VARIANTS, 0.4), np.ones((VARIANTS, 1))
     for name, more in (
         ("linear", {}),

@@ -83,10 +83,10 @@ def test_variants_are_listed_in_parts(prefix):
          "9: it was cut off, or belongs to other bim and fam files"),
         (".bim", lambda b: b"".join(b.splitlines(True)[:2]), "{bed} has 9 bytes, but 2 variants "
          "(bim) of 5 people (fam) make 7: it was cut off, or belongs to other bim and fam files"),
-        (".fam", lambda b: b"", "{fam} has no line: there is nobody in it"),
+        (".fam", lambda b: b"", "{fam} is empty: it needs one line a person"),
         (".fam", lambda b: b.replace(b"p3", b"p1"), "{fam} has the individual id 'p1' more than "
          "once: give each person an id of their own"),
-        (".fam", lambda b: b"f p0 0 0 1\n" + b, "{fam} line 1 is one of 5 fields, 6 needed: "
+        (".fam", lambda b: b"f p0 0 0 1\n" + b, "{fam} line 1 must have 6 fields, got 5: "
          "'f p0 0 0 1'"),
     ],
 )  # fmt: skip
@@ -99,17 +99,17 @@ def test_files_that_do_not_fit_are_refused(prefix, end, change, text):
 
 def test_missing_files_malformed_lines_and_bad_listings(prefix, tmp_path):
     text = (
-        f"{tmp_path}/south.fam cannot be read (No such file or directory): genotypes are named by "
-        "the path of their bed, bim and fam files without the endings"
+        f"{tmp_path}/south.fam cannot be read (No such file or directory): give the path of "
+        "the bed, bim and fam files without the endings"
     )
     with pytest.raises(InputError, match=says(text)):
         Fileset.open(tmp_path / "south")
     found = Fileset.open(prefix)
-    with pytest.raises(InputError, match=says("a listing takes an offset of at least 0 and 1 to "
-                                              "1048576 lines, got -1 and 3")):  # fmt: skip
+    with pytest.raises(InputError, match=says("offset must be at least 0 and count in 1..1048576, "
+                                              "got -1 and 3")):  # fmt: skip
         found.variants(-1, 3)
     damage(prefix, ".bim", lambda b: b.replace(b"\t20\t", b"\t"))
-    text = f"{prefix}.bim line 2 is one of 5 fields, 6 needed: '1\\trs1\\t0.0\\tA\\tG'"
+    text = f"{prefix}.bim line 2 must have 6 fields, got 5: '1\\trs1\\t0.0\\tA\\tG'"
     with pytest.raises(InputError, match=says(text)):
         found.variants(0, 3)
     damage(prefix, ".bed", lambda b: b[:5])
@@ -142,7 +142,7 @@ def test_a_position_that_cannot_be_is_named_with_its_line(prefix, position, show
 
 
 def test_an_offset_beyond_all_files_is_refused(prefix):
-    with pytest.raises(InputError, match=r"^a listing takes an offset of at least 0"):
+    with pytest.raises(InputError, match=r"^offset must be at least 0"):
         Fileset.open(prefix).variants(1 << 63, 1)
 
 
@@ -265,7 +265,7 @@ def test_a_list_that_never_leaves_a_place_is_refused(monkeypatch):
     merger = Merger(1, 2)
     crowd = [(1, 5, f"v{number}", "A", "G") for number in range(4)]
     merger.add(0, listing((1, 4, "a", "A", "G"), *crowd[:3]), False)
-    with pytest.raises(ValueError, match=says("it has more than 3 variants at one place")):
+    with pytest.raises(ValueError, match=says("it has more than 3 variants at one position")):
         merger.add(0, listing(crowd[3]), False)
     # As many are fine where the list has gone on.
     merger.add(0, listing((1, 6, "b", "A", "G")), True)
@@ -304,7 +304,7 @@ def test_weights_that_do_not_count_are_named(prefix):
     [
         ([Weight("rs1", "A", 1.0)], "1 people have no genotype of rs1: give its frequency, in the "
          "weights or in frequencies"),
-        ([Weight("rs0", "A", 1.0), Weight("rs0", "G", 1.0)], "variant rs0 has two weights: leave "
+        ([Weight("rs0", "A", 1.0), Weight("rs0", "G", 1.0)], "variant rs0 has two weights: remove "
          "one"),
         ([Weight("rs0", "A", 1.0, "", 1.5)], "the frequency of rs0 must lie in [0, 1], got 1.5"),
     ],

@@ -110,8 +110,8 @@ def components_of(world, sites):
 
 def test_real_hospitals_tell_sums_for_components_where_they_say_so(world, tmp_path):
     reason = (
-        "declined: components take sums from which genotypes can be computed: a hospital that is "
-        "willing sets share-components=true in its node config"
+        "declined: components need sums from which genotypes can be computed: to allow them, set "
+        "share-components=true in the node config"
     )
     places = [{"partition-id": site, "num-partitions": 3} for site in range(3)]
     own = [{"data-dir": str(tmp_path / name), "site-name": name} for name in ("north", "south")]
@@ -141,7 +141,7 @@ def test_sums_that_no_genotypes_give_leave_their_site_out(world, tmp_path):
     client = world.client(fails_at(1, "loadings", replaced(lambda values: values * 1e300)))
     summary, _ = study(client, tmp_path, test="logistic", components=2)
     (failure,) = summary["failures"]
-    assert failure["reason"] == "malformed answer: larger sums than people can have"
+    assert failure["reason"] == "malformed answer: sums are larger than people can have"
     _, values = components_of(world, (0, 2))
     np.testing.assert_allclose(summary["association"]["components"], values, rtol=1e-6)
 
@@ -188,7 +188,7 @@ def test_components_are_those_of_the_hospitals_that_stay(world, tmp_path, questi
     known = np.concatenate([world.genotypes[site][:, 20] for site in stay]) >= 0
     model = sm.Logit(outcome, np.column_stack([left[known], design])).fit(disp=0)
     np.testing.assert_allclose(float(lines["rs20"]["p"]), model.pvalues[-1], rtol=1e-4)
-    assert "components are looked for again" in (tmp_path / "run" / "log.txt").read_text()
+    assert "components are searched for again" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_components_are_made_of_variants_evenly_spread(world, tmp_path):
@@ -268,7 +268,7 @@ def test_a_hospital_with_cases_only_counts_in_the_trend_test_alone(world, tmp_pa
     assert float(lines["rs20"]["p"]) == pytest.approx(model.pvalues[-1], rel=1e-4)
     assert lines["rs20"]["sites"] == "2"
     (failure,) = summary["failures"]
-    reason = "it has cases only, so that its intercept is not identified"
+    reason = "it has cases only, so its intercept is not identified"
     assert (failure["site"], failure["reason"]) == ("hospital-3", reason)
 
 
@@ -297,8 +297,8 @@ def replaced(function):
     """Return a change of the numbers that a site tells."""
 
     def change(content, client):
-        values = content["told"]["values"].numpy()
-        content["told"] = ArrayRecord({"values": Array(np.asarray(function(values.copy())))})
+        values = content["sums"]["values"].numpy()
+        content["sums"] = ArrayRecord({"values": Array(np.asarray(function(values.copy())))})
         return content
 
     return change
@@ -328,14 +328,16 @@ def crash(content, client):
     [
         ("counts", replaced(negative), "malformed answer: numbers of people outside 0..39"),
         ("counts", replaced(too_many), "malformed answer: numbers of people outside 0..51"),
-        ("counts", replaced(alleles), "malformed answer: more alleles than people can have"),
-        ("counts", replaced(lambda v: v[:-1]), "malformed answer: an array of shape (14, 5), "
-         "(15, 5) was asked for"),
-        ("counts", replaced(lambda v: v * np.nan), "malformed answer: counts of type float64"),
-        ("counts", lambda content, _: content.__class__({}), "malformed answer: KeyError 'told'"),
+        ("counts", replaced(alleles), "malformed answer: copies of A1 must lie in 0..2 for each "
+         "person counted"),
+        ("counts", replaced(lambda v: v[:-1]), "malformed answer: values must have shape "
+         "(15, 5), got (14, 5)"),
+        ("counts", replaced(lambda v: v * np.nan), "malformed answer: counts must be int64, "
+         "got float64"),
+        ("counts", lambda content, _: content.__class__({}), "malformed answer: KeyError 'sums'"),
         ("counts", crash, "the disk is gone"),
-        ("logistic", replaced(lambda v: v * np.nan), "malformed answer: sums that are no finite "
-         "numbers"),
+        ("logistic", replaced(lambda v: v * np.nan), "malformed answer: sums must be float64 "
+         "and finite"),
     ],
 )  # fmt: skip
 def test_a_site_that_fails_on_the_way_is_left_out(world, tmp_path, name, change, reason):
@@ -383,7 +385,7 @@ def listed(function):
     """Return a change of the list of variants that a site tells."""
 
     def change(content, client):
-        function(content["variants"], content["places"])
+        function(content["variants"], content["positions"])
         return content
 
     return change
@@ -406,8 +408,8 @@ def unplaced(record, places):
     [
         (unsorted, "its variants are not in order of chromosome and position: sort its files with "
          "plink --make-bed"),
-        (longer, "ids and alleles for another number of variants"),
-        (unplaced, "places on no chromosome"),
+        (longer, "names, first and second must be of 16 variants, as positions are"),
+        (unplaced, "chromosomes must lie in 0..22 and positions in 0..2147483647, 0 if not known"),
     ],
 )  # fmt: skip
 def test_a_list_of_variants_that_cannot_be_leaves_its_site_out(world, tmp_path, function, reason):
@@ -457,19 +459,18 @@ def test_hospitals_with_another_study_or_a_budget_take_no_part(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("told", "text"),
+    ("about", "text"),
     [
-        ({"people": 10**10}, "'people': 10000000000, 'cases': 39, 'variants': 40, 'minimum': 10} "
-         "cannot be"),
-        ({"variants": 10**15}, "'variants': 1000000000000000, 'minimum': 10} cannot be"),
-        ({"covariates": ["age"] * 201}, "201 covariates, where at most 200 can be"),
+        ({"people": 10**10}, "'people': 10000000000, 'cases': 39, 'variants': 40, 'minimum': 10}"),
+        ({"variants": 10**15}, "'variants': 1000000000000000, 'minimum': 10}"),
+        ({"covariates": ["age"] * 201}, "covariates must be at most 200, got 201"),
     ],
 )  # fmt: skip
-def test_a_hospital_that_tells_of_more_than_there_can_be_takes_no_part(world, tmp_path, told, text):
+def test_a_hospital_that_reports_more_than_there_can_be_takes_no_part(world, tmp_path, about, text):
     def answer(client, message):
         content = GenomicsClient.queries["cohort"](client, message)
         if client.site.index == 1:
-            content["cohort"].update(told)
+            content["cohort"].update(about)
         return content
 
     client = world.client(queries={**GenomicsClient.queries, "cohort": answer})
@@ -505,7 +506,7 @@ def test_a_study_whose_sites_all_fail_leaves_a_folder_that_says_so(world, tmp_pa
          "hospitals with a budget decline"),
         ({"test": "logistic", "components": 51}, "components must be in 0..50, got 51"),
         ({"test": "logistic", "components": 45}, "45 components cannot be made of 40 common "
-         "variants that every hospital tells, and of 220 people: choose fewer components"),
+         "variants that every hospital reports, and of 220 people: choose fewer components"),
     ],
 )  # fmt: skip
 def test_studies_that_cannot_be_are_refused(world, tmp_path, config, text):
@@ -517,7 +518,7 @@ def test_logistic_needs_cases_and_controls_somewhere(world, tmp_path):
     for value, phenotypes in zip((0, 1, 0), world.phenotypes, strict=True):
         phenotypes[:] = value
     text = (
-        "no hospital has both cases and controls, which test=logistic needs: take test=trend or "
+        "no hospital has both cases and controls, which test=logistic needs: set test=trend or "
         "test=allelic"
     )
     with pytest.raises(InputError, match=says(text)):

@@ -226,7 +226,7 @@ def test_noise_that_drowns_everything_gives_no_figures_that_cannot_be():
     "value", [[1.0] * 63, [1.0] * 132, [float("nan")] * 64, [float("inf")] * 64, 3.0, []]
 )
 def test_noised_counts_that_cannot_be_pooled_are_told(value):
-    text = "noised-counts must be a list of finite numbers of a length that noised-counts can have"
+    text = "noised-counts must be a list of finite numbers whose length fits a number of classes"
     assert check_counts({"noised-counts": value, "num-examples": 3}) == text
     assert check_counts({"noised-counts": [0.0] * 64, "num-examples": 3}) is None
     assert check_counts({"noised-counts": [0.0] * 201, "num-examples": 3}) is None

@@ -474,12 +474,12 @@ def test_no_rows_have_no_groups():
     ("column", "text"),
     [
         ("sexx",
-         "the rows have no column 'sexx': figures can be told apart by sex, smoker; did you mean "
+         "the rows have no column 'sexx': groups can be made of sex, smoker; did you mean "
          "sex?"),
-        ("zip", "the rows have no column 'zip': figures can be told apart by sex, smoker"),
+        ("zip", "the rows have no column 'zip': groups can be made of sex, smoker"),
         ("age",
-         "the column 'age' holds 3.0, which is no text: figures are told apart by categories, or "
-         "by the bands into which the schema cuts a number"),
+         "the column 'age' holds 3.0, which is no text: groups are made of categories, or "
+         "of the bands into which the schema cuts a number"),
     ],
 )  # fmt: skip
 def test_a_column_that_tells_nothing_apart_is_refused(column, text):

@@ -577,7 +577,7 @@ def test_brier_scores_refuse_what_is_out_of_range():
         "survival must have the shape (2, 2), a row a patient and a column a time of grid, "
         "got (2,)": {"survival": [0.9, 0.5]},
         "survival must be from 0 to 1; row 1 is not": {"survival": [[0.9, 0.5], [0.8, math.nan]]},
-        "grid must ascend; place 1 has 2 after 2": {"grid": [2, 2]},
+        "grid must ascend; index 1 has 2 after 2": {"grid": [2, 2]},
         "grid must be finite; row 1 has inf": {"grid": [2, math.inf]},
         "times must be above 0; row 0 has -1": {"times": [-1, 4]},
         "events must be 0 or 1; row 1 has 0.5": {"train_events": [1, 0.5, 1]},

@@ -185,7 +185,7 @@ def test_functions_that_download_or_look_up_are_not_called(name, monkeypatch):
 
 def test_a_function_that_returns_no_network_is_refused():
     args = "{inputs = [1], p = 0.5, training = false}"
-    text = "network drop_connect is a function that returns no network"
+    text = "network drop_connect is a function that returns no network: name another one"
     with pytest.raises(InputError, match=says(text)):
         build(network="drop_connect", network_args=args)
 
@@ -256,7 +256,7 @@ def test_a_network_that_cannot_be_built_tells_why(args, cause):
 )
 def test_no_argument_makes_a_network_fetch_weights(name, key, value):
     text = (
-        f"network-args must leave {key} out, got {value!r}: for a network with weights, set bundle "
+        f"network-args must not set {key}, got {value!r}: for a network with weights, set bundle "
         "to a folder that holds them as models/model.pt"
     )
     with pytest.raises(InputError, match=says(text)):
@@ -358,8 +358,8 @@ def test_yaml_needs_its_package(tmp_path, monkeypatch):
 
 def test_arguments_do_not_go_with_a_bundle(tmp_path):
     text = (
-        "network-args belongs to network: with bundle, arguments stand in the bundle's config, got "
-        "'{dims = 3}'"
+        "network-args is only for network: with bundle, put arguments into the bundle's config, "
+        "got '{dims = 3}'"
     )
     with pytest.raises(InputError, match=says(text)):
         build(bundle=write_bundle(tmp_path), network_args="{dims = 3}")
@@ -382,8 +382,8 @@ def test_a_bundle_that_is_not_there_is_named(tmp_path):
         ("[1]", " cannot be read: AttributeError: 'list' object has no attribute 'items'"),
         ("{}", " has no key network_def or network"),
         ({"trainer": 1}, " has no key network_def or network"),
-        ({"network_def": None}, ": network_def gives no network, but a NoneType"),
-        ({"network": {"spatial_dims": 2}}, ": network gives no network, but a dict"),
+        ({"network_def": None}, ": network_def must be a network, got a NoneType"),
+        ({"network": {"spatial_dims": 2}}, ": network must be a network, got a dict"),
         (
             {"network_def": SEGRESNET | {"_target_": "NoSuchNet"}, "dims": 2, "classes": []},
             ": network_def cannot be built: ModuleNotFoundError: Cannot locate class or function "
@@ -532,6 +532,9 @@ def test_a_real_site_takes_the_bundle_that_its_own_node_config_names():
 
 def test_a_network_of_more_weights_than_fit_is_refused_before_they_are_made():
     large = UNET | {"channels": [9999, 99999], "strides": [2]}
-    text = r"^network UNet with these network-args has [\d,]+ weights, more than 1,073,741,824$"
+    text = (
+        r"^network UNet with these network-args has [\d,]+ weights: at most 1,073,741,824 are "
+        r"allowed$"
+    )
     with pytest.raises(InputError, match=text):
         build(network="UNet", network_args=json.dumps(large))

@@ -96,8 +96,8 @@ def test_what_matches_travels_and_is_trained_and_the_rest_is_frozen(model, train
 
 def test_a_layer_that_learns_and_keeps_what_does_not_travel_is_refused(model):
     text = (
-        "trainable matches a part of the layer encoder.1 and not encoder.1.num_batches_tracked, "
-        "which it changes in training: match all of it or nothing, got '*.bias'"
+        "trainable matches a part of the layer encoder.1 but not encoder.1.num_batches_tracked, "
+        "which it changes in training: match all of the layer or nothing, got '*.bias'"
     )
     with pytest.raises(InputError, match=says(text)):
         Travelling(model, "*.bias")
@@ -325,26 +325,26 @@ def test_everything_arrives_without_a_pattern(model):
     [
         (
             {"decoder.0.bias": None},
-            "decoder.0.bias should have shape torch.Size([2]), got None (None: not there)",
+            "decoder.0.bias should have shape torch.Size([2]), got None (None: no such entry)",
         ),
         (
             {"encoder.0.bias": torch.zeros(2)},
-            "encoder.0.bias should have shape None, got torch.Size([2]) (None: not there)",
+            "encoder.0.bias should have shape None, got torch.Size([2]) (None: no such entry)",
         ),
         (
             {"other": torch.zeros(2)},
-            "other should have shape None, got torch.Size([2]) (None: not there)",
+            "other should have shape None, got torch.Size([2]) (None: no such entry)",
         ),
         (
             {"decoder.1.weight": torch.zeros(3)},
             "decoder.1.weight should have shape torch.Size([2]), got torch.Size([3]) "
-            "(None: not there)",
+            "(None: no such entry)",
         ),
         # torch itself would take the first of them.
         (
             {"decoder.1.num_batches_tracked": torch.ones(4)},
             "decoder.1.num_batches_tracked should have shape torch.Size([]), got torch.Size([4]) "
-            "(None: not there)",
+            "(None: no such entry)",
         ),
     ],
 )

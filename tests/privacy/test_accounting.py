@@ -218,7 +218,8 @@ def test_where_sampling_alone_is_enough_hardly_any_noise_is_asked_for():
         ((1.0, 1e-5, 1.1, 1), "sampling_rate must be above 0 and at most 1, got 1.1"),
         ((1.0, 1e-5, 0.1, 0), "the number of releases must be at least 1, got 0"),
         ((1e-12, 1e-15, 1.0, 10**9),
-         "no noise keeps 1000000000 releases within epsilon 1e-12 at delta 1e-15"),
+         "no noise multiplier up to 1e+09 keeps 1000000000 releases within epsilon 1e-12 at delta "
+         "1e-15: plan fewer releases, or raise epsilon or delta"),
     ],
 )  # fmt: skip
 def test_a_budget_that_cannot_be_planned_for_is_refused(values, text):

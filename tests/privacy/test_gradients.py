@@ -744,7 +744,7 @@ def test_a_failure_to_draw_ahead_ends_the_step_without_a_release(monkeypatch):
 
 
 def test_a_gradient_in_many_blocks_is_clipped_as_a_whole(monkeypatch):
-    monkeypatch.setattr("fedmed_flower.privacy.optimizer._BLOCK", (7, 7))
+    monkeypatch.setattr("fedmed_flower.privacy.optimizer._CPU_BLOCK", 7)
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1))
     made = [torch.randn(6, *p.shape, dtype=torch.float64) for p in model.parameters()]
     flat = torch.cat([g.flatten(1) for g in made], dim=1)

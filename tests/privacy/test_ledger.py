@@ -87,8 +87,8 @@ def told_by_child(work):
 
 def unusable(path, detail):
     return (
-        f"the privacy ledger {path} cannot be used ({detail}): mend its place, or restore it "
-        "from a copy; without it nobody knows what was released"
+        f"the privacy ledger {path} cannot be used ({detail}): repair its folder or disk, or "
+        "restore it from a copy; without it nobody knows what was released"
     )
 
 
@@ -357,15 +357,15 @@ def _about(path, change):
 @pytest.mark.parametrize(
     ("make", "detail"),
     [
-        (Path.touch, "its end is lost"),
+        (Path.touch, "the end of the file is missing"),
         (lambda path: path.write_text("epsilon: 3\n" * 1000), "file is not a database"),
         (lambda path: path.write_text("epsilon: 3"), "file is not a database"),
         (lambda path: _truncate(path, 1), "database disk image is malformed"),
-        (lambda path: _truncate(path, 0.5), "its end is lost"),
-        (lambda path: _truncate(path, 0.001), "its end is lost"),
+        (lambda path: _truncate(path, 0.5), "the end of the file is missing"),
+        (lambda path: _truncate(path, 0.001), "the end of the file is missing"),
         (lambda path: _truncate(path, 10), "database disk image is malformed"),
         (lambda path: _about(path, "DROP TABLE about"), "no such table: about"),
-        (_other, "it holds 'patients', which is not made here"),
+        (_other, "it holds 'patients', which fedmed-flower does not make"),
     ],
 )
 def test_a_file_that_is_no_whole_ledger_is_refused_and_left_as_it_is(path, read_only, make, detail):
@@ -387,7 +387,10 @@ def test_a_folder_is_no_ledger(tmp_path, read_only):
 def test_a_ledger_of_another_version_is_refused(path, version):
     value = "NULL" if version is None else version
     _about(path, f"UPDATE about SET value = {value} WHERE key = 'version'")
-    text = f"{path} is a ledger of version {version}, and this package knows 2"
+    text = (
+        f"the ledger {path} has version {version}, this package reads version 2: use the version "
+        "of fedmed-flower that wrote it"
+    )
     with pytest.raises(InputError, match=says(text)):
         Ledger(path)
 
@@ -732,7 +735,7 @@ def test_a_ledger_that_holds_what_none_has_is_refused_unread(path, change, read_
         connection.execute(change)
     connection.close()
     name = {"VIEW": "v", "TRIGGER": "t", "INDEX": "i", "TABLE": "plain"}[change.split()[1]]
-    text = unusable(path, f"it holds '{name}', which is not made here")
+    text = unusable(path, f"it holds '{name}', which fedmed-flower does not make")
     with pytest.raises(InputError, match=says(text)):
         Ledger(path, read_only)
 

@@ -277,8 +277,8 @@ def test_the_home_folder_may_be_named_by_a_tilde(monkeypatch):
 
 
 NO_FILE = (
-    "a hospital keeps a privacy ledger: give --node-config "
-    "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir in which it can lie"
+    "a hospital needs a file for its privacy ledger: give --node-config "
+    "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir to hold it"
 )
 
 
@@ -288,15 +288,15 @@ NO_FILE = (
         ({}, Site("a"), {}, {}, NO_FILE),
         # What the server says of folders is nothing to a real site.
         ({}, Site("a"), {"run-dir": "/run"}, {"ledger-dir": "/l"}, NO_FILE),
-        ({}, SIMULATED, {}, {}, "privacy needs a place for the sites' ledgers: give run-dir"),
+        ({}, SIMULATED, {}, {}, "privacy needs a folder for the sites' ledgers: give run-dir"),
         ({}, SIMULATED, {"run-dir": ""}, {"ledger-dir": ""},
-         "privacy needs a place for the sites' ledgers: give run-dir"),
+         "privacy needs a folder for the sites' ledgers: give run-dir"),
         ({"ledger": "own.sqlite"}, Site("a", data_dir=Path("/data")), {}, {},
-         "ledger in the node config must be an absolute path, got 'own.sqlite': elsewhere it would "
-         "be another file"),
+         "ledger in the node config must be an absolute path, got 'own.sqlite': a relative path "
+         "names another file in another working directory"),
         ({"ledger": ""}, Site("a"), {}, {},
-         "ledger in the node config must be an absolute path, got '.': elsewhere it would be "
-         "another file"),
+         "ledger in the node config must be an absolute path, got '.': a relative path names "
+         "another file in another working directory"),
     ],
 )  # fmt: skip
 def test_a_site_without_a_place_for_its_ledger_is_told(node, site, run, message, text):
@@ -327,7 +327,7 @@ def test_too_many_steps_are_refused_with_the_setting_that_asks_for_them():
     with pytest.raises(InputError, match=says(text)):
         private().plan_training(range(100), 1, 25, 100_001)
     text = (
-        "local-epochs = 9 at a sampling rate of 1e-05 make 900000 steps a round, above 100000: "
+        "local-epochs = 9 at a sampling rate of 1e-05 makes 900000 steps a round, above 100000: "
         "raise sampling-rate or batch-size"
     )
     with pytest.raises(InputError, match=says(text)):
@@ -336,8 +336,8 @@ def test_too_many_steps_are_refused_with_the_setting_that_asks_for_them():
 
 def test_a_run_of_more_steps_than_can_be_accounted_for_is_refused_at_once():
     text = (
-        "100000 steps a round in num-server-rounds = 100 rounds are more than 1,000,000 steps, "
-        "which privacy accounting can be asked for: lower one"
+        "100000 steps a round in num-server-rounds = 100 rounds are more than the 1,000,000 "
+        "steps that privacy accounting can handle: lower one of them"
     )
     with pytest.raises(InputError, match=says(text)):
         private(sampling_rate=1e-6, num_server_rounds=100).plan_training(range(9), 1, 25, 100_000)

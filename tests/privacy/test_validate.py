@@ -109,7 +109,10 @@ def test_instance_normalisation_loses_its_statistics_and_keeps_the_rest():
 def test_what_the_replacement_refuses():
     with pytest.raises(InputError, match=says("num_groups must be at least 1, got 0")):
         with_group_norm(nn.BatchNorm1d(4), 0)
-    text = "the layer 0 (LazyBatchNorm1d) does not know its channels yet: give the model one input"
+    text = (
+        "the layer 0 (LazyBatchNorm1d) does not know its channels yet: run the model on one input "
+        "first"
+    )
     with pytest.raises(InputError, match=says(text)):
         with_group_norm(nn.Sequential(nn.LazyBatchNorm1d()))
 
@@ -180,8 +183,8 @@ class Keeps(nn.Module):
 @pytest.mark.parametrize("how", ["in place", "assigned", "none", "new"])
 def test_a_layer_that_changes_a_buffer_is_refused(how):
     assert refusal(nn.Sequential(Keeps(how))) == (
-        "the layer 0 (Keeps) changes its buffer seen in training: what it keeps there leaves the "
-        f"hospital without noise; {REMEDY}, or replace the layer"
+        "the layer 0 (Keeps) changes its buffer seen in training, and its content leaves the "
+        f"hospital without noise: {REMEDY}, or replace the layer"
     )
 
 
@@ -203,7 +206,7 @@ def test_a_layer_that_writes_into_its_own_weights_is_refused():
             return super().forward(x)
 
     text = refusal(nn.Sequential(Shrinks(6, 2)))
-    assert text.startswith("the layer 0 (Shrinks) changes its parameter weight in training: ")
+    assert text.startswith("the layer 0 (Shrinks) changes its parameter weight in training, ")
 
 
 class Idle(nn.Module):
@@ -588,7 +591,7 @@ def test_changing_each_record_by_itself_passes_and_leaves_the_generator():
 def test_mixing_records_is_refused(change, count):
     text = (
         "augment mixes patients: the outcome for one record depends on another, as in mixup. "
-        "Private training needs each to be changed by itself"
+        "Private training needs a change of each record alone"
     )
     with pytest.raises(InputError, match=says(text)):
         require_independent(change, IMAGES[:count])
@@ -597,8 +600,8 @@ def test_mixing_records_is_refused(change, count):
 def test_a_change_that_draws_from_elsewhere_is_refused():
     generator = np.random.default_rng(0)
     text = (
-        "noise does not follow torch's global generator, so that it cannot be told whether it "
-        "mixes patients: draw all that is random from there"
+        "noise does not follow torch's global generator, so nobody can check whether it mixes "
+        "patients: draw all random numbers from that generator"
     )
     with pytest.raises(InputError, match=says(text)):
         require_independent(lambda images: images + generator.normal(), IMAGES, "noise")

@@ -3,7 +3,7 @@ from tables import TinyTable, holding, run_tables
 from tiny import bits, context_of, says
 
 from fedmed_flower import SiteData
-from fedmed_flower.clients.pooled import places_by_site
+from fedmed_flower.clients.pooled import indices_by_site
 from fedmed_flower.errors import InputError
 from fedmed_flower.server.run_folder import RunFolder
 
@@ -83,7 +83,7 @@ def test_pooled_rows_are_of_one_patient_each_whatever_the_hospitals_call_them():
     one = SiteData(train=[{**row, "patient": 7} for row in TinyTable.load_data(*_first()).train])
     data, client = pooled_of({0: one, 1: one})
     assert {row["patient"] for row in data.train[:120]} == {(0, 7), (1, 7)}
-    places = places_by_site(data.train)
+    places = indices_by_site(data.train)
     assert [len(places[number]) for number in (0, 1, 2)] == [60, 60, 60]
     assert [data.train[place]["patient"][0] for place in places[2]] == [2] * 60
     # The client stands for its own site as before.
@@ -99,7 +99,7 @@ def _first():
 def test_a_site_whose_rows_cannot_be_loaded_is_left_out_of_the_pool_by_name(caplog):
     data, _ = pooled_of({1: OSError("no disk"), 2: SiteData(train=[{"patient": 1}])})
     assert len(data.train) == 60
-    assert caplog.messages[0] == "all data pooled are without hospital-2: no disk"
-    assert caplog.messages[1].startswith("all data pooled are without hospital-3: row 0 of the")
+    assert caplog.messages[0] == "the pooled data lack hospital-2: no disk"
+    assert caplog.messages[1].startswith("the pooled data lack hospital-3: row 0 of the")
     with pytest.raises(InputError, match=says("no site has rows to pool")):
         pooled_of(dict.fromkeys(range(3), OSError()))

@@ -353,7 +353,7 @@ def test_nothing_is_written_where_the_dataset_is_unknown(tmp_path):
 
 def test_nothing_is_written_where_all_sites_data_are_broken(tmp_path):
     rows = [row | {"label": 9} for row in make_rows(3, 0)]
-    text = "all 3 rows of the train split were turned away; patient p-0: label 9 is out of range"
+    text = "all 3 rows of the train split were rejected; patient p-0: label 9 is out of range"
     with pytest.raises(InputError, match=f"^{text}"):
         run_tiny(tmp_path / "run", fixed(SiteData(rows)))
     assert files_of(tmp_path / "run") is None
@@ -366,10 +366,10 @@ def test_rows_that_cannot_be_used_are_named_and_the_run_goes_on_without_them(tmp
     run_tiny(tmp_path, fixed(SiteData(rows, test=make_rows(4, 1, "q"))), num_server_rounds=1)
     summary = summary_of(tmp_path)
     assert summary["status"] == "finished"
-    counts = {"train": 3, "val": 0, "test": 4, "turned-away": 2}
+    counts = {"train": 3, "val": 0, "test": 4, "rejected": 2}
     assert summary["sites"] == {"hospital-1": counts, "hospital-2": counts}
     log = (tmp_path / "log.txt").read_text()
-    text = "3 train, 0 val, 4 test; training rows by label: [3, 0]; 2 rows turned away at the site"
+    text = "3 train, 0 val, 4 test; training rows by label: [3, 0]; 2 rows rejected at the site"
     assert f"hospital-2: {text}" in log
     counts = [row for row in table_of(tmp_path) if row["metric"] == "num-examples"]
     trained = {row["value"] for row in counts if row["phase"] == "train"}
@@ -540,7 +540,7 @@ def test_resuming_with_another_setting_is_refused_and_changes_nothing(tmp_path):
     before = files_of(tmp_path)
     text = (
         f"learning-rate was 0.05 when {tmp_path} was started and is 0.1 now: "
-        "resume with the settings of the start; where you trust that folder, give them: "
+        "resume with the settings of the start; if you trust that folder, give them: "
         "-c learning-rate=0.05"
     )
     with pytest.raises(InputError, match=says(text)):
@@ -813,8 +813,8 @@ class Watched(Halves):
 
 HEAD = {"trainable": "head.*", "model": halves}
 FROZEN_TEXT = (
-    "what trainable leaves out of the model is not the same here as at the server: "
-    "build_model must load the same weights on both, such as those of one bundle"
+    "the frozen part of the model, which trainable leaves out, is not the same here as at the "
+    "server: build_model must load the same weights on both, such as those of one bundle"
 )
 
 

@@ -64,7 +64,7 @@ def failure(reason):
 
 
 def test_the_roll_call_takes_up_what_sites_say():
-    other = about("south", **{"turned-away": 5, "labels": [1, 3]})
+    other = about("south", **{"rejected": 5, "labels": [1, 3]})
     other["site"]["simulated"], other["site"]["generated"] = False, True
     other["site"]["data"] = "more files"
     sites = roll_call(Answers(other, about(), failure("site west: OSError"), None), 9)
@@ -74,8 +74,8 @@ def test_the_roll_call_takes_up_what_sites_say():
     assert sites.counts[1] == {"train": 4, "val": 2, "test": 3}
     assert sites.names == {1: "south", 2: "north", 3: "west"}
     assert sites.labels == {1: [1, 3], 2: None}
-    assert sites.turned_away == {1: 5}
-    assert sites.rows()["south"] == {"train": 4, "val": 2, "test": 3, "turned-away": 5}
+    assert sites.rejected == {1: 5}
+    assert sites.rows()["south"] == {"train": 4, "val": 2, "test": 3, "rejected": 5}
     assert sites.rows()["north"] == {"train": 4, "val": 2, "test": 3}
     assert sites.sources == {"files", "more files"}
     assert (sites.generated, sites.simulated) == (True, False)
@@ -86,9 +86,12 @@ def test_the_roll_call_takes_up_what_sites_say():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"train": -1}, "negative number of rows in {'train': -1, 'val': 2, 'test': 3}, 0 turned"),
-        ({"turned-away": -7}, "negative number of rows in {'train': 4, 'val': 2, 'test': 3}, -7"),
-        ({"turned-away": [1]}, "TypeError"),
+        (
+            {"train": -1},
+            "negative number of rows in {'train': -1, 'val': 2, 'test': 3}, 0 rejected",
+        ),
+        ({"rejected": -7}, "negative number of rows in {'train': 4, 'val': 2, 'test': 3}, -7"),
+        ({"rejected": [1]}, "TypeError"),
         ({"val": float("inf")}, "OverflowError"),
         ({"test": float("nan")}, "cannot convert float NaN to integer"),
         ({"train": [4, 4]}, "TypeError"),
@@ -192,11 +195,11 @@ BOMB = "it has 60000 x 60000 pixels, more than 1024 x 1024 or none"
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        (drawn(["t"], [HTML]), UNSOUND + "it is no PNG"),
+        (drawn(["t"], [HTML]), UNSOUND + "it is not a PNG"),
         (drawn(["t"], [png() + HTML]), UNSOUND + "25 bytes follow its end"),
         (drawn(["t"], [bytes(10**6)]), UNSOUND + "it has 1,000,000 bytes, more than 512,000"),
         (drawn(["t"], [bomb()]), UNSOUND + BOMB),
-        (drawn(["t"], [b""]), UNSOUND + "it is no PNG"),
+        (drawn(["t"], [b""]), UNSOUND + "it is not a PNG"),
         # Made into bytes these numbers would fill the memory.
         (drawn(["t"], [2**62]), MALFORMED + TYPES),
         (drawn(["t"], [-1]), MALFORMED + TYPES),
@@ -415,7 +418,7 @@ def test_who_tells_nothing_before_the_first_round_is_named(answer, text, caplog)
         "north": {"contribution.n"}, "west": {"contribution.n"},
     }  # fmt: skip
     assert found == {"north": {"n": [1.0, 2.0]}, "west": {"n": [3.0]}}
-    assert caplog.messages == [f"south tells nothing to prepare the model with: {text}"]
+    assert caplog.messages == [f"south sent nothing to prepare the model with: {text}"]
     assert [message.metadata.dst_node_id for message in grid.sent] == [1, 2, 3]
     assert {m.metadata.message_type for m in grid.sent} == {"query.contribution"}
 
@@ -443,8 +446,14 @@ def personal(**figures):
             personal(odd=10**400),
             "malformed answer: OverflowError int too large to convert to float",
         ),
-        (personal(**{"personal-epochs": 0.5}), "malformed answer: personal-epochs is 0.5"),
-        (personal(**{"num-examples": -4}), "malformed answer: num-examples is -4.0"),
+        (
+            personal(**{"personal-epochs": 0.5}),
+            "malformed answer: personal-epochs must be a whole number, at least 0, got 0.5",
+        ),
+        (
+            personal(**{"num-examples": -4}),
+            "malformed answer: num-examples must be a whole number, at least 0, got -4.0",
+        ),
         (None, "no answer within 9 s"),
     ],
 )

@@ -153,9 +153,9 @@ def test_counts_that_cannot_be_compared_are_refused(compare):
             [1, 2],
             [1, 2, 3],
         ),
-        "expected must be finite, 0 or greater; at place 1 it is -2": ([1, -2], [1, 2]),
-        "actual must be finite, 0 or greater; at place 0 it is nan": ([1, 2], [math.nan, 2]),
-        "actual must be finite, 0 or greater; at place 1 it is inf": ([1, 2], [1, math.inf]),
+        "expected must be finite, 0 or greater; at index 1 it is -2": ([1, -2], [1, 2]),
+        "actual must be finite, 0 or greater; at index 0 it is nan": ([1, 2], [math.nan, 2]),
+        "actual must be finite, 0 or greater; at index 1 it is inf": ([1, 2], [1, math.inf]),
         "expected must count one patient or more, all its bins are 0": ([0, 0], [1, 2]),
         "actual must count one patient or more, all its bins are 0": ([1, 2], [0, 0]),
         "expected must have one dimension, got the shape (1, 2)": ([[1, 2]], [1, 2]),
@@ -184,7 +184,7 @@ def test_weeks_that_do_not_do_are_refused():
         cusum([1] * 13)
     for find in (ears_c2, cusum):
         with pytest.raises(
-            InputError, match=says("counts must be finite, 0 or greater; at place 2 it is -1")
+            InputError, match=says("counts must be finite, 0 or greater; at index 2 it is -1")
         ):
             find([1, 1, -1] + [1] * 20)
         with pytest.raises(InputError, match=says("baseline must be 3 weeks or more, got 2")):

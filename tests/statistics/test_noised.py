@@ -208,11 +208,14 @@ class TestAnswer:
     def test_what_is_too_much(self, tmp_path):
         many = {f"x{n}": (0.0, 1.0) for n in range(51)}
         request = Request(ranges=many, kinds=("correlations",), epsilon=1.0)
-        text = "correlations with noise are of at most 50 columns, got 51"
+        text = "correlations with noise are of at most 50 columns, got 51: name fewer columns"
         assert reply_of(Noised, request, tmp_path).error.reason.endswith(text)
         lists = {name: tuple(map(str, range(200))) for name in ("a", "b", "c")}
         request = Request(categories=lists, pairs=(("a", "b"),), by="c", epsilon=1.0)
-        text = "with noise at most 1,000,000 numbers can be asked for, got 8,282,200"
+        text = (
+            "with noise at most 1,000,000 numbers can be asked for, got 8,282,200: ask for fewer "
+            "columns, pairs or groups"
+        )
         assert reply_of(Noised, request, tmp_path).error.reason.endswith(text)
 
     def test_nothing_is_declared(self, tmp_path):
@@ -253,7 +256,11 @@ UNFIT = [
         {"survival": Survival("sex", "event", 12.0, 1.0)},
         "sex holds no numbers, which a survival curve needs",
     ),
-    ({"delta": 1e-320}, "no noise keeps 1 releases within epsilon 1.0 at delta 1e-320"),
+    (
+        {"delta": 1e-320},
+        "no noise multiplier up to 1e+09 keeps 1 releases within epsilon 1.0 at delta 1e-320: "
+        "plan fewer releases, or raise epsilon or delta",
+    ),
 ]
 
 
@@ -369,7 +376,8 @@ def test_no_noise_without_a_budget(tmp_path):
     node = {"site-name": "north", "data-dir": str(tmp_path)}
     reply = reply_of(Noised, Request(columns=("age",), epsilon=1e6, **DECLARED), tmp_path, **node)
     assert reply.error.reason == (
-        "site north: declined: noise takes the place of the minimum count only under a budget"
+        "site north: declined: noise replaces the minimum count only if the hospital has a budget: "
+        "budget-epsilon in its node config"
     )
 
 

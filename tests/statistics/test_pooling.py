@@ -338,7 +338,7 @@ class TestBadColumns:
 
     def test_nothing_says_how_finely(self, tmp_path):
         told = ask(make_patients(30), tmp_path / "a", columns=("age",), kinds=("histograms",))
-        reason = "nothing says how finely to tell it"
+        reason = "it has neither a resolution nor a declared range"
         assert told["withheld"] == [["", "histogram of age", reason]]
 
     def test_a_declared_range_says_how_finely(self, tmp_path):
@@ -531,7 +531,7 @@ class TestDrift:
             "categorical": {"x": part | {"names": ["x"], "counts": [100], "few": 0}},
         }
         (row,) = differences([a], [b], "a", "b")
-        assert row["note"] == "no two cells that both have told"
+        assert row["note"] == "fewer than two cells that both have sent"
         assert (
             differences([a], [b, c], "a", "b")[0]["psi"]
             == differences([a], [c], "a", "c")[0]["psi"]

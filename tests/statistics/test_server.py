@@ -20,7 +20,7 @@ from fedmed_flower.reports.report import write_report
 from fedmed_flower.statistics import page as report
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import KINDS, Request, Survival, parse_filter
-from fedmed_flower.statistics.server import Answer, _found, ask
+from fedmed_flower.statistics.server import Answer, _content, ask
 from fedmed_flower.statistics.table import figure, table_one
 
 
@@ -114,12 +114,12 @@ class TestSurvey:
             def load_data(self, site):
                 raise InputError("the table is not there")
 
-        text = "no hospital has told anything: the table is not there"
+        text = "no hospital has sent statistics: the table is not there"
         with pytest.raises(InputError, match=says(text)):
             surveyed(Broken, Request(), tmp_path / "run")
         summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
         assert summary["status"] == "failed"
-        assert "no hospital has told anything" in (tmp_path / "run" / "report.html").read_text(
+        assert "no hospital has sent statistics" in (tmp_path / "run" / "report.html").read_text(
             encoding="utf-8"
         )
 
@@ -184,7 +184,7 @@ class TestRealHospitals:
     def test_of_an_error_only_the_class_leaves(self, tmp_path):
         (tmp_path / "data").mkdir()
         (tmp_path / "data" / "privacy-ledger.answers").write_bytes(b"damaged")
-        with pytest.raises(InputError, match=says("no hospital has told anything: InputError")):
+        with pytest.raises(InputError, match=says("no hospital has sent statistics: InputError")):
             self.ask(tmp_path, make_patients(30))
 
     def test_questions_that_fail_use_up_values_too(self, tmp_path):
@@ -199,19 +199,20 @@ class TestRealHospitals:
             )
             with pytest.raises(InputError) as caught:
                 surveyed(Ward, request, tmp_path / f"run-{bound}", 1, nodes)
-            told.append(str(caught.value).removeprefix("no hospital has told anything: "))
+            told.append(str(caught.value).removeprefix("no hospital has sent statistics: "))
         assert told == [
             *["InputError"] * 2,
             "declined: conditions on age, and widths of its cells, may use 2 different values in "
-            "all, and have",
+            "all requests together, which are used up: ask with earlier values",
         ]
 
     def test_values_to_compare_with_run_out(self, tmp_path):
         request = Request(columns=("age",), where=(parse_filter("age>=50"),))
         nodes = self.nodes(tmp_path, **{"max-filter-values": 0})
         text = (
-            "no hospital has told anything: declined: conditions on age, and widths of its cells, "
-            "may use 0 different values in all, and have"
+            "no hospital has sent statistics: declined: conditions on age, and widths of its "
+            "cells, may use 0 different values in all requests together, which are used up: ask "
+            "with earlier values"
         )
         with pytest.raises(InputError, match=says(text)):
             surveyed(Ward, request, tmp_path / "run", 1, nodes)
@@ -319,7 +320,9 @@ class TestHostileReplies:
                 read_reply(json.dumps(sound | {"groups": [group]}))
 
     def test_a_group_twice(self, sound):
-        with pytest.raises(ValueError, match=says("a group is there twice")):
+        with pytest.raises(
+            ValueError, match=says("groups must have different names, two have the same")
+        ):
             read_reply(json.dumps(sound | {"groups": sound["groups"] * 2}))
 
     def test_they_are_left_out_by_name(self, sound):
@@ -338,7 +341,7 @@ class TestHostileReplies:
         assert list(found.sites) == ["site 1"]
         assert found.failures == [
             ("node 4", "no answer within 1 s"),
-            ("site 2", "malformed answer: rows is -1"),
+            ("site 2", "malformed answer: rows must be a finite number from 0 to 1e+12, got -1"),
             ("site 3", "malformed answer: KeyError 'statistics'"),
         ]
 
@@ -416,7 +419,7 @@ class TestCommand:
         [
             (["--where", "age"], "a condition must be a column"),
             (["--survival", "time,event"], "--survival takes TIME,EVENT,HORIZON,WIDTH, got"),
-            (["--survival", "time,event,x,1"], "'x' is no number"),
+            (["--survival", "time,event,x,1"], "expected a number, got 'x'"),
             (["--resolution", "age"], "--resolution takes COLUMN=VALUE, got 'age'"),
             (["--range", "age=3"], "--range takes COLUMN=LOW,HIGH, got '3'"),
             (["--table", "sex"], "--table takes two columns A,B, got 'sex'"),
@@ -440,7 +443,7 @@ def test_a_hospital_with_hundreds_of_groups_does_not_hold_up_the_page(sound, mon
     monkeypatch.setattr(report, "_weeks", lambda entry: drawn.append(entry["group"]) or "")
     groups = [sound["groups"][0] | {"name": f"ward {number}"} for number in range(30)]
     answer = Answer(Request(), {"north": read_reply(json.dumps(sound | {"groups": groups}))})
-    found = _found(answer, "", "c2")
+    found = _content(answer, "", "c2")
     body = report._body({"app": "survey"}, found)
     assert len(drawn) == 2 * 24
     assert '<p class="note">6 more groups not drawn.</p>' in body

@@ -97,7 +97,10 @@ def test_only_so_many_widths(path):
         asked(kinds=("histograms",), resolutions={"x": width})
     asked(survival=("x", "event", 30.0, 5.0))
     asked(by="x", by_width=10.0)
-    text = "conditions on x, and widths of its cells, may use 4 different values in all, and have"
+    text = (
+        "conditions on x, and widths of its cells, may use 4 different values in all requests "
+        "together, which are used up: ask with earlier values"
+    )
     for request in (
         {"kinds": ("histograms",), "resolutions": {"x": 6.0}},
         {"survival": ("x", "event", 30.0, 6.0)},

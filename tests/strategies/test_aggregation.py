@@ -88,19 +88,19 @@ def left_out(*lengths, times=2.0, **options):
 
 
 def test_a_reply_much_longer_than_the_median_is_left_out():
-    reason = "its change of the model is 9 long, 4 is the limit"
+    reason = "its change of the model has the norm 9, the limit is 4"
     assert left_out(1.0, -2.0, 4.0, -9.0, 2.0) == (1.25, [("s3", reason)])
     assert left_out(1.0, -2.0, 4.0, 2.0) == (1.25, [])
 
 
 def test_the_median_is_that_of_all_replies_and_is_not_taken_anew_of_those_left():
     _, (failed,) = left_out(1.0, 2.0, 4.0, 8.0, 16.0)
-    assert failed == ("s4", "its change of the model is 16 long, 8 is the limit")
+    assert failed == ("s4", "its change of the model has the norm 16, the limit is 8")
 
 
 def test_where_most_sites_send_the_model_back_one_that_moved_is_left_out():
     assert left_out(0.0, 0.0, 3.0) == (
-        0.0, [("s2", "its change of the model is 3 long, 0 is the limit")],
+        0.0, [("s2", "its change of the model has the norm 3, the limit is 0")],
     )  # fmt: skip
     assert left_out(0.0, 0.0, 0.0) == (0.0, [])
 
@@ -160,7 +160,7 @@ def test_somebody_elses_rule_that_makes_no_model_leaves_it():
     strategy = configured(Theirs())
     strategy.answer = (None, None)
     assert strategy.aggregate_train(1, three(1.0, 3.0)) == (None, None)
-    assert failures(strategy) == [("all", "in the new model, there is none")]
+    assert failures(strategy) == [("all", "the rule made no model")]
 
 
 def test_somebody_elses_rule_gets_the_weights_that_were_asked_for():

@@ -75,7 +75,7 @@ def test_metrics_are_averaged_by_examples_whatever_the_weights():
 
 
 def test_a_site_that_the_mapping_does_not_name_is_left_out():
-    assert outcome(two(), weights={"b": 1}) == (4.0, [("a", "weights does not name it")])
+    assert outcome(two(), weights={"b": 1}) == (4.0, [("a", "weights has no entry for this site")])
 
 
 def test_a_site_without_a_name_is_named_by_its_node():
@@ -293,7 +293,7 @@ def far(values, **metrics):
         (far([1.0, 1.0], train_loss=math.inf), bound("inf")),
         (far([1.0, math.nan], train_loss=1.0), "w holds NaN or infinite values"),
         (far([3e38, 0.0], train_loss=1.0),
-         "its loss or its change of the model is too large to be computed with"),
+         "its loss or its change of the model is so large that the mean overflows"),
         (far([1.0, 1.0], train_loss=1e99), bound("inf")),
     ],
 )  # fmt: skip

@@ -534,7 +534,7 @@ def test_a_lost_ledger_does_not_give_back_what_the_checkpoint_knows(tmp_path):
 def test_a_fresh_run_does_not_forget_what_was_released_before(tmp_path):
     crash_after_release(tmp_path, 1)
     text = (
-        f"{tmp_path / 'privacy.json'} tells of 1 releases of an earlier run: choose another "
+        f"{tmp_path / 'privacy.json'} records 1 releases of an earlier run: choose another "
         "folder, or go on with that run, whose releases count (resume)"
     )
     fresh = resumable(tmp_path)

@@ -580,7 +580,7 @@ BETA = "beta must be at least 0 and below 0.5, got {}"
         (lambda: MultiKrum(num_nodes_to_select=0), "num_nodes_to_select must be at least 1, got 0"),
         (
             lambda: Bulyan(mixing="bucketing", selection_rule=pick_last),
-            "mixing cannot go with a selection_rule, which is given whole replies",
+            "mixing must be None with a selection_rule, which takes whole replies, got 'bucketing'",
         ),
         *(
             (

@@ -322,12 +322,12 @@ def test_a_companion_of_another_shape_than_the_model_is_gone_on_with(tmp_path):
     resumed = Longer(run_dir=tmp_path, resume=True)
     run(resumed, app, INITIAL, 2, SITES)
     assert resumed.current_companions["control"]["w"].numpy().shape == (5,)
-    with pytest.raises(ValueError, match="another control beside the model than this strategy"):
+    with pytest.raises(ValueError, match="the companion control in the checkpoint has other keys"):
         run(Longer(run_dir=tmp_path, resume=True, size=4), app, INITIAL, 3, SITES)
 
 
 def test_what_a_companion_would_tell_has_no_noise():
     strategy = DPFedAvg(noise_multiplier=1.0, clipping_norm=1.0, population_size=4)
     strategy.companions = {"control": ArrayRecord()}
-    with pytest.raises(ValueError, match="what travels beside the model would leave without noise"):
+    with pytest.raises(ValueError, match="got control: they would leave without noise"):
         run(strategy, site_app(plain), INITIAL, 1, SITES)

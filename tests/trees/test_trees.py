@@ -271,10 +271,10 @@ def test_no_reply_however_malformed_ends_the_run_or_reaches_the_model(tmp_path, 
         1: "RuntimeError: no room",
         2: "this is no model in XGBoost's JSON (UnicodeDecodeError)",
         3: "the trees are of 9 features instead of 5",
-        4: "tree 0 has split_conditions that are not finite",
-        5: "there are 6 trees, where 1 may be",
-        6: "tree 0 is none: its nodes do not hang together",
-        7: "a leaf holds 30, where 0.272727 is the most",
+        4: "split_conditions of tree 0 must be finite numbers from -3e+38 to 3e+38",
+        5: "the model must have at most 1 trees, got 6",
+        6: "each node of tree 0 but the first must be the child of one node before it",
+        7: "the numbers in leaves must be at most 0.272727 in size, got 30",
         8: "there are 2 arrays instead of one, named 0",
         9: "the reply has 2 array records instead of one",
         10: "the model is float32[4] instead of bytes",
@@ -499,7 +499,7 @@ TREE = (*BOOSTED, "trees", 0)
         (b"[" * 60_000, "this is no model in XGBoost's JSON (RecursionError)"),
         (b"null", "this is no model in XGBoost's JSON (TypeError)"),
         (b" " * 10**6, "a model of 1 trees has at most 69280 bytes, got 1000000"),
-        (b'[{"left_children": 0}, {"left_children"', "there are 2 trees, where 1 may be"),
+        (b'[{"left_children": 0}, {"left_children"', "the model must have at most 1 trees, got 2"),
         (
             edited("learner", "learner_model_param", "num_feature", value=math.inf),
             "this is no model in XGBoost's JSON (OverflowError)",
@@ -518,17 +518,20 @@ TREE = (*BOOSTED, "trees", 0)
         ),
         (
             edited(*BOOSTED, "gbtree_model_param", "num_parallel_tree", value="7"),
-            "'7' trees a round are named instead of 1",
+            "the model has '7' trees a round, not 1",
         ),
-        (edited(*BOOSTED, "trees", value={}), "there are -1 trees, where 1 may be"),
-        (edited(*BOOSTED, "trees", value=[3]), "tree 0 is none"),
+        (edited(*BOOSTED, "trees", value={}), "the trees must be a list, got dict"),
+        (
+            edited(*BOOSTED, "trees", value=[3]),
+            "tree 0 must be an object with a list left_children",
+        ),
         (
             edited(*TREE, "left_children", value=[-1] * 9),
-            "tree 0 has 9 nodes, where 7 may be",
+            "tree 0 must have 1 to 7 nodes, got 9",
         ),
         (
             edited(*TREE, "right_children", value=[1, -1, -1]),
-            "tree 0 is none: its nodes do not hang together",
+            "each node of tree 0 but the first must be the child of one node before it",
         ),
         (
             # A root that is a leaf, and beside it two nodes that are each other's children.
@@ -543,23 +546,23 @@ TREE = (*BOOSTED, "trees", 0)
                     }
                 ],
             ),
-            "tree 0 is none: its nodes do not hang together",
+            "each node of tree 0 but the first must be the child of one node before it",
         ),
         (
             edited(*TREE, "right_children", value=[2.0, -1, -1]),
-            "tree 0 has no right_children of 3 numbers",
+            "right_children of tree 0 must be 3 whole numbers",
         ),
         (
             edited(*TREE, "split_indices", value=[2, 0, 0]),
-            "tree 0 splits by a feature that there is not",
+            "tree 0 must split by the features 0 to 1 only",
         ),
         (
             edited(*TREE, "split_conditions", value=[[1], [2], [3, 4]]),
-            "tree 0 has no split_conditions of 3 numbers",
+            "split_conditions of tree 0 must be 3 numbers",
         ),
         (
             edited(*TREE, "split_conditions", value=[0.5, 1e39, 1]),
-            "tree 0 has split_conditions that are not finite",
+            "split_conditions of tree 0 must be finite numbers from -3e+38 to 3e+38",
         ),
     ],
 )
@@ -576,8 +579,8 @@ def test_leaves_of_several_classes_are_checked():
     assert leaves(read).tolist() == weights
     assert clipped(read, 2.0)["leaf_weights"] == [1.0, 2.0, 2.0, -1.0, -2.0, -2.0]
     for wrong, expected in (
-        ({"right_children": [2, 0, 0]}, "tree 0 has leaves without numbers"),
-        ({"leaf_weights": weights[:5]}, "tree 0 has no leaf_weights of 6 numbers"),
+        ({"right_children": [2, 0, 0]}, "each leaf of tree 0 must have numbers of its own"),
+        ({"leaf_weights": weights[:5]}, "leaf_weights of tree 0 must be 6 numbers"),
     ):
         with pytest.raises(ValueError, match=says(expected)):
             read_trees(write_trees(form, [tree | wrong]), form, 1)

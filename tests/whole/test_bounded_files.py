@@ -296,7 +296,7 @@ def test_packed_volumes_are_what_nibabel_reads(tmp_path, name):
 def test_a_packed_pair_is_not_unpacked(tmp_path):
     nibabel.save(nibabel.Nifti1Pair(np.ones((4, 3, 2), np.uint8), np.eye(4)), tmp_path / "x.img.gz")
     for path in (tmp_path / "x.img.gz", tmp_path / "x.hdr.gz"):
-        text = f"{path} is no NIfTI file with both header and voxels: unpack it"
+        text = f"{path} is not a NIfTI file with both header and voxels: unpack it"
         with pytest.raises(InputError, match=says(text)):
             read_image(path, 3)
 
@@ -426,8 +426,8 @@ def test_what_problems_of_a_table_quote_is_short_and_clean(tmp_path):
     path.write_text(f'patient,x,age\np1,1,"\x1b[31m{"x" * 10_000}"\np2,2,50\n')
     (problem,) = read_table(path, SCHEMA).problems
     assert problem == (
-        f"{tmp_path}/t\\x1b[2J .csv: age is no number in 1 row, counted as missing; the first is "
-        f"line 2 with '\\x1b[31m{'x' * 35}'"
+        f"{tmp_path}/t\\x1b[2J .csv: age is not a number in 1 row, counted as missing; the first "
+        f"is line 2 with '\\x1b[31m{'x' * 35}'"
     )
 
 
@@ -436,7 +436,7 @@ def test_whole_numbers_beyond_all_bounds_are_no_numbers():
         cells = Cells("t", "row", [1], ["age"], lambda _, huge=huge: [huge])
         assert np.isnan(cells.numbers("age")).all()
         assert cells.problems == [
-            f"age is no number in 1 row, counted as missing; the first is row 1 with {example}"
+            f"age is not a number in 1 row, counted as missing; the first is row 1 with {example}"
         ]
     assert category_text(10**400) == str(10**400)
 
@@ -489,7 +489,7 @@ def test_an_archive_that_is_compressed_is_not_unpacked(tmp_path, monkeypatch):
 
 def test_a_data_set_whose_member_is_no_array_is_not_unpacked(tmp_path):
     path = npz(tmp_path / "x.npz", train_images=bytes(BOMB))
-    with frugal(), pytest.raises(InputError, match=f"^{path}: not a whole npz file"):
+    with frugal(), pytest.raises(InputError, match=f"^{path}: not a complete npz file"):
         load_medmnist("own", path)
 
 

@@ -404,7 +404,7 @@ def test_a_bundle_that_the_folder_names_is_not_run(world, copied):
     assert not mark.exists()
     assert outcome == (
         f"not started: bundle was '{folder}/bundle' when {folder} was started and is '' now: "
-        "resume with the settings of the start; where you trust that folder, give them: "
+        "resume with the settings of the start; if you trust that folder, give them: "
         f"-c bundle={folder}/bundle"
     )
     # The same bundle runs where a person names it: the hook sees what it does.
@@ -425,7 +425,7 @@ def test_numbers_and_choices_are_taken_and_texts_must_be_given_again(world, copi
     assert done.exit_code == 2
     assert done.output.strip() == (
         f"not started: dataset was 'x y' when {folder} was started and is 'mine' now: resume with "
-        "the settings of the start; where you trust that folder, give them: -c 'dataset=x y'"
+        "the settings of the start; if you trust that folder, give them: -c 'dataset=x y'"
     )
     done = fedmed("run", world / "app", "--resume", folder, "-c", "dataset=x y")
     assert done.exit_code == 0, done.output
@@ -554,7 +554,7 @@ def test_a_compressed_member_is_not_unpacked(copied):
     members = members_of(folder) | {"state.json": b"[" * 30_000_000}
     write_members(folder, members, zipfile.ZIP_DEFLATED)
     assert (folder / "checkpoint.zip").stat().st_size < 100_000
-    refused(folder, "its member state.json is not stored as it is")
+    refused(folder, "its member state.json is compressed, encrypted or damaged")
 
 
 def test_a_member_that_no_record_names_is_refused(copied):
@@ -568,7 +568,7 @@ def test_two_members_of_one_name_are_refused(copied):
     folder = copied()
     with zipfile.ZipFile(folder / "checkpoint.zip", "a") as archive:
         archive.writestr("state.json", "{}")
-    refused(folder, "two members have one name")
+    refused(folder, "two members have the same name")
 
 
 def test_members_that_lie_in_one_place_are_refused(tmp_path):
@@ -663,7 +663,7 @@ def test_metrics_of_a_checkpoint_set_nothing_else(change, text, world, copied):
     folder = copied()
     edit_state(folder, lambda state: state | change)
     outcome = look_at(world, folder)[2]
-    start = f"not started: the checkpoint {folder / 'checkpoint.zip'} cannot be gone on from ("
+    start = f"not started: the checkpoint {folder / 'checkpoint.zip'} cannot be resumed ("
     assert outcome.startswith(start)
     assert text in outcome
 
@@ -675,7 +675,7 @@ def test_what_clients_kept_is_told_where_it_cannot_be_read(blob, world, copied):
     state = json.loads(members["state.json"]) | {"clients": ["1001"]}
     write_members(folder, members | {"state.json": json.dumps(state)})
     outcome = look_at(world, folder)[2]
-    start = f"not started: the checkpoint {folder / 'checkpoint.zip'} cannot be gone on from ("
+    start = f"not started: the checkpoint {folder / 'checkpoint.zip'} cannot be resumed ("
     assert outcome.startswith((start, "finished: "))
 
 
@@ -746,7 +746,7 @@ def test_nothing_is_written_through_a_link(world, copied):
             place.unlink(missing_ok=True)
         place.symlink_to(world / "secret")
         outcome = look_at(world, folder)[2]
-        text = f"not started: {place} cannot be gone on with (a link leads out of the folder, to "
+        text = f"not started: {place} cannot be used (a link leads out of the folder, to "
         assert outcome.startswith(text)
 
 
@@ -774,7 +774,7 @@ def test_a_link_within_the_folder_is_fine(world, copied):
 def test_a_folder_without_end_is_refused(tmp_path):
     deep = tmp_path.joinpath(*"a" * 30)
     deep.mkdir(parents=True)
-    with pytest.raises(InputError, match=r"more than 20 deep: no run folder does$"):
+    with pytest.raises(InputError, match=r"more than 20 deep: it is no run folder$"):
         files.require_closed(tmp_path)
 
 
@@ -927,9 +927,7 @@ def test_chromosomes_without_end_are_not_drawn(world, copied):
     with (folder / "association.csv").open("a") as file:
         file.writelines(f"{number},{','.join('1' * 14)}\n" for number in range(30_000))
     (outcome,) = look_at(world, folder, "association")
-    assert outcome == (
-        f"not started: {folder / 'association.csv'} tells of more than 100 chromosomes"
-    )
+    assert outcome == (f"not started: {folder / 'association.csv'} has more than 100 chromosomes")
 
 
 # --- fuzz ----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def asked(client, slopes, intercepts, context=None, lines=None):
     more = {"slopes": slopes, "intercepts": intercepts}
     reply = question(client, "logistic", context=context, **lines, **more)
     assert not reply.has_error(), reply.error.reason
-    record = reply.content["told"]
+    record = reply.content["sums"]
     return view(record["values"]), view(record["withheld"])
 
 
@@ -153,14 +153,14 @@ def withholding(places):
     def answer(client, message):
         content = GenomicsClient.queries["logistic"](client, message)
         lines = view(message.content["block"]["lines"])
-        told = content["told"]
+        told = content["sums"]
         values, withheld = view(told["values"]).copy(), view(told["withheld"]).copy()
         for place, line in enumerate(lines.tolist()):
             key = client.site.index, line
             steps[key] = steps.get(key, 0) + 1
             if steps[key] > places.get(key, 99):
                 values[place], withheld[place] = 0, True
-        content["told"] = ArrayRecord({"values": Array(values), "withheld": Array(withheld)})
+        content["sums"] = ArrayRecord({"values": Array(values), "withheld": Array(withheld)})
         return content
 
     queries = {**GenomicsClient.queries, "logistic": answer}
@@ -198,15 +198,15 @@ def test_what_does_not_say_which_variants_are_withheld_leaves_its_site_out(tmp_p
     def answer(client, message):
         content = GenomicsClient.queries["logistic"](client, message)
         if client.site.index == 1:
-            values = view(content["told"]["values"])
+            values = view(content["sums"]["values"])
             wrong = Array(np.zeros(len(values) + 1, bool))
-            content["told"] = ArrayRecord({"values": Array(values), "withheld": wrong})
+            content["sums"] = ArrayRecord({"values": Array(values), "withheld": wrong})
         return content
 
     queries = {**GenomicsClient.queries, "logistic": answer}
     summary, lines = study(World(tmp_path).client(queries=queries), tmp_path, test="logistic")
     (failure,) = summary["failures"]
-    text = "malformed answer: nothing that says which variants are withheld"
+    text = "malformed answer: withheld must be bool of shape (15,), got bool of (16,)"
     assert failure["reason"] == text
     assert {line["sites"] for line in lines.values()} == {"2"}
 
