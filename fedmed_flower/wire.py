@@ -89,7 +89,7 @@ class Entry(NamedTuple):
     reply : str
         Kind of message that is answered: ``train``, ``evaluate``, the name of a query, or ``any``.
     key : str
-        Name of the record and of its entry. ``CLASS``, ``COLUMN`` and ``FIGURE`` are placeholders
+        Name of the record and of its entry. ``CLASS``, ``COLUMN`` and ``METRIC`` are placeholders
         for any class, column and metric.
     what : str
         Description for readers.
@@ -151,19 +151,19 @@ variants | config.offset | where to begin | genomics/rounds | genomics/client
 variants | config.count | how many variants | genomics/rounds | genomics/client
 counts | config.squares | whether squares are needed | genomics/rounds | genomics/client
 counts | block.lines | which variants | genomics/rounds | genomics/client
-counts | block.swapped | whose alleles change places | genomics/rounds | genomics/client
+counts | block.swapped | which have A1 and A2 swapped | genomics/rounds | genomics/client
 linear | block.lines | which variants | genomics/rounds | genomics/client
-linear | block.swapped | whose alleles change places | genomics/rounds | genomics/client
+linear | block.swapped | which have A1 and A2 swapped | genomics/rounds | genomics/client
 logistic | block.lines | which variants | genomics/rounds | genomics/client
-logistic | block.swapped | whose alleles change places | genomics/rounds | genomics/client
+logistic | block.swapped | which have A1 and A2 swapped | genomics/rounds | genomics/client
 logistic | block.slopes | coefficients so far | genomics/rounds | genomics/client
 logistic | block.intercepts | the site's own coefficient | genomics/rounds | genomics/client
 loadings | block.lines | which variants | genomics/rounds | genomics/client
-loadings | block.swapped | whose alleles change places | genomics/rounds | genomics/client
+loadings | block.swapped | which have A1 and A2 swapped | genomics/rounds | genomics/client
 loadings | block.frequencies | allele frequencies | genomics/rounds | genomics/client
 loadings | block.loadings | components so far | genomics/rounds | genomics/client
 scores | block.lines | which variants | genomics/rounds | genomics/client
-scores | block.swapped | whose alleles change places | genomics/rounds | genomics/client
+scores | block.swapped | which have A1 and A2 swapped | genomics/rounds | genomics/client
 scores | block.frequencies | allele frequencies | genomics/rounds | genomics/client
 scores | block.loadings | the components | genomics/rounds | genomics/client
 """
@@ -223,13 +223,13 @@ evaluate | metrics.hd95-CLASS | mean distance of each class's outlines | bounded
 evaluate | metrics.surface-dice | mean surface Dice | bounded | never
 evaluate | metrics.surface-dice-CLASS | mean surface Dice of each class | bounded | never
 evaluate | metrics.noised-dice | number of patients and sums of their Dice | never | noised
-evaluate | metrics.FIGURE@column=value | each figure above, of a group (report-by) | bounded | never
+evaluate | metrics.METRIC@column=value | each metric above, of a group (report-by) | bounded | never
 pictures | pictures.titles | what each picture shows | bounded | plain
 pictures | pictures.images | up to six pictures of test cases | bounded | plain
-personal | metrics.val-global | main validation figure of the global model | bounded | never
-personal | metrics.val-own | main validation figure of its own model | bounded | never
+personal | metrics.val-global | main validation metric of the global model | bounded | never
+personal | metrics.val-own | main validation metric of its own model | bounded | never
 personal | metrics.personal-epochs | passes after which its own was kept | plain | never
-personal | metrics.FIGURE | figures of evaluate, of its own model | bounded | never
+personal | metrics.METRIC | metrics of evaluate, of its own model | bounded | never
 statistics | statistics.answer | answer to a question for statistics | bounded | noised
 cohort | cohort.people | people of a study | bounded | never
 cohort | cohort.cases | those with the trait | bounded | never
@@ -254,7 +254,7 @@ REPLIES = tuple(
     Entry(*(cell.strip() for cell in line.split("|"))) for line in _REPLIES.strip().splitlines()
 )
 
-# What a simulation adds, where nothing leaves.
+# What a simulation sends besides; nothing of it leaves the machine.
 SIMULATED = {
     "patients.digests": "digests of patients' names",
     "metrics.labels": "number of training rows of each class",
@@ -280,10 +280,10 @@ def _generic(reply: str, name: str, key: str) -> str:
         return "arrays.*"
     metric, _, group = key.partition("@")
     if name == "metrics" and reply == "evaluate" and group:
-        return "metrics.FIGURE@column=value"
+        return "metrics.METRIC@column=value"
     listed = metric.startswith("val-") or metric == "personal-epochs"
     if name == "metrics" and reply == "personal" and not listed:
-        return "metrics.FIGURE"
+        return "metrics.METRIC"
     metric = re.sub(r"^(dice|hd95|surface-dice)-(?!worst$).*", r"\1-CLASS", metric)
     metric = re.sub(r"^(moments|categories|counts) .*", r"\1 COLUMN", metric)
     return f"{name}.{metric}"
@@ -291,9 +291,9 @@ def _generic(reply: str, name: str, key: str) -> str:
 
 def noised_evaluation(keys: Collection[str]) -> bool:
     """Return whether an evaluation with these keys carries noise or contains no metric at all."""
-    figures = {entry.key for entry in REPLIES if entry.reply == "evaluate"}
-    figures.discard("metrics.num-examples")
-    return figures.isdisjoint(keys) or not _PRIVATE.isdisjoint(keys)
+    metrics = {entry.key for entry in REPLIES if entry.reply == "evaluate"}
+    metrics.discard("metrics.num-examples")
+    return metrics.isdisjoint(keys) or not _PRIVATE.isdisjoint(keys)
 
 
 class Line(NamedTuple):

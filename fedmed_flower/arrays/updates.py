@@ -299,7 +299,8 @@ class Updates:
         Raises
         ------
         NotUsableError
-            For each update whose norm is, or that holds NaN or infinite values.
+            If updates hold NaN or infinite values; else if the norm of an update is above the
+            limit. The error names each such update.
         """
         norms = self.norms()
         finite = norms[np.isfinite(norms)]

@@ -25,12 +25,12 @@ from fedmed_flower.genomics.plink import Fileset
 from fedmed_flower.genomics.regression import linear_sums, logistic_terms, standardised
 from fedmed_flower.genomics.types import Floats
 from fedmed_flower.privacy.patient import budget_of
-from fedmed_flower.settings.section import with_type_of
+from fedmed_flower.settings.text import with_type_of
 from fedmed_flower.wire import COHORT, COUNT, OFFSET, POSITIONS, SQUARES, SUMS, VARIANTS
 
 log = logging.getLogger("flwr.fedmed")
 
-# Genotypes of one part: as many are in memory at a time, in several arrays.
+# Genotypes that are read at a time; several arrays of this size are in memory.
 _CELLS = 1 << 22
 # Numbers of one answer: 128 MB.
 _MOST_NUMBERS = 1 << 24
@@ -158,7 +158,8 @@ class GenomicsClient(MedicalClient):
         Raises
         ------
         DeclinedError
-            If these people differ by too few from those of an earlier answer.
+            If fewer than min-cell-count of these people, or of the cases or controls among them,
+            differ between this answer and an earlier one.
         """
         if self.site.simulated:
             return
@@ -170,7 +171,10 @@ class GenomicsClient(MedicalClient):
                 cells = np.array([int(_number(row, self.phenotype) == 1) for row in book.rows])
             usable = book.column(self.phenotype, inside, cells)
         if usable is None or not bool((usable == inside).all()):
-            raise DeclinedError("its people differ by too few from those of an earlier answer")
+            raise DeclinedError(
+                "fewer than min-cell-count people (or cases, or controls) differ between this "
+                "answer and an earlier one"
+            )
 
     def _cohort(self) -> Cohort:
         fileset = Fileset.open(self.genotypes(self.site))
@@ -305,8 +309,8 @@ def linear(client: GenomicsClient, message: Message) -> RecordDict:
 def logistic(client: GenomicsClient, message: Message) -> RecordDict:
     """Send the terms of one Newton step of the logistic models of the requested variants.
 
-    ``withheld`` says for each variant whether its terms are withheld, with 0 sent in their place.
-    They are withheld if one person has more than one part in `minimum` of the weight, as
+    ``withheld`` says for each variant whether its terms are withheld, and 0 is sent instead. They
+    are withheld if one person has more than one part in `minimum` of the weight, as
     `logistic_terms` measures it.
     """
     cohort = client.cohort()
@@ -393,7 +397,7 @@ class _Request:
         if count > most:
             raise InputError(f"lines must be at most {most} for this question, got {count}")
         if not count or self.lines.min() < 0 or self.lines.max() > last:
-            raise InputError(f"lines must lie in 0..{last} and be at least one")
+            raise InputError(f"lines must be one or more numbers in 0..{last}")
         if len(np.unique(self.lines)) < count:
             raise InputError("lines must be different: a question names a variant once")
 

@@ -8,6 +8,7 @@ association studies", Nature Genetics 38:904-909, 2006.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,6 @@ from scipy import linalg, special
 from fedmed_flower.genomics.association import Results, log10_p_of_t, log10_p_of_z
 from fedmed_flower.genomics.types import Floats
 
-# Columns of a regression: the covariates first, the copies of A1 last.
 MOST_STEPS = 25
 _CONVERGED = 1e-7
 _SINGULAR = 1e-10
@@ -32,7 +32,10 @@ _MOST_NUMBERS = 1 << 24
 
 
 def pairs(width: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return rows and columns of the upper triangle, as which a symmetric matrix is sent."""
+    """Return the row and column indices of the upper triangle of a symmetric matrix.
+
+    Only this triangle of such a matrix is sent.
+    """
     return np.triu_indices(width)
 
 
@@ -66,7 +69,8 @@ def linear_sums(genotypes: NDArray[np.int8], trait: Floats, covariates: Floats) 
     -------
     (m, (c + 2) (c + 3) / 2) float array
         Sums of products of covariates, copies and trait, centred on their means over the people
-        whose genotype is known: the upper triangle of a matrix.
+        whose genotype is known: the upper triangle of a matrix. Its columns are the covariates, the
+        copies of A1 and the trait.
     """
     copies, known = _copies(genotypes)
     others = np.column_stack([covariates, trait])
@@ -207,6 +211,64 @@ def _largest_share(weights: Floats) -> Floats:
         return np.asarray(weights.max(1) / weights.sum(1), np.float64)
 
 
+class _Newton(NamedTuple):
+    """A full Newton step of some logistic models.
+
+    Attributes
+    ----------
+    change : (w, c + 1) float array
+        Of the slopes.
+    shift : (hospitals, w) float array
+        Of the intercepts.
+    decrement : (w,) float array
+        The Newton decrement before the step.
+    errors : (w,) float array
+        Standard error of the slope of the copies.
+    small : (w,) bool array
+        Whether the model has converged: all changes are small beside their standard errors.
+    sound : (w,) bool array
+        Whether the model is identified and the numbers are finite.
+    """
+
+    change: Floats
+    shift: Floats
+    decrement: Floats
+    errors: Floats
+    small: NDArray[np.bool_]
+    sound: NDArray[np.bool_]
+
+
+def _newton(terms: Floats, taking: NDArray[np.bool_], width: int) -> _Newton:
+    """Return the Newton step of models of `width` coefficients a hospital, intercept included.
+
+    Parameters
+    ----------
+    terms : (hospitals, w, k) float array
+        `logistic_terms`; 0 if a hospital takes no part.
+    taking : (hospitals, w) bool array
+    width : int
+    """
+    score = terms[:, :, :width]
+    information = _square(terms[:, :, width:], width)
+    # A hospital's intercept is in its terms alone, so it is eliminated first.
+    known = taking & (information[:, :, 0, 0] > 0)
+    pivot = np.where(known, information[:, :, 0, 0], np.inf)
+    share = information[:, :, 0, 1:] / pivot[:, :, None]
+    slopes = (information[:, :, 1:, 1:] - share[..., None] * information[:, :, :1, 1:]).sum(0)
+    wanted = (score[:, :, 1:] - share * score[:, :, :1]).sum(0)
+    inverse, sound = _inverse(slopes)
+    change = np.einsum("mij,mj->mi", inverse, wanted)
+    shift = score[:, :, 0] / pivot - np.einsum("smj,mj->sm", share, change)
+    with np.errstate(over="ignore", invalid="ignore"):
+        decrement = np.einsum("mi,mi->m", wanted, change)
+        decrement = decrement + (score[:, :, 0] ** 2 / pivot).sum(0)
+    sound &= np.isfinite(decrement)
+    errors = np.sqrt(np.einsum("mii->mi", inverse))
+    small = (np.abs(change) < _CONVERGED * errors).all(1)
+    small &= (np.abs(shift) * np.sqrt(np.where(known, pivot, 0)) < _CONVERGED).all(0)
+    return _Newton(change, shift, decrement, errors[:, -1], small, sound)
+
+
 class LogisticFit:
     """Newton's method for the logistic models of some variants, one intercept a hospital.
 
@@ -272,34 +334,18 @@ class LogisticFit:
         waiting : (w,) int array
             Indices of the variants.
         """
-        width = self.slopes.shape[1] + 1
-        score = terms[:, :, :width]
-        information = _square(terms[:, :, width:], width)
-        # A hospital's intercept is in its terms alone, so it is eliminated first.
-        known = self.taking[:, waiting] & (information[:, :, 0, 0] > 0)
-        pivot = np.where(known, information[:, :, 0, 0], np.inf)
-        share = information[:, :, 0, 1:] / pivot[:, :, None]
-        slopes = (information[:, :, 1:, 1:] - share[..., None] * information[:, :, :1, 1:]).sum(0)
-        wanted = (score[:, :, 1:] - share * score[:, :, :1]).sum(0)
-        inverse, sound = _inverse(slopes)
-        change = np.einsum("mij,mj->mi", inverse, wanted)
-        shift = score[:, :, 0] / pivot - np.einsum("smj,mj->sm", share, change)
-        with np.errstate(over="ignore", invalid="ignore"):
-            decrement = np.einsum("mi,mi->m", wanted, change)
-            decrement = decrement + (score[:, :, 0] ** 2 / pivot).sum(0)
-        sound &= np.isfinite(decrement)
-        first = np.isinf(self._decrement[waiting])
-        ahead = sound & (first | (decrement <= self._decrement[waiting]))
+        newton = _newton(terms, self.taking[:, waiting], self.slopes.shape[1] + 1)
+        before = self._decrement[waiting]
+        first = np.isinf(before)
+        ahead = newton.sound & (first | (newton.decrement <= before))
         self._halve(waiting[~ahead & ~first])
-        alone = waiting[first & ~sound]
-        self.failed[alone] = True
-        self._open[alone] = False
-        self._move(waiting[ahead], change[ahead], shift[:, ahead], decrement[ahead])
-        errors = np.sqrt(np.einsum("mii->mi", inverse))
-        self._error[waiting[ahead]] = errors[ahead, -1]
-        done = ahead & (np.abs(change) < _CONVERGED * errors).all(1)
-        done &= (np.abs(shift) * np.sqrt(np.where(known, pivot, 0)) < _CONVERGED).all(0)
-        self._open[waiting[done]] = False
+        unidentified = waiting[first & ~newton.sound]
+        self.failed[unidentified] = True
+        self._open[unidentified] = False
+        moved = waiting[ahead]
+        self._move(moved, newton.change[ahead], newton.shift[:, ahead], newton.decrement[ahead])
+        self._error[moved] = newton.errors[ahead]
+        self._open[waiting[ahead & newton.small]] = False
 
     def _halve(self, variants: NDArray[np.intp]) -> None:
         """Go back by half of the last step."""

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tomli_w
@@ -43,7 +43,9 @@ from fedmed_flower.genomics.variants import ABSENT, REASONS, SWAPPED, Block
 from fedmed_flower.runs.roll_call import held_back
 from fedmed_flower.server.run_folder import CONFIG, SUMMARY, RunFolder
 from fedmed_flower.server.sites import wait_for_sites
+from fedmed_flower.settings.registry import Sections, effective, require_known
 from fedmed_flower.settings.study import Study
+from fedmed_flower.settings.text import expand
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -51,7 +53,7 @@ _TOP = 10
 _PACKAGES = ("fedmed-flower", "flwr", "numpy", "scipy")
 
 
-def associate(grid: Grid, context: Context) -> dict[str, Any]:
+def associate(grid: Grid, context: Context, sections: Sections = ()) -> dict[str, Any]:
     """Run an association study by the run config and leave a complete run folder.
 
     The folder holds ``association.csv`` with a line a variant, ``summary.json``, ``report.html``,
@@ -61,6 +63,8 @@ def associate(grid: Grid, context: Context) -> dict[str, Any]:
     ----------
     grid, context
         As Flower gives them to a ServerApp.
+    sections : sequence of Section classes
+        The app's own settings.
 
     Returns
     -------
@@ -74,8 +78,9 @@ def associate(grid: Grid, context: Context) -> dict[str, Any]:
     RunFailedError
         If all sites failed during the study.
     """
-    config = context.run_config
-    study = Study.from_run_config(config)
+    require_known(context.run_config, sections)
+    study = Study.from_run_config(context.run_config)
+    config = expand(context.run_config) | effective(context.run_config, [Study, *sections])
     if config.get("privacy", "none") != "none":
         raise InputError(
             "an association study carries no noise: set privacy=none, which hospitals with a "
@@ -104,6 +109,29 @@ def _leave_out_one_sided(panel: Panel) -> None:
             "no hospital has both cases and controls, which test=logistic needs: set test=trend "
             "or test=allelic"
         )
+
+
+class _Tested(NamedTuple):
+    """What came of the test of some variants.
+
+    Attributes
+    ----------
+    results : Results
+    counts : (variants, 5) int64 array
+        Summed over the hospitals that take part.
+    held : (hospitals, variants) bool array
+        Which hospital withheld its counts of which variant.
+    weighty : (hospitals, variants) bool array
+        Which hospital withheld which variant because one person has too much weight.
+    taking : (hospitals, variants) bool array
+        Which hospital takes part in which variant.
+    """
+
+    results: Results
+    counts: Counts
+    held: NDArray[np.bool_]
+    weighty: NDArray[np.bool_]
+    taking: NDArray[np.bool_]
 
 
 @dataclass
@@ -161,16 +189,21 @@ class _Association:
             self.values = find_components(self.panel, size, study.components, most, study.seed)
         with _table(self.folder.path / TABLE) as lines:
             for number, block, counts in blocks(self.panel, size, study.test == "trend"):
-                lines.writerows(self._test(block, counts, number))
+                tested = self._test(block, counts, number)
+                rows = self._rows(block, tested)
+                for site, total in enumerate(self.tally):
+                    for key, count in self._counted(block, tested, site).items():
+                        total[key] += count
+                self.log10_p.append(tested.results.log10_p)
+                self.best = _smallest(self.best, tested.results.log10_p, rows)
+                lines.writerows(rows)
 
-    def _test(self, block: Block, counts: Counts, number: int) -> list[list[str]]:
-        """Test some variants; return their lines of the table."""
+    def _test(self, block: Block, counts: Counts, number: int) -> _Tested:
         held = counts[:, :, CASES] == WITHHELD
         taking = block.usable() & ~held
         taking[list(self.panel.left_out)] = False
         weighty = np.zeros_like(taking)
         counts = np.where(taking[:, :, None], counts, 0)
-        notes: dict[int, list[str]] = {}
         if self.study.test in ("trend", "allelic"):
             test = trend_test if self.study.test == "trend" else allelic_test
             results = test(counts.sum(0))
@@ -179,61 +212,48 @@ class _Association:
             results, taking, weighty = regress(
                 self.panel, block, counts, taking, number, self.study.test, covariates
             )
-        self._note_sites(block, held, weighty, taking, notes)
         counts = np.where(taking[:, :, None], counts, 0)
-        self.log10_p.append(results.log10_p)
-        rows = self._rows(block, counts.sum(0), taking.sum(0), results, notes)
-        known = np.flatnonzero(np.isfinite(results.log10_p))
-        first = known[np.argsort(results.log10_p[known], kind="stable")[:_TOP]]
-        best = [(float(results.log10_p[index]), rows[index]) for index in first]
-        self.best = heapq.nsmallest(_TOP, [*self.best, *best], key=lambda pair: pair[0])
-        return rows
+        return _Tested(results, counts.sum(0), held, weighty, taking)
 
-    def _note_sites(
-        self,
-        block: Block,
-        held: NDArray[np.bool_],
-        weighty: NDArray[np.bool_],
-        taking: NDArray[np.bool_],
-        notes: dict[int, list[str]],
-    ) -> None:
-        """Count, and note for each variant, which hospital does not take part and why."""
-        reasons: dict[tuple[int, str], list[str]] = {}
-        idle = "no genotype" if self.study.test == "linear" else "cases or controls only"
+    def _counted(self, block: Block, tested: _Tested, site: int) -> dict[str, int]:
+        """Return how many variants a hospital takes part in, withholds, has swapped or lacks."""
+        codes = block.codes[site]
+        taking = tested.taking[site]
+        return {
+            "counted": int(taking.sum()),
+            "withheld": int((tested.held[site] | tested.weighty[site]).sum()),
+            "swapped": int((taking & (codes == SWAPPED)).sum()),
+            "absent": int((codes == ABSENT).sum()),
+            "left out": int((codes > SWAPPED).sum()),
+        }
+
+    def _excluded(self, block: Block, tested: _Tested, site: int) -> dict[str, NDArray[np.bool_]]:
+        """Return by reason in which variants a hospital does not take part."""
+        held = tested.held[site]
+        weighty = tested.weighty[site]
+        idle = block.usable()[site] & ~tested.taking[site]
+        if site in self.panel.left_out:
+            return {"failed": idle}
+        excluded = {text: block.codes[site] == code for code, text in REASONS.items()}
+        excluded["withheld"] = held
+        excluded["one person weighs too much"] = weighty
+        linear = self.study.test == "linear"
+        reason = "no genotype" if linear else "cases or controls only"
+        excluded[reason] = idle & ~held & ~weighty
+        return excluded
+
+    def _notes(self, block: Block, tested: _Tested) -> dict[int, list[str]]:
+        """Return for each variant which hospitals do not take part and why, and why no result."""
+        names_of: dict[tuple[int, str], list[str]] = {}
         for site, name in enumerate(self.panel.names):
-            codes = block.codes[site]
-            usable = block.usable()[site]
-            tally = self.tally[site]
-            excluded = {text: codes == code for code, text in REASONS.items()}
-            excluded["withheld"] = held[site]
-            excluded["one person weighs too much"] = weighty[site]
-            excluded[idle] = usable & ~held[site] & ~weighty[site] & ~taking[site]
-            if site in self.panel.left_out:
-                excluded = {"failed": usable & ~taking[site]}
-            for text, variants in excluded.items():
+            for reason, variants in self._excluded(block, tested, site).items():
                 for index in np.flatnonzero(variants).tolist():
-                    reasons.setdefault((index, text), []).append(name)
-            tally["counted"] += int(taking[site].sum())
-            tally["withheld"] += int((held[site] | weighty[site]).sum())
-            tally["swapped"] += int((taking[site] & (codes == SWAPPED)).sum())
-            tally["absent"] += int((codes == ABSENT).sum())
-            tally["left out"] += int((codes > SWAPPED).sum())
-        for (index, text), names in reasons.items():
-            notes.setdefault(index, []).append(f"{text}: {', '.join(names)}")
-
-    def _rows(
-        self,
-        block: Block,
-        counts: Counts,
-        sites: NDArray[np.int64],
-        results: Results,
-        notes: dict[int, list[str]],
-    ) -> list[list[str]]:
-        people = counts[:, CASES] + counts[:, CONTROLS]
-        copies = counts[:, CASE_COPIES] + counts[:, CONTROL_COPIES]
-        with np.errstate(invalid="ignore"):
-            frequency = copies / (2 * people)
-        for index in np.flatnonzero(np.isnan(results.log10_p)).tolist():
+                    names_of.setdefault((index, reason), []).append(name)
+        notes: dict[int, list[str]] = {}
+        for (index, reason), names in names_of.items():
+            notes.setdefault(index, []).append(f"{reason}: {', '.join(names)}")
+        people, copies = _people_and_copies(tested.counts)
+        for index in np.flatnonzero(np.isnan(tested.results.log10_p)).tolist():
             if not people[index]:
                 note = "no hospital counts"
             elif copies[index] in (0, 2 * people[index]):
@@ -241,6 +261,17 @@ class _Association:
             else:
                 note = "no result: not identified or not converged"
             notes.setdefault(index, []).append(note)
+        return notes
+
+    def _rows(self, block: Block, tested: _Tested) -> list[list[str]]:
+        """Return the variants' lines of the table."""
+        results = tested.results
+        counts = tested.counts
+        sites = tested.taking.sum(0)
+        notes = self._notes(block, tested)
+        people, copies = _people_and_copies(counts)
+        with np.errstate(invalid="ignore"):
+            frequency = copies / (2 * people)
         binary = self.study.test != "linear"
         numbers = (frequency, results.effect, results.se, results.statistic)
         texts = [[f"{value:.12g}" for value in column.tolist()] for column in numbers]
@@ -248,8 +279,13 @@ class _Association:
         totals = zip(sites.tolist(), people.tolist(), counts.tolist(), strict=True)
         return [
             [
-                *(str(variant.chromosome), str(variant.position), variant.name),
-                *(variant.a1, variant.a2, str(count), str(everybody)),
+                str(variant.chromosome),
+                str(variant.position),
+                variant.name,
+                variant.a1,
+                variant.a2,
+                str(count),
+                str(everybody),
                 *([str(sums[CASES]), str(sums[CONTROLS])] if binary else ["", ""]),
                 *(column[index] for column in texts),
                 ps[index],
@@ -303,6 +339,23 @@ class _Association:
         return summary
 
 
+def _people_and_copies(counts: Counts) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the people and the copies of A1 behind each variant's counts."""
+    people = counts[:, CASES] + counts[:, CONTROLS]
+    copies = counts[:, CASE_COPIES] + counts[:, CONTROL_COPIES]
+    return people, copies
+
+
+def _smallest(
+    best: list[tuple[float, list[str]]], log10_p: Floats, rows: list[list[str]]
+) -> list[tuple[float, list[str]]]:
+    """Return the lines with the smallest p-values, of the best so far and of more variants."""
+    known = np.flatnonzero(np.isfinite(log10_p))
+    first = known[np.argsort(log10_p[known], kind="stable")[:_TOP]]
+    more = [(float(log10_p[index]), rows[index]) for index in first]
+    return heapq.nsmallest(_TOP, [*best, *more], key=lambda pair: pair[0])
+
+
 def _top_variants(rows: list[dict[str, str]]) -> dict[str, Any]:
     """Return the table of the variants with the smallest p-values."""
     effect = "OR" if rows[0]["cases"] else "beta"
@@ -312,9 +365,14 @@ def _top_variants(rows: list[dict[str, str]]) -> dict[str, Any]:
         "head": head,
         "rows": [
             [
-                *(row["id"], row["chrom"], row["position"], f"{row['a1']}/{row['a2']}"),
-                *(f"{float(row['freq']):.3f}", f"{float(row['effect']):.3f}"),
-                *(_short(row["p"]), row["sites"]),
+                row["id"],
+                row["chrom"],
+                row["position"],
+                f"{row['a1']}/{row['a2']}",
+                f"{float(row['freq']):.3f}",
+                f"{float(row['effect']):.3f}",
+                _short(row["p"]),
+                row["sites"],
             ]
             for row in rows
         ],

@@ -217,8 +217,8 @@ def bounded_auc(
     -----
     If the bins of two rows do not overlap, they show the order of the rows. Within a site, the AUC
     shows how many pairs are in order. All other pairs are unknown: one bound takes them all to be
-    in the wrong order, the other in the right one. The estimate takes the same share of them to be
-    in order as of the pairs within a site whose bins overlap, or half if no site reports its AUC.
+    in the wrong order, the other in the right one. The estimate assumes that the share of them in
+    order is that of the pairs within a site whose bins overlap; half if no site reports its AUC.
     """
     classes = range(site_aucs.shape[1])
     parts = [_bounded(edges[:, c], counts[:, c], site_aucs[:, c]) for c in classes]
@@ -242,10 +242,10 @@ def _bounded(edges: Floats, counts: Floats, site_aucs: Floats) -> tuple[float, f
     if not pairs:
         return math.nan, math.nan, math.nan
     surely, perhaps = _ordered(negatives, positives)
-    # Pairs within sites: in order by the AUC, and the rounding error of this number.
-    ordered = error = 0.0
-    # Those of them whose bins overlap: in order by the AUC, and all.
-    settled = overlapping = 0.0
+    ordered = 0.0  # Pairs within sites that are in order, by the AUC.
+    error = 0.0  # Rounding error of this number.
+    settled = 0.0  # Pairs within sites whose bins overlap and that are in order, by the AUC.
+    overlapping = 0.0  # All pairs within sites whose bins overlap.
     for site, auc, histograms in zip(bins, site_aucs, counts, strict=True):
         if auc == UNREPORTED:
             continue

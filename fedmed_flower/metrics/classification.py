@@ -91,7 +91,7 @@ def classification_metrics(
     Raises
     ------
     InputError
-        If there is not one patient a row.
+        If `patients` does not name one patient for each row.
     """
     from sklearn.metrics import confusion_matrix
 

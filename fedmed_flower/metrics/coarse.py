@@ -1,4 +1,4 @@
-"""Metrics as a hospital sends them that reports coarsely."""
+"""Metrics in the form in which a hospital that reports coarsely sends them."""
 
 from __future__ import annotations
 

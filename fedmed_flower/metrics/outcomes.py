@@ -238,9 +238,7 @@ def by_group(
         Each has ``patient`` and, in `columns`, a text or None.
     columns : sequence of str
     minimum : int
-        The fewest patients of a group that is reported. The patients outside a column's reported
-        groups must also be at least as many, or none. Otherwise the column's smallest reported
-        group is left out too, until this holds.
+        As `reported_groups` takes it.
     measure : callable
         Maps the indices of a group's rows to its metrics.
 
@@ -255,27 +253,50 @@ def by_group(
         If no row has one of the columns, or a column holds something other than texts.
     """
     metrics: dict[str, Any] = {}
-    for column in columns if rows else ():
-        groups: dict[str | None, list[int]] = {}
-        for index, value in enumerate(_texts(rows, column)):
-            groups.setdefault(value, []).append(index)
-        patients = {
-            value: {patient_text(rows[index]["patient"]) for index in indices}
-            for value, indices in groups.items()
-        }
-        reported = [
-            value for value in groups if value is not None and len(patients[value]) >= minimum
-        ]
-        reported.sort(key=lambda value: (-len(patients[value]), value))
-        while reported:
-            hidden = set().union(*(patients[value] for value in groups if value not in reported))
-            if not 0 < len(hidden) < minimum:
-                break
-            reported.pop()
-        for value in sorted(reported):
-            group = {"num-examples": len(groups[value])} | dict(measure(groups[value]))
+    for column in columns:
+        for value, indices in reported_groups(rows, column, minimum).items():
+            group = {"num-examples": len(indices)} | dict(measure(indices))
             metrics |= {f"{name}@{column}={value}": metric for name, metric in group.items()}
     return metrics
+
+
+def reported_groups(
+    rows: Sequence[Mapping[str, Any]], column: str, minimum: int
+) -> dict[str, list[int]]:
+    """Return the indices of the rows of each reported group, by the group's text in a column.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        As `by_group` takes them.
+    column : str
+    minimum : int
+        The fewest patients of a group that is reported. The patients outside the reported groups
+        must also be at least as many, or none. Otherwise the smallest reported group is left out
+        too, until this holds.
+
+    Raises
+    ------
+    InputError
+        If no row has the column, or it holds something other than texts.
+    """
+    if not rows:
+        return {}
+    groups: dict[str | None, list[int]] = {}
+    for index, value in enumerate(_texts(rows, column)):
+        groups.setdefault(value, []).append(index)
+    patients = {
+        value: {patient_text(rows[index]["patient"]) for index in indices}
+        for value, indices in groups.items()
+    }
+    reported = [value for value in groups if value is not None and len(patients[value]) >= minimum]
+    reported.sort(key=lambda value: (-len(patients[value]), value))
+    while reported:
+        hidden = set().union(*(patients[value] for value in groups if value not in reported))
+        if not 0 < len(hidden) < minimum:
+            break
+        reported.pop()
+    return {value: groups[value] for value in sorted(reported)}
 
 
 def _texts(rows: Sequence[Mapping[str, Any]], column: str) -> list[str | None]:

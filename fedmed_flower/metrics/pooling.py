@@ -134,7 +134,7 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
         The average precision comes from the histograms alone. It is right to 0.002 for scores with
         one hump, and for few distinct scores, with some hundred rows of each class at several
         hospitals. With fewer than 500 rows of the class in all, two rows at the top whose bins
-        overlap may move it by half of one over their number.
+        overlap may change it by 1 / (2 n), n being the number of rows of the class.
 
         If a hospital reports coarsely, the AUC of all rows lies between ``auc-low`` and
         ``auc-high`` (to three digits, rounded outwards), whatever the order of rows that share a
@@ -276,7 +276,7 @@ def _check_grid(grid: list[float], merged: bool) -> str | None:
 
 
 def pool_masks(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return those metrics of masks over all hospitals that are no weighted mean of theirs.
+    """Return those pooled metrics of masks that are not weighted means of the hospitals' metrics.
 
     Parameters
     ----------

@@ -24,7 +24,7 @@ _STEP = 1.0005
 # With less noise epsilon is above 500,000: no protection that is worth a number.
 _LEAST_NOISE = 1e-3
 _MOST_NOISE = 1e9
-# With wider intervals epsilon is as useless, and floats soon overflow.
+# With wider intervals epsilon would be too large to mean anything, and floats soon overflow.
 _MOST_INTERVAL = 100.0
 
 
@@ -206,7 +206,7 @@ def _merged(counts: Iterable[tuple[Release, int]]) -> dict[Release, int]:
 
 
 def _interval(counts: Mapping[Release, int]) -> float:
-    """Return the width to whose multiples privacy losses are rounded up.
+    """Return the width of the grid on which privacy losses are rounded up.
 
     The width is small beside the loss of one release and beside the loss of all. If it were larger
     than the loss of one release, the rounding errors of many would add up to far too much. A

@@ -1,4 +1,4 @@
-"""One gradient per record. `PatientOptimizer` makes of them a step that hides each patient.
+"""One gradient per record; `PatientOptimizer` turns them into a step that hides each patient.
 
 Each record goes through model and loss alone, so no operation of a network or a loss on a batch
 can mix two patients.

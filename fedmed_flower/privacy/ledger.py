@@ -234,9 +234,17 @@ class Ledger:
                     row,
                 )
                 return int(cursor.lastrowid or 0)
+        limit, epsilon = exceeded
+        log.info(
+            "declined: epsilon would come to %.3f at delta %g, above %g, %s",
+            epsilon,
+            limit.delta,
+            limit.epsilon,
+            limit.name,
+        )
         # Raised after the commit, which stores the budget of a declined charge too. The message
         # has no number: from the budget one could work out what other runs have released.
-        raise DeclinedError(f"{exceeded.name} would be passed")
+        raise DeclinedError(f"{limit.name} would be passed")
 
     @staticmethod
     def _store_budget(connection: sqlite3.Connection, budget: Limit | None) -> None:
@@ -254,13 +262,17 @@ class Ledger:
         run: str,
         run_limit: Limit | None,
         budget: Limit | None,
-    ) -> Limit | None:
-        """Return the first limit that `new` would exceed: of this run, then of all runs."""
+    ) -> tuple[Limit, float] | None:
+        """Return the first limit that `new` would exceed, and epsilon; None if it exceeds none.
+
+        The limit of this run comes first, then that of all runs.
+        """
         for limit, runs in ((run_limit, run), (budget, None)):
             if limit is not None:
                 total = self._releases(connection, datasets, runs) + new
-                if _exceeds(total, limit):
-                    return limit
+                epsilon = epsilon_of(total, limit.delta)
+                if epsilon > limit.epsilon:
+                    return limit, epsilon
         return None
 
     def settle(self, charge: int) -> None:
@@ -428,7 +440,7 @@ class Ledger:
         texts = {patient_text(patient).encode() for patient in patients}
         members = sorted(hashlib.blake2b(text, key=key, digest_size=16).digest() for text in texts)
         if not members:
-            raise InputError("there are no patients to charge for")
+            raise InputError("a ledger needs at least one patient")
         fingerprint = hashlib.blake2b(b"".join(members), key=key).hexdigest()
         query = "SELECT other FROM overlaps JOIN datasets ON dataset = id WHERE fingerprint = ?"
         rows = connection.execute(query, (fingerprint,)).fetchall()
@@ -558,17 +570,3 @@ def _as_input_error(path: Path) -> Iterator[None]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _exceeds(releases: Counter[Release], limit: Limit) -> bool:
-    epsilon = epsilon_of(releases, limit.delta)
-    exceeds = epsilon > limit.epsilon
-    if exceeds:
-        log.info(
-            "declined: epsilon would come to %.3f at delta %g, above %g, %s",
-            epsilon,
-            limit.delta,
-            limit.epsilon,
-            limit.name,
-        )
-    return exceeds

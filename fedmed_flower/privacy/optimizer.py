@@ -40,7 +40,8 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
     Attributes
     ----------
     dropped : int
-        Number of gradients that were left out because they were not finite.
+        Number of patients who were left out because their gradient was not finite, or could not be
+        computed (see `drop_patient`).
     """
 
     def __init__(
@@ -84,6 +85,10 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             parameter.grad_sample = gradient
         self.clip_and_accumulate()
         self._forget_patients()
+
+    def drop_patient(self) -> None:
+        """Count a patient who adds nothing to the sum: the gradient could not be computed."""
+        self.dropped += 1
 
     def clip_and_accumulate(self) -> None:
         """Add the clipped gradients of the patients in `grad_samples` to the sums, in float64.

@@ -153,12 +153,14 @@ def _require_clippable(trained: Mapping[str, Tensor]) -> None:
 
 def _require_gradients(value: Tensor, parameters: Mapping[str, Tensor]) -> None:
     """Refuse a loss that gives some of the parameters no gradient."""
-    independent = "the loss does not depend on any parameter that requires a gradient"
     if not value.requires_grad:
-        raise InputError(independent)
+        raise InputError("the loss does not depend on any parameter that requires a gradient")
     gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     if all(gradient is None for gradient in gradients):
-        raise InputError(f"{independent} of the model that it is given")
+        raise InputError(
+            "the loss does not depend on the model that it is given: it must call its argument, "
+            "not another copy of the model"
+        )
     unused = [name for name, grad in zip(parameters, gradients, strict=True) if grad is None]
     if unused:
         more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
@@ -225,8 +227,9 @@ def require_forgetful(model: nn.Module, loss: Loss, batch: Batch) -> None:
     Raises
     ------
     InputError
-        If the second record changes the loss of the first, or anything that the model, its classes
-        or the object of the loss holds: a bank of records may have no effect until it is full.
+        If the second record changes the loss of the first, or an attribute of the model, of its
+        classes or of the loss's object. Attributes count too, since a memory bank may have no
+        effect until it is full.
     """
     model.train()
     first, second = ({key: part[i : i + 1] for key, part in batch.items()} for i in (0, 1))
@@ -238,7 +241,8 @@ def require_forgetful(model: nn.Module, loss: Loss, batch: Batch) -> None:
 
     with torch.no_grad():
         before = loss_of_first()
-        # Looked at after one record: what is made once, at the first call, exists by now.
+        # Taken after the first record: what is created once, at the first call, must not count as
+        # a change.
         held_before = _held_by(model, loss)
         if len(next(iter(second.values()))):
             loss(model, second)
@@ -329,7 +333,7 @@ def require_independent(
     ------
     InputError
         If the outcome for one record depends on another, as in mixup, if the number of records
-        changes, or if `change` does not follow torch's global generator.
+        changes, or if `change` does not draw all random numbers from torch's global generator.
     """
     cuda = [inputs.device] if inputs.is_cuda else []
 
@@ -342,8 +346,8 @@ def require_independent(
         plain = changed(inputs, seed)
         if len(plain) == len(inputs) and not _equal(plain, changed(inputs, seed)):
             raise InputError(
-                f"{name} does not follow torch's global generator, so nobody can check whether it "
-                "mixes patients: draw all random numbers from that generator"
+                f"{name} does not draw all random numbers from torch's global generator, so nobody "
+                "can check whether it mixes patients: draw all of them from it"
             )
         for index in range(len(inputs)):
             others = (inputs.flip(-1) + 1).to(inputs.dtype)
@@ -357,7 +361,7 @@ def require_independent(
                 )
 
 
-def unchanged(before: Iterable[tuple[str, Tensor]], model: nn.Module) -> str | None:
+def first_changed(before: Iterable[tuple[str, Tensor]], model: nn.Module) -> str | None:
     """Return the name of the first entry that training must not change but did; None if none.
 
     Such entries are the buffers, including new ones, the frozen parameters, and whatever else the
@@ -367,7 +371,7 @@ def unchanged(before: Iterable[tuple[str, Tensor]], model: nn.Module) -> str | N
 
 
 def held(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return copies of all that private training must not change, for `unchanged`."""
+    """Return copies of all that private training must not change, for `first_changed`."""
     return list(_copies(model, trained=False).items())
 
 

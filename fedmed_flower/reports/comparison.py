@@ -14,8 +14,8 @@ _HEADING = "<h2>Was it worth it?</h2>"
 _TO_COMPARE = """<p>{}To compare with each hospital’s own model and with one trained on all data
 pooled, run with <code>-c baselines=true</code>.</p>"""
 _CHANCE = "One run with one seed: small differences can be chance, above all on few test records."
-_BEFORE_AFTER = """<p class="note">Each metric is {}, or where the hospital’s validation records
-leave it undefined the next metric that they have.</p>"""
+_BEFORE_AFTER = """<p class="note">Each metric is {}, or, if the hospital’s validation records
+leave it undefined, the next metric that they have.</p>"""
 _MOST_NAMED = 8
 _CHANGE = "+,.3f"
 

@@ -274,10 +274,10 @@ class FineTuned:
 
     Attributes
     ----------
-    num_sites
+    sites
         Hospitals that have fine-tuned.
     num_measured, num_kept
-        Of these, who said how many passes it kept; who kept one or more.
+        Of these, how many reported the passes they kept, and how many kept at least one.
     changes
         On test records: fine-tuned minus federated, of each hospital.
     columns
@@ -413,7 +413,7 @@ class Patients:
 
 @dataclass(frozen=True)
 class Privacy:
-    """The guarantees of a run; None each if the run gives none for that unit."""
+    """The guarantees of a run. Without one, `hospital` is empty, and `patients` is None."""
 
     hospital: dict[str, Any]
     patients: Patients | None

@@ -17,7 +17,7 @@ MANY = 30
 # A table with more columns is set smaller.
 ROOMY = 9
 _MOST_CELLS = 10_000_000
-# What the figures are called in a sentence.
+# What the metrics are called in a sentence.
 CLASSIFIED = {"auc": "AUC", "accuracy": "accuracy", "balanced-accuracy": "balanced accuracy"}
 CLASSIFIED |= {"sensitivity": "sensitivity", "specificity": "specificity"}
 OUTLINED = {"dice": "Dice", "hd95": "HD95 (mm)", "surface-dice": "surface Dice"}
@@ -74,7 +74,7 @@ main{padding:0}.banner,.status,tfoot{print-color-adjust:exact}.wide{overflow:vis
 tr,figure{break-inside:avoid}.plots{grid-template:auto/1fr 1fr 1fr}th,td{padding:.2rem .5rem}}
 </style></head><body>$banner<main>$body</main></body></html>""")
 BANNER = f'<div class="banner" role="note">{GENERATED}</div>'
-# Why a hospital lacks the main figure.
+# Why a hospital lacks the main metric.
 UNDEFINED = {
     "auc": "† one class only in this test set. ",
     "c-index": "† no two patients in this test set whose times can be compared. ",
@@ -98,16 +98,16 @@ NOTES = {
     "rmse": "RMSE: root of the mean squared error, in the unit of what is predicted. ",
     "deviance": "Deviance: Poisson’s, the mean distance of expected and true counts; 0 is "
     "perfect. ",
-    "dice": "Dice: overlap of the predicted structure with the true one; 1 is perfect, 0 where a "
+    "dice": "Dice: overlap of the predicted structure with the true one; 1 is perfect, 0 if a "
     "structure is missed or invented. ",
     "hd95": "HD95: the distance in mm within which 95% of the two outlines lie of each other; "
-    "where a structure is missed or invented, the image’s diagonal. ",
+    "if a structure is missed or invented, the image’s diagonal. ",
     "surface-dice": "Surface Dice: the part of the outlines that lies within a tolerance of the "
     "other. ",
 }
-BETWEEN = """Some hospitals send coarse figures: no AUC (†) where a class has fewer than ten
-patients, and not in what order some records are scored. The AUC of all records lies between the two
-small numbers; the one above them is an estimate. """
+BETWEEN = """Some hospitals report coarsely: they send no AUC (†) if a class has fewer than ten
+patients, and not the order of records with similar scores.
+The AUC of all records lies between the two small numbers; the one above them is an estimate. """
 CASES = """<p>Pictures of single test images, as hospitals chose to send them. They show what the
 model does; how well it does so is in the tables above. """
 LINES = "Outlines are solid as the hospital drew them, dashed as the model does.</p>"
@@ -132,14 +132,14 @@ WAYS = {
     "bounded": "exactly, of several patients together",
     "known": "exactly; every guarantee takes it as known",
     "noised": "with noise",
-    "never": "exactly, where noise was due",
+    "never": "exactly, although noise was due",
     "simulated": "in a simulation alone",
     "unlisted": "as the app has it",
 }
 LEFT = """<h2>What left each hospital</h2><p>{stays} The table holds what the hospitals in fact
-sent. Several patients together are as many as each hospital asks for: at a real one ten, unless it
-says otherwise, and in a simulation one is enough. A hospital with coarse figures rounds them
-before. Of an error a hospital sends the class, and why it declined a round.</p>"""
+sent. “Several patients” are at least the number that the hospital sets: ten at a real hospital by
+default, one in a simulation. A hospital that reports coarsely also rounds. If a hospital fails in a
+round, it sends the class of the error; if it declines a round, the reason.</p>"""
 NOT_RECORDED = "<p>What was sent was not recorded.</p>"
 NO_RECORD = "No patient record: no image, no row of a table."
 PICTURES = """No patient record, and of images only the pictures of test cases above with their
@@ -179,7 +179,7 @@ def format_value(value: float | None, spec: str = ".3f") -> str:
 
 
 def require_small(*sides: int) -> None:
-    """Raise `ValueError` where a table or a drawing would have more cells than can be worked on."""
+    """Raise `ValueError` if a table or a drawing would have more cells than can be worked on."""
     if (cells := math.prod(sides)) > _MOST_CELLS:
         raise ValueError(f"a part of it would have {cells:,} cells, more than {_MOST_CELLS:,}")
 
@@ -195,12 +195,12 @@ def count_of(count: float, noun: str) -> str:
 
 
 def name(key: str) -> str:
-    """Return what a figure is called in a sentence; ``dice-NAME`` is the Dice of a class."""
+    """Return what a metric is called in a sentence; ``dice-NAME`` is the Dice of a class."""
     return NAMES.get(key) or escaped(f"Dice {key.removeprefix('dice-')}")
 
 
 def title(key: str) -> str:
-    """Return what a figure is called at the head of a column."""
+    """Return what a metric is called at the head of a column."""
     return capital(name(key))
 
 
@@ -210,12 +210,12 @@ def capital(text: str) -> str:
 
 
 def format_of(key: str) -> str:
-    """Return the format of a figure."""
+    """Return the format of a metric."""
     return ".1f" if key.startswith("hd95") else ",.3f"
 
 
 def folded(content: str, hospitals: int) -> str:
-    """Return rows of so many hospitals, which many of them hide until they are asked for."""
+    """Return the content, folded behind a summary line if there are more than `MANY` hospitals."""
     if hospitals <= MANY:
         return content
     return f"<details><summary>All {count_of(hospitals, 'hospital')}</summary>{content}</details>"

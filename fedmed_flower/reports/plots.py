@@ -45,7 +45,7 @@ SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "0", "text.p
 
 
 def styles(sites: list[str]) -> Styles:
-    """Return how each site is drawn: in a colour of its own if there are enough of them."""
+    """Return how each site is drawn: in its own colour if there are enough colours."""
     if len(sites) > len(PALETTE):
         return {site: SiteStyle(CROWD, "-", escaped(site)) for site in sites}
     drawn = {}

@@ -15,7 +15,7 @@ MOST_COLUMNS = 8
 class Total(NamedTuple):
     """A metric on all hospitals' records together.
 
-    `bounds` say between which values it lies if a hospital sends coarse figures; `remark` says
+    `bounds` say between which values it lies if a hospital reports coarsely; `remark` says
     what the value is if it is not that of one model.
     """
 

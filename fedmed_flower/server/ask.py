@@ -39,7 +39,8 @@ class Exchange:
     timeout : float
         Seconds to wait for the replies.
     minimum : int, optional
-        After so many replies without an error, wait only `grace` seconds more. None waits for all.
+        After this number of replies without an error, wait only `grace` seconds more. None waits
+        for all.
     grace : float
         Seconds to wait after the `minimum` of replies.
 
@@ -93,13 +94,14 @@ class Exchange:
 
     def _pull(self, waiting: Mapping[str, Message], began: float) -> Iterator[Message]:
         """Yield replies until no message waits for one or the time is over."""
-        # Such a grid runs a client when its reply is pulled: a reply that does not come then never
-        # comes.
+        # A grid in this process runs a client when its reply is pulled, so a reply that is missing
+        # then never comes.
         in_process = getattr(self.grid, "in_process", False)
         together = 1 if in_process else _TOGETHER
         deadline = began + self.timeout
         pause = _FIRST_PAUSE
         answered = 0
+        grace_began = False
         while waiting:
             before = len(waiting)
             keys = iter(list(waiting))
@@ -110,10 +112,10 @@ class Exchange:
                     answered += not reply.has_error()
                     yield reply
             now = time.monotonic()
-            if self.minimum is not None and answered >= self.minimum:
+            enough = self.minimum is not None and answered >= self.minimum
+            if enough and not grace_began:
                 deadline = min(deadline, now + self.grace)
-                # The deadline is moved once.
-                self.minimum = None
+                grace_began = True
             if now >= deadline or (in_process and len(waiting) == before):
                 return
             if waiting:

@@ -32,13 +32,15 @@ class Namesakes:
         if isinstance(data, bytes) and len(data) % DIGEST_BYTES == 0:
             self.digests[node_id] = np.unique(np.frombuffer(data, "<u8"))
 
-    def text(self, names: Mapping[int, str]) -> str:
+    def text(self, names: Mapping[int, str], trained: bool = False) -> str:
         """Return a warning about patient ids that sites of `names` share; empty if there are none.
 
         Parameters
         ----------
         names : mapping of int to str
             Site name by node id; other sites are ignored.
+        trained : bool
+            Whether a model is trained on the patients.
         """
         by_node = {node: self.digests[node] for node in names if node in self.digests}
         if not by_node:
@@ -50,8 +52,13 @@ class Namesakes:
         sites = sorted(
             names[node] for node, digests in by_node.items() if np.isin(digests, shared).any()
         )
-        return (
+        text = (
             f"patient ids that are at more than one hospital ({some_of(sites)}): {len(shared)}. "
-            "Each counts as a patient of its own there; if they are the same people, they count "
-            "twice"
+            "If they are the same people, each is counted once per hospital"
         )
+        if trained:
+            text += (
+                ", may be tested on after training elsewhere, and has the privacy cost of all of "
+                "them"
+            )
+        return text

@@ -152,7 +152,7 @@ def _shared_metrics(records: list[MetricRecord]) -> list[str]:
 
 
 def with_finite_metrics(replies: list[Message]) -> list[Message]:
-    """Leave out evaluation replies in which a metric is not finite that is finite in most.
+    """Leave out replies with NaN or infinity for a metric that is finite in most replies.
 
     Otherwise one site's NaN would take the metric from all others. If the metric is finite in no
     more than half of the replies, none is left out for it.

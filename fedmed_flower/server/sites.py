@@ -130,7 +130,7 @@ def learn_name(
     if connected:
         gone = [node for node, held in names.items() if held == name and node not in connected]
         for other in gone:
-            log.warning("node %d takes the place of node %d as %s", node_id, other, name)
+            log.warning("node %d replaces node %d as %s", node_id, other, name)
             del names[other]
     taken = name == ALL_SITES or name in names.values() or "node " in name
     names[node_id] = f"{name} (node {node_id})" if taken else name

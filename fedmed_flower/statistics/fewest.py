@@ -41,17 +41,18 @@ def fewest_left(classes: Codes, patient_of_row: Codes, minimum: int) -> float:
     """Search linear combinations of class counts for one that depends on few patients.
 
     A server that knows how many rows each class has can add and subtract the counts. A patient
-    takes part in a combination if the multiples of its rows do not cancel. Tried are single
-    classes, differences of two classes, and what remains of classes with common patients after
-    eliminating the most common pattern of rows per patient, repeatedly: Gram-Schmidt elimination,
-    the most frequent pattern first.
+    takes part in a combination if the multiples of its rows do not cancel. Three kinds of
+    combinations are tried: single classes; differences of two classes; and, among classes that
+    share patients, what is left when Gram-Schmidt elimination removes the most frequent pattern of
+    rows per patient, again and again.
 
     Parameters
     ----------
     classes, patient_of_row : ndarray
         (rows,) the class and the patient of each row, from 0 on.
     minimum : int
-        The search ends at a number below it.
+        If a single class has fewer patients, nothing else is searched. A class in which this many
+        patients have all their rows is left out of the search.
 
     Returns
     -------

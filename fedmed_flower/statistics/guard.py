@@ -111,7 +111,8 @@ class Guard:
     minimum : int
         At least 1.
     hide_missing : bool
-        If true, the rows without a value are of no patient or of at least `minimum`, like others.
+        If true, the rows without a value are protected like any other class: they belong to no
+        patient or to at least `minimum`. If false, their number may be disclosed.
 
     Attributes
     ----------
@@ -167,8 +168,8 @@ class Guard:
         """Return the indices of the rows that have a text, and a hash of each row.
 
         The hash is made of patient and text, and of a number that distinguishes rows that agree in
-        both. Without values only the number, in the order of the texts, distinguishes a patient's
-        rows.
+        both. If `valued` is false, the text is not part of the hash: a patient's rows are then
+        distinguished only by that number, in the order of their texts.
         """
         indices = [index for index, text in enumerate(texts) if text is not None]
         if not valued:
@@ -280,9 +281,10 @@ class Guard:
         return Partition(elements[order], patients[order], classes[order])
 
     def shown(self, run: str) -> tuple[bool, set[str] | None]:
-        """Return whether a run had its pictures, and which of these patients any run has shown.
+        """Return whether this run has shown pictures, and the patients whom any run has shown.
 
-        The patients are None if no run has shown anybody yet.
+        Of the patients, those in the hospital's present rows are returned; None if no run has shown
+        anybody.
         """
         rows = self._connection.execute("SELECT run, patient FROM shown").fetchall()
         had_pictures = any(name == run for name, _ in rows)
@@ -333,7 +335,8 @@ def open_guard(
 ) -> Iterator[Guard]:
     """Open a hospital's file; when the block ends, what was admitted has reached the disk.
 
-    That holds also if the block ends with an error, which may have disclosed the answer.
+    That holds also if the block ends with an error, which may have disclosed the answer, unless it
+    is an error of the file itself.
 
     Raises
     ------
@@ -378,14 +381,15 @@ def note_compared(path: Path, values: Iterable[tuple[str, float | str]], most: i
     InputError
         If the file cannot be used; see `open_guard`.
     """
+    exhausted = []
     with _opened(path) as connection:
-        exhausted = [
-            column for column, value in values if not _record(connection, column, value, most)
-        ]
+        for column, value in values:
+            if not _record(connection, column, value, most):
+                exhausted.append(column)
     if exhausted:
         raise DeclinedError(
-            f"conditions on {exhausted[0]}, and widths of its cells, may use {most} different "
-            "values in all requests together, which are used up: ask with earlier values"
+            f"all requests together may compare {exhausted[0]} with at most {most} values "
+            "(conditions and cell widths), and these are used up: use values of earlier requests"
         )
 
 

@@ -1,4 +1,4 @@
-"""What one hospital answers without noise: numbers of the minimum of patients or more.
+"""What one hospital answers without noise: each number is of at least the minimum of patients.
 
 Numbers count rows; the minimum counts patients.
 
@@ -15,7 +15,7 @@ import math
 import sqlite3
 from collections.abc import Callable, Iterator
 from datetime import date
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ def answer_exactly(
     minimum : int
         The fewest patients behind a number that leaves; at least 1.
     hide_missing : bool
-        If true, the rows without a value are of no patient or of at least `minimum`, like others.
+        If true, the rows without a value are protected like any other class: they belong to no
+        patient or to at least `minimum`. If false, their number may be disclosed.
     most_compared : int
         How many different values the conditions on one column, and the widths of its cells, may
         use, all requests together.
@@ -209,8 +210,8 @@ class Local:
                 continue
             reported = np.full(columns.count, OUTSIDE, np.int64)
             reported[usable] = np.where(pooled < 0, len(names), pooled)
-            # The conditions on a column split its rows; all conditions split the rows as such, as
-            # if each had been asked for by itself.
+            # Each column of a condition gets cells by its conditions. All rows (key "") get cells
+            # by every condition, as if each had been asked alone.
             cells: dict[str, list[Codes]] = {"": [reported, *(m.astype(np.int64) for m in masks)]}
             for condition, mask in zip(request.where, masks, strict=True):
                 cells.setdefault(condition.column, []).append(mask.astype(np.int64))
@@ -292,8 +293,9 @@ class Local:
             bins = merge_neighbours(steps, [labels], patient_of_row, guard.minimum)
             if bins is None:
                 continue
-            # The lower end of a merged bin is not disclosed, nor the upper end of a merged last
-            # bin: the lowest and the highest value are of the minimum of patients, or unknown.
+            # The lower end of a merged bin and the upper end of a merged last bin are not
+            # disclosed. So the lowest and the highest value stay unknown unless enough patients
+            # share their bin.
             full = [end for low, high in bins if low == high for end in (low, high + 1)]
             edges = sorted({*full, *(high + 1 for _, high in bins[:-1])})
             indices = np.searchsorted(np.array(edges, np.int64), steps, side="right")
@@ -319,11 +321,12 @@ class Local:
         codes, texts = columns.codes(name)
         attempts = list(self._attempts(inside & (codes >= 0), members))
         # A table without new rows is better than one in which no category can be named.
-        for number, (usable, waiting) in enumerate([*attempts, *attempts]):
+        for must_name, (usable, waiting) in product((True, False), attempts):
             labels = guard.labels(members)[usable]
             patient_of_row = columns.patient_of_row[usable]
-            pooled = pool_small(codes[usable] * tabulated, labels, patient_of_row, guard.minimum)
-            if pooled is None or (number < len(attempts) and not (pooled >= 0).any()):
+            values = codes[usable] if tabulated else np.zeros_like(codes[usable])
+            pooled = pool_small(values, labels, patient_of_row, guard.minimum)
+            if pooled is None or (must_name and not (pooled >= 0).any()):
                 continue
             cells = self._cells(inside, usable, np.where(pooled < 0, len(texts), pooled))
             if guard.admit([members], [cells], waiting):
@@ -361,8 +364,8 @@ class Local:
             cells = self._cells(inside, usable, 0)
             if usable.any() and guard.admit(keys, [cells, cells], waiting):
                 parts = [moments(values[usable].tolist()) for values in (x, y)]
-                product = comoment(x[usable], y[usable], *parts)
-                return {"columns": [one, other], "of": parts, "product": product}
+                comoments = comoment(x[usable], y[usable], *parts)
+                return {"columns": [one, other], "of": parts, "product": comoments}
         return self._withhold(what)
 
     def _pair(self, what: str, one: str, other: str, inside: Mask) -> Reported | None:
@@ -433,7 +436,8 @@ class Local:
             values = (indices, happened, 2 * indices + happened)
             cells = [self._cells(inside, usable, value) for value in values]
             if guard.admit(keys, cells, waiting):
-                # A step that is a cell by itself begins where an empty cell ends.
+                # A bin of a single step also needs its lower end, where the empty bin before it
+                # ends.
                 stops = sorted({*ends, *(low - 1 for low, high in bins if 1 < low == high)})
                 counts = np.zeros((len(stops), 2), np.int64)
                 counts[np.searchsorted(stops, ends)] = np.bincount(
@@ -471,7 +475,7 @@ class Local:
             cells = self._cells(inside, usable, np.where(pooled < 0, len(weeks), pooled))
             if guard.admit([members], [cells], waiting):
                 if last - first >= _MOST_WEEKS:
-                    self._withhold(what, "they are more than 10,000 weeks")
+                    self._withhold(what, f"it spans more than {_MOST_WEEKS:,} weeks")
                     return
                 reported: list[int | None] = [0] * (last - first + 1)
                 for week in weeks[(weeks >= first) & (weeks <= last)]:

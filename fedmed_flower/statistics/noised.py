@@ -190,8 +190,9 @@ def plan(request: Request, declared: Declared) -> Plan:
     Raises
     ------
     InputError
-        If no column is named, a condition or `by` uses a column that is not declared or that it
-        does not fit, request and schema declare a column differently, or too much is asked at once.
+        If neither request nor schema names a column; if a condition or `by` uses an undeclared
+        column; if a condition, `by` or survival uses a column of the wrong kind; if request and
+        schema declare a column differently; or if too many correlations or numbers are asked for.
     """
     names = request.columns or tuple(dict.fromkeys((*declared.ranges, *declared.categories)))
     _require_declared(request, declared, names)
@@ -357,41 +358,92 @@ def _answer_of_group(
     small: list[str] = []
     ends = np.cumsum([block.size for block in blocks])
     for block, numbers in zip(blocks, np.split(vector, ends[:-1]), strict=True):
-        counts = np.maximum(numbers, 0.0)
-        columns = block.columns
-        if block.kind == "patients":
-            reported["rows"] = reported["patients"] = float(counts[0])
-        elif block.kind == "moments":
-            entry = reported["numeric"].get(columns[0])
-            if entry is not None:
-                entry |= _moments(numbers, entry["n"], declared.ranges[columns[0]])
-        elif block.kind == "correlation":
-            if numbers[0] < max(minimum, 2):
-                small.append(f"correlation of {columns[0]} and {columns[1]}")
-            else:
-                reported["correlations"].append(_correlated(numbers, columns, declared.ranges))
-        elif block.kind == "survival":
-            table = counts[:-1].reshape(-1, 2)
-            reported["survival"] = {"times": block.about["times"], "events": table[:, 1].tolist()}
-            reported["survival"]["censored"] = table[:, 0].tolist()
-        elif block.kind == "pair":
-            shape = block.about["shape"]
-            names = [[*declared.categories[n], "(other)"] for n in columns]
-            table = counts.reshape(shape)[:-1, :-1]
-            entry = {"columns": list(columns), "rows": names[0], "across": names[1]}
-            reported["pairs"].append(entry | {"counts": table.tolist()})
-        elif (count := float(counts[:-1].sum())) < minimum:
-            small.append(columns[0])
-        else:
-            entry = {"n": count, "missing": float(counts[-1])}
-            if "edges" in block.about:
-                reported["numeric"][columns[0]] = entry
-                if block.about["edges"]:
-                    entry["histogram"] = block.about | {"counts": counts[:-1].tolist()}
-            else:
-                entry |= {"names": list(declared.categories[columns[0]]), "few": float(counts[-2])}
-                reported["categorical"][columns[0]] = entry | {"counts": counts[:-2].tolist()}
+        withheld = _ADD[block.kind](reported, block, numbers, declared, minimum)
+        if withheld is not None:
+            small.append(withheld)
     return reported, small
+
+
+# Each of these adds a block's noised numbers to a group's answer. It returns the name of what it
+# withholds as too small, None if it withholds nothing.
+
+
+def _add_patients(
+    reported: Reported, block: Block, numbers: Floats, declared: Declared, minimum: int
+) -> None:
+    reported["rows"] = reported["patients"] = float(np.maximum(numbers[0], 0.0))
+
+
+def _add_table(
+    reported: Reported, block: Block, numbers: Floats, declared: Declared, minimum: int
+) -> str | None:
+    (column,) = block.columns
+    counts = np.maximum(numbers, 0.0)
+    count = float(counts[:-1].sum())
+    if count < minimum:
+        return column
+    entry: Reported = {"n": count, "missing": float(counts[-1])}
+    edges = block.about.get("edges")
+    if edges is None:
+        entry |= {"names": list(declared.categories[column]), "few": float(counts[-2])}
+        reported["categorical"][column] = entry | {"counts": counts[:-2].tolist()}
+    else:
+        reported["numeric"][column] = entry
+        if edges:
+            entry["histogram"] = block.about | {"counts": counts[:-1].tolist()}
+    return None
+
+
+def _add_moments(
+    reported: Reported, block: Block, numbers: Floats, declared: Declared, minimum: int
+) -> None:
+    (column,) = block.columns
+    # The column's table comes before; it is missing if it was too small.
+    entry = reported["numeric"].get(column)
+    if entry is not None:
+        entry |= _moments(numbers, entry["n"], declared.ranges[column])
+
+
+def _add_correlation(
+    reported: Reported, block: Block, numbers: Floats, declared: Declared, minimum: int
+) -> str | None:
+    if numbers[0] < max(minimum, 2):
+        one, other = block.columns
+        return f"correlation of {one} and {other}"
+    reported["correlations"].append(_correlated(numbers, block.columns, declared.ranges))
+    return None
+
+
+def _add_pair(
+    reported: Reported, block: Block, numbers: Floats, declared: Declared, minimum: int
+) -> None:
+    rows, across = ([*declared.categories[name], "(other)"] for name in block.columns)
+    # The last row and the last column count missing values.
+    table = np.maximum(numbers, 0.0).reshape(block.about["shape"])[:-1, :-1]
+    entry = {"columns": list(block.columns), "rows": rows, "across": across}
+    reported["pairs"].append(entry | {"counts": table.tolist()})
+
+
+def _add_survival(
+    reported: Reported, block: Block, numbers: Floats, declared: Declared, minimum: int
+) -> None:
+    # The last number counts missing times.
+    table = np.maximum(numbers[:-1], 0.0).reshape(-1, 2)
+    reported["survival"] = {
+        "times": block.about["times"],
+        "events": table[:, 1].tolist(),
+        "censored": table[:, 0].tolist(),
+    }
+
+
+_ADD: dict[str, Callable[[Reported, Block, Floats, Declared, int], str | None]] = {
+    "patients": _add_patients,
+    "table": _add_table,
+    "moments": _add_moments,
+    "correlation": _add_correlation,
+    "pair": _add_pair,
+    "survival": _add_survival,
+}
 
 
 def _moments(sums: Floats, count: float, limits: tuple[float, float]) -> Reported:

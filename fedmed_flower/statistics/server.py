@@ -18,11 +18,15 @@ from flwr.serverapp import Grid
 
 from fedmed_flower.data.site import in_simulation
 from fedmed_flower.errors import InputError
+from fedmed_flower.privacy.patient import LEDGERS
 from fedmed_flower.server.ask import ask_all
 from fedmed_flower.server.duplicates import Namesakes
 from fedmed_flower.server.run_folder import SUMMARY, RunFolder
 from fedmed_flower.server.sites import wait_for_sites
+from fedmed_flower.settings.disclosure import DisclosureSettings
+from fedmed_flower.settings.registry import Sections, effective, require_known
 from fedmed_flower.settings.survey import SurveySettings
+from fedmed_flower.settings.text import expand
 from fedmed_flower.statistics.page import STATISTICS_FILE, write_page
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import Request
@@ -77,7 +81,7 @@ class Answer:
         return {name: by_name[name] for name in names}
 
     def overall(self, group: str = "") -> dict[str, Any]:
-        """Return the figures of all hospitals together; see `summary.summarise`."""
+        """Return the statistics of all hospitals together; see `summary.summarise`."""
         return summarise(list(self.groups().get(group, {}).values()))
 
 
@@ -134,6 +138,7 @@ def survey(
     *,
     drift: str = "",
     alert: str = "c2",
+    sections: Sections = (),
 ) -> Answer:
     """Ask all hospitals and leave a complete run folder.
 
@@ -150,6 +155,8 @@ def survey(
         ``by`` with the first.
     alert : {"c2", "cusum"}
         The method that finds weeks with more cases than before.
+    sections : sequence of Section classes
+        The app's own settings.
 
     Raises
     ------
@@ -160,7 +167,9 @@ def survey(
         raise InputError(f"drift must be one of {', '.join(DRIFT[1:])}, or empty, got {drift!r}")
     if alert not in ALARMS:
         raise InputError(f"alert must be one of {', '.join(ALARMS)}, got {alert!r}")
+    require_known(context.run_config, sections)
     settings = SurveySettings.from_run_config(context.run_config)
+    used = (SurveySettings, DisclosureSettings, *sections)
     began = time.monotonic()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     folder = RunFolder.named(settings.run_dir)
@@ -169,7 +178,7 @@ def survey(
         wait_for_sites(grid, settings.min_sites)
         config: dict[str, Any] = {RUN_KEY: secrets.token_hex(8)}
         if in_simulation():
-            config[LEDGER_DIR] = str(folder.path / "ledgers")
+            config[LEDGER_DIR] = str(folder.path / LEDGERS)
         answer = ask(grid, request or Request(), settings.round_timeout, config)
         content = _content(answer, drift, alert)
         folder.write_json(STATISTICS_FILE, content)
@@ -177,7 +186,7 @@ def survey(
             "app": grid.run.fab_id.rpartition("/")[2] or "federated statistics",
             "started": started,
             "seconds": round(time.monotonic() - began, 1),
-            "config": dict(context.run_config),
+            "config": expand(context.run_config) | effective(context.run_config, used),
         }
         folder.write_json(SUMMARY, about | _summary(answer, content))
         log.info("report: %s", write_page(folder.path))

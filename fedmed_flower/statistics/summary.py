@@ -1,4 +1,4 @@
-"""The figures of one hospital or of several, how they differ, and when there were more cases."""
+"""The statistics of one hospital or of several, how they differ, and when there were more cases."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALARMS = {"c2": ears_c2, "cusum": cusum}
 
 
 def summarise(groups: Sequence[Reported]) -> dict[str, Any]:
-    """Return the figures of several hospitals' rows together, or of one hospital's.
+    """Return the statistics of several hospitals' rows together, or of one hospital's.
 
     Parameters
     ----------
@@ -39,9 +39,9 @@ def summarise(groups: Sequence[Reported]) -> dict[str, Any]:
         ``rows``, ``patients``, ``numeric`` (by column: ``n``, ``missing``, ``hospitals``, ``mean``,
         ``variance``, ``sd``, ``quantiles`` as [value, low, high] by share), ``categorical``
         (``n``, ``missing``, ``hospitals``, ``counts`` by name, ``few``), ``correlations``,
-        ``pairs`` and ``survival``. A figure is left out if no hospital has sent its part.
+        ``pairs`` and ``survival``. A number is left out if no hospital has sent its part.
     """
-    figures: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "rows": math.fsum(group["rows"] for group in groups),
         "patients": math.fsum(group["patients"] for group in groups),
         "numeric": {name: _numeric(parts) for name, parts in _columns(groups, "numeric").items()},
@@ -54,14 +54,14 @@ def summarise(groups: Sequence[Reported]) -> dict[str, Any]:
     for columns, parts in _by_columns(groups, "correlations").items():
         count = math.fsum(part["of"][0]["n"] for part in parts)
         r = pool_correlation(parts)
-        figures["correlations"].append(
+        numbers["correlations"].append(
             {"columns": list(columns), "n": count, "r": r, "hospitals": len(parts)}
         )
     for columns, parts in _by_columns(groups, "pairs").items():
-        figures["pairs"].append({"columns": list(columns), **_crossed(parts)})
+        numbers["pairs"].append({"columns": list(columns), **_crossed(parts)})
     if curves := [group["survival"] for group in groups if "survival" in group]:
-        figures["survival"] = pool_survival(curves)._asdict() | {"hospitals": len(curves)}
-    return figures
+        numbers["survival"] = pool_survival(curves)._asdict() | {"hospitals": len(curves)}
+    return numbers
 
 
 def differences(
@@ -177,20 +177,20 @@ def _sizes(parts: Sequence[Reported]) -> dict[str, Any]:
 
 
 def _numeric(parts: Sequence[Reported]) -> dict[str, Any]:
-    figures = _sizes(parts)
+    numbers = _sizes(parts)
     if known := [part for part in parts if "mean" in part]:
         moments = pool_moments(known)
-        figures |= {"mean": moments.mean, "variance": moments.variance, "sd": moments.sd}
+        numbers |= {"mean": moments.mean, "variance": moments.variance, "sd": moments.sd}
     if binned := [part["histogram"] for part in parts if "histogram" in part]:
-        figures["quantiles"] = {str(share): list(pool_quantile(binned, share)) for share in SHARES}
-    return figures
+        numbers["quantiles"] = {str(share): list(pool_quantile(binned, share)) for share in SHARES}
+    return numbers
 
 
 def _categorical(parts: Sequence[Reported]) -> dict[str, Any]:
-    figures = _sizes(parts)
+    numbers = _sizes(parts)
     if tabulated := [part for part in parts if "names" in part]:
-        figures["counts"], figures["few"] = pool_counts(tabulated)
-    return figures
+        numbers["counts"], numbers["few"] = pool_counts(tabulated)
+    return numbers
 
 
 def _crossed(parts: Sequence[Reported]) -> dict[str, Any]:
@@ -231,7 +231,8 @@ def _named(one: Sequence[Reported], others: Sequence[Reported]) -> list[NDArray[
     first = [part for part in one if "names" in part]
     names = {name for part in first for name in part["names"]}
     for part in first:
-        names &= set(part["names"]) if part["few"] else names
+        if part["few"]:
+            names &= set(part["names"])
     second = [part for part in others if "names" in part and _knows(part, names)]
     if not (names and second):
         return None

@@ -1,4 +1,4 @@
-"""Figures as tables of texts: Table 1 by hospital and overall, drift, alerts, what is withheld."""
+"""Statistics as texts: Table 1 by hospital and overall, drift, alerts, what is withheld."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """From the replies of a round to a model: all at once, or one by one as they come.
 
-Nothing here knows a strategy: the functions take replies, layouts and the strategy's rule. They
-report by a callback which replies they leave out.
+Nothing here knows a strategy: the functions take replies, layouts and the strategy's rule, and
+report each reply that they leave out through a callback.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MetricsRule = Callable[[list[RecordDict], str], MetricRecord]
 # Records that a site's reply does not count: site, reason, and whether no honest site sends such
 # a reply.
 Reject = Callable[[str, str, bool], None]
-# Makes the new model of replies, given as messages and as updates with their weights.
+# Makes the new model from replies, given as messages and as updates with their weights.
 Rule = Callable[[list[AcceptedReply], Updates, list[float]], ArrayRecord | None]
 # Makes the next companion of a name.
 CompanionRule = Callable[[str, Updates, list[float]], ArrayRecord]
@@ -157,7 +157,7 @@ def combine(
     -------
     Combined
     """
-    norms_checked = limits.update_norm is None
+    norms_checked = False
     while suffice(len(replies)) and layout is not None:
         updates = _updates([reply.arrays for reply in replies], layout, sent, replies)
         try:

@@ -74,7 +74,7 @@ class RunState:
     server_round : int
         The round whose replies are being combined.
     faulty : int
-        Replies of that round that no honest site sends.
+        Replies of that round that are malformed, or whose values are not finite or overflow.
     sent_arrays : ArrayRecord or None
         The model that `FedAvg.configure_train` sent last.
     companions : dict of str to ArrayRecord

@@ -17,6 +17,9 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.server.run_folder import Checkpoint, RunFolder
 from fedmed_flower.strategies.server_optimizers import OPTIMISERS, RULES
 
+# Each array's declared dtype, and dtype and shape of its values.
+_Layout = dict[str, tuple[str, np.dtype[Any], tuple[int, ...]]]
+
 # Flower's strategies that can be resumed: `export_state` saves all their state between rounds.
 _KNOWN = {*RULES, *OPTIMISERS, *flower.FedAdam.__mro__, flower.FedProx, flower.Krum}
 # What the names of companions begin with in a strategy's state.
@@ -89,23 +92,37 @@ def require_resumable(
             "is not in the checkpoint"
         )
     wanted = _layout(initial_arrays)
-    fits = _layout(checkpoint.arrays) == wanted
+    misfit = _model_misfit(checkpoint, wanted) or _state_misfit(checkpoint, wanted)
+    if misfit is not None:
+        raise InputError(
+            f"the checkpoint in {folder.path} belongs to another model, {misfit}: resume it with "
+            "the app and the settings that it was started with"
+        )
+
+
+def _model_misfit(checkpoint: Checkpoint, wanted: _Layout) -> str | None:
+    """Return in what the model differs from the wanted layout; None if in nothing."""
+    if _layout(checkpoint.arrays) != wanted:
+        return "with other keys, shapes or dtypes"
+    return None
+
+
+def _state_misfit(checkpoint: Checkpoint, wanted: _Layout) -> str | None:
+    """Return in what the strategy's state differs from the wanted layout; None if in nothing."""
+    floating = [shape for _, dtype, shape in wanted.values() if kernels.is_floating(dtype)]
     for name, record in checkpoint.strategy_state.items():
         if name.startswith(COMPANION):  # It has a layout of its own: see `require_layout`.
             continue
         shapes = {key: shape for key, (_, _, shape) in _layout(record).items()}
-        floating = [shape for _, dtype, shape in wanted.values() if kernels.is_floating(dtype)]
-        if name == "momentum_vector":  # Flower holds it as a list: its keys are indices.
-            fits &= [*shapes.values()] == floating
-        fits &= all(shapes[key] == wanted[key][2] for key in shapes.keys() & wanted.keys())
-    if not fits:
-        raise InputError(
-            f"the checkpoint in {folder.path} belongs to another model: resume it with the app "
-            "and the settings that it was started with"
-        )
+        # Flower holds the momentum as a list: its keys are indices.
+        if name == "momentum_vector" and [*shapes.values()] != floating:
+            return "whose momentum has other shapes"
+        if any(shapes[key] != wanted[key][2] for key in shapes.keys() & wanted.keys()):
+            return "for which the strategy kept arrays of other shapes"
+    return None
 
 
-def _layout(arrays: ArrayRecord) -> dict[str, tuple[str, np.dtype[Any], tuple[int, ...]]]:
+def _layout(arrays: ArrayRecord) -> _Layout:
     """Return each array's declared dtype, and dtype and shape of its values."""
     views = {key: view(array) for key, array in arrays.items()}
     return {key: (arrays[key].dtype, values.dtype, values.shape) for key, values in views.items()}

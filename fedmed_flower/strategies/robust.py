@@ -42,9 +42,9 @@ class Robust(FedAvg):
     ----------
     num_malicious_nodes : int
         Sites that may be malicious or broken (f). At least 0. A round is refused if it has too few
-        sites for the rule to withstand f of them; a site whose reply no honest site sends is one of
-        the f. Krum, MultiKrum, Bulyan and ``mixing="nearest"`` compute with f; the other rules only
-        make that check.
+        sites for the rule to withstand f of them. A site whose reply is malformed, or has values
+        that are not finite or overflow, counts as one of the f. Krum, MultiKrum, Bulyan and
+        ``mixing="nearest"`` compute with f; the other rules only make that check.
     mixing : {"nearest", "bucketing"}, optional
         Average updates before the rule: honest hospitals with different patients send different
         updates, and a rule may take one of them for an attacker's. ``"nearest"``: each update with
@@ -95,8 +95,9 @@ class Robust(FedAvg):
     def withstood(self, rows: int) -> int:
         """Return how many of `rows` updates the rule takes to be malicious.
 
-        That is `num_malicious_nodes` if the updates are enough for it, else the largest number for
-        which they are, but at least `num_malicious_nodes` less the faulty replies of the round.
+        That is `num_malicious_nodes` if there are updates enough. With fewer updates it is the
+        largest f for which they suffice, but not less than `num_malicious_nodes` minus the number
+        of faulty replies of the round.
         """
         left = max(0, self.num_malicious_nodes - self.run.faulty)
         promised = range(self.num_malicious_nodes, left, -1)

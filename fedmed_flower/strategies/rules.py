@@ -7,6 +7,7 @@ only if a rule says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,7 +68,10 @@ def krum_order(distances: Floats, num_malicious: int) -> list[int]:
 def multi_krum(
     updates: Updates, weights: Sequence[float], num_malicious: int, num_selected: int
 ) -> ArrayRecord:
-    """Return the weighted mean of the updates that Krum trusts most; of one, that is Krum."""
+    """Return the weighted mean of the updates that Krum trusts most.
+
+    With one selected update, this is Krum.
+    """
     order = krum_order(squared_distances(updates.gram()), num_malicious)
     return mean_of(updates, weights, order[:num_selected])
 
@@ -88,8 +92,8 @@ def nearest_to_median(count: int) -> Callable[[list[NDArray[Any]]], NDArray[Any]
     def reduce(ordered: list[NDArray[Any]]) -> NDArray[Any]:
         two = ordered[0].dtype.type(2)
         middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / two
-        # They are consecutive: move the window up while the entering value is nearer the median
-        # than the leaving one.
+        # The nearest values are consecutive: move the window up while the entering value is nearer
+        # the median than the leaving one.
         window = [values.copy() for values in ordered[:count]]
         for index, entering in enumerate(ordered[count:]):
             leaving = window[index % count]
@@ -168,7 +172,7 @@ def centered_clipping(
     Returns
     -------
     ndarray of shape (K,)
-        Coefficients of the updates; what they lack to 1 is the global model's.
+        Coefficients of the updates. The global model's coefficient is 1 minus their sum.
     """
     coefficients = np.zeros(len(gram)) if start is None else start
     for _ in range(steps):
@@ -201,7 +205,7 @@ def buckets(count: int, size: int, rng: np.random.Generator) -> Floats:
     ICLR 2022, https://arxiv.org/abs/2006.09365, algorithm 1. The last bucket may be smaller.
     """
     order = rng.permutation(count)
-    mix = np.zeros((-(-count // size), count))
+    mix = np.zeros((math.ceil(count / size), count))
     for bucket, start in enumerate(range(0, count, size)):
         members = order[start : start + size]
         mix[bucket, members] = 1 / len(members)

@@ -56,17 +56,17 @@ def class_below(cls: type, base: type) -> type[Any] | None:
 
     What may be mixed, `base` being our `FedAvg`:
 
-    ==========================================  ==================================================
-    bases                                       what makes the model
-    ==========================================  ==================================================
-    ours                                        our rule
-    ours, one of Flower's optimisers            our rule, then the optimiser's step
-    FedAvg of ours, a strategy of its own       that strategy's ``aggregate_train``
-    FedAvg of ours, a rule of Flower            refused: take ours of that name
-    another rule of ours, a strategy of its own refused: one of the two would be left out
-    two of Flower's optimisers                  refused: both move the model
-    Flower's optimiser before ours              refused: ours would not be called
-    ==========================================  ==================================================
+    ============================================  ================================================
+    bases                                         what makes the model
+    ============================================  ================================================
+    ours                                          our rule
+    ours, one of Flower's optimisers              our rule, then the optimiser's step
+    our FedAvg, somebody else's strategy          that strategy's ``aggregate_train``
+    our FedAvg, a rule of Flower                  refused: take ours of that name
+    another rule of ours, somebody else's         refused: one of the two would be left out
+    two of Flower's optimisers                    refused: both move the model
+    Flower's optimiser before ours                refused: ours would not be called
+    ============================================  ================================================
 
     Raises
     ------

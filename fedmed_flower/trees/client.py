@@ -28,6 +28,7 @@ from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import Row, min_cell_count, patient_text
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.models.trainable import Travelling
+from fedmed_flower.settings.registry import Sections
 from fedmed_flower.settings.trees import LEAST_PART, TreeSettings
 from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.request import Request
@@ -68,8 +69,8 @@ class TreeClient(TabularClient):
     A hospital's new trees have no leaf with fewer training patients than ``min-cell-count``, and
     hospitals with fewer decline. Thresholds are multiples of about a fiftieth of a column's
     declared range. If none is declared, they are quantiles with at least ``min-cell-count``
-    patients between any two. Thresholds and leaves carry no noise. If all trees that were sent
-    together separate fewer patients from the others, no ``loss`` is sent: it would disclose
+    patients between any two. Thresholds and leaves carry no noise. If the sent trees, combined,
+    separate fewer patients than that from all others, no ``loss`` is sent: it would disclose
     something of those few. The server may send any trees: they are read and checked here, and
     XGBoost's parser is given what was written from scratch. Nothing is unpickled.
 
@@ -83,6 +84,7 @@ class TreeClient(TabularClient):
         The part of the learning rate that this hospital's trees have in a round, above 0 to 1.
     """
 
+    sections: ClassVar[Sections] = (TreeSettings,)
     stand_ins: ClassVar[Mapping[str, str]] = {}
     prepared_for: ClassVar[str] = TREES
 
@@ -183,7 +185,7 @@ class TreeClient(TabularClient):
         minimum = min_cell_count(self.context, self.site)
         patients = _patients(prepared)
         if len(np.unique(patients)) < minimum:
-            raise DeclinedError(f"trees are grown of at least {minimum} patients")
+            raise DeclinedError(f"growing trees needs at least {minimum} patients")
         most = self.form.most_leaf(self.share)
         new = [clipped(tree, most) for tree in self._grow(model, prepared, patients, seed)]
         grown = Ensemble(self.form, [*model.trees, *new], self.threads)

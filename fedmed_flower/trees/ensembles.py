@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import ArrayRecord
@@ -241,66 +241,122 @@ def _base_scores(learner: dict[str, Any]) -> list[str]:
     return text.strip("[]").split(",")
 
 
+class _Nodes(NamedTuple):
+    """The columns of a tree, one entry a node."""
+
+    left: NDArray[np.int64]
+    right: NDArray[np.int64]
+    split: NDArray[np.int64]
+    default: NDArray[np.int64]
+    values: NDArray[Any]
+
+    @property
+    def inner(self) -> NDArray[np.bool_]:
+        """Which nodes are split; the others are leaves."""
+        return np.not_equal(self.left, -1)
+
+    @property
+    def children(self) -> NDArray[np.int64]:
+        """The left children of the inner nodes, then their right children."""
+        return np.concatenate([self.left[self.inner], self.right[self.inner]])
+
+    @property
+    def parents(self) -> NDArray[np.int64]:
+        """The parents of `children`."""
+        return np.tile(np.flatnonzero(self.inner), 2)
+
+
 def _checked(given: Any, number: int, form: Form) -> Tree:
     """Return one tree, written from scratch from what a prediction needs."""
+    nodes = _read_nodes(given, number, form)
+    _require_tree(nodes, number, form)
+    if form.outputs == 1:
+        return _as_json(nodes, form)
+    length = int((~nodes.inner).sum()) * form.outputs
+    weights = _column(given, number, "leaf_weights", length, whole=False)
+    return _as_json(nodes, form) | _with_leaves(nodes, weights)
+
+
+def _read_nodes(given: Any, number: int, form: Form) -> _Nodes:
+    """Read the columns of a tree; raise `ValueError` if one is missing or malformed."""
     if not isinstance(given, dict) or not isinstance(given.get("left_children"), list):
         raise ValueError(f"tree {number} must be an object with a list left_children")
     count = len(given["left_children"])
     most = 2 ** (form.settings.tree_max_depth + 1) - 1
     if not 1 <= count <= most:
         raise ValueError(f"tree {number} must have 1 to {most} nodes, got {count}")
-
-    def column(key: str, length: int, whole: bool) -> NDArray[Any]:
-        values = given.get(key)
-        complete = isinstance(values, list) and len(values) == length
-        try:
-            numbers = np.asarray(values if complete else None)
-        except ValueError:  # Lists of different lengths.
-            numbers = np.asarray(None)
-        if numbers.shape != (length,) or numbers.dtype.kind not in ("i" if whole else "if"):
-            kind = "whole numbers" if whole else "numbers"
-            raise ValueError(f"{key} of tree {number} must be {length} {kind}")
-        if not (np.abs(numbers.astype(np.float64)) <= _MOST_FLOAT).all():
-            raise ValueError(
-                f"{key} of tree {number} must be finite numbers from -{_MOST_FLOAT:g} to "
-                f"{_MOST_FLOAT:g}"
-            )
-        return numbers
-
-    left, right, split = (
-        column(key, count, True) for key in ("left_children", "right_children", "split_indices")
+    return _Nodes(
+        left=_column(given, number, "left_children", count, whole=True),
+        right=_column(given, number, "right_children", count, whole=True),
+        split=_column(given, number, "split_indices", count, whole=True),
+        default=_column(given, number, "default_left", count, whole=True),
+        values=_column(given, number, "split_conditions", count, whole=False),
     )
-    default = column("default_left", count, True)
-    values = column("split_conditions", count, False)
-    inner = left != -1
-    indices = np.flatnonzero(inner)
-    children = np.concatenate([left[inner], right[inner]])
-    # Then there is no cycle, and no node apart from the others.
-    each_once = np.array_equal(np.sort(children), np.arange(1, count))
-    if not each_once or not (children > np.tile(indices, 2)).all():
+
+
+def _column(
+    given: Mapping[str, Any], number: int, key: str, length: int, whole: bool
+) -> NDArray[Any]:
+    """Read one list of numbers of a tree; raise `ValueError` if it is malformed."""
+    values = given.get(key)
+    complete = isinstance(values, list) and len(values) == length
+    try:
+        numbers = np.asarray(values if complete else None)
+    except ValueError:  # Lists of different lengths.
+        numbers = np.asarray(None)
+    if numbers.shape != (length,) or numbers.dtype.kind not in ("i" if whole else "if"):
+        kind = "whole numbers" if whole else "numbers"
+        raise ValueError(f"{key} of tree {number} must be {length} {kind}")
+    if not (np.abs(numbers.astype(np.float64)) <= _MOST_FLOAT).all():
+        raise ValueError(
+            f"{key} of tree {number} must be finite numbers from -{_MOST_FLOAT:g} to "
+            f"{_MOST_FLOAT:g}"
+        )
+    return numbers
+
+
+def _require_tree(nodes: _Nodes, number: int, form: Form) -> None:
+    """Raise `ValueError` if the nodes are not one tree on the features of the form."""
+    count = len(nodes.left)
+    inner = nodes.inner
+    # Each node but the first is a child once, of an earlier node: no cycle, no separate part.
+    each_once = np.array_equal(np.sort(nodes.children), np.arange(1, count))
+    if not each_once or not (nodes.children > nodes.parents).all():
         raise ValueError(
             f"each node of tree {number} but the first must be the child of one node before it"
         )
-    if not ((split[inner] >= 0) & (split[inner] < len(form.features))).all():
+    split = nodes.split[inner]
+    if not ((split >= 0) & (split < len(form.features))).all():
         raise ValueError(
             f"tree {number} must split by the features 0 to {len(form.features) - 1} only"
         )
+    if form.outputs > 1:
+        # The right child of a leaf is the index of its numbers.
+        indices = nodes.right[~inner]
+        if not np.array_equal(np.sort(indices), np.arange(len(indices))):
+            raise ValueError(f"each leaf of tree {number} must have numbers of its own")
+
+
+def _as_json(nodes: _Nodes, form: Form) -> Tree:
+    """Return the tree in XGBoost's JSON format."""
+    count = len(nodes.left)
+    inner = nodes.inner
     parents = np.full(count, -1 if form.outputs > 1 else _NO_PARENT)
-    parents[children] = np.tile(indices, 2)
-    tree: Tree = {
+    parents[nodes.children] = nodes.parents
+    return {
         "base_weights": [0.0] * (count * form.outputs),
         "categories": [],
         "categories_nodes": [],
         "categories_segments": [],
         "categories_sizes": [],
-        "default_left": (default != 0).astype(int).tolist(),
+        "default_left": (nodes.default != 0).astype(int).tolist(),
         "id": 0,
-        "left_children": left.tolist(),
+        "left_children": nodes.left.tolist(),
         "loss_changes": [0.0] * count,
         "parents": parents.tolist(),
-        "right_children": np.where(inner, right, -1).tolist(),
-        "split_conditions": values.astype(np.float64).tolist(),
-        "split_indices": np.where(inner, split, 0).tolist(),
+        "right_children": np.where(inner, nodes.right, -1).tolist(),
+        "split_conditions": nodes.values.astype(np.float64).tolist(),
+        "split_indices": np.where(inner, nodes.split, 0).tolist(),
         "split_type": [0] * count,
         "sum_hessian": [0.0] * count,
         "tree_param": {
@@ -310,12 +366,12 @@ def _checked(given: Any, number: int, form: Form) -> Tree:
             "size_leaf_vector": str(form.outputs),
         },
     }
-    if form.outputs > 1:
-        ends = np.flatnonzero(~inner)
-        if not np.array_equal(np.sort(right[ends]), np.arange(len(ends))):
-            raise ValueError(f"each leaf of tree {number} must have numbers of its own")
-        weights = column("leaf_weights", len(ends) * form.outputs, False)
-        tree["leaf_weights"] = weights.astype(np.float64).tolist()
-        tree["right_children"] = right.tolist()
-        tree["split_conditions"] = np.where(inner, values, 0.0).astype(np.float64).tolist()
-    return tree
+
+
+def _with_leaves(nodes: _Nodes, weights: NDArray[Any]) -> Tree:
+    """Return the entries in which a tree with several numbers in each leaf differs from others."""
+    return {
+        "leaf_weights": weights.astype(np.float64).tolist(),
+        "right_children": nodes.right.tolist(),
+        "split_conditions": np.where(nodes.inner, nodes.values, 0.0).astype(np.float64).tolist(),
+    }

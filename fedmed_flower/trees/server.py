@@ -18,6 +18,7 @@ from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.server.screening import metrics_of, with_shared_metrics
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.privacy import PrivacySettings
+from fedmed_flower.settings.text import expand
 from fedmed_flower.strategies.base import FedAvg
 from fedmed_flower.trees.client import TreeClient, as_trees
 from fedmed_flower.trees.ensembles import (
@@ -39,8 +40,14 @@ log = logging.getLogger("flwr.fedmed")
 
 _MINIMA = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
 _PASSED_ON = (
-    *("fraction_train", "fraction_evaluate", "weighted_by_key", "arrayrecord_key"),
-    *("configrecord_key", "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", *_MINIMA),
+    "fraction_train",
+    "fraction_evaluate",
+    "weighted_by_key",
+    "arrayrecord_key",
+    "configrecord_key",
+    "train_metrics_aggr_fn",
+    "evaluate_metrics_aggr_fn",
+    *_MINIMA,
 )
 # Settings of what `federate` does only with a network.
 _NETWORKS_ONLY = ("baselines", "personal-epochs")
@@ -82,7 +89,7 @@ def grow(
     RunFailedError
         If no round succeeded.
     """
-    config = dict(context.run_config)
+    config = expand(context.run_config)
     plan = Plan.from_run_config(config)
     if plan.resume:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Where trees may split a feature: at edges that are no single patient's value.
+"""Where trees may split a feature: at edges that are chosen before any tree is grown.
 
 A tree grown on a hospital's rows splits at values that its patients have. Here the edges come
 first: multiples of a round number if the feature's range is declared, else quantiles with enough
@@ -60,7 +60,7 @@ def quantile_edges(values: NDArray[np.float32], patients: NDArray[np.intp], leas
     order = known[np.argsort(values[known], kind="stable")]
     values = values[order]
     patients = patients[order]
-    least = max(least, -(-len(np.unique(patients)) // _MOST_BINS))
+    least = max(least, math.ceil(len(np.unique(patients)) / _MOST_BINS))
     ends = [0]
     while (end := _end_of_bin(values, patients, ends[-1], least)) is not None:
         ends.append(end)

@@ -206,7 +206,7 @@ def test_a_patient_whose_name_could_change_is_refused(path, patient):
 
 def test_a_charge_of_nothing_is_refused(path):
     ledger = Ledger(path)
-    with pytest.raises(InputError, match=says("there are no patients to charge for")):
+    with pytest.raises(InputError, match=says("a ledger needs at least one patient")):
         charge(ledger, [])
     text = "the number of releases must be at least 1, got 0"
     with pytest.raises(InputError, match=says(text)):

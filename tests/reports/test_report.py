@@ -178,7 +178,7 @@ def test_coarse_figures_show_between_what_the_auc_of_all_lies(tmp_path):
     assert page.table("By sex")["1"][2] == "0.800 0.710 to 0.900"
     assert "The AUC of all records lies between the two" in page.text
     plain = Page(report(tmp_path, full_summary())).text
-    assert not [words for words in ("between 0", "Some hospitals send coarse") if words in plain]
+    assert not [words for words in ("between 0", "report coarsely") if words in plain]
 
 
 def test_failures_settings_and_versions_are_listed(tmp_path):
@@ -1008,10 +1008,10 @@ SENT = {
         "south": [*SITE, "arrays.*", "metrics.patient-epsilon", "metrics.num-examples"],
     },
     "evaluate": {
-        "north": [*SITE, "metrics.auc", "metrics.FIGURE@column=value", "metrics.own <b>"],
+        "north": [*SITE, "metrics.auc", "metrics.METRIC@column=value", "metrics.own <b>"],
         "south": [*SITE, "metrics.auc", "metrics.noised-counts"],
     },
-    "personal": {"south": ["metrics.FIGURE", "metrics.personal-epochs"]},
+    "personal": {"south": ["metrics.METRIC", "metrics.personal-epochs"]},
     "own-query": {"south": ["record.key"]},
 }
 
@@ -1042,7 +1042,7 @@ def test_what_left_each_hospital_is_what_it_sent(tmp_path):
             *("exactly; every guarantee takes it as known", "south"),
         ],
         [
-            *("After evaluation", "AUC, each figure above, of a group (report-by)"),
+            *("After evaluation", "AUC, each metric above, of a group (report-by)"),
             *("exactly, of several patients together", "north"),
         ],
         [
@@ -1052,7 +1052,7 @@ def test_what_left_each_hospital_is_what_it_sent(tmp_path):
         ["After evaluation", "metrics.own <b>", "as the app has it", "north"],
         ["Of its own model", "passes after which its own was kept", "exactly", "south"],
         [
-            *("Of its own model", "figures of evaluate, of its own model"),
+            *("Of its own model", "metrics of evaluate, of its own model"),
             *("exactly, of several patients together", "south"),
         ],
         ["own-query", "record.key", "as the app has it", "south"],

@@ -15,10 +15,10 @@ from fedmed_flower.server.duplicates import Namesakes
 from fedmed_flower.statistics.request import Request
 
 TEXT = (
-    "patient ids that are at more than one hospital ({}): {}. Each counts as a patient of its own "
-    "there; if they are the same people, they count twice"
+    "patient ids that are at more than one hospital ({}): {}. If they are the same people, each is "
+    "counted once per hospital"
 )
-MORE = ", may be tested on after training elsewhere, and have the privacy cost of both"
+MORE = ", may be tested on after training elsewhere, and has the privacy cost of all of them"
 
 
 class Moving(TinyClient):

@@ -202,17 +202,17 @@ class TestRealHospitals:
             told.append(str(caught.value).removeprefix("no hospital has sent statistics: "))
         assert told == [
             *["InputError"] * 2,
-            "declined: conditions on age, and widths of its cells, may use 2 different values in "
-            "all requests together, which are used up: ask with earlier values",
+            "declined: all requests together may compare age with at most 2 values (conditions and "
+            "cell widths), and these are used up: use values of earlier requests",
         ]
 
     def test_values_to_compare_with_run_out(self, tmp_path):
         request = Request(columns=("age",), where=(parse_filter("age>=50"),))
         nodes = self.nodes(tmp_path, **{"max-filter-values": 0})
         text = (
-            "no hospital has sent statistics: declined: conditions on age, and widths of its "
-            "cells, may use 0 different values in all requests together, which are used up: ask "
-            "with earlier values"
+            "no hospital has sent statistics: declined: all requests together may compare age with "
+            "at most 0 values (conditions and cell widths), and these are used up: use values of "
+            "earlier requests"
         )
         with pytest.raises(InputError, match=says(text)):
             surveyed(Ward, request, tmp_path / "run", 1, nodes)

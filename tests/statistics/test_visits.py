@@ -98,8 +98,8 @@ def test_only_so_many_widths(path):
     asked(survival=("x", "event", 30.0, 5.0))
     asked(by="x", by_width=10.0)
     text = (
-        "conditions on x, and widths of its cells, may use 4 different values in all requests "
-        "together, which are used up: ask with earlier values"
+        "all requests together may compare x with at most 4 values (conditions and cell widths), "
+        "and these are used up: use values of earlier requests"
     )
     for request in (
         {"kinds": ("histograms",), "resolutions": {"x": 6.0}},

@@ -905,8 +905,8 @@ def test_resuming_with_another_model_is_refused(tmp_path, model):
     unbroken(tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     text = (
-        f"the checkpoint in {tmp_path} belongs to another model: resume it with the app and the "
-        "settings that it was started with"
+        f"the checkpoint in {tmp_path} belongs to another model, with other keys, shapes or "
+        "dtypes: resume it with the app and the settings that it was started with"
     )
     with pytest.raises(InputError, match=exactly(text)):
         run(FedAvg(run_dir=tmp_path, resume=True), site_app(failing), model, 5)
