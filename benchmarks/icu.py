@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from flwr.supercore.object_ref import load_app
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
@@ -30,6 +29,7 @@ from fedmed_flower.data.site import Site
 from fedmed_flower.engines.local import run_local
 from fedmed_flower.engines.project import load_project
 from fedmed_flower.server.run_folder import SUMMARY, RunFolder
+from fedmed_flower.settings.text import expand
 
 APP = Path(__file__).resolve().parent.parent / "examples" / "icu"
 SITES = 186
@@ -38,11 +38,13 @@ SITES = 186
 def run(fold, seed, rounds):
     """Leave a quarter of the hospitals out; return what the run and pooled training reach there."""
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    _, config, references = load_project(APP)
-    server, client = (load_app(reference, RuntimeError, APP) for reference in references)
+    project = load_project(APP)
+    server = project.server_app()
+    client = project.client_app()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = RunFolder(Path(name) / "run")
+        config = expand(project.declared)
         config |= {"run-dir": str(folder.path), "fold": fold, "seed": seed}
         config |= {"num-server-rounds": rounds}
         run_local(server, client, SITES, run_config=config)

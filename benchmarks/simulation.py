@@ -23,6 +23,8 @@ import time
 import tomllib
 from pathlib import Path
 
+from fedmed_flower.settings.text import expand
+
 HERE = Path(__file__).resolve().parent
 EXAMPLE, TOY = HERE.parent / "examples" / "pneumonia", HERE / "toy"
 
@@ -31,7 +33,7 @@ def example_config(rounds: int) -> dict:
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())
     # The bare loop draws no pictures of test cases.
     changes = {"num-server-rounds": rounds, "pictures": 0}
-    config = project["tool"]["flwr"]["app"]["config"] | changes
+    config = expand(project["tool"]["flwr"]["app"]["config"]) | changes | {"seed": 0}
     return config if os.environ.get("FEDMED_DATA") else config | {"dataset": "phantoms"}
 
 

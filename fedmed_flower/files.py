@@ -29,8 +29,14 @@ MOST_TEXT = 1 << 26
 MOST_TABLE = 1 << 34
 # Errors that a reader raises if somebody else's content is malformed.
 MALFORMED = (
-    *(ArithmeticError, AttributeError, LookupError, MemoryError),
-    *(RecursionError, TypeError, ValueError, csv.Error),
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    csv.Error,
 )
 _MOST_LINE = 1 << 16
 _MOST_ENTRIES = 1_000_000

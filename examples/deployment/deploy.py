@@ -19,10 +19,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
+import tomli_w
 import typer
 from keys import make_certificates, make_site_key, write
 
+from fedmed_flower.engines.project import load_project
 from fedmed_flower.errors import InputError
+from fedmed_flower.settings.registry import Sectioned, defaults
+from fedmed_flower.settings.text import override
 
 HOST = "127.0.0.1"
 CONNECTION = "consortium"
@@ -92,7 +96,7 @@ def run(
 ) -> None:
     """Run an app and exit with 0 only where its run ended as finished:completed."""
     directory = running(directory)
-    settings = [part for item in config or [] for part in ("-c", item)]
+    settings = run_config(app_path, config or [], directory)
     command = show(["flwr", "run", str(app_path), CONNECTION, "--stream", *settings], directory)
     run_id, own = "", environment(directory)
     with subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True) as process:
@@ -105,6 +109,23 @@ def run(
     print(f"Run {run_id} ended as {report['status']}, details: {report['status-details']}")
     if report["status"] != "finished:completed":
         raise typer.Exit(1)
+
+
+def run_config(app_path: Path, texts: list[str], directory: Path) -> list[str]:
+    """Write what is set to a file and return Flower's option for it.
+
+    What the app does not declare goes into its text `settings`.
+    """
+    project = load_project(app_path)
+    client = project.client_app()
+    known = defaults(client.sections) if isinstance(client, Sectioned) else {}
+    config = override(project.declared, texts, known)
+    changed = {key: value for key, value in config.items() if value != project.declared[key]}
+    if not changed:
+        return []
+    path = directory / "run-config.toml"
+    write(path, tomli_w.dumps(changed))
+    return ["--run-config", str(path)]
 
 
 @app.command()

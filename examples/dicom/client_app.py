@@ -1,13 +1,24 @@
 """A hospital that finds lesions in CT: its folder of DICOM series is all that it gives."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedmed_flower import ClassificationClient, InputError, Site, SiteData
 from fedmed_flower.data.datalist import load_folder
+from fedmed_flower.settings import Section, setting
+
+
+@dataclass(frozen=True)
+class Folders(Section):
+    """Where the data of a simulation are."""
+
+    folder: str = setting(
+        "dicom-data", "A folder with one folder for each hospital, as write.py makes it."
+    )
 
 
 class CTHospital(ClassificationClient):
+    sections = (Folders,)
     num_classes = 2
     spatial_dims = 3
     modality = "ct"
@@ -16,7 +27,7 @@ class CTHospital(ClassificationClient):
         folder = site.data_dir
         if folder is None:
             # In a simulation each hospital is a folder beside the others.
-            root = Path(str(self.context.run_config["folder"]))
+            root = Path(Folders.from_run_config(self.context.run_config).folder)
             folders = sorted(path for path in root.glob("*") if path.is_dir())
             if len(folders) != site.num_sites:
                 raise InputError(

@@ -1,11 +1,31 @@
 """A hospital with genotypes around the lactase gene."""
 
+from dataclasses import dataclass
+
 from genotypes import GENERATED, lactase, made_up, read_people
 
-from fedmed_flower import GenomicsClient, InputError, SiteData
+from fedmed_flower import GenomicsClient, SiteData
+from fedmed_flower.settings import OneOf, Section, setting
+
+
+@dataclass(frozen=True)
+class Genotypes(Section):
+    """The genotypes and the trait of a simulation."""
+
+    dataset: str = setting(
+        "lactase",
+        "lactase: 1000 Genomes, in the folder FEDMED_DATA. generated: of nobody.",
+        OneOf(("lactase", "generated")),
+    )
+    trait: str = setting(
+        "north",
+        "north: northern or southern Europe. persistence: lactase persistence, generated.",
+        OneOf(("north", "persistence")),
+    )
 
 
 class LactaseHospital(GenomicsClient):
+    sections = (Genotypes,)
     phenotype = "phenotype"
     covariates = ("age",)
 
@@ -13,8 +33,9 @@ class LactaseHospital(GenomicsClient):
         if site.data_dir is not None:
             return SiteData(read_people(site.data_dir / "people.csv"), source="the hospital's own")
         _, rows, source = self.simulated(site)
-        made = source == GENERATED or self.context.run_config["trait"] == "persistence"
-        return SiteData(rows, source=source, generated=made)
+        trait = Genotypes.from_run_config(self.context.run_config).trait
+        generated = source == GENERATED or trait == "persistence"
+        return SiteData(rows, source=source, generated=generated)
 
     def genotypes(self, site):
         if site.data_dir is not None:
@@ -23,14 +44,11 @@ class LactaseHospital(GenomicsClient):
 
     def simulated(self, site):
         """Return prefix, rows and source of a hospital of the simulation."""
-        config, seed = self.context.run_config, self.settings.seed
-        if config["trait"] not in ("north", "persistence"):
-            raise InputError(f"trait must be north or persistence, got {config['trait']!r}")
-        if config["dataset"] not in ("lactase", "generated"):
-            raise InputError(f"dataset must be lactase or generated, got {config['dataset']!r}")
-        if config["dataset"] == "generated":
+        wanted = Genotypes.from_run_config(self.context.run_config)
+        seed = self.settings.seed
+        if wanted.dataset == "generated":
             return made_up(site.index, site.num_sites, seed)
-        return lactase(config["trait"], site.index, site.num_sites, seed)
+        return lactase(wanted.trait, site.index, site.num_sites, seed)
 
 
 app = LactaseHospital.client_app()

@@ -1,5 +1,6 @@
 """The server of the study."""
 
+from client_app import Genotypes
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -10,4 +11,4 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    associate(grid, context)
+    associate(grid, context, sections=(Genotypes,))

@@ -1,17 +1,32 @@
 """A hospital that outlines the hippocampus in brain MR."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from monai.losses import DiceCELoss
 
-from fedmed_flower import InputError, SegmentationClient, Site, SiteData
+from fedmed_flower import SegmentationClient, Site, SiteData
 from fedmed_flower.clients.augmenting import random_affine, random_intensity
 from fedmed_flower.data.datalist import load_folder, split_patients
 from fedmed_flower.data.decathlon import load_hippocampus
 from fedmed_flower.data.partition import by_quantity
 from fedmed_flower.data.phantoms import hippocampi
+from fedmed_flower.settings import OneOf, Section, setting
+
+
+@dataclass(frozen=True)
+class Source(Section):
+    """The volumes of a simulation."""
+
+    dataset: str = setting(
+        "hippocampus",
+        "hippocampus: Medical Segmentation Decathlon. phantoms: generated volumes.",
+        OneOf(("hippocampus", "phantoms")),
+    )
 
 
 class HippocampusHospital(SegmentationClient):
+    sections = (Source,)
     classes = ("anterior", "posterior")
     spatial_dims = 3
     modality = "mr"
@@ -20,9 +35,7 @@ class HippocampusHospital(SegmentationClient):
         seed = self.settings.seed
         if site.data_dir is not None:
             return load_folder(site.data_dir, seed)
-        name = self.context.run_config["dataset"]
-        if name not in ("hippocampus", "phantoms"):
-            raise InputError(f"dataset must be hippocampus or phantoms, got {name!r}")
+        name = Source.from_run_config(self.context.run_config).dataset
         volumes = load_hippocampus() if name == "hippocampus" else hippocampi(60, seed)
         # The first hospital has twice as many patients as the last.
         shares = np.linspace(2, 1, site.num_sites)

@@ -1,14 +1,25 @@
 """An intensive care unit that predicts which of its patients die in hospital."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from fedmed_flower import InputError, Site, SiteData, TabularClient
 from fedmed_flower.data.cohorts import ICU_FLAGS, ICU_RANGES, ICU_SOURCE, intensive_care
 from fedmed_flower.data.datalist import split_patients
 from fedmed_flower.data.schema import Schema, table_of
+from fedmed_flower.settings import Section, Within, setting
+
+
+@dataclass(frozen=True)
+class Fold(Section):
+    """Which hospitals take no part in training."""
+
+    fold: int = setting(0, "The quarter of the hospitals that only tests the model.", Within(0, 3))
 
 
 class IntensiveCareUnit(TabularClient):
+    sections = (Fold,)
     schema = Schema(
         target="died",
         task="binary",
@@ -48,9 +59,7 @@ class IntensiveCareUnit(TabularClient):
 
     def _held_out(self, count: int) -> set[int]:
         """Return which hospitals take no part in training: one quarter of all."""
-        fold = int(self.context.run_config["fold"])
-        if fold not in range(4):
-            raise InputError(f"fold must lie in 0..3, got {fold}")
+        fold = Fold.from_run_config(self.context.run_config).fold
         order = np.random.default_rng(self.settings.seed).permutation(count)
         return set(order[fold::4].tolist())
 

@@ -1,5 +1,7 @@
 """A hospital that trains a chest X-ray classifier."""
 
+from dataclasses import dataclass
+
 import torch
 from monai.networks.nets import DenseNet
 from torch.nn import functional
@@ -7,9 +9,25 @@ from torch.nn import functional
 from fedmed_flower import ClassificationClient, Site, SiteData
 from fedmed_flower.data.partition import dirichlet_shares, split_by_shares
 from fedmed_flower.data.sources import load_dataset, load_medmnist
+from fedmed_flower.settings import OneOf, Section, Within, setting
+
+
+@dataclass(frozen=True)
+class Source(Section):
+    """The images of a simulation, and how they are split."""
+
+    dataset: str = setting(
+        "pneumoniamnist",
+        "phantoms: generated images.",
+        OneOf(("pneumoniamnist", "breastmnist", "phantoms")),
+    )
+    alpha: float = setting(
+        2.0, "How unequal the hospitals are; small: very.", Within(0.0, above=True)
+    )
 
 
 class PneumoniaHospital(ClassificationClient):
+    sections = (Source,)
     num_classes = 2
     image_shape = (1, 28, 28)
 
@@ -26,14 +44,15 @@ class PneumoniaHospital(ClassificationClient):
         )
 
     def load_data(self, site: Site) -> SiteData:
-        name, seed = str(self.context.run_config["dataset"]), self.settings.seed
+        source = Source.from_run_config(self.context.run_config)
+        name = source.dataset
+        seed = self.settings.seed
         if site.data_dir is not None:
             images = load_medmnist(name, path=site.data_dir / f"{name}.npz")
         else:
             images = load_dataset(name)
         # The same shares for each split: a hospital is tested on patients like those it trains on.
-        alpha = float(self.context.run_config["alpha"])
-        shares = dirichlet_shares(self.num_classes, site.num_sites, alpha, seed)
+        shares = dirichlet_shares(self.num_classes, site.num_sites, source.alpha, seed)
         rows = {}
         for split, labels in images.labels.items():
             least = 1 if split == "train" else 0

@@ -12,4 +12,4 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    federate(FedAvg(), grid, context, PneumoniaHospital(context).build_model)
+    federate(FedAvg(), grid, context, PneumoniaHospital(context))

@@ -1,4 +1,4 @@
-"""`fedmed run` and `fedmed demo`: run an app with simulated hospitals and print the results."""
+"""Check a run before it starts, run it with simulated hospitals, and print its results."""
 
 from __future__ import annotations
 
@@ -9,59 +9,50 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from flwr.app import UserConfig
 from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
-from flwr.supercore.object_ref import load_app
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedmed_flower.cli.tables import console, input_errors, print_results
-from fedmed_flower.data.download import SourceUnavailable
+from fedmed_flower.cli.run import Engine
+from fedmed_flower.cli.tables import console, print_results
 from fedmed_flower.data.site import GENERATED
-from fedmed_flower.data.sources import load_dataset
 from fedmed_flower.engines.flower import run_flower
 from fedmed_flower.engines.local import run_local
-from fedmed_flower.engines.project import default_sites, load_project
+from fedmed_flower.engines.project import Project, default_sites, load_project
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import as_input_error, read_object
 from fedmed_flower.runs.experiment import read_before, require_same_settings
 from fedmed_flower.server.run_folder import CONFIG, SUMMARY, RunFolder
 from fedmed_flower.settings.plan import Plan
-from fedmed_flower.settings.privacy import PrivacySettings
-from fedmed_flower.settings.section import Section, override, with_type_of
-from fedmed_flower.settings.tabular import TabularSettings
-from fedmed_flower.settings.training import Settings
+from fedmed_flower.settings.registry import (
+    RUN,
+    Sectioned,
+    Sections,
+    choices,
+    complete,
+    defaults,
+    effective,
+    require_known,
+)
+from fedmed_flower.settings.study import Study
+from fedmed_flower.settings.survey import SurveySettings
+from fedmed_flower.settings.text import assign, expand, override, with_type_of
 
 log = logging.getLogger("flwr.fedmed")
 
-
-class Engine(StrEnum):
-    """Where the sites run."""
-
-    LOCAL = "local"
-    FLOWER = "flower"
-
-
-# A resumed run takes these texts of its folder, besides numbers and booleans. Each is one of a few
-# names, which the section that it belongs to checks.
-CHOICES = {
-    *("optimizer", "schedule", "device", "privacy", "patient-records"),
-    *("preparation", "survival-loss", "tabular-network"),
-}
+# Neither a study nor a survey can be resumed.
+_RESUMABLE = tuple(section for section in RUN if section not in (Study, SurveySettings))
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """A run that has been checked and can start."""
 
-    name: str
-    path: Path
-    references: tuple[str, str]
+    project: Project
+    client: ClientApp
     config: UserConfig
     num_sites: int
     engine: Engine
@@ -70,48 +61,7 @@ class _Job:
     set_options: str
 
 
-def run(
-    path: Annotated[Path, typer.Argument(metavar="APP", help="Folder of the Flower app.")],
-    sites: Annotated[
-        int | None, typer.Option(help="Number of hospitals.  [default: the app's number, or 5]")
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Overrides num-server-rounds.")] = None,
-    config: Annotated[
-        list[str] | None, typer.Option("--config", "-c", help="A setting of the app: key=value.")
-    ] = None,
-    engine: Annotated[
-        Engine, typer.Option(help="local: in this process. flower: Flower's simulation engine.")
-    ] = Engine.LOCAL,
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder.  [default: runs/APP-date-time]")
-    ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
-) -> None:
-    """Run a Flower app with simulated hospitals."""
-    with input_errors():
-        job = _prepare(path, sites, rounds, config or [], engine, out, resume)
-        _execute(job)
-
-
-def demo(
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder.  [default: runs/pneumonia-date-time]")
-    ] = None,
-) -> None:
-    """Train a chest X-ray classifier at five simulated hospitals, and write a report."""
-    with input_errors():
-        settings = ["baselines=true"]
-        try:
-            load_dataset("pneumoniamnist", timeout=10)
-        except SourceUnavailable as error:
-            console.print(str(error), style="yellow")
-            console.print(f"The demo goes on with {GENERATED}.", style="yellow")
-            settings.append("dataset=phantoms")
-        job = _prepare(_examples() / "pneumonia", None, None, settings, Engine.LOCAL, out, None)
-        _execute(job)
-
-
-def _prepare(
+def prepare(
     path: Path,
     sites: int | None,
     rounds: int | None,
@@ -119,78 +69,91 @@ def _prepare(
     engine: Engine,
     out: Path | None,
     resume: Path | None,
-) -> _Job:
+) -> Job:
     """Check all that can be checked before the run starts and anything is written."""
     if out is not None and resume is not None:
         raise InputError("--out and --resume exclude each other: --resume DIR continues in DIR")
-    name, defaults, references = load_project(path)
-    before = None
-    if resume is not None:
-        before = read_before(RunFolder(resume))
-        defaults = with_choices_of(resume, before.config, defaults)
-        if sites not in (None, before.sites):
-            raise InputError(
-                f"--sites must be {before.sites}, with which {resume} was started, got {sites}"
-            )
-        sites = before.sites
-    run_folder = RunFolder.named(resume or out, name)
+    project = load_project(path)
+    run_folder = RunFolder.named(resume or out, project.name)
     folder = run_folder.path
     if resume is None:
         run_folder.require_unused()
     for key, option in (("run-dir", "--out"), ("resume", "--resume")):
         if any(text.partition("=")[0].strip() == key for text in settings):
             raise InputError(f"fedmed run sets {key} itself: give {option} instead of -c {key}")
-    set_options = "".join(f" -c {shlex.quote(text)}" for text in settings)
-    config = override(defaults, settings)
-    config |= {} if rounds is None else {"num-server-rounds": rounds}
-    config |= {"run-dir": str(folder), "resume": resume is not None}
+    before = None if resume is None else read_before(run_folder)
     if before is not None:
-        require_same_settings(RunFolder(folder), before.config, config)
+        if sites not in (None, before.sites):
+            raise InputError(
+                f"--sites must be {before.sites}, with which {resume} was started, got {sites}"
+            )
+        sites = before.sites
     num_sites = default_sites(path) if sites is None else sites
     if num_sites < 1:
         raise InputError(f"--sites must be at least 1, got {num_sites}")
+    client = project.client_app()
+    values: UserConfig = {"run-dir": str(folder), "resume": resume is not None}
+    if rounds is not None:
+        values["num-server-rounds"] = rounds
+    if isinstance(client, Sectioned):
+        own = client.sections
+        config = project.declared
+        if before is not None:
+            config = with_choices_of(folder, before.config, config, own)
+        config = assign(override(config, settings, defaults(own)), values)
+        require_known(config, own)
+        if before is not None:
+            require_same_settings(run_folder, before.config, config, own)
+        _require_valid(config, own, num_sites)
+    else:
+        # The app of somebody else: it has the settings that it declares, and no others.
+        declared = {key: value for key, value in values.items() if key in project.declared}
+        config = assign(override(project.declared, settings, {}), declared)
+    set_options = "".join(f" -c {shlex.quote(text)}" for text in settings)
+    return Job(project, client, config, num_sites, engine, folder, set_options)
+
+
+def _require_valid(config: UserConfig, own: Sections, num_sites: int) -> None:
+    """Refuse settings that a server or a hospital would refuse."""
+    effective(config, own)
     plan = Plan.from_run_config(config)
     if plan.min_sites > num_sites:
         raise InputError(f"min-sites must be at most --sites = {num_sites}, got {plan.min_sites}")
-    Settings.from_run_config(config)
-    PrivacySettings.from_run_config(config)
-    return _Job(name, path.resolve(), references, config, num_sites, engine, folder, set_options)
 
 
-def with_choices_of(folder: Path, before: UserConfig, defaults: UserConfig) -> UserConfig:
-    """Return an app's default settings, replaced by the numbers and choices of a run folder.
+def with_choices_of(
+    folder: Path, before: UserConfig, declared: UserConfig, own: Sections = ()
+) -> UserConfig:
+    """Return an app's run config with the numbers and choices of a run folder.
 
-    A stranger may have written the folder. Of its texts only those in `CHOICES` are taken: any
-    other could be a path, or name what is built or run.
+    A stranger may have written the folder. Of its texts only those are taken whose settings allow
+    texts of a given form: any other could be a path, or name what is built or run.
 
     Raises
     ------
     InputError
         If the app, or the section that a setting belongs to, does not accept its value.
     """
-    from fedmed_flower.settings.survival import SurvivalSettings
-    from fedmed_flower.settings.trees import TreeSettings
-
-    sections: list[type[Section]]
-    sections = [Plan, Settings, PrivacySettings, TabularSettings, SurvivalSettings, TreeSettings]
-    if "cache-gigabytes" in defaults:
-        # Imports MONAI, which takes seconds; apps without images need not wait for it.
-        from fedmed_flower.settings.imaging import ImagingSettings
-
-        sections.append(ImagingSettings)
-    config = dict(defaults)
+    current = complete(declared, own)
+    taken = choices(own)
+    values: UserConfig = {}
     try:
-        for key in before.keys() & defaults.keys():
-            if key in CHOICES or not isinstance(before[key], str):
-                config[key] = with_type_of(defaults[key], before[key], key)
-        for section in sections:
-            section.from_run_config(config | {"run-dir": str(folder)})
+        for key in sorted(before.keys() & current.keys()):
+            if key in taken or not isinstance(before[key], str):
+                value = with_type_of(current[key], before[key], key)
+                if value != current[key]:
+                    values[key] = value
+        config = assign(declared, values)
+        filled = expand(config) | {"run-dir": str(folder)}
+        for section in (*_RESUMABLE, *own):
+            section.from_run_config(filled)
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from None
     return config
 
 
-def _examples() -> Path:
+def examples() -> Path:
+    """Return the folder of the example apps."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / "examples", package / "examples"):
         if (folder / "pneumonia" / "pyproject.toml").is_file():
@@ -198,15 +161,16 @@ def _examples() -> Path:
     raise InputError("the example apps are not installed: run fedmed demo from a checkout")
 
 
-def _execute(job: _Job) -> None:
+def execute(job: Job) -> None:
     """Run a job and print its results; the last line gives the outcome and the run folder."""
-    rounds = job.config["num-server-rounds"]
-    console.print(f"{job.name}: {job.num_sites} sites, {rounds} rounds, engine {job.engine}")
+    planned = complete(job.config)["num-server-rounds"]
+    rounds = f"{planned} rounds, " if isinstance(job.client, Sectioned) else ""
+    console.print(f"{job.project.name}: {job.num_sites} sites, {rounds}engine {job.engine}")
     # SIGTERM ends a run as Ctrl-C does, with summary and report.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if job.engine is Engine.FLOWER:
-            run_flower(job.path, job.config, job.num_sites, sys.stdout)
+            run_flower(job.project.path.resolve(), job.config, job.num_sites, sys.stdout)
         else:
             _run_local(job)
     except InputError:
@@ -235,26 +199,20 @@ def _execute(job: _Job) -> None:
         console.print(f"{summary['status']}: {done}: {job.folder}")
 
 
-def _run_local(job: _Job) -> None:
-    server, client = (load_app(reference, InputError, job.path) for reference in job.references)
-    for component, kind, reference in (
-        (server, ServerApp, job.references[0]),
-        (client, ClientApp, job.references[1]),
-    ):
-        if not isinstance(component, kind):
-            raise InputError(f"{reference} is a {type(component).__name__}, not a {kind.__name__}")
+def _run_local(job: Job) -> None:
+    server = job.project.server_app()
     with _progress() as on_reply:
         run_local(
             server,
-            client,
+            job.client,
             job.num_sites,
             run_config=job.config,
-            app_name=job.name,
+            app_name=job.project.name,
             on_reply=on_reply,
         )
 
 
-def _whereabouts(job: _Job) -> str:
+def _whereabouts(job: Job) -> str:
     folder = job.folder
     if RunFolder(folder).checkpoint_file.exists():
         return f"{folder} (go on with --resume {folder}{job.set_options})"

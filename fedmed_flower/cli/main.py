@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -10,12 +10,10 @@ import typer
 
 from fedmed_flower.cli.data import data_app
 from fedmed_flower.cli.run import demo, run
+from fedmed_flower.cli.settings import settings
 from fedmed_flower.cli.statistics import statistics
 from fedmed_flower.cli.tables import console, input_errors, print_ledger
 from fedmed_flower.errors import InputError
-from fedmed_flower.files import as_input_error, require_lone_database
-from fedmed_flower.privacy.ledger import Ledger
-from fedmed_flower.reports.report import write_report
 
 app = typer.Typer(
     help="Medical federated learning on Flower.",
@@ -27,12 +25,14 @@ app.add_typer(data_app, name="data")
 app.command()(run)
 app.command()(demo)
 app.command()(statistics)
-log = logging.getLogger("flwr.fedmed")
+app.command()(settings)
 
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Rewrite report.html of a run folder."""
+    from fedmed_flower.reports.report import write_report
+
     with input_errors():
         try:
             console.print(f"report: {write_report(folder)}")
@@ -42,21 +42,36 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 
 @app.command()
 def privacy(
-    ledger: Annotated[Path, typer.Argument(help="A hospital's ledger, or a folder of ledgers.")],
+    ledger: Annotated[
+        Path,
+        typer.Argument(
+            help="A hospital's ledger, a folder of ledgers, or a simulation's run folder."
+        ),
+    ],
     delta: Annotated[
         float | None, typer.Option(help="Delta of epsilon.  [default: the budget's, or 1e-5]")
     ] = None,
     new: Annotated[bool, typer.Option("--new", help="Make a new, empty ledger.")] = False,
 ) -> None:
     """Show what each run released about a hospital's patients, and what is left of the budget."""
+    from fedmed_flower.files import as_input_error, require_lone_database
+    from fedmed_flower.privacy.ledger import Ledger
+    from fedmed_flower.privacy.patient import LEDGERS
+    from fedmed_flower.server.run_folder import SUMMARY
+
     with input_errors():
         if new:
             if ledger.exists():
                 raise InputError(f"{ledger} exists already: give the new ledger another name")
             Ledger(ledger)
+        if (ledger / SUMMARY).is_file():
+            ledger = ledger / LEDGERS
         paths = sorted(ledger.glob("*.sqlite")) if ledger.is_dir() else [ledger]
-        if not paths:
-            raise InputError(f"there is no ledger (*.sqlite) in the folder {ledger}")
+        if not paths or (ledger.name == LEDGERS and not ledger.exists()):
+            raise InputError(
+                f"there is no ledger (*.sqlite) in the folder {ledger}: only a simulation with "
+                "privacy keeps ledgers in its run folder; a real hospital's is at the hospital"
+            )
         for path in paths:
             file = path if ledger.is_dir() else path.resolve()
             require_lone_database(file.parent, file.name)
@@ -64,23 +79,24 @@ def privacy(
                 print_ledger(console, path, Ledger(path, read_only=True), delta)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"fedmed-flower {version('fedmed-flower')}, flwr {version('flwr')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _set_up_log() -> None:
-    logging.getLogger("flwr").handlers = [_ConsoleHandler()]
+def _set_up(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show versions and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
     """Run the command line."""
-    # A library gives the root logger a handler, which would write each line a second time.
-    logging.getLogger("flwr").propagate = False
     app()
-
-
-class _ConsoleHandler(logging.Handler):
-    """Prints this package's log lines from INFO on, and Flower's from WARNING on."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        ours = record.name.startswith("flwr.fedmed")
-        if record.levelno >= (logging.INFO if ours else logging.WARNING):
-            style = "yellow" if record.levelno >= logging.WARNING else None
-            console.print(record.getMessage(), style=style)

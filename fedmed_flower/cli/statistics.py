@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from flwr.app import Context
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.object_ref import load_app
 from rich.table import Table
 
 from fedmed_flower.cli.tables import console, input_errors, print_table
-from fedmed_flower.engines.local import run_local
 from fedmed_flower.errors import InputError
-from fedmed_flower.files import read_object
-from fedmed_flower.server.run_folder import SUMMARY, RunFolder
-from fedmed_flower.settings.section import override
 from fedmed_flower.statistics.request import KINDS, Request, Survival, parse_filter
-from fedmed_flower.statistics.server import survey
-from fedmed_flower.statistics.summary import ALARMS
+
+if TYPE_CHECKING:
+    from flwr.app import Context
 
 _Names = list[str] | None
 
@@ -64,9 +57,7 @@ def statistics(
         bool, typer.Option("--drift-sites", help="Compare each hospital with all others.")
     ] = False,
     weekly: Annotated[str, typer.Option(help="Count rows by the week of this column.")] = "",
-    alert: Annotated[
-        str, typer.Option(help=f"Alarm for the weekly counts: {', '.join(ALARMS)}.")
-    ] = "c2",
+    alert: Annotated[str, typer.Option(help="Alarm for the weekly counts: c2 or cusum.")] = "c2",
     epsilon: Annotated[float, typer.Option(help="Answer with noise; charged to ledgers.")] = 0.0,
     delta: Annotated[float, typer.Option(help="Delta of epsilon.")] = 1e-5,
     out: Annotated[
@@ -77,6 +68,11 @@ def statistics(
     ] = None,
 ) -> None:
     """Describe the patients of all hospitals; no row leaves a hospital."""
+    # Loading torch and Flower takes seconds, which `fedmed --help` need not wait for.
+    from fedmed_flower.engines.project import default_sites
+    from fedmed_flower.files import read_object
+    from fedmed_flower.server.run_folder import SUMMARY
+
     with input_errors():
         if drift_by and (by or drift_sites):
             raise InputError("--drift-by excludes --by and --drift-sites")
@@ -102,9 +98,6 @@ def statistics(
             epsilon=epsilon,
             delta=delta,
         )
-        # The command line imports this module.
-        from fedmed_flower.engines.project import default_sites
-
         count = default_sites(path) if sites is None else sites
         folder = _run(path, count, out, config or [], request, drift, alert)
         summary = read_object(folder, SUMMARY, "run the survey again")
@@ -125,25 +118,30 @@ def _run(
     drift: str,
     alert: str,
 ) -> Path:
-    from fedmed_flower.engines.project import load_project
+    from flwr.serverapp import Grid, ServerApp
 
-    name, defaults, references = load_project(path)
-    run_folder = RunFolder.named(out, f"{name}-statistics")
+    from fedmed_flower.engines.local import run_local
+    from fedmed_flower.engines.project import load_project
+    from fedmed_flower.server.run_folder import RunFolder
+    from fedmed_flower.settings.registry import Sectioned, defaults
+    from fedmed_flower.settings.text import SETTINGS, expand, override
+    from fedmed_flower.statistics.server import survey
+
+    project = load_project(path)
+    run_folder = RunFolder.named(out, f"{project.name}-statistics")
     folder = run_folder.path
     run_folder.require_unused()
-    # Settings of a survey that an app need not declare.
-    survey_defaults = {"min-cell-count": 10}
-    run_config = override(survey_defaults | defaults, settings) | {"run-dir": str(folder)}
-    client = load_app(references[1], InputError, path.resolve())
-    if not isinstance(client, ClientApp):
-        raise InputError(f"{references[1]} is a {type(client).__name__}, not a ClientApp")
+    client = project.client_app()
+    own = client.sections if isinstance(client, Sectioned) else ()
+    config = expand(override({SETTINGS: "", **project.declared}, settings, defaults(own)))
+    run_config = config | {"run-dir": str(folder)}
     server = ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        survey(grid, context, request, drift=drift, alert=alert)
+        survey(grid, context, request, drift=drift, alert=alert, sections=own)
 
-    run_local(server, client, sites, run_config=run_config, app_name=name)
+    run_local(server, client, sites, run_config=run_config, app_name=project.name)
     return folder
 
 

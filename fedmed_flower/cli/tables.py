@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -14,8 +15,9 @@ from rich.text import Text
 
 from fedmed_flower.errors import InputError, shown
 from fedmed_flower.metrics.names import lower_is_better, main_metric
-from fedmed_flower.privacy.accounting import epsilon_of
-from fedmed_flower.privacy.ledger import Ledger, Plain
+
+if TYPE_CHECKING:
+    from fedmed_flower.privacy.ledger import Ledger, Plain
 
 
 class LineConsole(Console):
@@ -95,14 +97,16 @@ def _test_columns(test: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if "local" in test:
         columns = {"alone": test["local"], **columns}
     if "personal" in test:
-        columns["its own"] = test["personal"]
+        columns["fine-tuned"] = test["personal"]
     if "pooled" in test:
         columns["all data pooled"] = test["pooled"]["sites"]
     return columns
 
 
 def print_ledger(console: Console, path: Path, ledger: Ledger, delta: float | None) -> None:
-    """Print what each run released, the highest epsilon of a patient, and what is left of it."""
+    """Print what each run released, the highest epsilon of a patient, and the budget left."""
+    from fedmed_flower.privacy.accounting import epsilon_of
+
     budget = ledger.budget()
     if delta is None:
         delta = 1e-5 if budget is None else budget.delta
@@ -158,9 +162,26 @@ def _show(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+class _ConsoleHandler(logging.Handler):
+    """Prints this package's log lines from INFO on, and Flower's from WARNING on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ours = record.name.startswith("flwr.fedmed")
+        if record.levelno >= (logging.INFO if ours else logging.WARNING):
+            style = "yellow" if record.levelno >= logging.WARNING else None
+            console.print(record.getMessage(), style=style)
+
+
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """Turn an `InputError` into one printed line and exit code 2."""
+    """Show log lines on the console; turn an `InputError` into one line and exit code 2.
+
+    A command imports what it needs before: at its import Flower adds a handler of its own, and
+    another library gives the root logger one, which would write each line a second time.
+    """
+    flower = logging.getLogger("flwr")
+    flower.handlers = [_ConsoleHandler()]
+    flower.propagate = False
     try:
         yield
     except InputError as error:

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -33,6 +33,7 @@ from fedmed_flower.data.site import SPLITS, Row, Site
 from fedmed_flower.errors import FAILED, DeclinedError, InputError
 from fedmed_flower.models.device import derive_seed
 from fedmed_flower.settings.node import NodeSettings
+from fedmed_flower.settings.registry import Sections, require_known, sections_of
 from fedmed_flower.wire import (
     DECLINED,
     EPSILON,
@@ -46,9 +47,26 @@ from fedmed_flower.wire import (
 log = logging.getLogger("flwr.fedmed")
 
 
-def app_of(cls: type[MedicalClient]) -> ClientApp:
+class HospitalApp(ClientApp):
+    """A Flower ClientApp that knows which settings it reads.
+
+    Attributes
+    ----------
+    sections : sequence of Section classes
+        The groups of settings in the run config.
+    node_keys : collection of str
+        The keys that the app adds to the hospital's node config.
+    """
+
+    def __init__(self, sections: Sections, node_keys: Collection[str]) -> None:
+        super().__init__()
+        self.sections = sections
+        self.node_keys = node_keys
+
+
+def app_of(cls: type[MedicalClient]) -> HospitalApp:
     """Return the Flower ClientApp of a client: train, evaluate and its queries."""
-    app = ClientApp()
+    app = HospitalApp(sections_of(cls), cls.node_keys)
     app.train()(partial(answer, cls, train))
     app.evaluate()(partial(answer, cls, evaluate))
     for name, query in cls.queries.items():
@@ -80,6 +98,7 @@ def answer(
         site = Site.from_context(context)
         # A misspelled budget would bound nothing: no message is answered if a key is unknown.
         NodeSettings.of(context.node_config, cls.node_keys)
+        require_known(context.run_config, sections_of(cls))
         client = _stand_in(cls(context), message)
         handle = _function_at(handler) if isinstance(handler, str) else handler
         content = handle(client, message)

@@ -56,9 +56,11 @@ from fedmed_flower.privacy.validate import (
     require_private_loss,
     require_private_model,
 )
+from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.model import ModelSettings
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.privacy import PrivacySettings
+from fedmed_flower.settings.registry import Sections
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.wire import AGREED, FROZEN, POOL_SITES, RUN_KEY
 
@@ -143,6 +145,9 @@ class MedicalClient(ABC):
     stand_ins : dict
         By a key of a message's config: the function, as ``"module:function"``, that maps this
         client to the one that answers such a message.
+    sections : tuple of Section classes
+        Groups of settings that this class reads beside those of its bases. A key of the run config
+        that is in no section is refused.
     node_keys : tuple of str
         Keys that the app adds to the hospital's node config.
     """
@@ -155,8 +160,9 @@ class MedicalClient(ABC):
         "statistics": "fedmed_flower.statistics.client:statistics",
     }
     stand_ins: ClassVar[Mapping[str, str]] = {}
+    sections: ClassVar[Sections] = (Settings, PrivacySettings, ModelSettings, DisclosureSettings)
     node_keys: ClassVar[Collection[str]] = ()
-    # Part of the cache's keys: tells clients apart that share a class name but prepare differently.
+    # Part of the cache's keys: distinguishes clients of one class name that prepare differently.
     prepared_for: ClassVar[str] = ""
     run_cache: ClassVar[RunCache] = RunCache()
 
@@ -371,7 +377,7 @@ class MedicalClient(ABC):
         return key
 
     def ledger(self, config: Mapping[str, Any]) -> Ledger:
-        """Return the site's ledger; one in the usual place is created if it does not exist.
+        """Return the site's ledger; a ledger at the default path is created if it does not exist.
 
         Parameters
         ----------
@@ -436,8 +442,9 @@ class MedicalClient(ABC):
         Raises
         ------
         DeclinedError
-            At a real hospital, if the rows are of fewer patients than an update needs, or an
-            earlier run has trained on one of the patients with noise, which this would undo.
+            At a real hospital, if the rows are of fewer patients than an update needs, or if an
+            earlier run has trained with noise on one of the patients: a result without noise would
+            undo that protection.
         """
         patients = {patient_text(row["patient"]) for row in rows}
         fewest = fewest_patients(self.context, self.site, "train")
@@ -447,7 +454,10 @@ class MedicalClient(ABC):
 
     def _require_plain(self, patients: Collection[str]) -> None:
         if not self.site.simulated and self.ledger({}).has_trained(patients):
-            raise DeclinedError("patients who were trained on with noise are used with noise only")
+            raise DeclinedError(
+                "an earlier run trained with noise on some of these patients: they may be used "
+                "with noise only"
+            )
 
     def require_several(self, rows: Sequence[Row]) -> None:
         """Decline to send an update that was made of too few patients.
@@ -462,7 +472,9 @@ class MedicalClient(ABC):
             patients = {patient_text(rows[index]["patient"]) for index in indices}
         else:  # A subclass with its own `fit` does not record which rows it used.
             patients = {patient_text(row["patient"]) for row in rows}
-        most = settings.local_steps * settings.batch_size or len(patients)
+        most = len(patients)
+        if settings.local_steps:
+            most = settings.local_steps * settings.batch_size
         fewest = fewest_patients(self.context, self.site, "train")
         if min(len(patients), most) < fewest:
             raise DeclinedError(f"an update here needs at least {fewest} patients")
@@ -492,8 +504,8 @@ class MedicalClient(ABC):
         Raises
         ------
         DeclinedError
-            If an earlier run has trained on one of the patients with noise, which the metrics
-            would undo.
+            If an earlier run has trained with noise on one of the patients: a result without noise
+            would undo that protection.
         """
         patients = {patient_text(row["patient"]) for row in rows}
         fewest = fewest_patients(self.context, self.site, "evaluated")
@@ -513,7 +525,7 @@ class MedicalClient(ABC):
             )
         return reported
 
-    def tellable(self, column: str, rows: Sequence[Row]) -> list[Row]:
+    def reportable_rows(self, column: str, rows: Sequence[Row]) -> list[Row]:
         """Return the rows that may count in an answer about a column without noise.
 
         At a real hospital this is written down in its book before the answer is computed. Rows

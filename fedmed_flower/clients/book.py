@@ -161,9 +161,10 @@ class Book:
         return np.array([id(row) in ids for row in self._rows])
 
     def shown(self, run: str) -> tuple[bool, set[str] | None]:
-        """Return whether a run had pictures, and the patients here of whom any run had pictures.
+        """Return whether this run has shown pictures, and the patients whom any run has shown.
 
-        The latter is None if no run has had pictures of anybody.
+        Of the patients, those in the hospital's present rows are returned; None if no run has shown
+        anybody.
         """
         return self._guard.shown(run)
 

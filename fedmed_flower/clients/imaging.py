@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from fedmed_flower.models.device import arranged, torch_device
 from fedmed_flower.models.networks import build_network
 from fedmed_flower.privacy.validate import require_independent
 from fedmed_flower.settings.imaging import ImagingSettings
+from fedmed_flower.settings.registry import Sections
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -82,6 +83,7 @@ class ImagingClient(MedicalClient):
         False, they are rejected.
     """
 
+    sections: ClassVar[Sections] = (ImagingSettings,)
     spatial_dims: int = 2
     num_classes: int
     image_shape: tuple[int, ...] = ()

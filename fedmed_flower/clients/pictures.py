@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -214,7 +215,7 @@ def _png(figure: Figure, keys: Sequence[tuple[str, Any, float, str]]) -> bytes:
     """Draw a figure with a legend below it, in as many colours as a small file allows."""
     (axes,) = figure.axes
     _, high = figure.get_size_inches() * _DPI
-    below = _LINE * -(-len(keys) // 2) + (6 if keys else 0)
+    below = _LINE * math.ceil(len(keys) / 2) + (6 if keys else 0)
     # A little more than whole pixels, since the canvas rounds down.
     figure.set_size_inches((_WIDTH + 0.01) / _DPI, (high + below + 0.01) / _DPI)
     axes.set_position((0, below / (high + below), 1, high / (high + below)))

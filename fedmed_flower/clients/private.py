@@ -22,7 +22,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.models.device import half_precision, make_optimizer
 from fedmed_flower.privacy.gradients import PROBE, Batch
 from fedmed_flower.privacy.patient import PatientPrivacy, budget_of
-from fedmed_flower.privacy.validate import held, unchanged
+from fedmed_flower.privacy.validate import first_changed, held
 from fedmed_flower.wire import SERVER_ROUND, SPLIT
 
 log = logging.getLogger("flwr.fedmed")
@@ -74,7 +74,7 @@ def train_protected(
         If the run's target or the hospital's budget would be exceeded; nothing is charged then.
     """
     settings = client.settings
-    _require_own_fit(client)
+    _refuse_custom_fit(client)
     # An onlooker knows the run's seed and must not be able to repeat the random draws.
     torch.manual_seed(secrets.randbits(63))
     probe = client.probe(PROBE)
@@ -106,7 +106,7 @@ def train_protected(
             half_precision(settings),
             client.proximal_mu,
         )
-        name = unchanged(before, model)
+        name = first_changed(before, model)
         if name is not None:
             raise InputError(
                 f"training has changed {name}, which is not trained and would leave the hospital "
@@ -175,8 +175,9 @@ def usable_rows(client: MedicalClient, split: str, probe: Batch, alike: bool = F
         prepared = client.prepare(rows, train)
     if len(prepared) != len(rows):
         raise InputError(
-            f"prepare has made {len(prepared)} rows of {len(rows)}: to know the patient of each, "
-            "private training needs one row of each, in the same order; split records in load_data"
+            f"prepare returned {len(prepared)} rows for {len(rows)}: private training must know "
+            "the patient of each row, so prepare must return one row for each, in the same order; "
+            "split records in load_data instead"
         )
     indices = list(range(len(rows)))
     if alike:
@@ -184,9 +185,10 @@ def usable_rows(client: MedicalClient, split: str, probe: Batch, alike: bool = F
     unusable = len(client.loaded(split)) - len(indices)
     if unusable:
         log.warning(
-            "%s: %d rows of the %s split cannot be used and add nothing: fewer rows count than the "
-            "split has",
-            *(client.site.name, unusable, split),
+            "%s: %d rows of the %s split cannot be used and are left out",
+            client.site.name,
+            unusable,
+            split,
         )
     patients = [patient_text(rows[index]["patient"]) for index in indices]
     return UsableRows(prepared, indices, patients)
@@ -241,8 +243,8 @@ def _round(config: ConfigRecord) -> int:
     return int(config.get(SERVER_ROUND, 0))  # type: ignore[arg-type]
 
 
-def _require_own_fit(client: MedicalClient) -> None:
-    """Raise `InputError` for a subclass's own `fit`, which private training would not use."""
+def _refuse_custom_fit(client: MedicalClient) -> None:
+    """Raise `InputError` if a subclass overrides `fit` alone: private training calls `loss_of`."""
     classes = type(client).__mro__
     fit, loss_of = (next(c for c in classes if name in vars(c)) for name in ("fit", "loss_of"))
     if fit is not loss_of and issubclass(fit, loss_of):

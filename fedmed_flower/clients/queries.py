@@ -16,7 +16,7 @@ from fedmed_flower.data.site import SPLITS, patient_text
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.models.device import torch_device
 from fedmed_flower.privacy.patient import budget_of
-from fedmed_flower.settings.section import with_type_of
+from fedmed_flower.settings.text import with_type_of
 from fedmed_flower.wire import CONTRIBUTION, COUNT, IMAGES, PICTURES, REJECTED, TITLES
 
 log = logging.getLogger("flwr.fedmed")

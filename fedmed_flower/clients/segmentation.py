@@ -302,7 +302,7 @@ class SegmentationClient(ImagingClient):
         image = row["image"]
         device = torch_device(self.settings)
         sides = tuple(image.shape[1:])
-        roi = self.patch_size or tuple(-(-side // _DIVISOR) * _DIVISOR for side in sides)
+        roi = self.patch_size or tuple(math.ceil(side / _DIVISOR) * _DIVISOR for side in sides)
         parts = Parts()
 
         def forward(windows: Tensor) -> Tensor:

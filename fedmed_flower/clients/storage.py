@@ -17,7 +17,7 @@ from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import SPLITS, Site, SiteData
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import write_atomic
-from fedmed_flower.settings.section import with_type_of
+from fedmed_flower.settings.text import with_type_of
 from fedmed_flower.wire import LEDGER_DIR, RUN_KEY
 
 log = logging.getLogger("flwr.fedmed")

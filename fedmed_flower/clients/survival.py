@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from fedmed_flower.models.survival import (
     risk_from_hazards,
     survival_from_hazards,
 )
+from fedmed_flower.settings.registry import Sections
 from fedmed_flower.settings.survival import SurvivalSettings
 
 log = logging.getLogger("flwr.fedmed")
@@ -51,6 +52,7 @@ class SurvivalClient(TabularClient):
         From the run config.
     """
 
+    sections: ClassVar[Sections] = (SurvivalSettings,)
     # All risks start equal, so that the few steps of a private run need not undo a random guess.
     zeros = True
 
@@ -119,15 +121,15 @@ class SurvivalClient(TabularClient):
         edges = interval_edges(settings.survival_horizon, settings.survival_intervals)
         return torch.as_tensor(edges, dtype=torch.float32, device=torch_device(self.settings))
 
-    def figures(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
+    def metrics_of_rows(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
         """Return ``c-index`` and the counts of pairs behind it."""
         times, events = _times(prepared)
         counts = concordance(times, events, self._risks(outputs))
-        figures: dict[str, Any] = {"num-examples": len(prepared), PAIRS: [float(n) for n in counts]}
+        metrics: dict[str, Any] = {"num-examples": len(prepared), PAIRS: [float(n) for n in counts]}
         concordant, tied, comparable = counts
         if comparable:
-            figures["c-index"] = (concordant + tied / 2) / comparable
-        return figures
+            metrics["c-index"] = (concordant + tied / 2) / comparable
+        return metrics
 
     def measure(self, model: nn.Module, prepared: TableRows) -> dict[str, Any]:
         """Return ``loss``, ``c-index`` (by group too) and ``integrated-brier``."""

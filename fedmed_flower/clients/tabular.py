@@ -41,9 +41,11 @@ from fedmed_flower.metrics.outcomes import (
     noised_error_metrics,
     noised_errors,
     outcome_metrics,
+    reported_groups,
 )
 from fedmed_flower.models.device import half_precision, torch_device
 from fedmed_flower.models.tabular import tabular_network
+from fedmed_flower.settings.registry import Sections
 from fedmed_flower.settings.tabular import TabularSettings
 from fedmed_flower.statistics.types import Mask
 from fedmed_flower.wire import TREES
@@ -104,6 +106,7 @@ class TabularClient(MedicalClient):
 
     schema: Schema
     zeros: bool = False
+    sections: ClassVar[Sections] = (TabularSettings,)
     stand_ins: ClassVar[Mapping[str, str]] = {TREES: "fedmed_flower.trees.client:as_trees"}
 
     def __init__(self, context: Context) -> None:
@@ -139,11 +142,11 @@ class TabularClient(MedicalClient):
             inside = book.mask_of({id(row) for row in train})
             for column in schema.features:
                 if column not in schema.categories:
-                    rows = self._tellable(book, column, inside, minimum)
+                    rows = self._reportable_rows(book, column, inside, minimum)
                     reported |= contribution(rows, schema, minimum, only=column)
         return reported
 
-    def _tellable(self, book: Book, column: str, inside: Mask, minimum: int) -> list[Row]:
+    def _reportable_rows(self, book: Book, column: str, inside: Mask, minimum: int) -> list[Row]:
         """Return the rows whose values in a column may be disclosed; none if too few.
 
         These are the training rows, or, if they may not be, all rows that earlier answers counted.
@@ -160,9 +163,10 @@ class TabularClient(MedicalClient):
                 continue
             if rows is not inside:
                 log.warning(
-                    "%s: statistics of %s are of all rows, not only of the training rows: after "
-                    "earlier answers these would be of too few patients",
-                    *(self.site.name, column),
+                    "%s: statistics of %s come from all rows: after earlier answers the training "
+                    "rows alone would be of too few patients",
+                    self.site.name,
+                    column,
                 )
             reported = usable if values is None else usable & (values != POOLED)
             return [row for row, fine in zip(book.rows, reported, strict=True) if fine]
@@ -214,8 +218,8 @@ class TabularClient(MedicalClient):
             hospitals have not agreed on one yet. If a hospital without training rows would have to
             learn its own.
         DeclinedError
-            If a hospital with a privacy budget would have to learn its own, or its training rows
-            may not be used without noise.
+            If a `secretive` hospital would have to learn its own, or its training rows may not be
+            used without noise.
         """
         self._require_unlearnt()
         kind = self.tables.preparation
@@ -224,8 +228,8 @@ class TabularClient(MedicalClient):
         if kind == "site":
             if self.secretive:
                 raise DeclinedError(
-                    'preparation="site" learns from patients without noise, and this hospital has '
-                    'a privacy budget: set preparation="declared", which learns nothing'
+                    'preparation="site" learns from patients without noise, and this hospital '
+                    'reports with noise only: set preparation="declared", which learns nothing'
                 )
             rows = self.screened_data().train
             if rows:
@@ -409,15 +413,15 @@ class TabularClient(MedicalClient):
         return ((scores - target) / self.unit.factor).square().mean() / 2
 
     def measure(self, model: nn.Module, prepared: TableRows) -> dict[str, Any]:
-        """Return ``loss``, the metrics of `figures`, and on test rows also those of each group."""
+        """Return ``loss``, `metrics_of_rows`, and on test rows also the metrics of each group."""
         outputs = self._predict(model, prepared)
 
         def measured(indices: Sequence[int]) -> dict[str, Any]:
             chosen = list(indices)
             group = TableRows(prepared.batch(chosen), [prepared.rows[index] for index in chosen])
-            return self.figures(outputs[chosen], group)
+            return self.metrics_of_rows(outputs[chosen], group)
 
-        metrics = self.figures(outputs, prepared)
+        metrics = self.metrics_of_rows(outputs, prepared)
         on_cpu = {name: values.cpu() for name, values in prepared.inputs.items()}
         metrics["loss"] = float(self.loss(torch.from_numpy(outputs), on_cpu))
         groups = self.tables.groups
@@ -437,11 +441,9 @@ class TabularClient(MedicalClient):
         with self.open_book({}, minimum) as book:
             inside = book.mask_of({id(row) for row in rows})
             for name in names:
-                groups = {
-                    key.partition("=")[2]: number
-                    for number, key in enumerate(by_group(rows, [name], minimum, lambda _: {}))
-                }
-                values = np.array([groups.get(str(row.get(name)), POOLED) for row in book.rows])
+                groups = reported_groups(rows, name, minimum)
+                code_of = {text: code for code, text in enumerate(groups)}
+                values = np.array([code_of.get(str(row.get(name)), POOLED) for row in book.rows])
                 usable = book.column(name, inside, values)
                 if usable is not None and bool((usable == inside).all()):
                     disclosable.append(name)
@@ -449,11 +451,12 @@ class TabularClient(MedicalClient):
                     log.warning(
                         "%s: metrics by %s are withheld: after earlier answers they would be of "
                         "too few patients",
-                        *(self.site.name, name),
+                        self.site.name,
+                        name,
                     )
         return disclosable
 
-    def figures(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
+    def metrics_of_rows(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
         """Return the metrics of rows, from the network's outputs for them."""
         target = prepared.inputs["target"].cpu().numpy()
         patient_of_row = [patient_text(row["patient"]) for row in prepared.rows]

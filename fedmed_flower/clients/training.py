@@ -178,7 +178,8 @@ class Parts:
             size = min(self.size or count, count)
             # Of equal size, since a last part of one record would have no variance for batch
             # normalisation.
-            parts = zip(*(v.tensor_split(-(-count // size)) for v in batch.values()), strict=True)
+            pieces = math.ceil(count / size)
+            parts = zip(*(values.tensor_split(pieces) for values in batch.values()), strict=True)
             try:
                 before()
                 return [
@@ -273,7 +274,7 @@ def train_privately(
         private.draw_ahead()
         for computed in batches.run(sampler.draw()):
             if computed is None:
-                private.dropped += 1
+                private.drop_patient()
                 continue
             clippable, record_losses = computed
             losses.append(record_losses.float().cpu())

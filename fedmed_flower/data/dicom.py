@@ -27,8 +27,11 @@ _GAP = 0.1
 _MOST_LETTERS = 300
 _PREAMBLE = 132  # Bytes before the first element, with the letters DICM at the end.
 HEADER = (
-    *("PatientID", "SeriesInstanceUID", "Rows"),
-    *("ImagePositionPatient", "ImageOrientationPatient"),
+    "PatientID",
+    "SeriesInstanceUID",
+    "Rows",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
 )
 
 Array = NDArray[Any]

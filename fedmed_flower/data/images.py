@@ -192,7 +192,10 @@ def files_of(source: Any) -> Iterator[Path]:
 
 
 def _read(source: Any, spatial_dims: int | None) -> tuple[Array, Array | None, bool]:
-    """Return values with the channel first, their affine or None, and whether it is a position."""
+    """Return values with the channel first, their affine or None, and whether it is meaningful.
+
+    It is if it states a position in the patient.
+    """
     if not isinstance(source, str | Path):
         return _with_channel(np.asarray(source), spatial_dims), None, False
     path = Path(source)

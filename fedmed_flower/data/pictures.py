@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 from collections.abc import Hashable
@@ -79,7 +80,7 @@ def _pixels_fit(png: bytes, packed: bytes) -> str | None:
     if interlaced:
         return "it is interlaced"
     # A row is one byte for the filter and its pixels.
-    size = height * (1 + -(-width * depth * _CHANNELS.get(colour, 1) // 8))
+    size = height * (1 + math.ceil(width * depth * _CHANNELS.get(colour, 1) / 8))
     unpacking = zlib.decompressobj()
     try:
         unpacked = len(unpacking.decompress(packed, size + 1))

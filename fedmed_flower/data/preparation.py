@@ -98,7 +98,10 @@ def check_contribution(reported: Mapping[str, Any], schema: Schema) -> str | Non
         if not isinstance(values, list):
             return f"{key!r} must be a list"
         if key.startswith(_MOMENTS) and not _are_moments(values):
-            return f"{key!r} must be a number of values, their mean and their squared distances"
+            return (
+                f"{key!r} must be the number of values, their mean and the sum of their squared "
+                "distances to it"
+            )
     for column in learnt:
         texts = reported.get(_CATEGORIES + column, [])
         counts = reported.get(_COUNTS + column, [])

@@ -16,8 +16,9 @@ from typing import Any
 from flwr.app import Context
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.settings.node import FEWEST, NodeSettings
-from fedmed_flower.settings.section import with_type_of
+from fedmed_flower.settings.disclosure import DisclosureSettings
+from fedmed_flower.settings.node import NodeSettings
+from fedmed_flower.settings.text import expand
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -155,18 +156,14 @@ def min_cell_count(context: Context, site: Site) -> int:
     Raises
     ------
     InputError
-        If it is not a whole number, or below 1.
+        If it is not a whole number of 1 or more.
     """
     key = "min-cell-count"
-    asked = with_type_of(FEWEST, context.run_config.get(key, FEWEST), key)
-    count = NodeSettings.from_run_config(context.node_config).min_cell_count
+    asked = DisclosureSettings.from_run_config(context.run_config).min_cell_count
+    own = NodeSettings.from_run_config(context.node_config).min_cell_count
     if site.simulated and key not in context.node_config:
-        count = asked
-    elif key in context.run_config:
-        count = max(asked, count)
-    if count < 1:
-        raise InputError(f"{key} must be at least 1, got {count}")
-    return int(count)
+        return asked
+    return max(asked, own) if key in expand(context.run_config) else own
 
 
 def fewest_patients(context: Context, site: Site, purpose: str) -> int:

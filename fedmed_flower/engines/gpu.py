@@ -17,10 +17,10 @@ from typing import Any
 from flwr.app import Context, Error, Message, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from flwr.supercore.object_ref import load_app
 
 from fedmed_flower.engines.local import run_local
-from fedmed_flower.errors import InputError
+from fedmed_flower.engines.project import Project, load_project
+from fedmed_flower.settings.text import expand
 
 # Bytes that CUDA itself takes in each process.
 _CONTEXT = 2**29
@@ -75,21 +75,20 @@ def measure_site(app: Path, config: UserConfig, num_sites: int) -> int:
         return int(json.loads(out.read_text())) if out.exists() else 0
 
 
-def train_once(
-    references: tuple[str, str], app: Path, config: UserConfig, num_sites: int, folder: Path
-) -> int:
+def train_once(project: Project, config: UserConfig, num_sites: int, folder: Path) -> int:
     """Run one round in which only the first site takes part; return how often it trained.
 
     Parameters
     ----------
-    references : tuple of str
-        References of the app's ServerApp and ClientApp.
-    app, config, num_sites
+    project : Project
+        The Flower app.
+    config, num_sites
         As in `measure_site`.
     folder : Path
         The run folder is made in it.
     """
-    server, client = (load_app(reference, InputError, app) for reference in references)
+    server = project.server_app()
+    client = project.client_app()
     trained = 0
 
     def first_site_alone(message: Message, context: Context) -> Message:
@@ -103,9 +102,8 @@ def train_once(
 
     once: dict[str, Any] = {"num-server-rounds": 1, "run-dir": str(folder / "run"), "resume": False}
     once |= {"baselines": False, "pictures": 0}
-    declared = {key: value for key, value in once.items() if key in config}
     try:
-        run_local(server, _as_app(first_site_alone), num_sites, run_config=dict(config) | declared)
+        run_local(server, _as_app(first_site_alone), num_sites, run_config=expand(config) | once)
     except Exception as error:
         # A rule that needs several replies fails, but only after the site has trained.
         if not trained:
@@ -124,13 +122,11 @@ def main(arguments: list[str]) -> None:
     """Measure one site and write the peak in bytes to a file, as the module docstring describes."""
     import torch
 
-    from fedmed_flower.engines.project import load_project
-
     app, settings, sites, out = arguments
-    _, _, references = load_project(Path(app))
+    project = load_project(Path(app))
     config = json.loads(Path(settings).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(prefix="fedmed-measure-") as folder:
-        train_once(references, Path(app), config, int(sites), Path(folder))
+        train_once(project, config, int(sites), Path(folder))
     devices = range(torch.cuda.device_count())
     peak = max((torch.cuda.max_memory_reserved(device) for device in devices), default=0)
     Path(out).write_text(json.dumps(peak + _CONTEXT if peak else 0))

@@ -33,6 +33,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedmed_flower.data.site import simulation
 from fedmed_flower.errors import InputError
+from fedmed_flower.settings.registry import Sectioned, require_known
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -82,7 +83,8 @@ def run_local(
     Raises
     ------
     InputError
-        If `num_sites` is below 1 or `node_configs` has another length.
+        If `num_sites` is below 1, `node_configs` has another length, or `run_config` has a key that
+        neither this package nor the app knows, although the client is one of this package.
     """
     if num_sites < 1:
         raise InputError(f"num_sites must be at least 1, got {num_sites}")
@@ -96,6 +98,8 @@ def run_local(
     TaskIdentity.node_id = SUPERLINK_NODE_ID
     TaskIdentity.task_id = 1
     config = dict(run_config or {})
+    if isinstance(client_app, Sectioned):
+        require_known(config, client_app.sections)
     contexts = {
         _FIRST_NODE_ID + index: Context(
             run_id=run_id,

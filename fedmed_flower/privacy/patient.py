@@ -20,15 +20,18 @@ from fedmed_flower.privacy.accounting import Release, epsilon_of, noise_for
 from fedmed_flower.privacy.ledger import Ledger, Limit
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.privacy import PrivacySettings
+from fedmed_flower.settings.text import expand
 from fedmed_flower.wire import EPSILON, LEDGER_DIR, POOL_SITES
 
 log = logging.getLogger("flwr.fedmed")
 
 LEDGER_FILE = "privacy-ledger.sqlite"
+# In a run folder: those of the sites of a simulation.
+LEDGERS = "ledgers"
 # The test split is measured once a run, and once more if the run is resumed at its end.
 _TESTS = 2
 _MOST_STEPS = 100_000
-# In one run; the cost of so many takes seconds to compute.
+# The most releases of one run; computing the cost of that number takes seconds.
 _MOST_RELEASES = 1_000_000
 _BUDGET = {"budget-epsilon", "budget-delta"}
 
@@ -218,8 +221,8 @@ def ledger_path(context: Context, site: Site, message: Any) -> Path:
             "a hospital needs a file for its privacy ledger: give --node-config "
             "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir to hold it"
         )
-    run_dir = str(context.run_config.get("run-dir", ""))
-    folder = str(message.get(LEDGER_DIR, "")) or (run_dir and str(Path(run_dir) / "ledgers"))
+    run_dir = str(expand(context.run_config).get("run-dir", ""))
+    folder = str(message.get(LEDGER_DIR, "")) or (run_dir and str(Path(run_dir) / LEDGERS))
     if not folder:
         raise InputError("privacy needs a folder for the sites' ledgers: give run-dir")
     pooled = bool(message.get(POOL_SITES, False))

@@ -25,6 +25,7 @@ from fedmed_flower.data.site import GENERATED
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import require_closed
 from fedmed_flower.models.trainable import Travelling
+from fedmed_flower.privacy.patient import LEDGERS
 from fedmed_flower.reports.report import write_report
 from fedmed_flower.runs.baselines import Baselines
 from fedmed_flower.runs.roll_call import (
@@ -36,9 +37,19 @@ from fedmed_flower.runs.roll_call import (
 )
 from fedmed_flower.server.run_folder import CONFIG, METRICS, SUMMARY, RunFolder
 from fedmed_flower.server.sites import wait_for_sites
+from fedmed_flower.settings.disclosure import DisclosureSettings
+from fedmed_flower.settings.model import ModelSettings
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.privacy import PrivacySettings
-from fedmed_flower.settings.section import with_type_of
+from fedmed_flower.settings.registry import (
+    Sections,
+    complete,
+    effective,
+    require_known,
+    sections_of,
+)
+from fedmed_flower.settings.text import expand
+from fedmed_flower.settings.training import Settings
 from fedmed_flower.strategies.base import FedAvg
 from fedmed_flower.wire import (
     AGREED,
@@ -55,7 +66,12 @@ from fedmed_flower.wire import (
 log = logging.getLogger("flwr.fedmed")
 
 FREE_ON_RESUME = {
-    *("run-dir", "resume", "num-server-rounds", "round-timeout", "baselines", "pictures"),
+    "run-dir",
+    "resume",
+    "num-server-rounds",
+    "round-timeout",
+    "baselines",
+    "pictures",
     "personal-epochs",
 }
 _MOST_SITES = 100_000
@@ -85,7 +101,11 @@ class Modeller(Protocol):
 
 
 def federate(
-    strategy: FedAvg, grid: Grid, context: Context, model: Modeller | Callable[[], nn.Module]
+    strategy: FedAvg,
+    grid: Grid,
+    context: Context,
+    model: Modeller | Callable[[], nn.Module],
+    sections: Sections = (),
 ) -> flower.Result:
     """Run an experiment by the run config, and write a complete run folder.
 
@@ -104,6 +124,8 @@ def federate(
         An instance of the app's client, ``MyHospital(context)``. Its `build_model` is called once,
         with torch seeded by ``seed``. If nothing has to be agreed before the first round, a
         function that returns the network is enough.
+    sections : sequence of Section classes
+        The app's own settings, if `model` is a function. A client names its own.
 
     Returns
     -------
@@ -112,17 +134,20 @@ def federate(
     Raises
     ------
     InputError
-        If the run config or every site's data is wrong.
+        If the run config has an unknown key or a wrong value, or every site's data is wrong.
     RunFailedError
         If no round succeeded.
     """
+    # A client, or a method of one, such as its `build_model`.
+    own = [*sections_of(type(getattr(model, "__self__", model))), *sections]
+    config = _effective(context.run_config, own)
     plan = Plan.from_run_config(context.run_config)
     folder = RunFolder.named(plan.run_dir)
     if not plan.resume:
         folder.require_unused()
     before = read_before(folder) if plan.resume else None
     if before is not None:
-        require_same_settings(folder, before.config, context.run_config)
+        require_same_settings(folder, before.config, config, own)
     agreed = "" if before is None else before.agreed
     asking = model if isinstance(model, Modeller) and model.must_agree and not agreed else None
     strategy.folder = folder
@@ -130,7 +155,7 @@ def federate(
     strategy.seed = plan.seed
     if asking is None:
         # Before waiting for sites, so that a wrong run config or checkpoint is reported at once.
-        start = _start_model(model, agreed, context.run_config, plan.seed)
+        start = _start_model(model, agreed, config, plan.seed)
         strategy.find_checkpoint(start.initial)
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
     wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
@@ -140,7 +165,7 @@ def federate(
         with held_back() as sites.lines:
             contributions = collect_contributions(grid, plan.round_timeout, names, sites.sent)
             agreed = asking.agree(contributions)
-        start = _start_model(model, agreed, context.run_config, plan.seed)
+        start = _start_model(model, agreed, config, plan.seed)
     strategy.site_names |= sites.names
     trainers = sites.trainers()
     if len(trainers) < len(sites.counts):
@@ -150,7 +175,9 @@ def federate(
             f"{folder.path} was started with {before.sites} sites and has {sites.asked} now, which "
             f"would give each site other patients: resume with {before.sites} sites"
         )
-    key = (before and before.key) or secrets.token_hex(8)
+    key = before.key if before is not None else ""
+    if not key:
+        key = secrets.token_hex(8)
     about = {
         "app": _app_name(grid),
         "strategy": type(strategy).__name__,
@@ -159,7 +186,7 @@ def federate(
     }
     if agreed:
         about["agreed"] = agreed
-    _write_config(folder, about, context.run_config)
+    _write_config(folder, about, config)
     experiment = Experiment(
         strategy=strategy,
         grid=grid,
@@ -167,11 +194,25 @@ def federate(
         folder=folder,
         model=start,
         sites=sites,
-        run_config=context.run_config,
+        run_config=config,
         key=key,
         agreed=agreed,
     )
     return experiment.run()
+
+
+def _effective(config: UserConfig, own: Sections) -> UserConfig:
+    """Return the run config with the default of each key that it lacks and the run reads.
+
+    Raises
+    ------
+    InputError
+        If a key is unknown or a value is wrong.
+    """
+    require_known(config, own)
+    # Whoever answers the roll call is a client of this package, which reads these.
+    read = (Plan, Settings, PrivacySettings, DisclosureSettings, ModelSettings)
+    return expand(config) | effective(config, [*read, *own])
 
 
 def _write_config(folder: RunFolder, run: dict[str, Any], config: UserConfig) -> None:
@@ -209,7 +250,7 @@ def read_before(folder: RunFolder) -> Before:
     Raises
     ------
     InputError
-        As `require_closed` and `RunFolder.read_config`; also if a value is none that a run writes.
+        As `require_closed` and `RunFolder.read_config`; or if a value is not one that a run writes.
     """
     require_closed(folder.path)
     tables = folder.read_config()
@@ -232,8 +273,13 @@ def read_before(folder: RunFolder) -> Before:
     return Before(tables["config"], int(sites or 0), str(key), str(agreed))
 
 
-def require_same_settings(folder: RunFolder, before: UserConfig, now: UserConfig) -> None:
+def require_same_settings(
+    folder: RunFolder, before: UserConfig, now: UserConfig, own: Sections = ()
+) -> None:
     """Refuse to resume with settings that would make it another run.
+
+    A key that is given on one side alone counts as its default on the other; `own` are the app's
+    own sections.
 
     Raises
     ------
@@ -241,6 +287,8 @@ def require_same_settings(folder: RunFolder, before: UserConfig, now: UserConfig
         If a setting differs that a resumed run may not change. The error lists those settings, as
         options with the values of the start.
     """
+    before = complete(before, own)
+    now = complete(now, own)
     keys = sorted((before.keys() | now.keys()) - FREE_ON_RESUME)
     changed = [key for key in keys if before.get(key) != now.get(key)]
     if not changed:
@@ -287,7 +335,7 @@ def _start_model(
             network = model.build_model()
         else:
             network = model()
-    travelling = Travelling(network, with_type_of("", config.get("trainable", ""), "trainable"))
+    travelling = Travelling(network, str(config["trainable"]))
     frozen = travelling.digest(network)
     whole = ArrayRecord(network.state_dict()) if frozen else ArrayRecord()
     return StartModel(ArrayRecord(travelling.state(network)), frozen, whole)
@@ -408,7 +456,7 @@ class Experiment:
         if self.model.frozen:
             config[FROZEN] = self.model.frozen
         if self.sites.simulated:
-            config[LEDGER_DIR] = str(self.folder.path / "ledgers")
+            config[LEDGER_DIR] = str(self.folder.path / LEDGERS)
         return config
 
     def _write_summary(self, status: str, message: str = "") -> None:

@@ -81,11 +81,8 @@ class Sites:
             )
         if self.generated:
             log.warning("%s", GENERATED)
-        if text := self.namesakes.text(self.names):
-            consequences = (
-                ", may be tested on after training elsewhere, and have the privacy cost of both"
-            )
-            log.warning("%s%s", text, consequences)
+        if text := self.namesakes.text(self.names, trained=True):
+            log.warning("%s", text)
         for split in SPLITS:
             empty = [self.names[node] for node, counts in self.counts.items() if not counts[split]]
             if empty:

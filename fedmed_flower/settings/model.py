@@ -7,48 +7,49 @@ from dataclasses import dataclass, replace
 from flwr.app import Context
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.settings.section import Section, with_type_of
+from fedmed_flower.settings.section import Section, setting
+from fedmed_flower.settings.text import with_type_of
 
 
 @dataclass(frozen=True)
 class ModelSettings(Section):
-    """Which network is trained, and which part of it, from the run config.
+    """Which network is trained, and which part of it."""
 
-    Attributes
-    ----------
-    network : str
-        Name of a network in ``monai.networks.nets``, such as ``UNet`` or ``resnet18``.
-    network_args : str
-        Arguments of the network as a TOML inline table or a JSON object, such as
-        ``{spatial_dims = 3, in_channels = 1, out_channels = 3}``.
-    bundle : str
-        Folder of a MONAI bundle, used instead of `network`. Its config can run any code: name a
-        folder whose origin you trust. A real hospital uses the folder that its node config names.
-    trainable : str
-        The part that is trained and travels, as in `fedmed_flower.models.trainable.Travelling`.
-    """
-
-    network: str = ""
-    network_args: str = ""
-    bundle: str = ""
-    trainable: str = ""
+    network: str = setting(
+        "", "Name of a network in monai.networks.nets, such as UNet or resnet18."
+    )
+    network_args: str = setting(
+        "",
+        "The network's arguments, as a TOML inline table or a JSON object, such as "
+        "{spatial_dims = 3, in_channels = 1, out_channels = 3}.",
+    )
+    bundle: str = setting(
+        "",
+        "Folder of a MONAI bundle, in place of network. Its config can run any code: name a folder "
+        "whose origin you trust. A real site takes the folder that its own node config names.",
+    )
+    trainable: str = setting(
+        "",
+        "Which part travels and is trained: patterns for the names of parameters, with commas "
+        "between them, such as *.decoder.*. Empty: all of it.",
+    )
 
     @classmethod
     def of_site(cls, context: Context) -> ModelSettings:
-        """Read the settings; at a real hospital the bundle's folder comes from its node config.
+        """Read the settings, the bundle's folder of a real site from its own node config.
 
         Raises
         ------
         InputError
-            If the run asks for a bundle and the node config of a real hospital names none.
+            If the run asks for a bundle and the site's node config names none.
         """
         settings = cls.from_run_config(context.run_config)
         if not settings.bundle or not {"site-name", "data-dir"} & context.node_config.keys():
             return settings
-        own = with_type_of("", context.node_config.get("bundle", ""), "bundle")
-        if not own:
+        bundle = with_type_of("", context.node_config.get("bundle", ""), "bundle")
+        if not bundle:
             raise InputError(
                 "this run asks for a MONAI bundle, whose config runs code: the node config must "
                 "name the hospital's own copy, bundle=FOLDER"
             )
-        return replace(settings, bundle=own)
+        return replace(settings, bundle=bundle)

@@ -4,63 +4,60 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedmed_flower.settings.section import MOST_ROUNDS, Section
+from fedmed_flower.settings.allowed import OneOf, Within
+from fedmed_flower.settings.plan import Plan
+from fedmed_flower.settings.section import Section, also, setting
 
-ONE, MEAN = "one", "mean"
+ONE = "one"
+MEAN = "mean"
 RECORDS = (ONE, MEAN)
 
 
 @dataclass(frozen=True)
 class PrivacySettings(Section):
-    """How patients are protected, from the run config (``max-grad-norm`` is `max_grad_norm` here).
+    """How patients are protected."""
 
-    Attributes
-    ----------
-    privacy : {"none", "patient"}
-        ``patient``: each site trains with differential privacy for each of its patients.
-    target_epsilon : float
-        Largest epsilon that all rounds of training together may cost a patient; above 0.
-    delta : float
-        Above 0, below 1; it should be well below 1 / the number of patients.
-    max_grad_norm : float
-        Norm to which the gradient of each patient is clipped; from 1e-6 to 1e6.
-    sampling_rate : float
-        Probability with which a patient takes part in a step; from 1e-6 to 1, or 0 for
-        ``batch-size`` / the site's number of patients.
-    patient_records : {"one", "mean"}
-        What a patient with several records contributes to a step: one of them, or their mean.
-    private_metrics : bool
-        If privacy is on, evaluate by counts with noise, which are charged to the patients who are
-        counted. A simulation may switch this off here; a real hospital uses its node config.
-    micro_batch_size : int
-        Number of records whose gradients are in memory at a time; from 0 to a million. 0 chooses
-        it by the free memory.
-    num_server_rounds : int
-        Number of rounds for which the target is planned; from 1 to 100,000.
-    """
-
-    privacy: str = "none"
-    target_epsilon: float = 8.0
-    delta: float = 1e-5
-    max_grad_norm: float = 1.0
-    sampling_rate: float = 0.0
-    patient_records: str = "one"
-    private_metrics: bool = True
-    micro_batch_size: int = 0
-    num_server_rounds: int = 3
-
-    def __post_init__(self) -> None:
-        self.require("privacy", self.privacy in ("none", "patient"), "none or patient")
-        self.require_positive("target_epsilon")
-        self.require("delta", 0 < self.delta < 1, "above 0 and below 1")
-        self.require_within(1e-6, 1e6, "max_grad_norm")
-        rate = self.sampling_rate == 0 or 1e-6 <= self.sampling_rate <= 1
-        self.require("sampling_rate", rate, "from 1e-6 to 1, or 0")
-        self.require(
-            "patient_records", self.patient_records in RECORDS, f"one of {', '.join(RECORDS)}"
-        )
-        self.require_within(0, 10**6, "micro_batch_size")
-        self.require_within(1, MOST_ROUNDS, "num_server_rounds")
+    privacy: str = setting(
+        "none",
+        "patient: each site trains with differential privacy for each of its patients.",
+        OneOf(("none", "patient")),
+    )
+    target_epsilon: float = setting(
+        8.0,
+        "Largest epsilon that all rounds of training together may cost a patient.",
+        Within(0.0, above=True),
+    )
+    delta: float = setting(
+        1e-5,
+        "Delta of the guarantee; it should be well below 1 / the number of patients.",
+        Within(0.0, 1.0, above=True, below=True),
+    )
+    max_grad_norm: float = setting(
+        1.0, "Norm to which the gradient of each patient is clipped.", Within(1e-6, 1e6)
+    )
+    sampling_rate: float = setting(
+        0.0,
+        "Probability with which a patient takes part in a step. 0: batch-size / the site's number "
+        "of patients.",
+        Within(1e-6, 1.0, or_zero=True),
+    )
+    patient_records: str = setting(
+        ONE,
+        "What a patient with several records contributes to a step: one of them, or their mean.",
+        OneOf(RECORDS),
+    )
+    private_metrics: bool = setting(
+        True,
+        "If privacy is on, evaluate by counts with noise, which are charged to the patients who "
+        "are counted. A simulation may switch this off here; a real hospital uses its node config.",
+    )
+    micro_batch_size: int = setting(
+        0,
+        "Records whose gradients are in memory at a time. 0: chosen by the free memory.",
+        Within(0, 10**6),
+        "records",
+    )
+    num_server_rounds: int = also(Plan, "num_server_rounds")
 
     @property
     def on(self) -> bool:

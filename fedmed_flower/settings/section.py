@@ -1,133 +1,129 @@
-"""Settings as frozen dataclasses, read from a Flower run config in kebab-case."""
+"""Settings as frozen dataclasses, read from a Flower config in kebab-case."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import tomllib
-from collections.abc import Collection
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Self, TypeVar
 
-from flwr.app import UserConfig, UserConfigValue
+from flwr.app import UserConfig
 
 from fedmed_flower.errors import InputError
+from fedmed_flower.settings.allowed import Allowed
+from fedmed_flower.settings.text import expand, with_type_of
+
+T = TypeVar("T", bool, int, float, str)
 
 # With more rounds, planning a schedule and the noise would only keep a hospital busy.
 MOST_ROUNDS = 100_000
+_SETTING = "fedmed-setting"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a setting beside its name and its default.
+
+    Attributes
+    ----------
+    meaning : str
+        One or a few sentences.
+    allowed : Allowed or None
+        None if every value of the type is allowed.
+    unit : str
+        Of a number; empty if it has none.
+    """
+
+    meaning: str
+    allowed: Allowed | None = None
+    unit: str = ""
+
+
+def setting(default: T, meaning: str, allowed: Allowed | None = None, unit: str = "") -> T:
+    """Return the field of a `Section`, with what is known of it."""
+    known = Setting(meaning, allowed, unit)
+    made: Any = field(default=default, metadata={_SETTING: known})
+    return made  # type: ignore[no-any-return]
+
+
+def also(section: type[Section], name: str) -> Any:
+    """Return the field of a key that another section has as well: same default, same meaning."""
+    (entry,) = (entry for entry in fields(section) if entry.name == name)
+    return field(default=entry.default, metadata=entry.metadata)
+
+
+def setting_of(entry: Field[Any]) -> Setting:
+    """Return what is known of a section's field."""
+    known: Setting = entry.metadata.get(_SETTING, Setting(""))
+    return known
+
+
+def key_of(name: str) -> str:
+    """Return the key of a field: ``local-epochs`` of `local_epochs`."""
+    return name.replace("_", "-")
 
 
 @dataclass(frozen=True)
 class Section:
     """Base of a group of settings: the field `local_epochs` is the key ``local-epochs``.
 
+    Each field has a default and, by `setting`, its meaning and what it may be. A value that it may
+    not be is refused, from wherever it comes. A subclass that must check fields against each other
+    overrides `check`.
+
     Examples
     --------
+    >>> from fedmed_flower.settings.allowed import Within
     >>> @dataclass(frozen=True)
     ... class Warmup(Section):
-    ...     warmup_rounds: int = 0
-    ...
-    ...     def __post_init__(self):
-    ...         self.require_within(0, 100, "warmup_rounds")
+    ...     warmup_rounds: int = setting(0, "Rounds of warming up.", Within(0, 100), "rounds")
     >>> Warmup.from_run_config({"warmup-rounds": 3})
+    Warmup(warmup_rounds=3)
+    >>> Warmup.from_run_config({"settings": "warmup-rounds = 3"})
     Warmup(warmup_rounds=3)
     >>> Warmup.from_run_config({"warmup-rounds": -1})
     Traceback (most recent call last):
     fedmed_flower.errors.InputError: warmup-rounds must be from 0 to 100, got -1
     """
 
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            allowed = setting_of(entry).allowed
+            if allowed is not None:
+                self.require(entry.name, allowed.holds(getattr(self, entry.name)), allowed.words)
+        self.check()
+
+    def check(self) -> None:
+        """Raise `InputError` if fields that are allowed each by itself do not go together."""
+
     @classmethod
     def from_run_config(cls, config: UserConfig) -> Self:
-        """Read the settings; a setting that the config lacks keeps its default.
+        """Read the settings; keys that are not there keep their defaults.
+
+        Keys stand in `config` itself or in its text ``settings``, see `expand`.
 
         Raises
         ------
         InputError
-            If a value has the wrong type or is out of range; the error names key, bound and value.
+            If a value has the wrong type or is out of range; it names key, bound and value.
         """
+        given = expand(config)
         values: dict[str, Any] = {}
         for entry in fields(cls):
-            key = entry.name.replace("_", "-")
-            if key in config:
-                values[entry.name] = with_type_of(entry.default, config[key], key)
+            key = key_of(entry.name)
+            if key in given:
+                values[entry.name] = with_type_of(entry.default, given[key], key)
         return cls(**values)
 
+    def values(self) -> UserConfig:
+        """Return the value of each key."""
+        return {key_of(entry.name): getattr(self, entry.name) for entry in fields(self)}
+
     def require(self, name: str, fulfilled: bool, bound: str) -> None:
-        """Raise `InputError` if `fulfilled` is false: the field must be what `bound` says."""
+        """Raise `InputError` if a field is not as it must be."""
         if not fulfilled:
-            key, value = name.replace("_", "-"), getattr(self, name)
-            raise InputError(f"{key} must be {bound}, got {value!r}")
+            raise InputError(f"{key_of(name)} must be {bound}, got {getattr(self, name)!r}")
 
-    def require_at_least(self, bound: int, *names: str) -> None:
-        """Raise `InputError` if a field is below `bound`."""
-        for name in names:
-            self.require(name, getattr(self, name) >= bound, f"at least {bound}")
-
-    def require_within(self, low: float, high: float, *names: str) -> None:
-        """Raise `InputError` if a field is below `low` or above `high`."""
-        for name in names:
-            self.require(name, low <= getattr(self, name) <= high, f"from {low:,} to {high:,}")
-
-    def require_positive(self, *names: str) -> None:
-        """Raise `InputError` if a field is not above 0 or not finite."""
-        for name in names:
-            value = getattr(self, name)
-            self.require(name, value > 0 and math.isfinite(value), "above 0 and finite")
-
-
-def with_type_of(default: Any, value: Any, key: str) -> Any:
-    """Return `value` if it has the type of `default`; an int may stand for a float.
-
-    Raises
-    ------
-    InputError
-        If the types differ, or if an int is too large for a float.
-    """
-    if isinstance(default, float) and type(value) is int:
-        try:
-            return float(value)
-        except OverflowError:
-            raise InputError(f"{key} must be a number between -1e308 and 1e308") from None
-    if type(value) is not type(default):
-        raise InputError(f"{key} must be of type {type(default).__name__}, got {value!r}")
-    return value
-
-
-def override(defaults: UserConfig, texts: Collection[str]) -> UserConfig:
-    """Return an app's run config with ``key=value`` texts applied.
-
-    Parameters
-    ----------
-    defaults : dict
-        The run config that the app declares; only its keys can be set.
-    texts : collection of str
-        Each value is read as TOML. If the default is a text, the value needs no quotes.
-
-    Raises
-    ------
-    InputError
-        If a text has no ``=``, the key is unknown or the value has the wrong type.
-    """
-    config = dict(defaults)
-    for text in texts:
-        key, separator, raw = (part.strip() for part in text.partition("="))
-        if not separator or not key:
-            raise InputError(f"-c takes key=value, got {text!r}")
-        if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(defaults))}"
-            raise InputError(f"the app has no setting {key!r}: {hint}")
-        config[key] = with_type_of(defaults[key], _parse(raw, defaults[key]), key)
-    return config
-
-
-def _parse(raw: str, default: UserConfigValue) -> UserConfigValue:
-    """Read a text as one TOML value; return the text itself if it is none, or a text is needed."""
-    try:
-        found = tomllib.loads(f"value = {raw}")
-    except (ValueError, RecursionError):
-        return raw
-    value = found["value"]
-    if len(found) > 1 or not isinstance(value, bool | int | float | str):
-        return raw
-    return raw if isinstance(default, str) and not isinstance(value, str) else value
+    def require_positive(self, name: str) -> None:
+        """Raise `InputError` if a field is not above 0 and finite."""
+        value = getattr(self, name)
+        self.require(name, value > 0 and math.isfinite(value), "above 0 and finite")

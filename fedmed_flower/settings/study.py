@@ -1,11 +1,13 @@
-"""Settings of an association study."""
+"""An association study."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.settings.section import Section
+from fedmed_flower.settings.allowed import OneOf, Within
+from fedmed_flower.settings.plan import Plan
+from fedmed_flower.settings.section import Section, also, setting
 
 TESTS = {
     "trend": "Cochran-Armitage trend test",
@@ -17,54 +19,36 @@ TESTS = {
 
 @dataclass(frozen=True)
 class Study(Section):
-    """Settings of an association study (``block-size`` in the run config is `block_size` here).
+    """An association study."""
 
-    Attributes
-    ----------
-    test : {"trend", "allelic", "logistic", "linear"}
-        The test of each single variant. ``linear`` takes a continuous trait, the others a binary
-        one.
-    components : int
-        Number of principal components of ancestry that are covariates of ``logistic`` and
-        ``linear``; from 0 to 50.
-    component_variants : int
-        Largest number of variants from which the components are computed; from 1 to 262,144. They
-        are evenly spread among the variants whose counts every hospital reports and whose rarer
-        allele has a frequency of 0.05 or more.
-    block_size : int
-        Number of variants in a message; from 1 to 1,048,576.
-    min_sites : int
-        Number of sites that must be connected before the study starts; at least 1.
-    round_timeout : float
-        Seconds to wait for the answers to each question; above 0.
-    seed : int
-        Seed of the random start of the search for components; at least 0.
-    run_dir : str
-        The run folder. If empty, a new one is made under ``runs/``.
-    resume : bool
-        Must be false: an interrupted study is started again.
-    """
+    test: str = setting(
+        "trend",
+        "The test of each variant by itself. linear takes a continuous trait, the others a binary "
+        "one.",
+        OneOf(tuple(TESTS)),
+    )
+    components: int = setting(
+        0,
+        "Principal components of ancestry that go as covariates into logistic and linear.",
+        Within(0, 50),
+        "components",
+    )
+    component_variants: int = setting(
+        20000,
+        "Variants, at most, from which the components are made: evenly spread among those of which "
+        "every hospital reports its counts and the rarer allele has a frequency of 0.05 or more.",
+        Within(1, 1 << 18),
+        "variants",
+    )
+    block_size: int = setting(16384, "Variants in a message.", Within(1, 1 << 20), "variants")
+    min_sites: int = also(Plan, "min_sites")
+    round_timeout: float = also(Plan, "round_timeout")
+    seed: int = also(Plan, "seed")
+    run_dir: str = also(Plan, "run_dir")
+    resume: bool = also(Plan, "resume")
 
-    test: str = "trend"
-    components: int = 0
-    component_variants: int = 20000
-    block_size: int = 16384
-    min_sites: int = 1
-    round_timeout: float = 3600.0
-    seed: int = 0
-    run_dir: str = ""
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        self.require("test", self.test in TESTS, f"one of {', '.join(TESTS)}")
-        self.require_at_least(0, "seed")
-        self.require("components", 0 <= self.components <= 50, "in 0..50")
-        self.require_at_least(1, "min_sites")
-        few = 1 <= self.component_variants <= 1 << 18
-        self.require("component_variants", few, "in 1..262144")
-        sized = 1 <= self.block_size <= 1 << 20
-        self.require("block_size", sized, "in 1..1048576")
-        self.require_positive("round_timeout")
+    def check(self) -> None:
+        """Refuse to resume, and components for a test without covariates."""
         if self.resume:
             raise InputError("an association study is not resumed: start it again in a new folder")
         if self.components and self.test not in ("logistic", "linear"):

@@ -1,60 +1,61 @@
-"""Settings of how tables are prepared, modelled and reported."""
+"""How tables are prepared, modelled and reported."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedmed_flower.settings.section import Section
+from fedmed_flower.settings.allowed import OneOf, Within
+from fedmed_flower.settings.section import Section, setting
 
-_PREPARATIONS = ("federated", "site", "declared")
 KINDS = ("linear", "mlp", "residual")
+_MOST_WIDTH = 2**14
+_MOST_WEIGHTS = 2**28
 
 
 @dataclass(frozen=True)
 class TabularSettings(Section):
-    """How tables are prepared, modelled and reported, from the run config.
+    """How tables are prepared, modelled and reported."""
 
-    Attributes
-    ----------
-    preparation : {"federated", "site", "declared"}
-        Source of means, scales and lists of categories. ``federated``: all hospitals' training
-        rows, reported before the first round. ``site``: each hospital's own rows; then all
-        categories must be declared. ``declared``: the schema's ``ranges`` and ``categories`` alone,
-        so that nothing is learnt from patients, as privacy needs it. A numeric target has the mean
-        and scale of the reports if there are any, else those of its declared range.
-    tabular_network : {"linear", "mlp", "residual"}
-        Linear (or logistic) regression, or a network of `network_depth` layers or blocks.
-    network_width : int
-        Width of a layer; from 1 to 16,384. Its square times `network_depth` is at most 2^28. It has
-        no effect on ``linear``.
-    network_depth : int
-        From 1 to 1,000. It has no effect on ``linear``.
-    network_dropout : float
-        Share of dropped values; in [0, 1).
-    report_by : str
-        Columns, separated by commas: metrics are also reported for each of their values. Example:
-        ``sex,age-band``.
-    """
+    preparation: str = setting(
+        "federated",
+        "The source of means, scales and lists of categories. federated: all hospitals' training "
+        "rows, reported before the first round. site: each hospital's own; all categories must "
+        "then be declared. declared: the schema's ranges and categories alone, so that nothing is "
+        "learnt from patients, as privacy needs it. A number to predict has the mean and scale "
+        "that all hospitals report, or those of its declared range.",
+        OneOf(("federated", "site", "declared")),
+    )
+    tabular_network: str = setting(
+        "linear",
+        "Linear or logistic regression, or a network of network-depth layers or residual blocks.",
+        OneOf(KINDS),
+    )
+    network_width: int = setting(
+        64,
+        "Units of a layer. Squared and times network-depth it is at most "
+        f"{_MOST_WEIGHTS:,}. No effect on linear.",
+        Within(1, _MOST_WIDTH),
+        "units",
+    )
+    network_depth: int = setting(
+        2, "Layers or blocks. No effect on linear.", Within(1, 1000), "layers"
+    )
+    network_dropout: float = setting(
+        0.0, "Share of units left out in a step.", Within(0.0, 1.0, below=True)
+    )
+    report_by: str = setting(
+        "",
+        "Columns, with commas between them, for whose values the metrics are reported apart, such "
+        "as sex,age-band.",
+    )
 
-    preparation: str = "federated"
-    tabular_network: str = "linear"
-    network_width: int = 64
-    network_depth: int = 2
-    network_dropout: float = 0.0
-    report_by: str = ""
-
-    def __post_init__(self) -> None:
-        known = ", ".join(_PREPARATIONS)
-        self.require("preparation", self.preparation in _PREPARATIONS, f"one of {known}")
-        kinds = f"one of {', '.join(KINDS)}"
-        self.require("tabular_network", self.tabular_network in KINDS, kinds)
-        self.require_within(1, 2**14, "network_width")
-        self.require_within(1, 1000, "network_depth")
-        weights = self.network_width**2 * self.network_depth
+    def check(self) -> None:
+        """Refuse a network that no hospital could hold."""
         self.require(
             "network_width",
-            weights <= 2**28,
-            f"at most {2**14} and, squared and times network-depth, at most {2**28:,}",
+            self.network_width**2 * self.network_depth <= _MOST_WEIGHTS,
+            f"at most {_MOST_WIDTH} and, squared and times network-depth, at most "
+            f"{_MOST_WEIGHTS:,}",
         )
 
     @property

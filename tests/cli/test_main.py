@@ -110,7 +110,7 @@ def test_report_is_written_anew(finished):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--rounds", "0"], "num-server-rounds must be at least 1, got 0"),
+        (["--rounds", "0"], "num-server-rounds must be from 1 to 100,000, got 0"),
         (["--sites", "0"], "--sites must be at least 1, got 0"),
         (["-c", "local-epoch=2"], "no setting 'local-epoch': did you mean local-epochs?"),
         (["-c", "local-epochs"], "-c takes key=value, got 'local-epochs'"),
@@ -119,7 +119,7 @@ def test_report_is_written_anew(finished):
         (["-c", "learning-rate=-1"], "learning-rate must be above 0 and finite, got -1.0"),
         (["-c", "dataset=chest"], "dataset must be one of pneumoniamnist, breastmnist, phantoms"),
         (["--sites", "4000"], "num_sites must be at most 2000, the number of patients; got 4000"),
-        (["-c", "privacy=yes"], "privacy must be none or patient, got 'yes'"),
+        (["-c", "privacy=yes"], "privacy must be one of none, patient, got 'yes'"),
         (["-c", "delta=1"], "delta must be above 0 and below 1, got 1.0"),
         (["--resume", "nowhere"], "nowhere is no run folder: it has no config.toml"),
         (["--resume", "a", "--out", "b"], "--out and --resume exclude each other"),
@@ -265,12 +265,8 @@ def test_killed_in_round_four_and_resumed_gives_the_same_bits(workdir, unbroken,
         has_stopped(workdir / "killed", said)
     models = [folder / "model.safetensors" for folder in (unbroken, workdir / "killed")]
     assert models[0].read_bytes() != models[1].read_bytes()
-    # A text is not taken from a folder; numbers and choices are.
-    refused = fedmed("run", EXAMPLE, "--resume", "killed", cwd=workdir)
-    assert refused.returncode == 2
-    assert refused.stdout.strip().endswith("give them: -c dataset=phantoms")
-    again = ["-c", "dataset=phantoms"]
-    resumed = fedmed("run", EXAMPLE, "--resume", "killed", *again, cwd=workdir)
+    # Numbers and choices are taken from the folder.
+    resumed = fedmed("run", EXAMPLE, "--resume", "killed", cwd=workdir)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "going on after round 3" in resumed.stdout
     folders = (unbroken, workdir / "killed")
@@ -284,23 +280,25 @@ def test_killed_in_round_four_and_resumed_gives_the_same_bits(workdir, unbroken,
 
 
 def test_demo_without_a_network_says_so_and_goes_on_with_phantoms(workdir, monkeypatch):
-    import fedmed_flower.cli.run as cli
+    from fedmed_flower.cli import job
+    from fedmed_flower.data import sources
     from fedmed_flower.data.download import SourceUnavailable
+    from fedmed_flower.settings.text import expand
 
     def unreachable(name, timeout):
         raise SourceUnavailable(f"{name} cannot be reached")
 
     jobs = []
-    monkeypatch.setattr(cli, "load_dataset", unreachable)
-    monkeypatch.setattr(cli, "_execute", jobs.append)
+    monkeypatch.setattr(sources, "load_dataset", unreachable)
+    monkeypatch.setattr(job, "execute", jobs.append)
     result = CliRunner().invoke(app, ["demo"])
     assert result.exit_code == 0
     assert "pneumoniamnist cannot be reached" in result.stdout
     assert "goes on with generated data, not patients" in result.stdout
-    (job,) = jobs
-    assert job.config["dataset"] == "phantoms"
-    assert job.config["baselines"] is True
-    assert job.num_sites == 5
+    (planned,) = jobs
+    assert expand(planned.config)["dataset"] == "phantoms"
+    assert expand(planned.config)["baselines"] is True
+    assert planned.num_sites == 5
 
 
 @pytest.mark.realdata
@@ -314,7 +312,7 @@ def test_real_chest_x_rays_reach_the_floor(workdir):
 
 
 def test_a_ledger_is_shown_run_by_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedmed_flower.cli.main.console", LineConsole(width=200))
+    monkeypatch.setattr("fedmed_flower.cli.tables.console", LineConsole(width=200))
     folder = tmp_path / "ledgers"
     ledger = Ledger(folder / "north.sqlite")
     release = Release(0.1, 1.0)
@@ -363,3 +361,18 @@ def test_a_ledger_that_is_not_there_or_none_is_one_line(tmp_path):
         result = CliRunner().invoke(app, ["privacy", str(tmp_path / place)])
         assert result.exit_code == 2
         assert result.stdout.startswith(f"not started: {text}")
+
+
+def test_the_privacy_of_a_run_is_that_of_its_ledgers(workdir):
+    (workdir / "run").mkdir()
+    (workdir / "run" / "summary.json").write_text("{}")
+    plain = CliRunner().invoke(app, ["privacy", "run"])
+    assert plain.exit_code == 2
+    assert "only a simulation with privacy keeps ledgers in its run folder" in plain.output
+    (workdir / "run" / "ledgers").mkdir()
+    ledger = Ledger(workdir / "run" / "ledgers" / "hospital-1.sqlite")
+    release = Release(sampling_rate=0.1, noise_multiplier=2.0)
+    ledger.charge(["p"], release, count=3, run="r", purpose="train", server_round=1, app="a")
+    shown = CliRunner().invoke(app, ["privacy", "run"])
+    assert shown.exit_code == 0, shown.output
+    assert "hospital-1.sqlite" in shown.output

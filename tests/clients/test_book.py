@@ -104,8 +104,8 @@ class Shuffling(TinyTable):
         train, test = order[:40], order[40:]
         return SiteData([self.rows[n] for n in train], test=[self.rows[n] for n in test])
 
-    def _tellable(self, book, column, inside, minimum):
-        rows = super()._tellable(book, column, inside, minimum)
+    def _reportable_rows(self, book, column, inside, minimum):
+        rows = super()._reportable_rows(book, column, inside, minimum)
         if column == "age":
             self.told.append(frozenset(row["patient"] for row in rows))
         return rows
@@ -143,8 +143,8 @@ def test_what_statistics_have_split_finely_contributions_tell_of_all_rows(tmp_pa
         count = sum(not np.isnan(row[column]) for rows in splits.values() for row in rows)
         assert found[f"moments {column}"][0] == count
         text = (
-            f"north: statistics of {column} are of all rows, not only of the training rows: after "
-            "earlier answers these would be of too few patients"
+            f"north: statistics of {column} come from all rows: after earlier answers the training "
+            "rows alone would be of too few patients"
         )
         assert caplog.messages.count(text) == 1
     assert sum(found["counts ward"]) <= 40
@@ -192,7 +192,7 @@ def test_categories_that_are_told_of_all_rows_stand_in_the_book(tmp_path, caplog
     found = contribution(client, node)
     counts = zip(found["categories ward"], found["counts ward"], strict=True)
     assert dict(counts) == {"a": 67, "b": 14, "c": 19}
-    assert "north: statistics of ward are of all rows, not only of the training rows" in caplog.text
+    assert "north: statistics of ward come from all rows: after earlier answers" in caplog.text
     with client(context_of(node_config=node)).open_book({}, 10) as book:
         labels = book._guard.labels(book._guard.members("ward"))
         classes = [{*labels[[row["ward"] == ward for row in book.rows]]} for ward in "abc"]
@@ -524,28 +524,28 @@ def test_a_new_process_knows_what_was_told(tmp_path):
 # Questions of one's own ---------------------------------------------------------------------------
 
 
-def tellable(node, **splits):
+def reportable(node, **splits):
     MedicalClient.run_cache.of_run(-1)
     client = hospital(**splits)(context_of(node_config=node))
-    return client.tellable("age", client.screened_data().train)
+    return client.reportable_rows("age", client.screened_data().train)
 
 
 def test_a_question_of_ones_own_is_about_whom_the_book_lets(tmp_path):
     node, rows = node_of(tmp_path), tables()
-    assert len(tellable(node, **rows)) == 40
+    assert len(reportable(node, **rows)) == 40
     # Three who came since wait; so they do for any other question about the column.
     later = rows | {"train": rows["train"] + patients(3, 9, "new")}
-    assert len(tellable(node, **later)) == 40
+    assert len(reportable(node, **later)) == 40
     assert contribution(hospital(**later), node)["moments age"][0] == 40
     many = rows | {"train": rows["train"] + patients(12, 9, "new")}
-    assert len(tellable(node, **many)) == 52
+    assert len(reportable(node, **many)) == 52
 
 
 def test_a_question_of_ones_own_is_declined(tmp_path):
     for name in ("few", "private"):
         (tmp_path / name).mkdir()
     with pytest.raises(DeclinedError, match=r"^an answer here needs at least 10 patients$"):
-        tellable(node_of(tmp_path / "few"), **tables(train=9))
+        reportable(node_of(tmp_path / "few"), **tables(train=9))
     noise = r"^this run, or this hospital, protects patients by noise$"
     with pytest.raises(DeclinedError, match=noise):
-        tellable(node_of(tmp_path / "private", private_metrics=True), **tables())
+        reportable(node_of(tmp_path / "private", private_metrics=True), **tables())

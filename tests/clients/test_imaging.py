@@ -418,7 +418,7 @@ LETTERS = "empty or three letters such as RAS"
         ("orientation", "RAR", LETTERS),
         ("orientation", "RA", LETTERS),
         ("orientation", "ras", LETTERS),
-        ("cache-gigabytes", -1.0, "at least 0"),
+        ("cache-gigabytes", -1.0, "at least 0 and finite"),
         ("cache-gigabytes", "8", "of type float"),
     ],
 )

@@ -733,7 +733,9 @@ def test_a_bank_of_records_is_refused_before_anything_is_charged(tmp_path, monke
 
 def test_rows_that_prepare_multiplies_are_refused(tmp_path):
     text = error_of(Slicing, private(tmp_path))
-    assert text.startswith("prepare has made 30 rows of 10: to know the patient of each")
+    assert text.startswith(
+        "prepare returned 30 rows for 10: private training must know the patient of each"
+    )
 
 
 def test_a_patient_is_one_whichever_type_its_number_has(tmp_path):

@@ -2,7 +2,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,7 @@ from fedmed_flower.privacy import optimizer
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.runs.experiment import RunFailedError
 from fedmed_flower.server.run_folder import RunFolder
+from fedmed_flower.settings import Section
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.wire import read_error
 
@@ -172,7 +173,7 @@ UNUSABLE = "the statistics that west sent cannot be used: "
     ("answer", "text"),
     [
         (failed("site west: OSError"), NOTHING + "OSError"),
-        (told(moments_age=[9.0, math.nan, 1.0]), UNUSABLE + "'moments age' must be a number of"),
+        (told(moments_age=[9.0, math.nan, 1.0]), UNUSABLE + "'moments age' must be the number of"),
         (told(name="patient Smith"), UNUSABLE + "'name' is not asked for by the schema"),
         (lambda message: None, NOTHING + "no answer"),
     ],
@@ -845,12 +846,18 @@ def test_rows_that_are_rejected_are_not_told_of():
 
 def towns(client, message):
     rows = client.data().train
-    if client.context.run_config.get("break"):
+    if Faults.from_run_config(client.context.run_config).fails:
         raise InputError("Mrs Smith lives nowhere")
     return RecordDict({"towns": MetricRecord({"wards": len({row["ward"] for row in rows})})})
 
 
+@dataclass(frozen=True)
+class Faults(Section):
+    fails: bool = False
+
+
 class Asked(TinyTable):
+    sections = (Faults,)
     queries = TinyTable.queries | {"towns": towns}
 
 
@@ -864,7 +871,7 @@ def test_a_subclass_adds_a_query():
 
 
 def test_of_an_error_in_a_query_a_real_site_tells_the_class_alone(tmp_path):
-    broken = {"break": True}
+    broken = {"fails": True}
     assert error_of(Asked, context_of(**broken), "query.towns") == "Mrs Smith lives nowhere"
     context = context_of(node_config=node_of(tmp_path), **broken)
     assert error_of(Asked, context, "query.towns") == "InputError"

@@ -261,7 +261,8 @@ def test_without_hospitals_the_declared_categories_give_the_width(caplog):
         *[
             (
                 {"moments age": moments},
-                "'moments age' must be a number of values, their mean and their squared distances",
+                "'moments age' must be the number of values, their mean and the sum of their "
+                "squared distances to it",
             )
             for moments in (
                 [],

@@ -89,7 +89,9 @@ def test_a_key_is_not_asked_for_where_the_rows_name_their_split():
         assert len(split_patients(rows, 0)["train"]) == 2
 
 
-NOISED_ONLY = "patients who were trained on with noise are used with noise only"
+NOISED_ONLY = (
+    "an earlier run trained with noise on some of these patients: they may be used with noise only"
+)
 
 
 class Splitting(fixed(None)):

@@ -14,6 +14,7 @@ from fedmed_flower.engines import gpu
 from fedmed_flower.engines.gpu import gpu_share, main, measure_site, train_once
 from fedmed_flower.engines.project import load_project
 from fedmed_flower.errors import InputError
+from fedmed_flower.settings.text import assign, expand
 
 ROOT = Path(__file__).parents[2]
 GB = 10**9
@@ -78,8 +79,9 @@ def empty(place):
 
 
 def settings_of(app, **changes):
-    _, config, references = load_project(app)
-    return references, config | {key.replace("_", "-"): v for key, v in changes.items()}
+    project = load_project(app)
+    values = {key.replace("_", "-"): v for key, v in changes.items()}
+    return project, assign(project.declared, values)
 
 
 def test_one_site_of_the_example_trains_once_and_nobody_else(place, monkeypatch):
@@ -90,11 +92,11 @@ def test_one_site_of_the_example_trains_once_and_nobody_else(place, monkeypatch)
         return fit(self, model, prepared, seed)
 
     monkeypatch.setattr(MedicalClient, "fit", counting)
-    references, config = settings_of(
+    project, config = settings_of(
         app, dataset="phantoms", alpha=50.0, baselines=True, num_server_rounds=7
     )
     folder = place / "once"
-    assert train_once(references, app, config, 40, folder) == 1
+    assert train_once(project, config, 40, folder) == 1
     ((name, rows, epochs),) = fits
     assert (name, epochs) == ("hospital-1", config["local-epochs"])
     assert 30 < rows < 70
@@ -103,21 +105,33 @@ def test_one_site_of_the_example_trains_once_and_nobody_else(place, monkeypatch)
     assert "local" not in summary["test"]
     assert empty(place)
     # The settings of the run itself stay as they were.
-    assert (config["num-server-rounds"], config["run-dir"]) == (7, "")
+    assert (config["num-server-rounds"], "run-dir" in expand(config)) == (7, False)
 
 
 CLIENT = """
+    from dataclasses import dataclass
+
     from tiny import TinyClient
+
+    from fedmed_flower.settings import Section
+
+
+    @dataclass(frozen=True)
+    class Faults(Section):
+        fails: bool = False
+        empty: bool = False
 
 
     class Client(TinyClient):
+        sections = (Faults,)
+
         def fit(self, model, prepared, seed):
-            if self.context.run_config["fails"]:
+            if Faults.from_run_config(self.context.run_config).fails:
                 raise ArithmeticError("no training today")
             return super().fit(model, prepared, seed)
 
         def load_data(self, site):
-            if self.context.run_config["empty"]:
+            if Faults.from_run_config(self.context.run_config).empty:
                 raise ValueError("no data")
             return super().load_data(site)
 
@@ -126,6 +140,7 @@ CLIENT = """
 """
 
 SERVER = """
+    from client_app import Faults
     from flwr.serverapp import ServerApp
     from tiny import linear
 
@@ -137,7 +152,7 @@ SERVER = """
 
     @app.main()
     def main(grid, context):
-        federate(Krum(num_malicious_nodes=1), grid, context, linear)
+        federate(Krum(num_malicious_nodes=1), grid, context, linear, sections=(Faults,))
 """
 
 
@@ -149,15 +164,15 @@ def app_of(place, **config):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_rule_that_needs_more_replies_does_not_matter(place, fails):
-    references, config = settings_of(app_of(place, fails=fails))
-    assert train_once(references, place / "app", config, 5, place / "once") == 1
+    project, config = settings_of(app_of(place, fails=fails))
+    assert train_once(project, config, 5, place / "once") == 1
     assert empty(place)
 
 
 def test_an_app_that_never_trains_is_no_measurement(place):
-    references, config = settings_of(app_of(place, empty=True))
+    project, config = settings_of(app_of(place, empty=True))
     with pytest.raises(InputError):
-        train_once(references, place / "app", config, 5, place / "once")
+        train_once(project, config, 5, place / "once")
 
 
 def written(place, app, config, sites=2):

@@ -178,7 +178,7 @@ def test_questions_that_cannot_be_are_refused(tmp_path):
     for lines in ([0, 6], [-1], []):
         arrays = {"lines": np.array(lines, np.int64), "swapped": np.zeros(len(lines), bool)}
         reply = question(client, "counts", **arrays)
-        text = "site hospital-1: lines must lie in 0..5 and be at least one"
+        text = "site hospital-1: lines must be one or more numbers in 0..5"
         assert reply.error.reason == text
     reply = question(client, "counts", lines=np.arange(2), swapped=np.zeros(3, bool))
     text = (

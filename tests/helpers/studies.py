@@ -11,6 +11,7 @@ from fedmed_flower import SiteData, run_local
 from fedmed_flower.genomics.client import GenomicsClient
 from fedmed_flower.genomics.page import COLUMNS
 from fedmed_flower.genomics.server import associate
+from fedmed_flower.settings.registry import sections_of
 
 VARIANTS, SIZES = 40, (60, 90, 70)
 
@@ -86,7 +87,7 @@ def study(client, folder, node_configs=None, **config):
 
     @server.main()
     def main(grid, context):
-        found.append(associate(grid, context))
+        found.append(associate(grid, context, sections_of(client)))
 
     settings = CONFIG | {"run-dir": str(folder / "run"), "block-size": 16, "seed": 1}
     settings |= {key.replace("_", "-"): value for key, value in config.items()}

@@ -5,6 +5,7 @@ from statistics_rows import make_patients
 from tiny import CONFIG
 
 from fedmed_flower import MedicalClient, SiteData, run_local
+from fedmed_flower.settings.registry import sections_of
 from fedmed_flower.statistics.server import survey
 
 COUNTS = (150, 3, 260, 120)
@@ -24,7 +25,7 @@ def surveyed(client, request, folder, sites=4, node_configs=None, run_config=Non
 
     @server.main()
     def main(grid, context):
-        answers.append(survey(grid, context, request, **options))
+        answers.append(survey(grid, context, request, sections=sections_of(client), **options))
 
     config = CONFIG | {"run-dir": str(folder)} | (run_config or {})
     run_local(server, client.client_app(), sites, run_config=config, node_configs=node_configs)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
 from fedmed_flower import ClassificationClient, SiteData, federate, run_local
+from fedmed_flower.settings import Section, setting
+from fedmed_flower.settings.registry import sections_of
 from fedmed_flower.strategies import FedAvg
 
 RUN_IDS = itertools.count(1)
@@ -51,7 +54,16 @@ def halves(stem=0):
     return model
 
 
+@dataclass(frozen=True)
+class TinySettings(Section):
+    """Settings of a test app's own."""
+
+    alpha: float = setting(2.0, "A number.")
+    dataset: str = setting("mine", "A text.")
+
+
 class TinyClient(ClassificationClient):
+    sections = (TinySettings,)
     num_classes = 2
     image_shape = (1, 2, 2)
 
@@ -145,7 +157,7 @@ def run_tiny(
 
     @server.main()
     def main(grid, context):
-        results.append(federate(strategy or FedAvg(), grid, context, model))
+        results.append(federate(strategy or FedAvg(), grid, context, model, sections_of(client)))
 
     settings = CONFIG | {"num-server-rounds": 2, "run-dir": str(folder)}
     settings |= {key.replace("_", "-"): value for key, value in config.items()}

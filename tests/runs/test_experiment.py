@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from tiny import (
     CONFIG,
     TinyClient,
+    TinySettings,
     bits,
     fixed,
     halves,
@@ -36,6 +37,7 @@ from fedmed_flower.runs import experiment as module
 from fedmed_flower.runs.experiment import RunFailedError
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.settings.plan import Plan
+from fedmed_flower.settings.registry import effective, sections_of
 from fedmed_flower.strategies import FedAdam, FedAvg, FedMedian, FedProx, Krum
 
 FILES = {
@@ -228,8 +230,10 @@ def test_the_config_file(finished):
     assert content == tomllib.loads(text)
     assert len(content["run"].pop("key")) == 16
     assert content["run"] == {"app": "federated run", "strategy": "FedAvg", "sites": 2}
-    expected = CONFIG | {"num-server-rounds": 2, "run-dir": str(folder)}
-    assert content["config"] == expected | {"baselines": True, "alpha": 0.5}
+    given = CONFIG | {"num-server-rounds": 2, "run-dir": str(folder), "baselines": True}
+    read = (Plan, *sections_of(TinyClient))
+    assert content["config"] == effective(given | {"alpha": 0.5}, read)
+    assert (content["config"]["local-epochs"], content["config"]["dataset"]) == (1, "mine")
     assert content["versions"]["torch"] == version("torch")
 
 
@@ -316,9 +320,9 @@ def test_the_first_model_is_drawn_with_the_seed(tmp_path):
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({"num-server-rounds": 0}, "num-server-rounds must be at least 1, got 0"),
+        ({"num-server-rounds": 0}, "num-server-rounds must be from 1 to 100,000, got 0"),
         ({"min-sites": 0}, "min-sites must be at least 1, got 0"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be from 0 to 9,223,372,036,854,775,807, got -1"),
         ({"round-timeout": 0}, "round-timeout must be above 0 and finite, got 0.0"),
         ({"round-timeout": float("inf")}, "round-timeout must be above 0 and finite, got inf"),
         ({"resume": True}, "resume needs run-dir, the folder of the run to go on with"),
@@ -326,7 +330,7 @@ def test_the_first_model_is_drawn_with_the_seed(tmp_path):
         ({"baselines": 1}, "baselines must be of type bool, got 1"),
         ({"pictures": -1}, "pictures must be at least 0, got -1"),
         ({"pictures": True}, "pictures must be of type int, got True"),
-        ({"personal-epochs": -1}, "personal-epochs must be at least 0, got -1"),
+        ({"personal-epochs": -1}, "personal-epochs must be from 0 to 10,000, got -1"),
         ({"personal-epochs": 1.0}, "personal-epochs must be of type int, got 1.0"),
     ],
 )
@@ -344,7 +348,9 @@ def test_nothing_is_written_where_the_plan_is_wrong(tmp_path):
 def test_nothing_is_written_where_the_dataset_is_unknown(tmp_path):
     class Client(TinyClient):
         def load_data(self, site):
-            raise InputError(f"unknown dataset {self.context.run_config['dataset']!r}")
+            raise InputError(
+                f"unknown dataset {TinySettings.from_run_config(self.context.run_config).dataset!r}"
+            )
 
     with pytest.raises(InputError, match=says("unknown dataset 'chests'")):
         run_tiny(tmp_path / "run", Client, dataset="chests")
@@ -545,7 +551,7 @@ def test_resuming_with_another_setting_is_refused_and_changes_nothing(tmp_path):
     )
     with pytest.raises(InputError, match=says(text)):
         run_tiny(tmp_path, num_server_rounds=1, resume=True, learning_rate=0.1)
-    with pytest.raises(InputError, match=r"alpha was None when .* and is 0\.3 now"):
+    with pytest.raises(InputError, match=r"alpha was 2\.0 when .* and is 0\.3 now"):
         run_tiny(tmp_path, num_server_rounds=1, resume=True, alpha=0.3)
     assert files_of(tmp_path) == before
 

@@ -307,7 +307,7 @@ def test_odd_hospitals(tmp_path, caplog):
     summary = summary_of(tmp_path / "run")
     failed = {(f["phase"], f["site"], f["reason"]) for f in summary["failures"]}
     assert {entry for entry in failed if entry[0] == "train"} == {
-        ("train", "hospital-3", "declined: trees are grown of at least 10 patients"),
+        ("train", "hospital-3", "declined: growing trees needs at least 10 patients"),
         (
             "train",
             "careful",

@@ -26,9 +26,8 @@ from fedmed_flower.metrics.names import NOISED, NOISED_DICE, NOISED_ERRORS
 from fedmed_flower.metrics.outcomes import noised_error_metrics
 from fedmed_flower.metrics.segmentation import dice_of
 from fedmed_flower.privacy.ledger import Ledger
-from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.plan import Plan
-from fedmed_flower.settings.section import Section
+from fedmed_flower.settings.registry import RUN
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.trees import ensembles
 from fedmed_flower.wire import (
@@ -43,7 +42,7 @@ from fedmed_flower.wire import (
 )
 
 # Of the server's own, and of the hospital's, a message holds nothing.
-SECTIONS = [s for s in Section.__subclasses__() if s not in (NodeSettings, Plan)]
+SECTIONS = [section for section in RUN if section is not Plan]
 # Of messages: what each key may hold.
 MESSAGE_KEYS = {
     "server-round": (0, 1, -1, 10**15, "one"),

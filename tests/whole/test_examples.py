@@ -3,8 +3,6 @@
 import json
 import re
 import runpy
-import tomllib
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +13,10 @@ from typer.testing import CliRunner
 
 from fedmed_flower.cli.main import app
 from fedmed_flower.data.site import GENERATED
+from fedmed_flower.engines.project import load_project
 from fedmed_flower.privacy.ledger import Ledger
-from fedmed_flower.settings.imaging import ImagingSettings
-from fedmed_flower.settings.model import ModelSettings
-from fedmed_flower.settings.plan import Plan
-from fedmed_flower.settings.training import Settings
+from fedmed_flower.settings.registry import defaults, require_known
+from fedmed_flower.settings.text import SETTINGS
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,11 +125,12 @@ def test_the_dicom_examples_lesion_is_where_it_was_drawn(tmp_path, plane):
     np.testing.assert_allclose(found, cube, atol=1)
 
 
-@pytest.mark.parametrize("name", ["hippocampus", "dicom"])
-def test_an_example_declares_every_setting(name):
-    text = (ROOT / "examples" / name / "pyproject.toml").read_text()
-    declared = tomllib.loads(text)["tool"]["flwr"]["app"]["config"]
-    for section in (Settings, Plan, ImagingSettings, ModelSettings):
-        for entry in fields(section):
-            key = entry.name.replace("_", "-")
-            assert type(declared[key]) is type(entry.default), key
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*/pyproject.toml")), ids=str)
+def test_an_example_names_only_what_it_changes(path):
+    project = load_project(path.parent)
+    own = project.client_app().sections
+    assert project.declared[SETTINGS] == ""
+    require_known(project.declared, own)
+    known = defaults(own)
+    same = {key for key, value in project.declared.items() if known.get(key) == value}
+    assert not same

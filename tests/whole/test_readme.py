@@ -14,27 +14,3 @@ def test_the_first_code_runs_as_it_stands(tmp_path, monkeypatch):
     assert summary["rounds"] == 3
     assert list(summary["sites"]) == ["hospital-1", "hospital-2", "hospital-3"]
     assert (tmp_path / "runs" / "first" / "report.html").is_file()
-
-
-def test_the_settings_that_it_lists_are_those_there_are():
-    from dataclasses import fields
-
-    from fedmed_flower.settings.plan import Plan
-    from fedmed_flower.settings.training import Settings
-
-    for entry in (*fields(Settings), *fields(Plan)):
-        assert f"`{entry.name.replace('_', '-')}`" in README
-
-
-def test_the_example_declares_every_setting():
-    import tomllib
-    from dataclasses import fields
-
-    from fedmed_flower.settings.plan import Plan
-    from fedmed_flower.settings.training import Settings
-
-    path = Path(__file__).parents[2] / "examples" / "pneumonia" / "pyproject.toml"
-    declared = tomllib.loads(path.read_text())["tool"]["flwr"]["app"]["config"]
-    for entry in (*fields(Settings), *fields(Plan)):
-        key = entry.name.replace("_", "-")
-        assert type(declared[key]) is type(entry.default), key

@@ -2,8 +2,6 @@
 
 import json
 import re
-import tomllib
-from dataclasses import fields
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -13,11 +11,6 @@ from typer.testing import CliRunner
 
 from fedmed_flower.cli.main import app
 from fedmed_flower.data.site import Site
-from fedmed_flower.settings.plan import Plan
-from fedmed_flower.settings.privacy import PrivacySettings
-from fedmed_flower.settings.survival import SurvivalSettings
-from fedmed_flower.settings.tabular import TabularSettings
-from fedmed_flower.settings.training import Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,17 +39,6 @@ def test_the_documents_client_predicts_how_diabetes_goes_on(tmp_path, monkeypatc
     summary = json.loads((tmp_path / "runs/trees/summary.json").read_text())
     assert summary["test"]["federated"]["r2"] > 0.25
     assert (tmp_path / "runs/trees/model.json").exists()
-
-
-@pytest.mark.parametrize("name", ["heart", "survival", "icu"])
-def test_an_example_declares_every_setting(name):
-    text = (ROOT / "examples" / name / "pyproject.toml").read_text()
-    declared = tomllib.loads(text)["tool"]["flwr"]["app"]["config"]
-    sections = [Plan, Settings, TabularSettings, PrivacySettings]
-    sections += [SurvivalSettings] if name == "survival" else []
-    for entry in (entry for section in sections for entry in fields(section)):
-        key = entry.name.replace("_", "-")
-        assert type(declared[key]) is type(entry.default), key
 
 
 @pytest.mark.realdata

@@ -1,0 +1,81 @@
+"""`fedmed settings`, and the page of the documentation that it writes."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedmed_flower.cli.main import app
+from fedmed_flower.settings.registry import RUN, entries, node_entries
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "flwr", "numpy", "matplotlib", "monai", "pandas", "scipy")
+
+
+def shown(*arguments):
+    result = CliRunner().invoke(app, ["settings", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+def row(output, key):
+    (line,) = [line for line in output.splitlines() if re.match(rf"│ {key} +│", line)]
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def test_every_setting_is_listed_with_default_bound_unit_and_meaning():
+    code, output = shown()
+    assert code == 0
+    for entry in (*entries(RUN), *node_entries()):
+        assert re.search(rf"│ {entry.key} +│", output), entry.key
+    assert row(output, "batch-size") == [
+        *("batch-size", "32", "from 1 to 1,000,000 (rows)", "Rows in a step."),
+    ]
+
+
+def test_an_app_shows_its_own_settings_and_the_values_that_it_sets():
+    _, output = shown(ROOT / "examples" / "pneumonia")
+    assert row(output, "learning-rate")[1:3] == ["0.001", "0.003"]
+    assert row(output, "batch-size")[1:3] == ["32", ""]
+    assert row(output, "alpha")[1:4] == ["2.0", "", "above 0 and finite"]
+    assert "dataset" not in shown()[1]
+
+
+def test_a_search_finds_names_and_meanings():
+    _, output = shown("--search", "Fine-Tune")
+    assert re.search(r"│ personal-epochs +│", output)
+    assert not re.search(r"│ batch-size +│", output)
+    code, output = shown("--search", "xyzzy")
+    assert code == 2
+    assert "no setting has 'xyzzy' in its name or meaning" in output
+
+
+def test_an_app_of_somebody_else_has_the_settings_that_it_declares(tmp_path):
+    toy = ROOT / "benchmarks" / "toy"
+    code, output = shown(toy)
+    assert code == 2
+    assert "is not one of this package: it has the settings that its pyproject.toml" in output
+    code, output = shown(tmp_path)
+    assert (code, "is no Flower app" in output) == (2, True)
+
+
+def test_the_page_of_the_documentation_is_what_the_command_prints():
+    _, output = shown("--markdown")
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page.endswith(output), "write docs/settings.md again: fedmed settings --markdown"
+    assert "| `min-cell-count` | `10` | at least 1, patients |" in output
+    for key in ("min-cell-count", "bundle", "private-metrics"):
+        assert output.count(f"| `{key}` |") == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments):
+    code = (
+        "import sys\nfrom fedmed_flower.cli.main import app\n"
+        f"try: app({arguments!r})\nexcept SystemExit: pass\n"
+        f"print('LOADED', *({HEAVY!r} & sys.modules.keys()))"
+    ).replace(f"{HEAVY!r} &", f"set({HEAVY!r}) &")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "LOADED"
