@@ -6,6 +6,7 @@ import logging
 import shlex
 import signal
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,16 +17,17 @@ from flwr.app import UserConfig
 from flwr.clientapp import ClientApp
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedmed_flower.cli.run import Engine
+from fedmed_flower.cli.run import Engine, Options
 from fedmed_flower.cli.tables import console, print_results
-from fedmed_flower.data.site import GENERATED
+from fedmed_flower.data.site import GENERATED, site_folders
 from fedmed_flower.engines.flower import run_flower
 from fedmed_flower.engines.local import run_local
 from fedmed_flower.engines.project import Project, default_sites, load_project
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import as_input_error, read_object
-from fedmed_flower.runs.experiment import read_before, require_same_settings
+from fedmed_flower.runs.experiment import Before, read_before, require_same_settings
 from fedmed_flower.server.run_folder import CONFIG, SUMMARY, RunFolder
+from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.registry import (
     RUN,
@@ -55,62 +57,128 @@ class Job:
     client: ClientApp
     config: UserConfig
     num_sites: int
-    engine: Engine
+    node_configs: list[UserConfig] | None
+    options: Options
     folder: Path
-    # The options "-c key=value" of the command line, to be repeated when the run is resumed.
-    set_options: str
+
+    @property
+    def again(self) -> str:
+        """The options of the command line that are to be repeated when the run is resumed."""
+        text = "".join(f" -c {shlex.quote(setting)}" for setting in self.options.settings)
+        for name, path in (("data", self.options.data), ("node-config", self.options.node_config)):
+            text += "" if path is None else f" --{name} {shlex.quote(str(path))}"
+        return text
 
 
-def prepare(
-    path: Path,
-    sites: int | None,
-    rounds: int | None,
-    settings: list[str],
-    engine: Engine,
-    out: Path | None,
-    resume: Path | None,
-) -> Job:
+def prepare(path: Path, options: Options) -> Job:
     """Check all that can be checked before the run starts and anything is written."""
-    if out is not None and resume is not None:
+    resume = options.resume
+    if options.out is not None and resume is not None:
         raise InputError("--out and --resume exclude each other: --resume DIR continues in DIR")
+    for key, option in (("run-dir", "--out"), ("resume", "--resume"), ("data", "--data")):
+        if any(text.partition("=")[0].strip() == key for text in options.settings):
+            raise InputError(f"fedmed run sets {key} itself: give {option} instead of -c {key}")
     project = load_project(path)
-    run_folder = RunFolder.named(resume or out, project.name)
-    folder = run_folder.path
+    run_folder = RunFolder.named(resume or options.out, project.name)
     if resume is None:
         run_folder.require_unused()
-    for key, option in (("run-dir", "--out"), ("resume", "--resume")):
-        if any(text.partition("=")[0].strip() == key for text in settings):
-            raise InputError(f"fedmed run sets {key} itself: give {option} instead of -c {key}")
     before = None if resume is None else read_before(run_folder)
-    if before is not None:
-        if sites not in (None, before.sites):
-            raise InputError(
-                f"--sites must be {before.sites}, with which {resume} was started, got {sites}"
-            )
-        sites = before.sites
-    num_sites = default_sites(path) if sites is None else sites
-    if num_sites < 1:
-        raise InputError(f"--sites must be at least 1, got {num_sites}")
+    num_sites = _number_of_sites(path, options, before)
     client = project.client_app()
-    values: UserConfig = {"run-dir": str(folder), "resume": resume is not None}
-    if rounds is not None:
-        values["num-server-rounds"] = rounds
+    values: UserConfig = {"run-dir": str(run_folder.path), "resume": resume is not None}
+    if options.data is not None:
+        values["data"] = str(options.data.expanduser().resolve())
+    if options.rounds is not None:
+        values["num-server-rounds"] = options.rounds
     if isinstance(client, Sectioned):
-        own = client.sections
-        config = project.declared
-        if before is not None:
-            config = with_choices_of(folder, before.config, config, own)
-        config = assign(override(config, settings, defaults(own)), values)
-        require_known(config, own)
-        if before is not None:
-            require_same_settings(run_folder, before.config, config, own)
-        _require_valid(config, own, num_sites)
+        config = _config(project.declared, client.sections, options, values, before)
+        _require_valid(config, client.sections, num_sites)
     else:
         # The app of somebody else: it has the settings that it declares, and no others.
+        if options.data is not None:
+            raise InputError(
+                f"--data needs a client of this package, and that of {project.name} is another"
+            )
         declared = {key: value for key, value in values.items() if key in project.declared}
-        config = assign(override(project.declared, settings, {}), declared)
-    set_options = "".join(f" -c {shlex.quote(text)}" for text in settings)
-    return Job(project, client, config, num_sites, engine, folder, set_options)
+        config = assign(override(project.declared, options.settings, {}), declared)
+    nodes = _node_configs(options, client)
+    return Job(project, client, config, num_sites, nodes, options, run_folder.path)
+
+
+def _number_of_sites(path: Path, options: Options, before: Before | None) -> int:
+    """Return with how many sites to run: as many as were given, as before, or folders of data."""
+    wanted = default_sites(path)
+    source = ""
+    if options.data is not None:
+        wanted = len(site_folders(options.data))
+        source = f"the number of folders in {options.data}"
+    if before is not None:
+        if source and before.sites != wanted:
+            raise InputError(
+                f"{options.resume} was started with {before.sites} sites, and {options.data} holds "
+                f"{wanted} folders: resume with the data of the start"
+            )
+        wanted = before.sites
+        source = f"with which {options.resume} was started"
+    if options.sites is None:
+        return wanted
+    if source and options.sites != wanted:
+        raise InputError(f"--sites must be {wanted}, {source}, got {options.sites}")
+    if options.sites < 1:
+        raise InputError(f"--sites must be at least 1, got {options.sites}")
+    return options.sites
+
+
+def _config(
+    declared: UserConfig, own: Sections, options: Options, values: UserConfig, before: Before | None
+) -> UserConfig:
+    """Return the run config: the app's, that of the run before, ``-c``, and the command's own."""
+    config = declared
+    folder = RunFolder(Path(str(values["run-dir"])))
+    if before is not None:
+        config = with_choices_of(folder.path, before.config, config, own)
+    config = assign(override(config, options.settings, defaults(own)), values)
+    require_known(config, own)
+    if before is not None:
+        require_same_settings(folder, before.config, config, own)
+    return config
+
+
+def _node_configs(options: Options, client: ClientApp) -> list[UserConfig] | None:
+    """Return the node config of each hospital; None if all are simulated.
+
+    A hospital that the file names is treated as a real one, with its folder of ``--data``.
+    """
+    file = options.node_config
+    if file is None:
+        return None
+    if options.data is None or options.engine is Engine.FLOWER:
+        raise InputError(
+            "--node-config needs --data and the engine local: Flower's simulation engine has one "
+            "node config for all"
+        )
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} cannot be read as TOML ({error})") from None
+    folders = site_folders(options.data)
+    names = [folder.name for folder in folders]
+    for name, table in tables.items():
+        if name not in names or not isinstance(table, dict):
+            raise InputError(
+                f"{file}: {name!r} must be a table with the name of a hospital of {options.data}: "
+                f"{', '.join(names[:20])}"
+            )
+        try:
+            NodeSettings.of(table, client.node_keys if isinstance(client, Sectioned) else ())
+        except InputError as error:
+            raise InputError(f"{file}, {name}: {error}") from None
+    return [
+        {"site-name": f.name, "data-dir": str(f.resolve())} | tables[f.name]
+        if f.name in tables
+        else {}
+        for f in folders
+    ]
 
 
 def _require_valid(config: UserConfig, own: Sections, num_sites: int) -> None:
@@ -165,11 +233,11 @@ def execute(job: Job) -> None:
     """Run a job and print its results; the last line gives the outcome and the run folder."""
     planned = complete(job.config)["num-server-rounds"]
     rounds = f"{planned} rounds, " if isinstance(job.client, Sectioned) else ""
-    console.print(f"{job.project.name}: {job.num_sites} sites, {rounds}engine {job.engine}")
+    console.print(f"{job.project.name}: {job.num_sites} sites, {rounds}engine {job.options.engine}")
     # SIGTERM ends a run as Ctrl-C does, with summary and report.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if job.engine is Engine.FLOWER:
+        if job.options.engine is Engine.FLOWER:
             run_flower(job.project.path.resolve(), job.config, job.num_sites, sys.stdout)
         else:
             _run_local(job)
@@ -207,6 +275,7 @@ def _run_local(job: Job) -> None:
             job.client,
             job.num_sites,
             run_config=job.config,
+            node_configs=job.node_configs,
             app_name=job.project.name,
             on_reply=on_reply,
         )
@@ -215,7 +284,7 @@ def _run_local(job: Job) -> None:
 def _whereabouts(job: Job) -> str:
     folder = job.folder
     if RunFolder(folder).checkpoint_file.exists():
-        return f"{folder} (go on with --resume {folder}{job.set_options})"
+        return f"{folder} (go on with --resume {folder}{job.again})"
     return f"{folder}" if folder.exists() else "nothing was written"
 
 

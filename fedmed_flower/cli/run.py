@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +18,20 @@ class Engine(StrEnum):
 
     LOCAL = "local"
     FLOWER = "flower"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `fedmed run`."""
+
+    sites: int | None = None
+    rounds: int | None = None
+    settings: Sequence[str] = ()
+    engine: Engine = Engine.LOCAL
+    out: Path | None = None
+    resume: Path | None = None
+    data: Path | None = None
+    node_config: Path | None = None
 
 
 def run(
@@ -35,13 +51,25 @@ def run(
         Path | None, typer.Option(help="Run folder.  [default: runs/APP-date-time]")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A folder with one folder for each hospital, which is named after it."),
+    ] = None,
+    node_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML with a table of node config for each hospital of --data that shall be "
+            "treated as a real one."
+        ),
+    ] = None,
 ) -> None:
     """Run a Flower app with simulated hospitals."""
     # Loading torch and Flower takes seconds, which `fedmed --help` need not wait for.
     from fedmed_flower.cli.job import execute, prepare
 
     with input_errors():
-        execute(prepare(path, sites, rounds, config or [], engine, out, resume))
+        options = Options(sites, rounds, config or [], engine, out, resume, data, node_config)
+        execute(prepare(path, options))
 
 
 def demo(
@@ -64,4 +92,4 @@ def demo(
             console.print(f"The demo goes on with {GENERATED}.", style="yellow")
             settings.append("dataset=phantoms")
         app = examples() / "pneumonia"
-        execute(prepare(app, None, None, settings, Engine.LOCAL, out, None))
+        execute(prepare(app, Options(settings=settings, out=out)))

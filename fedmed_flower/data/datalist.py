@@ -13,7 +13,7 @@ import pydicom
 
 from fedmed_flower.data.bounded import links_out, real_path
 from fedmed_flower.data.dicom import HEADER, dicom_files, is_dicom, is_placed, open_dicom
-from fedmed_flower.data.site import SPLITS, SiteData
+from fedmed_flower.data.site import NO_FOLDER, SPLITS, SiteData
 from fedmed_flower.data.splits import split_patients as split_patients
 from fedmed_flower.data.tables import LINK_OUT, Line, read_csv, read_dataset, rows_of
 from fedmed_flower.errors import InputError, shown
@@ -93,13 +93,15 @@ def read_folder(folder: str | Path) -> Listing:
 
 
 def load_folder(
-    folder: str | Path, seed: int, shares: Sequence[float] = (0.7, 0.1, 0.2)
+    folder: str | Path | None, seed: int, shares: Sequence[float] = (0.7, 0.1, 0.2)
 ) -> SiteData:
     """Read a hospital's folder with `read_folder` and divide its rows with `split_patients`.
 
     Each problem of `read_folder` is a warning in the log. Parameters and errors are those of these
-    two functions.
+    two functions; None, which a hospital without a folder has as `data_dir`, is an error too.
     """
+    if folder is None:
+        raise InputError(NO_FOLDER.format("this hospital"))
     listing = read_folder(folder)
     for problem in listing.problems:
         log.warning("%s", problem)

@@ -18,6 +18,7 @@ from flwr.app import Context
 from fedmed_flower.errors import InputError
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.node import NodeSettings
+from fedmed_flower.settings.simulation import SimulationSettings
 from fedmed_flower.settings.text import expand
 
 log = logging.getLogger("flwr.fedmed")
@@ -49,6 +50,40 @@ def in_simulation() -> bool:
     return _simulating.get() or (ray is not None and bool(ray.is_initialized()))
 
 
+NO_FOLDER = (
+    "{} has no folder of its own: in a simulation give `fedmed run APP --data FOLDER`, with one "
+    "folder in it for each hospital; at a real hospital give data-dir in the node config"
+)
+
+
+def site_folders(root: str | Path) -> list[Path]:
+    """Return the folders of a simulation's hospitals, in the order of their names.
+
+    Raises
+    ------
+    InputError
+        If `root` is not a folder or holds none.
+    """
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise InputError(f"data must be a folder that holds one for each hospital, got {path}")
+    folders = [entry for entry in path.iterdir() if entry.is_dir()]
+    folders = sorted(entry for entry in folders if not entry.name.startswith("."))
+    if not folders:
+        raise InputError(f"data must be a folder that holds one for each hospital; {path} has none")
+    return folders
+
+
+def _folder_of(root: str, index: int, num_sites: int) -> Path:
+    folders = site_folders(root)
+    if len(folders) != num_sites:
+        raise InputError(
+            f"{root} holds {len(folders)} folders for {num_sites} hospitals: run it with "
+            f"{len(folders)}"
+        )
+    return folders[index]
+
+
 @dataclass(frozen=True)
 class Site:
     """One hospital.
@@ -62,7 +97,8 @@ class Site:
     num_sites : int
         Number of sites that share the dataset; 1 if the site has data of its own.
     data_dir : Path or None
-        The hospital's own folder, or None in a simulation on a shared dataset.
+        The hospital's own folder, or None in a simulation on a shared dataset. `folder` is the
+        same, and says what to give if there is none.
     simulated : bool
         True if all sites live on one machine, so that nothing can leave a hospital.
     """
@@ -86,6 +122,19 @@ class Site:
                 f"got {self.index}"
             )
 
+    @property
+    def folder(self) -> Path:
+        """The hospital's own folder, `data_dir`.
+
+        Raises
+        ------
+        InputError
+            If it has none.
+        """
+        if self.data_dir is None:
+            raise InputError(NO_FOLDER.format(self.name))
+        return self.data_dir
+
     @classmethod
     def from_context(cls, context: Context) -> Site:
         """Read the site from a Flower context.
@@ -108,6 +157,11 @@ class Site:
             raise InputError(f"partition-id and num-partitions must be integers: {error}") from None
         is_real = bool({"site-name", "data-dir"} & config.keys())
         simulated = "partition-id" in config and not is_real and in_simulation()
+        if simulated:
+            settings = SimulationSettings.from_run_config(context.run_config)
+            if settings.data:
+                folder = _folder_of(settings.data, index, num_sites)
+                return cls(folder.name, index, num_sites, folder, simulated)
         name = str(config.get("site-name", f"hospital-{index + 1}" if simulated else "")).strip()
         if not name:
             raise InputError("this SuperNode has no name: give --node-config 'site-name=\"...\"'")

@@ -297,10 +297,17 @@ def require_same_settings(
     text = f"{first} was {before.get(first)!r} when {folder.path} was started and is "
     text += f"{now.get(first)!r} now: resume with the settings of the start"
     in_both = [key for key in changed if key in before and key in now]
-    options = [f"-c {shlex.quote(f'{key}={_text(before[key])}')}" for key in in_both]
+    options = [_option(key, _text(before[key])) for key in in_both]
     if options:
         text += f"; if you trust that folder, give them: {' '.join(options)}"
     raise InputError(text)
+
+
+def _option(key: str, value: str) -> str:
+    """Return the option of `fedmed run` that sets a key."""
+    return (
+        f"--data {shlex.quote(value)}" if key == "data" else f"-c {shlex.quote(f'{key}={value}')}"
+    )
 
 
 def _text(value: UserConfigValue) -> str:

@@ -21,6 +21,7 @@ from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.section import Section, key_of, setting_of
+from fedmed_flower.settings.simulation import SimulationSettings
 from fedmed_flower.settings.study import Study
 from fedmed_flower.settings.survey import SurveySettings
 from fedmed_flower.settings.survival import SurvivalSettings
@@ -43,6 +44,7 @@ class Sectioned(Protocol):
 # In the order of the docs. A key of several sections is listed in the first.
 RUN: Sections = (
     Plan,
+    SimulationSettings,
     Settings,
     PrivacySettings,
     DisclosureSettings,
