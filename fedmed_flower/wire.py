@@ -66,6 +66,9 @@ TITLES = "titles"
 IMAGES = "images"
 ANSWER = "answer"
 REJECTED = "rejected"
+# Record and entry: columns that a hospital's table lacks.
+LACKING = "lacking"
+COLUMNS = "columns"
 # Of a site's own model: its main metric on validation rows, before and after, and the passes kept.
 PERSONAL = ("val-global", "val-own", "personal-epochs")
 # What a run has cost a patient of a site; of several sites, the most.
@@ -180,6 +183,7 @@ describe | metrics.num-examples | number of training rows, once more | plain | k
 describe | metrics.train | number of training rows (private: of patients) | plain | known
 describe | metrics.val | number of validation rows (private: of patients) | plain | known
 describe | metrics.test | number of test rows (private: of patients) | plain | known
+describe | lacking.columns | columns of the schema that its table lacks | plain | never
 describe | metrics.rejected | number of rows that could not be used | plain | never
 contribution | contribution.moments COLUMN | moments of a column | bounded | never
 contribution | contribution.categories COLUMN | categories of ten patients or more | bounded | never

@@ -40,7 +40,7 @@ class HeartHospital(TabularClient):
             name = list(tables)[site.index]
             table = table_of(tables[name], self.schema, f"{source}, {name}")
         splits = split_patients(table.rows, self.settings.seed)
-        return SiteData(**splits, source=source, rejected=table.rejected)
+        return SiteData(**splits, source=source, rejected=table.rejected, lacking=table.lacking)
 
 
 app = HeartHospital.client_app()

@@ -31,7 +31,7 @@ class BreastCancerHospital(SurvivalClient):
             own = frame[frame["region"] == region].drop(columns="split")
             table = table_of(own, self.schema, f"{source}, {region}")
         splits = split_patients(table.rows, self.settings.seed)
-        return SiteData(**splits, source=source, rejected=table.rejected)
+        return SiteData(**splits, source=source, rejected=table.rejected, lacking=table.lacking)
 
 
 app = BreastCancerHospital.client_app()

@@ -17,7 +17,7 @@ from flwr.app import UserConfig
 from flwr.clientapp import ClientApp
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedmed_flower.cli.run import Engine, Options
+from fedmed_flower.cli.options import Engine, Options
 from fedmed_flower.cli.tables import console, print_results
 from fedmed_flower.data.site import GENERATED, site_folders
 from fedmed_flower.engines.flower import run_flower

@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fedmed_flower.cli.options import Engine, Options
 from fedmed_flower.cli.tables import console, input_errors
-
-
-class Engine(StrEnum):
-    """Where the sites run."""
-
-    LOCAL = "local"
-    FLOWER = "flower"
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of `fedmed run`."""
-
-    sites: int | None = None
-    rounds: int | None = None
-    settings: Sequence[str] = ()
-    engine: Engine = Engine.LOCAL
-    out: Path | None = None
-    resume: Path | None = None
-    data: Path | None = None
-    node_config: Path | None = None
 
 
 def run(

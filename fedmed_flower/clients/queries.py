@@ -17,7 +17,16 @@ from fedmed_flower.errors import DeclinedError
 from fedmed_flower.models.device import torch_device
 from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.settings.text import with_type_of
-from fedmed_flower.wire import CONTRIBUTION, COUNT, IMAGES, PICTURES, REJECTED, TITLES
+from fedmed_flower.wire import (
+    COLUMNS,
+    CONTRIBUTION,
+    COUNT,
+    IMAGES,
+    LACKING,
+    PICTURES,
+    REJECTED,
+    TITLES,
+)
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -28,6 +37,8 @@ MOST_PICTURES = 6
 def describe(client: MedicalClient, message: Message) -> RecordDict:
     """Return the number of rows of each split; of patients if the client is `secretive`."""
     torch_device(client.settings)
+    # Before the first round: a folder that is not there would be missed only when it is needed.
+    output_folder(client.context, client.site, {})
     if not client.sealed:
         client.screened_data()
     counts: dict[str, Any] = {split: client.count(split) for split in SPLITS}
@@ -38,12 +49,15 @@ def describe(client: MedicalClient, message: Message) -> RecordDict:
         counts[REJECTED] = data.rejected + unusable
     if client.site.simulated:
         counts |= client.describe(client.screened_data())
-    return RecordDict(
+    content = RecordDict(
         {
             "metrics": MetricRecord(counts),
             **digests_of(client.site, client.data(), client.context.run_id),
         }
     )
+    if not client.secretive and client.data().lacking:
+        content[LACKING] = ConfigRecord({COLUMNS: list(client.data().lacking)})
+    return content
 
 
 def pictures(client: MedicalClient, message: Message) -> RecordDict:

@@ -194,11 +194,14 @@ class Table:
     problems : tuple of str
         Each problem of the table, how often it occurs and how it was handled. Only for the
         hospital's own log, because problems quote the table.
+    lacking : tuple of str
+        The features of the schema that the table has no column for.
     """
 
     rows: list[dict[str, Any]]
     rejected: int = 0
     problems: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
 
 
 def read_table(
@@ -316,7 +319,7 @@ def _table(
     problems = tuple(f"{cells.where}: {problem}" for problem in cells.problems)
     for problem in problems:
         log.warning("%s", problem)
-    return Table(rows, count - len(rows), problems)
+    return Table(rows, count - len(rows), problems, tuple(absent))
 
 
 def _check_names(cells: Cells, schema: Schema, split: str, keep: Sequence[str]) -> tuple[str, ...]:

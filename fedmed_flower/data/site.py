@@ -189,6 +189,9 @@ class SiteData:
         refuses the data.
     rejected : int
         How many rows could not be used and are left out.
+    lacking : tuple of str
+        Columns that the schema asks for and the hospital's table lacks, as `Table.lacking` has
+        them. They are reported to the server.
     """
 
     train: Sequence[Row]
@@ -198,6 +201,7 @@ class SiteData:
     generated: bool = False
     class_names: tuple[str, ...] = ()
     rejected: int = 0
+    lacking: tuple[str, ...] = ()
 
 
 def min_cell_count(context: Context, site: Site) -> int:

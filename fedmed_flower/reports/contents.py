@@ -93,6 +93,8 @@ class Hospitals:
         Hospitals that were only tested.
     rejected
         Whether a hospital has rejected rows.
+    lacking
+        Columns that the tables of hospitals lack, by hospital.
     refused
         Why hospitals could not take part, and which.
     bounded
@@ -104,6 +106,7 @@ class Hospitals:
     undefined: list[str]
     untrained: set[str]
     rejected: bool
+    lacking: dict[str, list[str]]
     refused: list[tuple[str, str]]
     bounded: bool
 
@@ -130,6 +133,7 @@ def hospitals(summary: dict[str, Any], main: str) -> Hospitals:
         undefined=_undefined(tested, main),
         untrained=tested_only(summary),
         rejected=bool(rejected.values),
+        lacking=_lacking(summary),
         refused=_refused(summary),
         bounded=total(together, main).bounds is not None,
     )
@@ -148,6 +152,11 @@ def _undefined(tested: dict[str, Any], main: str) -> list[str]:
         site: {*nested(metrics)} - {"num-examples"} for site, metrics in tested.items()
     }
     return [site for site, keys in measured_there.items() if keys and main not in keys]
+
+
+def _lacking(summary: dict[str, Any]) -> dict[str, list[str]]:
+    sites = nested(summary, "lacking")
+    return {s: [*map(str, names)] for s, names in sites.items() if isinstance(names, list)}
 
 
 def _refused(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -446,6 +455,31 @@ def _noised(summary: dict[str, Any]) -> bool:
     """Return whether the evaluations of every hospital carried noise."""
     sites = Sent.of(summary.get("sent")).keys.get("evaluate", {})
     return bool(sites) and all(noised_evaluation(keys) for keys in sites.values())
+
+
+class SiteTraffic(NamedTuple):
+    """What travelled in the rounds between the server and one hospital, and how long it took."""
+
+    replies: float | None
+    megabytes_to_site: float | None
+    megabytes_from_site: float | None
+    seconds_a_reply: float | None
+
+
+def traffic(summary: dict[str, Any]) -> dict[str, SiteTraffic]:
+    """Return the traffic of the rounds by hospital; empty if none was recorded."""
+    listed = {}
+    for site, part in nested(summary, "traffic").items():
+        replies = number(part, "replies")
+        seconds = number(part, "seconds")
+        to_site, from_site = (number(part, f"bytes-{way}-site") for way in ("to", "from"))
+        listed[site] = SiteTraffic(
+            replies,
+            None if to_site is None else to_site / 1e6,
+            None if from_site is None else from_site / 1e6,
+            seconds / replies if seconds is not None and replies else None,
+        )
+    return listed
 
 
 class Disclosure(NamedTuple):

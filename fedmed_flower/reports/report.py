@@ -29,6 +29,7 @@ from fedmed_flower.reports.contents import (
     Privacy,
     Result,
     SiteCost,
+    SiteTraffic,
 )
 from fedmed_flower.reports.frame import COUNT, count_of, escaped, format_of, format_value, name
 from fedmed_flower.reports.plots import Styles
@@ -100,6 +101,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
             _failures(summary),
             _disclosed(contents.disclosed(summary), bool(pictures)),
             _privacy(contents.privacy(summary), curves, styles),
+            _traffic(contents.traffic(summary), styles),
             _making(summary),
         ]
     text = frame.PAGE.substitute(
@@ -231,6 +233,8 @@ def _hospital_notes(hospitals: Hospitals, main: str) -> list[str]:
         notes.append(f"Tested only: {count} without training records. ")
     if hospitals.rejected:
         notes.append(frame.REJECTED)
+    for site, columns in hospitals.lacking.items():
+        notes.append(f"{escaped(site)} has no column {escaped(', '.join(columns))}. ")
     for reason, which in hospitals.refused:
         shown = escaped(reason[:_MOST_REASON])
         notes.append(f"Could not take part: {escaped(which)} ({shown}). ")
@@ -347,8 +351,27 @@ def _patients(patients: Patients, curves: Curves, styles: Styles) -> str:
     return f'{words}{folded}<div class="plots">{drawn}</div>'
 
 
+def _traffic(traffic: dict[str, SiteTraffic], styles: Styles) -> str:
+    if not traffic:
+        return ""
+    rows = []
+    for site, style in styles.items():
+        part = traffic.get(site, SiteTraffic(None, None, None, None))
+        sizes = [format_value(size, ",.2f") for size in part[1:3]]
+        seconds = format_value(part.seconds_a_reply, ",.2f")
+        rows.append([style.key, format_value(part.replies, COUNT), *sizes, seconds])
+    head = ["Hospital", "Replies", "MB to it", "MB from it", "Seconds a reply"]
+    table = frame.table("Messages of the rounds", head, rows)
+    return f"<h2>Traffic</h2>{frame.folded(table, len(styles))}"
+
+
 def _making(summary: dict[str, Any]) -> str:
     facts = {key: summary.get(key) for key in ("data", "strategy", "engine", "seed")}
+    model = nested(summary, "model")
+    if model:
+        facts["network"] = model.get("network")
+        facts["weights"] = format_value(number(model, "weights"), COUNT)
+        facts["weights trained"] = format_value(number(model, "weights-trained"), COUNT)
     seconds = number(summary, "seconds")
     facts["duration"] = None if seconds is None else f"{timedelta(seconds=round(seconds))} h:min:s"
     parts = {

@@ -325,11 +325,14 @@ class StartModel(NamedTuple):
         Digest of the part that does not travel; empty if all of the model travels.
     whole : ArrayRecord
         The whole model; empty if all of it travels.
+    about : dict
+        Its class, the numbers of its weights, of those that travel, and of the bytes that do.
     """
 
     initial: ArrayRecord
     frozen: str
     whole: ArrayRecord
+    about: dict[str, Any]
 
 
 def _start_model(
@@ -345,7 +348,15 @@ def _start_model(
     travelling = Travelling(network, str(config["trainable"]))
     frozen = travelling.digest(network)
     whole = ArrayRecord(network.state_dict()) if frozen else ArrayRecord()
-    return StartModel(ArrayRecord(travelling.state(network)), frozen, whole)
+    initial = ArrayRecord(travelling.state(network))
+    parameters = dict(network.named_parameters())
+    about = {
+        "network": type(network).__name__,
+        "weights": sum(parameter.numel() for parameter in parameters.values()),
+        "weights-trained": sum(p.numel() for name, p in parameters.items() if name in initial),
+        "bytes": sum(len(array.data) for array in initial.values()),
+    }
+    return StartModel(initial, frozen, whole, about)
 
 
 @dataclass
@@ -491,6 +502,11 @@ class Experiment:
             "privacy": self._privacy(),
             "pictures": self.pictures,
             "sent": sent.table(),
+            "model": self.model.about,
+            "lacking": sites.lacking,
+            "traffic": {
+                site: traffic.table() for site, traffic in self.strategy.history.traffic.items()
+            },
             "failures": [asdict(failure) for failure in self.strategy.history.failures],
             "versions": {"python": platform.python_version()}
             | {package: version(package) for package in _PACKAGES},

@@ -15,14 +15,16 @@ from flwr.serverapp import Grid
 
 from fedmed_flower.data.pictures import sound
 from fedmed_flower.data.site import GENERATED, SPLITS, some_of
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
 from fedmed_flower.server.ask import ask, ask_all
 from fedmed_flower.server.duplicates import Namesakes
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.wire import (
+    COLUMNS,
     CONTRIBUTION,
     COUNT,
     IMAGES,
+    LACKING,
     PERSONAL,
     PICTURES,
     REJECTED,
@@ -33,6 +35,10 @@ from fedmed_flower.wire import (
 
 log = logging.getLogger("flwr.fedmed")
 
+# Of the columns that a table lacks: how many are listed, and letters of each.
+_MOST_NAMES = 200
+_MOST_NAME = 100
+
 
 @dataclass
 class Sites:
@@ -42,6 +48,7 @@ class Sites:
     labels: dict[int, Any] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     rejected: dict[int, int] = field(default_factory=dict)
+    lacking: dict[str, list[str]] = field(default_factory=dict)
     sources: set[str] = field(default_factory=set)
     generated: bool = False
     simulated: bool = True
@@ -91,6 +98,8 @@ class Sites:
             rows = ", ".join(f"{count} {split}" for split, count in counts.items())
             labels = self.labels[node_id]
             details = f"; training rows by label: {labels}" if labels else ""
+            if lacking := self.lacking.get(self.names[node_id]):
+                details += f"; its table has no column {', '.join(lacking)}"
             if rejected := self.rejected.get(node_id):
                 details += f"; {rejected} rows rejected at the site"
             log.info("%s: %s%s", self.names[node_id], rows, details)
@@ -123,6 +132,8 @@ def roll_call(grid: Grid, timeout: float) -> Sites:
         sites.names.setdefault(node_id, answer.site)
         sites.counts[node_id] = about.rows
         sites.labels[node_id] = about.labels
+        if about.lacking:
+            sites.lacking[answer.site] = about.lacking
         if about.rejected is not None:
             sites.rejected[node_id] = about.rejected
         sites.namesakes.take(node_id, answer.content)
@@ -144,6 +155,7 @@ class _About(NamedTuple):
     rows: dict[str, int]
     labels: Any
     rejected: int | None
+    lacking: list[str]
     source: str
     generated: bool
     simulated: bool
@@ -160,10 +172,21 @@ def _about(content: RecordDict) -> _About:
         rows=rows,
         labels=counts.get("labels"),
         rejected=rejected if REJECTED in counts else None,
+        lacking=_lacking(content),
         source=str(record["data"]),
         generated=bool(record["generated"]),
         simulated=bool(record["simulated"]),
     )
+
+
+def _lacking(content: RecordDict) -> list[str]:
+    """Return the columns that a site's table lacks."""
+    if LACKING not in content.config_records:
+        return []
+    names = content.config_records[LACKING][COLUMNS]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("the columns that its table lacks are not a list of names")
+    return [shown(str(name))[:_MOST_NAME] for name in names[:_MOST_NAMES]]
 
 
 @contextmanager

@@ -50,6 +50,8 @@ class Exchange:
         Messages without a reply; complete at the end of the iteration.
     seconds : float
         How long the iteration took.
+    waited : float
+        Seconds to the last reply: from sending or, in one process, from the site's turn.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Exchange:
         self.grace = grace
         self.silent: list[Message] = []
         self.seconds = 0.0
+        self.waited = 0.0
 
     def __iter__(self) -> Iterator[tuple[Message, Message]]:
         sent = self._push()
@@ -108,8 +111,10 @@ class Exchange:
             while ids := list(islice(keys, together)):
                 if in_process and time.monotonic() >= deadline:
                     return
+                asked = time.monotonic() if in_process else began
                 for reply in self.grid.pull_messages(ids):
                     answered += not reply.has_error()
+                    self.waited = time.monotonic() - asked
                     yield reply
             now = time.monotonic()
             enough = self.minimum is not None and answered >= self.minimum

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedmed_flower.metrics.names import MAIN
+from fedmed_flower.server.traffic import Traffic
 from fedmed_flower.wire import ALL_SITES, Sent
 
 COLUMNS = ("round", "phase", "site", "metric", "value")
@@ -35,11 +36,14 @@ class History:
     failures : list of Failure
     sent : Sent
         What the sites sent in the rounds.
+    traffic : dict of str to Traffic
+        Bytes and seconds of the rounds, by site.
     """
 
     rows: list[tuple[int, str, str, str, float]] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     sent: Sent = field(default_factory=Sent)
+    traffic: dict[str, Traffic] = field(default_factory=dict, compare=False, repr=False)
 
     def add(self, server_round: int, phase: str, site: str, metrics: Mapping[str, Any]) -> None:
         """Append the metrics that are single numbers; lists are left out."""

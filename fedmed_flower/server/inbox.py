@@ -13,6 +13,7 @@ from fedmed_flower.server.ask import Exchange
 from fedmed_flower.server.history import Failure, History
 from fedmed_flower.server.screening import metrics_of, model_of, screen, screen_arrays
 from fedmed_flower.server.sites import learn_name
+from fedmed_flower.server.traffic import Traffic, size_of
 from fedmed_flower.wire import ALL_SITES, DECLINED
 
 log = logging.getLogger("flwr.fedmed")
@@ -77,6 +78,8 @@ class Inbox:
         self.declined: set[int] = set()
         # Node and index of each message of the phase, by message id.
         self._senders: dict[str, tuple[int, int]] = {}
+        # Node, bytes to it, bytes from it and seconds of each reply of the phase.
+        self._traffic: list[tuple[int, int, int, float]] = []
 
     def name(self, node_id: int) -> str:
         """Return a node's site name, or ``node <id>`` if it has reported none."""
@@ -109,10 +112,17 @@ class Inbox:
         exchange = Exchange(grid, messages, timeout)
         numbers = {id(message): number for number, message in enumerate(messages)}
         self._senders = {}
+        self._traffic = []
         for message, reply in exchange:
             sender = (message.metadata.dst_node_id, numbers[id(message)])
             self._senders[message.metadata.message_id] = sender
+            sizes = (size_of(message.content), size_of(reply.content) if reply.has_content() else 0)
+            self._traffic.append((message.metadata.dst_node_id, *sizes, exchange.waited))
             yield reply
+        # Only now all sites that replied have given their names.
+        for node_id, to_site, from_site, seconds in self._traffic:
+            traffic = self.history.traffic.setdefault(self.name(node_id), Traffic())
+            traffic.add(to_site, from_site, seconds)
         for message in exchange.silent:
             site = self.name(message.metadata.dst_node_id)
             self.fail(server_round, phase, site, f"no reply after {exchange.seconds:.0f} s")

@@ -32,6 +32,7 @@ from fedmed_flower.files import (
     write_atomic,
 )
 from fedmed_flower.server.history import Failure, History
+from fedmed_flower.server.traffic import traffic_of
 from fedmed_flower.wire import Sent
 
 CHECKPOINT = "checkpoint.zip"
@@ -218,6 +219,7 @@ class RunFolder:
             "rows": checkpoint.history.rows,
             "failures": [asdict(failure) for failure in checkpoint.history.failures],
             "sent": checkpoint.history.sent.table(),
+            "traffic": {s: t.table() for s, t in checkpoint.history.traffic.items()},
             "records": {name: _index(record) for name, record in records.items()},
             "clients": list(checkpoint.client_states),
         }
@@ -287,7 +289,7 @@ def _checkpoint(members: StoredMembers) -> Checkpoint:
         _whole(state["round"], _MOST_ROUND),
         _whole(state["seed"], _MOST_SEED),
         records.pop("arrays"),
-        History(rows, failures, Sent.of(state.get("sent"))),
+        History(rows, failures, Sent.of(state.get("sent")), traffic_of(state.get("traffic"))),
         state["metrics"],
         {_whole(node_id, 2**64): str(name) for node_id, name in state["sites"]},
         states,

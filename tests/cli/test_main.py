@@ -312,7 +312,7 @@ def test_real_chest_x_rays_reach_the_floor(workdir):
 
 
 def test_a_ledger_is_shown_run_by_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedmed_flower.cli.tables.console", LineConsole(width=200))
+    monkeypatch.setattr("fedmed_flower.cli.main.console", LineConsole(width=200))
     folder = tmp_path / "ledgers"
     ledger = Ledger(folder / "north.sqlite")
     release = Release(0.1, 1.0)

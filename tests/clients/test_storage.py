@@ -292,3 +292,11 @@ def test_a_picture_whose_patient_is_not_named_does_not_leave_a_real_hospital(tmp
     context, _ = real(tmp_path, **{"share-images": True})
     client = drawing(Picture("of whom", b"one"), Picture("named", b"two", "north-test-1"))
     assert shared(client, context, run_key="k1") == [("named", b"two")]
+
+
+def test_an_output_folder_that_is_not_there_is_said_at_the_start(tmp_path, caplog):
+    node = node_of(tmp_path, output_dir=str(tmp_path / "missing"))
+    reply = ask(TinyClient, "query.describe", context_of(node_config=node))
+    assert read_error(reply.error.reason) == ("north", "InputError")
+    text = f"north: output-dir of site north is not a folder: {tmp_path / 'missing'}"
+    assert caplog.messages[-1] == text

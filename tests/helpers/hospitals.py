@@ -56,7 +56,8 @@ class Table(TabularClient):
 
     def load_data(self, site):
         rows = json.loads((site.data_dir / "rows.json").read_text())
-        return SiteData(**{split: rows[split] for split in ("train", "val", "test")})
+        splits = {split: rows[split] for split in ("train", "val", "test")}
+        return SiteData(**splits, lacking=("weight",))
 
 
 class Lives(SurvivalClient):

@@ -223,6 +223,44 @@ def test_the_table_is_tidy(finished):
     assert by_key["2", "pooled-test", "all", "auc"] == test["pooled"]["auc"]
 
 
+def test_the_summary_says_what_was_trained_and_what_travelled(finished):
+    summary = summary_of(finished[0])
+    # Four pixels to two classes.
+    about = summary["model"]
+    assert (about["network"], about["weights"], about["weights-trained"]) == ("Sequential", 10, 10)
+    assert summary["lacking"] == {}
+    for traffic in summary["traffic"].values():
+        # Two rounds of training and validation, and the test.
+        assert traffic["replies"] == 5
+        assert traffic["bytes-to-site"] > 5 * about["bytes"]
+        assert traffic["bytes-from-site"] > 2 * about["bytes"]
+        assert traffic["seconds"] > 0
+    page = (finished[0] / "report.html").read_text()
+    assert "Messages of the rounds" in page
+    assert '<th scope="row">weights trained</th><td>10</td>' in page
+    assert "local-epochs</th><td>1<" in page
+
+
+def test_the_traffic_of_a_run_is_that_of_all_its_parts(tmp_path):
+    run_tiny(tmp_path, num_server_rounds=1)
+    before = summary_of(tmp_path)["traffic"]["hospital-1"]
+    run_tiny(tmp_path, num_server_rounds=2, resume=True)
+    after = summary_of(tmp_path)["traffic"]["hospital-1"]
+    # The test after the first round is not in the checkpoint.
+    assert (before["replies"], after["replies"]) == (3, 5)
+    assert after["seconds"] > 0
+
+
+def test_columns_that_a_table_lacks_are_in_log_summary_and_report(tmp_path):
+    rows = SiteData(make_rows(6, 0), test=make_rows(4, 1, "q"), lacking=("systolic", "<b>"))
+    run_tiny(tmp_path, fixed(rows), num_server_rounds=1)
+    names = ["systolic", "<b>"]
+    assert summary_of(tmp_path)["lacking"] == {"hospital-1": names, "hospital-2": names}
+    assert "; its table has no column systolic, <b>" in (tmp_path / "log.txt").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "hospital-1 has no column systolic, &lt;b&gt;." in page
+
+
 def test_the_config_file(finished):
     folder, _ = finished
     text = (folder / "config.toml").read_text()
