@@ -3,14 +3,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check coverage clean
+.PHONY: demo test test-slow check coverage clean
 
 demo: $(READY)  ## Five hospitals train a chest X-ray classifier; prints where the report is.
 	$(BIN)/fedmed demo
 
-test: $(READY)  ## The test suite.
-	$(BIN)/python -m pytest -m "not engine" -n 2
-	$(BIN)/python -m pytest -m engine -n 2 --dist loadfile
+test: $(READY)  ## The test suite, but for what takes minutes.
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: $(READY)  ## Tests that start Flower's own processes or take minutes.
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 check: $(READY)  ## Style, types and floors.
 	$(BIN)/ruff check .
@@ -19,7 +21,7 @@ check: $(READY)  ## Style, types and floors.
 	$(BIN)/lint-imports
 
 coverage: $(READY)  ## The test suite, and the lines of each file that it leaves out.
-	$(BIN)/python -m pytest -m "not engine" -n 2 --cov=fedmed_flower --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -m "not slow" -n 2 --cov=fedmed_flower --cov-report=term-missing:skip-covered
 
 # torch first and alone, so that a CPU build that pip is pointed to is taken as it is.
 $(READY): pyproject.toml constraints.txt

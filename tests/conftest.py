@@ -9,7 +9,7 @@ from fedmed_flower.data.site import simulation
 def pytest_collection_modifyitems(items):
     """Tests on real data say why they are skipped; those of engines may leave files open."""
     for item in items:
-        if item.get_closest_marker("engine"):
+        if item.get_closest_marker("slow"):
             for kind in ("ResourceWarning", "pytest.PytestUnraisableExceptionWarning"):
                 item.add_marker(pytest.mark.filterwarnings(f"ignore::{kind}"))
     if os.environ.get("FEDMED_DATA"):

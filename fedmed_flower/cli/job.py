@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -25,8 +26,9 @@ from fedmed_flower.engines.local import run_local
 from fedmed_flower.engines.project import Project, default_sites, load_project
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import as_input_error, read_object
+from fedmed_flower.reports.report import write_report
 from fedmed_flower.runs.experiment import Before, read_before, require_same_settings
-from fedmed_flower.server.run_folder import CONFIG, SUMMARY, RunFolder
+from fedmed_flower.server.run_folder import CONFIG, DEFAULT_FOLDER, METRICS, SUMMARY, RunFolder
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.registry import (
@@ -236,6 +238,8 @@ def execute(job: Job) -> None:
     console.print(f"{job.project.name}: {job.num_sites} sites, {rounds}engine {job.options.engine}")
     # SIGTERM ends a run as Ctrl-C does, with summary and report.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not isinstance(job.client, Sectioned):
+        os.environ[DEFAULT_FOLDER] = str(job.folder.resolve())
     try:
         if job.options.engine is Engine.FLOWER:
             run_flower(job.project.path.resolve(), job.config, job.num_sites, sys.stdout)
@@ -251,10 +255,10 @@ def execute(job: Job) -> None:
         text = f"failed: {type(error).__name__}: {error}: {_whereabouts(job)}"
         console.print(text, style="red")
         raise typer.Exit(1) from error
+    finally:
+        os.environ.pop(DEFAULT_FOLDER, None)
     if not (job.folder / SUMMARY).exists():
-        # An app that calls a strategy itself instead of `federate` writes no summary.
-        outcome = job.folder if job.folder.exists() else "the app wrote no run folder"
-        console.print(f"finished: {outcome}")
+        _print_without_summary(job)
         return
     remedy = "run the app in another folder"
     with as_input_error(f"{job.folder / SUMMARY}", remedy):
@@ -265,6 +269,16 @@ def execute(job: Job) -> None:
         rounds = f"{summary['rounds']} rounds in " if "test" in summary else ""
         done = f"{rounds}{summary['seconds']:.0f} s{mark}"
         console.print(f"{summary['status']}: {done}: {job.folder}")
+
+
+def _print_without_summary(job: Job) -> None:
+    """Print the outcome of an app that calls a strategy itself instead of `federate`."""
+    if (job.folder / METRICS).exists():
+        console.print(f"report: {write_report(job.folder)}")
+        console.print(f"finished: {job.folder}")
+        return
+    why = "its strategy is not one of this package, or has a folder of its own"
+    console.print(f"finished: nothing was written to {job.folder}: {why}")
 
 
 def _run_local(job: Job) -> None:

@@ -428,10 +428,15 @@ class Privacy:
     patients: Patients | None
 
 
-def privacy(summary: dict[str, Any]) -> Privacy:
-    """Return what the run's noise guarantees, for a hospital and for a patient."""
+def privacy(summary: dict[str, Any], hospital_epsilon: float | None = None) -> Privacy:
+    """Return what the run's noise guarantees, for a hospital and for a patient.
+
+    `hospital_epsilon` is that of the table of metrics, for a run without a summary.
+    """
     patient = nested(summary, "privacy", "patient")
     hospital = nested(summary, "privacy", "hospital")
+    if not hospital and hospital_epsilon is not None:
+        hospital = {"epsilon": hospital_epsilon}
     if not patient:
         return Privacy(hospital, None)
     sites = nested(patient, "sites")

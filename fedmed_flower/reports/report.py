@@ -37,11 +37,14 @@ from fedmed_flower.reports.summary import Total, entries, judged_by, nested, num
 from fedmed_flower.reports.tables import site_table
 from fedmed_flower.server.run_folder import METRICS as METRICS_TABLE
 from fedmed_flower.server.run_folder import SUMMARY
-from fedmed_flower.wire import ALL_SITES, EPSILON
+from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON
 
 Curves = dict[tuple[str, str, str], dict[int, float]]  # (phase, metric, site) -> round -> value
 
 MOST_FAILURES = 100
+# Of a phase whose metrics are not known.
+_MOST_PANELS = 4
+_NO_PANEL = ("num-examples", "seconds", EPSILON, HOSPITAL_EPSILON, "clipping-norm")
 _MOST_REASON = 300
 # Rounds and values beyond these cannot be drawn. NaN is not below the second.
 _MOST_ROUND = 10**9
@@ -60,7 +63,8 @@ def write_report(folder: Path) -> Path:
     Parameters
     ----------
     folder
-        A run folder with ``summary.json`` and, if the run got that far, ``metrics.csv``.
+        A run folder with ``summary.json`` and, if the run got that far, ``metrics.csv``. The folder
+        of a strategy that was used without `federate` has only ``metrics.csv``.
 
     Returns
     -------
@@ -73,6 +77,9 @@ def write_report(folder: Path) -> Path:
         If ``summary.json`` is missing, is not a JSON object or is not of a run; if ``metrics.csv``
         has a bad line; if a link leads one of them out of the folder; if one is too large.
     """
+    if not (folder / SUMMARY).exists() and (folder / METRICS_TABLE).exists():
+        # A strategy that the app calls itself, without `federate`, writes no summary.
+        return _write(folder, {"app": folder.resolve().name})
     summary = read_object(folder, SUMMARY, "give the folder of a run that `fedmed run` has started")
     with as_input_error(f"{folder / SUMMARY}", "restore it from a copy"):
         return _write(folder, summary)
@@ -100,7 +107,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
             _curves(curves, styles, main),
             _failures(summary),
             _disclosed(contents.disclosed(summary), bool(pictures)),
-            _privacy(contents.privacy(summary), curves, styles),
+            _privacy(contents.privacy(summary, _hospital_epsilon(curves)), curves, styles),
             _traffic(contents.traffic(summary), styles),
             _making(summary),
         ]
@@ -113,6 +120,12 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
     target = folder / "report.html"
     write_atomic(target, text.encode())
     return target
+
+
+def _hospital_epsilon(curves: Curves) -> float | None:
+    """Return the epsilon of the last round that `DPFedAvg` has recorded."""
+    curve = curves.get(("train", HOSPITAL_EPSILON, ALL_SITES))
+    return [*curve.values()][-1] if curve else None
 
 
 def _sites(summary: dict[str, Any], curves: Curves) -> list[str]:
@@ -275,11 +288,24 @@ def _curves(curves: Curves, styles: Styles, main: str) -> str:
     if main != "loss":
         panels.append(_panel(curves, styles, "val", "loss", "Validation loss"))
     panels.append(_panel(curves, styles, "train", "loss", "Training loss"))
+    panels += _other_panels(curves, styles, main)
     drawn = "".join(panels)
     if not drawn:
         return "<h2>Over the rounds</h2><p>No round has recorded a metric.</p>"
     keys = plots.keys(styles, any(site == ALL_SITES for _, _, site in curves))
     return f'<h2>Over the rounds</h2>{keys}<div class="plots">{drawn}</div>'
+
+
+def _other_panels(curves: Curves, styles: Styles, main: str) -> list[str]:
+    """Return panels of metrics by names of the app's own, if a phase has none that is known."""
+    panels = []
+    for phase, title in (("val", "Validation"), ("train", "Training"), ("server", "Server")):
+        keys = dict.fromkeys(metric for p, metric, _ in curves if p == phase)
+        if {main, "loss"} & keys.keys():
+            continue
+        shown = [key for key in keys if key not in _NO_PANEL][:_MOST_PANELS]
+        panels += [_panel(curves, styles, phase, key, f"{title} {escaped(key)}") for key in shown]
+    return panels
 
 
 def _panel(curves: Curves, styles: Styles, phase: str, key: str, title: str) -> str:

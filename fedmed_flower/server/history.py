@@ -10,9 +10,11 @@ from typing import Any
 
 from fedmed_flower.metrics.names import MAIN
 from fedmed_flower.server.traffic import Traffic
-from fedmed_flower.wire import ALL_SITES, Sent
+from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON, Sent
 
 COLUMNS = ("round", "phase", "site", "metric", "value")
+# Of a round: what is no measure of the model.
+_NOT_SHOWN = ("num-examples", "seconds", EPSILON, HOSPITAL_EPSILON, "clipping-norm")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ class History:
         ]
 
     def describe(self, server_round: int) -> str:
-        """Return a round in a line: training loss, first known validation metric, failed sites."""
+        """Return a round in a line: training loss, first known validation metric, failed sites.
+
+        If a client names its metrics otherwise, the first of each phase is shown.
+        """
         known = {
             (phase, metric): value
             for number, phase, site, metric, value in self.rows
@@ -62,8 +67,15 @@ class History:
         }
         wanted = [("train", "loss"), *(("val", name) for name in MAIN)]
         shown = [(*key, known[key]) for key in wanted if key in known]
+        for phase in ("train", "val", "server"):
+            if not any(entry[0] == phase for entry in shown):
+                others = [key for key in known if key[0] == phase and key[1] not in _NOT_SHOWN]
+                shown += [(*key, known[key]) for key in others[:1]]
         # The training loss and one validation metric, or two validation metrics without it.
-        parts = [f"{phase} {name} {value:.4f}" for phase, name, value in shown[:2]]
+        most = 2 + any(entry[0] == "server" for entry in shown)
+        parts = [f"{phase} {name} {value:.4f}" for phase, name, value in shown[:most]]
+        if ("train", HOSPITAL_EPSILON) in known:
+            parts.append(f"epsilon {known['train', HOSPITAL_EPSILON]:.3f}")
         failed = {failure.site for failure in self.failures if failure.round == server_round}
         if failed:
             parts.append(f"failed: {', '.join(sorted(failed))}")

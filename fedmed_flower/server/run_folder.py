@@ -35,6 +35,8 @@ from fedmed_flower.server.history import Failure, History
 from fedmed_flower.server.traffic import traffic_of
 from fedmed_flower.wire import Sent
 
+# An environment variable: the folder for a strategy that was given none. `fedmed run` sets it.
+DEFAULT_FOLDER = "FEDMED_RUN_DIR"
 CHECKPOINT = "checkpoint.zip"
 METRICS = "metrics.csv"
 MODEL = "model.safetensors"

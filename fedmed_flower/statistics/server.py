@@ -27,6 +27,7 @@ from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.registry import Sections, effective, require_known
 from fedmed_flower.settings.survey import SurveySettings
 from fedmed_flower.settings.text import expand
+from fedmed_flower.statistics.local import MISSING
 from fedmed_flower.statistics.page import STATISTICS_FILE, write_page
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import Request
@@ -161,7 +162,8 @@ def survey(
     Raises
     ------
     InputError
-        If an argument or a setting is wrong, or no hospital has sent statistics.
+        If an argument or a setting is wrong, or if no hospital has sent statistics or has a column
+        that was named.
     """
     if drift not in DRIFT:
         raise InputError(f"drift must be one of {', '.join(DRIFT[1:])}, or empty, got {drift!r}")
@@ -193,6 +195,8 @@ def survey(
     if not answer.sites:
         reason = answer.failures[0][1] if answer.failures else "no hospital is connected"
         raise InputError(f"no hospital has sent statistics: {reason}")
+    if failure := _failure(answer):
+        raise InputError(failure)
     return answer
 
 
@@ -233,11 +237,35 @@ def _content(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
     }
 
 
+def _failure(answer: Answer) -> str:
+    """Return why a survey has no result; empty if it has one."""
+    if not answer.sites:
+        return "no hospital has sent statistics"
+    for column in answer.request.columns:
+        reasons = {
+            reason
+            for reported in answer.sites.values()
+            for _, name, reason in reported["withheld"]
+            if name == column
+        }
+        # A hospital with too few patients does not say whether it has the column.
+        if MISSING in reasons and not any(_reports(r, column) for r in answer.sites.values()):
+            return f"no hospital has a column {column!r}"
+    return ""
+
+
+def _reports(reported: dict[str, Any], column: str) -> bool:
+    return any(
+        column in group[kind] for group in reported["groups"] for kind in ("numeric", "categorical")
+    )
+
+
 def _summary(answer: Answer, content: dict[str, Any]) -> dict[str, Any]:
+    message = _failure(answer)
     return {
         "kind": "statistics",
-        "status": "finished" if answer.sites else "failed",
-        "message": "" if answer.sites else "no hospital has sent statistics",
+        "status": "failed" if message else "finished",
+        "message": message,
         "data": "generated rows, not patients"
         if answer.generated
         else "; ".join(sorted(answer.sources)),

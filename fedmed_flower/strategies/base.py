@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -22,7 +23,7 @@ from fedmed_flower.metrics.names import is_pooled_only
 from fedmed_flower.metrics.pooling import pool
 from fedmed_flower.server.history import History
 from fedmed_flower.server.inbox import AcceptedReply, Inbox
-from fedmed_flower.server.run_folder import Checkpoint, RunFolder
+from fedmed_flower.server.run_folder import DEFAULT_FOLDER, Checkpoint, RunFolder
 from fedmed_flower.server.screening import (
     first_arrays,
     metrics_of,
@@ -235,6 +236,9 @@ class FedAvg(flower.FedAvg):
             _TRAIN: ConfigRecord() if train_config is None else train_config,
             _EVALUATE: ConfigRecord() if evaluate_config is None else evaluate_config,
         }
+        if self.folder is None and (path := os.environ.pop(DEFAULT_FOLDER, "")):
+            # For the first strategy of an app alone: two would overwrite each other.
+            self.folder = RunFolder(Path(path))
         self.run = RunState(timeout)
         self.inbox.history = History()
         self.inbox.declined = set()

@@ -127,7 +127,7 @@ def test_a_run_on_the_cpu_measures_no_gpu_and_takes_none(monkeypatch):
     assert text == "num-supernodes=3 client-resources-num-cpus=1 client-resources-num-gpus=0.0"
 
 
-@pytest.mark.engine
+@pytest.mark.slow
 def test_a_failing_site_is_named_and_a_failing_server_raises(tmp_path):
     config = {"server-fails": False, "run-dir": str(tmp_path / "run")}
     app = write_app(tmp_path / "toy", SERVER, CLIENT, **config)
@@ -145,7 +145,7 @@ def test_a_failing_site_is_named_and_a_failing_server_raises(tmp_path):
     assert superlinks() == before
 
 
-@pytest.mark.engine
+@pytest.mark.slow
 def test_one_process_and_flowers_engine_give_the_same_bits(tmp_path):
     texts = ["-c", "dataset=phantoms", "-c", "alpha=50.0", "--sites", "3", "--rounds", "2"]
     models = []
@@ -166,7 +166,7 @@ def test_one_process_and_flowers_engine_give_the_same_bits(tmp_path):
     assert models[0] == models[1]
 
 
-@pytest.mark.engine
+@pytest.mark.slow
 def test_a_stopped_run_leaves_no_process_that_goes_on_training(tmp_path):
     texts = ["-c", "dataset=phantoms", "--sites", "2", "--rounds", "50", "--engine", "flower"]
     texts += ["-c", "privacy=patient", "-c", "sampling-rate=0.1"]

@@ -257,7 +257,7 @@ def engines_answer(grid):
     return reply.error.code, reply.error.reason
 
 
-@pytest.mark.engine
+@pytest.mark.slow
 def test_the_error_reply_is_the_one_of_flowers_engine(monkeypatch):
     from flwr.simulation import run_simulation
 

@@ -27,7 +27,7 @@ from fedmed_flower.statistics.table import figure, table_one
 class TestSurvey:
     def test_a_run(self, tmp_path):
         request = Request(
-            columns=("age", "lab", "sex", "time", "weight"),
+            columns=("age", "lab", "sex", "time"),
             kinds=KINDS,
             resolutions={"age": 5.0},
             pairs=(("sex", "event"),),
@@ -447,3 +447,22 @@ def test_a_hospital_with_hundreds_of_groups_does_not_hold_up_the_page(sound, mon
     body = report._body({"app": "survey"}, found)
     assert len(drawn) == 2 * 24
     assert '<p class="note">6 more groups not drawn.</p>' in body
+
+
+def test_a_column_that_no_hospital_has_is_an_error_and_one_that_some_have_is_not(tmp_path):
+    with pytest.raises(InputError, match=r"^no hospital has a column 'agee'$"):
+        surveyed(Ward, Request(columns=("age", "agee")), tmp_path / "none")
+    summary = json.loads((tmp_path / "none" / "summary.json").read_text())
+    assert (summary["status"], summary["message"]) == ("failed", "no hospital has a column 'agee'")
+
+    class Uneven(Ward):
+        def load_data(self, site):
+            data = super().load_data(site)
+            for row in (*data.train, *data.val):
+                if site.index == 0:
+                    row["height"] = 170.0
+            return data
+
+    surveyed(Uneven, Request(columns=("age", "height")), tmp_path / "some")
+    summary = json.loads((tmp_path / "some" / "summary.json").read_text())
+    assert summary["status"] == "finished"

@@ -17,7 +17,7 @@ from deployment_helper import ECHO_CLIENT, SCRIPT, Deployment, deployment, write
 from fedmed_flower.privacy.accounting import epsilon_of
 from fedmed_flower.privacy.ledger import Ledger
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.slow
 
 SERVER = """
     import numpy as np

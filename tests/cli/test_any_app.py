@@ -1,0 +1,128 @@
+"""Flower apps without our client or `federate` run under `fedmed run`, and show something."""
+
+import os
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from fedmed_flower.cli.main import app
+
+PROJECT = """
+[project]
+name = "theirs"
+version = "1.0.0"
+[tool.flwr.app]
+publisher = "tests"
+[tool.flwr.app.components]
+serverapp = "their_server:app"
+clientapp = "their_client:app"
+[tool.flwr.app.config]
+rounds = 2
+learning_rate = 0.1
+"""
+CLIENT = """
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    moved = Array(message.content["arrays"]["w"].numpy() + context.run_config["learning_rate"])
+    metrics = MetricRecord({"num-examples": 3, "train_loss": 0.25})
+    content = RecordDict({"arrays": ArrayRecord({"w": moved}), "metrics": metrics})
+    return Message(content, reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message, context):
+    metrics = MetricRecord({"num-examples": 3, "eval_acc": 0.75})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+"""
+SERVER = """
+import numpy as np
+from flwr.app import Array, ArrayRecord, MetricRecord
+from flwr.serverapp import ServerApp
+from MODULE import STRATEGY
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid, context):
+    strategy = STRATEGY(ARGUMENTS)
+    arrays = ArrayRecord({"w": Array(np.zeros(4, np.float32))})
+    strategy.start(
+        grid,
+        arrays,
+        num_rounds=context.run_config["rounds"],
+        evaluate_fn=lambda number, model: MetricRecord({"central_acc": 0.5}),
+    )
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(strategy, *options, module="fedmed_flower.strategies", arguments=""):
+        folder = tmp_path / "app"
+        folder.mkdir()
+        server = SERVER.replace("MODULE", module).replace("STRATEGY", strategy)
+        (folder / "pyproject.toml").write_text(PROJECT)
+        (folder / "their_client.py").write_text(CLIENT)
+        (folder / "their_server.py").write_text(server.replace("ARGUMENTS", arguments))
+        result = CliRunner().invoke(app, ["run", "app", "--sites", "3", *options])
+        assert "FEDMED_RUN_DIR" not in os.environ
+        return result.exit_code, result.output
+
+    yield run
+    for name in ("their_client", "their_server"):
+        sys.modules.pop(name, None)
+
+
+def test_who_only_changed_the_import_sees_rounds_metrics_and_a_report(run, tmp_path):
+    code, output = run("FedAvg", "--out", "run")
+    assert code == 0, output
+    assert "round 2/2  train train_loss 0.2500  val eval_acc 0.7500  server central_acc 0.5000" in (
+        output
+    )
+    assert "finished: " in output.splitlines()[-1]
+    table = (tmp_path / "run" / "metrics.csv").read_text()
+    assert "2,val,all,eval_acc,0.75" in table
+    page = (tmp_path / "run" / "report.html").read_text()
+    for title in ("Training train_loss", "Validation eval_acc", "Server central_acc"):
+        assert f"<b>{title}</b>" in page
+    again = CliRunner().invoke(app, ["report", str(tmp_path / "run")])
+    assert again.exit_code == 0, again.output
+
+
+def test_a_strategy_with_noise_names_its_epsilon(run, tmp_path):
+    noise = "noise_multiplier=1.0, clipping_norm=1.0, num_sampled_clients=3, sampling_rate=0.5"
+    noise = (
+        "noise_multiplier=1.0, clipping_norm=1.0, sampling_rate=0.5, population_size=3, delta=0.1"
+    )
+    code, output = run("DPFedAvg", "--out", "run", arguments=noise)
+    assert code == 0, output
+    assert "epsilon " in output
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Unit: the hospital." in page
+
+
+def test_where_nothing_can_be_written_the_command_says_so(run, tmp_path):
+    code, output = run("FedAvg", "--out", "run", module="flwr.serverapp.strategy")
+    assert code == 0, output
+    text = f"finished: nothing was written to {tmp_path / 'run'}: its strategy is not one of this"
+    assert text in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_its_settings_are_those_that_it_declares(run, tmp_path):
+    code, output = run("FedAvg", "-c", "learning_rate=0.5", "-c", "rounds=1", "--out", "run")
+    assert code == 0, output
+    result = CliRunner().invoke(app, ["run", "app", "-c", "learning-rate=0.5"])
+    assert result.exit_code == 2
+    assert "the app has no setting 'learning-rate': did you mean learning_rate?" in result.output
