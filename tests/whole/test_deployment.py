@@ -106,8 +106,8 @@ def test_a_failing_app_gives_a_failing_exit_code(running: Deployment, toy_app: P
 
 def test_a_folder_that_is_no_app_gives_a_failing_exit_code(running: Deployment) -> None:
     done = running.command("run", str(running.directory / "sites"))
-    assert done.returncode == 1
-    assert "started no run" in done.stdout
+    assert done.returncode == 2
+    assert "is no Flower app: it has no pyproject.toml" in done.stdout
 
 
 def test_an_unregistered_key_cannot_join(running: Deployment, tmp_path: Path) -> None:
