@@ -164,7 +164,11 @@ def test_stop_in_mid_training_leaves_no_process_and_no_taken_port(
         stopped = running.command("stop")
         assert stopped.returncode == 0, stopped.stdout
         assert run.wait(60) == 1
-    assert processes_naming(*names) == []
+    # What was running for the killed hospital ends by itself when its SuperNode is gone.
+    deadline = time.monotonic() + 60
+    while left := processes_naming(*names):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
     assert all(can_bind(entry["port"]) for entry in processes.values())
     assert "Nothing is running" in running.command("stop").stdout
     assert (running.directory / "sites" / "north" / "key").exists()
