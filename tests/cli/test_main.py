@@ -232,6 +232,8 @@ def stop_after(line, how, workdir, *arguments):
         env=os.environ | {"PATH": path(), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background lets them ignore it, and so its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         for printed in process.stdout:
             if printed.startswith(line):
