@@ -6,7 +6,6 @@ import pytest
 
 from fedmed_flower.data.site import simulation
 
-
 # A busy machine takes longer for an example, and nothing is wrong.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
