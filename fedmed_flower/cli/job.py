@@ -101,6 +101,11 @@ def prepare(path: Path, options: Options) -> Job:
             raise InputError(
                 f"--data needs a client of this package, and that of {project.name} is another"
             )
+        if options.rounds is not None and "num-server-rounds" not in project.declared:
+            raise InputError(
+                f"--rounds sets num-server-rounds, which {project.name} does not declare: set its "
+                "own key by -c"
+            )
         declared = {key: value for key, value in values.items() if key in project.declared}
         config = assign(override(project.declared, options.settings, {}), declared)
     nodes = _node_configs(options, client)

@@ -126,3 +126,9 @@ def test_its_settings_are_those_that_it_declares(run, tmp_path):
     result = CliRunner().invoke(app, ["run", "app", "-c", "learning-rate=0.5"])
     assert result.exit_code == 2
     assert "the app has no setting 'learning-rate': did you mean learning_rate?" in result.output
+    result = CliRunner().invoke(app, ["run", "app", "--rounds", "3"])
+    assert result.exit_code == 2
+    assert "--rounds sets num-server-rounds, which theirs does not declare" in result.output
+    result = CliRunner().invoke(app, ["run", "app", "--data", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "--data needs a client of this package, and that of theirs is another" in result.output
