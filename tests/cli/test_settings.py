@@ -9,7 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 from fedmed_flower.cli.main import app
-from fedmed_flower.settings.registry import RUN, entries, node_entries
+from fedmed_flower.errors import InputError
+from fedmed_flower.settings.registry import (
+    RUN,
+    entries,
+    node_entries,
+    require_known,
+    sections_of,
+)
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "flwr", "numpy", "matplotlib", "monai", "pandas", "scipy")
@@ -79,3 +86,14 @@ def test_help_loads_nothing_heavy(arguments):
     ).replace(f"{HEAVY!r} &", f"set({HEAVY!r}) &")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "LOADED"
+
+
+def test_the_section_that_the_page_shows_is_known_and_checked():
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {"__name__": "page"}
+    exec(compile(code, "settings.md", "exec"), names)
+    own = sections_of(names["Hospital"])
+    require_known({"min-age": 20, "ward": "icu", "local-epochs": 2}, own)
+    with pytest.raises(InputError, match=r"^min-age must be from 0 to 120, got 130$"):
+        names["Cohort"].from_run_config({"min-age": 130})
