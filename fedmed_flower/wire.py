@@ -400,12 +400,12 @@ class Sent:
         return sent
 
 
-def tell_error(site: str, text: str) -> str:
+def error_reason(site: str, text: str) -> str:
     """Return the reason of an error reply that names its site."""
     return f"site {site}: {text}"
 
 
 def read_error(reason: str) -> tuple[str | None, str]:
-    """Split a reason that `tell_error` made into site and text; for any other, the site is None."""
+    """Split a reason that `error_reason` made into site and text; for any other, the site is None."""
     match = re.fullmatch(r"site (.+?): (.*)", reason, re.DOTALL)
     return (match[1], match[2]) if match else (None, reason)

@@ -41,7 +41,7 @@ from fedmed_flower.wire import (
     SERVER_ROUND,
     SITE_RECORD,
     SPLIT,
-    tell_error,
+    error_reason,
 )
 
 log = logging.getLogger("flwr.fedmed")
@@ -131,7 +131,7 @@ def _logged_failure(error: Exception, site: Site | None, client: MedicalClient |
     reason, level = _reason(cause, simulated, sealed)
     traceback = level == logging.ERROR and not isinstance(cause, InputError)
     log.log(level, "%s: %s", name, cause, exc_info=traceback)
-    return Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=tell_error(name, reason))
+    return Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=error_reason(name, reason))
 
 
 def _reason(cause: Exception, simulated: bool, sealed: bool) -> tuple[str, int]:
