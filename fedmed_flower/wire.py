@@ -406,6 +406,6 @@ def error_reason(site: str, text: str) -> str:
 
 
 def read_error(reason: str) -> tuple[str | None, str]:
-    """Split a reason that `error_reason` made into site and text; for any other, the site is None."""
+    """Split a reason that `error_reason` made into site and text; else the site is None."""
     match = re.fullmatch(r"site (.+?): (.*)", reason, re.DOTALL)
     return (match[1], match[2]) if match else (None, reason)
