@@ -243,8 +243,7 @@ def execute(job: Job) -> None:
     console.print(f"{job.project.name}: {job.num_sites} sites, {rounds}engine {job.options.engine}")
     # SIGTERM ends a run as Ctrl-C does, with summary and report.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if not isinstance(job.client, Sectioned):
-        os.environ[DEFAULT_FOLDER] = str(job.folder.resolve())
+    os.environ[DEFAULT_FOLDER] = str(job.folder.resolve())
     try:
         if job.options.engine is Engine.FLOWER:
             run_flower(job.project.path.resolve(), job.config, job.num_sites, sys.stdout)

@@ -59,6 +59,8 @@ def _of_app(path: Path) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _table(listed: list[Entry], given: dict[str, Any], of_app: bool) -> Table:
+    from fedmed_flower.settings.text import text_of
+
     table = Table("setting", "default", *(["this app"] if of_app else []), "allowed", "meaning")
     where = ""
     for entry in listed:
@@ -67,12 +69,7 @@ def _table(listed: list[Entry], given: dict[str, Any], of_app: bool) -> Table:
             table.add_section()
             table.add_row(where, *[""] * (len(table.columns) - 1), style="bold")
         set_here = where == "run config" and entry.key in given
-        value = [_text(given[entry.key]) if set_here else ""] if of_app else []
+        value = [text_of(given[entry.key]) if set_here else ""] if of_app else []
         allowed = " ".join(filter(None, [entry.allowed, f"({entry.unit})" if entry.unit else ""]))
-        table.add_row(entry.key, _text(entry.default), *value, allowed, entry.meaning)
+        table.add_row(entry.key, text_of(entry.default), *value, allowed, entry.meaning)
     return table
-
-
-def _text(value: Any) -> str:
-    """Return a value as a user gives it after ``-c KEY=``."""
-    return str(value).lower() if isinstance(value, bool) else f"{value}"

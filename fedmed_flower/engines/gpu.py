@@ -7,6 +7,7 @@ round in its own process, and writes the peak to the file OUT.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from flwr.common.constant import ErrorCode
 
 from fedmed_flower.engines.local import run_local
 from fedmed_flower.engines.project import Project, load_project
+from fedmed_flower.server.run_folder import DEFAULT_FOLDER
 from fedmed_flower.settings.text import expand
 
 # Bytes that CUDA itself takes in each process.
@@ -71,7 +73,9 @@ def measure_site(app: Path, config: UserConfig, num_sites: int) -> int:
         settings.write_text(json.dumps(dict(config)), encoding="utf-8")
         command = [sys.executable, "-m", "fedmed_flower.engines.gpu"]
         command += [str(app), str(settings), str(num_sites), str(out)]
-        subprocess.run(command, capture_output=True, check=False)
+        # The run folder is for the run that is measured, not for measuring.
+        environment = {key: os.environ[key] for key in os.environ if key != DEFAULT_FOLDER}
+        subprocess.run(command, capture_output=True, check=False, env=environment)
         return int(json.loads(out.read_text())) if out.exists() else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import re
 import secrets
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import tomli_w
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, UserConfig, UserConfigValue
+from flwr.app import ArrayRecord, ConfigRecord, Context, UserConfig
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from torch import nn
@@ -35,7 +36,7 @@ from fedmed_flower.runs.roll_call import (
     held_back,
     roll_call,
 )
-from fedmed_flower.server.run_folder import CONFIG, METRICS, SUMMARY, RunFolder
+from fedmed_flower.server.run_folder import CONFIG, DEFAULT_FOLDER, METRICS, SUMMARY, RunFolder
 from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.model import ModelSettings
@@ -48,7 +49,7 @@ from fedmed_flower.settings.registry import (
     require_known,
     sections_of,
 )
-from fedmed_flower.settings.text import expand
+from fedmed_flower.settings.text import expand, text_of
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.strategies.base import FedAvg
 from fedmed_flower.wire import (
@@ -138,6 +139,8 @@ def federate(
     RunFailedError
         If no round succeeded.
     """
+    # The run config names the folder; models for comparison have none.
+    os.environ.pop(DEFAULT_FOLDER, None)
     # A client, or a method of one, such as its `build_model`.
     own = [*sections_of(type(getattr(model, "__self__", model))), *sections]
     config = _effective(context.run_config, own)
@@ -297,7 +300,7 @@ def require_same_settings(
     text = f"{first} was {before.get(first)!r} when {folder.path} was started and is "
     text += f"{now.get(first)!r} now: resume with the settings of the start"
     in_both = [key for key in changed if key in before and key in now]
-    options = [_option(key, _text(before[key])) for key in in_both]
+    options = [_option(key, text_of(before[key])) for key in in_both]
     if options:
         text += f"; if you trust that folder, give them: {' '.join(options)}"
     raise InputError(text)
@@ -308,10 +311,6 @@ def _option(key: str, value: str) -> str:
     return (
         f"--data {shlex.quote(value)}" if key == "data" else f"-c {shlex.quote(f'{key}={value}')}"
     )
-
-
-def _text(value: UserConfigValue) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class StartModel(NamedTuple):

@@ -26,7 +26,7 @@ from fedmed_flower.settings.study import Study
 from fedmed_flower.settings.survey import SurveySettings
 from fedmed_flower.settings.survival import SurvivalSettings
 from fedmed_flower.settings.tabular import TabularSettings
-from fedmed_flower.settings.text import expand, nearest
+from fedmed_flower.settings.text import expand, nearest, text_of
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.settings.trees import TreeSettings
 
@@ -191,7 +191,7 @@ def as_markdown() -> str:
 
 
 def _row(entry: Entry) -> str:
-    default = str(entry.default).lower() if isinstance(entry.default, bool) else f"{entry.default}"
+    default = text_of(entry.default)
     allowed = entry.allowed
     if not allowed:
         allowed = {bool: "true or false", str: "a text"}.get(type(entry.default), "a number")

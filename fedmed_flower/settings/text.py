@@ -131,6 +131,11 @@ def assign(declared: UserConfig, values: UserConfig) -> UserConfig:
     return config
 
 
+def text_of(value: UserConfigValue) -> str:
+    """Return a value as it is given after ``-c KEY=``."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def nearest(key: str, known: Collection[str]) -> str:
     """Return a hint: the known key that a wrong one is near to, or a list if there are few."""
     near = difflib.get_close_matches(key.replace("_", "-"), sorted(known), n=1, cutoff=0.6)

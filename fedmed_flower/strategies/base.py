@@ -239,6 +239,7 @@ class FedAvg(flower.FedAvg):
         if self.folder is None and (path := os.environ.pop(DEFAULT_FOLDER, "")):
             # For the first strategy of an app alone: two would overwrite each other.
             self.folder = RunFolder(Path(path))
+            self.folder.require_unused()
         self.run = RunState(timeout)
         self.inbox.history = History()
         self.inbox.declined = set()

@@ -3,24 +3,18 @@
 import os
 import sys
 
+import numpy as np
 import pytest
+from builders import run as run_strategy
+from builders import site_app
+from deployment_helper import write_app
+from flwr.app import ArrayRecord
 from typer.testing import CliRunner
 
 from fedmed_flower.cli.main import app
+from fedmed_flower.errors import InputError
+from fedmed_flower.strategies import FedAvg
 
-PROJECT = """
-[project]
-name = "theirs"
-version = "1.0.0"
-[tool.flwr.app]
-publisher = "tests"
-[tool.flwr.app.components]
-serverapp = "their_server:app"
-clientapp = "their_client:app"
-[tool.flwr.app.config]
-rounds = 2
-learning_rate = 0.1
-"""
 CLIENT = """
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -63,25 +57,51 @@ def main(grid, context):
 """
 
 
+DECLARED = {"rounds": 2, "learning_rate": 0.1}
+CONFIG = {"settings": "", "pictures": 0}
+OURS = """
+from tiny import TinyClient
+
+app = TinyClient.client_app()
+"""
+PLAIN = """
+from flwr.app import ArrayRecord
+from flwr.serverapp import ServerApp
+from tiny import linear
+
+from fedmed_flower.strategies import FedAvg
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid, context):
+    FedAvg().start(grid, ArrayRecord(linear().state_dict()), num_rounds=2)
+"""
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def run(strategy, *options, module="fedmed_flower.strategies", arguments=""):
-        folder = tmp_path / "app"
-        folder.mkdir()
-        server = SERVER.replace("MODULE", module).replace("STRATEGY", strategy)
-        (folder / "pyproject.toml").write_text(PROJECT)
-        (folder / "their_client.py").write_text(CLIENT)
-        (folder / "their_server.py").write_text(server.replace("ARGUMENTS", arguments))
+    def run(
+        strategy,
+        *options,
+        module="fedmed_flower.strategies",
+        arguments="",
+        client=CLIENT,
+        server=SERVER,
+        declared=None,
+    ):
+        server = server.replace("MODULE", module).replace("STRATEGY", strategy)
+        server = server.replace("ARGUMENTS", arguments)
+        write_app(tmp_path / "app", server, client, **(declared or DECLARED))
         result = CliRunner().invoke(app, ["run", "app", "--sites", "3", *options])
         assert "FEDMED_RUN_DIR" not in os.environ
         return result.exit_code, result.output
 
-    yield run
-    for name in ("their_client", "their_server"):
-        sys.modules.pop(name, None)
+    return run
 
 
 def test_who_only_changed_the_import_sees_rounds_metrics_and_a_report(run, tmp_path):
@@ -128,7 +148,26 @@ def test_its_settings_are_those_that_it_declares(run, tmp_path):
     assert "the app has no setting 'learning-rate': did you mean learning_rate?" in result.output
     result = CliRunner().invoke(app, ["run", "app", "--rounds", "3"])
     assert result.exit_code == 2
-    assert "--rounds sets num-server-rounds, which theirs does not declare" in result.output
+    assert "--rounds sets num-server-rounds, which app does not declare" in result.output
     result = CliRunner().invoke(app, ["run", "app", "--data", str(tmp_path)])
     assert result.exit_code == 2
-    assert "--data needs a client of this package, and that of theirs is another" in result.output
+    assert "--data needs a client of this package, and that of app is another" in result.output
+
+
+def test_our_client_under_a_strategy_without_federate_writes_into_out_too(run, tmp_path):
+    code, output = run("FedAvg", "--out", "run", client=OURS, server=PLAIN, declared=CONFIG)
+    assert code == 0, output
+    assert "round 2/2  train loss" in output
+    rows = (tmp_path / "run" / "metrics.csv").read_text()
+    assert "2,val,all,auc," in rows
+    assert "Validation AUC" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_folder_of_an_earlier_run_is_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDMED_RUN_DIR", str(tmp_path))
+    (tmp_path / "metrics.csv").write_text("earlier")
+    with pytest.raises(InputError, match="is in use"):
+        run_strategy(
+            FedAvg(), site_app(lambda values, *_: (values, {})), ArrayRecord([np.zeros(2)])
+        )
+    assert (tmp_path / "metrics.csv").read_text() == "earlier"

@@ -5,27 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+from deployment_helper import write_app
 from typer.testing import CliRunner
 
 from fedmed_flower.cli.main import app
 from fedmed_flower.privacy.ledger import Ledger
 
-PROJECT = """
-[project]
-name = "wards"
-version = "1.0.0"
-[tool.flwr.app]
-publisher = "tests"
-[tool.flwr.app.components]
-serverapp = "ward_server:app"
-clientapp = "ward_client:app"
-[tool.flwr.app.config]
-settings = ""
-num-server-rounds = 2
-local-steps = 2
-pictures = 0
-min-cell-count = 1
-"""
+CONFIG = {"settings": "", "num-server-rounds": 2, "local-steps": 2, "pictures": 0}
+CONFIG |= {"min-cell-count": 1}
 CLIENT = """
 from fedmed_flower import Schema, SiteData, TabularClient
 from fedmed_flower.data import read_table, split_patients
@@ -44,7 +31,7 @@ app = Ward.client_app()
 """
 SERVER = """
 from flwr.serverapp import ServerApp
-from ward_client import Ward
+from client_app import Ward
 
 from fedmed_flower import federate
 from fedmed_flower.strategies import FedAvg
@@ -62,10 +49,7 @@ NAMES = ("east", "north", "south")
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """A folder with an app, and the data of three hospitals."""
-    (tmp_path / "app").mkdir()
-    (tmp_path / "app" / "pyproject.toml").write_text(PROJECT)
-    (tmp_path / "app" / "ward_client.py").write_text(CLIENT)
-    (tmp_path / "app" / "ward_server.py").write_text(SERVER)
+    write_app(tmp_path / "app", SERVER, CLIENT, **CONFIG)
     for seed, name in enumerate(NAMES):
         ages = np.random.default_rng(seed).integers(20, 90, 60)
         lines = [f"{name}{k},{age},{int(age > 55)}" for k, age in enumerate(ages)]
@@ -76,9 +60,7 @@ def world(tmp_path, monkeypatch):
     (tmp_path / "data" / "notes.txt").write_text("not a hospital")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    yield tmp_path
-    for name in ("ward_client", "ward_server"):
-        sys.modules.pop(name, None)
+    return tmp_path
 
 
 def run(*arguments):
@@ -111,6 +93,26 @@ def test_a_hospital_of_the_node_config_is_treated_as_a_real_one(world):
     reasons = {entry["site"]: entry["reason"] for entry in summary["failures"]}
     assert reasons.keys() == {"north"}
     assert summary["test"]["sites"].keys() >= {"east", "south"}
+
+
+def test_a_budget_can_be_tried_before_a_real_run(world):
+    """The hospital with a budget below the run's target declines, and the others train."""
+    budget = "[north]\nbudget-epsilon = 0.5\nbudget-delta = 0.001\nmin-cell-count = 1\n"
+    (world / "nodes.toml").write_text(budget)
+    private = ["privacy=patient", "preparation=declared", "target-epsilon=50", "delta=0.001"]
+    settings = [part for setting in private for part in ("-c", setting)]
+    code, output = run(
+        *("--data", "data", "--node-config", "nodes.toml", "--out", "run", *settings)
+    )
+    assert code == 0, output
+    summary = json.loads((world / "run" / "summary.json").read_text())
+    reasons = {(entry["site"], entry["reason"]) for entry in summary["failures"]}
+    # The reason does not disclose the budget.
+    assert reasons == {("north", "declined: the hospital's privacy budget would be passed")}
+    sites = summary["privacy"]["patient"]["sites"]
+    assert sites["east"]["rounds"] == 2
+    assert sites["north"]["declined"] == 2
+    assert "epsilon" not in sites["north"]
 
 
 @pytest.mark.parametrize(

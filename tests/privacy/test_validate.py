@@ -529,7 +529,10 @@ def test_what_is_made_once_and_is_no_record_passes():
 
 
 def test_chance_is_no_memory():
-    require_forgetful(nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 2)), cross_entropy, ROWS)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 2))
+    # Two losses of the same rows differ, and yet by no memory.
+    assert cross_entropy(model, ROWS) != cross_entropy(model, ROWS)
+    require_forgetful(model, cross_entropy, ROWS)
 
 
 def test_a_memory_that_shows_at_once_is_told_by_the_losses():
@@ -550,6 +553,8 @@ def test_a_memory_that_shows_at_once_is_told_by_the_losses():
 
 
 def test_with_one_record_there_is_no_memory_to_see():
+    with pytest.raises(InputError, match="keeps something of one record"):
+        require_forgetful(Bank(append, []), cross_entropy, ROWS)
     require_forgetful(Bank(append, []), cross_entropy, {k: part[:1] for k, part in ROWS.items()})
 
 
