@@ -159,6 +159,7 @@ def federate(
     if asking is None:
         # Before waiting for sites, so that a wrong run config or checkpoint is reported at once.
         start = _start_model(model, agreed, config, plan.seed)
+        strategy.buffers = start.buffers
         strategy.find_checkpoint(start.initial)
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
     wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
@@ -169,6 +170,7 @@ def federate(
             contributions = collect_contributions(grid, plan.round_timeout, names, sites.sent)
             agreed = asking.agree(contributions)
         start = _start_model(model, agreed, config, plan.seed)
+        strategy.buffers = start.buffers
     strategy.site_names |= sites.names
     trainers = sites.trainers()
     if len(trainers) < len(sites.counts):
@@ -324,6 +326,8 @@ class StartModel(NamedTuple):
         Digest of the part that does not travel; empty if all of the model travels.
     whole : ArrayRecord
         The whole model; empty if all of it travels.
+    buffers : frozenset of str
+        Keys of its buffers, which are averaged and not trained.
     about : dict
         Its class, the numbers of its weights, of those that travel, and of the bytes that do.
     """
@@ -331,6 +335,7 @@ class StartModel(NamedTuple):
     initial: ArrayRecord
     frozen: str
     whole: ArrayRecord
+    buffers: frozenset[str]
     about: dict[str, Any]
 
 
@@ -355,7 +360,8 @@ def _start_model(
         "weights-trained": sum(p.numel() for name, p in parameters.items() if name in initial),
         "bytes": sum(len(array.data) for array in initial.values()),
     }
-    return StartModel(initial, frozen, whole, about)
+    buffers = frozenset(name for name, _ in network.named_buffers())
+    return StartModel(initial, frozen, whole, buffers, about)
 
 
 @dataclass

@@ -59,7 +59,10 @@ _LINE = re.compile(r'(\[[\w-]+\]|([\w-]+|"([^"\\]|\\.)*")\s*=\s*[^\s\[{].*|#.*)?
 
 @dataclass
 class Checkpoint:
-    """All that a run needs to go on after `server_round` as if it had never stopped."""
+    """All that a run needs to go on after `server_round` as if it had never stopped.
+
+    `strategy` is the class of the strategy and its arguments; empty if they are not known.
+    """
 
     server_round: int
     seed: int
@@ -69,6 +72,7 @@ class Checkpoint:
     site_names: dict[int, str] = field(default_factory=dict)
     client_states: dict[str, bytes] = field(default_factory=dict)
     strategy_state: dict[str, ArrayRecord] = field(default_factory=dict)
+    strategy: dict[str, Any] = field(default_factory=dict)
 
 
 class _OneLine(logging.Formatter):
@@ -224,6 +228,7 @@ class RunFolder:
             "traffic": {s: t.table() for s, t in checkpoint.history.traffic.items()},
             "records": {name: _index(record) for name, record in records.items()},
             "clients": list(checkpoint.client_states),
+            "strategy": checkpoint.strategy,
         }
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -296,7 +301,15 @@ def _checkpoint(members: StoredMembers) -> Checkpoint:
         {_whole(node_id, 2**64): str(name) for node_id, name in state["sites"]},
         states,
         {name.removeprefix("state/"): record for name, record in records.items()},
+        _strategy(state.get("strategy")),
     )
+
+
+def _strategy(table: Any) -> dict[str, Any]:
+    """Read the class of a strategy and its arguments; empty if they were not recorded."""
+    if not table:
+        return {}
+    return {"class": str(table["class"]), "arguments": dict(table["arguments"])}
 
 
 def _take(members: StoredMembers, name: str, index: list[dict[str, Any]]) -> ArrayRecord:

@@ -51,7 +51,9 @@ from fedmed_flower.strategies.server_optimizers import (
     class_below,
     export_state,
     import_state,
+    known_model,
     minima,
+    require_real,
     step,
 )
 from fedmed_flower.wire import ALL_SITES, SPLIT
@@ -82,6 +84,8 @@ class RunState:
         The companions that came back changed, by name.
     evaluated : str
         The phase of evaluation: ``val``, or ``test`` at the end.
+    strategy : dict
+        The strategy's class and its arguments, as the checkpoint records them.
     """
 
     timeout: float = math.inf
@@ -91,6 +95,7 @@ class RunState:
     sent_arrays: ArrayRecord | None = None
     companions: dict[str, ArrayRecord] = field(default_factory=dict)
     evaluated: str = "val"
+    strategy: dict[str, Any] = field(default_factory=dict)
 
 
 class FedAvg(flower.FedAvg):
@@ -132,6 +137,9 @@ class FedAvg(flower.FedAvg):
         Node ids to which training and evaluation are confined.
     site_names : dict
         Site name by node id, as far as the sites have reported it.
+    buffers : collection of str
+        Keys of the model's buffers, which a server optimiser averages and does not step. `federate`
+        sets it. Batch normalisation's ``running_mean`` and ``running_var`` need not be named.
     companions : dict of str to ArrayRecord
         Records that travel beside the model: sent in each training message, and sent back, changed,
         in each reply. These are the ones at the start of a run; `FedAvg` has none.
@@ -191,6 +199,7 @@ class FedAvg(flower.FedAvg):
         self.inbox = Inbox()
         self.result = flower.Result()
         self.only: set[int] | None = None
+        self.buffers: Collection[str] = ()
         self.companions: dict[str, ArrayRecord] = {}
         self.run = RunState()
 
@@ -246,6 +255,7 @@ class FedAvg(flower.FedAvg):
         self.result = flower.Result(arrays=initial_arrays)
         # An earlier run of this object must leave no state behind.
         self.import_state({})
+        self.run.strategy = checkpoints.arguments_of(self)
         first = self._restore(grid, initial_arrays) + 1
         if first > num_rounds + 1:
             raise InputError(
@@ -328,6 +338,8 @@ class FedAvg(flower.FedAvg):
     ) -> Iterable[Message]:
         """Wait for the sites, then address this round's training messages to a sample of them."""
         self.run.sent_arrays = arrays
+        if self._optimiser is not None:
+            require_real(self._optimiser.__name__, arrays)
         if not self._wait(grid, server_round, "train", self.fraction_train, self.min_train_nodes):
             return []
         messages = super().configure_train(server_round, arrays, config, grid)
@@ -539,6 +551,12 @@ class FedAvg(flower.FedAvg):
         return unchanged and not limited and not self.companions
 
     @property
+    def _optimiser(self) -> type[Any] | None:
+        """Flower's server optimiser that steps the model; None if there is none."""
+        below = self.below
+        return below if below is not None and issubclass(below, OPTIMISERS) else None
+
+    @property
     def current_companions(self) -> dict[str, ArrayRecord]:
         """The companions of the next round, by name."""
         return self.companions | self.run.companions
@@ -574,7 +592,9 @@ class FedAvg(flower.FedAvg):
             return None
         checkpoint = self.folder.load()
         if checkpoint is not None:
-            checkpoints.require_resumable(type(self), checkpoint, initial_arrays, self.folder)
+            checkpoints.require_resumable(
+                self, checkpoint, initial_arrays, self.buffers, self.folder
+            )
         return checkpoint
 
     def _combined(
@@ -662,22 +682,27 @@ class FedAvg(flower.FedAvg):
 
     def _step(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord | None:
         """Move the global model by the step of Flower's server optimiser, if there is one."""
-        optimiser = self.below
-        if optimiser is None or not issubclass(optimiser, OPTIMISERS):
+        optimiser = self._optimiser
+        if optimiser is None:
             return arrays
-        if self.run.sent_arrays is None:
+        sent = self.run.sent_arrays
+        if sent is None:
+            sent = known_model(vars(self))
+        if sent is None or shapes(sent) != shapes(arrays):
             raise InputError(
                 f"{type(self).__name__} moves the global model, which it does not know: "
-                "call configure_train before aggregate_train"
+                "call configure_train before aggregate_train, or set current_arrays to a model "
+                "with the keys and shapes of the replies"
             )
         moved, changed = step(
             optimiser,
             vars(self),
             server_round,
             arrays,
-            self.run.sent_arrays,
+            sent,
             self.arrayrecord_key,
             self.weighted_by_key,
+            self.buffers,
         )
         if moved is None:
             reason = f"the step of {optimiser.__name__} leads to NaN or infinite values"
@@ -732,6 +757,7 @@ class FedAvg(flower.FedAvg):
                 # Only a grid that runs the clients in this process can save their states.
                 grid.export_states() if hasattr(grid, "export_states") else {},
                 self.export_state(),
+                self.run.strategy,
             )
         )
         self.folder.write_model(self.result.arrays)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import json
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,11 +13,10 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
-from fedmed_flower.arrays import kernels
 from fedmed_flower.arrays.views import view
 from fedmed_flower.errors import InputError
 from fedmed_flower.server.run_folder import Checkpoint, RunFolder
-from fedmed_flower.strategies.server_optimizers import OPTIMISERS, RULES
+from fedmed_flower.strategies.server_optimizers import OPTIMISERS, RULES, stepped
 
 # Each array's declared dtype, and dtype and shape of its values.
 _Layout = dict[str, tuple[str, np.dtype[Any], tuple[int, ...]]]
@@ -24,6 +25,69 @@ _Layout = dict[str, tuple[str, np.dtype[Any], tuple[int, ...]]]
 _KNOWN = {*RULES, *OPTIMISERS, *flower.FedAdam.__mro__, flower.FedProx, flower.Krum}
 # What the names of companions begin with in a strategy's state.
 COMPANION = "companion "
+# Arguments of a strategy that a resumed run may change. The checkpoint holds the seed.
+_FREE = {
+    "run_dir",
+    "resume",
+    "seed",
+    "min_train_nodes",
+    "min_evaluate_nodes",
+    "min_available_nodes",
+    "min_replies",
+    "quorum",
+    "grace",
+}
+
+
+def arguments_of(strategy: object) -> dict[str, Any]:
+    """Return a strategy's class and arguments as a checkpoint records them.
+
+    An argument is the attribute of its name, as long as it is made of numbers, texts, lists and
+    dictionaries. Functions and those that a resumed run may change are left out.
+
+    Parameters
+    ----------
+    strategy : object
+        Before its first round: some arguments are state that changes.
+
+    Returns
+    -------
+    dict
+        ``class``: the name of the class; ``arguments``: value by name.
+    """
+    names = {
+        name
+        for cls in type(strategy).__mro__
+        if "__init__" in vars(cls)
+        for name in inspect.signature(cls.__init__).parameters
+    }
+    arguments = {}
+    for name in sorted((names & vars(strategy).keys()) - _FREE):
+        try:
+            # As it is read back: a tuple is a list then.
+            arguments[name] = json.loads(json.dumps(vars(strategy)[name]))
+        except (TypeError, ValueError):
+            continue
+    return {"class": type(strategy).__name__, "arguments": arguments}
+
+
+def _require_same_strategy(before: Mapping[str, Any], now: Mapping[str, Any], path: object) -> None:
+    """Refuse to go on with another strategy, or with other arguments of it."""
+    if not before:  # A checkpoint of a version that did not record it.
+        return
+    remedy = "resume it with the strategy and the arguments that it was started with"
+    if before["class"] != now["class"]:
+        raise InputError(
+            f"the checkpoint in {path} is of the strategy {str(before['class'])[:100]!r}, and this "
+            f"is {now['class']}: {remedy}"
+        )
+    for name in sorted(before["arguments"].keys() & now["arguments"].keys()):
+        first = before["arguments"][name]
+        if first != now["arguments"][name]:
+            raise InputError(
+                f"{name} of {now['class']} was {str(first)[:100]!r} when {path} was started and is "
+                f"{now['arguments'][name]!r} now: {remedy}"
+            )
 
 
 def require_layout(name: str, saved: ArrayRecord, first: ArrayRecord) -> None:
@@ -70,52 +134,73 @@ def restore_clients(grid: Grid, checkpoint: Checkpoint, folder: RunFolder) -> No
 
 
 def require_resumable(
-    strategy: type, checkpoint: Checkpoint, initial_arrays: ArrayRecord, folder: RunFolder
+    strategy: object,
+    checkpoint: Checkpoint,
+    initial_arrays: ArrayRecord,
+    buffers: Collection[str],
+    folder: RunFolder,
 ) -> None:
     """Refuse a checkpoint that would not lead to the model of an unbroken run.
+
+    Parameters
+    ----------
+    strategy : object
+        Before its first round.
+    checkpoint : Checkpoint
+    initial_arrays : ArrayRecord
+    buffers : collection of str
+        Keys of the model's buffers, as far as they are known.
+    folder : RunFolder
+        The folder of the checkpoint.
 
     Raises
     ------
     InputError
-        If a strategy of Flower has state that the checkpoint lacks, if the checkpoint's model has
-        another layout than `initial_arrays`, or if a saved state has another shape than the array
-        of the model that it belongs to.
+        If the checkpoint is of another strategy or of other arguments, if a strategy of Flower has
+        state that the checkpoint lacks, if the checkpoint's model has another layout than
+        `initial_arrays`, or if a saved state has another shape than the array of the model that it
+        belongs to.
     """
     with_state = {
         base.__name__
-        for base in strategy.__mro__
+        for base in type(strategy).__mro__
         if base.__module__.startswith("flwr.") and base not in _KNOWN
     }
     if with_state:
         raise InputError(
-            f"{strategy.__name__} cannot be resumed: what {min(with_state)} keeps between rounds "
+            f"{type(strategy).__name__} cannot be resumed: what {min(with_state)} keeps between rounds "
             "is not in the checkpoint"
         )
     wanted = _layout(initial_arrays)
-    misfit = _model_misfit(checkpoint, wanted) or _state_misfit(checkpoint, wanted)
-    if misfit is not None:
-        raise InputError(
-            f"the checkpoint in {folder.path} belongs to another model, {misfit}: resume it with "
-            "the app and the settings that it was started with"
-        )
-
-
-def _model_misfit(checkpoint: Checkpoint, wanted: _Layout) -> str | None:
-    """Return in what the model differs from the wanted layout; None if in nothing."""
     if _layout(checkpoint.arrays) != wanted:
-        return "with other keys, shapes or dtypes"
-    return None
+        raise _other_model(folder, "with other keys, shapes or dtypes")
+    _require_same_strategy(checkpoint.strategy, arguments_of(strategy), folder.path)
+    moved = [wanted[key][2] for key in stepped(initial_arrays, buffers)]
+    misfit = _state_misfit(checkpoint, wanted, moved)
+    if misfit is not None:
+        raise _other_model(folder, misfit)
 
 
-def _state_misfit(checkpoint: Checkpoint, wanted: _Layout) -> str | None:
-    """Return in what the strategy's state differs from the wanted layout; None if in nothing."""
-    floating = [shape for _, dtype, shape in wanted.values() if kernels.is_floating(dtype)]
+def _other_model(folder: RunFolder, misfit: str) -> InputError:
+    return InputError(
+        f"the checkpoint in {folder.path} belongs to another model, {misfit}: resume it with the "
+        "app and the settings that it was started with"
+    )
+
+
+def _state_misfit(
+    checkpoint: Checkpoint, wanted: _Layout, moved: list[tuple[int, ...]]
+) -> str | None:
+    """Return in what the strategy's state differs from the wanted layout; None if in nothing.
+
+    `moved` are the shapes of the entries that an optimiser steps.
+    """
     for name, record in checkpoint.strategy_state.items():
         if name.startswith(COMPANION):  # It has a layout of its own: see `require_layout`.
             continue
         shapes = {key: shape for key, (_, _, shape) in _layout(record).items()}
         # Flower holds the momentum as a list: its keys are indices.
-        if name == "momentum_vector" and [*shapes.values()] != floating:
+        if name == "momentum_vector" and [*shapes.values()] != moved:
             return "whose momentum has other shapes"
         if any(shapes[key] != wanted[key][2] for key in shapes.keys() & wanted.keys()):
             return "for which the strategy kept arrays of other shapes"

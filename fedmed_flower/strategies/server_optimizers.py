@@ -2,13 +2,16 @@
 
 Our rule makes one model of all replies, and the optimiser is given that model as if it were the
 only reply. So each optimiser works with each rule, and only the step is Flower's code.
+
+Flower's optimisers also step the running statistics of batch normalisation: with momentum a running
+variance turns negative, and the model returns NaN. Here buffers are those of the rule's model.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +38,9 @@ _RULING = {"combine", "rule"}
 _MINIMA = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
 # Attributes in which the optimisers keep state, apart from the model.
 _STATE = ("m_t", "v_t", "momentum_vector")
+# How the names of batch normalisation's running statistics end. They are buffers, also if nobody
+# has named the model's buffers.
+_STATISTICS = ("running_mean", "running_var")
 
 
 def minima(
@@ -120,6 +126,47 @@ def _is_flowers(cls: type, rule: type) -> bool:
     return rule in cls.__mro__ and cls.__module__.startswith("flwr.")
 
 
+def stepped(model: ArrayRecord, buffers: Collection[str]) -> list[str]:
+    """Return the keys that an optimiser steps: of the floating-point entries that are no buffers.
+
+    Parameters
+    ----------
+    model : ArrayRecord
+    buffers : collection of str
+        Keys of the model's buffers, as far as they are known.
+    """
+    return [
+        key
+        for key, array in model.items()
+        if kernels.is_floating(view(array).dtype)
+        and key not in buffers
+        and not key.endswith(_STATISTICS)
+    ]
+
+
+def require_real(optimiser: str, model: ArrayRecord) -> None:
+    """Raise `InputError` if an entry is complex: an optimiser's rule is for real numbers."""
+    for key, array in model.items():
+        if view(array).dtype.kind == "c":
+            raise InputError(
+                f"{key} is {array.dtype}, which {optimiser} cannot step: its rule is for real "
+                "numbers; take FedAvg, or keep real and imaginary part as two entries"
+            )
+
+
+def known_model(attributes: Mapping[str, Any]) -> ArrayRecord | None:
+    """Return the global model that was set as ``current_arrays`` by hand; None if none was.
+
+    Flower's optimisers keep it there, as a record or as a dictionary of NumPy arrays.
+    """
+    current = attributes.get("current_arrays")
+    if not current:
+        return None
+    if isinstance(current, ArrayRecord):
+        return current
+    return ArrayRecord({key: Array(np.asarray(values)) for key, values in current.items()})
+
+
 def step(
     optimiser: type[Any],
     attributes: Mapping[str, Any],
@@ -128,10 +175,12 @@ def step(
     old: ArrayRecord,
     arrays_key: str,
     weight_key: str,
+    buffers: Collection[str] = (),
 ) -> tuple[ArrayRecord | None, dict[str, Any]]:
     """Move the global model towards the result of a round as a server optimiser does.
 
-    Only floating-point entries are moved, in float32 at least; the others are those of `new`.
+    Only the entries that `stepped` names are moved, in float32 at least; the others are those of
+    `new`.
 
     Parameters
     ----------
@@ -145,6 +194,8 @@ def step(
         The model that the rule made of the replies, and the global model that was sent.
     arrays_key, weight_key : str
         Names of a reply's record of arrays, and of its weight.
+    buffers : collection of str
+        As in `stepped`.
 
     Returns
     -------
@@ -152,9 +203,9 @@ def step(
         The model, and the attributes that have changed. (None, {}) if the step leads to NaN or
         infinite values.
     """
-    floating = [key for key, array in old.items() if kernels.is_floating(view(array).dtype)]
-    wide_new = {key: _wide(new[key]) for key in floating}
-    wide_old = {key: _wide(old[key]) for key in floating}
+    keys = stepped(old, buffers)
+    wide_new = {key: _wide(new[key]) for key in keys}
+    wide_old = {key: _wide(old[key]) for key in keys}
     # FedAvgM takes a record, the others a dictionary of arrays.
     current: Any = wide_old
     if issubclass(optimiser, flower.FedAvgM):
@@ -182,9 +233,14 @@ def step(
     changed = {
         name: value
         for name, value in vars(trial).items()
-        if name != "train_metrics_aggr_fn" and value is not attributes.get(name)
+        if name not in ("train_metrics_aggr_fn", "current_arrays")
+        and value is not attributes.get(name)
     }
-    return ArrayRecord({key: moved.get(key, new[key]) for key in old}), changed
+    model = ArrayRecord({key: moved.get(key, new[key]) for key in old})
+    if issubclass(optimiser, flower.FedAvgM):
+        # As Flower's FedAvgM does; the others take the model that is sent.
+        changed["current_arrays"] = model
+    return model, changed
 
 
 @contextmanager

@@ -10,7 +10,17 @@ from fedmed_flower.engines.local import run_local
 from fedmed_flower.errors import InputError
 from fedmed_flower.server.history import History
 from fedmed_flower.server.run_folder import Checkpoint, RunFolder
-from fedmed_flower.strategies import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
+from fedmed_flower.strategies import (
+    DPFedAvg,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
+    WeightedFedAvg,
+)
 
 client = ClientApp()
 
@@ -106,12 +116,58 @@ def test_a_site_that_leaves_for_good_does_not_hang_the_run(monkeypatch):
     assert failure.reason == "1 sites are connected, 2 needed"
 
 
-def test_what_another_optimiser_kept_is_not_gone_on_from(tmp_path):
+def test_another_strategy_does_not_go_on_with_a_run(tmp_path):
     run(FedAdam(fraction_evaluate=0.0, run_dir=tmp_path), 2)
     again = FedAvg(fraction_evaluate=0.0, run_dir=tmp_path, resume=True)
-    text = "the checkpoint holds m_t, which FedAvg does not keep: resume it with the strategy that"
-    with pytest.raises(InputError, match=f"^{text} it was started with$"):
+    text = f"the checkpoint in {tmp_path} is of the strategy 'FedAdam', and this is FedAvg: resume "
+    with pytest.raises(InputError, match=f"^{text}it with the strategy and the arguments that it"):
         run(again, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "now", "text"),
+    [
+        (FedAvgM, {"server_momentum": 0.9}, {"server_momentum": 0.5}, "'0.9' .* is 0.5 now"),
+        (FedAvgM, {}, {"server_learning_rate": 0.5}, "server_learning_rate of FedAvgM was '1.0'"),
+        (FedTrimmedAvg, {"beta": 0.1}, {}, "beta of FedTrimmedAvg was '0.1' .* is 0.2 now"),
+        (FedAvg, {"max_update_norm": 3.0}, {}, "max_update_norm of FedAvg was '3.0' .* is None"),
+        (WeightedFedAvg, {"weights": {"a": 1.0}}, {"weights": {"a": 2.0}}, "weights of Weighted"),
+    ],
+)
+def test_other_arguments_do_not_go_on_with_a_run(tmp_path, kind, before, now, text):
+    run(kind(fraction_evaluate=0.0, run_dir=tmp_path, **before), 1)
+    again = kind(fraction_evaluate=0.0, run_dir=tmp_path, resume=True, **now)
+    with pytest.raises(InputError, match=text):
+        run(again, 2)
+
+
+def test_what_does_not_change_the_model_may_be_changed_when_a_run_goes_on(tmp_path):
+    run(FedAvg(fraction_evaluate=0.0, run_dir=tmp_path, seed=3), 1)
+    again = FedAvg(fraction_evaluate=0.0, run_dir=tmp_path, resume=True, min_available_nodes=2)
+    assert run(again, 2) == [2.0, 2.0]
+
+
+def test_an_argument_that_a_strategy_changes_as_it_runs_does_not_stop_it_from_going_on(tmp_path):
+    options = {
+        "noise_multiplier": 0.0,
+        "clipping_norm": 1.0,
+        "sampling_rate": 1.0,
+        "population_size": 2,
+        "target_quantile": 0.5,
+        "fraction_evaluate": 0.0,
+        "run_dir": tmp_path,
+    }
+    first = DPFedAvg(**options)
+    run(first, 2)
+    assert first.clipping_norm != 1.0
+    run(DPFedAvg(**options, resume=True), 3)
+
+
+def test_a_checkpoint_that_does_not_record_the_strategy_is_gone_on_from(tmp_path):
+    folder = RunFolder(tmp_path)
+    first = ArrayRecord({"w": Array(np.zeros(2, np.float32))})
+    folder.save(Checkpoint(1, 0, first, History(), {}))
+    assert FedAvg(run_dir=tmp_path, resume=True).find_checkpoint(first).strategy == {}
 
 
 @pytest.mark.parametrize("kind", [FedAvgM, FedAdam, FedYogi, FedAdagrad])
@@ -129,6 +185,7 @@ def test_an_optimiser_goes_on_after_a_crash_in_the_middle_of_a_round(tmp_path, k
                 raise KeyboardInterrupt
             return super().aggregate_train(server_round, replies)
 
+    Crashing.__name__ = kind.__name__
     with pytest.raises(KeyboardInterrupt):
         run(Crashing(**options, run_dir=tmp_path), 5)
     again = kind(**options, run_dir=tmp_path, resume=True)

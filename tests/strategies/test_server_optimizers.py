@@ -172,8 +172,72 @@ def test_the_callers_average_is_asked_once_and_only_of_the_sites(kind):
 def test_an_optimiser_that_does_not_know_the_global_model_says_so(kind):
     strategy = kind(**OPTIONS[kind])
     text = f"{kind.__name__} moves the global model, which it does not know: call configure_train"
-    with pytest.raises(InputError, match=f"^{text} before aggregate_train$"):
+    with pytest.raises(InputError, match=f"^{text} before aggregate_train, or set current_arrays"):
         strategy.aggregate_train(1, sent_in(1, arrays(w=[0.0])))
+
+
+@EACH
+def test_a_global_model_that_was_set_by_hand_is_taken(kind):
+    model = arrays(w=np.linspace(-1, 1, 4))
+    replies = sent_in(1, model, np.float64)
+    ours, theirs = kind(**OPTIONS[kind]), getattr(flower, kind.__name__)(**OPTIONS[kind])
+    for strategy in (ours, theirs):
+        # FedAvgM keeps a record there, the others a dictionary.
+        by_name = {key: array.numpy() for key, array in model.items()}
+        strategy.current_arrays = model if kind is FedAvgM else by_name
+    got, _ = ours.aggregate_train(1, replies)
+    wanted, _ = theirs.aggregate_train(1, replies)
+    assert dump(got) == dump(wanted)
+
+
+@EACH
+def test_a_model_set_by_hand_that_is_another_one_is_refused(kind):
+    strategy = kind(**OPTIONS[kind])
+    strategy.current_arrays = arrays(w=[0.0, 1.0])
+    with pytest.raises(InputError, match="or set current_arrays to a model with the keys and shap"):
+        strategy.aggregate_train(1, sent_in(1, arrays(w=[0.0])))
+
+
+# --- Buffers ------------------------------------------------------------------------------------
+
+
+@EACH
+def test_running_statistics_are_averaged_and_only_parameters_are_stepped(kind):
+    model = arrays(weight=[1.0], **{"norm.running_mean": [0.0], "norm.running_var": [1.0]})
+    strategy, plain = kind(**OPTIONS[kind]), kind(**OPTIONS[kind])
+    for number in range(1, 6):
+        # A variance that falls: momentum would carry it below 0.
+        sent = {"weight": [0.5], "norm.running_mean": [2.0], "norm.running_var": [1.0 / number]}
+        replies = [reply(1, sent, "a", 1), reply(2, sent, "b", 3)]
+        model, _ = one_round(strategy, number, model, replies)
+        assert model["norm.running_mean"].numpy() == [2.0]
+        assert model["norm.running_var"].numpy() == np.float32([1.0 / number])
+    alone = arrays(weight=[1.0])
+    for number in range(1, 6):
+        replies = [reply(1, {"weight": [0.5]}, "a", 1), reply(2, {"weight": [0.5]}, "b", 3)]
+        alone, _ = one_round(plain, number, alone, replies)
+    assert model["weight"].numpy() == alone["weight"].numpy()
+    assert model["weight"].numpy() != [0.5]
+
+
+@EACH
+def test_a_buffer_of_any_name_is_averaged_if_it_is_named(kind):
+    strategy = kind(**OPTIONS[kind])
+    strategy.buffers = {"scale"}
+    model = arrays(weight=[1.0], scale=[1.0])
+    for number in (1, 2):
+        sent = {"weight": [0.0], "scale": [3.0]}
+        model, _ = one_round(strategy, number, model, [reply(1, sent, "a")])
+    assert model["scale"].numpy() == [3.0]
+    assert all(len(record) == 1 for record in strategy.export_state().values())
+
+
+@EACH
+def test_complex_weights_are_refused_before_anything_is_sent(kind):
+    strategy = kind(**OPTIONS[kind])
+    text = f"w is complex64, which {kind.__name__} cannot step: its rule is for real numbers"
+    with pytest.raises(InputError, match=text):
+        configure(strategy, 1, arrays(w=np.zeros(2, np.complex64)))
 
 
 @EACH
