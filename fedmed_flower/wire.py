@@ -15,9 +15,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple, Self
 
 from flwr.app import RecordDict
+
+# Of what a site has sent: how many keys of a record are listed, and letters of each.
+_MOST_KEYS = 1000
+_MOST_LETTERS = 200
 
 # Keys of a message's config. Flower's own:
 SERVER_ROUND = "server-round"
@@ -268,7 +273,7 @@ _PRIVATE = {entry.key for entry in REPLIES if entry.plain == NEVER}
 
 
 def keys_of(reply: str, content: RecordDict) -> set[str]:
-    """Return the keys of a reply in the notation of `REPLIES`.
+    """Return the keys of a reply in the notation of `REPLIES`; of a record the first thousand.
 
     Parameters
     ----------
@@ -276,7 +281,11 @@ def keys_of(reply: str, content: RecordDict) -> set[str]:
         Kind of message that is answered, as in `Entry`.
     content : RecordDict
     """
-    return {_generic(reply, name, str(key)) for name, record in content.items() for key in record}
+    return {
+        _generic(reply, name, str(key)[:_MOST_LETTERS])
+        for name, record in islice(content.items(), _MOST_KEYS)
+        for key in islice(record, _MOST_KEYS)
+    }
 
 
 def _generic(reply: str, name: str, key: str) -> str:

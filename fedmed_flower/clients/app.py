@@ -31,6 +31,7 @@ from fedmed_flower.clients.private import measure_protected, train_protected
 from fedmed_flower.clients.storage import keep_splits
 from fedmed_flower.data.site import SPLITS, Row, Site
 from fedmed_flower.errors import FAILED, DeclinedError, InputError
+from fedmed_flower.metrics.plain import plain_metrics
 from fedmed_flower.models.device import derive_seed
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.registry import Sections, require_known, sections_of
@@ -203,7 +204,7 @@ def evaluate(client: MedicalClient, message: Message) -> RecordDict:
         model, _ = client.model_of(arrays, config)
         with client.seeded(derive_seed(client.settings.seed, client.site.name, split)):
             metrics = measure_protected(client, model, config)
-        return RecordDict({"metrics": MetricRecord(metrics)})
+        return RecordDict({"metrics": MetricRecord(plain_metrics(metrics))})
     data, prepared = client.prepared(split, client.pooled)
     rows: Sequence[Row] = getattr(data, split)
     metrics = {"num-examples": len(rows)}

@@ -41,6 +41,7 @@ from fedmed_flower.data.site import (
 from fedmed_flower.data.splits import splitting_by
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.metrics.coarse import coarsened
+from fedmed_flower.metrics.plain import plain_metrics
 from fedmed_flower.models.device import (
     arranged,
     half_precision,
@@ -480,8 +481,15 @@ class MedicalClient(ABC):
             raise DeclinedError(f"an update here needs at least {fewest} patients")
 
     def disclosed(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Return metrics as they leave: coarse ones if the hospital's node config asks for it."""
-        return coarsened(metrics) if self.node.coarse_figures else metrics
+        """Return metrics as they leave: coarse ones if the hospital's node config asks for it.
+
+        Raises
+        ------
+        InputError
+            As `plain_metrics`.
+        """
+        plain = plain_metrics(metrics)
+        return coarsened(plain) if self.node.coarse_figures else plain
 
     def disclosable(
         self, rows: Sequence[Row], purpose: str, config: ConfigRecord

@@ -14,6 +14,7 @@ from fedmed_flower.clients.storage import keep_pictures, output_folder
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import SPLITS, patient_text
 from fedmed_flower.errors import DeclinedError
+from fedmed_flower.metrics.plain import plain_metrics
 from fedmed_flower.models.device import torch_device
 from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.settings.text import with_type_of
@@ -51,7 +52,7 @@ def describe(client: MedicalClient, message: Message) -> RecordDict:
         counts |= client.describe(client.screened_data())
     content = RecordDict(
         {
-            "metrics": MetricRecord(counts),
+            "metrics": MetricRecord(plain_metrics(counts)),
             **digests_of(client.site, client.data(), client.context.run_id),
         }
     )

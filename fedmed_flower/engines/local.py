@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import DEBUG
+from typing import Any
 from uuid import uuid4
 
 from flwr.app import (
@@ -38,6 +39,9 @@ from fedmed_flower.settings.registry import Sectioned, require_known
 log = logging.getLogger("flwr.fedmed")
 
 _FIRST_NODE_ID = 1001
+# Flower's integers: those from 2^63 on are sent as unsigned.
+_LEAST = -(2**63)
+_MOST = 2**64 - 1
 
 ReplyListener = Callable[[str, int, int], None]
 
@@ -207,14 +211,16 @@ class LocalGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Run the clients of these messages and return their replies."""
         ids = [message_id for message_id in message_ids if message_id in self._waiting]
-        return self._replies(ids, deadline=None)
+        return self._replies(ids, timeout=None)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Run the clients of these messages; a client not started by the timeout does not reply."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        return self._replies(list(self.push_messages(messages)), deadline)
+        """Run the clients of these messages; one that takes longer than `timeout` does not reply.
+
+        The timeout is each client's own, since they run one after the other.
+        """
+        return self._replies(list(self.push_messages(messages)), timeout)
 
     def export_states(self) -> dict[str, bytes]:
         """Return the ``context.state`` of each client that keeps one, serialised, by node id."""
@@ -230,13 +236,14 @@ class LocalGrid(Grid):
             proto = ProtoRecordDict.FromString(states.get(str(node_id), b""))
             context.state = recorddict_from_proto(proto)
 
-    def _replies(self, ids: list[str], deadline: float | None) -> list[Message]:
+    def _replies(self, ids: list[str], timeout: float | None) -> list[Message]:
         replies = []
         for message_id in ids:
             message, progress = self._waiting.pop(message_id)
-            if deadline is not None and time.monotonic() > deadline:
-                continue
-            if (reply := self._handle(message)) is not None:
+            began = time.monotonic()
+            reply = self._handle(message)
+            late = timeout is not None and time.monotonic() - began > timeout
+            if reply is not None and not late:
                 reply.metadata.__dict__["_message_id"] = str(uuid4())
                 replies.append(reply)
             progress.done += 1
@@ -258,6 +265,9 @@ class LocalGrid(Grid):
             reply: object = self._client_app(_copy_message(message), context)
             if not isinstance(reply, Message | None):
                 raise TypeError(f"a ClientApp must return a Message, got {type(reply).__name__}")
+            if reply is not None and reply.has_content():
+                _require_64_bits(reply.content)
+            _require_64_bits(context.state)
         except Exception as error:
             log.log(DEBUG, "%s", traceback.format_exc())
             raised = ClientAppException(str(error))
@@ -266,6 +276,15 @@ class LocalGrid(Grid):
             return Message(failure, reply_to=message)
         stored.state = copy_content(context.state)
         return None if reply is None else _copy_message(reply)
+
+
+def _require_64_bits(content: RecordDict) -> None:
+    """Raise `ValueError` if a record holds an integer that Flower's wire format cannot."""
+    records: list[Any] = [*content.metric_records.values(), *content.config_records.values()]
+    for key, value in (entry for record in records for entry in record.items()):
+        for number in value if isinstance(value, list) else (value,):
+            if isinstance(number, int) and not _LEAST <= number <= _MOST:
+                raise ValueError(f"{key} is an integer beyond 64 bits")
 
 
 def _copy_message(message: Message) -> Message:

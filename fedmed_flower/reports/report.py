@@ -106,6 +106,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
             _cases(pictures, styles, main, folder),
             _curves(curves, styles, main),
             _failures(summary),
+            _notes(summary),
             _disclosed(contents.disclosed(summary), bool(pictures)),
             _privacy(contents.privacy(summary, _hospital_epsilon(curves)), curves, styles),
             _traffic(contents.traffic(summary), styles),
@@ -320,11 +321,21 @@ def _failures(summary: dict[str, Any]) -> str:
         recorded = isinstance(summary.get("failures"), list)
         words = "No site failed." if recorded else "Failures were not recorded."
         return f"<h2>What failed</h2><p>{words}</p>"
-    keys = ("round", "phase", "site", "reason")
-    rows = [[escaped(entry.get(key)) for key in keys] for entry in failures[:MOST_FAILURES]]
-    caption = f"{len(rows)} of {len(failures)} shown; all are in summary.json"
-    table = frame.table(caption, map(str.capitalize, keys), rows, kind="words")
-    return f"<h2>What failed</h2>{table}"
+    return f"<h2>What failed</h2>{_events(failures, 'reason')}"
+
+
+def _notes(summary: dict[str, Any]) -> str:
+    """Return what was noticed of sites whose replies counted; empty if there is nothing."""
+    notes = entries(summary, "notes")
+    return f"<h2>What else happened</h2>{_events(notes, 'text')}" if notes else ""
+
+
+def _events(events: list[dict[str, Any]], words: str) -> str:
+    """Return a table of events; `words` is the key under which each is described."""
+    keys = ("round", "phase", "site", words)
+    rows = [[escaped(event.get(key)) for key in keys] for event in events[:MOST_FAILURES]]
+    caption = f"{len(rows)} of {len(events)} shown; all are in summary.json"
+    return frame.table(caption, map(str.capitalize, keys), rows, kind="words")
 
 
 def _disclosed(disclosed: list[Disclosure], pictures: bool) -> str:

@@ -31,6 +31,7 @@ from fedmed_flower.reports.report import write_report
 from fedmed_flower.runs.baselines import Baselines
 from fedmed_flower.runs.roll_call import (
     Sites,
+    call_newcomers,
     collect_contributions,
     collect_pictures,
     held_back,
@@ -71,11 +72,15 @@ FREE_ON_RESUME = {
     "resume",
     "num-server-rounds",
     "round-timeout",
+    "quorum",
+    "grace",
     "baselines",
     "pictures",
     "personal-epochs",
 }
 _MOST_SITES = 100_000
+# Seconds to wait for what a site reports of itself that connects between two rounds.
+_NEWCOMER_TIMEOUT = 60.0
 _KEY = re.compile(r"[A-Za-z0-9_-]{0,64}")
 _PACKAGES = ("fedmed-flower", "flwr", "torch", "monai", "numpy", "scikit-learn")
 
@@ -156,6 +161,9 @@ def federate(
     strategy.folder = folder
     strategy.resume = plan.resume
     strategy.seed = plan.seed
+    if plan.quorum:
+        strategy.quorum = plan.quorum
+        strategy.grace = plan.grace
     if asking is None:
         # Before waiting for sites, so that a wrong run config or checkpoint is reported at once.
         start = _start_model(model, agreed, config, plan.seed)
@@ -163,7 +171,7 @@ def federate(
         strategy.find_checkpoint(start.initial)
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
     wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
-    sites = roll_call(grid, plan.round_timeout)
+    sites = roll_call(grid, plan.round_timeout, strategy.quorum, strategy.grace)
     if asking is not None:
         names = {node_id: sites.names[node_id] for node_id in sites.counts}
         with held_back() as sites.lines:
@@ -172,12 +180,11 @@ def federate(
         start = _start_model(model, agreed, config, plan.seed)
         strategy.buffers = start.buffers
     strategy.site_names |= sites.names
-    trainers = sites.trainers()
-    if len(trainers) < len(sites.counts):
-        strategy.only = trainers
-    if before is not None and sites.simulated and before.sites != sites.asked:
+    strategy.only = sites.only()
+    count = len(sites.nodes)
+    if before is not None and sites.simulated and before.sites != count:
         raise InputError(
-            f"{folder.path} was started with {before.sites} sites and has {sites.asked} now, which "
+            f"{folder.path} was started with {before.sites} sites and has {count} now, which "
             f"would give each site other patients: resume with {before.sites} sites"
         )
     key = before.key if before is not None else ""
@@ -186,7 +193,7 @@ def federate(
     about = {
         "app": _app_name(grid),
         "strategy": type(strategy).__name__,
-        "sites": sites.asked,
+        "sites": count,
         "key": key,
     }
     if agreed:
@@ -407,8 +414,25 @@ class Experiment:
             log.info("report: %s", report)
         return result
 
+    def _welcome(self, server_round: int) -> None:
+        """Ask the sites that have connected since the last round, and let them take part."""
+        sites = self.sites
+        strategy = self.strategy
+        timeout = min(self.plan.round_timeout, _NEWCOMER_TIMEOUT)
+        for name, before in call_newcomers(self.grid, sites, timeout).items():
+            (node_id,) = (node for node, held in sites.names.items() if held == name)
+            how = "takes part from here on"
+            if before is not None:
+                how = "has come back"
+                strategy.site_names.pop(before, None)
+            strategy.site_names[node_id] = name
+            rows = ", ".join(f"{count} {split}" for split, count in sites.counts[node_id].items())
+            strategy.inbox.note(server_round, "train", name, f"{how}, with {rows} rows")
+        strategy.only = sites.only()
+
     def _train(self) -> flower.Result:
         """Train by the strategy, and write the model whole if only a part of it travels."""
+        self.strategy.before_round = self._welcome
         result = self.strategy.start(
             self.grid,
             self.model.initial,
@@ -513,6 +537,7 @@ class Experiment:
                 site: traffic.table() for site, traffic in self.strategy.history.traffic.items()
             },
             "failures": [asdict(failure) for failure in self.strategy.history.failures],
+            "notes": [asdict(note) for note in self.strategy.history.notes],
             "versions": {"python": platform.python_version()}
             | {package: version(package) for package in _PACKAGES},
             "config": dict(self.run_config),

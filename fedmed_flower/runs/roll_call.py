@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging.handlers import BufferingHandler
@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from fedmed_flower.data.pictures import sound
 from fedmed_flower.data.site import GENERATED, SPLITS, some_of
 from fedmed_flower.errors import InputError, shown
-from fedmed_flower.server.ask import ask, ask_all
+from fedmed_flower.server.ask import NoAnswer, ask, ask_all
 from fedmed_flower.server.duplicates import Namesakes
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.wire import (
@@ -52,7 +52,7 @@ class Sites:
     sources: set[str] = field(default_factory=set)
     generated: bool = False
     simulated: bool = True
-    asked: int = 0
+    nodes: set[int] = field(default_factory=set)
     refusals: dict[int, str] = field(default_factory=dict)
     lines: list[logging.LogRecord] = field(default_factory=list)
     namesakes: Namesakes = field(default_factory=Namesakes)
@@ -82,7 +82,7 @@ class Sites:
             log.warning(
                 "%d of %d sites cannot take part (%s): %s",
                 len(names),
-                self.asked,
+                len(self.nodes),
                 some_of(sorted(names)),
                 reason,
             )
@@ -108,24 +108,85 @@ class Sites:
         """Return the nodes that have training rows; the others are only tested."""
         return {node_id for node_id, counts in self.counts.items() if counts["train"]}
 
+    def only(self) -> set[int] | None:
+        """Return the nodes that may train; None if no site is known to have no training rows.
 
-def roll_call(grid: Grid, timeout: float) -> Sites:
+        A site that did not answer may: it can come back.
+        """
+        tested_only = self.counts.keys() - self.trainers()
+        return self.nodes - tested_only if tested_only else None
+
+    def forget(self, node_id: int) -> None:
+        """Remove a node whose site has come back under another node id."""
+        self.nodes.discard(node_id)
+        for by_node in (self.counts, self.labels, self.names, self.rejected, self.refusals):
+            by_node.pop(node_id, None)
+
+
+def roll_call(grid: Grid, timeout: float, minimum: int | None = None, grace: float = 0.0) -> Sites:
     """Ask every connected site for its name and its numbers of rows.
+
+    Parameters
+    ----------
+    grid, timeout, minimum, grace
+        As in `ask`.
 
     Raises
     ------
     InputError
         If no site answers, or none has training rows.
     """
-    nodes = list(grid.get_node_ids())
-    sites = Sites(asked=len(nodes))
+    sites = Sites()
+    failures = _describe(grid, grid.get_node_ids(), sites, timeout, minimum, grace)
+    if not sites.counts:
+        reasons = (failure.reason for failure in failures if not failure.silent)
+        raise InputError(next(reasons, "no site answered the roll call"))
+    if not sites.trainers():
+        raise InputError("no site has training rows")
+    return sites
+
+
+def call_newcomers(grid: Grid, sites: Sites, timeout: float) -> dict[str, int | None]:
+    """Ask the sites that have connected since the roll call, and add them.
+
+    Returns
+    -------
+    dict of str to (int or None)
+        The name of each site that answered. Its value is the node id that the site had before; None
+        if it is new.
+    """
+    connected = set(grid.get_node_ids())
+    gone = {name: node_id for node_id, name in sites.names.items() if node_id not in connected}
+    newcomers = connected - sites.nodes
+    if not newcomers:
+        return {}
+    held = {node_id: sites.names.pop(node_id) for node_id in gone.values()}
+    _describe(grid, newcomers, sites, timeout)
+    came = {sites.names[node_id]: node_id for node_id in newcomers if node_id in sites.counts}
+    sites.names |= {node_id: name for node_id, name in held.items() if name not in came}
+    for name in came:
+        if name in gone:
+            sites.forget(gone[name])
+    return {name: gone.get(name) for name in sorted(came)}
+
+
+def _describe(
+    grid: Grid,
+    nodes: Iterable[int],
+    sites: Sites,
+    timeout: float,
+    minimum: int | None = None,
+    grace: float = 0.0,
+) -> list[NoAnswer]:
+    """Ask nodes for their names and numbers of rows, and add the answers to `sites`."""
     contents = {node_id: RecordDict() for node_id in nodes}
+    sites.nodes |= contents.keys()
 
     def read(node_id: int, content: RecordDict) -> _About:
         sites.sent.take("describe", sites.names.get(node_id, f"node {node_id}"), content)
         return _about(content)
 
-    asked = ask(grid, "describe", contents, read, timeout, sites.names)
+    asked = ask(grid, "describe", contents, read, timeout, sites.names, minimum, grace)
     for answer in sorted(asked, key=lambda answer: (answer.site, answer.node_id)):
         about = answer.value
         node_id = answer.node_id
@@ -140,13 +201,8 @@ def roll_call(grid: Grid, timeout: float) -> Sites:
         sites.sources.add(about.source)
         sites.generated |= about.generated
         sites.simulated &= about.simulated
-    sites.refusals = {failure.node_id: failure.reason for failure in asked.failures}
-    if not sites.counts:
-        reasons = (failure.reason for failure in asked.failures if not failure.silent)
-        raise InputError(next(reasons, "no site answered the roll call"))
-    if not sites.trainers():
-        raise InputError("no site has training rows")
-    return sites
+    sites.refusals |= {failure.node_id: failure.reason for failure in asked.failures}
+    return asked.failures
 
 
 class _About(NamedTuple):

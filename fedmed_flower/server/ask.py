@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedmed_flower.server.screening import error_text
+from fedmed_flower.server.screening import error_text, metrics_excess
 from fedmed_flower.server.sites import learn_name
 
 T = TypeVar("T")
@@ -37,17 +37,21 @@ class Exchange:
     messages : sequence of Message
         Several may go to one site; each can be replied to.
     timeout : float
-        Seconds to wait for the replies.
+        Seconds to wait for the replies. In one process, where sites work one after the other, it is
+        each site's own time: a reply that took longer does not count.
     minimum : int, optional
         After this number of replies without an error, wait only `grace` seconds more. None waits
         for all.
     grace : float
-        Seconds to wait after the `minimum` of replies.
+        Seconds to wait after the `minimum` of replies. Not in one process, where every site has its
+        turn.
 
     Attributes
     ----------
     silent : list of Message
-        Messages without a reply; complete at the end of the iteration.
+        Messages without a reply in time; complete at the end of the iteration.
+    answered : int
+        Number of replies without an error so far.
     seconds : float
         How long the iteration took.
     waited : float
@@ -68,6 +72,7 @@ class Exchange:
         self.minimum = minimum
         self.grace = grace
         self.silent: list[Message] = []
+        self.answered = 0
         self.seconds = 0.0
         self.waited = 0.0
 
@@ -97,37 +102,50 @@ class Exchange:
 
     def _pull(self, waiting: Mapping[str, Message], began: float) -> Iterator[Message]:
         """Yield replies until no message waits for one or the time is over."""
-        # A grid in this process runs a client when its reply is pulled, so a reply that is missing
-        # then never comes.
-        in_process = getattr(self.grid, "in_process", False)
-        together = 1 if in_process else _TOGETHER
+        if getattr(self.grid, "in_process", False):
+            yield from self._pull_in_process(list(waiting))
+            return
         deadline = began + self.timeout
         pause = _FIRST_PAUSE
-        answered = 0
         grace_began = False
         while waiting:
             before = len(waiting)
             keys = iter(list(waiting))
-            while ids := list(islice(keys, together)):
-                if in_process and time.monotonic() >= deadline:
-                    return
-                asked = time.monotonic() if in_process else began
+            while ids := list(islice(keys, _TOGETHER)):
                 for reply in self.grid.pull_messages(ids):
-                    answered += not reply.has_error()
-                    self.waited = time.monotonic() - asked
+                    self.answered += not reply.has_error()
+                    self.waited = time.monotonic() - began
                     yield reply
             now = time.monotonic()
-            enough = self.minimum is not None and answered >= self.minimum
+            enough = self.minimum is not None and self.answered >= self.minimum
             if enough and not grace_began:
                 deadline = min(deadline, now + self.grace)
                 grace_began = True
-            if now >= deadline or (in_process and len(waiting) == before):
+            if now >= deadline:
                 return
             if waiting:
                 none_came = len(waiting) == before
                 pause = min(2 * pause, _LONGEST_PAUSE) if none_came else _FIRST_PAUSE
                 # The last look is at the deadline.
                 time.sleep(min(pause, deadline - now))
+
+    @property
+    def patience(self) -> str:
+        """How long the silent sites were waited for, as the end of a sentence."""
+        in_process = getattr(self.grid, "in_process", False)
+        if in_process or self.minimum is None or self.answered < self.minimum:
+            return f"within {self.timeout:g} s"
+        return f"within {self.seconds:.0f} s; {self.answered} of {len(self.messages)} had replied"
+
+    def _pull_in_process(self, ids: Sequence[str]) -> Iterator[Message]:
+        """Let one client after the other run, and yield the replies that came in time."""
+        for message_id in ids:
+            asked = time.monotonic()
+            for reply in self.grid.pull_messages([message_id]):
+                self.waited = time.monotonic() - asked
+                if self.waited <= self.timeout:
+                    self.answered += not reply.has_error()
+                    yield reply
 
 
 @dataclass(frozen=True)
@@ -189,6 +207,9 @@ class Question(Generic[T]):
             if reply.has_error():
                 self._fail(node_id, error_text(reply))
                 continue
+            if (excess := metrics_excess(reply.content)) is not None:
+                self._fail(node_id, f"malformed answer: {excess}")
+                continue
             try:
                 value = self.read(node_id, reply.content)
             except MALFORMED as error:
@@ -198,7 +219,7 @@ class Question(Generic[T]):
             yield Answer(node_id, self._name(node_id), value, reply.content)
         for message in self.exchange.silent:
             node_id = message.metadata.dst_node_id
-            self._fail(node_id, f"no answer within {self.exchange.timeout:g} s", silent=True)
+            self._fail(node_id, f"no answer {self.exchange.patience}", silent=True)
         self.failures.sort(key=lambda failure: (failure.site, failure.node_id))
 
     def _name(self, node_id: int) -> str:

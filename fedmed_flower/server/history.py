@@ -27,6 +27,16 @@ class Failure:
     reason: str
 
 
+@dataclass(frozen=True)
+class Note:
+    """Something about a site whose reply counted: round, phase, site and text."""
+
+    round: int
+    phase: str
+    site: str
+    text: str
+
+
 @dataclass
 class History:
     """What happened in a run, site by site.
@@ -36,6 +46,7 @@ class History:
     rows : list of (round, phase, site, metric, value)
         `site` is a site's name, or ``"all"`` for all sites together.
     failures : list of Failure
+    notes : list of Note
     sent : Sent
         What the sites sent in the rounds.
     traffic : dict of str to Traffic
@@ -46,6 +57,7 @@ class History:
     failures: list[Failure] = field(default_factory=list)
     sent: Sent = field(default_factory=Sent)
     traffic: dict[str, Traffic] = field(default_factory=dict, compare=False, repr=False)
+    notes: list[Note] = field(default_factory=list)
 
     def add(self, server_round: int, phase: str, site: str, metrics: Mapping[str, Any]) -> None:
         """Append the metrics that are single numbers; lists are left out."""

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fedmed_flower.server.ask import Exchange
-from fedmed_flower.server.history import Failure, History
+from fedmed_flower.server.history import Failure, History, Note
 from fedmed_flower.server.screening import metrics_of, model_of, screen, screen_arrays
 from fedmed_flower.server.sites import learn_name
 from fedmed_flower.server.traffic import Traffic, size_of
@@ -97,6 +97,11 @@ class Inbox:
         else:
             log.warning("round %d: %s left out of %s: %s", server_round, site, phase, reason)
 
+    def note(self, server_round: int, phase: str, site: str, text: str) -> None:
+        """Record and log something about a site whose reply counts."""
+        self.history.notes.append(Note(server_round, phase, site, text))
+        log.warning("round %d, %s: %s: %s", server_round, phase, site, text)
+
     def collect(
         self,
         grid: Grid,
@@ -104,12 +109,21 @@ class Inbox:
         timeout: float,
         server_round: int,
         phase: str,
+        minimum: int | None = None,
+        grace: float = 0.0,
     ) -> Iterator[Message]:
         """Send messages and yield the replies as they come; record sites without a reply in time.
 
         No reference to a reply remains here: it is freed as soon as the caller drops it.
+
+        Parameters
+        ----------
+        grid, messages, timeout, minimum, grace
+            As in `Exchange`.
+        server_round : int
+        phase : str
         """
-        exchange = Exchange(grid, messages, timeout)
+        exchange = Exchange(grid, messages, timeout, minimum, grace)
         numbers = {id(message): number for number, message in enumerate(messages)}
         self._senders = {}
         self._traffic = []
@@ -125,7 +139,7 @@ class Inbox:
             traffic.add(to_site, from_site, seconds)
         for message in exchange.silent:
             site = self.name(message.metadata.dst_node_id)
-            self.fail(server_round, phase, site, f"no reply after {exchange.seconds:.0f} s")
+            self.fail(server_round, phase, site, f"no reply {exchange.patience}")
 
     def admit(
         self,

@@ -31,7 +31,7 @@ from fedmed_flower.files import (
     read_file,
     write_atomic,
 )
-from fedmed_flower.server.history import Failure, History
+from fedmed_flower.server.history import Failure, History, Note
 from fedmed_flower.server.traffic import traffic_of
 from fedmed_flower.wire import Sent
 
@@ -53,6 +53,7 @@ _MOST_ROUND = 2**31
 _MOST_NUMBER = 2**63
 _MOST_SEED = 2**128
 _FAILURE_TEXTS = ("phase", "site", "reason")
+_NOTE_TEXTS = ("phase", "site", "text")
 # A line of ``config.toml``. A parser could take hours for a key of many parts or nested values.
 _LINE = re.compile(r'(\[[\w-]+\]|([\w-]+|"([^"\\]|\\.)*")\s*=\s*[^\s\[{].*|#.*)?')
 
@@ -224,6 +225,7 @@ class RunFolder:
             "sites": list(checkpoint.site_names.items()),
             "rows": checkpoint.history.rows,
             "failures": [asdict(failure) for failure in checkpoint.history.failures],
+            "notes": [asdict(note) for note in checkpoint.history.notes],
             "sent": checkpoint.history.sent.table(),
             "traffic": {s: t.table() for s, t in checkpoint.history.traffic.items()},
             "records": {name: _index(record) for name, record in records.items()},
@@ -288,6 +290,10 @@ def _checkpoint(members: StoredMembers) -> Checkpoint:
         Failure(_whole(entry["round"], _MOST_ROUND), *(f"{entry[key]}" for key in _FAILURE_TEXTS))
         for entry in state["failures"]
     ]
+    notes = [
+        Note(_whole(entry["round"], _MOST_ROUND), *(f"{entry[key]}" for key in _NOTE_TEXTS))
+        for entry in state.get("notes", ())
+    ]
     rows = [
         (_whole(number, _MOST_ROUND), str(phase), str(site), str(metric), float(value))
         for number, phase, site, metric, value in state["rows"]
@@ -296,7 +302,13 @@ def _checkpoint(members: StoredMembers) -> Checkpoint:
         _whole(state["round"], _MOST_ROUND),
         _whole(state["seed"], _MOST_SEED),
         records.pop("arrays"),
-        History(rows, failures, Sent.of(state.get("sent")), traffic_of(state.get("traffic"))),
+        History(
+            rows,
+            failures,
+            Sent.of(state.get("sent")),
+            traffic_of(state.get("traffic")),
+            notes,
+        ),
         state["metrics"],
         {_whole(node_id, 2**64): str(name) for node_id, name in state["sites"]},
         states,

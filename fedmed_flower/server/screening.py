@@ -6,7 +6,6 @@ import copy
 import logging
 import math
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -15,12 +14,18 @@ from fedmed_flower.arrays.views import view
 from fedmed_flower.data.site import in_simulation
 from fedmed_flower.metrics.names import is_pooled_only
 from fedmed_flower.metrics.pooling import check_counts
+from fedmed_flower.server.traffic import size_of
 from fedmed_flower.wire import read_error
 
 log = logging.getLogger("flwr.fedmed")
 
 # No hospital has more examples: a site that reports more would be the whole mean.
 MOST_EXAMPLES = 10**9
+# Of one reply: how many metrics, letters of a metric's name, and bytes beside the arrays that were
+# asked for. More would cost the server minutes and memory.
+MOST_METRICS = 1000
+_MOST_NAME = 200
+_MOST_BESIDE = 64 * 2**20
 
 
 def screen(
@@ -47,6 +52,11 @@ def screen(
         return error_text(reply)
     if not reply.has_content():
         return "the reply is empty"
+    excess = metrics_excess(reply.content) or _size_excess(
+        reply.content, layout is not None, companions or {}
+    )
+    if excess is not None:
+        return excess
     metrics = list(reply.content.metric_records.values())
     if len(metrics) != 1:
         return f"the reply has {len(metrics)} metric records instead of one"
@@ -60,6 +70,30 @@ def screen(
     if layout is None:
         return check_counts(metrics[0])
     return screen_arrays(reply, layout, companions or {})
+
+
+def metrics_excess(content: RecordDict) -> str | None:
+    """Return why a reply's metrics are too many, or their names too long; None if they are not."""
+    for record in content.metric_records.values():
+        if len(record) > MOST_METRICS:
+            return f"the reply has {len(record):,} metrics, at most {MOST_METRICS:,} are taken"
+        longest = max(map(len, record), default=0)
+        if longest > _MOST_NAME:
+            return f"the name of a metric has {longest:,} letters, at most {_MOST_NAME} are taken"
+    return None
+
+
+def _size_excess(content: RecordDict, with_model: bool, companions: Collection[str]) -> str | None:
+    """Return why what a reply holds beside model and companions is too large; None if it is not."""
+    beside = {
+        name: record
+        for name, record in content.items()
+        if not isinstance(record, ArrayRecord) or not (with_model or name in companions)
+    }
+    size = size_of(beside)
+    if size > _MOST_BESIDE:
+        return f"the reply has {size:,} bytes beside the model, at most {_MOST_BESIDE:,} are taken"
+    return None
 
 
 def screen_arrays(
@@ -151,26 +185,25 @@ def _shared_metrics(records: list[MetricRecord]) -> list[str]:
     ]
 
 
-def with_finite_metrics(replies: list[Message]) -> list[Message]:
-    """Leave out replies with NaN or infinity for a metric that is finite in most replies.
+def partly_finite(replies: Sequence[Message]) -> dict[str, list[bool]]:
+    """Return the metrics that are finite in more than half of the replies, but not in all.
 
-    Otherwise one site's NaN would take the metric from all others. If the metric is finite in no
-    more than half of the replies, none is left out for it.
+    Only metrics count that each reply holds as one number.
+
+    Returns
+    -------
+    dict of str to list of bool
+        Of each such metric: whether it is finite in each of the replies.
     """
-    finite = [
-        {name: _form(value) is not None for name, value in metrics_of(reply).items()}
-        for reply in replies
-    ]
-    having = Counter(name for record in finite for name in record if record[name])
-    usual = {name for name, count in having.items() if 2 * count > len(replies)}
-    usable = []
-    for reply, record in zip(replies, finite, strict=True):
-        odd = [name for name in record if name in usual and not record[name]]
-        if odd:
-            log.warning("a site is left out of the averages: its %s is not finite", odd[0])
-        else:
-            usable.append(reply)
-    return usable
+    records = [metrics_of(reply) for reply in replies]
+    partly = {}
+    for name in records[0]:
+        values = [record.get(name) for record in records]
+        if all(isinstance(value, int | float) for value in values):
+            finite = [_form(value) is not None for value in values]
+            if len(finite) < 2 * sum(finite) and not all(finite):
+                partly[name] = finite
+    return partly
 
 
 def _form(value: object) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from flwr.app import Array, RecordDict
+from flwr.app import Array
 
 _MOST = 1e18
 _NUMBER = 8
@@ -62,8 +62,8 @@ class Traffic:
         return traffic
 
 
-def size_of(content: RecordDict) -> int:
-    """Return the bytes of a content: of its arrays, texts and bytes; of another number eight."""
+def size_of(content: Mapping[str, Any]) -> int:
+    """Return the bytes of a content's records: of arrays, texts and bytes; eight of a number."""
     size = 0
     for record in content.values():
         for key, value in record.items():

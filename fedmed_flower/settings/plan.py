@@ -20,6 +20,19 @@ class Plan(Section):
         Within(0.0, above=True),
         "seconds",
     )
+    quorum: int = setting(
+        0,
+        "After so many sites have answered a phase without an error, go on `grace` seconds later "
+        "without the others, which are recorded as failed. 0: wait for all until round-timeout.",
+        Within(0),
+        "sites",
+    )
+    grace: float = setting(
+        60.0,
+        "How long to wait for the other sites once quorum sites have answered.",
+        Within(0.0),
+        "seconds",
+    )
     min_sites: int = setting(
         1, "Sites that must be connected before the run starts.", Within(1), "sites"
     )

@@ -9,13 +9,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedmed_flower.arrays.updates import Mean, NotUsableError, Updates
 from fedmed_flower.arrays.views import not_finite, view
 from fedmed_flower.server.inbox import AcceptedReply
-from fedmed_flower.server.screening import capped, metrics_of, with_shared_metrics, without_arrays
+from fedmed_flower.server.screening import (
+    capped,
+    metrics_of,
+    partly_finite,
+    with_shared_metrics,
+    without_arrays,
+)
 from fedmed_flower.wire import EPSILON
 
 # If more replies than this are awaited and the rule is a mean, each is added to it as it comes.
@@ -31,6 +38,8 @@ MetricsRule = Callable[[list[RecordDict], str], MetricRecord]
 Reject = Callable[[str, str, bool], None]
 # Makes the new model from replies, given as messages and as updates with their weights.
 Rule = Callable[[list[AcceptedReply], Updates, list[float]], ArrayRecord | None]
+# Records something about a site whose reply counts: site, text.
+Note = Callable[[str, str], None]
 # Makes the next companion of a name.
 CompanionRule = Callable[[str, Updates, list[float]], ArrayRecord]
 
@@ -224,14 +233,76 @@ def flaw_of(model: ArrayRecord | None) -> str | None:
 
 
 def average_metrics(
-    replies: Iterable[AcceptedReply], key: str, share: float | None, rule: MetricsRule
+    replies: Iterable[AcceptedReply],
+    key: str,
+    share: float | None,
+    rule: MetricsRule,
+    note: Note,
 ) -> MetricRecord | None:
-    """Average the metrics of the used replies, as Flower does; None if no reply was used."""
-    used = [without_arrays(reply.message) for reply in replies if reply.used]
+    """Average the metrics of the used replies, as Flower does; None if no reply was used.
+
+    Parameters
+    ----------
+    replies : iterable of AcceptedReply
+    key : str
+        Name of the metric that is a reply's weight.
+    share : float or None
+        Largest share of one reply's weight in the sum of all.
+    rule : callable
+        Flower's average, or the app's own.
+    note : callable
+        As in `means_of_finite`.
+    """
+    used = [reply for reply in replies if reply.used]
     if not used:
         return None
-    messages = with_shared_metrics(used, key, share)
+    means = means_of_finite(used, key, share, rule, note)
+    messages = with_shared_metrics(
+        [without_arrays(reply.message) for reply in used], key, share, pooled=means
+    )
     metrics = rule([message.content for message in messages], key)
+    metrics.update(means)
     if EPSILON in metrics:
         metrics[EPSILON] = max(metrics_of(message)[EPSILON] for message in messages)
     return metrics
+
+
+def means_of_finite(
+    replies: Sequence[AcceptedReply],
+    key: str,
+    share: float | None,
+    rule: MetricsRule,
+    note: Note,
+) -> dict[str, Any]:
+    """Average the metrics that are not finite in some replies over the other replies.
+
+    A rule of the app's own is not asked for single metrics: it may need others beside them.
+
+    Parameters
+    ----------
+    replies : sequence of AcceptedReply
+        At least one.
+    key, share, rule
+        As in `average_metrics`.
+    note : callable
+        Called for each site whose value is left out.
+
+    Returns
+    -------
+    dict of str to float
+        The mean of each metric of `partly_finite`; empty if the rule is the app's own.
+    """
+    messages = [without_arrays(reply.message) for reply in replies]
+    partly = partly_finite(messages)
+    means: dict[str, Any] = {}
+    for name, finite in partly.items():
+        for reply, usable in zip(replies, finite, strict=True):
+            if not usable:
+                value = reply.metrics[name]
+                note(reply.site, f"its {name} is {value}: left out of the average")
+        if rule.__module__.startswith("flwr."):
+            usable_messages = list(itertools.compress(messages, finite))
+            others = {other for message in messages for other in metrics_of(message)}
+            trimmed = with_shared_metrics(usable_messages, key, share, pooled=others)
+            means[name] = rule([message.content for message in trimmed], key)[name]
+    return means

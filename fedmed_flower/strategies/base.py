@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +29,6 @@ from fedmed_flower.server.screening import (
     first_arrays,
     metrics_of,
     with_arrays,
-    with_finite_metrics,
     with_shared_metrics,
 )
 from fedmed_flower.server.sites import draw, nobody_left, shortfall, wait_for_sites
@@ -43,6 +43,7 @@ from fedmed_flower.strategies.aggregation import (
     first_and_rest,
     flaw_of,
     mean_one_by_one,
+    means_of_finite,
     shapes,
     weighed,
 )
@@ -126,6 +127,11 @@ class FedAvg(flower.FedAvg):
         A reply is left out if its change of the model is longer than this many times the median
         length. At least 1. (If `aggregate_train` is called without `configure_train` before it,
         lengths are distances from one of the replies, near the middle.)
+    quorum : int, optional
+        After this number of sites has replied without an error, wait only `grace` seconds for the
+        others, which are recorded as failed. At least 1. None waits for all until the timeout.
+    grace : float
+        Seconds; at least 0.
 
     Attributes
     ----------
@@ -137,6 +143,8 @@ class FedAvg(flower.FedAvg):
         Node ids to which training and evaluation are confined.
     site_names : dict
         Site name by node id, as far as the sites have reported it.
+    before_round : callable, optional
+        Called with the round's number when its sites are connected and before they are drawn.
     buffers : collection of str
         Keys of the model's buffers, which a server optimiser averages and does not step. `federate`
         sets it. Batch normalisation's ``running_mean`` and ``running_var`` need not be named.
@@ -175,6 +183,8 @@ class FedAvg(flower.FedAvg):
         min_replies: int = 1,
         max_weight_share: float | None = None,
         max_update_norm: float | None = None,
+        quorum: int | None = None,
+        grace: float = 60.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs | minima(super().__init__, args, kwargs))
@@ -186,6 +196,12 @@ class FedAvg(flower.FedAvg):
             )
         if max_update_norm is not None and not max_update_norm >= 1:
             raise InputError(f"max_update_norm must be at least 1, got {max_update_norm}")
+        if quorum is not None and quorum < 1:
+            raise InputError(f"quorum must be at least 1, got {quorum}")
+        if not 0 <= grace < math.inf:
+            raise InputError(f"grace must be at least 0 seconds and finite, got {grace}")
+        self.quorum = quorum
+        self.grace = grace
         self.max_weight_share = max_weight_share
         self.max_update_norm = max_update_norm
         if resume and run_dir is None:
@@ -199,6 +215,7 @@ class FedAvg(flower.FedAvg):
         self.inbox = Inbox()
         self.result = flower.Result()
         self.only: set[int] | None = None
+        self.before_round: Callable[[int], None] | None = None
         self.buffers: Collection[str] = ()
         self.companions: dict[str, ArrayRecord] = {}
         self.run = RunState()
@@ -342,6 +359,8 @@ class FedAvg(flower.FedAvg):
             require_real(self._optimiser.__name__, arrays)
         if not self._wait(grid, server_round, "train", self.fraction_train, self.min_train_nodes):
             return []
+        if self.before_round is not None:
+            self.before_round(server_round)
         messages = super().configure_train(server_round, arrays, config, grid)
         addressed = self._address(messages, grid, server_round, _TRAIN)
         reason = shortfall(type(self).__name__, self.needed(), len(addressed))
@@ -383,7 +402,9 @@ class FedAvg(flower.FedAvg):
             The replies as they come if more than 100 are awaited and the rule is a plain mean;
             else a list.
         """
-        replies = self.inbox.collect(grid, messages, self.run.timeout, server_round, phase)
+        replies = self.inbox.collect(
+            grid, messages, self.run.timeout, server_round, phase, self.quorum, self.grace
+        )
         streamed = phase == "train" and len(messages) > STREAM_ABOVE and self.is_plain_mean
         return replies if streamed else list(replies)
 
@@ -409,7 +430,11 @@ class FedAvg(flower.FedAvg):
             if arrays is None:
                 return None, None
             metrics = average_metrics(
-                accepted, self.weighted_by_key, self.max_weight_share, self.train_metrics_aggr_fn
+                accepted,
+                self.weighted_by_key,
+                self.max_weight_share,
+                self.train_metrics_aggr_fn,
+                partial(self.inbox.note, server_round, "train"),
             )
             self.run.begun = True
             moved = self._step(server_round, arrays)
@@ -521,22 +546,33 @@ class FedAvg(flower.FedAvg):
         self.inbox.record(server_round, phase, accepted)
         # A hospital with too few patients reports their number and no other metric.
         with_metrics = [
-            reply.message
+            reply
             for reply in accepted
             if reply.metrics[self.weighted_by_key] and len(reply.metrics) > 1
         ]
-        usable = with_finite_metrics(with_metrics)
-        if not usable:
+        if not with_metrics:
             return None
-        pooled = pool([dict(metrics_of(message)) for message in usable])
+        means = means_of_finite(
+            with_metrics,
+            self.weighted_by_key,
+            self.max_weight_share,
+            self.evaluate_metrics_aggr_fn,
+            partial(self.inbox.note, server_round, phase),
+        )
+        pooled = pool([dict(reply.metrics) for reply in with_metrics])
         trimmed = with_shared_metrics(
-            usable, self.weighted_by_key, self.max_weight_share, pooled=pooled
+            [reply.message for reply in with_metrics],
+            self.weighted_by_key,
+            self.max_weight_share,
+            pooled=pooled | means,
         )
         metrics = super().aggregate_evaluate(server_round, trimmed)
-        if metrics is not None and pooled:
+        if metrics is None:
+            return None
+        if pooled:
             for name in filter(is_pooled_only, list(metrics)):
                 metrics.pop(name)
-            metrics.update(pooled)
+        metrics.update(means | pooled)
         return metrics
 
     @property

@@ -25,7 +25,8 @@ _Layout = dict[str, tuple[str, np.dtype[Any], tuple[int, ...]]]
 _KNOWN = {*RULES, *OPTIMISERS, *flower.FedAdam.__mro__, flower.FedProx, flower.Krum}
 # What the names of companions begin with in a strategy's state.
 COMPANION = "companion "
-# Arguments of a strategy that a resumed run may change. The checkpoint holds the seed.
+# Arguments of a strategy that a resumed run may change: how long it runs, where, and with how many
+# sites. The checkpoint holds the seed.
 _FREE = {
     "run_dir",
     "resume",
@@ -36,6 +37,7 @@ _FREE = {
     "min_replies",
     "quorum",
     "grace",
+    "target_epsilon",
 }
 
 
@@ -55,12 +57,8 @@ def arguments_of(strategy: object) -> dict[str, Any]:
     dict
         ``class``: the name of the class; ``arguments``: value by name.
     """
-    names = {
-        name
-        for cls in type(strategy).__mro__
-        if "__init__" in vars(cls)
-        for name in inspect.signature(cls.__init__).parameters
-    }
+    inits = [vars(cls)["__init__"] for cls in type(strategy).__mro__ if "__init__" in vars(cls)]
+    names = {name for init in inits for name in inspect.signature(init).parameters}
     arguments = {}
     for name in sorted((names & vars(strategy).keys()) - _FREE):
         try:
@@ -161,14 +159,15 @@ def require_resumable(
         `initial_arrays`, or if a saved state has another shape than the array of the model that it
         belongs to.
     """
+    kind = type(strategy)
     with_state = {
         base.__name__
-        for base in type(strategy).__mro__
+        for base in kind.__mro__
         if base.__module__.startswith("flwr.") and base not in _KNOWN
     }
     if with_state:
         raise InputError(
-            f"{type(strategy).__name__} cannot be resumed: what {min(with_state)} keeps between rounds "
+            f"{kind.__name__} cannot be resumed: what {min(with_state)} keeps between rounds "
             "is not in the checkpoint"
         )
     wanted = _layout(initial_arrays)

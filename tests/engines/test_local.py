@@ -326,8 +326,9 @@ def test_an_error_of_the_server_passes_through():
         serve(work)
 
 
-def test_sites_that_are_not_begun_by_the_timeout_do_not_reply(monkeypatch):
-    clock = iter([0.0, 1.0, 9.0, 11.0, 12.0])
+def test_the_timeout_is_each_sites_own_time(monkeypatch):
+    # Seconds at the start and the end of each site.
+    clock = iter([0.0, 9.0, 9.0, 20.0, 20.0, 29.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     ran = []
 
@@ -338,9 +339,29 @@ def test_sites_that_are_not_begun_by_the_timeout_do_not_reply(monkeypatch):
     def work(grid, context):
         return [reply.metadata.src_node_id for reply in to_all(grid, timeout=10)]
 
-    replied = serve(work, train, num_sites=4)
-    assert ran == [0, 1]
-    assert len(replied) == 2
+    replied = serve(work, train, num_sites=3)
+    assert ran == [0, 1, 2]
+    assert [node_id - replied[0] for node_id in replied] == [0, 2]
+
+
+@pytest.mark.parametrize("where", ["metrics", "state"])
+def test_an_integer_that_flower_cannot_send_is_an_error_of_its_site(where):
+    def train(message, context):
+        if context.node_config["partition-id"] == 0:
+            content = echo(message, context).content
+            if where == "state":
+                context.state["kept"] = ConfigRecord({"n": 2**64})
+            else:
+                content["metrics"] = MetricRecord({"n": 2**64})
+            return Message(content, reply_to=message)
+        return echo(message, context)
+
+    def work(grid, context):
+        return to_all(grid), grid.export_states()
+
+    replies, _ = serve(work, train)
+    assert [reply.has_error() for reply in replies] == [True, False]
+    assert "n is an integer beyond 64 bits" in replies[0].error.reason
 
 
 def test_a_message_that_timed_out_is_gone():

@@ -5,6 +5,7 @@ import math
 import re
 import tomllib
 from collections import Counter
+from dataclasses import replace
 from importlib.metadata import version
 from typing import ClassVar
 
@@ -32,6 +33,7 @@ from tiny import (
 
 from fedmed_flower import InputError, SiteData, federate, run_local
 from fedmed_flower.data.site import GENERATED
+from fedmed_flower.engines.local import LocalGrid
 from fedmed_flower.models.device import make_optimizer
 from fedmed_flower.runs import experiment as module
 from fedmed_flower.runs.experiment import RunFailedError
@@ -968,3 +970,41 @@ def test_a_wrong_pattern_is_refused_before_anything_is_written(trainable, text, 
     with pytest.raises(InputError, match=f"^{re.escape(text)}"):
         run_tiny(tmp_path / "run", Halves, model=halves, trainable=trainable)
     assert files_of(tmp_path / "run") is None
+
+
+# --- Sites that come later ----------------------------------------------------------------------
+
+
+def hide(monkeypatch, node_id, before):
+    """Let a node connect only when `before` training messages have been sent."""
+    sent = []
+    ids, push = LocalGrid.get_node_ids, LocalGrid.push_messages
+
+    def get_node_ids(self):
+        return [n for n in ids(self) if n != node_id or len(sent) >= before]
+
+    def push_messages(self, messages):
+        sent.extend(m for m in messages if m.metadata.message_type == "train")
+        return push(self, messages)
+
+    monkeypatch.setattr(LocalGrid, "get_node_ids", get_node_ids)
+    monkeypatch.setattr(LocalGrid, "push_messages", push_messages)
+
+
+def test_a_site_that_joins_late_trains_beside_one_that_is_only_tested(tmp_path, monkeypatch):
+    class Varied(TinyClient):
+        def load_data(self, site):
+            data = super().load_data(site)
+            return replace(data, train=()) if site.index == 1 else data
+
+    hide(monkeypatch, 1003, before=1)
+    run_tiny(tmp_path, Varied, num_sites=3, num_server_rounds=3)
+    trained = {(int(r["round"]), r["site"]) for r in table_of(tmp_path) if r["phase"] == "train"}
+    assert trained >= {(1, "hospital-1"), (2, "hospital-3"), (3, "hospital-3")}
+    assert not any(site == "hospital-2" for _, site in trained)
+    summary = summary_of(tmp_path)
+    assert summary["sites"]["hospital-3"] == {"train": 10, "val": 6, "test": 8}
+    (note,) = summary["notes"]
+    assert (note["round"], note["site"]) == (2, "hospital-3")
+    assert note["text"] == "takes part from here on, with 10 train, 6 val, 8 test rows"
+    assert note["text"] in (tmp_path / "report.html").read_text()

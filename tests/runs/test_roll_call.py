@@ -17,6 +17,7 @@ from fedmed_flower.data.pictures import sound
 from fedmed_flower.errors import InputError
 from fedmed_flower.runs.roll_call import (
     collect_contributions,
+    call_newcomers,
     collect_personal,
     collect_pictures,
     held_back,
@@ -68,7 +69,7 @@ def test_the_roll_call_takes_up_what_sites_say():
     other["site"]["simulated"], other["site"]["generated"] = False, True
     other["site"]["data"] = "more files"
     sites = roll_call(Answers(other, about(), failure("site west: OSError"), None), 9)
-    assert sites.asked == 4
+    assert sites.nodes == {1, 2, 3, 4}
     # In the order of their names.
     assert list(sites.counts) == [2, 1]
     assert sites.counts[1] == {"train": 4, "val": 2, "test": 3}
@@ -487,3 +488,48 @@ def test_log_lines_are_held_back_until_a_run_has_a_log_and_never_lost(caplog):
     assert caplog.messages == ["two"]
     log.warning("three")
     assert caplog.messages == ["two", "three"]
+
+
+# --- Sites that come later ----------------------------------------------------------------------
+
+
+def test_a_site_that_connects_later_is_asked_and_added():
+    grid = Answers(about(), about("south", train=0, **{"num-examples": 0}))
+    sites = roll_call(grid, 9)
+    assert sites.only() == {1}
+    assert call_newcomers(grid, sites, 9) == {}
+    grid.answers[7] = about("west")
+    assert call_newcomers(grid, sites, 9) == {"west": None}
+    assert sites.names == {1: "north", 2: "south", 7: "west"}
+    assert sites.only() == {1, 7}
+    assert sites.rows()["west"] == {"train": 4, "val": 2, "test": 3}
+    assert len(grid.sent) == 3
+
+
+def test_a_site_that_comes_back_under_another_node_id_keeps_its_name_and_its_part():
+    grid = Answers(about(), about("south", train=0, **{"num-examples": 0}))
+    sites = roll_call(grid, 9)
+    grid.answers[9] = grid.answers.pop(2)
+    assert call_newcomers(grid, sites, 9) == {"south": 2}
+    assert sites.names == {1: "north", 9: "south"}
+    assert sites.only() == {1}
+    grid.answers[8] = grid.answers.pop(1)
+    assert call_newcomers(grid, sites, 9) == {"north": 1}
+    assert sites.only() == {8}
+
+
+def test_a_newcomer_that_does_not_answer_is_asked_once_and_may_train():
+    grid = Answers(about(), about("south", train=0, **{"num-examples": 0}))
+    sites = roll_call(grid, 9)
+    grid.answers[7] = None
+    assert call_newcomers(grid, sites, 9) == call_newcomers(grid, sites, 9) == {}
+    assert len(grid.sent) == 3
+    assert sites.only() == {1, 7}
+    assert sites.refused() == {"no answer within 9 s": ["node 7"]}
+
+
+def test_a_newcomer_with_the_name_of_a_connected_site_is_another_one():
+    grid = Answers(about())
+    sites = roll_call(grid, 9)
+    grid.answers[5] = about("north")
+    assert call_newcomers(grid, sites, 9) == {"north (node 5)": None}

@@ -2,7 +2,7 @@
 
 import pytest
 from builders import FakeGrid, error_reply
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
 from fedmed_flower.server import ask as module
@@ -151,8 +151,37 @@ def test_after_enough_answers_the_others_have_the_grace(monkeypatch):
     grid = Slow([1, 2, 3, 4], monkeypatch)
     asked = question(grid, minimum=2, grace=1.5)
     assert [each.node_id for each in asked] == [1, 2, 3]
-    assert [failure.site for failure in asked.failures] == ["node 4"]
+    text = "no answer within 4 s; 3 of 4 had replied"
+    assert asked.failures == [NoAnswer(4, "node 4", text, silent=True)]
     assert 3.5 <= grid.now < 4
+
+
+def test_in_one_process_the_timeout_is_each_sites_own_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    def work(message):
+        now[0] += message.metadata.dst_node_id
+        return answer(message, 1)
+
+    asked = question(FakeGrid([3, 4, 7, 2], work))
+    assert [each.node_id for each in asked] == [3, 4, 2]
+    assert asked.failures == [NoAnswer(7, "node 7", "no answer within 5 s", silent=True)]
+
+
+def test_a_reply_with_more_metrics_than_any_honest_one_is_malformed():
+    def work(message):
+        reply = answer(message, 1)
+        many = 1001 if message.metadata.dst_node_id == 1 else 1000
+        reply.content["many"] = MetricRecord({str(k): k for k in range(many)})
+        return reply
+
+    asked = question(FakeGrid([1, 2], work))
+    assert [each.node_id for each in asked] == [2]
+    (failure,) = asked.failures
+    assert failure.reason == (
+        "malformed answer: the reply has 1,001 metrics, at most 1,000 are taken"
+    )
 
 
 def test_an_error_is_not_one_of_the_answers_that_are_enough(monkeypatch):

@@ -193,6 +193,33 @@ def test_the_replies_are_not_changed():
     assert [m.metadata.src_node_id for m in got] == [1, 2]
 
 
+def test_more_metrics_than_a_thousand_are_a_reason():
+    many = {f"m{k}": 1.0 for k in range(1000)}
+    text = "the reply has 1,001 metrics, at most 1,000 are taken"
+    assert screen(reply(1, GOOD, **many), "num-examples", MODEL) == text
+    many.pop("m0")
+    assert screen(reply(1, GOOD, **many), "num-examples", MODEL) is None
+
+
+def test_a_metric_with_a_long_name_is_a_reason():
+    text = "the name of a metric has 201 letters, at most 200 are taken"
+    assert screen(reply(1, GOOD, **{"m" * 201: 1.0}), "num-examples", None) == text
+    assert screen(reply(1, GOOD, **{"m" * 200: 1.0}), "num-examples", None) is None
+
+
+def test_much_beside_the_model_is_a_reason():
+    sent = reply(1, GOOD)
+    sent.content["more"] = ConfigRecord({"text": "x" * (64 * 2**20)})
+    reason = screen(sent, "num-examples", MODEL)
+    assert reason.endswith("bytes beside the model, at most 67,108,864 are taken")
+    # An evaluation has no model: arrays are beside it.
+    sent = reply(1, arrays(w=np.zeros(2**24 + 1, np.float32)))
+    assert "bytes beside the model" in screen(sent, "num-examples", None)
+    # A model may be as large as it is.
+    large = arrays(w=np.zeros(2**24 + 1, np.float32))
+    assert screen(reply(1, large), "num-examples", large) is None
+
+
 def test_first_arrays():
     replies = [error_reply(1, "x"), reply(2), reply(3, GOOD), reply(4, {"w": [0.0]})]
     assert dump(first_arrays(replies)) == dump(arrays(**GOOD))

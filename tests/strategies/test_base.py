@@ -30,7 +30,7 @@ from safetensors.numpy import load_file
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics.classification import classification_metrics
-from fedmed_flower.server.history import Failure
+from fedmed_flower.server.history import Failure, Note
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.strategies import FedAdam, FedAvg
 from fedmed_flower.wire import Sent
@@ -541,8 +541,8 @@ def test_a_silent_site_is_recorded():
     result = strategy.start(FakeGrid([1, 2], answer), W, 1)
     assert result.arrays["w"].numpy().tolist() == [1.0, 1.0]
     assert [(f.phase, f.site, f.reason) for f in strategy.history.failures] == [
-        ("train", "node 2", "no reply after 0 s"),
-        ("val", "node 2", "no reply after 0 s"),
+        ("train", "node 2", "no reply within 3600 s"),
+        ("val", "node 2", "no reply within 3600 s"),
     ]
 
 
@@ -877,7 +877,7 @@ def test_clients_get_their_memory_back(tmp_path):
 def test_resuming_a_finished_run_sends_nothing_and_gives_its_result(tmp_path):
     before = unbroken(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    again = FedAvg(run_dir=tmp_path, resume=True)
+    again = FedAvg(run_dir=tmp_path, resume=True, fraction_train=0.7)
     result = run(again, site_app(failing, failing), W, 4, evaluate_fn=failing)
     assert dump(result.arrays) == dump(before.result.arrays)
     assert all_of(again) == all_of(before)
@@ -1109,6 +1109,65 @@ def test_one_sites_nan_does_not_take_a_figure_from_all(caplog):
     with caplog.at_level("WARNING", "flwr.fedmed"):
         got = FedAvg().aggregate_evaluate(1, [*replies, odd])
     assert got["dice"] == pytest.approx(0.65)
-    assert "a site is left out of the averages: its dice is not finite" in caplog.messages
+    assert "round 1, val: s3: its dice is nan: left out of the average" in caplog.messages
     # Where most have none, there is none.
     assert "dice" not in FedAvg().aggregate_evaluate(1, [replies[0], odd, odd])
+
+
+def test_a_site_with_one_nan_counts_in_its_other_figures():
+    sent = [reply(1, site="a", weight=1, dice=0.2, loss=1.0),
+            reply(2, site="b", weight=3, dice=0.4, loss=float("nan")),
+            reply(3, site="c", weight=2, dice=0.6, loss=4.0)]  # fmt: skip
+    strategy = FedAvg()
+    got = strategy.aggregate_evaluate(2, sent)
+    assert got["dice"] == pytest.approx((0.2 + 3 * 0.4 + 2 * 0.6) / 6)
+    assert got["loss"] == pytest.approx((1.0 + 2 * 4.0) / 3)
+    text = "its loss is nan: left out of the average"
+    assert strategy.history.notes == [Note(2, "val", "b", text)]
+
+
+def test_a_nan_in_training_does_not_take_a_figure_from_all():
+    sent = [reply(1, GOOD, "a", loss=1.0), reply(2, GOOD, "b", loss=3.0),
+            reply(3, GOOD, "c", loss=float("inf"))]  # fmt: skip
+    strategy = FedAvg()
+    _, metrics = strategy.aggregate_train(1, sent)
+    assert metrics["loss"] == 2.0
+    assert [(note.site, note.text) for note in strategy.history.notes] == [
+        ("c", "its loss is inf: left out of the average")
+    ]
+
+
+def test_an_average_of_the_apps_own_gets_only_what_is_finite_everywhere():
+    asked = []
+
+    def mine(contents, key):
+        asked.append([sorted(content["metrics"]) for content in contents])
+        return MetricRecord({"mine": 1.0})
+
+    sent = [reply(n, site=f"s{n}", loss=1.0, dice=0.5) for n in (1, 2)]
+    odd = reply(3, site="s3", loss=1.0, dice=float("nan"))
+    strategy = FedAvg(evaluate_metrics_aggr_fn=mine)
+    assert strategy.aggregate_evaluate(1, [*sent, odd]) == {"mine": 1.0}
+    assert asked == [[["loss", "num-examples"]] * 3]
+
+
+def test_with_a_quorum_a_silent_site_costs_the_grace_and_not_the_timeout(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("fedmed_flower.server.ask.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        "fedmed_flower.server.ask.time.sleep", lambda s: now.__setitem__(0, now[0] + s)
+    )
+
+    def answer(message):
+        node_id = message.metadata.dst_node_id
+        return None if node_id == 3 else reply(node_id, GOOD, f"s{node_id}", to=message)
+
+    grid = FakeGrid([1, 2, 3], answer)
+    grid.in_process = False
+    strategy = FedAvg(quorum=2, grace=5.0)
+    strategy.start(grid, arrays(**GOOD), 1, timeout=3600)
+    assert 10 <= now[0] < 15
+    assert [(f.phase, f.site, f.reason) for f in strategy.history.failures] == [
+        ("train", "node 3", "no reply within 5 s; 2 of 3 had replied"),
+        ("val", "node 3", "no reply within 5 s; 2 of 3 had replied"),
+    ]

@@ -464,9 +464,20 @@ def test_a_resumed_run_goes_on_from_what_was_spent(tmp_path):
     assert again.history.failures[-1].round == 4
 
 
-def test_another_noise_in_the_resumed_run_is_added_and_not_mixed_up(tmp_path):
+def test_another_noise_in_the_resumed_run_is_refused(tmp_path):
+    run(resumable(tmp_path), site_app(adding), W, rounds=2)
+    again = resumable(tmp_path, resume=True, noise_multiplier=8, count_stddev=8)
+    with pytest.raises(InputError, match="count_stddev of DPFedAvg was"):
+        run(again, site_app(adding), W, rounds=3)
+
+
+def test_releases_with_another_noise_are_added_and_not_mixed_up(tmp_path):
     run(resumable(tmp_path), site_app(adding), W, rounds=2)
     again = resumable(tmp_path, resume=True, noise_multiplier=8, sampling_rate=np.float32(0.5))
+    # As a checkpoint of an earlier version, which did not record the arguments.
+    checkpoint = again.folder.load()
+    checkpoint.strategy = {}
+    again.folder.save(checkpoint)
     run(again, site_app(adding), W, rounds=3)
     assert again.releases == {FIVE: 2, Release(0.5, 8.0): 1} == spent(tmp_path)
 
@@ -488,6 +499,7 @@ def crash_after_release(folder, in_round, resume=False):
                 raise KeyboardInterrupt
             return made
 
+    Crashing.__name__ = DPFedAvg.__name__
     with pytest.raises(KeyboardInterrupt):
         run(resumable(folder, resume, kind=Crashing), site_app(adding), W, rounds=5)
 
