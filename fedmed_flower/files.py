@@ -1,7 +1,7 @@
-"""Reading a folder that a stranger may have written: nothing outside it, and no more than a bound.
+"""Files of a run folder: whole at every moment, with safe names and cells, and read with a bound.
 
-A run folder is read as JSON, TOML, tables of text, PNG and arrays of plain numbers; none of them
-can name code. The functions here hold for all of them: no file is reached through a link that leads
+A stranger may have written a folder that is read. Its files are JSON, TOML, tables of text, PNG and
+arrays of plain numbers; none of them can name code. No file is reached through a link that leads
 out of the folder, no more bytes are read than a bound, and no archive unpacks to more bytes than it
 has.
 """
@@ -16,7 +16,7 @@ import secrets
 import stat
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -38,6 +38,9 @@ MALFORMED = (
     ValueError,
     csv.Error,
 )
+# A spreadsheet takes a cell that starts with one of these for a formula; the last four are the
+# wide forms of the first four (OWASP, "CSV Injection").
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _MOST_LINE = 1 << 16
 _MOST_ENTRIES = 1_000_000
 _MOST_LEVELS = 20
@@ -133,6 +136,43 @@ def read_lines(text: TextIO) -> Iterator[str]:
         if len(line) == _MOST_LINE:
             raise csv.Error(f"a line has {_MOST_LINE:,} letters or more")
         yield line
+
+
+def write_rows(file: TextIO, rows: Iterable[Iterable[object]], ending: str = "\r\n") -> None:
+    """Write lines of a CSV table, in which a spreadsheet finds no formula.
+
+    Parameters
+    ----------
+    file : text file
+        Opened with ``newline=""``.
+    rows : iterable of iterable
+        Numbers and texts. A text that starts as a formula does, such as ``=1+1``, is written after
+        an apostrophe, which `cell_text` removes. A text that is a number, such as ``-1``, stays.
+    ending : str
+        End of each line.
+    """
+    csv.writer(file, lineterminator=ending).writerows(map(_cell, row) for row in rows)
+
+
+def cell_text(cell: str) -> str:
+    """Return the text that `write_rows` wrote as `cell`."""
+    return cell[1:] if cell.startswith("'") and _is_formula(cell) else cell
+
+
+def _cell(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and _is_formula(value) else value
+
+
+def _is_formula(text: str) -> bool:
+    """Return whether a text starts as a formula does, after any number of apostrophes."""
+    bare = text.lstrip("'")
+    if not bare.startswith(_FORMULA):
+        return False
+    try:
+        float(bare)
+    except ValueError:
+        return True
+    return False
 
 
 def read_object(folder: Path, name: str, hint: str) -> dict[str, Any]:

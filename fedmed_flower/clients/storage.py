@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import logging
@@ -16,7 +15,7 @@ from flwr.app import ConfigRecord, Context
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import SPLITS, Site, SiteData
 from fedmed_flower.errors import InputError
-from fedmed_flower.files import write_atomic
+from fedmed_flower.files import write_atomic, write_rows
 from fedmed_flower.settings.text import with_type_of
 from fedmed_flower.wire import LEDGER_DIR, RUN_KEY
 
@@ -59,10 +58,9 @@ def keep_splits(context: Context, site: Site, message: ConfigRecord, data: SiteD
         return
     path = folder / "splits" / f"{file_name(site.name)}.csv"
     text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(("patient", "split"))
+    write_rows(text, [("patient", "split")])
     for split in SPLITS:
-        writer.writerows((patient, split) for patient in _patients(data, split))
+        write_rows(text, ((patient, split) for patient in _patients(data, split)))
     content = text.getvalue().encode(errors="backslashreplace")
     if path.exists() and path.read_bytes() != content:
         log.warning("%s: the split of patients has changed since %s was written", site.name, path)

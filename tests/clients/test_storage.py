@@ -80,6 +80,16 @@ def test_a_simulation_writes_each_sites_splits_once_into_the_run_folder(tmp_path
     assert lines[1:] == expected
 
 
+def test_a_patient_with_the_name_of_a_formula_is_a_text_in_the_split(tmp_path):
+    context, site = real(tmp_path)
+    row = make_rows(1, 0, "a")[0]
+    patients = ["=1+1", "-1", -1]
+    rows = [row | {"patient": patient} for patient in patients]
+    keep_splits(context, site, message(), SiteData(train=rows))
+    path = tmp_path / "own" / "k1" / "splits" / "north.csv"
+    assert path.read_text().split() == ["patient,split", "'=1+1,train", "-1,train"]
+
+
 def test_a_real_site_writes_into_its_output_dir_and_the_server_gets_nothing(tmp_path):
     own = tmp_path / "own"
     own.mkdir()

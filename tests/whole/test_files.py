@@ -1,0 +1,61 @@
+"""What this package writes: tables without formulas."""
+
+import csv
+import io
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import nodes_of, run_tiny
+
+import fedmed_flower
+from fedmed_flower.files import cell_text, write_rows
+from fedmed_flower.server.history import History
+
+PACKAGE = Path(fedmed_flower.__file__).parent
+
+
+def table(rows, ending="\r\n"):
+    text = io.StringIO(newline="")
+    write_rows(text, rows, ending)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff20", "'="])
+def test_a_text_that_starts_as_a_formula_is_written_as_text(start):
+    (row,) = csv.reader(io.StringIO(table([[f"{start}1+1", 2]]), newline=""))
+    assert row == [f"'{start}1+1", "2"]
+    assert cell_text(row[0]) == f"{start}1+1"
+
+
+def test_numbers_and_plain_texts_are_written_as_they_are():
+    row = [-1, -0.5, float("-inf"), "-1", "+2.5e-3", "nan", "", "o'clock", "'quoted'", "a=1"]
+    assert table([row], "\n") == ",".join(map(str, row)) + "\n"
+
+
+@given(st.text("=+-@'1a\t\r\n"))
+def test_every_text_comes_back(text):
+    ((cell, _),) = csv.reader(io.StringIO(table([[text, ""]]), newline=""))
+    assert cell_text(cell) == text
+
+
+def test_a_metric_with_the_name_of_a_formula_stays_a_text():
+    content = History([(1, "val", "=1+1", '=HYPERLINK("x")', -1.5)]).to_csv().decode()
+    assert content.splitlines()[1] == '1,val,\'=1+1,"\'=HYPERLINK(""x"")",-1.5'
+
+
+def test_a_site_with_the_name_of_a_formula_has_its_own_name_in_the_report(tmp_path):
+    run_tiny(tmp_path / "run", node_configs=nodes_of(tmp_path, "=1+1", "south"))
+    assert "\r\n1,train,'=1+1,loss," in (tmp_path / "run" / "metrics.csv").read_bytes().decode()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "=1+1" in page
+    assert not re.search("('|&#39;|&#x27;)=1", page)
+
+
+def test_every_table_is_written_by_the_one_function():
+    """A `csv.writer` elsewhere would write formulas."""
+    writing = re.compile(r"csv\.writer|DictWriter|\.to_csv\([^)]")
+    users = [path for path in PACKAGE.rglob("*.py") if writing.search(path.read_text())]
+    assert users == [PACKAGE / "files.py"]
