@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 import sys
@@ -41,6 +43,8 @@ MALFORMED = (
 # A spreadsheet takes a cell that starts with one of these for a formula; the last four are the
 # wide forms of the first four (OWASP, "CSV Injection").
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+# File name of the data of all sites together, which no site has.
+POOLED_FILE = "all-sites"
 _MOST_LINE = 1 << 16
 _MOST_ENTRIES = 1_000_000
 _MOST_LEVELS = 20
@@ -347,3 +351,32 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def file_name(text: str) -> str:
+    """Return a file name, without ending, for the name of a site or of a run.
+
+    Different texts have different file names, also where a file system ignores case. A text is its
+    own file name if it has only lowercase letters, digits, ``.``, ``_`` and ``-``; any other is
+    followed by its hash after a ``~``, which stands in no such text. None is `POOLED_FILE`.
+
+    Examples
+    --------
+    >>> file_name("hospital-1")
+    'hospital-1'
+    >>> file_name("St. Mary")
+    'St.-Mary~dd9be0ade746656a'
+    """
+    plain = plain_text(text)
+    if plain == text == text.lower() and text != POOLED_FILE:
+        return text
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return f"{plain}~{digest[:16]}"
+
+
+def plain_text(text: str) -> str:
+    """Return at most 80 letters, digits, ``.``, ``_`` and ``-``, of which a file name can consist.
+
+    Different texts may give the same one.
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:80].strip(".-") or "unnamed"

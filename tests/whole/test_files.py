@@ -1,4 +1,4 @@
-"""What this package writes: tables without formulas."""
+"""What this package writes: tables without formulas, a file name for each site."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import nodes_of, run_tiny
 
 import fedmed_flower
-from fedmed_flower.files import cell_text, write_rows
+from fedmed_flower.files import POOLED_FILE, cell_text, file_name, write_rows
 from fedmed_flower.server.history import History
 
 PACKAGE = Path(fedmed_flower.__file__).parent
@@ -59,3 +59,17 @@ def test_every_table_is_written_by_the_one_function():
     writing = re.compile(r"csv\.writer|DictWriter|\.to_csv\([^)]")
     users = [path for path in PACKAGE.rglob("*.py") if writing.search(path.read_text())]
     assert users == [PACKAGE / "files.py"]
+
+
+@pytest.mark.parametrize("name", ["hospital-1", "north", "site_2", "st.mary", "a-12345678", "7"])
+def test_a_plain_lowercase_name_is_its_own_file_name(name):
+    assert file_name(name) == name
+
+
+@given(st.lists(st.text("aA-.~ ü/", max_size=6), unique=True))
+def test_different_names_have_different_files_where_case_is_ignored(texts):
+    names = [*texts, *map(file_name, texts), POOLED_FILE]
+    files = {file_name(name).lower() for name in set(names)}
+    assert len(files) == len(set(names))
+    assert POOLED_FILE not in files
+    assert all(re.fullmatch(r"[a-z0-9_-][a-z0-9._~-]*", file) for file in files)
