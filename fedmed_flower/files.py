@@ -54,6 +54,18 @@ _MOST_MEMBERS = 1_000_000
 _SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")
 
 
+def require_posix() -> None:
+    """Refuse Windows, which lacks what keeps files whole: a sync of folders, flags, locks.
+
+    Raises
+    ------
+    InputError
+        On Windows.
+    """
+    if sys.platform == "win32":
+        raise InputError("fedmed_flower does not run on Windows: use Linux, macOS or WSL 2")
+
+
 @contextmanager
 def as_input_error(what: str, remedy: str) -> Iterator[None]:
     """Turn an error of `MALFORMED` into an `InputError` of one line.
@@ -91,7 +103,10 @@ def open_file(folder: Path, name: str, most: int) -> BinaryIO:
     OSError
         If there is no such file, a link leads out of the folder, the file is too large, or it is
         no regular file. `strerror` is the reason in words.
+    InputError
+        On Windows.
     """
+    require_posix()
     real = _inside(folder, folder / name)
     # Without O_NONBLOCK, opening a pipe would wait for a writer.
     descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -334,7 +349,16 @@ class StoredMembers:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file so that a crash leaves either the old or the new one, never a part."""
+    """Replace a file so that a crash leaves either the old or the new one, never a part.
+
+    Raises
+    ------
+    InputError
+        On Windows.
+    OSError
+        If the file cannot be written.
+    """
+    require_posix()
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name cannot be guessed: a stranger's link of that name would be written through.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")

@@ -1,18 +1,32 @@
-"""What this package writes: tables without formulas, a file name for each site."""
+"""Files: tables without formulas, a file name for each site, and nothing on Windows."""
 
+import ast
 import csv
 import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from flwr.app import ArrayRecord
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import nodes_of, run_tiny
+from tiny import nodes_of, run_tiny, says
 
 import fedmed_flower
-from fedmed_flower.files import POOLED_FILE, cell_text, file_name, write_rows
+from fedmed_flower.errors import InputError
+from fedmed_flower.files import (
+    POOLED_FILE,
+    cell_text,
+    file_name,
+    read_file,
+    write_atomic,
+    write_rows,
+)
+from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.server.history import History
+from fedmed_flower.server.run_folder import RunFolder
+from fedmed_flower.statistics.guard import open_guard
 
 PACKAGE = Path(fedmed_flower.__file__).parent
 
@@ -73,3 +87,37 @@ def test_different_names_have_different_files_where_case_is_ignored(texts):
     assert len(files) == len(set(names))
     assert POOLED_FILE not in files
     assert all(re.fullmatch(r"[a-z0-9_-][a-z0-9._~-]*", file) for file in files)
+
+
+def open_a_book(folder):
+    with open_guard(folder / "book.answers", {}, 10):
+        pass
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda folder: write_atomic(folder / "a", b""),
+        lambda folder: read_file(folder, "a"),
+        lambda folder: RunFolder(folder).make(ArrayRecord()),
+        lambda folder: RunFolder(folder).log_file().__enter__(),
+        lambda folder: Ledger(folder / "ledger.sqlite"),
+        open_a_book,
+    ],
+    ids=["file", "reading", "run folder", "log", "ledger", "book"],
+)
+def test_windows_is_refused_in_one_line_before_a_file_is_written(use, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(
+        InputError, match=says("fedmed_flower does not run on Windows: use Linux, macOS or WSL 2")
+    ):
+        use(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_file_imports_at_its_top_what_windows_lacks():
+    lacking = {"fcntl", "grp", "pwd", "resource", "termios", "pty"}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in getattr(node, "names", ())]
+            assert not lacking & {*names, getattr(node, "module", None)}, path
