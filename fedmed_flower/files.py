@@ -1,7 +1,7 @@
-"""Reading a folder that a stranger may have written: nothing outside it, and no more than a bound.
+"""Files of a run folder: whole at every moment, with safe names and cells, and read with a bound.
 
-A run folder is read as JSON, TOML, tables of text, PNG and arrays of plain numbers; none of them
-can name code. The functions here hold for all of them: no file is reached through a link that leads
+A stranger may have written a folder that is read. Its files are JSON, TOML, tables of text, PNG and
+arrays of plain numbers; none of them can name code. No file is reached through a link that leads
 out of the folder, no more bytes are read than a bound, and no archive unpacks to more bytes than it
 has.
 """
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -38,6 +40,11 @@ MALFORMED = (
     ValueError,
     csv.Error,
 )
+# A spreadsheet takes a cell that starts with one of these for a formula; the last four are the
+# wide forms of the first four (OWASP, "CSV Injection").
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+# File name of the data of all sites together, which no site has.
+POOLED_FILE = "all-sites"
 _MOST_LINE = 1 << 16
 _MOST_ENTRIES = 1_000_000
 _MOST_LEVELS = 20
@@ -45,6 +52,18 @@ _MOST_MEMBERS = 1_000_000
 # The last bytes of an SQLite journal that names another file, which SQLite deletes when it plays
 # the journal back.
 _SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")
+
+
+def require_posix() -> None:
+    """Refuse Windows, which lacks what keeps files whole: a sync of folders, flags, locks.
+
+    Raises
+    ------
+    InputError
+        On Windows.
+    """
+    if sys.platform == "win32":
+        raise InputError("fedmed_flower does not run on Windows: use Linux, macOS or WSL 2")
 
 
 @contextmanager
@@ -84,7 +103,10 @@ def open_file(folder: Path, name: str, most: int) -> BinaryIO:
     OSError
         If there is no such file, a link leads out of the folder, the file is too large, or it is
         no regular file. `strerror` is the reason in words.
+    InputError
+        On Windows.
     """
+    require_posix()
     real = _inside(folder, folder / name)
     # Without O_NONBLOCK, opening a pipe would wait for a writer.
     descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -133,6 +155,43 @@ def read_lines(text: TextIO) -> Iterator[str]:
         if len(line) == _MOST_LINE:
             raise csv.Error(f"a line has {_MOST_LINE:,} letters or more")
         yield line
+
+
+def write_rows(file: TextIO, rows: Iterable[Iterable[object]], ending: str = "\r\n") -> None:
+    """Write lines of a CSV table, in which a spreadsheet finds no formula.
+
+    Parameters
+    ----------
+    file : text file
+        Opened with ``newline=""``.
+    rows : iterable of iterable
+        Numbers and texts. A text that starts as a formula does, such as ``=1+1``, is written after
+        an apostrophe, which `cell_text` removes. A text that is a number, such as ``-1``, stays.
+    ending : str
+        End of each line.
+    """
+    csv.writer(file, lineterminator=ending).writerows(map(_cell, row) for row in rows)
+
+
+def cell_text(cell: str) -> str:
+    """Return the text that `write_rows` wrote as `cell`."""
+    return cell[1:] if cell.startswith("'") and _is_formula(cell) else cell
+
+
+def _cell(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and _is_formula(value) else value
+
+
+def _is_formula(text: str) -> bool:
+    """Return whether a text starts as a formula does, after any number of apostrophes."""
+    bare = text.lstrip("'")
+    if not bare.startswith(_FORMULA):
+        return False
+    try:
+        float(bare)
+    except ValueError:
+        return True
+    return False
 
 
 def read_object(folder: Path, name: str, hint: str) -> dict[str, Any]:
@@ -290,7 +349,16 @@ class StoredMembers:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file so that a crash leaves either the old or the new one, never a part."""
+    """Replace a file so that a crash leaves either the old or the new one, never a part.
+
+    Raises
+    ------
+    InputError
+        On Windows.
+    OSError
+        If the file cannot be written.
+    """
+    require_posix()
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name cannot be guessed: a stranger's link of that name would be written through.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
@@ -307,3 +375,32 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def file_name(text: str) -> str:
+    """Return a file name, without ending, for the name of a site or of a run.
+
+    Different texts have different file names, also where a file system ignores case. A text is its
+    own file name if it has only lowercase letters, digits, ``.``, ``_`` and ``-``; any other is
+    followed by its hash after a ``~``, which stands in no such text. None is `POOLED_FILE`.
+
+    Examples
+    --------
+    >>> file_name("hospital-1")
+    'hospital-1'
+    >>> file_name("St. Mary")
+    'St.-Mary~dd9be0ade746656a'
+    """
+    plain = plain_text(text)
+    if plain == text == text.lower() and text != POOLED_FILE:
+        return text
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return f"{plain}~{digest[:16]}"
+
+
+def plain_text(text: str) -> str:
+    """Return at most 80 letters, digits, ``.``, ``_`` and ``-``, of which a file name can consist.
+
+    Different texts may give the same one.
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:80].strip(".-") or "unnamed"

@@ -13,10 +13,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.clients.storage import file_name, output_folder
+from fedmed_flower.clients.storage import output_folder
 from fedmed_flower.data.site import Row
 from fedmed_flower.errors import DeclinedError, InputError
-from fedmed_flower.files import write_atomic
+from fedmed_flower.files import file_name, write_atomic
 from fedmed_flower.metrics.names import lower_is_better, main_metric
 from fedmed_flower.models.device import derive_seed
 from fedmed_flower.settings.text import with_type_of

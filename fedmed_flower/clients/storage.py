@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import io
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from flwr.app import ConfigRecord, Context
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import SPLITS, Site, SiteData
 from fedmed_flower.errors import InputError
-from fedmed_flower.files import write_atomic
+from fedmed_flower.files import file_name, plain_text, write_atomic, write_rows
 from fedmed_flower.settings.text import with_type_of
 from fedmed_flower.wire import LEDGER_DIR, RUN_KEY
 
@@ -59,10 +56,9 @@ def keep_splits(context: Context, site: Site, message: ConfigRecord, data: SiteD
         return
     path = folder / "splits" / f"{file_name(site.name)}.csv"
     text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(("patient", "split"))
+    write_rows(text, [("patient", "split")])
     for split in SPLITS:
-        writer.writerows((patient, split) for patient in _patients(data, split))
+        write_rows(text, ((patient, split) for patient in _patients(data, split)))
     content = text.getvalue().encode(errors="backslashreplace")
     if path.exists() and path.read_bytes() != content:
         log.warning("%s: the split of patients has changed since %s was written", site.name, path)
@@ -71,24 +67,14 @@ def keep_splits(context: Context, site: Site, message: ConfigRecord, data: SiteD
 
 
 def keep_pictures(folder: Path, site: Site, pictures: Sequence[Picture]) -> None:
-    """Write pictures that may not leave to ``pictures-kept/SITE-1-TITLE.png`` and so on."""
+    """Write pictures that may not leave to ``pictures-kept/SITE/1-TITLE.png`` and so on."""
+    own = folder / "pictures-kept" / file_name(site.name)
     for number, picture in enumerate(pictures, start=1):
-        name = f"{file_name(site.name)}-{number}-{_plain(picture.title)}.png"
-        write_atomic(folder / "pictures-kept" / name, picture.png)
-    log.info("%s: %d pictures in %s", site.name, len(pictures), folder / "pictures-kept")
+        write_atomic(own / f"{number}-{plain_text(picture.title)}.png", picture.png)
+    log.info("%s: %d pictures in %s", site.name, len(pictures), own)
 
 
 def _patients(data: SiteData, split: str) -> list[str]:
     patients = [row["patient"] for row in getattr(data, split)]
     # A number names one patient, whether it is Python's, NumPy's or torch's.
     return list(dict.fromkeys(str(p.item() if hasattr(p, "item") else p) for p in patients))
-
-
-def file_name(text: str) -> str:
-    """Return a file name that is safe as part of a path; different texts get different names."""
-    plain = _plain(text)
-    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:80].strip(".-") or "unnamed"

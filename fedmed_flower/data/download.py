@@ -45,23 +45,27 @@ class ImageSplits:
         Where the images come from, for log, summary and report.
     generated : bool
         True if no real patient stands behind the images.
+    prefix : str
+        Start of the patients' names, so that the patients of two sets differ.
     """
 
     images: Mapping[str, NDArray[Any]]
     labels: Mapping[str, NDArray[np.int64]]
     source: str
     generated: bool = False
+    prefix: str = ""
 
     def rows(self, split: str, which: Iterable[int] | None = None) -> list[Row]:
         """Return the images of a split, or those with the indices `which`, as a client's rows.
 
-        These sets name no patients: each image counts as a patient of its own.
+        These sets name no patients: each image counts as a patient of its own, named by prefix,
+        split and index.
         """
         images = self.images[split]
         labels = self.labels[split]
         indices = range(len(labels)) if which is None else which
         return [
-            {"image": images[i], "label": int(labels[i]), "patient": f"{split}-{i}"}
+            {"image": images[i], "label": int(labels[i]), "patient": f"{self.prefix}{split}-{i}"}
             for i in indices
         ]
 

@@ -48,7 +48,8 @@ def chest_xrays(
     Returns
     -------
     ImageSplits
-        Images (n, size, size) uint8 and labels (n,) int64, read-only; ``generated`` is True.
+        Images (n, size, size) uint8 and labels (n,) int64, read-only; ``generated`` is True. With
+        different seeds the patients have different names.
 
     Raises
     ------
@@ -79,7 +80,7 @@ def chest_xrays(
         images[split] = drawn
         labels[split] = truth.astype(np.int64)
         drawn.flags.writeable = labels[split].flags.writeable = False
-    return ImageSplits(images, labels, GENERATED, generated=True)
+    return ImageSplits(images, labels, GENERATED, True, f"phantom-{seed}-" if seed else "")
 
 
 def hippocampi(count: int, seed: int = 0, size: int = 24) -> Volumes:
@@ -102,7 +103,7 @@ def hippocampi(count: int, seed: int = 0, size: int = 24) -> Volumes:
     -------
     Volumes
         Rows with ``image`` (x, y, z) float32, ``label`` (x, y, z) uint8 and ``patient``;
-        ``generated`` is True.
+        ``generated`` is True. With different seeds the patients have different names.
 
     Raises
     ------
@@ -113,12 +114,16 @@ def hippocampi(count: int, seed: int = 0, size: int = 24) -> Volumes:
     for name, (value, low, high) in bounds.items():
         if not isinstance(value, int | np.integer) or not low <= value <= high:
             raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-    rows = [_hippocampus(np.random.default_rng([seed, 3, k]), size, k) for k in range(count)]
+    prefix = f"phantom-{seed}-" if seed else "phantom-"
+    rows = [
+        {**_hippocampus(np.random.default_rng([seed, 3, k]), size), "patient": f"{prefix}{k}"}
+        for k in range(count)
+    ]
     return Volumes(tuple(rows), GENERATED, generated=True)
 
 
-def _hippocampus(rng: np.random.Generator, size: int, number: int) -> Row:
-    """Draw one volume; the unit of length is half of the volume's side."""
+def _hippocampus(rng: np.random.Generator, size: int) -> Row:
+    """Draw the image and label of one volume; the unit of length is half of the volume's side."""
     shape = size + rng.integers(-2, 3, 3)
     x, y, z = np.meshgrid(
         *(np.linspace(-1, 1, side, dtype=np.float32) for side in shape), indexing="ij"
@@ -135,11 +140,7 @@ def _hippocampus(rng: np.random.Generator, size: int, number: int) -> Row:
     texture = gaussian_filter(rng.standard_normal(shape), 2.0) * 1.5
     image = rng.uniform(0.7, 1.3) * (1 + 0.8 * soft + 0.3 * soft * (along > 0.33) + 0.3 * texture)
     image += rng.normal(0, 0.12, shape)
-    return {
-        "image": (100 * image).astype(np.float32),
-        "label": label,
-        "patient": f"phantom-{number}",
-    }
+    return {"image": (100 * image).astype(np.float32), "label": label}
 
 
 def _draw(opaque: NDArray[np.bool_], size: int, rng: np.random.Generator) -> NDArray[np.uint8]:

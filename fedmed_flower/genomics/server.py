@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import heapq
 import logging
 import os
@@ -14,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import tomli_w
@@ -23,6 +22,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedmed_flower.errors import InputError
+from fedmed_flower.files import write_rows
 from fedmed_flower.genomics.association import (
     CASE_COPIES,
     CASES,
@@ -196,7 +196,7 @@ class _Association:
                         total[key] += count
                 self.log10_p.append(tested.results.log10_p)
                 self.best = _smallest(self.best, tested.results.log10_p, rows)
-                lines.writerows(rows)
+                write_rows(lines, rows, "\n")
 
     def _test(self, block: Block, counts: Counts, number: int) -> _Tested:
         held = counts[:, :, CASES] == WITHHELD
@@ -385,14 +385,13 @@ def _short(p: str) -> str:
 
 
 @contextmanager
-def _table(path: Path) -> Iterator[Any]:
+def _table(path: Path) -> Iterator[TextIO]:
     """Write a CSV file line by line; it appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            yield writer
+            write_rows(file, [COLUMNS], "\n")
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from fedmed_flower.data.site import patient_text
 from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.files import require_posix
 from fedmed_flower.privacy.accounting import Release, epsilon_of, require_release
 
 log = logging.getLogger("flwr.fedmed")
@@ -511,7 +512,10 @@ def transaction(path: Path, mode: str, schema: str) -> Iterator[sqlite3.Connecti
         If the file is damaged, or if it holds anything that `schema` does not make: in a
         stranger's file a view or a computed column could be read without end, and a trigger could
         write.
+    InputError
+        On Windows.
     """
+    require_posix()
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, timeout=_WAIT_SECONDS, isolation_level=None, uri=True)
     try:

@@ -16,6 +16,7 @@ from flwr.app import Context
 
 from fedmed_flower.data.site import Site
 from fedmed_flower.errors import InputError
+from fedmed_flower.files import POOLED_FILE, file_name
 from fedmed_flower.privacy.accounting import Release, epsilon_of, noise_for
 from fedmed_flower.privacy.ledger import Ledger, Limit
 from fedmed_flower.settings.node import NodeSettings
@@ -197,7 +198,7 @@ def ledger_path(context: Context, site: Site, message: Any) -> Path:
         ``ledger`` in its node config is the path of the file, on the hospital's own disk.
     site : Site
         Without ``ledger``, the file of a hospital lies in its ``data-dir``, and that of a simulated
-        site in the run folder.
+        site in the run folder, named by `files.file_name`.
     message : mapping
         The config that came with the message: ``ledger-dir``, used in a simulation only.
 
@@ -226,4 +227,17 @@ def ledger_path(context: Context, site: Site, message: Any) -> Path:
     if not folder:
         raise InputError("privacy needs a folder for the sites' ledgers: give run-dir")
     pooled = bool(message.get(POOL_SITES, False))
-    return Path(folder).expanduser() / f"{'all-sites' if pooled else site.name}.sqlite"
+    return _ledger_in(Path(folder).expanduser(), None if pooled else site.name)
+
+
+def _ledger_in(folder: Path, name: str | None) -> Path:
+    """Return the path of a simulated site's ledger, or with None that of the pooled data."""
+    if name is None:
+        return folder / f"{POOLED_FILE}.sqlite"
+    # Earlier versions took the name as it is; a run that they began goes on with its ledgers.
+    earlier = f"{name}.sqlite"
+    # `exists` would also find the file of a name that differs only in case.
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if earlier in present and name != POOLED_FILE and "~" not in name:
+        return folder / earlier
+    return folder / f"{file_name(name)}.sqlite"

@@ -14,6 +14,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.files import (
     MOST_TABLE,
     as_input_error,
+    cell_text,
     open_file,
     read_lines,
     read_object,
@@ -151,7 +152,7 @@ def _read_metrics(folder: Path) -> Curves:
         lines: Any = csv.DictReader(read_lines(text))
         try:
             for line in lines:
-                key = (line["phase"], line["metric"], f"{line['site']}")
+                key = (line["phase"], cell_text(line["metric"]), cell_text(line["site"]))
                 server_round = int(line["round"])
                 value = float(line["value"])
                 if abs(server_round) > _MOST_ROUND:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedmed_flower.files import write_rows
 from fedmed_flower.metrics.names import MAIN
 from fedmed_flower.server.traffic import Traffic
 from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON, Sent
@@ -96,7 +96,5 @@ class History:
     def to_csv(self) -> bytes:
         """Return the rows as a tidy table with the columns round, phase, site, metric, value."""
         text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(COLUMNS)
-        writer.writerows(self.rows)
+        write_rows(text, [COLUMNS, *self.rows])
         return text.getvalue().encode(errors="backslashreplace")

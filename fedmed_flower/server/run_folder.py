@@ -29,6 +29,7 @@ from fedmed_flower.files import (
     StoredMembers,
     open_file,
     read_file,
+    require_posix,
     write_atomic,
 )
 from fedmed_flower.server.history import Failure, History, Note
@@ -124,9 +125,10 @@ class RunFolder:
         Raises
         ------
         InputError
-            If the folder cannot be written, or an entry of `arrays` has a dtype that
-            ``model.safetensors`` cannot hold.
+            If the folder cannot be written, an entry of `arrays` has a dtype that
+            ``model.safetensors`` cannot hold, or this is Windows.
         """
+        require_posix()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with TemporaryFile(dir=self.path):
@@ -146,6 +148,7 @@ class RunFolder:
     @contextmanager
     def log_file(self) -> Iterator[None]:
         """Also write Flower's and this package's log lines to ``log.txt``."""
+        require_posix()
         self.path.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(self.path / LOG, encoding="utf-8")
         handler.setLevel(logging.INFO)

@@ -159,6 +159,24 @@ def test_npz_without_arrays_is_named(workdir, monkeypatch):
     assert not (workdir / "runs").exists()
 
 
+def test_hospitals_that_number_their_images_from_0_share_no_patients(workdir):
+    import numpy as np
+
+    from fedmed_flower.data.phantoms import chest_xrays
+
+    for seed, name in enumerate(("north", "south")):
+        images = chest_xrays(6, 2, 2, seed)
+        arrays = {f"{split}_images": part for split, part in images.images.items()}
+        arrays |= {f"{split}_labels": part for split, part in images.labels.items()}
+        (workdir / "data" / name).mkdir(parents=True)
+        np.savez(workdir / "data" / name / "phantoms.npz", **arrays, generated=np.array(True))
+    settings = ["-c", "dataset=phantoms", "-c", "num-server-rounds=1"]
+    arguments = ["run", str(EXAMPLE), "--data", "data", "--out", "run", *settings]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "more than one hospital" not in (workdir / "run" / "log.txt").read_text()
+
+
 def broken_copy(folder, old, new):
     """Copy the example with a change in its client."""
     shutil.copytree(EXAMPLE, folder)

@@ -80,6 +80,16 @@ def test_a_simulation_writes_each_sites_splits_once_into_the_run_folder(tmp_path
     assert lines[1:] == expected
 
 
+def test_a_patient_with_the_name_of_a_formula_is_a_text_in_the_split(tmp_path):
+    context, site = real(tmp_path)
+    row = make_rows(1, 0, "a")[0]
+    patients = ["=1+1", "-1", -1]
+    rows = [row | {"patient": patient} for patient in patients]
+    keep_splits(context, site, message(), SiteData(train=rows))
+    path = tmp_path / "own" / "k1" / "splits" / "north.csv"
+    assert path.read_text().split() == ["patient,split", "'=1+1,train", "-1,train"]
+
+
 def test_a_real_site_writes_into_its_output_dir_and_the_server_gets_nothing(tmp_path):
     own = tmp_path / "own"
     own.mkdir()
@@ -183,7 +193,7 @@ def test_pictures_leave_only_where_the_hospital_says_so(
         got = shared(client, context, run_key="k1", ledger_dir=str(tmp_path / "run" / "ledgers"))
     leave = share is not False if simulated else share is True and not budget
     assert got == ([(picture.title, picture.png) for picture in PICTURES] if leave else [])
-    files = ["hospital-1-1-case-1-class-0-given-50.png", "hospital-1-2-the-worst.png"]
+    files = ["hospital-1/1-case-1-class-0-given-50.png", "hospital-1/2-the-worst.png"]
     # Where a budget is set, none is drawn at all: whether that succeeds would tell of the rows.
     drawn = simulated or not budget
     kept = {"own/k1": output, "run": simulated and not output}
@@ -263,17 +273,24 @@ def test_names_stay_in_their_folder(tmp_path, text):
     assert len(found) == 2
     for path in found:
         assert path.parts[:2] == ("deep", "own")
-        assert len(path.parts) == 5
-        assert path.parts[3] in ("splits", "pictures-kept")
+        assert len(path.parts) == {"splits": 5, "pictures-kept": 6}[path.parts[3]]
 
 
 def test_names_that_look_alike_as_files_are_kept_apart(tmp_path):
-    names = ["a/b", "a b", "a-b", "北京", "上海", "..", "..."]
+    names = ["a/b", "a b", "a-b", "A-b", "A-B", "北京", "上海", "..", "..."]
     for name in names:
         context, site = real(tmp_path, name=name)
         keep_splits(context, site, message(), data())
-    assert len(files_of(tmp_path)) == len(names)
+    assert len({path.lower() for path in files_of(tmp_path)}) == len(names)
     assert "own/k1/splits/a-b.csv" in files_of(tmp_path)
+
+
+def test_pictures_of_two_sites_never_have_one_file(tmp_path):
+    for name, title in (("a", "1-x"), ("a-1", "x"), ("A", "1-x")):
+        keep_pictures(tmp_path, Site(name), [Picture(title, name.encode())])
+    found = files_of(tmp_path)
+    assert len({path.lower() for path in found}) == 3
+    assert sorted(found.values()) == [b"A", b"a", b"a-1"]
 
 
 def test_pictures_leave_a_real_hospital_once_a_run_and_six_at_most(tmp_path):

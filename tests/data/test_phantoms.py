@@ -84,10 +84,22 @@ def test_arguments_are_checked(arguments, text):
     assert str(caught.value) == text
 
 
+def test_patients_of_different_seeds_have_different_names():
+    for sets in (
+        [chest_xrays(2, 1, 1, seed=seed) for seed in range(3)],
+        [hippocampi(2, seed, 16) for seed in range(3)],
+    ):
+        rows = [s.rows("train") if hasattr(s, "images") else s.rows for s in sets]
+        names = [row["patient"] for part in rows for row in part]
+        assert len(set(names)) == len(names) == 6
+    assert [row["patient"] for row in chest_xrays(2, 1, 1).rows("train")] == ["train-0", "train-1"]
+    assert [row["patient"] for row in hippocampi(2, size=16).rows] == ["phantom-0", "phantom-1"]
+
+
 def test_hippocampi_are_rows_of_a_client_and_marked_as_generated():
     volumes = hippocampi(6, seed=4, size=20)
     assert (volumes.source, volumes.generated) == (GENERATED, True)
-    assert [row["patient"] for row in volumes.rows] == [f"phantom-{n}" for n in range(6)]
+    assert [row["patient"] for row in volumes.rows] == [f"phantom-4-{n}" for n in range(6)]
     for row in volumes.rows:
         assert set(row) == {"image", "label", "patient"}
         assert (row["image"].dtype, row["label"].dtype) == (np.float32, np.uint8)

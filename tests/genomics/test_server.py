@@ -29,6 +29,14 @@ def world(tmp_path):
     return World(tmp_path)
 
 
+def test_a_variant_with_the_name_of_a_formula_is_a_text_in_the_table(world, tmp_path):
+    for names in world.names:
+        names[20] = "=1+1"
+    summary, lines = study(world.client(), tmp_path)
+    assert float(lines["'=1+1"]["statistic"]) > 0
+    assert summary["tables"][0]["rows"][0][0] == "=1+1"
+
+
 def test_allelic_and_trend_tests_are_those_of_the_pooled_people(world, tmp_path):
     _, allelic = study(world.client(), tmp_path, test="allelic")
     (tmp_path / "run").rename(tmp_path / "first")

@@ -270,6 +270,27 @@ def test_where_a_site_keeps_its_ledger(node, site, run, message, wanted):
     assert ledger_path(context, site, message) == Path(wanted)
 
 
+def ledger_of(folder, name):
+    return ledger_path(context_of(), Site(name, simulated=True), {"ledger-dir": str(folder)})
+
+
+def test_sites_whose_names_differ_in_case_have_a_ledger_each(tmp_path):
+    names = ["a", "A", "all-sites", "All-Sites", "Süd", "S-d", "SÜD"]
+    paths = [ledger_of(tmp_path, name) for name in names]
+    pooled = {"ledger-dir": str(tmp_path), "pool-sites": True}
+    paths.append(ledger_path(context_of(), Site("a", simulated=True), pooled))
+    assert len({str(path).lower() for path in paths}) == len(paths)
+    for path in paths:
+        Ledger(path)
+    assert [ledger_of(tmp_path, name) for name in names] == paths[:-1]
+
+
+def test_the_ledger_of_a_run_that_an_earlier_version_began_keeps_its_name(tmp_path):
+    Ledger(tmp_path / "North.sqlite")
+    assert ledger_of(tmp_path, "North") == tmp_path / "North.sqlite"
+    assert ledger_of(tmp_path, "NORTH").name.startswith("NORTH~")
+
+
 def test_the_home_folder_may_be_named_by_a_tilde(monkeypatch):
     monkeypatch.setenv("HOME", "/home/clinic")
     context = context_of(node_config={"ledger": "~/own.sqlite"})

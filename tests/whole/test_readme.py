@@ -5,7 +5,7 @@ from pathlib import Path
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
-def test_the_first_code_runs_as_it_stands(tmp_path, monkeypatch):
+def test_the_first_code_runs_as_it_stands(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
@@ -14,3 +14,6 @@ def test_the_first_code_runs_as_it_stands(tmp_path, monkeypatch):
     assert summary["rounds"] == 3
     assert list(summary["sites"]) == ["hospital-1", "hospital-2", "hospital-3"]
     assert (tmp_path / "runs" / "first" / "report.html").is_file()
+    # The hospitals' generated patients have different names.
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["generated data, not patients"]
