@@ -31,7 +31,7 @@ from fedmed_flower.files import (
     read_file,
     write_atomic,
 )
-from fedmed_flower.server.history import Failure, History
+from fedmed_flower.server.history import Failure, History, Stop
 from fedmed_flower.server.traffic import traffic_of
 from fedmed_flower.wire import Sent
 
@@ -220,6 +220,7 @@ class RunFolder:
             "sites": list(checkpoint.site_names.items()),
             "rows": checkpoint.history.rows,
             "failures": [asdict(failure) for failure in checkpoint.history.failures],
+            "stopped": checkpoint.history.stopped and asdict(checkpoint.history.stopped),
             "sent": checkpoint.history.sent.table(),
             "traffic": {s: t.table() for s, t in checkpoint.history.traffic.items()},
             "records": {name: _index(record) for name, record in records.items()},
@@ -287,15 +288,28 @@ def _checkpoint(members: StoredMembers) -> Checkpoint:
         (_whole(number, _MOST_ROUND), str(phase), str(site), str(metric), float(value))
         for number, phase, site, metric, value in state["rows"]
     ]
+    history = History(
+        rows,
+        failures,
+        Sent.of(state.get("sent")),
+        traffic_of(state.get("traffic")),
+        _stop(state.get("stopped")),
+    )
     return Checkpoint(
         _whole(state["round"], _MOST_ROUND),
         _whole(state["seed"], _MOST_SEED),
         records.pop("arrays"),
-        History(rows, failures, Sent.of(state.get("sent")), traffic_of(state.get("traffic"))),
+        history,
         state["metrics"],
         {_whole(node_id, 2**64): str(name) for node_id, name in state["sites"]},
         states,
         {name.removeprefix("state/"): record for name, record in records.items()},
+    )
+
+
+def _stop(entry: Any) -> Stop | None:
+    return (
+        None if entry is None else Stop(_whole(entry["round"], _MOST_ROUND), f"{entry['reason']}")
     )
 
 
