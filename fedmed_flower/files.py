@@ -358,23 +358,41 @@ def write_atomic(path: Path, data: bytes) -> None:
     OSError
         If the file cannot be written.
     """
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a file to write, which then replaces the one at `path`, as `write_atomic`.
+
+    If an error is raised, `path` stays as it was.
+
+    Raises
+    ------
+    InputError, OSError
+        As in `write_atomic`.
+    """
     require_posix()
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name cannot be guessed: a stranger's link of that name would be written through.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Let the operating system write a file or the entries of a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def file_name(text: str) -> str:

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Set
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ import tomli_w
 import typer
 from keys import make_certificates, make_site_key, write
 
+from fedmed_flower.engines.processes import family, living, without_loopback_proxy
 from fedmed_flower.engines.project import load_project
 from fedmed_flower.errors import InputError
 from fedmed_flower.settings.registry import Sectioned, defaults
@@ -69,7 +69,9 @@ def start(
     connection = f'[superlink.{CONNECTION}]\naddress = "{HOST}:{port}"\n'
     connection += f"root-certificates = {json.dumps(str(directory / 'server' / 'ca.crt'))}\n"
     write(directory / "flwr-home" / "config.toml", connection)
-    print("$ export " + " ".join(f"{key}={value}" for key, value in SETTINGS.items()))
+    own = environment(directory)
+    exported = {key: own[key] for key in (*SETTINGS, "no_proxy", "NO_PROXY")}
+    print("$ export " + " ".join(f"{key}={shlex.quote(value)}" for key, value in exported.items()))
     try:
         launch(directory, "superlink", port, superlink_command(directory, port))
         wait_until(directory, lambda: is_listening(port), f"the SuperLink listens on port {port}")
@@ -214,7 +216,8 @@ def choose_ports(count: int, base: int | None) -> list[int]:
 def environment(directory: Path, home: str = "flwr-home") -> dict[str, str]:
     """Return this process's environment with our settings and a Flower home of our own."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return os.environ | SETTINGS | {"PATH": path, "FLWR_HOME": str(directory / home)}
+    own = {"PATH": path, "FLWR_HOME": str(directory / home)}
+    return without_loopback_proxy(os.environ | SETTINGS | own)
 
 
 def show(command: list[str], directory: Path, home: str = "flwr-home") -> list[str]:
@@ -290,25 +293,12 @@ def live_processes(directory: Path, known: Set[int] = frozenset()) -> set[int]:
     """Return the numbers of the deployment's living processes, their children included.
 
     A recorded number whose command no longer names the folder was given to a stranger meanwhile.
-    Flower's processes name their parent with ``--parent-pid``, which outlives the parent.
     """
-    columns = ["ps", "-Awwo", "pid=,ppid=,stat=,args="]
-    table = subprocess.run(columns, capture_output=True, text=True, check=True).stdout
-    commands: dict[int, str] = {}
-    children: dict[int, set[int]] = defaultdict(set)
-    for line in table.splitlines():
-        pid, parent, state, *args = line.split(None, 3)
-        if not state.startswith("Z"):
-            commands[int(pid)] = "".join(args)
-            for number in (parent, *re.findall(r"--parent-pid (\d+)", commands[int(pid)])):
-                children[int(number)].add(int(pid))
+    table = living()
     recorded = {entry["pid"] for entry in read_processes(directory).values()}
-    new = {pid for pid in recorded if str(directory) in commands.get(pid, str(directory))} | known
-    kin: set[int] = set()
-    while new:
-        kin |= new
-        new = {child for pid in new for child in children[pid]} - kin
-    return kin & commands.keys()
+    # A process that has ended may have left children.
+    ours = {pid for pid in recorded if pid not in table or str(directory) in table[pid].command}
+    return family(ours | known, table)
 
 
 if __name__ == "__main__":

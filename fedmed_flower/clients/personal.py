@@ -157,7 +157,9 @@ def _write(client: MedicalClient, state: dict[str, Tensor], config: ConfigRecord
     folder = output_folder(client.context, client.site, config)
     if folder is not None:
         path = folder / "personal" / f"{file_name(client.site.name)}.safetensors"
-        write_atomic(path, save({key: value.contiguous() for key, value in state.items()}))
+        # Copies: tied weights share their memory, which the library refuses.
+        tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+        write_atomic(path, save(tensors))
         log.info("%s: the personal model is in %s", client.site.name, path)
 
 

@@ -23,6 +23,7 @@ import tomli_w
 from flwr.app import UserConfig
 
 from fedmed_flower.engines.gpu import gpu_share, measure_site
+from fedmed_flower.engines.processes import family, living, without_loopback_proxy
 from fedmed_flower.errors import InputError, shown
 
 log = logging.getLogger("flwr.fedmed")
@@ -148,7 +149,8 @@ def _superlink() -> Iterator[tuple[dict[str, str], Path]]:
         tomli_w.dumps({"superlink": {"default": _LINK, _LINK: link}}), encoding="utf-8"
     )
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    environment = os.environ | _ENVIRONMENT | {"FLWR_HOME": str(home), "PATH": path}
+    own = {"FLWR_HOME": str(home), "PATH": path}
+    environment = without_loopback_proxy(os.environ | _ENVIRONMENT | own)
     command = [_program("flower-superlink"), "--insecure", "--simulation"]
     command += ["--host", "127.0.0.1", "--port", port]
     log = home / "superlink.log"
@@ -170,7 +172,8 @@ def _await(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float
         if process.poll() is not None:
             break
         try:
-            if httpx.get(url, timeout=2).is_success:
+            # A proxy of the environment does not reach this machine.
+            if httpx.get(url, timeout=2, trust_env=False).is_success:
                 return
         except httpx.HTTPError:
             time.sleep(0.2)
@@ -183,29 +186,16 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     Flower's simulation runs in another session: after a signal to the SuperLink's group alone it
     would go on to train and write.
     """
-    parents = _parents()
-    family = set[int]()
-    new = {process.pid}
-    while new:
-        family |= new
-        new = {pid for pid, parent in parents.items() if parent in new} - family
+    alive = family({process.pid}, living())
     for request in (signal.SIGTERM, signal.SIGKILL):
-        for pid in family:
+        for pid in alive:
             with suppress(ProcessLookupError):
                 os.kill(pid, request)
         deadline = time.monotonic() + 5
-        while family and time.monotonic() < deadline:
+        while alive and time.monotonic() < deadline:
             time.sleep(0.1)
             process.poll()
-            family &= _parents().keys()
-
-
-def _parents() -> dict[int, int]:
-    """Return the parent of each living process."""
-    columns = ["ps", "-Ao", "pid=,ppid=,stat="]
-    table = subprocess.run(columns, capture_output=True, text=True, check=True).stdout
-    rows = (line.split() for line in table.splitlines())
-    return {int(pid): int(parent) for pid, parent, state in rows if not state.startswith("Z")}
+            alive &= living().keys()
 
 
 def _outcome(run_id: str, environment: Mapping[str, str]) -> tuple[str, str]:

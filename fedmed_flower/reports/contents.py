@@ -10,7 +10,7 @@ from fedmed_flower.data.site import some_of
 from fedmed_flower.metrics.names import in_groups, lower_is_better
 from fedmed_flower.metrics.outcomes import gaps
 from fedmed_flower.reports import frame
-from fedmed_flower.reports.frame import COUNT, format_of
+from fedmed_flower.reports.frame import COUNT, format_of, format_value
 from fedmed_flower.reports.summary import (
     Total,
     by_site,
@@ -29,6 +29,15 @@ from fedmed_flower.wire import Sent, noised_evaluation
 
 _MOST_IN_WORDS = 5
 _CHANGE = "+,.3f"
+
+
+def early_stop(summary: dict[str, Any]) -> str:
+    """Return after which round the run ended early, and why; an empty text if it did not."""
+    stopped = nested(summary, "stopped")
+    last = number(stopped, "round")
+    if last is None:
+        return ""
+    return f"Stopped after round {format_value(last, COUNT)}: {stopped.get('reason')}"
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,8 @@ def _head(summary: dict[str, Any], num_sites: int) -> str:
     facts = f"{date} · {count_of(num_sites, 'hospital')} · {' of '.join(rounds)} rounds"
     status = str(summary.get("status"))
     title = STATUS.get(status, "Status not known")
-    message = escaped(summary.get("message") or " ")
+    parts = [contents.early_stop(summary)[:_MOST_REASON], summary.get("message")]
+    message = ". ".join(escaped(part) for part in parts if part) or " "
     return (
         f'<h1>{app}</h1><p class="soft">Federated run · {facts}</p>'
         f'<div class="status {status if status in STATUS else "unknown"}" role="status">'

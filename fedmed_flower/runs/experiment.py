@@ -508,9 +508,9 @@ class Experiment:
 
     def _write_summary(self, status: str, message: str = "") -> None:
         sites = self.sites
-        rows = self.strategy.history.rows
+        history = self.strategy.history
         sent = Sent()
-        for part in (sites.sent, self.strategy.history.sent):
+        for part in (sites.sent, history.sent):
             sent.add(part)
         summary = {
             "status": status,
@@ -520,7 +520,7 @@ class Experiment:
             "strategy": type(self.strategy).__name__,
             "data": GENERATED if sites.generated else "; ".join(sorted(sites.sources)),
             "generated": sites.generated,
-            "rounds": max((row[0] for row in rows if row[1] == "train"), default=0),
+            "rounds": max((row[0] for row in history.rows if row[1] == "train"), default=0),
             "rounds-planned": self.plan.num_server_rounds,
             "seed": self.plan.seed,
             "started": self.started,
@@ -533,11 +533,10 @@ class Experiment:
             "sent": sent.table(),
             "model": self.model.about,
             "lacking": sites.lacking,
-            "traffic": {
-                site: traffic.table() for site, traffic in self.strategy.history.traffic.items()
-            },
-            "failures": [asdict(failure) for failure in self.strategy.history.failures],
-            "notes": [asdict(note) for note in self.strategy.history.notes],
+            "traffic": {site: traffic.table() for site, traffic in history.traffic.items()},
+            "stopped": history.stopped and asdict(history.stopped),
+            "failures": [asdict(failure) for failure in history.failures],
+            "notes": [asdict(note) for note in history.notes],
             "versions": {"python": platform.python_version()}
             | {package: version(package) for package in _PACKAGES},
             "config": dict(self.run_config),
@@ -574,8 +573,12 @@ class Experiment:
         return reported
 
     def _why_nothing_succeeded(self) -> str:
-        failures = self.strategy.history.failures
-        first = f": {failures[0].site}: {failures[0].reason}" if failures else ""
+        history = self.strategy.history
+        first = ""
+        if history.failures:
+            first = f": {history.failures[0].site}: {history.failures[0].reason}"
+        elif history.stopped is not None:
+            first = f": {history.stopped.reason}"
         return f"no site could train in any of {self.plan.num_server_rounds} rounds{first}"
 
 

@@ -37,6 +37,14 @@ class Note:
     text: str
 
 
+@dataclass(frozen=True)
+class Stop:
+    """The end of a run before its last planned round: the last round done (0 if none), and why."""
+
+    round: int
+    reason: str
+
+
 @dataclass
 class History:
     """What happened in a run, site by site.
@@ -51,6 +59,8 @@ class History:
         What the sites sent in the rounds.
     traffic : dict of str to Traffic
         Bytes and seconds of the rounds, by site.
+    stopped : Stop or None
+        Set if the run ended of its own accord before its last planned round.
     """
 
     rows: list[tuple[int, str, str, str, float]] = field(default_factory=list)
@@ -58,6 +68,7 @@ class History:
     sent: Sent = field(default_factory=Sent)
     traffic: dict[str, Traffic] = field(default_factory=dict, compare=False, repr=False)
     notes: list[Note] = field(default_factory=list)
+    stopped: Stop | None = None
 
     def add(self, server_round: int, phase: str, site: str, metrics: Mapping[str, Any]) -> None:
         """Append the metrics that are single numbers; lists are left out."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, UserConfigValue
 from safetensors.numpy import save as to_safetensors
+from safetensors.numpy import save_file
 
 from fedmed_flower.arrays.views import view
 from fedmed_flower.errors import InputError, shown
@@ -29,10 +29,11 @@ from fedmed_flower.files import (
     StoredMembers,
     open_file,
     read_file,
+    replacing,
     require_posix,
     write_atomic,
 )
-from fedmed_flower.server.history import Failure, History, Note
+from fedmed_flower.server.history import Failure, History, Note, Stop
 from fedmed_flower.server.traffic import traffic_of
 from fedmed_flower.wire import Sent
 
@@ -229,21 +230,24 @@ class RunFolder:
             "rows": checkpoint.history.rows,
             "failures": [asdict(failure) for failure in checkpoint.history.failures],
             "notes": [asdict(note) for note in checkpoint.history.notes],
+            "stopped": checkpoint.history.stopped and asdict(checkpoint.history.stopped),
             "sent": checkpoint.history.sent.table(),
             "traffic": {s: t.table() for s, t in checkpoint.history.traffic.items()},
             "records": {name: _index(record) for name, record in records.items()},
             "clients": list(checkpoint.client_states),
             "strategy": checkpoint.strategy,
         }
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        # Straight to the file: an archive in memory would be one model more.
+        with (
+            replacing(self.checkpoint_file) as temporary,
+            zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED) as archive,
+        ):
             archive.writestr("state.json", json.dumps(state))
             for name, record in records.items():
                 for number, array in enumerate(record.values()):
                     archive.writestr(f"{name}/{number}.npy", array.data)
             for number, blob in enumerate(checkpoint.client_states.values()):
                 archive.writestr(f"clients/{number}.bin", blob)
-        self.write(CHECKPOINT, buffer.getvalue())
         self.write(METRICS, checkpoint.history.to_csv())
 
     def load(self) -> Checkpoint | None:
@@ -269,7 +273,12 @@ class RunFolder:
 
     def write_model(self, arrays: ArrayRecord) -> Path:
         """Write the model as ``model.safetensors`` (``safetensors.torch.load_file`` reads it)."""
-        return self.write(MODEL, to_safetensors({key: view(a).copy() for key, a in arrays.items()}))
+        # In C order, as the library takes the bytes as they lie in memory.
+        tensors = {key: np.asarray(view(array), order="C") for key, array in arrays.items()}
+        path = self.path / MODEL
+        with replacing(path) as temporary:
+            save_file(tensors, temporary)
+        return path
 
 
 def _index(record: ArrayRecord) -> list[dict[str, Any]]:
@@ -301,17 +310,19 @@ def _checkpoint(members: StoredMembers) -> Checkpoint:
         (_whole(number, _MOST_ROUND), str(phase), str(site), str(metric), float(value))
         for number, phase, site, metric, value in state["rows"]
     ]
+    history = History(
+        rows=rows,
+        failures=failures,
+        sent=Sent.of(state.get("sent")),
+        traffic=traffic_of(state.get("traffic")),
+        notes=notes,
+        stopped=_stop(state.get("stopped")),
+    )
     return Checkpoint(
         _whole(state["round"], _MOST_ROUND),
         _whole(state["seed"], _MOST_SEED),
         records.pop("arrays"),
-        History(
-            rows,
-            failures,
-            Sent.of(state.get("sent")),
-            traffic_of(state.get("traffic")),
-            notes,
-        ),
+        history,
         state["metrics"],
         {_whole(node_id, 2**64): str(name) for node_id, name in state["sites"]},
         states,
@@ -325,6 +336,12 @@ def _strategy(table: Any) -> dict[str, Any]:
     if not table:
         return {}
     return {"class": str(table["class"]), "arguments": dict(table["arguments"])}
+
+
+def _stop(entry: Any) -> Stop | None:
+    return (
+        None if entry is None else Stop(_whole(entry["round"], _MOST_ROUND), f"{entry['reason']}")
+    )
 
 
 def _take(members: StoredMembers, name: str, index: list[dict[str, Any]]) -> ArrayRecord:

@@ -22,7 +22,7 @@ from fedmed_flower.arrays.views import keep_dtypes
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics.names import is_pooled_only
 from fedmed_flower.metrics.pooling import pool
-from fedmed_flower.server.history import History
+from fedmed_flower.server.history import History, Stop
 from fedmed_flower.server.inbox import AcceptedReply, Inbox
 from fedmed_flower.server.run_folder import DEFAULT_FOLDER, Checkpoint, RunFolder
 from fedmed_flower.server.screening import (
@@ -274,6 +274,8 @@ class FedAvg(flower.FedAvg):
         self.import_state({})
         self.run.strategy = checkpoints.arguments_of(self)
         first = self._restore(grid, initial_arrays) + 1
+        # Whether it still holds is asked before the next round.
+        self.history.stopped = None
         if first > num_rounds + 1:
             raise InputError(
                 f"num_rounds must be at least {first - 1}, the rounds that are done, "
@@ -288,7 +290,7 @@ class FedAvg(flower.FedAvg):
                 list(grid.get_node_ids()), self.inbox.declined, self.only
             )
             if reason is not None:
-                self.inbox.fail(server_round, "train", ALL_SITES, reason)
+                self._stop(grid, Stop(server_round - 1, " ".join(reason.split())))
                 break
             began = time.perf_counter()
             arrays = self.result.arrays
@@ -777,6 +779,13 @@ class FedAvg(flower.FedAvg):
         reason = f"{count} sites are connected, {needed} needed"
         self.inbox.fail(server_round, phase, ALL_SITES, reason)
         return False
+
+    def _stop(self, grid: Grid, stop: Stop) -> None:
+        """Record and log why no further round is done."""
+        self.history.stopped = stop
+        log.warning("stopped after round %d: %s", stop.round, stop.reason)
+        if stop.round:
+            self._save(grid, stop.round)
 
     def _save(self, grid: Grid, server_round: int) -> None:
         """Write checkpoint, metrics and model after a round, if there is a run folder."""

@@ -5,7 +5,7 @@ import pytest
 from flwr.app import ArrayRecord
 from safetensors.torch import load_file
 from tables import SCHEMA, TinySurvival, TinyTable, holding, patients, run_tables
-from tiny import ask, bits, context_of, node_of, says
+from tiny import TinyClient, ask, bits, context_of, node_of, run_tiny, says
 from torch import nn
 
 from fedmed_flower import InputError, SiteData
@@ -288,3 +288,24 @@ def test_few_training_patients_teach_no_model_of_which_figures_leave(tmp_path):
     text = "declined: an update here needs at least 10 patients"
     assert error_of(few, node_config=node) == text
     metrics_of(few, node_config=node | {"min-train-patients": 9})
+
+
+class Tied(nn.Module):
+    """A head whose weight is that of the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Linear(4, 4, bias=False)
+        self.head = nn.Linear(4, 4)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, images):
+        return self.head(self.embedding(images.flatten(1)))[:, :2]
+
+
+def test_a_model_with_tied_weights_is_kept(tmp_path):
+    client = type("TiedClient", (TinyClient,), {"build_model": lambda self: Tied()})
+    run_tiny(tmp_path, client, model=Tied, **RUN)
+    state = load_file(tmp_path / "personal" / "hospital-1.safetensors")
+    assert (tmp_path / "personal" / "hospital-2.safetensors").exists()
+    assert state["head.weight"].equal(state["embedding.weight"])

@@ -62,7 +62,7 @@ CLIENT = """
 """
 
 
-def run_in_process(app, config, sites):
+def run_in_process(app, config, sites, **environment):
     """Call run_flower in a process of its own, as the command does; return its output."""
     code = (
         "import json, sys\n"
@@ -72,6 +72,7 @@ def run_in_process(app, config, sites):
     )
     return subprocess.run(
         [sys.executable, "-c", code, str(app), json.dumps(config), str(sites)],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=240,
@@ -142,6 +143,33 @@ def test_a_failing_site_is_named_and_a_failing_server_raises(tmp_path):
 
     with pytest.raises(EngineError, match=r"finished:failed .*the server made a mistake"):
         run_flower(app, config | {"server-fails": True}, 2, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    assert superlinks() == before
+
+
+def path_without_ps(folder):
+    """Make a folder with the programs of the system, but those of procps; return it."""
+    folder.mkdir()
+    for program in Path("/usr/bin").iterdir():
+        if program.name not in ("ps", "pgrep", "pkill", "top"):
+            (folder / program.name).symlink_to(program)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["behind a proxy", "without ps"])
+def test_a_run_ends_well_and_leaves_nothing(tmp_path, place):
+    if place == "behind a proxy":
+        # Nothing listens there.
+        names = ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "grpc_proxy")
+        environment = dict.fromkeys(names, "http://127.0.0.1:9")
+    else:
+        environment = {"PATH": path_without_ps(tmp_path / "bin")}
+    config = {"server-fails": False, "run-dir": str(tmp_path / "run")}
+    app = write_app(tmp_path / "toy", SERVER, CLIENT, **config)
+    before = superlinks()
+    done = run_in_process(app, config, 2, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert RunFolder(tmp_path / "run").load().server_round == 2
     assert superlinks() == before
 
 

@@ -50,7 +50,7 @@ def test_what_is_no_number_is_refused_by_the_metrics_name(value, text):
 
 
 def test_a_name_that_is_no_text_is_refused():
-    with pytest.raises(InputError, match="^the name of a metric must be a text, got 3$"):
+    with pytest.raises(InputError, match="the name of a metric must be a text, got 3"):
         plain_metrics({3: 1.0})
 
 

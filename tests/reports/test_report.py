@@ -219,6 +219,20 @@ def test_numbers_of_an_unfinished_run_are_marked(tmp_path):
     assert "these numbers describe an unfinished model" in page
 
 
+def test_an_early_stop_is_said_at_the_top_and_is_no_failure(tmp_path):
+    stopped = {"round": 2, "reason": "the budget of <all> is used up"}
+    summary = full_summary() | {"stopped": stopped, "failures": []}
+    page = report(tmp_path, summary)
+    words = "Stopped after round 2: the budget of &lt;all&gt; is used up"
+    assert f"<b>Finished</b>{words}</div>" in page
+    assert page.count("Stopped after round 2") == 1
+    assert "No site failed." in page
+    page = report(tmp_path, summary | {"status": "stopped", "message": "stopped by the user"})
+    assert f"<b>Stopped</b>{words}. stopped by the user</div>" in page
+    for odd in ({}, {"round": "2"}, [3], "early"):
+        assert "Stopped after" not in report(tmp_path, summary | {"stopped": odd})
+
+
 def test_one_class_site_has_a_dash_and_a_footnote(tmp_path):
     summary = full_summary()
     for part in (summary["test"]["sites"], summary["test"]["local"]):

@@ -553,6 +553,67 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
     assert summary_of(parts)["status"] == "finished"
 
 
+class Ending(FedAvg):
+    """Ends after `enough` rounds, as at the end of a budget; may be interrupted in its test."""
+
+    enough = 2
+    interrupted = False
+
+    def stop_reason(self):
+        done = len(self.result.train_metrics_clientapp)
+        return f"{done} rounds are\nenough" if done == self.enough else None
+
+    def test(self, *args, **kwargs):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return super().test(*args, **kwargs)
+
+
+def test_a_run_that_ends_early_says_why_and_lists_no_failure(tmp_path):
+    run_tiny(tmp_path, strategy=Ending(), num_server_rounds=9)
+    summary = summary_of(tmp_path)
+    assert summary["status"] == "finished"
+    assert summary["stopped"] == {"round": 2, "reason": "2 rounds are enough"}
+    assert summary["failures"] == []
+    assert summary["rounds"] == 2
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Stopped after round 2: 2 rounds are enough") == 1
+    assert "No site failed." in page
+    assert "stopped after round 2: 2 rounds are enough" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_run_that_was_interrupted_after_its_early_end_goes_on_as_if_it_had_not(tmp_path):
+    first = Ending()
+    first.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path, strategy=first, num_server_rounds=9)
+    stopped = {"round": 2, "reason": "2 rounds are enough"}
+    summary = summary_of(tmp_path)
+    assert (summary["status"], summary["stopped"], summary["failures"]) == ("stopped", stopped, [])
+    assert RunFolder(tmp_path).load().history.stopped.round == 2
+    run_tiny(tmp_path, strategy=Ending(), num_server_rounds=9, resume=True)
+    summary = summary_of(tmp_path)
+    assert (summary["status"], summary["stopped"], summary["failures"]) == ("finished", stopped, [])
+    # A larger budget lets the run go on.
+    third = Ending()
+    third.enough = 9
+    run_tiny(tmp_path, strategy=third, num_server_rounds=3, resume=True)
+    summary = summary_of(tmp_path)
+    assert (summary["status"], summary["stopped"], summary["rounds"]) == ("finished", None, 3)
+
+
+def test_a_run_that_ends_before_its_first_round_has_failed_for_that_reason(tmp_path):
+    class Refusing(FedAvg):
+        def stop_reason(self):
+            return "there is no budget"
+
+    text = says("no site could train in any of 2 rounds: there is no budget")
+    with pytest.raises(RunFailedError, match=text):
+        run_tiny(tmp_path, strategy=Refusing())
+    assert summary_of(tmp_path)["failures"] == []
+    assert not (tmp_path / "checkpoint.zip").exists()
+
+
 def test_a_run_stopped_in_its_first_round_starts_afresh(tmp_path):
     unbroken = run_tiny(tmp_path / "whole", Stateful)
     with pytest.raises(KeyboardInterrupt):

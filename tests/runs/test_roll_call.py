@@ -16,8 +16,8 @@ from fedmed_flower import SiteData
 from fedmed_flower.data.pictures import sound
 from fedmed_flower.errors import InputError
 from fedmed_flower.runs.roll_call import (
-    collect_contributions,
     call_newcomers,
+    collect_contributions,
     collect_personal,
     collect_pictures,
     held_back,

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import write_atomic
-from fedmed_flower.server.history import Failure, History
+from fedmed_flower.server.history import Failure, History, Stop
 from fedmed_flower.server.run_folder import Checkpoint, RunFolder
 
 DTYPES = [
@@ -40,6 +41,7 @@ def a_checkpoint() -> Checkpoint:
         history=History(
             [(1, "train", "a", "loss", 0.1), (3, "val", "all", "auc", 2 / 3)],
             [Failure(2, "train", "b, c", 'it said "no"\n')],
+            stopped=Stop(3, "the budget is used up"),
         ),
         metrics={
             "train_metrics_clientapp": {"3": {"loss": 0.1, "count": 2**62, "list": [1, 2]}},
@@ -209,6 +211,8 @@ def test_something_else_in_place_of_a_checkpoint_is_refused(tmp_path, data):
         lambda state: state | {"rows": [[math.inf, "val", "a", "x", 1.0]]},
         lambda state: state | {"rows": [[1, "val", "a", "x", 10**400]]},
         lambda state: state | {"failures": [{"round": 1}]},
+        lambda state: state | {"stopped": {"round": -1, "reason": "done"}},
+        lambda state: state | {"stopped": "done"},
         lambda state: state | {"records": {}},
         lambda state: state | {"records": {"arrays": [{"key": "w"}]}},
         lambda state: state | {"records": {"arrays": [state["records"]["arrays"][0] | {"key": 3}]}},
@@ -221,7 +225,22 @@ def test_something_else_in_place_of_a_checkpoint_is_refused(tmp_path, data):
     ],
 )
 def test_a_checkpoint_that_another_program_wrote_is_refused(tmp_path, change):
-    folder = RunFolder(tmp_path)
+    assert outcome(RunFolder(tmp_path), rewritten(RunFolder(tmp_path), change)) == "refused"
+
+
+def test_a_checkpoint_of_an_earlier_version_says_nothing_of_an_early_stop(tmp_path):
+    def without(state):
+        return {key: value for key, value in state.items() if key != "stopped"}
+
+    data = rewritten(RunFolder(tmp_path), without)
+    RunFolder(tmp_path).checkpoint_file.write_bytes(data)
+    loaded = RunFolder(tmp_path).load().history
+    assert loaded.stopped is None
+    assert loaded.failures == a_checkpoint().history.failures
+
+
+def rewritten(folder, change):
+    """Save a checkpoint; return its bytes with another ``state.json``."""
     folder.save(a_checkpoint())
     with zipfile.ZipFile(folder.checkpoint_file) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
@@ -230,7 +249,7 @@ def test_a_checkpoint_that_another_program_wrote_is_refused(tmp_path, change):
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content)
-    assert outcome(folder, buffer.getvalue()) == "refused"
+    return buffer.getvalue()
 
 
 def test_the_text_about_a_damaged_checkpoint(tmp_path):
@@ -358,3 +377,26 @@ def test_the_saved_table_is_the_history(tmp_path):
     checkpoint = a_checkpoint()
     RunFolder(tmp_path).save(checkpoint)
     assert (tmp_path / "metrics.csv").read_bytes() == checkpoint.history.to_csv()
+
+
+def test_saving_holds_no_further_model_in_memory(tmp_path):
+    size = 8 * 2**20
+    model = arrays(w=np.arange(size // 4, dtype=np.float32), v=np.ones(size // 4, np.float32))
+    folder = RunFolder(tmp_path)
+    checkpoint = Checkpoint(1, 0, model, History(), {}, strategy_state={"m_t": model})
+    tracemalloc.start()
+    folder.save(checkpoint)
+    folder.write_model(model)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < size / 2
+    assert dump(folder.load().arrays) == dump(model)
+    assert load_file(tmp_path / "model.safetensors")["w"].tolist() == model["w"].numpy().tolist()
+
+
+def test_a_model_in_another_memory_order_is_written_as_it_reads(tmp_path):
+    values = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+    RunFolder(tmp_path).write_model(arrays(w=values, n=np.array(3)))
+    written = load_file(tmp_path / "model.safetensors")
+    assert written["w"].tolist() == values.tolist()
+    assert written["n"].shape == ()

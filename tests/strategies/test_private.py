@@ -424,10 +424,10 @@ def test_the_run_ends_before_the_budget_is_passed_and_keeps_its_model():
     assert strategy.epsilon == costs[3]
     assert sorted(result.train_metrics_clientapp) == [1, 2, 3]
     assert (result.arrays["w"].numpy() != 0).all()
-    (failure,) = strategy.history.failures
-    assert (failure.round, failure.site) == (4, "all")
+    assert strategy.history.failures == []
+    assert strategy.history.stopped.round == 3
     wanted = f"a further round would cost epsilon {costs[4]:.3f} in all, above target_epsilon="
-    assert failure.reason.startswith(wanted)
+    assert strategy.history.stopped.reason.startswith(wanted)
 
 
 def test_a_budget_that_is_met_exactly_is_used():
@@ -461,7 +461,7 @@ def test_a_resumed_run_goes_on_from_what_was_spent(tmp_path):
     run(again, site_app(adding), W, rounds=9)
     assert again.releases == {FIVE: 3}
     assert spent(tmp_path) == {FIVE: 3}
-    assert again.history.failures[-1].round == 4
+    assert again.history.stopped.round == 3
 
 
 def test_another_noise_in_the_resumed_run_is_refused(tmp_path):

@@ -256,3 +256,17 @@ def test_a_hospital_killed_in_mid_round_is_named_and_the_run_ends_well(tmp_path:
     assert "round 2/2" in text
     assert re.search(r"FAILURE 2 train north no reply after \d+ s", text), text
     assert "MODEL [0.0, 1.0, 2.0]" in text
+
+
+def test_behind_a_proxy_the_processes_reach_each_other_directly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):
+        # Nothing listens there.
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    server = MORTAL_SERVER.replace("min_available_nodes=3", "min_available_nodes=1")
+    app = write_app(tmp_path / "app", server)
+    with deployment(tmp_path / "files", "--sites", "1") as started:
+        done = started.command("run", str(app))
+    assert done.returncode == 0, done.stdout
+    assert "MODEL [0.0, 1.0, 2.0]" in done.stdout
