@@ -40,6 +40,8 @@ log = logging.getLogger("flwr.fedmed")
 
 MODALITIES = ("", "ct", "mr", "xray")
 _MOST_LINES = 20
+# If a larger share of the labels is no class, they are coded otherwise.
+_MOST_MISLABELLED = 0.05
 
 
 class ImagingClient(MedicalClient):
@@ -216,10 +218,22 @@ class ImagingClient(MedicalClient):
         Raises
         ------
         InputError
-            If no training row is left.
+            If no training row is left, or more than one label in twenty is no class: then labels
+            are coded otherwise, and to leave out these rows would select patients.
         """
-        declared = (self.spatial_dims, self.num_classes, self.label_values, self.empty_masks)
-        checks = [check_row(row, *declared) for row in rows]
+        checks = [
+            check_row(
+                row,
+                self.spatial_dims,
+                self.num_classes,
+                self.label_values,
+                self.empty_masks,
+                masks="label" in self._keys,
+            )
+            for row in rows
+        ]
+        if not self.sealed:
+            _require_labels(checks, split)
         channels = Counter(check.shape[0] for check in checks if check.problem is None)
         usual = max(channels, key=lambda count: channels[count], default=0)
         if self.sealed:  # Other patients' images must not decide about this one.
@@ -337,6 +351,17 @@ class ImagingClient(MedicalClient):
             return _joined(changed["image"], None if masks is None else changed["label"])
 
         require_independent(change, _joined(images, masks))
+
+
+def _require_labels(checks: Sequence[Finding], split: str) -> None:
+    """Raise `InputError` if too many labels are no class."""
+    wrong = [check for check in checks if check.mislabelled]
+    if len(wrong) > _MOST_MISLABELLED * len(checks):
+        raise InputError(
+            f"{len(wrong)} of {len(checks)} rows of the {split} split have labels that are no "
+            f"class, such as that of patient {wrong[0].patient}: {wrong[0].problem}; number the "
+            "classes from 0, or declare more of them"
+        )
 
 
 class LoadRow(Transform):  # type: ignore[misc]

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.duplicates import digests_of
 from fedmed_flower.clients.storage import keep_pictures, output_folder
+from fedmed_flower.clients.trial import try_batch
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import SPLITS, patient_text
 from fedmed_flower.errors import DeclinedError
@@ -36,12 +37,16 @@ MOST_PICTURES = 6
 
 
 def describe(client: MedicalClient, message: Message) -> RecordDict:
-    """Return the number of rows of each split; of patients if the client is `secretive`."""
+    """Return the number of rows of each split; of patients if the client is `secretive`.
+
+    Before, a batch is tried: a site whose network does not fit its rows says so here.
+    """
     torch_device(client.settings)
     # Before the first round: a folder that is not there would be missed only when it is needed.
     output_folder(client.context, client.site, {})
     if not client.sealed:
         client.screened_data()
+    try_batch(client)
     counts: dict[str, Any] = {split: client.count(split) for split in SPLITS}
     counts["num-examples"] = counts["train"]
     if not client.secretive:

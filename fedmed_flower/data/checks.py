@@ -41,6 +41,8 @@ class Finding:
         The class, or the classes that the mask holds.
     problem : str or None
         Why the row cannot be used.
+    mislabelled : bool
+        Whether the problem is a label that is no class.
     split : str
         The split that the row names; empty if it names none.
     """
@@ -54,6 +56,7 @@ class Finding:
     high: float | None = None
     label: int | tuple[int, ...] | None = None
     problem: str | None = None
+    mislabelled: bool = False
     split: str = ""
 
 
@@ -63,6 +66,7 @@ def check_row(
     num_classes: int | None = None,
     label_values: Sequence[int] = (),
     empty_masks: bool = False,
+    masks: bool | None = None,
 ) -> Finding:
     """Read the image and the mask of a row and describe them; a problem is part of the finding.
 
@@ -80,6 +84,8 @@ def check_row(
         The values of masks for class 0, 1, ...; empty if masks hold the class numbers.
     empty_masks : bool
         Whether a mask may hold the background alone.
+    masks : bool or None
+        Whether labels are masks. If None, a label is a mask if it is a path or an array.
     """
     finding = Finding("", "array")
     try:
@@ -100,7 +106,14 @@ def check_row(
             low=float(values.min()),
             high=float(values.max()),
         )
-        if _is_mask(row["label"]):
+        files = files_of(row["label"])
+        if masks is None and files and not any(Path(file).exists() for file in files):
+            finding = replace(finding, mislabelled=True)
+            raise InputError(
+                f"label {quoted(str(row['label']))} is neither a class number nor the file of a "
+                "mask: number the classes from 0, or name files that are there"
+            )
+        if _is_mask(row["label"]) if masks is None else masks:
             dims = image.ndim - 1
             label: Any = _classes(row["label"], dims, num_classes, label_values, image)
             if label == (0,) and not empty_masks:
@@ -108,8 +121,9 @@ def check_row(
                     f"its mask {_name(row['label'])} is empty: it holds only the background"
                 )
         else:
+            finding = replace(finding, mislabelled=True)
             label = _class_number(row["label"], num_classes)
-        return replace(finding, label=label)
+        return replace(finding, label=label, mislabelled=False)
     except InputError as error:
         return replace(finding, problem=str(error))
     except Exception as error:  # A file or a row can raise anything.
@@ -177,6 +191,11 @@ def _classes(
 
 def _class_number(label: Any, num_classes: int | None) -> int:
     label = label.item() if isinstance(label, np.generic) else label
+    if isinstance(label, str | Path):
+        raise InputError(
+            f"label {quoted(str(label))} is a text: labels must be integers from 0 on, so number "
+            "the classes"
+        )
     whole = isinstance(label, int) and not isinstance(label, bool)
     if num_classes is not None and not (whole and 0 <= label < num_classes):
         raise InputError(

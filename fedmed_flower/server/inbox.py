@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,9 @@ from fedmed_flower.server.traffic import Traffic, size_of
 from fedmed_flower.wire import ALL_SITES, DECLINED
 
 log = logging.getLogger("flwr.fedmed")
+
+# Letters by which two errors are compared.
+_ALIKE = 200
 
 
 @dataclass
@@ -68,6 +72,11 @@ class Inbox:
         Number of replies with unusable arrays in the last call of `admit`.
     declined : set of int
         The nodes that declined when they were last asked to train.
+    usable : int
+        Number of replies that passed screening in the last call of `admit`.
+    errors : list of str
+        What the sites that failed gave as reason in the last call of `admit`; those that declined
+        are not among them.
     """
 
     def __init__(self) -> None:
@@ -76,6 +85,8 @@ class Inbox:
         self.connected: Collection[int] = ()
         self.malformed = 0
         self.declined: set[int] = set()
+        self.usable = 0
+        self.errors: list[str] = []
         # Node and index of each message of the phase, by message id.
         self._senders: dict[str, tuple[int, int]] = {}
         # Node, bytes to it, bytes from it and seconds of each reply of the phase.
@@ -160,6 +171,8 @@ class Inbox:
         layouts = companions or {}
         answered: set[str] = set()
         self.malformed = 0
+        self.usable = 0
+        self.errors = []
         for reply in replies:
             node_id, number = self._sender(reply)
             learn_name(self.site_names, node_id, reply, self.connected)
@@ -175,13 +188,31 @@ class Inbox:
             if phase == "train":
                 self._note_declined(node_id, reason)
             if reason is not None:
+                if reply.has_error() and not reason.startswith(DECLINED):
+                    self.errors.append(reason)
                 self.fail(server_round, phase, self.name(node_id), reason)
                 continue
+            self.usable += 1
             accepted = AcceptedReply(reply, node_id, self.name(node_id), number)
             if layout is not None:
                 accepted.arrays = model_of(reply, layouts)
                 accepted.companions = {name: reply.content.array_records[name] for name in layouts}
             yield accepted
+
+    def common_error(self, asked: int) -> str | None:
+        """Return the error with which all sites of a phase failed alike; None if they did not.
+
+        Numbers in the texts may differ.
+
+        Parameters
+        ----------
+        asked : int
+            Number of messages of the phase.
+        """
+        if self.usable or not asked or len(self.errors) < asked:
+            return None
+        kinds = {re.sub(r"\d+", "", error)[:_ALIKE] for error in self.errors}
+        return self.errors[0] if len(kinds) == 1 else None
 
     def _flaw(
         self,

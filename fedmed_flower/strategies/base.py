@@ -61,6 +61,8 @@ from fedmed_flower.wire import ALL_SITES, SPLIT
 
 log = logging.getLogger("flwr.fedmed")
 
+# If so many sites, drawn from more, fail alike, the others would too.
+_MANY = 3
 _TRAIN = 0
 _EVALUATE = 1
 
@@ -85,6 +87,9 @@ class RunState:
         The companions that came back changed, by name.
     evaluated : str
         The phase of evaluation: ``val``, or ``test`` at the end.
+    halted : str
+        Why the run ended although rounds were left; empty if it did not. Set if all sites failed
+        alike.
     strategy : dict
         The strategy's class and its arguments, as the checkpoint records them.
     """
@@ -96,6 +101,7 @@ class RunState:
     sent_arrays: ArrayRecord | None = None
     companions: dict[str, ArrayRecord] = field(default_factory=dict)
     evaluated: str = "val"
+    halted: str = ""
     strategy: dict[str, Any] = field(default_factory=dict)
 
 
@@ -303,6 +309,8 @@ class FedAvg(flower.FedAvg):
             if aggregated is not None:
                 self.result.arrays = arrays = aggregated
             self._add_metrics(server_round, "train_metrics_clientapp", metrics, "train")
+            if self._halted(grid, server_round, "train", len(messages)):
+                break
 
             messages = list(self.configure_evaluate(server_round, arrays, configs[_EVALUATE], grid))
             replies = self.exchange(grid, messages, server_round, "val")
@@ -316,6 +324,8 @@ class FedAvg(flower.FedAvg):
             seconds = time.perf_counter() - began
             line = self.history.describe(server_round)
             log.info("round %d/%d  %s  %.1f s", server_round, num_rounds, line, seconds)
+            if self._halted(grid, server_round, "val", len(messages)):
+                break
         return self.result
 
     def test(
@@ -786,6 +796,18 @@ class FedAvg(flower.FedAvg):
         log.warning("stopped after round %d: %s", stop.round, stop.reason)
         if stop.round:
             self._save(grid, stop.round)
+
+    def _halted(self, grid: Grid, server_round: int, phase: str, asked: int) -> bool:
+        """Return whether all sites failed alike in a phase, as they would in further rounds."""
+        error = self.inbox.common_error(asked)
+        connected = set(grid.get_node_ids())
+        everybody = len(connected if self.only is None else connected & self.only)
+        if error is None or asked < min(everybody, _MANY):
+            return False
+        reason = f"all {asked} sites failed alike, so the run ends: {error}"
+        self.inbox.fail(server_round, phase, ALL_SITES, reason)
+        self.run.halted = f"round {server_round}, {phase}: {reason}"
+        return True
 
     def _save(self, grid: Grid, server_round: int) -> None:
         """Write checkpoint, metrics and model after a round, if there is a run folder."""

@@ -29,7 +29,7 @@ def fedmed(*arguments, cwd=None, **environment):
         env=os.environ | {"PATH": path(), "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
     )
 
 

@@ -30,7 +30,7 @@ SERVER = """
         if context.run_config["server-fails"]:
             raise ArithmeticError("the server made a mistake")
         strategy = FedAvg(run_dir=context.run_config["run-dir"])
-        strategy.start(grid, ArrayRecord({"w": Array(np.zeros(2, np.float32))}), 2, timeout=20)
+        strategy.start(grid, ArrayRecord({"w": Array(np.zeros(2, np.float32))}), 2, timeout=600)
         print("FAILURES", [(f.round, f.phase, f.site, f.reason) for f in strategy.history.failures])
 """
 
@@ -75,7 +75,7 @@ def run_in_process(app, config, sites, **environment):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
     )
 
 
@@ -185,7 +185,7 @@ def test_one_process_and_flowers_engine_give_the_same_bits(tmp_path):
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=1200,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.strip().splitlines()[-1].endswith(str(folder))

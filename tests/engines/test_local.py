@@ -506,7 +506,7 @@ def test_a_debugger_works_inside_a_client(tmp_path):
         input='p message.content["config"]["n"]+1\nc\n',
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
         cwd=tmp_path,
         env={key: value for key, value in os.environ.items() if key != "PYTHONBREAKPOINT"},
     )
