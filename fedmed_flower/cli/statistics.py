@@ -135,11 +135,13 @@ def _run(
     own = client.sections if isinstance(client, Sectioned) else ()
     config = expand(override({SETTINGS: "", **project.declared}, settings, defaults(own)))
     run_config = config | {"run-dir": str(folder)}
+    command = [str(path), "--sites", str(sites)]
+    command += [text for setting in settings for text in ("-c", setting)]
     server = ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        survey(grid, context, request, drift=drift, alert=alert, sections=own)
+        survey(grid, context, request, drift=drift, alert=alert, sections=own, command=command)
 
     run_local(server, client, sites, run_config=run_config, app_name=project.name)
     return folder
@@ -185,7 +187,7 @@ def _survival(text: str) -> Survival:
 
 def _print_table(entry: dict[str, Any]) -> None:
     table = Table(title=entry["title"], title_justify="left")
-    words = entry["title"] in ("Withheld", "No answer", "Drift")
+    words = entry["title"] in ("Withheld", "Ask again", "No answer", "Drift")
     for index, name in enumerate(entry["head"]):
         justify: Any = "left" if index == 0 or words else "right"
         table.add_column(name, justify=justify, overflow="fold")

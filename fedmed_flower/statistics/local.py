@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from itertools import combinations, product
 from pathlib import Path
@@ -36,14 +36,15 @@ from fedmed_flower.statistics.guard import (
 )
 from fedmed_flower.statistics.request import Request, Survival, require_comparable
 from fedmed_flower.statistics.types import Codes, Mask, Reported
+from fedmed_flower.statistics.withheld import AND, BY, CORRELATION, FEW, HISTOGRAM, MISSING
 
 log = logging.getLogger("flwr.fedmed")
 
 MOST_COMPARED = 20
 OTHERS = "all others"
-FEW = "fewer patients than the minimum, alone or beside earlier answers"
-MISSING = "there is no such column of single values"
 _MOST_WEEKS = 10_000
+# Quartiles can be read off that many.
+_FEWEST_BINS = 4
 _MOST_CELLS = 1_000_000
 # Later days count as this one: floats far beyond it cannot distinguish two weeks.
 _LAST_DAY = 1e15
@@ -162,16 +163,17 @@ class Local:
             entry: Reported = {"name": name, "start": start, "rows": int(inside.sum())}
             entry |= {"patients": patients, "numeric": {}, "categorical": {}}
             reported.append(entry | {"correlations": [], "pairs": []})
-        # Parts that cannot be made coarser go first. Histograms go last: they can use whatever
-        # cells the other parts leave.
+        # What is disclosed first decides what may follow. So what every request discloses goes
+        # first, whatever else is asked; then parts about one column, and those about two last,
+        # correlations behind the tables that were named.
         for part in (
             self._moments,
-            self._correlations,
-            self._pairs,
             self._categories,
+            self._histograms,
+            self._pairs,
             self._survival,
             self._weeks,
-            self._histograms,
+            self._correlations,
         ):
             for entry, (name, _, inside) in zip(reported, groups, strict=True):
                 self._group = name
@@ -269,13 +271,18 @@ class Local:
     def _histograms(self, entry: Reported, inside: Mask) -> None:
         if "histograms" not in self._request.kinds:
             return
+        correlated = list(entry["numeric"]) if "correlations" in self._request.kinds else []
         for name, reported in entry["numeric"].items():
             if reported["n"]:
-                histogram = self._or_withheld(self._histogram, f"histogram of {name}", name, inside)
+                what = f"{HISTOGRAM}{name}"
+                others = [other for other in correlated if other != name]
+                histogram = self._or_withheld(self._histogram, what, name, others, inside)
                 if histogram is not None:
                     reported["histogram"] = histogram
 
-    def _histogram(self, what: str, name: str, inside: Mask) -> Reported | None:
+    def _histogram(
+        self, what: str, name: str, others: Sequence[str], inside: Mask
+    ) -> Reported | None:
         guard = self._guard
         columns = self._columns
         asked = columns.declared.resolution(name)
@@ -290,7 +297,7 @@ class Local:
             while not coarse_enough(steps, patient_of_row, guard.minimum) and width < 1e100:
                 steps, width = grid(values, 2 * width)
             labels = guard.labels(members)[usable]
-            bins = merge_neighbours(steps, [labels], patient_of_row, guard.minimum)
+            bins = self._bins(steps, labels, usable, others)
             if bins is None:
                 continue
             # The lower end of a merged bin and the upper end of a merged last bin are not
@@ -303,6 +310,37 @@ class Local:
                 counts = np.bincount(indices, minlength=len(edges) + 1).tolist()
                 return {"edges": [edge * width for edge in edges], "counts": counts}
         return self._withhold(what)
+
+    def _bins(
+        self, steps: Codes, labels: Codes, usable: Mask, others: Sequence[str]
+    ) -> list[tuple[int, int]] | None:
+        """Return the bins of a histogram, with which a correlation may still be disclosed.
+
+        A correlation distinguishes the rows that lack the other column. For it, each bin must have
+        none of them or enough. Bins are merged for that while half of them, and four, are left.
+
+        Parameters
+        ----------
+        steps, labels : ndarray
+            (usable rows,) the step of each row on the grid, and its class so far.
+        usable : ndarray of bool
+            (rows,)
+        others : sequence of str
+            The columns with which a correlation is asked for.
+        """
+        patient_of_row = self._columns.patient_of_row[usable]
+        minimum = self._guard.minimum
+        bins = finest = merge_neighbours(steps, [labels], patient_of_row, minimum)
+        for other in others:
+            lacking = np.isnan(self._columns.numbers(other)[usable]).astype(np.int64)
+            split = class_codes(labels, lacking)
+            if finest is None or not lacking.any() or fewest(split, patient_of_row) < minimum:
+                continue
+            merged = merge_neighbours(steps, [split], patient_of_row, minimum)
+            if merged is not None and len(merged) >= max(_FEWEST_BINS, len(finest) / 2):
+                bins = merged
+                labels = split
+        return bins
 
     def _categories(self, entry: Reported, inside: Mask) -> None:
         columns = self._columns
@@ -343,14 +381,14 @@ class Local:
     def _correlations(self, entry: Reported, inside: Mask) -> None:
         asked = "correlations" in self._request.kinds
         for one, other in combinations(entry["numeric"] if asked else (), 2):
-            what = f"correlation of {one} and {other}"
+            what = f"{CORRELATION}{one}{AND}{other}"
             reported = self._or_withheld(self._correlation, what, one, other, inside)
             if reported is not None:
                 entry["correlations"].append(reported)
 
     def _pairs(self, entry: Reported, inside: Mask) -> None:
         for one, other in self._request.pairs:
-            reported = self._or_withheld(self._pair, f"{one} by {other}", one, other, inside)
+            reported = self._or_withheld(self._pair, f"{one}{BY}{other}", one, other, inside)
             if reported is not None:
                 entry["pairs"].append(reported)
 

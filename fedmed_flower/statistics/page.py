@@ -19,7 +19,7 @@ from fedmed_flower.reports.frame import INK, count_of, escaped
 from fedmed_flower.reports.plots import Styles
 from fedmed_flower.server.run_folder import SUMMARY
 from fedmed_flower.statistics.pooling import cumulate, pool_survival
-from fedmed_flower.statistics.table import OVERALL, label, tables
+from fedmed_flower.statistics.table import AGAIN, OVERALL, label, tables
 
 STATISTICS_FILE = "statistics.json"
 _MOST_ROWS = 400
@@ -41,6 +41,10 @@ such a number in another cell; ≥: a sum without these. A dash: withheld or mis
 _DRIFT = """<p class="note">PSI, the population stability index: by custom above 0.1 a change, above
 0.25 a large one. KS, Kolmogorov and Smirnov: the greatest distance of two distributions, and the
 probability p of one as large by chance.</p>"""
+_AGAIN = """<p class="note">What a hospital has disclosed decides what it may disclose later. A new
+simulation remembers no answer. A real hospital does: each of these questions helps only where
+nothing else was asked of its columns before, and may be withheld there too.</p>"""
+_NOTE_OF = {"Drift": _DRIFT, AGAIN: _AGAIN}
 
 
 def write_page(folder: Path) -> Path:
@@ -93,8 +97,7 @@ def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
         drawn = "".join(_weeks(entry) for entry in watched[:_MOST_PLOTS])
         parts.append(f"<h2>Week by week</h2>{drawn}" if drawn else "")
     for table in rest:
-        note = _DRIFT if table["title"] == "Drift" else ""
-        parts.append(_table(table) + note)
+        parts.append(_table(table) + _NOTE_OF.get(table["title"], ""))
     request = survey["request"]
     minima = [reported["minimum"] for reported in survey["sites"].values()]
     if request["epsilon"]:

@@ -169,6 +169,38 @@ class Request:
         """Return the request as JSON."""
         return json.dumps(asdict(self), allow_nan=False)
 
+    def to_options(self) -> list[str]:
+        """Return the request as options of `fedmed statistics`; `minimum` has none.
+
+        Examples
+        --------
+        >>> Request(columns=("age",), where=(Filter("sex", "==", "f"),)).to_options()
+        ['--column', 'age', '--where', 'sex==f']
+        """
+        options = [
+            *(("--column", name) for name in self.columns),
+            *(("--where", _filter_text(condition)) for condition in self.where),
+            *(("--categorical", name) for name in self.categorical),
+            *(("--resolution", f"{name}={_plain(w)}") for name, w in self.resolutions.items()),
+            *(("--range", f"{n}={_plain(a)},{_plain(b)}") for n, (a, b) in self.ranges.items()),
+            *(("--categories", f"{n}={','.join(names)}") for n, names in self.categories.items()),
+            *(("--table", f"{one},{other}") for one, other in self.pairs),
+        ]
+        if self.by:
+            options.append(("--drift-by" if self.by_width else "--by", self.by))
+        if self.by_width:
+            options.append(("--window", _plain(self.by_width)))
+        if self.survival is not None:
+            time, event, *lengths = self.survival
+            options.append(("--survival", ",".join((time, event, *map(_plain, lengths)))))
+        if self.weekly:
+            options.append(("--weekly", self.weekly))
+        if self.epsilon:
+            options += [("--epsilon", _plain(self.epsilon)), ("--delta", _plain(self.delta))]
+        flags = {"--quantiles": "histograms", "--correlations": "correlations"}
+        chosen = [flag for flag, kind in flags.items() if kind in self.kinds]
+        return [*(text for option in options for text in option), *chosen]
+
     @classmethod
     def from_text(cls, text: str) -> Request:
         """Read what `to_text` wrote.
@@ -228,6 +260,18 @@ def parse_filter(text: str) -> Filter:
     condition = Filter(column, "==" if operation == "=" else operation, value)
     _require_filter(condition)
     return condition
+
+
+def _filter_text(condition: Filter) -> str:
+    """Return the text of a condition, as `parse_filter` reads it."""
+    column, operation, value = condition
+    text = value if isinstance(value, str) else _plain(value)
+    bare = f"{column}{operation}{text}"
+    return bare if parse_filter(bare) == condition else f'{column}{operation}"{text}"'
+
+
+def _plain(value: float) -> str:
+    return repr(float(value)).removesuffix(".0")
 
 
 def _require_filter(condition: Filter) -> None:

@@ -7,7 +7,7 @@ import logging
 import platform
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -27,7 +27,6 @@ from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.registry import Sections, effective, require_known
 from fedmed_flower.settings.survey import SurveySettings
 from fedmed_flower.settings.text import expand
-from fedmed_flower.statistics.local import MISSING
 from fedmed_flower.statistics.page import STATISTICS_FILE, write_page
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import Request
@@ -39,6 +38,7 @@ from fedmed_flower.statistics.summary import (
     summarise,
 )
 from fedmed_flower.statistics.table import tables
+from fedmed_flower.statistics.withheld import MISSING
 from fedmed_flower.wire import ANSWER, LEDGER_DIR, REQUEST, RUN_KEY, SITE_RECORD, STATISTICS
 
 log = logging.getLogger("flwr.fedmed")
@@ -140,6 +140,7 @@ def survey(
     drift: str = "",
     alert: str = "c2",
     sections: Sections = (),
+    command: Sequence[str] = ("APP",),
 ) -> Answer:
     """Ask all hospitals and leave a complete run folder.
 
@@ -158,6 +159,9 @@ def survey(
         The method that finds weeks with more cases than before.
     sections : sequence of Section classes
         The app's own settings.
+    command : sequence of str
+        The app, and options, with which `fedmed statistics` asks these hospitals; the page shows
+        how to ask again for what is withheld.
 
     Raises
     ------
@@ -182,7 +186,7 @@ def survey(
         if in_simulation():
             config[LEDGER_DIR] = str(folder.path / LEDGERS)
         answer = ask(grid, request or Request(), settings.round_timeout, config)
-        content = _content(answer, drift, alert)
+        content = _content(answer, drift, alert) | {"command": list(command)}
         folder.write_json(STATISTICS_FILE, content)
         about = {
             "app": grid.run.fab_id.rpartition("/")[2] or "federated statistics",

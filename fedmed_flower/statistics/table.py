@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmed_flower.statistics.types import Table
+from fedmed_flower.statistics.withheld import Withheld, all_withheld
 
 DASH = "–"
 FEW = "(few each)"
 OVERALL = "Overall"
+AGAIN = "Ask again"
 _MOST_TIMES = 12
 
 
@@ -34,7 +37,9 @@ def tables(survey: Mapping[str, Any]) -> list[Table]:
     candidates += [_correlations(name, group) for name, group in groups.items()]
     candidates += [_curve(name, group) for name, group in groups.items()]
     candidates += [_drift(survey["drift"]), _alerts(survey["alerts"], survey["alert"])]
-    candidates += [_withheld(survey["sites"]), _failures(survey["failures"])]
+    withheld = [*all_withheld(survey)]
+    candidates += [_withheld(withheld), _again(withheld, survey.get("command", ["APP"]))]
+    candidates.append(_failures(survey["failures"]))
     return [table for table in candidates if table["rows"]]
 
 
@@ -207,9 +212,20 @@ def _alerts(entries: Sequence[Mapping[str, Any]], method: str) -> Table:
     return {"title": f"Weekly counts ({method})", "head": head, "rows": rows}
 
 
-def _withheld(sites: Mapping[str, Any]) -> Table:
-    rows = [[site, *entry] for site, reported in sites.items() for entry in reported["withheld"]]
+def _withheld(withheld: Sequence[Withheld]) -> Table:
+    rows = [[entry.site, entry.group, entry.what, entry.why] for entry in withheld]
     return {"title": "Withheld", "head": ["hospital", "group", "what", "why"], "rows": rows}
+
+
+def _again(withheld: Sequence[Withheld], command: Sequence[str]) -> Table:
+    """Return a command for each figure that might be disclosed if it was asked for alone."""
+    hospitals: dict[tuple[str, str], dict[str, None]] = {}
+    for entry in withheld:
+        if entry.alone is not None:
+            words = shlex.join(["fedmed", "statistics", *command, *entry.alone.to_options()])
+            hospitals.setdefault((entry.what, words), {})[entry.site] = None
+    rows = [[what, ", ".join(names), words] for (what, words), names in hospitals.items()]
+    return {"title": AGAIN, "head": ["what", "withheld by", "command"], "rows": rows}
 
 
 def _failures(failures: Sequence[Mapping[str, str]]) -> Table:

@@ -18,8 +18,8 @@ from tiny import says
 from fedmed_flower import InputError
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.statistics import local
-from fedmed_flower.statistics.local import FEW, MISSING
 from fedmed_flower.statistics.request import Request
+from fedmed_flower.statistics.withheld import FEW, MISSING
 
 MINIMUM = 10
 

@@ -50,7 +50,7 @@ class TestSurvey:
         titles = [table["title"] for table in summary["tables"]]
         assert titles == [
             *["Table 1", "sex by event, 3 hospitals", "Correlations"],
-            *["Kaplan-Meier, 2 of 3 hospitals", "Drift", "Withheld"],
+            *["Kaplan-Meier, 2 of 3 hospitals", "Drift", "Withheld", "Ask again"],
         ]
         first = summary["tables"][0]
         assert first["head"] == ["", "hospital-1", "hospital-3", "hospital-4", "Overall"]
@@ -413,6 +413,37 @@ class TestCommand:
         found = json.loads((tmp_path / "run" / "statistics.json").read_text(encoding="utf-8"))
         assert found["sites"]["hospital-1"]["minimum"] == 5
         assert found["request"]["where"] == [["age", ">=", 30.0]]
+
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            Request(
+                columns=("age", "sex"),
+                where=(parse_filter("age>=30"), parse_filter('sex!="1"')),
+                categorical=("event",),
+                kinds=KINDS,
+                resolutions={"age": 0.1},
+                pairs=(("sex", "centre"),),
+                survival=Survival("time", "event", 12.5, 0.5),
+            ),
+            Request(by="sex", weekly="time"),
+            Request(by="time", by_width=2.5, kinds=KINDS[:3]),
+            Request(
+                columns=("age", "sex"),
+                ranges={"age": (0.0, 99.5)},
+                categories={"sex": ("f", "m")},
+                epsilon=0.5,
+                delta=1e-6,
+            ),
+        ],
+        ids=["all", "groups", "windows", "noise"],
+    )
+    def test_the_options_of_a_request_ask_the_same(self, app, tmp_path, asked):
+        result = self.run(app, "--sites", "1", "--out", tmp_path / "run", *asked.to_options())
+        assert result.exit_code == 0, result.output
+        found = json.loads((tmp_path / "run" / "statistics.json").read_text(encoding="utf-8"))
+        assert Request.from_text(json.dumps(found["request"])) == asked
+        assert found["command"] == [str(app), "--sites", "1"]
 
     @pytest.mark.parametrize(
         ("options", "said"),

@@ -9,7 +9,7 @@ from tiny import says
 
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.statistics.fewest import fewest_left
-from fedmed_flower.statistics.local import FEW
+from fedmed_flower.statistics.withheld import FEW
 
 MINIMUM = 10
 
