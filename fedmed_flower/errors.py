@@ -81,6 +81,10 @@ class InputError(ValueError):
         super().__init__(shown(text))
 
 
+class DivergedError(ArithmeticError):
+    """A model's loss or weights are no numbers any more, such as by a learning rate too high."""
+
+
 class DeclinedError(Exception):
     """A hospital does not take part, for a reason that may leave it, such as its privacy budget.
 

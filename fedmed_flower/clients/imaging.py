@@ -40,8 +40,9 @@ log = logging.getLogger("flwr.fedmed")
 
 MODALITIES = ("", "ct", "mr", "xray")
 _MOST_LINES = 20
-# If a larger share of the labels is no class, they are coded otherwise.
+# If a larger share of the labels is no class, and as many, they are coded otherwise.
 _MOST_MISLABELLED = 0.05
+_FEWEST_MISLABELLED = 3
 
 
 class ImagingClient(MedicalClient):
@@ -218,8 +219,9 @@ class ImagingClient(MedicalClient):
         Raises
         ------
         InputError
-            If no training row is left, or more than one label in twenty is no class: then labels
-            are coded otherwise, and to leave out these rows would select patients.
+            If no training row is left, or three labels or more, and more than one in twenty, are
+            no class: then labels are coded otherwise, and to leave out the rows would select
+            patients.
         """
         checks = [
             check_row(
@@ -356,7 +358,7 @@ class ImagingClient(MedicalClient):
 def _require_labels(checks: Sequence[Finding], split: str) -> None:
     """Raise `InputError` if too many labels are no class."""
     wrong = [check for check in checks if check.mislabelled]
-    if len(wrong) > _MOST_MISLABELLED * len(checks):
+    if len(wrong) >= _FEWEST_MISLABELLED and len(wrong) > _MOST_MISLABELLED * len(checks):
         raise InputError(
             f"{len(wrong)} of {len(checks)} rows of the {split} split have labels that are no "
             f"class, such as that of patient {wrong[0].patient}: {wrong[0].problem}; number the "

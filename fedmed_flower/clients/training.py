@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedmed_flower.errors import DivergedError
 from fedmed_flower.privacy.gradients import PROBE, Batch, Loss, RecordGradients
 from fedmed_flower.privacy.patient import Mechanism
 from fedmed_flower.privacy.sampling import PatientSampler
@@ -70,7 +71,7 @@ def train_epochs(
 
     Raises
     ------
-    FloatingPointError
+    DivergedError
         If the loss of a batch is not finite; the model cannot be used any more.
     torch.OutOfMemoryError
         If one record does not fit into memory.
@@ -101,7 +102,10 @@ def train_epochs(
             total += value * count
             rows += count
             if not math.isfinite(total):
-                raise FloatingPointError(f"the training loss is {value} in epoch {epoch + 1}")
+                raise DivergedError(
+                    f"the training loss is {value} in epoch {epoch + 1}: a lower learning-rate may "
+                    "help"
+                )
         mean = total / rows
     return mean
 

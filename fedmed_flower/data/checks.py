@@ -41,10 +41,10 @@ class Finding:
         The class, or the classes that the mask holds.
     problem : str or None
         Why the row cannot be used.
-    mislabelled : bool
-        Whether the problem is a label that is no class.
     split : str
         The split that the row names; empty if it names none.
+    mislabelled : bool
+        Whether the problem is a label that is no class.
     """
 
     patient: str
@@ -56,8 +56,8 @@ class Finding:
     high: float | None = None
     label: int | tuple[int, ...] | None = None
     problem: str | None = None
-    mislabelled: bool = False
     split: str = ""
+    mislabelled: bool = False
 
 
 def check_row(
@@ -66,7 +66,7 @@ def check_row(
     num_classes: int | None = None,
     label_values: Sequence[int] = (),
     empty_masks: bool = False,
-    masks: bool | None = None,
+    masks: bool = True,
 ) -> Finding:
     """Read the image and the mask of a row and describe them; a problem is part of the finding.
 
@@ -84,8 +84,8 @@ def check_row(
         The values of masks for class 0, 1, ...; empty if masks hold the class numbers.
     empty_masks : bool
         Whether a mask may hold the background alone.
-    masks : bool or None
-        Whether labels are masks. If None, a label is a mask if it is a path or an array.
+    masks : bool
+        Whether a label that is a text is the path of a mask; else it is no class.
     """
     finding = Finding("", "array")
     try:
@@ -106,14 +106,8 @@ def check_row(
             low=float(values.min()),
             high=float(values.max()),
         )
-        files = files_of(row["label"])
-        if masks is None and files and not any(Path(file).exists() for file in files):
-            finding = replace(finding, mislabelled=True)
-            raise InputError(
-                f"label {quoted(str(row['label']))} is neither a class number nor the file of a "
-                "mask: number the classes from 0, or name files that are there"
-            )
-        if _is_mask(row["label"]) if masks is None else masks:
+        is_text = isinstance(row["label"], str | Path)
+        if _is_mask(row["label"]) and (masks or not is_text):
             dims = image.ndim - 1
             label: Any = _classes(row["label"], dims, num_classes, label_values, image)
             if label == (0,) and not empty_masks:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.genomics.answers import read_about
-from fedmed_flower.runs.experiment import RunFailedError
+from fedmed_flower.runs.verdict import RunFailedError
 from fedmed_flower.server.ask import ask_all
 from fedmed_flower.server.duplicates import Namesakes
 from fedmed_flower.server.history import Failure

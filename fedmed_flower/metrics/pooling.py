@@ -110,6 +110,25 @@ def _are_counts(values: Any) -> bool:
     return isinstance(values, list) and all(abs(value) <= 1e12 for value in values)
 
 
+def class_counts(records: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the rows of each class over all hospitals; empty if not every hospital reports them.
+
+    Parameters
+    ----------
+    records : sequence of dict
+        As in `pool`.
+    """
+    matrices = [record.get(CONFUSION) for record in records]
+    sizes = {len(matrix) for matrix in matrices if matrix is not None}
+    if None in matrices or len(sizes) != 1:
+        return []
+    num_classes = math.isqrt(sizes.pop())
+    # A row of the matrix is a true class.
+    total = np.sum([np.asarray(matrix) for matrix in matrices], axis=0)
+    counts: list[int] = total.reshape(num_classes, num_classes).sum(axis=1).tolist()
+    return counts
+
+
 def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
     """Return the metrics over all hospitals' rows together, from each hospital's counts and sums.
 

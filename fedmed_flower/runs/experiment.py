@@ -23,7 +23,7 @@ from flwr.serverapp import strategy as flower
 from torch import nn
 
 from fedmed_flower.data.site import GENERATED
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import DivergedError, InputError
 from fedmed_flower.files import require_closed
 from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.privacy.patient import LEDGERS
@@ -36,6 +36,12 @@ from fedmed_flower.runs.roll_call import (
     collect_pictures,
     held_back,
     roll_call,
+)
+from fedmed_flower.runs.verdict import (
+    RunFailedError,
+    require_bounded,
+    require_measured,
+    require_two_classes,
 )
 from fedmed_flower.server.run_folder import CONFIG, DEFAULT_FOLDER, METRICS, SUMMARY, RunFolder
 from fedmed_flower.server.sites import wait_for_sites
@@ -83,10 +89,6 @@ _MOST_SITES = 100_000
 _NEWCOMER_TIMEOUT = 60.0
 _KEY = re.compile(r"[A-Za-z0-9_-]{0,64}")
 _PACKAGES = ("fedmed-flower", "flwr", "torch", "monai", "numpy", "scikit-learn")
-
-
-class RunFailedError(RuntimeError):
-    """A run ended without a successful round."""
 
 
 @runtime_checkable
@@ -142,7 +144,10 @@ def federate(
     InputError
         If the run config has an unknown key or a wrong value, or every site's data is wrong.
     RunFailedError
-        If no round succeeded.
+        If the run has no result: no round succeeded, all sites failed alike, nobody could evaluate
+        the model, or all test rows are of one class.
+    DivergedError
+        If the weights of the model have grown out of proportion.
     """
     # The run config names the folder; models for comparison have none.
     os.environ.pop(DEFAULT_FOLDER, None)
@@ -404,7 +409,8 @@ class Experiment:
             except BaseException as error:
                 stopped = isinstance(error, KeyboardInterrupt)
                 text = "stopped by the user" if stopped else f"{type(error).__name__}: {error}"
-                if folder.checkpoint_file.exists():
+                # A run that goes on with the same settings would diverge again.
+                if folder.checkpoint_file.exists() and not isinstance(error, DivergedError):
                     text += f"; go on with --resume {folder.path}"
                 self._write_summary("stopped" if stopped else "failed", text)
                 write_report(folder.path)
@@ -414,10 +420,11 @@ class Experiment:
             log.info("report: %s", report)
         return result
 
-    def _welcome(self, server_round: int) -> None:
-        """Ask the sites that have connected since the last round, and let them take part."""
+    def _before_round(self, server_round: int) -> None:
+        """End a run that has diverged; ask the sites that have connected since the last round."""
         sites = self.sites
         strategy = self.strategy
+        require_bounded(self.model.initial, strategy.result.arrays, self.model.buffers)
         timeout = min(self.plan.round_timeout, _NEWCOMER_TIMEOUT)
         for name, before in call_newcomers(self.grid, sites, timeout).items():
             (node_id,) = (node for node, held in sites.names.items() if held == name)
@@ -432,7 +439,7 @@ class Experiment:
 
     def _train(self) -> flower.Result:
         """Train by the strategy, and write the model whole if only a part of it travels."""
-        self.strategy.before_round = self._welcome
+        self.strategy.before_round = self._before_round
         result = self.strategy.start(
             self.grid,
             self.model.initial,
@@ -441,8 +448,11 @@ class Experiment:
             train_config=self.config(),
             evaluate_config=self.config(),
         )
+        if self.strategy.run.halted:
+            raise RunFailedError(self.strategy.run.halted)
         if not result.train_metrics_clientapp:
             raise RunFailedError(self._why_nothing_succeeded())
+        require_bounded(self.model.initial, result.arrays, self.model.buffers)
         if self.model.frozen:
             # Until now the file holds only the part that travels.
             self.folder.write_model(ArrayRecord({**self.model.whole, **result.arrays}))
@@ -451,9 +461,18 @@ class Experiment:
     def _test(self, arrays: ArrayRecord) -> None:
         """Evaluate the final model on the sites' test rows, and collect pictures."""
         plan = self.plan
+        history = self.strategy.history
+        before = len(history.failures)
         table = self.strategy.test(self.grid, arrays, self.config(), timeout=plan.round_timeout)
         self.test["federated"] = table.pop(ALL_SITES, {})
         self.test["sites"] = table
+        validated = any(row[1] == "val" and row[2] == ALL_SITES for row in history.rows)
+        require_measured(table, history.failures[before:], validated)
+        rows_of_class = self.strategy.run.rows_of_class
+        require_two_classes(rows_of_class)
+        if absent := [str(label) for label, count in enumerate(rows_of_class) if not count]:
+            text = f"no test row is of class {', '.join(absent)}: figures are of the other classes"
+            self.strategy.inbox.note(self.plan.num_server_rounds, "test", ALL_SITES, text)
         if plan.pictures:
             self.pictures = collect_pictures(
                 self.grid,

@@ -104,6 +104,13 @@ class Sites:
                 details += f"; {rejected} rows rejected at the site"
             log.info("%s: %s%s", self.names[node_id], rows, details)
 
+    def absent_classes(self) -> list[int]:
+        """Return the classes without a training row anywhere; only simulated sites report them."""
+        counts = [labels for labels in self.labels.values() if isinstance(labels, list)]
+        if len(counts) < len(self.labels) or len({len(labels) for labels in counts}) != 1:
+            return []
+        return [label for label, rows in enumerate(zip(*counts, strict=True)) if not any(rows)]
+
     def trainers(self) -> set[int]:
         """Return the nodes that have training rows; the others are only tested."""
         return {node_id for node_id, counts in self.counts.items() if counts["train"]}
@@ -134,7 +141,8 @@ def roll_call(grid: Grid, timeout: float, minimum: int | None = None, grace: flo
     Raises
     ------
     InputError
-        If no site answers, or none has training rows.
+        If no site answers, none has training rows, or in a simulation none has training rows of a
+        class.
     """
     sites = Sites()
     failures = _describe(grid, grid.get_node_ids(), sites, timeout, minimum, grace)
@@ -143,6 +151,11 @@ def roll_call(grid: Grid, timeout: float, minimum: int | None = None, grace: flo
         raise InputError(next(reasons, "no site answered the roll call"))
     if not sites.trainers():
         raise InputError("no site has training rows")
+    if absent := sites.absent_classes():
+        raise InputError(
+            f"no site has a training row of class {', '.join(map(str, absent))}: look at the "
+            "labels, or declare fewer classes"
+        )
     return sites
 
 

@@ -21,10 +21,10 @@ from fedmed_flower.arrays.updates import Updates
 from fedmed_flower.arrays.views import keep_dtypes
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics.names import is_pooled_only
-from fedmed_flower.metrics.pooling import pool
+from fedmed_flower.metrics.pooling import class_counts, pool
 from fedmed_flower.server.history import History, Stop
 from fedmed_flower.server.inbox import AcceptedReply, Inbox
-from fedmed_flower.server.run_folder import DEFAULT_FOLDER, Checkpoint, RunFolder
+from fedmed_flower.server.run_folder import DEFAULT_FOLDER, METRICS, Checkpoint, RunFolder
 from fedmed_flower.server.screening import (
     first_arrays,
     metrics_of,
@@ -90,6 +90,8 @@ class RunState:
     halted : str
         Why the run ended although rounds were left; empty if it did not. Set if all sites failed
         alike.
+    rows_of_class : list of int
+        The rows of the last evaluation by class, over all sites; empty if they are not known.
     strategy : dict
         The strategy's class and its arguments, as the checkpoint records them.
     """
@@ -102,6 +104,7 @@ class RunState:
     companions: dict[str, ArrayRecord] = field(default_factory=dict)
     evaluated: str = "val"
     halted: str = ""
+    rows_of_class: list[int] = field(default_factory=list)
     strategy: dict[str, Any] = field(default_factory=dict)
 
 
@@ -571,7 +574,9 @@ class FedAvg(flower.FedAvg):
             self.evaluate_metrics_aggr_fn,
             partial(self.inbox.note, server_round, phase),
         )
-        pooled = pool([dict(reply.metrics) for reply in with_metrics])
+        records = [dict(reply.metrics) for reply in with_metrics]
+        self.run.rows_of_class = class_counts(records)
+        pooled = pool(records)
         trimmed = with_shared_metrics(
             [reply.message for reply in with_metrics],
             self.weighted_by_key,
@@ -807,6 +812,10 @@ class FedAvg(flower.FedAvg):
         reason = f"all {asked} sites failed alike, so the run ends: {error}"
         self.inbox.fail(server_round, phase, ALL_SITES, reason)
         self.run.halted = f"round {server_round}, {phase}: {reason}"
+        if self.folder is not None:
+            # No checkpoint: a run that goes on repeats the round.
+            self.folder.write(METRICS, self.history.to_csv())
+            self.folder.write_model(self.result.arrays)
         return True
 
     def _save(self, grid: Grid, server_round: int) -> None:

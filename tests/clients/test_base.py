@@ -220,7 +220,8 @@ def test_a_loss_that_is_not_finite_is_an_error_reply():
             return outputs.sum() * float("nan")
 
     client = fixed(SiteData(train=make_rows(4, 0)), loss=lambda self: Loss())
-    assert error_of(client) == "FloatingPointError: the training loss is nan in epoch 1"
+    text = "the training loss is nan in epoch 1: a lower learning-rate may help"
+    assert error_of(client) == f"DivergedError: {text}"
 
 
 def test_arrays_of_another_model_are_an_error_reply():

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -82,8 +83,11 @@ def test_a_mask_is_no_class(caplog, label):
     bad = [row | {"label": label} if number == 3 else row for number, row in enumerate(rows)]
     found = trained(fixed(SiteData(train=bad)), context_of())
     (line,) = rejected(caplog)
-    assert line.startswith("hospital-1: rejected, train split, patient p-3: its ")
-    if not isinstance(label, str):
+    assert line.startswith("hospital-1: rejected, train split, patient p-3: ")
+    if isinstance(label, str):
+        text = "label '1' is a text: labels must be integers from 0 on, so number the classes"
+        assert line.endswith(text)
+    else:
         assert line.endswith("its label is not a class number, which Fixed needs")
     assert found == trained(fixed(SiteData(train=[*rows[:3], *rows[4:]])), context_of())
 
@@ -585,9 +589,12 @@ def test_a_shape_that_images_cannot_have_is_refused(members, text):
 
 def test_where_others_images_must_not_decide_the_declared_channels_do(tmp_path, caplog):
     colours = [row | {"image": np.zeros((3, 2, 2), np.uint8)} for row in make_rows(12, 1, "c")]
-    client = fixed(SiteData(train=[*colours, *make_rows(11, 2, "g")]))
+    data = SiteData(train=[*colours, *make_rows(11, 2, "g")])
+    client = fixed(data)
     plain = context_of(node_config=node_of(tmp_path))
-    assert ask(client, "query.describe", plain).content["metrics"]["num-examples"] == 12
+    of_colours = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    coloured = fixed(data, build_model=lambda self: of_colours)
+    assert ask(coloured, "query.describe", plain).content["metrics"]["num-examples"] == 12
     assert "has 1 channels, most images have 3" in caplog.text
     caplog.clear()
     private = context_of(node_config=node_of(tmp_path), privacy="patient")
@@ -783,3 +790,26 @@ def test_drawing_does_not_change_the_model():
     for layer in ("", "features"):
         heat_of(model, two_spots(2), cam_layer=layer)
     assert bits(model_arrays(lambda: model)) == before
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        ((1, 2), "label 2 is out of range: labels must be integers from 0 to 1"),
+        (("cat", "dog"), "label 'cat' is a text: labels must be integers from 0 on, so number the"),
+    ],
+)
+def test_labels_that_are_coded_otherwise_are_refused_before_the_first_round(tmp_path, labels, text):
+    class Coded(TinyClient):
+        def load_data(self, site):
+            data = super().load_data(site)
+            coded = [row | {"label": labels[row["label"]]} for row in data.train]
+            return replace(data, train=coded)
+
+    with pytest.raises(InputError, match=re.escape(text)) as error:
+        run_tiny(tmp_path / "run", Coded)
+    wrong = 5 if labels[0] == 1 else 10
+    assert str(error.value).startswith(
+        f"{wrong} of 10 rows of the train split have labels that are no class, such as that of "
+    )
+    assert not (tmp_path / "run").exists()

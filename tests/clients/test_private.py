@@ -33,7 +33,7 @@ from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.privacy.optimizer import PatientOptimizer
 from fedmed_flower.privacy.patient import Mechanism
 from fedmed_flower.privacy.validate import require_forgetful
-from fedmed_flower.runs.experiment import RunFailedError
+from fedmed_flower.runs.verdict import RunFailedError
 from fedmed_flower.server.history import Stop
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.settings.privacy import PrivacySettings

@@ -33,7 +33,7 @@ from fedmed_flower.metrics import classification, outcomes
 from fedmed_flower.metrics.outcomes import outcome_metrics
 from fedmed_flower.privacy import optimizer
 from fedmed_flower.privacy.ledger import Ledger
-from fedmed_flower.runs.experiment import RunFailedError
+from fedmed_flower.runs.verdict import RunFailedError
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.settings import Section
 from fedmed_flower.statistics.request import Request
@@ -264,7 +264,7 @@ def test_hospitals_with_another_schema_than_the_servers_are_told_so(tmp_path):
         "hospitals have agreed upon the columns age, weight, pressure, sex, ward; the schema here "
         "has age, pressure, sex, ward: all must run the same app"
     )
-    with pytest.raises(RunFailedError, match=f"hospital-1: {text}$"):
+    with pytest.raises(RunFailedError, match=f"all 3 sites failed alike, so the run ends: {text}$"):
         run_tables(
             tmp_path,
             wrap=lambda client: type("Other", (TinyTable,), {"schema": other})(client.context),

@@ -19,7 +19,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.genomics import rounds
 from fedmed_flower.genomics.client import GenomicsClient
 from fedmed_flower.genomics.page import COLUMNS, write_page
-from fedmed_flower.runs.experiment import RunFailedError
+from fedmed_flower.runs.verdict import RunFailedError
 
 ROOT = Path(__file__).parents[2]
 

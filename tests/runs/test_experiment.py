@@ -30,13 +30,15 @@ from tiny import (
     run_tiny,
     says,
 )
+from torch import nn
 
 from fedmed_flower import InputError, SiteData, federate, run_local
 from fedmed_flower.data.site import GENERATED
 from fedmed_flower.engines.local import LocalGrid
+from fedmed_flower.errors import DivergedError
 from fedmed_flower.models.device import make_optimizer
 from fedmed_flower.runs import experiment as module
-from fedmed_flower.runs.experiment import RunFailedError
+from fedmed_flower.runs.verdict import RunFailedError
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.registry import effective, sections_of
@@ -399,27 +401,27 @@ def test_nothing_is_written_where_the_dataset_is_unknown(tmp_path):
 
 def test_nothing_is_written_where_all_sites_data_are_broken(tmp_path):
     rows = [row | {"label": 9} for row in make_rows(3, 0)]
-    text = "all 3 rows of the train split were rejected; patient p-0: label 9 is out of range"
+    text = "3 of 3 rows of the train split have labels that are no class, such as that of patient "
     with pytest.raises(InputError, match=f"^{text}"):
         run_tiny(tmp_path / "run", fixed(SiteData(rows)))
     assert files_of(tmp_path / "run") is None
 
 
 def test_rows_that_cannot_be_used_are_named_and_the_run_goes_on_without_them(tmp_path):
-    rows = make_rows(5, 0)
+    rows = make_rows(6, 0)
     rows[1]["label"] = 9
     rows[3]["image"] = np.full((2, 2), np.nan)
     run_tiny(tmp_path, fixed(SiteData(rows, test=make_rows(4, 1, "q"))), num_server_rounds=1)
     summary = summary_of(tmp_path)
     assert summary["status"] == "finished"
-    counts = {"train": 3, "val": 0, "test": 4, "rejected": 2}
+    counts = {"train": 4, "val": 0, "test": 4, "rejected": 2}
     assert summary["sites"] == {"hospital-1": counts, "hospital-2": counts}
     log = (tmp_path / "log.txt").read_text()
-    text = "3 train, 0 val, 4 test; training rows by label: [3, 0]; 2 rows rejected at the site"
+    text = "4 train, 0 val, 4 test; training rows by label: [3, 1]; 2 rows rejected at the site"
     assert f"hospital-2: {text}" in log
     counts = [row for row in table_of(tmp_path) if row["metric"] == "num-examples"]
     trained = {row["value"] for row in counts if row["phase"] == "train"}
-    assert trained == {"3.0"}
+    assert trained == {"4.0"}
 
 
 def test_nothing_is_written_where_no_site_answers(tmp_path):
@@ -502,15 +504,17 @@ def test_a_site_that_fails_in_one_round_is_back_in_the_next(tmp_path):
 def test_every_site_failing_in_every_round(tmp_path):
     with pytest.raises(
         RunFailedError,
-        match=r"^no site could train in any of 2 rounds: hospital-1: ValueError: the scanner is",
+        match=r"^round 1, train: all 2 sites failed alike, so the run ends: ValueError: the scan",
     ):
         run_tiny(tmp_path, breaking(broken=(0, 1)), seed=3)
     summary = summary_of(tmp_path)
     assert summary["status"] == "failed"
-    assert summary["message"].startswith("RunFailedError: no site could train")
+    assert summary["message"].startswith("RunFailedError: round 1, train: all 2 sites failed alike")
     training = [each for each in summary["failures"] if each["phase"] == "train"]
-    assert Counter(each["site"] == "all" for each in training) == {False: 4, True: 2}
+    assert Counter(each["site"] == "all" for each in training) == {False: 2, True: 2}
     assert summary["test"] == {}
+    # No round is done: a resumed run begins with the first.
+    assert not (tmp_path / "checkpoint.zip").exists()
     state = load_file(tmp_path / "model.safetensors")
     assert {k: v.tobytes() for k, v in state.items()} == bits(model_arrays(seed=3))
     assert "failed" in (tmp_path / "report.html").read_text()
@@ -706,12 +710,88 @@ def test_sites_with_one_class_in_the_test_set(tmp_path):
     assert test["federated"]["num-examples"] == 8
 
 
-def test_one_class_at_all_sites_together(tmp_path):
+def test_test_rows_of_one_class_at_all_sites_together_are_no_result(tmp_path):
     data = SiteData(make_rows(6, 0), test=make_rows(4, 1, "q", classes=1))
-    run_tiny(tmp_path, fixed(data), num_server_rounds=1)
-    test = summary_of(tmp_path)["test"]
-    assert "auc" not in test["federated"]
-    assert test["federated"]["num-examples"] == 8
+    text = "all 8 test rows are of class 0, so figures say nothing: look at the labels, or give the"
+    with pytest.raises(RunFailedError, match=text):
+        run_tiny(tmp_path, fixed(data), num_server_rounds=1)
+    assert summary_of(tmp_path)["status"] == "failed"
+
+
+def test_a_class_without_test_rows_is_noted(tmp_path):
+    rows = make_rows(9, 0, classes=3)
+    data = SiteData(rows, test=make_rows(4, 1, "q", classes=2))
+    run_tiny(tmp_path, fixed(data, num_classes=3), model=lambda: linear(3), num_server_rounds=1)
+    (note,) = summary_of(tmp_path)["notes"]
+    assert note["text"] == "no test row is of class 2: figures are of the other classes"
+
+
+def test_a_class_without_training_rows_anywhere_is_refused_before_the_first_round(tmp_path):
+    client = fixed(SiteData(make_rows(6, 0)), num_classes=3)
+    text = "^no site has a training row of class 2: look at the labels, or declare fewer classes$"
+    with pytest.raises(InputError, match=text):
+        run_tiny(tmp_path / "run", client, model=lambda: linear(3))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("members", "text"),
+    [
+        ({"build_model": lambda self: linear(3)}, "the network returns outputs of shape (4, 3): 2"),
+        (
+            {"build_model": lambda self: nn.Sequential(nn.Flatten(), nn.Linear(5, 2))},
+            "the network cannot be trained on a batch of image (4, 1, 2, 2), label (4,): Runtime",
+        ),
+    ],
+)
+@pytest.mark.parametrize("private", [False, True])
+def test_a_network_that_does_not_fit_is_refused_before_the_first_round(
+    tmp_path, members, text, private
+):
+    client = type("Misfit", (TinyClient,), members)
+    options = {"privacy": "patient", "target_epsilon": 8.0} if private else {}
+    with pytest.raises(InputError, match=re.escape(text)):
+        run_tiny(tmp_path / "run", client, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_batch_that_is_tried_changes_no_model(tmp_path, monkeypatch):
+    tried = run_tiny(tmp_path / "tried")
+    monkeypatch.setattr("fedmed_flower.clients.queries.try_batch", lambda client: None)
+    assert bits(tried.arrays) == bits(run_tiny(tmp_path / "not").arrays)
+
+
+@pytest.mark.parametrize("options", [{}, {"privacy": "patient", "target_epsilon": 8.0}])
+def test_a_run_that_diverges_is_named_and_does_not_end_as_finished(tmp_path, options):
+    with pytest.raises(DivergedError, match="the model has diverged: its weights are .* times as"):
+        run_tiny(tmp_path, learning_rate=1e6, num_server_rounds=4, **options)
+    summary = summary_of(tmp_path)
+    assert summary["status"] == "failed"
+    assert summary["message"].endswith("lower learning-rate")
+    # It ends at once, before the next round.
+    assert summary["rounds"] == 1
+
+
+def test_a_model_that_nobody_could_evaluate_is_no_result(tmp_path):
+    class Unmeasured(TinyClient):
+        def measure(self, model, prepared):
+            raise ValueError("no figure today")
+
+    with pytest.raises(RunFailedError, match="round 1, val: all 2 sites failed alike, so the run"):
+        run_tiny(tmp_path / "val", Unmeasured)
+
+    class Untested(TinyClient):
+        def measure(self, model, prepared):
+            if self.split == "test":
+                raise ValueError(f"no figure at {self.site.name}")
+            return super().measure(model, prepared)
+
+    with pytest.raises(RunFailedError, match="^nobody could evaluate the model, so it has no figu"):
+        run_tiny(tmp_path / "test", Untested)
+    summary = summary_of(tmp_path / "test")
+    assert summary["status"] == "failed"
+    assert "hospital-1: ValueError: no figure at hospital-1" in summary["message"]
+    assert (tmp_path / "test" / "model.safetensors").exists()
 
 
 def test_sites_without_val_and_test_rows(tmp_path):

@@ -499,18 +499,21 @@ def test_the_history_of_a_run():
     ]
 
 
-def test_all_sites_fail_in_all_rounds(tmp_path):
+def test_a_run_in_which_all_sites_fail_alike_ends_with_that_round(tmp_path):
     strategy = FedAvg(run_dir=tmp_path)
     result = run(strategy, site_app(failing, failing), W, rounds=2)
     assert dump(result.arrays) == dump(W)
     assert result.train_metrics_clientapp == {}
     assert result.evaluate_metrics_clientapp == {}
     failures = strategy.history.failures
-    assert Counter((f.round, f.phase) for f in failures if f.site != "all") == {
-        (1, "train"): 3, (1, "val"): 3, (2, "train"): 3, (2, "val"): 3,
-    }  # fmt: skip
+    failed = Counter((f.round, f.phase) for f in failures if f.site != "all")
+    assert failed == {(1, "train"): 3}
     assert all("no GPU" in f.reason for f in failures if f.site != "all")
-    assert [(f.round, f.phase) for f in failures if f.site == "all"] == [(1, "train"), (2, "train")]
+    few, alike = [(f.round, f.phase, f.reason) for f in failures if f.site == "all"]
+    assert few == (1, "train", "0 usable replies, 1 needed: the model stays as it was")
+    assert alike[:2] == (1, "train")
+    assert alike[2].startswith("all 3 sites failed alike, so the run ends: ")
+    assert not (tmp_path / "checkpoint.zip").exists()
     assert strategy.history.rows == []
     assert load_file(tmp_path / "model.safetensors")["w"].tolist() == [0.0, 0.0]
 
@@ -1171,3 +1174,20 @@ def test_with_a_quorum_a_silent_site_costs_the_grace_and_not_the_timeout(monkeyp
         ("train", "node 3", "no reply within 5 s; 2 of 3 had replied"),
         ("val", "node 3", "no reply within 5 s; 2 of 3 had replied"),
     ]
+
+
+def test_sites_that_fail_each_in_its_own_way_do_not_end_the_run():
+    def train(values, message, context):
+        raise RuntimeError(f"no {'abc'[context.node_config['partition-id']]}")
+
+    strategy = FedAvg(fraction_evaluate=0.0)
+    run(strategy, site_app(train), W, rounds=2)
+    assert {f.round for f in strategy.history.failures} == {1, 2}
+    assert strategy.run.halted == ""
+
+
+def test_a_few_drawn_sites_that_fail_do_not_speak_for_the_others():
+    strategy = FedAvg(fraction_train=0.4, fraction_evaluate=0.0, seed=0)
+    run(strategy, site_app(failing), W, rounds=3)
+    failed = {f.round for f in strategy.history.failures if f.site != "all"}
+    assert failed == {1, 2, 3}

@@ -22,7 +22,7 @@ from fedmed_flower.clients import app
 from fedmed_flower.clients.app import train as plain_train
 from fedmed_flower.data.preparation import Preparation
 from fedmed_flower.privacy.ledger import Ledger
-from fedmed_flower.runs.experiment import RunFailedError
+from fedmed_flower.runs.verdict import RunFailedError
 from fedmed_flower.settings.trees import TreeSettings
 from fedmed_flower.trees.client import Ensemble, as_trees, raw_features
 from fedmed_flower.trees.ensembles import (
@@ -367,7 +367,7 @@ def test_one_thread_where_hospitals_share_a_machine(tmp_path, monkeypatch):
 def test_without_xgboost(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "xgboost", None)
     expected = (
-        "no site could train in any of 1 rounds: hospital-1: trees are grown by XGBoost, which is "
+        "round 1, train: all 1 sites failed alike, so the run ends: trees are grown by XGBoost, which is "
         'not installed: pip install "fedmed-flower[xgboost]"'
     )
     with pytest.raises(RunFailedError, match=says(expected)):
