@@ -9,7 +9,7 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import tomli_w
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, UserConfig
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, UserConfig
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from torch import nn
@@ -33,10 +33,16 @@ from fedmed_flower.runs.roll_call import (
     Sites,
     collect_contributions,
     collect_pictures,
-    held_back,
     roll_call,
 )
-from fedmed_flower.server.run_folder import CONFIG, DEFAULT_FOLDER, METRICS, SUMMARY, RunFolder
+from fedmed_flower.server.run_folder import (
+    CONFIG,
+    DEFAULT_FOLDER,
+    METRICS,
+    SUMMARY,
+    RunFolder,
+    early_lines,
+)
 from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.model import ModelSettings
@@ -51,7 +57,7 @@ from fedmed_flower.settings.registry import (
 )
 from fedmed_flower.settings.text import expand, text_of
 from fedmed_flower.settings.training import Settings
-from fedmed_flower.strategies.base import FedAvg
+from fedmed_flower.strategies.base import EvaluateFn, FedAvg
 from fedmed_flower.wire import (
     AGREED,
     ALL_SITES,
@@ -107,6 +113,7 @@ def federate(
     context: Context,
     model: Modeller | Callable[[], nn.Module],
     sections: Sections = (),
+    evaluate_fn: EvaluateFn | None = None,
 ) -> flower.Result:
     """Run an experiment by the run config, and write a complete run folder.
 
@@ -127,6 +134,10 @@ def federate(
         function that returns the network is enough.
     sections : sequence of Section classes
         The app's own settings, if `model` is a function. A client names its own.
+    evaluate_fn : callable, optional
+        Called as ``evaluate_fn(server_round, arrays)`` with the whole model at the start (round 0)
+        and after each round. The metrics that it returns are those of the phase ``server`` in log,
+        ``metrics.csv`` and report; None gives none.
 
     Returns
     -------
@@ -139,6 +150,20 @@ def federate(
     RunFailedError
         If no round succeeded.
     """
+    with early_lines() as lines:
+        experiment = _prepared(strategy, grid, context, model, sections, evaluate_fn)
+    return experiment.run(lines)
+
+
+def _prepared(
+    strategy: FedAvg,
+    grid: Grid,
+    context: Context,
+    model: Modeller | Callable[[], nn.Module],
+    sections: Sections,
+    evaluate_fn: EvaluateFn | None,
+) -> Experiment:
+    """Check the run config, call the roll, make the start model and the run folder."""
     # The run config names the folder; models for comparison have none.
     os.environ.pop(DEFAULT_FOLDER, None)
     # A client, or a method of one, such as its `build_model`.
@@ -165,9 +190,8 @@ def federate(
     sites = roll_call(grid, plan.round_timeout)
     if asking is not None:
         names = {node_id: sites.names[node_id] for node_id in sites.counts}
-        with held_back() as sites.lines:
-            contributions = collect_contributions(grid, plan.round_timeout, names, sites.sent)
-            agreed = asking.agree(contributions)
+        contributions = collect_contributions(grid, plan.round_timeout, names, sites.sent)
+        agreed = asking.agree(contributions)
         start = _start_model(model, agreed, config, plan.seed)
     strategy.site_names |= sites.names
     trainers = sites.trainers()
@@ -190,7 +214,7 @@ def federate(
     if agreed:
         about["agreed"] = agreed
     _write_config(folder, about, config)
-    experiment = Experiment(
+    return Experiment(
         strategy=strategy,
         grid=grid,
         plan=plan,
@@ -200,8 +224,8 @@ def federate(
         run_config=config,
         key=key,
         agreed=agreed,
+        evaluate_fn=evaluate_fn,
     )
-    return experiment.run()
 
 
 def _effective(config: UserConfig, own: Sections) -> UserConfig:
@@ -371,15 +395,16 @@ class Experiment:
     run_config: UserConfig
     key: str
     agreed: str
+    evaluate_fn: EvaluateFn | None = None
     test: dict[str, Any] = field(default_factory=dict)
     pictures: list[dict[str, str]] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     began: float = field(default_factory=time.monotonic)
 
-    def run(self) -> flower.Result:
-        """Train, test, compare, report."""
+    def run(self, lines: Iterable[logging.LogRecord]) -> flower.Result:
+        """Train, test, compare, report; `lines` are those that the log begins with."""
         folder = self.folder
-        with folder.log_file():
+        with folder.log_file(lines):
             self.sites.write_log()
             try:
                 self._write_summary("running")
@@ -410,13 +435,24 @@ class Experiment:
             self.plan.round_timeout,
             train_config=self.config(),
             evaluate_config=self.config(),
+            evaluate_fn=self._evaluate,
         )
         if not result.train_metrics_clientapp:
             raise RunFailedError(self._why_nothing_succeeded())
         if self.model.frozen:
             # Until now the file holds only the part that travels.
-            self.folder.write_model(ArrayRecord({**self.model.whole, **result.arrays}))
+            self.folder.write_model(self._whole(result.arrays))
         return result
+
+    def _evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Evaluate a model by the app's own function, if it has given one."""
+        if self.evaluate_fn is None:
+            return None
+        return self.evaluate_fn(server_round, self._whole(arrays))
+
+    def _whole(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Return a model with the part that does not travel, if there is one."""
+        return ArrayRecord({**self.model.whole, **arrays}) if self.model.frozen else arrays
 
     def _test(self, arrays: ArrayRecord) -> None:
         """Evaluate the final model on the sites' test rows, and collect pictures."""

@@ -58,6 +58,9 @@ from fedmed_flower.wire import ALL_SITES, SPLIT
 
 log = logging.getLogger("flwr.fedmed")
 
+# Maps (server_round, arrays) to metrics.
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
 _TRAIN = 0
 _EVALUATE = 1
 
@@ -202,7 +205,7 @@ class FedAvg(flower.FedAvg):
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        evaluate_fn: EvaluateFn | None = None,
     ) -> flower.Result:
         """Run the rounds.
 
