@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
 from fedmed_flower.arrays.updates import Updates
-from fedmed_flower.arrays.views import keep_dtypes
+from fedmed_flower.arrays.views import keep_dtypes, own_content
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics.names import is_pooled_only
 from fedmed_flower.metrics.pooling import pool
@@ -312,7 +312,8 @@ class FedAvg(flower.FedAvg):
         content.config_records[self.configrecord_key].update({**(config or {}), SPLIT: "test"})
         server_round = max((row[0] for row in self.history.rows), default=0)
         messages = [
-            Message(content, node_id, MessageType.EVALUATE) for node_id in grid.get_node_ids()
+            Message(own_content(content), node_id, MessageType.EVALUATE)
+            for node_id in grid.get_node_ids()
         ]
         before = len(self.history.rows)
         self.run.evaluated = "test"
@@ -344,8 +345,9 @@ class FedAvg(flower.FedAvg):
             # Sites that drop out later must not end the run.
             self.inbox.fail(server_round, "train", ALL_SITES, reason)
             return []
+        companions = RecordDict({**self.current_companions})
         for message in addressed:
-            message.content.update(self.current_companions)
+            message.content.update(own_content(companions))
         return addressed
 
     def configure_evaluate(
@@ -782,11 +784,13 @@ class FedAvg(flower.FedAvg):
     def _address(
         self, messages: Iterable[Message], grid: Grid, server_round: int, phase: int
     ) -> list[Message]:
-        """Address Flower's messages to the sites that `choose` returns."""
+        """Address Flower's messages to the sites of `choose`, each with records of its own."""
         messages = list(messages)
         connected = self.inbox.connected = set(grid.get_node_ids())
         nodes = connected if self.only is None else connected & self.only
         drawn = self.choose(nodes, len(messages), server_round, phase == _TRAIN)
         for message, node_id in zip(messages, drawn, strict=False):
             message.metadata.dst_node_id = node_id
+            # Flower gives all messages one content.
+            message.content = own_content(message.content)
         return messages[: len(drawn)]
