@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import DEBUG
+from pathlib import Path
 from uuid import uuid4
 
 from flwr.app import (
@@ -28,6 +29,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Result
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -42,6 +44,26 @@ _FIRST_NODE_ID = 1001
 ReplyListener = Callable[[str, int, int], None]
 
 
+@dataclass(frozen=True)
+class LocalRun:
+    """What a run of `run_local` leaves.
+
+    Attributes
+    ----------
+    context : Context
+        The context of the server, as its app left it.
+    result : flwr.serverapp.strategy.Result or None
+        The result of the app's `federate` or `grow`; else that of the last strategy of this package
+        that it started; None if it used none.
+    folder : Path or None
+        The run folder of that result; None if nothing was written.
+    """
+
+    context: Context
+    result: Result | None
+    folder: Path | None
+
+
 def run_local(
     server_app: ServerApp,
     client_app: ClientApp,
@@ -51,7 +73,7 @@ def run_local(
     node_configs: Sequence[UserConfig] | None = None,
     app_name: str = "",
     on_reply: ReplyListener | None = None,
-) -> Context:
+) -> LocalRun:
     """Run an app in this process, one client after the other.
 
     The clients see what they see on Flower's simulation engine: their own copies of contents, a
@@ -77,8 +99,8 @@ def run_local(
 
     Returns
     -------
-    Context
-        The context of the server, as its app left it.
+    LocalRun
+        The result, the run folder and the server's context.
 
     Raises
     ------
@@ -121,7 +143,7 @@ def run_local(
             server_app(grid=grid, context=context)
     finally:
         gc.unfreeze()
-    return context
+    return LocalRun(context, grid.result, grid.folder)
 
 
 @dataclass
@@ -141,6 +163,8 @@ class LocalGrid(Grid):
         True: all sites are connected from the start, so nobody waits for more.
     in_process : bool
         True: a client runs when its reply is pulled.
+    result, folder
+        As in `LocalRun`.
 
     Parameters
     ----------
@@ -165,6 +189,8 @@ class LocalGrid(Grid):
         self._on_reply = on_reply
         self._run = Run.create_empty(next(iter(contexts.values())).run_id)
         self._waiting: dict[str, tuple[Message, _Progress]] = {}
+        self.result: Result | None = None
+        self.folder: Path | None = None
 
     def set_run(self, run: Run) -> None:
         """Set the run that `run` returns."""
@@ -215,6 +241,11 @@ class LocalGrid(Grid):
         """Run the clients of these messages; a client not started by the timeout does not reply."""
         deadline = None if timeout is None else time.monotonic() + timeout
         return self._replies(list(self.push_messages(messages)), deadline)
+
+    def take_result(self, result: Result, folder: Path | None) -> None:
+        """Take up the result of a strategy, and its run folder, in place of an earlier one's."""
+        self.result = result
+        self.folder = folder
 
     def export_states(self) -> dict[str, bytes]:
         """Return the ``context.state`` of each client that keeps one, serialised, by node id."""

@@ -57,7 +57,7 @@ from fedmed_flower.settings.registry import (
 )
 from fedmed_flower.settings.text import expand, text_of
 from fedmed_flower.settings.training import Settings
-from fedmed_flower.strategies.base import EvaluateFn, FedAvg
+from fedmed_flower.strategies.base import EvaluateFn, FedAvg, leave_result
 from fedmed_flower.wire import (
     AGREED,
     ALL_SITES,
@@ -424,6 +424,8 @@ class Experiment:
             self._write_summary("finished")
             report = write_report(folder.path)
             log.info("report: %s", report)
+        # Models for comparison have left theirs since.
+        leave_result(self.grid, result, folder)
         return result
 
     def _train(self) -> flower.Result:

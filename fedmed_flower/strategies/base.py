@@ -96,6 +96,12 @@ class RunState:
     evaluated: str = "val"
 
 
+def leave_result(grid: Grid, result: flower.Result, folder: RunFolder | None) -> None:
+    """Leave a result with the grid of `run_local`, which returns the last one."""
+    if hasattr(grid, "take_result"):
+        grid.take_result(result, None if folder is None else folder.path)
+
+
 class FedAvg(flower.FedAvg):
     """Federated averaging that survives failed sites, records each site and can be resumed.
 
@@ -292,6 +298,7 @@ class FedAvg(flower.FedAvg):
             seconds = time.perf_counter() - began
             line = self.history.describe(server_round)
             log.info("round %d/%d  %s  %.1f s", server_round, num_rounds, line, seconds)
+        leave_result(grid, self.result, self.folder)
         return self.result
 
     def test(

@@ -154,19 +154,16 @@ def run_tiny(
     **config,
 ):
     """Run an experiment in this process and return its result."""
-    results = []
     server = ServerApp()
 
     @server.main()
     def main(grid, context):
         own = sections_of(client)
-        results.append(
-            federate(strategy or FedAvg(), grid, context, model, own, evaluate_fn=evaluate_fn)
-        )
+        federate(strategy or FedAvg(), grid, context, model, own, evaluate_fn=evaluate_fn)
 
     settings = CONFIG | {"num-server-rounds": 2, "run-dir": str(folder)}
     settings |= {key.replace("_", "-"): value for key, value in config.items()}
     # A test's client may have a client_app of its own.
     app = client.client_app(mods) if mods else client.client_app()
-    run_local(server, app, num_sites, run_config=settings, node_configs=node_configs)
-    return results[0]
+    run = run_local(server, app, num_sites, run_config=settings, node_configs=node_configs)
+    return run.result

@@ -37,18 +37,16 @@ from fedmed_flower.trees.server import grow
 
 
 def run(folder, client=Hospital, sites=3, strategy=None, node_configs=None, **config):
-    results = []
     server = ServerApp()
 
     @server.main()
     def main(grid, context):
-        results.append(grow(strategy or FedXgbBagging(), grid, context, client(context)))
+        grow(strategy or FedXgbBagging(), grid, context, client(context))
 
     settings = DECLARED | {"num-server-rounds": 2, "run-dir": str(folder)}
     settings |= {key.replace("_", "-"): value for key, value in config.items()}
     app = client if isinstance(client, ClientApp) else client.client_app()
-    run_local(server, app, sites, run_config=settings, node_configs=node_configs)
-    return results[0]
+    return run_local(server, app, sites, run_config=settings, node_configs=node_configs).result
 
 
 def summary_of(folder):
