@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import xgboost
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic
@@ -36,12 +36,20 @@ from fedmed_flower.trees.ensembles import (
 from fedmed_flower.trees.server import grow
 
 
-def run(folder, client=Hospital, sites=3, strategy=None, node_configs=None, **config):
+def run(
+    folder,
+    client=Hospital,
+    sites=3,
+    strategy=None,
+    node_configs=None,
+    evaluate_fn=None,
+    **config,
+):
     server = ServerApp()
 
     @server.main()
     def main(grid, context):
-        grow(strategy or FedXgbBagging(), grid, context, client(context))
+        grow(strategy or FedXgbBagging(), grid, context, client(context), evaluate_fn)
 
     settings = DECLARED | {"num-server-rounds": 2, "run-dir": str(folder)}
     settings |= {key.replace("_", "-"): value for key, value in config.items()}
@@ -157,6 +165,23 @@ def test_trees_of_all_hospitals_are_better_than_of_each_alone(bagging):
         own = type("Own", (Hospital,), {"load_data": load_data})
         model, _ = bagged(own, 8, trees_a_round=2, tree_subsample=0.8)
         assert together > roc_auc_score(truth, margins(model, trees, rows)) + 0.01
+
+
+def test_the_server_may_measure_the_ensemble_after_each_round(tmp_path):
+    sizes = []
+
+    def evaluate(server_round, arrays):
+        if server_round == 0:
+            return None
+        sizes.append(len(model_bytes(arrays)))
+        return MetricRecord({"bytes": sizes[-1]})
+
+    result = run(tmp_path / "run", evaluate_fn=evaluate)
+    assert sizes[0] < sizes[1] == len(model_bytes(result.arrays))
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert [row for row in rows if ",server," in row] == [
+        f"{number},server,all,bytes,{size:.1f}" for number, size in enumerate(sizes, start=1)
+    ]
 
 
 def test_the_folder_is_that_of_any_run(bagging):
