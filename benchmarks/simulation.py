@@ -92,7 +92,7 @@ def federated(config: dict, num_sites: int, folder: str) -> dict:
     from fedmed_flower import run_local
     from fedmed_flower.strategies import FedAvg
 
-    server, results = ServerApp(), []
+    server = ServerApp()
 
     @server.main()
     def main(grid, context):
@@ -101,10 +101,10 @@ def federated(config: dict, num_sites: int, folder: str) -> dict:
             model = PneumoniaHospital(context).build_model()
         strategy = FedAvg(seed=config["seed"], run_dir=folder)
         arrays = ArrayRecord(model.state_dict())
-        results.append(strategy.start(grid, arrays, config["num-server-rounds"]))
+        strategy.start(grid, arrays, config["num-server-rounds"])
 
-    run_local(server, client, num_sites, run_config=config)
-    return {key: array.numpy() for key, array in results[0].arrays.items()}
+    run = run_local(server, client, num_sites, run_config=config)
+    return {key: array.numpy() for key, array in run.result.arrays.items()}
 
 
 def child_overhead(folder: str, rounds: str, repeats: str) -> dict:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from io import BytesIO
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedmed_flower.arrays import kernels
@@ -166,3 +167,20 @@ def keep_dtypes(arrays: ArrayRecord, layout: ArrayRecord) -> ArrayRecord:
 
 def _name(dtype: np.dtype[Any]) -> str:
     return "bfloat16" if dtype == kernels.BFLOAT16 else str(dtype)
+
+
+def own_content(content: RecordDict) -> RecordDict:
+    """Return a message's content with records of its own and the same arrays.
+
+    What is set in its records is set in no other message. Arrays, which may be large, are shared.
+    """
+    own = RecordDict()
+    for name, record in content.items():
+        if isinstance(record, ArrayRecord):
+            shared = ArrayRecord()
+            # Flower hashes an array once for all messages only if it is the same object in them.
+            shared.update(record)
+            own[name] = shared
+        else:
+            own[name] = copy.deepcopy(record)
+    return own

@@ -24,6 +24,7 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.constant import ErrorCode
 
 from fedmed_flower.clients.base import MedicalClient, Query
@@ -65,13 +66,13 @@ class HospitalApp(ClientApp):
         self.node_keys = node_keys
 
 
-def app_of(cls: type[MedicalClient]) -> HospitalApp:
+def app_of(cls: type[MedicalClient], mods: Sequence[Mod] = ()) -> HospitalApp:
     """Return the Flower ClientApp of a client: train, evaluate and its queries."""
     app = HospitalApp(sections_of(cls), cls.node_keys)
-    app.train()(partial(answer, cls, train))
-    app.evaluate()(partial(answer, cls, evaluate))
+    app.train()(partial(answer, cls, train, mods=mods))
+    app.evaluate()(partial(answer, cls, evaluate, mods=mods))
     for name, query in cls.queries.items():
-        app.query(name)(partial(answer, cls, query))
+        app.query(name)(partial(answer, cls, query, mods=mods))
     return app
 
 
@@ -80,6 +81,7 @@ def answer(
     handler: Query | str,
     message: Message,
     context: Context,
+    mods: Sequence[Mod] = (),
 ) -> Message:
     """Return the reply to a message; if anything fails, the reply is an error.
 
@@ -91,27 +93,43 @@ def answer(
         ``"module:function"``.
     message, context
         As Flower passes them.
+    mods : sequence of Mod
+        They run around the handler, the first one outermost. An error of the handler passes through
+        them; an error of their own is treated like one of the handler.
     """
     site = None
     client = None
     state = copy.deepcopy(context.state)
-    try:
-        site = Site.from_context(context)
-        # A misspelled budget would bound nothing: no message is answered if a key is unknown.
-        NodeSettings.of(context.node_config, cls.node_keys)
-        require_known(context.run_config, sections_of(cls))
+
+    def reply(message: Message, context: Context) -> Message:
+        nonlocal client
         client = _stand_in(cls(context), message)
         handle = _function_at(handler) if isinstance(handler, str) else handler
         content = handle(client, message)
+        site = client.site
         about: dict[str, Any] = {"name": site.name, "simulated": site.simulated}
         if client.touched or not client.sealed:
             data = client.data()
             about |= {"data": data.source, "generated": data.generated}
         content[SITE_RECORD] = ConfigRecord(about)
         return Message(content, reply_to=message)
+
+    try:
+        site = Site.from_context(context)
+        # A misspelled budget would bound nothing: no message is answered if a key is unknown.
+        NodeSettings.of(context.node_config, cls.node_keys)
+        require_known(context.run_config, sections_of(cls))
+        call: ClientAppCallable = reply
+        for mod in reversed(mods):
+            call = partial(_through, mod, call)
+        return call(message, context)
     except Exception as error:
         context.state = state
         return Message(_logged_failure(error, site, client), reply_to=message)
+
+
+def _through(mod: Mod, call: ClientAppCallable, message: Message, context: Context) -> Message:
+    return mod(message, context, call)
 
 
 def _logged_failure(error: Exception, site: Site | None, client: MedicalClient | None) -> Error:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -343,14 +344,17 @@ class MedicalClient(ABC):
         return InputError(f"{type(self).__name__} cannot train: it does not define {hook}")
 
     @classmethod
-    def client_app(cls) -> ClientApp:
+    def client_app(cls, mods: Sequence[Mod] = ()) -> ClientApp:
         """Return the Flower ClientApp of this client: train, evaluate and its queries.
+
+        Flower's `mods`, such as those of ``flwr.clientapp.mod``, run around each of them, the first
+        one outermost.
 
         Of an error raised in a handler, only the class leaves a real site. Load no data while the
         module is imported, since Flower sends the whole text of an error raised there.
         """
         # Imported here, by its name, since `app` imports this module.
-        app: ClientApp = import_module("fedmed_flower.clients.app").app_of(cls)
+        app: ClientApp = import_module("fedmed_flower.clients.app").app_of(cls, mods)
         return app
 
     def read(self, message: Message) -> ConfigRecord:

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import DEBUG
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -29,6 +30,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Result
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -46,6 +48,26 @@ _MOST = 2**64 - 1
 ReplyListener = Callable[[str, int, int], None]
 
 
+@dataclass(frozen=True)
+class LocalRun:
+    """What a run of `run_local` leaves.
+
+    Attributes
+    ----------
+    context : Context
+        The context of the server, as its app left it.
+    result : flwr.serverapp.strategy.Result or None
+        The result of the app's `federate` or `grow`; else that of the last strategy of this package
+        that it started; None if it used none.
+    folder : Path or None
+        The run folder of that result; None if nothing was written.
+    """
+
+    context: Context
+    result: Result | None
+    folder: Path | None
+
+
 def run_local(
     server_app: ServerApp,
     client_app: ClientApp,
@@ -55,7 +77,7 @@ def run_local(
     node_configs: Sequence[UserConfig] | None = None,
     app_name: str = "",
     on_reply: ReplyListener | None = None,
-) -> Context:
+) -> LocalRun:
     """Run an app in this process, one client after the other.
 
     The clients see what they see on Flower's simulation engine: their own copies of contents, a
@@ -81,8 +103,8 @@ def run_local(
 
     Returns
     -------
-    Context
-        The context of the server, as its app left it.
+    LocalRun
+        The result, the run folder and the server's context.
 
     Raises
     ------
@@ -125,7 +147,7 @@ def run_local(
             server_app(grid=grid, context=context)
     finally:
         gc.unfreeze()
-    return context
+    return LocalRun(context, grid.result, grid.folder)
 
 
 @dataclass
@@ -145,6 +167,8 @@ class LocalGrid(Grid):
         True: all sites are connected from the start, so nobody waits for more.
     in_process : bool
         True: a client runs when its reply is pulled.
+    result, folder
+        As in `LocalRun`.
 
     Parameters
     ----------
@@ -169,6 +193,8 @@ class LocalGrid(Grid):
         self._on_reply = on_reply
         self._run = Run.create_empty(next(iter(contexts.values())).run_id)
         self._waiting: dict[str, tuple[Message, _Progress]] = {}
+        self.result: Result | None = None
+        self.folder: Path | None = None
 
     def set_run(self, run: Run) -> None:
         """Set the run that `run` returns."""
@@ -221,6 +247,11 @@ class LocalGrid(Grid):
         The timeout is each client's own, since they run one after the other.
         """
         return self._replies(list(self.push_messages(messages)), timeout)
+
+    def take_result(self, result: Result, folder: Path | None) -> None:
+        """Take up the result of a strategy, and its run folder, in place of an earlier one's."""
+        self.result = result
+        self.folder = folder
 
     def export_states(self) -> dict[str, bytes]:
         """Return the ``context.state`` of each client that keeps one, serialised, by node id."""

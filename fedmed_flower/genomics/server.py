@@ -40,8 +40,7 @@ from fedmed_flower.genomics.panel import Panel, assemble
 from fedmed_flower.genomics.rounds import blocks, find_components, regress
 from fedmed_flower.genomics.types import Counts, Floats
 from fedmed_flower.genomics.variants import ABSENT, REASONS, SWAPPED, Block
-from fedmed_flower.runs.roll_call import held_back
-from fedmed_flower.server.run_folder import CONFIG, SUMMARY, RunFolder
+from fedmed_flower.server.run_folder import CONFIG, SUMMARY, RunFolder, early_lines
 from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.registry import Sections, effective, require_known
 from fedmed_flower.settings.study import Study
@@ -88,9 +87,9 @@ def associate(grid: Grid, context: Context, sections: Sections = ()) -> dict[str
         )
     folder = RunFolder.named(study.run_dir)
     folder.require_unused()
-    wait_for_sites(grid, study.min_sites, study.round_timeout)
     trait = "continuous" if study.test == "linear" else "binary"
-    with held_back() as lines:
+    with early_lines() as lines:
+        wait_for_sites(grid, study.min_sites, study.round_timeout)
         panel = assemble(grid, study.round_timeout, trait)
         if study.test == "logistic":
             _leave_out_one_sided(panel)
@@ -161,9 +160,7 @@ class _Association:
             }
         )
         self.folder.write(CONFIG, text.encode())
-        with self.folder.log_file():
-            for line in self.lines:
-                log.handle(line)
+        with self.folder.log_file(self.lines):
             if self.panel.generated:
                 log.warning("generated data: %s", "; ".join(sorted(self.panel.sources)))
             for name, about in zip(self.panel.names, self.panel.about, strict=True):

@@ -300,11 +300,11 @@ def _curves(curves: Curves, styles: Styles, main: str) -> str:
 
 
 def _other_panels(curves: Curves, styles: Styles, main: str) -> list[str]:
-    """Return panels of metrics by names of the app's own, if a phase has none that is known."""
+    """Return panels of the server's metrics, and of a phase that has none of a known name."""
     panels = []
     for phase, title in (("val", "Validation"), ("train", "Training"), ("server", "Server")):
         keys = dict.fromkeys(metric for p, metric, _ in curves if p == phase)
-        if {main, "loss"} & keys.keys():
+        if phase != "server" and {main, "loss"} & keys.keys():
             continue
         shown = [key for key in keys if key not in _NO_PANEL][:_MOST_PANELS]
         panels += [_panel(curves, styles, phase, key, f"{title} {escaped(key)}") for key in shown]

@@ -9,7 +9,7 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import tomli_w
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, UserConfig
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, UserConfig
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from torch import nn
@@ -34,7 +34,6 @@ from fedmed_flower.runs.roll_call import (
     call_newcomers,
     collect_contributions,
     collect_pictures,
-    held_back,
     roll_call,
 )
 from fedmed_flower.runs.verdict import (
@@ -43,7 +42,14 @@ from fedmed_flower.runs.verdict import (
     require_measured,
     require_two_classes,
 )
-from fedmed_flower.server.run_folder import CONFIG, DEFAULT_FOLDER, METRICS, SUMMARY, RunFolder
+from fedmed_flower.server.run_folder import (
+    CONFIG,
+    DEFAULT_FOLDER,
+    METRICS,
+    SUMMARY,
+    RunFolder,
+    early_lines,
+)
 from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.model import ModelSettings
@@ -58,7 +64,7 @@ from fedmed_flower.settings.registry import (
 )
 from fedmed_flower.settings.text import expand, text_of
 from fedmed_flower.settings.training import Settings
-from fedmed_flower.strategies.base import FedAvg
+from fedmed_flower.strategies.base import EvaluateFn, FedAvg, leave_result
 from fedmed_flower.wire import (
     AGREED,
     ALL_SITES,
@@ -114,6 +120,7 @@ def federate(
     context: Context,
     model: Modeller | Callable[[], nn.Module],
     sections: Sections = (),
+    evaluate_fn: EvaluateFn | None = None,
 ) -> flower.Result:
     """Run an experiment by the run config, and write a complete run folder.
 
@@ -134,6 +141,10 @@ def federate(
         function that returns the network is enough.
     sections : sequence of Section classes
         The app's own settings, if `model` is a function. A client names its own.
+    evaluate_fn : callable, optional
+        Called as ``evaluate_fn(server_round, arrays)`` with the whole model at the start (round 0)
+        and after each round. The metrics that it returns are those of the phase ``server`` in log,
+        ``metrics.csv`` and report; None gives none.
 
     Returns
     -------
@@ -149,6 +160,20 @@ def federate(
     DivergedError
         If the weights of the model have grown out of proportion.
     """
+    with early_lines() as lines:
+        experiment = _prepared(strategy, grid, context, model, sections, evaluate_fn)
+    return experiment.run(lines)
+
+
+def _prepared(
+    strategy: FedAvg,
+    grid: Grid,
+    context: Context,
+    model: Modeller | Callable[[], nn.Module],
+    sections: Sections,
+    evaluate_fn: EvaluateFn | None,
+) -> Experiment:
+    """Check the run config, call the roll, make the start model and the run folder."""
     # The run config names the folder; models for comparison have none.
     os.environ.pop(DEFAULT_FOLDER, None)
     # A client, or a method of one, such as its `build_model`.
@@ -179,9 +204,8 @@ def federate(
     sites = roll_call(grid, plan.round_timeout, strategy.quorum, strategy.grace)
     if asking is not None:
         names = {node_id: sites.names[node_id] for node_id in sites.counts}
-        with held_back() as sites.lines:
-            contributions = collect_contributions(grid, plan.round_timeout, names, sites.sent)
-            agreed = asking.agree(contributions)
+        contributions = collect_contributions(grid, plan.round_timeout, names, sites.sent)
+        agreed = asking.agree(contributions)
         start = _start_model(model, agreed, config, plan.seed)
         strategy.buffers = start.buffers
     strategy.site_names |= sites.names
@@ -204,7 +228,7 @@ def federate(
     if agreed:
         about["agreed"] = agreed
     _write_config(folder, about, config)
-    experiment = Experiment(
+    return Experiment(
         strategy=strategy,
         grid=grid,
         plan=plan,
@@ -214,8 +238,8 @@ def federate(
         run_config=config,
         key=key,
         agreed=agreed,
+        evaluate_fn=evaluate_fn,
     )
-    return experiment.run()
 
 
 def _effective(config: UserConfig, own: Sections) -> UserConfig:
@@ -389,15 +413,16 @@ class Experiment:
     run_config: UserConfig
     key: str
     agreed: str
+    evaluate_fn: EvaluateFn | None = None
     test: dict[str, Any] = field(default_factory=dict)
     pictures: list[dict[str, str]] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     began: float = field(default_factory=time.monotonic)
 
-    def run(self) -> flower.Result:
-        """Train, test, compare, report."""
+    def run(self, lines: Iterable[logging.LogRecord]) -> flower.Result:
+        """Train, test, compare, report; `lines` are those that the log begins with."""
         folder = self.folder
-        with folder.log_file():
+        with folder.log_file(lines):
             self.sites.write_log()
             try:
                 self._write_summary("running")
@@ -418,6 +443,8 @@ class Experiment:
             self._write_summary("finished")
             report = write_report(folder.path)
             log.info("report: %s", report)
+        # Models for comparison have left theirs since.
+        leave_result(self.grid, result, folder)
         return result
 
     def _before_round(self, server_round: int) -> None:
@@ -447,6 +474,7 @@ class Experiment:
             self.plan.round_timeout,
             train_config=self.config(),
             evaluate_config=self.config(),
+            evaluate_fn=self._evaluate,
         )
         if self.strategy.run.halted:
             raise RunFailedError(self.strategy.run.halted)
@@ -455,8 +483,18 @@ class Experiment:
         require_bounded(self.model.initial, result.arrays, self.model.buffers)
         if self.model.frozen:
             # Until now the file holds only the part that travels.
-            self.folder.write_model(ArrayRecord({**self.model.whole, **result.arrays}))
+            self.folder.write_model(self._whole(result.arrays))
         return result
+
+    def _evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Evaluate a model by the app's own function, if it has given one."""
+        if self.evaluate_fn is None:
+            return None
+        return self.evaluate_fn(server_round, self._whole(arrays))
+
+    def _whole(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Return a model with the part that does not travel, if there is one."""
+        return ArrayRecord({**self.model.whole, **arrays}) if self.model.frozen else arrays
 
     def _test(self, arrays: ArrayRecord) -> None:
         """Evaluate the final model on the sites' test rows, and collect pictures."""

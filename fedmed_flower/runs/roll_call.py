@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from logging.handlers import BufferingHandler
 from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -54,7 +52,6 @@ class Sites:
     simulated: bool = True
     nodes: set[int] = field(default_factory=set)
     refusals: dict[int, str] = field(default_factory=dict)
-    lines: list[logging.LogRecord] = field(default_factory=list)
     namesakes: Namesakes = field(default_factory=Namesakes)
     sent: Sent = field(default_factory=Sent)
 
@@ -75,9 +72,7 @@ class Sites:
         }
 
     def write_log(self) -> None:
-        """Log the lines that were held back, then which sites take part and with which rows."""
-        for line in self.lines:
-            log.handle(line)
+        """Log which sites take part and with which rows."""
         for reason, names in self.refused().items():
             log.warning(
                 "%d of %d sites cannot take part (%s): %s",
@@ -256,27 +251,6 @@ def _lacking(content: RecordDict) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("the columns that its table lacks are not a list of names")
     return [shown(str(name))[:_MOST_NAME] for name in names[:_MOST_NAMES]]
-
-
-@contextmanager
-def held_back() -> Iterator[list[logging.LogRecord]]:
-    """Hold log lines back until the run has a folder with a log file.
-
-    If an error is raised, there will be no such file, and the lines are logged at once.
-    """
-    handler = BufferingHandler(capacity=2**30)
-    log.addHandler(handler)
-    before = log.propagate
-    log.propagate = False
-    done = False
-    try:
-        yield handler.buffer
-        done = True
-    finally:
-        log.removeHandler(handler)
-        log.propagate = before
-        for record in () if done else handler.buffer:
-            log.handle(record)
 
 
 def collect_contributions(

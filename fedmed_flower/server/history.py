@@ -90,13 +90,16 @@ class History:
         }
         wanted = [("train", "loss"), *(("val", name) for name in MAIN)]
         shown = [(*key, known[key]) for key in wanted if key in known]
-        for phase in ("train", "val", "server"):
+        others = {
+            phase: [key for key in known if key[0] == phase and key[1] not in _NOT_SHOWN][:1]
+            for phase in ("train", "val", "server")
+        }
+        for phase in ("train", "val"):
             if not any(entry[0] == phase for entry in shown):
-                others = [key for key in known if key[0] == phase and key[1] not in _NOT_SHOWN]
-                shown += [(*key, known[key]) for key in others[:1]]
+                shown += [(*key, known[key]) for key in others[phase]]
         # The training loss and one validation metric, or two validation metrics without it.
-        most = 2 + any(entry[0] == "server" for entry in shown)
-        parts = [f"{phase} {name} {value:.4f}" for phase, name, value in shown[:most]]
+        shown = shown[:2] + [(*key, known[key]) for key in others["server"]]
+        parts = [f"{phase} {name} {value:.4f}" for phase, name, value in shown]
         if ("train", HOSPITAL_EPSILON) in known:
             parts.append(f"epsilon {known['train', HOSPITAL_EPSILON]:.3f}")
         failed = {failure.site for failure in self.failures if failure.round == server_round}

@@ -8,10 +8,11 @@ import math
 import re
 import tomllib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -85,6 +86,58 @@ class _OneLine(logging.Formatter):
         return shown(super().formatMessage(record))
 
 
+class _AsBefore(logging.Filter):
+    """Lets those lines pass that reached a handler before the levels of the loggers were lowered.
+
+    Parameters
+    ----------
+    levels : dict of str to int
+        The level of each logger before, the most specific one first.
+    """
+
+    def __init__(self, levels: Mapping[str, int]) -> None:
+        super().__init__()
+        self._levels = levels
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        for name, level in self._levels.items():
+            if f"{record.name}.".startswith(f"{name}."):
+                return record.levelno >= level
+        return True
+
+
+@contextmanager
+def _listening(handler: logging.Handler) -> Iterator[None]:
+    """Hand a handler each line from INFO on, also if the console is set to show fewer of them."""
+    handler.setLevel(logging.INFO)
+    loggers = [logging.getLogger(name) for name in ("flwr.fedmed", "flwr")]
+    as_before = _AsBefore({each.name: each.getEffectiveLevel() for each in loggers})
+    others = [other for each in (*loggers, logging.getLogger()) for other in each.handlers]
+    silent = [each for each in loggers if each.getEffectiveLevel() > logging.INFO]
+    levels = [each.level for each in silent]
+    for other in others:
+        other.addFilter(as_before)
+    for each in silent:
+        each.setLevel(logging.INFO)
+    logging.getLogger("flwr").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("flwr").removeHandler(handler)
+        for each, level in zip(silent, levels, strict=True):
+            each.setLevel(level)
+        for other in others:
+            other.removeFilter(as_before)
+
+
+@contextmanager
+def early_lines() -> Iterator[list[logging.LogRecord]]:
+    """Remember the lines that are logged before a run has a folder, for `RunFolder.log_file`."""
+    handler = BufferingHandler(capacity=2**30)
+    with _listening(handler):
+        yield handler.buffer
+
+
 class RunFolder:
     """Reads and writes the files of one run.
 
@@ -147,19 +200,27 @@ class RunFolder:
                 ) from error
 
     @contextmanager
-    def log_file(self) -> Iterator[None]:
-        """Also write Flower's and this package's log lines to ``log.txt``."""
+    def log_file(self, earlier: Iterable[logging.LogRecord] = ()) -> Iterator[None]:
+        """Also write Flower's and this package's log lines, from INFO on, to ``log.txt``.
+
+        Lines of DEBUG are left out: some come for each batch, or hold a traceback for each site and
+        round.
+
+        Parameters
+        ----------
+        earlier : iterable of LogRecord
+            Lines of `early_lines`, to begin with.
+        """
         require_posix()
         self.path.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(self.path / LOG, encoding="utf-8")
-        handler.setLevel(logging.INFO)
         handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
-        logger = logging.getLogger("flwr")
-        logger.addHandler(handler)
         try:
-            yield
+            for record in earlier:
+                handler.handle(record)
+            with _listening(handler):
+                yield
         finally:
-            logger.removeHandler(handler)
             handler.close()
 
     def require_no_checkpoint(self) -> None:

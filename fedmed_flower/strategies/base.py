@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
 from fedmed_flower.arrays.updates import Updates
-from fedmed_flower.arrays.views import keep_dtypes
+from fedmed_flower.arrays.views import keep_dtypes, own_content
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics.names import is_pooled_only
 from fedmed_flower.metrics.pooling import class_counts, pool
@@ -60,6 +60,9 @@ from fedmed_flower.strategies.server_optimizers import (
 from fedmed_flower.wire import ALL_SITES, SPLIT
 
 log = logging.getLogger("flwr.fedmed")
+
+# Maps (server_round, arrays) to metrics.
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 # If so many sites, drawn from more, fail alike, the others would too.
 _MANY = 3
@@ -106,6 +109,12 @@ class RunState:
     halted: str = ""
     rows_of_class: list[int] = field(default_factory=list)
     strategy: dict[str, Any] = field(default_factory=dict)
+
+
+def leave_result(grid: Grid, result: flower.Result, folder: RunFolder | None) -> None:
+    """Leave a result with the grid of `run_local`, which returns the last one."""
+    if hasattr(grid, "take_result"):
+        grid.take_result(result, None if folder is None else folder.path)
 
 
 class FedAvg(flower.FedAvg):
@@ -237,7 +246,7 @@ class FedAvg(flower.FedAvg):
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        evaluate_fn: EvaluateFn | None = None,
     ) -> flower.Result:
         """Run the rounds.
 
@@ -329,6 +338,7 @@ class FedAvg(flower.FedAvg):
             log.info("round %d/%d  %s  %.1f s", server_round, num_rounds, line, seconds)
             if self._halted(grid, server_round, "val", len(messages)):
                 break
+        leave_result(grid, self.result, self.folder)
         return self.result
 
     def test(
@@ -349,7 +359,8 @@ class FedAvg(flower.FedAvg):
         content.config_records[self.configrecord_key].update({**(config or {}), SPLIT: "test"})
         server_round = max((row[0] for row in self.history.rows), default=0)
         messages = [
-            Message(content, node_id, MessageType.EVALUATE) for node_id in grid.get_node_ids()
+            Message(own_content(content), node_id, MessageType.EVALUATE)
+            for node_id in grid.get_node_ids()
         ]
         before = len(self.history.rows)
         self.run.evaluated = "test"
@@ -385,8 +396,9 @@ class FedAvg(flower.FedAvg):
             # Sites that drop out later must not end the run.
             self.inbox.fail(server_round, "train", ALL_SITES, reason)
             return []
+        companions = RecordDict({**self.current_companions})
         for message in addressed:
-            message.content.update(self.current_companions)
+            message.content.update(own_content(companions))
         return addressed
 
     def configure_evaluate(
@@ -809,7 +821,8 @@ class FedAvg(flower.FedAvg):
         everybody = len(connected if self.only is None else connected & self.only)
         if error is None or asked < min(everybody, _MANY):
             return False
-        reason = f"all {asked} sites failed alike, so the run ends: {error}"
+        who = f"all {asked} sites failed alike" if asked > 1 else "the only site failed"
+        reason = f"{who}, so the run ends: {error}"
         self.inbox.fail(server_round, phase, ALL_SITES, reason)
         self.run.halted = f"round {server_round}, {phase}: {reason}"
         if self.folder is not None:
@@ -872,11 +885,13 @@ class FedAvg(flower.FedAvg):
     def _address(
         self, messages: Iterable[Message], grid: Grid, server_round: int, phase: int
     ) -> list[Message]:
-        """Address Flower's messages to the sites that `choose` returns."""
+        """Address Flower's messages to the sites of `choose`, each with records of its own."""
         messages = list(messages)
         connected = self.inbox.connected = set(grid.get_node_ids())
         nodes = connected if self.only is None else connected & self.only
         drawn = self.choose(nodes, len(messages), server_round, phase == _TRAIN)
         for message, node_id in zip(messages, drawn, strict=False):
             message.metadata.dst_node_id = node_id
+            # Flower gives all messages one content.
+            message.content = own_content(message.content)
         return messages[: len(drawn)]

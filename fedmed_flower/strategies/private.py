@@ -24,7 +24,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
 from fedmed_flower.arrays.updates import OVERFLOW, NotUsableError, Updates
-from fedmed_flower.arrays.views import view
+from fedmed_flower.arrays.views import own_content, view
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import MALFORMED, read_file
 from fedmed_flower.privacy.accounting import Release, epsilon_of, require_release
@@ -239,7 +239,8 @@ class DPFedAvg(FedAvg):
         # Flower made too few messages if a site has connected since it counted them.
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         late = self._sample[len(messages) :]
-        return [*messages, *(Message(content, node, MessageType.TRAIN) for node in late)]
+        more = (Message(own_content(content), node, MessageType.TRAIN) for node in late)
+        return [*messages, *more]
 
     def choose(
         self, nodes: Collection[int], count: int, server_round: int, training: bool

@@ -19,7 +19,7 @@ from fedmed_flower.server.screening import metrics_of, with_shared_metrics
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.text import expand
-from fedmed_flower.strategies.base import FedAvg
+from fedmed_flower.strategies.base import EvaluateFn, FedAvg
 from fedmed_flower.trees.client import TreeClient, as_trees
 from fedmed_flower.trees.ensembles import (
     BAGGING,
@@ -58,6 +58,7 @@ def grow(
     grid: Grid,
     context: Context,
     client: TabularClient,
+    evaluate_fn: EvaluateFn | None = None,
 ) -> flower.Result:
     """Grow trees as the run config says and leave a complete run folder.
 
@@ -76,6 +77,8 @@ def grow(
         As Flower gives them to a ServerApp.
     client : TabularClient
         An instance of the app's client, ``MyHospital(context)``.
+    evaluate_fn : callable, optional
+        As in `fedmed_flower.federate`; it is given the ensemble.
 
     Returns
     -------
@@ -121,7 +124,7 @@ def grow(
     name = type(strategy).__name__
     strategy_class = type(name, (_Growing,), {"__doc__": type(strategy).__doc__})
     growing: FedAvg = strategy_class(strategy, tree_client)
-    return federate(growing, grid, tree_context, tree_client)
+    return federate(growing, grid, tree_context, tree_client, evaluate_fn=evaluate_fn)
 
 
 class _Growing(FedAvg):

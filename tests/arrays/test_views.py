@@ -5,14 +5,22 @@ import numpy as np
 import pytest
 from builders import arrays, header, npy
 from dtypes import NUMBERS, SHAPES
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedmed_flower.arrays import views as module
 from fedmed_flower.arrays.kernels import BFLOAT16
-from fedmed_flower.arrays.views import Draft, flat, is_finite, keep_dtypes, not_finite, view
+from fedmed_flower.arrays.views import (
+    Draft,
+    flat,
+    is_finite,
+    keep_dtypes,
+    not_finite,
+    own_content,
+    view,
+)
 
 
 def claimed(data: bytes) -> Array:
@@ -392,3 +400,24 @@ def test_looking_for_values_that_are_not_finite_copies_nothing(order):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 500_000
+
+
+def test_a_content_of_its_own_shares_the_arrays_and_no_record():
+    arrays = ArrayRecord({"w": Array(np.zeros(3)), "b": Array(np.ones(2))})
+    content = RecordDict(
+        {
+            "arrays": arrays,
+            "config": ConfigRecord({"lr": 1.0, "steps": [1, 2]}),
+            "m": MetricRecord(),
+        }
+    )
+    own = own_content(content)
+    assert list(own) == list(content)
+    assert all(own["arrays"][key] is arrays[key] for key in ("w", "b"))
+    own["config"]["lr"] = 2.0
+    own["config"]["steps"].append(3)
+    own["arrays"]["w"] = own["arrays"].pop("b")
+    own["m"]["x"] = 1
+    assert dict(content["config"]) == {"lr": 1.0, "steps": [1, 2]}
+    assert list(arrays) == ["w", "b"]
+    assert not content["m"]

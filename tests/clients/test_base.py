@@ -1,10 +1,12 @@
 import gc
+import re
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.clientapp.mod import arrays_size_mod, message_size_mod
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_to_proto
 from tiny import (
@@ -950,3 +952,56 @@ def test_arrays_with_the_frozen_part_are_an_error_reply():
 def test_a_pattern_that_matches_nothing_is_named():
     text = error_of(Encoded, "train", context_of(trainable="tail.*"), arrays=head_arrays())
     assert text.startswith("trainable: no parameter matches 'tail.*'; the network has 6, such as ")
+
+
+# --- Mods ---------------------------------------------------------------------------------------
+
+
+def counting(kinds, name):
+    def mod(message, context, call_next):
+        kinds.append((name, message.metadata.message_type, context.node_config["partition-id"]))
+        return call_next(message, context)
+
+    return mod
+
+
+def test_mods_run_around_training_evaluation_and_questions_the_first_one_outermost(tmp_path):
+    kinds = []
+    run_tiny(tmp_path, num_server_rounds=1, mods=[counting(kinds, "a"), counting(kinds, "b")])
+    assert kinds == [
+        (name, kind, site)
+        for kind in ("query.describe", "train", "evaluate", "evaluate")
+        for site in (0, 1)
+        for name in ("a", "b")
+    ]
+
+
+def test_flowers_own_mods_change_no_bit_of_a_run(tmp_path, caplog):
+    plain = run_tiny(tmp_path / "plain")
+    with caplog.at_level("INFO", "flwr"):
+        sized = run_tiny(tmp_path / "sized", mods=[arrays_size_mod, message_size_mod])
+    assert bits(sized.arrays) == bits(plain.arrays)
+    # Eight weights and two biases of four bytes, beside the header of each array.
+    assert any(re.fullmatch(r"Total array elements sent: \d+ bytes", m) for m in caplog.messages)
+
+
+def test_an_error_passes_through_flowers_mods_with_its_own_reason(tmp_path):
+    context = context_of(node_config=node_of(tmp_path, budget_epsilon=1.0, budget_delta=1e-5))
+    reasons = {
+        ask(TinyClient, "train", context, mods=mods).error.reason
+        for mods in ((), [arrays_size_mod, message_size_mod])
+    }
+    assert len(reasons) == 1
+    assert "declined: " in reasons.pop()
+
+
+def test_of_an_error_of_a_mod_only_its_class_leaves_a_real_hospital(tmp_path):
+    def failing(message, context, call_next):
+        call_next(message, context)
+        context.state["left"] = MetricRecord({"number": 1})
+        raise KeyError("Mrs Smith")
+
+    context = context_of(node_config=node_of(tmp_path))
+    reply = ask(TinyClient, "query.describe", context, mods=[failing])
+    assert read_error(reply.error.reason) == ("north", "KeyError")
+    assert not context.state

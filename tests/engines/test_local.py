@@ -14,7 +14,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import ServerApp
 from tiny import CONFIG, TinyClient, bits, linear, model_arrays, says
 
-from fedmed_flower import InputError, run_local
+from fedmed_flower import InputError, federate, run_local
 from fedmed_flower.engines.local import LocalGrid, copy_content
 from fedmed_flower.strategies import FedAvg
 
@@ -421,9 +421,37 @@ def test_the_servers_context_comes_back():
         assert isinstance(grid, LocalGrid)
         assert grid.run.run_id == context.run_id
 
-    context = run_local(server, ClientApp(), 1, run_config={"a": 1}, app_name="chest")
-    assert dict(context.state["done"]) == {"app": "chest"}
-    assert context.run_config == {"a": 1}
+    run = run_local(server, ClientApp(), 1, run_config={"a": 1}, app_name="chest")
+    assert dict(run.context.state["done"]) == {"app": "chest"}
+    assert run.context.run_config == {"a": 1}
+    assert (run.result, run.folder) == (None, None)
+
+
+def test_the_last_strategys_result_and_folder_are_returned(tmp_path):
+    server, results = ServerApp(), []
+
+    @server.main()
+    def main(grid, context):
+        arrays = ArrayRecord({"w": Array(np.arange(3.0))})
+        for folder in (None, tmp_path / "run"):
+            results.append(FedAvg(run_dir=folder).start(grid, arrays, num_rounds=1))
+
+    run = run_local(server, app_of(echo), 2)
+    assert run.result is results[1]
+    assert run.folder == tmp_path / "run"
+
+
+def test_the_result_of_federate_is_returned_and_not_one_of_a_model_for_comparison(tmp_path):
+    server, results = ServerApp(), []
+
+    @server.main()
+    def main(grid, context):
+        results.append(federate(FedAvg(), grid, context, TinyClient(context)))
+
+    config = CONFIG | {"run-dir": str(tmp_path / "run"), "baselines": True, "num-server-rounds": 1}
+    run = run_local(server, TinyClient.client_app(), 2, run_config=config)
+    assert run.result is results[0]
+    assert run.folder == tmp_path / "run"
 
 
 def test_every_run_has_an_id_of_its_own():

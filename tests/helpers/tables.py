@@ -137,20 +137,19 @@ class TinySurvival(SurvivalClient):
 
 def run_tables(folder, client=TinyTable, num_sites=3, *, node_configs=None, wrap=None, **config):
     """Run an experiment in this process; return its result, and the summary."""
-    results = []
     server = ServerApp()
 
     @server.main()
     def main(grid, context):
         model = client(context) if wrap is None else wrap(client(context))
-        results.append(federate(FedAvg(), grid, context, model))
+        federate(FedAvg(), grid, context, model)
 
     settings = CONFIG | {"num-server-rounds": 2, "batch-size": 16, "run-dir": str(folder)}
     settings |= {key.replace("_", "-"): value for key, value in config.items()}
-    run_local(
+    run = run_local(
         server, client.client_app(), num_sites, run_config=settings, node_configs=node_configs
     )
-    return results[0], json.loads((folder / "summary.json").read_text())
+    return run.result, json.loads((folder / "summary.json").read_text())
 
 
 def holding(splits, base=TinyTable, **members):

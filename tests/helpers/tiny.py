@@ -118,7 +118,7 @@ def model_arrays(model=None, seed=0):
         return ArrayRecord((linear() if model is None else model()).state_dict())
 
 
-def ask(client, kind, context, arrays=None, **config):
+def ask(client, kind, context, arrays=None, mods=(), **config):
     """Send one message to a client's app and return the reply."""
     TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, SUPERLINK_NODE_ID
     TaskIdentity.task_id = 1
@@ -127,7 +127,7 @@ def ask(client, kind, context, arrays=None, **config):
         content["arrays"] = model_arrays() if arrays is None else arrays
         record = {key.replace("_", "-"): value for key, value in config.items()}
         content["config"] = ConfigRecord(({"server-round": 1} if kind == "train" else {}) | record)
-    return client.client_app()(Message(content, context.node_id, kind), context)
+    return client.client_app(mods)(Message(content, context.node_id, kind), context)
 
 
 def trained(client, context, arrays=None, **config):
@@ -149,19 +149,21 @@ def run_tiny(
     node_configs=None,
     model=linear,
     strategy=None,
+    evaluate_fn=None,
+    mods=(),
     **config,
 ):
     """Run an experiment in this process and return its result."""
-    results = []
     server = ServerApp()
 
     @server.main()
     def main(grid, context):
-        results.append(federate(strategy or FedAvg(), grid, context, model, sections_of(client)))
+        own = sections_of(client)
+        federate(strategy or FedAvg(), grid, context, model, own, evaluate_fn=evaluate_fn)
 
     settings = CONFIG | {"num-server-rounds": 2, "run-dir": str(folder)}
     settings |= {key.replace("_", "-"): value for key, value in config.items()}
-    run_local(
-        server, client.client_app(), num_sites, run_config=settings, node_configs=node_configs
-    )
-    return results[0]
+    # A test's client may have a client_app of its own.
+    app = client.client_app(mods) if mods else client.client_app()
+    run = run_local(server, app, num_sites, run_config=settings, node_configs=node_configs)
+    return run.result

@@ -419,6 +419,8 @@ def test_rows_that_cannot_be_used_are_named_and_the_run_goes_on_without_them(tmp
     log = (tmp_path / "log.txt").read_text()
     text = "4 train, 0 val, 4 test; training rows by label: [3, 1]; 2 rows rejected at the site"
     assert f"hospital-2: {text}" in log
+    # Logged at the roll call, when the run had no folder yet.
+    assert "hospital-1: rejected, train split, patient p-1: label 9 " in log
     counts = [row for row in table_of(tmp_path) if row["metric"] == "num-examples"]
     trained = {row["value"] for row in counts if row["phase"] == "train"}
     assert trained == {"4.0"}
@@ -618,6 +620,51 @@ def test_a_run_that_ends_before_its_first_round_has_failed_for_that_reason(tmp_p
     assert not (tmp_path / "checkpoint.zip").exists()
 
 
+def scored_by(arrays_seen, stop_in=None):
+    """Return a function that scores a model at the server, and may stop the run in a round."""
+
+    def evaluate(server_round, arrays):
+        if server_round == stop_in:
+            raise KeyboardInterrupt
+        arrays_seen.append(bits(arrays))
+        return MetricRecord({"auc": 0.5 + server_round / 10}) if server_round else None
+
+    return evaluate
+
+
+def test_what_the_server_measures_stands_in_log_table_and_report(tmp_path):
+    seen = []
+    result = run_tiny(tmp_path, evaluate_fn=scored_by(seen))
+    assert seen[-1] == bits(result.arrays)
+    assert [dict(m) for m in result.evaluate_metrics_serverapp.values()] == [
+        {"auc": 0.6}, {"auc": 0.7},
+    ]  # fmt: skip
+    rows = [row for row in table_of(tmp_path) if row["phase"] == "server"]
+    assert [(row["round"], row["site"], row["metric"], row["value"]) for row in rows] == [
+        ("1", "all", "auc", "0.6"), ("2", "all", "auc", "0.7"),
+    ]  # fmt: skip
+    assert "server auc 0.7000" in (tmp_path / "log.txt").read_text()
+    assert "Server auc" in (tmp_path / "report.html").read_text()
+
+
+def test_the_server_is_given_the_whole_model_if_only_a_part_travels(tmp_path):
+    seen = []
+    run_tiny(tmp_path, Halves, evaluate_fn=scored_by(seen), **HEAD)
+    assert [set(model) for model in seen] == [set(halves().state_dict())] * 3
+    assert seen[-1]["head.bias"] == head_of(tmp_path)["head.bias"] != seen[0]["head.bias"]
+
+
+def test_what_the_server_measures_goes_on_where_a_run_is_resumed(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_tiny(whole, num_server_rounds=3, evaluate_fn=scored_by([]))
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(parts, num_server_rounds=3, evaluate_fn=scored_by([], stop_in=2))
+    seen = []
+    run_tiny(parts, num_server_rounds=3, evaluate_fn=scored_by(seen), resume=True)
+    assert len(seen) == 2
+    assert without_times(parts) == without_times(whole)
+
+
 def test_a_run_stopped_in_its_first_round_starts_afresh(tmp_path):
     unbroken = run_tiny(tmp_path / "whole", Stateful)
     with pytest.raises(KeyboardInterrupt):
@@ -763,7 +810,7 @@ def test_the_batch_that_is_tried_changes_no_model(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"privacy": "patient", "target_epsilon": 8.0}])
 def test_a_run_that_diverges_is_named_and_does_not_end_as_finished(tmp_path, options):
-    with pytest.raises(DivergedError, match="the model has diverged: its weights are .* times as"):
+    with pytest.raises(DivergedError, match="the model has diverged: its weights are"):
         run_tiny(tmp_path, learning_rate=1e6, num_server_rounds=4, **options)
     summary = summary_of(tmp_path)
     assert summary["status"] == "failed"
@@ -786,7 +833,7 @@ def test_a_model_that_nobody_could_evaluate_is_no_result(tmp_path):
                 raise ValueError(f"no figure at {self.site.name}")
             return super().measure(model, prepared)
 
-    with pytest.raises(RunFailedError, match="^nobody could evaluate the model, so it has no figu"):
+    with pytest.raises(RunFailedError, match="nobody could evaluate the model, so it has no"):
         run_tiny(tmp_path / "test", Untested)
     summary = summary_of(tmp_path / "test")
     assert summary["status"] == "failed"

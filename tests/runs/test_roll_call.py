@@ -1,7 +1,5 @@
-import contextlib
 import io
 import json
-import logging
 import struct
 import zlib
 
@@ -20,7 +18,6 @@ from fedmed_flower.runs.roll_call import (
     collect_contributions,
     collect_personal,
     collect_pictures,
-    held_back,
     roll_call,
 )
 from fedmed_flower.server.run_folder import RunFolder
@@ -474,20 +471,6 @@ def test_who_has_no_model_of_its_own_is_named(answer, text, caplog):
         assert message.metadata.message_type == "query.personal"
         assert message.content["arrays"] is arrays
         assert dict(message.content["config"]) == {"run-key": "k"}
-
-
-def test_log_lines_are_held_back_until_a_run_has_a_log_and_never_lost(caplog):
-    log = logging.getLogger("flwr.fedmed")
-    with held_back() as lines:
-        log.warning("one of %s", "north")
-        assert caplog.messages == []
-    assert [line.getMessage() for line in lines] == ["one of north"]
-    with contextlib.suppress(ValueError), held_back():
-        log.warning("two")
-        raise ValueError
-    assert caplog.messages == ["two"]
-    log.warning("three")
-    assert caplog.messages == ["two", "three"]
 
 
 # --- Sites that come later ----------------------------------------------------------------------

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import write_atomic
 from fedmed_flower.server.history import Failure, History, Stop
-from fedmed_flower.server.run_folder import Checkpoint, RunFolder
+from fedmed_flower.server.run_folder import Checkpoint, RunFolder, early_lines
 
 DTYPES = [
     "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
@@ -333,6 +333,8 @@ def test_a_round_in_a_line():
     assert history.describe(1) == "train loss 0.2500  val auc 0.7500"
     assert history.describe(2) == "train loss 0.1250  failed: b"
     assert history.describe(3) == ""
+    history.add(1, "server", "all", {"auc": 0.875, "accuracy": 0.5})
+    assert history.describe(1) == "train loss 0.2500  val auc 0.7500  server auc 0.8750"
 
 
 def test_what_others_log_is_one_line_in_the_log_of_a_run(tmp_path):
@@ -345,6 +347,51 @@ def test_what_others_log_is_one_line_in_the_log_of_a_run(tmp_path):
         "reply of north ERROR all is lost\\x1b[2J",
         "from a b",
     ]
+
+
+class Console(logging.Handler):
+    """Keeps the lines that a console would show."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def console():
+    handler = Console()
+    loggers = [logging.getLogger(name) for name in ("flwr", "flwr.fedmed")]
+    levels = [logger.level for logger in loggers]
+    loggers[0].addHandler(handler)
+    yield handler
+    loggers[0].removeHandler(handler)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.parametrize("name", ["flwr", "flwr.fedmed"])
+@pytest.mark.parametrize("level", ["DEBUG", "INFO", "ERROR", "CRITICAL"])
+def test_the_log_holds_all_from_info_on_whatever_the_console_shows(tmp_path, console, name, level):
+    logging.getLogger(name).setLevel(level)
+    log = logging.getLogger("flwr.fedmed")
+
+    def say(*texts):
+        for number, text in zip((10, 20, 40), texts, strict=True):
+            log.log(number, text)
+
+    say("d1", "i1", "e1")
+    with early_lines() as earlier:
+        say("d2", "i2", "e2")
+    with RunFolder(tmp_path).log_file(earlier):
+        say("d3", "i3", "e3")
+    say("d4", "i4", "e4")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["i2", "e2", "i3", "e3"]
+    shown = [text for text, lowest in (("d", 10), ("i", 20), ("e", 40)) if log.isEnabledFor(lowest)]
+    assert console.lines == [f"{text}{number}" for number in (1, 2, 3, 4) for text in shown]
 
 
 def test_no_line_of_a_traceback_looks_like_one_of_the_log(tmp_path):

@@ -331,3 +331,45 @@ def test_what_a_companion_would_tell_has_no_noise():
     strategy.companions = {"control": ArrayRecord()}
     with pytest.raises(ValueError, match="got control: they would leave without noise"):
         run(strategy, site_app(plain), INITIAL, 1, SITES)
+
+
+# --- Settings of each hospital ------------------------------------------------------------------
+
+
+class OwnRates(FedAvg):
+    """Sends each site a learning rate of its own, for training and evaluation."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        return self._with_rates(super().configure_train(server_round, arrays, config, grid))
+
+    def configure_evaluate(self, server_round, arrays, config, grid):
+        return self._with_rates(super().configure_evaluate(server_round, arrays, config, grid))
+
+    def _with_rates(self, messages):
+        messages = list(messages)
+        self.sent = messages
+        for message in messages:
+            message.content["config"]["lr"] = float(message.metadata.dst_node_id)
+        return messages
+
+
+@pytest.mark.parametrize("companions", [{}, {"c": arrays(c=np.ones(2, np.float32))}])
+def test_a_setting_of_one_message_reaches_one_site(companions):
+    rates = []
+
+    def train(values, message, context):
+        rates.append((context.node_id, message.content["config"]["lr"]))
+        return values, {}
+
+    def evaluate(values, message, context):
+        rates.append((context.node_id, message.content["config"]["lr"]))
+        return {}, {}
+
+    strategy = OwnRates()
+    strategy.companions = companions
+    run(strategy, site_app(train, evaluate), INITIAL, rounds=2, sites=3)
+    assert len(rates) == 12
+    assert all(node_id == rate for node_id, rate in rates)
+    first, *others = (message.content["arrays"]["w"] for message in strategy.sent)
+    assert len(others) == 2
+    assert all(other.data is first.data for other in others)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import xgboost
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic
@@ -36,19 +36,25 @@ from fedmed_flower.trees.ensembles import (
 from fedmed_flower.trees.server import grow
 
 
-def run(folder, client=Hospital, sites=3, strategy=None, node_configs=None, **config):
-    results = []
+def run(
+    folder,
+    client=Hospital,
+    sites=3,
+    strategy=None,
+    node_configs=None,
+    evaluate_fn=None,
+    **config,
+):
     server = ServerApp()
 
     @server.main()
     def main(grid, context):
-        results.append(grow(strategy or FedXgbBagging(), grid, context, client(context)))
+        grow(strategy or FedXgbBagging(), grid, context, client(context), evaluate_fn)
 
     settings = DECLARED | {"num-server-rounds": 2, "run-dir": str(folder)}
     settings |= {key.replace("_", "-"): value for key, value in config.items()}
     app = client if isinstance(client, ClientApp) else client.client_app()
-    run_local(server, app, sites, run_config=settings, node_configs=node_configs)
-    return results[0]
+    return run_local(server, app, sites, run_config=settings, node_configs=node_configs).result
 
 
 def summary_of(folder):
@@ -159,6 +165,23 @@ def test_trees_of_all_hospitals_are_better_than_of_each_alone(bagging):
         own = type("Own", (Hospital,), {"load_data": load_data})
         model, _ = bagged(own, 8, trees_a_round=2, tree_subsample=0.8)
         assert together > roc_auc_score(truth, margins(model, trees, rows)) + 0.01
+
+
+def test_the_server_may_measure_the_ensemble_after_each_round(tmp_path):
+    sizes = []
+
+    def evaluate(server_round, arrays):
+        if server_round == 0:
+            return None
+        sizes.append(len(model_bytes(arrays)))
+        return MetricRecord({"bytes": sizes[-1]})
+
+    result = run(tmp_path / "run", evaluate_fn=evaluate)
+    assert sizes[0] < sizes[1] == len(model_bytes(result.arrays))
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert [row for row in rows if ",server," in row] == [
+        f"{number},server,all,bytes,{size:.1f}" for number, size in enumerate(sizes, start=1)
+    ]
 
 
 def test_the_folder_is_that_of_any_run(bagging):
@@ -367,8 +390,8 @@ def test_one_thread_where_hospitals_share_a_machine(tmp_path, monkeypatch):
 def test_without_xgboost(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "xgboost", None)
     expected = (
-        "round 1, train: all 1 sites failed alike, so the run ends: trees are grown by XGBoost, which is "
-        'not installed: pip install "fedmed-flower[xgboost]"'
+        "round 1, train: the only site failed, so the run ends: trees are grown by XGBoost, which "
+        'is not installed: pip install "fedmed-flower[xgboost]"'
     )
     with pytest.raises(RunFailedError, match=says(expected)):
         run(tmp_path / "run", sites=1, num_server_rounds=1)
