@@ -55,6 +55,9 @@ SQUARES = "squares"
 # Records of a reply.
 SITE_RECORD = "site"
 PATIENTS_RECORD = "patients"
+# How a site's rows have changed since the run began.
+ROWS_RECORD = "rows"
+CHANGES = "changes"
 CONTRIBUTION = "contribution"
 PICTURES = "pictures"
 STATISTICS = "statistics"
@@ -196,6 +199,7 @@ contribution | contribution.counts COLUMN | how many patients have each | bounde
 train | arrays.* | the model after local training | bounded | noised
 train | metrics.num-examples | number of training rows (private: of patients) | plain | known
 train | metrics.loss | mean training loss | bounded | never
+train | rows.changes | whether patients have come or gone in the run | plain | never
 train | metrics.seconds | how long training took | plain | never
 train | metrics.patient-epsilon | what the run has cost a patient so far | never | known
 evaluate | metrics.num-examples | number of rows (private: of patients, noised) | plain | noised

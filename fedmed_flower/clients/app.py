@@ -29,7 +29,7 @@ from flwr.common.constant import ErrorCode
 
 from fedmed_flower.clients.base import MedicalClient, Query
 from fedmed_flower.clients.private import measure_protected, train_protected
-from fedmed_flower.clients.storage import keep_splits
+from fedmed_flower.clients.storage import keep_splits, rows_of
 from fedmed_flower.data.site import SPLITS, Row, Site
 from fedmed_flower.errors import FAILED, DeclinedError, InputError
 from fedmed_flower.metrics.plain import plain_metrics
@@ -37,9 +37,11 @@ from fedmed_flower.models.device import derive_seed
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.registry import Sections, require_known, sections_of
 from fedmed_flower.wire import (
+    CHANGES,
     DECLINED,
     EPSILON,
     PROXIMAL_MU,
+    ROWS_RECORD,
     SERVER_ROUND,
     SITE_RECORD,
     SPLIT,
@@ -202,10 +204,29 @@ def train(client: MedicalClient, message: Message) -> RecordDict:
         metrics = {name: metrics[name] for name in metrics if name == EPSILON}
     else:
         metrics = client.disclosed(metrics) | {"seconds": time.perf_counter() - began}
-    keep_splits(client.context, client.site, config, client.data())
+    changes = _changes(client, config)
     metrics["num-examples"] = client.count("train", client.pooled)
     state = ArrayRecord(travelling.state(model))
-    return RecordDict({arrays_key: state, "metrics": MetricRecord(metrics)})
+    content = RecordDict({arrays_key: state, "metrics": MetricRecord(metrics)})
+    if changes and not client.secretive:
+        content[ROWS_RECORD] = ConfigRecord({CHANGES: changes})
+    return content
+
+
+def _changes(client: MedicalClient, config: ConfigRecord) -> str:
+    """Return how the site's patients have changed since the run began; empty if they have not.
+
+    A simulated site says how many have come and gone; of a real one not even that leaves.
+    """
+    data = client.data()
+    counted = keep_splits(client.context, client.site, config, data)
+    if client.site.simulated:
+        return counted
+    run = client.run_key(config).partition("/")[0]
+    if not client.ledger(config).note_rows(run, rows_of(data)):
+        return ""
+    log.warning("%s: patients have come or gone since the run's last round", client.site.name)
+    return "patients have come or gone"
 
 
 def evaluate(client: MedicalClient, message: Message) -> RecordDict:

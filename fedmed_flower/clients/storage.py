@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,9 @@ from typing import Any
 from flwr.app import ConfigRecord, Context
 
 from fedmed_flower.data.pictures import Picture
-from fedmed_flower.data.site import SPLITS, Site, SiteData
+from fedmed_flower.data.site import SPLITS, Site, SiteData, patient_text
 from fedmed_flower.errors import InputError
-from fedmed_flower.files import file_name, plain_text, write_atomic, write_rows
+from fedmed_flower.files import cell_text, file_name, plain_text, write_atomic, write_rows
 from fedmed_flower.settings.text import with_type_of
 from fedmed_flower.wire import LEDGER_DIR, RUN_KEY
 
@@ -49,21 +50,53 @@ def output_folder(context: Context, site: Site, message: Mapping[str, Any]) -> P
     return Path(ledgers).parent if site.simulated and ledgers else None
 
 
-def keep_splits(context: Context, site: Site, message: ConfigRecord, data: SiteData) -> None:
-    """Write the split of each patient to ``splits/SITE.csv``, once a run."""
+def keep_splits(context: Context, site: Site, message: ConfigRecord, data: SiteData) -> str:
+    """Write the split of each patient to ``splits/SITE.csv``, once a run.
+
+    Returns
+    -------
+    str
+        How many patients have come, gone, or moved to another split since the file was written;
+        empty if none has, or if the hospital has no output folder.
+    """
     folder = output_folder(context, site, message)
     if folder is None:
-        return
+        return ""
     path = folder / "splits" / f"{file_name(site.name)}.csv"
-    text = io.StringIO(newline="")
-    write_rows(text, [("patient", "split")])
-    for split in SPLITS:
-        write_rows(text, ((patient, split) for patient in _patients(data, split)))
-    content = text.getvalue().encode(errors="backslashreplace")
-    if path.exists() and path.read_bytes() != content:
-        log.warning("%s: the split of patients has changed since %s was written", site.name, path)
-    elif not path.exists():
-        write_atomic(path, content)
+    now = {patient: split for split in SPLITS for patient in _patients(data, split)}
+    if not path.exists():
+        text = io.StringIO(newline="")
+        write_rows(text, [("patient", "split"), *now.items()])
+        write_atomic(path, text.getvalue().encode(errors="backslashreplace"))
+        return ""
+    with path.open(encoding="utf-8", newline="") as file:
+        _, *lines = csv.reader(file)
+    before = {cell_text(line[0]): line[1] for line in lines if len(line) == 2}
+    now = {_as_written(patient): split for patient, split in now.items()}
+    moved = sum(before[patient] != now[patient] for patient in before.keys() & now.keys())
+    counts = {
+        "come": len(now.keys() - before.keys()),
+        "gone": len(before.keys() - now.keys()),
+        "moved to another split": moved,
+    }
+    changes = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    if not changes:
+        return ""
+    log.warning("%s: of its patients, %s since %s was written", site.name, changes, path)
+    return f"of its patients, {changes} since the run began"
+
+
+def rows_of(data: SiteData) -> list[str]:
+    """Return a text for each row: its split and its patient."""
+    return [
+        f"{split} {patient_text(row['patient'])}"
+        for split in SPLITS
+        for row in getattr(data, split)
+    ]
+
+
+def _as_written(patient: str) -> str:
+    return patient.encode(errors="backslashreplace").decode()
 
 
 def keep_pictures(folder: Path, site: Site, pictures: Sequence[Picture]) -> None:

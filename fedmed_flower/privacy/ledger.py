@@ -369,6 +369,24 @@ class Ledger:
         if not allowed:
             raise DeclinedError(f"{most} runs have begun here within a day (most-runs-a-day)")
 
+    def note_rows(self, run: str, rows: Iterable[str]) -> bool:
+        """Record which rows a run uses; return whether it has used others before.
+
+        Parameters
+        ----------
+        run : str
+        rows : iterable of str
+            A text for each row, in any order. Only a keyed hash of all is recorded.
+        """
+        name = f"rows of {run}"
+        with self._open() as connection:
+            key = self._about(connection, "key")
+            digest = hashlib.blake2b("\n".join(sorted(rows)).encode(), key=key).digest()
+            before = self._about(connection, name)
+            if before != digest:
+                connection.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (name, digest))
+        return before not in (None, digest)
+
     def most(self, delta: float) -> float:
         """Return the highest epsilon of any patient, at `delta`."""
         query = "SELECT DISTINCT group_concat(dataset) FROM members GROUP BY patient"

@@ -7,20 +7,25 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
+from fedmed_flower.errors import shown
 from fedmed_flower.server.ask import Exchange
 from fedmed_flower.server.history import Failure, History, Note
 from fedmed_flower.server.screening import metrics_of, model_of, screen, screen_arrays
 from fedmed_flower.server.sites import learn_name
 from fedmed_flower.server.traffic import Traffic, size_of
-from fedmed_flower.wire import ALL_SITES, DECLINED
+from fedmed_flower.wire import ALL_SITES, CHANGES, DECLINED, ROWS_RECORD
 
 log = logging.getLogger("flwr.fedmed")
 
 # Letters by which two errors are compared.
 _ALIKE = 200
+# Letters of what a site says of changes of its rows.
+_MOST_CHANGES = 200
+# A site's number of training rows; of patients if they are protected by noise.
+_COUNT = "num-examples"
 
 
 @dataclass
@@ -240,9 +245,32 @@ class Inbox:
         )
 
     def record(self, server_round: int, phase: str, replies: Iterable[AcceptedReply]) -> None:
-        """Put the metrics of the replies that passed screening into the history."""
+        """Put the metrics of the replies that passed screening into the history.
+
+        If a site's rows have changed since it trained before, that is noted.
+        """
         for reply in replies:
+            if phase == "train" and (changes := self._changes(reply)):
+                self.note(server_round, phase, reply.site, changes)
             self.history.add(server_round, phase, reply.site, reply.metrics)
+
+    def _changes(self, reply: AcceptedReply) -> str:
+        """Return how a site's training rows have changed; empty if they have not, or it is known.
+
+        Sites that protect patients by noise say nothing but the number of their patients.
+        """
+        record = reply.message.content.config_records.get(ROWS_RECORD, ConfigRecord())
+        changes = shown(record.get(CHANGES, ""), _MOST_CHANGES)
+        if changes:
+            known = any(n.site == reply.site and n.text == changes for n in self.history.notes)
+            return "" if known else changes
+        wanted = ("train", reply.site, _COUNT)
+        rows = reversed(self.history.rows)
+        before = next((value for _, *row, value in rows if tuple(row) == wanted), None)
+        now = reply.metrics.get(_COUNT)
+        if before is None or not isinstance(now, int | float) or before == now:
+            return ""
+        return f"its number of training rows is {now:g} now and was {before:g}"
 
     def _sender(self, reply: Message) -> tuple[int, int]:
         """Return the node that was asked, and the index of the message to it.

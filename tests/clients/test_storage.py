@@ -113,11 +113,15 @@ def test_splits_are_written_once_and_a_change_is_told(tmp_path, caplog):
         before
         == b"patient,split\r\na-0,train\r\na-1,train\r\na-2,train\r\nb-0,test\r\nb-1,test\r\n"
     )
-    keep_splits(context, site, message(), data())
+    assert keep_splits(context, site, message(), data()) == ""
     assert caplog.messages == []
-    keep_splits(context, site, message(), data(val=make_rows(1, 2, "c")))
-    told = f"north: the split of patients has changed since {path} was written"
+    changes = keep_splits(context, site, message(), data(val=make_rows(1, 2, "c")))
+    assert changes == "of its patients, 1 come since the run began"
+    told = f"north: of its patients, 1 come since {path} was written"
     assert caplog.messages == [told]
+    moved = SiteData(train=make_rows(1, 0, "a"), test=make_rows(2, 0, "a")[1:])
+    changes = keep_splits(context, site, message(), moved)
+    assert changes == "of its patients, 3 gone, 1 moved to another split since the run began"
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (before, written)
     keep_splits(context, site, message("k2"), data())
     assert set(files_of(tmp_path / "own")) == {"k1/splits/north.csv", "k2/splits/north.csv"}

@@ -187,3 +187,14 @@ def test_whom_a_private_run_has_trained_no_later_run_trains_without_noise(tmp_pa
     simulated = context_of(run_dir=str(tmp_path / "run"), **private)
     assert not ask(Splitting, "train", simulated).has_error()
     assert not ask(Splitting, kind, context_of(run_dir=str(tmp_path / "run"), **plain)).has_error()
+
+
+def test_a_patient_more_moves_nobody():
+    def split_of(names):
+        parts = split_patients([{"patient": name} for name in names], 0, (0.6, 0.2, 0.2))
+        return {row["patient"]: split for split, rows in parts.items() for row in rows}
+
+    names = [f"p{number:04}" for number in range(200)]
+    before = split_of(names)
+    after = split_of(["a0000", *names])
+    assert {name: after[name] for name in names} == before

@@ -34,6 +34,7 @@ from torch import nn
 
 from fedmed_flower import InputError, SiteData, federate, run_local
 from fedmed_flower.data.site import GENERATED
+from fedmed_flower.data.splits import split_patients
 from fedmed_flower.engines.local import LocalGrid
 from fedmed_flower.errors import DivergedError
 from fedmed_flower.models.device import make_optimizer
@@ -1196,3 +1197,64 @@ def test_a_site_that_joins_late_trains_beside_one_that_is_only_tested(tmp_path, 
     assert (note["round"], note["site"]) == (2, "hospital-3")
     assert note["text"] == "takes part from here on, with 10 train, 6 val, 8 test rows"
     assert note["text"] in (tmp_path / "report.html").read_text()
+
+
+# --- Rows that change ---------------------------------------------------------------------------
+
+
+class Growing(TinyClient):
+    """A site whose number of patients is set from outside."""
+
+    patients = 10
+
+    def load_data(self, site):
+        rows = make_rows(self.patients, (site.index, 0), site.name)
+        return SiteData(**split_patients(rows, 0), source="tiny images")
+
+
+def test_a_run_that_is_resumed_says_that_rows_have_come(tmp_path):
+    run_tiny(tmp_path, type("Hospital", (Growing,), {"patients": 30}), num_server_rounds=1)
+    more = type("Hospital", (Growing,), {"patients": 33})
+    run_tiny(tmp_path, more, num_server_rounds=3, resume=True)
+    notes = summary_of(tmp_path)["notes"]
+    assert [(note["round"], note["site"]) for note in notes] == [
+        (2, "hospital-1"),
+        (2, "hospital-2"),
+    ]
+    assert {note["text"] for note in notes} == {"of its patients, 3 come since the run began"}
+    assert "of its patients, 3 come since the run began" in (tmp_path / "report.html").read_text()
+
+
+class Swapped(Growing):
+    """One patient has gone and another has come into the same split."""
+
+    patients = 40
+
+    def load_data(self, site):
+        data = super().load_data(site)
+        first = data.train[0] | {"patient": "somebody else"}
+        return replace(data, train=[first, *data.train[1:]])
+
+
+def test_a_real_site_says_that_its_patients_are_others(tmp_path):
+    nodes = nodes_of(tmp_path, "north", "south")
+    folder = tmp_path / "run"
+    client = type("Hospital", (Growing,), {"patients": 40})
+    run_tiny(folder, client, node_configs=nodes, num_server_rounds=1)
+    run_tiny(folder, Swapped, node_configs=nodes, num_server_rounds=3, resume=True)
+    notes = [(n["round"], n["site"], n["text"]) for n in summary_of(folder)["notes"]]
+    text = "patients have come or gone"
+    assert notes == [(2, "north", text), (2, "south", text)]
+
+
+def test_a_private_real_site_says_only_how_many_patients_it_has(tmp_path):
+    nodes = nodes_of(tmp_path, "north", "south")
+    folder = tmp_path / "run"
+    options = {"privacy": "patient", "target_epsilon": 8.0, "node_configs": nodes}
+    run_tiny(folder, type("Hospital", (Growing,), {"patients": 40}), num_server_rounds=1, **options)
+    more = type("Hospital", (Growing,), {"patients": 60})
+    run_tiny(folder, more, num_server_rounds=2, resume=True, **options)
+    notes = [n["text"] for n in summary_of(folder)["notes"]]
+    assert len(notes) == 2
+    pattern = r"its number of training rows is \d+ now and was \d+"
+    assert all(re.fullmatch(pattern, note) for note in notes)

@@ -53,7 +53,7 @@ def ask(client, kind, context, arrays, config):
     return client.client_app()(Message(content, context.node_id, kind), context)
 
 
-def ask_all(client, node, run, arrays, outcome, kinds=None):
+def ask_all(client, node, run, arrays, outcome, kinds=None, **more):
     """Add the keys of all replies of a client's app to what was found, and the errors."""
     for kind in kinds or sorted(client.client_app()._registered_funcs):
         reply_name = kind.removeprefix("query.").removesuffix(".default")
@@ -62,7 +62,7 @@ def ask_all(client, node, run, arrays, outcome, kinds=None):
             context.run_config = CONFIG | run
             epsilon = 1.0 if "budget-epsilon" in node else 0.0
             request = Request(columns=("age",), epsilon=epsilon).to_text()
-            config = {"server-round": 1, "count": 2, "split": split, "request": request}
+            config = {"server-round": 1, "count": 2, "split": split, "request": request} | more
             reply = ask(client, kind, context, arrays, config)
             if reply.has_error():
                 outcome.setdefault("errors", set()).add(read_error(reply.error.reason)[1])
@@ -75,6 +75,15 @@ class Learning(Table):
     """A table of whose categories nothing is declared."""
 
     schema = replace(Table.schema, categories={})
+
+
+class Fewer(Images):
+    """A training patient has gone."""
+
+    def load_data(self, site):
+        data = super().load_data(site)
+        gone = data.train[0]["patient"]
+        return replace(data, train=[row for row in data.train if row["patient"] != gone])
 
 
 def all_keys(private):
@@ -91,6 +100,10 @@ def all_keys(private):
             arrays = ArrayRecord(model_of(client, OUTPUTS[client]).state_dict())
             own = {Images: network(4), Table: {} if private else {"report-by": "group"}}
             ask_all(client, node, run | own.get(client, {}), arrays, found)
+        arrays = ArrayRecord(model_of(Images, OUTPUTS[Images]).state_dict())
+        for client in (Images, Fewer):
+            one = {"run-key": "one run"}
+            ask_all(client, node, run | network(4), arrays, found, ["train"], **one)
         ask_all(Learning, node, {"preparation": "federated"}, arrays, found, ["query.contribution"])
         for task in ("continuous", "count"):
             client = predicting(task)
