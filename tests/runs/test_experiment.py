@@ -1245,16 +1245,3 @@ def test_a_real_site_says_that_its_patients_are_others(tmp_path):
     notes = [(n["round"], n["site"], n["text"]) for n in summary_of(folder)["notes"]]
     text = "patients have come or gone"
     assert notes == [(2, "north", text), (2, "south", text)]
-
-
-def test_a_private_real_site_says_only_how_many_patients_it_has(tmp_path):
-    nodes = nodes_of(tmp_path, "north", "south")
-    folder = tmp_path / "run"
-    options = {"privacy": "patient", "target_epsilon": 8.0, "node_configs": nodes}
-    run_tiny(folder, type("Hospital", (Growing,), {"patients": 40}), num_server_rounds=1, **options)
-    more = type("Hospital", (Growing,), {"patients": 60})
-    run_tiny(folder, more, num_server_rounds=2, resume=True, **options)
-    notes = [n["text"] for n in summary_of(folder)["notes"]]
-    assert len(notes) == 2
-    pattern = r"its number of training rows is \d+ now and was \d+"
-    assert all(re.fullmatch(pattern, note) for note in notes)

@@ -1191,3 +1191,23 @@ def test_a_few_drawn_sites_that_fail_do_not_speak_for_the_others():
     run(strategy, site_app(failing), W, rounds=3)
     failed = {f.round for f in strategy.history.failures if f.site != "all"}
     assert failed == {1, 2, 3}
+
+
+def test_a_site_that_says_only_how_many_patients_it_has_is_noted_if_they_change():
+    strategy = FedAvg()
+    for number, weight in enumerate((40, 40, 43, 43), start=1):
+        sent = [reply(1, GOOD, "north", weight), reply(2, GOOD, "south", 7)]
+        strategy.aggregate_train(number, sent)
+    text = "its number of training rows is 43 now and was 40"
+    assert strategy.history.notes == [Note(3, "train", "north", text)]
+
+
+def test_what_a_site_says_of_its_rows_is_noted_once_and_cut():
+    strategy = FedAvg()
+    for number in (1, 2):
+        sent = reply(1, GOOD, "north")
+        sent.content["rows"] = ConfigRecord({"changes": "one\nhas gone " + "x" * 1000})
+        strategy.aggregate_train(number, [sent])
+    (note,) = strategy.history.notes
+    assert note.text.startswith("one has gone xx")
+    assert len(note.text) <= 200
