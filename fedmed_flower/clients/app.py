@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Sequence
 from functools import partial
 from importlib import import_module
+from traceback import extract_tb
 from typing import Any
 
 from flwr.app import (
@@ -49,6 +50,10 @@ from fedmed_flower.wire import (
 )
 
 log = logging.getLogger("flwr.fedmed")
+
+# Of each traceback that this process has logged: run, class of the error, file and line. A broken
+# app fails at each site and in each round; one traceback is enough.
+_logged: set[tuple[object, ...]] = set()
 
 
 class HospitalApp(ClientApp):
@@ -151,8 +156,18 @@ def _logged_failure(error: Exception, site: Site | None, client: MedicalClient |
     sealed = not simulated and client is not None and client.touched and client.sealed
     reason, level = _reason(cause, simulated, sealed)
     traceback = level == logging.ERROR and not isinstance(cause, InputError)
-    log.log(level, "%s: %s", name, cause, exc_info=traceback)
+    run_id = 0 if client is None else client.context.run_id
+    log.log(level, "%s: %s", name, cause, exc_info=traceback and _is_new(cause, run_id))
     return Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=error_reason(name, reason))
+
+
+def _is_new(cause: Exception, run_id: int) -> bool:
+    """Return whether no traceback from the same line of code was logged in this run."""
+    frames = [(frame.filename, frame.lineno) for frame in extract_tb(cause.__traceback__)]
+    source = (run_id, type(cause).__name__, *frames[-1:])
+    new = source not in _logged
+    _logged.add(source)
+    return new
 
 
 def _reason(cause: Exception, simulated: bool, sealed: bool) -> tuple[str, int]:

@@ -1005,3 +1005,15 @@ def test_of_an_error_of_a_mod_only_its_class_leaves_a_real_hospital(tmp_path):
     reply = ask(TinyClient, "query.describe", context, mods=[failing])
     assert read_error(reply.error.reason) == ("north", "KeyError")
     assert not context.state
+
+
+def test_a_traceback_is_logged_once_a_run(caplog):
+    class Broken(TinyClient):
+        def load_data(self, site):
+            raise OSError("no such disk")
+
+    for run_id in (71, 72):
+        for index in range(3):
+            ask(Broken, "train", context_of(index, 3, run_id))
+    lines = [record for record in caplog.records if "no such disk" in record.getMessage()]
+    assert [bool(record.exc_info) for record in lines] == [True, False, False] * 2
