@@ -168,8 +168,9 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         ours = record.name.startswith("flwr.fedmed")
         if record.levelno >= (logging.INFO if ours else logging.WARNING):
-            style = "yellow" if record.levelno >= logging.WARNING else None
-            console.print(record.getMessage(), style=style)
+            style = "yellow" if record.levelno >= logging.WARNING else ""
+            # A style of `print` would also colour the bar below.
+            console.print(console.render_str(record.getMessage(), style=style))
 
 
 @contextmanager
