@@ -181,6 +181,7 @@ def input_errors() -> Iterator[None]:
     another library gives the root logger one, which would write each line a second time.
     """
     flower = logging.getLogger("flwr")
+    handlers, propagate = flower.handlers, flower.propagate
     flower.handlers = [_ConsoleHandler()]
     flower.propagate = False
     try:
@@ -188,3 +189,6 @@ def input_errors() -> Iterator[None]:
     except InputError as error:
         console.print(f"not started: {error}", style="red")
         raise typer.Exit(2) from None
+    finally:
+        flower.handlers = handlers
+        flower.propagate = propagate
