@@ -145,7 +145,7 @@ def child_toy_flower(folder: str) -> dict:
     from fedmed_flower.engines.flower import run_flower
 
     config = {"num-server-rounds": 3, "run-dir": f"{folder}/toy-flower", "resume": False}
-    run_flower(TOY, config, 4, sys.stderr)
+    run_flower(TOY, config, 4, lambda line: print(line, file=sys.stderr, flush=True))
     return {}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
+from typing import Any
 
 # A hospital sends this text instead of any failure that a patient's rows could have caused.
 FAILED = "failed"
@@ -67,7 +68,50 @@ class _OneLine(logging.Filter):
         return True
 
 
+class _NotAgain(logging.Filter):
+    """Keeps a line of Flower's loggers from a root handler that would write it a second time.
+
+    Parameters
+    ----------
+    handler : logging.StreamHandler
+        A handler of the root logger.
+    """
+
+    def __init__(self, handler: logging.StreamHandler[Any]) -> None:
+        super().__init__()
+        self._handler = handler
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not f"{record.name}.".startswith("flwr."):
+            return True
+        levels = [
+            other.level
+            for other in logging.getLogger("flwr").handlers
+            if isinstance(other, logging.StreamHandler) and other.stream is self._handler.stream
+        ]
+        # Who sets the root logger to DEBUG still sees what Flower's handler leaves out.
+        return not levels or logging.getLogger().level <= record.levelno < min(levels)
+
+
+class _Once(logging.Filter):
+    """Sees to it that each line comes once, although Flower's lines also go to the root logger.
+
+    Opacus gives the root logger a handler when it is imported, others do with their first line
+    (`logging.warning`, absl): it can come at any time, so each line looks for one.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        for handler in logging.getLogger().handlers:
+            known = any(isinstance(each, _NotAgain) for each in handler.filters)
+            if isinstance(handler, logging.StreamHandler) and not known:
+                handler.addFilter(_NotAgain(handler))
+        return True
+
+
 logging.getLogger("flwr.fedmed").addFilter(_OneLine())
+for _name in ("flwr", "flwr.fedmed"):
+    # A logger's filters see its own lines alone, not those of the loggers below it.
+    logging.getLogger(_name).addFilter(_Once())
 
 
 class InputError(ValueError):

@@ -6,19 +6,16 @@ import logging
 import os
 import shlex
 import signal
-import sys
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import typer
 from flwr.app import UserConfig
 from flwr.clientapp import ClientApp
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedmed_flower.cli.options import Engine, Options
+from fedmed_flower.cli.progress import Bar, Lines, show_progress
 from fedmed_flower.cli.tables import console, print_results
 from fedmed_flower.data.site import GENERATED, site_folders
 from fedmed_flower.engines.flower import run_flower
@@ -62,6 +59,13 @@ class Job:
     node_configs: list[UserConfig] | None
     options: Options
     folder: Path
+
+    @property
+    def planned_rounds(self) -> int | None:
+        """Number of rounds; None if the app is somebody else's, whose settings are unknown."""
+        if not isinstance(self.client, Sectioned):
+            return None
+        return int(complete(self.config)["num-server-rounds"])
 
     @property
     def again(self) -> str:
@@ -238,17 +242,18 @@ def examples() -> Path:
 
 def execute(job: Job) -> None:
     """Run a job and print its results; the last line gives the outcome and the run folder."""
-    planned = complete(job.config)["num-server-rounds"]
-    rounds = f"{planned} rounds, " if isinstance(job.client, Sectioned) else ""
+    planned = job.planned_rounds
+    rounds = "" if planned is None else f"{planned} rounds, "
     console.print(f"{job.project.name}: {job.num_sites} sites, {rounds}engine {job.options.engine}")
     # SIGTERM ends a run as Ctrl-C does, with summary and report.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ[DEFAULT_FOLDER] = str(job.folder.resolve())
     try:
-        if job.options.engine is Engine.FLOWER:
-            run_flower(job.project.path.resolve(), job.config, job.num_sites, sys.stdout)
-        else:
-            _run_local(job)
+        with show_progress(console, planned) as display:
+            if job.options.engine is Engine.FLOWER:
+                _run_flower(job, display)
+            else:
+                _run_local(job, display)
     except InputError:
         raise
     except KeyboardInterrupt:
@@ -285,18 +290,24 @@ def _print_without_summary(job: Job) -> None:
     console.print(f"finished: nothing was written to {job.folder}: {why}")
 
 
-def _run_local(job: Job) -> None:
-    server = job.project.server_app()
-    with _progress() as on_reply:
-        run_local(
-            server,
-            job.client,
-            job.num_sites,
-            run_config=job.config,
-            node_configs=job.node_configs,
-            app_name=job.project.name,
-            on_reply=on_reply,
-        )
+def _run_local(job: Job, display: Bar | Lines) -> None:
+    run_local(
+        job.project.server_app(),
+        job.client,
+        job.num_sites,
+        run_config=job.config,
+        node_configs=job.node_configs,
+        app_name=job.project.name,
+        on_message=display.on_message,
+    )
+
+
+def _run_flower(job: Job, display: Bar | Lines) -> None:
+    def on_line(line: str) -> None:
+        console.print(line)
+        display.on_line(line)
+
+    run_flower(job.project.path.resolve(), job.config, job.num_sites, on_line)
 
 
 def _whereabouts(job: Job) -> str:
@@ -304,29 +315,3 @@ def _whereabouts(job: Job) -> str:
     if RunFolder(folder).checkpoint_file.exists():
         return f"{folder} (go on with --resume {folder}{job.again})"
     return f"{folder}" if folder.exists() else "nothing was written"
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show the rounds as lines and the sites of the current phase as a bar."""
-    bar = Progress(
-        TextColumn("{task.description:>10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("sites"),
-        TimeElapsedColumn(),
-        console=console,
-        # A debugger's prompt inside a client must reach the terminal.
-        auto_refresh=False,
-        redirect_stdout=False,
-        redirect_stderr=False,
-        transient=True,
-    )
-    task = bar.add_task("connect", total=None)
-
-    def on_reply(message_type: str, done: int, sent: int) -> None:
-        bar.update(task, description=message_type.partition(".")[0], completed=done, total=sent)
-        bar.refresh()
-
-    with bar:
-        yield on_reply

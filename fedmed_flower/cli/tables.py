@@ -168,8 +168,9 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         ours = record.name.startswith("flwr.fedmed")
         if record.levelno >= (logging.INFO if ours else logging.WARNING):
-            style = "yellow" if record.levelno >= logging.WARNING else None
-            console.print(record.getMessage(), style=style)
+            style = "yellow" if record.levelno >= logging.WARNING else ""
+            # A style of `print` would also colour the bar below.
+            console.print(console.render_str(record.getMessage(), style=style))
 
 
 @contextmanager
@@ -180,6 +181,7 @@ def input_errors() -> Iterator[None]:
     another library gives the root logger one, which would write each line a second time.
     """
     flower = logging.getLogger("flwr")
+    handlers, propagate = flower.handlers, flower.propagate
     flower.handlers = [_ConsoleHandler()]
     flower.propagate = False
     try:
@@ -187,3 +189,6 @@ def input_errors() -> Iterator[None]:
     except InputError as error:
         console.print(f"not started: {error}", style="red")
         raise typer.Exit(2) from None
+    finally:
+        flower.handlers = handlers
+        flower.propagate = propagate

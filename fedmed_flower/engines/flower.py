@@ -13,10 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 import httpx
 import tomli_w
@@ -46,7 +45,9 @@ class EngineError(RuntimeError):
     """Flower's engine could not be started, or its run did not end as completed."""
 
 
-def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -> None:
+def run_flower(
+    app: Path, config: UserConfig, num_sites: int, on_line: Callable[[str], None]
+) -> None:
     """Run an app on Flower's simulation engine and follow its log.
 
     A SuperLink is started for this run alone, in the current environment and folder, and stopped
@@ -60,8 +61,8 @@ def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -
         The whole run config.
     num_sites : int
         Number of simulated SuperNodes.
-    output : text file
-        The log is written to it.
+    on_line : callable
+        Called with each line of the log, without colours and without a line break.
 
     Raises
     ------
@@ -98,7 +99,7 @@ def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -
             errors="replace",
         ) as process:
             try:
-                run_id = _follow(process.stdout or (), output)
+                run_id = _follow(process.stdout or (), on_line)
             except BaseException:
                 # Otherwise leaving the block would wait until the run has ended.
                 process.kill()
@@ -111,12 +112,11 @@ def run_flower(app: Path, config: UserConfig, num_sites: int, output: IO[str]) -
             raise EngineError(f"Flower reports {status}{reason}")
 
 
-def _follow(lines: Iterable[str], output: IO[str]) -> str:
-    """Copy the lines of ``flwr run``; return the id of the run, or an empty text if none began."""
+def _follow(lines: Iterable[str], on_line: Callable[[str], None]) -> str:
+    """Hand on the lines of ``flwr run``; return the run's id, or an empty text if none began."""
     run_id = ""
     for line in lines:
-        output.write(f"{shown(_COLOUR.sub('', line.rstrip()))}\n")
-        output.flush()
+        on_line(shown(_COLOUR.sub("", line.rstrip())))
         if match := _STARTED.search(line):
             run_id = match[1]
     return run_id

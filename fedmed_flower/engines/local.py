@@ -45,7 +45,7 @@ _FIRST_NODE_ID = 1001
 _LEAST = -(2**63)
 _MOST = 2**64 - 1
 
-ReplyListener = Callable[[str, int, int], None]
+Listener = Callable[[Message, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def run_local(
     run_config: UserConfig | None = None,
     node_configs: Sequence[UserConfig] | None = None,
     app_name: str = "",
-    on_reply: ReplyListener | None = None,
+    on_message: Listener | None = None,
 ) -> LocalRun:
     """Run an app in this process, one client after the other.
 
@@ -98,8 +98,9 @@ def run_local(
         leaves.
     app_name : str
         Name of the app in reports.
-    on_reply : callable, optional
-        Called as ``on_reply(message_type, done, sent)`` after each client.
+    on_message : callable, optional
+        Called as ``on_message(message, done, sent)`` before the first client of `sent` messages
+        that were sent together, with `done` 0, and after each; `message` is the client's.
 
     Returns
     -------
@@ -136,7 +137,7 @@ def run_local(
         )
         for index, node_config in enumerate(configs)
     }
-    grid = LocalGrid(client_app, contexts, on_reply)
+    grid = LocalGrid(client_app, contexts, on_message)
     grid.run.fab_id = app_name
     context = Context(run_id, SUPERLINK_NODE_ID, {}, RecordDict(), config)
     # torch and MONAI load a million objects that are never garbage; to scan them takes a quarter
@@ -175,7 +176,7 @@ class LocalGrid(Grid):
     client_app : ClientApp
     contexts : dict
         The context of each node, by node id.
-    on_reply : callable, optional
+    on_message : callable, optional
         As in `run_local`.
     """
 
@@ -186,11 +187,11 @@ class LocalGrid(Grid):
         self,
         client_app: ClientApp,
         contexts: Mapping[int, Context],
-        on_reply: ReplyListener | None = None,
+        on_message: Listener | None = None,
     ) -> None:
         self._client_app = client_app
         self._contexts = dict(contexts)
-        self._on_reply = on_reply
+        self._on_message = on_message
         self._run = Run.create_empty(next(iter(contexts.values())).run_id)
         self._waiting: dict[str, tuple[Message, _Progress]] = {}
         self.result: Result | None = None
@@ -271,6 +272,8 @@ class LocalGrid(Grid):
         replies = []
         for message_id in ids:
             message, progress = self._waiting.pop(message_id)
+            if progress.done == 0:
+                self._report(message, progress)
             began = time.monotonic()
             reply = self._handle(message)
             late = timeout is not None and time.monotonic() - began > timeout
@@ -278,9 +281,12 @@ class LocalGrid(Grid):
                 reply.metadata.__dict__["_message_id"] = str(uuid4())
                 replies.append(reply)
             progress.done += 1
-            if self._on_reply is not None:
-                self._on_reply(message.metadata.message_type, progress.done, progress.sent)
+            self._report(message, progress)
         return replies
+
+    def _report(self, message: Message, progress: _Progress) -> None:
+        if self._on_message is not None:
+            self._on_message(message, progress.done, progress.sent)
 
     def _handle(self, message: Message) -> Message | None:
         """Run one client on copies, so that no change reaches another client."""

@@ -68,7 +68,7 @@ def run_in_process(app, config, sites, **environment):
         "import json, sys\n"
         "from pathlib import Path\n"
         "from fedmed_flower.engines.flower import run_flower\n"
-        "run_flower(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.stdout)\n"
+        "run_flower(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), print)\n"
     )
     return subprocess.run(
         [sys.executable, "-c", code, str(app), json.dumps(config), str(sites)],
@@ -142,7 +142,7 @@ def test_a_failing_site_is_named_and_a_failing_server_raises(tmp_path):
     assert superlinks() == before
 
     with pytest.raises(EngineError, match=r"finished:failed .*the server made a mistake"):
-        run_flower(app, config | {"server-fails": True}, 2, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+        run_flower(app, config | {"server-fails": True}, 2, lambda line: None)
     assert superlinks() == before
 
 

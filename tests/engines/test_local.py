@@ -1,8 +1,10 @@
 import copy
+import logging
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from textwrap import dedent
 
 import numpy as np
@@ -459,15 +461,19 @@ def test_every_run_has_an_id_of_its_own():
     assert len(ids) == 3
 
 
-def test_progress_is_told_after_each_client():
+def test_the_listener_is_called_before_the_first_client_and_after_each():
     told = []
 
     def work(grid, context):
         to_all(grid)
         to_all(grid, kind="evaluate")
 
-    serve(work, num_sites=3, on_reply=lambda *news: told.append(news))
-    assert told == [(kind, n, 3) for kind in ("train", "evaluate") for n in (1, 2, 3)]
+    def on_message(message, done, sent):
+        told.append((message.metadata.message_type, message.metadata.dst_node_id, done, sent))
+
+    serve(work, num_sites=3, on_message=on_message)
+    nodes = [(1001, 0), (1001, 1), (1002, 2), (1003, 3)]
+    assert told == [(kind, *node, 3) for kind in ("train", "evaluate") for node in nodes]
 
 
 def test_flowers_own_strategy_gives_the_same_model_as_a_mean_by_hand():
@@ -541,6 +547,70 @@ def test_a_debugger_works_inside_a_client(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "42" in done.stdout
     assert "came back: True" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("handler", "config"),
+    [
+        # Opacus, which private training imports, gives the root logger a handler.
+        ("", {"privacy": "patient", "sampling-rate": 0.5}),
+        ("logging.warning('a line of another library')", {}),
+    ],
+    ids=["Opacus", "logging.warning"],
+)
+def test_each_line_of_a_script_comes_once_on_stderr_whoever_gives_the_root_logger_a_handler(
+    handler, config, tmp_path
+):
+    script = tmp_path / "app.py"
+    script.write_text(
+        dedent(
+            f"""
+            import logging
+            from tiny import run_tiny
+
+            {handler}
+            run_tiny("run", **{config!r})
+            """
+        )
+    )
+    helpers = str(Path(__file__).parents[1] / "helpers")
+    path = os.pathsep.join([helpers, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    for text in ("round 1/2", "round 2/2", "report: ", "hospital-1: 10 train"):
+        assert done.stderr.count(text) == 1, done.stderr
+    # What Flower's handler leaves out does not come by the other handler.
+    assert "DEBUG" not in done.stderr
+
+
+def test_a_script_that_sets_the_root_logger_to_debug_sees_each_line_once(capsys):
+    lines = [(logging.DEBUG, "a detail"), (logging.INFO, "a line")]
+    own = logging.StreamHandler(sys.stderr)
+    own.setLevel(logging.INFO)
+    flower, root = logging.getLogger("flwr"), logging.getLogger()
+    level = root.level
+    other = logging.StreamHandler(sys.stderr)
+    flower.addHandler(own)
+    root.addHandler(other)
+    try:
+        for root_level in (logging.DEBUG, logging.WARNING):
+            root.setLevel(root_level)
+            for number, text in lines:
+                logging.getLogger("flwr.fedmed").log(number, text)
+    finally:
+        root.setLevel(level)
+        root.removeHandler(other)
+        flower.removeHandler(own)
+    shown = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("\x1b")]
+    assert shown == ["a detail", "a line", "a line"]
 
 
 def test_copies_of_messages_leave_the_servers_message_alone():
