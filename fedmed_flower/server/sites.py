@@ -49,7 +49,7 @@ def wait_for_sites(grid: Grid, needed: int, timeout: float = math.inf) -> int:
     return count
 
 
-def shortfall(strategy: str, needed: int, count: int) -> str | None:
+def shortfall(strategy: str, needed: int, count: int, aside: str = "") -> str | None:
     """Return why too few sites take part for what a strategy promises; None if there are enough.
 
     Parameters
@@ -60,12 +60,14 @@ def shortfall(strategy: str, needed: int, count: int) -> str | None:
         Replies that the strategy needs in a round.
     count : int
         Sites that take part; 0 gives None.
+    aside : str
+        What is added about them: a space, then text in brackets.
     """
     if count == 0 or count >= needed:
         return None
     return (
         f"{strategy} needs {needed} replies a round to keep its promise, but "
-        f"{count} sites take part: raise min_train_nodes or lower num_malicious_nodes"
+        f"{count} sites take part{aside}: raise min_train_nodes or lower num_malicious_nodes"
     )
 
 

@@ -187,6 +187,8 @@ class FedAvg(flower.FedAvg):
 
     # The strategy of Flower, or of somebody else, that this one is mixed with.
     below: ClassVar[type[Any] | None] = None
+    # What the texts about too few replies add: a space, then text in brackets.
+    if_too_few: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -389,7 +391,7 @@ class FedAvg(flower.FedAvg):
             self.before_round(server_round)
         messages = super().configure_train(server_round, arrays, config, grid)
         addressed = self._address(messages, grid, server_round, _TRAIN)
-        reason = shortfall(type(self).__name__, self.needed(), len(addressed))
+        reason = shortfall(type(self).__name__, self.needed(), len(addressed), self.if_too_few)
         if reason is not None:
             if not self.run.begun:
                 raise InputError(reason)
@@ -782,7 +784,8 @@ class FedAvg(flower.FedAvg):
         needed = max(self.min_replies, self.needed()) if self.needed() else 0
         if count >= needed:
             return True
-        reason = f"{count} usable replies, {needed} needed: the model stays as it was"
+        aside = self.if_too_few if count else ""
+        reason = f"{count} usable replies, {needed} needed{aside}: the model stays as it was"
         self.inbox.fail(self.run.server_round, "train", ALL_SITES, reason)
         return False
 

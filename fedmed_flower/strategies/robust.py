@@ -202,10 +202,13 @@ class FedTrimmedAvg(Robust, flower.FedTrimmedAvg):
 class MultiKrum(Robust, flower.MultiKrum):
     """The mean of the ``num_nodes_to_select`` most trustworthy updates (`multi_krum`).
 
-    The mean is weighted by the numbers of examples, as in Flower, or plain with `mixing`.
+    The mean is weighted by the numbers of examples, as in Flower, or plain with `mixing`. With
+    fewer than ``2f + 3`` replies, Flower's computes a model, which f malicious sites can bend; ours
+    leaves the model as it was.
     """
 
     by_distance = True
+    if_too_few = " (Flower's Krum and MultiKrum compute a model nevertheless)"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -15,6 +15,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
+from monai.networks.nets import DenseNet
 from safetensors.numpy import load_file
 from tiny import (
     CONFIG,
@@ -43,7 +44,7 @@ from fedmed_flower.runs.verdict import RunFailedError
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.registry import effective, sections_of
-from fedmed_flower.strategies import FedAdam, FedAvg, FedMedian, FedProx, Krum
+from fedmed_flower.strategies import FedAdam, FedAvg, FedAvgM, FedMedian, FedProx, Krum
 
 FILES = {
     "checkpoint.zip",
@@ -818,6 +819,33 @@ def test_a_run_that_diverges_is_named_and_does_not_end_as_finished(tmp_path, opt
     assert summary["message"].endswith("lower learning-rate")
     # It ends at once, before the next round.
     assert summary["rounds"] == 1
+
+
+def test_a_monai_network_with_its_default_norm_stays_finite_under_server_momentum(tmp_path):
+    def small_dense_net():
+        return DenseNet(2, 1, 2, init_features=4, growth_rate=2, block_config=(1,))
+
+    class Client(TinyClient):
+        def build_model(self):
+            return small_dense_net()
+
+    result = run_tiny(
+        tmp_path,
+        Client,
+        model=small_dense_net,
+        strategy=FedAvgM(server_momentum=0.9),
+        num_server_rounds=3,
+    )
+    variances = [a.numpy() for key, a in result.arrays.items() if key.endswith("running_var")]
+    assert variances
+    assert all((values > 0).all() for values in variances)
+    assert all(np.isfinite(array.numpy()).all() for array in result.arrays.values())
+    assert [*result.evaluate_metrics_clientapp] == [1, 2, 3]
+    summary = summary_of(tmp_path)
+    assert summary["failures"] == []
+    for figures in (summary["test"]["federated"], *summary["test"]["sites"].values()):
+        assert math.isfinite(figures["loss"])
+        assert 0 <= figures["auc"] <= 1
 
 
 def test_a_model_that_nobody_could_evaluate_is_no_result(tmp_path):

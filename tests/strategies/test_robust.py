@@ -24,6 +24,7 @@ from fedmed_flower.strategies import (
 )
 
 ALL = [Bulyan, CenteredClipping, FedMedian, FedTrimmedAvg, GeometricMedian, Krum, MultiKrum]
+FLOWER_COMPUTES = " (Flower's Krum and MultiKrum compute a model nevertheless)"
 
 
 def exactly(text):
@@ -372,7 +373,8 @@ def test_a_broken_reply_is_one_of_the_malicious_and_a_silent_site_is_not(strateg
 
     made = strategy(num_malicious_nodes=1)
     assert aggregate(made, from_rows(rows[1:])) is None
-    too_few = f"{sites - 1} usable replies, {sites} needed: the model stays as it was"
+    aside = FLOWER_COMPUTES if strategy in (Krum, MultiKrum) else ""
+    too_few = f"{sites - 1} usable replies, {sites} needed{aside}: the model stays as it was"
     assert made.history.failures == [Failure(1, "train", "all", too_few)]
 
     made = strategy(num_malicious_nodes=1)
@@ -472,9 +474,10 @@ TOO_FEW = [pair for pair in NEEDED if 1 < pair[1] < 100]
 )
 def test_too_few_sites_are_refused_when_the_round_is_configured(strategy, needed):
     grid = FakeGrid(range(needed - 1), lambda m: None)
+    aside = FLOWER_COMPUTES if isinstance(strategy, MultiKrum) else ""
     text = (
         f"{type(strategy).__name__} needs {needed} replies a round to keep its promise, but "
-        f"{needed - 1} sites take part: raise min_train_nodes or lower num_malicious_nodes"
+        f"{needed - 1} sites take part{aside}: raise min_train_nodes or lower num_malicious_nodes"
     )
     for _ in range(2):
         with pytest.raises(InputError, match=exactly(text)):
@@ -489,6 +492,19 @@ def test_a_run_with_too_few_sites_does_not_start(strategy):
     text = f"{strategy.__name__} needs {made.needed()} replies a round to keep its promise, but 4 "
     with pytest.raises(InputError, match=f"^{re.escape(text)}"):
         run(made, site_app(wander), arrays(w=np.zeros(3, np.float32)), sites=4)
+
+
+@pytest.mark.parametrize("kind", [Krum, MultiKrum])
+def test_krum_says_that_flowers_computes_with_too_few_replies_as_it_does(kind):
+    replies = from_rows(spread(4, 3))
+    ours, theirs = (
+        kind(num_malicious_nodes=1),
+        getattr(flower, kind.__name__)(num_malicious_nodes=1),
+    )
+    assert aggregate(ours, replies) is None
+    text = f"4 usable replies, 5 needed{FLOWER_COMPUTES}: the model stays as it was"
+    assert ours.history.failures == [Failure(1, "train", "all", text)]
+    assert theirs.aggregate_train(1, replies)[0] is not None
 
 
 def test_sites_that_drop_out_later_do_not_end_the_run():
@@ -512,7 +528,7 @@ def test_sites_that_drop_out_later_do_not_end_the_run():
     assert values(strategy.result.arrays).tolist() == [2.0]
     assert strategy.history.failures == [
         Failure(2, "train", "all", "Krum needs 5 replies a round to keep its promise, but 4 sites "
-                "take part: raise min_train_nodes or lower num_malicious_nodes"),
+                f"take part{FLOWER_COMPUTES}: raise min_train_nodes or lower num_malicious_nodes"),
     ]  # fmt: skip
 
 

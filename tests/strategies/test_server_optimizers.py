@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 import pytest
-from builders import FakeGrid, arrays, dump, reply
+from builders import FakeGrid, arrays, dump, reply, run, site_app
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import strategy as flower
 
@@ -220,6 +220,21 @@ def test_running_statistics_are_averaged_and_only_parameters_are_stepped(kind):
     assert model["weight"].numpy() != [0.5]
 
 
+def test_flowers_momentum_makes_a_running_variance_negative_and_ours_does_not():
+    name = "norm.running_var"
+    found = {}
+    for module in (strategies, flower):
+        strategy, model = module.FedAvgM(server_momentum=0.9), arrays(**{name: [1.0]})
+        for number in range(1, 4):
+            # Each site's variance moves half way to .1.
+            sent = {name: (model[name].numpy() + 0.1) / 2}
+            replies = [reply(n, sent, f"s{n}") for n in (1, 2)]
+            model, _ = one_round(strategy, number, model, replies)
+        found[module] = float(model[name].numpy()[0])
+    assert found[strategies] == pytest.approx(0.1 + 0.9 / 8)
+    assert found[flower] < 0
+
+
 @EACH
 def test_a_buffer_of_any_name_is_averaged_if_it_is_named(kind):
     strategy = kind(**OPTIONS[kind])
@@ -369,6 +384,18 @@ def test_the_state_survives_the_run_folder_to_the_bit(kind, tmp_path):
     kept, again = whole.export_state(), second.export_state()
     assert kept
     assert {k: dump(v) for k, v in kept.items()} == {k: dump(v) for k, v in again.items()}
+
+
+@EACH
+def test_a_second_start_begins_without_the_first_ones_momentum(kind):
+    def train(values, message, context):
+        return {key: value + np.float32(1) for key, value in values.items()}, {"loss": 0.5}
+
+    strategy = kind(**OPTIONS[kind], fraction_evaluate=0.0)
+    first, second = (
+        run(strategy, site_app(train), arrays(w=[0.0]), rounds=2, sites=2).arrays for _ in range(2)
+    )
+    assert dump(first) == dump(second)
 
 
 @EACH
