@@ -108,6 +108,10 @@ class Hospitals:
         Why hospitals could not take part, and which.
     bounded
         Whether the main metric has bounds.
+    missed
+        In how many rounds the update of a hospital counted, of those where it was not all.
+    rounds
+        How many rounds there were.
     """
 
     columns: list[Column]
@@ -118,6 +122,8 @@ class Hospitals:
     lacking: dict[str, list[str]]
     refused: list[tuple[str, str]]
     bounded: bool
+    missed: dict[str, int]
+    rounds: int
 
 
 def hospitals(summary: dict[str, Any], main: str) -> Hospitals:
@@ -145,7 +151,23 @@ def hospitals(summary: dict[str, Any], main: str) -> Hospitals:
         lacking=_lacking(summary),
         refused=_refused(summary),
         bounded=total(together, main).bounds is not None,
+        missed=_missed(summary),
+        rounds=int(number(summary, "rounds") or 0),
     )
+
+
+def _missed(summary: dict[str, Any]) -> dict[str, int]:
+    """Return the rounds of the hospitals with training records that were left out of some."""
+    rounds = number(summary, "rounds")
+    trained = summary.get("trained")
+    if not rounds or not isinstance(trained, dict):
+        return {}
+    counts = {
+        site: int(number(trained, site) or 0)
+        for site, records in by_site(nested(summary, "sites"), "train").items()
+        if records
+    }
+    return {site: count for site, count in counts.items() if count < rounds}
 
 
 def _counts(title: str, sites: Mapping[str, Any], key: str) -> Column:

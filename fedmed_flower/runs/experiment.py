@@ -584,6 +584,7 @@ class Experiment:
             "seconds": round(time.monotonic() - self.began, 1),
             "sites": sites.rows(),
             "refused": sites.refused(),
+            "trained": history.rounds_trained(),
             "test": self.test,
             "privacy": self._privacy(),
             "pictures": self.pictures,

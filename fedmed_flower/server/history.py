@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,11 @@ class History:
             for name, value in metrics.items()
             if isinstance(value, int | float)
         ]
+
+    def rounds_trained(self) -> dict[str, int]:
+        """Return in how many rounds each site's update was accepted."""
+        rounds = {(r, site) for r, phase, site, _, _ in self.rows if phase == "train"}
+        return dict(Counter(site for _, site in rounds if site != ALL_SITES))
 
     def describe(self, server_round: int) -> str:
         """Return a round in a line: training loss, first known validation metric, failed sites.

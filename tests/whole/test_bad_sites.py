@@ -86,8 +86,12 @@ def test_log_summary_and_report_say_what_happened_to_whom(tmp_path, monkeypatch)
         (3, "train", "oak", "patients have come or gone"),
         (4, "train", "fir", "OSError"),
     ]
+    others = dict.fromkeys((name for name in NAMES if name != "fir"), 4)
+    assert summary["trained"] == others | {"cedar": 3, "larch": 3}
     log = (folder / "log.txt").read_text()
     page = (folder / "report.html").read_text()
+    text = "Not trained in each of the 4 rounds: cedar in 3, fir in none, larch in 3."
+    assert text in page
     for _, _, site, words in happened:
         assert site in page
         assert words in page
