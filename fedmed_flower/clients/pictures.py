@@ -205,7 +205,7 @@ def _canvas(
     axes.set_axis_off()
     low, high = np.percentile(grey, [1, 99])
     style: dict[str, Any] = {"cmap": "gray", "vmin": low, "vmax": high if high > low else low + 1}
-    axes.imshow(grey, aspect=down / across, interpolation="auto", **style)
+    axes.imshow(grey, aspect=down / across, interpolation="antialiased", **style)
     # Outlines and maps must not move the view.
     axes.autoscale(False)
     return figure, axes

@@ -373,7 +373,7 @@ def write(model, made):
 
 
 def write_array(model, made):
-    model.bank[:] = made[0]
+    model.bank[:] = made[0].numpy()
 
 
 def file_away(model, made):
