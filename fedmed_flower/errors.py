@@ -87,7 +87,9 @@ class _NotAgain(logging.Filter):
         levels = [
             other.level
             for other in logging.getLogger("flwr").handlers
-            if isinstance(other, logging.StreamHandler) and other.stream is self._handler.stream
+            if isinstance(other, logging.StreamHandler)
+            and other is not self._handler
+            and other.stream is self._handler.stream
         ]
         # Who sets the root logger to DEBUG still sees what Flower's handler leaves out.
         return not levels or logging.getLogger().level <= record.levelno < min(levels)

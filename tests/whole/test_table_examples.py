@@ -63,7 +63,7 @@ def test_six_regions_predict_survival(tmp_path):
 
 @pytest.mark.realdata
 def test_some_intensive_care_units_only_test(tmp_path):
-    summary = run("icu", tmp_path / "run", "--sites", "12")
+    summary = run("icu", tmp_path / "run", "--sites", "30")
     tested = [name for name, counts in summary["sites"].items() if not counts["train"]]
     assert tested
     found = summary["test"]["sites"]
