@@ -3,6 +3,7 @@ import os
 import pdb
 import pty
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -252,6 +253,8 @@ def on_terminal(folder, do, typed=b""):
         stderr=theirs,
         cwd=folder,
         env=environment | {"PYTHONPATH": path, "TERM": "xterm", "COLUMNS": "200"},
+        # A shell in the background lets its children ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(theirs)
     text = b""
