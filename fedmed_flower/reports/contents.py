@@ -15,6 +15,7 @@ from fedmed_flower.reports.summary import (
     Total,
     by_site,
     classes,
+    entries,
     mean,
     measured,
     metrics_by_site,
@@ -25,7 +26,7 @@ from fedmed_flower.reports.summary import (
     worst,
 )
 from fedmed_flower.reports.tables import Column
-from fedmed_flower.wire import Sent, noised_evaluation
+from fedmed_flower.wire import ALL_SITES, Sent, noised_evaluation
 
 _MOST_IN_WORDS = 5
 _CHANGE = "+,.3f"
@@ -108,10 +109,6 @@ class Hospitals:
         Why hospitals could not take part, and which.
     bounded
         Whether the main metric has bounds.
-    missed
-        In how many rounds the update of a hospital counted, of those where it was not all.
-    rounds
-        How many rounds there were.
     """
 
     columns: list[Column]
@@ -122,8 +119,6 @@ class Hospitals:
     lacking: dict[str, list[str]]
     refused: list[tuple[str, str]]
     bounded: bool
-    missed: dict[str, int]
-    rounds: int
 
 
 def hospitals(summary: dict[str, Any], main: str) -> Hospitals:
@@ -151,23 +146,29 @@ def hospitals(summary: dict[str, Any], main: str) -> Hospitals:
         lacking=_lacking(summary),
         refused=_refused(summary),
         bounded=total(together, main).bounds is not None,
-        missed=_missed(summary),
-        rounds=int(number(summary, "rounds") or 0),
     )
 
 
-def _missed(summary: dict[str, Any]) -> dict[str, int]:
-    """Return the rounds of the hospitals with training records that were left out of some."""
+def happened(summary: dict[str, Any]) -> str:
+    """Return which hospitals were left out of rounds, and of which something is noted."""
+    sentences = []
     rounds = number(summary, "rounds")
-    trained = summary.get("trained")
-    if not rounds or not isinstance(trained, dict):
-        return {}
-    counts = {
-        site: int(number(trained, site) or 0)
-        for site, records in by_site(nested(summary, "sites"), "train").items()
-        if records
-    }
-    return {site: count for site, count in counts.items() if count < rounds}
+    if rounds and (missed := _missed(summary, rounds)):
+        parts = [f"{site} in {count or 'none'}" for site, count in missed.items()]
+        sentences.append(f"Not trained in each of the {rounds:.0f} rounds: {some_of(parts)}")
+    sites = dict.fromkeys(str(note.get("site")) for note in entries(summary, "notes"))
+    if named := [site for site in sites if site != ALL_SITES]:
+        sentences.append(f"See below, what else happened, for {some_of(named)}")
+    return ". ".join(sentences)
+
+
+def _missed(summary: dict[str, Any], rounds: float) -> dict[str, int]:
+    """Return the rounds of the hospitals with training records that were left out of some."""
+    trained = nested(summary, "trained")
+    records = by_site(nested(summary, "sites"), "train")
+    counts = {site: int(number(trained, site) or 0) for site, count in records.items() if count}
+    fewer = {site: count for site, count in counts.items() if trained and count < rounds}
+    return dict(sorted(fewer.items(), key=lambda item: item[1]))
 
 
 def _counts(title: str, sites: Mapping[str, Any], key: str) -> Column:

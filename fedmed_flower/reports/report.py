@@ -10,7 +10,6 @@ from typing import Any
 
 import matplotlib
 
-from fedmed_flower.data.site import some_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import (
     MOST_TABLE,
@@ -173,7 +172,11 @@ def _head(summary: dict[str, Any], num_sites: int) -> str:
     facts = f"{date} · {count_of(num_sites, 'hospital')} · {' of '.join(rounds)} rounds"
     status = str(summary.get("status"))
     title = STATUS.get(status, "Status not known")
-    parts = [contents.early_stop(summary)[:_MOST_REASON], summary.get("message")]
+    parts = [
+        contents.early_stop(summary)[:_MOST_REASON],
+        summary.get("message"),
+        contents.happened(summary)[:_MOST_REASON],
+    ]
     message = ". ".join(escaped(part) for part in parts if part) or " "
     return (
         f'<h1>{app}</h1><p class="soft">Federated run · {facts}</p>'
@@ -250,20 +253,12 @@ def _hospital_notes(hospitals: Hospitals, main: str) -> list[str]:
         notes.append(f"Tested only: {count} without training records. ")
     if hospitals.rejected:
         notes.append(frame.REJECTED)
-    if hospitals.missed:
-        parts = [f"{site} {_in_rounds(count)}" for site, count in hospitals.missed.items()]
-        trained = escaped(some_of(parts))
-        notes.append(f"Not trained in each of the {hospitals.rounds} rounds: {trained}. ")
     for site, columns in hospitals.lacking.items():
         notes.append(f"{escaped(site)} has no column {escaped(', '.join(columns))}. ")
     for reason, which in hospitals.refused:
         shown = escaped(reason[:_MOST_REASON])
         notes.append(f"Could not take part: {escaped(which)} ({shown}). ")
     return notes
-
-
-def _in_rounds(count: int) -> str:
-    return f"in {count}" if count else "in none"
 
 
 def _classes(classes: Classes | None) -> str:

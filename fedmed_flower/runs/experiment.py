@@ -455,13 +455,13 @@ class Experiment:
         timeout = min(self.plan.round_timeout, _NEWCOMER_TIMEOUT)
         for name, before in call_newcomers(self.grid, sites, timeout).items():
             (node_id,) = (node for node, held in sites.names.items() if held == name)
-            how = "takes part from here on"
+            how = "has connected and trains from here on"
             if before is not None:
                 how = "has come back"
                 strategy.site_names.pop(before, None)
             strategy.site_names[node_id] = name
             rows = ", ".join(f"{count} {split}" for split, count in sites.counts[node_id].items())
-            strategy.inbox.note(server_round, "train", name, f"{how}, with {rows} rows")
+            strategy.inbox.note(server_round, "train", name, f"{how}: {rows}")
         strategy.only = sites.only()
 
     def _train(self) -> flower.Result:
@@ -584,7 +584,8 @@ class Experiment:
             "seconds": round(time.monotonic() - self.began, 1),
             "sites": sites.rows(),
             "refused": sites.refused(),
-            "trained": history.rounds_trained(),
+            "trained": {sites.names[node]: 0 for node in sites.trainers()}
+            | history.rounds_trained(),
             "test": self.test,
             "privacy": self._privacy(),
             "pictures": self.pictures,

@@ -261,9 +261,14 @@ class Inbox:
         """
         record = reply.message.content.config_records.get(ROWS_RECORD, ConfigRecord())
         changes = shown(record.get(CHANGES, ""), _MOST_CHANGES)
-        if changes:
-            known = any(n.site == reply.site and n.text == changes for n in self.history.notes)
-            return "" if known else changes
+        counted = self._counted(reply)
+        if changes and not counted:
+            notes = [note.text for note in self.history.notes if note.site == reply.site]
+            return "" if any(note.startswith(changes) for note in notes) else changes
+        return "; ".join(filter(None, (changes, counted)))
+
+    def _counted(self, reply: AcceptedReply) -> str:
+        """Return how a site's number of training rows has changed; empty if it has not."""
         wanted = ("train", reply.site, _COUNT)
         rows = reversed(self.history.rows)
         before = next((value for _, *row, value in rows if tuple(row) == wanted), None)

@@ -81,17 +81,23 @@ def test_log_summary_and_report_say_what_happened_to_whom(tmp_path, monkeypatch)
         (1, "train", "fir", "OSError"),
         (2, "train", "cedar", "no reply within 3600 s"),
         (2, "train", "fir", "OSError"),
-        (2, "train", "larch", "takes part from here on, with 20 train, 12 val, 14 test rows"),
+        (2, "train", "larch", "has connected and trains from here on: 20 train, 12 val, 14 test"),
         (3, "train", "fir", "OSError"),
-        (3, "train", "oak", "patients have come or gone"),
+        (
+            3,
+            "train",
+            "oak",
+            "patients have come or gone; its number of training rows is 23 now and was 20",
+        ),
         (4, "train", "fir", "OSError"),
     ]
     others = dict.fromkeys((name for name in NAMES if name != "fir"), 4)
-    assert summary["trained"] == others | {"cedar": 3, "larch": 3}
+    assert summary["trained"] == others | {"cedar": 3, "larch": 3, "fir": 0}
     log = (folder / "log.txt").read_text()
     page = (folder / "report.html").read_text()
-    text = "Not trained in each of the 4 rounds: cedar in 3, fir in none, larch in 3."
-    assert text in page
+    top = page[: page.index("<h2>Result</h2>")]
+    assert "Not trained in each of the 4 rounds: fir in none, cedar in 3, larch in 3. See " in top
+    assert "See below, what else happened, for larch, oak" in top
     for _, _, site, words in happened:
         assert site in page
         assert words in page
