@@ -255,7 +255,7 @@ def test_a_function_that_the_client_does_not_have():
 def engines_answer(grid):
     while not (nodes := list(grid.get_node_ids())):
         time.sleep(0.05)
-    (reply,) = grid.send_and_receive([Message(content_of(), nodes[0], "train")], timeout=50)
+    (reply,) = grid.send_and_receive([Message(content_of(), nodes[0], "train")], timeout=600)
     return reply.error.code, reply.error.reason
 
 

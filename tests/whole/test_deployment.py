@@ -254,7 +254,7 @@ def test_a_hospital_killed_in_mid_round_is_named_and_the_run_ends_well(tmp_path:
     text = "".join(lines)
     assert process.returncode == 0, text
     assert "round 2/2" in text
-    assert re.search(r"FAILURE 2 train north no reply after \d+ s", text), text
+    assert re.search(r"FAILURE 2 train north no reply within 25 s", text), text
     assert "MODEL [0.0, 1.0, 2.0]" in text
 
 
