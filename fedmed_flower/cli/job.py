@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 import shlex
@@ -41,6 +42,7 @@ from fedmed_flower.settings.registry import (
 from fedmed_flower.settings.study import Study
 from fedmed_flower.settings.survey import SurveySettings
 from fedmed_flower.settings.text import assign, expand, override, with_type_of
+from fedmed_flower.wire import ALL_SITES
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -284,10 +286,20 @@ def _print_without_summary(job: Job) -> None:
     """Print the outcome of an app that calls a strategy itself instead of `federate`."""
     if (job.folder / METRICS).exists():
         console.print(f"report: {write_report(job.folder)}")
+        if not _has_trained(job.folder):
+            text = f"failed: no site could train, see the lines above: {job.folder}"
+            console.print(text, style="red")
+            raise typer.Exit(1)
         console.print(f"finished: {job.folder}")
         return
     why = "its strategy is not one of this package, or has a folder of its own"
     console.print(f"finished: nothing was written to {job.folder}: {why}")
+
+
+def _has_trained(folder: Path) -> bool:
+    """Return whether a training reply of a site has counted, by the table of metrics."""
+    with (folder / METRICS).open(encoding="utf-8", newline="") as file:
+        return any(row[1] == "train" and row[2] != ALL_SITES for row in csv.reader(file))
 
 
 def _run_local(job: Job, display: Bar | Lines) -> None:

@@ -132,14 +132,17 @@ def answer(
         return call(message, context)
     except Exception as error:
         context.state = state
-        return Message(_logged_failure(error, site, client), reply_to=message)
+        failure = _logged_failure(error, site, client, context.run_id)
+        return Message(failure, reply_to=message)
 
 
 def _through(mod: Mod, call: ClientAppCallable, message: Message, context: Context) -> Message:
     return mod(message, context, call)
 
 
-def _logged_failure(error: Exception, site: Site | None, client: MedicalClient | None) -> Error:
+def _logged_failure(
+    error: Exception, site: Site | None, client: MedicalClient | None, run_id: int
+) -> Error:
     """Log an error at the site and return the one that is sent.
 
     Parameters
@@ -149,6 +152,8 @@ def _logged_failure(error: Exception, site: Site | None, client: MedicalClient |
         None if the error came before the site was known.
     client : MedicalClient or None
         None if the error came before the client was made.
+    run_id : int
+        The traceback is logged once a run.
     """
     cause = _input_error(error) or error
     name = "without a name" if site is None else site.name
@@ -156,7 +161,6 @@ def _logged_failure(error: Exception, site: Site | None, client: MedicalClient |
     sealed = not simulated and client is not None and client.touched and client.sealed
     reason, level = _reason(cause, simulated, sealed)
     traceback = level == logging.ERROR and not isinstance(cause, InputError)
-    run_id = 0 if client is None else client.context.run_id
     log.log(level, "%s: %s", name, cause, exc_info=traceback and _is_new(cause, run_id))
     return Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=error_reason(name, reason))
 

@@ -104,6 +104,15 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+def test_an_app_without_federate_in_which_nobody_could_train_is_a_failed_run(run, tmp_path):
+    broken = CLIENT.replace("    moved = ", '    raise OSError("no scanner today")\n    moved = ')
+    code, output = run("FedAvg", "--out", "run", client=broken)
+    assert code == 1
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("failed: no site could train, see the lines above: ")
+    assert "round 1: no train: all 3 sites failed alike, so the run ends" in output
+
+
 def test_who_only_changed_the_import_sees_rounds_metrics_and_a_report(run, tmp_path):
     code, output = run("FedAvg", "--out", "run")
     assert code == 0, output

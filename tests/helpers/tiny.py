@@ -13,6 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
 from fedmed_flower import ClassificationClient, SiteData, federate, run_local
+from fedmed_flower.engines.local import LocalGrid
 from fedmed_flower.settings import Section, setting
 from fedmed_flower.settings.registry import sections_of
 from fedmed_flower.strategies import FedAvg
@@ -167,3 +168,20 @@ def run_tiny(
     app = client.client_app(mods) if mods else client.client_app()
     run = run_local(server, app, num_sites, run_config=settings, node_configs=node_configs)
     return run.result
+
+
+def connect_late(monkeypatch, node_id):
+    """Let a node connect only when a training message has been sent."""
+    sent = []
+    ids = LocalGrid.get_node_ids
+    push = LocalGrid.push_messages
+
+    def get_node_ids(self):
+        return [node for node in ids(self) if node != node_id or sent]
+
+    def push_messages(self, messages):
+        sent.extend(m for m in messages if m.metadata.message_type == "train")
+        return push(self, messages)
+
+    monkeypatch.setattr(LocalGrid, "get_node_ids", get_node_ids)
+    monkeypatch.setattr(LocalGrid, "push_messages", push_messages)

@@ -3,6 +3,7 @@ import io
 import json
 import math
 import re
+import time
 import tomllib
 from collections import Counter
 from dataclasses import replace
@@ -22,6 +23,7 @@ from tiny import (
     TinyClient,
     TinySettings,
     bits,
+    connect_late,
     fixed,
     halves,
     linear,
@@ -1192,29 +1194,13 @@ def test_a_wrong_pattern_is_refused_before_anything_is_written(trainable, text, 
 # --- Sites that come later ----------------------------------------------------------------------
 
 
-def hide(monkeypatch, node_id, before):
-    """Let a node connect only when `before` training messages have been sent."""
-    sent = []
-    ids, push = LocalGrid.get_node_ids, LocalGrid.push_messages
-
-    def get_node_ids(self):
-        return [n for n in ids(self) if n != node_id or len(sent) >= before]
-
-    def push_messages(self, messages):
-        sent.extend(m for m in messages if m.metadata.message_type == "train")
-        return push(self, messages)
-
-    monkeypatch.setattr(LocalGrid, "get_node_ids", get_node_ids)
-    monkeypatch.setattr(LocalGrid, "push_messages", push_messages)
-
-
 def test_a_site_that_joins_late_trains_beside_one_that_is_only_tested(tmp_path, monkeypatch):
     class Varied(TinyClient):
         def load_data(self, site):
             data = super().load_data(site)
             return replace(data, train=()) if site.index == 1 else data
 
-    hide(monkeypatch, 1003, before=1)
+    connect_late(monkeypatch, 1003)
     run_tiny(tmp_path, Varied, num_sites=3, num_server_rounds=3)
     trained = {(int(r["round"]), r["site"]) for r in table_of(tmp_path) if r["phase"] == "train"}
     assert trained >= {(1, "hospital-1"), (2, "hospital-3"), (3, "hospital-3")}
@@ -1274,3 +1260,26 @@ def test_a_real_site_says_that_its_patients_are_others(tmp_path):
     notes = [(n["round"], n["site"], n["text"]) for n in summary_of(folder)["notes"]]
     text = "patients have come or gone"
     assert notes == [(2, "north", text), (2, "south", text)]
+
+
+def test_a_hung_site_costs_the_grace_of_the_run_config(tmp_path, monkeypatch):
+    now = [0.0]
+    pull = LocalGrid.pull_messages
+
+    def pull_messages(self, message_ids):
+        answered = {i for i in message_ids if self._waiting[i][0].metadata.dst_node_id != 1003}
+        return pull(self, answered)
+
+    monkeypatch.setattr(LocalGrid, "in_process", False)
+    monkeypatch.setattr(LocalGrid, "pull_messages", pull_messages)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    run_tiny(tmp_path, num_sites=3, num_server_rounds=1, quorum=2, grace=5.0)
+    # Roll call, training, validation and test.
+    assert 20 <= now[0] < 30
+    summary = summary_of(tmp_path)
+    assert summary["status"] == "finished"
+    assert {failure["reason"] for failure in summary["failures"]} == {
+        "no reply within 5 s; 2 of 3 had replied"
+    }
+    assert summary["refused"] == {"no answer within 5 s; 2 of 3 had replied": ["node 1003"]}

@@ -3,10 +3,9 @@
 import json
 import time
 
-from tiny import TinyClient, make_rows, nodes_of, run_tiny
+from tiny import TinyClient, connect_late, make_rows, nodes_of, run_tiny
 
 from fedmed_flower import SiteData
-from fedmed_flower.engines.local import LocalGrid
 
 NAMES = ["ash", "birch", "cedar", "elm", "fir", "holly", "larch", "maple", "oak", "pine"]
 TIMEOUT = 3600.0
@@ -34,23 +33,6 @@ class Hospital(TinyClient):
         if self.site.name == "cedar" and self.progress == 0.5 and not self.resumed:
             Hospital.now += 2 * TIMEOUT
         return super().fit(model, prepared, seed)
-
-
-def connect_late(monkeypatch, node_id):
-    """Let a node connect only when a training message has been sent."""
-    sent = []
-    ids = LocalGrid.get_node_ids
-    push = LocalGrid.push_messages
-
-    def get_node_ids(self):
-        return [node for node in ids(self) if node != node_id or sent]
-
-    def push_messages(self, messages):
-        sent.extend(m for m in messages if m.metadata.message_type == "train")
-        return push(self, messages)
-
-    monkeypatch.setattr(LocalGrid, "get_node_ids", get_node_ids)
-    monkeypatch.setattr(LocalGrid, "push_messages", push_messages)
 
 
 def run_with_bad_sites(tmp_path, monkeypatch):
