@@ -199,7 +199,7 @@ def _wanted(schema: Schema) -> dict[str, tuple[Callable[[Any], bool], str]]:
     numbers: dict[str, tuple[Callable[[Any], bool], str]] = {
         "count": (lambda value: value >= 0 and value == int(value), "a count: 0, 1, 2, ..."),
         "continuous": (lambda value: True, "a finite number"),
-        "survival": (lambda value: value > 0, "a finite number above 0"),
+        "survival": (lambda value: value >= 0, "a finite number, 0 or more"),
     }
     wanted = {schema.target: numbers.get(schema.task, classes)}
     if schema.event:

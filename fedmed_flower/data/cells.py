@@ -9,7 +9,8 @@ import io
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -24,13 +25,24 @@ from fedmed_flower.errors import InputError, shown
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-MISSING = ("", "?", "NA", "N/A", "NaN", "NaT", "None", "NULL", "<NA>")
+MISSING = ("", "?", "NA", "N/A", "#N/A", "NaN", "NaT", "None", "NULL", "<NA>", ".", "-")
 # No measurement or count is larger, and sums of squares of numbers up to it fit a float.
 LARGEST = 1e30
 
 # Data frames write classes as 1.0 if a column has gaps; "1.00" and "01" may be codes.
 _WHOLE = re.compile(r"(0|-?[1-9][0-9]*)\.0")
 _FLAGS = {"true": "1", "false": "0"}
+# Such as 1.250 or 12.345.678,9: groups of three digits.
+_GROUPED = re.compile(r"[+-]?[1-9][0-9]{0,2}(\.[0-9]{3})+(,[0-9]*)?")
+# If a number at the end of a column stands so often, alone and apart, it may mean "missing".
+_FEWEST_LONE = 3
+_LONE_SHARE = 0.01
+_CODES_BELOW_ZERO = (-1.0, -9.0, -99.0, -999.0, -9999.0)
+_NUMBER_CODE = re.compile(r"-?[0-9]+")
+# If a larger share of the outcomes is not valid, and as many rows, they are coded otherwise.
+_MOST_UNDECLARED = 0.05
+_FEWEST_UNDECLARED = 3
+_MOST_LISTED = 6
 
 
 def category_text(value: Any) -> str | None:
@@ -68,13 +80,16 @@ class Cells:
         Takes an index of `names` and returns the cells of that column: texts or any other objects,
         None if missing.
     decimal : str
-        The decimal mark of numbers in texts.
+        The decimal mark of numbers in texts. If it is empty, commas are decimal marks, and points
+        are too unless they stand between groups of three digits.
     ragged : int
         How many rows have more or fewer cells than the heading; they are left out.
     problems : list of str
         Problems found so far.
     missing : frozenset of str
         Texts that stand for a missing value, in lower case.
+    codes : dict of str to dict of str to str
+        By column: what a text stands for.
     rejected : array of bool
         Which rows are rejected so far.
     """
@@ -88,6 +103,7 @@ class Cells:
     ragged: int = 0
     problems: list[str] = field(default_factory=list)
     missing: frozenset[str] = frozenset()
+    codes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rejected = np.zeros(len(self.lines), dtype=bool)
@@ -99,10 +115,18 @@ class Cells:
         return [None] * len(self.lines)
 
     def texts(self, name: str, declared: Sequence[str] = ()) -> list[str | None]:
-        """Return a column as texts, None if missing; a declared text never counts as missing."""
+        """Return a column as texts, decoded by `codes`; None if missing.
+
+        A text that is declared or decoded never counts as missing, nor does "-" beside "+".
+        """
+        codes = self.codes.get(name, {})
+        texts = [category_text(cell) for cell in self.raw(name)]
+        kept = {*declared, *codes} | ({"-"} if "+" in texts else set())
         return [
-            text if text in declared or (text and text.lower() not in self.missing) else None
-            for text in map(category_text, self.raw(name))
+            None
+            if text is None or (text not in kept and text.lower() in self.missing)
+            else codes.get(text, text)
+            for text in texts
         ]
 
     def numbers(
@@ -114,7 +138,8 @@ class Cells:
         cell are then rejected. Rows with a missing cell are not.
         """
         cells = self.raw(name)
-        numbers = [self._number(cell) for cell in cells]
+        grouped = self._has_groups(name, cells)
+        numbers = [self._number(cell, grouped) for cell in cells]
         values = np.asarray([math.nan if number is None else number for number in numbers])
         codes = [float(text) for text in self.missing if _is_number(text)]
         values[np.isin(values, codes)] = np.nan
@@ -130,16 +155,69 @@ class Cells:
         for what, mask in faults.items():
             values[mask] = np.nan
             self.note(needed or name, what, mask, cells, bool(needed))
+        self._note_lone(name, values)
         return values
 
-    def _number(self, cell: Any) -> float | None:
+    def _note_lone(self, name: str, values: NDArray[np.float64]) -> None:
+        """Add a problem if the least or greatest value may be a code of missing values."""
+        known = values[~np.isnan(values)]
+        distinct, counts = np.unique(known, return_counts=True)
+        if len(distinct) < 3:
+            return
+        fewest = max(_FEWEST_LONE, _LONE_SHARE * len(known))
+        for value, count, rest in (
+            (distinct[0], counts[0], distinct[1:]),
+            (distinct[-1], counts[-1], distinct[:-1]),
+        ):
+            gap = min(abs(rest - value))
+            apart = gap > rest[-1] - rest[0] or (value in _CODES_BELOW_ZERO and rest[0] >= 0)
+            if count >= fewest and apart:
+                code = plain(value)
+                self.problems.append(
+                    f"{name} is {code} in {count} of {len(known)} rows, apart from its other "
+                    f"values ({plain(rest[0])} to {plain(rest[-1])}): if {code} stands for a "
+                    f'missing value, add "{code}" to missing, or declare the range of {name!r}'
+                )
+
+    def _has_groups(self, name: str, cells: Sequence[Any]) -> bool:
+        """Return whether points in a column's numbers stand between groups of three digits.
+
+        Raises
+        ------
+        InputError
+            If 1.250 may be 1250 or 1.25: neither this column nor another one says which.
+        """
+        if self.decimal:
+            return self.decimal == ","
+        texts = [cell.strip() for cell in cells if isinstance(cell, str)]
+        unclear = next((text for text in texts if _meaning_of_point(text) == "unclear"), None)
+        if unclear is None:
+            return True
+        meanings = {_meaning_of_point(text) for text in texts} & {"group", "decimal"}
+        if not meanings:
+            columns = (self.column(index) for index in range(len(self.names)))
+            every = (_meaning_of_point(cell.strip()) for column in columns for cell in column)
+            meanings = {*every} & {"group", "decimal"}
+        if len(meanings) != 1:
+            as_group = unclear.replace(".", "")
+            raise InputError(
+                f"{self.where}: {unclear} in the column {name!r} may be {as_group} or "
+                f'{float(unclear):g}: say which by decimal="," or decimal="." of read_table'
+            )
+        return meanings == {"group"}
+
+    def _number(self, cell: Any, grouped: bool) -> float | None:
         """Return a cell's number, NaN if the cell is missing, None if it is not a number."""
         if isinstance(cell, str):
             text = cell.strip()
             if not text or text.lower() in self.missing:
                 return math.nan
-            cell = _FLAGS.get(text.lower(), text).replace(self.decimal, ".")
-            return float(cell) if _is_number(cell) else None
+            text = _FLAGS.get(text.lower(), text)
+            if grouped and _GROUPED.fullmatch(text):
+                text = text.replace(".", "")
+            if self.decimal != ".":
+                text = text.replace(",", ".")
+            return float(text) if _is_number(text) else None
         if cell is None:
             return math.nan
         try:
@@ -176,6 +254,39 @@ class Cells:
         if allowed:
             what = f"is not one of {', '.join(allowed)}"
             self.note(name, what, [text not in allowed for text in texts], texts)
+
+    def require_codes(self, name: str, texts: Sequence[str | None], allowed: Sequence[str]) -> None:
+        """Raise `InputError` if an outcome is coded otherwise than declared.
+
+        That is so if three rows or more, and more than one in twenty, have another text than those
+        allowed; or if all rows with an allowed text have the same, and another row has a number. To
+        reject such rows would select patients.
+        """
+        counts = Counter(
+            text
+            for text, rejected in zip(texts, self.rejected, strict=True)
+            if text is not None and not rejected
+        )
+        others = {text: count for text, count in counts.items() if text not in allowed}
+        wrong = sum(others.values())
+        many = wrong >= _FEWEST_UNDECLARED and wrong > _MOST_UNDECLARED * counts.total()
+        alone = len(counts.keys() & {*allowed}) < 2 and any(map(_NUMBER_CODE.fullmatch, others))
+        if not (many or alone):
+            return
+        column = name.partition(" ")[2]
+        listed = ", ".join(
+            f"{text!r} ({count} row{'s' * (count > 1)})"
+            for text, count in counts.most_common(_MOST_LISTED)
+        )
+        codes = ", ".join(f"{text!r}: ..." for text in sorted(counts)[:_MOST_LISTED])
+        raise InputError(
+            shown(
+                f"{self.where}: {name} is {listed} and must be one of {', '.join(allowed)}: say in "
+                f"the schema what each text stands for, by codes={{{column!r}: {{{codes}}}}}; add "
+                "those that mean missing to missing of read_table",
+                1000,
+            )
+        )
 
 
 def read_text(path: Path, content: bytes) -> Cells:
@@ -215,7 +326,7 @@ def read_text(path: Path, content: bytes) -> Cells:
         [number for number, _ in whole],
         names,
         lambda index: [line[index] for _, line in whole],
-        "," if separator == ";" else ".",
+        "" if separator == ";" else ".",
         len(numbered) - len(whole),
     )
     if cells.ragged:
@@ -319,6 +430,18 @@ def _example(cell: Any) -> str:
         return repr(str(cell)[:40])
     except Exception:  # Such as a whole number of 5,000 digits.
         return f"a {type(cell).__name__}"
+
+
+def _meaning_of_point(text: str) -> str:
+    """Return what points mean in a number: "group", "decimal", "unclear"; empty if it has none.
+
+    A decimal comma says that a point would be one of groups.
+    """
+    if _GROUPED.fullmatch(text):
+        return "group" if "," in text or text.count(".") > 1 else "unclear"
+    if "," in text and _is_number(text.replace(",", ".")):
+        return "group"
+    return "decimal" if "." in text and _is_number(text) else ""
 
 
 def _is_number(text: str) -> bool:

@@ -36,6 +36,7 @@ log = logging.getLogger("flwr.fedmed")
 
 TASKS = ("binary", "multi-class", "count", "continuous", "survival")
 _CLASSED = ("binary", "multi-class")
+_EVENTS = ("0", "1")
 _ROW_KEYS = ("patient", "split")
 
 
@@ -46,7 +47,7 @@ class Schema:
     Attributes
     ----------
     target : str
-        The column to predict; in a survival task the time, above 0.
+        The column to predict; in a survival task the time, 0 or more.
     task : str
         "binary", "multi-class", "count", "continuous" or "survival".
     numeric, categorical : tuple of str
@@ -65,6 +66,12 @@ class Schema:
         target: "0" and "1".
     event : str
         In a survival task: the column that is 1 if the event happened, 0 if a row is censored.
+    codes : dict of str to dict of str to str
+        By categorical column, target with classes, or event: what the texts in the table stand for.
+        ``{"status": {"1": 0, "2": 1}}`` reads 2 as the event and 1 as censored. Several texts may
+        stand for one: of competing events ``{"0": 0, "1": 1, "2": 0}`` censors the second. Of a
+        target or event only the texts that are named are valid; in a categorical column others stay
+        as they are.
     patient : str
         The column that names the patient of each row.
     indicators : bool
@@ -100,6 +107,7 @@ class Schema:
     bands: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     event: str = ""
+    codes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     patient: str = "patient"
     indicators: bool = False
 
@@ -119,6 +127,7 @@ class Schema:
         self._put("bands", self._by_column("bands", self.numeric, _ascending))
         self._put("classes", _distinct("classes", self.classes) if self.classes else ())
         self._check_task()
+        self._check_codes()
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -177,6 +186,22 @@ class Schema:
         else:
             require(not self.event, f"event is for a survival task, not {self.task}")
 
+    def _check_codes(self) -> None:
+        require(isinstance(self.codes, Mapping), f"codes must be a dict by column: {self.codes!r}")
+        allowed = {name: self.categories.get(name, ()) for name in self.categorical}
+        if self.task in _CLASSED:
+            allowed[self.target] = self.classes
+        if self.event:
+            allowed[self.event] = _EVENTS
+        for column in self.codes:
+            require(
+                column in allowed,
+                f"codes names {column!r}{near_names(str(column), allowed)}, which is not a "
+                "categorical column, a target with classes or the event",
+            )
+        codes = {name: _codes(name, texts, allowed[name]) for name, texts in self.codes.items()}
+        self._put("codes", codes)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -211,6 +236,7 @@ def read_table(
     split: str = "",
     missing: Sequence[str] = MISSING,
     keep: Sequence[str] = (),
+    decimal: str = "",
 ) -> Table:
     """Read the rows of a file.
 
@@ -218,16 +244,20 @@ def read_table(
     ----------
     path : str or Path
         ``.parquet`` (needs pyarrow), or a text in UTF-8 with a heading; ``.gz`` is unpacked. The
-        cells of a text are separated by commas, semicolons or tabs. With semicolons, numbers may
-        have a decimal comma.
+        cells of a text are separated by commas, semicolons or tabs.
     schema : Schema
     split : str
         The column that holds train, val or test; empty if there is none.
     missing : sequence of str
         Texts that stand for a missing value, besides an empty cell. Case does not matter, and "-9"
-        also stands for the number. A declared category or class never counts as missing.
+        also stands for the number. A declared category or class never counts as missing, nor does
+        "-" in a column that has "+" as well.
     keep : sequence of str
         Further columns that rows have, as texts.
+    decimal : {"", ".", ","}
+        The decimal mark of numbers in a text. Beside a decimal comma, points between groups of
+        three digits are left out: 1.250,5 is 1250.5. If it is empty, the file decides: between
+        commas or tabs a number has a point; between semicolons a comma or a point.
 
     Returns
     -------
@@ -241,14 +271,20 @@ def read_table(
     InputError
         If the file cannot be read, has a column twice, lacks the target, the event, the patient
         (unless that is the default, "patient"), the split or all features, or no row can be used.
+        If three outcomes or more, and more than one in twenty, are no declared class or event, or
+        all valid outcomes are the same and another is a number: then they are coded otherwise. If
+        1.250 between semicolons may be 1250 or 1.25.
     """
+    require(decimal in ("", ".", ","), f'decimal must be "", "." or ",", got {decimal!r}')
     path = Path(path).expanduser()
     read = read_parquet if path.suffix.lower() == ".parquet" else read_text
     try:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    return _table(read(path, content), schema, split, missing, keep)
+    cells = read(path, content)
+    cells.decimal = decimal or cells.decimal
+    return _table(cells, schema, split, missing, keep)
 
 
 def table_of(
@@ -284,6 +320,7 @@ def _table(
     count = len(cells.lines) + cells.ragged
     require(count > 0, f"{cells.where} holds no rows")
     cells.missing = frozenset(text.lower() for text in map(category_text, missing) if text)
+    cells.codes = {name: schema.codes[name] for name in schema.categorical if name in schema.codes}
     absent = _check_names(cells, schema, split, keep)
     outcome = _outcome(cells, schema)
     columns: dict[str, Any] = {}
@@ -358,8 +395,7 @@ def _outcome(cells: Cells, schema: Schema) -> dict[str, list[int] | list[float]]
     classes = schema.classes
     label = f"target {name}"
     if classes:
-        texts = cells.texts(name, classes)
-        cells.need(label, texts, classes)
+        texts = _outcome_texts(cells, schema, label, name, classes)
         number = {text: index for index, text in enumerate(classes)}
         return {name: [number.get(text or "", 0) for text in texts]}
     values = cells.numbers(name, schema.ranges.get(name), label)
@@ -371,10 +407,26 @@ def _outcome(cells: Cells, schema: Schema) -> dict[str, list[int] | list[float]]
         return {name: np.where(whole, values, 0).astype(np.int64).tolist()}
     if schema.task == "continuous":
         return {name: values.tolist()}
-    cells.note(label, "is not above 0", ~(values > 0), raw)
-    events = cells.texts(schema.event)
-    cells.need(f"event {schema.event}", events, ("0", "1"))
+    cells.note(label, "is below 0", ~(values >= 0), raw)
+    events = _outcome_texts(cells, schema, f"event {schema.event}", schema.event, _EVENTS)
     return {name: values.tolist(), schema.event: [int(text == "1") for text in events]}
+
+
+def _outcome_texts(
+    cells: Cells, schema: Schema, label: str, name: str, meanings: Sequence[str]
+) -> list[str | None]:
+    """Return what the texts of a target or event stand for; reject rows whose text has no meaning.
+
+    Raises
+    ------
+    InputError
+        If so many texts have none that they are other codes than those declared.
+    """
+    codes = schema.codes.get(name) or {text: text for text in meanings}
+    texts = cells.texts(name, (*codes,))
+    cells.require_codes(label, texts, (*codes,))
+    cells.need(label, texts, (*codes,))
+    return [codes.get(text or "") for text in texts]
 
 
 def _bands(values: NDArray[np.float64], cuts: Sequence[float]) -> list[str | None]:
@@ -407,6 +459,20 @@ def _distinct(what: str, values: Any) -> tuple[str, ...]:
         f"{what} must be one or more different texts, none of them empty, got {tuple(values)!r}",
     )
     return filled
+
+
+def _codes(column: str, texts: Any, allowed: Sequence[str]) -> dict[str, str]:
+    what = f"codes of {column!r}"
+    require(isinstance(texts, Mapping) and bool(texts), f"{what} must be a dict, got {texts!r}")
+    names = _distinct(what, tuple(texts))
+    meanings = tuple(map(category_text, texts.values()))
+    for name, meaning in zip(names, meanings, strict=True):
+        one_of = f"one of {', '.join(allowed)}" if allowed else "a text"
+        require(
+            bool(meaning) and (not allowed or meaning in allowed),
+            f"{what} gives {name!r} the meaning {meaning!r}: it must be {one_of}",
+        )
+    return {name: meaning or "" for name, meaning in zip(names, meanings, strict=True)}
 
 
 def _ascending(what: str, values: Any) -> tuple[float, ...]:

@@ -39,14 +39,14 @@ def check_outcomes(times: ArrayLike, events: ArrayLike) -> tuple[Numbers, NDArra
     Raises
     ------
     InputError
-        If a time is not finite and above 0, or an event is not 0 or 1, with the row; or if the
+        If a time is not finite, or below 0, or an event is not 0 or 1, with the row; or if the
         lengths differ.
     """
     when = _numbers("times", times)
     happened = _numbers("events", events)
     require_same_length(times=when.size, events=happened.size)
     for name, values, right, bound in (
-        ("times", when, when > 0, "above 0"),
+        ("times", when, when >= 0, "0 or more"),
         ("events", happened, np.isin(happened, (0, 1)), "0 or 1"),
     ):
         if not right.all():

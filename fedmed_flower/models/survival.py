@@ -24,7 +24,7 @@ def cox_loss(log_hazards: Tensor, times: Tensor, events: Tensor, ties: str = "ef
     ----------
     log_hazards : Tensor of shape (n,) or (n, 1)
     times : Tensor of shape (n,)
-        Above 0.
+        0 or more.
     events : Tensor of shape (n,)
         0 or 1. If there is no event, the loss is 0, and so are its gradients.
     ties : {"efron", "breslow"}
@@ -68,8 +68,8 @@ def discrete_time_loss(logits: Tensor, times: Tensor, events: Tensor, edges: Ten
     """Return the negative log-likelihood of a hazard in each interval, as a mean over the rows.
 
     The hazard sigmoid(logit) of an interval is the probability of an event in it, for a patient who
-    reaches its start. An interval includes its end, not its start. A patient with an event survived
-    all intervals before that of the event. A censored patient survived the intervals that ended by
+    reaches its start. An interval includes its end, not its start; the first includes time 0 too. A
+    patient with an event survived all intervals before that of the event. A censored patient survived the intervals that ended by
     the time of censoring; the interval in which that time lies does not count. A patient with a
     time beyond the last edge survived all intervals, with or without a later event.
 
@@ -98,7 +98,8 @@ def discrete_time_loss(logits: Tensor, times: Tensor, events: Tensor, edges: Ten
     ends = edges.to(times.device, times.dtype if times.is_floating_point() else edges.dtype)
     time = times[:, None]
     happened = events[:, None].to(scores.dtype)
-    fails = (ends[:-1] < time) * (time <= ends[1:]) * happened
+    starts = torch.cat([ends.new_tensor([-1.0]), ends[1:-1]])
+    fails = (starts < time) * (time <= ends[1:]) * happened
     survives = (ends[1:] <= time) * (1 - fails)
     likelihood = fails * logsigmoid(scores) + survives * logsigmoid(-scores)
     return -likelihood.sum() / len(logits)

@@ -173,7 +173,7 @@ def test_hospitals_that_differ_keep_nobody_from_going_on(config, tmp_path):
         beyond,
         lambda data: SiteData(train=data.train[:3], test=data.test[:2]),
         lambda data: replace(data, train=(), val=()),
-        changed(days=0.0),
+        changed(days=-1.0),
         changed(died=2),
     ]
     client = holding(dict(enumerate(changes)), TinySurvival)
@@ -184,7 +184,7 @@ def test_hospitals_that_differ_keep_nobody_from_going_on(config, tmp_path):
     assert {failure["site"] for failure in summary["failures"]} == {*names[5:]}
     log = (tmp_path / "log.txt").read_text()
     wrong = "row 0 of the train split has "
-    assert f"(hospital-6): {wrong}days 0.0: it must be a finite number above 0" in log
+    assert f"(hospital-6): {wrong}days -1.0: it must be a finite number, 0 or more" in log
     assert f"(hospital-7): {wrong}died 2: it must be 0 or 1" in log
     test = summary["test"]["sites"]
     # Where nobody has the event, no pair can be compared.

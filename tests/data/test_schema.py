@@ -2,6 +2,7 @@ import csv
 import gzip
 import math
 import pickle
+import re
 import sys
 from dataclasses import replace
 from datetime import date
@@ -14,7 +15,7 @@ import pytest
 from tiny import says
 
 from fedmed_flower import InputError
-from fedmed_flower.data.cells import category_text
+from fedmed_flower.data.cells import MISSING, category_text
 from fedmed_flower.data.datalist import split_patients
 from fedmed_flower.data.schema import Schema, read_table, table_of
 from fedmed_flower.data.site import SiteData, require_patients
@@ -302,14 +303,154 @@ def test_survival(tmp_path):
     schema = Schema("T", "survival", numeric=("x",), event="E")
     text = "patient,x,T,E\nA,1,5.5,1.0\nB,1,3,0\nC,1,0,1\nD,1,-2,1\nE,1,?,1\nF,1,1,\nG,1,1,2\n"
     rows, rejected, problems = read(tmp_path, text, schema)
-    assert [(row["T"], row["E"]) for row in rows] == [(5.5, 1), (3.0, 0)]
-    assert rejected == 5
+    # A death on the day of admission is an event.
+    assert [(row["T"], row["E"]) for row in rows] == [(5.5, 1), (3.0, 0), (0.0, 1)]
+    assert rejected == 4
     assert problems == [
         "target T is missing in 1 row, rejected; the first is line 6",
-        "target T is not above 0 in 2 rows, rejected; the first is line 4 with '0'",
+        "target T is below 0 in 1 row, rejected; the first is line 5 with '-2'",
         "event E is missing in 1 row, rejected; the first is line 7",
         "event E is not one of 0, 1 in 1 row, rejected; the first is line 8 with '2'",
     ]
+
+
+LUNG = "patient,age,time,status\n" + "".join(
+    f"P{number},60,{time},{status}\n"
+    for number, (time, status) in enumerate(
+        [(306, 2), (455, 2), (1010, 1), (210, 2), (883, 2), (1022, 1)]
+    )
+)
+SURVIVAL = Schema("time", "survival", numeric=("age",), event="status")
+
+
+def test_events_coded_1_and_2_are_refused_until_the_schema_says_what_they_mean(tmp_path):
+    path = written(tmp_path, LUNG)
+    text = (
+        f"{path}: event status is '2' (4 rows), '1' (2 rows) and must be one of 0, 1: say in the "
+        "schema what each text stands for, by codes={'status': {'1': ..., '2': ...}}; add those "
+        "that mean missing to missing of read_table"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        read_table(path, SURVIVAL)
+    schema = replace(SURVIVAL, codes={"status": {"1": 0, "2": 1}})
+    rows, rejected, problems = read(tmp_path, LUNG, schema)
+    assert column(rows, "status") == [1, 1, 0, 1, 1, 0]
+    assert (rejected, problems) == (0, [])
+
+
+def test_a_text_that_the_codes_of_an_event_lack_is_not_valid(tmp_path):
+    schema = replace(SURVIVAL, codes={"status": {"1": 0, "2": 1}})
+    rows, rejected, problems = read(tmp_path, LUNG + "P6,60,5,0\n", schema)
+    assert (len(rows), rejected) == (6, 1)
+    assert problems == [
+        "event status is not one of 1, 2 in 1 row, rejected; the first is line 8 with '0'"
+    ]
+
+
+def test_competing_events_are_refused_and_censored_only_where_asked(tmp_path):
+    statuses = [0, 1, 2] * 5
+    lines = [f"P{number},60,{number},{status}" for number, status in enumerate(statuses)]
+    text = "\n".join(["patient,age,time,status", *lines]) + "\n"
+    with pytest.raises(InputError, match=re.escape("'2' (5 rows)")):
+        read(tmp_path, text, SURVIVAL)
+    schema = replace(SURVIVAL, codes={"status": {"0": 0, "1": 1, "2": 0}})
+    rows, rejected, _ = read(tmp_path, text, schema)
+    assert column(rows, "status") == [0, 1, 0] * 5
+    assert rejected == 0
+
+
+def test_a_binary_target_coded_1_and_2_is_refused(tmp_path):
+    schema = Schema("ill", "binary", numeric=("age",))
+    values = [1, 1, 2] * 3
+    text = "patient,age,ill\n" + "".join(f"P{n},60,{value}\n" for n, value in enumerate(values))
+    with pytest.raises(InputError, match=re.escape("target ill is '1' (6 rows), '2' (3 rows)")):
+        read(tmp_path, text, schema)
+    rows, _, _ = read(tmp_path, text, replace(schema, codes={"ill": {1: "0", 2: "1"}}))
+    assert column(rows, "ill") == [0, 0, 1] * 3
+    # Class 0 first: the classes themselves can be named too.
+    rows, _, _ = read(tmp_path, text, replace(schema, classes=("1", "2")))
+    assert column(rows, "ill") == [0, 0, 1] * 3
+
+
+def test_a_rare_2_beside_1_alone_is_a_code_and_not_dirt(tmp_path):
+    schema = Schema("ill", "binary", numeric=("age",))
+    heading = "patient,age,ill\n"
+    ones = "".join(f"P{number},60,1\n" for number in range(60))
+    with pytest.raises(InputError, match=re.escape("'1' (60 rows), '2' (1 row)")):
+        read(tmp_path, f"{heading}{ones}X,60,2\n", schema)
+    # Beside both classes it is one wrong cell.
+    _, rejected, _ = read(tmp_path, f"{heading}{ones}Y,60,0\nX,60,2\n", schema)
+    assert rejected == 1
+
+
+def test_codes_bring_categories_of_hospitals_to_one(tmp_path):
+    schema = replace(HEART, codes={"sex": {"female": "F", "2": "F", "-": "unknown"}})
+    text = "patient,age,chol,sex,ill\nA,1,1,female,1\nB,1,1,2,0\nC,1,1,M,0\nD,1,1,-,0\nE,1,1,,0\n"
+    rows, _, _ = read(tmp_path, text, schema)
+    assert column(rows, "sex") == ["F", "F", "M", "unknown", None]
+
+
+def test_missing_values_of_r_excel_and_sas(tmp_path):
+    cells = ["#N/A", ".", "-", "F"]
+    text = "patient,age,chol,sex,ill\n" + "".join(f"P,{c},1,{c},1\n" for c in cells)
+    rows, _, _ = read(tmp_path, text, HEART)
+    assert column(rows, "sex") == [None, None, None, "F"]
+    # The results of a test are no missing values.
+    text = "patient,age,chol,sex,ill\nA,1,1,+,1\nB,1,1,-,0\n"
+    assert column(read(tmp_path, text, HEART)[0], "sex") == ["+", "-"]
+
+
+@pytest.mark.parametrize(
+    ("values", "code"),
+    [
+        ([-999] * 5 + [*range(20, 90)], "-999"),
+        ([9999] * 5 + [*range(20, 90)], "9999"),
+        ([-9] * 3 + [*range(20, 90)], "-9"),
+        ([9] * 3 + [0, 1, 2, 3] * 5, "9"),
+        # Once is a typing error; a large value among large ones is none.
+        ([-999, *range(20, 90)], None),
+        ([89] * 5 + [*range(20, 90)], None),
+        ([-9] * 3 + [*range(-20, 20)], None),
+        ([0, 1] * 20, None),
+    ],
+)
+def test_a_far_and_frequent_value_may_mean_missing(tmp_path, values, code):
+    text = "patient,x,y\n" + "".join(f"P{n},{value},1\n" for n, value in enumerate(values))
+    _, _, problems = read(tmp_path, text, NUMBER)
+    if code is None:
+        assert problems == []
+    else:
+        (problem,) = problems
+        assert problem.startswith(f"x is {code} in {values.count(int(code))} of {len(values)} rows")
+        assert problem.endswith(f"add \"{code}\" to missing, or declare the range of 'x'")
+        missing = (*MISSING, code)
+        rows, _, problems = read(tmp_path, text, NUMBER, missing=missing)
+        assert problems == []
+        assert sum(math.isnan(value) for value in column(rows, "x")) == values.count(int(code))
+
+
+def test_points_between_groups_of_thousands(tmp_path):
+    heading = "patient;age;chol;sex;ill\n"
+    # A decimal comma in the column, or in another one.
+    rows, _, _ = read(tmp_path, f"{heading}A;60;1.250;F;0\nB;70;1.250,5;M;1\n", HEART)
+    assert column(rows, "chol") == [1250, 1250.5]
+    rows, _, _ = read(tmp_path, f"{heading}A;60,5;1.250;F;0\nB;70;12.345.678;M;1\n", HEART)
+    assert column(rows, "chol") == [1250, 12345678]
+    rows, _, _ = read(tmp_path, f"{heading}A;60.5;1.250;F;0\nB;70;0.875;M;1\n", HEART)
+    assert column(rows, "chol") == [1.25, 0.875]
+    rows, _, _ = read(tmp_path, f"{heading}A;60.5;1.250;F;0\n", HEART)
+    assert column(rows, "chol") == [1.25]
+    for text in ("A;60;1.250;F;0\n", "A;60;1.250;F;0\nB;70;2,5;M;1\nC;70;2.5;M;1\n"):
+        with pytest.raises(
+            InputError,
+            match=re.escape("1.250 in the column 'chol' may be 1250 or 1.25: say which by dec"),
+        ):
+            read(tmp_path, heading + text, HEART)
+    for decimal, value in ((",", 1250), (".", 1.25)):
+        rows, _, _ = read(tmp_path, f"{heading}A;60;1.250;F;0\n", HEART, decimal=decimal)
+        assert column(rows, "chol") == [value]
+    with pytest.raises(InputError, match=says('decimal must be "", "." or ",", got \';\'')):
+        read(tmp_path, heading, HEART, decimal=";")
 
 
 def test_no_row_that_can_be_used(tmp_path):
@@ -493,6 +634,17 @@ def test_frames_without_rows_or_with_a_column_twice():
         ({"task": "survival"}, "event must name columns by texts without blanks around them, "
          "got ''"),
         ({"event": "E"}, "event is for a survival task, not binary"),
+        ({"codes": {"Y": {"1": "0"}}}, "codes names 'Y' (near: 'y'), which is not a categorical "
+         "column, a target with classes or the event"),
+        ({"codes": {"a": {"1": "0"}}}, "codes names 'a', which is not a categorical column, a "
+         "target with classes or the event"),
+        ({"codes": {"y": {"1": "2"}}}, "codes of 'y' gives '1' the meaning '2': it must be one of "
+         "0, 1"),
+        ({"codes": {"c": {"1": ""}}}, "codes of 'c' gives '1' the meaning None: it must be a "
+         "text"),
+        ({"codes": {"y": {}}}, "codes of 'y' must be a dict, got {}"),
+        ({"codes": {"c": {"1": "x", 1: "y"}}}, "codes of 'c' must be one or more different texts, "
+         "none of them empty, got ('1', 1)"),
     ],
 )  # fmt: skip
 def test_what_a_schema_refuses(fields, text):

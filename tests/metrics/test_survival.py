@@ -181,7 +181,7 @@ def test_cox_loss_refuses_what_is_out_of_range():
         "one row a patient is needed in each, got rows of log_hazards 3, times 2, events 3": {
             "times": torch.ones(2)
         },
-        "times must be above 0; row 1 has 0": {"times": torch.tensor([1.0, 0, 2])},
+        "times must be 0 or more; row 1 has -1": {"times": torch.tensor([1.0, -1, 2])},
         "events must be 0 or 1; row 2 has 2": {"events": torch.tensor([0, 1, 2])},
     }
     for text, change in cases.items():
@@ -211,6 +211,9 @@ def test_discrete_loss_worked_by_hand():
     logits = torch.log(torch.tensor([[1.0, 1 / 3, 1 / 4]]))
     edges = torch.tensor([0.0, 1, 2, 3])
     expected = {
+        # On the day of admission.
+        (0.0, 1): 1 / 2,
+        (0.0, 0): 1,
         (0.5, 1): 1 / 2,
         (1.0, 1): 1 / 2,
         (1.5, 1): 1 / 2 * 1 / 4,
@@ -579,7 +582,7 @@ def test_brier_scores_refuse_what_is_out_of_range():
         "survival must be from 0 to 1; row 1 is not": {"survival": [[0.9, 0.5], [0.8, math.nan]]},
         "grid must ascend; index 1 has 2 after 2": {"grid": [2, 2]},
         "grid must be finite; row 1 has inf": {"grid": [2, math.inf]},
-        "times must be above 0; row 0 has -1": {"times": [-1, 4]},
+        "times must be 0 or more; row 0 has -1": {"times": [-1, 4]},
         "events must be 0 or 1; row 1 has 0.5": {"train_events": [1, 0.5, 1]},
     }
     for text, change in cases.items():
@@ -591,7 +594,7 @@ def test_outcomes_out_of_range_are_refused_with_their_row():
     cases = {
         "times must be finite; row 1 has nan": ([1, math.nan], [0, 1]),
         "times must be finite; row 0 has inf": ([math.inf, 1], [0, 1]),
-        "times must be above 0; row 1 has 0": ([1, 0], [0, 1]),
+        "times must be 0 or more; row 1 has -1": ([1, -1], [0, 1]),
         "events must be finite; row 0 has nan": ([1, 2], [math.nan, 1]),
         "events must be 0 or 1; row 1 has -1": ([1, 2], [0, -1]),
         "one row a patient is needed in each, got rows of times 2, events 1": ([1, 2], [1]),
