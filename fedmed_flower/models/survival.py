@@ -69,9 +69,10 @@ def discrete_time_loss(logits: Tensor, times: Tensor, events: Tensor, edges: Ten
 
     The hazard sigmoid(logit) of an interval is the probability of an event in it, for a patient who
     reaches its start. An interval includes its end, not its start; the first includes time 0 too. A
-    patient with an event survived all intervals before that of the event. A censored patient survived the intervals that ended by
-    the time of censoring; the interval in which that time lies does not count. A patient with a
-    time beyond the last edge survived all intervals, with or without a later event.
+    patient with an event survived all intervals before that of the event. A censored patient
+    survived the intervals that ended by the time of censoring; the interval in which that time lies
+    does not count. A patient with a time beyond the last edge survived all intervals, with or
+    without a later event.
 
     Parameters
     ----------
