@@ -1,25 +1,19 @@
-"""The cells of a CSV or Parquet file as texts and numbers, and what is wrong with them."""
+"""The cells of a table as texts and numbers, and what is wrong with them."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import gzip
-import io
 import math
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedmed_flower.data.bounded import require_within, unpacked
 from fedmed_flower.errors import InputError, shown
 
 if TYPE_CHECKING:
@@ -289,84 +283,6 @@ class Cells:
         )
 
 
-def read_text(path: Path, content: bytes) -> Cells:
-    """Return the cells of a text whose first line that is not blank is the heading.
-
-    Raises
-    ------
-    InputError
-        If the text is empty, not in UTF-8 or not well-formed CSV. If its name ends in ``.gz``:
-        also if the gzip file is incomplete or unpacks to more than `bounded.MOST` bytes.
-    """
-    try:
-        if path.suffix.lower() == ".gz":
-            with gzip.open(io.BytesIO(content)) as packed:
-                content = unpacked(packed, path, "a table")
-        lines = io.StringIO(content.decode("utf-8-sig"), newline="")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not in UTF-8 ({error.reason}): save it in UTF-8") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is not a complete gzip file: {error}") from None
-    heading = next((line for line in lines if line.strip(" ,;\t\r\n")), "")
-    require(bool(heading), f"{path} is empty")
-    require("\0" not in heading, f"{path} is not a text in UTF-8: save it in UTF-8")
-    # If a comma is the decimal mark, spreadsheets separate columns by semicolons.
-    separator = max(",;\t", key=heading.count)
-    lines.seek(0)
-    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
-    try:
-        numbered = [(reader.line_num, line) for line in reader if any(map(str.strip, line))]
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}") from None
-    names = [name.strip() for name in numbered.pop(0)[1]]
-    whole = [(number, line) for number, line in numbered if len(line) == len(names)]
-    cells = Cells(
-        shown(path),
-        "line",
-        [number for number, _ in whole],
-        names,
-        lambda index: [line[index] for _, line in whole],
-        "" if separator == ";" else ".",
-        len(numbered) - len(whole),
-    )
-    if cells.ragged:
-        number, count = next((n, len(line)) for n, line in numbered if len(line) != len(names))
-        cells.problems.append(
-            f"the number of cells differs from the heading's {len(names)} in {cells.ragged} "
-            f"row{'s' * (cells.ragged > 1)}, rejected; the first is line {number} with {count}"
-        )
-    return cells
-
-
-def read_parquet(path: Path, content: bytes) -> Cells:
-    """Return the cells of a Parquet file.
-
-    Raises
-    ------
-    InputError
-        If it is not a complete Parquet file, takes more than `bounded.MOST` bytes in memory, or
-        pyarrow is not installed.
-    """
-    # Imported here because it takes a second, which a CSV file need not wait for.
-    import pandas as pd
-
-    try:
-        _require_small(path, content)
-        frame = pd.read_parquet(io.BytesIO(content), engine="pyarrow")
-    except InputError:
-        raise
-    except ImportError:
-        raise InputError(
-            f"{path} needs pyarrow to be read: pip install 'fedmed-flower[parquet]'"
-        ) from None
-    except Exception as error:  # A broken file makes the decoders fail in a dozen ways.
-        reason = shown(error, 200)
-        raise InputError(f"{path} is not a complete Parquet file: {reason}") from error
-    # pandas stores the index of the frame that was written; its levels are columns of the table.
-    named = [name for name in frame.index.names if name is not None]
-    return frame_cells(frame.reset_index(named) if named else frame, shown(path))
-
-
 def frame_cells(frame: DataFrame, where: str) -> Cells:
     """Return the cells of a data frame; its index is ignored."""
 
@@ -376,35 +292,6 @@ def frame_cells(frame: DataFrame, where: str) -> Cells:
 
     names = [str(name).strip() for name in frame.columns]
     return Cells(where, "row", range(1, len(frame) + 1), names, column)
-
-
-def _require_small(path: Path, content: bytes) -> None:
-    """Raise `InputError` if a Parquet file unpacks to more than a table may.
-
-    Parquet stores a repeated text once, and a run of one number as two numbers: the file's own
-    size bounds nothing.
-    """
-    import pyarrow as pa  # type: ignore[import-untyped]
-    from pyarrow import compute
-    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
-
-    about = ParquetFile(io.BytesIO(content))
-    groups = (about.metadata.row_group(index) for index in range(about.num_row_groups))
-    written = sum(group.total_byte_size for group in groups)
-    # pandas takes eight bytes or more a cell, even if it is missing.
-    size = max(written, 8 * about.metadata.num_rows * about.metadata.num_columns)
-    require_within(f"{path} says that it holds", size, "a table")
-    kinds = pa.string(), pa.binary(), pa.large_string(), pa.large_binary()
-    texts = [field.name for field in about.schema_arrow if field.type in kinds]
-    wide = [field.name for field in about.schema_arrow if not pa.types.is_primitive(field.type)]
-    file = ParquetFile(io.BytesIO(content), read_dictionary=texts)
-    size = 0
-    for batch in file.iter_batches(columns=wide):
-        size += batch.nbytes
-        for column in map(batch.column, texts):
-            lengths = compute.binary_length(column.dictionary)
-            size += compute.sum(lengths.take(column.indices)).as_py() or 0
-        require_within(f"{path} unpacks to at least", size, "a table")
 
 
 def plain(number: float) -> str:

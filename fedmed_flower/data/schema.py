@@ -22,10 +22,9 @@ from fedmed_flower.data.cells import (
     frame_cells,
     near_names,
     plain,
-    read_parquet,
-    read_text,
     require,
 )
+from fedmed_flower.data.formats import read_cells
 from fedmed_flower.data.site import SPLITS, LineNumber
 from fedmed_flower.errors import InputError
 
@@ -243,8 +242,9 @@ def read_table(
     Parameters
     ----------
     path : str or Path
-        ``.parquet`` (needs pyarrow), or a text in UTF-8 with a heading; ``.gz`` is unpacked. The
-        cells of a text are separated by commas, semicolons or tabs.
+        ``.parquet`` (needs pyarrow), ``.xlsx`` (needs openpyxl; one sheet), ``.dta`` (Stata; labels
+        of values are not used), or a text in UTF-8 with a heading; ``.gz`` is unpacked. The cells
+        of a text are separated by commas, semicolons or tabs.
     schema : Schema
     split : str
         The column that holds train, val or test; empty if there is none.
@@ -276,13 +276,7 @@ def read_table(
         1.250 between semicolons may be 1250 or 1.25.
     """
     require(decimal in ("", ".", ","), f'decimal must be "", "." or ",", got {decimal!r}')
-    path = Path(path).expanduser()
-    read = read_parquet if path.suffix.lower() == ".parquet" else read_text
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    cells = read(path, content)
+    cells = read_cells(Path(path).expanduser())
     cells.decimal = decimal or cells.decimal
     return _table(cells, schema, split, missing, keep)
 
