@@ -25,6 +25,7 @@ from fedmed_flower.clients.book import Book, book_path, open_book
 from fedmed_flower.clients.pooled import together
 from fedmed_flower.clients.run_cache import Key, RunCache
 from fedmed_flower.clients.training import Steps, train_epochs
+from fedmed_flower.data.outlying import Outlying
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import (
@@ -89,8 +90,9 @@ class MedicalClient(ABC):
         Raise `InputError` if the rows cannot be used.
     screen
         Reject single rows that cannot be used, and name them in the log.
-    contribute, agree
-        What a site sends before the first round, and what the server makes of all contributions.
+    contribute, agree, outlying
+        What a site sends before the first round, what the server makes of all contributions, and
+        which of them stand out.
     prepare
         Convert rows to what the hooks below take. The result stays in memory during a run.
     batch_of, loss_of
@@ -232,6 +234,20 @@ class MedicalClient(ABC):
             What `contribute` returned, by the name of the site.
         """
         return ""
+
+    def outlying(
+        self, contributions: Mapping[str, Mapping[str, Any]], rows: Mapping[str, int]
+    ) -> list[Outlying]:
+        """Return the sites whose contribution stands out, which log and report then name.
+
+        Parameters
+        ----------
+        contributions : dict
+            As in `agree`.
+        rows : dict of str to int
+            Training rows by site.
+        """
+        return []
 
     def prepare(self, rows: Sequence[Row], train: bool) -> Any:
         """Return the rows as `batch_of` takes them if `train` is True, else as `measure` does."""

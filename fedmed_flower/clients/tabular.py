@@ -30,6 +30,7 @@ from fedmed_flower.clients.targets import (
     with_target,
 )
 from fedmed_flower.clients.training import predict, predict_alone
+from fedmed_flower.data.outlying import Outlying, outlying
 from fedmed_flower.data.preparation import Preparation, check_contribution, contribution
 from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import SPLITS, Row, SiteData, min_cell_count, patient_text
@@ -196,6 +197,12 @@ class TabularClient(MedicalClient):
                 "categories in the schema"
             )
         return preparation.to_text()
+
+    def outlying(
+        self, contributions: Mapping[str, Mapping[str, Any]], rows: Mapping[str, int]
+    ) -> list[Outlying]:
+        """Return the hospitals of which a column differs from all others'."""
+        return outlying(contributions, with_target(self.schema), rows)
 
     @cached_property
     def _agreed_upon(self) -> tuple[Preparation, Unit]:

@@ -26,9 +26,9 @@ from fedmed_flower.errors import InputError
 log = logging.getLogger("flwr.fedmed")
 
 # The keys of a contribution, each followed by a column.
-_MOMENTS = "moments "
-_CATEGORIES = "categories "
-_COUNTS = "counts "
+MOMENTS = "moments "
+CATEGORIES = "categories "
+COUNTS = "counts "
 # The largest count of a contribution.
 _MOST = 1e12
 # The ends of a declared range after scaling.
@@ -71,7 +71,7 @@ def contribution(
         values = _numbers(rows, column)
         known = ~np.isnan(values)
         if known.any() and len({*patients[known]}) >= minimum:
-            reported[_MOMENTS + column] = _moments(values[known])
+            reported[MOMENTS + column] = _moments(values[known])
     for column in schema.categorical:
         if column in schema.categories or only not in (None, column):
             continue
@@ -82,29 +82,29 @@ def contribution(
         sizes = {text: len(members) for text, members in patients_with.items()}
         counts = {text: size for text, size in sizes.items() if size >= minimum}
         if counts:
-            reported[_CATEGORIES + column] = sorted(counts)
-            reported[_COUNTS + column] = [counts[text] for text in sorted(counts)]
+            reported[CATEGORIES + column] = sorted(counts)
+            reported[COUNTS + column] = [counts[text] for text in sorted(counts)]
     return reported
 
 
 def check_contribution(reported: Mapping[str, Any], schema: Schema) -> str | None:
     """Return what is wrong with a hospital's contribution; None if it can be used."""
-    known = {_MOMENTS + column for column in schema.numeric}
+    known = {MOMENTS + column for column in schema.numeric}
     learnt = [column for column in schema.categorical if column not in schema.categories]
-    known |= {kind + column for column in learnt for kind in (_CATEGORIES, _COUNTS)}
+    known |= {kind + column for column in learnt for kind in (CATEGORIES, COUNTS)}
     if unknown := [key for key in reported if key not in known]:
         return f"{unknown[0]!r} is not asked for by the schema"
     for key, values in reported.items():
         if not isinstance(values, list):
             return f"{key!r} must be a list"
-        if key.startswith(_MOMENTS) and not _are_moments(values):
+        if key.startswith(MOMENTS) and not _are_moments(values):
             return (
                 f"{key!r} must be the number of values, their mean and the sum of their squared "
                 "distances to it"
             )
     for column in learnt:
-        texts = reported.get(_CATEGORIES + column, [])
-        counts = reported.get(_COUNTS + column, [])
+        texts = reported.get(CATEGORIES + column, [])
+        counts = reported.get(COUNTS + column, [])
         whole = all(type(count) is int and 0 < count <= _MOST for count in counts)
         named = all(isinstance(text, str) and text for text in texts)
         if not (whole and named and len({*texts}) == len(texts) == len(counts)):
@@ -187,7 +187,7 @@ class Preparation:
         scales: dict[str, float] = {}
         still: list[str] = []
         for column in schema.numeric:
-            key = _MOMENTS + column
+            key = MOMENTS + column
             reported = [statistics[key] for statistics in usable if key in statistics]
             count, mean, squares = _merged(reported)
             scale = math.sqrt(squares / (count - 1)) if count > 1 else 0.0
@@ -205,7 +205,7 @@ class Preparation:
             scales[column] = scale
         categories = {}
         for column in schema.categorical:
-            key = _CATEGORIES + column
+            key = CATEGORIES + column
             texts = {text for statistics in usable for text in statistics.get(key, [])}
             categories[column] = schema.categories.get(column, tuple(sorted(texts)))
             if contributions and not categories[column]:

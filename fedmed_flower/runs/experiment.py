@@ -22,6 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from torch import nn
 
+from fedmed_flower.data.outlying import Outlying
 from fedmed_flower.data.site import GENERATED
 from fedmed_flower.errors import DivergedError, InputError
 from fedmed_flower.files import require_closed
@@ -109,6 +110,11 @@ class Modeller(Protocol):
 
     def agree(self, contributions: dict[str, dict[str, Any]]) -> str:
         """Return what is agreed, made of all sites' contributions and the same at each site."""
+
+    def outlying(
+        self, contributions: dict[str, dict[str, Any]], rows: dict[str, int]
+    ) -> list[Outlying]:
+        """Return the sites whose contribution stands out; `rows` are their training rows."""
 
     def build_model(self) -> nn.Module:
         """Return the network with fresh weights."""
@@ -202,10 +208,13 @@ def _prepared(
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
     wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
     sites = roll_call(grid, plan.round_timeout, strategy.quorum, strategy.grace)
+    standing_out: list[Outlying] = []
     if asking is not None:
         names = {node_id: sites.names[node_id] for node_id in sites.counts}
         contributions = collect_contributions(grid, plan.round_timeout, names, sites.sent)
         agreed = asking.agree(contributions)
+        rows = {name: sites.counts[node_id]["train"] for node_id, name in names.items()}
+        standing_out = asking.outlying(contributions, rows)
         start = _start_model(model, agreed, config, plan.seed)
         strategy.buffers = start.buffers
     strategy.site_names |= sites.names
@@ -239,6 +248,7 @@ def _prepared(
         key=key,
         agreed=agreed,
         evaluate_fn=evaluate_fn,
+        standing_out=standing_out,
     )
 
 
@@ -414,6 +424,7 @@ class Experiment:
     key: str
     agreed: str
     evaluate_fn: EvaluateFn | None = None
+    standing_out: list[Outlying] = field(default_factory=list)
     test: dict[str, Any] = field(default_factory=dict)
     pictures: list[dict[str, str]] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -463,6 +474,9 @@ class Experiment:
             rows = ", ".join(f"{count} {split}" for split, count in sites.counts[node_id].items())
             strategy.inbox.note(server_round, "train", name, f"{how}: {rows}")
         strategy.only = sites.only()
+        for one in self.standing_out:
+            strategy.inbox.note(server_round, "before training", one.site, one.text)
+        self.standing_out = []
 
     def _train(self) -> flower.Result:
         """Train by the strategy, and write the model whole if only a part of it travels."""

@@ -913,3 +913,22 @@ def test_a_process_that_answers_one_message_imports_only_what_it_needs():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+def test_a_hospital_whose_column_stands_out_is_named_before_the_first_round(tmp_path, caplog):
+    class Months(TinyTable):
+        schema = replace(SCHEMA, ranges={})
+
+        def load_data(self, site):
+            data = super().load_data(site)
+            if site.name != "hospital-2":
+                return data
+            train = [row | {"age": 12 * row["age"]} for row in data.train]
+            return replace(data, train=train)
+
+    _, summary = run_tables(tmp_path, Months, 3)
+    (note,) = summary["notes"]
+    assert (note["round"], note["phase"], note["site"]) == (1, "before training", "hospital-2")
+    assert note["text"].startswith("age has the mean ")
+    assert "hospital-2: age has the mean" in caplog.text
+    assert "age has the mean" in (tmp_path / "report.html").read_text()
