@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed_flower.data.bounded import quoted
 from fedmed_flower.data.site import Row, patient_text, some_of
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
 from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.request import Filter, Request, Survival
 from fedmed_flower.statistics.types import Codes, Floats, Mask
@@ -29,6 +31,8 @@ from fedmed_flower.statistics.values import (
     text_of,
     texts_meet,
 )
+
+log = logging.getLogger("flwr.fedmed")
 
 # No request can name a longer column.
 _MOST_LETTERS = 200
@@ -67,6 +71,7 @@ class Columns:
         )
         self._kinds: dict[str, bool] = {}
         self._texts: dict[str, list[str | None]] = {}
+        self._days: dict[str, tuple[Floats, bool]] = {}
         self._numbers: dict[str, NDArray[np.float64]] = {}
 
     @property
@@ -122,12 +127,30 @@ class Columns:
         return np.array([-1 if t is None else number[t] for t in texts], np.int64), names
 
     def days(self, name: str) -> tuple[Floats, bool]:
-        """Return a column as (rows,) numbers of days, and whether it holds dates."""
+        """Return a column as (rows,) numbers of days, and whether it holds dates.
+
+        The hospital's log says how many values are no date that can be read.
+        """
+        if name not in self._days:
+            self._days[name] = self._read_days(name)
+        return self._days[name]
+
+    def _read_days(self, name: str) -> tuple[Floats, bool]:
         values = cells_of(self._rows, name)
         dates = sum(isinstance(value, str | date) and not is_gap(value) for value in values)
         if 2 * dates < sum(not is_gap(value) for value in values):
             return self.numbers(name), False
-        return np.array([day_of(value) for value in values], np.float64), True
+        days = np.array([day_of(value) for value in values], np.float64)
+        wrong = [v for v, day in zip(values, days, strict=True) if not is_gap(v) and day != day]
+        if wrong:
+            log.warning(
+                "%s: no date in %d of %d values, such as %s: write dates as 2020-01-13",
+                shown(name),
+                len(wrong),
+                len(values),
+                quoted(wrong[0], 40),
+            )
+        return days, True
 
     def family(self, name: str) -> tuple[str, ...]:
         """Return the columns made of the same values, such as ``age`` and ``age-band``."""

@@ -36,7 +36,15 @@ from fedmed_flower.statistics.guard import (
 )
 from fedmed_flower.statistics.request import Request, Survival, require_comparable
 from fedmed_flower.statistics.types import Codes, Mask, Reported
-from fedmed_flower.statistics.withheld import AND, BY, CORRELATION, FEW, HISTOGRAM, MISSING
+from fedmed_flower.statistics.withheld import (
+    AND,
+    BY,
+    CORRELATION,
+    FEW,
+    HISTOGRAM,
+    MISSING,
+    NO_DATES,
+)
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -200,6 +208,9 @@ class Local:
         request = self._request
         columns = self._columns
         guard = self._guard
+        if request.by_width and self._lacks_dates(request.by):
+            self._withhold(what, NO_DATES)
+            return []
         masks = [columns.meets(condition) for condition in request.where]
         inside = np.logical_and.reduce([np.ones(columns.count, bool), *masks])
         labels, names = self._by()
@@ -499,6 +510,9 @@ class Local:
         days, dated = columns.days(name)
         days = np.clip(days, -_LAST_DAY, _LAST_DAY)
         members = guard.members(name)
+        if self._lacks_dates(name):
+            self._withhold(what, NO_DATES)
+            return
         for usable, waiting in self._attempts(inside & ~np.isnan(days), members):
             # The first day of the calendar is a Monday.
             steps = np.floor((days[usable] - dated) / 7).astype(np.int64)
@@ -524,6 +538,12 @@ class Local:
                 entry["weeks"] = {"first": first, "start": start, "counts": reported}
                 return
         self._withhold(what)
+
+    def _lacks_dates(self, name: str) -> bool:
+        """Return whether a column holds dates, and too few patients have one that can be read."""
+        days, dated = self._columns.days(name)
+        readable = self._columns.patient_of_row[~np.isnan(days)]
+        return dated and len(np.unique(readable)) < self._guard.minimum
 
     def _attempts(self, usable: Mask, *keys: Members) -> Iterator[tuple[Mask, Mask]]:
         """Yield the rows of an answer, and those that wait.

@@ -19,6 +19,7 @@ from fedmed_flower.statistics.request import KINDS, Request
 from fedmed_flower.statistics.types import Reported
 
 FEW = "fewer patients than the minimum, alone or beside earlier answers"
+NO_DATES = "fewer patients than the minimum have a date that can be read, such as 2020-01-13"
 MISSING = "there is no such column of single values"
 BESIDE = (
     "perhaps because of other answers: ask for it alone at a hospital that has not answered yet"

@@ -27,6 +27,7 @@ from fedmed_flower.statistics.summary import (
     drift_between_sites,
     summarise,
 )
+from fedmed_flower.statistics.withheld import NO_DATES
 
 TENTH = 1e-10
 
@@ -381,6 +382,17 @@ class TestBadColumns:
         told = group(ask(rows, tmp_path / "a", weekly="day"))
         assert told["weeks"]["start"] == "2024-01-01"
         assert told["weeks"]["counts"] == [17, None, 0, 11]
+
+    def test_dates_that_cannot_be_read_are_said(self, tmp_path, caplog):
+        days = [f"{day}.01.2020" for day in range(10, 31)] + ["2020-01-13"] * 4
+        rows = [{"patient": n, "day": day, "x": n} for n, day in enumerate(days)]
+        reply = ask(rows, tmp_path / "a", weekly="day")
+        assert ["", "weeks by day", NO_DATES] in reply["withheld"]
+        text = "day: no date in 21 of 25 values, such as '10.01.2020': write dates as 2020-01-13"
+        assert caplog.text.count(text) == 1
+        windows = ask(rows, tmp_path / "b", columns=("x",), by="day", by_width=30.0)
+        assert windows["groups"] == []
+        assert windows["withheld"][0][2] == NO_DATES
 
     def test_windows(self, tmp_path):
         rows = [{"patient": n, "day": n, "x": n} for n in range(95)]
