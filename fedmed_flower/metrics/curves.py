@@ -161,7 +161,7 @@ def histograms_of(record: Mapping[str, Any]) -> list[Histograms]:
 
 
 def together(parts: Sequence[Histograms]) -> Histograms:
-    """Return the counts of several hospitals for one class, on the edges of all of them.
+    """Return the counts of several hospitals for one class, on the edges of all filled bins.
 
     Each hospital's counts are spread evenly within their bins, so counts may become fractions.
 
@@ -177,7 +177,7 @@ def together(parts: Sequence[Histograms]) -> Histograms:
         return Histograms(parts[0].edges, *sums)
     for part in parts:
         _checked(part.with_class, part.without)
-    union = np.unique(np.concatenate([part.edges for part in parts]))
+    union = np.unique(np.concatenate([_ends_of_filled(part) for part in parts]))
     spread = [_spread(part, union) for part in parts]
     sums = (np.sum([part[group] for part in spread], axis=0) for group in (1, 2))
     return Histograms(union, *sums)
@@ -581,6 +581,14 @@ def _thinned(x: Floats, y: Floats, most: int | None) -> Any:
     way = np.pad(np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y))), (1, 0))
     wanted = np.searchsorted(way, np.linspace(0.0, way[-1], most)[1:-1])
     return np.unique([0, *wanted, len(x) - 1])
+
+
+def _ends_of_filled(part: Histograms) -> Floats:
+    """Return the edges of the bins that hold rows, and the two ends."""
+    filled = (part.with_class > 0) | (part.without > 0)
+    kept = np.pad(filled, (1, 0)) | np.pad(filled, (0, 1))
+    kept[[0, -1]] = True
+    return part.edges[kept]
 
 
 def _spread(part: Histograms, edges: Floats) -> Histograms:
