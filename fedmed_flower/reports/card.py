@@ -12,15 +12,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedmed_flower.data.site import GENERATED, some_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import as_input_error, read_object, write_atomic
 from fedmed_flower.metrics.counts import Counts, read_counts
-from fedmed_flower.metrics.curves import Interval, decision_curve, wilson
+from fedmed_flower.metrics.curves import Interval
 from fedmed_flower.metrics.names import lower_is_better
-from fedmed_flower.reports import contents, frame, intervals, tripod
+from fedmed_flower.reports import contents, frame, scores, tripod
 from fedmed_flower.reports.contents import Hospitals
 from fedmed_flower.reports.frame import COUNT, DASH, count_of, format_of, format_value
 from fedmed_flower.reports.markdown import plain, table
@@ -35,7 +33,10 @@ from fedmed_flower.reports.summary import (
     total,
     worst,
 )
+from fedmed_flower.reports.tested import Estimates, estimates, tested
 from fedmed_flower.server.run_folder import CONFIG, METRICS, MODEL, SUMMARY
+
+Ends = tuple[float, float]
 
 CARD = "card.md"
 # Metrics in the table of hospitals, beside the main one: first those that have an interval.
@@ -55,6 +56,7 @@ variance, of shares by Wilson's method. They take records to be independent; if 
 several records, they are too narrow. They say nothing of hospitals that took no part."""
 _NO_COUNTS = """Not available: the run folder has no `counts.json`, which a run writes if its model
 predicts classes."""
+_INCOMPLETE = "Not available: `counts.json` lacks hospitals that the test has metrics of."
 _NOISED = """The hospitals counted with noise, for the privacy of patients. An interval over samples
 of records would leave out the noise and be too narrow, so none is given."""
 _NOISED_CURVES = """The counts carry noise, which was taken out as far as it can be; bins of few
@@ -85,6 +87,13 @@ class _Run:
     counts: Counts | None
     main: str
     hospitals: Hospitals
+    estimates: dict[str, Estimates]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the counts are of all hospitals that the test has metrics of."""
+        known = {} if self.counts is None else self.counts.sites
+        return known.keys() == nested(self.summary, "test", "sites").keys()
 
     @property
     def beside(self) -> list[str]:
@@ -145,7 +154,11 @@ def card(folder: Path) -> str:
     counts = read_counts(folder)
     with as_input_error(f"{folder / SUMMARY}", "restore it from a copy"):
         main = judged_by(summary, ())
-        run = _Run(summary, counts, main, contents.hospitals(summary, main))
+        counts = scores.of_test(counts, summary)
+        hospitals = contents.hospitals(summary, main)
+        keys = dict.fromkeys((main, *hospitals.metrics))
+        measured = {key: estimates(summary, counts, key) for key in keys}
+        run = _Run(summary, counts, main, hospitals, measured)
         sections = [_head(run), _use(), _data(run), _outcome(run), _training(run), _results(run)]
         sections += [_calibration(run), _benefit(run), _groups(run), _privacy(run), _limits(run)]
         sections += [_versions(run), _section(tripod.DECLARATIONS), _checklist()]
@@ -181,7 +194,8 @@ def _in_a_sentence(run: _Run) -> str:
     value = reached.metrics.get(run.main)
     if value is None or value.value is None:
         return "The run has no test result."
-    found = _intervals(run).get(run.main)
+    estimate = run.estimates[run.main].total
+    found = None if estimate is None else estimate.interval
     sites = count_of(len(nested(run.summary, "sites")), "hospital")
     records = "all" if reached.records is None else format_value(reached.records, COUNT)
     return (
@@ -322,18 +336,18 @@ def _threshold(run: _Run) -> str:
 
 def _overall(run: _Run) -> str:
     federated = nested(run.summary, "test", "federated")
-    found = _intervals(run)
     rows = []
     for key in run.hospitals.metrics:
-        value = total(federated, key)
-        if value.value is not None:
+        estimate = run.estimates[key].total
+        if estimate is not None:
             better = "lower" if lower_is_better(key) else "higher"
-            rows.append([frame.capital(_name(key)), _with(key, value, found.get(key)), better])
+            shown = _with(key, total(federated, key), estimate.interval)
+            rows.append([frame.capital(_name(key)), shown, better])
     return table(["Metric", "Value", "Better"], rows)
 
 
 def _each_class(run: _Run) -> str:
-    figures = [] if run.counts is None else intervals.by_class(run.counts)
+    figures = [] if run.counts is None else scores.by_class(run.counts)
     rows = []
     for one in figures[:_MOST_CLASSES]:
         rows.append(
@@ -357,11 +371,14 @@ def _by_hospital(run: _Run) -> str:
     rows = []
     if len(sites) <= frame.MANY:
         for site in sites:
-            found = _intervals(run, site)
-            cells = [
-                _with(key, Total(values.get(site)), found.get(key))
-                for key, values in by_key.items()
-            ]
+            cells = []
+            for key in run.beside:
+                estimate = run.estimates[key].sites.get(site)
+                cells.append(
+                    DASH
+                    if estimate is None
+                    else _with(key, Total(estimate.value), estimate.interval)
+                )
             rows.append([plain(site), *cells])
     else:
         cuts = [quartiles(values.values()) for values in by_key.values()]
@@ -402,35 +419,37 @@ def _compared(run: _Run) -> str:
 
 
 def _calibration(run: _Run) -> str:
-    if run.counts is None:
+    found = tested(run.counts, nested(run.summary, "test", "sites"))
+    if run.counts is None or found is None:
         return _section(tripod.CALIBRATION, _NO_COUNTS)
-    if len(run.counts.classes) > 2:
-        words = "The calibration error of each class stands in its row under Results."
-        return _section(tripod.CALIBRATION, words)
-    try:
-        found = intervals.calibrated(run.counts)
-    except InputError as error:
-        return _section(tripod.CALIBRATION, f"Not available: {plain(error)}.")
+    if not run.is_complete:
+        return _section(tripod.CALIBRATION, _INCOMPLETE)
+    if not found.calibration:
+        why = plain(found.missing or "the hospitals sent no sums for more than two classes")
+        return _section(tripod.CALIBRATION, f"Not available: {why}.")
     rows = []
-    for count, predicted, observed in zip(found.rows, found.predicted, found.observed, strict=True):
-        shown = format_value(float(observed))
-        if not run.counts.noised:
-            shown = _interval("calibration", wilson(float(count * observed), float(count)))
-        rows.append([format_value(float(count), COUNT), format_value(float(predicted)), shown])
-    unit = "Patients" if run.counts.noised else "Records"
-    line = intervals.recalibrated(run.counts)
-    words = f"Expected calibration error: {format_value(found.error)} (0 is perfect)."
+    for one in found.calibration:
+        shown = format_value(one.observed)
+        if one.interval is not None:
+            shown += f" ({_ends('calibration', one.interval)})"
+        rows.append([format_value(one.rows, COUNT), format_value(one.predicted), shown])
+    unit = "Patients" if found.noised else "Records"
+    grid = table([unit, "Mean probability", "Observed share"], rows, words=0)
+    is_binary = len(found.classes) == 2
+    which = _class(found.classes[1]) if is_binary else "the likeliest class"
+    distance = sum(one.rows * abs(one.predicted - one.observed) for one in found.calibration)
+    error = distance / sum(one.rows for one in found.calibration)
+    words = (
+        f"Probability of {which}, in bins of a tenth, on the test records of all hospitals. "
+        f"Expected calibration error: {format_value(error)} (0 is perfect)."
+    )
+    line = scores.recalibrated(run.counts) if is_binary else None
     if line is not None:
         words += (
             f" Calibration slope {format_value(line.slope)} (1 is perfect; below 1, probabilities "
             f"are too extreme) and intercept {format_value(line.intercept)} (0 is perfect)."
         )
-    about = (
-        f"Probability of {_class(run.counts.classes[1])}, in bins of a tenth, on the test records."
-    )
-    grid = table([unit, "Mean probability", "Observed share"], rows, words=0)
-    noised = _NOISED_CURVES if run.counts.noised else ""
-    return _section(tripod.CALIBRATION, f"{about} {words}", grid, noised)
+    return _section(tripod.CALIBRATION, words, grid, _NOISED_CURVES if found.noised else "")
 
 
 def _benefit(run: _Run) -> str:
@@ -438,22 +457,21 @@ def _benefit(run: _Run) -> str:
         return _section(tripod.BENEFIT, _NO_COUNTS)
     if len(run.counts.classes) > 2:
         return _section(tripod.BENEFIT, "Net benefit is computed for two classes only.")
+    if not run.is_complete:
+        return _section(tripod.BENEFIT, _INCOMPLETE)
     try:
-        (histograms,) = intervals.scores(run.counts)
-        curve = decision_curve(*histograms, np.asarray(_THRESHOLDS))
+        curve = scores.benefit(run.counts, _THRESHOLDS)
     except InputError as error:
-        return _section(tripod.BENEFIT, f"Not available: {plain(error)}.")
+        return _section(tripod.BENEFIT, f"Not available: {plain(str(error))}.")
     words = (
         "Net benefit a record (Vickers and Elkin 2006) of acting on those whose probability of "
         f"{_class(run.counts.classes[1])} is above a threshold: true positives, less false "
         "positives weighed by the threshold's odds. To act on nobody has 0. The model helps at a "
         "threshold if it is above 0 and above acting on all."
     )
+    specs = (".2f", ".3f", ".3f")
     rows = [
-        [
-            format_value(float(value), spec)
-            for value, spec in zip(row, (".2f", ".3f", ".3f"), strict=True)
-        ]
+        [format_value(float(value), spec) for value, spec in zip(row, specs, strict=True)]
         for row in zip(*curve, strict=True)
     ]
     grid = table(["Threshold", "Model", "Act on all"], rows, words=0)
@@ -560,17 +578,11 @@ def _checklist() -> str:
     )
 
 
-def _intervals(run: _Run, site: str | None = None) -> dict[str, Interval]:
-    if run.counts is None or (site is not None and site not in run.counts.sites):
-        return {}
-    return intervals.intervals(run.counts, site)
-
-
 def _name(key: str) -> str:
-    return frame.NAMES.get(key) or plain(f"Dice {key.removeprefix('dice-')}")
+    return plain(frame.plain_name(key))
 
 
-def _with(key: str, value: Total, found: Interval | None) -> str:
+def _with(key: str, value: Total, found: Ends | None) -> str:
     """Return a metric with its interval, or with its bounds if a hospital reports coarsely."""
     spec = format_of(key)
     text = format_value(value.value, spec)
@@ -583,11 +595,11 @@ def _with(key: str, value: Total, found: Interval | None) -> str:
 def _interval(key: str, found: Interval | None) -> str:
     if found is None:
         return DASH
-    return f"{format_value(found.value, format_of(key))} ({_ends(key, found)})"
+    return f"{format_value(found.value, format_of(key))} ({_ends(key, found[1:])})"
 
 
-def _ends(key: str, found: Interval) -> str:
-    return " to ".join(format_value(end, format_of(key)) for end in (found.low, found.high))
+def _ends(key: str, ends: Ends) -> str:
+    return " to ".join(format_value(end, format_of(key)) for end in ends)
 
 
 def _class(name: str) -> str:

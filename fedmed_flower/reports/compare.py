@@ -88,11 +88,10 @@ def _page(runs: list[Run]) -> str:
             _failures(runs, styles),
         ]
     generated = any(run.summary.get("generated") is True for run in runs)
-    return frame.PAGE.substitute(
+    return frame.page(
         title=f"Comparison of {count_of(len(runs), 'run')}",
-        images="",
-        banner=frame.BANNER if generated else "",
         body="\n".join(sections),
+        banner=frame.BANNER if generated else "",
     )
 
 
@@ -106,9 +105,10 @@ def _head(runs: list[Run], styles: Styles) -> str:
         "The first run is the one that the others are compared with",
         ("Run", "App", "Status", "Started"),
         rows,
-        kind="words",
+        kind="wordy",
     )
-    return f"<h1>Comparison of {count_of(len(runs), 'run')}</h1>{_cautions(runs)}{table}"
+    title = f"<h1>Comparison of {count_of(len(runs), 'run')}</h1>"
+    return f"{title}{_cautions(runs)}<nav></nav>{table}"
 
 
 def _cautions(runs: list[Run]) -> str:
@@ -170,7 +170,7 @@ def _reached(key: str, reached: Reached, index: int) -> str:
     cell = f"<b>{format_value(reached.total.value, spec)}</b>"
     ends = reached.total.bounds
     if ends is None and reached.interval is not None:
-        ends = reached.interval[1:]
+        ends = reached.interval
     if ends is not None:
         cell += f"<small>{' to '.join(format_value(end, spec) for end in ends)}</small>"
     if index and reached.difference is not None:
@@ -246,12 +246,12 @@ def _settings(runs: list[Run], styles: Styles) -> str:
         for key, values in found.differing.items()
     ]
     words = (
-        frame.table("What differs", head, rows, kind="words")
+        frame.table("What differs", head, rows, kind="wordy")
         if rows
         else "<p>No setting differs.</p>"
     )
     same = [[escaped(key), escaped(value)] for key, value in found.same.items()]
-    table = frame.table("What is the same in all runs", ("Setting", "Value"), same, kind="words")
+    table = frame.table("What is the same in all runs", ("Setting", "Value"), same, kind="wordy")
     summary = f"{count_of(len(same), 'setting')} the same in all runs"
     return f"<h2>Settings</h2>{words}<details><summary>{summary}</summary>{table}</details>"
 
@@ -273,7 +273,7 @@ def _privacy(runs: list[Run], styles: Styles) -> str:
         if not several.spent(run):
             rows.append([styles[run.label].key, _NO_PRIVACY, *[DASH] * 4])
     head = ("Run", "Protects", "Given by", "Target epsilon", "Delta", "Epsilon spent, at most")
-    table = frame.table("Differential privacy", head, rows, kind="words")
+    table = frame.table("Differential privacy", head, rows, kind="wordy")
     return f"<h2>Privacy</h2>{table}{_NOT_ADDED}"
 
 

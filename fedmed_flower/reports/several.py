@@ -12,9 +12,9 @@ from fedmed_flower.data.site import some_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import file_name, read_file, read_object
 from fedmed_flower.metrics.counts import Counts, read_counts
-from fedmed_flower.metrics.curves import Interval
-from fedmed_flower.reports import contents, frame, intervals
+from fedmed_flower.reports import contents, frame
 from fedmed_flower.reports.rounds import Curves, read_rounds
+from fedmed_flower.reports.scores import of_test
 from fedmed_flower.reports.summary import (
     Total,
     by_site,
@@ -26,6 +26,7 @@ from fedmed_flower.reports.summary import (
     number,
     total,
 )
+from fedmed_flower.reports.tested import estimates
 from fedmed_flower.server.run_folder import SUMMARY
 from fedmed_flower.wire import ALL_SITES, HOSPITAL_EPSILON
 
@@ -115,7 +116,8 @@ def _read_run(folder: Path, label: str) -> Run:
             f"{folder} is a run of the kind {summary['kind']!r}: runs that trained a model can be "
             "compared"
         )
-    return Run(label, folder, summary, read_counts(folder), read_rounds(folder))
+    counts = of_test(read_counts(folder), summary)
+    return Run(label, folder, summary, counts, read_rounds(folder))
 
 
 def cautions(runs: Sequence[Run]) -> list[str]:
@@ -194,20 +196,20 @@ class Reached(NamedTuple):
     """A metric of a run on all test records, its interval, and the difference to the first run."""
 
     total: Total
-    interval: Interval | None
+    interval: tuple[float, float] | None
     difference: float | None
 
 
 def reached(runs: Sequence[Run], main: str) -> dict[str, list[Reached]]:
     """Return by metric what each run reaches on all test records together."""
     keys = dict.fromkeys(key for run in runs for key in metrics_by_site(run.summary, main))
-    found = [{} if run.counts is None else intervals.intervals(run.counts) for run in runs]
     listed: dict[str, list[Reached]] = {}
     for key in keys:
         totals = [total(nested(run.summary, "test", "federated"), key) for run in runs]
         if any(each.value is not None for each in totals):
+            found = [estimates(run.summary, run.counts, key).total for run in runs]
             listed[key] = [
-                Reached(each, known.get(key), _minus(each.value, totals[0].value))
+                Reached(each, known and known.interval, _minus(each.value, totals[0].value))
                 for each, known in zip(totals, found, strict=True)
             ]
     return listed

@@ -10,7 +10,7 @@ from fedmed_flower.metrics.counts import read_counts
 from fedmed_flower.metrics.curves import auc_interval
 from fedmed_flower.reports import tripod
 from fedmed_flower.reports.card import card, write_card
-from fedmed_flower.reports.intervals import scores
+from fedmed_flower.reports.scores import joined
 
 
 def sections(text):
@@ -35,7 +35,7 @@ def test_a_card_states_results_with_intervals_overall_and_by_hospital(run):
     results = sections(text)["Results"]
     test = json.loads((run / "summary.json").read_text())["test"]
     counts = read_counts(run)
-    ((_, with_class, without),) = scores(counts)
+    ((_, with_class, without),) = joined(counts)
     interval = auc_interval(with_class, without)
     shown = f"{test['federated']['auc']:.3f} ({interval.low:.3f} to {interval.high:.3f})"
     assert cells(results, "AUC") == [shown, "higher"]
@@ -211,3 +211,16 @@ def test_counts_that_no_hospital_can_have_are_refused(run):
     (run / "counts.json").write_text(text)
     with pytest.raises(InputError, match=r"counts\.json .*hospital-1"):
         card(run)
+
+
+def test_counts_of_other_hospitals_than_those_of_the_test_give_no_figure_of_all(run):
+    summary = json.loads((run / "summary.json").read_text())
+    summary["test"]["sites"]["new"] = {"auc": 0.5}
+    (run / "summary.json").write_text(json.dumps(summary))
+    found = sections(card(run))
+    assert "lacks hospitals that the test has metrics of" in found["Calibration"]
+    assert "lacks hospitals that the test has metrics of" in found["Net benefit"]
+    overall, _, by_hospital = found["Results"].partition("### By hospital")
+    assert " to " not in cells(overall, "AUC")[0]
+    assert " to " in cells(by_hospital, "hospital-1")[0]
+    assert cells(by_hospital, "new")[0] == "0.500"
