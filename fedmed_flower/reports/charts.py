@@ -63,7 +63,7 @@ def axis(
     low, high = ends
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in _STEPS if power * factor >= rough * (1 - 1e-9))
+    step = next(power * factor for factor in _STEPS if power * factor >= 0.95 * rough)
     if whole:
         step = max(1.0, math.ceil(step))
     first = math.ceil(low / step - 1e-9)

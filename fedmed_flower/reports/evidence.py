@@ -11,7 +11,7 @@ from fedmed_flower.reports.frame import COUNT, DASH, count_of, escaped, format_o
 from fedmed_flower.reports.plots import Styles
 from fedmed_flower.reports.tested import Curve, Estimate, Estimates, Tested
 
-_FOREST = "On each hospital’s own test records"
+_FOREST = "How the hospitals compare, each on its own test records"
 _INTERVALS = """Lines are 95% intervals: how far chance alone could move the number with other test
 records of the same hospital. They follow from counts (DeLong for the AUC, Wilson for shares), as if
 each record were of another patient; with several records a patient they are too narrow. The dashed

@@ -88,7 +88,8 @@ BETWEEN = """Some hospitals report coarsely: they send no AUC (†) if a class h
 patients, and not the order of records with similar scores.
 The AUC of all records lies between the two small numbers; the one above them is an estimate. """
 CASES = """<p>Pictures of single test images, as hospitals chose to send them. They show what the
-model does; how well it does so is in the tables above. """
+model does; how well it does so is in the tables above. A click or the enter key makes one
+large. """
 LINES = "Outlines are solid as the hospital drew them, dashed as the model does.</p>"
 HEAT = """In a heat map orange places speak for the class that the title names, blue ones against
 it.</p>"""

@@ -37,7 +37,7 @@ from fedmed_flower.reports.frame import COUNT, count_of, escaped, format_of, for
 from fedmed_flower.reports.plots import Styles
 from fedmed_flower.reports.summary import Total, entries, judged_by, nested, number
 from fedmed_flower.reports.tables import site_table
-from fedmed_flower.reports.tested import Estimates, estimates, tested
+from fedmed_flower.reports.tested import Estimates, estimates, evidence_of
 from fedmed_flower.reports.words import Words, words
 from fedmed_flower.server.run_folder import METRICS as METRICS_TABLE
 from fedmed_flower.server.run_folder import SUMMARY
@@ -100,7 +100,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
     hospitals = contents.hospitals(summary, main)
     pictures = entries(summary, "pictures")
     counts = read_counts(folder)
-    of_test = tested(counts, nested(summary, "test", "sites"))
+    of_test = evidence_of(counts, nested(summary, "test", "sites"))
     if of_test is None:
         # Counts of an earlier test of a run that goes on say nothing of this one.
         counts = None
@@ -332,10 +332,12 @@ def _cases(pictures: list[dict[str, Any]], styles: Styles, main: str, folder: Pa
     for site, cases in drawn.items():
         if cases or not counted:
             shown = cases or '<p class="soft">keeps its pictures to itself</p>'
-            parts.append(f'<h3>{escaped(site)}</h3><div class="cases">{shown}</div>')
+            title = f"<h3>{escaped(site)}</h3>"
+            parts.append(f'<div>{title}<div class="cases">{shown}</div></div>')
     if counted:
         parts.append(f'<p class="soft">{count_of(len(silent), "hospital")} sent no picture.</p>')
-    return f"<h2>Test cases</h2>{frame.CASES}{explained}{''.join(parts)}"
+    gallery = f'<div class="gallery">{"".join(parts)}</div>'
+    return f"<h2>Test cases</h2>{frame.CASES}{explained}{gallery}"
 
 
 def _curves(curves: Curves, styles: Styles, main: str) -> str:
@@ -413,7 +415,7 @@ def _disclosed(disclosed: list[Disclosure], pictures: bool) -> str:
 
 
 def _privacy(privacy: Privacy, curves: Curves, styles: Styles) -> str:
-    words = ""
+    words = "<h2>Privacy</h2>"
     if privacy.hospital:
         epsilon = format_value(number(privacy.hospital, "epsilon"))
         delta = escaped(privacy.hospital.get("delta"))

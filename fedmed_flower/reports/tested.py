@@ -27,8 +27,10 @@ from fedmed_flower.reports.summary import by_site, nested, number
 
 # The most points of a curve.
 _MOST_POINTS = 80
-# The most hospitals with a curve of their own.
+# The most hospitals with a curve of their own, and the most whose counts are put on one axis: the
+# time that takes grows with the square of their number.
 MOST_CURVES = 60
+_MOST_TOGETHER = 300
 
 
 class Estimate(NamedTuple):
@@ -92,7 +94,7 @@ class Tested:
     missing: str
 
 
-def tested(counts: Counts | None, sites: Mapping[str, Any]) -> Tested | None:
+def evidence_of(counts: Counts | None, sites: Mapping[str, Any]) -> Tested | None:
     """Return what the counts show; None without counts.
 
     Parameters
@@ -112,13 +114,15 @@ def tested(counts: Counts | None, sites: Mapping[str, Any]) -> Tested | None:
     of_classes = [*zip(*fine.values(), strict=True)]
     missing = ""
     merged: list[Histograms] = []
-    try:
-        merged = [_drawable(together(parts), counts.noised) for parts in of_classes]
-    except InputError as error:
-        missing = str(error)
     if coarse:
         missing = "some hospitals report coarsely"
-        merged = []
+    elif len(fine) > _MOST_TOGETHER:
+        missing = f"there are more than {_MOST_TOGETHER} hospitals"
+    else:
+        try:
+            merged = [_drawable(together(parts), counts.noised) for parts in of_classes]
+        except InputError as error:
+            missing = str(error)
     is_binary = len(counts.classes) == 2
     parts: dict[str | None, Histograms] = {}
     if is_binary and not counts.noised and len(fine) <= MOST_CURVES:
@@ -222,7 +226,7 @@ def estimates(summary: dict[str, Any], counts: Counts | None, metric: str) -> Es
 def _estimate(counts: Counts, sites: list[str], metric: str, value: float) -> Estimate:
     some = Counts(counts.classes, {site: counts.sites[site] for site in sites})
     if metric == "auc" and len(counts.classes) == 2:
-        if any(map(_is_coarse, some.sites.values())):
+        if any(map(_is_coarse, some.sites.values())) or len(sites) > _MOST_TOGETHER:
             return Estimate(value)
         part = together([histograms_of(record)[0] for record in some.sites.values()])
         rows = float(part.with_class.sum() + part.without.sum())

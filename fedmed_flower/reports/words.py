@@ -82,7 +82,8 @@ def words(
     return Words(
         trained=_trained(summary, main, counts),
         quality=_quality(summary, main, counts, measured),
-        worst=_worst(summary, measured) + _gained(summary, main),
+        worst=_worst(summary, measured, counts is not None and counts.noised)
+        + _gained(summary, main),
         part=_part(summary),
         privacy=_privacy(contents.privacy(summary, hospital_epsilon)),
     )
@@ -143,9 +144,10 @@ def _quality(
     sentences = []
     records = number(nested(summary, "test", "federated"), "num-examples")
     if records:
-        sentences.append(
-            f"It was tested on {count_of(records, 'record')} that were kept apart from training."
-        )
+        tested_on = count_of(records, "record")
+        if counts is not None and counts.noised:
+            tested_on = f"about {count_of(records, 'patient')} (counted with noise)"
+        sentences.append(f"It was tested on {tested_on} kept apart from training.")
     if counts is not None and counts.noised:
         sentences.append(
             "The counts of the test carry noise that protects patients. So no share “of 100” and "
@@ -249,7 +251,7 @@ def _main(main: str, value: float, counts: Counts | None) -> list[str]:
     return [f"Its {plain_name(main)} is {shown}."]
 
 
-def _worst(summary: dict[str, Any], measured: Estimates) -> list[str]:
+def _worst(summary: dict[str, Any], measured: Estimates, noised: bool) -> list[str]:
     main = measured.metric
     values = {site: estimate.value for site, estimate in measured.sites.items()}
     if len(values) < 2:
@@ -258,6 +260,8 @@ def _worst(summary: dict[str, Any], measured: Estimates) -> list[str]:
     estimate = measured.sites[site]
     shown = format_value(estimate.value, format_of(main))
     rows = estimate.rows or number(nested(summary, "test", "sites", site), "num-examples")
+    if noised:
+        rows = None
     on = f" on {count_of(rows, 'test record')}" if rows else ""
     sentence = f"It did worst at {site}: {plain_name(main)} {shown}{on}"
     total = measured.total
@@ -267,6 +271,8 @@ def _worst(summary: dict[str, Any], measured: Estimates) -> list[str]:
         if total is not None and low <= total.value <= high:
             in_all = format_value(total.value, format_of(main))
             sentence += f". That can be chance: the interval holds the {in_all} of all records"
+    elif noised:
+        sentence += ", by counts with noise"
     elif rows and rows < FEWEST:
         sentence += ", so few that it can be chance"
     return [f"{sentence}."]
