@@ -33,7 +33,7 @@ from fedmed_flower.reports.summary import (
     total,
     worst,
 )
-from fedmed_flower.reports.tested import Estimates, estimates, tested
+from fedmed_flower.reports.tested import Estimates, estimates, evidence_of
 from fedmed_flower.server.run_folder import CONFIG, METRICS, MODEL, SUMMARY
 
 Ends = tuple[float, float]
@@ -290,16 +290,10 @@ def _training(run: _Run) -> str:
         "Engine": plain(summary.get("engine")),
         "Duration": duration,
     }
-    settings = [
-        [plain(key), plain(value)]
-        for key, value in nested(summary, "config").items()
-        if key not in _NOT_SHOWN
-    ]
     return _section(
         tripod.TRAINING,
         table(["Training", "Value"], [*map(list, facts.items())], words=2),
-        "All settings of the run:" if settings else "The run recorded no settings.",
-        table(["Setting", "Value"], settings, words=2) if settings else "",
+        f"All settings are under {tripod.VERSIONS}.",
     )
 
 
@@ -419,7 +413,7 @@ def _compared(run: _Run) -> str:
 
 
 def _calibration(run: _Run) -> str:
-    found = tested(run.counts, nested(run.summary, "test", "sites"))
+    found = evidence_of(run.counts, nested(run.summary, "test", "sites"))
     if run.counts is None or found is None:
         return _section(tripod.CALIBRATION, _NO_COUNTS)
     if not run.is_complete:
@@ -554,14 +548,21 @@ def _events(events: list[dict[str, Any]], words: str) -> str:
 
 
 def _versions(run: _Run) -> str:
-    listed = nested(run.summary, "versions")
-    rows = [[plain(name), plain(version)] for name, version in listed.items()]
+    versions = [[plain(name), plain(v)] for name, v in nested(run.summary, "versions").items()]
+    settings = [
+        [plain(key), plain(value)]
+        for key, value in nested(run.summary, "config").items()
+        if key not in _NOT_SHOWN
+    ]
     words = (
-        f"The weights are in `{MODEL}`, the settings in `{CONFIG}`, the rounds in "
-        f"`{METRICS}`. To predict, the app's code builds the network and loads the weights."
+        f"The weights are in `{MODEL}`, the settings in `{CONFIG}`, the rounds in `{METRICS}`. To "
+        "predict, the app's code builds the network and loads the weights."
     )
     return _section(
-        tripod.VERSIONS, words, table(["Package", "Version"], rows, words=2) if rows else ""
+        tripod.VERSIONS,
+        words,
+        table(["Package", "Version"], versions, words=2) if versions else "",
+        table(["Setting", "Value"], settings, words=2) if settings else "",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +23,8 @@ from fedmed_flower.reports.several import Reached, Run
 from fedmed_flower.reports.summary import Total, nested, total
 from fedmed_flower.reports.tables import Column, site_table
 
-PAGE = "compare.html"
+# Names are escaped: no other text of the page holds a quotation mark.
+_SITE = re.compile(r' data-site="[^"]*"')
 _CHANGE = "+,.3f"
 _MOST_REASON = 300
 _MOST_LETTERS = 24
@@ -90,7 +92,8 @@ def _page(runs: list[Run]) -> str:
     generated = any(run.summary.get("generated") is True for run in runs)
     return frame.page(
         title=f"Comparison of {count_of(len(runs), 'run')}",
-        body="\n".join(sections),
+        # The page's script offers to highlight a hospital; the lines here are of runs.
+        body=_SITE.sub("", "\n".join(sections)),
         banner=frame.BANNER if generated else "",
     )
 

@@ -94,9 +94,19 @@ ITEMS = (
 )
 
 
+# Items of another section that a section is about too.
+_ALSO = {
+    CALIBRATION: ("12e", "23a"),
+    BENEFIT: ("12e", "23a"),
+    GROUPS: ("23a",),
+    VERSIONS: ("12c",),
+}
+
+
 def numbers(section: str) -> str:
     """Return the numbers of a section's items, as its heading names them; empty if it has none."""
-    listed = [item.number for item in ITEMS if item.section == section]
+    also = _ALSO.get(section, ())
+    listed = [i.number for i in ITEMS if i.section == section or i.number in also]
     if not listed:
         return ""
     return f"TRIPOD+AI {'item' if len(listed) == 1 else 'items'} {', '.join(listed)}"

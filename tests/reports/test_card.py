@@ -58,8 +58,9 @@ def test_a_card_states_data_training_calibration_and_net_benefit(run):
     (healthy,), (sick,) = (cells(found["Data"], name) for name in ("healthy", "sick"))
     assert int(healthy) + int(sick) == 300
     assert cells(found["Training"], "Duration") == ["1:02:05 (h:min:s)"]
-    assert cells(found["Training"], "learning-rate") == ["0.01"]
-    assert "/secret/place" not in found["Training"]
+    assert cells(found["Versions and files"], "learning-rate") == ["0.01"]
+    assert "/secret/place" not in found["Versions and files"]
+    assert "*TRIPOD+AI items 12e, 23a*" in found["Calibration"]
     assert "Probability of sick" in found["Calibration"]
     assert found["Calibration"].count("\n| ") == 12
     assert len(cells(found["Net benefit"], "0.50")) == 2
