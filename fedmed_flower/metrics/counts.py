@@ -32,6 +32,7 @@ site has a grid of its own.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,8 @@ def read_counts(folder: Path) -> Counts | None:
     InputError
         If the file cannot be read, is of another version, or holds counts that no site can have.
     """
-    if not (folder / COUNTS_FILE).exists():
+    # A link that leads nowhere is not taken for a file that is missing.
+    if not os.path.lexists(folder / COUNTS_FILE):
         return None
     content = read_object(folder, COUNTS_FILE, _REMEDY)
     path = folder / COUNTS_FILE
