@@ -31,6 +31,12 @@ class PneumoniaHospital(ClassificationClient):
     num_classes = 2
     image_shape = (1, 28, 28)
 
+    @property
+    def class_names(self):
+        source = Source.from_run_config(self.context.run_config)
+        is_breast = source.dataset == "breastmnist"
+        return ("malignant", "benign or normal") if is_breast else ("normal", "pneumonia")
+
     def build_model(self):
         return DenseNet(
             spatial_dims=2,

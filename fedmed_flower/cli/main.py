@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedmed_flower.cli.data import data_app
+from fedmed_flower.cli.pages import card, compare
 from fedmed_flower.cli.run import demo, run
 from fedmed_flower.cli.settings import settings
 from fedmed_flower.cli.statistics import statistics
@@ -26,6 +27,8 @@ app.command()(run)
 app.command()(demo)
 app.command()(statistics)
 app.command()(settings)
+app.command()(card)
+app.command()(compare)
 
 
 @app.command()

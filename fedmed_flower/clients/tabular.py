@@ -120,6 +120,11 @@ class TabularClient(MedicalClient):
         return len(self.schema.classes) if self.schema.task == "multi-class" else 1
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the report calls the target's classes; empty if it has none."""
+        return tuple(f"{self.schema.target} = {name}" for name in self.schema.classes)
+
+    @property
     def must_agree(self) -> bool:
         """Whether hospitals contribute statistics of their columns before the first round."""
         # In a private run no hospital contributes; `build_model` rejects this preparation at once.

@@ -38,7 +38,7 @@ COLUMNS = (
 # Genome-wide significance, as a decimal logarithm.
 _LINE = math.log10(5e-8)
 _STATUS = {"finished": "Finished", "failed": "Failed", "stopped": "Stopped", "running": "Running"}
-_BANNER = '<div class="banner" role="note">Generated data: {}</div>'
+_BANNER = '<p class="banner" role="note">Generated data: {}</p>'
 _MOST_CHROMOSOMES = 100
 # A plot is drawn with one dot a cell: this many cells across, and this many up to the height below
 # which dots are crowded.
@@ -96,12 +96,8 @@ def write_page(folder: Path) -> Path:
                 parts += [_plots(chromosomes, positions, log10_p, study)]
         parts += [_tables(summary), _hospitals(summary), _failures(summary)]
         parts += [_leaves(study), _making(summary)]
-        text = frame.PAGE.substitute(
-            title=escaped(summary["app"]),
-            images="",
-            banner=_BANNER.format(escaped(summary.get("data"))) if summary.get("generated") else "",
-            body="\n".join(parts),
-        )
+        banner = _BANNER.format(escaped(summary.get("data"))) if summary.get("generated") else ""
+        text = frame.page(escaped(summary["app"]), "\n".join(parts), banner)
     target = folder / "report.html"
     write_atomic(target, text.encode())
     return target
@@ -142,7 +138,7 @@ def _head(summary: dict[str, Any]) -> str:
         f'<h1>{escaped(summary["app"])}</h1><p class="soft">Association study · {facts}</p>'
         f'<div class="status {status if status in _STATUS else "unknown"}" role="status">'
         f"<b>{_STATUS.get(status, 'Status not known')}</b>{escaped(summary.get('message') or ' ')}"
-        "</div>"
+        "</div><nav></nav>"
     )
 
 
@@ -284,7 +280,7 @@ def _failures(summary: dict[str, Any]) -> str:
     keys = {"site": "Hospital", "phase": "Question", "round": "Block", "reason": "Reason"}
     rows = [[escaped(entry.get(key)) for key in keys] for entry in summary["failures"]]
     table = frame.table(
-        "The study went on without these hospitals", keys.values(), rows, kind="words"
+        "The study went on without these hospitals", keys.values(), rows, kind="wordy"
     )
     return f"<h2>What failed</h2>{table}"
 
@@ -304,5 +300,5 @@ def _making(summary: dict[str, Any]) -> str:
         ("Versions", summary.get("versions") or {}),
     ):
         rows = [[escaped(key), escaped(value)] for key, value in part.items()]
-        tables += frame.table(heading, ("Name", "Value"), rows, kind="words") if rows else ""
+        tables += frame.table(heading, ("Name", "Value"), rows, kind="wordy") if rows else ""
     return f'<h2>How it was made</h2><div class="plots">{tables}</div>'

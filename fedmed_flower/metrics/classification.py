@@ -30,7 +30,7 @@ from fedmed_flower.metrics.names import CONFUSION, COUNTS, GRID
 from fedmed_flower.privacy.noise import gaussian, secure_generator
 
 _NOISED_BINS = 32
-_NOISED_EDGES = np.linspace(-8.0, 8.0, _NOISED_BINS + 1)
+NOISED_EDGES = np.linspace(-8.0, 8.0, _NOISED_BINS + 1)
 
 
 Value = float | int | list[int] | list[float]
@@ -173,9 +173,9 @@ def noised_counts(
     row_counts = Counter(patients)
     share = np.asarray([1 / row_counts[patient] for patient in patients])
     positive = (y == 1)[:, None] if num_classes == 2 else y[:, None] == np.arange(num_classes)
-    indices = np.clip(margins, _NOISED_EDGES[0], _NOISED_EDGES[-1])
+    indices = np.clip(margins, NOISED_EDGES[0], NOISED_EDGES[-1])
     parts = [
-        np.histogram(index[truth == group], _NOISED_EDGES, weights=share[truth == group])[0]
+        np.histogram(index[truth == group], NOISED_EDGES, weights=share[truth == group])[0]
         for truth, index in zip(positive.T, indices.T, strict=True)
         for group in (False, True)
     ]

@@ -29,6 +29,7 @@ from fedmed_flower.reports.tables import Column
 from fedmed_flower.wire import ALL_SITES, Sent, noised_evaluation
 
 _MOST_IN_WORDS = 5
+_MOST_DRAWN = 3
 _CHANGE = "+,.3f"
 
 
@@ -85,6 +86,17 @@ def result(summary: dict[str, Any], main: str) -> Result:
         worst_patient=number(together, frame.WORST_PATIENT) if main == "dice" else None,
         finished=summary.get("status") == "finished",
     )
+
+
+def drawn(summary: dict[str, Any], main: str) -> list[str]:
+    """Return the metrics that are drawn for each hospital: the main one and two that explain it."""
+    known = measured(summary)
+    more = {
+        "auc": ("sensitivity", "specificity") if "sensitivity" in known else ("accuracy",),
+        "dice": ("hd95", "surface-dice"),
+    }
+    keys = (main, *more.get(main, frame.PREDICTED))
+    return [key for key in dict.fromkeys(keys) if key in known][:_MOST_DRAWN]
 
 
 @dataclass(frozen=True)

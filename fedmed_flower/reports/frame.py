@@ -1,10 +1,14 @@
 """The frame of a report, and what it says of a hospital's data in every run."""
 
+import base64
+import hashlib
 import html
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -34,46 +38,21 @@ GROUPED = ("sensitivity", "specificity", "calibration-error", "hd95", "surface-d
 SCHEME = {"#010203": "var(--soft)", "#010204": "var(--line)", "#010205": "var(--paper)"}
 INK, FAINT, PAPER = SCHEME
 
-PAGE = Template("""<!DOCTYPE html>
+# One file, which loads nothing: the style and the script stand in it, and nothing else may run.
+_PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
-content="default-src 'none'; style-src 'unsafe-inline'$images">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>$title</title><style>
-@media screen and (prefers-color-scheme:dark){:root:root{--paper:#15191e;--ink:#e4e8ec;
---soft:#a3adb8;--line:#39424c;--tint:#1f252c;--bad:#ff8f86;--good:#6cc99a}}
-:root{color-scheme:light dark;--paper:#fff;--ink:#1b2229;--soft:#55606b;--line:#d5dae0;
---tint:#f3f5f7;--bad:#a11d1d;--good:#1c6b43}body{margin:0;background:var(--paper);color:var(--ink)}
-body{font:1rem/1.5 system-ui,"Segoe UI",Roboto,sans-serif;overflow-wrap:break-word}
-main{max-width:60rem;margin:0 auto;padding:2rem 1.5rem 3rem}p{margin:.5rem 0;max-width:48rem}
-h1{font-size:1.75rem;line-height:1.2;margin:0}figure{margin:0}h1,h3,b,th,.banner{font-weight:600}
-h2{font-size:1.15rem;margin:2.6rem 0 .6rem;padding-top:.9rem;border-top:1px solid var(--line)}
-.banner{background:#ffd84d;color:#1b1500;text-align:center;padding:.6rem}.lead{font-size:1.1rem}
-.soft,.note,figcaption,caption{color:var(--soft)}.note,figcaption,caption,ul{font-size:.875rem}
-.status{margin:1rem 0;padding:.6rem 1rem;border-left:.35rem solid;background:var(--tint)}
-.failed,.stopped{background:var(--bad);color:var(--paper);border:0}.finished{color:var(--good)}
-.status b{display:block}:is(.failed,.stopped) b{font-size:1.3rem}caption{text-align:left}
-table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;min-width:60%}
-th,td{padding:.32rem .75rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--line)}
-th:first-child{padding-left:.4rem;text-align:left}.words :is(th,td){text-align:left}
-tbody th,td small{font-weight:400}th[scope=row],.words td{min-width:6.5rem;max-width:16rem}
-thead th{vertical-align:bottom;border-bottom:1.5px solid var(--soft)}tfoot{background:var(--tint)}
-tfoot tr:first-child>*{border-top:1.5px solid var(--soft)}
-.tight{font-size:.8rem}.tight :is(th,td){padding:.3rem .35rem}
-td small{display:block;width:max-content;max-width:9rem;margin-left:auto;color:var(--soft)}
-.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(16rem,1fr));gap:1rem 1.4rem}
-figure b{color:var(--ink)}.dots{max-width:40rem;margin:1.2rem 0}.plots table{width:100%}
-figure>svg{display:block;width:100%;height:auto}svg text{font-family:inherit!important}
-ul{display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;padding:0;list-style:none}li{max-width:100%}
-h3{font-size:1rem;margin:1.2rem 0 .4rem;break-after:avoid}img{display:block;max-width:100%}
-.cases{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:1rem 1.4rem}
-summary{cursor:pointer;font-size:.875rem}code{white-space:nowrap}
-.words td{overflow-wrap:anywhere}.words td code{white-space:normal}
-.key{width:1.35rem;height:.65rem;margin-right:.4rem}.wide{overflow-x:auto;margin:.8rem 0}
-@media print{@page{margin:16mm}:root{font-size:75%}main{max-width:none}h2,ul{break-after:avoid}
-main{padding:0}.banner,.status,tfoot{print-color-adjust:exact}.wide{overflow:visible}
-tr,figure{break-inside:avoid}.plots{grid-template:auto/1fr 1fr 1fr}th,td{padding:.2rem .5rem}}
-</style></head><body>$banner<main>$body</main></body></html>""")
-BANNER = f'<div class="banner" role="note">{GENERATED}</div>'
+<meta http-equiv="Content-Security-Policy" content="$policy">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>$title</title>
+<style>$style</style></head><body><a class="skip" href="#main">Skip to the content</a>
+$banner<main id="main">$body</main><script>$script</script></body></html>
+""")
+_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; style-src '$style'; "
+_POLICY += "script-src '$script'"
+_HEADING = re.compile(r"<h2>(.*?)</h2>", re.DOTALL)
+_TAG = re.compile(r"<[^>]*>")
+# A page with fewer sections needs no list of them.
+_FEW = 3
+BANNER = f'<p class="banner" role="note">{GENERATED}</p>'
 # Why a hospital lacks the main metric.
 UNDEFINED = {
     "auc": "† one class only in this test set. ",
@@ -109,13 +88,14 @@ BETWEEN = """Some hospitals report coarsely: they send no AUC (†) if a class h
 patients, and not the order of records with similar scores.
 The AUC of all records lies between the two small numbers; the one above them is an estimate. """
 CASES = """<p>Pictures of single test images, as hospitals chose to send them. They show what the
-model does; how well it does so is in the tables above. """
+model does; how well it does so is in the tables above. A click or the enter key makes one
+large. """
 LINES = "Outlines are solid as the hospital drew them, dashed as the model does.</p>"
 HEAT = """In a heat map orange places speak for the class that the title names, blue ones against
 it.</p>"""
 REJECTED = "Rejected: records that cannot be used; the hospital’s own log says which. "
 # Added to what the page may load if it shows pictures.
-EMBEDDED = "; img-src data:"
+_EMBEDDED = "; img-src data:"
 # To what a hospital replied.
 REPLIED = {
     "any": "With each reply",
@@ -162,8 +142,56 @@ NOISED = """Evaluation counts carry noise too, and cost a validation or test pat
 the target. Not covered: the numbers of records, and which rounds a hospital declined.</p>"""
 EXACT = """Not covered, since it carries no noise: numbers of records, and all that is measured on
 validation and test patients.</p>"""
+SPENT = """<p class="note">Epsilon that the rounds so far have cost a patient of each hospital; the
+dashed line is the run’s target.</p>"""
 COMPARED = """<p>Each model for comparison is a run of its own: what it cost the patients it was
 trained and tested on is in the ledgers and not in this table.</p>"""
+
+
+def page(title: str, body: str, banner: str = "", pictures: bool = False) -> str:
+    """Return a whole page: one file that loads nothing and runs nothing but its own script.
+
+    Parameters
+    ----------
+    title, body, banner
+        As HTML. Each ``<h2>`` of the body can be linked to, and the first ``<nav></nav>`` is filled
+        with such links.
+    pictures
+        Whether the body has pictures, which are embedded.
+    """
+    titles: list[str] = []
+
+    def numbered(heading: re.Match[str]) -> str:
+        titles.append(_TAG.sub("", heading[1]))
+        return f'<h2 id="s{len(titles)}">{heading[1]}</h2>'
+
+    body = _HEADING.sub(numbered, body)
+    links = "".join(
+        f'<li><a href="#s{number}">{text}</a></li>' for number, text in enumerate(titles, start=1)
+    )
+    listed = f'<nav aria-label="Contents"><ul>{links}</ul></nav>' if len(titles) > _FEW else ""
+    style = own_file("style.css")
+    script = own_file("script.js")
+    policy = Template(_POLICY).substitute(style=_digest(style), script=_digest(script))
+    return _PAGE.substitute(
+        policy=policy + (_EMBEDDED if pictures else ""),
+        title=title,
+        style=style,
+        banner=banner,
+        body=body.replace("<nav></nav>", listed, 1),
+        script=script,
+    )
+
+
+@cache
+def own_file(name: str) -> str:
+    """Return the text of a file of this folder, such as ``style.css``."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    """Return a text as a Content-Security-Policy names it."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def escaped(value: Any) -> str:
@@ -195,8 +223,13 @@ def count_of(count: float, noun: str) -> str:
 
 
 def name(key: str) -> str:
-    """Return what a metric is called in a sentence; ``dice-NAME`` is the Dice of a class."""
-    return NAMES.get(key) or escaped(f"Dice {key.removeprefix('dice-')}")
+    """Return what a metric is called in a sentence, as HTML."""
+    return escaped(plain_name(key))
+
+
+def plain_name(key: str) -> str:
+    """Return what a metric is called, as text; ``dice-NAME`` is the Dice of a class."""
+    return NAMES.get(key) or f"Dice {key.removeprefix('dice-')}"
 
 
 def title(key: str) -> str:
@@ -221,12 +254,29 @@ def folded(content: str, hospitals: int) -> str:
     return f"<details><summary>All {count_of(hospitals, 'hospital')}</summary>{content}</details>"
 
 
-def table(caption: str, head: Any, rows: Iterable[Any], foot: Any = (), kind: str = "") -> str:
-    """Return a table; of each row and of the head the first cell is its name."""
+def table(
+    caption: str,
+    head: Any,
+    rows: Iterable[Any],
+    foot: Any = (),
+    kind: str = "",
+    sites: Sequence[str] = (),
+) -> str:
+    """Return a table; of each row and of the head the first cell is its name.
+
+    `sites` are the hospitals of the rows, as texts, if each row is of one.
+    """
     top = [f'<th scope="col">{cell}</th>' for cell in head]
     kind += " tight" if len(top) > ROOMY else ""
-    line = '<tr><th scope="row">{}</th><td>{}</td></tr>\n'.format
-    body, end = ("".join(line(a, "</td><td>".join(b)) for a, *b in part) for part in (rows, foot))
-    table = f'<table class="{kind}"><caption>{caption}</caption><thead><tr>{"".join(top)}</tr>'
-    table += f"</thead><tbody>{body}</tbody><tfoot>{end}</tfoot></table>"
-    return f'<div class="wide">{table}</div>'
+    line = '<tr{}><th scope="row">{}</th><td>{}</td></tr>\n'.format
+    of_rows = [f' data-site="{escaped(site)}"' for site in sites]
+    body, end = (
+        "".join(line(next(named, ""), name, "</td><td>".join(cells)) for name, *cells in part)
+        for part, named in ((rows, iter(of_rows)), (foot, iter(())))
+    )
+    named = f"<caption>{caption}</caption>" if caption else ""
+    table = f'<table class="{kind.strip()}">{named}<thead><tr>{"".join(top)}</tr>'
+    table += f"</thead><tbody>{body}</tbody>{f'<tfoot>{end}</tfoot>' if end else ''}</table>"
+    # A table that can be scrolled must be reachable by keyboard.
+    label = _TAG.sub("", caption) or "table"
+    return f'<div class="wide" tabindex="0" role="region" aria-label="{label}">{table}</div>'

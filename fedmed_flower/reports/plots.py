@@ -16,23 +16,39 @@ from matplotlib.figure import Figure
 
 from fedmed_flower.data.pictures import MOST_BYTES, PALETTE, sound
 from fedmed_flower.files import read_file
+from fedmed_flower.reports.charts import Chart, axis
 from fedmed_flower.reports.frame import FAINT, INK, PAPER, SCHEME, count_of, escaped, format_value
 
 Series = dict[str, dict[int, float]]  # site -> round -> value
 
 
 class SiteStyle(NamedTuple):
-    """How a site is drawn; `key` is its name as HTML, with its line before it if it has one."""
+    """How a site is drawn.
+
+    Attributes
+    ----------
+    colour, dashes
+        For Matplotlib.
+    key
+        The site's name as HTML, with its line before it if it has a colour of its own.
+    css
+        The class of the page's style that sets its colour.
+    """
 
     colour: str
     dashes: str
     key: str
+    css: str
 
 
 Styles = dict[str, SiteStyle]
 
 CROWD = "#5b7f9c"
-WORST = "#d55e00"
+WORST = "#c24f00"
+# Colours of Matplotlib's drawings that become variables of the page's style.
+_VARIABLES = {colour: f"var(--s{index})" for index, colour in enumerate(PALETTE)}
+_VARIABLES |= {CROWD: "var(--crowd)", WORST: "var(--worst)", **SCHEME}
+_COLOUR = re.compile("|".join(_VARIABLES))
 # The models that are compared, in this order, and how each is marked.
 MODELS = {
     "own model alone": "○",
@@ -41,35 +57,48 @@ MODELS = {
     "trained on pooled data": "|",
 }
 _FILE = re.compile(r"pictures/[0-9]+\.png")
+_STYLE = re.compile(r'style="([^"]*)"')
 SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "0", "text.parse_math": False}
 
 
 def styles(sites: list[str]) -> Styles:
     """Return how each site is drawn: in its own colour if there are enough colours."""
     if len(sites) > len(PALETTE):
-        return {site: SiteStyle(CROWD, "-", escaped(site)) for site in sites}
+        return {site: SiteStyle(CROWD, "-", escaped(site), "crowd") for site in sites}
     drawn = {}
     for colour, (index, site) in zip(PALETTE, enumerate(sites), strict=False):
         dashes = "--" if index > 5 else "-"
-        drawn[site] = SiteStyle(colour, dashes, line(colour, dashes) + escaped(site))
+        css = f"s{index}"
+        drawn[site] = SiteStyle(colour, dashes, line(css, dashes) + escaped(site), css)
     return drawn
 
 
-def line(colour: str, dashes: str = "-") -> str:
-    """Return the key of a line."""
+def line(css: str, dashes: str = "-") -> str:
+    """Return the key of a line; `css` is the class that sets its colour."""
     pattern = "4 2.5" if dashes == "--" else "none"
-    path = f'<path d="M0 5H20" stroke="{colour}" stroke-width="3" stroke-dasharray="{pattern}"/>'
-    return f'<svg class="key" viewBox="0 0 20 10" aria-hidden="true">{path}</svg>'
+    path = (
+        f'<path d="M0 5H20" stroke="currentColor" stroke-width="3" stroke-dasharray="{pattern}"/>'
+    )
+    return f'<svg class="key {css}" viewBox="0 0 20 10" aria-hidden="true">{path}</svg>'
 
 
 def keys(styles: Styles, together: bool) -> str:
     """Return the legend of `panel`; `together` adds the line of all sites together."""
     listed = [style.key for style in styles.values()]
     if len(styles) > len(PALETTE):
-        listed = ["shaded: all hospitals", f"{line(CROWD)}median", f"{line(WORST)}worst at the end"]
+        listed = [
+            "shaded: all hospitals",
+            f"{line('crowd')}median",
+            f"{line('worst')}worst at the end",
+        ]
     if together:
-        listed.append(f"{line('var(--soft)')}all together")
-    return f"<ul><li>{'</li><li>'.join(listed)}</li></ul>"
+        listed.append(f"{line('all')}all together")
+    return legend(listed)
+
+
+def legend(listed: list[str]) -> str:
+    """Return a list of keys."""
+    return f'<ul class="keys"><li>{"</li><li>".join(listed)}</li></ul>'
 
 
 def dots(styles: Styles, models: list[dict[str, float]], name: str) -> str:
@@ -103,8 +132,8 @@ def spreads(models: list[dict[str, float]], name: str, lower: bool) -> str:
         axes.plot([(max if lower else min)(values.values())], [row], "o", color=WORST, ms=5)
     axes.set_yticks(range(len(shown)), [model for model, _ in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    key = f"{line(CROWD)}nine tenths of the hospitals, half of them thick &emsp;<b>|</b> median "
-    return _compared(axes, f'{key}&emsp;<b style="color:{WORST}">●</b> worst', name)
+    key = f"{line('crowd')}nine tenths of the hospitals, half of them thick &emsp;<b>|</b> median "
+    return _compared(axes, f'{key}&emsp;<b class="worst">●</b> worst', name)
 
 
 def _compared(axes: Any, key: str, name: str) -> str:
@@ -112,7 +141,14 @@ def _compared(axes: Any, key: str, name: str) -> str:
     return f'<figure class="dots"><figcaption>{key}</figcaption>{drawing}</figure>'
 
 
-def panel(styles: Styles, series: Series, total: dict[int, float], title: str, lower: bool) -> str:
+def panel(
+    styles: Styles,
+    series: Series,
+    total: dict[int, float],
+    title: str,
+    lower: bool,
+    limit: float | None = None,
+) -> str:
     """Draw a metric over the rounds; of many sites the range, the median and the worst.
 
     Parameters
@@ -123,47 +159,52 @@ def panel(styles: Styles, series: Series, total: dict[int, float], title: str, l
         The sites' values and those of all together; either may be empty. If both are, the drawing
         is empty too.
     title
-        What is shown.
+        What is shown, as HTML.
     lower
         Whether lower is better.
+    limit
+        A value to which a dashed line is drawn.
     """
     series = {site: values for site in styles if (values := series.get(site))}
-    rounds = sorted({turn for values in (*series.values(), total) for turn in values})
+    every = [*series.values(), *([total] if total else [])]
+    rounds = sorted({turn for values in every for turn in values})
     if not rounds:
         return ""
-    axes: Any = Figure((3.4, 2.4), layout="constrained").subplots()
+    x = axis("round", rounds, whole=True)
+    known = [value for values in every for value in values.values()]
+    y = axis(title, known if limit is None else [*known, 0.0, limit])
+    chart = Chart(f"{title} over {count_of(len(rounds), 'round')}", x, y)
+    if limit is not None:
+        chart.rule((x.low, limit), (x.high, limit))
+    caption = ""
     if len(styles) > len(PALETTE) and series:
-        lines, caption = _crowd(axes, series, lower)
+        caption = _crowd(chart, series, lower)
     else:
-        lines = [(values, styles[s].dashes, styles[s].colour) for s, values in series.items()]
-        caption = ""
-    marker = "o" if len(rounds) <= 15 else ""
-    for values, dashes, colour in (*lines, (total, "-", INK)):
-        x = [*values]
-        axes.plot(x, [*values.values()], dashes, color=colour, lw=1.4, marker=marker, ms=2.6)
-    axes.locator_params(axis="x", nbins=6, integer=True)
-    axes.locator_params(axis="y", nbins=6)
-    drawing = svg(axes, f"{title} over {count_of(len(rounds), 'round')}", "round", grid="y")
-    return f"<figure><figcaption><b>{title}</b>{caption}</figcaption>{drawing}</figure>"
+        for site, values in series.items():
+            style = styles[site]
+            points = [*values.items()]
+            chart.line(site, points, style.css, site=site, dashed=style.dashes == "--")
+    if total:
+        chart.line("all together", [*total.items()], "all")
+    return f"<figure><figcaption><b>{title}</b>{caption}</figcaption>{chart.svg()}</figure>"
 
 
-def _crowd(
-    axes: Any, series: Series, lower: bool
-) -> tuple[list[tuple[dict[int, float], str, str]], str]:
-    """Shade the range of many sites; return the lines of median and worst, and a caption."""
+def _crowd(chart: Chart, series: Series, lower: bool) -> str:
+    """Draw the range, median and worst of many sites; return what to add to the caption."""
     by_round: dict[int, list[float]] = {}
     for curve in series.values():
         for turn, value in curve.items():
             by_round.setdefault(turn, []).append(value)
     by_round = dict(sorted(by_round.items()))
-    bottom = [min(values) for values in by_round.values()]
-    top = [max(values) for values in by_round.values()]
-    axes.fill_between([*by_round], bottom, top, color=CROWD, alpha=0.25, lw=0)
-    median = {turn: statistics.median(values) for turn, values in by_round.items()}
+    bottom = [(turn, min(values)) for turn, values in by_round.items()]
+    top = [(turn, max(values)) for turn, values in by_round.items()]
+    chart.band(bottom, top, "crowd")
+    median = [(turn, statistics.median(values)) for turn, values in by_round.items()]
+    chart.line("median of the hospitals", median, "crowd")
     last = {site: [*curve.values()][-1] for site, curve in series.items()}
     worst = (max if lower else min)(last, key=lambda site: last[site])
-    caption = f" · worst: {escaped(worst)}, {format_value(last[worst])}"
-    return [(median, "-", CROWD), (series[worst], "-", WORST)], caption
+    chart.line(worst, [*series[worst].items()], "worst", site=worst)
+    return f" · worst: {escaped(worst)}, {format_value(last[worst])}"
 
 
 def case(entry: dict[str, Any], folder: Path) -> str:
@@ -176,7 +217,10 @@ def case(entry: dict[str, Any], folder: Path) -> str:
     alt = f"{escaped(entry.get('site'))}: {title}"
     data = base64.b64encode(png).decode()
     picture = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
-    return f"<figure>{picture}<figcaption>{title}</figcaption></figure>"
+    site = f'data-case data-site="{escaped(entry.get("site"))}"'
+    # Opens at a click or a key without any script: the page's style makes it large.
+    opened = f"<details><summary>{picture}</summary></details>"
+    return f"<figure {site}>{opened}<figcaption>{title}</figcaption></figure>"
 
 
 def _picture(folder: Path, file: str) -> tuple[bytes, str | None]:
@@ -203,7 +247,21 @@ def svg(axes: Any, label: str, across: str, grid: str = "x") -> str:
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         axes.figure.savefig(buffer, format="svg", transparent=True)
     drawing = re.sub(r"(?s)<(metadata|style).*?</\1>|(?<=<g) id=\"[^\"]*\"", "", buffer.getvalue())
-    drawing = re.sub(r"(?<=: )#01020[345]", lambda colour: SCHEME[colour[0]], drawing)
+    drawing = _STYLE.sub(_as_attributes, drawing)
+    drawing = _COLOUR.sub(lambda colour: _VARIABLES[colour[0]], drawing)
     box = re.search(r"viewBox=\"[^\"]*\"", drawing)
     shapes = drawing.partition("<defs>")[2]
     return f'<svg role="img" aria-label="{label}" {box[0] if box else ""}><defs>{shapes}'
+
+
+def _as_attributes(found: re.Match[str]) -> str:
+    """Return a style as attributes, which the page's policy allows: it forbids any other style."""
+    attributes = []
+    for entry in found[1].split(";"):
+        name, _, value = (part.strip() for part in entry.partition(":"))
+        if name == "font":
+            size = re.search(r"[0-9.]+px", value)
+            attributes.append(f'font-size="{size[0] if size else "10px"}"')
+        elif name and name != "font-family":
+            attributes.append(f'{name}="{value}"')
+    return " ".join(attributes)

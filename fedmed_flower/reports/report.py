@@ -20,8 +20,9 @@ from fedmed_flower.files import (
     read_object,
     write_atomic,
 )
+from fedmed_flower.metrics.counts import read_counts
 from fedmed_flower.metrics.names import lower_is_better
-from fedmed_flower.reports import comparison, contents, frame, plots
+from fedmed_flower.reports import comparison, contents, evidence, frame, plots
 from fedmed_flower.reports.contents import (
     Classes,
     Disclosure,
@@ -36,6 +37,8 @@ from fedmed_flower.reports.frame import COUNT, count_of, escaped, format_of, for
 from fedmed_flower.reports.plots import Styles
 from fedmed_flower.reports.summary import Total, entries, judged_by, nested, number
 from fedmed_flower.reports.tables import site_table
+from fedmed_flower.reports.tested import Estimates, estimates, evidence_of
+from fedmed_flower.reports.words import Words, words
 from fedmed_flower.server.run_folder import METRICS as METRICS_TABLE
 from fedmed_flower.server.run_folder import SUMMARY
 from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON
@@ -96,28 +99,38 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
     main = judged_by(summary, {metric for phase, metric, _ in curves if phase == "val"})
     hospitals = contents.hospitals(summary, main)
     pictures = entries(summary, "pictures")
+    counts = read_counts(folder)
+    of_test = evidence_of(counts, nested(summary, "test", "sites"))
+    if of_test is None:
+        # Counts of an earlier test of a run that goes on say nothing of this one.
+        counts = None
+    noised = counts is not None and counts.noised
+    shown = [estimates(summary, counts, key) for key in contents.drawn(summary, main)]
+    epsilon = _hospital_epsilon(curves)
     with matplotlib.rc_context(plots.SETTINGS):
         sections = [
             _head(summary, len(sites)),
-            _result(contents.result(summary, main), main),
-            _hospitals(hospitals, styles, main),
+            _words(words(summary, main, counts, epsilon)),
+            _result(contents.result(summary, main), main, shown),
+            _hospitals(hospitals, styles, main, evidence.forest(shown, styles, noised)),
             _classes(contents.by_class(summary, hospitals.metrics)) if styles else "",
+            evidence.curves(of_test, styles),
             comparison.groups(contents.groups(summary, main)),
             comparison.models(contents.comparison(summary, styles, main), styles, main),
-            _cases(pictures, styles, main, folder),
             _curves(curves, styles, main),
+            _cases(pictures, styles, main, folder),
             _failures(summary),
             _notes(summary),
             _disclosed(contents.disclosed(summary), bool(pictures)),
-            _privacy(contents.privacy(summary, _hospital_epsilon(curves)), curves, styles),
+            _privacy(contents.privacy(summary, epsilon), curves, styles),
             _traffic(contents.traffic(summary), styles),
             _making(summary),
         ]
-    text = frame.PAGE.substitute(
+    text = frame.page(
         title=escaped(summary.get("app") or "Run"),
-        images=frame.EMBEDDED if pictures else "",
-        banner=frame.BANNER if summary.get("generated") is True else "",
         body="\n".join(sections),
+        banner=frame.BANNER if summary.get("generated") is True else "",
+        pictures=bool(pictures),
     )
     target = folder / "report.html"
     write_atomic(target, text.encode())
@@ -181,17 +194,52 @@ def _head(summary: dict[str, Any], num_sites: int) -> str:
     return (
         f'<h1>{app}</h1><p class="soft">Federated run · {facts}</p>'
         f'<div class="status {status if status in STATUS else "unknown"}" role="status">'
-        f"<b>{title}</b>{message}</div>"
+        f"<b>{title}</b>{message}</div><nav></nav>"
     )
 
 
-def _result(result: Result, main: str) -> str:
+def _words(said: Words) -> str:
+    """Return the run in plain words; empty if there is nothing to say."""
+    parts = {
+        "What was trained": said.trained,
+        "How good it is": said.quality,
+        "Where it did worst": said.worst,
+        "Who took part": said.part,
+        "Privacy": said.privacy,
+    }
+    listed = "".join(
+        f"<dt>{title}</dt><dd>{escaped(' '.join(sentences))}</dd>"
+        for title, sentences in parts.items()
+        if sentences
+    )
+    return f'<div class="words"><h2>In plain words</h2><dl>{listed}</dl></div>'
+
+
+def _tiles(shown: list[Estimates]) -> str:
+    """Return the metrics of all records together in large digits, with their intervals."""
+    tiles = []
+    for each in shown:
+        if each.total is None:
+            continue
+        spec = format_of(each.metric)
+        interval = ""
+        if each.total.interval is not None:
+            low, high = (format_value(end, spec) for end in each.total.interval)
+            interval = f"<small>95%: {low} to {high}</small>"
+        value = format_value(each.total.value, spec)
+        tiles.append(
+            f"<div><dt>{frame.title(each.metric)}</dt><dd><b>{value}</b>{interval}</dd></div>"
+        )
+    return f'<dl class="tiles">{"".join(tiles)}</dl>' if tiles else ""
+
+
+def _result(result: Result, main: str, shown: list[Estimates]) -> str:
     sentences = _result_sentences(result, main)
     if not sentences:
         sentences = ["There are no test results: no model was tested in this run."]
     elif not result.finished:
         sentences.append("The run did not finish: these numbers describe an unfinished model.")
-    return f'<h2>Result</h2><p class="lead">{"".join(sentences)}</p>'
+    return f"<h2>Result</h2>{_tiles(shown)}<p>{''.join(sentences)}</p>"
 
 
 def _result_sentences(result: Result, main: str) -> list[str]:
@@ -228,7 +276,7 @@ def _metric(key: str, total: Total) -> str:
     return f"{text} (between {low} and {high})"
 
 
-def _hospitals(hospitals: Hospitals, styles: Styles, main: str) -> str:
+def _hospitals(hospitals: Hospitals, styles: Styles, main: str, forest: str) -> str:
     if not styles:
         return "<h2>Hospitals</h2><p>No hospital is recorded in this run.</p>"
     names = {site: style.key for site, style in styles.items()}
@@ -238,7 +286,7 @@ def _hospitals(hospitals: Hospitals, styles: Styles, main: str) -> str:
     table = site_table(names, caption, hospitals.columns, styles, hospitals.undefined)
     note = "".join(_hospital_notes(hospitals, main))
     return (
-        f"<h2>Hospitals</h2>{table}"
+        f"<h2>Hospitals</h2>{forest}{table}"
         f'<p class="note">{note}The worst hospital is looked up in each column by itself.</p>'
     )
 
@@ -284,10 +332,12 @@ def _cases(pictures: list[dict[str, Any]], styles: Styles, main: str, folder: Pa
     for site, cases in drawn.items():
         if cases or not counted:
             shown = cases or '<p class="soft">keeps its pictures to itself</p>'
-            parts.append(f'<h3>{escaped(site)}</h3><div class="cases">{shown}</div>')
+            title = f"<h3>{escaped(site)}</h3>"
+            parts.append(f'<div>{title}<div class="cases">{shown}</div></div>')
     if counted:
         parts.append(f'<p class="soft">{count_of(len(silent), "hospital")} sent no picture.</p>')
-    return f"<h2>Test cases</h2>{frame.CASES}{explained}{''.join(parts)}"
+    gallery = f'<div class="gallery">{"".join(parts)}</div>'
+    return f"<h2>Test cases</h2>{frame.CASES}{explained}{gallery}"
 
 
 def _curves(curves: Curves, styles: Styles, main: str) -> str:
@@ -315,10 +365,13 @@ def _other_panels(curves: Curves, styles: Styles, main: str) -> list[str]:
     return panels
 
 
-def _panel(curves: Curves, styles: Styles, phase: str, key: str, title: str) -> str:
+def _panel(
+    curves: Curves, styles: Styles, phase: str, key: str, title: str, limit: float | None = None
+) -> str:
     series = {site: curves.get((phase, key, site), {}) for site in (*styles, ALL_SITES)}
     together = series.pop(ALL_SITES)
-    return plots.panel(styles, series, together, title, lower_is_better(key) or key == EPSILON)
+    lower = lower_is_better(key) or key == EPSILON
+    return plots.panel(styles, series, together, title, lower, limit)
 
 
 def _failures(summary: dict[str, Any]) -> str:
@@ -341,7 +394,7 @@ def _events(events: list[dict[str, Any]], words: str) -> str:
     keys = ("round", "phase", "site", words)
     rows = [[escaped(event.get(key)) for key in keys] for event in events[:MOST_FAILURES]]
     caption = f"{len(rows)} of {len(events)} shown; all are in summary.json"
-    return frame.table(caption, map(str.capitalize, keys), rows, kind="words")
+    return frame.table(caption, map(str.capitalize, keys), rows, kind="wordy")
 
 
 def _disclosed(disclosed: list[Disclosure], pictures: bool) -> str:
@@ -358,11 +411,11 @@ def _disclosed(disclosed: list[Disclosure], pictures: bool) -> str:
         for entry in disclosed
     ]
     head = ("When", "What", "How", "Hospitals")
-    return words + frame.table("As the hospitals sent it", head, rows, kind="words")
+    return words + frame.table("As the hospitals sent it", head, rows, kind="wordy")
 
 
 def _privacy(privacy: Privacy, curves: Curves, styles: Styles) -> str:
-    words = ""
+    words = "<h2>Privacy</h2>"
     if privacy.hospital:
         epsilon = format_value(number(privacy.hospital, "epsilon"))
         delta = escaped(privacy.hospital.get("delta"))
@@ -390,8 +443,10 @@ def _patients(patients: Patients, curves: Curves, styles: Styles) -> str:
     head = ["Hospital", "Epsilon per patient", "Rounds trained", "Rounds declined"]
     table = frame.table("This run, as each hospital last reported it", head, rows)
     folded = frame.folded(table, len(styles))
-    drawn = _panel(curves, styles, "train", EPSILON, "Epsilon per patient")
-    return f'{words}{folded}<div class="plots">{drawn}</div>'
+    target = number({"epsilon": patients.target_epsilon}, "epsilon")
+    drawn = _panel(curves, styles, "train", EPSILON, "Epsilon per patient", target)
+    note = frame.SPENT if drawn and target is not None else ""
+    return f'{words}{folded}<div class="plots">{drawn}</div>{note}'
 
 
 def _traffic(traffic: dict[str, SiteTraffic], styles: Styles) -> str:
@@ -425,5 +480,5 @@ def _making(summary: dict[str, Any]) -> str:
     tables = ""
     for heading, listed in parts.items():
         rows = [map(escaped, row) for row in listed.items()]
-        tables += frame.table(heading, ("Name", "Value"), rows, kind="words") if rows else ""
+        tables += frame.table(heading, ("Name", "Value"), rows, kind="wordy") if rows else ""
     return f'<h2>How it was made</h2><div class="plots">{tables}</div>'

@@ -68,9 +68,10 @@ def site_table(
     means, worsts, totals = _foot(columns, summarised)
     last = [totals] if any(totals[1:]) else []
     if len(names) <= frame.MANY:
-        return frame.table(caption, head, rows, [means, worsts, *last])
+        return frame.table(caption, head, rows, [means, worsts, *last], sites=[*names])
     spread = _quartiles(columns, summarised)
-    folded = frame.folded(frame.table(f"Each hospital: {caption}", head, rows), len(names))
+    each = frame.table(f"Each hospital: {caption}", head, rows, sites=[*names])
+    folded = frame.folded(each, len(names))
     return frame.table(caption, head, (), [means, *spread, worsts, *last]) + folded
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -26,6 +27,7 @@ from fedmed_flower.data.outlying import Outlying
 from fedmed_flower.data.site import GENERATED
 from fedmed_flower.errors import DivergedError, InputError
 from fedmed_flower.files import require_closed
+from fedmed_flower.metrics.counts import COUNTS_FILE, counted
 from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.privacy.patient import LEDGERS
 from fedmed_flower.reports.report import write_report
@@ -131,9 +133,10 @@ def federate(
     """Run an experiment by the run config, and write a complete run folder.
 
     The folder holds ``config.toml``, ``checkpoint.zip``, ``metrics.csv``, ``model.safetensors``,
-    ``summary.json``, ``report.html`` and ``log.txt``, also ``pictures/`` if sites permit pictures
-    to leave, and ``splits/`` in a simulation. Nothing is written before the run config has been
-    checked and at least one site has answered.
+    ``summary.json``, ``report.html`` and ``log.txt``. It also holds ``counts.json`` if the model
+    predicts classes, ``pictures/`` if sites permit pictures to leave, and ``splits/`` in a
+    simulation. Nothing is written before the run config has been checked and at least one site has
+    answered.
 
     Parameters
     ----------
@@ -249,6 +252,7 @@ def _prepared(
         agreed=agreed,
         evaluate_fn=evaluate_fn,
         standing_out=standing_out,
+        class_names=tuple(getattr(getattr(model, "__self__", model), "class_names", ())),
     )
 
 
@@ -425,6 +429,7 @@ class Experiment:
     agreed: str
     evaluate_fn: EvaluateFn | None = None
     standing_out: list[Outlying] = field(default_factory=list)
+    class_names: tuple[str, ...] = ()
     test: dict[str, Any] = field(default_factory=dict)
     pictures: list[dict[str, str]] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -522,6 +527,10 @@ class Experiment:
         require_measured(table, history.failures[before:], validated)
         rows_of_class = self.strategy.run.rows_of_class
         require_two_classes(rows_of_class)
+        counts = counted(self.strategy.run.tested, self.class_names)
+        if counts is not None:
+            text = json.dumps(counts.content(), separators=(",", ":"), allow_nan=False)
+            self.folder.write(COUNTS_FILE, text.encode())
         if absent := [str(label) for label, count in enumerate(rows_of_class) if not count]:
             text = f"no test row is of class {', '.join(absent)}: figures are of the other classes"
             self.strategy.inbox.note(self.plan.num_server_rounds, "test", ALL_SITES, text)

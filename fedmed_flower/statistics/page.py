@@ -27,7 +27,7 @@ _MOST_PLOTS = 24
 _MOST_NAMES = 100
 _MOST_WEEKS = 2000
 _ALERT = "#d55e00"
-_BANNER = '<div class="banner" role="note">generated rows, not patients</div>'
+_BANNER = '<p class="banner" role="note">generated rows, not patients</p>'
 _LEFT = """<h2>What left each hospital</h2><p>The numbers behind these tables, but no row: counts,
 sums, sums of squares and of products, and the edges of merged cells. Each is of {} patients or
 more of that hospital, or of none, alone and combined with earlier answers. Each hospital also
@@ -60,12 +60,8 @@ def write_page(folder: Path) -> Path:
     survey = read_object(folder, STATISTICS_FILE, hint)
     with as_input_error(f"the survey in {folder / STATISTICS_FILE}", "run it again"):
         body = _body(summary, survey)
-    text = frame.PAGE.substitute(
-        title=escaped(summary.get("app") or "Survey"),
-        images="",
-        banner=_BANNER if summary.get("generated") is True else "",
-        body=body,
-    )
+    banner = _BANNER if summary.get("generated") is True else ""
+    text = frame.page(escaped(summary.get("app") or "Survey"), body, banner)
     target = folder / "report.html"
     write_atomic(target, text.encode())
     return target
@@ -107,7 +103,7 @@ def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
     asked = {name: value for name, value in request.items() if value}
     rows = [[escaped(name), escaped(value)] for name, value in asked.items()]
     rows.append(["data", escaped(summary.get("data"))])
-    parts.append("<h2>What was asked</h2>" + frame.table("", ("Name", "Value"), rows, kind="words"))
+    parts.append("<h2>What was asked</h2>" + frame.table("", ("Name", "Value"), rows, kind="wordy"))
     return "\n".join(parts)
 
 
@@ -120,6 +116,7 @@ def _head(summary: Mapping[str, Any], styles: Styles) -> str:
     return (
         f'<h1>{escaped(summary.get("app"))}</h1><p class="soft">Federated statistics · {date} · '
         f"{count_of(len(styles), 'hospital')}</p>{alert if failed else ''}"
+        "<nav></nav>"
     )
 
 
@@ -127,7 +124,7 @@ def _table(table: Mapping[str, Any]) -> str:
     rows = [[escaped(c) if c else "" for c in row] for row in table["rows"][:_MOST_ROWS]]
     left = len(table["rows"]) - len(rows)
     caption = f"{count_of(left, 'more row')} in summary.json" if left > 0 else ""
-    kind = "" if table["title"].startswith(("Table 1", "Correlations")) else "words"
+    kind = "" if table["title"].startswith(("Table 1", "Correlations")) else "wordy"
     head = [escaped(cell) if cell else "" for cell in table["head"]]
     return f"<h2>{escaped(table['title'])}</h2>" + frame.table(caption, head, rows, kind=kind)
 
@@ -154,9 +151,9 @@ def _drawings(
 
 def _keys(styles: Styles) -> str:
     """Return the legend; if there are more hospitals than colours, it names none of them."""
-    site_keys = [key for _, _, key in styles.values()] if len(styles) <= len(PALETTE) else []
-    keys = [*site_keys, plots.line("var(--soft)") + OVERALL.lower()]
-    return f"<ul><li>{'</li><li>'.join(keys)}</li></ul>"
+    site_keys = [style.key for style in styles.values()] if len(styles) <= len(PALETTE) else []
+    keys = [*site_keys, plots.line("all") + OVERALL.lower()]
+    return plots.legend(keys)
 
 
 def _histogram(column: str, reported: Mapping[str, Any], styles: Styles) -> str:

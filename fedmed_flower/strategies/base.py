@@ -95,6 +95,8 @@ class RunState:
         alike.
     rows_of_class : list of int
         The rows of the last evaluation by class, over all sites; empty if they are not known.
+    tested : dict of str to dict
+        The metrics and counts of each site's reply to `FedAvg.test`.
     strategy : dict
         The strategy's class and its arguments, as the checkpoint records them.
     """
@@ -108,6 +110,7 @@ class RunState:
     evaluated: str = "val"
     halted: str = ""
     rows_of_class: list[int] = field(default_factory=list)
+    tested: dict[str, dict[str, Any]] = field(default_factory=dict)
     strategy: dict[str, Any] = field(default_factory=dict)
 
 
@@ -590,6 +593,9 @@ class FedAvg(flower.FedAvg):
         )
         records = [dict(reply.metrics) for reply in with_metrics]
         self.run.rows_of_class = class_counts(records)
+        if phase == "test":
+            sites = [reply.site for reply in with_metrics]
+            self.run.tested = dict(zip(sites, records, strict=True))
         pooled = pool(records)
         trimmed = with_shared_metrics(
             [reply.message for reply in with_metrics],

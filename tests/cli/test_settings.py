@@ -77,7 +77,10 @@ def test_the_page_of_the_documentation_is_what_the_command_prints():
         assert output.count(f"| `{key}` |") == 2
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["run", "--help"], ["--version"], ["card", "--help"], ["compare", "--help"]],
+)
 def test_help_loads_nothing_heavy(arguments):
     code = (
         "import sys\nfrom fedmed_flower.cli.main import app\n"

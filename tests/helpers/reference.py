@@ -114,3 +114,24 @@ def bucketing(rows: Floats, size: int, order: list[int]) -> Floats:
     return np.array(
         [shuffled[start : start + size].mean(axis=0) for start in range(0, len(rows), size)]
     )
+
+
+def pair_order(higher: float, lower: float) -> float:
+    return 1.0 if higher > lower else 0.5 if higher == lower else 0.0
+
+
+def delong(with_class: Floats, without: Floats) -> tuple[float, float]:
+    """The AUC of raw scores and DeLong's variance of it, pair by pair."""
+    order = np.array([[pair_order(high, low) for low in without] for high in with_class])
+    of_positives = order.mean(axis=1)
+    of_negatives = order.mean(axis=0)
+    variance = of_positives.var(ddof=1) / len(with_class)
+    variance += of_negatives.var(ddof=1) / len(without)
+    return float(order.mean()), float(variance)
+
+
+def net_benefit(labels: Floats, probabilities: Floats, threshold: float) -> float:
+    acted = probabilities > threshold
+    true = (acted & (labels == 1)).sum()
+    false = (acted & (labels == 0)).sum()
+    return float((true - false * threshold / (1 - threshold)) / len(labels))

@@ -1,5 +1,6 @@
 import base64
 import copy
+import hashlib
 import html
 import io
 import json
@@ -14,9 +15,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from fedmed_flower.data.pictures import PALETTE
 from fedmed_flower.errors import InputError
-from fedmed_flower.reports.frame import WORST_PATIENT
+from fedmed_flower.reports.frame import WORST_PATIENT, own_file
 from fedmed_flower.reports.report import write_report
 from fedmed_flower.reports.summary import quartiles
 
@@ -70,11 +70,17 @@ def metrics(sites, rounds=2):
     return "\n".join(lines) + "\n"
 
 
+OWN_SCRIPT = f"<script>{own_file('script.js')}</script>"
+
+
 def report(folder, summary, curves=None):
+    """Return the page without its own script, which stands in it once."""
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     if curves is not None:
         (folder / "metrics.csv").write_text(curves, encoding="utf-8")
-    return write_report(folder).read_text(encoding="utf-8")
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert text.count(OWN_SCRIPT) <= 1
+    return text.replace(OWN_SCRIPT, "")
 
 
 class Page(HTMLParser):
@@ -279,23 +285,29 @@ def test_forty_sites_fall_back_to_a_band_and_name_the_worst(tmp_path):
     assert "shaded: all hospitals" in parsed.text
     assert "Validation AUC · worst: hospital-40, 0.530" in parsed.text
     assert "Validation loss · worst: hospital-1, 0.920" in parsed.text
-    assert PALETTE[0] not in page
+    assert "var(--s0)" not in page.partition("</style>")[2]
+    assert 'class="series s0"' not in page
 
 
 def test_one_colour_per_hospital_throughout(tmp_path):
     page = report(tmp_path, full_summary(), metrics(FEDERATED))
-    keys = re.findall(r'stroke="(#\w+)"[^>]*/></svg>(hospital-\d+)', page)
-    assert set(keys) == set(zip(PALETTE, ("hospital-1", "hospital-2", "hospital-10"), strict=False))
+    keys = re.findall(r'<svg class="key (s\d+)"[^>]*><path[^>]*/></svg>(hospital-\d+)', page)
+    assert set(keys) == {("s0", "hospital-1"), ("s1", "hospital-2"), ("s2", "hospital-10")}
     assert "shaded" not in page
-    for colour in PALETTE[:3]:
-        assert page.count(f"stroke: {colour}") >= 4
-    assert f"stroke: {PALETTE[3]}" not in page
+    for colour, site in set(keys):
+        # Three charts over the rounds, and the row of the hospital's metrics.
+        assert page.count(f'<g class="series {colour}" data-name="{site}"') == 3
+        assert page.count(f'<svg class="{colour}" ') == 3
+        # The drawing of the models, by Matplotlib.
+        assert page.count(f'stroke="var(--{colour})"') >= 3
+    assert "var(--s3)" not in page.partition("</style>")[2]
 
 
 def test_generated_images_are_said_so_before_anything_else(tmp_path):
     page = report(tmp_path, full_summary() | {"generated": True})
-    first = page[page.index("<body>") :].split("</div>")[0]
+    first = page[page.index("<body>") :].split("</p>")[0]
     assert first.endswith(">generated data, not patients")
+    assert Page(page).text.count("All data of this run are generated") == 1
     assert "generated images" not in report(tmp_path, full_summary())
 
 
@@ -304,6 +316,8 @@ def test_page_loads_nothing_and_is_small(tmp_path):
     parsed = Page(page)
     loads = [v for _, attrs in parsed.tags for k, v in attrs.items() if k.endswith(("src", "href"))]
     assert page.count("<svg role") == 4
+    assert page.count("<style>") == 1
+    assert not [attrs for _, attrs in parsed.tags if "style" in attrs]
     assert not [value for value in loads if not value.startswith("#")]
     assert not {"script", "link", "iframe", "img"} & {tag for tag, _ in parsed.tags}
     assert not re.search(r"https?://|@import|url\((?!#)", page)
@@ -327,7 +341,8 @@ def test_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         report(tmp_path, full_summary() | {"app": "other"})
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
+    after = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert after.replace(OWN_SCRIPT, "") == before
     assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "report.html"}
 
 
@@ -495,7 +510,7 @@ def test_segmentation_is_told_in_its_own_figures(tmp_path):
     assert comparison["hospital-2"] == ["0.600", "0.700", "0.720", "+0.100"]
     assert comparison["All records together"][1:] == ["0.820", "0.850", "+0.220"]
     assert "Of 3 hospitals 3 gained Dice (" in page.text
-    labels = [attrs["aria-label"] for _, attrs in page.tags if "aria-label" in attrs]
+    labels = [a["aria-label"] for tag, a in page.tags if tag == "svg" and "aria-label" in a]
     assert labels == [
         *("Dice of the models", "Validation Dice over 1 round"),
         "Validation loss over 1 round",
@@ -604,6 +619,11 @@ def with_pictures(folder, summary, pictures):
     return summary | {"pictures": named}
 
 
+def digest(name):
+    found = hashlib.sha256(own_file(name).encode()).digest()
+    return f"sha256-{base64.b64encode(found).decode()}"
+
+
 def images(page):
     return [attrs for tag, attrs in page.tags if tag == "img"]
 
@@ -626,8 +646,11 @@ def test_pictures_are_embedded_by_site(tmp_path):
         assert base64.b64decode(data) == content
         assert f"<figcaption>{html.escape(title)}</figcaption>" in text
     (policy,) = [attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs]
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    section = text.partition("<h2>Test cases</h2>")[2].partition("<h2>")[0]
+    assert policy == (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; "
+        f"style-src '{digest('style.css')}'; script-src '{digest('script.js')}'; img-src data:"
+    )
+    section = text.partition(">Test cases</h2>")[2].partition("<h2")[0]
     order = re.findall(r"<h3>(.*?)</h3>", section)
     assert order == ["hospital-1", "hospital-2", "hospital-10"]
     silent = section.partition("<h3>hospital-10</h3>")[2]
@@ -981,7 +1004,7 @@ def test_of_many_hospitals_the_page_tells_the_spread(tmp_path):
     assert list(page.table("Each hospital: Records"))[1:] == ["h0 tested\xa0only", *sites[1:]]
     assert list(page.table("Each hospital: AUC on"))[1:] == sites
     folded = text.split("<details>")[1:]
-    assert len(folded) == 3
+    assert len(folded) == 4
     for part in folded:
         assert part.startswith("<summary>All 186 hospitals</summary>")
     shown = re.sub("(?s)<details>.*?</details>", "", text)

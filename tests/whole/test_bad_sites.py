@@ -77,7 +77,7 @@ def test_log_summary_and_report_say_what_happened_to_whom(tmp_path, monkeypatch)
     assert summary["trained"] == others | {"cedar": 3, "larch": 3, "fir": 0}
     log = (folder / "log.txt").read_text()
     page = (folder / "report.html").read_text()
-    top = page[: page.index("<h2>Result</h2>")]
+    top = page[: page.index(">Result</h2>")]
     assert "Not trained in each of the 4 rounds: fir in none, cedar in 3, larch in 3. See " in top
     assert "See below, what else happened, for larch, oak" in top
     for _, _, site, words in happened:
