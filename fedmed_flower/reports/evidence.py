@@ -234,6 +234,6 @@ def _confusion(tested: Tested) -> str:
     caption = "Confusion matrix, test records of all hospitals; shares are of a true class"
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{caption}">'
-        f'<table class="confusion"><caption>{caption}</caption><thead><tr>{top}</tr></thead>'
+        f'<table class="confusion fixed"><caption>{caption}</caption><thead><tr>{top}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )

@@ -63,8 +63,9 @@
   for (const table of all("table")) {
     const body = table.tBodies[0];
     const heads = table.tHead ? all("th", table.tHead) : [];
-    if (!body || body.rows.length < 2 || table.classList.contains("confusion")) continue;
+    if (!body || body.rows.length < 2 || table.classList.contains("fixed")) continue;
     heads.forEach((cell, column) => {
+      if (!cell.textContent.trim()) return;
       const button = make("button", "", { type: "button" });
       button.append(...[...cell.childNodes].filter((node) => node.className !== "range"));
       cell.prepend(button);
@@ -95,7 +96,7 @@
   const show = (chart, series, index) => {
     hide();
     const [x, y] = series.dataset.at.split(" ")[index].split(",").map(Number);
-    const ring = document.createElementNS("http://www.w3.org/2000/svg", "circle");
+    const ring = document.createElementNS(chart.namespaceURI, "circle");
     for (const [name, value] of [["class", "ring"], ["cx", x], ["cy", y], ["r", 5]]) {
       ring.setAttribute(name, value);
     }
