@@ -285,4 +285,4 @@ def table(
     table += f"</thead><tbody>{body}</tbody>{f'<tfoot>{end}</tfoot>' if end else ''}</table>"
     # A table that can be scrolled must be reachable by keyboard.
     label = _TAG.sub("", caption)
-    return f'<div class="wide" tabindex="0" role="region" aria-label="{label}">{table}</div>'
+    return f'<div class="wide" tabindex="0" role="group" aria-label="{label}">{table}</div>'

@@ -82,6 +82,14 @@
     });
   }
 
+  // A table that fits needs no stop of its own for the keyboard.
+  const wide = all(".wide");
+  const stops = () => {
+    for (const box of wide) box.tabIndex = box.scrollWidth > box.clientWidth ? 0 : -1;
+  };
+  addEventListener("resize", stops);
+  stops();
+
   // --- values of charts -------------------------------------------------------------------------
   const tip = make("div", "", { class: "tip", hidden: "" });
   const said = make("div", "", { class: "hidden", role: "status", "aria-live": "polite" });
