@@ -138,7 +138,7 @@ class Chart:
         if site is not None:
             data += f' data-site="{escaped(site)}"'
         data += f' data-at="{" ".join(f"{_short(x)},{_short(y)}" for x, y in pixels)}"'
-        data += f' data-x="{" ".join(f"{x:.5g}" for x, _ in points)}"'
+        data += f' data-x="{" ".join(f"{round(x, 3):.10g}" for x, _ in points)}"'
         data += f' data-y="{" ".join(format(y, spec) for _, y in points)}"'
         if more:
             data += f' data-more="{";".join(more)}"'

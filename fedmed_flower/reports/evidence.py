@@ -29,6 +29,9 @@ _READ = {
     "precision": "Each point is a threshold: how many of its alarms are right, against how many "
     "records with the class it finds. The dashed line is chance.",
     "calibration": "On the dashed line, what is predicted with 30% comes true in 30%.",
+    "benefit": "Of 100 records so many right alarms, less the false ones as the threshold weighs "
+    "them: at 0.1 nine false alarms are as bad as one missed. Solid: alarms of the model; dashed: "
+    "an alarm for every record; at 0: none.",
 }
 _SHARE = (0.0, 1.0)
 # More classes do not fit on a page.
@@ -130,6 +133,9 @@ def curves(tested: Tested | None, styles: Styles) -> str:
             _figure("Calibration", _calibration(tested), _READ["calibration"])
             if tested.calibration
             else "",
+            _figure("Net benefit", _benefit(tested), _READ["benefit"])
+            if tested.net_benefit
+            else "",
         )
     )
     matrix = _confusion(tested)
@@ -137,12 +143,12 @@ def curves(tested: Tested | None, styles: Styles) -> str:
         return ""
     of_class = ""
     if len(tested.classes) == 2:
-        of_class = f"<p>Scores and curves are of {escaped(tested.classes[1])}.</p>"
+        of_class = f"<p>Scores and curves are of the class “{escaped(tested.classes[1])}”.</p>"
     said = "".join(f'<p class="note">{note}</p>' for note in notes)
     keys = _keys(tested, styles) if drawn else ""
     return (
         f"<h2>How well it tells the classes apart</h2>{of_class}{keys}"
-        f'<div class="plots">{drawn}</div>{said}{matrix}'
+        f'<div class="plots">{drawn}{matrix}</div>{said}'
     )
 
 
@@ -216,6 +222,19 @@ def _calibration(tested: Tested) -> Chart:
     return chart
 
 
+def _benefit(tested: Tested) -> Chart:
+    by_model, by_all = tested.net_benefit
+    values = [100 * value for _, value in (*by_model.points, *by_all.points)]
+    y = axis("net benefit of 100", [*values, 0.0])
+    chart = Chart("Net benefit", _share("threshold"), y, 300)
+    chart.rule((0, 0), (1, 0))
+    for curve, css in ((by_all, "crowd"), (by_model, "all")):
+        points = [(threshold, 100 * value) for threshold, value in curve.points]
+        if points:
+            chart.line(curve.name, points, css, dashed=css == "crowd", spec=".1f")
+    return chart
+
+
 def _confusion(tested: Tested) -> str:
     """Return the confusion matrix of all hospitals; empty if a part of it is not known."""
     if tested.confusion is None or len(tested.classes) > _MOST_CLASSES:
@@ -233,7 +252,7 @@ def _confusion(tested: Tested) -> str:
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     caption = "Confusion matrix, test records of all hospitals; shares are of a true class"
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{caption}">'
-        f'<table class="confusion"><caption>{caption}</caption><thead><tr>{top}</tr></thead>'
+        f'<div class="wide" tabindex="0" role="group" aria-label="{caption}">'
+        f'<table class="confusion fixed"><caption>{caption}</caption><thead><tr>{top}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )

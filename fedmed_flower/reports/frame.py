@@ -247,6 +247,11 @@ def format_of(key: str) -> str:
     return ".1f" if key.startswith("hd95") else ",.3f"
 
 
+def unseen(text: str) -> str:
+    """Return a text, as HTML, for those who hear the page: it is not seen."""
+    return f'<span class="hidden">{text}</span>'
+
+
 def folded(content: str, hospitals: int) -> str:
     """Return the content, folded behind a summary line if there are more than `MANY` hospitals."""
     if hospitals <= MANY:
@@ -274,9 +279,10 @@ def table(
         "".join(line(next(named, ""), name, "</td><td>".join(cells)) for name, *cells in part)
         for part, named in ((rows, iter(of_rows)), (foot, iter(())))
     )
-    named = f"<caption>{caption}</caption>" if caption else ""
-    table = f'<table class="{kind.strip()}">{named}<thead><tr>{"".join(top)}</tr>'
+    table = (
+        f'<table class="{kind.strip()}"><caption>{caption}</caption><thead><tr>{"".join(top)}</tr>'
+    )
     table += f"</thead><tbody>{body}</tbody>{f'<tfoot>{end}</tfoot>' if end else ''}</table>"
     # A table that can be scrolled must be reachable by keyboard.
-    label = _TAG.sub("", caption) or "table"
-    return f'<div class="wide" tabindex="0" role="region" aria-label="{label}">{table}</div>'
+    label = _TAG.sub("", caption)
+    return f'<div class="wide" tabindex="0" role="group" aria-label="{label}">{table}</div>'

@@ -63,8 +63,9 @@
   for (const table of all("table")) {
     const body = table.tBodies[0];
     const heads = table.tHead ? all("th", table.tHead) : [];
-    if (!body || body.rows.length < 2 || table.classList.contains("confusion")) continue;
+    if (!body || body.rows.length < 2 || table.classList.contains("fixed")) continue;
     heads.forEach((cell, column) => {
+      if (!cell.textContent.trim()) return;
       const button = make("button", "", { type: "button" });
       button.append(...[...cell.childNodes].filter((node) => node.className !== "range"));
       cell.prepend(button);
@@ -81,6 +82,14 @@
     });
   }
 
+  // A table that fits needs no stop of its own for the keyboard.
+  const wide = all(".wide");
+  const stops = () => {
+    for (const box of wide) box.tabIndex = box.scrollWidth > box.clientWidth ? 0 : -1;
+  };
+  addEventListener("resize", stops);
+  stops();
+
   // --- values of charts -------------------------------------------------------------------------
   const tip = make("div", "", { class: "tip", hidden: "" });
   const said = make("div", "", { class: "hidden", role: "status", "aria-live": "polite" });
@@ -95,7 +104,7 @@
   const show = (chart, series, index) => {
     hide();
     const [x, y] = series.dataset.at.split(" ")[index].split(",").map(Number);
-    const ring = document.createElementNS("http://www.w3.org/2000/svg", "circle");
+    const ring = document.createElementNS(chart.namespaceURI, "circle");
     for (const [name, value] of [["class", "ring"], ["cx", x], ["cy", y], ["r", 5]]) {
       ring.setAttribute(name, value);
     }

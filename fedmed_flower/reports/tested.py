@@ -15,6 +15,7 @@ from fedmed_flower.metrics.curves import (
     Histograms,
     auc_interval,
     calibration,
+    decision_curve,
     denoised,
     histograms_of,
     precision_recall,
@@ -25,6 +26,8 @@ from fedmed_flower.metrics.curves import (
 from fedmed_flower.metrics.names import COUNTS, NOISED
 from fedmed_flower.reports.summary import by_site, nested, number
 
+_THRESHOLDS = tuple(percent / 100 for percent in range(2, 100, 2))
+_LEAST_BENEFIT = -0.05
 # The most points of a curve.
 _MOST_POINTS = 80
 # The most hospitals with a curve of their own, and the most whose counts are put on one axis: the
@@ -75,6 +78,9 @@ class Tested:
         for each hospital and one of all together, which is the last; of more, one for each class.
     calibration
         Of all hospitals together; empty if it is not known.
+    net_benefit
+        Points (threshold, net benefit a record) of acting by the model and of acting on everybody;
+        empty for more than two classes and for counts with noise.
     prevalence
         Share of rows of class 1 among all; None for more than two classes.
     coarse
@@ -89,6 +95,7 @@ class Tested:
     roc: tuple[Curve, ...]
     precision_recall: tuple[Curve, ...]
     calibration: tuple[Bin, ...]
+    net_benefit: tuple[Curve, ...]
     prevalence: float | None
     coarse: tuple[str, ...]
     missing: str
@@ -141,6 +148,7 @@ def evidence_of(counts: Counts | None, sites: Mapping[str, Any]) -> Tested | Non
         roc=tuple(Curve(n, s, _roc(part)) for n, s, part in named),
         precision_recall=tuple(Curve(n, s, _precision(part)) for n, s, part in named),
         calibration=_calibration(counts, merged),
+        net_benefit=_net_benefit(merged[0]) if is_binary and merged and not counts.noised else (),
         prevalence=_prevalence(merged[0]) if is_binary and merged else None,
         coarse=coarse,
         missing=missing,
@@ -165,6 +173,17 @@ def _roc(part: Histograms) -> tuple[tuple[float, float], ...]:
 def _precision(part: Histograms) -> tuple[tuple[float, float], ...]:
     curve = precision_recall(part.with_class, part.without, _MOST_POINTS)
     return tuple(zip(*(side.tolist() for side in curve), strict=True))
+
+
+def _net_benefit(part: Histograms) -> tuple[Curve, ...]:
+    found = decision_curve(part.edges, part.with_class, part.without, _THRESHOLDS)
+    by_model = zip(_THRESHOLDS, found.model.tolist(), strict=True)
+    by_all = zip(_THRESHOLDS, found.treat_all.tolist(), strict=True)
+    return (
+        Curve("by the model", None, tuple(by_model)),
+        # Far below 0 it hides what matters.
+        Curve("everybody", None, tuple(point for point in by_all if point[1] >= _LEAST_BENEFIT)),
+    )
 
 
 def _prevalence(part: Histograms) -> float:

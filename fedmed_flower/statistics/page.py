@@ -103,7 +103,9 @@ def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
     asked = {name: value for name, value in request.items() if value}
     rows = [[escaped(name), escaped(value)] for name, value in asked.items()]
     rows.append(["data", escaped(summary.get("data"))])
-    parts.append("<h2>What was asked</h2>" + frame.table("", ("Name", "Value"), rows, kind="wordy"))
+    title = "What was asked"
+    asked_table = frame.table(frame.unseen(title), ("Name", "Value"), rows, kind="wordy")
+    parts.append(f"<h2>{title}</h2>{asked_table}")
     return "\n".join(parts)
 
 
@@ -125,8 +127,13 @@ def _table(table: Mapping[str, Any]) -> str:
     left = len(table["rows"]) - len(rows)
     caption = f"{count_of(left, 'more row')} in summary.json" if left > 0 else ""
     kind = "" if table["title"].startswith(("Table 1", "Correlations")) else "wordy"
+    if table["title"].startswith("Table 1"):
+        # Its rows are not of one kind, so that sorting them says nothing.
+        kind = "fixed"
     head = [escaped(cell) if cell else "" for cell in table["head"]]
-    return f"<h2>{escaped(table['title'])}</h2>" + frame.table(caption, head, rows, kind=kind)
+    title = escaped(table["title"])
+    shown = frame.table(frame.unseen(title) + caption, head, rows, kind=kind)
+    return f"<h2>{title}</h2>{shown}"
 
 
 def _drawings(

@@ -130,4 +130,4 @@ def test_tables_name_rows_columns_and_hospitals():
     assert "<caption>What</caption>" in table
     assert '<tr data-site="x"><th scope="row">x' in table
     assert '<tr><th scope="row">all' in table
-    assert 'tabindex="0" role="region" aria-label="What"' in table
+    assert 'tabindex="0" role="group" aria-label="What"' in table

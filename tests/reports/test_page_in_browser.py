@@ -180,7 +180,7 @@ def test_all_is_there_without_the_script(open_page):
     page = open_page(java_script_enabled=False)
     for text in ("In plain words", "Confusion matrix", "How the hospitals compare"):
         assert page.get_by_text(text).first.is_visible()
-    assert page.locator("svg.chart").count() == 4
+    assert page.locator("svg.chart").count() == 5
     assert page.locator(".tools").count() == 0
 
 

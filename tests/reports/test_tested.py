@@ -91,6 +91,19 @@ def test_calibration_is_that_of_the_sums_or_of_the_scores():
         assert low <= one.observed <= high
 
 
+def test_net_benefit_by_hand():
+    data, summary, counts = made()
+    by_model, everybody = evidence_of(counts, summary["test"]["sites"]).net_benefit
+    labels = np.concatenate([labels for labels, _ in data.values()])
+    scores = np.concatenate([scores[:, 0] for _, scores in data.values()])
+    alarms = scores > 0
+    # At one half a false alarm is as bad as a missed record.
+    right = (alarms & (labels == 1)).sum() - (alarms & (labels == 0)).sum()
+    assert dict(by_model.points)[0.5] == pytest.approx(right / 240, abs=0.01)
+    assert dict(everybody.points)[0.5] == pytest.approx(0, abs=1e-9)
+    assert min(value for _, value in everybody.points) >= -0.05
+
+
 def test_counts_of_sites_that_are_not_of_this_test_are_left_out():
     _, _, counts = made()
     assert evidence_of(counts, {}) is None
