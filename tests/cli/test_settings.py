@@ -70,8 +70,8 @@ def test_an_app_of_somebody_else_has_the_settings_that_it_declares(tmp_path):
 
 def test_the_page_of_the_documentation_is_what_the_command_prints():
     _, output = shown("--markdown")
-    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert page.endswith(output), "write docs/settings.md again: fedmed settings --markdown"
+    page = (ROOT / "docs" / "reference" / "settings.md").read_text(encoding="utf-8")
+    assert page.endswith(output), "write the page again: fedmed settings --markdown"
     assert "| `min-cell-count` | `10` | at least 1, patients |" in output
     for key in ("min-cell-count", "bundle", "private-metrics"):
         assert output.count(f"| `{key}` |") == 2
@@ -89,7 +89,7 @@ def test_help_loads_nothing_heavy(arguments):
 
 
 def test_the_section_that_the_page_shows_is_known_and_checked():
-    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "settings.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names = {"__name__": "page"}
     exec(compile(code, "settings.md", "exec"), names)
