@@ -20,8 +20,6 @@ extensions = [
     "public_references",
 ]
 exclude_patterns = ["extensions", "generated", "_static"]
-# No guide need come beside those that their index names.
-suppress_warnings = ["toc.empty_glob"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
@@ -34,7 +32,7 @@ nitpicky = True
 # fedmed_flower must be there.
 nitpick_ignore_regex = [(r"py:.*", r"(?!fedmed_flower\b).*")]
 
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 # Else each class would repeat what Flower says of its own methods.
 autodoc_inherit_docstrings = False
@@ -43,7 +41,8 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
-maximum_signature_line_length = 88
+napoleon_custom_sections = [("Hooks", "params_style")]
+maximum_signature_line_length = 140
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 

@@ -59,27 +59,23 @@ def write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def title(text: str, line: str = "=") -> str:
+def title(text: str) -> str:
     """Return a heading in reStructuredText."""
-    return f"{text}\n{line * len(text)}\n\n"
+    return f"{text}\n{'=' * len(text)}\n\n"
 
 
 def room_page(room: str) -> str:
     """Return the page of a room in reStructuredText."""
     module = import_module(room)
-    text = title(room) + f"{module.__doc__}\n\n.. py:module:: {room}\n\n"
-    every = names_of(room, twice=True)
-    own = names_of(room)
-    if len(every) > 1:
-        text += (
-            f"``from {room} import ...``: " + ", ".join(f"`{n}`" for n in every) + "\n\n"
-        )
-    for name in own:
+    text = title(room.rpartition(".")[2]) + f"{module.__doc__}\n\n.. py:module:: {room}\n\n"
+    every = ", ".join(f"`{name}`" for name in names_of(room, twice=True))
+    text += f"Import from ``{room}``: {every}\n\n"
+    for name in names_of(room):
         thing = getattr(module, name)
         kind = "autoclass" if isclass(thing) else "autofunction"
         if isclass(thing) and issubclass(thing, Exception):
             kind = "autoexception"
-        text += title(name, "-") + f".. {kind}:: {room}.{name}\n\n"
+        text += f".. {kind}:: {room}.{name}\n\n"
     return text
 
 

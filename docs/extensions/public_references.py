@@ -1,11 +1,16 @@
-"""Links from a class's own module to the page of the public name.
+"""What autodoc shows of the public classes, and links to them.
+
+Links from a class's own module to the page of the public name:
 
 A signature names ``fedmed_flower.clients.base.MedicalClient``; the reference has it as
 ``fedmed_flower.clients.MedicalClient``. What is there but not public stays text.
 """
 
+import inspect
 import re
+import sys
 from importlib import import_module
+from pathlib import Path
 from pkgutil import resolve_name
 
 import generated_pages
@@ -13,6 +18,12 @@ from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+
+from fedmed_flower import MedicalClient
+from fedmed_flower.strategies import FedAvg
+
+OWN = "fedmed_flower."
+RECIPES = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def public_names() -> dict[str, str]:
@@ -62,9 +73,34 @@ def escape_stars(
         lines[number] = "".join(parts)
 
 
+def is_hook(owner: type, name: str) -> bool:
+    """Say whether a method of a client or a strategy is one to call or override.
+
+    Those are the methods that a docstring of the class, or a recipe of CONTRIBUTING, names.
+    """
+    said = "\n".join(base.__doc__ or "" for base in owner.__mro__ if base.__module__.startswith(OWN))
+    # A line of names, such as those under Hooks and Attributes, or a name as code.
+    listed = re.search(rf"^[ ]*(\w+, )*{name}(, \w+)*( :.*)?$|`{name}`", said, re.MULTILINE)
+    return bool(listed or re.search(rf"(`|\.|def ){name}\b", RECIPES))
+
+
+def leave_out(
+    app: Sphinx, kind: str, name: str, thing: object, skip: bool, options: object
+) -> bool | None:
+    """Leave out what a client or a strategy has for the package alone."""
+    home = getattr(inspect.unwrap(getattr(thing, "fget", None) or thing), "__qualname__", "")
+    owner = getattr(
+        sys.modules.get(getattr(thing, "__module__", ""), None), home.split(".")[0], None
+    )
+    if inspect.isclass(owner) and issubclass(owner, (MedicalClient, FedAvg)):
+        return skip or not is_hook(owner, name)
+    return None
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx."""
     app.add_config_value("public_names", public_names(), "")
     app.connect("missing-reference", resolve)
     app.connect("autodoc-process-docstring", escape_stars)
+    app.connect("autodoc-skip-member", leave_out)
     return {"parallel_read_safe": True}
