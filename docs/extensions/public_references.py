@@ -78,7 +78,9 @@ def is_hook(owner: type, name: str) -> bool:
 
     Those are the methods that a docstring of the class, or a recipe of CONTRIBUTING, names.
     """
-    said = "\n".join(base.__doc__ or "" for base in owner.__mro__ if base.__module__.startswith(OWN))
+    said = "\n".join(
+        base.__doc__ or "" for base in owner.__mro__ if base.__module__.startswith(OWN)
+    )
     # A line of names, such as those under Hooks and Attributes, or a name as code.
     listed = re.search(rf"^[ ]*(\w+, )*{name}(, \w+)*( :.*)?$|`{name}`", said, re.MULTILINE)
     return bool(listed or re.search(rf"(`|\.|def ){name}\b", RECIPES))

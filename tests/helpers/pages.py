@@ -17,7 +17,8 @@ A comment on the line above a block changes that:
 - ``<!-- realdata -->``: the block runs if the variable FEDMED_DATA is set.
 - ``<!-- not run: REASON -->``: the block does not run.
 
-Several of them stand on several lines.
+Several of them stand on several lines. A page whose first line is ``<!-- after: PAGE -->`` goes on
+with what the blocks of another page, but for its slow ones, have left.
 """
 
 import os
@@ -34,6 +35,7 @@ BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 MARK = re.compile(r"<!-- (slow|realdata|file|not run)(?:: ([^\n]*?))? -->")
+AFTER = re.compile(r"<!-- after: (\S+) -->\n")
 SECONDS = 900
 
 
@@ -149,7 +151,10 @@ def run_page(path: Path, folder: Path, slow: bool) -> None:
     """Run the blocks of a page in a folder; without `slow`, those that are not slow."""
     for name in ("examples", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
-    names: dict[str, object] = {"__name__": "__main__"}
-    for block in blocks_of(path):
-        if block.runs and block.wanted and (slow or not block.slow):
-            run_block(block, path.name, folder, names)
+    first = AFTER.match(path.read_text(encoding="utf-8"))
+    pages = [(path.with_name(first[1]), False)] if first else []
+    for page, also_slow in [*pages, (path, slow)]:
+        names: dict[str, object] = {"__name__": "__main__"}
+        for block in blocks_of(page):
+            if block.runs and block.wanted and (also_slow or not block.slow):
+                run_block(block, page.name, folder, names)
