@@ -1,7 +1,7 @@
 """The code blocks of a page of the documentation, and what runs them.
 
 Blocks of one page run in order, in one temporary folder in which ``examples`` and ``benchmarks``
-are those of the repository:
+are those of the repository. Pages with commands run in ``make test-slow`` alone.
 
 - ``python``: run in one namespace for the page.
 - ``sh``: run by bash; must exit with 0.
@@ -13,12 +13,13 @@ are those of the repository:
 A comment on the line above a block changes that:
 
 - ``<!-- file: NAME -->``: the block is written to that file.
-- ``<!-- slow -->``: the block runs in ``make test-slow`` alone.
+- ``<!-- long -->``: a page that goes on with this one leaves the block out.
+- ``<!-- always -->``: the block runs also if one before it has failed.
 - ``<!-- realdata -->``: the block runs if the variable FEDMED_DATA is set.
 - ``<!-- not run: REASON -->``: the block does not run.
 
 Several of them stand on several lines. A page whose first line is ``<!-- after: PAGE -->`` goes on
-with what the blocks of another page, but for its slow ones, have left.
+with what the blocks of another page, but for its long ones, have left.
 """
 
 import os
@@ -34,7 +35,7 @@ BLOCK = re.compile(
     r"(?P<text>.*?)^(?P=fence)$",
     re.DOTALL | re.MULTILINE,
 )
-MARK = re.compile(r"<!-- (slow|realdata|file|not run)(?:: ([^\n]*?))? -->")
+MARK = re.compile(r"<!-- (long|always|realdata|file|not run)(?:: ([^\n]*?))? -->")
 AFTER = re.compile(r"<!-- after: (\S+) -->\n")
 SECONDS = 900
 
@@ -56,9 +57,9 @@ class Block:
         )
 
     @property
-    def slow(self) -> bool:
-        """Whether it runs with the slow tests alone."""
-        return "slow" in self.marks
+    def is_command(self) -> bool:
+        """Whether it starts processes."""
+        return "file" not in self.marks and self.kind in {"sh", "console"}
 
     @property
     def wanted(self) -> bool:
@@ -147,14 +148,26 @@ def run_block(block: Block, where: str, folder: Path, names: dict[str, object]) 
             assert agrees(printed, expected), f"{where}: {command} printed\n{printed}"
 
 
-def run_page(path: Path, folder: Path, slow: bool) -> None:
-    """Run the blocks of a page in a folder; without `slow`, those that are not slow."""
+def run_page(path: Path, folder: Path) -> None:
+    """Run the blocks of a page in a folder."""
     for name in ("examples", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
-    first = AFTER.match(path.read_text(encoding="utf-8"))
-    pages = [(path.with_name(first[1]), False)] if first else []
-    for page, also_slow in [*pages, (path, slow)]:
-        names: dict[str, object] = {"__name__": "__main__"}
-        for block in blocks_of(page):
-            if block.runs and block.wanted and (also_slow or not block.slow):
-                run_block(block, page.name, folder, names)
+    before = AFTER.match(path.read_text(encoding="utf-8"))
+    if before:
+        page = path.with_name(before[1])
+        run_blocks([block for block in blocks_of(page) if "long" not in block.marks], page, folder)
+    run_blocks(blocks_of(path), path, folder)
+
+
+def run_blocks(blocks: list[Block], page: Path, folder: Path) -> None:
+    """Run blocks of a page, one after the other."""
+    names: dict[str, object] = {"__name__": "__main__"}
+    wanted = [block for block in blocks if block.runs and block.wanted]
+    for number, block in enumerate(wanted):
+        try:
+            run_block(block, page.name, folder, names)
+        except BaseException:
+            for left in wanted[number + 1 :]:
+                if "always" in left.marks:
+                    run_block(left, page.name, folder, names)
+            raise
