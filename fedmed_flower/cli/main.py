@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedmed_flower.cli.data import data_app
+from fedmed_flower.cli.listing import list_all
 from fedmed_flower.cli.new import new
 from fedmed_flower.cli.run import demo, run
 from fedmed_flower.cli.settings import settings
@@ -28,6 +29,7 @@ app.command()(run)
 app.command()(demo)
 app.command()(statistics)
 app.command()(settings)
+app.command("list")(list_all)
 
 
 @app.command()
