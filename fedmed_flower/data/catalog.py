@@ -72,7 +72,7 @@ DATA_SETS = (
     ),
     DataSet(
         "cohorts.intensive_care",
-        "2,179 stays in intensive care at 186 hospitals, 33 columns, death in hospital",
+        "2,179 stays in intensive care at 186 hospitals, 34 columns, death in hospital",
         "ODbL 1.0, eICU demo of PhysioNet",
         "0.3 MB",
         f"{_FOLDER}/eicu-demo",
