@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from fedmed_flower.cli.data import data_app
+from fedmed_flower.cli.listing import list_all
+from fedmed_flower.cli.new import new
 from fedmed_flower.cli.run import demo, run
 from fedmed_flower.cli.settings import settings
 from fedmed_flower.cli.statistics import statistics
@@ -22,10 +24,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.command()(new)
 app.command()(run)
 app.command()(demo)
 app.command()(statistics)
 app.command()(settings)
+app.command("list")(list_all)
 
 
 @app.command()
