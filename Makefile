@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check coverage clean
+.PHONY: demo test test-slow check coverage docs clean
 
 demo: $(READY)  ## Five hospitals train a chest X-ray classifier; prints where the report is.
 	$(BIN)/fedmed demo
@@ -22,6 +22,10 @@ check: $(READY)  ## Style, types and floors.
 
 coverage: $(READY)  ## The test suite, and the lines of each file that it leaves out.
 	$(BIN)/python -m pytest -m "not slow" -n 2 --cov=fedmed_flower --cov-report=term-missing:skip-covered
+
+docs: $(READY)  ## The documentation as pages, in build/docs; a warning is an error.
+	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 # torch first and alone, so that a CPU build that pip is pointed to is taken as it is.
 $(READY): pyproject.toml constraints.txt

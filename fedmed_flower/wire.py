@@ -6,7 +6,8 @@ that the hospital sets. `known`: unchanged, and assumed to be known in every pri
 `noised`: with noise that was charged, or computed from such numbers alone. `never`: it does not
 leave.
 
-``docs/privacy.md`` has the same tables, and a test compares them with real messages and replies.
+``docs/reference/what-travels.md`` has the same tables, and a test compares them with real messages
+and replies.
 The report uses them to list what each hospital has in fact sent.
 """
 

@@ -1,6 +1,6 @@
 """A hospital that finds lesions in CT: its folder of DICOM series is all that it gives."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedmed_flower import ClassificationClient, InputError, Site, SiteData
@@ -35,8 +35,7 @@ class CTHospital(ClassificationClient):
                     "write them with examples/dicom/write.py, or give --sites"
                 )
             folder = folders[site.index]
-        data = load_folder(folder, self.settings.seed)
-        return replace(data, generated=(folder / "GENERATED").exists())
+        return load_folder(folder, self.settings.seed)
 
 
 app = CTHospital.client_app()

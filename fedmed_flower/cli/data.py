@@ -1,4 +1,4 @@
-"""The commands `fedmed data ...`: check a hospital's folder before it takes part."""
+"""The commands `fedmed data ...`: what a hospital's folder must look like, and whether it does."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from fedmed_flower.cli.options import WHAT_THEY_HOLD, Kind
 from fedmed_flower.cli.tables import console, input_errors, print_table
 from fedmed_flower.errors import InputError, shown
 
 if TYPE_CHECKING:
     from fedmed_flower.data.checks import Finding
 
-data_app = typer.Typer(help="Check a hospital's own data.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Check a hospital's own data; write generated data in the same layout.",
+    no_args_is_help=True,
+)
 
 # Bounds the values that are listed: an image that was mistaken for a mask may hold thousands.
 _MOST_VALUES = 12
@@ -71,6 +75,29 @@ def check(
         console.print(f"{len(problems)} problem{'s' * (len(problems) > 1)}", style="red")
         raise typer.Exit(1)
     console.print("no problems")
+
+
+@data_app.command()
+def phantoms(
+    folder: Annotated[Path, typer.Argument(help="The hospitals' folders are written into it.")],
+    names: Annotated[list[str], typer.Argument(help="The hospitals.")],
+    kind: Annotated[Kind, typer.Option("--for", help=f"{WHAT_THEY_HOLD}.")],
+) -> None:
+    """Write generated patients of hospitals as files, as an app of `fedmed new` reads them."""
+    from fedmed_flower.data.phantom_folders import write_phantoms
+
+    with input_errors():
+        folders = [folder / name for name in names]
+        for path in folders:
+            # A name must not lead out of the folder.
+            if path.parent != folder or path.name == "..":
+                raise InputError(f"a hospital's name must be that of one folder, got {path.name!r}")
+            if path.exists():
+                raise InputError(f"{path} exists already: give another folder or name")
+        for index, path in enumerate(folders):
+            write_phantoms(path, kind, index)
+            files = sum(entry.is_file() for entry in path.rglob("*"))
+            console.print(f"{path}: {files} files")
 
 
 def _check_node(text: str) -> None:

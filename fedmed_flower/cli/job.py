@@ -233,15 +233,6 @@ def with_choices_of(
     return config
 
 
-def examples() -> Path:
-    """Return the folder of the example apps."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "examples", package / "examples"):
-        if (folder / "pneumonia" / "pyproject.toml").is_file():
-            return folder
-    raise InputError("the example apps are not installed: run fedmed demo from a checkout")
-
-
 def execute(job: Job) -> None:
     """Run a job and print its results; the last line gives the outcome and the run folder."""
     planned = job.planned_rounds

@@ -10,6 +10,8 @@ import typer
 
 from fedmed_flower.cli.data import data_app
 from fedmed_flower.cli.pages import card, compare
+from fedmed_flower.cli.listing import list_all
+from fedmed_flower.cli.new import new
 from fedmed_flower.cli.run import demo, run
 from fedmed_flower.cli.settings import settings
 from fedmed_flower.cli.statistics import statistics
@@ -23,12 +25,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.command()(new)
 app.command()(run)
 app.command()(demo)
 app.command()(statistics)
 app.command()(settings)
 app.command()(card)
 app.command()(compare)
+app.command("list")(list_all)
 
 
 @app.command()

@@ -27,3 +27,27 @@ class Options:
     resume: Path | None = None
     data: Path | None = None
     node_config: Path | None = None
+
+
+class Kind(StrEnum):
+    """What the hospitals of an app hold."""
+
+    IMAGES = "images"
+    MASKS = "masks"
+    TABLE = "table"
+    SURVIVAL = "survival"
+    GENOMES = "genomes"
+    OTHER = "other"
+
+
+MEANINGS = {
+    Kind.IMAGES: "images to classify (ClassificationClient)",
+    Kind.MASKS: "images in which structures are outlined (SegmentationClient)",
+    Kind.TABLE: "tables with a column to predict (TabularClient)",
+    Kind.SURVIVAL: "tables with the time until an event (SurvivalClient)",
+    Kind.GENOMES: "genotypes, for an association study (GenomicsClient)",
+    Kind.OTHER: "rows of a form of your own (MedicalClient)",
+}
+WHAT_THEY_HOLD = "What the hospitals hold. " + "; ".join(
+    f"{kind}: {meaning}" for kind, meaning in MEANINGS.items()
+)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fedmed_flower.cli.listing import examples
 from fedmed_flower.cli.options import Engine, Options
 from fedmed_flower.cli.tables import console, input_errors
 
@@ -55,7 +56,7 @@ def demo(
     ] = None,
 ) -> None:
     """Train a chest X-ray classifier at five simulated hospitals, and write a report."""
-    from fedmed_flower.cli.job import examples, execute, prepare
+    from fedmed_flower.cli.job import execute, prepare
     from fedmed_flower.data.download import SourceUnavailable
     from fedmed_flower.data.site import GENERATED
     from fedmed_flower.data.sources import load_dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,17 +34,18 @@ def settings(
         if markdown:
             typer.echo(as_markdown())
             return
-        own, given = ([], {}) if path is None else _of_app(path)
-        listed = [*entries([*RUN, *own]), *node_entries()]
+        own, node_keys, given = ([], (), {}) if path is None else _of_app(path)
+        listed = [*entries([*RUN, *own]), *node_entries(node_keys)]
         word = search.lower()
         matching = [entry for entry in listed if word in f"{entry.key} {entry.meaning}".lower()]
         if not matching:
-            raise InputError(f"no setting has {search!r} in its name or meaning")
+            of_apps = "" if path else ": `fedmed settings APP` also lists those of an app"
+            raise InputError(f"no setting has {search!r} in its name or meaning{of_apps}")
         print_table(console, _table(matching, given, path is not None))
 
 
-def _of_app(path: Path) -> tuple[list[Any], dict[str, Any]]:
-    """Return an app's own sections and the values that it sets."""
+def _of_app(path: Path) -> tuple[list[Any], Collection[str], dict[str, Any]]:
+    """Return an app's own sections, its keys of the node config, and the values that it sets."""
     from fedmed_flower.engines.project import load_project
     from fedmed_flower.settings.registry import Sectioned
     from fedmed_flower.settings.text import expand
@@ -55,7 +57,7 @@ def _of_app(path: Path) -> tuple[list[Any], dict[str, Any]]:
             f"the client of {project.name} is not one of this package: it has the settings that "
             "its pyproject.toml declares"
         )
-    return [*client.sections], expand(project.declared)
+    return [*client.sections], client.node_keys, expand(project.declared)
 
 
 def _table(listed: list[Entry], given: dict[str, Any], of_app: bool) -> Table:

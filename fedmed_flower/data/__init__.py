@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fedmed_flower.data.partition import by_quantity as by_quantity
     from fedmed_flower.data.partition import dirichlet_shares as dirichlet_shares
     from fedmed_flower.data.partition import split_by_shares as split_by_shares
+    from fedmed_flower.data.phantom_folders import phantom_folder as phantom_folder
     from fedmed_flower.data.phantoms import chest_xrays as chest_xrays
     from fedmed_flower.data.phantoms import hippocampi as hippocampi
     from fedmed_flower.data.schema import Schema as Schema
@@ -33,6 +34,7 @@ __getattr__, __all__ = on_demand(
         "load_dataset": "sources",
         "load_folder": "datalist",
         "load_hippocampus": "decathlon",
+        "phantom_folder": "phantom_folders",
         "read_table": "schema",
         "split_by_shares": "partition",
         "split_patients": "splits",

@@ -13,7 +13,7 @@ import pydicom
 
 from fedmed_flower.data.bounded import links_out, real_path
 from fedmed_flower.data.dicom import HEADER, dicom_files, is_dicom, is_placed, open_dicom
-from fedmed_flower.data.site import NO_FOLDER, SPLITS, SiteData
+from fedmed_flower.data.site import MARK, NO_FOLDER, SPLITS, SiteData
 from fedmed_flower.data.splits import split_patients as split_patients
 from fedmed_flower.data.tables import LINK_OUT, Line, read_csv, read_dataset, rows_of
 from fedmed_flower.errors import InputError, shown
@@ -97,7 +97,8 @@ def load_folder(
 ) -> SiteData:
     """Read a hospital's folder with `read_folder` and divide its rows with `split_patients`.
 
-    Each problem of `read_folder` is a warning in the log. Parameters and errors are those of these
+    Each problem of `read_folder` is a warning in the log. A file ``GENERATED`` in the folder marks
+    its images as those of no patient. Parameters and errors are those of these
     two functions; None, which a hospital without a folder has as `data_dir`, is an error too.
     """
     if folder is None:
@@ -105,14 +106,15 @@ def load_folder(
     listing = read_folder(folder)
     for problem in listing.problems:
         log.warning("%s", problem)
-    name = Path(folder).expanduser().resolve().name
+    path = Path(folder).expanduser()
     parts = split_patients(listing.rows, seed, shares)
     train, val, test = (parts[split] for split in SPLITS)
     return SiteData(
         train,
         val,
         test,
-        source=shown(f"folder {name}, {listing.layout}"),
+        source=shown(f"folder {path.resolve().name}, {listing.layout}"),
+        generated=(path / MARK).exists(),
         class_names=listing.class_names,
         rejected=len(listing.problems),
     )

@@ -25,6 +25,8 @@ log = logging.getLogger("flwr.fedmed")
 
 Row = Mapping[str, Any]
 GENERATED = "generated data, not patients"
+# A file of this name in a hospital's folder says that no patient stands behind the others.
+MARK = "GENERATED"
 SPLITS = ("train", "val", "test")
 
 # A whole number as spreadsheets, data frames and people write it.

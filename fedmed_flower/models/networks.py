@@ -105,18 +105,22 @@ def _weights(name: str, args: str) -> int:
         return 0
 
 
-def _named(name: str) -> Callable[..., Any]:
-    """Return the network class, or the function that returns a network, of MONAI by its name."""
+def known_networks() -> dict[str, Callable[..., Any]]:
+    """Return MONAI's network classes, and functions that return a network, by their names."""
     # Imported here: MONAI takes seconds, which a client for tables does not need.
     from monai.networks import nets
 
-    known: dict[str, Callable[..., Any]] = {
+    return {
         key: value
         for key, value in vars(nets).items()
         # Functions named get_... look something up or download it.
         if (_is_network(value) or (inspect.isfunction(value) and not key.startswith("get_")))
         and value.__module__.startswith("monai.networks.")
     }
+
+
+def _named(name: str) -> Callable[..., Any]:
+    known = known_networks()
     if name in known:
         return known[name]
     # Among several spellings of one network, its own name comes last, so that `spelled` keeps it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Self
@@ -13,7 +12,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.settings.allowed import Within
 from fedmed_flower.settings.disclosure import FEWEST
 from fedmed_flower.settings.section import Section, key_of, setting
-from fedmed_flower.settings.text import nearest
+from fedmed_flower.settings.text import unknown_key
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,7 @@ class NodeSettings(Section):
         known = [*NODE_KEYS, *more]
         for key in config:
             if key not in known:
-                hint = nearest(str(key), known)
-                raise InputError(f"the node config has an unknown key {key!r}: {hint}")
+                raise unknown_key("the node config has an unknown key", str(key), known)
         settings = cls.from_run_config(config)
         _require_whole_budget(settings, config)
         return settings
@@ -119,11 +117,8 @@ def _require_whole_budget(settings: NodeSettings, config: UserConfig) -> None:
         return
     if missing := budget - given:
         raise InputError(f"{min(given)} in the node config needs {min(missing)} beside it")
-    epsilon = settings.budget_epsilon
-    if not 0 < epsilon < math.inf:
-        raise InputError(f"budget-epsilon must be above 0 and finite, got {epsilon}")
-    if not 0 < settings.budget_delta < 1:
-        raise InputError(f"budget-delta must be above 0 and below 1, got {settings.budget_delta}")
+    settings.require_positive("budget_epsilon")
+    settings.require("budget_delta", settings.budget_delta > 0, "above 0 and below 1")
     if not config.get("private-metrics", True):
         raise InputError(
             "private-metrics=false excludes budget-epsilon, since no budget bounds metrics "

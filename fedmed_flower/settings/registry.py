@@ -13,7 +13,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from flwr.app import UserConfig, UserConfigValue
 
-from fedmed_flower.errors import InputError
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.imaging import ImagingSettings
 from fedmed_flower.settings.model import ModelSettings
@@ -26,7 +25,7 @@ from fedmed_flower.settings.study import Study
 from fedmed_flower.settings.survey import SurveySettings
 from fedmed_flower.settings.survival import SurvivalSettings
 from fedmed_flower.settings.tabular import TabularSettings
-from fedmed_flower.settings.text import expand, nearest, text_of
+from fedmed_flower.settings.text import expand, text_of, unknown_key
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.settings.trees import TreeSettings
 
@@ -98,9 +97,14 @@ def entries(sections: Iterable[type[Section]], where: str = "run config") -> lis
     return list(listed.values())
 
 
-def node_entries() -> list[Entry]:
-    """Return the settings of a hospital's node config."""
-    return entries([NodeSettings], "node config")
+def node_entries(own: Collection[str] = ()) -> list[Entry]:
+    """Return the settings of a hospital's node config; `own` are keys that an app adds."""
+    where = "node config"
+    added = [
+        Entry(key, NodeSettings, "", "", "", "The app's own, which its client reads.", where)
+        for key in own
+    ]
+    return [*entries([NodeSettings], where), *added]
 
 
 def defaults(own: Sections = ()) -> UserConfig:
@@ -111,6 +115,12 @@ def defaults(own: Sections = ()) -> UserConfig:
 @cache
 def _defaults(own: tuple[type[Section], ...]) -> UserConfig:
     return {entry.key: entry.default for entry in entries([*RUN, *own])}
+
+
+@cache
+def listed() -> frozenset[str]:
+    """Return the keys that `fedmed settings` lists without an app."""
+    return frozenset(entry.key for entry in (*entries(RUN), *node_entries()))
 
 
 def choices(own: Sections = ()) -> set[str]:
@@ -146,10 +156,9 @@ def require_known(config: UserConfig, own: Sections = ()) -> None:
     known = _defaults(tuple(own))
     for key in expand(config):
         if key not in known:
-            raise InputError(
-                f"unknown setting {key!r}: {nearest(key, [*known])} (an app's own key must be a "
-                "field of a Section that its client names in `sections`)"
-            )
+            own_keys = "a field of a Section that its client names in `sections`"
+            more = f" (an app's own key must be {own_keys})"
+            raise unknown_key("unknown setting", key, known, more)
 
 
 def effective(config: UserConfig, sections: Sections) -> UserConfig:

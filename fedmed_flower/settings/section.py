@@ -8,9 +8,8 @@ from typing import Any, Self, TypeVar
 
 from flwr.app import UserConfig
 
-from fedmed_flower.errors import InputError
 from fedmed_flower.settings.allowed import Allowed
-from fedmed_flower.settings.text import expand, with_type_of
+from fedmed_flower.settings.text import expand, setting_error, with_type_of
 
 T = TypeVar("T", bool, int, float, str)
 
@@ -80,9 +79,9 @@ class Section:
     Warmup(warmup_rounds=3)
     >>> Warmup.from_run_config({"settings": "warmup-rounds = 3"})
     Warmup(warmup_rounds=3)
-    >>> Warmup.from_run_config({"warmup-rounds": -1})
+    >>> Warmup.from_run_config({"warmup-rounds": -1})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    fedmed_flower.errors.InputError: warmup-rounds must be from 0 to 100, got -1
+    fedmed_flower.errors.InputError: warmup-rounds must be from 0 to 100, got -1; see `fedmed ...
     """
 
     def __post_init__(self) -> None:
@@ -121,7 +120,8 @@ class Section:
     def require(self, name: str, fulfilled: bool, bound: str) -> None:
         """Raise `InputError` if a field is not as it must be."""
         if not fulfilled:
-            raise InputError(f"{key_of(name)} must be {bound}, got {getattr(self, name)!r}")
+            key = key_of(name)
+            raise setting_error(f"{key} must be {bound}, got {getattr(self, name)!r}", key)
 
     def require_positive(self, name: str) -> None:
         """Raise `InputError` if a field is not above 0 and finite."""

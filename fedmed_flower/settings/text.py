@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Collection, Mapping
+from importlib import import_module
 from typing import Any
 
 import tomli_w
@@ -40,9 +41,11 @@ def expand(config: UserConfig) -> UserConfig:
     declared = {key: value for key, value in config.items() if key != SETTINGS}
     settings = parse(config[SETTINGS])
     if twice := sorted(settings.keys() & declared.keys()):
-        raise InputError(
-            f"{twice[0]} is given twice, by itself ({declared[twice[0]]!r}) and in settings "
-            f"({settings[twice[0]]!r}): give it once"
+        key = twice[0]
+        raise setting_error(
+            f"{key} is given twice, by itself ({declared[key]!r}) and in settings "
+            f"({settings[key]!r}): give it once",
+            key,
         )
     return declared | settings
 
@@ -103,7 +106,7 @@ def override(
         if not separator or not key:
             raise InputError(f"-c takes key=value, got {text!r}")
         if key not in types:
-            raise InputError(f"the app has no setting {key!r}: {nearest(key, types)}")
+            raise unknown_key("the app has no setting", key, types)
         values[key] = with_type_of(types[key], _parse_value(raw, types[key]), key)
     return assign(declared, values)
 
@@ -136,14 +139,35 @@ def text_of(value: UserConfigValue) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def nearest(key: str, known: Collection[str]) -> str:
-    """Return a hint: the known key that a wrong one is near to, or a list if there are few."""
+def setting_error(text: str, key: str) -> InputError:
+    """Return the error about a setting: it ends with the command that says what is known of it."""
+    # Imported here, by its name, since the registry imports this module.
+    listed = import_module("fedmed_flower.settings.registry").listed()
+    app = "" if key in listed else "APP "
+    join = " " if text.endswith("?") else "; "
+    return InputError(f"{text}{join}see `fedmed settings {app}--search {key}`")
+
+
+def unknown_key(what: str, key: str, known: Collection[str], more: str = "") -> InputError:
+    """Return the error about a key that is not known.
+
+    Parameters
+    ----------
+    what : str
+        Start of the text.
+    key : str
+    known : collection of str
+        The text names the nearest one, or all of them if there are few.
+    more : str
+        What the text says after that.
+    """
     near = difflib.get_close_matches(key.replace("_", "-"), sorted(known), n=1, cutoff=0.6)
     if near:
-        return f"did you mean {near[0]}?"
+        return setting_error(f"{what} {key!r}: did you mean {near[0]}?{more}", near[0])
+    hint = "`fedmed settings` lists those there are"
     if len(known) <= 12:
-        return f"known: {', '.join(sorted(known))}"
-    return "`fedmed settings` lists those there are"
+        hint = f"known: {', '.join(sorted(known))}"
+    return InputError(f"{what} {key!r}: {hint}{more}")
 
 
 def with_type_of(default: Any, value: Any, key: str) -> Any:
@@ -158,9 +182,10 @@ def with_type_of(default: Any, value: Any, key: str) -> Any:
         try:
             return float(value)
         except OverflowError:
-            raise InputError(f"{key} must be a number between -1e308 and 1e308") from None
+            text = f"{key} must be a number between -1e308 and 1e308"
+            raise setting_error(text, key) from None
     if type(value) is not type(default):
-        raise InputError(f"{key} must be of type {type(default).__name__}, got {value!r}")
+        raise setting_error(f"{key} must be of type {type(default).__name__}, got {value!r}", key)
     return value
 
 

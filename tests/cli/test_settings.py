@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from deployment_helper import write_app
 from typer.testing import CliRunner
 
 from fedmed_flower.cli.main import app
@@ -19,6 +20,11 @@ from fedmed_flower.settings.registry import (
 )
 
 ROOT = Path(__file__).parents[2]
+SERVER = """
+    from flwr.serverapp import ServerApp
+
+    app = ServerApp()
+"""
 HEAVY = ("torch", "flwr", "numpy", "matplotlib", "monai", "pandas", "scipy")
 
 
@@ -56,7 +62,46 @@ def test_a_search_finds_names_and_meanings():
     assert not re.search(r"│ batch-size +│", output)
     code, output = shown("--search", "xyzzy")
     assert code == 2
-    assert "no setting has 'xyzzy' in its name or meaning" in output
+    assert "no setting has 'xyzzy' in its name or meaning: `fedmed settings APP` also" in output
+
+
+def test_what_an_error_about_a_setting_says_can_be_typed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    client = """
+        from dataclasses import dataclass
+
+        from tiny import TinyClient
+
+        from fedmed_flower.settings import Section, Within, setting
+
+
+        @dataclass(frozen=True)
+        class Own(Section):
+            depth: int = setting(2, "How deep.", Within(1, 9))
+
+
+        class Client(TinyClient):
+            sections = (Own,)
+            node_keys = ("ward",)
+
+
+        app = Client.client_app()
+    """
+    write_app(tmp_path / "app", SERVER, client, settings="")
+    listed = {}
+    for text in ("depth=10", "batch-size=0", "batchsize=3", "seed=-1"):
+        result = CliRunner().invoke(app, ["run", str(tmp_path / "app"), "-c", text])
+        assert result.exit_code == 2
+        last = result.output.splitlines()[-1]
+        (command,) = re.findall(r" see `fedmed (.*)`$", last)
+        listed[text] = command
+        code, output = shown(*command.replace("APP", str(tmp_path / "app")).split()[1:])
+        assert code == 0
+        assert re.search(rf"│ {command.split()[-1]} +│", output)
+    assert listed["depth=10"] == "settings APP --search depth"
+    assert listed["batch-size=0"] == listed["batchsize=3"] == "settings --search batch-size"
+    # The error about a node config can name a key that the app adds to it.
+    assert row(shown(tmp_path / "app")[1], "ward")[-1] == "The app's own, which its client reads."
 
 
 def test_an_app_of_somebody_else_has_the_settings_that_it_declares(tmp_path):
@@ -70,8 +115,8 @@ def test_an_app_of_somebody_else_has_the_settings_that_it_declares(tmp_path):
 
 def test_the_page_of_the_documentation_is_what_the_command_prints():
     _, output = shown("--markdown")
-    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert page.endswith(output), "write docs/settings.md again: fedmed settings --markdown"
+    page = (ROOT / "docs" / "reference" / "settings.md").read_text(encoding="utf-8")
+    assert page.endswith(output), "write the page again: fedmed settings --markdown"
     assert "| `min-cell-count` | `10` | at least 1, patients |" in output
     for key in ("min-cell-count", "bundle", "private-metrics"):
         assert output.count(f"| `{key}` |") == 2
@@ -92,11 +137,11 @@ def test_help_loads_nothing_heavy(arguments):
 
 
 def test_the_section_that_the_page_shows_is_known_and_checked():
-    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "settings.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names = {"__name__": "page"}
     exec(compile(code, "settings.md", "exec"), names)
     own = sections_of(names["Hospital"])
     require_known({"min-age": 20, "ward": "icu", "local-epochs": 2}, own)
-    with pytest.raises(InputError, match=r"^min-age must be from 0 to 120, got 130$"):
+    with pytest.raises(InputError, match=r"^min-age must be from 0 to 120, got 130; see `"):
         names["Cohort"].from_run_config({"min-age": 130})

@@ -21,6 +21,7 @@ from tiny import (
     model_arrays,
     node_of,
     run_tiny,
+    says,
     trained,
 )
 from torch import nn
@@ -203,7 +204,7 @@ def test_in_a_simulation_the_text_of_an_error_is_told(where):
 
 def test_in_a_simulation_the_text_of_a_wrong_setting_is_told():
     reason = error_of(TinyClient, context=context_of(batch_size=0))
-    assert reason == "batch-size must be from 1 to 1,000,000, got 0"
+    assert re.search(says("batch-size must be from 1 to 1,000,000, got 0"), reason)
 
 
 def test_a_supernode_without_a_name_is_told_by_class_alone():

@@ -181,7 +181,7 @@ def test_a_hospital_can_decline(tmp_path):
     assert error_of(client, node_config=budget) == text
     assert error_of(client, node_config=north | {"private-metrics": True}) == text
     assert error_of(client, node_config=north | {"personal": "no"}) == "InputError"
-    text = "personal must be of type bool, got 'no'"
+    text = "personal must be of type bool, got 'no'; see `fedmed settings --search personal`"
     node = {"partition-id": 0, "num-partitions": 3, "personal": "no"}
     assert error_of(client, node_config=node) == text
 

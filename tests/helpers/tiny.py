@@ -24,8 +24,11 @@ CONFIG |= {"pictures": 0}
 
 
 def says(text):
-    """Return the pattern that matches this text and no other."""
-    return f"^{re.escape(text)}$"
+    """Return the pattern that matches this text and no other.
+
+    An error about a setting goes on with where to read more: `tests/settings` tests those words.
+    """
+    return f"^{re.escape(text)}(;? see `fedmed settings (APP )?--search [a-z0-9-]+`)?$"
 
 
 def make_rows(count, seed, name="p", classes=2):

@@ -49,8 +49,9 @@ def test_every_setting_says_what_it_means_and_its_default_is_allowed(section, en
 def test_every_wrong_value_is_refused_by_key_bound_and_value(section, entry):
     key = key_of(entry.name)
     kind = type(entry.default)
+    more = f"; see `fedmed settings --search {key}`"
     for value in OTHER_TYPES[kind]:
-        text = f"{key} must be of type {kind.__name__}, got {value!r}"
+        text = f"{key} must be of type {kind.__name__}, got {value!r}{more}"
         with pytest.raises(InputError, match=f"^{re.escape(text)}$"):
             section.from_run_config({key: value})
     allowed = setting_of(entry).allowed
@@ -60,7 +61,7 @@ def test_every_wrong_value_is_refused_by_key_bound_and_value(section, entry):
     assert wrong
     for value in wrong:
         value = int(value) if kind is int else value
-        text = f"{key} must be {allowed.words}, got {value!r}"
+        text = f"{key} must be {allowed.words}, got {value!r}{more}"
         with pytest.raises(InputError, match=f"^{re.escape(text)}$"):
             section.from_run_config({key: value})
 
@@ -103,16 +104,22 @@ def test_an_unknown_key_is_refused_with_the_nearest(key, hint):
     for config in ({key: 1.0}, {"settings": f"{key} = 1.0"}):
         with pytest.raises(InputError) as error:
             require_known(config)
+        nearest = re.findall(r"did you mean (.*)\?", hint)
         assert str(error.value) == (
             f"unknown setting {key!r}: {hint} (an app's own key must be a field of a Section that "
             "its client names in `sections`)"
-        )
+        ) + "".join(f"; see `fedmed settings --search {known}`" for known in nearest)
 
 
 def test_keys_of_the_apps_own_are_known_and_checked():
     require_known({"tissue-type": "liver"}, [Mine])
-    with pytest.raises(InputError, match="did you mean tissue-type"):
+    # The command lists an app's own keys only if it is given the app.
+    with pytest.raises(InputError, match=r"did you mean tissue-type.* APP --search"):
         require_known({"tissue_typ": "liver"}, [Mine])
+    text = "tissue-type must be one of brain, liver, got 'bone'"
+    with pytest.raises(InputError) as error:
+        Mine(tissue_type="bone")
+    assert str(error.value) == f"{text}; see `fedmed settings APP --search tissue-type`"
     assert defaults([Mine])["tissue-type"] == "brain"
     assert "tissue-type" not in defaults()
     assert choices([Mine]) - choices() == {"tissue-type"}

@@ -1,7 +1,7 @@
-import re
 from dataclasses import dataclass
 
 import pytest
+from tiny import says
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.settings import OneOf, Section, Within, setting
@@ -13,10 +13,6 @@ class Training(Section):
     learning_rate: float = setting(0.01, "Of the optimizer.", Within(0.0, above=True))
     optimizer: str = setting("adam", "", OneOf(("adam", "sgd")))
     amp: bool = False
-
-
-def exactly(text: str) -> str:
-    return f"^{re.escape(text)}$"
 
 
 def test_section_takes_its_keys_and_leaves_the_others():
@@ -59,7 +55,7 @@ def test_an_int_stands_for_a_float():
     ],
 )
 def test_section_says_what_is_wrong(config, text):
-    with pytest.raises(InputError, match=exactly(text)):
+    with pytest.raises(InputError, match=says(text)):
         Training.from_run_config(config)
 
 
@@ -69,5 +65,5 @@ def test_a_number_too_large_for_a_float_is_an_input_error():
 
 
 def test_bounds_hold_where_the_section_is_made_by_hand():
-    with pytest.raises(InputError, match=exactly("local-epochs must be at least 1, got -1")):
+    with pytest.raises(InputError, match=says("local-epochs must be at least 1, got -1")):
         Training(local_epochs=-1)

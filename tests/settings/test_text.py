@@ -1,16 +1,13 @@
 import re
 
 import pytest
+from tiny import says
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.settings.text import SETTINGS, assign, expand, override
 
 APP = {"learning-rate": 0.1, "local-epochs": 2, "model": "unet", "resume": False}
 KNOWN = {"batch-size": 32, "device": "auto", "delta": 1e-5, "seed": 0}
-
-
-def exactly(text: str) -> str:
-    return f"^{re.escape(text)}$"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +68,7 @@ def test_override_leaves_the_defaults_and_takes_the_last_of_two():
     ],
 )
 def test_override_says_what_is_wrong(text, expected):
-    with pytest.raises(InputError, match=exactly(expected)):
+    with pytest.raises(InputError, match=says(expected)):
         override(APP, [text], {})
 
 
@@ -134,8 +131,55 @@ def test_a_key_that_the_app_does_not_declare_goes_into_the_text():
         **{"local-epochs": 9, "batch-size": 8, "device": "cpu", "seed": 5},
     }
     assert override(app, [], KNOWN) == app
-    with pytest.raises(InputError, match=exactly("batch-size must be of type int, got 'few'")):
+    with pytest.raises(InputError, match=says("batch-size must be of type int, got 'few'")):
         override(app, ["batch-size=few"], KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "batch-size=few",
+            "batch-size must be of type int, got 'few'; see `fedmed settings --search batch-size`",
+        ),
+        (
+            "delta=1" + "0" * 400,
+            "delta must be a number between -1e308 and 1e308; see `fedmed settings --search delta`",
+        ),
+        (
+            "resume=1",
+            "resume must be of type bool, got 1; see `fedmed settings --search resume`",
+        ),
+        # The app's own.
+        (
+            "depth=deep",
+            "depth must be of type int, got 'deep'; see `fedmed settings APP --search depth`",
+        ),
+        (
+            "local-epoch=5",
+            "the app has no setting 'local-epoch': did you mean local-epochs? see "
+            "`fedmed settings --search local-epochs`",
+        ),
+        (
+            "dept=5",
+            "the app has no setting 'dept': did you mean depth? see "
+            "`fedmed settings APP --search depth`",
+        ),
+    ],
+)
+def test_an_error_about_a_setting_ends_with_where_to_read_more_of_it(text, expected):
+    with pytest.raises(InputError) as error:
+        override(APP | {"depth": 2}, [text], KNOWN)
+    assert str(error.value) == expected
+
+
+def test_what_is_given_twice_says_where_to_read_more_of_it():
+    with pytest.raises(InputError) as error:
+        expand({"seed": 2, SETTINGS: "seed = 1"})
+    assert str(error.value) == (
+        "seed is given twice, by itself (2) and in settings (1): give it once; see "
+        "`fedmed settings --search seed`"
+    )
 
 
 def test_an_app_without_the_text_is_told_to_declare_it():
@@ -158,7 +202,7 @@ def test_an_unknown_key_gets_the_nearest_name_or_where_they_are_listed():
     many = {f"key-{number}": 0 for number in range(20)}
     with pytest.raises(
         InputError,
-        match=exactly("the app has no setting 'zz': `fedmed settings` lists those there are"),
+        match=says("the app has no setting 'zz': `fedmed settings` lists those there are"),
     ):
         override(APP, ["zz=1"], many)
     with pytest.raises(InputError, match="did you mean batch-size"):

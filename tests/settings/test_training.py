@@ -80,7 +80,7 @@ def test_settings_name_key_bound_and_value(config, text):
 
 
 def test_weight_decay_must_be_finite():
-    with pytest.raises(InputError, match=r"^weight-decay must be .*got inf$"):
+    with pytest.raises(InputError, match=r"^weight-decay must be .*got inf; see"):
         Settings.from_run_config({"weight-decay": math.inf})
 
 

@@ -51,7 +51,8 @@ def split_by(folder, key):
 
 
 def test_a_new_data_set_takes_twenty_lines(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/imaging.md").read_text(), re.DOTALL)
+    text = (ROOT / "docs/guides/imaging.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     subclass = code[code.index("class ") :]
     assert len(subclass.splitlines()) <= 20
     names = {}

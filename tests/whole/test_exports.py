@@ -10,7 +10,7 @@ import fedmed_flower
 
 PACKAGE = Path(fedmed_flower.__file__).parent
 ROOT = PACKAGE.parent
-TEXT = (PACKAGE.parent / "docs" / "architecture.md").read_text().partition("## Public names")[2]
+TEXT = (ROOT / "docs" / "reference" / "public-names.md").read_text()
 LISTED = {
     row[1]: re.findall(r"`(\w+)`", row[2]) for row in re.finditer(r"\| `([\w.]+)` \| (.*) \|", TEXT)
 }
@@ -36,7 +36,7 @@ def test_another_name_is_none_of_a_room():
         fedmed_flower.trees.x  # noqa: B018
 
 
-TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.toml")]
+TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.toml")]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: f"{path.parent.name}/{path.name}")

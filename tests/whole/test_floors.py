@@ -26,8 +26,8 @@ def floor_of(module):
 def files():
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        # What a room exports, it loads when it is asked for it.
-        if not module.endswith("__init__"):
+        # What a room exports, it loads when it is asked for it. Templates are copied, not imported.
+        if not module.endswith("__init__") and not module.startswith("templates."):
             yield module, path
 
 

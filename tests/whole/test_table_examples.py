@@ -25,7 +25,7 @@ def run(name, folder, *arguments):
 
 def test_the_documents_client_predicts_how_diabetes_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs/tables.md").read_text()
+    text = (ROOT / "docs/guides/tables.md").read_text()
     code, trees = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(compile(code, "tables.md", "exec"), names := {})
     summary = json.loads((tmp_path / "runs/diabetes/summary.json").read_text())

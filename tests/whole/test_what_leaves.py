@@ -1,4 +1,4 @@
-"""The table of docs/privacy.md is that of all replies: nothing leaves that it does not list."""
+"""The tables of docs/reference/what-travels.md list all replies: nothing else leaves."""
 
 import importlib
 from dataclasses import replace
@@ -27,7 +27,7 @@ from fedmed_flower.strategies import FedProx
 from fedmed_flower.trees.server import grow
 from fedmed_flower.wire import MESSAGES, NEVER, REPLIES, keys_of, read_error
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "privacy.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "reference" / "what-travels.md"
 WAYS = {"plain", "bounded", "known", "noised", "never"}
 # So that figures of the small hospitals here leave.
 FEW = {"min-train-patients": 2, "min-evaluated-patients": 2, "min-cell-count": 2}
@@ -239,7 +239,7 @@ def test_whatever_carries_no_noise_is_known_where_there_is_a_budget():
 
 
 # Numbers of rows; variants' own names. An update, and sums by which a hospital has agreed to let
-# genotypes be computed, no book can bind: docs/privacy.md says so.
+# genotypes be computed, no book can bind: docs/explanation/privacy.md says so.
 WITHOUT_BOOK = {"describe", "variants", "train", "loadings", "scores"}
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fedmed_flower.cli.options import Kind
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
@@ -45,6 +47,11 @@ def test_the_wheel_holds_the_examples_and_nothing_of_the_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "fedmed_flower/examples/pneumonia/client_app.py" in names
     assert "fedmed_flower/examples/deployment/deploy.py" in names
+    files = {"README.md", "client_app.py", "settings.toml"}
+    for kind in Kind:
+        assert {f"fedmed_flower/templates/{kind}/{file}" for file in files} <= {*names}
+    common = {"README.md", "pyproject.toml", "server_app.py"}
+    assert {f"fedmed_flower/templates/common/{file}" for file in common} <= {*names}
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
     assert not [
         name for name in names if "/data/" in name and not name.startswith("fedmed_flower/data/")
@@ -69,6 +76,15 @@ def test_an_installed_wheel_runs_the_demo(environment, tmp_path):
         env=clean,
     )
     assert "finished: 1 rounds" in output
-    code = "from fedmed_flower.cli.job import examples; print(examples())"
+    code = "from fedmed_flower.cli.listing import examples; print(examples())"
     found = run(environment / "python", "-c", code, cwd=tmp_path, env=clean)
     assert Path(found.strip()) == app.parent
+
+
+def test_an_installed_wheel_writes_an_app_and_runs_it(environment, tmp_path):
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    clean |= {"OMP_NUM_THREADS": "1"}
+    fedmed = environment / "fedmed"
+    run(fedmed, "new", "heart2", "--for", "table", cwd=tmp_path, env=clean)
+    output = run(fedmed, "run", "heart2", "--rounds", "1", cwd=tmp_path, env=clean)
+    assert "finished: 1 rounds" in output

@@ -1,0 +1,15 @@
+"""The server that averages the hospitals' models."""
+
+from client_app import Hospital
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedmed_flower import federate
+from fedmed_flower.strategies import FedAvg
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    federate(FedAvg(), grid, context, Hospital(context))
