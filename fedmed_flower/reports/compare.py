@@ -307,4 +307,4 @@ def _failures(runs: list[Run], styles: Styles) -> str:
             [styles[run.label].key, times, sites, escaped(failed.first[:_MOST_REASON]), message]
         )
     head = ("Run", "Failures", "Hospitals", "First reason", "The run’s message")
-    return f"<h2>What failed</h2>{frame.table('In all rounds', head, rows, kind='words')}"
+    return f"<h2>What failed</h2>{frame.table('In all rounds', head, rows, kind='wordy')}"

@@ -1,7 +1,5 @@
 """A run folder as one page, for the clinic and for whoever answers for privacy."""
 
-import csv
-import io
 from collections.abc import Callable
 from datetime import timedelta
 from importlib import import_module
@@ -10,13 +8,8 @@ from typing import Any
 
 import matplotlib
 
-from fedmed_flower.errors import InputError
 from fedmed_flower.files import (
-    MOST_TABLE,
     as_input_error,
-    cell_text,
-    open_file,
-    read_lines,
     read_object,
     write_atomic,
 )
@@ -35,6 +28,7 @@ from fedmed_flower.reports.contents import (
 )
 from fedmed_flower.reports.frame import COUNT, count_of, escaped, format_of, format_value, name
 from fedmed_flower.reports.plots import Styles
+from fedmed_flower.reports.rounds import Curves, read_rounds
 from fedmed_flower.reports.summary import Total, entries, judged_by, nested, number
 from fedmed_flower.reports.tables import site_table
 from fedmed_flower.reports.tested import Estimates, estimates, evidence_of
@@ -43,16 +37,11 @@ from fedmed_flower.server.run_folder import METRICS as METRICS_TABLE
 from fedmed_flower.server.run_folder import SUMMARY
 from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON
 
-Curves = dict[tuple[str, str, str], dict[int, float]]  # (phase, metric, site) -> round -> value
-
 MOST_FAILURES = 100
 # Of a phase whose metrics are not known.
 _MOST_PANELS = 4
 _NO_PANEL = ("num-examples", "seconds", EPSILON, HOSPITAL_EPSILON, "clipping-norm")
 _MOST_REASON = 300
-# Rounds and values beyond these cannot be drawn. NaN is not below the second.
-_MOST_ROUND = 10**9
-_MOST_VALUE = 1e100
 # The modules that write the pages of runs that train no model.
 _HOMES = {
     "association": "fedmed_flower.genomics.page",
@@ -93,7 +82,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
     if (home := _HOMES.get(str(summary.get("kind")))) is not None:
         write_page: Callable[[Path], Path] = import_module(home).write_page
         return write_page(folder)
-    curves = _read_metrics(folder)
+    curves = read_rounds(folder)
     sites = _sites(summary, curves)
     styles = plots.styles(sites)
     main = judged_by(summary, {metric for phase, metric, _ in curves if phase == "val"})
@@ -150,32 +139,6 @@ def _sites(summary: dict[str, Any], curves: Curves) -> list[str]:
     names |= {*nested(summary, "test", "local")}
     names |= {site for _, _, site in curves if site != ALL_SITES}
     return sorted(names, key=frame.natural)
-
-
-def _read_metrics(folder: Path) -> Curves:
-    path = folder / METRICS_TABLE
-    curves = Curves()
-    try:
-        file = open_file(folder, METRICS_TABLE, MOST_TABLE)
-    except FileNotFoundError:
-        return curves
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): mend or remove it") from error
-    with io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="") as text:
-        lines: Any = csv.DictReader(read_lines(text))
-        try:
-            for line in lines:
-                key = (line["phase"], cell_text(line["metric"]), cell_text(line["site"]))
-                server_round = int(line["round"])
-                value = float(line["value"])
-                if abs(server_round) > _MOST_ROUND:
-                    raise ValueError(f"there is no round {server_round}")
-                if abs(value) < _MOST_VALUE:
-                    curves.setdefault(key, {})[server_round] = value
-        except (KeyError, TypeError, ValueError, csv.Error) as error:
-            where = f"{path} line {lines.line_num}"
-            raise InputError(f"{where} is not a metric ({error!r}): mend or remove it") from error
-    return {key: dict(sorted(values.items())) for key, values in curves.items()}
 
 
 def _head(summary: dict[str, Any], num_sites: int) -> str:
