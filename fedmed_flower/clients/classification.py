@@ -57,7 +57,8 @@ class ClassificationClient(ImagingClient):
     num_classes, spatial_dims, modality
         As in `ImagingClient`.
     class_names : tuple of str
-        What the classes 0, 1, ... are called in the report; if it is empty, by their numbers.
+        What the classes 0, 1, ... are called in the report. If there is not one for each class,
+        they are called by their numbers.
     cam_layer : str
         Name of the layer whose activation pictures show (Grad-CAM). If it is empty, they show how
         much the score falls when a part of the image is covered (occlusion sensitivity).

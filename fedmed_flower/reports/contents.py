@@ -29,7 +29,7 @@ from fedmed_flower.reports.tables import Column
 from fedmed_flower.wire import ALL_SITES, Sent, noised_evaluation
 
 _MOST_IN_WORDS = 5
-_MOST_DRAWN = 3
+_MOST_EXPLAINING = 2
 _CHANGE = "+,.3f"
 
 
@@ -88,15 +88,21 @@ def result(summary: dict[str, Any], main: str) -> Result:
     )
 
 
-def drawn(summary: dict[str, Any], main: str) -> list[str]:
-    """Return the metrics that are drawn for each hospital: the main one and two that explain it."""
+def explaining(summary: dict[str, Any], main: str, num_classes: int) -> list[str]:
+    """Return the metrics that are drawn beside the main one: two at most.
+
+    `num_classes` is 0 if it is not known.
+    """
+    if main == "dice":
+        keys: Iterable[str] = ("hd95", "surface-dice")
+    elif main != "auc":
+        keys = frame.PREDICTED
+    elif num_classes > 2:
+        keys = ("accuracy", "balanced-accuracy")
+    else:
+        keys = ("sensitivity", "specificity")
     known = measured(summary)
-    more = {
-        "auc": ("sensitivity", "specificity") if "sensitivity" in known else ("accuracy",),
-        "dice": ("hd95", "surface-dice"),
-    }
-    keys = (main, *more.get(main, frame.PREDICTED))
-    return [key for key in dict.fromkeys(keys) if key in known][:_MOST_DRAWN]
+    return [key for key in keys if key in known and key != main][:_MOST_EXPLAINING]
 
 
 @dataclass(frozen=True)

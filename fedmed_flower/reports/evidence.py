@@ -66,7 +66,8 @@ def forest(listed: Sequence[Estimates], styles: Styles, noised: bool) -> str:
         _FOREST, head, rows, [["All records together", *total]], kind="forest", sites=[*styles]
     )
     note = _INTERVALS if has_interval else _NOISED_POINTS if noised else _POINTS
-    return frame.folded(table, len(styles)) + f'<p class="note">{note}</p>'
+    folded = frame.folded(table, len(styles), ", drawn")
+    return f'{folded}<p class="note">{note}</p>'
 
 
 def _ends(estimates: Estimates) -> tuple[float, float]:
@@ -124,13 +125,14 @@ def curves(tested: Tested | None, styles: Styles) -> str:
         notes.append(f"There is no curve of all records together: {reason}.")
     if tested.coarse and not tested.missing:
         notes.append(f"No curve: {escaped(', '.join(tested.coarse))}.")
+    chosen = " Of the class that the model chose." if len(tested.classes) > 2 else ""
     drawn = "".join(
         (
             _figure("ROC curve", _roc(tested, styles), _READ["roc"]) if tested.roc else "",
             _figure("Precision and recall", _precision(tested, styles), _READ["precision"])
             if tested.precision_recall
             else "",
-            _figure("Calibration", _calibration(tested), _READ["calibration"])
+            _figure("Calibration", _calibration(tested), _READ["calibration"] + chosen)
             if tested.calibration
             else "",
             _figure("Net benefit", _benefit(tested), _READ["benefit"])
@@ -142,13 +144,15 @@ def curves(tested: Tested | None, styles: Styles) -> str:
     if not drawn and not matrix:
         return ""
     of_class = ""
-    if len(tested.classes) == 2:
+    is_binary = len(tested.classes) == 2
+    if is_binary:
         of_class = f"<p>Scores and curves are of the class “{escaped(tested.classes[1])}”.</p>"
     said = "".join(f'<p class="note">{note}</p>' for note in notes)
     keys = _keys(tested, styles) if drawn else ""
     return (
         f"<h2>How well it tells the classes apart</h2>{of_class}{keys}"
-        f'<div class="plots">{drawn}{matrix}</div>{said}'
+        f'<div class="plots">{drawn}{matrix if is_binary else ""}</div>{said}'
+        f"{'' if is_binary else matrix}"
     )
 
 
@@ -160,7 +164,7 @@ def _figure(title: str, chart: Chart, note: str) -> str:
 def _css(curve: Curve, number: int, styles: Styles) -> str:
     if curve.site is not None:
         style = styles.get(curve.site)
-        return style.css if style else "crowd"
+        return style.css if style and style.css != "crowd" else "faint"
     if curve.name == "all together":
         return "all"
     return f"s{number}" if number < len(PALETTE) else "crowd"

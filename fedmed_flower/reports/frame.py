@@ -252,11 +252,12 @@ def unseen(text: str) -> str:
     return f'<span class="hidden">{text}</span>'
 
 
-def folded(content: str, hospitals: int) -> str:
+def folded(content: str, hospitals: int, more: str = "") -> str:
     """Return the content, folded behind a summary line if there are more than `MANY` hospitals."""
     if hospitals <= MANY:
         return content
-    return f"<details><summary>All {count_of(hospitals, 'hospital')}</summary>{content}</details>"
+    title = f"All {count_of(hospitals, 'hospital')}{more}"
+    return f"<details><summary>{title}</summary>{content}</details>"
 
 
 def table(

@@ -94,12 +94,15 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
         # Counts of an earlier test of a run that goes on say nothing of this one.
         counts = None
     noised = counts is not None and counts.noised
-    shown = [estimates(summary, counts, key) for key in contents.drawn(summary, main)]
+    judged = estimates(summary, counts, main)
+    num_classes = 0 if counts is None else len(counts.classes)
+    others = contents.explaining(summary, main, num_classes)
+    shown = [judged, *(estimates(summary, counts, key) for key in others)]
     epsilon = _hospital_epsilon(curves)
     with matplotlib.rc_context(plots.SETTINGS):
         sections = [
             _head(summary, len(sites)),
-            _words(words(summary, main, counts, epsilon)),
+            _words(words(summary, counts, judged, epsilon)),
             _result(contents.result(summary, main), main, shown),
             _hospitals(hospitals, styles, main, evidence.forest(shown, styles, noised)),
             _classes(contents.by_class(summary, hospitals.metrics)) if styles else "",

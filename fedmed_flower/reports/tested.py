@@ -33,7 +33,7 @@ _MOST_POINTS = 80
 # The most hospitals with a curve of their own, and the most whose counts are put on one axis: the
 # time that takes grows with the square of their number.
 MOST_CURVES = 60
-_MOST_TOGETHER = 300
+_MOST_TOGETHER = 200
 
 
 class Estimate(NamedTuple):
@@ -139,7 +139,8 @@ def evidence_of(counts: Counts | None, sites: Mapping[str, Any]) -> Tested | Non
         named = [(str(site), site, part) for site, part in parts.items()]
         named += [("all together", None, part) for part in merged]
     else:
-        named = [(name, None, part) for name, part in zip(counts.classes, merged, strict=False)]
+        titles = [f"class {n}" if n.isdecimal() else n for n in counts.classes]
+        named = [(name, None, part) for name, part in zip(titles, merged, strict=False)]
     named = [(n, s, p) for n, s, p in named if p.with_class.any() and p.without.any()]
     return Tested(
         classes=counts.classes,

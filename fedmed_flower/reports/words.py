@@ -25,7 +25,7 @@ from fedmed_flower.reports.summary import (
     worst,
 )
 from fedmed_flower.reports.summary import total as total_of
-from fedmed_flower.reports.tested import Estimates, estimates, share_of
+from fedmed_flower.reports.tested import Estimates, share_of
 from fedmed_flower.wire import ALL_SITES
 
 # Of fewer records no share "of 100" is given.
@@ -65,23 +65,26 @@ class Words:
 
 
 def words(
-    summary: dict[str, Any], main: str, counts: Counts | None, hospital_epsilon: float | None = None
+    summary: dict[str, Any],
+    counts: Counts | None,
+    measured: Estimates,
+    hospital_epsilon: float | None = None,
 ) -> Words:
     """Return a run in plain words.
 
     Parameters
     ----------
-    main
-        The metric that the run is judged by.
     counts
         Those of the test, if the run folder has them.
+    measured
+        The metric that the run is judged by.
     hospital_epsilon
         As `contents.privacy` takes it.
     """
-    measured = estimates(summary, counts, main)
+    main = measured.metric
     return Words(
         trained=_trained(summary, main, counts),
-        quality=_quality(summary, main, counts, measured),
+        quality=_quality(summary, counts, measured),
         worst=_worst(summary, measured, counts is not None and counts.noised)
         + _gained(summary, main),
         part=_part(summary),
@@ -135,9 +138,8 @@ def _class(counts: Counts, number: int) -> str:
     return f"class {name}" if name == str(number) else f"“{name}”"
 
 
-def _quality(
-    summary: dict[str, Any], main: str, counts: Counts | None, measured: Estimates
-) -> list[str]:
+def _quality(summary: dict[str, Any], counts: Counts | None, measured: Estimates) -> list[str]:
+    main = measured.metric
     total = measured.total
     if total is None:
         return ["No model was tested." if not measured.sites else "It was not measured as a whole."]
@@ -299,12 +301,12 @@ def _part(summary: dict[str, Any]) -> list[str]:
     sentences = []
     if trained and rounds and trainers:
         counts = {site: number(trained, site) or 0.0 for site in trainers}
-        missed = {site: rounds - count for site, count in counts.items() if count < rounds}
-        if missed:
-            parts = [f"{site} in {format_value(n, COUNT)}" for site, n in missed.items()]
+        fewer = sorted((count, site) for site, count in counts.items() if count < rounds)
+        if fewer:
+            parts = [f"{site} in {format_value(n, COUNT) if n else 'none'}" for n, site in fewer]
             sentences.append(
-                f"{len(missed)} of {count_of(len(trainers), 'hospital')} did not train in each of "
-                f"the {count_of(rounds, 'round')}; left out: {some_of(parts)}."
+                f"{len(fewer)} of {count_of(len(trainers), 'hospital')} did not train in each of "
+                f"the {count_of(rounds, 'round')}: {some_of(parts)}."
             )
         else:
             many = f"All {len(trainers)} hospitals" if len(trainers) > 1 else "The hospital"

@@ -101,3 +101,15 @@ def test_what_all_hospitals_sent_alike_is_one_entry():
         ("train", "south", 1),
     }
     assert contents.disclosed({"sent": None}) == []
+
+
+def test_metrics_that_are_drawn_beside_the_main_one():
+    figures = {"auc": 0.8, "accuracy": 0.7, "balanced-accuracy": 0.7, "sensitivity": 0.6}
+    figures |= {"specificity": 0.9, "dice": 0.8, "hd95": 3.0, "r2": 0.4, "mae": 2.0, "rmse": 3.0}
+    summary = {"test": {"federated": figures, "sites": {}}}
+    assert contents.explaining(summary, "auc", 2) == ["sensitivity", "specificity"]
+    assert contents.explaining(summary, "auc", 0) == ["sensitivity", "specificity"]
+    assert contents.explaining(summary, "auc", 3) == ["accuracy", "balanced-accuracy"]
+    assert contents.explaining(summary, "dice", 0) == ["hd95"]
+    assert contents.explaining(summary, "r2", 0) == ["mae", "rmse"]
+    assert contents.explaining({}, "loss", 0) == []

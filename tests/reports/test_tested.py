@@ -115,7 +115,7 @@ def test_counts_of_sites_that_are_not_of_this_test_are_left_out():
 def test_more_classes_have_a_curve_each():
     _, summary, counts = made("multi-class", classes=3)
     found = evidence_of(counts, summary["test"]["sites"])
-    assert [curve.name for curve in found.roc] == ["0", "1", "2"]
+    assert [curve.name for curve in found.roc] == ["class 0", "class 1", "class 2"]
     assert found.prevalence is None
     assert np.asarray(found.confusion).sum() == 240
     assert estimates(summary, counts, "auc").total.interval is None

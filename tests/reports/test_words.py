@@ -9,9 +9,14 @@ from fedmed_flower.metrics.classification import noised_counts
 from fedmed_flower.metrics.counts import counted
 from fedmed_flower.metrics.outcomes import outcome_metrics
 from fedmed_flower.metrics.pooling import pool
-from fedmed_flower.reports.words import words
+from fedmed_flower.reports import words as room
+from fedmed_flower.reports.tested import estimates
 
 NAMES = ("normal", "pneumonia")
+
+
+def words(summary, main, counts):
+    return room.words(summary, counts, estimates(summary, counts, main))
 
 
 def record(sick, found, healthy, alarms):
@@ -172,7 +177,7 @@ def test_who_was_left_out():
     summary["failures"] = [{"round": 2, "phase": "train", "site": "south", "reason": "OSError"}]
     said = words(summary | {"status": "stopped"}, "auc", counts)
     assert said.part == [
-        "1 of 2 hospitals did not train in each of the 3 rounds; left out: south in 2.",
+        "1 of 2 hospitals did not train in each of the 3 rounds: south in 1.",
         "1 hospital only tested the model.",
         "2 hospitals could not take part.",
         "1 hospital failed at least once; see what failed.",
