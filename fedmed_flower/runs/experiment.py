@@ -36,6 +36,7 @@ from fedmed_flower.runs.roll_call import (
     collect_pictures,
     roll_call,
 )
+from fedmed_flower.runs.tracking import TRACKERS, require_trackers
 from fedmed_flower.runs.verdict import (
     RunFailedError,
     require_bounded,
@@ -89,6 +90,7 @@ FREE_ON_RESUME = {
     "baselines",
     "pictures",
     "personal-epochs",
+    "track",
 }
 _MOST_SITES = 100_000
 # Seconds to wait for what a site reports of itself that connects between two rounds.
@@ -184,6 +186,7 @@ def _prepared(
     own = [*sections_of(type(getattr(model, "__self__", model))), *sections]
     config = _effective(context.run_config, own)
     plan = Plan.from_run_config(context.run_config)
+    require_trackers(plan.trackers)
     folder = RunFolder.named(plan.run_dir)
     if not plan.resume:
         folder.require_unused()
@@ -235,8 +238,10 @@ def _prepared(
     }
     if agreed:
         about["agreed"] = agreed
+    settings = {**config, "strategy": about["strategy"]}
+    trackers = [TRACKERS[name](folder, app, settings) for name in plan.trackers]
     _write_config(folder, about, config)
-    listeners.open(folder, app)
+    listeners.open(folder, app, trackers)
     return Experiment(
         strategy=strategy,
         grid=grid,
