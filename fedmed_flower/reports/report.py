@@ -17,7 +17,6 @@ from fedmed_flower.files import (
     cell_text,
     open_file,
     read_lines,
-    read_object,
     write_atomic,
 )
 from fedmed_flower.metrics.names import lower_is_better
@@ -37,7 +36,7 @@ from fedmed_flower.reports.plots import Styles
 from fedmed_flower.reports.summary import Total, entries, judged_by, nested, number
 from fedmed_flower.reports.tables import site_table
 from fedmed_flower.server.run_folder import METRICS as METRICS_TABLE
-from fedmed_flower.server.run_folder import SUMMARY
+from fedmed_flower.server.run_folder import SUMMARY, read_summary
 from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON
 
 Curves = dict[tuple[str, str, str], dict[int, float]]  # (phase, metric, site) -> round -> value
@@ -81,7 +80,7 @@ def write_report(folder: Path) -> Path:
     if not (folder / SUMMARY).exists() and (folder / METRICS_TABLE).exists():
         # A strategy that the app calls itself, without `federate`, writes no summary.
         return _write(folder, {"app": folder.resolve().name})
-    summary = read_object(folder, SUMMARY, "give the folder of a run that `fedmed run` has started")
+    summary = read_summary(folder, "give the folder of a run that `fedmed run` has started")
     with as_input_error(f"{folder / SUMMARY}", "restore it from a copy"):
         return _write(folder, summary)
 

@@ -120,6 +120,7 @@ class Baselines:
         )
         strategy.listeners = self.listeners
         strategy.only = {node_id}
+        strategy.excluded = self.sites.outdated
         strategy.site_names |= self.sites.names
         result = strategy.start(
             self.grid,

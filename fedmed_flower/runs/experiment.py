@@ -46,8 +46,8 @@ from fedmed_flower.runs.verdict import (
 from fedmed_flower.server.run_folder import (
     CONFIG,
     DEFAULT_FOLDER,
+    FORMAT,
     METRICS,
-    SUMMARY,
     RunFolder,
     early_lines,
 )
@@ -220,6 +220,7 @@ def _prepared(
         strategy.buffers = start.buffers
     strategy.site_names |= sites.names
     strategy.only = sites.only()
+    strategy.excluded = sites.outdated
     count = len(sites.nodes)
     if before is not None and sites.simulated and before.sites != count:
         raise InputError(
@@ -230,7 +231,8 @@ def _prepared(
     if not key:
         key = secrets.token_hex(8)
     app = app_name(grid) or "federated run"
-    about = {
+    about: dict[str, Any] = {
+        "format": FORMAT,
         "app": app,
         "strategy": type(strategy).__name__,
         "sites": count,
@@ -534,7 +536,7 @@ class Experiment:
                 self.config(),
                 plan.pictures,
                 plan.round_timeout,
-                self.sites.names,
+                {n: name for n, name in self.sites.names.items() if n not in self.sites.outdated},
                 self.sites.sent,
                 self.folder,
                 self.strategy.listeners,
@@ -618,7 +620,7 @@ class Experiment:
             | {package: version(package) for package in _PACKAGES},
             "config": dict(self.run_config),
         }
-        self.folder.write_json(SUMMARY, summary)
+        self.folder.write_summary(summary)
 
     def _privacy(self) -> dict[str, Any]:
         """Return the privacy cost of the rounds so far, by unit: of hospitals and of patients."""

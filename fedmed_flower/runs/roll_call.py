@@ -24,12 +24,16 @@ from fedmed_flower.wire import (
     COUNT,
     IMAGES,
     LACKING,
+    MESSAGE_VERSION,
     PERSONAL,
     PICTURES,
     REJECTED,
     SITE_RECORD,
     TITLES,
+    VERSION,
     Sent,
+    VersionError,
+    require_version,
 )
 
 log = logging.getLogger("flwr.fedmed")
@@ -53,6 +57,8 @@ class Sites:
     simulated: bool = True
     nodes: set[int] = field(default_factory=set)
     refusals: dict[int, str] = field(default_factory=dict)
+    # Nodes whose messages have another version; nothing more is sent to them.
+    outdated: set[int] = field(default_factory=set)
     namesakes: Namesakes = field(default_factory=Namesakes)
     sent: Sent = field(default_factory=Sent)
 
@@ -122,6 +128,7 @@ class Sites:
     def forget(self, node_id: int) -> None:
         """Remove a node whose site has come back under another node id."""
         self.nodes.discard(node_id)
+        self.outdated.discard(node_id)
         for by_node in (self.counts, self.labels, self.names, self.rejected, self.refusals):
             by_node.pop(node_id, None)
 
@@ -210,11 +217,20 @@ def _describe(
     grace: float = 0.0,
 ) -> list[NoAnswer]:
     """Ask nodes for their names and numbers of rows, and add the answers to `sites`."""
-    contents = {node_id: RecordDict() for node_id in nodes}
+    contents = {
+        node_id: RecordDict({"config": ConfigRecord({VERSION: MESSAGE_VERSION})})
+        for node_id in nodes
+    }
     sites.nodes |= contents.keys()
 
     def read(node_id: int, content: RecordDict) -> _About:
-        sites.sent.take("describe", sites.names.get(node_id, f"node {node_id}"), content)
+        name = sites.names.get(node_id, f"node {node_id}")
+        sites.sent.take("describe", name, content)
+        try:
+            require_version(content.config_records[SITE_RECORD].get(VERSION), name, "hospital")
+        except VersionError:
+            sites.outdated.add(node_id)
+            raise
         return _about(content)
 
     asked = ask(

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from fedmed_flower.server.listener import NOBODY, Listener
 from fedmed_flower.server.screening import error_text, metrics_excess
 from fedmed_flower.server.sites import learn_name
+from fedmed_flower.wire import VersionError
 
 T = TypeVar("T")
 # Most replies pulled at a time: each may hold a model.
@@ -227,6 +228,9 @@ class Question(Generic[T]):
                 continue
             try:
                 value = self.read(node_id, reply.content)
+            except VersionError as error:
+                self._fail(node_id, str(error))
+                continue
             except MALFORMED as error:
                 kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
                 self._fail(node_id, f"malformed answer: {kind}{error}")

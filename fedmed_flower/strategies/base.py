@@ -163,6 +163,8 @@ class FedAvg(flower.FedAvg):
         What `start` returns; up to date while it runs and after it was interrupted.
     only : set of int, optional
         Node ids to which training and evaluation are confined.
+    excluded : collection of int
+        Node ids of sites that are sent nothing.
     site_names : dict
         Site name by node id, as far as the sites have reported it.
     before_round : callable, optional
@@ -241,6 +243,7 @@ class FedAvg(flower.FedAvg):
         self.listeners = Listeners(listeners)
         self.result = flower.Result()
         self.only: set[int] | None = None
+        self.excluded: Collection[int] = ()
         self.before_round: Callable[[int], None] | None = None
         self.buffers: Collection[str] = ()
         self.companions: dict[str, ArrayRecord] = {}
@@ -333,7 +336,7 @@ class FedAvg(flower.FedAvg):
             )
         for server_round in range(first, num_rounds + 1):
             reason = self.stop_reason() or nobody_left(
-                list(grid.get_node_ids()), self.inbox.declined, self.only
+                self._connected(grid), self.inbox.declined, self.only
             )
             if reason is not None:
                 self._stop(grid, Stop(server_round - 1, " ".join(reason.split())))
@@ -397,6 +400,7 @@ class FedAvg(flower.FedAvg):
         messages = [
             Message(own_content(content), node_id, MessageType.EVALUATE)
             for node_id in grid.get_node_ids()
+            if node_id not in self.excluded
         ]
         before = len(self.history.rows)
         self.run.evaluated = "test"
@@ -867,7 +871,7 @@ class FedAvg(flower.FedAvg):
     def _halted(self, grid: Grid, server_round: int, phase: str, asked: int) -> bool:
         """Return whether all sites failed alike in a phase, as they would in further rounds."""
         error = self.inbox.common_error(asked)
-        connected = set(grid.get_node_ids())
+        connected = self._connected(grid)
         everybody = len(connected if self.only is None else connected & self.only)
         if error is None or asked < min(everybody, _MANY):
             return False
@@ -932,12 +936,17 @@ class FedAvg(flower.FedAvg):
             getattr(self.result, name)[server_round] = metrics
             self.history.add(server_round, phase, ALL_SITES, metrics)
 
+    def _connected(self, grid: Grid) -> set[int]:
+        """Return the nodes that are connected and may be sent something."""
+        return set(grid.get_node_ids()).difference(self.excluded)
+
     def _address(
         self, messages: Iterable[Message], grid: Grid, server_round: int, phase: int
     ) -> list[Message]:
         """Address Flower's messages to the sites of `choose`, each with records of its own."""
         messages = list(messages)
-        connected = self.inbox.connected = set(grid.get_node_ids())
+        self.inbox.connected = set(grid.get_node_ids())
+        connected = self._connected(grid)
         nodes = connected if self.only is None else connected & self.only
         drawn = self.choose(nodes, len(messages), server_round, phase == _TRAIN)
         for message, node_id in zip(messages, drawn, strict=False):
