@@ -127,6 +127,10 @@ class InputError(ValueError):
         super().__init__(shown(text))
 
 
+class FormatError(InputError):
+    """A file was written by a later version of this package, in a format that this one lacks."""
+
+
 class DivergedError(ArithmeticError):
     """A model's loss or weights are no numbers any more, such as by a learning rate too high."""
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import FormatError, InputError
 
 # Bytes of a file that is read at once; its objects take twenty times as much memory.
 MOST_TEXT = 1 << 26
@@ -212,6 +212,37 @@ def read_object(folder: Path, name: str, hint: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a JSON object: {hint}")
     return content
+
+
+def require_format(path: Path, found: object, newest: int) -> None:
+    """Refuse a file whose format is later than this package reads.
+
+    Parameters
+    ----------
+    path : Path
+        The file, for the error.
+    found : object
+        The format that the file names; a file from before formats were named counts as 0.
+    newest : int
+        The latest format that is read.
+
+    Raises
+    ------
+    FormatError
+        If the format is later.
+    InputError
+        If it is no whole number, or below 0.
+    """
+    if type(found) is not int or found < 0:
+        raise InputError(
+            f"format in {path} must be a whole number, at least 0, got {found!r}: restore the file "
+            "from a copy"
+        )
+    if found > newest:
+        raise FormatError(
+            f"{path} was written by a later fedmed-flower (format {found}, this one reads up to "
+            f"{newest}): update fedmed-flower"
+        )
 
 
 def require_closed(folder: Path) -> None:

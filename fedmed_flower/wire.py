@@ -21,9 +21,15 @@ from typing import Any, NamedTuple, Self
 
 from flwr.app import RecordDict
 
+from fedmed_flower.errors import shown
+
 # Of what a site has sent: how many keys of a record are listed, and letters of each.
 _MOST_KEYS = 1000
 _MOST_LETTERS = 200
+
+# Of what is listed here: to be raised whenever server and hospital of different versions of this
+# package would misunderstand each other. The roll call compares it.
+MESSAGE_VERSION = 1
 
 # Keys of a message's config. Flower's own:
 SERVER_ROUND = "server-round"
@@ -50,6 +56,8 @@ COUNT = "count"
 OFFSET = "offset"
 # A question for statistics.
 REQUEST = "request"
+# Version of the messages, in the roll call and in each reply.
+VERSION = "version"
 # Whether counts of an association study have squares.
 SQUARES = "squares"
 
@@ -91,6 +99,39 @@ DECLINED = "declined: "
 ALL_SITES = "all"
 
 NEVER = "never"
+
+
+class VersionError(ValueError):
+    """The other side's messages have another version; the text says which and what to do."""
+
+
+def require_version(found: object, site: str, other: str) -> None:
+    """Refuse messages of another version.
+
+    Parameters
+    ----------
+    found : object
+        The version that the message names; None if it names none.
+    site : str
+        Name of the hospital, for the error.
+    other : {"hospital", "server"}
+        Whose message it is.
+
+    Raises
+    ------
+    VersionError
+        If it is not `MESSAGE_VERSION`.
+    """
+    if found is not None and type(found) is int and found == MESSAGE_VERSION:
+        return
+    here = "server" if other == "hospital" else "hospital"
+    theirs = f"version {shown(found, _MOST_LETTERS)}"
+    if found is None:
+        theirs = "no version, as before versions were named"
+    raise VersionError(
+        f"{site}: messages of the {other} have {theirs}, and those of the {here} version "
+        f"{MESSAGE_VERSION}: install the same fedmed-flower at both"
+    )
 
 
 class Entry(NamedTuple):
@@ -146,6 +187,7 @@ any | config.ledger-dir | simulation: folder of the ledgers | runs/experiment | 
 any | config.agreed | what all sites agreed upon | runs/experiment | clients/base
 any | config.frozen-digest | digest of what does not travel | runs/experiment | clients/base
 any | config.pool-sites | simulation: all rows together | runs/baselines | clients/base
+describe | config.version | version of the messages | runs/roll_call | clients/queries
 train | arrays.* | the global model | strategies/base | clients/app
 train | config.server-round | number of the round | Flower | clients/app
 train | config.proximal-mu | weight of the proximal term | Flower | clients/app
@@ -188,6 +230,7 @@ any | site.name | the name that the hospital gave itself | plain | plain
 any | site.simulated | whether it lives in a simulation | plain | plain
 any | site.data | name of the data source | plain | plain
 any | site.generated | whether the rows are made up | plain | plain
+any | site.version | version of its messages | plain | plain
 describe | metrics.num-examples | number of training rows, once more | plain | known
 describe | metrics.train | number of training rows (private: of patients) | plain | known
 describe | metrics.val | number of validation rows (private: of patients) | plain | known

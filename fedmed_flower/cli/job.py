@@ -23,10 +23,17 @@ from fedmed_flower.engines.flower import run_flower
 from fedmed_flower.engines.local import run_local
 from fedmed_flower.engines.project import Project, default_sites, load_project
 from fedmed_flower.errors import InputError
-from fedmed_flower.files import as_input_error, read_object
+from fedmed_flower.files import as_input_error
 from fedmed_flower.reports.report import write_report
 from fedmed_flower.runs.experiment import Before, read_before, require_same_settings
-from fedmed_flower.server.run_folder import CONFIG, DEFAULT_FOLDER, METRICS, SUMMARY, RunFolder
+from fedmed_flower.server.run_folder import (
+    CONFIG,
+    DEFAULT_FOLDER,
+    METRICS,
+    SUMMARY,
+    RunFolder,
+    read_summary,
+)
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.registry import (
@@ -264,7 +271,7 @@ def execute(job: Job) -> None:
         return
     remedy = "run the app in another folder"
     with as_input_error(f"{job.folder / SUMMARY}", remedy):
-        summary = read_object(job.folder, SUMMARY, remedy)
+        summary = read_summary(job.folder, remedy)
         print_results(console, summary)
         console.print(f"report: {job.folder / 'report.html'}")
         mark = f" ({GENERATED})" if summary["generated"] else ""

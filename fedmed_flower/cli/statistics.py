@@ -70,8 +70,7 @@ def statistics(
     """Describe the patients of all hospitals; no row leaves a hospital."""
     # Loading torch and Flower takes seconds, which `fedmed --help` need not wait for.
     from fedmed_flower.engines.project import default_sites
-    from fedmed_flower.files import read_object
-    from fedmed_flower.server.run_folder import SUMMARY
+    from fedmed_flower.server.run_folder import read_summary
 
     with input_errors():
         if drift_by and (by or drift_sites):
@@ -100,7 +99,7 @@ def statistics(
         )
         count = default_sites(path) if sites is None else sites
         folder = _run(path, count, out, config or [], request, drift, alert)
-        summary = read_object(folder, SUMMARY, "run the survey again")
+        summary = read_summary(folder, "run the survey again")
     for entry in summary["tables"]:
         _print_table(entry)
     console.print(f"report: {folder / 'report.html'}")

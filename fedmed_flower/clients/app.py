@@ -41,11 +41,13 @@ from fedmed_flower.wire import (
     CHANGES,
     DECLINED,
     EPSILON,
+    MESSAGE_VERSION,
     PROXIMAL_MU,
     ROWS_RECORD,
     SERVER_ROUND,
     SITE_RECORD,
     SPLIT,
+    VERSION,
     error_reason,
 )
 
@@ -115,6 +117,7 @@ def answer(
         content = handle(client, message)
         site = client.site
         about: dict[str, Any] = {"name": site.name, "simulated": site.simulated}
+        about[VERSION] = MESSAGE_VERSION
         if client.touched or not client.sealed:
             data = client.data()
             about |= {"data": data.source, "generated": data.generated}

@@ -28,6 +28,9 @@ from fedmed_flower.wire import (
     PICTURES,
     REJECTED,
     TITLES,
+    VERSION,
+    VersionError,
+    require_version,
 )
 
 log = logging.getLogger("flwr.fedmed")
@@ -40,7 +43,17 @@ def describe(client: MedicalClient, message: Message) -> RecordDict:
     """Return the number of rows of each split; of patients if the client is `secretive`.
 
     Before, a batch is tried: a site whose network does not fit its rows says so here.
+
+    Raises
+    ------
+    DeclinedError
+        If messages of the server have another version.
     """
+    config = message.content.config_records.get("config", ConfigRecord())
+    try:
+        require_version(config.get(VERSION), client.site.name, "server")
+    except VersionError as error:
+        raise DeclinedError(error) from error
     torch_device(client.settings)
     # Before the first round: a folder that is not there would be missed only when it is needed.
     output_folder(client.context, client.site, {})

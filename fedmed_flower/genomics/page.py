@@ -21,13 +21,12 @@ from fedmed_flower.files import (
     as_input_error,
     open_file,
     read_lines,
-    read_object,
     write_atomic,
 )
 from fedmed_flower.genomics.association import log10_of_text
 from fedmed_flower.reports import frame, plots
 from fedmed_flower.reports.frame import DASH, count_of, escaped
-from fedmed_flower.server.run_folder import SUMMARY
+from fedmed_flower.server.run_folder import read_summary
 from fedmed_flower.settings.study import TESTS
 
 TABLE = "association.csv"
@@ -86,7 +85,7 @@ def write_page(folder: Path) -> Path:
         If a file is damaged.
     """
     hint = "the folder holds no association study that can be shown"
-    summary = read_object(folder, SUMMARY, hint)
+    summary = read_summary(folder, hint)
     with as_input_error(f"the association study in {folder}", "run it again"):
         study = summary["association"]
         chromosomes, positions, log10_p = _read(folder)

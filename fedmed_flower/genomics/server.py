@@ -40,7 +40,7 @@ from fedmed_flower.genomics.panel import Panel, assemble
 from fedmed_flower.genomics.rounds import blocks, find_components, regress
 from fedmed_flower.genomics.types import Counts, Floats
 from fedmed_flower.genomics.variants import ABSENT, REASONS, SWAPPED, Block
-from fedmed_flower.server.run_folder import CONFIG, SUMMARY, RunFolder, early_lines
+from fedmed_flower.server.run_folder import CONFIG, RunFolder, early_lines
 from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.registry import Sections, effective, require_known
 from fedmed_flower.settings.study import Study
@@ -332,7 +332,7 @@ class _Association:
         if self.best:
             rows = [dict(zip(COLUMNS, row, strict=True)) for _, row in self.best]
             summary["tables"].append(_top_variants(rows))
-        self.folder.write_json(SUMMARY, summary)
+        self.folder.write_summary(summary)
         return summary
 
 

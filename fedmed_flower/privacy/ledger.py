@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from fedmed_flower.data.site import patient_text
 from fedmed_flower.errors import DeclinedError, InputError
-from fedmed_flower.files import require_posix
+from fedmed_flower.files import require_format, require_posix
 from fedmed_flower.privacy.accounting import Release, epsilon_of, require_release
 
 log = logging.getLogger("flwr.fedmed")
@@ -154,6 +154,8 @@ class Ledger:
                 self._create()
         with self._open() as connection:
             version = self._about(connection, "version")
+        if type(version) is int:
+            require_format(path, version, _VERSION)
         if version != _VERSION:
             raise InputError(
                 f"the ledger {path} has version {version}, this package reads version {_VERSION}: "
@@ -426,7 +428,7 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}")
         try:
-            with transaction(draft, "rwc", _SCHEMA) as connection:
+            with transaction(draft, "rwc", _SCHEMA, _VERSION) as connection:
                 about = {"version": _VERSION, "key": secrets.token_bytes(_KEY_BYTES)}
                 about[_SPLIT_KEY] = secrets.token_bytes(_KEY_BYTES)
                 connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
@@ -440,7 +442,7 @@ class Ledger:
         with _as_input_error(self.path), ExitStack() as stack:
             mode = "ro" if self._read_only else "rw"
             try:
-                connection = stack.enter_context(transaction(self.path, mode, _SCHEMA))
+                connection = stack.enter_context(transaction(self.path, mode, _SCHEMA, _VERSION))
             except sqlite3.OperationalError as error:
                 if mode == "rw" or error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
                     raise
@@ -448,7 +450,7 @@ class Ledger:
                 copy = Path(stack.enter_context(TemporaryDirectory())) / "ledger"
                 for ending in ("", "-journal"):
                     shutil.copyfile(f"{self.path}{ending}", f"{copy}{ending}")
-                connection = stack.enter_context(transaction(copy, "rw", _SCHEMA))
+                connection = stack.enter_context(transaction(copy, "rw", _SCHEMA, _VERSION))
             yield connection
 
     def _find(
@@ -513,7 +515,7 @@ class Ledger:
 
 
 @contextmanager
-def transaction(path: Path, mode: str, schema: str) -> Iterator[sqlite3.Connection]:
+def transaction(path: Path, mode: str, schema: str, version: int) -> Iterator[sqlite3.Connection]:
     """Open one transaction, which reaches the disk as a whole or not at all.
 
     Parameters
@@ -523,6 +525,8 @@ def transaction(path: Path, mode: str, schema: str) -> Iterator[sqlite3.Connecti
         SQLite's mode. With "rwc" the statements of `schema` are run on a new file.
     schema : str
         Statements that make tables and indexes, separated by semicolons.
+    version : int
+        The file's format, which is written into a new file.
 
     Raises
     ------
@@ -531,7 +535,7 @@ def transaction(path: Path, mode: str, schema: str) -> Iterator[sqlite3.Connecti
         stranger's file a view or a computed column could be read without end, and a trigger could
         write.
     InputError
-        On Windows.
+        If the file is of a later format; on Windows.
     """
     require_posix()
     uri = f"{path.absolute().as_uri()}?mode={mode}"
@@ -550,6 +554,11 @@ def transaction(path: Path, mode: str, schema: str) -> Iterator[sqlite3.Connecti
         if mode == "rwc":
             for statement in statements:
                 connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {version}")
+        # Before the tables: a later format may have others. A file without it names its format in
+        # a table alone.
+        (found,) = connection.execute("PRAGMA user_version").fetchone()
+        require_format(path, max(found, 0), version)
         query = "SELECT sql, name FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name"
         for sql, name in connection.execute(query).fetchall():
             if sql not in (*statements, _COUNTER):

@@ -10,7 +10,6 @@ import matplotlib
 
 from fedmed_flower.files import (
     as_input_error,
-    read_object,
     write_atomic,
 )
 from fedmed_flower.metrics.counts import read_counts
@@ -34,7 +33,7 @@ from fedmed_flower.reports.tables import site_table
 from fedmed_flower.reports.tested import Estimates, estimates, evidence_of
 from fedmed_flower.reports.words import Words, words
 from fedmed_flower.server.run_folder import METRICS as METRICS_TABLE
-from fedmed_flower.server.run_folder import SUMMARY
+from fedmed_flower.server.run_folder import SUMMARY, read_summary
 from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON
 
 MOST_FAILURES = 100
@@ -73,7 +72,7 @@ def write_report(folder: Path) -> Path:
     if not (folder / SUMMARY).exists() and (folder / METRICS_TABLE).exists():
         # A strategy that the app calls itself, without `federate`, writes no summary.
         return _write(folder, {"app": folder.resolve().name})
-    summary = read_object(folder, SUMMARY, "give the folder of a run that `fedmed run` has started")
+    summary = read_summary(folder, "give the folder of a run that `fedmed run` has started")
     with as_input_error(f"{folder / SUMMARY}", "restore it from a copy"):
         return _write(folder, summary)
 

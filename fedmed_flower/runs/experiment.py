@@ -39,6 +39,7 @@ from fedmed_flower.runs.roll_call import (
     collect_pictures,
     roll_call,
 )
+from fedmed_flower.runs.tracking import TRACKERS, require_trackers
 from fedmed_flower.runs.verdict import (
     RunFailedError,
     require_bounded,
@@ -48,12 +49,12 @@ from fedmed_flower.runs.verdict import (
 from fedmed_flower.server.run_folder import (
     CONFIG,
     DEFAULT_FOLDER,
+    FORMAT,
     METRICS,
-    SUMMARY,
     RunFolder,
     early_lines,
 )
-from fedmed_flower.server.sites import wait_for_sites
+from fedmed_flower.server.sites import app_name, wait_for_sites
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.model import ModelSettings
 from fedmed_flower.settings.plan import Plan
@@ -92,6 +93,7 @@ FREE_ON_RESUME = {
     "baselines",
     "pictures",
     "personal-epochs",
+    "track",
 }
 _MOST_SITES = 100_000
 # Seconds to wait for what a site reports of itself that connects between two rounds.
@@ -169,9 +171,13 @@ def federate(
     DivergedError
         If the weights of the model have grown out of proportion.
     """
-    with early_lines() as lines:
-        experiment = _prepared(strategy, grid, context, model, sections, evaluate_fn)
-    return experiment.run(lines)
+    with strategy.listeners.run() as ending:
+        with early_lines() as lines:
+            experiment = _prepared(strategy, grid, context, model, sections, evaluate_fn)
+        result = experiment.run(lines)
+        if strategy.history.stopped is not None:
+            ending.message = strategy.history.stopped.reason
+    return result
 
 
 def _prepared(
@@ -189,6 +195,7 @@ def _prepared(
     own = [*sections_of(type(getattr(model, "__self__", model))), *sections]
     config = _effective(context.run_config, own)
     plan = Plan.from_run_config(context.run_config)
+    require_trackers(plan.trackers)
     folder = RunFolder.named(plan.run_dir)
     if not plan.resume:
         folder.require_unused()
@@ -210,11 +217,14 @@ def _prepared(
         strategy.find_checkpoint(start.initial)
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
     wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
-    sites = roll_call(grid, plan.round_timeout, strategy.quorum, strategy.grace)
+    listeners = strategy.listeners
+    sites = roll_call(grid, plan.round_timeout, strategy.quorum, strategy.grace, listeners)
     standing_out: list[Outlying] = []
     if asking is not None:
         names = {node_id: sites.names[node_id] for node_id in sites.counts}
-        contributions = collect_contributions(grid, plan.round_timeout, names, sites.sent)
+        contributions = collect_contributions(
+            grid, plan.round_timeout, names, sites.sent, listeners
+        )
         agreed = asking.agree(contributions)
         rows = {name: sites.counts[node_id]["train"] for node_id, name in names.items()}
         standing_out = asking.outlying(contributions, rows)
@@ -222,6 +232,7 @@ def _prepared(
         strategy.buffers = start.buffers
     strategy.site_names |= sites.names
     strategy.only = sites.only()
+    strategy.excluded = sites.outdated
     count = len(sites.nodes)
     if before is not None and sites.simulated and before.sites != count:
         raise InputError(
@@ -231,15 +242,20 @@ def _prepared(
     key = before.key if before is not None else ""
     if not key:
         key = secrets.token_hex(8)
-    about = {
-        "app": _app_name(grid),
+    app = app_name(grid) or "federated run"
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "app": app,
         "strategy": type(strategy).__name__,
         "sites": count,
         "key": key,
     }
     if agreed:
         about["agreed"] = agreed
+    settings = {**config, "strategy": about["strategy"]}
+    trackers = [TRACKERS[name](folder, app, settings) for name in plan.trackers]
     _write_config(folder, about, config)
+    listeners.open(folder, app, trackers)
     return Experiment(
         strategy=strategy,
         grid=grid,
@@ -469,7 +485,9 @@ class Experiment:
         strategy = self.strategy
         require_bounded(self.model.initial, strategy.result.arrays, self.model.buffers)
         timeout = min(self.plan.round_timeout, _NEWCOMER_TIMEOUT)
-        for name, before in call_newcomers(self.grid, sites, timeout).items():
+        for name, before in call_newcomers(
+            self.grid, sites, timeout, strategy.listeners, server_round
+        ).items():
             (node_id,) = (node for node, held in sites.names.items() if held == name)
             how = "has connected and trains from here on"
             if before is not None:
@@ -541,9 +559,10 @@ class Experiment:
                 self.config(),
                 plan.pictures,
                 plan.round_timeout,
-                self.sites.names,
+                {n: name for n, name in self.sites.names.items() if n not in self.sites.outdated},
                 self.sites.sent,
                 self.folder,
+                self.strategy.listeners,
             )
 
     def _compare(self, arrays: ArrayRecord) -> None:
@@ -563,6 +582,7 @@ class Experiment:
             self.model.initial,
             self.config,
             self.strategy.history,
+            self.strategy.listeners,
         )
 
     def _warn_of_cost(self) -> None:
@@ -595,7 +615,7 @@ class Experiment:
         summary = {
             "status": status,
             "message": message,
-            "app": _app_name(self.grid),
+            "app": app_name(self.grid) or "federated run",
             "engine": _engine(self.grid, sites),
             "strategy": type(self.strategy).__name__,
             "data": GENERATED if sites.generated else "; ".join(sorted(sites.sources)),
@@ -623,7 +643,7 @@ class Experiment:
             | {package: version(package) for package in _PACKAGES},
             "config": dict(self.run_config),
         }
-        self.folder.write_json(SUMMARY, summary)
+        self.folder.write_summary(summary)
 
     def _privacy(self) -> dict[str, Any]:
         """Return the privacy cost of the rounds so far, by unit: of hospitals and of patients."""
@@ -662,10 +682,6 @@ class Experiment:
         elif history.stopped is not None:
             first = f": {history.stopped.reason}"
         return f"no site could train in any of {self.plan.num_server_rounds} rounds{first}"
-
-
-def _app_name(grid: Grid) -> str:
-    return grid.run.fab_id.rpartition("/")[2] or "federated run"
 
 
 def _engine(grid: Grid, sites: Sites) -> str:

@@ -23,14 +23,16 @@ from safetensors.numpy import save as to_safetensors
 from safetensors.numpy import save_file
 
 from fedmed_flower.arrays.views import view
-from fedmed_flower.errors import InputError, shown
+from fedmed_flower.errors import FormatError, InputError, shown
 from fedmed_flower.files import (
     MALFORMED,
     MOST_TEXT,
     StoredMembers,
     open_file,
     read_file,
+    read_object,
     replacing,
+    require_format,
     require_posix,
     write_atomic,
 )
@@ -40,6 +42,9 @@ from fedmed_flower.wire import Sent
 
 # An environment variable: the folder for a strategy that was given none. `fedmed run` sets it.
 DEFAULT_FOLDER = "FEDMED_RUN_DIR"
+# Of config.toml, summary.json and checkpoint.zip: to be raised whenever an earlier version of this
+# package would misread one of them. Folders from before formats were named count as 0.
+FORMAT = 1
 CHECKPOINT = "checkpoint.zip"
 METRICS = "metrics.csv"
 MODEL = "model.safetensors"
@@ -248,14 +253,18 @@ class RunFolder:
         """Write a JSON file; numbers that JSON cannot write become null."""
         self.write(name, json.dumps(_without_nan(content), indent=2, allow_nan=False).encode())
 
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``, with its format."""
+        self.write_json(SUMMARY, {"format": FORMAT, **summary})
+
     def read_config(self) -> dict[str, dict[str, UserConfigValue]]:
         """Return the tables of ``config.toml``: ``run``, ``config`` and ``versions``.
 
         Raises
         ------
         InputError
-            If the file is missing or damaged, or holds anything but texts, booleans and numbers of
-            64 bits, one a line.
+            If the file is missing or damaged, holds anything but texts, booleans and numbers of 64
+            bits, one a line, or is of a later format.
         """
         try:
             text = read_file(self.path, CONFIG, _MOST_CONFIG).decode().replace("\r\n", "\n")
@@ -272,6 +281,7 @@ class RunFolder:
         except (OSError, *MALFORMED) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(f"{self.path / CONFIG} cannot be read: {reason}") from error
+        require_format(self.path / CONFIG, tables["run"].get("format", 0), FORMAT)
         return tables
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -284,6 +294,7 @@ class RunFolder:
             f"state/{name}": record for name, record in checkpoint.strategy_state.items()
         }
         state = {
+            "format": FORMAT,
             "round": checkpoint.server_round,
             "seed": checkpoint.seed,
             "metrics": checkpoint.metrics,
@@ -317,14 +328,19 @@ class RunFolder:
         Raises
         ------
         InputError
-            If the file is damaged or larger than 64 GiB, or its members claim more bytes than it
-            has.
+            If the file is damaged or larger than 64 GiB, its members claim more bytes than it has,
+            or it is of a later format.
         """
         try:
             with open_file(self.path, CHECKPOINT, _MOST_CHECKPOINT) as file:
-                return _checkpoint(StoredMembers(file))
+                members = StoredMembers(file)
+                state = json.loads(members.pop("state.json", MOST_TEXT))
+                require_format(self.checkpoint_file, state.get("format", 0), FORMAT)
+                return _checkpoint(state, members)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except FormatError:
+            raise
         except Exception as error:  # Readers of a damaged archive raise a dozen different ones.
             reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(
@@ -342,6 +358,19 @@ class RunFolder:
         return path
 
 
+def read_summary(folder: Path, hint: str) -> dict[str, Any]:
+    """Return what ``summary.json`` of a run, a study or a survey holds.
+
+    Raises
+    ------
+    InputError
+        As `read_object`; or if the file is of a later format.
+    """
+    summary = read_object(folder, SUMMARY, hint)
+    require_format(folder / SUMMARY, summary.get("format", 0), FORMAT)
+    return summary
+
+
 def _index(record: ArrayRecord) -> list[dict[str, Any]]:
     return [
         {"key": key, "dtype": array.dtype, "shape": array.shape, "stype": array.stype}
@@ -349,9 +378,8 @@ def _index(record: ArrayRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _checkpoint(members: StoredMembers) -> Checkpoint:
-    """Return the checkpoint in an archive; ``state.json`` must name each of its members."""
-    state = json.loads(members.pop("state.json", MOST_TEXT))
+def _checkpoint(state: dict[str, Any], members: StoredMembers) -> Checkpoint:
+    """Return the checkpoint in an archive whose ``state.json`` must name each other member."""
     records = {name: _take(members, name, index) for name, index in state["records"].items()}
     states = {
         key: members.pop(f"clients/{number}.bin", _MOST_STATE)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.settings.allowed import Within
+from fedmed_flower.settings.allowed import Matching, Within
 from fedmed_flower.settings.section import MOST_ROUNDS, Section, setting
+
+# Where a run can be tracked.
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+_NAME = "|".join(TRACKERS)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,20 @@ class Plan(Section):
         Within(0, 10_000),
         "passes",
     )
+    track: str = setting(
+        "",
+        "Where every figure is tracked as well, in the run folder. Empty: nowhere.",
+        Matching(
+            rf"(({_NAME})(,({_NAME}))*)?",
+            f"{', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}, or several of them with commas between",
+            ("tensorboard,", "MLflow", "tensorboard mlflow"),
+        ),
+    )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in `track`, each once."""
+        return tuple(dict.fromkeys(filter(None, self.track.split(","))))
 
     def check(self) -> None:
         """Refuse to resume nothing."""

@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.files import require_format
 from fedmed_flower.privacy.ledger import give_name, transaction
 from fedmed_flower.statistics.columns import Columns
 from fedmed_flower.statistics.fewest import class_codes, fewest_left
@@ -409,9 +410,11 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         if not path.exists():
             _create(path)
-        with transaction(path, "rw", _SCHEMA) as connection:
+        with transaction(path, "rw", _SCHEMA, _VERSION) as connection:
             query = "SELECT value FROM about WHERE key = 'version'"
             version = connection.execute(query).fetchone()
+            if version is not None and type(version[0]) is int:
+                require_format(path, version[0], _VERSION)
             if version != (_VERSION,):
                 raise sqlite3.DatabaseError(f"version {version} instead of {_VERSION}")
             yield connection
@@ -427,7 +430,7 @@ def _create(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
-        with transaction(draft, "rwc", _SCHEMA) as connection:
+        with transaction(draft, "rwc", _SCHEMA, _VERSION) as connection:
             about = {"version": _VERSION, "key": secrets.token_bytes(32)}
             connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
         draft.chmod(0o600)

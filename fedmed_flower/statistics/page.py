@@ -17,7 +17,7 @@ from fedmed_flower.files import as_input_error, read_object, write_atomic
 from fedmed_flower.reports import frame, plots
 from fedmed_flower.reports.frame import INK, count_of, escaped
 from fedmed_flower.reports.plots import Styles
-from fedmed_flower.server.run_folder import SUMMARY
+from fedmed_flower.server.run_folder import read_summary
 from fedmed_flower.statistics.pooling import cumulate, pool_survival
 from fedmed_flower.statistics.table import AGAIN, OVERALL, label, tables
 
@@ -56,7 +56,7 @@ def write_page(folder: Path) -> Path:
         If ``summary.json`` or ``statistics.json`` is missing or damaged.
     """
     hint = "give the folder of a survey"
-    summary = read_object(folder, SUMMARY, hint)
+    summary = read_summary(folder, hint)
     survey = read_object(folder, STATISTICS_FILE, hint)
     with as_input_error(f"the survey in {folder / STATISTICS_FILE}", "run it again"):
         body = _body(summary, survey)

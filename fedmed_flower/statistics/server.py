@@ -21,7 +21,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.privacy.patient import LEDGERS
 from fedmed_flower.server.ask import ask_all
 from fedmed_flower.server.duplicates import Namesakes
-from fedmed_flower.server.run_folder import SUMMARY, RunFolder
+from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.registry import Sections, effective, require_known
@@ -194,7 +194,7 @@ def survey(
             "seconds": round(time.monotonic() - began, 1),
             "config": expand(context.run_config) | effective(context.run_config, used),
         }
-        folder.write_json(SUMMARY, about | _summary(answer, content))
+        folder.write_summary(about | _summary(answer, content))
         log.info("report: %s", write_page(folder.path))
     if not answer.sites:
         reason = answer.failures[0][1] if answer.failures else "no hospital is connected"

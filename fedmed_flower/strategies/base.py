@@ -24,6 +24,8 @@ from fedmed_flower.metrics.names import is_pooled_only
 from fedmed_flower.metrics.pooling import class_counts, pool
 from fedmed_flower.server.history import History, Stop
 from fedmed_flower.server.inbox import AcceptedReply, Inbox
+from fedmed_flower.server.listener import Listener
+from fedmed_flower.server.listeners import Ending, Listeners
 from fedmed_flower.server.run_folder import DEFAULT_FOLDER, METRICS, Checkpoint, RunFolder
 from fedmed_flower.server.screening import (
     first_arrays,
@@ -31,7 +33,7 @@ from fedmed_flower.server.screening import (
     with_arrays,
     with_shared_metrics,
 )
-from fedmed_flower.server.sites import draw, nobody_left, shortfall, wait_for_sites
+from fedmed_flower.server.sites import app_name, draw, nobody_left, shortfall, wait_for_sites
 from fedmed_flower.strategies import checkpoint as checkpoints
 from fedmed_flower.strategies.aggregation import (
     STREAM_ABOVE,
@@ -153,6 +155,8 @@ class FedAvg(flower.FedAvg):
         others, which are recorded as failed. At least 1. None waits for all until the timeout.
     grace : float
         Seconds; at least 0.
+    listeners : iterable of Listener
+        They hear how a run goes: see `fedmed_flower.server.Listener`.
 
     Attributes
     ----------
@@ -162,6 +166,8 @@ class FedAvg(flower.FedAvg):
         What `start` returns; up to date while it runs and after it was interrupted.
     only : set of int, optional
         Node ids to which training and evaluation are confined.
+    excluded : collection of int
+        Node ids of sites that are sent nothing.
     site_names : dict
         Site name by node id, as far as the sites have reported it.
     before_round : callable, optional
@@ -208,6 +214,7 @@ class FedAvg(flower.FedAvg):
         max_update_norm: float | None = None,
         quorum: int | None = None,
         grace: float = 60.0,
+        listeners: Iterable[Listener] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs | minima(super().__init__, args, kwargs))
@@ -236,8 +243,10 @@ class FedAvg(flower.FedAvg):
         self.seed = secrets.randbits(63) if seed is None else seed
         self.min_replies = min_replies
         self.inbox = Inbox()
+        self.listeners = Listeners(listeners)
         self.result = flower.Result()
         self.only: set[int] | None = None
+        self.excluded: Collection[int] = ()
         self.before_round: Callable[[int], None] | None = None
         self.buffers: Collection[str] = ()
         self.companions: dict[str, ArrayRecord] = {}
@@ -289,6 +298,22 @@ class FedAvg(flower.FedAvg):
             # For the first strategy of an app alone: two would overwrite each other.
             self.folder = RunFolder(Path(path))
             self.folder.require_unused()
+        with self.listeners.run() as ending:
+            self._run(grid, initial_arrays, num_rounds, timeout, configs, evaluate_fn)
+            self._describe_end(ending)
+        leave_result(grid, self.result, self.folder)
+        return self.result
+
+    def _run(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int,
+        timeout: float,
+        configs: dict[int, ConfigRecord],
+        evaluate_fn: EvaluateFn | None,
+    ) -> None:
+        """Run the rounds, by arguments that have been checked."""
         self.run = RunState(timeout)
         self.inbox.history = History()
         self.inbox.declined = set()
@@ -304,13 +329,17 @@ class FedAvg(flower.FedAvg):
                 f"num_rounds must be at least {first - 1}, the rounds that are done, "
                 f"got {num_rounds}"
             )
+        if self.folder is not None:
+            self.listeners.open(self.folder, app_name(grid))
+        self.listeners.began(self.listeners.part, num_rounds, tuple(self.history.rows))
+        told = len(self.history.rows)
         if first == 1 and evaluate_fn is not None:
             self._add_metrics(
                 0, "evaluate_metrics_serverapp", evaluate_fn(0, initial_arrays), "server"
             )
         for server_round in range(first, num_rounds + 1):
             reason = self.stop_reason() or nobody_left(
-                list(grid.get_node_ids()), self.inbox.declined, self.only
+                self._connected(grid), self.inbox.declined, self.only
             )
             if reason is not None:
                 self._stop(grid, Stop(server_round - 1, " ".join(reason.split())))
@@ -341,10 +370,18 @@ class FedAvg(flower.FedAvg):
             seconds = time.perf_counter() - began
             line = self.history.describe(server_round)
             log.info("round %d/%d  %s  %.1f s", server_round, num_rounds, line, seconds)
+            self.listeners.round_ended(server_round, tuple(self.history.rows[told:]))
+            told = len(self.history.rows)
             if self._halted(grid, server_round, "val", len(messages)):
                 break
-        leave_result(grid, self.result, self.folder)
-        return self.result
+
+    def _describe_end(self, ending: Ending) -> None:
+        """Say how the rounds ended: without a model, or early."""
+        if self.run.halted or not self.result.train_metrics_clientapp:
+            ending.status = "failed"
+            ending.message = self.run.halted or "no site could train"
+        elif self.history.stopped is not None:
+            ending.message = self.history.stopped.reason
 
     def test(
         self,
@@ -366,16 +403,21 @@ class FedAvg(flower.FedAvg):
         messages = [
             Message(own_content(content), node_id, MessageType.EVALUATE)
             for node_id in grid.get_node_ids()
+            if node_id not in self.excluded
         ]
         before = len(self.history.rows)
         self.run.evaluated = "test"
         self.run.timeout = timeout
         try:
-            replies = self.exchange(grid, messages, server_round, "test")
-            metrics = self.aggregate_evaluate(server_round, replies)
+            with self.listeners.run(again=True):
+                if self.folder is not None:
+                    self.listeners.open(self.folder, app_name(grid))
+                replies = self.exchange(grid, messages, server_round, "test")
+                metrics = self.aggregate_evaluate(server_round, replies)
+                self.history.add(server_round, "test", ALL_SITES, metrics or {})
+                self.listeners.tested(tuple(self.history.rows[before:]))
         finally:
             self.run.evaluated = "val"
-        self.history.add(server_round, "test", ALL_SITES, metrics or {})
         table: dict[str, dict[str, float]] = {}
         for _, _, site, metric, value in self.history.rows[before:]:
             table.setdefault(site, {})[metric] = value
@@ -648,6 +690,15 @@ class FedAvg(flower.FedAvg):
     def site_names(self, names: dict[int, str]) -> None:
         self.inbox.site_names = names
 
+    @property
+    def listeners(self) -> Listeners:
+        """Those who hear how the run goes."""
+        return self.inbox.listeners
+
+    @listeners.setter
+    def listeners(self, listeners: Listeners) -> None:
+        self.inbox.listeners = listeners
+
     def site_name(self, node_id: int) -> str:
         """Return a node's site name, or ``node <id>`` if it has reported none."""
         return self.inbox.name(node_id)
@@ -826,7 +877,7 @@ class FedAvg(flower.FedAvg):
     def _halted(self, grid: Grid, server_round: int, phase: str, asked: int) -> bool:
         """Return whether all sites failed alike in a phase, as they would in further rounds."""
         error = self.inbox.common_error(asked)
-        connected = set(grid.get_node_ids())
+        connected = self._connected(grid)
         everybody = len(connected if self.only is None else connected & self.only)
         if error is None or asked < min(everybody, _MANY):
             return False
@@ -891,12 +942,17 @@ class FedAvg(flower.FedAvg):
             getattr(self.result, name)[server_round] = metrics
             self.history.add(server_round, phase, ALL_SITES, metrics)
 
+    def _connected(self, grid: Grid) -> set[int]:
+        """Return the nodes that are connected and may be sent something."""
+        return set(grid.get_node_ids()).difference(self.excluded)
+
     def _address(
         self, messages: Iterable[Message], grid: Grid, server_round: int, phase: int
     ) -> list[Message]:
         """Address Flower's messages to the sites of `choose`, each with records of its own."""
         messages = list(messages)
-        connected = self.inbox.connected = set(grid.get_node_ids())
+        self.inbox.connected = set(grid.get_node_ids())
+        connected = self._connected(grid)
         nodes = connected if self.only is None else connected & self.only
         drawn = self.choose(nodes, len(messages), server_round, phase == _TRAIN)
         for message, node_id in zip(messages, drawn, strict=False):

@@ -14,6 +14,7 @@ from flwr.serverapp import strategy as flower
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.runs.experiment import federate
+from fedmed_flower.server.listener import Listener
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.server.screening import metrics_of, with_shared_metrics
 from fedmed_flower.settings.plan import Plan
@@ -59,6 +60,7 @@ def grow(
     context: Context,
     client: TabularClient,
     evaluate_fn: EvaluateFn | None = None,
+    listeners: Iterable[Listener] = (),
 ) -> flower.Result:
     """Grow trees as the run config says and leave a complete run folder.
 
@@ -79,6 +81,8 @@ def grow(
         An instance of the app's client, ``MyHospital(context)``.
     evaluate_fn : callable, optional
         As in `fedmed_flower.federate`; it is given the ensemble.
+    listeners : iterable of Listener
+        They hear how the run goes: see `fedmed_flower.server.Listener`.
 
     Returns
     -------
@@ -123,7 +127,7 @@ def grow(
     # Under the name of Flower's strategy, by which runs are distinguished.
     name = type(strategy).__name__
     strategy_class = type(name, (_Growing,), {"__doc__": type(strategy).__doc__})
-    growing: FedAvg = strategy_class(strategy, tree_client)
+    growing: FedAvg = strategy_class(strategy, tree_client, listeners)
     return federate(growing, grid, tree_context, tree_client, evaluate_fn=evaluate_fn)
 
 
@@ -135,9 +139,12 @@ class _Growing(FedAvg):
     inner : FedXgbBagging or FedXgbCyclic
     client : TreeClient
         Holds the form of this run's ensembles, once hospitals have agreed.
+    listeners : iterable of Listener
     """
 
-    def __init__(self, inner: flower.FedAvg, client: TreeClient) -> None:
+    def __init__(
+        self, inner: flower.FedAvg, client: TreeClient, listeners: Iterable[Listener] = ()
+    ) -> None:
         if not isinstance(inner, flower.FedXgbBagging | flower.FedXgbCyclic):
             raise InputError(
                 "strategy must be FedXgbBagging or FedXgbCyclic of flwr.serverapp.strategy, got "
@@ -145,7 +152,7 @@ class _Growing(FedAvg):
             )
         for name in _MINIMA:
             setattr(inner, name, 1 if getattr(inner, name) == 2 else getattr(inner, name))
-        super().__init__(**{name: getattr(inner, name) for name in _PASSED_ON})
+        super().__init__(listeners=listeners, **{name: getattr(inner, name) for name in _PASSED_ON})
         self.inner = inner
         self.client = client
         self.share = 1.0

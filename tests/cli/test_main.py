@@ -68,6 +68,7 @@ def test_run_folder_is_complete_and_marked(finished):
         "checkpoint.zip",
         "config.toml",
         "counts.json",
+        "live.json",
         "log.txt",
         "metrics.csv",
         "model.safetensors",

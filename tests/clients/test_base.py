@@ -5,10 +5,11 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp.mod import arrays_size_mod, message_size_mod
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import message_to_proto
+from flwr.supercore.task_identity import TaskIdentity
 from tiny import (
     TinyClient,
     ask,
@@ -153,6 +154,28 @@ def test_an_empty_split_counts_no_rows():
         reply = ask(client, "evaluate", context_of(), split=split)
         assert dict(reply.content["metrics"]) == {"num-examples": 0}
         assert reply.content["site"]["name"] == "hospital-1"
+
+
+def test_a_server_whose_messages_have_another_version_is_refused_before_a_row_is_looked_at(
+    tmp_path,
+):
+    class Unread(TinyClient):
+        def load_data(self, site):
+            raise AssertionError("rows are loaded")
+
+    end = ", and those of the hospital version 1: install the same fedmed-flower at both"
+    context = context_of(node_config=node_of(tmp_path))
+    assert error_of(Unread, "query.describe", context, version=2) == (
+        "declined: north: messages of the server have version 2" + end
+    )
+    TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, SUPERLINK_NODE_ID
+    older = Message(RecordDict(), context.node_id, "query.describe")
+    reply = Unread.client_app()(older, context)
+    assert read_error(reply.error.reason) == (
+        "north",
+        "declined: north: messages of the server have no version, as before versions were named"
+        + end,
+    )
 
 
 def test_describe_counts_rows_and_in_a_simulation_labels(tmp_path):

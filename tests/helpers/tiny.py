@@ -17,6 +17,7 @@ from fedmed_flower.engines.local import LocalGrid
 from fedmed_flower.settings import Section, setting
 from fedmed_flower.settings.registry import sections_of
 from fedmed_flower.strategies import FedAvg
+from fedmed_flower.wire import MESSAGE_VERSION
 
 RUN_IDS = itertools.count(1)
 CONFIG = {"learning-rate": 0.05, "batch-size": 4, "device": "cpu", "optimizer": "sgd"}
@@ -127,9 +128,11 @@ def ask(client, kind, context, arrays=None, mods=(), **config):
     TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, SUPERLINK_NODE_ID
     TaskIdentity.task_id = 1
     content = RecordDict()
-    if kind != "query.describe":
+    record = {key.replace("_", "-"): value for key, value in config.items()}
+    if kind == "query.describe":
+        content["config"] = ConfigRecord({"version": MESSAGE_VERSION} | record)
+    else:
         content["arrays"] = model_arrays() if arrays is None else arrays
-        record = {key.replace("_", "-"): value for key, value in config.items()}
         content["config"] = ConfigRecord(({"server-round": 1} if kind == "train" else {}) | record)
     return client.client_app(mods)(Message(content, context.node_id, kind), context)
 

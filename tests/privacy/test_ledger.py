@@ -348,6 +348,10 @@ def _other(path):
 
 def _about(path, change):
     charge(Ledger(path), [1])
+    _about_file(path, change)
+
+
+def _about_file(path, change):
     with sqlite3.connect(path) as connection:
         connection.execute(change)
     connection.close()
@@ -383,7 +387,37 @@ def test_a_folder_is_no_ledger(tmp_path, read_only):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("version", [1, 3, None])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE about SET value = 3 WHERE key = 'version'",
+        "PRAGMA user_version = 3",
+    ],
+)
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_ledger_of_a_later_version_is_refused(path, change, read_only):
+    _about(path, change)
+    text = (
+        f"{path} was written by a later fedmed-flower (format 3, this one reads up to 2): update "
+        "fedmed-flower"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        Ledger(path, read_only)
+
+
+def test_what_else_a_later_ledger_holds_is_not_looked_at(path):
+    _about(path, "PRAGMA user_version = 3")
+    _about_file(path, "CREATE TABLE news (x)")
+    with pytest.raises(InputError, match="later fedmed-flower"):
+        Ledger(path)
+
+
+def test_a_ledger_that_names_its_version_in_its_table_alone_is_read(path):
+    _about(path, "PRAGMA user_version = 0")
+    assert len(Ledger(path).entries()) == 1
+
+
+@pytest.mark.parametrize("version", [1, None])
 def test_a_ledger_of_another_version_is_refused(path, version):
     value = "NULL" if version is None else version
     _about(path, f"UPDATE about SET value = {value} WHERE key = 'version'")

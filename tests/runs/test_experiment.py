@@ -52,6 +52,7 @@ FILES = {
     "checkpoint.zip",
     "config.toml",
     "counts.json",
+    "live.json",
     "log.txt",
     "metrics.csv",
     "model.safetensors",

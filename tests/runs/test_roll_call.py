@@ -21,7 +21,7 @@ from fedmed_flower.runs.roll_call import (
     roll_call,
 )
 from fedmed_flower.server.run_folder import RunFolder
-from fedmed_flower.wire import Sent
+from fedmed_flower.wire import MESSAGE_VERSION, Sent
 
 
 class Answers:
@@ -54,6 +54,7 @@ class Answers:
 def about(name="north", **counts):
     counts = {"num-examples": 4, "train": 4, "val": 2, "test": 3} | counts
     site = {"name": name, "data": "files", "generated": False, "simulated": True}
+    site["version"] = MESSAGE_VERSION
     return RecordDict({"metrics": MetricRecord(counts), "site": ConfigRecord(site)})
 
 
@@ -103,6 +104,48 @@ def test_a_malformed_answer_to_the_roll_call_is_a_refusal(change, text):
     assert text in refusal
     with pytest.raises(InputError, match=says(refusal)):
         roll_call(Answers(about("bad", **change)), 9)
+
+
+def test_a_hospital_whose_messages_have_another_version_is_refused_by_name():
+    older = about("west")
+    del older["site"]["version"]
+    later = about("east")
+    later["site"]["version"] = 7
+    strange = about("south")
+    strange["site"]["version"] = "1\n"
+    sites = roll_call(Answers(older, later, strange, about()), 9)
+    assert set(sites.counts) == {4}
+    end = ", and those of the server version 1: install the same fedmed-flower at both"
+    assert sites.refusals == {
+        1: "west: messages of the hospital have no version, as before versions were named" + end,
+        2: "east: messages of the hospital have version 7" + end,
+        3: "south: messages of the hospital have version 1 " + end,
+    }
+    with pytest.raises(InputError, match=says(sites.refusals[1])):
+        roll_call(Answers(older), 9)
+
+
+def test_the_roll_call_names_the_version_of_the_messages():
+    grid = Answers(about())
+    roll_call(grid, 9)
+    assert grid.sent[0].content["config"] == ConfigRecord({"version": MESSAGE_VERSION})
+
+
+def test_a_run_with_a_hospital_of_another_version_goes_on_without_it(tmp_path):
+    class Older(TinyClient):
+        """The second hospital's package is of before messages had versions."""
+
+    def forget(message, context, call):
+        reply = call(message, context)
+        if context.node_config["partition-id"] and reply.has_content():
+            del reply.content["site"]["version"]
+        return reply
+
+    run_tiny(tmp_path / "run", Older, mods=[forget], num_server_rounds=1)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (reason,) = summary["refused"]
+    assert reason.startswith("hospital-2: messages of the hospital have no version")
+    assert list(summary["test"]["sites"]) == ["hospital-1"]
 
 
 def test_nobody_answers():

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import write_atomic
 from fedmed_flower.server.history import Failure, History, Stop
-from fedmed_flower.server.run_folder import Checkpoint, RunFolder, early_lines
+from fedmed_flower.server.run_folder import Checkpoint, RunFolder, early_lines, read_summary
 
 DTYPES = [
     "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
@@ -447,3 +447,64 @@ def test_a_model_in_another_memory_order_is_written_as_it_reads(tmp_path):
     written = load_file(tmp_path / "model.safetensors")
     assert written["w"].tolist() == values.tolist()
     assert written["n"].shape == ()
+
+
+# --- Formats ------------------------------------------------------------------------------------
+
+CONFIG = '[run]\n{format}sites = 2\n\n[config]\nseed = 1\n\n[versions]\nflwr = "1.41"\n'
+LATER = "was written by a later fedmed-flower (format 2, this one reads up to 1): update"
+
+
+def with_format(folder, number):
+    """Write config, summary and checkpoint of a format; None names none."""
+    entry = {} if number is None else {"format": number}
+    line = "" if number is None else f"format = {json.dumps(number)}\n"
+    folder.write("config.toml", CONFIG.format(format=line).encode())
+    folder.write_json("summary.json", {"app": "hearts", **entry})
+
+    def change(state):
+        assert state.pop("format") == 1
+        return state | entry
+
+    folder.checkpoint_file.write_bytes(rewritten(folder, change))
+
+
+@pytest.mark.parametrize("number", [None, 0, 1])
+def test_a_folder_of_an_earlier_format_or_of_none_is_read(number, tmp_path):
+    folder = RunFolder(tmp_path)
+    with_format(folder, number)
+    assert folder.read_config()["config"] == {"seed": 1}
+    assert read_summary(tmp_path, "x")["app"] == "hearts"
+    assert contents(folder.load()) == contents(a_checkpoint())
+
+
+def test_a_folder_of_a_later_format_is_refused_with_what_to_do(tmp_path):
+    folder = RunFolder(tmp_path)
+    with_format(folder, 2)
+    for name, read in (
+        ("config.toml", folder.read_config),
+        ("summary.json", lambda: read_summary(tmp_path, "x")),
+        ("checkpoint.zip", folder.load),
+    ):
+        with pytest.raises(InputError, match=exactly(f"{tmp_path / name} {LATER} fedmed-flower")):
+            read()
+
+
+@pytest.mark.parametrize("number", [-1, "1", True, 1.0])
+def test_a_format_that_is_no_number_is_refused(number, tmp_path):
+    folder = RunFolder(tmp_path)
+    with_format(folder, number)
+    for name, read in (
+        ("config.toml", folder.read_config),
+        ("summary.json", lambda: read_summary(tmp_path, "x")),
+        ("checkpoint.zip", folder.load),
+    ):
+        text = f"format in {tmp_path / name} must be a whole number, at least 0, got {number!r}"
+        with pytest.raises(InputError, match=re.escape(text)):
+            read()
+
+
+def test_what_is_written_names_its_format(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_summary({"app": "hearts"})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"format": 1, "app": "hearts"}

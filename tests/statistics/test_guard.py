@@ -373,12 +373,37 @@ class TestFile:
         with pytest.raises(InputError, match=re.escape(f"the record of answers {path} cannot")):
             ask(rows, path)
 
-    def test_one_of_another_version(self, rows, path):
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "UPDATE about SET value = 7 WHERE key = 'version'",
+            # What a later format may hold as well is not looked at.
+            "PRAGMA user_version = 7; CREATE TABLE news (x)",
+        ],
+    )
+    def test_one_of_a_later_version(self, change, rows, path):
         ask(rows, path, columns=("smoker",))
         with sqlite3.connect(path) as connection:
-            connection.execute("UPDATE about SET value = 7 WHERE key = 'version'")
-        with pytest.raises(InputError, match=r"version \(7,\) instead of 2"):
+            connection.executescript(change)
+        text = (
+            f"{path} was written by a later fedmed-flower (format 7, this one reads up to 2): "
+            "update fedmed-flower"
+        )
+        with pytest.raises(InputError, match=f"^{re.escape(text)}$"):
             ask(rows, path)
+
+    def test_one_of_an_earlier_version(self, rows, path):
+        ask(rows, path, columns=("smoker",))
+        with sqlite3.connect(path) as connection:
+            connection.execute("UPDATE about SET value = 1 WHERE key = 'version'")
+        with pytest.raises(InputError, match=r"version \(1,\) instead of 2"):
+            ask(rows, path)
+
+    def test_one_that_names_its_version_in_its_table_alone_is_read(self, rows, path):
+        first = ask(rows, path, columns=("smoker",))
+        with sqlite3.connect(path) as connection:
+            connection.execute("PRAGMA user_version = 0")
+        assert ask(rows, path, columns=("smoker",)) == first
 
     def test_nothing_is_told_where_the_disk_is_full(self, rows, path, monkeypatch):
         ask(rows, path, columns=("smoker",))

@@ -59,6 +59,7 @@ MESSAGE_KEYS = {
     RUN_KEY: ("k", "k/local", "../x"),
     TREES: ("bagging", "cyclic", "x"),
     TREE_SHARE: (1.0, 0.0, -1.0),
+    "version": (0, 1, "x"),
 }
 # What follows from the number of patients, which is taken as known.
 COUNTS = ("num-examples", "train", "val", "test", "patient-epsilon")
@@ -220,7 +221,7 @@ def test_training_and_evaluation_answer_alike_and_cost_alike(client, one):
     for kind, message in (
         ("train", {}),
         *(("evaluate", {"split": split}) for split in ("train", "val", "test")),
-        ("query.describe", {}),
+        ("query.describe", {"version": 1}),
     ):
         first, second = both(client, one, kind, {}, message, outputs)
         assert first == second

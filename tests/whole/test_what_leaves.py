@@ -25,7 +25,7 @@ from fedmed_flower.engines.local import LocalGrid
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.strategies import FedProx
 from fedmed_flower.trees.server import grow
-from fedmed_flower.wire import MESSAGES, NEVER, REPLIES, keys_of, read_error
+from fedmed_flower.wire import MESSAGE_VERSION, MESSAGES, NEVER, REPLIES, keys_of, read_error
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "reference" / "what-travels.md"
 WAYS = {"plain", "bounded", "known", "noised", "never"}
@@ -49,6 +49,7 @@ def generic(reply, content):
 def ask(client, kind, context, arrays, config):
     TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, SUPERLINK_NODE_ID
     TaskIdentity.task_id = 1
+    config = {**config, "version": MESSAGE_VERSION}
     content = RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
     return client.client_app()(Message(content, context.node_id, kind), context)
 
