@@ -16,9 +16,11 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from flwr.app import RecordDict
+if TYPE_CHECKING:
+    # The command `fedmed watch` reads names from here, and need not load Flower for them.
+    from flwr.app import RecordDict
 
 # Of what a site has sent: how many keys of a record are listed, and letters of each.
 _MOST_KEYS = 1000

@@ -13,6 +13,7 @@ from fedmed_flower.cli.run import demo, run
 from fedmed_flower.cli.settings import settings
 from fedmed_flower.cli.statistics import statistics
 from fedmed_flower.cli.tables import console, input_errors, print_ledger
+from fedmed_flower.cli.watch import watch
 from fedmed_flower.errors import InputError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app.command()(run)
 app.command()(demo)
 app.command()(statistics)
 app.command()(settings)
+app.command()(watch)
 
 
 @app.command()
