@@ -43,6 +43,9 @@ _MOST_FAILURES = 100
 _MOST_LETTERS = 300
 # Points of a curve in one answer; the next answer goes on from there.
 _MOST_POINTS = 100_000
+# Seconds. A run writes `live.json` every ten seconds at least; other files once a round.
+_PATIENCE_WITH_BEATS = 60
+_PATIENCE = 300
 # Beyond these a round or a value cannot be drawn.
 _MOST_ROUND = 10**9
 _MOST_VALUE = 1e100
@@ -232,7 +235,8 @@ class LiveFolder:
         """Return what the page shows beside the curves, as JSON can write it.
 
         Texts are one line without control codes, of at most 300 letters. ``age`` is the number of
-        seconds since a file of the run was last written, None if there is none.
+        seconds since a file of the run was last written, None if there is none. A run that is
+        silent for more than ``patience`` seconds may have been killed; if it ``beats``, it was.
         """
         live = self._objects.get(LIVE, {})
         summary = self._objects.get(SUMMARY, {})
@@ -258,6 +262,8 @@ class LiveFolder:
             "seconds": _seconds(live, summary, status, now),
             "left": _number(live.get("seconds_left")) if running else None,
             "age": max(0.0, now - max(written)) if written else None,
+            "beats": bool(live),
+            "patience": _PATIENCE_WITH_BEATS if live else _PATIENCE,
             "sites": self._sites(live if running else {}, summary),
             "failures": _failures(live if live.get("failures") else summary),
             "metrics": self._metrics(),
