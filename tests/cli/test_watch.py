@@ -1,42 +1,16 @@
-import contextlib
-import os
-import re
 import signal
 import socket
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import httpx
 import pytest
-from live_runs import write_live
+from live_runs import watching, write_live
 from typer.testing import CliRunner
 
 from fedmed_flower.cli import watch
 from fedmed_flower.cli.main import app
-
-
-@contextlib.contextmanager
-def watching(folder, *options, **environment):
-    """Run the command; yield the process and the address that it prints."""
-    command = [sys.executable, "-c", "from fedmed_flower.cli.main import main; main()", "watch"]
-    process = subprocess.Popen(
-        [*command, str(folder), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | environment,
-        # A shell that runs tests in the background lets its children ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    try:
-        line = process.stdout.readline()
-        yield process, re.search(r"http://\S+", line)[0]
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def run(*arguments):

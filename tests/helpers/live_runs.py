@@ -1,6 +1,12 @@
-"""Run folders as a run writes them, made by hand, for what reads them."""
+"""Run folders as a run writes them, made by hand, and `fedmed watch` in its own process."""
 
+import contextlib
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 from datetime import UTC, datetime
 
 from fedmed_flower.files import write_atomic
@@ -53,3 +59,24 @@ def rounds_of(count, sites=SITES, epsilon=False):
         for index, site in enumerate((*sites, ALL_SITES)):
             yield (number, "val", site, "auc", 0.9 - 0.4 / (number + index))
             yield (number, "val", site, "loss", 0.8 / number + index / 20)
+
+
+@contextlib.contextmanager
+def watching(folder, *options, **environment):
+    """Run the command; yield the process and the address that it prints."""
+    command = [sys.executable, "-c", "from fedmed_flower.cli.main import main; main()", "watch"]
+    process = subprocess.Popen(
+        [*command, str(folder), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | environment,
+        # A shell that runs tests in the background lets its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        line = process.stdout.readline()
+        yield process, re.search(r"http://\S+", line)[0]
+    finally:
+        process.kill()
+        process.communicate()
