@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from fedmed_flower.runs.roll_call import Sites, collect_personal
 from fedmed_flower.server.history import History
+from fedmed_flower.server.listeners import Listeners
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.strategies.base import FedAvg
@@ -39,6 +40,8 @@ class Baselines:
         Returns the config of the messages of one part of the run.
     history : History
         The history of the run, to which results and failures are added.
+    listeners : Listeners
+        Those of the run, who also hear of the models for comparison.
     """
 
     grid: Grid
@@ -48,13 +51,21 @@ class Baselines:
     initial: ArrayRecord
     config: Callable[..., ConfigRecord]
     history: History
+    listeners: Listeners
 
     def fine_tune(self, arrays: ArrayRecord) -> Table:
         """Let each site fine-tune the global model; return the test metrics of each model."""
         log.info("each hospital fine-tunes the model for itself")
+        self.listeners.began("fine-tuned models", 0, ())
         nodes = {node_id: self.sites.names[node_id] for node_id in self.sites.trainers()}
         table = collect_personal(
-            self.grid, arrays, self.config(), self.plan.round_timeout, nodes, self.sites.sent
+            self.grid,
+            arrays,
+            self.config(),
+            self.plan.round_timeout,
+            nodes,
+            self.sites.sent,
+            self.listeners,
         )
         self._record("personal-test", table)
         return table
@@ -73,7 +84,8 @@ class Baselines:
             if node_id not in trainers:
                 continue
             name = self.sites.names[node_id]
-            log.info("for comparison: %s alone", name)
+            self.listeners.part = f"{name} alone"
+            log.info("for comparison: %s", self.listeners.part)
             label = f"local-{number}-{re.sub(r'[^A-Za-z0-9_-]', '_', name)}"
             table = self._trained_at(label, node_id)
             at_site = table.get(name, {})
@@ -84,15 +96,18 @@ class Baselines:
         if not self.sites.simulated:
             log.warning("no model on all data pooled: the data of real sites stay apart")
             return
-        log.info("for comparison: all data pooled")
+        self.listeners.part = "all data pooled"
+        log.info("for comparison: %s", self.listeners.part)
         first = next(node_id for node_id in self.sites.counts if node_id in trainers)
         table = self._trained_at("pooled", first, **{POOL_SITES: True})
         self._record("pooled-test", table)
         test["pooled"] = table.pop(ALL_SITES, {}) | {"sites": table}
 
     def _record(self, phase: str, table: Mapping[str, Mapping[str, float]]) -> None:
+        before = len(self.history.rows)
         for site, metrics in table.items():
             self.history.add(self.plan.num_server_rounds, phase, site, metrics)
+        self.listeners.tested(tuple(self.history.rows[before:]))
 
     def _trained_at(self, label: str, node_id: int, **config: bool) -> Table:
         """Train a model at one site; return its test results, none if no round succeeded."""
@@ -103,6 +118,7 @@ class Baselines:
         strategy = FedAvg(
             run_dir=(self.folder / "baselines" / label).path, resume=plan.resume, seed=plan.seed
         )
+        strategy.listeners = self.listeners
         strategy.only = {node_id}
         strategy.site_names |= self.sites.names
         result = strategy.start(

@@ -50,7 +50,7 @@ from fedmed_flower.server.run_folder import (
     RunFolder,
     early_lines,
 )
-from fedmed_flower.server.sites import wait_for_sites
+from fedmed_flower.server.sites import app_name, wait_for_sites
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.model import ModelSettings
 from fedmed_flower.settings.plan import Plan
@@ -160,9 +160,13 @@ def federate(
     DivergedError
         If the weights of the model have grown out of proportion.
     """
-    with early_lines() as lines:
-        experiment = _prepared(strategy, grid, context, model, sections, evaluate_fn)
-    return experiment.run(lines)
+    with strategy.listeners.run() as ending:
+        with early_lines() as lines:
+            experiment = _prepared(strategy, grid, context, model, sections, evaluate_fn)
+        result = experiment.run(lines)
+        if strategy.history.stopped is not None:
+            ending.message = strategy.history.stopped.reason
+    return result
 
 
 def _prepared(
@@ -201,10 +205,13 @@ def _prepared(
         strategy.find_checkpoint(start.initial)
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
     wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
-    sites = roll_call(grid, plan.round_timeout, strategy.quorum, strategy.grace)
+    listeners = strategy.listeners
+    sites = roll_call(grid, plan.round_timeout, strategy.quorum, strategy.grace, listeners)
     if asking is not None:
         names = {node_id: sites.names[node_id] for node_id in sites.counts}
-        contributions = collect_contributions(grid, plan.round_timeout, names, sites.sent)
+        contributions = collect_contributions(
+            grid, plan.round_timeout, names, sites.sent, listeners
+        )
         agreed = asking.agree(contributions)
         start = _start_model(model, agreed, config, plan.seed)
         strategy.buffers = start.buffers
@@ -219,8 +226,9 @@ def _prepared(
     key = before.key if before is not None else ""
     if not key:
         key = secrets.token_hex(8)
+    app = app_name(grid) or "federated run"
     about = {
-        "app": _app_name(grid),
+        "app": app,
         "strategy": type(strategy).__name__,
         "sites": count,
         "key": key,
@@ -228,6 +236,7 @@ def _prepared(
     if agreed:
         about["agreed"] = agreed
     _write_config(folder, about, config)
+    listeners.open(folder, app)
     return Experiment(
         strategy=strategy,
         grid=grid,
@@ -453,7 +462,9 @@ class Experiment:
         strategy = self.strategy
         require_bounded(self.model.initial, strategy.result.arrays, self.model.buffers)
         timeout = min(self.plan.round_timeout, _NEWCOMER_TIMEOUT)
-        for name, before in call_newcomers(self.grid, sites, timeout).items():
+        for name, before in call_newcomers(
+            self.grid, sites, timeout, strategy.listeners, server_round
+        ).items():
             (node_id,) = (node for node, held in sites.names.items() if held == name)
             how = "has connected and trains from here on"
             if before is not None:
@@ -521,6 +532,7 @@ class Experiment:
                 self.sites.names,
                 self.sites.sent,
                 self.folder,
+                self.strategy.listeners,
             )
 
     def _compare(self, arrays: ArrayRecord) -> None:
@@ -540,6 +552,7 @@ class Experiment:
             self.model.initial,
             self.config,
             self.strategy.history,
+            self.strategy.listeners,
         )
 
     def _warn_of_cost(self) -> None:
@@ -572,7 +585,7 @@ class Experiment:
         summary = {
             "status": status,
             "message": message,
-            "app": _app_name(self.grid),
+            "app": app_name(self.grid) or "federated run",
             "engine": _engine(self.grid, sites),
             "strategy": type(self.strategy).__name__,
             "data": GENERATED if sites.generated else "; ".join(sorted(sites.sources)),
@@ -639,10 +652,6 @@ class Experiment:
         elif history.stopped is not None:
             first = f": {history.stopped.reason}"
         return f"no site could train in any of {self.plan.num_server_rounds} rounds{first}"
-
-
-def _app_name(grid: Grid) -> str:
-    return grid.run.fab_id.rpartition("/")[2] or "federated run"
 
 
 def _engine(grid: Grid, sites: Sites) -> str:

@@ -16,6 +16,7 @@ from fedmed_flower.data.site import GENERATED, SPLITS, some_of
 from fedmed_flower.errors import InputError, shown
 from fedmed_flower.server.ask import NoAnswer, ask, ask_all
 from fedmed_flower.server.duplicates import Namesakes
+from fedmed_flower.server.listener import NOBODY, Listener
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.wire import (
     COLUMNS,
@@ -125,12 +126,18 @@ class Sites:
             by_node.pop(node_id, None)
 
 
-def roll_call(grid: Grid, timeout: float, minimum: int | None = None, grace: float = 0.0) -> Sites:
+def roll_call(
+    grid: Grid,
+    timeout: float,
+    minimum: int | None = None,
+    grace: float = 0.0,
+    listener: Listener = NOBODY,
+) -> Sites:
     """Ask every connected site for its name and its numbers of rows.
 
     Parameters
     ----------
-    grid, timeout, minimum, grace
+    grid, timeout, minimum, grace, listener
         As in `ask`.
 
     Raises
@@ -140,7 +147,9 @@ def roll_call(grid: Grid, timeout: float, minimum: int | None = None, grace: flo
         class.
     """
     sites = Sites()
-    failures = _describe(grid, grid.get_node_ids(), sites, timeout, minimum, grace)
+    failures = _describe(
+        grid, grid.get_node_ids(), sites, timeout, listener, minimum=minimum, grace=grace
+    )
     if not sites.counts:
         reasons = (failure.reason for failure in failures if not failure.silent)
         raise InputError(next(reasons, "no site answered the roll call"))
@@ -154,8 +163,20 @@ def roll_call(grid: Grid, timeout: float, minimum: int | None = None, grace: flo
     return sites
 
 
-def call_newcomers(grid: Grid, sites: Sites, timeout: float) -> dict[str, int | None]:
+def call_newcomers(
+    grid: Grid,
+    sites: Sites,
+    timeout: float,
+    listener: Listener = NOBODY,
+    server_round: int = 0,
+) -> dict[str, int | None]:
     """Ask the sites that have connected since the roll call, and add them.
+
+    Parameters
+    ----------
+    grid, timeout, listener, server_round
+        As in `ask`.
+    sites : Sites
 
     Returns
     -------
@@ -169,7 +190,7 @@ def call_newcomers(grid: Grid, sites: Sites, timeout: float) -> dict[str, int | 
     if not newcomers:
         return {}
     held = {node_id: sites.names.pop(node_id) for node_id in gone.values()}
-    _describe(grid, newcomers, sites, timeout)
+    _describe(grid, newcomers, sites, timeout, listener, server_round)
     came = {sites.names[node_id]: node_id for node_id in newcomers if node_id in sites.counts}
     sites.names |= {node_id: name for node_id, name in held.items() if name not in came}
     for name in came:
@@ -183,6 +204,8 @@ def _describe(
     nodes: Iterable[int],
     sites: Sites,
     timeout: float,
+    listener: Listener,
+    server_round: int = 0,
     minimum: int | None = None,
     grace: float = 0.0,
 ) -> list[NoAnswer]:
@@ -194,7 +217,18 @@ def _describe(
         sites.sent.take("describe", sites.names.get(node_id, f"node {node_id}"), content)
         return _about(content)
 
-    asked = ask(grid, "describe", contents, read, timeout, sites.names, minimum, grace)
+    asked = ask(
+        grid,
+        "describe",
+        contents,
+        read,
+        timeout,
+        sites.names,
+        minimum,
+        grace,
+        listener,
+        server_round,
+    )
     for answer in sorted(asked, key=lambda answer: (answer.site, answer.node_id)):
         about = answer.value
         node_id = answer.node_id
@@ -254,7 +288,11 @@ def _lacking(content: RecordDict) -> list[str]:
 
 
 def collect_contributions(
-    grid: Grid, timeout: float, names: Mapping[int, str], sent: Sent
+    grid: Grid,
+    timeout: float,
+    names: Mapping[int, str],
+    sent: Sent,
+    listener: Listener = NOBODY,
 ) -> dict[str, dict[str, Any]]:
     """Ask each site for its contribution, from which the model is prepared.
 
@@ -264,6 +302,8 @@ def collect_contributions(
         Site name by node id; only these nodes are asked.
     sent : Sent
         The answers are added to it.
+    listener : Listener
+        As in `ask`.
 
     Returns
     -------
@@ -275,7 +315,9 @@ def collect_contributions(
         return dict(content.config_records[CONTRIBUTION])
 
     contents = {node_id: RecordDict() for node_id in names}
-    answers, failures = ask_all(grid, CONTRIBUTION, contents, read, timeout, dict(names))
+    answers, failures = ask_all(
+        grid, CONTRIBUTION, contents, read, timeout, dict(names), listener=listener
+    )
     for answer in answers:
         sent.take(CONTRIBUTION, answer.site, answer.content)
     for failure in failures:
@@ -290,12 +332,13 @@ def collect_personal(
     timeout: float,
     names: Mapping[int, str],
     sent: Sent,
+    listener: Listener = NOBODY,
 ) -> dict[str, dict[str, float]]:
     """Let each site fine-tune a model for itself.
 
     Parameters
     ----------
-    names, sent
+    names, sent, listener
         As in `collect_contributions`.
 
     Returns
@@ -311,7 +354,9 @@ def collect_personal(
         return _personal_metrics(content)
 
     contents = {node_id: RecordDict({"arrays": arrays, "config": config}) for node_id in names}
-    answers, failures = ask_all(grid, "personal", contents, read, timeout, site_names)
+    answers, failures = ask_all(
+        grid, "personal", contents, read, timeout, site_names, listener=listener
+    )
     for failure in failures:
         log.warning("%s has no model of its own: %s", failure.site, failure.reason)
     return {answer.site: answer.value for answer in answers}
@@ -345,6 +390,7 @@ def collect_pictures(
     names: Mapping[int, str],
     sent: Sent,
     folder: RunFolder,
+    listener: Listener = NOBODY,
 ) -> list[dict[str, str]]:
     """Ask each site for pictures of test cases, and write the sound ones to the run folder.
 
@@ -352,7 +398,7 @@ def collect_pictures(
     ----------
     count : int
         Number of cases per site, besides the worst one.
-    names, sent
+    names, sent, listener
         As in `collect_contributions`.
     folder : RunFolder
         The pictures are written to it as ``pictures/1.png`` and so on.
@@ -369,7 +415,9 @@ def collect_pictures(
     def read(_: int, content: RecordDict) -> list[tuple[str, bytes]]:
         return _pairs(content.config_records[PICTURES])
 
-    answers, failures = ask_all(grid, PICTURES, contents, read, timeout, dict(names))
+    answers, failures = ask_all(
+        grid, PICTURES, contents, read, timeout, dict(names), listener=listener
+    )
     for failure in failures:
         log.warning("no pictures of %s: %s", failure.site, failure.reason)
     by_site: dict[str, list[tuple[str, bytes]]] = {}

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from fedmed_flower.server.listener import NOBODY, Listener
 from fedmed_flower.server.screening import error_text, metrics_excess
 from fedmed_flower.server.sites import learn_name
 
@@ -185,6 +186,12 @@ class Question(Generic[T]):
 
     Attributes
     ----------
+    name : str
+        Name of the query, which listeners hear as the phase.
+    listener : Listener
+        Hears who is asked, who answers and who does not.
+    server_round : int
+        The round that listeners hear.
     failures : list of NoAnswer
         Sites that replied with an error, with an answer that cannot be read, or not at all, in the
         order of their names; complete at the end of the iteration.
@@ -193,17 +200,25 @@ class Question(Generic[T]):
     exchange: Exchange
     read: Callable[[int, RecordDict], T]
     names: dict[int, str]
+    name: str
+    listener: Listener
+    server_round: int
     failures: list[NoAnswer] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Answer[T]]:
         replied: set[str] = set()
+        asked = [self._name(message.metadata.dst_node_id) for message in self.exchange.messages]
+        self.listener.asked(self.server_round, self.name, asked)
         for message, reply in self.exchange:
             if message.metadata.message_id in replied:
                 continue
             replied.add(message.metadata.message_id)
             # Not the node of the reply: the SuperLink replies in place of a site that has died.
             node_id = message.metadata.dst_node_id
+            before = self._name(node_id)
             learn_name(self.names, node_id, reply)
+            if self._name(node_id) != before:
+                self.listener.named(before, self._name(node_id))
             if reply.has_error():
                 self._fail(node_id, error_text(reply))
                 continue
@@ -216,6 +231,7 @@ class Question(Generic[T]):
                 kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
                 self._fail(node_id, f"malformed answer: {kind}{error}")
                 continue
+            self.listener.replied(self._name(node_id))
             yield Answer(node_id, self._name(node_id), value, reply.content)
         for message in self.exchange.silent:
             node_id = message.metadata.dst_node_id
@@ -226,7 +242,9 @@ class Question(Generic[T]):
         return self.names.get(node_id, f"node {node_id}")
 
     def _fail(self, node_id: int, reason: str, silent: bool = False) -> None:
-        self.failures.append(NoAnswer(node_id, self._name(node_id), reason, silent))
+        site = self._name(node_id)
+        self.failures.append(NoAnswer(node_id, site, reason, silent))
+        self.listener.failed(self.server_round, self.name, site, reason)
 
 
 def ask(
@@ -238,6 +256,8 @@ def ask(
     names: dict[int, str],
     minimum: int | None = None,
     grace: float = 0.0,
+    listener: Listener = NOBODY,
+    server_round: int = 0,
 ) -> Question[T]:
     """Prepare a question to sites; iterating over it sends it and yields the answers.
 
@@ -258,6 +278,10 @@ def ask(
     minimum : int, optional
     grace : float
         As in `Exchange`.
+    listener : Listener
+        Hears who is asked and who answers, with the question's name as the phase.
+    server_round : int
+        The round that the listener hears.
 
     Returns
     -------
@@ -265,7 +289,8 @@ def ask(
     """
     kind = f"{MessageType.QUERY}.{question}"
     messages = [Message(content, node_id, kind) for node_id, content in contents.items()]
-    return Question(Exchange(grid, messages, timeout, minimum, grace), read, names)
+    exchange = Exchange(grid, messages, timeout, minimum, grace)
+    return Question(exchange, read, names, question, listener, server_round)
 
 
 def ask_all(
@@ -277,6 +302,8 @@ def ask_all(
     names: dict[int, str],
     minimum: int | None = None,
     grace: float = 0.0,
+    listener: Listener = NOBODY,
+    server_round: int = 0,
 ) -> tuple[list[Answer[T]], list[NoAnswer]]:
     """Ask as `ask` does, and wait for all answers.
 
@@ -285,6 +312,8 @@ def ask_all(
     tuple of (list of Answer, list of NoAnswer)
         The answers, and the sites without one; both in the order of the sites' names.
     """
-    asked = ask(grid, question, contents, read, timeout, names, minimum, grace)
+    asked = ask(
+        grid, question, contents, read, timeout, names, minimum, grace, listener, server_round
+    )
     answers = sorted(asked, key=lambda answer: (answer.site, answer.node_id))
     return answers, asked.failures

@@ -13,6 +13,8 @@ from fedmed_flower.metrics.names import MAIN
 from fedmed_flower.server.traffic import Traffic
 from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON, Sent
 
+# Round, phase, site, metric and value.
+Row = tuple[int, str, str, str, float]
 COLUMNS = ("round", "phase", "site", "metric", "value")
 # Of a round: what is no measure of the model.
 _NOT_SHOWN = ("num-examples", "seconds", EPSILON, HOSPITAL_EPSILON, "clipping-norm")
@@ -64,7 +66,7 @@ class History:
         Set if the run ended of its own accord before its last planned round.
     """
 
-    rows: list[tuple[int, str, str, str, float]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     sent: Sent = field(default_factory=Sent)
     traffic: dict[str, Traffic] = field(default_factory=dict, compare=False, repr=False)

@@ -13,7 +13,8 @@ from flwr.serverapp import Grid
 from fedmed_flower.errors import shown
 from fedmed_flower.server.ask import Exchange
 from fedmed_flower.server.history import Failure, History, Note
-from fedmed_flower.server.screening import metrics_of, model_of, screen, screen_arrays
+from fedmed_flower.server.listeners import Listeners
+from fedmed_flower.server.screening import error_text, metrics_of, model_of, screen, screen_arrays
 from fedmed_flower.server.sites import learn_name
 from fedmed_flower.server.traffic import Traffic, size_of
 from fedmed_flower.wire import ALL_SITES, CHANGES, DECLINED, ROWS_RECORD
@@ -69,6 +70,8 @@ class Inbox:
     Attributes
     ----------
     history : History
+    listeners : Listeners
+        They hear who is asked, who replies and who fails.
     site_names : dict
         Site name by node id, as far as the sites have reported it.
     connected : collection of int
@@ -86,6 +89,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self.history = History()
+        self.listeners = Listeners()
         self.site_names: dict[int, str] = {}
         self.connected: Collection[int] = ()
         self.malformed = 0
@@ -96,13 +100,19 @@ class Inbox:
         self._senders: dict[str, tuple[int, int]] = {}
         # Node, bytes to it, bytes from it and seconds of each reply of the phase.
         self._traffic: list[tuple[int, int, int, float]] = []
+        # Messages of the phase of whose failed replies the listeners have heard, by id.
+        self._heard: set[str] = set()
 
     def name(self, node_id: int) -> str:
         """Return a node's site name, or ``node <id>`` if it has reported none."""
         return self.site_names.get(node_id, f"node {node_id}")
 
     def fail(self, server_round: int, phase: str, site: str, reason: str) -> None:
-        """Record and log why a site, or ``"all"`` of them, did not count."""
+        """Record, log and tell the listeners why a site, or ``"all"`` of them, did not count."""
+        self.listeners.failed(server_round, phase, site, reason)
+        self._record_failure(server_round, phase, site, reason)
+
+    def _record_failure(self, server_round: int, phase: str, site: str, reason: str) -> None:
         reason = " ".join(reason.split())
         if len(reason) > 400:
             # An engine's traceback names the cause in its last line.
@@ -143,9 +153,13 @@ class Inbox:
         numbers = {id(message): number for number, message in enumerate(messages)}
         self._senders = {}
         self._traffic = []
+        self._heard = set()
+        asked = [self.name(message.metadata.dst_node_id) for message in messages]
+        self.listeners.asked(server_round, phase, asked)
         for message, reply in exchange:
             sender = (message.metadata.dst_node_id, numbers[id(message)])
             self._senders[message.metadata.message_id] = sender
+            self._tell(message, reply, server_round, phase)
             sizes = (size_of(message.content), size_of(reply.content) if reply.has_content() else 0)
             self._traffic.append((message.metadata.dst_node_id, *sizes, exchange.waited))
             yield reply
@@ -156,6 +170,20 @@ class Inbox:
         for message in exchange.silent:
             site = self.name(message.metadata.dst_node_id)
             self.fail(server_round, phase, site, f"no reply {exchange.patience}")
+
+    def _tell(self, message: Message, reply: Message, server_round: int, phase: str) -> None:
+        """Tell the listeners of a reply, which may still fail in screening."""
+        node_id = message.metadata.dst_node_id
+        before = self.name(node_id)
+        learn_name(self.site_names, node_id, reply, self.connected)
+        site = self.name(node_id)
+        if site != before:
+            self.listeners.named(before, site)
+        if reply.has_error():
+            self._heard.add(message.metadata.message_id)
+            self.listeners.failed(server_round, phase, site, error_text(reply))
+        else:
+            self.listeners.replied(site)
 
     def admit(
         self,
@@ -195,7 +223,8 @@ class Inbox:
             if reason is not None:
                 if reply.has_error() and not reason.startswith(DECLINED):
                     self.errors.append(reason)
-                self.fail(server_round, phase, self.name(node_id), reason)
+                record = self._record_failure if request in self._heard else self.fail
+                record(server_round, phase, self.name(node_id), reason)
                 continue
             self.usable += 1
             accepted = AcceptedReply(reply, node_id, self.name(node_id), number)

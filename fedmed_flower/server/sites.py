@@ -17,6 +17,11 @@ from fedmed_flower.wire import ALL_SITES, SITE_RECORD, read_error
 log = logging.getLogger("flwr.fedmed")
 
 
+def app_name(grid: Grid) -> str:
+    """Return the name of the app that runs; empty if it is not known."""
+    return str(getattr(getattr(grid, "run", None), "fab_id", "")).rpartition("/")[2]
+
+
 def wait_for_sites(grid: Grid, needed: int, timeout: float = math.inf) -> int:
     """Wait until enough sites are connected; after a wait, also until no further site connects.
 

@@ -24,6 +24,8 @@ from fedmed_flower.metrics.names import is_pooled_only
 from fedmed_flower.metrics.pooling import class_counts, pool
 from fedmed_flower.server.history import History, Stop
 from fedmed_flower.server.inbox import AcceptedReply, Inbox
+from fedmed_flower.server.listener import Listener
+from fedmed_flower.server.listeners import Ending, Listeners
 from fedmed_flower.server.run_folder import DEFAULT_FOLDER, METRICS, Checkpoint, RunFolder
 from fedmed_flower.server.screening import (
     first_arrays,
@@ -31,7 +33,7 @@ from fedmed_flower.server.screening import (
     with_arrays,
     with_shared_metrics,
 )
-from fedmed_flower.server.sites import draw, nobody_left, shortfall, wait_for_sites
+from fedmed_flower.server.sites import app_name, draw, nobody_left, shortfall, wait_for_sites
 from fedmed_flower.strategies import checkpoint as checkpoints
 from fedmed_flower.strategies.aggregation import (
     STREAM_ABOVE,
@@ -150,6 +152,8 @@ class FedAvg(flower.FedAvg):
         others, which are recorded as failed. At least 1. None waits for all until the timeout.
     grace : float
         Seconds; at least 0.
+    listeners : iterable of Listener
+        They hear how a run goes: see `fedmed_flower.server.Listener`.
 
     Attributes
     ----------
@@ -205,6 +209,7 @@ class FedAvg(flower.FedAvg):
         max_update_norm: float | None = None,
         quorum: int | None = None,
         grace: float = 60.0,
+        listeners: Iterable[Listener] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs | minima(super().__init__, args, kwargs))
@@ -233,6 +238,7 @@ class FedAvg(flower.FedAvg):
         self.seed = secrets.randbits(63) if seed is None else seed
         self.min_replies = min_replies
         self.inbox = Inbox()
+        self.listeners = Listeners(listeners)
         self.result = flower.Result()
         self.only: set[int] | None = None
         self.before_round: Callable[[int], None] | None = None
@@ -286,6 +292,22 @@ class FedAvg(flower.FedAvg):
             # For the first strategy of an app alone: two would overwrite each other.
             self.folder = RunFolder(Path(path))
             self.folder.require_unused()
+        with self.listeners.run() as ending:
+            self._run(grid, initial_arrays, num_rounds, timeout, configs, evaluate_fn)
+            self._describe_end(ending)
+        leave_result(grid, self.result, self.folder)
+        return self.result
+
+    def _run(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int,
+        timeout: float,
+        configs: dict[int, ConfigRecord],
+        evaluate_fn: EvaluateFn | None,
+    ) -> None:
+        """Run the rounds, by arguments that have been checked."""
         self.run = RunState(timeout)
         self.inbox.history = History()
         self.inbox.declined = set()
@@ -301,6 +323,10 @@ class FedAvg(flower.FedAvg):
                 f"num_rounds must be at least {first - 1}, the rounds that are done, "
                 f"got {num_rounds}"
             )
+        if self.folder is not None:
+            self.listeners.open(self.folder, app_name(grid))
+        self.listeners.began(self.listeners.part, num_rounds, tuple(self.history.rows))
+        told = len(self.history.rows)
         if first == 1 and evaluate_fn is not None:
             self._add_metrics(
                 0, "evaluate_metrics_serverapp", evaluate_fn(0, initial_arrays), "server"
@@ -338,10 +364,18 @@ class FedAvg(flower.FedAvg):
             seconds = time.perf_counter() - began
             line = self.history.describe(server_round)
             log.info("round %d/%d  %s  %.1f s", server_round, num_rounds, line, seconds)
+            self.listeners.round_ended(server_round, tuple(self.history.rows[told:]))
+            told = len(self.history.rows)
             if self._halted(grid, server_round, "val", len(messages)):
                 break
-        leave_result(grid, self.result, self.folder)
-        return self.result
+
+    def _describe_end(self, ending: Ending) -> None:
+        """Say how the rounds ended: without a model, or early."""
+        if self.run.halted or not self.result.train_metrics_clientapp:
+            ending.status = "failed"
+            ending.message = self.run.halted or "no site could train"
+        elif self.history.stopped is not None:
+            ending.message = self.history.stopped.reason
 
     def test(
         self,
@@ -368,11 +402,15 @@ class FedAvg(flower.FedAvg):
         self.run.evaluated = "test"
         self.run.timeout = timeout
         try:
-            replies = self.exchange(grid, messages, server_round, "test")
-            metrics = self.aggregate_evaluate(server_round, replies)
+            with self.listeners.run(again=True):
+                if self.folder is not None:
+                    self.listeners.open(self.folder, app_name(grid))
+                replies = self.exchange(grid, messages, server_round, "test")
+                metrics = self.aggregate_evaluate(server_round, replies)
+                self.history.add(server_round, "test", ALL_SITES, metrics or {})
+                self.listeners.tested(tuple(self.history.rows[before:]))
         finally:
             self.run.evaluated = "val"
-        self.history.add(server_round, "test", ALL_SITES, metrics or {})
         table: dict[str, dict[str, float]] = {}
         for _, _, site, metric, value in self.history.rows[before:]:
             table.setdefault(site, {})[metric] = value
@@ -641,6 +679,15 @@ class FedAvg(flower.FedAvg):
     @site_names.setter
     def site_names(self, names: dict[int, str]) -> None:
         self.inbox.site_names = names
+
+    @property
+    def listeners(self) -> Listeners:
+        """Those who hear how the run goes."""
+        return self.inbox.listeners
+
+    @listeners.setter
+    def listeners(self, listeners: Listeners) -> None:
+        self.inbox.listeners = listeners
 
     def site_name(self, node_id: int) -> str:
         """Return a node's site name, or ``node <id>`` if it has reported none."""

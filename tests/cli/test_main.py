@@ -67,6 +67,7 @@ def test_run_folder_is_complete_and_marked(finished):
         "baselines",
         "checkpoint.zip",
         "config.toml",
+        "live.json",
         "log.txt",
         "metrics.csv",
         "model.safetensors",

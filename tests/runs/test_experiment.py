@@ -51,6 +51,7 @@ from fedmed_flower.strategies import FedAdam, FedAvg, FedAvgM, FedMedian, FedPro
 FILES = {
     "checkpoint.zip",
     "config.toml",
+    "live.json",
     "log.txt",
     "metrics.csv",
     "model.safetensors",

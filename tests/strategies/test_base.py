@@ -968,7 +968,7 @@ def test_a_local_run_is_not_resumed_where_the_clients_memory_cannot_be_restored(
 def test_the_model_and_the_table_of_a_run(tmp_path):
     strategy = unbroken(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "checkpoint.zip", "metrics.csv", "model.safetensors",
+        "checkpoint.zip", "live.json", "metrics.csv", "model.safetensors",
     }  # fmt: skip
     assert load_file(tmp_path / "model.safetensors")["w"].tobytes() == (
         strategy.result.arrays["w"].numpy().tobytes()
