@@ -7,13 +7,12 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.types import Receive, Scope, Send
+from typing import Any
+from urllib.parse import parse_qs
 
 from fedmed_flower.reports.live import LiveFolder
 
@@ -32,6 +31,15 @@ _REPORT = (
     "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'self'"
 )
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What is sent back: status, body, and headers beside those of every answer."""
+
+    status: int
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class WatchPage:
@@ -63,35 +71,49 @@ class WatchPage:
             "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
-        if scope["type"] == "http":
-            # Nothing here waits, so that the folder never has two readers at once.
-            await self._answer(Request(scope))(scope, receive, send)
+    async def __call__(
+        self,
+        scope: Mapping[str, Any],
+        receive: Callable[[], Awaitable[Any]],
+        send: Callable[[dict[str, Any]], Awaitable[None]],
+    ) -> None:
+        """Answer a request; what it carries is not read."""
+        if scope["type"] != "http":
+            return
+        # Nothing here waits, so that the folder never has two readers at once.
+        answer = self._answer(scope)
+        headers = {**_HEADERS, **answer.headers, "Content-Length": str(len(answer.body))}
+        if answer.status == 304:
+            del headers["Content-Length"]
+        pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": answer.status, "headers": pairs})
+        await send({"type": "http.response.body", "body": answer.body})
 
-    def _answer(self, request: Request) -> Response:
-        hosts = request.headers.getlist("host")
-        if len(hosts) != 1 or hosts[0].lower() not in self._hosts:
+    def _answer(self, scope: Mapping[str, Any]) -> _Answer:
+        headers = [(name, value.decode("latin-1")) for name, value in scope["headers"]]
+        hosts = [value.lower() for name, value in headers if name == b"host"]
+        if len(hosts) != 1 or hosts[0] not in self._hosts:
             return _refusal(421, "this is not the address of the page")
-        if request.method != "GET":
+        if scope["method"] != "GET":
             return _refusal(405, "only GET is answered")
-        _, _, path = request.url.path.partition("/")
-        token, slash, name = path.partition("/")
+        token, slash, name = scope["path"].removeprefix("/").partition("/")
         if slash and secrets.compare_digest(token.encode(), self._token):
             if name == "":
-                return _response(self._page.encode(), "text/html", self._policy)
+                return _content(self._page.encode(), "text/html", self._policy)
             if name == "state":
-                return self._state(request)
+                known = [value for key, value in headers if key == b"if-none-match"]
+                query = parse_qs(scope["query_string"].decode("latin-1"))
+                return self._state(known, {key: values[0] for key, values in query.items()})
             if name == "report":
                 return self._report()
         return _refusal(404, "there is nothing at this address")
 
-    def _state(self, request: Request) -> Response:
-        stamp = hashlib.sha256(self._run.refresh().encode()).hexdigest()[:32]
-        tag = {"ETag": f'"{stamp}"'}
-        if request.headers.get("if-none-match") == tag["ETag"]:
-            return Response(status_code=304, headers={**_HEADERS, **tag})
-        asked = request.query_params
+    def _state(self, known: list[str], asked: Mapping[str, str]) -> _Answer:
+        """Return what has happened, and of the chosen metric what has been added."""
+        digest = hashlib.sha256(self._run.refresh().encode()).hexdigest()
+        tag = f'"{digest[:32]}"'
+        if tag in known:
+            return _Answer(304, headers={"ETag": tag})
         state = self._run.state()
         chosen = (asked.get("phase", ""), asked.get("metric", ""))
         phase, metric = chosen if all(chosen) else state["main"]
@@ -99,25 +121,26 @@ class WatchPage:
         curve = self._run.curve(phase, metric, _whole(asked.get("generation", "")), since)
         state["curve"] = {"phase": phase, "metric": metric, **curve}
         body = json.dumps(state, allow_nan=False, separators=(",", ":")).encode()
-        return _response(body, "application/json", _NOTHING, tag)
+        return _content(body, "application/json", _NOTHING, {"ETag": tag})
 
-    def _report(self) -> Response:
+    def _report(self) -> _Answer:
         try:
             content = self._run.report()
         except OSError as error:
             return _refusal(404, f"there is no report: {error.strerror}")
-        return _response(content, "text/html", _REPORT)
+        return _content(content, "text/html", _REPORT)
 
 
-def _response(
+def _content(
     body: bytes, media_type: str, policy: str, more: Mapping[str, str] | None = None
-) -> Response:
-    headers = {**_HEADERS, **(more or {}), "Content-Security-Policy": policy}
-    return Response(body, headers=headers, media_type=media_type)
+) -> _Answer:
+    headers = {"Content-Type": f"{media_type}; charset=utf-8", "Content-Security-Policy": policy}
+    return _Answer(200, body, {**headers, **(more or {})})
 
 
-def _refusal(code: int, text: str) -> Response:
-    return PlainTextResponse(text, code, {**_HEADERS, "Content-Security-Policy": _NOTHING})
+def _refusal(status: int, text: str) -> _Answer:
+    headers = {"Content-Type": "text/plain; charset=utf-8", "Content-Security-Policy": _NOTHING}
+    return _Answer(status, text.encode(), headers)
 
 
 def _hash_of(page: str, tag: str) -> str:

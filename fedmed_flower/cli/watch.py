@@ -19,6 +19,8 @@ from fedmed_flower.errors import InputError
 
 # Bytes of the secret part of the address.
 _SECRET = 24
+# Seconds between two looks whether Ctrl-C was pressed.
+_LOOK = 0.5
 # Seconds that open requests are given at the end.
 _GRACE = 1
 
@@ -66,9 +68,19 @@ def _listening(port: int) -> socket.socket:
 
 def _serve(folder: Path, listener: socket.socket, token: str, browser: bool) -> None:
     """Serve the page until Ctrl-C."""
+    import asyncio
+
     import uvicorn
 
     from fedmed_flower.cli.serving import HOST, WatchPage
+
+    class Server(uvicorn.Server):
+        # uvicorn looks ten times a second whether it shall end, which costs more than to answer
+        # the page once.
+        async def main_loop(self) -> None:
+            await self.on_tick(0)
+            while not self.should_exit:
+                await asyncio.sleep(_LOOK)
 
     port = listener.getsockname()[1]
     url = f"http://{HOST}:{port}/{token}/"
@@ -83,13 +95,14 @@ def _serve(folder: Path, listener: socket.socket, token: str, browser: bool) -> 
         log_config=None,
         access_log=False,
         server_header=False,
+        date_header=False,
         timeout_graceful_shutdown=_GRACE,
     )
     console.print(f"{folder} is shown at {url}")
     console.print("The address is secret, and of this machine alone. Ctrl-C ends the page.")
     try:
         with _opened(url) if browser and _has_screen() else nullcontext():
-            uvicorn.Server(config).run(sockets=[listener])
+            Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         # uvicorn passes it on when it has closed the page.
         console.print("the page is closed")
