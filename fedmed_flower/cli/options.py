@@ -27,3 +27,4 @@ class Options:
     resume: Path | None = None
     data: Path | None = None
     node_config: Path | None = None
+    verbose: bool = False

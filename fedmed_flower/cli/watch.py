@@ -69,6 +69,7 @@ def _listening(port: int) -> socket.socket:
 def _serve(folder: Path, listener: socket.socket, token: str, browser: bool) -> None:
     """Serve the page until Ctrl-C."""
     import asyncio
+    import gc
 
     import uvicorn
 
@@ -85,10 +86,10 @@ def _serve(folder: Path, listener: socket.socket, token: str, browser: bool) -> 
     port = listener.getsockname()[1]
     url = f"http://{HOST}:{port}/{token}/"
     page = WatchPage(folder, port, token)
-    # The plainest parts of uvicorn: the faster ones take longer to load than they save.
+    # The plainest parts of uvicorn: others take longer to load than they save.
     config = uvicorn.Config(
         page,
-        http="h11",
+        http="auto",
         loop="asyncio",
         ws="none",
         lifespan="off",
@@ -100,6 +101,8 @@ def _serve(folder: Path, listener: socket.socket, token: str, browser: bool) -> 
     )
     console.print(f"{folder} is shown at {url}")
     console.print("The address is secret, and of this machine alone. Ctrl-C ends the page.")
+    # What has been loaded is never garbage; to look for some in it costs more than the page.
+    gc.freeze()
     try:
         with _opened(url) if browser and _has_screen() else nullcontext():
             Server(config).run(sockets=[listener])
