@@ -62,7 +62,8 @@ def opened(browser):
     def visit(url, **options):
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(60_000)
+        # A busy machine takes long to load torch.
+        page.set_default_timeout(300_000)
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("dialog", lambda dialog: said.append(dialog.message) or dialog.dismiss())

@@ -45,6 +45,7 @@ def test_the_wheel_holds_the_examples_and_nothing_of_the_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "fedmed_flower/examples/pneumonia/client_app.py" in names
     assert "fedmed_flower/examples/deployment/deploy.py" in names
+    assert "fedmed_flower/cli/watch.html" in names
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
     assert not [
         name for name in names if "/data/" in name and not name.startswith("fedmed_flower/data/")
