@@ -84,7 +84,7 @@ class MetricTable:
     last_round : int
         The last round in which somebody trained; 0 if there is none.
     complete : bool
-        Whether all of it is here; False if there are more sites or metrics than can be shown.
+        Whether all of it is here; False if there is more than can be shown.
     """
 
     def __init__(self) -> None:
@@ -162,7 +162,8 @@ class MetricTable:
         if abs(server_round) > _MOST_ROUND:
             raise ValueError(f"there is no round {server_round}")
         site = cell_text(site)
-        metric = cell_text(metric)
+        metric = shown(cell_text(metric))
+        phase = shown(phase)
         if phase == "train" and site != ALL_SITES:
             self.last_round = max(self.last_round, server_round)
         # NaN is not below the bound.
@@ -172,9 +173,10 @@ class MetricTable:
             self.latest[phase, metric, site] = figure
         new_series = (phase, metric) not in self.series
         new_site = site not in self._index
-        if (new_series and len(self.series) == _MOST_SERIES) or (
+        too_many = (new_series and len(self.series) == _MOST_SERIES) or (
             new_site and len(self.names) == _MOST_SITES
-        ):
+        )
+        if too_many or len(metric) > _MOST_LETTERS or len(phase) > _MOST_LETTERS:
             self.complete = False
             return
         if new_site:
@@ -253,7 +255,6 @@ class LiveFolder:
             "app": _text(live.get("app")) or _text(summary.get("app")),
             "status": status,
             "message": _text(source.get("message")),
-            "kind": _text(summary.get("kind")),
             "generated": summary.get("generated") is True,
             "part": _text(live.get("part")) if running else "",
             "phase": _text(live.get("phase")) if running else "",
@@ -331,8 +332,8 @@ class LiveFolder:
         texts = [shown(text, 2 * _MOST_LETTERS) for text in self._problems.values()]
         if not self._table.complete:
             texts.append(
-                f"{METRICS} has more than {_MOST_SITES:,} sites or {_MOST_SERIES:,} metrics: "
-                "the others are not shown"
+                f"{METRICS} has more than {_MOST_SITES:,} sites, more than {_MOST_SERIES:,} "
+                f"metrics, or a name of more than {_MOST_LETTERS} letters: the others are not shown"
             )
         return texts
 

@@ -214,10 +214,24 @@ def test_more_sites_or_metrics_than_can_be_shown_are_counted_out_loud(tmp_path, 
     monkeypatch.setattr(live, "_MOST_SERIES", 2)
     write_metrics(tmp_path, rounds_of(1))
     state = state_of(tmp_path)
-    text = "metrics.csv has more than 2 sites or 2 metrics: the others are not shown"
-    assert state["problems"] == [text]
+    assert state["problems"] == [
+        "metrics.csv has more than 2 sites, more than 2 metrics, or a name of more than 300 "
+        "letters: the others are not shown"
+    ]
     assert [entry["metric"] for entry in state["metrics"]] == ["loss", "auc"]
     assert len(state["sites"]) == 2
+
+
+def test_names_of_metrics_are_cleaned_and_bounded(tmp_path):
+    rows = [(1, "train\x1b[31m", "a", "m\u202e\nn", 0.5), (1, "train", "a", "x" * 301, 0.5)]
+    write_metrics(tmp_path, rows)
+    run = LiveFolder(tmp_path)
+    run.refresh()
+    state = run.state()
+    (entry,) = state["metrics"]
+    assert (entry["phase"], entry["metric"]) == ("train\\x1b[31m", "m\\u202e n")
+    assert len(curve(run, entry["phase"], entry["metric"])[1]) == 1
+    assert "a name of more than 300 letters" in state["problems"][0]
 
 
 def test_privacy_is_shown_by_hospital_with_the_runs_target(tmp_path):
