@@ -25,6 +25,13 @@ from typing import Any, BinaryIO, TextIO
 
 from fedmed_flower.errors import FormatError, InputError
 
+# Files of a run folder that are read while a run writes them.
+METRICS = "metrics.csv"
+SUMMARY = "summary.json"
+LOG = "log.txt"
+LIVE = "live.json"
+RELEASES = "privacy.json"
+REPORT = "report.html"
 # Bytes of a file that is read at once; its objects take twenty times as much memory.
 MOST_TEXT = 1 << 26
 # Bytes of a table, which is read line by line.

@@ -17,9 +17,11 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from flwr.app import RecordDict
+if TYPE_CHECKING:
+    # The command `fedmed watch` reads names from here, and need not load Flower for them.
+    from flwr.app import RecordDict
 
 from fedmed_flower.errors import shown
 

@@ -309,6 +309,8 @@ def _run_local(job: Job, display: Bar | Lines) -> None:
         node_configs=job.node_configs,
         app_name=job.project.name,
         on_message=display.on_message,
+        verbose=job.options.verbose,
+        progress=False,
     )
 
 

@@ -16,6 +16,7 @@ from fedmed_flower.cli.run import demo, run
 from fedmed_flower.cli.settings import settings
 from fedmed_flower.cli.statistics import statistics
 from fedmed_flower.cli.tables import console, input_errors, print_ledger
+from fedmed_flower.cli.watch import watch
 from fedmed_flower.errors import InputError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command()(settings)
 app.command()(card)
 app.command()(compare)
 app.command("list")(list_all)
+app.command()(watch)
 
 
 @app.command()

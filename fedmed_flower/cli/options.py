@@ -27,6 +27,7 @@ class Options:
     resume: Path | None = None
     data: Path | None = None
     node_config: Path | None = None
+    verbose: bool = False
 
 
 class Kind(StrEnum):

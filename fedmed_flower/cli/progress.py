@@ -269,6 +269,18 @@ class _Reader(logging.Handler):
 
 
 @contextmanager
+def reading_log(read: Callable[[str], None]) -> Iterator[None]:
+    """Call `read` with each line that Flower and this package log in this process."""
+    reader = _Reader(read)
+    flower = logging.getLogger("flwr")
+    flower.addHandler(reader)
+    try:
+        yield
+    finally:
+        flower.removeHandler(reader)
+
+
+@contextmanager
 def show_progress(console: Console, rounds: int | None) -> Iterator[Bar | Lines]:
     """Show how far a run is: by a bar if the output is a terminal, else by plain lines.
 
@@ -288,11 +300,5 @@ def show_progress(console: Console, rounds: int | None) -> Iterator[Bar | Lines]
     # Colours can be forced on where there is no terminal.
     terminal = console.is_interactive and console.file.isatty()
     display = Bar(console, position) if terminal else Lines(console, position)
-    reader = _Reader(display.on_line)
-    flower = logging.getLogger("flwr")
-    flower.addHandler(reader)
-    try:
-        with display:
-            yield display
-    finally:
-        flower.removeHandler(reader)
+    with reading_log(display.on_line), display:
+        yield display

@@ -40,13 +40,18 @@ def run(
             "treated as a real one."
         ),
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show Flower's own lines too.")
+    ] = False,
 ) -> None:
     """Run a Flower app with simulated hospitals."""
     # Loading torch and Flower takes seconds, which `fedmed --help` need not wait for.
     from fedmed_flower.cli.job import execute, prepare
 
-    with input_errors():
-        options = Options(sites, rounds, config or [], engine, out, resume, data, node_config)
+    with input_errors(verbose):
+        options = Options(
+            sites, rounds, config or [], engine, out, resume, data, node_config, verbose
+        )
         execute(prepare(path, options))
 
 

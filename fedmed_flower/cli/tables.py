@@ -163,26 +163,32 @@ def _show(value: float | None) -> str:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints this package's log lines from INFO on, and Flower's from WARNING on."""
+    """Prints this package's log lines from INFO on, and Flower's from `level` on."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self._flowers = level
 
     def emit(self, record: logging.LogRecord) -> None:
         ours = record.name.startswith("flwr.fedmed")
-        if record.levelno >= (logging.INFO if ours else logging.WARNING):
+        if record.levelno >= (logging.INFO if ours else self._flowers):
             style = "yellow" if record.levelno >= logging.WARNING else ""
             # A style of `print` would also colour the bar below.
             console.print(console.render_str(record.getMessage(), style=style))
 
 
 @contextmanager
-def input_errors() -> Iterator[None]:
+def input_errors(verbose: bool = False) -> Iterator[None]:
     """Show log lines on the console; turn an `InputError` into one line and exit code 2.
+
+    Of Flower's own lines `verbose` shows those of INFO too.
 
     A command imports what it needs before: at its import Flower adds a handler of its own, and
     another library gives the root logger one, which would write each line a second time.
     """
     flower = logging.getLogger("flwr")
     handlers, propagate = flower.handlers, flower.propagate
-    flower.handlers = [_ConsoleHandler()]
+    flower.handlers = [_ConsoleHandler(logging.INFO if verbose else logging.WARNING)]
     flower.propagate = False
     try:
         yield

@@ -8,7 +8,8 @@ import logging
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from logging import DEBUG
 from pathlib import Path
@@ -35,8 +36,9 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedmed_flower.data.site import simulation
+from fedmed_flower.engines.notebook import framed_report, in_notebook, inline_progress
 from fedmed_flower.errors import InputError
-from fedmed_flower.settings.registry import Sectioned, require_known
+from fedmed_flower.settings.registry import Sectioned, complete, require_known
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -67,6 +69,10 @@ class LocalRun:
     result: Result | None
     folder: Path | None
 
+    def _repr_html_(self) -> str | None:
+        """Return the report as a notebook shows it; None if the run wrote none."""
+        return None if self.folder is None else framed_report(self.folder)
+
 
 def run_local(
     server_app: ServerApp,
@@ -77,12 +83,15 @@ def run_local(
     node_configs: Sequence[UserConfig] | None = None,
     app_name: str = "",
     on_message: Listener | None = None,
+    verbose: bool = False,
+    progress: bool = True,
 ) -> LocalRun:
     """Run an app in this process, one client after the other.
 
     The clients see what they see on Flower's simulation engine: their own copies of contents, a
     ``context.state`` that lasts from round to round, and a ``partition-id``. If a client raises,
     its reply is the error reply that Flower's engine would send. A debugger works inside a client.
+    In a notebook the value of a cell that ends with the run is its report.
 
     Parameters
     ----------
@@ -101,6 +110,10 @@ def run_local(
     on_message : callable, optional
         Called as ``on_message(message, done, sent)`` before the first client of `sent` messages
         that were sent together, with `done` 0, and after each; `message` is the client's.
+    verbose : bool
+        Whether to show Flower's own lines on the console too, below WARNING.
+    progress : bool
+        Whether to show, in a notebook, how far the run is. Elsewhere nothing is shown.
 
     Returns
     -------
@@ -137,18 +150,60 @@ def run_local(
         )
         for index, node_config in enumerate(configs)
     }
-    grid = LocalGrid(client_app, contexts, on_message)
-    grid.run.fab_id = app_name
+    rounds = None
+    if isinstance(client_app, Sectioned):
+        rounds = int(complete(config)["num-server-rounds"])
+    shown = inline_progress(rounds) if progress and in_notebook() else nullcontext()
+    quiet = nullcontext() if verbose else _without_flowers_lines()
     context = Context(run_id, SUPERLINK_NODE_ID, {}, RecordDict(), config)
     # torch and MONAI load a million objects that are never garbage; to scan them takes a quarter
     # of a second each time.
     gc.freeze()
     try:
-        with simulation():
+        with simulation(), quiet, shown as listener:
+            grid = LocalGrid(client_app, contexts, _all_of(on_message, listener))
+            grid.run.fab_id = app_name
             server_app(grid=grid, context=context)
     finally:
         gc.unfreeze()
     return LocalRun(context, grid.result, grid.folder)
+
+
+def _all_of(*listeners: Listener | None) -> Listener | None:
+    """Return what calls all listeners that there are; None if there is none."""
+    given = [listener for listener in listeners if listener is not None]
+
+    def listen(message: Message, done: int, sent: int) -> None:
+        for listener in given:
+            listener(message, done, sent)
+
+    return listen if given else None
+
+
+@contextmanager
+def _without_flowers_lines() -> Iterator[None]:
+    """Keep Flower's own lines below WARNING from the console; this package's are shown.
+
+    A handler that somebody has set to DEBUG shows all.
+    """
+    consoles = [
+        handler
+        for handler in logging.getLogger("flwr").handlers
+        if isinstance(handler, logging.StreamHandler)
+        and not isinstance(handler, logging.FileHandler)
+        and handler.level >= logging.INFO
+    ]
+    for handler in consoles:
+        handler.addFilter(_ours_or_warning)
+    try:
+        yield
+    finally:
+        for handler in consoles:
+            handler.removeFilter(_ours_or_warning)
+
+
+def _ours_or_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or f"{record.name}.".startswith(f"{log.name}.")
 
 
 @dataclass

@@ -16,6 +16,7 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 from fedmed_flower.errors import InputError, shown
+from fedmed_flower.files import LIVE
 from fedmed_flower.server.history import Row
 from fedmed_flower.server.listener import Listener
 from fedmed_flower.server.run_folder import RunFolder
@@ -23,7 +24,6 @@ from fedmed_flower.wire import ALL_SITES
 
 log = logging.getLogger("flwr.fedmed")
 
-LIVE = "live.json"
 LIVE_VERSION = 1
 # Seconds: between two writes at least, and at most.
 LEAST_PAUSE = 1.0

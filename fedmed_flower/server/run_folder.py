@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 from fedmed_flower.arrays.views import view
 from fedmed_flower.errors import FormatError, InputError, shown
+from fedmed_flower.files import LOG as LOG
 from fedmed_flower.files import (
     MALFORMED,
     MOST_TEXT,
@@ -36,6 +37,8 @@ from fedmed_flower.files import (
     require_posix,
     write_atomic,
 )
+from fedmed_flower.files import METRICS as METRICS
+from fedmed_flower.files import SUMMARY as SUMMARY
 from fedmed_flower.server.history import Failure, History, Note, Stop
 from fedmed_flower.server.traffic import traffic_of
 from fedmed_flower.wire import Sent
@@ -46,11 +49,8 @@ DEFAULT_FOLDER = "FEDMED_RUN_DIR"
 # package would misread one of them. Folders from before formats were named count as 0.
 FORMAT = 1
 CHECKPOINT = "checkpoint.zip"
-METRICS = "metrics.csv"
 MODEL = "model.safetensors"
 CONFIG = "config.toml"
-SUMMARY = "summary.json"
-LOG = "log.txt"
 # Bytes.
 _MOST_CONFIG = 1 << 24
 _MOST_CHECKPOINT = 1 << 36

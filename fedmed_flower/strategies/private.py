@@ -26,7 +26,7 @@ from flwr.serverapp import strategy as flower
 from fedmed_flower.arrays.updates import OVERFLOW, NotUsableError, Updates
 from fedmed_flower.arrays.views import own_content, view
 from fedmed_flower.errors import InputError
-from fedmed_flower.files import MALFORMED, read_file
+from fedmed_flower.files import MALFORMED, RELEASES, read_file
 from fedmed_flower.privacy.accounting import Release, epsilon_of, require_release
 from fedmed_flower.privacy.noise import gaussian, secure_generator
 from fedmed_flower.server.run_folder import RunFolder
@@ -34,7 +34,6 @@ from fedmed_flower.strategies.base import FedAvg
 from fedmed_flower.strategies.server_optimizers import OPTIMISERS
 from fedmed_flower.wire import HOSPITAL_EPSILON
 
-LEDGER = "privacy.json"
 # Share of the budget that adaptive clipping takes if `count_stddev` is not given.
 _COUNT_SHARE = 0.1
 # Outside these bounds, squares of lengths and the noise leave the range of float64.
@@ -290,7 +289,7 @@ class DPFedAvg(FedAvg):
         # Charged before anything is computed that could be seen: a crash must not lose the charge.
         self.releases[self._release] += 1
         if self.folder is not None:
-            self.folder.write(LEDGER, self._ledger())
+            self.folder.write(RELEASES, self._ledger())
         changes = updates.sum_of_changes(self.clipping_norm / np.maximum(norms, self.clipping_norm))
         std = self.sum_multiplier * self.clipping_norm
         # A new generator for each release: a copy of the strategy must not repeat the noise.
@@ -339,7 +338,7 @@ class DPFedAvg(FedAvg):
         self.clipping_norm = math.exp(bounded)
 
     def _take_up_ledger(self, folder: RunFolder) -> None:
-        path = folder.path / LEDGER
+        path = folder.path / RELEASES
         released = _read_ledger(path)
         if self.resume:
             checkpoint = folder.load()

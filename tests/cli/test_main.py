@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from fedmed_flower.cli.main import app
-from fedmed_flower.cli.tables import LineConsole
+from fedmed_flower.cli.tables import LineConsole, input_errors
 from fedmed_flower.privacy.accounting import Release, epsilon_of
 from fedmed_flower.privacy.ledger import Ledger, Limit
 
@@ -398,3 +399,14 @@ def test_the_privacy_of_a_run_is_that_of_its_ledgers(workdir):
     shown = CliRunner().invoke(app, ["privacy", "run"])
     assert shown.exit_code == 0, shown.output
     assert "hospital-1.sqlite" in shown.output
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_flowers_own_lines_are_shown_only_when_asked_for(verbose, capsys):
+    flower = logging.getLogger("flwr")
+    with input_errors(verbose):
+        flower.info("configure_train: Sampled 2 nodes")
+        flower.warning("a warning")
+        logging.getLogger("flwr.fedmed").info("round 1/2")
+    own = ["configure_train: Sampled 2 nodes"] if verbose else []
+    assert capsys.readouterr().out.splitlines() == [*own, "a warning", "round 1/2"]

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import dedent
 
@@ -17,6 +18,7 @@ from flwr.serverapp import ServerApp
 from tiny import CONFIG, TinyClient, bits, linear, model_arrays, says
 
 from fedmed_flower import InputError, federate, run_local
+from fedmed_flower.engines import local
 from fedmed_flower.engines.local import LocalGrid, copy_content
 from fedmed_flower.strategies import FedAvg
 
@@ -629,3 +631,66 @@ def test_copies_of_messages_leave_the_servers_message_alone():
         ]
 
     assert serve(work, train) == [True, True]
+
+
+@pytest.mark.parametrize(("verbose", "level"), [(False, 20), (True, 20), (False, 10)])
+def test_flowers_own_lines_come_on_the_console_only_when_asked_for(verbose, level):
+    class Kept(logging.StreamHandler):
+        def emit(self, record):
+            seen.append(record.getMessage())
+
+    seen = []
+    handler = Kept()
+    handler.setLevel(level)
+    flower = logging.getLogger("flwr")
+    flower.addHandler(handler)
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        flower.info("Flower's line")
+        flower.warning("Flower's warning")
+        logging.getLogger("flwr.fedmed").info("our line")
+        logging.getLogger("flwr.fedmedical").info("no line of ours")
+
+    try:
+        run_local(server, ClientApp(), 1, verbose=verbose)
+        flower.info("after the run")
+    finally:
+        flower.removeHandler(handler)
+    # A handler at DEBUG was set by somebody who wants to see all.
+    every = verbose or level == logging.DEBUG
+    expected = ["Flower's line", "Flower's warning", "our line", "no line of ours"]
+    shown = expected if every else ["Flower's warning", "our line"]
+    assert seen == [*shown, "after the run"]
+
+
+def test_progress_is_shown_in_a_notebook_beside_the_listener_of_the_user(monkeypatch):
+    drawn, heard = [], []
+
+    @contextmanager
+    def inline(rounds):
+        yield lambda message, done, sent: drawn.append((rounds, done, sent))
+
+    monkeypatch.setattr(local, "inline_progress", inline)
+    monkeypatch.setattr(local, "in_notebook", lambda: True)
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        content = RecordDict({"config": ConfigRecord()})
+        list(grid.send_and_receive([Message(content, n, "query.describe") for n in (1001, 1002)]))
+
+    app = TinyClient.client_app()
+    config = {"num-server-rounds": 7}
+    for progress in (True, False):
+        run_local(
+            server,
+            app,
+            2,
+            run_config=config,
+            on_message=lambda message, done, sent: heard.append((done, sent)),
+            progress=progress,
+        )
+    assert heard == [(0, 2), (1, 2), (2, 2)] * 2
+    assert drawn == [(7, done, sent) for done, sent in heard[:3]]

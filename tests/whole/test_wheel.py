@@ -52,6 +52,7 @@ def test_the_wheel_holds_the_examples_and_nothing_of_the_tests(wheel):
         assert {f"fedmed_flower/templates/{kind}/{file}" for file in files} <= {*names}
     common = {"README.md", "pyproject.toml", "server_app.py"}
     assert {f"fedmed_flower/templates/common/{file}" for file in common} <= {*names}
+    assert "fedmed_flower/cli/watch.html" in names
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
     assert not [
         name for name in names if "/data/" in name and not name.startswith("fedmed_flower/data/")
