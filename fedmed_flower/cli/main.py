@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedmed_flower.cli.data import data_app
+from fedmed_flower.cli.predict import predict
 from fedmed_flower.cli.run import demo, run
 from fedmed_flower.cli.settings import settings
 from fedmed_flower.cli.statistics import statistics
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command()(run)
 app.command()(demo)
+app.command()(predict)
 app.command()(statistics)
 app.command()(settings)
 
