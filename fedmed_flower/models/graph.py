@@ -58,7 +58,8 @@ _OPERATIONS = frozenset(
     linalg_vector_norm softmin any all
     eq ne lt le gt ge logical_and logical_or logical_not isnan isinf
     to type_as _to_copy float zeros ones full arange linspace zeros_like ones_like full_like
-    fill_ copy_ zero_ masked_fill_ new_zeros new_ones new_full scalar_tensor triu tril sym_size sym_numel lift_fresh_copy
+    fill_ copy_ zero_ masked_fill_ new_zeros new_ones new_full scalar_tensor triu tril
+    sym_size sym_numel lift_fresh_copy
     """.split()  # noqa: SIM905
 )
 # Operations that only check, and of which no other result depends.

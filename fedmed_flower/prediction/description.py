@@ -214,7 +214,9 @@ class Description:
                 f"the client of the app is {made.__name__}, and that of the run is a {self.base} "
                 f"named {self.name}: give the app of the run"
             )
-        known = {key_of(entry.name) for part in sections_of(made) for entry in fields(part)}
+        # Of a stranger's settings no other counts: one of them names a folder whose code is run.
+        own = [part for part in sections_of(made) if part not in RUN]
+        known = {*_KEYS[self.base], *(key_of(entry.name) for part in own for entry in fields(part))}
         settings = {key: value for key, value in self.settings.items() if key in known}
         settings["device"] = device
         client = made(Context(0, 0, {"site-name": "prediction"}, RecordDict(), settings))

@@ -206,10 +206,11 @@ def _file_of(mask: NDArray[Any], image: Any, path: Path) -> tuple[str, bytes]:
     import nibabel
     from PIL import Image
 
-    from fedmed_flower.data.dicom import is_dicom
+    from fedmed_flower.data.dicom import is_dicom, read_dicom
 
     affine = np.asarray(image.meta.get("original_affine", image.affine), np.float64)
     if image.ndim == 3:
+        # As it lies in its file: the image read from it has the axes and the spacing of a picture.
         dicom = is_dicom(path)
         if not dicom and "original_affine" not in image.meta:
             if mask.dtype != np.uint8:
@@ -219,9 +220,9 @@ def _file_of(mask: NDArray[Any], image: Any, path: Path) -> tuple[str, bytes]:
             return ".png", picture.getvalue()
         mask = mask.T
         if dicom:
-            mask, affine = mask[..., None], affine[:, [1, 0, 2, 3]]
+            mask = mask[..., None]
+            affine = read_dicom(path)[1]
         else:
-            # A slice that was stored as a volume: its file has other axes than the slice.
             stored: Any = nibabel.load(path)
             mask = mask.reshape(stored.shape[:3])
             affine = stored.affine

@@ -32,7 +32,6 @@ from fedmed_flower.files import (
     MOST_TEXT,
     StoredMembers,
     open_file,
-    read_file,
     read_object,
     replacing,
 )
@@ -124,7 +123,8 @@ class Predictor:
         """
         path = Path(path).expanduser()
         try:
-            state = load(read_file(path.parent, path.name, _MOST_FILE))
+            with open_file(path.parent, path.name, _MOST_FILE) as file:
+                state = load(file.read())
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         except Exception as error:  # The library's own error, which it does not export.
@@ -268,8 +268,10 @@ def _with_graph(predictor: Predictor, client: MedicalClient, seed: int) -> Predi
 
 def example_of(client: Any, network: nn.Module) -> tuple[Tensor, tuple[int, ...]]:
     """Return a batch of two for a client's network, and the dimensions whose size may differ."""
+    # Of its own generator, since that of torch is the app's.
+    generator = torch.Generator().manual_seed(0)
     if hasattr(client, "schema"):
-        return torch.rand(2, client.prepared_by.width), (0,)
+        return torch.rand(2, client.prepared_by.width, generator=generator), (0,)
     shape = client.image_shape
     channels = shape[0] if shape else _channels(network)
     sides = client.patch_size
@@ -278,9 +280,10 @@ def example_of(client: Any, network: nn.Module) -> tuple[Tensor, tuple[int, ...]
     if not sides and fixed and not hasattr(client, "classes"):
         sides = shape[1:]
     if sides:
-        return torch.rand(2, channels, *sides), (0,)
+        return torch.rand(2, channels, *sides, generator=generator), (0,)
     free = (0, *range(2, 2 + client.spatial_dims))
-    return torch.rand(2, channels, *_SIDES[client.spatial_dims]), free
+    sides = _SIDES[client.spatial_dims]
+    return torch.rand(2, channels, *sides, generator=generator), free
 
 
 def _channels(network: nn.Module) -> int:
