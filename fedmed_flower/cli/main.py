@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fedmed_flower.cli.data import data_app
-from fedmed_flower.cli.predict import predict
+from fedmed_flower.cli.predict import export, predict
 from fedmed_flower.cli.run import demo, run
 from fedmed_flower.cli.settings import settings
 from fedmed_flower.cli.statistics import statistics
@@ -26,6 +26,7 @@ app.add_typer(data_app, name="data")
 app.command()(run)
 app.command()(demo)
 app.command()(predict)
+app.command()(export)
 app.command()(statistics)
 app.command()(settings)
 

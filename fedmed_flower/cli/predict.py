@@ -79,6 +79,38 @@ class Form(StrEnum):
     BUNDLE = "bundle"
 
 
+def export(
+    run: Annotated[Path, _RUN],
+    to: Annotated[Form, typer.Option(help="onnx needs the extra onnx.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File, or folder of a bundle.  [default: beside predictor.zip]"),
+    ] = None,
+    model: Annotated[Path | None, _MODEL] = None,
+    app: Annotated[Path | None, _APP] = None,
+) -> None:
+    """Write the model of a run as ONNX, TorchScript or a MONAI bundle, and check its outputs."""
+    from fedmed_flower.prediction import export as exports
+    from fedmed_flower.prediction.bundle import export_bundle
+    from fedmed_flower.prediction.predictor import Predictor
+
+    with input_errors():
+        predictor = Predictor.load(run)
+        if model is not None:
+            predictor = predictor.with_weights(model)
+        own = None if app is None else _class_of(app)
+        client = predictor.client("cpu", own)
+        network = predictor.network(client, own is not None)
+        name, write = {
+            Form.ONNX: ("model.onnx", exports.export_onnx),
+            Form.TORCHSCRIPT: ("model.ts", exports.export_torchscript),
+            Form.BUNDLE: ("bundle", export_bundle),
+        }[to]
+        path = out or Path(predictor.where).parent / name
+        written = write(predictor, client, network, path.expanduser())
+    console.print(f"{to.value}, with the outputs of the model: {written}")
+
+
 def _class_of(folder: Path) -> type[MedicalClient]:
     """Return the class of an app's client.
 

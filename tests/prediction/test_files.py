@@ -8,46 +8,32 @@ import numpy as np
 import pytest
 import torch
 from dicom_files import write_image, write_series
-from flwr.serverapp import ServerApp
 from monai.inferers import sliding_window_inference
 from monai.networks.nets import UNet
 from PIL import Image
-from predicting import lines_of
+from predicting import (
+    GRID,
+    Pictures,
+    Volumes,
+    lines_of,
+    picture,
+    predict,
+    run_of,
+    volumes,
+    write_volumes,
+)
 from safetensors.torch import load_file
 from scipy.special import expit, softmax
 from sklearn.metrics import roc_auc_score
 from tables import TinySurvival, TinyTable, patients, predicting, run_tables
-from tiny import CONFIG, context_of
+from tiny import context_of
 from torch import nn
-from typer.testing import CliRunner
 
-from fedmed_flower import ClassificationClient, SegmentationClient, SiteData, federate, run_local
-from fedmed_flower.cli.main import app
+from fedmed_flower import SegmentationClient, SiteData
 from fedmed_flower.data.phantoms import hippocampi
 from fedmed_flower.data.preparation import Preparation
 from fedmed_flower.data.site import Site, simulation
 from fedmed_flower.files import write_rows
-from fedmed_flower.strategies import FedAvg
-
-
-def run_of(folder, client, num_sites=2, **config):
-    """Run a client of images in this process."""
-    server = ServerApp()
-
-    @server.main()
-    def main(grid, context):
-        federate(FedAvg(), grid, context, client(context))
-
-    settings = CONFIG | {"num-server-rounds": 1, "run-dir": str(folder)} | config
-    run_local(server, client.client_app(), num_sites, run_config=settings)
-    return folder
-
-
-def predict(*arguments, code=0):
-    """Run `fedmed predict` and return what it printed."""
-    result = CliRunner().invoke(app, ["predict", *map(str, arguments)])
-    assert result.exit_code == code, (result.stdout, result.exception)
-    return result.stdout
 
 
 def write_table(path, rows, columns):
@@ -191,35 +177,6 @@ def test_a_table_of_results_is_not_overwritten(tables, tmp_path):
     assert "--channels 2 needs a multiple of 2 files, got 3" in text
 
 
-class Pictures(ClassificationClient):
-    """Pictures of a network that the app builds."""
-
-    num_classes = 3
-    image_shape = (1, 12, 12)
-
-    def build_model(self):
-        return nn.Sequential(
-            nn.Conv2d(1, 6, 3),
-            nn.BatchNorm2d(6),
-            nn.ReLU(inplace=True),
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-            nn.Dropout(0.5),
-            nn.Linear(24, 3),
-        )
-
-    def load_data(self, site):
-        rows = [picture(number, site.index) for number in range(40)]
-        return SiteData(rows[:24], rows[24:28], rows[28:], source="made up")
-
-
-def picture(number, seed, size=12):
-    rng = np.random.default_rng((number, seed))
-    pixels = rng.integers(0, 90, (size, size)).astype(np.uint8)
-    pixels[:, 4 * (number % 3) : 4 * (number % 3) + 4] += 60
-    return {"image": pixels, "label": number % 3, "patient": f"{seed}-{number}"}
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     with simulation():
@@ -288,44 +245,11 @@ def test_a_picture_that_cannot_be_used_is_named_and_the_others_are_predicted(pic
     assert good["predicted"] in "012"
 
 
-AFFINE = np.array([[0, -1.1, 0, 20], [1.3, 0, 0, -9], [0, 0, 2.0, 4], [0, 0, 0, 1]])
-NAMED = '{spatial_dims = 3, in_channels = 1, out_channels = 3, channels = [4, 8], strides = [2], norm = "instance"}'  # noqa: E501
-GRID = {"spacing": "1.0,1.2,1.6", "patch-size": "16,16,16", "batch-size": 2}
-GRID |= {"network": "UNet", "network-args": NAMED}
-
-
-class Volumes(SegmentationClient):
-    classes = ("anterior", "posterior")
-    spatial_dims = 3
-    modality = "mr"
-    label_values = (0, 5, 9)
-
-    def load_data(self, site):
-        rows = volumes(self.folder, site.index)
-        return SiteData(rows[:2], rows[2:3], rows[3:], source="made up")
-
-
-def volumes(folder, seed):
-    return [
-        {"image": f"{folder}/{seed}-{n}.nii.gz", "label": f"{folder}/{seed}-{n}-m.nii.gz"}
-        | {"patient": f"{seed}-{n}"}
-        for n in range(5)
-    ]
-
-
 @pytest.fixture(scope="module")
 def outlined(tmp_path_factory):
     """A run on volumes of NIfTI files, of which each hospital has five."""
     folder = tmp_path_factory.mktemp("volumes")
-    values = np.array(Volumes.label_values, np.uint8)
-    for seed in range(3):
-        for number, row in enumerate(hippocampi(5, seed, 20).rows):
-            image = nibabel.Nifti1Image(row["image"], AFFINE)
-            nibabel.save(image, folder / f"{seed}-{number}.nii.gz")
-            mask = nibabel.Nifti1Image(values[row["label"]], AFFINE)
-            nibabel.save(mask, folder / f"{seed}-{number}-m.nii.gz")
-
-    Volumes.folder = folder
+    write_volumes(folder)
     with simulation():
         settings = GRID | {"local-steps": 30, "learning-rate": 0.02, "optimizer": "adam"}
         run_of(folder / "run", Volumes, **settings)
