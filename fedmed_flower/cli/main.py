@@ -12,6 +12,7 @@ from fedmed_flower.cli.data import data_app
 from fedmed_flower.cli.pages import card, compare
 from fedmed_flower.cli.listing import list_all
 from fedmed_flower.cli.new import new
+from fedmed_flower.cli.predict import export, predict
 from fedmed_flower.cli.run import demo, run
 from fedmed_flower.cli.settings import settings
 from fedmed_flower.cli.statistics import statistics
@@ -29,6 +30,8 @@ app.add_typer(data_app, name="data")
 app.command()(new)
 app.command()(run)
 app.command()(demo)
+app.command()(predict)
+app.command()(export)
 app.command()(statistics)
 app.command()(settings)
 app.command()(card)

@@ -59,25 +59,27 @@ _logged: set[tuple[object, ...]] = set()
 
 
 class HospitalApp(ClientApp):
-    """A Flower ClientApp that knows which settings it reads.
+    """A Flower ClientApp that knows its client, and which settings that reads.
 
     Attributes
     ----------
+    client : type of MedicalClient
     sections : sequence of Section classes
         The groups of settings in the run config.
     node_keys : collection of str
         The keys that the app adds to the hospital's node config.
     """
 
-    def __init__(self, sections: Sections, node_keys: Collection[str]) -> None:
+    def __init__(self, client: type[MedicalClient]) -> None:
         super().__init__()
-        self.sections = sections
-        self.node_keys = node_keys
+        self.client = client
+        self.sections: Sections = sections_of(client)
+        self.node_keys: Collection[str] = client.node_keys
 
 
 def app_of(cls: type[MedicalClient], mods: Sequence[Mod] = ()) -> HospitalApp:
     """Return the Flower ClientApp of a client: train, evaluate and its queries."""
-    app = HospitalApp(sections_of(cls), cls.node_keys)
+    app = HospitalApp(cls)
     app.train()(partial(answer, cls, train, mods=mods))
     app.evaluate()(partial(answer, cls, evaluate, mods=mods))
     for name, query in cls.queries.items():

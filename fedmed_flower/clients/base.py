@@ -99,6 +99,8 @@ class MedicalClient(ABC):
         Some rows as a batch, and the batch's loss. Plain and private training need nothing else.
     fit
         Train on the training rows; returns metrics.
+    predict
+        What the model says of some rows, without knowing their truth.
     measure
         Evaluate on the rows of one split; returns metrics.
     describe
@@ -288,6 +290,10 @@ class MedicalClient(ABC):
             self.proximal_mu,
         )
         return {"loss": mean}
+
+    def predict(self, model: nn.Module, prepared: Any) -> Any:
+        """Return what `model` says of rows, which need no label; `measure` judges the same."""
+        raise self._without("predict")
 
     def measure(self, model: nn.Module, prepared: Any) -> dict[str, Any]:
         """Return the metrics of `model`, with ``num-examples``."""

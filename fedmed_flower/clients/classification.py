@@ -124,7 +124,7 @@ class ClassificationClient(ImagingClient):
 
     def measure(self, model: nn.Module, prepared: CachedRows) -> dict[str, Any]:
         """Return ``loss`` and the metrics and counts of `classification_metrics`."""
-        outputs, labels = self._predict(model, prepared)
+        outputs, labels = self._outputs_and_labels(model, prepared)
         loss = self._loss(torch.from_numpy(outputs), torch.from_numpy(labels))
         patient_of_row = [patient_text(row["patient"]) for row in prepared.rows]
         metrics = classification_metrics(labels, outputs, patient_of_row, self.node.coarse_figures)
@@ -162,7 +162,7 @@ class ClassificationClient(ImagingClient):
 
         A map over each image shows which parts the score of its class rests on.
         """
-        outputs, labels = self._predict(model, prepared)
+        outputs, labels = self._outputs_and_labels(model, prepared)
         rows = zip(torch.from_numpy(outputs), torch.from_numpy(labels), strict=True)
         losses = [float(self._loss(output[None], label[None])) for output, label in rows]
         worst = int(np.argmax(losses))
@@ -223,18 +223,23 @@ class ClassificationClient(ImagingClient):
 
         return occlusion
 
-    def _predict(
+    def predict(self, model: nn.Module, prepared: CachedRows) -> NDArray[np.float32]:
+        """Return the outputs, (n, 1) or (n, classes); volumes pass one by one, 2D in batches."""
+        return self._outputs_and_labels(model, prepared)[0]
+
+    def _outputs_and_labels(
         self, model: nn.Module, prepared: CachedRows
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return outputs and labels; volumes pass one by one, 2D images in batches."""
+        """Return outputs, and the labels of the rows if they have some."""
         model.eval()
         size = max(self.settings.batch_size, 64) if self.spatial_dims == 2 else 1
-        labels = list[Tensor]()
+        labels = [torch.zeros(0, dtype=torch.long)]
 
         def batches() -> Any:
             for start in range(0, len(prepared), size):
                 batch = self._rows(prepared, range(start, min(start + size, len(prepared))))
-                labels.append(batch["label"].cpu())
+                if "label" in batch:
+                    labels.append(batch["label"].cpu())
                 yield {"image": batch["image"]}
 
         outputs = predict(

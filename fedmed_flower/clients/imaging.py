@@ -328,7 +328,11 @@ class ImagingClient(MedicalClient):
         images = torch.stack([row["image"] for row in rows]).to(device)
         if device.type == "cuda" and self.settings.channels_last:
             images = arranged(images)
-        return {"image": images, "label": self._labels(rows).to(device)}
+        batch = {"image": images}
+        # Rows that are only predicted have no label.
+        if all("label" in row for row in rows):
+            batch["label"] = self._labels(rows).to(device)
+        return batch
 
     def _labels(self, rows: Sequence[Row]) -> Tensor:
         return torch.tensor([int(row["label"]) for row in rows])

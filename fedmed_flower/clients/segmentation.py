@@ -219,6 +219,14 @@ class SegmentationClient(ImagingClient):
         images, labels = self.augment(batch["image"], batch["label"])
         return {"image": images, "label": labels}
 
+    def predict(self, model: nn.Module, prepared: CachedRows) -> Iterator[NDArray[np.uint8]]:
+        """Outline one row after the other; yield masks (*spatial) of class numbers.
+
+        Each lies on the grid of its image as it was read.
+        """
+        for index in range(len(prepared)):
+            yield self._mask(model, prepared[index], prepared.transform)
+
     def measure(self, model: nn.Module, prepared: CachedRows) -> dict[str, Any]:
         """Return the metrics of `site_scores`; those of a patient's images are averaged first."""
         by_patient: dict[Hashable, list[dict[str, float]]] = {}
@@ -284,9 +292,8 @@ class SegmentationClient(ImagingClient):
     def _outlined(
         self, model: nn.Module, prepared: CachedRows, index: int
     ) -> tuple[Row, NDArray[np.uint8], dict[str, float]]:
-        model.eval()
         row = prepared[index]
-        mask = self.postprocess(self._outline(model, row, prepared.transform))
+        mask = self._mask(model, row, prepared.transform)
         truth = row["label"]
         if mask.shape != truth.shape:
             raise InputError(
@@ -296,6 +303,10 @@ class SegmentationClient(ImagingClient):
             )
         scores = mask_scores(truth, mask, self.classes, row["spacing"], self.surface_tolerance)
         return row, mask, scores
+
+    def _mask(self, model: nn.Module, row: Row, chain: Compose) -> NDArray[np.uint8]:
+        model.eval()
+        return self.postprocess(self._outline(model, row, chain))
 
     @torch.no_grad()
     def _outline(self, model: nn.Module, row: Row, chain: Compose) -> NDArray[np.uint8]:
@@ -333,7 +344,8 @@ class LoadPair(Transform):  # type: ignore[misc]
     """Read a row's ``image`` and ``label``.
 
     For evaluation, the mask is an array (*spatial) that no transform moves. Two entries are added:
-    ``spacing`` in millimetres, and ``source``, the row's ``image`` before it was read.
+    ``spacing`` in millimetres, and ``source``, the row's ``image`` before it was read. A row that
+    is only predicted has no ``label``.
 
     Parameters
     ----------
@@ -360,6 +372,8 @@ class LoadPair(Transform):  # type: ignore[misc]
         """Return the row with image and mask loaded; an error names the patient."""
         try:
             image = read_image(row["image"], self.spatial_dims)
+            if "label" not in row and not self.train:
+                return {**row, "image": image}
             # A mask without a position of its own takes the image's.
             mask = read_label(
                 row["label"], self.spatial_dims, self.num_classes, self.label_values, image

@@ -156,9 +156,9 @@ class SurvivalClient(TabularClient):
                 return None
         grid = np.linspace(0.0, settings.survival_horizon, _NUM_TIMES + 1)[1:]
         train = prepared if self.privacy.on else self.prepared("train", self.pooled)[1]
-        outputs = self._predict(model, prepared)
+        outputs = self.predict(model, prepared)
         if settings.survival_loss == "cox":
-            baseline = breslow(*_times(train), self._predict(model, train)[:, 0])
+            baseline = breslow(*_times(train), self.predict(model, train)[:, 0])
             curves = survival_of_cox(baseline, outputs[:, 0], grid)
         else:
             steps = survival_from_hazards(outputs)

@@ -352,7 +352,10 @@ class TabularClient(MedicalClient):
             if train and (unseen := self.prepared_by.unseen(rows)):
                 names = ", ".join(f"{name} ({count} rows)" for name, count in unseen.items())
                 log.warning("%s: categories that are not in the list: %s", self.site.name, names)
-        inputs = {"features": torch.from_numpy(features)} | self.targets(rows)
+        inputs = {"features": torch.from_numpy(features)}
+        # Rows that are only predicted have no target.
+        if all(self.schema.target in row for row in rows):
+            inputs |= self.targets(rows)
         device = torch_device(self.settings)
         return TableRows({name: values.to(device) for name, values in inputs.items()}, rows)
 
@@ -426,7 +429,7 @@ class TabularClient(MedicalClient):
 
     def measure(self, model: nn.Module, prepared: TableRows) -> dict[str, Any]:
         """Return ``loss``, `metrics_of_rows`, and on test rows also the metrics of each group."""
-        outputs = self._predict(model, prepared)
+        outputs = self.predict(model, prepared)
 
         def measured(indices: Sequence[int]) -> dict[str, Any]:
             chosen = list(indices)
@@ -512,7 +515,7 @@ class TabularClient(MedicalClient):
         )
         return indices, np.asarray(scores, np.float32).reshape(-1, self._width)
 
-    def _predict(self, model: nn.Module, prepared: TableRows) -> NDArray[np.float32]:
+    def predict(self, model: nn.Module, prepared: TableRows) -> NDArray[np.float32]:
         """Return the outputs of all rows, (n, outputs)."""
         model.eval()
         batches = (

@@ -220,12 +220,15 @@ class Table:
         hospital's own log, because problems quote the table.
     lacking : tuple of str
         The features of the schema that the table has no column for.
+    lines : tuple of int
+        For each row, its line in a text, or its number in Parquet and data frames.
     """
 
     rows: list[dict[str, Any]]
     rejected: int = 0
     problems: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
+    lines: tuple[int, ...] = ()
 
 
 def read_table(
@@ -236,6 +239,7 @@ def read_table(
     missing: Sequence[str] = MISSING,
     keep: Sequence[str] = (),
     decimal: str = "",
+    outcome: bool = True,
 ) -> Table:
     """Read the rows of a file.
 
@@ -258,6 +262,9 @@ def read_table(
         The decimal mark of numbers in a text. Beside a decimal comma, points between groups of
         three digits are left out: 1.250,5 is 1250.5. If it is empty, the file decides: between
         commas or tabs a number has a point; between semicolons a comma or a point.
+    outcome : bool
+        If False, the rows are to be predicted: target and event are not read, and no row is
+        rejected for its patient.
 
     Returns
     -------
@@ -278,7 +285,7 @@ def read_table(
     require(decimal in ("", ".", ","), f'decimal must be "", "." or ",", got {decimal!r}')
     cells = read_cells(Path(path).expanduser())
     cells.decimal = decimal or cells.decimal
-    return _table(cells, schema, split, missing, keep)
+    return _table(cells, schema, split, missing, keep, outcome)
 
 
 def table_of(
@@ -300,7 +307,7 @@ def table_of(
     schema, split, missing, keep
         As in `read_table`, as are the return value and the errors. Rows are numbered from 1.
     """
-    return _table(frame_cells(frame, where), schema, split, missing, keep)
+    return _table(frame_cells(frame, where), schema, split, missing, keep, outcome=True)
 
 
 def band_name(column: str) -> str:
@@ -309,18 +316,24 @@ def band_name(column: str) -> str:
 
 
 def _table(
-    cells: Cells, schema: Schema, split: str, missing: Sequence[str], keep: Sequence[str]
+    cells: Cells,
+    schema: Schema,
+    split: str,
+    missing: Sequence[str],
+    keep: Sequence[str],
+    outcome: bool,
 ) -> Table:
     count = len(cells.lines) + cells.ragged
     require(count > 0, f"{cells.where} holds no rows")
     cells.missing = frozenset(text.lower() for text in map(category_text, missing) if text)
     cells.codes = {name: schema.codes[name] for name in schema.categorical if name in schema.codes}
-    absent = _check_names(cells, schema, split, keep)
-    outcome = _outcome(cells, schema)
+    absent = _check_names(cells, schema, split, keep, outcome)
+    outcomes = _outcome(cells, schema) if outcome else {}
     columns: dict[str, Any] = {}
     if schema.patient in cells.names:
         columns["patient"] = cells.texts(schema.patient)
-        cells.need(f"patient {schema.patient}", columns["patient"])
+        if outcome:
+            cells.need(f"patient {schema.patient}", columns["patient"])
     if split:
         columns["split"] = [text and text.lower() for text in cells.texts(split)]
         cells.need(f"split {split}", columns["split"], SPLITS)
@@ -343,25 +356,31 @@ def _table(
             columns[band_name(name)] = _bands(values, cuts)
     for name in schema.categorical:
         columns[name] = cells.texts(name, schema.categories.get(name, ()))
-    columns |= outcome
+    columns |= outcomes
     columns |= {name: cells.texts(name) for name in keep if name not in columns}
     lines = zip(cells.rejected, *columns.values(), strict=True)
     rows = [dict(zip(columns, line, strict=True)) for rejected, *line in lines if not rejected]
     problems = tuple(f"{cells.where}: {problem}" for problem in cells.problems)
     for problem in problems:
         log.warning("%s", problem)
-    return Table(rows, count - len(rows), problems, tuple(absent))
+    pairs = zip(cells.lines, cells.rejected, strict=True)
+    kept = tuple(line for line, rejected in pairs if not rejected)
+    return Table(rows, count - len(rows), problems, tuple(absent), kept)
 
 
-def _check_names(cells: Cells, schema: Schema, split: str, keep: Sequence[str]) -> tuple[str, ...]:
+def _check_names(
+    cells: Cells, schema: Schema, split: str, keep: Sequence[str], outcome: bool
+) -> tuple[str, ...]:
     """Return the features and kept columns that the table lacks; raise if it lacks another one."""
     names = cells.names
     where = cells.where
     for name, times in Counter(filter(None, names)).most_common(1):
         require(times < 2, f"{where} has {times} columns {name!r}: rename all but one")
     listed = f"its columns are {', '.join(map(repr, names[:30]))}{', ...' * (len(names) > 30)}"
-    roles = {"target": schema.target, "event": schema.event, "split": split}
-    if schema.patient != "patient":
+    roles = {"split": split}
+    if outcome:
+        roles = {"target": schema.target, "event": schema.event, "split": split}
+    if outcome and schema.patient != "patient":
         roles["patient"] = schema.patient
     for role, name in roles.items():
         require(

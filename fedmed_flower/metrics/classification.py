@@ -59,6 +59,30 @@ def class_margins(logits: ArrayLike) -> NDArray[np.float64]:
     return np.asarray(z - against)
 
 
+def class_probabilities(logits: ArrayLike) -> NDArray[np.float64]:
+    """Turn network outputs into the probability of each class, (n, 2) or (n, c).
+
+    Parameters
+    ----------
+    logits : array of shape (n, 1) or (n, c)
+        As `class_margins` takes them.
+    """
+    from scipy.special import expit, softmax
+
+    margins = class_margins(logits)
+    if margins.shape[1] == 1:
+        return np.concatenate([expit(-margins), expit(margins)], axis=1)
+    return np.asarray(softmax(np.asarray(logits, dtype=np.float64), axis=1))
+
+
+def guessed_classes(logits: ArrayLike) -> NDArray[np.int64]:
+    """Return the class of the highest probability, (n,); the first of several that are equal."""
+    margins = class_margins(logits)
+    if margins.shape[1] == 1:
+        return np.asarray(margins[:, 0] > 0, dtype=np.int64)
+    return np.asarray(np.argmax(np.asarray(logits), axis=1), dtype=np.int64)
+
+
 def classification_metrics(
     labels: ArrayLike,
     logits: ArrayLike,
@@ -103,7 +127,7 @@ def classification_metrics(
         )
     margins = class_margins(logits)
     num_classes = max(2, margins.shape[1])
-    guess = (margins[:, 0] > 0).astype(int) if num_classes == 2 else np.argmax(logits, axis=1)
+    guess = guessed_classes(logits)
     confusion = confusion_matrix(y, guess, labels=np.arange(num_classes))
     positive = (y == 1)[:, None] if num_classes == 2 else y[:, None] == np.arange(num_classes)
     reported = not coarse or _is_coarse(y, guess, numbered(patient_of_row), num_classes)

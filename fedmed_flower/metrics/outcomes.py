@@ -36,6 +36,12 @@ _COLUMNS = {"binary": (1, 2), "multi-class": (2, math.inf), "continuous": (1, 1)
 _MOST_LOG_RATE = 50.0
 
 
+def expected_counts(log_rates: ArrayLike) -> Floats:
+    """Return the counts that a network expects, from its outputs, which are clipped to +-50."""
+    clipped = np.clip(np.asarray(log_rates, np.float64), -_MOST_LOG_RATE, _MOST_LOG_RATE)
+    return np.asarray(np.exp(clipped))
+
+
 def outcome_metrics(
     task: str,
     target: ArrayLike,
@@ -93,7 +99,7 @@ def outcome_metrics(
         from scipy.special import kl_div, rel_entr
 
         key = COUNT
-        guess = np.exp(np.clip(z[:, 0], -_MOST_LOG_RATE, _MOST_LOG_RATE))
+        guess = expected_counts(z[:, 0])
         spread = 2 * rel_entr(y, y.mean())
         error = 2 * kl_div(y, guess)
     # A deviance of 0 can round to a hair below.
@@ -147,22 +153,25 @@ def _check_target(task: str, y: Floats, num_classes: int) -> None:
 def _classified(
     labels: NDArray[np.int64], logits: Floats, patients: Sequence[Hashable] | None, coarse: bool
 ) -> dict[str, Any]:
-    from scipy.special import expit, softmax
     from sklearn.metrics import average_precision_score
 
-    from fedmed_flower.metrics.classification import class_margins, classification_metrics
+    from fedmed_flower.metrics.classification import (
+        class_margins,
+        class_probabilities,
+        classification_metrics,
+    )
 
     metrics: dict[str, Any] = classification_metrics(labels, logits, patients, coarse)
     margins = class_margins(logits)
+    shares = class_probabilities(logits)
     is_binary = margins.shape[1] == 1
     if is_binary:
         truth = (labels == 1)[:, None]
-        shares = expit(margins)
+        shares = shares[:, 1:]
         chosen = shares[:, 0]
         right = truth[:, 0]
     else:
         truth = labels[:, None] == np.arange(margins.shape[1])
-        shares = softmax(logits, axis=1)
         chosen = shares.max(axis=1)
         right = logits.argmax(axis=1) == labels
     is_one_sided = truth.all(axis=0) | ~truth.any(axis=0)
@@ -372,7 +381,7 @@ def noised_errors(
         raise InputError(f"limits must be two finite numbers, the lower first, got {low}, {high}")
     y, z = (np.asarray(part, dtype=np.float64).ravel() for part in (target, outputs))
     if task == "count":
-        z = np.exp(np.clip(z, -_MOST_LOG_RATE, _MOST_LOG_RATE))
+        z = expected_counts(z)
     with np.errstate(invalid="ignore", over="ignore"):
         errors = np.abs(y - z)
     # Count NaN as the largest possible error; otherwise one NaN makes the sum NaN.

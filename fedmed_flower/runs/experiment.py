@@ -29,6 +29,7 @@ from fedmed_flower.errors import DivergedError, InputError
 from fedmed_flower.files import require_closed
 from fedmed_flower.metrics.counts import COUNTS_FILE, counted
 from fedmed_flower.models.trainable import Travelling
+from fedmed_flower.prediction.predictor import write_predictor
 from fedmed_flower.privacy.patient import LEDGERS
 from fedmed_flower.reports.report import write_report
 from fedmed_flower.runs.baselines import Baselines
@@ -51,6 +52,7 @@ from fedmed_flower.server.run_folder import (
     DEFAULT_FOLDER,
     FORMAT,
     METRICS,
+    PREDICTOR,
     RunFolder,
     early_lines,
 )
@@ -135,10 +137,11 @@ def federate(
     """Run an experiment by the run config, and write a complete run folder.
 
     The folder holds ``config.toml``, ``checkpoint.zip``, ``metrics.csv``, ``model.safetensors``,
-    ``summary.json``, ``report.html`` and ``log.txt``. It also holds ``counts.json`` if the model
-    predicts classes, ``pictures/`` if sites permit pictures to leave, and ``splits/`` in a
-    simulation. Nothing is written before the run config has been checked and at least one site has
-    answered.
+    ``summary.json``, ``report.html``, ``live.json`` and ``log.txt``; at the end also
+    ``predictor.zip``, by which `fedmed predict` uses the model without the app. It also holds
+    ``counts.json`` if the model predicts classes, ``pictures/`` if sites permit pictures to leave,
+    and ``splits/`` in a simulation. Nothing is written before the run config has been checked and
+    at least one site has answered.
 
     Parameters
     ----------
@@ -147,8 +150,9 @@ def federate(
     grid, context
         As Flower gives them to a ServerApp.
     model : MedicalClient or callable
-        An instance of the app's client, ``MyHospital(context)``. Its `build_model` is called once,
-        with torch seeded by ``seed``. If nothing has to be agreed before the first round, a
+        An instance of the app's client, ``MyHospital(context)``. Its `build_model` is called with
+        torch seeded by ``seed``, before the first round and, for ``predictor.zip``, at the end. If
+        nothing has to be agreed before the first round, a
         function that returns the network is enough.
     sections : sequence of Section classes
         The app's own settings, if `model` is a function. A client names its own.
@@ -266,6 +270,7 @@ def _prepared(
         run_config=config,
         key=key,
         agreed=agreed,
+        maker=model,
         evaluate_fn=evaluate_fn,
         standing_out=standing_out,
         class_names=tuple(getattr(getattr(model, "__self__", model), "class_names", ())),
@@ -443,9 +448,12 @@ class Experiment:
     run_config: UserConfig
     key: str
     agreed: str
+    maker: Modeller | Callable[[], nn.Module]
     evaluate_fn: EvaluateFn | None = None
     standing_out: list[Outlying] = field(default_factory=list)
     class_names: tuple[str, ...] = ()
+    # Why there is no predictor; empty if there is one, or the run has not come to its end.
+    unpredictable: str = ""
     test: dict[str, Any] = field(default_factory=dict)
     pictures: list[dict[str, str]] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -456,6 +464,8 @@ class Experiment:
         folder = self.folder
         with folder.log_file(lines):
             self.sites.write_log()
+            # One of an earlier end of this run would be of another model than the folder's.
+            (folder.path / PREDICTOR).unlink(missing_ok=True)
             try:
                 self._write_summary("running")
                 result = self._train()
@@ -472,6 +482,7 @@ class Experiment:
                 self._write_summary("stopped" if stopped else "failed", text)
                 write_report(folder.path)
                 raise
+            self._write_predictor(result.arrays)
             self._write_summary("finished")
             report = write_report(folder.path)
             log.info("report: %s", report)
@@ -573,6 +584,20 @@ class Experiment:
             self._warn_of_cost()
             self._baselines().compare(self.test)
 
+    def _write_predictor(self, arrays: ArrayRecord) -> None:
+        """Write what a prediction needs, or log why it cannot be written."""
+        generated = self.sites.generated
+        self.unpredictable = write_predictor(
+            self.folder,
+            self.maker,
+            self._whole(arrays),
+            self.plan.seed,
+            _app_name(self.grid),
+            generated,
+        )
+        if self.unpredictable:
+            log.info("no %s: %s", PREDICTOR, self.unpredictable)
+
     def _baselines(self) -> Baselines:
         return Baselines(
             self.grid,
@@ -634,6 +659,7 @@ class Experiment:
             "pictures": self.pictures,
             "sent": sent.table(),
             "model": self.model.about,
+            "predictor": self.unpredictable,
             "lacking": sites.lacking,
             "traffic": {site: traffic.table() for site, traffic in history.traffic.items()},
             "stopped": history.stopped and asdict(history.stopped),

@@ -50,6 +50,7 @@ DEFAULT_FOLDER = "FEDMED_RUN_DIR"
 FORMAT = 1
 CHECKPOINT = "checkpoint.zip"
 MODEL = "model.safetensors"
+PREDICTOR = "predictor.zip"
 CONFIG = "config.toml"
 # Bytes.
 _MOST_CONFIG = 1 << 24

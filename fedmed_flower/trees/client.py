@@ -192,7 +192,7 @@ class TreeClient(TabularClient):
         model.send(grown.trees if self.whole else new)
         if self._separates_few(model, prepared, patients):
             return {}
-        loss = self.loss(torch.from_numpy(self._predict(grown, prepared)), prepared.inputs)
+        loss = self.loss(torch.from_numpy(self.predict(grown, prepared)), prepared.inputs)
         return {"loss": float(loss)}
 
     def measure(self, model: nn.Module, prepared: TableRows) -> dict[str, Any]:
