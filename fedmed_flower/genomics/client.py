@@ -157,7 +157,8 @@ class GenomicsClient(MedicalClient):
                     f"missing has the column {column!r}, which is not one of the study's: "
                     f"{', '.join(self._columns)}"
                 )
-            if isinstance(codes, str) or not all(isinstance(code, int | float) for code in codes):
+            listed = isinstance(codes, Collection) and not isinstance(codes, str)
+            if not listed or not all(isinstance(code, int | float) for code in codes):
                 raise InputError(
                     f"missing[{column!r}] must be a tuple of numbers, such as (-9, 99), got "
                     f"{codes!r}"

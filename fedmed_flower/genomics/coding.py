@@ -80,9 +80,10 @@ def case_status(values: Floats, coding: str, column: str) -> Floats:
         )
     if odd := sorted(present - allowed):
         low, high = coding.split("/") if coding else ("0", "1")
+        way_out = "" if coding else ', or 1 and 2 as PLINK writes them if you declare coding="1/2"'
         raise InputError(
-            f"{column} of a binary trait must be {low} or {high}, got {plain(odd[0])}: set coding "
-            'to "0/1" or, as PLINK writes controls and cases, to "1/2"'
+            f"{column} of a binary trait must be {low} for controls and {high} for cases{way_out}, "
+            f"got {plain(odd[0])}"
         )
     return values - 1 if coding == "1/2" else values
 
