@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import statsmodels.api as sm
+from bed_reader import to_bed
 from flwr.app import Array, ArrayRecord
 from scipy import stats
 from statsmodels.stats.contingency_tables import StratifiedTable
@@ -88,6 +91,58 @@ def test_allelic_and_trend_tests_are_stratified_by_hospital(world, tmp_path):
     assert first["95% interval"] == f"{float(line['low']):.3f} to {float(line['high']):.3f}"
     text = "test=trend takes no covariates: it is adjusted for the hospital alone, not for age"
     assert text in (tmp_path / "run" / "log.txt").read_text()
+
+
+needs_plink = pytest.mark.skipif(
+    shutil.which("plink1.9") is None, reason="plink1.9 is not installed"
+)
+
+
+def plink(folder, *options):
+    command = ["plink1.9", "--keep-allele-order", "--allow-no-sex", *map(str, options)]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+
+def printed(path):
+    """Return the lines of a table that PLINK wrote, by variant."""
+    head, *lines = (line.split() for line in path.read_text().splitlines())
+    return {row["SNP"]: row for row in (dict(zip(head, line, strict=True)) for line in lines)}
+
+
+@needs_plink
+def test_the_allelic_test_is_plinks_with_the_hospitals_as_clusters(world, tmp_path):
+    _, lines = study(world.client(), tmp_path, test="allelic")
+    site = np.repeat(np.arange(3), [len(part) for part in world.genotypes])
+    people = [f"p{n}" for n in range(len(site))]
+    status = np.concatenate(world.phenotypes).astype(int) + 1
+    properties = {
+        **{"fid": people, "iid": people, "sid": world.names[0]},
+        "chromosome": [str(chromosome) for chromosome, _ in world.places[0]],
+        "bp_position": [position for _, position in world.places[0]],
+        "allele_1": [pair[0] for pair in world.pairs[0]],
+        "allele_2": [pair[1] for pair in world.pairs[0]],
+    }
+    to_bed(tmp_path / "all.bed", np.concatenate(world.genotypes), properties=properties)
+    for name, column in (("status", status), ("site", site)):
+        rows = zip(people, column, strict=True)
+        (tmp_path / name).write_text("".join(f"{p} {p} {value}\n" for p, value in rows))
+    plink(tmp_path, "--bfile", "all", "--pheno", "status", "--mh", "--within", "site")
+    # And Q and I2 of its meta-analysis of the hospitals.
+    for number in range(3):
+        own = ("--bfile", "all", "--pheno", "status", "--keep-cluster-names", number)
+        plink(tmp_path, *own, "--within", "site", "--assoc", "--ci", 0.95, "--out", f"own{number}")
+    plink(tmp_path, "--meta-analysis", *(f"own{number}.assoc" for number in range(3)))
+    common = printed(tmp_path / "plink.cmh")
+    spread = printed(tmp_path / "plink.meta")
+    assert common.keys() == spread.keys() == lines.keys()
+    for name, line in lines.items():
+        columns = [("statistic", "CHISQ"), ("p", "P"), ("effect", "OR"), ("low", "L95")]
+        columns += [("high", "U95"), ("se", "SE")]
+        for ours, theirs in columns:
+            # PLINK prints four digits.
+            np.testing.assert_allclose(float(line[ours]), float(common[name][theirs]), rtol=1e-3)
+        np.testing.assert_allclose(float(line["q_p"]), float(spread[name]["Q"]), atol=2e-3)
+        np.testing.assert_allclose(float(line["i2"]), float(spread[name]["I"]), atol=0.2)
 
 
 @pytest.fixture
