@@ -137,7 +137,10 @@ def _read(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[n
     with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
         rows = csv.reader(read_lines(text))
         if tuple(next(rows, ())) != COLUMNS:
-            raise InputError(f"{folder / TABLE} does not have the columns {', '.join(COLUMNS)}")
+            raise InputError(
+                f"{folder / TABLE} does not have the columns {', '.join(COLUMNS)}: run the study "
+                "again if an earlier version wrote it"
+            )
         p_index = COLUMNS.index("p")
         for row in rows:
             chromosomes.append(int(row[0]))
