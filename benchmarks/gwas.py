@@ -255,10 +255,8 @@ def compare_counts(data):
 def compare_null(data):
     """Show inflation and hits of traits that no variant influences."""
     north, south = PREVALENCES
-    print(
-        f"\n{NULL_TRAITS} traits without an effect, prevalence {north:g} in the north and {south:g}"
-    )
-    print(f"in the south; of {len(data.names)} variants, in the mean of the traits")
+    print(f"\n{NULL_TRAITS} traits without an effect; cases are {north:g} in the north, {south:g}")
+    print(f"in the south. Of {len(data.names)} variants, per trait:")
     found = {}
     for index in range(NULL_TRAITS):
         trait = f"null{index}"
@@ -283,11 +281,8 @@ def compare_null(data):
     print("  " + " " * 34 + "".join(f"{head:>16}" for head in heads))
     for what, rows in found.items():
         inflation, hits, least = np.array(rows).T
-        print(
-            f"  {what:<34}{np.median(inflation):>16.3f}{inflation.mean():>16.3f}{hits.mean():>16.2f}"
-            f"{(hits > 0).sum():>16}{least.min():>16.1e}",
-            flush=True,
-        )
+        shown = f"{np.median(inflation):>16.3f}{inflation.mean():>16.3f}{hits.mean():>16.2f}"
+        print(f"  {what:<34}{shown}{(hits > 0).sum():>16}{least.min():>16.1e}", flush=True)
     print(f"  by chance {len(data.names) * 1e-3:.2f} of {len(data.names)} are below 1e-3")
 
 

@@ -26,6 +26,7 @@ from fedmed_flower.genomics.coding import (
     lone_text,
     lone_values,
     number_of,
+    require_quantitative,
     without_codes,
 )
 from fedmed_flower.genomics.plink import FAM_COLUMNS, FAM_PHENOTYPE, Fileset
@@ -244,6 +245,8 @@ class GenomicsClient(MedicalClient):
         if self.trait == "binary":
             coding = "1/2" if self.phenotype == FAM_PHENOTYPE else self.coding
             values[:, 0] = case_status(values[:, 0], coding, self.phenotype)
+        elif self.phenotype == FAM_PHENOTYPE:
+            require_quantitative(values[:, 0])
         known = np.isfinite(values).all(1)
         omitted = {
             "people of the fam file have no row": len(fileset.people) - len(indices),

@@ -88,6 +88,19 @@ def case_status(values: Floats, coding: str, column: str) -> Floats:
     return values - 1 if coding == "1/2" else values
 
 
+def require_quantitative(values: Floats) -> None:
+    """Raise `InputError` if the phenotypes of a fam file are those of cases and controls.
+
+    They are, as PLINK reads them, if all are 0, 1 or 2; 0 is then missing.
+    """
+    present = set(values[np.isfinite(values)].tolist())
+    if present and present <= {0.0, 1.0, 2.0}:
+        raise InputError(
+            "the phenotypes of the fam file are all 0, 1 or 2, which are missing, control and case "
+            'there: set trait="binary", or give a quantitative phenotype in the rows'
+        )
+
+
 class Lone(NamedTuple):
     """A value that many people have and that is far from all others."""
 

@@ -69,15 +69,15 @@ people give the genotypes of all of them."""
 
 
 _OWN_ODDS = """the common odds ratio of A1 after Mantel and Haenszel, with the interval of Robins,
-Breslow and Greenland. Q compares the logarithms of the hospitals’ own odds ratios; a hospital at
-which a cell of its table is empty has none"""
+Breslow and Greenland. Cochran’s Q compares the logarithms of the hospitals’ own odds ratios; a
+hospital has none if a cell of its table is empty"""
 _EFFECT = {
     "trend": _OWN_ODDS,
     "allelic": _OWN_ODDS,
-    "linear": "the slope of the trait for each copy of A1. Q compares the slopes of the hospitals’ "
-    "own models",
-    "logistic": "the odds ratio of each copy of A1. Q compares the hospitals’ own slopes, each one "
-    "Newton step from the common model towards the hospital’s own",
+    "linear": "the slope of the trait for each copy of A1. Cochran’s Q compares the slopes of the "
+    "hospitals’ own models",
+    "logistic": "the odds ratio of each copy of A1. Cochran’s Q compares the hospitals’ own slopes, "
+    "each one Newton step from the common model towards the hospital’s own",
 }
 
 
@@ -270,10 +270,10 @@ def _tables(summary: dict[str, Any], study: dict[str, Any]) -> str:
     if not drawn:
         return ""
     return (
-        f'{drawn}<p class="note">The effect is {_EFFECT[study["test"]]}. “Q p” is the p-value of '
-        "Cochran’s Q, small if the hospitals’ effects differ by more than chance; I² is the share "
-        "of Q beyond chance. Two frequencies are the least and the largest possible: a hospital "
-        f"withholds its counts. {TABLE} has Q itself and all variants.</p>"
+        f'{drawn}<p class="note">The effect is {_EFFECT[study["test"]]}. The p-value of Q is small '
+        "if the hospitals’ effects differ by more than chance; I² is the share of Q beyond chance. "
+        "Two frequencies are the least and the largest possible where a hospital withholds its "
+        f"counts. {TABLE} has all variants.</p>"
     )
 
 

@@ -380,7 +380,7 @@ class _Association:
         }
         if self.best:
             rows = [dict(zip(COLUMNS, row, strict=True)) for _, row in self.best]
-            summary["tables"].append(_top_variants(rows))
+            summary["tables"] += _top_variants(rows)
         self.folder.write_json(SUMMARY, summary)
         return summary
 
@@ -402,44 +402,50 @@ def _smallest(
     return heapq.nsmallest(_TOP, [*best, *more], key=lambda pair: pair[0])
 
 
-def _top_variants(rows: list[dict[str, str]]) -> dict[str, Any]:
-    """Return the table of the variants with the smallest p-values."""
+def _top_variants(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Return the tables of the variants with the smallest p-values."""
     effect = "OR" if rows[0]["cases"] else "beta"
-    head = ["variant", "chr", "position", "A1/A2", "A1 freq", effect, "95% interval", "p"]
-    head += ["Q p", "I² %", "sites"]
-    return {
-        "title": "Variants with the smallest p-values",
-        "head": head,
-        "rows": [
-            [
-                row["id"],
-                row["chrom"],
-                row["position"],
-                f"{row['a1']}/{row['a2']}",
-                _range(row["freq_least"], row["freq_most"]),
-                _number(row["effect"], ".3f"),
-                _range(row["low"], row["high"]),
-                _short(row["p"]),
-                _number(row["q_p"], ".3g"),
-                _number(row["i2"], ".0f"),
-                row["sites"],
-            ]
-            for row in rows
-        ],
-    }
+    found = [
+        [
+            row["id"],
+            f"{row['chrom']}:{row['position']}",
+            f"{row['a1']}/{row['a2']}",
+            _range(row["freq_least"], row["freq_most"]),
+            _number(row["effect"]),
+            _range(row["low"], row["high"]),
+            _short(row["p"]),
+        ]
+        for row in rows
+    ]
+    spread = [
+        [row["id"], row["sites"], *(_number(row[key]) for key in ("q", "q_p", "i2"))]
+        for row in rows
+    ]
+    return [
+        {
+            "title": "Variants with the smallest p-values",
+            "head": ["variant", "place", "A1/A2", "A1 freq", effect, "95% interval", "p"],
+            "rows": found,
+        },
+        {
+            "title": "How far the hospitals agree on them",
+            "head": ["variant", "sites", "Q", "p of Q", "I² in %"],
+            "rows": spread,
+        },
+    ]
 
 
-def _number(text: str, form: str) -> str:
+def _number(text: str) -> str:
     """Return a number of the table in a short form; a dash if there is none."""
     number = float(text)
-    return DASH if np.isnan(number) else f"{number:{form}}"
+    return DASH if np.isnan(number) else f"{number:.3g}"
 
 
 def _range(low: str, high: str) -> str:
     """Return two numbers of the table as bounds, or the one that they both are."""
     if low == high:
-        return _number(low, ".3f")
-    return f"{_number(low, '.3f')} to {_number(high, '.3f')}"
+        return _number(low)
+    return f"{_number(low)} to {_number(high)}"
 
 
 def _short(p: str) -> str:

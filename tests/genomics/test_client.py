@@ -298,6 +298,15 @@ def test_a_quantitative_phenotype_of_the_fam_file(tmp_path):
     assert question(client, "cohort").error.reason == f"site hospital-1: {text}"
 
 
+def test_cases_of_a_fam_file_are_no_quantitative_phenotype(tmp_path):
+    client = hospital(tmp_path, phenotype="fam.phenotype", trait="continuous")
+    fam_of(tmp_path, ["1"] * PEOPLE, [str(1 + n % 2) for n in range(PEOPLE)])
+    assert question(client, "cohort").error.reason == (
+        "site hospital-1: the phenotypes of the fam file are all 0, 1 or 2, which are missing, "
+        'control and case there: set trait="binary", or give a quantitative phenotype in the rows'
+    )
+
+
 @pytest.mark.parametrize(
     ("members", "text"),
     [

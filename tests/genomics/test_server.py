@@ -84,11 +84,14 @@ def test_allelic_and_trend_tests_are_stratified_by_hospital(world, tmp_path):
     chi2 = [float(line["statistic"]) for line in trend.values()]
     assert found["lambda-gc"] == pytest.approx(np.median(chi2) / 0.45493642, rel=0.02)
     assert (found["variants"], found["tested"]) == (40, 40)
-    top = summary["tables"][0]
-    first = dict(zip(top["head"], top["rows"][0], strict=True))
-    assert first["variant"] == "rs20"
     line = trend["rs20"]
-    assert first["95% interval"] == f"{float(line['low']):.3f} to {float(line['high']):.3f}"
+    effects, spread = (
+        dict(zip(top["head"], top["rows"][0], strict=True)) for top in summary["tables"]
+    )
+    assert effects["variant"] == spread["variant"] == "rs20"
+    assert effects["place"] == "1:300"
+    assert effects["95% interval"] == f"{float(line['low']):.3g} to {float(line['high']):.3g}"
+    assert spread["p of Q"] == f"{float(line['q_p']):.3g}"
     text = "test=trend takes no covariates: it is adjusted for the hospital alone, not for age"
     assert text in (tmp_path / "run" / "log.txt").read_text()
 
@@ -777,7 +780,7 @@ def test_the_page_shows_the_study_and_loads_nothing(world, tmp_path):
     assert not re.search(r"(?:src|href)=[\"'](?!#)", text)
     for words in (
         *("220 people", "by Mantel's trend test, stratified by hospital", "hospital-3"),
-        *("What left each hospital", "95% interval", "Q p", "I² %", "Not adjusted for age"),
+        *("What left each hospital", "95% interval", "p of Q", "I² in %", "Not adjusted for age"),
         "Robins",
     ):
         assert words in text
