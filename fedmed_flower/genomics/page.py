@@ -76,8 +76,8 @@ _EFFECT = {
     "allelic": _OWN_ODDS,
     "linear": "the slope of the trait for each copy of A1. Cochran’s Q compares the slopes of the "
     "hospitals’ own models",
-    "logistic": "the odds ratio of each copy of A1. Cochran’s Q compares the hospitals’ own slopes, "
-    "each one Newton step from the common model towards the hospital’s own",
+    "logistic": "the odds ratio of each copy of A1. Cochran’s Q compares the hospitals’ own "
+    "slopes, each one Newton step from the common model towards the hospital’s own",
 }
 
 
@@ -183,8 +183,8 @@ def _result(summary: dict[str, Any], study: dict[str, Any]) -> str:
     shown = DASH if inflation is None else f"{inflation:.3f}"
     return (
         f'<h2>Result</h2><p class="lead">{words}. Genomic inflation λ: <b>{shown}</b>.</p>'
-        '<p class="note">People are compared with others of their own hospital, so it is no '
-        "association that one hospital has more cases and other alleles than another."
+        '<p class="note">People are compared with others of their own '
+        "hospital: one with more cases and other alleles than the rest makes no hit by that."
         f"{alone if ignored else ''} λ compares the median statistic with that of no association; "
         "well above 1 points to people of different ancestry among the cases and controls of one "
         "hospital, or, on few variants of one region, to a hit that many of them lie near.</p>"
