@@ -1,15 +1,17 @@
 """An association study over five hospitals against PLINK on the pooled file; its time and memory.
 
 Against PLINK (where ``plink1.9`` is found): the 503 people of genotypes-lct (``FEDMED_DATA``), with
-each population one hospital, and the run's ``min-cell-count`` 1, so that nothing is withheld. The
-allelic and the trend test take the trait north (CEU, FIN, GBR) or south; the regressions generated
-traits and a generated age, and in PLINK one indicator a hospital. Of each test the table gives the
-largest relative difference
+each population one hospital, and the run's ``min-cell-count`` 1, so that nothing is withheld.
+Traits and ages are generated. PLINK's clusters are the hospitals, or one indicator a hospital is
+among its covariates. Of each test the table gives the largest relative difference
 
-- from statsmodels or scipy on the pooled genotypes (on PLINK's own integer counts for the first two
-  tests, after they were found equal to ours), and
+- from statsmodels or numpy on the people of each hospital, or on all with an indicator, and
 - from what PLINK prints, which has 4 significant digits, so that 5e-4 is what rounding makes of
   equal numbers; with ``--plink2`` from what PLINK 2 prints, which has 6.
+
+Traits that no variant influences, where the northern hospitals have a prevalence of .6 and the
+southern ones of .2: inflation and hits of the default test, of the allelic test and of PLINK's with
+the hospitals as clusters (``--mh``) and without (``--assoc``).
 
 Time and memory: five generated filesets, read from disk by the real client, in one process each.
 
@@ -34,13 +36,19 @@ import statsmodels.api as sm
 from bed_reader import open_bed
 from flwr.serverapp import ServerApp
 from scipy import stats
+from statsmodels.stats.contingency_tables import StratifiedTable
 
 from fedmed_flower import SiteData, run_local
 from fedmed_flower.genomics.client import GenomicsClient
 from fedmed_flower.genomics.server import associate
 
-POPULATIONS, NORTH, HIT = ("CEU", "FIN", "GBR", "IBS", "TSI"), ("CEU", "FIN", "GBR"), "rs4988235"
+POPULATIONS = ("CEU", "FIN", "GBR", "IBS", "TSI")
+NORTH = ("CEU", "FIN", "GBR")
+HIT = "rs4988235"
 SITES = 5
+# Of the traits without an effect: how many, and the share of cases in the north and the south.
+NULL_TRAITS = 20
+PREVALENCES = (0.6, 0.2)
 
 
 class Hospital(GenomicsClient):
@@ -117,10 +125,16 @@ class Lactase:
         self.age = generator.normal(50, 12, count).round()
         risk = -1.5 + 1.6 * hit + 0.02 * (self.age - 50)
         self.traits = {
-            "north": np.isin(self.site, [POPULATIONS.index(name) for name in NORTH]).astype(float),
             "persistence": (generator.random(count) < 1 / (1 + np.exp(-risk))).astype(float),
             "level": (0.6 * hit + 0.01 * self.age + generator.normal(size=count)).round(6),
         }
+        north = np.isin(self.site, [POPULATIONS.index(name) for name in NORTH])
+        prevalence = np.where(north, *PREVALENCES)
+        for number in range(NULL_TRAITS):
+            self.traits[f"null{number}"] = (generator.random(count) < prevalence).astype(float)
+        clusters = zip(self.people, self.site, strict=True)
+        self.clusters = folder / "clusters.txt"
+        self.clusters.write_text("".join(f"{name} {name} {site}\n" for name, site in clusters))
         for site in range(SITES):
             keep = folder / f"keep{site}.txt"
             own = np.flatnonzero(self.site == site)
@@ -160,6 +174,21 @@ class Lactase:
         order = ("--keep-allele-order", "--allow-no-sex") if program == "plink1.9" else ()
         call(program, *files, *order, *options)
 
+    def tables(self, variant, trait):
+        """Return each hospital's people by status (cases first) and copies of A1."""
+        copies = self.copies[:, self.names.index(variant)]
+        status = self.traits[trait]
+        return [
+            np.array(
+                [
+                    [((copies == g) & (status == c) & (self.site == site)).sum() for g in range(3)]
+                    for c in (1, 0)
+                ],
+                float,
+            )
+            for site in range(SITES)
+        ]
+
     def design(self, variant):
         """Return hospitals, age and copies of A1 of the people with a genotype, and who has."""
         copies = self.copies[:, self.names.index(variant)]
@@ -175,50 +204,86 @@ def rank(lines, name=HIT):
 
 
 def compare_counts(data):
-    data.plink("north", "--model")
-    data.plink("north", "--assoc")
-    printed = table(data.folder / "plink.assoc")
-    trends = table(data.folder / "plink.model", ("TEST", "TREND"))
-    genotypes = table(data.folder / "plink.model", ("TEST", "GENO"))
-    lines = study(data.client("north"), data.folder / "allelic", test="allelic")
-    print("\nallelic test, trait north, against plink1.9 --assoc and its counts of alleles")
-    exact = {"p": [], "statistic": [], "effect": []}
+    trait = "persistence"
+    data.plink(trait, "--mh", "--within", data.clusters)
+    printed = table(data.folder / "plink.cmh")
+    lines = study(data.client(trait), data.folder / "allelic", test="allelic")
+    print("\nallelic test, generated trait, against plink1.9 --mh with the hospitals as clusters")
+    exact = {key: [] for key in ("statistic", "p", "effect", "se", "low", "high")}
     for name, line in lines.items():
-        counts = np.array([[int(n) for n in trends[name][k].split("/")] for k in ("AFF", "UNAFF")])
-        people = counts.sum(1) // 2
-        assert [int(line["cases"]), int(line["controls"])] == people.tolist(), name
-        copies = round(float(line["freq"]) * 2 * people.sum())
-        assert copies == counts[:, 0].sum(), name
-        if counts.sum(0).all():
-            chi2, p, *_ = stats.chi2_contingency(counts, correction=False)
-            exact["statistic"].append((float(line["statistic"]), chi2))
-            exact["p"].append((float(line["p"]), p))
-        if (counts[:, ::-1].diagonal()).all():
-            ratio = counts[0, 0] * counts[1, 1] / (counts[0, 1] * counts[1, 0])
-            exact["effect"].append((float(line["effect"]), ratio))
+        people = data.tables(name, trait)
+        assert int(line["people"]) == sum(part.sum() for part in people), name
+        alleles = [np.column_stack([part @ [0, 1, 2], part @ [2, 1, 0]]) for part in people]
+        if not sum(alleles).all():
+            continue
+        expected = StratifiedTable(alleles)
+        test = expected.test_null_odds(correction=False)
+        low, high = expected.oddsratio_pooled_confint()
+        # Its p-value is 1 less a probability, which is 0 where p is small.
+        p = stats.chi2.sf(test.statistic, 1)
+        theirs = [test.statistic, p, expected.oddsratio_pooled]
+        theirs += [expected.logodds_pooled_se, low, high]
+        for key, value in zip(exact, theirs, strict=True):
+            exact[key].append((float(line[key]), value))
     for key, pairs in exact.items():
-        show(f"{key}, from PLINK's integer counts by scipy", pairs)
-    for ours, theirs in (("statistic", "CHISQ"), ("p", "P"), ("effect", "OR")):
-        pairs = [(float(line[ours]), number(printed[n][theirs])) for n, line in lines.items()]
+        show(f"{key}, from statsmodels' StratifiedTable", pairs)
+    for ours, theirs in (
+        *(("statistic", "CHISQ"), ("p", "P"), ("effect", "OR")),
+        *(("se", "SE"), ("low", "L95"), ("high", "U95")),
+    ):
+        pairs = [(float(lines[n][ours]), number(row[theirs])) for n, row in printed.items()]
         show(f"{ours}, as PLINK 1.9 prints it", pairs)
     rank(lines)
-    lines = study(data.client("north"), data.folder / "trend", test="trend")
-    print("\ntrend test, trait north, against plink1.9 --model and its counts of genotypes")
+    lines = study(data.client(trait), data.folder / "trend", test="trend")
+    print("\ntrend test, generated trait, against numpy on the people of each hospital")
     exact = {"p": [], "statistic": []}
     for name, line in lines.items():
-        cells = [[int(n) for n in genotypes[name][key].split("/")] for key in ("AFF", "UNAFF")]
-        copies = np.repeat([2, 1, 0, 2, 1, 0], [*cells[0], *cells[1]])
-        status = np.repeat([1, 0], [sum(part) for part in cells])
-        if copies.std():
-            chi2 = len(copies) * np.corrcoef(copies, status)[0, 1] ** 2
-            exact["statistic"].append((float(line["statistic"]), chi2))
-            exact["p"].append((float(line["p"]), stats.chi2.sf(chi2, 1)))
+        excess = variance = 0.0
+        for part in data.tables(name, trait):
+            copies = np.repeat([0, 1, 2, 0, 1, 2], part.ravel().astype(int))
+            status = np.repeat([1, 0], part.sum(1).astype(int))
+            excess += (status * (copies - copies.mean())).sum()
+            variance += status.var() * len(status) * copies.var(ddof=1)
+        if variance:
+            exact["statistic"].append((float(line["statistic"]), excess**2 / variance))
+            exact["p"].append((float(line["p"]), stats.chi2.sf(excess**2 / variance, 1)))
     for key, pairs in exact.items():
-        show(f"{key}, from PLINK's integer counts by numpy and scipy", pairs)
-    for ours, theirs in (("statistic", "CHISQ"), ("p", "P")):
-        pairs = [(float(line[ours]), number(trends[n][theirs])) for n, line in lines.items()]
-        show(f"{ours}, as PLINK 1.9 prints it", pairs)
+        show(f"{key}, from numpy and scipy", pairs)
     rank(lines)
+
+
+def compare_null(data):
+    """Show inflation and hits of traits that no variant influences."""
+    north, south = PREVALENCES
+    print(f"\n{NULL_TRAITS} traits without an effect; cases are {north:g} in the north, {south:g}")
+    print(f"in the south. Of {len(data.names)} variants, per trait:")
+    found = {}
+    for index in range(NULL_TRAITS):
+        trait = f"null{index}"
+        default = study(data.client(trait), data.folder / f"{trait}-default")
+        allelic = study(data.client(trait), data.folder / f"{trait}-allelic", test="allelic")
+        ps = {
+            "default (trend)": [float(line["p"]) for line in default.values()],
+            "allelic": [float(line["p"]) for line in allelic.values()],
+        }
+        for what, options, end in (
+            ("plink1.9 --mh --within HOSPITAL", ("--mh", "--within", data.clusters), "cmh"),
+            ("plink1.9 --assoc, no hospitals", ("--assoc",), "assoc"),
+        ):
+            data.plink(trait, *options)
+            rows = table(data.folder / f"plink.{end}").values()
+            ps[what] = [number(row["P"]) for row in rows]
+        for what, values in ps.items():
+            known = np.array(values)[np.isfinite(values)]
+            inflation = stats.chi2.isf(np.median(known), 1) / stats.chi2.median(1)
+            found.setdefault(what, []).append([inflation, (known < 1e-3).sum(), known.min()])
+    heads = ("median lambda", "mean lambda", "mean p < 1e-3", "traits with one", "least p")
+    print("  " + " " * 34 + "".join(f"{head:>16}" for head in heads))
+    for what, rows in found.items():
+        inflation, hits, least = np.array(rows).T
+        shown = f"{np.median(inflation):>16.3f}{inflation.mean():>16.3f}{hits.mean():>16.2f}"
+        print(f"  {what:<34}{shown}{(hits > 0).sum():>16}{least.min():>16.1e}", flush=True)
+    print(f"  by chance {len(data.names) * 1e-3:.2f} of {len(data.names)} are below 1e-3")
 
 
 def compare_models(data, plink2):
@@ -270,12 +335,12 @@ def compare_models(data, plink2):
 def compare_swapped(folder, source):
     """Split as PLINK does by itself: A1 is each population's rarer allele."""
     data = Lactase(folder, source, ())
-    lines = study(data.client("north"), folder / "trend", test="trend")
-    data.plink("north", "--model")
-    trends = table(folder / "plink.model", ("TEST", "TREND"))
+    lines = study(data.client("persistence"), folder / "allelic", test="allelic")
+    data.plink("persistence", "--mh", "--within", data.clusters)
+    printed = table(folder / "plink.cmh")
     whole = {name: line for name, line in lines.items() if line["sites"] == "5"}
-    print("\ntrend test, the hospitals' files with A1 their own rarer allele")
-    pairs = [(float(line["p"]), number(trends[n]["P"])) for n, line in whole.items()]
+    print("\nallelic test, the hospitals' files with A1 their own rarer allele")
+    pairs = [(float(line["p"]), number(printed[n]["P"])) for n, line in whole.items()]
     show("p, as PLINK 1.9 prints it", pairs)
     left = {name: line for name, line in lines.items() if "strand" in line["note"]}
     print(
@@ -293,6 +358,7 @@ def against_plink(plink2):
         data = Lactase(Path(folder), source)
         compare_counts(data)
         compare_models(data, plink2)
+        compare_null(data)
     with tempfile.TemporaryDirectory() as folder:
         compare_swapped(Path(folder), source)
 
@@ -381,7 +447,7 @@ def speed(variants, people):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", type=int, default=500_000)
+    parser.add_argument("--variants", type=int, default=500_000, help="0: no times")
     parser.add_argument("--people", type=int, default=500)
     parser.add_argument("--plink2", default=shutil.which("plink2"), help="path of plink2")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
@@ -392,7 +458,8 @@ def main():
     logging.getLogger("flwr").setLevel(logging.ERROR)
     print(f"Python {sys.version.split()[0]}, NumPy {np.__version__}, {os.cpu_count()} cores")
     against_plink(options.plink2)
-    speed(options.variants, options.people)
+    if options.variants:
+        speed(options.variants, options.people)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Filesets of five hospitals: people of five populations, or made up."""
+"""Filesets of some hospitals: people of five populations, or made up."""
 
 import csv
 import logging
@@ -26,8 +26,9 @@ LACTASE = "1000 Genomes, 503 Europeans around the lactase gene"
 def lactase(trait, index, num_sites, seed):
     """Write one hospital's people of the real genotypes; return prefix, rows and source.
 
-    With five hospitals each is a population. The trait "north" is where a population lives. The
-    trait "persistence" and the ages are made up: likelier with each allele A of rs4988235.
+    The trait "north" is where a population lives; each hospital then has people of all five, since
+    cases are compared with controls of the same hospital. The trait "persistence" and the ages are
+    made up: likelier with each allele A of rs4988235. Five hospitals are then the five populations.
     """
     folder = Path(os.environ.get("FEDMED_DATA", "")).expanduser() / "genotypes-lct"
     if not (folder / "LCT.bed").is_file():
@@ -52,13 +53,13 @@ def lactase(trait, index, num_sites, seed):
     persistent = generator.random(len(people)) < 1 / (1 + np.exp(-risk))
     north = np.array([population[name] in NORTH for name in people])
     sites = np.array([POPULATIONS.index(population[name]) for name in people])
-    if num_sites != len(POPULATIONS):
+    if trait == "north" or num_sites != len(POPULATIONS):
         sites = np.arange(len(people)) % num_sites
     values = north if trait == "north" else persistent
     source = f"{LACTASE}; ages are generated"
     source += ", and so is lactase persistence" if trait != "north" else ""
     own = np.flatnonzero(sites == index)
-    prefix = _write(index, num_sites, genotypes[own], [people[i] for i in own], about)
+    prefix = _write(index, f"{trait}-{num_sites}", genotypes[own], [people[i] for i in own], about)
     return prefix, _rows([people[i] for i in own], values[own], age[own]), source
 
 
@@ -91,7 +92,7 @@ def made_up(index, num_sites, seed, people=150, variants=3000):
         "allele_1": ["A"] * variants,
         "allele_2": ["G"] * variants,
     }
-    prefix = _write(index, num_sites, genotypes, names, about)
+    prefix = _write(index, f"made-up-{num_sites}", genotypes, names, about)
     return prefix, _rows(names, case, age), GENERATED
 
 
@@ -115,8 +116,8 @@ def _rows(names, values, ages):
     ]
 
 
-def _write(index, num_sites, genotypes, names, about):
-    folder = Path(FOLDER.name) / f"{num_sites}-sites"
+def _write(index, kind, genotypes, names, about):
+    folder = Path(FOLDER.name) / kind
     folder.mkdir(exist_ok=True)
     prefix = folder / f"hospital-{index + 1}"
     about = about | {"iid": names, "fid": names}

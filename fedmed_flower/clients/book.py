@@ -117,6 +117,15 @@ class Book:
             return None
         return self.admit(self._guard.members(name), inside, values)
 
+    def study(self, trait: str, inside: Mask, values: Codes | None = None) -> Mask | None:
+        """Write down an answer about people and a trait of theirs, as `admit`.
+
+        The trait may be no column of the rows, such as that of a fam file.
+        """
+        if trait in self._columns.names:
+            return self.column(trait, inside, values)
+        return self.admit(self._guard.everybody(f"studies of {trait}"), inside, values)
+
     def known(self, name: str) -> Mask:
         """Return (rows,) the rows that an earlier answer about a column has counted."""
         if name not in self._columns.names:

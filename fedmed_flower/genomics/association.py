@@ -1,8 +1,21 @@
-"""Tests of one variant at a time, on counts summed over the hospitals.
+"""Tests of one variant at a time, on the counts of several hospitals.
 
-The statistics are those of PLINK 1.9. P. Armitage, "Tests for linear trends in proportions and
-frequencies", Biometrics 11:375-386, 1955. B. Devlin and K. Roeder, "Genomic control for association
-studies", Biometrics 55:997-1004, 1999.
+Each hospital is a stratum: its cases are compared with its own controls. Counts that were summed
+over hospitals first would take a hospital with many cases and an allele that is frequent there for
+an effect of the allele.
+
+- N. Mantel and W. Haenszel, "Statistical aspects of the analysis of data from retrospective studies
+  of disease", Journal of the National Cancer Institute 22:719-748, 1959: the test and the odds
+  ratio.
+- N. Mantel, "Chi-square tests with one degree of freedom; extensions of the Mantel-Haenszel
+  procedure", Journal of the American Statistical Association 58:690-700, 1963: the trend test.
+- J. Robins, N. Breslow and S. Greenland, "Estimators of the Mantel-Haenszel variance consistent in
+  both sparse data and large-strata limiting models", Biometrics 42:311-323, 1986, equation 10.
+- W. G. Cochran, "The combination of estimates from different experiments", Biometrics 10:101-129,
+  1954: Q.
+- J. P. T. Higgins and S. G. Thompson, "Quantifying heterogeneity in a meta-analysis", Statistics in
+  Medicine 21:1539-1558, 2002: I2.
+- B. Devlin and K. Roeder, "Genomic control for association studies", Biometrics 55:997-1004, 1999.
 """
 
 from __future__ import annotations
@@ -22,7 +35,29 @@ from fedmed_flower.genomics.types import Counts, Floats
 # is a control.
 CASES, CONTROLS, CASE_COPIES, CONTROL_COPIES, SQUARES = range(5)
 WITHHELD = -1
+# Probability below the upper bound of a 95 % interval.
+QUANTILE = 0.975
 _LN10 = math.log(10)
+
+
+class Spread(NamedTuple):
+    """How much the hospitals' own effects differ, one number a variant.
+
+    NaN if fewer than two hospitals have an effect of their own.
+
+    Attributes
+    ----------
+    q : (m,) float array
+        Cochran's Q.
+    p : (m,) float array
+        Its p-value: of chi-square, with one degree of freedom less than there are hospitals.
+    i2 : (m,) float array
+        How much of Q is beyond its degrees of freedom, in percent; 0 to 100.
+    """
+
+    q: Floats
+    p: Floats
+    i2: Floats
 
 
 class Results(NamedTuple):
@@ -34,16 +69,25 @@ class Results(NamedTuple):
         Odds ratio, or the slope of a linear model.
     se : (m,) float array
         Standard error, of the logarithm of an odds ratio.
+    low, high : (m,) float array
+        Bounds of the effect's 95 % interval.
     statistic : (m,) float array
         Chi-square with one degree of freedom, z, or t.
     log10_p : (m,) float array
         Decimal logarithm of the p-value, which itself may be below what a float can hold.
+    q, q_p, i2 : (m,) float array
+        `Spread` of the hospitals' own effects.
     """
 
     effect: Floats
     se: Floats
+    low: Floats
+    high: Floats
     statistic: Floats
     log10_p: Floats
+    q: Floats
+    q_p: Floats
+    i2: Floats
 
 
 def count_copies(genotypes: NDArray[np.int8], cases: NDArray[np.bool_], squares: bool) -> Counts:
@@ -95,50 +139,106 @@ def withheld(counts: Counts, minimum: int) -> NDArray[np.bool_]:
 
 
 def allelic_test(counts: Counts) -> Results:
-    """Compare the alleles of cases with those of controls, as ``plink --assoc``.
+    """Compare the alleles of cases with those of controls, as ``plink --mh`` by hospital.
+
+    This is the test of Cochran, Mantel and Haenszel without a correction for continuity.
 
     Parameters
     ----------
-    counts : (m, 5) int64 array
-        Summed over the hospitals.
+    counts : (hospitals, m, 5) int64 array
+        A hospital without cases or without controls adds nothing.
     """
-    a, c = (counts[:, key].astype(np.float64) for key in (CASE_COPIES, CONTROL_COPIES))
-    b = 2.0 * counts[:, CASES] - a
-    d = 2.0 * counts[:, CONTROLS] - c
+    a, b, c, d = _alleles(counts)
+    total = a + b + c + d
     with np.errstate(divide="ignore", invalid="ignore"):
-        ways = (a + b) * (c + d) * (a + c) * (b + d)
-        statistic = np.where(ways > 0, (a + b + c + d) * (a * d - b * c) ** 2 / ways, np.nan)
-        return _with_odds_ratio(a, b, c, d, statistic)
+        excess = a - (a + b) * (a + c) / total
+        variance = (a + b) * (c + d) * (a + c) * (b + d) / (total**2 * (total - 1))
+    return _with_odds_ratio(counts, _chi_square(excess, variance, total > 1))
 
 
 def trend_test(counts: Counts) -> Results:
-    """Compare the numbers of copies: Cochran and Armitage's test, as ``plink --model trend``.
+    """Compare the numbers of copies: Mantel's extension of the test, the hospitals as strata.
 
-    The effect is the odds ratio of the alleles.
+    With one hospital it is the test of Cochran and Armitage, times (n - 1) / n. The effect is the
+    common odds ratio of the alleles, as that of `allelic_test`.
 
     Parameters
     ----------
-    counts : (m, 5) int64 array
-        Summed over the hospitals, with squares.
+    counts : (hospitals, m, 5) int64 array
+        With squares. A hospital without cases or without controls adds nothing.
     """
-    cases, controls, case_copies, control_copies, squares = counts.T.astype(np.float64)
+    cases, controls, case_copies, control_copies, squares = np.moveaxis(
+        counts.astype(np.float64), -1, 0
+    )
     people = cases + controls
     copies = case_copies + control_copies
     with np.errstate(divide="ignore", invalid="ignore"):
-        spread = cases * controls * (people * squares - copies**2)
-        statistic = people * (people * case_copies - cases * copies) ** 2 / spread
-        statistic = np.where(spread > 0, statistic, np.nan)
-        case_others = 2 * cases - case_copies
-        control_others = 2 * controls - control_copies
-        return _with_odds_ratio(case_copies, case_others, control_copies, control_others, statistic)
+        excess = case_copies - cases * copies / people
+        spread = people * squares - copies**2
+        variance = cases * controls * spread / (people**2 * (people - 1))
+    return _with_odds_ratio(counts, _chi_square(excess, variance, people > 1))
 
 
-def _with_odds_ratio(a: Floats, b: Floats, c: Floats, d: Floats, statistic: Floats) -> Results:
-    known = np.isfinite(statistic) & (b * c > 0)
-    ratio = np.where(known, a * d / (b * c), np.nan)
-    error = np.sqrt(1 / a + 1 / b + 1 / c + 1 / d)
-    error = np.where(known & np.isfinite(error), error, np.nan)
-    return Results(ratio, error, statistic, log10_p_of_z(np.sqrt(statistic)))
+def _alleles(counts: Counts) -> tuple[Floats, Floats, Floats, Floats]:
+    """Return copies of A1 and A2 among cases, and of A1 and A2 among controls."""
+    cases, controls, a, c, _ = np.moveaxis(counts.astype(np.float64), -1, 0)
+    return a, 2 * cases - a, c, 2 * controls - c
+
+
+def _chi_square(excess: Floats, variance: Floats, counted: NDArray[np.bool_]) -> Floats:
+    """Return the squared sum of (hospitals, m) deviations over the sum of their variances."""
+    deviation = np.where(counted, excess, 0).sum(0)
+    total = np.where(counted, variance, 0).sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(total > 0, deviation**2 / total, np.nan)
+
+
+def _with_odds_ratio(counts: Counts, statistic: Floats) -> Results:
+    """Return the results with Mantel and Haenszel's odds ratio of the alleles."""
+    a, b, c, d = _alleles(counts)
+    total = np.maximum(a + b + c + d, 1)
+    # In the letters of Robins, Breslow and Greenland.
+    r = a * d / total
+    s = b * c / total
+    p = (a + d) / total
+    q = (b + c) / total
+    known = np.isfinite(statistic) & (r.sum(0) > 0) & (s.sum(0) > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = r.sum(0) / s.sum(0)
+        variance = (p * r).sum(0) / (2 * r.sum(0) ** 2)
+        variance = variance + (p * s + q * r).sum(0) / (2 * r.sum(0) * s.sum(0))
+        variance = variance + (q * s).sum(0) / (2 * s.sum(0) ** 2)
+        own = np.log(a * d) - np.log(b * c)
+        own_error = np.sqrt(1 / a + 1 / b + 1 / c + 1 / d)
+        ratio, error = (np.where(known, part, np.nan) for part in (ratio, np.sqrt(variance)))
+        reach = stats.norm.ppf(QUANTILE) * error
+        low, high = ratio * np.exp(-reach), ratio * np.exp(reach)
+        log10_p = log10_p_of_z(np.sqrt(statistic))
+    return Results(ratio, error, low, high, statistic, log10_p, *spread_of(own, own_error))
+
+
+def spread_of(effects: Floats, errors: Floats) -> Spread:
+    """Return how much the hospitals' own effects of each variant differ.
+
+    Parameters
+    ----------
+    effects : (hospitals, m) float array
+        A hospital's slope, or the logarithm of its odds ratio. One that is not finite, or whose
+        error is not finite and above 0, is left out.
+    errors : (hospitals, m) float array
+        Their standard errors.
+    """
+    known = np.isfinite(effects) & np.isfinite(errors) & (errors > 0)
+    effects = np.where(known, effects, 0.0)
+    weights = np.where(known, errors, np.inf) ** -2.0
+    freedom = np.where(known.sum(0) > 1, known.sum(0) - 1.0, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = (weights * effects).sum(0) / weights.sum(0)
+        q = (weights * (effects - mean) ** 2).sum(0)
+        q = np.where(np.isfinite(freedom), q, np.nan)
+        beyond = np.where(q > freedom, 1 - freedom / q, 0.0)
+    i2 = np.where(np.isfinite(q), 100 * beyond, np.nan)
+    return Spread(q, np.asarray(stats.chi2.sf(q, freedom), np.float64), i2)
 
 
 def log10_p_of_z(z: Floats) -> Floats:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +19,17 @@ from fedmed_flower.clients.duplicates import digests_of
 from fedmed_flower.data.site import SPLITS, Row, Site, SiteData, min_cell_count
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.genomics.association import WITHHELD, count_copies, withheld
-from fedmed_flower.genomics.plink import Fileset
+from fedmed_flower.genomics.coding import (
+    CODINGS,
+    MISSING_CODES,
+    case_status,
+    lone_text,
+    lone_values,
+    number_of,
+    require_quantitative,
+    without_codes,
+)
+from fedmed_flower.genomics.plink import FAM_COLUMNS, FAM_PHENOTYPE, Fileset
 from fedmed_flower.genomics.regression import linear_sums, logistic_terms, standardised
 from fedmed_flower.genomics.types import Floats
 from fedmed_flower.privacy.patient import budget_of
@@ -62,6 +70,8 @@ class Cohort:
         controls, unless there are none.
     left_out : tuple of str
         How many people or rows take no part, and why.
+    suspicious : tuple of str
+        Values that may stand for a missing one, in words, for the hospital's own log.
     """
 
     fileset: Fileset
@@ -70,6 +80,7 @@ class Cohort:
     covariates: Floats
     minimum: int
     left_out: tuple[str, ...]
+    suspicious: tuple[str, ...]
 
 
 class GenomicsClient(MedicalClient):
@@ -82,16 +93,25 @@ class GenomicsClient(MedicalClient):
     Attributes
     ----------
     phenotype : str
-        Column of the trait.
+        Column of the trait; ``fam.phenotype`` is that of the fam file.
     covariates : tuple of str
-        Columns of numbers.
+        Columns of numbers; ``fam.sex`` is that of the fam file: 1 for men, 2 for women.
     trait : {"binary", "continuous"}
-        A binary one is 0 for controls and 1 for cases.
+    coding : {"", "0/1", "1/2"}
+        How controls and cases of a binary trait are written. In ``1/2``, PLINK's coding, which
+        that of the fam file always has, 0 is missing. Empty stands for ``0/1``; data in which that
+        cannot be seen, because somebody has 2 or nobody has 0, are refused.
+    missing : dict
+        By column: the numbers that stand for a missing value there. For a column that is not named
+        it is -9, PLINK's code; an empty tuple stands for none. None, NaN and texts such as ``NA``
+        are always missing.
     """
 
     phenotype: ClassVar[str] = "phenotype"
     covariates: ClassVar[tuple[str, ...]] = ()
     trait: ClassVar[str] = "binary"
+    coding: ClassVar[str] = ""
+    missing: ClassVar[Mapping[str, Collection[float]]] = {}
 
     @abstractmethod
     def genotypes(self, site: Site) -> Path:
@@ -103,23 +123,47 @@ class GenomicsClient(MedicalClient):
         Raises
         ------
         InputError
-            If the trait is unknown, a row lacks a column or has no number in it, or a person has
-            two rows.
+            If an attribute of the class is not what it may be, a row lacks a column or has no
+            number in it, or a person has two rows.
         """
-        if self.trait not in TRAITS:
-            raise InputError(f"trait must be one of {', '.join(TRAITS)}, got {self.trait!r}")
+        self._require_declared()
         seen = set()
+        columns = [column for column in self._columns if column not in FAM_COLUMNS]
         for row in (row for split in SPLITS for row in getattr(data, split)):
             name = person(row["patient"])
-            for column in (self.phenotype, *self.covariates):
+            for column in columns:
                 if column not in row:
                     raise InputError(
                         f"the row of patient {name} has no {column}: it has {', '.join(row)}"
                     )
-                _number(row, column)
+                number_of(row[column], column, name)
             if name in seen:
                 raise InputError(f"patient {name} has two rows: an association takes one a person")
             seen.add(name)
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return (self.phenotype, *self.covariates)
+
+    def _require_declared(self) -> None:
+        if self.trait not in TRAITS:
+            raise InputError(f"trait must be one of {', '.join(TRAITS)}, got {self.trait!r}")
+        if self.coding not in ("", *CODINGS):
+            raise InputError(
+                f"coding must be empty or one of {', '.join(CODINGS)}, got {self.coding!r}"
+            )
+        for column, codes in self.missing.items():
+            if column not in self._columns:
+                raise InputError(
+                    f"missing has the column {column!r}, which is not one of the study's: "
+                    f"{', '.join(self._columns)}"
+                )
+            listed = isinstance(codes, Collection) and not isinstance(codes, str)
+            if not listed or not all(isinstance(code, int | float) for code in codes):
+                raise InputError(
+                    f"missing[{column!r}] must be a tuple of numbers, such as (-9, 99), got "
+                    f"{codes!r}"
+                )
 
     def cohort(self) -> Cohort:
         """Return who takes part; read once a run.
@@ -163,13 +207,15 @@ class GenomicsClient(MedicalClient):
         """
         if self.site.simulated:
             return
-        names = {cohort.fileset.people[index] for index in cohort.people}
+        names = [cohort.fileset.people[index] for index in cohort.people]
+        trait_of = dict(zip(names, cohort.trait.tolist(), strict=True))
         with self.open_book({}, cohort.minimum) as book:
-            inside = np.array([person(row["patient"]) in names for row in book.rows])
+            traits = [trait_of.get(person(row["patient"])) for row in book.rows]
+            inside = np.array([trait is not None for trait in traits])
             cells = None
             if self.trait == "binary":
-                cells = np.array([int(_number(row, self.phenotype) == 1) for row in book.rows])
-            usable = book.column(self.phenotype, inside, cells)
+                cells = np.array([int(trait == 1) for trait in traits])
+            usable = book.study(self.phenotype, inside, cells)
         if usable is None or not bool((usable == inside).all()):
             raise DeclinedError(
                 "fewer than min-cell-count people (or cases, or controls) differ between this "
@@ -188,20 +234,20 @@ class GenomicsClient(MedicalClient):
                 f"none of the {len(rows)} patients is in {fileset.prefix}.fam: ids are compared as "
                 f"texts, such as {next(iter(rows))!r} and {fileset.people[0]!r}"
             )
-        columns = (self.phenotype, *self.covariates)
-        values = np.array(
-            [
-                [_number(rows[fileset.people[index]], column) for column in columns]
-                for index in indices
-            ]
+        values = np.column_stack(
+            [self._values(column, fileset, rows, indices) for column in self._columns]
         )
+        suspicious = [
+            lone_text(column, lone)
+            for column, numbers in zip(self._columns, values.T, strict=True)
+            for lone in lone_values(numbers)
+        ]
+        if self.trait == "binary":
+            coding = "1/2" if self.phenotype == FAM_PHENOTYPE else self.coding
+            values[:, 0] = case_status(values[:, 0], coding, self.phenotype)
+        elif self.phenotype == FAM_PHENOTYPE:
+            require_quantitative(values[:, 0])
         known = np.isfinite(values).all(1)
-        if self.trait == "binary" and not np.isin(values[known, 0], (0, 1)).all():
-            odd = next(value for value in values[known, 0] if value not in (0, 1))
-            raise InputError(
-                f"{self.phenotype} of a binary trait must be 0 or 1, got {odd:g}: PLINK's 1 and 2 "
-                "are 0 and 1 here"
-            )
         omitted = {
             "people of the fam file have no row": len(fileset.people) - len(indices),
             "rows have no person in the fam file": len(rows) - len(indices),
@@ -212,9 +258,24 @@ class GenomicsClient(MedicalClient):
         people = np.array(indices, np.intp)[known]
         values = values[known]
         covariates = values[:, 1:] - values[:, 1:].mean(0)
+        # Rounding would make numbers of a column that has one value.
+        covariates[:, np.ptp(values[:, 1:], axis=0) == 0] = 0.0
         minimum = min_cell_count(self.context, self.site)
         left_out = tuple(f"{count} {what}" for what, count in omitted.items() if count)
-        return Cohort(fileset, people, values[:, 0], covariates, minimum, left_out)
+        return Cohort(
+            fileset, people, values[:, 0], covariates, minimum, left_out, tuple(suspicious)
+        )
+
+    def _values(
+        self, column: str, fileset: Fileset, rows: Mapping[str, Row], indices: Sequence[int]
+    ) -> Floats:
+        """Return a column of the people at these lines of the fam file; NaN if missing."""
+        if column in FAM_COLUMNS:
+            values = fileset.column(column)[indices]
+        else:
+            names = [fileset.people[index] for index in indices]
+            values = np.array([number_of(rows[name][column], column, name) for name in names])
+        return without_codes(values, self.missing.get(column, MISSING_CODES))
 
 
 def person(patient: Any) -> str:
@@ -223,23 +284,13 @@ def person(patient: Any) -> str:
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
-def _number(row: Row, column: str) -> float:
-    value = row[column]
-    value = value.item() if hasattr(value, "item") else value
-    if value is None:
-        return math.nan
-    if not isinstance(value, Real):
-        raise InputError(
-            f"{column} of patient {person(row['patient'])} must be a number, got {value!r}"
-        )
-    return float(value)
-
-
 def cohort(client: GenomicsClient, message: Message) -> RecordDict:
     """Report how many people take part, and in which study."""
     cohort = client.cohort()
     for text in cohort.left_out:
         log.warning("%s: %s: they take no part", client.site.name, text)
+    for text in cohort.suspicious:
+        log.warning("%s: %s", client.site.name, text)
     cases = int(cohort.trait.sum()) if client.trait == "binary" else 0
     about: dict[str, Any] = {
         "people": len(cohort.trait),

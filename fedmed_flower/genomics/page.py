@@ -27,12 +27,13 @@ from fedmed_flower.genomics.association import log10_of_text
 from fedmed_flower.reports import frame, plots
 from fedmed_flower.reports.frame import DASH, count_of, escaped
 from fedmed_flower.server.run_folder import read_summary
-from fedmed_flower.settings.study import TESTS
+from fedmed_flower.settings.study import REGRESSIONS, TESTS
 
 TABLE = "association.csv"
 COLUMNS = (
-    *("chrom", "position", "id", "a1", "a2", "sites", "people", "cases", "controls", "freq"),
-    *("effect", "se", "statistic", "p", "note"),
+    *("chrom", "position", "id", "a1", "a2", "sites", "people", "cases", "controls"),
+    *("freq", "freq_least", "freq_most", "effect", "se", "low", "high", "statistic", "p"),
+    *("q", "q_p", "i2", "note"),
 )
 # Genome-wide significance, as a decimal logarithm.
 _LINE = math.log10(5e-8)
@@ -66,6 +67,19 @@ each weighted with the person’s score; the scores themselves stayed. As many s
 people give the genotypes of all of them."""
 
 
+_OWN_ODDS = """the common odds ratio of A1 after Mantel and Haenszel, with the interval of Robins,
+Breslow and Greenland. Cochran’s Q compares the logarithms of the hospitals’ own odds ratios; a
+hospital has none if a cell of its table is empty"""
+_EFFECT = {
+    "trend": _OWN_ODDS,
+    "allelic": _OWN_ODDS,
+    "linear": "the slope of the trait for each copy of A1. Cochran’s Q compares the slopes of the "
+    "hospitals’ own models",
+    "logistic": "the odds ratio of each copy of A1. Cochran’s Q compares the hospitals’ own "
+    "slopes, each one Newton step from the common model towards the hospital’s own",
+}
+
+
 def write_page(folder: Path) -> Path:
     """Write ``report.html`` of an association study into its run folder.
 
@@ -93,7 +107,7 @@ def write_page(folder: Path) -> Path:
         if np.isfinite(log10_p).any():
             with matplotlib.rc_context(plots.SETTINGS):
                 parts += [_plots(chromosomes, positions, log10_p, study)]
-        parts += [_tables(summary), _hospitals(summary), _failures(summary)]
+        parts += [_tables(summary, study), _hospitals(summary), _failures(summary)]
         parts += [_leaves(study), _making(summary)]
         banner = _BANNER.format(escaped(summary.get("data"))) if summary.get("generated") else ""
         text = frame.page(escaped(summary["app"]), "\n".join(parts), banner)
@@ -118,7 +132,10 @@ def _read(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[n
     with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
         rows = csv.reader(read_lines(text))
         if tuple(next(rows, ())) != COLUMNS:
-            raise InputError(f"{folder / TABLE} does not have the columns {', '.join(COLUMNS)}")
+            raise InputError(
+                f"{folder / TABLE} does not have the columns {', '.join(COLUMNS)}: run the study "
+                "again if an earlier version wrote it"
+            )
         p_index = COLUMNS.index("p")
         for row in rows:
             chromosomes.append(int(row[0]))
@@ -144,7 +161,7 @@ def _head(summary: dict[str, Any]) -> str:
 def _result(summary: dict[str, Any], study: dict[str, Any]) -> str:
     people = sum(site["people"] for site in summary["sites"].values())
     cases = sum(site["cases"] for site in summary["sites"].values())
-    named = [*study["covariates"]] if study["test"] in ("linear", "logistic") else []
+    named = [*study["covariates"]] if study["test"] in REGRESSIONS else []
     if study["components"]:
         named.append(count_of(len(study["components"]), "principal component"))
     adjustment = f", adjusted for {escaped(', '.join(named))}" if named else ""
@@ -155,13 +172,17 @@ def _result(summary: dict[str, Any], study: dict[str, Any]) -> str:
     words += f"{adjustment}, on {count_of(study['tested'], 'variant')}"
     if untested := study["variants"] - study["tested"]:
         words += f" ({untested:,} more gave no result)"
+    ignored = study["covariates"] if study["test"] not in REGRESSIONS else []
+    alone = f" Not adjusted for {escaped(', '.join(ignored))}: this test takes no covariates."
     inflation = study["lambda-gc"]
     shown = DASH if inflation is None else f"{inflation:.3f}"
     return (
         f'<h2>Result</h2><p class="lead">{words}. Genomic inflation λ: <b>{shown}</b>.</p>'
-        '<p class="note">λ compares the median statistic with that of no association; well above 1 '
-        "points to people of different ancestry among cases and controls, or, on few variants of "
-        "one region, to a hit that many of them lie near.</p>"
+        '<p class="note">People are compared with others of their own '
+        "hospital: one with more cases and other alleles than the rest makes no hit by that."
+        f"{alone if ignored else ''} λ compares the median statistic with that of no association; "
+        "well above 1 points to people of different ancestry among the cases and controls of one "
+        "hospital, or, on few variants of one region, to a hit that many of them lie near.</p>"
     )
 
 
@@ -236,12 +257,19 @@ def _qq(height: NDArray[np.float64], inflation: float | None) -> str:
     return f'<figure class="dots">{caption}{picture}</figure>'
 
 
-def _tables(summary: dict[str, Any]) -> str:
+def _tables(summary: dict[str, Any], study: dict[str, Any]) -> str:
     drawn = ""
     for table in summary["tables"]:
         rows = [[escaped(cell) for cell in row] for row in table["rows"]]
         drawn += frame.table(escaped(table["title"]), map(escaped, table["head"]), rows)
-    return drawn
+    if not drawn:
+        return ""
+    return (
+        f'{drawn}<p class="note">The effect is {_EFFECT[study["test"]]}. The p-value of Q is small '
+        "if the hospitals’ effects differ by more than chance; I² is the share of Q beyond chance. "
+        "Two frequencies are the least and the largest possible where a hospital withholds its "
+        f"counts. {TABLE} has all variants.</p>"
+    )
 
 
 def _hospitals(summary: dict[str, Any]) -> str:

@@ -20,8 +20,15 @@ from numpy.typing import NDArray
 
 from fedmed_flower.data.bounded import quoted
 from fedmed_flower.errors import InputError
+from fedmed_flower.genomics.coding import number_of
+from fedmed_flower.genomics.types import Floats
 
 MISSING = -127
+# Columns that a fam file has for each person, as phenotype or covariate.
+FAM_SEX = "fam.sex"
+FAM_PHENOTYPE = "fam.phenotype"
+FAM_COLUMNS = (FAM_SEX, FAM_PHENOTYPE)
+_SEXES = {"1": 1.0, "2": 2.0}
 AUTOSOMES = 22
 # The largest that PLINK itself takes. A position of 0 or less is unknown.
 MOST_POSITION = (1 << 31) - 1
@@ -67,11 +74,15 @@ class Fileset:
     people : tuple of str
         Individual ids (IID), in the order of the fam file.
     num_variants : int
+    sexes, phenotypes : tuple of str
+        As the fam file has them, in the same order.
     """
 
     prefix: Path
     people: tuple[str, ...]
     num_variants: int
+    sexes: tuple[str, ...]
+    phenotypes: tuple[str, ...]
 
     @classmethod
     def open(cls, prefix: str | Path) -> Self:
@@ -88,7 +99,8 @@ class Fileset:
         bed, bim, fam = (prefix.with_name(prefix.name + end) for end in (".bed", ".bim", ".fam"))
         with _readable(fam):
             lines = fam.read_text(encoding="utf-8", errors="replace").splitlines()
-        people = tuple(_split(fam, number, line)[1] for number, line in enumerate(lines, start=1))
+        fields = [_split(fam, number, line) for number, line in enumerate(lines, start=1)]
+        people = tuple(line[1] for line in fields)
         if not people:
             raise InputError(f"{fam} is empty: it needs one line a person")
         if repeated := [name for name, count in Counter(people).items() if count > 1]:
@@ -116,7 +128,38 @@ class Fileset:
                 f"{bed} has {size} bytes, but {count} variants (bim) of {len(people)} people (fam) "
                 f"make {expected}: it was cut off, or belongs to other bim and fam files"
             )
-        return cls(prefix, people, count)
+        sexes = tuple(line[4] for line in fields)
+        phenotypes = tuple(line[5] for line in fields)
+        return cls(prefix, people, count, sexes, phenotypes)
+
+    def column(self, name: str) -> Floats:
+        """Return a column of the fam file.
+
+        Parameters
+        ----------
+        name : {"fam.sex", "fam.phenotype"}
+
+        Returns
+        -------
+        (people,) float array
+            Sex: 1 for men, 2 for women, NaN for anything else. Phenotype: the number, NaN for
+            ``NA``; codes of a missing one, such as -9, are numbers here.
+
+        Raises
+        ------
+        InputError
+            If a phenotype is no number.
+        """
+        if name == FAM_SEX:
+            return np.array([_SEXES.get(text, math.nan) for text in self.sexes])
+        numbers = []
+        for person, text in zip(self.people, self.phenotypes, strict=True):
+            try:
+                value: Any = float(text)
+            except ValueError:
+                value = text
+            numbers.append(number_of(value, f"the phenotype in {self.prefix}.fam", person))
+        return np.array(numbers)
 
     def variants(self, offset: int, count: int) -> Listing:
         """Return up to `count` variants, beginning at a byte of the bim file.

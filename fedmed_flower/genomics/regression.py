@@ -7,14 +7,21 @@ association studies", Nature Genetics 38:904-909, 2006.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg, special
+from scipy import linalg, special, stats
 
-from fedmed_flower.genomics.association import Results, log10_p_of_t, log10_p_of_z
+from fedmed_flower.genomics.association import (
+    QUANTILE,
+    Results,
+    log10_p_of_t,
+    log10_p_of_z,
+    spread_of,
+)
 from fedmed_flower.genomics.types import Floats
 
 MOST_STEPS = 25
@@ -94,30 +101,97 @@ def linear_sums(genotypes: NDArray[np.int8], trait: Floats, covariates: Floats) 
     return np.asarray(whole[:, rows, columns], np.float64)
 
 
-def linear_test(sums: Floats, people: NDArray[np.int64], sites: NDArray[np.int64]) -> Results:
+def linear_covariance(sums: Floats) -> Floats:
+    """Return the (..., c, c) sums of products of the covariates that are in `linear_sums`."""
+    return _square(sums, _width(sums))[..., :-2, :-2]
+
+
+def linear_test(sums: Floats, people: NDArray[np.int64]) -> Results:
     """Return the slope of the trait on the copies of A1, as ``plink --linear``.
+
+    The hospitals' own slopes, of which the results say how much they differ, are those of one model
+    a hospital. A covariate that has one value there is left out of it.
 
     Parameters
     ----------
-    sums : (m, k) float array
-        `linear_sums`, summed over the hospitals.
-    people, sites : (m,) int array
-        How many people and hospitals are in the sums.
+    sums : (hospitals, m, k) float array
+        `linear_sums`; 0 if a hospital takes no part.
+    people : (hospitals, m) int array
+        How many people are in the sums.
     """
-    width = round((np.sqrt(8 * sums.shape[1] + 1) - 1) / 2)
-    whole = _square(sums, width)
-    inverse, sound = _inverse(whole[:, :-1, :-1])
-    freedom = (people - sites - (width - 1)).astype(np.float64)
-    slopes = np.einsum("mij,mj->mi", inverse, whole[:, :-1, -1])
-    rest = whole[:, -1, -1] - np.einsum("mi,mi->m", slopes, whole[:, :-1, -1])
+    whole = _square(sums, _width(sums))
+    together = whole.sum(0)
+    covariates = whole.shape[-1] - 2
+    freedom = (people.sum(0) - (people > 0).sum(0) - (covariates + 1)).astype(np.float64)
+    effect, error = _least_squares(together, freedom)
+    own, constant = _without_constant(whole, together, covariates)
+    own_freedom = people - 1 - (covariates + 1 - constant)
+    shape = people.shape
+    own_effect, own_error = (
+        part.reshape(shape)
+        for part in _least_squares(own.reshape(-1, *own.shape[2:]), own_freedom.ravel())
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = effect / error
+        reach = special.stdtrit(freedom, QUANTILE) * error
+    spread = spread_of(own_effect, own_error)
+    log10_p = log10_p_of_t(t, freedom)
+    return Results(effect, error, effect - reach, effect + reach, t, log10_p, *spread)
+
+
+def _width(sums: Floats) -> int:
+    return round((math.sqrt(8 * sums.shape[-1] + 1) - 1) / 2)
+
+
+def _least_squares(sums: Floats, freedom: NDArray[Any]) -> tuple[Floats, Floats]:
+    """Return slope of the copies and its standard error; NaN if the model is not identified.
+
+    Parameters
+    ----------
+    sums : (m, c + 2, c + 2) float array
+        Of products of covariates, copies and trait.
+    freedom : (m,) array
+        Degrees of freedom that the model leaves.
+    """
+    inverse, sound = _inverse(sums[:, :-1, :-1])
+    slopes = np.einsum("mij,mj->mi", inverse, sums[:, :-1, -1])
+    rest = sums[:, -1, -1] - np.einsum("mi,mi->m", slopes, sums[:, :-1, -1])
     # If the trait is explained wholly, the residual sum is rounding.
-    exact = rest <= 1e-13 * whole[:, -1, -1]
+    exact = rest <= 1e-13 * sums[:, -1, -1]
+    known = sound & (freedom > 0) & ~exact
     with np.errstate(divide="ignore", invalid="ignore"):
         error = np.sqrt(np.maximum(rest, 0) / freedom * inverse[:, -1, -1])
-        known = sound & (freedom > 0) & ~exact
-        effect, error = (np.where(known, part, np.nan) for part in (slopes[:, -1], error))
-        t = effect / error
-    return Results(effect, error, t, log10_p_of_t(t, freedom))
+    return np.where(known, slopes[:, -1], np.nan), np.where(known, error, np.nan)
+
+
+def _without_constant(
+    own: Floats, together: Floats, covariates: int
+) -> tuple[Floats, NDArray[np.int64]]:
+    """Return hospitals' matrices without the covariates that are constant there, and how many.
+
+    Parameters
+    ----------
+    own : (hospitals, m, p, p) float array
+        Covariates first; then the copies and, maybe, the trait.
+    together : (m, p, p) float array
+        Of all hospitals.
+    covariates : int
+        How many covariates there are.
+
+    Returns
+    -------
+    matrices : (hospitals, m, p, p) float array
+        A constant covariate has 1 on the diagonal and 0 elsewhere, so its slope is 0.
+    constant : (hospitals, m) int array
+    """
+    spread = np.einsum("smii->smi", own)
+    kept = spread > _SINGULAR * np.einsum("mii->mi", together)
+    matrices = np.where(kept[..., :, None] & kept[..., None, :], own, 0.0)
+    constant = ~kept
+    # If everybody has the same copies, the matrix stays singular: there is no result.
+    constant[..., covariates:] = False
+    matrices += constant[..., :, None] * np.eye(own.shape[-1])
+    return matrices, constant.sum(2)
 
 
 def _inverse(matrices: Floats) -> tuple[Floats, NDArray[np.bool_]]:
@@ -205,6 +279,19 @@ def logistic_terms(
     return np.column_stack([score, information[:, rows, columns]]), shares
 
 
+def logistic_covariance(terms: Floats, covariates: int) -> Floats:
+    """Return the (..., c, c) sums of products of the covariates that are in `logistic_terms`.
+
+    Each person weighs p (1 - p), and the covariates are centred.
+    """
+    width = covariates + 2
+    information = _square(terms[..., width:], width)
+    weight = information[..., :1, :1]
+    sums = information[..., :1, 1:-1]
+    means = sums / np.where(weight > 0, weight, np.inf)
+    return information[..., 1:-1, 1:-1] - np.swapaxes(means, -1, -2) * sums
+
+
 def _largest_share(weights: Floats) -> Floats:
     """Return the largest share of one person in (m, n) weights that are not negative."""
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -228,6 +315,9 @@ class _Newton(NamedTuple):
         Whether the model has converged: all changes are small beside their standard errors.
     sound : (w,) bool array
         Whether the model is identified and the numbers are finite.
+    wanted, information : (hospitals, w, c + 1), (hospitals, w, c + 1, c + 1) float array
+        Each hospital's part of the score and of the information of the slopes, its intercept
+        eliminated.
     """
 
     change: Floats
@@ -236,6 +326,8 @@ class _Newton(NamedTuple):
     errors: Floats
     small: NDArray[np.bool_]
     sound: NDArray[np.bool_]
+    wanted: Floats
+    information: Floats
 
 
 def _newton(terms: Floats, taking: NDArray[np.bool_], width: int) -> _Newton:
@@ -254,9 +346,14 @@ def _newton(terms: Floats, taking: NDArray[np.bool_], width: int) -> _Newton:
     known = taking & (information[:, :, 0, 0] > 0)
     pivot = np.where(known, information[:, :, 0, 0], np.inf)
     share = information[:, :, 0, 1:] / pivot[:, :, None]
-    slopes = (information[:, :, 1:, 1:] - share[..., None] * information[:, :, :1, 1:]).sum(0)
-    wanted = (score[:, :, 1:] - share * score[:, :, :1]).sum(0)
-    inverse, sound = _inverse(slopes)
+    own_slopes = information[:, :, 1:, 1:] - share[..., None] * information[:, :, :1, 1:]
+    own_wanted = score[:, :, 1:] - share * score[:, :, :1]
+    wanted = own_wanted.sum(0)
+    together = own_slopes.sum(0)
+    inverse, sound = _inverse(together)
+    # If everybody has two copies, what is left of the sums is rounding.
+    before = np.einsum("smii->mi", information[:, :, 1:, 1:])
+    sound &= (np.einsum("mii->mi", together) > _SINGULAR * before).all(1)
     change = np.einsum("mij,mj->mi", inverse, wanted)
     shift = score[:, :, 0] / pivot - np.einsum("smj,mj->sm", share, change)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -266,7 +363,7 @@ def _newton(terms: Floats, taking: NDArray[np.bool_], width: int) -> _Newton:
     errors = np.sqrt(np.einsum("mii->mi", inverse))
     small = (np.abs(change) < _CONVERGED * errors).all(1)
     small &= (np.abs(shift) * np.sqrt(np.where(known, pivot, 0)) < _CONVERGED).all(0)
-    return _Newton(change, shift, decrement, errors[:, -1], small, sound)
+    return _Newton(change, shift, decrement, errors[:, -1], small, sound, own_wanted, own_slopes)
 
 
 class LogisticFit:
@@ -305,6 +402,8 @@ class LogisticFit:
         self.intercepts = self._start.copy()
         self.failed: NDArray[np.bool_] = np.logical_not(self.taking.any(0))
         self._error = np.full(variants, np.nan)
+        self._own_slopes = np.full(cases.shape, np.nan)
+        self._own_errors = np.full(cases.shape, np.nan)
         self._decrement = np.full(variants, np.inf)
         self._step = np.zeros((variants, covariates + 1)), np.zeros_like(self.intercepts)
         self._open: NDArray[np.bool_] = np.logical_not(self.failed)
@@ -345,7 +444,21 @@ class LogisticFit:
         moved = waiting[ahead]
         self._move(moved, newton.change[ahead], newton.shift[:, ahead], newton.decrement[ahead])
         self._error[moved] = newton.errors[ahead]
-        self._open[waiting[ahead & newton.small]] = False
+        done = ahead & newton.small
+        self._open[waiting[done]] = False
+        self._step_apart(waiting[done], newton.wanted[:, done], newton.information[:, done])
+
+    def _step_apart(self, variants: NDArray[np.intp], wanted: Floats, information: Floats) -> None:
+        """Take one step from the common model towards each hospital's own, for its slope."""
+        together = information.sum(0)
+        covariates = together.shape[-1] - 1
+        matrices, constant = _without_constant(information, together, covariates)
+        inverse, sound = _inverse(matrices.reshape(-1, *together.shape[1:]))
+        change = np.einsum("mj,mj->m", inverse[:, -1], wanted.reshape(-1, covariates + 1))
+        with np.errstate(invalid="ignore"):
+            errors = np.where(sound, np.sqrt(inverse[:, -1, -1]), np.nan)
+        self._own_slopes[:, variants] = self.slopes[variants, -1] + change.reshape(constant.shape)
+        self._own_errors[:, variants] = errors.reshape(constant.shape)
 
     def _halve(self, variants: NDArray[np.intp]) -> None:
         """Go back by half of the last step."""
@@ -366,14 +479,25 @@ class LogisticFit:
         self._decrement[variants] = decrement
 
     def finish(self) -> Results:
-        """Return the odds ratios, as ``plink --logistic``; NaN if a model failed."""
+        """Return the odds ratios, as ``plink --logistic``; NaN if a model failed.
+
+        The hospitals' own slopes, of which the results say how much they differ, come from one
+        Newton step of each hospital from the common model towards its own. Covariates have slopes
+        of the hospital's own there.
+        """
         self.failed |= self._open
         slope, error = (
             np.where(self.failed, np.nan, part) for part in (self.slopes[:, -1], self._error)
         )
+        spread = spread_of(
+            np.where(self.failed, np.nan, self._own_slopes),
+            np.where(self.taking, self._own_errors, np.nan),
+        )
         with np.errstate(over="ignore", invalid="ignore"):
             z = slope / error
-            return Results(np.exp(slope), error, z, log10_p_of_z(z))
+            reach = stats.norm.ppf(QUANTILE) * error
+            low, high = np.exp(slope - reach), np.exp(slope + reach)
+            return Results(np.exp(slope), error, low, high, z, log10_p_of_z(z), *spread)
 
 
 def standardised(genotypes: NDArray[np.int8], frequencies: Floats) -> Floats:

@@ -20,11 +20,14 @@ from fedmed_flower.genomics.association import (
     WITHHELD,
     Results,
 )
+from fedmed_flower.genomics.covariates import CovariateCheck
 from fedmed_flower.genomics.panel import Panel
 from fedmed_flower.genomics.regression import (
     MOST_STEPS,
     LogisticFit,
+    linear_covariance,
     linear_test,
+    logistic_covariance,
     principal_components,
 )
 from fedmed_flower.genomics.types import Counts, Floats
@@ -123,7 +126,7 @@ def regress(
     taking: NDArray[np.bool_],
     number: int,
     test: str,
-    covariates: int,
+    covariates: CovariateCheck,
 ) -> _Regressed:
     """Fit one regression a variant, in parts whose sums are of bounded size.
 
@@ -137,8 +140,8 @@ def regress(
     number : int
         Number of the block.
     test : {"logistic", "linear"}
-    covariates : int
-        How many covariates there are, components included.
+    covariates : CovariateCheck
+        Of the covariates, components included.
 
     Returns
     -------
@@ -147,8 +150,13 @@ def regress(
         Which hospital took part in which variant.
     weighty : (hospitals, variants) bool array
         Which hospital withheld which variant because one person has too much weight.
+
+    Raises
+    ------
+    InputError
+        If the covariates cannot be told apart.
     """
-    width = covariates + 2
+    width = len(covariates.names) + 2
     size = max(1, _MOST_NUMBERS // (width + width * (width + 1) // 2))
     fit = _linear if test == "linear" else _logistic
     results = []
@@ -172,9 +180,10 @@ def _linear(
     counts: Counts,
     taking: NDArray[np.bool_],
     number: int,
-    covariates: int,
+    covariates: CovariateCheck,
 ) -> _Regressed:
-    total = np.zeros((len(block.variants), (covariates + 2) * (covariates + 3) // 2))
+    width = len(covariates.names) + 2
+    sums = np.zeros((*taking.shape, width * (width + 1) // 2))
     taking[list(panel.left_out)] = False
     asked = {
         site: RecordDict({BLOCK: _lines(block, site, taking[site])})
@@ -183,13 +192,14 @@ def _linear(
     }
 
     def read(site: int, content: RecordDict) -> Floats:
-        return read_sums(content, (int(taking[site].sum()), total.shape[1]))
+        return read_sums(content, (int(taking[site].sum()), sums.shape[2]))
 
     for site, values in panel.ask("linear", asked, read, number).items():
-        total[taking[site]] += values
+        sums[site, taking[site]] = values
     taking[list(panel.left_out)] = False
-    people = (counts[:, :, CONTROLS] * taking).sum(0)
-    return linear_test(total, people, taking.sum(0)), taking, np.zeros_like(taking)
+    people = counts[:, :, CONTROLS] * taking
+    covariates.add(linear_covariance(sums), people, panel.taking)
+    return linear_test(sums, people), taking, np.zeros_like(taking)
 
 
 def _logistic(
@@ -198,13 +208,14 @@ def _logistic(
     counts: Counts,
     taking: NDArray[np.bool_],
     number: int,
-    covariates: int,
+    covariates: CovariateCheck,
 ) -> _Regressed:
     taking[list(panel.left_out)] = False
     people = np.where(taking[:, :, None], counts, 0)
-    fit = LogisticFit(people[:, :, CASES], people[:, :, CONTROLS], covariates)
+    count = len(covariates.names)
+    fit = LogisticFit(people[:, :, CASES], people[:, :, CONTROLS], count)
     weighty = np.zeros_like(taking)
-    width = covariates + 2
+    width = count + 2
     numbers = width + width * (width + 1) // 2
     for _ in range(MOST_STEPS):
         waiting = fit.waiting
@@ -234,6 +245,9 @@ def _logistic(
         for site, (site_terms, site_withheld) in answers.items():
             terms[site, active[site]] = site_terms
             withheld[site, active[site]] = site_withheld
+        if not covariates.done:
+            sent = np.where(active & ~withheld, people[:, waiting, :2].sum(2), 0)
+            covariates.add(logistic_covariance(terms, count), sent, panel.taking)
         weighty[:, waiting] |= withheld
         complete = ~withheld.any(0)
         fit.step(terms[:, complete], waiting[complete])

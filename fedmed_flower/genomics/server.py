@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -35,16 +36,20 @@ from fedmed_flower.genomics.association import (
     p_text,
     trend_test,
 )
+from fedmed_flower.genomics.covariates import CovariateCheck
 from fedmed_flower.genomics.page import COLUMNS, TABLE, write_page
 from fedmed_flower.genomics.panel import Panel, assemble
 from fedmed_flower.genomics.rounds import blocks, find_components, regress
 from fedmed_flower.genomics.types import Counts, Floats
 from fedmed_flower.genomics.variants import ABSENT, REASONS, SWAPPED, Block
+from fedmed_flower.reports.frame import DASH
+from fedmed_flower.runs.verdict import require_tested
 from fedmed_flower.server.run_folder import CONFIG, RunFolder, early_lines
 from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.registry import Sections, effective, require_known
-from fedmed_flower.settings.study import Study
+from fedmed_flower.settings.study import REGRESSIONS, Study
 from fedmed_flower.settings.text import expand
+from fedmed_flower.wire import COHORT
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -75,7 +80,7 @@ def associate(grid: Grid, context: Context, sections: Sections = ()) -> dict[str
     InputError
         If the run config is wrong or no site can take part.
     RunFailedError
-        If all sites failed during the study.
+        If all sites failed during the study, or no variant has a result.
     """
     require_known(context.run_config, sections)
     study = Study.from_run_config(context.run_config)
@@ -91,7 +96,7 @@ def associate(grid: Grid, context: Context, sections: Sections = ()) -> dict[str
     with early_lines() as lines:
         wait_for_sites(grid, study.min_sites, study.round_timeout)
         panel = assemble(grid, study.round_timeout, trait)
-        if study.test == "logistic":
+        if trait == "binary":
             _leave_out_one_sided(panel)
     app = grid.run.fab_id.rpartition("/")[2] or "association study"
     return _Association(study, panel, folder, config, app, lines).run()
@@ -101,12 +106,12 @@ def _leave_out_one_sided(panel: Panel) -> None:
     for site, about in enumerate(panel.about):
         if about["cases"] in (0, about["people"]):
             only = "cases" if about["cases"] else "controls"
-            reason = f"it has {only} only, so its intercept is not identified"
-            panel.leave_out(site, "logistic", reason)
+            reason = f"it has {only} only: cases are compared with controls of the same hospital"
+            panel.leave_out(site, COHORT, reason)
     if not panel.taking:
         raise InputError(
-            "no hospital has both cases and controls, which test=logistic needs: set test=trend "
-            "or test=allelic"
+            "no hospital has both cases and controls: cases are compared with controls of the "
+            "same hospital, since hospitals differ in more than the trait"
         )
 
 
@@ -124,6 +129,9 @@ class _Tested(NamedTuple):
         Which hospital withheld which variant because one person has too much weight.
     taking : (hospitals, variants) bool array
         Which hospital takes part in which variant.
+    frequency : (variants, 2) float array
+        The least and the largest that A1 can have; they are equal if no hospital withholds its
+        counts.
     """
 
     results: Results
@@ -131,6 +139,7 @@ class _Tested(NamedTuple):
     held: NDArray[np.bool_]
     weighty: NDArray[np.bool_]
     taking: NDArray[np.bool_]
+    frequency: Floats
 
 
 @dataclass
@@ -145,7 +154,9 @@ class _Association:
     began: float = field(default_factory=time.monotonic)
     best: list[tuple[float, list[str]]] = field(default_factory=list)
     log10_p: list[Floats] = field(default_factory=list)
+    untested: Counter[str] = field(default_factory=Counter)
     values: list[float] = field(default_factory=list)
+    covariates: CovariateCheck = field(default_factory=lambda: CovariateCheck(()))
 
     def __post_init__(self) -> None:
         zeros = dict.fromkeys(("counted", "withheld", "swapped", "left out", "absent"), 0)
@@ -168,6 +179,7 @@ class _Association:
             try:
                 self._write_summary("running")
                 self._sweep()
+                require_tested(self._tested(), self.untested)
             except BaseException as error:
                 stopped = isinstance(error, KeyboardInterrupt)
                 reason = "stopped by the user" if stopped else f"{type(error).__name__}: {error}"
@@ -184,6 +196,13 @@ class _Association:
         if study.components:
             most = study.component_variants
             self.values = find_components(self.panel, size, study.components, most, study.seed)
+        named = self.panel.about[0]["covariates"]
+        if study.test in REGRESSIONS:
+            components = [f"component {number + 1}" for number in range(len(self.values))]
+            self.covariates = CovariateCheck([*named, *components])
+        elif named:
+            text = "test=%s takes no covariates: it is adjusted for the hospital alone, not for %s"
+            log.warning(text, study.test, ", ".join(named))
         with _table(self.folder.path / TABLE) as lines:
             for number, block, counts in blocks(self.panel, size, study.test == "trend"):
                 tested = self._test(block, counts, number)
@@ -201,16 +220,36 @@ class _Association:
         taking[list(self.panel.left_out)] = False
         weighty = np.zeros_like(taking)
         counts = np.where(taking[:, :, None], counts, 0)
-        if self.study.test in ("trend", "allelic"):
-            test = trend_test if self.study.test == "trend" else allelic_test
-            results = test(counts.sum(0))
-        else:
-            covariates = len(self.panel.about[0]["covariates"]) + len(self.values)
+        frequency = self._frequency(counts.sum(0), held)
+        if self.study.test in REGRESSIONS:
             results, taking, weighty = regress(
-                self.panel, block, counts, taking, number, self.study.test, covariates
+                self.panel, block, counts, taking, number, self.study.test, self.covariates
             )
+        else:
+            test = trend_test if self.study.test == "trend" else allelic_test
+            results = test(counts)
+            taking = taking & (counts[:, :, [CASES, CONTROLS]] > 0).all(2)
         counts = np.where(taking[:, :, None], counts, 0)
-        return _Tested(results, counts.sum(0), held, weighty, taking)
+        return _Tested(results, counts.sum(0), held, weighty, taking, frequency)
+
+    def _frequency(self, counts: Counts, held: NDArray[np.bool_]) -> Floats:
+        """Return the least and the largest frequency that A1 can have, as (variants, 2).
+
+        Hospitals withhold rare alleles, so the frequency at the others is too high. Of those that
+        withhold it, anybody may have two copies or none.
+        """
+        people, copies = _people_and_copies(counts)
+        everybody = np.array([about["people"] for about in self.panel.about])
+        everybody[list(self.panel.left_out)] = 0
+        hidden = (held * everybody[:, None]).sum(0)
+        total = 2.0 * (people + hidden)
+        with np.errstate(invalid="ignore"):
+            bounds = np.stack([copies, copies + 2 * hidden], 1) / total[:, None]
+        return np.where(people[:, None] > 0, bounds, np.nan)
+
+    def _tested(self) -> int:
+        """Return how many variants have a result."""
+        return sum(int(np.isfinite(part).sum()) for part in self.log10_p)
 
     def _counted(self, block: Block, tested: _Tested, site: int) -> dict[str, int]:
         """Return how many variants a hospital takes part in, withholds, has swapped or lacks."""
@@ -255,8 +294,11 @@ class _Association:
                 note = "no hospital counts"
             elif copies[index] in (0, 2 * people[index]):
                 note = "one allele only"
-            else:
+            elif self.study.test in REGRESSIONS:
                 note = "no result: not identified or not converged"
+            else:
+                note = "no result: nobody differs from the others of the same hospital"
+            self.untested[note] += 1
             notes.setdefault(index, []).append(note)
         return notes
 
@@ -266,12 +308,18 @@ class _Association:
         counts = tested.counts
         sites = tested.taking.sum(0)
         notes = self._notes(block, tested)
-        people, copies = _people_and_copies(counts)
-        with np.errstate(invalid="ignore"):
-            frequency = copies / (2 * people)
+        people, _ = _people_and_copies(counts)
         binary = self.study.test != "linear"
-        numbers = (frequency, results.effect, results.se, results.statistic)
-        texts = [[f"{value:.12g}" for value in column.tolist()] for column in numbers]
+        least, most = tested.frequency.T
+        exact = np.where(least == most, least, np.nan)
+        before = [exact, least, most, results.effect, results.se, results.low, results.high]
+        before, after = (
+            [[f"{value:.12g}" for value in column.tolist()] for column in columns]
+            for columns in (
+                (*before, results.statistic),
+                (results.q, results.q_p, results.i2),
+            )
+        )
         ps = [p_text(value) for value in results.log10_p.tolist()]
         totals = zip(sites.tolist(), people.tolist(), counts.tolist(), strict=True)
         return [
@@ -284,8 +332,9 @@ class _Association:
                 str(count),
                 str(everybody),
                 *([str(sums[CASES]), str(sums[CONTROLS])] if binary else ["", ""]),
-                *(column[index] for column in texts),
+                *(column[index] for column in before),
                 ps[index],
+                *(column[index] for column in after),
                 "; ".join(notes.get(index, ())),
             ]
             for index, (variant, (count, everybody, sums)) in enumerate(
@@ -320,7 +369,7 @@ class _Association:
                 "covariates": panel.about[0]["covariates"],
                 "components": self.values,
                 "variants": len(log10_p),
-                "tested": int(np.isfinite(log10_p).sum()),
+                "tested": self._tested(),
                 "lambda-gc": genomic_inflation(log10_p),
             },
             "tables": [],
@@ -331,7 +380,7 @@ class _Association:
         }
         if self.best:
             rows = [dict(zip(COLUMNS, row, strict=True)) for _, row in self.best]
-            summary["tables"].append(_top_variants(rows))
+            summary["tables"] += _top_variants(rows)
         self.folder.write_summary(summary)
         return summary
 
@@ -353,27 +402,50 @@ def _smallest(
     return heapq.nsmallest(_TOP, [*best, *more], key=lambda pair: pair[0])
 
 
-def _top_variants(rows: list[dict[str, str]]) -> dict[str, Any]:
-    """Return the table of the variants with the smallest p-values."""
+def _top_variants(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Return the tables of the variants with the smallest p-values."""
     effect = "OR" if rows[0]["cases"] else "beta"
-    head = ["variant", "chr", "position", "A1/A2", "A1 freq", effect, "p", "sites"]
-    return {
-        "title": "Variants with the smallest p-values",
-        "head": head,
-        "rows": [
-            [
-                row["id"],
-                row["chrom"],
-                row["position"],
-                f"{row['a1']}/{row['a2']}",
-                f"{float(row['freq']):.3f}",
-                f"{float(row['effect']):.3f}",
-                _short(row["p"]),
-                row["sites"],
-            ]
-            for row in rows
-        ],
-    }
+    found = [
+        [
+            row["id"],
+            f"{row['chrom']}:{row['position']}",
+            f"{row['a1']}/{row['a2']}",
+            _range(row["freq_least"], row["freq_most"]),
+            _number(row["effect"]),
+            _range(row["low"], row["high"]),
+            _short(row["p"]),
+        ]
+        for row in rows
+    ]
+    spread = [
+        [row["id"], row["sites"], *(_number(row[key]) for key in ("q", "q_p", "i2"))]
+        for row in rows
+    ]
+    return [
+        {
+            "title": "Variants with the smallest p-values",
+            "head": ["variant", "place", "A1/A2", "A1 freq", effect, "95% interval", "p"],
+            "rows": found,
+        },
+        {
+            "title": "How far the hospitals agree on them",
+            "head": ["variant", "sites", "Q", "p of Q", "I² in %"],
+            "rows": spread,
+        },
+    ]
+
+
+def _number(text: str) -> str:
+    """Return a number of the table in a short form; a dash if there is none."""
+    number = float(text)
+    return DASH if np.isnan(number) else f"{number:.3g}"
+
+
+def _range(low: str, high: str) -> str:
+    """Return two numbers of the table as bounds, or the one that they both are."""
+    if low == high:
+        return _number(low)
+    return f"{_number(low)} to {_number(high)}"
 
 
 def _short(p: str) -> str:

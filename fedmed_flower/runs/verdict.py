@@ -6,6 +6,7 @@ A run without one does not end as `finished`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -80,6 +81,29 @@ def require_measured(
     first = (errors or failures)[0]
     raise RunFailedError(
         f"nobody could evaluate the model, so it has no figures: {first.site}: {first.reason}"
+    )
+
+
+def require_tested(tested: int, why: Counter[str]) -> None:
+    """Raise `RunFailedError` if no variant of an association study has a result.
+
+    Parameters
+    ----------
+    tested : int
+        How many have one.
+    why : Counter
+        Why the others have none, with how many each.
+    """
+    if tested:
+        return
+    if not why:
+        raise RunFailedError(
+            "no variant was tested: none of the hospitals' variants is on chromosomes 1 to 22 and "
+            "has a position"
+        )
+    reason, count = why.most_common(1)[0]
+    raise RunFailedError(
+        f"none of {why.total():,} variants has a result; {count:,} of them: {reason}"
     )
 
 

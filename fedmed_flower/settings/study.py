@@ -10,11 +10,13 @@ from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.section import Section, also, setting
 
 TESTS = {
-    "trend": "Cochran-Armitage trend test",
-    "allelic": "allelic chi-square test",
+    "trend": "Mantel's trend test, stratified by hospital",
+    "allelic": "Cochran-Mantel-Haenszel test of alleles, stratified by hospital",
     "logistic": "logistic regression with an intercept a hospital",
     "linear": "linear regression with an intercept a hospital",
 }
+# The tests that take covariates.
+REGRESSIONS = ("logistic", "linear")
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,9 @@ class Study(Section):
 
     test: str = setting(
         "trend",
-        "The test of each variant by itself. linear takes a continuous trait, the others a binary "
-        "one.",
+        "The test of each variant by itself; people are compared with others of their hospital. "
+        "linear takes a continuous trait, the others a binary one; trend and allelic take no "
+        "covariates.",
         OneOf(tuple(TESTS)),
     )
     components: int = setting(
@@ -51,7 +54,7 @@ class Study(Section):
         """Refuse to resume, and components for a test without covariates."""
         if self.resume:
             raise InputError("an association study is not resumed: start it again in a new folder")
-        if self.components and self.test not in ("logistic", "linear"):
+        if self.components and self.test not in REGRESSIONS:
             raise InputError(
                 f"components are covariates, which test={self.test} does not take: choose "
                 "test=logistic or test=linear, or components=0"

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import statsmodels.api as sm
 from scipy import stats
-from statsmodels.stats.contingency_tables import Table
+from statsmodels.stats.contingency_tables import StratifiedTable, Table
+from statsmodels.stats.meta_analysis import combine_effects
 
 from fedmed_flower.genomics import regression
 from fedmed_flower.genomics.association import (
@@ -29,7 +30,7 @@ from fedmed_flower.genomics.regression import (
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def people():
     """Three hospitals with 80, 120 and 50 people, 12 variants and two covariates."""
     generator, found = np.random.default_rng(5), []
@@ -81,29 +82,103 @@ def test_few_alleles_or_people_are_withheld_and_none_are_told():
     assert not withheld(counts, 1).any()
 
 
-def test_both_tests_are_those_of_statsmodels_on_the_pooled_people(people):
-    counts = np.sum([count_copies(part[0], part[1], squares=True) for part in people], 0)
-    allelic, trend = allelic_test(counts), trend_test(counts)
+def counts_of(people):
+    """Return the counts of each hospital."""
+    return np.stack([count_copies(part[0], part[1], squares=True) for part in people])
+
+
+def tables(people, variant):
+    """Return genotypes by case status of each hospital: (cases, controls) by 0, 1, 2 copies."""
+    return [
+        np.array([[((genotypes[:, variant] == g) & (cases == c)).sum() for g in range(3)]
+                  for c in (True, False)])
+        for genotypes, cases, _, _ in people
+    ]  # fmt: skip
+
+
+def require_spread(found, variant, effects, errors):
+    """Compare Q and I2 with statsmodels' meta-analysis."""
+    expected = combine_effects(np.asarray(effects), np.asarray(errors) ** 2)
+    np.testing.assert_allclose(found.q[variant], expected.q, rtol=1e-8)
+    q_p = stats.chi2.sf(expected.q, len(effects) - 1)
+    np.testing.assert_allclose(found.q_p[variant], q_p, rtol=1e-8)
+    i2 = 100 * max(0, 1 - (len(effects) - 1) / expected.q)
+    np.testing.assert_allclose(found.i2[variant], i2, atol=1e-6)
+
+
+def test_the_allelic_test_is_that_of_statsmodels_by_hospital(people):
+    found = allelic_test(counts_of(people))
     for variant in range(12):
-        cases, design = pooled(people, variant, 1)
-        copies = design[:, -1]
-        alleles = [[copies[cases == c].sum(), (2 - copies[cases == c]).sum()] for c in (1, 0)]
-        table = sm.stats.Table2x2(alleles)
-        chi2, p, *_ = stats.chi2_contingency(alleles, correction=False)
-        np.testing.assert_allclose(allelic.statistic[variant], chi2, rtol=1e-10)
-        np.testing.assert_allclose(10 ** allelic.log10_p[variant], p, rtol=1e-9)
-        np.testing.assert_allclose(allelic.effect[variant], table.oddsratio, rtol=1e-12)
-        np.testing.assert_allclose(allelic.se[variant], table.log_oddsratio_se, rtol=1e-12)
-        genotypes = [[(copies[cases == c] == g).sum() for g in range(3)] for c in (1, 0)]
-        found = Table(np.array(genotypes), shift_zeros=False).test_ordinal_association(
-            row_scores=np.array([1, 0]), col_scores=np.arange(3)
+        alleles = [np.column_stack([t @ [0, 1, 2], t @ [2, 1, 0]]) for t in tables(people, variant)]
+        expected = StratifiedTable([table.astype(float) for table in alleles])
+        test = expected.test_null_odds(correction=False)
+        np.testing.assert_allclose(found.statistic[variant], test.statistic, rtol=1e-10)
+        np.testing.assert_allclose(10 ** found.log10_p[variant], test.pvalue, rtol=1e-9)
+        np.testing.assert_allclose(found.effect[variant], expected.oddsratio_pooled, rtol=1e-12)
+        np.testing.assert_allclose(found.se[variant], expected.logodds_pooled_se, rtol=1e-12)
+        low, high = expected.oddsratio_pooled_confint()
+        np.testing.assert_allclose([found.low[variant], found.high[variant]], [low, high])
+        single = [sm.stats.Table2x2(table) for table in alleles]
+        require_spread(
+            found, variant, [t.log_oddsratio for t in single], [t.log_oddsratio_se for t in single]
         )
-        # Theirs divides by n - 1.
-        n = len(cases)
-        np.testing.assert_allclose(
-            trend.statistic[variant], found.zscore**2 * n / (n - 1), rtol=1e-10
-        )
-        np.testing.assert_allclose(trend.effect[variant], table.oddsratio, rtol=1e-12)
+
+
+def test_the_trend_test_is_that_of_statsmodels_by_hospital(people):
+    counts = counts_of(people)
+    found = trend_test(counts)
+    for variant in range(12):
+        single = [
+            Table(table, shift_zeros=False).test_ordinal_association(
+                row_scores=np.array([1, 0]), col_scores=np.arange(3)
+            )
+            for table in tables(people, variant)
+        ]
+        excess = sum(test.statistic - test.null_mean for test in single)
+        variance = sum(test.null_sd**2 for test in single)
+        np.testing.assert_allclose(found.statistic[variant], excess**2 / variance, rtol=1e-10)
+        p = stats.chi2.sf(excess**2 / variance, 1)
+        np.testing.assert_allclose(10 ** found.log10_p[variant], p, rtol=1e-9)
+    allelic = allelic_test(counts)
+    for name in ("effect", "se", "low", "high", "q", "q_p", "i2"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(allelic, name))
+
+
+def test_with_one_hospital_both_tests_are_the_usual_ones_but_for_one_person(people):
+    counts = counts_of(people[:1])
+    allelic, trend = allelic_test(counts), trend_test(counts)
+    (table,) = tables(people[:1], 3)
+    alleles = np.column_stack([table @ [0, 1, 2], table @ [2, 1, 0]])
+    chi2, *_ = stats.chi2_contingency(alleles, correction=False)
+    n = alleles.sum()
+    np.testing.assert_allclose(allelic.statistic[3], chi2 * (n - 1) / n, rtol=1e-10)
+    cases, design = pooled(people[:1], 3, 1)
+    n = len(cases)
+    chi2 = n * np.corrcoef(cases, design[:, -1])[0, 1] ** 2
+    np.testing.assert_allclose(trend.statistic[3], chi2 * (n - 1) / n, rtol=1e-10)
+    # One hospital differs from no other.
+    assert np.isnan([allelic.q, allelic.q_p, allelic.i2]).all()
+
+
+def test_a_hospital_with_more_cases_and_another_frequency_makes_no_hit():
+    # 60 and 20 of 100 are cases, with a frequency of .5 and .1 among cases as among controls.
+    counts = np.array([[[60, 40, 60, 40, 150]], [[20, 80, 4, 16, 22]]])
+    alleles = [[64, 160 - 64], [56, 240 - 56]]
+    assert stats.chi2_contingency(alleles, correction=False)[1] < 0.002
+    for test in (allelic_test, trend_test):
+        found = test(counts)
+        assert found.statistic[0] == pytest.approx(0, abs=1e-20)
+        assert found.effect[0] == pytest.approx(1, rel=1e-12)
+        assert found.q[0] == pytest.approx(0, abs=1e-20)
+        assert found.i2[0] == 0
+
+
+def test_a_hospital_with_cases_only_adds_nothing_to_both_tests(people):
+    counts = counts_of(people)
+    alone = counts[:1].copy()
+    alone[:, :, 1] = alone[:, :, 3] = 0
+    for test in (allelic_test, trend_test):
+        np.testing.assert_allclose(test(np.concatenate([counts, alone])), test(counts), rtol=1e-12)
 
 
 def test_variants_without_a_result_give_nan_and_no_warning():
@@ -111,12 +186,14 @@ def test_variants_without_a_result_give_nan_and_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for test in (allelic_test, trend_test):
-            assert all(np.isnan(column).all() for column in test(counts))
+            assert all(np.isnan(column).all() for column in test(counts[None]))
+            # Nor if the hospitals differ, but nobody from the others of the same hospital.
+            apart = np.array([[[10, 10, 0, 0, 0]], [[9, 9, 18, 18, 36]]])
+            assert all(np.isnan(column).all() for column in test(apart))
     # No copy among the controls: a statistic, but no odds ratio.
-    found = allelic_test(np.array([[10, 10, 5, 0, 5]]))
-    assert found.statistic[0] == pytest.approx(40 * (5 * 20) ** 2 / (20 * 20 * 5 * 35))
-    assert np.isnan(found.effect[0])
-    assert np.isnan(found.se[0])
+    found = allelic_test(np.array([[[10, 10, 5, 0, 5]]]))
+    assert found.statistic[0] == pytest.approx(39 * (5 * 20) ** 2 / (20 * 20 * 5 * 35))
+    assert np.isnan([found.effect, found.se, found.low, found.high]).all()
 
 
 def test_small_p_values_do_not_vanish():
@@ -155,15 +232,24 @@ def test_genomic_inflation():
 
 
 def test_linear_models_are_those_of_the_pooled_people(people):
-    total = np.sum([linear_sums(genotypes, trait, x) for genotypes, _, x, trait in people], 0)
-    count = np.sum([(part[0] >= 0).sum(0) for part in people], 0)
-    found = linear_test(total, count, np.full(12, 3))
+    # At one hospital a covariate is constant, which its own model then leaves out.
+    people[2][2][:, 1] = 7.0
+    sums = np.stack([linear_sums(genotypes, trait, x) for genotypes, _, x, trait in people])
+    count = np.array([(part[0] >= 0).sum(0) for part in people])
+    found = linear_test(sums, count)
     for variant in range(12):
         trait, design = pooled(people, variant, 3)
         model = sm.OLS(trait, design).fit()
         np.testing.assert_allclose(found.effect[variant], model.params[-1], rtol=1e-8)
         np.testing.assert_allclose(found.se[variant], model.bse[-1], rtol=1e-8)
         np.testing.assert_allclose(10 ** found.log10_p[variant], model.pvalues[-1], rtol=1e-7)
+        interval = model.conf_int()[-1]
+        np.testing.assert_allclose([found.low[variant], found.high[variant]], interval, rtol=1e-7)
+        own = []
+        for site, part in enumerate(people):
+            trait, design = pooled([part], variant, 3)
+            own.append(sm.OLS(trait, np.delete(design, 2, 1) if site == 2 else design).fit())
+        require_spread(found, variant, [m.params[-1] for m in own], [m.bse[-1] for m in own])
 
 
 def fit_logistic(people):
@@ -191,6 +277,47 @@ def test_logistic_models_are_those_of_the_pooled_people(people):
         np.testing.assert_allclose(np.log(found.effect[variant]), model.params[-1], rtol=1e-6)
         np.testing.assert_allclose(found.se[variant], model.bse[-1], rtol=1e-6)
         np.testing.assert_allclose(10 ** found.log10_p[variant], model.pvalues[-1], rtol=1e-6)
+        interval = np.exp(model.conf_int()[-1])
+        np.testing.assert_allclose([found.low[variant], found.high[variant]], interval, rtol=1e-6)
+        slopes, errors = [], []
+        for site, part in enumerate(people):
+            cases, design = pooled([part], variant, 1)
+            own = sm.Logit(cases, design)
+            common = np.concatenate([model.params[site : site + 1], model.params[3:]])
+            inverse = np.linalg.inv(-own.hessian(common))
+            slopes.append((common + inverse @ own.score(common))[-1])
+            errors.append(np.sqrt(inverse[-1, -1]))
+        require_spread(found, variant, slopes, errors)
+
+
+def test_the_spread_of_logistic_models_is_nearly_that_of_models_fitted_at_each_hospital(people):
+    generator = np.random.default_rng(3)
+    apart = []
+    for slope, (genotypes, _, covariates, trait) in zip((-1.0, 0.0, 1.0), people, strict=True):
+        genotypes = np.tile(genotypes, (8, 1))
+        line = slope * np.maximum(genotypes[:, 5], 0) - slope
+        cases = generator.random(len(genotypes)) < 1 / (1 + np.exp(-line))
+        apart.append((genotypes, cases, np.tile(covariates, (8, 1)), trait))
+    found, _, _ = fit_logistic(apart)
+    for variant in range(12):
+        own = [sm.Logit(*pooled([part], variant, 1)).fit(disp=0) for part in apart]
+        variances = np.array([model.bse[-1] ** 2 for model in own])
+        expected = combine_effects(np.array([model.params[-1] for model in own]), variances)
+        assert found.q[variant] == pytest.approx(expected.q, rel=0.15, abs=0.1)
+    assert found.q_p[5] < 1e-12
+    assert found.i2[5] > 90
+
+
+def test_one_allele_at_all_hospitals_gives_no_logistic_model(people):
+    # The sums are large, and what is left of them is rounding.
+    for count in range(20, 51):
+        alone = [
+            (np.full((count, 1), 2, np.int8), part[1][:count], np.zeros((count, 0)), None)
+            for part in people
+        ]
+        found, fit, _ = fit_logistic(alone)
+        assert fit.failed.all()
+        assert np.isnan(found).all()
 
 
 def test_separated_and_unidentified_variants_fail_and_the_others_go_on(people):

@@ -91,7 +91,7 @@ def test_a_rare_allele_is_withheld_here_and_asked_in_vain(tmp_path):
 )
 def test_a_hospital_with_few_people_takes_no_part(tmp_path, phenotypes, text):
     rows = [row | {"phenotype": p} for row, p in zip(rows_of(), phenotypes, strict=True)]
-    client = hospital(tmp_path, rows=rows)
+    client = hospital(tmp_path, rows=rows, coding="0/1")
     for name in ("cohort", "counts"):
         reply = question(client, name, **everything())
         if text is None:
@@ -145,14 +145,182 @@ def test_the_models_take_centred_covariates_and_the_scores_that_stayed(tmp_path)
         ({"phenotype": "2"}, "phenotype of patient p0 must be a number, got '2'"),
         ({"age": "old"}, "age of patient p0 must be a number, got 'old'"),
         ({"patient": "p1"}, "patient p1 has two rows: an association takes one a person"),
-        ({"phenotype": 2}, "phenotype of a binary trait must be 0 or 1, got 2: PLINK's 1 and 2 "
-         "are 0 and 1 here"),
+        ({"phenotype": 2}, "phenotype of a binary trait must be 0 for controls and 1 for cases, "
+         'or 1 and 2 as PLINK writes them if you declare coding="1/2", got 2'),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used_are_refused(tmp_path, change, text):
     rows = rows_of()
     rows[0] |= change
     reply = question(hospital(tmp_path, rows=rows), "cohort")
+    assert reply.error.reason == f"site hospital-1: {text}"
+
+
+def test_plinks_codes_of_missing_values_are_missing(tmp_path, caplog):
+    rows = rows_of()
+    rows[0]["age"], rows[1]["phenotype"], rows[2]["age"], rows[3]["age"] = -9, -9, "NA", " nan "
+    client = hospital(tmp_path, rows=rows)
+    assert question(client, "cohort").content["cohort"]["people"] == 36
+    text = "hospital-1: 4 people lack the phenotype or a covariate: they take no part"
+    assert [record.getMessage() for record in caplog.records] == [text]
+    # By column, others are declared, or none.
+    rows[2]["age"], rows[3]["age"] = 99, 50.0
+    client = hospital(tmp_path, rows=rows, missing={"age": (99, -1)})
+    assert question(client, "cohort").content["cohort"]["people"] == 38
+    client = hospital(tmp_path, rows=rows, missing={"age": ()})
+    assert question(client, "cohort").content["cohort"]["people"] == 39
+
+
+def test_a_quantitative_phenotype_of_minus_nine_does_not_hide_a_hit(tmp_path):
+    genotypes = genotypes_of()
+    rows = rows_of()
+    for row, copies in zip(rows, genotypes[:, 2], strict=True):
+        row["phenotype"] = 20.0 + 3 * int(copies) + 0.1 * row["age"]
+    rows[4]["phenotype"] = rows[5]["phenotype"] = -9
+    client = hospital(tmp_path, genotypes, rows, trait="continuous")
+    found = told(question(client, "linear", **everything()))
+    kept = np.delete(np.arange(PEOPLE), [4, 5])
+    trait = np.array([rows[n]["phenotype"] for n in kept])
+    age = np.array([[rows[n]["age"]] for n in kept])
+    np.testing.assert_allclose(found, linear_sums(genotypes[kept], trait, age), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("written", "coding", "expected"),
+    [
+        ((1, 2), "1/2", (0, 1)),
+        ((0, 1), "", (0, 1)),
+        ((0, 1), "0/1", (0, 1)),
+        ((False, True), "", (0, 1)),
+    ],
+)
+def test_cases_and_controls_are_those_of_the_declared_coding(tmp_path, written, coding, expected):
+    rows = [row | {"phenotype": written[row["phenotype"]]} for row in rows_of()]
+    rows[0]["phenotype"] = 0 if coding == "1/2" else None
+    rows[1]["phenotype"] = -9
+    client = hospital(tmp_path, rows=rows, coding=coding)
+    about = question(client, "cohort").content["cohort"]
+    assert (about["people"], about["cases"]) == (38, 19)
+    found = told(question(client, "counts", **everything()))
+    cases = np.array([expected[n % 2] == 1 for n in range(2, PEOPLE)])
+    np.testing.assert_array_equal(found, count_copies(genotypes_of()[2:], cases, False))
+
+
+@pytest.mark.parametrize(
+    ("written", "has"), [((1, 1), "1"), ((1, 2), "1 and 2"), ((2, 2), "2"), ((0, 2), "0 and 2")]
+)
+def test_ones_and_twos_are_not_taken_for_cases(tmp_path, written, has):
+    rows = [row | {"phenotype": written[row["phenotype"]]} for row in rows_of()]
+    reply = question(hospital(tmp_path, rows=rows), "cohort")
+    assert reply.error.reason == (
+        f"site hospital-1: phenotype of a binary trait has the values {has} alone, so it is not "
+        'clear what 1 is: declare coding="1/2" if it is a control and 2 a case, as PLINK writes '
+        'them, or coding="0/1" if it is a case and 0 a control'
+    )
+
+
+def test_a_far_value_that_many_have_is_named_in_the_hospitals_own_log(tmp_path, caplog):
+    rows = rows_of()
+    for row in rows[:5]:
+        row["age"] = -999
+    client = hospital(tmp_path, rows=rows)
+    context = context_of(node_config={"site-name": "north", "data-dir": str(tmp_path)})
+    reply = question(client, "cohort", context=context)
+    text = (
+        "north: age is -999 for 5 of 40 people, far from all other values: it counts as a number. "
+        "If it stands for a missing value, declare it in missing of the client"
+    )
+    assert text in [record.getMessage() for record in caplog.records]
+    # Nothing of it leaves.
+    assert "-999" not in str(reply.content)
+    caplog.clear()
+    client = hospital(tmp_path, rows=rows, missing={"age": (-9, -999)})
+    assert question(client, "cohort").content["cohort"]["people"] == 35
+    assert not [record for record in caplog.records if "far from" in record.getMessage()]
+
+
+def fam_of(folder, sexes, phenotypes):
+    path = folder / "h.fam"
+    lines = [line.split()[:4] for line in path.read_text().splitlines()]
+    path.write_text(
+        "".join(
+            f"{' '.join(line)} {sex} {phenotype}\n"
+            for line, sex, phenotype in zip(lines, sexes, phenotypes, strict=True)
+        )
+    )
+
+
+def test_phenotype_and_sex_come_from_the_fam_file(tmp_path):
+    rows = [{"patient": f"p{n}"} for n in range(PEOPLE)]
+    own = {"phenotype": "fam.phenotype", "covariates": ("fam.sex",)}
+    client = hospital(tmp_path, rows=rows, **own)
+    sexes = [str(1 + n // 20) for n in range(PEOPLE)]
+    sexes[0] = "0"
+    phenotypes = [str(1 + n % 2) for n in range(PEOPLE)]
+    phenotypes[1], phenotypes[2], phenotypes[3] = "0", "-9", "NA"
+    fam_of(tmp_path, sexes, phenotypes)
+    about = question(client, "cohort").content["cohort"]
+    assert (about["people"], about["cases"], about["phenotype"]) == (36, 18, "fam.phenotype")
+    slopes, intercepts = np.zeros((6, 2)), np.zeros(6)
+    found = told(question(client, "logistic", **everything(), slopes=slopes, intercepts=intercepts))
+    sex = np.array([[float(text)] for text in sexes[4:]])
+    cases = np.arange(4, PEOPLE) % 2 == 1
+    expected, _ = logistic_terms(genotypes_of()[4:], cases, sex - sex.mean(), slopes, intercepts)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    # A real hospital writes its answers down.
+    context = context_of(node_config={"site-name": "north", "data-dir": str(tmp_path)})
+    assert question(client, "cohort", context=context).content["cohort"]["people"] == 36
+    # Five of them leave the study: fewer than ten differ between its answers.
+    client = hospital(tmp_path, rows=rows, **own)
+    for person in range(4, 9):
+        phenotypes[person] = "-9"
+    fam_of(tmp_path, sexes, phenotypes)
+    context = context_of(node_config={"site-name": "north", "data-dir": str(tmp_path)})
+    reply = question(client, "cohort", context=context)
+    assert reply.error.reason.startswith("site north: declined: fewer than min-cell-count people")
+
+
+def test_a_quantitative_phenotype_of_the_fam_file(tmp_path):
+    rows = rows_of()
+    client = hospital(tmp_path, rows=rows, phenotype="fam.phenotype", trait="continuous")
+    values = [f"{n / 7:.3f}" for n in range(PEOPLE)]
+    values[5] = "-9"
+    fam_of(tmp_path, ["1"] * PEOPLE, values)
+    kept = np.delete(np.arange(PEOPLE), 5)
+    age = np.array([[rows[n]["age"]] for n in kept])
+    expected = linear_sums(genotypes_of()[kept], np.array(values, float)[kept], age)
+    np.testing.assert_allclose(told(question(client, "linear", **everything())), expected)
+    values[6] = "tall"
+    fam_of(tmp_path, ["1"] * PEOPLE, values)
+    client = hospital(tmp_path, rows=rows, phenotype="fam.phenotype", trait="continuous")
+    fam_of(tmp_path, ["1"] * PEOPLE, values)
+    text = f"the phenotype in {tmp_path}/h.fam of patient p6 must be a number, got 'tall'"
+    assert question(client, "cohort").error.reason == f"site hospital-1: {text}"
+
+
+def test_cases_of_a_fam_file_are_no_quantitative_phenotype(tmp_path):
+    client = hospital(tmp_path, phenotype="fam.phenotype", trait="continuous")
+    fam_of(tmp_path, ["1"] * PEOPLE, [str(1 + n % 2) for n in range(PEOPLE)])
+    assert question(client, "cohort").error.reason == (
+        "site hospital-1: the phenotypes of the fam file are all 0, 1 or 2, which are missing, "
+        'control and case there: set trait="binary", or give a quantitative phenotype in the rows'
+    )
+
+
+@pytest.mark.parametrize(
+    ("members", "text"),
+    [
+        ({"coding": "2/1"}, "coding must be empty or one of 0/1, 1/2, got '2/1'"),
+        ({"missing": {"bmi": (-9,)}}, "missing has the column 'bmi', which is not one of the "
+         "study's: phenotype, age"),
+        ({"missing": {"age": "-9"}}, "missing['age'] must be a tuple of numbers, such as (-9, 99), "
+         "got '-9'"),
+        ({"missing": {"age": -9}}, "missing['age'] must be a tuple of numbers, such as (-9, 99), "
+         "got -9"),
+    ],
+)  # fmt: skip
+def test_declarations_that_cannot_be_are_refused(tmp_path, members, text):
+    reply = question(hospital(tmp_path, **members), "cohort")
     assert reply.error.reason == f"site hospital-1: {text}"
 
 

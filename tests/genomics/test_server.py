@@ -2,17 +2,23 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import statsmodels.api as sm
+from bed_reader import to_bed
 from flwr.app import Array, ArrayRecord
 from scipy import stats
+from statsmodels.stats.contingency_tables import StratifiedTable
+from statsmodels.stats.meta_analysis import combine_effects
 from studies import VARIANTS, World, lines_of, study
 from tiny import ask, context_of, says
 from typer.testing import CliRunner
 
+from fedmed_flower import SiteData
 from fedmed_flower.arrays.views import view
 from fedmed_flower.cli.main import app
 from fedmed_flower.errors import InputError
@@ -37,26 +43,40 @@ def test_a_variant_with_the_name_of_a_formula_is_a_text_in_the_table(world, tmp_
     assert summary["tables"][0]["rows"][0][0] == "=1+1"
 
 
-def test_allelic_and_trend_tests_are_those_of_the_pooled_people(world, tmp_path):
+def test_allelic_and_trend_tests_are_stratified_by_hospital(world, tmp_path):
     _, allelic = study(world.client(), tmp_path, test="allelic")
     (tmp_path / "run").rename(tmp_path / "first")
     summary, trend = study(world.client(), tmp_path)
     assert list(trend) == list(allelic) == world.names[0]
     for variant, name in enumerate(trend):
+        line = allelic[name]
+        alleles = []
+        for genotypes, status in zip(world.genotypes, world.phenotypes, strict=True):
+            copies = genotypes[:, variant].astype(float)
+            known = [copies[(copies >= 0) & (status == c)] for c in (1, 0)]
+            alleles.append(np.array([[part.sum(), (2 - part).sum()] for part in known]))
+        expected = StratifiedTable(alleles)
+        test = expected.test_null_odds(correction=False)
+        np.testing.assert_allclose(float(line["p"]), test.pvalue, rtol=1e-9)
+        np.testing.assert_allclose(float(line["statistic"]), test.statistic, rtol=1e-9)
+        np.testing.assert_allclose(float(line["effect"]), expected.oddsratio_pooled, rtol=1e-9)
+        interval = expected.oddsratio_pooled_confint()
+        np.testing.assert_allclose([float(line["low"]), float(line["high"])], interval, rtol=1e-9)
+        own = [sm.stats.Table2x2(table) for table in alleles]
+        effects = np.array([table.log_oddsratio for table in own])
+        errors = np.array([table.log_oddsratio_se for table in own])
+        q = combine_effects(effects, errors**2).q
+        np.testing.assert_allclose(float(line["q"]), q, rtol=1e-8)
+        np.testing.assert_allclose(float(line["q_p"]), stats.chi2.sf(q, 2), rtol=1e-8)
+        np.testing.assert_allclose(float(line["i2"]), 100 * max(0, 1 - 2 / q), atol=1e-6)
         case, design = world.pooled(variant)
-        copies, line = design[:, -1], allelic[name]
-        alleles = [[copies[case == c].sum(), (2 - copies[case == c]).sum()] for c in (1, 0)]
-        chi2, p, *_ = stats.chi2_contingency(alleles, correction=False)
-        ratio = alleles[0][0] * alleles[1][1] / (alleles[0][1] * alleles[1][0])
-        np.testing.assert_allclose(float(line["p"]), p, rtol=1e-9)
-        np.testing.assert_allclose(float(line["statistic"]), chi2, rtol=1e-9)
-        np.testing.assert_allclose(float(line["effect"]), ratio, rtol=1e-9)
-        np.testing.assert_allclose(float(line["freq"]), copies.mean() / 2, rtol=1e-9)
+        frequency = design[:, -1].mean() / 2
+        for column in ("freq", "freq_least", "freq_most"):
+            np.testing.assert_allclose(float(line[column]), frequency, rtol=1e-9)
         assert (line["a1"], line["a2"]) == world.pairs[0][variant]
         assert int(line["cases"]) == case.sum()
         assert int(line["people"]) == int(line["cases"]) + int(line["controls"]) == len(case)
-        # The trend test is n times the squared correlation.
-        chi2 = len(case) * np.corrcoef(case, copies)[0, 1] ** 2
+        chi2 = world.trend(variant)
         np.testing.assert_allclose(float(trend[name]["statistic"]), chi2, rtol=1e-9)
         np.testing.assert_allclose(float(trend[name]["p"]), stats.chi2.sf(chi2, 1), rtol=1e-9)
     assert min(trend, key=lambda name: float(trend[name]["p"])) == "rs20"
@@ -64,7 +84,93 @@ def test_allelic_and_trend_tests_are_those_of_the_pooled_people(world, tmp_path)
     chi2 = [float(line["statistic"]) for line in trend.values()]
     assert found["lambda-gc"] == pytest.approx(np.median(chi2) / 0.45493642, rel=0.02)
     assert (found["variants"], found["tested"]) == (40, 40)
-    assert summary["tables"][0]["rows"][0][0] == "rs20"
+    line = trend["rs20"]
+    effects, spread = (
+        dict(zip(top["head"], top["rows"][0], strict=True)) for top in summary["tables"]
+    )
+    assert effects["variant"] == spread["variant"] == "rs20"
+    assert effects["place"] == "1:300"
+    assert effects["95% interval"] == f"{float(line['low']):.3g} to {float(line['high']):.3g}"
+    assert spread["p of Q"] == f"{float(line['q_p']):.3g}"
+    text = "test=trend takes no covariates: it is adjusted for the hospital alone, not for age"
+    assert text in (tmp_path / "run" / "log.txt").read_text()
+
+
+needs_plink = pytest.mark.skipif(
+    shutil.which("plink1.9") is None, reason="plink1.9 is not installed"
+)
+
+
+def plink(folder, *options):
+    command = ["plink1.9", "--keep-allele-order", "--allow-no-sex", *map(str, options)]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+
+def printed(path):
+    """Return the lines of a table that PLINK wrote, by variant."""
+    head, *lines = (line.split() for line in path.read_text().splitlines())
+    return {row["SNP"]: row for row in (dict(zip(head, line, strict=True)) for line in lines)}
+
+
+@needs_plink
+def test_the_allelic_test_is_plinks_with_the_hospitals_as_clusters(world, tmp_path):
+    _, lines = study(world.client(), tmp_path, test="allelic")
+    site = np.repeat(np.arange(3), [len(part) for part in world.genotypes])
+    people = [f"p{n}" for n in range(len(site))]
+    status = np.concatenate(world.phenotypes).astype(int) + 1
+    properties = {
+        **{"fid": people, "iid": people, "sid": world.names[0]},
+        "chromosome": [str(chromosome) for chromosome, _ in world.places[0]],
+        "bp_position": [position for _, position in world.places[0]],
+        "allele_1": [pair[0] for pair in world.pairs[0]],
+        "allele_2": [pair[1] for pair in world.pairs[0]],
+    }
+    to_bed(tmp_path / "all.bed", np.concatenate(world.genotypes), properties=properties)
+    for name, column in (("status", status), ("site", site)):
+        rows = zip(people, column, strict=True)
+        (tmp_path / name).write_text("".join(f"{p} {p} {value}\n" for p, value in rows))
+    plink(tmp_path, "--bfile", "all", "--pheno", "status", "--mh", "--within", "site")
+    # And Q and I2 of its meta-analysis of the hospitals.
+    for number in range(3):
+        own = ("--bfile", "all", "--pheno", "status", "--keep-cluster-names", number)
+        plink(tmp_path, *own, "--within", "site", "--assoc", "--ci", 0.95, "--out", f"own{number}")
+    plink(tmp_path, "--meta-analysis", *(f"own{number}.assoc" for number in range(3)))
+    common = printed(tmp_path / "plink.cmh")
+    spread = printed(tmp_path / "plink.meta")
+    assert common.keys() == spread.keys() == lines.keys()
+    for name, line in lines.items():
+        columns = [("statistic", "CHISQ"), ("p", "P"), ("effect", "OR"), ("low", "L95")]
+        columns += [("high", "U95"), ("se", "SE")]
+        for ours, theirs in columns:
+            # PLINK prints four digits.
+            np.testing.assert_allclose(float(line[ours]), float(common[name][theirs]), rtol=1e-3)
+        np.testing.assert_allclose(float(line["q_p"]), float(spread[name]["Q"]), atol=2e-3)
+        np.testing.assert_allclose(float(line["i2"]), float(spread[name]["I"]), atol=0.2)
+
+
+@pytest.fixture
+def unlike(tmp_path):
+    """Hospitals that differ in prevalence and in all frequencies, and no variant has an effect."""
+    world = World(tmp_path)
+    generator = np.random.default_rng(8)
+    for site, prevalence in enumerate((0.8, 0.2, 0.2)):
+        size = world.genotypes[site].shape
+        frequency = generator.uniform(0.1, 0.9, VARIANTS)
+        world.genotypes[site] = generator.binomial(2, frequency, size).astype(np.int8)
+        world.phenotypes[site] = (generator.random(size[0]) < prevalence).astype(float)
+    return world
+
+
+def test_hospitals_that_differ_in_prevalence_and_frequencies_make_no_hit(unlike, tmp_path):
+    for test in ("trend", "allelic"):
+        summary, lines = study(unlike.client(), tmp_path, test=test)
+        (tmp_path / "run").rename(tmp_path / test)
+        # The least of 40 is below 1e-3 in one of 25 such studies.
+        assert min(float(line["p"]) for line in lines.values()) > 1e-3
+        assert 0.5 < summary["association"]["lambda-gc"] < 1.6
+    pooled = [unlike.pooled(variant) for variant in range(VARIANTS)]
+    chi2 = [len(y) * np.corrcoef(y, design[:, -1])[0, 1] ** 2 for y, design in pooled]
+    assert sum(stats.chi2.sf(chi2, 1) < 1e-3) >= 3
 
 
 def test_logistic_models_are_those_of_the_pooled_people(world, tmp_path, monkeypatch):
@@ -254,27 +360,65 @@ def test_files_that_differ_are_aligned_and_what_does_not_fit_is_left_out(world, 
 def test_rare_variants_are_withheld_where_they_are_rare(world, tmp_path):
     world.genotypes[0][:, 7], world.genotypes[0][:9, 7] = 0, 1
     summary, lines = study(world.client(), tmp_path)
-    assert (lines["rs07"]["sites"], lines["rs07"]["note"]) == ("2", "withheld: hospital-1")
-    case, design = world.pooled(7, (1, 2))
-    chi2 = len(case) * np.corrcoef(case, design[:, -1])[0, 1] ** 2
-    assert float(lines["rs07"]["statistic"]) == pytest.approx(chi2, rel=1e-9)
+    line = lines["rs07"]
+    assert (line["sites"], line["note"]) == ("2", "withheld: hospital-1")
+    assert float(line["statistic"]) == pytest.approx(world.trend(7, (1, 2)), rel=1e-9)
     assert summary["sites"]["hospital-1"]["withheld"] == 1
+    # The frequency of the others is not that of all: bounds are, and the true one is within.
+    assert line["freq"] == "nan"
+    copies = world.pooled(7, (1, 2))[1][:, -1]
+    everybody = 2 * (len(copies) + 60)
+    assert float(line["freq_least"]) == pytest.approx(copies.sum() / everybody)
+    assert float(line["freq_most"]) == pytest.approx((copies.sum() + 120) / everybody)
+    true = world.pooled(7)[1][:, -1].mean() / 2
+    assert float(line["freq_least"]) < true < float(line["freq_most"])
+    assert true < copies.mean() / 2
 
 
-def test_a_hospital_with_cases_only_counts_in_the_trend_test_alone(world, tmp_path):
-    world.phenotypes[2][:] = 1
+def test_ten_hospitals_of_which_some_withhold_have_no_biased_frequency(tmp_path):
+    world = World(tmp_path)
+    generator = np.random.default_rng(2)
+    for site in range(3):
+        size = len(world.genotypes[site])
+        world.genotypes[site] = np.zeros((size, VARIANTS), np.int8)
+        world.genotypes[site][:, :] = generator.binomial(2, 0.08, (size, VARIANTS))
     _, lines = study(world.client(), tmp_path)
-    case, design = world.pooled(20)
-    chi2 = len(case) * np.corrcoef(case, design[:, -1])[0, 1] ** 2
-    assert float(lines["rs20"]["statistic"]) == pytest.approx(chi2, rel=1e-9)
-    (tmp_path / "run").rename(tmp_path / "first")
-    summary, lines = study(world.client(), tmp_path, test="logistic")
-    model = sm.Logit(*world.pooled(20, (0, 1))).fit(disp=0)
-    assert float(lines["rs20"]["p"]) == pytest.approx(model.pvalues[-1], rel=1e-4)
-    assert lines["rs20"]["sites"] == "2"
+    withheld = [line for line in lines.values() if "withheld" in line["note"]]
+    assert 10 < len(withheld) < VARIANTS
+    for variant, line in enumerate(lines.values()):
+        true = np.concatenate(world.genotypes)[:, variant].mean() / 2
+        if line in withheld:
+            assert line["freq"] == "nan"
+            if line["sites"] != "0":
+                assert float(line["freq_least"]) <= true <= float(line["freq_most"])
+        else:
+            assert float(line["freq"]) == pytest.approx(true, rel=1e-9)
+
+
+@pytest.mark.parametrize("test", ["trend", "allelic", "logistic"])
+def test_a_hospital_with_cases_only_counts_in_no_test_and_is_named(world, tmp_path, test):
+    world.phenotypes[2][:] = 1
+    summary, lines = study(world.client(coding="0/1"), tmp_path, test=test)
+    line = lines["rs20"]
+    if test == "trend":
+        assert float(line["statistic"]) == pytest.approx(world.trend(20, (0, 1)), rel=1e-9)
+    elif test == "logistic":
+        model = sm.Logit(*world.pooled(20, (0, 1))).fit(disp=0)
+        assert float(line["p"]) == pytest.approx(model.pvalues[-1], rel=1e-4)
+    assert line["sites"] == "2"
+    assert int(line["people"]) == len(world.pooled(20, (0, 1))[0])
     (failure,) = summary["failures"]
-    reason = "it has cases only, so its intercept is not identified"
+    reason = "it has cases only: cases are compared with controls of the same hospital"
     assert (failure["site"], failure["reason"]) == ("hospital-3", reason)
+    assert reason in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_hospital_whose_controls_lack_a_genotype_does_not_count_there(world, tmp_path):
+    world.genotypes[2][world.phenotypes[2] == 0, 20] = -127
+    _, lines = study(world.client(), tmp_path)
+    line = lines["rs20"]
+    assert float(line["statistic"]) == pytest.approx(world.trend(20, (0, 1)), rel=1e-9)
+    assert (line["sites"], line["note"]) == ("2", "cases or controls only: hospital-3")
 
 
 def test_a_variant_that_separates_fails_alone(world, tmp_path):
@@ -354,12 +498,11 @@ def test_a_site_that_fails_on_the_way_is_left_out(world, tmp_path, name, change,
     assert failure["reason"] == reason
     # The other two hospitals' variants are tested as if it were not there.
     assert {line["sites"] for line in lines.values()} == {"2"}
-    case, design = world.pooled(20, (0, 2))
     p = float(lines["rs20"]["p"])
     if test == "trend":
-        chi2 = len(case) * np.corrcoef(case, design[:, -1])[0, 1] ** 2
-        assert p == pytest.approx(stats.chi2.sf(chi2, 1), rel=1e-9)
+        assert p == pytest.approx(stats.chi2.sf(world.trend(20, (0, 2)), 1), rel=1e-9)
     else:
+        case, design = world.pooled(20, (0, 2))
         assert p == pytest.approx(sm.Logit(case, design).fit(disp=0).pvalues[-1], rel=1e-4)
     assert lines["rs00"]["note"] == "failed: hospital-2"
 
@@ -519,15 +662,112 @@ def test_studies_that_cannot_be_are_refused(world, tmp_path, config, text):
         study(world.client(), tmp_path, **config)
 
 
-def test_logistic_needs_cases_and_controls_somewhere(world, tmp_path):
+@pytest.mark.parametrize("test", ["trend", "logistic"])
+def test_a_study_needs_cases_and_controls_at_one_hospital(world, tmp_path, test):
     for value, phenotypes in zip((0, 1, 0), world.phenotypes, strict=True):
         phenotypes[:] = value
     text = (
-        "no hospital has both cases and controls, which test=logistic needs: set test=trend or "
-        "test=allelic"
+        "no hospital has both cases and controls: cases are compared with controls of the same "
+        "hospital, since hospitals differ in more than the trait"
     )
     with pytest.raises(InputError, match=says(text)):
-        study(world.client(), tmp_path, test="logistic")
+        study(world.client(coding="0/1"), tmp_path, test=test)
+
+
+def covariates_of(world, number):
+    """Return the ages of a hospital, and columns that follow from them or from nothing."""
+    age = np.round(world.ages[number])
+    male = (np.arange(len(age)) % 2).astype(float)
+    return {
+        "age": age,
+        "born": 2026 - age,
+        "male": male,
+        "female": 1 - male,
+        "array": np.full(len(age), 1.1 * number),
+        "one": np.full(len(age), 0.1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (("age", "born"), "the covariate born follows from age at each hospital, so their effects "
+         "cannot be told apart: take born out of covariates"),
+        (("male", "age", "female"), "the covariate female follows from male at each hospital, so "
+         "their effects cannot be told apart: take female out of covariates"),
+        (("one", "age"), "the covariate one is the same for everybody at each hospital. The "
+         "hospital is in the model already: take it out of covariates"),
+        (("age", "array", "one"), "the covariates array, one are each the same for everybody at "
+         "each hospital. The hospital is in the model already: take it out of covariates"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("test", ["logistic", "linear"])
+def test_covariates_that_cannot_be_told_apart_are_named(tmp_path, names, text, test):
+    world = World(tmp_path, trait="binary" if test == "logistic" else "continuous")
+    client = with_covariates(world, names)
+    with pytest.raises(InputError, match=says(text)):
+        study(client, tmp_path, test=test)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["message"]) == ("failed", f"InputError: {text}")
+    assert not (tmp_path / "run" / "association.csv").exists()
+
+
+def with_covariates(world, names, change=None):
+    """Return a client whose rows have these covariates."""
+
+    def load_data(client, site):
+        number = site.index
+        columns = covariates_of(world, number)
+        if change is not None:
+            change(number, columns)
+        phenotype = world.phenotypes[number].tolist()
+        rows = [
+            {"patient": f"p{n}", "phenotype": value, **{key: columns[key][n] for key in names}}
+            for n, value in enumerate(phenotype)
+        ]
+        return SiteData(rows, source="made up")
+
+    return world.client(covariates=names, load_data=load_data)
+
+
+@pytest.mark.parametrize("test", ["logistic", "linear"])
+def test_a_covariate_that_varies_at_one_hospital_is_fine(tmp_path, test):
+    world = World(tmp_path, trait="binary" if test == "logistic" else "continuous")
+    # The hospital at which it varies has none of the first variants.
+    for variant in range(20):
+        world.places[1][variant] = (1, 50 + variant)
+        world.names[1][variant] = f"own{variant}"
+
+    def change(number, columns):
+        if number == 1:
+            columns["array"] = np.arange(len(columns["age"])) % 3 * 1.0
+
+    client = with_covariates(world, ("age", "array"), change)
+    summary, lines = study(client, tmp_path, test=test)
+    assert summary["status"] == "finished"
+    assert np.isfinite(float(lines["rs30"]["p"]))
+
+
+def test_a_study_without_a_result_has_failed(world, tmp_path):
+    for genotypes in world.genotypes:
+        genotypes[:] = 2
+    text = "none of 40 variants has a result; 40 of them: one allele only"
+    with pytest.raises(RunFailedError, match=says(text)):
+        study(world.client(), tmp_path)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["message"]) == ("failed", f"RunFailedError: {text}")
+    assert {line["note"] for line in lines_of(tmp_path / "run").values()} == {"one allele only"}
+
+
+def test_a_study_without_variants_has_failed(world, tmp_path):
+    for places in world.places:
+        places[:] = [(23, position) for _, position in places]
+    text = (
+        "no variant was tested: none of the hospitals' variants is on chromosomes 1 to 22 and has "
+        "a position"
+    )
+    with pytest.raises(RunFailedError, match=says(text)):
+        study(world.client(), tmp_path)
 
 
 def test_the_page_shows_the_study_and_loads_nothing(world, tmp_path):
@@ -538,7 +778,11 @@ def test_the_page_shows_the_study_and_loads_nothing(world, tmp_path):
     assert "&lt;b&gt;hit&lt;/b&gt;" in text
     assert text.count('<svg role="img"') == 2
     assert not re.search(r"(?:src|href)=[\"'](?!#)", text)
-    for words in ("220 people", "Cochran-Armitage", "hospital-3", "What left each hospital"):
+    for words in (
+        *("220 people", "by Mantel's trend test, stratified by hospital", "hospital-3"),
+        *("What left each hospital", "95% interval", "p of Q", "I² in %", "Not adjusted for age"),
+        "Robins",
+    ):
         assert words in text
     assert write_page(tmp_path / "run").read_text() == text
     table = tmp_path / "run" / "association.csv"

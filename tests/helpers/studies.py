@@ -80,6 +80,17 @@ class World:
         design = np.column_stack([np.eye(len(sites))[site], age, copies])
         return outcome[copies >= 0], design[copies >= 0]
 
+    def trend(self, variant, sites=(0, 1, 2)):
+        """Return Mantel's statistic of the trend, the hospitals as strata."""
+        excess = variance = 0.0
+        for site in sites:
+            copies = self.genotypes[site][:, variant].astype(float)
+            case = self.phenotypes[site][copies >= 0]
+            copies = copies[copies >= 0]
+            excess += (case * (copies - copies.mean())).sum()
+            variance += case.sum() * (1 - case).sum() / len(case) * copies.var(ddof=1)
+        return excess**2 / variance
+
 
 def study(client, folder, node_configs=None, **config):
     """Run a study; return the summary and the lines of the table by variant."""
