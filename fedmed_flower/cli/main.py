@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from fedmed_flower.cli.data import data_app
-from fedmed_flower.cli.pages import card, compare
 from fedmed_flower.cli.listing import list_all
 from fedmed_flower.cli.new import new
+from fedmed_flower.cli.pages import card, compare
 from fedmed_flower.cli.predict import export, predict
 from fedmed_flower.cli.run import demo, run
 from fedmed_flower.cli.settings import settings

@@ -592,7 +592,7 @@ class Experiment:
             self.maker,
             self._whole(arrays),
             self.plan.seed,
-            _app_name(self.grid),
+            app_name(self.grid),
             generated,
         )
         if self.unpredictable:
