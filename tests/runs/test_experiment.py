@@ -277,7 +277,8 @@ def test_the_config_file(finished):
     content = RunFolder(folder).read_config()
     assert content == tomllib.loads(text)
     assert len(content["run"].pop("key")) == 16
-    assert content["run"] == {"app": "federated run", "strategy": "FedAvg", "sites": 2}
+    about = {"format": 1, "app": "federated run", "strategy": "FedAvg", "sites": 2}
+    assert content["run"] == about
     given = CONFIG | {"num-server-rounds": 2, "run-dir": str(folder), "baselines": True}
     read = (Plan, *sections_of(TinyClient))
     assert content["config"] == effective(given | {"alpha": 0.5}, read)
