@@ -13,7 +13,13 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from fedmed_flower.cli.main import app
+<<<<<<< HEAD
 from fedmed_flower.cli.tables import LineConsole, input_errors
+=======
+from fedmed_flower.cli.tables import LineConsole
+from fedmed_flower.metrics import pool
+from fedmed_flower.metrics.counts import read_counts
+>>>>>>> h-report
 from fedmed_flower.privacy.accounting import Release, epsilon_of
 from fedmed_flower.privacy.ledger import Ledger, Limit
 
@@ -83,6 +89,11 @@ def test_run_folder_is_complete_and_marked(finished):
     assert summary["data"] == "generated data, not patients"
     assert summary["rounds"] == 1
     assert 0 <= summary["test"]["federated"]["auc"] <= 1
+    counts = read_counts(folder)
+    assert counts.classes == ("normal", "pneumonia")
+    figures = summary["test"]["federated"]
+    assert sum(map(sum, counts.confusion())) == figures["num-examples"]
+    assert pool([*counts.sites.values()])["auc"] == figures["auc"]
     assert set(summary["test"]["sites"]) == {"hospital-1", "hospital-2", "hospital-3"}
     assert set(summary["test"]["local"]) == {"hospital-1", "hospital-2", "hospital-3"}
     assert 0 <= summary["test"]["pooled"]["auc"] <= 1
