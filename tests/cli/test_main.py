@@ -13,13 +13,9 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from fedmed_flower.cli.main import app
-<<<<<<< HEAD
 from fedmed_flower.cli.tables import LineConsole, input_errors
-=======
-from fedmed_flower.cli.tables import LineConsole
 from fedmed_flower.metrics import pool
 from fedmed_flower.metrics.counts import read_counts
->>>>>>> h-report
 from fedmed_flower.privacy.accounting import Release, epsilon_of
 from fedmed_flower.privacy.ledger import Ledger, Limit
 
