@@ -10,6 +10,7 @@ import inspect
 import re
 import sys
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -62,6 +63,41 @@ def resolve(
     return content
 
 
+def split_attributes(
+    app: Sphinx, kind: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
+    """Give each of several attributes that a docstring describes at once a line of its own.
+
+    Napoleon would take the first of them for the type of the last.
+    """
+    if "Attributes" not in lines:
+        return
+    start = lines.index("Attributes") + 2
+    ends = [n for n in range(start + 1, len(lines)) if re.fullmatch(r"-{3,}", lines[n])]
+    stop = ends[0] - 1 if ends else len(lines)
+    split: list[str] = []
+    for number in range(start, stop):
+        found = re.fullmatch(r"(\w+(?:, \w+)+)( :.*)?", lines[number])
+        if found is None:
+            split.append(lines[number])
+            continue
+        about = list(takewhile(lambda line: line.startswith(" "), lines[number + 1 : stop]))
+        *others, last = found[1].split(", ")
+        for other in others:
+            split += [f"{other}{found[2] or ''}", *about]
+        split.append(f"{last}{found[2] or ''}")
+    lines[start:stop] = split
+
+
+def shorten_signature(
+    app: Sphinx, kind: str, name: str, thing: object, options: object, given: str, returned: str
+) -> tuple[str, str] | None:
+    """Write the default of a dataclass's list or dict so that Sphinx can read the signature."""
+    if given and "<factory>" in given:
+        return re.sub(r"~[\w.]+\.", "", given).replace("<factory>", "..."), returned
+    return None
+
+
 def escape_stars(
     app: Sphinx, kind: str, name: str, thing: object, options: object, lines: list[str]
 ) -> None:
@@ -103,6 +139,9 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx."""
     app.add_config_value("public_names", public_names(), "")
     app.connect("missing-reference", resolve)
+    # Before napoleon reads the docstring.
+    app.connect("autodoc-process-docstring", split_attributes, priority=400)
     app.connect("autodoc-process-docstring", escape_stars)
+    app.connect("autodoc-process-signature", shorten_signature)
     app.connect("autodoc-skip-member", leave_out)
     return {"parallel_read_safe": True}

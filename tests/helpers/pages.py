@@ -37,6 +37,8 @@ BLOCK = re.compile(
 )
 MARK = re.compile(r"<!-- (long|always|realdata|file|not run)(?:: ([^\n]*?))? -->")
 AFTER = re.compile(r"<!-- after: (\S+) -->\n")
+# Stands on the pages for the folder in which the commands are typed.
+HOME = "/home/you"
 SECONDS = 900
 
 
@@ -145,6 +147,7 @@ def run_block(block: Block, where: str, folder: Path, names: dict[str, object]) 
             expected, _, said = expected.partition("exit code ")
             code, printed = shell(command, folder)
             assert code == int(said or 0), f"{where}: {command}: exit code {code}\n{printed}"
+            printed = printed.replace(str(folder.resolve()), HOME)
             assert agrees(printed, expected), f"{where}: {command} printed\n{printed}"
 
 
