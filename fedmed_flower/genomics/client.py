@@ -6,6 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -159,7 +160,7 @@ class GenomicsClient(MedicalClient):
                     f"{', '.join(self._columns)}"
                 )
             listed = isinstance(codes, Collection) and not isinstance(codes, str)
-            if not listed or not all(isinstance(code, int | float) for code in codes):
+            if not listed or not all(isinstance(code, Real) for code in codes):
                 raise InputError(
                     f"missing[{column!r}] must be a tuple of numbers, such as (-9, 99), got "
                     f"{codes!r}"

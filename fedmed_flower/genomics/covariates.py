@@ -92,7 +92,8 @@ def require_distinct(sums: Floats, names: Sequence[str]) -> None:
     scale = np.sqrt(spread)
     correlation = sums / (scale[:, None] * scale)
     for index, name in enumerate(names):
-        slopes = np.linalg.solve(correlation[:index, :index], correlation[:index, index])
+        # Least squares, since sums that no people can have may be singular.
+        slopes, *_ = np.linalg.lstsq(correlation[:index, :index], correlation[:index, index])
         rest = 1 - correlation[:index, index] @ slopes
         if rest <= _SPENT:
             involved = np.flatnonzero(np.abs(slopes) > _INVOLVED).tolist()

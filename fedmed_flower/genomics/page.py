@@ -30,10 +30,15 @@ from fedmed_flower.server.run_folder import read_summary
 from fedmed_flower.settings.study import REGRESSIONS, TESTS
 
 TABLE = "association.csv"
+# What is estimated of a variant.
+NUMBERS = (
+    *("freq", "freq_least", "freq_most", "effect", "se", "low", "high", "statistic", "p"),
+    *("q", "q_p", "i2"),
+)
 COLUMNS = (
     *("chrom", "position", "id", "a1", "a2", "sites", "people", "cases", "controls"),
-    *("freq", "freq_least", "freq_most", "effect", "se", "low", "high", "statistic", "p"),
-    *("q", "q_p", "i2", "note"),
+    *NUMBERS,
+    "note",
 )
 # Genome-wide significance, as a decimal logarithm.
 _LINE = math.log10(5e-8)

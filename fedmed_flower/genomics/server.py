@@ -37,7 +37,7 @@ from fedmed_flower.genomics.association import (
     trend_test,
 )
 from fedmed_flower.genomics.covariates import CovariateCheck
-from fedmed_flower.genomics.page import COLUMNS, TABLE, write_page
+from fedmed_flower.genomics.page import COLUMNS, NUMBERS, TABLE, write_page
 from fedmed_flower.genomics.panel import Panel, assemble
 from fedmed_flower.genomics.rounds import blocks, find_components, regress
 from fedmed_flower.genomics.types import Counts, Floats
@@ -179,7 +179,7 @@ class _Association:
             try:
                 self._write_summary("running")
                 self._sweep()
-                require_tested(self._tested(), self.untested)
+                require_tested(self._count_results(), self.untested)
             except BaseException as error:
                 stopped = isinstance(error, KeyboardInterrupt)
                 reason = "stopped by the user" if stopped else f"{type(error).__name__}: {error}"
@@ -247,7 +247,7 @@ class _Association:
             bounds = np.stack([copies, copies + 2 * hidden], 1) / total[:, None]
         return np.where(people[:, None] > 0, bounds, np.nan)
 
-    def _tested(self) -> int:
+    def _count_results(self) -> int:
         """Return how many variants have a result."""
         return sum(int(np.isfinite(part).sum()) for part in self.log10_p)
 
@@ -311,16 +311,18 @@ class _Association:
         people, _ = _people_and_copies(counts)
         binary = self.study.test != "linear"
         least, most = tested.frequency.T
-        exact = np.where(least == most, least, np.nan)
-        before = [exact, least, most, results.effect, results.se, results.low, results.high]
-        before, after = (
-            [[f"{value:.12g}" for value in column.tolist()] for column in columns]
-            for columns in (
-                (*before, results.statistic),
-                (results.q, results.q_p, results.i2),
-            )
-        )
-        ps = [p_text(value) for value in results.log10_p.tolist()]
+        numbers = {
+            "freq": np.where(least == most, least, np.nan),
+            "freq_least": least,
+            "freq_most": most,
+            **results._asdict(),
+        }
+        texts = {
+            name: [f"{value:.12g}" for value in numbers[name].tolist()]
+            for name in NUMBERS
+            if name != "p"
+        }
+        texts["p"] = [p_text(value) for value in results.log10_p.tolist()]
         totals = zip(sites.tolist(), people.tolist(), counts.tolist(), strict=True)
         return [
             [
@@ -332,9 +334,7 @@ class _Association:
                 str(count),
                 str(everybody),
                 *([str(sums[CASES]), str(sums[CONTROLS])] if binary else ["", ""]),
-                *(column[index] for column in before),
-                ps[index],
-                *(column[index] for column in after),
+                *(texts[name][index] for name in NUMBERS),
                 "; ".join(notes.get(index, ())),
             ]
             for index, (variant, (count, everybody, sums)) in enumerate(
@@ -369,7 +369,7 @@ class _Association:
                 "covariates": panel.about[0]["covariates"],
                 "components": self.values,
                 "variants": len(log10_p),
-                "tested": self._tested(),
+                "tested": self._count_results(),
                 "lambda-gc": genomic_inflation(log10_p),
             },
             "tables": [],
