@@ -318,8 +318,9 @@ def _sizes_of(
     """Return the least and the greatest size of each dimension."""
     sizes: list[tuple[int, int | None]] = []
     for dim, size in enumerate(shape):
-        if isinstance(size, int):
-            sizes.append((size, size))
+        whole = size if isinstance(size, int) else size.node.maybe_as_int()
+        if whole is not None:
+            sizes.append((whole, whole))
             continue
         bounds = program.range_constraints[size.node.expr]
         upper = bounds.upper
