@@ -227,7 +227,8 @@ def test_the_table_lists_all_that_leaves_and_nothing_else(tmp_path, private):
 
 def test_whatever_carries_no_noise_is_known_where_there_is_a_budget():
     plain = {(entry.reply, entry.key) for entry in REPLIES if entry.private == "plain"}
-    names = {("any", f"site.{key}") for key in ("name", "simulated", "data", "generated")}
+    about = ("name", "simulated", "data", "generated", "version")
+    names = {("any", f"site.{key}") for key in about}
     # Empty lists: no picture is drawn.
     assert plain == names | {("pictures", "pictures.titles"), ("pictures", "pictures.images")}
     with hospital("as it is") as node:
