@@ -105,6 +105,30 @@ def test_each_public_name_and_each_command_has_its_place(site):
         assert f'id="fedmed-{name}"' in commands
 
 
+def test_each_public_name_is_on_one_page_and_no_other(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "extensions")
+    from generated_pages import names_of, room_page, rooms
+
+    shown = re.findall(r"^\.\. auto\w+:: (\S+)$", "".join(map(room_page, rooms())), re.MULTILINE)
+    assert len(shown) == len({*shown}) > 60
+    every = {name for room in rooms() for name in names_of(room, twice=True)}
+    assert {name.rpartition(".")[2] for name in shown} == every
+
+
+def test_attributes_that_are_described_at_once_are_split(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "extensions")
+    from public_references import escape_stars, split_attributes
+
+    lines = ["Of (n, *spatial).", "", "Attributes", "----------", "a, b : int", "    Both."]
+    lines += ["c : str", "", "Raises", "------", "d, e", "    If."]
+    split_attributes(None, "class", "x", None, None, lines)
+    assert lines[4:10] == ["a : int", "    Both.", "b : int", "    Both.", "c : str", ""]
+    assert lines[10:] == ["Raises", "------", "d, e", "    If."]
+    text = ["Of (n, *spatial), ``(*spatial)`` and *this*."]
+    escape_stars(None, "class", "x", None, None, text)
+    assert text == [r"Of (n, \*spatial), ``(*spatial)`` and *this*."]
+
+
 def test_pictures_are_small():
     pictures = [*(ROOT / "docs").rglob("*.png")]
     assert pictures
