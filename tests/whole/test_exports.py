@@ -42,9 +42,8 @@ TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_whatever_the_docs_name_is_there(path):
     # The changelog tells of what has moved.
-    for full in {
-        *re.findall(r"\bfedmed_flower(?:\.\w+)+", path.read_text().partition("### If you have used an earlier state")[0])
-    }:
+    text = path.read_text().partition("### If you have used an earlier state")[0]
+    for full in {*re.findall(r"\bfedmed_flower(?:\.\w+)+", text)}:
         *parents, name = full.split(".")
         try:
             importlib.import_module(full)
