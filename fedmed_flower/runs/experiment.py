@@ -464,9 +464,9 @@ class Experiment:
         folder = self.folder
         with folder.log_file(lines):
             self.sites.write_log()
-            # One of an earlier end of this run would be of another model than the folder's.
-            (folder.path / PREDICTOR).unlink(missing_ok=True)
             try:
+                # One of an earlier end of this run would be of another model than the folder's.
+                (folder.path / PREDICTOR).unlink(missing_ok=True)
                 self._write_summary("running")
                 result = self._train()
                 self._test(result.arrays)

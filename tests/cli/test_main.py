@@ -76,6 +76,7 @@ def test_run_folder_is_complete_and_marked(finished):
         "metrics.csv",
         "model.safetensors",
         "pictures",
+        "predictor.zip",
         "report.html",
         "splits",
         "summary.json",
