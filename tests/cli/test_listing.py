@@ -59,7 +59,8 @@ def test_examples_and_templates_are_those_in_their_folders():
     found = {path.name for path in (ROOT / "examples").iterdir() if path.is_dir()}
     assert {*rows("examples")} == found
     assert examples() == ROOT / "examples"
-    assert rows("examples")["heart"] == ["Four hospitals predict heart disease from health records."]
+    (text,) = rows("examples")["heart"]
+    assert text == "Four hospitals predict heart disease from health records."
     table = rows("templates")
     assert {kind: cells[0] for kind, cells in table.items()} == {**MEANINGS}
     assert table["images"][1] == "A hospital that learns from its X-rays who has pneumonia."
