@@ -1,7 +1,7 @@
 """How often a hospital whose column is wrong is named, and how often one that is not.
 
-``FEDMED_DATA=... python benchmarks/outlying.py`` divides the patients of the heart, breast cancer and
-intensive care tables at random into 3, 5 and 10 hospitals, and spoils a column of one of them.
+``FEDMED_DATA=... python benchmarks/outlying.py`` divides the patients of the heart, breast cancer
+and intensive care tables at random into 3, 5 and 10 hospitals, and spoils a column of one of them.
 """
 
 import argparse
