@@ -273,7 +273,6 @@ def execute(job: Job) -> None:
     with as_input_error(f"{job.folder / SUMMARY}", remedy):
         summary = read_summary(job.folder, remedy)
         print_results(console, summary)
-        console.print(f"report: {job.folder / 'report.html'}")
         mark = f" ({GENERATED})" if summary["generated"] else ""
         rounds = f"{summary['rounds']} rounds in " if "test" in summary else ""
         done = f"{rounds}{summary['seconds']:.0f} s{mark}"
