@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +36,14 @@ _PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")
 def check(
     folder: Annotated[
         Path | None,
-        typer.Argument(help="A folder with dataset.json, a .csv list of images, or DICOM files."),
+        typer.Argument(
+            help="A folder with dataset.json, a .csv list of images, or DICOM files; with --app, "
+            "whatever the app reads."
+        ),
+    ] = None,
+    app: Annotated[
+        Path | None,
+        typer.Option(help="A Flower app: read the folder as its client does, tables too."),
     ] = None,
     classes: Annotated[
         int | None,
@@ -48,9 +57,10 @@ def check(
         typer.Option(help='The node config of the SuperNode: "KEY=VALUE KEY=VALUE ...".'),
     ] = None,
 ) -> None:
-    """Read all images and masks of a folder and list those that cannot be used.
+    """Read all that a hospital's folder holds and list what cannot be used.
 
-    A hospital without images gives no folder: then only the node config is checked.
+    Nothing leaves this machine, and nothing is written. Without a folder only the node config is
+    checked.
     """
     # Imports MONAI, for which the other commands need not wait.
     from fedmed_flower.data.checks import check_folder
@@ -60,15 +70,23 @@ def check(
             _check_node(node_config)
             console.print("the node config is valid")
         if folder is None:
-            if node_config is None:
+            if node_config is None or app is not None:
                 raise InputError("give a folder, --node-config, or both")
+            return
+        if app is not None:
+            if classes is not None:
+                raise InputError(f"--classes {classes} does not go with --app: the app says it")
+            _check_by_app(app, folder.expanduser())
             return
         with console.status(Text(shown(f"reading {folder}"))):
             findings = check_folder(folder, num_classes=classes)
     images = [finding for finding in findings if finding.image]
     _print_table(images, folder.expanduser())
     _print_summary(images)
-    problems = [_problem(finding) for finding in findings if finding.problem is not None]
+    _print_problems([_problem(finding) for finding in findings if finding.problem is not None])
+
+
+def _print_problems(problems: Sequence[str]) -> None:
     for problem in problems:
         console.print(problem, style="red")
     if problems:
@@ -98,6 +116,50 @@ def phantoms(
             write_phantoms(path, kind, index)
             files = sum(entry.is_file() for entry in path.rglob("*"))
             console.print(f"{path}: {files} files")
+
+
+def _check_by_app(app: Path, folder: Path) -> None:
+    """Read a hospital's folder by an app's client, and print what that had to handle.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be used at all.
+    typer.Exit
+        With code 1 if there was anything.
+    """
+    from flwr.app import Context, RecordDict, UserConfig
+
+    from fedmed_flower.clients.app import HospitalApp
+    from fedmed_flower.data.site import SPLITS, require_patients
+    from fedmed_flower.engines.project import load_project
+    from fedmed_flower.settings.registry import complete
+
+    client_app = load_project(app).client_app()
+    if not isinstance(client_app, HospitalApp):
+        raise InputError(f"the ClientApp of {app} is not made by a client of this package")
+    node: UserConfig = {"site-name": folder.resolve().name, "data-dir": str(folder)}
+    config = complete(load_project(app).declared, client_app.sections)
+    client = client_app.client(Context(0, 0, node, RecordDict(), config))
+    handler = BufferingHandler(capacity=2**30)
+    handler.setLevel(logging.WARNING)
+    logger = logging.getLogger("flwr.fedmed")
+    propagate = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        data = client.load_data(client.site)
+        require_patients(data)
+        client.check(data)
+        usable = {split: client.screen(getattr(data, split), split) for split in SPLITS}
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+    read = sum(len(getattr(data, split)) for split in SPLITS)
+    rejected = data.rejected + read - sum(map(len, usable.values()))
+    rows = ", ".join(f"{len(rows)} {split}" for split, rows in usable.items())
+    console.print(f"{data.source}: {rows}; {rejected} rejected")
+    _print_problems([shown(record.getMessage()) for record in handler.buffer])
 
 
 def _check_node(text: str) -> None:

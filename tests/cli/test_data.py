@@ -151,3 +151,34 @@ def test_a_node_config_is_checked_without_a_folder_too(tmp_path):
         2,
         "not started: give a folder, --node-config, or both",
     )
+
+
+HEART = Path(__file__).parents[2] / "examples" / "heart"
+HEADING = "patient,age,trestbps,chol,thalach,oldpeak,sex,cp,fbs,restecg,exang,disease\n"
+
+
+def hearts(folder, lines):
+    folder.mkdir()
+    (folder / "heart.csv").write_text(HEADING + "".join(lines))
+    return folder
+
+
+def test_an_app_reads_its_tables_and_nothing_is_written(tmp_path):
+    lines = [f"P{n},{40 + n},130,230,150,1.5,1,2,0,1,0,{n % 2}\n" for n in range(30)]
+    north = hearts(tmp_path / "north", lines)
+    code, printed = check(north, "--app", str(HEART))
+    assert (code, printed[-1]) == (0, "no problems")
+    assert printed[-2].startswith("the hospital's own table: ")
+    assert [path.name for path in north.iterdir()] == ["heart.csv"]
+    odd = [*lines, "P30,400,130,230,150,1.5,1,2,0,1,0,1\n", "P31,50,,,,,1,2,0,1,0,x\n"]
+    code, printed = check(hearts(tmp_path / "south", odd), "--app", str(HEART))
+    assert code == 1
+    assert printed[-1] == "2 problems"
+    assert "; 1 rejected" in printed[0]
+    assert "age is outside 18 to 100 in 1 row" in " ".join(printed)
+    coded = [line.replace(",1\n", ",2\n").replace(",0\n", ",1\n") for line in lines]
+    code, printed = check(hearts(tmp_path / "east", coded), "--app", str(HEART))
+    assert code == 2
+    assert "disease is '1' (15 rows), '2' (15 rows)" in " ".join(printed)
+    code, _ = check(north, "--app", str(HEART), "--classes", "2")
+    assert code == 2
