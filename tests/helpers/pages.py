@@ -87,7 +87,7 @@ def words(text: str) -> str:
     """Return what a text says, without numbers and without what draws tables."""
     plain = re.sub(r"[\u2500-\u257f|]|-{3,}", " ", text)
     # The number of a run, of whose sixteen digits a narrow table puts the last on the next line.
-    plain = re.sub(r"\b[0-9a-f]{15,16}\b|\b[0-9a-f]\b", "#", plain)
+    plain = re.sub(r"\b[0-9a-f]{15,16}\b|\b[a-f]\b", "#", plain)
     return " ".join(re.sub(r"\d[\d.,:]*", "#", plain).split())
 
 

@@ -78,6 +78,7 @@ def test_what_always_runs_runs_after_a_failure(tmp_path):
 
 def test_numbers_and_lines_of_tables_may_differ():
     assert agrees("│ auc │ .961 │ 20 s\n────", "auc  .97 31 s")
+    assert agrees("round 1/10  val auc 0.8099  3.9 s", "round 1/10  val auc 0.81  47.8 s")
     assert agrees("│ 7bec4fcb57734a3 │\n│ f │", "│ 845ac2d6eb2f5ca │\n│ 5 │")
     assert agrees("a b c d", "a ... d")
     assert not agrees("auc .961", "dice .961")
