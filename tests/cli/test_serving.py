@@ -8,7 +8,6 @@ from live_runs import rounds_of, write_live, write_metrics
 
 from fedmed_flower.cli.serving import WatchPage
 from fedmed_flower.data.pictures import PALETTE
-from fedmed_flower.reports import frame
 
 PORT = 8123
 HERE = f"http://127.0.0.1:{PORT}"
@@ -138,6 +137,7 @@ def test_the_page_has_the_colours_of_the_report():
         pattern = r"--(paper|ink|soft|line|tint|bad|good):(#[0-9a-f]{3,6})"
         return {*re.findall(pattern, text.replace("\n", ""))}
 
-    assert palettes(PAGE) == palettes(frame.PAGE.template)
+    style = files("fedmed_flower.reports").joinpath("style.css").read_text(encoding="utf-8")
+    assert palettes(PAGE) == palettes(style)
     listed = re.search(r"const PALETTE = \[(.*?)\]", PAGE, re.DOTALL)[1]
     assert re.findall(r"#[0-9a-f]{6}", listed) == [*PALETTE]

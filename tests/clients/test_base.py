@@ -30,7 +30,7 @@ from torch import nn
 from fedmed_flower import InputError, MedicalClient, SiteData
 from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.privacy.ledger import Ledger
-from fedmed_flower.wire import read_error
+from fedmed_flower.wire import MESSAGE_VERSION, read_error
 
 
 class Failing(TinyClient):
@@ -79,6 +79,7 @@ def test_a_training_reply_holds_model_metrics_and_site():
         "data": "tiny images",
         "generated": False,
         "simulated": True,
+        "version": MESSAGE_VERSION,
     }
     arrays = reply.content["arrays"]
     assert {key: (a.dtype, tuple(a.shape)) for key, a in arrays.items()} == {
@@ -189,6 +190,7 @@ def test_describe_counts_rows_and_in_a_simulation_labels(tmp_path):
         "data": "tiny images",
         "generated": False,
         "simulated": False,
+        "version": MESSAGE_VERSION,
     }
 
 

@@ -193,8 +193,16 @@ def test_the_folder_is_that_of_any_run(bagging):
     assert summary["test"]["federated"]["num-examples"] == 600
     assert 0.5 < summary["test"]["federated"]["auc"] < 1
     files = {path.name for path in folder.iterdir() if path.is_file()}
-    files -= {"live.json", "log.txt"}
-    assert files == {"config.toml", "metrics.csv", "model.json", "report.html", "summary.json"}
+    assert files == {
+        "config.toml",
+        "counts.json",
+        "live.json",
+        "log.txt",
+        "metrics.csv",
+        "model.json",
+        "report.html",
+        "summary.json",
+    }
     booster = xgboost.Booster(model_file=folder / "model.json")
     assert booster.feature_names == ["a", "b", "c=x", "c=y", "c=z"]
     sent = json.loads((folder / "model.json").read_text())
