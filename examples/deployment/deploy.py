@@ -24,13 +24,14 @@ from keys import make_certificates, make_site_key, write
 
 from fedmed_flower.engines.processes import family, living, without_loopback_proxy
 from fedmed_flower.engines.project import load_project
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
 from fedmed_flower.settings.registry import Sectioned, defaults
 from fedmed_flower.settings.text import override
 
 HOST = "127.0.0.1"
 CONNECTION = "consortium"
 NAMES = ("north", "south", "east", "west")
+NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 READY_SECONDS, STOP_SECONDS = 90, 8
 SETTINGS = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -47,8 +48,14 @@ Folder = Annotated[Path, typer.Option("--dir", help="Where keys, logs and proces
 @app.command()
 def start(
     directory: Folder = Path("deployment"),
-    sites: Annotated[int, typer.Option(min=1, help="Number of hospitals.")] = 3,
-    data_root: Annotated[Path | None, typer.Option(help="Hospitals' data; else DIR/data.")] = None,
+    sites: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of hospitals; else a folder of data each, or 3."),
+    ] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(help="A folder with one folder for each hospital, its name; else DIR/data."),
+    ] = None,
     port_base: Annotated[int | None, typer.Option(min=1024, help="First port; else any.")] = None,
 ) -> None:
     """Make the keys, start everything and wait until all hospitals are online."""
@@ -56,11 +63,14 @@ def start(
     if live_processes(directory):
         raise InputError(f"a deployment is already running in {directory}: use stop first")
     (directory / "processes.json").unlink(missing_ok=True)
+    if data_root is not None and not data_root.expanduser().is_dir():
+        raise InputError(f"data-root is not a folder: {data_root}")
+    given = data_root is not None
     data_root = (data_root or directory / "data").expanduser().resolve()
     if set('"\\\n') & set(str(data_root)):
         raise InputError(f"data-root must hold no quote, backslash or newline, got {data_root}")
-    names = NAMES[:sites] if sites <= len(NAMES) else [f"site-{i + 1}" for i in range(sites)]
-    port, *site_ports = choose_ports(1 + sites, port_base)
+    names = hospitals(data_root, sites, given)
+    port, *site_ports = choose_ports(1 + len(names), port_base)
     (directory / "logs").mkdir(parents=True, exist_ok=True)
     make_certificates(directory / "server")
     for name in names:
@@ -110,6 +120,7 @@ def run(
     report = flwr_json(directory, "ls", CONNECTION, "--run-id", run_id)["runs"][0]
     print(f"Run {run_id} ended as {report['status']}, details: {report['status-details']}")
     if report["status"] != "finished:completed":
+        print_errors(directory)
         raise typer.Exit(1)
 
 
@@ -162,6 +173,42 @@ def stop(directory: Folder = Path("deployment")) -> None:
             alive = live_processes(directory, asked)
     (directory / "processes.json").unlink()
     print(f"Stopped {len(asked)} processes, {forced} of them by force. Kept: {directory}")
+
+
+def hospitals(data_root: Path, sites: int | None, given: bool) -> list[str]:
+    """Return the hospitals' names: those of the folders in `data_root`, else made-up ones.
+
+    Raises
+    ------
+    InputError
+        If `given`, and there are no folders or another number than `sites`; if a name is unusable.
+    """
+    folders = sorted(data_root.iterdir()) if data_root.is_dir() else []
+    names = [each.name for each in folders if each.is_dir() and not each.name.startswith(".")]
+    if not names and given:
+        raise InputError(f"{data_root} has no folders: make one for each hospital, named after it")
+    if not names:
+        count = sites or 3
+        return [*NAMES[:count]] if count <= len(NAMES) else [f"site-{i + 1}" for i in range(count)]
+    if sites not in (None, len(names)):
+        raise InputError(f"--sites is {sites}, and {data_root} has the folders {', '.join(names)}")
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise InputError(
+                f"a hospital's name must be up to 40 letters, digits, - and _: got {name!r}, a "
+                f"folder of {data_root}"
+            )
+    return names
+
+
+def print_errors(directory: Path) -> None:
+    """Print the last error line of each hospital's log, which the server is not sent."""
+    for name in read_processes(directory):
+        log = directory / "logs" / f"{name}.log"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if re.search(r"Error|ERROR", line)]
+        if errors and name != "superlink":
+            print(f"{name}: {shown(errors[-1].strip(), 300)}\n  all of it: {log}")
 
 
 def superlink_command(directory: Path, port: int) -> list[str]:
