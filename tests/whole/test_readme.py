@@ -5,6 +5,10 @@ from pathlib import Path
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
+
+
 def test_the_first_code_runs_as_it_stands(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
