@@ -15,6 +15,7 @@ from rich.text import Text
 
 from fedmed_flower.errors import InputError, shown
 from fedmed_flower.metrics.names import lower_is_better, main_metric
+from fedmed_flower.wire import Sent
 
 if TYPE_CHECKING:
     from fedmed_flower.privacy.ledger import Ledger, Plain
@@ -89,6 +90,10 @@ def _print_test(console: Console, summary: dict[str, Any]) -> None:
         if any(bound in total for total in totals):
             table.add_row(label, "", "", *(_show(total.get(bound)) for total in totals))
     console.print(table)
+    if not Sent.of(summary.get("sent")).noised.isdisjoint(test["sites"]):
+        console.print(
+            "counted with noise: with few patients these figures say little, see report.html"
+        )
 
 
 def _test_columns(test: dict[str, Any]) -> dict[str, dict[str, Any]]:
