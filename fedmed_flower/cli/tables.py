@@ -65,7 +65,11 @@ def _print_test(console: Console, summary: dict[str, Any]) -> None:
     results = [test["federated"], *(part for parts in columns.values() for part in parts.values())]
     metric = main_metric({name for result in results for name in result})
     title = {"auc": "AUC", "dice": "Dice", "r2": "R2"}.get(metric, metric)
-    table = Table("hospital", "train", "test", title=f"{title} on each hospital's own test data")
+    title += " on each hospital's own test data"
+    noised = not Sent.of(summary.get("sent")).noised.isdisjoint(test["sites"])
+    if noised:
+        title += ", counted with noise"
+    table = Table("hospital", "train", "test", title=title)
     for name in columns:
         table.add_column(name, justify="right")
     for site, counts in summary["sites"].items():
@@ -90,7 +94,7 @@ def _print_test(console: Console, summary: dict[str, Any]) -> None:
         if any(bound in total for total in totals):
             table.add_row(label, "", "", *(_show(total.get(bound)) for total in totals))
     console.print(table)
-    if not Sent.of(summary.get("sent")).noised.isdisjoint(test["sites"]):
+    if noised:
         console.print(
             "counted with noise: with few patients these figures say little, see report.html"
         )

@@ -11,7 +11,7 @@ from fedmed_flower.metrics.names import in_groups, lower_is_better
 from fedmed_flower.metrics.outcomes import gaps
 from fedmed_flower.reports import frame
 from fedmed_flower.reports.frame import COUNT, format_of, format_value
-from fedmed_flower.reports.noise import Noise, tested_on
+from fedmed_flower.reports.noise import Noise, number_tested
 from fedmed_flower.reports.summary import (
     Total,
     by_site,
@@ -80,7 +80,7 @@ def result(summary: dict[str, Any], main: str, noise: Noise | None = None) -> Re
     totals = {key: total(together, key) for key in keys[:_MOST_IN_WORDS]}
     return Result(
         metrics={key: each for key, each in totals.items() if each.value is not None},
-        records=tested_on(summary, noise),
+        records=number_tested(summary, noise),
         by_site=values,
         mean=mean(values),
         worst=worst(values, lower_is_better(main)),

@@ -160,7 +160,7 @@ def _without(metrics: dict[str, Any], hidden: bool) -> dict[str, Any]:
     return {key: metrics[key] for key in metrics if key == "num-examples" or not hidden}
 
 
-def tested_on(summary: dict[str, Any], noise: Noise | None) -> float | None:
+def number_tested(summary: dict[str, Any], noise: Noise | None) -> float | None:
     """Return the number of test records: of patients, if they were counted with noise.
 
     That number is the one that the hospitals gave at the start, so that it is the same everywhere;

@@ -15,7 +15,7 @@ from fedmed_flower.metrics.curves import wilson
 from fedmed_flower.metrics.names import lower_is_better
 from fedmed_flower.reports import contents
 from fedmed_flower.reports.frame import COUNT, count_of, format_of, format_value, plain_name
-from fedmed_flower.reports.noise import MARK, TOO_LARGE, Noise, noise_of, tested_on
+from fedmed_flower.reports.noise import MARK, TOO_LARGE, Noise, noise_of, number_tested
 from fedmed_flower.reports.summary import (
     by_site,
     classes,
@@ -144,7 +144,7 @@ def _quality(
 ) -> list[str]:
     main = measured.metric
     total = measured.total
-    records = tested_on(summary, noise)
+    records = number_tested(summary, noise)
     unit = "record" if noise is None else "patient"
     tested = []
     if records:
