@@ -53,6 +53,10 @@ _THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _DRAFT = """This card is a draft from a run folder. It states what the run recorded. What only
 people can say is marked **To be filled in**; the last section lists the items of TRIPOD+AI with
 where each stands."""
+_RECORDS = """These are records (images, or rows of a table). The run folder does not hold the
+number of patients they are of."""
+_PATIENTS = """These are numbers of patients where a hospital protects its patients by noise, else
+of records (images, or rows of a table)."""
 _SAMPLES = """Intervals are 95% intervals over samples of test records: of the AUC by DeLong's
 variance, of shares by Wilson's method. They take records to be independent; if patients have
 several records, they are too narrow. They say nothing of hospitals that took no part."""
@@ -244,8 +248,7 @@ def _data(run: _Run) -> str:
         f"Source, as the hospitals named it: {source}. Hospitals split their records into training,"
         " validation and test by patient, unless the app brings a split of its own.",
         _records(run),
-        "These are records (images, or rows of a table). The run folder does not hold the number "
-        "of patients they are of.",
+        _RECORDS if run.noise is None else _PATIENTS,
     ]
     hospitals = run.hospitals
     untrained = sorted(hospitals.untrained, key=frame.natural)

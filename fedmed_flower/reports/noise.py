@@ -37,7 +37,8 @@ FEWEST_PATIENTS = 100
 MARK = "counted with noise"
 TOO_LARGE = (
     "The test was counted with noise that protects patients. With so few patients the noise is too "
-    "large to tell how good the model is, so no figure is given."
+    "large to tell how good the model is, so no figure is given. More test patients or a larger "
+    "epsilon would help."
 )
 
 

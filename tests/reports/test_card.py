@@ -119,6 +119,7 @@ def test_a_private_run_names_mechanism_giver_epsilon_and_delta_and_has_no_interv
     summary = found["Summary"]
     assert "On 300 test patients of all hospitals together it reaches AUC" in summary
     assert "(counted with noise)." in summary
+    assert "These are numbers of patients" in found["Data"]
 
 
 def test_a_card_gives_no_figure_that_noise_makes(tmp_path):
@@ -134,8 +135,8 @@ def test_a_card_says_that_few_records_say_little(tmp_path):
     test = {"federated": {"mae": 2.0, "num-examples": 1}, "sites": {"a": {"mae": 2.0}}}
     found = sections(card(write_run(tmp_path, test=test)))
     assert (
-        "On 1 test record at one hospital it reaches mean absolute error 2.000. These are too few "
-        "to say how good the model is."
+        "On 1 test record at one hospital it reaches MAE 2.000. These are too few to say how good "
+        "the model is."
     ) in found["Summary"]
 
 
