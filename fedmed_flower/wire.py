@@ -428,6 +428,12 @@ class Sent:
             for reply, sites in sorted(self.keys.items())
         }
 
+    @property
+    def noised(self) -> set[str]:
+        """The sites that have evaluated by counts with noise."""
+        sites = self.keys.get("evaluate", {})
+        return {site for site, keys in sites.items() if not _PRIVATE.isdisjoint(keys)}
+
     def lines(self) -> list[Line]:
         """Return what was sent, grouped by reply, way of leaving, and sites."""
         common = {entry.key for entry in REPLIES if entry.reply == "any"}

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from fedmed_flower.errors import InputError, shown
 from fedmed_flower.metrics.names import lower_is_better, main_metric
+from fedmed_flower.wire import Sent
 
 if TYPE_CHECKING:
     from fedmed_flower.privacy.ledger import Ledger, Plain
@@ -64,7 +65,11 @@ def _print_test(console: Console, summary: dict[str, Any]) -> None:
     results = [test["federated"], *(part for parts in columns.values() for part in parts.values())]
     metric = main_metric({name for result in results for name in result})
     title = {"auc": "AUC", "dice": "Dice", "r2": "R2"}.get(metric, metric)
-    table = Table("hospital", "train", "test", title=f"{title} on each hospital's own test data")
+    title += " on each hospital's own test data"
+    noised = not Sent.of(summary.get("sent")).noised.isdisjoint(test["sites"])
+    if noised:
+        title += ", counted with noise"
+    table = Table("hospital", "train", "test", title=title)
     for name in columns:
         table.add_column(name, justify="right")
     for site, counts in summary["sites"].items():
@@ -89,6 +94,10 @@ def _print_test(console: Console, summary: dict[str, Any]) -> None:
         if any(bound in total for total in totals):
             table.add_row(label, "", "", *(_show(total.get(bound)) for total in totals))
     console.print(table)
+    if noised:
+        console.print(
+            "counted with noise: with few patients these figures say little, see report.html"
+        )
 
 
 def _test_columns(test: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -22,6 +22,7 @@ from fedmed_flower.reports import contents, frame, scores, tripod
 from fedmed_flower.reports.contents import Hospitals
 from fedmed_flower.reports.frame import COUNT, DASH, count_of, format_of, format_value
 from fedmed_flower.reports.markdown import plain, table
+from fedmed_flower.reports.noise import MARK, TOO_LARGE, Noise, noise_of, told
 from fedmed_flower.reports.summary import (
     Total,
     by_site,
@@ -34,6 +35,7 @@ from fedmed_flower.reports.summary import (
     worst,
 )
 from fedmed_flower.reports.tested import Estimates, estimates, evidence_of
+from fedmed_flower.reports.words import FEWEST
 from fedmed_flower.server.run_folder import CONFIG, METRICS, MODEL, SUMMARY
 
 Ends = tuple[float, float]
@@ -51,6 +53,10 @@ _THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _DRAFT = """This card is a draft from a run folder. It states what the run recorded. What only
 people can say is marked **To be filled in**; the last section lists the items of TRIPOD+AI with
 where each stands."""
+_RECORDS = """These are records (images, or rows of a table). The run folder does not hold the
+number of patients they are of."""
+_PATIENTS = """These are numbers of patients where a hospital protects its patients by noise, else
+of records (images, or rows of a table)."""
 _SAMPLES = """Intervals are 95% intervals over samples of test records: of the AUC by DeLong's
 variance, of shares by Wilson's method. They take records to be independent; if patients have
 several records, they are too narrow. They say nothing of hospitals that took no part."""
@@ -91,6 +97,12 @@ class _Run:
     main: str
     hospitals: Hospitals
     estimates: dict[str, Estimates]
+    noise: Noise | None
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the noise hides the figures of all hospitals together."""
+        return self.noise is not None and self.noise.hides_total
 
     @property
     def is_complete(self) -> bool:
@@ -158,10 +170,12 @@ def card(folder: Path) -> str:
     with as_input_error(f"{folder / SUMMARY}", "restore it from a copy"):
         main = judged_by(summary, ())
         counts = scores.of_test(counts, summary)
-        hospitals = contents.hospitals(summary, main)
+        noise = noise_of(summary, counts)
+        summary = told(summary, noise)
+        hospitals = contents.hospitals(summary, main, noise)
         keys = dict.fromkeys((main, *hospitals.metrics))
         measured = {key: estimates(summary, counts, key) for key in keys}
-        run = _Run(summary, counts, main, hospitals, measured)
+        run = _Run(summary, counts, main, hospitals, measured, noise)
         sections = [_head(run), _use(), _data(run), _outcome(run), _training(run), _results(run)]
         sections += [_calibration(run), _benefit(run), _groups(run), _privacy(run), _limits(run)]
         sections += [_versions(run), _section(tripod.DECLARATIONS), _checklist()]
@@ -193,19 +207,33 @@ def _head(run: _Run) -> str:
 
 
 def _in_a_sentence(run: _Run) -> str:
-    reached = contents.result(run.summary, run.main)
+    reached = contents.result(run.summary, run.main, run.noise)
     value = reached.metrics.get(run.main)
+    if run.is_hidden:
+        return TOO_LARGE
     if value is None or value.value is None:
         return "The run has no test result."
     estimate = run.estimates[run.main].total
     found = None if estimate is None else estimate.interval
     trained = nested(run.summary, "sites").keys() - run.hospitals.untrained
     sites = count_of(len(trained), "hospital")
-    records = "all" if reached.records is None else format_value(reached.records, COUNT)
+    mark = "" if run.noise is None else f" ({MARK})"
+    few = ""
+    if reached.records is not None and reached.records < FEWEST:
+        few = " These are too few to say how good the model is."
     return (
-        f"The model was trained by federated learning at {sites}. On {records} test records of all "
-        f"hospitals together it reaches {_name(run.main)} {_with(run.main, value, found)}."
+        f"The model was trained by federated learning at {sites}. {_on(run, reached.records)} it "
+        f"reaches {_name(run.main)} {_with(run.main, value, found)}{mark}.{few}"
     )
+
+
+def _on(run: _Run, records: float | None) -> str:
+    """Return on how many test records of which hospitals, as a sentence begins."""
+    unit = "test record" if run.noise is None else "test patient"
+    shown = f"all {unit}s" if records is None else count_of(records, unit)
+    tested = nested(run.summary, "test", "sites")
+    where = "at one hospital" if len(tested) == 1 else "of all hospitals together"
+    return f"On {shown} {where}"
 
 
 def _use() -> str:
@@ -220,8 +248,7 @@ def _data(run: _Run) -> str:
         f"Source, as the hospitals named it: {source}. Hospitals split their records into training,"
         " validation and test by patient, unless the app brings a split of its own.",
         _records(run),
-        "These are records (images, or rows of a table). The run folder does not hold the number "
-        "of patients they are of.",
+        _RECORDS if run.noise is None else _PATIENTS,
     ]
     hospitals = run.hospitals
     untrained = sorted(hospitals.untrained, key=frame.natural)
@@ -302,6 +329,8 @@ def _training(run: _Run) -> str:
 
 
 def _results(run: _Run) -> str:
+    if run.is_hidden:
+        return _section(tripod.RESULTS, TOO_LARGE)
     if not contents.result(run.summary, run.main).metrics:
         return _section(tripod.RESULTS, "No model was tested in this run.")
     return _section(
@@ -418,6 +447,8 @@ def _compared(run: _Run) -> str:
 
 def _calibration(run: _Run) -> str:
     found = evidence_of(run.counts, nested(run.summary, "test", "sites"))
+    if run.is_hidden:
+        return _section(tripod.CALIBRATION, f"Not available. {TOO_LARGE}")
     if run.counts is None or found is None:
         return _section(tripod.CALIBRATION, _NO_COUNTS)
     if not run.is_complete:
@@ -451,6 +482,8 @@ def _calibration(run: _Run) -> str:
 
 
 def _benefit(run: _Run) -> str:
+    if run.is_hidden:
+        return _section(tripod.BENEFIT, f"Not available. {TOO_LARGE}")
     if run.counts is None:
         return _section(tripod.BENEFIT, _NO_COUNTS)
     if len(run.counts.classes) > 2:

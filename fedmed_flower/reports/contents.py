@@ -11,6 +11,7 @@ from fedmed_flower.metrics.names import in_groups, lower_is_better
 from fedmed_flower.metrics.outcomes import gaps
 from fedmed_flower.reports import frame
 from fedmed_flower.reports.frame import COUNT, format_of, format_value
+from fedmed_flower.reports.noise import Noise, number_tested
 from fedmed_flower.reports.summary import (
     Total,
     by_site,
@@ -51,7 +52,7 @@ class Result:
     metrics
         On all test records together; at most five.
     records
-        The number of these records, if it is known.
+        The number of these records, if it is known; of patients, if they were counted with noise.
     by_site
         The main metric of each hospital.
     mean, worst
@@ -71,15 +72,15 @@ class Result:
     finished: bool
 
 
-def result(summary: dict[str, Any], main: str) -> Result:
-    """Return what the federated model reaches."""
+def result(summary: dict[str, Any], main: str, noise: Noise | None = None) -> Result:
+    """Return what the federated model reaches; `noise` is that of the test."""
     together = nested(summary, "test", "federated")
     values = by_site(nested(summary, "test", "sites"), main)
     keys = [key for key in metrics_by_site(summary, main) if not key.startswith("dice-")]
     totals = {key: total(together, key) for key in keys[:_MOST_IN_WORDS]}
     return Result(
         metrics={key: each for key, each in totals.items() if each.value is not None},
-        records=number(together, "num-examples"),
+        records=number_tested(summary, noise),
         by_site=values,
         mean=mean(values),
         worst=worst(values, lower_is_better(main)),
@@ -116,7 +117,7 @@ class Hospitals:
     metrics
         The names of these metrics.
     undefined
-        Hospitals whose test records leave the main metric undefined.
+        Hospitals whose test records leave the main metric undefined, or whose noise hides it.
     untrained
         Hospitals that were only tested.
     rejected
@@ -139,12 +140,15 @@ class Hospitals:
     bounded: bool
 
 
-def hospitals(summary: dict[str, Any], main: str) -> Hospitals:
-    """Return the table of hospitals."""
+def hospitals(summary: dict[str, Any], main: str, noise: Noise | None = None) -> Hospitals:
+    """Return the table of hospitals; `noise` is that of the test."""
     counts = nested(summary, "sites")
     tested = nested(summary, "test", "sites")
     together = nested(summary, "test", "federated")
     metrics = metrics_by_site(summary, main)
+    undefined = _undefined(tested, main)
+    if noise is not None and main in metrics:
+        undefined += [site for site in tested if site in noise.hidden and site not in undefined]
     columns = [_counts(split.capitalize(), counts, split) for split in ("train", "val", "test")]
     rejected = _counts("Rejected", counts, "rejected")
     if rejected.values:
@@ -158,7 +162,7 @@ def hospitals(summary: dict[str, Any], main: str) -> Hospitals:
     return Hospitals(
         columns=columns,
         metrics=metrics,
-        undefined=_undefined(tested, main),
+        undefined=undefined,
         untrained=tested_only(summary),
         rejected=bool(rejected.values),
         lacking=_lacking(summary),

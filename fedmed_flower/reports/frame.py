@@ -58,7 +58,11 @@ UNDEFINED = {
     "auc": "† one class only in this test set. ",
     "c-index": "† no two patients in this test set whose times can be compared. ",
 }
+NOISED_UNDEFINED = "† too few test patients to tell by counts with noise. "
 UNDEFINED |= dict.fromkeys(("r2", "d2"), "† the same value in all of this test set. ")
+COUNTED_WITH_NOISE = "These metrics are counted with noise: small differences mean nothing. "
+NOISED_ROUNDS = """<p class="note">Validation figures are counted with noise: with few patients they
+say little.</p>"""
 NOTES = {
     "auc": "AUC: how often a record with the finding or outcome is scored above one without; "
     "0.500 is chance. ",

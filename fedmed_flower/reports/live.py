@@ -32,7 +32,7 @@ from fedmed_flower.files import (
     read_object,
 )
 from fedmed_flower.metrics.names import lower_is_better, main_metric
-from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON
+from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON, Sent
 
 # Bytes of a table of metrics: about two million rows.
 _MOST_METRICS = 1 << 27
@@ -270,6 +270,7 @@ class LiveFolder:
             "metrics": self._metrics(),
             "main": self._main(),
             "privacy": self._privacy(summary),
+            "noised": _noised(summary),
             "report": status in _ENDED and REPORT in self._stamps,
             "problems": self._reported(),
         }
@@ -420,6 +421,14 @@ def _seconds(
         return None if began is None or ended is None else max(0.0, ended - began)
     began = _time(live.get("started")) or _time(summary.get("started"))
     return None if began is None else max(0.0, now - began)
+
+
+def _noised(summary: dict[str, Any]) -> bool:
+    """Return whether hospitals have measured by counts with noise, or are to do so."""
+    recorded = summary.get("privacy")
+    patient = recorded.get("patient") if isinstance(recorded, dict) else None
+    planned = isinstance(patient, dict) and patient.get("private-metrics") is not False
+    return planned or bool(Sent.of(summary.get("sent")).noised)
 
 
 def _failures(content: dict[str, Any]) -> list[dict[str, Any]]:

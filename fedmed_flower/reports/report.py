@@ -25,7 +25,16 @@ from fedmed_flower.reports.contents import (
     SiteCost,
     SiteTraffic,
 )
-from fedmed_flower.reports.frame import COUNT, count_of, escaped, format_of, format_value, name
+from fedmed_flower.reports.frame import (
+    COUNT,
+    DASH,
+    count_of,
+    escaped,
+    format_of,
+    format_value,
+    name,
+)
+from fedmed_flower.reports.noise import MARK, TOO_LARGE, Noise, noise_of, told
 from fedmed_flower.reports.plots import Styles
 from fedmed_flower.reports.rounds import Curves, read_rounds
 from fedmed_flower.reports.summary import Total, entries, judged_by, nested, number
@@ -85,15 +94,19 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
     sites = _sites(summary, curves)
     styles = plots.styles(sites)
     main = judged_by(summary, {metric for phase, metric, _ in curves if phase == "val"})
-    hospitals = contents.hospitals(summary, main)
     pictures = entries(summary, "pictures")
     counts = read_counts(folder)
     of_test = evidence_of(counts, nested(summary, "test", "sites"))
     if of_test is None:
         # Counts of an earlier test of a run that goes on say nothing of this one.
         counts = None
-    noised = counts is not None and counts.noised
+    noise = noise_of(summary, counts)
+    # What follows says nothing of figures that are mere noise.
+    summary = told(summary, noise)
+    if noise is not None and noise.hides_total:
+        of_test = None
     judged = estimates(summary, counts, main)
+    hospitals = contents.hospitals(summary, main, noise)
     num_classes = 0 if counts is None else len(counts.classes)
     others = contents.explaining(summary, main, num_classes)
     shown = [judged, *(estimates(summary, counts, key) for key in others)]
@@ -102,13 +115,13 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
         sections = [
             _head(summary, len(sites)),
             _words(words(summary, counts, judged, epsilon)),
-            _result(contents.result(summary, main), main, shown),
-            _hospitals(hospitals, styles, main, evidence.forest(shown, styles, noised)),
+            _result(contents.result(summary, main, noise), main, shown, noise),
+            _hospitals(hospitals, styles, main, shown, noise),
             _classes(contents.by_class(summary, hospitals.metrics)) if styles else "",
             evidence.curves(of_test, styles),
             comparison.groups(contents.groups(summary, main)),
             comparison.models(contents.comparison(summary, styles, main), styles, main),
-            _curves(curves, styles, main),
+            _curves(curves, styles, main, noise),
             _cases(pictures, styles, main, folder),
             _failures(summary),
             _notes(summary),
@@ -180,14 +193,18 @@ def _words(said: Words) -> str:
     return f'<div class="words"><h2>In plain words</h2><dl>{listed}</dl></div>'
 
 
-def _tiles(shown: list[Estimates]) -> str:
+def _tiles(shown: list[Estimates], noise: Noise | None) -> str:
     """Return the metrics of all records together in large digits, with their intervals."""
+    if noise is not None and noise.hides_total:
+        title = frame.title(shown[0].metric)
+        why = f"<small>{MARK}, which is too large to tell</small>"
+        return f'<dl class="tiles"><div><dt>{title}</dt><dd><b>{DASH}</b>{why}</dd></div></dl>'
     tiles = []
     for each in shown:
         if each.total is None:
             continue
         spec = format_of(each.metric)
-        interval = ""
+        interval = "" if noise is None else f"<small>{MARK}</small>"
         if each.total.interval is not None:
             low, high = (format_value(end, spec) for end in each.total.interval)
             interval = f"<small>95%: {low} to {high}</small>"
@@ -198,23 +215,27 @@ def _tiles(shown: list[Estimates]) -> str:
     return f'<dl class="tiles">{"".join(tiles)}</dl>' if tiles else ""
 
 
-def _result(result: Result, main: str, shown: list[Estimates]) -> str:
-    sentences = _result_sentences(result, main)
+def _result(result: Result, main: str, shown: list[Estimates], noise: Noise | None) -> str:
+    sentences = _result_sentences(result, main, noise)
     if not sentences:
         sentences = ["There are no test results: no model was tested in this run."]
     elif not result.finished:
         sentences.append("The run did not finish: these numbers describe an unfinished model.")
-    return f"<h2>Result</h2>{_tiles(shown)}<p>{''.join(sentences)}</p>"
+    return f"<h2>Result</h2>{_tiles(shown, noise)}<p>{''.join(sentences)}</p>"
 
 
-def _result_sentences(result: Result, main: str) -> list[str]:
+def _result_sentences(result: Result, main: str, noise: Noise | None) -> list[str]:
     sentences = []
+    unit = "test record" if noise is None else "test patient"
+    mark = "" if noise is None else f" ({MARK})"
+    if noise is not None and noise.hides_total:
+        sentences.append(f"{TOO_LARGE} ")
     if result.metrics:
         records = result.records
-        which = "all test records" if records is None else count_of(records, "test record")
+        which = f"all {unit}s" if records is None else count_of(records, unit)
         metrics = ", ".join(_metric(key, total) for key, total in result.metrics.items())
         sentences.append(
-            f"On {which} of all hospitals together the federated model reaches {metrics}. "
+            f"On {which} of all hospitals together the federated model reaches {metrics}{mark}. "
         )
     if result.by_site:
         count = count_of(len(result.by_site), "hospital")
@@ -222,10 +243,10 @@ def _result_sentences(result: Result, main: str) -> list[str]:
         worst = _metric(main, Total(result.by_site[result.worst]))
         sentences.append(
             f"Mean {name(main)} over {count}: <b>{mean}</b>. "
-            f"Worst hospital: {escaped(result.worst)}, {worst}. "
+            f"Worst hospital: {escaped(result.worst)}, {worst}{mark}. "
         )
     if result.worst_patient is not None:
-        sentences.append(f"Worst patient: {_metric(main, Total(result.worst_patient))}. ")
+        sentences.append(f"Worst patient: {_metric(main, Total(result.worst_patient))}{mark}. ")
     return sentences
 
 
@@ -241,7 +262,13 @@ def _metric(key: str, total: Total) -> str:
     return f"{text} (between {low} and {high})"
 
 
-def _hospitals(hospitals: Hospitals, styles: Styles, main: str, forest: str) -> str:
+def _hospitals(
+    hospitals: Hospitals,
+    styles: Styles,
+    main: str,
+    shown: list[Estimates],
+    noise: Noise | None,
+) -> str:
     if not styles:
         return "<h2>Hospitals</h2><p>No hospital is recorded in this run.</p>"
     names = {site: style.key for site, style in styles.items()}
@@ -249,15 +276,21 @@ def _hospitals(hospitals: Hospitals, styles: Styles, main: str, forest: str) -> 
         names[site] += ' <span class="soft">tested&nbsp;only</span>'
     caption = "Records per split, and the federated model on each hospital’s own test records"
     table = site_table(names, caption, hospitals.columns, styles, hospitals.undefined)
-    note = "".join(_hospital_notes(hospitals, main))
+    note = "".join(_hospital_notes(hospitals, main, noise))
+    forest = evidence.forest(shown, styles, noise is not None)
     return (
         f"<h2>Hospitals</h2>{forest}{table}"
         f'<p class="note">{note}The worst hospital is looked up in each column by itself.</p>'
     )
 
 
-def _hospital_notes(hospitals: Hospitals, main: str) -> list[str]:
-    notes = [frame.UNDEFINED[main]] if hospitals.undefined else []
+def _hospital_notes(hospitals: Hospitals, main: str, noise: Noise | None) -> list[str]:
+    noised = frozenset() if noise is None else noise.sites
+    notes = [frame.UNDEFINED[main]] if {*hospitals.undefined} - noised else []
+    if noised.intersection(hospitals.undefined):
+        notes.append(frame.NOISED_UNDEFINED)
+    if noised and hospitals.metrics:
+        notes.append(frame.COUNTED_WITH_NOISE)
     notes += [frame.NOTES.get(key, "") for key in hospitals.metrics]
     if hospitals.bounded:
         notes.append(frame.BETWEEN)
@@ -305,7 +338,7 @@ def _cases(pictures: list[dict[str, Any]], styles: Styles, main: str, folder: Pa
     return f"<h2>Test cases</h2>{frame.CASES}{explained}{gallery}"
 
 
-def _curves(curves: Curves, styles: Styles, main: str) -> str:
+def _curves(curves: Curves, styles: Styles, main: str, noise: Noise | None) -> str:
     panels = [_panel(curves, styles, "val", main, f"Validation {name(main)}")]
     if main != "loss":
         panels.append(_panel(curves, styles, "val", "loss", "Validation loss"))
@@ -315,7 +348,8 @@ def _curves(curves: Curves, styles: Styles, main: str) -> str:
     if not drawn:
         return "<h2>Over the rounds</h2><p>No round has recorded a metric.</p>"
     keys = plots.keys(styles, any(site == ALL_SITES for _, _, site in curves))
-    return f'<h2>Over the rounds</h2>{keys}<div class="plots">{drawn}</div>'
+    note = "" if noise is None else frame.NOISED_ROUNDS
+    return f'<h2>Over the rounds</h2>{keys}<div class="plots">{drawn}</div>{note}'
 
 
 def _other_panels(curves: Curves, styles: Styles, main: str) -> list[str]:

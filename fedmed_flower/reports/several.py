@@ -13,6 +13,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.files import file_name, read_file, read_object
 from fedmed_flower.metrics.counts import Counts, read_counts
 from fedmed_flower.reports import contents, frame
+from fedmed_flower.reports.noise import noise_of, told
 from fedmed_flower.reports.rounds import Curves, read_rounds
 from fedmed_flower.reports.scores import of_test
 from fedmed_flower.reports.summary import (
@@ -117,6 +118,8 @@ def _read_run(folder: Path, label: str) -> Run:
             "compared"
         )
     counts = of_test(read_counts(folder), summary)
+    # Figures that are mere noise are not compared.
+    summary = told(summary, noise_of(summary, counts))
     return Run(label, folder, summary, counts, read_rounds(folder))
 
 
@@ -131,6 +134,12 @@ def cautions(runs: Sequence[Run]) -> list[str]:
     if any(run.summary.get("generated") is True for run in runs):
         named = some_of([run.label for run in runs if run.summary.get("generated") is True])
         found.append(f"Generated data, not patients: {named}.")
+    noised = [run.label for run in runs if noise_of(run.summary, run.counts) is not None]
+    if noised:
+        found.append(
+            f"Tested by counts with noise: {some_of(noised)}. Small differences mean nothing, and "
+            "figures of too few patients are left out."
+        )
     for run in runs[1:]:
         found += _differs(run, first)
     return found

@@ -15,6 +15,7 @@ from fedmed_flower.metrics.curves import wilson
 from fedmed_flower.metrics.names import lower_is_better
 from fedmed_flower.reports import contents
 from fedmed_flower.reports.frame import COUNT, count_of, format_of, format_value, plain_name
+from fedmed_flower.reports.noise import MARK, TOO_LARGE, Noise, noise_of, number_tested
 from fedmed_flower.reports.summary import (
     by_site,
     classes,
@@ -82,11 +83,11 @@ def words(
         As `contents.privacy` takes it.
     """
     main = measured.metric
+    noise = noise_of(summary, counts)
     return Words(
         trained=_trained(summary, main, counts),
-        quality=_quality(summary, counts, measured),
-        worst=_worst(summary, measured, counts is not None and counts.noised)
-        + _gained(summary, main),
+        quality=_quality(summary, counts, measured, noise),
+        worst=_worst(summary, measured, noise is not None) + _gained(summary, main),
         part=_part(summary),
         privacy=_privacy(contents.privacy(summary, hospital_epsilon)),
     )
@@ -138,26 +139,29 @@ def _class(counts: Counts, number: int) -> str:
     return f"class {name}" if name == str(number) else f"“{name}”"
 
 
-def _quality(summary: dict[str, Any], counts: Counts | None, measured: Estimates) -> list[str]:
+def _quality(
+    summary: dict[str, Any], counts: Counts | None, measured: Estimates, noise: Noise | None
+) -> list[str]:
     main = measured.metric
     total = measured.total
+    records = number_tested(summary, noise)
+    unit = "record" if noise is None else "patient"
+    tested = []
+    if records:
+        tested.append(f"It was tested on {count_of(records, unit)} kept apart from training.")
+    if noise is not None and noise.hides_total:
+        return [*tested, TOO_LARGE]
     if total is None:
         return ["No model was tested." if not measured.sites else "It was not measured as a whole."]
-    sentences = []
-    records = number(nested(summary, "test", "federated"), "num-examples")
-    if records:
-        tested_on = count_of(records, "record")
-        if counts is not None and counts.noised:
-            tested_on = f"about {count_of(records, 'patient')} (counted with noise)"
-        sentences.append(f"It was tested on {tested_on} kept apart from training.")
-    if counts is not None and counts.noised:
+    sentences = tested
+    if noise is not None:
         sentences.append(
             "The counts of the test carry noise that protects patients. So no share “of 100” and "
             "no interval is given, and small differences mean nothing."
         )
     elif counts is not None and _is_complete(summary, counts):
         sentences += _recognised(counts)
-    sentences += _main(main, total.value, counts)
+    sentences += _main(main, total.value, counts, noise)
     bounds = total_of(nested(summary, "test", "federated"), main).bounds
     if bounds is not None:
         low, high = map(format_value, bounds)
@@ -222,11 +226,13 @@ def _per_hundred(right: float, rows: float) -> str:
     return f": {shown} (95% interval {100 * low:.0f} to {100 * high:.0f})"
 
 
-def _main(main: str, value: float, counts: Counts | None) -> list[str]:
+def _main(main: str, value: float, counts: Counts | None, noise: Noise | None) -> list[str]:
     """Return the main metric in everyday words."""
     shown = format_value(value, format_of(main))
-    if main == "auc" and counts is not None and counts.noised:
-        return [f"By these counts its AUC is {shown}; 0.500 would be chance, 1.000 without error."]
+    if noise is not None:
+        shown += f" ({MARK})"
+    if main == "auc" and noise is not None:
+        return [f"Its AUC is {shown}; 0.500 would be chance, 1.000 without error."]
     if main == "auc":
         pair = "one with and one without what it looks for"
         if counts is not None and len(counts.classes) > 2:

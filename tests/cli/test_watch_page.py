@@ -136,6 +136,7 @@ def test_the_page_fits_and_can_be_read(tmp_path, opened, scheme, width):
         page = opened(url, color_scheme=scheme, viewport={"width": width, "height": 900})
         page.get_by_text("Running: round 7 of 10, training").wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.get_by_text("Figures of validation and test records are counted").wait_for()
         contrasts = page.evaluate(CONTRAST)
         assert len(contrasts) > 20
         assert {text: each for text, each in contrasts if each < 4.5} == {}

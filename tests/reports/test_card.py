@@ -106,7 +106,7 @@ def test_a_private_run_names_mechanism_giver_epsilon_and_delta_and_has_no_interv
             "sites": {"hospital-1": {"epsilon": 7.25, "rounds": 2, "declined": 0}},
         },
     }
-    found = sections(card(write_run(tmp_path, noise=1.0, privacy=privacy)))
+    found = sections(card(write_run(tmp_path, noise=0.1, privacy=privacy)))
     words = " ".join(found["Privacy"].split())
     assert "for a patient with all records, and each hospital gives it" in words
     assert "The target was epsilon 8.0 at delta 1e-05" in words
@@ -116,6 +116,28 @@ def test_a_private_run_names_mechanism_giver_epsilon_and_delta_and_has_no_interv
     assert "counted with noise" in found["Results"]
     assert " to " not in cells(found["Results"], "AUC")[0]
     assert "| Patients | Mean probability | Observed share |" in found["Calibration"]
+    summary = found["Summary"]
+    assert "On 300 test patients of all hospitals together it reaches AUC" in summary
+    assert "(counted with noise)." in summary
+    assert "These are numbers of patients" in found["Data"]
+
+
+def test_a_card_gives_no_figure_that_noise_makes(tmp_path):
+    found = sections(card(write_run(tmp_path, noise=1.0, sizes={"a": 30, "b": 47})))
+    for title in ("Summary", "Results"):
+        assert "the noise is too large to tell how good the model is" in found[title]
+        assert "AUC" not in found[title]
+    for title in ("Calibration", "Net benefit"):
+        assert "Not available. The test was counted with noise" in found[title]
+
+
+def test_a_card_says_that_few_records_say_little(tmp_path):
+    test = {"federated": {"mae": 2.0, "num-examples": 1}, "sites": {"a": {"mae": 2.0}}}
+    found = sections(card(write_run(tmp_path, test=test)))
+    assert (
+        "On 1 test record at one hospital it reaches MAE 2.000. These are too few to say how good "
+        "the model is."
+    ) in found["Summary"]
 
 
 def test_a_plain_run_says_what_it_does_not_protect(run):

@@ -251,3 +251,15 @@ def test_many_hospitals_are_folded_away(tmp_path):
     page, parsed = compared(tmp_path, *folders)
     assert "All 31 hospitals" in page
     assert "Lower quartile" in parsed.table("AUC on each")
+
+
+def test_figures_that_noise_makes_are_not_compared(tmp_path):
+    first = write_run(tmp_path / "first")
+    noised = write_run(tmp_path / "noised", noise=1.0, sizes={"hospital-1": 30, "hospital-2": 47})
+    runs = read_runs([first, noised])
+    assert [caution for caution in cautions(runs) if caution.startswith("Tested by counts")] == [
+        "Tested by counts with noise: noised. Small differences mean nothing, and figures of too "
+        "few patients are left out."
+    ]
+    page = Page(write_comparison([first, noised], tmp_path / "out.html").read_text())
+    assert page.table("The federated model on all test")["AUC"][1] == "–"

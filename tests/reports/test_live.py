@@ -326,3 +326,19 @@ def test_to_watch_a_run_loads_neither_flower_nor_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_counts_with_noise_are_marked_from_the_start(tmp_path):
+    patient = {"target-epsilon": 8.0, "delta": 1e-5}
+    for private, sent, marked in (
+        ({"patient": patient | {"private-metrics": True}}, [], True),
+        ({"patient": patient | {"private-metrics": False}}, ["metrics.auc"], False),
+        ({"patient": patient | {"private-metrics": False}}, ["metrics.noised-counts"], True),
+        # A hospital with a budget counts with noise in each run.
+        ({}, ["metrics.noised-dice"], True),
+        ({}, ["metrics.dice"], False),
+        (["odd"], [], False),
+    ):
+        sent = {"evaluate": {"north": sent}}
+        write_json(tmp_path, "summary.json", status="running", privacy=private, sent=sent)
+        assert state_of(tmp_path)["noised"] is marked

@@ -133,7 +133,7 @@ def test_noise_takes_away_the_shares_and_the_intervals():
     outputs = [[2.0 * label - 1] for label in labels]
     patients = [str(number) for number in range(200)]
     records = {
-        site: {"num-examples": 200, "noised-counts": noised_counts(labels, outputs, patients, 1.0)}
+        site: {"num-examples": 200, "noised-counts": noised_counts(labels, outputs, patients, 0.1)}
         for site in ("north", "south")
     }
     summary, _ = run(**NORTH_AND_SOUTH)
@@ -145,7 +145,9 @@ def test_noise_takes_away_the_shares_and_the_intervals():
     summary["privacy"] = {"patient": patient}
     said = words(summary, "auc", counted(records, NAMES))
     text = " ".join(said.quality + said.worst)
-    assert "about 401 patients (counted with noise)" in text
+    # What the hospitals said at the start, not the 401 that were counted with noise.
+    assert "It was tested on 200 patients kept apart from training." in text
+    assert "Its AUC is 0.900 (counted with noise); 0.500 would be chance" in text
     assert "The counts of the test carry noise that protects patients." in text
     assert "recognised" not in text
     assert "(95%" not in text
