@@ -26,10 +26,11 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _NOTHING = "default-src 'none'; frame-ancestors 'none'"
-# A stranger may have written the report: it runs no script and loads nothing, also in its own tab.
+# A stranger may have written the report: in its frame or tab it loads nothing, reaches nothing of
+# this page, and runs no script but the one of this package's reports.
 _REPORT = (
-    "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'self'"
+    "sandbox allow-scripts; default-src 'none'; script-src {script}; style-src 'unsafe-inline'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
 )
 
 
@@ -128,7 +129,8 @@ class WatchPage:
             content = self._run.report()
         except OSError as error:
             return _refusal(404, f"there is no report: {error.strerror}")
-        return _content(content, "text/html", _REPORT)
+        script = files("fedmed_flower.reports").joinpath("script.js").read_text(encoding="utf-8")
+        return _content(content, "text/html", _REPORT.format(script=_named(script)))
 
 
 def _content(
@@ -146,6 +148,11 @@ def _refusal(status: int, text: str) -> _Answer:
 def _hash_of(page: str, tag: str) -> str:
     """Return how a policy names the one script or style of a page."""
     (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+    return _named(content)
+
+
+def _named(content: str) -> str:
+    """Return a script or style as a policy names it."""
     digest = hashlib.sha256(content.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 

@@ -8,6 +8,7 @@ from live_runs import rounds_of, write_live, write_metrics
 
 from fedmed_flower.cli.serving import WatchPage
 from fedmed_flower.data.pictures import PALETTE
+from fedmed_flower.reports import frame
 
 PORT = 8123
 HERE = f"http://127.0.0.1:{PORT}"
@@ -111,11 +112,14 @@ def test_no_other_site_may_read_frame_or_feed_what_is_answered(tmp_path, path):
     assert headers["cross-origin-resource-policy"] == "same-origin"
 
 
-def test_the_report_of_a_stranger_runs_no_script(tmp_path):
+def test_the_report_of_a_stranger_runs_no_script_but_that_of_reports(tmp_path):
     (tmp_path / "report.html").write_text("<script>alert(1)</script>")
     policy = Asking(tmp_path).get("/secret/report").headers["content-security-policy"]
-    assert policy.startswith("sandbox; default-src 'none'; style-src 'unsafe-inline'")
-    assert "script" not in policy
+    assert policy.startswith("sandbox allow-scripts; default-src 'none'; script-src 'sha256-")
+    # The one that the page of a report allows as well.
+    (own,) = re.findall(r"script-src ('sha256-[^']*')", policy)
+    assert f"script-src {own}" in frame.page("title", "<p>body</p>")
+    assert "script-src 'unsafe-inline'" not in policy
 
 
 def test_a_folder_without_report_has_none(tmp_path):
