@@ -1,5 +1,6 @@
 """Pages that are written before each build: the reference of public names and commands."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -171,6 +172,8 @@ def text_of(path: str) -> str:
 
     def link(found: re.Match[str]) -> str:
         said, target = found.groups()
+        if ":" not in target and not target.startswith("#"):
+            target = os.path.normpath(Path(path).parent / target)
         if target.startswith("docs/"):
             return f"[{said}](/{target.removeprefix('docs/')})"
         if target.startswith("CONTRIBUTING.md"):

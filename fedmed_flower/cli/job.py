@@ -98,7 +98,7 @@ def prepare(path: Path, options: Options) -> Job:
     if resume is None:
         run_folder.require_unused()
     before = None if resume is None else read_before(run_folder)
-    num_sites = _number_of_sites(path, options, before)
+    num_sites = number_of_sites(path, options, before)
     client = project.client_app()
     values: UserConfig = {"run-dir": str(run_folder.path), "resume": resume is not None}
     if options.data is not None:
@@ -125,7 +125,7 @@ def prepare(path: Path, options: Options) -> Job:
     return Job(project, client, config, num_sites, nodes, options, run_folder.path)
 
 
-def _number_of_sites(path: Path, options: Options, before: Before | None) -> int:
+def number_of_sites(path: Path, options: Options, before: Before | None) -> int:
     """Return with how many sites to run: as many as were given, as before, or folders of data."""
     wanted = default_sites(path)
     source = ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from fedmed_flower.cli.options import Options
 from fedmed_flower.cli.tables import console, input_errors, print_table
 from fedmed_flower.errors import InputError
 from fedmed_flower.statistics.request import KINDS, Request, Survival, parse_filter
@@ -23,6 +24,10 @@ def statistics(
     path: Annotated[Path, typer.Argument(metavar="APP", help="Folder of the Flower app.")],
     sites: Annotated[
         int | None, typer.Option(min=1, help="Number of hospitals.  [default: the app's, or 5]")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A folder with one folder for each simulated hospital, named after it."),
     ] = None,
     column: Annotated[_Names, typer.Option(help="Describe this column.  [default: all]")] = None,
     where: Annotated[
@@ -69,7 +74,7 @@ def statistics(
 ) -> None:
     """Describe the patients of all hospitals; no row leaves a hospital."""
     # Loading torch and Flower takes seconds, which `fedmed --help` need not wait for.
-    from fedmed_flower.engines.project import default_sites
+    from fedmed_flower.cli.job import number_of_sites
     from fedmed_flower.server.run_folder import read_summary
 
     with input_errors():
@@ -97,8 +102,13 @@ def statistics(
             epsilon=epsilon,
             delta=delta,
         )
-        count = default_sites(path) if sites is None else sites
-        folder = _run(path, count, out, config or [], request, drift, alert)
+        if data is not None and any(
+            text.partition("=")[0].strip() == "data" for text in config or ()
+        ):
+            raise InputError("data is given twice: by --data and by -c data=")
+        options = Options(sites=sites, settings=config or [], out=out, data=data)
+        count = number_of_sites(path, options, None)
+        folder = _run(path, options, count, request, drift, alert)
         summary = read_summary(folder, "run the survey again")
     for entry in summary["tables"]:
         _print_table(entry)
@@ -109,13 +119,7 @@ def statistics(
 
 
 def _run(
-    path: Path,
-    sites: int,
-    out: Path | None,
-    settings: list[str],
-    request: Request,
-    drift: str,
-    alert: str,
+    path: Path, options: Options, sites: int, request: Request, drift: str, alert: str
 ) -> Path:
     from flwr.serverapp import Grid, ServerApp
 
@@ -127,15 +131,18 @@ def _run(
     from fedmed_flower.statistics.server import survey
 
     project = load_project(path)
-    run_folder = RunFolder.named(out, f"{project.name}-statistics")
+    run_folder = RunFolder.named(options.out, f"{project.name}-statistics")
     folder = run_folder.path
     run_folder.require_unused()
     client = project.client_app()
     own = client.sections if isinstance(client, Sectioned) else ()
-    config = expand(override({SETTINGS: "", **project.declared}, settings, defaults(own)))
-    run_config = config | {"run-dir": str(folder)}
+    declared = override({SETTINGS: "", **project.declared}, options.settings, defaults(own))
+    run_config = expand(declared) | {"run-dir": str(folder)}
     command = [str(path), "--sites", str(sites)]
-    command += [text for setting in settings for text in ("-c", setting)]
+    if options.data is not None:
+        run_config["data"] = str(options.data.expanduser().resolve())
+        command += ["--data", str(options.data)]
+    command += [text for setting in options.settings for text in ("-c", setting)]
     server = ServerApp()
 
     @server.main()

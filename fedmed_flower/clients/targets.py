@@ -174,7 +174,8 @@ def _require_columns(
     if lacking:
         known = ", ".join(name for name, value in row.items() if isinstance(value, str))
         raise InputError(
-            f"report-by names {lacking[0]}, which {row_name} does not have: it has {known}"
+            f"report-by names {lacking[0]}, which {row_name} does not have: it has {known}; "
+            "report-by is set in the app's pyproject.toml or by -c report-by="
         )
     lacking = sorted(set(needed) - row.keys())
     if lacking:

@@ -249,12 +249,21 @@ class Cells:
             what = f"is not one of {', '.join(allowed)}"
             self.note(name, what, [text not in allowed for text in texts], texts)
 
-    def require_codes(self, name: str, texts: Sequence[str | None], allowed: Sequence[str]) -> None:
+    def require_codes(
+        self,
+        name: str,
+        texts: Sequence[str | None],
+        allowed: Sequence[str],
+        nameable: bool = False,
+    ) -> None:
         """Raise `InputError` if an outcome is coded otherwise than declared.
 
         That is so if three rows or more, and more than one in twenty, have another text than those
         allowed; or if all rows with an allowed text have the same, and another row has a number. To
         reject such rows would select patients.
+
+        `nameable` says whether the outcome has two classes that the schema has not named yet. The
+        error then offers to name them, unless there are numbers among the texts.
         """
         counts = Counter(
             text
@@ -273,11 +282,15 @@ class Cells:
             for text, count in counts.most_common(_MOST_LISTED)
         )
         codes = ", ".join(f"{text!r}: ..." for text in sorted(counts)[:_MOST_LISTED])
+        remedy = f"what each text stands for, by codes={{{column!r}: {{{codes}}}}}"
+        if nameable and not any(map(_NUMBER_CODE.fullmatch, counts)):
+            pair = sorted(counts) if len(counts) == 2 else ("...", "...")
+            classes = ", ".join(map(repr, pair))
+            remedy = f"the two classes by classes=({classes}), class 0 first; or {remedy}"
         raise InputError(
             shown(
                 f"{self.where}: {name} is {listed} and must be one of {', '.join(allowed)}: say in "
-                f"the schema what each text stands for, by codes={{{column!r}: {{{codes}}}}}; add "
-                "those that mean missing to missing of read_table",
+                f"the schema {remedy}; add those that mean missing to missing of read_table",
                 1000,
             )
         )

@@ -36,6 +36,7 @@ log = logging.getLogger("flwr.fedmed")
 TASKS = ("binary", "multi-class", "count", "continuous", "survival")
 _CLASSED = ("binary", "multi-class")
 _EVENTS = ("0", "1")
+_BINARY = ("0", "1")  # The classes of a binary target unless they are named.
 _ROW_KEYS = ("patient", "split")
 
 
@@ -174,7 +175,7 @@ class Schema:
     def _check_task(self) -> None:
         count = len(self.classes)
         if self.task == "binary":
-            self._put("classes", self.classes or ("0", "1"))
+            self._put("classes", self.classes or _BINARY)
             require(count in (0, 2), f"classes must be two for a binary task, got {count}")
         elif self.task == "multi-class":
             require(count > 1, f"classes must be two or more for a multi-class task, got {count}")
@@ -437,7 +438,8 @@ def _outcome_texts(
     """
     codes = schema.codes.get(name) or {text: text for text in meanings}
     texts = cells.texts(name, (*codes,))
-    cells.require_codes(label, texts, (*codes,))
+    unnamed = (*codes,) == schema.classes == _BINARY
+    cells.require_codes(label, texts, (*codes,), nameable=unnamed)
     cells.need(label, texts, (*codes,))
     return [codes.get(text or "") for text in texts]
 

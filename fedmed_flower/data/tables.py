@@ -224,7 +224,11 @@ def _stem(image: Any) -> str | None:
 def _require_columns(file: Path, names: Sequence[str], needed: Sequence[str]) -> None:
     for name in needed:
         if names.count(name) != 1:
+            # A client for tables says by its schema what the columns are.
+            hint = (
+                "; if it lists no images, name the app that reads it: fedmed data check --app APP"
+            )
             raise InputError(
                 f"{file} must have one column {name!r}, got {names.count(name)}: its columns are "
-                f"{', '.join(names)}"
+                f"{', '.join(names)}{hint if name not in names and name == 'image' else ''}"
             )

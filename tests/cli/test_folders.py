@@ -154,3 +154,32 @@ def test_a_run_on_folders_is_resumed_with_the_data_of_the_start(world):
     code, output = run("--resume", "run", "--rounds", "2", "--data", "data")
     assert code == 0, output
     assert json.loads((world / "run" / "summary.json").read_text())["rounds"] == 2
+
+
+def test_statistics_describe_the_hospitals_of_a_folder(world, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    result = CliRunner().invoke(app, ["statistics", "app", "--data", "data", "--out", "survey"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads((world / "survey" / "summary.json").read_text())
+    assert summary["sites"] == dict.fromkeys(NAMES, 60)
+    rows = {row[0]: row[1:] for row in summary["tables"][0]["rows"]}
+    assert rows["Patients"] == ["60", "60", "60", "180"]
+    every = [np.random.default_rng(seed).integers(20, 90, 60) for seed in range(len(NAMES))]
+    assert rows["age, mean (SD)"][0].startswith(f"{every[0].mean():.3g} ")
+    assert "finished: 3 of 3 hospitals" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--data", "data", "--sites", "2"], "--sites must be 3, the number of folders in data"),
+        (["--data", "nowhere"], "data must be a folder that holds one for each hospital, got"),
+        (["--data", "data", "-c", "data=other"], "data is given twice: by --data and by -c data="),
+    ],
+)
+def test_statistics_of_wrong_folders_write_nothing(world, monkeypatch, options, text):
+    monkeypatch.setenv("COLUMNS", "120")
+    result = CliRunner().invoke(app, ["statistics", "app", *options, "--out", "survey"])
+    assert result.exit_code == 2
+    assert text in result.output
+    assert not (world / "survey").exists()

@@ -604,7 +604,8 @@ def test_a_group_has_as_many_patients_however_their_numbers_are_written():
 
 def test_a_column_to_report_by_that_is_not_there_or_is_a_number_is_told_at_once(tmp_path):
     text = "report-by names town, which row 0 of the train split does not have: it has "
-    text += "patient, age-band, sex, ward"
+    text += "patient, age-band, sex, ward; report-by is set in the app's pyproject.toml or by "
+    text += "-c report-by="
     with pytest.raises(InputError, match=says(text)):
         run_tables(tmp_path, report_by="sex,town")
     age = rows_of(TinyTable)[0]["age"]

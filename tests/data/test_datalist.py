@@ -245,6 +245,11 @@ def test_lines_that_cannot_be_used_are_named(tmp_path):
             "{} must have one column 'label', got 0: its columns are image, class, patient",
         ),
         (
+            b"patient,age,stroke\n",
+            "{} must have one column 'image', got 0: its columns are patient, age, stroke; if it "
+            "lists no images, name the app that reads it: fedmed data check --app APP",
+        ),
+        (
             b"image,label,Label,patient\n",
             "{} must have one column 'label', got 2: its columns are image, label, label, patient",
         ),

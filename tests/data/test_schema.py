@@ -372,6 +372,53 @@ def test_a_binary_target_coded_1_and_2_is_refused(tmp_path):
     assert column(rows, "ill") == [0, 0, 1] * 3
 
 
+@pytest.mark.parametrize(
+    ("values", "listed", "remedy"),
+    [
+        (
+            ["yes", "no", "no"],
+            "'no' (6 rows), 'yes' (3 rows)",
+            "the two classes by classes=('no', 'yes'), class 0 first; or what each text stands "
+            "for, by codes={'ill': {'no': ..., 'yes': ...}}",
+        ),
+        (
+            ["yes", "no", "lost"],
+            "'yes' (3 rows), 'no' (3 rows), 'lost' (3 rows)",
+            "the two classes by classes=('...', '...'), class 0 first; or what each text stands "
+            "for, by codes={'ill': {'lost': ..., 'no': ..., 'yes': ...}}",
+        ),
+        (
+            ["yes", "no", "2"],
+            "'yes' (3 rows), 'no' (3 rows), '2' (3 rows)",
+            "what each text stands for, by codes={'ill': {'2': ..., 'no': ..., 'yes': ...}}",
+        ),
+    ],
+)
+def test_a_target_of_words_is_refused_until_its_classes_are_named(tmp_path, values, listed, remedy):
+    schema = Schema("ill", "binary", numeric=("age",))
+    lines = "".join(f"P{n},60,{value}\n" for n, value in enumerate(values * 3))
+    path = written(tmp_path, f"patient,age,ill\n{lines}")
+    text = (
+        f"{path}: target ill is {listed} and must be one of 0, 1: say in the schema {remedy}; add "
+        "those that mean missing to missing of read_table"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        read_table(path, schema)
+
+
+def test_a_schema_that_has_named_its_classes_is_asked_for_codes(tmp_path):
+    schema = Schema("ill", "binary", numeric=("age",), classes=("no", "yes"))
+    lines = "".join(f"P{n},60,{value}\n" for n, value in enumerate(["non", "oui"] * 3))
+    text = "must be one of no, yes: say in the schema what each text stands for, by codes="
+    with pytest.raises(InputError, match=re.escape(text)):
+        read(tmp_path, f"patient,age,ill\n{lines}", schema)
+    # As the error for a schema without classes advises.
+    rows, _, _ = read(
+        tmp_path, f"patient,age,ill\n{lines}", replace(schema, classes=("non", "oui"))
+    )
+    assert column(rows, "ill") == [0, 1] * 3
+
+
 def test_a_rare_2_beside_1_alone_is_a_code_and_not_dirt(tmp_path):
     schema = Schema("ill", "binary", numeric=("age",))
     heading = "patient,age,ill\n"

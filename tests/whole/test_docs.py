@@ -115,6 +115,15 @@ def test_each_public_name_is_on_one_page_and_no_other(monkeypatch):
     assert {name.rpartition(".")[2] for name in shown} == every
 
 
+def test_a_text_from_a_folder_links_to_the_pages_that_it_names(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "extensions")
+    from generated_pages import text_of
+
+    text = text_of("examples/deployment/README.md")
+    assert "[Budgets and ledgers](/guides/budgets.md)" in text
+    assert "](../" not in text
+
+
 def test_attributes_that_are_described_at_once_are_split(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs" / "extensions")
     from public_references import escape_stars, split_attributes
