@@ -347,7 +347,8 @@ def _require_same(
     """Raise `InputError` if weights are not those of a network."""
     given = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
     needed = {name: (tuple(value.shape), value.dtype) for name, value in wanted.items()}
-    for name in needed | given:
+    # A file's own order of names differs from read to read.
+    for name in sorted(needed | given):
         if given.get(name) != needed.get(name):
             raise InputError(
                 f"{where} does not fit {whose}: {name} is {_form(given.get(name))} and must be "

@@ -274,7 +274,10 @@ def test_a_hospitals_own_model_is_used_by_its_file(tmp_path):
     assert not np.array_equal(mine, client.predict(predictor.network(client), prepared))
     (tmp_path / "wrong.safetensors").write_bytes(save({"weight": torch.zeros(1, 2)}))
     for path, text in (
-        (tmp_path / "wrong.safetensors", "does not fit the model of .*: weight is float32"),
+        (
+            tmp_path / "wrong.safetensors",
+            r"does not fit the model of .*: bias is missing and must be float32 \(1,\)",
+        ),
         (folder / "config.toml", "is no file of weights"),
         (tmp_path / "absent", "cannot be read: No such file or directory"),
     ):
