@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedmed_flower.data.plain import PlainColumn
 from fedmed_flower.errors import InputError, shown
 
 if TYPE_CHECKING:
@@ -53,9 +54,12 @@ def category_text(value: Any) -> str | None:
             value = int(value)
         text = str(value).strip()
     text = _FLAGS.get(text.lower(), text)
-    if whole_number := _WHOLE.fullmatch(text):
+    if text.endswith(".0") and (whole_number := _WHOLE.fullmatch(text)):
         return whole_number[1]
     return text or None
+
+
+Column = Sequence[Any] | NDArray[Any]
 
 
 @dataclass
@@ -71,8 +75,8 @@ class Cells:
     names : list of str
         Names of the columns, in order.
     column : callable
-        Takes an index of `names` and returns the cells of that column: texts or any other objects,
-        None if missing.
+        Takes an index of `names` and returns the cells of that column: a sequence of texts or any
+        other objects, None if missing; or an array of numbers or truth values, NaN if missing.
     decimal : str
         The decimal mark of numbers in texts. If it is empty, commas are decimal marks, and points
         are too unless they stand between groups of three digits.
@@ -92,7 +96,7 @@ class Cells:
     word: str
     lines: Sequence[int]
     names: list[str]
-    column: Callable[[int], list[Any]]
+    column: Callable[[int], Column]
     decimal: str = "."
     ragged: int = 0
     problems: list[str] = field(default_factory=list)
@@ -102,7 +106,7 @@ class Cells:
     def __post_init__(self) -> None:
         self.rejected = np.zeros(len(self.lines), dtype=bool)
 
-    def raw(self, name: str) -> list[Any]:
+    def raw(self, name: str) -> Column:
         """Return a column's cells as they were read; all None if there is no such column."""
         if name in self.names:
             return self.column(self.names.index(name))
@@ -114,14 +118,18 @@ class Cells:
         A text that is declared or decoded never counts as missing, nor does "-" beside "+".
         """
         codes = self.codes.get(name, {})
-        texts = [category_text(cell) for cell in self.raw(name)]
-        kept = {*declared, *codes} | ({"-"} if "+" in texts else set())
-        return [
-            None
-            if text is None or (text not in kept and text.lower() in self.missing)
-            else codes.get(text, text)
-            for text in texts
-        ]
+
+        def meanings(cells: Sequence[Any]) -> list[str | None]:
+            texts = list(map(category_text, cells))
+            kept = {*declared, *codes} | ({"-"} if "+" in texts else set())
+            return [
+                None
+                if text is None or (text not in kept and text.lower() in self.missing)
+                else codes.get(text, text)
+                for text in texts
+            ]
+
+        return _mapped(meanings, self.raw(name))
 
     def numbers(
         self, name: str, limits: tuple[float, float] | None = None, needed: str = ""
@@ -132,14 +140,12 @@ class Cells:
         cell are then rejected. Rows with a missing cell are not.
         """
         cells = self.raw(name)
-        grouped = self._has_groups(name, cells)
-        numbers = [self._number(cell, grouped) for cell in cells]
-        values = np.asarray([math.nan if number is None else number for number in numbers])
+        values, wrong = self._values(name, cells)
         codes = [float(text) for text in self.missing if _is_number(text)]
         values[np.isin(values, codes)] = np.nan
         too_large = np.abs(values) > LARGEST
         faults = {
-            "is not a number": np.asarray([number is None for number in numbers], bool),
+            "is not a number": wrong,
             f"is beyond {LARGEST:g}": too_large,
         }
         if limits:
@@ -152,24 +158,46 @@ class Cells:
         self._note_lone(name, values)
         return values
 
+    def _values(self, name: str, cells: Column) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return a column as numbers, NaN if missing or wrong, and which cells are no numbers."""
+        if isinstance(cells, np.ndarray):
+            return cells.astype(np.float64), np.zeros(len(cells), bool)
+        if isinstance(cells, PlainColumn) and self.decimal == ".":
+            values, unread = cells.numbers()
+            wrong = np.zeros(len(cells), bool)
+            left = np.flatnonzero(unread)
+            if left.size:
+                others = [cells[index] for index in left.tolist()]
+                values[left], wrong[left] = self._values(name, others)
+            return values, wrong
+        grouped = self._has_groups(name, cells)
+        numbers = _mapped(lambda some: [self._number(cell, grouped) for cell in some], cells)
+        # NumPy makes NaN of None.
+        return np.array(numbers, np.float64), np.array([number is None for number in numbers], bool)
+
     def _note_lone(self, name: str, values: NDArray[np.float64]) -> None:
         """Add a problem if the least or greatest value may be a code of missing values."""
         known = values[~np.isnan(values)]
-        distinct, counts = np.unique(known, return_counts=True)
-        if len(distinct) < 3:
+        if not known.size:
+            return
+        least = known.min()
+        greatest = known.max()
+        above = known[known > least].min(initial=greatest)
+        below = known[known < greatest].max(initial=least)
+        if above == greatest:  # There are fewer than three values.
             return
         fewest = max(_FEWEST_LONE, _LONE_SHARE * len(known))
-        for value, count, rest in (
-            (distinct[0], counts[0], distinct[1:]),
-            (distinct[-1], counts[-1], distinct[:-1]),
+        for value, gap, rest in (
+            (least, above - least, (above, greatest)),
+            (greatest, greatest - below, (least, below)),
         ):
-            gap = min(abs(rest - value))
-            apart = gap > rest[-1] - rest[0] or (value in _CODES_BELOW_ZERO and rest[0] >= 0)
+            count = int((known == value).sum())
+            apart = gap > rest[1] - rest[0] or (value in _CODES_BELOW_ZERO and rest[0] >= 0)
             if count >= fewest and apart:
                 code = plain(value)
                 self.problems.append(
                     f"{name} is {code} in {count} of {len(known)} rows, apart from its other "
-                    f"values ({plain(rest[0])} to {plain(rest[-1])}): if {code} stands for a "
+                    f"values ({plain(rest[0])} to {plain(rest[1])}): if {code} stands for a "
                     f'missing value, add "{code}" to missing, or declare the range of {name!r}'
                 )
 
@@ -183,14 +211,14 @@ class Cells:
         """
         if self.decimal:
             return self.decimal == ","
-        texts = [cell.strip() for cell in cells if isinstance(cell, str)]
+        texts = [cell.strip() for cell in dict.fromkeys(cells) if isinstance(cell, str)]
         unclear = next((text for text in texts if _meaning_of_point(text) == "unclear"), None)
         if unclear is None:
             return True
         meanings = {_meaning_of_point(text) for text in texts} & {"group", "decimal"}
         if not meanings:
             columns = (self.column(index) for index in range(len(self.names)))
-            every = (_meaning_of_point(cell.strip()) for column in columns for cell in column)
+            every = (_meaning_of_point(cell.strip()) for column in columns for cell in {*column})
             meanings = {*every} & {"group", "decimal"}
         if len(meanings) != 1:
             as_group = unclear.replace(".", "")
@@ -231,7 +259,7 @@ class Cells:
             return
         count = int(wrong.sum())
         first = int(wrong.argmax())
-        example = "" if cells is None else f" with {_example(cells[first])}"
+        example = "" if cells is None else f" with {_example(_cell(cells, first))}"
         outcome = "rejected" if reject else "counted as missing"
         self.problems.append(
             shown(
@@ -299,8 +327,11 @@ class Cells:
 def frame_cells(frame: DataFrame, where: str) -> Cells:
     """Return the cells of a data frame; its index is ignored."""
 
-    def column(index: int) -> list[Any]:
+    def column(index: int) -> Column:
         values = frame.iloc[:, index]
+        if isinstance(values.dtype, np.dtype) and values.dtype.kind in "bfiu":
+            numbers: NDArray[Any] = values.to_numpy()
+            return numbers
         return [cell if known else None for cell, known in zip(values, values.notna(), strict=True)]
 
     names = [str(name).strip() for name in frame.columns]
@@ -323,6 +354,29 @@ def require(fulfilled: bool, text: str) -> None:
     """Raise `InputError` with a text unless a condition is fulfilled."""
     if not fulfilled:
         raise InputError(text)
+
+
+def _mapped(function: Callable[[Sequence[Any]], list[Any]], cells: Column) -> list[Any]:
+    """Return what a function makes of each of some cells; of equal cells it is given one alone."""
+    if isinstance(cells, np.ndarray):
+        distinct, indices = np.unique(cells, return_inverse=True)
+        made = function(distinct.tolist())
+        return [made[index] for index in indices.tolist()]
+    if isinstance(cells, PlainColumn):
+        encoded = cells.encoded()
+        different = [*{*encoded}]
+        made = function([cell.decode() for cell in different])
+        return list(map(dict(zip(different, made, strict=True)).__getitem__, encoded))
+    # Other objects may be equal and yet be written differently, as 1.5 and Decimal("1.50").
+    if not {*map(type, cells)} <= {str, type(None)}:
+        return function(cells)
+    texts = [*{*cells}]
+    return list(map(dict(zip(texts, function(texts), strict=True)).__getitem__, cells))
+
+
+def _cell(cells: Column, index: int) -> Any:
+    """Return a cell; of an array, as a number of Python."""
+    return cells.item(index) if isinstance(cells, np.ndarray) else cells[index]
 
 
 def _example(cell: Any) -> str:

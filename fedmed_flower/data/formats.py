@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import zipfile
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -14,11 +16,16 @@ from typing import Any
 
 from fedmed_flower.data.bounded import MOST, require_within, unpacked
 from fedmed_flower.data.cells import Cells, frame_cells, require
+from fedmed_flower.data.plain import plain_columns
 from fedmed_flower.errors import InputError, shown
 
 _Row = Sequence[Any]
 # Bytes that a cell takes at least.
 _CELL = 8
+# Characters of a text that are decoded at a time, and rows whose cells are kept together.
+_PART = 1 << 20
+_ROWS = 256
+_BETWEEN = "\n"
 _UNREADABLE = {
     ".xls": "save it as .xlsx",
     ".ods": "save it as .xlsx",
@@ -63,40 +70,113 @@ def _read_text(path: Path, content: bytes) -> Cells:
         if path.suffix.lower() == ".gz":
             with gzip.open(io.BytesIO(content)) as packed:
                 content = unpacked(packed, path, "a table")
-        lines = io.StringIO(content.decode("utf-8-sig"), newline="")
+        whole = _lines(content)
+        while whole.read(_PART):
+            pass
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not in UTF-8 ({error.reason}): save it in UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} is not a complete gzip file: {error}") from None
-    heading = next((line for line in lines if line.strip(" ,;\t\r\n")), "")
+    heading = next((line for line in _lines(content) if line.strip(" ,;\t\r\n")), "")
     require(bool(heading), f"{path} is empty")
     require("\0" not in heading, f"{path} is not a text in UTF-8: save it in UTF-8")
     # If a comma is the decimal mark, spreadsheets separate columns by semicolons.
     separator = max(",;\t", key=heading.count)
-    lines.seek(0)
-    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    decimal = "" if separator == ";" else "."
+    if columns := plain_columns(content.removeprefix(codecs.BOM_UTF8), separator):
+        names = [column[0].strip() for column in columns]
+        lines = range(2, len(columns[0]) + 1)
+        return Cells(shown(path), "line", lines, names, lambda i: columns[i][1:], decimal)
+    reader = csv.reader(_lines(content), delimiter=separator, skipinitialspace=True, strict=True)
     try:
-        numbered = [(reader.line_num, line) for line in reader if any(map(str.strip, line))]
+        names = [name.strip() for name in next(filter(_any_filled, reader), ())]
+        require(bool(names), f"{path} is empty")
+        texts = _QuotedColumns(len(names), reader)
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}") from None
-    names = [name.strip() for name in numbered.pop(0)[1]]
-    whole = [(number, line) for number, line in numbered if len(line) == len(names)]
     cells = Cells(
         shown(path),
         "line",
-        [number for number, _ in whole],
+        texts.lines,
         names,
-        lambda index: [line[index] for _, line in whole],
-        "" if separator == ";" else ".",
-        len(numbered) - len(whole),
+        texts.column,
+        decimal,
+        texts.ragged,
     )
     if cells.ragged:
-        number, count = next((n, len(line)) for n, line in numbered if len(line) != len(names))
+        number, count = texts.first_ragged
         cells.problems.append(
             f"the number of cells differs from the heading's {len(names)} in {cells.ragged} "
             f"row{'s' * (cells.ragged > 1)}, rejected; the first is line {number} with {count}"
         )
     return cells
+
+
+def _lines(content: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
+
+
+def _any_filled(line: Sequence[str]) -> bool:
+    return any(map(str.strip, line))
+
+
+class _QuotedColumns:
+    """The rows of any text below its heading, column by column.
+
+    The cells of many rows are kept as one text: as texts of their own they take ten times the
+    memory.
+
+    Parameters
+    ----------
+    width : int
+        The number of columns.
+    reader : csv reader
+        Behind the heading.
+
+    Attributes
+    ----------
+    lines : array of int
+        For each row, the number of its line.
+    ragged : int
+        How many lines have more or fewer cells than the heading; they are left out.
+    first_ragged : (int, int)
+        Number and cells of the first of them.
+    """
+
+    def __init__(self, width: int, reader: Any) -> None:
+        self.lines = array("q")
+        self.ragged = 0
+        self.first_ragged = (0, 0)
+        self._parts: list[list[str | tuple[str, ...]]] = [[] for _ in range(width)]
+        rows: list[list[str]] = []
+        for row in reader:
+            # The first cell is filled in most rows.
+            if not (row and row[0].strip()) and not _any_filled(row):
+                continue
+            if len(row) == width:
+                self.lines.append(reader.line_num)
+                rows.append(row)
+                if len(rows) == _ROWS:
+                    self._add(rows)
+                    rows = []
+            else:
+                if not self.ragged:
+                    self.first_ragged = (reader.line_num, len(row))
+                self.ragged += 1
+        if rows:
+            self._add(rows)
+
+    def _add(self, rows: Sequence[Sequence[str]]) -> None:
+        for parts, cells in zip(self._parts, zip(*rows, strict=True), strict=True):
+            text = _BETWEEN.join(cells)
+            parts.append(text if text.count(_BETWEEN) == len(cells) - 1 else cells)
+
+    def column(self, index: int) -> list[str]:
+        """Return the cells of a column."""
+        cells: list[str] = []
+        for part in self._parts[index]:
+            cells += part.split(_BETWEEN) if isinstance(part, str) else part
+        return cells
 
 
 def _read_parquet(path: Path, content: bytes) -> Cells:

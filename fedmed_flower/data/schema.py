@@ -25,6 +25,7 @@ from fedmed_flower.data.cells import (
     require,
 )
 from fedmed_flower.data.formats import read_cells
+from fedmed_flower.data.rows import Rows
 from fedmed_flower.data.site import SPLITS, LineNumber
 from fedmed_flower.errors import InputError
 
@@ -209,11 +210,13 @@ class Table:
 
     Attributes
     ----------
-    rows : list of dict
-        Each has ``patient`` (a text, or a `LineNumber` if the table names no patients) and, if a
-        column for it was named, ``split``. By the names of their columns it has numeric features
-        (float, NaN if missing), categorical features, bands and kept columns (text, None if
-        missing), the target (number of the class, count, number or time) and the event (0 or 1).
+    rows : Rows
+        A sequence of mappings, one a row, that also gives whole columns as arrays. Rows cannot be
+        changed: ``{**row, "age": 50.0}`` makes a dict with another value. Each row has ``patient``
+        (a text, or a `LineNumber` if the table names no patients) and, if a column for it was
+        named, ``split``. By the names of their columns it has numeric features (float, NaN if
+        missing), categorical features, bands and kept columns (text, None if missing), the target
+        (number of the class, count, number or time) and the event (0 or 1).
     rejected : int
         How many rows could not be used and are left out.
     problems : tuple of str
@@ -225,7 +228,7 @@ class Table:
         For each row, its line in a text, or its number in Parquet and data frames.
     """
 
-    rows: list[dict[str, Any]]
+    rows: Rows
     rejected: int = 0
     problems: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
@@ -330,19 +333,21 @@ def _table(
     cells.codes = {name: schema.codes[name] for name in schema.categorical if name in schema.codes}
     absent = _check_names(cells, schema, split, keep, outcome)
     outcomes = _outcome(cells, schema) if outcome else {}
-    columns: dict[str, Any] = {}
+    columns: dict[str, NDArray[Any]] = {}
     if schema.patient in cells.names:
-        columns["patient"] = cells.texts(schema.patient)
+        patients = cells.texts(schema.patient)
         if outcome:
-            cells.need(f"patient {schema.patient}", columns["patient"])
+            cells.need(f"patient {schema.patient}", patients)
+        columns["patient"] = _objects(patients)
     if split:
-        columns["split"] = [text and text.lower() for text in cells.texts(split)]
-        cells.need(f"split {split}", columns["split"], SPLITS)
+        splits = [text and text.lower() for text in cells.texts(split)]
+        cells.need(f"split {split}", splits, SPLITS)
+        columns["split"] = _objects(splits)
     if cells.rejected.all():
         reasons = "; ".join(cells.problems)
         raise InputError(f"{cells.where}: none of {count} rows can be used: {reasons}")
     if "patient" not in columns:
-        columns["patient"] = [LineNumber(line) for line in cells.lines]
+        columns["patient"] = _objects([LineNumber(line) for line in cells.lines])
         cells.problems.append(
             f"there is no column 'patient'{near_names('patient', cells.names)}: each row counts as "
             f"a patient, named after its {cells.word}"
@@ -352,21 +357,22 @@ def _table(
         cells.problems.append(f"there is no column {name!r}{near}: counted as missing in all rows")
     for name in schema.numeric:
         values = cells.numbers(name, schema.ranges.get(name))
-        columns[name] = values.tolist()
+        columns[name] = values
         if cuts := schema.bands.get(name):
             columns[band_name(name)] = _bands(values, cuts)
     for name in schema.categorical:
-        columns[name] = cells.texts(name, schema.categories.get(name, ()))
+        columns[name] = _objects(cells.texts(name, schema.categories.get(name, ())))
     columns |= outcomes
-    columns |= {name: cells.texts(name) for name in keep if name not in columns}
-    lines = zip(cells.rejected, *columns.values(), strict=True)
-    rows = [dict(zip(columns, line, strict=True)) for rejected, *line in lines if not rejected]
+    columns |= {name: _objects(cells.texts(name)) for name in keep if name not in columns}
+    lines = np.asarray(cells.lines, np.int64)
+    if cells.rejected.any():
+        lines = lines[~cells.rejected]
+        columns = {name: column[~cells.rejected] for name, column in columns.items()}
+    rows = Rows(columns)
     problems = tuple(f"{cells.where}: {problem}" for problem in cells.problems)
     for problem in problems:
         log.warning("%s", problem)
-    pairs = zip(cells.lines, cells.rejected, strict=True)
-    kept = tuple(line for line, rejected in pairs if not rejected)
-    return Table(rows, count - len(rows), problems, tuple(absent), kept)
+    return Table(rows, count - len(rows), problems, tuple(absent), tuple(lines.tolist()))
 
 
 def _check_names(
@@ -400,7 +406,7 @@ def _check_names(
     return tuple(absent)
 
 
-def _outcome(cells: Cells, schema: Schema) -> dict[str, list[int] | list[float]]:
+def _outcome(cells: Cells, schema: Schema) -> dict[str, NDArray[Any]]:
     """Return the columns of target and event, and reject the rows that lack one.
 
     The value of a row that is rejected is arbitrary.
@@ -411,19 +417,19 @@ def _outcome(cells: Cells, schema: Schema) -> dict[str, list[int] | list[float]]
     if classes:
         texts = _outcome_texts(cells, schema, label, name, classes)
         number = {text: index for index, text in enumerate(classes)}
-        return {name: [number.get(text or "", 0) for text in texts]}
+        return {name: np.array([number.get(text or "", 0) for text in texts], np.int64)}
     values = cells.numbers(name, schema.ranges.get(name), label)
     cells.note(label, "is missing", np.isnan(values))
     raw = cells.raw(name)
     if schema.task == "count":
         whole = (values >= 0) & (values == np.floor(values)) & (values <= 2**53)
         cells.note(label, "is not a count (0, 1, 2, ...)", ~whole, raw)
-        return {name: np.where(whole, values, 0).astype(np.int64).tolist()}
+        return {name: np.where(whole, values, 0).astype(np.int64)}
     if schema.task == "continuous":
-        return {name: values.tolist()}
+        return {name: values}
     cells.note(label, "is below 0", ~(values >= 0), raw)
     events = _outcome_texts(cells, schema, f"event {schema.event}", schema.event, _EVENTS)
-    return {name: values.tolist(), schema.event: [int(text == "1") for text in events]}
+    return {name: values, schema.event: np.array([text == "1" for text in events], np.int64)}
 
 
 def _outcome_texts(
@@ -444,13 +450,17 @@ def _outcome_texts(
     return [codes.get(text or "") for text in texts]
 
 
-def _bands(values: NDArray[np.float64], cuts: Sequence[float]) -> list[str | None]:
+def _objects(cells: Sequence[Any]) -> NDArray[Any]:
+    return np.fromiter(cells, object, len(cells))
+
+
+def _bands(values: NDArray[np.float64], cuts: Sequence[float]) -> NDArray[Any]:
     points = [plain(cut) for cut in cuts]
     labels: list[str | None] = [f"<{points[0]}", *map("-".join, pairwise(points))]
     labels += [f">={points[-1]}", None]
     # A missing value has the last label, None.
     indices = np.where(np.isnan(values), len(cuts) + 1, np.searchsorted(cuts, values, "right"))
-    return [labels[index] for index in indices]
+    return _objects(labels)[indices]
 
 
 def _names(what: str, names: Any) -> tuple[str, ...]:
