@@ -15,6 +15,7 @@ from typing import Any
 
 from flwr.app import Context
 
+from fedmed_flower.data.rows import Rows
 from fedmed_flower.errors import InputError
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.node import NodeSettings
@@ -242,7 +243,12 @@ def require_patients(data: SiteData) -> None:
     """Raise `InputError` if a row has no patient, or a patient is in two splits."""
     seen: dict[str, str] = {}
     for split in SPLITS:
-        for number, row in enumerate(getattr(data, split)):
+        rows: Sequence[Row] = getattr(data, split)
+        if isinstance(rows, Rows) and "patient" in rows.names:
+            patients = dict.fromkeys(patients_of(rows))
+            if all(seen.setdefault(patient, split) == split for patient in patients):
+                continue
+        for number, row in enumerate(rows):
             if "patient" not in row:
                 raise InputError(f"row {number} of the {split} split has no patient")
             patient = patient_text(row["patient"])
@@ -278,6 +284,21 @@ def with_patients(data: SiteData) -> SiteData:
                 split,
             )
     return replace(data, train=parts["train"], val=parts["val"], test=parts["test"])
+
+
+def patients_of(rows: Sequence[Row]) -> list[str]:
+    """Return the `patient_text` of each row.
+
+    Raises
+    ------
+    InputError
+        As `patient_text`.
+    KeyError
+        If a row has no ``patient``.
+    """
+    if isinstance(rows, Rows):
+        return rows.mapped("patient", patient_text)
+    return [patient_text(row["patient"]) for row in rows]
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:

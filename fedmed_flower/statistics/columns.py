@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import cached_property
@@ -14,21 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed_flower.data.bounded import quoted
-from fedmed_flower.data.site import Row, patient_text, some_of
+from fedmed_flower.data.rows import Rows
+from fedmed_flower.data.site import Row, patients_of, some_of
 from fedmed_flower.errors import InputError, shown
 from fedmed_flower.statistics.declared import Declared
+from fedmed_flower.statistics.fewest import numbered
 from fedmed_flower.statistics.request import Filter, Request, Survival
 from fedmed_flower.statistics.types import Codes, Floats, Mask
 from fedmed_flower.statistics.values import (
     NOT_COLUMNS,
+    are_single,
     cells_of,
+    coded,
     day_of,
     is_gap,
     is_number,
     is_single,
     numbers_meet,
     numbers_of,
-    text_of,
     texts_meet,
 )
 
@@ -59,18 +61,13 @@ class Columns:
     """
 
     def __init__(self, rows: Sequence[Row], request: Request, schema: Any = None) -> None:
-        self._rows = rows
+        self._rows = Rows.of(rows)
         self.declared = Declared(request, schema)
-        self.patients = [patient_text(row["patient"]) for row in rows]
-        all_single: dict[Any, bool] = {}
-        for row in rows:
-            for name, value in row.items():
-                all_single[name] = all_single.get(name, True) and is_single(value)
-        self.names = tuple(
-            name for name, single in all_single.items() if single and _can_be_named(name)
-        )
+        self.patients = patients_of(self._rows)
+        names = _single_columns(self._rows)
+        self.names = tuple(name for name in names if _can_be_named(name))
         self._kinds: dict[str, bool] = {}
-        self._texts: dict[str, list[str | None]] = {}
+        self._written: dict[str, tuple[Codes, list[str]]] = {}
         self._days: dict[str, tuple[Floats, bool]] = {}
         self._numbers: dict[str, NDArray[np.float64]] = {}
 
@@ -81,8 +78,14 @@ class Columns:
 
     @cached_property
     def patient_of_row(self) -> Codes:
-        """For each row, the number of its patient."""
-        return np.unique(self.patients, return_inverse=True)[1].astype(np.int64)
+        """For each row, the number of its patient, in the order of `distinct_patients`."""
+        number = {patient: index for index, patient in enumerate(self.distinct_patients)}
+        return np.fromiter(map(number.__getitem__, self.patients), np.int64, self.count)
+
+    @cached_property
+    def distinct_patients(self) -> list[str]:
+        """The patients in the order of their first rows."""
+        return [*dict.fromkeys(self.patients)]
 
     def is_categorical(self, name: str) -> bool:
         """Return whether a column holds categories: as declared, else by most of its values."""
@@ -98,6 +101,8 @@ class Columns:
 
     def _mostly_texts(self, name: str) -> bool:
         given = cells_of(self._rows, name)
+        if isinstance(given, np.ndarray):
+            return False
         numbers = sum(isinstance(v, int | float) and not isinstance(v, bool) for v in given)
         return 2 * numbers < sum(not is_gap(value) for value in given)
 
@@ -112,19 +117,35 @@ class Columns:
 
         None for a missing value. In a column of numbers, a text that is no number is missing.
         """
-        if name not in self._texts:
-            texts = [text_of(value) for value in cells_of(self._rows, name)]
-            if not self._holds_categories(name):
-                texts = [text if text and is_number(text) else None for text in texts]
-            self._texts[name] = texts
-        return self._texts[name]
+        codes, names = self._coded(name)
+        # The last one stands for a missing value, -1.
+        texts = [*names, None]
+        return [texts[code] for code in codes.tolist()]
+
+    def _as_written(self, name: str) -> tuple[Codes, list[str]]:
+        """Return the number of each row's text of a column, -1 if it is missing, and the texts."""
+        if name not in self._written:
+            self._written[name] = coded(cells_of(self._rows, name))
+        return self._written[name]
+
+    def _coded(self, name: str) -> tuple[Codes, list[str]]:
+        """Return what `codes` returns, with the categories in any order."""
+        codes, names = self._as_written(name)
+        if self._holds_categories(name):
+            return codes, names
+        usable = np.array([*map(is_number, names), False])
+        return np.where(usable[codes], codes, -1), names
 
     def codes(self, name: str) -> tuple[Codes, list[str]]:
         """Return the number of each row's category, -1 if it is missing, and the categories."""
-        texts = self.texts(name)
-        names = sorted({text for text in texts if text is not None})
-        number = {text: index for index, text in enumerate(names)}
-        return np.array([-1 if t is None else number[t] for t in texts], np.int64), names
+        codes, texts = self._coded(name)
+        distinct, numbers = numbered(codes)
+        # The first one is -1 if a value is missing.
+        known = distinct[distinct >= 0].tolist()
+        names = sorted(texts[code] for code in known)
+        place = {text: index for index, text in enumerate(names)}
+        places = np.array([-1] * (distinct.size - len(known)) + [place[texts[c]] for c in known])
+        return places.astype(np.int64)[numbers], names
 
     def days(self, name: str) -> tuple[Floats, bool]:
         """Return a column as (rows,) numbers of days, and whether it holds dates.
@@ -159,21 +180,42 @@ class Columns:
             return (name,)
         return tuple(one for one in (source, f"{source}-band") if one in self.names)
 
-    def identities(self, family: tuple[str, ...]) -> list[str | None]:
-        """Return a text of each row's values in some columns; None if all are missing."""
+    def identities(
+        self, families: Sequence[tuple[str, ...]], with_missing: bool
+    ) -> tuple[Codes, list[str]]:
+        """Return the number of each row's text of its values in families of columns, and the texts.
+
+        The values of a family, or their text, are missing if all of them are. A row in which a
+        family is missing has the number -1, unless `with_missing`.
+        """
         # As texts, whatever a request declares: later requests must recognise the row.
-        rows = zip(*map(self.texts, family), strict=True)
-        return [ascii(values) if any(v is not None for v in values) else None for values in rows]
+        written = []
+        for family in families:
+            parts = [self._coded(name) for name in family]
+            missing = np.logical_and.reduce([codes < 0 for codes, _ in parts])
+            written.append(_together(parts, missing))
+        if with_missing:
+            missing = np.zeros(self.count, bool)
+        else:
+            missing = np.logical_or.reduce([codes < 0 for codes, _ in written])
+        return _together(written, missing)
 
     def contents(self) -> list[str]:
         """Return a text for each row that distinguishes a patient's rows, whatever their order."""
-        count = Counter(self.patients)
-        return [
-            ascii(sorted((name, text_of(row.get(name))) for name in self.names))
-            if count[patient] > 1
-            else ""
-            for row, patient in zip(self._rows, self.patients, strict=True)
-        ]
+        several = np.bincount(self.patient_of_row)[self.patient_of_row] > 1
+        contents = [""] * self.count
+        rows = np.flatnonzero(several)
+        if not rows.size:
+            return contents
+        parts = []
+        for name in sorted(self.names):
+            codes, texts = self._as_written(name)
+            written = [ascii((name, text)) for text in (*texts, None)]
+            parts.append([written[code] for code in codes[rows].tolist()])
+        cells_of_row = zip(*parts, strict=True) if parts else [()] * rows.size
+        for row, cells in zip(rows.tolist(), cells_of_row, strict=True):
+            contents[row] = f"[{', '.join(cells)}]"
+        return contents
 
     def require(self, *names: str) -> None:
         """Raise `InputError` if one of these columns is missing."""
@@ -206,6 +248,40 @@ def follow_up(times: Floats, events: Sequence[str | None], horizon: float) -> tu
         times = np.where((happened < 0) | (times < 0), np.nan, times)
         happened = np.where(times > horizon, 0, happened)
     return np.minimum(times, horizon), happened
+
+
+def _single_columns(rows: Sequence[Row]) -> list[Any]:
+    """Return the names of the columns that hold single values only."""
+    if isinstance(rows, Rows):
+        names = rows.names if len(rows) else ()
+        return [name for name in names if are_single(rows.column(name))]
+    all_single: dict[Any, bool] = {}
+    for row in rows:
+        for name, value in row.items():
+            all_single[name] = all_single.get(name, True) and is_single(value)
+    return [name for name, single in all_single.items() if single]
+
+
+def _together(parts: Sequence[tuple[Codes, list[str]]], missing: Mask) -> tuple[Codes, list[str]]:
+    """Return the number of each row's combination of texts, and each combination as one text.
+
+    Parameters
+    ----------
+    parts : sequence of (ndarray, list of str)
+        For each part (rows,) the number of the row's text, -1 if it is missing, and the texts.
+    missing : ndarray of bool
+        (rows,) which rows have the number -1.
+    """
+    joint = np.zeros(missing.size, np.int64)
+    for codes, texts in parts:
+        joint = joint * (len(texts) + 1) + codes + 1
+    left, numbers = numbered(joint)
+    columns: list[list[str | None]] = []
+    for _, texts in reversed(parts):
+        left, codes = np.divmod(left, len(texts) + 1)
+        with_none = [None, *texts]
+        columns.insert(0, [with_none[code] for code in codes.tolist()])
+    return np.where(missing, -1, numbers), [ascii(v) for v in zip(*columns, strict=True)]
 
 
 def _can_be_named(name: object) -> bool:

@@ -11,15 +11,31 @@ from fedmed_flower.statistics.types import Codes
 # Patients times classes that are searched together; a larger search is refused.
 _MOST_SPREAD = 10**7
 _ROUNDING = 1e-6
+# Up to so many times the number of codes, a counter for each possible code is cheap.
+_MOST_SPAN = 8
+
+
+def numbered(codes: Codes) -> tuple[Codes, Codes]:
+    """Return the distinct codes, ascending, and for each code its number among them."""
+    low = int(codes.min(initial=0))
+    span = int(codes.max(initial=0)) - low + 1
+    if span > _MOST_SPAN * codes.size:
+        distinct, numbers = np.unique(codes, return_inverse=True)
+        return distinct, numbers.astype(np.int64)
+    # To count is faster than to sort.
+    shifted = codes - low
+    occurs = np.bincount(shifted, minlength=span) > 0
+    numbers = np.cumsum(occurs) - 1
+    return np.flatnonzero(occurs) + low, numbers[shifted]
 
 
 def class_codes(*labels: Codes) -> Codes:
     """Number the combinations of labels that occur."""
     codes = np.zeros(labels[0].size, np.int64)
     for label in labels:
-        numbers = np.unique(label, return_inverse=True)[1].astype(np.int64)
-        codes = codes * (int(numbers.max(initial=0)) + 1) + numbers
-        codes = np.unique(codes, return_inverse=True)[1].astype(np.int64)
+        distinct, numbers = numbered(label)
+        if distinct.size > 1:
+            codes = numbered(codes * distinct.size + numbers)[1]
     return codes
 
 
@@ -27,8 +43,15 @@ def patients_of(classes: Codes, patient_of_row: Codes) -> Codes:
     """Return the number of patients in each class, from 0 to the highest."""
     if not classes.size:
         return np.zeros(0, np.int64)
+    if one_row_each(patient_of_row):
+        return np.bincount(classes)
     width = int(patient_of_row.max()) + 1
     return np.bincount(np.unique(classes * width + patient_of_row) // width).astype(np.int64)
+
+
+def one_row_each(patient_of_row: Codes) -> bool:
+    """Return whether no patient has several rows."""
+    return int(np.bincount(patient_of_row).max(initial=0)) < 2
 
 
 def fewest(classes: Codes, patient_of_row: Codes) -> float:
@@ -72,7 +95,7 @@ def fewest_left(classes: Codes, patient_of_row: Codes, minimum: int) -> float:
     (2.0, 1.0)
     """
     smallest = fewest(classes, patient_of_row)
-    if smallest < minimum or np.bincount(patient_of_row).max(initial=0) < 2:
+    if smallest < minimum or one_row_each(patient_of_row):
         return smallest
     pairs, rows = np.unique(np.stack((patient_of_row, classes)), axis=1, return_counts=True)
     alone = np.bincount(pairs[0])[pairs[0]] == 1

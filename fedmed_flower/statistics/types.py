@@ -16,6 +16,8 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 # (rows,) the number of each row's cell, class, category or patient; -1 for none.
 Codes = NDArray[np.int64]
+# (rows,) the values of a column: numbers of a table, NaN if missing, or any objects.
+Cells = NDArray[Any] | list[Any]
 # (elements,) keyed hashes by which later runs recognise rows.
 Hashes = NDArray[np.uint64]
 # What a hospital answers of one group, as it travels.

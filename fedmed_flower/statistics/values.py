@@ -8,13 +8,17 @@ from datetime import date
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fedmed_flower.data.rows import Rows
 from fedmed_flower.data.site import Row
 from fedmed_flower.statistics.request import OPERATIONS, Filter
-from fedmed_flower.statistics.types import Floats, Mask
+from fedmed_flower.statistics.types import Cells, Codes, Floats, Mask
 
 # What a row holds beside its columns.
 NOT_COLUMNS = ("patient", "image")
+# Values of these types that are equal are the same.
+_SIMPLE = {str, type(None)}
 _MISSING = {"", "nan", "none", "nat", "<na>", "na", "?"}
 # Python refuses decimal texts of more than 4,300 digits; longer integers are written in hex.
 _MOST_BITS = 10_000
@@ -30,6 +34,14 @@ def plain(value: Any) -> Any:
 def is_single(value: Any) -> bool:
     """Return whether a cell holds a text, a number, True or False, a date, or nothing."""
     return value is None or isinstance(plain(value), str | int | float | date)
+
+
+def are_single(cells: NDArray[Any]) -> bool:
+    """Return whether all cells of a table's column are single."""
+    if cells.dtype != object:
+        return True
+    values = cells.tolist()
+    return {*map(type, values)} <= _SIMPLE or all(map(is_single, values))
 
 
 def is_gap(value: Any) -> bool:
@@ -92,14 +104,55 @@ def day_of(value: Any) -> float:
     return math.nan
 
 
-def numbers_of(values: Sequence[Any]) -> Floats:
+def numbers_of(values: Cells) -> Floats:
     """Return (rows,) floats; see `number_of`."""
+    if isinstance(values, np.ndarray):
+        return np.where(np.abs(values) < 1e100, values, np.nan)
     return np.fromiter(map(number_of, values), np.float64, len(values))
 
 
-def cells_of(rows: Sequence[Row], name: str) -> list[Any]:
-    """Return each row's value of a column; None if it is missing, several, or unreadable."""
+def cells_of(rows: Sequence[Row], name: str) -> Cells:
+    """Return each row's value of a column; None if it is missing, several, or unreadable.
+
+    A column of numbers of a table is returned as an array, in which NaN is missing.
+    """
+    if isinstance(rows, Rows) and name not in NOT_COLUMNS:
+        if name not in rows.names:
+            return [None] * len(rows)
+        column = rows.column(name)
+        if column.dtype != object:
+            return column
+        cells: list[Any] = column.tolist()
+        return cells if {*map(type, cells)} <= _SIMPLE else [_single(cell) for cell in cells]
     return [_cell(row, name) for row in rows]
+
+
+def coded(values: Cells) -> tuple[Codes, list[str]]:
+    """Return the number of each value's category, -1 if it is missing, and the categories.
+
+    See `text_of`; it is called once for values that are the same.
+    """
+    if isinstance(values, np.ndarray):
+        known = ~np.isnan(values)
+        distinct, numbers = np.unique(values[known], return_inverse=True)
+        codes = np.full(len(values), -1, np.int64)
+        codes[known] = numbers
+        return codes, [text for text in map(text_of, distinct.tolist()) if text is not None]
+    # Other values may be equal and yet not the same.
+    if {*map(type, values)} <= _SIMPLE:
+        text_by_value = {value: text_of(value) for value in dict.fromkeys(values)}
+        number: dict[str | None, int] = {None: -1}
+        for text in text_by_value.values():
+            number.setdefault(text, len(number) - 1)
+        code_of = {value: number[text] for value, text in text_by_value.items()}
+        codes = np.fromiter(map(code_of.__getitem__, values), np.int64, len(values))
+    else:
+        texts = list(map(text_of, values))
+        number = {None: -1}
+        for text in texts:
+            number.setdefault(text, len(number) - 1)
+        codes = np.fromiter(map(number.__getitem__, texts), np.int64, len(values))
+    return codes, [text for text in number if text is not None]
 
 
 def numbers_meet(numbers: Floats, condition: Filter) -> Mask:
@@ -120,10 +173,14 @@ def _cell(row: Row, name: str) -> Any:
     if name in NOT_COLUMNS:
         return None
     try:
-        value = plain(row.get(name))
+        return _single(row.get(name))
     except Exception:
         # A row may be of any class: one that cannot be read is no reason to fail for all.
         return None
+
+
+def _single(value: Any) -> Any:
+    value = plain(value)
     return value if is_single(value) else None
 
 
