@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed_flower.arrays.sums import exact_sum
 from fedmed_flower.data.cells import LARGEST, category_text, require
 from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import Row, patient_text
@@ -363,12 +364,12 @@ def _texts(rows: Sequence[Row], column: str) -> list[str | None]:
 
 def _moments(values: NDArray[np.float64]) -> list[float]:
     """Return number, mean and sum of squared distances, the same bits for any order of values."""
-    mean = math.fsum(values) / len(values)
+    mean = exact_sum(values) / len(values)
     if values.min() == values.max():
         return [float(len(values)), float(values[0]), 0.0]
     far = values - mean
     # The second term corrects for the rounding of the mean.
-    squares = math.fsum(far * far) - math.fsum(far) ** 2 / len(values)
+    squares = exact_sum(far * far) - exact_sum(far) ** 2 / len(values)
     return [float(len(values)), mean, max(0.0, squares)]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from fedmed_flower.statistics.fewest import class_codes, fewest, patients_of
-from fedmed_flower.statistics.types import Codes, Floats
+from fedmed_flower.statistics.fewest import class_codes, fewest, numbered, one_row_each, patients_of
+from fedmed_flower.statistics.types import Codes, Floats, Mask
 
 # From here on, floats cannot distinguish a multiple of a width from the next.
 _MOST_STEPS = 2.0**53
@@ -64,43 +65,104 @@ def merge_neighbours(
         First and last step of each bin, in ascending order; no row lies between two bins. None if
         even all steps together have too few patients.
     """
-    order = np.argsort(steps, kind="stable")
-    ends = np.flatnonzero(np.diff(steps[order], append=np.nan)).tolist()
-    patients = patient_of_row[order].tolist()
-    classes = [
-        [(number, code) for code in codes[order].tolist()]
-        for number, codes in enumerate(constraints)
-    ]
-    # The last row of a patient in a class: behind it, the class has one patient fewer left.
-    last = {
-        pair: index
-        for codes in classes
-        for index, pair in enumerate(zip(codes, patients, strict=True))
-    }
-    left = Counter(key for key, _ in last)
-    small_left = {key for key, count in left.items() if count < minimum}
-    held: dict[tuple[int, int], set[int]] = defaultdict(set)
+    distinct, bin_of_row = numbered(steps)
+    seen = [_seen(bin_of_row, codes, patient_of_row) for codes in constraints]
+    too_few_left = np.zeros(distinct.size, bool)
+    for one in seen:
+        too_few_left |= one.leaves_too_few(distinct.size, minimum)
+    held = [np.zeros(one.classes, np.int64) for one in seen]
     merged: list[tuple[int, int]] = []
     first = 0
-    start = 0
-    for end in ends:
-        for codes in classes:
-            for index in range(start, end + 1):
-                key = codes[index]
-                patient = patients[index]
-                held[key].add(patient)
-                if last[key, patient] == index:
-                    left[key] -= 1
-                    if 0 < left[key] < minimum:
-                        small_left.add(key)
-                    else:
-                        small_left.discard(key)
-        start = end + 1
-        if not small_left and all(len(members) >= minimum for members in held.values()):
-            merged.append((int(steps[order[first]]), int(steps[order[end]])))
-            first = start
-            held = defaultdict(set)
-    return None if held else merged
+    for last in range(distinct.size):
+        for one, patients in zip(seen, held, strict=True):
+            one.add(patients, last, first)
+        full = all(((counts == 0) | (counts >= minimum)).all() for counts in held)
+        if full and not too_few_left[last]:
+            merged.append((int(distinct[first]), int(distinct[last])))
+            first = last + 1
+            for counts in held:
+                counts[:] = 0
+    return merged if first == distinct.size else None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """In which bins the patients of some classes are seen, ordered by bin.
+
+    Attributes
+    ----------
+    bins, codes : ndarray
+        A bin, and a class of which patients are seen in it.
+    before : ndarray
+        The bin in which they were seen before in that class; -1 if in none.
+    patients : ndarray
+        How many patients.
+    at_last : ndarray of bool
+        Whether they are not seen in a later bin.
+    classes : int
+        The number of classes.
+    """
+
+    bins: Codes
+    codes: Codes
+    before: Codes
+    patients: Codes
+    at_last: Mask
+    classes: int
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        starts: list[int] = np.searchsorted(self.bins, np.arange(int(self.bins[-1]) + 2)).tolist()
+        return starts
+
+    def add(self, counts: Codes, last: int, first: int) -> None:
+        """Add to the patients of each class those seen in a bin, but not from another one on."""
+        part = slice(self._starts[last], self._starts[last + 1])
+        new = self.before[part] < first
+        np.add.at(counts, self.codes[part][new], self.patients[part][new])
+
+    def leaves_too_few(self, count: int, minimum: int) -> Mask:
+        """Return for each bin whether a class has patients behind it, but too few for a bin."""
+        changes = np.zeros(count + 1, np.int64)
+        order = np.lexsort((self.bins[self.at_last], self.codes[self.at_last]))
+        bins = self.bins[self.at_last][order]
+        codes = self.codes[self.at_last][order]
+        patients = np.cumsum(self.patients[self.at_last][order])
+        # For each class: where its last patients are seen, and where those begin to be too few.
+        ends = np.flatnonzero(np.diff(codes, append=-1))
+        before = np.concatenate(([0], patients[ends][:-1]))
+        few = patients[ends] - minimum
+        places = np.searchsorted(patients, few, side="right")
+        np.add.at(changes, np.where(few < before, 0, bins[places]), 1)
+        np.add.at(changes, bins[ends], -1)
+        return np.cumsum(changes)[:count] > 0
+
+
+def _seen(bin_of_row: Codes, codes: Codes, patient_of_row: Codes) -> _Seen:
+    distinct, codes = numbered(codes)
+    classes = distinct.size
+    if one_row_each(patient_of_row):
+        pairs, numbers = numbered(bin_of_row * classes + codes)
+        bins, codes = np.divmod(pairs, classes)
+        patients = np.bincount(numbers)
+        before = np.full(bins.size, -1)
+        return _Seen(bins, codes, before, patients, np.ones(bins.size, bool), classes)
+    members = class_codes(codes, patient_of_row)
+    width = int(bin_of_row.max()) + 1
+    visits, first_rows = np.unique(members * width + bin_of_row, return_index=True)
+    same = np.diff(visits // width) == 0
+    bins = visits % width
+    before = np.where(np.concatenate(([False], same)), np.concatenate(([-1], bins[:-1])), -1)
+    at_last = ~np.concatenate((same, [False]))
+    order = np.argsort(bins, kind="stable")
+    return _Seen(
+        bins[order],
+        codes[first_rows][order],
+        before[order],
+        np.ones(bins.size, np.int64),
+        at_last[order],
+        classes,
+    )
 
 
 def pool_small(cells: Codes, labels: Codes, patient_of_row: Codes, minimum: int) -> Codes | None:

@@ -133,6 +133,8 @@ class Columns:
         codes, names = self._as_written(name)
         if self._holds_categories(name):
             return codes, names
+        if isinstance(cells_of(self._rows, name), np.ndarray):
+            return np.where(np.isnan(self.numbers(name)), -1, codes), names
         usable = np.array([*map(is_number, names), False])
         return np.where(usable[codes], codes, -1), names
 
@@ -272,6 +274,10 @@ def _together(parts: Sequence[tuple[Codes, list[str]]], missing: Mask) -> tuple[
     missing : ndarray of bool
         (rows,) which rows have the number -1.
     """
+    if len(parts) == 1 and missing[parts[0][0] < 0].all():
+        # No combination lacks the only part.
+        codes, texts = parts[0]
+        return np.where(missing, -1, codes), _in_tuples(texts)
     joint = np.zeros(missing.size, np.int64)
     for codes, texts in parts:
         joint = joint * (len(texts) + 1) + codes + 1
@@ -282,6 +288,17 @@ def _together(parts: Sequence[tuple[Codes, list[str]]], missing: Mask) -> tuple[
         with_none = [None, *texts]
         columns.insert(0, [with_none[code] for code in codes.tolist()])
     return np.where(missing, -1, numbers), [ascii(v) for v in zip(*columns, strict=True)]
+
+
+def _in_tuples(texts: Sequence[str]) -> list[str]:
+    """Return for each text the `ascii` of a tuple that holds it alone."""
+    letters = "".join(texts)
+    if letters.isascii() and letters.isprintable() and "\\" not in letters:
+        if "'" not in letters:
+            return [f"('{text}',)" for text in texts]
+        if '"' not in letters and all("'" in text for text in texts):
+            return [f'("{text}",)' for text in texts]
+    return [ascii((text,)) for text in texts]
 
 
 def _can_be_named(name: object) -> bool:

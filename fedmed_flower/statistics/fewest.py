@@ -17,14 +17,24 @@ _MOST_SPAN = 8
 
 def numbered(codes: Codes) -> tuple[Codes, Codes]:
     """Return the distinct codes, ascending, and for each code its number among them."""
-    low = int(codes.min(initial=0))
-    span = int(codes.max(initial=0)) - low + 1
-    if span > _MOST_SPAN * codes.size:
+    if not codes.size:
+        return codes, codes
+    low = int(codes.min())
+    high = int(codes.max())
+    if low == high:
+        return codes[:1], np.zeros(codes.size, np.int64)
+    if high - low >= _MOST_SPAN * codes.size:
+        # One code, such as that of missing values, may lie far above the others.
+        far = codes == high
+        below = int(codes.max(initial=low - 1, where=~far)) + 1
+        if below - low < _MOST_SPAN * codes.size:
+            distinct, numbers = numbered(np.where(far, below, codes))
+            return np.append(distinct[:-1], high), numbers
         distinct, numbers = np.unique(codes, return_inverse=True)
         return distinct, numbers.astype(np.int64)
     # To count is faster than to sort.
     shifted = codes - low
-    occurs = np.bincount(shifted, minlength=span) > 0
+    occurs = np.bincount(shifted) > 0
     numbers = np.cumsum(occurs) - 1
     return np.flatnonzero(occurs) + low, numbers[shifted]
 

@@ -10,8 +10,8 @@ the next begins.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import math
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from fedmed_flower.arrays.sums import exact_sum
 from fedmed_flower.errors import InputError
 from fedmed_flower.statistics.cells import coarse_enough, grid, merge_neighbours, pool_small
 from fedmed_flower.statistics.columns import Columns
@@ -35,7 +36,7 @@ from fedmed_flower.statistics.guard import (
     open_guard,
 )
 from fedmed_flower.statistics.request import Request, Survival, require_comparable
-from fedmed_flower.statistics.types import Codes, Mask, Reported
+from fedmed_flower.statistics.types import Codes, Floats, Mask, Reported
 from fedmed_flower.statistics.withheld import (
     AND,
     BY,
@@ -159,6 +160,7 @@ class Local:
         self._guard = guard
         self._group = ""
         self._withheld: list[list[str]] = []
+        self._known_moments: dict[tuple[str, bytes], Reported] = {}
         # Rows that came after earlier answers and are too few to be counted.
         self._waiting = np.zeros(columns.count, bool)
 
@@ -274,10 +276,17 @@ class Local:
             if guard.admit([members], [self._cells(inside, usable, 0)], waiting):
                 reported = _counted(inside, usable)
                 if "moments" in self._request.kinds and usable.any():
-                    reported |= moments(numbers[usable].tolist())
+                    reported |= self._moments_among(name, usable)
                 entry["numeric"][name] = reported
                 return
         self._withhold(name)
+
+    def _moments_among(self, name: str, usable: Mask) -> Reported:
+        """Return the moments of a column in some rows; they are kept for its correlations."""
+        key = (name, hashlib.blake2b(usable.tobytes()).digest())
+        if key not in self._known_moments:
+            self._known_moments[key] = moments(self._columns.numbers(name)[usable])
+        return self._known_moments[key]
 
     def _histograms(self, entry: Reported, inside: Mask) -> None:
         if "histograms" not in self._request.kinds:
@@ -412,7 +421,7 @@ class Local:
         for usable, waiting in self._attempts(inside & ~np.isnan(x + y), *keys):
             cells = self._cells(inside, usable, 0)
             if usable.any() and guard.admit(keys, [cells, cells], waiting):
-                parts = [moments(values[usable].tolist()) for values in (x, y)]
+                parts = [self._moments_among(name, usable) for name in (one, other)]
                 comoments = comoment(x[usable], y[usable], *parts)
                 return {"columns": [one, other], "of": parts, "product": comoments}
         return self._withhold(what)
@@ -568,19 +577,19 @@ class Local:
         return None
 
 
-def moments(values: list[float]) -> Reported:
+def moments(values: Floats) -> Reported:
     """Return number, mean, what rounding took from the mean, and sum of squared deviations."""
     count = len(values)
-    mean = math.fsum(values) / count
-    rest = math.fsum(value - mean for value in values) / count
-    squares = math.fsum((value - mean - rest) ** 2 for value in values)
-    return {"n": count, "mean": mean, "rest": rest, "m2": squares}
+    mean = exact_sum(values) / count
+    rest = exact_sum(values - mean) / count
+    far = values - mean - rest
+    return {"n": count, "mean": mean, "rest": rest, "m2": exact_sum(far * far)}
 
 
-def comoment(x: Any, y: Any, moments_x: Reported, moments_y: Reported) -> float:
+def comoment(x: Floats, y: Floats, moments_x: Reported, moments_y: Reported) -> float:
     """Return the sum of products of deviations."""
     first, second = (v - m["mean"] - m["rest"] for v, m in ((x, moments_x), (y, moments_y)))
-    return math.fsum(first * second)
+    return exact_sum(first * second)
 
 
 def _counted(inside: Mask, usable: Mask) -> Reported:

@@ -80,8 +80,7 @@ def text_of(value: Any) -> str | None:
     if is_gap(value) or not is_single(value):
         return None
     if isinstance(value, int | float):
-        whole = isinstance(value, int) or value.is_integer()
-        return _whole(int(value)) if whole else repr(value)
+        return _number_text(value)
     text = str(value).strip()
     try:
         number = float(text)
@@ -137,7 +136,7 @@ def coded(values: Cells) -> tuple[Codes, list[str]]:
         distinct, numbers = np.unique(values[known], return_inverse=True)
         codes = np.full(len(values), -1, np.int64)
         codes[known] = numbers
-        return codes, [text for text in map(text_of, distinct.tolist()) if text is not None]
+        return codes, list(map(_number_text, distinct.tolist()))
     # Other values may be equal and yet not the same.
     if {*map(type, values)} <= _SIMPLE:
         text_by_value = {value: text_of(value) for value in dict.fromkeys(values)}
@@ -182,6 +181,11 @@ def _cell(row: Row, name: str) -> Any:
 def _single(value: Any) -> Any:
     value = plain(value)
     return value if is_single(value) else None
+
+
+def _number_text(value: float) -> str:
+    whole = isinstance(value, int) or value.is_integer()
+    return _whole(int(value)) if whole else repr(value)
 
 
 def _whole(number: int) -> str:
