@@ -26,8 +26,7 @@ def numbered(codes: Codes) -> tuple[Codes, Codes]:
     if high - low >= _MOST_SPAN * codes.size:
         # One code, such as that of missing values, may lie far above the others.
         far = codes == high
-        below = int(codes.max(initial=low - 1, where=~far)) + 1
-        if below - low < _MOST_SPAN * codes.size:
+        if not far.all() and (below := int(codes[~far].max()) + 1) - low < _MOST_SPAN * codes.size:
             distinct, numbers = numbered(np.where(far, below, codes))
             return np.append(distinct[:-1], high), numbers
         distinct, numbers = np.unique(codes, return_inverse=True)

@@ -321,7 +321,7 @@ class Guard:
         if partition is None or places is None or places.size != partition.elements.size:
             order = np.argsort(elements)
             return Partition(elements[order], patients[order], classes[order])
-        if numbered(classes)[0].size == numbered(partition.labels)[0].size:
+        if classes.max(initial=-1) + 1 == numbered(partition.labels)[0].size:
             return partition  # Asked again: no class is split.
         split = np.empty_like(classes)
         split[places] = classes

@@ -353,8 +353,10 @@ class Local:
         bins = finest = merge_neighbours(steps, [labels], patient_of_row, minimum)
         for other in others:
             lacking = np.isnan(self._columns.numbers(other)[usable]).astype(np.int64)
+            if finest is None or not lacking.any():
+                continue
             split = class_codes(labels, lacking)
-            if finest is None or not lacking.any() or fewest(split, patient_of_row) < minimum:
+            if fewest(split, patient_of_row) < minimum:
                 continue
             merged = merge_neighbours(steps, [split], patient_of_row, minimum)
             if merged is not None and len(merged) >= max(_FEWEST_BINS, len(finest) / 2):
