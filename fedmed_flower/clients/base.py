@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from fedmed_flower.clients.book import Book, book_path, open_book
 from fedmed_flower.clients.pooled import together
@@ -27,6 +27,7 @@ from fedmed_flower.clients.run_cache import Key, RunCache
 from fedmed_flower.clients.training import Steps, train_epochs
 from fedmed_flower.data.outlying import Outlying
 from fedmed_flower.data.pictures import Picture
+from fedmed_flower.data.rows import Rows
 from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import (
     SPLITS,
@@ -35,8 +36,10 @@ from fedmed_flower.data.site import (
     Site,
     SiteData,
     fewest_patients,
+    in_columns,
     min_cell_count,
     patient_text,
+    patients_of,
     require_patients,
     with_patients,
 )
@@ -265,18 +268,17 @@ class MedicalClient(ABC):
         count = len(prepared)
         self.seed_transforms(prepared, seed)
 
-        def collate(indices: list[int]) -> dict[str, Tensor]:
-            self.entered.update(indices)
-            return self.batch_of(prepared, indices)
-
+        generator = torch.Generator().manual_seed(seed)
+        # A last batch of one row has no variance, which batch normalisation needs.
+        drop_last = count > size and count % size == 1
+        order = RandomSampler(range(count), generator=generator)
+        # The loader is given whole batches: to fetch row by row takes longer than to train.
         batches: Any = DataLoader(
-            range(count),  # type: ignore[arg-type]
-            size,
-            shuffle=True,
-            # A last batch of one row has no variance, which batch normalisation needs.
-            drop_last=count > size and count % size == 1,
-            collate_fn=collate,
-            generator=torch.Generator().manual_seed(seed),
+            _Entering(self, prepared),
+            batch_size=None,
+            sampler=BatchSampler(order, size, drop_last),
+            collate_fn=_unchanged,
+            generator=generator,
         )
         if settings.local_steps:
             batches = Steps(batches, settings.local_steps)
@@ -439,7 +441,7 @@ class MedicalClient(ABC):
         data = self.data()
         return open_book(
             self.book_path(config),
-            [row for split in SPLITS for row in getattr(data, split)],
+            Rows.joined(getattr(data, split) for split in SPLITS),
             self.declared,
             minimum,
             self.node.hide_few_missing,
@@ -473,7 +475,7 @@ class MedicalClient(ABC):
             earlier run has trained with noise on one of the patients: a result without noise would
             undo that protection.
         """
-        patients = {patient_text(row["patient"]) for row in rows}
+        patients = {*patients_of(rows)}
         fewest = fewest_patients(self.context, self.site, "train")
         if len(patients) < fewest:
             raise DeclinedError(f"an update here needs at least {fewest} patients")
@@ -498,7 +500,7 @@ class MedicalClient(ABC):
         if indices and indices[-1] < len(rows):
             patients = {patient_text(rows[index]["patient"]) for index in indices}
         else:  # A subclass with its own `fit` does not record which rows it used.
-            patients = {patient_text(row["patient"]) for row in rows}
+            patients = {*patients_of(rows)}
         most = len(patients)
         if settings.local_steps:
             most = settings.local_steps * settings.batch_size
@@ -541,7 +543,7 @@ class MedicalClient(ABC):
             If an earlier run has trained with noise on one of the patients: a result without noise
             would undo that protection.
         """
-        patients = {patient_text(row["patient"]) for row in rows}
+        patients = {*patients_of(rows)}
         fewest = fewest_patients(self.context, self.site, "evaluated")
         if len(patients) < fewest:
             return None
@@ -587,7 +589,7 @@ class MedicalClient(ABC):
                 usable = []
                 if mask is not None:
                     usable = [row for row, fine in zip(book.rows, mask, strict=True) if fine]
-        if len({patient_text(row["patient"]) for row in usable}) < minimum:
+        if len({*patients_of(usable)}) < minimum:
             raise DeclinedError(f"an answer here needs at least {minimum} patients")
         return usable
 
@@ -622,7 +624,7 @@ class MedicalClient(ABC):
         rows a patient has, nor whether they can be used.
         """
         if self.secretive:
-            return len({patient_text(row["patient"]) for row in getattr(self.data(pooled), split)})
+            return len({*patients_of(getattr(self.data(pooled), split))})
         return len(self.screened(split, pooled))
 
     def fresh_model(self) -> tuple[nn.Module, Travelling]:
@@ -667,7 +669,7 @@ class MedicalClient(ABC):
         loaded = self.cache.loaded
         key = self.key(pooled)
         if key not in loaded:
-            data = self.pooled_data() if pooled else self._loaded_data()
+            data = in_columns(self.pooled_data() if pooled else self._loaded_data())
             if not any(getattr(data, split) for split in SPLITS):
                 raise InputError("there are no rows")
             if self.sealed:
@@ -796,6 +798,22 @@ class MedicalClient(ABC):
     def key(self, *parts: Hashable) -> Key:
         """Return a key for `cache`: this class, this site, and the parts."""
         return (type(self).__qualname__, self.site, *parts)
+
+
+class _Entering(Dataset[dict[str, Tensor]]):
+    """The batches of a round; their rows are written down in `MedicalClient.entered`."""
+
+    def __init__(self, client: MedicalClient, prepared: Any) -> None:
+        self._client = client
+        self._prepared = prepared
+
+    def __getitem__(self, indices: list[int]) -> dict[str, Tensor]:
+        self._client.entered.update(indices)
+        return self._client.batch_of(self._prepared, indices)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def _require_named(data: SiteData) -> None:

@@ -32,8 +32,9 @@ from fedmed_flower.clients.targets import (
 from fedmed_flower.clients.training import predict, predict_alone
 from fedmed_flower.data.outlying import Outlying, outlying
 from fedmed_flower.data.preparation import Preparation, check_contribution, contribution
+from fedmed_flower.data.rows import column_of, has_column
 from fedmed_flower.data.schema import Schema
-from fedmed_flower.data.site import SPLITS, Row, SiteData, min_cell_count, patient_text
+from fedmed_flower.data.site import SPLITS, Row, SiteData, min_cell_count, patients_of
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.metrics.classification import noised_counts, noised_metrics
 from fedmed_flower.metrics.names import NOISED, NOISED_ERRORS
@@ -340,7 +341,7 @@ class TabularClient(MedicalClient):
         """Return the number of training rows of each class."""
         if self.schema.task not in CLASSED:
             return {}
-        labels = [int(row[self.schema.target]) for row in data.train]
+        labels = [int(label) for label in column_of(data.train, self.schema.target)]
         return {"labels": np.bincount(labels, minlength=max(2, self.outputs)).tolist()}
 
     def prepare(self, rows: Sequence[Row], train: bool) -> TableRows:
@@ -354,7 +355,7 @@ class TabularClient(MedicalClient):
                 log.warning("%s: categories that are not in the list: %s", self.site.name, names)
         inputs = {"features": torch.from_numpy(features)}
         # Rows that are only predicted have no target.
-        if all(self.schema.target in row for row in rows):
+        if has_column(rows, self.schema.target):
             inputs |= self.targets(rows)
         device = torch_device(self.settings)
         return TableRows({name: values.to(device) for name, values in inputs.items()}, rows)
@@ -371,7 +372,7 @@ class TabularClient(MedicalClient):
 
     def targets(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return the targets that the loss compares outputs with, by their names in a batch."""
-        values = [row[self.schema.target] for row in rows]
+        values = column_of(rows, self.schema.target)
         whole = self.schema.task in CLASSED
         return {"target": torch.tensor(values, dtype=torch.long if whole else torch.float32)}
 
@@ -474,7 +475,7 @@ class TabularClient(MedicalClient):
     def metrics_of_rows(self, outputs: NDArray[np.float32], prepared: TableRows) -> dict[str, Any]:
         """Return the metrics of rows, from the network's outputs for them."""
         target = prepared.inputs["target"].cpu().numpy()
-        patient_of_row = [patient_text(row["patient"]) for row in prepared.rows]
+        patient_of_row = patients_of(prepared.rows)
         return outcome_metrics(
             self.schema.task, target, outputs, patient_of_row, self.node.coarse_figures
         )

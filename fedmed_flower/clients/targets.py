@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedmed_flower.data.bounded import quoted
 from fedmed_flower.data.preparation import Preparation
+from fedmed_flower.data.rows import Rows
 from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import Row
 from fedmed_flower.errors import InputError
@@ -143,6 +145,8 @@ def require_rows(rows: Sequence[Row], schema: Schema, groups: Sequence[str], whe
     """
     needed = {*schema.features, schema.target} | ({schema.event} - {""})
     wanted = _wanted(schema)
+    if isinstance(rows, Rows) and _columns_fit(rows, needed, wanted, groups):
+        return
     for number, row in enumerate(rows):
         row_name = f"row {number} of {where}"
         _require_columns(row, needed, groups, row_name)
@@ -165,6 +169,29 @@ def require_rows(rows: Sequence[Row], schema: Schema, groups: Sequence[str], whe
                     f"{row_name} has {name} {value!r}: report-by takes columns of texts, such as "
                     "categories, or the bands into which the schema cuts a number"
                 )
+
+
+def _columns_fit(
+    rows: Rows,
+    needed: Collection[str],
+    wanted: Mapping[str, tuple[Callable[[Any], bool], str]],
+    groups: Sequence[str],
+) -> bool:
+    """Return whether no row can be wrong, by whole columns; if not, look at each row."""
+    if not {*needed, *groups} <= {*rows.names}:
+        return False
+    columns = {name: rows.column(name) for name in {*needed, *groups}}
+    numbers = {name for name, column in columns.items() if column.dtype != object}
+    texts = (column.tolist() for name, column in columns.items() if name not in numbers)
+    if not numbers >= wanted.keys() or numbers & {*groups}:
+        return False
+    if not all({*map(type, cells)} <= {str, type(None)} for cells in texts):
+        return False
+    return all(
+        is_number(value) and fits(value)
+        for name, (fits, _) in wanted.items()
+        for value in np.unique(columns[name]).tolist()
+    )
 
 
 def _require_columns(

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from fedmed_flower.arrays.sums import exact_sum
 from fedmed_flower.data.cells import LARGEST, category_text, require
+from fedmed_flower.data.rows import column_of
 from fedmed_flower.data.schema import Schema
-from fedmed_flower.data.site import Row, patient_text
+from fedmed_flower.data.site import Row, patients_of
 from fedmed_flower.errors import InputError
 
 log = logging.getLogger("flwr.fedmed")
@@ -64,7 +65,7 @@ def contribution(
         patients with each.
     """
     require(minimum >= 1, f"minimum must be at least 1, got {minimum}")
-    patients = np.asarray([patient_text(row["patient"]) for row in rows], dtype=object)
+    patients = np.asarray(patients_of(rows), dtype=object)
     reported: dict[str, list[float] | list[str] | list[int]] = {}
     for column in schema.numeric:
         if only not in (None, column):
@@ -335,9 +336,9 @@ class Preparation:
         return texts[1:] if len(texts) == 2 else texts
 
 
-def _cells(rows: Sequence[Row], column: str) -> list[Any]:
+def _cells(rows: Sequence[Row], column: str) -> Sequence[Any] | NDArray[Any]:
     try:
-        return [row[column] for row in rows]
+        return column_of(rows, column)
     except KeyError:
         lacking = next(number for number, row in enumerate(rows) if column not in row)
         raise InputError(f"row {lacking} has no {column!r}") from None
@@ -354,7 +355,7 @@ def _numbers(rows: Sequence[Row], column: str) -> NDArray[np.float64]:
 
 
 def _texts(rows: Sequence[Row], column: str) -> list[str | None]:
-    cells = _cells(rows, column)
+    cells = [*_cells(rows, column)]
     try:
         known = {cell: category_text(cell) for cell in {*cells}}
     except TypeError as error:

@@ -189,12 +189,23 @@ class Rows(Sequence[Mapping[str, Any]]):
         return repr([*self])
 
 
-def column_of(rows: Sequence[Mapping[str, Any]], name: str) -> Sequence[Any] | Array:
-    """Return a column of rows of any kind: an array of a table's rows, else a list.
+def column_of(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any] | Array:
+    """Return a column of rows of any kind: an array of a table's numbers, else a list.
 
     Raises
     ------
     KeyError
         If a row lacks it.
     """
-    return rows.column(name) if isinstance(rows, Rows) else [row[name] for row in rows]
+    if not isinstance(rows, Rows):
+        return [row[name] for row in rows]
+    column = rows.column(name)
+    cells: list[Any] = column.tolist() if column.dtype == object else []
+    return cells if column.dtype == object else column
+
+
+def has_column(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Return whether all rows have a column."""
+    if isinstance(rows, Rows):
+        return name in rows.names
+    return all(name in row for row in rows)

@@ -207,6 +207,13 @@ class SiteData:
     lacking: tuple[str, ...] = ()
 
 
+def in_columns(data: SiteData) -> SiteData:
+    """Return the same rows; those of one table are whole columns again, see `Rows.of`."""
+    parts: dict[str, Any] = {split: Rows.of(getattr(data, split)) for split in SPLITS}
+    changed = {split: rows for split, rows in parts.items() if rows is not getattr(data, split)}
+    return replace(data, **changed) if changed else data
+
+
 def min_cell_count(context: Context, site: Site) -> int:
     """Return the minimum count: the fewest patients behind a number that leaves the hospital.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.duplicates import digests_of
+from fedmed_flower.data.rows import Rows
 from fedmed_flower.data.site import SPLITS, Row, min_cell_count
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.privacy.accounting import Release, noise_for
@@ -108,6 +110,6 @@ def _noised(
     return {"groups": groups, "withheld": withheld, "noise": noise}
 
 
-def _rows(client: MedicalClient) -> list[Row]:
+def _rows(client: MedicalClient) -> Sequence[Row]:
     data = client.data()
-    return [row for split in SPLITS for row in getattr(data, split)]
+    return Rows.joined(getattr(data, split) for split in SPLITS)

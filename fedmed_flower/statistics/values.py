@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed_flower.data.rows import Rows
+from fedmed_flower.data.rows import Rows, column_of
 from fedmed_flower.data.site import Row
 from fedmed_flower.statistics.request import OPERATIONS, Filter
 from fedmed_flower.statistics.types import Cells, Codes, Floats, Mask
@@ -118,11 +118,10 @@ def cells_of(rows: Sequence[Row], name: str) -> Cells:
     if isinstance(rows, Rows) and name not in NOT_COLUMNS:
         if name not in rows.names:
             return [None] * len(rows)
-        column = rows.column(name)
-        if column.dtype != object:
-            return column
-        cells: list[Any] = column.tolist()
-        return cells if {*map(type, cells)} <= _SIMPLE else [_single(cell) for cell in cells]
+        cells = column_of(rows, name)
+        if isinstance(cells, np.ndarray) or {*map(type, cells)} <= _SIMPLE:
+            return cells
+        return [_single(cell) for cell in cells]
     return [_cell(row, name) for row in rows]
 
 
