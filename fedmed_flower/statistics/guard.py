@@ -80,6 +80,27 @@ class Partition:
 
 
 @dataclass(frozen=True)
+class _Found:
+    """Where members stand in a partition.
+
+    Attributes
+    ----------
+    partition : Partition
+    places : ndarray of int64
+        (members,) the place among its elements, -1 if the member has none.
+    labels : ndarray of int64
+        (members,) the class, `NEW` if the member has no place.
+    complete : bool
+        Whether each element of the partition is one of the members.
+    """
+
+    partition: Partition
+    places: Codes
+    labels: Codes
+    complete: bool
+
+
+@dataclass(frozen=True)
 class Members:
     """The rows that have a value of one key.
 
@@ -142,7 +163,7 @@ class Guard:
         self._partitions: dict[str, Partition | None] = {}
         self._changed: dict[str, Partition] = {}
         self._members: dict[str, Members] = {}
-        self._placed: dict[str, tuple[Hashes, Codes]] = {}
+        self._found: dict[str, _Found] = {}
 
     def members(self, *names: str) -> Members:
         """Return the rows that have a value in a column, or in two; without a name, all rows.
@@ -212,33 +233,31 @@ class Guard:
     def labels(self, members: Members) -> Codes:
         """Return (rows,) the class of each row so far; `NEW` if no answer has counted the row."""
         labels = np.full(self._columns.count, NEW, np.int64)
-        labels[members.rows] = self._labels(members, self._partition(members.key))
-        return labels
-
-    def _labels(self, members: Members, partition: Partition | None) -> Codes:
-        """Return (members,) the class of each member, or `NEW`."""
-        labels = np.full(members.rows.size, NEW, np.int64)
+        partition = self._partition(members.key)
         if partition is not None:
-            places = self._places(members, partition)
-            known = places >= 0
-            if known.all():
-                return partition.labels[places]
-            labels[known] = partition.labels[places[known]]
+            labels[members.rows] = self._find(members, partition).labels
         return labels
 
-    def _places(self, members: Members, partition: Partition) -> Codes:
-        """Return the place of each member among the elements of a partition, -1 if it has none."""
-        elements, places = self._placed.get(members.key, (None, None))
-        if places is None or elements is not partition.elements:
-            elements = partition.elements
+    def _find(self, members: Members, partition: Partition) -> _Found:
+        """Return where the members stand in a partition; kept until the partition is split."""
+        found = self._found.get(members.key)
+        if found is not None and found.partition is partition:
+            return found
+        if found is None or found.partition.elements is not partition.elements:
             places = np.full(members.elements.size, -1, np.int64)
-            if elements.size:
-                indices = np.searchsorted(elements, members.elements)
-                indices = np.minimum(indices, elements.size - 1)
-                known = elements[indices] == members.elements
+            if partition.elements.size:
+                indices = np.searchsorted(partition.elements, members.elements)
+                indices = np.minimum(indices, partition.elements.size - 1)
+                known = partition.elements[indices] == members.elements
                 places[known] = indices[known]
-            self._placed[members.key] = (elements, places)
-        return places
+        else:
+            places = found.places
+        known = places >= 0
+        labels = np.full(places.size, NEW, np.int64)
+        labels[known] = partition.labels[places[known]]
+        complete = int(known.sum()) == partition.elements.size
+        self._found[members.key] = _Found(partition, places, labels, complete)
+        return self._found[members.key]
 
     def admit(self, keys: Sequence[Members], cells: Sequence[Codes], waiting: Mask) -> bool:
         """Record that an answer puts rows into these cells, if the answer may leave.
@@ -291,11 +310,13 @@ class Guard:
         cells, waiting : ndarray
             (rows,) of all the hospital's rows, as `admit` takes them.
         """
-        labels = self._labels(members, partition)
-        taken = (labels != NEW) | ~waiting[members.rows]
         rows = members.rows
         elements = members.elements
-        places = None if partition is None else self._places(members, partition)
+        found = None if partition is None else self._find(members, partition)
+        labels = np.full(rows.size, NEW, np.int64) if found is None else found.labels
+        places = None if found is None else found.places
+        taken = (labels != NEW) | ~waiting[rows]
+        complete = found is not None and found.complete
         if not taken.all():
             rows = rows[taken]
             elements = elements[taken]
@@ -304,17 +325,17 @@ class Guard:
         patients = self._patients[rows]
         patient_of_row = self._patient_of_row[rows]
         new_cells = cells[rows]
-        if partition is not None and places is not None:
+        if partition is not None and places is not None and not complete:
+            # All known members are taken, so the others have gone.
             gone = np.ones(partition.elements.size, bool)
             gone[places[places >= 0]] = False
-            if gone.any():
-                elements = np.concatenate((elements, partition.elements[gone]))
-                patients = np.concatenate((patients, partition.patients[gone]))
-                labels = np.concatenate((labels, partition.labels[gone]))
-                places = np.concatenate((places, np.flatnonzero(gone)))
-                outside = np.full(int(gone.sum()), OUTSIDE, np.int64)
-                new_cells = np.concatenate((new_cells, outside))
-                patient_of_row = np.unique(patients, return_inverse=True)[1].astype(np.int64)
+            elements = np.concatenate((elements, partition.elements[gone]))
+            patients = np.concatenate((patients, partition.patients[gone]))
+            labels = np.concatenate((labels, partition.labels[gone]))
+            places = np.concatenate((places, np.flatnonzero(gone)))
+            outside = np.full(int(gone.sum()), OUTSIDE, np.int64)
+            new_cells = np.concatenate((new_cells, outside))
+            patient_of_row = np.unique(patients, return_inverse=True)[1].astype(np.int64)
         classes = class_codes(labels, new_cells)
         if fewest_left(classes, patient_of_row, self.minimum) < self.minimum:
             return None

@@ -1,10 +1,11 @@
+import hashlib
 import multiprocessing
 import os
 import re
 import sqlite3
 import stat
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import ClassVar
 
@@ -714,3 +715,44 @@ def test_a_partition_that_lacks_a_part_is_an_error(rows, path, part):
     connection.close()
     with pytest.raises(InputError, match=r"the partition of .* is damaged"):
         ask(rows, path, columns=("age",))
+
+
+class TestDigests:
+    """A file that an earlier version has written must be understood: its digests stay the same."""
+
+    @pytest.mark.parametrize("visits", [1, 2])
+    def test_digests_are_those_of_patient_text_and_number(self, path, visits):
+        rows = [
+            {"patient": f"p\u00e9{n // visits}", "x": [0.5, 2.0, "a"][n % 3], "c": "it's"[n % 4 :]}
+            for n in range(60)
+        ]
+        ask(rows, path, columns=("x", "c"), categorical=("c",))
+        with sqlite3.connect(path) as connection:
+            (key,) = connection.execute("SELECT value FROM about WHERE key = 'key'").fetchone()
+            query = "SELECT key, elements, patients FROM partitions"
+            found = {k: (e, p) for k, e, p in connection.execute(query)}
+
+        def digest(text):
+            letters = text.encode(errors="backslashreplace")
+            return int.from_bytes(hashlib.blake2b(letters, key=key).digest()[:8])
+
+        def partition(texts):
+            """Digest and patient of each row with a text, by the digest."""
+            seen = Counter()
+            digests = []
+            for row, text in zip(rows, texts, strict=True):
+                if text is not None:
+                    patient = ascii(row["patient"])
+                    number = seen[patient, text]
+                    seen[patient, text] += 1
+                    digests.append((digest(f"{patient}\n{text}\n{number}"), digest(patient)))
+            return tuple(
+                np.array(one, np.uint64).tobytes() for one in zip(*sorted(digests), strict=True)
+            )
+
+        # Of a column of numbers a text is missing.
+        numbers = [{0.5: "0.5", 2.0: "2"}.get(row["x"]) for row in rows]
+        written = [number and ascii((ascii((number,)),)) for number in numbers]
+        assert found['[["x"]]'] == partition(written)
+        assert found['[["c"]]'] == partition([ascii((ascii((row["c"],)),)) for row in rows])
+        assert found["[]"] == partition([""] * len(rows))
