@@ -669,7 +669,7 @@ class MedicalClient(ABC):
         loaded = self.cache.loaded
         key = self.key(pooled)
         if key not in loaded:
-            data = in_columns(self.pooled_data() if pooled else self._loaded_data())
+            data = self.pooled_data() if pooled else self._loaded_data()
             if not any(getattr(data, split) for split in SPLITS):
                 raise InputError("there are no rows")
             if self.sealed:
@@ -686,7 +686,7 @@ class MedicalClient(ABC):
         """Return the rows; at a real hospital the secret key in its ledger splits them."""
         real = not self.site.simulated
         with splitting_by(lambda: self.ledger({}).split_key()) if real else nullcontext():
-            data = self.load_data(self.site)
+            data = in_columns(self.load_data(self.site))
         self._log_lacking_classes(data)
         return data
 
@@ -716,13 +716,17 @@ class MedicalClient(ABC):
 
     def _log_lacking_classes(self, data: SiteData) -> None:
         """Log the classes of the training rows that another split lacks."""
-        classes = {s: Counter(self._class_of(row) for row in getattr(data, s)) for s in SPLITS}
+        classes = {split: self._classes_of(getattr(data, split)) for split in SPLITS}
         for split in SPLITS[1:]:
             lacking = sorted(classes["train"].keys() - classes[split].keys() - {""})
             if classes[split] and lacking:
                 level = logging.DEBUG if self.site.simulated else logging.WARNING
                 text = "%s: no row of the %s split has class %s"
                 log.log(level, text, self.site.name, split, ", ".join(lacking))
+
+    def _classes_of(self, rows: Sequence[Row]) -> Counter[str]:
+        """Return how many rows have each class, as `_class_of` names it."""
+        return Counter(map(self._class_of, rows))
 
     def _class_of(self, row: Row) -> str:
         """Return the class of a row for the log; empty if it has no class or a broken one."""

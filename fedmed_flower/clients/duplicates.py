@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from itertools import chain
 
 from flwr.app import ConfigRecord
 
+from fedmed_flower.data.rows import column_of
 from fedmed_flower.data.site import SPLITS, Site, SiteData
 from fedmed_flower.wire import DIGEST_BYTES, DIGESTS, PATIENTS_RECORD
 
@@ -20,7 +22,7 @@ def digests_of(site: Site, data: SiteData, run_id: int) -> Mapping[str, ConfigRe
     if not site.simulated:
         return {}
     key = str(run_id).encode()
-    patients = (row["patient"] for split in SPLITS for row in getattr(data, split))
+    patients = chain.from_iterable(column_of(getattr(data, s), "patient") for s in SPLITS)
     named = {str(name) for name in patients if isinstance(name, str)}
     digests = sorted(
         hashlib.blake2b(

@@ -12,7 +12,8 @@ from typing import Any
 from flwr.app import ConfigRecord, Context
 
 from fedmed_flower.data.pictures import Picture
-from fedmed_flower.data.site import SPLITS, Site, SiteData, patient_text
+from fedmed_flower.data.rows import column_of
+from fedmed_flower.data.site import SPLITS, Site, SiteData, patients_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import cell_text, file_name, plain_text, write_atomic, write_rows
 from fedmed_flower.settings.text import with_type_of
@@ -89,9 +90,7 @@ def keep_splits(context: Context, site: Site, message: ConfigRecord, data: SiteD
 def rows_of(data: SiteData) -> list[str]:
     """Return a text for each row: its split and its patient."""
     return [
-        f"{split} {patient_text(row['patient'])}"
-        for split in SPLITS
-        for row in getattr(data, split)
+        f"{split} {patient}" for split in SPLITS for patient in patients_of(getattr(data, split))
     ]
 
 
@@ -108,6 +107,6 @@ def keep_pictures(folder: Path, site: Site, pictures: Sequence[Picture]) -> None
 
 
 def _patients(data: SiteData, split: str) -> list[str]:
-    patients = [row["patient"] for row in getattr(data, split)]
+    patients = column_of(getattr(data, split), "patient")
     # A number names one patient, whether it is Python's, NumPy's or torch's.
     return list(dict.fromkeys(str(p.item() if hasattr(p, "item") else p) for p in patients))

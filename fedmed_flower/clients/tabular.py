@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +33,7 @@ from fedmed_flower.clients.targets import (
 from fedmed_flower.clients.training import predict, predict_alone
 from fedmed_flower.data.outlying import Outlying, outlying
 from fedmed_flower.data.preparation import Preparation, check_contribution, contribution
-from fedmed_flower.data.rows import column_of, has_column
+from fedmed_flower.data.rows import Rows, column_of, has_column
 from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import SPLITS, Row, SiteData, min_cell_count, patients_of
 from fedmed_flower.errors import DeclinedError, InputError
@@ -309,6 +310,14 @@ class TabularClient(MedicalClient):
         """Return the class of a row, or whether the event happened."""
         column = self.schema.target if self.schema.task in CLASSED else self.schema.event
         return row.get(column) if column else None
+
+    def _classes_of(self, rows: Sequence[Row]) -> Counter[str]:
+        column = self.schema.target if self.schema.task in CLASSED else self.schema.event
+        usual = type(self).label_of is TabularClient.label_of
+        if not (usual and column and isinstance(rows, Rows) and has_column(rows, column)):
+            return super()._classes_of(rows)
+        counts = Counter([*column_of(rows, column)])
+        return Counter({"" if value is None else str(value): n for value, n in counts.items()})
 
     def made_up(self, count: int) -> list[Row]:
         """Return rows of random numbers, categories and outcomes that the schema allows."""

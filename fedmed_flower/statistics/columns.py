@@ -124,9 +124,14 @@ class Columns:
 
     def _as_written(self, name: str) -> tuple[Codes, list[str]]:
         """Return the number of each row's text of a column, -1 if it is missing, and the texts."""
-        if name not in self._written:
-            self._written[name] = coded(cells_of(self._rows, name))
-        return self._written[name]
+        if name in self._written:
+            return self._written[name]
+        cells = cells_of(self._rows, name)
+        written = coded(cells)
+        # The texts of a table's numbers, few of which are the same, take more memory than they.
+        if not isinstance(cells, np.ndarray):
+            self._written[name] = written
+        return written
 
     def _coded(self, name: str) -> tuple[Codes, list[str]]:
         """Return what `codes` returns, with the categories in any order."""

@@ -164,6 +164,7 @@ class Guard:
         self._changed: dict[str, Partition] = {}
         self._members: dict[str, Members] = {}
         self._found: dict[str, _Found] = {}
+        self._all_rows = np.arange(columns.count)
 
     def members(self, *names: str) -> Members:
         """Return the rows that have a value in a column, or in two; without a name, all rows.
@@ -176,6 +177,8 @@ class Guard:
             if names:
                 codes, texts = self._columns.identities(families, self._hide_missing)
                 rows = np.flatnonzero(codes >= 0)
+                # Most columns have a value in all rows: one array of indices serves them all.
+                rows = self._all_rows if rows.size == codes.size else rows
                 self._members[key] = Members(key, names, rows, self._elements(rows, codes, texts))
             else:
                 self._members[key] = self.everybody(key)
