@@ -26,8 +26,10 @@ from tiny import (
     trained,
 )
 from torch import nn
+from torch.utils.data import DataLoader
 
 from fedmed_flower import InputError, MedicalClient, SiteData
+from fedmed_flower.clients.training import Steps
 from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.wire import MESSAGE_VERSION, read_error
@@ -684,6 +686,32 @@ def test_a_network_with_batch_norm_over_several_rounds():
     assert counts == [3, 6, 9]
     metrics = ask(Client, "evaluate", context, arrays).content["metrics"]
     assert np.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize(("count", "size"), [(12, 4), (11, 4), (9, 4), (1, 4), (4, 1)])
+@pytest.mark.parametrize("steps", [{}, {"local_steps": 7}])
+def test_rows_are_drawn_as_by_a_loader_of_single_rows(count, size, steps):
+    drawn = []
+
+    class Noting(Linear):
+        def batch_of(self, prepared, indices):
+            drawn.append([*indices])
+            return super().batch_of(prepared, indices)
+
+    client = Noting(context_of(batch_size=size, local_epochs=3, **steps))
+    rows = numbers(count, 0)
+    client.fit(line(), client.prepare(rows, train=True), seed=5)
+    loader = DataLoader(
+        range(count),
+        size,
+        shuffle=True,
+        drop_last=count > size and count % size == 1,
+        collate_fn=list,
+        generator=torch.Generator().manual_seed(5),
+    )
+    wanted = [*Steps(loader, 7)] if steps else [batch for _ in range(3) for batch in loader]
+    assert drawn == wanted
+    assert client.entered == {index for batch in drawn for index in batch}
 
 
 def test_a_last_batch_of_one_row_trains_with_batch_norm():

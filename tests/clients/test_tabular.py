@@ -24,8 +24,9 @@ from tables import (
 from tiny import ask, bits, context_of, node_of, nodes_of, says
 
 from fedmed_flower import InputError, SiteData
-from fedmed_flower.clients.targets import InUnit, Unit, with_target
+from fedmed_flower.clients.targets import InUnit, Unit, require_rows, with_target
 from fedmed_flower.data.preparation import Preparation
+from fedmed_flower.data.rows import Rows
 from fedmed_flower.data.schema import table_of
 from fedmed_flower.data.site import Site
 from fedmed_flower.errors import DeclinedError
@@ -933,3 +934,70 @@ def test_a_hospital_whose_column_stands_out_is_named_before_the_first_round(tmp_
     assert note["text"].startswith("age has the mean ")
     assert "hospital-2: age has the mean" in caplog.text
     assert "age has the mean" in (tmp_path / "report.html").read_text()
+
+
+def in_table(rows, **columns):
+    """Return rows as a table has them, some columns changed."""
+    arrays = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    texts = {
+        name: array.astype(object) for name, array in arrays.items() if array.dtype.kind == "U"
+    }
+    return Rows(arrays | texts | columns)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("ill", 2), ("ill", math.nan), ("ill", "1"), ("age", (1, 2)), ("ward", 3), ("ward", None)],
+)
+@pytest.mark.parametrize("groups", [(), ("ward", "age-band"), ("age",), ("height",)])
+def test_rows_of_a_table_are_refused_as_dicts_are(column, value, groups):
+    rows = patients(30, 0)
+    changed_column = np.empty(30, object)
+    changed_column[:] = [row[column] for row in rows]
+    changed_column[7] = value
+    for table in (in_table(rows), in_table(rows, **{column: changed_column})):
+        told = []
+        for given in (table, [*map(dict, table)]):
+            try:
+                require_rows(given, SCHEMA, groups, "the train split")
+            except InputError as error:
+                told.append(str(error))
+            else:
+                told.append("")
+        assert told[0] == told[1]
+
+
+def test_a_row_of_a_table_without_a_column_is_refused():
+    table = in_table(patients(3, 0))
+    short = Rows({name: table.column(name) for name in table.names if name != "ward"})
+    wanted = (
+        "row 0 of the val split has no ward: take rows from read_table, or give each row every "
+        "column of the schema"
+    )
+    with pytest.raises(InputError, match=says(wanted)):
+        require_rows(short, SCHEMA, (), "the val split")
+
+
+def test_rows_of_a_table_are_prepared_as_dicts_are():
+    table = in_table(patients(40, 1))
+    schema = replace(SCHEMA, categories={**SCHEMA.categories, "ward": ("a", "b", "c")})
+    client = type("Declared", (TinyTable,), {"schema": schema})(context_of(**DECLARED))
+    ours, theirs = (client.prepare(rows, train=True) for rows in (table, [*map(dict, table)]))
+    for name, values in theirs.inputs.items():
+        assert torch.equal(ours.inputs[name], values)
+        assert ours.inputs[name].dtype == values.dtype
+    assert client._classes_of(table) == client._classes_of([*map(dict, table)])
+    learnt = [Preparation.of_rows(SCHEMA, rows) for rows in (table, [*map(dict, table)])]
+    assert learnt[0] == learnt[1]
+
+
+def test_chosen_rows_of_a_table_are_loaded_as_columns():
+    table = in_table(patients(40, 1))
+
+    def load_data(self, site):
+        return SiteData([row for row in table if row["age"] > 30], test=patients(3, 2, "q"))
+
+    data = type("Chosen", (TinyTable,), {"load_data": load_data})(context_of(**DECLARED)).data()
+    assert isinstance(data.train, Rows)
+    assert (data.train.column("age") > 30).all()
+    assert data.test == patients(3, 2, "q")

@@ -3,6 +3,7 @@ import pickle
 from operator import add
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fedmed_flower.data.rows import Rows, TableRow, column_of
@@ -106,6 +107,12 @@ def test_rows_can_be_pickled(rows):
     again = pickle.loads(pickle.dumps(rows))
     assert again[:2] == rows[:2]
     assert isinstance(pickle.loads(pickle.dumps(rows[0])), TableRow)
+
+
+def test_rows_become_a_data_frame(rows):
+    frame = pd.DataFrame(rows)
+    assert frame["age"].tolist()[:2] == [50.0, 61.0]
+    assert frame["sex"].tolist() == ["f", None, "m"]
 
 
 def test_columns_have_one_length():
