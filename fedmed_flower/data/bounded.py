@@ -26,7 +26,7 @@ MOST: dict[Kind, int] = {
     "an image": 4 << 30,
     # Pillow's own limit, 89 million pixels of three colours; an X-ray has at most half of it.
     "a picture or a DICOM file": 256 << 20,
-    # A million rows of 30 columns; as cells they take ten times as much.
+    # A million rows of 30 columns.
     "a table": 256 << 20,
     # Ten million variants.
     "a file of weights": 512 << 20,

@@ -16,7 +16,7 @@ from typing import Any
 
 from fedmed_flower.data.bounded import MOST, require_within, unpacked
 from fedmed_flower.data.cells import Cells, frame_cells, require
-from fedmed_flower.data.plain import plain_columns
+from fedmed_flower.data.plain import column_of_lines, plain_columns
 from fedmed_flower.errors import InputError, shown
 
 _Row = Sequence[Any]
@@ -171,10 +171,16 @@ class _QuotedColumns:
             text = _BETWEEN.join(cells)
             parts.append(text if text.count(_BETWEEN) == len(cells) - 1 else cells)
 
-    def column(self, index: int) -> list[str]:
+    def column(self, index: int) -> Sequence[str]:
         """Return the cells of a column."""
+        parts = self._parts[index]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == len(parts):
+            lines = "".join(f"{text}{_BETWEEN}" for text in texts).encode()
+            if (column := column_of_lines(lines)) is not None:
+                return column
         cells: list[str] = []
-        for part in self._parts[index]:
+        for part in parts:
             cells += part.split(_BETWEEN) if isinstance(part, str) else part
         return cells
 

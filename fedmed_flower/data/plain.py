@@ -35,7 +35,7 @@ _HAS_64_BITS = np.finfo(np.longdouble).nmant == 63 and np.dtype(np.longdouble).i
 
 
 class PlainColumn(Sequence[str]):
-    """The cells of one column of a plain text.
+    """The cells of one column of a text.
 
     Parameters
     ----------
@@ -131,7 +131,9 @@ def plain_columns(content: bytes, separator: str) -> list[PlainColumn] | None:
     """
     if b"\r" in content:
         content = content.replace(b"\r\n", b"\n")
-    content = content.rstrip(b"\n") + b"\n"
+    # The usual text is not copied.
+    if not content.endswith(b"\n") or content.endswith(b"\n\n"):
+        content = content.rstrip(b"\n") + b"\n"
     between = separator.encode()
     # The csv module leaves out blanks at the beginning of cells, and reads what stands in quotes.
     special = [b'"', b"\r", b"\0"] + [between + b" ", b"\n "] * (b" " in content)
@@ -156,11 +158,26 @@ def plain_columns(content: bytes, separator: str) -> list[PlainColumn] | None:
     return [PlainColumn(content, *column) for column in columns]
 
 
+def column_of_lines(content: bytes) -> PlainColumn | None:
+    """Return the lines of a text as a column, or None if a line holds a zero byte.
+
+    Parameters
+    ----------
+    content : bytes
+        UTF-8 in which each line, also the last, ends with a line feed.
+    """
+    if b"\0" in content:
+        return None
+    ends = _ends(content, _BREAK)
+    starts = np.concatenate((np.zeros(min(1, ends.size), ends.dtype), ends[:-1] + 1))
+    return PlainColumn(content, starts, ends)
+
+
 def _ends(content: bytes, separator: int) -> NDArray[np.integer]:
     """Return where the separators and line breaks of a text stand."""
     letters = np.frombuffer(content, np.uint8)
     small = np.int32 if len(content) < 2**31 else np.int64
-    parts = []
+    parts = [np.zeros(0, small)]
     for first in range(0, len(letters), _PART):
         part = letters[first : first + _PART]
         found = np.flatnonzero((part == separator) | (part == _BREAK))

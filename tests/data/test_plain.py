@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedmed_flower.data.cells import Cells, category_text
-from fedmed_flower.data.plain import plain_columns
+from fedmed_flower.data.plain import column_of_lines, plain_columns
 from fedmed_flower.data.schema import Schema, read_table
 
 MIXED = Schema("y", "continuous", numeric=("x", "z"), categorical=("c",))
@@ -106,6 +106,23 @@ def test_a_column_has_the_cells_that_the_csv_module_reads(cells, ends):
     assert [*column] == [cell.decode() for cell in column.encoded()] == wanted
     assert [column[index] for index in range(len(column))] == wanted
     assert [*column[1:]] == wanted[1:]
+
+
+def test_lines_are_a_column():
+    assert [*column_of_lines("a\n\né 1\n2.5\n".encode())] == ["a", "", "é 1", "2.5"]
+    assert [*column_of_lines(b"")] == []
+    assert column_of_lines(b"a\0\n") is None
+
+
+@pytest.mark.parametrize("cell", ["two\nlines", "zero\0", '"quoted"', "é"])
+def test_cells_of_all_kinds_stay_as_they_are(tmp_path, cell):
+    quoted = '"' + cell.replace('"', '""') + '"'
+    lines = ["patient,x,z,c,y", *(f"p{n},1.5,{n},b,{n}" for n in range(600)), f"q,1,2,{quoted},3"]
+    (tmp_path / "t.csv").write_text("\n".join(lines), "utf-8", newline="")
+    table = read_table(tmp_path / "t.csv", MIXED)
+    assert table.rows.column("c").tolist() == ["b"] * 600 + [cell]
+    assert table.rows.column("z").tolist() == [*map(float, range(600)), 2.0]
+    assert table.rows.column("x").tolist() == [1.5] * 600 + [1.0]
 
 
 def test_a_heading_alone_has_columns_without_cells():
