@@ -30,11 +30,13 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from operator import add
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.files import require_format
@@ -48,6 +50,8 @@ OUTSIDE = -1
 LACKING = 2**31
 # The label of rows that no answer has counted.
 NEW = -1
+# Digests that are in memory at a time.
+_DIGESTS = 4096
 _VERSION = 2
 _SCHEMA = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -86,7 +90,7 @@ class _Found:
     Attributes
     ----------
     partition : Partition
-    places : ndarray of int64
+    places : ndarray of int32
         (members,) the place among its elements, -1 if the member has none.
     labels : ndarray of int64
         (members,) the class, `NEW` if the member has no place.
@@ -95,7 +99,7 @@ class _Found:
     """
 
     partition: Partition
-    places: Codes
+    places: NDArray[np.int32]
     labels: Codes
     complete: bool
 
@@ -175,7 +179,7 @@ class Guard:
         key = json.dumps(families)
         if key not in self._members:
             if names:
-                codes, texts = self._columns.identities(families, self._hide_missing)
+                codes, texts = self._encoded_identities(families)
                 rows = np.flatnonzero(codes >= 0)
                 # Most columns have a value in all rows: one array of indices serves them all.
                 rows = self._all_rows if rows.size == codes.size else rows
@@ -184,15 +188,19 @@ class Guard:
                 self._members[key] = self.everybody(key)
         return self._members[key]
 
+    def _encoded_identities(self, families: list[tuple[str, ...]]) -> tuple[Codes, list[bytes]]:
+        codes, texts = self._columns.identities(families, self._hide_missing)
+        return codes, list(map(_encoded, texts))
+
     def everybody(self, kind: str) -> Members:
         """Return all rows, for a kind of answer that is combined only with others of its kind."""
         contents = self._columns.contents()
         # A patient's rows are distinguished only by a number, in the order of their contents.
         rows = np.array(sorted(range(self._columns.count), key=contents.__getitem__), np.int64)
         codes = np.zeros(self._columns.count, np.int64)
-        return Members(kind, (), rows, self._elements(rows, codes, [""]))
+        return Members(kind, (), rows, self._elements(rows, codes, [b""]))
 
-    def _elements(self, rows: Codes, codes: Codes, texts: Sequence[str]) -> Hashes:
+    def _elements(self, rows: Codes, codes: Codes, texts: list[bytes]) -> Hashes:
         """Return a hash of each of these rows.
 
         It is made of patient and text, and of a number that distinguishes rows that agree in both.
@@ -203,19 +211,19 @@ class Guard:
             The indices of the rows.
         codes : ndarray of int64
             (rows,) of all rows, the number of the row's text.
-        texts : sequence of str
+        texts : list of bytes
+            They are overwritten.
         """
         patient_of_row = self._columns.patient_of_row[rows]
         patients = map(self._lines.__getitem__, patient_of_row.tolist())
         numbers = _repeats(class_codes(patient_of_row, codes[rows]))
-        if not numbers.any():
-            lines = [_encoded(text) + b"\n0" for text in texts]
-            values = map(lines.__getitem__, codes[rows].tolist())
-            return self._hashes(map(add, patients, values))
-        lines = [_encoded(text) + b"\n" for text in texts]
-        values = map(lines.__getitem__, codes[rows].tolist())
-        ends = (str(number).encode() for number in numbers.tolist())
-        return self._hashes(map(add, map(add, patients, values), ends))
+        first = not numbers.any()
+        for index, text in enumerate(texts):
+            texts[index] = text + (b"\n0" if first else b"\n")
+        parts = map(add, patients, map(texts.__getitem__, codes[rows].tolist()))
+        if first:
+            return self._hashes(parts)
+        return self._hashes(map(add, parts, (str(n).encode() for n in numbers.tolist())))
 
     def _hash(self, text: str) -> int:
         return int(self._hashes([_encoded(text)])[0])
@@ -224,14 +232,18 @@ class Guard:
         """Return the first eight bytes of a keyed digest of each text."""
         start = hashlib.blake2b(key=self._key)
         copy = start.copy
-        digests = []
-        for text in texts:
-            # A copy takes half the time of a new one with the key.
-            digest = copy()
-            digest.update(text)
-            digests.append(digest.digest())
         step = start.digest_size // 8
-        return np.frombuffer(b"".join(digests), ">u8")[::step].astype(np.uint64)
+        left = iter(texts)
+        hashes = [np.zeros(0, np.uint64)]
+        while part := [*islice(left, _DIGESTS)]:
+            digests = []
+            for text in part:
+                # A copy takes half the time of a new one with the key.
+                digest = copy()
+                digest.update(text)
+                digests.append(digest.digest())
+            hashes.append(np.frombuffer(b"".join(digests), ">u8")[::step].astype(np.uint64))
+        return np.concatenate(hashes)
 
     def labels(self, members: Members) -> Codes:
         """Return (rows,) the class of each row so far; `NEW` if no answer has counted the row."""
@@ -247,7 +259,7 @@ class Guard:
         if found is not None and found.partition is partition:
             return found
         if found is None or found.partition.elements is not partition.elements:
-            places = np.full(members.elements.size, -1, np.int64)
+            places = np.full(members.elements.size, -1, np.int32)
             if partition.elements.size:
                 indices = np.searchsorted(partition.elements, members.elements)
                 indices = np.minimum(indices, partition.elements.size - 1)
@@ -335,7 +347,7 @@ class Guard:
             elements = np.concatenate((elements, partition.elements[gone]))
             patients = np.concatenate((patients, partition.patients[gone]))
             labels = np.concatenate((labels, partition.labels[gone]))
-            places = np.concatenate((places, np.flatnonzero(gone)))
+            places = np.concatenate((places, np.flatnonzero(gone)), dtype=np.int32)
             outside = np.full(int(gone.sum()), OUTSIDE, np.int64)
             new_cells = np.concatenate((new_cells, outside))
             patient_of_row = np.unique(patients, return_inverse=True)[1].astype(np.int64)
@@ -344,7 +356,12 @@ class Guard:
             return None
         if partition is None or places is None or places.size != partition.elements.size:
             order = np.argsort(elements)
-            return Partition(elements[order], patients[order], classes[order])
+            made = Partition(elements[order], patients[order], classes[order])
+            if elements is members.elements:
+                places = np.empty(order.size, np.int32)
+                places[order] = np.arange(order.size)
+                self._found[members.key] = _Found(made, places, classes, True)
+            return made
         if classes.max(initial=-1) + 1 == numbered(partition.labels)[0].size:
             return partition  # Asked again: no class is split.
         split = np.empty_like(classes)
