@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.training import train_privately
-from fedmed_flower.data.site import patient_text
+from fedmed_flower.data.site import patient_text, patients_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.models.device import half_precision, make_optimizer
 from fedmed_flower.privacy.gradients import PROBE, Batch
@@ -236,7 +236,7 @@ def _privacy(client: MedicalClient, config: ConfigRecord) -> PatientPrivacy:
 
 def _patients(client: MedicalClient, split: str) -> list[str]:
     """Return the patients of a split as loaded, whether or not their rows can be used."""
-    return list(dict.fromkeys(patient_text(row["patient"]) for row in client.loaded(split)))
+    return list(dict.fromkeys(patients_of(client.loaded(split))))
 
 
 def _round(config: ConfigRecord) -> int:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmed_flower.clients.tabular import TableRows, TabularClient
+from fedmed_flower.data.rows import column_of
 from fedmed_flower.data.site import Row, SiteData
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.metrics.classification import noised_counts, noised_metrics
@@ -100,7 +101,7 @@ class SurvivalClient(TabularClient):
         """Return ``time`` and ``event`` of the rows, as numbers."""
         columns = {"time": self.schema.target, "event": self.schema.event}
         return {
-            name: torch.tensor([float(row[column]) for row in rows])
+            name: torch.tensor([float(cell) for cell in column_of(rows, column)])
             for name, column in columns.items()
         }
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fedmed_flower.arrays.sums import exact_sum
 from fedmed_flower.data.cells import LARGEST, category_text, require
-from fedmed_flower.data.rows import column_of
+from fedmed_flower.data.rows import Rows, column_of
 from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import Row, patients_of
 from fedmed_flower.errors import InputError
@@ -65,6 +65,7 @@ def contribution(
         patients with each.
     """
     require(minimum >= 1, f"minimum must be at least 1, got {minimum}")
+    rows = Rows.of(rows)
     patients = np.asarray(patients_of(rows), dtype=object)
     reported: dict[str, list[float] | list[str] | list[int]] = {}
     for column in schema.numeric:
@@ -301,6 +302,7 @@ class Preparation:
         InputError
             If a row lacks a column, or a number is a text.
         """
+        rows = Rows.of(rows)
         features = np.zeros((len(rows), self.width), dtype=np.float32)
         index = 0
         limit = _CLIP if self.clipped else _FINITE
@@ -324,6 +326,7 @@ class Preparation:
 
     def unseen(self, rows: Sequence[Row]) -> dict[str, int]:
         """Count the rows of each category that is not in the list, by names such as "cp=5"."""
+        rows = Rows.of(rows)
         rows_with: Counter[str] = Counter()
         for column, texts in self.categories.items():
             for text, count in Counter(_texts(rows, column)).items():

@@ -148,6 +148,10 @@ class Rows(Sequence[Mapping[str, Any]]):
         values = self._columns.mapped[key]
         return values if self._indices is None else [values[i] for i in self._indices.tolist()]
 
+    def take(self, indices: Sequence[int]) -> Rows:
+        """Return the rows at some indices."""
+        return self._selected(self._columns, self._positions()[np.asarray(indices, np.int64)])
+
     def _positions(self) -> NDArray[np.int64]:
         return np.arange(self._count) if self._indices is None else self._indices
 

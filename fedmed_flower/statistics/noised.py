@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed_flower.data.rows import Rows
 from fedmed_flower.data.site import Row, patient_text
 from fedmed_flower.errors import InputError
 from fedmed_flower.privacy.noise import gaussian, secure_generator
@@ -29,7 +30,7 @@ from fedmed_flower.statistics.columns import follow_up
 from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.request import Filter, Request, Survival, require_comparable
 from fedmed_flower.statistics.types import Codes, Floats, Mask, Reported
-from fedmed_flower.statistics.values import cells_of, numbers_meet, numbers_of, text_of, texts_meet
+from fedmed_flower.statistics.values import cells_of, coded, numbers_meet, numbers_of, texts_meet
 
 _MOST_BINS = 200
 _MOST_CORRELATED = 50
@@ -54,9 +55,11 @@ class Cells:
     """
 
     def __init__(self, rows: Sequence[Row], declared: Declared) -> None:
-        named = [(patient, row) for row in rows if (patient := _patient(row)) is not None]
-        self.patients = [patient for patient, _ in named]
-        self._rows = [row for _, row in named]
+        rows = Rows.of(rows)
+        patients = list(map(_patient, rows))
+        named = [index for index, patient in enumerate(patients) if patient is not None]
+        self.patients = [patient for patient in patients if patient is not None]
+        self._rows = rows.take(named) if isinstance(rows, Rows) else [rows[i] for i in named]
         self._declared = declared
         self._codes: dict[str, Codes] = {}
         self._scaled: dict[str, tuple[Floats, Mask]] = {}
@@ -105,7 +108,10 @@ class Cells:
         return numbers_of(cells_of(self._rows, name))
 
     def _texts(self, name: str) -> list[str | None]:
-        return [text_of(value) for value in cells_of(self._rows, name)]
+        codes, texts = coded(cells_of(self._rows, name))
+        # The last one stands for a missing value, -1.
+        with_none = [*texts, None]
+        return [with_none[code] for code in codes.tolist()]
 
 
 @dataclass(frozen=True)

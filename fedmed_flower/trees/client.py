@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from fedmed_flower.clients.tabular import TableRows, TabularClient
 from fedmed_flower.data.cells import LARGEST, category_text
 from fedmed_flower.data.preparation import Preparation
+from fedmed_flower.data.rows import column_of
 from fedmed_flower.data.schema import Schema
-from fedmed_flower.data.site import Row, min_cell_count, patient_text
+from fedmed_flower.data.site import Row, min_cell_count, patients_of
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.settings.registry import Sections
@@ -355,12 +356,14 @@ def raw_features(
     plain = _raw(schema, prepared_by)
     features = plain.transform(rows)
     for index, column in enumerate(schema.numeric):
-        values = np.asarray([row[column] for row in rows], dtype=np.float64)
+        values = np.asarray(column_of(rows, column), dtype=np.float64)
         features[~(np.abs(values) <= LARGEST), index] = np.nan
     index = len(schema.numeric)
     for column in plain.categories:
         width = Preparation({}, {}, {column: plain.categories[column]}).width
-        missing = np.asarray([category_text(row[column]) is None for row in rows], dtype=bool)
+        missing = np.asarray(
+            [category_text(cell) is None for cell in column_of(rows, column)], dtype=bool
+        )
         features[missing, index : index + width] = np.nan
         index += width
     return features
@@ -391,7 +394,7 @@ def _labels(prepared: TableRows) -> NDArray[Any]:
 
 def _patients(prepared: TableRows) -> NDArray[np.intp]:
     """Return (n,), the number of each row's patient."""
-    texts = [patient_text(row["patient"]) for row in prepared.rows]
+    texts = patients_of(prepared.rows)
     return np.unique(texts, return_inverse=True)[1]
 
 

@@ -60,6 +60,7 @@ def test_a_row_is_the_same_object_each_time(rows):
 
 
 def test_a_part_has_the_columns_of_its_rows(rows):
+    assert rows.take([2, 0]).take([1]) == rows[:1]
     assert rows[::-1].column("age")[1:].tolist() == [61.0, 50.0]
     assert rows[1:][1:].column("patient").tolist() == ["c"]
     assert column_of(rows, "ill").tolist() == column_of([*map(dict, rows)], "ill") == [0, 1, 1]
