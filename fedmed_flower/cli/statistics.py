@@ -62,7 +62,12 @@ def statistics(
         bool, typer.Option("--drift-sites", help="Compare each hospital with all others.")
     ] = False,
     weekly: Annotated[str, typer.Option(help="Count rows by the week of this column.")] = "",
-    alert: Annotated[str, typer.Option(help="Alarm for the weekly counts: c2 or cusum.")] = "c2",
+    alert: Annotated[
+        str,
+        typer.Option(
+            help="Alarm for the weekly counts: c2, cusum, or farrington, which knows seasons."
+        ),
+    ] = "c2",
     epsilon: Annotated[float, typer.Option(help="Answer with noise; charged to ledgers.")] = 0.0,
     delta: Annotated[float, typer.Option(help="Delta of epsilon.")] = 1e-5,
     out: Annotated[

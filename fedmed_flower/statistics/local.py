@@ -14,7 +14,6 @@ import logging
 import math
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from fedmed_flower.statistics.guard import (
 )
 from fedmed_flower.statistics.request import Request, Survival, require_comparable
 from fedmed_flower.statistics.types import Codes, Mask, Reported
+from fedmed_flower.statistics.values import date_text, week_text
 from fedmed_flower.statistics.withheld import (
     AND,
     BY,
@@ -258,7 +258,7 @@ class Local:
         distinct, labels[known] = np.unique(steps, return_inverse=True)
         starts = [float(step * width) for step in distinct]
         if dated:
-            return labels, [(f"from {_date(start)}", start) for start in starts]
+            return labels, [(f"from {date_text(start)}", start) for start in starts]
         return labels, [(f"{start:g} to {start + width:g}", start) for start in starts]
 
     def _moments(self, entry: Reported, inside: Mask) -> None:
@@ -534,7 +534,7 @@ class Local:
                     reported[int(week) - first] = None
                 for index, count in zip(known, counts, strict=True):
                     reported[int(weeks[index]) - first] = int(count)
-                start = _date(7.0 * first + 1) if dated else f"day {7 * first}"
+                start = week_text(first, dated)
                 entry["weeks"] = {"first": first, "start": start, "counts": reported}
                 return
         self._withhold(what)
@@ -591,7 +591,3 @@ def _counted(inside: Mask, usable: Mask) -> Reported:
 def _upward(times: Any, width: float) -> Any:
     """Return the number of widths to which each time is rounded up."""
     return -grid(np.negative(np.asarray(times, float)), width)[0]
-
-
-def _date(day: float) -> str:
-    return date.fromordinal(max(1, min(int(day), date.max.toordinal()))).isoformat()

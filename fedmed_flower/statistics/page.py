@@ -26,6 +26,7 @@ _MOST_ROWS = 400
 _MOST_PLOTS = 24
 _MOST_NAMES = 100
 _MOST_WEEKS = 2000
+_MOST_TICKS = 6
 _ALERT = "#d55e00"
 _BANNER = '<p class="banner" role="note">generated rows, not patients</p>'
 _LEFT = """<h2>What left each hospital</h2><p>The numbers behind these tables, but no row: counts,
@@ -44,7 +45,10 @@ probability p of one as large by chance.</p>"""
 _AGAIN = """<p class="note">What a hospital has disclosed decides what it may disclose later. A new
 simulation remembers no answer. A real hospital does: each of these questions helps only where
 nothing else was asked of its columns before, and may be withheld there too.</p>"""
-_NOTE_OF = {"Drift": _DRIFT, AGAIN: _AGAIN}
+_WEEKS = """<p class="note">A week is named by its first day. A week that a hospital withholds is of
+few patients, not of none: it is not judged, and left out of what other weeks are compared with. A
+week is not judged either while too few weeks before it are known.</p>"""
+_NOTE_OF = {"Drift": _DRIFT, AGAIN: _AGAIN, "Weekly counts": _WEEKS}
 
 
 def write_page(folder: Path) -> Path:
@@ -93,7 +97,8 @@ def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
         drawn = "".join(_weeks(entry) for entry in watched[:_MOST_PLOTS])
         parts.append(f"<h2>Week by week</h2>{drawn}" if drawn else "")
     for table in rest:
-        parts.append(_table(table) + _NOTE_OF.get(table["title"], ""))
+        kind = table["title"].partition(" (")[0]
+        parts.append(_table(table) + _NOTE_OF.get(kind, ""))
     request = survey["request"]
     minima = [reported["minimum"] for reported in survey["sites"].values()]
     if request["epsilon"]:
@@ -237,14 +242,15 @@ def _weeks(entry: Mapping[str, Any]) -> str:
     if len(counts) > _MOST_WEEKS:
         return f'<p class="note">{count_of(len(counts), "week")} are not drawn.</p>'
     axes: Any = Figure((6.4, 2.2), layout="constrained").subplots()
-    weeks = np.arange(1, len(counts) + 1)
+    weeks = np.arange(len(counts))
     alerts = entry.get("alert") or [False] * len(counts)
     colours = [_ALERT if alert else plots.CROWD for alert in alerts]
     axes.bar(weeks, counts, color=colours, width=0.8, zorder=3)
     unknown = weeks[np.isnan(counts)]
     axes.plot(unknown, np.zeros(unknown.size), "x", color=INK, ms=4, clip_on=False)
-    axes.locator_params(axis="x", integer=True)
-    drawing = plots.svg(axes, "rows by week", f"week, from {_plain(str(entry['start']))}", grid="y")
+    ticks = weeks[:: max(1, math.ceil(weeks.size / _MOST_TICKS))]
+    axes.set_xticks(ticks, [_plain(str(entry["weeks"][tick])) for tick in ticks])
+    drawing = plots.svg(axes, "rows by week", "week", grid="y")
     site = escaped(entry["site"]) + (f", {escaped(entry['group'])}" if entry["group"] else "")
     text = (
         f"<b>{site}</b> · rows by week · {count_of(sum(map(bool, alerts)), 'alert')} · × withheld"

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from fedmed_flower.statistics.types import Reported
+from fedmed_flower.statistics.values import week_text
 
 _MOST_LETTERS = 64 * 2**20
 _MOST_COUNT = 1e12
@@ -138,9 +139,11 @@ def _read_survival(reported: Reported, exact: bool, most: float) -> None:
 
 
 def _read_weeks(reported: Reported, exact: bool, most: float) -> None:
-    _texts([reported["start"]], "weeks")
-    if _number(reported["first"], "first week") % 1:
+    first = reported["first"]
+    if _number(first, "first week") % 1:
         raise ValueError("the first week must be a whole number")
+    if reported["start"] not in [week_text(int(first), dated) for dated in (True, False)]:
+        raise ValueError("the start of the weeks must be the first day of the first week")
     known = [count for count in reported["counts"] if count is not None]
     if len(reported["counts"]) > 10_000:
         raise ValueError("there are more than 10,000 weeks")

@@ -31,13 +31,14 @@ from fedmed_flower.statistics.page import STATISTICS_FILE, write_page
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.summary import (
-    ALARMS,
     alarms,
+    alert_weeks,
     drift_between_groups,
     drift_between_sites,
     summarise,
 )
 from fedmed_flower.statistics.table import tables
+from fedmed_flower.statistics.weekly import METHODS
 from fedmed_flower.statistics.withheld import MISSING
 from fedmed_flower.wire import ANSWER, LEDGER_DIR, REQUEST, RUN_KEY, SITE_RECORD, STATISTICS
 
@@ -155,8 +156,8 @@ def survey(
     drift : {"", "sites", "groups"}
         ``sites`` compares each hospital with all others, ``groups`` each group of the request's
         ``by`` with the first.
-    alert : {"c2", "cusum"}
-        The method that finds weeks with more cases than before.
+    alert : {"c2", "cusum", "farrington"}
+        The method that finds weeks with more cases than before; see `statistics.weekly`.
     sections : sequence of Section classes
         The app's own settings.
     command : sequence of str
@@ -171,8 +172,8 @@ def survey(
     """
     if drift not in DRIFT:
         raise InputError(f"drift must be one of {', '.join(DRIFT[1:])}, or empty, got {drift!r}")
-    if alert not in ALARMS:
-        raise InputError(f"alert must be one of {', '.join(ALARMS)}, got {alert!r}")
+    if alert not in METHODS:
+        raise InputError(f"alert must be one of {', '.join(METHODS)}, got {alert!r}")
     require_known(context.run_config, sections)
     settings = SurveySettings.from_run_config(context.run_config)
     used = (SurveySettings, DisclosureSettings, *sections)
@@ -218,12 +219,13 @@ def _content(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
     watched = [
         row | {"group": name}
         for name, reported in groups.items()
-        for row in alarms(reported, alert)
+        for row in (alarms(reported, alert) if answer.request.weekly else ())
     ]
     for row in watched:
-        if weeks := sum(row.get("alert", ())):
-            text = "alert: %s: more cases than before in %d week(s)"
-            log.warning(text, " ".join((row["site"], row["group"])).strip(), weeks)
+        if weeks := alert_weeks(row):
+            named = " ".join((row["site"], row["group"])).strip()
+            text = "alert: %s: more cases than before in %d week(s), the last %s"
+            log.warning(text, named, len(weeks), weeks[-1])
     return {
         "request": json.loads(answer.request.to_text()),
         "sites": answer.sites,

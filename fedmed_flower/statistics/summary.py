@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.statistics.drift import cusum, ears_c2, ks, psi
+from fedmed_flower.statistics.drift import ks, psi
 from fedmed_flower.statistics.pooling import (
     pool_correlation,
     pool_counts,
@@ -20,9 +20,10 @@ from fedmed_flower.statistics.pooling import (
     same_bins,
 )
 from fedmed_flower.statistics.types import Reported
+from fedmed_flower.statistics.values import week_text
+from fedmed_flower.statistics.weekly import METHODS
 
 SHARES = (0.25, 0.5, 0.75)
-ALARMS = {"c2": ears_c2, "cusum": cusum}
 
 
 def summarise(groups: Sequence[Reported]) -> dict[str, Any]:
@@ -128,31 +129,47 @@ def alarms(sites: Mapping[str, Reported], method: str) -> list[dict[str, Any]]:
     Parameters
     ----------
     sites : mapping of str to dict
-    method : {"c2", "cusum"}
+    method : {"c2", "cusum", "farrington"}
 
     Returns
     -------
     list of dict
-        ``site``, ``start`` of the first week, ``counts``, ``statistic`` and ``alert`` by week; or
-        a ``note`` if the weeks cannot be judged.
+        ``site``, ``weeks`` by name (the date of a Monday, or "day 14"), ``counts``, ``statistic``
+        and ``alert`` by week (None for a week that is not judged: it is withheld, or too little
+        is known of its baseline); or a ``note`` if the weeks cannot be judged. A hospital that has
+        withheld all its weeks has none, and a note.
     """
-    if method not in ALARMS:
-        raise InputError(f"alert must be one of {', '.join(ALARMS)}, got {method!r}")
+    if method not in METHODS:
+        raise InputError(f"alert must be one of {', '.join(METHODS)}, got {method!r}")
     rows = []
     for site, reported in sites.items():
         if "weeks" not in reported:
+            withheld = {"weeks": [], "counts": [], "note": "all its weeks are withheld"}
+            rows.append({"site": site, **withheld})
             continue
         weeks = reported["weeks"]
-        row = {"site": site, "start": weeks["start"], "counts": weeks["counts"]}
+        dated = not weeks["start"].startswith("day")
+        last = int(weeks["first"]) + len(weeks["counts"])
+        names = [week_text(week, dated) for week in range(int(weeks["first"]), last)]
+        row = {"site": site, "weeks": names, "counts": weeks["counts"]}
         counts = [math.nan if count is None else float(count) for count in weeks["counts"]]
         try:
-            result = ALARMS[method](np.array(counts))
+            result = METHODS[method](np.array(counts))
         except InputError as error:
             rows.append(row | {"note": str(error)})
         else:
-            weekly = {"statistic": result.statistic.tolist(), "alert": result.alert.tolist()}
-            rows.append(row | weekly)
+            statistic = result.statistic.tolist()
+            alert = [
+                None if math.isnan(value) else flag
+                for value, flag in zip(statistic, result.alert.tolist(), strict=True)
+            ]
+            rows.append(row | {"statistic": statistic, "alert": alert})
     return rows
+
+
+def alert_weeks(row: Mapping[str, Any]) -> list[str]:
+    """Return the names of the weeks with an alert, of an entry that `alarms` has made."""
+    return [week for week, alert in zip(row["weeks"], row.get("alert", ()), strict=False) if alert]
 
 
 def _columns(groups: Sequence[Reported], kind: str) -> dict[str, list[Reported]]:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedmed_flower.statistics.summary import alert_weeks
 from fedmed_flower.statistics.types import Table
 from fedmed_flower.statistics.withheld import Withheld, all_withheld
 
@@ -202,13 +203,16 @@ def _drift(entries: Sequence[Mapping[str, Any]]) -> Table:
 def _alerts(entries: Sequence[Mapping[str, Any]], method: str) -> Table:
     rows = []
     for entry in entries:
-        weeks = [number for number, alert in enumerate(entry.get("alert", ())) if alert]
-        known = sum(number is not None for number in entry["counts"])
-        shown = entry.get("note") or ", ".join(f"week {number + 1}" for number in weeks) or "none"
+        weeks = entry["weeks"]
+        unknown = sum(number is None for number in entry["counts"])
+        judged = sum(alert is not None for alert in entry.get("alert", ()))
+        shown = entry.get("note") or ", ".join(alert_weeks(entry)) or "none"
+        if unknown:
+            shown += f" (not judged: {unknown} withheld)"
         site = entry["site"] + (f", {entry['group']}" if entry.get("group") else "")
-        unknown = len(entry["counts"]) - known
-        rows.append([site, str(entry["start"]), str(known), str(unknown), shown])
-    head = ["hospital", "first week", "weeks known", "withheld", "alerts"]
+        first = weeks[0] if weeks else DASH
+        rows.append([site, first, *map(str, (len(weeks), unknown, judged)), shown])
+    head = ["hospital", "first week", "weeks", "withheld", "judged", "alerts"]
     return {"title": f"Weekly counts ({method})", "head": head, "rows": rows}
 
 

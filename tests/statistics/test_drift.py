@@ -6,7 +6,7 @@ from scipy import stats
 from tiny import says
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.statistics.drift import cusum, ears_c2, ks, psi
+from fedmed_flower.statistics.drift import ks, psi
 
 
 def test_psi_worked_by_hand():
@@ -72,80 +72,6 @@ def test_binning_makes_ks_conservative():
         assert statistic <= stats.ks_2samp(first, second).statistic + 1e-12
 
 
-def test_c2_worked_by_hand():
-    # Weeks 0 to 6 have the mean 4 and the variance (9 + 4 + 1 + 0 + 1 + 4 + 9) / 6.
-    counts = [1, 2, 3, 4, 5, 6, 7, 100, 100, 11]
-    got = ears_c2(counts)
-    assert np.isnan(got.statistic[:9]).all()
-    assert got.statistic[9] == pytest.approx(7 / math.sqrt(28 / 6), abs=1e-12)
-    assert got.alert.tolist() == [False] * 9 + [True]
-    assert not ears_c2([*counts[:9], 10]).alert.any()
-    assert ears_c2([*counts[:9], 10], threshold=2.7).alert[9]
-
-
-def test_c2_without_a_lag_looks_at_the_weeks_just_before():
-    got = ears_c2([1, 2, 3, 6], baseline=3, lag=0)
-    assert got.statistic[3] == 4
-    assert got.alert.tolist() == [False, False, False, True]
-    # The threshold itself is no alert.
-    assert not ears_c2([1, 2, 3, 6], baseline=3, lag=0, threshold=4).alert.any()
-
-
-def test_c2_of_a_constant_baseline_alerts_at_any_count_above_it():
-    got = ears_c2([2, 2, 2, 2, 3, 1], baseline=3, lag=0)
-    assert got.statistic[3:5].tolist() == [0, math.inf]
-    assert got.alert.tolist() == [False] * 4 + [True, False]
-    assert ears_c2([2, 2, 2, 1], baseline=3, lag=0).statistic[3] == -math.inf
-
-
-def test_c2_of_no_cases_at_all_is_quiet():
-    got = ears_c2([0] * 12)
-    assert (got.statistic[9:] == 0).all()
-    assert not got.alert.any()
-
-
-def test_c2_leaves_unknown_weeks_out_of_the_baseline():
-    nan = math.nan
-    known = ears_c2([1, nan, 2, 3, 6], baseline=4, lag=0)
-    assert known.statistic[4] == 4
-    assert known.alert[4]
-    for counts in ([1, nan, nan, 3, 6], [1, 2, 2, 3, nan]):
-        got = ears_c2(counts, baseline=4, lag=0)
-        assert np.isnan(got.statistic).all()
-        assert not got.alert.any()
-
-
-def test_cusum_worked_by_hand():
-    # The baseline 2, 4, 6 has the mean 4 and the sd 2, which is the root of the mean too.
-    got = cusum([2, 4, 6, 7, 3, 9, 9, 0], k=0.5, h=3, baseline=3)
-    assert np.isnan(got.statistic[:3]).all()
-    # 1.5 - 0.5; -0.5 - 0.5; 2.5 - 0.5; 2.5 - 0.5; -2 - 0.5.
-    assert got.statistic[3:].tolist() == [1, 0, 2, 4, 1.5]
-    assert got.alert.tolist() == [False] * 6 + [True, False]
-    assert cusum([2, 4, 6, 7, 3, 9, 9, 0], k=0.5, h=2, baseline=3).alert[5]
-
-
-def test_cusum_takes_the_spread_of_a_poisson_count_at_least():
-    got = cusum([9, 9, 9, 12.5], k=0.5, baseline=3)
-    assert got.statistic[3] == pytest.approx(3.5 / 3 - 0.5, abs=1e-12)
-    wide = cusum([1, 4, 7, 8], k=0.5, baseline=3)
-    assert wide.statistic[3] == pytest.approx(4 / 3 - 0.5, abs=1e-12)
-    none = cusum([0, 0, 0, 1, 2], k=0.5, baseline=3)
-    assert none.statistic[3:].tolist() == [1.5, 5]
-    assert none.alert.tolist() == [False] * 4 + [True]
-
-
-def test_cusum_stays_as_it_was_over_unknown_weeks():
-    nan = math.nan
-    got = cusum([nan, 2, 4, 6, 7, nan, 7], k=0.5, h=2, baseline=4)
-    assert got.statistic[[4, 6]].tolist() == [1, 2]
-    assert math.isnan(got.statistic[5])
-    assert got.alert.tolist() == [False] * 6 + [True]
-    lost = cusum([nan, 2, nan, 6, 70], baseline=4)
-    assert np.isnan(lost.statistic).all()
-    assert not lost.alert.any()
-
-
 @pytest.mark.parametrize("compare", [psi, ks])
 def test_counts_that_cannot_be_compared_are_refused(compare):
     cases = {
@@ -169,37 +95,3 @@ def test_counts_that_cannot_be_compared_are_refused(compare):
         compare([], [])
     with pytest.raises(InputError, match=r"^expected must be numbers: could not convert"):
         compare(["a few"], [1])
-
-
-def test_weeks_that_do_not_do_are_refused():
-    with pytest.raises(
-        InputError,
-        match=says(
-            "counts must have more than 9 weeks, of which a baseline takes up 7; got 9: "
-            "give more weeks, or a shorter baseline"
-        ),
-    ):
-        ears_c2([1] * 9)
-    with pytest.raises(InputError, match=r"^counts must have more than 13 weeks"):
-        cusum([1] * 13)
-    for find in (ears_c2, cusum):
-        with pytest.raises(
-            InputError, match=says("counts must be finite, 0 or greater; at index 2 it is -1")
-        ):
-            find([1, 1, -1] + [1] * 20)
-        with pytest.raises(InputError, match=says("baseline must be 3 weeks or more, got 2")):
-            find([1] * 20, baseline=2)
-
-
-def test_settings_out_of_range_are_refused():
-    weeks = [1] * 20
-    with pytest.raises(InputError, match=says("lag must be 0 or greater, got -1")):
-        ears_c2(weeks, lag=-1)
-    with pytest.raises(
-        InputError, match=says("threshold must be a finite number above 0, got nan")
-    ):
-        ears_c2(weeks, threshold=math.nan)
-    with pytest.raises(InputError, match=says("k must be a finite number, 0 or greater, got -0.5")):
-        cusum(weeks, k=-0.5)
-    with pytest.raises(InputError, match=says("h must be a finite number above 0, got 0")):
-        cusum(weeks, h=0)

@@ -22,6 +22,7 @@ from fedmed_flower.statistics.pooling import (
 from fedmed_flower.statistics.request import KINDS, Filter, Request, Survival, parse_filter
 from fedmed_flower.statistics.summary import (
     alarms,
+    alert_weeks,
     differences,
     drift_between_groups,
     drift_between_sites,
@@ -557,25 +558,51 @@ class TestAlarms:
     weeks: ClassVar = [12, 11, None, 13, 12, 10, 12, 11, 13, 40, 12, 41]
 
     def told(self, counts):
-        return {"weeks": {"first": 0, "start": "2024-01-01", "counts": counts}}
+        return {"weeks": {"first": 105_555, "start": "2024-01-01", "counts": counts}}
 
     def test_a_week_with_more_cases(self):
         sites = {"north": self.told(self.weeks), "south": self.told([12, 11] * 6)}
         north, south = alarms(sites, "c2")
-        assert [week for week, alert in enumerate(north["alert"]) if alert] == [9, 11]
+        assert alert_weeks(north) == ["2024-03-04", "2024-03-18"]
+        assert (north["weeks"][0], north["weeks"][-1]) == ("2024-01-01", "2024-03-18")
         assert north["counts"][2] is None
-        assert not any(south["alert"])
+        assert south["alert"] == [None] * 9 + [False] * 3
+
+    def test_a_withheld_week_is_not_judged(self):
+        (found,) = alarms({"north": self.told([12, 11] * 5 + [None, 12])}, "c2")
+        assert found["alert"] == [None] * 9 + [False, None, False]
+
+    def test_weeks_of_numbered_days(self):
+        weeks = {"first": 2, "start": "day 14", "counts": self.weeks}
+        (found,) = alarms({"north": {"weeks": weeks}}, "c2")
+        assert alert_weeks(found) == ["day 77", "day 91"]
+
+    def test_a_hospital_that_withholds_all_its_weeks_is_listed(self):
+        (found,) = alarms({"north": {"numeric": {}}}, "c2")
+        assert found == {
+            **{"site": "north", "weeks": [], "counts": []},
+            "note": "all its weeks are withheld",
+        }
+
+    def test_by_farrington(self):
+        """Each winter brings more cases, and one summer does."""
+        season = [30 if week % 52 < 8 else 10 for week in range(261)]
+        season[240] = 30
+        (found,) = alarms({"north": self.told(season)}, "farrington")
+        assert alert_weeks(found) == ["2028-08-07"]
 
     def test_by_cusum(self):
         (found,) = alarms({"north": self.told([12, 11, 13] * 5 + [30, 30])}, "cusum")
-        assert [week for week, alert in enumerate(found["alert"]) if alert] == [15, 16]
+        assert alert_weeks(found) == ["2024-04-15", "2024-04-22"]
 
     def test_too_few_weeks(self):
         (found,) = alarms({"north": self.told([12])}, "c2")
         assert found["note"].startswith("counts must have more than 9 weeks")
 
     def test_an_unknown_method(self):
-        with pytest.raises(InputError, match=says("alert must be one of c2, cusum, got 'c9'")):
+        with pytest.raises(
+            InputError, match=says("alert must be one of c2, cusum, farrington, got 'c9'")
+        ):
             alarms({}, "c9")
 
 

@@ -282,6 +282,9 @@ HOSTILE = [
     (("groups", 0, "survival", "censored", 0), 4000),
     (("groups", 0, "weeks", "counts", 0), -1),
     (("groups", 0, "weeks", "first"), 0.5),
+    (("groups", 0, "weeks", "first"), 1),
+    (("groups", 0, "weeks", "start"), "2020-01-01"),
+    (("groups", 0, "weeks", "start"), "<b>soon"),
     (("groups", 0, "weeks", "counts"), [1] * 20_000),
     (("groups", 0, "correlations", 0, "of", 1, "m2"), 1.7e308),
     (("groups",), [None] * 10_001),
@@ -457,7 +460,7 @@ class TestCommand:
             (["--range", "age=3"], "--range takes COLUMN=LOW,HIGH, got '3'"),
             (["--table", "sex"], "--table takes two columns A,B, got 'sex'"),
             (["--drift-by", "sex", "--drift-sites"], "--drift-by excludes --by and --drift-sites"),
-            (["--alert", "c9"], "alert must be one of c2, cusum, got 'c9'"),
+            (["--alert", "c9"], "alert must be one of c2, cusum, farrington, got 'c9'"),
             (["--epsilon", "-1"], "epsilon must be at least 0 and finite, got -1.0"),
             (["-c", "rounds=3"], "the app has no setting 'rounds'"),
         ],
@@ -475,7 +478,8 @@ def test_a_hospital_with_hundreds_of_groups_does_not_hold_up_the_page(sound, mon
     monkeypatch.setattr(report, "_drawings", lambda name, *_: drawn.append(name) or "")
     monkeypatch.setattr(report, "_weeks", lambda entry: drawn.append(entry["group"]) or "")
     groups = [sound["groups"][0] | {"name": f"ward {number}"} for number in range(30)]
-    answer = Answer(Request(), {"north": read_reply(json.dumps(sound | {"groups": groups}))})
+    told = read_reply(json.dumps(sound | {"groups": groups}))
+    answer = Answer(Request(weekly="day"), {"north": told})
     found = _content(answer, "", "c2")
     body = report._body({"app": "survey"}, found)
     assert len(drawn) == 2 * 24

@@ -897,8 +897,8 @@ def test_what_is_too_much_to_draw_is_said(world, copied):
         one = group["overall"]["correlations"][0]
         names = [[f"a{number}", f"b{number}"] for number in range(20_000)]
         group["overall"]["correlations"] = [one | {"columns": pair} for pair in names]
-        weeks = {"site": "north", "group": "", "start": 0, "counts": [1] * 50_000}
-        found["alerts"] = [weeks]
+        weeks = {"weeks": ["day 0"] * 50_000, "counts": [1] * 50_000}
+        found["alerts"] = [{"site": "north", "group": "", **weeks}]
         return found
 
     edit_json(folder / "statistics.json", change)
