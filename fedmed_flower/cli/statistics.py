@@ -198,7 +198,7 @@ def _survival(text: str) -> Survival:
 
 def _print_table(entry: dict[str, Any]) -> None:
     table = Table(title=entry["title"], title_justify="left")
-    words = entry["title"] in ("Withheld", "Ask again", "No answer", "Drift")
+    words = entry["title"] in ("Withheld", "Ask again", "No answer", "Stands out", "Drift")
     for index, name in enumerate(entry["head"]):
         justify: Any = "left" if index == 0 or words else "right"
         table.add_column(name, justify=justify, overflow="fold")

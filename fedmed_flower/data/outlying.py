@@ -47,7 +47,9 @@ class Outlying(NamedTuple):
     text: str
 
 
-class _Moments(NamedTuple):
+class Location(NamedTuple):
+    """Where the values of a hospital's column lie: mean and standard deviation."""
+
     mean: float
     spread: float
 
@@ -88,23 +90,23 @@ def outlying(
             for site, reported in usable.items()
             if MOMENTS + column in reported
         }
-        standing_out += _of_numbers(column, moments)
+        standing_out += outlying_numbers(column, moments)
     for column in schema.categorical:
         counts = {
             site: dict(zip(reported[CATEGORIES + column], reported[COUNTS + column], strict=True))
             for site, reported in usable.items()
             if CATEGORIES + column in reported
         }
-        standing_out += _of_categories(column, counts)
+        standing_out += outlying_categories(column, counts)
     return [*standing_out, *_of_missing(usable, schema, rows)]
 
 
-def _moments(reported: list[float]) -> _Moments:
+def _moments(reported: list[float]) -> Location:
     count, mean, squares = reported
-    return _Moments(mean, math.sqrt(squares / (count - 1)) if count > 1 else 0.0)
+    return Location(mean, math.sqrt(squares / (count - 1)) if count > 1 else 0.0)
 
 
-def _of_numbers(column: str, moments: Mapping[str, _Moments]) -> Iterator[Outlying]:
+def outlying_numbers(column: str, moments: Mapping[str, Location]) -> Iterator[Outlying]:
     """Yield the hospitals whose mean or spread is far from all others, the furthest first."""
     left = dict(moments)
     while len(left) > _FEWEST_OTHERS:
@@ -129,7 +131,7 @@ def _of_numbers(column: str, moments: Mapping[str, _Moments]) -> Iterator[Outlyi
         )
 
 
-def _distance(mine: _Moments, others: list[_Moments]) -> float:
+def _distance(mine: Location, others: list[Location]) -> float:
     """Return how far a hospital is from all others; above 1 it stands out."""
     means = sorted(other.mean for other in others)
     spreads = sorted(other.spread for other in others)
@@ -144,7 +146,7 @@ def _distance(mine: _Moments, others: list[_Moments]) -> float:
     return max(away, wider, narrower)
 
 
-def _of_categories(column: str, counts: Mapping[str, Mapping[str, int]]) -> Iterator[Outlying]:
+def outlying_categories(column: str, counts: Mapping[str, Mapping[str, int]]) -> Iterator[Outlying]:
     """Yield the hospitals in which two categories seem to be swapped."""
     texts = sorted({text for reported in counts.values() for text in reported})
     for first, second in combinations(texts, 2):

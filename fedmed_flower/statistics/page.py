@@ -19,7 +19,7 @@ from fedmed_flower.reports.frame import INK, count_of, escaped
 from fedmed_flower.reports.plots import Styles
 from fedmed_flower.server.run_folder import read_summary
 from fedmed_flower.statistics.pooling import cumulate, pool_survival
-from fedmed_flower.statistics.table import AGAIN, OVERALL, label, tables
+from fedmed_flower.statistics.table import AGAIN, OVERALL, STANDS_OUT, label, tables
 
 STATISTICS_FILE = "statistics.json"
 _MOST_ROWS = 400
@@ -40,15 +40,25 @@ _NOTES = """<p class="note">SD: standard deviation. Medians and quartiles are re
 “few”: the hospital has no patient with the value, or fewer than its minimum, or just enough to hide
 such a number in another cell; ≥: a sum without these. A dash: withheld or missing.</p>"""
 _DRIFT = """<p class="note">PSI, the population stability index: by custom above 0.1 a change, above
-0.25 a large one. KS, Kolmogorov and Smirnov: the greatest distance of two distributions, and the
-probability p of one as large by chance.</p>"""
+0.25 a large one. KS, Kolmogorov and Smirnov: the greatest distance of two distributions that is
+certain. Missing: by how much more of the column is missing. p: the probability of a difference as
+large by chance; corrected, among all these comparisons.</p>"""
+_STANDS_OUT = """<p class="note">Named is who differs by more than chance (p, corrected for all
+comparisons, below 0.01) and by much: a PSI above 0.25 to more than half of the other hospitals, or
+20 percentage points of missing values. Also who has a mean or a spread far from all others’, or two
+categories that seem to be swapped. None of it says who is right.</p>"""
 _AGAIN = """<p class="note">What a hospital has disclosed decides what it may disclose later. A new
 simulation remembers no answer. A real hospital does: each of these questions helps only where
 nothing else was asked of its columns before, and may be withheld there too.</p>"""
 _WEEKS = """<p class="note">A week is named by its first day. A week that a hospital withholds is of
 few patients, not of none: it is not judged, and left out of what other weeks are compared with. A
 week is not judged either while too few weeks before it are known.</p>"""
-_NOTE_OF = {"Drift": _DRIFT, AGAIN: _AGAIN, "Weekly counts": _WEEKS}
+_NOTE_OF = {
+    STANDS_OUT: _STANDS_OUT,
+    "Drift": _DRIFT,
+    "Weekly counts": _WEEKS,
+    AGAIN: _AGAIN,
+}
 
 
 def write_page(folder: Path) -> Path:

@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp import Grid
 
 from fedmed_flower.data.site import in_simulation
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
 from fedmed_flower.privacy.patient import LEDGERS
 from fedmed_flower.server.ask import ask_all
 from fedmed_flower.server.duplicates import Namesakes
@@ -27,14 +27,13 @@ from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.registry import Sections, effective, require_known
 from fedmed_flower.settings.survey import SurveySettings
 from fedmed_flower.settings.text import expand
+from fedmed_flower.statistics.outlying import drift_between_groups, drift_between_sites
 from fedmed_flower.statistics.page import STATISTICS_FILE, write_page
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.summary import (
     alarms,
     alert_weeks,
-    drift_between_groups,
-    drift_between_sites,
     summarise,
 )
 from fedmed_flower.statistics.table import tables
@@ -155,7 +154,7 @@ def survey(
         By default tables and moments of all columns.
     drift : {"", "sites", "groups"}
         ``sites`` compares each hospital with all others, ``groups`` each group of the request's
-        ``by`` with the first.
+        ``by`` with the first of the same hospital; see `statistics.outlying`.
     alert : {"c2", "cusum", "farrington"}
         The method that finds weeks with more cases than before; see `statistics.weekly`.
     sections : sequence of Section classes
@@ -206,16 +205,19 @@ def survey(
 
 
 def _content(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
-    """Return the content of ``statistics.json``; warn of alerts."""
+    """Return the content of ``statistics.json``; warn of who stands out, and of alerts."""
     groups = answer.groups()
+    exact = not answer.request.epsilon
     changes: list[dict[str, Any]] = []
     if drift == "sites":
         for name, reported in groups.items():
-            changes += [row | {"group": name} for row in drift_between_sites(reported)]
+            changes += [row | {"group": name} for row in drift_between_sites(reported, exact)]
     elif drift == "groups" and groups:
-        changes = drift_between_groups(
-            {name: [*reported.values()] for name, reported in groups.items()}
-        )
+        changes = drift_between_groups(groups, exact)
+    for row in changes:
+        if "stands_out" in row:
+            named = " ".join((row["site"], row["group"])).strip()
+            log.warning("stands out: %s", shown(f"{named}: {row['stands_out']}"))
     watched = [
         row | {"group": name}
         for name, reported in groups.items()

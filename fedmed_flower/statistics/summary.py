@@ -1,4 +1,4 @@
-"""The statistics of one hospital or of several, how they differ, and when there were more cases."""
+"""The statistics of one hospital or of several, and when there were more cases."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.statistics.drift import ks, psi
 from fedmed_flower.statistics.pooling import (
     pool_correlation,
     pool_counts,
     pool_moments,
     pool_quantile,
     pool_survival,
-    same_bins,
 )
 from fedmed_flower.statistics.types import Reported
 from fedmed_flower.statistics.values import week_text
@@ -63,62 +60,6 @@ def summarise(groups: Sequence[Reported]) -> dict[str, Any]:
     if curves := [group["survival"] for group in groups if "survival" in group]:
         numbers["survival"] = pool_survival(curves)._asdict() | {"hospitals": len(curves)}
     return numbers
-
-
-def differences(
-    one: Sequence[Reported], others: Sequence[Reported], name: str, against: str
-) -> list[dict[str, Any]]:
-    """Compare each column between two groups of hospitals, or of windows.
-
-    Parameters
-    ----------
-    one, others : sequence of dict
-        The answers about one group, and about the group that it is compared with.
-    name, against : str
-        The names of the two.
-
-    Returns
-    -------
-    list of dict
-        ``column``, ``of``, ``against``, ``psi`` (population stability index) and, of numeric
-        columns, ``ks`` and ``p`` (Kolmogorov-Smirnov); ``note`` if there is nothing to compare.
-    """
-    rows = []
-    for kind in ("numeric", "categorical"):
-        first = _columns(one, kind)
-        second = _columns(others, kind)
-        for column in first:
-            row: dict[str, Any] = {"column": column, "of": name, "against": against}
-            parts = first[column], second.get(column, [])
-            both = (_binned if kind == "numeric" else _named)(*parts)
-            if both is None or not all(counts.any() for counts in both):
-                row["note"] = "fewer than two cells that both have sent"
-            else:
-                row["psi"] = psi(*both)
-                if kind == "numeric":
-                    row["ks"], row["p"] = ks(*both)
-            rows.append(row)
-    return rows
-
-
-def drift_between_sites(sites: Mapping[str, Reported]) -> list[dict[str, Any]]:
-    """Compare each hospital with all others together."""
-    return [
-        row
-        for site in sites
-        for row in differences(
-            [sites[site]],
-            [reported for name, reported in sites.items() if name != site],
-            site,
-            "all others",
-        )
-    ]
-
-
-def drift_between_groups(groups: Mapping[str, Sequence[Reported]]) -> list[dict[str, Any]]:
-    """Compare each group, such as a window of time, with the first."""
-    first, *rest = list(groups)
-    return [row for name in rest for row in differences(groups[name], groups[first], name, first)]
 
 
 def alarms(sites: Mapping[str, Reported], method: str) -> list[dict[str, Any]]:
@@ -220,47 +161,3 @@ def _crossed(parts: Sequence[Reported]) -> dict[str, Any]:
     columns = sorted({name for _, name in totals})
     counts = [[totals.get((row, name), 0) for name in columns] for row in rows]
     return {"rows": rows, "across": columns, "counts": counts, "hospitals": len(parts)}
-
-
-def _binned(one: Sequence[Reported], others: Sequence[Reported]) -> list[NDArray[Any]] | None:
-    first = _histograms(one)
-    second = _histograms(others)
-    counts = same_bins([*first, *second])
-    if counts is None or not first or not second:
-        return None
-    if np.count_nonzero(np.sum(counts, axis=0)) < 2:
-        return None
-    return [np.sum(counts[: len(first)], axis=0), np.sum(counts[len(first) :], axis=0)]
-
-
-def _histograms(parts: Sequence[Reported]) -> list[Reported]:
-    # A histogram whose rows are all in one cell would agree with any other.
-    histograms = [part["histogram"] for part in parts if "histogram" in part]
-    return [histogram for histogram in histograms if np.count_nonzero(histogram["counts"]) > 1]
-
-
-def _named(one: Sequence[Reported], others: Sequence[Reported]) -> list[NDArray[Any]] | None:
-    """Return for both sides the counts of the categories that `one` knows, and of all other rows.
-
-    A category that a hospital does not name may be among its few. So of `others` only those
-    hospitals count that know all these categories.
-    """
-    first = [part for part in one if "names" in part]
-    names = {name for part in first for name in part["names"]}
-    for part in first:
-        if part["few"]:
-            names &= set(part["names"])
-    second = [part for part in others if "names" in part and _knows(part, names)]
-    if not (names and second):
-        return None
-    sides = []
-    for parts in (first, second):
-        counts, few = pool_counts(parts)
-        named = [counts.get(name, 0.0) for name in sorted(names)]
-        rest = max(0.0, sum(counts.values()) + few - sum(named))
-        sides.append(np.array([*named, rest]))
-    return sides
-
-
-def _knows(part: Reported, names: set[str]) -> bool:
-    return not part["few"] or names <= set(part["names"])

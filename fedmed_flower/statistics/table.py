@@ -14,6 +14,7 @@ from fedmed_flower.statistics.withheld import Withheld, all_withheld
 DASH = "–"
 FEW = "(few each)"
 OVERALL = "Overall"
+STANDS_OUT = "Stands out"
 AGAIN = "Ask again"
 _MOST_TIMES = 12
 
@@ -37,7 +38,8 @@ def tables(survey: Mapping[str, Any]) -> list[Table]:
     candidates += [pair for name, group in groups.items() for pair in _pairs(name, group)]
     candidates += [_correlations(name, group) for name, group in groups.items()]
     candidates += [_curve(name, group) for name, group in groups.items()]
-    candidates += [_drift(survey["drift"]), _alerts(survey["alerts"], survey["alert"])]
+    candidates += [_standing_out(survey["drift"]), _drift(survey["drift"])]
+    candidates.append(_alerts(survey["alerts"], survey["alert"]))
     withheld = [*all_withheld(survey)]
     candidates += [_withheld(withheld), _again(withheld, survey.get("command", ["APP"]))]
     candidates.append(_failures(survey["failures"]))
@@ -185,19 +187,44 @@ def _curve(name: str, group: Mapping[str, Any]) -> Table:
     return {"title": title, "head": ["time", "at risk", "events", "survival"], "rows": rows}
 
 
+def _standing_out(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """Return who stands out; if drift was looked for and nobody does, a row that says so."""
+    rows = [
+        [_hospital(entry), entry["what"], entry["stands_out"], figure(entry.get("corrected"))]
+        for entry in entries
+        if "stands_out" in entry
+    ]
+    if any("corrected" in entry for entry in entries) and not rows:
+        rows = [["nobody", "", "", ""]]
+    return {"title": STANDS_OUT, "head": ["hospital", "what", "how", "p, corrected"], "rows": rows}
+
+
 def _drift(entries: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         [
-            entry["of"] + (f", {entry['group']}" if entry.get("group") else ""),
-            entry["against"],
-            entry["column"],
-            *(figure(entry.get(key)) for key in ("psi", "ks", "p")),
-            entry.get("note", "large change" if (entry.get("psi") or 0) > 0.25 else ""),
+            *(_hospital(entry), entry["against"], entry["column"], entry["what"]),
+            *(figure(entry.get(key)) for key in ("psi", "ks", "difference", "p", "corrected")),
+            entry.get("note", "stands out" if "stands_out" in entry else ""),
         ]
         for entry in entries
     ]
-    head = ["of", "against", "column", "PSI", "KS", "p", ""]
+    head = [
+        "hospital",
+        "against",
+        "column",
+        "what",
+        "PSI",
+        "KS",
+        "missing",
+        "p",
+        "p, corrected",
+        "",
+    ]
     return {"title": "Drift", "head": head, "rows": rows}
+
+
+def _hospital(entry: Mapping[str, Any]) -> str:
+    return f"{entry['site']}, {entry['group']}" if entry["group"] else f"{entry['site']}"
 
 
 def _alerts(entries: Sequence[Mapping[str, Any]], method: str) -> Table:
@@ -209,9 +236,8 @@ def _alerts(entries: Sequence[Mapping[str, Any]], method: str) -> Table:
         shown = entry.get("note") or ", ".join(alert_weeks(entry)) or "none"
         if unknown:
             shown += f" (not judged: {unknown} withheld)"
-        site = entry["site"] + (f", {entry['group']}" if entry.get("group") else "")
         first = weeks[0] if weeks else DASH
-        rows.append([site, first, *map(str, (len(weeks), unknown, judged)), shown])
+        rows.append([_hospital(entry), first, *map(str, (len(weeks), unknown, judged)), shown])
     head = ["hospital", "first week", "weeks", "withheld", "judged", "alerts"]
     return {"title": f"Weekly counts ({method})", "head": head, "rows": rows}
 

@@ -3,10 +3,11 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 from tiny import says
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.statistics.drift import ks, psi
+from fedmed_flower.statistics.drift import holm, ks, ks_of_histograms, psi, same_shares
 
 
 def test_psi_worked_by_hand():
@@ -95,3 +96,79 @@ def test_counts_that_cannot_be_compared_are_refused(compare):
         compare([], [])
     with pytest.raises(InputError, match=r"^expected must be numbers: could not convert"):
         compare(["a few"], [1])
+
+
+def histogram(values, edges):
+    return {"edges": list(edges), "counts": np.histogram(values, [-np.inf, *edges, np.inf])[0]}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_ks_of_histograms_is_at_most_that_of_the_values_whatever_their_cells(seed):
+    rng = np.random.default_rng(seed)
+    values = [rng.normal(size=size).round(1) for size in (40, 90, 60, 200)]
+    values[0] += seed % 4 / 2
+    cells = [sorted(rng.choice(np.arange(-20, 20) / 10, 6, replace=False)) for _ in values]
+    parts = [histogram(*pair) for pair in zip(values, cells, strict=True)]
+    first, second = np.concatenate(values[:2]), np.concatenate(values[2:])
+    statistic, p = ks_of_histograms(parts[:2], parts[2:], (first.size, second.size))
+    reference = stats.ks_2samp(first, second, method="asymp")
+    assert 0 <= statistic <= reference.statistic + 1e-12
+    size = math.sqrt(first.size * second.size / (first.size + second.size))
+    assert p == pytest.approx(stats.kstwobign.sf(size * statistic))
+
+
+def test_ks_of_histograms_with_the_same_cells_is_that_of_the_counts():
+    edges = [0.0, 1.0, 2.0]
+    first, second = ([1, 4, 2, 9], [3, 3, 8, 1])
+    parts = [{"edges": edges, "counts": counts} for counts in (first, second)]
+    found = ks_of_histograms([parts[0]], [parts[1]], (16, 15))
+    assert found == pytest.approx(ks(first, second))
+
+
+def test_ks_of_histograms_worked_by_hand():
+    """Below 1 are 6 of 10; of the other side at least 2 and at most 5 of 10."""
+    one = {"edges": [1.0], "counts": [6, 4]}
+    other = {"edges": [0.0, 2.0], "counts": [2, 3, 5]}
+    statistic, p = ks_of_histograms([one], [other], (10, 10))
+    assert statistic == pytest.approx(0.1)
+    assert ks_of_histograms([other], [one], (10, 10)) == (statistic, p)
+    # Fewer patients than values make it less certain.
+    assert ks_of_histograms([one], [other], (5, 5))[1] > p
+
+
+def test_same_shares_is_fisher_s_test():
+    # The lady tasting tea: three of four cups right, 17 of 70 ways to do as well.
+    assert same_shares([3, 1], [1, 3]) == pytest.approx(34 / 70)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        table = rng.integers(0, 40, (2, 2))
+        sides = [stats.fisher_exact(table, side).pvalue for side in ("less", "greater")]
+        assert same_shares(*table) == pytest.approx(min(1, 2 * min(sides)), rel=1e-6)
+
+
+def test_same_shares_of_several_categories_tests_each_against_all_others():
+    first, second = [10, 20, 30], [30, 20, 10]
+    tails = [
+        stats.fisher_exact([[a, 60 - a], [b, 60 - b]], side).pvalue
+        for a, b in zip(first, second, strict=True)
+        for side in ("less", "greater")
+    ]
+    assert same_shares(first, second) == pytest.approx(3 * 2 * min(tails))
+    assert same_shares([*first, 0], [*second, 0]) == same_shares(first, second)
+    assert same_shares([10, 0], [90, 0]) == 1
+    assert same_shares([0.4, 0.5], [90, 10]) == 1
+
+
+def test_same_shares_of_very_many_patients():
+    p = same_shares([500_000_000, 500_000_000], [490_000_000, 510_000_000])
+    assert 0 < p < 1e-10
+    assert same_shares([1e12, 1], [1e12, 1]) == 1
+
+
+def test_holm_is_that_of_statsmodels():
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 30):
+        p = rng.random(size) ** 3
+        expected = multipletests(p, method="holm")[1]
+        assert holm(p) == pytest.approx(expected, abs=1e-12)
+    assert holm([]).size == 0

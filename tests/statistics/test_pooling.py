@@ -23,9 +23,6 @@ from fedmed_flower.statistics.request import KINDS, Filter, Request, Survival, p
 from fedmed_flower.statistics.summary import (
     alarms,
     alert_weeks,
-    differences,
-    drift_between_groups,
-    drift_between_sites,
     summarise,
 )
 from fedmed_flower.statistics.withheld import NO_DATES
@@ -490,68 +487,6 @@ class TestRequest:
             parse_filter("age")
         with pytest.raises(InputError, match="and a value, got 'age=>50'"):
             parse_filter("age=>50")
-
-
-class TestDrift:
-    def told(self, tmp_path, **changes):
-        tables = [make_patients(300, site, f"{site}-") for site in range(3)]
-        tables[2] = [
-            row | {name: change(row) for name, change in changes.items()} for row in tables[2]
-        ]
-        asked = {"columns": ("age", "sex"), "kinds": ("histograms", "tables")}
-        told, _ = hospitals(tmp_path, rows=tables, resolutions={"age": 10.0}, **asked)
-        return dict(zip("abc", told, strict=True))
-
-    def test_between_hospitals(self, tmp_path):
-        sites = self.told(
-            tmp_path,
-            age=lambda row: row["age"] + 20,
-            sex=lambda row: "f" if row["age"] < 75 else "m",
-        )
-        found = {(row["of"], row["column"]): row for row in drift_between_sites(sites)}
-        assert found["c", "age"]["psi"] > 0.25
-        assert found["c", "age"]["ks"] > 0.2
-        assert found["c", "age"]["p"] < 1e-6
-        assert found["a", "age"]["psi"] < found["c", "age"]["psi"] / 2
-        assert found["c", "sex"]["psi"] > 0.25
-        assert found["a", "sex"]["psi"] < found["c", "sex"]["psi"] / 2
-        assert "ks" not in found["c", "sex"]
-        assert found["a", "age"]["against"] == "all others"
-
-    def test_the_same_patients_do_not_differ(self, tmp_path):
-        sites = self.told(tmp_path)
-        for row in differences([sites["a"]], [sites["a"]], "a", "a"):
-            assert row["psi"] == 0
-
-    def test_between_windows(self, tmp_path):
-        sites = self.told(tmp_path)
-        found = drift_between_groups({"first": [sites["a"]], "second": [sites["b"], sites["c"]]})
-        assert [(row["of"], row["against"]) for row in found] == [("second", "first")] * 2
-
-    def test_categories_that_are_not_named(self):
-        """What b has pooled may be y: it is left out of what a is compared with."""
-        part = {"n": 100, "missing": 0}
-        a = {
-            "numeric": {},
-            "categorical": {"x": part | {"names": ["x", "y"], "counts": [50, 50], "few": 0}},
-        }
-        b = {
-            "numeric": {},
-            "categorical": {"x": part | {"names": ["x"], "counts": [60], "few": 40}},
-        }
-        c = {
-            "numeric": {},
-            "categorical": {"x": part | {"names": ["x"], "counts": [100], "few": 0}},
-        }
-        (row,) = differences([a], [b], "a", "b")
-        assert row["note"] == "fewer than two cells that both have sent"
-        assert (
-            differences([a], [b, c], "a", "b")[0]["psi"]
-            == differences([a], [c], "a", "c")[0]["psi"]
-        )
-        # x against all others, which a has too.
-        expected = (0.6 - 0.5) * math.log(0.6 / 0.5) + (0.4 - 0.5) * math.log(0.4 / 0.5)
-        assert differences([b], [a], "b", "a")[0]["psi"] == pytest.approx(expected)
 
 
 class TestAlarms:

@@ -51,8 +51,11 @@ class TestSurvey:
         titles = [table["title"] for table in summary["tables"]]
         assert titles == [
             *["Table 1", "sex by event, 3 hospitals", "Correlations"],
-            *["Kaplan-Meier, 2 of 3 hospitals", "Drift", "Withheld", "Ask again"],
+            *["Kaplan-Meier, 2 of 3 hospitals", "Stands out", "Drift"],
+            *["Withheld", "Ask again"],
         ]
+        (standing_out,) = [t for t in summary["tables"] if t["title"] == "Stands out"]
+        assert standing_out["rows"] == [["nobody", "", "", ""]]
         first = summary["tables"][0]
         assert first["head"] == ["", "hospital-1", "hospital-3", "hospital-4", "Overall"]
         rows = {row[0]: row[1:] for row in first["rows"]}
@@ -86,12 +89,22 @@ class TestSurvey:
         answer = surveyed(Cases, request, tmp_path / "run", sites=2, drift="groups")
         assert list(answer.groups()) == ["2020", "2021"]
         found = json.loads((tmp_path / "run" / "statistics.json").read_text(encoding="utf-8"))
-        (drift,) = found["drift"]
-        assert (drift["of"], drift["against"], drift["column"]) == ("2021", "2020", "x")
-        assert drift["psi"] > 0.25
+        numbers = {row["site"]: row for row in found["drift"] if row["what"] == "numbers"}
+        assert list(numbers) == ["hospital-1", "hospital-2", "all hospitals"]
+        for row in numbers.values():
+            assert (row["group"], row["against"], row["column"]) == ("2021", "2020", "x")
+            assert row["psi"] > 0.25
+            assert row["stands_out"] == "x is distributed otherwise than in '2020'"
         alerts = {(row["group"], row["site"]): row["alert"] for row in found["alerts"]}
         assert not any(alerts["2020", "hospital-1"])
         assert [w for w, alert in enumerate(alerts["2021", "hospital-2"]) if alert] == [13]
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+        tables = {table["title"]: table for table in summary["tables"]}
+        weekly = tables["Weekly counts (c2)"]
+        assert weekly["head"] == ["hospital", "first week", "weeks", "withheld", "judged", "alerts"]
+        assert weekly["rows"][-1] == ["hospital-2, 2021", "day 0", "15", "0", "6", "day 91"]
+        named = [row[:2] for row in tables["Stands out"]["rows"]]
+        assert named == [[f"{site}, 2021", "numbers"] for site in numbers]
         page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
         assert "Week by week" in page
         assert "Drift" in page
