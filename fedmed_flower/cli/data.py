@@ -151,6 +151,7 @@ def _check_by_app(app: Path, folder: Path) -> None:
         data = client.load_data(client.site)
         require_patients(data)
         client.check(data)
+        client.warn(data)
         usable = {split: client.screen(getattr(data, split), split) for split in SPLITS}
     finally:
         logger.removeHandler(handler)

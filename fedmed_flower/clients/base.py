@@ -88,6 +88,8 @@ class MedicalClient(ABC):
         This site's rows.
     check
         Raise `InputError` if the rows cannot be used.
+    warn
+        Name in the log what is odd about rows that can be used.
     screen
         Reject single rows that cannot be used, and name them in the log.
     contribute, agree, outlying
@@ -206,6 +208,9 @@ class MedicalClient(ABC):
 
     def check(self, data: SiteData) -> None:  # noqa: B027
         """Raise `InputError` if the rows cannot be used; it names the row and the remedy."""
+
+    def warn(self, data: SiteData) -> None:  # noqa: B027
+        """Log what is odd about the rows of a site, if anything; a hook of subclasses."""
 
     def screen(self, rows: Sequence[Row], split: str) -> Sequence[Row]:
         """Return the rows that can be used; a subclass logs which cannot, and why.
@@ -677,6 +682,8 @@ class MedicalClient(ABC):
                 _require_named(data)
             if not self.sealed:
                 self.check(data)
+            if not pooled:
+                self.warn(data)
             loaded[key] = data
         return loaded[key]
 

@@ -182,3 +182,22 @@ def test_an_app_reads_its_tables_and_nothing_is_written(tmp_path):
     assert "disease is '1' (15 rows), '2' (15 rows)" in " ".join(printed)
     code, _ = check(north, "--app", str(HEART), "--classes", "2")
     assert code == 2
+
+
+def test_a_horizon_past_the_follow_up_of_a_hospital_is_a_problem(tmp_path):
+    made = tmp_path / "long"
+    for words in (
+        ["new", str(made), "--for", "survival"],
+        ["data", "phantoms", str(tmp_path), "north", "--for", "survival"],
+    ):
+        assert CliRunner().invoke(app, words).exit_code == 0
+    code, printed = check(tmp_path / "north", "--app", str(made))
+    assert (code, printed[-1]) == (0, "no problems")
+    project = made / "pyproject.toml"
+    text = project.read_text()
+    assert text.count("survival-horizon = 5.0") == 1
+    project.write_text(text.replace("survival-horizon = 5.0", "survival-horizon = 9.8"))
+    code, printed = check(tmp_path / "north", "--app", str(made))
+    assert (code, printed[-1]) == (1, "1 problem")
+    told = "north: fewer than 10 patients are followed up to survival-horizon=9.8"
+    assert told in " ".join(printed)

@@ -233,6 +233,30 @@ class TestRealHospitals:
             surveyed(Ward, request, tmp_path / "run", 1, nodes)
 
 
+@pytest.mark.parametrize("noise", [{}, {"epsilon": 1.0}])
+def test_a_horizon_past_the_follow_up_is_warned_of_at_the_hospital(noise, tmp_path, caplog):
+    """Of 150 patients 41 are followed for 8 years, two of them for 25."""
+    warnings = {}
+    for horizon in (8.0, 25.0):
+        request = Request(
+            columns=("age",),
+            survival=Survival("time", "event", horizon, 1.0),
+            ranges={"age": (0.0, 120.0)} if noise else {},
+            **noise,
+        )
+        caplog.clear()
+        surveyed(Ward, request, tmp_path / f"{horizon}", 1)
+        warnings[horizon] = [text for text in caplog.messages if "are followed" in text]
+    assert warnings == {
+        8.0: [],
+        25.0: [
+            "hospital-1: fewer than 10 patients are followed up to time=25, the horizon of the "
+            "survival curve: its last part rests on hardly any patient here. Ask with a shorter "
+            "horizon"
+        ],
+    }
+
+
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     """Return an answer with something of everything."""
