@@ -259,7 +259,8 @@ def _weeks(entry: Mapping[str, Any]) -> str:
     unknown = weeks[np.isnan(counts)]
     axes.plot(unknown, np.zeros(unknown.size), "x", color=INK, ms=4, clip_on=False)
     ticks = weeks[:: max(1, math.ceil(weeks.size / _MOST_TICKS))]
-    axes.set_xticks(ticks, [_plain(str(entry["weeks"][tick])) for tick in ticks])
+    names = [_plain(str(entry["weeks"][tick])) for tick in ticks]
+    axes.set_xticks(ticks, names, ha="left")
     drawing = plots.svg(axes, "rows by week", "week", grid="y")
     site = escaped(entry["site"]) + (f", {escaped(entry['group'])}" if entry["group"] else "")
     text = (

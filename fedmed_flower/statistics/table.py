@@ -233,7 +233,9 @@ def _alerts(entries: Sequence[Mapping[str, Any]], method: str) -> Table:
         weeks = entry["weeks"]
         unknown = sum(number is None for number in entry["counts"])
         judged = sum(alert is not None for alert in entry.get("alert", ()))
-        shown = entry.get("note") or ", ".join(alert_weeks(entry)) or "none"
+        shown = entry.get("note") or ", ".join(alert_weeks(entry))
+        if not shown:
+            shown = "none" if judged else "too few weeks are known to judge any"
         if unknown:
             shown += f" (not judged: {unknown} withheld)"
         first = weeks[0] if weeks else DASH

@@ -22,7 +22,7 @@ from fedmed_flower.statistics import page as report
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import KINDS, Request, Survival, parse_filter
 from fedmed_flower.statistics.server import Answer, _content, ask
-from fedmed_flower.statistics.table import figure, table_one
+from fedmed_flower.statistics.table import _alerts, figure, table_one
 
 
 class TestSurvey:
@@ -389,6 +389,25 @@ class TestHostileReplies:
 
 
 class TestTable:
+    def test_weeks_that_are_withheld_or_not_judged_are_no_quiet_ones(self):
+        weeks = [f"day {7 * number}" for number in range(4)]
+        about = {"group": "", "weeks": weeks, "statistic": [0.0] * 4}
+        entries = [
+            about | {"site": "a", "counts": [1, 2, 3, 4], "alert": [None, False, True, True]},
+            about | {"site": "b", "counts": [1, None, 3, 4], "alert": [None, None, False, False]},
+            about | {"site": "c", "counts": [None, None, 3, 4], "alert": [None] * 4},
+            {"site": "d", "group": "x", "weeks": [], "counts": [], "note": "all are withheld"},
+        ]
+        assert _alerts(entries, "c2")["rows"] == [
+            ["a", "day 0", "4", "0", "3", "day 14, day 21"],
+            ["b", "day 0", "4", "1", "2", "none (not judged: 1 withheld)"],
+            [
+                *["c", "day 0", "4", "2", "0"],
+                "too few weeks are known to judge any (not judged: 2 withheld)",
+            ],
+            ["d, x", "–", "0", "0", "0", "all are withheld"],
+        ]
+
     @pytest.mark.parametrize(
         ("value", "text"),
         [
