@@ -15,97 +15,38 @@ no other hospital look odd.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
-import numpy as np
-
-from fedmed_flower.data.outlying import Location, Outlying, outlying_categories, outlying_numbers
-from fedmed_flower.statistics.drift import holm, ks_of_histograms, psi, same_shares
-from fedmed_flower.statistics.pooling import pool_moments, same_bins
-from fedmed_flower.statistics.types import Floats, Reported
+from fedmed_flower.data.outlying import Outlying, outlying_categories, outlying_numbers
+from fedmed_flower.statistics.comparison import (
+    CATEGORIES,
+    KINDS,
+    NUMBERS,
+    SECTIONS,
+    Kind,
+    Measures,
+    Part,
+)
+from fedmed_flower.statistics.drift import holm
+from fedmed_flower.statistics.types import Reported
 
 ALL_OTHERS = "all others"
 ALL_HOSPITALS = "all hospitals"
-NUMBERS = "numbers"
-CATEGORIES = "categories"
-MISSING_VALUES = "missing values"
 
 _LEVEL = 0.01
 # Of two hospitals nobody can say which is the odd one.
 _FEWEST = 3
-_NOTES = {
-    NUMBERS: "no cells that both have sent: give --resolution, or a range in the schema",
-    CATEGORIES: "no category that both have sent",
-    MISSING_VALUES: "no rows that both have sent",
-}
+# Of more categories no two are looked at for a swap, since there are too many pairs.
+_MOST_CATEGORIES = 100
+_HOLDS = {"numeric": "numbers", "categorical": "categories"}
+_NO = {"n": 0}
 
 
-class _Part(NamedTuple):
-    """What a hospital answers about a column, and how many patients it has per row."""
-
-    reported: Reported
-    weight: float
-
-
-_Parts = Sequence[_Part]
-
-
-class _Measures(NamedTuple):
-    """How far two groups of patients are apart.
-
-    Attributes
-    ----------
-    effect : float
-        What is held against the limit.
-    figures : dict
-        What a row shows, ``p`` among it.
-    """
-
-    effect: float
-    figures: dict[str, float]
-
-
-class _Kind(NamedTuple):
-    """Something about a column that is compared.
-
-    Attributes
-    ----------
-    what : str
-    limit : float
-        The effect above which a difference is worth a name.
-    sections : tuple of str
-        Where the column may stand in an answer.
-    compare : callable
-        Maps the parts of one side and of the other to `_Measures`; to None if nothing that both
-        have sent can be compared.
-    describe : callable
-        Maps the column, the parts of one side and of the other, and where the other is, to a text.
-    """
-
-    what: str
-    limit: float
-    sections: tuple[str, ...]
-    compare: Callable[[_Parts, _Parts], _Measures | None]
-    describe: Callable[[str, _Parts, _Parts, str], str]
-
-    def part(self, column: str, group: Reported) -> _Part | None:
-        """Return what a hospital answers about a column; None if it answers nothing."""
-        for section in self.sections:
-            if column in group[section]:
-                weight = group["patients"] / group["rows"] if group["rows"] else 1.0
-                return _Part(group[section][column], weight)
-        return None
-
-    def parts(self, column: str, groups: Mapping[str, Reported]) -> dict[str, _Part]:
-        """Return what each hospital answers about a column, those that answer nothing left out."""
-        parts = {site: self.part(column, group) for site, group in groups.items()}
-        return {site: part for site, part in parts.items() if part is not None}
-
-
-def drift_between_sites(sites: Mapping[str, Reported], exact: bool = True) -> list[dict[str, Any]]:
-    """Compare each hospital with all others, and name those that stand out.
+def drift_between_sites(
+    groups: Mapping[str, Mapping[str, Reported]], exact: bool = True
+) -> list[dict[str, Any]]:
+    """Compare each hospital with all others in each group, and name those that stand out.
 
     Beside the conditions above, a hospital stands out by the rules of `data.outlying`: a mean or a
     spread far from all others', and two categories that seem to be swapped. So does one at which a
@@ -114,30 +55,38 @@ def drift_between_sites(sites: Mapping[str, Reported], exact: bool = True) -> li
 
     Parameters
     ----------
-    sites : mapping of str to dict
-        The answer of each hospital, as `replies.read_reply` has checked it.
+    groups : mapping of str to mapping
+        By name of the group and by hospital the answers, as `replies.read_reply` has checked them.
     exact : bool
         False if counts carry noise, which the tests do not know: then nothing is tested.
 
     Returns
     -------
     list of dict
-        ``site``, ``against``, ``column`` and ``what``; ``psi`` (population stability index),
-        ``ks`` (Kolmogorov-Smirnov, of numbers), ``difference`` (of the shares of missing values),
-        ``p``, ``corrected`` (for the number of comparisons), and ``stands_out``, a text that says
-        how it differs; ``note`` if there is nothing to compare.
+        ``site``, ``group``, ``against``, ``column`` and ``what``; ``psi`` (population stability
+        index), ``ks`` (Kolmogorov-Smirnov, of numbers), ``difference`` (of the shares of missing
+        values), ``p``, ``corrected`` (for the number of comparisons), and ``stands_out``, a text
+        that says how it differs; ``note`` if there is nothing to compare.
     """
-    contests = [
-        _Contest(kind, column, parts)
-        for kind, column in _kinds_of(sites.values())
-        if len(parts := kind.parts(column, sites)) > 1
-    ]
+    contests = {
+        name: [
+            _Contest(kind, column, parts)
+            for kind, column in _kinds_of(sites.values())
+            if len(parts := kind.parts(column, sites)) > 1
+        ]
+        for name, sites in groups.items()
+    }
     if exact:
-        _name_all(contests)
-        for contest in contests:
+        together = [contest for of_group in contests.values() for contest in of_group]
+        _name_all(together)
+        for contest in together:
             contest.apply_rules()
-    rows = [contest.rows[site] for site in sites for contest in contests if site in contest.rows]
-    return [*(rows if exact else _untested(rows)), *_other_kinds(sites)]
+    changes: list[dict[str, Any]] = []
+    for name, sites in groups.items():
+        compared = [c.rows[site] for site in sites for c in contests[name] if site in c.rows]
+        rows = [*(compared if exact else _untested(compared)), *_other_kinds(sites)]
+        changes += [row | {"group": name} for row in rows]
+    return changes
 
 
 def drift_between_groups(
@@ -149,15 +98,13 @@ def drift_between_groups(
 
     Parameters
     ----------
-    groups : mapping of str to mapping
-        By name of the group and by hospital the answers.
-    exact : bool
-        As in `drift_between_sites`.
+    groups, exact
+        As `drift_between_sites` takes them.
 
     Returns
     -------
     list of dict
-        As `drift_between_sites`, with ``group``; ``against`` is the first group.
+        As `drift_between_sites` returns them; ``against`` is the first group.
     """
     rows: list[dict[str, Any]] = []
     texts: list[str] = []
@@ -189,9 +136,9 @@ class _Contest:
 
     Parameters
     ----------
-    kind : _Kind
+    kind : Kind
     column : str
-    parts : dict of str to _Part
+    parts : dict of str to Part
         What two hospitals or more have answered.
 
     Attributes
@@ -202,11 +149,13 @@ class _Contest:
         The p-value of each hospital against the others that are left.
     """
 
-    def __init__(self, kind: _Kind, column: str, parts: Mapping[str, _Part]) -> None:
+    def __init__(self, kind: Kind, column: str, parts: Mapping[str, Part]) -> None:
         self._kind = kind
         self._column = column
         self._parts = parts
         self._left = list(parts)
+        # Between two hospitals; 0 if they cannot be compared.
+        self._effects: dict[tuple[str, str], float] = {}
         about = {"against": ALL_OTHERS, "column": column, "what": kind.what}
         self.rows = {
             site: {"site": site, **about, **_figures(kind, self._compared(site))} for site in parts
@@ -244,19 +193,20 @@ class _Contest:
         parts = self._parts
         found: Iterator[Outlying] = iter(())
         if self._kind.what == NUMBERS:
-            locations = {site: _location([part]) for site, part in parts.items()}
-            known = {site: place for site, place in locations.items() if place is not None}
+            places = {site: part.location for site, part in parts.items()}
+            known = {site: place for site, place in places.items() if place is not None}
             found = outlying_numbers(self._column, known)
         elif self._kind.what == CATEGORIES:
-            tables = {site: _named_counts(part) for site, part in parts.items()}
-            found = outlying_categories(self._column, tables)
+            tables = {site: part.table for site, part in parts.items()}
+            if len({name for table in tables.values() for name in table}) <= _MOST_CATEGORIES:
+                found = outlying_categories(self._column, tables)
         for outlying in found:
             self.rows[outlying.site]["stands_out"] = outlying.text
 
-    def _others(self, site: str) -> list[_Part]:
+    def _others(self, site: str) -> list[Part]:
         return [self._parts[name] for name in self._left if name != site]
 
-    def _compared(self, site: str) -> _Measures | None:
+    def _compared(self, site: str) -> Measures | None:
         """Compare a hospital with the others that are left, together."""
         return self._kind.compare([self._parts[site]], self._others(site))
 
@@ -265,10 +215,15 @@ class _Contest:
 
         One with which there is nothing to compare counts as alike.
         """
-        one = [self._parts[site]]
-        pairs = [self._kind.compare(one, [other]) for other in self._others(site)]
-        effects = [0.0 if pair is None else pair.effect for pair in pairs]
+        effects = [self._effect(site, other) for other in self._left if other != site]
         return sorted(effects, reverse=True)[len(effects) // 2]
+
+    def _effect(self, site: str, other: str) -> float:
+        pair = (min(site, other), max(site, other))
+        if pair not in self._effects:
+            measures = self._kind.compare(*([self._parts[name]] for name in pair))
+            self._effects[pair] = 0.0 if measures is None else measures.effect
+        return self._effects[pair]
 
     def _name(self, site: str, more: str = "") -> None:
         where = "at the other hospitals" if len(self._left) > 2 else "at the other hospital"
@@ -296,7 +251,7 @@ def _other_kinds(sites: Mapping[str, Reported]) -> Iterator[dict[str, Any]]:
     for column in _columns(sites.values()):
         holding = {
             section: [site for site, group in sites.items() if group[section].get(column, _NO)["n"]]
-            for section in _SECTIONS
+            for section in SECTIONS
         }
         fewest, most = sorted(holding, key=lambda section: len(holding[section]))
         for site in holding[fewest]:
@@ -324,177 +279,25 @@ def _pairs_of_groups(
             yield about, groups[name], groups[first]
 
 
-def _kinds_of(groups: Collection[Reported]) -> list[tuple[_Kind, str]]:
+def _kinds_of(groups: Collection[Reported]) -> list[tuple[Kind, str]]:
     """Return what is to be compared, column by column."""
     return [
         (kind, column)
         for column in _columns(groups)
-        for kind in _KINDS
+        for kind in KINDS
         if any(kind.part(column, group) is not None for group in groups)
     ]
 
 
 def _columns(groups: Collection[Reported]) -> list[str]:
-    names = (name for section in _SECTIONS for group in groups for name in group[section])
+    names = (name for section in SECTIONS for group in groups for name in group[section])
     return list(dict.fromkeys(names))
 
 
-def _figures(kind: _Kind, measures: _Measures | None) -> dict[str, Any]:
-    return {"note": _NOTES[kind.what]} if measures is None else dict(measures.figures)
+def _figures(kind: Kind, measures: Measures | None) -> dict[str, Any]:
+    return {"note": kind.nothing} if measures is None else dict(measures.figures)
 
 
 def _untested(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     kept = [{name: value for name, value in row.items() if name != "p"} for row in rows]
     return [{"note": "not tested: the counts carry noise", **row} for row in kept]
-
-
-def _compare_numbers(one: _Parts, others: _Parts) -> _Measures | None:
-    sides = [[part for part in side if _has_edges(part)] for side in (one, others)]
-    first, second = ([part.reported["histogram"] for part in side] for side in sides)
-    counts = same_bins([*first, *second])
-    if counts is None or not first or not second:
-        return None
-    binned = [np.sum(counts[: len(first)], axis=0), np.sum(counts[len(first) :], axis=0)]
-    if not all(numbers.any() for numbers in binned):
-        return None
-    patients = [
-        math.fsum(part.weight * sum(part.reported["histogram"]["counts"]) for part in side)
-        for side in sides
-    ]
-    statistic, p = ks_of_histograms(first, second, (patients[0], patients[1]))
-    effect = psi(*binned)
-    return _Measures(effect, {"psi": effect, "ks": statistic, "p": p})
-
-
-def _has_edges(part: _Part) -> bool:
-    # A histogram of a single cell would agree with any other.
-    return bool(part.reported.get("histogram", {"edges": []})["edges"])
-
-
-def _compare_categories(one: _Parts, others: _Parts) -> _Measures | None:
-    """Compare the counts of the categories that both sides know, and of all other rows.
-
-    A category that a hospital does not name is known to be absent if it has pooled none, and else
-    it is unknown. Categories are left out until half of the others or more know all that are left;
-    the others that do not are left out.
-    """
-    first, second = ([part for part in side if "names" in part.reported] for side in (one, others))
-    names = {name for part in (*first, *second) for name in part.reported["names"]}
-    names = {name for name in names if all(_knows(part, {name}) for part in first)}
-    usable = [part for part in second if _knows(part, names)]
-    while names and 2 * len(usable) < len(second):
-        known = {name: sum(_knows(part, {name}) for part in second) for name in sorted(names)}
-        names.remove(min(known, key=known.__getitem__))
-        usable = [part for part in second if _knows(part, names)]
-    if not (names and first and usable):
-        return None
-    counts = [_counts(part_of_side, sorted(names)) for part_of_side in (first, usable)]
-    if not all(numbers.any() for numbers in counts):
-        return None
-    effect = psi(*counts)
-    return _Measures(effect, {"psi": effect, "p": same_shares(*counts)})
-
-
-def _knows(part: _Part, names: Collection[str]) -> bool:
-    return not part.reported["few"] or set(names) <= set(part.reported["names"])
-
-
-def _named_counts(part: _Part) -> dict[str, Any]:
-    return dict(zip(part.reported.get("names", ()), part.reported.get("counts", ()), strict=True))
-
-
-def _counts(parts: _Parts, names: Sequence[str]) -> Floats:
-    """Return the patients in each category, and in all others together."""
-    total = np.zeros(len(names) + 1)
-    for part in parts:
-        table = _named_counts(part)
-        named = [table.get(name, 0) for name in names]
-        rest = max(0, sum(table.values()) + part.reported["few"] - sum(named))
-        total += part.weight * np.array([*named, rest])
-    return total
-
-
-def _compare_missing(one: _Parts, others: _Parts) -> _Measures | None:
-    first, second = (
-        np.sum([[part.weight * part.reported[name] for name in _PRESENCE] for part in side], axis=0)
-        for side in (one, others)
-    )
-    if not (first.any() and second.any()):
-        return None
-    difference = float(first[1] / first.sum() - second[1] / second.sum())
-    return _Measures(abs(difference), {"difference": difference, "p": same_shares(first, second)})
-
-
-def _location(parts: _Parts) -> Location | None:
-    known = [part.reported for part in parts if "mean" in part.reported]
-    moments = pool_moments(known)
-    if not moments.n > 0:
-        return None
-    return Location(moments.mean, moments.sd if moments.n > 1 else 0.0)
-
-
-def _describe_numbers(column: str, one: _Parts, others: _Parts, where: str) -> str:
-    here = _location(one)
-    there = [place for part in others if (place := _location([part])) is not None]
-    if here is None or not there:
-        return f"{column} is distributed otherwise than {where}"
-    means = _span([place.mean for place in there], ".4g")
-    spreads = _span([place.spread for place in there], ".4g")
-    return (
-        f"{column} has the mean {here.mean:.4g} and the standard deviation {here.spread:.4g}; "
-        f"{where} the mean is {means} and the standard deviation {spreads}"
-    )
-
-
-def _describe_categories(column: str, one: _Parts, others: _Parts, where: str) -> str:
-    """Name the category whose share differs most."""
-    texts = {}
-    for name in sorted({name for part in (*one, *others) for name in _named_counts(part)}):
-        here = _shares(one, name)
-        there = [share for part in others for share in _shares([part], name)]
-        if here and there:
-            text = f"{here[0]:.0%} of {column} is {name!r}; {where} {_span(there, '.0%')}"
-            texts[text] = abs(here[0] - sum(there) / len(there))
-    if not texts:
-        return f"{column} has other shares of categories than {where}"
-    return max(texts, key=texts.__getitem__)
-
-
-def _shares(parts: _Parts, name: str) -> list[float]:
-    """Return the share of a category, as a list; empty if it is unknown."""
-    tabulated = [part for part in parts if "names" in part.reported and part.reported["n"]]
-    if not tabulated or not all(_knows(part, {name}) for part in tabulated):
-        return []
-    counts = _counts(tabulated, [name])
-    return [float(counts[0] / counts.sum())] if counts.any() else []
-
-
-def _describe_missing(column: str, one: _Parts, others: _Parts, where: str) -> str:
-    shares = [_missing_share([part]) for part in others]
-    return (
-        f"{_missing_share(one):.0%} of {column} is missing; {where} "
-        f"{_span([share for share in shares if not math.isnan(share)], '.0%')}"
-    )
-
-
-def _missing_share(parts: _Parts) -> float:
-    missing = math.fsum(part.reported["missing"] for part in parts)
-    rows = missing + math.fsum(part.reported["n"] for part in parts)
-    return missing / rows if rows else math.nan
-
-
-def _span(values: Sequence[float], form: str) -> str:
-    """Return the least and the greatest value as text; one if they look the same."""
-    ends = dict.fromkeys(format(value, form) for value in (min(values), max(values)))
-    return " to ".join(ends)
-
-
-_SECTIONS = ("numeric", "categorical")
-_HOLDS = {"numeric": "numbers", "categorical": "categories"}
-_PRESENCE = ("n", "missing")
-_NO = {"n": 0}
-_KINDS = (
-    _Kind(NUMBERS, 0.25, ("numeric",), _compare_numbers, _describe_numbers),
-    _Kind(CATEGORIES, 0.25, ("categorical",), _compare_categories, _describe_categories),
-    _Kind(MISSING_VALUES, 0.2, _SECTIONS, _compare_missing, _describe_missing),
-)

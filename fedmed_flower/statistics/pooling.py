@@ -149,17 +149,26 @@ def cumulate(parts: Sequence[Reported]) -> tuple[list[float], NDArray[np.float64
 def same_bins(parts: Sequence[Reported]) -> list[NDArray[np.float64]] | None:
     """Return histograms in the bins of the coarsest of them; None if that has a single bin.
 
-    An edge inside a bin of a finer histogram divides the bin's count as `cumulate` does.
+    The values of a bin are taken to lie evenly in it, those of an open one between its edge and one
+    average width beyond the outermost edge of all: what a hospital counts above its own last edge
+    is not all below that of another.
     """
-    coarsest: list[float] = min((part["edges"] for part in parts), key=len, default=[])
+    coarsest: list[float] = min((part["edges"] for part in parts), key=_fineness, default=[])
     if not coarsest:
         return None
-    edges, below = cumulate(parts)
+    edges = np.unique([edge for part in parts for edge in part["edges"]])
+    width = float(edges[-1] - edges[0]) / edges.size or 1.0
     histograms = []
-    for part, reached in zip(parts, below, strict=True):
-        cut = reached[np.searchsorted(edges, coarsest)]
+    for part in parts:
+        points = [edges[0] - width, *part["edges"], edges[-1] + width]
+        cut = np.interp(coarsest, points, np.cumsum([0.0, *part["counts"]]))
         histograms.append(np.diff([0.0, *cut, math.fsum(part["counts"])]))
     return histograms
+
+
+def _fineness(edges: Sequence[float]) -> tuple[int, Sequence[float]]:
+    """Return what orders histograms, whichever of them comes first."""
+    return len(edges), edges
 
 
 def pool_survival(parts: Iterable[Reported]) -> Curve:

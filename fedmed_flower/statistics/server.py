@@ -210,8 +210,7 @@ def _content(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
     exact = not answer.request.epsilon
     changes: list[dict[str, Any]] = []
     if drift == "sites":
-        for name, reported in groups.items():
-            changes += [row | {"group": name} for row in drift_between_sites(reported, exact)]
+        changes = drift_between_sites(groups, exact)
     elif drift == "groups" and groups:
         changes = drift_between_groups(groups, exact)
     for row in changes:

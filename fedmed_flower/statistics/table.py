@@ -195,7 +195,9 @@ def _standing_out(entries: Sequence[Mapping[str, Any]]) -> Table:
         if "stands_out" in entry
     ]
     if any("corrected" in entry for entry in entries) and not rows:
-        rows = [["nobody", "", "", ""]]
+        unknown = sum("note" in entry for entry in entries)
+        shown = f"{unknown} of {len(entries)} comparisons were not possible" if unknown else ""
+        rows = [["nobody", "", shown, ""]]
     return {"title": STANDS_OUT, "head": ["hospital", "what", "how", "p, corrected"], "rows": rows}
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import fisher_exact
 from statistics_rows import ask, group, make_patients
+from statsmodels.stats.multitest import multipletests
 
 from fedmed_flower.statistics.outlying import (
     ALL_HOSPITALS,
@@ -14,6 +15,12 @@ from fedmed_flower.statistics.outlying import (
 )
 
 MINIMUM = 10
+
+
+def between_sites(sites, **options):
+    return drift_between_sites({"": sites}, **options)
+
+
 SWAPPED = {"m": "f", "f": "m"}
 
 
@@ -73,7 +80,7 @@ def told(columns, rows_of_patient=1):
 
 
 def drift(tables, **options):
-    return drift_between_sites({site: told(rows) for site, rows in tables.items()}, **options)
+    return between_sites({site: told(rows) for site, rows in tables.items()}, **options)
 
 
 def named(rows):
@@ -138,7 +145,7 @@ def test_of_two_hospitals_neither_is_the_odd_one():
     for site, women in (("site 0", 60), ("site 1", 140)):
         sex = {"names": ["f", "m"], "counts": [women, 200 - women]}
         tables[site]["categorical"]["sex"] |= sex
-    rows = [row for row in drift_between_sites(tables) if "stands_out" in row]
+    rows = [row for row in between_sites(tables) if "stands_out" in row]
     ends = "; of two hospitals it cannot be said which is the odd one"
     assert [(row["site"], row["stands_out"]) for row in rows] == [
         ("site 0", f"30% of sex is 'f'; at the other hospital 70%{ends}"),
@@ -179,7 +186,7 @@ def test_a_mean_far_from_all_others_is_named_without_a_histogram():
     age = tables["site 2"]["numeric"]["age"]
     age["mean"] *= 12
     age["m2"] *= 144
-    rows = drift_between_sites(tables)
+    rows = between_sites(tables)
     assert named(rows) == [("site 2", "age", "numbers")]
     (row,) = [row for row in rows if "stands_out" in row]
     assert "perhaps another unit" in row["stands_out"]
@@ -211,7 +218,7 @@ def test_large_tables_name_nobody_for_trifles():
         }
         for name, women in (("a", 100_000), ("b", 100_200), ("c", 104_000))
     }
-    rows = {row["site"]: row for row in drift_between_sites(tables) if row["what"] == "categories"}
+    rows = {row["site"]: row for row in between_sites(tables) if row["what"] == "categories"}
     assert rows["c"]["corrected"] < 1e-12
     assert not any("stands_out" in row for row in rows.values())
 
@@ -223,7 +230,7 @@ def of_categories(names, counts, few=0):
 
 
 def compared(**sites):
-    rows = drift_between_sites(sites)
+    rows = between_sites(sites)
     return {row["site"]: row for row in rows if row["what"] == "categories"}
 
 
@@ -291,7 +298,7 @@ def test_rows_of_one_patient_are_no_independent_evidence():
     }
     for reported in tables.values():
         reported["numeric"] = {}
-    for once, tenfold in zip(drift_between_sites(tables), drift_between_sites(ten), strict=True):
+    for once, tenfold in zip(between_sites(tables), between_sites(ten), strict=True):
         assert tenfold == pytest.approx(once)
 
 
@@ -303,15 +310,26 @@ def test_with_noise_nothing_is_tested():
     assert {row["note"] for row in rows} == {"not tested: the counts carry noise"}
 
 
+def test_all_groups_are_corrected_together():
+    groups = {
+        name: {site: told(rows) for site, rows in hospitals(seed, (90,) * 3).items()}
+        for seed, name in enumerate(("f", "m"))
+    }
+    rows = drift_between_sites(groups)
+    assert {row["group"] for row in rows} == {"f", "m"}
+    corrected = multipletests([row["p"] for row in rows], method="holm")[1]
+    assert [row["corrected"] for row in rows] == pytest.approx(corrected)
+
+
 def test_a_column_of_codes_beside_columns_of_numbers_is_named():
     tables = {site: told(rows) for site, rows in hospitals(0, (60, 60, 60)).items()}
     moved = tables["site 1"]["categorical"].pop("sex")
     numbers = {"n": moved["n"], "missing": 0, "mean": 1.4, "rest": 0.0, "m2": 14.0}
     tables["site 1"]["numeric"]["sex"] = numbers
-    assert named(drift_between_sites(tables)) == [("site 1", "sex", "kind")]
+    assert named(between_sites(tables)) == [("site 1", "sex", "kind")]
     # Who has no value at all holds neither.
     tables["site 1"]["numeric"]["sex"] = {"n": 0, "missing": 60}
-    assert named(drift_between_sites(tables)) == [("site 1", "sex", "missing values")]
+    assert named(between_sites(tables)) == [("site 1", "sex", "missing values")]
 
 
 def windows(*changes, count=200):
@@ -365,6 +383,6 @@ def test_the_answers_of_hospitals(tmp_path):
         if name == "c":
             rows = [row | {"age": row["age"] + 20, "lab": None} for row in rows]
         sites[name] = group(ask(rows, tmp_path / name, kinds=kinds, **asked))
-    assert sorted(named(drift_between_sites(sites))) == [
+    assert sorted(named(between_sites(sites))) == [
         *[("c", "age", "numbers"), ("c", "lab", "missing values")]
     ]
