@@ -22,7 +22,7 @@ from tiny import (
     model_arrays,
     node_of,
     run_tiny,
-    says,
+    says_of_setting,
     trained,
 )
 from torch import nn
@@ -229,7 +229,7 @@ def test_in_a_simulation_the_text_of_an_error_is_told(where):
 
 def test_in_a_simulation_the_text_of_a_wrong_setting_is_told():
     reason = error_of(TinyClient, context=context_of(batch_size=0))
-    assert re.search(says("batch-size must be from 1 to 1,000,000, got 0"), reason)
+    assert re.search(says_of_setting("batch-size must be from 1 to 1,000,000, got 0"), reason)
 
 
 def test_a_supernode_without_a_name_is_told_by_class_alone():

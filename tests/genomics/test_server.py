@@ -15,7 +15,7 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import StratifiedTable
 from statsmodels.stats.meta_analysis import combine_effects
 from studies import VARIANTS, World, lines_of, study
-from tiny import ask, context_of, says
+from tiny import ask, context_of, says, says_of_setting
 from typer.testing import CliRunner
 
 from fedmed_flower import SiteData
@@ -658,7 +658,7 @@ def test_a_study_whose_sites_all_fail_leaves_a_folder_that_says_so(world, tmp_pa
     ],
 )  # fmt: skip
 def test_studies_that_cannot_be_are_refused(world, tmp_path, config, text):
-    with pytest.raises(InputError, match=says(text)):
+    with pytest.raises(InputError, match=says_of_setting(text)):
         study(world.client(), tmp_path, **config)
 
 

@@ -32,6 +32,7 @@ from tiny import (
     nodes_of,
     run_tiny,
     says,
+    says_of_setting,
 )
 from torch import nn
 
@@ -384,7 +385,7 @@ def test_the_first_model_is_drawn_with_the_seed(tmp_path):
     ],
 )
 def test_the_plan_names_key_bound_and_value(config, text):
-    with pytest.raises(InputError, match=says(text)):
+    with pytest.raises(InputError, match=says_of_setting(text)):
         Plan.from_run_config(config)
 
 
@@ -448,7 +449,9 @@ def test_nothing_is_written_where_no_site_answers(tmp_path):
 
 
 def test_a_wrong_setting_of_the_sites_is_told_before_the_run(tmp_path):
-    with pytest.raises(InputError, match=says("batch-size must be from 1 to 1,000,000, got 0")):
+    with pytest.raises(
+        InputError, match=says_of_setting("batch-size must be from 1 to 1,000,000, got 0")
+    ):
         run_tiny(tmp_path / "run", batch_size=0)
     assert files_of(tmp_path / "run") is None
 
