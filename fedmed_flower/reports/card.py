@@ -446,7 +446,7 @@ def _compared(run: _Run) -> str:
 
 
 def _calibration(run: _Run) -> str:
-    found = evidence_of(run.counts, nested(run.summary, "test", "sites"))
+    found = evidence_of(run.counts)
     if run.is_hidden:
         return _section(tripod.CALIBRATION, f"Not available. {TOO_LARGE}")
     if run.counts is None or found is None:

@@ -37,6 +37,7 @@ from fedmed_flower.reports.frame import (
 from fedmed_flower.reports.noise import MARK, TOO_LARGE, Noise, noise_of, told
 from fedmed_flower.reports.plots import Styles
 from fedmed_flower.reports.rounds import Curves, read_rounds
+from fedmed_flower.reports.scores import of_test
 from fedmed_flower.reports.summary import Total, entries, judged_by, nested, number
 from fedmed_flower.reports.tables import site_table
 from fedmed_flower.reports.tested import Estimates, estimates, evidence_of
@@ -95,16 +96,11 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
     styles = plots.styles(sites)
     main = judged_by(summary, {metric for phase, metric, _ in curves if phase == "val"})
     pictures = entries(summary, "pictures")
-    counts = read_counts(folder)
-    of_test = evidence_of(counts, nested(summary, "test", "sites"))
-    if of_test is None:
-        # Counts of an earlier test of a run that goes on say nothing of this one.
-        counts = None
+    counts = of_test(read_counts(folder), summary)
     noise = noise_of(summary, counts)
     # What follows says nothing of figures that are mere noise.
     summary = told(summary, noise)
-    if noise is not None and noise.hides_total:
-        of_test = None
+    shows_scores = noise is None or not noise.hides_total
     judged = estimates(summary, counts, main)
     hospitals = contents.hospitals(summary, main, noise)
     num_classes = 0 if counts is None else len(counts.classes)
@@ -118,7 +114,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
             _result(contents.result(summary, main, noise), main, shown, noise),
             _hospitals(hospitals, styles, main, shown, noise),
             _classes(contents.by_class(summary, hospitals.metrics)) if styles else "",
-            evidence.curves(of_test, styles),
+            evidence.curves(evidence_of(counts) if shows_scores else None, styles),
             comparison.groups(contents.groups(summary, main)),
             comparison.models(contents.comparison(summary, styles, main), styles, main),
             _curves(curves, styles, main, noise),
