@@ -233,7 +233,7 @@ any | site.simulated | whether it lives in a simulation | plain | plain
 any | site.data | name of the data source | plain | plain
 any | site.generated | whether the rows are made up | plain | plain
 any | site.version | version of its messages | plain | plain
-describe | metrics.num-examples | number of training rows, once more | plain | known
+describe | metrics.num-examples | number of training rows, as Flower names it | plain | known
 describe | metrics.train | number of training rows (private: of patients) | plain | known
 describe | metrics.val | number of validation rows (private: of patients) | plain | known
 describe | metrics.test | number of test rows (private: of patients) | plain | known
@@ -283,8 +283,8 @@ evaluate | metrics.surface-dice | mean surface Dice | bounded | never
 evaluate | metrics.surface-dice-CLASS | mean surface Dice of each class | bounded | never
 evaluate | metrics.noised-dice | number of patients and sums of their Dice | never | noised
 evaluate | metrics.METRIC@column=value | each metric above, of a group (report-by) | bounded | never
-pictures | pictures.titles | what each picture shows | bounded | plain
-pictures | pictures.images | up to six pictures of test cases | bounded | plain
+pictures | pictures.titles | what each picture shows | plain | plain
+pictures | pictures.images | up to six pictures of test cases, each of one patient | plain | plain
 personal | metrics.val-global | main validation metric of the global model | bounded | never
 personal | metrics.val-own | main validation metric of its own model | bounded | never
 personal | metrics.personal-epochs | passes after which its own was kept | plain | never
