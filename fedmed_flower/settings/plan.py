@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedmed_flower.errors import InputError
 from fedmed_flower.settings.allowed import Matching, Within
 from fedmed_flower.settings.section import MOST_ROUNDS, Section, setting
+from fedmed_flower.settings.text import setting_error
 
 # Where a run can be tracked.
 TRACKERS = ("tensorboard", "mlflow", "wandb")
@@ -85,4 +85,6 @@ class Plan(Section):
     def check(self) -> None:
         """Refuse to resume nothing."""
         if self.resume and not self.run_dir:
-            raise InputError("resume needs run-dir, the folder of the run to go on with")
+            raise setting_error(
+                "resume needs run-dir, the folder of the run to go on with", "resume"
+            )

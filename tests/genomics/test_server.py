@@ -645,11 +645,12 @@ def test_a_study_whose_sites_all_fail_leaves_a_folder_that_says_so(world, tmp_pa
     ("config", "text"),
     [
         ({"test": "fisher"}, "test must be one of trend, allelic, logistic, linear, got 'fisher'"),
-        ({"components": 2}, "components are covariates, which test=trend does not take: choose "
-         "test=logistic or test=linear, or components=0"),
+        ({"components": 2}, "components needs test=logistic or test=linear, got test=trend: "
+         "components are covariates, which this test does not take"),
         ({"block_size": 0}, "block-size must be from 1 to 1,048,576, got 0"),
         ({"component_variants": 0}, "component-variants must be from 1 to 262,144, got 0"),
-        ({"resume": True}, "an association study is not resumed: start it again in a new folder"),
+        ({"resume": True}, "resume must be false: an association study is started again in a new "
+         "folder"),
         ({"privacy": "patient"}, "an association study carries no noise: set privacy=none, which "
          "hospitals with a budget decline"),
         ({"test": "logistic", "components": 51}, "components must be from 0 to 50, got 51"),

@@ -33,11 +33,11 @@ def says_of_setting(text, own=()):
     """Return the pattern that matches the error about a setting, which this text begins, alone.
 
     It ends with the command that says more of the key: of the one that the text suggests, or of the
-    one that it says what must be. An error about several settings ends with the text. `own` are the
-    app's own keys.
+    one with which it begins. `own` are the app's own keys.
     """
     suggested = re.search(r"did you mean ([\w-]+)\?", text)
-    named = suggested or re.match(r"(?:\w+: )?([\w-]+) must ", text)
+    begins = r"(?:\w+: )?([\w-]+)(?:=\w+)? (?:in the node config )?(?:must|needs|excludes) "
+    named = suggested or re.match(begins, text)
     key = named[1] if named else ""
     if key not in listed() and key not in own:
         return says(text)
