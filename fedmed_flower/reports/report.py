@@ -51,6 +51,8 @@ MOST_FAILURES = 100
 _MOST_PANELS = 4
 _NO_PANEL = ("num-examples", "seconds", EPSILON, HOSPITAL_EPSILON, "clipping-norm")
 _MOST_REASON = 300
+# Longer lists of settings are folded away.
+_MOST_SHOWN = 30
 # The modules that write the pages of runs that train no model.
 _HOMES = {
     "association": "fedmed_flower.genomics.page",
@@ -406,7 +408,7 @@ def _disclosed(disclosed: list[Disclosure], pictures: bool) -> str:
         for entry in disclosed
     ]
     head = ("When", "What", "How", "Hospitals")
-    return words + frame.table("As the hospitals sent it", head, rows, kind="wordy")
+    return words + frame.table("As the hospitals sent it", head, rows, kind="wordy sent")
 
 
 def _privacy(privacy: Privacy, curves: Curves, styles: Styles) -> str:
@@ -475,5 +477,8 @@ def _making(summary: dict[str, Any]) -> str:
     tables = ""
     for heading, listed in parts.items():
         rows = [map(escaped, row) for row in listed.items()]
-        tables += frame.table(heading, ("Name", "Value"), rows, kind="wordy") if rows else ""
+        table = frame.table(heading, ("Name", "Value"), rows, kind="wordy") if rows else ""
+        if len(rows) > _MOST_SHOWN:
+            table = f"<details><summary>All {len(rows)} settings</summary>{table}</details>"
+        tables += table
     return f'<h2>How it was made</h2><div class="plots">{tables}</div>'
