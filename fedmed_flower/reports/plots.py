@@ -148,7 +148,8 @@ def spreads(models: list[dict[str, float]], name: str, lower: bool) -> str:
 def _compared(axes: Any, key: str, name: str) -> str:
     label = f"{name} of the models"
     drawing = svg(axes, label, f"{name} on the hospital’s own test records")
-    return f'<figure class="dots"><figcaption>{key}</figcaption>{wide(drawing, f"Drawing of {label}")}</figure>'
+    shown = wide(drawing, f"Drawing: {label}")
+    return f'<figure class="dots"><figcaption>{key}</figcaption>{shown}</figure>'
 
 
 def panel(
