@@ -190,6 +190,8 @@ any | config.agreed | what all sites agreed upon | runs/experiment | clients/bas
 any | config.frozen-digest | digest of what does not travel | runs/experiment | clients/base
 any | config.pool-sites | simulation: all rows together | runs/baselines | clients/base
 describe | config.version | version of the messages | runs/roll_call | clients/queries
+statistics | config.version | version of the messages | statistics/server | clients/queries
+cohort | config.version | version of the messages | genomics/panel | clients/queries
 train | arrays.* | the global model | strategies/base | clients/app
 train | config.server-round | number of the round | Flower | clients/app
 train | config.proximal-mu | weight of the proximal term | Flower | clients/app

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fedmed_flower.arrays.views import view
 from fedmed_flower.clients.base import MedicalClient, Query
 from fedmed_flower.clients.duplicates import digests_of
+from fedmed_flower.clients.queries import refuse_other_version
 from fedmed_flower.data.site import SPLITS, Row, Site, SiteData, min_cell_count
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.genomics.association import WITHHELD, count_copies, withheld
@@ -286,7 +287,8 @@ def person(patient: Any) -> str:
 
 
 def cohort(client: GenomicsClient, message: Message) -> RecordDict:
-    """Report how many people take part, and in which study."""
+    """Report how many people take part, and in which study; declines another version's message."""
+    refuse_other_version(client, message)
     cohort = client.cohort()
     for text in cohort.left_out:
         log.warning("%s: %s: they take no part", client.site.name, text)

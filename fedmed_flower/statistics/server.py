@@ -39,7 +39,17 @@ from fedmed_flower.statistics.summary import (
 )
 from fedmed_flower.statistics.table import tables
 from fedmed_flower.statistics.withheld import MISSING
-from fedmed_flower.wire import ANSWER, LEDGER_DIR, REQUEST, RUN_KEY, SITE_RECORD, STATISTICS
+from fedmed_flower.wire import (
+    ANSWER,
+    LEDGER_DIR,
+    MESSAGE_VERSION,
+    REQUEST,
+    RUN_KEY,
+    SITE_RECORD,
+    STATISTICS,
+    VERSION,
+    require_version,
+)
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -105,12 +115,18 @@ def ask(
     Answer
         A hospital without an answer that passes all checks is among its `failures`.
     """
-    record = ConfigRecord({REQUEST: request.to_text(), **(config or {})})
+    record = ConfigRecord({VERSION: MESSAGE_VERSION, REQUEST: request.to_text(), **(config or {})})
     contents = {node_id: RecordDict({"config": record}) for node_id in grid.get_node_ids()}
     answer = Answer(request)
     names: dict[int, str] = {}
     namesakes = Namesakes()
-    answers, failures = ask_all(grid, STATISTICS, contents, _read, timeout, names)
+
+    def read(node_id: int, content: RecordDict) -> tuple[dict[str, Any], str, bool]:
+        site = names.get(node_id, f"node {node_id}")
+        require_version(content.config_records[SITE_RECORD].get(VERSION), site, "hospital")
+        return _read(content)
+
+    answers, failures = ask_all(grid, STATISTICS, contents, read, timeout, names)
     for one in answers:
         answer.sites[one.site], source, generated = one.value
         namesakes.take(one.node_id, one.content)
@@ -125,10 +141,10 @@ def ask(
     return answer
 
 
-def _read(_: int, content: RecordDict) -> tuple[dict[str, Any], str, bool]:
+def _read(content: RecordDict) -> tuple[dict[str, Any], str, bool]:
     """Return what a hospital answers, the source of its rows, and whether they were generated."""
+    about = content.config_records[SITE_RECORD]
     reported = read_reply(content.config_records[STATISTICS][ANSWER])
-    about = content.config_records.get(SITE_RECORD, ConfigRecord())
     return reported, str(about.get("data", "not named")), about.get("generated") is True
 
 

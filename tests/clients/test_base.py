@@ -157,8 +157,9 @@ def test_an_empty_split_counts_no_rows():
         assert reply.content["site"]["name"] == "hospital-1"
 
 
+@pytest.mark.parametrize("kind", ["query.describe", "query.statistics"])
 def test_a_server_whose_messages_have_another_version_is_refused_before_a_row_is_looked_at(
-    tmp_path,
+    kind, tmp_path
 ):
     class Unread(TinyClient):
         def load_data(self, site):
@@ -166,11 +167,11 @@ def test_a_server_whose_messages_have_another_version_is_refused_before_a_row_is
 
     end = ", and those of the hospital version 1: install the same fedmed-flower at both"
     context = context_of(node_config=node_of(tmp_path))
-    assert error_of(Unread, "query.describe", context, version=2) == (
+    assert error_of(Unread, kind, context, version=2) == (
         "declined: north: messages of the server have version 2" + end
     )
     TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, SUPERLINK_NODE_ID
-    older = Message(RecordDict(), context.node_id, "query.describe")
+    older = Message(RecordDict(), context.node_id, kind)
     reply = Unread.client_app()(older, context)
     assert read_error(reply.error.reason) == (
         "north",

@@ -823,3 +823,25 @@ def test_the_example_finds_the_lactase_variant(tmp_path, settings):
     summary, lines = run_example(tmp_path / "run", *settings)
     assert min(lines, key=lambda name: float(lines[name]["p"])) == "rs4988235"
     assert summary["generated"] is ("trait=persistence" in settings)
+
+
+def test_a_hospital_of_another_version_takes_no_part(world, tmp_path):
+    client = world.client()
+
+    class Older(client):
+        """The second hospital's package is of a later version."""
+
+        @classmethod
+        def client_app(cls, mods=()):
+            def later(message, context, call):
+                reply = call(message, context)
+                if context.node_config["partition-id"] == 1:
+                    reply.content["site"]["version"] = 2
+                return reply
+
+            return super().client_app([later])
+
+    summary, _ = study(Older, tmp_path)
+    (failure,) = summary["failures"]
+    assert failure["site"] == "hospital-2"
+    assert failure["reason"].startswith("hospital-2: messages of the hospital have version 2, and")

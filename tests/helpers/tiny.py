@@ -143,7 +143,7 @@ def ask(client, kind, context, arrays=None, mods=(), **config):
     TaskIdentity.task_id = 1
     content = RecordDict()
     record = {key.replace("_", "-"): value for key, value in config.items()}
-    if kind == "query.describe":
+    if kind in ("query.describe", "query.statistics", "query.cohort"):
         content["config"] = ConfigRecord({"version": MESSAGE_VERSION} | record)
     else:
         content["arrays"] = model_arrays() if arrays is None else arrays

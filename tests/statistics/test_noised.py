@@ -24,6 +24,7 @@ from fedmed_flower.statistics.noised import Cells, plan
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import KINDS, Request, Survival
 from fedmed_flower.statistics.summary import summarise
+from fedmed_flower.wire import MESSAGE_VERSION
 
 DECLARED = {
     "ranges": {"age": (0.0, 100.0), "lab": (999_980.0, 1_000_020.0)},
@@ -57,7 +58,9 @@ def reply_of(client, request, folder, **node_config):
     context = context_of(node_config=node_config or None, run_dir=str(folder))
     TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, SUPERLINK_NODE_ID
     TaskIdentity.task_id = 1
-    content = RecordDict({"config": ConfigRecord({"request": request.to_text()})})
+    content = RecordDict(
+        {"config": ConfigRecord({"version": MESSAGE_VERSION, "request": request.to_text()})}
+    )
     with simulation():
         return client.client_app()(Message(content, context.node_id, "query.statistics"), context)
 

@@ -23,6 +23,7 @@ from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import KINDS, Request, Survival, parse_filter
 from fedmed_flower.statistics.server import Answer, _content, ask
 from fedmed_flower.statistics.table import figure, table_one
+from fedmed_flower.wire import MESSAGE_VERSION
 
 
 class TestSurvey:
@@ -143,6 +144,31 @@ class TestSurvey:
         assert "&lt;b&gt;x" in page
         for text in ("<b>x", "<script>", "<i>made"):
             assert text not in page
+
+
+def test_a_hospital_of_another_version_is_refused_by_name(tmp_path):
+    class Older(Ward):
+        """The first hospital's package is of before messages had versions."""
+
+        @classmethod
+        def client_app(cls, mods=()):
+            def forget(message, context, call):
+                reply = call(message, context)
+                if context.node_config["partition-id"] == 0:
+                    del reply.content["site"]["version"]
+                return reply
+
+            return super().client_app([forget])
+
+    answer = surveyed(Older, Request(columns=("age",)), tmp_path / "run")
+    assert answer.failures == [
+        (
+            "hospital-1",
+            "hospital-1: messages of the hospital have no version, as before versions were named, "
+            "and those of the server version 1: install the same fedmed-flower at both",
+        )
+    ]
+    assert list(answer.sites) == ["hospital-2", "hospital-3", "hospital-4"]
 
 
 class TestRealHospitals:
@@ -335,7 +361,8 @@ class TestHostileReplies:
             if node == 4:
                 return None
             told = ConfigRecord({"answer": json.dumps(wrong if node == 2 else sound)})
-            content = {"site": ConfigRecord({"name": f"site {node}", "data": "x", "generated": 1})}
+            about = {"name": f"site {node}", "data": "x", "generated": 1}
+            content = {"site": ConfigRecord(about | {"version": MESSAGE_VERSION})}
             content |= {} if node == 3 else {"statistics": told}
             return Message(RecordDict(content), reply_to=message)
 
