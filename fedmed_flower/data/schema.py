@@ -316,6 +316,23 @@ def band_name(column: str) -> str:
     return f"{column}-band"
 
 
+def empty_columns(rows: Iterable[Mapping[str, Any]], names: Iterable[str]) -> tuple[str, ...]:
+    """Return the columns without a value in any row: all of them are None, NaN or not there."""
+    empty = dict.fromkeys(names)
+    for row in rows:
+        known = [name for name in empty if not _is_gap(row.get(name))]
+        for name in known:
+            del empty[name]
+        if not empty:
+            break
+    return tuple(empty)
+
+
+def without_values(name: str) -> str:
+    """Return the problem of a column that `empty_columns` names."""
+    return f"{name} has no value in any row"
+
+
 def _table(
     cells: Cells,
     schema: Schema,
@@ -361,6 +378,9 @@ def _table(
     columns |= {name: cells.texts(name) for name in keep if name not in columns}
     lines = zip(cells.rejected, *columns.values(), strict=True)
     rows = [dict(zip(columns, line, strict=True)) for rejected, *line in lines if not rejected]
+    if outcome:
+        present = [name for name in (*schema.features, *keep) if name not in absent]
+        cells.problems += [without_values(name) for name in empty_columns(rows, present)]
     problems = tuple(f"{cells.where}: {problem}" for problem in cells.problems)
     for problem in problems:
         log.warning("%s", problem)
@@ -378,6 +398,11 @@ def _check_names(
     for name, times in Counter(filter(None, names)).most_common(1):
         require(times < 2, f"{where} has {times} columns {name!r}: rename all but one")
     listed = f"its columns are {', '.join(map(repr, names[:30]))}{', ...' * (len(names) > 30)}"
+    if len(names) == 1:
+        listed = (
+            f"its only column is {names[0]!r}: the first line must be the heading, with commas, "
+            "semicolons or tabs between names"
+        )
     roles = {"split": split}
     if outcome:
         roles = {"target": schema.target, "event": schema.event, "split": split}
@@ -442,6 +467,11 @@ def _outcome_texts(
     cells.require_codes(label, texts, (*codes,), nameable=unnamed)
     cells.need(label, texts, (*codes,))
     return [codes.get(text or "") for text in texts]
+
+
+def _is_gap(value: Any) -> bool:
+    # Only NaN differs from itself.
+    return value is None or bool(value != value)
 
 
 def _bands(values: NDArray[np.float64], cuts: Sequence[float]) -> list[str | None]:

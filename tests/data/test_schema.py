@@ -177,7 +177,11 @@ def test_codes_of_missing_values(tmp_path):
     assert column(rows, "sex") == [None, None]
     # Nothing always stands for a missing value.
     assert rejected == 1
-    assert problems == ["target ill is missing in 1 row, rejected; the first is line 4"]
+    assert problems == [
+        "target ill is missing in 1 row, rejected; the first is line 4",
+        "chol has no value in any row",
+        "sex has no value in any row",
+    ]
 
 
 def test_a_declared_category_is_not_missing(tmp_path):
@@ -454,8 +458,8 @@ def test_missing_values_of_r_excel_and_sas(tmp_path):
         ([9999] * 5 + [*range(20, 90)], "9999"),
         ([-9] * 3 + [*range(20, 90)], "-9"),
         ([9] * 3 + [0, 1, 2, 3] * 5, "9"),
-        # Once is a typing error; a large value among large ones is none.
-        ([-999, *range(20, 90)], None),
+        # Once is no code; a large value among large ones is none.
+        ([-99, *range(20, 90)], None),
         ([89] * 5 + [*range(20, 90)], None),
         ([-9] * 3 + [*range(-20, 20)], None),
         ([0, 1] * 20, None),
@@ -474,6 +478,29 @@ def test_a_far_and_frequent_value_may_mean_missing(tmp_path, values, code):
         rows, _, problems = read(tmp_path, text, NUMBER, missing=missing)
         assert problems == []
         assert sum(math.isnan(value) for value in column(rows, "x")) == values.count(int(code))
+
+
+@pytest.mark.parametrize(
+    ("values", "count", "first"),
+    [
+        ([*range(20, 80), 1e9, 1e9], 2, "line 62 with '1000000000.0'"),
+        ([-6000, *range(20, 80), 7e5], 1, "line 2 with '-6000'"),
+        ([*range(20, 80), 7e5], 1, "line 62 with '700000.0'"),
+        ([10.0 ** (n / 20) for n in range(60)], 0, ""),
+        # As many as a code would be, or too few others to tell.
+        ([0, 1, 2, 3] * 20 + [400], 0, ""),
+    ],
+)
+def test_few_values_far_from_all_others_are_named(tmp_path, values, count, first):
+    text = "patient,x,y\n" + "".join(f"P{n},{value},1\n" for n, value in enumerate(values))
+    rows, _, problems = read(tmp_path, text, NUMBER)
+    assert column(rows, "x") == values
+    if count:
+        assert f" in {count} row" in problems[0]
+        assert problems[0].startswith("x is far from its other values (")
+        assert f"kept; the first is {first}: if it is a typing error" in problems[0]
+    else:
+        assert problems == []
 
 
 def test_points_between_groups_of_thousands(tmp_path):
@@ -552,7 +579,10 @@ def test_further_columns_are_kept_as_texts(tmp_path):
     rows, _, problems = read(tmp_path, text, NUMBER, keep=("year", "ward", "y", "site"))
     wanted = {"patient": "A", "x": 1.0, "y": 2.0, "year": "2015", "ward": None, "site": None}
     assert rows == [wanted]
-    assert problems == ["there is no column 'site': counted as missing in all rows"]
+    assert problems == [
+        "there is no column 'site': counted as missing in all rows",
+        "ward has no value in any row",
+    ]
     error = "keep names 'split', which is a key of rows with another meaning: rename the column"
     with pytest.raises(InputError, match=says(error)):
         read(tmp_path, text, NUMBER, keep=("split",))
