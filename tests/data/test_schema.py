@@ -327,21 +327,6 @@ LUNG = "patient,age,time,status\n" + "".join(
 SURVIVAL = Schema("time", "survival", numeric=("age",), event="status")
 
 
-def test_events_coded_1_and_2_are_refused_until_the_schema_says_what_they_mean(tmp_path):
-    path = written(tmp_path, LUNG)
-    text = (
-        f"{path}: event status is '2' (4 rows), '1' (2 rows) and must be one of 0, 1: say in the "
-        "schema what each text stands for, by codes={'status': {'1': ..., '2': ...}}; add those "
-        "that mean missing to missing of read_table"
-    )
-    with pytest.raises(InputError, match=says(text)):
-        read_table(path, SURVIVAL)
-    schema = replace(SURVIVAL, codes={"status": {"1": 0, "2": 1}})
-    rows, rejected, problems = read(tmp_path, LUNG, schema)
-    assert column(rows, "status") == [1, 1, 0, 1, 1, 0]
-    assert (rejected, problems) == (0, [])
-
-
 def test_a_text_that_the_codes_of_an_event_lack_is_not_valid(tmp_path):
     schema = replace(SURVIVAL, codes={"status": {"1": 0, "2": 1}})
     rows, rejected, problems = read(tmp_path, LUNG + "P6,60,5,0\n", schema)
@@ -349,18 +334,6 @@ def test_a_text_that_the_codes_of_an_event_lack_is_not_valid(tmp_path):
     assert problems == [
         "event status is not one of 1, 2 in 1 row, rejected; the first is line 8 with '0'"
     ]
-
-
-def test_competing_events_are_refused_and_censored_only_where_asked(tmp_path):
-    statuses = [0, 1, 2] * 5
-    lines = [f"P{number},60,{number},{status}" for number, status in enumerate(statuses)]
-    text = "\n".join(["patient,age,time,status", *lines]) + "\n"
-    with pytest.raises(InputError, match=re.escape("'2' (5 rows)")):
-        read(tmp_path, text, SURVIVAL)
-    schema = replace(SURVIVAL, codes={"status": {"0": 0, "1": 1, "2": 0}})
-    rows, rejected, _ = read(tmp_path, text, schema)
-    assert column(rows, "status") == [0, 1, 0] * 5
-    assert rejected == 0
 
 
 def test_a_binary_target_coded_1_and_2_is_refused(tmp_path):
