@@ -295,7 +295,7 @@ def _stop(sites: Sites, standing_out: list[Outlying]) -> NoReturn:
     columns: dict[str, list[str]] = {}
     for one in standing_out:
         columns.setdefault(one.site, []).append(one.column)
-    listed = [f"{site} ({some_of(names)})" for site, names in columns.items()]
+    listed = [f"{site} ({some_of(names)})" for site, names in sorted(columns.items())]
     raise InputError(
         f"{some_of(listed)} stand{'s' * (len(listed) == 1)} out, as the log says: correct these "
         'columns, or set outlying="note" to train all the same'
