@@ -87,7 +87,7 @@ class BuildCheck:
             reasons = [f"as {name} lies" for name in self.landmarks]
             if others[0]:
                 other = BUILDS[1 - BUILDS.index(build)]
-                reasons.append(f"since {others[0]} lie beyond the ends of chromosomes of {other}")
+                reasons.append(f"with {others[0]} beyond the ends of chromosomes of {other}")
             return f"positions of {build}, {', '.join(reasons)}"
         return "positions of either build: none of them tells which" if possible else ""
 
@@ -100,7 +100,7 @@ class BuildCheck:
             for name, build in self.landmarks.items()
         ]
         parts += [
-            f"{count} variants lie beyond the end of their chromosome in {build}"
+            f"beyond the ends of chromosomes of {build} lie {count}"
             for build, count in zip(BUILDS, self.beyond, strict=True)
             if count
         ]

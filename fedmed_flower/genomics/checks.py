@@ -205,10 +205,10 @@ def _look_at_variants(fileset: Fileset, found: Findings) -> None:
             repeated += int((block.codes == REPEATED).sum())
     if repeated:
         found.problems.append(
-            f"{repeated} variants have the id of another one at their position: both are left out"
+            f"variants with the id of another one at their position: {repeated}; they are left out"
         )
     if unplaced:
-        found.problems.append(f"{unplaced} variants have no position: they are left out")
+        found.problems.append(f"variants without a position: {unplaced}; they are left out")
     _look_at_chromosomes(fileset, found)
     if problem := build.problem():
         found.problems.append(problem)
