@@ -193,26 +193,25 @@ class Cells:
         most = min(int(fewest), len(distinct) // 4)
         for sign in (-1, 1):
             ends = distinct[::sign] * sign
-            for count in range(most, 0, -1):
-                # Without the values at the other end, which may be as wrong.
-                spread = ends[-count - 1] - ends[most]
-                gap = ends[-count] - ends[-count - 1]
-                rows = int(counts[::sign][-count:].sum())
-                if gap <= _STRAY_RATIO * spread or rows >= fewest:
-                    continue
-                stray = np.isin(values, ends[-count:] * sign)
-                rest = np.sort(ends[:-count] * sign)
-                first = int(stray.argmax())
-                self.problems.append(
-                    shown(
-                        f"{name} is far from its other values ({plain(rest[0])} to "
-                        f"{plain(rest[-1])}) in {rows} row{'s' * (rows > 1)}, kept; the first is "
-                        f"{self.word} {self.lines[first]} with {_example(cells[first])}: if it is "
-                        f"a typing error or of another unit, correct it, or declare the range of "
-                        f"{name!r}"
-                    )
+            # Without the values at the other end, which may be as wrong.
+            spreads = ends[-most - 1 : -1] - ends[most]
+            rows_from = np.cumsum(counts[::-sign][:most])[::-1]
+            apart = np.diff(ends[-most - 1 :]) > _STRAY_RATIO * spreads
+            found = np.flatnonzero(apart & (rows_from < fewest))
+            if not found.size:
+                continue
+            rows = int(rows_from[found[0]])
+            rest = np.sort(ends[: found[0] - most] * sign)
+            stray = np.isin(values, ends[found[0] - most :] * sign)
+            first = int(stray.argmax())
+            self.problems.append(
+                shown(
+                    f"{name} is far from its other values ({plain(rest[0])} to {plain(rest[-1])}) "
+                    f"in {rows} row{'s' * (rows > 1)}, kept; the first is {self.word} "
+                    f"{self.lines[first]} with {_example(cells[first])}: if it is a typing error "
+                    f"or of another unit, correct it, or declare the range of {name!r}"
                 )
-                break
+            )
 
     def _has_groups(self, name: str, cells: Sequence[Any]) -> bool:
         """Return whether points in a column's numbers stand between groups of three digits.

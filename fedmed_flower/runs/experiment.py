@@ -224,9 +224,10 @@ def _prepared(
     wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
     listeners = strategy.listeners
     sites = roll_call(grid, plan.round_timeout, strategy.quorum, strategy.grace, listeners)
-    standing_out = without_column(
-        sites.lacking, sites.empty, [sites.names[node_id] for node_id in sites.counts]
-    )
+    standing_out: list[Outlying] = []
+    if not plan.resume:
+        asked = [sites.names[node_id] for node_id in sites.counts]
+        standing_out = without_column(sites.lacking, sites.empty, asked)
     if asking is not None:
         names = {node_id: sites.names[node_id] for node_id in sites.counts}
         contributions = collect_contributions(

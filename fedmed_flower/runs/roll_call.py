@@ -255,10 +255,11 @@ def _describe(
         sites.names.setdefault(node_id, answer.site)
         sites.counts[node_id] = about.rows
         sites.labels[node_id] = about.labels
-        if about.lacking:
-            sites.lacking[answer.site] = about.lacking
-        if about.empty:
-            sites.empty[answer.site] = about.empty
+        for by_site, columns in ((sites.lacking, about.lacking), (sites.empty, about.empty)):
+            # A site that comes back may have corrected its table.
+            by_site.pop(answer.site, None)
+            if columns:
+                by_site[answer.site] = columns
         if about.rejected is not None:
             sites.rejected[node_id] = about.rejected
         sites.namesakes.take(node_id, answer.content)
