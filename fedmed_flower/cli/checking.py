@@ -14,7 +14,7 @@ from fedmed_flower.clients.app import HospitalApp
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.tabular import TabularClient
 from fedmed_flower.clients.targets import with_target
-from fedmed_flower.data.outlying import without_column
+from fedmed_flower.data.outlying import with_further, without_column
 from fedmed_flower.data.preparation import contribution
 from fedmed_flower.data.schema import empty_columns, without_values
 from fedmed_flower.data.site import SPLITS, Row, SiteData, require_patients
@@ -57,12 +57,15 @@ def check_by_app(app: Path, folders: Sequence[Path]) -> dict[str, Checked]:
     Raises
     ------
     InputError
-        If the app is not one of a client of this package.
+        If the app is not one of a client of this package, or a folder is given twice.
     """
     project = load_project(app)
     client_app = project.client_app()
     if not isinstance(client_app, HospitalApp):
         raise InputError(f"the ClientApp of {app} is not made by a client of this package")
+    places = [folder.resolve() for folder in folders]
+    if twice := [str(place) for place in places if places.count(place) > 1]:
+        raise InputError(f"{twice[0]} is given twice")
     config = complete(project.declared, client_app.sections)
     found: dict[str, Checked] = {}
     for folder in folders:
@@ -85,7 +88,6 @@ def compare(found: Mapping[str, Checked]) -> list[str]:
     empty = {name: _empty(checked) for name, checked in usable.items()}
     lacking = {name: one.lacking for name, one in data.items()}
     standing_out = without_column(lacking, empty, [*usable])
-    known = {(one.site, one.column) for one in standing_out}
     clients = [checked.client for checked in usable.values()]
     tables = [client for client in clients if isinstance(client, TabularClient)]
     if tables:
@@ -94,11 +96,7 @@ def compare(found: Mapping[str, Checked]) -> list[str]:
         # Nothing leaves this machine, so that a value of one patient counts too.
         contributions = {name: contribution(own, schema, 1) for name, own in rows.items()}
         counts = {name: len(own) for name, own in rows.items()}
-        standing_out += [
-            one
-            for one in tables[0].outlying(contributions, counts)
-            if (one.site, one.column) not in known
-        ]
+        standing_out = with_further(standing_out, tables[0].outlying(contributions, counts))
     texts = [f"{one.site}: {one.text}" for one in standing_out]
     genomes = {
         name: checked.client.genotypes(checked.client.site)

@@ -155,7 +155,8 @@ class Cells:
             self.note(needed or name, what, mask, cells, bool(needed))
         distinct, counts = np.unique(values[~np.isnan(values)], return_counts=True)
         self._note_lone(name, distinct, counts)
-        self._note_stray(name, values, distinct, counts, cells)
+        if limits is None:
+            self._note_stray(name, values, distinct, counts, cells)
         return values
 
     def _note_lone(self, name: str, distinct: NDArray[Any], counts: NDArray[Any]) -> None:

@@ -8,7 +8,7 @@ is significant.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -126,6 +126,12 @@ def without_column(
                 text += f"; {having} of {len(others)} other hospitals have values"
                 standing_out.append(Outlying(site, column, text))
     return standing_out
+
+
+def with_further(known: list[Outlying], others: Iterable[Outlying]) -> list[Outlying]:
+    """Return known entries, and those of others that are of another hospital or column."""
+    named = {(one.site, one.column) for one in known}
+    return [*known, *(one for one in others if (one.site, one.column) not in named)]
 
 
 def _moments(reported: list[float]) -> _Moments:

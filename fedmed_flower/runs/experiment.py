@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from torch import nn
 
-from fedmed_flower.data.outlying import Outlying, without_column
+from fedmed_flower.data.outlying import Outlying, with_further, without_column
 from fedmed_flower.data.site import GENERATED, some_of
 from fedmed_flower.errors import DivergedError, InputError
 from fedmed_flower.files import require_closed
@@ -235,12 +235,7 @@ def _prepared(
         )
         agreed = asking.agree(contributions)
         rows = {name: sites.counts[node_id]["train"] for node_id, name in names.items()}
-        known = {(one.site, one.column) for one in standing_out}
-        standing_out += [
-            one
-            for one in asking.outlying(contributions, rows)
-            if (one.site, one.column) not in known
-        ]
+        standing_out = with_further(standing_out, asking.outlying(contributions, rows))
         start = _start_model(model, agreed, config, plan.seed)
         strategy.buffers = start.buffers
     if standing_out and plan.outlying == "stop":

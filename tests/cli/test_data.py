@@ -282,6 +282,8 @@ def test_genotypes_of_several_hospitals_are_compared(tmp_path):
         "of 6 variants that south and north have, 6 lie at different positions, such as rs0 at "
         "1:10 and 1:521: write all files from one reference genome"
     )
+    code, lines = check(north, str(north / ".." / "north"), "--app", str(GWAS))
+    assert (code, lines) == (2, [f"not started: {north} is given twice"])
     assert check(north, str(south)) == (
         2,
         [

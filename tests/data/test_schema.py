@@ -468,6 +468,8 @@ def test_few_values_far_from_all_others_are_named(tmp_path, values, count, first
     text = "patient,x,y\n" + "".join(f"P{n},{value},1\n" for n, value in enumerate(values))
     rows, _, problems = read(tmp_path, text, NUMBER)
     assert column(rows, "x") == values
+    declared = replace(NUMBER, ranges={"x": (-1e10, 1e10)})
+    assert read(tmp_path, text, declared)[2] == []
     if count:
         assert f" in {count} row" in problems[0]
         assert problems[0].startswith("x is far from its other values (")
