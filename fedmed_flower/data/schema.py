@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
@@ -37,6 +38,8 @@ TASKS = ("binary", "multi-class", "count", "continuous", "survival")
 _CLASSED = ("binary", "multi-class")
 _EVENTS = ("0", "1")
 _BINARY = ("0", "1")  # The classes of a binary target unless they are named.
+# Such as 13.01.2020 or 1/13/2020.
+_OTHER_DATE = re.compile(r"[0-9]{1,2}([./-])[0-9]{1,2}\1(19|20)?[0-9]{2}\b")
 _ROW_KEYS = ("patient", "split")
 
 
@@ -375,7 +378,10 @@ def _table(
     for name in schema.categorical:
         columns[name] = cells.texts(name, schema.categories.get(name, ()))
     columns |= outcomes
-    columns |= {name: cells.texts(name) for name in keep if name not in columns}
+    further = {name: cells.texts(name) for name in keep if name not in columns}
+    for name, texts in further.items():
+        cells.problems += _dates_unread(name, texts)
+    columns |= further
     lines = zip(cells.rejected, *columns.values(), strict=True)
     rows = [dict(zip(columns, line, strict=True)) for rejected, *line in lines if not rejected]
     if outcome:
@@ -467,6 +473,17 @@ def _outcome_texts(
     cells.require_codes(label, texts, (*codes,), nameable=unnamed)
     cells.need(label, texts, (*codes,))
     return [codes.get(text or "") for text in texts]
+
+
+def _dates_unread(name: str, texts: Sequence[str | None]) -> Iterator[str]:
+    """Yield a problem if most texts of a column are dates in a form that statistics cannot read."""
+    known = [text for text in texts if text is not None]
+    dates = [text for text in known if _OTHER_DATE.match(text)]
+    if 2 * len(dates) > len(known):
+        yield (
+            f"{name} is a date such as {dates[0][:20]!r} in {len(dates)} rows, of which statistics "
+            "by time read none: write it as 2020-01-13"
+        )
 
 
 def _is_gap(value: Any) -> bool:

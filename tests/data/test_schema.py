@@ -563,6 +563,27 @@ def test_further_columns_are_kept_as_texts(tmp_path):
         read(tmp_path, text, NUMBER, keep=("split",))
 
 
+@pytest.mark.parametrize(
+    ("cells", "count"),
+    [
+        (["13.01.2020", "1.2.21", "", "2020-01-13"], 2),
+        (["1/13/2020 10:15", "2/1/2020"], 2),
+        (["2020-01-13", "20200113", "43843"], 0),
+        (["1.2.3", "J10", "13.01.2020"], 0),
+        (["1.13/2020", "10.11.120", ""], 0),
+    ],
+)
+def test_kept_dates_that_statistics_cannot_read_are_named(tmp_path, cells, count):
+    text = "patient,x,y,admitted\n" + "".join(f"A,1,1,{cell}\n" for cell in cells)
+    rows, _, problems = read(tmp_path, text, NUMBER, keep=("admitted",))
+    assert column(rows, "admitted") == [cell or None for cell in cells]
+    told = (
+        f"admitted is a date such as {cells[0]!r} in {count} rows, of which statistics by time "
+        "read none: write it as 2020-01-13"
+    )
+    assert problems == ([told] if count else [])
+
+
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     def fails(name, content, text):
         path = tmp_path / name
