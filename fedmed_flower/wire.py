@@ -85,8 +85,9 @@ TITLES = "titles"
 IMAGES = "images"
 ANSWER = "answer"
 REJECTED = "rejected"
-# Record and entry: columns that a hospital's table lacks.
+# Records of columns: those that a hospital's table lacks, and those without a value in any row.
 LACKING = "lacking"
+EMPTY = "empty"
 COLUMNS = "columns"
 # Of a site's own model: its main metric on validation rows, before and after, and the passes kept.
 PERSONAL = ("val-global", "val-own", "personal-epochs")
@@ -240,6 +241,7 @@ describe | metrics.train | number of training rows (private: of patients) | plai
 describe | metrics.val | number of validation rows (private: of patients) | plain | known
 describe | metrics.test | number of test rows (private: of patients) | plain | known
 describe | lacking.columns | columns of the schema that its table lacks | plain | never
+describe | empty.columns | columns of the schema without a value in any row | bounded | never
 describe | metrics.rejected | number of rows that could not be used | plain | never
 contribution | contribution.moments COLUMN | moments of a column | bounded | never
 contribution | contribution.categories COLUMN | categories of ten patients or more | bounded | never

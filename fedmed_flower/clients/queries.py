@@ -23,6 +23,7 @@ from fedmed_flower.wire import (
     COLUMNS,
     CONTRIBUTION,
     COUNT,
+    EMPTY,
     IMAGES,
     LACKING,
     PICTURES,
@@ -79,8 +80,11 @@ def describe(client: MedicalClient, message: Message) -> RecordDict:
             **digests_of(client.site, client.data(), client.context.run_id),
         }
     )
-    if not client.secretive and client.data().lacking:
-        content[LACKING] = ConfigRecord({COLUMNS: list(client.data().lacking)})
+    if not client.secretive:
+        columns = {LACKING: client.data().lacking, EMPTY: client.empty_columns()}
+        for record, names in columns.items():
+            if names:
+                content[record] = ConfigRecord({COLUMNS: list(names)})
     return content
 
 

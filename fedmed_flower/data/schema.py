@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
@@ -37,6 +38,8 @@ TASKS = ("binary", "multi-class", "count", "continuous", "survival")
 _CLASSED = ("binary", "multi-class")
 _EVENTS = ("0", "1")
 _BINARY = ("0", "1")  # The classes of a binary target unless they are named.
+# Such as 13.01.2020 or 1/13/2020.
+_OTHER_DATE = re.compile(r"[0-9]{1,2}([./-])[0-9]{1,2}\1(19|20)?[0-9]{2}\b")
 _ROW_KEYS = ("patient", "split")
 
 
@@ -316,6 +319,23 @@ def band_name(column: str) -> str:
     return f"{column}-band"
 
 
+def empty_columns(rows: Iterable[Mapping[str, Any]], names: Iterable[str]) -> tuple[str, ...]:
+    """Return the columns without a value in any row: all of them are None, NaN or not there."""
+    empty = dict.fromkeys(names)
+    for row in rows:
+        known = [name for name in empty if not _is_gap(row.get(name))]
+        for name in known:
+            del empty[name]
+        if not empty:
+            break
+    return tuple(empty)
+
+
+def without_values(name: str) -> str:
+    """Return the problem of a column that `empty_columns` names."""
+    return f"{name} has no value in any row"
+
+
 def _table(
     cells: Cells,
     schema: Schema,
@@ -358,9 +378,15 @@ def _table(
     for name in schema.categorical:
         columns[name] = cells.texts(name, schema.categories.get(name, ()))
     columns |= outcomes
-    columns |= {name: cells.texts(name) for name in keep if name not in columns}
+    further = {name: cells.texts(name) for name in keep if name not in columns}
+    for name, texts in further.items():
+        cells.problems += _dates_unread(name, texts)
+    columns |= further
     lines = zip(cells.rejected, *columns.values(), strict=True)
     rows = [dict(zip(columns, line, strict=True)) for rejected, *line in lines if not rejected]
+    if outcome:
+        present = [name for name in (*schema.features, *keep) if name not in absent]
+        cells.problems += [without_values(name) for name in empty_columns(rows, present)]
     problems = tuple(f"{cells.where}: {problem}" for problem in cells.problems)
     for problem in problems:
         log.warning("%s", problem)
@@ -378,6 +404,11 @@ def _check_names(
     for name, times in Counter(filter(None, names)).most_common(1):
         require(times < 2, f"{where} has {times} columns {name!r}: rename all but one")
     listed = f"its columns are {', '.join(map(repr, names[:30]))}{', ...' * (len(names) > 30)}"
+    if len(names) == 1:
+        listed = (
+            f"its only column is {names[0]!r}: the first line must be the heading, with commas, "
+            "semicolons or tabs between names"
+        )
     roles = {"split": split}
     if outcome:
         roles = {"target": schema.target, "event": schema.event, "split": split}
@@ -442,6 +473,22 @@ def _outcome_texts(
     cells.require_codes(label, texts, (*codes,), nameable=unnamed)
     cells.need(label, texts, (*codes,))
     return [codes.get(text or "") for text in texts]
+
+
+def _dates_unread(name: str, texts: Sequence[str | None]) -> Iterator[str]:
+    """Yield a problem if most texts of a column are dates in a form that statistics cannot read."""
+    known = [text for text in texts if text is not None]
+    dates = [text for text in known if _OTHER_DATE.match(text)]
+    if 2 * len(dates) > len(known):
+        yield (
+            f"{name} is a date such as {dates[0][:20]!r} in {len(dates)} rows, of which statistics "
+            "by time read none: write it as 2020-01-13"
+        )
+
+
+def _is_gap(value: Any) -> bool:
+    # Only NaN differs from itself.
+    return value is None or bool(value != value)
 
 
 def _bands(values: NDArray[np.float64], cuts: Sequence[float]) -> list[str | None]:

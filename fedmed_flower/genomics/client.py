@@ -183,7 +183,7 @@ class GenomicsClient(MedicalClient):
         key = self.key("cohort")
         noted_key = self.key("cohort noted")
         if key not in cache:
-            cache[key] = self._cohort()
+            cache[key] = self.read_cohort(self.data())
         cohort: Cohort = cache[key]
         cases = int(cohort.trait.sum()) if self.trait == "binary" else 0
         for what, count in (
@@ -224,9 +224,15 @@ class GenomicsClient(MedicalClient):
                 "answer and an earlier one"
             )
 
-    def _cohort(self) -> Cohort:
+    def read_cohort(self, data: SiteData) -> Cohort:
+        """Return who of these rows takes part, and note nothing.
+
+        Raises
+        ------
+        InputError
+            If files and rows do not fit each other.
+        """
         fileset = Fileset.open(self.genotypes(self.site))
-        data = self.data()
         rows: dict[str, Row] = {
             person(row["patient"]): row for split in SPLITS for row in getattr(data, split)
         }

@@ -263,6 +263,10 @@ def _data(run: _Run) -> str:
         f"- {plain(site)} has no column {plain(', '.join(columns))}."
         for site, columns in hospitals.lacking.items()
     ]
+    lacking += [
+        f"- {plain(site)} has no value of {plain(', '.join(columns))}."
+        for site, columns in hospitals.empty.items()
+    ]
     refused = [
         f"- Could not take part: {plain(which)} ({plain(reason)})."
         for reason, which in hospitals.refused

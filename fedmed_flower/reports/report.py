@@ -299,6 +299,8 @@ def _hospital_notes(hospitals: Hospitals, main: str, noise: Noise | None) -> lis
         notes.append(frame.REJECTED)
     for site, columns in hospitals.lacking.items():
         notes.append(f"{escaped(site)} has no column {escaped(', '.join(columns))}. ")
+    for site, columns in hospitals.empty.items():
+        notes.append(f"{escaped(site)} has no value of {escaped(', '.join(columns))}. ")
     for reason, which in hospitals.refused:
         shown = escaped(reason[:_MOST_REASON])
         notes.append(f"Could not take part: {escaped(which)} ({shown}). ")

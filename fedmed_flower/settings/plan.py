@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedmed_flower.settings.allowed import Matching, Within
+from fedmed_flower.settings.allowed import Matching, OneOf, Within
 from fedmed_flower.settings.section import MOST_ROUNDS, Section, setting
 from fedmed_flower.settings.text import setting_error
 
@@ -53,6 +53,12 @@ class Plan(Section):
         False,
         "Afterwards also train each site's model alone and, in a simulation, one model on all data "
         "pooled, each for as many rounds.",
+    )
+    outlying: str = setting(
+        "note",
+        "If a site's columns stand out or have no value, `note` names it in log and report, and "
+        "`stop` ends the run before anything is trained.",
+        OneOf(("note", "stop")),
     )
     pictures: int = setting(
         3,
