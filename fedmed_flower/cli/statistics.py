@@ -37,6 +37,9 @@ def statistics(
     categorical: Annotated[
         _Names, typer.Option(help="Treat the numbers of this column as codes.")
     ] = None,
+    whole: Annotated[
+        _Names, typer.Option(help="This column holds whole numbers, such as a count of visits.")
+    ] = None,
     quantiles: Annotated[bool, typer.Option("--quantiles", help="Medians and quartiles.")] = False,
     resolution: Annotated[
         _Names, typer.Option(help="Round quantiles of a column to a width: COLUMN=WIDTH.")
@@ -91,6 +94,7 @@ def statistics(
             by_width=window,
             kinds=tuple(kind for kind in KINDS if chosen.get(kind, True)),
             categorical=tuple(categorical or ()),
+            whole=tuple(whole or ()),
             resolutions={name: _number(text) for name, text in _pairs(resolution, "resolution")},
             ranges={name: _range(text) for name, text in _pairs(bounds, "range")},
             categories={

@@ -28,6 +28,7 @@ from fedmed_flower.statistics.values import (
     is_single,
     numbers_meet,
     numbers_of,
+    only_whole,
     text_of,
     texts_meet,
 )
@@ -102,10 +103,31 @@ class Columns:
         return 2 * numbers < sum(not is_gap(value) for value in given)
 
     def numbers(self, name: str) -> Floats:
-        """Return a column as (rows,) floats; NaN if there is no number below 1e100."""
+        """Return a column as (rows,) floats; NaN if there is no number below 1e100.
+
+        In a column that is declared whole, other numbers count as missing. The hospital's log says
+        how many.
+        """
         if name not in self._numbers:
-            self._numbers[name] = numbers_of(cells_of(self._rows, name))
+            self._numbers[name] = self._read_numbers(name)
         return self._numbers[name]
+
+    def _read_numbers(self, name: str) -> Floats:
+        numbers = numbers_of(cells_of(self._rows, name))
+        if not self.declared.is_whole(name):
+            return numbers
+        whole = only_whole(numbers)
+        fractions = numbers[~np.isnan(numbers) & np.isnan(whole)]
+        if fractions.size:
+            log.warning(
+                "%s is declared to hold whole numbers: %d of %d values, such as %g, count as "
+                "missing",
+                shown(name),
+                fractions.size,
+                np.count_nonzero(~np.isnan(numbers)),
+                fractions[0],
+            )
+        return whole
 
     def texts(self, name: str) -> list[str | None]:
         """Return a column as categories, in which 1, 1.0, "1" and True are the same.

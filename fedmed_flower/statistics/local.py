@@ -319,7 +319,11 @@ class Local:
             indices = np.searchsorted(np.array(edges, np.int64), steps, side="right")
             if guard.admit([members], [self._cells(inside, usable, indices)], waiting):
                 counts = np.bincount(indices, minlength=len(edges) + 1).tolist()
-                return {"edges": [edge * width for edge in edges], "counts": counts}
+                return {
+                    "edges": [edge * width for edge in edges],
+                    "counts": counts,
+                    "whole": columns.declared.is_whole(name),
+                }
         return self._withhold(what)
 
     def _bins(
@@ -464,14 +468,14 @@ class Local:
             happened = events[usable]
             patient_of_row = columns.patient_of_row[usable]
             width = asked.width
-            steps = _upward(times[usable], width)
-            end = _upward(asked.horizon, width)
+            steps = _intervals(times[usable], width)
+            end = _intervals(asked.horizon, width)
             while end > 1 and not coarse_enough(
                 2 * steps + happened, patient_of_row, guard.minimum
             ):
                 width *= 2
-                steps = _upward(times[usable], width)
-                end = _upward(asked.horizon, width)
+                steps = _intervals(times[usable], width)
+                end = _intervals(asked.horizon, width)
             labels = [guard.labels(key)[usable] for key in keys]
             constraints = [labels[0], class_codes(labels[2], happened)]
             bins = merge_neighbours(steps, constraints, patient_of_row, guard.minimum)
@@ -588,9 +592,9 @@ def _counted(inside: Mask, usable: Mask) -> Reported:
     return {"n": count, "missing": int(inside.sum()) - count}
 
 
-def _upward(times: Any, width: float) -> Any:
-    """Return the number of widths to which each time is rounded up."""
-    return -grid(np.negative(np.asarray(times, float)), width)[0]
+def _intervals(times: Any, width: float) -> Any:
+    """Return the number of widths to which each time is rounded up; a time of 0 to the first."""
+    return np.maximum(1, -grid(np.negative(np.asarray(times, float)), width)[0])
 
 
 def _date(day: float) -> str:

@@ -18,8 +18,8 @@ from fedmed_flower.reports import frame, plots
 from fedmed_flower.reports.frame import INK, count_of, escaped
 from fedmed_flower.reports.plots import Styles
 from fedmed_flower.server.run_folder import read_summary
-from fedmed_flower.statistics.pooling import cumulate, pool_survival
-from fedmed_flower.statistics.table import AGAIN, OVERALL, label, tables
+from fedmed_flower.statistics.pooling import cumulate
+from fedmed_flower.statistics.table import AGAIN, APART, CURVE, OVERALL, label, tables
 
 STATISTICS_FILE = "statistics.json"
 _MOST_ROWS = 400
@@ -35,16 +35,27 @@ disclosed what it withholds, and which condition it refused.</p>"""
 _NOISED = """<h2>What left each hospital</h2><p>The numbers behind these tables, each with Gaussian
 noise: what they disclose about one patient is bounded by epsilon <b>{}</b> at delta {}, charged to
 each hospital’s ledger before it was computed. Counts are estimates: none of them is exact.</p>"""
-_NOTES = """<p class="note">SD: standard deviation. Medians and quartiles are read off merged cells.
+_NOTES = """<p class="note">SD: standard deviation. Medians and quartiles: {}
 “few”: the hospital has no patient with the value, or fewer than its minimum, or just enough to hide
 such a number in another cell; ≥: a sum without these. A dash: withheld or missing.</p>"""
+_BOUNDS = """the bounds between which they certainly lie, because cells of neighbouring values are
+merged. “1.00 to &lt;2.00” is 1 or more and less than 2; in a column of whole numbers “1 to 2” is 1,
+2 or between them. One number: both bounds are printed alike."""
+_ESTIMATES = "estimates, interpolated in cells with noise."
 _DRIFT = """<p class="note">PSI, the population stability index: by custom above 0.1 a change, above
 0.25 a large one. KS, Kolmogorov and Smirnov: the greatest distance of two distributions, and the
 probability p of one as large by chance.</p>"""
+_CURVES = """<p class="note">The survival is for certain at least and at most what the last two
+columns say: hospitals withhold when exactly some of the events and losses were. Between them stands
+the survival itself, by times rounded up to the steps that were asked for, as far as the counts of
+each hospital are exact to these steps; a dash: they are not. In the drawing the shade reaches from
+one bound to the other, and the line goes as far as the survival is known.</p>"""
+_APART = """<p class="note">Groups are compared over the same hospitals: those that reported a curve
+of each.</p>"""
 _AGAIN = """<p class="note">What a hospital has disclosed decides what it may disclose later. A new
 simulation remembers no answer. A real hospital does: each of these questions helps only where
 nothing else was asked of its columns before, and may be withheld there too.</p>"""
-_NOTE_OF = {"Drift": _DRIFT, AGAIN: _AGAIN}
+_NOTE_OF = {"Drift": _DRIFT, AGAIN: _AGAIN, APART: _APART}
 
 
 def write_page(folder: Path) -> Path:
@@ -75,8 +86,11 @@ def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
         frame.require_small(row_count + len(group["overall"]["numeric"]), len(group["sites"]))
     all_tables = tables(survey)
     first = [table for table in all_tables if table["title"].startswith("Table 1")]
-    rest = [table for table in all_tables if not table["title"].startswith("Table 1")]
-    parts = [_head(summary, styles), *(_table(table) for table in first), _NOTES if first else ""]
+    curves = [table for table in all_tables if table["title"].startswith(CURVE)]
+    rest = [table for table in all_tables if not table["title"].startswith(("Table 1", CURVE))]
+    noised = bool(survey["request"]["epsilon"])
+    notes = _NOTES.format(_ESTIMATES if noised else _BOUNDS)
+    parts = [_head(summary, styles), *(_table(table) for table in first), notes if first else ""]
     with matplotlib.rc_context(plots.SETTINGS):
         for name, group in islice(survey["groups"].items(), _MOST_PLOTS):
             reported = {
@@ -92,6 +106,8 @@ def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
         watched = [entry for entry in survey["alerts"] if "note" not in entry]
         drawn = "".join(_weeks(entry) for entry in watched[:_MOST_PLOTS])
         parts.append(f"<h2>Week by week</h2>{drawn}" if drawn else "")
+    if curves:
+        parts += [*map(_table, curves), "" if noised else _CURVES]
     for table in rest:
         parts.append(_table(table) + _NOTE_OF.get(table["title"], ""))
     request = survey["request"]
@@ -148,9 +164,7 @@ def _drawings(
     text = f'<h2>Distributions{suffix}</h2>{_keys(styles)}<div class="plots">{shown}</div>'
     parts = [text if shown else ""]
     if "survival" in group["overall"]:
-        parts.append(
-            f"<h2>Survival{suffix}</h2>{_keys(styles)}{_survival(group, reported, styles)}"
-        )
+        parts.append(f"<h2>Survival{suffix}</h2>{_keys(styles)}{_survival(group, styles)}")
     if len(group["overall"]["correlations"]) > 1:
         parts.append(_matrix(group["overall"]["correlations"], suffix))
     return "".join(parts)
@@ -184,25 +198,36 @@ def _histogram(column: str, reported: Mapping[str, Any], styles: Styles) -> str:
     return f"<figure><figcaption><b>{escaped(column)}</b> · % below</figcaption>{drawing}</figure>"
 
 
-def _survival(group: Mapping[str, Any], reported: Mapping[str, Any], styles: Styles) -> str:
+def _survival(group: Mapping[str, Any], styles: Styles) -> str:
     axes: Any = Figure((6.4, 3.2), layout="constrained").subplots()
-    for site, part in reported.items():
+    for site, part in group["sites"].items():
         if "survival" in part:
-            curve = pool_survival([part["survival"]])
-            x = [0.0, *curve.times]
-            y = [1.0, *curve.survival]
-            axes.step(x, y, styles[site][1], where="post", color=styles[site][0], lw=1.2)
+            _step(axes, part["survival"], styles[site].colour, styles[site].dashes, 1.2)
     curve = group["overall"]["survival"]
-    axes.step([0.0, *curve["times"]], [1.0, *curve["survival"]], where="post", color=INK, lw=1.8)
+    _step(axes, curve, INK, "-", 1.8)
     axes.set_ylim(0, 1.02)
     drawing = plots.svg(axes, "Kaplan-Meier curves", "time", grid="y")
-    at_risk = curve["at_risk"][0]
-    events = math.fsum(curve["events"])
-    caption = (
-        f"Kaplan-Meier · {count_of(curve['hospitals'], 'hospital')}, {at_risk:,.0f} patients, "
-    )
-    caption += f"{events:,.0f} events"
+    caption = f"Kaplan-Meier · {count_of(curve['hospitals'], 'hospital')}"
+    if curve["hospitals"]:
+        caption += f", {curve['patients']:,.0f} patients"
     return f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
+
+
+def _step(axes: Any, curve: Mapping[str, Any], colour: str, dashes: str, width: float) -> None:
+    """Draw the line of a curve as far as it is known, and a band between its bounds.
+
+    Between two times the survival is at most the upper bound at the first, and at least the lower
+    one at the second.
+    """
+    times = [0.0, *curve["times"]]
+    low = curve["survival_low"]
+    if low and low[0] is not None:
+        corners = np.repeat(times, 2)[1:-1]
+        high = [1.0, *curve["survival_high"][:-1]]
+        style = {"color": colour, "alpha": 0.18, "linewidth": 0}
+        axes.fill_between(corners, np.repeat(low, 2), np.repeat(high, 2), **style)
+    known = [1.0, *(value for value in curve["survival"] if value is not None)]
+    axes.step(times[: len(known)], known, dashes, where="post", color=colour, lw=width)
 
 
 def _matrix(correlations: Sequence[Mapping[str, Any]], suffix: str) -> str:

@@ -27,12 +27,14 @@ from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.registry import Sections, effective, require_known
 from fedmed_flower.settings.survey import SurveySettings
 from fedmed_flower.settings.text import expand
+from fedmed_flower.statistics.local import OTHERS
 from fedmed_flower.statistics.page import STATISTICS_FILE, write_page
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.summary import (
     ALARMS,
     alarms,
+    compared,
     drift_between_groups,
     drift_between_sites,
     summarise,
@@ -81,9 +83,37 @@ class Answer:
         names = sorted(by_name, key=lambda name: (starts[name], name))
         return {name: by_name[name] for name in names}
 
+    def curve_sites(self) -> dict[str, list[str]]:
+        """Return by group the hospitals whose survival curves are pooled.
+
+        They are the same for all groups, so that the groups can be compared. A group that they have
+        not all reported has no hospital. What each hospital puts among all others differs, so that
+        group does not decide which hospitals they are.
+        """
+        reporting = {
+            name: [site for site, group in reported.items() if "survival" in group]
+            for name, reported in self.groups().items()
+        }
+        named = {name: sites for name, sites in reporting.items() if name != OTHERS}
+        _, hospitals = compared(named or reporting)
+        return {
+            name: hospitals if set(hospitals) <= set(sites) else []
+            for name, sites in reporting.items()
+        }
+
     def overall(self, group: str = "") -> dict[str, Any]:
-        """Return the statistics of all hospitals together; see `summary.summarise`."""
-        return summarise(list(self.groups().get(group, {}).values()))
+        """Return the statistics of all hospitals together; see `summary.summarise`.
+
+        The survival curve of a group is that of the hospitals that `curve_sites` returns; they are
+        in its ``sites``.
+        """
+        reported = self.groups().get(group, {})
+        sites = self.curve_sites().get(group, [])
+        curves = [reported[site]["survival"] for site in sites]
+        figures = summarise(list(reported.values()), self.request, curves)
+        if "survival" in figures:
+            figures["survival"]["sites"] = sites
+        return figures
 
 
 def ask(
@@ -230,8 +260,10 @@ def _content(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
         "failures": [{"site": name, "reason": reason} for name, reason in answer.failures],
         "groups": {
             name: {
-                "overall": summarise(list(reported.values())),
-                "sites": {site: summarise([group]) for site, group in reported.items()},
+                "overall": answer.overall(name),
+                "sites": {
+                    site: summarise([group], answer.request) for site, group in reported.items()
+                },
             }
             for name, reported in groups.items()
         },
