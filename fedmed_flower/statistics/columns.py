@@ -132,12 +132,15 @@ class Columns:
     def texts(self, name: str) -> list[str | None]:
         """Return a column as categories, in which 1, 1.0, "1" and True are the same.
 
-        None for a missing value. In a column of numbers, a text that is no number is missing.
+        None for a missing value. In a column of numbers, a text that is no number is missing, and
+        so is a number that is not whole if the schema says that all are.
         """
         if name not in self._texts:
             texts = [text_of(value) for value in cells_of(self._rows, name)]
             if not self._holds_categories(name):
                 texts = [text if text and is_number(text) else None for text in texts]
+            if self.declared.whole_by_schema(name):
+                texts = [text if text and float(text).is_integer() else None for text in texts]
             self._texts[name] = texts
         return self._texts[name]
 

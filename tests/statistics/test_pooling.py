@@ -4,7 +4,6 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import pytest
-from lifelines import KaplanMeierFitter
 from statistics_rows import ask, group, make_patients, where, withheld
 from tiny import says
 
@@ -16,7 +15,6 @@ from fedmed_flower.statistics.pooling import (
     cumulate,
     pool_moments,
     pool_quantile,
-    pool_survival,
     same_bins,
 )
 from fedmed_flower.statistics.request import KINDS, Filter, Request, Survival, parse_filter
@@ -120,7 +118,8 @@ class TestAsPandas:
         )
         found = summarise(told)["numeric"]
         for name, width in (("age", 1), ("lab", 0.5), ("time", 0.1)):
-            for share, (value, low, high) in found[name]["quantiles"].items():
+            for share, quantile in found[name]["quantiles"].items():
+                value, low, high = quantile.values()
                 exact = frame[name].quantile(float(share))
                 assert low <= exact <= high
                 assert low <= value <= high
@@ -132,7 +131,7 @@ class TestAsPandas:
                     assert nearest[0] - low <= width * 1.001
                     assert high - nearest[1] <= width * 1.001
         spread = frame.age.std()
-        assert found["age"]["quantiles"]["0.5"][0] == pytest.approx(
+        assert found["age"]["quantiles"]["0.5"]["estimate"] == pytest.approx(
             frame.age.median(), abs=spread / 5
         )
 
@@ -141,11 +140,13 @@ class TestAsPandas:
         rows = [[{"patient": n, "x": n % 4} for n in range(80)] for _ in range(2)]
         told, frame = hospitals(tmp_path, rows=rows, kinds=("histograms",), resolutions={"x": 1.0})
         assert told[0]["numeric"]["x"]["histogram"] == {
-            **{"edges": [0, 1, 2, 3, 4], "counts": [0, 20, 20, 20, 20, 0]}
+            **{"edges": [0, 1, 2, 3, 4], "counts": [0, 20, 20, 20, 20, 0], "whole": False}
         }
-        bounds = [q[1:] for q in summarise(told)["numeric"]["x"]["quantiles"].values()]
-        assert bounds == [[0, 2], [1, 3], [2, 4]]
+        quantiles = summarise(told)["numeric"]["x"]["quantiles"].values()
         assert [frame.x.quantile(q) for q in (0.25, 0.5, 0.75)] == [0.75, 1.5, 2.25]
+        bounds = [(quantile["low"], quantile["high"]) for quantile in quantiles]
+        # Between the 40th and the 41st value, one of 0 to 1 and one of 1 to 2: a quarter, and so on.
+        assert bounds == [(0.75, 1.75), (1.5, 2.5), (2.25, 3.25)]
 
     def test_rows_of_one_patient(self, tmp_path):
         """Rows are what is counted and averaged."""
@@ -173,66 +174,6 @@ class TestAsPandas:
 
 
 class TestSurvival:
-    def curve(self, frame, horizon, ends):
-        """Return lifelines' estimate after each patient was dealt out over its hospital's cell."""
-        every = np.unique(np.concatenate(ends))
-        times, events, weights = [], [], []
-        for site, time, event in zip(frame.site, frame.time, frame.event, strict=True):
-            place = np.searchsorted(ends[site], min(time, horizon))
-            low, high = ends[site][place - 1] if place else 0.0, ends[site][place]
-            inside = every[(every > low) & (every <= high)]
-            times += [*inside]
-            events += [event if time <= horizon else 0] * len(inside)
-            weights += [*(np.diff(inside, prepend=low) / (high - low))]
-        return KaplanMeierFitter().fit(times, events, weights=weights)
-
-    @pytest.mark.parametrize(("minimum", "merged"), [(1, False), (10, True)])
-    def test_as_lifelines(self, tmp_path, minimum, merged):
-        asked = ("time", "event", 12.0, 0.5)
-        told, _ = hospitals(tmp_path, minimum=minimum, columns=("age",), survival=asked)
-        counts = (120, 60, 250)
-        frame = pd.DataFrame(
-            [
-                {"site": site, **row}
-                for site, n in enumerate(counts)
-                for row in make_patients(n, site, f"{site}-")
-            ]
-        )
-        ends = [np.array(part["survival"]["times"]) for part in told]
-        found = pool_survival(part["survival"] for part in told)
-        assert (len(ends[1]) < 24 * 0.7) == merged
-        if not merged:
-            assert set(np.concatenate(ends)) <= set(np.arange(0.5, 12.5, 0.5))
-        expected = self.curve(frame, 12.0, ends)
-        assert found.survival == pytest.approx(expected.predict(found.times).to_numpy(), abs=1e-12)
-        assert found.at_risk[0] == sum(counts)
-        for part in told:
-            cells = part["survival"]["events"] + part["survival"]["censored"]
-            assert all(cell == 0 or cell >= minimum for cell in cells)
-
-    def test_by_hand(self):
-        """Ten at risk: two die at 1, one is censored; of seven left seven die at 2."""
-        parts = [
-            {"times": [1.0, 2.0], "events": [2, 3], "censored": [1, 0]},
-            {"times": [1.0, 2.0], "events": [0, 4], "censored": [0, 0]},
-        ]
-        found = pool_survival(parts)
-        assert found.at_risk == [10, 7]
-        assert found.survival == pytest.approx([0.8, 0.0])
-
-    def test_a_cell_that_is_wider_than_those_of_others_by_hand(self):
-        """Of the four one is taken to die until 0.5, one until 1 and two until 2."""
-        parts = [
-            {"times": [0.5, 1.0, 2.0], "events": [0, 2, 3], "censored": [0, 1, 0]},
-            {"times": [2.0], "events": [4], "censored": [0]},
-        ]
-        found = pool_survival(parts)
-        assert found.at_risk == [10, 9, 5]
-        assert found.survival == pytest.approx([0.9, 0.9 * 6 / 9, 0.0])
-
-    def test_no_patients(self):
-        assert pool_survival([]).survival == []
-
     def test_the_longest_time_is_told_of_ten_patients_only(self, tmp_path):
         times = [2.0] * 30 + [3.5] * 30 + [5.5] * 40
         rows = [{"patient": n, "time": time, "event": n % 2} for n, time in enumerate(times)]
@@ -323,7 +264,7 @@ class TestBadColumns:
         told = ask(rows, tmp_path / "a", kinds=KINDS, resolutions={"x": 1.0, "z": 1.0, "y": 1.0})
         found = summarise(told["groups"])
         assert found["numeric"]["x"]["sd"] == 0
-        assert found["numeric"]["x"]["quantiles"]["0.5"][1:] == [7, 8]
+        assert [*found["numeric"]["x"]["quantiles"]["0.5"].values()][1:] == [7, 8]
         assert found["numeric"]["y"] == {"n": 0, "missing": 20, "hospitals": 1}
         (constant,) = [e for e in found["correlations"] if e["columns"] == ["x", "z"]]
         assert math.isnan(constant["r"])

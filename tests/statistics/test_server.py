@@ -51,7 +51,8 @@ class TestSurvey:
         titles = [table["title"] for table in summary["tables"]]
         assert titles == [
             *["Table 1", "sex by event, 3 hospitals", "Correlations"],
-            *["Kaplan-Meier, 2 of 3 hospitals", "Drift", "Withheld", "Ask again"],
+            "Kaplan-Meier: 410 patients of 2 of 4 hospitals; not hospital-2, hospital-4",
+            *["Drift", "Withheld", "Ask again"],
         ]
         first = summary["tables"][0]
         assert first["head"] == ["", "hospital-1", "hospital-3", "hospital-4", "Overall"]
