@@ -145,7 +145,7 @@ class TestAsPandas:
         quantiles = summarise(told)["numeric"]["x"]["quantiles"].values()
         assert [frame.x.quantile(q) for q in (0.25, 0.5, 0.75)] == [0.75, 1.5, 2.25]
         bounds = [(quantile["low"], quantile["high"]) for quantile in quantiles]
-        # Between the 40th and the 41st value, one of 0 to 1 and one of 1 to 2: a quarter, and so on.
+        # Between the 40th value, from 0 to 1, and the 41st, from 1 to 2: three quarters of it.
         assert bounds == [(0.75, 1.75), (1.5, 2.5), (2.25, 3.25)]
 
     def test_rows_of_one_patient(self, tmp_path):
