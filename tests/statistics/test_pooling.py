@@ -353,6 +353,7 @@ class TestRequest:
             categories={"sex": ("f", "m")},
             pairs=(("sex", "centre"),),
             resolutions={"age": 2.0},
+            whole=("visits",),
             epsilon=1.0,
         )
         assert Request.from_text(request.to_text()) == request
@@ -409,6 +410,11 @@ class TestRequest:
                 "weekly counts and windows carry no noise: leave epsilon, weekly or by_width out",
             ),
             ({"columns": ("a", "a")}, "columns must name each column once"),
+            (
+                {"categorical": ("a",), "whole": ("a",)},
+                "a is declared categorical and to hold whole numbers: leave one of them out",
+            ),
+            ({"whole": ("",)}, "whole must be of texts of 1 to 200 letters, got ''"),
             (
                 {"survival": Survival("t", "t", 1.0, 1.0)},
                 "survival must have two different columns"
