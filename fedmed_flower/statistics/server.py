@@ -242,9 +242,7 @@ def _content(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
         for name, reported in groups.items():
             changes += [row | {"group": name} for row in drift_between_sites(reported)]
     elif drift == "groups" and groups:
-        changes = drift_between_groups(
-            {name: [*reported.values()] for name, reported in groups.items()}
-        )
+        changes = drift_between_groups(groups)
     watched = [
         row | {"group": name}
         for name, reported in groups.items()

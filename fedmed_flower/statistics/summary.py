@@ -25,6 +25,8 @@ from fedmed_flower.statistics.types import Reported
 
 SHARES = (0.25, 0.5, 0.75)
 ALARMS = {"c2": ears_c2, "cusum": cusum}
+# For each kind of column, what a hospital's answer has if it counts values.
+_CELLS = {"numeric": "histogram", "categorical": "names"}
 
 
 def summarise(
@@ -168,10 +170,54 @@ def drift_between_sites(sites: Mapping[str, Reported]) -> list[dict[str, Any]]:
     ]
 
 
-def drift_between_groups(groups: Mapping[str, Sequence[Reported]]) -> list[dict[str, Any]]:
-    """Compare each group, such as a window of time, with the first."""
+def drift_between_groups(groups: Mapping[str, Mapping[str, Reported]]) -> list[dict[str, Any]]:
+    """Compare each group, such as a window of time, with the first.
+
+    A column is compared over the hospitals that have sent its cells of both groups: other hospitals
+    in the one than in the other would be a difference too.
+
+    Parameters
+    ----------
+    groups : mapping of str to mapping of str to dict
+        By group and by hospital.
+
+    Returns
+    -------
+    list of dict
+        As `differences`, and ``sites``: the hospitals over which a column is compared.
+    """
     first, *rest = list(groups)
-    return [row for name in rest for row in differences(groups[name], groups[first], name, first)]
+    rows = []
+    for name in rest:
+        one = _of_both(groups[name], groups[first])
+        other = _of_both(groups[first], groups[name])
+        for row in differences(list(one.values()), list(other.values()), name, first):
+            sites = [
+                site
+                for site, reported in one.items()
+                if any(reported[kind].get(row["column"]) for kind in _CELLS)
+            ]
+            rows.append(row | {"sites": sites})
+    return rows
+
+
+def _of_both(one: Mapping[str, Reported], other: Mapping[str, Reported]) -> dict[str, Reported]:
+    """Return by hospital the columns of one group, empty if it sent no cells of them of both."""
+    return {
+        site: {
+            kind: {
+                column: part if cells in part and cells in _part(other, site, kind, column) else {}
+                for column, part in reported[kind].items()
+            }
+            for kind, cells in _CELLS.items()
+        }
+        for site, reported in one.items()
+    }
+
+
+def _part(group: Mapping[str, Reported], site: str, kind: str, column: str) -> Reported:
+    part: Reported = group[site][kind].get(column, {}) if site in group else {}
+    return part
 
 
 def alarms(sites: Mapping[str, Reported], method: str) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ def tables(survey: Mapping[str, Any]) -> list[Table]:
     answered = list(survey["sites"])
     candidates += [_curve(name, group, answered) for name, group in groups.items()]
     candidates.append(_apart(groups))
-    candidates += [_drift(survey["drift"]), _alerts(survey["alerts"], survey["alert"])]
+    candidates += [_drift(survey["drift"], answered), _alerts(survey["alerts"], survey["alert"])]
     withheld = [*all_withheld(survey)]
     candidates += [_withheld(withheld), _again(withheld, survey.get("command", ["APP"]))]
     candidates.append(_failures(survey["failures"]))
@@ -256,19 +256,28 @@ def _apart(groups: Mapping[str, Mapping[str, Any]]) -> Table:
     return {"title": APART, "head": head, "rows": rows}
 
 
-def _drift(entries: Sequence[Mapping[str, Any]]) -> Table:
+def _drift(entries: Sequence[Mapping[str, Any]], answered: Sequence[str]) -> Table:
     rows = [
         [
             entry["of"] + (f", {entry['group']}" if entry.get("group") else ""),
             entry["against"],
             entry["column"],
             *(figure(entry.get(key)) for key in ("psi", "ks", "p")),
-            entry.get("note", "large change" if (entry.get("psi") or 0) > 0.25 else ""),
+            _remark(entry, answered),
         ]
         for entry in entries
     ]
     head = ["of", "against", "column", "PSI", "KS", "p", ""]
     return {"title": "Drift", "head": head, "rows": rows}
+
+
+def _remark(entry: Mapping[str, Any], answered: Sequence[str]) -> str:
+    remarks = [entry["note"]] if "note" in entry else []
+    if (entry.get("psi") or 0) > 0.25:
+        remarks.append("large change")
+    if entry.get("sites") and len(entry["sites"]) < len(answered):
+        remarks.append(_hospitals(entry["sites"], answered))
+    return "; ".join(remarks)
 
 
 def _alerts(entries: Sequence[Mapping[str, Any]], method: str) -> Table:

@@ -471,8 +471,20 @@ class TestDrift:
 
     def test_between_windows(self, tmp_path):
         sites = self.told(tmp_path)
-        found = drift_between_groups({"first": [sites["a"]], "second": [sites["b"], sites["c"]]})
+        groups = {"first": {"a": sites["a"]}, "second": {"a": sites["b"], "c": sites["c"]}}
+        found = drift_between_groups(groups)
         assert [(row["of"], row["against"]) for row in found] == [("second", "first")] * 2
+        # The third hospital has sent nothing of the first window, and is in neither.
+        for row, alone in zip(
+            found, differences([sites["b"]], [sites["a"]], "second", "first"), strict=True
+        ):
+            assert row == alone | {"sites": ["a"]}
+
+    def test_windows_without_a_common_hospital(self, tmp_path):
+        sites = self.told(tmp_path)
+        found = drift_between_groups({"first": {"a": sites["a"]}, "second": {"b": sites["b"]}})
+        assert [(row["column"], row["sites"]) for row in found] == [("age", []), ("sex", [])]
+        assert {row["note"] for row in found} == {"fewer than two cells that both have sent"}
 
     def test_categories_that_are_not_named(self):
         """What b has pooled may be y: it is left out of what a is compared with."""
