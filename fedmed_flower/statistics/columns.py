@@ -223,14 +223,15 @@ class Columns:
 def follow_up(times: Floats, events: Sequence[str | None], horizon: float) -> tuple[Floats, Codes]:
     """Return times and events, both (rows,).
 
-    A time is NaN if it is below 0, or if time or event is missing. Times beyond the horizon are
-    censored there. An event is "1" if it happened and "0" if the time is that of censoring.
+    A time is NaN if it is below 0, or if time or event is missing. A time beyond the horizon is
+    infinite and censored. An event is "1" if it happened and "0" if the time is that of censoring.
     """
     happened = np.array([_EVENTS.get(text, -1) for text in events], np.int64)
     with np.errstate(invalid="ignore"):
         times = np.where((happened < 0) | (times < 0), np.nan, times)
         happened = np.where(times > horizon, 0, happened)
-    return np.minimum(times, horizon), happened
+        times = np.where(times > horizon, np.inf, times)
+    return times, happened
 
 
 def _can_be_named(name: object) -> bool:

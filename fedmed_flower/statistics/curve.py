@@ -16,6 +16,7 @@ in an interval that contains t has happened yet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -66,9 +67,10 @@ class _Intervals:
     Attributes
     ----------
     times : ndarray
-        (times,) the ends of all hospitals' intervals, ascending.
+        (times,) the ends of all hospitals' intervals up to the horizon, ascending.
     start, stop : ndarray
-        (intervals,) indices of times, from 1 on. A start of 0 is before every time.
+        (intervals,) indices of times, from 1 on. A start of 0 is before every time, a stop of one
+        more than the number of times beyond the horizon.
     events, censored : ndarray
         (intervals,) how many are in each.
     """
@@ -86,16 +88,17 @@ class _Intervals:
 
     def until(self, ends: Codes, counts: Floats) -> Floats:
         """Return (times + 1,), the sum of counts whose index is at most 0, 1, 2, ..."""
-        return np.bincount(ends, counts, self.times.size + 1).cumsum()
+        size = self.times.size + 1
+        return np.bincount(ends, counts, size)[:size].cumsum()
 
     def wide(self, width: float) -> Codes:
         """Return the starts of the intervals that are longer than a step."""
-        begin = np.concatenate(([0.0], self.times))[self.start]
-        length = self.times[self.stop - 1] - begin
+        ends = np.concatenate(([0.0], self.times))
+        length = ends[np.minimum(self.stop, self.times.size)] - ends[self.start]
         return self.start[length > width * (1 + _ROUNDING)]
 
 
-def pool_survival(parts: Iterable[Reported], width: float) -> Curve:
+def pool_survival(parts: Iterable[Reported], horizon: float, width: float) -> Curve:
     """Return the Kaplan-Meier curve of all patients, and certain bounds of it.
 
     The estimate is that of times rounded up to the ends of their intervals. It is left out where a
@@ -105,11 +108,12 @@ def pool_survival(parts: Iterable[Reported], width: float) -> Curve:
     Parameters
     ----------
     parts : iterable of dict
-        ``times``, ``events`` and ``censored``, of equal length: exact counts.
-    width : float
-        The step that was asked for.
+        ``times``, ``events`` and ``censored``, of equal length: exact counts. In an interval that
+        ends beyond the horizon are patients who are followed beyond it.
+    horizon, width : float
+        Where the curve was asked to end, and in which steps.
     """
-    intervals = _intervals(parts)
+    intervals = _intervals(parts, horizon)
     curve = _rounded_up(intervals)
     low = _lowest(intervals)
     high = _highest(intervals)
@@ -137,18 +141,26 @@ def pool_noised_survival(parts: Iterable[Reported]) -> Curve:
     parts : iterable of dict
         As `pool_survival` takes them. With noise all hospitals have the same intervals.
     """
-    return _rounded_up(_intervals(parts))
+    return _rounded_up(_intervals(parts, math.inf))
 
 
-def _intervals(parts: Iterable[Reported]) -> _Intervals:
+def _intervals(parts: Iterable[Reported], horizon: float) -> _Intervals:
+    """Return the intervals of all hospitals.
+
+    Who is followed beyond the horizon is censored. So of an interval that ends beyond it, all
+    events have happened by the horizon.
+    """
     reported = [part for part in parts if part["times"]]
-    times = np.unique([time for part in reported for time in part["times"]]).astype(np.float64)
+    stops = [np.array(part["times"], np.float64) for part in reported]
+    times = np.unique(np.minimum(np.concatenate([[], *stops]), horizon))
     tables = [np.zeros((4, 0))]
-    for part in reported:
-        stop = np.searchsorted(times, part["times"]) + 1
-        start = np.roll(stop, 1)
-        start[0] = 0
-        tables.append(np.array([start, stop, part["events"], part["censored"]], np.float64))
+    for part, ends in zip(reported, stops, strict=True):
+        stop = np.searchsorted(times, ends) + 1
+        start = np.concatenate(([0], stop[:-1]))
+        by_horizon = np.maximum(np.minimum(stop, times.size), start + 1)
+        nobody = np.zeros(stop.size)
+        tables.append(np.array([start, by_horizon, part["events"], nobody], np.float64))
+        tables.append(np.array([start, stop, nobody, part["censored"]], np.float64))
     start, stop, events, censored = np.concatenate(tables, axis=1)
     some = events + censored > 0
     return _Intervals(

@@ -350,6 +350,7 @@ def _survival(asked: Survival) -> Block:
     def indices(cells: Cells) -> Codes:
         times, events = cells.follow_up(asked)
         known = ~np.isnan(times)
+        # Times beyond the horizon are censored at it.
         steps = np.clip(np.ceil(np.where(known, times, 0.0) / width), 1, count).astype(np.int64)
         return np.where(known, 2 * (steps - 1) + events, 2 * count)
 

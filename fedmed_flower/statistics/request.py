@@ -44,7 +44,7 @@ class Filter(NamedTuple):
 
 
 class Survival(NamedTuple):
-    """A Kaplan-Meier curve: times are rounded up to multiples of a width, up to a horizon.
+    """A Kaplan-Meier curve: times are rounded up to multiples of a width, or to the horizon.
 
     Attributes
     ----------

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.statistics.curve import Curve, pool_noised_survival, pool_survival
+from fedmed_flower.statistics.curve import pool_noised_survival, pool_survival
 from fedmed_flower.statistics.drift import cusum, ears_c2, ks, psi
 from fedmed_flower.statistics.pooling import (
     only_whole,
@@ -74,15 +74,15 @@ def summarise(
     for columns, parts in _by_columns(groups, "pairs").items():
         numbers["pairs"].append({"columns": list(columns), **_crossed(parts)})
     reported = [group["survival"] for group in groups if "survival" in group]
-    if reported and request.survival is not None:
+    asked = request.survival
+    if reported and asked is not None:
         pooled = reported if curves is None else curves
-        curve = _curve(pooled, request, request.survival.width)
+        if request.epsilon:
+            curve = pool_noised_survival(pooled)
+        else:
+            curve = pool_survival(pooled, asked.horizon, asked.width)
         numbers["survival"] = curve._asdict() | {"hospitals": len(pooled)}
     return numbers
-
-
-def _curve(curves: Sequence[Reported], request: Request, width: float) -> Curve:
-    return pool_noised_survival(curves) if request.epsilon else pool_survival(curves, width)
 
 
 def compared(reporting: Mapping[str, Collection[str]]) -> tuple[list[str], list[str]]:

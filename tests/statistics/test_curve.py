@@ -5,7 +5,7 @@ from itertools import combinations_with_replacement, product
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lifelines import KaplanMeierFitter
 from lifelines.datasets import load_lung
@@ -26,15 +26,16 @@ def plain(people, time):
     return alive
 
 
-def arrangements(parts):
-    """Yield everybody's times in all ways that the counts allow."""
+def arrangements(parts, horizon):
+    """Yield everybody's times in all ways that the counts allow; no event is beyond the horizon."""
     ways = []
     for part in parts:
         start = 0
         for stop, *counts in zip(part["times"], part["events"], part["censored"], strict=True):
             places = [step + place for step in range(start, int(stop)) for place in PLACES]
             for count, event in zip(counts, (1, 0), strict=True):
-                chosen = combinations_with_replacement(places, count)
+                allowed = [place for place in places if place <= horizon or not event]
+                chosen = combinations_with_replacement(allowed, count)
                 ways.append([[(place, event) for place in each] for each in chosen])
             start = int(stop)
     for way in product(*ways):
@@ -57,10 +58,12 @@ def hospitals(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(hospitals())
-def test_bounds_are_the_extremes_of_all_arrangements(parts):
-    found = pool_survival(parts, 1.0)
-    people = [*arrangements(parts)]
+@given(hospitals(), st.sampled_from([2.0, 3.0]))
+def test_bounds_are_the_extremes_of_all_arrangements(parts, horizon):
+    found = pool_survival(parts, horizon, 1.0)
+    people = [*arrangements(parts, horizon)]
+    # There is none if an event is in an interval that begins at the horizon.
+    assume(people)
     for index, time in enumerate(found.times):
         reached = [plain(way, time) for way in people]
         assert found.survival_low[index] == pytest.approx(min(reached), abs=1e-12)
@@ -95,7 +98,7 @@ def test_the_truth_lies_between(seed, cuts):
         for name, value in (("events", 1), ("censored", 0)):
             counts = np.bincount(stops[happened == value], minlength=len(times))
             parts[-1][name] = counts.tolist()
-    found = pool_survival(parts, 1.0)
+    found = pool_survival(parts, 12.0, 1.0)
     rounded = [(max(1.0, np.ceil(when)), event) for when, event in everybody]
     for time, estimate, low, high in zip(found.times, *found[-3:], strict=True):
         assert low - 1e-12 <= plain(everybody, time) <= high + 1e-12
@@ -110,7 +113,7 @@ def test_by_hand():
         {"times": [1.0, 2.0], "events": [2, 3], "censored": [1, 0]},
         {"times": [1.0, 2.0], "events": [0, 4], "censored": [0, 0]},
     ]
-    found = pool_survival(parts, 1.0)
+    found = pool_survival(parts, 12.0, 1.0)
     assert found.patients == 10
     assert found.at_risk_low == found.at_risk_high == [7, 0]
     assert found.events_low == found.events_high == [2, 9]
@@ -126,7 +129,7 @@ def test_an_interval_that_is_wider_than_those_of_others_by_hand():
         {"times": [0.5, 1.0, 2.0], "events": [0, 2, 3], "censored": [0, 1, 0]},
         {"times": [2.0], "events": [4], "censored": [0]},
     ]
-    found = pool_survival(parts, 0.5)
+    found = pool_survival(parts, 12.0, 0.5)
     assert found.survival == [None, None, None]
     assert found.at_risk_low == [6, 3, 0]
     assert found.at_risk_high == [10, 7, 0]
@@ -142,7 +145,7 @@ def test_the_estimate_ends_where_a_withheld_stretch_begins():
         # Nobody is in the stretch from 1 to 3: it hides nothing.
         {"times": [1.0, 3.0, 4.0, 5.0], "events": [10, 0, 10, 0], "censored": [0] * 4},
     ]
-    found = pool_survival(parts, 1.0)
+    found = pool_survival(parts, 12.0, 1.0)
     assert found.survival == [
         pytest.approx(5 / 7),
         *[pytest.approx(5 / 7)],
@@ -153,9 +156,9 @@ def test_the_estimate_ends_where_a_withheld_stretch_begins():
 
 
 def test_no_patients():
-    assert pool_survival([], 1.0).survival == []
+    assert pool_survival([], 12.0, 1.0).survival == []
     nobody = [{"times": [1.0], "events": [0], "censored": [0]}]
-    assert pool_survival(nobody, 1.0).survival_low == [1.0]
+    assert pool_survival(nobody, 12.0, 1.0).survival_low == [1.0]
 
 
 def test_noise_leaves_an_estimate_without_bounds():
@@ -164,6 +167,23 @@ def test_noise_leaves_an_estimate_without_bounds():
     assert found.survival == pytest.approx([1 - 5 / 16, (1 - 5 / 16) * (1 - 6 / 8)])
     assert found.survival_low == found.survival_high == [None, None]
     assert found.at_risk_low == [8.0, 0.0]
+
+
+def test_who_is_followed_beyond_the_horizon_is_at_risk_until_then():
+    """Seven are; one more is censored in the last interval, perhaps before the event in it."""
+    parts = [{"times": [1.0, 2.0, 3.0], "events": [2, 1, 0], "censored": [0, 1, 7]}]
+    found = pool_survival(parts, 2.0, 1.0)
+    assert found.times == [1.0, 2.0]
+    assert found.at_risk_low == found.at_risk_high == [9, 7]
+    assert found.survival == pytest.approx([9 / 11, 9 / 11 * 8 / 9])
+    assert found.survival_low == pytest.approx([9 / 11, 9 / 11 * 7 / 8])
+    # Merged with the last interval, nobody knows how many of them there are.
+    parts = [{"times": [1.0, 3.0], "events": [2, 1], "censored": [0, 8]}]
+    found = pool_survival(parts, 2.0, 1.0)
+    assert found.times == [1.0, 2.0]
+    assert (found.at_risk_low[1], found.at_risk_high[1]) == (0, 8)
+    assert found.survival == pytest.approx([9 / 11, 9 / 11 * 8 / 9])
+    assert found.survival_low == pytest.approx([9 / 11, 0.0])
 
 
 class TestHospitals:
@@ -175,7 +195,8 @@ class TestHospitals:
             group(ask(rows, tmp_path / f"{number}", minimum, columns=("x",), survival=asked))
             for number, rows in enumerate(tables)
         ]
-        return pool_survival([part["survival"] for part in parts if "survival" in part], width)
+        curves = [part["survival"] for part in parts if "survival" in part]
+        return pool_survival(curves, horizon, width)
 
     @pytest.mark.parametrize("minimum", [1, 10])
     def test_as_lifelines_where_it_is_known(self, tmp_path, minimum):
@@ -196,6 +217,21 @@ class TestHospitals:
         assert (np.array(found.survival_low) <= truth + 1e-12).all()
         assert (np.array(found.survival_high) >= truth - 1e-12).all()
         assert found.patients == len(frame)
+        if minimum == 1:
+            # Those beyond the horizon are known not to have left before it.
+            assert found.at_risk_low[-1] == late.sum() > 10
+            assert found.survival_low[-1] > 0.8 * found.survival_high[-1]
+
+    def test_a_horizon_between_two_steps_ends_the_curve(self, tmp_path):
+        tables = [make_patients(200, 0, "a")]
+        frame = pd.DataFrame(tables[0])
+        found = self.pooled(tmp_path, tables, 1, 5.0, 2.0)
+        assert found.times == [2.0, 4.0, 5.0]
+        assert found.at_risk_low[-1] == (frame.time > 5).sum()
+        late = frame.time > 5
+        rounded = np.minimum(np.ceil(frame.time / 2) * 2, 5).where(~late, 6)
+        fitter = KaplanMeierFitter().fit(rounded, frame.event.where(~late, 0))
+        assert found.survival == pytest.approx(fitter.predict(found.times).to_numpy(), abs=1e-12)
 
     def test_lung(self, tmp_path):
         """R's lung data at four hospitals of 57: what was printed as .638 is .434."""
