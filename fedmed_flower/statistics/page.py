@@ -19,7 +19,15 @@ from fedmed_flower.reports.frame import INK, count_of, escaped
 from fedmed_flower.reports.plots import Styles
 from fedmed_flower.server.run_folder import read_summary
 from fedmed_flower.statistics.pooling import cumulate
-from fedmed_flower.statistics.table import AGAIN, APART, CURVE, OVERALL, label, tables
+from fedmed_flower.statistics.table import (
+    AGAIN,
+    APART,
+    CURVE,
+    OVERALL,
+    hospitals_of,
+    label,
+    tables,
+)
 
 STATISTICS_FILE = "statistics.json"
 _MOST_ROWS = 400
@@ -27,6 +35,9 @@ _MOST_PLOTS = 24
 _MOST_NAMES = 100
 _MOST_WEEKS = 2000
 _ALERT = "#d55e00"
+# How opaque the bands of curves are: of all hospitals, and of each.
+_BAND = 0.2
+_FAINT_BAND = 0.08
 _BANNER = '<p class="banner" role="note">generated rows, not patients</p>'
 _LEFT = """<h2>What left each hospital</h2><p>The numbers behind these tables, but no row: counts,
 sums, sums of squares and of products, and the edges of merged cells. Each is of {} patients or
@@ -202,18 +213,22 @@ def _survival(group: Mapping[str, Any], styles: Styles) -> str:
     axes: Any = Figure((6.4, 3.2), layout="constrained").subplots()
     for site, part in group["sites"].items():
         if "survival" in part:
-            _step(axes, part["survival"], styles[site].colour, styles[site].dashes, 1.2)
+            style = styles[site]
+            _step(axes, part["survival"], style.colour, style.dashes, 1.2, _FAINT_BAND)
     curve = group["overall"]["survival"]
-    _step(axes, curve, INK, "-", 1.8)
+    _step(axes, curve, INK, "-", 1.8, _BAND)
     axes.set_ylim(0, 1.02)
     drawing = plots.svg(axes, "Kaplan-Meier curves", "time", grid="y")
-    caption = f"Kaplan-Meier · {count_of(curve['hospitals'], 'hospital')}"
-    if curve["hospitals"]:
-        caption += f", {curve['patients']:,.0f} patients"
+    caption = "Kaplan-Meier, not pooled"
+    if curve["sites"]:
+        hospitals = escaped(hospitals_of(curve["sites"], list(styles)))
+        caption = f"Kaplan-Meier · {curve['patients']:,.0f} patients of {hospitals}"
     return f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
 
 
-def _step(axes: Any, curve: Mapping[str, Any], colour: str, dashes: str, width: float) -> None:
+def _step(
+    axes: Any, curve: Mapping[str, Any], colour: str, dashes: str, width: float, opacity: float
+) -> None:
     """Draw the line of a curve as far as it is known, and a band between its bounds.
 
     Between two times the survival is at most the upper bound at the first, and at least the lower
@@ -224,8 +239,11 @@ def _step(axes: Any, curve: Mapping[str, Any], colour: str, dashes: str, width: 
     if low and low[0] is not None:
         corners = np.repeat(times, 2)[1:-1]
         high = [1.0, *curve["survival_high"][:-1]]
-        style = {"color": colour, "alpha": 0.18, "linewidth": 0}
-        axes.fill_between(corners, np.repeat(low, 2), np.repeat(high, 2), **style)
+        least = np.repeat(low, 2)
+        most = np.repeat(high, 2)
+        axes.fill_between(corners, least, most, color=colour, alpha=opacity, linewidth=0)
+        for edge in (least, most):
+            axes.plot(corners, edge, color=colour, alpha=0.5, lw=width / 2)
     known = [1.0, *(value for value in curve["survival"] if value is not None)]
     axes.step(times[: len(known)], known, dashes, where="post", color=colour, lw=width)
 

@@ -214,7 +214,7 @@ def _curve(name: str, group: Mapping[str, Any], answered: Sequence[str]) -> Tabl
     step = max(1, math.ceil(len(curve["times"]) / _MOST_TIMES))
     indices = range(len(curve["times"]))[::-step][::-1]
     unit = "patients" if overall["rows"] == overall["patients"] else "rows"
-    hospitals = _hospitals(curve["sites"], answered)
+    hospitals = hospitals_of(curve["sites"], answered)
     return {
         "title": f"{title}: {curve['patients']:,.0f} {unit} of {hospitals}",
         "head": head,
@@ -231,7 +231,7 @@ def _point(curve: Mapping[str, Any], index: int) -> list[str]:
     ]
 
 
-def _hospitals(sites: Sequence[str], answered: Sequence[str]) -> str:
+def hospitals_of(sites: Sequence[str], answered: Sequence[str]) -> str:
     """Return how many of the hospitals that answered are in a figure, and which are not."""
     others = [name for name in answered if name not in sites]
     text = f"{len(sites)} of {len(answered)} hospitals"
@@ -276,7 +276,7 @@ def _remark(entry: Mapping[str, Any], answered: Sequence[str]) -> str:
     if (entry.get("psi") or 0) > 0.25:
         remarks.append("large change")
     if entry.get("sites") and len(entry["sites"]) < len(answered):
-        remarks.append(_hospitals(entry["sites"], answered))
+        remarks.append(hospitals_of(entry["sites"], answered))
     return "; ".join(remarks)
 
 
