@@ -18,7 +18,7 @@ from fedmed_flower.reports import frame, plots
 from fedmed_flower.reports.frame import INK, count_of, escaped
 from fedmed_flower.reports.plots import Styles
 from fedmed_flower.server.run_folder import read_summary
-from fedmed_flower.statistics.pooling import cumulate
+from fedmed_flower.statistics.pooling import below_edges
 from fedmed_flower.statistics.table import (
     AGAIN,
     APART,
@@ -53,9 +53,12 @@ _BOUNDS = """the bounds between which they certainly lie, because cells of neigh
 merged. “1.00 to &lt;2.00” is 1 or more and less than 2; in a column of whole numbers “1 to 2” is 1,
 2 or between them. One number: both bounds are printed alike."""
 _ESTIMATES = "estimates, interpolated in cells with noise."
+_SHARES = """<p class="note">All hospitals together: a dark point is known; where they have merged
+different cells, the shade lies between the bounds.</p>"""
 _DRIFT = """<p class="note">PSI, the population stability index: by custom above 0.1 a change, above
 0.25 a large one. KS, Kolmogorov and Smirnov: the greatest distance of two distributions, and the
-probability p of one as large by chance.</p>"""
+probability p of one as large by chance. Estimate: hospitals have merged different cells, and
+patients in a wider cell are taken to lie evenly in it.</p>"""
 _CURVES = """<p class="note">The survival is for certain at least and at most what the last two
 columns say: hospitals withhold when exactly some of the events and losses were. Between them stands
 the survival itself, by times rounded up to the steps that were asked for, as far as the counts of
@@ -172,7 +175,7 @@ def _drawings(
         for column in group["overall"]["numeric"]
     ]
     shown = "".join([drawing for drawing in drawn if drawing][:_MOST_PLOTS])
-    text = f'<h2>Distributions{suffix}</h2>{_keys(styles)}<div class="plots">{shown}</div>'
+    text = f'<h2>Distributions{suffix}</h2>{_keys(styles)}<div class="plots">{shown}</div>{_SHARES}'
     parts = [text if shown else ""]
     if "survival" in group["overall"]:
         parts.append(f"<h2>Survival{suffix}</h2>{_keys(styles)}{_survival(group, styles)}")
@@ -189,7 +192,11 @@ def _keys(styles: Styles) -> str:
 
 
 def _histogram(column: str, reported: Mapping[str, Any], styles: Styles) -> str:
-    """Draw the percentage below each value, which compares hospitals whose cells differ."""
+    """Draw the percentage below each value, which compares hospitals whose cells differ.
+
+    Of all hospitals together it is a band, and a line between neighbouring values at which it is
+    known.
+    """
     parts = {
         site: t["histogram"] for site, t in reported.items() if t.get("histogram", {}).get("edges")
     }
@@ -201,9 +208,13 @@ def _histogram(column: str, reported: Mapping[str, Any], styles: Styles) -> str:
         shares = 100 * reached[:-1] / max(reached[-1], 1e-9)
         axes.plot(part["edges"], shares, styles[site][1], color=styles[site][0], lw=1.4, marker=".")
     frame.require_small(len(parts), sum(len(part["edges"]) for part in parts.values()))
-    edges, below = cumulate([*parts.values()])
-    total = sum(sum(part["counts"]) for part in parts.values())
-    axes.plot(edges, 100 * below.sum(axis=0) / max(total, 1e-9), color=INK, lw=1.4)
+    edges, least, most = below_edges([*parts.values()])
+    total = max(sum(sum(part["counts"]) for part in parts.values()), 1e-9)
+    least = 100 * least / total
+    most = 100 * most / total
+    axes.fill_between(edges, least, most, color=INK, alpha=_BAND, linewidth=0)
+    known = np.isclose(least, most, rtol=0, atol=1e-9)
+    axes.plot(edges, np.where(known, least, np.nan), color=INK, lw=1.4, marker=".")
     axes.set_ylim(0, 100)
     drawing = plots.svg(axes, f"% below, {escaped(column)}", _plain(column), grid="y")
     return f"<figure><figcaption><b>{escaped(column)}</b> · % below</figcaption>{drawing}</figure>"

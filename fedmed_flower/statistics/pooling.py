@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed_flower.statistics.types import Reported
+from fedmed_flower.statistics.types import Floats, Reported
 
 
 class Moments(NamedTuple):
@@ -159,12 +159,31 @@ def cumulate(parts: Sequence[Reported]) -> tuple[list[float], NDArray[np.float64
     return edges, below
 
 
+def below_edges(parts: Sequence[Reported]) -> tuple[list[float], Floats, Floats]:
+    """Return all edges in ascending order, and bounds of how many values lie below each.
+
+    Returns
+    -------
+    edges : list of float
+    least, most : ndarray of shape (edges,)
+        They agree at an edge that divides no bin of any histogram in which there are values.
+    """
+    edges = sorted({edge for part in parts for edge in part["edges"]})
+    least = np.zeros(len(edges))
+    most = np.zeros(len(edges))
+    for part in parts:
+        reached = np.concatenate(([0.0], np.cumsum(part["counts"])))
+        least += reached[np.searchsorted(part["edges"], edges, side="right")]
+        most += reached[np.searchsorted(part["edges"], edges, side="left") + 1]
+    return edges, least, most
+
+
 def same_bins(parts: Sequence[Reported]) -> list[NDArray[np.float64]] | None:
     """Return histograms in the bins of the coarsest of them; None if that has a single bin.
 
     An edge inside a bin of a finer histogram divides the bin's count as `cumulate` does.
     """
-    coarsest: list[float] = min((part["edges"] for part in parts), key=len, default=[])
+    coarsest = _coarsest(parts)
     if not coarsest:
         return None
     edges, below = cumulate(parts)
@@ -173,6 +192,19 @@ def same_bins(parts: Sequence[Reported]) -> list[NDArray[np.float64]] | None:
         cut = reached[np.searchsorted(edges, coarsest)]
         histograms.append(np.diff([0.0, *cut, math.fsum(part["counts"])]))
     return histograms
+
+
+def divides_cells(parts: Sequence[Reported]) -> bool:
+    """Return whether `same_bins` divides a cell in which there are values."""
+    coarsest = _coarsest(parts)
+    edges, least, most = below_edges(parts)
+    at = np.searchsorted(edges, coarsest)
+    return bool((least[at] < most[at]).any())
+
+
+def _coarsest(parts: Sequence[Reported]) -> list[float]:
+    edges: list[float] = min((part["edges"] for part in parts), key=len, default=[])
+    return edges
 
 
 def _between(values: list[tuple[float, float]], index: float) -> float:

@@ -13,6 +13,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.statistics.curve import pool_noised_survival, pool_survival
 from fedmed_flower.statistics.drift import cusum, ears_c2, ks, psi
 from fedmed_flower.statistics.pooling import (
+    divides_cells,
     only_whole,
     pool_correlation,
     pool_counts,
@@ -136,7 +137,8 @@ def differences(
     -------
     list of dict
         ``column``, ``of``, ``against``, ``psi`` (population stability index) and, of numeric
-        columns, ``ks`` and ``p`` (Kolmogorov-Smirnov); ``note`` if there is nothing to compare.
+        columns, ``ks`` and ``p`` (Kolmogorov-Smirnov), and ``divided``, whether they are estimates
+        because a hospital's cells had to be divided; ``note`` if there is nothing to compare.
     """
     rows = []
     for kind in ("numeric", "categorical"):
@@ -152,6 +154,7 @@ def differences(
                 row["psi"] = psi(*both)
                 if kind == "numeric":
                     row["ks"], row["p"] = ks(*both)
+                    row["divided"] = divides_cells([*_histograms(parts[0]), *_histograms(parts[1])])
             rows.append(row)
     return rows
 

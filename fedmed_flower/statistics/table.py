@@ -275,6 +275,8 @@ def _remark(entry: Mapping[str, Any], answered: Sequence[str]) -> str:
     remarks = [entry["note"]] if "note" in entry else []
     if (entry.get("psi") or 0) > 0.25:
         remarks.append("large change")
+    if entry.get("divided"):
+        remarks.append("estimate")
     if entry.get("sites") and len(entry["sites"]) < len(answered):
         remarks.append(hospitals_of(entry["sites"], answered))
     return "; ".join(remarks)

@@ -12,7 +12,9 @@ from fedmed_flower.data.sources import HEART_FEATURES, load_heart_disease
 from fedmed_flower.statistics.cells import grid, merge_neighbours, pool_small
 from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.pooling import (
+    below_edges,
     cumulate,
+    divides_cells,
     pool_moments,
     pool_quantile,
     same_bins,
@@ -240,6 +242,28 @@ class TestCells:
         assert edges == [0.0, 1.0, 1.5, 2.0]
         assert below.tolist() == [[0, 10, 25, 40], [0, 40 / 3, 20, 40]]
         assert [counts.tolist() for counts in same_bins([fine, coarse])] == [[25, 15], [20, 20]]
+        assert divides_cells([fine, coarse])
+        assert not divides_cells([fine, fine])
+        # Nobody is in the cell that is divided.
+        assert not divides_cells([fine | {"counts": [5, 10, 0, 20]}, coarse])
+
+    def test_bounds_below_each_edge_by_hand(self):
+        """At 0 up to the twenty below 1.5 may be below it; at 1.5 those from 1 to 2 may be."""
+        fine = {"edges": [0.0, 1.0, 2.0], "counts": [0, 10, 30, 0]}
+        coarse = {"edges": [1.5], "counts": [20, 20]}
+        edges, least, most = below_edges([fine, coarse])
+        assert edges == [0.0, 1.0, 1.5, 2.0]
+        assert least.tolist() == [0, 10, 30, 60]
+        assert most.tolist() == [20, 30, 60, 80]
+
+    def test_values_lie_between_the_bounds_below_each_edge(self, tmp_path):
+        told, frame = hospitals(tmp_path, kinds=("histograms",), resolutions={"age": 2.0})
+        parts = [part["numeric"]["age"]["histogram"] for part in told]
+        edges, least, most = below_edges(parts)
+        below = [(frame.age < edge).sum() for edge in edges]
+        assert (least <= below).all()
+        assert (below <= most).all()
+        assert (least < most).any()
 
 
 class TestBadColumns:
