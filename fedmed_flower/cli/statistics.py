@@ -42,7 +42,7 @@ def statistics(
     ] = None,
     quantiles: Annotated[bool, typer.Option("--quantiles", help="Medians and quartiles.")] = False,
     resolution: Annotated[
-        _Names, typer.Option(help="Round quantiles of a column to a width: COLUMN=WIDTH.")
+        _Names, typer.Option(help="Width of the cells that quantiles are read off: COLUMN=WIDTH.")
     ] = None,
     bounds: Annotated[
         _Names, typer.Option("--range", help="Declared range, for noise: COLUMN=LOW,HIGH.")
@@ -196,8 +196,10 @@ def _survival(text: str) -> Survival:
 
 
 def _print_table(entry: dict[str, Any]) -> None:
+    from fedmed_flower.statistics.table import AGAIN, APART
+
     table = Table(title=entry["title"], title_justify="left")
-    words = entry["title"] in ("Withheld", "Ask again", "No answer", "Drift")
+    words = entry["title"] in ("Withheld", AGAIN, APART, "No answer", "Drift")
     for index, name in enumerate(entry["head"]):
         justify: Any = "left" if index == 0 or words else "right"
         table.add_column(name, justify=justify, overflow="fold")

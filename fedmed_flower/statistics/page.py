@@ -35,9 +35,10 @@ _MOST_PLOTS = 24
 _MOST_NAMES = 100
 _MOST_WEEKS = 2000
 _ALERT = "#d55e00"
-# How opaque the bands of curves are: of all hospitals, and of each.
+# How opaque the bands of curves are: of all hospitals, of each, and of each group.
 _BAND = 0.2
 _FAINT_BAND = 0.08
+_GROUP_BAND = 0.12
 _BANNER = '<p class="banner" role="note">generated rows, not patients</p>'
 _LEFT = """<h2>What left each hospital</h2><p>The numbers behind these tables, but no row: counts,
 sums, sums of squares and of products, and the edges of merged cells. Each is of {} patients or
@@ -117,6 +118,7 @@ def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
         left = len(survey["groups"]) - _MOST_PLOTS
         if left > 0:
             parts.append(f'<p class="note">{count_of(left, "more group")} not drawn.</p>')
+        parts.append(_side_by_side(survey))
         watched = [entry for entry in survey["alerts"] if "note" not in entry]
         drawn = "".join(_weeks(entry) for entry in watched[:_MOST_PLOTS])
         parts.append(f"<h2>Week by week</h2>{drawn}" if drawn else "")
@@ -235,6 +237,29 @@ def _survival(group: Mapping[str, Any], styles: Styles) -> str:
         hospitals = escaped(hospitals_of(curve["sites"], list(styles)))
         caption = f"Kaplan-Meier · {curve['patients']:,.0f} patients of {hospitals}"
     return f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
+
+
+def _side_by_side(survey: Mapping[str, Any]) -> str:
+    """Draw the pooled curves of the groups that are compared, if there are colours for them."""
+    curves = {}
+    for name, group in survey["groups"].items():
+        curve = group["overall"].get("survival")
+        if curve is not None and curve["sites"]:
+            curves[label(survey, name)] = curve
+    if not 1 < len(curves) <= len(PALETTE):
+        return ""
+    axes: Any = Figure((6.4, 3.2), layout="constrained").subplots()
+    styles = plots.styles(list(curves))
+    for name, curve in curves.items():
+        _step(axes, curve, styles[name].colour, styles[name].dashes, 1.6, _GROUP_BAND)
+    axes.set_ylim(0, 1.02)
+    drawing = plots.svg(axes, "Kaplan-Meier curves of groups", "time", grid="y")
+    keys = plots.legend([style.key for style in styles.values()])
+    sites = next(iter(curves.values()))["sites"]
+    hospitals = escaped(hospitals_of(sites, list(survey["sites"])))
+    caption = f"Kaplan-Meier · each group of the same {hospitals}"
+    drawn = f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
+    return f"<h2>Survival by {escaped(survey['request']['by'])}</h2>{keys}{drawn}"
 
 
 def _step(

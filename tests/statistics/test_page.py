@@ -65,3 +65,22 @@ def test_a_distribution_is_a_line_where_all_hospitals_have_an_edge(drawn):
     shares = axes.lines[-1].get_ydata()
     np.testing.assert_allclose(shares, [0, 100 / 3, np.nan, 100])
     assert {(2.0, 50.0), (2.0, round(500 / 6, 6))} <= outline(axes)
+
+
+def test_groups_stand_side_by_side_over_the_same_hospitals(drawn):
+    part = {"times": [1.0, 2.0], "events": [2, 2], "censored": [0, 4]}
+    curve = pool_survival([part], 2.0, 1.0)
+    survey = {
+        "request": {"by": "<stage>"},
+        "sites": {"north": {}, "west": {}},
+        "groups": {"I": group(curve), "II": group(curve), "III": group(curve, ())},
+    }
+    text = page._side_by_side(survey)
+    (axes,) = drawn
+    # Of each of the two groups a line, and the edges of its band.
+    assert len(axes.lines) == 6
+    assert len(axes.collections) == 2
+    assert "Survival by &lt;stage&gt;" in text
+    assert "each group of the same 1 of 2 hospitals; not west" in text
+    del survey["groups"]["II"]
+    assert page._side_by_side(survey) == ""
