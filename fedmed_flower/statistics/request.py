@@ -80,7 +80,7 @@ class Request:
         Columns of numbers that are codes.
     whole : tuple of str
         Numeric columns that hold whole numbers, such as counts. Another value counts as missing.
-        The quantiles of such a column are whole numbers, or lie in the middle between two.
+        Bounds of quantiles are then whole numbers, or lie between those of two patients.
     resolutions : mapping of str to float
         The width of a numeric column's cells in histograms and quantiles. By default it is about a
         fiftieth of the declared range; for whole numbers it is 1 without a range, and never less.
