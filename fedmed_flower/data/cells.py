@@ -128,12 +128,17 @@ class Cells:
         ]
 
     def numbers(
-        self, name: str, limits: tuple[float, float] | None = None, needed: str = ""
+        self,
+        name: str,
+        limits: tuple[float, float] | None = None,
+        needed: str = "",
+        whole: bool = False,
     ) -> NDArray[np.float64]:
-        """Return a column as numbers, NaN if a cell is missing, not a number or out of its limits.
+        """Return a column as numbers, NaN if a cell is missing, not a number or not allowed.
 
-        `needed` is the column's name in problems if a row cannot do without it: rows with such a
-        cell are then rejected. Rows with a missing cell are not.
+        Allowed are numbers within the limits and, if `whole`, whole numbers only. `needed` is the
+        column's name in problems if a row cannot do without it: rows with such a cell are then
+        rejected. Rows with a missing cell are not.
         """
         cells = self.raw(name)
         grouped = self._has_groups(name, cells)
@@ -150,6 +155,9 @@ class Cells:
             low, high = limits
             what = f"is outside {plain(low)} to {plain(high)}"
             faults[what] = ((values < low) | (values > high)) & ~too_large
+        if whole:
+            other = np.logical_or.reduce([np.isnan(values), *faults.values()])
+            faults["is not a whole number"] = (values != np.floor(values)) & ~other
         for what, mask in faults.items():
             values[mask] = np.nan
             self.note(needed or name, what, mask, cells, bool(needed))

@@ -61,6 +61,9 @@ class Schema:
     ranges : dict of str to (float, float)
         By numeric column, or target that is a number: least and greatest plausible value. A value
         outside is logged. In a feature it counts as missing; a row with such a target is rejected.
+    whole : tuple of str
+        Numeric columns that hold whole numbers, such as counts of visits; of a continuous target or
+        a time too. Another number is handled as one out of its range. A count needs no mention.
     bands : dict of str to tuple of float
         By numeric column: cut points. ``{"age": (50, 65)}`` adds an "age-band" to each row: "<50",
         "50-65" (65 not included) or ">=65". A band is not a feature.
@@ -113,6 +116,7 @@ class Schema:
     codes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     patient: str = "patient"
     indicators: bool = False
+    whole: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.task in TASKS, f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
@@ -128,6 +132,10 @@ class Schema:
         self._put("categories", self._by_column("categories", self.categorical, _distinct))
         self._put("ranges", self._by_column("ranges", numbers, _range))
         self._put("bands", self._by_column("bands", self.numeric, _ascending))
+        self._put("whole", _names("whole", self.whole))
+        for name in self.whole:
+            near = near_names(name, numbers)
+            require(name in numbers, f"whole names {name!r}{near}, which is not a numeric column")
         self._put("classes", _distinct("classes", self.classes) if self.classes else ())
         self._check_task()
         self._check_codes()
@@ -371,7 +379,7 @@ def _table(
         near = near_names(name, cells.names)
         cells.problems.append(f"there is no column {name!r}{near}: counted as missing in all rows")
     for name in schema.numeric:
-        values = cells.numbers(name, schema.ranges.get(name))
+        values = cells.numbers(name, schema.ranges.get(name), whole=name in schema.whole)
         columns[name] = values.tolist()
         if cuts := schema.bands.get(name):
             columns[band_name(name)] = _bands(values, cuts)
@@ -443,7 +451,7 @@ def _outcome(cells: Cells, schema: Schema) -> dict[str, list[int] | list[float]]
         texts = _outcome_texts(cells, schema, label, name, classes)
         number = {text: index for index, text in enumerate(classes)}
         return {name: [number.get(text or "", 0) for text in texts]}
-    values = cells.numbers(name, schema.ranges.get(name), label)
+    values = cells.numbers(name, schema.ranges.get(name), label, name in schema.whole)
     cells.note(label, "is missing", np.isnan(values))
     raw = cells.raw(name)
     if schema.task == "count":

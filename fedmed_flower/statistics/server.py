@@ -27,12 +27,14 @@ from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.registry import Sections, effective, require_known
 from fedmed_flower.settings.survey import SurveySettings
 from fedmed_flower.settings.text import expand
+from fedmed_flower.statistics.local import OTHERS
 from fedmed_flower.statistics.page import STATISTICS_FILE, write_page
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.summary import (
     ALARMS,
     alarms,
+    compared,
     drift_between_groups,
     drift_between_sites,
     summarise,
@@ -92,8 +94,56 @@ class Answer:
         return {name: by_name[name] for name in names}
 
     def overall(self, group: str = "") -> dict[str, Any]:
-        """Return the statistics of all hospitals together; see `summary.summarise`."""
-        return summarise(list(self.groups().get(group, {}).values()))
+        """Return the statistics of all hospitals together; see `summary.summarise`.
+
+        The survival curve of a group is that of the hospitals in its ``sites``; see `curve_sites`.
+        """
+        groups = self.groups()
+        return self._overall(groups.get(group, {}), curve_sites(groups).get(group, []))
+
+    def summaries(self) -> dict[str, dict[str, Any]]:
+        """Return by group the statistics of all hospitals together, and of each by itself."""
+        groups = self.groups()
+        sites = curve_sites(groups)
+        return {
+            name: {
+                "overall": self._overall(reported, sites[name]),
+                "sites": {
+                    site: summarise([group], self.request) for site, group in reported.items()
+                },
+            }
+            for name, reported in groups.items()
+        }
+
+    def _overall(self, reported: Mapping[str, Any], sites: list[str]) -> dict[str, Any]:
+        curves = [reported[site]["survival"] for site in sites]
+        figures = summarise(list(reported.values()), self.request, curves)
+        if "survival" in figures:
+            figures["survival"]["sites"] = sites
+        return figures
+
+
+def curve_sites(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return by group the hospitals whose survival curves are pooled.
+
+    They are the same for all groups, so that the groups can be compared. A group that they have not
+    all reported has no hospital. What each hospital puts among all others differs, so that group
+    does not decide which hospitals they are.
+
+    Parameters
+    ----------
+    groups : mapping of str to mapping of str to dict
+        The answers by group and by hospital.
+    """
+    reporting = {
+        name: [site for site, group in reported.items() if "survival" in group]
+        for name, reported in groups.items()
+    }
+    named = {name: sites for name, sites in reporting.items() if name != OTHERS}
+    _, hospitals = compared(named or reporting)
+    return {
+        name: hospitals if set(hospitals) <= set(sites) else [] for name, sites in reporting.items()
+    }
 
 
 def ask(
@@ -228,9 +278,7 @@ def _content(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
         for name, reported in groups.items():
             changes += [row | {"group": name} for row in drift_between_sites(reported)]
     elif drift == "groups" and groups:
-        changes = drift_between_groups(
-            {name: [*reported.values()] for name, reported in groups.items()}
-        )
+        changes = drift_between_groups(groups)
     watched = [
         row | {"group": name}
         for name, reported in groups.items()
@@ -244,13 +292,7 @@ def _content(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
         "request": json.loads(answer.request.to_text()),
         "sites": answer.sites,
         "failures": [{"site": name, "reason": reason} for name, reason in answer.failures],
-        "groups": {
-            name: {
-                "overall": summarise(list(reported.values())),
-                "sites": {site: summarise([group]) for site, group in reported.items()},
-            }
-            for name, reported in groups.items()
-        },
+        "groups": answer.summaries(),
         "drift": changes,
         "alerts": watched,
         "alert": alert,

@@ -144,6 +144,28 @@ def test_values_outside_the_plausible_range_are_missing_and_told(tmp_path):
     ]
 
 
+def test_a_fraction_in_a_column_of_whole_numbers_is_missing_and_told(tmp_path):
+    schema = replace(HEART, whole=("chol",), ranges={"chol": (0, 9)})
+    text = "patient,age,chol,sex,ill\nA,1.5,2.0,1,1\nB,1,2.5,1,0\nC,1,,1,0\nD,1,99.5,1,0\n"
+    rows, rejected, problems = read(tmp_path, text, schema)
+    assert repr(column(rows, "chol")) == "[2.0, nan, nan, nan]"
+    assert column(rows, "age") == [1.5, 1, 1, 1]
+    assert rejected == 0
+    assert problems == [
+        "chol is outside 0 to 9 in 1 row, counted as missing; the first is line 5 with '99.5'",
+        "chol is not a whole number in 1 row, counted as missing; the first is line 3 with '2.5'",
+    ]
+
+
+def test_a_fraction_in_a_target_of_whole_numbers_is_rejected(tmp_path):
+    schema = replace(NUMBER, whole=("y",))
+    rows, rejected, problems = read(tmp_path, "patient,x,y\nA,1,10\nB,1,1.5\n", schema)
+    assert (column(rows, "y"), rejected) == ([10.0], 1)
+    assert problems == [
+        "target y is not a whole number in 1 row, rejected; the first is line 3 with '1.5'"
+    ]
+
+
 def test_texts_and_infinite_values_in_a_numeric_column(tmp_path):
     cells = ["3", "abc", "1_000", "inf", "-1e40", "true", "?", "n/a", "", "1e3", "4,5"]
     text = "patient\tx\ty\n" + "".join(f"A\t{cell}\t1\n" for cell in cells)
@@ -681,6 +703,8 @@ def test_frames_without_rows_or_with_a_column_twice():
         ({"ranges": {"A": (0, 1)}}, "ranges names 'A' (near: 'a'), which is not a numeric column"),
         ({"ranges": {"c": (0, 1)}}, "ranges names 'c', which is not a numeric column"),
         ({"ranges": {"y": (0, 1)}}, "ranges names 'y', which is not a numeric column"),
+        ({"whole": "a"}, "whole must be a tuple of columns, got 'a'"),
+        ({"whole": ("A",)}, "whole names 'A' (near: 'a'), which is not a numeric column"),
         ({"ranges": {"a": (1, 1)}}, "ranges of 'a' must be finite numbers in ascending order, "
          "got (1, 1)"),
         ({"ranges": {"a": (0, math.inf)}}, "ranges of 'a' must be finite numbers in ascending "

@@ -52,7 +52,8 @@ class TestSurvey:
         titles = [table["title"] for table in summary["tables"]]
         assert titles == [
             *["Table 1", "sex by event, 3 hospitals", "Correlations"],
-            *["Kaplan-Meier, 2 of 3 hospitals", "Drift", "Withheld", "Ask again"],
+            "Kaplan-Meier: 410 patients of 2 of 4 hospitals; not hospital-2, hospital-4",
+            *["Drift", "Withheld", "Ask again"],
         ]
         first = summary["tables"][0]
         assert first["head"] == ["", "hospital-1", "hospital-3", "hospital-4", "Overall"]
@@ -293,6 +294,7 @@ HOSTILE = [
     (("groups", 0, "numeric", "age", "histogram", "edges"), [1.0]),
     (("groups", 0, "numeric", "age", "histogram", "edges", 0), 1000.0),
     (("groups", 0, "numeric", "age", "histogram", "counts", 0), 10_000),
+    (("groups", 0, "numeric", "age", "histogram", "whole"), 1),
     (("groups", 0, "categorical", "sex", "counts"), [1]),
     (("groups", 0, "categorical", "sex", "counts", 0), -200),
     (("groups", 0, "categorical", "sex", "names"), ["f", "f"]),
@@ -305,6 +307,7 @@ HOSTILE = [
     (("groups", 0, "pairs", 0, "counts"), []),
     (("groups", 0, "survival", "times", 0), 1e9),
     (("groups", 0, "survival", "events"), []),
+    (("groups", 0, "survival", "times"), [*range(10_002)]),
     (("groups", 0, "survival", "censored", 0), 4000),
     (("groups", 0, "weeks", "counts", 0), -1),
     (("groups", 0, "weeks", "first"), 0.5),
@@ -451,6 +454,7 @@ class TestCommand:
                 where=(parse_filter("age>=30"), parse_filter('sex!="1"')),
                 categorical=("event",),
                 kinds=KINDS,
+                whole=("age",),
                 resolutions={"age": 0.1},
                 pairs=(("sex", "centre"),),
                 survival=Survival("time", "event", 12.5, 0.5),
