@@ -27,7 +27,7 @@ from fedmed_flower.clients.run_cache import Key, RunCache
 from fedmed_flower.clients.training import Steps, train_epochs
 from fedmed_flower.data.outlying import Outlying
 from fedmed_flower.data.pictures import Picture
-from fedmed_flower.data.schema import Schema
+from fedmed_flower.data.schema import Schema, empty_columns
 from fedmed_flower.data.site import (
     SPLITS,
     LineNumber,
@@ -455,6 +455,20 @@ class MedicalClient(ABC):
     def declared(self) -> Schema | None:
         """The schema by which the hospital declares its columns; None if there is none."""
         return getattr(self, "schema", None)
+
+    def empty_columns(self) -> tuple[str, ...]:
+        """Return the features of the schema without a value in any row of this site.
+
+        Columns that its table lacks are not among them. Nothing is returned if the rows are of
+        fewer patients than ``min-cell-count``, or if there is no schema.
+        """
+        data = self.data()
+        rows = [row for split in SPLITS for row in getattr(data, split)]
+        few = min_cell_count(self.context, self.site)
+        if self.declared is None or len({patient_text(row["patient"]) for row in rows}) < few:
+            return ()
+        names = [name for name in self.declared.features if name not in data.lacking]
+        return empty_columns(rows, names)
 
     def require_protection(self) -> None:
         """Decline to train without privacy if the hospital has set a budget.

@@ -32,6 +32,10 @@ _GROUPED = re.compile(r"[+-]?[1-9][0-9]{0,2}(\.[0-9]{3})+(,[0-9]*)?")
 _FEWEST_LONE = 3
 _LONE_SHARE = 0.01
 _CODES_BELOW_ZERO = (-1.0, -9.0, -99.0, -999.0, -9999.0)
+# Fewer are far from the others, such as typing errors, if they are so many times as far from these
+# as these are apart, and if there are so many different values.
+_STRAY_RATIO = 10.0
+_FEWEST_DISTINCT = 20
 _NUMBER_CODE = re.compile(r"-?[0-9]+")
 # If a larger share of the outcomes is not valid, and as many rows, they are coded otherwise.
 _MOST_UNDECLARED = 0.05
@@ -124,12 +128,17 @@ class Cells:
         ]
 
     def numbers(
-        self, name: str, limits: tuple[float, float] | None = None, needed: str = ""
+        self,
+        name: str,
+        limits: tuple[float, float] | None = None,
+        needed: str = "",
+        whole: bool = False,
     ) -> NDArray[np.float64]:
-        """Return a column as numbers, NaN if a cell is missing, not a number or out of its limits.
+        """Return a column as numbers, NaN if a cell is missing, not a number or not allowed.
 
-        `needed` is the column's name in problems if a row cannot do without it: rows with such a
-        cell are then rejected. Rows with a missing cell are not.
+        Allowed are numbers within the limits and, if `whole`, whole numbers only. `needed` is the
+        column's name in problems if a row cannot do without it: rows with such a cell are then
+        rejected. Rows with a missing cell are not.
         """
         cells = self.raw(name)
         grouped = self._has_groups(name, cells)
@@ -146,19 +155,24 @@ class Cells:
             low, high = limits
             what = f"is outside {plain(low)} to {plain(high)}"
             faults[what] = ((values < low) | (values > high)) & ~too_large
+        if whole:
+            other = np.logical_or.reduce([np.isnan(values), *faults.values()])
+            faults["is not a whole number"] = (values != np.floor(values)) & ~other
         for what, mask in faults.items():
             values[mask] = np.nan
             self.note(needed or name, what, mask, cells, bool(needed))
-        self._note_lone(name, values)
+        distinct, counts = np.unique(values[~np.isnan(values)], return_counts=True)
+        self._note_lone(name, distinct, counts)
+        if limits is None:
+            self._note_stray(name, values, distinct, counts, cells)
         return values
 
-    def _note_lone(self, name: str, values: NDArray[np.float64]) -> None:
+    def _note_lone(self, name: str, distinct: NDArray[Any], counts: NDArray[Any]) -> None:
         """Add a problem if the least or greatest value may be a code of missing values."""
-        known = values[~np.isnan(values)]
-        distinct, counts = np.unique(known, return_counts=True)
         if len(distinct) < 3:
             return
-        fewest = max(_FEWEST_LONE, _LONE_SHARE * len(known))
+        known = counts.sum()
+        fewest = max(_FEWEST_LONE, _LONE_SHARE * known)
         for value, count, rest in (
             (distinct[0], counts[0], distinct[1:]),
             (distinct[-1], counts[-1], distinct[:-1]),
@@ -168,10 +182,45 @@ class Cells:
             if count >= fewest and apart:
                 code = plain(value)
                 self.problems.append(
-                    f"{name} is {code} in {count} of {len(known)} rows, apart from its other "
+                    f"{name} is {code} in {count} of {known} rows, apart from its other "
                     f"values ({plain(rest[0])} to {plain(rest[-1])}): if {code} stands for a "
                     f'missing value, add "{code}" to missing, or declare the range of {name!r}'
                 )
+
+    def _note_stray(
+        self,
+        name: str,
+        values: NDArray[np.float64],
+        distinct: NDArray[Any],
+        counts: NDArray[Any],
+        cells: Sequence[Any],
+    ) -> None:
+        """Add a problem if a few values, too few for a code, are far from all others."""
+        if len(distinct) < _FEWEST_DISTINCT:
+            return
+        fewest = max(_FEWEST_LONE, _LONE_SHARE * counts.sum())
+        most = min(int(fewest), len(distinct) // 4)
+        for sign in (-1, 1):
+            ends = distinct[::sign] * sign
+            # Without the values at the other end, which may be as wrong.
+            spreads = ends[-most - 1 : -1] - ends[most]
+            rows_from = np.cumsum(counts[::-sign][:most])[::-1]
+            apart = np.diff(ends[-most - 1 :]) > _STRAY_RATIO * spreads
+            found = np.flatnonzero(apart & (rows_from < fewest))
+            if not found.size:
+                continue
+            rows = int(rows_from[found[0]])
+            rest = np.sort(ends[: found[0] - most] * sign)
+            stray = np.isin(values, ends[found[0] - most :] * sign)
+            first = int(stray.argmax())
+            self.problems.append(
+                shown(
+                    f"{name} is far from its other values ({plain(rest[0])} to {plain(rest[-1])}) "
+                    f"in {rows} row{'s' * (rows > 1)}, kept; the first is {self.word} "
+                    f"{self.lines[first]} with {_example(cells[first])}: if it is a typing error "
+                    f"or of another unit, correct it, or declare the range of {name!r}"
+                )
+            )
 
     def _has_groups(self, name: str, cells: Sequence[Any]) -> bool:
         """Return whether points in a column's numbers stand between groups of three digits.

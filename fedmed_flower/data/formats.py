@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from fedmed_flower.data.cells import Cells, frame_cells, require
 from fedmed_flower.errors import InputError, shown
 
 _Row = Sequence[Any]
+_QUOTED = re.compile(r'"[^"]*"')
 # Bytes that a cell takes at least.
 _CELL = 8
 _UNREADABLE = {
@@ -71,14 +73,18 @@ def _read_text(path: Path, content: bytes) -> Cells:
     heading = next((line for line in lines if line.strip(" ,;\t\r\n")), "")
     require(bool(heading), f"{path} is empty")
     require("\0" not in heading, f"{path} is not a text in UTF-8: save it in UTF-8")
-    # If a comma is the decimal mark, spreadsheets separate columns by semicolons.
-    separator = max(",;\t", key=heading.count)
+    # If a comma is the decimal mark, spreadsheets separate columns by semicolons. Those within
+    # quotes are part of a name.
+    separator = max(",;\t", key=_QUOTED.sub("", heading).count)
     lines.seek(0)
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
     try:
         numbered = [(reader.line_num, line) for line in reader if any(map(str.strip, line))]
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}") from None
+        text = f"{path}, line {reader.line_num}: {error}"
+        if "expected after" in str(error):
+            text += ": a cell ends where its quotes close, so remove the blank or text behind them"
+        raise InputError(text) from None
     names = [name.strip() for name in numbered.pop(0)[1]]
     whole = [(number, line) for number, line in numbered if len(line) == len(names)]
     cells = Cells(

@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.duplicates import digests_of
+from fedmed_flower.clients.queries import refuse_other_version
 from fedmed_flower.data.site import SPLITS, Row, min_cell_count
 from fedmed_flower.errors import DeclinedError, shown
 from fedmed_flower.metrics.survival import followed
@@ -36,9 +37,11 @@ def statistics(client: MedicalClient, message: Message) -> RecordDict:
     InputError
         If the request cannot be read or does not fit the columns, or a file cannot be written.
     DeclinedError
-        If the hospital answers only with noise, or noise is asked of a real hospital that has no
-        budget, or the charge would exceed the budget, or the conditions use too many values.
+        If the message is of another version, the hospital answers only with noise, or noise is
+        asked of a real hospital that has no budget, or the charge would exceed the budget, or the
+        conditions use too many values.
     """
+    refuse_other_version(client, message)
     config = client.read(message)
     request = Request.from_text(str(config.get(REQUEST, "")))
     if client.secretive and not request.epsilon:

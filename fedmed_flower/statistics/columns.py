@@ -28,6 +28,7 @@ from fedmed_flower.statistics.values import (
     is_single,
     numbers_meet,
     numbers_of,
+    only_whole,
     text_of,
     texts_meet,
 )
@@ -102,20 +103,44 @@ class Columns:
         return 2 * numbers < sum(not is_gap(value) for value in given)
 
     def numbers(self, name: str) -> Floats:
-        """Return a column as (rows,) floats; NaN if there is no number below 1e100."""
+        """Return a column as (rows,) floats; NaN if there is no number below 1e100.
+
+        In a column that is declared whole, other numbers count as missing. The hospital's log says
+        how many.
+        """
         if name not in self._numbers:
-            self._numbers[name] = numbers_of(cells_of(self._rows, name))
+            self._numbers[name] = self._read_numbers(name)
         return self._numbers[name]
+
+    def _read_numbers(self, name: str) -> Floats:
+        numbers = numbers_of(cells_of(self._rows, name))
+        if not self.declared.is_whole(name):
+            return numbers
+        whole = only_whole(numbers)
+        fractions = numbers[~np.isnan(numbers) & np.isnan(whole)]
+        if fractions.size:
+            log.warning(
+                "%s is declared to hold whole numbers: %d of %d values, such as %g, count as "
+                "missing",
+                shown(name),
+                fractions.size,
+                np.count_nonzero(~np.isnan(numbers)),
+                fractions[0],
+            )
+        return whole
 
     def texts(self, name: str) -> list[str | None]:
         """Return a column as categories, in which 1, 1.0, "1" and True are the same.
 
-        None for a missing value. In a column of numbers, a text that is no number is missing.
+        None for a missing value. In a column of numbers, a text that is no number is missing, and
+        so is a number that is not whole if the schema says that all are.
         """
         if name not in self._texts:
             texts = [text_of(value) for value in cells_of(self._rows, name)]
             if not self._holds_categories(name):
                 texts = [text if text and is_number(text) else None for text in texts]
+            if self.declared.whole_by_schema(name):
+                texts = [text if text and float(text).is_integer() else None for text in texts]
             self._texts[name] = texts
         return self._texts[name]
 
@@ -198,14 +223,15 @@ class Columns:
 def follow_up(times: Floats, events: Sequence[str | None], horizon: float) -> tuple[Floats, Codes]:
     """Return times and events, both (rows,).
 
-    A time is NaN if it is below 0, or if time or event is missing. Times beyond the horizon are
-    censored there. An event is "1" if it happened and "0" if the time is that of censoring.
+    A time is NaN if it is below 0, or if time or event is missing. A time beyond the horizon is
+    infinite and censored. An event is "1" if it happened and "0" if the time is that of censoring.
     """
     happened = np.array([_EVENTS.get(text, -1) for text in events], np.int64)
     with np.errstate(invalid="ignore"):
         times = np.where((happened < 0) | (times < 0), np.nan, times)
         happened = np.where(times > horizon, 0, happened)
-    return np.minimum(times, horizon), happened
+        times = np.where(times > horizon, np.inf, times)
+    return times, happened
 
 
 def _can_be_named(name: object) -> bool:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fedmed_flower.errors import InputError
+from fedmed_flower.statistics.curve import pool_noised_survival, pool_survival
 from fedmed_flower.statistics.pooling import (
+    only_whole,
     pool_correlation,
     pool_counts,
     pool_moments,
     pool_quantile,
-    pool_survival,
 )
+from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.types import Reported
 from fedmed_flower.statistics.values import week_text
 from fedmed_flower.statistics.weekly import METHODS
@@ -23,22 +25,32 @@ from fedmed_flower.statistics.weekly import METHODS
 SHARES = (0.25, 0.5, 0.75)
 
 
-def summarise(groups: Sequence[Reported]) -> dict[str, Any]:
+def summarise(
+    groups: Sequence[Reported],
+    request: Request | None = None,
+    curves: Sequence[Reported] | None = None,
+) -> dict[str, Any]:
     """Return the statistics of several hospitals' rows together, or of one hospital's.
 
     Parameters
     ----------
     groups : sequence of dict
         One a hospital, as `replies.read_reply` has checked them.
+    request : Request, optional
+        What was asked; by default a question without noise and without a survival curve.
+    curves : sequence of dict, optional
+        The survival curves to pool; by default those of all `groups`.
 
     Returns
     -------
     dict
         ``rows``, ``patients``, ``numeric`` (by column: ``n``, ``missing``, ``hospitals``, ``mean``,
-        ``variance``, ``sd``, ``quantiles`` as [value, low, high] by share), ``categorical``
-        (``n``, ``missing``, ``hospitals``, ``counts`` by name, ``few``), ``correlations``,
-        ``pairs`` and ``survival``. A number is left out if no hospital has sent its part.
+        ``variance``, ``sd``, ``whole``, ``quantiles`` by share, each with ``estimate``, ``low`` and
+        ``high`` as in `pooling.Quantile`), ``categorical`` (``n``, ``missing``, ``hospitals``,
+        ``counts`` by name, ``few``), ``correlations``, ``pairs`` and ``survival`` (the fields of
+        `curve.Curve`, and ``hospitals``). A number is left out if no hospital has sent its part.
     """
+    request = request or Request()
     numbers: dict[str, Any] = {
         "rows": math.fsum(group["rows"] for group in groups),
         "patients": math.fsum(group["patients"] for group in groups),
@@ -57,9 +69,51 @@ def summarise(groups: Sequence[Reported]) -> dict[str, Any]:
         )
     for columns, parts in _by_columns(groups, "pairs").items():
         numbers["pairs"].append({"columns": list(columns), **_crossed(parts)})
-    if curves := [group["survival"] for group in groups if "survival" in group]:
-        numbers["survival"] = pool_survival(curves)._asdict() | {"hospitals": len(curves)}
+    reported = [group["survival"] for group in groups if "survival" in group]
+    asked = request.survival
+    if reported and asked is not None:
+        pooled = reported if curves is None else curves
+        if request.epsilon:
+            curve = pool_noised_survival(pooled)
+        else:
+            curve = pool_survival(pooled, asked.horizon, asked.width)
+        numbers["survival"] = curve._asdict() | {"hospitals": len(pooled)}
     return numbers
+
+
+def compared(reporting: Mapping[str, Collection[str]]) -> tuple[list[str], list[str]]:
+    """Choose the groups that can be compared, and the hospitals by which.
+
+    Groups that are pooled over different hospitals may differ because the hospitals do. So each is
+    pooled over those that have reported every one of them. Groups that most hospitals have reported
+    come first; one that would leave no hospital is left out.
+
+    Parameters
+    ----------
+    reporting : mapping of str to collection of str
+        By group, the hospitals that have reported it. A group that comes later in it does not
+        displace one before it that as many hospitals have reported.
+
+    Returns
+    -------
+    groups, hospitals : list of str
+        Both in the order of `reporting`.
+
+    Examples
+    --------
+    >>> compared({"f": ["north", "south"], "m": ["north"], "unknown": ["west"]})
+    (['f', 'm'], ['north'])
+    """
+    chosen: list[str] = []
+    common: list[str] = []
+    for group in sorted(reporting, key=lambda group: -len(reporting[group])):
+        hospitals = list(reporting[group])
+        if chosen:
+            hospitals = [name for name in common if name in hospitals]
+        if hospitals:
+            chosen.append(group)
+            common = hospitals
+    return [group for group in reporting if group in chosen], common
 
 
 def alarms(sites: Mapping[str, Reported], method: str) -> list[dict[str, Any]]:
@@ -140,7 +194,10 @@ def _numeric(parts: Sequence[Reported]) -> dict[str, Any]:
         moments = pool_moments(known)
         numbers |= {"mean": moments.mean, "variance": moments.variance, "sd": moments.sd}
     if binned := [part["histogram"] for part in parts if "histogram" in part]:
-        numbers["quantiles"] = {str(share): list(pool_quantile(binned, share)) for share in SHARES}
+        numbers["whole"] = only_whole(binned)
+        numbers["quantiles"] = {
+            str(share): pool_quantile(binned, share)._asdict() for share in SHARES
+        }
     return numbers
 
 

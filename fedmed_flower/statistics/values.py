@@ -116,6 +116,11 @@ def numbers_of(values: Sequence[Any]) -> Floats:
     return np.fromiter(map(number_of, values), np.float64, len(values))
 
 
+def only_whole(numbers: Floats) -> Floats:
+    """Return (rows,) the whole numbers; NaN for all others."""
+    return np.where(numbers == np.floor(numbers), numbers, np.nan)
+
+
 def cells_of(rows: Sequence[Row], name: str) -> list[Any]:
     """Return each row's value of a column; None if it is missing, several, or unreadable."""
     return [_cell(row, name) for row in rows]

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from sksurv.metrics import integrated_brier_score
 from sksurv.util import Surv
 from tables import SURVIVAL, TinySurvival, TinyTable, changed, holding, lives, run_tables
-from tiny import ask, context_of, node_of, says
+from tiny import ask, context_of, node_of, says, says_of_setting
 
 from fedmed_flower import InputError, Schema, SiteData, SurvivalClient
 from fedmed_flower.data.preparation import Preparation
@@ -231,13 +231,13 @@ def test_settings_are_checked_before_anything_is_asked(tmp_path):
             "survival-horizon must be above 0 and finite, got 0.0",
         ),
     ):
-        with pytest.raises(InputError, match=says(text)):
+        with pytest.raises(InputError, match=says_of_setting(text)):
             run_tables(tmp_path / "run", TinySurvival, **config)
     wrong = type("Wrong", (SurvivalClient,), {
         "schema": TinyTable.schema, "load_data": TinyTable.load_data, "sizes": TinyTable.sizes,
     })  # fmt: skip
     text = "Wrong needs a schema with task=\"survival\", got 'binary'"
-    with pytest.raises(InputError, match=says(text)):
+    with pytest.raises(InputError, match=says_of_setting(text)):
         run_tables(tmp_path / "run", wrong)
     assert not (tmp_path / "run").exists()
 

@@ -23,6 +23,7 @@ from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import KINDS, Request, Survival, parse_filter
 from fedmed_flower.statistics.server import Answer, _content, ask
 from fedmed_flower.statistics.table import _alerts, figure, table_one
+from fedmed_flower.wire import MESSAGE_VERSION
 
 
 class TestSurvey:
@@ -51,8 +52,8 @@ class TestSurvey:
         titles = [table["title"] for table in summary["tables"]]
         assert titles == [
             *["Table 1", "sex by event, 3 hospitals", "Correlations"],
-            *["Kaplan-Meier, 2 of 3 hospitals", "Stands out", "Drift"],
-            *["Withheld", "Ask again"],
+            "Kaplan-Meier: 410 patients of 2 of 4 hospitals; not hospital-2, hospital-4",
+            *["Stands out", "Drift", "Withheld", "Ask again"],
         ]
         (standing_out,) = [t for t in summary["tables"] if t["title"] == "Stands out"]
         unknown = "6 of 24 comparisons were not possible"
@@ -157,6 +158,31 @@ class TestSurvey:
         assert "&lt;b&gt;x" in page
         for text in ("<b>x", "<script>", "<i>made"):
             assert text not in page
+
+
+def test_a_hospital_of_another_version_is_refused_by_name(tmp_path):
+    class Older(Ward):
+        """The first hospital's package is of before messages had versions."""
+
+        @classmethod
+        def client_app(cls, mods=()):
+            def forget(message, context, call):
+                reply = call(message, context)
+                if context.node_config["partition-id"] == 0:
+                    del reply.content["site"]["version"]
+                return reply
+
+            return super().client_app([forget])
+
+    answer = surveyed(Older, Request(columns=("age",)), tmp_path / "run")
+    assert answer.failures == [
+        (
+            "hospital-1",
+            "hospital-1: messages of the hospital have no version, as before versions were named, "
+            "and those of the server version 1: install the same fedmed-flower at both",
+        )
+    ]
+    assert list(answer.sites) == ["hospital-2", "hospital-3", "hospital-4"]
 
 
 class TestRealHospitals:
@@ -305,6 +331,7 @@ HOSTILE = [
     (("groups", 0, "numeric", "age", "histogram", "edges"), [1.0]),
     (("groups", 0, "numeric", "age", "histogram", "edges", 0), 1000.0),
     (("groups", 0, "numeric", "age", "histogram", "counts", 0), 10_000),
+    (("groups", 0, "numeric", "age", "histogram", "whole"), 1),
     (("groups", 0, "categorical", "sex", "counts"), [1]),
     (("groups", 0, "categorical", "sex", "counts", 0), -200),
     (("groups", 0, "categorical", "sex", "names"), ["f", "f"]),
@@ -317,6 +344,7 @@ HOSTILE = [
     (("groups", 0, "pairs", 0, "counts"), []),
     (("groups", 0, "survival", "times", 0), 1e9),
     (("groups", 0, "survival", "events"), []),
+    (("groups", 0, "survival", "times"), [*range(10_002)]),
     (("groups", 0, "survival", "censored", 0), 4000),
     (("groups", 0, "weeks", "counts", 0), -1),
     (("groups", 0, "weeks", "first"), 0.5),
@@ -376,7 +404,8 @@ class TestHostileReplies:
             if node == 4:
                 return None
             told = ConfigRecord({"answer": json.dumps(wrong if node == 2 else sound)})
-            content = {"site": ConfigRecord({"name": f"site {node}", "data": "x", "generated": 1})}
+            about = {"name": f"site {node}", "data": "x", "generated": 1}
+            content = {"site": ConfigRecord(about | {"version": MESSAGE_VERSION})}
             content |= {} if node == 3 else {"statistics": told}
             return Message(RecordDict(content), reply_to=message)
 
@@ -484,6 +513,7 @@ class TestCommand:
                 where=(parse_filter("age>=30"), parse_filter('sex!="1"')),
                 categorical=("event",),
                 kinds=KINDS,
+                whole=("age",),
                 resolutions={"age": 0.1},
                 pairs=(("sex", "centre"),),
                 survival=Survival("time", "event", 12.5, 0.5),
