@@ -185,7 +185,10 @@ def same_bins(parts: Sequence[Reported]) -> list[NDArray[np.float64]] | None:
     average width beyond the outermost edge of all: what a hospital counts above its own last edge
     is not all below that of another.
     """
-    coarsest: list[float] = min((part["edges"] for part in parts), key=_fineness, default=[])
+    # Of histograms with as many bins it does not matter which comes first.
+    coarsest: list[float] = min(
+        (part["edges"] for part in parts), key=lambda edges: (len(edges), edges), default=[]
+    )
     if not coarsest:
         return None
     edges = np.unique([edge for part in parts for edge in part["edges"]])
@@ -196,11 +199,6 @@ def same_bins(parts: Sequence[Reported]) -> list[NDArray[np.float64]] | None:
         cut = np.interp(coarsest, points, np.cumsum([0.0, *part["counts"]]))
         histograms.append(np.diff([0.0, *cut, math.fsum(part["counts"])]))
     return histograms
-
-
-def _fineness(edges: Sequence[float]) -> tuple[int, Sequence[float]]:
-    """Return what orders histograms, whichever of them comes first."""
-    return len(edges), edges
 
 
 def _between(values: list[tuple[float, float]], index: float) -> float:

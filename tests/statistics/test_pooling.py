@@ -14,7 +14,6 @@ from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.pooling import (
     below_edges,
     cumulate,
-    divides_cells,
     pool_moments,
     pool_quantile,
     same_bins,
@@ -240,10 +239,6 @@ class TestCells:
         assert edges == [0.0, 1.0, 1.5, 2.0]
         assert below.tolist() == [[0, 10, 25, 40], [0, 40 / 3, 20, 40]]
         assert [counts.tolist() for counts in same_bins([fine, coarse])] == [[25, 15], [20, 20]]
-        assert divides_cells([fine, coarse])
-        assert not divides_cells([fine, fine])
-        # Nobody is in the cell that is divided.
-        assert not divides_cells([fine | {"counts": [5, 10, 0, 20]}, coarse])
 
     def test_bounds_below_each_edge_by_hand(self):
         """At 0 up to the twenty below 1.5 may be below it; at 1.5 those from 1 to 2 may be."""

@@ -240,21 +240,3 @@ class TestCurves:
         assert groups["II"]["overall"]["survival"]["sites"] == ["north", "south"]
         (apart,) = self.curve(content, APART)
         assert [row[0] for row in apart["rows"]] == ["stage all others"]
-
-
-def test_windows_are_compared_over_the_same_hospitals(tmp_path):
-    def rows(years, count):
-        return [
-            {"patient": number, "year": year, "x": number % 10}
-            for number, year in enumerate(np.repeat(years, count).tolist())
-        ]
-
-    hospitals = {"north": rows([2020, 2021], 100), "west": rows([2021], 80)}
-    request = Request(by="year", kinds=("histograms",), columns=("x",), resolutions={"x": 1.0})
-    answer = Answer(request)
-    for name, table in hospitals.items():
-        asked = {"by": "year", "kinds": ("histograms",), "resolutions": {"x": 1.0}}
-        found = ask(table, tmp_path / name, columns=("x",), **asked)
-        answer.sites[name] = read_reply(json.dumps({"minimum": 10, "noise": None} | found))
-    (drift,) = [t for t in tables(_content(answer, "groups", "c2")) if t["title"] == "Drift"]
-    assert [row[-1] for row in drift["rows"]] == ["1 of 2 hospitals; not west"]
