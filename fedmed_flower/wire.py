@@ -85,8 +85,9 @@ TITLES = "titles"
 IMAGES = "images"
 ANSWER = "answer"
 REJECTED = "rejected"
-# Record and entry: columns that a hospital's table lacks.
+# Records of columns: those that a hospital's table lacks, and those without a value in any row.
 LACKING = "lacking"
+EMPTY = "empty"
 COLUMNS = "columns"
 # Of a site's own model: its main metric on validation rows, before and after, and the passes kept.
 PERSONAL = ("val-global", "val-own", "personal-epochs")
@@ -190,6 +191,8 @@ any | config.agreed | what all sites agreed upon | runs/experiment | clients/bas
 any | config.frozen-digest | digest of what does not travel | runs/experiment | clients/base
 any | config.pool-sites | simulation: all rows together | runs/baselines | clients/base
 describe | config.version | version of the messages | runs/roll_call | clients/queries
+statistics | config.version | version of the messages | statistics/server | clients/queries
+cohort | config.version | version of the messages | genomics/panel | clients/queries
 train | arrays.* | the global model | strategies/base | clients/app
 train | config.server-round | number of the round | Flower | clients/app
 train | config.proximal-mu | weight of the proximal term | Flower | clients/app
@@ -233,11 +236,12 @@ any | site.simulated | whether it lives in a simulation | plain | plain
 any | site.data | name of the data source | plain | plain
 any | site.generated | whether the rows are made up | plain | plain
 any | site.version | version of its messages | plain | plain
-describe | metrics.num-examples | number of training rows, once more | plain | known
+describe | metrics.num-examples | number of training rows, as Flower names it | plain | known
 describe | metrics.train | number of training rows (private: of patients) | plain | known
 describe | metrics.val | number of validation rows (private: of patients) | plain | known
 describe | metrics.test | number of test rows (private: of patients) | plain | known
 describe | lacking.columns | columns of the schema that its table lacks | plain | never
+describe | empty.columns | columns of the schema without a value in any row | bounded | never
 describe | metrics.rejected | number of rows that could not be used | plain | never
 contribution | contribution.moments COLUMN | moments of a column | bounded | never
 contribution | contribution.categories COLUMN | categories of ten patients or more | bounded | never
@@ -283,8 +287,8 @@ evaluate | metrics.surface-dice | mean surface Dice | bounded | never
 evaluate | metrics.surface-dice-CLASS | mean surface Dice of each class | bounded | never
 evaluate | metrics.noised-dice | number of patients and sums of their Dice | never | noised
 evaluate | metrics.METRIC@column=value | each metric above, of a group (report-by) | bounded | never
-pictures | pictures.titles | what each picture shows | bounded | plain
-pictures | pictures.images | up to six pictures of test cases | bounded | plain
+pictures | pictures.titles | what each picture shows | plain | plain
+pictures | pictures.images | up to six pictures of test cases, each of one patient | plain | plain
 personal | metrics.val-global | main validation metric of the global model | bounded | never
 personal | metrics.val-own | main validation metric of its own model | bounded | never
 personal | metrics.personal-epochs | passes after which its own was kept | plain | never

@@ -1,10 +1,13 @@
 import os
 import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
 
 from fedmed_flower.data.site import simulation
+
+CHROMIUM = Path("/usr/bin/chromium")
 
 # A busy machine takes longer for an example, and nothing is wrong.
 hypothesis.settings.register_profile("suite", deadline=None)
@@ -41,3 +44,43 @@ def _alone():
     for name in names:
         sys.modules.pop(name, None)
     sys.modules.update(before)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if not CHROMIUM.exists():
+        pytest.skip(f"needs a browser at {CHROMIUM}")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=str(CHROMIUM),
+            args=["--no-sandbox", "--no-proxy-server", "--disable-dev-shm-usage"],
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """Return a function that opens an address, with options of a context of the browser.
+
+    Nothing else may be asked for, and nothing be said in the console.
+    """
+    said, contexts = [], []
+
+    def visit(url, **options):
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        # A busy machine takes long to load torch.
+        page.set_default_timeout(300_000)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: said.append(dialog.message) or dialog.dismiss())
+        page.on("request", lambda request: request.url.startswith(url) or said.append(request.url))
+        page.goto(url)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert said == []

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,11 +32,12 @@ _PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")
 
 @data_app.command()
 def check(
-    folder: Annotated[
-        Path | None,
+    folders: Annotated[
+        list[Path] | None,
         typer.Argument(
-            help="A folder with dataset.json, a .csv list of images, or DICOM files; with --app, "
-            "whatever the app reads."
+            metavar="[FOLDER]...",
+            help="A folder with dataset.json, a .csv list of images, DICOM files or PLINK files; "
+            "with --app, whatever the app reads. Several folders are compared too.",
         ),
     ] = None,
     app: Annotated[
@@ -59,8 +58,9 @@ def check(
 ) -> None:
     """Read all that a hospital's folder holds and list what cannot be used.
 
-    Nothing leaves this machine, and nothing is written. Without a folder only the node config is
-    checked.
+    With --app several folders are compared as well: who differs from all others as another unit or
+    a typing error would make it. Nothing leaves this machine, and nothing is written. Without a
+    folder only the node config is checked.
     """
     # Imports MONAI, for which the other commands need not wait.
     from fedmed_flower.data.checks import check_folder
@@ -69,30 +69,43 @@ def check(
         if node_config is not None:
             _check_node(node_config)
             console.print("the node config is valid")
-        if folder is None:
+        if not folders:
             if node_config is None or app is not None:
                 raise InputError("give a folder, --node-config, or both")
             return
         if app is not None:
             if classes is not None:
                 raise InputError(f"--classes {classes} does not go with --app: the app says it")
-            _check_by_app(app, folder.expanduser())
+            _check_by_app(app, [folder.expanduser() for folder in folders])
+            return
+        if len(folders) > 1:
+            raise InputError(
+                f"{len(folders)} folders are compared as an app reads them: give --app, or one "
+                "folder"
+            )
+        folder = folders[0].expanduser()
+        if _is_genotypes(folder):
+            _check_genotypes(folder)
             return
         with console.status(Text(shown(f"reading {folder}"))):
             findings = check_folder(folder, num_classes=classes)
     images = [finding for finding in findings if finding.image]
-    _print_table(images, folder.expanduser())
+    _print_table(images, folder)
     _print_summary(images)
     _print_problems([_problem(finding) for finding in findings if finding.problem is not None])
 
 
-def _print_problems(problems: Sequence[str]) -> None:
-    for problem in problems:
-        console.print(problem, style="red")
+def _print_problems(problems: Sequence[str], code: int = 1) -> None:
+    _print_red(problems)
     if problems:
         console.print(f"{len(problems)} problem{'s' * (len(problems) > 1)}", style="red")
-        raise typer.Exit(1)
+        raise typer.Exit(code)
     console.print("no problems")
+
+
+def _print_red(problems: Sequence[str]) -> None:
+    for problem in problems:
+        console.print(problem, style="red")
 
 
 @data_app.command()
@@ -118,48 +131,57 @@ def phantoms(
             console.print(f"{path}: {files} files")
 
 
-def _check_by_app(app: Path, folder: Path) -> None:
-    """Read a hospital's folder by an app's client, and print what that had to handle.
+def _check_by_app(app: Path, folders: Sequence[Path]) -> None:
+    """Read hospitals' folders by an app's client, and print what that had to handle.
 
     Raises
     ------
     InputError
-        If the folder cannot be used at all.
+        If there is one folder and it cannot be used at all.
     typer.Exit
-        With code 1 if there was anything.
+        With code 1 if there was anything, 2 if one of several folders cannot be used.
     """
-    from flwr.app import Context, RecordDict, UserConfig
+    from fedmed_flower.cli.checking import check_by_app, compare
 
-    from fedmed_flower.clients.app import HospitalApp
-    from fedmed_flower.data.site import SPLITS, require_patients
-    from fedmed_flower.engines.project import load_project
-    from fedmed_flower.settings.registry import complete
+    found = check_by_app(app, folders)
+    several = len(found) > 1
+    problems = []
+    for name, checked in found.items():
+        start = f"{name}: " if several else ""
+        for line in checked.lines:
+            console.print(f"{start}{line}")
+        problems += [f"{start}{problem}" for problem in checked.problems]
+        if several and checked.refused:
+            problems.append(f"{start}cannot be used: {checked.refused}")
+    refused = [checked.refused for checked in found.values() if checked.refused]
+    if several:
+        problems += compare(found)
+    elif refused:
+        _print_red(problems)
+        raise InputError(refused[0])
+    _print_problems(problems, code=2 if refused else 1)
 
-    client_app = load_project(app).client_app()
-    if not isinstance(client_app, HospitalApp):
-        raise InputError(f"the ClientApp of {app} is not made by a client of this package")
-    node: UserConfig = {"site-name": folder.resolve().name, "data-dir": str(folder)}
-    config = complete(load_project(app).declared, client_app.sections)
-    client = client_app.client(Context(0, 0, node, RecordDict(), config))
-    handler = BufferingHandler(capacity=2**30)
-    handler.setLevel(logging.WARNING)
-    logger = logging.getLogger("flwr.fedmed")
-    propagate = logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        data = client.load_data(client.site)
-        require_patients(data)
-        client.check(data)
-        usable = {split: client.screen(getattr(data, split), split) for split in SPLITS}
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
-    read = sum(len(getattr(data, split)) for split in SPLITS)
-    rejected = data.rejected + read - sum(map(len, usable.values()))
-    rows = ", ".join(f"{len(rows)} {split}" for split, rows in usable.items())
-    console.print(f"{data.source}: {rows}; {rejected} rejected")
-    _print_problems([shown(record.getMessage()) for record in handler.buffer])
+
+def _is_genotypes(folder: Path) -> bool:
+    """Return whether a folder holds genotype files, and no list of images."""
+    from fedmed_flower.data.datalist import DATALIST, DATASET
+    from fedmed_flower.genomics.checks import filesets
+
+    listed = any((folder / name).is_file() for name in (DATASET, DATALIST))
+    return not listed and bool(filesets(folder))
+
+
+def _check_genotypes(folder: Path) -> None:
+    """Print what the genotype files of a folder hold; raise `typer.Exit` if there are problems."""
+    from fedmed_flower.genomics.checks import check_files, filesets
+
+    problems = []
+    for prefix in filesets(folder):
+        found = check_files(prefix)
+        for line in found.lines:
+            console.print(line)
+        problems += found.problems
+    _print_problems(problems)
 
 
 def _check_node(text: str) -> None:

@@ -37,9 +37,12 @@ def statistics(
     categorical: Annotated[
         _Names, typer.Option(help="Treat the numbers of this column as codes.")
     ] = None,
+    whole: Annotated[
+        _Names, typer.Option(help="This column holds whole numbers, such as a count of visits.")
+    ] = None,
     quantiles: Annotated[bool, typer.Option("--quantiles", help="Medians and quartiles.")] = False,
     resolution: Annotated[
-        _Names, typer.Option(help="Round quantiles of a column to a width: COLUMN=WIDTH.")
+        _Names, typer.Option(help="Width of the cells that quantiles are read off: COLUMN=WIDTH.")
     ] = None,
     bounds: Annotated[
         _Names, typer.Option("--range", help="Declared range, for noise: COLUMN=LOW,HIGH.")
@@ -62,7 +65,12 @@ def statistics(
         bool, typer.Option("--drift-sites", help="Compare each hospital with all others.")
     ] = False,
     weekly: Annotated[str, typer.Option(help="Count rows by the week of this column.")] = "",
-    alert: Annotated[str, typer.Option(help="Alarm for the weekly counts: c2 or cusum.")] = "c2",
+    alert: Annotated[
+        str,
+        typer.Option(
+            help="Alarm for the weekly counts: c2, cusum, or farrington, which knows seasons."
+        ),
+    ] = "c2",
     epsilon: Annotated[float, typer.Option(help="Answer with noise; charged to ledgers.")] = 0.0,
     delta: Annotated[float, typer.Option(help="Delta of epsilon.")] = 1e-5,
     out: Annotated[
@@ -91,6 +99,7 @@ def statistics(
             by_width=window,
             kinds=tuple(kind for kind in KINDS if chosen.get(kind, True)),
             categorical=tuple(categorical or ()),
+            whole=tuple(whole or ()),
             resolutions={name: _number(text) for name, text in _pairs(resolution, "resolution")},
             ranges={name: _range(text) for name, text in _pairs(bounds, "range")},
             categories={
@@ -192,8 +201,10 @@ def _survival(text: str) -> Survival:
 
 
 def _print_table(entry: dict[str, Any]) -> None:
+    from fedmed_flower.statistics.table import AGAIN, APART, STANDS_OUT
+
     table = Table(title=entry["title"], title_justify="left")
-    words = entry["title"] in ("Withheld", "Ask again", "No answer", "Drift")
+    words = entry["title"] in ("Withheld", AGAIN, APART, "No answer", STANDS_OUT, "Drift")
     for index, name in enumerate(entry["head"]):
         justify: Any = "left" if index == 0 or words else "right"
         table.add_column(name, justify=justify, overflow="fold")

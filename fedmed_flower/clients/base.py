@@ -28,7 +28,7 @@ from fedmed_flower.clients.training import Steps, train_epochs
 from fedmed_flower.data.outlying import Outlying
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.rows import Rows
-from fedmed_flower.data.schema import Schema
+from fedmed_flower.data.schema import Schema, empty_columns
 from fedmed_flower.data.site import (
     SPLITS,
     LineNumber,
@@ -91,6 +91,8 @@ class MedicalClient(ABC):
         This site's rows.
     check
         Raise `InputError` if the rows cannot be used.
+    warn
+        Name in the log what is odd about rows that can be used.
     screen
         Reject single rows that cannot be used, and name them in the log.
     contribute, agree, outlying
@@ -209,6 +211,9 @@ class MedicalClient(ABC):
 
     def check(self, data: SiteData) -> None:  # noqa: B027
         """Raise `InputError` if the rows cannot be used; it names the row and the remedy."""
+
+    def warn(self, data: SiteData) -> None:  # noqa: B027
+        """Log what is odd about the rows of a site, if anything; a hook of subclasses."""
 
     def screen(self, rows: Sequence[Row], split: str) -> Sequence[Row]:
         """Return the rows that can be used; a subclass logs which cannot, and why.
@@ -453,6 +458,20 @@ class MedicalClient(ABC):
         """The schema by which the hospital declares its columns; None if there is none."""
         return getattr(self, "schema", None)
 
+    def empty_columns(self) -> tuple[str, ...]:
+        """Return the features of the schema without a value in any row of this site.
+
+        Columns that its table lacks are not among them. Nothing is returned if the rows are of
+        fewer patients than ``min-cell-count``, or if there is no schema.
+        """
+        data = self.data()
+        rows = Rows.joined(getattr(data, split) for split in SPLITS)
+        few = min_cell_count(self.context, self.site)
+        if self.declared is None or len({*patients_of(rows)}) < few:
+            return ()
+        names = [name for name in self.declared.features if name not in data.lacking]
+        return empty_columns(rows, names)
+
     def require_protection(self) -> None:
         """Decline to train without privacy if the hospital has set a budget.
 
@@ -679,6 +698,8 @@ class MedicalClient(ABC):
                 _require_named(data)
             if not self.sealed:
                 self.check(data)
+            if not pooled:
+                self.warn(data)
             loaded[key] = data
         return loaded[key]
 

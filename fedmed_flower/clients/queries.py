@@ -23,6 +23,7 @@ from fedmed_flower.wire import (
     COLUMNS,
     CONTRIBUTION,
     COUNT,
+    EMPTY,
     IMAGES,
     LACKING,
     PICTURES,
@@ -39,6 +40,15 @@ log = logging.getLogger("flwr.fedmed")
 MOST_PICTURES = 6
 
 
+def refuse_other_version(client: MedicalClient, message: Message) -> None:
+    """Raise `DeclinedError` if the first message of a server is of another version."""
+    config = message.content.config_records.get("config", ConfigRecord())
+    try:
+        require_version(config.get(VERSION), client.site.name, "server")
+    except VersionError as error:
+        raise DeclinedError(error) from error
+
+
 def describe(client: MedicalClient, message: Message) -> RecordDict:
     """Return the number of rows of each split; of patients if the client is `secretive`.
 
@@ -49,11 +59,7 @@ def describe(client: MedicalClient, message: Message) -> RecordDict:
     DeclinedError
         If messages of the server have another version.
     """
-    config = message.content.config_records.get("config", ConfigRecord())
-    try:
-        require_version(config.get(VERSION), client.site.name, "server")
-    except VersionError as error:
-        raise DeclinedError(error) from error
+    refuse_other_version(client, message)
     torch_device(client.settings)
     # Before the first round: a folder that is not there would be missed only when it is needed.
     output_folder(client.context, client.site, {})
@@ -74,8 +80,11 @@ def describe(client: MedicalClient, message: Message) -> RecordDict:
             **digests_of(client.site, client.data(), client.context.run_id),
         }
     )
-    if not client.secretive and client.data().lacking:
-        content[LACKING] = ConfigRecord({COLUMNS: list(client.data().lacking)})
+    if not client.secretive:
+        columns = {LACKING: client.data().lacking, EMPTY: client.empty_columns()}
+        for record, names in columns.items():
+            if names:
+                content[record] = ConfigRecord({COLUMNS: list(names)})
     return content
 
 

@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmed_flower.clients.tabular import TableRows, TabularClient
-from fedmed_flower.data.rows import column_of
-from fedmed_flower.data.site import Row, SiteData
+from fedmed_flower.data.rows import Rows, column_of
+from fedmed_flower.data.site import SPLITS, Row, SiteData, min_cell_count, patients_of
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.metrics.classification import noised_counts, noised_metrics
 from fedmed_flower.metrics.names import NOISED, PAIRS
 from fedmed_flower.metrics.survival import (
     breslow,
     concordance,
+    followed,
     integrated_brier_score,
     survival_of_cox,
 )
@@ -34,6 +35,7 @@ from fedmed_flower.models.survival import (
 )
 from fedmed_flower.settings.registry import Sections
 from fedmed_flower.settings.survival import SurvivalSettings
+from fedmed_flower.statistics.values import cells_of, numbers_of
 
 log = logging.getLogger("flwr.fedmed")
 # Number of times, between 0 and the horizon, over which the Brier score is integrated.
@@ -96,6 +98,23 @@ class SurvivalClient(TabularClient):
                 f"{self.schema.task!r}"
             )
         super().check(data)
+
+    def warn(self, data: SiteData) -> None:
+        """Log that hardly anybody is followed up to the horizon; no patient's time is named."""
+        horizon = self.survival.survival_horizon
+        rows = Rows.joined(getattr(data, split) for split in SPLITS)
+        # Rows of a private run need not be valid.
+        times = numbers_of(cells_of(rows, self.schema.target))
+        patients = patients_of(rows)
+        minimum = min_cell_count(self.context, self.site)
+        if horizon and followed(times, patients, horizon) < minimum:
+            log.warning(
+                "%s: fewer than %d patients are followed up to survival-horizon=%g: what is "
+                "predicted of that time rests on hardly any patient here. Set a shorter horizon",
+                self.site.name,
+                minimum,
+                horizon,
+            )
 
     def targets(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return ``time`` and ``event`` of the rows, as numbers."""

@@ -33,6 +33,13 @@ _GROUPED = re.compile(r"[+-]?[1-9][0-9]{0,2}(\.[0-9]{3})+(,[0-9]*)?")
 _FEWEST_LONE = 3
 _LONE_SHARE = 0.01
 _CODES_BELOW_ZERO = (-1.0, -9.0, -99.0, -999.0, -9999.0)
+# Fewer are far from the others, such as typing errors, if they are so many times as far from these
+# as these are apart, and if there are so many different values.
+_STRAY_RATIO = 10.0
+_FEWEST_DISTINCT = 20
+# From so many values on, one in so many is looked at first.
+_LARGE = 100_000
+_PART = 20
 _NUMBER_CODE = re.compile(r"-?[0-9]+")
 # If a larger share of the outcomes is not valid, and as many rows, they are coded otherwise.
 _MOST_UNDECLARED = 0.05
@@ -132,12 +139,17 @@ class Cells:
         return _mapped(meanings, self.raw(name))
 
     def numbers(
-        self, name: str, limits: tuple[float, float] | None = None, needed: str = ""
+        self,
+        name: str,
+        limits: tuple[float, float] | None = None,
+        needed: str = "",
+        whole: bool = False,
     ) -> NDArray[np.float64]:
-        """Return a column as numbers, NaN if a cell is missing, not a number or out of its limits.
+        """Return a column as numbers, NaN if a cell is missing, not a number or not allowed.
 
-        `needed` is the column's name in problems if a row cannot do without it: rows with such a
-        cell are then rejected. Rows with a missing cell are not.
+        Allowed are numbers within the limits and, if `whole`, whole numbers only. `needed` is the
+        column's name in problems if a row cannot do without it: rows with such a cell are then
+        rejected. Rows with a missing cell are not.
         """
         cells = self.raw(name)
         values, wrong = self._values(name, cells)
@@ -152,10 +164,15 @@ class Cells:
             low, high = limits
             what = f"is outside {plain(low)} to {plain(high)}"
             faults[what] = ((values < low) | (values > high)) & ~too_large
+        if whole:
+            other = np.logical_or.reduce([np.isnan(values), *faults.values()])
+            faults["is not a whole number"] = (values != np.floor(values)) & ~other
         for what, mask in faults.items():
             values[mask] = np.nan
             self.note(needed or name, what, mask, cells, bool(needed))
         self._note_lone(name, values)
+        if limits is None:
+            self._note_stray(name, values, cells)
         return values
 
     def _values(self, name: str, cells: Column) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -200,6 +217,38 @@ class Cells:
                     f"values ({plain(rest[0])} to {plain(rest[1])}): if {code} stands for a "
                     f'missing value, add "{code}" to missing, or declare the range of {name!r}'
                 )
+
+    def _note_stray(self, name: str, values: NDArray[np.float64], cells: Column) -> None:
+        """Add a problem if a few values, too few for a code, are far from all others."""
+        known = values[~np.isnan(values)]
+        fewest = max(_FEWEST_LONE, _LONE_SHARE * len(known))
+        if _is_even(known, int(fewest)):
+            return
+        distinct, counts = np.unique(known, return_counts=True)
+        if len(distinct) < _FEWEST_DISTINCT:
+            return
+        most = min(int(fewest), len(distinct) // 4)
+        for sign in (-1, 1):
+            ends = distinct[::sign] * sign
+            # Without the values at the other end, which may be as wrong.
+            spreads = ends[-most - 1 : -1] - ends[most]
+            rows_from = np.cumsum(counts[::-sign][:most])[::-1]
+            apart = np.diff(ends[-most - 1 :]) > _STRAY_RATIO * spreads
+            found = np.flatnonzero(apart & (rows_from < fewest))
+            if not found.size:
+                continue
+            rows = int(rows_from[found[0]])
+            rest = np.sort(ends[: found[0] - most] * sign)
+            stray = np.isin(values, ends[found[0] - most :] * sign)
+            first = int(stray.argmax())
+            self.problems.append(
+                shown(
+                    f"{name} is far from its other values ({plain(rest[0])} to {plain(rest[-1])}) "
+                    f"in {rows} row{'s' * (rows > 1)}, kept; the first is {self.word} "
+                    f"{self.lines[first]} with {_example(_cell(cells, first))}: if it is a typing "
+                    f"error or of another unit, correct it, or declare the range of {name!r}"
+                )
+            )
 
     def _has_groups(self, name: str, cells: Sequence[Any]) -> bool:
         """Return whether points in a column's numbers stand between groups of three digits.
@@ -384,6 +433,25 @@ def _example(cell: Any) -> str:
         return repr(str(cell)[:40])
     except Exception:  # Such as a whole number of 5,000 digits.
         return f"a {type(cell).__name__}"
+
+
+def _is_even(values: NDArray[np.float64], most: int) -> bool:
+    """Return whether none of so few values is far from the others; if not sure, False.
+
+    Of a large column this is told without all its distinct values, which take long to find. The
+    others are at least as far apart as the values at the ranks `most` from both ends, less those
+    that a part of the column has at its ends.
+    """
+    if values.size < _LARGE:
+        return False
+    ends = [0, most, values.size - 1 - most, values.size - 1]
+    least, low, high, greatest = np.partition(values, ends)[ends]
+    some = np.unique(values[::_PART])
+    if some.size <= most:
+        return False
+    below = (greatest - high) <= _STRAY_RATIO * (high - some[most])
+    above = (low - least) <= _STRAY_RATIO * (some[-1 - most] - low)
+    return bool(below and above)
 
 
 def _meaning_of_point(text: str) -> str:

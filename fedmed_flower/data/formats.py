@@ -6,6 +6,7 @@ import codecs
 import csv
 import gzip
 import io
+import re
 import zipfile
 import zlib
 from array import array
@@ -20,6 +21,7 @@ from fedmed_flower.data.plain import column_of_lines, plain_columns
 from fedmed_flower.errors import InputError, shown
 
 _Row = Sequence[Any]
+_QUOTED = re.compile(r'"[^"]*"')
 # Bytes that a cell takes at least.
 _CELL = 8
 # Characters of a text that are decoded at a time, and rows whose cells are kept together.
@@ -80,8 +82,9 @@ def _read_text(path: Path, content: bytes) -> Cells:
     heading = next((line for line in _lines(content) if line.strip(" ,;\t\r\n")), "")
     require(bool(heading), f"{path} is empty")
     require("\0" not in heading, f"{path} is not a text in UTF-8: save it in UTF-8")
-    # If a comma is the decimal mark, spreadsheets separate columns by semicolons.
-    separator = max(",;\t", key=heading.count)
+    # If a comma is the decimal mark, spreadsheets separate columns by semicolons. Those within
+    # quotes are part of a name.
+    separator = max(",;\t", key=_QUOTED.sub("", heading).count)
     decimal = "" if separator == ";" else "."
     if columns := plain_columns(content.removeprefix(codecs.BOM_UTF8), separator):
         names = [column[0].strip() for column in columns]
@@ -93,7 +96,10 @@ def _read_text(path: Path, content: bytes) -> Cells:
         require(bool(names), f"{path} is empty")
         texts = _QuotedColumns(len(names), reader)
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}") from None
+        text = f"{path}, line {reader.line_num}: {error}"
+        if "expected after" in str(error):
+            text += ": a cell ends where its quotes close, so remove the blank or text behind them"
+        raise InputError(text) from None
     cells = Cells(
         shown(path),
         "line",

@@ -8,7 +8,7 @@ is significant.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -47,7 +47,9 @@ class Outlying(NamedTuple):
     text: str
 
 
-class _Moments(NamedTuple):
+class Location(NamedTuple):
+    """Where the values of a hospital's column lie: mean and standard deviation."""
+
     mean: float
     spread: float
 
@@ -88,23 +90,58 @@ def outlying(
             for site, reported in usable.items()
             if MOMENTS + column in reported
         }
-        standing_out += _of_numbers(column, moments)
+        standing_out += outlying_numbers(column, moments)
     for column in schema.categorical:
         counts = {
             site: dict(zip(reported[CATEGORIES + column], reported[COUNTS + column], strict=True))
             for site, reported in usable.items()
             if CATEGORIES + column in reported
         }
-        standing_out += _of_categories(column, counts)
+        standing_out += outlying_categories(column, counts)
     return [*standing_out, *_of_missing(usable, schema, rows)]
 
 
-def _moments(reported: list[float]) -> _Moments:
+def without_column(
+    lacking: Mapping[str, Collection[str]],
+    empty: Mapping[str, Collection[str]],
+    sites: Collection[str],
+) -> list[Outlying]:
+    """Return the hospitals without a column, or without a value in it, that others do not lack.
+
+    Parameters
+    ----------
+    lacking, empty : dict of str to collection of str
+        By hospital: columns that its table does not have, and those without a value in any row.
+    sites : collection of str
+        All hospitals that were asked.
+    """
+    without = {site: {*lacking.get(site, ()), *empty.get(site, ())} for site in sites}
+    standing_out = []
+    for site in sorted(sites):
+        others = [columns for name, columns in without.items() if name != site]
+        for column in (*lacking.get(site, ()), *empty.get(site, ())):
+            having = sum(column not in columns for columns in others)
+            text = f"its table has no column {column}"
+            if column in empty.get(site, ()):
+                text = f"{column} has no value in any row: perhaps it is written in another way"
+            if having:
+                text += f"; {having} of {len(others)} other hospitals have values"
+                standing_out.append(Outlying(site, column, text))
+    return standing_out
+
+
+def with_further(known: list[Outlying], others: Iterable[Outlying]) -> list[Outlying]:
+    """Return known entries, and those of others that are of another hospital or column."""
+    named = {(one.site, one.column) for one in known}
+    return [*known, *(one for one in others if (one.site, one.column) not in named)]
+
+
+def _moments(reported: list[float]) -> Location:
     count, mean, squares = reported
-    return _Moments(mean, math.sqrt(squares / (count - 1)) if count > 1 else 0.0)
+    return Location(mean, math.sqrt(squares / (count - 1)) if count > 1 else 0.0)
 
 
-def _of_numbers(column: str, moments: Mapping[str, _Moments]) -> Iterator[Outlying]:
+def outlying_numbers(column: str, moments: Mapping[str, Location]) -> Iterator[Outlying]:
     """Yield the hospitals whose mean or spread is far from all others, the furthest first."""
     left = dict(moments)
     while len(left) > _FEWEST_OTHERS:
@@ -129,7 +166,7 @@ def _of_numbers(column: str, moments: Mapping[str, _Moments]) -> Iterator[Outlyi
         )
 
 
-def _distance(mine: _Moments, others: list[_Moments]) -> float:
+def _distance(mine: Location, others: list[Location]) -> float:
     """Return how far a hospital is from all others; above 1 it stands out."""
     means = sorted(other.mean for other in others)
     spreads = sorted(other.spread for other in others)
@@ -144,7 +181,7 @@ def _distance(mine: _Moments, others: list[_Moments]) -> float:
     return max(away, wider, narrower)
 
 
-def _of_categories(column: str, counts: Mapping[str, Mapping[str, int]]) -> Iterator[Outlying]:
+def outlying_categories(column: str, counts: Mapping[str, Mapping[str, int]]) -> Iterator[Outlying]:
     """Yield the hospitals in which two categories seem to be swapped."""
     texts = sorted({text for reported in counts.values() for text in reported})
     for first, second in combinations(texts, 2):
@@ -225,12 +262,11 @@ def _of_missing(
             most = max(others, key=others.__getitem__)
             error = math.hypot(*(_error(shares[name], totals[name]) for name in (site, most)))
             if share - others[most] > max(_MORE_MISSING, _MISSING_ERRORS * error):
-                yield Outlying(
-                    site,
-                    column,
-                    f"{share:.0%} of {column} is missing; at the other hospitals at most "
-                    f"{others[most]:.0%}",
-                )
+                text = f"{share:.0%} of {column} is missing"
+                if MOMENTS + column not in usable[site]:
+                    text = f"too few of its patients have a value of {column} to report any"
+                rest = f"at the other hospitals at most {others[most]:.0%} is missing"
+                yield Outlying(site, column, f"{text}; {rest}")
 
 
 def _most_values(reported: Mapping[str, Any], rows: int) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
@@ -38,6 +39,8 @@ TASKS = ("binary", "multi-class", "count", "continuous", "survival")
 _CLASSED = ("binary", "multi-class")
 _EVENTS = ("0", "1")
 _BINARY = ("0", "1")  # The classes of a binary target unless they are named.
+# Such as 13.01.2020 or 1/13/2020.
+_OTHER_DATE = re.compile(r"[0-9]{1,2}([./-])[0-9]{1,2}\1(19|20)?[0-9]{2}\b")
 _ROW_KEYS = ("patient", "split")
 
 
@@ -59,6 +62,9 @@ class Schema:
     ranges : dict of str to (float, float)
         By numeric column, or target that is a number: least and greatest plausible value. A value
         outside is logged. In a feature it counts as missing; a row with such a target is rejected.
+    whole : tuple of str
+        Numeric columns that hold whole numbers, such as counts of visits; of a continuous target or
+        a time too. Another number is handled as one out of its range. A count needs no mention.
     bands : dict of str to tuple of float
         By numeric column: cut points. ``{"age": (50, 65)}`` adds an "age-band" to each row: "<50",
         "50-65" (65 not included) or ">=65". A band is not a feature.
@@ -111,6 +117,7 @@ class Schema:
     codes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     patient: str = "patient"
     indicators: bool = False
+    whole: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.task in TASKS, f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
@@ -126,6 +133,10 @@ class Schema:
         self._put("categories", self._by_column("categories", self.categorical, _distinct))
         self._put("ranges", self._by_column("ranges", numbers, _range))
         self._put("bands", self._by_column("bands", self.numeric, _ascending))
+        self._put("whole", _names("whole", self.whole))
+        for name in self.whole:
+            near = near_names(name, numbers)
+            require(name in numbers, f"whole names {name!r}{near}, which is not a numeric column")
         self._put("classes", _distinct("classes", self.classes) if self.classes else ())
         self._check_task()
         self._check_codes()
@@ -319,6 +330,31 @@ def band_name(column: str) -> str:
     return f"{column}-band"
 
 
+def empty_columns(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> tuple[str, ...]:
+    """Return the columns without a value in any row: all of them are None, NaN or not there."""
+    if isinstance(rows, Rows):
+        return tuple(n for n in names if n not in rows.names or _has_no_value(rows.column(n)))
+    empty = dict.fromkeys(names)
+    for row in rows:
+        known = [name for name in empty if not _is_gap(row.get(name))]
+        for name in known:
+            del empty[name]
+        if not empty:
+            break
+    return tuple(empty)
+
+
+def _has_no_value(column: NDArray[Any]) -> bool:
+    if column.dtype == object:
+        return all(map(_is_gap, column.tolist()))
+    return bool(np.isnan(column).all())
+
+
+def without_values(name: str) -> str:
+    """Return the problem of a column that `empty_columns` names."""
+    return f"{name} has no value in any row"
+
+
 def _table(
     cells: Cells,
     schema: Schema,
@@ -356,19 +392,25 @@ def _table(
         near = near_names(name, cells.names)
         cells.problems.append(f"there is no column {name!r}{near}: counted as missing in all rows")
     for name in schema.numeric:
-        values = cells.numbers(name, schema.ranges.get(name))
+        values = cells.numbers(name, schema.ranges.get(name), whole=name in schema.whole)
         columns[name] = values
         if cuts := schema.bands.get(name):
             columns[band_name(name)] = _bands(values, cuts)
     for name in schema.categorical:
         columns[name] = _objects(cells.texts(name, schema.categories.get(name, ())))
     columns |= outcomes
-    columns |= {name: _objects(cells.texts(name)) for name in keep if name not in columns}
+    further = {name: cells.texts(name) for name in keep if name not in columns}
+    for name, texts in further.items():
+        cells.problems += _dates_unread(name, texts)
+    columns |= {name: _objects(texts) for name, texts in further.items()}
     lines = np.asarray(cells.lines, np.int64)
     if cells.rejected.any():
         lines = lines[~cells.rejected]
         columns = {name: column[~cells.rejected] for name, column in columns.items()}
     rows = Rows(columns)
+    if outcome:
+        present = [name for name in (*schema.features, *keep) if name not in absent]
+        cells.problems += [without_values(name) for name in empty_columns(rows, present)]
     problems = tuple(f"{cells.where}: {problem}" for problem in cells.problems)
     for problem in problems:
         log.warning("%s", problem)
@@ -384,6 +426,11 @@ def _check_names(
     for name, times in Counter(filter(None, names)).most_common(1):
         require(times < 2, f"{where} has {times} columns {name!r}: rename all but one")
     listed = f"its columns are {', '.join(map(repr, names[:30]))}{', ...' * (len(names) > 30)}"
+    if len(names) == 1:
+        listed = (
+            f"its only column is {names[0]!r}: the first line must be the heading, with commas, "
+            "semicolons or tabs between names"
+        )
     roles = {"split": split}
     if outcome:
         roles = {"target": schema.target, "event": schema.event, "split": split}
@@ -418,7 +465,7 @@ def _outcome(cells: Cells, schema: Schema) -> dict[str, NDArray[Any]]:
         texts = _outcome_texts(cells, schema, label, name, classes)
         number = {text: index for index, text in enumerate(classes)}
         return {name: np.array([number.get(text or "", 0) for text in texts], np.int64)}
-    values = cells.numbers(name, schema.ranges.get(name), label)
+    values = cells.numbers(name, schema.ranges.get(name), label, name in schema.whole)
     cells.note(label, "is missing", np.isnan(values))
     raw = cells.raw(name)
     if schema.task == "count":
@@ -452,6 +499,23 @@ def _outcome_texts(
 
 def _objects(cells: Sequence[Any]) -> NDArray[Any]:
     return np.fromiter(cells, object, len(cells))
+
+
+def _dates_unread(name: str, texts: Sequence[str | None]) -> Iterator[str]:
+    """Yield a problem if most texts of a column are dates in a form that statistics cannot read."""
+    counts = Counter(text for text in texts if text is not None)
+    dates = {text: count for text, count in counts.items() if _OTHER_DATE.match(text)}
+    number = sum(dates.values())
+    if 2 * number > counts.total():
+        yield (
+            f"{name} is a date such as {next(iter(dates))[:20]!r} in {number} rows, of which "
+            "statistics by time read none: write it as 2020-01-13"
+        )
+
+
+def _is_gap(value: Any) -> bool:
+    # Only NaN differs from itself.
+    return value is None or bool(value != value)
 
 
 def _bands(values: NDArray[np.float64], cuts: Sequence[float]) -> NDArray[Any]:

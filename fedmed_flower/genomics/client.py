@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fedmed_flower.arrays.views import view
 from fedmed_flower.clients.base import MedicalClient, Query
 from fedmed_flower.clients.duplicates import digests_of
+from fedmed_flower.clients.queries import refuse_other_version
 from fedmed_flower.data.site import SPLITS, Row, Site, SiteData, min_cell_count
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.genomics.association import WITHHELD, count_copies, withheld
@@ -182,7 +183,7 @@ class GenomicsClient(MedicalClient):
         key = self.key("cohort")
         noted_key = self.key("cohort noted")
         if key not in cache:
-            cache[key] = self._cohort()
+            cache[key] = self.read_cohort(self.data())
         cohort: Cohort = cache[key]
         cases = int(cohort.trait.sum()) if self.trait == "binary" else 0
         for what, count in (
@@ -223,9 +224,15 @@ class GenomicsClient(MedicalClient):
                 "answer and an earlier one"
             )
 
-    def _cohort(self) -> Cohort:
+    def read_cohort(self, data: SiteData) -> Cohort:
+        """Return who of these rows takes part, and note nothing.
+
+        Raises
+        ------
+        InputError
+            If files and rows do not fit each other.
+        """
         fileset = Fileset.open(self.genotypes(self.site))
-        data = self.data()
         rows: dict[str, Row] = {
             person(row["patient"]): row for split in SPLITS for row in getattr(data, split)
         }
@@ -286,7 +293,8 @@ def person(patient: Any) -> str:
 
 
 def cohort(client: GenomicsClient, message: Message) -> RecordDict:
-    """Report how many people take part, and in which study."""
+    """Report how many people take part, and in which study; declines another version's message."""
+    refuse_other_version(client, message)
     cohort = client.cohort()
     for text in cohort.left_out:
         log.warning("%s: %s: they take no part", client.site.name, text)

@@ -5,7 +5,7 @@ If one of them is constant or follows from others, no variant's regression has a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,14 +82,33 @@ def require_distinct(sums: Floats, names: Sequence[str]) -> None:
     names : sequence of str
         Of the covariates, for the error.
     """
-    spread = np.diagonal(sums)
-    constant = [name for name, value in zip(names, spread, strict=True) if not value > 0]
-    if constant:
+    if same := constant(sums, names):
         raise InputError(
-            f"{_listed('covariate', constant)} the same for everybody at each hospital. The "
+            f"{_listed('covariate', same)} the same for everybody at each hospital. The "
             "hospital is in the model already: take it out of covariates"
         )
-    scale = np.sqrt(spread)
+    for name, others in dependent(sums, names):
+        raise InputError(
+            f"the covariate {name} follows from {' and '.join(others)} at each hospital, so their "
+            f"effects cannot be told apart: take {name} out of covariates"
+        )
+
+
+def constant(sums: Floats, names: Sequence[str]) -> list[str]:
+    """Return the covariates of which everybody has the same; see `require_distinct`."""
+    spread = np.diagonal(sums)
+    return [name for name, value in zip(names, spread, strict=True) if not value > 0]
+
+
+def dependent(sums: Floats, names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each covariate that follows from those before it, and which these are.
+
+    Parameters
+    ----------
+    sums, names
+        As `require_distinct` takes them; no covariate is constant.
+    """
+    scale = np.sqrt(np.diagonal(sums))
     correlation = sums / (scale[:, None] * scale)
     for index, name in enumerate(names):
         # Least squares, since sums that no people can have may be singular.
@@ -97,11 +116,7 @@ def require_distinct(sums: Floats, names: Sequence[str]) -> None:
         rest = 1 - correlation[:index, index] @ slopes
         if rest <= _SPENT:
             involved = np.flatnonzero(np.abs(slopes) > _INVOLVED).tolist()
-            others = " and ".join(names[other] for other in involved)
-            raise InputError(
-                f"the covariate {name} follows from {others} at each hospital, so their effects "
-                f"cannot be told apart: take {name} out of covariates"
-            )
+            yield name, [names[other] for other in involved]
 
 
 def _listed(what: str, names: Sequence[str]) -> str:

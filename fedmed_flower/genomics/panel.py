@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedmed_flower.errors import InputError
@@ -17,7 +17,7 @@ from fedmed_flower.runs.verdict import RunFailedError
 from fedmed_flower.server.ask import ask_all
 from fedmed_flower.server.duplicates import Namesakes
 from fedmed_flower.server.history import Failure
-from fedmed_flower.wire import COHORT, SITE_RECORD
+from fedmed_flower.wire import COHORT, MESSAGE_VERSION, SITE_RECORD, VERSION, require_version
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -147,12 +147,15 @@ def assemble(grid: Grid, timeout: float, trait: str) -> Panel:
     about_of: dict[int, dict[str, Any]] = {}
     namesakes = Namesakes()
 
-    def read(_: int, content: RecordDict) -> tuple[dict[str, Any], str, bool, bool]:
-        about = read_about(content)
+    def read(node_id: int, content: RecordDict) -> tuple[dict[str, Any], str, bool, bool]:
         record = content.config_records[SITE_RECORD]
+        site = names.get(node_id, f"node {node_id}")
+        require_version(record.get(VERSION), site, "hospital")
+        about = read_about(content)
         return about, str(record["data"]), bool(record["generated"]), bool(record["simulated"])
 
-    contents = {node: RecordDict() for node in grid.get_node_ids()}
+    config = ConfigRecord({VERSION: MESSAGE_VERSION})
+    contents = {node: RecordDict({"config": config}) for node in grid.get_node_ids()}
     answers, failures = ask_all(grid, COHORT, contents, read, timeout, names)
     for answer in answers:
         about_of[answer.node_id], source, generated, simulated = answer.value

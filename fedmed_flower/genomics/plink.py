@@ -35,7 +35,9 @@ MOST_POSITION = (1 << 31) - 1
 _MAGIC = b"\x6c\x1b\x01"
 _SAMPLE_MAJOR = b"\x6c\x1b\x00"
 _FIELDS = {".bim": 6, ".fam": 6}
-_CODES = {f"{prefix}{code}": code for prefix in ("", "chr") for code in range(1, AUTOSOMES + 1)}
+AUTOSOME_CODES = {
+    f"{prefix}{code}": code for prefix in ("", "chr") for code in range(1, AUTOSOMES + 1)
+}
 _READ_BYTES = 1 << 20
 _MOST_LINES = 1 << 20
 
@@ -199,10 +201,20 @@ class Fileset:
                 f"-{MOST_POSITION} to {MOST_POSITION}"
             )
         positions = np.maximum(np.array(parsed, np.int64), 0)
-        chromosomes = np.array([_CODES.get(word, 0) for word in words[0::6]], np.int8)
+        chromosomes = np.array([AUTOSOME_CODES.get(word, 0) for word in words[0::6]], np.int8)
         chromosomes[positions <= 0] = 0
         first, second = ([word.upper() for word in words[column::6]] for column in (4, 5))
         return Listing(chromosomes, positions, words[1::6], first, second, offset + len(text))
+
+    def chromosome_codes(self) -> Counter[str]:
+        """Return the number of lines of the bim file by their first field."""
+        bim = self.prefix.with_name(self.prefix.name + ".bim")
+        with _readable(bim), bim.open("rb") as file:
+            fields = (line.split(None, 1) for line in file)
+            counts = Counter(line[0] if line else b"" for line in fields)
+        return Counter(
+            {code.decode("utf-8", errors="replace"): count for code, count in counts.items()}
+        )
 
     def read(
         self, people: NDArray[np.intp] | slice, lines: NDArray[np.int64] | slice

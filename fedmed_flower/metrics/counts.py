@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,11 @@ class Counts:
     def noised(self) -> bool:
         """Whether a site counted with noise."""
         return any(NOISED in record for record in self.sites.values())
+
+    def of(self, sites: Container[str]) -> Counts:
+        """Return the counts of these sites alone."""
+        kept = {site: record for site, record in self.sites.items() if site in sites}
+        return Counts(self.classes, kept)
 
     def total(self, key: str) -> list[float] | None:
         """Return a list of counts over all sites; None if a site lacks it or has another length."""

@@ -13,6 +13,7 @@ survival data", Statistics in Medicine 18, 1999.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +54,21 @@ def check_outcomes(times: ArrayLike, events: ArrayLike) -> tuple[Numbers, NDArra
             row = int(np.argmin(right))
             raise InputError(f"{name} must be {bound}; row {row} has {values[row]:g}")
     return when, happened == 1
+
+
+def followed(times: ArrayLike, patients: Sequence[Hashable], horizon: float) -> int:
+    """Return the number of patients who are followed up to a horizon, or longer.
+
+    Parameters
+    ----------
+    times : array_like
+        (rows,) the time of the event or of censoring; NaN if it is missing.
+    patients : sequence
+        The patient of each row.
+    horizon : float
+    """
+    long_enough = np.asarray(times, np.float64) >= horizon
+    return len({patient for patient, reached in zip(patients, long_enough, strict=True) if reached})
 
 
 def concordance(times: ArrayLike, events: ArrayLike, risks: ArrayLike) -> ConcordanceCounts:

@@ -59,7 +59,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
 # `build_model` is recorded by itself.
 _FREE = frozenset(
     """
-    load_data build_model check screen label_of describe draw made_up probe
+    load_data build_model check warn screen label_of describe draw made_up probe
     must_agree contribute agree outlying class_names
     fit measure metrics_of_rows batch_of loss_of loss targets augment random_transforms
     seed_transforms check_private measure_privately require_measurable

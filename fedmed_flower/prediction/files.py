@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,8 @@ def predict_files(
         raise InputError(f"{table} exists already: give another --out")
     if out != table and out.exists() and not out.is_dir():
         raise InputError(f"--out must be a folder or end in .csv, got {out}")
-    worker: _Worker = {"classes": _Classes, "masks": _Masks, "rows": _Rows}[base](
-        client, network, out
-    )
+    kinds: dict[str, type[_Worker]] = {"classes": _Classes, "masks": _Masks, "rows": _Rows}
+    worker = kinds[base](client, network, out)
     head = worker.head()
     lines: list[Line] = []
     with client.seeded(0):
@@ -112,7 +112,7 @@ def _reason(error: BaseException) -> str:
     return shown(reason, _MOST_LETTERS)
 
 
-class _Worker:
+class _Worker(ABC):
     """Predicts the files of one kind of client."""
 
     def __init__(self, client: Any, network: nn.Module, out: Path) -> None:
@@ -120,13 +120,13 @@ class _Worker:
         self.network = network
         self.out = out
 
+    @abstractmethod
     def head(self) -> list[str]:
         """Return the names of the columns; the first is the file, the last the problem."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lines(self, source: Source) -> list[Line]:
         """Return the lines of a file."""
-        raise NotImplementedError
 
     def prepared(self, source: Source) -> Any:
         """Return an image as the client's network takes it."""

@@ -263,6 +263,10 @@ def _data(run: _Run) -> str:
         f"- {plain(site)} has no column {plain(', '.join(columns))}."
         for site, columns in hospitals.lacking.items()
     ]
+    lacking += [
+        f"- {plain(site)} has no value of {plain(', '.join(columns))}."
+        for site, columns in hospitals.empty.items()
+    ]
     refused = [
         f"- Could not take part: {plain(which)} ({plain(reason)})."
         for reason, which in hospitals.refused
@@ -446,7 +450,7 @@ def _compared(run: _Run) -> str:
 
 
 def _calibration(run: _Run) -> str:
-    found = evidence_of(run.counts, nested(run.summary, "test", "sites"))
+    found = evidence_of(run.counts)
     if run.is_hidden:
         return _section(tripod.CALIBRATION, f"Not available. {TOO_LARGE}")
     if run.counts is None or found is None:

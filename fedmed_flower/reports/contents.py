@@ -124,6 +124,8 @@ class Hospitals:
         Whether a hospital has rejected rows.
     lacking
         Columns that the tables of hospitals lack, by hospital.
+    empty
+        Columns without a value in any row, by hospital.
     refused
         Why hospitals could not take part, and which.
     bounded
@@ -136,6 +138,7 @@ class Hospitals:
     untrained: set[str]
     rejected: bool
     lacking: dict[str, list[str]]
+    empty: dict[str, list[str]]
     refused: list[tuple[str, str]]
     bounded: bool
 
@@ -165,7 +168,8 @@ def hospitals(summary: dict[str, Any], main: str, noise: Noise | None = None) ->
         undefined=undefined,
         untrained=tested_only(summary),
         rejected=bool(rejected.values),
-        lacking=_lacking(summary),
+        lacking=_columns(summary, "lacking"),
+        empty=_columns(summary, "empty"),
         refused=_refused(summary),
         bounded=total(together, main).bounds is not None,
     )
@@ -208,8 +212,8 @@ def _undefined(tested: dict[str, Any], main: str) -> list[str]:
     return [site for site, keys in measured_there.items() if keys and main not in keys]
 
 
-def _lacking(summary: dict[str, Any]) -> dict[str, list[str]]:
-    sites = nested(summary, "lacking")
+def _columns(summary: dict[str, Any], key: str) -> dict[str, list[str]]:
+    sites = nested(summary, key)
     return {s: [*map(str, names)] for s, names in sites.items() if isinstance(names, list)}
 
 

@@ -288,6 +288,9 @@ def table(
         f'<table class="{kind.strip()}"><caption>{caption}</caption><thead><tr>{"".join(top)}</tr>'
     )
     table += f"</thead><tbody>{body}</tbody>{f'<tfoot>{end}</tfoot>' if end else ''}</table>"
-    # A table that can be scrolled must be reachable by keyboard.
-    label = _TAG.sub("", caption)
-    return f'<div class="wide" tabindex="0" role="group" aria-label="{label}">{table}</div>'
+    return wide(table, _TAG.sub("", caption))
+
+
+def wide(content: str, label: str) -> str:
+    """Return what may be wider than a narrow window: it can be scrolled, also by keyboard."""
+    return f'<div class="wide" tabindex="0" role="group" aria-label="{label}">{content}</div>'

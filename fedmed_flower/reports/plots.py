@@ -17,7 +17,16 @@ from matplotlib.figure import Figure
 from fedmed_flower.data.pictures import MOST_BYTES, PALETTE, sound
 from fedmed_flower.files import read_file
 from fedmed_flower.reports.charts import Chart, axis
-from fedmed_flower.reports.frame import FAINT, INK, PAPER, SCHEME, count_of, escaped, format_value
+from fedmed_flower.reports.frame import (
+    FAINT,
+    INK,
+    PAPER,
+    SCHEME,
+    count_of,
+    escaped,
+    format_value,
+    wide,
+)
 
 Series = dict[str, dict[int, float]]  # site -> round -> value
 
@@ -137,8 +146,10 @@ def spreads(models: list[dict[str, float]], name: str, lower: bool) -> str:
 
 
 def _compared(axes: Any, key: str, name: str) -> str:
-    drawing = svg(axes, f"{name} of the models", f"{name} on the hospital’s own test records")
-    return f'<figure class="dots"><figcaption>{key}</figcaption>{drawing}</figure>'
+    label = f"{name} of the models"
+    drawing = svg(axes, label, f"{name} on the hospital’s own test records")
+    shown = wide(drawing, f"Drawing: {label}")
+    return f'<figure class="dots"><figcaption>{key}</figcaption>{shown}</figure>'
 
 
 def panel(

@@ -37,6 +37,7 @@ from fedmed_flower.reports.frame import (
 from fedmed_flower.reports.noise import MARK, TOO_LARGE, Noise, noise_of, told
 from fedmed_flower.reports.plots import Styles
 from fedmed_flower.reports.rounds import Curves, read_rounds
+from fedmed_flower.reports.scores import of_test
 from fedmed_flower.reports.summary import Total, entries, judged_by, nested, number
 from fedmed_flower.reports.tables import site_table
 from fedmed_flower.reports.tested import Estimates, estimates, evidence_of
@@ -50,6 +51,8 @@ MOST_FAILURES = 100
 _MOST_PANELS = 4
 _NO_PANEL = ("num-examples", "seconds", EPSILON, HOSPITAL_EPSILON, "clipping-norm")
 _MOST_REASON = 300
+# Longer lists of settings are folded away.
+_MOST_SHOWN = 30
 # The modules that write the pages of runs that train no model.
 _HOMES = {
     "association": "fedmed_flower.genomics.page",
@@ -95,16 +98,11 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
     styles = plots.styles(sites)
     main = judged_by(summary, {metric for phase, metric, _ in curves if phase == "val"})
     pictures = entries(summary, "pictures")
-    counts = read_counts(folder)
-    of_test = evidence_of(counts, nested(summary, "test", "sites"))
-    if of_test is None:
-        # Counts of an earlier test of a run that goes on say nothing of this one.
-        counts = None
+    counts = of_test(read_counts(folder), summary)
     noise = noise_of(summary, counts)
     # What follows says nothing of figures that are mere noise.
     summary = told(summary, noise)
-    if noise is not None and noise.hides_total:
-        of_test = None
+    shows_scores = noise is None or not noise.hides_total
     judged = estimates(summary, counts, main)
     hospitals = contents.hospitals(summary, main, noise)
     num_classes = 0 if counts is None else len(counts.classes)
@@ -118,7 +116,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
             _result(contents.result(summary, main, noise), main, shown, noise),
             _hospitals(hospitals, styles, main, shown, noise),
             _classes(contents.by_class(summary, hospitals.metrics)) if styles else "",
-            evidence.curves(of_test, styles),
+            evidence.curves(evidence_of(counts) if shows_scores else None, styles),
             comparison.groups(contents.groups(summary, main)),
             comparison.models(contents.comparison(summary, styles, main), styles, main),
             _curves(curves, styles, main, noise),
@@ -301,6 +299,8 @@ def _hospital_notes(hospitals: Hospitals, main: str, noise: Noise | None) -> lis
         notes.append(frame.REJECTED)
     for site, columns in hospitals.lacking.items():
         notes.append(f"{escaped(site)} has no column {escaped(', '.join(columns))}. ")
+    for site, columns in hospitals.empty.items():
+        notes.append(f"{escaped(site)} has no value of {escaped(', '.join(columns))}. ")
     for reason, which in hospitals.refused:
         shown = escaped(reason[:_MOST_REASON])
         notes.append(f"Could not take part: {escaped(which)} ({shown}). ")
@@ -410,7 +410,7 @@ def _disclosed(disclosed: list[Disclosure], pictures: bool) -> str:
         for entry in disclosed
     ]
     head = ("When", "What", "How", "Hospitals")
-    return words + frame.table("As the hospitals sent it", head, rows, kind="wordy")
+    return words + frame.table("As the hospitals sent it", head, rows, kind="wordy sent")
 
 
 def _privacy(privacy: Privacy, curves: Curves, styles: Styles) -> str:
@@ -479,5 +479,8 @@ def _making(summary: dict[str, Any]) -> str:
     tables = ""
     for heading, listed in parts.items():
         rows = [map(escaped, row) for row in listed.items()]
-        tables += frame.table(heading, ("Name", "Value"), rows, kind="wordy") if rows else ""
+        table = frame.table(heading, ("Name", "Value"), rows, kind="wordy") if rows else ""
+        if len(rows) > _MOST_SHOWN:
+            table = f"<details><summary>All {len(rows)} settings</summary>{table}</details>"
+        tables += table
     return f'<h2>How it was made</h2><div class="plots">{tables}</div>'

@@ -36,10 +36,10 @@ def of_test(counts: Counts | None, summary: dict[str, Any]) -> Counts | None:
 
     Counts of others are of an earlier test of a run that went on.
     """
-    measured = nested(summary, "test", "sites")
-    known = {} if counts is None else counts.sites
-    kept = {site: record for site, record in known.items() if site in measured}
-    return Counts(counts.classes, kept) if counts is not None and kept else None
+    if counts is None:
+        return None
+    kept = counts.of(nested(summary, "test", "sites"))
+    return kept if kept.sites else None
 
 
 def joined(counts: Counts) -> list[Histograms]:

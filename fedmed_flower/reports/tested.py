@@ -16,7 +16,6 @@ from fedmed_flower.metrics.curves import (
     auc_interval,
     calibration,
     decision_curve,
-    denoised,
     histograms_of,
     precision_recall,
     roc,
@@ -24,6 +23,7 @@ from fedmed_flower.metrics.curves import (
     wilson,
 )
 from fedmed_flower.metrics.names import COUNTS, NOISED
+from fedmed_flower.reports.scores import joined
 from fedmed_flower.reports.summary import by_site, nested, number
 
 _THRESHOLDS = tuple(percent / 100 for percent in range(2, 100, 2))
@@ -101,24 +101,12 @@ class Tested:
     missing: str
 
 
-def evidence_of(counts: Counts | None, sites: Mapping[str, Any]) -> Tested | None:
-    """Return what the counts show; None without counts.
-
-    Parameters
-    ----------
-    counts
-        Those of the run folder.
-    sites
-        The hospitals that the test has metrics of. Counts of others are not of this test.
-    """
+def evidence_of(counts: Counts | None) -> Tested | None:
+    """Return what the counts of a test, as `of_test` returns them, show; None without counts."""
     if counts is None:
-        return None
-    counts = Counts(counts.classes, {s: r for s, r in counts.sites.items() if s in sites})
-    if not counts.sites:
         return None
     coarse = tuple(site for site, record in counts.sites.items() if _is_coarse(record))
     fine = {s: histograms_of(r) for s, r in counts.sites.items() if s not in coarse}
-    of_classes = [*zip(*fine.values(), strict=True)]
     missing = ""
     merged: list[Histograms] = []
     if coarse:
@@ -127,7 +115,7 @@ def evidence_of(counts: Counts | None, sites: Mapping[str, Any]) -> Tested | Non
         missing = f"there are more than {_MOST_TOGETHER} hospitals"
     else:
         try:
-            merged = [_drawable(together(parts), counts.noised) for parts in of_classes]
+            merged = joined(counts)
         except InputError as error:
             missing = str(error)
     is_binary = len(counts.classes) == 2
@@ -158,12 +146,6 @@ def evidence_of(counts: Counts | None, sites: Mapping[str, Any]) -> Tested | Non
 
 def _is_coarse(record: Mapping[str, Any]) -> bool:
     return NOISED not in record and MERGED in record[COUNTS]
-
-
-def _drawable(part: Histograms, noised: bool) -> Histograms:
-    if not noised:
-        return part
-    return Histograms(part.edges, denoised(part.with_class), denoised(part.without))
 
 
 def _roc(part: Histograms) -> tuple[tuple[float, float], ...]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import tomli_w
 import torch
@@ -23,8 +23,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from torch import nn
 
-from fedmed_flower.data.outlying import Outlying
-from fedmed_flower.data.site import GENERATED
+from fedmed_flower.data.outlying import Outlying, with_further, without_column
+from fedmed_flower.data.site import GENERATED, some_of
 from fedmed_flower.errors import DivergedError, InputError
 from fedmed_flower.files import require_closed
 from fedmed_flower.metrics.counts import COUNTS_FILE, counted
@@ -96,6 +96,7 @@ FREE_ON_RESUME = {
     "pictures",
     "personal-epochs",
     "track",
+    "outlying",
 }
 _MOST_SITES = 100_000
 # Seconds to wait for what a site reports of itself that connects between two rounds.
@@ -224,6 +225,9 @@ def _prepared(
     listeners = strategy.listeners
     sites = roll_call(grid, plan.round_timeout, strategy.quorum, strategy.grace, listeners)
     standing_out: list[Outlying] = []
+    if not plan.resume:
+        asked = [sites.names[node_id] for node_id in sites.counts]
+        standing_out = without_column(sites.lacking, sites.empty, asked)
     if asking is not None:
         names = {node_id: sites.names[node_id] for node_id in sites.counts}
         contributions = collect_contributions(
@@ -231,9 +235,11 @@ def _prepared(
         )
         agreed = asking.agree(contributions)
         rows = {name: sites.counts[node_id]["train"] for node_id, name in names.items()}
-        standing_out = asking.outlying(contributions, rows)
+        standing_out = with_further(standing_out, asking.outlying(contributions, rows))
         start = _start_model(model, agreed, config, plan.seed)
         strategy.buffers = start.buffers
+    if standing_out and plan.outlying == "stop":
+        _stop(sites, standing_out)
     strategy.site_names |= sites.names
     strategy.only = sites.only()
     strategy.excluded = sites.outdated
@@ -274,6 +280,21 @@ def _prepared(
         evaluate_fn=evaluate_fn,
         standing_out=standing_out,
         class_names=tuple(getattr(getattr(model, "__self__", model), "class_names", ())),
+    )
+
+
+def _stop(sites: Sites, standing_out: list[Outlying]) -> NoReturn:
+    """Log which sites stand out, and raise `InputError`."""
+    sites.write_log()
+    for one in standing_out:
+        log.warning("%s: %s", one.site, one.text)
+    columns: dict[str, list[str]] = {}
+    for one in standing_out:
+        columns.setdefault(one.site, []).append(one.column)
+    listed = [f"{site} ({some_of(names)})" for site, names in sorted(columns.items())]
+    raise InputError(
+        f"{some_of(listed)} stand{'s' * (len(listed) == 1)} out, as the log says: correct these "
+        'columns, or set outlying="note" to train all the same'
     )
 
 
@@ -661,6 +682,7 @@ class Experiment:
             "model": self.model.about,
             "predictor": self.unpredictable,
             "lacking": sites.lacking,
+            "empty": sites.empty,
             "traffic": {site: traffic.table() for site, traffic in history.traffic.items()},
             "stopped": history.stopped and asdict(history.stopped),
             "failures": [asdict(failure) for failure in history.failures],

@@ -22,6 +22,7 @@ from fedmed_flower.wire import (
     COLUMNS,
     CONTRIBUTION,
     COUNT,
+    EMPTY,
     IMAGES,
     LACKING,
     MESSAGE_VERSION,
@@ -38,7 +39,7 @@ from fedmed_flower.wire import (
 
 log = logging.getLogger("flwr.fedmed")
 
-# Of the columns that a table lacks: how many are listed, and letters of each.
+# Of the columns that a table lacks, or has no value in: how many are listed, and letters of each.
 _MOST_NAMES = 200
 _MOST_NAME = 100
 
@@ -52,6 +53,7 @@ class Sites:
     names: dict[int, str] = field(default_factory=dict)
     rejected: dict[int, int] = field(default_factory=dict)
     lacking: dict[str, list[str]] = field(default_factory=dict)
+    empty: dict[str, list[str]] = field(default_factory=dict)
     sources: set[str] = field(default_factory=set)
     generated: bool = False
     simulated: bool = True
@@ -102,6 +104,8 @@ class Sites:
             details = f"; training rows by label: {labels}" if labels else ""
             if lacking := self.lacking.get(self.names[node_id]):
                 details += f"; its table has no column {', '.join(lacking)}"
+            if unfilled := self.empty.get(self.names[node_id]):
+                details += f"; it has no value of {', '.join(unfilled)}"
             if rejected := self.rejected.get(node_id):
                 details += f"; {rejected} rows rejected at the site"
             log.info("%s: %s%s", self.names[node_id], rows, details)
@@ -251,8 +255,11 @@ def _describe(
         sites.names.setdefault(node_id, answer.site)
         sites.counts[node_id] = about.rows
         sites.labels[node_id] = about.labels
-        if about.lacking:
-            sites.lacking[answer.site] = about.lacking
+        for by_site, columns in ((sites.lacking, about.lacking), (sites.empty, about.empty)):
+            # A site that comes back may have corrected its table.
+            by_site.pop(answer.site, None)
+            if columns:
+                by_site[answer.site] = columns
         if about.rejected is not None:
             sites.rejected[node_id] = about.rejected
         sites.namesakes.take(node_id, answer.content)
@@ -270,6 +277,7 @@ class _About(NamedTuple):
     labels: Any
     rejected: int | None
     lacking: list[str]
+    empty: list[str]
     source: str
     generated: bool
     simulated: bool
@@ -286,20 +294,21 @@ def _about(content: RecordDict) -> _About:
         rows=rows,
         labels=counts.get("labels"),
         rejected=rejected if REJECTED in counts else None,
-        lacking=_lacking(content),
+        lacking=_columns(content, LACKING),
+        empty=_columns(content, EMPTY),
         source=str(record["data"]),
         generated=bool(record["generated"]),
         simulated=bool(record["simulated"]),
     )
 
 
-def _lacking(content: RecordDict) -> list[str]:
-    """Return the columns that a site's table lacks."""
-    if LACKING not in content.config_records:
+def _columns(content: RecordDict, record: str) -> list[str]:
+    """Return the columns that a record of a site's answer names; none if there is no record."""
+    if record not in content.config_records:
         return []
-    names = content.config_records[LACKING][COLUMNS]
+    names = content.config_records[record][COLUMNS]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("the columns that its table lacks are not a list of names")
+        raise ValueError(f"the columns in its record {record!r} are not a list of names")
     return [shown(str(name))[:_MOST_NAME] for name in names[:_MOST_NAMES]]
 
 

@@ -8,11 +8,10 @@ from typing import Self
 
 from flwr.app import UserConfig
 
-from fedmed_flower.errors import InputError
 from fedmed_flower.settings.allowed import Within
 from fedmed_flower.settings.disclosure import FEWEST
 from fedmed_flower.settings.section import Section, key_of, setting
-from fedmed_flower.settings.text import unknown_key
+from fedmed_flower.settings.text import setting_error, unknown_key
 
 
 @dataclass(frozen=True)
@@ -116,13 +115,15 @@ def _require_whole_budget(settings: NodeSettings, config: UserConfig) -> None:
     if not given:
         return
     if missing := budget - given:
-        raise InputError(f"{min(given)} in the node config needs {min(missing)} beside it")
+        key = min(given)
+        raise setting_error(f"{key} in the node config needs {min(missing)} beside it", key)
     settings.require_positive("budget_epsilon")
     settings.require("budget_delta", settings.budget_delta > 0, "above 0 and below 1")
     if not config.get("private-metrics", True):
-        raise InputError(
+        raise setting_error(
             "private-metrics=false excludes budget-epsilon, since no budget bounds metrics "
-            "without noise: remove one of them from the node config"
+            "without noise: remove one of them from the node config",
+            "private-metrics",
         )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedmed_flower.errors import InputError
-from fedmed_flower.settings.allowed import Matching, Within
+from fedmed_flower.settings.allowed import Matching, OneOf, Within
 from fedmed_flower.settings.section import MOST_ROUNDS, Section, setting
+from fedmed_flower.settings.text import setting_error
 
 # Where a run can be tracked.
 TRACKERS = ("tensorboard", "mlflow", "wandb")
@@ -54,6 +54,12 @@ class Plan(Section):
         "Afterwards also train each site's model alone and, in a simulation, one model on all data "
         "pooled, each for as many rounds.",
     )
+    outlying: str = setting(
+        "note",
+        "If a site's columns stand out or have no value, `note` names it in log and report, and "
+        "`stop` ends the run before anything is trained.",
+        OneOf(("note", "stop")),
+    )
     pictures: int = setting(
         3,
         "Test cases of each site that the report shows, and the worst beside them, if the site "
@@ -85,4 +91,6 @@ class Plan(Section):
     def check(self) -> None:
         """Refuse to resume nothing."""
         if self.resume and not self.run_dir:
-            raise InputError("resume needs run-dir, the folder of the run to go on with")
+            raise setting_error(
+                "resume needs run-dir, the folder of the run to go on with", "resume"
+            )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedmed_flower.errors import InputError
 from fedmed_flower.settings.allowed import OneOf, Within
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.section import Section, also, setting
+from fedmed_flower.settings.text import setting_error
 
 TESTS = {
     "trend": "Mantel's trend test, stratified by hospital",
@@ -53,9 +53,13 @@ class Study(Section):
     def check(self) -> None:
         """Refuse to resume, and components for a test without covariates."""
         if self.resume:
-            raise InputError("an association study is not resumed: start it again in a new folder")
+            raise setting_error(
+                "resume must be false: an association study is started again in a new folder",
+                "resume",
+            )
         if self.components and self.test not in REGRESSIONS:
-            raise InputError(
-                f"components are covariates, which test={self.test} does not take: choose "
-                "test=logistic or test=linear, or components=0"
+            raise setting_error(
+                f"components needs test=logistic or test=linear, got test={self.test}: components "
+                "are covariates, which this test does not take",
+                "components",
             )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedmed_flower.errors import InputError
 from fedmed_flower.settings.allowed import Matching, OneOf, Within
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.section import MOST_ROUNDS, Section, also, setting
+from fedmed_flower.settings.text import setting_error
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class Settings(Section):
     def check(self) -> None:
         """Refuse a schedule of an unknown number of rounds."""
         if self.schedule == "cosine" and not self.num_server_rounds:
-            raise InputError("schedule=cosine needs num-server-rounds in the run config")
+            raise setting_error(
+                "schedule=cosine needs num-server-rounds in the run config", "schedule"
+            )
 
     def progress(self, server_round: int) -> float:
         """Return the share of the run's rounds that precede a round; the first round is 1."""

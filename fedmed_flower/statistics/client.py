@@ -11,16 +11,18 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.duplicates import digests_of
+from fedmed_flower.clients.queries import refuse_other_version
 from fedmed_flower.data.rows import Rows
 from fedmed_flower.data.site import SPLITS, Row, min_cell_count
-from fedmed_flower.errors import DeclinedError
+from fedmed_flower.errors import DeclinedError, shown
+from fedmed_flower.metrics.survival import followed
 from fedmed_flower.privacy.accounting import Release, noise_for
 from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.statistics.columns import Columns
 from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.local import answer_exactly
 from fedmed_flower.statistics.noised import Cells, noised, plan
-from fedmed_flower.statistics.request import Request
+from fedmed_flower.statistics.request import Request, Survival
 from fedmed_flower.wire import ANSWER, REQUEST, STATISTICS
 
 log = logging.getLogger("flwr.fedmed")
@@ -37,9 +39,11 @@ def statistics(client: MedicalClient, message: Message) -> RecordDict:
     InputError
         If the request cannot be read or does not fit the columns, or a file cannot be written.
     DeclinedError
-        If the hospital answers only with noise, or noise is asked of a real hospital that has no
-        budget, or the charge would exceed the budget, or the conditions use too many values.
+        If the message is of another version, the hospital answers only with noise, or noise is
+        asked of a real hospital that has no budget, or the charge would exceed the budget, or the
+        conditions use too many values.
     """
+    refuse_other_version(client, message)
     config = client.read(message)
     request = Request.from_text(str(config.get(REQUEST, "")))
     if client.secretive and not request.epsilon:
@@ -73,7 +77,7 @@ def _exact(
 ) -> dict[str, Any]:
     columns = Columns(_rows(client), request, client.declared)
     node = client.node
-    return answer_exactly(
+    reported = answer_exactly(
         client.book_path(config),
         columns,
         request,
@@ -81,6 +85,10 @@ def _exact(
         node.hide_few_missing,
         node.max_filter_values,
     )
+    if (asked := request.survival) is not None:
+        times, _ = columns.survival(asked)
+        _warn_of_horizon(client, asked, followed(times, columns.patients, asked.horizon), minimum)
+    return reported
 
 
 def _noised(
@@ -106,8 +114,24 @@ def _noised(
     )
     groups, withheld = noised(planned, cells, multiplier, minimum)
     ledger.settle(charge)
+    if (asked := request.survival) is not None:
+        times, _ = cells.follow_up(asked)
+        _warn_of_horizon(client, asked, followed(times, cells.patients, asked.horizon), minimum)
     noise = {"epsilon": request.epsilon, "delta": request.delta, "multiplier": multiplier}
     return {"groups": groups, "withheld": withheld, "noise": noise}
+
+
+def _warn_of_horizon(client: MedicalClient, asked: Survival, count: int, minimum: int) -> None:
+    """Log at the hospital, for itself, that hardly anybody is followed up to the horizon."""
+    if count < minimum:
+        log.warning(
+            "%s: fewer than %d patients are followed up to %s=%g, the horizon of the survival "
+            "curve: its last part rests on hardly any patient here. Ask with a shorter horizon",
+            client.site.name,
+            minimum,
+            shown(asked.time),
+            asked.horizon,
+        )
 
 
 def _rows(client: MedicalClient) -> Sequence[Row]:

@@ -31,6 +31,7 @@ from fedmed_flower.statistics.values import (
     is_single,
     numbers_meet,
     numbers_of,
+    only_whole,
     texts_meet,
 )
 
@@ -107,15 +108,37 @@ class Columns:
         return 2 * numbers < sum(not is_gap(value) for value in given)
 
     def numbers(self, name: str) -> Floats:
-        """Return a column as (rows,) floats; NaN if there is no number below 1e100."""
+        """Return a column as (rows,) floats; NaN if there is no number below 1e100.
+
+        In a column that is declared whole, other numbers count as missing. The hospital's log says
+        how many.
+        """
         if name not in self._numbers:
-            self._numbers[name] = numbers_of(cells_of(self._rows, name))
+            self._numbers[name] = self._read_numbers(name)
         return self._numbers[name]
+
+    def _read_numbers(self, name: str) -> Floats:
+        numbers = numbers_of(cells_of(self._rows, name))
+        if not self.declared.is_whole(name):
+            return numbers
+        whole = only_whole(numbers)
+        fractions = numbers[~np.isnan(numbers) & np.isnan(whole)]
+        if fractions.size:
+            log.warning(
+                "%s is declared to hold whole numbers: %d of %d values, such as %g, count as "
+                "missing",
+                shown(name),
+                fractions.size,
+                np.count_nonzero(~np.isnan(numbers)),
+                fractions[0],
+            )
+        return whole
 
     def texts(self, name: str) -> list[str | None]:
         """Return a column as categories, in which 1, 1.0, "1" and True are the same.
 
-        None for a missing value. In a column of numbers, a text that is no number is missing.
+        None for a missing value. In a column of numbers, a text that is no number is missing, and
+        so is a number that is not whole if the schema says that all are.
         """
         codes, names = self._coded(name)
         # The last one stands for a missing value, -1.
@@ -138,10 +161,14 @@ class Columns:
         codes, names = self._as_written(name)
         if self._holds_categories(name):
             return codes, names
-        if isinstance(cells_of(self._rows, name), np.ndarray):
-            return np.where(np.isnan(self.numbers(name)), -1, codes), names
-        usable = np.array([*map(is_number, names), False])
-        return np.where(usable[codes], codes, -1), names
+        # Not as a request declares: `identities` must not depend on it.
+        whole = self.declared.whole_by_schema(name)
+        cells = cells_of(self._rows, name)
+        if isinstance(cells, np.ndarray):
+            numbers = numbers_of(cells)
+            return np.where(np.isnan(only_whole(numbers) if whole else numbers), -1, codes), names
+        usable = [is_number(text) and not (whole and float(text) % 1) for text in names]
+        return np.where(np.array([*usable, False])[codes], codes, -1), names
 
     def codes(self, name: str) -> tuple[Codes, list[str]]:
         """Return the number of each row's category, -1 if it is missing, and the categories."""
@@ -247,14 +274,15 @@ class Columns:
 def follow_up(times: Floats, events: Sequence[str | None], horizon: float) -> tuple[Floats, Codes]:
     """Return times and events, both (rows,).
 
-    A time is NaN if it is below 0, or if time or event is missing. Times beyond the horizon are
-    censored there. An event is "1" if it happened and "0" if the time is that of censoring.
+    A time is NaN if it is below 0, or if time or event is missing. A time beyond the horizon is
+    infinite and censored. An event is "1" if it happened and "0" if the time is that of censoring.
     """
     happened = np.array([_EVENTS.get(text, -1) for text in events], np.int64)
     with np.errstate(invalid="ignore"):
         times = np.where((happened < 0) | (times < 0), np.nan, times)
         happened = np.where(times > horizon, 0, happened)
-    return np.minimum(times, horizon), happened
+        times = np.where(times > horizon, np.inf, times)
+    return times, happened
 
 
 def _single_columns(rows: Sequence[Row]) -> list[Any]:

@@ -21,8 +21,8 @@ class Declared:
     request : Request
         Its ranges and categories win over those of `schema`.
     schema : object, optional
-        What the hospital declares: ``numeric``, ``categorical``, ``ranges``, ``categories`` and
-        ``bands``, any of which may be missing.
+        What the hospital declares: ``numeric``, ``categorical``, ``whole``, ``ranges``,
+        ``categories`` and ``bands``, any of which may be missing.
 
     Attributes
     ----------
@@ -49,7 +49,18 @@ class Declared:
         if name in (*categorical, *map(band_name, self.bands)):
             return True
         numeric = (*getattr(schema, "numeric", ()), *_mapping(schema, "ranges"))
-        return False if name in numeric else None
+        return False if name in numeric or self.whole_by_schema(name) else None
+
+    def whole_by_schema(self, name: str) -> bool:
+        """Return whether the schema says that a column holds whole numbers."""
+        schema = self._schema
+        counted = getattr(schema, "task", "") == "count" and name == schema.target
+        return counted or name in getattr(schema, "whole", ())
+
+    def is_whole(self, name: str) -> bool:
+        """Return whether a numeric column is declared to hold whole numbers only."""
+        declared = name in self._request.whole or self.whole_by_schema(name)
+        return declared and self.is_categorical(name) is False
 
     def is_categorical(self, name: str) -> bool | None:
         """Return whether a column is declared categorical; None if it is not declared at all.
@@ -59,7 +70,7 @@ class Declared:
         by_schema = self.by_schema(name)
         if by_schema or name in (*self._request.categorical, *self.categories):
             return True
-        if name in (*self.ranges, *self._request.resolutions):
+        if name in (*self.ranges, *self._request.resolutions, *self._request.whole):
             return False
         return by_schema
 
@@ -84,6 +95,12 @@ class Declared:
                     f"the request declares a range of {name}, which holds categories by the "
                     f"hospital's schema: {remedy}"
                 )
+        for name in request.whole:
+            if self.by_schema(name) is True:
+                raise InputError(
+                    f"the request declares that {name} holds whole numbers, which holds categories "
+                    f"by the hospital's schema: {remedy}"
+                )
         for name in (*request.categorical, *request.categories):
             if self.by_schema(name) is False:
                 raise InputError(
@@ -94,18 +111,21 @@ class Declared:
     def resolution(self, name: str) -> float | None:
         """Return the width of a numeric column's cells, as requested or else made from its range.
 
-        None if neither is declared.
+        Whole numbers are never divided: what is made from a range is then at least 1. Without a
+        range it is 1 for whole numbers, and None for others.
         """
         if name in self._request.resolutions:
             return float(self._request.resolutions[name])
+        least = 1.0 if self.is_whole(name) else None
         if name not in self.ranges:
-            return None
+            return least
         low, high = self.ranges[name]
         finest = (high - low) / 50
         step = 10.0 ** math.floor(math.log10(finest))
         # Rounded to twelve digits: 5 times a thousandth would be 0.005000000000000001.
         widths = (float(f"{n * step:.12g}") for n in (1, 2, 5) if n * step <= finest)
-        return max(widths, default=step)
+        width = max(widths, default=step)
+        return width if least is None else max(least, width)
 
 
 def _mapping(schema: Any, name: str) -> dict[str, Any]:

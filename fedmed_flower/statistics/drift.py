@@ -1,42 +1,18 @@
-"""Whether counts have changed: between two groups of patients, or from week to week.
-
-`psi` and `ks` compare two binned counts, those of two hospitals or of two years, say. `ears_c2` and
-`cusum` go through weekly counts and say in which weeks there were more cases than there had been:
-L. Hutwagner, W. Thompson, G. M. Seeman, T. Treadwell, "The bioterrorism preparedness and response
-Early Aberration Reporting System (EARS)", Journal of Urban Health 80, 2003,
-https://doi.org/10.1007/PL00022319, and E. S. Page, "Continuous inspection schemes", Biometrika 41,
-1954, https://doi.org/10.1093/biomet/41.1-2.100.
-"""
+"""Whether counts differ between two groups of patients, such as two hospitals or two years."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedmed_flower.errors import InputError
+from fedmed_flower.statistics.types import Floats, Reported
 
-# The fewest known weeks of which a mean and a standard deviation are taken.
-_FEWEST_KNOWN = 3
-# The least standard deviation in `cusum`: that of a baseline without cases would be 0.
-_LEAST_SD = 0.5
-
-
-@dataclass(frozen=True)
-class Alerts:
-    """The statistic of each week, and whether it is an alert.
-
-    Attributes
-    ----------
-    statistic : ndarray of shape (weeks,)
-        NaN if the week is unknown, or too few weeks of its baseline are known.
-    alert : ndarray of bool, shape (weeks,)
-    """
-
-    statistic: NDArray[np.float64]
-    alert: NDArray[np.bool_]
+# `same_shares`: for more, the tails of the hypergeometric distribution may take much memory.
+_MOST_COUNTS = 1e6
 
 
 def psi(expected: ArrayLike, actual: ArrayLike) -> float:
@@ -106,119 +82,127 @@ def ks(expected: ArrayLike, actual: ArrayLike) -> tuple[float, float]:
     return statistic, float(kstwobign.sf(math.sqrt(size) * statistic))
 
 
-def ears_c2(counts: ArrayLike, baseline: int = 7, lag: int = 2, threshold: float = 3.0) -> Alerts:
-    """Find weeks with unusually many cases by method C2 of EARS.
+def ks_of_histograms(
+    one: Sequence[Reported], others: Sequence[Reported], patients: tuple[float, float]
+) -> tuple[float, float]:
+    """Return the Kolmogorov-Smirnov test of histograms whose cells may differ.
 
-    The statistic of week t is (count - mean) / sd. Mean and standard deviation (of a sample) are
-    those of the `baseline` weeks that end `lag` weeks before week t - 1. A statistic above
-    `threshold` is an alert. If the baseline weeks are all alike, any count above them is an alert
-    with an infinite statistic, as in ``earsC`` of the R package surveillance.
+    Between its edges a histogram says only that so many values are below, at least and at most. The
+    statistic is the largest distance that there is for certain, at the edges of all histograms. So
+    it is at most that of the values themselves, and the p-value at least theirs.
 
     Parameters
     ----------
-    counts : array_like
-        (weeks,) 0 or greater; NaN for an unknown week, which baselines leave out.
-    baseline : int
-        Weeks, 3 or greater; at least 3 of them must be known.
-    lag : int
-        Weeks between the baseline and the week that is judged, 0 or greater.
-    threshold : float
-        In standard deviations, above 0.
+    one, others : sequence of dict
+        Histograms whose values belong together, with ``edges``, ascending, and ``counts``, one more
+        than the edges; together they count one value or more.
+    patients : tuple of float
+        The patients behind `one` and behind `others`, above 0; of several values of one patient
+        only one counts as independent.
 
     Returns
     -------
-    Alerts
-        The first ``baseline + lag`` weeks have no statistic.
+    statistic : float
+        The largest difference of the cumulated shares that is certain, 0 to 1.
+    p : float
+        By Kolmogorov's distribution, the limit for large counts.
+    """
+    from scipy.stats import kstwobign
+
+    edges = np.unique([edge for part in (*one, *others) for edge in part["edges"]])
+    below = [_shares_below(parts, edges) for parts in (one, others)]
+    gaps = (below[0][0] - below[1][1], below[1][0] - below[0][1])
+    statistic = min(1.0, float(np.max(gaps, initial=0.0)))
+    size = 1 / (1 / patients[0] + 1 / patients[1])
+    return statistic, float(kstwobign.sf(math.sqrt(size) * statistic))
+
+
+def _shares_below(parts: Sequence[Reported], edges: Floats) -> tuple[Floats, Floats]:
+    """Return the least and the greatest share of values below each edge."""
+    least = np.zeros(edges.size)
+    most = np.zeros(edges.size)
+    for part in parts:
+        reached = np.cumsum([0.0, *part["counts"]])
+        least += reached[np.searchsorted(part["edges"], edges, side="right")]
+        # At an edge of its own, the number below is known.
+        inside = ~np.isin(edges, part["edges"])
+        most += reached[np.searchsorted(part["edges"], edges, side="right") + inside]
+    total = math.fsum(count for part in parts for count in part["counts"])
+    return least / total, most / total
+
+
+def same_shares(expected: ArrayLike, actual: ArrayLike) -> float:
+    """Return the p-value of the hypothesis that two groups have the same shares of categories.
+
+    By Fisher's exact test of each category against all others: twice the smaller tail of the
+    hypergeometric distribution, and of several categories the least of these times their number.
+    The chi-square test is of the same question, and wrong by factors where it is needed most: with
+    seven expected and fifteen seen, its p-value is a fourth of the exact one.
+
+    Parameters
+    ----------
+    expected, actual : array_like
+        (categories,) counts, 0 or greater; fractions are rounded down. More than a million counts
+        together are scaled down to a million, which makes the p-value greater.
 
     Raises
     ------
     InputError
-        If an argument is out of its range, or there are no weeks after the first baseline.
+        As `psi`.
+
+    Examples
+    --------
+    >>> round(same_shares([30, 70], [50, 50]), 4)
+    0.0059
     """
-    if lag < 0:
-        raise InputError(f"lag must be 0 or greater, got {lag}")
-    if not 0 < threshold < math.inf:
-        raise InputError(f"threshold must be a finite number above 0, got {threshold}")
-    weeks = _weekly(counts, baseline, lag)
-    statistic = np.full(weeks.size, np.nan)
-    for week in range(baseline + lag, weeks.size):
-        mean, sd = _mean_and_sd(weeks[week - lag - baseline : week - lag])
-        excess = float(weeks[week]) - mean
-        if excess == 0:
-            statistic[week] = 0.0
-        else:
-            statistic[week] = excess * math.inf if sd == 0 else excess / sd
-    return Alerts(statistic, statistic > threshold)
+    from scipy.stats import hypergeom
+
+    table = np.array(_two_counts(expected, actual))
+    table = np.floor(table * min(1.0, _MOST_COUNTS / table.sum()))
+    together = table.sum(axis=0)
+    table = table[:, together > 0]
+    if table.shape[1] < 2 or not table.sum(axis=1).all():
+        return 1.0
+    of = (table.sum(), together[together > 0], table[0].sum())
+    tails = hypergeom.cdf(table[0], *of), hypergeom.sf(table[0] - 1, *of)
+    # Of two categories, the one is all that is not the other.
+    tests = table.shape[1] if table.shape[1] > 2 else 1
+    return min(1.0, tests * 2 * float(np.min(tails)))
 
 
-def cusum(counts: ArrayLike, k: float = 0.5, h: float = 4.0, baseline: int = 13) -> Alerts:
-    """Find a lasting rise of weekly counts by Page's cumulated sum.
+def holm(p_values: ArrayLike) -> Floats:
+    """Return p-values corrected for their number, by Holm's step-down method.
 
-    S starts at 0 and becomes max(0, S + (count - mean) / sd - k) each week; at `h` and above it is
-    an alert. Nothing sets S back to 0 after an alert, so that alerts last until the excess has been
-    made up for. Mean and standard deviation are those of the first `baseline` weeks; the latter is
-    at least the root of the mean, by which a Poisson count varies, and at least 0.5.
+    S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of
+    Statistics 6, 1979.
 
     Parameters
     ----------
-    counts : array_like
-        (weeks,) 0 or greater; NaN for an unknown week, which leaves S unchanged.
-    k : float
-        What S loses each week, in standard deviations, 0 or greater.
-    h : float
-        The least S that is an alert, above 0.
-    baseline : int
-        Weeks, 3 or greater. If fewer than 3 of them are known, no week has a statistic.
+    p_values : array_like
+        (tests,) 0 to 1.
 
     Returns
     -------
-    Alerts
-        The first `baseline` weeks have no statistic.
+    ndarray of shape (tests,)
+        The least level at which each test is significant beside all others; at most 1.
 
-    Raises
-    ------
-    InputError
-        If an argument is out of its range, or there are no weeks after the baseline.
+    Examples
+    --------
+    >>> holm([0.01, 0.5, 0.03]).round(3).tolist()
+    [0.03, 0.5, 0.06]
     """
-    if not 0 <= k < math.inf:
-        raise InputError(f"k must be a finite number, 0 or greater, got {k}")
-    if not 0 < h < math.inf:
-        raise InputError(f"h must be a finite number above 0, got {h}")
-    weeks = _weekly(counts, baseline, 0)
-    mean, sd = _mean_and_sd(weeks[:baseline])
-    sd = max(sd, math.sqrt(mean), _LEAST_SD)
-    statistic = np.full(weeks.size, np.nan)
-    total = 0.0
-    for week in range(baseline, weeks.size):
-        if not (math.isnan(weeks[week]) or math.isnan(mean)):
-            total = max(0.0, total + (weeks[week] - mean) / sd - k)
-            statistic[week] = total
-    return Alerts(statistic, statistic >= h)
-
-
-def _mean_and_sd(weeks: NDArray[np.float64]) -> tuple[float, float]:
-    known = weeks[~np.isnan(weeks)]
-    if known.size < _FEWEST_KNOWN:
-        return math.nan, math.nan
-    return float(known.mean()), float(known.std(ddof=1))
-
-
-def _weekly(counts: ArrayLike, baseline: int, lag: int) -> NDArray[np.float64]:
-    if baseline < _FEWEST_KNOWN:
-        raise InputError(f"baseline must be {_FEWEST_KNOWN} weeks or more, got {baseline}")
-    weeks = _counts("counts", counts, unknown=True)
-    if weeks.size <= baseline + lag:
-        raise InputError(
-            f"counts must have more than {baseline + lag} weeks, of which a baseline takes up "
-            f"{baseline}; got {weeks.size}: give more weeks, or a shorter baseline"
-        )
-    return weeks
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p)
+    steps = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
+    corrected = np.empty(p.size)
+    corrected[order] = np.minimum(1.0, steps)
+    return corrected
 
 
 def _two_counts(
     expected: ArrayLike, actual: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    first, second = _counts("expected", expected), _counts("actual", actual)
+    first, second = read_counts("expected", expected), read_counts("actual", actual)
     if first.size != second.size:
         raise InputError(
             "expected and actual must be counts in the same bins, "
@@ -230,7 +214,14 @@ def _two_counts(
     return first, second
 
 
-def _counts(name: str, values: ArrayLike, unknown: bool = False) -> NDArray[np.float64]:
+def read_counts(name: str, values: ArrayLike, unknown: bool = False) -> NDArray[np.float64]:
+    """Return counts as an array; with `unknown`, NaN stands for an unknown one.
+
+    Raises
+    ------
+    InputError
+        If they have not one dimension, or one is negative, infinite or no number.
+    """
     try:
         counts = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:

@@ -14,7 +14,6 @@ import hashlib
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from fedmed_flower.statistics.guard import (
 )
 from fedmed_flower.statistics.request import Request, Survival, require_comparable
 from fedmed_flower.statistics.types import Codes, Floats, Mask, Reported
+from fedmed_flower.statistics.values import date_text, week_text
 from fedmed_flower.statistics.withheld import (
     AND,
     BY,
@@ -260,7 +260,7 @@ class Local:
         distinct, labels[known] = np.unique(steps, return_inverse=True)
         starts = [float(step * width) for step in distinct]
         if dated:
-            return labels, [(f"from {_date(start)}", start) for start in starts]
+            return labels, [(f"from {date_text(start)}", start) for start in starts]
         return labels, [(f"{start:g} to {start + width:g}", start) for start in starts]
 
     def _moments(self, entry: Reported, inside: Mask) -> None:
@@ -328,7 +328,11 @@ class Local:
             indices = np.searchsorted(np.array(edges, np.int64), steps, side="right")
             if guard.admit([members], [self._cells(inside, usable, indices)], waiting):
                 counts = np.bincount(indices, minlength=len(edges) + 1).tolist()
-                return {"edges": [edge * width for edge in edges], "counts": counts}
+                return {
+                    "edges": [edge * width for edge in edges],
+                    "counts": counts,
+                    "whole": columns.declared.is_whole(name),
+                }
         return self._withhold(what)
 
     def _bins(
@@ -475,23 +479,22 @@ class Local:
             happened = events[usable]
             patient_of_row = columns.patient_of_row[usable]
             width = asked.width
-            steps = _upward(times[usable], width)
-            end = _upward(asked.horizon, width)
-            while end > 1 and not coarse_enough(
+            steps, beyond = _steps(times[usable], asked.horizon, width)
+            while beyond > 2 and not coarse_enough(
                 2 * steps + happened, patient_of_row, guard.minimum
             ):
                 width *= 2
-                steps = _upward(times[usable], width)
-                end = _upward(asked.horizon, width)
+                steps, beyond = _steps(times[usable], asked.horizon, width)
             labels = [guard.labels(key)[usable] for key in keys]
             constraints = [labels[0], class_codes(labels[2], happened)]
             bins = merge_neighbours(steps, constraints, patient_of_row, guard.minimum)
             if bins is None:
                 continue
             ends = [high for _, high in bins]
-            # If the last bin is merged, the longest time is not disclosed.
+            # If the last bin is merged, the longest time is not disclosed, nor whether it is beyond
+            # the horizon.
             if bins[-1][0] != bins[-1][1]:
-                ends[-1] = int(end)
+                ends[-1] = beyond
             indices = np.searchsorted(np.array(ends), steps)
             values = (indices, happened, 2 * indices + happened)
             cells = [self._cells(inside, usable, value) for value in values]
@@ -504,7 +507,10 @@ class Local:
                     values[2], minlength=2 * len(bins)
                 ).reshape(-1, 2)
                 entry["survival"] = {
-                    "times": [number * width for number in stops],
+                    "times": [
+                        number * width if number == beyond else min(number * width, asked.horizon)
+                        for number in stops
+                    ],
                     "events": counts[:, 1].tolist(),
                     "censored": counts[:, 0].tolist(),
                 }
@@ -545,7 +551,7 @@ class Local:
                     reported[int(week) - first] = None
                 for index, count in zip(known, counts, strict=True):
                     reported[int(weeks[index]) - first] = int(count)
-                start = _date(7.0 * first + 1) if dated else f"day {7 * first}"
+                start = week_text(first, dated)
                 entry["weeks"] = {"first": first, "start": start, "counts": reported}
                 return
         self._withhold(what)
@@ -599,10 +605,16 @@ def _counted(inside: Mask, usable: Mask) -> Reported:
     return {"n": count, "missing": int(inside.sum()) - count}
 
 
-def _upward(times: Any, width: float) -> Any:
-    """Return the number of widths to which each time is rounded up."""
-    return -grid(np.negative(np.asarray(times, float)), width)[0]
+def _steps(times: Floats, horizon: float, width: float) -> tuple[Codes, int]:
+    """Return the step of each time, and the one of all times beyond the horizon.
+
+    A time is rounded up to a multiple of the width or to the horizon: step 1 is from 0 to the first
+    multiple, both included.
+    """
+    steps = _upward(np.minimum(times, horizon), width)
+    beyond = int(_upward(np.array(horizon), width)) + 1
+    return np.where(times > horizon, beyond, steps), beyond
 
 
-def _date(day: float) -> str:
-    return date.fromordinal(max(1, min(int(day), date.max.toordinal()))).isoformat()
+def _upward(times: Floats, width: float) -> Codes:
+    return np.maximum(1, -grid(np.negative(times), width)[0])

@@ -30,7 +30,14 @@ from fedmed_flower.statistics.columns import follow_up
 from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.request import Filter, Request, Survival, require_comparable
 from fedmed_flower.statistics.types import Codes, Floats, Mask, Reported
-from fedmed_flower.statistics.values import cells_of, coded, numbers_meet, numbers_of, texts_meet
+from fedmed_flower.statistics.values import (
+    cells_of,
+    coded,
+    numbers_meet,
+    numbers_of,
+    only_whole,
+    texts_meet,
+)
 
 _MOST_BINS = 200
 _MOST_CORRELATED = 50
@@ -105,7 +112,8 @@ class Cells:
         return follow_up(self._numbers(asked.time), self._texts(asked.event), asked.horizon)
 
     def _numbers(self, name: str) -> Floats:
-        return numbers_of(cells_of(self._rows, name))
+        numbers = numbers_of(cells_of(self._rows, name))
+        return only_whole(numbers) if self._declared.is_whole(name) else numbers
 
     def _texts(self, name: str) -> list[str | None]:
         codes, texts = coded(cells_of(self._rows, name))
@@ -348,6 +356,7 @@ def _survival(asked: Survival) -> Block:
     def indices(cells: Cells) -> Codes:
         times, events = cells.follow_up(asked)
         known = ~np.isnan(times)
+        # Times beyond the horizon are censored at it.
         steps = np.clip(np.ceil(np.where(known, times, 0.0) / width), 1, count).astype(np.int64)
         return np.where(known, 2 * (steps - 1) + events, 2 * count)
 

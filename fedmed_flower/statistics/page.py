@@ -18,15 +18,29 @@ from fedmed_flower.reports import frame, plots
 from fedmed_flower.reports.frame import INK, count_of, escaped
 from fedmed_flower.reports.plots import Styles
 from fedmed_flower.server.run_folder import read_summary
-from fedmed_flower.statistics.pooling import cumulate, pool_survival
-from fedmed_flower.statistics.table import AGAIN, OVERALL, label, tables
+from fedmed_flower.statistics.pooling import below_edges
+from fedmed_flower.statistics.table import (
+    AGAIN,
+    APART,
+    CURVE,
+    OVERALL,
+    STANDS_OUT,
+    hospitals_of,
+    label,
+    tables,
+)
 
 STATISTICS_FILE = "statistics.json"
 _MOST_ROWS = 400
 _MOST_PLOTS = 24
 _MOST_NAMES = 100
 _MOST_WEEKS = 2000
+_MOST_TICKS = 6
 _ALERT = "#d55e00"
+# How opaque the bands of curves are: of all hospitals, of each, and of each group.
+_BAND = 0.2
+_FAINT_BAND = 0.08
+_GROUP_BAND = 0.12
 _BANNER = '<p class="banner" role="note">generated rows, not patients</p>'
 _LEFT = """<h2>What left each hospital</h2><p>The numbers behind these tables, but no row: counts,
 sums, sums of squares and of products, and the edges of merged cells. Each is of {} patients or
@@ -35,16 +49,43 @@ disclosed what it withholds, and which condition it refused.</p>"""
 _NOISED = """<h2>What left each hospital</h2><p>The numbers behind these tables, each with Gaussian
 noise: what they disclose about one patient is bounded by epsilon <b>{}</b> at delta {}, charged to
 each hospital’s ledger before it was computed. Counts are estimates: none of them is exact.</p>"""
-_NOTES = """<p class="note">SD: standard deviation. Medians and quartiles are read off merged cells.
+_NOTES = """<p class="note">SD: standard deviation. Medians and quartiles: {}
 “few”: the hospital has no patient with the value, or fewer than its minimum, or just enough to hide
 such a number in another cell; ≥: a sum without these. A dash: withheld or missing.</p>"""
+_BOUNDS = """the bounds between which they certainly lie, because cells of neighbouring values are
+merged. “1.00 to &lt;2.00” is 1 or more and less than 2; in a column of whole numbers “1 to 2” is 1,
+2 or between them. One number: both bounds are printed alike."""
+_ESTIMATES = "estimates, interpolated in cells with noise."
+_SHARES = """<p class="note">All hospitals together: a dark point is known; where they have merged
+different cells, the shade lies between the bounds.</p>"""
 _DRIFT = """<p class="note">PSI, the population stability index: by custom above 0.1 a change, above
-0.25 a large one. KS, Kolmogorov and Smirnov: the greatest distance of two distributions, and the
-probability p of one as large by chance.</p>"""
+0.25 a large one. KS, Kolmogorov and Smirnov: the greatest distance of two distributions that is
+certain. Missing: by how much more of the column is missing. p: the probability of a difference as
+large by chance; corrected, among all these comparisons.</p>"""
+_STANDS_OUT = """<p class="note">Named is who differs by more than chance (p, corrected for all
+comparisons, below 0.01) and by much: a PSI above 0.25 to more than half of the other hospitals, or
+20 percentage points of missing values. Also who has a mean or a spread far from all others’, or two
+categories that seem to be swapped. None of it says who is right.</p>"""
+_CURVES = """<p class="note">The survival is for certain at least and at most what the last two
+columns say: hospitals withhold when exactly some of the events and losses were. Between them stands
+the survival itself, by times rounded up to the steps that were asked for, as far as the counts of
+each hospital are exact to these steps; a dash: they are not. In the drawing the shade reaches from
+one bound to the other, and the line goes as far as the survival is known.</p>"""
+_APART = """<p class="note">Groups are compared over the same hospitals: those that reported a curve
+of each.</p>"""
 _AGAIN = """<p class="note">What a hospital has disclosed decides what it may disclose later. A new
 simulation remembers no answer. A real hospital does: each of these questions helps only where
 nothing else was asked of its columns before, and may be withheld there too.</p>"""
-_NOTE_OF = {"Drift": _DRIFT, AGAIN: _AGAIN}
+_WEEKS = """<p class="note">A week is named by its first day. A week that a hospital withholds is of
+few patients, not of none: it is not judged, and left out of what other weeks are compared with. A
+week is not judged either while too few weeks before it are known.</p>"""
+_NOTE_OF = {
+    STANDS_OUT: _STANDS_OUT,
+    "Drift": _DRIFT,
+    "Weekly counts": _WEEKS,
+    AGAIN: _AGAIN,
+    APART: _APART,
+}
 
 
 def write_page(folder: Path) -> Path:
@@ -75,8 +116,11 @@ def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
         frame.require_small(row_count + len(group["overall"]["numeric"]), len(group["sites"]))
     all_tables = tables(survey)
     first = [table for table in all_tables if table["title"].startswith("Table 1")]
-    rest = [table for table in all_tables if not table["title"].startswith("Table 1")]
-    parts = [_head(summary, styles), *(_table(table) for table in first), _NOTES if first else ""]
+    curves = [table for table in all_tables if table["title"].startswith(CURVE)]
+    rest = [table for table in all_tables if not table["title"].startswith(("Table 1", CURVE))]
+    noised = bool(survey["request"]["epsilon"])
+    notes = _NOTES.format(_ESTIMATES if noised else _BOUNDS)
+    parts = [_head(summary, styles), *(_table(table) for table in first), notes if first else ""]
     with matplotlib.rc_context(plots.SETTINGS):
         for name, group in islice(survey["groups"].items(), _MOST_PLOTS):
             reported = {
@@ -89,11 +133,15 @@ def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
         left = len(survey["groups"]) - _MOST_PLOTS
         if left > 0:
             parts.append(f'<p class="note">{count_of(left, "more group")} not drawn.</p>')
+        parts.append(_side_by_side(survey))
         watched = [entry for entry in survey["alerts"] if "note" not in entry]
         drawn = "".join(_weeks(entry) for entry in watched[:_MOST_PLOTS])
         parts.append(f"<h2>Week by week</h2>{drawn}" if drawn else "")
+    if curves:
+        parts += [*map(_table, curves), "" if noised else _CURVES]
     for table in rest:
-        parts.append(_table(table) + _NOTE_OF.get(table["title"], ""))
+        kind = table["title"].partition(" (")[0]
+        parts.append(_table(table) + _NOTE_OF.get(kind, ""))
     request = survey["request"]
     minima = [reported["minimum"] for reported in survey["sites"].values()]
     if request["epsilon"]:
@@ -145,12 +193,10 @@ def _drawings(
         for column in group["overall"]["numeric"]
     ]
     shown = "".join([drawing for drawing in drawn if drawing][:_MOST_PLOTS])
-    text = f'<h2>Distributions{suffix}</h2>{_keys(styles)}<div class="plots">{shown}</div>'
+    text = f'<h2>Distributions{suffix}</h2>{_keys(styles)}<div class="plots">{shown}</div>{_SHARES}'
     parts = [text if shown else ""]
     if "survival" in group["overall"]:
-        parts.append(
-            f"<h2>Survival{suffix}</h2>{_keys(styles)}{_survival(group, reported, styles)}"
-        )
+        parts.append(f"<h2>Survival{suffix}</h2>{_keys(styles)}{_survival(group, styles)}")
     if len(group["overall"]["correlations"]) > 1:
         parts.append(_matrix(group["overall"]["correlations"], suffix))
     return "".join(parts)
@@ -164,7 +210,11 @@ def _keys(styles: Styles) -> str:
 
 
 def _histogram(column: str, reported: Mapping[str, Any], styles: Styles) -> str:
-    """Draw the percentage below each value, which compares hospitals whose cells differ."""
+    """Draw the percentage below each value, which compares hospitals whose cells differ.
+
+    Of all hospitals together it is a band, and a line between neighbouring values at which it is
+    known.
+    """
     parts = {
         site: t["histogram"] for site, t in reported.items() if t.get("histogram", {}).get("edges")
     }
@@ -176,33 +226,78 @@ def _histogram(column: str, reported: Mapping[str, Any], styles: Styles) -> str:
         shares = 100 * reached[:-1] / max(reached[-1], 1e-9)
         axes.plot(part["edges"], shares, styles[site][1], color=styles[site][0], lw=1.4, marker=".")
     frame.require_small(len(parts), sum(len(part["edges"]) for part in parts.values()))
-    edges, below = cumulate([*parts.values()])
-    total = sum(sum(part["counts"]) for part in parts.values())
-    axes.plot(edges, 100 * below.sum(axis=0) / max(total, 1e-9), color=INK, lw=1.4)
+    edges, least, most = below_edges([*parts.values()])
+    total = max(sum(sum(part["counts"]) for part in parts.values()), 1e-9)
+    least = 100 * least / total
+    most = 100 * most / total
+    axes.fill_between(edges, least, most, color=INK, alpha=_BAND, linewidth=0)
+    known = np.isclose(least, most, rtol=0, atol=1e-9)
+    axes.plot(edges, np.where(known, least, np.nan), color=INK, lw=1.4, marker=".")
     axes.set_ylim(0, 100)
     drawing = plots.svg(axes, f"% below, {escaped(column)}", _plain(column), grid="y")
     return f"<figure><figcaption><b>{escaped(column)}</b> · % below</figcaption>{drawing}</figure>"
 
 
-def _survival(group: Mapping[str, Any], reported: Mapping[str, Any], styles: Styles) -> str:
+def _survival(group: Mapping[str, Any], styles: Styles) -> str:
     axes: Any = Figure((6.4, 3.2), layout="constrained").subplots()
-    for site, part in reported.items():
+    for site, part in group["sites"].items():
         if "survival" in part:
-            curve = pool_survival([part["survival"]])
-            x = [0.0, *curve.times]
-            y = [1.0, *curve.survival]
-            axes.step(x, y, styles[site][1], where="post", color=styles[site][0], lw=1.2)
+            style = styles[site]
+            _step(axes, part["survival"], style.colour, style.dashes, 1.2, _FAINT_BAND)
     curve = group["overall"]["survival"]
-    axes.step([0.0, *curve["times"]], [1.0, *curve["survival"]], where="post", color=INK, lw=1.8)
+    _step(axes, curve, INK, "-", 1.8, _BAND)
     axes.set_ylim(0, 1.02)
     drawing = plots.svg(axes, "Kaplan-Meier curves", "time", grid="y")
-    at_risk = curve["at_risk"][0]
-    events = math.fsum(curve["events"])
-    caption = (
-        f"Kaplan-Meier · {count_of(curve['hospitals'], 'hospital')}, {at_risk:,.0f} patients, "
-    )
-    caption += f"{events:,.0f} events"
+    caption = "Kaplan-Meier, not pooled"
+    if curve["sites"]:
+        hospitals = escaped(hospitals_of(curve["sites"], list(styles)))
+        caption = f"Kaplan-Meier · {curve['patients']:,.0f} patients of {hospitals}"
     return f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
+
+
+def _side_by_side(survey: Mapping[str, Any]) -> str:
+    """Draw the pooled curves of the groups that are compared, if there are colours for them."""
+    curves = {}
+    for name, group in survey["groups"].items():
+        curve = group["overall"].get("survival")
+        if curve is not None and curve["sites"]:
+            curves[label(survey, name)] = curve
+    if not 1 < len(curves) <= len(PALETTE):
+        return ""
+    axes: Any = Figure((6.4, 3.2), layout="constrained").subplots()
+    styles = plots.styles(list(curves))
+    for name, curve in curves.items():
+        _step(axes, curve, styles[name].colour, styles[name].dashes, 1.6, _GROUP_BAND)
+    axes.set_ylim(0, 1.02)
+    drawing = plots.svg(axes, "Kaplan-Meier curves of groups", "time", grid="y")
+    keys = plots.legend([style.key for style in styles.values()])
+    sites = next(iter(curves.values()))["sites"]
+    hospitals = escaped(hospitals_of(sites, list(survey["sites"])))
+    caption = f"Kaplan-Meier · each group of the same {hospitals}"
+    drawn = f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
+    return f"<h2>Survival by {escaped(survey['request']['by'])}</h2>{keys}{drawn}"
+
+
+def _step(
+    axes: Any, curve: Mapping[str, Any], colour: str, dashes: str, width: float, opacity: float
+) -> None:
+    """Draw the line of a curve as far as it is known, and a band between its bounds.
+
+    Between two times the survival is at most the upper bound at the first, and at least the lower
+    one at the second.
+    """
+    times = [0.0, *curve["times"]]
+    low = curve["survival_low"]
+    if low and low[0] is not None:
+        corners = np.repeat(times, 2)[1:-1]
+        high = [1.0, *curve["survival_high"][:-1]]
+        least = np.repeat(low, 2)
+        most = np.repeat(high, 2)
+        axes.fill_between(corners, least, most, color=colour, alpha=opacity, linewidth=0)
+        for edge in (least, most):
+            axes.plot(corners, edge, color=colour, alpha=0.5, lw=width / 2)
+    known = [1.0, *(value for value in curve["survival"] if value is not None)]
+    axes.step(times[: len(known)], known, dashes, where="post", color=colour, lw=width)
 
 
 def _matrix(correlations: Sequence[Mapping[str, Any]], suffix: str) -> str:
@@ -237,14 +332,16 @@ def _weeks(entry: Mapping[str, Any]) -> str:
     if len(counts) > _MOST_WEEKS:
         return f'<p class="note">{count_of(len(counts), "week")} are not drawn.</p>'
     axes: Any = Figure((6.4, 2.2), layout="constrained").subplots()
-    weeks = np.arange(1, len(counts) + 1)
+    weeks = np.arange(len(counts))
     alerts = entry.get("alert") or [False] * len(counts)
     colours = [_ALERT if alert else plots.CROWD for alert in alerts]
     axes.bar(weeks, counts, color=colours, width=0.8, zorder=3)
     unknown = weeks[np.isnan(counts)]
     axes.plot(unknown, np.zeros(unknown.size), "x", color=INK, ms=4, clip_on=False)
-    axes.locator_params(axis="x", integer=True)
-    drawing = plots.svg(axes, "rows by week", f"week, from {_plain(str(entry['start']))}", grid="y")
+    ticks = weeks[:: max(1, math.ceil(weeks.size / _MOST_TICKS))]
+    names = [_plain(str(entry["weeks"][tick])) for tick in ticks]
+    axes.set_xticks(ticks, names, ha="left")
+    drawing = plots.svg(axes, "rows by week", "week", grid="y")
     site = escaped(entry["site"]) + (f", {escaped(entry['group'])}" if entry["group"] else "")
     text = (
         f"<b>{site}</b> · rows by week · {count_of(sum(map(bool, alerts)), 'alert')} · × withheld"

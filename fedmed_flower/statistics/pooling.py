@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed_flower.statistics.types import Reported
+from fedmed_flower.statistics.types import Floats, Reported
 
 
 class Moments(NamedTuple):
@@ -29,20 +29,19 @@ class Moments(NamedTuple):
 
 
 class Quantile(NamedTuple):
-    """A quantile: an estimate, and bounds between which the quantile certainly lies."""
+    """A quantile of all rows.
 
-    value: float
+    Attributes
+    ----------
+    estimate : float
+        Interpolated in a bin. No patient need have this value.
+    low, high : float
+        The quantile is at least `low`, and below `high`. Of whole numbers it is at most `high`.
+    """
+
+    estimate: float
     low: float
     high: float
-
-
-class Curve(NamedTuple):
-    """A Kaplan-Meier curve: for each time the number at risk, the events and the survival."""
-
-    times: list[float]
-    at_risk: list[float]
-    events: list[float]
-    survival: list[float]
 
 
 def pool_moments(parts: Iterable[Reported]) -> Moments:
@@ -103,28 +102,42 @@ def pool_quantile(parts: Sequence[Reported], share: float) -> Quantile:
     """Return a quantile of all rows together.
 
     The bounds contain what pandas' ``quantile`` gives for the rows themselves: each value is at
-    least the lower edge of its bin, and less than the upper one. The estimate interpolates as
-    `cumulate` does.
+    least the lower edge of its bin, and less than the upper one. If all hospitals declare that the
+    column holds whole numbers, a bin's values lie between the first and the last whole number in
+    it. The estimate interpolates as `cumulate` does.
 
     Parameters
     ----------
     parts : sequence of dict
-        ``edges``, ascending, which separate the bins, and ``counts``, one more than the edges.
+        ``edges``, ascending, which separate the bins, and ``counts``, one more than the edges;
+        ``whole`` if the values are declared to be whole numbers.
     share : float
         0 to 1.
     """
+    whole = only_whole(parts)
     lows: list[tuple[float, float]] = []
     highs: list[tuple[float, float]] = []
     for part in parts:
-        lows += zip((-math.inf, *part["edges"]), part["counts"], strict=True)
-        highs += zip((*part["edges"], math.inf), part["counts"], strict=True)
+        edges = np.array(part["edges"], np.float64)
+        upper = edges
+        if whole:
+            edges = np.ceil(edges)
+            upper = edges - 1
+        lows += zip([-math.inf, *edges.tolist()], part["counts"], strict=True)
+        highs += zip([*upper.tolist(), math.inf], part["counts"], strict=True)
     index = share * (math.fsum(n for _, n in lows) - 1)
-    low, high = _value_at(lows, math.floor(index)), _value_at(highs, math.ceil(index))
-    edges, below = cumulate(parts)
-    if not edges:
+    low = _between(lows, index)
+    high = _between(highs, index)
+    all_edges, below = cumulate(parts)
+    if not all_edges:
         return Quantile(math.nan, low, high)
-    value = float(np.interp(index + 0.5, below.sum(axis=0), edges))
+    value = float(np.interp(index + 0.5, below.sum(axis=0), all_edges))
     return Quantile(min(max(value, low), high), low, high)
+
+
+def only_whole(parts: Sequence[Reported]) -> bool:
+    """Return whether all histograms are of columns that are declared to hold whole numbers."""
+    return all(part.get("whole", False) for part in parts)
 
 
 def cumulate(parts: Sequence[Reported]) -> tuple[list[float], NDArray[np.float64]]:
@@ -146,53 +159,56 @@ def cumulate(parts: Sequence[Reported]) -> tuple[list[float], NDArray[np.float64
     return edges, below
 
 
+def below_edges(parts: Sequence[Reported]) -> tuple[list[float], Floats, Floats]:
+    """Return all edges in ascending order, and bounds of how many values lie below each.
+
+    Returns
+    -------
+    edges : list of float
+    least, most : ndarray of shape (edges,)
+        They agree at an edge that divides no bin of any histogram in which there are values.
+    """
+    edges = sorted({edge for part in parts for edge in part["edges"]})
+    least = np.zeros(len(edges))
+    most = np.zeros(len(edges))
+    for part in parts:
+        reached = np.concatenate(([0.0], np.cumsum(part["counts"])))
+        least += reached[np.searchsorted(part["edges"], edges, side="right")]
+        most += reached[np.searchsorted(part["edges"], edges, side="left") + 1]
+    return edges, least, most
+
+
 def same_bins(parts: Sequence[Reported]) -> list[NDArray[np.float64]] | None:
     """Return histograms in the bins of the coarsest of them; None if that has a single bin.
 
-    An edge inside a bin of a finer histogram divides the bin's count as `cumulate` does.
+    The values of a bin are taken to lie evenly in it, those of an open one between its edge and one
+    average width beyond the outermost edge of all: what a hospital counts above its own last edge
+    is not all below that of another.
     """
-    coarsest: list[float] = min((part["edges"] for part in parts), key=len, default=[])
+    # Of histograms with as many bins it does not matter which comes first.
+    coarsest: list[float] = min(
+        (part["edges"] for part in parts), key=lambda edges: (len(edges), edges), default=[]
+    )
     if not coarsest:
         return None
-    edges, below = cumulate(parts)
+    edges = np.unique([edge for part in parts for edge in part["edges"]])
+    width = float(edges[-1] - edges[0]) / edges.size or 1.0
     histograms = []
-    for part, reached in zip(parts, below, strict=True):
-        cut = reached[np.searchsorted(edges, coarsest)]
+    for part in parts:
+        points = [edges[0] - width, *part["edges"], edges[-1] + width]
+        cut = np.interp(coarsest, points, np.cumsum([0.0, *part["counts"]]))
         histograms.append(np.diff([0.0, *cut, math.fsum(part["counts"])]))
     return histograms
 
 
-def pool_survival(parts: Iterable[Reported]) -> Curve:
-    """Return the Kaplan-Meier curve of all patients, times rounded up as each hospital reports.
-
-    If one hospital's interval contains times of another's, its events and censored patients are
-    taken to lie evenly in it, as `cumulate` does.
-
-    E. L. Kaplan, P. Meier, "Nonparametric estimation from incomplete observations", JASA 53, 1958.
-
-    Parameters
-    ----------
-    parts : iterable of dict
-        ``times``, ``events`` and ``censored``, of equal length.
-    """
-    reported = [part for part in parts if part["times"]]
-    times = sorted({time for part in reported for time in part["times"]})
-    totals = np.zeros((len(times), 2))
-    for part in reported:
-        start = min(0.0, part["times"][0] - 1)
-        for side, name in enumerate(("events", "censored")):
-            reached = np.interp(times, [start, *part["times"]], [0.0, *np.cumsum(part[name])])
-            totals[:, side] += np.diff(reached, prepend=0.0)
-    # Of the counts themselves: interpolated shares would not add up exactly.
-    left = math.fsum(n for part in reported for name in ("events", "censored") for n in part[name])
-    curve = Curve(times, [], [], [])
-    alive = 1.0
-    for events, censored in totals.tolist():
-        alive *= max(0.0, 1 - events / left) if left > 0 else 1.0
-        for values, value in zip(curve[1:], (left, events, alive), strict=True):
-            values.append(value)
-        left = max(0.0, left - events - censored)
-    return curve
+def _between(values: list[tuple[float, float]], index: float) -> float:
+    """Return the value at an index, interpolated between the two values next to it."""
+    lower = _value_at(values, math.floor(index))
+    upper = _value_at(values, math.ceil(index))
+    share = index - math.floor(index)
+    if lower == upper or not share:
+        return lower
+    return (1 - share) * lower + share * upper
 
 
 def _value_at(values: list[tuple[float, float]], index: int) -> float:

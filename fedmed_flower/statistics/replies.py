@@ -9,12 +9,15 @@ from itertools import pairwise
 from typing import Any
 
 from fedmed_flower.statistics.types import Reported
+from fedmed_flower.statistics.values import week_text
 
 _MOST_LETTERS = 64 * 2**20
 _MOST_COUNT = 1e12
 # The sum of squares of 1e12 values below 1e100; those of all hospitals can be added up.
 _MOST_SQUARES = 1e213
 _MOST_GROUPS = 10_000
+# A horizon is at most 10,000 widths, and rounded up to one.
+_MOST_TIMES = 10_001
 # What rounding may add to sums in floating point.
 _ROUNDING = 1 + 1e-6
 
@@ -91,6 +94,8 @@ def _read_numeric(reported: Reported, name: str, exact: bool, most: float) -> No
         counts = reported["histogram"]["counts"]
         _ascending(edges, name)
         _counts(counts, name, exact, count if exact else math.inf, len(edges) + 1)
+        if not isinstance(reported["histogram"].get("whole", False), bool):
+            raise ValueError(f"whole of {name} must be true or false")
 
 
 def _read_categorical(reported: Reported, name: str, exact: bool, most: float) -> None:
@@ -131,6 +136,10 @@ def _read_pair(reported: Reported, exact: bool, most: float) -> None:
 
 def _read_survival(reported: Reported, exact: bool, most: float) -> None:
     _ascending(reported["times"], "times")
+    if len(reported["times"]) > _MOST_TIMES:
+        raise ValueError(
+            f"a curve must have at most {_MOST_TIMES:,} times, got {len(reported['times']):,}"
+        )
     for name in ("events", "censored"):
         _counts(reported[name], name, exact, most, len(reported["times"]))
     if math.fsum([*reported["events"], *reported["censored"]]) > most:
@@ -138,9 +147,11 @@ def _read_survival(reported: Reported, exact: bool, most: float) -> None:
 
 
 def _read_weeks(reported: Reported, exact: bool, most: float) -> None:
-    _texts([reported["start"]], "weeks")
-    if _number(reported["first"], "first week") % 1:
+    first = reported["first"]
+    if _number(first, "first week") % 1:
         raise ValueError("the first week must be a whole number")
+    if reported["start"] not in [week_text(int(first), dated) for dated in (True, False)]:
+        raise ValueError("the start of the weeks must be the first day of the first week")
     known = [count for count in reported["counts"] if count is not None]
     if len(reported["counts"]) > 10_000:
         raise ValueError("there are more than 10,000 weeks")

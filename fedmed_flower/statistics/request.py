@@ -44,7 +44,7 @@ class Filter(NamedTuple):
 
 
 class Survival(NamedTuple):
-    """A Kaplan-Meier curve: times are rounded up to multiples of a width, up to a horizon.
+    """A Kaplan-Meier curve: times are rounded up to multiples of a width, or to the horizon.
 
     Attributes
     ----------
@@ -78,9 +78,13 @@ class Request:
         Of `KINDS`.
     categorical : tuple of str
         Columns of numbers that are codes.
+    whole : tuple of str
+        Numeric columns that hold whole numbers, such as counts. Another value counts as missing.
+        Bounds of quantiles are then whole numbers, or lie between those of two patients.
     resolutions : mapping of str to float
         The width of a numeric column's cells in histograms and quantiles. By default it is about a
-        fiftieth of the declared range; a column without a range then has neither.
+        fiftieth of the declared range; for whole numbers it is 1 without a range, and never less.
+        Other columns without a range have neither.
     ranges : mapping of str to (float, float)
         With noise every numeric column needs a range, to which values are clipped.
     categories : mapping of str to tuple of str
@@ -102,6 +106,7 @@ class Request:
     by_width: float = 0.0
     kinds: tuple[str, ...] = ("tables", "moments")
     categorical: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
     resolutions: Mapping[str, float] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -114,7 +119,7 @@ class Request:
 
     def __post_init__(self) -> None:
         """Raise `InputError` if a field is out of its range."""
-        for name in ("columns", "categorical", "kinds"):
+        for name in ("columns", "categorical", "whole", "kinds"):
             _require_names(name, getattr(self, name))
         _require_names("by", (self.by,) if self.by else ())
         _require_names("weekly", (self.weekly,) if self.weekly else ())
@@ -147,6 +152,11 @@ class Request:
                 raise InputError(
                     f"{column} is declared categorical and has a range, as numbers have: leave one "
                     "of them out"
+                )
+            if column in self.whole:
+                raise InputError(
+                    f"{column} is declared categorical and to hold whole numbers: leave one of "
+                    "them out"
                 )
         if len(self.pairs) > _MOST_NAMES:
             raise InputError(f"pairs must be at most {_MOST_NAMES}, got {len(self.pairs)}")
@@ -181,6 +191,7 @@ class Request:
             *(("--column", name) for name in self.columns),
             *(("--where", _filter_text(condition)) for condition in self.where),
             *(("--categorical", name) for name in self.categorical),
+            *(("--whole", name) for name in self.whole),
             *(("--resolution", f"{name}={_plain(w)}") for name, w in self.resolutions.items()),
             *(("--range", f"{n}={_plain(a)},{_plain(b)}") for n, (a, b) in self.ranges.items()),
             *(("--categories", f"{n}={','.join(names)}") for n, names in self.categories.items()),

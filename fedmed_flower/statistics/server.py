@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp import Grid
 
 from fedmed_flower.data.site import in_simulation
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
 from fedmed_flower.privacy.patient import LEDGERS
 from fedmed_flower.server.ask import ask_all
 from fedmed_flower.server.duplicates import Namesakes
@@ -27,19 +27,31 @@ from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.registry import Sections, effective, require_known
 from fedmed_flower.settings.survey import SurveySettings
 from fedmed_flower.settings.text import expand
+from fedmed_flower.statistics.local import OTHERS
+from fedmed_flower.statistics.outlying import drift_between_groups, drift_between_sites
 from fedmed_flower.statistics.page import STATISTICS_FILE, write_page
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.summary import (
-    ALARMS,
     alarms,
-    drift_between_groups,
-    drift_between_sites,
+    alert_weeks,
+    compared,
     summarise,
 )
 from fedmed_flower.statistics.table import tables
+from fedmed_flower.statistics.weekly import METHODS
 from fedmed_flower.statistics.withheld import MISSING
-from fedmed_flower.wire import ANSWER, LEDGER_DIR, REQUEST, RUN_KEY, SITE_RECORD, STATISTICS
+from fedmed_flower.wire import (
+    ANSWER,
+    LEDGER_DIR,
+    MESSAGE_VERSION,
+    REQUEST,
+    RUN_KEY,
+    SITE_RECORD,
+    STATISTICS,
+    VERSION,
+    require_version,
+)
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -82,8 +94,56 @@ class Answer:
         return {name: by_name[name] for name in names}
 
     def overall(self, group: str = "") -> dict[str, Any]:
-        """Return the statistics of all hospitals together; see `summary.summarise`."""
-        return summarise(list(self.groups().get(group, {}).values()))
+        """Return the statistics of all hospitals together; see `summary.summarise`.
+
+        The survival curve of a group is that of the hospitals in its ``sites``; see `curve_sites`.
+        """
+        groups = self.groups()
+        return self._overall(groups.get(group, {}), curve_sites(groups).get(group, []))
+
+    def summaries(self) -> dict[str, dict[str, Any]]:
+        """Return by group the statistics of all hospitals together, and of each by itself."""
+        groups = self.groups()
+        sites = curve_sites(groups)
+        return {
+            name: {
+                "overall": self._overall(reported, sites[name]),
+                "sites": {
+                    site: summarise([group], self.request) for site, group in reported.items()
+                },
+            }
+            for name, reported in groups.items()
+        }
+
+    def _overall(self, reported: Mapping[str, Any], sites: list[str]) -> dict[str, Any]:
+        curves = [reported[site]["survival"] for site in sites]
+        figures = summarise(list(reported.values()), self.request, curves)
+        if "survival" in figures:
+            figures["survival"]["sites"] = sites
+        return figures
+
+
+def curve_sites(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return by group the hospitals whose survival curves are pooled.
+
+    They are the same for all groups, so that the groups can be compared. A group that they have not
+    all reported has no hospital. What each hospital puts among all others differs, so that group
+    does not decide which hospitals they are.
+
+    Parameters
+    ----------
+    groups : mapping of str to mapping of str to dict
+        The answers by group and by hospital.
+    """
+    reporting = {
+        name: [site for site, group in reported.items() if "survival" in group]
+        for name, reported in groups.items()
+    }
+    named = {name: sites for name, sites in reporting.items() if name != OTHERS}
+    _, hospitals = compared(named or reporting)
+    return {
+        name: hospitals if set(hospitals) <= set(sites) else [] for name, sites in reporting.items()
+    }
 
 
 def ask(
@@ -105,12 +165,18 @@ def ask(
     Answer
         A hospital without an answer that passes all checks is among its `failures`.
     """
-    record = ConfigRecord({REQUEST: request.to_text(), **(config or {})})
+    record = ConfigRecord({VERSION: MESSAGE_VERSION, REQUEST: request.to_text(), **(config or {})})
     contents = {node_id: RecordDict({"config": record}) for node_id in grid.get_node_ids()}
     answer = Answer(request)
     names: dict[int, str] = {}
     namesakes = Namesakes()
-    answers, failures = ask_all(grid, STATISTICS, contents, _read, timeout, names)
+
+    def read(node_id: int, content: RecordDict) -> tuple[dict[str, Any], str, bool]:
+        site = names.get(node_id, f"node {node_id}")
+        require_version(content.config_records[SITE_RECORD].get(VERSION), site, "hospital")
+        return _read(content)
+
+    answers, failures = ask_all(grid, STATISTICS, contents, read, timeout, names)
     for one in answers:
         answer.sites[one.site], source, generated = one.value
         namesakes.take(one.node_id, one.content)
@@ -125,10 +191,10 @@ def ask(
     return answer
 
 
-def _read(_: int, content: RecordDict) -> tuple[dict[str, Any], str, bool]:
+def _read(content: RecordDict) -> tuple[dict[str, Any], str, bool]:
     """Return what a hospital answers, the source of its rows, and whether they were generated."""
+    about = content.config_records[SITE_RECORD]
     reported = read_reply(content.config_records[STATISTICS][ANSWER])
-    about = content.config_records.get(SITE_RECORD, ConfigRecord())
     return reported, str(about.get("data", "not named")), about.get("generated") is True
 
 
@@ -154,9 +220,9 @@ def survey(
         By default tables and moments of all columns.
     drift : {"", "sites", "groups"}
         ``sites`` compares each hospital with all others, ``groups`` each group of the request's
-        ``by`` with the first.
-    alert : {"c2", "cusum"}
-        The method that finds weeks with more cases than before.
+        ``by`` with the first of the same hospital; see `statistics.outlying`.
+    alert : {"c2", "cusum", "farrington"}
+        The method that finds weeks with more cases than before; see `statistics.weekly`.
     sections : sequence of Section classes
         The app's own settings.
     command : sequence of str
@@ -171,8 +237,8 @@ def survey(
     """
     if drift not in DRIFT:
         raise InputError(f"drift must be one of {', '.join(DRIFT[1:])}, or empty, got {drift!r}")
-    if alert not in ALARMS:
-        raise InputError(f"alert must be one of {', '.join(ALARMS)}, got {alert!r}")
+    if alert not in METHODS:
+        raise InputError(f"alert must be one of {', '.join(METHODS)}, got {alert!r}")
     require_known(context.run_config, sections)
     settings = SurveySettings.from_run_config(context.run_config)
     used = (SurveySettings, DisclosureSettings, *sections)
@@ -205,36 +271,33 @@ def survey(
 
 
 def _content(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
-    """Return the content of ``statistics.json``; warn of alerts."""
+    """Return the content of ``statistics.json``; warn of who stands out, and of alerts."""
     groups = answer.groups()
+    exact = not answer.request.epsilon
     changes: list[dict[str, Any]] = []
     if drift == "sites":
-        for name, reported in groups.items():
-            changes += [row | {"group": name} for row in drift_between_sites(reported)]
+        changes = drift_between_sites(groups, exact)
     elif drift == "groups" and groups:
-        changes = drift_between_groups(
-            {name: [*reported.values()] for name, reported in groups.items()}
-        )
+        changes = drift_between_groups(groups, exact)
+    for row in changes:
+        if "stands_out" in row:
+            named = " ".join((row["site"], row["group"])).strip()
+            log.warning("stands out: %s", shown(f"{named}: {row['stands_out']}"))
     watched = [
         row | {"group": name}
         for name, reported in groups.items()
-        for row in alarms(reported, alert)
+        for row in (alarms(reported, alert) if answer.request.weekly else ())
     ]
     for row in watched:
-        if weeks := sum(row.get("alert", ())):
-            text = "alert: %s: more cases than before in %d week(s)"
-            log.warning(text, " ".join((row["site"], row["group"])).strip(), weeks)
+        if weeks := alert_weeks(row):
+            named = " ".join((row["site"], row["group"])).strip()
+            text = "alert: %s: more cases than before in %d week(s), the last %s"
+            log.warning(text, named, len(weeks), weeks[-1])
     return {
         "request": json.loads(answer.request.to_text()),
         "sites": answer.sites,
         "failures": [{"site": name, "reason": reason} for name, reason in answer.failures],
-        "groups": {
-            name: {
-                "overall": summarise(list(reported.values())),
-                "sites": {site: summarise([group]) for site, group in reported.items()},
-            }
-            for name, reported in groups.items()
-        },
+        "groups": answer.summaries(),
         "drift": changes,
         "alerts": watched,
         "alert": alert,

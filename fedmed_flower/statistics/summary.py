@@ -1,46 +1,56 @@
-"""The statistics of one hospital or of several, how they differ, and when there were more cases."""
+"""The statistics of one hospital or of several, and when there were more cases."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.statistics.drift import cusum, ears_c2, ks, psi
+from fedmed_flower.statistics.curve import pool_noised_survival, pool_survival
 from fedmed_flower.statistics.pooling import (
+    only_whole,
     pool_correlation,
     pool_counts,
     pool_moments,
     pool_quantile,
-    pool_survival,
-    same_bins,
 )
+from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.types import Reported
+from fedmed_flower.statistics.values import week_text
+from fedmed_flower.statistics.weekly import METHODS
 
 SHARES = (0.25, 0.5, 0.75)
-ALARMS = {"c2": ears_c2, "cusum": cusum}
 
 
-def summarise(groups: Sequence[Reported]) -> dict[str, Any]:
+def summarise(
+    groups: Sequence[Reported],
+    request: Request | None = None,
+    curves: Sequence[Reported] | None = None,
+) -> dict[str, Any]:
     """Return the statistics of several hospitals' rows together, or of one hospital's.
 
     Parameters
     ----------
     groups : sequence of dict
         One a hospital, as `replies.read_reply` has checked them.
+    request : Request, optional
+        What was asked; by default a question without noise and without a survival curve.
+    curves : sequence of dict, optional
+        The survival curves to pool; by default those of all `groups`.
 
     Returns
     -------
     dict
         ``rows``, ``patients``, ``numeric`` (by column: ``n``, ``missing``, ``hospitals``, ``mean``,
-        ``variance``, ``sd``, ``quantiles`` as [value, low, high] by share), ``categorical``
-        (``n``, ``missing``, ``hospitals``, ``counts`` by name, ``few``), ``correlations``,
-        ``pairs`` and ``survival``. A number is left out if no hospital has sent its part.
+        ``variance``, ``sd``, ``whole``, ``quantiles`` by share, each with ``estimate``, ``low`` and
+        ``high`` as in `pooling.Quantile`), ``categorical`` (``n``, ``missing``, ``hospitals``,
+        ``counts`` by name, ``few``), ``correlations``, ``pairs`` and ``survival`` (the fields of
+        `curve.Curve`, and ``hospitals``). A number is left out if no hospital has sent its part.
     """
+    request = request or Request()
     numbers: dict[str, Any] = {
         "rows": math.fsum(group["rows"] for group in groups),
         "patients": math.fsum(group["patients"] for group in groups),
@@ -59,65 +69,51 @@ def summarise(groups: Sequence[Reported]) -> dict[str, Any]:
         )
     for columns, parts in _by_columns(groups, "pairs").items():
         numbers["pairs"].append({"columns": list(columns), **_crossed(parts)})
-    if curves := [group["survival"] for group in groups if "survival" in group]:
-        numbers["survival"] = pool_survival(curves)._asdict() | {"hospitals": len(curves)}
+    reported = [group["survival"] for group in groups if "survival" in group]
+    asked = request.survival
+    if reported and asked is not None:
+        pooled = reported if curves is None else curves
+        if request.epsilon:
+            curve = pool_noised_survival(pooled)
+        else:
+            curve = pool_survival(pooled, asked.horizon, asked.width)
+        numbers["survival"] = curve._asdict() | {"hospitals": len(pooled)}
     return numbers
 
 
-def differences(
-    one: Sequence[Reported], others: Sequence[Reported], name: str, against: str
-) -> list[dict[str, Any]]:
-    """Compare each column between two groups of hospitals, or of windows.
+def compared(reporting: Mapping[str, Collection[str]]) -> tuple[list[str], list[str]]:
+    """Choose the groups that can be compared, and the hospitals by which.
+
+    Groups that are pooled over different hospitals may differ because the hospitals do. So each is
+    pooled over those that have reported every one of them. Groups that most hospitals have reported
+    come first; one that would leave no hospital is left out.
 
     Parameters
     ----------
-    one, others : sequence of dict
-        The answers about one group, and about the group that it is compared with.
-    name, against : str
-        The names of the two.
+    reporting : mapping of str to collection of str
+        By group, the hospitals that have reported it. A group that comes later in it does not
+        displace one before it that as many hospitals have reported.
 
     Returns
     -------
-    list of dict
-        ``column``, ``of``, ``against``, ``psi`` (population stability index) and, of numeric
-        columns, ``ks`` and ``p`` (Kolmogorov-Smirnov); ``note`` if there is nothing to compare.
+    groups, hospitals : list of str
+        Both in the order of `reporting`.
+
+    Examples
+    --------
+    >>> compared({"f": ["north", "south"], "m": ["north"], "unknown": ["west"]})
+    (['f', 'm'], ['north'])
     """
-    rows = []
-    for kind in ("numeric", "categorical"):
-        first = _columns(one, kind)
-        second = _columns(others, kind)
-        for column in first:
-            row: dict[str, Any] = {"column": column, "of": name, "against": against}
-            parts = first[column], second.get(column, [])
-            both = (_binned if kind == "numeric" else _named)(*parts)
-            if both is None or not all(counts.any() for counts in both):
-                row["note"] = "fewer than two cells that both have sent"
-            else:
-                row["psi"] = psi(*both)
-                if kind == "numeric":
-                    row["ks"], row["p"] = ks(*both)
-            rows.append(row)
-    return rows
-
-
-def drift_between_sites(sites: Mapping[str, Reported]) -> list[dict[str, Any]]:
-    """Compare each hospital with all others together."""
-    return [
-        row
-        for site in sites
-        for row in differences(
-            [sites[site]],
-            [reported for name, reported in sites.items() if name != site],
-            site,
-            "all others",
-        )
-    ]
-
-
-def drift_between_groups(groups: Mapping[str, Sequence[Reported]]) -> list[dict[str, Any]]:
-    """Compare each group, such as a window of time, with the first."""
-    first, *rest = list(groups)
-    return [row for name in rest for row in differences(groups[name], groups[first], name, first)]
+    chosen: list[str] = []
+    common: list[str] = []
+    for group in sorted(reporting, key=lambda group: -len(reporting[group])):
+        hospitals = list(reporting[group])
+        if chosen:
+            hospitals = [name for name in common if name in hospitals]
+        if hospitals:
+            chosen.append(group)
+            common = hospitals
+    return [group for group in reporting if group in chosen], common
 
 
 def alarms(sites: Mapping[str, Reported], method: str) -> list[dict[str, Any]]:
@@ -128,31 +124,47 @@ def alarms(sites: Mapping[str, Reported], method: str) -> list[dict[str, Any]]:
     Parameters
     ----------
     sites : mapping of str to dict
-    method : {"c2", "cusum"}
+    method : {"c2", "cusum", "farrington"}
 
     Returns
     -------
     list of dict
-        ``site``, ``start`` of the first week, ``counts``, ``statistic`` and ``alert`` by week; or
-        a ``note`` if the weeks cannot be judged.
+        ``site``, ``weeks`` by name (the date of a Monday, or "day 14"), ``counts``, ``statistic``
+        and ``alert`` by week (None for a week that is not judged: it is withheld, or too little
+        is known of its baseline); or a ``note`` if the weeks cannot be judged. A hospital that has
+        withheld all its weeks has none, and a note.
     """
-    if method not in ALARMS:
-        raise InputError(f"alert must be one of {', '.join(ALARMS)}, got {method!r}")
+    if method not in METHODS:
+        raise InputError(f"alert must be one of {', '.join(METHODS)}, got {method!r}")
     rows = []
     for site, reported in sites.items():
         if "weeks" not in reported:
+            withheld = {"weeks": [], "counts": [], "note": "all its weeks are withheld"}
+            rows.append({"site": site, **withheld})
             continue
         weeks = reported["weeks"]
-        row = {"site": site, "start": weeks["start"], "counts": weeks["counts"]}
+        dated = not weeks["start"].startswith("day")
+        last = int(weeks["first"]) + len(weeks["counts"])
+        names = [week_text(week, dated) for week in range(int(weeks["first"]), last)]
+        row = {"site": site, "weeks": names, "counts": weeks["counts"]}
         counts = [math.nan if count is None else float(count) for count in weeks["counts"]]
         try:
-            result = ALARMS[method](np.array(counts))
+            result = METHODS[method](np.array(counts))
         except InputError as error:
             rows.append(row | {"note": str(error)})
         else:
-            weekly = {"statistic": result.statistic.tolist(), "alert": result.alert.tolist()}
-            rows.append(row | weekly)
+            statistic = result.statistic.tolist()
+            alert = [
+                None if math.isnan(value) else flag
+                for value, flag in zip(statistic, result.alert.tolist(), strict=True)
+            ]
+            rows.append(row | {"statistic": statistic, "alert": alert})
     return rows
+
+
+def alert_weeks(row: Mapping[str, Any]) -> list[str]:
+    """Return the names of the weeks with an alert, of an entry that `alarms` has made."""
+    return [week for week, alert in zip(row["weeks"], row.get("alert", ()), strict=False) if alert]
 
 
 def _columns(groups: Sequence[Reported], kind: str) -> dict[str, list[Reported]]:
@@ -182,7 +194,10 @@ def _numeric(parts: Sequence[Reported]) -> dict[str, Any]:
         moments = pool_moments(known)
         numbers |= {"mean": moments.mean, "variance": moments.variance, "sd": moments.sd}
     if binned := [part["histogram"] for part in parts if "histogram" in part]:
-        numbers["quantiles"] = {str(share): list(pool_quantile(binned, share)) for share in SHARES}
+        numbers["whole"] = only_whole(binned)
+        numbers["quantiles"] = {
+            str(share): pool_quantile(binned, share)._asdict() for share in SHARES
+        }
     return numbers
 
 
@@ -203,47 +218,3 @@ def _crossed(parts: Sequence[Reported]) -> dict[str, Any]:
     columns = sorted({name for _, name in totals})
     counts = [[totals.get((row, name), 0) for name in columns] for row in rows]
     return {"rows": rows, "across": columns, "counts": counts, "hospitals": len(parts)}
-
-
-def _binned(one: Sequence[Reported], others: Sequence[Reported]) -> list[NDArray[Any]] | None:
-    first = _histograms(one)
-    second = _histograms(others)
-    counts = same_bins([*first, *second])
-    if counts is None or not first or not second:
-        return None
-    if np.count_nonzero(np.sum(counts, axis=0)) < 2:
-        return None
-    return [np.sum(counts[: len(first)], axis=0), np.sum(counts[len(first) :], axis=0)]
-
-
-def _histograms(parts: Sequence[Reported]) -> list[Reported]:
-    # A histogram whose rows are all in one cell would agree with any other.
-    histograms = [part["histogram"] for part in parts if "histogram" in part]
-    return [histogram for histogram in histograms if np.count_nonzero(histogram["counts"]) > 1]
-
-
-def _named(one: Sequence[Reported], others: Sequence[Reported]) -> list[NDArray[Any]] | None:
-    """Return for both sides the counts of the categories that `one` knows, and of all other rows.
-
-    A category that a hospital does not name may be among its few. So of `others` only those
-    hospitals count that know all these categories.
-    """
-    first = [part for part in one if "names" in part]
-    names = {name for part in first for name in part["names"]}
-    for part in first:
-        if part["few"]:
-            names &= set(part["names"])
-    second = [part for part in others if "names" in part and _knows(part, names)]
-    if not (names and second):
-        return None
-    sides = []
-    for parts in (first, second):
-        counts, few = pool_counts(parts)
-        named = [counts.get(name, 0.0) for name in sorted(names)]
-        rest = max(0.0, sum(counts.values()) + few - sum(named))
-        sides.append(np.array([*named, rest]))
-    return sides
-
-
-def _knows(part: Reported, names: set[str]) -> bool:
-    return not part["few"] or names <= set(part["names"])

@@ -7,13 +7,18 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedmed_flower.data.site import some_of
+from fedmed_flower.statistics.summary import alert_weeks
 from fedmed_flower.statistics.types import Table
 from fedmed_flower.statistics.withheld import Withheld, all_withheld
 
 DASH = "–"
 FEW = "(few each)"
 OVERALL = "Overall"
+STANDS_OUT = "Stands out"
 AGAIN = "Ask again"
+CURVE = "Kaplan-Meier"
+APART = "Not pooled: Kaplan-Meier"
 _MOST_TIMES = 12
 
 
@@ -35,8 +40,11 @@ def tables(survey: Mapping[str, Any]) -> list[Table]:
     candidates = [table_one(name, group, noised) for name, group in groups.items()]
     candidates += [pair for name, group in groups.items() for pair in _pairs(name, group)]
     candidates += [_correlations(name, group) for name, group in groups.items()]
-    candidates += [_curve(name, group) for name, group in groups.items()]
-    candidates += [_drift(survey["drift"]), _alerts(survey["alerts"], survey["alert"])]
+    answered = list(survey["sites"])
+    candidates += [_curve(name, group, answered) for name, group in groups.items()]
+    candidates.append(_apart(groups))
+    candidates += [_standing_out(survey["drift"]), _drift(survey["drift"])]
+    candidates.append(_alerts(survey["alerts"], survey["alert"]))
     withheld = [*all_withheld(survey)]
     candidates += [_withheld(withheld), _again(withheld, survey.get("command", ["APP"]))]
     candidates.append(_failures(survey["failures"]))
@@ -51,7 +59,8 @@ def label(survey: Mapping[str, Any], name: str) -> str:
 def table_one(name: str, group: Mapping[str, Any], noised: bool = False) -> Table:
     """Return the table that describes the patients, by hospital and overall.
 
-    Without noise, a value that a hospital may have pooled with other small ones is shown as few.
+    Without noise, a value that a hospital may have pooled with other small ones is shown as few,
+    and a quantile by the bounds between which it certainly lies.
     """
     columns = [*group["sites"].values(), group["overall"]]
     title = "Table 1" + (f", {name}" if name else "")
@@ -63,7 +72,8 @@ def table_one(name: str, group: Mapping[str, Any], noised: bool = False) -> Tabl
         if "mean" in reported:
             rows.append([f"{variable}, mean (SD)", *map(_mean, parts)])
         if "quantiles" in reported:
-            rows.append([f"{variable}, median [Q1, Q3]", *map(_median, parts)])
+            medians = [_median(part, noised) for part in parts]
+            rows.append([f"{variable}, median [Q1, Q3]", *medians])
         rows.append([f"{variable}, missing", *map(_missing, parts)])
     for variable, reported in group["overall"]["categorical"].items():
         parts = [column["categorical"].get(variable) for column in columns]
@@ -100,19 +110,48 @@ def _mean(part: Mapping[str, Any] | None) -> str:
     return f"{figure(part['mean'])} ({figure(part['sd'])})"
 
 
-def _median(part: Mapping[str, Any] | None) -> str:
+def _median(part: Mapping[str, Any] | None, noised: bool) -> str:
     if part is None or "quantiles" not in part:
         return DASH
-    low, middle, high = (_quantile(*values) for values in part["quantiles"].values())
+    quantiles = part["quantiles"].values()
+    if noised:
+        texts = [_estimate(**quantile) for quantile in quantiles]
+    else:
+        texts = [_bounds(part["whole"], **quantile) for quantile in quantiles]
+    low, middle, high = texts
     return f"{middle} [{low}, {high}]"
 
 
-def _quantile(value: float | None, low: float | None, high: float | None) -> str:
-    """Return an estimate; if its cell is open at one end, the bound at the other."""
-    bounds = [figure(bound) for bound in (low, high)]
-    if bounds[0] == DASH:
-        return DASH if bounds[1] == DASH else f"<{bounds[1]}"
-    return f"≥{bounds[0]}" if bounds[1] == DASH else figure(value)
+def _bounds(whole: bool, low: float | None, high: float | None, estimate: float | None) -> str:
+    """Return the bounds of a quantile, as one number if they are printed alike.
+
+    The upper one is not reached, unless the column holds whole numbers.
+    """
+    least = _number(low, whole)
+    most = _number(high, whole)
+    if least == DASH:
+        return DASH if most == DASH else f"{'≤' if whole else '<'}{most}"
+    if most == DASH:
+        return f"≥{least}"
+    if least == most:
+        return least
+    return f"{least} to {'' if whole else '<'}{most}"
+
+
+def _estimate(low: float | None, high: float | None, estimate: float | None) -> str:
+    """Return an estimate with noise; if its cell is open at one end, the bound at the other."""
+    least = figure(low)
+    most = figure(high)
+    if least == DASH:
+        return DASH if most == DASH else f"<{most}"
+    return f"≥{least}" if most == DASH else figure(estimate)
+
+
+def _number(value: float | None, whole: bool) -> str:
+    """Return a bound; between two whole numbers lies a median that is not whole."""
+    if whole and value is not None and math.isfinite(value) and value == int(value):
+        return f"{value:,.0f}".replace("-", "−")
+    return figure(value)
 
 
 def _missing(part: Mapping[str, Any] | None) -> str:
@@ -167,48 +206,122 @@ def _correlations(name: str, group: Mapping[str, Any]) -> Table:
     return {"title": _named("Correlations", name), "head": head, "rows": rows}
 
 
-def _curve(name: str, group: Mapping[str, Any]) -> Table:
-    """Return about a dozen points of the curve, the last among them."""
-    reported = group["overall"].get("survival", {"times": [], "hospitals": 0})
-    step = max(1, math.ceil(len(reported["times"]) / _MOST_TIMES))
+def _curve(name: str, group: Mapping[str, Any], answered: Sequence[str]) -> Table:
+    """Return about a dozen points of the curve, the last among them; none if nothing is pooled."""
+    title = _named(CURVE, name)
+    head = [
+        "time",
+        "at risk after",
+        "events until then",
+        "survival, times rounded up",
+        "at least",
+        "at most",
+    ]
+    overall = group["overall"]
+    if "survival" not in overall:
+        return {"title": title, "head": head, "rows": []}
+    curve = overall["survival"]
+    step = max(1, math.ceil(len(curve["times"]) / _MOST_TIMES))
+    indices = range(len(curve["times"]))[::-step][::-1]
+    unit = "patients" if overall["rows"] == overall["patients"] else "rows"
+    hospitals = hospitals_of(curve["sites"], answered)
+    return {
+        "title": f"{title}: {curve['patients']:,.0f} {unit} of {hospitals}",
+        "head": head,
+        "rows": [_point(curve, index) for index in indices],
+    }
+
+
+def _point(curve: Mapping[str, Any], index: int) -> list[str]:
+    return [
+        figure(curve["times"][index]),
+        _from_to(curve["at_risk_low"][index], curve["at_risk_high"][index]),
+        _from_to(curve["events_low"][index], curve["events_high"][index]),
+        *(figure(curve[key][index]) for key in ("survival", "survival_low", "survival_high")),
+    ]
+
+
+def hospitals_of(sites: Sequence[str], answered: Sequence[str]) -> str:
+    """Return how many of the hospitals that answered are in a figure, and which are not."""
+    others = [name for name in answered if name not in sites]
+    text = f"{len(sites)} of {len(answered)} hospitals"
+    return f"{text}; not {some_of(others)}" if others else text
+
+
+def _from_to(low: float, high: float) -> str:
+    """Return bounds of a count, as one number if they agree."""
+    texts = [count(low), count(high)]
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+
+
+def _apart(groups: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return the groups of which a hospital reported a curve, and none is pooled."""
+    rows = []
+    for name, group in groups.items():
+        curve = group["overall"].get("survival")
+        if curve is not None and not curve["sites"]:
+            own = [site for site, figures in group["sites"].items() if "survival" in figures]
+            rows.append([name, some_of(own), "no hospital has a curve of each compared group"])
+    head = ["group", "reported by", "why it is not pooled"]
+    return {"title": APART, "head": head, "rows": rows}
+
+
+def _standing_out(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """Return who stands out; if drift was looked for and nobody does, a row that says so."""
     rows = [
-        [figure(time), count(left), count(events), figure(alive)]
-        for time, left, events, alive in zip(
-            *(reported.get(key, ()) for key in ("times", "at_risk", "events", "survival")),
-            strict=True,
-        )
-    ][::-step][::-1]
-    title = _named(
-        f"Kaplan-Meier, {reported['hospitals']} of {len(group['sites'])} hospitals", name
-    )
-    return {"title": title, "head": ["time", "at risk", "events", "survival"], "rows": rows}
+        [_hospital(entry), entry["what"], entry["stands_out"], figure(entry.get("corrected"))]
+        for entry in entries
+        if "stands_out" in entry
+    ]
+    if any("corrected" in entry for entry in entries) and not rows:
+        unknown = sum("note" in entry for entry in entries)
+        shown = f"{unknown} of {len(entries)} comparisons were not possible" if unknown else ""
+        rows = [["nobody", "", shown, ""]]
+    return {"title": STANDS_OUT, "head": ["hospital", "what", "how", "p, corrected"], "rows": rows}
 
 
 def _drift(entries: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         [
-            entry["of"] + (f", {entry['group']}" if entry.get("group") else ""),
-            entry["against"],
-            entry["column"],
-            *(figure(entry.get(key)) for key in ("psi", "ks", "p")),
-            entry.get("note", "large change" if (entry.get("psi") or 0) > 0.25 else ""),
+            *(_hospital(entry), entry["against"], entry["column"], entry["what"]),
+            *(figure(entry.get(key)) for key in ("psi", "ks", "difference", "p", "corrected")),
+            entry.get("note", "stands out" if "stands_out" in entry else ""),
         ]
         for entry in entries
     ]
-    head = ["of", "against", "column", "PSI", "KS", "p", ""]
+    head = [
+        "hospital",
+        "against",
+        "column",
+        "what",
+        "PSI",
+        "KS",
+        "missing",
+        "p",
+        "p, corrected",
+        "",
+    ]
     return {"title": "Drift", "head": head, "rows": rows}
+
+
+def _hospital(entry: Mapping[str, Any]) -> str:
+    return f"{entry['site']}, {entry['group']}" if entry["group"] else f"{entry['site']}"
 
 
 def _alerts(entries: Sequence[Mapping[str, Any]], method: str) -> Table:
     rows = []
     for entry in entries:
-        weeks = [number for number, alert in enumerate(entry.get("alert", ())) if alert]
-        known = sum(number is not None for number in entry["counts"])
-        shown = entry.get("note") or ", ".join(f"week {number + 1}" for number in weeks) or "none"
-        site = entry["site"] + (f", {entry['group']}" if entry.get("group") else "")
-        unknown = len(entry["counts"]) - known
-        rows.append([site, str(entry["start"]), str(known), str(unknown), shown])
-    head = ["hospital", "first week", "weeks known", "withheld", "alerts"]
+        weeks = entry["weeks"]
+        unknown = sum(number is None for number in entry["counts"])
+        judged = sum(alert is not None for alert in entry.get("alert", ()))
+        shown = entry.get("note") or ", ".join(alert_weeks(entry))
+        if not shown:
+            shown = "none" if judged else "too few weeks are known to judge any"
+        if unknown:
+            shown += f" (not judged: {unknown} withheld)"
+        first = weeks[0] if weeks else DASH
+        rows.append([_hospital(entry), first, *map(str, (len(weeks), unknown, judged)), shown])
+    head = ["hospital", "first week", "weeks", "withheld", "judged", "alerts"]
     return {"title": f"Weekly counts ({method})", "head": head, "rows": rows}
 
 

@@ -103,6 +103,25 @@ def day_of(value: Any) -> float:
     return math.nan
 
 
+def date_text(day: float) -> str:
+    """Return the date of a number of days as `day_of` gives it, such as 2020-01-13."""
+    return date.fromordinal(max(1, min(int(day), date.max.toordinal()))).isoformat()
+
+
+def week_text(week: int, dated: bool) -> str:
+    """Return the first day of a week: a Monday's date, or "day 14" where days are numbered.
+
+    Parameters
+    ----------
+    week : int
+        Weeks since the first of the calendar, or since day 0.
+    dated : bool
+        Whether days are those of the calendar.
+    """
+    # The first day of the calendar is a Monday.
+    return date_text(7.0 * week + 1) if dated else f"day {7 * week}"
+
+
 def numbers_of(values: Cells) -> Floats:
     """Return (rows,) floats; see `number_of`."""
     if isinstance(values, np.ndarray):
@@ -110,6 +129,11 @@ def numbers_of(values: Cells) -> Floats:
         large = np.abs(numbers) >= 1e100
         return np.where(large, np.nan, numbers) if large.any() else numbers
     return np.fromiter(map(number_of, values), np.float64, len(values))
+
+
+def only_whole(numbers: Floats) -> Floats:
+    """Return (rows,) the whole numbers; NaN for all others."""
+    return np.where(numbers == np.floor(numbers), numbers, np.nan)
 
 
 def cells_of(rows: Sequence[Row], name: str) -> Cells:

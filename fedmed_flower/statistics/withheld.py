@@ -95,6 +95,7 @@ def _alone(request: Request, group: Reported, what: str, minimum: float) -> Requ
         survival=None,
         weekly="",
         categorical=tuple(name for name in request.categorical if name in columns),
+        whole=tuple(name for name in request.whole if name in columns),
         resolutions=about(request.resolutions),
         ranges=about(request.ranges),
         categories=about(request.categories),

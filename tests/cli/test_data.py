@@ -1,4 +1,6 @@
 import os
+import re
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -9,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fedmed_flower.cli.main import app
+from fedmed_flower.genomics.plink import bed_reader
 
 LONG = "Bo" * 60
 
@@ -182,3 +185,169 @@ def test_an_app_reads_its_tables_and_nothing_is_written(tmp_path):
     assert "disease is '1' (15 rows), '2' (15 rows)" in " ".join(printed)
     code, _ = check(north, "--app", str(HEART), "--classes", "2")
     assert code == 2
+
+
+def test_a_horizon_past_the_follow_up_of_a_hospital_is_a_problem(tmp_path):
+    made = tmp_path / "long"
+    for words in (
+        ["new", str(made), "--for", "survival"],
+        ["data", "phantoms", str(tmp_path), "north", "--for", "survival"],
+    ):
+        assert CliRunner().invoke(app, words).exit_code == 0
+    code, printed = check(tmp_path / "north", "--app", str(made))
+    assert (code, printed[-1]) == (0, "no problems")
+    project = made / "pyproject.toml"
+    text = project.read_text()
+    assert text.count("survival-horizon = 5.0") == 1
+    project.write_text(text.replace("survival-horizon = 5.0", "survival-horizon = 9.8"))
+    code, printed = check(tmp_path / "north", "--app", str(made))
+    assert (code, printed[-1]) == (1, "1 problem")
+    told = "north: fewer than 10 patients are followed up to survival-horizon=9.8"
+    assert told in " ".join(printed)
+
+
+GWAS = Path(__file__).parents[2] / "examples" / "gwas"
+
+
+def genomes(folder, **change):
+    """Write a hospital of the example with genotypes: 40 people, of whom 20 are cases."""
+    folder.mkdir()
+    about = {
+        "iid": [f"p{number}" for number in range(40)],
+        "sid": [f"rs{number}" for number in range(6)],
+        "chromosome": ["1", "1", "1", "2", "X", "01"],
+        "bp_position": [10, 20, 30, 10, 20, 30],
+        "allele_1": ["A"] * 6,
+        "allele_2": ["G"] * 6,
+    }
+    copies = np.random.default_rng(0).binomial(2, 0.4, (40, 6)).astype(np.int8)
+    bed_reader().to_bed(folder / "genotypes.bed", copies, properties=about | change, num_threads=1)
+    lines = [f"p{number},{number % 2},{40 + number}" for number in range(40)]
+    (folder / "people.csv").write_text("\n".join(["patient,phenotype,age", *lines]) + "\n")
+    return folder
+
+
+def test_genotypes_are_described_without_an_app(tmp_path):
+    north = genomes(tmp_path / "north")
+    code, lines = check(north)
+    assert (code, lines) == (
+        1,
+        [
+            "genotypes: 40 people, 6 variants",
+            "sex in the fam file: 0 men, 0 women, 40 unknown",
+            "phenotype in the fam file: none",
+            "4 variants on the chromosomes 1 to 22; not analysed: X (1)",
+            "positions of either build: none of them tells which",
+            "the bim file has the chromosomes 01 (1), which are not analysed: write 1 to 22, as "
+            "plink --make-bed does",
+            "1 problem",
+        ],
+    )
+    (north / "genotypes.bed").write_bytes(b"PK")
+    code, lines = check(north)
+    assert (code, len(lines)) == (2, 1)
+    assert "genotypes.bed is no bed file" in lines[0]
+
+
+def test_an_app_says_who_takes_part_in_a_study(tmp_path):
+    north = genomes(tmp_path / "north", chromosome=["1"] * 3 + ["2"] * 3)
+    code, lines = check(north, "--app", str(GWAS))
+    assert (code, lines[-3:]) == (
+        0,
+        [
+            "the hospital's own: 40 train, 0 val, 0 test; 0 rejected",
+            "in the study: 40 people, 20 cases, 20 controls",
+            "no problems",
+        ],
+    )
+    assert {path.name for path in north.iterdir()} == {
+        "people.csv",
+        *(f"genotypes.{end}" for end in ("bed", "bim", "fam")),
+    }
+    people = north / "people.csv"
+    rows = people.read_text().splitlines()
+    # Of 16 people the phenotype is missing, among them 11 cases; all have one age.
+    few = [
+        ",".join([name, "-9" if int(name[1:]) < 16 or name == "p39" else phenotype, "50"])
+        for name, phenotype, _ in (row.split(",") for row in rows[1:])
+    ]
+    people.write_text("\n".join([rows[0], *few[:30], "q1,1,50"]) + "\n")
+    code, lines = check(north, "--app", str(GWAS))
+    assert code == 1
+    assert lines[-8:] == [
+        "in the study: 14 people, 7 cases, 7 controls",
+        "10 people of the fam file have no row: they take no part",
+        "1 rows have no person in the fam file: they take no part",
+        "16 people lack the phenotype or a covariate: they take no part",
+        "there are 7 cases, fewer than min-cell-count = 10: this hospital takes no part",
+        "there are 7 controls, fewer than min-cell-count = 10: this hospital takes no part",
+        "the covariate age is the same for everybody here: a study fails if it is so at each "
+        "hospital",
+        "6 problems",
+    ]
+    people.write_text("\n".join([rows[0], *(row.replace(",0,", ",2,") for row in rows[1:])]))
+    code, lines = check(north, "--app", str(GWAS))
+    assert code == 2
+    assert 'declare coding="1/2"' in lines[-1]
+
+
+def test_genotypes_of_several_hospitals_are_compared(tmp_path):
+    same = {"chromosome": ["1"] * 6, "bp_position": [10, 20, 30, 40, 50, 60]}
+    north = genomes(tmp_path / "north", **same)
+    south = genomes(tmp_path / "south", **same | {"bp_position": [521, 531, 541, 551, 561, 571]})
+    code, lines = check(north, str(south), "--app", str(GWAS))
+    assert code == 1
+    assert lines[-2] == (
+        "of 6 variants that south and north have, 6 lie at different positions, such as rs0 at "
+        "1:10 and 1:521: write all files from one reference genome"
+    )
+    code, lines = check(north, str(north / ".." / "north"), "--app", str(GWAS))
+    assert (code, lines) == (2, [f"not started: {north} is given twice"])
+    assert check(north, str(south)) == (
+        2,
+        [
+            "not started: 2 folders are compared as an app reads them: give --app, or one folder",
+        ],
+    )
+
+
+OWN = """
+import csv
+
+from fedmed_flower import Schema, SiteData, TabularClient
+
+
+class Hospital(TabularClient):
+    schema = Schema("ill", "binary", numeric=("age", "weight"))
+
+    def load_data(self, site):
+        with (site.folder / "rows.csv").open() as file:
+            rows = [
+                {"patient": row["patient"], "ill": int(row["ill"]), "age": float(row["age"])}
+                | {"weight": float(row["weight"] or "nan")}
+                for row in csv.DictReader(file)
+            ]
+        return SiteData(rows, source="rows.csv")
+
+
+app = Hospital.client_app()
+"""
+
+
+def test_a_column_without_a_value_is_a_problem_whoever_reads_the_table(tmp_path):
+    app = tmp_path / "app"
+    shutil.copytree(HEART, app)
+    (app / "client_app.py").write_text(OWN)
+    project = app / "pyproject.toml"
+    project.write_text(re.sub(r"report-by = .*\n", "", project.read_text()))
+    (tmp_path / "north").mkdir()
+    rows = [f"p{number},{40 + number},,{number % 2}" for number in range(20)]
+    (tmp_path / "north" / "rows.csv").write_text("\n".join(["patient,age,weight,ill", *rows]))
+    assert check(tmp_path / "north", "--app", str(app)) == (
+        1,
+        [
+            "rows.csv: 20 train, 0 val, 0 test; 0 rejected",
+            "weight has no value in any row",
+            "1 problem",
+        ],
+    )

@@ -10,7 +10,6 @@ from live_runs import rounds_of, watching, write_json, write_live, write_metrics
 from fedmed_flower.reports.report import write_report
 
 pytestmark = pytest.mark.slow
-CHROMIUM = Path("/usr/bin/chromium")
 HELPERS = str(Path(__file__).parents[1] / "helpers")
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -39,42 +38,6 @@ class Paced(TinyClient):
 nodes = [{}, {"site-name": hostile, "data-dir": str(gates)}, {}]
 run_tiny(folder, Paced, 3, node_configs=nodes, num_server_rounds=3)
 """
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM.exists():
-        pytest.skip(f"there is no {CHROMIUM}")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=str(CHROMIUM), args=["--no-sandbox", "--no-proxy-server"]
-        )
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def opened(browser):
-    """Return a function that opens an address; what the console says must be nothing."""
-    said, contexts = [], []
-
-    def visit(url, **options):
-        contexts.append(browser.new_context(**options))
-        page = contexts[-1].new_page()
-        # A busy machine takes long to load torch.
-        page.set_default_timeout(300_000)
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: said.append(dialog.message) or dialog.dismiss())
-        page.on("request", lambda request: request.url.startswith(url) or said.append(request.url))
-        page.goto(url)
-        return page
-
-    yield visit
-    for context in contexts:
-        context.close()
-    assert said == []
 
 
 def corners(page):
@@ -120,6 +83,7 @@ def test_a_run_is_followed_from_before_its_folder_to_its_report(tmp_path, opened
         finally:
             run.kill()
             run.communicate()
+        page.close()
 
 
 @pytest.mark.parametrize("width", [1400, 400])
@@ -152,6 +116,7 @@ def test_the_page_fits_and_can_be_read(tmp_path, opened, scheme, width):
         page.get_by_role("columnheader", name="auc, last").wait_for()
         chart.hover(position={"x": 60, "y": 100})
         page.get_by_role("columnheader", name="auc, round 1").wait_for()
+        page.close()
 
 
 def test_a_run_that_was_killed_a_page_that_was_closed_and_many_hospitals(tmp_path, opened):
@@ -166,6 +131,7 @@ def test_a_run_that_was_killed_a_page_that_was_closed_and_many_hospitals(tmp_pat
         page.clock.install()
         page.clock.fast_forward("05:00")
         page.get_by_text("No update for 5 minutes: the run was killed").wait_for()
+        page.close()
 
 
 def test_the_end_of_the_watcher_is_said(tmp_path, browser):
@@ -187,6 +153,7 @@ def test_a_run_of_somebody_elses_strategy_is_shown_too(tmp_path, opened):
         page.get_by_role("columnheader", name="some-metric, last").wait_for()
         assert page.get_by_label("Phase").input_value() == "server"
         assert corners(page) == 2
+        page.close()
 
 
 # Of each text that is shown: its ratio to what stands behind it, as WCAG 2.2 defines it.

@@ -28,6 +28,7 @@ from tiny import (
     node_of,
     run_tiny,
     says,
+    says_of_setting,
     trained,
 )
 from torch import nn
@@ -427,7 +428,7 @@ LETTERS = "empty or three letters such as RAS"
     ],
 )
 def test_settings_of_images_that_cannot_be(key, value, bound):
-    with pytest.raises(InputError, match=says(f"{key} must be {bound}, got {value!r}")):
+    with pytest.raises(InputError, match=says_of_setting(f"{key} must be {bound}, got {value!r}")):
         ImagingSettings.from_run_config({key: value})
 
 
@@ -448,7 +449,7 @@ def test_orientations_that_can_be(name):
 def test_settings_that_do_not_fit_the_images(members, config, text):
     client = fixed(SiteData(train=make_rows(2, 0)), **members)
     reply = ask(client, "query.describe", context_of(**config))
-    assert re.search(says(text), read_error(reply.error.reason)[1])
+    assert re.search(says_of_setting(text), read_error(reply.error.reason)[1])
 
 
 def prepared_of(images, context=None, **members):

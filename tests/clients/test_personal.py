@@ -5,7 +5,7 @@ import pytest
 from flwr.app import ArrayRecord
 from safetensors.torch import load_file
 from tables import SCHEMA, TinySurvival, TinyTable, holding, patients, run_tables
-from tiny import TinyClient, ask, bits, context_of, node_of, run_tiny, says
+from tiny import TinyClient, ask, bits, context_of, node_of, run_tiny, says_of_setting
 from torch import nn
 
 from fedmed_flower import InputError, SiteData
@@ -272,7 +272,7 @@ def test_a_finished_run_can_be_gone_on_with_for_personal_models(tmp_path):
 def test_personal_epochs_are_checked():
     client = Agreeing
     text = "personal-epochs must be from 0 to 10,000, got -1"
-    with pytest.raises(InputError, match=says(text)):
+    with pytest.raises(InputError, match=says_of_setting(text)):
         client(context_of(personal_epochs=-1))
     context = context_of(personal_epochs=0)
     reply = ask(client, "query.personal", context, ArrayRecord())

@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord
-from tiny import TinyClient, ask, context_of, fixed, make_rows, node_of, nodes_of, run_tiny, says
+from tiny import (
+    TinyClient,
+    ask,
+    context_of,
+    fixed,
+    make_rows,
+    node_of,
+    nodes_of,
+    run_tiny,
+    says,
+    says_of_setting,
+)
 
 from fedmed_flower import SiteData
 from fedmed_flower.clients.storage import keep_pictures, keep_splits, output_folder
@@ -233,7 +244,7 @@ def test_wrong_values_in_the_node_config_share_nothing(config, text, tmp_path, c
     reply = ask(client, "query.pictures", context, count=1)
     assert reply.error.reason == "site north: InputError"
     (said,) = caplog.messages
-    assert re.search(says(f"north: {text}"), said)
+    assert re.search(says_of_setting(f"north: {text}"), said)
     assert client.drawn == 0
 
 

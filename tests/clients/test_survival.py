@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from sksurv.metrics import integrated_brier_score
 from sksurv.util import Surv
 from tables import SURVIVAL, TinySurvival, TinyTable, changed, holding, lives, run_tables
-from tiny import ask, context_of, node_of, says
+from tiny import ask, context_of, node_of, says, says_of_setting
 
 from fedmed_flower import InputError, Schema, SiteData, SurvivalClient
 from fedmed_flower.data.preparation import Preparation
@@ -231,13 +231,13 @@ def test_settings_are_checked_before_anything_is_asked(tmp_path):
             "survival-horizon must be above 0 and finite, got 0.0",
         ),
     ):
-        with pytest.raises(InputError, match=says(text)):
+        with pytest.raises(InputError, match=says_of_setting(text)):
             run_tables(tmp_path / "run", TinySurvival, **config)
     wrong = type("Wrong", (SurvivalClient,), {
         "schema": TinyTable.schema, "load_data": TinyTable.load_data, "sizes": TinyTable.sizes,
     })  # fmt: skip
     text = "Wrong needs a schema with task=\"survival\", got 'binary'"
-    with pytest.raises(InputError, match=says(text)):
+    with pytest.raises(InputError, match=says_of_setting(text)):
         run_tables(tmp_path / "run", wrong)
     assert not (tmp_path / "run").exists()
 
@@ -376,3 +376,56 @@ def test_few_training_patients_make_no_figure_of_others(few, tmp_path):
     own = context_of(node_config=node_of(tmp_path), **config | {"preparation": "site"})
     reply = ask(client, "evaluate", own, ArrayRecord(model.state_dict()))
     assert reply.has_error() == few
+
+
+def horizon_warnings(caplog):
+    return [text for text in caplog.messages if "are followed up to" in text]
+
+
+def of_times(days, **members):
+    """Return a client whose patients have these times, half of them in training."""
+    rows = [
+        {"patient": f"p{number}", "age": 50.0, "days": float(day), "died": number % 2}
+        for number, day in enumerate(days)
+    ]
+
+    def load_data(self, site):
+        return SiteData(train=rows[::2], val=rows[1::2], source="made up")
+
+    return type("Followed", (TinySurvival,), {"load_data": load_data, **members})
+
+
+@pytest.mark.parametrize("privacy", [{}, {"privacy": "patient", "target_epsilon": 5.0} | DECLARED])
+def test_a_horizon_past_the_follow_up_is_warned_of_and_names_no_time(privacy, tmp_path, caplog):
+    config = {"survival_loss": "discrete", **privacy}
+    client = of_times([*range(100, 140), *[1000] * 9])
+    context = context_of(node_config=node_of(tmp_path), survival_horizon=1000.0, **config)
+    own = client(context)
+    own.data()
+    own.data()
+    assert horizon_warnings(caplog) == [
+        "north: fewer than 10 patients are followed up to survival-horizon=1000: what is predicted "
+        "of that time rests on hardly any patient here. Set a shorter horizon"
+    ]
+    assert "139" not in caplog.text
+    caplog.clear()
+    # With a tenth patient, from any split, it is no longer so.
+    more = of_times([*range(100, 140), *[1000] * 10])
+    context = context_of(node_config=node_of(tmp_path), survival_horizon=1000.0, **config)
+    more(context).data()
+    assert horizon_warnings(caplog) == []
+
+
+def test_rows_of_one_patient_count_once_and_without_a_horizon_nothing_is_said(caplog):
+    rows = [
+        {"patient": f"p{number % 9}", "age": 50.0, "days": 900.0, "died": 0} for number in range(40)
+    ]
+    client = type(
+        "Visits",
+        (TinySurvival,),
+        {"load_data": lambda self, site: SiteData(train=rows, source="made up")},
+    )
+    client(context_of()).data()
+    assert horizon_warnings(caplog) == []
+    client(context_of(survival_horizon=500.0)).data()
+    assert len(horizon_warnings(caplog)) == 1

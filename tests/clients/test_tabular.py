@@ -21,7 +21,7 @@ from tables import (
     predicting,
     run_tables,
 )
-from tiny import ask, bits, context_of, node_of, nodes_of, says
+from tiny import ask, bits, context_of, node_of, nodes_of, says, says_of_setting
 
 from fedmed_flower import InputError, SiteData
 from fedmed_flower.clients.targets import InUnit, Unit, require_rows, with_target
@@ -891,7 +891,7 @@ def test_of_an_error_in_a_query_a_real_site_tells_the_class_alone(tmp_path):
     ],
 )
 def test_settings_name_key_bound_and_value(config, text):
-    with pytest.raises(InputError, match=says(text)):
+    with pytest.raises(InputError, match=says_of_setting(text)):
         TinyTable(context_of(**config))
 
 

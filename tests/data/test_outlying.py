@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from fedmed_flower.data.outlying import outlying
+from fedmed_flower.data.outlying import outlying, without_column
 from fedmed_flower.data.preparation import contribution
 from fedmed_flower.data.schema import Schema
 
@@ -97,6 +97,47 @@ def test_two_that_are_wrong_in_one_column_are_both_named():
 def test_with_two_hospitals_nobody_knows_which_is_wrong():
     rows = tables(0, {"east": 100, "west": 100})
     assert named(changed(rows, "west", "age", lambda value, _: value * 12)) == []
+
+
+def test_a_column_that_others_have_is_named_where_it_is_missing():
+    lacking = {"south": ["weight"], "east": ["height"]}
+    empty = {"south": ["age"], "east": ["weight"], "north": ["weight"]}
+    assert without_column(lacking, empty, ["east", "north", "south", "west"]) == [
+        ("east", "height", "its table has no column height; 3 of 3 other hospitals have values"),
+        (
+            "east",
+            "weight",
+            "weight has no value in any row: perhaps it is written in another way; 1 of 3 other "
+            "hospitals have values",
+        ),
+        (
+            "north",
+            "weight",
+            "weight has no value in any row: perhaps it is written in another way; 1 of 3 other "
+            "hospitals have values",
+        ),
+        ("south", "weight", "its table has no column weight; 1 of 3 other hospitals have values"),
+        (
+            "south",
+            "age",
+            "age has no value in any row: perhaps it is written in another way; 3 of 3 other "
+            "hospitals have values",
+        ),
+    ]
+    # Nobody stands out in what nobody has.
+    assert without_column({}, {"a": ["x"], "b": ["x"]}, ["a", "b"]) == []
+    assert without_column({}, {"a": ["x"]}, ["a"]) == []
+
+
+def test_a_hospital_that_reports_no_value_is_named_without_a_share():
+    rows = tables(0)
+    gone = changed(rows, "south", "age", lambda value, number: value if number < 9 else math.nan)
+    (one,) = named(gone)
+    assert one[:2] == ("south", "age")
+    assert one.text == (
+        "too few of its patients have a value of age to report any; at the other hospitals at most "
+        "0% is missing"
+    )
 
 
 def test_what_cannot_be_used_or_never_varies_elsewhere_is_not_compared():

@@ -144,6 +144,28 @@ def test_values_outside_the_plausible_range_are_missing_and_told(tmp_path):
     ]
 
 
+def test_a_fraction_in_a_column_of_whole_numbers_is_missing_and_told(tmp_path):
+    schema = replace(HEART, whole=("chol",), ranges={"chol": (0, 9)})
+    text = "patient,age,chol,sex,ill\nA,1.5,2.0,1,1\nB,1,2.5,1,0\nC,1,,1,0\nD,1,99.5,1,0\n"
+    rows, rejected, problems = read(tmp_path, text, schema)
+    assert repr(column(rows, "chol")) == "[2.0, nan, nan, nan]"
+    assert column(rows, "age") == [1.5, 1, 1, 1]
+    assert rejected == 0
+    assert problems == [
+        "chol is outside 0 to 9 in 1 row, counted as missing; the first is line 5 with '99.5'",
+        "chol is not a whole number in 1 row, counted as missing; the first is line 3 with '2.5'",
+    ]
+
+
+def test_a_fraction_in_a_target_of_whole_numbers_is_rejected(tmp_path):
+    schema = replace(NUMBER, whole=("y",))
+    rows, rejected, problems = read(tmp_path, "patient,x,y\nA,1,10\nB,1,1.5\n", schema)
+    assert (column(rows, "y"), rejected) == ([10.0], 1)
+    assert problems == [
+        "target y is not a whole number in 1 row, rejected; the first is line 3 with '1.5'"
+    ]
+
+
 def test_texts_and_infinite_values_in_a_numeric_column(tmp_path):
     cells = ["3", "abc", "1_000", "inf", "-1e40", "true", "?", "n/a", "", "1e3", "4,5"]
     text = "patient\tx\ty\n" + "".join(f"A\t{cell}\t1\n" for cell in cells)
@@ -177,7 +199,11 @@ def test_codes_of_missing_values(tmp_path):
     assert column(rows, "sex") == [None, None]
     # Nothing always stands for a missing value.
     assert rejected == 1
-    assert problems == ["target ill is missing in 1 row, rejected; the first is line 4"]
+    assert problems == [
+        "target ill is missing in 1 row, rejected; the first is line 4",
+        "chol has no value in any row",
+        "sex has no value in any row",
+    ]
 
 
 def test_a_declared_category_is_not_missing(tmp_path):
@@ -323,21 +349,6 @@ LUNG = "patient,age,time,status\n" + "".join(
 SURVIVAL = Schema("time", "survival", numeric=("age",), event="status")
 
 
-def test_events_coded_1_and_2_are_refused_until_the_schema_says_what_they_mean(tmp_path):
-    path = written(tmp_path, LUNG)
-    text = (
-        f"{path}: event status is '2' (4 rows), '1' (2 rows) and must be one of 0, 1: say in the "
-        "schema what each text stands for, by codes={'status': {'1': ..., '2': ...}}; add those "
-        "that mean missing to missing of read_table"
-    )
-    with pytest.raises(InputError, match=says(text)):
-        read_table(path, SURVIVAL)
-    schema = replace(SURVIVAL, codes={"status": {"1": 0, "2": 1}})
-    rows, rejected, problems = read(tmp_path, LUNG, schema)
-    assert column(rows, "status") == [1, 1, 0, 1, 1, 0]
-    assert (rejected, problems) == (0, [])
-
-
 def test_a_text_that_the_codes_of_an_event_lack_is_not_valid(tmp_path):
     schema = replace(SURVIVAL, codes={"status": {"1": 0, "2": 1}})
     rows, rejected, problems = read(tmp_path, LUNG + "P6,60,5,0\n", schema)
@@ -345,18 +356,6 @@ def test_a_text_that_the_codes_of_an_event_lack_is_not_valid(tmp_path):
     assert problems == [
         "event status is not one of 1, 2 in 1 row, rejected; the first is line 8 with '0'"
     ]
-
-
-def test_competing_events_are_refused_and_censored_only_where_asked(tmp_path):
-    statuses = [0, 1, 2] * 5
-    lines = [f"P{number},60,{number},{status}" for number, status in enumerate(statuses)]
-    text = "\n".join(["patient,age,time,status", *lines]) + "\n"
-    with pytest.raises(InputError, match=re.escape("'2' (5 rows)")):
-        read(tmp_path, text, SURVIVAL)
-    schema = replace(SURVIVAL, codes={"status": {"0": 0, "1": 1, "2": 0}})
-    rows, rejected, _ = read(tmp_path, text, schema)
-    assert column(rows, "status") == [0, 1, 0] * 5
-    assert rejected == 0
 
 
 def test_a_binary_target_coded_1_and_2_is_refused(tmp_path):
@@ -454,8 +453,8 @@ def test_missing_values_of_r_excel_and_sas(tmp_path):
         ([9999] * 5 + [*range(20, 90)], "9999"),
         ([-9] * 3 + [*range(20, 90)], "-9"),
         ([9] * 3 + [0, 1, 2, 3] * 5, "9"),
-        # Once is a typing error; a large value among large ones is none.
-        ([-999, *range(20, 90)], None),
+        # Once is no code; a large value among large ones is none.
+        ([-99, *range(20, 90)], None),
         ([89] * 5 + [*range(20, 90)], None),
         ([-9] * 3 + [*range(-20, 20)], None),
         ([0, 1] * 20, None),
@@ -474,6 +473,31 @@ def test_a_far_and_frequent_value_may_mean_missing(tmp_path, values, code):
         rows, _, problems = read(tmp_path, text, NUMBER, missing=missing)
         assert problems == []
         assert sum(math.isnan(value) for value in column(rows, "x")) == values.count(int(code))
+
+
+@pytest.mark.parametrize(
+    ("values", "count", "first"),
+    [
+        ([*range(20, 80), 1e9, 1e9], 2, "line 62 with '1000000000.0'"),
+        ([-6000, *range(20, 80), 7e5], 1, "line 2 with '-6000'"),
+        ([*range(20, 80), 7e5], 1, "line 62 with '700000.0'"),
+        ([10.0 ** (n / 20) for n in range(60)], 0, ""),
+        # As many as a code would be, or too few others to tell.
+        ([0, 1, 2, 3] * 20 + [400], 0, ""),
+    ],
+)
+def test_few_values_far_from_all_others_are_named(tmp_path, values, count, first):
+    text = "patient,x,y\n" + "".join(f"P{n},{value},1\n" for n, value in enumerate(values))
+    rows, _, problems = read(tmp_path, text, NUMBER)
+    assert column(rows, "x") == values
+    declared = replace(NUMBER, ranges={"x": (-1e10, 1e10)})
+    assert read(tmp_path, text, declared)[2] == []
+    if count:
+        assert f" in {count} row" in problems[0]
+        assert problems[0].startswith("x is far from its other values (")
+        assert f"kept; the first is {first}: if it is a typing error" in problems[0]
+    else:
+        assert problems == []
 
 
 def test_points_between_groups_of_thousands(tmp_path):
@@ -552,10 +576,34 @@ def test_further_columns_are_kept_as_texts(tmp_path):
     rows, _, problems = read(tmp_path, text, NUMBER, keep=("year", "ward", "y", "site"))
     wanted = {"patient": "A", "x": 1.0, "y": 2.0, "year": "2015", "ward": None, "site": None}
     assert rows == [wanted]
-    assert problems == ["there is no column 'site': counted as missing in all rows"]
+    assert problems == [
+        "there is no column 'site': counted as missing in all rows",
+        "ward has no value in any row",
+    ]
     error = "keep names 'split', which is a key of rows with another meaning: rename the column"
     with pytest.raises(InputError, match=says(error)):
         read(tmp_path, text, NUMBER, keep=("split",))
+
+
+@pytest.mark.parametrize(
+    ("cells", "count"),
+    [
+        (["13.01.2020", "1.2.21", "", "2020-01-13"], 2),
+        (["1/13/2020 10:15", "2/1/2020"], 2),
+        (["2020-01-13", "20200113", "43843"], 0),
+        (["1.2.3", "J10", "13.01.2020"], 0),
+        (["1.13/2020", "10.11.120", ""], 0),
+    ],
+)
+def test_kept_dates_that_statistics_cannot_read_are_named(tmp_path, cells, count):
+    text = "patient,x,y,admitted\n" + "".join(f"A,1,1,{cell}\n" for cell in cells)
+    rows, _, problems = read(tmp_path, text, NUMBER, keep=("admitted",))
+    assert column(rows, "admitted") == [cell or None for cell in cells]
+    told = (
+        f"admitted is a date such as {cells[0]!r} in {count} rows, of which statistics by time "
+        "read none: write it as 2020-01-13"
+    )
+    assert problems == ([told] if count else [])
 
 
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
@@ -655,6 +703,8 @@ def test_frames_without_rows_or_with_a_column_twice():
         ({"ranges": {"A": (0, 1)}}, "ranges names 'A' (near: 'a'), which is not a numeric column"),
         ({"ranges": {"c": (0, 1)}}, "ranges names 'c', which is not a numeric column"),
         ({"ranges": {"y": (0, 1)}}, "ranges names 'y', which is not a numeric column"),
+        ({"whole": "a"}, "whole must be a tuple of columns, got 'a'"),
+        ({"whole": ("A",)}, "whole names 'A' (near: 'a'), which is not a numeric column"),
         ({"ranges": {"a": (1, 1)}}, "ranges of 'a' must be finite numbers in ascending order, "
          "got (1, 1)"),
         ({"ranges": {"a": (0, math.inf)}}, "ranges of 'a' must be finite numbers in ascending "

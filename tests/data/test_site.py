@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import TinyClient, ask, context_of, says
+from tiny import TinyClient, ask, context_of, says, says_of_setting
 
 from fedmed_flower.data.site import (
     LineNumber,
@@ -149,7 +149,7 @@ def test_a_wrong_fewest_number_of_patients(node, run, text):
     context = context_of(
         node_config={"partition-id": 0, "num-partitions": 2} | node, min_cell_count=run
     )
-    with pytest.raises(InputError, match=says(text)):
+    with pytest.raises(InputError, match=says_of_setting(text)):
         min_cell_count(context, Site.from_context(context))
 
 
@@ -178,7 +178,9 @@ def test_a_hospital_refuses_a_key_it_does_not_know_before_it_answers(
     reply = ask(Client, kind, context_of(node_config=node))
     assert reply.error.reason == "site north: InputError"
     (said,) = caplog.messages
-    assert re.search(says(f"north: the node config has an unknown key {key!r}: {near}"), said)
+    assert re.search(
+        says_of_setting(f"north: the node config has an unknown key {key!r}: {near}"), said
+    )
     assert loaded == []
     assert list(tmp_path.iterdir()) == []
 
@@ -190,7 +192,7 @@ def test_an_app_names_the_keys_that_are_its_own(tmp_path):
     node = {"site-name": "north", "data-dir": str(tmp_path), "ward": "ICU"}
     assert not ask(Client, "query.describe", context_of(node_config=node)).has_error()
     text = "the node config has an unknown key 'wards': did you mean ward?"
-    with pytest.raises(InputError, match=says(text)):
+    with pytest.raises(InputError, match=says_of_setting(text, ["ward"])):
         NodeSettings.of({"wards": "ICU"}, Client.node_keys)
 
 
@@ -213,7 +215,7 @@ def test_an_app_names_the_keys_that_are_its_own(tmp_path):
     ],
 )
 def test_what_a_hospital_says_is_checked_whole(given, text):
-    with pytest.raises(InputError, match=says(text)):
+    with pytest.raises(InputError, match=says_of_setting(text)):
         NodeSettings.of(given)
 
 

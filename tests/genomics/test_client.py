@@ -9,6 +9,7 @@ from fedmed_flower.arrays.views import view
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.genomics.association import count_copies
 from fedmed_flower.genomics.regression import linear_sums, logistic_terms, standardised
+from fedmed_flower.wire import read_error
 
 
 def told(reply):
@@ -455,3 +456,11 @@ def test_genotypes_are_read_in_parts(tmp_path, monkeypatch):
         InputError, match=says("Hospital cannot train: it does not define build_model")
     ):
         client(context_of()).build_model()
+
+
+def test_a_server_of_another_version_is_refused_before_a_genotype_is_read(tmp_path):
+    reply = question(hospital(tmp_path), "cohort", {"version": 2})
+    assert read_error(reply.error.reason)[1] == (
+        "declined: hospital-1: messages of the server have version 2, and those of the hospital "
+        "version 1: install the same fedmed-flower at both"
+    )

@@ -15,7 +15,7 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import StratifiedTable
 from statsmodels.stats.meta_analysis import combine_effects
 from studies import VARIANTS, World, lines_of, study
-from tiny import ask, context_of, says
+from tiny import ask, context_of, says, says_of_setting
 from typer.testing import CliRunner
 
 from fedmed_flower import SiteData
@@ -645,11 +645,12 @@ def test_a_study_whose_sites_all_fail_leaves_a_folder_that_says_so(world, tmp_pa
     ("config", "text"),
     [
         ({"test": "fisher"}, "test must be one of trend, allelic, logistic, linear, got 'fisher'"),
-        ({"components": 2}, "components are covariates, which test=trend does not take: choose "
-         "test=logistic or test=linear, or components=0"),
+        ({"components": 2}, "components needs test=logistic or test=linear, got test=trend: "
+         "components are covariates, which this test does not take"),
         ({"block_size": 0}, "block-size must be from 1 to 1,048,576, got 0"),
         ({"component_variants": 0}, "component-variants must be from 1 to 262,144, got 0"),
-        ({"resume": True}, "an association study is not resumed: start it again in a new folder"),
+        ({"resume": True}, "resume must be false: an association study is started again in a new "
+         "folder"),
         ({"privacy": "patient"}, "an association study carries no noise: set privacy=none, which "
          "hospitals with a budget decline"),
         ({"test": "logistic", "components": 51}, "components must be from 0 to 50, got 51"),
@@ -658,7 +659,7 @@ def test_a_study_whose_sites_all_fail_leaves_a_folder_that_says_so(world, tmp_pa
     ],
 )  # fmt: skip
 def test_studies_that_cannot_be_are_refused(world, tmp_path, config, text):
-    with pytest.raises(InputError, match=says(text)):
+    with pytest.raises(InputError, match=says_of_setting(text)):
         study(world.client(), tmp_path, **config)
 
 
@@ -822,3 +823,25 @@ def test_the_example_finds_the_lactase_variant(tmp_path, settings):
     summary, lines = run_example(tmp_path / "run", *settings)
     assert min(lines, key=lambda name: float(lines[name]["p"])) == "rs4988235"
     assert summary["generated"] is ("trait=persistence" in settings)
+
+
+def test_a_hospital_of_another_version_takes_no_part(world, tmp_path):
+    client = world.client()
+
+    class Older(client):
+        """The second hospital's package is of a later version."""
+
+        @classmethod
+        def client_app(cls, mods=()):
+            def later(message, context, call):
+                reply = call(message, context)
+                if context.node_config["partition-id"] == 1:
+                    reply.content["site"]["version"] = 2
+                return reply
+
+            return super().client_app([later])
+
+    summary, _ = study(Older, tmp_path)
+    (failure,) = summary["failures"]
+    assert failure["site"] == "hospital-2"
+    assert failure["reason"].startswith("hospital-2: messages of the hospital have version 2, and")

@@ -9,6 +9,7 @@ from tiny import context_of
 
 from fedmed_flower import SiteData
 from fedmed_flower.genomics.client import GenomicsClient
+from fedmed_flower.wire import MESSAGE_VERSION
 
 PEOPLE, VARIANTS = 40, 6
 
@@ -56,7 +57,8 @@ def question(client, name, config=None, context=None, **arrays):
     context = context or context_of()
     TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, SUPERLINK_NODE_ID
     TaskIdentity.task_id = 1
-    content = RecordDict({"config": ConfigRecord(config or {})})
+    first = {"version": MESSAGE_VERSION} if name == "cohort" else {}
+    content = RecordDict({"config": ConfigRecord(first | (config or {}))})
     if arrays:
         content["block"] = ArrayRecord({k: Array(np.asarray(v)) for k, v in arrays.items()})
     return client.client_app()(Message(content, context.node_id, f"query.{name}"), context)

@@ -15,7 +15,7 @@ from torch import nn
 from fedmed_flower import ClassificationClient, SiteData, federate, run_local
 from fedmed_flower.engines.local import LocalGrid
 from fedmed_flower.settings import Section, setting
-from fedmed_flower.settings.registry import sections_of
+from fedmed_flower.settings.registry import listed, sections_of
 from fedmed_flower.strategies import FedAvg
 from fedmed_flower.wire import MESSAGE_VERSION
 
@@ -25,11 +25,25 @@ CONFIG |= {"pictures": 0}
 
 
 def says(text):
-    """Return the pattern that matches this text and no other.
+    """Return the pattern that matches this text and no other."""
+    return f"^{re.escape(text)}$"
 
-    An error about a setting goes on with where to read more: `tests/settings` tests those words.
+
+def says_of_setting(text, own=()):
+    """Return the pattern that matches the error about a setting, which this text begins, alone.
+
+    It ends with the command that says more of the key: of the one that the text suggests, or of the
+    one with which it begins. `own` are the app's own keys.
     """
-    return f"^{re.escape(text)}(;? see `fedmed settings (APP )?--search [a-z0-9-]+`)?$"
+    suggested = re.search(r"did you mean ([\w-]+)\?", text)
+    begins = r"(?:\w+: )?([\w-]+)(?:=\w+)? (?:in the node config )?(?:must|needs|excludes) "
+    named = suggested or re.match(begins, text)
+    key = named[1] if named else ""
+    if key not in listed() and key not in own:
+        return says(text)
+    app = "APP " if key in own else ""
+    join = " " if text.endswith("?") else "; "
+    return says(f"{text}{join}see `fedmed settings {app}--search {key}`")
 
 
 def make_rows(count, seed, name="p", classes=2):
@@ -129,7 +143,7 @@ def ask(client, kind, context, arrays=None, mods=(), **config):
     TaskIdentity.task_id = 1
     content = RecordDict()
     record = {key.replace("_", "-"): value for key, value in config.items()}
-    if kind == "query.describe":
+    if kind in ("query.describe", "query.statistics", "query.cohort"):
         content["config"] = ConfigRecord({"version": MESSAGE_VERSION} | record)
     else:
         content["arrays"] = model_arrays() if arrays is None else arrays

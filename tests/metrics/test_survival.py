@@ -22,6 +22,7 @@ from fedmed_flower.metrics.survival import (
     check_outcomes,
     concordance,
     concordance_index,
+    followed,
     integrated_brier_score,
     kaplan_meier,
 )
@@ -621,3 +622,11 @@ def test_scores_that_are_not_finite_are_refused(function, name):
         match=says(f"one row a patient is needed in each, got rows of times 2, {name} 3"),
     ):
         function([1, 2], [1, 0], [0, 1, 2])
+
+
+def test_patients_who_are_followed_long_enough_count_once():
+    times = [5, 9, 10, 12, math.nan, 11]
+    patients = ["a", "b", "c", "c", "d", "e"]
+    assert followed(times, patients, 10) == 2
+    assert followed(times, patients, 12.5) == 0
+    assert followed([], [], 1) == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.serverapp import ServerApp
-from predicting import fedmed, lines_of, run_and_forget, write_app
+from predicting import fedmed, lines_of, predict, run_and_forget, write_app
 from safetensors.torch import load_file, save
 from tables import TinyTable, patients, run_tables
 from tiny import CONFIG, TinyClient, fixed, linear, run_tiny, says
@@ -428,3 +428,38 @@ def test_a_fresh_process_needs_no_app_unless_a_hook_is_its_own(tmp_path):
     outputs = model(torch.from_numpy(pixels.astype(np.float32))[None, None])
     share = outputs.double().softmax(dim=1)[0, 1].item()
     assert float(line["probability 1"]) == pytest.approx(share, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [("images", "images/0*.png"), ("masks", "images/0*.nii.gz"), ("table", "*.csv")],
+)
+def test_a_fresh_process_without_the_app_gives_the_same_files(kind, pattern, tmp_path):
+    """What this process gives is compared with the model called by hand in `test_files`."""
+    done = fedmed("new", tmp_path / "mine", "--for", kind, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run_and_forget(tmp_path / "mine", tmp_path / "run", "--rounds", "1")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = fedmed("data", "phantoms", elsewhere, "clinic", "--for", kind, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (elsewhere / "predictor.zip").write_bytes((tmp_path / "run" / "predictor.zip").read_bytes())
+    files = sorted((elsewhere / "clinic").glob(pattern))
+    names = [file.relative_to(elsewhere) for file in files]
+    done = fedmed("predict", "predictor.zip", *names, "--out", "fresh", cwd=elsewhere)
+    assert done.returncode == 0, done.stdout + done.stderr
+    predict(elsewhere / "predictor.zip", *files, "--out", elsewhere / "here")
+
+    fresh = lines_of(elsewhere / "fresh" / "predictions.csv")
+    here = lines_of(elsewhere / "here" / "predictions.csv")
+    assert len(fresh) >= len(files)
+    paths = ("file", "mask")
+    for one, other in zip(fresh, here, strict=True):
+        assert {k: v for k, v in one.items() if k not in paths} == {
+            k: v for k, v in other.items() if k not in paths
+        }
+    masks = sorted((elsewhere / "fresh").glob("*.nii.gz"))
+    assert len(masks) == (len(files) if kind == "masks" else 0)
+    for mask in masks:
+        assert mask.read_bytes() == (elsewhere / "here" / mask.name).read_bytes()

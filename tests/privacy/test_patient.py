@@ -7,7 +7,7 @@ from dp_accounting import dp_event, pld
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tiny import context_of, says
+from tiny import context_of, says, says_of_setting
 
 from fedmed_flower.data.site import Site
 from fedmed_flower.errors import DeclinedError, InputError
@@ -77,7 +77,7 @@ def test_settings_come_from_the_run_config_and_are_off_by_default():
     ],
 )
 def test_settings_out_of_range_are_refused(config, text):
-    with pytest.raises(InputError, match=says(text)):
+    with pytest.raises(InputError, match=says_of_setting(text)):
         PrivacySettings.from_run_config(ON | config)
 
 
@@ -242,7 +242,7 @@ def test_a_hospital_sets_its_budget_or_none():
     ],
 )  # fmt: skip
 def test_a_budget_that_is_none_is_refused(given, text):
-    with pytest.raises(InputError, match=says(text)):
+    with pytest.raises(InputError, match=says_of_setting(text)):
         budget_of(context_of(node_config=given))
 
 

@@ -185,7 +185,12 @@ def write_hostile(folder, evil):
     summary = json.loads((folder / "summary.json").read_text())
     names = ("data", "strategy", "message", "status", "started", "engine")
     summary |= dict.fromkeys(names, evil)
-    summary |= {"config": {evil: evil}, "versions": {evil: evil}, "lacking": {evil: [evil]}}
+    summary |= {
+        "config": {evil: evil},
+        "versions": {evil: evil},
+        "lacking": {evil: [evil]},
+        "empty": {evil: [evil]},
+    }
     summary |= {"refused": {evil: [evil]}, "model": {"network": evil}}
     summary["failures"] = [{"round": evil, "phase": evil, "site": evil, "reason": evil}]
     summary["notes"] = [{"round": 1, "phase": evil, "site": evil, "text": evil}]

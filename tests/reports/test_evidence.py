@@ -24,7 +24,7 @@ def section(coarse=False, names=("healthy", HOSTILE)):
         site: outcome_metrics("binary", LABELS, SCORES, coarse=coarse)
         for site in ("north", "south")
     }
-    found = evidence_of(counted(records, names), records)
+    found = evidence_of(counted(records, names))
     return evidence.curves(found, plots.styles([*records]))
 
 
@@ -85,9 +85,7 @@ def test_coarse_counts_leave_a_sentence_instead_of_curves():
 def test_noised_curves_say_so_and_have_no_interval():
     patients = [str(row) for row in range(len(LABELS))]
     noised = noised_counts(LABELS, np.asarray(SCORES)[:, None], patients, 0.5)
-    found = evidence_of(
-        counted({"north": {"num-examples": 80, "noised-counts": noised}}), {"north": {}}
-    )
+    found = evidence_of(counted({"north": {"num-examples": 80, "noised-counts": noised}}))
     page = evidence.curves(found, plots.styles(["north"]))
     assert "The counts carry noise that protects patients." in page
     assert "interval" not in page.replace("They have no intervals", "")

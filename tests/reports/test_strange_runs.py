@@ -1,25 +1,17 @@
 """Run folders that a stranger has written: a card and a comparison, or a refusal of one line."""
 
 import json
-import math
 import shutil
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from odd_trees import changed_tree
 from run_folders import write_run
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.reports.card import card
 from fedmed_flower.reports.compare import write_comparison
-
-ODD = st.one_of(
-    st.sampled_from([None, True, -1, 0, 10**20, 10**400, 1e308, math.nan, math.inf, "", [], {}]),
-    st.sampled_from([[[]], {"a": 1}, ["x"] * 3, "x" * 5000, "<script>", "../../secret", "\ud800"]),
-    st.integers(),
-    st.floats(),
-    st.text(max_size=20),
-)
 
 
 @pytest.fixture(scope="module")
@@ -28,32 +20,6 @@ def world(tmp_path_factory):
     base = tmp_path_factory.mktemp("world")
     write_run(base / "sound")
     return base
-
-
-def ways_in(node, here=()):
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-        yield (*here, key)
-        # Of a long list of counts the first ones are enough.
-        if isinstance(value, dict | list) and len(here) < 6:
-            yield from ways_in(value[:3] if isinstance(value, list) else value, (*here, key))
-
-
-@st.composite
-def changed(draw, tree):
-    tree = json.loads(json.dumps(tree))
-    for _ in range(draw(st.integers(1, 3))):
-        ways = [*ways_in(tree)]
-        if not ways:
-            break
-        *way, last = draw(st.sampled_from(ways))
-        node = tree
-        for key in way:
-            node = node[key]
-        if draw(st.integers(0, 4)):
-            node[last] = draw(ODD)
-        else:
-            del node[last]
-    return tree
 
 
 def looked_at(folder, sound):
@@ -89,7 +55,7 @@ def test_whatever_the_files_hold_there_is_a_page_or_a_refusal(world, data):
     try:
         name = data.draw(st.sampled_from(["summary.json", "counts.json"]))
         tree = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(data.draw(changed(tree))))
+        (folder / name).write_text(json.dumps(data.draw(changed_tree(tree, most=3, deep=6))))
         looked_at(folder, world / "sound")
     finally:
         shutil.rmtree(folder)

@@ -9,6 +9,7 @@ from fedmed_flower.metrics.classification import classification_metrics, noised_
 from fedmed_flower.metrics.counts import counted
 from fedmed_flower.metrics.outcomes import outcome_metrics
 from fedmed_flower.metrics.pooling import pool
+from fedmed_flower.reports.scores import of_test
 from fedmed_flower.reports.tested import estimates, evidence_of, share_of
 
 RNG = np.random.default_rng(0)
@@ -37,8 +38,8 @@ def made(task="binary", sites=("north", "south"), classes=2, coarse=False):
 
 
 def test_the_curve_of_all_is_that_of_all_rows_together():
-    data, summary, counts = made()
-    found = evidence_of(counts, summary["test"]["sites"])
+    data, _, counts = made()
+    found = evidence_of(counts)
     assert [(curve.name, curve.site) for curve in found.roc] == [
         ("north", "north"),
         ("south", "south"),
@@ -78,11 +79,11 @@ def test_there_is_no_total_interval_without_the_counts_of_one_hospital():
 
 
 def test_calibration_is_that_of_the_sums_or_of_the_scores():
-    data, summary, counts = made()
-    by_sums = evidence_of(counts, summary["test"]["sites"]).calibration
+    data, _, counts = made()
+    by_sums = evidence_of(counts).calibration
     assert sum(each.rows for each in by_sums) == 240
     plain = {s: classification_metrics(y, z) for s, (y, z) in data.items()}
-    by_scores = evidence_of(counted(plain), summary["test"]["sites"]).calibration
+    by_scores = evidence_of(counted(plain)).calibration
     assert len(by_scores) == len(by_sums)
     for one, other in zip(by_scores, by_sums, strict=True):
         assert one.rows == pytest.approx(other.rows, abs=1)
@@ -92,8 +93,8 @@ def test_calibration_is_that_of_the_sums_or_of_the_scores():
 
 
 def test_net_benefit_by_hand():
-    data, summary, counts = made()
-    by_model, everybody = evidence_of(counts, summary["test"]["sites"]).net_benefit
+    data, _, counts = made()
+    by_model, everybody = evidence_of(counts).net_benefit
     labels = np.concatenate([labels for labels, _ in data.values()])
     scores = np.concatenate([scores[:, 0] for _, scores in data.values()])
     alarms = scores > 0
@@ -106,15 +107,16 @@ def test_net_benefit_by_hand():
 
 def test_counts_of_sites_that_are_not_of_this_test_are_left_out():
     _, _, counts = made()
-    assert evidence_of(counts, {}) is None
-    assert evidence_of(None, {"north": {}}) is None
-    found = evidence_of(counts, {"south": {}})
+    assert of_test(counts, {"test": {"sites": {}}}) is None
+    assert of_test(None, {"test": {"sites": {"north": {}}}}) is None
+    assert evidence_of(None) is None
+    found = evidence_of(of_test(counts, {"test": {"sites": {"south": {}}}}))
     assert [curve.name for curve in found.roc] == ["south", "all together"]
 
 
 def test_more_classes_have_a_curve_each():
     _, summary, counts = made("multi-class", classes=3)
-    found = evidence_of(counts, summary["test"]["sites"])
+    found = evidence_of(counts)
     assert [curve.name for curve in found.roc] == ["class 0", "class 1", "class 2"]
     assert found.prevalence is None
     assert np.asarray(found.confusion).sum() == 240
@@ -124,7 +126,7 @@ def test_more_classes_have_a_curve_each():
 
 def test_coarse_counts_give_no_curve_and_say_so():
     _, summary, counts = made(coarse=True)
-    found = evidence_of(counts, summary["test"]["sites"])
+    found = evidence_of(counts)
     assert found.coarse == ("north", "south")
     assert found.missing == "some hospitals report coarsely"
     assert not found.roc
@@ -139,7 +141,7 @@ def test_noised_counts_give_a_curve_of_all_without_intervals():
         counts = noised_counts(labels, outputs, patients, 1.0)
         records[site] = {"num-examples": 600, "noised-counts": counts}
     sites = {site: {"auc": 0.8} for site in records}
-    found = evidence_of(counted(records), sites)
+    found = evidence_of(counted(records))
     assert found.noised
     assert found.confusion is None
     assert [curve.name for curve in found.roc] == ["all together"]
@@ -152,7 +154,7 @@ def test_noised_counts_give_a_curve_of_all_without_intervals():
 
 def test_noise_larger_than_the_counts_gives_no_curve():
     counts = counted({"north": {"num-examples": 0, "noised-counts": [-1.0] * 64}})
-    found = evidence_of(counts, {"north": {}})
+    found = evidence_of(counts)
     assert not found.roc
     assert "the noise is larger than the counts" in found.missing
 

@@ -18,6 +18,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from monai.networks.nets import DenseNet
 from safetensors.numpy import load_file
+from tables import SCHEMA, TinyTable, changed, holding, patients, run_tables
 from tiny import (
     CONFIG,
     TinyClient,
@@ -32,6 +33,7 @@ from tiny import (
     nodes_of,
     run_tiny,
     says,
+    says_of_setting,
 )
 from torch import nn
 
@@ -41,6 +43,7 @@ from fedmed_flower.data.splits import split_patients
 from fedmed_flower.engines.local import LocalGrid
 from fedmed_flower.errors import DivergedError
 from fedmed_flower.models.device import make_optimizer
+from fedmed_flower.reports.card import card
 from fedmed_flower.runs import experiment as module
 from fedmed_flower.runs.verdict import RunFailedError
 from fedmed_flower.server.run_folder import RunFolder
@@ -271,6 +274,40 @@ def test_columns_that_a_table_lacks_are_in_log_summary_and_report(tmp_path):
     assert "hospital-1 has no column systolic, &lt;b&gt;." in page
 
 
+def test_columns_without_a_value_are_in_log_summary_report_and_card(tmp_path):
+    class Unreadable(TinyTable):
+        def load_data(self, site):
+            data = super().load_data(site)
+            gaps = {"hospital-1": {"age": math.nan}, "hospital-2": {"sex": None}}
+            return changed(**gaps.get(site.name, {}))(data)
+
+    run_tables(tmp_path, Unreadable, 3)
+    summary = summary_of(tmp_path)
+    assert summary["empty"] == {"hospital-1": ["age"], "hospital-2": ["sex"]}
+    assert {(note["site"], note["phase"], note["text"]) for note in summary["notes"]} == {
+        (
+            f"hospital-{number}",
+            "before training",
+            f"{column} has no value in any row: perhaps it is written in another way; 2 of 2 other "
+            "hospitals have values",
+        )
+        for number, column in ((1, "age"), (2, "sex"))
+    }
+    assert "; it has no value of age" in (tmp_path / "log.txt").read_text()
+    assert "hospital-2 has no value of sex." in (tmp_path / "report.html").read_text()
+    assert "- hospital-2 has no value of sex." in card(tmp_path)
+
+
+def test_a_hospital_of_few_patients_does_not_say_which_columns_have_no_value(tmp_path):
+    few = changed(age=math.nan)(SiteData(patients(9, 0), test=patients(4, 1, "q")))
+    categories = {"sex": ("f", "m"), "ward": ("a", "b", "c")}
+    client = holding({0: few}, schema=replace(SCHEMA, categories=categories))
+    _, summary = run_tables(tmp_path / "a", client, 3, preparation="declared", min_cell_count=13)
+    assert summary["empty"] == {"hospital-1": ["age"]}
+    _, summary = run_tables(tmp_path / "b", client, 3, preparation="declared", min_cell_count=14)
+    assert (summary["empty"], summary["notes"]) == ({}, [])
+
+
 def test_the_config_file(finished):
     folder, _ = finished
     text = (folder / "config.toml").read_text()
@@ -384,7 +421,7 @@ def test_the_first_model_is_drawn_with_the_seed(tmp_path):
     ],
 )
 def test_the_plan_names_key_bound_and_value(config, text):
-    with pytest.raises(InputError, match=says(text)):
+    with pytest.raises(InputError, match=says_of_setting(text)):
         Plan.from_run_config(config)
 
 
@@ -448,7 +485,9 @@ def test_nothing_is_written_where_no_site_answers(tmp_path):
 
 
 def test_a_wrong_setting_of_the_sites_is_told_before_the_run(tmp_path):
-    with pytest.raises(InputError, match=says("batch-size must be from 1 to 1,000,000, got 0")):
+    with pytest.raises(
+        InputError, match=says_of_setting("batch-size must be from 1 to 1,000,000, got 0")
+    ):
         run_tiny(tmp_path / "run", batch_size=0)
     assert files_of(tmp_path / "run") is None
 

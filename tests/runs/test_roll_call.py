@@ -106,6 +106,17 @@ def test_a_malformed_answer_to_the_roll_call_is_a_refusal(change, text):
         roll_call(Answers(about("bad", **change)), 9)
 
 
+@pytest.mark.parametrize("columns", [[1, 3], "age", 3])
+def test_columns_that_are_no_names_are_a_refusal(columns):
+    bad = about("bad")
+    bad["empty"] = ConfigRecord({"columns": columns})
+    sites = roll_call(Answers(bad, about()), 9)
+    assert sites.refusals == {
+        1: "malformed answer: the columns in its record 'empty' are not a list of names"
+    }
+    assert sites.empty == {}
+
+
 def test_a_hospital_whose_messages_have_another_version_is_refused_by_name():
     older = about("west")
     del older["site"]["version"]

@@ -1,7 +1,7 @@
 import re
 
 import pytest
-from tiny import says
+from tiny import says, says_of_setting
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.settings.text import SETTINGS, assign, expand, override
@@ -68,7 +68,7 @@ def test_override_leaves_the_defaults_and_takes_the_last_of_two():
     ],
 )
 def test_override_says_what_is_wrong(text, expected):
-    with pytest.raises(InputError, match=says(expected)):
+    with pytest.raises(InputError, match=says_of_setting(expected)):
         override(APP, [text], {})
 
 
@@ -131,7 +131,9 @@ def test_a_key_that_the_app_does_not_declare_goes_into_the_text():
         **{"local-epochs": 9, "batch-size": 8, "device": "cpu", "seed": 5},
     }
     assert override(app, [], KNOWN) == app
-    with pytest.raises(InputError, match=says("batch-size must be of type int, got 'few'")):
+    with pytest.raises(
+        InputError, match=says_of_setting("batch-size must be of type int, got 'few'")
+    ):
         override(app, ["batch-size=few"], KNOWN)
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tiny import says
+from tiny import says, says_of_setting
 from torch import nn
 
 from fedmed_flower.errors import InputError
@@ -75,7 +75,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_settings_name_key_bound_and_value(config, text):
-    with pytest.raises(InputError, match=says(text)):
+    with pytest.raises(InputError, match=says_of_setting(text)):
         Settings.from_run_config(config)
 
 

@@ -4,8 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 from statistics_rows import ask, group, where, withheld
+from tiny import says
 
+from fedmed_flower import InputError
 from fedmed_flower.statistics.columns import Columns
+from fedmed_flower.statistics.declared import Declared
+from fedmed_flower.statistics.noised import Cells, plan
 from fedmed_flower.statistics.request import Request
 
 # All but two of those who were admitted first lie on ward A.
@@ -127,3 +131,85 @@ class TestBesideConditions:
         told = ask(self.rows(), path, **part)
         assert [entry[:2] for entry in told["withheld"]] == [["m", "disease"]]
         assert group(told, "f")["categorical"]["disease"]["counts"] == [40, 25]
+
+
+class TestWholeNumbers:
+    """A column that is declared whole: fractions are missing, and not rounded."""
+
+    SCHEMA = SimpleNamespace(numeric=("visits",), whole=("visits",))
+
+    def of(self, *kinds):
+        return rows([(count, {"visits": value}) for count, value in kinds])
+
+    def test_a_fraction_is_missing_and_in_the_hospitals_log(self, path, caplog):
+        made = self.of((20, 1), (20, 2.0), (12, 2.5), (1, None))
+        told = group(ask(made, path, whole=("visits",), kinds=("histograms", "moments")))
+        found = told["numeric"]["visits"]
+        assert (found["n"], found["missing"], found["mean"]) == (40, 13, 1.5)
+        assert found["histogram"] == {
+            "edges": [1.0, 2.0, 3.0],
+            "counts": [0, 20, 20, 0],
+            "whole": True,
+        }
+        assert (
+            caplog.text.count(
+                "visits is declared to hold whole numbers: 12 of 52 values, such as 2.5, count as "
+                "missing"
+            )
+            == 1
+        )
+
+    def test_fractions_of_few_patients_are_not_singled_out_by_a_request(self, path):
+        """All, and then those with whole numbers: the difference would be three patients."""
+        made = self.of((20, 1), (20, 2), (3, 2.5))
+        assert group(ask(made, path, columns=("visits",)))["numeric"]["visits"]["n"] == 43
+        told = ask(made, path, columns=("visits",), whole=("visits",))
+        assert withheld(told) == ["visits"]
+
+    def test_fractions_that_the_schema_rules_out_are_no_values(self, path):
+        """What no request can change: as a text among numbers, they are nobody's value."""
+        made = self.of((20, 1), (20, 2), (3, 2.5))
+        told = group(ask(made, path, columns=("visits",), schema=self.SCHEMA))
+        assert (told["numeric"]["visits"]["n"], told["numeric"]["visits"]["missing"]) == (40, 3)
+        # Declared again by the request, they are the same.
+        told = ask(made, path, columns=("visits",), schema=self.SCHEMA, whole=("visits",))
+        assert group(told)["numeric"]["visits"]["n"] == 40
+
+    def test_the_target_of_a_count_task_is_whole(self):
+        declared = Declared(Request(), SimpleNamespace(task="count", target="visits"))
+        assert declared.is_whole("visits")
+        assert not declared.is_whole("age")
+        # A request cannot make whole numbers of categories.
+        schema = SimpleNamespace(categorical=("ward",))
+        assert not Declared(Request(whole=("ward",)), schema).is_whole("ward")
+
+    @pytest.mark.parametrize(
+        ("request_", "width"),
+        [
+            ({}, 1.0),
+            ({"ranges": {"x": (0.0, 10.0)}}, 1.0),
+            ({"ranges": {"x": (0.0, 100.0)}}, 2.0),
+            ({"resolutions": {"x": 5.0}, "ranges": {"x": (0.0, 10.0)}}, 5.0),
+        ],
+    )
+    def test_cells_divide_no_whole_number(self, request_, width):
+        assert Declared(Request(whole=("x",), **request_)).resolution("x") == width
+
+    def test_with_noise_a_fraction_is_missing_too(self):
+        request = Request(
+            whole=("x",), ranges={"x": (0.0, 4.0)}, kinds=("histograms",), epsilon=1.0
+        )
+        declared = Declared(request)
+        made = [{"patient": n, "x": value} for n, value in enumerate([0, 1, 1.5, 4])]
+        sums = plan(request, declared).sums(Cells(made, declared))
+        # Everybody; values of 0, 1, 2 and 3 to 4; missing.
+        assert sums.tolist() == [[4, 1, 1, 0, 1, 1]]
+
+    def test_request_and_schema_must_agree_for_noise(self):
+        schema = SimpleNamespace(categorical=("ward",))
+        text = (
+            "the request declares that ward holds whole numbers, which holds categories by the "
+            "hospital's schema: leave that out, or change the schema"
+        )
+        with pytest.raises(InputError, match=says(text)):
+            Declared(Request(whole=("ward",)), schema).require_agreement()

@@ -3,10 +3,11 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 from tiny import says
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.statistics.drift import cusum, ears_c2, ks, psi
+from fedmed_flower.statistics.drift import holm, ks, ks_of_histograms, psi, same_shares
 
 
 def test_psi_worked_by_hand():
@@ -72,80 +73,6 @@ def test_binning_makes_ks_conservative():
         assert statistic <= stats.ks_2samp(first, second).statistic + 1e-12
 
 
-def test_c2_worked_by_hand():
-    # Weeks 0 to 6 have the mean 4 and the variance (9 + 4 + 1 + 0 + 1 + 4 + 9) / 6.
-    counts = [1, 2, 3, 4, 5, 6, 7, 100, 100, 11]
-    got = ears_c2(counts)
-    assert np.isnan(got.statistic[:9]).all()
-    assert got.statistic[9] == pytest.approx(7 / math.sqrt(28 / 6), abs=1e-12)
-    assert got.alert.tolist() == [False] * 9 + [True]
-    assert not ears_c2([*counts[:9], 10]).alert.any()
-    assert ears_c2([*counts[:9], 10], threshold=2.7).alert[9]
-
-
-def test_c2_without_a_lag_looks_at_the_weeks_just_before():
-    got = ears_c2([1, 2, 3, 6], baseline=3, lag=0)
-    assert got.statistic[3] == 4
-    assert got.alert.tolist() == [False, False, False, True]
-    # The threshold itself is no alert.
-    assert not ears_c2([1, 2, 3, 6], baseline=3, lag=0, threshold=4).alert.any()
-
-
-def test_c2_of_a_constant_baseline_alerts_at_any_count_above_it():
-    got = ears_c2([2, 2, 2, 2, 3, 1], baseline=3, lag=0)
-    assert got.statistic[3:5].tolist() == [0, math.inf]
-    assert got.alert.tolist() == [False] * 4 + [True, False]
-    assert ears_c2([2, 2, 2, 1], baseline=3, lag=0).statistic[3] == -math.inf
-
-
-def test_c2_of_no_cases_at_all_is_quiet():
-    got = ears_c2([0] * 12)
-    assert (got.statistic[9:] == 0).all()
-    assert not got.alert.any()
-
-
-def test_c2_leaves_unknown_weeks_out_of_the_baseline():
-    nan = math.nan
-    known = ears_c2([1, nan, 2, 3, 6], baseline=4, lag=0)
-    assert known.statistic[4] == 4
-    assert known.alert[4]
-    for counts in ([1, nan, nan, 3, 6], [1, 2, 2, 3, nan]):
-        got = ears_c2(counts, baseline=4, lag=0)
-        assert np.isnan(got.statistic).all()
-        assert not got.alert.any()
-
-
-def test_cusum_worked_by_hand():
-    # The baseline 2, 4, 6 has the mean 4 and the sd 2, which is the root of the mean too.
-    got = cusum([2, 4, 6, 7, 3, 9, 9, 0], k=0.5, h=3, baseline=3)
-    assert np.isnan(got.statistic[:3]).all()
-    # 1.5 - 0.5; -0.5 - 0.5; 2.5 - 0.5; 2.5 - 0.5; -2 - 0.5.
-    assert got.statistic[3:].tolist() == [1, 0, 2, 4, 1.5]
-    assert got.alert.tolist() == [False] * 6 + [True, False]
-    assert cusum([2, 4, 6, 7, 3, 9, 9, 0], k=0.5, h=2, baseline=3).alert[5]
-
-
-def test_cusum_takes_the_spread_of_a_poisson_count_at_least():
-    got = cusum([9, 9, 9, 12.5], k=0.5, baseline=3)
-    assert got.statistic[3] == pytest.approx(3.5 / 3 - 0.5, abs=1e-12)
-    wide = cusum([1, 4, 7, 8], k=0.5, baseline=3)
-    assert wide.statistic[3] == pytest.approx(4 / 3 - 0.5, abs=1e-12)
-    none = cusum([0, 0, 0, 1, 2], k=0.5, baseline=3)
-    assert none.statistic[3:].tolist() == [1.5, 5]
-    assert none.alert.tolist() == [False] * 4 + [True]
-
-
-def test_cusum_stays_as_it_was_over_unknown_weeks():
-    nan = math.nan
-    got = cusum([nan, 2, 4, 6, 7, nan, 7], k=0.5, h=2, baseline=4)
-    assert got.statistic[[4, 6]].tolist() == [1, 2]
-    assert math.isnan(got.statistic[5])
-    assert got.alert.tolist() == [False] * 6 + [True]
-    lost = cusum([nan, 2, nan, 6, 70], baseline=4)
-    assert np.isnan(lost.statistic).all()
-    assert not lost.alert.any()
-
-
 @pytest.mark.parametrize("compare", [psi, ks])
 def test_counts_that_cannot_be_compared_are_refused(compare):
     cases = {
@@ -171,35 +98,77 @@ def test_counts_that_cannot_be_compared_are_refused(compare):
         compare(["a few"], [1])
 
 
-def test_weeks_that_do_not_do_are_refused():
-    with pytest.raises(
-        InputError,
-        match=says(
-            "counts must have more than 9 weeks, of which a baseline takes up 7; got 9: "
-            "give more weeks, or a shorter baseline"
-        ),
-    ):
-        ears_c2([1] * 9)
-    with pytest.raises(InputError, match=r"^counts must have more than 13 weeks"):
-        cusum([1] * 13)
-    for find in (ears_c2, cusum):
-        with pytest.raises(
-            InputError, match=says("counts must be finite, 0 or greater; at index 2 it is -1")
-        ):
-            find([1, 1, -1] + [1] * 20)
-        with pytest.raises(InputError, match=says("baseline must be 3 weeks or more, got 2")):
-            find([1] * 20, baseline=2)
+def histogram(values, edges):
+    return {"edges": list(edges), "counts": np.histogram(values, [-np.inf, *edges, np.inf])[0]}
 
 
-def test_settings_out_of_range_are_refused():
-    weeks = [1] * 20
-    with pytest.raises(InputError, match=says("lag must be 0 or greater, got -1")):
-        ears_c2(weeks, lag=-1)
-    with pytest.raises(
-        InputError, match=says("threshold must be a finite number above 0, got nan")
-    ):
-        ears_c2(weeks, threshold=math.nan)
-    with pytest.raises(InputError, match=says("k must be a finite number, 0 or greater, got -0.5")):
-        cusum(weeks, k=-0.5)
-    with pytest.raises(InputError, match=says("h must be a finite number above 0, got 0")):
-        cusum(weeks, h=0)
+@pytest.mark.parametrize("seed", range(30))
+def test_ks_of_histograms_is_at_most_that_of_the_values_whatever_their_cells(seed):
+    rng = np.random.default_rng(seed)
+    values = [rng.normal(size=size).round(1) for size in (40, 90, 60, 200)]
+    values[0] += seed % 4 / 2
+    cells = [sorted(rng.choice(np.arange(-20, 20) / 10, 6, replace=False)) for _ in values]
+    parts = [histogram(*pair) for pair in zip(values, cells, strict=True)]
+    first, second = np.concatenate(values[:2]), np.concatenate(values[2:])
+    statistic, p = ks_of_histograms(parts[:2], parts[2:], (first.size, second.size))
+    reference = stats.ks_2samp(first, second, method="asymp")
+    assert 0 <= statistic <= reference.statistic + 1e-12
+    size = math.sqrt(first.size * second.size / (first.size + second.size))
+    assert p == pytest.approx(stats.kstwobign.sf(size * statistic))
+
+
+def test_ks_of_histograms_with_the_same_cells_is_that_of_the_counts():
+    edges = [0.0, 1.0, 2.0]
+    first, second = ([1, 4, 2, 9], [3, 3, 8, 1])
+    parts = [{"edges": edges, "counts": counts} for counts in (first, second)]
+    found = ks_of_histograms([parts[0]], [parts[1]], (16, 15))
+    assert found == pytest.approx(ks(first, second))
+
+
+def test_ks_of_histograms_worked_by_hand():
+    """Below 1 are 6 of 10; of the other side at least 2 and at most 5 of 10."""
+    one = {"edges": [1.0], "counts": [6, 4]}
+    other = {"edges": [0.0, 2.0], "counts": [2, 3, 5]}
+    statistic, p = ks_of_histograms([one], [other], (10, 10))
+    assert statistic == pytest.approx(0.1)
+    assert ks_of_histograms([other], [one], (10, 10)) == (statistic, p)
+    # Fewer patients than values make it less certain.
+    assert ks_of_histograms([one], [other], (5, 5))[1] > p
+
+
+def test_same_shares_is_fisher_s_test():
+    # The lady tasting tea: three of four cups right, 17 of 70 ways to do as well.
+    assert same_shares([3, 1], [1, 3]) == pytest.approx(34 / 70)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        table = rng.integers(0, 40, (2, 2))
+        sides = [stats.fisher_exact(table, side).pvalue for side in ("less", "greater")]
+        assert same_shares(*table) == pytest.approx(min(1, 2 * min(sides)), rel=1e-6)
+
+
+def test_same_shares_of_several_categories_tests_each_against_all_others():
+    first, second = [10, 20, 30], [30, 20, 10]
+    tails = [
+        stats.fisher_exact([[a, 60 - a], [b, 60 - b]], side).pvalue
+        for a, b in zip(first, second, strict=True)
+        for side in ("less", "greater")
+    ]
+    assert same_shares(first, second) == pytest.approx(3 * 2 * min(tails))
+    assert same_shares([*first, 0], [*second, 0]) == same_shares(first, second)
+    assert same_shares([10, 0], [90, 0]) == 1
+    assert same_shares([0.4, 0.5], [90, 10]) == 1
+
+
+def test_same_shares_of_very_many_patients():
+    p = same_shares([500_000_000, 500_000_000], [490_000_000, 510_000_000])
+    assert 0 < p < 1e-10
+    assert same_shares([1e12, 1], [1e12, 1]) == 1
+
+
+def test_holm_is_that_of_statsmodels():
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 30):
+        p = rng.random(size) ** 3
+        expected = multipletests(p, method="holm")[1]
+        assert holm(p) == pytest.approx(expected, abs=1e-12)
+    assert holm([]).size == 0

@@ -178,7 +178,7 @@ class TestDifferences:
         for row in rows:
             row["event"] = row["age"] % 2
         curve = ask(rows, path, columns=("other",), survival=("age", "event", 100.0, 20.0))
-        assert group(curve)["survival"]["times"] == [20, 40, 60, 100]
+        assert group(curve)["survival"]["times"] == [20, 40, 60, 120]
         assert not group(ask(rows, path, columns=("other",), **where("age <= 55")))
         assert group(ask(rows, path, columns=("other",), **where("age <= 60")))
 

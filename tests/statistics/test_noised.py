@@ -9,6 +9,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
+from lifelines import KaplanMeierFitter
 from statistics_rows import make_patients, where
 from tiny import context_of, says
 
@@ -24,6 +25,7 @@ from fedmed_flower.statistics.noised import Cells, plan
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import KINDS, Request, Survival
 from fedmed_flower.statistics.summary import summarise
+from fedmed_flower.wire import MESSAGE_VERSION
 
 DECLARED = {
     "ranges": {"age": (0.0, 100.0), "lab": (999_980.0, 1_000_020.0)},
@@ -57,7 +59,9 @@ def reply_of(client, request, folder, **node_config):
     context = context_of(node_config=node_config or None, run_dir=str(folder))
     TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, SUPERLINK_NODE_ID
     TaskIdentity.task_id = 1
-    content = RecordDict({"config": ConfigRecord({"request": request.to_text()})})
+    content = RecordDict(
+        {"config": ConfigRecord({"version": MESSAGE_VERSION, "request": request.to_text()})}
+    )
     with simulation():
         return client.client_app()(Message(content, context.node_id, "query.statistics"), context)
 
@@ -168,11 +172,11 @@ class TestAnswer:
         found = told(reply_of(Noised, request, tmp_path))
         frame = pd.DataFrame(make_patients(400, 0))
         assert found["noise"]["epsilon"] == 1e4
-        figures = summarise(found["groups"])
+        figures = summarise(found["groups"], request)
         assert figures["patients"] == pytest.approx(400, abs=3)
         assert figures["numeric"]["lab"]["mean"] == pytest.approx(frame.lab.mean(), abs=0.3)
         assert figures["numeric"]["age"]["sd"] == pytest.approx(frame.age.std(), rel=0.02)
-        assert figures["numeric"]["age"]["quantiles"]["0.5"][0] == pytest.approx(
+        assert figures["numeric"]["age"]["quantiles"]["0.5"]["estimate"] == pytest.approx(
             frame.age.median(), abs=3
         )
         counts = figures["categorical"]["centre"]["counts"]
@@ -184,7 +188,17 @@ class TestAnswer:
         )
         (pair,) = figures["correlations"]
         assert pair["r"] == pytest.approx(frame.age.corr(frame.lab), abs=0.05)
-        assert sum(figures["survival"]["events"]) > 100
+        curve = figures["survival"]
+        assert curve["events_low"] == curve["events_high"]
+        assert curve["events_low"][-1] > 100
+        # The last patients are censored at the horizon.
+        late = frame.time > 12
+        fitter = KaplanMeierFitter().fit(
+            np.ceil(frame.time.clip(upper=12)), frame.event.where(~late, 0)
+        )
+        expected = fitter.predict(curve["times"]).to_numpy()
+        assert curve["survival"] == pytest.approx(expected, abs=0.03)
+        assert {*curve["survival_low"], *curve["survival_high"]} == {None}
 
     def test_what_is_not_declared(self, tmp_path):
         request = Request(columns=("age", "sex"), ranges={"age": (0.0, 100.0)}, epsilon=1.0)

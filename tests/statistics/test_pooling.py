@@ -4,7 +4,6 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import pytest
-from lifelines import KaplanMeierFitter
 from statistics_rows import ask, group, make_patients, where, withheld
 from tiny import says
 
@@ -13,18 +12,16 @@ from fedmed_flower.data.sources import HEART_FEATURES, load_heart_disease
 from fedmed_flower.statistics.cells import grid, merge_neighbours, pool_small
 from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.pooling import (
+    below_edges,
     cumulate,
     pool_moments,
     pool_quantile,
-    pool_survival,
     same_bins,
 )
 from fedmed_flower.statistics.request import KINDS, Filter, Request, Survival, parse_filter
 from fedmed_flower.statistics.summary import (
     alarms,
-    differences,
-    drift_between_groups,
-    drift_between_sites,
+    alert_weeks,
     summarise,
 )
 from fedmed_flower.statistics.withheld import NO_DATES
@@ -120,7 +117,8 @@ class TestAsPandas:
         )
         found = summarise(told)["numeric"]
         for name, width in (("age", 1), ("lab", 0.5), ("time", 0.1)):
-            for share, (value, low, high) in found[name]["quantiles"].items():
+            for share, quantile in found[name]["quantiles"].items():
+                value, low, high = quantile.values()
                 exact = frame[name].quantile(float(share))
                 assert low <= exact <= high
                 assert low <= value <= high
@@ -132,7 +130,7 @@ class TestAsPandas:
                     assert nearest[0] - low <= width * 1.001
                     assert high - nearest[1] <= width * 1.001
         spread = frame.age.std()
-        assert found["age"]["quantiles"]["0.5"][0] == pytest.approx(
+        assert found["age"]["quantiles"]["0.5"]["estimate"] == pytest.approx(
             frame.age.median(), abs=spread / 5
         )
 
@@ -141,11 +139,13 @@ class TestAsPandas:
         rows = [[{"patient": n, "x": n % 4} for n in range(80)] for _ in range(2)]
         told, frame = hospitals(tmp_path, rows=rows, kinds=("histograms",), resolutions={"x": 1.0})
         assert told[0]["numeric"]["x"]["histogram"] == {
-            **{"edges": [0, 1, 2, 3, 4], "counts": [0, 20, 20, 20, 20, 0]}
+            **{"edges": [0, 1, 2, 3, 4], "counts": [0, 20, 20, 20, 20, 0], "whole": False}
         }
-        bounds = [q[1:] for q in summarise(told)["numeric"]["x"]["quantiles"].values()]
-        assert bounds == [[0, 2], [1, 3], [2, 4]]
+        quantiles = summarise(told)["numeric"]["x"]["quantiles"].values()
         assert [frame.x.quantile(q) for q in (0.25, 0.5, 0.75)] == [0.75, 1.5, 2.25]
+        bounds = [(quantile["low"], quantile["high"]) for quantile in quantiles]
+        # Between the 40th value, from 0 to 1, and the 41st, from 1 to 2: three quarters of it.
+        assert bounds == [(0.75, 1.75), (1.5, 2.5), (2.25, 3.25)]
 
     def test_rows_of_one_patient(self, tmp_path):
         """Rows are what is counted and averaged."""
@@ -173,66 +173,6 @@ class TestAsPandas:
 
 
 class TestSurvival:
-    def curve(self, frame, horizon, ends):
-        """Return lifelines' estimate after each patient was dealt out over its hospital's cell."""
-        every = np.unique(np.concatenate(ends))
-        times, events, weights = [], [], []
-        for site, time, event in zip(frame.site, frame.time, frame.event, strict=True):
-            place = np.searchsorted(ends[site], min(time, horizon))
-            low, high = ends[site][place - 1] if place else 0.0, ends[site][place]
-            inside = every[(every > low) & (every <= high)]
-            times += [*inside]
-            events += [event if time <= horizon else 0] * len(inside)
-            weights += [*(np.diff(inside, prepend=low) / (high - low))]
-        return KaplanMeierFitter().fit(times, events, weights=weights)
-
-    @pytest.mark.parametrize(("minimum", "merged"), [(1, False), (10, True)])
-    def test_as_lifelines(self, tmp_path, minimum, merged):
-        asked = ("time", "event", 12.0, 0.5)
-        told, _ = hospitals(tmp_path, minimum=minimum, columns=("age",), survival=asked)
-        counts = (120, 60, 250)
-        frame = pd.DataFrame(
-            [
-                {"site": site, **row}
-                for site, n in enumerate(counts)
-                for row in make_patients(n, site, f"{site}-")
-            ]
-        )
-        ends = [np.array(part["survival"]["times"]) for part in told]
-        found = pool_survival(part["survival"] for part in told)
-        assert (len(ends[1]) < 24 * 0.7) == merged
-        if not merged:
-            assert set(np.concatenate(ends)) <= set(np.arange(0.5, 12.5, 0.5))
-        expected = self.curve(frame, 12.0, ends)
-        assert found.survival == pytest.approx(expected.predict(found.times).to_numpy(), abs=1e-12)
-        assert found.at_risk[0] == sum(counts)
-        for part in told:
-            cells = part["survival"]["events"] + part["survival"]["censored"]
-            assert all(cell == 0 or cell >= minimum for cell in cells)
-
-    def test_by_hand(self):
-        """Ten at risk: two die at 1, one is censored; of seven left seven die at 2."""
-        parts = [
-            {"times": [1.0, 2.0], "events": [2, 3], "censored": [1, 0]},
-            {"times": [1.0, 2.0], "events": [0, 4], "censored": [0, 0]},
-        ]
-        found = pool_survival(parts)
-        assert found.at_risk == [10, 7]
-        assert found.survival == pytest.approx([0.8, 0.0])
-
-    def test_a_cell_that_is_wider_than_those_of_others_by_hand(self):
-        """Of the four one is taken to die until 0.5, one until 1 and two until 2."""
-        parts = [
-            {"times": [0.5, 1.0, 2.0], "events": [0, 2, 3], "censored": [0, 1, 0]},
-            {"times": [2.0], "events": [4], "censored": [0]},
-        ]
-        found = pool_survival(parts)
-        assert found.at_risk == [10, 9, 5]
-        assert found.survival == pytest.approx([0.9, 0.9 * 6 / 9, 0.0])
-
-    def test_no_patients(self):
-        assert pool_survival([]).survival == []
-
     def test_the_longest_time_is_told_of_ten_patients_only(self, tmp_path):
         times = [2.0] * 30 + [3.5] * 30 + [5.5] * 40
         rows = [{"patient": n, "time": time, "event": n % 2} for n, time in enumerate(times)]
@@ -240,7 +180,8 @@ class TestSurvival:
         assert told["survival"]["times"][-1] == 6
         rows.append({"patient": 999, "time": 33.0, "event": 1})
         told = group(ask(rows, tmp_path / "b", survival=("time", "event", 50.0, 1.0)))
-        assert told["survival"]["times"][-1] == 50
+        # Nor is it told whether it is beyond the horizon.
+        assert told["survival"]["times"][-1] == 51
 
 
 class TestCells:
@@ -299,6 +240,24 @@ class TestCells:
         assert below.tolist() == [[0, 10, 25, 40], [0, 40 / 3, 20, 40]]
         assert [counts.tolist() for counts in same_bins([fine, coarse])] == [[25, 15], [20, 20]]
 
+    def test_bounds_below_each_edge_by_hand(self):
+        """At 0 up to the twenty below 1.5 may be below it; at 1.5 those from 1 to 2 may be."""
+        fine = {"edges": [0.0, 1.0, 2.0], "counts": [0, 10, 30, 0]}
+        coarse = {"edges": [1.5], "counts": [20, 20]}
+        edges, least, most = below_edges([fine, coarse])
+        assert edges == [0.0, 1.0, 1.5, 2.0]
+        assert least.tolist() == [0, 10, 30, 60]
+        assert most.tolist() == [20, 30, 60, 80]
+
+    def test_values_lie_between_the_bounds_below_each_edge(self, tmp_path):
+        told, frame = hospitals(tmp_path, kinds=("histograms",), resolutions={"age": 2.0})
+        parts = [part["numeric"]["age"]["histogram"] for part in told]
+        edges, least, most = below_edges(parts)
+        below = [(frame.age < edge).sum() for edge in edges]
+        assert (least <= below).all()
+        assert (below <= most).all()
+        assert (least < most).any()
+
 
 class TestBadColumns:
     def test_text_and_nan_in_numbers(self, tmp_path):
@@ -323,7 +282,7 @@ class TestBadColumns:
         told = ask(rows, tmp_path / "a", kinds=KINDS, resolutions={"x": 1.0, "z": 1.0, "y": 1.0})
         found = summarise(told["groups"])
         assert found["numeric"]["x"]["sd"] == 0
-        assert found["numeric"]["x"]["quantiles"]["0.5"][1:] == [7, 8]
+        assert [*found["numeric"]["x"]["quantiles"]["0.5"].values()][1:] == [7, 8]
         assert found["numeric"]["y"] == {"n": 0, "missing": 20, "hospitals": 1}
         (constant,) = [e for e in found["correlations"] if e["columns"] == ["x", "z"]]
         assert math.isnan(constant["r"])
@@ -412,6 +371,7 @@ class TestRequest:
             categories={"sex": ("f", "m")},
             pairs=(("sex", "centre"),),
             resolutions={"age": 2.0},
+            whole=("visits",),
             epsilon=1.0,
         )
         assert Request.from_text(request.to_text()) == request
@@ -469,6 +429,11 @@ class TestRequest:
             ),
             ({"columns": ("a", "a")}, "columns must name each column once"),
             (
+                {"categorical": ("a",), "whole": ("a",)},
+                "a is declared categorical and to hold whole numbers: leave one of them out",
+            ),
+            ({"whole": ("",)}, "whole must be of texts of 1 to 200 letters, got ''"),
+            (
                 {"survival": Survival("t", "t", 1.0, 1.0)},
                 "survival must have two different columns"
                 " and a horizon of at most 10,000 widths, got t, t, 1.0, 1.0",
@@ -491,91 +456,55 @@ class TestRequest:
             parse_filter("age=>50")
 
 
-class TestDrift:
-    def told(self, tmp_path, **changes):
-        tables = [make_patients(300, site, f"{site}-") for site in range(3)]
-        tables[2] = [
-            row | {name: change(row) for name, change in changes.items()} for row in tables[2]
-        ]
-        asked = {"columns": ("age", "sex"), "kinds": ("histograms", "tables")}
-        told, _ = hospitals(tmp_path, rows=tables, resolutions={"age": 10.0}, **asked)
-        return dict(zip("abc", told, strict=True))
-
-    def test_between_hospitals(self, tmp_path):
-        sites = self.told(
-            tmp_path,
-            age=lambda row: row["age"] + 20,
-            sex=lambda row: "f" if row["age"] < 75 else "m",
-        )
-        found = {(row["of"], row["column"]): row for row in drift_between_sites(sites)}
-        assert found["c", "age"]["psi"] > 0.25
-        assert found["c", "age"]["ks"] > 0.2
-        assert found["c", "age"]["p"] < 1e-6
-        assert found["a", "age"]["psi"] < found["c", "age"]["psi"] / 2
-        assert found["c", "sex"]["psi"] > 0.25
-        assert found["a", "sex"]["psi"] < found["c", "sex"]["psi"] / 2
-        assert "ks" not in found["c", "sex"]
-        assert found["a", "age"]["against"] == "all others"
-
-    def test_the_same_patients_do_not_differ(self, tmp_path):
-        sites = self.told(tmp_path)
-        for row in differences([sites["a"]], [sites["a"]], "a", "a"):
-            assert row["psi"] == 0
-
-    def test_between_windows(self, tmp_path):
-        sites = self.told(tmp_path)
-        found = drift_between_groups({"first": [sites["a"]], "second": [sites["b"], sites["c"]]})
-        assert [(row["of"], row["against"]) for row in found] == [("second", "first")] * 2
-
-    def test_categories_that_are_not_named(self):
-        """What b has pooled may be y: it is left out of what a is compared with."""
-        part = {"n": 100, "missing": 0}
-        a = {
-            "numeric": {},
-            "categorical": {"x": part | {"names": ["x", "y"], "counts": [50, 50], "few": 0}},
-        }
-        b = {
-            "numeric": {},
-            "categorical": {"x": part | {"names": ["x"], "counts": [60], "few": 40}},
-        }
-        c = {
-            "numeric": {},
-            "categorical": {"x": part | {"names": ["x"], "counts": [100], "few": 0}},
-        }
-        (row,) = differences([a], [b], "a", "b")
-        assert row["note"] == "fewer than two cells that both have sent"
-        assert (
-            differences([a], [b, c], "a", "b")[0]["psi"]
-            == differences([a], [c], "a", "c")[0]["psi"]
-        )
-        # x against all others, which a has too.
-        expected = (0.6 - 0.5) * math.log(0.6 / 0.5) + (0.4 - 0.5) * math.log(0.4 / 0.5)
-        assert differences([b], [a], "b", "a")[0]["psi"] == pytest.approx(expected)
-
-
 class TestAlarms:
     weeks: ClassVar = [12, 11, None, 13, 12, 10, 12, 11, 13, 40, 12, 41]
 
     def told(self, counts):
-        return {"weeks": {"first": 0, "start": "2024-01-01", "counts": counts}}
+        return {"weeks": {"first": 105_555, "start": "2024-01-01", "counts": counts}}
 
     def test_a_week_with_more_cases(self):
         sites = {"north": self.told(self.weeks), "south": self.told([12, 11] * 6)}
         north, south = alarms(sites, "c2")
-        assert [week for week, alert in enumerate(north["alert"]) if alert] == [9, 11]
+        assert alert_weeks(north) == ["2024-03-04", "2024-03-18"]
+        assert (north["weeks"][0], north["weeks"][-1]) == ("2024-01-01", "2024-03-18")
         assert north["counts"][2] is None
-        assert not any(south["alert"])
+        assert south["alert"] == [None] * 9 + [False] * 3
+
+    def test_a_withheld_week_is_not_judged(self):
+        (found,) = alarms({"north": self.told([12, 11] * 5 + [None, 12])}, "c2")
+        assert found["alert"] == [None] * 9 + [False, None, False]
+
+    def test_weeks_of_numbered_days(self):
+        weeks = {"first": 2, "start": "day 14", "counts": self.weeks}
+        (found,) = alarms({"north": {"weeks": weeks}}, "c2")
+        assert alert_weeks(found) == ["day 77", "day 91"]
+
+    def test_a_hospital_that_withholds_all_its_weeks_is_listed(self):
+        (found,) = alarms({"north": {"numeric": {}}}, "c2")
+        assert found == {
+            **{"site": "north", "weeks": [], "counts": []},
+            "note": "all its weeks are withheld",
+        }
+
+    def test_by_farrington(self):
+        """Each winter brings more cases, and one summer does."""
+        season = [30 if week % 52 < 8 else 10 for week in range(261)]
+        season[240] = 30
+        (found,) = alarms({"north": self.told(season)}, "farrington")
+        assert alert_weeks(found) == ["2028-08-07"]
 
     def test_by_cusum(self):
         (found,) = alarms({"north": self.told([12, 11, 13] * 5 + [30, 30])}, "cusum")
-        assert [week for week, alert in enumerate(found["alert"]) if alert] == [15, 16]
+        assert alert_weeks(found) == ["2024-04-15", "2024-04-22"]
 
     def test_too_few_weeks(self):
         (found,) = alarms({"north": self.told([12])}, "c2")
         assert found["note"].startswith("counts must have more than 9 weeks")
 
     def test_an_unknown_method(self):
-        with pytest.raises(InputError, match=says("alert must be one of c2, cusum, got 'c9'")):
+        with pytest.raises(
+            InputError, match=says("alert must be one of c2, cusum, farrington, got 'c9'")
+        ):
             alarms({}, "c9")
 
 

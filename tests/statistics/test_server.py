@@ -22,7 +22,8 @@ from fedmed_flower.statistics import page as report
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import KINDS, Request, Survival, parse_filter
 from fedmed_flower.statistics.server import Answer, _content, ask
-from fedmed_flower.statistics.table import figure, table_one
+from fedmed_flower.statistics.table import _alerts, figure, table_one
+from fedmed_flower.wire import MESSAGE_VERSION
 
 
 class TestSurvey:
@@ -51,8 +52,12 @@ class TestSurvey:
         titles = [table["title"] for table in summary["tables"]]
         assert titles == [
             *["Table 1", "sex by event, 3 hospitals", "Correlations"],
-            *["Kaplan-Meier, 2 of 3 hospitals", "Drift", "Withheld", "Ask again"],
+            "Kaplan-Meier: 410 patients of 2 of 4 hospitals; not hospital-2, hospital-4",
+            *["Stands out", "Drift", "Withheld", "Ask again"],
         ]
+        (standing_out,) = [t for t in summary["tables"] if t["title"] == "Stands out"]
+        unknown = "6 of 24 comparisons were not possible"
+        assert standing_out["rows"] == [["nobody", "", unknown, ""]]
         first = summary["tables"][0]
         assert first["head"] == ["", "hospital-1", "hospital-3", "hospital-4", "Overall"]
         rows = {row[0]: row[1:] for row in first["rows"]}
@@ -86,12 +91,22 @@ class TestSurvey:
         answer = surveyed(Cases, request, tmp_path / "run", sites=2, drift="groups")
         assert list(answer.groups()) == ["2020", "2021"]
         found = json.loads((tmp_path / "run" / "statistics.json").read_text(encoding="utf-8"))
-        (drift,) = found["drift"]
-        assert (drift["of"], drift["against"], drift["column"]) == ("2021", "2020", "x")
-        assert drift["psi"] > 0.25
+        numbers = {row["site"]: row for row in found["drift"] if row["what"] == "numbers"}
+        assert list(numbers) == ["hospital-1", "hospital-2", "all hospitals"]
+        for row in numbers.values():
+            assert (row["group"], row["against"], row["column"]) == ("2021", "2020", "x")
+            assert row["psi"] > 0.25
+            assert row["stands_out"] == "x is distributed otherwise than in '2020'"
         alerts = {(row["group"], row["site"]): row["alert"] for row in found["alerts"]}
         assert not any(alerts["2020", "hospital-1"])
         assert [w for w, alert in enumerate(alerts["2021", "hospital-2"]) if alert] == [13]
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+        tables = {table["title"]: table for table in summary["tables"]}
+        weekly = tables["Weekly counts (c2)"]
+        assert weekly["head"] == ["hospital", "first week", "weeks", "withheld", "judged", "alerts"]
+        assert weekly["rows"][-1] == ["hospital-2, 2021", "day 0", "15", "0", "6", "day 91"]
+        named = [row[:2] for row in tables["Stands out"]["rows"]]
+        assert named == [[f"{site}, 2021", "numbers"] for site in numbers]
         page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
         assert "Week by week" in page
         assert "Drift" in page
@@ -143,6 +158,31 @@ class TestSurvey:
         assert "&lt;b&gt;x" in page
         for text in ("<b>x", "<script>", "<i>made"):
             assert text not in page
+
+
+def test_a_hospital_of_another_version_is_refused_by_name(tmp_path):
+    class Older(Ward):
+        """The first hospital's package is of before messages had versions."""
+
+        @classmethod
+        def client_app(cls, mods=()):
+            def forget(message, context, call):
+                reply = call(message, context)
+                if context.node_config["partition-id"] == 0:
+                    del reply.content["site"]["version"]
+                return reply
+
+            return super().client_app([forget])
+
+    answer = surveyed(Older, Request(columns=("age",)), tmp_path / "run")
+    assert answer.failures == [
+        (
+            "hospital-1",
+            "hospital-1: messages of the hospital have no version, as before versions were named, "
+            "and those of the server version 1: install the same fedmed-flower at both",
+        )
+    ]
+    assert list(answer.sites) == ["hospital-2", "hospital-3", "hospital-4"]
 
 
 class TestRealHospitals:
@@ -220,6 +260,30 @@ class TestRealHospitals:
             surveyed(Ward, request, tmp_path / "run", 1, nodes)
 
 
+@pytest.mark.parametrize("noise", [{}, {"epsilon": 1.0}])
+def test_a_horizon_past_the_follow_up_is_warned_of_at_the_hospital(noise, tmp_path, caplog):
+    """Of 150 patients 41 are followed for 8 years, two of them for 25."""
+    warnings = {}
+    for horizon in (8.0, 25.0):
+        request = Request(
+            columns=("age",),
+            survival=Survival("time", "event", horizon, 1.0),
+            ranges={"age": (0.0, 120.0)} if noise else {},
+            **noise,
+        )
+        caplog.clear()
+        surveyed(Ward, request, tmp_path / f"{horizon}", 1)
+        warnings[horizon] = [text for text in caplog.messages if "are followed" in text]
+    assert warnings == {
+        8.0: [],
+        25.0: [
+            "hospital-1: fewer than 10 patients are followed up to time=25, the horizon of the "
+            "survival curve: its last part rests on hardly any patient here. Ask with a shorter "
+            "horizon"
+        ],
+    }
+
+
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     """Return an answer with something of everything."""
@@ -267,6 +331,7 @@ HOSTILE = [
     (("groups", 0, "numeric", "age", "histogram", "edges"), [1.0]),
     (("groups", 0, "numeric", "age", "histogram", "edges", 0), 1000.0),
     (("groups", 0, "numeric", "age", "histogram", "counts", 0), 10_000),
+    (("groups", 0, "numeric", "age", "histogram", "whole"), 1),
     (("groups", 0, "categorical", "sex", "counts"), [1]),
     (("groups", 0, "categorical", "sex", "counts", 0), -200),
     (("groups", 0, "categorical", "sex", "names"), ["f", "f"]),
@@ -279,9 +344,13 @@ HOSTILE = [
     (("groups", 0, "pairs", 0, "counts"), []),
     (("groups", 0, "survival", "times", 0), 1e9),
     (("groups", 0, "survival", "events"), []),
+    (("groups", 0, "survival", "times"), [*range(10_002)]),
     (("groups", 0, "survival", "censored", 0), 4000),
     (("groups", 0, "weeks", "counts", 0), -1),
     (("groups", 0, "weeks", "first"), 0.5),
+    (("groups", 0, "weeks", "first"), 1),
+    (("groups", 0, "weeks", "start"), "2020-01-01"),
+    (("groups", 0, "weeks", "start"), "<b>soon"),
     (("groups", 0, "weeks", "counts"), [1] * 20_000),
     (("groups", 0, "correlations", 0, "of", 1, "m2"), 1.7e308),
     (("groups",), [None] * 10_001),
@@ -335,7 +404,8 @@ class TestHostileReplies:
             if node == 4:
                 return None
             told = ConfigRecord({"answer": json.dumps(wrong if node == 2 else sound)})
-            content = {"site": ConfigRecord({"name": f"site {node}", "data": "x", "generated": 1})}
+            about = {"name": f"site {node}", "data": "x", "generated": 1}
+            content = {"site": ConfigRecord(about | {"version": MESSAGE_VERSION})}
             content |= {} if node == 3 else {"statistics": told}
             return Message(RecordDict(content), reply_to=message)
 
@@ -349,6 +419,25 @@ class TestHostileReplies:
 
 
 class TestTable:
+    def test_weeks_that_are_withheld_or_not_judged_are_no_quiet_ones(self):
+        weeks = [f"day {7 * number}" for number in range(4)]
+        about = {"group": "", "weeks": weeks, "statistic": [0.0] * 4}
+        entries = [
+            about | {"site": "a", "counts": [1, 2, 3, 4], "alert": [None, False, True, True]},
+            about | {"site": "b", "counts": [1, None, 3, 4], "alert": [None, None, False, False]},
+            about | {"site": "c", "counts": [None, None, 3, 4], "alert": [None] * 4},
+            {"site": "d", "group": "x", "weeks": [], "counts": [], "note": "all are withheld"},
+        ]
+        assert _alerts(entries, "c2")["rows"] == [
+            ["a", "day 0", "4", "0", "3", "day 14, day 21"],
+            ["b", "day 0", "4", "1", "2", "none (not judged: 1 withheld)"],
+            [
+                *["c", "day 0", "4", "2", "0"],
+                "too few weeks are known to judge any (not judged: 2 withheld)",
+            ],
+            ["d, x", "–", "0", "0", "0", "all are withheld"],
+        ]
+
     @pytest.mark.parametrize(
         ("value", "text"),
         [
@@ -424,6 +513,7 @@ class TestCommand:
                 where=(parse_filter("age>=30"), parse_filter('sex!="1"')),
                 categorical=("event",),
                 kinds=KINDS,
+                whole=("age",),
                 resolutions={"age": 0.1},
                 pairs=(("sex", "centre"),),
                 survival=Survival("time", "event", 12.5, 0.5),
@@ -457,7 +547,7 @@ class TestCommand:
             (["--range", "age=3"], "--range takes COLUMN=LOW,HIGH, got '3'"),
             (["--table", "sex"], "--table takes two columns A,B, got 'sex'"),
             (["--drift-by", "sex", "--drift-sites"], "--drift-by excludes --by and --drift-sites"),
-            (["--alert", "c9"], "alert must be one of c2, cusum, got 'c9'"),
+            (["--alert", "c9"], "alert must be one of c2, cusum, farrington, got 'c9'"),
             (["--epsilon", "-1"], "epsilon must be at least 0 and finite, got -1.0"),
             (["-c", "rounds=3"], "the app has no setting 'rounds'"),
         ],
@@ -475,7 +565,8 @@ def test_a_hospital_with_hundreds_of_groups_does_not_hold_up_the_page(sound, mon
     monkeypatch.setattr(report, "_drawings", lambda name, *_: drawn.append(name) or "")
     monkeypatch.setattr(report, "_weeks", lambda entry: drawn.append(entry["group"]) or "")
     groups = [sound["groups"][0] | {"name": f"ward {number}"} for number in range(30)]
-    answer = Answer(Request(), {"north": read_reply(json.dumps(sound | {"groups": groups}))})
+    told = read_reply(json.dumps(sound | {"groups": groups}))
+    answer = Answer(Request(weekly="day"), {"north": told})
     found = _content(answer, "", "c2")
     body = report._body({"app": "survey"}, found)
     assert len(drawn) == 2 * 24

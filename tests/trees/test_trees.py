@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic
 from flwr.serverapp.strategy.strategy_utils import aggregate_bagging
 from forests import DECLARED, STUMP, TARGETS, Hospital, bagged, binary, make_rows, schema_of
 from sklearn.metrics import roc_auc_score
-from tiny import ask, context_of, says
+from tiny import ask, context_of, says, says_of_setting
 
 from fedmed_flower import InputError, Schema, SiteData, SurvivalClient, TabularClient, run_local
 from fedmed_flower.clients import app
@@ -451,7 +451,7 @@ def test_what_grow_refuses(tmp_path, given, expected):
     if given.get("client") == "bare":
         schema = Schema("y", "binary", ("a", "b"), ("c",))
         given = given | {"client": type("Bare", (Hospital,), {"schema": schema})}
-    with pytest.raises(InputError, match=says(expected)):
+    with pytest.raises(InputError, match=says_of_setting(expected)):
         run(tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
 

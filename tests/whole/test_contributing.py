@@ -9,7 +9,7 @@ import pytest
 from builders import arrays, reply
 from flwr.serverapp import ServerApp
 from tables import SCHEMA, patients
-from tiny import CONFIG, says
+from tiny import CONFIG, says, says_of_setting
 
 import fedmed_flower
 from fedmed_flower import InputError, SiteData, federate, run_local
@@ -116,7 +116,10 @@ def test_a_setting(tmp_path):
 
     summary_of(Seeing, tmp_path / "run", **{"warmup-rounds": 3})
     assert seen == [3] * 4
-    with pytest.raises(InputError, match=says("warmup-rounds must be from 0 to 100, got 101")):
+    with pytest.raises(
+        InputError,
+        match=says_of_setting("warmup-rounds must be from 0 to 100, got 101", ["warmup-rounds"]),
+    ):
         summary_of(Seeing, tmp_path / "other", **{"warmup-rounds": 101})
 
 

@@ -34,6 +34,7 @@ from fedmed_flower.wire import (
     AGREED,
     FROZEN,
     LEDGER_DIR,
+    MESSAGE_VERSION,
     MESSAGES,
     RUN_KEY,
     TREE_SHARE,
@@ -106,6 +107,7 @@ def seen(client, node, kind, run, message, outputs, counted):
     arrays = ArrayRecord(model_of(client, outputs).state_dict())
     config = ConfigRecord({"server-round": 1, "count": 3, RUN_KEY: "k"} | message)
     if kind == "query.statistics":
+        config.setdefault("version", MESSAGE_VERSION)
         config.setdefault("request", Request(columns=("age",), epsilon=1.0).to_text())
     content = RecordDict({"arrays": arrays, "config": config})
     reply = client.client_app()(Message(content, context.node_id, kind), context)

@@ -36,7 +36,7 @@ def test_the_commands_of_a_page_run(path, tmp_path, monkeypatch):
 def test_few_blocks_do_not_run_and_each_says_why():
     left_out = [block for path in PAGES for block in blocks_of(path) if "not run" in block.marks]
     assert all(len(block.marks["not run"].split()) >= 3 for block in left_out)
-    assert len(left_out) <= sum(map(len, BLOCKS.values())) / 3
+    assert len(left_out) <= sum(map(len, BLOCKS.values())) / 4
 
 
 def test_no_mark_is_misspelt():

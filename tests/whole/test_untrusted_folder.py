@@ -8,7 +8,6 @@ import csv
 import dataclasses
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ import tomli_w
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from odd_trees import HOSTILE, ODD, changed_tree
 from PIL import Image
 from rich.table import Table
 from typer.main import get_command
@@ -819,10 +819,6 @@ def test_a_ledgers_journal_deletes_no_other_file(world, copied):
 
 # --- what is shown -------------------------------------------------------------------------------
 
-HOSTILE = (
-    "a\nnot started: all is well\x1b[2J\x9b31m\u202egnp.exe\u2066\r[red]x[/red]:warning:\ud800"
-)
-
 
 def test_a_console_shows_each_text_as_it_is_on_one_line():
     out = io.StringIO()
@@ -897,8 +893,8 @@ def test_what_is_too_much_to_draw_is_said(world, copied):
         one = group["overall"]["correlations"][0]
         names = [[f"a{number}", f"b{number}"] for number in range(20_000)]
         group["overall"]["correlations"] = [one | {"columns": pair} for pair in names]
-        weeks = {"site": "north", "group": "", "start": 0, "counts": [1] * 50_000}
-        found["alerts"] = [weeks]
+        weeks = {"weeks": ["day 0"] * 50_000, "counts": [1] * 50_000}
+        found["alerts"] = [{"site": "north", "group": "", **weeks}]
         return found
 
     edit_json(folder / "statistics.json", change)
@@ -936,47 +932,6 @@ def test_chromosomes_without_end_are_not_drawn(world, copied):
 
 
 # --- fuzz ----------------------------------------------------------------------------------------
-
-ODD = st.one_of(
-    st.sampled_from(
-        [None, True, -1, 0, 10**20, 10**400, 1e308, -1e308, math.nan, math.inf, "", []]
-    ),
-    st.sampled_from(
-        ["../../secret/key.txt", "/etc/passwd", "file:///etc/passwd", HOSTILE, "{}%s$x"]
-    ),
-    st.sampled_from([{}, [[]], {"a": 1}, ["x"] * 3, "x" * 5000, {HOSTILE: HOSTILE}]),
-    st.integers(),
-    st.floats(),
-    st.text(max_size=20),
-)
-
-
-def places_in(node, here=()):
-    """Return the way to each value in a tree of dicts and lists."""
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for key, value in items:
-        yield (*here, key)
-        if isinstance(value, dict | list):
-            yield from places_in(value, (*here, key))
-
-
-@st.composite
-def changed_tree(draw, tree):
-    """Return a tree in which up to three values are others, or gone."""
-    tree = json.loads(json.dumps(tree))
-    for _ in range(draw(st.integers(1, 3))):
-        places = list(places_in(tree))
-        if not places:
-            break
-        *way, last = draw(st.sampled_from(places))
-        node = tree
-        for key in way:
-            node = node[key]
-        if draw(st.integers(0, 4)):
-            node[last] = draw(ODD)
-        else:
-            del node[last]
-    return tree
 
 
 @st.composite

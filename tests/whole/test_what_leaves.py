@@ -21,6 +21,7 @@ from tables import TinyTable, predicting
 from tiny import CONFIG, context_of
 
 from fedmed_flower import federate, run_local
+from fedmed_flower.data.site import SPLITS
 from fedmed_flower.engines.local import LocalGrid
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.strategies import FedProx
@@ -78,6 +79,14 @@ class Learning(Table):
     schema = replace(Table.schema, categories={})
 
 
+class Unmeasured(Table):
+    """A table without a single age."""
+
+    def load_data(self, site):
+        data = super().load_data(site)
+        return replace(data, **{s: [r | {"age": None} for r in getattr(data, s)] for s in SPLITS})
+
+
 class Fewer(Images):
     """A training patient has gone."""
 
@@ -105,6 +114,7 @@ def all_keys(private):
         for client in (Images, Fewer):
             one = {"run-key": "one run"}
             ask_all(client, node, run | network(4), arrays, found, ["train"], **one)
+        ask_all(Unmeasured, node, run, arrays, found, ["query.describe"])
         ask_all(Learning, node, {"preparation": "federated"}, arrays, found, ["query.contribution"])
         for task in ("continuous", "count"):
             client = predicting(task)
