@@ -12,6 +12,8 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import says
 
 from fedmed_flower import InputError
@@ -498,6 +500,29 @@ def test_few_values_far_from_all_others_are_named(tmp_path, values, count, first
         assert f"kept; the first is {first}: if it is a typing error" in problems[0]
     else:
         assert problems == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_large_column_is_called_even_only_if_it_has_no_stray_value(data):
+    size = data.draw(st.integers(40, 300))
+    kind = data.draw(st.sampled_from(["normal", "lognormal", "few"]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    values = {
+        "normal": rng.normal(size=size),
+        "lognormal": rng.lognormal(0, 2, size),
+        "few": rng.integers(0, 9, size) / 4,
+    }[kind]
+    for place in data.draw(st.lists(st.integers(0, size - 1), max_size=5)):
+        values[place] = data.draw(st.sampled_from([1e9, -1e9, 50.0, -60.0, 500.0, 3.0]))
+    frame = pd.DataFrame({"patient": [f"P{n}" for n in range(size)], "x": values, "y": 1.0})
+    found = []
+    for large in (10**9, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fedmed_flower.data.cells._LARGE", large)
+            patch.setattr("fedmed_flower.data.cells._PART", data.draw(st.integers(1, 4)))
+            found.append(table_of(frame, NUMBER, "t").problems)
+    assert found[0] == found[1]
 
 
 def test_points_between_groups_of_thousands(tmp_path):
