@@ -4,8 +4,8 @@ Each line is an attack on a hospital that is set up as a SuperNode is: ``site-na
 ``data-dir`` in its node config, asked by messages to its ClientApp. The server chooses run config,
 weights and messages, and knows the app's code; of the hospital it has the replies alone.
 
-- before these rules: what this script got of the package as it was when the attacks were found, from a hospital
-  without a budget; ``-`` where the setting was not there yet.
+- before these rules: what this script got of the package as it was when the attacks were found,
+  from a hospital without a budget; ``-`` where the setting was not there yet.
 - plain: what it gets from one whose node config says nothing more.
 - budget: from one with ``budget-epsilon`` (``--epsilon``) and ``budget-delta``.
 - chance: what the same guesses, with the budget, get right of other hospitals' patients. Who
@@ -96,7 +96,8 @@ def row(one: Attack, epsilon: float) -> tuple[list[str], bool]:
             found = one.run(Path(folder), budget)
         told = f"{found.right} of {found.of}"
         cells.append(f"**{told}, works**" if found.works else told)
-    return [*cells, f"{found.chance:.2g}"], found.works
+    chance = f"{found.chance:.0f}" if found.chance >= 10 else f"{found.chance:.2g}"
+    return [*cells, chance], found.works
 
 
 def rows(options: argparse.Namespace, working: list[str]) -> Iterator[list[str]]:

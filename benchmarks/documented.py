@@ -153,7 +153,9 @@ def page_of(name: str, folder: Path) -> Path:
     """
     begin, end = marks(name)
     texts = {page: _read(page) for page in sorted(folder.glob("*.md"))}
-    found = [page for page, text in texts.items() for _ in range(text.count(begin))]
+    # Within a sentence it is no mark.
+    line = re.compile(rf"^{re.escape(begin)}\r?$", re.MULTILINE)
+    found = [page for page, text in texts.items() for _ in line.findall(text)]
     if not found:
         raise SystemExit(
             f"no page of {folder} has the table {name}: its place is between the lines "
@@ -162,8 +164,7 @@ def page_of(name: str, folder: Path) -> Path:
     if len(found) > 1:
         where = ", ".join(page.name for page in found)
         raise SystemExit(f"{begin} stands {len(found)} times in {folder} ({where}): keep one")
-    inside, closed, _ = texts[found[0]].partition(begin)[2].partition(end)
-    if not closed or "<!-- table " in inside:
+    if not _place(name).search(texts[found[0]]):
         raise SystemExit(f"{found[0]}: {end} must follow {begin}, before any other table")
     return found[0]
 
@@ -178,11 +179,15 @@ def replace(name: str, text: str, folder: Path) -> Path:
     """
     page = page_of(name, folder)
     begin, end = marks(name)
-    before, _, rest = _read(page).partition(begin)
-    after = rest.partition(end)[2]
-    whole = f"{before}{begin}\n\n{text}\n\n{end}{after}"
+    whole = _place(name).sub(lambda _: f"{begin}\n\n{text}\n\n{end}", _read(page))
     write_atomic(page, whole.encode())
     return page
+
+
+def _place(name: str) -> re.Pattern[str]:
+    """Return what matches a table with its marks, each a line of its own."""
+    begin, end = map(re.escape, marks(name))
+    return re.compile(rf"^{begin}\r?\n(?:(?!<!-- table ).*\n)*{end}(?=\r?$)", re.MULTILINE)
 
 
 def _read(page: Path) -> str:
