@@ -36,8 +36,9 @@ def example_config(rounds: int) -> dict:
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())
     # The bare loop draws no pictures of test cases.
     changes = {"num-server-rounds": rounds, "pictures": 0}
-    config = expand(project["tool"]["flwr"]["app"]["config"]) | changes | {"seed": 0}
-    return config if os.environ.get("FEDMED_DATA") else config | {"dataset": "phantoms"}
+    dataset = "pneumoniamnist" if os.environ.get("FEDMED_DATA") else "phantoms"
+    config = expand(project["tool"]["flwr"]["app"]["config"])
+    return config | changes | {"seed": 0, "dataset": dataset}
 
 
 def digest(arrays: dict) -> str:
