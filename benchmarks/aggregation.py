@@ -1,6 +1,6 @@
 """Time and memory of the rules next to Flower's, in one run.
 
-Prints a table for each number of replies and each model: seconds of Flower's class and of ours
+Prints a row for each number of replies, model and rule: seconds of Flower's class and of ours
 (best of the repeats, taken in turn), their ratio, and the peak memory of each on top of the
 replies, in models. "read" is the time to read every byte of the replies once. `--crossover`
 prints instead where sorting columns becomes faster than the sorting network, ``--stream`` the peak
@@ -15,7 +15,6 @@ import argparse
 import gc
 import logging
 import os
-import platform
 import time
 import tracemalloc
 import warnings
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import documented
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
@@ -117,14 +117,15 @@ def reading(replies: list[Message]) -> float:
     return time.perf_counter() - began
 
 
-def compare(name: str, shapes: list[tuple[int, ...]], count: int, args: argparse.Namespace) -> None:
-    """Print one table."""
+def compare(
+    name: str, shapes: list[tuple[int, ...]], count: int, args: argparse.Namespace
+) -> Iterator[list[str]]:
+    """Yield the rows of a number of replies of a model."""
     replies = make(shapes, count)
     size = sum(len(array.data) for array in replies[0].content["arrays"].values())
     read = min(reading(replies) for _ in range(args.repeats))
-    print(f"\n{count} replies, {name}: {count * size / 2**20:.0f} MB, read {read:.3f} s")
-    print(f"{'':22}{'Flower s':>10}{'ours s':>9}{'ratio':>7}{'/ read':>8}", end="")
-    print(f"{'Flower x model':>16}{'ours x model':>14}")
+    what = f"reading every byte once, {count * size / 2**20:.0f} MB"
+    yield [str(count), name, what, "", short(read), "", "", ""]
     for rule, (build, least) in RULES.items():
         if count < least or (args.rules and rule not in args.rules):
             continue
@@ -138,10 +139,23 @@ def compare(name: str, shapes: list[tuple[int, ...]], count: int, args: argparse
         best = {key: min(values) for key, values in times.items()}
         memory = {id(s): extra(s, replies) / size for s in pair} if args.memory else {}
         own, other = best[id(ours)], best.get(id(theirs))
-        print(f"{rule:22}{other or float('nan'):10.3f}{own:9.3f}", end="")
-        print(f"{(other or float('nan')) / own:7.1f}{own / read:8.1f}", end="")
-        print(f"{memory.get(id(theirs), float('nan')):16.2f}", end="")
-        print(f"{memory.get(id(ours), float('nan')):14.2f}", flush=True)
+        figures = (other, own, other and other / own, memory.get(id(theirs)), memory.get(id(ours)))
+        yield [str(count), name, rule, *map(short, figures)]
+
+
+def short(figure: float | None) -> str:
+    """Return two digits that count, or more before the point; nothing for what there is not."""
+    if figure is None:
+        return ""
+    return f"{figure:.2g}" if figure < 10 else f"{figure:.0f}"
+
+
+def rows(args: argparse.Namespace) -> Iterator[list[str]]:
+    """Yield the rows of all numbers of replies and models that are asked for."""
+    for count in map(int, args.replies.split(",")):
+        for name, shapes in layouts(args.parameters).items():
+            if args.models in name:
+                yield from compare(name, shapes, count, args)
 
 
 def crossover(repeats: int) -> None:
@@ -195,22 +209,22 @@ def main() -> None:
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--crossover", action="store_true")
     parser.add_argument("--stream", action="store_true")
+    documented.add_options(parser)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-    print(f"{platform.machine()}, {os.cpu_count()} cores, threads {kernels.threads()}, ", end="")
-    print(f"Python {platform.python_version()}, NumPy {np.__version__}")
     if args.stream:
         streaming()
         return
     if args.crossover:
         crossover(args.repeats)
         return
-    for count in map(int, args.replies.split(",")):
-        for name, shapes in layouts(args.parameters).items():
-            if args.models in name:
-                compare(name, shapes, count, args)
+    head = ("replies", "model", "rule", "Flower s", "here s", "ratio")
+    head += ("Flower, models of memory", "here, models of memory")
+    versions = ("numpy", "flwr")
+    threads = kernels.threads()
+    documented.show("aggregation", head, rows(args), args, versions=versions, threads=threads)
 
 
 if __name__ == "__main__":

@@ -26,17 +26,17 @@ import logging
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import documented
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -291,40 +291,46 @@ def run(job: tuple[str, str, str, int, int]) -> float | None:
     return float(roc_auc_score(labels, scores))
 
 
+def rows(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Run all combinations and yield a row for each data set, number of attackers and rule."""
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        for name, malicious in itertools.product(options.data, options.malicious):
+            cases = [("none", 0), *((attack, malicious) for attack in ATTACKS)]
+            jobs = [
+                (name, rule, attack, count, seed)
+                for rule in options.rules
+                for attack, count in cases
+                for seed in range(options.seeds)
+            ]
+            aucs = pool.imap(run, jobs)
+            for rule in options.rules:
+                cells = [name, f"{malicious} of {SITES}", rule]
+                for _ in cases:
+                    values = [next(aucs) for _ in range(options.seeds)]
+                    known = [value for value in values if value is not None]
+                    mean = f"{statistics.mean(known):.3f}" if known else "-"
+                    cells.append(documented.without_zero(mean))
+                yield cells
+
+
 def main() -> None:
-    """Run all combinations and print a table for each data set and number of attackers."""
+    """Run all combinations and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", default=["pneumonia", "heart"], choices=list(DATA))
     parser.add_argument("--malicious", nargs="+", type=int, default=[2, 4], help="of ten sites")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
     parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
+    documented.add_options(parser)
+    options = parser.parse_args()
     if not os.environ.get("FEDMED_DATA"):
         sys.exit("FEDMED_DATA must name the folder with the real data sets")
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; ", end="")
-    print(f"mean AUC on all test patients over {args.seeds} seeds; -: too few sites for the rule")
+    print(f"AUC on all test patients, mean of {options.seeds} seeds; ", end="")
+    print("-: too few sites for the rule\n")
     began = time.time()
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        for name, malicious in itertools.product(args.data, args.malicious):
-            cases = [("none", 0), *((attack, malicious) for attack in ATTACKS)]
-            jobs = [
-                (name, rule, attack, count, seed)
-                for rule in args.rules
-                for attack, count in cases
-                for seed in range(args.seeds)
-            ]
-            aucs = pool.imap(run, jobs)
-            print(f"\n{name}: {malicious} of {SITES} hospitals attack, {ROUNDS[name]} rounds")
-            print(f"{'':24}" + "".join(f"{attack:>13}" for attack, _ in cases))
-            for rule in args.rules:
-                cells = []
-                for _ in cases:
-                    values = [next(aucs) for _ in range(args.seeds)]
-                    known = [value for value in values if value is not None]
-                    cells.append(f"{statistics.mean(known):13.3f}" if known else f"{'-':>13}")
-                print(f"{rule:24}" + "".join(cells), flush=True)
-    print(f"\n{time.time() - began:.0f} s")
+    head = ("data", "attackers", "rule", "none", *ATTACKS)
+    documented.show("attacks", head, rows(options), options)
+    print(f"{time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ Each line is an attack on a hospital that is set up as a SuperNode is: ``site-na
 ``data-dir`` in its node config, asked by messages to its ClientApp. The server chooses run config,
 weights and messages, and knows the app's code; of the hospital it has the replies alone.
 
-- before: what this script got of the package as it was when the attacks were found, from a hospital
-  without a budget; ``-`` where the setting was not there yet.
+- before these rules: what this script got of the package as it was when the attacks were found,
+  from a hospital without a budget; ``-`` where the setting was not there yet.
 - plain: what it gets from one whose node config says nothing more.
 - budget: from one with ``budget-epsilon`` (``--epsilon``) and ``budget-delta``.
-- by chance: what the same guesses, with the budget, get right of other hospitals' patients. Who
+- chance: what the same guesses, with the budget, get right of other hospitals' patients. Who
   knows nothing of genotypes guesses the most frequent one.
 - works: more than chance gives once in 1,000.
 
@@ -24,19 +24,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
+import documented
 from curious import files, membership, tables
 from curious.victim import Found
 
@@ -75,30 +73,41 @@ ATTACKS = (
     Attack("rows", "rows and labels of a batch of ten, by one update", "10 of 10", batch),
     Attack("rows", "rows and labels of all in training, by one update", "42 of 42", all_rows),
     Attack("ages", "ages to 0.1 year, by the scores of one model", "85 of 120", tables.ages),
-    Attack("ages", "... where coarse-figures=true", "-", coarse),
-    Attack("ages", "... by 700 models", "-", tables.ages_by_steps),
+    Attack("ages", "the same, `coarse-figures=true`", "-", coarse),
+    Attack("ages", "the same, by 700 models", "-", tables.ages_by_steps),
     Attack("lives", "day and event, by a band and a moved horizon", "18 of 18", tables.lives),
     Attack("genotypes", "genotypes, ages known, by steep slopes", "960 of 960", files.steep),
-    Attack("genotypes", "... by 168 gentle slopes", "960 of 960", files.mild),
+    Attack("genotypes", "the same, by 168 gentle slopes", "960 of 960", files.mild),
     Attack("thresholds", "ages, by the thresholds of trees", "6 of 50", tables.thresholds),
-    Attack("lesions", "size of the smallest of two lesions, by dice-worst", "6 of 6", two),
-    Attack("lesions", "... of twelve", "6 of 6", twelve),
+    Attack("lesions", "size of the smallest of two lesions, by the worst Dice", "6 of 6", two),
+    Attack("lesions", "the same, of twelve lesions", "6 of 6", twelve),
     Attack("second-run", "privately trained patients, exactly, by other seeds", "42 of 42", unseen),
-    Attack("second-run", "... by split=train", "42 of 42", seen),
+    Attack("second-run", "the same, by `split=train`", "42 of 42", seen),
     Attack("unreadable", "how many files cannot be read", "4 of 4, budget too", files.unreadable),
     Attack("pictures", "whom pictures show beyond the six of a run", "6 of 24", files.pictures),
 )
 
 
-def line(one: Attack, epsilon: float) -> tuple[str, bool]:
-    """Return a line of the table, and whether the attack works with a budget."""
+def row(one: Attack, epsilon: float) -> tuple[list[str], bool]:
+    """Return a row of the table, and whether the attack works with a budget."""
     cells, found = [one.what, one.before], Found(0, 1, 0.0)
     for budget in (0.0, epsilon):
         with tempfile.TemporaryDirectory() as folder:
             found = one.run(Path(folder), budget)
         told = f"{found.right} of {found.of}"
         cells.append(f"**{told}, works**" if found.works else told)
-    return f"| {' | '.join([*cells, f'{found.chance:.2g}'])} |", found.works
+    chance = f"{found.chance:.0f}" if found.chance >= 10 else f"{found.chance:.2g}"
+    return [*cells, chance], found.works
+
+
+def rows(options: argparse.Namespace, working: list[str]) -> Iterator[list[str]]:
+    """Yield the rows; add to `working` what works with a budget."""
+    for one in ATTACKS:
+        if one.part in options.only:
+            cells, works = row(one, options.epsilon)
+            if works:
+                working.append(one.what)
+            yield cells
 
 
 def main() -> None:
@@ -110,28 +119,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="of the membership test")
     parser.add_argument("--shadows", type=int, default=16, help="models of the membership test")
     parser.add_argument("--canaries", type=int, default=4000)
+    documented.add_options(parser)
     options = parser.parse_args()
     if options.shadows < 4:
         parser.error(f"--shadows must be at least 4, got {options.shadows}")
-    began, wrong = time.perf_counter(), 0
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    print(f"torch {torch.__version__} with one thread, flwr {version('flwr')}")
-    chosen = [one for one in ATTACKS if one.part in options.only]
-    if chosen:
-        print(f"\n| after what | before | plain | budget {options.epsilon:g} | by chance |")
-        print("|---|---|---|---|---|")
-    for one in chosen:
-        text, works = line(one, options.epsilon)
-        wrong += works
-        print(text, flush=True)
+    began = time.perf_counter()
+    working: list[str] = []
+    refuted = 0
+    if any(one.part in options.only for one in ATTACKS):
+        head = ["what the server is after, and how", "before these rules", "plain"]
+        head += [f"budget of epsilon {options.epsilon:g}", "chance"]
+        documented.show("curious_server", head, rows(options, working), options)
     if "membership" in options.only:
-        print()
-        membership.test(options.rounds, options.shadows)
+        membership.test(options)
     if "canaries" in options.only:
-        print()
-        wrong += membership.audit(options.canaries)
-    print(f"\n{time.perf_counter() - began:.0f} s")
-    sys.exit(1 if wrong else 0)
+        refuted = membership.audit(options)
+    print(f"{time.perf_counter() - began:.0f} s")
+    sys.exit(1 if working or refuted else 0)
 
 
 if __name__ == "__main__":

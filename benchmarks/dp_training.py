@@ -6,15 +6,15 @@ batches of 8) and 3D (32 x 32 x 32, batches of 4; SwinUNETR 64 x 64 x 64, 2). Ba
 by GroupNorm and parameters that never get a gradient are frozen, for all alike.
 
 - plain: one gradient of the mean loss, SGD
-- ours: with the method that `RecordGradients` chooses, whose name stands in brackets
+- here: with the method that `RecordGradients` chooses
 - vmap, loop: with the one or the other, whatever was chosen
 - hooks: Opacus's `GradSampleModule` and `DPOptimizer`. Without in-place activations and sums, which
   its hooks cannot follow.
 - secure: the same with Opacus's secure mode of noise, whose numbers are sums of four, as ours are
 
-Milliseconds are medians over the repeats, ratios medians of the ratios within a repeat, in which
-all take turns. Memory is what a step takes at most on top of model and batch, measured in a process
-of its own: resident memory, or on a GPU what torch allocates.
+Milliseconds are medians over the repeats, ratios to a plain step medians of the ratios within a
+repeat, in which all take turns. Memory is what a step takes at most on top of model and batch,
+measured in a process of its own: resident memory, or on a GPU what torch allocates.
 
 ``python benchmarks/dp_training.py [--networks UNet CNN] [--dims 2 3] [--repeats 3] [--no-memory]
 [--device cuda --mixed-precision]``
@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import multiprocessing
 import os
-import platform
 import re
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import opacus
+import documented
 import torch
 from monai.networks import nets
 from opacus.grad_sample import GradSampleModule
@@ -282,8 +283,8 @@ def megabytes(case: Case, variant: str) -> float:
     return float("nan")
 
 
-def compare(case: Case, args: argparse.Namespace) -> None:
-    """Print one row."""
+def compare(case: Case, args: argparse.Namespace) -> list[str]:
+    """Return one row."""
     steps: dict[str, Step] = {}
     methods: dict[str, str] = {}
     failed: dict[str, str] = {}
@@ -302,32 +303,22 @@ def compare(case: Case, args: argparse.Namespace) -> None:
         for variant, step in steps.items():
             times[variant].append(seconds(step, counts[variant], case.device))
 
-    def ratio(one: str, other: str) -> str:
-        if not {one, other} <= times.keys():
-            return "-"
-        pairs = zip(times[one], times[other], strict=True)
+    def ratio(variant: str) -> str:
+        if not {variant, "plain"} <= times.keys():
+            return "fails"
+        pairs = zip(times[variant], times["plain"], strict=True)
         return f"{statistics.median(a / b for a, b in pairs):.2f}"
 
     del steps
-    cells = [case.name, f"{case.dims}D", case.batch]
-    for variant in VARIANTS:
-        middle = f"{1000 * statistics.median(times[variant]):.0f}" if variant in times else "fails"
-        cells.append(f"{middle} ({methods['ours']})" if variant == "ours" else middle)
-    pairs = [("ours", "plain"), ("hooks", "plain"), ("ours", "hooks"), ("ours", "secure")]
-    cells += [ratio(*pair) for pair in pairs]
+    cells = [case.name, f"{case.dims}D", str(case.batch), methods.get("ours", "fails")]
+    cells.append(f"{1000 * statistics.median(times.get('plain', [math.nan])):.1f}")
+    cells += [ratio(variant) for variant in VARIANTS if variant != "plain"]
     for variant in ("plain", "ours", "hooks"):
         wanted = args.memory and variant in times
-        cells.append(f"{megabytes(case, variant):.0f}" if wanted else "-")
-    print(line(cells), flush=True)
+        cells.append(f"{megabytes(case, variant):.0f}" if wanted else "")
     for variant, reason in failed.items():
-        print(f"    {variant} fails: {reason[:150]}", flush=True)
-
-
-def line(cells: list[Any]) -> str:
-    """Return the cells of a row in their columns."""
-    widths = (15, 4, 6, 7, 13, 7, 7, 7, 7, 11, 12, 11, 12, 9, 9, 9)
-    first, *rest = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-    return f"{first.strip():15}" + "".join(rest)
+        print(f"{case.name}, {variant} fails: {reason[:150]}", file=sys.stderr, flush=True)
+    return cells
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
@@ -354,6 +345,7 @@ def main() -> None:
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--mixed-precision", action="store_true", help="bfloat16 by autocast")
+    documented.add_options(parser)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -361,14 +353,13 @@ def main() -> None:
     keep_freed_memory()
     multiprocessing.set_forkserver_preload(["opacus", "monai.networks.nets"])
     began = time.time()
-    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    print(f"{where}, {os.cpu_count()} cores, one thread, torch {torch.__version__}, ", end="")
-    print(f"Opacus {opacus.__version__}; ms a step, MB on top of model and batch")
-    heads = ["", "", "batch", *VARIANTS, "ours/plain", "hooks/plain", "ours/hooks"]
-    print(line([*heads, "ours/secure", "plain MB", "ours MB", "hooks MB"]))
-    for case in cases(args):
-        compare(case, args)
-    print(f"\n{time.time() - began:.0f} s")
+    head = ["network", "dimensions", "batch", "method here", "a plain step, ms"]
+    head += ["here / plain", "vmap / plain", "loop / plain", "hooks / plain"]
+    head += ["hooks with secure noise / plain", "plain, MB", "here, MB", "hooks, MB"]
+    rows = (compare(case, args) for case in cases(args))
+    versions = ("torch", "monai", "opacus")
+    documented.show("dp_training", head, rows, args, versions=versions)
+    print(f"{time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import csv
 import json
 import logging
 import os
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +31,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import documented
 import numpy as np
 import statsmodels.api as sm
 from bed_reader import open_bed
@@ -104,9 +105,16 @@ def number(text):
 
 
 def show(what, pairs):
+    """Print the largest relative difference and return it as a cell."""
     difference, count, one_sided = apart(pairs)
     extra = f"; {one_sided} with a result on one side only" if one_sided else ""
     print(f"  {what:<64}{difference:10.1e}   ({count} variants{extra})", flush=True)
+    return short(f"{difference:.1e}")
+
+
+def short(text):
+    """Return a number without the zeros before its exponent."""
+    return re.sub(r"e([-+])0+", r"e\1", text)
 
 
 class Lactase:
@@ -201,9 +209,11 @@ def rank(lines, name=HIT):
     ps = {key: float(line["p"]) for key, line in lines.items()}
     place = sorted(ps, key=lambda key: ps[key] if ps[key] == ps[key] else 2).index(name)
     print(f"  {name} is number {place + 1} of {len(lines)}, p = {ps[name]:.3g}")
+    return f"{place + 1} of {len(lines)}"
 
 
 def compare_counts(data):
+    """Return the table's rows of the allelic test and of the trend test."""
     trait = "persistence"
     data.plink(trait, "--mh", "--within", data.clusters)
     printed = table(data.folder / "plink.cmh")
@@ -225,15 +235,21 @@ def compare_counts(data):
         theirs += [expected.logodds_pooled_se, low, high]
         for key, value in zip(exact, theirs, strict=True):
             exact[key].append((float(line[key]), value))
-    for key, pairs in exact.items():
-        show(f"{key}, from statsmodels' StratifiedTable", pairs)
+    found = {
+        key: show(f"{key}, from statsmodels' StratifiedTable", pairs)
+        for key, pairs in exact.items()
+    }
+    interval = [pair for key in ("low", "high") for pair in exact[key]]
+    found["interval"] = show("interval, from statsmodels' StratifiedTable", interval)
     for ours, theirs in (
         *(("statistic", "CHISQ"), ("p", "P"), ("effect", "OR")),
         *(("se", "SE"), ("low", "L95"), ("high", "U95")),
     ):
         pairs = [(float(lines[n][ours]), number(row[theirs])) for n, row in printed.items()]
-        show(f"{ours}, as PLINK 1.9 prints it", pairs)
-    rank(lines)
+        found[theirs] = show(f"{ours}, as PLINK 1.9 prints it", pairs)
+    what = "allelic, against statsmodels' `StratifiedTable` and `plink --mh`"
+    differences = [found[key] for key in ("p", "effect", "interval", "P", "OR")]
+    allelic = [what, *differences, rank(lines)]
     lines = study(data.client(trait), data.folder / "trend", test="trend")
     print("\ntrend test, generated trait, against numpy on the people of each hospital")
     exact = {"p": [], "statistic": []}
@@ -247,28 +263,27 @@ def compare_counts(data):
         if variance:
             exact["statistic"].append((float(line["statistic"]), excess**2 / variance))
             exact["p"].append((float(line["p"]), stats.chi2.sf(excess**2 / variance, 1)))
-    for key, pairs in exact.items():
-        show(f"{key}, from numpy and scipy", pairs)
-    rank(lines)
+    found = {key: show(f"{key}, from numpy and scipy", pairs) for key, pairs in exact.items()}
+    what = "trend, against numpy on the people of each hospital"
+    return [allelic, [what, found["p"], "", "", "", "", rank(lines)]]
 
 
 def compare_null(data):
-    """Show inflation and hits of traits that no variant influences."""
+    """Return rows: inflation and hits of traits that no variant influences."""
     north, south = PREVALENCES
-    print(f"\n{NULL_TRAITS} traits without an effect; cases are {north:g} in the north, {south:g}")
-    print(f"in the south. Of {len(data.names)} variants, per trait:")
+    print(f"{NULL_TRAITS} traits without an effect; cases: {north:g} in the north, {south:g} else")
     found = {}
     for index in range(NULL_TRAITS):
         trait = f"null{index}"
         default = study(data.client(trait), data.folder / f"{trait}-default")
         allelic = study(data.client(trait), data.folder / f"{trait}-allelic", test="allelic")
         ps = {
-            "default (trend)": [float(line["p"]) for line in default.values()],
-            "allelic": [float(line["p"]) for line in allelic.values()],
+            "default (`trend`)": [float(line["p"]) for line in default.values()],
+            "`allelic`": [float(line["p"]) for line in allelic.values()],
         }
         for what, options, end in (
-            ("plink1.9 --mh --within HOSPITAL", ("--mh", "--within", data.clusters), "cmh"),
-            ("plink1.9 --assoc, no hospitals", ("--assoc",), "assoc"),
+            ("`plink --mh`, hospitals as clusters", ("--mh", "--within", data.clusters), "cmh"),
+            ("`plink --assoc`, hospitals ignored", ("--assoc",), "assoc"),
         ):
             data.plink(trait, *options)
             rows = table(data.folder / f"plink.{end}").values()
@@ -277,16 +292,23 @@ def compare_null(data):
             known = np.array(values)[np.isfinite(values)]
             inflation = stats.chi2.isf(np.median(known), 1) / stats.chi2.median(1)
             found.setdefault(what, []).append([inflation, (known < 1e-3).sum(), known.min()])
-    heads = ("median lambda", "mean lambda", "mean p < 1e-3", "traits with one", "least p")
-    print("  " + " " * 34 + "".join(f"{head:>16}" for head in heads))
-    for what, rows in found.items():
-        inflation, hits, least = np.array(rows).T
-        shown = f"{np.median(inflation):>16.3f}{inflation.mean():>16.3f}{hits.mean():>16.2f}"
-        print(f"  {what:<34}{shown}{(hits > 0).sum():>16}{least.min():>16.1e}", flush=True)
-    print(f"  by chance {len(data.names) * 1e-3:.2f} of {len(data.names)} are below 1e-3")
+    rows = []
+    for what, values in found.items():
+        inflation, hits, least = np.array(values).T
+        rows.append(
+            [
+                *(what, f"{np.median(inflation):.2f}", f"{inflation.mean():.2f}"),
+                *(f"{hits.mean():.1f} of {len(data.names)}", f"{(hits > 0).sum()} of {len(hits)}"),
+                short(f"{least.min():.1e}"),
+            ]
+        )
+    print(f"  by chance {len(data.names) * 1e-3:.2f} of {len(data.names)} are below 1e-3\n")
+    return rows
 
 
 def compare_models(data, plink2):
+    """Return the table's rows of the logistic and of the linear test."""
+    rows = []
     for test, trait, end in (
         ("logistic", "persistence", "assoc.logistic"),
         ("linear", "level", "assoc.linear"),
@@ -313,14 +335,18 @@ def compare_models(data, plink2):
                 found["effect"].append((float(line["effect"]), effect))
                 found["se"].append((float(line["se"]), fit.bse[-1]))
                 found["p"].append((float(line["p"]), fit.pvalues[-1]))
-        for key, pairs in found.items():
-            show(f"{key}, from statsmodels on the pooled people", pairs)
+        exact = {
+            key: show(f"{key}, from statsmodels on the pooled people", pairs)
+            for key, pairs in found.items()
+        }
         theirs = "OR" if test == "logistic" else "BETA"
         for ours, key in (("effect", theirs), ("statistic", "STAT"), ("p", "P")):
             shared = [(line, printed[n]) for n, line in lines.items() if n in printed]
             pairs = [(float(line[ours]), number(row[key])) for line, row in shared]
-            show(f"{ours}, as PLINK 1.9 prints it", pairs)
-        rank(lines)
+            exact[key] = show(f"{ours}, as PLINK 1.9 prints it", pairs)
+        what = f"{test}, against statsmodels with an indicator a hospital"
+        differences = [exact["p"], exact["effect"], "", exact["P"], exact[theirs]]
+        rows.append([what, *differences, rank(lines)])
         if plink2:
             extra = ("no-firth",) if test == "logistic" else ()
             options = ("--glm", "hide-covar", *extra, "cols=+a1freq,+orbeta,+se,+tz,+p")
@@ -330,6 +356,7 @@ def compare_models(data, plink2):
             shared = [(line, printed[n]) for n, line in lines.items() if n in printed]
             pairs = [(float(line["p"]), number(row["P"])) for line, row in shared]
             show("p, as PLINK 2 prints it", pairs)
+    return rows
 
 
 def compare_swapped(folder, source):
@@ -348,7 +375,7 @@ def compare_swapped(folder, source):
     )
 
 
-def against_plink(plink2):
+def against_plink(options):
     named = os.environ.get("FEDMED_DATA")
     source = Path(named or "").expanduser() / "genotypes-lct" / "LCT"
     if shutil.which("plink1.9") is None or not source.with_suffix(".bed").is_file():
@@ -356,9 +383,15 @@ def against_plink(plink2):
         return
     with tempfile.TemporaryDirectory() as folder:
         data = Lactase(Path(folder), source)
-        compare_counts(data)
-        compare_models(data, plink2)
-        compare_null(data)
+        rows = compare_counts(data) + compare_models(data, options.plink2)
+        print()
+        head = ["", "p", "effect", "interval", "p as PLINK 1.9 prints it"]
+        head += ["effect as PLINK 1.9 prints it", f"place of {HIT}"]
+        versions = ["numpy", "scipy", "statsmodels"]
+        documented.show("gwas", head, rows, options, versions=versions)
+        head = ["", "λ, median of the traits", "λ, mean", "p < 1e-3, mean"]
+        head += ["traits with one", "least p"]
+        documented.show("gwas-null", head, compare_null(data), options, versions=versions)
     with tempfile.TemporaryDirectory() as folder:
         compare_swapped(Path(folder), source)
 
@@ -419,12 +452,16 @@ def measure(folder, test, people):
 
 def peak():
     """Return the most memory that this process has had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Of this process alone: what getrusage tells begins with the parent's.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def speed(variants, people):
+def speed(options):
+    variants, people = options.variants, options.people
     print(f"\n{SITES} hospitals with {people} people each, from disk, one process, all with report")
     print(f"  {'variants':>10} {'test':>9} {'seconds':>9} {'peak MB':>9} {'above start':>12}")
+    rows = []
     for count in (variants // 5, variants):
         with tempfile.TemporaryDirectory() as folder:
             generate(Path(folder), count, people)
@@ -443,6 +480,10 @@ def speed(variants, people):
                     f"   lambda {inflation:.3f}",
                     flush=True,
                 )
+                rows.append([f"{count:,}", test, f"{most:.0f}", f"{most - before:.0f}"])
+    print()
+    head = ["variants", "test", "peak memory, MB", "above that at the start, MB"]
+    documented.show("gwas-memory", head, rows, options, versions=["numpy", "flwr"])
 
 
 def main():
@@ -452,14 +493,14 @@ def main():
     parser.add_argument("--plink2", default=shutil.which("plink2"), help="path of plink2")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--test", default="trend", help=argparse.SUPPRESS)
+    documented.add_options(parser)
     options = parser.parse_args()
     if options.measure:
         return measure(options.measure, options.test, options.people)
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    print(f"Python {sys.version.split()[0]}, NumPy {np.__version__}, {os.cpu_count()} cores")
-    against_plink(options.plink2)
+    against_plink(options)
     if options.variants:
-        speed(options.variants, options.people)
+        speed(options)
 
 
 if __name__ == "__main__":

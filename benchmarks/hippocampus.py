@@ -10,7 +10,6 @@ time, with one torch thread each.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,9 +17,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import documented
+
 START = "from fedmed_flower.cli.main import main; main()"
 APP = Path(__file__).resolve().parent.parent / "examples" / "hippocampus"
-FIGURES = ("dice-anterior", "dice-posterior", "hd95", "surface-dice", "dice-worst")
+FIGURES = {
+    "dice-anterior": "Dice anterior",
+    "dice-posterior": "Dice posterior",
+    "hd95": "HD95 (mm)",
+    "surface-dice": "surface Dice at 1 mm",
+    "dice-worst": "worst patient",
+}
 PARTS = {
     "federated": [],
     "alone and pooled": ["baselines=true"],
@@ -54,30 +61,40 @@ def mean(parts):
     return {name: sum(part[name] for part in parts) / len(parts) for name in FIGURES}
 
 
-def row(name, figures, seconds=None):
-    cells = "  ".join(f"{figures[figure]:>14.3f}" for figure in FIGURES)
-    took = "" if seconds is None else f"{seconds / 60:8.1f} min"
-    print(f"{name:<46}{cells}{took}", flush=True)
+def row(seed, name, figures, seconds=None):
+    cells = [documented.without_zero(f"{figures[figure]:.3f}") for figure in FIGURES]
+    return [str(seed), name, *cells, "" if seconds is None else f"{seconds / 60:.1f}"]
 
 
-def show(seed, found):
-    """Print the table of one seed."""
-    names = "  ".join(f"{figure:>14}" for figure in FIGURES)
-    print(f"\nseed {seed}, figures on held-out patients".ljust(47) + names)
+def seed_rows(seed, found):
+    """Yield the rows of one seed."""
     summary, seconds = found["federated"]
     test = summary["test"]
-    row("federated, all test patients", test["federated"], seconds)
-    row("federated, mean over hospitals", mean(list(test["sites"].values())))
+    yield row(seed, "federated, all test patients", test["federated"], seconds)
+    yield row(seed, "federated, mean over hospitals", mean(list(test["sites"].values())))
     summary, seconds = found["alone and pooled"]
     test = summary["test"]
     local = list(test["local"].values())
-    row("each hospital alone, all test patients (mean)", mean([part["all"] for part in local]))
-    row("each hospital alone, its own test patients", mean(local))
-    row("all data pooled, all test patients", test["pooled"], seconds)
+    alone = mean([part["all"] for part in local])
+    yield row(seed, "each hospital alone, all test patients (mean)", alone)
+    yield row(seed, "each hospital alone, its own test patients", mean(local))
+    yield row(seed, "all data pooled, all test patients", test["pooled"], seconds)
     summary, seconds = found["private"]
     sites = summary["privacy"]["patient"]["sites"]
     most = max(site["epsilon"] for site in sites.values())
-    row(f"private, epsilon {most:.2f} a patient", summary["test"]["federated"], seconds)
+    name = f"private, epsilon {most:.2f} a patient, all test patients"
+    yield row(seed, name, summary["test"]["federated"], seconds)
+
+
+def rows(options):
+    """Yield the rows of each seed."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        for seed in range(options.seeds):
+            tasks = {
+                name: pool.submit(run, folder, name, seed, options.rounds, options.epsilon)
+                for name in PARTS
+            }
+            yield from seed_rows(seed, {name: task.result() for name, task in tasks.items()})
 
 
 def main():
@@ -85,15 +102,10 @@ def main():
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=36)
     parser.add_argument("--epsilon", type=float, default=8.0)
+    documented.add_options(parser)
     options = parser.parse_args()
-    print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {options.rounds} rounds")
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        for seed in range(options.seeds):
-            tasks = {
-                name: pool.submit(run, folder, name, seed, options.rounds, options.epsilon)
-                for name in PARTS
-            }
-            show(seed, {name: task.result() for name, task in tasks.items()})
+    head = ("seed", "on held-out patients", *FIGURES.values(), "minutes, whole command")
+    documented.show("hippocampus", head, rows(options), options, threads=1)
 
 
 if __name__ == "__main__":

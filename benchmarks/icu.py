@@ -12,13 +12,13 @@ import argparse
 import json
 import logging
 import os
-import platform
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import documented
 import numpy as np
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
@@ -41,17 +41,14 @@ def run(fold, seed, rounds):
     project = load_project(APP)
     server = project.server_app()
     client = project.client_app()
-    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = RunFolder(Path(name) / "run")
         config = expand(project.declared)
         config |= {"run-dir": str(folder.path), "fold": fold, "seed": seed}
         config |= {"num-server-rounds": rounds}
         run_local(server, client, SITES, run_config=config)
-        seconds = time.perf_counter() - began
         summary = json.loads((folder / SUMMARY).path.read_text())
-    test = summary["test"]["federated"]
-    return test, seconds, pooled(config), summary["test"]["sites"]
+    return summary["test"]["federated"], pooled(config)
 
 
 def pooled(config):
@@ -81,31 +78,38 @@ def apache():
     told["risk"] = pd.to_numeric(told["predictedhospitalmortality"])
     told = told[told["risk"] >= 0]
     died = told["actualhospitalmortality"] == "EXPIRED"
-    return roc_auc_score(died, told["risk"]), len(told)
+    return float(roc_auc_score(died, told["risk"])), len(told), int(died.sum())
+
+
+def rows(seed, rounds):
+    """Yield a row for each quarter, their mean, and APACHE's own."""
+    found = []
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(run, fold, seed, rounds) for fold in range(4)]
+        for fold, future in enumerate(futures):
+            test, (central, stays, died) = future.result()
+            found.append((test["auc"], central))
+            yield [f"quarter {fold + 1}", str(stays), str(died), *map(auc, found[-1]), ""]
+    yield ["mean of the quarters", "", "", *map(auc, np.mean(found, axis=0)), ""]
+    value, stays, died = apache()
+    yield ["stays with APACHE's prediction", f"{stays:,}", str(died), "", "", auc(value)]
+
+
+def auc(value):
+    return documented.without_zero(f"{value:.3f}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=40)
+    documented.add_options(parser)
     options = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
-    print(f"{'left out':<10}{'stays':>7}{'died':>6}{'federated':>11}{'pooled':>8}{'seconds':>9}")
-    found = []
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(run, fold, options.seed, options.rounds) for fold in range(4)]
-        for fold, future in enumerate(futures):
-            test, seconds, (central, stays, died), _ = future.result()
-            found.append((test["auc"], central))
-            print(
-                f"quarter {fold + 1:<2}{stays:>7}{died:>6}{test['auc']:>11.3f}{central:>8.3f}"
-                f"{seconds:>9.0f}",
-                flush=True,
-            )
-    federated, central = np.mean(found, axis=0)
-    print(f"{'mean':<10}{'':>13}{federated:>11.3f}{central:>8.3f}")
-    auc, count = apache()
-    print(f"APACHE IVa, as it ships with the data, on {count} stays: {auc:.3f}")
+    head = ["AUC on hospitals left out", "stays", "died"]
+    head += ["federated", "logistic regression, pooled", "APACHE IVa"]
+    began = time.perf_counter()
+    documented.show("icu", head, rows(options.seed, options.rounds), options, threads=1)
+    print(f"{time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

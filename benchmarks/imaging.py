@@ -18,6 +18,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import documented
 import nibabel
 import numpy as np
 import torch
@@ -151,7 +152,7 @@ def seconds(work, device):
 
 
 def compare(rows, device, epochs):
-    """Return what each takes to begin and for an epoch, epochs taking turns."""
+    """Yield rows: what each takes to begin and for an epoch, epochs taking turns."""
     made, start = {}, {}
     for kind in (Ours, Plain):
         start[kind.name] = seconds(
@@ -163,22 +164,32 @@ def compare(rows, device, epochs):
             times[kind].append(seconds(partial(made[kind].epoch, number), device))
     times = {kind: found[1:] for kind, found in times.items()}
     ratios = [a / b for a, b in zip(times[Ours], times[Plain], strict=True)]
-    for kind in (Ours, Plain):
-        print(
-            f"{kind.name:<18} reading and preparing {start[kind.name]:6.2f} s   "
-            f"epoch {statistics.median(times[kind]):6.2f} s"
-        )
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    print(f"ratio of epochs: median {statistics.median(ratios):.3f} ({spread})")
+    seconds_each = [f"{start[kind.name]:.2f}" for kind in (Ours, Plain)]
+    yield ["reading and preparing, s", *seconds_each, ""]
+    medians = [f"{statistics.median(times[kind]):.2f}" for kind in (Ours, Plain)]
+    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    yield [f"an epoch, s, median of {epochs}", *medians, ratio]
 
 
-def memory(rows, device):
-    """Print the most memory of a process that reads, prepares and trains an epoch."""
-    for kind in ("Ours", "Plain", "private"):
-        task = json.dumps({"kind": kind, "rows": rows, "device": device})
-        command = [sys.executable, __file__, "--task", task]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        print(f"{kind:<18} peak memory {done.stdout.strip()}")
+def measured(rows, device, epochs):
+    """Yield all rows of the table."""
+    yield from compare(rows, device, epochs)
+    ours = Ours(rows, device)
+    ours.epoch(0)
+    plain = min(seconds(lambda: ours.epoch(1), device) for _ in range(2))
+    private = private_epoch(rows, device)
+    yield ["a private epoch beside a plain one, s", f"{private:.2f}", "", f"{private / plain:.2f}"]
+    peaks = {kind: memory(kind, rows, device) for kind in ("Ours", "Plain", "private")}
+    yield ["peak memory", peaks["Ours"], peaks["Plain"], ""]
+    yield ["peak memory of a private epoch", peaks["private"], "", ""]
+
+
+def memory(kind, rows, device):
+    """Return the most memory of a process that reads, prepares and trains an epoch."""
+    task = json.dumps({"kind": kind, "rows": rows, "device": device})
+    command = [sys.executable, __file__, "--task", task]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def work(task):
@@ -249,6 +260,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--sites", type=int, nargs="+", default=[])
     parser.add_argument("--task", help=argparse.SUPPRESS)
+    documented.add_options(parser)
     options = parser.parse_args()
     if options.task:
         work(json.loads(options.task))
@@ -256,14 +268,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         rows, source = volumes(folder, options.volumes)
         device = options.device
-        print(f"{len(rows)} volumes ({source}), patches of {PATCH}, batch {BATCH}, {device}")
+        print(f"{len(rows)} volumes ({source}), patches of {PATCH}, batch {BATCH}, {device}\n")
+        head = (f"{len(rows)} volumes ({source})", Ours.name, Plain.name, "ratio")
         with torch_environment(0, 1, torch.device(device)):
-            compare(rows, device, options.epochs)
-            ours = Ours(rows, device)
-            ours.epoch(0)
-            plain = min(seconds(lambda: ours.epoch(1), device) for _ in range(2))
-            print(f"private epoch: {private_epoch(rows, device) / plain:.2f} times a plain one")
-        memory(rows, device)
+            table = measured(rows, device, options.epochs)
+            documented.show("imaging", head, table, options, versions=("torch", "monai"))
         share(rows, device, options.sites)
 
 

@@ -11,9 +11,8 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
+import documented
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from fedmed_flower.data.cohorts import breast_cancer, heart_disease, intensive_care
 from fedmed_flower.data.outlying import outlying
@@ -71,24 +70,16 @@ def named(sites, schema):
     return {(one.site, one.column) for one in outlying(sent, schema, counts)}
 
 
-def main():
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clean", type=int, default=70, help="Divisions of each table and number.")
-    parser.add_argument("--spoilt", type=int, default=8, help="Divisions in which a column is.")
-    arguments = parser.parse_args()
-    logging.disable(logging.CRITICAL)
+def counted(divisions, spoilt_divisions):
+    """Yield the rows: how often the hospital is named, of each table, number and fault."""
     rng = np.random.default_rng(0)
-    shown = Table("table", "patients", "hospitals", "named, nothing wrong", *FAULTS)
     for name, rows, schema in tables():
         for count in COUNTS:
-            clean = sum(
-                bool(named(divided(rows, count, rng), schema)) for _ in range(arguments.clean)
-            )
-            cells = [name, str(len(rows)), str(count), f"{clean} of {arguments.clean}"]
+            clean = sum(bool(named(divided(rows, count, rng), schema)) for _ in range(divisions))
+            cells = [name, f"{len(rows):,}", str(count), f"{clean} of {divisions}"]
             for spoil in FAULTS.values():
                 found = 0
-                for _ in range(arguments.spoilt):
+                for _ in range(spoilt_divisions):
                     sites = divided(rows, count, rng)
                     for column in schema.numeric:
                         spoilt = [
@@ -98,9 +89,21 @@ def main():
                         found += ("hospital-1", column) in named(
                             sites | {"hospital-1": spoilt}, schema
                         )
-                cells.append(f"{found} of {arguments.spoilt * len(schema.numeric)}")
-            shown.add_row(*cells)
-    Console(width=140).print(shown)
+                cells.append(f"{found} of {spoilt_divisions * len(schema.numeric)}")
+            yield cells
+
+
+def main():
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clean", type=int, default=70, help="Divisions of each table and number.")
+    parser.add_argument("--spoilt", type=int, default=8, help="Divisions in which a column is.")
+    documented.add_options(parser)
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    head = ("table", "patients", "hospitals", "named, nothing wrong", *FAULTS)
+    rows = counted(options.clean, options.spoilt)
+    documented.show("outlying", head, rows, options, versions=["numpy"])
 
 
 if __name__ == "__main__":

@@ -31,13 +31,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import documented
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -57,6 +57,7 @@ CONFIDENCE = 0.95
 XRAYS, SIDE = 200, 28
 BRIGHTNESS = 100.0
 ROUNDS = 15
+CASES = ("noise", "noise / 4", "no noise", "one round told")
 # Needed to refute a claim: about three times exp(epsilon), and more where there is noise.
 FEW, MANY, UP_TO = 4000, 16_000, 5.0
 
@@ -178,6 +179,34 @@ def audit(canaries: int, release: Release, steps: int, delta: float, seed: int) 
     return bound_of_scores(moved[pixels], taken, delta)
 
 
+def audits(options: argparse.Namespace, wrong: list[float]) -> Iterator[list[str]]:
+    """Yield a row for each claim and sampling rate; add to `wrong` what refutes it, or fails to."""
+    for target in options.claims:
+        canaries = FEW if target < UP_TO else MANY
+        for rate, steps in ((1.0, options.steps), (0.25, 6 * options.steps)):
+            noise = noise_for(target, options.delta, rate, steps)
+            claim = epsilon_of({Release(rate, noise): steps}, options.delta)
+            cases = {"noise": (noise, steps), "no noise": (0.0, steps)}
+            if target < UP_TO:
+                cases["noise / 4"] = (noise / 4, steps)
+            # With less than 2 of epsilon, 15 rounds are hard to tell from one.
+            if 2 <= target < UP_TO:
+                cases["one round told"] = (noise, ROUNDS * steps)
+            cells = [f"{claim:.2f}", f"{rate:g}", str(steps), f"{noise:.2f}", f"{canaries:,}"]
+            for name in CASES:
+                if name not in cases:
+                    cells.append("")
+                    continue
+                used, count = cases[name]
+                release = Release(rate, used)
+                bound = audit(canaries, release, count, options.delta, options.seed)
+                bad = (bound > claim) != (name != "noise")
+                if bad:
+                    wrong.append(bound)
+                cells.append(f"{bound:.2f}{': WRONG' if bad else ''}")
+            yield cells
+
+
 def main() -> None:
     """Audit each claim and print a table; exit with 1 where a bound is on the wrong side."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -185,31 +214,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="of a full batch; else 6 times these")
     parser.add_argument("--delta", type=float, default=1e-6)
     parser.add_argument("--seed", type=int, default=0, help="of all but the noise")
-    args = parser.parse_args()
+    documented.add_options(parser)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{platform.machine()}, torch {torch.__version__}; delta {args.delta:g}, ", end="")
-    print(f"lower bounds with {CONFIDENCE:.0%} confidence, {XRAYS} other patients")
-    print(f"{'claim':>6}  {'':16}{'rate':>5}{'steps':>7}{'noise':>7}{'canaries':>9}{'bound':>7}")
-    began, wrong = time.time(), 0
-    for target in args.claims:
-        canaries = FEW if target < UP_TO else MANY
-        for rate, steps in ((1.0, args.steps), (0.25, 6 * args.steps)):
-            noise = noise_for(target, args.delta, rate, steps)
-            claim = epsilon_of({Release(rate, noise): steps}, args.delta)
-            cases = [("noise", noise, steps, False), ("no noise", 0.0, steps, True)]
-            if target < UP_TO:
-                cases.append(("noise / 4", noise / 4, steps, True))
-            # With less than 2 of epsilon, 15 rounds are hard to tell from one.
-            if 2 <= target < UP_TO:
-                cases.append(("one round told", noise, ROUNDS * steps, True))
-            for name, used, count, over in cases:
-                bound = audit(canaries, Release(rate, used), count, args.delta, args.seed)
-                bad = (bound > claim) != over
-                wrong += bad
-                print(f"{claim:6.2f}  {name:16}{rate:5.2f}{count:7}{used:7.2f}{canaries:9}", end="")
-                told = f"{'above' if bound > claim else 'below'} the claim"
-                print(f"{bound:7.2f}  {told}{': WRONG' if bad else ''}", flush=True)
-    print(f"\n{time.time() - began:.0f} s")
+    print(f"delta {options.delta:g}, {CONFIDENCE:.0%} confidence, {XRAYS} other patients\n")
+    began = time.time()
+    wrong: list[float] = []
+    head = ["epsilon claimed", "sampling rate", "steps", "noise multiplier", "canaries"]
+    head += [f"refuted: {name}" for name in CASES]
+    documented.show("privacy_audit", head, audits(options, wrong), options)
+    print(f"{time.time() - began:.0f} s")
     sys.exit(1 if wrong else 0)
 
 

@@ -16,7 +16,6 @@ import json
 import logging
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import documented
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -111,19 +111,25 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epsilons", type=float, nargs="+", default=[0.0, 8.0, 3.0, 1.0])
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    documented.add_options(parser)
     options = parser.parse_args()
     jobs = [(epsilon, seed) for epsilon in options.epsilons for seed in range(options.seeds)]
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         found = dict(zip(jobs, pool.map(run, jobs, chunksize=1), strict=True))
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, one thread")
-    print("| epsilon | test AUC, mean | " + " | ".join(f"seed {s}" for s in range(options.seeds)))
+    rows = []
     for epsilon in options.epsilons:
-        rows = [found[epsilon, seed] for seed in range(options.seeds)]
-        aucs, spent = [row[0] for row in rows], max(row[1] for row in rows)
-        name = f"{epsilon:g} (ledgers: {spent:.3f})" if epsilon else "no privacy"
-        each = " | ".join(f"{auc:.3f}" for auc in aucs)
-        seconds = statistics.mean(row[2] for row in rows)
-        print(f"| {name} | {statistics.mean(aucs):.3f} | {each} | {seconds:.0f} s a run |")
+        aucs, spent, seconds = zip(
+            *(found[epsilon, seed] for seed in range(options.seeds)), strict=True
+        )
+        mean, *each = (
+            documented.without_zero(f"{auc:.3f}") for auc in (statistics.mean(aucs), *aucs)
+        )
+        name = f"{epsilon:g}" if epsilon else "no privacy"
+        rows.append([name, f"{max(spent):.3f}" if epsilon else "", mean, " ".join(each)])
+        print(f"epsilon {name}: {statistics.mean(seconds):.0f} s a run")
+    head = ("epsilon per patient, at each hospital", "most in a ledger", "AUC, mean", "each seed")
+    print()
+    documented.show("private_pneumonia", head, rows, options)
 
 
 if __name__ == "__main__":

@@ -19,17 +19,18 @@ import argparse
 import logging
 import math
 import os
-import platform
 import statistics
 import sys
 import time
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import documented
 import torch
+from documented import without_zero
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp import strategy as flower
@@ -98,25 +99,26 @@ def run(
     return found[0]
 
 
-def row(name: str, arguments: dict[str, float], found: list[tuple[float, float]]) -> str:
+def row(name: str, arguments: dict[str, float], found: list[tuple[float, float]]) -> list[str]:
     """Return a row of the table."""
     aucs, variances = zip(*found, strict=True)
     given = ", ".join(f"`{key}={value:g}`" for key, value in arguments.items())
     without = sum(map(math.isnan, aucs))
-    status = "finite" if not without else f"no figures in {without} of {len(aucs)}"
-    each = " ".join(f"{auc:.3f}" for auc in aucs)
-    return (
-        f"| {name} | {given or 'defaults'} | {statistics.mean(aucs):.3f} | {each} "
-        f"| {min(variances):.2g} | {status} |"
-    )
+    mean = without_zero(f"{statistics.mean(aucs):.3f}")
+    status = f"no figures in {without} of {len(aucs)}" if without else mean
+    each = " ".join(without_zero(f"{auc:.3f}") for auc in aucs)
+    return [name, given or "defaults", status, each, without_zero(f"{min(variances):.2g}")]
 
 
-def machine() -> str:
-    """Return the processor's name and the number of cores."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+def rows(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Train with each strategy and yield its row."""
+    for name, arguments in ROWS:
+        if name in options.strategies:
+            found = [
+                run(name, arguments, seed, options.dataset, options.flower)
+                for seed in range(options.seeds)
+            ]
+            yield row(name, arguments, found)
 
 
 def main() -> None:
@@ -129,24 +131,19 @@ def main() -> None:
     parser.add_argument("--flower", action="store_true", help="train with Flower's own classes")
     parser.add_argument("--strategies", nargs="+", default=names, choices=names)
     parser.add_argument("--dataset", default="pneumoniamnist", help="or phantoms")
+    documented.add_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     # Each run would log its rounds and failures between the rows of the table.
     logging.disable(logging.CRITICAL)
-    whose = "Flower's own" if options.flower else "fedmed_flower"
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("flwr", "monai", "torch"))
-    print(f"{whose} strategies, {options.dataset}; {machine()}, one thread; {libraries}\n")
-    print("| strategy | settings | test AUC | each seed | smallest `running_var` | status |")
-    print("|---|---|---|---|---|---|", flush=True)
     began = time.perf_counter()
-    for name, arguments in ROWS:
-        if name in options.strategies:
-            found = [
-                run(name, arguments, seed, options.dataset, options.flower)
-                for seed in range(options.seeds)
-            ]
-            print(row(name, arguments, found), flush=True)
-    print(f"\n{(time.perf_counter() - began) / 60:.0f} minutes")
+    head = ("strategy", "settings", "AUC", "each seed", "smallest `running_var`")
+    versions = ("torch", "monai", "flwr")
+    if options.flower:
+        documented.show("server_optimizers-flower", head, rows(options), options, versions=versions)
+    else:
+        documented.show("server_optimizers", head, rows(options), options, versions=versions)
+    print(f"{(time.perf_counter() - began) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

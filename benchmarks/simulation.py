@@ -21,7 +21,10 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+
+import documented
 
 from fedmed_flower.settings.text import expand
 
@@ -33,8 +36,9 @@ def example_config(rounds: int) -> dict:
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())
     # The bare loop draws no pictures of test cases.
     changes = {"num-server-rounds": rounds, "pictures": 0}
-    config = expand(project["tool"]["flwr"]["app"]["config"]) | changes | {"seed": 0}
-    return config if os.environ.get("FEDMED_DATA") else config | {"dataset": "phantoms"}
+    dataset = "pneumoniamnist" if os.environ.get("FEDMED_DATA") else "phantoms"
+    config = expand(project["tool"]["flwr"]["app"]["config"])
+    return config | changes | {"seed": 0, "dataset": dataset}
 
 
 def digest(arrays: dict) -> str:
@@ -175,42 +179,48 @@ def command(engine: str, rounds: int, folder: Path) -> tuple[str, float]:
     return digest(load_file(folder / "model.safetensors")), seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--skip-flower", action="store_true")
-    options = parser.parse_args()
-    dataset = example_config(1)["dataset"]
-    print(f"{dataset}, 5 sites, {options.rounds} rounds; {os.cpu_count()} cores")
+def rows(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Yield the rows of the table: two ways to do the same, and their ratio."""
+    rounds = f"{options.rounds} rounds"
     with tempfile.TemporaryDirectory() as folder:
         result, _ = child("overhead", folder, options.rounds, options.repeats)
         models, seconds = set(result["models"]), result["seconds"]
         ratios = [b / a for a, b in zip(seconds["bare"], seconds["local"], strict=True)]
-        print("\nOverhead: seconds of the job")
-        for kind, values in seconds.items():
-            print(f"  {kind:10} min {min(values):6.2f}  median {statistics.median(values):6.2f}")
-        lowest = min(seconds["local"]) / min(seconds["bare"])
-        print(f"  ratio      min {lowest:6.3f}  median of pairs {statistics.median(ratios):6.3f}")
+        what = f"a bare training loop, and `run_local`: seconds of the job, {rounds}"
+        medians = [f"{statistics.median(seconds[kind]):.2f}" for kind in ("bare", "local")]
+        middle = f"{statistics.median(ratios):.3f}, median of {len(ratios)} pairs"
+        yield [what, *medians, middle]
         if not options.skip_flower:
+            whole = []
             for engine in ("local", "flower"):
-                model, whole = command(engine, options.rounds, Path(folder) / engine)
+                model, took = command(engine, options.rounds, Path(folder) / engine)
                 models.add(model)
-                print(f"  fedmed run --engine {engine}, whole command: {whole:.1f} s")
-        print(f"  all models equal to the bit: {len(models) == 1}")
-
-        print("\nToy: NumPy, 4 sites, 3 rounds; whole command, start of Python included")
-        local = min(child("toy_local", folder)[1] for _ in range(3))
-        print(f"  one process {local:6.2f} s")
+                whole.append(took)
+            what = f"one process, and Flower's engine: seconds of the whole command, {rounds}"
+            yield [what, *(f"{took:.1f}" for took in whole), f"{whole[1] / whole[0]:.1f}"]
+        yield ["all of these models equal to the bit", "", "", "yes" if len(models) == 1 else "NO"]
         if not options.skip_flower:
+            local = min(child("toy_local", folder)[1] for _ in range(3))
             _, engine_seconds = child("toy_flower", folder)
-            print(f"  flwr run    {engine_seconds:6.2f} s   ratio {engine_seconds / local:.1f}")
-
-        print("\nMemory: run_local, 2 rounds, peak resident MB")
+            what = "one process, and `flwr run`: seconds of the whole command; "
+            what += "NumPy toy, 4 sites, 3 rounds"
+            ratio = f"{engine_seconds / local:.1f}"
+            yield [what, f"{local:.2f}", f"{engine_seconds:.2f}", ratio]
         peaks = {sites: child("memory", folder, sites)[0]["peak"] for sites in (5, 50)}
-        print(
-            f"  5 sites {peaks[5]:.0f}, 50 sites {peaks[50]:.0f}, ratio {peaks[50] / peaks[5]:.2f}"
-        )
+        what = "5 sites, and the same images split among 50: peak MB of `run_local`, 2 rounds"
+        yield [what, f"{peaks[5]:.0f}", f"{peaks[50]:.0f}", f"{peaks[50] / peaks[5]:.2f}"]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--skip-flower", action="store_true")
+    documented.add_options(parser)
+    options = parser.parse_args()
+    head = (f"{example_config(1)['dataset']}, 5 sites", "the first", "the second", "ratio")
+    documented.show("simulation", head, rows(options), options, threads=1)
 
 
 if __name__ == "__main__":

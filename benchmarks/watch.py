@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import documented
+
 ROOT = Path(__file__).resolve().parents[1]
 FEDMED = (sys.executable, "-c", "from fedmed_flower.cli.main import main; main()")
 
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--sites", type=int, default=3)
     parser.add_argument("--chromium", type=Path, default=Path("/usr/bin/chromium"))
+    documented.add_options(parser)
     options = parser.parse_args()
     size = (options.rounds, options.sites)
     with tempfile.TemporaryDirectory() as folder:
@@ -89,9 +92,13 @@ def main() -> None:
         open_for = time.monotonic() - began
         watcher.send_signal(signal.SIGINT)
         watching = cpu_seconds(watcher)
-    print(f"run alone        {alone:8.2f} CPU s")
-    print(f"run watched      {watched:8.2f} CPU s, while the page was open for {open_for:.0f} s")
-    print(f"watcher (server) {watching:8.2f} CPU s, {watching / watched:.2%} of the run")
+    rows = [
+        ["the run alone", f"{alone:.1f}", ""],
+        [f"the run, while a page was open for {open_for:.0f} s", f"{watched:.1f}", ""],
+        ["the watcher, which serves the page", f"{watching:.2f}", f"{watching / watched:.1%}"],
+    ]
+    head = ("", "CPU seconds", "of the run")
+    documented.show("watch", head, rows, options)
 
 
 if __name__ == "__main__":

@@ -20,19 +20,20 @@ as in `privacy_audit`. Without noise that is as much as so many canaries can ref
 
 from __future__ import annotations
 
+import argparse
 import logging
 import math
 import multiprocessing
 import os
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import documented
 import numpy as np
 import torch
 from curious.victim import DELTA, Floats, Victim
@@ -150,32 +151,30 @@ def likelihood_ratios(target: Trained, shadows: Sequence[Trained]) -> Floats:
     return np.where(inside.any(0) & ~inside.all(0), logs[0] - logs[1], 0.0)
 
 
-def test(rounds: int, shadows: int) -> None:
-    """Print how well members are told from others, plain and with a budget."""
-    began, data = time.perf_counter(), candidates()
-    print(
-        f"Membership: {data.source}; {PATIENTS} patients, {rounds} rounds, {shadows} shadow models."
-    )
-    print(
-        "Areas under the ROC curve; of the ratio also the lowest and the highest of all models.\n"
-    )
-    print("| | right answers on others | by the loss | by the ratio | lowest | highest |")
-    print("|---|---|---|---|---|---|")
+def test(options: argparse.Namespace) -> None:
+    """Show how well members are told from others, plain and with a budget."""
+    data = candidates()
+    print(f"Membership: {data.source}; {PATIENTS} patients, {options.rounds} rounds, ", end="")
+    print(f"{options.shadows} shadow models. Areas under the ROC curve.\n")
+    head = ("", "right answers on others", "AUC by the loss", "AUC by the ratio", "of each model")
+    documented.show("membership", head, told(data, options.rounds, options.shadows), options)
+
+
+def told(data: Candidates, rounds: int, shadows: int) -> Iterator[list[str]]:
+    """Yield a row without a budget, and one with it."""
     for epsilon in (0.0, EPSILON):
         job = partial(train, data=data, rounds=rounds, epsilon=epsilon)
         with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1), quiet) as pool:
             models = pool.map(job, range(shadows + 1), chunksize=1)
-        cells = [
-            np.mean([(one.odds[~one.inside] > 0).mean() for one in models]),
-            np.mean([roc_auc_score(one.inside, one.odds) for one in models]),
-        ]
+        right = np.mean([(one.odds[~one.inside] > 0).mean() for one in models])
+        loss = np.mean([roc_auc_score(one.inside, one.odds) for one in models])
         ratio = []
         for number, one in enumerate(models):
             others = models[:number] + models[number + 1 :]
             ratio.append(roc_auc_score(one.inside, likelihood_ratios(one, others)))
-        told = " | ".join(f"{v:.3f}" for v in (*cells, np.mean(ratio), min(ratio), max(ratio)))
-        print(f"| {f'budget {epsilon:g}' if epsilon else 'plain'} | {told} |", flush=True)
-    print(f"\n{time.perf_counter() - began:.0f} s")
+        figures = (right, loss, np.mean(ratio), min(ratio), max(ratio))
+        *cells, low, high = (documented.without_zero(f"{value:.3f}") for value in figures)
+        yield [f"budget {epsilon:g}" if epsilon else "plain", *cells, f"{low} to {high}"]
 
 
 class Canaries(ClassificationClient):
@@ -223,15 +222,14 @@ def refuted(canaries: int, epsilon: float) -> float:
     return bound_of_scores(moved, taken, DELTA)
 
 
-def audit(canaries: int, budgets: tuple[float, ...] = (1.0, 8.0)) -> int:
-    """Print what is refuted beside what is promised; return how often the promise is refuted."""
-    began, wrong = time.perf_counter(), 0
-    print(f"Canaries: {canaries}; refuted with {CONFIDENCE:.0%} confidence, delta {DELTA:g}\n")
-    print("| | epsilon promised | refuted up to |\n|---|---|---|")
-    for epsilon in (0.0, *budgets):
-        bound = refuted(canaries, epsilon)
-        wrong += bool(epsilon) and bound > epsilon
-        name = f"| budget | {epsilon:g}" if epsilon else "| plain | none"
-        print(f"{name} | {bound:.2f} |", flush=True)
-    print(f"\n{time.perf_counter() - began:.0f} s")
-    return wrong
+def audit(options: argparse.Namespace, budgets: tuple[float, ...] = (1.0, 8.0)) -> int:
+    """Show what is refuted beside what is promised; return how often the promise is refuted."""
+    print(f"Canaries: {options.canaries}; delta {DELTA:g}\n")
+    bounds = {epsilon: refuted(options.canaries, epsilon) for epsilon in (0.0, *budgets)}
+    rows = [
+        [f"budget {epsilon:g}" if epsilon else "plain", f"{bound:.2f}"]
+        for epsilon, bound in bounds.items()
+    ]
+    head = ("", f"epsilon refuted, {CONFIDENCE:.0%} confidence")
+    documented.show("canaries", head, rows, options)
+    return sum(bound > epsilon > 0 for epsilon, bound in bounds.items())

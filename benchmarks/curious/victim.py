@@ -17,7 +17,7 @@ from scipy import stats
 
 from fedmed_flower import MedicalClient
 from fedmed_flower.arrays.views import view
-from fedmed_flower.wire import RUN_KEY
+from fedmed_flower.wire import MESSAGE_VERSION, RUN_KEY, VERSION
 
 Floats = NDArray[np.float64]
 Arrays = Mapping[str, ArrayLike]
@@ -108,7 +108,8 @@ class Victim:
         context = self.context(run)
         TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, SUPERLINK_NODE_ID
         TaskIdentity.task_id = 1
-        config = ConfigRecord({"server-round": 1, RUN_KEY: "k"} | dict(message or {}))
+        usual = {"server-round": 1, RUN_KEY: "k", VERSION: MESSAGE_VERSION}
+        config = ConfigRecord(usual | dict(message or {}))
         sent = {name: Array(np.ascontiguousarray(a)) for name, a in (arrays or {}).items()}
         content = RecordDict({"arrays": ArrayRecord(sent), "config": config})
         reply = self.client.client_app()(Message(content, 1, kind), context)

@@ -1,5 +1,6 @@
-import importlib.util
+import importlib
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,10 @@ from scipy import stats
 
 from fedmed_flower.privacy.accounting import Release, noise_for
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "privacy_audit.py"
-SPEC = importlib.util.spec_from_file_location("privacy_audit", SCRIPT)
-privacy_audit = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(privacy_audit)
+PATH = list(sys.path)
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+privacy_audit = importlib.import_module("privacy_audit")
+sys.path[:] = PATH
 lower_bound, p_value = privacy_audit.lower_bound, privacy_audit.p_value
 
 
