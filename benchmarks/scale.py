@@ -16,19 +16,19 @@ import argparse
 import json
 import logging
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[threads] = "1"
 
+import documented  # noqa: E402
 import numpy as np  # noqa: E402 The number of threads is read at import.
 
 HOSPITALS = 5
@@ -38,6 +38,7 @@ CATEGORIES = tuple(f"group{number}" for number in range(8))
 RANGES = dict(zip(NUMBERS, [(0, 250), (0, 110), (0, 60), (-6, 6)] * 5, strict=True))
 BATCH = 1024
 STAGES = ("read", "statistics", "epoch")
+HEAD = ("", "CPU seconds", "next to", "ratio", "peak memory, in tables")
 
 
 def write_tables(folder: Path, rows: int) -> None:
@@ -196,20 +197,12 @@ def epoch(files: list[Path]) -> dict[str, float]:
         return {"seconds": min(one for one, _ in pairs), "peer": min(two for _, two in pairs)}
 
 
-def machine() -> str:
-    names = [
-        line.partition(": ")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.machine()}, Python {platform.python_version()}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--stage", default=",".join(STAGES))
     parser.add_argument("--files", help=argparse.SUPPRESS)
+    documented.add_options(parser)
     given = parser.parse_args()
     logging.disable(logging.WARNING)
     if given.files:
@@ -223,23 +216,31 @@ def main() -> None:
             command = [sys.executable, __file__, "--stage", stage, "--files", folder]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[stage] = json.loads(done.stdout.splitlines()[-1])
-    table = given.rows * COLUMNS * 8
-    print(f"{given.rows:,} rows by {COLUMNS} columns, {HOSPITALS} hospitals; {machine()}, 1 thread")
-    print("\n| | CPU seconds | next to | ratio | peak memory, in tables |\n|---|---|---|---|---|")
+    show(
+        "scale", HEAD, rows_of(found, given.rows * COLUMNS * 8), given, versions=("pandas", "torch")
+    )
 
-    def line(what: str, spent: float, peer: str, other: float = 0, memory: float = 0) -> None:
-        ratio = f"{spent / other:.1f}" if other else "-"
-        beside = f"{peer} {other:.1f}" if other else "-"
-        held = f"{memory / table:.1f}" if memory else "-"
-        print(f"| {what} | {spent:.1f} | {beside} | {ratio} | {held} |")
+
+def rows_of(found: dict[str, dict[str, float]], size: int) -> Iterator[list[str]]:
+    """Yield the rows of the table; `size` is that of all tables together, in bytes."""
+
+    def row(what: str, spent: float, peer: str, other: float = 0, memory: float = 0) -> list[str]:
+        ratio = f"{spent / other:.1f}" if other else ""
+        beside = f"{peer} {other:.1f}" if other else ""
+        return [what, f"{spent:.1f}", beside, ratio, f"{memory / size:.1f}" if memory else ""]
 
     if one := found.get("read"):
-        line("reading CSV", one["seconds"], "pandas.read_csv", one["peer"], one["memory"])
+        yield row(
+            "reading CSV, by `read_table`",
+            *(one["seconds"], "`pandas.read_csv`", one["peer"], one["memory"]),
+        )
     if one := found.get("statistics"):
-        line("counts and means", one["few"], "")
-        line("with histograms, correlations", one["seconds"], "", memory=one["memory"])
+        yield row("counts and means of all columns", one["few"], "")
+        what = "the same with histograms and 190 correlations"
+        yield row(what, one["seconds"], "", memory=one["memory"])
     if one := found.get("epoch"):
-        line("an epoch, linear", one["seconds"], "torch", one["peer"])
+        what = "an epoch of the linear network, batches of 1,024"
+        yield row(what, one["seconds"], "a plain loop of torch", one["peer"])
 
 
 if __name__ == "__main__":
