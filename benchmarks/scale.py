@@ -216,9 +216,8 @@ def main() -> None:
             command = [sys.executable, __file__, "--stage", stage, "--files", folder]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[stage] = json.loads(done.stdout.splitlines()[-1])
-    show(
-        "scale", HEAD, rows_of(found, given.rows * COLUMNS * 8), given, versions=("pandas", "torch")
-    )
+    rows = rows_of(found, given.rows * COLUMNS * 8)
+    documented.show("scale", HEAD, rows, given, versions=("pandas", "torch"))
 
 
 def rows_of(found: dict[str, dict[str, float]], size: int) -> Iterator[list[str]]:
