@@ -144,7 +144,12 @@ class Rows(Sequence[Mapping[str, Any]]):
         key = (name, function)
         if key not in self._columns.mapped:
             cells = self._columns.arrays[name].tolist()
-            self._columns.mapped[key] = list(map(function, cells))
+            pairs = zip(cells, map(function, cells), strict=True)
+            # Two equal texts would take twice the memory.
+            self._columns.mapped[key] = [
+                cell if type(value) is type(cell) and value == cell else value
+                for cell, value in pairs
+            ]
         values = self._columns.mapped[key]
         return values if self._indices is None else [values[i] for i in self._indices.tolist()]
 
