@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from fedmed_flower.statistics.types import Floats, Reported
 
+# What rounding may leave in a bin, as a share of all values.
+_ROUNDING = 1e-9
+
 
 class Moments(NamedTuple):
     """Number, mean and variance of a sample.
@@ -196,8 +199,11 @@ def same_bins(parts: Sequence[Reported]) -> list[NDArray[np.float64]] | None:
     histograms = []
     for part in parts:
         points = [edges[0] - width, *part["edges"], edges[-1] + width]
-        cut = np.interp(coarsest, points, np.cumsum([0.0, *part["counts"]]))
-        histograms.append(np.diff([0.0, *cut, math.fsum(part["counts"])]))
+        reached = np.cumsum([0.0, *part["counts"]])
+        cut = np.interp(coarsest, points, reached)
+        counts = np.diff([0.0, *cut, reached[-1]])
+        # What is left by rounding, of either sign, counts nobody.
+        histograms.append(np.where(counts > _ROUNDING * reached[-1], counts, 0.0))
     return histograms
 
 
