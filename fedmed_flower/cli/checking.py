@@ -123,7 +123,8 @@ def _read(checked: Checked, client: MedicalClient) -> None:
     checked.lines.append(f"{data.source}: {rows}; {rejected} rejected")
     for column in _empty(checked):
         text = without_values(column)
-        if not any(text in problem for problem in checked.problems):
+        # What reads a table has said so already, after the table's name.
+        if not any(f": {problem}".endswith(f": {text}") for problem in checked.problems):
             checked.problems.append(text)
     if isinstance(client, GenomicsClient):
         _look_at_cohort(checked, client, data)

@@ -462,15 +462,21 @@ class MedicalClient(ABC):
         """Return the features of the schema without a value in any row of this site.
 
         Columns that its table lacks are not among them. Nothing is returned if the rows are of
-        fewer patients than ``min-cell-count``, or if there is no schema.
+        fewer patients than ``min-cell-count``, or if there is no schema. A real hospital looks at
+        the rows that its book lets count: few patients who came since do not fill a column.
         """
+        if self.declared is None:
+            return ()
         data = self.data()
         rows = Rows.joined(getattr(data, split) for split in SPLITS)
         few = min_cell_count(self.context, self.site)
-        if self.declared is None or len({*patients_of(rows)}) < few:
+        if len({*patients_of(rows)}) < few:
             return ()
+        if not self.site.simulated:
+            with self.open_book({}, few) as book:
+                rows = book.everybody("columns without a value")
         names = [name for name in self.declared.features if name not in data.lacking]
-        return empty_columns(rows, names)
+        return empty_columns(rows, names) if rows else ()
 
     def require_protection(self) -> None:
         """Decline to train without privacy if the hospital has set a budget.

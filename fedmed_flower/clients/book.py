@@ -1,10 +1,10 @@
 """The book of a hospital: what left without noise, and about which patients.
 
-Metrics of an evaluation, sums before the first round, counts of a study, pictures and answers to
-questions for statistics are written down before they leave. One file beside the privacy ledger
-holds them over all runs, so that no combination of them singles out a few patients who came or
-went: see `fedmed_flower.statistics.guard` for the rule. In a simulation nothing leaves the machine,
-and nothing is written down.
+Metrics of an evaluation, sums and columns without a value before the first round, counts of a
+study, pictures and answers to questions for statistics are written down before they leave. One
+file beside the privacy ledger holds them over all runs, so that no combination of them singles out
+a few patients who came or went: see `fedmed_flower.statistics.guard` for the rule. In a simulation
+nothing leaves the machine, and nothing is written down.
 """
 
 from __future__ import annotations
@@ -87,6 +87,18 @@ class Book:
             if usable.any() and self._guard.admit([members], [cells], new & ~usable):
                 return usable
         return None
+
+    def everybody(self, kind: str) -> list[Row]:
+        """Write down an answer about all rows, and return those that may count; none if none may.
+
+        The answer puts all rows that count into one cell. It is combined with no answer of another
+        kind.
+        """
+        inside = np.ones(len(self._rows), bool)
+        usable = self.admit(self._guard.everybody(kind), inside)
+        if usable is None:
+            return []
+        return [row for row, counts in zip(self._rows, usable, strict=True) if counts]
 
     @property
     def rows(self) -> Sequence[Row]:

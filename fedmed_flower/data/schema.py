@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from itertools import pairwise
 from numbers import Real
 from pathlib import Path
@@ -514,8 +515,8 @@ def _dates_unread(name: str, texts: Sequence[str | None]) -> Iterator[str]:
 
 
 def _is_gap(value: Any) -> bool:
-    # Only NaN differs from itself.
-    return value is None or bool(value != value)
+    # Of single values only NaN, and pandas' missing time, differ from themselves.
+    return value is None or (isinstance(value, Real | date) and bool(value != value))
 
 
 def _bands(values: NDArray[np.float64], cuts: Sequence[float]) -> NDArray[Any]:

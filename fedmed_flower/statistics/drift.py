@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedmed_flower.errors import InputError
+from fedmed_flower.statistics.pooling import values_below
 from fedmed_flower.statistics.types import Floats, Reported
 
 # `same_shares`: for more, the tails of the hypergeometric distribution may take much memory.
@@ -110,25 +111,14 @@ def ks_of_histograms(
     from scipy.stats import kstwobign
 
     edges = np.unique([edge for part in (*one, *others) for edge in part["edges"]])
-    below = [_shares_below(parts, edges) for parts in (one, others)]
-    gaps = (below[0][0] - below[1][1], below[1][0] - below[0][1])
+    (least, most), (least_others, most_others) = (
+        np.array(values_below(parts, edges)) / math.fsum(sum(part["counts"]) for part in parts)
+        for parts in (one, others)
+    )
+    gaps = (least - most_others, least_others - most)
     statistic = min(1.0, float(np.max(gaps, initial=0.0)))
     size = 1 / (1 / patients[0] + 1 / patients[1])
     return statistic, float(kstwobign.sf(math.sqrt(size) * statistic))
-
-
-def _shares_below(parts: Sequence[Reported], edges: Floats) -> tuple[Floats, Floats]:
-    """Return the least and the greatest share of values below each edge."""
-    least = np.zeros(edges.size)
-    most = np.zeros(edges.size)
-    for part in parts:
-        reached = np.cumsum([0.0, *part["counts"]])
-        least += reached[np.searchsorted(part["edges"], edges, side="right")]
-        # At an edge of its own, the number below is known.
-        inside = ~np.isin(edges, part["edges"])
-        most += reached[np.searchsorted(part["edges"], edges, side="right") + inside]
-    total = math.fsum(count for part in parts for count in part["counts"])
-    return least / total, most / total
 
 
 def same_shares(expected: ArrayLike, actual: ArrayLike) -> float:

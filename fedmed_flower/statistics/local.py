@@ -480,8 +480,10 @@ class Local:
             patient_of_row = columns.patient_of_row[usable]
             width = asked.width
             steps, beyond = _steps(times[usable], asked.horizon, width)
+            # Those beyond are in one cell, however fine the grid up to the horizon.
+            up_to = steps < beyond
             while beyond > 2 and not coarse_enough(
-                2 * steps + happened, patient_of_row, guard.minimum
+                (2 * steps + happened)[up_to], patient_of_row[up_to], guard.minimum
             ):
                 width *= 2
                 steps, beyond = _steps(times[usable], asked.horizon, width)

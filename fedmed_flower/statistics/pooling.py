@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from fedmed_flower.statistics.types import Floats, Reported
 
+# What rounding may leave in a bin, as a share of all values.
+_ROUNDING = 1e-9
+
 
 class Moments(NamedTuple):
     """Number, mean and variance of a sample.
@@ -166,16 +169,26 @@ def below_edges(parts: Sequence[Reported]) -> tuple[list[float], Floats, Floats]
     -------
     edges : list of float
     least, most : ndarray of shape (edges,)
-        They agree at an edge that divides no bin of any histogram in which there are values.
+        As `values_below` returns them.
     """
     edges = sorted({edge for part in parts for edge in part["edges"]})
-    least = np.zeros(len(edges))
-    most = np.zeros(len(edges))
+    return edges, *values_below(parts, edges)
+
+
+def values_below(
+    parts: Sequence[Reported], points: Sequence[float] | Floats
+) -> tuple[Floats, Floats]:
+    """Return how many values lie below each point, at least and at most; both (points,).
+
+    They agree at a point that divides no bin of any histogram in which there are values.
+    """
+    least = np.zeros(len(points))
+    most = np.zeros(len(points))
     for part in parts:
         reached = np.concatenate(([0.0], np.cumsum(part["counts"])))
-        least += reached[np.searchsorted(part["edges"], edges, side="right")]
-        most += reached[np.searchsorted(part["edges"], edges, side="left") + 1]
-    return edges, least, most
+        least += reached[np.searchsorted(part["edges"], points, side="right")]
+        most += reached[np.searchsorted(part["edges"], points, side="left") + 1]
+    return least, most
 
 
 def same_bins(parts: Sequence[Reported]) -> list[NDArray[np.float64]] | None:
@@ -196,8 +209,11 @@ def same_bins(parts: Sequence[Reported]) -> list[NDArray[np.float64]] | None:
     histograms = []
     for part in parts:
         points = [edges[0] - width, *part["edges"], edges[-1] + width]
-        cut = np.interp(coarsest, points, np.cumsum([0.0, *part["counts"]]))
-        histograms.append(np.diff([0.0, *cut, math.fsum(part["counts"])]))
+        reached = np.cumsum([0.0, *part["counts"]])
+        cut = np.interp(coarsest, points, reached)
+        counts = np.diff([0.0, *cut, reached[-1]])
+        # What is left by rounding, of either sign, counts nobody.
+        histograms.append(np.where(counts > _ROUNDING * reached[-1], counts, 0.0))
     return histograms
 
 

@@ -15,6 +15,8 @@ _MOST_LETTERS = 64 * 2**20
 _MOST_COUNT = 1e12
 # The sum of squares of 1e12 values below 1e100; those of all hospitals can be added up.
 _MOST_SQUARES = 1e213
+# Values are below 1e100, and an edge or a time at most a few widths, of at most 2e100, beyond.
+_FARTHEST = 1e101
 _MOST_GROUPS = 10_000
 # A horizon is at most 10,000 widths, and rounded up to one.
 _MOST_TIMES = 10_001
@@ -135,7 +137,7 @@ def _read_pair(reported: Reported, exact: bool, most: float) -> None:
 
 
 def _read_survival(reported: Reported, exact: bool, most: float) -> None:
-    _ascending(reported["times"], "times")
+    _ascending(reported["times"], "times", least=0.0)
     if len(reported["times"]) > _MOST_TIMES:
         raise ValueError(
             f"a curve must have at most {_MOST_TIMES:,} times, got {len(reported['times']):,}"
@@ -193,10 +195,10 @@ def _moments(reported: Reported, name: str) -> None:
     _number(reported["m2"], name, 0.0, _MOST_SQUARES)
 
 
-def _ascending(values: object, name: str) -> None:
+def _ascending(values: object, name: str, least: float = -_FARTHEST) -> None:
     if not isinstance(values, list):
         raise ValueError(f"{name} must have a list of edges")
-    numbers = [_number(value, name) for value in values]
+    numbers = [_number(value, name, least, _FARTHEST) for value in values]
     if any(not low < high for low, high in pairwise(numbers)):
         raise ValueError(f"the edges of {name} do not ascend")
 

@@ -83,14 +83,18 @@ class Answer:
     generated: bool = False
 
     def groups(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Return the answers by group and by hospital; the group ``""`` is all rows."""
+        """Return the answers by group and by hospital; the group ``""`` is all rows.
+
+        Windows come in the order of their starts, other groups in that of their names; all others
+        come last.
+        """
         by_name: dict[str, dict[str, dict[str, Any]]] = {}
         starts: dict[str, float] = {}
         for site, reported in self.sites.items():
             for group in reported["groups"]:
                 by_name.setdefault(group["name"], {})[site] = group
                 starts[group["name"]] = float("inf") if group["start"] is None else group["start"]
-        names = sorted(by_name, key=lambda name: (starts[name], name))
+        names = sorted(by_name, key=lambda name: (name == OTHERS, starts[name], name))
         return {name: by_name[name] for name in names}
 
     def overall(self, group: str = "") -> dict[str, Any]:

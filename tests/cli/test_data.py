@@ -318,13 +318,13 @@ from fedmed_flower import Schema, SiteData, TabularClient
 
 
 class Hospital(TabularClient):
-    schema = Schema("ill", "binary", numeric=("age", "weight"))
+    schema = Schema("ill", "binary", numeric=("age", "overweight", "weight"))
 
     def load_data(self, site):
         with (site.folder / "rows.csv").open() as file:
             rows = [
                 {"patient": row["patient"], "ill": int(row["ill"]), "age": float(row["age"])}
-                | {"weight": float(row["weight"] or "nan")}
+                | dict.fromkeys(("overweight", "weight"), float(row["weight"] or "nan"))
                 for row in csv.DictReader(file)
             ]
         return SiteData(rows, source="rows.csv")
@@ -347,7 +347,8 @@ def test_a_column_without_a_value_is_a_problem_whoever_reads_the_table(tmp_path)
         1,
         [
             "rows.csv: 20 train, 0 val, 0 test; 0 rejected",
+            "overweight has no value in any row",
             "weight has no value in any row",
-            "1 problem",
+            "2 problems",
         ],
     )

@@ -1,6 +1,7 @@
 """What a hospital has told without noise stands in one book, over all kinds of answers and runs."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from fedmed_flower.data.splits import split_patients
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.statistics.request import Filter, Request
-from fedmed_flower.wire import read_error
+from fedmed_flower.wire import MESSAGE_VERSION, read_error
 
 WITHHELD = {"num-examples"}
 
@@ -249,6 +250,26 @@ def test_one_who_came_and_one_who_went_do_not_make_up_for_each_other(tmp_path, a
     assert told_of(answer(client, node)) == 40
     splits[split][0] = patients(1, 9, "other")[0]
     assert told_of(answer(client, node)) is None
+
+
+def test_a_patient_who_came_since_fills_no_column_at_the_roll_call(tmp_path):
+    splits = tables()
+    for row in (row for rows in splits.values() for row in rows):
+        row["pressure"] = math.nan
+    client, node = hospital(Declared, **splits), node_of(tmp_path)
+
+    def empty():
+        about = {"version": MESSAGE_VERSION}
+        reply = asked(client, node, "query.describe", message=about, **DECLARED)
+        assert not reply.has_error(), reply.error.reason
+        return dict(reply.content.config_records.get("empty", {}))
+
+    assert empty() == {"columns": ["pressure"]}
+    for new in patients(9, 7, "new"):
+        splits["train"].append(new | {"pressure": 140.0})
+        assert empty() == {"columns": ["pressure"]}
+    splits["train"] += patients(1, 8, "tenth")
+    assert empty() == {}
 
 
 @pytest.mark.parametrize("moved", [1, 9, 10])

@@ -19,7 +19,7 @@ from tiny import says
 from fedmed_flower import InputError
 from fedmed_flower.data.cells import MISSING, category_text
 from fedmed_flower.data.datalist import split_patients
-from fedmed_flower.data.schema import Schema, read_table, table_of
+from fedmed_flower.data.schema import Schema, empty_columns, read_table, table_of
 from fedmed_flower.data.site import SiteData, require_patients
 
 HEART = Schema("ill", "binary", numeric=("age", "chol"), categorical=("sex",))
@@ -446,6 +446,19 @@ def test_missing_values_of_r_excel_and_sas(tmp_path):
     # The results of a test are no missing values.
     text = "patient,age,chol,sex,ill\nA,1,1,+,1\nB,1,1,-,0\n"
     assert column(read(tmp_path, text, HEART)[0], "sex") == ["+", "-"]
+
+
+@pytest.mark.parametrize(
+    ("value", "empty"),
+    [
+        *((gap, True) for gap in (None, math.nan, np.float32("nan"), pd.NaT)),
+        *((value, False) for value in (0, "", date(2020, 1, 13), pd.NA, np.array([1.0, 2.0]))),
+    ],
+)
+def test_a_column_is_empty_if_all_its_values_are_gaps(value, empty):
+    """Also rows that are rejected later, whatever they hold, are looked at."""
+    rows = [{"x": None}, {"x": value}, {}]
+    assert empty_columns(rows, ["x", "y"]) == (("x", "y") if empty else ("y",))
 
 
 @pytest.mark.parametrize(

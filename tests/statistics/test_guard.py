@@ -677,6 +677,15 @@ class TestProbing:
         told = ask(rows, path, columns=("x",), kinds=("histograms",), resolutions={"x": 10.0})
         assert max(told_of(told, "x")["histogram"]["edges"]) == 90
 
+    def test_times_of_a_curve_are_none_of_single_patients(self, path):
+        """Those beyond the horizon share one cell, and do not make the others coarse."""
+        days = [*range(1, 3281, 41), *range(4000, 4200)]
+        rows = [{"patient": str(day), "day": day, "event": int(day < 4000)} for day in days]
+        asked = {"columns": ("other",), "survival": ("day", "event", 3650.0, 1.0)}
+        curve = group(ask(rows, path, **asked))["survival"]
+        assert [time % 512 for time in curve["times"]] == [*[0] * 6, 3650 % 512, 0]
+        assert curve["censored"][-1] == 200
+
     def test_rare_categories_are_not_named(self, rows, path):
         text = str(ask(rows, path, columns=("ward", "smoker")))
         assert "'b'" not in text

@@ -240,6 +240,16 @@ class TestCells:
         assert below.tolist() == [[0, 10, 25, 40], [0, 40 / 3, 20, 40]]
         assert [counts.tolist() for counts in same_bins([fine, coarse])] == [[25, 15], [20, 20]]
 
+    def test_what_rounding_leaves_in_a_bin_counts_nobody(self):
+        """0.1 + 0.2 + 0.3, one after the other, is more than their sum, and 3 * 0.1 than 0.3."""
+        noised = {"edges": [1.0, 2.0, 3.0], "counts": [0.1, 0.2, 0.3, 0.0]}
+        assert same_bins([noised])[0].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.0])
+        assert same_bins([noised])[0][-1] == 0
+        tenths = {"edges": [0.1, 0.2, 3 * 0.1], "counts": [0, 10, 10, 0]}
+        other = {"edges": [0.1, 0.3], "counts": [0, 20, 0]}
+        assert same_bins([tenths, other])[0].tolist() == pytest.approx([0, 20, 0])
+        assert same_bins([tenths, other])[0][-1] == 0
+
     def test_bounds_below_each_edge_by_hand(self):
         """At 0 up to the twenty below 1.5 may be below it; at 1.5 those from 1 to 2 may be."""
         fine = {"edges": [0.0, 1.0, 2.0], "counts": [0, 10, 30, 0]}

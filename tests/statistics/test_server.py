@@ -330,6 +330,7 @@ HOSTILE = [
     (("groups", 0, "numeric", "age", "m2"), 1.7e308),
     (("groups", 0, "numeric", "age", "histogram", "edges"), [1.0]),
     (("groups", 0, "numeric", "age", "histogram", "edges", 0), 1000.0),
+    (("groups", 0, "numeric", "age", "histogram", "edges", 0), -1e308),
     (("groups", 0, "numeric", "age", "histogram", "counts", 0), 10_000),
     (("groups", 0, "numeric", "age", "histogram", "whole"), 1),
     (("groups", 0, "categorical", "sex", "counts"), [1]),
@@ -343,6 +344,8 @@ HOSTILE = [
     (("groups", 0, "pairs", 0, "counts", 0), [1]),
     (("groups", 0, "pairs", 0, "counts"), []),
     (("groups", 0, "survival", "times", 0), 1e9),
+    (("groups", 0, "survival", "times", 0), -1.0),
+    (("groups", 0, "survival", "times", -1), 1e300),
     (("groups", 0, "survival", "events"), []),
     (("groups", 0, "survival", "times"), [*range(10_002)]),
     (("groups", 0, "survival", "censored", 0), 4000),
@@ -590,3 +593,17 @@ def test_a_column_that_no_hospital_has_is_an_error_and_one_that_some_have_is_not
     surveyed(Uneven, Request(columns=("age", "height")), tmp_path / "some")
     summary = json.loads((tmp_path / "some" / "summary.json").read_text())
     assert summary["status"] == "finished"
+
+
+def test_all_others_are_not_the_first_group(tmp_path):
+    """Their name comes before most, and each hospital puts others into them."""
+    rows = [
+        {"patient": f"{sex}{n}", "age": n % 7, "sex": sex}
+        for sex, count in {"f": 40, "m": 40, "x": 6, "y": 6}.items()
+        for n in range(count)
+    ]
+    told = ask_hospital(rows, tmp_path / "north", by="sex") | {"minimum": 10}
+    found = Answer(Request(by="sex"), {"north": told})
+    assert [*found.groups()] == ["f", "m", "all others"]
+    drift = _content(found, "groups", "c2")["drift"]
+    assert {(row["group"], row["against"]) for row in drift} == {("m", "f"), ("all others", "f")}

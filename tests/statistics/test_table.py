@@ -157,10 +157,10 @@ class TestCurves:
     def test_what_is_known_and_what_is_bounded(self, tmp_path):
         hospitals = {
             name: make_patients(count, number, name)
-            for number, (name, count) in enumerate((("north", 150), ("south", 120), ("west", 4)))
+            for number, (name, count) in enumerate((("north", 400), ("south", 120), ("west", 4)))
         }
         (exact,) = self.curve(surveyed(tmp_path / "a", hospitals, 1, survival=self.ASKED))
-        assert exact["title"] == "Kaplan-Meier: 274 patients of 3 of 3 hospitals"
+        assert exact["title"] == "Kaplan-Meier: 524 patients of 3 of 3 hospitals"
         assert exact["head"] == [
             *[
                 "time",
@@ -176,9 +176,9 @@ class TestCurves:
         left = int((frame.time > 1).sum())
         events = int(((frame.time <= 1) & (frame.event == 1)).sum())
         assert exact["rows"][0][:3] == ["1.00", str(left), str(events)]
-        assert exact["rows"][0][3] == exact["rows"][0][5] == f"{1 - events / 274:.3f}"
+        assert exact["rows"][0][3] == exact["rows"][0][5] == f"{1 - events / 524:.3f}"
         (bounded,) = self.curve(surveyed(tmp_path / "b", hospitals, 10, survival=self.ASKED))
-        assert bounded["title"] == "Kaplan-Meier: 270 patients of 2 of 3 hospitals; not west"
+        assert bounded["title"] == "Kaplan-Meier: 520 patients of 2 of 3 hospitals; not west"
         _, at_risk, happened, survival, low, high = bounded["rows"][-2]
         assert (survival, " to " in at_risk, " to " in happened) == ("–", True, True)
         assert 0 < float(low) < float(high) < 1
