@@ -384,7 +384,10 @@ def _table(
         if cuts := schema.bands.get(name):
             columns[band_name(name)] = _bands(values, cuts)
     for name in schema.categorical:
-        columns[name] = cells.texts(name, schema.categories.get(name, ()))
+        declared = schema.categories.get(name, ())
+        columns[name] = cells.texts(name, declared)
+        if declared:
+            cells.note_undeclared(name, columns[name], declared)
     columns |= outcomes
     further = {name: cells.texts(name) for name in keep if name not in columns}
     for name, texts in further.items():
