@@ -35,7 +35,7 @@ _MOST_ROWS = 400
 _MOST_PLOTS = 24
 _MOST_NAMES = 100
 _MOST_WEEKS = 2000
-_MOST_TICKS = 6
+_MOST_TICKS = 5
 _ALERT = "#d55e00"
 # How opaque the bands of curves are: of all hospitals, of each, and of each group.
 _BAND = 0.2
@@ -252,7 +252,7 @@ def _survival(group: Mapping[str, Any], styles: Styles) -> str:
     if curve["sites"]:
         hospitals = escaped(hospitals_of(curve["sites"], list(styles)))
         caption = f"Kaplan-Meier · {curve['patients']:,.0f} patients of {hospitals}"
-    return f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
+    return _wide_figure(drawing, "Kaplan-Meier curves", caption)
 
 
 def _side_by_side(survey: Mapping[str, Any]) -> str:
@@ -274,7 +274,7 @@ def _side_by_side(survey: Mapping[str, Any]) -> str:
     sites = next(iter(curves.values()))["sites"]
     hospitals = escaped(hospitals_of(sites, list(survey["sites"])))
     caption = f"Kaplan-Meier · each group of the same {hospitals}"
-    drawn = f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
+    drawn = _wide_figure(drawing, "Kaplan-Meier curves of groups", caption)
     return f"<h2>Survival by {escaped(survey['request']['by'])}</h2>{keys}{drawn}"
 
 
@@ -323,8 +323,8 @@ def _matrix(correlations: Sequence[Mapping[str, Any]], suffix: str) -> str:
     axes.set_yticks(ticks, [_plain(name) for name in names], fontsize=size)
     axes.set_xticks(ticks, [_plain(name) for name in names], fontsize=size, rotation=90)
     axes.invert_yaxis()
-    drawing = plots.svg(axes, "correlation matrix", "", grid="x")
-    return f'<h2>Correlation{suffix}</h2><figure class="dots">{drawing}</figure>'
+    drawing = plots.svg(axes, "correlation matrix", "", grid="")
+    return f"<h2>Correlation{suffix}</h2>{_wide_figure(drawing, 'correlation matrix')}"
 
 
 def _weeks(entry: Mapping[str, Any]) -> str:
@@ -343,10 +343,19 @@ def _weeks(entry: Mapping[str, Any]) -> str:
     axes.set_xticks(ticks, names, ha="left")
     drawing = plots.svg(axes, "rows by week", "week", grid="y")
     site = escaped(entry["site"]) + (f", {escaped(entry['group'])}" if entry["group"] else "")
-    text = (
-        f"<b>{site}</b> · rows by week · {count_of(sum(map(bool, alerts)), 'alert')} · × withheld"
-    )
-    return f'<figure class="dots"><figcaption>{text}</figcaption>{drawing}</figure>'
+    found = sum(map(bool, alerts))
+    text = f"<b>{site}</b> · rows by week · {count_of(found, 'alert')}"
+    text += " (orange)" * (found > 0) + " · × withheld" * (unknown.size > 0)
+    return _wide_figure(drawing, "rows by week", text)
+
+
+def _wide_figure(drawing: str, label: str, caption: str = "") -> str:
+    """Return a drawing that keeps the size of its letters on a narrow screen, and is moved there.
+
+    `caption` is markup.
+    """
+    head = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f'<figure class="dots">{head}{frame.wide(drawing, f"Drawing: {label}")}</figure>'
 
 
 def _plain(name: str) -> str:
