@@ -102,11 +102,11 @@ def pool_counts(parts: Iterable[Reported]) -> tuple[dict[str, float], float]:
         for name, count in zip(part["names"], part["counts"], strict=True):
             total[name] = total.get(name, 0) + count
         few += part["few"]
-    return {name: total[name] for name in sorted(total, key=_place)}, few
+    return {name: total[name] for name in sorted(total, key=place_of)}, few
 
 
-def _place(name: str) -> tuple[float, bool, str]:
-    """Return the place of a category among others."""
+def place_of(name: str) -> tuple[float, bool, str]:
+    """Return the place of a category among others; see `pool_counts`."""
     number = _NUMBER.match(name)
     if number is None:
         return math.inf, True, name

@@ -30,6 +30,7 @@ from fedmed_flower.settings.text import expand
 from fedmed_flower.statistics.local import OTHERS
 from fedmed_flower.statistics.outlying import drift_between_groups, drift_between_sites
 from fedmed_flower.statistics.page import STATISTICS_FILE, write_page
+from fedmed_flower.statistics.pooling import place_of
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.summary import (
@@ -90,7 +91,7 @@ class Answer:
             for group in reported["groups"]:
                 by_name.setdefault(group["name"], {})[site] = group
                 starts[group["name"]] = float("inf") if group["start"] is None else group["start"]
-        names = sorted(by_name, key=lambda name: (starts[name], name))
+        names = sorted(by_name, key=lambda name: (starts[name], place_of(name)))
         return {name: by_name[name] for name in names}
 
     def overall(self, group: str = "") -> dict[str, Any]:
