@@ -92,3 +92,9 @@ def test_a_drawing_of_weeks_says_what_its_colour_and_cross_mean():
     assert "rows by week · 1 alert (orange) · × withheld</figcaption>" in found
     quiet = page._weeks(weeks | {"counts": [10, 40, 11], "alert": [False, False, None]})
     assert "rows by week · 0 alerts</figcaption>" in quiet
+
+
+def test_what_was_asked_is_written_as_words():
+    assert page._listed(["age", "sex"]) == "age, sex"
+    assert page._listed(["time", "event", 9.0, 1.0]) == ["time", "event", 9.0, 1.0]
+    assert page._listed("age") == "age"
