@@ -57,6 +57,11 @@ from fedmed_flower.wire import (
 log = logging.getLogger("flwr.fedmed")
 
 DRIFT = ("", "sites", "groups")
+_NOT_COMPARED = {
+    "sites": "nothing was compared: no two hospitals have sent the same column",
+    "groups": "nothing was compared by {}: no hospital has sent two groups of it. Dates and "
+    "numbers need windows, wide enough for the minimum of patients: --window, in days for dates",
+}
 _PACKAGES = ("fedmed-flower", "flwr", "numpy")
 
 
@@ -280,6 +285,8 @@ def _content(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
         changes = drift_between_sites(groups, exact)
     elif drift == "groups" and groups:
         changes = drift_between_groups(groups, exact)
+    if drift and not changes:
+        log.warning("%s", _NOT_COMPARED[drift].format(shown(answer.request.by)))
     for row in changes:
         if "stands_out" in row:
             named = " ".join((row["site"], row["group"])).strip()
