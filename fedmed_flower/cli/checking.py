@@ -13,10 +13,10 @@ from flwr.app import Context, RecordDict, UserConfig
 from fedmed_flower.clients.app import HospitalApp
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.tabular import TabularClient
-from fedmed_flower.clients.targets import with_target
+from fedmed_flower.clients.targets import CLASSED, with_target
 from fedmed_flower.data.outlying import with_further, without_column
 from fedmed_flower.data.preparation import contribution
-from fedmed_flower.data.schema import empty_columns, without_values
+from fedmed_flower.data.schema import Schema, empty_columns, without_values
 from fedmed_flower.data.site import SPLITS, Row, SiteData, require_patients
 from fedmed_flower.engines.project import load_project
 from fedmed_flower.errors import InputError, shown
@@ -25,6 +25,9 @@ from fedmed_flower.genomics.client import GenomicsClient
 from fedmed_flower.settings.registry import complete
 
 log = logging.getLogger("flwr.fedmed")
+
+# A hospital of fewer rows may have one class by chance.
+_FEWEST_ROWS = 20
 
 
 @dataclass
@@ -98,12 +101,28 @@ def compare(found: Mapping[str, Checked]) -> list[str]:
         counts = {name: len(own) for name, own in rows.items()}
         standing_out = with_further(standing_out, tables[0].outlying(contributions, counts))
     texts = [f"{one.site}: {one.text}" for one in standing_out]
+    if tables and tables[0].schema.task in CLASSED:
+        texts += _one_class(rows, tables[0].schema)
     genomes = {
         name: checked.client.genotypes(checked.client.site)
         for name, checked in usable.items()
         if isinstance(checked.client, GenomicsClient)
     }
     return texts + (compare_files(genomes) if len(genomes) > 1 else [])
+
+
+def _one_class(rows: Mapping[str, Sequence[Row]], schema: Schema) -> Iterator[str]:
+    """Yield which hospitals have one class alone, while most others have several."""
+    classes = {name: {int(row[schema.target]) for row in own} for name, own in rows.items()}
+    several = sum(len(found) > 1 for found in classes.values())
+    others = len(classes) - 1
+    for name, found in classes.items():
+        if len(found) == 1 and len(rows[name]) >= _FEWEST_ROWS and 2 * several > others:
+            text = schema.classes[found.pop()]
+            yield shown(
+                f"{name}: {schema.target} is {text} in all {len(rows[name])} rows; {several} of "
+                f"{others} other hospitals have several classes: perhaps it is coded otherwise here"
+            )
 
 
 def _read(checked: Checked, client: MedicalClient) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from flwr.app import Context
 
 _Names = list[str] | None
+# Drift by windows has thousands of rows.
+_MOST_ROWS = 60
 
 
 def statistics(
@@ -208,6 +210,9 @@ def _print_table(entry: dict[str, Any]) -> None:
     for index, name in enumerate(entry["head"]):
         justify: Any = "left" if index == 0 or words else "right"
         table.add_column(name, justify=justify, overflow="fold")
-    for row in entry["rows"]:
+    for row in entry["rows"][:_MOST_ROWS]:
         table.add_row(*row)
     print_table(console, table)
+    left = len(entry["rows"]) - _MOST_ROWS
+    if left > 0:
+        console.print(f"{left} more row{'s' * (left > 1)} of this table in report.html")

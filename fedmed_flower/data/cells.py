@@ -45,6 +45,8 @@ _NUMBER_CODE = re.compile(r"-?[0-9]+")
 _MOST_UNDECLARED = 0.05
 _FEWEST_UNDECLARED = 3
 _MOST_LISTED = 6
+# If more than half of a column's numbers are outside its declared range.
+_OTHER_UNIT = ": perhaps they are of another unit: convert them, or correct the range of {!r}"
 
 
 def category_text(value: Any) -> str | None:
@@ -167,9 +169,12 @@ class Cells:
         if whole:
             other = np.logical_or.reduce([np.isnan(values), *faults.values()])
             faults["is not a whole number"] = (values != np.floor(values)) & ~other
+        known = np.count_nonzero(~np.isnan(values))
         for what, mask in faults.items():
             values[mask] = np.nan
-            self.note(needed or name, what, mask, cells, bool(needed))
+            mostly = what.startswith("is outside") and 2 * np.count_nonzero(mask) > known
+            advice = _OTHER_UNIT.format(name) if mostly else ""
+            self.note(needed or name, what, mask, cells, bool(needed), advice=advice)
         self._note_lone(name, values)
         if limits is None:
             self._note_stray(name, values, cells)
@@ -297,11 +302,19 @@ class Cells:
             return None
 
     def note(
-        self, name: str, what: str, mask: ArrayLike, cells: Any = None, reject: bool = True
+        self,
+        name: str,
+        what: str,
+        mask: ArrayLike,
+        cells: Any = None,
+        reject: bool = True,
+        counted: str = "missing",
+        advice: str = "",
     ) -> None:
         """Add a problem of the rows in `mask`, and reject these rows if `reject`.
 
-        Rows that are rejected already are not counted again.
+        Rows that are rejected already are not counted again. `counted` says as what the cell of a
+        row that is not rejected counts; `advice` is the end of the problem's text.
         """
         wrong = np.asarray(mask, bool) & ~self.rejected
         if not wrong.any():
@@ -309,11 +322,11 @@ class Cells:
         count = int(wrong.sum())
         first = int(wrong.argmax())
         example = "" if cells is None else f" with {_example(_cell(cells, first))}"
-        outcome = "rejected" if reject else "counted as missing"
+        outcome = "rejected" if reject else f"counted as {counted}"
         self.problems.append(
             shown(
                 f"{name} {what} in {count} row{'s' * (count > 1)}, {outcome}; the first is "
-                f"{self.word} {self.lines[first]}{example}"
+                f"{self.word} {self.lines[first]}{example}{advice}"
             )
         )
         if reject:
@@ -325,6 +338,23 @@ class Cells:
         if allowed:
             what = f"is not one of {', '.join(allowed)}"
             self.note(name, what, [text not in allowed for text in texts], texts)
+
+    def note_undeclared(
+        self, name: str, texts: Sequence[str | None], declared: Sequence[str]
+    ) -> None:
+        """Add a problem of the rows whose category is none of those that are declared."""
+        listed = ", ".join(declared[:_MOST_LISTED]) + ", ..." * (len(declared) > _MOST_LISTED)
+        known = {None, *declared}
+        other = [text not in known for text in texts]
+        self.note(
+            name,
+            f"is not one of {listed}",
+            other,
+            texts,
+            reject=False,
+            counted="none of them",
+            advice=f": write it as one of them, or declare it in categories or codes of {name!r}",
+        )
 
     def require_codes(
         self,
@@ -366,8 +396,9 @@ class Cells:
             remedy = f"the two classes by classes=({classes}), class 0 first; or {remedy}"
         raise InputError(
             shown(
-                f"{self.where}: {name} is {listed} and must be one of {', '.join(allowed)}: say in "
-                f"the schema {remedy}; add those that mean missing to missing of read_table",
+                f"{self.where}: {name} is {listed} and must be one of {', '.join(allowed)}: if "
+                f"other hospitals write it so, change this table; else say in the schema {remedy}; "
+                "add those that mean missing to missing of read_table",
                 1000,
             )
         )

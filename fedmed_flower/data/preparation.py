@@ -238,7 +238,11 @@ class Preparation:
             for name in schema.categorical
             if name not in schema.categories
         ]
-        require(not lacking, f"the schema declares too little: it needs {', '.join(lacking)}")
+        require(
+            not lacking,
+            f"the schema declares too little: it needs {', '.join(lacking)}; without privacy "
+            'preparation="federated" learns them from all hospitals together',
+        )
         spans = {name: _mean_and_scale(schema.ranges[name]) for name in schema.numeric}
         return cls(
             {name: mean for name, (mean, _) in spans.items()},

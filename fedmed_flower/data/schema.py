@@ -398,7 +398,11 @@ def _table(
         if cuts := schema.bands.get(name):
             columns[band_name(name)] = _bands(values, cuts)
     for name in schema.categorical:
-        columns[name] = _objects(cells.texts(name, schema.categories.get(name, ())))
+        declared = schema.categories.get(name, ())
+        texts = cells.texts(name, declared)
+        columns[name] = _objects(texts)
+        if declared:
+            cells.note_undeclared(name, texts, declared)
     columns |= outcomes
     further = {name: cells.texts(name) for name in keep if name not in columns}
     for name, texts in further.items():

@@ -247,11 +247,15 @@ def _picture(folder: Path, file: str) -> tuple[bytes, str | None]:
 
 
 def svg(axes: Any, label: str, across: str, grid: str = "x") -> str:
-    """Draw for use inside the page: no ids, no links, colours from the page's style."""
+    """Draw for use inside the page: no ids, no links, colours from the page's style.
+
+    `grid` names the axis from which lines cross the drawing; an empty text draws none.
+    """
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT)
     axes.tick_params(length=0, colors=INK)
-    axes.grid(axis=grid, color=FAINT, linewidth=0.6)
+    if grid:
+        axes.grid(axis=grid, color=FAINT, linewidth=0.6)
     axes.set_xlabel(across, color=INK)
     buffer = io.StringIO()
     with warnings.catch_warnings():

@@ -131,9 +131,7 @@ def _require_sound(columns: Columns, request: Request) -> None:
     if request.survival is not None:
         columns.require(*request.survival[:2])
         if columns.is_categorical(request.survival.time):
-            raise InputError(
-                f"{request.survival.time} holds no numbers, which a survival curve needs"
-            )
+            raise InputError(request.survival.no_times)
 
 
 def _wanted(columns: Columns, request: Request) -> list[str]:

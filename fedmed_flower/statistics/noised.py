@@ -277,7 +277,7 @@ def _require_declared(request: Request, declared: Declared, names: Sequence[str]
     if request.by and not declared.has_categories(request.by):
         raise InputError(f"with noise the categories of {request.by} must be declared")
     if request.survival is not None and declared.is_categorical(request.survival.time):
-        raise InputError(f"{request.survival.time} holds no numbers, which a survival curve needs")
+        raise InputError(request.survival.no_times)
     numeric = sum(declared.has_range(name) for name in names)
     if "correlations" in request.kinds and numeric > _MOST_CORRELATED:
         raise InputError(

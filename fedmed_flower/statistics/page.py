@@ -35,7 +35,7 @@ _MOST_ROWS = 400
 _MOST_PLOTS = 24
 _MOST_NAMES = 100
 _MOST_WEEKS = 2000
-_MOST_TICKS = 6
+_MOST_TICKS = 4
 _ALERT = "#d55e00"
 # How opaque the bands of curves are: of all hospitals, of each, and of each group.
 _BAND = 0.2
@@ -148,13 +148,21 @@ def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
         parts.append(_NOISED.format(escaped(request["epsilon"]), escaped(request["delta"])))
     else:
         parts.append(_LEFT.format(escaped(min(minima, default=None))))
-    asked = {name: value for name, value in request.items() if value}
-    rows = [[escaped(name), escaped(value)] for name, value in asked.items()]
+    # Without noise delta says nothing.
+    unused = () if request["epsilon"] else ("delta",)
+    asked = {name: value for name, value in request.items() if value and name not in unused}
+    rows = [[escaped(name), escaped(_listed(value))] for name, value in asked.items()]
     rows.append(["data", escaped(summary.get("data"))])
     title = "What was asked"
     asked_table = frame.table(frame.unseen(title), ("Name", "Value"), rows, kind="wordy")
     parts.append(f"<h2>{title}</h2>{asked_table}")
     return "\n".join(parts)
+
+
+def _listed(value: Any) -> Any:
+    """Return a list of texts as one text; anything else as it is."""
+    texts = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    return ", ".join(value) if texts else value
 
 
 def _head(summary: Mapping[str, Any], styles: Styles) -> str:
@@ -239,7 +247,7 @@ def _histogram(column: str, reported: Mapping[str, Any], styles: Styles) -> str:
 
 
 def _survival(group: Mapping[str, Any], styles: Styles) -> str:
-    axes: Any = Figure((6.4, 3.2), layout="constrained").subplots()
+    axes: Any = Figure((5.0, 2.8), layout="constrained").subplots()
     for site, part in group["sites"].items():
         if "survival" in part:
             style = styles[site]
@@ -252,7 +260,7 @@ def _survival(group: Mapping[str, Any], styles: Styles) -> str:
     if curve["sites"]:
         hospitals = escaped(hospitals_of(curve["sites"], list(styles)))
         caption = f"Kaplan-Meier · {curve['patients']:,.0f} patients of {hospitals}"
-    return f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
+    return _figure(drawing, caption)
 
 
 def _side_by_side(survey: Mapping[str, Any]) -> str:
@@ -264,7 +272,7 @@ def _side_by_side(survey: Mapping[str, Any]) -> str:
             curves[label(survey, name)] = curve
     if not 1 < len(curves) <= len(PALETTE):
         return ""
-    axes: Any = Figure((6.4, 3.2), layout="constrained").subplots()
+    axes: Any = Figure((5.0, 2.8), layout="constrained").subplots()
     styles = plots.styles(list(curves))
     for name, curve in curves.items():
         _step(axes, curve, styles[name].colour, styles[name].dashes, 1.6, _GROUP_BAND)
@@ -274,7 +282,7 @@ def _side_by_side(survey: Mapping[str, Any]) -> str:
     sites = next(iter(curves.values()))["sites"]
     hospitals = escaped(hospitals_of(sites, list(survey["sites"])))
     caption = f"Kaplan-Meier · each group of the same {hospitals}"
-    drawn = f'<figure class="dots"><figcaption>{caption}</figcaption>{drawing}</figure>'
+    drawn = _figure(drawing, caption)
     return f"<h2>Survival by {escaped(survey['request']['by'])}</h2>{keys}{drawn}"
 
 
@@ -323,15 +331,16 @@ def _matrix(correlations: Sequence[Mapping[str, Any]], suffix: str) -> str:
     axes.set_yticks(ticks, [_plain(name) for name in names], fontsize=size)
     axes.set_xticks(ticks, [_plain(name) for name in names], fontsize=size, rotation=90)
     axes.invert_yaxis()
-    drawing = plots.svg(axes, "correlation matrix", "", grid="x")
-    return f'<h2>Correlation{suffix}</h2><figure class="dots">{drawing}</figure>'
+    drawing = plots.svg(axes, "correlation matrix", "", grid="")
+    shown = frame.wide(drawing, "Drawing: correlation matrix")
+    return f'<h2>Correlation{suffix}</h2><figure class="dots">{shown}</figure>'
 
 
 def _weeks(entry: Mapping[str, Any]) -> str:
     counts = [math.nan if value is None else value for value in entry["counts"]]
     if len(counts) > _MOST_WEEKS:
         return f'<p class="note">{count_of(len(counts), "week")} are not drawn.</p>'
-    axes: Any = Figure((6.4, 2.2), layout="constrained").subplots()
+    axes: Any = Figure((5.0, 2.2), layout="constrained").subplots()
     weeks = np.arange(len(counts))
     alerts = entry.get("alert") or [False] * len(counts)
     colours = [_ALERT if alert else plots.CROWD for alert in alerts]
@@ -343,10 +352,18 @@ def _weeks(entry: Mapping[str, Any]) -> str:
     axes.set_xticks(ticks, names, ha="left")
     drawing = plots.svg(axes, "rows by week", "week", grid="y")
     site = escaped(entry["site"]) + (f", {escaped(entry['group'])}" if entry["group"] else "")
-    text = (
-        f"<b>{site}</b> · rows by week · {count_of(sum(map(bool, alerts)), 'alert')} · × withheld"
-    )
-    return f'<figure class="dots"><figcaption>{text}</figcaption>{drawing}</figure>'
+    found = sum(map(bool, alerts))
+    text = f"<b>{site}</b> · rows by week · {count_of(found, 'alert')}"
+    text += " (orange)" * (found > 0) + " · × withheld" * (unknown.size > 0)
+    return _figure(drawing, text)
+
+
+def _figure(drawing: str, caption: str) -> str:
+    """Return a drawing so narrow that its letters can be read on a telephone.
+
+    `caption` is markup.
+    """
+    return f'<figure class="dots slim"><figcaption>{caption}</figcaption>{drawing}</figure>'
 
 
 def _plain(name: str) -> str:

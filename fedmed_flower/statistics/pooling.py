@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from fedmed_flower.statistics.types import Floats, Reported
 
 # What rounding may leave in a bin, as a share of all values.
 _ROUNDING = 1e-9
+# What a category begins with, if it is a number or a band: 60, <60, 60-75, >=75.
+_NUMBER = re.compile(r"(?:<|>=)?(-?[0-9]{1,15}(?:\.[0-9]{1,15})?)")
 
 
 class Moments(NamedTuple):
@@ -91,14 +94,25 @@ def pool_correlation(parts: Sequence[Reported]) -> float:
 
 
 def pool_counts(parts: Iterable[Reported]) -> tuple[dict[str, float], float]:
-    """Return the pooled counts of categories by name, and of those too small to be named."""
+    """Return the pooled counts of categories by name, and of those too small to be named.
+
+    Names that begin with a number come first, as it grows, and so do bands: <60, 60-75, >=75.
+    """
     total: dict[str, float] = {}
     few = 0.0
     for part in parts:
         for name, count in zip(part["names"], part["counts"], strict=True):
             total[name] = total.get(name, 0) + count
         few += part["few"]
-    return dict(sorted(total.items())), few
+    return {name: total[name] for name in sorted(total, key=place_of)}, few
+
+
+def place_of(name: str) -> tuple[float, bool, str]:
+    """Return the place of a category among others; see `pool_counts`."""
+    number = _NUMBER.match(name)
+    if number is None:
+        return math.inf, True, name
+    return float(number[1]), not name.startswith("<"), name
 
 
 def pool_quantile(parts: Sequence[Reported], share: float) -> Quantile:

@@ -59,6 +59,14 @@ class Survival(NamedTuple):
     horizon: float
     width: float
 
+    @property
+    def no_times(self) -> str:
+        """What to say where the times are texts."""
+        return (
+            f"{self.time} holds no numbers, which a survival curve needs: if its texts are "
+            f"numbers, declare their range: --range {self.time}=0,{self.horizon:g}"
+        )
+
 
 @dataclass(frozen=True)
 class Request:

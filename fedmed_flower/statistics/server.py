@@ -30,6 +30,7 @@ from fedmed_flower.settings.text import expand
 from fedmed_flower.statistics.local import OTHERS
 from fedmed_flower.statistics.outlying import drift_between_groups, drift_between_sites
 from fedmed_flower.statistics.page import STATISTICS_FILE, write_page
+from fedmed_flower.statistics.pooling import place_of
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.summary import (
@@ -56,6 +57,11 @@ from fedmed_flower.wire import (
 log = logging.getLogger("flwr.fedmed")
 
 DRIFT = ("", "sites", "groups")
+_NOT_COMPARED = {
+    "sites": "nothing was compared: no two hospitals have sent the same column",
+    "groups": "nothing was compared by {}: no hospital has sent two groups of it. Dates and "
+    "numbers need windows, wide enough for the minimum of patients: --window, in days for dates",
+}
 _PACKAGES = ("fedmed-flower", "flwr", "numpy")
 
 
@@ -94,7 +100,7 @@ class Answer:
             for group in reported["groups"]:
                 by_name.setdefault(group["name"], {})[site] = group
                 starts[group["name"]] = float("inf") if group["start"] is None else group["start"]
-        names = sorted(by_name, key=lambda name: (name == OTHERS, starts[name], name))
+        names = sorted(by_name, key=lambda n: (n == OTHERS, starts[n], place_of(n)))
         return {name: by_name[name] for name in names}
 
     def overall(self, group: str = "") -> dict[str, Any]:
@@ -283,6 +289,8 @@ def _content(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
         changes = drift_between_sites(groups, exact)
     elif drift == "groups" and groups:
         changes = drift_between_groups(groups, exact)
+    if drift and not changes:
+        log.warning("%s", _NOT_COMPARED[drift].format(shown(answer.request.by)))
     for row in changes:
         if "stands_out" in row:
             named = " ".join((row["site"], row["group"])).strip()

@@ -283,9 +283,8 @@ def _standing_out(entries: Sequence[Mapping[str, Any]]) -> Table:
 def _drift(entries: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         [
-            *(_hospital(entry), entry["against"], entry["column"], entry["what"]),
+            *(_hospital(entry), entry["against"], entry["column"], _compared(entry)),
             *(figure(entry.get(key)) for key in ("psi", "ks", "difference", "p", "corrected")),
-            entry.get("note", "stands out" if "stands_out" in entry else ""),
         ]
         for entry in entries
     ]
@@ -299,9 +298,14 @@ def _drift(entries: Sequence[Mapping[str, Any]]) -> Table:
         "missing",
         "p",
         "p, corrected",
-        "",
     ]
     return {"title": "Drift", "head": head, "rows": rows}
+
+
+def _compared(entry: Mapping[str, Any]) -> str:
+    """Return what was compared, and whether it stands out or could not be compared."""
+    note = entry.get("note", "stands out" if "stands_out" in entry else "")
+    return f"{entry['what']}: {note}" if note else str(entry["what"])
 
 
 def _hospital(entry: Mapping[str, Any]) -> str:

@@ -53,8 +53,10 @@ def is_gap(value: Any) -> bool:
 
 
 def number_of(value: Any) -> float:
-    """Return a number or a truth value as a float below 1e100; NaN for all else."""
+    """Return a number, a text of one or a truth value as a float below 1e100; NaN for all else."""
     value = plain(value)
+    if isinstance(value, str):
+        return float(value) if is_number(value) else math.nan
     try:
         number = float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:
@@ -66,7 +68,7 @@ def number_of(value: Any) -> float:
 def is_number(text: str) -> bool:
     """Return whether a text is a number below 1e100."""
     try:
-        return abs(float(text)) < 1e100
+        return abs(float(text)) < 1e100 and "_" not in text
     except ValueError:
         return False
 

@@ -352,3 +352,23 @@ def test_a_column_without_a_value_is_a_problem_whoever_reads_the_table(tmp_path)
             "2 problems",
         ],
     )
+
+
+def test_a_hospital_of_one_class_among_others_may_be_coded_otherwise(tmp_path):
+    lines = [f"P{n},{40 + n},130,230,150,1.5,1,2,0,1,0,{n % 2}\n" for n in range(30)]
+    alone = [line.replace(",0\n", ",1\n") for line in lines]
+    few = [line.replace(",1\n", ",0\n") for line in lines[:19]]
+    places = [
+        str(hearts(tmp_path / name, own))
+        for name, own in {"north": lines, "south": lines, "east": alone, "west": few}.items()
+    ]
+    code, printed = check(*places, "--app", str(HEART))
+    text = (
+        "east: disease is 1 in all 30 rows; 2 of 3 other hospitals have several classes: perhaps "
+        "it is coded otherwise here"
+    )
+    assert code == 1
+    assert [line for line in printed if "several classes" in line] == [text]
+    # Nobody has several classes.
+    code, printed = check(*places[2:], "--app", str(HEART))
+    assert "several classes" not in " ".join(printed)

@@ -323,7 +323,10 @@ def test_a_declared_preparation_learns_nothing():
         wards = [row["ward"] == ward for ward in "abc"]
         wanted = [(row["age"] - 50) / 25, pressure, row["sex"] == "m", *wards]
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    text = "the schema declares too little: it needs categories of 'ward'"
+    text = (
+        "the schema declares too little: it needs categories of 'ward'; without privacy "
+        'preparation="federated" learns them from all hospitals together'
+    )
     with pytest.raises(InputError, match=says(text)):
         TinyTable(context_of(**DECLARED)).build_model()
 

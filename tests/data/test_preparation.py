@@ -347,7 +347,8 @@ def test_a_schema_that_declares_too_little():
     with pytest.raises(
         InputError,
         match=says(
-            "the schema declares too little: it needs a range of 'chol', categories of 'cp'"
+            "the schema declares too little: it needs a range of 'chol', categories of 'cp'; "
+            'without privacy preparation="federated" learns them from all hospitals together'
         ),
     ):
         Preparation.declared(schema)

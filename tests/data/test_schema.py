@@ -146,6 +146,31 @@ def test_values_outside_the_plausible_range_are_missing_and_told(tmp_path):
     ]
 
 
+def test_a_column_mostly_outside_its_range_may_be_of_another_unit(tmp_path):
+    schema = replace(HEART, ranges={"chol": (20, 1500)})
+    heading = "patient,age,chol,sex,ill\n"
+    most = f"{heading}A,1,0.9,1,1\nB,1,1.1,1,0\nC,1,99,1,0\nD,1,,1,0\n"
+    told = (
+        "chol is outside 20 to 1500 in 2 rows, counted as missing; the first is line 2 with '0.9'"
+    )
+    advice = ": perhaps they are of another unit: convert them, or correct the range of 'chol'"
+    assert read(tmp_path, most, schema)[2] == [told + advice]
+    half = f"{heading}A,1,0.9,1,1\nB,1,1.1,1,0\nC,1,99,1,0\nD,1,88,1,0\n"
+    assert read(tmp_path, half, schema)[2] == [told]
+
+
+def test_a_category_that_is_not_declared_is_kept_and_told(tmp_path):
+    schema = replace(HEART, categories={"sex": ("f", "m")}, codes={"sex": {"W": "f"}})
+    text = "patient,age,chol,sex,ill\nA,1,1,W,1\nB,1,1,F,0\nC,1,1,,0\nD,1,1,M,0\nE,1,1,m,0\n"
+    rows, rejected, problems = read(tmp_path, text, schema)
+    assert column(rows, "sex") == ["f", "F", None, "M", "m"]
+    assert rejected == 0
+    assert problems == [
+        "sex is not one of f, m in 2 rows, counted as none of them; the first is line 3 with 'F': "
+        "write it as one of them, or declare it in categories or codes of 'sex'"
+    ]
+
+
 def test_a_fraction_in_a_column_of_whole_numbers_is_missing_and_told(tmp_path):
     schema = replace(HEART, whole=("chol",), ranges={"chol": (0, 9)})
     text = "patient,age,chol,sex,ill\nA,1.5,2.0,1,1\nB,1,2.5,1,0\nC,1,,1,0\nD,1,99.5,1,0\n"
@@ -400,7 +425,8 @@ def test_a_target_of_words_is_refused_until_its_classes_are_named(tmp_path, valu
     lines = "".join(f"P{n},60,{value}\n" for n, value in enumerate(values * 3))
     path = written(tmp_path, f"patient,age,ill\n{lines}")
     text = (
-        f"{path}: target ill is {listed} and must be one of 0, 1: say in the schema {remedy}; add "
+        f"{path}: target ill is {listed} and must be one of 0, 1: if other hospitals write "
+        f"it so, change this table; else say in the schema {remedy}; add "
         "those that mean missing to missing of read_table"
     )
     with pytest.raises(InputError, match=says(text)):
@@ -410,7 +436,7 @@ def test_a_target_of_words_is_refused_until_its_classes_are_named(tmp_path, valu
 def test_a_schema_that_has_named_its_classes_is_asked_for_codes(tmp_path):
     schema = Schema("ill", "binary", numeric=("age",), classes=("no", "yes"))
     lines = "".join(f"P{n},60,{value}\n" for n, value in enumerate(["non", "oui"] * 3))
-    text = "must be one of no, yes: say in the schema what each text stands for, by codes="
+    text = "else say in the schema what each text stands for, by codes="
     with pytest.raises(InputError, match=re.escape(text)):
         read(tmp_path, f"patient,age,ill\n{lines}", schema)
     # As the error for a schema without classes advises.

@@ -377,6 +377,20 @@ CASES = [
         replace(NUMBER, ranges={"x": (0, 120)}),
     ),
     Case(
+        'another unit, with `ranges={"x": (20, 1500)}`',
+        _lines("x,z,y", ["0.9,1,1", "1.1,1,1"]),
+        REPORTED,
+        {"x": [NAN, NAN], "z": [1.0, 1.0]},
+        replace(NUMBER, numeric=("x", "z"), ranges={"x": (20, 1500)}),
+    ),
+    Case(
+        'F and M, with `categories={"sex": ("f", "m")}`',
+        TABLE,
+        REPORTED,
+        ROWS,
+        replace(SCHEMA, categories={"sex": ("f", "m")}),
+    ),
+    Case(
         "dates as 13.01.2020, of whose weeks statistics are asked for",
         **_weeks(DOTTED, REPORTED, None),
     ),

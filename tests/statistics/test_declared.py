@@ -34,6 +34,35 @@ def rows(kinds=KINDS_OF_PATIENTS):
     return made
 
 
+def test_texts_of_numbers_are_numbers_in_a_column_that_is_declared_numeric(tmp_path):
+    numbers = [3.0, 3.0, 5.0, 8.5] * 15
+    asked = {"ranges": {"time": (0.0, 10.0)}, "survival": ("time", "event", 9.0, 3.0)}
+
+    def curve(cells, name):
+        made = [{"patient": n, "time": t, "event": n % 2} for n, t in enumerate(cells)]
+        return group(ask(made, tmp_path / name, **asked))["survival"]
+
+    found = curve(map(str, numbers), "texts")
+    assert sum(found["events"]) == 30
+    assert found == curve(numbers, "numbers")
+    # Of these none is a number: the column lacks 40 of 100 values.
+    odd = ["1_000", "nan", "inf", "1e100"] * 10
+    made = [{"patient": n, "x": x} for n, x in enumerate([*map(str, numbers), *odd])]
+    told = group(ask(made, tmp_path / "odd", ranges={"x": (0.0, 10.0)}))["numeric"]["x"]
+    assert told["n"] == 60
+    assert told["mean"] == pytest.approx(4.875)
+
+
+def test_a_column_of_texts_has_no_curve_until_it_is_declared_numeric(tmp_path):
+    made = [{"patient": n, "time": "5", "event": 1} for n in range(30)]
+    text = (
+        "time holds no numbers, which a survival curve needs: if its texts are numbers, declare "
+        "their range: --range time=0,9"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        ask(made, tmp_path / "book", survival=("time", "event", 9.0, 3.0))
+
+
 class TestOtherDeclarations:
     """Everybody, and then those on ward A under another declaration: two patients less."""
 

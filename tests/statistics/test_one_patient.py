@@ -263,7 +263,8 @@ class TestDeclarations:
             (where("k >= 1"), "k holds categories: compare it by == or !=, not >="),
             (
                 {"survival": Survival("k", "e", 1.0, 1.0)},
-                "k holds no numbers, which a survival curve needs",
+                "k holds no numbers, which a survival curve needs: if its texts are numbers, "
+                "declare their range: --range k=0,1",
             ),
             ({"by": "x"}, "with noise the categories of x must be declared"),
         ],

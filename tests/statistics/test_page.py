@@ -84,3 +84,17 @@ def test_groups_stand_side_by_side_over_the_same_hospitals(drawn):
     assert "each group of the same 1 of 2 hospitals; not west" in text
     del survey["groups"]["II"]
     assert page._side_by_side(survey) == ""
+
+
+def test_a_drawing_of_weeks_says_what_its_colour_and_cross_mean():
+    weeks = {"site": "north", "group": "", "weeks": ["2020-01-06", "2020-01-13", "2020-01-20"]}
+    found = page._weeks(weeks | {"counts": [10, 40, None], "alert": [False, True, None]})
+    assert "rows by week · 1 alert (orange) · × withheld</figcaption>" in found
+    quiet = page._weeks(weeks | {"counts": [10, 40, 11], "alert": [False, False, None]})
+    assert "rows by week · 0 alerts</figcaption>" in quiet
+
+
+def test_what_was_asked_is_written_as_words():
+    assert page._listed(["age", "sex"]) == "age, sex"
+    assert page._listed(["time", "event", 9.0, 1.0]) == ["time", "event", 9.0, 1.0]
+    assert page._listed("age") == "age"

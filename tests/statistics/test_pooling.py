@@ -14,6 +14,7 @@ from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.pooling import (
     below_edges,
     cumulate,
+    pool_counts,
     pool_moments,
     pool_quantile,
     same_bins,
@@ -37,6 +38,14 @@ def hospitals(tmp_path, counts=(120, 60, 250), minimum=10, rows=None, **request)
         for number, table in enumerate(tables)
     ]
     return told, pd.DataFrame([row for table in tables for row in table])
+
+
+def test_bands_and_numbers_stand_as_they_grow_and_words_after_them():
+    names = ["words", "60-75", "10", ">=75", "9.5", "<60", "a"]
+    counted, few = pool_counts([{"names": names, "counts": range(7), "few": 3}])
+    assert [*counted] == ["9.5", "10", "<60", "60-75", ">=75", "a", "words"]
+    assert counted["10"] == 2
+    assert few == 3
 
 
 class TestAsPandas:

@@ -607,3 +607,32 @@ def test_all_others_are_not_the_first_group(tmp_path):
     assert [*found.groups()] == ["f", "m", "all others"]
     drift = _content(found, "groups", "c2")["drift"]
     assert {(row["group"], row["against"]) for row in drift} == {("m", "f"), ("all others", "f")}
+
+
+@pytest.mark.parametrize(
+    ("drift", "names", "said"),
+    [
+        (
+            "groups",
+            ["north", "south"],
+            "nothing was compared by day: no hospital has sent two groups of it. Dates and numbers "
+            "need windows, wide enough for the minimum of patients: --window, in days for dates",
+        ),
+        (
+            "sites",
+            ["north"],
+            "nothing was compared: no two hospitals have sent the same column",
+        ),
+        ("sites", ["north", "south"], None),
+    ],
+)
+def test_drift_that_compares_nothing_says_so(tmp_path, caplog, drift, names, said):
+    by = "day" if drift == "groups" else ""
+    asked = {"columns": ("age",), "by": by}
+    rows = [{"patient": n, "age": 40 + n, "day": f"2020-01-{1 + n:02}"} for n in range(30)]
+    answer = Answer(Request(**asked))
+    for name in names:
+        found = ask_hospital(rows, tmp_path / name, **asked)
+        answer.sites[name] = read_reply(json.dumps({"minimum": 10, "noise": None} | found))
+    _content(answer, drift, "c2")
+    assert [text for text in caplog.messages if "compared" in text] == ([said] if said else [])

@@ -11,7 +11,7 @@ from statistics_rows import ask, make_patients
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import Request, Survival
 from fedmed_flower.statistics.server import Answer, _content
-from fedmed_flower.statistics.table import APART, table_one, tables
+from fedmed_flower.statistics.table import APART, _drift, table_one, tables
 
 
 def surveyed(tmp_path, hospitals, minimum=10, schema=None, **request):
@@ -240,3 +240,20 @@ class TestCurves:
         assert groups["II"]["overall"]["survival"]["sites"] == ["north", "south"]
         (apart,) = self.curve(content, APART)
         assert [row[0] for row in apart["rows"]] == ["stage all others"]
+
+
+def test_drift_says_in_one_column_what_was_compared_and_what_came_of_it():
+    entry = {"site": "a", "group": "", "against": "all others", "column": "sex"}
+    found = [
+        entry | {"what": "categories", "psi": 0.5, "p": 0.001, "stands_out": "F and M swapped"},
+        entry | {"what": "missing values", "difference": 0.0, "p": 1.0, "corrected": 1.0},
+        entry | {"what": "numbers", "note": "no histogram"},
+    ]
+    table = _drift(found)
+    assert [row[3] for row in table["rows"]] == [
+        "categories: stands out",
+        "missing values",
+        "numbers: no histogram",
+    ]
+    assert all(len(row) == len(table["head"]) for row in table["rows"])
+    assert table["head"][-1] == "p, corrected"
