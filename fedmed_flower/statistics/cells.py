@@ -33,12 +33,16 @@ def grid(values: Floats, width: float) -> tuple[Codes, float]:
 def coarse_enough(cells: Codes, patient_of_row: Codes, minimum: int) -> bool:
     """Return whether half of the rows lie in cells of at least `minimum` patients.
 
-    On a finer grid the edges between merged cells would be the values of single patients.
+    On a finer grid the edges between merged cells would be the values of single patients. The
+    fullest cell does not count: where most rows have one value, such as 0, any grid would do.
     """
     classes = class_codes(cells)
     rows = np.bincount(classes)
+    if not rows.size:
+        return True
+    rows[rows.argmax()] = 0
     patients = patients_of(classes, patient_of_row)
-    return bool(2 * rows[patients >= minimum].sum() >= cells.size)
+    return bool(2 * rows[patients >= minimum].sum() >= rows.sum())
 
 
 def merge_neighbours(

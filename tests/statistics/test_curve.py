@@ -250,6 +250,6 @@ class TestHospitals:
         assert truth[at] == pytest.approx(0.434, abs=5e-4)
         assert found.survival[at] is None
         bounds = found.survival_low[at], found.survival_high[at]
-        assert bounds == pytest.approx((0.124, 0.553), abs=5e-4)
+        assert bounds == pytest.approx((0.114, 0.653), abs=5e-4)
         assert (found.survival_low <= truth).all()
         assert (truth <= found.survival_high).all()

@@ -668,9 +668,21 @@ class TestProbing:
         rows = [{"patient": str(n), "x": float(value)} for n, value in enumerate(values)]
         told = ask(rows, path, columns=("x",), kinds=("histograms",), resolutions={"x": 1e-9})
         edges = np.array(told_of(told, "x")["histogram"]["edges"])
-        # 1e-9 times the power of 2 that leaves half of them in cells of ten.
-        assert np.diff(edges).min() == pytest.approx(2**30 * 1e-9)
+        # 1e-9 times the power of 2 that leaves half of them, beside the fullest cell, in cells of
+        # ten.
+        assert np.diff(edges).min() == pytest.approx(2**31 * 1e-9)
         assert min(abs(edge - values).min() for edge in edges) > 1e-6
+
+    def test_edges_beside_a_value_that_most_have_are_none_of_single_patients(self, path):
+        values = np.random.default_rng(0).lognormal(1, 0.6, 400)
+        values[:240] = 0
+        rows = [{"patient": str(n), "x": float(value)} for n, value in enumerate(values)]
+        told = ask(rows, path, columns=("x",), kinds=("histograms",), resolutions={"x": 1e-3})
+        edges = [edge for edge in told_of(told, "x")["histogram"]["edges"] if edge > 0.01]
+        assert len(edges) > 2
+        # Of cells of a thousandth, an edge would be the value of the patient next to it.
+        assert max(abs(edge - values).min() for edge in edges) > 0.005
+        assert np.diff(edges).min() > 0.2
 
     def test_ends_are_no_values_of_single_patients(self, path):
         rows = [{"patient": str(n), "x": float(n)} for n in [*range(100), 100_000]]
