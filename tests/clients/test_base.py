@@ -167,10 +167,10 @@ def test_a_server_whose_messages_have_another_version_is_refused_before_a_row_is
         def load_data(self, site):
             raise AssertionError("rows are loaded")
 
-    end = ", and those of the hospital version 1: install the same fedmed-flower at both"
+    end = ", and those of the hospital version 2: install the same fedmed-flower at both"
     context = context_of(node_config=node_of(tmp_path))
-    assert error_of(Unread, kind, context, version=2) == (
-        "declined: north: messages of the server have version 2" + end
+    assert error_of(Unread, kind, context, version=3) == (
+        "declined: north: messages of the server have version 3" + end
     )
     TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, SUPERLINK_NODE_ID
     older = Message(RecordDict(), context.node_id, kind)

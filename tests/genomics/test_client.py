@@ -459,8 +459,8 @@ def test_genotypes_are_read_in_parts(tmp_path, monkeypatch):
 
 
 def test_a_server_of_another_version_is_refused_before_a_genotype_is_read(tmp_path):
-    reply = question(hospital(tmp_path), "cohort", {"version": 2})
+    reply = question(hospital(tmp_path), "cohort", {"version": 3})
     assert read_error(reply.error.reason)[1] == (
-        "declined: hospital-1: messages of the server have version 2, and those of the hospital "
-        "version 1: install the same fedmed-flower at both"
+        "declined: hospital-1: messages of the server have version 3, and those of the hospital "
+        "version 2: install the same fedmed-flower at both"
     )

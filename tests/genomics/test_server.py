@@ -836,7 +836,7 @@ def test_a_hospital_of_another_version_takes_no_part(world, tmp_path):
             def later(message, context, call):
                 reply = call(message, context)
                 if context.node_config["partition-id"] == 1:
-                    reply.content["site"]["version"] = 2
+                    reply.content["site"]["version"] = 3
                 return reply
 
             return super().client_app([later])
@@ -844,4 +844,4 @@ def test_a_hospital_of_another_version_takes_no_part(world, tmp_path):
     summary, _ = study(Older, tmp_path)
     (failure,) = summary["failures"]
     assert failure["site"] == "hospital-2"
-    assert failure["reason"].startswith("hospital-2: messages of the hospital have version 2, and")
+    assert failure["reason"].startswith("hospital-2: messages of the hospital have version 3, and")

@@ -126,7 +126,7 @@ def test_a_hospital_whose_messages_have_another_version_is_refused_by_name():
     strange["site"]["version"] = "1\n"
     sites = roll_call(Answers(older, later, strange, about()), 9)
     assert set(sites.counts) == {4}
-    end = ", and those of the server version 1: install the same fedmed-flower at both"
+    end = ", and those of the server version 2: install the same fedmed-flower at both"
     assert sites.refusals == {
         1: "west: messages of the hospital have no version, as before versions were named" + end,
         2: "east: messages of the hospital have version 7" + end,

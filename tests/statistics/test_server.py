@@ -179,7 +179,7 @@ def test_a_hospital_of_another_version_is_refused_by_name(tmp_path):
         (
             "hospital-1",
             "hospital-1: messages of the hospital have no version, as before versions were named, "
-            "and those of the server version 1: install the same fedmed-flower at both",
+            "and those of the server version 2: install the same fedmed-flower at both",
         )
     ]
     assert list(answer.sites) == ["hospital-2", "hospital-3", "hospital-4"]

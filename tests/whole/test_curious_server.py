@@ -223,7 +223,7 @@ def test_training_and_evaluation_answer_alike_and_cost_alike(client, one):
     for kind, message in (
         ("train", {}),
         *(("evaluate", {"split": split}) for split in ("train", "val", "test")),
-        ("query.describe", {"version": 1}),
+        ("query.describe", {"version": MESSAGE_VERSION}),
     ):
         first, second = both(client, one, kind, {}, message, outputs)
         assert first == second
