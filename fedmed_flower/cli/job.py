@@ -48,7 +48,7 @@ from fedmed_flower.settings.registry import (
 )
 from fedmed_flower.settings.study import Study
 from fedmed_flower.settings.survey import SurveySettings
-from fedmed_flower.settings.text import assign, expand, override, with_type_of
+from fedmed_flower.settings.text import assign, expand, override, setting_error, with_type_of
 from fedmed_flower.wire import ALL_SITES
 
 log = logging.getLogger("flwr.fedmed")
@@ -206,7 +206,9 @@ def _require_valid(config: UserConfig, own: Sections, num_sites: int) -> None:
     effective(config, own)
     plan = Plan.from_run_config(config)
     if plan.min_sites > num_sites:
-        raise InputError(f"min-sites must be at most --sites = {num_sites}, got {plan.min_sites}")
+        raise setting_error(
+            f"min-sites must be at most --sites = {num_sites}, got {plan.min_sites}", "min-sites"
+        )
 
 
 def with_choices_of(

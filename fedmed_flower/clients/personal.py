@@ -19,7 +19,7 @@ from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.files import file_name, write_atomic
 from fedmed_flower.metrics.names import lower_is_better, main_metric
 from fedmed_flower.models.device import derive_seed
-from fedmed_flower.settings.text import with_type_of
+from fedmed_flower.settings.text import setting_error, with_type_of
 from fedmed_flower.wire import PERSONAL
 
 log = logging.getLogger("flwr.fedmed")
@@ -108,7 +108,9 @@ def _require_wanted(client: MedicalClient) -> None:
         raise DeclinedError("a personal model is trained without noise")
     epochs = client.settings.personal_epochs
     if epochs < 1:
-        raise InputError(f"personal-epochs must be at least 1 to fine-tune, got {epochs}")
+        raise setting_error(
+            f"personal-epochs must be at least 1 to fine-tune, got {epochs}", "personal-epochs"
+        )
 
 
 def _disclosable_rows(

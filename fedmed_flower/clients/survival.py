@@ -35,6 +35,7 @@ from fedmed_flower.models.survival import (
 )
 from fedmed_flower.settings.registry import Sections
 from fedmed_flower.settings.survival import SurvivalSettings
+from fedmed_flower.settings.text import setting_error
 from fedmed_flower.statistics.values import cells_of, numbers_of
 
 log = logging.getLogger("flwr.fedmed")
@@ -85,9 +86,10 @@ class SurvivalClient(TabularClient):
 
     def _require_uncoupled(self) -> None:
         if self.privacy.on and self.survival.survival_loss == "cox":
-            raise InputError(
+            raise setting_error(
                 'survival-loss="cox" compares patients with each other: privacy="patient" needs '
-                'survival-loss="discrete"'
+                'survival-loss="discrete"',
+                "survival-loss",
             )
 
     def check(self, data: SiteData) -> None:
@@ -196,7 +198,9 @@ class SurvivalClient(TabularClient):
     def require_measurable(self) -> None:
         """Raise `InputError` if the loss gives no probability of an event before the horizon."""
         if self.survival.survival_loss == "cox":
-            raise InputError('metrics with noise need survival-loss="discrete", got "cox"')
+            raise setting_error(
+                'metrics with noise need survival-loss="discrete", got "cox"', "survival-loss"
+            )
 
     def measure_privately(
         self, model: nn.Module, prepared: TableRows, patients: Sequence[Hashable], noise: float

@@ -50,6 +50,7 @@ from fedmed_flower.models.device import half_precision, torch_device
 from fedmed_flower.models.tabular import tabular_network
 from fedmed_flower.settings.registry import Sections
 from fedmed_flower.settings.tabular import TabularSettings
+from fedmed_flower.settings.text import setting_error
 from fedmed_flower.statistics.types import Mask
 from fedmed_flower.wire import TREES
 
@@ -198,10 +199,11 @@ class TabularClient(MedicalClient):
             if check_contribution(reported, schema) is None
         ]
         if learnt and not any(usable):
-            raise InputError(
+            raise setting_error(
                 "no hospital could share statistics of its columns: each needs at least "
                 'min-cell-count patients. Set preparation="declared" and give ranges and '
-                "categories in the schema"
+                "categories in the schema",
+                "preparation",
             )
         return preparation.to_text()
 
@@ -214,10 +216,11 @@ class TabularClient(MedicalClient):
     @cached_property
     def _agreed_upon(self) -> tuple[Preparation, Unit]:
         if not self.agreed:
-            raise InputError(
+            raise setting_error(
                 'preparation="federated" needs contributions from all hospitals before the first '
                 f"round: give federate an instance, {type(self).__name__}(context), in place of "
-                "its build_model"
+                "its build_model",
+                "preparation",
             )
         return agreed_upon(self.agreed, self.schema)
 
@@ -253,15 +256,18 @@ class TabularClient(MedicalClient):
 
     def _learnt_from(self, rows: Sequence[Row]) -> Preparation:
         if not rows:
-            raise InputError('preparation="site" needs training rows, and there are none')
+            raise setting_error(
+                'preparation="site" needs training rows, and there are none', "preparation"
+            )
         return Preparation.of_rows(self.schema, rows)
 
     def _require_unlearnt(self) -> None:
         kind = self.tables.preparation
         if self.privacy.on and kind != "declared":
-            raise InputError(
+            raise setting_error(
                 f'preparation="{kind}" learns from patients without noise: privacy="patient" needs '
-                'preparation="declared", with ranges and categories in the schema'
+                'preparation="declared", with ranges and categories in the schema',
+                "preparation",
             )
 
     @cached_property

@@ -18,6 +18,7 @@ from fedmed_flower.data.rows import Rows
 from fedmed_flower.data.schema import Schema
 from fedmed_flower.data.site import Row
 from fedmed_flower.errors import InputError
+from fedmed_flower.settings.text import setting_error
 
 # The tasks that predict a class, and those that predict a number.
 CLASSED = ("binary", "multi-class")
@@ -119,9 +120,10 @@ def require_declared(schema: Schema, preparation: str) -> None:
         undeclared = [name for name in schema.categorical if name not in schema.categories]
         lacking += [f"categories of {name!r}" for name in undeclared]
     if lacking:
-        raise InputError(
+        raise setting_error(
             f'the schema declares too little for preparation="{preparation}": it needs '
-            f"{', '.join(lacking)}"
+            f"{', '.join(lacking)}",
+            "preparation",
         )
 
 
@@ -200,9 +202,10 @@ def _require_columns(
     lacking = [name for name in groups if name not in row]
     if lacking:
         known = ", ".join(name for name, value in row.items() if isinstance(value, str))
-        raise InputError(
+        raise setting_error(
             f"report-by names {lacking[0]}, which {row_name} does not have: it has {known}; "
-            "report-by is set in the app's pyproject.toml or by -c report-by="
+            "report-by is set in the app's pyproject.toml or by -c report-by=",
+            "report-by",
         )
     lacking = sorted(set(needed) - row.keys())
     if lacking:

@@ -20,7 +20,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.simulation import SimulationSettings
-from fedmed_flower.settings.text import expand
+from fedmed_flower.settings.text import expand, setting_error
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -69,11 +69,15 @@ def site_folders(root: str | Path) -> list[Path]:
     """
     path = Path(root).expanduser()
     if not path.is_dir():
-        raise InputError(f"data must be a folder that holds one for each hospital, got {path}")
+        raise setting_error(
+            f"data must be a folder that holds one for each hospital, got {path}", "data"
+        )
     folders = [entry for entry in path.iterdir() if entry.is_dir()]
     folders = sorted(entry for entry in folders if not entry.name.startswith("."))
     if not folders:
-        raise InputError(f"data must be a folder that holds one for each hospital; {path} has none")
+        raise setting_error(
+            f"data must be a folder that holds one for each hospital; {path} has none", "data"
+        )
     return folders
 
 
@@ -114,10 +118,11 @@ class Site:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise InputError("site-name must not be empty")
+            raise setting_error("site-name must not be empty", "site-name")
         if ": " in self.name or len(self.name) > 80 or not self.name.isprintable():
-            raise InputError(
-                f"site-name must have at most 80 printable letters and no ': ', got {self.name!r}"
+            raise setting_error(
+                f"site-name must have at most 80 printable letters and no ': ', got {self.name!r}",
+                "site-name",
             )
         if not 0 <= self.index < self.num_sites:
             raise InputError(

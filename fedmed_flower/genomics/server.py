@@ -48,7 +48,7 @@ from fedmed_flower.server.run_folder import CONFIG, RunFolder, early_lines
 from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.registry import Sections, effective, require_known
 from fedmed_flower.settings.study import REGRESSIONS, Study
-from fedmed_flower.settings.text import expand
+from fedmed_flower.settings.text import expand, setting_error
 from fedmed_flower.wire import COHORT
 
 log = logging.getLogger("flwr.fedmed")
@@ -86,9 +86,10 @@ def associate(grid: Grid, context: Context, sections: Sections = ()) -> dict[str
     study = Study.from_run_config(context.run_config)
     config = expand(context.run_config) | effective(context.run_config, [Study, *sections])
     if config.get("privacy", "none") != "none":
-        raise InputError(
+        raise setting_error(
             "an association study carries no noise: set privacy=none, which hospitals with a "
-            "budget decline"
+            "budget decline",
+            "privacy",
         )
     folder = RunFolder.named(study.run_dir)
     folder.require_unused()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.settings.model import ModelSettings
+from fedmed_flower.settings.text import setting_error
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -52,9 +53,10 @@ def build_network(settings: ModelSettings) -> nn.Module:
         built, or weights and network do not fit; it names the file.
     """
     if bool(settings.network) == bool(settings.bundle):
-        raise InputError(
+        raise setting_error(
             "give either network, a name in monai.networks.nets, or bundle, the folder of a MONAI "
-            f"bundle: got network={settings.network!r} and bundle={settings.bundle!r}"
+            f"bundle: got network={settings.network!r} and bundle={settings.bundle!r}",
+            "network",
         )
     if settings.network:
         return _build(settings.network, settings.network_args)
@@ -71,9 +73,10 @@ def _build(name: str, text: str) -> nn.Module:
     args = _arguments(text)
     for key, off in _FETCHING.items():
         if args.get(key, off) != off:
-            raise InputError(
+            raise setting_error(
                 f"network-args must not set {key}, got {args[key]!r}: for a network with weights, "
-                f"set bundle to a folder that holds them as {_WEIGHTS.as_posix()}"
+                f"set bundle to a folder that holds them as {_WEIGHTS.as_posix()}",
+                "network-args",
             )
     # Some networks would download by default.
     args |= {k: off for k, off in _FETCHING.items() if k in inspect.signature(make).parameters}
@@ -148,8 +151,9 @@ def _arguments(text: str) -> dict[str, Any]:
     # A server may have sent the text, and the time to read TOML grows with the square of a key's
     # length.
     if len(text) > _MOST_LETTERS:
-        raise InputError(
-            f"network-args must have at most {_MOST_LETTERS:,} letters, got {len(text):,}"
+        raise setting_error(
+            f"network-args must have at most {_MOST_LETTERS:,} letters, got {len(text):,}",
+            "network-args",
         )
     for read in (json.loads, _inline_table):
         try:
@@ -158,9 +162,10 @@ def _arguments(text: str) -> dict[str, Any]:
                 return arguments
         except (ValueError, RecursionError):
             continue
-    raise InputError(
+    raise setting_error(
         "network-args must be a TOML inline table or a JSON object of numbers, texts, lists and "
-        f"tables, such as {{spatial_dims = 2, channels = [16, 32]}}, got {text!r}"
+        f"tables, such as {{spatial_dims = 2, channels = [16, 32]}}, got {text!r}",
+        "network-args",
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmed_flower.errors import InputError
+from fedmed_flower.settings.text import setting_error
 
 
 class Travelling:
@@ -144,9 +145,10 @@ def _patterns(trainable: str, names: list[str]) -> list[str]:
         return ["*"]
     patterns = [pattern.strip() for pattern in trainable.split(",")]
     if not all(patterns):
-        raise InputError(
+        raise setting_error(
             "trainable must be patterns separated by commas, such as *.decoder.*, or empty, got "
-            f"{trainable!r}"
+            f"{trainable!r}",
+            "trainable",
         )
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
@@ -171,7 +173,8 @@ def _require_whole(
     for name, value in entries.items():
         other = known.setdefault(id(value), name)
         if travels(name) != travels(other):
-            raise InputError(
+            raise setting_error(
                 f"trainable must match both or neither of {other} and {name}, which are one tensor "
-                f"in this network, got {trainable!r}"
+                f"in this network, got {trainable!r}",
+                "trainable",
             )

@@ -21,7 +21,7 @@ from fedmed_flower.privacy.accounting import Release, epsilon_of, noise_for
 from fedmed_flower.privacy.ledger import Ledger, Limit
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.privacy import PrivacySettings
-from fedmed_flower.settings.text import expand
+from fedmed_flower.settings.text import expand, setting_error
 from fedmed_flower.wire import EPSILON, LEDGER_DIR, POOL_SITES
 
 log = logging.getLogger("flwr.fedmed")
@@ -109,7 +109,10 @@ class PatientPrivacy:
         count = len(set(patients))
         rate = settings.sampling_rate or min(1.0, batch_size / count)
         if steps > _MOST_STEPS:
-            raise InputError(f"local-steps must be at most {_MOST_STEPS} with privacy, got {steps}")
+            raise setting_error(
+                f"local-steps must be at most {_MOST_STEPS} with privacy, got {steps}",
+                "local-steps",
+            )
         steps = steps or max(1, round(epochs / rate))
         if steps > _MOST_STEPS:
             raise InputError(
@@ -210,22 +213,26 @@ def ledger_path(context: Context, site: Site, message: Any) -> Path:
     if "ledger" in context.node_config:
         path = Path(str(context.node_config["ledger"])).expanduser()
         if not path.is_absolute():
-            raise InputError(
+            raise setting_error(
                 f"ledger in the node config must be an absolute path, got {str(path)!r}: a "
-                "relative path names another file in another working directory"
+                "relative path names another file in another working directory",
+                "ledger",
             )
         return path
     if not site.simulated:
         if site.data_dir is not None:
             return site.data_dir / LEDGER_FILE
-        raise InputError(
+        raise setting_error(
             "a hospital needs a file for its privacy ledger: give --node-config "
-            "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir to hold it"
+            "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir to hold it",
+            "ledger",
         )
     run_dir = str(expand(context.run_config).get("run-dir", ""))
     folder = str(message.get(LEDGER_DIR, "")) or (run_dir and str(Path(run_dir) / LEDGERS))
     if not folder:
-        raise InputError("privacy needs a folder for the sites' ledgers: give run-dir")
+        raise setting_error(
+            "privacy needs a folder for the sites' ledgers: give run-dir", "run-dir"
+        )
     pooled = bool(message.get(POOL_SITES, False))
     return _ledger_in(Path(folder).expanduser(), None if pooled else site.name)
 

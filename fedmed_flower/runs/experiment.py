@@ -68,7 +68,7 @@ from fedmed_flower.settings.registry import (
     require_known,
     sections_of,
 )
-from fedmed_flower.settings.text import expand, text_of
+from fedmed_flower.settings.text import expand, setting_error, text_of
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.strategies.base import EvaluateFn, FedAvg, leave_result
 from fedmed_flower.wire import (
@@ -292,9 +292,10 @@ def _stop(sites: Sites, standing_out: list[Outlying]) -> NoReturn:
     for one in standing_out:
         columns.setdefault(one.site, []).append(one.column)
     listed = [f"{site} ({some_of(names)})" for site, names in sorted(columns.items())]
-    raise InputError(
+    raise setting_error(
         f"{some_of(listed)} stand{'s' * (len(listed) == 1)} out, as the log says: correct these "
-        'columns, or set outlying="note" to train all the same'
+        'columns, or set outlying="note" to train all the same',
+        "outlying",
     )
 
 

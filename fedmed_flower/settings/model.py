@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 
 from flwr.app import Context
 
-from fedmed_flower.errors import InputError
 from fedmed_flower.settings.section import Section, setting
-from fedmed_flower.settings.text import with_type_of
+from fedmed_flower.settings.text import setting_error, with_type_of
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,9 @@ class ModelSettings(Section):
             return settings
         bundle = with_type_of("", context.node_config.get("bundle", ""), "bundle")
         if not bundle:
-            raise InputError(
+            raise setting_error(
                 "this run asks for a MONAI bundle, whose config runs code: the node config must "
-                "name the hospital's own copy, bundle=FOLDER"
+                "name the hospital's own copy, bundle=FOLDER",
+                "bundle",
             )
         return replace(settings, bundle=bundle)

@@ -30,6 +30,7 @@ from fedmed_flower.data.site import Row, min_cell_count, patients_of
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.settings.registry import Sections
+from fedmed_flower.settings.text import setting_error
 from fedmed_flower.settings.trees import LEAST_PART, TreeSettings
 from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.request import Request
@@ -117,8 +118,10 @@ class TreeClient(TabularClient):
             return super().prepared_by
         named = self.schema.categories
         if lacking := [column for column in self.schema.categorical if column not in named]:
-            raise InputError(
-                f'preparation="site" needs declared categories: the schema has none of {lacking[0]}'
+            raise setting_error(
+                'preparation="site" needs declared categories: the schema has none of '
+                f"{lacking[0]}",
+                "preparation",
             )
         return Preparation.agreed(self.schema, {})
 

@@ -19,7 +19,7 @@ from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.server.screening import metrics_of, with_shared_metrics
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.privacy import PrivacySettings
-from fedmed_flower.settings.text import expand
+from fedmed_flower.settings.text import expand, setting_error
 from fedmed_flower.strategies.base import EvaluateFn, FedAvg
 from fedmed_flower.trees.client import TreeClient, as_trees
 from fedmed_flower.trees.ensembles import (
@@ -103,9 +103,10 @@ def grow(
             "a run that grows trees cannot be resumed: start a new run, without resume"
         )
     if PrivacySettings.from_run_config(config).on:
-        raise InputError(
+        raise setting_error(
             "trees are grown without differential privacy: federate a network with "
-            'privacy="patient"'
+            'privacy="patient"',
+            "privacy",
         )
     for key in _NETWORKS_ONLY:
         if config.get(key):
@@ -121,8 +122,9 @@ def grow(
     tree_client = as_trees(type(client)(tree_context))
     count = plan.num_server_rounds * tree_client.trees.trees_a_round
     if count > MOST_TREES:
-        raise InputError(
-            f"num-server-rounds times trees-a-round must be at most {MOST_TREES:,}, got {count:,}"
+        raise setting_error(
+            f"num-server-rounds times trees-a-round must be at most {MOST_TREES:,}, got {count:,}",
+            "trees-a-round",
         )
     # Under the name of Flower's strategy, by which runs are distinguished.
     name = type(strategy).__name__

@@ -23,6 +23,7 @@ from tiny import (
     node_of,
     run_tiny,
     says_of_setting,
+    see,
     trained,
 )
 from torch import nn
@@ -634,7 +635,7 @@ def test_a_real_hospital_without_a_place_for_its_ledger_answers_nothing(kind, ca
     assert ask(Client, kind, context).error.reason == "site north: InputError"
     assert caplog.messages == [
         "north: a hospital needs a file for its privacy ledger: give --node-config "
-        "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir to hold it"
+        "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir to hold it" + see("ledger")
     ]
     assert loaded == []
 

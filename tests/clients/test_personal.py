@@ -5,7 +5,7 @@ import pytest
 from flwr.app import ArrayRecord
 from safetensors.torch import load_file
 from tables import SCHEMA, TinySurvival, TinyTable, holding, patients, run_tables
-from tiny import TinyClient, ask, bits, context_of, node_of, run_tiny, says_of_setting
+from tiny import TinyClient, ask, bits, context_of, node_of, run_tiny, says_of_setting, see
 from torch import nn
 
 from fedmed_flower import InputError, SiteData
@@ -276,7 +276,7 @@ def test_personal_epochs_are_checked():
         client(context_of(personal_epochs=-1))
     context = context_of(personal_epochs=0)
     reply = ask(client, "query.personal", context, ArrayRecord())
-    text = "personal-epochs must be at least 1 to fine-tune, got 0"
+    text = "personal-epochs must be at least 1 to fine-tune, got 0" + see("personal-epochs")
     assert read_error(reply.error.reason)[1] == text
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from sksurv.metrics import integrated_brier_score
 from sksurv.util import Surv
 from tables import SURVIVAL, TinySurvival, TinyTable, changed, holding, lives, run_tables
-from tiny import ask, context_of, node_of, says, says_of_setting
+from tiny import ask, context_of, node_of, says, says_of_setting, see
 
 from fedmed_flower import InputError, Schema, SiteData, SurvivalClient
 from fedmed_flower.data.preparation import Preparation
@@ -248,7 +248,7 @@ def test_settings_are_checked_before_anything_is_asked(tmp_path):
 def test_cox_is_refused_with_privacy_before_anything_is_asked(tmp_path):
     text = (
         'survival-loss="cox" compares patients with each other: privacy="patient" needs '
-        'survival-loss="discrete"'
+        'survival-loss="discrete"' + see("survival-loss")
     )
     with pytest.raises(InputError, match=says(text)):
         run_tables(tmp_path / "run", TinySurvival, **PRIVATE)
@@ -313,7 +313,7 @@ def test_noised_counts_tell_who_has_the_event_before_the_horizon(tmp_path, monke
     assert not set(told[0]) & {"loss", "c-index", "integrated-brier", "concordance-pairs"}
     node = {"partition-id": 0, "num-partitions": 2, "private-metrics": True}
     context = context_of(node_config=node, run_dir=str(tmp_path), **DECLARED)
-    text = 'metrics with noise need survival-loss="discrete", got "cox"'
+    text = 'metrics with noise need survival-loss="discrete", got "cox"' + see("survival-loss")
     found = error_of(TinySurvival, context, "evaluate", arrays_of(TinySurvival, context))
     assert found == text
 

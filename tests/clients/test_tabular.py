@@ -21,7 +21,7 @@ from tables import (
     predicting,
     run_tables,
 )
-from tiny import ask, bits, context_of, node_of, nodes_of, says, says_of_setting
+from tiny import ask, bits, context_of, node_of, nodes_of, says, says_of_setting, see
 
 from fedmed_flower import InputError, SiteData
 from fedmed_flower.clients.targets import InUnit, Unit, require_rows, with_target
@@ -216,6 +216,7 @@ def test_a_hospital_that_fails_in_the_first_round_tells_the_class_alone(tmp_path
 ALONE = (
     "no hospital could share statistics of its columns: each needs at least min-cell-count "
     'patients. Set preparation="declared" and give ranges and categories in the schema'
+    + see("preparation")
 )
 
 
@@ -250,6 +251,7 @@ def test_federate_must_be_given_the_client_where_hospitals_agree(tmp_path):
     text = (
         'preparation="federated" needs contributions from all hospitals before the first round: '
         "give federate an instance, TinyTable(context), in place of its build_model"
+        + see("preparation")
     )
     by_model = {"wrap": lambda client: client.build_model, "num_server_rounds": 1}
     with pytest.raises(InputError, match=says(text)):
@@ -303,15 +305,21 @@ def test_a_preparation_by_site_knows_a_hospitals_own_training_rows_alone(tmp_pat
 
 def test_a_preparation_by_site_needs_what_the_hospitals_cannot_agree_upon(tmp_path):
     text = 'the schema declares too little for preparation="site": it needs '
-    with pytest.raises(InputError, match=says(f"{text}categories of 'ward'")):
+    end = see("preparation")
+    with pytest.raises(InputError, match=says(f"{text}categories of 'ward'{end}")):
         run_tables(tmp_path / "run", preparation="site")
-    with pytest.raises(InputError, match=says(f"{text}a range of 'outcome', which is predicted")):
+    with pytest.raises(
+        InputError, match=says(f"{text}a range of 'outcome', which is predicted{end}")
+    ):
         run_tables(tmp_path / "run", predicting("cost", ranges={}), preparation="site")
     assert not (tmp_path / "run").exists()
     tested = holding({1: SiteData(train=(), test=patients(20, 3))}, Wards)
     _, summary = run_tables(tmp_path / "run", tested, preparation="site", num_server_rounds=1)
     assert [(f["site"], f["reason"]) for f in summary["failures"]] == [
-        ("hospital-2", 'preparation="site" needs training rows, and there are none')
+        (
+            "hospital-2",
+            f'preparation="site" needs training rows, and there are none{see("preparation")}',
+        )
     ]
 
 
@@ -498,7 +506,7 @@ def test_the_unit_of_a_number_is_what_hospitals_agree_upon_or_its_range(tmp_path
     assert own.prepared_by.names == ("age", "sex=m")
     text = (
         'the schema declares too little for preparation="declared": it needs a range of '
-        "'outcome', which is predicted"
+        "'outcome', which is predicted" + see("preparation")
     )
     bare = predicting("cost", ranges={"age": (0, 100)})
     with pytest.raises(InputError, match=says(text)):
@@ -609,7 +617,7 @@ def test_a_group_has_as_many_patients_however_their_numbers_are_written():
 def test_a_column_to_report_by_that_is_not_there_or_is_a_number_is_told_at_once(tmp_path):
     text = "report-by names town, which row 0 of the train split does not have: it has "
     text += "patient, age-band, sex, ward; report-by is set in the app's pyproject.toml or by "
-    text += "-c report-by="
+    text += "-c report-by=" + see("report-by")
     with pytest.raises(InputError, match=says(text)):
         run_tables(tmp_path, report_by="sex,town")
     age = rows_of(TinyTable)[0]["age"]
@@ -628,7 +636,7 @@ def test_a_column_to_report_by_that_is_not_there_or_is_a_number_is_told_at_once(
 def test_what_is_learnt_without_noise_is_refused_with_privacy(preparation, tmp_path):
     text = (
         f'preparation="{preparation}" learns from patients without noise: privacy="patient" needs '
-        'preparation="declared", with ranges and categories in the schema'
+        'preparation="declared", with ranges and categories in the schema' + see("preparation")
     )
     client, asked = watched(Wards)
     with pytest.raises(InputError, match=says(text)):

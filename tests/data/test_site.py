@@ -93,7 +93,7 @@ def test_a_folder_of_its_own_makes_no_simulation(tmp_path):
 
 
 def test_a_site_needs_a_name():
-    with pytest.raises(InputError, match=says("site-name must not be empty")):
+    with pytest.raises(InputError, match=says_of_setting("site-name must not be empty")):
         Site("")
 
 

@@ -15,7 +15,7 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import StratifiedTable
 from statsmodels.stats.meta_analysis import combine_effects
 from studies import VARIANTS, World, lines_of, study
-from tiny import ask, context_of, says, says_of_setting
+from tiny import ask, context_of, says, says_of_setting, see
 from typer.testing import CliRunner
 
 from fedmed_flower import SiteData
@@ -652,7 +652,7 @@ def test_a_study_whose_sites_all_fail_leaves_a_folder_that_says_so(world, tmp_pa
         ({"resume": True}, "resume must be false: an association study is started again in a new "
          "folder"),
         ({"privacy": "patient"}, "an association study carries no noise: set privacy=none, which "
-         "hospitals with a budget decline"),
+         "hospitals with a budget decline" + see("privacy")),
         ({"test": "logistic", "components": 51}, "components must be from 0 to 50, got 51"),
         ({"test": "logistic", "components": 45}, "45 components cannot be made of 40 common "
          "variants that every hospital reports, and of 220 people: choose fewer components"),

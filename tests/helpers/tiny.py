@@ -29,6 +29,11 @@ def says(text):
     return f"^{re.escape(text)}$"
 
 
+def see(key):
+    """Return how the error about a setting ends."""
+    return f"; see `fedmed settings --search {key}`"
+
+
 def says_of_setting(text, own=()):
     """Return the pattern that matches the error about a setting, which this text begins, alone.
 
@@ -36,7 +41,7 @@ def says_of_setting(text, own=()):
     one with which it begins. `own` are the app's own keys.
     """
     suggested = re.search(r"did you mean ([\w-]+)\?", text)
-    begins = r"(?:\w+: )?([\w-]+)(?:=\w+)? (?:in the node config )?(?:must|needs|excludes) "
+    begins = r"(?:\w+: )?([\w-]+)(?:=\"?\w+\"?)? (?:in the node config )?(?:must|needs|excludes) "
     named = suggested or re.match(begins, text)
     key = named[1] if named else ""
     if key not in listed() and key not in own:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from monai.networks import nets
-from tiny import context_of, says
+from tiny import context_of, says, see
 from torch import nn
 from torch.utils import model_zoo
 
@@ -136,7 +136,7 @@ def test_one_of_network_and_bundle_is_given(settings):
     network, bundle = settings.get("network", ""), settings.get("bundle", "")
     text = (
         "give either network, a name in monai.networks.nets, or bundle, the folder of a MONAI "
-        f"bundle: got network={network!r} and bundle={bundle!r}"
+        f"bundle: got network={network!r} and bundle={bundle!r}" + see("network")
     )
     with pytest.raises(InputError, match=says(text)):
         build(**settings)
@@ -210,7 +210,7 @@ def test_arguments_are_one_table_of_plain_data(text):
         "network-args must be a TOML inline table or a JSON object of numbers, texts, lists and "
         f"tables, such as {{spatial_dims = 2, channels = [16, 32]}}, got {text!r}"
     )
-    with pytest.raises(InputError, match=says(shown(wanted))):
+    with pytest.raises(InputError, match=says(shown(wanted + see("network-args")))):
         build(network="UNet", network_args=text)
 
 
@@ -257,7 +257,7 @@ def test_a_network_that_cannot_be_built_tells_why(args, cause):
 def test_no_argument_makes_a_network_fetch_weights(name, key, value):
     text = (
         f"network-args must not set {key}, got {value!r}: for a network with weights, set bundle "
-        "to a folder that holds them as models/model.pt"
+        "to a folder that holds them as models/model.pt" + see("network-args")
     )
     with pytest.raises(InputError, match=says(text)):
         build(network=name, network_args=json.dumps({key: value}))
@@ -521,7 +521,7 @@ def test_a_real_site_takes_the_bundle_that_its_own_node_config_names():
     assert ModelSettings.of_site(own) == ModelSettings(bundle="/own", trainable="*.decoder.*")
     text = (
         "this run asks for a MONAI bundle, whose config runs code: the node config must name the "
-        "hospital's own copy, bundle=FOLDER"
+        "hospital's own copy, bundle=FOLDER" + see("bundle")
     )
     with pytest.raises(InputError, match=says(text)):
         ModelSettings.of_site(context_of(node_config={"site-name": "north"}, **run))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from monai.networks.nets import DynUNet
 from monai.networks.utils import eval_mode, train_mode
-from tiny import says
+from tiny import says, see
 from torch import nn
 
 from fedmed_flower.errors import InputError
@@ -132,12 +132,12 @@ def test_a_dot_before_the_name_is_all_that_is_added():
         (
             "decoder.*,",
             "trainable must be patterns separated by commas, such as *.decoder.*, or empty, got "
-            "'decoder.*,'",
+            "'decoder.*,'" + see("trainable"),
         ),
         (
             " ",
             "trainable must be patterns separated by commas, such as *.decoder.*, or empty, got "
-            "' '",
+            "' '" + see("trainable"),
         ),
     ],
 )
@@ -281,7 +281,7 @@ def test_one_tensor_with_two_names_is_not_half_frozen(make, trainable, names):
     model = make()
     text = (
         f"trainable must match both or neither of {names}, which are one tensor in this network, "
-        f"got {trainable!r}"
+        f"got {trainable!r}" + see("trainable")
     )
     with pytest.raises(InputError, match=says(text)):
         Travelling(model, trainable)

@@ -7,7 +7,7 @@ from dp_accounting import dp_event, pld
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tiny import context_of, says, says_of_setting
+from tiny import context_of, says, says_of_setting, see
 
 from fedmed_flower.data.site import Site
 from fedmed_flower.errors import DeclinedError, InputError
@@ -299,7 +299,7 @@ def test_the_home_folder_may_be_named_by_a_tilde(monkeypatch):
 
 NO_FILE = (
     "a hospital needs a file for its privacy ledger: give --node-config "
-    "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir to hold it"
+    "'ledger=\"/path/privacy-ledger.sqlite\"', or a data-dir to hold it" + see("ledger")
 )
 
 
@@ -309,15 +309,16 @@ NO_FILE = (
         ({}, Site("a"), {}, {}, NO_FILE),
         # What the server says of folders is nothing to a real site.
         ({}, Site("a"), {"run-dir": "/run"}, {"ledger-dir": "/l"}, NO_FILE),
-        ({}, SIMULATED, {}, {}, "privacy needs a folder for the sites' ledgers: give run-dir"),
+        ({}, SIMULATED, {}, {},
+         "privacy needs a folder for the sites' ledgers: give run-dir" + see("run-dir")),
         ({}, SIMULATED, {"run-dir": ""}, {"ledger-dir": ""},
-         "privacy needs a folder for the sites' ledgers: give run-dir"),
+         "privacy needs a folder for the sites' ledgers: give run-dir" + see("run-dir")),
         ({"ledger": "own.sqlite"}, Site("a", data_dir=Path("/data")), {}, {},
          "ledger in the node config must be an absolute path, got 'own.sqlite': a relative path "
-         "names another file in another working directory"),
+         "names another file in another working directory" + see("ledger")),
         ({"ledger": ""}, Site("a"), {}, {},
          "ledger in the node config must be an absolute path, got '.': a relative path names "
-         "another file in another working directory"),
+         "another file in another working directory" + see("ledger")),
     ],
 )  # fmt: skip
 def test_a_site_without_a_place_for_its_ledger_is_told(node, site, run, message, text):
@@ -344,7 +345,7 @@ def test_a_round_of_steps_has_so_many_and_noise_for_all_of_the_run(steps, batch_
 
 
 def test_too_many_steps_are_refused_with_the_setting_that_asks_for_them():
-    text = "local-steps must be at most 100000 with privacy, got 100001"
+    text = "local-steps must be at most 100000 with privacy, got 100001" + see("local-steps")
     with pytest.raises(InputError, match=says(text)):
         private().plan_training(range(100), 1, 25, 100_001)
     text = (

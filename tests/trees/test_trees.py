@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic
 from flwr.serverapp.strategy.strategy_utils import aggregate_bagging
 from forests import DECLARED, STUMP, TARGETS, Hospital, bagged, binary, make_rows, schema_of
 from sklearn.metrics import roc_auc_score
-from tiny import ask, context_of, says, says_of_setting
+from tiny import ask, context_of, says, says_of_setting, see
 
 from fedmed_flower import InputError, Schema, SiteData, SurvivalClient, TabularClient, run_local
 from fedmed_flower.clients import app
@@ -415,7 +415,7 @@ def test_without_xgboost(tmp_path, monkeypatch):
         (
             {"privacy": "patient"},
             "trees are grown without differential privacy: federate a network with "
-            'privacy="patient"',
+            f'privacy="patient"{see("privacy")}',
         ),
         (
             {"strategy": FedAvg()},
@@ -439,7 +439,8 @@ def test_without_xgboost(tmp_path, monkeypatch):
         ),
         (
             {"trees_a_round": 500, "tree_subsample": 0.5, "num_server_rounds": 21},
-            "num-server-rounds times trees-a-round must be at most 10,000, got 10,500",
+            "num-server-rounds times trees-a-round must be at most 10,000, got 10,500"
+            + see("trees-a-round"),
         ),
         (
             {"preparation": "site", "client": "bare"},

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny import see
 from typer.testing import CliRunner
 
 from fedmed_flower import InputError, run_local
@@ -193,7 +194,7 @@ def test_a_run_names_all_four_and_can_be_told_to_train_nothing(app, cohort, tmp_
     assert {*kinds} == {"query.describe", "query.contribution"}
     assert error == (
         "north (age), south (creatinine), west (onset) stand out, as the log says: correct these "
-        'columns, or set outlying="note" to train all the same'
+        f'columns, or set outlying="note" to train all the same{see("outlying")}'
     )
     log = caplog.text
     assert "1 of 4 sites cannot take part (east): " in log
