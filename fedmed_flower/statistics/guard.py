@@ -74,13 +74,13 @@ class Partition:
         Hashes of rows, ascending.
     patients : ndarray of uint64
         Hashes of their patients.
-    labels : ndarray of int64
+    labels : ndarray of int32
         The class of each row.
     """
 
     elements: Hashes
     patients: Hashes
-    labels: Codes
+    labels: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,24 @@ class _Found:
     partition : Partition
     places : ndarray of int32
         (members,) the place among its elements, -1 if the member has none.
-    labels : ndarray of int64
-        (members,) the class, `NEW` if the member has no place.
     complete : bool
         Whether each element of the partition is one of the members.
     """
 
     partition: Partition
     places: NDArray[np.int32]
-    labels: Codes
     complete: bool
+
+    @property
+    def labels(self) -> Codes:
+        """(members,) int64 the class, `NEW` if the member has no place."""
+        # Not kept: of all columns they take as much memory as the table.
+        known = self.places >= 0
+        if known.all():
+            return self.partition.labels[self.places].astype(np.int64)
+        labels = np.full(self.places.size, NEW, np.int64)
+        labels[known] = self.partition.labels[self.places[known]]
+        return labels
 
 
 @dataclass(frozen=True)
@@ -267,11 +275,8 @@ class Guard:
                 places[known] = indices[known]
         else:
             places = found.places
-        known = places >= 0
-        labels = np.full(places.size, NEW, np.int64)
-        labels[known] = partition.labels[places[known]]
-        complete = int(known.sum()) == partition.elements.size
-        self._found[members.key] = _Found(partition, places, labels, complete)
+        complete = np.count_nonzero(places >= 0) == partition.elements.size
+        self._found[members.key] = _Found(partition, places, complete)
         return self._found[members.key]
 
     def admit(self, keys: Sequence[Members], cells: Sequence[Codes], waiting: Mask) -> bool:
@@ -356,15 +361,15 @@ class Guard:
             return None
         if partition is None or places is None or places.size != partition.elements.size:
             order = np.argsort(elements)
-            made = Partition(elements[order], patients[order], classes[order])
+            made = Partition(elements[order], patients[order], classes[order].astype(np.int32))
             if elements is members.elements:
                 places = np.empty(order.size, np.int32)
                 places[order] = np.arange(order.size)
-                self._found[members.key] = _Found(made, places, classes, True)
+                self._found[members.key] = _Found(made, places, True)
             return made
-        if classes.max(initial=-1) + 1 == numbered(partition.labels)[0].size:
+        if classes.max(initial=-1) + 1 == numbered(partition.labels.astype(np.int64))[0].size:
             return partition  # Asked again: no class is split.
-        split = np.empty_like(classes)
+        split = np.empty(classes.size, np.int32)
         split[places] = classes
         return Partition(partition.elements, partition.patients, split)
 
@@ -397,7 +402,10 @@ class Guard:
         self._connection.executemany(
             "INSERT OR REPLACE INTO partitions VALUES (?, ?, ?, ?)",
             (
-                (key, p.elements.tobytes(), p.patients.tobytes(), p.labels.tobytes())
+                (
+                    *(key, p.elements.tobytes(), p.patients.tobytes()),
+                    p.labels.astype(np.int64).tobytes(),
+                )
                 for key, p in self._changed.items()
             ),
         )
@@ -413,7 +421,8 @@ class Guard:
                 ]
                 if len({part.size for part in parts}) > 1:
                     raise sqlite3.DatabaseError(f"the partition of {key!r} is damaged")
-                row = Partition(*parts)
+                elements, patients, labels = parts
+                row = Partition(elements, patients, labels.astype(np.int32))
             self._partitions[key] = row
         return self._partitions[key]
 
