@@ -17,7 +17,7 @@ from fedmed_flower.clients.targets import CLASSED, with_target
 from fedmed_flower.data.outlying import with_further, without_column
 from fedmed_flower.data.preparation import contribution
 from fedmed_flower.data.schema import Schema, empty_columns, without_values
-from fedmed_flower.data.site import SPLITS, Row, SiteData, require_patients
+from fedmed_flower.data.site import SPLITS, Row, SiteData, all_rows, require_patients
 from fedmed_flower.engines.project import load_project
 from fedmed_flower.errors import InputError, shown
 from fedmed_flower.genomics.checks import check_covariates, check_files, compare_files
@@ -95,7 +95,7 @@ def compare(found: Mapping[str, Checked]) -> list[str]:
     tables = [client for client in clients if isinstance(client, TabularClient)]
     if tables:
         schema = with_target(tables[0].schema)
-        rows = {name: _rows(one) for name, one in data.items()}
+        rows = {name: all_rows(one) for name, one in data.items()}
         # Nothing leaves this machine, so that a value of one patient counts too.
         contributions = {name: contribution(own, schema, 1) for name, own in rows.items()}
         counts = {name: len(own) for name, own in rows.items()}
@@ -137,7 +137,7 @@ def _read(checked: Checked, client: MedicalClient) -> None:
     client.warn(data)
     usable = {split: client.screen(getattr(data, split), split) for split in SPLITS}
     checked.data = data
-    rejected = data.rejected + len(_rows(data)) - sum(map(len, usable.values()))
+    rejected = data.rejected + len(all_rows(data)) - sum(map(len, usable.values()))
     rows = ", ".join(f"{len(rows)} {split}" for split, rows in usable.items())
     checked.lines.append(f"{data.source}: {rows}; {rejected} rejected")
     for column in _empty(checked):
@@ -170,17 +170,13 @@ def _look_at_cohort(checked: Checked, client: GenomicsClient, data: SiteData) ->
     checked.problems += check_covariates(cohort.covariates, client.covariates)
 
 
-def _rows(data: SiteData) -> list[Row]:
-    return [row for split in SPLITS for row in getattr(data, split)]
-
-
 def _empty(checked: Checked) -> tuple[str, ...]:
     """Return the features of a schema, if there is one, without a value in any row."""
     schema = None if checked.client is None else checked.client.declared
     if schema is None or checked.data is None:
         return ()
     names = [name for name in schema.features if name not in checked.data.lacking]
-    return empty_columns(_rows(checked.data), names)
+    return empty_columns(all_rows(checked.data), names)
 
 
 class _Collecting(logging.Handler):

@@ -27,7 +27,6 @@ from fedmed_flower.clients.run_cache import Key, RunCache
 from fedmed_flower.clients.training import Steps, train_epochs
 from fedmed_flower.data.outlying import Outlying
 from fedmed_flower.data.pictures import Picture
-from fedmed_flower.data.rows import Rows
 from fedmed_flower.data.schema import Schema, empty_columns
 from fedmed_flower.data.site import (
     SPLITS,
@@ -35,6 +34,7 @@ from fedmed_flower.data.site import (
     Row,
     Site,
     SiteData,
+    all_rows,
     fewest_patients,
     in_columns,
     min_cell_count,
@@ -446,7 +446,7 @@ class MedicalClient(ABC):
         data = self.data()
         return open_book(
             self.book_path(config),
-            Rows.joined(getattr(data, split) for split in SPLITS),
+            all_rows(data),
             self.declared,
             minimum,
             self.node.hide_few_missing,
@@ -468,7 +468,7 @@ class MedicalClient(ABC):
         if self.declared is None:
             return ()
         data = self.data()
-        rows = Rows.joined(getattr(data, split) for split in SPLITS)
+        rows = all_rows(data)
         few = min_cell_count(self.context, self.site)
         if len({*patients_of(rows)}) < few:
             return ()
@@ -849,7 +849,7 @@ def _unchanged(batch: Any) -> Any:
 
 def _require_named(data: SiteData) -> None:
     """Raise `InputError` if patients are only known by their line of a table."""
-    rows = (row for split in SPLITS for row in getattr(data, split))
+    rows = all_rows(data)
     if any(isinstance(row.get("patient"), LineNumber) for row in rows):
         raise InputError(
             "the table names no patients: with privacy or a budget it needs a column of patients, "

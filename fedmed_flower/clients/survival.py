@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmed_flower.clients.tabular import TableRows, TabularClient
-from fedmed_flower.data.rows import Rows, column_of
-from fedmed_flower.data.site import SPLITS, Row, SiteData, min_cell_count, patients_of
+from fedmed_flower.data.rows import column_of
+from fedmed_flower.data.site import Row, SiteData, all_rows, min_cell_count, patients_of
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.metrics.classification import noised_counts, noised_metrics
 from fedmed_flower.metrics.names import NOISED, PAIRS
@@ -104,7 +104,7 @@ class SurvivalClient(TabularClient):
     def warn(self, data: SiteData) -> None:
         """Log that hardly anybody is followed up to the horizon; no patient's time is named."""
         horizon = self.survival.survival_horizon
-        rows = Rows.joined(getattr(data, split) for split in SPLITS)
+        rows = all_rows(data)
         # Rows of a private run need not be valid.
         times = numbers_of(cells_of(rows, self.schema.target))
         patients = patients_of(rows)

@@ -162,17 +162,18 @@ class Cells:
             "is not a number": wrong,
             f"is beyond {LARGEST:g}": too_large,
         }
+        outside = ""
         if limits:
             low, high = limits
-            what = f"is outside {plain(low)} to {plain(high)}"
-            faults[what] = ((values < low) | (values > high)) & ~too_large
+            outside = f"is outside {plain(low)} to {plain(high)}"
+            faults[outside] = ((values < low) | (values > high)) & ~too_large
         if whole:
             other = np.logical_or.reduce([np.isnan(values), *faults.values()])
             faults["is not a whole number"] = (values != np.floor(values)) & ~other
         known = np.count_nonzero(~np.isnan(values))
         for what, mask in faults.items():
             values[mask] = np.nan
-            mostly = what.startswith("is outside") and 2 * np.count_nonzero(mask) > known
+            mostly = what == outside and 2 * np.count_nonzero(mask) > known
             advice = _OTHER_UNIT.format(name) if mostly else ""
             self.note(needed or name, what, mask, cells, bool(needed), advice=advice)
         self._note_lone(name, values)

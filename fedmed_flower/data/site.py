@@ -212,6 +212,11 @@ class SiteData:
     lacking: tuple[str, ...] = ()
 
 
+def all_rows(data: SiteData) -> Sequence[Row]:
+    """Return the rows of all splits; those of one table with their columns, see `Rows.joined`."""
+    return Rows.joined(getattr(data, split) for split in SPLITS)
+
+
 def in_columns(data: SiteData) -> SiteData:
     """Return the same rows; those of one table are whole columns again, see `Rows.of`."""
     parts: dict[str, Any] = {split: Rows.of(getattr(data, split)) for split in SPLITS}

@@ -18,7 +18,7 @@ from fedmed_flower.arrays.views import view
 from fedmed_flower.clients.base import MedicalClient, Query
 from fedmed_flower.clients.duplicates import digests_of
 from fedmed_flower.clients.queries import refuse_other_version
-from fedmed_flower.data.site import SPLITS, Row, Site, SiteData, min_cell_count
+from fedmed_flower.data.site import Row, Site, SiteData, all_rows, min_cell_count
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.genomics.association import WITHHELD, count_copies, withheld
 from fedmed_flower.genomics.coding import (
@@ -131,7 +131,7 @@ class GenomicsClient(MedicalClient):
         self._require_declared()
         seen = set()
         columns = [column for column in self._columns if column not in FAM_COLUMNS]
-        for row in (row for split in SPLITS for row in getattr(data, split)):
+        for row in all_rows(data):
             name = person(row["patient"])
             for column in columns:
                 if column not in row:
@@ -233,9 +233,7 @@ class GenomicsClient(MedicalClient):
             If files and rows do not fit each other.
         """
         fileset = Fileset.open(self.genotypes(self.site))
-        rows: dict[str, Row] = {
-            person(row["patient"]): row for split in SPLITS for row in getattr(data, split)
-        }
+        rows: dict[str, Row] = {person(row["patient"]): row for row in all_rows(data)}
         indices = [index for index, name in enumerate(fileset.people) if name in rows]
         if not indices:
             raise InputError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -12,8 +11,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.duplicates import digests_of
 from fedmed_flower.clients.queries import refuse_other_version
-from fedmed_flower.data.rows import Rows
-from fedmed_flower.data.site import SPLITS, Row, min_cell_count
+from fedmed_flower.data.site import all_rows, min_cell_count
 from fedmed_flower.errors import DeclinedError, shown
 from fedmed_flower.metrics.survival import followed
 from fedmed_flower.privacy.accounting import Release, noise_for
@@ -75,7 +73,7 @@ def statistics(client: MedicalClient, message: Message) -> RecordDict:
 def _exact(
     client: MedicalClient, config: ConfigRecord, request: Request, minimum: int
 ) -> dict[str, Any]:
-    columns = Columns(_rows(client), request, client.declared)
+    columns = Columns(all_rows(client.data()), request, client.declared)
     node = client.node
     reported = answer_exactly(
         client.book_path(config),
@@ -102,7 +100,7 @@ def _noised(
     planned = plan(request, declared)
     multiplier = noise_for(request.epsilon, request.delta, 1.0, 1)
     ledger = client.ledger(config)
-    cells = Cells(_rows(client), declared)
+    cells = Cells(all_rows(client.data()), declared)
     charge = ledger.charge(
         cells.patients,
         Release(1.0, multiplier),
@@ -132,8 +130,3 @@ def _warn_of_horizon(client: MedicalClient, asked: Survival, count: int, minimum
             shown(asked.time),
             asked.horizon,
         )
-
-
-def _rows(client: MedicalClient) -> Sequence[Row]:
-    data = client.data()
-    return Rows.joined(getattr(data, split) for split in SPLITS)

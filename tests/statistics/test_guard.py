@@ -741,6 +741,16 @@ def test_a_partition_that_lacks_a_part_is_an_error(rows, path, part):
 class TestDigests:
     """A file that an earlier version has written must be understood: its digests stay the same."""
 
+    def test_classes_are_written_in_64_bits(self, path):
+        rows = [{"patient": str(n), "x": float(n // 20)} for n in range(60)]
+        ask(rows, path, columns=("x",), kinds=("histograms",), resolutions={"x": 1.0})
+        with sqlite3.connect(path) as connection:
+            query = """SELECT elements, labels FROM partitions WHERE key = '[["x"]]'"""
+            ((elements, labels),) = connection.execute(query).fetchall()
+        assert len(labels) == len(elements) == 8 * 60
+        classes = np.frombuffer(labels, np.int64)
+        assert sorted(np.unique(classes, return_counts=True)[1].tolist()) == [20, 20, 20]
+
     @pytest.mark.parametrize("visits", [1, 2])
     def test_digests_are_those_of_patient_text_and_number(self, path, visits):
         rows = [
