@@ -36,6 +36,7 @@ from fedmed_flower.reports.summary import (
 )
 from fedmed_flower.reports.tested import Estimates, estimates, evidence_of
 from fedmed_flower.reports.words import FEWEST
+from fedmed_flower.reports.worth import chance_of, in_words
 from fedmed_flower.server.run_folder import CONFIG, METRICS, MODEL, SUMMARY
 
 Ends = tuple[float, float]
@@ -428,7 +429,8 @@ def _worst(key: str, values: Mapping[str, float]) -> str:
 
 def _compared(run: _Run) -> str:
     """Return what the federated model is compared with; empty if the run has no other model."""
-    compared = contents.comparison(run.summary, nested(run.summary, "sites"), run.main)
+    chance = chance_of(run.summary, run.counts, run.main)
+    compared = contents.comparison(run.summary, nested(run.summary, "sites"), chance)
     if compared is None:
         return ""
     rows = []
@@ -446,7 +448,8 @@ def _compared(run: _Run) -> str:
         "Lowest",
         "Highest hospital",
     ]
-    return "\n\n".join(["### Beside other models", table(head, rows)])
+    said = [in_words(gain, run.main, named=False) for gain in compared.gains]
+    return "\n\n".join(["### Beside other models", *said, table(head, rows)])
 
 
 def _calibration(run: _Run) -> str:

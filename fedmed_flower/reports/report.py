@@ -42,6 +42,7 @@ from fedmed_flower.reports.summary import Total, entries, judged_by, nested, num
 from fedmed_flower.reports.tables import site_table
 from fedmed_flower.reports.tested import Estimates, estimates, evidence_of
 from fedmed_flower.reports.words import Words, words
+from fedmed_flower.reports.worth import chance_of
 from fedmed_flower.server.run_folder import METRICS as METRICS_TABLE
 from fedmed_flower.server.run_folder import SUMMARY, read_summary
 from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON
@@ -108,6 +109,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
     num_classes = 0 if counts is None else len(counts.classes)
     others = contents.explaining(summary, main, num_classes)
     shown = [judged, *(estimates(summary, counts, key) for key in others)]
+    chance = chance_of(summary, counts, main)
     epsilon = _hospital_epsilon(curves)
     with matplotlib.rc_context(plots.SETTINGS):
         sections = [
@@ -118,7 +120,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
             _classes(contents.by_class(summary, hospitals.metrics)) if styles else "",
             evidence.curves(evidence_of(counts) if shows_scores else None, styles),
             comparison.groups(contents.groups(summary, main)),
-            comparison.models(contents.comparison(summary, styles, main), styles, main),
+            comparison.models(contents.comparison(summary, styles, chance), styles, main),
             _curves(curves, styles, main, noise),
             _cases(pictures, styles, main, folder),
             _failures(summary),
@@ -149,7 +151,8 @@ def _sites(summary: dict[str, Any], curves: Curves) -> list[str]:
     """Return the names of all hospitals that the run folder names, in order."""
     names = {*nested(summary, "sites")}
     names |= {*nested(summary, "test", "sites")}
-    names |= {*nested(summary, "test", "local")}
+    for models in ("local", "own"):
+        names |= {*nested(summary, "test", models)}
     names |= {site for _, _, site in curves if site != ALL_SITES}
     return sorted(names, key=frame.natural)
 
