@@ -14,7 +14,7 @@ from fedmed_flower.files import (
 )
 from fedmed_flower.metrics.counts import read_counts
 from fedmed_flower.metrics.names import lower_is_better
-from fedmed_flower.reports import comparison, contents, evidence, frame, plots
+from fedmed_flower.reports import comparison, contents, evidence, frame, heat, plots
 from fedmed_flower.reports.contents import (
     Classes,
     Disclosure,
@@ -25,6 +25,7 @@ from fedmed_flower.reports.contents import (
     SiteCost,
     SiteTraffic,
 )
+from fedmed_flower.reports.crossed import crossed
 from fedmed_flower.reports.frame import (
     COUNT,
     DASH,
@@ -121,6 +122,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
             evidence.curves(evidence_of(counts) if shows_scores else None, styles),
             comparison.groups(contents.groups(summary, main)),
             comparison.models(contents.comparison(summary, styles, chance), styles, main),
+            heat.models_at_hospitals(crossed(summary, styles, main, noise), styles),
             _curves(curves, styles, main, noise),
             _cases(pictures, styles, main, folder),
             _failures(summary),

@@ -11,6 +11,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
+from fedmed_flower.files import CROSS_SITES
 from fedmed_flower.runs import cross_sites
 from fedmed_flower.runs.roll_call import Sites, collect_personal
 from fedmed_flower.server.history import History
@@ -106,7 +107,7 @@ class Baselines:
         else:
             log.warning("no model on all data pooled: the data of real sites stay apart")
         federated = {**test["sites"], ALL_SITES: test["federated"]}
-        self.folder.write(cross_sites.CROSS_SITES, cross_sites.to_csv(alone, federated, pooled))
+        self.folder.write(CROSS_SITES, cross_sites.to_csv(alone, federated, pooled))
 
     def _trained_on_all(self) -> Table:
         """Train a model on the rows of all sites of a simulation; return its test results."""

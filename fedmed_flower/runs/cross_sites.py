@@ -10,7 +10,6 @@ from fedmed_flower.files import write_rows
 from fedmed_flower.metrics.names import MAIN
 from fedmed_flower.wire import ALL_SITES
 
-CROSS_SITES = "cross-sites.csv"
 COLUMNS = ("model", "trained-at", "tested-at", "metric", "value")
 # A summary must stay a file that can be read at once; of more models times sites it has no table.
 _MOST_CELLS = 10_000

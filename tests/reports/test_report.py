@@ -6,13 +6,13 @@ import io
 import json
 import re
 import sys
-from html.parser import HTMLParser
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from html_pages import Page
 from PIL import Image
 
 from fedmed_flower.errors import InputError
@@ -81,43 +81,6 @@ def report(folder, summary, curves=None):
     text = write_report(folder).read_text(encoding="utf-8")
     assert text.count(OWN_SCRIPT) <= 1
     return text.replace(OWN_SCRIPT, "")
-
-
-class Page(HTMLParser):
-    """Text of the page, and its tables as {caption: [[cell, ...], ...]}."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tables, self.tags, self.text, self.caption = {}, [], "", ""
-        self.sink = None
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "caption":
-            self.caption, self.sink = "", "caption"
-        elif tag == "tr":
-            self.tables.setdefault(self.caption, []).append([])
-        elif tag in ("th", "td"):
-            self.tables[self.caption][-1].append("")
-            self.sink = "cell"
-        elif tag == "small" and self.sink == "cell":
-            self.tables[self.caption][-1][-1] += " "
-
-    def handle_endtag(self, tag):
-        if tag in ("caption", "th", "td"):
-            self.sink = None
-
-    def handle_data(self, data):
-        self.text += data
-        if self.sink == "caption":
-            self.caption += data
-        elif self.sink == "cell":
-            self.tables[self.caption][-1][-1] += data
-
-    def table(self, start):
-        (found,) = [rows for caption, rows in self.tables.items() if caption.startswith(start)]
-        return {row[0]: row[1:] for row in found}
 
 
 def test_table_of_hospitals_has_mean_and_named_worst_of_each_column(tmp_path):
