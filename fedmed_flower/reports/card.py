@@ -18,7 +18,7 @@ from fedmed_flower.files import as_input_error, read_object, write_atomic
 from fedmed_flower.metrics.counts import Counts, read_counts
 from fedmed_flower.metrics.curves import Interval
 from fedmed_flower.metrics.names import lower_is_better
-from fedmed_flower.reports import contents, frame, scores, tripod
+from fedmed_flower.reports import contents, frame, scores, trained, tripod
 from fedmed_flower.reports.contents import Hospitals
 from fedmed_flower.reports.frame import COUNT, DASH, count_of, format_of, format_value
 from fedmed_flower.reports.markdown import plain, table
@@ -318,6 +318,7 @@ def _training(run: _Run) -> str:
     duration = DASH if seconds is None else f"{timedelta(seconds=round(seconds))} (h:min:s)"
     facts = {
         "Strategy": plain(summary.get("strategy")),
+        **{frame.capital(key): plain(value) for key, value in trained.facts(summary).items()},
         "Rounds": f"{done} of {planned}",
         "Network": plain(model.get("network")),
         "Weights": format_value(number(model, "weights"), COUNT),

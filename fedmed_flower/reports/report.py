@@ -14,7 +14,7 @@ from fedmed_flower.files import (
 )
 from fedmed_flower.metrics.counts import read_counts
 from fedmed_flower.metrics.names import lower_is_better
-from fedmed_flower.reports import comparison, contents, evidence, frame, heat, plots
+from fedmed_flower.reports import comparison, contents, evidence, frame, heat, plots, trained
 from fedmed_flower.reports.contents import (
     Classes,
     Disclosure,
@@ -129,7 +129,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
             _notes(summary),
             _disclosed(contents.disclosed(summary), bool(pictures)),
             _privacy(contents.privacy(summary, epsilon), curves, styles),
-            _traffic(contents.traffic(summary), styles),
+            _traffic(contents.traffic(summary), trained.saved_in_words(summary), styles),
             _making(summary),
         ]
     text = frame.page(
@@ -453,9 +453,10 @@ def _patients(patients: Patients, curves: Curves, styles: Styles) -> str:
     return f'{words}{folded}<div class="plots">{drawn}</div>{note}'
 
 
-def _traffic(traffic: dict[str, SiteTraffic], styles: Styles) -> str:
+def _traffic(traffic: dict[str, SiteTraffic], saved: list[str], styles: Styles) -> str:
+    words = f"<p>{' '.join(saved)}</p>" if saved else ""
     if not traffic:
-        return ""
+        return f"<h2>Traffic</h2>{words}" if saved else ""
     rows = []
     for site, style in styles.items():
         part = traffic.get(site, SiteTraffic(None, None, None, None))
@@ -464,11 +465,13 @@ def _traffic(traffic: dict[str, SiteTraffic], styles: Styles) -> str:
         rows.append([style.key, format_value(part.replies, COUNT), *sizes, seconds])
     head = ["Hospital", "Replies", "MB to it", "MB from it", "Seconds a reply"]
     table = frame.table("Messages of the rounds", head, rows)
-    return f"<h2>Traffic</h2>{frame.folded(table, len(styles))}"
+    return f"<h2>Traffic</h2>{words}{frame.folded(table, len(styles))}"
 
 
 def _making(summary: dict[str, Any]) -> str:
-    facts = {key: summary.get(key) for key in ("data", "strategy", "engine", "seed")}
+    facts = {key: summary.get(key) for key in ("data", "strategy")}
+    facts |= trained.facts(summary)
+    facts |= {key: summary.get(key) for key in ("engine", "seed")}
     model = nested(summary, "model")
     if model:
         facts["network"] = model.get("network")
