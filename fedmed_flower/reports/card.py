@@ -449,7 +449,7 @@ def _compared(run: _Run) -> str:
         "Lowest",
         "Highest hospital",
     ]
-    said = [in_words(gain, run.main, named=False) for gain in compared.gains]
+    said = [in_words(gain, named=False) for gain in compared.gains]
     return "\n\n".join(["### Beside other models", *said, table(head, rows)])
 
 

@@ -31,7 +31,9 @@ def models(comparison: Comparison | None, styles: Styles, main: str) -> str:
     if comparison is None:
         return _HEADING + _TO_COMPARE.format("Not measured in this run. ")
     heading = _HEADING if comparison.baselines else _HEADING + _TO_COMPARE.format("")
-    gained = "".join(f"<p>{escaped(in_words(each, main))}</p>" for each in comparison.gains)
+    gained = "".join(f"<li>{escaped(in_words(each))}</li>" for each in comparison.gains)
+    if gained:
+        gained = f'<p>{_by(main)}:</p><ul class="said">{gained}</ul>'
     names = {site: style.key for site, style in styles.items()}
     title = frame.title(main)
     caption = f"{title} on each hospital’s own test records"
@@ -41,6 +43,11 @@ def models(comparison: Comparison | None, styles: Styles, main: str) -> str:
     tuned = comparison.fine_tuned
     fine_tuned = "" if tuned is None else _fine_tuned(tuned, names, main)
     return heading + gained + table + note + drawn + fine_tuned
+
+
+def _by(main: str) -> str:
+    better = "lower" if lower_is_better(main) else "higher"
+    return f"By {name(main)} on each hospital’s own test records ({better} is better)"
 
 
 def _notes(comparison: Comparison, count: int) -> str:
@@ -92,7 +99,7 @@ def _fine_tuned(tuned: FineTuned, names: dict[str, str], main: str) -> str:
     )
     if tuned.gain is not None:
         change = format_value(mean(tuned.gain.changes), _CHANGE)
-        words += f"{escaped(in_words(tuned.gain, main))} "
+        words += f"{_by(main)}: {escaped(in_words(tuned.gain))} "
         words += f"Mean change of {name(main)}: <b>{change}</b>."
     tuned_names = {site: named for site, named in names.items() if site in tuned.sites}
     caption = "On each hospital’s own validation records"

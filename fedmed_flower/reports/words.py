@@ -293,7 +293,7 @@ def _gained(summary: dict[str, Any], counts: Counts | None, main: str) -> list[s
     compared = contents.comparison(summary, nested(summary, "sites"), chance)
     gains = [] if compared is None else compared.gains
     shown = [gain for gain in gains if gain.other == ALONE and gain.model in (FEDERATED, OWN)]
-    return [in_words(gain, main, named=False) for gain in shown]
+    return [in_words(gain, named=False) for gain in shown]
 
 
 def _part(summary: dict[str, Any]) -> list[str]:

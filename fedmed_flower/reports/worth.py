@@ -18,7 +18,7 @@ from fedmed_flower.metrics.counts import Counts
 from fedmed_flower.metrics.curves import Interval, wilson
 from fedmed_flower.metrics.differences import auc_interval_by_size, difference_interval
 from fedmed_flower.metrics.names import lower_is_better
-from fedmed_flower.reports.frame import capital, count_of, format_value, plain_name
+from fedmed_flower.reports.frame import capital, count_of, format_value
 from fedmed_flower.reports.noise import noise_of
 from fedmed_flower.reports.summary import by_site, nested
 
@@ -151,20 +151,14 @@ def differences(values: Mapping[str, float], others: Mapping[str, float]) -> dic
     return {site: value - others[site] for site, value in values.items() if site in others}
 
 
-def in_words(gain: Gain, main: str, named: bool = True) -> str:
+def in_words(gain: Gain, named: bool = True) -> str:
     """Return who is better served by the one model, as text.
 
     Parameters
     ----------
-    main
-        The metric.
     named
-        Whether the metric and the hospitals are named.
+        Whether the hospitals are named, with their changes.
     """
-    by_metric = ""
-    if named:
-        lower = ", lower is better" if lower_is_better(main) else ""
-        by_metric = f"{capital(plain_name(main))} on their own test records{lower}. "
 
     def counted(sites: list[str]) -> str:
         return _named(sites, gain.changes) if named else ""
@@ -188,8 +182,7 @@ def in_words(gain: Gain, main: str, named: bool = True) -> str:
             f"{counted(better)} and worse at {len(worse) or 'none'}{counted(worse)} than "
             f"{gain.other}{equal}; how much of this is chance is not known"
         )
-    said = ". ".join(map(capital, sentences))
-    return f"{by_metric}{said}."
+    return f"{'. '.join(map(capital, sentences))}."
 
 
 def _is(sites: list[str]) -> str:

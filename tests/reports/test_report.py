@@ -112,7 +112,8 @@ def test_comparison_says_who_gained_and_who_lost(tmp_path):
     ]
     assert table["All records together"] == ["0.600 mean of all models", "0.810", "0.840", "+0.210"]
     assert (
-        "AUC on their own test records. The federated model is better at 2 of 3 hospitals "
+        "By AUC on each hospital’s own test records (higher is better):"
+        "The federated model is better at 2 of 3 hospitals "
         "(hospital-10 +0.100, hospital-1 +0.050) and worse at 1 (hospital-2 −0.020) than one "
         "trained on their own records alone; how much of this is chance is not known."
     ) in page.text
@@ -548,8 +549,8 @@ def test_of_losses_the_largest_is_the_worst(tmp_path):
     assert comparison["Worst hospital"][1] == "0.500 hospital-2"
     assert comparison["Worst hospital"][2] == "+0.050 hospital-2"
     assert (
-        "Loss on their own test records, lower is better. The federated model is better "
-        "at 2 of 3 hospitals (hospital-1 −0.150, hospital-10 −0.050) "
+        "By loss on each hospital’s own test records (lower is better):"
+        "The federated model is better at 2 of 3 hospitals (hospital-1 −0.150, hospital-10 −0.050) "
         "and worse at 1 (hospital-2 +0.050) than"
     ) in page.text
     assert "Validation loss · worst: hospital-1, 0.902" in page.text
@@ -856,10 +857,10 @@ def test_fine_tuned_models_beside_the_others(tmp_path):
     assert (
         "The federated model was fine-tuned at 3 hospitals: 2 kept the result, 1 the federated "
         "model. A hospital keeps what is best on its validation records, so that by construction "
-        "none is worse there. AUC on their own test records. The fine-tuned model is better at "
-        "1 of 3 hospitals (hospital-1 +0.050) and worse at 1 (hospital-10 −0.020) than the "
-        "federated model, and equal at 1; how much of this is chance is not known. Mean change of "
-        "AUC: +0.010."
+        "none is worse there. By AUC on each hospital’s own test records (higher is better): "
+        "The fine-tuned model is better at 1 of 3 hospitals (hospital-1 +0.050) and worse at 1 "
+        "(hospital-10 −0.020) than the federated model, and equal at 1; how much of this is "
+        "chance is not known. Mean change of AUC: +0.010."
     ) in words
     before = Page(report(tmp_path, full_summary()))
     assert "ine-tuned" not in before.text
