@@ -165,7 +165,8 @@ def in_words(gain: Gain, named: bool = True) -> str:
 
     sentences = []
     better, worse, neither = gain.known
-    if count := len(better) + len(worse) + len(neither):
+    count = len(better) + len(worse) + len(neither)
+    if better or worse:
         sentence = (
             f"{len(better) or 'none'} of {count_of(count, 'hospital')} {_is(better)} better served "
             f"by {gain.model} than by {gain.other}{counted(better)}; {len(worse) or 'none'} "
@@ -174,6 +175,11 @@ def in_words(gain: Gain, named: bool = True) -> str:
         if neither:
             sentence += f", and at {len(neither)} the difference is no more than chance can make"
         sentences.append(sentence)
+    elif neither:
+        sentences.append(
+            f"at {len(neither)} of {count_of(count, 'hospital')} the difference between "
+            f"{gain.model} and {gain.other} is no more than chance can make"
+        )
     better, worse, neither = gain.unknown
     if count := len(better) + len(worse) + len(neither):
         equal = f", and equal at {len(neither)}" if neither else ""

@@ -75,8 +75,8 @@ def test_it_is_said_in_words():
         "records alone; how much of this is chance is not known."
     )
     assert in_words(made(rows=(3, 3)), named=False).startswith(
-        "None of 3 hospitals is better served by the federated model than by one trained on their "
-        "own records alone; none is worse served, and at 3 the difference is no more than chance "
+        "At 3 of 3 hospitals the difference between the federated model and one trained on their "
+        "own records alone is no more than chance can make. The federated model is better at 1 "
     )
     lower = gain(FEDERATED, {"a": 0.5}, ALONE, {"a": 0.7}, Chance("loss", {}))
     assert in_words(lower) == (
