@@ -21,11 +21,11 @@ class Failing(TinyTable):
 
     @property
     def alone(self):
-        return "/local" in self.run_key
+        return "/local" in self.key_told
 
     def read(self, message):
         config = super().read(message)
-        self.run_key = str(config["run-key"]) if "run-key" in config else ""
+        self.key_told = str(config["run-key"]) if "run-key" in config else ""
         return config
 
 
