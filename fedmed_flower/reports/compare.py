@@ -220,15 +220,11 @@ def _by_hospital(
         title = f"{escaped(label)} − {escaped(first)}"
         of_both = None
         if value is not None and total_before is not None:
-            of_both = Total(_minus(value, total_before))
+            of_both = Total(several.minus(value.value, total_before.value))
         columns.append(Column(title, change, of_both, _CHANGE, lower))
     complete = [site for site in sites if all(site in values for values in by_run)]
     names = {site: escaped(site) for site in sites}
     return site_table(names, caption, columns, complete)
-
-
-def _minus(one: Total, other: Total) -> float | None:
-    return None if one.value is None or other.value is None else one.value - other.value
 
 
 def _dots(sites: list[str], styles: Styles, by_run: list[dict[str, float]], title: str) -> str:

@@ -35,20 +35,22 @@ def models_at_hospitals(crossed: Crossed | None, styles: Styles) -> str:
 
 def _in_a_sentence(crossed: Crossed) -> str:
     """Return what models reach at home and elsewhere, on average."""
+    federated = next((model.values for model in crossed.others if model.is_federated), {})
+    means = {
+        "a model that one hospital has trained alone reaches {} there on average": mean(
+            crossed.at_home()
+        ),
+        "at another hospital such a model reaches {}": mean(crossed.mean_elsewhere()),
+        "the federated model reaches {}": mean(federated),
+    }
     spec = format_of(crossed.metric)
-    home = format_value(mean(crossed.at_home()), spec)
-    away = format_value(mean(crossed.mean_elsewhere()), spec)
+    parts = [
+        words.format(f"<b>{format_value(value, spec)}</b>")
+        for words, value in means.items()
+        if value is not None
+    ]
     better = "lower" if lower_is_better(crossed.metric) else "higher"
-    words = (
-        f"{frame.title(crossed.metric)}, {better} is better: a model that one hospital has trained "
-        f"alone reaches <b>{home}</b> there on average, and <b>{away}</b> at another hospital"
-    )
-    federated = next((model for model in crossed.others if model.is_federated), None)
-    if federated is None:
-        return f"{words}."
-    return (
-        f"{words}; the federated model reaches <b>{format_value(mean(federated.values), spec)}</b>."
-    )
+    return f"{frame.title(crossed.metric)}, {better} is better: {'; '.join(parts)}."
 
 
 def _scale(crossed: Crossed) -> str:

@@ -218,13 +218,14 @@ def reached(runs: Sequence[Run], main: str) -> dict[str, list[Reached]]:
         if any(each.value is not None for each in totals):
             found = [estimates(run.summary, run.counts, key).total for run in runs]
             listed[key] = [
-                Reached(each, known and known.interval, _minus(each.value, totals[0].value))
+                Reached(each, known and known.interval, minus(each.value, totals[0].value))
                 for each, known in zip(totals, found, strict=True)
             ]
     return listed
 
 
-def _minus(value: float | None, first: float | None) -> float | None:
+def minus(value: float | None, first: float | None) -> float | None:
+    """Return a difference; None if a side of it is not known."""
     return None if value is None or first is None else value - first
 
 

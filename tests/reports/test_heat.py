@@ -43,7 +43,8 @@ def test_words_key_and_notes():
     text = Page(drawn()).text
     assert (
         "AUC, higher is better: a model that one hospital has trained alone reaches 0.750 there on "
-        "average, and 0.500 at another hospital; the federated model reaches 0.750."
+        "average; at another hospital such a model reaches 0.500; the federated model reaches "
+        "0.750."
     ) in text
     assert "worst 0.500" in text
     assert "0.900 best" in text
@@ -55,6 +56,10 @@ def test_words_key_and_notes():
     assert "MAE, lower is better" in text
     assert "worst 0.900" in text
     assert models_at_hospitals(None, {}) == ""
+    # One hospital has no other, and this run has no federated figure.
+    one = {"test": {"local": {"north": {"sites": {"north": {"auc": 0.9}}}}}}
+    said = Page(drawn(one, ["north"])).text
+    assert "trained alone reaches 0.900 there on average." in said
 
 
 def many(count):
