@@ -111,3 +111,12 @@ def test_own_layers_are_measured_where_the_message_asks_for_them():
 
     assert loss(fresh, own_model=True, replies_taken=1, **config) == loss(mixed)
     assert loss(fresh) != loss(mixed)
+
+
+@pytest.mark.parametrize("method", ["fednova", "feddyn", "scaffold"])
+def test_a_step_of_the_server_leaves_kept_layers_alone(method, tmp_path):
+    """The global model's kept layers are the mean of the sites', as without a method."""
+    plain, _ = entries(tmp_path / "plain", keep="2.*", learning_rate=0.001)
+    moved, _ = entries(tmp_path / "moved", keep="2.*", learning_rate=0.001, method=method)
+    for key in ("2.weight", "2.bias"):
+        np.testing.assert_allclose(moved[key], plain[key], atol=2e-3)
