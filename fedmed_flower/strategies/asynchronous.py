@@ -111,7 +111,7 @@ def method_that_needs_all(method: object) -> str | None:
 
 
 @dataclass(frozen=True)
-class Sent:
+class Dispatch:
     """What a round sends to the sites.
 
     Attributes
@@ -132,7 +132,7 @@ class UnderWay:
     """A message without a reply so far: what was sent, and when by the clock of the arrivals."""
 
     request: Request
-    sent: Sent
+    sent: Dispatch
     seconds: float
 
 
@@ -173,7 +173,7 @@ def moved(
     return draft.finish()
 
 
-class Buffer:
+class ReplyBuffer:
     """The messages under way and the replies that have come, of one run.
 
     Parameters
@@ -213,7 +213,7 @@ class Buffer:
         self._timeout = timeout
         self._statistics = statistics
         self._arrivals = arrivals_of(grid)
-        self._current = Sent(0, ArrayRecord())
+        self._current = Dispatch(0, ArrayRecord())
         self._under_way: dict[str, UnderWay] = {}
         # Messages that were given up, by id: their sites are busy until the reply comes after all.
         self._overdue: dict[str, UnderWay] = {}
@@ -230,7 +230,7 @@ class Buffer:
 
     def gather(
         self,
-        current: Sent,
+        current: Dispatch,
         configure: Callable[[], Iterable[Message]],
         nodes: Callable[[], set[int]],
         usable: Callable[[Message], bool],
@@ -239,7 +239,7 @@ class Buffer:
 
         Parameters
         ----------
-        current : Sent
+        current : Dispatch
             The model of this round.
         configure : callable
             Returns messages with that model to free sites; see `free`.
@@ -329,6 +329,10 @@ class Buffer:
         rested = {node for node in free if self._resting.get(node, 0) <= now}
         return rested if rested or self._under_way else free
 
+    def sent_for(self, reply: Message) -> Dispatch:
+        """Return what was sent to the site of a reply of this round."""
+        return self._replied[reply.metadata.reply_to_message_id].sent
+
     @property
     def training(self) -> int:
         """Number of sites that train at present."""
@@ -340,7 +344,7 @@ class Buffer:
         The same holds for companions: each is moved onto the current one of its name.
         """
         for reply in replies:
-            sent = self._replied[reply.message.metadata.reply_to_message_id].sent
+            sent = self.sent_for(reply.message)
             staleness = self._age(sent)
             if staleness:
                 reply.weight *= staleness_factor(staleness, self._exponent)
@@ -389,7 +393,7 @@ class Buffer:
         self._under_way = {}
         self._overdue = {}
 
-    def _begin(self, current: Sent) -> None:
+    def _begin(self, current: Dispatch) -> None:
         self._current = current
         self._replied = {}
         self._first_row = len(self._inbox.history.rows)
@@ -498,6 +502,6 @@ class Buffer:
         self._failed.pop(node_id, None)
         self._resting.pop(node_id, None)
 
-    def _age(self, sent: Sent) -> int:
+    def _age(self, sent: Dispatch) -> int:
         """Return in how many rounds the model has changed since it was sent."""
         return self._current.server_round - sent.server_round

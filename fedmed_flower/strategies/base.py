@@ -50,7 +50,7 @@ from fedmed_flower.strategies.aggregation import (
     shapes,
     weighed,
 )
-from fedmed_flower.strategies.asynchronous import RESUMED, Buffer, Sent, refusal
+from fedmed_flower.strategies.asynchronous import RESUMED, Dispatch, ReplyBuffer, refusal
 from fedmed_flower.strategies.server_optimizers import (
     OPTIMISERS,
     class_below,
@@ -103,7 +103,7 @@ class RunState:
         The metrics and counts of each site's reply to `FedAvg.test`.
     strategy : dict
         The strategy's class and its arguments, as the checkpoint records them.
-    waiting : Buffer or None
+    waiting : ReplyBuffer or None
         What is under way in asynchronous rounds; None if rounds wait for all their sites.
     """
 
@@ -118,7 +118,7 @@ class RunState:
     rows_of_class: list[int] = field(default_factory=list)
     tested: dict[str, dict[str, Any]] = field(default_factory=dict)
     strategy: dict[str, Any] = field(default_factory=dict)
-    waiting: Buffer | None = None
+    waiting: ReplyBuffer | None = None
 
 
 def leave_result(grid: Grid, result: flower.Result, folder: RunFolder | None) -> None:
@@ -350,7 +350,7 @@ class FedAvg(flower.FedAvg):
         first = self._restore(grid, initial_arrays) + 1
         self._set_clock(grid)
         if self.buffer:
-            self.run.waiting = Buffer(
+            self.run.waiting = ReplyBuffer(
                 grid, self.inbox, self.buffer, self.staleness_exponent, timeout, self.buffers
             )
             if 1 < first <= num_rounds:
@@ -423,7 +423,7 @@ class FedAvg(flower.FedAvg):
         model, metrics = self.aggregate_train(
             server_round,
             waiting.gather(
-                Sent(server_round, arrays, self.current_companions),
+                Dispatch(server_round, arrays, self.current_companions),
                 lambda: self.configure_train(server_round, arrays, config, grid),
                 lambda: self._trainers(grid),
                 lambda reply: waiting.usable(reply, self.weighted_by_key, layout),

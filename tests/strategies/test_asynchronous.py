@@ -25,7 +25,7 @@ from fedmed_flower.strategies import (
     Krum,
     WeightedFedAvg,
 )
-from fedmed_flower.strategies.asynchronous import Sent, moved, staleness_factor
+from fedmed_flower.strategies.asynchronous import Dispatch, moved, staleness_factor
 
 W = arrays(w=[0.0])
 
@@ -440,7 +440,7 @@ def test_a_model_is_kept_only_while_a_message_with_it_is_under_way():
 
     def count(server_round, model):
         gc.collect()
-        kept.append(sum(isinstance(one, Sent) for one in gc.get_objects()))
+        kept.append(sum(isinstance(one, Dispatch) for one in gc.get_objects()))
 
     strategy = FedAvg(buffer=1)
     run(strategy, site_app(halfway), W, 30, 3, [1, 1, 0.04], evaluate_fn=count)
