@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from logging import DEBUG
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from flwr.app import (
@@ -230,8 +230,7 @@ class _Progress:
     done: int = 0
 
 
-@dataclass(frozen=True)
-class _Waiting:
+class _Waiting(NamedTuple):
     """A message whose client has not run, and the virtual time at which its reply is due."""
 
     message: Message

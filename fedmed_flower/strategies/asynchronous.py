@@ -269,6 +269,8 @@ class ReplyBuffer:
                 if not self._started:
                     self._require_sites(len(nodes()))
                 self._send(messages)
+                if messages or not begun:
+                    self._tell_who_trains()
             begun = True
             if not self._under_way:
                 # Replies that have come must not wait for a site that was given up.
@@ -408,11 +410,14 @@ class ReplyBuffer:
                 f"buffer must be at most the number of sites that train, {count}, got {self.size}"
             )
 
+    def _tell_who_trains(self) -> None:
+        """Tell the listeners of all sites that train now, whenever they began."""
+        sites = [self._inbox.name(one.request.node_id) for one in self._under_way.values()]
+        self._inbox.listeners.asked(self._current.server_round, "train", sites)
+
     def _send(self, messages: list[Message]) -> None:
-        """Send messages, and tell the listeners of all sites that train now."""
-        if not messages:
-            return
-        self._started = True
+        """Send messages; record which of them could not be sent."""
+        self._started |= bool(messages)
         accepted = {key for key in self._grid.push_messages(messages) if key}
         # The time that sending took does not count: a large model takes long.
         now = self._arrivals.now
@@ -425,8 +430,6 @@ class ReplyBuffer:
             else:
                 self._replied[f"not sent {request.number}"] = under_way
                 self._fail(under_way, "the message could not be sent")
-        sites = [self._inbox.name(one.request.node_id) for one in self._under_way.values()]
-        self._inbox.listeners.asked(self._current.server_round, "train", sites)
 
     def _next(self) -> Message | None:
         """Return the next reply to a message under way; None if it was another, or none came."""

@@ -185,6 +185,12 @@ def test_a_synchronous_round_takes_as_long_as_its_slowest_site():
     assert clock(strategy) == [5.0, 10.0, 15.0]
 
 
+def test_neither_time_nor_age_stands_for_a_rounds_quality():
+    strategy = FedAvg(buffer=2)
+    run(strategy, adding(1, 2), W, 1, 2, [1, 1])
+    assert strategy.history.describe(1) == "val sum 1.5000"
+
+
 def test_without_speeds_no_time_is_recorded():
     for buffer in (0, 2):
         strategy = FedAvg(buffer=buffer)
