@@ -406,6 +406,7 @@ class FedAvg(flower.FedAvg):
                 break
         if self.run.waiting is not None:
             self.run.waiting.close()
+            self.run.waiting = None
 
     def _train(
         self, grid: Grid, server_round: int, arrays: ArrayRecord, config: ConfigRecord
