@@ -46,6 +46,9 @@ class AcceptedReply:
     companions : dict of str to ArrayRecord
         What came back beside the model, by name.
     weight : float
+    freshness : float
+        What is left of its weight for the model, because of the age of the model that it replies
+        to; above 0, at most 1. Companions are combined by the whole weight.
     used : bool
         Whether the rule used it.
     """
@@ -57,6 +60,7 @@ class AcceptedReply:
     arrays: ArrayRecord = field(default_factory=ArrayRecord)
     companions: dict[str, ArrayRecord] = field(default_factory=dict)
     weight: float = 1.0
+    freshness: float = 1.0
     used: bool = False
 
     @property

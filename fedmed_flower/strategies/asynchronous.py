@@ -6,7 +6,8 @@ paper's polynomial staleness weights.
 
 A reply is the change that a site has made to the model that was sent to it. That model may be some
 rounds old by then: here the change is moved onto the current model, and the reply's weight is
-lowered by its age. Everything behind that is the strategy's own: screening, rule, limits, server
+lowered by its age. What travels beside the model is moved too; its weight stays, so that control
+variates add up. Everything behind that is the strategy's own: screening, rule, limits, server
 optimiser, record. Two things differ from the paper. The strategy's rule divides by the sum of the
 weights, where the paper divides by K: replies of one age make a full step, however old they are.
 And a site counts at most once in a round: a fast site waits for the next model, so that it can
@@ -27,6 +28,7 @@ from flwr.serverapp import Grid
 from fedmed_flower.arrays import kernels
 from fedmed_flower.arrays.views import Draft, flat, not_finite, view
 from fedmed_flower.errors import InputError
+from fedmed_flower.methods.base import Method
 from fedmed_flower.metrics.names import STALENESS
 from fedmed_flower.server.arrivals import arrivals_of
 from fedmed_flower.server.inbox import AcceptedReply, Inbox, Request
@@ -50,8 +52,8 @@ def refusal(
     quorum: int | None,
     min_replies: int,
     needed: int,
-    needs_all: bool,
-    method: object,
+    draws_by_law: bool,
+    method: Method | None,
     below: type | None,
     own_exchange: bool,
 ) -> str | None:
@@ -67,20 +69,20 @@ def refusal(
         Arguments of the strategy.
     needed : int
         Usable replies that its rule needs.
-    needs_all : bool
-        Whether the strategy is right only if the sites of a round are those that it has drawn.
-    method : object
-        The strategy's method; None if it has none.
+    draws_by_law : bool
+        Whether the strategy draws the sites of a round by a law of its own.
+    method : Method or None
+        None if the strategy has none.
     below : type or None
         Somebody else's strategy, whose rule makes the model.
     own_exchange : bool
         Whether the strategy sends and collects messages in its own way.
     """
     without = "leave buffer out"
-    if needs_all:
+    if draws_by_law:
         return f"{name} needs the reply of every site that it has drawn for a round: {without}"
-    if (of_method := method_that_needs_all(method)) is not None:
-        return f"the method {of_method} needs the replies of all sites in a round: {without}"
+    if method is not None and method.needs_all:
+        return f"the method {method.name} needs the replies of all sites in a round: {without}"
     if below is not None:
         return (
             f"the rule of {below.__name__} is not ours, and may count on replies to the current "
@@ -101,13 +103,6 @@ def refusal(
             "buffer or lower num_malicious_nodes"
         )
     return None
-
-
-def method_that_needs_all(method: object) -> str | None:
-    """Return the name of a method that is right only with all sites in each round; else None."""
-    if not getattr(method, "needs_all", False):
-        return None
-    return str(getattr(method, "name", "") or type(method).__name__)
 
 
 @dataclass(frozen=True)
@@ -343,13 +338,13 @@ class ReplyBuffer:
     def rebased(self, replies: Iterable[AcceptedReply]) -> Iterator[AcceptedReply]:
         """Move the change of each reply onto the current model, and lower its weight by its age.
 
-        The same holds for companions: each is moved onto the current one of its name.
+        Companions are moved onto the current ones of their names.
         """
         for reply in replies:
             sent = self.sent_for(reply.message)
             staleness = self._age(sent)
             if staleness:
-                reply.weight *= staleness_factor(staleness, self._exponent)
+                reply.freshness = staleness_factor(staleness, self._exponent)
                 keys = stepped(sent.model, self._statistics)
                 reply.arrays = moved(reply.arrays, sent.model, self._current.model, keys)
                 reply.companions = {

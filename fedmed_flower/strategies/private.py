@@ -107,7 +107,8 @@ class DPFedAvg(FedAvg):
         If an argument is out of its range, or one round costs more than `target_epsilon`.
     """
 
-    needs_all = True
+    combines_companions = False
+    draws_by_law = True
 
     def __init__(
         self,
