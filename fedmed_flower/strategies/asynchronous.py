@@ -82,7 +82,7 @@ def refusal(
     if draws_by_law:
         return f"{name} needs the reply of every site that it has drawn for a round: {without}"
     if method is not None and method.needs_all:
-        return f"the method {method.name} needs the replies of all sites in a round: {without}"
+        return f"the method {method.name} is wrong with replies to different models: {without}"
     if below is not None:
         return (
             f"the rule of {below.__name__} is not ours, and may count on replies to the current "
