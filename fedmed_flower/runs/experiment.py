@@ -211,6 +211,12 @@ def _prepared(
     strategy.use_method(method)
     _require_method(strategy, config, context.run_config)
     plan = Plan.from_run_config(context.run_config)
+    if config.get("virtual-speeds") and not hasattr(grid, "set_clock"):
+        raise setting_error(
+            "virtual-speeds needs a run in one process, `fedmed run` with the engine local: sites "
+            "that work at the same time have their own speeds",
+            "virtual-speeds",
+        )
     require_trackers(plan.trackers)
     folder = RunFolder.named(plan.run_dir)
     if not plan.resume:
@@ -226,6 +232,10 @@ def _prepared(
     if plan.quorum:
         strategy.quorum = plan.quorum
         strategy.grace = plan.grace
+    if plan.buffer:
+        strategy.buffer = plan.buffer
+        strategy.staleness_exponent = plan.staleness_exponent
+    strategy.require_buffer()
     if asking is None:
         # Before waiting for sites, so that a wrong run config or checkpoint is reported at once.
         start = _start_model(model, agreed, config, plan.seed)
