@@ -71,6 +71,7 @@ from fedmed_flower.settings.registry import (
 from fedmed_flower.settings.text import expand, setting_error, text_of
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.strategies.base import EvaluateFn, FedAvg, leave_result
+from fedmed_flower.strategies.selection import SERVER
 from fedmed_flower.wire import (
     AGREED,
     ALL_SITES,
@@ -147,7 +148,8 @@ def federate(
     Parameters
     ----------
     strategy : FedAvg
-        Its folder, seed and `resume` are set from the run config.
+        Its folder, seed and `resume` are set from the run config, as are `quorum` and `keep` if
+        the run config asks for them.
     grid, context
         As Flower gives them to a ServerApp.
     model : MedicalClient or callable
@@ -215,6 +217,9 @@ def _prepared(
     if plan.quorum:
         strategy.quorum = plan.quorum
         strategy.grace = plan.grace
+    if plan.compares:
+        _require_noised_choice(config)
+        strategy.keep(plan.keep_model, plan.keep_metric, plan.patience)
     if asking is None:
         # Before waiting for sites, so that a wrong run config or checkpoint is reported at once.
         start = _start_model(model, agreed, config, plan.seed)
@@ -281,6 +286,18 @@ def _prepared(
         standing_out=standing_out,
         class_names=tuple(getattr(getattr(model, "__self__", model), "class_names", ())),
     )
+
+
+def _require_noised_choice(config: UserConfig) -> None:
+    """Refuse to choose a model of a private run by figures without noise."""
+    privacy = PrivacySettings.from_run_config(config)
+    by_hospitals = not str(config["keep-metric"]).startswith(SERVER)
+    if privacy.on and not privacy.private_metrics and by_hospitals:
+        raise setting_error(
+            "private-metrics must be true if figures of hospitals decide which model of a private "
+            'run is kept, or when it ends: leave it on, or set keep-model="last" and patience=0',
+            "private-metrics",
+        )
 
 
 def _stop(sites: Sites, standing_out: list[Outlying]) -> NoReturn:
@@ -686,6 +703,7 @@ class Experiment:
             "empty": sites.empty,
             "traffic": {site: traffic.table() for site, traffic in history.traffic.items()},
             "stopped": history.stopped and asdict(history.stopped),
+            "kept": history.kept and asdict(history.kept),
             "failures": [asdict(failure) for failure in history.failures],
             "notes": [asdict(note) for note in history.notes],
             "versions": {"python": platform.python_version()}

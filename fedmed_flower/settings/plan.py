@@ -37,6 +37,29 @@ class Plan(Section):
         Within(0.0),
         "seconds",
     )
+    keep_model: str = setting(
+        "last",
+        "Which model is the run's in the end, which is tested and written: that of the last round, "
+        "or the `best` by keep-metric. Training always goes on from the last.",
+        OneOf(("last", "best")),
+    )
+    keep_metric: str = setting(
+        "",
+        "The figure by which rounds are compared: one of all sites' validation rows together, or "
+        "server:NAME for one of evaluate_fn. Empty: that by which a run is judged, such as the AUC "
+        "or the Dice.",
+        Matching(
+            r"[^\x00-\x1f\x7f]{0,200}",
+            "at most 200 letters on one line",
+            ("auc\nloss", "a" * 201),
+        ),
+    )
+    patience: int = setting(
+        0,
+        "End after so many rounds without a better keep-metric. 0: after num-server-rounds.",
+        Within(0),
+        "rounds",
+    )
     min_sites: int = setting(
         1, "Sites that must be connected before the run starts.", Within(1), "sites"
     )
@@ -88,8 +111,18 @@ class Plan(Section):
         """The names in `track`, each once."""
         return tuple(dict.fromkeys(filter(None, self.track.split(","))))
 
+    @property
+    def compares(self) -> bool:
+        """Whether rounds are compared by a figure."""
+        return self.keep_model != "last" or self.patience > 0
+
     def check(self) -> None:
-        """Refuse to resume nothing."""
+        """Refuse to resume nothing, and a figure that decides nothing."""
+        if self.keep_metric and not self.compares:
+            raise setting_error(
+                'keep-metric needs keep-model="best" or patience above 0, or it decides nothing',
+                "keep-metric",
+            )
         if self.resume and not self.run_dir:
             raise setting_error(
                 "resume needs run-dir, the folder of the run to go on with", "resume"

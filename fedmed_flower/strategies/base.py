@@ -49,6 +49,7 @@ from fedmed_flower.strategies.aggregation import (
     shapes,
     weighed,
 )
+from fedmed_flower.strategies.selection import LAST, Selection, server_figures
 from fedmed_flower.strategies.server_optimizers import (
     OPTIMISERS,
     class_below,
@@ -101,6 +102,8 @@ class RunState:
         The metrics and counts of each site's reply to `FedAvg.test`.
     strategy : dict
         The strategy's class and its arguments, as the checkpoint records them.
+    selection : Selection
+        Which round's model is the best so far.
     """
 
     timeout: float = math.inf
@@ -114,6 +117,7 @@ class RunState:
     rows_of_class: list[int] = field(default_factory=list)
     tested: dict[str, dict[str, Any]] = field(default_factory=dict)
     strategy: dict[str, Any] = field(default_factory=dict)
+    selection: Selection = field(default_factory=Selection)
 
 
 def leave_result(grid: Grid, result: flower.Result, folder: RunFolder | None) -> None:
@@ -155,6 +159,8 @@ class FedAvg(flower.FedAvg):
         others, which are recorded as failed. At least 1. None waits for all until the timeout.
     grace : float
         Seconds; at least 0.
+    keep_model, keep_metric, patience
+        As `keep` takes them.
     listeners : iterable of Listener
         They hear how a run goes: see `fedmed_flower.server.Listener`.
 
@@ -214,6 +220,9 @@ class FedAvg(flower.FedAvg):
         max_update_norm: float | None = None,
         quorum: int | None = None,
         grace: float = 60.0,
+        keep_model: str = LAST,
+        keep_metric: str = "",
+        patience: int = 0,
         listeners: Iterable[Listener] = (),
         **kwargs: Any,
     ) -> None:
@@ -242,6 +251,7 @@ class FedAvg(flower.FedAvg):
             raise InputError(f"seed must be at least 0, got {seed}")
         self.seed = secrets.randbits(63) if seed is None else seed
         self.min_replies = min_replies
+        self.keep(keep_model, keep_metric, patience)
         self.inbox = Inbox()
         self.listeners = Listeners(listeners)
         self.result = flower.Result()
@@ -251,6 +261,37 @@ class FedAvg(flower.FedAvg):
         self.buffers: Collection[str] = ()
         self.companions: dict[str, ArrayRecord] = {}
         self.run = RunState()
+
+    def keep(self, keep_model: str, keep_metric: str = "", patience: int = 0) -> None:
+        """Say which model is kept, and when a run ends that no longer improves.
+
+        Training always goes on from the last model.
+
+        Parameters
+        ----------
+        keep_model : {"last", "best"}
+            Whether the result of a run is the last model or that of the best round.
+        keep_metric : str
+            The figure that says which round is the best: one of all sites' validation rows
+            together, or, after ``server:``, one of `evaluate_fn`. Empty: that by which a run is
+            judged, such as the AUC.
+        patience : int
+            The run ends after so many rounds without a better figure. 0: it does not.
+
+        Raises
+        ------
+        InputError
+            If an argument is none of these, or there will be no such figure.
+        """
+        selection = Selection(keep_model, keep_metric, patience)
+        if selection.by_hospitals and self.fraction_evaluate == 0:
+            raise InputError(
+                "keep_model and patience need figures of validation rows, and fraction_evaluate "
+                "is 0: set it above 0, or name a figure of the server (keep_metric='server:NAME')"
+            )
+        self.keep_model = keep_model
+        self.keep_metric = keep_metric
+        self.patience = patience
 
     def start(
         self,
@@ -278,13 +319,14 @@ class FedAvg(flower.FedAvg):
         Returns
         -------
         flwr.serverapp.strategy.Result
-            Its `arrays` are the last model, or the initial one if no round succeeded.
+            Its `arrays` are the last model, or that of the best round if `keep` asks for it; the
+            initial one if no round succeeded.
 
         Raises
         ------
         InputError
-            If an argument is out of range, or the checkpoint is damaged or belongs to another
-            model.
+            If an argument is out of range, the checkpoint is damaged or belongs to another model,
+            or the figure that decides which model is kept never comes.
         """
         if num_rounds < 1:
             raise InputError(f"num_rounds must be at least 1, got {num_rounds}")
@@ -314,7 +356,8 @@ class FedAvg(flower.FedAvg):
         evaluate_fn: EvaluateFn | None,
     ) -> None:
         """Run the rounds, by arguments that have been checked."""
-        self.run = RunState(timeout)
+        selection = Selection(self.keep_model, self.keep_metric, self.patience)
+        self.run = RunState(timeout, selection=selection)
         self.inbox.history = History()
         self.inbox.declined = set()
         self.result = flower.Result(arrays=initial_arrays)
@@ -338,8 +381,10 @@ class FedAvg(flower.FedAvg):
                 0, "evaluate_metrics_serverapp", evaluate_fn(0, initial_arrays), "server"
             )
         for server_round in range(first, num_rounds + 1):
-            reason = self.stop_reason() or nobody_left(
-                self._connected(grid), self.inbox.declined, self.only
+            reason = (
+                self.stop_reason()
+                or selection.stop_reason()
+                or nobody_left(self._connected(grid), self.inbox.declined, self.only)
             )
             if reason is not None:
                 self._stop(grid, Stop(server_round - 1, " ".join(reason.split())))
@@ -362,10 +407,13 @@ class FedAvg(flower.FedAvg):
             replies = self.exchange(grid, messages, server_round, "val")
             metrics = self.aggregate_evaluate(server_round, replies)
             self._add_metrics(server_round, "evaluate_metrics_clientapp", metrics, "val")
+            figures = dict(metrics or {})
 
             if evaluate_fn is not None:
                 metrics = evaluate_fn(server_round, arrays)
                 self._add_metrics(server_round, "evaluate_metrics_serverapp", metrics, "server")
+                figures |= server_figures(metrics)
+            self._compare(server_round, arrays, figures)
             self._save(grid, server_round)
             seconds = time.perf_counter() - began
             line = self.history.describe(server_round)
@@ -374,6 +422,27 @@ class FedAvg(flower.FedAvg):
             told = len(self.history.rows)
             if self._halted(grid, server_round, "val", len(messages)):
                 break
+        self._keep_best()
+
+    def _compare(self, server_round: int, arrays: ArrayRecord, figures: dict[str, Any]) -> None:
+        """Compare the model of a round with the best so far, if a figure decides anything."""
+        selection = self.run.selection
+        # The initial model is nobody's result.
+        if not selection.on or not self.result.train_metrics_clientapp:
+            return
+        flaw = selection.observe(server_round, arrays, figures, self.history.sent)
+        if flaw is not None:
+            self.inbox.note(server_round, "val", ALL_SITES, flaw)
+
+    def _keep_best(self) -> None:
+        """Make the model of the best round the result, if that is asked for."""
+        self.history.kept = self.run.selection.kept()
+        model = self.run.selection.model
+        if model is None:
+            return
+        self.result.arrays = model
+        if self.folder is not None:
+            self.folder.write_model(model)
 
     def _describe_end(self, ending: Ending) -> None:
         """Say how the rounds ended: without a model, or early."""
@@ -597,11 +666,11 @@ class FedAvg(flower.FedAvg):
             f"{checkpoints.COMPANION}{name}": record
             for name, record in self.current_companions.items()
         }
-        return export_state(vars(self)) | companions
+        return export_state(vars(self)) | companions | self.run.selection.export_state()
 
     def import_state(self, state: dict[str, ArrayRecord]) -> None:
         """Take up what `export_state` returned when the checkpoint was written."""
-        rest = dict(state)
+        rest = self.run.selection.import_state(state)
         self.run.companions = {}
         for name, first in self.companions.items():
             record = rest.pop(f"{checkpoints.COMPANION}{name}", None)

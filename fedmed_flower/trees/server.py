@@ -165,7 +165,10 @@ class _Growing(FedAvg):
         """Run the rounds, without checkpoints."""
         self.run_folder = self.folder
         self.folder = None
-        return super().start(*args, **kwargs)
+        result = super().start(*args, **kwargs)
+        if self.history.kept is not None and self.run_folder is not None:
+            self.run_folder.write(MODEL, model_bytes(result.arrays))
+        return result
 
     def test(
         self,
