@@ -43,8 +43,10 @@ def course(summary: dict[str, Any]) -> list[str]:
     said = []
     if weights := nested(summary, "started-from"):
         said.append(f"Started from {_weights(weights)}")
+        if nested(summary, "privacy"):
+            said.append("What those weights tell of their patients is not in its privacy figures")
     if weights := nested(summary, "evaluated"):
-        said.append(f"Nothing was trained: tested was {_weights(weights)}")
+        said.append(f"Nothing was trained: these are tests of {_weights(weights)}")
     stopped = nested(summary, "stopped")
     if (last := number(stopped, "round")) is not None:
         said.append(f"Stopped after round {format_value(last, COUNT)}: {stopped.get('reason')}")
