@@ -113,6 +113,8 @@ def prepare(path: Path, options: Options) -> Job:
     for key, option in (("run-dir", "--out"), ("resume", "--resume"), ("data", "--data")):
         if _is_given(key, options.settings):
             raise InputError(f"fedmed run sets {key} itself: give {option} instead of -c {key}")
+    if options.evaluate is not None and _is_given("evaluate", options.settings):
+        raise InputError("fedmed evaluate sets evaluate itself: give RUN instead of -c evaluate")
     project = load_project(path)
     run_folder = RunFolder.named(resume or options.out, project.name)
     if resume is None:
