@@ -418,6 +418,14 @@ def test_without_xgboost(tmp_path, monkeypatch):
             f'privacy="patient"{see("privacy")}',
         ),
         (
+            {"evaluate": "runs/first"},
+            f"evaluate tests a network, and this app grows trees{see('evaluate')}",
+        ),
+        (
+            {"init_from": "runs/first"},
+            "init-from needs a network, and this app grows trees: leave it out",
+        ),
+        (
             {"strategy": FedAvg()},
             "strategy must be FedXgbBagging or FedXgbCyclic of flwr.serverapp.strategy, got FedAvg",
         ),
