@@ -51,9 +51,9 @@ class Plan(Section):
         "server:NAME for one of evaluate_fn. Empty: that by which a run is judged, such as the AUC "
         "or the Dice.",
         Matching(
-            r"[^\x00-\x1f\x7f]{0,200}",
-            "at most 200 letters on one line",
-            ("auc\nloss", "a" * 201),
+            r"((server:)?[\w-][\w@=<>+ -]{0,199})?",
+            "empty or the name of a figure, without dots and slashes",
+            ("auc\nloss", "a" * 201, "../auc", "auc;"),
         ),
     )
     patience: int = setting(
