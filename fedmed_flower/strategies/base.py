@@ -509,6 +509,7 @@ class FedAvg(flower.FedAvg):
         if self.run.waiting is not None:
             self.run.waiting.close()
             self.run.waiting = None
+        self._keep_best()
 
     def _train(
         self, grid: Grid, server_round: int, arrays: ArrayRecord, config: ConfigRecord
@@ -564,7 +565,6 @@ class FedAvg(flower.FedAvg):
         )
         if reason is not None:
             raise InputError(reason)
-        self._keep_best()
 
     def _compare(self, server_round: int, arrays: ArrayRecord, figures: dict[str, Any]) -> None:
         """Compare the model of a round with the best so far, if a figure decides anything."""

@@ -66,7 +66,7 @@ def test_whatever_the_files_hold_there_is_a_page_or_a_refusal(world, data):
 OTHER_MODELS = {
     "test": SUMMARY["test"] | {"personal": {"north": {"auc": 0.9, "personal-epochs": 1}}},
     "method": "ditto",
-    "kept": ["norm.weight"],
+    "kept-layers": ["norm.weight"],
     "compression": "int8",
     "saved": {"from-sites": [10, 40], "to-sites": [40, 40]},
 }
