@@ -31,6 +31,7 @@ from fedmed_flower.methods.base import Method
 from fedmed_flower.methods.kept import kept_names
 from fedmed_flower.methods.registry import method_by_settings
 from fedmed_flower.metrics.counts import COUNTS_FILE, counted
+from fedmed_flower.models.adapters import Adapters, add_adapters
 from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.prediction.predictor import write_predictor
 from fedmed_flower.privacy.patient import LEDGERS
@@ -479,8 +480,11 @@ class StartModel(NamedTuple):
         Keys of its buffers, which are averaged and not trained.
     kept : tuple of str
         Keys of the layers that stay different at each site.
+    adapters : Adapters
+        What of the part that travels stands for weights of the network.
     about : dict
-        Its class, the numbers of its weights, of those that travel, and of the bytes that do.
+        Its class, the numbers of its weights, of those that travel, and of the bytes that do; the
+        bytes of the network whole, without adapters.
     """
 
     initial: ArrayRecord
@@ -488,6 +492,7 @@ class StartModel(NamedTuple):
     whole: ArrayRecord
     buffers: frozenset[str]
     kept: tuple[str, ...]
+    adapters: Adapters
     about: dict[str, Any]
 
 
@@ -501,20 +506,25 @@ def _start_model(
             network = model.build_model()
         else:
             network = model()
-    travelling = Travelling(network, str(config["trainable"]))
+        adapters = add_adapters(network, ModelSettings.from_run_config(config))
+    travelling = Travelling(network, str(config["trainable"]), adapters)
     frozen = travelling.digest(network)
     whole = ArrayRecord(network.state_dict()) if frozen else ArrayRecord()
     initial = ArrayRecord(travelling.state(network))
     parameters = dict(network.named_parameters())
+    added = adapters.names
     about = {
         "network": type(network).__name__,
         "weights": sum(parameter.numel() for parameter in parameters.values()),
         "weights-trained": sum(p.numel() for name, p in parameters.items() if name in initial),
         "bytes": sum(len(array.data) for array in initial.values()),
+        "bytes-whole": sum(
+            len(array.data) for name, array in (whole or initial).items() if name not in added
+        ),
     }
     buffers = frozenset(name for name, _ in network.named_buffers())
     kept = kept_names(network, travelling.names, str(config["keep"]))
-    return StartModel(initial, frozen, whole, buffers, kept, about)
+    return StartModel(initial, frozen, whole, buffers, kept, adapters, about)
 
 
 def _take_up(strategy: FedAvg, start: StartModel, config: UserConfig) -> None:
@@ -554,6 +564,7 @@ class Experiment:
         folder = self.folder
         with folder.log_file(lines):
             self.sites.write_log()
+            self._log_part()
             try:
                 # One of an earlier end of this run would be of another model than the folder's.
                 (folder.path / PREDICTOR).unlink(missing_ok=True)
@@ -579,6 +590,21 @@ class Experiment:
         # Models for comparison have left theirs since.
         leave_result(self.grid, result, folder)
         return result
+
+    def _log_part(self) -> None:
+        """Log how much of the model is trained and travels, if not all of it."""
+        if not self.model.frozen:
+            return
+        about = self.model.about
+        part = f"{about['weights-trained']:,} of {about['weights']:,} weights"
+        if layers := len(self.model.adapters.layers):
+            part += f", with adapters in {layers} layer{'s' * (layers > 1)},"
+        log.info(
+            "%s are trained and travel: %s bytes in place of %s",
+            part,
+            f"{about['bytes']:,}",
+            f"{about['bytes-whole']:,}",
+        )
 
     def _before_round(self, server_round: int) -> None:
         """End a run that has diverged; ask the sites that have connected since the last round."""
@@ -631,8 +657,14 @@ class Experiment:
         return self.evaluate_fn(server_round, self._whole(arrays))
 
     def _whole(self, arrays: ArrayRecord) -> ArrayRecord:
-        """Return a model with the part that does not travel, if there is one."""
-        return ArrayRecord({**self.model.whole, **arrays}) if self.model.frozen else arrays
+        """Return a model with the part that does not travel, under the network's own keys."""
+        if not self.model.frozen:
+            return arrays
+        whole = ArrayRecord({**self.model.whole, **arrays})
+        adapters = self.model.adapters
+        if not adapters.layers:
+            return whole
+        return ArrayRecord(adapters.merged(whole.to_torch_state_dict()))
 
     def _test(self, arrays: ArrayRecord) -> None:
         """Evaluate the final model on the sites' test rows, and collect pictures."""
