@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from monai.networks.nets import DynUNet, UNet
+from monai.networks.nets import UNETR, DynUNet, UNet, ViT
 from networks import build, input_of
 from tiny import says, see
 from torch import nn
@@ -412,3 +412,25 @@ def test_private_gradients_of_adapters_are_those_of_each_record_alone(name):
         for gradient, reference in zip(gradients, wanted, strict=True):
             torch.testing.assert_close(gradient[number], reference)
     assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("make", "lora", "weights", "trained"),
+    [
+        (lambda: UNETR(1, 3, (96, 96, 96)), "*.qkv,*.out_proj", 92_802_291, 221_184),
+        (
+            lambda: ViT(1, (224, 224), (16, 16), spatial_dims=2, classification=True),
+            "*.qkv,*.out_proj",
+            85_396_994,
+            221_184,
+        ),
+    ],
+)
+def test_the_table_of_the_guide(make, lora, weights, trained):
+    with torch.device("meta"):
+        model = make()
+    parameters = dict(model.named_parameters())
+    assert sum(parameter.numel() for parameter in parameters.values()) == weights
+    adapters = with_adapters(model, lora, rank=4)
+    entries = model.state_dict()
+    assert sum(entries[name].numel() for name in adapters.names) == trained

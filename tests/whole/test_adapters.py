@@ -237,15 +237,21 @@ def test_each_hospital_keeps_adapters_of_its_own(keep, tmp_path):
     )
 
 
-def test_scaffold_corrects_adapters_alone(tmp_path):
-    folder = run_of(tmp_path / "run", Hospital, **LORA, method="scaffold")
+@pytest.mark.parametrize("method", ["scaffold", "ditto", "moon"])
+def test_methods_work_on_what_travels(method, tmp_path):
+    folder = run_of(tmp_path / "run", Hospital, **LORA, method=method)
     summary = summary_of(folder)
     assert (summary["status"], summary["failures"]) == ("finished", [])
+    state = load_file(folder / "model.safetensors")
+    before = start().state_dict()
+    moved = {name for name in state if not torch.equal(state[name], before[name])}
+    assert moved == WEIGHTS | HEAD
     for index, site in enumerate(("hospital-1", "hospital-2")):
-        agree(
-            summary["test"]["sites"][site],
-            measured(network_of(folder / "model.safetensors"), index),
-        )
+        model = network_of(folder / "model.safetensors")
+        agree(summary["test"]["sites"][site], measured(model, index))
+        if method == "ditto":
+            own = network_of(folder / "own" / f"{site}.safetensors")
+            agree(summary["test"]["own"][site], measured(own, index))
 
 
 def test_an_adapter_that_is_passed_by_ends_the_run_before_its_first_round(tmp_path):
