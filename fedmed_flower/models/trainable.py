@@ -38,8 +38,6 @@ class Travelling:
     names : tuple of str
         The entries that travel, in the order of the state dict. A parameter that was frozen before
         travels if its name does, and stays frozen.
-    adapters : Adapters
-        As given.
 
     Raises
     ------
@@ -50,7 +48,6 @@ class Travelling:
     """
 
     def __init__(self, model: nn.Module, trainable: str, adapters: Adapters = NO_ADAPTERS) -> None:
-        self.adapters = adapters
         parameters = dict(model.named_parameters(remove_duplicate=False))
         always = adapters.names
         patterns = [] if always else ["*"]

@@ -125,16 +125,16 @@ def test_the_network_alone_holds_what_was_merged(kind):
     assert torch.equal(model(inputs), plain(inputs))
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_has_adapters_of_its_own(copied):
-    model = nn.Sequential(nn.Linear(3, 3))
+def test_a_copy_has_adapters_of_its_own(copied, kind):
+    model, inputs = layer_of(kind)
     with_adapters(model)
     twin = copied(model)
-    rows = torch.ones(1, 3)
-    before = model(rows)
+    before = model(inputs)
     trained(twin)
-    assert torch.equal(model(rows), before)
-    assert not torch.equal(twin(rows), before)
+    assert torch.equal(model(inputs), before)
+    assert not torch.equal(twin(inputs), before)
     merge_adapters(twin)
     assert "0.lora.a" in model.state_dict()
 
