@@ -9,7 +9,9 @@ too: A has the kernel of the layer and `rank` channels, B has the kernel 1.
 When to take it: a large network that was trained before, on few patients or over a slow line; and
 private training, where noise grows with the number of weights that are trained. The trap: a rule
 averages A and B each by itself, and the product of the means is not the mean of the products. With
-few local steps between rounds the two are close.
+B alone trained it is: Sun, Li, Li, Ding: Improving LoRA in Privacy-preserving Federated Learning,
+ICLR 2024, https://arxiv.org/abs/2403.12313, keeps A as it was drawn, the same at all sites. Half
+travels then, and the noise of private training enters the product once.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from torch.nn.modules.conv import _ConvNd
 from fedmed_flower.errors import InputError
 from fedmed_flower.models.patterns import matches, patterns_of
 from fedmed_flower.settings.model import ModelSettings
+from fedmed_flower.settings.section import key_of
 from fedmed_flower.settings.text import setting_error
 
 _NAME = "lora"
+_BOTH = "ab"
 _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: functional.conv1d,
     nn.Conv2d: functional.conv2d,
@@ -85,15 +89,23 @@ class Adapters:
         Their names; all names of a layer that has several.
     scale : float
         As in `Adapter`.
+    parts : str
+        Which of both matrices are trained: ``ab`` or ``b``.
     """
 
     layers: tuple[str, ...] = ()
     scale: float = 1.0
+    parts: str = _BOTH
 
     @property
     def names(self) -> frozenset[str]:
         """The entries of the state dict that the adapters have added."""
-        return frozenset(_key(layer, f"{_NAME}.{part}") for layer in self.layers for part in "ab")
+        return self._names(_BOTH)
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Those of `names` that are trained and travel."""
+        return self._names(self.parts)
 
     @property
     def adapted(self) -> frozenset[str]:
@@ -111,10 +123,13 @@ class Adapters:
         names = self.names
         merged = {name: value for name, value in state.items() if name not in names}
         for layer in self.layers:
-            a, b = (state[_key(layer, f"{_NAME}.{part}")] for part in "ab")
+            a, b = (state[_key(layer, f"{_NAME}.{part}")] for part in _BOTH)
             name = _key(layer, "weight")
             merged[name] = _added(state[name], a, b, self.scale)
         return merged
+
+    def _names(self, parts: str) -> frozenset[str]:
+        return frozenset(_key(layer, f"{_NAME}.{part}") for layer in self.layers for part in parts)
 
 
 NO_ADAPTERS = Adapters()
@@ -128,7 +143,7 @@ def add_adapters(model: nn.Module, settings: ModelSettings) -> Adapters:
     model : Module
         Without adapters. What it computes stays the same.
     settings : ModelSettings
-        `lora`, `lora_rank` and `lora_alpha`. A follows torch's generator.
+        `lora` and what begins with it. A follows torch's generator.
 
     Raises
     ------
@@ -158,7 +173,7 @@ def add_adapters(model: nn.Module, settings: ModelSettings) -> Adapters:
         layer.register_module(_NAME, Adapter(layer, settings.lora_rank, settings.lora_alpha))
         layer.register_forward_hook(_with_adapter, with_kwargs=True)
     names = tuple(name for name, layer in layers.items() if layer in chosen)
-    return Adapters(names, settings.lora_alpha / settings.lora_rank)
+    return Adapters(names, settings.lora_alpha / settings.lora_rank, settings.lora_train)
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
@@ -274,12 +289,12 @@ def _unadaptable(layer: Any, owners: Mapping[nn.Parameter, list[str]]) -> str:
 def _require_unset(settings: ModelSettings) -> None:
     """Refuse settings of adapters without adapters, which nobody would read."""
     defaults = ModelSettings()
-    for name, key in (("lora_rank", "lora-rank"), ("lora_alpha", "lora-alpha")):
+    for name in ("lora_rank", "lora_alpha", "lora_train"):
         value = getattr(settings, name)
         if value != getattr(defaults, name):
             raise InputError(
-                f"{key} is {value}, but no layer has an adapter: name layers by lora, such as "
-                '"*.qkv", or leave it out'
+                f"{key_of(name)} is {value}, but no layer has an adapter: name layers by lora, "
+                'such as "*.qkv", or leave it out'
             )
 
 

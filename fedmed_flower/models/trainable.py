@@ -30,8 +30,8 @@ class Travelling:
         matters. ``*.decoder.*`` also matches ``decoder.conv.weight``. If it is empty, everything
         travels and the model is not changed.
     adapters : Adapters
-        As `add_adapters` returned them for this model. They travel, with what `trainable` matches
-        besides; if that is empty, they alone.
+        As `add_adapters` returned them for this model. What of them is trained travels, with what
+        `trainable` matches besides.
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class Travelling:
 
     def __init__(self, model: nn.Module, trainable: str, adapters: Adapters = NO_ADAPTERS) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        always = adapters.names
+        always = adapters.trained
         patterns = [] if always else ["*"]
         if trainable:
             patterns = patterns_of(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from flwr.app import Context
 
-from fedmed_flower.settings.allowed import Within
+from fedmed_flower.settings.allowed import OneOf, Within
 from fedmed_flower.settings.section import Section, setting
 from fedmed_flower.settings.text import setting_error, with_type_of
 
@@ -47,6 +47,12 @@ class ModelSettings(Section):
         4.0,
         "Weight of the adapters: alpha / rank times their product is added to a layer's weights.",
         Within(0.0, above=True),
+    )
+    lora_train: str = setting(
+        "ab",
+        "What of an adapter B A is trained and travels. b: B alone (FFA-LoRA); A stays as it was "
+        "drawn, so that the mean of adapters is that of the networks.",
+        OneOf(("ab", "b")),
     )
 
     @classmethod

@@ -156,6 +156,25 @@ def test_a_rank_says_how_many_weights_are_trained():
     assert counts == [3 * (20 + 30), 3 * (4 * 9 + 6)]
 
 
+def test_the_mean_of_adapters_is_that_of_the_networks_if_b_alone_is_trained():
+    settings = ModelSettings(lora="*", lora_rank=2, lora_train="b")
+    states = []
+    for site in (1, 2):
+        torch.manual_seed(0)
+        model = Attention().double()
+        adapters = add_adapters(model, settings)
+        assert Travelling(model, "", adapters).names == ("qkv.lora.b", "head.lora.b")
+        torch.manual_seed(site)
+        for layer in (model.qkv, model.head):
+            nn.init.normal_(layer.lora.b)
+        states.append(model.state_dict())
+    mean = {name: (states[0][name] + value) / 2 for name, value in states[1].items()}
+    merged = [adapters.merged(state) for state in states]
+    assert not torch.equal(merged[0]["qkv.weight"], merged[1]["qkv.weight"])
+    for name, value in adapters.merged(mean).items():
+        torch.testing.assert_close(value, (merged[0][name] + merged[1][name]) / 2)
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()

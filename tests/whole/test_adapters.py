@@ -237,6 +237,20 @@ def test_each_hospital_keeps_adapters_of_its_own(keep, tmp_path):
     )
 
 
+def test_b_alone_travels_and_a_is_the_same_everywhere(tmp_path):
+    config = {**LORA, "lora-train": "b", "num-server-rounds": 2, "learning-rate": 0.2}
+    folder = run_of(tmp_path / "run", Hospital, **config)
+    summary = summary_of(folder)
+    assert (summary["status"], summary["failures"]) == ("finished", [])
+    travelled = {*RunFolder(folder).load().arrays}
+    assert travelled == {f"{layer}.lora.b" for layer in ADAPTED} | HEAD
+    for index, site in enumerate(("hospital-1", "hospital-2")):
+        agree(
+            summary["test"]["sites"][site],
+            measured(network_of(folder / "model.safetensors"), index),
+        )
+
+
 @pytest.mark.parametrize("method", ["scaffold", "ditto", "moon"])
 def test_methods_work_on_what_travels(method, tmp_path):
     folder = run_of(tmp_path / "run", Hospital, **LORA, method=method)
