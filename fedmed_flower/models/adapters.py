@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
@@ -177,14 +176,16 @@ def add_adapters(model: nn.Module, settings: ModelSettings) -> Adapters:
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Add each adapter to the weights of its layer, in place; the network then has none.
+    """Add each adapter to the weights of its layer; the network then has none.
 
-    The results are those of `Adapters.merged`.
+    The results are those of `Adapters.merged`. The model is changed, but no tensor of it is:
+    `build_model` may take weights from a network that it keeps.
     """
-    with torch.no_grad():
-        for _, layer, adapter in [*_adapters_in(model)]:
-            layer.weight.copy_(_added(layer.weight, adapter.a, adapter.b, adapter.scale))
-            layer.register_module(_NAME, None)
+    for _, layer, adapter in [*_adapters_in(model)]:
+        weight = layer.weight
+        added = _added(weight.detach(), adapter.a.detach(), adapter.b.detach(), adapter.scale)
+        layer.weight = nn.Parameter(added, requires_grad=weight.requires_grad)
+        layer.register_module(_NAME, None)
     return model
 
 

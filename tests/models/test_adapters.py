@@ -118,7 +118,10 @@ def test_the_network_alone_holds_what_was_merged(kind):
     assert all(torch.equal(state[name], plain.state_dict()[name]) for name in plain.state_dict())
     plain.load_state_dict(merged)
     torch.testing.assert_close(plain(inputs), outputs)
+    weight = model[0].weight
+    before = weight.detach().clone()
     assert merge_adapters(model) is model
+    assert torch.equal(weight, before)
     assert {n: v.numpy().tobytes() for n, v in model.state_dict().items()} == {
         n: v.numpy().tobytes() for n, v in merged.items()
     }
