@@ -35,6 +35,7 @@ from fedmed_flower.clients.storage import keep_model, keep_splits, rows_of
 from fedmed_flower.data.site import SPLITS, Row, Site
 from fedmed_flower.errors import FAILED, DeclinedError, InputError
 from fedmed_flower.metrics.plain import plain_metrics
+from fedmed_flower.models.adapters import merge_adapters
 from fedmed_flower.models.device import derive_seed
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.registry import Sections, require_known, sections_of
@@ -282,11 +283,14 @@ def evaluate(client: MedicalClient, message: Message) -> RecordDict:
 
 
 def _evaluated(client: MedicalClient, arrays: ArrayRecord, config: ConfigRecord) -> nn.Module:
-    """Return the model to measure: the global one, or the site's own if the message asks for it."""
+    """Return the model to measure: the global one, or the site's own if the message asks for it.
+
+    It is measured as it will be used, with adapters merged.
+    """
     model, travelling = client.model_of(arrays, config)
     if not config.get(OWN):
-        return model
-    own = MethodRound.of(client, config, model, travelling).own()
+        return merge_adapters(model)
+    own = merge_adapters(MethodRound.of(client, config, model, travelling).own())
     if client.split == "test":
         keep_model("own", client.context, client.site, config, own.state_dict())
     return own

@@ -48,6 +48,7 @@ from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.methods.base import PLAIN, Method
 from fedmed_flower.metrics.coarse import coarsened
 from fedmed_flower.metrics.plain import plain_metrics
+from fedmed_flower.models.adapters import add_adapters
 from fedmed_flower.models.device import (
     arranged,
     half_precision,
@@ -672,7 +673,8 @@ class MedicalClient(ABC):
         # the generator of `fit` where it was.
         with self.seeded(self.settings.seed):
             model = self.build_model()
-        travelling = Travelling(model, self.models.trainable)
+            adapters = add_adapters(model, self.models)
+        travelling = Travelling(model, self.models.trainable, adapters)
         device = torch_device(self.settings)
         if device.type == "cuda" and self.settings.channels_last:
             for parameter in model.parameters():
@@ -690,9 +692,9 @@ class MedicalClient(ABC):
         model, travelling = self.fresh_model()
         if FROZEN in config and config[FROZEN] != travelling.digest(model):
             raise InputError(
-                "the frozen part of the model, which trainable leaves out, is not the same here as "
-                "at the server: build_model must load the same weights on both, such as those of "
-                "one bundle"
+                "the frozen part of the model, which neither trainable nor lora names, is not the "
+                "same here as at the server: build_model must load the same weights on both, such "
+                "as those of one bundle"
             )
         travelling.load(model, arrays.to_torch_state_dict())
         return model, travelling

@@ -16,6 +16,7 @@ from fedmed_flower.clients.storage import keep_model
 from fedmed_flower.data.site import Row
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.metrics.names import lower_is_better, main_metric
+from fedmed_flower.models.adapters import merge_adapters
 from fedmed_flower.models.device import derive_seed
 from fedmed_flower.settings.text import setting_error, with_type_of
 from fedmed_flower.wire import PERSONAL
@@ -89,8 +90,9 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
         before = _measured(client, model, val)
         best = _fine_tuned(client, model, train, val, before, seed)
         model.load_state_dict(best.state)
+        merge_adapters(model)
         metrics = client.measure(model, test) if test_data.test else {"num-examples": 0}
-    keep_model("personal", client.context, client.site, config, best.state)
+    keep_model("personal", client.context, client.site, config, model.state_dict())
     if not (val_may_leave and test_may_leave):
         raise DeclinedError("too few patients are behind the metrics of the personal model")
     metric = main_metric(before)

@@ -16,6 +16,7 @@ from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import SPLITS, patient_text
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.metrics.plain import plain_metrics
+from fedmed_flower.models.adapters import merge_adapters
 from fedmed_flower.models.device import torch_device
 from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.settings.text import with_type_of
@@ -141,7 +142,7 @@ def _draw(
     arrays = next(iter(message.content.array_records.values()))
     model, _ = client.model_of(arrays, config)
     with client.seeded(0):
-        return client.draw(model, prepared, int(config[COUNT]))  # type: ignore[arg-type]
+        return client.draw(merge_adapters(model), prepared, int(config[COUNT]))  # type: ignore[arg-type]
 
 
 def _draw_in_book(client: MedicalClient, message: Message, config: ConfigRecord) -> list[Picture]:

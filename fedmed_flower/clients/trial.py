@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.errors import InputError
+from fedmed_flower.models.adapters import require_adapters_used
 from fedmed_flower.models.device import derive_seed, half_precision
 
 log = logging.getLogger("flwr.fedmed")
@@ -65,6 +66,7 @@ def _try(client: MedicalClient, model: nn.Module, batch: Mapping[str, Tensor]) -
         with torch.autocast(kind, torch.bfloat16, enabled=half_precision(client.settings)):
             loss = client.loss_of(model, batch)
         torch.autograd.backward(loss)
+        require_adapters_used(model)
     except InputError:
         raise
     except torch.OutOfMemoryError:

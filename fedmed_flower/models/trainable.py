@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from fedmed_flower.errors import InputError
+from fedmed_flower.models.adapters import NO_ADAPTERS, Adapters
+from fedmed_flower.models.patterns import matches, patterns_of
 from fedmed_flower.settings.text import setting_error
 
 
@@ -28,6 +29,9 @@ class Travelling:
         Patterns of `fnmatch`, separated by commas, for the names of parameters and buffers; case
         matters. ``*.decoder.*`` also matches ``decoder.conv.weight``. If it is empty, everything
         travels and the model is not changed.
+    adapters : Adapters
+        As `add_adapters` returned them for this model. What of them is trained travels, with what
+        `trainable` matches besides.
 
     Attributes
     ----------
@@ -39,15 +43,29 @@ class Travelling:
     ------
     InputError
         If a pattern is empty or matches no parameter, if the patterns match only one of two names
-        of a tensor, or if they match a part of a layer without the buffers that it changes.
+        of a tensor, if they match a part of a layer without the buffers that it changes, or if they
+        match weights that an adapter stands for.
     """
 
-    def __init__(self, model: nn.Module, trainable: str) -> None:
+    def __init__(self, model: nn.Module, trainable: str, adapters: Adapters = NO_ADAPTERS) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        patterns = _patterns(trainable, list(parameters))
+        always = adapters.trained
+        patterns = [] if always else ["*"]
+        if trainable:
+            patterns = patterns_of(
+                "trainable", trainable, list(parameters), "parameter", "*.decoder.*"
+            )
 
         def travels(name: str) -> bool:
-            return any(_matches(name, pattern) for pattern in patterns)
+            return name in always or any(matches(name, pattern) for pattern in patterns)
+
+        for name in sorted(adapters.adapted):
+            if travels(name):
+                raise setting_error(
+                    f"trainable matches {name}, which stays as it is since lora trains an adapter "
+                    f"beside it: match it by one of the two, got {trainable!r}",
+                    "trainable",
+                )
 
         entries = model.state_dict(keep_vars=True)
         self.names = tuple(name for name in entries if travels(name))
@@ -131,38 +149,6 @@ class _Evaluating:
     # So that a copy or a pickle of the layer refers to the copy.
     def __reduce__(self) -> tuple[type[_Evaluating], tuple[nn.Module | None]]:
         return _Evaluating, (self._layer(),)
-
-
-def _patterns(trainable: str, names: list[str]) -> list[str]:
-    """Return the patterns in `trainable`, each of which matches one of these names.
-
-    Raises
-    ------
-    InputError
-        If a pattern is empty or matches no name.
-    """
-    if not trainable:
-        return ["*"]
-    patterns = [pattern.strip() for pattern in trainable.split(",")]
-    if not all(patterns):
-        raise setting_error(
-            "trainable must be patterns separated by commas, such as *.decoder.*, or empty, got "
-            f"{trainable!r}",
-            "trainable",
-        )
-    for pattern in patterns:
-        if not any(_matches(name, pattern) for name in names):
-            # Examples from all over the network, since the first three would be of one layer.
-            examples = names[:: max(1, (len(names) - 1) // 2)][:3]
-            raise InputError(
-                f"trainable: no parameter matches {pattern!r}; the network has {len(names)}, such "
-                f"as {', '.join(examples)}"
-            )
-    return patterns
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(f".{name}", pattern)
 
 
 def _require_whole(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +37,12 @@ class Weights:
     sha256: str
     state: Mapping[str, Tensor]
 
-    def load_into(self, model: nn.Module, travelling: Travelling) -> None:
+    def load_into(
+        self, model: nn.Module, travelling: Travelling, fresh: Collection[str] = ()
+    ) -> None:
         """Load the entries that travel into a network.
+
+        `fresh` are entries, such as adapters, that stay as they are if the file has none of them.
 
         A file that holds the whole network must agree with it in what does not travel: each
         hospital builds that part itself.
@@ -52,6 +56,8 @@ class Weights:
         before = model.state_dict()
         names = set(travelling.names)
         wanted = before
+        if self.state.keys().isdisjoint(fresh):
+            wanted = {name: value for name, value in before.items() if name not in fresh}
         if self.state.keys() == names:
             wanted = {name: before[name] for name in travelling.names}
         require_same(self.state, wanted, self.path, "the network of the app")
@@ -65,11 +71,11 @@ class Weights:
             if name not in names and not torch.equal(value, before[name].cpu()):
                 raise InputError(
                     f"{self.path} has other values of {name} than the network of the app, and "
-                    "trainable leaves that entry out, so that each hospital builds it itself: "
+                    "neither trainable nor lora names that entry: each hospital builds it itself; "
                     "build it there with the same values (such as by the seed of the run that "
                     "trained the weights), or let it travel (trainable)"
                 )
-        travelling.load(model, {name: self.state[name] for name in travelling.names})
+        travelling.load(model, {n: self.state.get(n, before[n]) for n in travelling.names})
 
 
 def read_weights(path: Path) -> Weights:

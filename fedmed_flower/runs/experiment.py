@@ -631,6 +631,7 @@ class Experiment:
         folder = self.folder
         with folder.log_file(lines):
             self.sites.write_log()
+            self._log_part()
             try:
                 # One of an earlier end of this run would be of another model than the folder's.
                 (folder.path / PREDICTOR).unlink(missing_ok=True)
@@ -656,6 +657,21 @@ class Experiment:
         # Models for comparison have left theirs since.
         leave_result(self.grid, result, folder)
         return result
+
+    def _log_part(self) -> None:
+        """Log how much of the model is trained and travels, if not all of it."""
+        if not self.model.frozen:
+            return
+        about = self.model.about
+        part = f"{about['weights-trained']:,} of {about['weights']:,} weights"
+        if layers := len(self.model.adapters.layers):
+            part += f", with adapters in {layers} layer{'s' * (layers > 1)},"
+        log.info(
+            "%s are trained and travel: %s bytes in place of %s",
+            part,
+            f"{about['bytes']:,}",
+            f"{about['bytes-whole']:,}",
+        )
 
     def _before_round(self, server_round: int) -> None:
         """End a run that has diverged; ask the sites that have connected since the last round."""
@@ -716,8 +732,14 @@ class Experiment:
         return self.evaluate_fn(server_round, self._whole(arrays))
 
     def _whole(self, arrays: ArrayRecord) -> ArrayRecord:
-        """Return a model with the part that does not travel, if there is one."""
-        return ArrayRecord({**self.model.whole, **arrays}) if self.model.frozen else arrays
+        """Return a model with the part that does not travel, under the network's own keys."""
+        if not self.model.frozen:
+            return arrays
+        whole = ArrayRecord({**self.model.whole, **arrays})
+        adapters = self.model.adapters
+        if not adapters.layers:
+            return whole
+        return ArrayRecord(adapters.merged(whole.to_torch_state_dict()))
 
     def _test(self, arrays: ArrayRecord) -> None:
         """Evaluate the final model on the sites' test rows, and collect pictures."""

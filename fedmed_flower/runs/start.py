@@ -13,9 +13,11 @@ from torch import nn
 from fedmed_flower.data.outlying import Outlying
 from fedmed_flower.errors import InputError
 from fedmed_flower.methods.kept import kept_names
+from fedmed_flower.models.adapters import Adapters, add_adapters
 from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.models.weights import Weights, read_weights
 from fedmed_flower.server.run_folder import MODEL
+from fedmed_flower.settings.model import ModelSettings
 
 
 @runtime_checkable
@@ -55,8 +57,11 @@ class StartModel(NamedTuple):
         Keys of its buffers, which are averaged and not trained.
     kept : tuple of str
         Keys of the layers that stay different at each site.
+    adapters : Adapters
+        What of the part that travels stands for weights of the network.
     about : dict
-        Its class, the numbers of its weights, of those that travel, and of the bytes that do.
+        Its class, the numbers of its weights, of those that travel, and of the bytes that do; the
+        bytes of the network whole, without adapters.
     """
 
     initial: ArrayRecord
@@ -64,6 +69,7 @@ class StartModel(NamedTuple):
     whole: ArrayRecord
     buffers: frozenset[str]
     kept: tuple[str, ...]
+    adapters: Adapters
     about: dict[str, Any]
 
 
@@ -100,9 +106,10 @@ def start_model(
             network = model.build_model()
         else:
             network = model()
-    travelling = Travelling(network, str(config["trainable"]))
+        adapters = add_adapters(network, ModelSettings.from_run_config(config))
+    travelling = Travelling(network, str(config["trainable"]), adapters)
     if weights is not None:
-        weights.load_into(network, travelling)
+        weights.load_into(network, travelling, fresh=adapters.names)
     frozen = travelling.digest(network)
     whole = ArrayRecord(network.state_dict()) if frozen else ArrayRecord()
     initial = ArrayRecord(travelling.state(network))
@@ -112,10 +119,15 @@ def start_model(
         "weights": sum(parameter.numel() for parameter in parameters.values()),
         "weights-trained": sum(p.numel() for name, p in parameters.items() if name in initial),
         "bytes": sum(len(array.data) for array in initial.values()),
+        "bytes-whole": sum(
+            len(array.data)
+            for name, array in (whole or initial).items()
+            if name not in adapters.names
+        ),
     }
     buffers = frozenset(name for name, _ in network.named_buffers())
     kept = kept_names(network, travelling.names, str(config["keep"]))
-    return StartModel(initial, frozen, whole, buffers, kept, about)
+    return StartModel(initial, frozen, whole, buffers, kept, adapters, about)
 
 
 def weights_at(place: str, key: str) -> Weights | None:

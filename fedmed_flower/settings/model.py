@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from flwr.app import Context
 
+from fedmed_flower.settings.allowed import OneOf, Within
 from fedmed_flower.settings.section import Section, setting
 from fedmed_flower.settings.text import setting_error, with_type_of
 
@@ -30,7 +31,28 @@ class ModelSettings(Section):
     trainable: str = setting(
         "",
         "Which part travels and is trained: patterns for the names of parameters, with commas "
-        "between them, such as *.decoder.*. Empty: all of it.",
+        "between them, such as *.decoder.*. Empty: all of it, or with lora the "
+        "adapters alone.",
+    )
+    lora: str = setting(
+        "",
+        "Linear layers and convolutions that get a low-rank adapter (LoRA): patterns for their "
+        "names, with commas between them, such as *.qkv,*.out_proj. The adapters are trained and "
+        "travel, with what trainable names besides; the rest is frozen. Empty: none.",
+    )
+    lora_rank: int = setting(
+        4, "Rank of the adapters: the higher, the more weights are trained.", Within(1, 10_000)
+    )
+    lora_alpha: float = setting(
+        4.0,
+        "Weight of the adapters: alpha / rank times their product is added to a layer's weights.",
+        Within(0.0, above=True),
+    )
+    lora_train: str = setting(
+        "ab",
+        "What of an adapter B A is trained and travels. b: B alone (FFA-LoRA); A stays as it was "
+        "drawn, so that the mean of adapters is that of the networks.",
+        OneOf(("ab", "b")),
     )
 
     @classmethod

@@ -986,8 +986,9 @@ def test_a_site_with_other_frozen_weights_is_refused():
     ).has_error()
     other = type("Other", (Encoded,), {"stem": 1})
     text = (
-        "the frozen part of the model, which trainable leaves out, is not the same here as at the "
-        "server: build_model must load the same weights on both, such as those of one bundle"
+        "the frozen part of the model, which neither trainable nor lora names, is not the same "
+        "here as at the server: build_model must load the same weights on both, such as those of "
+        "one bundle"
     )
     for kind in ("train", "evaluate", "query.pictures"):
         reason = error_of(

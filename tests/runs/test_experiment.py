@@ -1120,8 +1120,9 @@ class Watched(Halves):
 
 HEAD = {"trainable": "head.*", "model": halves}
 FROZEN_TEXT = (
-    "the frozen part of the model, which trainable leaves out, is not the same here as at the "
-    "server: build_model must load the same weights on both, such as those of one bundle"
+    "the frozen part of the model, which neither trainable nor lora names, is not the same "
+    "here as at the server: build_model must load the same weights on both, such as those of "
+    "one bundle"
 )
 
 
