@@ -36,6 +36,9 @@ MESSAGE_VERSION = 2
 # Keys of a message's config. Flower's own:
 SERVER_ROUND = "server-round"
 PROXIMAL_MU = "proximal-mu"
+# How the change of the model comes back, and which share of the entries top-k keeps.
+COMPRESSION = "compression"
+TOP_K_SHARE = "top-k-share"
 # Which rows are evaluated.
 SPLIT = "split"
 # Whether all sites' rows together are meant, in a simulation.
@@ -93,6 +96,8 @@ COLUMNS = "columns"
 PERSONAL = ("val-global", "val-own", "personal-epochs")
 # What a run has cost a patient of a site; of several sites, the most.
 EPSILON = "patient-epsilon"
+# What codes have saved in the replies of a round.
+BYTES_SAVED = "bytes-saved"
 # What the rounds have cost a hospital, by the server's noise.
 HOSPITAL_EPSILON = "hospital-epsilon"
 
@@ -196,6 +201,8 @@ cohort | config.version | version of the messages | genomics/panel | clients/que
 train | arrays.* | the global model | strategies/base | clients/app
 train | config.server-round | number of the round | Flower | clients/app
 train | config.proximal-mu | weight of the proximal term | Flower | clients/app
+train | config.compression | in which code the reply comes | strategies/base | clients/compression
+train | config.top-k-share | share of entries in top-k | strategies/base | clients/compression
 train | config.trees | bagging or cyclic | trees/server | trees/client
 train | config.tree-share | the site's part of a step | trees/server | trees/client
 evaluate | arrays.* | the global model | strategies/base | clients/app
@@ -246,7 +253,7 @@ describe | metrics.rejected | number of rows that could not be used | plain | ne
 contribution | contribution.moments COLUMN | moments of a column | bounded | never
 contribution | contribution.categories COLUMN | categories of ten patients or more | bounded | never
 contribution | contribution.counts COLUMN | how many patients have each | bounded | never
-train | arrays.* | the model after local training | bounded | noised
+train | arrays.* | the model after local training, or its change in a code | bounded | noised
 train | metrics.num-examples | number of training rows (private: of patients) | plain | known
 train | metrics.loss | mean training loss | bounded | never
 train | rows.changes | whether patients have come or gone in the run | plain | never

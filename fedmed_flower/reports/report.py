@@ -44,12 +44,12 @@ from fedmed_flower.reports.tested import Estimates, estimates, evidence_of
 from fedmed_flower.reports.words import Words, words
 from fedmed_flower.server.run_folder import METRICS as METRICS_TABLE
 from fedmed_flower.server.run_folder import SUMMARY, read_summary
-from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON
+from fedmed_flower.wire import ALL_SITES, BYTES_SAVED, EPSILON, HOSPITAL_EPSILON
 
 MOST_FAILURES = 100
 # Of a phase whose metrics are not known.
 _MOST_PANELS = 4
-_NO_PANEL = ("num-examples", "seconds", EPSILON, HOSPITAL_EPSILON, "clipping-norm")
+_NO_PANEL = ("num-examples", "seconds", EPSILON, HOSPITAL_EPSILON, "clipping-norm", BYTES_SAVED)
 _MOST_REASON = 300
 # Longer lists of settings are folded away.
 _MOST_SHOWN = 30

@@ -23,6 +23,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from torch import nn
 
+from fedmed_flower.arrays.compression import NONE
 from fedmed_flower.data.outlying import Outlying, with_further, without_column
 from fedmed_flower.data.site import GENERATED, some_of
 from fedmed_flower.errors import DivergedError, InputError
@@ -57,6 +58,7 @@ from fedmed_flower.server.run_folder import (
     early_lines,
 )
 from fedmed_flower.server.sites import app_name, wait_for_sites
+from fedmed_flower.server.traffic import saved
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.model import ModelSettings
 from fedmed_flower.settings.plan import Plan
@@ -215,6 +217,9 @@ def _prepared(
     if plan.quorum:
         strategy.quorum = plan.quorum
         strategy.grace = plan.grace
+    if plan.compression != NONE:
+        strategy.compression = plan.compression
+        strategy.top_k_share = plan.top_k_share
     if asking is None:
         # Before waiting for sites, so that a wrong run config or checkpoint is reported at once.
         start = _start_model(model, agreed, config, plan.seed)
@@ -685,6 +690,7 @@ class Experiment:
             "lacking": sites.lacking,
             "empty": sites.empty,
             "traffic": {site: traffic.table() for site, traffic in history.traffic.items()},
+            "saved": saved(history.traffic),
             "stopped": history.stopped and asdict(history.stopped),
             "failures": [asdict(failure) for failure in history.failures],
             "notes": [asdict(note) for note in history.notes],

@@ -11,13 +11,13 @@ from typing import Any
 from fedmed_flower.files import write_rows
 from fedmed_flower.metrics.names import MAIN
 from fedmed_flower.server.traffic import Traffic
-from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON, Sent
+from fedmed_flower.wire import ALL_SITES, BYTES_SAVED, EPSILON, HOSPITAL_EPSILON, Sent
 
 # Round, phase, site, metric and value.
 Row = tuple[int, str, str, str, float]
 COLUMNS = ("round", "phase", "site", "metric", "value")
 # Of a round: what is no measure of the model.
-_NOT_SHOWN = ("num-examples", "seconds", EPSILON, HOSPITAL_EPSILON, "clipping-norm")
+_NOT_SHOWN = ("num-examples", "seconds", EPSILON, HOSPITAL_EPSILON, "clipping-norm", BYTES_SAVED)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedmed_flower.errors import shown
 from fedmed_flower.server.ask import Exchange
+from fedmed_flower.server.compression import Unpacker, saved_bytes
 from fedmed_flower.server.history import Failure, History, Note
 from fedmed_flower.server.listeners import Listeners
 from fedmed_flower.server.screening import error_text, metrics_of, model_of, screen, screen_arrays
@@ -82,6 +83,8 @@ class Inbox:
         The nodes that declined when they were last asked to train.
     usable : int
         Number of replies that passed screening in the last call of `admit`.
+    saved : int
+        Bytes that codes have saved in the replies of the last call of `admit`.
     errors : list of str
         What the sites that failed gave as reason in the last call of `admit`; those that declined
         are not among them.
@@ -95,7 +98,10 @@ class Inbox:
         self.malformed = 0
         self.declined: set[int] = set()
         self.usable = 0
+        self.saved = 0
         self.errors: list[str] = []
+        # What each message of the phase held, by message id.
+        self._requests: dict[str, RecordDict] = {}
         # Node and index of each message of the phase, by message id.
         self._senders: dict[str, tuple[int, int]] = {}
         # Node, bytes to it, bytes from it and seconds of each reply of the phase.
@@ -152,6 +158,7 @@ class Inbox:
         exchange = Exchange(grid, messages, timeout, minimum, grace)
         numbers = {id(message): number for number, message in enumerate(messages)}
         self._senders = {}
+        self._requests = {}
         self._traffic = []
         self._heard = set()
         asked = [self.name(message.metadata.dst_node_id) for message in messages]
@@ -159,6 +166,7 @@ class Inbox:
         for message, reply in exchange:
             sender = (message.metadata.dst_node_id, numbers[id(message)])
             self._senders[message.metadata.message_id] = sender
+            self._requests[message.metadata.message_id] = message.content
             self._tell(message, reply, server_round, phase)
             sizes = (size_of(message.content), size_of(reply.content) if reply.has_content() else 0)
             self._traffic.append((message.metadata.dst_node_id, *sizes, exchange.waited))
@@ -193,6 +201,7 @@ class Inbox:
         weighted_by_key: str,
         layout: ArrayRecord | None,
         companions: Mapping[str, ArrayRecord] | None = None,
+        unpacker: Unpacker | None = None,
     ) -> Iterator[AcceptedReply]:
         """Yield the replies that pass screening; record why the others do not.
 
@@ -200,11 +209,14 @@ class Inbox:
         ----------
         weighted_by_key, layout, companions
             As in `screen`.
+        unpacker : Unpacker, optional
+            Unpacks the arrays, if the sites were asked for a code.
         """
         layouts = companions or {}
         answered: set[str] = set()
         self.malformed = 0
         self.usable = 0
+        self.saved = 0
         self.errors = []
         for reply in replies:
             node_id, number = self._sender(reply)
@@ -216,7 +228,12 @@ class Inbox:
             if request and request in answered:
                 reason: str | None = "the site has replied already"
             else:
-                reason = self._flaw(reply, weighted_by_key, layout, layouts)
+                try:
+                    reply = self._unpacked(reply, unpacker)
+                    reason = self._flaw(reply, weighted_by_key, layout, layouts)
+                except ValueError as error:
+                    reason = str(error)
+                    self.malformed += 1
             answered.add(request)
             if phase == "train":
                 self._note_declined(node_id, reason)
@@ -247,6 +264,24 @@ class Inbox:
             return None
         kinds = {re.sub(r"\d+", "", error)[:_ALIKE] for error in self.errors}
         return self.errors[0] if len(kinds) == 1 else None
+
+    def _unpacked(self, reply: Message, unpacker: Unpacker | None) -> Message:
+        """Unpack a reply's arrays, and count what their code has saved.
+
+        Raises
+        ------
+        ValueError
+            As `Unpacker.unpacked`.
+        """
+        if unpacker is None or not reply.has_content():
+            return reply
+        request = self._requests.get(reply.metadata.reply_to_message_id)
+        dense = unpacker.unpacked(reply, request)
+        saved = saved_bytes(reply, dense)
+        self.saved += saved
+        site = self.name(self._sender(reply)[0])
+        self.history.traffic.setdefault(site, Traffic()).bytes_saved += saved
+        return dense
 
     def _flaw(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedmed_flower.arrays.compression import COMPRESSIONS, NONE
 from fedmed_flower.settings.allowed import Matching, OneOf, Within
 from fedmed_flower.settings.section import MOST_ROUNDS, Section, setting
 from fedmed_flower.settings.text import setting_error
@@ -81,6 +82,18 @@ class Plan(Section):
             f"{', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}, or several of them with commas between",
             ("tensorboard,", "MLflow", "tensorboard mlflow"),
         ),
+    )
+
+    compression: str = setting(
+        NONE,
+        "How sites send the change of the model to the server: in 8 or 4 bits, or its largest "
+        "entries alone (`top-k`). What is lost is added to the next change.",
+        OneOf(COMPRESSIONS),
+    )
+    top_k_share: float = setting(
+        0.01,
+        "Share of the entries of each array that `top-k` keeps; at least one.",
+        Within(0.0, 1.0, above=True),
     )
 
     @property

@@ -17,11 +17,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
+from fedmed_flower.arrays.compression import NONE
+from fedmed_flower.arrays.packing import Packing
 from fedmed_flower.arrays.updates import Updates
 from fedmed_flower.arrays.views import keep_dtypes, own_content
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics.names import is_pooled_only
 from fedmed_flower.metrics.pooling import class_counts, pool
+from fedmed_flower.server.compression import Unpacker
 from fedmed_flower.server.history import History, Stop
 from fedmed_flower.server.inbox import AcceptedReply, Inbox
 from fedmed_flower.server.listener import Listener
@@ -59,7 +62,7 @@ from fedmed_flower.strategies.server_optimizers import (
     require_real,
     step,
 )
-from fedmed_flower.wire import ALL_SITES, SPLIT
+from fedmed_flower.wire import ALL_SITES, BYTES_SAVED, COMPRESSION, SPLIT, TOP_K_SHARE
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -157,6 +160,11 @@ class FedAvg(flower.FedAvg):
         Seconds; at least 0.
     listeners : iterable of Listener
         They hear how a run goes: see `fedmed_flower.server.Listener`.
+    compression : {"none", "int8", "int4", "top-k"}
+        How sites send the change of the model, and of each companion, back: in 8 or 4 bits, or its
+        largest entries alone. They add what the code lost to the next change.
+    top_k_share : float
+        Share of the entries of each array that ``"top-k"`` keeps. Above 0, at most 1.
 
     Attributes
     ----------
@@ -215,6 +223,8 @@ class FedAvg(flower.FedAvg):
         quorum: int | None = None,
         grace: float = 60.0,
         listeners: Iterable[Listener] = (),
+        compression: str = NONE,
+        top_k_share: float = 0.01,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs | minima(super().__init__, args, kwargs))
@@ -230,6 +240,9 @@ class FedAvg(flower.FedAvg):
             raise InputError(f"quorum must be at least 1, got {quorum}")
         if not 0 <= grace < math.inf:
             raise InputError(f"grace must be at least 0 seconds and finite, got {grace}")
+        Packing.named(compression, top_k_share)
+        self.compression = compression
+        self.top_k_share = top_k_share
         self.quorum = quorum
         self.grace = grace
         self.max_weight_share = max_weight_share
@@ -428,6 +441,7 @@ class FedAvg(flower.FedAvg):
     ) -> Iterable[Message]:
         """Wait for the sites, then address this round's training messages to a sample of them."""
         self.run.sent_arrays = arrays
+        self._ask_for_code(arrays, config)
         if self._optimiser is not None:
             require_real(self._optimiser.__name__, arrays)
         if not self._wait(grid, server_round, "train", self.fraction_train, self.min_train_nodes):
@@ -510,6 +524,8 @@ class FedAvg(flower.FedAvg):
                 self.train_metrics_aggr_fn,
                 partial(self.inbox.note, server_round, "train"),
             )
+            if metrics is not None and self.compression != NONE:
+                metrics[BYTES_SAVED] = self.inbox.saved
             self.run.begun = True
             moved = self._step(server_round, arrays)
             return (None, None) if moved is None else (moved, metrics)
@@ -732,7 +748,13 @@ class FedAvg(flower.FedAvg):
         layout = self.reply_layout(sent) if sent is not None else first_arrays(first)
         waiting = drain(first, rest) if rest is not None else first
         admitted = self.inbox.admit(
-            server_round, "train", waiting, self.weighted_by_key, layout, self.current_companions
+            server_round,
+            "train",
+            waiting,
+            self.weighted_by_key,
+            layout,
+            self.current_companions,
+            self._unpacker(),
         )
         usable = weighed(admitted, self.weigh, self.decode, self._reject)
         if rest is not None and layout is not None and self.is_plain_mean:
@@ -747,6 +769,44 @@ class FedAvg(flower.FedAvg):
             self.inbox.fail(server_round, "train", ALL_SITES, flaw)
             return None, combined.replies
         return combined.model, combined.replies
+
+    def _ask_for_code(self, arrays: ArrayRecord, config: ConfigRecord) -> None:
+        """Name the code of the replies in the config of a round's messages, or none.
+
+        Raises
+        ------
+        InputError
+            If the code cannot be used with this strategy or model.
+        """
+        for key in (COMPRESSION, TOP_K_SHARE):
+            config.pop(key, None)
+        packing = Packing.named(self.compression, self.top_k_share)
+        if packing is None:
+            return
+        kind = type(self)
+        for name in ("reply_layout", "decode"):
+            if getattr(kind, name) is not getattr(FedAvg, name):
+                raise InputError(
+                    f'compression must be "none" with {kind.__name__}, whose sites send the model '
+                    f'in a form of their own ({name}), got "{self.compression}"'
+                )
+        for record in (arrays, *self.current_companions.values()):
+            packing.forms(record)
+        config.update(packing.config)
+
+    def _unpacker(self) -> Unpacker | None:
+        """Return what unpacks the replies of this round; None if they are not coded."""
+        packing = Packing.named(self.compression, self.top_k_share)
+        if packing is None:
+            return None
+        if self.run.sent_arrays is None:
+            raise InputError(
+                f'compression="{self.compression}" needs the model that was sent: call '
+                "configure_train before aggregate_train"
+            )
+        return Unpacker(
+            packing, self.arrayrecord_key, self.run.sent_arrays, self.current_companions
+        )
 
     def _combined_one_by_one(
         self, replies: Iterable[AcceptedReply], layout: ArrayRecord
