@@ -39,6 +39,13 @@ PROXIMAL_MU = "proximal-mu"
 # How the change of the model comes back, and which share of the entries top-k keeps.
 COMPRESSION = "compression"
 TOP_K_SHARE = "top-k-share"
+# The method of which sites make use in training, and its settings as TOML.
+METHOD = "method"
+METHOD_SETTINGS = "method-settings"
+# How many of the site's replies the server has taken so far: which state the site goes on from.
+TAKEN = "replies-taken"
+# Whether each site's own model is evaluated in place of the global one.
+OWN = "own-model"
 # Which rows are evaluated.
 SPLIT = "split"
 # Whether all sites' rows together are meant, in a simulation.
@@ -66,6 +73,8 @@ VERSION = "version"
 # Whether counts of an association study have squares.
 SQUARES = "squares"
 
+# What the names of records begin with that a method sends beside the model.
+METHOD_RECORD = "method-"
 # Records of a reply.
 SITE_RECORD = "site"
 PATIENTS_RECORD = "patients"
@@ -203,10 +212,18 @@ train | config.server-round | number of the round | Flower | clients/app
 train | config.proximal-mu | weight of the proximal term | Flower | clients/app
 train | config.compression | in which code the reply comes | strategies/base | clients/compression
 train | config.top-k-share | share of entries in top-k | strategies/base | clients/compression
+train | config.method | what sites do beside plain training | strategies/methods | clients/methods
+train | config.method-settings | its settings, in TOML | strategies/methods | clients/methods
+train | config.replies-taken | its replies that counted | strategies/methods | clients/state
+train | method.* | what the method needs beside the model | strategies/methods | clients/methods
 train | config.trees | bagging or cyclic | trees/server | trees/client
 train | config.tree-share | the site's part of a step | trees/server | trees/client
 evaluate | arrays.* | the global model | strategies/base | clients/app
 evaluate | config.server-round | number of the round | Flower | clients/app
+evaluate | config.method | whose own model is measured | strategies/methods | clients/methods
+evaluate | config.method-settings | its settings, in TOML | strategies/methods | clients/methods
+evaluate | config.own-model | own model, not the global one | strategies/methods | clients/methods
+evaluate | config.replies-taken | its replies that counted | strategies/methods | clients/state
 evaluate | config.split | val or test rows | strategies/base | clients/app
 evaluate | config.trees | bagging or cyclic | trees/server | trees/client
 pictures | arrays.* | the last model | runs/roll_call | clients/queries
@@ -254,6 +271,7 @@ contribution | contribution.moments COLUMN | moments of a column | bounded | nev
 contribution | contribution.categories COLUMN | categories of ten patients or more | bounded | never
 contribution | contribution.counts COLUMN | how many patients have each | bounded | never
 train | arrays.* | the model after local training, or its change in a code | bounded | noised
+train | method.* | what the method makes of training, such as SCAFFOLD's control | bounded | noised
 train | metrics.num-examples | number of training rows (private: of patients) | plain | known
 train | metrics.loss | mean training loss | bounded | never
 train | rows.changes | whether patients have come or gone in the run | plain | never
@@ -352,6 +370,8 @@ def keys_of(reply: str, content: RecordDict) -> set[str]:
 def _generic(reply: str, name: str, key: str) -> str:
     if name == "arrays":
         return "arrays.*"
+    if name.startswith(METHOD_RECORD):
+        return "method.*"
     metric, _, group = key.partition("@")
     if name == "metrics" and reply == "evaluate" and group:
         return "metrics.METRIC@column=value"

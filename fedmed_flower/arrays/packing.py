@@ -2,15 +2,16 @@
 
 What is coded is the change of all floating-point entries against the record that was sent. Other
 entries, such as ``num_batches_tracked``, travel as they are. The parts of all entries, one after
-the other, are one array for each part (``.codes`` and ``.scales``, or ``.indices`` and
-``.values``), since each array of a message has a header that is longer than many a bias. Their
-lengths follow from the record that was sent, so that they are checked before anything is decoded.
+the other in the order of their names, are one array for each part (``.codes`` and ``.scales``, or
+``.indices`` and ``.values``), since each array of a message has a header that is longer than many a
+bias. Their lengths follow from the record that was sent, so that they are checked before anything
+is decoded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -151,8 +152,8 @@ class Packing:
         lost = {}
         if sent.keys() != new.keys():
             raise ValueError("the arrays have other keys than those that were sent")
-        for key, array in sent.items():
-            before = view(array)
+        for key in sorted(sent):
+            before = view(sent[key])
             after = view(new[key])
             if after.shape != before.shape:
                 raise ValueError(f"{key} has the shape {after.shape}, sent was {before.shape}")
@@ -197,10 +198,10 @@ class Packing:
         pieces = self._pieces(sent, coded)
         for (key, array), out in zip(sent.items(), draft.row, strict=True):
             before = view(array)
-            if not kernels.is_floating(before.dtype):
+            if key not in pieces:
                 out[...] = view(coded[key]).reshape(-1)
                 continue
-            parts = next(pieces)
+            parts = pieces[key]
             try:
                 self._code.check(parts, before.size)
             except ValueError as error:
@@ -215,20 +216,23 @@ class Packing:
         moved += kernels.widen(before.reshape(-1))
         return kernels.narrow(moved, before.dtype)
 
-    def _pieces(self, sent: ArrayRecord, coded: ArrayRecord) -> Iterator[dict[str, NDArray[Any]]]:
-        """Yield the parts of each floating-point entry."""
+    def _pieces(self, sent: ArrayRecord, coded: ArrayRecord) -> dict[str, Parts]:
+        """Return the parts of each floating-point entry, by its key."""
         whole = {part: view(coded[part]) for part in self._dtypes}
         starts = dict.fromkeys(whole, 0)
-        for array in sent.values():
-            shape, dtype = form_of(array)
+        pieces: dict[str, Parts] = {}
+        # Records of both sides have the same keys, not always in the same order.
+        for key in sorted(sent):
+            shape, dtype = form_of(sent[key])
             if not kernels.is_floating(dtype):
                 continue
-            pieces = {}
+            own = {}
             for part, (length, _) in self._sizes(math.prod(shape)).items():
                 start = starts[part]
                 starts[part] = start + length
-                pieces[part.removeprefix(_PART)] = whole[part][start : start + length]
-            yield pieces
+                own[part.removeprefix(_PART)] = whole[part][start : start + length]
+            pieces[key] = own
+        return pieces
 
     def _sizes(self, size: int) -> dict[str, tuple[int, np.dtype[Any]]]:
         """Return length and dtype of each part of one entry, by the part's key."""

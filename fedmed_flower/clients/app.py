@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -27,10 +26,13 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.constant import ErrorCode
+from torch import nn
 
 from fedmed_flower.clients.base import MedicalClient, Query
-from fedmed_flower.clients.private import measure_protected, train_protected
-from fedmed_flower.clients.storage import keep_splits, rows_of
+from fedmed_flower.clients.compression import compressed
+from fedmed_flower.clients.methods import MethodRound, records_of
+from fedmed_flower.clients.private import measure_protected
+from fedmed_flower.clients.storage import keep_model, keep_splits, rows_of
 from fedmed_flower.data.site import SPLITS, Row, Site
 from fedmed_flower.errors import FAILED, DeclinedError, InputError
 from fedmed_flower.metrics.plain import plain_metrics
@@ -42,7 +44,7 @@ from fedmed_flower.wire import (
     DECLINED,
     EPSILON,
     MESSAGE_VERSION,
-    PROXIMAL_MU,
+    OWN,
     ROWS_RECORD,
     SERVER_ROUND,
     SITE_RECORD,
@@ -208,21 +210,19 @@ def train(client: MedicalClient, message: Message) -> RecordDict:
     server_round = int(config.get(SERVER_ROUND, 0))  # type: ignore[arg-type]
     client.require_protection()
     arrays_key, arrays = next(iter(message.content.array_records.items()))
-    client.proximal_mu = float(config.get(PROXIMAL_MU, 0.0))  # type: ignore[arg-type]
-    if not 0 <= client.proximal_mu < math.inf:
-        raise InputError(f"proximal-mu must be at least 0 and finite, got {client.proximal_mu}")
     client.progress = client.settings.progress(server_round)
     seed = derive_seed(client.settings.seed, client.site.name, server_round, "train")
     began = time.perf_counter()
     model, travelling = client.model_of(arrays, config)
+    work = MethodRound.of(client, config, model, travelling)
     if client.privacy.on:
         with client.seeded(seed):
-            metrics = train_protected(client, model, config)
+            metrics, ended = work.train(message.content, None, seed)
     else:
         data, prepared = client.prepared("train", client.pooled)
         client.require_usable(data.train)
         with client.seeded(seed):
-            metrics = client.fit(model, prepared, seed)
+            metrics, ended = work.train(message.content, prepared, seed)
         client.require_several(data.train)
     if client.secretive:
         metrics = {name: metrics[name] for name in metrics if name == EPSILON}
@@ -230,11 +230,13 @@ def train(client: MedicalClient, message: Message) -> RecordDict:
         metrics = client.disclosed(metrics) | {"seconds": time.perf_counter() - began}
     changes = _changes(client, config)
     metrics["num-examples"] = client.count("train", client.pooled)
-    state = ArrayRecord(travelling.state(model))
-    content = RecordDict({arrays_key: state, "metrics": MetricRecord(metrics)})
+    content = RecordDict({arrays_key: work.sent(), "metrics": MetricRecord(metrics)})
+    content.update(records_of(ended))
     if changes and not client.secretive:
         content[ROWS_RECORD] = ConfigRecord({CHANGES: changes})
-    return content
+    reply = compressed(client.site.name, config, content, message.content, work.residual())
+    work.keep(ended, reply.residual)
+    return reply.content
 
 
 def _changes(client: MedicalClient, config: ConfigRecord) -> str:
@@ -264,7 +266,7 @@ def evaluate(client: MedicalClient, message: Message) -> RecordDict:
     client.split = split
     arrays = next(iter(message.content.array_records.values()))
     if client.noises_metrics:
-        model, _ = client.model_of(arrays, config)
+        model = _evaluated(client, arrays, config)
         with client.seeded(derive_seed(client.settings.seed, client.site.name, split)):
             metrics = measure_protected(client, model, config)
         return RecordDict({"metrics": MetricRecord(plain_metrics(metrics))})
@@ -275,10 +277,21 @@ def evaluate(client: MedicalClient, message: Message) -> RecordDict:
     if reported:
         if len(reported) < len(rows):
             prepared = client.prepare(reported, train=split == "train")
-        model, _ = client.model_of(arrays, config)
+        model = _evaluated(client, arrays, config)
         with client.seeded(derive_seed(client.settings.seed, client.site.name, split)):
             metrics = client.measure(model, prepared)
     return RecordDict({"metrics": MetricRecord(client.disclosed(metrics))})
+
+
+def _evaluated(client: MedicalClient, arrays: ArrayRecord, config: ConfigRecord) -> nn.Module:
+    """Return the model to measure: the global one, or the site's own if the message asks for it."""
+    model, travelling = client.model_of(arrays, config)
+    if not config.get(OWN):
+        return model
+    own = MethodRound.of(client, config, model, travelling).own()
+    if client.split == "test":
+        keep_model("own", client.context, client.site, config, own.state_dict())
+    return own
 
 
 def _stand_in(client: MedicalClient, message: Message) -> MedicalClient:

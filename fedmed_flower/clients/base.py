@@ -45,6 +45,7 @@ from fedmed_flower.data.site import (
 )
 from fedmed_flower.data.splits import splitting_by
 from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.methods.base import PLAIN, Method
 from fedmed_flower.metrics.coarse import coarsened
 from fedmed_flower.metrics.plain import plain_metrics
 from fedmed_flower.models.device import (
@@ -63,10 +64,11 @@ from fedmed_flower.privacy.validate import (
     require_private_model,
 )
 from fedmed_flower.settings.disclosure import DisclosureSettings
+from fedmed_flower.settings.methods import MethodSettings
 from fedmed_flower.settings.model import ModelSettings
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.privacy import PrivacySettings
-from fedmed_flower.settings.registry import Sections
+from fedmed_flower.settings.registry import METHODS, Sections
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.wire import AGREED, FROZEN, POOL_SITES, RUN_KEY
 
@@ -137,8 +139,14 @@ class MedicalClient(ABC):
         From the run config.
     models : ModelSettings
         From the run config: the network, and which part of it is trained and travels.
-    proximal_mu : float
-        How strongly `fit` holds the model near the global one. `FedProx` sends it; else it is 0.
+    methods : MethodSettings
+        From the run config: the method for hospitals that differ, and which layers stay here.
+    method : Method
+        What a message asks for beside plain training. `fit` calls its `loss`, `before_step` and
+        `after_step`.
+    calls_method : bool
+        Whether the class's own `fit` does so too. If it has one and does not, a message with a
+        method is refused.
     progress : float
         Share of the run's rounds that were done before this one; in [0, 1).
     agreed : str
@@ -171,7 +179,15 @@ class MedicalClient(ABC):
         "statistics": "fedmed_flower.statistics.client:statistics",
     }
     stand_ins: ClassVar[Mapping[str, str]] = {}
-    sections: ClassVar[Sections] = (Settings, PrivacySettings, ModelSettings, DisclosureSettings)
+    sections: ClassVar[Sections] = (
+        Settings,
+        PrivacySettings,
+        ModelSettings,
+        DisclosureSettings,
+        MethodSettings,
+        *METHODS,
+    )
+    calls_method: ClassVar[bool] = False
     node_keys: ClassVar[Collection[str]] = ()
     # Part of the cache's keys: distinguishes clients of one class name that prepare differently.
     prepared_for: ClassVar[str] = ""
@@ -182,7 +198,8 @@ class MedicalClient(ABC):
         self.settings = Settings.from_run_config(context.run_config)
         self.privacy = PrivacySettings.from_run_config(context.run_config)
         self.models = ModelSettings.of_site(context)
-        self.proximal_mu = 0.0
+        self.methods = MethodSettings.from_run_config(context.run_config)
+        self.method: Method = PLAIN
         self.progress = 0.0
         self.agreed = ""
         self.split = ""
@@ -294,7 +311,7 @@ class MedicalClient(ABC):
             make_optimizer(settings, model, self.progress),
             1 if settings.local_steps else settings.local_epochs,
             half_precision(settings),
-            self.proximal_mu,
+            self.method,
         )
         return {"loss": mean}
 

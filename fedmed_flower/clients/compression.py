@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedmed_flower.arrays.packing import Packed, Packing
@@ -70,12 +70,15 @@ def compressed(
     for name, record in content.array_records.items():
         if name not in sent.array_records:
             continue
+        # Layers that the site keeps to itself are not sent.
+        whole = sent.array_records[name]
+        start = ArrayRecord({key: whole[key] for key in record})
         before = {
             key.removeprefix(f"{name}/"): value.numpy()
             for key, value in residual.items()
             if key.startswith(f"{name}/")
         }
-        packed = packing.pack(sent.array_records[name], record, before)
+        packed = packing.pack(start, record, before)
         own[name] = packed.coded
         if _is_sound(packed):
             lost |= {f"{name}/{k}": torch.from_numpy(v) for k, v in packed.residual.items()}

@@ -9,14 +9,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.clients.storage import output_folder
+from fedmed_flower.clients.storage import keep_model
 from fedmed_flower.data.site import Row
 from fedmed_flower.errors import DeclinedError, InputError
-from fedmed_flower.files import file_name, write_atomic
 from fedmed_flower.metrics.names import lower_is_better, main_metric
 from fedmed_flower.models.device import derive_seed
 from fedmed_flower.settings.text import setting_error, with_type_of
@@ -92,7 +90,7 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
         best = _fine_tuned(client, model, train, val, before, seed)
         model.load_state_dict(best.state)
         metrics = client.measure(model, test) if test_data.test else {"num-examples": 0}
-    _write(client, best.state, config)
+    keep_model("personal", client.context, client.site, config, best.state)
     if not (val_may_leave and test_may_leave):
         raise DeclinedError("too few patients are behind the metrics of the personal model")
     metric = main_metric(before)
@@ -152,17 +150,6 @@ def _fine_tuned(
         if _improves(after, best.metrics, metric):
             best = _Best(copy.deepcopy(model.state_dict()), after, epoch)
     return best
-
-
-def _write(client: MedicalClient, state: dict[str, Tensor], config: ConfigRecord) -> None:
-    """Write the model into the hospital's output folder, if it has one."""
-    folder = output_folder(client.context, client.site, config)
-    if folder is not None:
-        path = folder / "personal" / f"{file_name(client.site.name)}.safetensors"
-        # Copies: tied weights share their memory, which the library refuses.
-        tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
-        write_atomic(path, save(tensors))
-        log.info("%s: the personal model is in %s", client.site.name, path)
 
 
 def _measured(client: MedicalClient, model: nn.Module, prepared: Any) -> dict[str, float]:

@@ -104,7 +104,7 @@ def train_protected(
             mechanism,
             probe,
             half_precision(settings),
-            client.proximal_mu,
+            client.method,
         )
         name = first_changed(before, model)
         if name is not None:

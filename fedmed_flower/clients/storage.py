@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Context
+from safetensors.torch import save
+from torch import Tensor
 
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.rows import column_of
@@ -104,6 +106,29 @@ def keep_pictures(folder: Path, site: Site, pictures: Sequence[Picture]) -> None
     for number, picture in enumerate(pictures, start=1):
         write_atomic(own / f"{number}-{plain_text(picture.title)}.png", picture.png)
     log.info("%s: %d pictures in %s", site.name, len(pictures), own)
+
+
+def keep_model(
+    kind: str, context: Context, site: Site, message: ConfigRecord, state: Mapping[str, Tensor]
+) -> None:
+    """Write a model that stays at the hospital to its output folder, if it has one.
+
+    Parameters
+    ----------
+    kind : str
+        Name of the folder: the file is ``KIND/SITE.safetensors``.
+    context, site, message
+        As in `output_folder`.
+    state : mapping of str to Tensor
+    """
+    folder = output_folder(context, site, message)
+    if folder is None:
+        return
+    path = folder / kind / f"{file_name(site.name)}.safetensors"
+    # Copies: tied weights share their memory, which the library refuses.
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    write_atomic(path, save(tensors))
+    log.info("%s: the %s model is in %s", site.name, kind, path)
 
 
 def _patients(data: SiteData, split: str) -> list[str]:

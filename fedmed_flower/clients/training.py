@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmed_flower.errors import DivergedError
+from fedmed_flower.methods.base import PLAIN, Method
 from fedmed_flower.privacy.gradients import PROBE, Batch, Loss, RecordGradients
 from fedmed_flower.privacy.patient import Mechanism
 from fedmed_flower.privacy.sampling import PatientSampler
@@ -39,7 +40,7 @@ def train_epochs(
     optimizer: torch.optim.Optimizer,
     epochs: int,
     mixed_precision: bool = False,
-    proximal_mu: float = 0.0,
+    method: Method = PLAIN,
 ) -> float:
     """Train a model in place.
 
@@ -59,15 +60,13 @@ def train_epochs(
     epochs : int
     mixed_precision : bool
         Run model and loss in bfloat16 by autocast.
-    proximal_mu : float
-        Holds the parameters near their initial values: ``mu / 2`` times the squared distance is
-        added to the loss (FedProx, Li et al. 2020, https://arxiv.org/abs/1812.06127, equation 2).
-        At least 0.
+    method : Method
+        Its `loss`, `before_step` and `after_step` are called for each batch.
 
     Returns
     -------
     float
-        Mean loss over the rows of the last epoch, without the proximal term.
+        Mean loss over the rows of the last epoch, as ``method.loss`` returns it.
 
     Raises
     ------
@@ -77,14 +76,13 @@ def train_epochs(
         If one record does not fit into memory.
     """
     model.train()
-    start = [(p, p.detach().clone()) for p in model.parameters()] if proximal_mu else []
     parts = Parts()
     mean = float("nan")
 
     def backward(part: Batch, share: float) -> float:
         kind = next(iter(part.values())).device.type
         with torch.autocast(kind, torch.bfloat16, enabled=mixed_precision):
-            value: Any = loss(model, part)
+            value: Any = method.loss(model, part, loss)
         (value if share == 1 else value * share).backward()
         return float(value.item() * share)
 
@@ -97,8 +95,9 @@ def train_epochs(
             )
             value = sum(values)
             count = len(next(iter(batch.values())))
-            _add_proximal_term(start, proximal_mu)
+            method.before_step(model)
             optimizer.step()
+            method.after_step(model, batch)
             total += value * count
             rows += count
             if not math.isfinite(total):
@@ -108,13 +107,6 @@ def train_epochs(
                 )
         mean = total / rows
     return mean
-
-
-def _add_proximal_term(start: Iterable[tuple[nn.Parameter, Tensor]], mu: float) -> None:
-    """Add to each gradient ``mu`` times the parameter's distance from its initial value."""
-    for parameter, initial in start:
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter.detach() - initial, alpha=mu)
 
 
 class Steps:
@@ -215,7 +207,7 @@ def train_privately(
     mechanism: Mechanism,
     probe: Batch,
     mixed_precision: bool = False,
-    proximal_mu: float = 0.0,
+    method: Method = PLAIN,
 ) -> tuple[float, int]:
     """Train a model in place with differential privacy for each patient.
 
@@ -238,9 +230,8 @@ def train_privately(
         record decides it.
     mixed_precision : bool
         Run the model in bfloat16 by autocast.
-    proximal_mu : float
-        As in `train_epochs`. The term is added after clipping and noise, since it does not depend
-        on records.
+    method : Method
+        Its `before_step` changes gradients after clipping and noise; `after_step` gets no batch.
 
     Returns
     -------
@@ -267,9 +258,7 @@ def train_privately(
         optimizer, release.noise_multiplier, settings.max_grad_norm, sampler.expected
     )
     gradients = RecordGradients(model, loss, mixed_precision)
-    parameters = gradients.parameters.values()
-    start = [(p, p.detach().clone()) for p in parameters] if proximal_mu else []
-    private.attach_step_hook(lambda _: _add_proximal_term(start, proximal_mu))
+    private.attach_step_hook(lambda _: method.before_step(model))
     drawn = max(1, round(sampler.expected))
     size = micro_batch_size(gradients, probe, drawn, settings.micro_batch_size)
     batches = _MicroBatches(gradients, batch_of, size)
@@ -285,6 +274,7 @@ def train_privately(
             private.accumulate(clippable)
             del computed, clippable  # Free them before the next patients' gradients are computed.
         private.release()
+        method.after_step(model, {})
     all_losses = torch.cat(losses)
     return float(all_losses[all_losses.isfinite()].mean()), private.dropped
 

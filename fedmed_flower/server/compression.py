@@ -24,7 +24,8 @@ class Unpacker:
     key : str
         Name of the model's record in a message.
     model : ArrayRecord
-        The model that was sent, if the message to a site is not known.
+        Of the model that was sent: what sites send back. If the message to a site is known, the
+        values are taken from there.
     companions : mapping of str to ArrayRecord
         Likewise, what was sent beside it.
     """
@@ -50,23 +51,30 @@ class Unpacker:
             If a record has not the layout that the code gives what was sent, or stands for no
             finite change. The text is the reason for which the reply is left out.
         """
-        sent: Mapping[str, ArrayRecord] = {self.key: self.model, **self.companions}
-        if request is not None:
-            sent = request.array_records
         content = RecordDict({**reply.content})
         models = 0
         for name, record in reply.content.array_records.items():
             if name in self.companions:
-                content[name] = self._dense(record, sent[name], f"in {name}, ")
+                content[name] = self._dense(record, self._sent(name, request), f"in {name}, ")
                 continue
             models += 1
             # Many small codes must not become many models.
             if models > 1:
                 raise ValueError("the reply has several array records instead of one")
-            content[name] = self._dense(record, sent[self.key], "")
+            content[name] = self._dense(record, self._sent(self.key, request), "")
         message = copy.copy(reply)
         message.content = content
         return message
+
+    def _sent(self, name: str, request: RecordDict | None) -> ArrayRecord:
+        """Return the record from which the changes in one of the reply's records count."""
+        layout = self.model if name == self.key else self.companions[name]
+        if request is None:
+            return layout
+        sent = request.array_records.get(name)
+        if sent is None or not layout.keys() <= sent.keys():
+            raise ValueError(f"the site was not sent all of {name}, from which a change counts")
+        return ArrayRecord({key: sent[key] for key in layout})
 
     def _dense(self, record: ArrayRecord, sent: ArrayRecord, where: str) -> ArrayRecord:
         if not self.packing.is_coded(record):

@@ -15,6 +15,15 @@ from flwr.app import UserConfig, UserConfigValue
 
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.imaging import ImagingSettings
+from fedmed_flower.settings.methods import (
+    APFLSettings,
+    DittoSettings,
+    FedDynSettings,
+    FedProxSettings,
+    FedRepSettings,
+    MethodSettings,
+    MoonSettings,
+)
 from fedmed_flower.settings.model import ModelSettings
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.plan import Plan
@@ -40,6 +49,16 @@ class Sectioned(Protocol):
     node_keys: Collection[str]
 
 
+# Of the methods for hospitals that differ.
+METHODS: Sections = (
+    FedProxSettings,
+    FedDynSettings,
+    DittoSettings,
+    APFLSettings,
+    FedRepSettings,
+    MoonSettings,
+)
+
 # In the order of the docs. A key of several sections is listed in the first.
 RUN: Sections = (
     Plan,
@@ -47,6 +66,8 @@ RUN: Sections = (
     Settings,
     PrivacySettings,
     DisclosureSettings,
+    MethodSettings,
+    *METHODS,
     ModelSettings,
     ImagingSettings,
     TabularSettings,

@@ -754,7 +754,7 @@ class FedAvg(flower.FedAvg):
             self.weighted_by_key,
             layout,
             self.current_companions,
-            self._unpacker(),
+            self._unpacker(layout),
         )
         usable = weighed(admitted, self.weigh, self.decode, self._reject)
         if rest is not None and layout is not None and self.is_plain_mean:
@@ -794,19 +794,17 @@ class FedAvg(flower.FedAvg):
             packing.forms(record)
         config.update(packing.config)
 
-    def _unpacker(self) -> Unpacker | None:
+    def _unpacker(self, layout: ArrayRecord | None) -> Unpacker | None:
         """Return what unpacks the replies of this round; None if they are not coded."""
         packing = Packing.named(self.compression, self.top_k_share)
         if packing is None:
             return None
-        if self.run.sent_arrays is None:
+        if self.run.sent_arrays is None or layout is None:
             raise InputError(
                 f'compression="{self.compression}" needs the model that was sent: call '
                 "configure_train before aggregate_train"
             )
-        return Unpacker(
-            packing, self.arrayrecord_key, self.run.sent_arrays, self.current_companions
-        )
+        return Unpacker(packing, self.arrayrecord_key, layout, self.current_companions)
 
     def _combined_one_by_one(
         self, replies: Iterable[AcceptedReply], layout: ArrayRecord

@@ -1,0 +1,206 @@
+"""A hospital's side of a method for hospitals that differ: its round, its state, its own model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor, nn
+
+from fedmed_flower.clients.base import MedicalClient
+from fedmed_flower.clients.private import train_protected
+from fedmed_flower.clients.state import SiteState
+from fedmed_flower.errors import DeclinedError, InputError
+from fedmed_flower.methods.base import PLAIN, Ended, Method, SiteRound
+from fedmed_flower.methods.kept import kept_names
+from fedmed_flower.methods.registry import method_of_message
+from fedmed_flower.models.device import derive_seed, learning_rate, make_optimizer, torch_device
+from fedmed_flower.models.trainable import Travelling
+from fedmed_flower.wire import METHOD_RECORD
+
+log = logging.getLogger("flwr.fedmed")
+
+# Parts of a site's state.
+_METHOD = "method"
+_KEPT = "kept"
+_RESIDUAL = "compression"
+
+
+def require_method(client: MedicalClient, method: Method) -> None:
+    """Refuse a method that this hospital cannot use, or must not.
+
+    Raises
+    ------
+    InputError
+        If it is wrong under the run's settings, or the client has a `fit` that calls no method.
+    DeclinedError
+        If it touches patients again beside the training that is accounted for.
+    """
+    method.require(client.settings, client.methods.keep)
+    if method is PLAIN:
+        return
+    own_fit = type(client).fit is not MedicalClient.fit
+    if own_fit and not client.calls_method and not client.privacy.on:
+        raise InputError(
+            f"{type(client).__name__} has its own fit, which would ignore the method "
+            f"{method.name}: call loss, before_step and after_step of self.method there, and set "
+            "calls_method = True"
+        )
+    if client.privacy.on and (not method.private or method.defines("train", "loss")):
+        raise DeclinedError(
+            f"{method.name} uses patients' rows beside the training that has noise: it is for runs "
+            "without privacy"
+        )
+
+
+@dataclass
+class MethodRound:
+    """One round of a method at one hospital, from the message's state to the reply's.
+
+    Attributes
+    ----------
+    client : MedicalClient
+    config : ConfigRecord
+        The message's config.
+    model : Module
+    travelling : Travelling
+    state : SiteState
+    kept : tuple of str
+        The entries of the model that stay different at each site.
+    """
+
+    client: MedicalClient
+    config: ConfigRecord
+    model: nn.Module
+    travelling: Travelling
+    state: SiteState
+    kept: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        client: MedicalClient,
+        config: ConfigRecord,
+        model: nn.Module,
+        travelling: Travelling,
+    ) -> MethodRound:
+        """Set the client's method, and load the site's kept layers into a model.
+
+        Raises
+        ------
+        InputError, DeclinedError
+            As `require_method`; or if the site's state is damaged.
+        """
+        client.method = method_of_message(config)
+        require_method(client, client.method)
+        state = SiteState(client.context, client.site, client.run_key(config), config)
+        kept = kept_names(model, travelling.names, client.methods.keep)
+        if kept and (layers := state.part(_KEPT)):
+            model.load_state_dict(model.state_dict() | layers)
+        return cls(client, config, model, travelling, state, kept)
+
+    def train(self, received: RecordDict, prepared: Any, seed: int) -> tuple[dict[str, Any], Ended]:
+        """Train the model by the method; return the metrics and what the method leaves.
+
+        Parameters
+        ----------
+        received : RecordDict
+            The message's content.
+        prepared : any
+            The training rows, as the client prepares them; None in private training.
+        seed : int
+        """
+        client = self.client
+        site = self._site(received, prepared, seed)
+        client.method.begin(site)
+        metrics = client.method.train(site)
+        return metrics, client.method.end(site)
+
+    def residual(self) -> dict[str, Tensor]:
+        """Return what the code of the site's replies has lost so far."""
+        return self.state.part(_RESIDUAL)
+
+    def keep(self, ended: Ended, residual: Mapping[str, Tensor]) -> None:
+        """Write what the site keeps to its folder, if there is anything.
+
+        Parameters
+        ----------
+        ended : Ended
+        residual : mapping of str to Tensor
+            What `residual` returns in the next round.
+        """
+        entries = self.model.state_dict()
+        parts: dict[str, Mapping[str, Tensor]] = {
+            _METHOD: ended.kept,
+            _KEPT: {name: entries[name] for name in self.kept},
+            _RESIDUAL: residual,
+        }
+        if any(parts.values()):
+            self.state.save(parts)
+
+    def sent(self) -> ArrayRecord:
+        """Return the part of the model that goes back."""
+        state = self.travelling.state(self.model)
+        if not self.client.methods.keep_sent:
+            state = {name: value for name, value in state.items() if name not in self.kept}
+        return ArrayRecord(state)
+
+    def own(self) -> nn.Module:
+        """Return the model that this site itself uses."""
+        kept = self.state.part(_METHOD)
+        return self.client.method.own(self.model, self._on_device(kept))
+
+    def _site(self, received: RecordDict, prepared: Any, seed: int) -> SiteRound:
+        client = self.client
+        settings = client.settings
+        named = self.model.named_parameters()
+        travelling = {*self.travelling.names}
+        shared = [
+            name
+            for name, parameter in named
+            if parameter.requires_grad and name in travelling and name not in self.kept
+        ]
+        beside = {
+            name.removeprefix(METHOD_RECORD): self._on_device(record.to_torch_state_dict())
+            for name, record in received.array_records.items()
+            if name.startswith(METHOD_RECORD)
+        }
+
+        def fit(model: nn.Module, method: Method, purpose: str) -> dict[str, Any]:
+            if client.privacy.on:
+                return train_protected(client, model, self.config)
+            before = client.method
+            client.method = method
+            try:
+                return client.fit(model, prepared, derive_seed(seed, purpose) if purpose else seed)
+            finally:
+                client.method = before
+
+        return SiteRound(
+            model=self.model,
+            shared=tuple(shared),
+            travelling=self.travelling.names,
+            received=beside,
+            kept=self._on_device(self.state.part(_METHOD)),
+            learning_rate=learning_rate(settings, client.progress),
+            fit=fit,
+            optimizer=lambda model: make_optimizer(settings, model, client.progress),
+        )
+
+    def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        device = torch_device(self.client.settings)
+        return {name: value.to(device) for name, value in tensors.items()}
+
+
+def records_of(ended: Ended) -> dict[str, ArrayRecord]:
+    """Return what a method sends beside the model, by the name of its record.
+
+    The records keep the order of their entries.
+    """
+    return {
+        f"{METHOD_RECORD}{name}": ArrayRecord({key: v.detach().cpu() for key, v in tensors.items()})
+        for name, tensors in ended.returned.items()
+    }
