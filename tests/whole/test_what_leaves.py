@@ -190,7 +190,7 @@ def federated(folder):
 
     settings = CONFIG | {"run-dir": str(folder), "num-server-rounds": 1, "baselines": True}
     settings |= {"personal-epochs": 1, "pictures": 1, "preparation": "federated"}
-    settings |= {"tabular-network": "mlp", "trainable": "0.*"}
+    settings |= {"tabular-network": "mlp", "trainable": "0.*", "compression": "top-k"}
     run_local(server, TinyTable.client_app(), 2, run_config=settings)
 
 
