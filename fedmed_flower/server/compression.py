@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedmed_flower.arrays.packing import Packing
+from fedmed_flower.errors import InputError
 from fedmed_flower.server.screening import form_flaw
 from fedmed_flower.server.traffic import size_of
 
@@ -90,6 +92,21 @@ class Unpacker:
             return self.packing.unpack(sent, record)
         except ValueError as error:
             raise ValueError(f"{where}{error}") from error
+
+
+def require_one_each(messages: Iterable[Message]) -> None:
+    """Refuse two messages to a site in one round: it keeps one remainder of what its code loses.
+
+    Raises
+    ------
+    InputError
+    """
+    nodes = Counter(message.metadata.dst_node_id for message in messages)
+    if any(count > 1 for count in nodes.values()):
+        raise InputError(
+            'compression must be "none" if a site is sent two training messages in a round, since '
+            "it adds what its code has lost to one change"
+        )
 
 
 def saved_bytes(coded: Message, dense: Message) -> int:

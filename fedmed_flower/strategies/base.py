@@ -24,7 +24,7 @@ from fedmed_flower.arrays.views import keep_dtypes, own_content
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics.names import is_pooled_only
 from fedmed_flower.metrics.pooling import class_counts, pool
-from fedmed_flower.server.compression import Unpacker
+from fedmed_flower.server.compression import Unpacker, require_one_each
 from fedmed_flower.server.history import History, Stop
 from fedmed_flower.server.inbox import AcceptedReply, Inbox
 from fedmed_flower.server.listener import Listener
@@ -490,6 +490,8 @@ class FedAvg(flower.FedAvg):
             The replies as they come if more than 100 are awaited and the rule is a plain mean;
             else a list.
         """
+        if phase == "train" and self.compression != NONE:
+            require_one_each(messages)
         replies = self.inbox.collect(
             grid, messages, self.run.timeout, server_round, phase, self.quorum, self.grace
         )

@@ -363,6 +363,21 @@ def test_sites_with_a_form_of_their_own_are_refused(name):
         run(kind(compression="int8"), coding_app("int8"), MODEL, 1, 2)
 
 
+class Twice(FedAvg):
+    def configure_train(self, *args, **kwargs):
+        messages = list(super().configure_train(*args, **kwargs))
+        return [copy for message in messages for copy in (message, message)]
+
+
+def test_two_messages_to_a_site_in_one_round_are_refused():
+    text = (
+        'compression must be "none" if a site is sent two training messages in a round, since it '
+        "adds what its code has lost to one change"
+    )
+    with pytest.raises(ValueError, match=says(text)):
+        run(Twice(compression="int8"), coding_app("int8"), MODEL, 1, 2)
+
+
 def test_replies_without_a_known_model_are_refused():
     text = (
         'compression="int8" needs the model that was sent: call configure_train before '

@@ -418,6 +418,10 @@ def test_without_xgboost(tmp_path, monkeypatch):
             f'privacy="patient"{see("privacy")}',
         ),
         (
+            {"compression": "int8"},
+            'compression must be "none" for trees, got "int8": it is for networks',
+        ),
+        (
             {"strategy": FedAvg()},
             "strategy must be FedXgbBagging or FedXgbCyclic of flwr.serverapp.strategy, got FedAvg",
         ),
