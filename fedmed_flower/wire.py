@@ -42,6 +42,9 @@ TOP_K_SHARE = "top-k-share"
 # The method of which sites make use in training, and its settings as TOML.
 METHOD = "method"
 METHOD_SETTINGS = "method-settings"
+# Which layers stay different at each site, and whether it sends them.
+KEEP = "keep"
+KEEP_SENT = "keep-sent"
 # How many of the site's replies the server has taken so far: which state the site goes on from.
 TAKEN = "replies-taken"
 # Whether each site's own model is evaluated in place of the global one.
@@ -214,6 +217,8 @@ train | config.compression | in which code the reply comes | strategies/base | c
 train | config.top-k-share | share of entries in top-k | strategies/base | clients/compression
 train | config.method | what sites do beside plain training | strategies/methods | clients/methods
 train | config.method-settings | its settings, in TOML | strategies/methods | clients/methods
+train | config.keep | layers that stay different | strategies/methods | clients/methods
+train | config.keep-sent | whether they are sent | strategies/methods | clients/methods
 train | config.replies-taken | its replies that counted | strategies/methods | clients/state
 train | method.* | what the method needs beside the model | strategies/methods | clients/methods
 train | config.trees | bagging or cyclic | trees/server | trees/client
@@ -222,6 +227,7 @@ evaluate | arrays.* | the global model | strategies/base | clients/app
 evaluate | config.server-round | number of the round | Flower | clients/app
 evaluate | config.method | whose own model is measured | strategies/methods | clients/methods
 evaluate | config.method-settings | its settings, in TOML | strategies/methods | clients/methods
+evaluate | config.keep | layers that stay different | strategies/methods | clients/methods
 evaluate | config.own-model | own model, not the global one | strategies/methods | clients/methods
 evaluate | config.replies-taken | its replies that counted | strategies/methods | clients/state
 evaluate | config.split | val or test rows | strategies/base | clients/app

@@ -68,7 +68,7 @@ from fedmed_flower.settings.methods import MethodSettings
 from fedmed_flower.settings.model import ModelSettings
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.privacy import PrivacySettings
-from fedmed_flower.settings.registry import METHODS, Sections
+from fedmed_flower.settings.registry import Sections
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.wire import AGREED, FROZEN, POOL_SITES, RUN_KEY
 
@@ -139,8 +139,6 @@ class MedicalClient(ABC):
         From the run config.
     models : ModelSettings
         From the run config: the network, and which part of it is trained and travels.
-    methods : MethodSettings
-        From the run config: the method for hospitals that differ, and which layers stay here.
     method : Method
         What a message asks for beside plain training. `fit` calls its `loss`, `before_step` and
         `after_step`.
@@ -185,7 +183,6 @@ class MedicalClient(ABC):
         ModelSettings,
         DisclosureSettings,
         MethodSettings,
-        *METHODS,
     )
     calls_method: ClassVar[bool] = False
     node_keys: ClassVar[Collection[str]] = ()
@@ -198,7 +195,6 @@ class MedicalClient(ABC):
         self.settings = Settings.from_run_config(context.run_config)
         self.privacy = PrivacySettings.from_run_config(context.run_config)
         self.models = ModelSettings.of_site(context)
-        self.methods = MethodSettings.from_run_config(context.run_config)
         self.method: Method = PLAIN
         self.progress = 0.0
         self.agreed = ""

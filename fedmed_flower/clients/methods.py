@@ -19,7 +19,7 @@ from fedmed_flower.methods.kept import kept_names
 from fedmed_flower.methods.registry import method_of_message
 from fedmed_flower.models.device import derive_seed, learning_rate, make_optimizer, torch_device
 from fedmed_flower.models.trainable import Travelling
-from fedmed_flower.wire import METHOD_RECORD
+from fedmed_flower.wire import KEEP, KEEP_SENT, METHOD_RECORD
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -29,7 +29,7 @@ _KEPT = "kept"
 _RESIDUAL = "compression"
 
 
-def require_method(client: MedicalClient, method: Method) -> None:
+def require_method(client: MedicalClient, method: Method, keep: str) -> None:
     """Refuse a method that this hospital cannot use, or must not.
 
     Raises
@@ -39,7 +39,7 @@ def require_method(client: MedicalClient, method: Method) -> None:
     DeclinedError
         If it touches patients again beside the training that is accounted for.
     """
-    method.require(client.settings, client.methods.keep)
+    method.require(client.settings, keep)
     if method is PLAIN:
         return
     own_fit = type(client).fit is not MedicalClient.fit
@@ -49,7 +49,7 @@ def require_method(client: MedicalClient, method: Method) -> None:
             f"{method.name}: call loss, before_step and after_step of self.method there, and set "
             "calls_method = True"
         )
-    if client.privacy.on and (not method.private or method.defines("train", "loss")):
+    if client.privacy.on and method.touches_again:
         raise DeclinedError(
             f"{method.name} uses patients' rows beside the training that has noise: it is for runs "
             "without privacy"
@@ -95,9 +95,10 @@ class MethodRound:
             As `require_method`; or if the site's state is damaged.
         """
         client.method = method_of_message(config)
-        require_method(client, client.method)
+        keep = str(config.get(KEEP, ""))
+        require_method(client, client.method, keep)
         state = SiteState(client.context, client.site, client.run_key(config), config)
-        kept = kept_names(model, travelling.names, client.methods.keep)
+        kept = kept_names(model, travelling.names, keep)
         if kept and (layers := state.part(_KEPT)):
             model.load_state_dict(model.state_dict() | layers)
         return cls(client, config, model, travelling, state, kept)
@@ -144,7 +145,7 @@ class MethodRound:
     def sent(self) -> ArrayRecord:
         """Return the part of the model that goes back."""
         state = self.travelling.state(self.model)
-        if not self.client.methods.keep_sent:
+        if not self.config.get(KEEP_SENT, True):
             state = {name: value for name, value in state.items() if name not in self.kept}
         return ArrayRecord(state)
 

@@ -274,6 +274,11 @@ class Method:
         """Return the next model, what goes beside it, and what the server keeps."""
         return Moved(server.model, server.companions, server.state)
 
+    @property
+    def touches_again(self) -> bool:
+        """Whether it uses patients' rows beside the training that private runs account for."""
+        return not self.private or self.defines("train", "loss")
+
     @classmethod
     def defines(cls, *hooks: str) -> bool:
         """Return whether the class has hooks of its own by one of these names."""

@@ -28,6 +28,9 @@ from fedmed_flower.data.outlying import Outlying, with_further, without_column
 from fedmed_flower.data.site import GENERATED, some_of
 from fedmed_flower.errors import DivergedError, InputError
 from fedmed_flower.files import require_closed
+from fedmed_flower.methods.base import Method
+from fedmed_flower.methods.kept import kept_names
+from fedmed_flower.methods.registry import method_by_settings
 from fedmed_flower.metrics.counts import COUNTS_FILE, counted
 from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.prediction.predictor import write_predictor
@@ -60,10 +63,12 @@ from fedmed_flower.server.run_folder import (
 from fedmed_flower.server.sites import app_name, wait_for_sites
 from fedmed_flower.server.traffic import saved
 from fedmed_flower.settings.disclosure import DisclosureSettings
+from fedmed_flower.settings.methods import MethodSettings
 from fedmed_flower.settings.model import ModelSettings
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.registry import (
+    METHODS,
     Sections,
     complete,
     effective,
@@ -81,6 +86,7 @@ from fedmed_flower.wire import (
     FROZEN,
     HOSPITAL_EPSILON,
     LEDGER_DIR,
+    PROXIMAL_MU,
     RUN_KEY,
     Sent,
 )
@@ -200,7 +206,12 @@ def _prepared(
     os.environ.pop(DEFAULT_FOLDER, None)
     # A client, or a method of one, such as its `build_model`.
     own = [*sections_of(type(getattr(model, "__self__", model))), *sections]
+    method = _method(context.run_config)
+    if method is not None:
+        own = [*own, method.section]
     config = _effective(context.run_config, own)
+    strategy.use_method(method)
+    _require_method(strategy, config, context.run_config)
     plan = Plan.from_run_config(context.run_config)
     require_trackers(plan.trackers)
     folder = RunFolder.named(plan.run_dir)
@@ -223,7 +234,7 @@ def _prepared(
     if asking is None:
         # Before waiting for sites, so that a wrong run config or checkpoint is reported at once.
         start = _start_model(model, agreed, config, plan.seed)
-        strategy.buffers = start.buffers
+        _take_up(strategy, start, config)
         strategy.find_checkpoint(start.initial)
     minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
     wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
@@ -242,7 +253,7 @@ def _prepared(
         rows = {name: sites.counts[node_id]["train"] for node_id, name in names.items()}
         standing_out = with_further(standing_out, asking.outlying(contributions, rows))
         start = _start_model(model, agreed, config, plan.seed)
-        strategy.buffers = start.buffers
+        _take_up(strategy, start, config)
     if standing_out and plan.outlying == "stop":
         _stop(sites, standing_out)
     strategy.site_names |= sites.names
@@ -314,8 +325,53 @@ def _effective(config: UserConfig, own: Sections) -> UserConfig:
     """
     require_known(config, own)
     # Whoever answers the roll call is a client of this package, which reads these.
-    read = (Plan, Settings, PrivacySettings, DisclosureSettings, ModelSettings)
+    read = (
+        Plan,
+        Settings,
+        PrivacySettings,
+        DisclosureSettings,
+        MethodSettings,
+        ModelSettings,
+    )
     return expand(config) | effective(config, [*read, *own])
+
+
+def _method(config: UserConfig) -> Method | None:
+    """Return the method that a run config names."""
+    name = MethodSettings.from_run_config(config).method
+    return method_by_settings(name, config)
+
+
+def _require_method(strategy: FedAvg, config: UserConfig, given: UserConfig) -> None:
+    """Refuse settings under which the method of a strategy is wrong, or that nobody reads.
+
+    Parameters
+    ----------
+    strategy : FedAvg
+    config : dict
+        With defaults.
+    given : dict
+        The run config.
+
+    Raises
+    ------
+    InputError
+    """
+    method = strategy.method
+    used = () if method is None else method.config().keys()
+    for key in sorted(expand(given).keys() & effective({}, METHODS).keys()):
+        if key not in used and not (key == PROXIMAL_MU and isinstance(strategy, flower.FedProx)):
+            name = "no method" if method is None else method.name
+            raise setting_error(f"{key} has no effect in a run with {name}: leave it out", key)
+    if method is None:
+        return
+    method.require(Settings.from_run_config(config), str(config["keep"]))
+    if config["privacy"] == "patient" and method.touches_again:
+        raise setting_error(
+            f"{method.name} uses patients' rows beside the training that has noise: it is for runs "
+            'without privacy="patient"',
+            "method",
+        )
 
 
 def _write_config(folder: RunFolder, run: dict[str, Any], config: UserConfig) -> None:
@@ -426,6 +482,8 @@ class StartModel(NamedTuple):
         The whole model; empty if all of it travels.
     buffers : frozenset of str
         Keys of its buffers, which are averaged and not trained.
+    kept : tuple of str
+        Keys of the layers that stay different at each site.
     about : dict
         Its class, the numbers of its weights, of those that travel, and of the bytes that do.
     """
@@ -434,6 +492,7 @@ class StartModel(NamedTuple):
     frozen: str
     whole: ArrayRecord
     buffers: frozenset[str]
+    kept: tuple[str, ...]
     about: dict[str, Any]
 
 
@@ -459,7 +518,16 @@ def _start_model(
         "bytes": sum(len(array.data) for array in initial.values()),
     }
     buffers = frozenset(name for name, _ in network.named_buffers())
-    return StartModel(initial, frozen, whole, buffers, about)
+    kept = kept_names(network, travelling.names, str(config["keep"]))
+    return StartModel(initial, frozen, whole, buffers, kept, about)
+
+
+def _take_up(strategy: FedAvg, start: StartModel, config: UserConfig) -> None:
+    """Tell a strategy what it cannot see in the start model's arrays."""
+    strategy.buffers = start.buffers
+    strategy.keep = str(config["keep"])
+    strategy.kept = start.kept
+    strategy.keep_sent = bool(config["keep-sent"])
 
 
 @dataclass
@@ -590,6 +658,10 @@ class Experiment:
         if absent := [str(label) for label, count in enumerate(rows_of_class) if not count]:
             text = f"no test row is of class {', '.join(absent)}: figures are of the other classes"
             self.strategy.inbox.note(self.plan.num_server_rounds, "test", ALL_SITES, text)
+        if self.strategy.has_own_models:
+            timeout = plan.round_timeout
+            own = self.strategy.test(self.grid, arrays, self.config(), timeout, own=True)
+            self.test["own"] = {site: own[site] for site in own if site != ALL_SITES}
         if plan.pictures:
             self.pictures = collect_pictures(
                 self.grid,
@@ -670,6 +742,8 @@ class Experiment:
             "app": app_name(self.grid) or "federated run",
             "engine": _engine(self.grid, sites),
             "strategy": type(self.strategy).__name__,
+            "method": "" if self.strategy.method is None else self.strategy.method.name,
+            "kept": list(self.strategy.kept),
             "data": GENERATED if sites.generated else "; ".join(sorted(sites.sources)),
             "generated": sites.generated,
             "rounds": max((row[0] for row in history.rows if row[1] == "train"), default=0),

@@ -46,7 +46,7 @@ class FedDynSettings(Section):
 
     dyn_alpha: float = setting(
         0.1,
-        "Weight of the quadratic term of feddyn. Lower is faster, and less stable.",
+        "Weight of the quadratic term of feddyn: the more local steps, the less.",
         Within(0.0, above=True),
     )
 

@@ -7,7 +7,7 @@ report each reply that they leave out through a callback.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,10 +46,14 @@ CompanionRule = Callable[[str, Updates, list[float]], ArrayRecord]
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one reply: `max_weight_share` and `max_update_norm` of `FedAvg`."""
+    """Bounds of one reply: `max_weight_share` and `max_update_norm` of `FedAvg`.
+
+    `unlimited` are the companions whose length is not compared.
+    """
 
     weight_share: float | None = None
     update_norm: float | None = None
+    unlimited: Collection[str] = ()
 
 
 @dataclass
@@ -172,9 +176,12 @@ def combine(
         try:
             if limits.update_norm is not None and not norms_checked:
                 updates.check()
+                beside = _limited_companions(replies, companions, limits.unlimited)
+                for each in beside:
+                    each.check()
                 # Lengths are compared once: without the longest the median would be lower.
                 norms_checked = True
-                updates.require_norms(limits.update_norm)
+                _require_norms([updates, *beside], limits.update_norm)
             weights = capped([reply.weight for reply in replies], limits.weight_share)
             following = {}
             for name, record in companions.items():
@@ -203,6 +210,30 @@ def _updates(
     sites = [reply.site for reply in replies]
     metrics = [reply.metrics for reply in replies]
     return Updates(arrays, layout, sent, sites, metrics)
+
+
+def _limited_companions(
+    replies: Sequence[AcceptedReply],
+    companions: Mapping[str, ArrayRecord],
+    unlimited: Collection[str],
+) -> list[Updates]:
+    return [
+        _updates([reply.companions[name] for reply in replies], sent, sent, replies)
+        for name, sent in companions.items()
+        if name not in unlimited
+    ]
+
+
+def _require_norms(each: Sequence[Updates], times: float) -> None:
+    """Require the norms of all records of each reply; raise once for all that are too long."""
+    reasons: dict[int, str] = {}
+    for updates in each:
+        try:
+            updates.require_norms(times)
+        except NotUsableError as error:
+            reasons |= error.reasons
+    if reasons:
+        raise NotUsableError(reasons, broken=False)
 
 
 def _next_companion(

@@ -13,6 +13,7 @@ from flwr.serverapp import strategy as flower
 
 from fedmed_flower.arrays.updates import NotUsableError, Updates
 from fedmed_flower.errors import InputError
+from fedmed_flower.methods.base import Method
 from fedmed_flower.server.screening import metrics_of
 from fedmed_flower.strategies.base import FedAvg
 
@@ -80,7 +81,17 @@ class FedProx(FedAvg, flower.FedProx):
 
     Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith: Federated Optimization in Heterogeneous Networks,
     MLSys 2020, https://arxiv.org/abs/1812.06127
+
+    As Flower's, it takes ``proximal_mu`` as an argument. ``FedAvg(method="fedprox")`` is the same
+    with the setting ``proximal-mu``.
     """
+
+    def use_method(self, method: Method | None) -> None:
+        """Refuse a second method."""
+        if method is not None:
+            raise InputError(
+                f"{type(self).__name__} is a method of its own, got {method.name}: take FedAvg"
+            )
 
 
 class FedAvgM(FedAvg, flower.FedAvgM):
@@ -114,6 +125,8 @@ class QFedAvg(FedAvg, flower.QFedAvg):
     https://arxiv.org/abs/1905.10497, equation 4 and algorithm 2, with 1 / ``client_learning_rate``
     for the Lipschitz constant. A reply without the metric ``train_loss_key`` is left out.
     """
+
+    combines_companions = False
 
     def weigh(self, site: str, reply: Message) -> float:
         """Return the site's training loss to the power of ``q``."""

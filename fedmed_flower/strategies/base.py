@@ -7,8 +7,8 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +22,8 @@ from fedmed_flower.arrays.packing import Packing
 from fedmed_flower.arrays.updates import Updates
 from fedmed_flower.arrays.views import keep_dtypes, own_content
 from fedmed_flower.errors import InputError
+from fedmed_flower.methods.base import Method
+from fedmed_flower.methods.registry import method_of
 from fedmed_flower.metrics.names import is_pooled_only
 from fedmed_flower.metrics.pooling import class_counts, pool
 from fedmed_flower.server.compression import Unpacker, require_one_each
@@ -52,6 +54,14 @@ from fedmed_flower.strategies.aggregation import (
     shapes,
     weighed,
 )
+from fedmed_flower.strategies.methods import (
+    MethodState,
+    companions_of,
+    config_of,
+    moved,
+    require_fitting,
+    unlimited_of,
+)
 from fedmed_flower.strategies.server_optimizers import (
     OPTIMISERS,
     class_below,
@@ -61,8 +71,16 @@ from fedmed_flower.strategies.server_optimizers import (
     minima,
     require_real,
     step,
+    stepped,
 )
-from fedmed_flower.wire import ALL_SITES, BYTES_SAVED, COMPRESSION, SPLIT, TOP_K_SHARE
+from fedmed_flower.wire import (
+    ALL_SITES,
+    BYTES_SAVED,
+    COMPRESSION,
+    METHOD_RECORD,
+    SPLIT,
+    TOP_K_SHARE,
+)
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -104,6 +122,8 @@ class RunState:
         The metrics and counts of each site's reply to `FedAvg.test`.
     strategy : dict
         The strategy's class and its arguments, as the checkpoint records them.
+    method : MethodState
+        What the server knows of the method for hospitals that differ.
     """
 
     timeout: float = math.inf
@@ -117,6 +137,7 @@ class RunState:
     rows_of_class: list[int] = field(default_factory=list)
     tested: dict[str, dict[str, Any]] = field(default_factory=dict)
     strategy: dict[str, Any] = field(default_factory=dict)
+    method: MethodState = field(default_factory=MethodState)
 
 
 def leave_result(grid: Grid, result: flower.Result, folder: RunFolder | None) -> None:
@@ -158,6 +179,9 @@ class FedAvg(flower.FedAvg):
         others, which are recorded as failed. At least 1. None waits for all until the timeout.
     grace : float
         Seconds; at least 0.
+    method : str or Method, optional
+        What sites do beside plain training, and the server with it: see `fedmed_flower.methods`.
+        `federate` sets it by the run config. None is plain training.
     listeners : iterable of Listener
         They hear how a run goes: see `fedmed_flower.server.Listener`.
     compression : {"none", "int8", "int4", "top-k"}
@@ -183,6 +207,13 @@ class FedAvg(flower.FedAvg):
     buffers : collection of str
         Keys of the model's buffers, which a server optimiser averages and does not step. `federate`
         sets it. Batch normalisation's ``running_mean`` and ``running_var`` need not be named.
+    keep : str
+        The setting of this name: which layers stay different at each site. `federate` sets it, as
+        the next two.
+    kept : collection of str
+        The keys of these layers.
+    keep_sent : bool
+        Whether sites send them too.
     companions : dict of str to ArrayRecord
         Records that travel beside the model: sent in each training message, and sent back, changed,
         in each reply. These are the ones at the start of a run; `FedAvg` has none.
@@ -204,6 +235,10 @@ class FedAvg(flower.FedAvg):
 
     # The strategy of Flower, or of somebody else, that this one is mixed with.
     below: ClassVar[type[Any] | None] = None
+    # Whether the rule may combine further arrays as it combines models.
+    combines_companions: ClassVar[bool] = True
+    # Whether the sites of a round are drawn by a law of the strategy's own.
+    draws_by_law: ClassVar[bool] = False
     # What the texts about too few replies add: a space, then text in brackets.
     if_too_few: ClassVar[str] = ""
 
@@ -222,6 +257,7 @@ class FedAvg(flower.FedAvg):
         max_update_norm: float | None = None,
         quorum: int | None = None,
         grace: float = 60.0,
+        method: str | Method | None = None,
         listeners: Iterable[Listener] = (),
         compression: str = NONE,
         top_k_share: float = 0.01,
@@ -263,7 +299,33 @@ class FedAvg(flower.FedAvg):
         self.before_round: Callable[[int], None] | None = None
         self.buffers: Collection[str] = ()
         self.companions: dict[str, ArrayRecord] = {}
+        self.keep = ""
+        self.kept: Collection[str] = ()
+        self.keep_sent = True
+        self.method: Method | None = None
+        self.use_method(method_of(method))
         self.run = RunState()
+
+    def use_method(self, method: Method | None) -> None:
+        """Take a method for hospitals that differ.
+
+        Raises
+        ------
+        InputError
+            If the strategy has another one, or would make it wrong.
+        """
+        if method is None:
+            return
+        if self.method is not None and self.method.name != method.name:
+            raise InputError(
+                f"{type(self).__name__} was made with the method {self.method.name}, and the run "
+                f"config asks for {method.name}: give one of them"
+            )
+        name = type(self).__name__
+        foreign = self.below is not None and self._optimiser is None
+        plain = self.combines_companions and not foreign
+        require_fitting(method, name, plain, self._optimiser is not None, self.draws_by_law)
+        self.method = method
 
     def start(
         self,
@@ -402,8 +464,16 @@ class FedAvg(flower.FedAvg):
         arrays: ArrayRecord,
         config: ConfigRecord | None = None,
         timeout: float = 3600,
+        own: bool = False,
     ) -> dict[str, dict[str, float]]:
         """Evaluate a model once on the test split of every connected site.
+
+        Parameters
+        ----------
+        grid, arrays, config, timeout
+            As in `start`.
+        own : bool
+            Evaluate each site's own model, for a method that has such models.
 
         Returns
         -------
@@ -418,16 +488,19 @@ class FedAvg(flower.FedAvg):
             for node_id in grid.get_node_ids()
             if node_id not in self.excluded
         ]
+        if own:
+            self._tell_method(messages, own=True)
         before = len(self.history.rows)
-        self.run.evaluated = "test"
+        phase = "own-test" if own else "test"
+        self.run.evaluated = phase
         self.run.timeout = timeout
         try:
             with self.listeners.run(again=True):
                 if self.folder is not None:
                     self.listeners.open(self.folder, app_name(grid))
-                replies = self.exchange(grid, messages, server_round, "test")
+                replies = self.exchange(grid, messages, server_round, phase)
                 metrics = self.aggregate_evaluate(server_round, replies)
-                self.history.add(server_round, "test", ALL_SITES, metrics or {})
+                self.history.add(server_round, phase, ALL_SITES, metrics or {})
                 self.listeners.tested(tuple(self.history.rows[before:]))
         finally:
             self.run.evaluated = "val"
@@ -457,9 +530,11 @@ class FedAvg(flower.FedAvg):
             # Sites that drop out later must not end the run.
             self.inbox.fail(server_round, "train", ALL_SITES, reason)
             return []
+        self._prepare_companions(arrays)
         companions = RecordDict({**self.current_companions})
         for message in addressed:
             message.content.update(own_content(companions))
+        self._tell_method(addressed, own=False)
         return addressed
 
     def configure_evaluate(
@@ -470,7 +545,10 @@ class FedAvg(flower.FedAvg):
         if not self._wait(grid, server_round, "val", self.fraction_evaluate, minimum):
             return []
         messages = super().configure_evaluate(server_round, arrays, config, grid)
-        return self._address(messages, grid, server_round, _EVALUATE)
+        addressed = self._address(messages, grid, server_round, _EVALUATE)
+        if self.has_own_models:
+            self._tell_method(addressed, own=True)
+        return addressed
 
     def exchange(
         self, grid: Grid, messages: list[Message], server_round: int, phase: str
@@ -482,7 +560,7 @@ class FedAvg(flower.FedAvg):
         Parameters
         ----------
         phase : str
-            ``train``, ``val`` or ``test``.
+            ``train``, ``val``, ``test`` or ``own-test``.
 
         Returns
         -------
@@ -516,11 +594,11 @@ class FedAvg(flower.FedAvg):
         """
         self.run.server_round = server_round
         try:
-            arrays, accepted = self._combined(server_round, replies)
-            if arrays is None:
+            combined = self._combined(server_round, replies)
+            if combined.model is None:
                 return None, None
             metrics = average_metrics(
-                accepted,
+                combined.replies,
                 self.weighted_by_key,
                 self.max_weight_share,
                 self.train_metrics_aggr_fn,
@@ -529,7 +607,7 @@ class FedAvg(flower.FedAvg):
             if metrics is not None and self.compression != NONE:
                 metrics[BYTES_SAVED] = self.inbox.saved
             self.run.begun = True
-            moved = self._step(server_round, arrays)
+            moved = self._moved(server_round, combined)
             return (None, None) if moved is None else (moved, metrics)
         finally:
             self.run.faulty = 0
@@ -560,7 +638,7 @@ class FedAvg(flower.FedAvg):
     def combine_companion(
         self, name: str, updates: Updates, weights: Sequence[float]
     ) -> ArrayRecord:
-        """Return the next companion of a name: here the weighted mean.
+        """Return the next companion of a name: here by `combine`, if it can.
 
         Parameters
         ----------
@@ -570,30 +648,48 @@ class FedAvg(flower.FedAvg):
         weights : sequence of K floats
             As in `combine`.
         """
+        if self.combines_companions:
+            return self.combine(updates, weights)
         total = sum(weights)
         return updates.weighted_sum([weight / total for weight in weights])
 
     def reply_layout(self, sent: ArrayRecord) -> ArrayRecord:
         """Return a record with the keys, shapes and dtypes of a reply's arrays: here the model.
 
-        Override it with `decode` if sites send the model in another form, such as in 8 bits.
+        Layers that sites keep and do not send are left out. Override it with `decode` if sites
+        send the model in another form, such as in 8 bits.
         """
-        return sent
+        if not self._unsent:
+            return sent
+        return ArrayRecord({key: sent[key] for key in sent if key not in self.kept})
 
     def decode(self, arrays: ArrayRecord) -> ArrayRecord:
         """Return the model that a reply's arrays stand for: here the arrays themselves.
+
+        Layers that sites keep and do not send are those of the global model.
 
         Raises
         ------
         ValueError
             If they stand for no model; the reply is left out, and the text is the reason.
         """
-        return arrays
+        sent = self.run.sent_arrays
+        if not self._unsent or sent is None:
+            return arrays
+        return ArrayRecord({key: arrays.get(key) or sent[key] for key in sent})
 
     def choose(
         self, nodes: Collection[int], count: int, server_round: int, training: bool
     ) -> list[int]:
-        """Return the connected nodes that take part: here `count` of them, drawn by the seed."""
+        """Return the connected nodes that take part: here `count` of them, drawn by the seed.
+
+        A method may choose those that train.
+        """
+        if training and self.method is not None and nodes:
+            by_name = draw(nodes, self.site_names, len(nodes), (self.seed,))
+            chosen = self.method.choose(by_name, server_round)
+            if chosen is not None:
+                return list(chosen)
         phase = _TRAIN if training else _EVALUATE
         return draw(nodes, self.site_names, count, (self.seed, server_round, phase))
 
@@ -608,14 +704,14 @@ class FedAvg(flower.FedAvg):
     def export_state(self) -> dict[str, ArrayRecord]:
         """Return the state between rounds, apart from the model, for the checkpoint.
 
-        Here the state of Flower's server optimisers, and the companions. A strategy with more
-        state adds it.
+        Here the state of Flower's server optimisers, the companions and the method's state. A
+        strategy with more state adds it.
         """
         companions = {
             f"{checkpoints.COMPANION}{name}": record
             for name, record in self.current_companions.items()
         }
-        return export_state(vars(self)) | companions
+        return export_state(vars(self)) | companions | self.run.method.export()
 
     def import_state(self, state: dict[str, ArrayRecord]) -> None:
         """Take up what `export_state` returned when the checkpoint was written."""
@@ -626,6 +722,7 @@ class FedAvg(flower.FedAvg):
             if record is not None:
                 checkpoints.require_layout(name, record, first)
                 self.run.companions[name] = record
+        self._import_method(rest)
         vars(self).update(import_state(vars(self), rest, type(self).__name__))
 
     def aggregate_evaluate(
@@ -681,7 +778,17 @@ class FedAvg(flower.FedAvg):
         names = ("combine", "aggregate_train", "exchange", "decode")
         unchanged = all(getattr(type(self), name) is getattr(FedAvg, name) for name in names)
         limited = self.max_weight_share is not None or self.max_update_norm is not None
-        return unchanged and not limited and not self.companions
+        return unchanged and not limited and not self.current_companions
+
+    @property
+    def has_own_models(self) -> bool:
+        """Whether each site has a model of its own, by the method or by layers that it keeps."""
+        return bool(self.kept) or (self.method is not None and self.method.personal)
+
+    @property
+    def _unsent(self) -> bool:
+        """Whether sites keep layers that they do not send."""
+        return bool(self.kept) and not self.keep_sent
 
     @property
     def _optimiser(self) -> type[Any] | None:
@@ -739,13 +846,11 @@ class FedAvg(flower.FedAvg):
             )
         return checkpoint
 
-    def _combined(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, list[AcceptedReply]]:
-        """Screen, combine and record replies; return the model and the replies behind it."""
+    def _combined(self, server_round: int, replies: Iterable[Message]) -> Combined:
+        """Screen, combine and record replies; a model that is not finite counts as none."""
         first, rest = first_and_rest(replies)
         if not first and self.needed() > 0:
-            return None, []
+            return Combined(None, [], tried=False)
         sent = self.run.sent_arrays
         layout = self.reply_layout(sent) if sent is not None else first_arrays(first)
         waiting = drain(first, rest) if rest is not None else first
@@ -760,17 +865,73 @@ class FedAvg(flower.FedAvg):
         )
         usable = weighed(admitted, self.weigh, self.decode, self._reject)
         if rest is not None and layout is not None and self.is_plain_mean:
-            combined = self._combined_one_by_one(usable, layout)
+            combined = self._combined_one_by_one(usable, layout if sent is None else sent)
         else:
             combined = self._combined_together(usable, layout)
-        if not combined.tried:
-            return None, combined.replies
-        self.run.companions |= combined.companions
-        flaw = flaw_of(combined.model)
+        flaw = flaw_of(combined.model) if combined.tried else None
         if flaw is not None:
             self.inbox.fail(server_round, "train", ALL_SITES, flaw)
-            return None, combined.replies
-        return combined.model, combined.replies
+            return replace(combined, model=None)
+        return combined
+
+    def _moved(self, server_round: int, combined: Combined) -> ArrayRecord | None:
+        """Let the method and the server optimiser move the model that the rule made."""
+        model = combined.model
+        sent = self.run.sent_arrays
+        companions = dict(combined.companions)
+        state = self.run.method
+        weights = {reply.site: reply.weight for reply in combined.replies}
+        records: Mapping[str, ArrayRecord] = {}
+        if self.method is not None and model is not None and sent is not None:
+            trained = stepped(sent, self.buffers)
+            before = self.current_companions
+            result = moved(self.method, state, sent, model, trained, before, companions, weights)
+            model = result.model
+            companions |= result.companions
+            records = result.state
+            flaw = flaw_of(model)
+            if flaw is not None:
+                self.inbox.fail(server_round, "train", ALL_SITES, flaw)
+                return None
+        stepped_model = None if model is None else self._step(server_round, model)
+        if stepped_model is not None:
+            self.run.companions |= companions
+            if self._keeps_state:
+                self.run.method = state.after(records, weights)
+        return stepped_model
+
+    @property
+    def _keeps_state(self) -> bool:
+        """Whether sites keep something from one round to the next."""
+        return self.method is not None or bool(self.kept) or self.compression != NONE
+
+    def _tell_method(self, messages: Iterable[Message], own: bool) -> None:
+        """Add to each message the method, and how many of the site's replies were taken."""
+        if not self._keeps_state:
+            return
+        for message in messages:
+            site = self.site_name(message.metadata.dst_node_id)
+            taken = self.run.method.taken.get(site, 0)
+            config = message.content.config_records[self.configrecord_key]
+            config.update(config_of(self.method, self.keep, self.keep_sent, taken, own))
+
+    def _prepare_companions(self, model: ArrayRecord) -> None:
+        """Add the method's first companions, unless the run has later ones."""
+        if self.method is None:
+            return
+        first = companions_of(self.method, model, stepped(model, self.buffers))
+        for name, record in first.items():
+            if name in self.run.companions:
+                checkpoints.require_layout(name, self.run.companions[name], record)
+            else:
+                self.run.companions[name] = record
+
+    def _import_method(self, state: dict[str, ArrayRecord]) -> None:
+        """Take what a method has left out of a checkpoint's state."""
+        self.run.method = MethodState.pop_from(state)
+        beginning = f"{checkpoints.COMPANION}{METHOD_RECORD}"
+        for name in [name for name in state if name.startswith(beginning)]:
+            self.run.companions[name.removeprefix(checkpoints.COMPANION)] = state.pop(name)
 
     def _ask_for_code(self, arrays: ArrayRecord, config: ConfigRecord) -> None:
         """Name the code of the replies in the config of a round's messages, or none.
@@ -835,7 +996,7 @@ class FedAvg(flower.FedAvg):
             self.current_companions,
             self._rule,
             self.combine_companion,
-            Limits(self.max_weight_share, self.max_update_norm),
+            Limits(self.max_weight_share, self.max_update_norm, unlimited_of(self.method)),
             self._suffice,
             self._reject,
         )

@@ -15,7 +15,9 @@ from flwr.serverapp import strategy as flower
 
 from fedmed_flower.arrays.views import view
 from fedmed_flower.errors import InputError
+from fedmed_flower.methods.base import Method
 from fedmed_flower.server.run_folder import Checkpoint, RunFolder
+from fedmed_flower.strategies.methods import SITES
 from fedmed_flower.strategies.server_optimizers import OPTIMISERS, RULES, stepped
 
 # Each array's declared dtype, and dtype and shape of its values.
@@ -59,11 +61,14 @@ def arguments_of(strategy: object) -> dict[str, Any]:
     """
     inits = [vars(cls)["__init__"] for cls in type(strategy).__mro__ if "__init__" in vars(cls)]
     names = {name for init in inits for name in inspect.signature(init).parameters}
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for name in sorted((names & vars(strategy).keys()) - _FREE):
+        value = vars(strategy)[name]
+        if isinstance(value, Method):
+            value = {"name": value.name, **value.config()}
         try:
             # As it is read back: a tuple is a list then.
-            arguments[name] = json.loads(json.dumps(vars(strategy)[name]))
+            arguments[name] = json.loads(json.dumps(value))
         except (TypeError, ValueError):
             continue
     return {"class": type(strategy).__name__, "arguments": arguments}
@@ -195,7 +200,8 @@ def _state_misfit(
     `moved` are the shapes of the entries that an optimiser steps.
     """
     for name, record in checkpoint.strategy_state.items():
-        if name.startswith(COMPANION):  # It has a layout of its own: see `require_layout`.
+        if name.startswith(COMPANION) or name == SITES:
+            # A companion has a layout of its own, see `require_layout`; the sites' has names.
             continue
         shapes = {key: shape for key, (_, _, shape) in _layout(record).items()}
         # Flower holds the momentum as a list: its keys are indices.

@@ -107,6 +107,9 @@ class DPFedAvg(FedAvg):
         If an argument is out of its range, or one round costs more than `target_epsilon`.
     """
 
+    combines_companions = False
+    draws_by_law = True
+
     def __init__(
         self,
         *args: Any,

@@ -179,9 +179,11 @@ class _Growing(FedAvg):
         arrays: ArrayRecord,
         config: ConfigRecord | None = None,
         timeout: float = 3600,
+        own: bool = False,
     ) -> dict[str, dict[str, float]]:
         """Evaluate an ensemble once on every connected site's test split."""
-        return super().test(grid, arrays, self._with_mode(config or ConfigRecord()), timeout)
+        mode = self._with_mode(config or ConfigRecord())
+        return super().test(grid, arrays, mode, timeout, own)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

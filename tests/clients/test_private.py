@@ -18,6 +18,7 @@ from tiny import (
     make_rows,
     model_arrays,
     node_of,
+    pulled,
     run_tiny,
     says,
     trained,
@@ -86,7 +87,7 @@ def private_steps(model, images, labels, patients, steps=3, clip=1e6, size=0, mu
 
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.5, weight_decay=0.1)
     return train_privately(
-        model, batch_of, patients, losses, optimizer, mechanism, PROBE, proximal_mu=mu
+        model, batch_of, patients, losses, optimizer, mechanism, PROBE, method=pulled(model, mu)
     )
 
 
@@ -111,7 +112,12 @@ def test_without_noise_and_clipping_private_training_is_plain_training(size, mu)
     batch = [{"image": images, "label": labels}]
     loss = nn.CrossEntropyLoss()
     train_epochs(
-        plain, batch, lambda m, b: loss(m(b["image"]), b["label"]), optimizer, 3, proximal_mu=mu
+        plain,
+        batch,
+        lambda m, b: loss(m(b["image"]), b["label"]),
+        optimizer,
+        3,
+        method=pulled(plain, mu),
     )
     _, dropped = private_steps(model, images, labels, range(8), size=size, mu=mu)
     assert dropped == 0
@@ -242,7 +248,7 @@ def steps_on_card(model, card, patients, size, records="one", noise=0.0, mu=0.0)
     mechanism = Mechanism(Release(1.0, noise), 3, len(set(patients)), settings)
     optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.5)
     return train_privately(
-        model, card, patients, losses, optimizer, mechanism, PROBE, proximal_mu=mu
+        model, card, patients, losses, optimizer, mechanism, PROBE, method=pulled(model, mu)
     )
 
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import TinyClient, context_of, linear, model_arrays, says
+from tiny import TinyClient, context_of, linear, model_arrays, pulled, says
 from tiny import trained as sent_back
 from torch import nn
 from torch.utils.data import DataLoader
@@ -123,7 +123,7 @@ def test_the_proximal_term_is_that_of_the_loss_written_out(mu):
     start = [p.detach().clone() for p in twin.parameters()]
     batches, loss = batches_of(3), SquaredError()
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.05)
-    train_epochs(ours, batches, of(loss), optimizer, 2, proximal_mu=mu)
+    train_epochs(ours, batches, of(loss), optimizer, 2, method=pulled(ours, mu))
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.05)
     for _ in range(2):
         for batch in batches:
@@ -167,7 +167,7 @@ def trained(loss, mu=0.0, epochs=3):
     model = small()
     optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9, weight_decay=0.01)
     batches = doubled(batches_of(8, 8, 5))
-    return model, train_epochs(model, batches, loss, optimizer, epochs, proximal_mu=mu)
+    return model, train_epochs(model, batches, loss, optimizer, epochs, method=pulled(model, mu))
 
 
 CROSS = of(nn.CrossEntropyLoss())

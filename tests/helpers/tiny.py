@@ -14,6 +14,8 @@ from torch import nn
 
 from fedmed_flower import ClassificationClient, SiteData, federate, run_local
 from fedmed_flower.engines.local import LocalGrid
+from fedmed_flower.methods.base import SiteRound
+from fedmed_flower.methods.fedprox import FedProx
 from fedmed_flower.settings import Section, setting
 from fedmed_flower.settings.registry import listed, sections_of
 from fedmed_flower.strategies import FedAvg
@@ -193,6 +195,14 @@ def run_tiny(
     app = client.client_app(mods) if mods else client.client_app()
     run = run_local(server, app, num_sites, run_config=settings, node_configs=node_configs)
     return run.result
+
+
+def pulled(model, mu):
+    """Return FedProx as it begins a round with a model."""
+    names = tuple(name for name, _ in model.named_parameters())
+    method = FedProx(proximal_mu=mu)
+    method.begin(SiteRound(model, names, names, {}, {}, 0.1, fit=None, optimizer=None))
+    return method
 
 
 def connect_late(monkeypatch, node_id):
