@@ -121,6 +121,28 @@ def test_a_killed_and_resumed_run_has_the_same_bits(tmp_path, compression):
     assert bits(plain.arrays) != bits(whole.arrays)
 
 
+@pytest.mark.parametrize("method", ["scaffold", "ditto"])
+def test_a_method_and_its_further_arrays_are_coded_and_resumed(tmp_path, method):
+    config = {"compression": "int8", "method": method}
+    strategy = FedAvg()
+    whole = run_tiny(tmp_path / "whole", strategy=strategy, num_server_rounds=3, **config)
+    assert not strategy.history.failures
+    run_tiny(tmp_path / "parts", num_server_rounds=2, **config)
+    resumed = run_tiny(tmp_path / "parts", num_server_rounds=3, resume=True, **config)
+    assert bits(resumed.arrays) == bits(whole.arrays)
+    plain = run_tiny(tmp_path / "plain", num_server_rounds=3, method=method)
+    for key, array in plain.arrays.items():
+        assert np.allclose(whole.arrays[key].numpy(), array.numpy(), rtol=0, atol=5e-3)
+
+
+def test_layers_that_are_kept_and_not_sent_go_with_a_code(tmp_path):
+    strategy = FedAvg()
+    config = {"compression": "int8", "keep": "1.bias", "keep_sent": False}
+    result = run_tiny(tmp_path, strategy=strategy, **config)
+    assert not strategy.history.failures
+    assert result.arrays["1.bias"].numpy().tolist() == model_arrays()["1.bias"].numpy().tolist()
+
+
 def test_eight_bits_lead_to_the_model_that_is_found_without(tmp_path):
     plain = run_tiny(tmp_path / "plain", num_server_rounds=5)
     coded = run_tiny(tmp_path / "coded", num_server_rounds=5, compression="int8")
