@@ -10,7 +10,7 @@ from fedmed_flower import MedicalClient, SiteData, federate, run_local
 from fedmed_flower.strategies import FedAvg
 
 # Rows, curvature and optimum differ between the sites.
-ROWS = (4, 12)
+ROWS = (12, 36)
 SQUARES = {"optimizer": "sgd", "learning-rate": 0.1, "batch-size": 100, "device": "cpu"}
 SQUARES |= {"pictures": 0, "local-epochs": 8}
 

@@ -18,11 +18,11 @@ class Failing(TinyTable):
 
     @property
     def alone(self):
-        return "/local" in self.run_key
+        return "/local" in self.part
 
     def read(self, message):
         config = super().read(message)
-        self.run_key = str(config["run-key"]) if "run-key" in config else ""
+        self.part = str(config["run-key"]) if "run-key" in config else ""
         return config
 
 
