@@ -1,5 +1,6 @@
 """A hospital codes its reply and keeps what the code has lost."""
 
+import json
 import logging
 
 import numpy as np
@@ -9,6 +10,7 @@ from builders import arrays, dump, run
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from tiny import TinyClient, ask, bits, context_of, model_arrays, run_tiny
+from torch import nn
 
 from fedmed_flower.arrays.packing import Packing
 from fedmed_flower.clients.compression import compressed
@@ -17,6 +19,15 @@ from fedmed_flower.strategies import DPFedAvg, FedAdam, FedAvg, FedMedian
 CODES = ("int8", "int4", "top-k")
 EACH = pytest.mark.parametrize("compression", CODES)
 TOP = ConfigRecord({"compression": "top-k", "top-k-share": 0.5})
+
+
+def wide_linear(width):
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, width), nn.Linear(width, 2))
+
+
+class Wide(TinyClient):
+    def build_model(self):
+        return wide_linear(64)
 
 
 def record(**records):
@@ -157,6 +168,27 @@ def test_a_code_goes_with_each_rule(tmp_path, rule):
     assert strategy.history.rounds_trained() == {f"hospital-{k}": 2 for k in (1, 2, 3)}
     assert not strategy.history.failures
     assert result.train_metrics_clientapp[2]["bytes-saved"] != 0
+
+
+def test_what_was_saved_is_in_the_summary_and_lives_through_a_resume(tmp_path):
+    wide = {"model": lambda: wide_linear(64), "client": Wide, "compression": "int8"}
+    run_tiny(tmp_path / "whole", num_server_rounds=2, **wide)
+    run_tiny(tmp_path / "parts", num_server_rounds=1, **wide)
+    run_tiny(tmp_path / "parts", num_server_rounds=2, resume=True, **wide)
+    summaries = [
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "parts")
+    ]
+    for summary in summaries:
+        sent, dense = summary["saved"]["from-sites"]
+        traffic = summary["traffic"].values()
+        assert sent == sum(part["bytes-from-site"] for part in traffic)
+        # Four replies of 450 weights, which take a byte in place of four, without five headers.
+        more = 4 * (450 * 3 - 2 * 4 + (4 - 2) * 128)
+        assert dense - sent == pytest.approx(more, abs=4 * 50)
+        assert summary["saved"]["to-sites"][0] == summary["saved"]["to-sites"][1]
+    assert summaries[0]["saved"] == summaries[1]["saved"]
+    rows = (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
+    assert len([row for row in rows if ",bytes-saved," in row]) == 2
 
 
 def test_a_private_run_may_be_coded(tmp_path):
