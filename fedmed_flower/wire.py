@@ -36,9 +36,11 @@ MESSAGE_VERSION = 2
 # Keys of a message's config. Flower's own:
 SERVER_ROUND = "server-round"
 PROXIMAL_MU = "proximal-mu"
-# How the change of the model comes back, and which share of the entries top-k keeps.
+# How the change of the model comes back, which share of the entries top-k keeps, and which entries
+# come back as they are.
 COMPRESSION = "compression"
 TOP_K_SHARE = "top-k-share"
+UNCODED = "uncoded"
 # The method of which sites make use in training, and its settings as TOML.
 METHOD = "method"
 METHOD_SETTINGS = "method-settings"
@@ -215,6 +217,7 @@ train | config.server-round | number of the round | Flower | clients/app
 train | config.proximal-mu | weight of the proximal term | Flower | clients/app
 train | config.compression | in which code the reply comes | strategies/base | clients/compression
 train | config.top-k-share | share of entries in top-k | strategies/base | clients/compression
+train | config.uncoded | entries that come as they are | strategies/base | clients/compression
 train | config.method | what sites do beside plain training | strategies/methods | clients/methods
 train | config.method-settings | its settings, in TOML | strategies/methods | clients/methods
 train | config.keep | layers that stay different | strategies/methods | clients/methods

@@ -1,7 +1,9 @@
 """A record of arrays as its change in a code: what a hospital sends with compression.
 
-What is coded is the change of all floating-point entries against the record that was sent. Other
-entries, such as ``num_batches_tracked``, travel as they are. The parts of all entries, one after
+What is coded is the change of the floating-point entries that are trained, against the record that
+was sent. Others, such as ``num_batches_tracked``, travel as they are; so do running statistics,
+which the server names. They are no sums of changes, to which what was lost could be added later: a
+variance would become negative. The parts of all entries, one after
 the other in the order of their names, are one array for each part (``.codes`` and ``.scales``, or
 ``.indices`` and ``.values``), since each array of a message has a header that is longer than many a
 bias. Their lengths follow from the record that was sent, so that they are checked before anything
@@ -11,7 +13,7 @@ is decoded.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -22,7 +24,7 @@ from fedmed_flower.arrays import kernels
 from fedmed_flower.arrays.compression import NONE, Code, Parts, code_of
 from fedmed_flower.arrays.views import Draft, Form, Forms, form_of, view
 from fedmed_flower.errors import InputError
-from fedmed_flower.wire import COMPRESSION, TOP_K_SHARE
+from fedmed_flower.wire import COMPRESSION, TOP_K_SHARE, UNCODED
 
 # No entry of a network has a name that begins with it.
 _PART = "."
@@ -35,7 +37,7 @@ class Packed(NamedTuple):
     ----------
     coded : ArrayRecord
     residual : dict of str to ndarray
-        What the code has lost of each floating-point entry, to be added to the next change.
+        What the code has lost of each coded entry, to be added to the next change.
     """
 
     coded: ArrayRecord
@@ -52,17 +54,29 @@ class Packing:
         As in `code_of`.
     code : Code
         The code of that name.
+    uncoded : collection of str
+        Keys of further entries that travel as they are.
     """
 
-    def __init__(self, compression: str, top_k_share: float, code: Code) -> None:
+    def __init__(
+        self, compression: str, top_k_share: float, code: Code, uncoded: Collection[str]
+    ) -> None:
         self.compression = compression
         self.top_k_share = top_k_share
         self._code = code
+        self._uncoded = frozenset(uncoded)
         self._dtypes = {part: dtype for part, (_, dtype) in self._sizes(0).items()}
 
     @classmethod
-    def named(cls, compression: str, top_k_share: float) -> Self | None:
+    def named(
+        cls, compression: str, top_k_share: float, uncoded: Collection[str] = ()
+    ) -> Self | None:
         """Return the packing of a name; None for ``"none"``.
+
+        Parameters
+        ----------
+        compression, top_k_share, uncoded
+            As above.
 
         Raises
         ------
@@ -70,7 +84,7 @@ class Packing:
             As `code_of`.
         """
         code = code_of(compression, top_k_share)
-        return None if code is None else cls(compression, top_k_share, code)
+        return None if code is None else cls(compression, top_k_share, code, uncoded)
 
     @classmethod
     def of(cls, config: ConfigRecord) -> Self | None:
@@ -84,12 +98,19 @@ class Packing:
         share = config.get(TOP_K_SHARE, 1.0)
         if not isinstance(share, int | float):
             raise InputError(f"{TOP_K_SHARE} must be a number, got {share!r}")
-        return cls.named(str(config.get(COMPRESSION, NONE)), share)
+        uncoded = config.get(UNCODED, [])
+        if not isinstance(uncoded, list):
+            raise InputError(f"{UNCODED} must be a list of names, got {uncoded!r}")
+        return cls.named(str(config.get(COMPRESSION, NONE)), share, [str(key) for key in uncoded])
 
     @property
-    def config(self) -> dict[str, str | float]:
+    def config(self) -> dict[str, str | float | list[str]]:
         """The keys of a message that asks for this packing."""
-        return {COMPRESSION: self.compression, TOP_K_SHARE: self.top_k_share}
+        return {
+            COMPRESSION: self.compression,
+            TOP_K_SHARE: self.top_k_share,
+            UNCODED: sorted(self._uncoded),
+        }
 
     def forms(self, sent: ArrayRecord) -> Forms:
         """Return shape and dtype of each array of a coded record, by key.
@@ -108,7 +129,7 @@ class Packing:
         lengths = dict.fromkeys(self._dtypes, 0)
         for key, array in sent.items():
             shape, dtype = form_of(array)
-            if kernels.is_floating(dtype):
+            if self._codes(key, dtype):
                 for part, (length, _) in self._sizes(math.prod(shape)).items():
                     lengths[part] += length
             elif key in lengths:
@@ -157,7 +178,7 @@ class Packing:
             after = view(new[key])
             if after.shape != before.shape:
                 raise ValueError(f"{key} has the shape {after.shape}, sent was {before.shape}")
-            if not kernels.is_floating(before.dtype):
+            if not self._codes(key, before.dtype):
                 coded[key] = new[key]
                 continue
             wanted = kernels.widen(after.reshape(-1)).astype(np.float64)
@@ -224,7 +245,7 @@ class Packing:
         # Records of both sides have the same keys, not always in the same order.
         for key in sorted(sent):
             shape, dtype = form_of(sent[key])
-            if not kernels.is_floating(dtype):
+            if not self._codes(key, dtype):
                 continue
             own = {}
             for part, (length, _) in self._sizes(math.prod(shape)).items():
@@ -233,6 +254,10 @@ class Packing:
                 own[part.removeprefix(_PART)] = whole[part][start : start + length]
             pieces[key] = own
         return pieces
+
+    def _codes(self, key: str, dtype: np.dtype[Any]) -> bool:
+        """Return whether the change of an entry is coded."""
+        return kernels.is_floating(dtype) and key not in self._uncoded
 
     def _sizes(self, size: int) -> dict[str, tuple[int, np.dtype[Any]]]:
         """Return length and dtype of each part of one entry, by the part's key."""

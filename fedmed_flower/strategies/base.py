@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
-from fedmed_flower.arrays.compression import NONE
+from fedmed_flower.arrays.compression import NONE, code_of
 from fedmed_flower.arrays.packing import Packing
 from fedmed_flower.arrays.updates import Updates
 from fedmed_flower.arrays.views import keep_dtypes, own_content
@@ -80,6 +80,7 @@ from fedmed_flower.wire import (
     METHOD_RECORD,
     SPLIT,
     TOP_K_SHARE,
+    UNCODED,
 )
 
 log = logging.getLogger("flwr.fedmed")
@@ -276,7 +277,7 @@ class FedAvg(flower.FedAvg):
             raise InputError(f"quorum must be at least 1, got {quorum}")
         if not 0 <= grace < math.inf:
             raise InputError(f"grace must be at least 0 seconds and finite, got {grace}")
-        Packing.named(compression, top_k_share)
+        code_of(compression, top_k_share)
         self.compression = compression
         self.top_k_share = top_k_share
         self.quorum = quorum
@@ -941,9 +942,9 @@ class FedAvg(flower.FedAvg):
         InputError
             If the code cannot be used with this strategy or model.
         """
-        for key in (COMPRESSION, TOP_K_SHARE):
+        for key in (COMPRESSION, TOP_K_SHARE, UNCODED):
             config.pop(key, None)
-        packing = Packing.named(self.compression, self.top_k_share)
+        packing = self._packing(arrays)
         if packing is None:
             return
         kind = type(self)
@@ -957,9 +958,14 @@ class FedAvg(flower.FedAvg):
             packing.forms(record)
         config.update(packing.config)
 
+    def _packing(self, model: ArrayRecord | None) -> Packing | None:
+        """Return the code of the replies to a model; None if they are not coded."""
+        uncoded = set() if model is None else model.keys() - {*stepped(model, self.buffers)}
+        return Packing.named(self.compression, self.top_k_share, uncoded)
+
     def _unpacker(self, layout: ArrayRecord | None) -> Unpacker | None:
         """Return what unpacks the replies of this round; None if they are not coded."""
-        packing = Packing.named(self.compression, self.top_k_share)
+        packing = self._packing(self.run.sent_arrays)
         if packing is None:
             return None
         if self.run.sent_arrays is None or layout is None:

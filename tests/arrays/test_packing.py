@@ -102,6 +102,18 @@ def test_over_many_rounds_all_that_is_missing_is_one_remainder(packing, seed, dt
     assert np.allclose(widen(view(model["w"])) + residual["w"], wanted, rtol=0, atol=1e-5)
 
 
+def test_entries_that_the_server_names_travel_as_they_are():
+    packing = Packing.named("top-k", 0.5, ["running_var"])
+    sent = arrays(running_var=[1.0, 1.0], w=[0.0, 0.0])
+    new = arrays(running_var=[0.25, 0.5], w=[1.0, 2.0])
+    packed = packing.pack(sent, new, {})
+    assert list(packed.residual) == ["w"]
+    assert packing.forms(sent)["running_var"] == ((2,), np.dtype("f4"))
+    dense = packing.unpack(sent, packed.coded)
+    assert dense["running_var"].numpy().tolist() == [0.25, 0.5]
+    assert dense["w"].numpy().tolist() == [0, 2]
+
+
 def test_the_order_of_keys_does_not_matter():
     sent = arrays(w=[1.0, 2.0], b=[0.5])
     new = arrays(b=[0.75], w=[1.5, 2.0])
@@ -145,10 +157,14 @@ def test_what_does_not_belong_together_is_refused():
 def test_the_packing_of_a_message():
     assert Packing.of(ConfigRecord({"server-round": 1})) is None
     config = ConfigRecord(Packing.named("top-k", 0.25).config)
-    assert dict(config) == {"compression": "top-k", "top-k-share": 0.25}
+    assert dict(config) == {"compression": "top-k", "top-k-share": 0.25, "uncoded": []}
     forms = Packing.of(config).forms(arrays(w=np.zeros((4, 4), np.float32)))
     assert forms == {".indices": ((4,), np.dtype("u4")), ".values": ((4,), np.dtype("f4"))}
+    statistics = Packing.named("int8", 1.0, ["v", "u"])
+    assert Packing.of(ConfigRecord(statistics.config)).config["uncoded"] == ["u", "v"]
     with pytest.raises(ValueError, match="compression must be one of none, int8, int4, top-k"):
         Packing.of(ConfigRecord({"compression": "zip"}))
     with pytest.raises(ValueError, match="top-k-share must be a number, got 'half'"):
         Packing.of(ConfigRecord({"compression": "top-k", "top-k-share": "half"}))
+    with pytest.raises(ValueError, match="uncoded must be a list of names, got 'w'"):
+        Packing.of(ConfigRecord({"compression": "int8", "uncoded": "w"}))

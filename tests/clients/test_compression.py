@@ -9,7 +9,7 @@ import torch
 from builders import arrays, dump, run
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from tiny import TinyClient, ask, bits, context_of, model_arrays, run_tiny
+from tiny import TinyClient, ask, bits, context_of, halves, model_arrays, run_tiny
 from torch import nn
 
 from fedmed_flower.arrays.packing import Packing
@@ -168,6 +168,25 @@ def test_a_code_goes_with_each_rule(tmp_path, rule):
     assert strategy.history.rounds_trained() == {f"hospital-{k}": 2 for k in (1, 2, 3)}
     assert not strategy.history.failures
     assert result.train_metrics_clientapp[2]["bytes-saved"] != 0
+
+
+class Halves(TinyClient):
+    build_model = staticmethod(halves)
+
+
+@EACH
+def test_running_statistics_are_not_coded(tmp_path, compression):
+    strategy = FedAvg()
+    config = {"compression": compression, "local_epochs": 2}
+    result = run_tiny(tmp_path, Halves, model=halves, strategy=strategy, **config)
+    assert not strategy.history.failures
+    assert (result.arrays["stem.2.running_var"].numpy() > 0).all()
+    assert result.arrays["stem.2.num_batches_tracked"].numpy() > 0
+    named = {"running_mean", "running_var", "num_batches_tracked"}
+    uncoded = [f"stem.2.{name}" for name in sorted(named)]
+    context = context_of()
+    reply = ask(Halves, "train", context, model_arrays(halves), compression="int8", uncoded=uncoded)
+    assert sorted(reply.content["arrays"]) == [".codes", ".scales", *sorted(uncoded)]
 
 
 def test_what_was_saved_is_in_the_summary_and_lives_through_a_resume(tmp_path):

@@ -49,6 +49,7 @@ MESSAGE_KEYS = {
     "server-round": (0, 1, -1, 10**15, "one"),
     "compression": ("none", "int8", "int4", "top-k", "zip", 3),
     "top-k-share": (0.01, 1.0, 0.0, float("nan"), "much"),
+    "uncoded": ([], ["w"], "w"),
     "proximal-mu": (0.0, 0.5, -1.0, float("nan"), "much"),
     "split": ("train", "val", "test", "all", 1),
     "pool-sites": (False, True),
