@@ -63,7 +63,8 @@ CASES = (
     Case("none", {}),
     Case("int8", {"compression": "int8"}),
     Case("int4", {"compression": "int4"}),
-    Case("top-k, 5%", {"compression": "top-k", "top_k_share": 0.05}),
+    Case("top-k, 10%", {"compression": "top-k", "top_k_share": 0.1}),
+    Case("top-k, 3%", {"compression": "top-k", "top_k_share": 0.03}),
     Case("top-k, 1%", {"compression": "top-k"}),
     Case("top-k, 1%, without error feedback", {"compression": "top-k"}, forgetful=True),
 )

@@ -4,8 +4,8 @@ What is coded is the change of the floating-point entries that are trained, agai
 was sent. Others, such as ``num_batches_tracked``, travel as they are; so do running statistics,
 which the server names. They are no sums of changes, to which what was lost could be added later: a
 variance would become negative. The parts of all entries, one after
-the other in the order of their names, are one array for each part (``.codes`` and ``.scales``, or
-``.indices`` and ``.values``), since each array of a message has a header that is longer than many a
+the other in the order of their names, are one array for each part (``.codes`` and ``.scales``,
+and with ``"top-k"`` indices), since each array of a message has a header that is longer than many a
 bias. Their lengths follow from the record that was sent, so that they are checked before anything
 is decoded.
 """

@@ -57,11 +57,25 @@ def test_four_bits_by_hand():
 
 def test_the_largest_by_hand():
     code = Largest(0.5)
-    parts = code.encode(np.float32([1, -3, 2, -2, 2]))
-    # Three of five; of the three twos the first ones.
-    assert parts["indices"].tolist() == [1, 2, 3]
-    assert parts["values"].tolist() == [-3, 2, -2]
-    assert code.decode(parts, 5).tolist() == [0, -3, 2, -2, 0]
+    parts = code.encode(np.float32([64, -127, 66, -66.4, 66]))
+    # Three of five, and of 66 twice the first one; the others are coded in 8 bits.
+    assert parts["indices16"].tolist() == [1, 2, 3]
+    assert parts["codes"].tolist() == [-127, 66, -66]
+    assert parts["scales"].tolist() == [1.0]
+    assert code.decode(parts, 5).tolist() == [0, -127, 66, -66, 0]
+    assert len(parts["indices32"]) == 0
+
+
+def test_indices_are_as_short_as_the_array_allows():
+    for size, short, long in ((65_536, 656, 0), (65_537, 0, 656)):
+        change = np.zeros(size)
+        change[-1] = 127
+        parts = Largest(0.01).encode(change)
+        sizes = Largest(0.01).sizes(size)
+        assert sizes["indices16"] == (short, np.dtype("u2"))
+        assert sizes["indices32"] == (long, np.dtype("u4"))
+        assert len(parts["indices16"]) == short
+        assert Largest(0.01).decode(parts, size).tolist() == change.tolist()
 
 
 @pytest.mark.parametrize(
@@ -70,7 +84,8 @@ def test_the_largest_by_hand():
 )
 def test_how_many_are_kept(share, size, kept):
     assert Largest(share).kept(size) == kept
-    assert there_and_back(Largest(share), np.ones(size, np.float32)).sum() == kept
+    decoded = there_and_back(Largest(share), np.full(size, 127, np.float32))
+    assert decoded.tolist() == [127] * kept + [0] * (size - kept)
 
 
 @given(change=CHANGES, bits=st.sampled_from([8, 4]), block=st.integers(1, 8))
@@ -120,21 +135,25 @@ def test_what_float32_cannot_hold_is_told_by_its_code():
             code.check(code.encode(np.float64([1e300])), 1)
 
 
+@pytest.mark.parametrize("name", ["indices16", "indices32"])
 @pytest.mark.parametrize(
-    ("indices", "values", "reason"),
+    ("indices", "scale", "reason"),
     [
-        ([0, 0], [1, 1], "indices must ascend, each once"),
-        ([2, 1], [1, 1], "indices must ascend, each once"),
-        ([1, 3], [1, 1], "an index must be below 3, got 3"),
-        ([0, 2**32 - 1], [1, 1], "an index must be below 3, got 4,294,967,295"),
-        ([0, 1], [1, np.nan], "values must be finite"),
-        ([0, 1], [-np.inf, 1], "values must be finite"),
+        ([0, 0], 1, "indices must ascend, each once"),
+        ([2, 1], 1, "indices must ascend, each once"),
+        ([1, "size"], 1, "an index must be below {size:,}, got {size:,}"),
+        ([0, 1], np.nan, "a scale must be at least 0 and finite, got nan"),
+        ([0, 1], -1.0, "a scale must be at least 0 and finite, got -1.0"),
     ],
 )
-def test_wrong_largest_entries_are_told(indices, values, reason):
-    parts = {"indices": np.uint32(indices), "values": np.float32(values)}
-    with pytest.raises(ValueError, match=says(reason)):
-        Largest(0.5).check(parts, 3)
+def test_wrong_largest_entries_are_told(name, indices, scale, reason):
+    size = 3 if name == "indices16" else 65_537
+    indices = [size if index == "size" else index for index in indices]
+    parts = {"codes": np.int8([1, 2]), "scales": np.float32([scale])}
+    parts |= {"indices16": np.zeros(0, np.uint16), "indices32": np.zeros(0, np.uint32)}
+    parts[name] = np.asarray(indices, parts[name].dtype)
+    with pytest.raises(ValueError, match=says(reason.format(size=size))):
+        Largest(0.5).check(parts, size)
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -1.0])

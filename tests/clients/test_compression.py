@@ -43,27 +43,30 @@ def test_without_a_code_the_reply_leaves_as_it_is():
 
 def test_model_and_companion_are_coded_and_what_is_lost_comes_later():
     sent = record(arrays={"w": [0.0, 0.0]}, control={"c": [1.0, 1.0]})
-    content = record(arrays={"w": [4.0, 3.0]}, control={"c": [1.0, 3.0]})
+    # Numbers that a scale of 8 bits holds exactly.
+    content = record(arrays={"w": [127.0, 96.0]}, control={"c": [1.0, 128.0]})
     content["metrics"] = MetricRecord({"loss": 1.0})
     reply = compressed("north", TOP, content, sent, {})
-    assert reply.content["arrays"][".indices"].numpy().tolist() == [0]
-    assert reply.content["arrays"][".values"].numpy().tolist() == [4]
-    assert reply.content["control"][".values"].numpy().tolist() == [2]
+    assert reply.content["arrays"][".indices16"].numpy().tolist() == [0]
+    assert reply.content["arrays"][".codes"].numpy().tolist() == [127]
+    assert reply.content["control"][".indices16"].numpy().tolist() == [1]
     assert reply.content["metrics"] == content["metrics"]
     kept = {key: value.tolist() for key, value in reply.residual.items()}
-    assert kept == {"arrays/w": [0, 3], "control/c": [0, 0]}
+    assert kept == {"arrays/w": [0, 96], "control/c": [0, 0]}
     # The content that was handed over is not changed.
-    assert content["arrays"]["w"].numpy().tolist() == [4, 3]
+    assert content["arrays"]["w"].numpy().tolist() == [127, 96]
+    content["arrays"] = arrays(w=[10.0, 31.0])
     second = compressed("north", TOP, content, sent, reply.residual)
-    assert second.content["arrays"][".values"].numpy().tolist() == [6]
-    assert second.residual["arrays/w"].tolist() == [4, 0]
+    assert second.content["arrays"][".indices16"].numpy().tolist() == [1]
+    assert second.content["arrays"][".scales"].numpy().tolist() == [1]
+    assert second.residual["arrays/w"].tolist() == [10, 0]
 
 
 def test_layers_that_the_site_keeps_are_not_coded():
     sent = record(arrays={"stem": [0.0, 0.0], "norm": [1.0]})
     reply = compressed("north", TOP, record(arrays={"stem": [1.0, 0.0]}), sent, {})
     assert list(reply.residual) == ["arrays/stem"]
-    assert reply.content["arrays"][".values"].numpy().tolist() == [1]
+    assert reply.content["arrays"][".codes"].numpy().tolist() == [127]
 
 
 def test_a_model_that_is_not_finite_leaves_what_was_lost_as_it_is(caplog):

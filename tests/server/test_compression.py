@@ -71,9 +71,12 @@ def test_the_bytes_that_a_code_has_saved(compression):
     dense = reply(1, large)
     message = reply(1, packing_of(compression).pack(large, large, {}).coded)
     # Each array has a header of 128 bytes, and each key its letters.
-    sizes = {"int8": 100_000 + 4 * 391, "int4": 50_000 + 4 * 391, "top-k": 25_000 * 8}
-    keys = len(".codes" + ".scales") if compression != "top-k" else len(".indices" + ".values")
-    assert saved_bytes(message, dense) == 400_128 + 1 - (sizes[compression] + 256 + keys)
+    scales = {"int8": 391, "int4": 391, "top-k": 98}[compression]
+    codes = {"int8": 100_000, "int4": 50_000, "top-k": 25_000}[compression]
+    size = codes + 4 * scales + 2 * 128 + len(".codes" + ".scales")
+    if compression == "top-k":
+        size += 4 * 25_000 + 2 * 128 + len(".indices16" + ".indices32")
+    assert saved_bytes(message, dense) == 400_000 + 128 + len("w") - size
 
 
 UNCODED = (
@@ -83,7 +86,10 @@ UNCODED = (
 # What a site sends in place of its code, and why that is refused.
 WRONG = {
     "dense": (lambda: MODEL, UNCODED),
-    "other code": (lambda: coded("top-k"), UNCODED),
+    "other code": (
+        lambda: coded("top-k"),
+        "2 arrays are not in the model, such as .indices16",
+    ),
     "no scales": (lambda: without(".scales"), "1 arrays are missing, such as .scales"),
     "more": (lambda: changed(x=[0.0]), "1 arrays are not in the model, such as x"),
     "longer": (
@@ -132,11 +138,12 @@ def test_a_reply_that_is_not_in_the_code_is_refused_with_the_reason(case):
     [
         ([0, 0, 5], "in the code of w, indices must ascend, each once"),
         ([0, 9, 12], "in the code of w, an index must be below 12, got 12"),
-        ([0, 1], ".indices is uint32[3] instead of uint32[4]"),
+        ([0, 1], ".indices16 is uint16[3] instead of uint16[4]"),
     ],
 )
 def test_wrong_indices_are_refused_with_the_reason(indices, reason):
-    parts = {".indices": np.uint32([0, *indices]), ".values": np.ones(4, np.float32)}
+    parts = {".indices16": np.uint16([0, *indices]), ".indices32": np.zeros(0, np.uint32)}
+    parts |= {".codes": np.ones(4, np.int8), ".scales": np.ones(2, np.float32)}
     record = arrays(**parts, steps=np.int64(0))
     with pytest.raises(ValueError, match=says(reason)):
         unpacked(reply(1, record), "top-k")
