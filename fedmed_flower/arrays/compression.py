@@ -16,10 +16,10 @@ nearest. QSGD rounds at random, so that its errors cancel out over hospitals; wi
 they cancel out over rounds; random rounding only makes them longer, by 4 tenths as measured, and
 the nearest needs no seed.
 
-`Largest`: the largest entries alone, in 8 bits with their indices, as in Lin, Han, Mao, Wang, Dally:
-Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training, ICLR 2018,
-https://arxiv.org/abs/1712.01887, without the momentum correction of that paper: here the change of
-a whole round of local training is coded, and no momentum outlives it.
+`Largest`: the largest entries alone, in 8 bits with their indices, as in Lin, Han, Mao, Wang,
+Dally: Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training,
+ICLR 2018, https://arxiv.org/abs/1712.01887, without the momentum correction of that paper: here the
+change of a whole round of local training is coded, and no momentum outlives it.
 """
 
 from __future__ import annotations
