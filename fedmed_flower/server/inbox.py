@@ -275,7 +275,10 @@ class Inbox:
         """
         if unpacker is None or not reply.has_content():
             return reply
-        request = self._requests.get(reply.metadata.reply_to_message_id)
+        message_id = reply.metadata.reply_to_message_id
+        request = self._requests.get(message_id)
+        if request is None and message_id in self._senders:
+            raise ValueError("it is not known from which model its change counts")
         dense = unpacker.unpacked(reply, request)
         saved = saved_bytes(reply, dense)
         self.saved += saved
