@@ -884,7 +884,7 @@ class FedAvg(flower.FedAvg):
         weights = {reply.site: reply.weight for reply in combined.replies}
         records: Mapping[str, ArrayRecord] = {}
         if self.method is not None and model is not None and sent is not None:
-            trained = stepped(sent, self.buffers)
+            trained = self._trained(sent)
             before = self.current_companions
             result = moved(self.method, state, sent, model, trained, before, companions, weights)
             model = result.model
@@ -916,11 +916,15 @@ class FedAvg(flower.FedAvg):
             config = message.content.config_records[self.configrecord_key]
             config.update(config_of(self.method, self.keep, self.keep_sent, taken, own))
 
+    def _trained(self, model: ArrayRecord) -> list[str]:
+        """Return the keys of a model that sites train together."""
+        return [key for key in stepped(model, self.buffers) if key not in self.kept]
+
     def _prepare_companions(self, model: ArrayRecord) -> None:
         """Add the method's first companions, unless the run has later ones."""
         if self.method is None:
             return
-        first = companions_of(self.method, model, stepped(model, self.buffers))
+        first = companions_of(self.method, model, self._trained(model))
         for name, record in first.items():
             if name in self.run.companions:
                 checkpoints.require_layout(name, self.run.companions[name], record)
