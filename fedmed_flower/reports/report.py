@@ -13,7 +13,7 @@ from fedmed_flower.files import (
     write_atomic,
 )
 from fedmed_flower.metrics.counts import read_counts
-from fedmed_flower.metrics.names import lower_is_better
+from fedmed_flower.metrics.names import STALENESS, VIRTUAL_SECONDS, lower_is_better
 from fedmed_flower.reports import comparison, contents, evidence, frame, heat, plots, trained
 from fedmed_flower.reports.contents import (
     Classes,
@@ -51,7 +51,16 @@ from fedmed_flower.wire import ALL_SITES, BYTES_SAVED, EPSILON, HOSPITAL_EPSILON
 MOST_FAILURES = 100
 # Of a phase whose metrics are not known.
 _MOST_PANELS = 4
-_NO_PANEL = ("num-examples", "seconds", EPSILON, HOSPITAL_EPSILON, "clipping-norm", BYTES_SAVED)
+_NO_PANEL = (
+    "num-examples",
+    "seconds",
+    EPSILON,
+    HOSPITAL_EPSILON,
+    "clipping-norm",
+    STALENESS,
+    VIRTUAL_SECONDS,
+    BYTES_SAVED,
+)
 _MOST_REASON = 300
 # Longer lists of settings are folded away.
 _MOST_SHOWN = 30

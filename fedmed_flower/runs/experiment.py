@@ -213,6 +213,12 @@ def _prepared(
     strategy.use_method(method)
     _require_method(strategy, config, context.run_config)
     plan = Plan.from_run_config(context.run_config)
+    if config.get("virtual-speeds") and not hasattr(grid, "set_clock"):
+        raise setting_error(
+            "virtual-speeds needs a run in one process, `fedmed run` with the engine local: sites "
+            "that work at the same time have their own speeds",
+            "virtual-speeds",
+        )
     require_trackers(plan.trackers)
     folder = RunFolder.named(plan.run_dir)
     if not plan.resume:
@@ -231,6 +237,10 @@ def _prepared(
     if plan.compression != NONE:
         strategy.compression = plan.compression
         strategy.top_k_share = plan.top_k_share
+    if plan.buffer:
+        strategy.buffer = plan.buffer
+        strategy.staleness_exponent = plan.staleness_exponent
+    strategy.require_buffer()
     if asking is None:
         # Before waiting for sites, so that a wrong run config or checkpoint is reported at once.
         start = _start_model(model, agreed, config, plan.seed)

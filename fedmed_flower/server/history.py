@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedmed_flower.files import write_rows
-from fedmed_flower.metrics.names import MAIN
+from fedmed_flower.metrics.names import MAIN, STALENESS, VIRTUAL_SECONDS
 from fedmed_flower.server.traffic import Traffic
 from fedmed_flower.wire import ALL_SITES, BYTES_SAVED, EPSILON, HOSPITAL_EPSILON, Sent
 
@@ -17,7 +17,16 @@ from fedmed_flower.wire import ALL_SITES, BYTES_SAVED, EPSILON, HOSPITAL_EPSILON
 Row = tuple[int, str, str, str, float]
 COLUMNS = ("round", "phase", "site", "metric", "value")
 # Of a round: what is no measure of the model.
-_NOT_SHOWN = ("num-examples", "seconds", EPSILON, HOSPITAL_EPSILON, "clipping-norm", BYTES_SAVED)
+_NOT_SHOWN = (
+    "num-examples",
+    "seconds",
+    EPSILON,
+    HOSPITAL_EPSILON,
+    "clipping-norm",
+    STALENESS,
+    VIRTUAL_SECONDS,
+    BYTES_SAVED,
+)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -46,6 +47,9 @@ class AcceptedReply:
     companions : dict of str to ArrayRecord
         What came back beside the model, by name.
     weight : float
+    freshness : float
+        What is left of its weight for the model, because of the age of the model that it replies
+        to; above 0, at most 1. Companions are combined by the whole weight.
     used : bool
         Whether the rule used it.
     """
@@ -57,12 +61,44 @@ class AcceptedReply:
     arrays: ArrayRecord = field(default_factory=ArrayRecord)
     companions: dict[str, ArrayRecord] = field(default_factory=dict)
     weight: float = 1.0
+    freshness: float = 1.0
     used: bool = False
 
     @property
     def metrics(self) -> MetricRecord:
         """The reply's only metrics."""
         return metrics_of(self.message)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is kept of a message until its reply comes.
+
+    Attributes
+    ----------
+    message_id : str
+    node_id : int
+        The node that is asked.
+    number : int
+        Index of the message in its phase.
+    size : int
+        Bytes of its content.
+    content : RecordDict
+        Its arrays are those of all messages of its round, which are not copied.
+    """
+
+    message_id: str
+    node_id: int
+    number: int
+    size: int
+    content: RecordDict
+
+    @classmethod
+    def of(cls, message: Message, number: int) -> Self:
+        """Return the request of a message that has been sent."""
+        metadata = message.metadata
+        content = message.content
+        return cls(metadata.message_id, metadata.dst_node_id, number, size_of(content), content)
 
 
 class Inbox:
@@ -157,41 +193,63 @@ class Inbox:
         """
         exchange = Exchange(grid, messages, timeout, minimum, grace)
         numbers = {id(message): number for number, message in enumerate(messages)}
-        self._senders = {}
-        self._requests = {}
-        self._traffic = []
-        self._heard = set()
+        self.begin_phase()
         asked = [self.name(message.metadata.dst_node_id) for message in messages]
         self.listeners.asked(server_round, phase, asked)
         for message, reply in exchange:
-            sender = (message.metadata.dst_node_id, numbers[id(message)])
-            self._senders[message.metadata.message_id] = sender
-            self._requests[message.metadata.message_id] = message.content
-            self._tell(message, reply, server_round, phase)
-            sizes = (size_of(message.content), size_of(reply.content) if reply.has_content() else 0)
-            self._traffic.append((message.metadata.dst_node_id, *sizes, exchange.waited))
+            request = Request.of(message, numbers[id(message)])
+            self.take(request, reply, server_round, phase, exchange.waited)
             yield reply
         # Only now all sites that replied have given their names.
-        for node_id, to_site, from_site, seconds in self._traffic:
-            traffic = self.history.traffic.setdefault(self.name(node_id), Traffic())
-            traffic.add(to_site, from_site, seconds)
+        self.count_traffic()
         for message in exchange.silent:
             site = self.name(message.metadata.dst_node_id)
             self.fail(server_round, phase, site, f"no reply {exchange.patience}")
 
-    def _tell(self, message: Message, reply: Message, server_round: int, phase: str) -> None:
-        """Tell the listeners of a reply, which may still fail in screening."""
-        node_id = message.metadata.dst_node_id
+    def begin_phase(self) -> None:
+        """Forget which messages the replies of the phase before belong to."""
+        self._senders = {}
+        self._requests = {}
+        self._traffic = []
+        self._heard = set()
+
+    def take(
+        self, request: Request, reply: Message, server_round: int, phase: str, seconds: float
+    ) -> None:
+        """Note whose reply has come, and tell the listeners; it may still fail in screening.
+
+        Parameters
+        ----------
+        request : Request
+            Of the message that it replies to.
+        reply : Message
+        server_round : int
+        phase : str
+        seconds : float
+            How long the reply was waited for.
+        """
+        node_id = request.node_id
+        self._senders[request.message_id] = (node_id, request.number)
+        self._requests[request.message_id] = request.content
         before = self.name(node_id)
         learn_name(self.site_names, node_id, reply, self.connected)
         site = self.name(node_id)
         if site != before:
             self.listeners.named(before, site)
         if reply.has_error():
-            self._heard.add(message.metadata.message_id)
+            self._heard.add(request.message_id)
             self.listeners.failed(server_round, phase, site, error_text(reply))
         else:
             self.listeners.replied(site)
+        size = size_of(reply.content) if reply.has_content() else 0
+        self._traffic.append((node_id, request.size, size, seconds))
+
+    def count_traffic(self) -> None:
+        """Add the bytes and seconds of the phase's replies to the history, by site."""
+        for node_id, to_site, from_site, seconds in self._traffic:
+            traffic = self.history.traffic.setdefault(self.name(node_id), Traffic())
+            traffic.add(to_site, from_site, seconds)
+        self._traffic = []
 
     def admit(
         self,
@@ -229,7 +287,9 @@ class Inbox:
                 reason: str | None = "the site has replied already"
             else:
                 try:
-                    reply = self._unpacked(reply, unpacker)
+                    dense = self.unpacked(reply, unpacker)
+                    self._count_saved(reply, dense)
+                    reply = dense
                     reason = self._flaw(reply, weighted_by_key, layout, layouts)
                 except ValueError as error:
                     reason = str(error)
@@ -265,8 +325,8 @@ class Inbox:
         kinds = {re.sub(r"\d+", "", error)[:_ALIKE] for error in self.errors}
         return self.errors[0] if len(kinds) == 1 else None
 
-    def _unpacked(self, reply: Message, unpacker: Unpacker | None) -> Message:
-        """Unpack a reply's arrays, and count what their code has saved.
+    def unpacked(self, reply: Message, unpacker: Unpacker | None) -> Message:
+        """Unpack a reply's arrays, if the sites were asked for a code.
 
         Raises
         ------
@@ -279,12 +339,16 @@ class Inbox:
         request = self._requests.get(message_id)
         if request is None and message_id in self._senders:
             raise ValueError("it is not known from which model its change counts")
-        dense = unpacker.unpacked(reply, request)
+        return unpacker.unpacked(reply, request)
+
+    def _count_saved(self, reply: Message, dense: Message) -> None:
+        """Count what the code of a reply has saved."""
+        if dense is reply:
+            return
         saved = saved_bytes(reply, dense)
         self.saved += saved
         site = self.name(self._sender(reply)[0])
         self.history.traffic.setdefault(site, Traffic()).bytes_saved += saved
-        return dense
 
     def _flaw(
         self,

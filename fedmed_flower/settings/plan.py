@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedmed_flower.arrays.compression import COMPRESSIONS, NONE
 from fedmed_flower.settings.allowed import Matching, OneOf, Within
-from fedmed_flower.settings.section import MOST_ROUNDS, Section, setting
+from fedmed_flower.settings.section import MOST_EXPONENT, MOST_ROUNDS, Section, setting
 from fedmed_flower.settings.text import setting_error
 
 # Where a run can be tracked.
@@ -83,6 +83,19 @@ class Plan(Section):
             ("tensorboard,", "MLflow", "tensorboard mlflow"),
         ),
     )
+    buffer: int = setting(
+        0,
+        "Asynchronous rounds: a round ends with so many usable replies, and nobody waits for the "
+        "slowest site. 0: a round waits for the replies of all its sites.",
+        Within(0),
+        "replies",
+    )
+    staleness_exponent: float = setting(
+        0.5,
+        "With buffer: a reply to the model of s rounds before weighs (1 + s) ^ -staleness-exponent "
+        "of what it would weigh.",
+        Within(0.0, MOST_EXPONENT),
+    )
 
     compression: str = setting(
         NONE,
@@ -102,8 +115,14 @@ class Plan(Section):
         return tuple(dict.fromkeys(filter(None, self.track.split(","))))
 
     def check(self) -> None:
-        """Refuse to resume nothing."""
+        """Refuse to resume nothing, and a quorum of rounds that wait for no site."""
         if self.resume and not self.run_dir:
             raise setting_error(
                 "resume needs run-dir, the folder of the run to go on with", "resume"
+            )
+        if self.buffer and self.quorum:
+            raise setting_error(
+                "buffer excludes quorum: a round that ends with a number of replies has one; "
+                "leave quorum out",
+                "buffer",
             )

@@ -24,7 +24,7 @@ from fedmed_flower.arrays.views import keep_dtypes, own_content
 from fedmed_flower.errors import InputError
 from fedmed_flower.methods.base import Method
 from fedmed_flower.methods.registry import method_of
-from fedmed_flower.metrics.names import is_pooled_only
+from fedmed_flower.metrics.names import VIRTUAL_SECONDS, is_pooled_only
 from fedmed_flower.metrics.pooling import class_counts, pool
 from fedmed_flower.server.compression import Unpacker, require_one_each
 from fedmed_flower.server.history import History, Stop
@@ -39,6 +39,7 @@ from fedmed_flower.server.screening import (
     with_shared_metrics,
 )
 from fedmed_flower.server.sites import app_name, draw, nobody_left, shortfall, wait_for_sites
+from fedmed_flower.settings.section import MOST_EXPONENT
 from fedmed_flower.strategies import checkpoint as checkpoints
 from fedmed_flower.strategies.aggregation import (
     STREAM_ABOVE,
@@ -54,6 +55,7 @@ from fedmed_flower.strategies.aggregation import (
     shapes,
     weighed,
 )
+from fedmed_flower.strategies.asynchronous import RESUMED, Dispatch, ReplyBuffer, refusal
 from fedmed_flower.strategies.methods import (
     MethodState,
     companions_of,
@@ -123,6 +125,8 @@ class RunState:
         The metrics and counts of each site's reply to `FedAvg.test`.
     strategy : dict
         The strategy's class and its arguments, as the checkpoint records them.
+    waiting : ReplyBuffer or None
+        What is under way in asynchronous rounds; None if rounds wait for all their sites.
     method : MethodState
         What the server knows of the method for hospitals that differ.
     """
@@ -138,6 +142,7 @@ class RunState:
     rows_of_class: list[int] = field(default_factory=list)
     tested: dict[str, dict[str, Any]] = field(default_factory=dict)
     strategy: dict[str, Any] = field(default_factory=dict)
+    waiting: ReplyBuffer | None = None
     method: MethodState = field(default_factory=MethodState)
 
 
@@ -190,6 +195,14 @@ class FedAvg(flower.FedAvg):
         largest entries alone. They add what the code lost to the next change.
     top_k_share : float
         Share of the entries of each array that ``"top-k"`` keeps. Above 0, at most 1.
+    buffer : int
+        Asynchronous rounds (FedBuff): a round ends with so many usable replies, and the next model
+        goes to the sites that are free. A reply counts as the change of the model that was sent to
+        its site. `fraction_train` is then the share of sites that train at once. At most the number
+        of sites. 0: a round waits for the replies of all its sites.
+    staleness_exponent : float
+        With `buffer`, the weight of a reply is multiplied by (1 + s) ^ -`staleness_exponent` if its
+        model is s rounds old. From 0, which makes no difference, to 10.
 
     Attributes
     ----------
@@ -262,6 +275,8 @@ class FedAvg(flower.FedAvg):
         listeners: Iterable[Listener] = (),
         compression: str = NONE,
         top_k_share: float = 0.01,
+        buffer: int = 0,
+        staleness_exponent: float = 0.5,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs | minima(super().__init__, args, kwargs))
@@ -280,6 +295,14 @@ class FedAvg(flower.FedAvg):
         code_of(compression, top_k_share)
         self.compression = compression
         self.top_k_share = top_k_share
+        if buffer < 0:
+            raise InputError(f"buffer must be at least 0, got {buffer}")
+        if not 0 <= staleness_exponent <= MOST_EXPONENT:
+            raise InputError(
+                f"staleness_exponent must be from 0 to {MOST_EXPONENT:g}, got {staleness_exponent}"
+            )
+        self.buffer = buffer
+        self.staleness_exponent = staleness_exponent
         self.quorum = quorum
         self.grace = grace
         self.max_weight_share = max_weight_share
@@ -366,6 +389,7 @@ class FedAvg(flower.FedAvg):
             raise InputError(f"num_rounds must be at least 1, got {num_rounds}")
         if not timeout > 0:
             raise InputError(f"timeout must be above 0 seconds, got {timeout}")
+        self.require_buffer()
         configs = {
             _TRAIN: ConfigRecord() if train_config is None else train_config,
             _EVALUATE: ConfigRecord() if evaluate_config is None else evaluate_config,
@@ -398,6 +422,13 @@ class FedAvg(flower.FedAvg):
         self.import_state({})
         self.run.strategy = checkpoints.arguments_of(self)
         first = self._restore(grid, initial_arrays) + 1
+        self._set_clock(grid)
+        if self.buffer:
+            self.run.waiting = ReplyBuffer(
+                grid, self.inbox, self.buffer, self.staleness_exponent, timeout, self.buffers
+            )
+            if 1 < first <= num_rounds:
+                self.inbox.note(first, "train", ALL_SITES, RESUMED)
         # Whether it still holds is asked before the next round.
         self.history.stopped = None
         if first > num_rounds + 1:
@@ -422,16 +453,13 @@ class FedAvg(flower.FedAvg):
                 break
             began = time.perf_counter()
             arrays = self.result.arrays
-            messages = list(self.configure_train(server_round, arrays, configs[_TRAIN], grid))
-            # Do not bind the replies to a variable: they would stay in memory while the sites
-            # evaluate.
-            aggregated, metrics = self.aggregate_train(
-                server_round, self.exchange(grid, messages, server_round, "train")
-            )
+            aggregated, metrics, asked = self._train(grid, server_round, arrays, configs[_TRAIN])
             if aggregated is not None:
                 self.result.arrays = arrays = aggregated
             self._add_metrics(server_round, "train_metrics_clientapp", metrics, "train")
-            if self._halted(grid, server_round, "train", len(messages)):
+            if (seconds := getattr(grid, "virtual_seconds", None)) is not None:
+                self.history.add(server_round, "train", ALL_SITES, {VIRTUAL_SECONDS: seconds})
+            if self._halted(grid, server_round, "train", asked):
                 break
 
             messages = list(self.configure_evaluate(server_round, arrays, configs[_EVALUATE], grid))
@@ -450,6 +478,62 @@ class FedAvg(flower.FedAvg):
             told = len(self.history.rows)
             if self._halted(grid, server_round, "val", len(messages)):
                 break
+        if self.run.waiting is not None:
+            self.run.waiting.close()
+            self.run.waiting = None
+
+    def _train(
+        self, grid: Grid, server_round: int, arrays: ArrayRecord, config: ConfigRecord
+    ) -> tuple[ArrayRecord | None, MetricRecord | None, int]:
+        """Train a round; return the model, the metrics and how many sites were asked."""
+        waiting = self.run.waiting
+        # Do not bind the replies to a variable: they would stay in memory while the sites evaluate.
+        if waiting is None:
+            messages = list(self.configure_train(server_round, arrays, config, grid))
+            model, metrics = self.aggregate_train(
+                server_round, self.exchange(grid, messages, server_round, "train")
+            )
+            return model, metrics, len(messages)
+        layout = self.reply_layout(arrays)
+        self._prepare_companions(arrays)
+        model, metrics = self.aggregate_train(
+            server_round,
+            waiting.gather(
+                Dispatch(server_round, arrays, self.current_companions),
+                lambda: self.configure_train(server_round, arrays, config, grid),
+                lambda: self._trainers(grid),
+                lambda reply: self._is_usable(reply, waiting, layout),
+            ),
+        )
+        waiting.record()
+        return model, metrics, waiting.asked
+
+    def _is_usable(self, reply: Message, waiting: ReplyBuffer, layout: ArrayRecord) -> bool:
+        """Return whether a reply counts for the buffer, as far as is known so far."""
+        try:
+            dense = self.inbox.unpacked(reply, self._unpacker(layout))
+        except ValueError:  # Recorded with its reason when the replies are combined.
+            return False
+        return waiting.usable(dense, self.weighted_by_key, layout)
+
+    def require_buffer(self) -> None:
+        """Raise `InputError` if this strategy cannot train in asynchronous rounds, but is to."""
+        if not self.buffer:
+            return
+        other = self.below
+        reason = refusal(
+            type(self).__name__,
+            self.buffer,
+            quorum=self.quorum,
+            min_replies=self.min_replies,
+            needed=self.needed(),
+            draws_by_law=self.draws_by_law,
+            method=self.method,
+            below=None if other is None or issubclass(other, OPTIMISERS) else other,
+            own_exchange=type(self).exchange is not FedAvg.exchange,
+        )
+        if reason is not None:
+            raise InputError(reason)
 
     def _describe_end(self, ending: Ending) -> None:
         """Say how the rounds ended: without a model, or early."""
@@ -524,7 +608,9 @@ class FedAvg(flower.FedAvg):
             self.before_round(server_round)
         messages = super().configure_train(server_round, arrays, config, grid)
         addressed = self._address(messages, grid, server_round, _TRAIN)
-        reason = shortfall(type(self).__name__, self.needed(), len(addressed), self.if_too_few)
+        # In asynchronous rounds others are at work already, and `require_buffer` has compared.
+        needed = self.needed() if self.run.waiting is None else 0
+        reason = shortfall(type(self).__name__, needed, len(addressed), self.if_too_few)
         if reason is not None:
             if not self.run.begun:
                 raise InputError(reason)
@@ -865,6 +951,8 @@ class FedAvg(flower.FedAvg):
             self._unpacker(layout),
         )
         usable = weighed(admitted, self.weigh, self.decode, self._reject)
+        if self.run.waiting is not None:
+            usable = self.run.waiting.rebased(usable)
         if rest is not None and layout is not None and self.is_plain_mean:
             combined = self._combined_one_by_one(usable, layout if sent is None else sent)
         else:
@@ -1090,7 +1178,7 @@ class FedAvg(flower.FedAvg):
         starting = math.isfinite(self.run.timeout) and not self.run.begun
         if phase == "train" and starting and not getattr(grid, "complete", False):
             # Hospitals connect one after the other: a rule that needs many must wait for them.
-            needed = max(needed, self.needed())
+            needed = max(needed, self.needed(), self.buffer)
         count = wait_for_sites(grid, needed, self.run.timeout)
         if count >= needed:
             return True
@@ -1108,8 +1196,7 @@ class FedAvg(flower.FedAvg):
     def _halted(self, grid: Grid, server_round: int, phase: str, asked: int) -> bool:
         """Return whether all sites failed alike in a phase, as they would in further rounds."""
         error = self.inbox.common_error(asked)
-        connected = self._connected(grid)
-        everybody = len(connected if self.only is None else connected & self.only)
+        everybody = len(self._trainers(grid))
         if error is None or asked < min(everybody, _MANY):
             return False
         who = f"all {asked} sites failed alike" if asked > 1 else "the only site failed"
@@ -1173,6 +1260,17 @@ class FedAvg(flower.FedAvg):
             getattr(self.result, name)[server_round] = metrics
             self.history.add(server_round, phase, ALL_SITES, metrics)
 
+    def _set_clock(self, grid: Grid) -> None:
+        """Set the virtual clock to what it showed after the last round, or to 0."""
+        if hasattr(grid, "set_clock"):
+            rows = reversed(self.history.rows)
+            grid.set_clock(next((row[4] for row in rows if row[3] == VIRTUAL_SECONDS), 0.0))
+
+    def _trainers(self, grid: Grid) -> set[int]:
+        """Return the connected nodes that may train."""
+        connected = self._connected(grid)
+        return connected if self.only is None else connected & self.only
+
     def _connected(self, grid: Grid) -> set[int]:
         """Return the nodes that are connected and may be sent something."""
         return set(grid.get_node_ids()).difference(self.excluded)
@@ -1183,9 +1281,13 @@ class FedAvg(flower.FedAvg):
         """Address Flower's messages to the sites of `choose`, each with records of its own."""
         messages = list(messages)
         self.inbox.connected = set(grid.get_node_ids())
-        connected = self._connected(grid)
-        nodes = connected if self.only is None else connected & self.only
-        drawn = self.choose(nodes, len(messages), server_round, phase == _TRAIN)
+        nodes = self._trainers(grid)
+        count = len(messages)
+        if self.run.waiting is not None:
+            nodes = self.run.waiting.free(nodes, phase == _TRAIN)
+            if phase == _TRAIN:
+                count = max(0, count - self.run.waiting.training)
+        drawn = self.choose(nodes, count, server_round, phase == _TRAIN)
         for message, node_id in zip(messages, drawn, strict=False):
             message.metadata.dst_node_id = node_id
             # Flower gives all messages one content.

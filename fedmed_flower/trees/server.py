@@ -52,7 +52,7 @@ _PASSED_ON = (
     *_MINIMA,
 )
 # Settings of what `federate` does only with a network.
-_NETWORKS_ONLY = ("baselines", "personal-epochs")
+_NETWORKS_ONLY = ("baselines", "personal-epochs", "buffer")
 
 
 def grow(

@@ -290,6 +290,19 @@ def test_a_mean_of_many_sites_unpacks_each_reply_as_it_comes():
     assert np.allclose(*results, rtol=1e-6)
 
 
+def test_in_asynchronous_rounds_a_change_counts_from_the_model_that_was_sent():
+    results = []
+    for compression in ("none", "int8"):
+        options = {"fraction_evaluate": 0.0, "seed": 1, "buffer": 2, "staleness_exponent": 0.0}
+        strategy = FedAvg(compression=compression, **options)
+        run(strategy, coding_app(compression), MODEL, 4, 3)
+        assert not strategy.history.failures
+        stale = [row for row in strategy.history.rows if row[3] == "staleness" and row[4] > 0]
+        assert stale
+        results.append(strategy.result.arrays["w"].numpy())
+    assert np.allclose(*results, rtol=0, atol=0.05)
+
+
 def test_hostile_sites_are_left_out_by_name_and_count_as_malicious():
     def behave(number, server_round, content):
         record = content["arrays"]
