@@ -195,7 +195,7 @@ def _section(title: str, *parts: str) -> str:
 def _head(run: _Run) -> str:
     summary = run.summary
     status = str(summary.get("status"))
-    words = [contents.early_stop(summary), summary.get("message"), contents.happened(summary)]
+    words = [*contents.course(summary), summary.get("message"), contents.happened(summary)]
     happened = ". ".join(plain(word) for word in words if word)
     lines = [f"# Model card: {plain(summary.get('app') or 'run')}"]
     if summary.get("generated") is True:

@@ -44,13 +44,35 @@ _MOST_EXPLAINING = 2
 _CHANGE = "+,.3f"
 
 
-def early_stop(summary: dict[str, Any]) -> str:
-    """Return after which round the run ended early, and why; an empty text if it did not."""
+def course(summary: dict[str, Any]) -> list[str]:
+    """Return what is unlike a run of all rounds from fresh weights whose last model is kept.
+
+    These are the weights it began with, or tested alone; why it ended early; and whose round's
+    model is kept.
+    """
+    said = []
+    if weights := nested(summary, "started-from"):
+        said.append(f"Started from {_weights(weights)}")
+        if nested(summary, "privacy"):
+            said.append("What those weights tell of their patients is not in its privacy figures")
+    if weights := nested(summary, "evaluated"):
+        said.append(f"Nothing was trained: these are tests of {_weights(weights)}")
     stopped = nested(summary, "stopped")
-    last = number(stopped, "round")
-    if last is None:
-        return ""
-    return f"Stopped after round {format_value(last, COUNT)}: {stopped.get('reason')}"
+    if (last := number(stopped, "round")) is not None:
+        said.append(f"Stopped after round {format_value(last, COUNT)}: {stopped.get('reason')}")
+    kept = nested(summary, "kept")
+    if (best := number(kept, "round")) is not None:
+        value = format_value(number(kept, "value"))
+        said.append(
+            f"The model of round {format_value(best, COUNT)} is kept: its {kept.get('metric')} on "
+            f"validation records, {value}, is the {kept.get('direction')}"
+        )
+    return said
+
+
+def _weights(weights: dict[str, Any]) -> str:
+    """Return which weights they are, in a sentence."""
+    return f"the weights in {weights.get('path')} (SHA-256 {weights.get('sha256')})"
 
 
 @dataclass(frozen=True)

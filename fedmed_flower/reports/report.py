@@ -176,7 +176,7 @@ def _head(summary: dict[str, Any], num_sites: int) -> str:
     status = str(summary.get("status"))
     title = STATUS.get(status, "Status not known")
     parts = [
-        contents.early_stop(summary)[:_MOST_REASON],
+        *(said[:_MOST_REASON] for said in contents.course(summary)),
         summary.get("message"),
         contents.happened(summary)[:_MOST_REASON],
     ]

@@ -21,7 +21,7 @@ def facts(summary: dict[str, Any]) -> dict[str, str]:
     found = {}
     if method := _text(summary, "method"):
         found["method"] = method
-    layers = summary.get("kept")
+    layers = summary.get("kept-layers")
     names = [name for name in layers if isinstance(name, str)] if isinstance(layers, list) else []
     if names:
         count = format_value(len(names), COUNT)

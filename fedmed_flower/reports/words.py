@@ -103,6 +103,8 @@ def _trained(summary: dict[str, Any], main: str, counts: Counts | None) -> list[
         sentences.append(
             "All data of this run are generated: its figures say nothing about patients."
         )
+    if nested(summary, "evaluated"):
+        sentences.append("Nothing was trained in this run: a finished model was tested.")
     if trainers and rounds:
         who = f"{count_of(len(trainers), 'hospital')} trained one model together"
         if len(trainers) == 1:

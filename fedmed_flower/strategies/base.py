@@ -64,6 +64,7 @@ from fedmed_flower.strategies.methods import (
     require_fitting,
     unlimited_of,
 )
+from fedmed_flower.strategies.selection import LAST, Selection, server_figures
 from fedmed_flower.strategies.server_optimizers import (
     OPTIMISERS,
     class_below,
@@ -129,6 +130,8 @@ class RunState:
         What is under way in asynchronous rounds; None if rounds wait for all their sites.
     method : MethodState
         What the server knows of the method for hospitals that differ.
+    selection : Selection
+        Which round's model is the best so far.
     """
 
     timeout: float = math.inf
@@ -144,6 +147,7 @@ class RunState:
     strategy: dict[str, Any] = field(default_factory=dict)
     waiting: ReplyBuffer | None = None
     method: MethodState = field(default_factory=MethodState)
+    selection: Selection = field(default_factory=Selection)
 
 
 def leave_result(grid: Grid, result: flower.Result, folder: RunFolder | None) -> None:
@@ -188,6 +192,8 @@ class FedAvg(flower.FedAvg):
     method : str or Method, optional
         What sites do beside plain training, and the server with it: see `fedmed_flower.methods`.
         `federate` sets it by the run config. None is plain training.
+    keep_model, keep_metric, patience
+        As `compare_rounds` takes them.
     listeners : iterable of Listener
         They hear how a run goes: see `fedmed_flower.server.Listener`.
     compression : {"none", "int8", "int4", "top-k"}
@@ -272,6 +278,9 @@ class FedAvg(flower.FedAvg):
         quorum: int | None = None,
         grace: float = 60.0,
         method: str | Method | None = None,
+        keep_model: str = LAST,
+        keep_metric: str = "",
+        patience: int = 0,
         listeners: Iterable[Listener] = (),
         compression: str = NONE,
         top_k_share: float = 0.01,
@@ -315,6 +324,7 @@ class FedAvg(flower.FedAvg):
             raise InputError(f"seed must be at least 0, got {seed}")
         self.seed = secrets.randbits(63) if seed is None else seed
         self.min_replies = min_replies
+        self.compare_rounds(keep_model, keep_metric, patience)
         self.inbox = Inbox()
         self.listeners = Listeners(listeners)
         self.result = flower.Result()
@@ -351,6 +361,37 @@ class FedAvg(flower.FedAvg):
         require_fitting(method, name, plain, self._optimiser is not None, self.draws_by_law)
         self.method = method
 
+    def compare_rounds(self, keep_model: str, keep_metric: str = "", patience: int = 0) -> None:
+        """Say which model is kept, and when a run ends that no longer improves.
+
+        Training always goes on from the last model.
+
+        Parameters
+        ----------
+        keep_model : {"last", "best"}
+            Whether the result of a run is the last model or that of the best round.
+        keep_metric : str
+            The figure that says which round is the best: one of all sites' validation rows
+            together, or, after ``server:``, one of `evaluate_fn`. Empty: that by which a run is
+            judged, such as the AUC.
+        patience : int
+            The run ends after so many rounds without a better figure. 0: it does not.
+
+        Raises
+        ------
+        InputError
+            If an argument is none of these, or there will be no such figure.
+        """
+        selection = Selection(keep_model, keep_metric, patience)
+        if selection.by_hospitals and self.fraction_evaluate == 0:
+            raise InputError(
+                "keep_model and patience need figures of validation rows, and fraction_evaluate "
+                "is 0: set it above 0, or name a figure of the server (keep_metric='server:NAME')"
+            )
+        self.keep_model = keep_model
+        self.keep_metric = keep_metric
+        self.patience = patience
+
     def start(
         self,
         grid: Grid,
@@ -377,19 +418,21 @@ class FedAvg(flower.FedAvg):
         Returns
         -------
         flwr.serverapp.strategy.Result
-            Its `arrays` are the last model, or the initial one if no round succeeded.
+            Its `arrays` are the last model, or that of the best round if `keep` asks for it; the
+            initial one if no round succeeded.
 
         Raises
         ------
         InputError
-            If an argument is out of range, or the checkpoint is damaged or belongs to another
-            model.
+            If an argument is out of range, the checkpoint is damaged or belongs to another model,
+            or the figure that decides which model is kept never comes.
         """
         if num_rounds < 1:
             raise InputError(f"num_rounds must be at least 1, got {num_rounds}")
         if not timeout > 0:
             raise InputError(f"timeout must be above 0 seconds, got {timeout}")
         self.require_buffer()
+        self.require_choice()
         configs = {
             _TRAIN: ConfigRecord() if train_config is None else train_config,
             _EVALUATE: ConfigRecord() if evaluate_config is None else evaluate_config,
@@ -414,7 +457,8 @@ class FedAvg(flower.FedAvg):
         evaluate_fn: EvaluateFn | None,
     ) -> None:
         """Run the rounds, by arguments that have been checked."""
-        self.run = RunState(timeout)
+        selection = Selection(self.keep_model, self.keep_metric, self.patience)
+        self.run = RunState(timeout, selection=selection)
         self.inbox.history = History()
         self.inbox.declined = set()
         self.result = flower.Result(arrays=initial_arrays)
@@ -445,8 +489,10 @@ class FedAvg(flower.FedAvg):
                 0, "evaluate_metrics_serverapp", evaluate_fn(0, initial_arrays), "server"
             )
         for server_round in range(first, num_rounds + 1):
-            reason = self.stop_reason() or nobody_left(
-                self._connected(grid), self.inbox.declined, self.only
+            reason = (
+                self.stop_reason()
+                or selection.stop_reason()
+                or nobody_left(self._connected(grid), self.inbox.declined, self.only)
             )
             if reason is not None:
                 self._stop(grid, Stop(server_round - 1, " ".join(reason.split())))
@@ -466,10 +512,13 @@ class FedAvg(flower.FedAvg):
             replies = self.exchange(grid, messages, server_round, "val")
             metrics = self.aggregate_evaluate(server_round, replies)
             self._add_metrics(server_round, "evaluate_metrics_clientapp", metrics, "val")
+            figures = dict(metrics or {})
 
             if evaluate_fn is not None:
                 metrics = evaluate_fn(server_round, arrays)
                 self._add_metrics(server_round, "evaluate_metrics_serverapp", metrics, "server")
+                figures |= server_figures(metrics)
+            self._compare(server_round, arrays, figures)
             self._save(grid, server_round)
             seconds = time.perf_counter() - began
             line = self.history.describe(server_round)
@@ -516,6 +565,16 @@ class FedAvg(flower.FedAvg):
             return False
         return waiting.usable(dense, self.weighted_by_key, layout)
 
+    def require_choice(self) -> None:
+        """Raise `InputError` if the best round's model is to be kept and sites have own ones."""
+        if self.keep_model != LAST and self.has_own_models:
+            name = "keep" if self.method is None else self.method.name
+            raise InputError(
+                f"keep_model={self.keep_model!r} excludes {name}: each site's own model is that of "
+                "the last round, which does not fit the global one of another round; leave "
+                "keep_model out (patience goes with it)"
+            )
+
     def require_buffer(self) -> None:
         """Raise `InputError` if this strategy cannot train in asynchronous rounds, but is to."""
         if not self.buffer:
@@ -534,6 +593,27 @@ class FedAvg(flower.FedAvg):
         )
         if reason is not None:
             raise InputError(reason)
+        self._keep_best()
+
+    def _compare(self, server_round: int, arrays: ArrayRecord, figures: dict[str, Any]) -> None:
+        """Compare the model of a round with the best so far, if a figure decides anything."""
+        selection = self.run.selection
+        # The initial model is nobody's result.
+        if not selection.on or not self.result.train_metrics_clientapp:
+            return
+        flaw = selection.observe(server_round, arrays, figures, self.history.sent)
+        if flaw is not None:
+            self.inbox.note(server_round, "val", ALL_SITES, flaw)
+
+    def _keep_best(self) -> None:
+        """Make the model of the best round the result, if that is asked for."""
+        self.history.kept = self.run.selection.kept()
+        model = self.run.selection.model
+        if model is None:
+            return
+        self.result.arrays = model
+        if self.folder is not None:
+            self.folder.write_model(model)
 
     def _describe_end(self, ending: Ending) -> None:
         """Say how the rounds ended: without a model, or early."""
@@ -798,11 +878,12 @@ class FedAvg(flower.FedAvg):
             f"{checkpoints.COMPANION}{name}": record
             for name, record in self.current_companions.items()
         }
-        return export_state(vars(self)) | companions | self.run.method.export()
+        state = export_state(vars(self)) | companions | self.run.method.export()
+        return state | self.run.selection.export_state()
 
     def import_state(self, state: dict[str, ArrayRecord]) -> None:
         """Take up what `export_state` returned when the checkpoint was written."""
-        rest = dict(state)
+        rest = self.run.selection.import_state(state)
         self.run.companions = {}
         for name, first in self.companions.items():
             record = rest.pop(f"{checkpoints.COMPANION}{name}", None)

@@ -18,7 +18,7 @@ from fedmed_flower.runs.experiment import federate
 from fedmed_flower.server.listener import Listener
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.server.screening import metrics_of, with_shared_metrics
-from fedmed_flower.settings.plan import Plan
+from fedmed_flower.settings.plan import Plan, refuse_evaluation
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.text import expand, setting_error
 from fedmed_flower.strategies.base import EvaluateFn, FedAvg
@@ -93,7 +93,7 @@ def grow(
     ------
     InputError
         If the run config or every site's data is wrong, the strategy is another one, or the run
-        config asks for privacy or to resume a run.
+        config asks for privacy, to resume a run, to start from weights or to test a model.
     RunFailedError
         If no round succeeded.
     """
@@ -113,6 +113,11 @@ def grow(
         raise setting_error(
             f'compression must be "none" for trees, got "{plan.compression}": it is for networks',
             "compression",
+        )
+    refuse_evaluation(config, "grows trees")
+    if plan.init_from:
+        raise setting_error(
+            "init-from needs a network, and this app grows trees: leave it out", "init-from"
         )
     for key in _NETWORKS_ONLY:
         if config.get(key):
@@ -171,7 +176,10 @@ class _Growing(FedAvg):
         """Run the rounds, without checkpoints."""
         self.run_folder = self.folder
         self.folder = None
-        return super().start(*args, **kwargs)
+        result = super().start(*args, **kwargs)
+        if self.history.kept is not None and self.run_folder is not None:
+            self.run_folder.write(MODEL, model_bytes(result.arrays))
+        return result
 
     def test(
         self,

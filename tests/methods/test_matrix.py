@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from squares import Squares, run_squares
-from test_resume import dying
+from squares import Squares, dying, run_squares
 from torch import nn
 
 from fedmed_flower.errors import InputError

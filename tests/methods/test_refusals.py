@@ -4,6 +4,7 @@ import pytest
 from flwr.serverapp import strategy as flower
 from squares import Squares, run_squares
 from tiny import says, says_of_setting, see
+from torch import nn
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.methods import Method, register
@@ -133,3 +134,14 @@ def test_a_registered_name_is_taken_once():
         register(Mine)
     with pytest.raises(InputError, match="Method needs a name to be registered: set `name`"):
         register(Method)
+
+
+@pytest.mark.parametrize("settings", [{"keep": "0.*"}, {"method": "ditto"}])
+def test_the_best_round_s_model_does_not_go_with_own_models(settings, tmp_path):
+    class Two(Squares):
+        def build_model(self):
+            return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+
+    name = settings.get("method", "keep")
+    text = refused(tmp_path, Two, keep_model="best", **settings)
+    assert text.startswith(f"keep_model='best' excludes {name}: each site's own model is that of")

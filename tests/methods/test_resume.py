@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import ConfigRecord
-from squares import Squares, own_weights, run_squares
+from squares import Squares, dying, own_weights, run_squares
 from tiny import context_of
 from torch import nn
 
@@ -35,19 +35,6 @@ METHODS = {
     "fedrep": {"keep": "2.*", "method": "fedrep"},
     "ditto and norm": {"keep": "norm", "method": "ditto"},
 }
-
-
-def dying(client, number, server_round):
-    """Return a client that is interrupted as the second site trains in a round, once."""
-    left = [server_round]
-
-    def fit(self, model, prepared, seed):
-        if self.site.index == number and self.progress >= (server_round - 1) / 6 and left:
-            left.clear()
-            raise KeyboardInterrupt
-        return client.fit(self, model, prepared, seed)
-
-    return type("Dying", (client,), {"fit": fit})
 
 
 @pytest.mark.parametrize("name", METHODS)

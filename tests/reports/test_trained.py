@@ -14,7 +14,7 @@ from fedmed_flower.reports.trained import facts, saved_in_words
 
 HOW = {
     "method": "scaffold",
-    "kept": [f"norm{number}.weight" for number in range(7)],
+    "kept-layers": [f"norm{number}.weight" for number in range(7)],
     "compression": "int8",
     "saved": {"from-sites": [2_000_000, 7_800_000], "to-sites": [7_800_000, 7_800_000]},
 }
@@ -27,9 +27,9 @@ def test_what_was_used_is_said_and_nothing_else():
         "norm2.weight, norm3.weight, norm4.weight, ...",
         "messages": "int8",
     }
-    assert facts({"method": "", "kept": [], "compression": None}) == {}
-    assert facts({"method": 3, "kept": "norm", "compression": ["int8"]}) == {}
-    assert facts({"kept": [1, None, "norm.bias"]}) == {
+    assert facts({"method": "", "kept-layers": [], "compression": None}) == {}
+    assert facts({"method": 3, "kept-layers": "norm", "compression": ["int8"]}) == {}
+    assert facts({"kept-layers": [1, None, "norm.bias"]}) == {
         "kept at each hospital": "1 of the model’s arrays: norm.bias"
     }
 
