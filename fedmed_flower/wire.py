@@ -36,6 +36,11 @@ MESSAGE_VERSION = 2
 # Keys of a message's config. Flower's own:
 SERVER_ROUND = "server-round"
 PROXIMAL_MU = "proximal-mu"
+# How the change of the model comes back, which share of the entries top-k keeps, and which entries
+# come back as they are.
+COMPRESSION = "compression"
+TOP_K_SHARE = "top-k-share"
+UNCODED = "uncoded"
 # The method of which sites make use in training, and its settings as TOML.
 METHOD = "method"
 METHOD_SETTINGS = "method-settings"
@@ -105,6 +110,8 @@ COLUMNS = "columns"
 PERSONAL = ("val-global", "val-own", "personal-epochs")
 # What a run has cost a patient of a site; of several sites, the most.
 EPSILON = "patient-epsilon"
+# What codes have saved in the replies of a round.
+BYTES_SAVED = "bytes-saved"
 # What the rounds have cost a hospital, by the server's noise.
 HOSPITAL_EPSILON = "hospital-epsilon"
 
@@ -208,6 +215,9 @@ cohort | config.version | version of the messages | genomics/panel | clients/que
 train | arrays.* | the global model | strategies/base | clients/app
 train | config.server-round | number of the round | Flower | clients/app
 train | config.proximal-mu | weight of the proximal term | Flower | clients/app
+train | config.compression | in which code the reply comes | strategies/base | clients/compression
+train | config.top-k-share | share of entries in top-k | strategies/base | clients/compression
+train | config.uncoded | entries that come as they are | strategies/base | clients/compression
 train | config.method | what sites do beside plain training | strategies/methods | clients/methods
 train | config.method-settings | its settings, in TOML | strategies/methods | clients/methods
 train | config.keep | layers that stay different | strategies/methods | clients/methods
@@ -269,7 +279,7 @@ describe | metrics.rejected | number of rows that could not be used | plain | ne
 contribution | contribution.moments COLUMN | moments of a column | bounded | never
 contribution | contribution.categories COLUMN | categories of ten patients or more | bounded | never
 contribution | contribution.counts COLUMN | how many patients have each | bounded | never
-train | arrays.* | the model after local training | bounded | noised
+train | arrays.* | the model after local training, or its change in a code | bounded | noised
 train | method.* | what the method makes of training, such as SCAFFOLD's control | bounded | noised
 train | metrics.num-examples | number of training rows (private: of patients) | plain | known
 train | metrics.loss | mean training loss | bounded | never

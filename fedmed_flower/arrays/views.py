@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
@@ -13,6 +14,10 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedmed_flower.arrays import kernels
+
+# Shape and dtype of an array, and those of all arrays of a record by key.
+Form = tuple[tuple[int, ...], np.dtype[Any]]
+Forms = Mapping[str, Form]
 
 _NUMPY = "numpy.ndarray"
 # Elements that are checked at a time, so that temporary arrays stay small.
@@ -52,6 +57,18 @@ def view(array: Array) -> NDArray[Any]:
         raise ValueError(f"{len(array.data)} bytes do not hold an array of shape {shape}")
     flat = np.frombuffer(array.data, dtype, offset=offset)
     return flat.reshape(shape, order="F" if fortran_order else "C")
+
+
+def form_of(array: Array) -> Form:
+    """Return shape and dtype of a Flower array's values.
+
+    Raises
+    ------
+    ValueError
+        As `view`.
+    """
+    values = view(array)
+    return values.shape, values.dtype
 
 
 def _head_length(data: bytes) -> int:

@@ -29,6 +29,7 @@ from flwr.common.constant import ErrorCode
 from torch import nn
 
 from fedmed_flower.clients.base import MedicalClient, Query
+from fedmed_flower.clients.compression import compressed
 from fedmed_flower.clients.methods import MethodRound, records_of
 from fedmed_flower.clients.private import measure_protected
 from fedmed_flower.clients.storage import keep_model, keep_splits, rows_of
@@ -232,10 +233,11 @@ def train(client: MedicalClient, message: Message) -> RecordDict:
     metrics["num-examples"] = client.count("train", client.pooled)
     content = RecordDict({arrays_key: work.sent(), "metrics": MetricRecord(metrics)})
     content.update(records_of(ended))
-    work.keep(ended)
     if changes and not client.secretive:
         content[ROWS_RECORD] = ConfigRecord({CHANGES: changes})
-    return content
+    reply = compressed(client.site.name, config, content, message.content, work.residual())
+    work.keep(ended, reply.residual)
+    return reply.content
 
 
 def _changes(client: MedicalClient, config: ConfigRecord) -> str:

@@ -27,6 +27,7 @@ log = logging.getLogger("flwr.fedmed")
 # Parts of a site's state.
 _METHOD = "method"
 _KEPT = "kept"
+_RESIDUAL = "compression"
 
 
 def require_method(client: MedicalClient, method: Method, keep: str) -> None:
@@ -129,12 +130,24 @@ class MethodRound:
             )
         return metrics, method.end(site)
 
-    def keep(self, ended: Ended) -> None:
-        """Write what the site keeps to its folder, if there is anything."""
+    def residual(self) -> dict[str, Tensor]:
+        """Return what the code of the site's replies has lost so far."""
+        return self.state.part(_RESIDUAL)
+
+    def keep(self, ended: Ended, residual: Mapping[str, Tensor]) -> None:
+        """Write what the site keeps to its folder, if there is anything.
+
+        Parameters
+        ----------
+        ended : Ended
+        residual : mapping of str to Tensor
+            What `residual` returns in the next round.
+        """
         entries = self.model.state_dict()
         parts: dict[str, Mapping[str, Tensor]] = {
             _METHOD: ended.kept,
             _KEPT: {name: entries[name] for name in self.kept},
+            _RESIDUAL: residual,
         }
         if any(parts.values()):
             self.state.save(parts)

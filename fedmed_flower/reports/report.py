@@ -46,7 +46,7 @@ from fedmed_flower.reports.words import Words, words
 from fedmed_flower.reports.worth import chance_of
 from fedmed_flower.server.run_folder import METRICS as METRICS_TABLE
 from fedmed_flower.server.run_folder import SUMMARY, read_summary
-from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON
+from fedmed_flower.wire import ALL_SITES, BYTES_SAVED, EPSILON, HOSPITAL_EPSILON
 
 MOST_FAILURES = 100
 # Of a phase whose metrics are not known.
@@ -59,6 +59,7 @@ _NO_PANEL = (
     "clipping-norm",
     STALENESS,
     VIRTUAL_SECONDS,
+    BYTES_SAVED,
 )
 _MOST_REASON = 300
 # Longer lists of settings are folded away.

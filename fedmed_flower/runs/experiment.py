@@ -22,6 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from torch import nn
 
+from fedmed_flower.arrays.compression import NONE
 from fedmed_flower.data.outlying import Outlying, with_further, without_column
 from fedmed_flower.data.site import GENERATED, some_of
 from fedmed_flower.errors import DivergedError, InputError
@@ -64,6 +65,7 @@ from fedmed_flower.server.run_folder import (
     early_lines,
 )
 from fedmed_flower.server.sites import app_name, wait_for_sites
+from fedmed_flower.server.traffic import saved
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.methods import MethodSettings
 from fedmed_flower.settings.model import ModelSettings
@@ -241,6 +243,9 @@ def _prepared(
     if plan.quorum:
         strategy.quorum = plan.quorum
         strategy.grace = plan.grace
+    if plan.compression != NONE:
+        strategy.compression = plan.compression
+        strategy.top_k_share = plan.top_k_share
     if plan.buffer:
         strategy.buffer = plan.buffer
         strategy.staleness_exponent = plan.staleness_exponent
@@ -872,6 +877,7 @@ class Experiment:
             "lacking": sites.lacking,
             "empty": sites.empty,
             "traffic": {site: traffic.table() for site, traffic in history.traffic.items()},
+            "saved": saved(history.traffic),
             "stopped": history.stopped and asdict(history.stopped),
             "kept": history.kept and asdict(history.kept),
             "failures": [asdict(failure) for failure in history.failures],

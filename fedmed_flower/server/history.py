@@ -11,7 +11,7 @@ from typing import Any
 from fedmed_flower.files import write_rows
 from fedmed_flower.metrics.names import MAIN, STALENESS, VIRTUAL_SECONDS
 from fedmed_flower.server.traffic import Traffic
-from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON, Sent
+from fedmed_flower.wire import ALL_SITES, BYTES_SAVED, EPSILON, HOSPITAL_EPSILON, Sent
 
 # Round, phase, site, metric and value.
 Row = tuple[int, str, str, str, float]
@@ -25,6 +25,7 @@ _NOT_SHOWN = (
     "clipping-norm",
     STALENESS,
     VIRTUAL_SECONDS,
+    BYTES_SAVED,
 )
 
 

@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedmed_flower.errors import shown
 from fedmed_flower.server.ask import Exchange
+from fedmed_flower.server.compression import Unpacker, saved_bytes
 from fedmed_flower.server.history import Failure, History, Note
 from fedmed_flower.server.listeners import Listeners
 from fedmed_flower.server.screening import error_text, metrics_of, model_of, screen, screen_arrays
@@ -82,18 +83,22 @@ class Request:
         Index of the message in its phase.
     size : int
         Bytes of its content.
+    content : RecordDict
+        Its arrays are those of all messages of its round, which are not copied.
     """
 
     message_id: str
     node_id: int
     number: int
     size: int
+    content: RecordDict
 
     @classmethod
     def of(cls, message: Message, number: int) -> Self:
         """Return the request of a message that has been sent."""
         metadata = message.metadata
-        return cls(metadata.message_id, metadata.dst_node_id, number, size_of(message.content))
+        content = message.content
+        return cls(metadata.message_id, metadata.dst_node_id, number, size_of(content), content)
 
 
 class Inbox:
@@ -114,6 +119,8 @@ class Inbox:
         The nodes that declined when they were last asked to train.
     usable : int
         Number of replies that passed screening in the last call of `admit`.
+    saved : int
+        Bytes that codes have saved in the replies of the last call of `admit`.
     errors : list of str
         What the sites that failed gave as reason in the last call of `admit`; those that declined
         are not among them.
@@ -127,7 +134,10 @@ class Inbox:
         self.malformed = 0
         self.declined: set[int] = set()
         self.usable = 0
+        self.saved = 0
         self.errors: list[str] = []
+        # What each message of the phase held, by message id.
+        self._requests: dict[str, RecordDict] = {}
         # Node and index of each message of the phase, by message id.
         self._senders: dict[str, tuple[int, int]] = {}
         # Node, bytes to it, bytes from it and seconds of each reply of the phase.
@@ -199,6 +209,7 @@ class Inbox:
     def begin_phase(self) -> None:
         """Forget which messages the replies of the phase before belong to."""
         self._senders = {}
+        self._requests = {}
         self._traffic = []
         self._heard = set()
 
@@ -219,6 +230,7 @@ class Inbox:
         """
         node_id = request.node_id
         self._senders[request.message_id] = (node_id, request.number)
+        self._requests[request.message_id] = request.content
         before = self.name(node_id)
         learn_name(self.site_names, node_id, reply, self.connected)
         site = self.name(node_id)
@@ -247,6 +259,7 @@ class Inbox:
         weighted_by_key: str,
         layout: ArrayRecord | None,
         companions: Mapping[str, ArrayRecord] | None = None,
+        unpacker: Unpacker | None = None,
     ) -> Iterator[AcceptedReply]:
         """Yield the replies that pass screening; record why the others do not.
 
@@ -254,11 +267,14 @@ class Inbox:
         ----------
         weighted_by_key, layout, companions
             As in `screen`.
+        unpacker : Unpacker, optional
+            Unpacks the arrays, if the sites were asked for a code.
         """
         layouts = companions or {}
         answered: set[str] = set()
         self.malformed = 0
         self.usable = 0
+        self.saved = 0
         self.errors = []
         for reply in replies:
             node_id, number = self._sender(reply)
@@ -270,7 +286,14 @@ class Inbox:
             if request and request in answered:
                 reason: str | None = "the site has replied already"
             else:
-                reason = self._flaw(reply, weighted_by_key, layout, layouts)
+                try:
+                    dense = self.unpacked(reply, unpacker)
+                    self._count_saved(reply, dense)
+                    reply = dense
+                    reason = self._flaw(reply, weighted_by_key, layout, layouts)
+                except ValueError as error:
+                    reason = str(error)
+                    self.malformed += 1
             answered.add(request)
             if phase == "train":
                 self._note_declined(node_id, reason)
@@ -301,6 +324,31 @@ class Inbox:
             return None
         kinds = {re.sub(r"\d+", "", error)[:_ALIKE] for error in self.errors}
         return self.errors[0] if len(kinds) == 1 else None
+
+    def unpacked(self, reply: Message, unpacker: Unpacker | None) -> Message:
+        """Unpack a reply's arrays, if the sites were asked for a code.
+
+        Raises
+        ------
+        ValueError
+            As `Unpacker.unpacked`.
+        """
+        if unpacker is None or not reply.has_content():
+            return reply
+        message_id = reply.metadata.reply_to_message_id
+        request = self._requests.get(message_id)
+        if request is None and message_id in self._senders:
+            raise ValueError("it is not known from which model its change counts")
+        return unpacker.unpacked(reply, request)
+
+    def _count_saved(self, reply: Message, dense: Message) -> None:
+        """Count what the code of a reply has saved."""
+        if dense is reply:
+            return
+        saved = saved_bytes(reply, dense)
+        self.saved += saved
+        site = self.name(self._sender(reply)[0])
+        self.history.traffic.setdefault(site, Traffic()).bytes_saved += saved
 
     def _flaw(
         self,

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-from fedmed_flower.arrays.views import view
+from fedmed_flower.arrays.views import Forms, form_of
 from fedmed_flower.data.site import in_simulation
 from fedmed_flower.metrics.names import is_pooled_only
 from fedmed_flower.metrics.pooling import check_counts
@@ -152,21 +152,27 @@ def _fits(number: float) -> bool:
 
 
 def _layout_flaw(arrays: ArrayRecord, layout: ArrayRecord) -> str | None:
-    if missing := layout.keys() - arrays.keys():
+    try:
+        forms = {key: form_of(array) for key, array in layout.items()}
+    except ValueError as error:
+        return f"an array cannot be read: {error}"
+    return form_flaw(arrays, forms)
+
+
+def form_flaw(arrays: ArrayRecord, forms: Forms) -> str | None:
+    """Return which array of a record has not the wanted shape and dtype; None if all have."""
+    if missing := forms.keys() - arrays.keys():
         return f"{len(missing)} arrays are missing, such as {min(missing)}"
-    if extra := arrays.keys() - layout.keys():
+    if extra := arrays.keys() - forms.keys():
         return f"{len(extra)} arrays are not in the model, such as {min(extra)}"
     for key, array in arrays.items():
         try:
-            values = view(array)
-            wanted = view(layout[key])
+            shape, dtype = form_of(array)
         except ValueError as error:
             return f"{key} cannot be read: {error}"
-        if values.shape != wanted.shape or values.dtype != wanted.dtype:
-            return (
-                f"{key} is {values.dtype}{list(values.shape)} "
-                f"instead of {wanted.dtype}{list(wanted.shape)}"
-            )
+        if (shape, dtype) != forms[key]:
+            wanted_shape, wanted_dtype = forms[key]
+            return f"{key} is {dtype}{list(shape)} instead of {wanted_dtype}{list(wanted_shape)}"
     return None
 
 

@@ -25,12 +25,16 @@ class Traffic:
         envelopes and without encryption.
     seconds : float
         From sending to the reply. In one process: from the site's turn to its reply.
+    bytes_saved : int
+        How much larger its replies would have been without a code; below 0 for tiny models, whose
+        codes are larger.
     """
 
     replies: int = 0
     bytes_to_site: int = 0
     bytes_from_site: int = 0
     seconds: float = 0.0
+    bytes_saved: int = 0
 
     def add(self, to_site: int, from_site: int, seconds: float) -> None:
         """Count one message and its reply."""
@@ -50,16 +54,35 @@ class Traffic:
         Raises
         ------
         ValueError
-            If a number is negative, not finite or too large.
+            If a number is not finite or too large, or is negative and is not `bytes_saved`.
         """
         traffic = cls()
         for entry in fields(cls):
-            value = table[entry.name.replace("_", "-")]
-            if isinstance(value, bool) or not 0 <= value < _MOST or not math.isfinite(value):
+            key = entry.name.replace("_", "-")
+            signed = entry.name == "bytes_saved"
+            # Run folders of earlier versions do not have it.
+            value = table.get(key, 0) if signed else table[key]
+            least = -_MOST if signed else 0
+            if isinstance(value, bool) or not least <= value < _MOST or not math.isfinite(value):
                 raise ValueError(f"{entry.name} of the traffic is {value!r}")
             kind = float if entry.name == "seconds" else int
             setattr(traffic, entry.name, kind(value))
         return traffic
+
+
+def saved(traffic: Mapping[str, Traffic]) -> dict[str, list[int]]:
+    """Return the bytes that travelled, and those that would have without codes, each way.
+
+    Returns
+    -------
+    dict of str to list of int
+        ``from-sites`` and ``to-sites``: the bytes of all sites, then those without codes. To the
+        sites nothing is coded, so that the two are equal.
+    """
+    to_sites = sum(part.bytes_to_site for part in traffic.values())
+    from_sites = sum(part.bytes_from_site for part in traffic.values())
+    more = sum(part.bytes_saved for part in traffic.values())
+    return {"from-sites": [from_sites, from_sites + more], "to-sites": [to_sites, to_sites]}
 
 
 def size_of(content: Mapping[str, Any]) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from flwr.app import UserConfig
 
+from fedmed_flower.arrays.compression import COMPRESSIONS, NONE
 from fedmed_flower.settings.allowed import Matching, OneOf, Within
 from fedmed_flower.settings.section import MOST_EXPONENT, MOST_ROUNDS, Section, setting
 from fedmed_flower.settings.text import expand, setting_error
@@ -130,6 +131,18 @@ class Plan(Section):
         "With buffer: a reply to the model of s rounds before weighs (1 + s) ^ -staleness-exponent "
         "of what it would weigh.",
         Within(0.0, MOST_EXPONENT),
+    )
+
+    compression: str = setting(
+        NONE,
+        "How sites send the change of the model to the server: in 8 or 4 bits, or its largest "
+        "entries alone (`top-k`). What is lost is added to the next change.",
+        OneOf(COMPRESSIONS),
+    )
+    top_k_share: float = setting(
+        0.01,
+        "Share of the entries of each array that `top-k` keeps; at least one.",
+        Within(0.0, 1.0, above=True),
     )
 
     @property

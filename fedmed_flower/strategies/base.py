@@ -17,6 +17,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
+from fedmed_flower.arrays.compression import NONE, code_of
+from fedmed_flower.arrays.packing import Packing
 from fedmed_flower.arrays.updates import Updates
 from fedmed_flower.arrays.views import keep_dtypes, own_content
 from fedmed_flower.errors import InputError
@@ -24,6 +26,7 @@ from fedmed_flower.methods.base import Method
 from fedmed_flower.methods.registry import method_of
 from fedmed_flower.metrics.names import VIRTUAL_SECONDS, is_pooled_only
 from fedmed_flower.metrics.pooling import class_counts, pool
+from fedmed_flower.server.compression import Unpacker, require_one_each
 from fedmed_flower.server.history import History, Stop
 from fedmed_flower.server.inbox import AcceptedReply, Inbox
 from fedmed_flower.server.listener import Listener
@@ -73,7 +76,15 @@ from fedmed_flower.strategies.server_optimizers import (
     step,
     stepped,
 )
-from fedmed_flower.wire import ALL_SITES, METHOD_RECORD, SPLIT
+from fedmed_flower.wire import (
+    ALL_SITES,
+    BYTES_SAVED,
+    COMPRESSION,
+    METHOD_RECORD,
+    SPLIT,
+    TOP_K_SHARE,
+    UNCODED,
+)
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -185,6 +196,11 @@ class FedAvg(flower.FedAvg):
         As `compare_rounds` takes them.
     listeners : iterable of Listener
         They hear how a run goes: see `fedmed_flower.server.Listener`.
+    compression : {"none", "int8", "int4", "top-k"}
+        How sites send the change of the model, and of each companion, back: in 8 or 4 bits, or its
+        largest entries alone. They add what the code lost to the next change.
+    top_k_share : float
+        Share of the entries of each array that ``"top-k"`` keeps. Above 0, at most 1.
     buffer : int
         Asynchronous rounds (FedBuff): a round ends with so many usable replies, and the next model
         goes to the sites that are free. A reply counts as the change of the model that was sent to
@@ -266,6 +282,8 @@ class FedAvg(flower.FedAvg):
         keep_metric: str = "",
         patience: int = 0,
         listeners: Iterable[Listener] = (),
+        compression: str = NONE,
+        top_k_share: float = 0.01,
         buffer: int = 0,
         staleness_exponent: float = 0.5,
         **kwargs: Any,
@@ -283,6 +301,9 @@ class FedAvg(flower.FedAvg):
             raise InputError(f"quorum must be at least 1, got {quorum}")
         if not 0 <= grace < math.inf:
             raise InputError(f"grace must be at least 0 seconds and finite, got {grace}")
+        code_of(compression, top_k_share)
+        self.compression = compression
+        self.top_k_share = top_k_share
         if buffer < 0:
             raise InputError(f"buffer must be at least 0, got {buffer}")
         if not 0 <= staleness_exponent <= MOST_EXPONENT:
@@ -531,11 +552,19 @@ class FedAvg(flower.FedAvg):
                 Dispatch(server_round, arrays, self.current_companions),
                 lambda: self.configure_train(server_round, arrays, config, grid),
                 lambda: self._trainers(grid),
-                lambda reply: waiting.usable(reply, self.weighted_by_key, layout),
+                lambda reply: self._is_usable(reply, waiting, layout),
             ),
         )
         waiting.record()
         return model, metrics, waiting.asked
+
+    def _is_usable(self, reply: Message, waiting: ReplyBuffer, layout: ArrayRecord) -> bool:
+        """Return whether a reply counts for the buffer, as far as is known so far."""
+        try:
+            dense = self.inbox.unpacked(reply, self._unpacker(layout))
+        except ValueError:  # Recorded with its reason when the replies are combined.
+            return False
+        return waiting.usable(dense, self.weighted_by_key, layout)
 
     def require_choice(self) -> None:
         """Raise `InputError` if the best round's model is to be kept and sites have own ones."""
@@ -650,6 +679,7 @@ class FedAvg(flower.FedAvg):
     ) -> Iterable[Message]:
         """Wait for the sites, then address this round's training messages to a sample of them."""
         self.run.sent_arrays = arrays
+        self._ask_for_code(arrays, config)
         if self._optimiser is not None:
             require_real(self._optimiser.__name__, arrays)
         if not self._wait(grid, server_round, "train", self.fraction_train, self.min_train_nodes):
@@ -705,6 +735,8 @@ class FedAvg(flower.FedAvg):
             The replies as they come if more than 100 are awaited and the rule is a plain mean;
             else a list.
         """
+        if phase == "train" and self.compression != NONE:
+            require_one_each(messages)
         replies = self.inbox.collect(
             grid, messages, self.run.timeout, server_round, phase, self.quorum, self.grace
         )
@@ -739,6 +771,8 @@ class FedAvg(flower.FedAvg):
                 self.train_metrics_aggr_fn,
                 partial(self.inbox.note, server_round, "train"),
             )
+            if metrics is not None and self.compression != NONE:
+                metrics[BYTES_SAVED] = self.inbox.saved
             self.run.begun = True
             moved = self._moved(server_round, combined)
             return (None, None) if moved is None else (moved, metrics)
@@ -989,7 +1023,13 @@ class FedAvg(flower.FedAvg):
         layout = self.reply_layout(sent) if sent is not None else first_arrays(first)
         waiting = drain(first, rest) if rest is not None else first
         admitted = self.inbox.admit(
-            server_round, "train", waiting, self.weighted_by_key, layout, self.current_companions
+            server_round,
+            "train",
+            waiting,
+            self.weighted_by_key,
+            layout,
+            self.current_companions,
+            self._unpacker(layout),
         )
         usable = weighed(admitted, self.weigh, self.decode, self._reject)
         if self.run.waiting is not None:
@@ -1033,7 +1073,7 @@ class FedAvg(flower.FedAvg):
     @property
     def _keeps_state(self) -> bool:
         """Whether sites keep something from one round to the next."""
-        return self.method is not None or bool(self.kept)
+        return self.method is not None or bool(self.kept) or self.compression != NONE
 
     def _tell_method(self, messages: Iterable[Message], own: bool) -> None:
         """Add to each message the method, and how many of the site's replies were taken."""
@@ -1066,6 +1106,47 @@ class FedAvg(flower.FedAvg):
         beginning = f"{checkpoints.COMPANION}{METHOD_RECORD}"
         for name in [name for name in state if name.startswith(beginning)]:
             self.run.companions[name.removeprefix(checkpoints.COMPANION)] = state.pop(name)
+
+    def _ask_for_code(self, arrays: ArrayRecord, config: ConfigRecord) -> None:
+        """Name the code of the replies in the config of a round's messages, or none.
+
+        Raises
+        ------
+        InputError
+            If the code cannot be used with this strategy or model.
+        """
+        for key in (COMPRESSION, TOP_K_SHARE, UNCODED):
+            config.pop(key, None)
+        packing = self._packing(arrays)
+        if packing is None:
+            return
+        kind = type(self)
+        for name in ("reply_layout", "decode"):
+            if getattr(kind, name) is not getattr(FedAvg, name):
+                raise InputError(
+                    f'compression must be "none" with {kind.__name__}, whose sites send the model '
+                    f'in a form of their own ({name}), got "{self.compression}"'
+                )
+        for record in (arrays, *self.current_companions.values()):
+            packing.forms(record)
+        config.update(packing.config)
+
+    def _packing(self, model: ArrayRecord | None) -> Packing | None:
+        """Return the code of the replies to a model; None if they are not coded."""
+        uncoded = set() if model is None else model.keys() - {*stepped(model, self.buffers)}
+        return Packing.named(self.compression, self.top_k_share, uncoded)
+
+    def _unpacker(self, layout: ArrayRecord | None) -> Unpacker | None:
+        """Return what unpacks the replies of this round; None if they are not coded."""
+        packing = self._packing(self.run.sent_arrays)
+        if packing is None:
+            return None
+        if self.run.sent_arrays is None or layout is None:
+            raise InputError(
+                f'compression="{self.compression}" needs the model that was sent: call '
+                "configure_train before aggregate_train"
+            )
+        return Unpacker(packing, self.arrayrecord_key, layout, self.current_companions)
 
     def _combined_one_by_one(
         self, replies: Iterable[AcceptedReply], layout: ArrayRecord

@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
+from fedmed_flower.arrays.compression import NONE
 from fedmed_flower.errors import InputError
 from fedmed_flower.runs.experiment import federate
 from fedmed_flower.server.listener import Listener
@@ -107,6 +108,11 @@ def grow(
             "trees are grown without differential privacy: federate a network with "
             'privacy="patient"',
             "privacy",
+        )
+    if plan.compression != NONE:
+        raise setting_error(
+            f'compression must be "none" for trees, got "{plan.compression}": it is for networks',
+            "compression",
         )
     refuse_evaluation(config, "grows trees")
     if plan.init_from:

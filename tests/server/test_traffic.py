@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedmed_flower.server.traffic import Traffic, size_of, traffic_of
+from fedmed_flower.server.traffic import Traffic, saved, size_of, traffic_of
 
 
 def test_the_size_of_a_content_is_that_of_its_parts():
@@ -35,3 +35,15 @@ def test_traffic_survives_json_and_refuses_what_it_cannot_be():
             traffic_of({"north": table["north"] | {"seconds": wrong}})
     with pytest.raises(KeyError):
         traffic_of({"north": {}})
+
+
+def test_what_codes_have_saved_is_read_from_any_version_and_may_be_less_than_nothing():
+    table = {"replies": 1, "bytes-to-site": 9, "bytes-from-site": 4, "seconds": 0.5}
+    assert traffic_of({"north": table})["north"].bytes_saved == 0
+    assert traffic_of({"north": table | {"bytes-saved": -3}})["north"].bytes_saved == -3
+    for wrong in (float("nan"), -1e30, 1e30, True):
+        with pytest.raises(ValueError, match="bytes_saved of the traffic is"):
+            traffic_of({"north": table | {"bytes-saved": wrong}})
+    traffic = {"north": Traffic(2, 200, 30, 1.0, 70), "south": Traffic(2, 200, 40, 1.0, -10)}
+    assert saved(traffic) == {"from-sites": [70, 130], "to-sites": [400, 400]}
+    assert saved({}) == {"from-sites": [0, 0], "to-sites": [0, 0]}

@@ -418,6 +418,10 @@ def test_without_xgboost(tmp_path, monkeypatch):
             f'privacy="patient"{see("privacy")}',
         ),
         (
+            {"compression": "int8"},
+            'compression must be "none" for trees, got "int8": it is for networks',
+        ),
+        (
             {"evaluate": "runs/first"},
             f"evaluate tests a network, and this app grows trees{see('evaluate')}",
         ),

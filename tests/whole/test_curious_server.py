@@ -47,6 +47,9 @@ SECTIONS = [section for section in RUN if section is not Plan]
 # Of messages: what each key may hold.
 MESSAGE_KEYS = {
     "server-round": (0, 1, -1, 10**15, "one"),
+    "compression": ("none", "int8", "int4", "top-k", "zip", 3),
+    "top-k-share": (0.01, 1.0, 0.0, float("nan"), "much"),
+    "uncoded": ([], ["w"], "w"),
     "proximal-mu": (0.0, 0.5, -1.0, float("nan"), "much"),
     "method": ("scaffold", "fednova", "ditto", "fedprox", "x"),
     "method-settings": ("", "ditto-lambda = 0.5", "["),

@@ -230,6 +230,7 @@ def test_a_server_sends_what_the_table_lists_and_nothing_else(tmp_path, monkeypa
     for run in (
         lambda: federated(tmp_path / "network"),
         lambda: federated(tmp_path / "method", FedAvg(), method="scaffold", keep="0.bias"),
+        lambda: federated(tmp_path / "code", compression="top-k"),
         lambda: grown(tmp_path / "trees"),
         lambda: studied(tmp_path / "genomes"),
         lambda: surveyed(Ward, Request(), tmp_path / "survey"),
