@@ -29,6 +29,7 @@ from fedmed_flower.files import as_input_error
 from fedmed_flower.reports.report import write_report
 from fedmed_flower.runs.experiment import (
     FREE_TO_EVALUATE,
+    TRAINING_ONLY,
     Before,
     changed_settings,
     given_by,
@@ -64,16 +65,7 @@ from fedmed_flower.wire import ALL_SITES
 log = logging.getLogger("flwr.fedmed")
 
 # Neither a study nor a survey can be resumed.
-# Settings of what only a training run does; a test has their defaults.
-_TRAINING = (
-    "init-from",
-    "keep-model",
-    "keep-metric",
-    "patience",
-    "baselines",
-    "personal-epochs",
-    "trainable",
-)
+
 _RESUMABLE = tuple(section for section in RUN if section not in (Study, SurveySettings))
 
 
@@ -213,12 +205,12 @@ def _config_of_test(
     config = declared
     place = str(values["evaluate"])
     if trained is not None:
-        taken = {k: v for k, v in trained.config.items() if k not in (*_TRAINING, "min-sites")}
+        taken = {k: v for k, v in trained.config.items() if k not in {*TRAINING_ONLY, "min-sites"}}
         config = with_choices_of(Path(place), taken, config, own)
     config = override(config, options.settings, defaults(own))
     current = complete(config, own)
     # The app, or the run, may ask for what only a training run does; the whole model travels.
-    idle = {key: value for key, value in defaults(own).items() if key in _TRAINING}
+    idle = {key: value for key, value in defaults(own).items() if key in TRAINING_ONLY}
     for key in idle:
         if _is_given(key, options.settings):
             raise InputError(f"fedmed evaluate trains nothing: leave out -c {key}")

@@ -111,17 +111,33 @@ FREE_ON_RESUME = {
     "track",
     "outlying",
 }
-# Besides what `fedmed evaluate` takes over: what says how and from where a model is trained.
-FREE_TO_EVALUATE = FREE_ON_RESUME | {
-    "data",
-    "evaluate",
-    "init-from",
-    "keep-metric",
-    "keep-model",
-    "min-sites",
-    "patience",
-    "trainable",
-}
+# What says how and from where a model is trained. A finished model is whole: neither adapters nor
+# frozen parts tell it from another.
+TRAINING_ONLY = frozenset(
+    {
+        "baselines",
+        "buffer",
+        "compression",
+        "init-from",
+        "keep",
+        "keep-metric",
+        "keep-model",
+        "keep-sent",
+        "lora",
+        "lora-alpha",
+        "lora-rank",
+        "lora-train",
+        "method",
+        "patience",
+        "personal-epochs",
+        "staleness-exponent",
+        "top-k-share",
+        "trainable",
+        *effective({}, METHODS),
+    }
+)
+# Besides what `fedmed evaluate` takes over.
+FREE_TO_EVALUATE = FREE_ON_RESUME | TRAINING_ONLY | {"data", "evaluate", "min-sites"}
 _MOST_SITES = 100_000
 # Seconds to wait for what a site reports of itself that connects between two rounds.
 _NEWCOMER_TIMEOUT = 60.0
