@@ -65,7 +65,6 @@ from fedmed_flower.wire import ALL_SITES
 log = logging.getLogger("flwr.fedmed")
 
 # Neither a study nor a survey can be resumed.
-
 _RESUMABLE = tuple(section for section in RUN if section not in (Study, SurveySettings))
 
 
