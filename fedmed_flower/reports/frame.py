@@ -63,6 +63,8 @@ UNDEFINED |= dict.fromkeys(("r2", "d2"), "† the same value in all of this test
 COUNTED_WITH_NOISE = "These metrics are counted with noise: small differences mean nothing. "
 NOISED_ROUNDS = """<p class="note">Validation figures are counted with noise: with few patients they
 say little.</p>"""
+OWN_ROUNDS = """<p class="note">Validation figures are of each hospital’s own model, not of the
+global one.</p>"""
 NOTES = {
     "auc": "AUC: how often a record with the finding or outcome is scored above one without; "
     "0.500 is chance. ",

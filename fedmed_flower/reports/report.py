@@ -132,7 +132,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
             comparison.groups(contents.groups(summary, main)),
             comparison.models(contents.comparison(summary, styles, chance), styles, main),
             heat.models_at_hospitals(crossed(summary, styles, main, noise), styles),
-            _curves(curves, styles, main, noise),
+            _curves(curves, styles, main, noise, bool(nested(summary, "test", "own"))),
             _cases(pictures, styles, main, folder),
             _failures(summary),
             _notes(summary),
@@ -352,7 +352,9 @@ def _cases(pictures: list[dict[str, Any]], styles: Styles, main: str, folder: Pa
     return f"<h2>Test cases</h2>{frame.CASES}{explained}{gallery}"
 
 
-def _curves(curves: Curves, styles: Styles, main: str, noise: Noise | None) -> str:
+def _curves(
+    curves: Curves, styles: Styles, main: str, noise: Noise | None, of_own_models: bool
+) -> str:
     panels = [_panel(curves, styles, "val", main, f"Validation {name(main)}")]
     if main != "loss":
         panels.append(_panel(curves, styles, "val", "loss", "Validation loss"))
@@ -363,6 +365,7 @@ def _curves(curves: Curves, styles: Styles, main: str, noise: Noise | None) -> s
         return "<h2>Over the rounds</h2><p>No round has recorded a metric.</p>"
     keys = plots.keys(styles, any(site == ALL_SITES for _, _, site in curves))
     note = "" if noise is None else frame.NOISED_ROUNDS
+    note += frame.OWN_ROUNDS if of_own_models else ""
     return f'<h2>Over the rounds</h2>{keys}<div class="plots">{drawn}</div>{note}'
 
 

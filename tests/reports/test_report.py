@@ -922,6 +922,7 @@ def test_own_models_of_the_run_beside_the_others(tmp_path):
     assert "than the federated model, and equal at 1; how much" in words
     assert "■ own model" in words
     assert "Own model: what a hospital keeps and uses itself" in words
+    assert "Validation figures are of each hospital’s own model, not of the global one." in words
     without = Page(report(tmp_path, full_summary())).text
     assert "own model" not in without.lower().replace("hospital’s own model", "")
 
