@@ -63,6 +63,20 @@ def test_moon_without_weight_and_fedprox_without_pull_are_fedavg(tmp_path):
     assert bits(moved.arrays) != bits(plain.arrays)
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(8, 2), (3, 5, 8)), (nn.Conv1d(8, 2, 1), (3, 8, 5))]
+)
+def test_moon_averages_tokens_and_pixels_and_not_features(layer, shape):
+    model = nn.Sequential(nn.Identity(), layer)
+    batch = {"x": torch.randn(shape)}
+    method = MOON()
+    method.begin(SiteRound(model, (), (), {}, {}, 0.1, fit=None, optimizer=None))
+    method._global.seen(batch, lambda model, batch: model(batch["x"]))
+    model(batch["x"])
+    seen = method._now.taken()
+    torch.testing.assert_close(seen, batch["x"].mean(1 if shape[-1] == 8 else 2))
+
+
 def test_a_layer_that_is_not_there_is_named(tmp_path):
     with pytest.raises(Exception, match=r"moon-layer must be a layer of the network, such as head"):
         run_tiny(tmp_path / "a", Halves, model=halves, method="moon", moon_layer="tail", **SGD)

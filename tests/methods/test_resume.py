@@ -1,6 +1,7 @@
 """A run that is killed in the middle and goes on ends with the bits of one that was not."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,4 +149,14 @@ def test_a_damaged_or_foreign_state_is_named(tmp_path):
 
 def test_the_own_model_of_a_site_is_in_its_folder(tmp_path):
     run_squares(tmp_path / "run", num_server_rounds=2, method="ditto")
+    assert len(own_weights(tmp_path / "run", "hospital-1")) == 2
+
+
+def test_a_site_without_test_rows_has_its_own_model_too(tmp_path):
+    class Untested(Squares):
+        def load_data(self, site):
+            data = super().load_data(site)
+            return data if site.index else replace(data, test=[])
+
+    run_squares(tmp_path / "run", Untested, num_server_rounds=1, method="ditto")
     assert len(own_weights(tmp_path / "run", "hospital-1")) == 2
