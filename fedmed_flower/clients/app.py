@@ -281,6 +281,9 @@ def evaluate(client: MedicalClient, message: Message) -> RecordDict:
         model = _evaluated(client, arrays, config)
         with client.seeded(derive_seed(client.settings.seed, client.site.name, split)):
             metrics = client.measure(model, prepared)
+    elif config.get(OWN):
+        # A hospital whose figures may not leave has its own model all the same.
+        _evaluated(client, arrays, config)
     return RecordDict({"metrics": MetricRecord(client.disclosed(metrics))})
 
 

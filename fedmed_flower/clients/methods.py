@@ -115,14 +115,18 @@ class MethodRound:
         Raises
         ------
         InputError
-            If the client has a training loop of its own that ignores the method.
+            If the client has a training loop of its own that ignores the method, or if the site
+            has lost its state and the method cannot do without.
         """
         client = self.client
         method = client.method
+        if method.needs_kept:
+            self.state.require()
         site = self._site(received, prepared, seed)
         method.begin(site)
         metrics = method.train(site)
-        if method is not PLAIN and not client.method_called and not client.privacy.on:
+        hooked = method.defines("train", "loss", "before_step", "after_step")
+        if hooked and not client.method_called and not client.privacy.on:
             raise InputError(
                 f"{type(client).__name__} has a fit of its own that ignores the method "
                 f"{method.name}: call loss, before_step and after_step of self.method there, and "
@@ -149,7 +153,8 @@ class MethodRound:
             _KEPT: {name: entries[name] for name in self.kept},
             _RESIDUAL: residual,
         }
-        if any(parts.values()):
+        # An empty state is written too: a missing one has been lost.
+        if self.kept or self._keeps:
             self.state.save(parts)
 
     def sent(self) -> ArrayRecord:
@@ -161,8 +166,14 @@ class MethodRound:
 
     def own(self) -> nn.Module:
         """Return the model that this site itself uses."""
-        kept = self.state.part(_METHOD)
-        return self.client.method.own(self.model, self._on_device(kept))
+        return self.client.method.own(self.model, self._kept_by_method())
+
+    @property
+    def _keeps(self) -> bool:
+        return self.client.method.defines("end")
+
+    def _kept_by_method(self) -> dict[str, Tensor]:
+        return self._on_device(self.state.part(_METHOD)) if self._keeps else {}
 
     def _site(self, received: RecordDict, prepared: Any, seed: int) -> SiteRound:
         client = self.client
@@ -195,7 +206,7 @@ class MethodRound:
             shared=tuple(shared),
             travelling=self.travelling.names,
             received=beside,
-            kept=self._on_device({} if client.method is PLAIN else self.state.part(_METHOD)),
+            kept=self._kept_by_method(),
             learning_rate=learning_rate(settings, client.progress),
             fit=fit,
             optimizer=lambda model: make_optimizer(settings, model, client.progress),

@@ -66,6 +66,20 @@ class SiteState:
             raise InputError(f"{TAKEN} must be a whole number from 0 on, got {self.generation!r}")
         self._parts: dict[str, dict[str, Tensor]] | None = None
 
+    def require(self) -> None:
+        """Refuse to go on if the state is not here.
+
+        Raises
+        ------
+        InputError
+        """
+        if self.generation and self.generation not in self._generations():
+            where = "Flower's state" if self._folder is None else str(self._folder)
+            raise InputError(
+                f"the state after {self.generation} rounds is not in {where}, and the run would "
+                "end at a wrong model without it: restore it from a copy, or start a new run"
+            )
+
     def part(self, name: str) -> dict[str, Tensor]:
         """Return what was kept under a name; empty if nothing was.
 

@@ -29,9 +29,9 @@ _ALPHA = "alpha"
 class APFL(Method):
     """The own model is ``alpha v + (1 - alpha) w``, with ``w`` the model in training.
 
-    After each step of ``w``, ``v`` takes a step on the same batch by the loss of the mixture. The
-    part ``v`` starts as the global model of the site's first round. Entries that are not trained,
-    such as running statistics, are those that the mixture itself has seen.
+    In each step, ``v`` moves on the same batch as ``w``, by the loss of the mixture before the
+    step; so does ``alpha``. The part ``v`` starts as the global model of the site's first round.
+    Entries that are not trained, such as running statistics, are those that the mixture has seen.
     """
 
     name = "apfl"
@@ -52,38 +52,46 @@ class APFL(Method):
         self._optimizer = site.optimizer(self._mixture)
         (group,) = self._optimizer.param_groups
         self._rate = float(group["lr"])
-        self._loss_of: Callable[..., Tensor] | None = None
+        self._slope = 0.0
 
     def loss(
         self, model: nn.Module, batch: Mapping[str, Tensor], loss_of: Callable[..., Tensor]
     ) -> Tensor:
-        """Return the loss of the model in training."""
-        self._loss_of = loss_of
-        return loss_of(model, batch)
+        """Return the loss of the model in training; its gradient reaches the mixture too."""
+        # Neither has a gradient at the start of a batch, nor when it is repeated in parts.
+        if all(parameter.grad is None for parameter in model.parameters()):
+            self._optimizer.zero_grad(set_to_none=True)
+            self._mix(dict(self._mixture.named_parameters()), dict(model.named_parameters()))
+        value = loss_of(model, batch)
+        mixed = loss_of(self._mixture, batch)
+        return value + (mixed - mixed.detach())
 
-    def after_step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        """Take a step of the own part, and of the share if it is learned."""
-        if self._loss_of is None:
-            return
+    @torch.no_grad()
+    def before_step(self, model: nn.Module) -> None:
+        """Compute the slope of the mixture's loss by the share, before the model moves."""
         mixed = dict(self._mixture.named_parameters())
         current = dict(model.named_parameters())
-        self._mix(mixed, current)
-        self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(self._loss_of(self._mixture, batch))
-        with torch.no_grad():
-            slope = 0.0
-            for name in self._names:
-                gradient = mixed[name].grad
-                if gradient is None:
-                    continue
-                slope += float((gradient * (self._part[name] - current[name])).sum())
+        slopes = [
+            (gradient * (self._part[name] - current[name])).sum()
+            for name in self._names
+            if (gradient := mixed[name].grad) is not None
+        ]
+        self._slope = float(sum(slopes)) if self.settings.apfl_adaptive else 0.0
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """Take a step of the own part, and of the share if it is learned."""
+        mixed = dict(self._mixture.named_parameters())
+        for name in self._names:
+            gradient = mixed[name].grad
+            if gradient is not None:
                 # The optimizer steps the own part; its gradient is that of the mixture by alpha.
                 gradient.mul_(self._alpha)
-                mixed[name].copy_(self._part[name])
+            mixed[name].copy_(self._part[name])
         self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         self._part = copies({name: mixed[name] for name in self._names})
-        if self.settings.apfl_adaptive:
-            self._alpha = min(1.0, max(0.0, self._alpha - self._rate * slope))
+        self._alpha = min(1.0, max(0.0, self._alpha - self._rate * self._slope))
 
     def end(self, site: SiteRound) -> Ended:
         """Keep the own part, its mixture with the model as it is sent, and the share."""

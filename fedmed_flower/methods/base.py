@@ -17,7 +17,7 @@ A new method is a subclass of `Method` in a file of its own, with the paper's na
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -164,10 +164,12 @@ class Method:
         Whether a site has a model of its own, which `own` returns.
     needs_all : bool
         Whether it is wrong if replies to different models are combined (``buffer``).
+    needs_kept : bool
+        Whether what the server holds is the weighted mean of what sites keep. Then a site that has
+        lost its state refuses to go on, and a site's weight is that of its first reply: else the
+        run would end at a wrong model.
     moves : bool
         Whether `move` sets the model, so that a server optimiser would move it a second time.
-    unlimited : collection of str
-        Companions whose length says nothing, so that ``max_update_norm`` leaves them out.
     """
 
     name: ClassVar[str] = ""
@@ -176,8 +178,8 @@ class Method:
     private: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     needs_all: ClassVar[bool] = False
+    needs_kept: ClassVar[bool] = False
     moves: ClassVar[bool] = False
-    unlimited: ClassVar[Collection[str]] = ()
 
     def __init__(self, settings: Section | None = None, **values: Any) -> None:
         self.settings: Any = self.section(**values) if settings is None else settings

@@ -6,8 +6,9 @@ Regularization, ICLR 2021, https://arxiv.org/abs/2111.04263, algorithm 1.
 When to take it: as SCAFFOLD, with no more bytes than FedAvg. It is less stable where sites do few
 steps: the term assumes that each site nearly minimises its loss in a round.
 
-Two differences: sites count as the strategy weighs them, where the paper counts all alike; and the
-sum over sites that have not replied yet is not divided by their number before they are known.
+Two differences: sites count as the strategy weighs their first replies, where the paper counts all
+alike; and the sum over sites that have not replied yet is not divided by their number before they
+are known.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class FedDyn(Method):
     section = FedDynSettings
     sgd = True
     private = True
+    needs_kept = True
     needs_all = True
     moves = True
 

@@ -47,6 +47,12 @@ class FedRep(Method):
     def train(self, site: SiteRound) -> dict[str, Any]:
         """Train the kept layers, then the shared ones; the metrics are those of the latter."""
         shared = set(site.shared)
+        named = site.model.named_parameters()
+        if not any(p.requires_grad and name not in shared for name, p in named):
+            raise setting_error(
+                "fedrep trains the kept layers, but keep names none with weights that are trained",
+                "keep",
+            )
         with _resting(site.model, shared):
             for epoch in range(self.settings.fedrep_head_epochs):
                 site.fit(site.model, Method(), f"head {epoch}" if epoch else "head")

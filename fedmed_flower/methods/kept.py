@@ -43,7 +43,8 @@ def kept_names(model: nn.Module, travelling: Collection[str], keep: str) -> tupl
     ------
     InputError
         If nothing is kept although something is asked for, if a pattern is empty or matches
-        nothing, or if everything is kept, so that nothing is learned together.
+        nothing, if only one of two names of a tensor is kept, or if everything is kept, so that
+        nothing is learned together.
     """
     if not keep:
         return ()
@@ -57,10 +58,23 @@ def kept_names(model: nn.Module, travelling: Collection[str], keep: str) -> tupl
             )
     else:
         kept = _matching(travelling, keep)
+    _require_whole(model, kept, keep)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not (trained & {*travelling}) - kept:
         raise setting_error(f"keep must leave a layer to be learned together, got {keep!r}", "keep")
     return tuple(name for name in travelling if name in kept)
+
+
+def _require_whole(model: nn.Module, kept: Collection[str], keep: str) -> None:
+    known: dict[int, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        other = known.setdefault(id(value), name)
+        if (name in kept) != (other in kept):
+            raise setting_error(
+                f"keep must match both or neither of {other} and {name}, which are one tensor in "
+                f"this network, got {keep!r}",
+                "keep",
+            )
 
 
 def _normalising(model: nn.Module) -> set[str]:

@@ -8,7 +8,7 @@ forward passes a batch.
 
 One difference: the paper adds a projection head to the network. Here the input of the last layer
 with weights is compared, or that of the layer that ``moon-layer`` names; maps of images are
-averaged over their pixels first.
+averaged over their pixels first, and tokens over each record.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class _Watched:
             )
         self._model = model.eval() if fixed else model
         self._layer = layer
+        self._features_last = isinstance(layers[layer], nn.Linear | nn.LayerNorm)
         self._input: Tensor | None = None
         self._handle = layers[layer].register_forward_pre_hook(self._take)
 
@@ -108,7 +109,9 @@ class _Watched:
                 f"moon: the layer {self._layer} was not reached in a forward pass; set moon-layer "
                 "to one that is"
             )
-        return values.flatten(2).mean(2) if values.ndim > 2 else values
+        if values.ndim <= 2:
+            return values
+        return values.flatten(1, -2).mean(1) if self._features_last else values.flatten(2).mean(2)
 
     def close(self) -> None:
         """Watch no longer."""

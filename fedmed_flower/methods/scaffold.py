@@ -8,6 +8,7 @@ each site drifts to its own; SCAFFOLD removes that drift. It needs plain SGD, an
 
 One difference: the paper's server averages control variates uniformly. Here they are weighted as
 the model is; uniform ones pull a run of unequal hospitals to the optimum of another weighting.
+A site's weight is that of its first reply, also if its number of patients changes later.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Scaffold(Method):
     name = "scaffold"
     sgd = True
     private = True
+    needs_kept = True
 
     def begin(self, site: SiteRound) -> None:
         """Compute the correction of this round's steps, ``c - c_i``."""
@@ -42,9 +44,13 @@ class Scaffold(Method):
         self._steps = 0
 
     def before_step(self, model: nn.Module) -> None:
-        """Add the correction to the gradients."""
+        """Add the correction to the gradients; a parameter that was not used has gradient 0."""
         for name, parameter in model.named_parameters():
-            if parameter.grad is not None and name in self._correction:
+            if name not in self._correction:
+                continue
+            if parameter.grad is None:
+                parameter.grad = self._correction[name].clone()
+            else:
                 parameter.grad.add_(self._correction[name])
 
     def after_step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:

@@ -218,7 +218,7 @@ def _prepared(
     os.environ.pop(DEFAULT_FOLDER, None)
     # A client, or a method of one, such as its `build_model`.
     own = [*sections_of(type(getattr(model, "__self__", model))), *sections]
-    method = _method(context.run_config)
+    method = _method(strategy, context.run_config)
     if method is not None:
         own = [*own, method.section]
     config = _effective(context.run_config, own)
@@ -411,10 +411,15 @@ def _effective(config: UserConfig, own: Sections) -> UserConfig:
     return expand(config) | effective(config, [*read, *own])
 
 
-def _method(config: UserConfig) -> Method | None:
-    """Return the method that a run config names."""
+def _method(strategy: FedAvg, config: UserConfig) -> Method | None:
+    """Return the method that a run config names, or that of the strategy with its settings."""
     name = MethodSettings.from_run_config(config).method
-    return method_by_settings(name, config)
+    made = strategy.method
+    if made is None or (name and name != made.name):
+        return method_by_settings(name, config)
+    values = made.config()
+    given = {key: value for key, value in expand(config).items() if key in values}
+    return type(made)(made.section.from_run_config(values | given)) if given else made
 
 
 def _require_method(strategy: FedAvg, config: UserConfig, given: UserConfig) -> None:

@@ -7,7 +7,7 @@ report each reply that they leave out through a callback.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,14 +46,10 @@ CompanionRule = Callable[[str, Updates, list[float]], ArrayRecord]
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one reply: `max_weight_share` and `max_update_norm` of `FedAvg`.
-
-    `unlimited` are the companions whose length is not compared.
-    """
+    """Bounds of one reply: `max_weight_share` and `max_update_norm` of `FedAvg`."""
 
     weight_share: float | None = None
     update_norm: float | None = None
-    unlimited: Collection[str] = ()
 
 
 @dataclass
@@ -176,7 +172,7 @@ def combine(
         try:
             if limits.update_norm is not None and not norms_checked:
                 updates.check()
-                beside = _limited_companions(replies, companions, limits.unlimited)
+                beside = _companion_updates(replies, companions)
                 for each in beside:
                     each.check()
                 # Lengths are compared once: without the longest the median would be lower.
@@ -215,15 +211,12 @@ def _updates(
     return Updates(arrays, layout, sent, sites, metrics)
 
 
-def _limited_companions(
-    replies: Sequence[AcceptedReply],
-    companions: Mapping[str, ArrayRecord],
-    unlimited: Collection[str],
+def _companion_updates(
+    replies: Sequence[AcceptedReply], companions: Mapping[str, ArrayRecord]
 ) -> list[Updates]:
     return [
         _updates([reply.companions[name] for reply in replies], sent, sent, replies)
         for name, sent in companions.items()
-        if name not in unlimited
     ]
 
 

@@ -62,7 +62,6 @@ from fedmed_flower.strategies.methods import (
     config_of,
     moved,
     require_fitting,
-    unlimited_of,
 )
 from fedmed_flower.strategies.selection import LAST, Selection, server_figures
 from fedmed_flower.strategies.server_optimizers import (
@@ -1031,7 +1030,7 @@ class FedAvg(flower.FedAvg):
             self.current_companions,
             self._unpacker(layout),
         )
-        usable = weighed(admitted, self.weigh, self.decode, self._reject)
+        usable = weighed(admitted, self._weigh, self.decode, self._reject)
         if self.run.waiting is not None:
             usable = self.run.waiting.rebased(usable)
         if rest is not None and layout is not None and self.is_plain_mean:
@@ -1055,7 +1054,10 @@ class FedAvg(flower.FedAvg):
         if self.method is not None and model is not None and sent is not None:
             trained = self._trained(sent)
             before = self.current_companions
-            result = moved(self.method, state, sent, model, trained, before, companions, weights)
+            most = self.max_weight_share
+            result = moved(
+                self.method, state, sent, model, trained, before, companions, weights, most
+            )
             model = result.model
             companions |= result.companions
             records = result.state
@@ -1069,6 +1071,13 @@ class FedAvg(flower.FedAvg):
             if self._keeps_state:
                 self.run.method = state.after(records, weights)
         return stepped_model
+
+    def _weigh(self, site: str, reply: Message) -> float:
+        """Return a reply's weight: that of the site's first reply if a method counts on it."""
+        weight = self.weigh(site, reply)
+        if self.method is None or not self.method.needs_kept:
+            return weight
+        return self.run.method.weights.get(site, weight)
 
     @property
     def _keeps_state(self) -> bool:
@@ -1175,7 +1184,7 @@ class FedAvg(flower.FedAvg):
             self.current_companions,
             self._rule,
             self.combine_companion,
-            Limits(self.max_weight_share, self.max_update_norm, unlimited_of(self.method)),
+            Limits(self.max_weight_share, self.max_update_norm),
             self._suffice,
             self._reject,
         )

@@ -5,7 +5,8 @@ Nothing here knows a strategy: the functions take and return plain values.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from flwr.app import Array, ArrayRecord
 from fedmed_flower.arrays.views import view
 from fedmed_flower.errors import InputError
 from fedmed_flower.methods.base import Method, Moved, ServerRound
+from fedmed_flower.server.screening import capped
 from fedmed_flower.wire import KEEP, KEEP_SENT, METHOD, METHOD_RECORD, METHOD_SETTINGS, OWN, TAKEN
 
 # What names begin with in a strategy's state, for what the server keeps of the method.
@@ -51,18 +53,30 @@ class MethodState:
         ----------
         records : mapping of str to ArrayRecord
         weights : mapping of str to float
-            Of the sites whose replies have made the model; a site that was sent two counts twice.
+            Of the sites whose replies have made the model. A site that was sent two messages in a
+            round went on from one state in both, so it counts once.
         """
         taken = dict(self.taken)
         for site in weights:
             taken[site] = taken.get(site, 0) + 1
         return MethodState(dict(records), taken, self.weights | dict(weights))
 
-    def shares(self, weights: Mapping[str, float]) -> tuple[float, float]:
-        """Return `retained` and `share` of a round whose replies have these weights."""
-        known = sum((self.weights | dict(weights)).values())
-        before = sum(weights.get(site, weight) for site, weight in self.weights.items())
-        return before / known, sum(weights.values()) / known
+    def shares(
+        self, weights: Mapping[str, float], most: float | None = None
+    ) -> tuple[float, float]:
+        """Return `retained` and `share` of a round whose replies have these weights.
+
+        Parameters
+        ----------
+        weights : mapping of str to float
+        most : float, optional
+            Largest share of one site in the sum of all: ``max_weight_share``.
+        """
+        known = self.weights | dict(weights)
+        cut = dict(zip(known, capped([*known.values()], most), strict=True))
+        total = sum(cut.values())
+        before = sum(cut[site] for site in self.weights)
+        return before / total, sum(cut[site] for site in weights) / total
 
     def export(self) -> dict[str, ArrayRecord]:
         """Return the state for a checkpoint; empty if nothing has been done by a method."""
@@ -91,7 +105,7 @@ class MethodState:
         weights: dict[str, float] = {}
         for site, array in state.pop(SITES, ArrayRecord()).items():
             count, weight = view(array).tolist()
-            if not (count >= 1 and count == int(count) and weight >= 0):
+            if not (count >= 1 and count == int(count) and 0 <= weight < math.inf):
                 raise ValueError(f"{site} cannot have {count} replies of the weight {weight}")
             taken[site] = int(count)
             weights[site] = weight
@@ -147,6 +161,7 @@ def moved(
     before: Mapping[str, ArrayRecord],
     after: Mapping[str, ArrayRecord],
     weights: Mapping[str, float],
+    max_share: float | None = None,
 ) -> Moved:
     """Let a method make the next model of what the strategy's rule has made.
 
@@ -162,13 +177,15 @@ def moved(
         All companions that were sent, and what the rule has made of them.
     weights : mapping of str to float
         The weights of the sites that replied.
+    max_share : float, optional
+        Largest share of one site in the sum of all weights.
 
     Returns
     -------
     Moved
         Its companions by the names of their records.
     """
-    retained, share = state.shares(weights)
+    retained, share = state.shares(weights, max_share)
     result = method.move(
         ServerRound(
             sent, model, tuple(trained), _own(before), _own(after), state.records, retained, share
@@ -221,8 +238,3 @@ def require_fitting(
         raise InputError(
             f"{method.name} and {strategy} would both choose the sites of a round: take FedAvg"
         )
-
-
-def unlimited_of(method: Method | None) -> Collection[str]:
-    """Return the companions to which ``max_update_norm`` does not apply."""
-    return () if method is None else {f"{METHOD_RECORD}{name}" for name in method.unlimited}

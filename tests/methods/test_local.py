@@ -10,6 +10,8 @@ from tiny import TinyClient, bits, halves, linear, run_tiny
 from torch import nn
 from torch.nn import functional
 
+from fedmed_flower.clients.training import train_epochs
+from fedmed_flower.methods.apfl import APFL
 from fedmed_flower.methods.base import SiteRound
 from fedmed_flower.methods.moon import MOON, contrast
 
@@ -61,6 +63,20 @@ def test_moon_without_weight_and_fedprox_without_pull_are_fedavg(tmp_path):
     assert bits(moved.arrays) != bits(plain.arrays)
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(8, 2), (3, 5, 8)), (nn.Conv1d(8, 2, 1), (3, 8, 5))]
+)
+def test_moon_averages_tokens_and_pixels_and_not_features(layer, shape):
+    model = nn.Sequential(nn.Identity(), layer)
+    batch = {"x": torch.randn(shape)}
+    method = MOON()
+    method.begin(SiteRound(model, (), (), {}, {}, 0.1, fit=None, optimizer=None))
+    method._global.seen(batch, lambda model, batch: model(batch["x"]))
+    model(batch["x"])
+    seen = method._now.taken()
+    torch.testing.assert_close(seen, batch["x"].mean(1 if shape[-1] == 8 else 2))
+
+
 def test_a_layer_that_is_not_there_is_named(tmp_path):
     with pytest.raises(Exception, match=r"moon-layer must be a layer of the network, such as head"):
         run_tiny(tmp_path / "a", Halves, model=halves, method="moon", moon_layer="tail", **SGD)
@@ -94,19 +110,66 @@ def test_fedrep_trains_the_head_first_and_then_the_rest(tmp_path):
         np.testing.assert_allclose(result.arrays[key].numpy(), value.numpy(), rtol=1e-5)
 
 
-def test_apfl_steps_its_part_by_the_gradient_of_the_mixture(tmp_path):
-    """One site, one step, a fixed share: v and w are worked out by hand."""
-    folder = tmp_path / "run"
-    client = points([4.0, 6.0])
-    settings = {"num_server_rounds": 1, "local_epochs": 1, "apfl_adaptive": False}
-    result = run_squares(folder, client, method="apfl", apfl_alpha=0.25, **settings)
-    (after,) = weights_of(result)
-    # The gradient of half the squared distance from 5 is w - 5, and the rate .1.
-    start = (after - 0.5) / 0.9
-    mixture = 0.25 * start + 0.75 * after
-    part = start - 0.1 * 0.25 * (mixture - 5)
-    wanted = 0.25 * part + 0.75 * after
-    assert own_weights(folder, "hospital-1") == pytest.approx([wanted], rel=1e-5)
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_apfl_steps_its_part_by_the_gradient_of_the_mixture(adaptive, tmp_path):
+    """One site, three rounds of two steps: v, w and the share are worked out by hand."""
+    client = points([0.5, 1.5])
+    settings = {"local_epochs": 2, "apfl_adaptive": adaptive, "learning_rate": 0.05}
+
+    def run(rounds):
+        folder = tmp_path / str(rounds)
+        more = settings | {"num_server_rounds": rounds, "method": "apfl", "apfl_alpha": 0.25}
+        return weights_of(run_squares(folder, client, **more))[0], folder
+
+    w = 1 + (run(1)[0] - 1) / 0.95**2  # Where the run began.
+    v = w
+    alpha = 0.25
+    for _ in range(6):
+        # The gradient of half the squared distance from 1.
+        gradient = alpha * v + (1 - alpha) * w - 1
+        slope = gradient * (v - w)
+        v -= 0.05 * alpha * gradient
+        w -= 0.05 * (w - 1)
+        alpha -= 0.05 * slope * adaptive
+    assert adaptive == (0 < alpha < 0.25)
+    after, folder = run(3)
+    assert after == pytest.approx(w, rel=1e-5)
+    assert own_weights(folder, "hospital-1") == pytest.approx([alpha * v + (1 - alpha) * w], 1e-6)
+
+
+def test_apfl_in_parts_is_apfl_on_whole_batches():
+    """A batch that did not fit into memory is repeated in parts, the mixture's gradient too."""
+
+    def trained(most):
+        torch.manual_seed(1)
+        model = nn.Linear(2, 1)
+        batch = {"x": torch.arange(8.0).reshape(4, 2) / 8, "y": torch.ones(4)}
+        names = tuple(name for name, _ in model.named_parameters())
+
+        def loss_of(model, part):
+            if model is method._mixture and len(part["y"]) > most:
+                raise torch.OutOfMemoryError
+            return ((model(part["x"])[:, 0] - part["y"]) ** 2).mean()
+
+        method = APFL(apfl_adaptive=True)
+        site = SiteRound(
+            model,
+            names,
+            names,
+            {},
+            {"part.bias": torch.ones(1)},
+            0.1,
+            fit=None,
+            optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        )
+        method.begin(site)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train_epochs(model, [batch], loss_of, optimizer, 3, method=method)
+        return method.end(site).kept
+
+    whole = trained(4)
+    for most in (2, 1):
+        torch.testing.assert_close(trained(most), whole)
 
 
 @pytest.mark.parametrize("method", ["scaffold", "feddyn", "fednova", "fedprox", ""])

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord
 from squares import (
     Squares,
     own_weights,
@@ -12,8 +13,12 @@ from squares import (
     run_squares,
     weights_of,
 )
+from torch import nn
 
+from fedmed_flower.methods.base import ServerRound
+from fedmed_flower.methods.fednova import STEPS, FedNova
 from fedmed_flower.strategies import FedAvg, FedMedian, WeightedFedAvg
+from fedmed_flower.strategies.methods import MethodState
 
 OPTIONS = {"scaffold": {"method": "scaffold"}, "feddyn": {"method": "feddyn", "dyn_alpha": 0.5}}
 OPTIMUM = pooled_optimum(Squares.sites)
@@ -129,3 +134,73 @@ def test_cyclic_transfer_trains_one_site_after_the_other(tmp_path):
     run_squares(folder, points(*values), strategy=strategy, num_server_rounds=3, method="cyclic")
     trained = [row[2] for row in strategy.history.rows if row[1] == "train" and row[3] == "loss"]
     assert [site for site in trained if site != "all"] == ["hospital-1", "hospital-2", "hospital-1"]
+
+
+class Changing(FedAvg):
+    """A site counts three times as much as the other, until it does not any more."""
+
+    def weigh(self, site, reply):
+        return 3.0 if site == "hospital-1" and self.run.server_round < 20 else 1.0
+
+
+@pytest.mark.parametrize("method", ["scaffold", "feddyn"])
+def test_a_weight_that_changes_does_not_move_the_end(method, tmp_path):
+    result = run_squares(
+        tmp_path / "run", strategy=Changing(), num_server_rounds=100, **OPTIONS[method]
+    )
+    scales = [
+        np.sqrt(factor / len(y)) for factor, (_, y) in zip((3, 1), Squares.sites, strict=True)
+    ]
+    squares = [(x * s, y * s) for s, (x, y) in zip(scales, Squares.sites, strict=True)]
+    assert np.abs(weights_of(result) - pooled_optimum(squares)).max() < 1e-3
+
+
+class Unused(Squares):
+    """A second head, which the first site does not use."""
+
+    def build_model(self):
+        return nn.ModuleDict({"a": nn.Linear(2, 1, bias=False), "b": nn.Linear(2, 1, bias=False)})
+
+    def loss_of(self, model, batch):
+        heads = ("a", "b") if self.site.index else ("a",)
+        return sum(super(Unused, self).loss_of(model[head], batch) for head in heads)
+
+
+def test_a_parameter_that_a_site_does_not_use_has_gradient_zero_there(tmp_path):
+    result = run_squares(tmp_path / "run", Unused, num_server_rounds=80, method="scaffold")
+    for head, sites in (("a", Squares.sites), ("b", Squares.sites[1:])):
+        weights = result.arrays[f"{head}.weight"].numpy().ravel()
+        assert np.abs(weights - pooled_optimum(sites)).max() < 1e-3, head
+
+
+class Lying(points([4.0], [4.0], [4.0], [4.0], [4.0])):
+    """The last site says that it has done a million steps."""
+
+    def fit(self, model, prepared, seed):
+        metrics = super().fit(model, prepared, seed)
+        if self.site.index == 4:
+            self.method._steps *= 1_000_000
+        return metrics
+
+
+def test_a_false_number_of_steps_is_bounded_as_the_change_is(tmp_path):
+    strategy = FedAvg(max_update_norm=3.0)
+    result = run_squares(tmp_path / "run", Lying, strategy, num_server_rounds=3, method="fednova")
+    assert {failure.site for failure in strategy.history.failures} == {"hospital-5"}
+    assert abs(weights_of(result)[0] - 4) < 1
+
+
+def test_a_negative_number_of_steps_does_not_turn_the_step_around():
+    sent = ArrayRecord({"w": Array(np.zeros(1))})
+    model = ArrayRecord({"w": Array(np.ones(1))})
+    steps = {STEPS: ArrayRecord({STEPS: Array(np.array([-5.0]))})}
+    moved = FedNova().move(ServerRound(sent, model, ("w",), {}, steps, {}))
+    assert moved.model["w"].numpy().tolist() == [1.0]
+
+
+def test_a_weight_in_the_mean_of_controls_is_cut_as_in_the_mean_of_models():
+    state = MethodState().after({}, {"a": 10.0, "b": 10.0, "liar": 1e9})
+    retained, share = state.shares({"a": 10.0, "b": 10.0}, 0.4)
+    assert retained == 1.0
+    assert share == pytest.approx(0.6)
+    assert state.shares({"a": 10.0, "b": 10.0})[1] < 1e-7

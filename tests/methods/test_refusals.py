@@ -1,13 +1,17 @@
 """What is refused, by name and with the way out."""
 
 import pytest
+from flwr.app import ArrayRecord
 from flwr.serverapp import strategy as flower
-from squares import Squares, run_squares
+from squares import Squares, own_weights, points, run_squares
 from tiny import says, says_of_setting, see
 from torch import nn
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.methods import Method, register
+from fedmed_flower.methods.ditto import Ditto
+from fedmed_flower.methods.fednova import FedNova
+from fedmed_flower.methods.kept import kept_names
 from fedmed_flower.methods.registry import method_of, names
 from fedmed_flower.runs.verdict import RunFailedError
 from fedmed_flower.strategies import DPFedAvg, FedAdam, FedAvg, FedProx, QFedAvg
@@ -117,6 +121,48 @@ def test_a_training_loop_that_ignores_the_method_is_refused(tmp_path):
     with pytest.raises(RunFailedError, match="Loop has a fit of its own that ignores the method"):
         run_squares(tmp_path / "run", Loop, method="scaffold")
     assert run_squares(tmp_path / "plain", Loop).arrays
+
+
+def test_a_method_of_the_server_alone_goes_with_any_training_loop(tmp_path):
+    assert run_squares(tmp_path / "run", Loop, num_server_rounds=2, method="cyclic").arrays
+
+
+def test_the_settings_of_a_method_that_the_strategy_was_made_with_are_the_run_config_s(tmp_path):
+    client = points([0.0, 2.0], [8.0, 9.0, 10.0])
+    settings = {"num_server_rounds": 3, "ditto_lambda": 2.0}
+    run_squares(tmp_path / "named", client, method="ditto", **settings)
+    wanted = own_weights(tmp_path / "named", "hospital-1")
+    for name, method in {"name": "ditto", "object": Ditto(ditto_lambda=0.0)}.items():
+        run_squares(tmp_path / name, client, FedAvg(method=method), **settings)
+        assert own_weights(tmp_path / name, "hospital-1") == wanted
+    kept = FedAvg(method=Ditto(ditto_lambda=2.0))
+    run_squares(tmp_path / "kept", client, kept, num_server_rounds=3)
+    assert own_weights(tmp_path / "kept", "hospital-1") == wanted
+
+
+def test_one_of_two_names_of_a_tensor_is_not_kept():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    model[1].weight = model[0].weight
+    wanted = "keep must match both or neither of 0.weight and 1.weight, which are one tensor"
+    with pytest.raises(InputError, match=wanted):
+        kept_names(model, tuple(model.state_dict()), "1.*")
+    assert "1.weight" in kept_names(model, tuple(model.state_dict()), "*.weight")
+
+
+def test_fedrep_needs_weights_among_the_kept_layers(tmp_path):
+    class Normed(Squares):
+        def build_model(self):
+            return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+    with pytest.raises(RunFailedError, match="fedrep trains the kept layers, but keep names none"):
+        run_squares(tmp_path / "run", Normed, method="fedrep", keep="1.running_*")
+
+
+def test_fednova_refuses_a_model_whose_rounding_swallows_a_step():
+    model = nn.Linear(2, 1).half()
+    wanted = "fednova sends the change of the model per step, which weight cannot hold in 16 bits"
+    with pytest.raises(InputError, match=wanted):
+        FedNova().companions(ArrayRecord(model.state_dict()), ["weight", "bias"])
 
 
 def test_what_is_no_method_is_refused():

@@ -1,6 +1,7 @@
 """A run that is killed in the middle and goes on ends with the bits of one that was not."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from fedmed_flower.clients.state import SiteState
 from fedmed_flower.data.site import Site
 from fedmed_flower.errors import InputError
+from fedmed_flower.strategies import FedAvg
 
 
 class Deep(Squares):
@@ -55,7 +57,7 @@ def test_a_killed_run_that_goes_on_has_the_bits_of_an_unbroken_one(name, tmp_pat
 
 def test_two_generations_stay_and_a_lost_state_starts_anew(tmp_path, caplog):
     folder = tmp_path / "run"
-    settings = {"method": "scaffold", "local_epochs": 2}
+    settings = {"method": "ditto", "local_epochs": 2}
     run_squares(folder, num_server_rounds=3, **settings)
     state = folder / "state" / "rounds" / "hospital-1"
     assert sorted(path.name for path in state.iterdir()) == ["2.safetensors", "3.safetensors"]
@@ -63,6 +65,25 @@ def test_two_generations_stay_and_a_lost_state_starts_anew(tmp_path, caplog):
     run_squares(folder, num_server_rounds=4, resume=True, **settings)
     assert "hospital-1: the state after 3 rounds is not here: it starts anew" in caplog.text
     assert sorted(path.name for path in state.iterdir()) == ["4.safetensors"]
+
+
+@pytest.mark.parametrize("method", ["scaffold", "feddyn"])
+def test_a_site_whose_part_the_server_counts_on_does_not_start_anew(method, tmp_path):
+    folder = tmp_path / "run"
+    run_squares(folder, num_server_rounds=2, method=method)
+    shutil.rmtree(folder / "state" / "rounds" / "hospital-1")
+    strategy = FedAvg()
+    run_squares(folder, strategy=strategy, num_server_rounds=3, resume=True, method=method)
+    (failure,) = strategy.history.failures
+    assert failure.site == "hospital-1"
+    assert failure.reason.startswith("the state after 2 rounds is not in ")
+    assert "hospital-1, and the run would end at a wrong model without it" in failure.reason
+
+
+@pytest.mark.parametrize("method", ["fedprox", "fednova", "cyclic"])
+def test_a_method_that_keeps_nothing_misses_nothing(method, tmp_path, caplog):
+    run_squares(tmp_path / "run", num_server_rounds=3, method=method)
+    assert "anew" not in caplog.text
 
 
 def test_a_run_goes_on_without_a_run_folder_in_flowers_own_state():
@@ -115,4 +136,14 @@ def test_a_damaged_or_foreign_state_is_named(tmp_path):
 
 def test_the_own_model_of_a_site_is_in_its_folder(tmp_path):
     run_squares(tmp_path / "run", num_server_rounds=2, method="ditto")
+    assert len(own_weights(tmp_path / "run", "hospital-1")) == 2
+
+
+def test_a_site_without_test_rows_has_its_own_model_too(tmp_path):
+    class Untested(Squares):
+        def load_data(self, site):
+            data = super().load_data(site)
+            return data if site.index else replace(data, test=[])
+
+    run_squares(tmp_path / "run", Untested, num_server_rounds=1, method="ditto")
     assert len(own_weights(tmp_path / "run", "hospital-1")) == 2
