@@ -32,6 +32,7 @@ LOG = "log.txt"
 LIVE = "live.json"
 RELEASES = "privacy.json"
 REPORT = "report.html"
+CROSS_SITES = "cross-sites.csv"
 # Bytes of a file that is read at once; its objects take twenty times as much memory.
 MOST_TEXT = 1 << 26
 # Bytes of a table, which is read line by line.

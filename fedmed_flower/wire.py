@@ -464,6 +464,15 @@ class Sent:
         sites = self.keys.get("evaluate", {})
         return {site for site, keys in sites.items() if not _PRIVATE.isdisjoint(keys)}
 
+    @property
+    def exact_in_private_run(self) -> set[str]:
+        """The sites that have evaluated without noise, if any site has trained with noise."""
+        trained = self.keys.get("train", {}).values()
+        if not any(f"metrics.{EPSILON}" in keys for keys in trained):
+            return set()
+        evaluated = self.keys.get("evaluate", {})
+        return {site for site, keys in evaluated.items() if not noised_evaluation(keys)}
+
     def lines(self) -> list[Line]:
         """Return what was sent, grouped by reply, way of leaving, and sites."""
         common = {entry.key for entry in REPLIES if entry.reply == "any"}

@@ -8,8 +8,10 @@ import os
 import shlex
 import signal
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 from flwr.app import UserConfig
@@ -25,7 +27,15 @@ from fedmed_flower.engines.project import Project, default_sites, load_project
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import as_input_error
 from fedmed_flower.reports.report import write_report
-from fedmed_flower.runs.experiment import Before, read_before, require_same_settings
+from fedmed_flower.runs.experiment import (
+    FREE_TO_EVALUATE,
+    Before,
+    changed_settings,
+    given_by,
+    read_before,
+    require_same_settings,
+    run_behind,
+)
 from fedmed_flower.server.run_folder import (
     CONFIG,
     DEFAULT_FOLDER,
@@ -54,6 +64,16 @@ from fedmed_flower.wire import ALL_SITES
 log = logging.getLogger("flwr.fedmed")
 
 # Neither a study nor a survey can be resumed.
+# Settings of what only a training run does; a test has their defaults.
+_TRAINING = (
+    "init-from",
+    "keep-model",
+    "keep-metric",
+    "patience",
+    "baselines",
+    "personal-epochs",
+    "trainable",
+)
 _RESUMABLE = tuple(section for section in RUN if section not in (Study, SurveySettings))
 
 
@@ -71,8 +91,8 @@ class Job:
 
     @property
     def planned_rounds(self) -> int | None:
-        """Number of rounds; None if the app is somebody else's, whose settings are unknown."""
-        if not isinstance(self.client, Sectioned):
+        """Number of rounds; None if none is trained, or the app's settings are unknown."""
+        if self.options.evaluate is not None or not isinstance(self.client, Sectioned):
             return None
         return int(complete(self.config)["num-server-rounds"])
 
@@ -91,21 +111,36 @@ def prepare(path: Path, options: Options) -> Job:
     if options.out is not None and resume is not None:
         raise InputError("--out and --resume exclude each other: --resume DIR continues in DIR")
     for key, option in (("run-dir", "--out"), ("resume", "--resume"), ("data", "--data")):
-        if any(text.partition("=")[0].strip() == key for text in options.settings):
+        if _is_given(key, options.settings):
             raise InputError(f"fedmed run sets {key} itself: give {option} instead of -c {key}")
+    if options.evaluate is not None and _is_given("evaluate", options.settings):
+        raise InputError("fedmed evaluate sets evaluate itself: give RUN instead of -c evaluate")
     project = load_project(path)
     run_folder = RunFolder.named(resume or options.out, project.name)
     if resume is None:
         run_folder.require_unused()
     before = None if resume is None else read_before(run_folder)
     num_sites = number_of_sites(path, options, before)
+    tested = options.evaluate
+    trained = None if tested is None else run_behind(str(tested.expanduser()))
+    if trained is not None and options.sites is None and options.data is None:
+        num_sites = trained.sites
     client = project.client_app()
     values: UserConfig = {"run-dir": str(run_folder.path), "resume": resume is not None}
     if options.data is not None:
         values["data"] = str(options.data.expanduser().resolve())
     if options.rounds is not None:
         values["num-server-rounds"] = options.rounds
-    if isinstance(client, Sectioned):
+    if tested is not None:
+        if not isinstance(client, Sectioned):
+            raise InputError(
+                f"fedmed evaluate needs a client of this package, and that of {project.name} is "
+                "another"
+            )
+        values["evaluate"] = str(tested.expanduser().resolve())
+        config = _config_of_test(project.declared, client.sections, options, values, trained)
+        _require_valid(config, client.sections, num_sites)
+    elif isinstance(client, Sectioned):
         config = _config(project.declared, client.sections, options, values, before)
         _require_valid(config, client.sections, num_sites)
     else:
@@ -159,9 +194,68 @@ def _config(
         config = with_choices_of(folder.path, before.config, config, own)
     config = assign(override(config, options.settings, defaults(own)), values)
     require_known(config, own)
+    if place := str(complete(config, own)["init-from"]):
+        # Flower's engine runs the server elsewhere, and a run may be resumed from elsewhere.
+        config = assign(config, {"init-from": str(Path(place).expanduser().resolve())})
     if before is not None:
         require_same_settings(folder, before.config, config, own)
     return config
+
+
+def _config_of_test(
+    declared: UserConfig,
+    own: Sections,
+    options: Options,
+    values: UserConfig,
+    trained: Before | None,
+) -> UserConfig:
+    """Return the run config of a test: the app's, that of the run which trained, and ``-c``."""
+    config = declared
+    place = str(values["evaluate"])
+    if trained is not None:
+        taken = {k: v for k, v in trained.config.items() if k not in (*_TRAINING, "min-sites")}
+        config = with_choices_of(Path(place), taken, config, own)
+    config = override(config, options.settings, defaults(own))
+    current = complete(config, own)
+    # The app, or the run, may ask for what only a training run does; the whole model travels.
+    idle = {key: value for key, value in defaults(own).items() if key in _TRAINING}
+    for key in idle:
+        if _is_given(key, options.settings):
+            raise InputError(f"fedmed evaluate trains nothing: leave out -c {key}")
+    config = assign(config, {k: v for k, v in idle.items() if current[k] != v} | values)
+    require_known(config, own)
+    if trained is not None:
+        _require_same_texts(place, trained.config, complete(config, own), options, own)
+    return config
+
+
+def _require_same_texts(
+    place: str, before: UserConfig, now: UserConfig, options: Options, own: Sections
+) -> None:
+    """Refuse settings of the run that are not taken over from its folder and were not given.
+
+    A stranger may have written the folder, and they could be paths or name what is run.
+    """
+    first = complete(before, own)
+    free = FREE_TO_EVALUATE - {"data"}
+    changed = changed_settings(first, now, free)
+    missing = {
+        key: first[key]
+        for key in changed
+        if key in first
+        and not _is_given(key, options.settings)
+        and not (key == "data" and options.data is not None)
+    }
+    if missing:
+        key = min(missing)
+        raise InputError(
+            f"{key} was {first[key]!r} in the run in {place} and is {now.get(key)!r} now: test "
+            f"with the settings of the run, or say otherwise{given_by(missing)}"
+        )
+
+
+def _is_given(key: str, settings: Sequence[str]) -> bool:
+    return any(text.partition("=")[0].strip() == key for text in settings)
 
 
 def _node_configs(options: Options, client: ClientApp) -> list[UserConfig] | None:
@@ -277,12 +371,25 @@ def execute(job: Job) -> None:
         print_results(console, summary)
         mark = f" ({GENERATED})" if summary["generated"] else ""
         rounds = f"{summary['rounds']} rounds in " if "test" in summary else ""
+        if job.options.evaluate is not None:
+            _require_untrained(summary, job)
+            rounds = "nothing was trained, in "
         done = f"{rounds}{summary['seconds']:.0f} s{mark}"
         console.print(f"{summary['status']}: {done}: {job.folder}")
 
 
+def _require_untrained(summary: Mapping[str, Any], job: Job) -> None:
+    """End with exit code 1 if the app has done something else than to test the model."""
+    if not summary.get("evaluated"):
+        text = f"failed: {job.project.name} cannot test a model: its server does not call federate"
+        console.print(f"{text}: {job.folder}", style="red")
+        raise typer.Exit(1)
+
+
 def _print_without_summary(job: Job) -> None:
     """Print the outcome of an app that calls a strategy itself instead of `federate`."""
+    if job.options.evaluate is not None:
+        _require_untrained({}, job)
     if (job.folder / METRICS).exists():
         console.print(f"report: {write_report(job.folder)}")
         if not _has_trained(job.folder):

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedmed_flower.cli.data import data_app
+from fedmed_flower.cli.evaluate import evaluate
 from fedmed_flower.cli.listing import list_all
 from fedmed_flower.cli.new import new
 from fedmed_flower.cli.pages import card, compare
@@ -30,6 +31,7 @@ app.add_typer(data_app, name="data")
 app.command()(new)
 app.command()(run)
 app.command()(demo)
+app.command()(evaluate)
 app.command()(predict)
 app.command()(export)
 app.command()(statistics)

@@ -1,4 +1,4 @@
-"""The options of `fedmed run`, as the command hands them to the work."""
+"""The options of `fedmed run` and `fedmed evaluate`, as they are handed to the work."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 
 class Engine(StrEnum):
@@ -15,9 +18,31 @@ class Engine(StrEnum):
     FLOWER = "flower"
 
 
+# What both commands take.
+GivenSettings = Annotated[
+    list[str] | None,
+    typer.Option("--config", "-c", help="A setting: key=value. `fedmed settings` lists them."),
+]
+GivenEngine = Annotated[
+    Engine, typer.Option(help="local: in this process. flower: Flower's simulation engine.")
+]
+GivenData = Annotated[
+    Path | None,
+    typer.Option(help="A folder with one folder for each hospital, which is named after it."),
+]
+GivenNodes = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML with a table of node config for each hospital of --data that shall be treated "
+        "as a real one."
+    ),
+]
+GivenVerbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's own lines too.")]
+
+
 @dataclass(frozen=True)
 class Options:
-    """The options of `fedmed run`."""
+    """The options of `fedmed run` and `fedmed evaluate`."""
 
     sites: int | None = None
     rounds: int | None = None
@@ -28,6 +53,8 @@ class Options:
     data: Path | None = None
     node_config: Path | None = None
     verbose: bool = False
+    # The model that is tested instead of a training run.
+    evaluate: Path | None = None
 
 
 class Kind(StrEnum):

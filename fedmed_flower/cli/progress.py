@@ -74,7 +74,8 @@ class Position:
         records = message.content.config_records.values() if message.has_content() else ()
         config = {key: value for record in records for key, value in record.items()}
         number = config.get(SERVER_ROUND)
-        self.current = number if isinstance(number, int) else 0
+        # In asynchronous rounds a reply may be to the message of an earlier round.
+        self.current = max(number, self.finished + 1) if isinstance(number, int) else 0
         self._phase = "test" if config.get(SPLIT) == "test" else shown(name or kind, _MOST_LETTERS)
         self._sites = f"{done}/{sent} sites"
         if kind == MessageType.TRAIN and self._since is None:

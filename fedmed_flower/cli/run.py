@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from fedmed_flower.cli.listing import examples
-from fedmed_flower.cli.options import Engine, Options
+from fedmed_flower.cli.options import (
+    Engine,
+    GivenData,
+    GivenEngine,
+    GivenNodes,
+    GivenSettings,
+    GivenVerbose,
+    Options,
+)
 from fedmed_flower.cli.tables import console, input_errors
 
 
@@ -18,31 +26,15 @@ def run(
         int | None, typer.Option(help="Number of hospitals.  [default: the app's number, or 5]")
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Overrides num-server-rounds.")] = None,
-    config: Annotated[
-        list[str] | None,
-        typer.Option("--config", "-c", help="A setting: key=value. `fedmed settings` lists them."),
-    ] = None,
-    engine: Annotated[
-        Engine, typer.Option(help="local: in this process. flower: Flower's simulation engine.")
-    ] = Engine.LOCAL,
+    config: GivenSettings = None,
+    engine: GivenEngine = Engine.LOCAL,
     out: Annotated[
         Path | None, typer.Option(help="Run folder.  [default: runs/APP-date-time]")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="A folder with one folder for each hospital, which is named after it."),
-    ] = None,
-    node_config: Annotated[
-        Path | None,
-        typer.Option(
-            help="TOML with a table of node config for each hospital of --data that shall be "
-            "treated as a real one."
-        ),
-    ] = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show Flower's own lines too.")
-    ] = False,
+    data: GivenData = None,
+    node_config: GivenNodes = None,
+    verbose: GivenVerbose = False,
 ) -> None:
     """Run a Flower app with simulated hospitals."""
     # Loading torch and Flower takes seconds, which `fedmed --help` need not wait for.

@@ -105,6 +105,8 @@ def _test_columns(test: dict[str, Any]) -> dict[str, dict[str, Any]]:
     columns = {"federated": test["sites"]}
     if "local" in test:
         columns = {"alone": test["local"], **columns}
+    if test.get("own"):
+        columns["own"] = test["own"]
     if "personal" in test:
         columns["fine-tuned"] = test["personal"]
     if "pooled" in test:

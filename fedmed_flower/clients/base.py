@@ -142,9 +142,9 @@ class MedicalClient(ABC):
     method : Method
         What a message asks for beside plain training. `fit` calls its `loss`, `before_step` and
         `after_step`.
-    calls_method : bool
-        Whether the class's own `fit` does so too. If it has one and does not, a message with a
-        method is refused.
+    method_called : bool
+        Whether `fit` has called them. A subclass with a training loop of its own sets it; else a
+        message that asks for a method is refused.
     progress : float
         Share of the run's rounds that were done before this one; in [0, 1).
     agreed : str
@@ -184,7 +184,6 @@ class MedicalClient(ABC):
         DisclosureSettings,
         MethodSettings,
     )
-    calls_method: ClassVar[bool] = False
     node_keys: ClassVar[Collection[str]] = ()
     # Part of the cache's keys: distinguishes clients of one class name that prepare differently.
     prepared_for: ClassVar[str] = ""
@@ -196,6 +195,7 @@ class MedicalClient(ABC):
         self.privacy = PrivacySettings.from_run_config(context.run_config)
         self.models = ModelSettings.of_site(context)
         self.method: Method = PLAIN
+        self.method_called = False
         self.progress = 0.0
         self.agreed = ""
         self.split = ""
@@ -282,6 +282,7 @@ class MedicalClient(ABC):
         The default uses `batch_of`, and `loss_of`, which must return the mean over a batch.
         """
         settings = self.settings
+        self.method_called = True
         size = settings.batch_size
         count = len(prepared)
         self.seed_transforms(prepared, seed)

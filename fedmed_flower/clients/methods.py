@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -34,20 +35,13 @@ def require_method(client: MedicalClient, method: Method, keep: str) -> None:
     Raises
     ------
     InputError
-        If it is wrong under the run's settings, or the client has a `fit` that calls no method.
+        If it is wrong under the run's settings.
     DeclinedError
         If it touches patients again beside the training that is accounted for.
     """
     method.require(client.settings, keep)
     if method is PLAIN:
         return
-    own_fit = type(client).fit is not MedicalClient.fit
-    if own_fit and not client.calls_method and not client.privacy.on:
-        raise InputError(
-            f"{type(client).__name__} has its own fit, which would ignore the method "
-            f"{method.name}: call loss, before_step and after_step of self.method there, and set "
-            "calls_method = True"
-        )
     if client.privacy.on and method.touches_again:
         raise DeclinedError(
             f"{method.name} uses patients' rows beside the training that has noise: it is for runs "
@@ -66,7 +60,6 @@ class MethodRound:
         The message's config.
     model : Module
     travelling : Travelling
-    state : SiteState
     kept : tuple of str
         The entries of the model that stay different at each site.
     """
@@ -75,8 +68,13 @@ class MethodRound:
     config: ConfigRecord
     model: nn.Module
     travelling: Travelling
-    state: SiteState
     kept: tuple[str, ...]
+
+    @cached_property
+    def state(self) -> SiteState:
+        """What the site has kept from its last round."""
+        client = self.client
+        return SiteState(client.context, client.site, client.run_key(self.config), self.config)
 
     @classmethod
     def of(
@@ -96,11 +94,11 @@ class MethodRound:
         client.method = method_of_message(config)
         keep = str(config.get(KEEP, ""))
         require_method(client, client.method, keep)
-        state = SiteState(client.context, client.site, client.run_key(config), config)
         kept = kept_names(model, travelling.names, keep)
-        if kept and (layers := state.part(_KEPT)):
+        made = cls(client, config, model, travelling, kept)
+        if kept and (layers := made.state.part(_KEPT)):
             model.load_state_dict(model.state_dict() | layers)
-        return cls(client, config, model, travelling, state, kept)
+        return made
 
     def train(self, received: RecordDict, prepared: Any, seed: int) -> tuple[dict[str, Any], Ended]:
         """Train the model by the method; return the metrics and what the method leaves.
@@ -112,12 +110,24 @@ class MethodRound:
         prepared : any
             The training rows, as the client prepares them; None in private training.
         seed : int
+
+        Raises
+        ------
+        InputError
+            If the client has a training loop of its own that ignores the method.
         """
         client = self.client
+        method = client.method
         site = self._site(received, prepared, seed)
-        client.method.begin(site)
-        metrics = client.method.train(site)
-        return metrics, client.method.end(site)
+        method.begin(site)
+        metrics = method.train(site)
+        if method is not PLAIN and not client.method_called and not client.privacy.on:
+            raise InputError(
+                f"{type(client).__name__} has a fit of its own that ignores the method "
+                f"{method.name}: call loss, before_step and after_step of self.method there, and "
+                "set self.method_called = True"
+            )
+        return metrics, method.end(site)
 
     def keep(self, ended: Ended) -> None:
         """Write what the site keeps to its folder, if there is anything."""
@@ -172,7 +182,7 @@ class MethodRound:
             shared=tuple(shared),
             travelling=self.travelling.names,
             received=beside,
-            kept=self._on_device(self.state.part(_METHOD)),
+            kept=self._on_device({} if client.method is PLAIN else self.state.part(_METHOD)),
             learning_rate=learning_rate(settings, client.progress),
             fit=fit,
             optimizer=lambda model: make_optimizer(settings, model, client.progress),

@@ -48,6 +48,11 @@ class SiteState:
     config : mapping
         The message's config: `TAKEN`, the number of the site's replies that the server has taken.
         If it is not there, the site goes on from its newest state.
+
+    Raises
+    ------
+    InputError
+        If that number is none.
     """
 
     def __init__(self, context: Context, site: Site, run: str, config: Mapping[str, Any]) -> None:
@@ -56,7 +61,9 @@ class SiteState:
         self._about = {"run": run, "site": site.name}
         self._folder = _folder(context, site, run, config)
         newest = max(self._generations(), default=0)
-        self.generation = int(config.get(TAKEN, newest))
+        self.generation = config.get(TAKEN, newest)
+        if type(self.generation) is not int or self.generation < 0:
+            raise InputError(f"{TAKEN} must be a whole number from 0 on, got {self.generation!r}")
         self._parts: dict[str, dict[str, Tensor]] | None = None
 
     def part(self, name: str) -> dict[str, Tensor]:

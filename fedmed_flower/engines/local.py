@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import math
 import secrets
 import time
 import traceback
@@ -13,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from logging import DEBUG
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from flwr.app import (
@@ -36,6 +37,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedmed_flower.data.site import simulation
+from fedmed_flower.engines.clock import VirtualClock, speeds_of
 from fedmed_flower.engines.notebook import framed_report, in_notebook, inline_progress
 from fedmed_flower.errors import InputError
 from fedmed_flower.settings.registry import Sectioned, complete, require_known
@@ -85,6 +87,7 @@ def run_local(
     on_message: Listener | None = None,
     verbose: bool = False,
     progress: bool = True,
+    virtual_speeds: Sequence[float] | None = None,
 ) -> LocalRun:
     """Run an app in this process, one client after the other.
 
@@ -114,6 +117,10 @@ def run_local(
         Whether to show Flower's own lines on the console too, below WARNING.
     progress : bool
         Whether to show, in a notebook, how far the run is. Elsewhere nothing is shown.
+    virtual_speeds : sequence of float, optional
+        Training messages that each site answers in a second of the virtual clock; above 0. The
+        history then has ``virtual-seconds`` after each round, and asynchronous rounds take replies
+        in the order of that clock. None: as ``virtual-speeds`` of the run config, if it is there.
 
     Returns
     -------
@@ -123,8 +130,9 @@ def run_local(
     Raises
     ------
     InputError
-        If `num_sites` is below 1, `node_configs` has another length, or `run_config` has a key that
-        neither this package nor the app knows, although the client is one of this package.
+        If `num_sites` is below 1, `node_configs` or `virtual_speeds` has another length, a speed is
+        not above 0, or `run_config` has a key that neither this package nor the app knows, although
+        the client is one of this package.
     """
     if num_sites < 1:
         raise InputError(f"num_sites must be at least 1, got {num_sites}")
@@ -140,6 +148,13 @@ def run_local(
     config = dict(run_config or {})
     if isinstance(client_app, Sectioned):
         require_known(config, client_app.sections)
+    speeds = speeds_of(config, num_sites) if virtual_speeds is None else list(virtual_speeds)
+    if speeds is not None and len(speeds) != num_sites:
+        raise InputError(
+            f"virtual_speeds must have num_sites = {num_sites} items, got {len(speeds)}"
+        )
+    if speeds is not None and not all(0 < speed < math.inf for speed in speeds):
+        raise InputError(f"virtual_speeds must be above 0 and finite, got {speeds}")
     contexts = {
         _FIRST_NODE_ID + index: Context(
             run_id=run_id,
@@ -161,7 +176,8 @@ def run_local(
     gc.freeze()
     try:
         with simulation(), quiet, shown as listener:
-            grid = LocalGrid(client_app, contexts, _all_of(on_message, listener))
+            by_node = None if speeds is None else dict(zip(contexts, speeds, strict=True))
+            grid = LocalGrid(client_app, contexts, _all_of(on_message, listener), by_node)
             grid.run.fab_id = app_name
             server_app(grid=grid, context=context)
     finally:
@@ -214,6 +230,14 @@ class _Progress:
     done: int = 0
 
 
+class _Waiting(NamedTuple):
+    """A message whose client has not run, and the virtual time at which its reply is due."""
+
+    message: Message
+    progress: _Progress
+    due: float
+
+
 class LocalGrid(Grid):
     """Runs a ClientApp on each message when its reply is pulled.
 
@@ -233,6 +257,8 @@ class LocalGrid(Grid):
         The context of each node, by node id.
     on_message : callable, optional
         As in `run_local`.
+    speeds : mapping of int to float, optional
+        Of each node, as in `VirtualClock`.
     """
 
     complete = True
@@ -243,12 +269,14 @@ class LocalGrid(Grid):
         client_app: ClientApp,
         contexts: Mapping[int, Context],
         on_message: Listener | None = None,
+        speeds: Mapping[int, float] | None = None,
     ) -> None:
         self._client_app = client_app
         self._contexts = dict(contexts)
         self._on_message = on_message
         self._run = Run.create_empty(next(iter(contexts.values())).run_id)
-        self._waiting: dict[str, tuple[Message, _Progress]] = {}
+        self._clock = VirtualClock(speeds)
+        self._waiting: dict[str, _Waiting] = {}
         self.result: Result | None = None
         self.folder: Path | None = None
 
@@ -285,7 +313,8 @@ class LocalGrid(Grid):
                 raise ValueError(f"there is no node {message.metadata.dst_node_id}")
             message_id = str(uuid4())
             message.metadata.__dict__["_message_id"] = message_id
-            self._waiting[message_id] = _copy_message(message), progress
+            due = self._clock.due(message)
+            self._waiting[message_id] = _Waiting(_copy_message(message), progress, due)
             ids.append(message_id)
         progress.sent = len(ids)
         return ids
@@ -294,6 +323,50 @@ class LocalGrid(Grid):
         """Run the clients of these messages and return their replies."""
         ids = [message_id for message_id in message_ids if message_id in self._waiting]
         return self._replies(ids, timeout=None)
+
+    @property
+    def now(self) -> float:
+        """Seconds of the virtual clock."""
+        return self._clock.now
+
+    @property
+    def virtual_seconds(self) -> float | None:
+        """Seconds of the virtual clock; None if the sites were given no speeds."""
+        return self._clock.now if self._clock.given else None
+
+    def set_clock(self, seconds: float) -> None:
+        """Set the virtual clock, at the start of a run or of what is left of one."""
+        self._clock.now = seconds
+
+    def next_reply(self, message_ids: Sequence[str], until: float) -> Message | None:
+        """Run the client whose reply is due next by the virtual clock, and return its reply.
+
+        Of replies that are due at the same time, that of the site with the lower index comes first.
+        A client that does not reply is passed over.
+
+        Returns
+        -------
+        Message or None
+            None if no reply is due until `until`, which the clock then shows.
+        """
+        waiting = {key: self._waiting[key] for key in message_ids if key in self._waiting}
+        while waiting:
+            key = min(
+                waiting,
+                key=lambda key: (waiting[key].due, waiting[key].message.metadata.dst_node_id),
+            )
+            if waiting.pop(key).due > until:
+                break
+            replies = self._replies([key], timeout=None)
+            if replies:
+                return replies[0]
+        self._clock.advance(until)
+        return None
+
+    def drop(self, message_ids: Iterable[str]) -> None:
+        """Forget messages whose replies nobody will pull, so that they do not stay in memory."""
+        for message_id in message_ids:
+            self._waiting.pop(message_id, None)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -326,7 +399,10 @@ class LocalGrid(Grid):
     def _replies(self, ids: list[str], timeout: float | None) -> list[Message]:
         replies = []
         for message_id in ids:
-            message, progress = self._waiting.pop(message_id)
+            waiting = self._waiting.pop(message_id)
+            message = waiting.message
+            progress = waiting.progress
+            self._clock.advance(waiting.due)
             if progress.done == 0:
                 self._report(message, progress)
             began = time.monotonic()

@@ -38,6 +38,10 @@ RATES = ("accuracy", "balanced-accuracy", "sensitivity", "specificity")
 NOISED = "noised-counts"
 # Entries that only `pool` uses, with or without a group in the name.
 POOLED_ONLY = (*SUMMABLE, NOISED, NOISED_DICE, *SUMS)
+# What the server adds to a round's figures: how old the model was that a reply was trained from, in
+# rounds, and the time of the virtual clock.
+STALENESS = "staleness"
+VIRTUAL_SECONDS = "virtual-seconds"
 # A run is judged by the first of these that it has.
 MAIN = ("auc", "dice", "c-index", "r2", "d2", "accuracy", "mae", "loss")
 # Metrics whose names start with one of these are better when lower.

@@ -37,6 +37,7 @@ from fedmed_flower.files import (
 )
 from fedmed_flower.models.device import torch_device
 from fedmed_flower.models.graph import GraphNetwork, UnsavableError, graph_of
+from fedmed_flower.models.weights import read_weights, require_same
 from fedmed_flower.prediction.description import Description, UndescribedError
 from fedmed_flower.server.run_folder import MODEL, PREDICTOR, SUMMARY, RunFolder
 
@@ -121,16 +122,9 @@ class Predictor:
         InputError
             If the file is no ``.safetensors``, or not of the same network.
         """
-        path = Path(path).expanduser()
-        try:
-            with open_file(path.parent, path.name, _MOST_FILE) as file:
-                state = load(file.read())
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        except Exception as error:  # The library's own error, which it does not export.
-            raise InputError(f"{path} is no file of weights (.safetensors): {error}") from error
-        _require_same(state, self.state, str(path), f"the model of {self.where}")
-        return replace(self, state=state)
+        weights = read_weights(Path(path).expanduser())
+        require_same(weights.state, self.state, weights.path, f"the model of {self.where}")
+        return replace(self, state=weights.state)
 
     def client(self, device: str = "cpu", app: type[MedicalClient] | None = None) -> MedicalClient:
         """Return a client that prepares rows, and predicts, as the clients of the run did.
@@ -176,7 +170,7 @@ class Predictor:
         else:
             with torch.random.fork_rng(devices=[]):
                 network = client.build_model()
-            _require_same(self.state, network.state_dict(), self.where, "the network of the app")
+            require_same(self.state, network.state_dict(), self.where, "the network of the app")
             network.load_state_dict(dict(self.state))
         network.eval()
         for parameter in network.parameters():
@@ -339,25 +333,6 @@ def _why_none(path: Path) -> str:
         f"{path} has no {PREDICTOR}: its app does not call federate, or an earlier version wrote "
         f"the folder: load {MODEL} into the app's own network"
     )
-
-
-def _require_same(
-    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str, whose: str
-) -> None:
-    """Raise `InputError` if weights are not those of a network."""
-    given = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
-    needed = {name: (tuple(value.shape), value.dtype) for name, value in wanted.items()}
-    # A file's own order of names differs from read to read.
-    for name in sorted(needed | given):
-        if given.get(name) != needed.get(name):
-            raise InputError(
-                f"{where} does not fit {whose}: {name} is {_form(given.get(name))} and must be "
-                f"{_form(needed.get(name))}"
-            )
-
-
-def _form(entry: tuple[tuple[int, ...], torch.dtype] | None) -> str:
-    return "missing" if entry is None else f"{str(entry[1]).removeprefix('torch.')} {entry[0]}"
 
 
 def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

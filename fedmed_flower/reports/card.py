@@ -18,7 +18,7 @@ from fedmed_flower.files import as_input_error, read_object, write_atomic
 from fedmed_flower.metrics.counts import Counts, read_counts
 from fedmed_flower.metrics.curves import Interval
 from fedmed_flower.metrics.names import lower_is_better
-from fedmed_flower.reports import contents, frame, scores, tripod
+from fedmed_flower.reports import contents, frame, scores, trained, tripod
 from fedmed_flower.reports.contents import Hospitals
 from fedmed_flower.reports.frame import COUNT, DASH, count_of, format_of, format_value
 from fedmed_flower.reports.markdown import plain, table
@@ -36,6 +36,7 @@ from fedmed_flower.reports.summary import (
 )
 from fedmed_flower.reports.tested import Estimates, estimates, evidence_of
 from fedmed_flower.reports.words import FEWEST
+from fedmed_flower.reports.worth import chance_of, in_words
 from fedmed_flower.server.run_folder import CONFIG, METRICS, MODEL, SUMMARY
 
 Ends = tuple[float, float]
@@ -194,7 +195,7 @@ def _section(title: str, *parts: str) -> str:
 def _head(run: _Run) -> str:
     summary = run.summary
     status = str(summary.get("status"))
-    words = [contents.early_stop(summary), summary.get("message"), contents.happened(summary)]
+    words = [*contents.course(summary), summary.get("message"), contents.happened(summary)]
     happened = ". ".join(plain(word) for word in words if word)
     lines = [f"# Model card: {plain(summary.get('app') or 'run')}"]
     if summary.get("generated") is True:
@@ -317,6 +318,7 @@ def _training(run: _Run) -> str:
     duration = DASH if seconds is None else f"{timedelta(seconds=round(seconds))} (h:min:s)"
     facts = {
         "Strategy": plain(summary.get("strategy")),
+        **{frame.capital(key): plain(value) for key, value in trained.facts(summary).items()},
         "Rounds": f"{done} of {planned}",
         "Network": plain(model.get("network")),
         "Weights": format_value(number(model, "weights"), COUNT),
@@ -428,7 +430,8 @@ def _worst(key: str, values: Mapping[str, float]) -> str:
 
 def _compared(run: _Run) -> str:
     """Return what the federated model is compared with; empty if the run has no other model."""
-    compared = contents.comparison(run.summary, nested(run.summary, "sites"), run.main)
+    chance = chance_of(run.summary, run.counts, run.main)
+    compared = contents.comparison(run.summary, nested(run.summary, "sites"), chance)
     if compared is None:
         return ""
     rows = []
@@ -446,7 +449,8 @@ def _compared(run: _Run) -> str:
         "Lowest",
         "Highest hospital",
     ]
-    return "\n\n".join(["### Beside other models", table(head, rows)])
+    said = [in_words(gain, named=False) for gain in compared.gains]
+    return "\n\n".join(["### Beside other models", *said, table(head, rows)])
 
 
 def _calibration(run: _Run) -> str:

@@ -38,6 +38,8 @@ _NO_INTERVAL = """There is no interval of a run that keeps no counts, or whose h
 with noise. """
 _DIFFERENCE = """“−” columns: the run less {first}. Mean and worst are over the hospitals with a
 number in every run. """
+_IN_USE = """of the model that a hospital uses, on its own test records: its own model if the run
+has made one, else the federated"""
 _LINES = """<p class="note">All hospitals together, as each run recorded them.</p>"""
 _NO_PRIVACY = "none: nothing bounds what could be inferred about one patient"
 _NOT_ADDED = """<p class="note">Each row is of that run alone. Who was trained on in several of the
@@ -187,27 +189,42 @@ def _hospitals(runs: list[Run], styles: Styles, main: str) -> str:
     sites = sorted({site for values in by_run for site in values}, key=frame.natural)
     if not sites:
         return ""
-    lower = lower_is_better(main)
-    spec = format_of(main)
     totals = [total(nested(run.summary, "test", "federated"), main) for run in runs]
-    columns = [
-        Column(styles[run.label].key, values, value, spec, lower)
-        for run, values, value in zip(runs, by_run, totals, strict=True)
-    ]
-    for run, values, value in zip(runs[1:], by_run[1:], totals[1:], strict=True):
-        change = {site: values[site] - by_run[0][site] for site in values if site in by_run[0]}
-        of_all = None
-        if value.value is not None and totals[0].value is not None:
-            of_all = value.value - totals[0].value
-        title = f"{escaped(run.label)} − {escaped(runs[0].label)}"
-        columns.append(Column(title, change, Total(of_all), _CHANGE, lower))
-    complete = [site for site in sites if all(site in values for values in by_run)]
-    names = {site: escaped(site) for site in sites}
     title = frame.title(main)
-    table = site_table(names, f"{title} on each hospital’s own test records", columns, complete)
+    caption = f"{title} on each hospital’s own test records"
+    table = _by_hospital(styles, main, by_run, totals, caption)
     note = _DIFFERENCE.format(first=escaped(runs[0].label))
     drawn = _dots(sites, styles, by_run, title) if len(sites) <= frame.MANY else ""
-    return f'<h2>By hospital</h2>{table}<p class="note">{note}</p>{drawn}'
+    in_use = several.in_use(runs, main)
+    used = _by_hospital(styles, main, in_use, None, f"{title} {_IN_USE}") if in_use else ""
+    return f'<h2>By hospital</h2>{table}<p class="note">{note}</p>{drawn}{used}'
+
+
+def _by_hospital(
+    styles: Styles,
+    main: str,
+    by_run: list[dict[str, float]],
+    totals: list[Total] | None,
+    caption: str,
+) -> str:
+    """Return a table with a row a hospital, a column a run, and the differences to the first."""
+    lower = lower_is_better(main)
+    spec = format_of(main)
+    sites = sorted({site for values in by_run for site in values}, key=frame.natural)
+    of_all: list[Total | None] = [None] * len(by_run) if totals is None else [*totals]
+    runs = [*zip(styles.items(), by_run, of_all, strict=True)]
+    columns = [Column(style.key, values, value, spec, lower) for (_, style), values, value in runs]
+    (first, _), before, total_before = runs[0]
+    for (label, _), values, value in runs[1:]:
+        change = {site: values[site] - before[site] for site in values if site in before}
+        title = f"{escaped(label)} − {escaped(first)}"
+        of_both = None
+        if value is not None and total_before is not None:
+            of_both = Total(several.minus(value.value, total_before.value))
+        columns.append(Column(title, change, of_both, _CHANGE, lower))
+    complete = [site for site in sites if all(site in values for values in by_run)]
+    names = {site: escaped(site) for site in sites}
+    return site_table(names, caption, columns, complete)
 
 
 def _dots(sites: list[str], styles: Styles, by_run: list[dict[str, float]], title: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fedmed_flower.metrics.names import lower_is_better
 from fedmed_flower.reports import frame, plots
-from fedmed_flower.reports.contents import Cell, Comparison, FineTuned, Groups, sides
+from fedmed_flower.reports.contents import Cell, Comparison, FineTuned, Groups
 from fedmed_flower.reports.frame import COUNT, count_of, escaped, format_of, format_value, name
 from fedmed_flower.reports.plots import Styles
 from fedmed_flower.reports.summary import mean
 from fedmed_flower.reports.tables import site_table, total_cell, worst_cell
+from fedmed_flower.reports.worth import Gain, in_words
 
 _HEADING = "<h2>Was it worth it?</h2>"
 _TO_COMPARE = """<p>{}To compare with each hospital’s own model and with one trained on all data
@@ -16,7 +17,12 @@ pooled, run with <code>-c baselines=true</code>.</p>"""
 _CHANCE = "One run with one seed: small differences can be chance, above all on few test records."
 _BEFORE_AFTER = """<p class="note">Each metric is {}, or, if the hospital’s validation records
 leave it undefined, the next metric that they have.</p>"""
-_MOST_NAMED = 8
+_CAUTIOUS = """ A difference is put down to chance if its 95% interval holds 0. The interval takes
+the two models to be tested on different records, which is cautious. Of twenty hospitals where the
+models are equally good, one may still seem to differ."""
+_OWN = """ Own model: what a hospital keeps and uses itself; the method of this run makes it. The
+federated model is what it shares."""
+_BEST = " Bold: the best figure of each hospital."
 _CHANGE = "+,.3f"
 
 
@@ -25,16 +31,41 @@ def models(comparison: Comparison | None, styles: Styles, main: str) -> str:
     if comparison is None:
         return _HEADING + _TO_COMPARE.format("Not measured in this run. ")
     heading = _HEADING if comparison.baselines else _HEADING + _TO_COMPARE.format("")
-    gained = f"<p>{_gained(comparison.gains, main)}</p>" if comparison.gains else ""
+    gained = "".join(f"<li>{escaped(in_words(each))}</li>" for each in comparison.gains)
+    if gained:
+        gained = f'<p>{_by(main)}:</p><ul class="said">{gained}</ul>'
     names = {site: style.key for site, style in styles.items()}
     title = frame.title(main)
     caption = f"{title} on each hospital’s own test records"
     table = site_table(names, caption, comparison.columns, comparison.complete)
-    note = f'<p class="note">{_CHANCE}{_left_out(comparison, len(styles))}</p>'
+    note = f'<p class="note">{_notes(comparison, len(styles))}</p>'
     drawn = _drawn(comparison, styles, title, main)
     tuned = comparison.fine_tuned
     fine_tuned = "" if tuned is None else _fine_tuned(tuned, names, main)
     return heading + gained + table + note + drawn + fine_tuned
+
+
+def _by(main: str) -> str:
+    better = "lower" if lower_is_better(main) else "higher"
+    return f"By {name(main)} on each hospital’s own test records ({better} is better)"
+
+
+def _notes(comparison: Comparison, count: int) -> str:
+    tuned = comparison.fine_tuned
+    told = [*comparison.gains, *([tuned.gain] if tuned is not None and tuned.gain else [])]
+    note = _CHANCE
+    if any(_is_known(each) for each in told):
+        note += _CAUTIOUS
+    if comparison.has_own:
+        note += _OWN
+    if sum(column.ranked for column in comparison.columns) > 1:
+        note += _BEST
+    return note + _left_out(comparison, count)
+
+
+def _is_known(gain: Gain) -> bool:
+    """Return whether it is known of a hospital what chance can make."""
+    return any(gain.known)
 
 
 def _left_out(comparison: Comparison, count: int) -> str:
@@ -57,25 +88,6 @@ def _drawn(comparison: Comparison, styles: Styles, title: str, main: str) -> str
     return plots.spreads(of_complete, title, lower_is_better(main))
 
 
-def _gained(gains: dict[str, float], main: str) -> str:
-    gained, lost = sides(gains, main)
-    what = f"{'a lower ' if lower_is_better(main) else ''}{name(main)}"
-    return (
-        f"Of {count_of(len(gains), 'hospital')} {len(gained) or 'none'} gained {what}"
-        f"{_named(gained, gains)} and {len(lost) or 'none'} lost{_named(lost, gains)} "
-        "against their own models alone."
-    )
-
-
-def _named(sites: list[str], gains: dict[str, float]) -> str:
-    """Return the first sites with their gains, in brackets."""
-    if not sites:
-        return ""
-    first = [f"{escaped(s)} {format_value(gains[s], _CHANGE)}" for s in sites[:_MOST_NAMED]]
-    more = ", …" if len(sites) > _MOST_NAMED else ""
-    return f" ({', '.join(first)}{more})"
-
-
 def _fine_tuned(tuned: FineTuned, names: dict[str, str], main: str) -> str:
     """Return what fine-tuning did, on the validation records it was chosen by and on test."""
     words = (
@@ -85,24 +97,15 @@ def _fine_tuned(tuned: FineTuned, names: dict[str, str], main: str) -> str:
         "A hospital keeps what is best on its validation records, so that by construction none "
         "is worse there. "
     )
-    if tuned.changes:
-        words += _changed(tuned.changes, main)
+    if tuned.gain is not None:
+        change = format_value(mean(tuned.gain.changes), _CHANGE)
+        words += f"{_by(main)}: {escaped(in_words(tuned.gain))} "
+        words += f"Mean change of {name(main)}: <b>{change}</b>."
     tuned_names = {site: named for site, named in names.items() if site in tuned.sites}
     caption = "On each hospital’s own validation records"
     table = site_table(tuned_names, caption, tuned.columns, tuned_names)
     note = _BEFORE_AFTER.format(name(main))
     return f"<h3>Fine-tuned at the hospital</h3><p>{words}</p>{table}{note}"
-
-
-def _changed(changes: dict[str, float], main: str) -> str:
-    better, worse = sides(changes, main)
-    equal = len(changes) - len(better) - len(worse)
-    return (
-        f"On the test records what it kept is better at {len(better) or 'none'}, "
-        f"equal at {equal or 'none'} and worse at {len(worse) or 'none'} of "
-        f"{count_of(len(changes), 'hospital')} (mean change of {name(main)} "
-        f"<b>{format_value(mean(changes), _CHANGE)}</b>)."
-    )
 
 
 def groups(columns: list[Groups]) -> str:

@@ -27,6 +27,16 @@ from fedmed_flower.reports.summary import (
     worst,
 )
 from fedmed_flower.reports.tables import Column
+from fedmed_flower.reports.worth import (
+    ALONE,
+    FEDERATED,
+    OWN,
+    TUNED,
+    Chance,
+    Gain,
+    differences,
+    gain,
+)
 from fedmed_flower.wire import ALL_SITES, Sent, noised_evaluation
 
 _MOST_IN_WORDS = 5
@@ -34,13 +44,35 @@ _MOST_EXPLAINING = 2
 _CHANGE = "+,.3f"
 
 
-def early_stop(summary: dict[str, Any]) -> str:
-    """Return after which round the run ended early, and why; an empty text if it did not."""
+def course(summary: dict[str, Any]) -> list[str]:
+    """Return what is unlike a run of all rounds from fresh weights whose last model is kept.
+
+    These are the weights it began with, or tested alone; why it ended early; and whose round's
+    model is kept.
+    """
+    said = []
+    if weights := nested(summary, "started-from"):
+        said.append(f"Started from {_weights(weights)}")
+        if nested(summary, "privacy"):
+            said.append("What those weights tell of their patients is not in its privacy figures")
+    if weights := nested(summary, "evaluated"):
+        said.append(f"Nothing was trained: these are tests of {_weights(weights)}")
     stopped = nested(summary, "stopped")
-    last = number(stopped, "round")
-    if last is None:
-        return ""
-    return f"Stopped after round {format_value(last, COUNT)}: {stopped.get('reason')}"
+    if (last := number(stopped, "round")) is not None:
+        said.append(f"Stopped after round {format_value(last, COUNT)}: {stopped.get('reason')}")
+    kept = nested(summary, "kept")
+    if (best := number(kept, "round")) is not None:
+        value = format_value(number(kept, "value"))
+        said.append(
+            f"The model of round {format_value(best, COUNT)} is kept: its {kept.get('metric')} on "
+            f"validation records, {value}, is the {kept.get('direction')}"
+        )
+    return said
+
+
+def _weights(weights: dict[str, Any]) -> str:
+    """Return which weights they are, in a sentence."""
+    return f"the weights in {weights.get('path')} (SHA-256 {weights.get('sha256')})"
 
 
 @dataclass(frozen=True)
@@ -319,22 +351,6 @@ def _order(group: str) -> tuple[int, str]:
     return rank, frame.natural(value)
 
 
-class Sides(NamedTuple):
-    """Who is better and who is worse, as far as three digits show it; the largest change first."""
-
-    better: list[str]
-    worse: list[str]
-
-
-def sides(changes: Mapping[str, float], main: str) -> Sides:
-    """Return the hospitals whose change is for the better, and those where it is for the worse."""
-    sign = -1 if lower_is_better(main) else 1
-    shown = {site: sign * round(change, 3) for site, change in changes.items()}
-    better = sorted((s for s in shown if shown[s] > 0), key=lambda s: -sign * changes[s])
-    worse = sorted((s for s in shown if shown[s] < 0), key=lambda s: sign * changes[s])
-    return Sides(better, worse)
-
-
 @dataclass(frozen=True)
 class FineTuned:
     """What fine-tuning at the hospitals did.
@@ -345,8 +361,8 @@ class FineTuned:
         Hospitals that have fine-tuned.
     num_measured, num_kept
         Of these, how many reported the passes they kept, and how many kept at least one.
-    changes
-        On test records: fine-tuned minus federated, of each hospital.
+    gain
+        On test records, beside the federated model; None if no hospital has both figures.
     columns
         On the validation records by which each hospital has chosen.
     """
@@ -354,7 +370,7 @@ class FineTuned:
     sites: list[str]
     num_measured: int
     num_kept: int
-    changes: dict[str, float]
+    gain: Gain | None
     columns: list[Column]
 
 
@@ -369,7 +385,8 @@ class Comparison:
     models
         Of each model in the order of `plots.MODELS`: its value at each hospital.
     gains
-        Federated minus alone, of each hospital that has both.
+        What the models of the run are to the hospitals beside one trained alone, and their own
+        model beside the federated one.
     columns
         The table, without columns that are empty.
     complete
@@ -380,50 +397,71 @@ class Comparison:
 
     baselines: bool
     models: list[dict[str, float]]
-    gains: dict[str, float]
+    gains: list[Gain]
     columns: list[Column]
     complete: list[str]
     fine_tuned: FineTuned | None
 
+    @property
+    def has_own(self) -> bool:
+        """Whether the run has left hospitals a model of their own, other than by fine-tuning."""
+        return bool(self.models[2])
 
-def comparison(summary: dict[str, Any], sites: Iterable[str], main: str) -> Comparison | None:
-    """Return what the federated model is compared with; None if there is no other model."""
+
+def comparison(summary: dict[str, Any], sites: Iterable[str], chance: Chance) -> Comparison | None:
+    """Return what the federated model is compared with; None if there is no other model.
+
+    `chance` is that of the metric by which the models are compared.
+    """
+    main = chance.metric
     test = nested(summary, "test")
     local = nested(test, "local")
     pooled = nested(test, "pooled")
     personal = nested(test, "personal")
-    if not local and not pooled and not personal:
+    own = by_site(nested(test, "own"), main)
+    if not local and not pooled and not personal and not own:
         return None
     alone = by_site(local, main)
     federated = by_site(nested(test, "sites"), main)
     tuned = by_site(personal, main)
     central = by_site(nested(pooled, "sites"), main)
-    gains = _differences(federated, alone)
-    changes = _differences(tuned, federated)
     total_alone = mean(by_site({site: nested(part, "all") for site, part in local.items()}, main))
     total_federated = number(test.get("federated"), main)
-    gain = None
+    gain_of_all = None
     if total_alone is not None and total_federated is not None:
-        gain = total_federated - total_alone
+        gain_of_all = total_federated - total_alone
     lower = lower_is_better(main)
     columns = [
-        Column("Own model alone", alone, Total(total_alone, remark="mean of all models")),
-        Column("Federated", federated, total(test.get("federated"), main)),
-        Column("Fine-tuned at the hospital", tuned, Total()),
-        Column("Trained on pooled data", central, total(pooled, main)),
-        Column("Federated − alone", gains, Total(gain), _CHANGE),
-        Column("Fine-tuned − federated", changes, Total(), _CHANGE),
+        _of_model("Trained alone", alone, Total(total_alone, remark="mean of all models")),
+        _of_model("Federated", federated, total(test.get("federated"), main)),
+        _of_model("Own model", own, Total()),
+        _of_model("Fine-tuned at the hospital", tuned, Total()),
+        _of_model("Trained on pooled data", central, total(pooled, main)),
+        Column("Federated − alone", differences(federated, alone), Total(gain_of_all), _CHANGE),
+        Column("Own − alone", differences(own, alone), Total(), _CHANGE),
+        Column("Fine-tuned − federated", differences(tuned, federated), Total(), _CHANGE),
     ]
     columns = [column._replace(lower=lower) for column in columns if not _empty(column)]
     filled = [column.values for column in columns if column.values]
+    gains = [
+        gain(FEDERATED, federated, ALONE, alone, chance),
+        gain(OWN, own, ALONE, alone, chance),
+        gain(TUNED, tuned, ALONE, alone, chance),
+        gain(OWN, own, FEDERATED, federated, chance),
+    ]
+    by_tuning = gain(TUNED, tuned, FEDERATED, federated, chance)
     return Comparison(
         baselines=bool(local or pooled),
-        models=[alone, federated, tuned, central],
-        gains=gains,
+        models=[alone, federated, own, tuned, central],
+        gains=[each for each in gains if each is not None],
         columns=columns,
         complete=[site for site in sites if all(site in values for values in filled)],
-        fine_tuned=_fine_tuned(personal, changes, lower) if personal else None,
+        fine_tuned=_fine_tuned(personal, by_tuning, lower) if personal else None,
     )
+
+
+def _of_model(title: str, values: dict[str, float], of_all: Total) -> Column:
+    return Column(title, values, of_all, ranked=True)
 
 
 def _empty(column: Column) -> bool:
@@ -431,11 +469,7 @@ def _empty(column: Column) -> bool:
     return not column.values and (column.total is None or column.total.value is None)
 
 
-def _differences(values: dict[str, float], others: dict[str, float]) -> dict[str, float]:
-    return {site: value - others[site] for site, value in values.items() if site in others}
-
-
-def _fine_tuned(personal: dict[str, Any], changes: dict[str, float], lower: bool) -> FineTuned:
+def _fine_tuned(personal: dict[str, Any], by_tuning: Gain | None, lower: bool) -> FineTuned:
     before = by_site(personal, "val-global")
     after = by_site(personal, "val-own")
     passes = by_site(personal, "personal-epochs")
@@ -443,11 +477,11 @@ def _fine_tuned(personal: dict[str, Any], changes: dict[str, float], lower: bool
         sites=[*personal],
         num_measured=len(passes),
         num_kept=sum(count > 0 for count in passes.values()),
-        changes=changes,
+        gain=by_tuning,
         columns=[
             Column("Federated", before, lower=lower),
             Column("Fine-tuned", after, lower=lower),
-            Column("Change", _differences(after, before), spec=_CHANGE, lower=lower),
+            Column("Change", differences(after, before), spec=_CHANGE, lower=lower),
             Column("Passes kept", passes, spec=COUNT),
         ],
     )

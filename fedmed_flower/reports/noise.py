@@ -137,14 +137,12 @@ def told(summary: dict[str, Any], noise: Noise | None) -> dict[str, Any]:
         site: _without(nested(metrics), site in noise.hidden)
         for site, metrics in nested(test, "sites").items()
     }
-    for key in ("local", "personal"):
+    for key in ("local", "personal", "own"):
         models = {
-            site: {name: part for name, part in nested(metrics).items() if name != "all"}
-            if noise.hides_total
-            else metrics
+            site: _told_of(nested(metrics), site, noise)
             for site, metrics in nested(test, key).items()
-            if site not in noise.hidden
         }
+        models = {site: metrics for site, metrics in models.items() if metrics}
         test = {name: part for name, part in test.items() if name != key}
         test |= {key: models} if models else {}
     pooled = nested(test, "pooled")
@@ -155,6 +153,23 @@ def told(summary: dict[str, Any], noise: Noise | None) -> dict[str, Any]:
     if known or len(kept) > 1:
         test["pooled"] = {**kept, "sites": known}
     return {**summary, "test": test}
+
+
+def _told_of(metrics: dict[str, Any], site: str, noise: Noise) -> dict[str, Any]:
+    """Return what a hospital's model reaches there, and elsewhere, as far as noise lets it tell."""
+    kept = {} if site in noise.hidden else metrics
+    if noise.hides_total:
+        kept = {key: value for key, value in kept.items() if key != "all"}
+    if "sites" not in metrics:
+        return kept
+    elsewhere = {
+        other: found
+        for other, found in nested(metrics, "sites").items()
+        if other not in noise.hidden
+    }
+    if elsewhere:
+        return {**kept, "sites": elsewhere}
+    return {key: value for key, value in kept.items() if key != "sites"}
 
 
 def _without(metrics: dict[str, Any], hidden: bool) -> dict[str, Any]:

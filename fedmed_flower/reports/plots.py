@@ -60,8 +60,9 @@ _VARIABLES |= {CROWD: "var(--crowd)", WORST: "var(--worst)", **SCHEME}
 _COLOUR = re.compile("|".join(_VARIABLES))
 # The models that are compared, in this order, and how each is marked.
 MODELS = {
-    "own model alone": "○",
+    "trained alone": "○",
     "federated": "●",
+    "own model": "■",
     "fine-tuned": "◆",
     "trained on pooled data": "|",
 }
@@ -115,11 +116,12 @@ def dots(styles: Styles, models: list[dict[str, float]], name: str) -> str:
     sites = [site for site in styles if any(site in values for values in models)]
     axes: Any = Figure((6.2, 0.5 + 0.24 * len(sites)), layout="constrained").subplots()
     for row, site in enumerate(sites):
-        alone, federated, tuned, pooled = (values.get(site, math.nan) for values in models)
+        alone, federated, own, tuned, pooled = (values.get(site, math.nan) for values in models)
         style: dict[str, Any] = {"color": styles[site].colour, "lw": 1.6, "mew": 1.5}
-        axes.plot([alone, federated, tuned], [row] * 3, "-", **style)
+        axes.plot([alone, federated, own, tuned], [row] * 4, "-", **style)
         axes.plot([alone], [row], "o", mfc=PAPER, **style)
         axes.plot([federated], [row], "o", **style)
+        axes.plot([own], [row], "s", ms=5, **style)
         axes.plot([tuned], [row], "D", ms=4, **style)
         axes.plot([pooled], [row], "|", ms=9, **style)
     axes.set_yticks(range(len(sites)), [html.unescape(escaped(site))[:24] for site in sites])

@@ -13,8 +13,8 @@ from fedmed_flower.files import (
     write_atomic,
 )
 from fedmed_flower.metrics.counts import read_counts
-from fedmed_flower.metrics.names import lower_is_better
-from fedmed_flower.reports import comparison, contents, evidence, frame, plots
+from fedmed_flower.metrics.names import STALENESS, VIRTUAL_SECONDS, lower_is_better
+from fedmed_flower.reports import comparison, contents, evidence, frame, heat, plots, trained
 from fedmed_flower.reports.contents import (
     Classes,
     Disclosure,
@@ -25,6 +25,7 @@ from fedmed_flower.reports.contents import (
     SiteCost,
     SiteTraffic,
 )
+from fedmed_flower.reports.crossed import crossed
 from fedmed_flower.reports.frame import (
     COUNT,
     DASH,
@@ -42,6 +43,7 @@ from fedmed_flower.reports.summary import Total, entries, judged_by, nested, num
 from fedmed_flower.reports.tables import site_table
 from fedmed_flower.reports.tested import Estimates, estimates, evidence_of
 from fedmed_flower.reports.words import Words, words
+from fedmed_flower.reports.worth import chance_of
 from fedmed_flower.server.run_folder import METRICS as METRICS_TABLE
 from fedmed_flower.server.run_folder import SUMMARY, read_summary
 from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON
@@ -49,7 +51,15 @@ from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON
 MOST_FAILURES = 100
 # Of a phase whose metrics are not known.
 _MOST_PANELS = 4
-_NO_PANEL = ("num-examples", "seconds", EPSILON, HOSPITAL_EPSILON, "clipping-norm")
+_NO_PANEL = (
+    "num-examples",
+    "seconds",
+    EPSILON,
+    HOSPITAL_EPSILON,
+    "clipping-norm",
+    STALENESS,
+    VIRTUAL_SECONDS,
+)
 _MOST_REASON = 300
 # Longer lists of settings are folded away.
 _MOST_SHOWN = 30
@@ -108,6 +118,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
     num_classes = 0 if counts is None else len(counts.classes)
     others = contents.explaining(summary, main, num_classes)
     shown = [judged, *(estimates(summary, counts, key) for key in others)]
+    chance = chance_of(summary, counts, main)
     epsilon = _hospital_epsilon(curves)
     with matplotlib.rc_context(plots.SETTINGS):
         sections = [
@@ -118,14 +129,15 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
             _classes(contents.by_class(summary, hospitals.metrics)) if styles else "",
             evidence.curves(evidence_of(counts) if shows_scores else None, styles),
             comparison.groups(contents.groups(summary, main)),
-            comparison.models(contents.comparison(summary, styles, main), styles, main),
+            comparison.models(contents.comparison(summary, styles, chance), styles, main),
+            heat.models_at_hospitals(crossed(summary, styles, main, noise), styles),
             _curves(curves, styles, main, noise),
             _cases(pictures, styles, main, folder),
             _failures(summary),
             _notes(summary),
             _disclosed(contents.disclosed(summary), bool(pictures)),
             _privacy(contents.privacy(summary, epsilon), curves, styles),
-            _traffic(contents.traffic(summary), styles),
+            _traffic(contents.traffic(summary), trained.saved_in_words(summary), styles),
             _making(summary),
         ]
     text = frame.page(
@@ -149,7 +161,8 @@ def _sites(summary: dict[str, Any], curves: Curves) -> list[str]:
     """Return the names of all hospitals that the run folder names, in order."""
     names = {*nested(summary, "sites")}
     names |= {*nested(summary, "test", "sites")}
-    names |= {*nested(summary, "test", "local")}
+    for models in ("local", "own"):
+        names |= {*nested(summary, "test", models)}
     names |= {site for _, _, site in curves if site != ALL_SITES}
     return sorted(names, key=frame.natural)
 
@@ -162,7 +175,7 @@ def _head(summary: dict[str, Any], num_sites: int) -> str:
     status = str(summary.get("status"))
     title = STATUS.get(status, "Status not known")
     parts = [
-        contents.early_stop(summary)[:_MOST_REASON],
+        *(said[:_MOST_REASON] for said in contents.course(summary)),
         summary.get("message"),
         contents.happened(summary)[:_MOST_REASON],
     ]
@@ -448,9 +461,10 @@ def _patients(patients: Patients, curves: Curves, styles: Styles) -> str:
     return f'{words}{folded}<div class="plots">{drawn}</div>{note}'
 
 
-def _traffic(traffic: dict[str, SiteTraffic], styles: Styles) -> str:
+def _traffic(traffic: dict[str, SiteTraffic], saved: list[str], styles: Styles) -> str:
+    words = f"<p>{' '.join(saved)}</p>" if saved else ""
     if not traffic:
-        return ""
+        return f"<h2>Traffic</h2>{words}" if saved else ""
     rows = []
     for site, style in styles.items():
         part = traffic.get(site, SiteTraffic(None, None, None, None))
@@ -459,11 +473,13 @@ def _traffic(traffic: dict[str, SiteTraffic], styles: Styles) -> str:
         rows.append([style.key, format_value(part.replies, COUNT), *sizes, seconds])
     head = ["Hospital", "Replies", "MB to it", "MB from it", "Seconds a reply"]
     table = frame.table("Messages of the rounds", head, rows)
-    return f"<h2>Traffic</h2>{frame.folded(table, len(styles))}"
+    return f"<h2>Traffic</h2>{words}{frame.folded(table, len(styles))}"
 
 
 def _making(summary: dict[str, Any]) -> str:
-    facts = {key: summary.get(key) for key in ("data", "strategy", "engine", "seed")}
+    facts = {key: summary.get(key) for key in ("data", "strategy")}
+    facts |= trained.facts(summary)
+    facts |= {key: summary.get(key) for key in ("engine", "seed")}
     model = nested(summary, "model")
     if model:
         facts["network"] = model.get("network")

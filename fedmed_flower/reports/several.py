@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from fedmed_flower.data.site import some_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import file_name, read_file, read_object
 from fedmed_flower.metrics.counts import Counts, read_counts
-from fedmed_flower.reports import contents, frame
+from fedmed_flower.reports import contents, frame, trained
 from fedmed_flower.reports.noise import noise_of, told
 from fedmed_flower.reports.rounds import Curves, read_rounds
 from fedmed_flower.reports.scores import of_test
@@ -218,19 +218,32 @@ def reached(runs: Sequence[Run], main: str) -> dict[str, list[Reached]]:
         if any(each.value is not None for each in totals):
             found = [estimates(run.summary, run.counts, key).total for run in runs]
             listed[key] = [
-                Reached(each, known and known.interval, _minus(each.value, totals[0].value))
+                Reached(each, known and known.interval, minus(each.value, totals[0].value))
                 for each, known in zip(totals, found, strict=True)
             ]
     return listed
 
 
-def _minus(value: float | None, first: float | None) -> float | None:
+def minus(value: float | None, first: float | None) -> float | None:
+    """Return a difference; None if a side of it is not known."""
     return None if value is None or first is None else value - first
 
 
 def by_hospital(runs: Sequence[Run], main: str) -> list[dict[str, float]]:
     """Return of each run the main metric of each hospital."""
     return [by_site(nested(run.summary, "test", "sites"), main) for run in runs]
+
+
+def in_use(runs: Sequence[Run], main: str) -> list[dict[str, float]]:
+    """Return of each run the main metric of the model that each hospital uses.
+
+    That is its own model if the run has made one, else the federated model. Empty if no run has
+    made one.
+    """
+    own = [by_site(nested(run.summary, "test", "own"), main) for run in runs]
+    if not any(own):
+        return []
+    return [{**all_, **each} for all_, each in zip(by_hospital(runs, main), own, strict=True)]
 
 
 class Settings(NamedTuple):
@@ -256,13 +269,14 @@ def settings(runs: Sequence[Run]) -> Settings:
     return Settings(differing, same)
 
 
-def _made_by(summary: Mapping[str, Any]) -> dict[str, Any]:
+def _made_by(summary: dict[str, Any]) -> dict[str, Any]:
     model = nested(summary, "model")
     made = {key: summary.get(key) for key in ("app", "data", "strategy", "engine")}
     made |= {"network": model.get("network"), "weights": number(model, "weights")}
     made["weights trained"] = number(model, "weights-trained")
     config = nested(summary, "config")
     made |= {key: value for key, value in config.items() if key not in _NOT_COMPARED}
+    made |= trained.facts(summary)
     return made | {f"version of {key}": v for key, v in nested(summary, "versions").items()}
 
 

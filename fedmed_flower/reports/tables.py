@@ -13,7 +13,8 @@ from fedmed_flower.reports.summary import Total, mean, quartiles, worst
 class Column(NamedTuple):
     """A column of a table of hospitals: a number of each, and of all records together.
 
-    `lower` says whether lower is better. Without a `total` the last row has no cell of it.
+    `lower` says whether lower is better. Without a `total` the last row has no cell of it. Of the
+    `ranked` columns the best figure of each row is marked.
     """
 
     title: str
@@ -21,6 +22,7 @@ class Column(NamedTuple):
     total: Total | None = None
     spec: str = ",.3f"
     lower: bool = False
+    ranked: bool = False
 
 
 def total_cell(total: Total, spec: str = ",.3f") -> str:
@@ -62,7 +64,7 @@ def site_table(
     rows = []
     for site, named in names.items():
         mark = "<sup>†</sup>" if site in marked else ""
-        cells = [format_value(column.values.get(site), column.spec) for column in columns]
+        cells = _cells(columns, site)
         rows.append([named, *(cell + mark * (cell == DASH) for cell in cells)])
     head = ["Hospital", *(column.title for column in columns)]
     means, worsts, totals = _foot(columns, summarised)
@@ -73,6 +75,24 @@ def site_table(
     each = frame.table(f"Each hospital: {caption}", head, rows, sites=[*names])
     folded = frame.folded(each, len(names))
     return frame.table(caption, head, (), [means, *spread, worsts, *last]) + folded
+
+
+def _cells(columns: list[Column], site: str) -> list[str]:
+    """Return a hospital's cells, with a mark at the best of the ranked columns."""
+    cells = [format_value(column.values.get(site), column.spec) for column in columns]
+    ranked = {
+        index: column.values[site]
+        for index, column in enumerate(columns)
+        if column.ranked and site in column.values
+    }
+    if len(ranked) > 1:
+        lower = any(column.ranked and column.lower for column in columns)
+        best = format_value((min if lower else max)(ranked.values()))
+        for index, value in ranked.items():
+            # What looks alike is alike.
+            if format_value(value) == best:
+                cells[index] = f'<b>{cells[index]}</b><small class="hidden">best</small>'
+    return cells
 
 
 def _foot(columns: list[Column], sites: Collection[str]) -> tuple[list[str], list[str], list[str]]:

@@ -27,6 +27,7 @@ from fedmed_flower.reports.summary import (
 )
 from fedmed_flower.reports.summary import total as total_of
 from fedmed_flower.reports.tested import Estimates, share_of
+from fedmed_flower.reports.worth import ALONE, FEDERATED, OWN, chance_of, in_words
 from fedmed_flower.wire import ALL_SITES
 
 # Of fewer records no share "of 100" is given.
@@ -87,7 +88,7 @@ def words(
     return Words(
         trained=_trained(summary, main, counts),
         quality=_quality(summary, counts, measured, noise),
-        worst=_worst(summary, measured, noise is not None) + _gained(summary, main),
+        worst=_worst(summary, measured, noise is not None) + _gained(summary, counts, main),
         part=_part(summary),
         privacy=_privacy(contents.privacy(summary, hospital_epsilon)),
     )
@@ -102,6 +103,8 @@ def _trained(summary: dict[str, Any], main: str, counts: Counts | None) -> list[
         sentences.append(
             "All data of this run are generated: its figures say nothing about patients."
         )
+    if nested(summary, "evaluated"):
+        sentences.append("Nothing was trained in this run: a finished model was tested.")
     if trainers and rounds:
         who = f"{count_of(len(trainers), 'hospital')} trained one model together"
         if len(trainers) == 1:
@@ -286,17 +289,13 @@ def _worst(summary: dict[str, Any], measured: Estimates, noised: bool) -> list[s
     return [f"{sentence}."]
 
 
-def _gained(summary: dict[str, Any], main: str) -> list[str]:
-    """Return how many hospitals do better than with a model of their own, if that was measured."""
-    compared = contents.comparison(summary, nested(summary, "sites"), main)
-    if compared is None or not compared.gains:
-        return []
-    better, worse = contents.sides(compared.gains, main)
-    count = len(compared.gains)
-    return [
-        f"Of {count_of(count, 'hospital')} {len(better) or 'none'} did better with it than with a "
-        f"model of their own records alone, and {len(worse) or 'none'} did worse."
-    ]
+def _gained(summary: dict[str, Any], counts: Counts | None, main: str) -> list[str]:
+    """Return who is better served than by a model of their own, if that was measured."""
+    chance = chance_of(summary, counts, main)
+    compared = contents.comparison(summary, nested(summary, "sites"), chance)
+    gains = [] if compared is None else compared.gains
+    shown = [gain for gain in gains if gain.other == ALONE and gain.model in (FEDERATED, OWN)]
+    return [in_words(gain, named=False) for gain in shown]
 
 
 def _part(summary: dict[str, Any]) -> list[str]:

@@ -11,6 +11,8 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
+from fedmed_flower.files import CROSS_SITES
+from fedmed_flower.runs import cross_sites
 from fedmed_flower.runs.roll_call import Sites, collect_personal
 from fedmed_flower.server.history import History
 from fedmed_flower.server.listeners import Listeners
@@ -76,10 +78,12 @@ class Baselines:
         Parameters
         ----------
         test : dict
-            Each result is added under ``local`` or ``pooled`` as soon as it is known.
+            Each result is added under ``local`` or ``pooled`` as soon as it is known. At the end
+            ``cross-sites.csv`` is written, with what each model reaches at each site.
         """
         test["local"] = {}
         trainers = self.sites.trainers()
+        alone: dict[str, Table] = {}
         for number, node_id in enumerate(self.sites.counts, start=1):
             if node_id not in trainers:
                 continue
@@ -90,18 +94,30 @@ class Baselines:
             table = self._trained_at(label, node_id)
             at_site = table.get(name, {})
             at_all_sites = table.get(ALL_SITES, {})
-            test["local"][name] = at_site | {"all": at_all_sites}
+            elsewhere = cross_sites.kept(table, len(trainers))
+            test["local"][name] = at_site | {"all": at_all_sites, "sites": elsewhere}
+            alone[name] = table
             self._record("local-test", {name: at_site})
             self._record("local-test-all", {name: at_all_sites})
-        if not self.sites.simulated:
+        pooled: Table = {}
+        if self.sites.simulated:
+            pooled = self._trained_on_all()
+            at_each = {site: metrics for site, metrics in pooled.items() if site != ALL_SITES}
+            test["pooled"] = pooled.get(ALL_SITES, {}) | {"sites": at_each}
+        else:
             log.warning("no model on all data pooled: the data of real sites stay apart")
-            return
+        federated = {**test["sites"], ALL_SITES: test["federated"]}
+        self.folder.write(CROSS_SITES, cross_sites.to_csv(alone, federated, pooled))
+
+    def _trained_on_all(self) -> Table:
+        """Train a model on the rows of all sites of a simulation; return its test results."""
         self.listeners.part = "all data pooled"
         log.info("for comparison: %s", self.listeners.part)
+        trainers = self.sites.trainers()
         first = next(node_id for node_id in self.sites.counts if node_id in trainers)
         table = self._trained_at("pooled", first, **{POOL_SITES: True})
         self._record("pooled-test", table)
-        test["pooled"] = table.pop(ALL_SITES, {}) | {"sites": table}
+        return table
 
     def _record(self, phase: str, table: Mapping[str, Mapping[str, float]]) -> None:
         before = len(self.history.rows)

@@ -10,14 +10,13 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import Any, NamedTuple, NoReturn
 
 import tomli_w
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, UserConfig
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
@@ -28,10 +27,8 @@ from fedmed_flower.data.site import GENERATED, some_of
 from fedmed_flower.errors import DivergedError, InputError
 from fedmed_flower.files import require_closed
 from fedmed_flower.methods.base import Method
-from fedmed_flower.methods.kept import kept_names
 from fedmed_flower.methods.registry import method_by_settings
 from fedmed_flower.metrics.counts import COUNTS_FILE, counted
-from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.prediction.predictor import write_predictor
 from fedmed_flower.privacy.patient import LEDGERS
 from fedmed_flower.reports.report import write_report
@@ -42,6 +39,13 @@ from fedmed_flower.runs.roll_call import (
     collect_contributions,
     collect_pictures,
     roll_call,
+)
+from fedmed_flower.runs.start import (
+    Modeller,
+    StartModel,
+    require_unchanged,
+    start_model,
+    weights_at,
 )
 from fedmed_flower.runs.tracking import TRACKERS, require_trackers
 from fedmed_flower.runs.verdict import (
@@ -76,6 +80,7 @@ from fedmed_flower.settings.registry import (
 from fedmed_flower.settings.text import expand, setting_error, text_of
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.strategies.base import EvaluateFn, FedAvg, leave_result
+from fedmed_flower.strategies.selection import SERVER
 from fedmed_flower.wire import (
     AGREED,
     ALL_SITES,
@@ -104,33 +109,23 @@ FREE_ON_RESUME = {
     "track",
     "outlying",
 }
+# Besides what `fedmed evaluate` takes over: what says how and from where a model is trained.
+FREE_TO_EVALUATE = FREE_ON_RESUME | {
+    "data",
+    "evaluate",
+    "init-from",
+    "keep-metric",
+    "keep-model",
+    "min-sites",
+    "patience",
+    "trainable",
+}
 _MOST_SITES = 100_000
 # Seconds to wait for what a site reports of itself that connects between two rounds.
 _NEWCOMER_TIMEOUT = 60.0
 _KEY = re.compile(r"[A-Za-z0-9_-]{0,64}")
+_SHA256 = re.compile(r"([0-9a-f]{64})?")
 _PACKAGES = ("fedmed-flower", "flwr", "torch", "monai", "numpy", "scikit-learn")
-
-
-@runtime_checkable
-class Modeller(Protocol):
-    """An object that makes the model of a run, such as a `MedicalClient`."""
-
-    agreed: str
-
-    @property
-    def must_agree(self) -> bool:
-        """Whether the model depends on contributions of the sites before the first round."""
-
-    def agree(self, contributions: dict[str, dict[str, Any]]) -> str:
-        """Return what is agreed, made of all sites' contributions and the same at each site."""
-
-    def outlying(
-        self, contributions: dict[str, dict[str, Any]], rows: dict[str, int]
-    ) -> list[Outlying]:
-        """Return the sites whose contribution stands out; `rows` are their training rows."""
-
-    def build_model(self) -> nn.Module:
-        """Return the network with fresh weights."""
 
 
 def federate(
@@ -153,7 +148,8 @@ def federate(
     Parameters
     ----------
     strategy : FedAvg
-        Its folder, seed and `resume` are set from the run config.
+        Its folder, seed and `resume` are set from the run config, as are `quorum` and `keep` if
+        the run config asks for them.
     grid, context
         As Flower gives them to a ServerApp.
     model : MedicalClient or callable
@@ -211,6 +207,12 @@ def _prepared(
     strategy.use_method(method)
     _require_method(strategy, config, context.run_config)
     plan = Plan.from_run_config(context.run_config)
+    if config.get("virtual-speeds") and not hasattr(grid, "set_clock"):
+        raise setting_error(
+            "virtual-speeds needs a run in one process, `fedmed run` with the engine local: sites "
+            "that work at the same time have their own speeds",
+            "virtual-speeds",
+        )
     require_trackers(plan.trackers)
     folder = RunFolder.named(plan.run_dir)
     if not plan.resume:
@@ -218,25 +220,51 @@ def _prepared(
     before = read_before(folder) if plan.resume else None
     if before is not None:
         require_same_settings(folder, before.config, config, own)
-    agreed = "" if before is None else before.agreed
+    place = plan.evaluate or plan.init_from
+    weights = weights_at(place, "evaluate" if plan.evaluate else "init-from")
+    behind = run_behind(place)
+    if before is not None:
+        require_unchanged(weights, before.weights, folder.path)
+    known = behind if plan.evaluate else before
+    agreed = "" if known is None else known.agreed
     asking = model if isinstance(model, Modeller) and model.must_agree and not agreed else None
+    if asking is not None and plan.evaluate:
+        raise setting_error(
+            "evaluate must be the folder of the run, and not a file of weights alone: the model "
+            "takes rows as its hospitals agreed to prepare them, which the folder records, got "
+            f"{place!r}",
+            "evaluate",
+        )
     strategy.folder = folder
     strategy.resume = plan.resume
     strategy.seed = plan.seed
     if plan.quorum:
         strategy.quorum = plan.quorum
         strategy.grace = plan.grace
+    if plan.buffer:
+        strategy.buffer = plan.buffer
+        strategy.staleness_exponent = plan.staleness_exponent
+    strategy.require_buffer()
+    if plan.compares:
+        _require_noised_choice(config)
+        strategy.compare_rounds(plan.keep_model, plan.keep_metric, plan.patience)
     if asking is None:
         # Before waiting for sites, so that a wrong run config or checkpoint is reported at once.
-        start = _start_model(model, agreed, config, plan.seed)
+        start = start_model(model, agreed, config, plan.seed, weights)
         _take_up(strategy, start, config)
         strategy.find_checkpoint(start.initial)
-    minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
-    wait_for_sites(grid, max(plan.min_sites, strategy.needed(), *minima))
+    wait_for_sites(grid, max(plan.min_sites, 1 if plan.evaluate else _fewest(strategy)))
     listeners = strategy.listeners
-    sites = roll_call(grid, plan.round_timeout, strategy.quorum, strategy.grace, listeners)
+    sites = roll_call(
+        grid,
+        plan.round_timeout,
+        strategy.quorum,
+        strategy.grace,
+        listeners,
+        training=not plan.evaluate,
+    )
     standing_out: list[Outlying] = []
-    if not plan.resume:
+    if not plan.resume and not plan.evaluate:
         asked = [sites.names[node_id] for node_id in sites.counts]
         standing_out = without_column(sites.lacking, sites.empty, asked)
     if asking is not None:
@@ -247,7 +275,7 @@ def _prepared(
         agreed = asking.agree(contributions)
         rows = {name: sites.counts[node_id]["train"] for node_id, name in names.items()}
         standing_out = with_further(standing_out, asking.outlying(contributions, rows))
-        start = _start_model(model, agreed, config, plan.seed)
+        start = start_model(model, agreed, config, plan.seed, weights)
         _take_up(strategy, start, config)
     if standing_out and plan.outlying == "stop":
         _stop(sites, standing_out)
@@ -259,6 +287,16 @@ def _prepared(
         raise InputError(
             f"{folder.path} was started with {before.sites} sites and has {count} now, which "
             f"would give each site other patients: resume with {before.sites} sites"
+        )
+    if behind is not None and plan.evaluate:
+        require_kept_apart(behind, config, count, sites.simulated, place)
+        for text in changed_texts(behind.config, config, own):
+            strategy.inbox.note(0, "test", ALL_SITES, text)
+    elif behind is not None and behind.agreed != agreed:
+        log.warning(
+            "init-from: the hospitals of this run prepare rows otherwise than those of %s, so that "
+            "what enters the network means something else than to those weights",
+            place,
         )
     key = before.key if before is not None else ""
     if not key:
@@ -273,6 +311,8 @@ def _prepared(
     }
     if agreed:
         about["agreed"] = agreed
+    if weights is not None:
+        about["weights"] = weights.sha256
     settings = {**config, "strategy": about["strategy"]}
     trackers = [TRACKERS[name](folder, app, settings) for name in plan.trackers]
     _write_config(folder, about, config)
@@ -290,8 +330,27 @@ def _prepared(
         maker=model,
         evaluate_fn=evaluate_fn,
         standing_out=standing_out,
+        origin={} if weights is None else {"path": weights.path, "sha256": weights.sha256},
         class_names=tuple(getattr(getattr(model, "__self__", model), "class_names", ())),
     )
+
+
+def _fewest(strategy: FedAvg) -> int:
+    """Return how many sites must be connected before a strategy can train."""
+    minima = (strategy.min_available_nodes, strategy.min_train_nodes, strategy.min_evaluate_nodes)
+    return max(strategy.needed(), *minima)
+
+
+def _require_noised_choice(config: UserConfig) -> None:
+    """Refuse to choose a model of a private run by figures without noise."""
+    privacy = PrivacySettings.from_run_config(config)
+    by_hospitals = not str(config["keep-metric"]).startswith(SERVER)
+    if privacy.on and not privacy.private_metrics and by_hospitals:
+        raise setting_error(
+            "private-metrics must be true if figures of hospitals decide which model of a private "
+            'run is kept, or when it ends: leave it on, or set keep-model="last" and patience=0',
+            "private-metrics",
+        )
 
 
 def _stop(sites: Sites, standing_out: list[Outlying]) -> NoReturn:
@@ -390,12 +449,15 @@ class Before(NamedTuple):
         has none.
     agreed : str
         What the sites agreed upon; empty if there was nothing to agree upon.
+    weights : str
+        SHA-256 of the file of weights that it began with; empty if they were fresh.
     """
 
     config: UserConfig
     sites: int
     key: str
     agreed: str
+    weights: str
 
 
 def read_before(folder: RunFolder) -> Before:
@@ -413,18 +475,81 @@ def read_before(folder: RunFolder) -> Before:
     # The key becomes the name of a folder and of an entry in a hospital's ledger.
     key = run.get("key", "")
     agreed = run.get("agreed", "")
+    weights = run.get("weights", "")
     sound_count = type(sites) is int and 1 <= sites <= _MOST_SITES
     for name, valid, bound, value in (
         ("sites", sound_count, f"in 1..{_MOST_SITES}", sites),
         ("key", _KEY.fullmatch(str(key)), "up to 64 letters, digits, - and _", key),
         ("agreed", isinstance(agreed, str), "a text", agreed),
+        ("weights", _SHA256.fullmatch(str(weights)), "64 hexadecimal digits", weights),
     ):
         if not valid:
             raise InputError(
                 f"{name} in {folder.path / CONFIG} must be {bound}, got {value!r}: restore the "
                 "file from a copy"
             )
-    return Before(tables["config"], int(sites or 0), str(key), str(agreed))
+    return Before(tables["config"], int(sites or 0), str(key), str(agreed), str(weights))
+
+
+def run_behind(place: str) -> Before | None:
+    """Return what is recorded of the run whose folder a place is; None if it is none."""
+    folder = RunFolder(place)
+    return read_before(folder) if place and (folder.path / CONFIG).is_file() else None
+
+
+def require_kept_apart(
+    trained: Before, config: UserConfig, count: int, simulated: bool, place: str
+) -> None:
+    """Refuse to test a model on patients that a simulation has trained it on.
+
+    Parameters
+    ----------
+    trained : Before
+        The run that trained the model.
+    config : dict
+        The run config of now.
+    count : int
+        Number of sites now.
+    simulated : bool
+        Whether all sites are simulated: then seed and number of sites decide who is in the test
+        split. At a real hospital they do not.
+    place : str
+        The folder of that run, for the error.
+
+    Raises
+    ------
+    InputError
+        If sites that hold the same data now split it otherwise.
+    """
+    before = complete(trained.config)
+    now = complete(config)
+    if not simulated or before.get("data") != now.get("data"):
+        return
+    for key, first, value in (
+        ("seed", before["seed"], now["seed"]),
+        ("number of sites", trained.sites, count),
+    ):
+        if first != value:
+            raise InputError(
+                f"evaluate: the {key} was {first} in {place} and is {value} now, which would test "
+                f"the model on patients that it was trained on: give {first}, or other data"
+            )
+
+
+def changed_texts(before: UserConfig, now: UserConfig, own: Sections) -> list[str]:
+    """Return which settings differ from those of the run that trained a model, as sentences."""
+    first = complete(before, own)
+    last = complete(now, own)
+    return [
+        f"{key} was {first.get(key)!r} in the run that trained the model and is {last.get(key)!r}"
+        for key in changed_settings(first, last, FREE_TO_EVALUATE)
+    ]
+
+
+def changed_settings(before: UserConfig, now: UserConfig, free: Collection[str]) -> list[str]:
+    """Return the keys whose values differ in two complete run configs, without those in `free`."""
+    keys = sorted((before.keys() | now.keys()).difference(free))
+    return [key for key in keys if before.get(key) != now.get(key)]
 
 
 def require_same_settings(
@@ -443,18 +568,20 @@ def require_same_settings(
     """
     before = complete(before, own)
     now = complete(now, own)
-    keys = sorted((before.keys() | now.keys()) - FREE_ON_RESUME)
-    changed = [key for key in keys if before.get(key) != now.get(key)]
+    changed = changed_settings(before, now, FREE_ON_RESUME)
     if not changed:
         return
     first = changed[0]
     text = f"{first} was {before.get(first)!r} when {folder.path} was started and is "
     text += f"{now.get(first)!r} now: resume with the settings of the start"
     in_both = [key for key in changed if key in before and key in now]
-    options = [_option(key, text_of(before[key])) for key in in_both]
-    if options:
-        text += f"; if you trust that folder, give them: {' '.join(options)}"
-    raise InputError(text)
+    raise InputError(text + given_by({key: before[key] for key in in_both}))
+
+
+def given_by(values: UserConfig) -> str:
+    """Return the end of an error that names the options by which settings of a folder are given."""
+    options = [_option(key, text_of(value)) for key, value in values.items()]
+    return f"; if you trust that folder, give them: {' '.join(options)}" if options else ""
 
 
 def _option(key: str, value: str) -> str:
@@ -464,65 +591,13 @@ def _option(key: str, value: str) -> str:
     )
 
 
-class StartModel(NamedTuple):
-    """The model at the start of a run.
-
-    Attributes
-    ----------
-    initial : ArrayRecord
-        The part that travels.
-    frozen : str
-        Digest of the part that does not travel; empty if all of the model travels.
-    whole : ArrayRecord
-        The whole model; empty if all of it travels.
-    buffers : frozenset of str
-        Keys of its buffers, which are averaged and not trained.
-    kept : tuple of str
-        Keys of the layers that stay different at each site.
-    about : dict
-        Its class, the numbers of its weights, of those that travel, and of the bytes that do.
-    """
-
-    initial: ArrayRecord
-    frozen: str
-    whole: ArrayRecord
-    buffers: frozenset[str]
-    kept: tuple[str, ...]
-    about: dict[str, Any]
-
-
-def _start_model(
-    model: Modeller | Callable[[], nn.Module], agreed: str, config: UserConfig, seed: int
-) -> StartModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if isinstance(model, Modeller):
-            model.agreed = agreed
-            network = model.build_model()
-        else:
-            network = model()
-    travelling = Travelling(network, str(config["trainable"]))
-    frozen = travelling.digest(network)
-    whole = ArrayRecord(network.state_dict()) if frozen else ArrayRecord()
-    initial = ArrayRecord(travelling.state(network))
-    parameters = dict(network.named_parameters())
-    about = {
-        "network": type(network).__name__,
-        "weights": sum(parameter.numel() for parameter in parameters.values()),
-        "weights-trained": sum(p.numel() for name, p in parameters.items() if name in initial),
-        "bytes": sum(len(array.data) for array in initial.values()),
-    }
-    buffers = frozenset(name for name, _ in network.named_buffers())
-    kept = kept_names(network, travelling.names, str(config["keep"]))
-    return StartModel(initial, frozen, whole, buffers, kept, about)
-
-
 def _take_up(strategy: FedAvg, start: StartModel, config: UserConfig) -> None:
     """Tell a strategy what it cannot see in the start model's arrays."""
     strategy.buffers = start.buffers
     strategy.keep = str(config["keep"])
     strategy.kept = start.kept
     strategy.keep_sent = bool(config["keep-sent"])
+    strategy.require_choice()
 
 
 @dataclass
@@ -541,6 +616,8 @@ class Experiment:
     maker: Modeller | Callable[[], nn.Module]
     evaluate_fn: EvaluateFn | None = None
     standing_out: list[Outlying] = field(default_factory=list)
+    # Path and SHA-256 of the weights it began with; empty if they were fresh.
+    origin: dict[str, str] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
     # Why there is no predictor; empty if there is one, or the run has not come to its end.
     unpredictable: str = ""
@@ -558,7 +635,7 @@ class Experiment:
                 # One of an earlier end of this run would be of another model than the folder's.
                 (folder.path / PREDICTOR).unlink(missing_ok=True)
                 self._write_summary("running")
-                result = self._train()
+                result = self._given() if self.plan.evaluate else self._train()
                 self._test(result.arrays)
                 self._write_summary("running")
                 self._compare(result.arrays)
@@ -624,6 +701,14 @@ class Experiment:
             self.folder.write_model(self._whole(result.arrays))
         return result
 
+    def _given(self) -> flower.Result:
+        """Return the model that is only tested, as the result of a run without rounds."""
+        log.info("nothing is trained: the model in %s is tested", self.origin["path"])
+        self.strategy.listeners.began("", 0, ())
+        metrics = self._evaluate(0, self.model.initial)
+        self.strategy.history.add(0, "server", ALL_SITES, metrics or {})
+        return flower.Result(arrays=self.model.initial)
+
     def _evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Evaluate a model by the app's own function, if it has given one."""
         if self.evaluate_fn is None:
@@ -652,8 +737,9 @@ class Experiment:
             self.folder.write(COUNTS_FILE, text.encode())
         if absent := [str(label) for label, count in enumerate(rows_of_class) if not count]:
             text = f"no test row is of class {', '.join(absent)}: figures are of the other classes"
-            self.strategy.inbox.note(self.plan.num_server_rounds, "test", ALL_SITES, text)
-        if self.strategy.has_own_models:
+            last = max((row[0] for row in history.rows), default=0)
+            self.strategy.inbox.note(last, "test", ALL_SITES, text)
+        if self.strategy.has_own_models and not plan.evaluate:
             timeout = plan.round_timeout
             own = self.strategy.test(self.grid, arrays, self.config(), timeout, own=True)
             self.test["own"] = {site: own[site] for site in own if site != ALL_SITES}
@@ -680,6 +766,9 @@ class Experiment:
 
     def _write_predictor(self, arrays: ArrayRecord) -> None:
         """Write what a prediction needs, or log why it cannot be written."""
+        if self.plan.evaluate:
+            self.unpredictable = f"nothing was trained here: predict by {self.origin['path']}"
+            return
         generated = self.sites.generated
         self.unpredictable = write_predictor(
             self.folder,
@@ -728,6 +817,7 @@ class Experiment:
     def _write_summary(self, status: str, message: str = "") -> None:
         sites = self.sites
         history = self.strategy.history
+        trainers = set() if self.plan.evaluate else sites.trainers()
         sent = Sent()
         for part in (sites.sent, history.sent):
             sent.add(part)
@@ -738,18 +828,19 @@ class Experiment:
             "engine": _engine(self.grid, sites),
             "strategy": type(self.strategy).__name__,
             "method": "" if self.strategy.method is None else self.strategy.method.name,
-            "kept": list(self.strategy.kept),
+            "kept-layers": list(self.strategy.kept),
             "data": GENERATED if sites.generated else "; ".join(sorted(sites.sources)),
             "generated": sites.generated,
             "rounds": max((row[0] for row in history.rows if row[1] == "train"), default=0),
-            "rounds-planned": self.plan.num_server_rounds,
+            "rounds-planned": 0 if self.plan.evaluate else self.plan.num_server_rounds,
             "seed": self.plan.seed,
             "started": self.started,
             "seconds": round(time.monotonic() - self.began, 1),
             "sites": sites.rows(),
             "refused": sites.refused(),
-            "trained": {sites.names[node]: 0 for node in sites.trainers()}
-            | history.rounds_trained(),
+            "trained": {sites.names[node]: 0 for node in trainers} | history.rounds_trained(),
+            "started-from": None if self.plan.evaluate else self.origin or None,
+            "evaluated": self.origin if self.plan.evaluate else None,
             "test": self.test,
             "privacy": self._privacy(),
             "pictures": self.pictures,
@@ -760,6 +851,7 @@ class Experiment:
             "empty": sites.empty,
             "traffic": {site: traffic.table() for site, traffic in history.traffic.items()},
             "stopped": history.stopped and asdict(history.stopped),
+            "kept": history.kept and asdict(history.kept),
             "failures": [asdict(failure) for failure in history.failures],
             "notes": [asdict(note) for note in history.notes],
             "versions": {"python": platform.python_version()}

@@ -143,6 +143,7 @@ def roll_call(
     minimum: int | None = None,
     grace: float = 0.0,
     listener: Listener = NOBODY,
+    training: bool = True,
 ) -> Sites:
     """Ask every connected site for its name and its numbers of rows.
 
@@ -150,12 +151,14 @@ def roll_call(
     ----------
     grid, timeout, minimum, grace, listener
         As in `ask`.
+    training : bool
+        Whether a model is trained, which needs training rows.
 
     Raises
     ------
     InputError
-        If no site answers, none has training rows, or in a simulation none has training rows of a
-        class.
+        If no site answers; if a model is trained, also if none has training rows, or in a
+        simulation none has training rows of a class.
     """
     sites = Sites()
     failures = _describe(
@@ -164,6 +167,8 @@ def roll_call(
     if not sites.counts:
         reasons = (failure.reason for failure in failures if not failure.silent)
         raise InputError(next(reasons, "no site answered the roll call"))
+    if not training:
+        return sites
     if not sites.trainers():
         raise InputError("no site has training rows")
     if absent := sites.absent_classes():

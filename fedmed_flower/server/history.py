@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedmed_flower.files import write_rows
-from fedmed_flower.metrics.names import MAIN
+from fedmed_flower.metrics.names import MAIN, STALENESS, VIRTUAL_SECONDS
 from fedmed_flower.server.traffic import Traffic
 from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON, Sent
 
@@ -17,7 +17,15 @@ from fedmed_flower.wire import ALL_SITES, EPSILON, HOSPITAL_EPSILON, Sent
 Row = tuple[int, str, str, str, float]
 COLUMNS = ("round", "phase", "site", "metric", "value")
 # Of a round: what is no measure of the model.
-_NOT_SHOWN = ("num-examples", "seconds", EPSILON, HOSPITAL_EPSILON, "clipping-norm")
+_NOT_SHOWN = (
+    "num-examples",
+    "seconds",
+    EPSILON,
+    HOSPITAL_EPSILON,
+    "clipping-norm",
+    STALENESS,
+    VIRTUAL_SECONDS,
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,27 @@ class Stop:
     reason: str
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The round whose model is a run's in the end, and the figure that chose it.
+
+    Attributes
+    ----------
+    round : int
+    metric : str
+        Name of the figure; after ``server:`` one that the server measured.
+    value : float
+        The figure of that round, over all sites.
+    direction : {"highest", "lowest"}
+        Which value is the best.
+    """
+
+    round: int
+    metric: str
+    value: float
+    direction: str
+
+
 @dataclass
 class History:
     """What happened in a run, site by site.
@@ -64,6 +93,8 @@ class History:
         Bytes and seconds of the rounds, by site.
     stopped : Stop or None
         Set if the run ended of its own accord before its last planned round.
+    kept : Kept or None
+        Set at the end of a run that keeps the model of its best round.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -72,6 +103,7 @@ class History:
     traffic: dict[str, Traffic] = field(default_factory=dict, compare=False, repr=False)
     notes: list[Note] = field(default_factory=list)
     stopped: Stop | None = None
+    kept: Kept | None = None
 
     def add(self, server_round: int, phase: str, site: str, metrics: Mapping[str, Any]) -> None:
         """Append the metrics that are single numbers; lists are left out."""

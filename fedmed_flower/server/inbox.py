@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -45,6 +46,9 @@ class AcceptedReply:
     companions : dict of str to ArrayRecord
         What came back beside the model, by name.
     weight : float
+    freshness : float
+        What is left of its weight for the model, because of the age of the model that it replies
+        to; above 0, at most 1. Companions are combined by the whole weight.
     used : bool
         Whether the rule used it.
     """
@@ -56,12 +60,40 @@ class AcceptedReply:
     arrays: ArrayRecord = field(default_factory=ArrayRecord)
     companions: dict[str, ArrayRecord] = field(default_factory=dict)
     weight: float = 1.0
+    freshness: float = 1.0
     used: bool = False
 
     @property
     def metrics(self) -> MetricRecord:
         """The reply's only metrics."""
         return metrics_of(self.message)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is kept of a message until its reply comes.
+
+    Attributes
+    ----------
+    message_id : str
+    node_id : int
+        The node that is asked.
+    number : int
+        Index of the message in its phase.
+    size : int
+        Bytes of its content.
+    """
+
+    message_id: str
+    node_id: int
+    number: int
+    size: int
+
+    @classmethod
+    def of(cls, message: Message, number: int) -> Self:
+        """Return the request of a message that has been sent."""
+        metadata = message.metadata
+        return cls(metadata.message_id, metadata.dst_node_id, number, size_of(message.content))
 
 
 class Inbox:
@@ -151,39 +183,61 @@ class Inbox:
         """
         exchange = Exchange(grid, messages, timeout, minimum, grace)
         numbers = {id(message): number for number, message in enumerate(messages)}
-        self._senders = {}
-        self._traffic = []
-        self._heard = set()
+        self.begin_phase()
         asked = [self.name(message.metadata.dst_node_id) for message in messages]
         self.listeners.asked(server_round, phase, asked)
         for message, reply in exchange:
-            sender = (message.metadata.dst_node_id, numbers[id(message)])
-            self._senders[message.metadata.message_id] = sender
-            self._tell(message, reply, server_round, phase)
-            sizes = (size_of(message.content), size_of(reply.content) if reply.has_content() else 0)
-            self._traffic.append((message.metadata.dst_node_id, *sizes, exchange.waited))
+            request = Request.of(message, numbers[id(message)])
+            self.take(request, reply, server_round, phase, exchange.waited)
             yield reply
         # Only now all sites that replied have given their names.
-        for node_id, to_site, from_site, seconds in self._traffic:
-            traffic = self.history.traffic.setdefault(self.name(node_id), Traffic())
-            traffic.add(to_site, from_site, seconds)
+        self.count_traffic()
         for message in exchange.silent:
             site = self.name(message.metadata.dst_node_id)
             self.fail(server_round, phase, site, f"no reply {exchange.patience}")
 
-    def _tell(self, message: Message, reply: Message, server_round: int, phase: str) -> None:
-        """Tell the listeners of a reply, which may still fail in screening."""
-        node_id = message.metadata.dst_node_id
+    def begin_phase(self) -> None:
+        """Forget which messages the replies of the phase before belong to."""
+        self._senders = {}
+        self._traffic = []
+        self._heard = set()
+
+    def take(
+        self, request: Request, reply: Message, server_round: int, phase: str, seconds: float
+    ) -> None:
+        """Note whose reply has come, and tell the listeners; it may still fail in screening.
+
+        Parameters
+        ----------
+        request : Request
+            Of the message that it replies to.
+        reply : Message
+        server_round : int
+        phase : str
+        seconds : float
+            How long the reply was waited for.
+        """
+        node_id = request.node_id
+        self._senders[request.message_id] = (node_id, request.number)
         before = self.name(node_id)
         learn_name(self.site_names, node_id, reply, self.connected)
         site = self.name(node_id)
         if site != before:
             self.listeners.named(before, site)
         if reply.has_error():
-            self._heard.add(message.metadata.message_id)
+            self._heard.add(request.message_id)
             self.listeners.failed(server_round, phase, site, error_text(reply))
         else:
             self.listeners.replied(site)
+        size = size_of(reply.content) if reply.has_content() else 0
+        self._traffic.append((node_id, request.size, size, seconds))
+
+    def count_traffic(self) -> None:
+        """Add the bytes and seconds of the phase's replies to the history, by site."""
+        for node_id, to_site, from_site, seconds in self._traffic:
+            traffic = self.history.traffic.setdefault(self.name(node_id), Traffic())
+            traffic.add(to_site, from_site, seconds)
+        self._traffic = []
 
     def admit(
         self,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flwr.app import UserConfig
+
 from fedmed_flower.settings.allowed import Matching, OneOf, Within
-from fedmed_flower.settings.section import MOST_ROUNDS, Section, setting
-from fedmed_flower.settings.text import setting_error
+from fedmed_flower.settings.section import MOST_EXPONENT, MOST_ROUNDS, Section, setting
+from fedmed_flower.settings.text import expand, setting_error
 
 # Where a run can be tracked.
 TRACKERS = ("tensorboard", "mlflow", "wandb")
@@ -36,6 +38,40 @@ class Plan(Section):
         "How long to wait for the other sites once quorum sites have answered.",
         Within(0.0),
         "seconds",
+    )
+    keep_model: str = setting(
+        "last",
+        "Which model is the run's in the end, which is tested and written: that of the last round, "
+        "or the `best` by keep-metric. Training always goes on from the last.",
+        OneOf(("last", "best")),
+    )
+    keep_metric: str = setting(
+        "",
+        "The figure by which rounds are compared: one of all sites' validation rows together, or "
+        "server:NAME for one of evaluate_fn. Empty: that by which a run is judged, such as the AUC "
+        "or the Dice.",
+        Matching(
+            r"((server:)?[\w-][\w@=<>+ -]{0,199})?",
+            "empty or the name of a figure, without dots and slashes",
+            ("auc\nloss", "a" * 201, "../auc", "auc;"),
+        ),
+    )
+    patience: int = setting(
+        0,
+        "End after so many rounds without a better keep-metric. 0: after num-server-rounds.",
+        Within(0),
+        "rounds",
+    )
+    init_from: str = setting(
+        "",
+        "Weights to start from, of another run: its folder, or a .safetensors file, at the server. "
+        "The models for comparison (baselines) start from them too. Empty: fresh weights, drawn by "
+        "seed.",
+    )
+    evaluate: str = setting(
+        "",
+        "A finished model, as in init-from: nothing is trained, and it is tested at all sites. "
+        "`fedmed evaluate` sets it, and the settings of that run. Empty: train.",
     )
     min_sites: int = setting(
         1, "Sites that must be connected before the run starts.", Within(1), "sites"
@@ -82,15 +118,58 @@ class Plan(Section):
             ("tensorboard,", "MLflow", "tensorboard mlflow"),
         ),
     )
+    buffer: int = setting(
+        0,
+        "Asynchronous rounds: a round ends with so many usable replies, and nobody waits for the "
+        "slowest site. 0: a round waits for the replies of all its sites.",
+        Within(0),
+        "replies",
+    )
+    staleness_exponent: float = setting(
+        0.5,
+        "With buffer: a reply to the model of s rounds before weighs (1 + s) ^ -staleness-exponent "
+        "of what it would weigh.",
+        Within(0.0, MOST_EXPONENT),
+    )
 
     @property
     def trackers(self) -> tuple[str, ...]:
         """The names in `track`, each once."""
         return tuple(dict.fromkeys(filter(None, self.track.split(","))))
 
+    @property
+    def compares(self) -> bool:
+        """Whether rounds are compared by a figure."""
+        return self.keep_model != "last" or self.patience > 0
+
     def check(self) -> None:
-        """Refuse to resume nothing."""
+        """Refuse what does not go together."""
+        if self.evaluate:
+            training = ("resume", "init_from", "baselines", "personal_epochs", "compares")
+            for name in filter(lambda name: getattr(self, name), training):
+                key = "keep-model or patience" if name == "compares" else name.replace("_", "-")
+                raise setting_error(
+                    f"evaluate excludes {key}: nothing is trained when a model is only tested",
+                    "evaluate",
+                )
+        if self.keep_metric and not self.compares:
+            raise setting_error(
+                'keep-metric needs keep-model="best" or patience above 0, or it decides nothing',
+                "keep-metric",
+            )
         if self.resume and not self.run_dir:
             raise setting_error(
                 "resume needs run-dir, the folder of the run to go on with", "resume"
             )
+        if self.buffer and self.quorum:
+            raise setting_error(
+                "buffer excludes quorum: a round that ends with a number of replies has one; "
+                "leave quorum out",
+                "buffer",
+            )
+
+
+def refuse_evaluation(config: UserConfig, what: str) -> None:
+    """Refuse to test a model in an app that has none; `what` says what the app does instead."""
+    if expand(config).get("evaluate"):
+        raise setting_error(f"evaluate tests a network, and this app {what}", "evaluate")

@@ -15,6 +15,8 @@ T = TypeVar("T", bool, int, float, str)
 
 # With more rounds, planning a schedule and the noise would only keep a hospital busy.
 MOST_ROUNDS = 100_000
+# With a larger one, the weight of a stale reply would be too small a number.
+MOST_EXPONENT = 10.0
 _SETTING = "fedmed-setting"
 
 

@@ -24,6 +24,7 @@ from fedmed_flower.server.duplicates import Namesakes
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.disclosure import DisclosureSettings
+from fedmed_flower.settings.plan import refuse_evaluation
 from fedmed_flower.settings.registry import Sections, effective, require_known
 from fedmed_flower.settings.survey import SurveySettings
 from fedmed_flower.settings.text import expand
@@ -250,6 +251,7 @@ def survey(
     if alert not in METHODS:
         raise InputError(f"alert must be one of {', '.join(METHODS)}, got {alert!r}")
     require_known(context.run_config, sections)
+    refuse_evaluation(context.run_config, "asks for statistics")
     settings = SurveySettings.from_run_config(context.run_config)
     used = (SurveySettings, DisclosureSettings, *sections)
     began = time.monotonic()

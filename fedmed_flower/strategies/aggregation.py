@@ -182,12 +182,15 @@ def combine(
                 # Lengths are compared once: without the longest the median would be lower.
                 norms_checked = True
                 _require_norms([updates, *beside], limits.update_norm)
-            weights = capped([reply.weight for reply in replies], limits.weight_share)
+            fresh = [reply.weight * reply.freshness for reply in replies]
+            weights = capped(fresh, limits.weight_share)
+            # Changes of companions add up over the rounds: an old one counts as much as a new one.
+            whole = capped([reply.weight for reply in replies], limits.weight_share)
             following = {}
             for name, record in companions.items():
                 returned = [reply.companions[name] for reply in replies]
                 following[name] = _next_companion(
-                    name, returned, record, replies, weights, companion_rule
+                    name, returned, record, replies, whole, companion_rule
                 )
             model = rule(replies, updates, weights)
         except NotUsableError as error:

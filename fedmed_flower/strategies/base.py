@@ -22,7 +22,7 @@ from fedmed_flower.arrays.views import keep_dtypes, own_content
 from fedmed_flower.errors import InputError
 from fedmed_flower.methods.base import Method
 from fedmed_flower.methods.registry import method_of
-from fedmed_flower.metrics.names import is_pooled_only
+from fedmed_flower.metrics.names import VIRTUAL_SECONDS, is_pooled_only
 from fedmed_flower.metrics.pooling import class_counts, pool
 from fedmed_flower.server.history import History, Stop
 from fedmed_flower.server.inbox import AcceptedReply, Inbox
@@ -36,6 +36,7 @@ from fedmed_flower.server.screening import (
     with_shared_metrics,
 )
 from fedmed_flower.server.sites import app_name, draw, nobody_left, shortfall, wait_for_sites
+from fedmed_flower.settings.section import MOST_EXPONENT
 from fedmed_flower.strategies import checkpoint as checkpoints
 from fedmed_flower.strategies.aggregation import (
     STREAM_ABOVE,
@@ -51,6 +52,7 @@ from fedmed_flower.strategies.aggregation import (
     shapes,
     weighed,
 )
+from fedmed_flower.strategies.asynchronous import RESUMED, Dispatch, ReplyBuffer, refusal
 from fedmed_flower.strategies.methods import (
     MethodState,
     companions_of,
@@ -59,6 +61,7 @@ from fedmed_flower.strategies.methods import (
     require_fitting,
     unlimited_of,
 )
+from fedmed_flower.strategies.selection import LAST, Selection, server_figures
 from fedmed_flower.strategies.server_optimizers import (
     OPTIMISERS,
     class_below,
@@ -112,8 +115,12 @@ class RunState:
         The metrics and counts of each site's reply to `FedAvg.test`.
     strategy : dict
         The strategy's class and its arguments, as the checkpoint records them.
+    waiting : ReplyBuffer or None
+        What is under way in asynchronous rounds; None if rounds wait for all their sites.
     method : MethodState
         What the server knows of the method for hospitals that differ.
+    selection : Selection
+        Which round's model is the best so far.
     """
 
     timeout: float = math.inf
@@ -127,7 +134,9 @@ class RunState:
     rows_of_class: list[int] = field(default_factory=list)
     tested: dict[str, dict[str, Any]] = field(default_factory=dict)
     strategy: dict[str, Any] = field(default_factory=dict)
+    waiting: ReplyBuffer | None = None
     method: MethodState = field(default_factory=MethodState)
+    selection: Selection = field(default_factory=Selection)
 
 
 def leave_result(grid: Grid, result: flower.Result, folder: RunFolder | None) -> None:
@@ -172,8 +181,18 @@ class FedAvg(flower.FedAvg):
     method : str or Method, optional
         What sites do beside plain training, and the server with it: see `fedmed_flower.methods`.
         `federate` sets it by the run config. None is plain training.
+    keep_model, keep_metric, patience
+        As `compare_rounds` takes them.
     listeners : iterable of Listener
         They hear how a run goes: see `fedmed_flower.server.Listener`.
+    buffer : int
+        Asynchronous rounds (FedBuff): a round ends with so many usable replies, and the next model
+        goes to the sites that are free. A reply counts as the change of the model that was sent to
+        its site. `fraction_train` is then the share of sites that train at once. At most the number
+        of sites. 0: a round waits for the replies of all its sites.
+    staleness_exponent : float
+        With `buffer`, the weight of a reply is multiplied by (1 + s) ^ -`staleness_exponent` if its
+        model is s rounds old. From 0, which makes no difference, to 10.
 
     Attributes
     ----------
@@ -243,7 +262,12 @@ class FedAvg(flower.FedAvg):
         quorum: int | None = None,
         grace: float = 60.0,
         method: str | Method | None = None,
+        keep_model: str = LAST,
+        keep_metric: str = "",
+        patience: int = 0,
         listeners: Iterable[Listener] = (),
+        buffer: int = 0,
+        staleness_exponent: float = 0.5,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs | minima(super().__init__, args, kwargs))
@@ -259,6 +283,14 @@ class FedAvg(flower.FedAvg):
             raise InputError(f"quorum must be at least 1, got {quorum}")
         if not 0 <= grace < math.inf:
             raise InputError(f"grace must be at least 0 seconds and finite, got {grace}")
+        if buffer < 0:
+            raise InputError(f"buffer must be at least 0, got {buffer}")
+        if not 0 <= staleness_exponent <= MOST_EXPONENT:
+            raise InputError(
+                f"staleness_exponent must be from 0 to {MOST_EXPONENT:g}, got {staleness_exponent}"
+            )
+        self.buffer = buffer
+        self.staleness_exponent = staleness_exponent
         self.quorum = quorum
         self.grace = grace
         self.max_weight_share = max_weight_share
@@ -271,6 +303,7 @@ class FedAvg(flower.FedAvg):
             raise InputError(f"seed must be at least 0, got {seed}")
         self.seed = secrets.randbits(63) if seed is None else seed
         self.min_replies = min_replies
+        self.compare_rounds(keep_model, keep_metric, patience)
         self.inbox = Inbox()
         self.listeners = Listeners(listeners)
         self.result = flower.Result()
@@ -307,6 +340,37 @@ class FedAvg(flower.FedAvg):
         require_fitting(method, name, plain, self._optimiser is not None, self.draws_by_law)
         self.method = method
 
+    def compare_rounds(self, keep_model: str, keep_metric: str = "", patience: int = 0) -> None:
+        """Say which model is kept, and when a run ends that no longer improves.
+
+        Training always goes on from the last model.
+
+        Parameters
+        ----------
+        keep_model : {"last", "best"}
+            Whether the result of a run is the last model or that of the best round.
+        keep_metric : str
+            The figure that says which round is the best: one of all sites' validation rows
+            together, or, after ``server:``, one of `evaluate_fn`. Empty: that by which a run is
+            judged, such as the AUC.
+        patience : int
+            The run ends after so many rounds without a better figure. 0: it does not.
+
+        Raises
+        ------
+        InputError
+            If an argument is none of these, or there will be no such figure.
+        """
+        selection = Selection(keep_model, keep_metric, patience)
+        if selection.by_hospitals and self.fraction_evaluate == 0:
+            raise InputError(
+                "keep_model and patience need figures of validation rows, and fraction_evaluate "
+                "is 0: set it above 0, or name a figure of the server (keep_metric='server:NAME')"
+            )
+        self.keep_model = keep_model
+        self.keep_metric = keep_metric
+        self.patience = patience
+
     def start(
         self,
         grid: Grid,
@@ -333,18 +397,21 @@ class FedAvg(flower.FedAvg):
         Returns
         -------
         flwr.serverapp.strategy.Result
-            Its `arrays` are the last model, or the initial one if no round succeeded.
+            Its `arrays` are the last model, or that of the best round if `keep` asks for it; the
+            initial one if no round succeeded.
 
         Raises
         ------
         InputError
-            If an argument is out of range, or the checkpoint is damaged or belongs to another
-            model.
+            If an argument is out of range, the checkpoint is damaged or belongs to another model,
+            or the figure that decides which model is kept never comes.
         """
         if num_rounds < 1:
             raise InputError(f"num_rounds must be at least 1, got {num_rounds}")
         if not timeout > 0:
             raise InputError(f"timeout must be above 0 seconds, got {timeout}")
+        self.require_buffer()
+        self.require_choice()
         configs = {
             _TRAIN: ConfigRecord() if train_config is None else train_config,
             _EVALUATE: ConfigRecord() if evaluate_config is None else evaluate_config,
@@ -369,7 +436,8 @@ class FedAvg(flower.FedAvg):
         evaluate_fn: EvaluateFn | None,
     ) -> None:
         """Run the rounds, by arguments that have been checked."""
-        self.run = RunState(timeout)
+        selection = Selection(self.keep_model, self.keep_metric, self.patience)
+        self.run = RunState(timeout, selection=selection)
         self.inbox.history = History()
         self.inbox.declined = set()
         self.result = flower.Result(arrays=initial_arrays)
@@ -377,6 +445,13 @@ class FedAvg(flower.FedAvg):
         self.import_state({})
         self.run.strategy = checkpoints.arguments_of(self)
         first = self._restore(grid, initial_arrays) + 1
+        self._set_clock(grid)
+        if self.buffer:
+            self.run.waiting = ReplyBuffer(
+                grid, self.inbox, self.buffer, self.staleness_exponent, timeout, self.buffers
+            )
+            if 1 < first <= num_rounds:
+                self.inbox.note(first, "train", ALL_SITES, RESUMED)
         # Whether it still holds is asked before the next round.
         self.history.stopped = None
         if first > num_rounds + 1:
@@ -393,34 +468,36 @@ class FedAvg(flower.FedAvg):
                 0, "evaluate_metrics_serverapp", evaluate_fn(0, initial_arrays), "server"
             )
         for server_round in range(first, num_rounds + 1):
-            reason = self.stop_reason() or nobody_left(
-                self._connected(grid), self.inbox.declined, self.only
+            reason = (
+                self.stop_reason()
+                or selection.stop_reason()
+                or nobody_left(self._connected(grid), self.inbox.declined, self.only)
             )
             if reason is not None:
                 self._stop(grid, Stop(server_round - 1, " ".join(reason.split())))
                 break
             began = time.perf_counter()
             arrays = self.result.arrays
-            messages = list(self.configure_train(server_round, arrays, configs[_TRAIN], grid))
-            # Do not bind the replies to a variable: they would stay in memory while the sites
-            # evaluate.
-            aggregated, metrics = self.aggregate_train(
-                server_round, self.exchange(grid, messages, server_round, "train")
-            )
+            aggregated, metrics, asked = self._train(grid, server_round, arrays, configs[_TRAIN])
             if aggregated is not None:
                 self.result.arrays = arrays = aggregated
             self._add_metrics(server_round, "train_metrics_clientapp", metrics, "train")
-            if self._halted(grid, server_round, "train", len(messages)):
+            if (seconds := getattr(grid, "virtual_seconds", None)) is not None:
+                self.history.add(server_round, "train", ALL_SITES, {VIRTUAL_SECONDS: seconds})
+            if self._halted(grid, server_round, "train", asked):
                 break
 
             messages = list(self.configure_evaluate(server_round, arrays, configs[_EVALUATE], grid))
             replies = self.exchange(grid, messages, server_round, "val")
             metrics = self.aggregate_evaluate(server_round, replies)
             self._add_metrics(server_round, "evaluate_metrics_clientapp", metrics, "val")
+            figures = dict(metrics or {})
 
             if evaluate_fn is not None:
                 metrics = evaluate_fn(server_round, arrays)
                 self._add_metrics(server_round, "evaluate_metrics_serverapp", metrics, "server")
+                figures |= server_figures(metrics)
+            self._compare(server_round, arrays, figures)
             self._save(grid, server_round)
             seconds = time.perf_counter() - began
             line = self.history.describe(server_round)
@@ -429,6 +506,85 @@ class FedAvg(flower.FedAvg):
             told = len(self.history.rows)
             if self._halted(grid, server_round, "val", len(messages)):
                 break
+        if self.run.waiting is not None:
+            self.run.waiting.close()
+            self.run.waiting = None
+        self._keep_best()
+
+    def _train(
+        self, grid: Grid, server_round: int, arrays: ArrayRecord, config: ConfigRecord
+    ) -> tuple[ArrayRecord | None, MetricRecord | None, int]:
+        """Train a round; return the model, the metrics and how many sites were asked."""
+        waiting = self.run.waiting
+        # Do not bind the replies to a variable: they would stay in memory while the sites evaluate.
+        if waiting is None:
+            messages = list(self.configure_train(server_round, arrays, config, grid))
+            model, metrics = self.aggregate_train(
+                server_round, self.exchange(grid, messages, server_round, "train")
+            )
+            return model, metrics, len(messages)
+        layout = self.reply_layout(arrays)
+        self._prepare_companions(arrays)
+        model, metrics = self.aggregate_train(
+            server_round,
+            waiting.gather(
+                Dispatch(server_round, arrays, self.current_companions),
+                lambda: self.configure_train(server_round, arrays, config, grid),
+                lambda: self._trainers(grid),
+                lambda reply: waiting.usable(reply, self.weighted_by_key, layout),
+            ),
+        )
+        waiting.record()
+        return model, metrics, waiting.asked
+
+    def require_choice(self) -> None:
+        """Raise `InputError` if the best round's model is to be kept and sites have own ones."""
+        if self.keep_model != LAST and self.has_own_models:
+            name = "keep" if self.method is None else self.method.name
+            raise InputError(
+                f"keep_model={self.keep_model!r} excludes {name}: each site's own model is that of "
+                "the last round, which does not fit the global one of another round; leave "
+                "keep_model out (patience goes with it)"
+            )
+
+    def require_buffer(self) -> None:
+        """Raise `InputError` if this strategy cannot train in asynchronous rounds, but is to."""
+        if not self.buffer:
+            return
+        other = self.below
+        reason = refusal(
+            type(self).__name__,
+            self.buffer,
+            quorum=self.quorum,
+            min_replies=self.min_replies,
+            needed=self.needed(),
+            draws_by_law=self.draws_by_law,
+            method=self.method,
+            below=None if other is None or issubclass(other, OPTIMISERS) else other,
+            own_exchange=type(self).exchange is not FedAvg.exchange,
+        )
+        if reason is not None:
+            raise InputError(reason)
+
+    def _compare(self, server_round: int, arrays: ArrayRecord, figures: dict[str, Any]) -> None:
+        """Compare the model of a round with the best so far, if a figure decides anything."""
+        selection = self.run.selection
+        # The initial model is nobody's result.
+        if not selection.on or not self.result.train_metrics_clientapp:
+            return
+        flaw = selection.observe(server_round, arrays, figures, self.history.sent)
+        if flaw is not None:
+            self.inbox.note(server_round, "val", ALL_SITES, flaw)
+
+    def _keep_best(self) -> None:
+        """Make the model of the best round the result, if that is asked for."""
+        self.history.kept = self.run.selection.kept()
+        model = self.run.selection.model
+        if model is None:
+            return
+        self.result.arrays = model
+        if self.folder is not None:
+            self.folder.write_model(model)
 
     def _describe_end(self, ending: Ending) -> None:
         """Say how the rounds ended: without a model, or early."""
@@ -502,7 +658,9 @@ class FedAvg(flower.FedAvg):
             self.before_round(server_round)
         messages = super().configure_train(server_round, arrays, config, grid)
         addressed = self._address(messages, grid, server_round, _TRAIN)
-        reason = shortfall(type(self).__name__, self.needed(), len(addressed), self.if_too_few)
+        # In asynchronous rounds others are at work already, and `require_buffer` has compared.
+        needed = self.needed() if self.run.waiting is None else 0
+        reason = shortfall(type(self).__name__, needed, len(addressed), self.if_too_few)
         if reason is not None:
             if not self.run.begun:
                 raise InputError(reason)
@@ -686,11 +844,12 @@ class FedAvg(flower.FedAvg):
             f"{checkpoints.COMPANION}{name}": record
             for name, record in self.current_companions.items()
         }
-        return export_state(vars(self)) | companions | self.run.method.export()
+        state = export_state(vars(self)) | companions | self.run.method.export()
+        return state | self.run.selection.export_state()
 
     def import_state(self, state: dict[str, ArrayRecord]) -> None:
         """Take up what `export_state` returned when the checkpoint was written."""
-        rest = dict(state)
+        rest = self.run.selection.import_state(state)
         self.run.companions = {}
         for name, first in self.companions.items():
             record = rest.pop(f"{checkpoints.COMPANION}{name}", None)
@@ -833,6 +992,8 @@ class FedAvg(flower.FedAvg):
             server_round, "train", waiting, self.weighted_by_key, layout, self.current_companions
         )
         usable = weighed(admitted, self.weigh, self.decode, self._reject)
+        if self.run.waiting is not None:
+            usable = self.run.waiting.rebased(usable)
         if rest is not None and layout is not None and self.is_plain_mean:
             combined = self._combined_one_by_one(usable, layout if sent is None else sent)
         else:
@@ -852,7 +1013,7 @@ class FedAvg(flower.FedAvg):
         weights = {reply.site: reply.weight for reply in combined.replies}
         records: Mapping[str, ArrayRecord] = {}
         if self.method is not None and model is not None and sent is not None:
-            trained = stepped(sent, self.buffers)
+            trained = self._trained(sent)
             before = self.current_companions
             result = moved(self.method, state, sent, model, trained, before, companions, weights)
             model = result.model
@@ -884,11 +1045,15 @@ class FedAvg(flower.FedAvg):
             config = message.content.config_records[self.configrecord_key]
             config.update(config_of(self.method, self.keep, self.keep_sent, taken, own))
 
+    def _trained(self, model: ArrayRecord) -> list[str]:
+        """Return the keys of a model that sites train together."""
+        return [key for key in stepped(model, self.buffers) if key not in self.kept]
+
     def _prepare_companions(self, model: ArrayRecord) -> None:
         """Add the method's first companions, unless the run has later ones."""
         if self.method is None:
             return
-        first = companions_of(self.method, model, stepped(model, self.buffers))
+        first = companions_of(self.method, model, self._trained(model))
         for name, record in first.items():
             if name in self.run.companions:
                 checkpoints.require_layout(name, self.run.companions[name], record)
@@ -1013,7 +1178,7 @@ class FedAvg(flower.FedAvg):
         starting = math.isfinite(self.run.timeout) and not self.run.begun
         if phase == "train" and starting and not getattr(grid, "complete", False):
             # Hospitals connect one after the other: a rule that needs many must wait for them.
-            needed = max(needed, self.needed())
+            needed = max(needed, self.needed(), self.buffer)
         count = wait_for_sites(grid, needed, self.run.timeout)
         if count >= needed:
             return True
@@ -1031,8 +1196,7 @@ class FedAvg(flower.FedAvg):
     def _halted(self, grid: Grid, server_round: int, phase: str, asked: int) -> bool:
         """Return whether all sites failed alike in a phase, as they would in further rounds."""
         error = self.inbox.common_error(asked)
-        connected = self._connected(grid)
-        everybody = len(connected if self.only is None else connected & self.only)
+        everybody = len(self._trainers(grid))
         if error is None or asked < min(everybody, _MANY):
             return False
         who = f"all {asked} sites failed alike" if asked > 1 else "the only site failed"
@@ -1096,6 +1260,17 @@ class FedAvg(flower.FedAvg):
             getattr(self.result, name)[server_round] = metrics
             self.history.add(server_round, phase, ALL_SITES, metrics)
 
+    def _set_clock(self, grid: Grid) -> None:
+        """Set the virtual clock to what it showed after the last round, or to 0."""
+        if hasattr(grid, "set_clock"):
+            rows = reversed(self.history.rows)
+            grid.set_clock(next((row[4] for row in rows if row[3] == VIRTUAL_SECONDS), 0.0))
+
+    def _trainers(self, grid: Grid) -> set[int]:
+        """Return the connected nodes that may train."""
+        connected = self._connected(grid)
+        return connected if self.only is None else connected & self.only
+
     def _connected(self, grid: Grid) -> set[int]:
         """Return the nodes that are connected and may be sent something."""
         return set(grid.get_node_ids()).difference(self.excluded)
@@ -1106,9 +1281,13 @@ class FedAvg(flower.FedAvg):
         """Address Flower's messages to the sites of `choose`, each with records of its own."""
         messages = list(messages)
         self.inbox.connected = set(grid.get_node_ids())
-        connected = self._connected(grid)
-        nodes = connected if self.only is None else connected & self.only
-        drawn = self.choose(nodes, len(messages), server_round, phase == _TRAIN)
+        nodes = self._trainers(grid)
+        count = len(messages)
+        if self.run.waiting is not None:
+            nodes = self.run.waiting.free(nodes, phase == _TRAIN)
+            if phase == _TRAIN:
+                count = max(0, count - self.run.waiting.training)
+        drawn = self.choose(nodes, count, server_round, phase == _TRAIN)
         for message, node_id in zip(messages, drawn, strict=False):
             message.metadata.dst_node_id = node_id
             # Flower gives all messages one content.

@@ -18,6 +18,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.methods.base import Method
 from fedmed_flower.server.run_folder import Checkpoint, RunFolder
 from fedmed_flower.strategies.methods import SITES
+from fedmed_flower.strategies.selection import KEPT_FIGURE, KEPT_MODEL, LAST
 from fedmed_flower.strategies.server_optimizers import OPTIMISERS, RULES, stepped
 
 # Each array's declared dtype, and dtype and shape of its values.
@@ -178,7 +179,14 @@ def require_resumable(
     wanted = _layout(initial_arrays)
     if _layout(checkpoint.arrays) != wanted:
         raise _other_model(folder, "with other keys, shapes or dtypes")
-    _require_same_strategy(checkpoint.strategy, arguments_of(strategy), folder.path)
+    now = arguments_of(strategy)
+    _require_same_strategy(checkpoint.strategy, now, folder.path)
+    compares = now["arguments"].get("keep_model", LAST) != LAST or now["arguments"].get("patience")
+    if compares and KEPT_FIGURE not in checkpoint.strategy_state:
+        raise InputError(
+            f"{folder.path} was written by a version that did not compare rounds: resume it with "
+            "keep_model='last' and patience=0"
+        )
     moved = [wanted[key][2] for key in stepped(initial_arrays, buffers)]
     misfit = _state_misfit(checkpoint, wanted, moved)
     if misfit is not None:
@@ -200,9 +208,12 @@ def _state_misfit(
     `moved` are the shapes of the entries that an optimiser steps.
     """
     for name, record in checkpoint.strategy_state.items():
-        if name.startswith(COMPANION) or name == SITES:
-            # A companion has a layout of its own, see `require_layout`; the sites' has names.
+        # These have layouts of their own: see `require_layout`, `MethodState.pop_from` and
+        # `Selection.import_state`.
+        if name.startswith(COMPANION) or name in (SITES, KEPT_FIGURE):
             continue
+        if name == KEPT_MODEL and _layout(record) != wanted:
+            return "whose best model has other keys, shapes or dtypes"
         shapes = {key: shape for key, (_, _, shape) in _layout(record).items()}
         # Flower holds the momentum as a list: its keys are indices.
         if name == "momentum_vector" and [*shapes.values()] != moved:

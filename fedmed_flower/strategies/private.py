@@ -31,6 +31,7 @@ from fedmed_flower.privacy.accounting import Release, epsilon_of, require_releas
 from fedmed_flower.privacy.noise import gaussian, secure_generator
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.strategies.base import FedAvg
+from fedmed_flower.strategies.selection import Selection
 from fedmed_flower.strategies.server_optimizers import OPTIMISERS
 from fedmed_flower.wire import HOSPITAL_EPSILON
 
@@ -179,6 +180,23 @@ class DPFedAvg(FedAvg):
                     "accounted for"
                 )
         super().__init_subclass__(**kwargs)
+
+    def compare_rounds(self, keep_model: str, keep_metric: str = "", patience: int = 0) -> None:
+        """Say which model is kept, as `FedAvg.keep`, by a figure that the server measures.
+
+        Raises
+        ------
+        InputError
+            Also if figures of hospitals would decide: they carry no noise, and which round they
+            choose would show who took part.
+        """
+        if Selection(keep_model, keep_metric, patience).by_hospitals:
+            raise InputError(
+                f"{type(self).__name__} cannot keep the best model or stop by figures of "
+                "hospitals, which carry no noise: name a figure that the server measures on data "
+                "of its own (keep-metric server:NAME, evaluate_fn), or keep the last model"
+            )
+        super().compare_rounds(keep_model, keep_metric, patience)
 
     @property
     def epsilon(self) -> float:

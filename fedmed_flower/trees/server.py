@@ -17,7 +17,7 @@ from fedmed_flower.runs.experiment import federate
 from fedmed_flower.server.listener import Listener
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.server.screening import metrics_of, with_shared_metrics
-from fedmed_flower.settings.plan import Plan
+from fedmed_flower.settings.plan import Plan, refuse_evaluation
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.text import expand, setting_error
 from fedmed_flower.strategies.base import EvaluateFn, FedAvg
@@ -51,7 +51,7 @@ _PASSED_ON = (
     *_MINIMA,
 )
 # Settings of what `federate` does only with a network.
-_NETWORKS_ONLY = ("baselines", "personal-epochs")
+_NETWORKS_ONLY = ("baselines", "personal-epochs", "buffer")
 
 
 def grow(
@@ -92,7 +92,7 @@ def grow(
     ------
     InputError
         If the run config or every site's data is wrong, the strategy is another one, or the run
-        config asks for privacy or to resume a run.
+        config asks for privacy, to resume a run, to start from weights or to test a model.
     RunFailedError
         If no round succeeded.
     """
@@ -107,6 +107,11 @@ def grow(
             "trees are grown without differential privacy: federate a network with "
             'privacy="patient"',
             "privacy",
+        )
+    refuse_evaluation(config, "grows trees")
+    if plan.init_from:
+        raise setting_error(
+            "init-from needs a network, and this app grows trees: leave it out", "init-from"
         )
     for key in _NETWORKS_ONLY:
         if config.get(key):
@@ -165,7 +170,10 @@ class _Growing(FedAvg):
         """Run the rounds, without checkpoints."""
         self.run_folder = self.folder
         self.folder = None
-        return super().start(*args, **kwargs)
+        result = super().start(*args, **kwargs)
+        if self.history.kept is not None and self.run_folder is not None:
+            self.run_folder.write(MODEL, model_bytes(result.arrays))
+        return result
 
     def test(
         self,

@@ -71,6 +71,7 @@ def test_run_folder_is_complete_and_marked(finished):
         "checkpoint.zip",
         "config.toml",
         "counts.json",
+        "cross-sites.csv",
         "live.json",
         "log.txt",
         "metrics.csv",

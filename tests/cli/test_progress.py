@@ -116,6 +116,13 @@ def test_after_a_resume_the_rounds_of_before_do_not_count_for_the_time_left(cloc
     assert (position.finished, position.seconds_left) == (6, 28)
 
 
+def test_a_reply_to_a_message_of_an_earlier_round_does_not_set_the_round_back(clock):
+    position = Position(10, clock)
+    position.read_line("round 6/10  x")
+    position.read_message(message(server_round=2), 0, 1)
+    assert position.where == "round 7/10  train  0/1 sites"
+
+
 def test_each_model_for_comparison_begins_its_rounds_again(clock):
     position = Position(2, clock)
     position.read_line("round 2/2  x")

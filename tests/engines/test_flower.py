@@ -34,6 +34,60 @@ SERVER = """
         print("FAILURES", [(f.round, f.phase, f.site, f.reason) for f in strategy.history.failures])
 """
 
+# One site trains until the run's last round has ended.
+ASYNCHRONOUS_SERVER = """
+    from pathlib import Path
+
+    import numpy as np
+    from flwr.app import Array, ArrayRecord
+    from flwr.serverapp import ServerApp
+
+    from fedmed_flower.strategies import FedAvg
+
+    app = ServerApp()
+
+
+    @app.main()
+    def main(grid, context):
+        def evaluate(server_round, arrays):
+            if server_round == 4:
+                Path(context.run_config["done"]).touch()
+
+        strategy = FedAvg(buffer=1, run_dir=context.run_config["run-dir"], fraction_evaluate=0.0)
+        model = ArrayRecord({"w": Array(np.zeros(2, np.float32))})
+        strategy.start(grid, model, 4, timeout=600, evaluate_fn=evaluate)
+        print("FAILURES", [f.reason for f in strategy.history.failures])
+        print("WAITED", (Path(context.run_config["done"]).parent / "waited").exists())
+"""
+
+ASYNCHRONOUS_CLIENT = """
+    import time
+    from pathlib import Path
+
+    from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+
+    app = ClientApp()
+
+
+    @app.train()
+    def train(message, context):
+        index = context.node_config["partition-id"]
+        done = Path(context.run_config["done"])
+        end = time.monotonic() + 300
+        while index == 1 and not done.exists():
+            if time.monotonic() > end:
+                (done.parent / "waited").touch()
+                break
+            time.sleep(0.1)
+        content = RecordDict({
+            "arrays": message.content["arrays"],
+            "metrics": MetricRecord({"num-examples": 1}),
+            "site": ConfigRecord({"name": f"hospital-{index + 1}"}),
+        })
+        return Message(content, reply_to=message)
+"""
+
 CLIENT = """
     import numpy as np
     from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -144,6 +198,22 @@ def test_a_failing_site_is_named_and_a_failing_server_raises(tmp_path):
     with pytest.raises(EngineError, match=r"finished:failed .*the server made a mistake"):
         run_flower(app, config | {"server-fails": True}, 2, lambda line: None)
     assert superlinks() == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two sites at once need two cores")
+def test_asynchronous_rounds_wait_for_no_site_that_trains_on(tmp_path):
+    config = {"done": str(tmp_path / "done"), "run-dir": str(tmp_path / "run")}
+    app = write_app(tmp_path / "toy", ASYNCHRONOUS_SERVER, ASYNCHRONOUS_CLIENT, **config)
+    done = run_in_process(app, config, 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FAILURES")]
+    assert "no reply by the end of the run to what round 1 sent" in line
+    assert "WAITED False" in done.stdout
+    checkpoint = RunFolder(tmp_path / "run").load()
+    assert checkpoint.server_round == 4
+    trained = {row[2] for row in checkpoint.history.rows if row[1] == "train"}
+    assert trained == {"hospital-1"}
 
 
 def path_without_ps(folder):

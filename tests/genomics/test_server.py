@@ -653,6 +653,8 @@ def test_a_study_whose_sites_all_fail_leaves_a_folder_that_says_so(world, tmp_pa
          "folder"),
         ({"privacy": "patient"}, "an association study carries no noise: set privacy=none, which "
          "hospitals with a budget decline" + see("privacy")),
+        ({"evaluate": "x"}, "evaluate tests a network, and this app tests variants"
+         + see("evaluate")),
         ({"test": "logistic", "components": 51}, "components must be from 0 to 50, got 51"),
         ({"test": "logistic", "components": 45}, "45 components cannot be made of 40 common "
          "variants that every hospital reports, and of 220 people: choose fewer components"),

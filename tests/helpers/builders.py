@@ -168,6 +168,7 @@ def run(
     initial: ArrayRecord,
     rounds: int = 2,
     sites: int = 3,
+    speeds: Sequence[float] | None = None,
     **start: Any,
 ) -> Result:
     """Run a strategy with `run_local` and return its result."""
@@ -177,5 +178,5 @@ def run(
     def _(grid: Grid, context: Context) -> None:
         strategy.start(grid, initial, rounds, **start)
 
-    run_local(server, app, sites)
+    run_local(server, app, sites, virtual_speeds=speeds)
     return strategy.result

@@ -10,7 +10,7 @@ from fedmed_flower import MedicalClient, SiteData, federate, run_local
 from fedmed_flower.strategies import FedAvg
 
 # Rows, curvature and optimum differ between the sites.
-ROWS = (4, 12)
+ROWS = (12, 36)
 SQUARES = {"optimizer": "sgd", "learning-rate": 0.1, "batch-size": 100, "device": "cpu"}
 SQUARES |= {"pictures": 0, "local-epochs": 8}
 
@@ -99,3 +99,16 @@ def weights_of(result):
 def own_weights(folder, site):
     """Return the weights of a site's own model, as a run has written them."""
     return load_file(folder / "own" / f"{site}.safetensors")["weight"].astype(np.float64).ravel()
+
+
+def dying(client, number, server_round):
+    """Return a client that is interrupted as the second site trains in a round, once."""
+    left = [server_round]
+
+    def fit(self, model, prepared, seed):
+        if self.site.index == number and self.progress >= (server_round - 1) / 6 and left:
+            left.clear()
+            raise KeyboardInterrupt
+        return client.fit(self, model, prepared, seed)
+
+    return type("Dying", (client,), {"fit": fit})

@@ -69,8 +69,6 @@ def test_uneven_steps_move_fedavg_and_not_fednova(method, tmp_path):
             self.settings = replace(self.settings, local_epochs=steps[self.site.index])
             return super().fit(model, prepared, seed)
 
-        calls_method = True
-
     result = run_squares(tmp_path / "run", Uneven, num_server_rounds=60, method=method)
     wanted = fixed_point(values, steps, 0.1, normalised=bool(method))
     assert weights_of(result) == pytest.approx([wanted], abs=1e-4)

@@ -1,50 +1,13 @@
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
+from html_pages import Page
 from run_folders import SITES, write_run
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.reports.compare import write_comparison
 from fedmed_flower.reports.several import MOST_RUNS, cautions, read_runs, settings
-
-
-class Page(HTMLParser):
-    """Text of a page, its tags, and the cells of its tables by caption."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.text, self.tags, self.tables, self.sink = "", [], {}, None
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "caption":
-            self.caption = ""
-        elif tag == "tr":
-            self.tables.setdefault(self.caption, []).append([])
-        elif tag in ("th", "td"):
-            self.tables[self.caption][-1].append("")
-        elif tag == "small":
-            self.tables[self.caption][-1][-1] += " "
-        if tag in ("caption", "th", "td"):
-            self.sink = tag
-
-    def handle_endtag(self, tag):
-        if tag == self.sink:
-            self.sink = None
-
-    def handle_data(self, data):
-        self.text += data
-        if self.sink == "caption":
-            self.caption += data
-        elif self.sink:
-            self.tables[self.caption][-1][-1] += data
-
-    def table(self, start):
-        (rows,) = [rows for caption, rows in self.tables.items() if caption.startswith(start)]
-        return {row[0]: row[1:] for row in rows}
 
 
 def compared(tmp_path, *folders):
@@ -76,6 +39,23 @@ def test_metrics_stand_side_by_side_with_intervals_and_differences(tmp_path, two
     assert re.fullmatch(rf"{auc:.3f} 0\.\d{{3}} to 0\.\d{{3}}", first)
     assert re.fullmatch(rf"{auc - 0.1:.3f} 0\.\d{{3}} to 0\.\d{{3}} −0\.100", second)
     assert f"AUC, higher is better: first {auc:.3f}, second {auc - 0.1:.3f} (−0.100)." in page.text
+    assert not [caption for caption in page.tables if "that a hospital uses" in caption]
+
+
+def test_own_models_of_a_run_are_compared_with_what_the_hospitals_of_another_use(tmp_path, two):
+    second = json.loads((two[1] / "summary.json").read_text())
+    second["test"]["own"] = {"hospital-1": {"auc": 0.95}, "hospital-2": {"auc": 0.9}}
+    (two[1] / "summary.json").write_text(json.dumps(second))
+    _, page = compared(tmp_path, *two)
+    table = page.table("AUC of the model that a hospital uses")
+    assert table["Hospital"] == ["first", "second", "second − first"]
+    first = json.loads((two[0] / "summary.json").read_text())["test"]["sites"]["hospital-1"]["auc"]
+    shown = f"{0.95 - first:+.3f}".replace("-", "−")
+    assert table["hospital-1"] == [f"{first:.3f}", "0.950", shown]
+    # This one keeps no model of its own: it uses the federated one.
+    same = second["test"]["sites"]["hospital-10"]["auc"]
+    assert table["hospital-10"] == [f"{same:.3f}", f"{same:.3f}", "+0.000"]
+    assert "All records together" not in table
 
 
 def test_each_hospital_has_its_difference_to_the_first_run(tmp_path, two):

@@ -4,6 +4,7 @@ import pytest
 
 from fedmed_flower.reports import contents
 from fedmed_flower.reports.summary import Total
+from fedmed_flower.reports.worth import FEDERATED, Chance
 
 SUMMARY = {
     "status": "stopped",
@@ -51,23 +52,19 @@ def test_table_of_hospitals():
 
 
 def test_comparison_is_of_hospitals_with_every_number():
-    comparison = contents.comparison(SUMMARY, ["north", "south", "west"], "auc")
-    assert comparison.gains == {"north": pytest.approx(0.15)}
+    chance = Chance("auc", {})
+    comparison = contents.comparison(SUMMARY, ["north", "south", "west"], chance)
+    (gain,) = comparison.gains
+    assert (gain.model, gain.changes) == (FEDERATED, {"north": pytest.approx(0.15)})
     assert [column.title for column in comparison.columns] == [
-        *("Own model alone", "Federated", "Federated − alone"),
+        *("Trained alone", "Federated", "Federated − alone"),
     ]
     assert comparison.columns[0].total == (pytest.approx(0.65), None, "mean of all models")
     assert comparison.columns[2].total.value == pytest.approx(0.15)
     assert comparison.complete == ["north"]
     assert comparison.baselines
     assert comparison.fine_tuned is None
-    assert contents.comparison({"test": {}}, ["north"], "auc") is None
-
-
-def test_sides_are_ordered_by_size_and_a_change_below_three_digits_is_on_neither():
-    changes = {"a": 0.01, "b": -0.2, "c": 0.3, "d": 0.0004, "e": -0.1}
-    assert contents.sides(changes, "auc") == (["c", "a"], ["b", "e"])
-    assert contents.sides(changes, "loss") == (["b", "e"], ["c", "a"])
+    assert contents.comparison({"test": {}}, ["north"], chance) is None
 
 
 def test_groups_of_two_columns():

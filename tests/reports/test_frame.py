@@ -4,6 +4,7 @@ import base64
 import hashlib
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
@@ -51,6 +52,32 @@ def test_texts_have_the_contrast_of_wcag_aa(scheme):
     pairs += [("good", "tint"), ("paper", "bad"), ("ink", "deep")]
     low = {pair: contrast(*(colours[name] for name in pair)) for pair in pairs}
     assert not {pair: ratio for pair, ratio in low.items() if ratio < 4.5}
+
+
+def lightness(colour):
+    """L* of CIELAB, in which equal steps look alike."""
+    light = luminance(colour)
+    return 116 * light ** (1 / 3) - 16 if light > (6 / 29) ** 3 else light * (29 / 3) ** 3
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_heat_map_goes_away_from_the_paper_in_even_steps_and_can_be_read(scheme):
+    colours = schemes()[scheme]
+    pairs = re.findall(r"\.(h\d)\{background:var\(--(\w+)\);color:var\(--(\w+)\)\}", STYLE)
+    assert [css for css, _, _ in pairs] == [f"h{number}" for number in range(9)]
+    assert [ground for _, ground, _ in pairs] == [css for css, _, _ in pairs]
+    low = {css: contrast(colours[text], colours[ground]) for css, ground, text in pairs}
+    assert not {css: ratio for css, ratio in low.items() if ratio < 4.5}
+    lights = [lightness(colours[ground]) for _, ground, _ in pairs]
+    steps = [after - before for before, after in pairwise(lights)]
+    away = -1 if scheme == "light" else 1
+    assert all(7 < away * step < 9.5 for step in steps)
+
+
+def test_lightness_by_known_colours():
+    assert lightness("#ffffff") == pytest.approx(100)
+    assert lightness("#777777") == pytest.approx(50, abs=0.1)
+    assert lightness("#000000") == 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

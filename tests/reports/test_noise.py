@@ -113,6 +113,22 @@ def test_other_models_are_hidden_with_the_hospital_they_were_tested_at():
     assert told(summary, None) is summary
 
 
+def test_no_model_is_told_at_a_hospital_whose_noise_hides_it():
+    at_each = {"north": {"dice": 0.4}, "south": {"dice": 0.5}}
+    models = {
+        "local": {site: {"dice": 0.6, "all": {"dice": 0.5}, "sites": at_each} for site in at_each},
+        "own": {site: {"dice": 0.7} for site in at_each},
+    }
+    noise = Noise(frozenset({"north"}), frozenset({"north"}), False)
+    shown = told(summary_of(50, 200, **models), noise)["test"]
+    seen = {"sites": {"south": {"dice": 0.5}}}
+    # North's own model may be told of where it was tested by others.
+    assert shown["local"] == {"north": seen, "south": {"dice": 0.6, "all": {"dice": 0.5}} | seen}
+    assert shown["own"] == {"south": {"dice": 0.7}}
+    both = Noise(frozenset(at_each), frozenset(at_each), True)
+    assert not {"local", "own"} & told(summary_of(50, 50, **models), both)["test"].keys()
+
+
 def test_the_number_of_test_patients_is_that_of_the_table_of_hospitals():
     summary = summary_of(50, 61)
     noise = noise_of(summary, None)

@@ -24,6 +24,17 @@ def report(tmp_path_factory):
         labels = [0, 1] * (30 + number)
         scores = [2.0 * label - 1 + ((7 * row) % 5 - 2) for row, label in enumerate(labels)]
         records[site] = outcome_metrics("binary", labels, scores)
+    local = {
+        model: {
+            "auc": 0.9,
+            "all": {"auc": 0.8},
+            "sites": {
+                site: {"auc": 0.9 if site == model else 0.5 + number / 10}
+                for number, site in enumerate(SITES)
+            },
+        }
+        for model in SITES
+    }
     summary = {
         "status": "finished",
         "app": HOSTILE,
@@ -38,6 +49,7 @@ def report(tmp_path_factory):
                 site: {k: v for k, v in found.items() if not isinstance(v, list)}
                 for site, found in records.items()
             },
+            "local": local,
         },
         "failures": [],
     }
@@ -99,6 +111,28 @@ def test_a_table_is_sorted_by_mouse_and_by_keyboard(open_page):
     other = table.locator("thead th").nth(2)
     other.locator("button").click()
     assert head.get_attribute("aria-sort") is None
+
+
+def test_models_are_sorted_by_what_they_reach_at_a_hospital(open_page):
+    page = open_page()
+    table = page.locator("table.heat")
+    names = table.locator("tbody th")
+    head = table.locator("thead th", has_text="south")
+    head.locator("button").click()
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "descending"
+    assert "south" in names.first.inner_text()
+    assert table.locator("tfoot th").inner_text() == "Federated"
+    page.locator(".tools select").select_option(label="south")
+    assert "south" in table.locator("tr.on th").inner_text()
+    # Which colour a cell has, and on it the text, follows the scheme.
+    cell = table.locator("td.h8").first
+    colours = "cell => [getComputedStyle(cell).backgroundColor, getComputedStyle(cell).color]"
+    light = cell.evaluate(colours)
+    page.get_by_role("button", name="Dark colours").click()
+    dark = cell.evaluate(colours)
+    assert light == ["rgb(7, 76, 124)", "rgb(255, 255, 255)"]
+    assert dark == ["rgb(241, 229, 135)", "rgb(14, 19, 24)"]
 
 
 def test_a_curve_shows_its_values_to_mouse_and_keyboard(open_page):

@@ -6,13 +6,13 @@ import io
 import json
 import re
 import sys
-from html.parser import HTMLParser
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from html_pages import Page
 from PIL import Image
 
 from fedmed_flower.errors import InputError
@@ -83,43 +83,6 @@ def report(folder, summary, curves=None):
     return text.replace(OWN_SCRIPT, "")
 
 
-class Page(HTMLParser):
-    """Text of the page, and its tables as {caption: [[cell, ...], ...]}."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tables, self.tags, self.text, self.caption = {}, [], "", ""
-        self.sink = None
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "caption":
-            self.caption, self.sink = "", "caption"
-        elif tag == "tr":
-            self.tables.setdefault(self.caption, []).append([])
-        elif tag in ("th", "td"):
-            self.tables[self.caption][-1].append("")
-            self.sink = "cell"
-        elif tag == "small" and self.sink == "cell":
-            self.tables[self.caption][-1][-1] += " "
-
-    def handle_endtag(self, tag):
-        if tag in ("caption", "th", "td"):
-            self.sink = None
-
-    def handle_data(self, data):
-        self.text += data
-        if self.sink == "caption":
-            self.caption += data
-        elif self.sink == "cell":
-            self.tables[self.caption][-1][-1] += data
-
-    def table(self, start):
-        (found,) = [rows for caption, rows in self.tables.items() if caption.startswith(start)]
-        return {row[0]: row[1:] for row in found}
-
-
 def test_table_of_hospitals_has_mean_and_named_worst_of_each_column(tmp_path):
     page = Page(report(tmp_path, full_summary(), metrics(FEDERATED)))
     table = page.table("Records per split")
@@ -141,16 +104,18 @@ def test_table_of_hospitals_has_mean_and_named_worst_of_each_column(tmp_path):
 def test_comparison_says_who_gained_and_who_lost(tmp_path):
     page = Page(report(tmp_path, full_summary()))
     table = page.table("AUC on each")
-    assert table["hospital-1"] == ["0.850", "0.900", "0.910", "+0.050"]
-    assert table["hospital-2"] == ["0.820", "0.800", "0.850", "−0.020"]
+    assert table["hospital-1"] == ["0.850", "0.900", "0.910 best", "+0.050"]
+    assert table["hospital-2"] == ["0.820", "0.800", "0.850 best", "−0.020"]
     assert table["Mean over hospitals"] == ["0.757", "0.800", "0.837", "+0.043"]
     assert table["Worst hospital"] == [
         *("0.600 hospital-10", "0.700 hospital-10", "0.750 hospital-10", "−0.020 hospital-2"),
     ]
     assert table["All records together"] == ["0.600 mean of all models", "0.810", "0.840", "+0.210"]
     assert (
-        "Of 3 hospitals 2 gained AUC (hospital-10 +0.100, hospital-1 +0.050) "
-        "and 1 lost (hospital-2 −0.020) against their own models alone."
+        "By AUC on each hospital’s own test records (higher is better):"
+        "The federated model is better at 2 of 3 hospitals "
+        "(hospital-10 +0.100, hospital-1 +0.050) and worse at 1 (hospital-2 −0.020) than one "
+        "trained on their own records alone; how much of this is chance is not known."
     ) in page.text
 
 
@@ -507,9 +472,9 @@ def test_segmentation_is_told_in_its_own_figures(tmp_path):
     ]
     assert table["All records together"][3:] == ["0.820", "0.200", "0.820", "0.830", "7.2", "0.820"]
     comparison = page.table("Dice on each")
-    assert comparison["hospital-2"] == ["0.600", "0.700", "0.720", "+0.100"]
+    assert comparison["hospital-2"] == ["0.600", "0.700", "0.720 best", "+0.100"]
     assert comparison["All records together"][1:] == ["0.820", "0.850", "+0.220"]
-    assert "Of 3 hospitals 3 gained Dice (" in page.text
+    assert "The federated model is better at 3 of 3 hospitals (" in page.text
     labels = [a["aria-label"] for tag, a in page.tags if tag == "svg" and "aria-label" in a]
     assert labels == [
         *("Dice of the models", "Validation Dice over 1 round"),
@@ -584,8 +549,9 @@ def test_of_losses_the_largest_is_the_worst(tmp_path):
     assert comparison["Worst hospital"][1] == "0.500 hospital-2"
     assert comparison["Worst hospital"][2] == "+0.050 hospital-2"
     assert (
-        "Of 3 hospitals 2 gained a lower loss (hospital-1 −0.150, hospital-10 −0.050) "
-        "and 1 lost (hospital-2 +0.050)"
+        "By loss on each hospital’s own test records (lower is better):"
+        "The federated model is better at 2 of 3 hospitals (hospital-1 −0.150, hospital-10 −0.050) "
+        "and worse at 1 (hospital-2 +0.050) than"
     ) in page.text
     assert "Validation loss · worst: hospital-1, 0.902" in page.text
     labels = [attrs.get("aria-label") for _, attrs in page.tags]
@@ -874,10 +840,10 @@ def test_fine_tuned_models_beside_the_others(tmp_path):
     page = Page(report(tmp_path, personal_summary()))
     table = page.table("AUC on each")
     assert table["Hospital"] == [
-        *("Own model alone", "Federated", "Fine-tuned at the hospital", "Trained on pooled data"),
+        *("Trained alone", "Federated", "Fine-tuned at the hospital", "Trained on pooled data"),
         *("Federated − alone", "Fine-tuned − federated"),
     ]
-    assert table["hospital-1"] == ["0.850", "0.900", "0.950", "0.910", "+0.050", "+0.050"]
+    assert table["hospital-1"] == ["0.850", "0.900", "0.950 best", "0.910", "+0.050", "+0.050"]
     assert table["Mean over hospitals"][5] == "+0.010"
     assert table["Worst hospital"][5] == "−0.020 hospital-10"
     assert table["All records together"][2] == "–"
@@ -891,8 +857,10 @@ def test_fine_tuned_models_beside_the_others(tmp_path):
     assert (
         "The federated model was fine-tuned at 3 hospitals: 2 kept the result, 1 the federated "
         "model. A hospital keeps what is best on its validation records, so that by construction "
-        "none is worse there. On the test records what it kept is better at 1, equal at 1 and "
-        "worse at 1 of 3 hospitals (mean change of AUC +0.010)."
+        "none is worse there. By AUC on each hospital’s own test records (higher is better): "
+        "The fine-tuned model is better at 1 of 3 hospitals (hospital-1 +0.050) and worse at 1 "
+        "(hospital-10 −0.020) than the federated model, and equal at 1; how much of this is "
+        "chance is not known. Mean change of AUC: +0.010."
     ) in words
     before = Page(report(tmp_path, full_summary()))
     assert "ine-tuned" not in before.text
@@ -905,10 +873,10 @@ def test_fine_tuned_models_without_other_models(tmp_path):
     assert table["Hospital"] == [
         *("Federated", "Fine-tuned at the hospital", "Fine-tuned − federated"),
     ]
-    assert table["hospital-10"] == ["0.700", "0.680", "−0.020"]
+    assert table["hospital-10"] == ["0.700 best", "0.680", "−0.020"]
     assert "To compare with each hospital’s own model" in page.text
     assert "Not measured in this run" not in page.text
-    assert "gained" not in page.text
+    assert "trained on their own records alone" not in page.text
     labels = [attrs.get("aria-label") for _, attrs in page.tags]
     assert labels.count("AUC of the models") == 1
 
@@ -922,9 +890,59 @@ def test_fine_tuning_that_lowers_a_loss_is_better(tmp_path):
         "personal": {site: {"loss": loss, "personal-epochs": 1} for site, loss in own.items()},
     }
     words = " ".join(Page(report(tmp_path, summary)).text.split())
-    assert "better at 1, equal at 1 and worse at none of 2 hospitals" in words
-    assert "(mean change of loss −0.050)" in words
+    assert "is better at 1 of 2 hospitals (hospital-1 −0.100) and worse at none than" in words
+    assert "Mean change of loss: −0.050." in words
     assert "2 kept the result, none the federated model" in words
+
+
+def own_summary():
+    summary = full_summary()
+    own = {"hospital-1": 0.92, "hospital-2": 0.86, "hospital-10": 0.7}
+    summary["test"]["own"] = {site: {"auc": value} for site, value in own.items()}
+    return summary
+
+
+def test_own_models_of_the_run_beside_the_others(tmp_path):
+    page = Page(report(tmp_path, own_summary()))
+    table = page.table("AUC on each")
+    assert table["Hospital"] == [
+        *("Trained alone", "Federated", "Own model", "Trained on pooled data"),
+        *("Federated − alone", "Own − alone"),
+    ]
+    assert table["hospital-1"] == ["0.850", "0.900", "0.920 best", "0.910", "+0.050", "+0.070"]
+    assert table["hospital-10"] == ["0.600", "0.700", "0.700", "0.750 best", "+0.100", "+0.100"]
+    assert table["Mean over hospitals"][2] == "0.827"
+    assert table["Worst hospital"][2] == "0.700 hospital-10"
+    words = " ".join(page.text.split())
+    assert (
+        "Their own model of this run is better at 3 of 3 hospitals (hospital-10 +0.100, "
+        "hospital-1 +0.070, hospital-2 +0.040) and worse at none than one trained on their own "
+        "records alone; how much of this is chance is not known."
+    ) in words
+    assert "than the federated model, and equal at 1; how much" in words
+    assert "■ own model" in words
+    assert "Own model: what a hospital keeps and uses itself" in words
+    without = Page(report(tmp_path, full_summary())).text
+    assert "own model" not in without.lower().replace("hospital’s own model", "")
+
+
+def test_own_models_without_any_other(tmp_path):
+    summary = own_summary()
+    del summary["test"]["local"], summary["test"]["pooled"]
+    page = Page(report(tmp_path, summary))
+    assert page.table("AUC on each")["Hospital"] == ["Federated", "Own model"]
+    assert page.table("AUC on each")["hospital-2"] == ["0.800", "0.860 best"]
+    assert "Their own model of this run is better at 2 of 3 hospitals" in page.text
+    assert "To compare with each hospital’s own model" in page.text
+
+
+@pytest.mark.parametrize("own", ["text", {}, {"hospital-1": "text"}, {"x": {"auc": 9e99}}, [1]])
+def test_odd_own_models_do_not_stop_the_report(tmp_path, own):
+    summary = full_summary()
+    summary["test"]["own"] = own
+    page = report(tmp_path, summary)
+    assert "AUC on each" in page
+    assert "Own − alone" not in page
 
 
 @pytest.mark.parametrize("personal", ["text", {}, {"hospital-1": "text"}, {"elsewhere": {}}])
@@ -1010,7 +1028,7 @@ def test_of_many_hospitals_the_page_tells_the_spread(tmp_path):
     shown = re.sub("(?s)<details>.*?</details>", "", text)
     assert not {*re.findall(r">(h\d+)<", shown)} - {"h0", "h1"}
     drawing = text.partition('aria-label="AUC of the models"')[2].partition("</svg>")[0]
-    assert ("own model alone" in drawing, "federated" in drawing) == (True, True)
+    assert ("trained alone" in drawing, "federated" in drawing) == (True, True)
     assert "h100" not in drawing
     assert len(text) < 200_000
 
@@ -1130,7 +1148,7 @@ def test_own_models_that_are_tested_elsewhere_alone(tmp_path):
     }
     page = Page(report(tmp_path, summary))
     table = page.table("AUC on each")
-    assert table["Hospital"] == ["Own model alone", "Federated", "Federated − alone"]
+    assert table["Hospital"] == ["Trained alone", "Federated", "Federated − alone"]
     assert table["hospital-10"] == ["–", "0.800", "–"]
     assert table["All records together"] == ["0.550 mean of all models", "0.800", "+0.250"]
-    assert "gained" not in page.text
+    assert "trained on their own records alone" not in page.text

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from crossed_runs import SUMMARY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from odd_trees import changed_tree
@@ -12,6 +13,7 @@ from run_folders import write_run
 from fedmed_flower.errors import InputError
 from fedmed_flower.reports.card import card
 from fedmed_flower.reports.compare import write_comparison
+from fedmed_flower.reports.report import write_report
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,31 @@ def test_whatever_the_files_hold_there_is_a_page_or_a_refusal(world, data):
         looked_at(folder, world / "sound")
     finally:
         shutil.rmtree(folder)
+
+
+OTHER_MODELS = {
+    "test": SUMMARY["test"] | {"personal": {"north": {"auc": 0.9, "personal-epochs": 1}}},
+    "method": "ditto",
+    "kept-layers": ["norm.weight"],
+    "compression": "int8",
+    "saved": {"from-sites": [10, 40], "to-sites": [40, 40]},
+}
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(changed_tree(OTHER_MODELS))
+def test_whatever_is_said_of_other_models_there_is_a_page_or_a_refusal(tmp_path_factory, summary):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "summary.json").write_text(json.dumps(summary))
+    errors = []
+    try:
+        page = write_report(folder).read_text()
+    except InputError as error:
+        errors.append(str(error))
+    else:
+        assert page.lower().count("<script") == 1
+        assert "\u202e" not in page
+    assert not [error for error in errors if "\n" in error]
 
 
 @pytest.mark.parametrize("name", ["summary.json", "counts.json", "metrics.csv"])

@@ -193,8 +193,9 @@ def test_own_models_are_compared():
     summary, counts = run(**NORTH_AND_SOUTH)
     summary["test"]["local"] = {"north": {"auc": 0.5}, "south": {"auc": 0.99}}
     assert words(summary, "auc", counts).worst[-1] == (
-        "Of 2 hospitals 1 did better with it than with a model of their own records alone, and 1 "
-        "did worse."
+        "1 of 2 hospitals is better served by the federated model than by one trained on their own "
+        "records alone; none is worse served, and at 1 the difference is no more than chance can "
+        "make."
     )
 
 

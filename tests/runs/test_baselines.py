@@ -1,4 +1,7 @@
+import csv
+
 import pytest
+import torch
 from tables import TinyTable, holding, run_tables
 from tiny import bits, context_of, says
 
@@ -18,24 +21,71 @@ class Failing(TinyTable):
 
     @property
     def alone(self):
-        return "/local" in self.run_key
+        return "/local" in self.key_told
 
     def read(self, message):
         config = super().read(message)
-        self.run_key = str(config["run-key"]) if "run-key" in config else ""
+        self.key_told = str(config["run-key"]) if "run-key" in config else ""
         return config
 
 
 def test_a_site_whose_own_model_cannot_be_trained_has_none_and_the_others_do(tmp_path):
     _, summary = run_tables(tmp_path, Failing, num_server_rounds=1, baselines=True)
     local = summary["test"]["local"]
-    assert local["hospital-2"] == {"all": {}}
+    assert local["hospital-2"] == {"all": {}, "sites": {}}
     assert local["hospital-1"]["all"]["num-examples"] == local["hospital-3"]["all"]["num-examples"]
     assert local["hospital-1"]["auc"] > 0
     failures = {(f["site"], f["phase"], f["reason"]) for f in summary["failures"]}
     assert ("hospital-2", "local-2-hospital-2 train", "ValueError: the disk is full") in failures
     assert summary["status"] == "finished"
     assert "hospital-2" in summary["test"]["pooled"]["sites"]
+
+
+class Numbered(TinyTable):
+    """Training sets all weights to the site's number; the AUC says whose model was tested where."""
+
+    def fit(self, model, prepared, seed):
+        found = super().fit(model, prepared, seed)
+        with torch.no_grad():
+            for weights in model.parameters():
+                weights.fill_(self.site.index + 1)
+        return found
+
+    def measure(self, model, prepared):
+        found = super().measure(model, prepared)
+        weights = next(model.parameters())
+        return found | {"auc": float(weights.mean()) / 10 + self.site.index / 100}
+
+
+def test_each_model_is_kept_as_each_hospital_has_tested_it(tmp_path):
+    _, summary = run_tables(tmp_path, Numbered, num_server_rounds=1, baselines=True)
+    test = summary["test"]
+    sites = ["hospital-1", "hospital-2", "hospital-3"]
+    for row, trained_at in enumerate(sites):
+        found = test["local"][trained_at]
+        at = {site: found["sites"][site]["auc"] for site in sites}
+        assert at == pytest.approx(
+            {site: (row + 1) / 10 + column / 100 for column, site in enumerate(sites)}
+        )
+        assert found["auc"] == at[trained_at]
+        # Of a hospital's metrics those by which a run is judged.
+        assert {*found["sites"]["hospital-1"]} == {"auc", "accuracy", "loss"}
+    with (tmp_path / "cross-sites.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == ["model", "trained-at", "tested-at", "metric", "value"]
+    listed = {tuple(line.values())[:4]: float(line["value"]) for line in lines}
+    assert len(listed) == len(lines)
+    for trained_at in sites:
+        for tested_at in sites:
+            kept = test["local"][trained_at]["sites"][tested_at]["auc"]
+            assert listed["alone", trained_at, tested_at, "auc"] == kept
+            assert listed["federated", "all", tested_at, "auc"] == test["sites"][tested_at]["auc"]
+            pooled = test["pooled"]["sites"][tested_at]["auc"]
+            assert listed["pooled", "all", tested_at, "auc"] == pooled
+    # The three models are averaged by their rows, of which all have as many.
+    assert listed["federated", "all", "hospital-1", "auc"] == pytest.approx(0.2)
+    assert listed["alone", "hospital-2", "all", "num-examples"] == 120
+    assert {key[0] for key in listed} == {"alone", "federated", "pooled"}
 
 
 def test_models_for_comparison_are_prepared_as_the_run_is_and_told_nothing_more(tmp_path):

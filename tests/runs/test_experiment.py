@@ -153,7 +153,7 @@ def finished(tmp_path_factory):
 
 def test_the_run_folder_is_complete(finished):
     folder, _ = finished
-    assert {path.name for path in folder.iterdir()} == FILES | {"baselines"}
+    assert {path.name for path in folder.iterdir()} == FILES | {"baselines", "cross-sites.csv"}
     assert not [name for name in files_of(folder) if name.endswith(".tmp")]
 
 

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from statistics_rows import ask as ask_hospital
 from statistics_rows import make_patients
 from surveys import COUNTS, Ward, surveyed
-from tiny import says
+from tiny import says, see
 from typer.testing import CliRunner
 
 from fedmed_flower import InputError, SiteData
@@ -143,6 +143,12 @@ class TestSurvey:
     def test_wrong_options(self, tmp_path, option):
         with pytest.raises(InputError, match="must be one of"):
             surveyed(Ward, Request(), tmp_path / "run", **option)
+        assert not (tmp_path / "run").exists()
+
+    def test_a_survey_has_no_model_to_test(self, tmp_path):
+        text = "evaluate tests a network, and this app asks for statistics" + see("evaluate")
+        with pytest.raises(InputError, match=says(text)):
+            surveyed(Ward, Request(), tmp_path / "run", run_config={"evaluate": "runs/first"})
         assert not (tmp_path / "run").exists()
 
     def test_names_that_are_markup(self, tmp_path):

@@ -418,6 +418,14 @@ def test_without_xgboost(tmp_path, monkeypatch):
             f'privacy="patient"{see("privacy")}',
         ),
         (
+            {"evaluate": "runs/first"},
+            f"evaluate tests a network, and this app grows trees{see('evaluate')}",
+        ),
+        (
+            {"init_from": "runs/first"},
+            "init-from needs a network, and this app grows trees: leave it out",
+        ),
+        (
             {"strategy": FedAvg()},
             "strategy must be FedXgbBagging or FedXgbCyclic of flwr.serverapp.strategy, got FedAvg",
         ),
@@ -673,3 +681,16 @@ def test_a_tree_of_few_rows_has_no_leaf_of_fewer_patients_than_the_minimum(tmp_p
     # The mean of ten or more less where trees start: no patient's own distance from there.
     apart = np.abs(np.subtract.outer(targets - trees.form.base, 3 * np.array([*leaves])))
     assert apart.min() > 1e-4
+
+
+def test_the_ensemble_of_the_best_round_is_kept(tmp_path):
+    def measured(server_round, arrays):
+        return MetricRecord({"auc": [0.5, 0.6, 0.9, 0.7][server_round]})
+
+    options = {"keep_model": "best", "keep_metric": "server:auc"}
+    kept = run(tmp_path / "kept", evaluate_fn=measured, num_server_rounds=3, **options)
+    two = run(tmp_path / "two", num_server_rounds=2)
+    assert model_bytes(kept.arrays) == model_bytes(two.arrays)
+    for name in ("kept", "two"):
+        assert (tmp_path / name / "model.json").read_bytes() == model_bytes(two.arrays)
+    assert summary_of(tmp_path / "kept")["test"] == summary_of(tmp_path / "two")["test"]

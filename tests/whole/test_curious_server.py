@@ -48,6 +48,12 @@ SECTIONS = [section for section in RUN if section is not Plan]
 MESSAGE_KEYS = {
     "server-round": (0, 1, -1, 10**15, "one"),
     "proximal-mu": (0.0, 0.5, -1.0, float("nan"), "much"),
+    "method": ("scaffold", "fednova", "ditto", "fedprox", "x"),
+    "method-settings": ("", "ditto-lambda = 0.5", "["),
+    "keep": ("norm", "*", "0.*"),
+    "keep-sent": (True, False),
+    "replies-taken": (0, 1, -1, "one"),
+    "own-model": (False, True),
     "split": ("train", "val", "test", "all", 1),
     "pool-sites": (False, True),
     "count": (0, 1, 1000, -1, "all"),

@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import cohort
+import numpy as np
 import pytest
 import torch
 from curious_models import OUTPUTS, PRIVATE, model_of, network
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedXgbBagging
@@ -24,7 +25,7 @@ from fedmed_flower import federate, run_local
 from fedmed_flower.data.site import SPLITS
 from fedmed_flower.engines.local import LocalGrid
 from fedmed_flower.statistics.request import Request
-from fedmed_flower.strategies import FedProx
+from fedmed_flower.strategies import FedAvg, FedProx
 from fedmed_flower.trees.server import grow
 from fedmed_flower.wire import MESSAGE_VERSION, MESSAGES, NEVER, REPLIES, keys_of, read_error
 
@@ -47,15 +48,15 @@ def generic(reply, content):
     return {("any" if key.startswith("site.") else reply, key) for key in keys}
 
 
-def ask(client, kind, context, arrays, config):
+def ask(client, kind, context, arrays, config, beside=None):
     TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, SUPERLINK_NODE_ID
     TaskIdentity.task_id = 1
     config = {**config, "version": MESSAGE_VERSION}
-    content = RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord(config), **(beside or {})})
     return client.client_app()(Message(content, context.node_id, kind), context)
 
 
-def ask_all(client, node, run, arrays, outcome, kinds=None, **more):
+def ask_all(client, node, run, arrays, outcome, kinds=None, beside=None, **more):
     """Add the keys of all replies of a client's app to what was found, and the errors."""
     for kind in kinds or sorted(client.client_app()._registered_funcs):
         reply_name = kind.removeprefix("query.").removesuffix(".default")
@@ -65,7 +66,7 @@ def ask_all(client, node, run, arrays, outcome, kinds=None, **more):
             epsilon = 1.0 if "budget-epsilon" in node else 0.0
             request = Request(columns=("age",), epsilon=epsilon).to_text()
             config = {"server-round": 1, "count": 2, "split": split, "request": request} | more
-            reply = ask(client, kind, context, arrays, config)
+            reply = ask(client, kind, context, arrays, config, beside)
             if reply.has_error():
                 outcome.setdefault("errors", set()).add(read_error(reply.error.reason)[1])
                 continue
@@ -105,6 +106,11 @@ def all_keys(private):
     with hospital("as it is") as node:
         node = {key: value for key, value in node.items() if key not in BUDGET} | FEW
         node |= BUDGET if private else {}
+        arrays = ArrayRecord(model_of(Images, OUTPUTS[Images]).state_dict())
+        more = {"method": "fednova", "run-key": "with a method"}
+        beside = {"method-steps": ArrayRecord({"steps": Array(np.zeros(1))})}
+        sgd = run | network(4) | {"optimizer": "sgd"}
+        ask_all(Images, node, sgd, arrays, found, ["train"], beside, **more)
         for client in CLIENTS:
             torch.manual_seed(0)
             arrays = ArrayRecord(model_of(client, OUTPUTS[client]).state_dict())
@@ -171,8 +177,7 @@ def sent_in(run, monkeypatch):
             for message in messages:
                 kind = message.metadata.message_type.removeprefix("query.")
                 for name, record in message.content.items():
-                    found.update((kind, "arrays.*" if name == "arrays" else f"{name}.{key}")
-                                 for key in record)  # fmt: skip
+                    found.update((kind, listed(name, key)) for key in record)
             return super().push_messages(messages)
 
     with monkeypatch.context() as patch:
@@ -181,16 +186,24 @@ def sent_in(run, monkeypatch):
     return found
 
 
-def federated(folder):
+def listed(name, key):
+    """Return a record's entry as the table has it."""
+    if name == "arrays" or name.startswith("method-"):
+        return f"{name.partition('-')[0]}.*"
+    return f"{name}.{key}"
+
+
+def federated(folder, strategy=None, **more):
     server = ServerApp()
 
     @server.main()
     def main(grid, context):
-        federate(FedProx(proximal_mu=0.1), grid, context, TinyTable(context))
+        made = FedProx(proximal_mu=0.1) if strategy is None else strategy
+        federate(made, grid, context, TinyTable(context))
 
     settings = CONFIG | {"run-dir": str(folder), "num-server-rounds": 1, "baselines": True}
     settings |= {"personal-epochs": 1, "pictures": 1, "preparation": "federated"}
-    settings |= {"tabular-network": "mlp", "trainable": "0.*"}
+    settings |= {"tabular-network": "mlp", "trainable": "0.*"} | more
     run_local(server, TinyTable.client_app(), 2, run_config=settings)
 
 
@@ -216,6 +229,7 @@ def test_a_server_sends_what_the_table_lists_and_nothing_else(tmp_path, monkeypa
     found = set()
     for run in (
         lambda: federated(tmp_path / "network"),
+        lambda: federated(tmp_path / "method", FedAvg(), method="scaffold", keep="0.bias"),
         lambda: grown(tmp_path / "trees"),
         lambda: studied(tmp_path / "genomes"),
         lambda: surveyed(Ward, Request(), tmp_path / "survey"),

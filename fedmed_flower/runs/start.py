@@ -1,0 +1,173 @@
+"""The model at the start of a run: fresh, or with weights from another run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from flwr.app import ArrayRecord, UserConfig
+from torch import nn
+
+from fedmed_flower.data.outlying import Outlying
+from fedmed_flower.errors import InputError
+from fedmed_flower.methods.kept import kept_names
+from fedmed_flower.models.trainable import Travelling
+from fedmed_flower.models.weights import Weights, read_weights
+from fedmed_flower.server.run_folder import MODEL
+
+
+@runtime_checkable
+class Modeller(Protocol):
+    """An object that makes the model of a run, such as a `MedicalClient`."""
+
+    agreed: str
+
+    @property
+    def must_agree(self) -> bool:
+        """Whether the model depends on contributions of the sites before the first round."""
+
+    def agree(self, contributions: dict[str, dict[str, Any]]) -> str:
+        """Return what is agreed, made of all sites' contributions and the same at each site."""
+
+    def outlying(
+        self, contributions: dict[str, dict[str, Any]], rows: dict[str, int]
+    ) -> list[Outlying]:
+        """Return the sites whose contribution stands out; `rows` are their training rows."""
+
+    def build_model(self) -> nn.Module:
+        """Return the network with fresh weights."""
+
+
+class StartModel(NamedTuple):
+    """The model at the start of a run.
+
+    Attributes
+    ----------
+    initial : ArrayRecord
+        The part that travels.
+    frozen : str
+        Digest of the part that does not travel; empty if all of the model travels.
+    whole : ArrayRecord
+        The whole model; empty if all of it travels.
+    buffers : frozenset of str
+        Keys of its buffers, which are averaged and not trained.
+    kept : tuple of str
+        Keys of the layers that stay different at each site.
+    about : dict
+        Its class, the numbers of its weights, of those that travel, and of the bytes that do.
+    """
+
+    initial: ArrayRecord
+    frozen: str
+    whole: ArrayRecord
+    buffers: frozenset[str]
+    kept: tuple[str, ...]
+    about: dict[str, Any]
+
+
+def start_model(
+    model: Modeller | Callable[[], nn.Module],
+    agreed: str,
+    config: UserConfig,
+    seed: int,
+    weights: Weights | None = None,
+) -> StartModel:
+    """Build the network of an app, with fresh weights or with given ones.
+
+    Parameters
+    ----------
+    model : MedicalClient or callable
+        As `federate` takes it.
+    agreed : str
+        What the sites have agreed upon; empty if there is nothing to agree upon.
+    config : dict
+        The whole run config.
+    seed : int
+        Of torch, for fresh weights.
+    weights : Weights, optional
+
+    Raises
+    ------
+    InputError
+        If the weights do not fit the network, or `trainable` does not.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(model, Modeller):
+            model.agreed = agreed
+            network = model.build_model()
+        else:
+            network = model()
+    travelling = Travelling(network, str(config["trainable"]))
+    if weights is not None:
+        weights.load_into(network, travelling)
+    frozen = travelling.digest(network)
+    whole = ArrayRecord(network.state_dict()) if frozen else ArrayRecord()
+    initial = ArrayRecord(travelling.state(network))
+    parameters = dict(network.named_parameters())
+    about = {
+        "network": type(network).__name__,
+        "weights": sum(parameter.numel() for parameter in parameters.values()),
+        "weights-trained": sum(p.numel() for name, p in parameters.items() if name in initial),
+        "bytes": sum(len(array.data) for array in initial.values()),
+    }
+    buffers = frozenset(name for name, _ in network.named_buffers())
+    kept = kept_names(network, travelling.names, str(config["keep"]))
+    return StartModel(initial, frozen, whole, buffers, kept, about)
+
+
+def weights_at(place: str, key: str) -> Weights | None:
+    """Return the weights of a run folder, or of a file; None if the place is an empty text.
+
+    Parameters
+    ----------
+    place : str
+        A run folder with ``model.safetensors``, or a ``.safetensors`` file.
+    key : str
+        The setting that names it, for the error.
+
+    Raises
+    ------
+    InputError
+        If there is none, or it cannot be read.
+    """
+    if not place:
+        return None
+    path = Path(place).expanduser()
+    if not path.exists():
+        raise InputError(
+            f"{key}: {path} is not there: give a run folder with {MODEL}, or a .safetensors file"
+        )
+    file = path / MODEL if path.is_dir() else path
+    if not file.exists():
+        raise InputError(
+            f"{key}: {path} has no {MODEL}: give the folder of a run that has trained a network, "
+            "or a .safetensors file"
+        )
+    return read_weights(file)
+
+
+def require_unchanged(weights: Weights | None, sha256: str, folder: Path) -> None:
+    """Refuse to resume a run with other weights than it began with.
+
+    Parameters
+    ----------
+    weights : Weights or None
+        Those of now.
+    sha256 : str
+        Of the file that the run began with; empty if it began with fresh weights.
+    folder : Path
+        Of the run.
+
+    Raises
+    ------
+    InputError
+        If the files differ.
+    """
+    if weights is not None and weights.sha256 != sha256:
+        raise InputError(
+            f"init-from: {weights.path} is another file than when {folder} was started (SHA-256 "
+            f"{weights.sha256}, and then {sha256 or 'none'}): put the first one back"
+        )
