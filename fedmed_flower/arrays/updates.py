@@ -293,8 +293,16 @@ class Updates:
                 out[...] = part
         return draft.finish()
 
-    def require_norms(self, times: float) -> None:
-        """Require that the norm of no update is above `times` the median norm.
+    def require_norms(self, times: float, least: float = 0.0, what: str = "the model") -> float:
+        """Require that the norm of no update is above `times` the median norm; return the median.
+
+        Parameters
+        ----------
+        times : float
+        least : float
+            Stands for the median where that is lower.
+        what : str
+            What the updates change, for the error.
 
         Raises
         ------
@@ -306,14 +314,16 @@ class Updates:
         finite = norms[np.isfinite(norms)]
         if len(finite) < len(norms):
             self.check()
-        limit = times * float(np.median(finite)) if len(finite) else 0.0
+        median = float(np.median(finite)) if len(finite) else 0.0
+        limit = times * max(median, least)
         reasons = {
-            k: f"its change of the model has the norm {norm:.3g}, the limit is {limit:.3g}"
+            k: f"its change of {what} has the norm {norm:.3g}, the limit is {limit:.3g}"
             for k, norm in enumerate(norms)
             if not norm <= limit
         }
         if reasons:
             raise NotUsableError(reasons, broken=False)
+        return median
 
     def _origin(self) -> list[NDArray[Any]]:
         if self._centre is None:

@@ -145,7 +145,7 @@ class MedicalClient(ABC):
         `after_step`.
     method_called : bool
         Whether `fit` has called them. A subclass with a training loop of its own sets it; else a
-        message that asks for a method is refused.
+        message that asks for a method is refused. SCAFFOLD counts on ``learning-rate``.
     progress : float
         Share of the run's rounds that were done before this one; in [0, 1).
     agreed : str

@@ -24,8 +24,8 @@ from fedmed_flower.wire import KEEP, KEEP_SENT, METHOD_RECORD
 
 log = logging.getLogger("flwr.fedmed")
 
-# Parts of a site's state.
-_METHOD = "method"
+# Parts of a site's state; that of a method has its name behind it.
+_METHOD = "method "
 _KEPT = "kept"
 _RESIDUAL = "compression"
 
@@ -149,12 +149,12 @@ class MethodRound:
         """
         entries = self.model.state_dict()
         parts: dict[str, Mapping[str, Tensor]] = {
-            _METHOD: ended.kept,
+            self._part: ended.kept,
             _KEPT: {name: entries[name] for name in self.kept},
             _RESIDUAL: residual,
         }
         # An empty state is written too: a missing one has been lost.
-        if self.kept or self._keeps:
+        if self.kept or self._keeps or residual:
             self.state.save(parts)
 
     def sent(self) -> ArrayRecord:
@@ -169,11 +169,15 @@ class MethodRound:
         return self.client.method.own(self.model, self._kept_by_method())
 
     @property
+    def _part(self) -> str:
+        return f"{_METHOD}{self.client.method.name}"
+
+    @property
     def _keeps(self) -> bool:
         return self.client.method.defines("end")
 
     def _kept_by_method(self) -> dict[str, Tensor]:
-        return self._on_device(self.state.part(_METHOD)) if self._keeps else {}
+        return self._on_device(self.state.part(self._part)) if self._keeps else {}
 
     def _site(self, received: RecordDict, prepared: Any, seed: int) -> SiteRound:
         client = self.client

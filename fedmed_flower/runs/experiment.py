@@ -438,6 +438,13 @@ def _require_method(strategy: FedAvg, config: UserConfig, given: UserConfig) -> 
     InputError
     """
     method = strategy.method
+    own = bool(config["keep"]) or (method is not None and method.personal)
+    if own and config["personal-epochs"]:
+        raise setting_error(
+            "personal-epochs excludes keep and methods with own models: it fine-tunes the global "
+            "model, which no hospital of such a run uses",
+            "personal-epochs",
+        )
     used = () if method is None else method.config().keys()
     for key in sorted(expand(given).keys() & effective({}, METHODS).keys()):
         if key not in used and not (key == PROXIMAL_MU and isinstance(strategy, flower.FedProx)):

@@ -80,10 +80,10 @@ class FedRepSettings(Section):
 
     fedrep_head_epochs: int = setting(
         1,
-        "Passes over the training rows for the kept layers, before the others are trained, for "
-        "fedrep.",
+        "How often the kept layers are trained before the others, each time for local-epochs or "
+        "local-steps, for fedrep.",
         Within(1, 10_000),
-        "passes",
+        "times",
     )
 
 

@@ -46,10 +46,16 @@ CompanionRule = Callable[[str, Updates, list[float]], ArrayRecord]
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one reply: `max_weight_share` and `max_update_norm` of `FedAvg`."""
+    """Bounds of one reply: `max_weight_share` and `max_update_norm` of `FedAvg`.
+
+    `lengths` are the largest median lengths of the run so far, by companion. A control variate of
+    SCAFFOLD hardly changes at the end, and wholly in a site's first round: an honest site would be
+    too long by the median of the round alone.
+    """
 
     weight_share: float | None = None
     update_norm: float | None = None
+    lengths: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,12 +72,15 @@ class Combined:
         The companions of the next round, by name.
     tried : bool
         Whether there were enough replies for the rule.
+    lengths : dict of str to float
+        As `Limits.lengths`, with this round.
     """
 
     model: ArrayRecord | None
     replies: list[AcceptedReply]
     companions: dict[str, ArrayRecord] = field(default_factory=dict)
     tried: bool = True
+    lengths: dict[str, float] = field(default_factory=dict)
 
 
 def first_and_rest(replies: Iterable[Message]) -> tuple[list[Message], Iterator[Message] | None]:
@@ -167,17 +176,18 @@ def combine(
     Combined
     """
     norms_checked = False
+    lengths = dict(limits.lengths)
     while suffice(len(replies)) and layout is not None:
         updates = _updates([reply.arrays for reply in replies], layout, sent, replies)
         try:
             if limits.update_norm is not None and not norms_checked:
                 updates.check()
                 beside = _companion_updates(replies, companions)
-                for each in beside:
+                for each in beside.values():
                     each.check()
                 # Lengths are compared once: without the longest the median would be lower.
                 norms_checked = True
-                _require_norms([updates, *beside], limits.update_norm)
+                _require_norms(updates, beside, limits.update_norm, lengths)
             fresh = [reply.weight * reply.freshness for reply in replies]
             weights = capped(fresh, limits.weight_share)
             # Changes of companions add up over the rounds: an old one counts as much as a new one.
@@ -196,7 +206,7 @@ def combine(
             continue
         for index in updates.used:
             replies[index].used = True
-        return Combined(model, replies, following)
+        return Combined(model, replies, following, lengths=lengths)
     return Combined(None, replies, tried=False)
 
 
@@ -213,19 +223,36 @@ def _updates(
 
 def _companion_updates(
     replies: Sequence[AcceptedReply], companions: Mapping[str, ArrayRecord]
-) -> list[Updates]:
-    return [
-        _updates([reply.companions[name] for reply in replies], sent, sent, replies)
+) -> dict[str, Updates]:
+    return {
+        name: _updates([reply.companions[name] for reply in replies], sent, sent, replies)
         for name, sent in companions.items()
-    ]
+    }
 
 
-def _require_norms(each: Sequence[Updates], times: float) -> None:
-    """Require the norms of all records of each reply; raise once for all that are too long."""
+def _require_norms(
+    model: Updates, companions: Mapping[str, Updates], times: float, lengths: dict[str, float]
+) -> None:
+    """Require the norms of all records of each reply; raise once for all that are too long.
+
+    Parameters
+    ----------
+    model : Updates
+    companions : mapping of str to Updates
+    times : float
+        As in `Updates.require_norms`.
+    lengths : dict of str to float
+        The largest median so far of each companion; that of this round joins it.
+    """
     reasons: dict[int, str] = {}
-    for updates in each:
+    try:
+        model.require_norms(times)
+    except NotUsableError as error:
+        reasons |= error.reasons
+    for name, updates in companions.items():
+        least = lengths.get(name, 0.0)
         try:
-            updates.require_norms(times)
+            lengths[name] = max(least, updates.require_norms(times, least, name))
         except NotUsableError as error:
             reasons |= error.reasons
     if reasons:

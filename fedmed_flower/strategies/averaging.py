@@ -57,6 +57,21 @@ class WeightedFedAvg(FedAvg):
                     raise InputError(f"weights must be above 0 and finite, got {weight} for {site}")
         self.weights = weights
         self.loss_key = loss_key
+        self._require_steady()
+
+    def use_method(self, method: Method | None) -> None:
+        """Take a method, as `FedAvg.use_method`; with ``"inverse-loss"`` not every one."""
+        super().use_method(method)
+        if hasattr(self, "weights"):
+            self._require_steady()
+
+    def _require_steady(self) -> None:
+        """Refuse weights that change each round if the method counts on a site's first one."""
+        if self.weights == INVERSE_LOSS and self.method is not None and self.method.needs_kept:
+            raise InputError(
+                f"{self.method.name} needs weights that stay, and {INVERSE_LOSS!r} changes them in "
+                "each round: take other weights, or another method"
+            )
 
     def weigh(self, site: str, reply: Message) -> float:
         """Return the weight of a reply by the argument `weights`."""

@@ -1061,7 +1061,8 @@ class FedAvg(flower.FedAvg):
             model = result.model
             companions |= result.companions
             records = result.state
-            flaw = flaw_of(model)
+            flaws = map(flaw_of, (model, *companions.values(), *records.values()))
+            flaw = next(filter(None, flaws), None)
             if flaw is not None:
                 self.inbox.fail(server_round, "train", ALL_SITES, flaw)
                 return None
@@ -1069,7 +1070,7 @@ class FedAvg(flower.FedAvg):
         if stepped_model is not None:
             self.run.companions |= companions
             if self._keeps_state:
-                self.run.method = state.after(records, weights)
+                self.run.method = state.after(records, weights, combined.lengths)
         return stepped_model
 
     def _weigh(self, site: str, reply: Message) -> float:
@@ -1184,7 +1185,7 @@ class FedAvg(flower.FedAvg):
             self.current_companions,
             self._rule,
             self.combine_companion,
-            Limits(self.max_weight_share, self.max_update_norm),
+            Limits(self.max_weight_share, self.max_update_norm, self.run.method.lengths),
             self._suffice,
             self._reject,
         )

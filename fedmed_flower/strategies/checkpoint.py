@@ -17,7 +17,7 @@ from fedmed_flower.arrays.views import view
 from fedmed_flower.errors import InputError
 from fedmed_flower.methods.base import Method
 from fedmed_flower.server.run_folder import Checkpoint, RunFolder
-from fedmed_flower.strategies.methods import SITES
+from fedmed_flower.strategies.methods import LENGTHS, SITES
 from fedmed_flower.strategies.selection import KEPT_FIGURE, KEPT_MODEL, LAST
 from fedmed_flower.strategies.server_optimizers import OPTIMISERS, RULES, stepped
 
@@ -210,7 +210,7 @@ def _state_misfit(
     for name, record in checkpoint.strategy_state.items():
         # These have layouts of their own: see `require_layout`, `MethodState.pop_from` and
         # `Selection.import_state`.
-        if name.startswith(COMPANION) or name in (SITES, KEPT_FIGURE):
+        if name.startswith(COMPANION) or name in (SITES, LENGTHS, KEPT_FIGURE):
             continue
         if name == KEPT_MODEL and _layout(record) != wanted:
             return "whose best model has other keys, shapes or dtypes"

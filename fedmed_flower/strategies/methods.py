@@ -24,6 +24,8 @@ from fedmed_flower.wire import KEEP, KEEP_SENT, METHOD, METHOD_RECORD, METHOD_SE
 STATE = "method state "
 # The record of the sites: of each, its replies that were taken, and its last weight.
 SITES = "method sites"
+# The record of the companions' lengths.
+LENGTHS = "method lengths"
 
 
 @dataclass
@@ -38,14 +40,20 @@ class MethodState:
         How many replies of each site have made a model.
     weights : dict of str to float
         The last weight of each site.
+    lengths : dict of str to float
+        As `Limits.lengths`.
     """
 
     records: dict[str, ArrayRecord] = field(default_factory=dict)
     taken: dict[str, int] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    lengths: dict[str, float] = field(default_factory=dict)
 
     def after(
-        self, records: Mapping[str, ArrayRecord], weights: Mapping[str, float]
+        self,
+        records: Mapping[str, ArrayRecord],
+        weights: Mapping[str, float],
+        lengths: Mapping[str, float],
     ) -> MethodState:
         """Return the state after a round.
 
@@ -55,11 +63,12 @@ class MethodState:
         weights : mapping of str to float
             Of the sites whose replies have made the model. A site that was sent two messages in a
             round went on from one state in both, so it counts once.
+        lengths : mapping of str to float
         """
         taken = dict(self.taken)
         for site in weights:
             taken[site] = taken.get(site, 0) + 1
-        return MethodState(dict(records), taken, self.weights | dict(weights))
+        return MethodState(dict(records), taken, self.weights | dict(weights), dict(lengths))
 
     def shares(
         self, weights: Mapping[str, float], most: float | None = None
@@ -88,6 +97,10 @@ class MethodState:
                     for site, count in self.taken.items()
                 }
             )
+        if self.lengths:
+            exported[LENGTHS] = ArrayRecord(
+                {name: Array(np.array([length])) for name, length in self.lengths.items()}
+            )
         return exported
 
     @classmethod
@@ -109,7 +122,10 @@ class MethodState:
                 raise ValueError(f"{site} cannot have {count} replies of the weight {weight}")
             taken[site] = int(count)
             weights[site] = weight
-        return cls(records, taken, weights)
+        lengths = {
+            name: float(view(array)[0]) for name, array in state.pop(LENGTHS, ArrayRecord()).items()
+        }
+        return cls(records, taken, weights, lengths)
 
 
 def config_of(

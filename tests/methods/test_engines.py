@@ -102,5 +102,5 @@ def test_on_a_superlink_each_hospital_goes_on_from_the_state_in_its_folder(tmp_p
     assert "starts anew" not in logs
     states = sorted((tmp_path / "files").rglob("state/rounds/*/*.safetensors"))
     assert [path.name for path in states] == ["2.safetensors", "3.safetensors"] * 2
-    control = load_file(states[-1])["method/weight"]
+    control = load_file(states[-1])["method scaffold/weight"]
     assert abs(control).max() > 0

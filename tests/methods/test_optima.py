@@ -204,3 +204,15 @@ def test_a_weight_in_the_mean_of_controls_is_cut_as_in_the_mean_of_models():
     assert retained == 1.0
     assert share == pytest.approx(0.6)
     assert state.shares({"a": 10.0, "b": 10.0})[1] < 1e-7
+
+
+def test_a_limit_of_lengths_leaves_no_honest_site_out_at_the_end(tmp_path):
+    """Where a run has ended, changes are of the size of rounding errors, and of no length."""
+    six = type("Six", (Squares,), {"sites": [*Squares.sites] * 3})
+    strategy = FedAvg(method="scaffold", max_update_norm=3.0)
+    run_squares(tmp_path / "run", six, strategy, num_server_rounds=60)
+    controls = [each for each in strategy.history.failures if "method-control" in each.reason]
+    assert controls == []
+    lengths = strategy.run.method.lengths
+    assert lengths.keys() == {"method-control"}
+    assert lengths["method-control"] > 0.01
