@@ -20,7 +20,7 @@ from fedmed_flower.methods.kept import kept_names
 from fedmed_flower.methods.registry import method_of_message
 from fedmed_flower.models.device import derive_seed, learning_rate, make_optimizer, torch_device
 from fedmed_flower.models.trainable import Travelling
-from fedmed_flower.wire import KEEP, KEEP_SENT, METHOD_RECORD
+from fedmed_flower.wire import COMPRESSION, KEEP, KEEP_SENT, METHOD_RECORD
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -135,8 +135,8 @@ class MethodRound:
         return metrics, method.end(site)
 
     def residual(self) -> dict[str, Tensor]:
-        """Return what the code of the site's replies has lost so far."""
-        return self.state.part(_RESIDUAL)
+        """Return what the code of the site's replies has lost so far; empty without a code."""
+        return self.state.part(_RESIDUAL) if COMPRESSION in self.config else {}
 
     def keep(self, ended: Ended, residual: Mapping[str, Tensor]) -> None:
         """Write what the site keeps to its folder, if there is anything.

@@ -199,7 +199,7 @@ def test_a_negative_number_of_steps_does_not_turn_the_step_around():
 
 
 def test_a_weight_in_the_mean_of_controls_is_cut_as_in_the_mean_of_models():
-    state = MethodState().after({}, {"a": 10.0, "b": 10.0, "liar": 1e9})
+    state = MethodState().after({}, {"a": 10.0, "b": 10.0, "liar": 1e9}, {})
     retained, share = state.shares({"a": 10.0, "b": 10.0}, 0.4)
     assert retained == 1.0
     assert share == pytest.approx(0.6)
