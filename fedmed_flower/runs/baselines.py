@@ -107,7 +107,7 @@ class Baselines:
         else:
             log.warning("no model on all data pooled: the data of real sites stay apart")
         federated = {**test["sites"], ALL_SITES: test["federated"]}
-        self.folder.write(CROSS_SITES, cross_sites.to_csv(alone, federated, pooled))
+        self.folder.write(CROSS_SITES, cross_sites.as_csv(alone, federated, pooled))
 
     def _trained_on_all(self) -> Table:
         """Train a model on the rows of all sites of a simulation; return its test results."""

@@ -37,7 +37,7 @@ def kept(table: Table, num_models: int) -> dict[str, dict[str, float]]:
     }
 
 
-def to_csv(alone: Mapping[str, Table], federated: Table, pooled: Table) -> bytes:
+def as_csv(alone: Mapping[str, Table], federated: Table, pooled: Table) -> bytes:
     """Return ``cross-sites.csv``: a line for each model, hospital of its test and metric.
 
     Parameters

@@ -122,7 +122,9 @@ def test_the_proximal_term_of_fedprox_holds_the_model_near_the_global_one():
     assert distance() == distance(proximal_mu=0.0)
     assert distance() > 2 * distance(proximal_mu=5.0) > 0
     reason = error_of(TinyClient, "train", proximal_mu=-1.0)
-    assert reason.endswith("proximal-mu must be at least 0, got -1.0" + see("proximal-mu"))
+    assert reason.endswith(
+        "proximal-mu must be at least 0 and finite, got -1.0" + see("proximal-mu")
+    )
 
 
 def test_the_arrays_come_back_under_the_name_they_came_under():

@@ -80,10 +80,10 @@ def without(name):
         (
             lambda state: state | {"stem.1.bias": state["stem.1.bias"] + 1},
             "head.*",
-            "{} has other values of stem.1.bias than the network of the app, and trainable leaves "
-            "that entry out, so that each hospital builds it itself: build it there with the same "
-            "values (such as by the seed of the run that trained the weights), or let it travel "
-            "(trainable)",
+            "{} has other values of stem.1.bias than the network of the app, and neither trainable "
+            "nor lora names that entry: each hospital builds it itself; build it there with the "
+            "same values (such as by the seed of the run that trained the weights), or let it "
+            "travel (trainable)",
         ),
     ],
 )

@@ -903,7 +903,7 @@ def own_summary():
 
 
 def test_own_models_of_the_run_beside_the_others(tmp_path):
-    page = Page(report(tmp_path, own_summary()))
+    page = Page(report(tmp_path, own_summary(), metrics(FEDERATED)))
     table = page.table("AUC on each")
     assert table["Hospital"] == [
         *("Trained alone", "Federated", "Own model", "Trained on pooled data"),
@@ -1086,10 +1086,14 @@ def test_what_left_each_hospital_is_what_it_sent(tmp_path):
             *("exactly", "all 2"),
         ],
         [
-            *("After training", "the model after local training, mean training loss"),
+            "After training",
+            "the model after local training, or its change in a code, mean training loss",
             *("exactly, of several patients together", "north"),
         ],
-        ["After training", "the model after local training", "with noise", "south"],
+        [
+            *("After training", "the model after local training, or its change in a code"),
+            *("with noise", "south"),
+        ],
         ["After training", "number of training rows (private: of patients)", "exactly", "north"],
         [
             "After training",

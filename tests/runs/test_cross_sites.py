@@ -4,7 +4,7 @@ import csv
 import io
 
 from fedmed_flower.files import cell_text
-from fedmed_flower.runs.cross_sites import kept, to_csv
+from fedmed_flower.runs.cross_sites import as_csv, kept
 
 
 def test_a_summary_keeps_what_judges_a_run_and_no_table_that_is_too_large():
@@ -17,7 +17,7 @@ def test_a_summary_keeps_what_judges_a_run_and_no_table_that_is_too_large():
 
 def test_the_table_has_no_groups_and_no_formula_and_says_whose_model_it_is():
     alone = {"=north": {"=north": {"auc": 0.8, "auc@sex=f": 0.9}, "all": {"auc": 0.7}}}
-    text = to_csv(alone, {"all": {"auc": 0.9}}, {}).decode()
+    text = as_csv(alone, {"all": {"auc": 0.9}}, {}).decode()
     rows = [[cell_text(cell) for cell in row] for row in csv.reader(io.StringIO(text))]
     assert rows == [
         ["model", "trained-at", "tested-at", "metric", "value"],

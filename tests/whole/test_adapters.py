@@ -222,7 +222,7 @@ def test_each_hospital_keeps_adapters_of_its_own(keep, tmp_path):
     folder = run_of(tmp_path / "run", Hospital, **LORA, keep=keep, **{"learning-rate": 0.2})
     summary = summary_of(folder)
     assert (summary["status"], summary["failures"]) == ("finished", [])
-    assert all("lora" in name for name in summary["kept"])
+    assert all("lora" in name for name in summary["kept-layers"])
     own = [network_of(folder / "own" / f"hospital-{n}.safetensors") for n in (1, 2)]
     for index, model in enumerate(own):
         agree(summary["test"]["own"][f"hospital-{index + 1}"], measured(model, index))

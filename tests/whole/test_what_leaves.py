@@ -207,6 +207,9 @@ def federated(folder, strategy=None, **more):
     run_local(server, TinyTable.client_app(), 2, run_config=settings)
 
 
+KEPT = {"method": "scaffold", "keep": "0.bias", "optimizer": "sgd", "personal-epochs": 0}
+
+
 def grown(folder):
     server = ServerApp()
 
@@ -229,7 +232,7 @@ def test_a_server_sends_what_the_table_lists_and_nothing_else(tmp_path, monkeypa
     found = set()
     for run in (
         lambda: federated(tmp_path / "network"),
-        lambda: federated(tmp_path / "method", FedAvg(), method="scaffold", keep="0.bias"),
+        lambda: federated(tmp_path / "method", FedAvg(), **KEPT),
         lambda: federated(tmp_path / "code", compression="top-k"),
         lambda: grown(tmp_path / "trees"),
         lambda: studied(tmp_path / "genomes"),
