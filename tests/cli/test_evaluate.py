@@ -63,7 +63,12 @@ def made(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     write_app(home / "app", SERVER.replace("START", FEDERATE), CLIENT, settings="")
     given = ("-c", "batch-size=16", "-c", "report-by=sex", "-c", "baselines=true")
+    path = list(sys.path)
     code, output = fedmed("run", home / "app", "--sites", 3, *given, "--out", home / "run")
+    # Else the apps of other tests of this process would find the modules of this one.
+    sys.path[:] = path
+    for name in ("client_app", "server_app"):
+        sys.modules.pop(name, None)
     assert code == 0, output
     return home
 

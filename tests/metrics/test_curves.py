@@ -237,7 +237,8 @@ def test_counts_with_noise_give_curves_once_denoised():
     assert with_class.min() >= 0
     assert with_class.sum() == pytest.approx(first.with_class.sum())
     area = auc_of(with_class, without)
-    assert area == pytest.approx(scikit.roc_auc_score(labels, scores), abs=0.02)
+    # Noise is drawn anew in each run: in 60 of them the difference was -.010, give or take .008.
+    assert area == pytest.approx(scikit.roc_auc_score(labels, scores), abs=0.05)
     got = calibration(first.edges, with_class, without)
     assert np.abs(got.predicted - got.observed).max() < 0.25
 
