@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmed_flower.methods.base import Ended, Method, SiteRound, Tensors
-from fedmed_flower.methods.ditto import state_of, with_state
-from fedmed_flower.methods.fedprox import copies
+from fedmed_flower.methods.tensors import copies, state_of, with_state
 from fedmed_flower.settings.methods import APFLSettings
 
 # Names of what is kept: the part of the site's own, its mixture with the global model, the share.

@@ -9,14 +9,13 @@ enough patients for a model that leans on the global one. It costs each site the
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from copy import deepcopy
 from typing import Any
 
 from torch import nn
 
 from fedmed_flower.methods.base import Ended, Method, SiteRound, Tensors
-from fedmed_flower.methods.fedprox import copies, pull
+from fedmed_flower.methods.tensors import copies, pull, state_of, with_state
 from fedmed_flower.settings.methods import DittoSettings
 
 
@@ -60,16 +59,3 @@ class _Pulled(Method):
 
     def before_step(self, model: nn.Module) -> None:
         pull(model, self._anchor, self._strength)
-
-
-def state_of(model: nn.Module, names: Collection[str]) -> Tensors:
-    """Return copies of some entries of a model."""
-    entries = model.state_dict()
-    return copies({name: entries[name] for name in names})
-
-
-def with_state(model: nn.Module, state: Tensors) -> nn.Module:
-    """Load what `state_of` returned into a model and return it; nothing if `state` is empty."""
-    if state:
-        model.load_state_dict(model.state_dict() | state)
-    return model

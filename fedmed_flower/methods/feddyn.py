@@ -18,7 +18,7 @@ from torch import nn
 
 from fedmed_flower.arrays.linear import linear, zeros_like
 from fedmed_flower.methods.base import Ended, Method, Moved, ServerRound, SiteRound
-from fedmed_flower.methods.fedprox import copies, pull
+from fedmed_flower.methods.tensors import copies, pull
 from fedmed_flower.settings.methods import FedDynSettings
 
 _SUM = "drift"

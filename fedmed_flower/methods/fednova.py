@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedmed_flower.arrays.linear import linear, single
 from fedmed_flower.arrays.views import view
 from fedmed_flower.methods.base import Ended, Method, Moved, ServerRound, SiteRound
-from fedmed_flower.methods.fedprox import copies
+from fedmed_flower.methods.tensors import copies
 from fedmed_flower.settings.text import setting_error
 
 STEPS = "steps"

@@ -11,28 +11,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fedmed_flower.methods.base import Method, SiteRound, Tensors
+from fedmed_flower.methods.base import Method, SiteRound
+from fedmed_flower.methods.tensors import copies, pull
 from fedmed_flower.settings.methods import FedProxSettings
-
-
-def pull(model: nn.Module, anchor: Tensors, strength: float) -> None:
-    """Add to each gradient `strength` times the parameter's distance from its anchor.
-
-    Parameters
-    ----------
-    model : Module
-    anchor : dict of str to Tensor
-        By the parameter's name; parameters that are not in it stay free.
-    strength : float
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and name in anchor:
-            parameter.grad.add_(parameter.detach() - anchor[name], alpha=strength)
-
-
-def copies(parameters: Tensors) -> Tensors:
-    """Return detached copies of tensors."""
-    return {name: value.detach().clone() for name, value in parameters.items()}
 
 
 class FedProx(Method):

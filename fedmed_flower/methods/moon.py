@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.methods.base import Ended, Method, SiteRound
-from fedmed_flower.methods.ditto import state_of, with_state
+from fedmed_flower.methods.tensors import state_of, with_state
 from fedmed_flower.settings.methods import MoonSettings
 from fedmed_flower.settings.text import setting_error
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedmed_flower.arrays.linear import linear, zeros_like
 from fedmed_flower.methods.base import Ended, Method, Moved, ServerRound, SiteRound, Tensors
-from fedmed_flower.methods.fedprox import copies
+from fedmed_flower.methods.tensors import copies
 
 CONTROL = "control"
 

@@ -4,10 +4,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord
-from squares import Squares, dying, own_weights, run_squares
+from squares import Squares, dying, own_weights, pooled_optimum, run_squares, weights_of
 from tiny import context_of
 from torch import nn
 
@@ -147,3 +148,24 @@ def test_a_site_without_test_rows_has_its_own_model_too(tmp_path):
 
     run_squares(tmp_path / "run", Untested, num_server_rounds=1, method="ditto")
     assert len(own_weights(tmp_path / "run", "hospital-1")) == 2
+
+
+@pytest.mark.parametrize("method", ["scaffold", "feddyn"])
+def test_a_site_whose_reply_was_left_out_is_not_one_step_ahead(method, tmp_path):
+    """What it kept in that round is NaN; it goes on from the state before it."""
+
+    class Broken(Squares):
+        def fit(self, model, prepared, seed):
+            metrics = super().fit(model, prepared, seed)
+            if self.site.index == 1 and self.progress == 3 / 80:
+                torch.nn.init.constant_(model.weight, float("nan"))
+            return metrics
+
+    strategy = FedAvg()
+    more = {"dyn_alpha": 0.5} if method == "feddyn" else {}
+    result = run_squares(
+        tmp_path / "run", Broken, strategy, num_server_rounds=80, method=method, **more
+    )
+    assert [(each.round, each.site) for each in strategy.history.failures] == [(4, "hospital-2")]
+    assert strategy.run.method.taken == {"hospital-1": 80, "hospital-2": 79}
+    assert np.abs(weights_of(result) - pooled_optimum(Squares.sites)).max() < 2e-4

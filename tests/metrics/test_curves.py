@@ -226,8 +226,12 @@ def test_three_classes_have_a_histogram_each():
 
 def test_counts_with_noise_give_curves_once_denoised():
     labels, scores = cohort(4000, 6)
-    record = {"noised-counts": noised_counts(labels, scores[:, None], [*range(4000)], 6.0)}
-    (first,) = histograms_of(record)
+
+    def noised():
+        record = {"noised-counts": noised_counts(labels, scores[:, None], [*range(4000)], 6.0)}
+        return histograms_of(record)[0]
+
+    first = noised()
     assert min(first.without.min(), first.with_class.min()) < 0
     counts = together([first, first])
     np.testing.assert_allclose(counts.without, 2 * first.without)
@@ -236,9 +240,11 @@ def test_counts_with_noise_give_curves_once_denoised():
     with_class, without = denoised(first.with_class), denoised(first.without)
     assert with_class.min() >= 0
     assert with_class.sum() == pytest.approx(first.with_class.sum())
-    area = auc_of(with_class, without)
-    # Noise is drawn anew in each run: in 60 of them the difference was -.010, give or take .008.
-    assert area == pytest.approx(scikit.roc_auc_score(labels, scores), abs=0.05)
+    # Noise is new in each run, and moves one AUC by .008: the mean of many is compared.
+    drawn = [noised() for _ in range(16)]
+    areas = [auc_of(denoised(each.with_class), denoised(each.without)) for each in drawn]
+    area = np.mean(areas)
+    assert area == pytest.approx(scikit.roc_auc_score(labels, scores), abs=0.02)
     got = calibration(first.edges, with_class, without)
     assert np.abs(got.predicted - got.observed).max() < 0.25
 

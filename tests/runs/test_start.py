@@ -78,6 +78,8 @@ def test_models_for_comparison_start_from_the_same_weights(first, tmp_path):
     for site, metrics in same["sites"].items():
         alone = {k: v for k, v in test["local"][site].items() if k not in ("all", "sites")}
         assert alone == metrics
+        for other, judged in test["local"][site]["sites"].items():
+            assert judged == {key: same["sites"][other][key] for key in judged}
     assert test["pooled"]["sites"] == same["sites"]
 
 

@@ -12,4 +12,5 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
+    """Train one model with the hospitals, and write the run folder."""
     federate(FedAvg(), grid, context, Hospital(context))

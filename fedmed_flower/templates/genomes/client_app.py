@@ -9,6 +9,8 @@ from fedmed_flower.data import phantom_folder
 
 
 class Hospital(GenomicsClient):
+    """A hospital with genotype files and a table of traits."""
+
     phenotype = "diabetes"
     covariates = ("age", "sex")
 

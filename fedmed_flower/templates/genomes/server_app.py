@@ -10,4 +10,5 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
+    """Test the variants at the hospitals, and write the run folder."""
     associate(grid, context)

@@ -5,6 +5,8 @@ from fedmed_flower.data import load_folder, phantom_folder
 
 
 class Hospital(ClassificationClient):
+    """A hospital with images and their labels."""
+
     num_classes = 2
     modality = "xray"
 

@@ -5,6 +5,8 @@ from fedmed_flower.data import load_folder, phantom_folder
 
 
 class Hospital(SegmentationClient):
+    """A hospital with images and their outlined structures."""
+
     classes = ("anterior", "posterior")
     spatial_dims = 3
     modality = "mr"

@@ -13,6 +13,8 @@ from fedmed_flower.models.device import torch_device
 
 
 class Hospital(MedicalClient):
+    """A hospital with data of another kind."""
+
     def load_data(self, site: Site) -> SiteData:
         folder = site.data_dir or phantom_folder(site, "other")
         with np.load(folder / "beats.npz") as file:

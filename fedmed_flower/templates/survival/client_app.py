@@ -5,6 +5,8 @@ from fedmed_flower.data import phantom_folder, read_table, split_patients
 
 
 class Hospital(SurvivalClient):
+    """A hospital with a table of times and events."""
+
     schema = Schema(
         target="years",
         event="died",

@@ -5,6 +5,8 @@ from fedmed_flower.data import phantom_folder, read_table, split_patients
 
 
 class Hospital(TabularClient):
+    """A hospital with a table of these columns."""
+
     schema = Schema(
         target="readmitted",
         task="binary",
