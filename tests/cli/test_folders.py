@@ -83,7 +83,8 @@ def test_each_folder_is_a_simulated_hospital_with_its_name_and_its_ledger(world)
 
 
 def test_a_hospital_of_the_node_config_is_treated_as_a_real_one(world):
-    (world / "nodes.toml").write_text("[north]\nmin-cell-count = 30\nmin-train-patients = 50\n")
+    # Of its 60 patients a key of its own, drawn anew in each run, decides who trains.
+    (world / "nodes.toml").write_text("[north]\nmin-cell-count = 30\nmin-train-patients = 61\n")
     code, output = run("--data", "data", "--node-config", "nodes.toml", "--out", "run")
     assert code == 0, output
     summary = json.loads((world / "run" / "summary.json").read_text())
