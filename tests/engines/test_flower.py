@@ -183,21 +183,27 @@ def test_a_run_on_the_cpu_measures_no_gpu_and_takes_none(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_failing_site_is_named_and_a_failing_server_raises(tmp_path):
+def test_a_failing_site_is_named_and_a_failing_server_raises(tmp_path, monkeypatch):
     config = {"server-fails": False, "run-dir": str(tmp_path / "run")}
     app = write_app(tmp_path / "toy", SERVER, CLIENT, **config)
-    before = superlinks()
-    done = run_in_process(app, config, 3)
+    done = run_in_process(app, config, 3, MARK=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FAILURES")]
     assert "(2, 'train', 'hospital-2'" in line
     assert "a mistake at one site" in line
     assert (tmp_path / "run" / "checkpoint.zip").exists()
-    assert superlinks() == before
+    assert superlinks(tmp_path) == []
 
+    running = []
+
+    def on_line(line):
+        running.extend(superlinks(tmp_path))
+
+    monkeypatch.setenv("MARK", str(tmp_path))
     with pytest.raises(EngineError, match=r"finished:failed .*the server made a mistake"):
-        run_flower(app, config | {"server-fails": True}, 2, lambda line: None)
-    assert superlinks() == before
+        run_flower(app, config | {"server-fails": True}, 2, on_line)
+    assert running
+    assert superlinks(tmp_path) == []
 
 
 @pytest.mark.slow
@@ -236,11 +242,10 @@ def test_a_run_ends_well_and_leaves_nothing(tmp_path, place):
         environment = {"PATH": path_without_ps(tmp_path / "bin")}
     config = {"server-fails": False, "run-dir": str(tmp_path / "run")}
     app = write_app(tmp_path / "toy", SERVER, CLIENT, **config)
-    before = superlinks()
-    done = run_in_process(app, config, 2, **environment)
+    done = run_in_process(app, config, 2, MARK=str(tmp_path), **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert RunFolder(tmp_path / "run").load().server_round == 2
-    assert superlinks() == before
+    assert superlinks(tmp_path) == []
 
 
 @pytest.mark.slow
@@ -306,8 +311,9 @@ def descendants(pid):
     return found
 
 
-def superlinks():
-    table = subprocess.run(["ps", "-Awwo", "pid=,args="], capture_output=True, text=True).stdout
-    # Those of deployments, which other tests start and stop beside this one, have certificates.
+def superlinks(mark):
+    """SuperLinks that have `mark` in their environment; other tests start theirs beside these."""
+    columns = ["ps", "axeww", "-o", "pid=,args="]
+    table = subprocess.run(columns, capture_output=True, text=True, check=True).stdout
     lines = [line for line in table.splitlines() if "flower-superlink" in line]
-    return {line for line in lines if "--ssl-certfile" not in line}
+    return [line for line in lines if f"MARK={mark}" in line]
