@@ -26,7 +26,7 @@ _KEY_BYTES = 16
 _SALT_BYTES = 32
 _CIPHER_BYTES = 16
 # Blocks of this size stay in the cache between the cipher and the addition.
-_BLOCK_BYTES = 2**18
+_BLOCK_BYTES = 2**19
 _ZEROS = bytes(_BLOCK_BYTES)
 
 

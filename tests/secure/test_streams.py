@@ -1,4 +1,5 @@
 import hashlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_short_salts_and_keys_are_refused():
 
 
 @pytest.mark.parametrize("dtype", WORDS)
-@pytest.mark.parametrize("words", [0, 1, 3, 2**15, 2**16, 2**16 + 1, 150_001])
+@pytest.mark.parametrize("words", [0, 1, 3, 2**16, 2**17, 2**17 + 1, 150_001])
 def test_a_stream_is_the_plain_keystream_added(dtype, words):
     start = np.random.default_rng(1).integers(2**32, size=words, dtype=dtype)
     start[-1:] = np.iinfo(dtype).max
@@ -161,6 +162,15 @@ def test_a_stream_continues_over_blocks(monkeypatch):
     parts = np.zeros(3000, np.uint32)
     add_stream(parts, SEED, 0)
     assert np.array_equal(whole.reshape(-1), parts)
+
+
+def test_a_long_stream_takes_the_memory_of_one_block():
+    vector = np.zeros(4_000_000, np.uint32)
+    tracemalloc.start()
+    add_stream(vector, SEED, 0)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1_000_000
 
 
 def test_streams_of_two_vectors_share_no_bytes():
