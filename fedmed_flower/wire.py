@@ -78,6 +78,18 @@ VERSION = "version"
 # Whether counts of an association study have squares.
 SQUARES = "squares"
 
+# What a message asks for as a secure sum, and what a hospital sends to one.
+SECURE = "secure"
+# Entries of that record: the rules of the sum, the run, a letter or an answer, encoded; in a
+# simulation also the folder of the hospitals' books.
+RECORD = "record"
+SECURE_RUN = "run"
+ASKED = "asked"
+LETTER = "letter"
+BOOKS = "books"
+# The masked vectors.
+MASKED = "masked"
+
 # What the names of records begin with that a method sends beside the model.
 METHOD_RECORD = "method-"
 # Records of a reply.

@@ -32,6 +32,7 @@ from fedmed_flower.clients.base import MedicalClient, Query
 from fedmed_flower.clients.compression import compressed
 from fedmed_flower.clients.methods import MethodRound, records_of
 from fedmed_flower.clients.private import measure_protected
+from fedmed_flower.clients.secure import SecureReply
 from fedmed_flower.clients.storage import keep_model, keep_splits, rows_of
 from fedmed_flower.data.site import SPLITS, Row, Site
 from fedmed_flower.errors import FAILED, DeclinedError, InputError
@@ -119,7 +120,10 @@ def answer(
         nonlocal client
         client = _stand_in(cls(context), message)
         handle = _function_at(handler) if isinstance(handler, str) else handler
+        part = SecureReply.of(client, message)
         content = handle(client, message)
+        if part is not None:
+            content = part.reply(message, content)
         site = client.site
         about: dict[str, Any] = {"name": site.name, "simulated": site.simulated}
         about[VERSION] = MESSAGE_VERSION

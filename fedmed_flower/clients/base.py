@@ -70,6 +70,7 @@ from fedmed_flower.settings.model import ModelSettings
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.registry import Sections
+from fedmed_flower.settings.secure import SecureSettings
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.wire import AGREED, FROZEN, POOL_SITES, RUN_KEY
 
@@ -176,6 +177,10 @@ class MedicalClient(ABC):
         "contribution": "fedmed_flower.clients.queries:contribution",
         "personal": "fedmed_flower.clients.personal:personal",
         "statistics": "fedmed_flower.statistics.client:statistics",
+        "hello": "fedmed_flower.clients.secure:hello",
+        "alive": "fedmed_flower.clients.secure:alive",
+        "unmask": "fedmed_flower.clients.secure:unmask",
+        "count": "fedmed_flower.clients.secure:count",
     }
     stand_ins: ClassVar[Mapping[str, str]] = {}
     sections: ClassVar[Sections] = (
@@ -183,6 +188,7 @@ class MedicalClient(ABC):
         PrivacySettings,
         ModelSettings,
         DisclosureSettings,
+        SecureSettings,
         MethodSettings,
     )
     node_keys: ClassVar[Collection[str]] = ()

@@ -179,6 +179,14 @@ class Site:
         return cls(name, index, num_sites, data_dir, simulated)
 
 
+def site_names(context: Context, site: Site) -> list[str]:
+    """Return the names of all sites of a simulation, in the order of their index."""
+    settings = SimulationSettings.from_run_config(context.run_config)
+    if settings.data:
+        return [folder.name for folder in site_folders(settings.data)]
+    return [f"hospital-{index + 1}" for index in range(site.num_sites)]
+
+
 @dataclass(frozen=True)
 class SiteData:
     """The rows of one hospital in three splits.

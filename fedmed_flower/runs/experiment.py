@@ -79,6 +79,7 @@ from fedmed_flower.settings.registry import (
     require_known,
     sections_of,
 )
+from fedmed_flower.settings.secure import SUM, SecureSettings
 from fedmed_flower.settings.text import expand, setting_error, text_of
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.strategies.base import EvaluateFn, FedAvg, leave_result
@@ -266,6 +267,12 @@ def _prepared(
         strategy.buffer = plan.buffer
         strategy.staleness_exponent = plan.staleness_exponent
     strategy.require_buffer()
+    secure = SecureSettings.from_run_config(config)
+    if secure.secure == SUM:
+        strategy.secure = secure.secure
+        strategy.secure_exponent = secure.secure_exponent
+        require_sums_alone(plan)
+    strategy.require_summable()
     if plan.compares:
         _require_noised_choice(config)
         strategy.compare_rounds(plan.keep_model, plan.keep_metric, plan.patience)
@@ -372,6 +379,20 @@ def _require_noised_choice(config: UserConfig) -> None:
             'run is kept, or when it ends: leave it on, or set keep-model="last" and patience=0',
             "private-metrics",
         )
+
+
+def require_sums_alone(plan: Plan) -> None:
+    """Raise `InputError` if a run by secure sums is to do what needs single hospitals."""
+    for key, asked, why in (
+        ("baselines", plan.baselines, "a model of one hospital alone"),
+        ("personal-epochs", plan.personal_epochs, "figures of each hospital's own model"),
+        ("pictures", plan.pictures, "single patients"),
+        ("buffer", plan.buffer, "replies that come one by one"),
+    ):
+        if asked:
+            raise setting_error(
+                f'secure="sum" excludes {key}, by which the server learns {why}: leave it out', key
+            )
 
 
 def _stop(sites: Sites, standing_out: list[Outlying]) -> NoReturn:

@@ -230,6 +230,14 @@ class Layout:
         large = sum(part.words for part in self.parts if part.kind != FIXED)
         return small, large
 
+    def part(self, name: str) -> Part:
+        """Return the part of a name; StopIteration if there is none."""
+        return next(part for part in self.parts if part.name == name)
+
+    def start(self, name: str) -> int:
+        """Return where a part begins in the vector of its kind."""
+        return next(place.start for part, place in self._places() if part.name == name)
+
     def encode(
         self,
         values: Mapping[str, NDArray[Any]],

@@ -23,6 +23,8 @@ from fedmed_flower.wire import ALL_SITES, CHANGES, DECLINED, ROWS_RECORD
 
 log = logging.getLogger("flwr.fedmed")
 
+# The node that stands for all hospitals of a secure sum; it has sent nothing itself.
+SUM_NODE = 0
 # Letters by which two errors are compared.
 _ALIKE = 200
 # Letters of what a site says of changes of its rows.
@@ -251,6 +253,34 @@ class Inbox:
             traffic.add(to_site, from_site, seconds)
         self._traffic = []
 
+    def sorted_out(
+        self, server_round: int, phase: str, replies: Iterable[Message]
+    ) -> Iterator[tuple[str, Message]]:
+        """Yield site and reply of those with a content; record why the others have none."""
+        self.malformed = 0
+        self.usable = 0
+        self.errors = []
+        answered: set[str] = set()
+        for reply in replies:
+            node_id, _ = self._sender(reply)
+            request = reply.metadata.reply_to_message_id
+            reason = error_text(reply) if reply.has_error() else None
+            if request in answered:
+                reason = "the site has replied already"
+            answered.add(request)
+            if phase == "train":
+                self._note_declined(node_id, reason)
+            if reason is None:
+                self.usable += 1
+                kind = phase if phase in ("train", "count") else "evaluate"
+                self.history.sent.take(kind, self.name(node_id), reply.content)
+                yield self.name(node_id), reply
+                continue
+            if reply.has_error() and not reason.startswith(DECLINED):
+                self.errors.append(reason)
+            record = self._record_failure if request in self._heard else self.fail
+            record(server_round, phase, self.name(node_id), reason)
+
     def admit(
         self,
         server_round: int,
@@ -279,7 +309,7 @@ class Inbox:
         for reply in replies:
             node_id, number = self._sender(reply)
             learn_name(self.site_names, node_id, reply, self.connected)
-            if reply.has_content():
+            if reply.has_content() and node_id != SUM_NODE:
                 kind = "train" if phase == "train" else "evaluate"
                 self.history.sent.take(kind, self.name(node_id), reply.content)
             request = reply.metadata.reply_to_message_id

@@ -80,6 +80,20 @@ class NodeSettings(Section):
         Within(0),
         "values",
     )
+    secure_peers: str = setting(
+        "", "File of the study's members and their keys, for secure sums: see `fedmed keys`."
+    )
+    secure_key: str = setting("", "File of the hospital's own key, for secure sums.")
+    secure_only: str = setting(
+        "",
+        "Kinds of messages that are answered in secure sums alone, with commas between them, such "
+        "as train,evaluate. Empty: none.",
+    )
+    tell_own: bool = setting(
+        False,
+        "Whether the hospital's own figures may leave beside a secure sum. For the others it then "
+        "counts like one that works with the server.",
+    )
     most_runs_a_day: int = setting(
         50, "How many runs may begin within 24 hours.", Within(1), "runs"
     )

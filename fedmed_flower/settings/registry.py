@@ -29,6 +29,7 @@ from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.plan import Plan
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.section import Section, key_of, setting_of
+from fedmed_flower.settings.secure import SecureSettings
 from fedmed_flower.settings.simulation import SimulationSettings
 from fedmed_flower.settings.study import Study
 from fedmed_flower.settings.survey import SurveySettings
@@ -66,6 +67,7 @@ RUN: Sections = (
     Settings,
     PrivacySettings,
     DisclosureSettings,
+    SecureSettings,
     MethodSettings,
     *METHODS,
     ModelSettings,

@@ -73,6 +73,13 @@ class WeightedFedAvg(FedAvg):
                 "each round: take other weights, or another method"
             )
 
+    @property
+    def secure_weighting(self) -> str | None:
+        """By examples or uniform; other weights need single replies."""
+        if type(self).weigh is not WeightedFedAvg.weigh or not isinstance(self.weights, str):
+            return None
+        return None if self.weights == INVERSE_LOSS else self.weights
+
     def weigh(self, site: str, reply: Message) -> float:
         """Return the weight of a reply by the argument `weights`."""
         if self.weights == EXAMPLES:

@@ -38,8 +38,11 @@ from fedmed_flower.server.screening import (
     with_arrays,
     with_shared_metrics,
 )
+from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.server.sites import app_name, draw, nobody_left, shortfall, wait_for_sites
+from fedmed_flower.secure.parts import EXAMPLES
 from fedmed_flower.settings.section import MOST_EXPONENT
+from fedmed_flower.settings.secure import OFF, SUM
 from fedmed_flower.strategies import checkpoint as checkpoints
 from fedmed_flower.strategies.aggregation import (
     STREAM_ABOVE,
@@ -63,6 +66,7 @@ from fedmed_flower.strategies.methods import (
     moved,
     require_fitting,
 )
+from fedmed_flower.strategies.secure import OF_SUMS, SecureRounds, require_summable
 from fedmed_flower.strategies.selection import LAST, Selection, server_figures
 from fedmed_flower.strategies.server_optimizers import (
     OPTIMISERS,
@@ -79,7 +83,10 @@ from fedmed_flower.wire import (
     ALL_SITES,
     BYTES_SAVED,
     COMPRESSION,
+    LEDGER_DIR,
     METHOD_RECORD,
+    RUN_KEY,
+    SECURE,
     SPLIT,
     TOP_K_SHARE,
     UNCODED,
@@ -127,6 +134,8 @@ class RunState:
         The strategy's class and its arguments, as the checkpoint records them.
     waiting : ReplyBuffer or None
         What is under way in asynchronous rounds; None if rounds wait for all their sites.
+    secure : SecureRounds or None
+        The run's secure sums; None if sites reply in plain.
     method : MethodState
         What the server knows of the method for hospitals that differ.
     selection : Selection
@@ -145,6 +154,7 @@ class RunState:
     tested: dict[str, dict[str, Any]] = field(default_factory=dict)
     strategy: dict[str, Any] = field(default_factory=dict)
     waiting: ReplyBuffer | None = None
+    secure: SecureRounds | None = None
     method: MethodState = field(default_factory=MethodState)
     selection: Selection = field(default_factory=Selection)
 
@@ -208,6 +218,12 @@ class FedAvg(flower.FedAvg):
     staleness_exponent : float
         With `buffer`, the weight of a reply is multiplied by (1 + s) ^ -`staleness_exponent` if its
         model is s rounds old. From 0, which makes no difference, to 10.
+    secure : {"none", "sum"}
+        With ``"sum"`` the server learns sums over hospitals and no single reply: see
+        ``docs/guides/secure.md``.
+    secure_exponent : int
+        With `secure`, no weight may change by more than 2 to the power of this in a round. From -40
+        to 10.
 
     Attributes
     ----------
@@ -285,6 +301,8 @@ class FedAvg(flower.FedAvg):
         top_k_share: float = 0.01,
         buffer: int = 0,
         staleness_exponent: float = 0.5,
+        secure: str = OFF,
+        secure_exponent: int = -4,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs | minima(super().__init__, args, kwargs))
@@ -311,6 +329,10 @@ class FedAvg(flower.FedAvg):
             )
         self.buffer = buffer
         self.staleness_exponent = staleness_exponent
+        if secure not in (OFF, SUM):
+            raise InputError(f"secure must be {OFF!r} or {SUM!r}, got {secure!r}")
+        self.secure = secure
+        self.secure_exponent = secure_exponent
         self.quorum = quorum
         self.grace = grace
         self.max_weight_share = max_weight_share
@@ -432,6 +454,7 @@ class FedAvg(flower.FedAvg):
             raise InputError(f"timeout must be above 0 seconds, got {timeout}")
         self.require_buffer()
         self.require_choice()
+        self.require_summable()
         configs = {
             _TRAIN: ConfigRecord() if train_config is None else train_config,
             _EVALUATE: ConfigRecord() if evaluate_config is None else evaluate_config,
@@ -472,6 +495,8 @@ class FedAvg(flower.FedAvg):
             )
             if 1 < first <= num_rounds:
                 self.inbox.note(first, "train", ALL_SITES, RESUMED)
+        if self.secure == SUM:
+            self.run.secure = self._secure_rounds(grid, configs[_TRAIN])
         # Whether it still holds is asked before the next round.
         self.history.stopped = None
         if first > num_rounds + 1:
@@ -593,6 +618,41 @@ class FedAvg(flower.FedAvg):
         )
         if reason is not None:
             raise InputError(reason)
+
+    def require_summable(self) -> None:
+        """Raise `InputError` if this strategy needs single replies, and secure sums are asked for."""
+        if self.secure == OFF:
+            return
+        other = self.below
+        require_summable(
+            type(self).__name__,
+            own_rule=self.secure_weighting is None
+            or not (other is None or issubclass(other, OPTIMISERS))
+            or any(getattr(type(self), name) is not getattr(FedAvg, name) for name in OF_SUMS),
+            limits={
+                "max_weight_share": self.max_weight_share is not None,
+                "max_update_norm": self.max_update_norm is not None,
+                "compression": self.compression != NONE,
+                "buffer": bool(self.buffer),
+                "keep": bool(self.keep),
+            },
+            method=self.method,
+            exponent=self.secure_exponent,
+        )
+
+    @property
+    def secure_weighting(self) -> str | None:
+        """How hospitals are weighted in a secure sum; None if that needs single replies."""
+        return EXAMPLES if type(self).weigh is FedAvg.weigh else None
+
+    def _secure_rounds(self, grid: Grid, config: ConfigRecord) -> SecureRounds:
+        books = None
+        if self.folder is not None and (LEDGER_DIR in config or hasattr(grid, "in_process")):
+            books = self.folder.path / SECURE
+        run = str(config.get(RUN_KEY, "")) or secrets.token_hex(8)
+        sums = SecureSums(grid, self.inbox, run, self.run.timeout, books)
+        by = self.secure_weighting or EXAMPLES
+        return SecureRounds(sums, self.secure_exponent, by, losses=True)
 
     def _compare(self, server_round: int, arrays: ArrayRecord, figures: dict[str, Any]) -> None:
         """Compare the model of a round with the best so far, if a figure decides anything."""
@@ -736,6 +796,15 @@ class FedAvg(flower.FedAvg):
         """
         if phase == "train" and self.compression != NONE:
             require_one_each(messages)
+        secure = self.run.secure
+        sent = self.run.sent_arrays
+        if secure is not None and sent is not None:
+            if phase == "train":
+                trained = self._trained(sent)
+                return secure.train(
+                    messages, sent, trained, server_round, self.run.timeout, self.quorum, self.grace
+                )
+            return secure.evaluate(messages, server_round, phase, self.run.timeout)
         replies = self.inbox.collect(
             grid, messages, self.run.timeout, server_round, phase, self.quorum, self.grace
         )

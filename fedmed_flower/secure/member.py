@@ -1,0 +1,350 @@
+"""A hospital's side of a secure sum: hello, masking, the set of those who remain, its shares.
+
+Nothing here trusts the server: each step checks what it is told against the hospital's own study
+and book, and is written down before its answer leaves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from numpy.typing import NDArray
+
+from fedmed_flower.secure.book import SecureBook
+from fedmed_flower.secure.encoding import SecureError, Value, decoded, encoded
+from fedmed_flower.secure.envelopes import seal, unseal
+from fedmed_flower.secure.identity import Identity, verify
+from fedmed_flower.secure.record import Hello, Record
+from fedmed_flower.secure.shamir import split
+from fedmed_flower.secure.streams import (
+    add_stream,
+    agreed_key,
+    commitment,
+    envelope_key,
+    pair_seed,
+)
+from fedmed_flower.secure.study import Study
+
+SEED_BYTES = 16
+# Uses of seeds, in their commitments.
+SELF = "self"
+PAIR = "pair"
+
+Words = tuple[NDArray[np.uint32], NDArray[np.uint64]]
+
+
+@dataclass(frozen=True)
+class Masked:
+    """What leaves a hospital in the first exchange of a sum.
+
+    Attributes
+    ----------
+    words : tuple of arrays
+        Its vectors under all masks.
+    letter : bytes
+        Digest, commitments, envelopes and signature, encoded.
+    """
+
+    words: Words
+    letter: bytes
+
+
+class Member:
+    """A hospital in secure sums.
+
+    Parameters
+    ----------
+    identity : Identity
+    study : Study
+        Its own list of members.
+    book : SecureBook
+        Everything that it has promised.
+    """
+
+    def __init__(self, identity: Identity, study: Study, book: SecureBook) -> None:
+        self.identity = identity
+        self.study = study
+        self.book = book
+        own = study.members.get(identity.name)
+        if own is None:
+            raise SecureError(f"{identity.name} is no member of the study {study.name}")
+        if own != identity.public:
+            raise SecureError(
+                f"the study {study.name} has another key for {identity.name} than its key file"
+            )
+
+    def hello(self, run: str, tells: bool = False, head: bytes = b"") -> Hello:
+        """Return the hello of a run, with a new key that voids the one before."""
+        private = X25519PrivateKey.generate()
+        self.book.new_run_key(run, private.private_bytes_raw())
+        hello = Hello(
+            study=self.study.name,
+            run=run,
+            name=self.identity.name,
+            key=self.identity.public,
+            run_key=private.public_key().public_bytes_raw(),
+            members=len(self.study.members),
+            least=self.study.least,
+            colluders=self.study.colluders,
+            tells=tells,
+            rows=self.book.rows,
+            head=head,
+        )
+        return hello.signed(self.identity.sign("hello", hello.content()))
+
+    def require_sound(self, record: Record) -> None:
+        """Check what a server says of a sum against the study, the keys and the book.
+
+        Raises
+        ------
+        SecureError
+            If anything is not as this hospital knows it; the text names it.
+        """
+        study = self.study
+        if record.study != study.name:
+            raise SecureError(f"the study is {study.name}, and the server says {record.study!r}")
+        if record.members != len(study.members):
+            raise SecureError(
+                f"the study has {len(study.members)} members, and the server says {record.members}"
+            )
+        for hello in record.hellos:
+            pinned = study.members.get(hello.name)
+            if pinned is None:
+                raise SecureError(f"{hello.name} is no member of the study {study.name}")
+            if pinned != hello.key:
+                raise SecureError(
+                    f"the key of {hello.name} is not the one that is pinned: ask that hospital "
+                    "whether it has a new one, then `fedmed keys pin --replace`"
+                )
+            hello.verify()
+        self._require_own(record)
+        if record.least < study.least or record.colluders < study.colluders:
+            raise SecureError(
+                f"least {record.least} and c {record.colluders} are below this hospital's own, "
+                f"{study.least} and {study.colluders}"
+            )
+        record.require_enough(record.names)
+        for hello in record.hellos:
+            if hello.name != self.identity.name:
+                self.book.peer_rows(hello.name, hello.rows)
+
+    def _require_own(self, record: Record) -> None:
+        name = self.identity.name
+        if name not in record.names:
+            raise SecureError(f"{name} itself is not among the hospitals of this sum")
+        own = record.hello_of(name)
+        if own.run_key != self._private(record.run).public_key().public_bytes_raw():
+            raise SecureError(f"the key of {name} in this sum is not its key of the run")
+        if (own.least, own.colluders) != (self.study.least, self.study.colluders):
+            raise SecureError(f"least or c of {name} is not what its study says")
+
+    def mask(
+        self,
+        record: Record,
+        about: Mapping[str, Value],
+        asked: Mapping[str, Value],
+        words: Words,
+    ) -> Masked:
+        """Put all masks on this hospital's vectors, and share the seeds with the others.
+
+        Parameters
+        ----------
+        record : Record
+            As `require_sound` has let it pass.
+        about, asked : mapping
+            As `Record.digest` and `Record.question` take them.
+        words : tuple of arrays
+            Changed in place.
+        """
+        name = self.identity.name
+        others = [peer for peer in record.names if peer != name]
+        digest = record.digest(about)
+        own_seed = secrets.token_bytes(SEED_BYTES)
+        keys = self._agreed(record, digest)
+        pairs = {peer: pair_seed(keys[peer], name, peer) for peer in others}
+        seeds = np.frombuffer(own_seed + b"".join(pairs[peer] for peer in others), np.uint8)
+        shares = split(seeds.reshape(-1, SEED_BYTES), record.threshold, len(record.names))
+        envelopes = {
+            peer: seal(
+                envelope_key(keys[peer], name, peer),
+                header(digest, name, peer),
+                shares[record.coordinate(peer) - 1].tobytes(),
+            )
+            for peer in others
+        }
+        kept: dict[str, Value] = {"record": record.to_bytes(), "seed": own_seed}
+        kept["shares"] = shares[record.coordinate(name) - 1].tobytes()
+        self.book.begin(
+            record.run,
+            record.kind,
+            record.question(asked),
+            digest,
+            list(record.names),
+            encoded(kept),
+        )
+        for index, vector in enumerate(words):
+            add_stream(vector, own_seed, index)
+            for peer in others:
+                add_stream(vector, pairs[peer], index, subtract=peer < name)
+        commitments = {peer: commitment(pairs[peer], PAIR, name, peer) for peer in others}
+        commitments[name] = commitment(own_seed, SELF, name, name)
+        letter: dict[str, Value] = {
+            "digest": digest,
+            "commitments": commitments,
+            "envelopes": envelopes,
+            "signature": self.identity.sign("upload", promise(digest, commitments, envelopes)),
+        }
+        return Masked(words, encoded(letter))
+
+    def alive(self, digest: bytes, members: Sequence[str]) -> bytes:
+        """Return the signature over the set of hospitals that remain, for good.
+
+        Raises
+        ------
+        SecureError
+            If the set is not one that this hospital may sign, or not the one that it has signed.
+        """
+        record, _ = self._begun(digest)
+        remaining = self._remaining(record, members)
+        self.book.settle(digest, remaining)
+        return self.identity.sign("alive", certified(digest, remaining))
+
+    def unmask(
+        self,
+        digest: bytes,
+        envelopes: Mapping[str, bytes],
+        members: Sequence[str] | None = None,
+        signatures: Mapping[str, bytes] | None = None,
+    ) -> bytes:
+        """Return this hospital's shares for one set of hospitals, and no other.
+
+        Parameters
+        ----------
+        digest : bytes
+        envelopes : mapping of str to bytes
+            The envelope of each other hospital of the set, addressed to this one.
+        members : sequence of str, optional
+            The set, if hospitals are lost. None is all.
+        signatures : mapping of str to bytes, optional
+            What `alive` returned at hospitals of the set; as many as the threshold.
+
+        Returns
+        -------
+        bytes
+            ``self``: this hospital's share of each member's own seed. ``pairs``: its seed with each
+            lost hospital. ``shares``: of each member, its share of that one's seed with each lost
+            hospital. All by name, encoded.
+
+        Raises
+        ------
+        SecureError
+            If anything is missing or not as it must be. Nothing is then told.
+        """
+        record, kept = self._begun(digest)
+        name = self.identity.name
+        remaining = list(record.names)
+        if members is not None and sorted(members) != remaining:
+            remaining = self._remaining(record, members)
+            self._require_certified(record, digest, remaining, signatures or {})
+        keys = self._agreed(record, digest)
+        shares = {name: kept["shares"]}
+        for peer in remaining:
+            if peer == name:
+                continue
+            if not isinstance(envelopes.get(peer), bytes):
+                raise SecureError(f"the envelope of {peer} is missing")
+            key = envelope_key(keys[peer], peer, name)
+            shares[peer] = unseal(key, header(digest, peer, name), envelopes[peer], peer)
+            if len(shares[peer]) != SEED_BYTES * len(record.names):
+                raise SecureError(f"the envelope of {peer} holds another number of shares")
+        self.book.settle(digest, remaining)
+        lost = [peer for peer in record.names if peer not in remaining]
+        answer: dict[str, Value] = {
+            "self": {peer: shares[peer][:SEED_BYTES] for peer in remaining},
+            "pairs": {peer: pair_seed(keys[peer], name, peer) for peer in lost},
+            "shares": {
+                peer: {gone: _share_of(record, shares[peer], peer, gone) for gone in lost}
+                for peer in remaining
+            },
+        }
+        return encoded(answer)
+
+    def _begun(self, digest: bytes) -> tuple[Record, dict[str, Any]]:
+        kept = decoded(self.book.kept(digest))
+        return Record.from_bytes(kept["record"]), kept
+
+    def _remaining(self, record: Record, members: Sequence[str]) -> list[str]:
+        remaining = sorted(set(members))
+        if len(remaining) != len(members) or not {*remaining} <= {*record.names}:
+            raise SecureError("the set must list hospitals of this sum, each once")
+        if self.identity.name not in remaining:
+            raise SecureError(f"{self.identity.name} itself is left out of the set")
+        record.require_enough(remaining)
+        return remaining
+
+    def _require_certified(
+        self,
+        record: Record,
+        digest: bytes,
+        remaining: Sequence[str],
+        signatures: Mapping[str, bytes],
+    ) -> None:
+        signed = certified(digest, remaining)
+        for name, signature in signatures.items():
+            if name not in remaining:
+                raise SecureError(f"{name} has signed a set in which it is not")
+            key = record.hello_of(name).key
+            verify(key, "alive", signed, signature, f"the set that {name} signed")
+        if len(signatures) < record.threshold:
+            raise SecureError(
+                f"the set of those who remain is signed by {len(signatures)} hospitals, and "
+                f"{record.threshold} must sign it"
+            )
+
+    def _private(self, run: str) -> X25519PrivateKey:
+        return X25519PrivateKey.from_private_bytes(self.book.run_key(run))
+
+    def _agreed(self, record: Record, digest: bytes) -> dict[str, bytes]:
+        """Return the key that this hospital shares with each other one, for this sum alone."""
+        private = self._private(record.run)
+        secret = self.study.secrets
+        return {
+            hello.name: agreed_key(private, hello.run_key, digest, secret.get(hello.name, b""))
+            for hello in record.hellos
+            if hello.name != self.identity.name
+        }
+
+
+def header(digest: bytes, sender: str, receiver: str) -> bytes:
+    """Return what an envelope is bound to."""
+    return encoded([digest, sender, receiver])
+
+
+def promise(
+    digest: bytes, commitments: Mapping[str, bytes], envelopes: Mapping[str, bytes]
+) -> bytes:
+    """Return what a hospital signs with its masked vectors."""
+    inside = hashlib.new("sha512_256", encoded(dict(envelopes))).digest()
+    return encoded([digest, dict(commitments), inside])
+
+
+def certified(digest: bytes, members: Sequence[str]) -> bytes:
+    """Return what a hospital signs to say which hospitals remain."""
+    return encoded([digest, sorted(members)])
+
+
+def share_row(record: Record, owner: str, peer: str) -> int:
+    """Return which of an owner's shared seeds is that with a peer; the first is its own."""
+    others = [name for name in record.names if name != owner]
+    return 1 + others.index(peer)
+
+
+def _share_of(record: Record, shares: bytes, owner: str, peer: str) -> bytes:
+    start = SEED_BYTES * share_row(record, owner, peer)
+    return shares[start : start + SEED_BYTES]

@@ -1,0 +1,31 @@
+"""Settings of secure sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedmed_flower.settings.allowed import OneOf, Within
+from fedmed_flower.settings.section import Section, setting
+
+OFF = "none"
+SUM = "sum"
+LEAST_EXPONENT = -40
+MOST_EXPONENT = 10
+
+
+@dataclass(frozen=True)
+class SecureSettings(Section):
+    """What the server learns of what hospitals send."""
+
+    secure: str = setting(
+        OFF,
+        "Whether the server learns what each hospital sends, or only sums over hospitals: `sum`. "
+        "Each hospital then needs `secure-peers` and `secure-key` in its node config.",
+        OneOf((OFF, SUM)),
+    )
+    secure_exponent: int = setting(
+        -4,
+        "With secure=sum: no weight may change by more than 2 to the power of this in a round. "
+        "Larger changes are cut, and counted.",
+        Within(LEAST_EXPONENT, MOST_EXPONENT),
+    )

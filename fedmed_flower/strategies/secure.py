@@ -1,0 +1,242 @@
+"""Rounds of which the server learns sums alone: what is summed, and what is made of a sum."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+
+from fedmed_flower.arrays import kernels
+from fedmed_flower.arrays.views import view
+from fedmed_flower.methods.base import Method
+from fedmed_flower.secure.encoding import SecureError
+from fedmed_flower.secure.parts import (
+    BY,
+    CLIPPED,
+    EXAMPLES,
+    LOSS,
+    MODEL,
+    ONES,
+    ROWS,
+    TOTAL,
+    UNIFORM,
+)
+from fedmed_flower.secure.record import DATA, TRAIN
+from fedmed_flower.secure.ring import FIXED, REAL, Layout, Part
+from fedmed_flower.server.secure import Opened, SecureSums, reply_of
+from fedmed_flower.settings.secure import LEAST_EXPONENT, MOST_EXPONENT
+from fedmed_flower.settings.text import setting_error
+from fedmed_flower.wire import ALL_SITES
+
+log = logging.getLogger("flwr.fedmed")
+
+# Buffers, such as a running variance, may change by as much in a round; so may a loss.
+_REAL_BOUND = 2.0**20
+# A mean that is longer than so many times the median of the last rounds is not used.
+_LONGEST = 4.0
+_REMEMBERED = 5
+_COUNT = "count"
+_FEDPROX = "fedprox"
+
+
+class SecureRounds:
+    """The rounds of a strategy by secure sums.
+
+    Parameters
+    ----------
+    sums : SecureSums
+    exponent : int
+        No weight may change by more than 2 to the power of this in a round.
+    by : {"examples", "uniform"}
+        How hospitals are weighted.
+    losses : bool
+        Whether the mean training loss is part of the sum.
+    """
+
+    def __init__(self, sums: SecureSums, exponent: int, by: str, losses: bool) -> None:
+        self.sums = sums
+        self.bound = 2.0**exponent
+        self.by = by
+        self.losses = losses
+        self.total = 0
+        self._lengths: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def begin(self, nodes: Collection[int], server_round: int) -> None:
+        """Greet nodes, and count all training rows once if the mean is weighted by them.
+
+        Raises
+        ------
+        SecureError
+            If the rows cannot be counted.
+        """
+        self.sums.greet(nodes, server_round)
+        if self.by == UNIFORM or self.total:
+            return
+        record = self.sums.record(nodes, _COUNT, DATA, 0, Layout((ROWS, ONES)), {})
+        messages = [
+            Message(RecordDict(), node_id, f"{MessageType.QUERY}.{_COUNT}")
+            for node_id in self.sums.nodes_of(record)
+        ]
+        opened = self.sums.sum(messages, record, _COUNT, self.sums.timeout)
+        _require_ones(opened)
+        self.total = int(opened.values[ROWS.name][0])
+        if self.total < 1:
+            raise SecureError("the hospitals have no training rows together")
+
+    def train(
+        self,
+        messages: Sequence[Message],
+        sent: ArrayRecord,
+        trained: Collection[str],
+        server_round: int,
+        timeout: float,
+        minimum: int | None,
+        grace: float,
+    ) -> list[Message]:
+        """Train a round; return one reply, the mean over all hospitals, or none if it is lost.
+
+        Parameters
+        ----------
+        messages : sequence of Message
+        sent : ArrayRecord
+            The model that they hold.
+        trained : collection of str
+            Its trained entries; other floats are buffers, and whole numbers stay.
+        server_round, timeout, minimum, grace
+            As in `SecureSums.sum`.
+        """
+        inbox = self.sums.inbox
+        nodes = {message.metadata.dst_node_id for message in messages}
+        try:
+            self.begin(nodes, server_round)
+            weighting = {BY: self.by, TOTAL: self.total}
+            layout = self._layout(sent, trained)
+            record = self.sums.record(nodes, "train", TRAIN, server_round, layout, weighting)
+            asked = {*self.sums.nodes_of(record)}
+            going = [message for message in messages if message.metadata.dst_node_id in asked]
+            opened = self.sums.sum(going, record, "train", timeout, minimum, grace)
+            _require_ones(opened)
+            model = self._model(opened, sent)
+        except SecureError as error:
+            inbox.fail(server_round, "train", ALL_SITES, f"the secure sum is lost: {error}")
+            return []
+        lost = sorted({*record.names} - {*opened.members})
+        if lost:
+            text = f"the sum is without {', '.join(lost)}; the others count the same in its place"
+            inbox.note(server_round, "train", ALL_SITES, text)
+        if clipped := int(opened.values[CLIPPED.name][0]):
+            text = (
+                f"{clipped} changes of weights were cut to {self.bound:g} or were no numbers: "
+                "raise secure-exponent, or train less in a round"
+            )
+            inbox.note(server_round, "train", ALL_SITES, text)
+        examples = self.total if self.by == EXAMPLES else len(opened.members)
+        metrics = MetricRecord({"num-examples": examples})
+        if self.losses:
+            metrics["loss"] = float(opened.values[LOSS][0] / opened.share)
+        content = RecordDict({"arrays": model, "metrics": metrics, "config": ConfigRecord()})
+        return [reply_of(opened, MessageType.TRAIN, content, inbox)]
+
+    def _layout(self, sent: ArrayRecord, trained: Collection[str]) -> Layout:
+        parts = []
+        for key, array in sent.items():
+            values = view(array)
+            if not kernels.is_floating(values.dtype):
+                continue
+            kind, bound = (FIXED, self.bound) if key in trained else (REAL, _REAL_BOUND)
+            parts.append(Part(f"{MODEL}{key}", values.size, kind, bound))
+        tail = [ONES, CLIPPED]
+        if self.losses:
+            tail.append(Part(LOSS, 1, REAL, _REAL_BOUND))
+        return Layout((*parts, *tail))
+
+    def _model(self, opened: Opened, sent: ArrayRecord) -> ArrayRecord:
+        """Return the model that was sent, moved by the mean change.
+
+        Raises
+        ------
+        SecureError
+            If the mean is much longer than those before.
+        """
+        squares = 0.0
+        model = ArrayRecord()
+        for key, array in sent.items():
+            values = view(array)
+            if (change := opened.values.get(f"{MODEL}{key}")) is None:
+                model[key] = array
+                continue
+            mean = change / opened.share
+            if opened.record.layout.part(f"{MODEL}{key}").kind == FIXED:
+                squares += float(mean @ mean)
+            moved = values.astype(np.float64) + mean.reshape(values.shape)
+            model[key] = Array(moved.astype(values.dtype))
+        length = math.sqrt(squares)
+        if self._lengths and length > _LONGEST * float(np.median(self._lengths)) > 0:
+            raise SecureError(
+                f"the mean change has length {length:.3g}, more than {_LONGEST:g} times the median "
+                f"of the last rounds, {np.median(self._lengths):.3g}: one hospital may be faulty"
+            )
+        self._lengths.append(length)
+        return model
+
+
+def _require_ones(opened: Opened) -> None:
+    """Raise `SecureError` if a mask was wrong: each hospital has added a one."""
+    found = int(opened.values[ONES.name][0])
+    if found != len(opened.members):
+        raise SecureError(
+            f"the sum is not one of {len(opened.members)} hospitals: a mask was wrong"
+        )
+
+
+# What a strategy must not define anew: a sum is one reply, and whoever made it is not known.
+OF_SUMS = ("combine", "aggregate_train", "exchange", "decode", "reply_layout")
+_WAY_OUT = {
+    "max_weight_share": "the server does not see the weights of single hospitals",
+    "max_update_norm": "the server does not see the change of a single hospital",
+    "compression": "the vectors of a sum are added as they are",
+    "buffer": "a sum needs the hospitals of one round",
+    "keep": "layers that stay different need a reply of their own",
+}
+
+
+def require_summable(
+    strategy: str, own_rule: bool, limits: dict[str, bool], method: Method | None, exponent: int
+) -> None:
+    """Raise `InputError` if a strategy cannot work with sums alone; the text has the way out.
+
+    Parameters
+    ----------
+    strategy : str
+        Its name.
+    own_rule : bool
+        Whether its rule is another one than a weighted mean, with or without a server optimiser.
+    limits : dict of str to bool
+        Which arguments that exclude sums are given.
+    method : Method or None
+    exponent : int
+    """
+    if own_rule:
+        raise setting_error(
+            f'secure="sum" excludes {strategy}, whose rule needs single replies: take FedAvg, '
+            "FedProx, WeightedFedAvg with uniform weights, or a server optimiser on the mean",
+            "secure",
+        )
+    for name, given in limits.items():
+        if given:
+            raise setting_error(f'secure="sum" excludes {name}: {_WAY_OUT[name]}', "secure")
+    if method is not None and method.name != _FEDPROX:
+        raise setting_error(
+            f'secure="sum" excludes the method {method.name}, which needs something of each '
+            "hospital beside the sum: take fedprox, or none",
+            "secure",
+        )
+    if not LEAST_EXPONENT <= exponent <= MOST_EXPONENT:
+        raise setting_error(
+            f"secure_exponent must be from {LEAST_EXPONENT} to {MOST_EXPONENT}, got {exponent}",
+            "secure-exponent",
+        )
