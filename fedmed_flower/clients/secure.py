@@ -26,7 +26,17 @@ from fedmed_flower.secure.book import SecureBook, secure_path
 from fedmed_flower.secure.encoding import SecureError, Value, decoded, digest_of_arrays, encoded
 from fedmed_flower.secure.identity import Identity
 from fedmed_flower.secure.member import Member
-from fedmed_flower.secure.parts import BY, CLIPPED, EXAMPLES, LOSS, MODEL, ONES, ROWS, TOTAL, UNIFORM
+from fedmed_flower.secure.parts import (
+    BY,
+    CLIPPED,
+    EXAMPLES,
+    LOSS,
+    MODEL,
+    ONES,
+    ROWS,
+    TOTAL,
+    UNIFORM,
+)
 from fedmed_flower.secure.record import Record
 from fedmed_flower.secure.ring import FIXED
 from fedmed_flower.secure.study import Study
@@ -47,8 +57,6 @@ from fedmed_flower.wire import (
 # What differs from one run or round to the next, and does not make another question.
 _OF_THE_RUN = (RUN_KEY, SERVER_ROUND, LEDGER_DIR)
 _OF_THE_SERVER = ("run-dir", "resume", "round-timeout", "quorum", "grace", "track", "baselines")
-# The vectors by name: 32 and 64 bits.
-WORDS = ("words32", "words64")
 
 
 def member_of(client: MedicalClient, run: str, secure: ConfigRecord) -> Member:
@@ -68,7 +76,8 @@ def member_of(client: MedicalClient, run: str, secure: ConfigRecord) -> Member:
         names = site_names(client.context, site)
         folder = str(secure.get(BOOKS, ""))
         if not folder:
-            raise setting_error("secure sums in a simulation need a run folder: give run-dir", "run-dir")
+            text = "secure sums in a simulation need a run folder: give run-dir"
+            raise setting_error(text, "run-dir")
         identity = Identity.simulated(site.name, run)
         path = Path(folder) / f"{file_name(site.name)}.secure"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,10 +154,9 @@ class SecureReply:
             words[1][layout.start(CLIPPED.name)] = clipped
         with _refused():
             masked = self.member.mask(self.record, self.about, self.asked, words)
-        vectors = {name: Array(vector) for name, vector in zip(WORDS, masked.words, strict=True)}
-        return RecordDict(
-            {MASKED: ArrayRecord(vectors), SECURE: ConfigRecord({LETTER: masked.letter})}
-        )
+        small, large = masked.words
+        record = ArrayRecord({"words32": Array(small), "words64": Array(large)})
+        return RecordDict({MASKED: record, SECURE: ConfigRecord({LETTER: masked.letter})})
 
 
 def _values(
@@ -216,9 +224,7 @@ def asked_of(client: MedicalClient, message: Message) -> dict[str, Value]:
         if name != SECURE
     }
     settings = {
-        key: value
-        for key, value in client.context.run_config.items()
-        if key not in _OF_THE_SERVER
+        key: value for key, value in client.context.run_config.items() if key not in _OF_THE_SERVER
     }
     return {
         "kind": message.metadata.message_type,

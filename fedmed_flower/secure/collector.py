@@ -15,11 +15,11 @@ from fedmed_flower.secure.member import (
     PAIR,
     SEED_BYTES,
     SELF,
-    Words,
     certified,
     promise,
 )
 from fedmed_flower.secure.record import Record
+from fedmed_flower.secure.ring import Words, vectors
 from fedmed_flower.secure.shamir import join
 from fedmed_flower.secure.streams import add_stream, commitment
 
@@ -75,7 +75,7 @@ class Collector:
             raise SecureError("it has sent its vectors already")
         read = self._read(name, letter)
         sizes = self.record.layout.sizes
-        for vector, size, kind in zip(words, sizes, (np.uint32, np.uint64), strict=True):
+        for vector, size, kind in zip(vectors(words), sizes, (np.uint32, np.uint64), strict=True):
             if vector.dtype != kind or vector.shape != (size,):
                 raise SecureError(
                     f"its vector must have {size} words of {np.dtype(kind)}, got "
@@ -86,8 +86,8 @@ class Collector:
         if told.words is None:
             told.words = (words[0].copy(), words[1].copy())
         else:
-            for total, vector in zip(told.words, words, strict=True):
-                np.add(total, vector, out=total)
+            np.add(told.words[0], words[0], out=told.words[0])
+            np.add(told.words[1], words[1], out=told.words[1])
 
     def _read(self, name: str, letter: bytes) -> Letter:
         values = decoded(letter)
@@ -243,7 +243,7 @@ class Collector:
                 masks.append((seed, gone > name))
         words = (chosen.words[0].copy(), chosen.words[1].copy())
         for seed, subtract in masks:
-            for index, vector in enumerate(words):
+            for index, vector in enumerate(vectors(words)):
                 add_stream(vector, seed, index, subtract=subtract)
         return words
 
@@ -253,7 +253,8 @@ class Collector:
         """Return a member's seeds with the lost hospitals: its own words, or from shares."""
         if name in self._answers:
             return dict(self._answers[name]["pairs"])
-        rows = [[self._answers[helper]["shares"][name][gone] for gone in lost] for helper in helpers]
+        told = [self._answers[helper]["shares"][name] for helper in helpers]
+        rows = [[shares[gone] for gone in lost] for shares in told]
         return dict(zip(lost, self._joined(rows, coordinates), strict=True))
 
     @staticmethod

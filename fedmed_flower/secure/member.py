@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from numpy.typing import NDArray
 
 from fedmed_flower.secure.book import SecureBook
 from fedmed_flower.secure.encoding import SecureError, Value, decoded, encoded
 from fedmed_flower.secure.envelopes import seal, unseal
 from fedmed_flower.secure.identity import Identity, verify
 from fedmed_flower.secure.record import Hello, Record
+from fedmed_flower.secure.ring import Words, vectors
 from fedmed_flower.secure.shamir import split
 from fedmed_flower.secure.streams import (
     add_stream,
@@ -35,8 +35,6 @@ SEED_BYTES = 16
 # Uses of seeds, in their commitments.
 SELF = "self"
 PAIR = "pair"
-
-Words = tuple[NDArray[np.uint32], NDArray[np.uint64]]
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ class Member:
             list(record.names),
             encoded(kept),
         )
-        for index, vector in enumerate(words):
+        for index, vector in enumerate(vectors(words)):
             add_stream(vector, own_seed, index)
             for peer in others:
                 add_stream(vector, pairs[peer], index, subtract=peer < name)

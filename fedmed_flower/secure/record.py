@@ -86,7 +86,7 @@ class Hello:
         SecureError
             If a field is missing, unknown or of a wrong type.
         """
-        hello = _made(cls, values, "a hello")
+        hello: Self = _made(cls, values, "a hello")
         if len(hello.key) != _KEY_BYTES or len(hello.run_key) != _KEY_BYTES:
             raise SecureError(f"the hello of {_short(hello.name)} has keys of a wrong length")
         if hello.suite != SUITE:
@@ -228,7 +228,7 @@ class Record:
             raise SecureError("a record must list hellos")
         hellos = tuple(Hello.of(hello) for hello in values["hellos"])
         layout = Layout.of_content(values.get("layout"))
-        record = _made(cls, {**values, "hellos": hellos, "layout": layout}, "a record")
+        record: Self = _made(cls, {**values, "hellos": hellos, "layout": layout}, "a record")
         if record.kind not in (TRAIN, DATA):
             raise SecureError(f"a record must be of kind {TRAIN} or {DATA}, got {record.kind!r}")
         if list(record.names) != sorted(set(record.names)) or not hellos:

@@ -52,7 +52,13 @@ _BITS = 16
 # value leaves the value, rounded to 2^-16, in the low bits of the sum.
 _SHIFT = 1.5 * 2.0**36
 
+Vector = NDArray[np.uint32] | NDArray[np.uint64]
 Words = tuple[NDArray[np.uint32], NDArray[np.uint64]]
+
+
+def vectors(words: Words) -> list[Vector]:
+    """Return the two vectors, that of uint32 first."""
+    return [words[0], words[1]]
 
 
 class Encoded(NamedTuple):
@@ -236,7 +242,7 @@ class Layout:
 
     def start(self, name: str) -> int:
         """Return where a part begins in the vector of its kind."""
-        return next(place.start for part, place in self._places() if part.name == name)
+        return next(int(place.start) for part, place in self._places() if part.name == name)
 
     def encode(
         self,

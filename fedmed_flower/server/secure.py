@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from fedmed_flower.arrays.views import view
 from fedmed_flower.secure.collector import Collector
 from fedmed_flower.secure.encoding import SecureError, Value, decoded, encoded
-from fedmed_flower.secure.member import Words
 from fedmed_flower.secure.record import Hello, Record
-from fedmed_flower.secure.ring import Layout
+from fedmed_flower.secure.ring import Layout, Words
 from fedmed_flower.server.ask import ask_all
 from fedmed_flower.server.inbox import SUM_NODE, Inbox
 from fedmed_flower.wire import (
@@ -185,9 +184,7 @@ class SecureSums:
         for site, reply in self.inbox.sorted_out(
             server_round,
             phase,
-            self.inbox.collect(
-                self.grid, messages, timeout, server_round, phase, minimum, grace
-            ),
+            self.inbox.collect(self.grid, messages, timeout, server_round, phase, minimum, grace),
         ):
             try:
                 collector.add(site, _words(reply.content), _letter(reply.content))

@@ -26,6 +26,7 @@ from fedmed_flower.methods.base import Method
 from fedmed_flower.methods.registry import method_of
 from fedmed_flower.metrics.names import VIRTUAL_SECONDS, is_pooled_only
 from fedmed_flower.metrics.pooling import class_counts, pool
+from fedmed_flower.secure.parts import EXAMPLES
 from fedmed_flower.server.compression import Unpacker, require_one_each
 from fedmed_flower.server.history import History, Stop
 from fedmed_flower.server.inbox import AcceptedReply, Inbox
@@ -40,7 +41,6 @@ from fedmed_flower.server.screening import (
 )
 from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.server.sites import app_name, draw, nobody_left, shortfall, wait_for_sites
-from fedmed_flower.secure.parts import EXAMPLES
 from fedmed_flower.settings.section import MOST_EXPONENT
 from fedmed_flower.settings.secure import OFF, SUM
 from fedmed_flower.strategies import checkpoint as checkpoints
@@ -620,7 +620,7 @@ class FedAvg(flower.FedAvg):
             raise InputError(reason)
 
     def require_summable(self) -> None:
-        """Raise `InputError` if this strategy needs single replies, and secure sums are asked for."""
+        """Raise `InputError` if secure sums are asked for, and single replies are needed."""
         if self.secure == OFF:
             return
         other = self.below

@@ -8,7 +8,15 @@ from collections import deque
 from collections.abc import Collection, Sequence
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 
 from fedmed_flower.arrays import kernels
 from fedmed_flower.arrays.views import view
@@ -140,6 +148,12 @@ class SecureRounds:
             metrics["loss"] = float(opened.values[LOSS][0] / opened.share)
         content = RecordDict({"arrays": model, "metrics": metrics, "config": ConfigRecord()})
         return [reply_of(opened, MessageType.TRAIN, content, inbox)]
+
+    def evaluate(
+        self, messages: Sequence[Message], server_round: int, phase: str, timeout: float
+    ) -> list[Message]:
+        """Evaluate a round; return one reply, the counts of all hospitals, or none."""
+        return []
 
     def _layout(self, sent: ArrayRecord, trained: Collection[str]) -> Layout:
         parts = []

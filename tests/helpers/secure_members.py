@@ -12,7 +12,9 @@ from fedmed_flower.secure.record import TRAIN, Record
 from fedmed_flower.secure.ring import COUNT, FIXED, REAL, Layout, Part
 from fedmed_flower.secure.study import Study
 
-LAYOUT = Layout((Part("model/w", 5, FIXED, 0.5), Part("rows", 2, COUNT), Part("loss", 1, REAL, 8.0)))
+LAYOUT = Layout(
+    (Part("model/w", 5, FIXED, 0.5), Part("rows", 2, COUNT), Part("loss", 1, REAL, 8.0))
+)
 RUN = "run"
 ABOUT = {"model": b"m" * 32}
 
