@@ -141,6 +141,16 @@ def add_stream(
     ------
     InputError
         If the vector has another type, is not contiguous or cannot be written.
+
+    Examples
+    --------
+    >>> vector = np.array([1, 2, 3], np.uint32)
+    >>> add_stream(vector, seed=bytes(16), index=0)
+    >>> int(vector[0]) == 1
+    False
+    >>> add_stream(vector, seed=bytes(16), index=0, subtract=True)
+    >>> vector
+    array([1, 2, 3], dtype=uint32)
     """
     flat = _words(vector)
     operation = np.subtract if subtract else np.add
