@@ -74,6 +74,12 @@ def split(secrets: NDArray[np.uint8], threshold: int, count: int) -> NDArray[np.
     ------
     InputError
         If a number is out of its range, or the array of another type or shape.
+
+    Examples
+    --------
+    >>> shares = split(np.array([[1, 2, 3]], np.uint8), threshold=2, count=3)
+    >>> join(shares[[0, 2]], [1, 3])
+    array([[1, 2, 3]], dtype=uint8)
     """
     _check_bytes("secrets", secrets, 2)
     if not _LEAST_THRESHOLD <= threshold <= count <= _ORDER:

@@ -172,3 +172,9 @@ def test_other_arrays_are_refused():
         join(np.zeros((2, 16), np.uint8), [1, 2])
     with pytest.raises(InputError, match="0 shares"):
         join(np.zeros((0, 1, 16), np.uint8), [])
+
+
+def test_no_secrets_have_empty_shares():
+    shares = split(np.zeros((0, 16), np.uint8), 2, 3)
+    assert shares.shape == (3, 0, 16)
+    assert join(shares[:2], [1, 2]).shape == (0, 16)

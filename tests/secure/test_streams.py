@@ -17,6 +17,7 @@ from fedmed_flower.secure.streams import (
     LABEL,
     SUITE,
     add_stream,
+    add_streams,
     agreed_key,
     commitment,
     envelope_key,
@@ -162,6 +163,20 @@ def test_a_stream_continues_over_blocks(monkeypatch):
     parts = np.zeros(3000, np.uint32)
     add_stream(parts, SEED, 0)
     assert np.array_equal(whole.reshape(-1), parts)
+
+
+@pytest.mark.parametrize("dtype", WORDS)
+def test_many_streams_in_one_pass_are_those_of_many(dtype, monkeypatch):
+    monkeypatch.setattr(streams, "_BLOCK_BYTES", 112)
+    seeds = [bytes([number]) * 16 for number in range(5)]
+    one_by_one = np.arange(1000, dtype=dtype)
+    together = one_by_one.copy()
+    for seed in seeds:
+        add_stream(one_by_one, seed, 1, subtract=seed in seeds[3:])
+    add_streams(together, seeds[:3], seeds[3:], 1)
+    assert np.array_equal(one_by_one, together)
+    add_streams(together, seeds[3:], seeds[:3], 1)
+    assert np.array_equal(together, np.arange(1000))
 
 
 def test_a_long_stream_takes_the_memory_of_one_block():
