@@ -80,6 +80,7 @@ def test_words_are_those_of_the_worked_example():
         (1.0, 1.0, 27),
         # Of the room for 8 sigma 256 steps are kept for the rounding.
         (1.0, (2**31 - 257) / 2**30 / 8 - 0.125, 30),
+        (1.0, (2**31 - 256) / 2**30 / 8 - 0.125, 29),
         (1.0, (2**31 - 255) / 2**30 / 8 - 0.125, 29),
     ],
 )
@@ -298,13 +299,12 @@ def test_sums_of_real_numbers_of_256_hospitals_do_not_overflow():
     values[:, 3] = 2.0**-51
     values[:, 4] = -(2.0**-51)
     values[: sites // 2, 5] = -values[sites // 2 :, 5]
-    values[:, 6] = 2.0**-51 - 2.0**-103
+    values[:, 6] = 2.0**-51 - 2.0**-102
     encodings = [layout.encode({"s": row}) for row in values]
     sums = layout.decode(added(encodings), sites)["s"]
     for column in range(size):
-        total = sum(Fraction(value) for value in values[:, column].tolist())
-        allowed = Fraction(math.ulp(float(total))) + Fraction(sites, 2**103)
-        assert abs(Fraction(sums[column]) - total) <= allowed
+        # A fraction becomes the nearest float. All values are multiples of 2^-102.
+        assert sums[column] == float(sum(Fraction(value) for value in values[:, column].tolist()))
     assert sums[:2].tolist() == [256, -256]
     assert sums[5] == 0
 
@@ -358,23 +358,33 @@ def test_what_does_not_fit_the_layout_is_refused(values, weight, text):
     assert text in str(caught.value)
 
 
+def test_upper_and_lower_words_that_cancel_lose_nothing():
+    layout = Layout((Part("s", 1, REAL, 1.0),))
+    words = np.array([128, 2**64 - 2**59 + 1], np.uint64)
+    sums = layout.decode((np.zeros(0, np.uint32), words), 256)
+    assert sums["s"].tolist() == [2.0**-102]
+
+
 def test_sums_that_no_hospitals_can_have_are_refused():
     layout = Layout((Part("s", 1, REAL, 2.0), Part("rows", 1, COUNT)))
     small = np.zeros(0, np.uint32)
-    sound = [3 << 50, 0, 3 * (2**56 - 1)]
-    assert layout.decode((small, np.array(sound, np.uint64)), 3)["s"].tolist() == [6.0]
-    for place, word in [
-        (0, (3 << 50) + 1),
-        (0, 2**64 - (3 << 50) - 1),
-        (0, 1 << 63),
-        (1, 3 << 51),
-        (1, (3 << 51) + 1),
-        (1, 1 << 63),
+    most = 3 * (2**56 - 1)
+    sound = np.array([3 << 50, 0, most], np.uint64)
+    assert layout.decode((small, sound), 3)["s"].tolist() == [6.0]
+    for upper, lower in [
+        (3 << 50, 3 << 51),
+        (-(3 << 50), -(3 << 51)),
+        # Each of the two is impossible, whatever they are together.
+        ((3 << 50) + 1, -(1 << 52)),
+        (-(3 << 50) - 1, 1 << 52),
+        (0, (3 << 51) + 1),
+        (0, -(3 << 51) - 1),
+        (-(1 << 63), 0),
+        (0, -(1 << 63)),
     ]:
-        wrong = list(sound)
-        wrong[place] = word
+        wrong = np.array([upper % 2**64, lower % 2**64, most], np.uint64)
         with pytest.raises(SecureError, match="sum of part 's' is one that 3 hospitals"):
-            layout.decode((small, np.array(wrong, np.uint64)), 3)
+            layout.decode((small, wrong), 3)
     for word in (3 * (2**56 - 1) + 1, 2**63, 2**64 - 1):
         with pytest.raises(SecureError, match="sum of part 'rows' is one that 3 hospitals"):
             layout.decode((small, np.array([0, 0, word], np.uint64)), 3)
