@@ -51,6 +51,7 @@ _BITS = 16
 # A double in [2^36, 2^37) counts steps of 2^-16. Adding this one to a value below 2^35 in absolute
 # value leaves the value, rounded to 2^-16, in the low bits of the sum.
 _SHIFT = 1.5 * 2.0**36
+_LARGEST_NOISE = 2.0**34
 
 Vector = NDArray[np.uint32] | NDArray[np.uint64]
 Words = tuple[NDArray[np.uint32], NDArray[np.uint64]]
@@ -226,7 +227,8 @@ class Layout:
             raise SecureError(f"a layout has at most {_MOST_PARTS} parts, got {len(content)}")
         try:
             return cls(tuple(_part_of(entry) for entry in content))
-        except InputError as error:
+        # Python writes no whole number of more than 4,300 digits into a text: a ValueError too.
+        except ValueError as error:
             raise SecureError(error) from None
 
     @property
@@ -249,6 +251,7 @@ class Layout:
         values: Mapping[str, NDArray[Any]],
         weight: float = 1.0,
         random: Callable[[int], bytes] = os.urandom,
+        noise: Mapping[str, NDArray[np.float64]] | None = None,
     ) -> Encoded:
         """Return a hospital's values in the ring.
 
@@ -256,40 +259,47 @@ class Layout:
         and rounded up or down, with 16 random bits a value. The number first becomes the nearest
         multiple of 2^-16 of a step; of that the rounding is unbiased, so the mean of many roundings
         is within 2^-17 of a step of the number. The random bits are an AES-128 stream under a new
-        key. A real number is exact to 2^-103 of its bound. Real numbers and counts have no weight.
+        key. Noise is added after the weight and before the one rounding, and is never clipped.
+
+        A real number is exact to 2^-103 of its bound. Real numbers and counts have no weight.
 
         A fixed or real number that is NaN or infinite counts as 0.
 
         Parameters
         ----------
         values : mapping of str to ndarray
-            By the name of the part, in any shape of the part's size. Fixed and real numbers in
-            float32 or float64; counts in whole numbers or in floats without a fraction.
+            By the name of the part, in any shape of the part's size. Fixed numbers in float32 or
+            float64, real numbers also in whole numbers; counts in whole numbers or in floats
+            without a fraction.
         weight : float
             From 0 to 1, such as the hospital's share of all rows.
         random : callable
             Gives the 16 bytes of the key. Anything but `os.urandom` makes the rounding predictable.
+        noise : mapping of str to ndarray, optional
+            This hospital's share of the noise, for all fixed parts with a `sigma` or for some.
 
         Raises
         ------
         InputError
             If a part is missing, unknown or of another size or type; if a count is negative,
-            fractional or 2^56 or more; if the weight is out of range.
+            fractional or 2^56 or more; if the weight is out of range; if noise is for a part
+            without `sigma`, not finite or beyond all room.
         """
         if not 0 <= weight <= 1:
             raise InputError(f"weight must be from 0 to 1, got {weight}")
-        unknown = set(values) - {part.name for part in self.parts}
-        if unknown:
-            raise InputError(f"values of parts that the layout lacks: {sorted(unknown)[0]!r}")
+        # All of it before memory is taken for words: a stranger may have written the layout.
+        arrays = self._arrays(values)
+        noises = self._noises(noise or {})
         small_size, large_size = self.sizes
         small = np.empty(small_size, np.uint32)
         large = np.empty(large_size, np.uint64)
         rounder = _Rounder(random(16))
         clipped = 0
         for part, place in self._places():
-            array = _values_of(values, part)
+            array = arrays[part.name]
             if part.kind == FIXED:
-                clipped += rounder.encode(array, part, weight, small[place])
+                added = noises.get(part.name)
+                clipped += rounder.encode(array, part, weight, added, small[place])
             elif part.kind == REAL:
                 clipped += _encode_real(array, part, large[place])
             else:
@@ -363,7 +373,41 @@ class Layout:
                 return part.name
         return None
 
-    def _places(self) -> Iterator[tuple[Part, slice]]:
+    def start(self, name: str) -> int:
+        """Return where the words of a part begin in the vector of its kind.
+
+        Raises
+        ------
+        InputError
+            If there is no such part.
+        """
+        for part, place in self._places():
+            if part.name == name:
+                return place.start
+        raise InputError(f"the layout has no part {name!r}")
+
+    def _arrays(self, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return the values of each part as a flat array, and refuse those of no part."""
+        self._require_known(values)
+        return {part.name: _values_of(values, part) for part in self.parts}
+
+    def _noises(self, noise: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+        self._require_known(noise)
+        noises = {}
+        for part in self.parts:
+            if part.name not in noise:
+                continue
+            if part.kind != FIXED or not part.sigma:
+                raise InputError(f"there is noise for part {part.name!r}, which has no sigma")
+            noises[part.name] = _values_of(noise, part)
+        return noises
+
+    def _require_known(self, values: Mapping[str, NDArray[Any]]) -> None:
+        unknown = set(values) - {part.name for part in self.parts}
+        if unknown:
+            raise InputError(f"the layout has no part {min(unknown)!r}")
+
+    def _places(self) -> Iterator[tuple[Part, slice[int, int, None]]]:
         """Yield each part with its place in the vector of its kind."""
         small = 0
         large = 0
@@ -389,12 +433,14 @@ def _part_of(entry: Any) -> Part:
 
 
 def _values_of(values: Mapping[str, NDArray[Any]], part: Part) -> NDArray[Any]:
-    """Return a part's values as a flat array, checked for size and, if floats, for type."""
+    """Return a part's values as a flat array of the right size and type."""
     if part.name not in values:
         raise InputError(f"there are no values of part {part.name!r}")
     array = np.asarray(values[part.name])
     if array.size != part.size:
         raise InputError(f"part {part.name!r} has {part.size} values, got {array.size}")
+    if part.kind == REAL and array.dtype.kind in "iu":
+        array = array.astype(np.float64)
     if part.kind != COUNT and array.dtype not in (np.float32, np.float64):
         raise InputError(f"part {part.name!r} must be float32 or float64, got {array.dtype}")
     return array.reshape(-1)
@@ -405,10 +451,21 @@ def _within(values: NDArray[Any], bound: float) -> tuple[NDArray[Any], int]:
     # Usually all are within it, and two passes without a copy tell. NaN fails both comparisons.
     if not values.size or (values.min() >= -bound and values.max() <= bound):
         return values, 0
-    wide = values.astype(np.float64)
+    # Some bits of NaN warn when they are widened.
+    with np.errstate(invalid="ignore"):
+        wide = values.astype(np.float64)
     outside = ~(np.abs(wide) <= bound)
     clipped = np.where(np.isfinite(wide), np.clip(wide, -bound, bound), 0.0)
     return clipped, int(np.count_nonzero(outside))
+
+
+def _steps(noise: NDArray[Any], part: Part) -> NDArray[np.float64]:
+    """Return noise in steps of the ring."""
+    steps: NDArray[np.float64] = np.multiply(noise, part.scale, dtype=np.float64)
+    # Eight times what a sum may be. NaN fails both comparisons.
+    if not (steps.min() >= -_LARGEST_NOISE and steps.max() <= _LARGEST_NOISE):
+        raise InputError(f"the noise of part {part.name!r} is not finite or far beyond its sigma")
+    return steps
 
 
 class _Rounder:
@@ -431,19 +488,32 @@ class _Rounder:
         self._bits = self._numbers.view(np.int64)
 
     def encode(
-        self, values: NDArray[Any], part: Part, weight: float, words: NDArray[np.uint32]
+        self,
+        values: NDArray[Any],
+        part: Part,
+        weight: float,
+        noise: NDArray[Any] | None,
+        words: NDArray[np.uint32],
     ) -> int:
         """Write a part's values as words, and return how many were clipped."""
         # The scale is a power of two, so this is the product with the weight first.
         factor = weight * part.scale
         clipped = 0
         for start in range(0, values.size, _BLOCK):
-            block, outside = _within(values[start : start + _BLOCK], part.bound)
+            place = slice(start, start + _BLOCK)
+            block, outside = _within(values[place], part.bound)
             clipped += outside
-            self._round(block, factor, words[start : start + _BLOCK])
+            added = None if noise is None else _steps(noise[place], part)
+            self._round(block, factor, added, words[place])
         return clipped
 
-    def _round(self, values: NDArray[Any], factor: float, words: NDArray[np.uint32]) -> None:
+    def _round(
+        self,
+        values: NDArray[Any],
+        factor: float,
+        added: NDArray[np.float64] | None,
+        words: NDArray[np.uint32],
+    ) -> None:
         size = values.size
         numbers = self._numbers[:size]
         bits = self._bits[:size]
@@ -452,6 +522,8 @@ class _Rounder:
         np.copyto(random, self._random[:size])
         np.copyto(numbers, values)
         numbers *= factor
+        if added is not None:
+            numbers += added
         numbers += _SHIFT
         # From here on a whole number of 2^-16 steps. What lies above its 48 bits is dropped below.
         bits += random

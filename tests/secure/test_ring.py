@@ -3,6 +3,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.secure.encoding import SecureError, decoded, digest, encoded
@@ -79,6 +80,7 @@ def test_words_are_those_of_the_worked_example():
         (1.0, 1.0, 27),
         # Of the room for 8 sigma 256 steps are kept for the rounding.
         (1.0, (2**31 - 257) / 2**30 / 8 - 0.125, 30),
+        (1.0, (2**31 - 256) / 2**30 / 8 - 0.125, 29),
         (1.0, (2**31 - 255) / 2**30 / 8 - 0.125, 29),
     ],
 )
@@ -202,6 +204,13 @@ def test_values_beyond_the_bound_are_clipped_and_counted():
     assert np.isnan(values["w"][6])
 
 
+def test_all_kinds_of_nan_count_as_zero():
+    bits = np.array([0x7F800001, 0x7FC00000, 0xFFC00001, 0xFF800001] * 20, np.uint32)
+    result = fixed(80).encode({"w": bits.view(np.float32)})
+    assert result.clipped == 80
+    assert not result.words[0].any()
+
+
 def test_values_beyond_the_bound_are_counted_in_every_block():
     values = np.zeros(100_000, np.float32)
     values[[0, 40_000, 99_999]] = 1
@@ -290,13 +299,12 @@ def test_sums_of_real_numbers_of_256_hospitals_do_not_overflow():
     values[:, 3] = 2.0**-51
     values[:, 4] = -(2.0**-51)
     values[: sites // 2, 5] = -values[sites // 2 :, 5]
-    values[:, 6] = 2.0**-51 - 2.0**-103
+    values[:, 6] = 2.0**-51 - 2.0**-102
     encodings = [layout.encode({"s": row}) for row in values]
     sums = layout.decode(added(encodings), sites)["s"]
     for column in range(size):
-        total = sum(Fraction(value) for value in values[:, column].tolist())
-        allowed = Fraction(math.ulp(float(total))) + Fraction(sites, 2**103)
-        assert abs(Fraction(sums[column]) - total) <= allowed
+        # A fraction becomes the nearest float. All values are multiples of 2^-102.
+        assert sums[column] == float(sum(Fraction(value) for value in values[:, column].tolist()))
     assert sums[:2].tolist() == [256, -256]
     assert sums[5] == 0
 
@@ -337,7 +345,7 @@ def test_what_is_no_count_is_refused(values, text):
         ({"w": np.zeros(2)}, -0.1, "weight must be from 0 to 1, got -0.1"),
         ({"w": np.zeros(2)}, math.nan, "weight must be from 0 to 1, got nan"),
         ({}, 1, "no values of part 'w'"),
-        ({"w": np.zeros(2), "v": np.zeros(2)}, 1, "that the layout lacks: 'v'"),
+        ({"w": np.zeros(2), "v": np.zeros(2)}, 1, "the layout has no part 'v'"),
         ({"w": np.zeros(3)}, 1, "part 'w' has 2 values, got 3"),
         ({"w": np.zeros(2, int)}, 1, "part 'w' must be float32 or float64, got int64"),
         ({"w": np.zeros(2, np.float16)}, 1, "part 'w' must be float32 or float64, got float16"),
@@ -350,23 +358,33 @@ def test_what_does_not_fit_the_layout_is_refused(values, weight, text):
     assert text in str(caught.value)
 
 
+def test_upper_and_lower_words_that_cancel_lose_nothing():
+    layout = Layout((Part("s", 1, REAL, 1.0),))
+    words = np.array([128, 2**64 - 2**59 + 1], np.uint64)
+    sums = layout.decode((np.zeros(0, np.uint32), words), 256)
+    assert sums["s"].tolist() == [2.0**-102]
+
+
 def test_sums_that_no_hospitals_can_have_are_refused():
     layout = Layout((Part("s", 1, REAL, 2.0), Part("rows", 1, COUNT)))
     small = np.zeros(0, np.uint32)
-    sound = [3 << 50, 0, 3 * (2**56 - 1)]
-    assert layout.decode((small, np.array(sound, np.uint64)), 3)["s"].tolist() == [6.0]
-    for place, word in [
-        (0, (3 << 50) + 1),
-        (0, 2**64 - (3 << 50) - 1),
-        (0, 1 << 63),
-        (1, 3 << 51),
-        (1, (3 << 51) + 1),
-        (1, 1 << 63),
+    most = 3 * (2**56 - 1)
+    sound = np.array([3 << 50, 0, most], np.uint64)
+    assert layout.decode((small, sound), 3)["s"].tolist() == [6.0]
+    for upper, lower in [
+        (3 << 50, 3 << 51),
+        (-(3 << 50), -(3 << 51)),
+        # Each of the two is impossible, whatever they are together.
+        ((3 << 50) + 1, -(1 << 52)),
+        (-(3 << 50) - 1, 1 << 52),
+        (0, (3 << 51) + 1),
+        (0, -(3 << 51) - 1),
+        (-(1 << 63), 0),
+        (0, -(1 << 63)),
     ]:
-        wrong = list(sound)
-        wrong[place] = word
+        wrong = np.array([upper % 2**64, lower % 2**64, most], np.uint64)
         with pytest.raises(SecureError, match="sum of part 's' is one that 3 hospitals"):
-            layout.decode((small, np.array(wrong, np.uint64)), 3)
+            layout.decode((small, wrong), 3)
     for word in (3 * (2**56 - 1) + 1, 2**63, 2**64 - 1):
         with pytest.raises(SecureError, match="sum of part 'rows' is one that 3 hospitals"):
             layout.decode((small, np.array([0, 0, word], np.uint64)), 3)
@@ -515,6 +533,7 @@ def test_content_comes_back_and_has_one_digest():
         ([["w", 1, "fixed", 1.0, [0.0]]], "got str, int, str, float, list"),
         ([["w", -1, "fixed", 1.0, 0.0]], "must be from 0 to 2^31, got -1"),
         ([["w", 10**400, "fixed", 1.0, 0.0]], "must be from 0 to 2^31"),
+        ([["w", 10**5000, "fixed", 1.0, 0.0]], "4300 digits"),
         ([["w", 1, "fixed", 1.5, 0.0]], "must be a power of two"),
         ([["w", 1, "fixed", 1.0, math.inf]], "sigma of part 'w'"),
         ([["w", 1, "other", 1.0, 0.0]], "must be one of fixed, count, real, got 'other'"),
@@ -549,3 +568,160 @@ def test_an_empty_layout_has_no_words():
         "s": 0,
         "n": 0,
     }
+
+
+def test_a_part_is_found_in_the_vector_of_its_kind():
+    layout = Layout(
+        (
+            Part("a", 3, FIXED, 1.0),
+            Part("s", 2, REAL, 1.0),
+            Part("b", 1, FIXED, 1.0),
+            Part("rows", 1, COUNT),
+        )
+    )
+    assert [layout.start(name) for name in ("a", "s", "b", "rows")] == [0, 0, 3, 4]
+    with pytest.raises(InputError, match="the layout has no part 'c'"):
+        layout.start("c")
+
+
+def test_real_numbers_may_be_whole():
+    layout = Layout((Part("s", 2, REAL, 64.0),))
+    words = layout.encode({"s": np.array([35, -64])}).words
+    assert layout.decode(words, 1)["s"].tolist() == [35, -64]
+
+
+def test_noise_comes_after_clip_and_weight_and_is_not_clipped():
+    layout = Layout((Part("w", 3, FIXED, 1.0, sigma=1.0), Part("b", 1, FIXED, 1.0)))
+    values = {"w": np.float32([9.0, math.nan, -0.5]), "b": np.zeros(1)}
+    noise = {"w": np.array([[2.0], [-3.0], [0.25]])}
+    result = layout.encode(values, 0.5, noise=noise)
+    assert result.clipped == 2
+    assert layout.decode(result.words, 1)["w"].tolist() == [2.5, -3.0, 0.0]
+
+
+def test_noised_values_are_rounded_once():
+    size = 100_000
+    part = Part("w", size, FIXED, 2.0**-4, sigma=2.0**-6)
+    rng = np.random.default_rng(8)
+    values = rng.uniform(-(2.0**-4), 2.0**-4, size)
+    noise = rng.normal(0, part.sigma, size)
+    layout = Layout((part,))
+    words = layout.encode({"w": values}, 0.3, seeded(1), {"w": noise}).words[0].view(np.int32)
+    errors = words - (values * 0.3 + noise) * part.scale
+    assert np.abs(errors).max() < 1
+    # Twice rounded, the variance would be 1/3.
+    assert errors.var() == pytest.approx(1 / 6, abs=4 * math.sqrt(0.04 / size))
+
+
+@pytest.mark.parametrize(
+    ("noise", "text"),
+    [
+        ({"b": np.zeros(1)}, "noise for part 'b', which has no sigma"),
+        ({"rows": np.zeros(1)}, "noise for part 'rows', which has no sigma"),
+        ({"c": np.zeros(1)}, "the layout has no part 'c'"),
+        ({"w": np.zeros(3)}, "part 'w' has 2 values, got 3"),
+        ({"w": np.array([0, math.nan])}, "noise of part 'w' is not finite or far beyond"),
+        ({"w": np.array([math.inf, 0])}, "noise of part 'w' is not finite or far beyond"),
+        ({"w": np.array([0, -1e6])}, "noise of part 'w' is not finite or far beyond"),
+    ],
+)
+def test_noise_that_does_not_fit_is_refused(noise, text):
+    layout = Layout(
+        (Part("w", 2, FIXED, 1.0, sigma=1.0), Part("b", 1, FIXED, 1.0), Part("rows", 1, COUNT))
+    )
+    values = {"w": np.zeros(2), "b": np.zeros(1), "rows": np.zeros(1)}
+    with pytest.raises(InputError) as caught:
+        layout.encode(values, noise=noise)
+    assert text in str(caught.value)
+
+
+def test_a_layout_of_other_sizes_is_refused_before_memory_is_taken(monkeypatch):
+    layout = Layout((Part("w", 2, FIXED, 1.0), Part("s", 2**30, REAL, 1.0)))
+    monkeypatch.setattr(np, "empty", None)
+    with pytest.raises(InputError, match="part 's' has 1073741824 values, got 2"):
+        layout.encode({"w": np.zeros(2), "s": np.zeros(2)})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_words_follow_from_the_key_over_all_blocks_and_parts(dtype):
+    # Sizes about one block of 32,768, which the stream crosses without a gap.
+    sizes = [1, 32_767, 32_768, 0, 32_769, 65_537]
+    layout = Layout(tuple(Part(f"p{i}", n, FIXED, 2.0**-4) for i, n in enumerate(sizes)))
+    rng = np.random.default_rng(11)
+    values = {f"p{i}": rng.uniform(-0.0625, 0.0625, n).astype(dtype) for i, n in enumerate(sizes)}
+    key = rng.bytes(16)
+    words = layout.encode(values, 0.3, lambda length: key[:length]).words[0]
+    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+    random = np.frombuffer(stream.update(bytes(2 * sum(sizes))), "<u2").astype(np.int64)
+    every = np.concatenate([values[part.name].astype(np.float64) for part in layout.parts])
+    fine = np.rint(every * 0.3 * 2.0**34 * 2**16).astype(np.int64)
+    assert (words.view(np.int32) == (fine + random) // 2**16).all()
+
+
+def random_layout(rng):
+    parts = []
+    for number in range(rng.integers(1, 12)):
+        kind = [FIXED, COUNT, REAL][rng.integers(3)]
+        bound = 0.0 if kind == COUNT else 2.0 ** int(rng.integers(-40, 41))
+        sigma = bound * rng.uniform(0, 3) if kind == FIXED and rng.random() < 0.5 else 0.0
+        size = 0 if rng.random() < 0.1 else int(rng.integers(1, 20))
+        parts.append(Part(f"part {number}", size, kind, bound, sigma))
+    return Layout(tuple(parts))
+
+
+def random_values(layout, rng):
+    values = {}
+    for part in layout.parts:
+        if part.kind == COUNT:
+            values[part.name] = rng.integers(0, 2 ** int(rng.integers(1, 57)), part.size)
+            continue
+        # About one in five is beyond the bound.
+        array = rng.normal(0, part.bound * 0.8, part.size)
+        array[rng.random(part.size) < 0.03] = rng.choice([math.nan, math.inf, -math.inf])
+        values[part.name] = array.astype(rng.choice(["float32", "float64"]))
+    return values
+
+
+def clipped_in_python(value, bound):
+    if not math.isfinite(value):
+        return 0.0, 1
+    return min(max(value, -bound), bound), int(abs(value) > bound)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_layouts_give_the_sums_of_fractions(seed):
+    rng = np.random.default_rng([22, seed])
+    layout = Layout.of_content(decoded(encoded(random_layout(rng).content())))
+    sites = int(rng.integers(3, 13))
+    weights = rng.dirichlet(np.ones(sites))
+    everything = [random_values(layout, rng) for _ in range(sites)]
+    encodings = [
+        layout.encode(values, float(weight), seeded([seed, site]))
+        for site, (values, weight) in enumerate(zip(everything, weights, strict=True))
+    ]
+    # Masks that cancel leave no trace.
+    small, large = added(encodings)
+    masks = [rng.integers(0, 2**32, small.size, np.uint32) for _ in range(2)]
+    small = small + masks[0] - masks[1] + masks[1] - masks[0]
+    sums = layout.decode((small, large), sites)
+    assert layout.excess(sums, sites) is None
+    wild = 0
+    for part in layout.parts:
+        for row in range(part.size):
+            column = [values[part.name][row].item() for values in everything]
+            total = sums[part.name][row].item()
+            if part.kind == COUNT:
+                assert total == sum(column)
+                continue
+            within = [clipped_in_python(value, part.bound) for value in column]
+            wild += sum(outside for _, outside in within)
+            if part.kind == REAL:
+                exact = sum(Fraction(value) for value, _ in within)
+                allowed = Fraction(math.ulp(float(exact))) + sites * Fraction(part.bound) / 2**103
+                assert abs(Fraction(total) - exact) <= allowed
+            else:
+                terms = [value * float(w) for (value, _), w in zip(within, weights, strict=True)]
+                exact = sum(Fraction(term) for term in terms)
+                assert abs(Fraction(total) - exact) < sites / Fraction(part.scale)
+                assert (Fraction(total) * Fraction(part.scale)).denominator == 1
+    assert sum(each.clipped for each in encodings) == wild
