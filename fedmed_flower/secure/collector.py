@@ -21,7 +21,7 @@ from fedmed_flower.secure.member import (
 from fedmed_flower.secure.record import Record
 from fedmed_flower.secure.ring import Words, vectors
 from fedmed_flower.secure.shamir import join
-from fedmed_flower.secure.streams import add_stream, commitment
+from fedmed_flower.secure.streams import add_streams, commitment
 
 _DIGEST_BYTES = 32
 
@@ -230,21 +230,21 @@ class Collector:
             [[self._answers[helper]["self"][name] for name in members] for helper in helpers],
             coordinates,
         )
-        masks: list[tuple[bytes, bool]] = []
+        added: list[bytes] = []
+        subtracted: list[bytes] = []
         for name, seed in zip(members, seeds, strict=True):
             if commitment(seed, SELF, name, name) != chosen.letters[name].commitments[name]:
                 raise SecureError(f"the shares of {name}'s seed make another seed")
-            masks.append((seed, True))
+            subtracted.append(seed)
         for name in members:
             for gone, seed in self._pairs(name, lost, helpers, coordinates).items():
                 committed = chosen.letters[name].commitments[gone]
                 if commitment(seed, PAIR, name, gone) != committed:
                     raise SecureError(f"the shares of {name}'s seed with {gone} make another seed")
-                masks.append((seed, gone > name))
+                (subtracted if gone > name else added).append(seed)
         words = (chosen.words[0].copy(), chosen.words[1].copy())
-        for seed, subtract in masks:
-            for index, vector in enumerate(vectors(words)):
-                add_stream(vector, seed, index, subtract=subtract)
+        for index, vector in enumerate(vectors(words)):
+            add_streams(vector, added, subtracted, index)
         return words
 
     def _pairs(

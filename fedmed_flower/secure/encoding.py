@@ -30,12 +30,12 @@ def encoded(value: Value) -> bytes:
 
     Each value is a letter for its type, the length of what follows in 8 bytes, and its bytes: whole
     numbers in decimal digits, floats in 8 bytes, texts in UTF-8 after NFC, mappings as pairs in the
-    order of their keys. Values that differ in type have other bytes: 1, 1.0 and True are three.
+    order of their keys' bytes. Values that differ in type have other bytes: 1, 1.0 and True are three.
 
     Raises
     ------
     InputError
-        If the value is NaN, or of another type.
+        If the value is NaN, of another type, no Unicode, or a mapping with one key twice.
     """
     return b"".join(_pieces(value, 0))
 
@@ -55,12 +55,17 @@ def _pieces(value: Value, depth: int) -> list[bytes]:
         # Both zeros are equal.
         return _piece(_FLOAT, struct.pack(">d", float(value) + 0.0))
     if isinstance(value, str):
-        return _piece(_TEXT, unicodedata.normalize("NFC", value).encode())
+        try:
+            return _piece(_TEXT, unicodedata.normalize("NFC", value).encode())
+        except UnicodeEncodeError as error:
+            raise InputError(f"a text that is no Unicode has no canonical bytes: {error}") from None
     if isinstance(value, bytes | bytearray | memoryview):
         return _piece(_BYTES, bytes(value))
     if isinstance(value, Mapping):
-        pairs = sorted((encoded(_text(key)), value[key]) for key in value)
-        inner = [piece for key, item in pairs for piece in (key, *_pieces(item, depth + 1))]
+        pairs = {encoded(_text(key)): item for key, item in value.items()}
+        if len(pairs) < len(value):
+            raise InputError("two keys of a mapping are one text in NFC")
+        inner = [piece for key in sorted(pairs) for piece in (key, *_pieces(pairs[key], depth + 1))]
         return _piece(_MAP, b"".join(inner))
     if isinstance(value, Sequence):
         return _piece(_LIST, b"".join(p for item in value for p in _pieces(item, depth + 1)))
@@ -138,5 +143,5 @@ def digest_of_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
         whole = np.ascontiguousarray(array)
         flat = whole.reshape(-1).view(np.uint8).data if whole.size else b""
         inside = hashlib.new("sha512_256", flat).digest()
-        content[name] = [whole.dtype.str, list(whole.shape), inside]
+        content[name] = [whole.dtype.str, list(np.shape(array)), inside]
     return digest(content)

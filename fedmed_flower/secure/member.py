@@ -23,7 +23,7 @@ from fedmed_flower.secure.record import Hello, Record
 from fedmed_flower.secure.ring import Words, vectors
 from fedmed_flower.secure.shamir import split
 from fedmed_flower.secure.streams import (
-    add_stream,
+    add_streams,
     agreed_key,
     commitment,
     envelope_key,
@@ -186,10 +186,10 @@ class Member:
             list(record.names),
             encoded(kept),
         )
+        added = [own_seed, *(pairs[peer] for peer in others if peer > name)]
+        subtracted = [pairs[peer] for peer in others if peer < name]
         for index, vector in enumerate(vectors(words)):
-            add_stream(vector, own_seed, index)
-            for peer in others:
-                add_stream(vector, pairs[peer], index, subtract=peer < name)
+            add_streams(vector, added, subtracted, index)
         commitments = {peer: commitment(pairs[peer], PAIR, name, peer) for peer in others}
         commitments[name] = commitment(own_seed, SELF, name, name)
         letter: dict[str, Value] = {

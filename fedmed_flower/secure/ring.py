@@ -242,10 +242,6 @@ class Layout:
         """Return the part of a name; StopIteration if there is none."""
         return next(part for part in self.parts if part.name == name)
 
-    def start(self, name: str) -> int:
-        """Return where a part begins in the vector of its kind."""
-        return next(int(place.start) for part, place in self._places() if part.name == name)
-
     def encode(
         self,
         values: Mapping[str, NDArray[Any]],

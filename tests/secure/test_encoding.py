@@ -91,7 +91,14 @@ def test_deep_nesting_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(float("nan"), "NaN"), (object(), "type object"), ({1: 2}, "a key must")]
+    ("value", "text"),
+    [
+        (float("nan"), "NaN"),
+        (object(), "type object"),
+        ({1: 2}, "a key must"),
+        ("\ud800", "no Unicode"),
+        ({"é": 1, "e\u0301": 2}, "one text in NFC"),
+    ],
 )
 def test_what_has_no_bytes_is_refused(value, text):
     with pytest.raises(InputError, match=text):

@@ -1,11 +1,21 @@
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import secure_members
-from secure_members import ABOUT, LAYOUT, RUN, expected, masked_by, members_of, names_of, record_of
-from secure_members import subsets, summed
+from secure_members import (
+    ABOUT,
+    LAYOUT,
+    RUN,
+    expected,
+    masked_by,
+    members_of,
+    names_of,
+    record_of,
+    subsets,
+    summed,
+)
 
 from fedmed_flower.secure import member as member_module
 from fedmed_flower.secure.collector import Collector
@@ -15,11 +25,6 @@ from fedmed_flower.secure.member import Member
 from fedmed_flower.secure.record import DATA, Record
 from fedmed_flower.secure.streams import stream_key
 from fedmed_flower.secure.study import Study
-
-
-def ask_anew(monkeypatch, number):
-    """Make the next sums another question."""
-    monkeypatch.setattr(secure_members, "ABOUT", {"model": b"m" * 32, "number": number})
 
 
 def assert_sums(members, record, lost_before, lost_after, about):
@@ -52,8 +57,8 @@ def summed_from(members, record, collector, lost_after=()):
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 6])
-def test_every_tolerated_pattern_of_losses_gives_the_sum_to_the_bit(tmp_path, count):
-    members = members_of(tmp_path, count)
+def test_every_tolerated_pattern_of_losses_gives_the_sum_to_the_bit(folder, count):
+    members = members_of(folder, count)
     study = next(iter(members.values())).study
     names = names_of(count)
     hellos = [members[name].hello(RUN) for name in names]
@@ -73,14 +78,14 @@ def test_every_tolerated_pattern_of_losses_gives_the_sum_to_the_bit(tmp_path, co
 
 
 @pytest.mark.slow
-def test_drawn_patterns_of_losses_of_seven_to_twelve(tmp_path):
+def test_drawn_patterns_of_losses_of_seven_to_twelve(folder):
     draws = random.Random(7)
     for number in range(200):
         count = 7 + number % 6
         colluders = draws.choice([0, 1, 2])
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        members = members_of(folder, count, colluders=colluders)
+        place = folder / str(number)
+        place.mkdir()
+        members = members_of(place, count, colluders=colluders)
         study = next(iter(members.values())).study
         names = names_of(count)
         before = draws.sample(names, draws.randint(0, study.tolerated))
@@ -89,14 +94,14 @@ def test_drawn_patterns_of_losses_of_seven_to_twelve(tmp_path):
         assert_sums(members, record_of(members), before, after, {"number": number})
 
 
-def test_one_loss_too_many_opens_nothing(tmp_path):
-    members = members_of(tmp_path, 5)
+def test_one_loss_too_many_opens_nothing(folder):
+    members = members_of(folder, 5)
     with pytest.raises(SecureError, match="at least 4 hospitals, and this one is over 3"):
         summed(members, record_of(members), lost_before=["h00", "h01"])
 
 
-def test_too_few_answers_open_nothing(tmp_path):
-    members = members_of(tmp_path, 5)
+def test_too_few_answers_open_nothing(folder):
+    members = members_of(folder, 5)
     with pytest.raises(SecureError, match="3 hospitals have sent their shares, and 4 must"):
         summed(members, record_of(members), lost_after=["h00", "h01"])
 
@@ -114,7 +119,9 @@ def opened_sets(honest, count, threshold, answered):
     colluders = count - honest
 
     def own_known(i):
-        shares = sum(answered[l] is not None and i in answered[l] for l in range(honest))
+        shares = sum(
+            answered[member] is not None and i in answered[member] for member in range(honest)
+        )
         return colluders + shares >= threshold
 
     def pair_known(i, j):
@@ -122,8 +129,10 @@ def opened_sets(honest, count, threshold, answered):
             if answered[one] is not None and other not in answered[one]:
                 return True
             shares = sum(
-                answered[l] is not None and one in answered[l] and other not in answered[l]
-                for l in range(honest)
+                answered[member] is not None
+                and one in answered[member]
+                and other not in answered[member]
+                for member in range(honest)
             )
             if colluders + shares >= threshold:
                 return True
@@ -163,7 +172,7 @@ def exposed(count, colluders, certified):
     everybody = frozenset(range(count))
     cases = 0
     bad = []
-    for view in itertools.product(*(views(count, l, needed) for l in range(honest))):
+    for view in itertools.product(*(views(count, member, needed) for member in range(honest))):
         cases += 1
         answered = list(view)
         if certified:
@@ -192,19 +201,19 @@ def test_no_pattern_of_answers_opens_another_sum_of_six():
     assert bad == []
 
 
-@pytest.mark.parametrize(("count", "colluders"), [(4, 1), (5, 0)])
-def test_without_signatures_a_hospital_would_be_exposed(count, colluders):
+@pytest.mark.parametrize(("count", "colluders", "smallest"), [(5, 0, 1), (5, 1, 2)])
+def test_without_signatures_a_hospital_would_be_exposed(count, colluders, smallest):
     _, bad = exposed(count, colluders, certified=False)
-    assert min(len(one) for _, opened in bad for one in opened) == 1
+    assert min(len(one) for _, opened in bad for one in opened) == smallest
 
 
-def test_members_answer_as_the_enumeration_says(tmp_path):
+def test_members_answer_as_the_enumeration_says(folder):
     # Four hospitals, one of which works with the server: it tells each its own set.
     draws = random.Random(3)
-    for number in range(12):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        members = members_of(folder, 5)
+    for number in range(6):
+        place = folder / str(number)
+        place.mkdir()
+        members = members_of(place, 5)
         record = record_of(members)
         collector = Collector(record)
         for index, name in enumerate(record.names):
@@ -238,8 +247,8 @@ def test_members_answer_as_the_enumeration_says(tmp_path):
     "change",
     [{"model": b"m" * 31 + b"n"}, {"settings": {"learning-rate": 0.1}}, {"filter": "age > 50"}],
 )
-def test_hospitals_that_are_told_differently_open_nothing_and_are_named(tmp_path, change):
-    members = members_of(tmp_path, 5)
+def test_hospitals_that_are_told_differently_open_nothing_and_are_named(folder, change):
+    members = members_of(folder, 5)
     record = record_of(members)
     collector = Collector(record)
     for index, name in enumerate(record.names):
@@ -252,8 +261,8 @@ def test_hospitals_that_are_told_differently_open_nothing_and_are_named(tmp_path
     assert "told something else than the others" in collector.problems["h01"]
 
 
-def test_an_envelope_from_a_hospital_that_was_told_differently_names_it(tmp_path):
-    members = members_of(tmp_path, 3)
+def test_an_envelope_from_a_hospital_that_was_told_differently_names_it(folder):
+    members = members_of(folder, 3)
     record = record_of(members)
     letters = {}
     for index, name in enumerate(record.names):
@@ -265,40 +274,37 @@ def test_an_envelope_from_a_hospital_that_was_told_differently_names_it(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["train", DATA])
-def test_the_same_question_with_one_hospital_fewer_is_refused(tmp_path, kind):
-    members = members_of(tmp_path, 5)
+def test_the_same_question_with_one_hospital_fewer_is_refused(folder, kind):
+    members = members_of(folder, 5)
     summed(members, record_of(members, kind=kind))
     fewer = names_of(4)
-    again = {
-        "a new nonce": record_of(members, fewer, nonce=b"x" * 16, kind=kind),
-        "a later round": record_of(members, fewer, nonce=b"y" * 16, kind=kind, server_round=2),
-    }
-    hellos = [members[name].hello("another run") for name in fewer]
-    again["a new run"] = record_of(members, hellos=hellos, nonce=b"z" * 16, kind=kind)
-    for record in again.values():
+    for run, server_round in ((RUN, 1), (RUN, 2), ("another run", 1)):
+        hellos = [members[name].hello(run) for name in fewer]
+        record = record_of(members, hellos=hellos, nonce=b"x" * 16, kind=kind)
+        record = replace(record, server_round=server_round)
         with pytest.raises(SecureError, match="settled over h00, h01, h02, h03, h04"):
             masked_by(members["h00"], record, 0)
     # All of them may be asked again.
     again = record_of(members, nonce=b"w" * 16, kind=kind)
-    sums, remaining = summed(members, again)
+    _, remaining = summed(members, again)
     assert remaining == names_of(5)
 
 
-def test_questions_about_data_are_opened_over_one_set_for_good(tmp_path):
-    members = members_of(tmp_path, 5)
+def test_questions_about_data_are_opened_over_one_set_for_good(folder):
+    members = members_of(folder, 5)
     summed(members, record_of(members, kind=DATA))
     record = record_of(members, kind=DATA, nonce=b"x" * 16, purpose="count")
+    other = {"another": "question"}
+    collector = Collector(record)
+    for index, name in enumerate(record.names[:4]):
+        masked = masked_by(members[name], record, index, other, other)
+        collector.add(name, masked.words, masked.letter)
     with pytest.raises(SecureError, match="h00, h01, h02, h03, h04"):
-        other = {"another": "question"}
-        collector = Collector(record)
-        for index, name in enumerate(record.names[:4]):
-            masked = masked_by(members[name], record, index, other, other)
-            collector.add(name, masked.words, masked.letter)
         summed_from(members, record, collector)
 
 
-def test_a_masked_reply_is_not_made_twice_and_answers_stay_the_same(tmp_path):
-    members = members_of(tmp_path, 5)
+def test_a_masked_reply_is_not_made_twice_and_answers_stay_the_same(folder):
+    members = members_of(folder, 5)
     record = record_of(members)
     collector = Collector(record)
     for index, name in enumerate(record.names):
@@ -318,17 +324,17 @@ def changed(record, **fields):
     return Record.from_bytes(encoded(record.values() | fields))
 
 
-def hello_of(record, name, **fields):
+def hello_of(record, whose, **fields):
     """Return the hellos of a record as plain values, one of them changed and not signed anew."""
     hellos = [hello.values() for hello in record.hellos]
     for hello in hellos:
-        if hello["name"] == name:
+        if hello["name"] == whose:
             hello.update(fields)
     return sorted(hellos, key=lambda hello: hello["name"])
 
 
-def test_what_a_server_says_otherwise_is_refused_and_named(tmp_path):
-    members = members_of(tmp_path, 5, least=3, colluders=1)
+def test_what_a_server_says_otherwise_is_refused_and_named(folder):
+    members = members_of(folder, 5, least=3, colluders=1)
     record = record_of(members)
     own = members["h00"]
     stranger = Identity.simulated("h09", RUN)
@@ -358,8 +364,8 @@ def test_what_a_server_says_otherwise_is_refused_and_named(tmp_path):
     own.require_sound(record)
 
 
-def test_wishes_of_another_hospital_bind_all_and_ones_own_are_the_least(tmp_path):
-    members = members_of(tmp_path, 6, least=3, colluders=1)
+def test_wishes_of_another_hospital_bind_all_and_ones_own_are_the_least(folder):
+    members = members_of(folder, 6, least=3, colluders=1)
     careful = members["h01"]
     careful.study = Study.of("study", careful.study.members, least=4, colluders=2)
     record = record_of(members)
@@ -371,12 +377,12 @@ def test_wishes_of_another_hospital_bind_all_and_ones_own_are_the_least(tmp_path
     )
     with pytest.raises(SecureError, match="the hello of h01"):
         members["h00"].require_sound(Record.from_bytes(relaxed))
-    with pytest.raises(SecureError, match="the hello of h01|of h01 is not what"):
+    with pytest.raises(SecureError, match="the hello of h01"):
         careful.require_sound(Record.from_bytes(relaxed))
 
 
-def test_those_that_tell_their_own_figures_do_not_hide_others(tmp_path):
-    members = members_of(tmp_path, 5)
+def test_those_that_tell_their_own_figures_do_not_hide_others(folder):
+    members = members_of(folder, 5)
     hellos = [members[name].hello(RUN, tells=name in ("h03", "h04")) for name in names_of(5)]
     record = Record.of_hellos(
         hellos,
@@ -393,16 +399,16 @@ def test_those_that_tell_their_own_figures_do_not_hide_others(tmp_path):
         members["h00"].require_sound(record)
 
 
-def test_an_old_hello_is_void_after_a_new_one(tmp_path):
-    members = members_of(tmp_path, 4)
+def test_an_old_hello_is_void_after_a_new_one(folder):
+    members = members_of(folder, 4)
     record = record_of(members)
     members["h00"].hello(RUN)
     with pytest.raises(SecureError, match="is not its key of the run"):
         members["h00"].require_sound(record)
 
 
-def test_a_peer_whose_book_was_restored_is_refused(tmp_path):
-    members = members_of(tmp_path, 4)
+def test_a_peer_whose_book_was_restored_is_refused(folder):
+    members = members_of(folder, 4)
     old = members["h01"].hello(RUN)
     new = members["h01"].hello(RUN)
     others = [members[name].hello(RUN) for name in ("h00", "h02", "h03")]
@@ -411,8 +417,8 @@ def test_a_peer_whose_book_was_restored_is_refused(tmp_path):
         members["h00"].require_sound(record_of(members, hellos=[old, *others]))
 
 
-def test_answers_are_refused_if_anything_is_missing_or_swapped(tmp_path):
-    members = members_of(tmp_path, 5)
+def test_answers_are_refused_if_anything_is_missing_or_swapped(folder):
+    members = members_of(folder, 5)
     record = record_of(members)
     collector = Collector(record)
     for index, name in enumerate(record.names[:4]):
@@ -440,12 +446,12 @@ def test_answers_are_refused_if_anything_is_missing_or_swapped(tmp_path):
     swapped = envelopes | {"h01": envelopes["h02"], "h02": envelopes["h01"]}
     refused("h01", envelopes=swapped, signatures=signed)
     refused("envelope of h03 is missing", envelopes={**envelopes, "h03": None}, signatures=signed)
-    refused("digest", digest=b"d" * 32, signatures=signed)
+    refused("did not begin here", digest=b"d" * 32, signatures=signed)
     own.unmask(digest, envelopes, remaining, signed)
 
 
-def test_the_server_refuses_what_cannot_be_used(tmp_path):
-    members = members_of(tmp_path, 4)
+def test_the_server_refuses_what_cannot_be_used(folder):
+    members = members_of(folder, 4)
     record = record_of(members)
     collector = Collector(record)
     masked = masked_by(members["h00"], record, 0)
@@ -471,8 +477,8 @@ def swap_owner(letter, old, new):
     return encoded(letter | {"envelopes": envelopes})
 
 
-def test_a_wrong_common_mask_is_named_before_anything_opens(tmp_path, monkeypatch):
-    members = members_of(tmp_path, 4)
+def test_a_wrong_common_mask_is_named_before_anything_opens(folder, monkeypatch):
+    members = members_of(folder, 4)
     record = record_of(members)
     collector = Collector(record)
     true_seed = member_module.pair_seed
@@ -490,8 +496,8 @@ def test_a_wrong_common_mask_is_named_before_anything_opens(tmp_path, monkeypatc
         collector.settle()
 
 
-def test_shares_that_make_another_seed_open_nothing(tmp_path):
-    members = members_of(tmp_path, 4)
+def test_shares_that_make_another_seed_open_nothing(folder):
+    members = members_of(folder, 4)
     record = record_of(members)
     collector = Collector(record)
     for index, name in enumerate(record.names):
@@ -507,23 +513,24 @@ def test_shares_that_make_another_seed_open_nothing(tmp_path):
         collector.open()
 
 
-def test_no_stream_is_used_for_two_vectors(tmp_path, monkeypatch):
+def test_no_stream_is_used_for_two_vectors(folder, monkeypatch):
     # A run with a loss, a repeated round, a second hello and another run.
     used = []
-    add = member_module.add_stream
+    add = member_module.add_streams
 
-    def noted(vector, seed, index, subtract=False):
-        used.append((stream_key(seed, index), subtract))
-        add(vector, seed, index, subtract)
+    def noted(vector, added, subtracted, index):
+        used.extend((stream_key(seed, index), False) for seed in added)
+        used.extend((stream_key(seed, index), True) for seed in subtracted)
+        add(vector, added, subtracted, index)
 
-    monkeypatch.setattr(member_module, "add_stream", noted)
-    members = members_of(tmp_path, 5)
+    monkeypatch.setattr(member_module, "add_streams", noted)
+    members = members_of(folder, 5)
     rounds = 0
     for run in (RUN, "another"):
         for hello in range(2):
             hellos = [members[name].hello(run) for name in names_of(5)]
             for lost in ([], ["h04"]):
-                for attempt in range(2):
+                for _ in range(2):
                     rounds += 1
                     nonce = bytes([rounds]) * 16
                     record = record_of(members, hellos=hellos, nonce=nonce, server_round=rounds)
@@ -542,8 +549,8 @@ def test_no_stream_is_used_for_two_vectors(tmp_path, monkeypatch):
     assert len(set(keys)) - len(twice) == 2 * (uploads + 8 * 4)
 
 
-def test_a_member_must_be_in_its_study_with_its_key(tmp_path):
-    members = members_of(tmp_path, 3)
+def test_a_member_must_be_in_its_study_with_its_key(folder):
+    members = members_of(folder, 3)
     own = members["h00"]
     others = {name: key for name, key in own.study.members.items() if name != "h00"}
     others["h03"] = Identity.simulated("h03", RUN).public

@@ -49,7 +49,6 @@ def test_digest_of_arrays():
     check_arrays(KNOWN["arrays"][0])
 
 
-@pytest.mark.xfail(reason="a scalar is digested as an array of one element", strict=True)
 def test_digest_of_a_scalar():
     check_arrays(KNOWN["arrays"][1])
 
