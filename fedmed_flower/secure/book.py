@@ -82,8 +82,8 @@ class SecureBook:
     does not, so that `regroup` can be called.
 
     If both files come from one older backup, or both are lost, nothing here shows it. The other
-    hospitals see it: the row count in this hospital's next hello is below the one they know, and
-    `peer_rows` refuses it until they regroup too.
+    hospitals see it if the row count in this hospital's next hello is below the largest that they
+    were told: `peer_rows` refuses it until they regroup too.
 
     Parameters
     ----------
