@@ -82,8 +82,8 @@ class SecureBook:
     does not, so that `regroup` can be called.
 
     If both files come from one older backup, or both are lost, nothing here shows it. The other
-    hospitals see it: the row count in this hospital's next hello is below the one they know, and
-    `peer_rows` refuses it until they regroup too.
+    hospitals see it if the row count in this hospital's next hello is below the largest that they
+    were told: `peer_rows` refuses it until they regroup too.
 
     Parameters
     ----------
@@ -105,9 +105,10 @@ class SecureBook:
         self.path = path
         self.head_path = path.with_name(f"{path.name}-head")
         self._identity = identity_id
-        # The head first: another process that makes both files makes the book first.
-        if not self.head_path.exists() and not path.exists():
-            self._create()
+        with self._as_secure_error():
+            # The head first: another process that makes both files makes the book first.
+            if not self.head_path.exists() and not path.exists():
+                self._create()
 
     @property
     def rows(self) -> int:
@@ -195,8 +196,8 @@ class SecureBook:
                 lacking = sorted(set(bound) - set(asked))
                 if lacking:
                     raise SecureError(
-                        f"{what} settled over {_listed(bound)}, and {_listed(lacking)} is not "
-                        f"asked now: {_remedy(kind)}"
+                        f"{what} settled over {_listed(bound)}, and the hospitals that are asked "
+                        f"now lack {_listed(lacking)}: {_remedy(kind)}"
                     )
             connection.execute(
                 "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, NULL, ?)",
@@ -248,8 +249,8 @@ class SecureBook:
             strange = sorted(set(chosen) - set(_names(names)))
             if strange:
                 raise SecureError(
-                    f"{_listed(strange)} was not asked in attempt {digest.hex()[:16]}, which names "
-                    f"{_listed(_names(names))}: settle over a set within these"
+                    f"attempt {digest.hex()[:16]} asks {_listed(_names(names))}, and the set has "
+                    f"{_listed(strange)} too: settle over hospitals that were asked"
                 )
             for bound, what in self._bounds(connection, kind, question):
                 _require_same(bound, chosen, what, _remedy(kind))
@@ -297,8 +298,9 @@ class SecureBook:
         names : sequence of str
             Hospitals whose next row count is accepted whatever it is; empty for all.
         """
-        if not self.path.exists():
-            self._create()
+        with self._as_secure_error():
+            if not self.path.exists():
+                self._create()
         with self._locked() as connection:
             former = _data_members(connection)
             connection.execute("DELETE FROM questions WHERE kind = ?", (DATA,))
@@ -348,12 +350,13 @@ class SecureBook:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """Open one transaction on sound files; what it changes is one entry."""
-        # The head first, as in the constructor.
-        if self.head_path.exists() and not self.path.exists():
-            raise SecureError(
-                f"the book of secure sums {self.path} is missing, and its head {self.head_path} is "
-                f"there: {_REGROUP}"
-            )
+        with self._as_secure_error():
+            # The head first, as in the constructor.
+            if self.head_path.exists() and not self.path.exists():
+                raise SecureError(
+                    f"the book of secure sums {self.path} is missing, and its head "
+                    f"{self.head_path} is there: {_REGROUP}"
+                )
         with self._locked() as connection:
             self._check(connection)
             yield connection
@@ -367,12 +370,12 @@ class SecureBook:
     @contextmanager
     def _locked(self) -> Iterator[sqlite3.Connection]:
         """Open one transaction, during which no other process writes the book or its head."""
-        try:
-            with transaction(self.path, "rw", _SCHEMA, _VERSION) as connection:
-                connection.execute("PRAGMA secure_delete = ON")
-                yield connection
-        except (sqlite3.Error, OSError) as error:
-            raise self._unusable(error) from error
+        with (
+            self._as_secure_error(),
+            transaction(self.path, "rw", _SCHEMA, _VERSION) as connection,
+        ):
+            connection.execute("PRAGMA secure_delete = ON")
+            yield connection
 
     def _check(self, connection: sqlite3.Connection) -> None:
         """Refuse a book and a head that do not belong together; bring a late head up."""
@@ -440,17 +443,20 @@ class SecureBook:
                 about = {"identity": self._identity, "rows": 0}
                 connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
             give_name(draft, self.path)
-        except (sqlite3.Error, OSError) as error:
-            raise self._unusable(error) from error
         finally:
             draft.unlink(missing_ok=True)
 
-    def _unusable(self, error: Exception) -> SecureError:
-        return SecureError(
-            f"the book of secure sums {self.path} cannot be used ({error}): repair its folder or "
-            "disk, or restore its newest copy; if it is lost, remove it and run `fedmed keys "
-            "regroup`"
-        )
+    @contextmanager
+    def _as_secure_error(self) -> Iterator[None]:
+        try:
+            yield
+        # SQLite's module raises the last where a damaged file spoils SQLite's own error text.
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
+            raise SecureError(
+                f"the book of secure sums {self.path} cannot be used ({error}): repair its folder "
+                "or disk, or restore its newest copy; if it is lost, remove it and run `fedmed "
+                "keys regroup`"
+            ) from error
 
 
 def _one(connection: sqlite3.Connection, query: str, *values: object) -> tuple[Any, ...] | None:
