@@ -190,9 +190,11 @@ class SecureSums:
                 collector.add(site, _words(reply.content), _letter(reply.content))
             except SecureError as error:
                 self.inbox.fail(server_round, phase, site, f"malformed reply: {error}")
-        complete = collector.settle()
-        for site, problem in collector.problems.items():
-            self.inbox.fail(server_round, phase, site, problem)
+        try:
+            complete = collector.settle()
+        finally:
+            for site, problem in collector.problems.items():
+                self.inbox.fail(server_round, phase, site, problem)
         signatures = {} if complete else self._certificate(collector, server_round)
         members = collector.members
         contents = {

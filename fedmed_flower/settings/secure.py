@@ -10,7 +10,7 @@ from fedmed_flower.settings.section import Section, setting
 OFF = "none"
 SUM = "sum"
 LEAST_EXPONENT = -40
-MOST_EXPONENT = 10
+MOST_SECURE_EXPONENT = 10
 
 
 @dataclass(frozen=True)
@@ -27,5 +27,5 @@ class SecureSettings(Section):
         -4,
         "With secure=sum: no weight may change by more than 2 to the power of this in a round. "
         "Larger changes are cut, and counted.",
-        Within(LEAST_EXPONENT, MOST_EXPONENT),
+        Within(LEAST_EXPONENT, MOST_SECURE_EXPONENT),
     )

@@ -42,7 +42,7 @@ from fedmed_flower.server.screening import (
 from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.server.sites import app_name, draw, nobody_left, shortfall, wait_for_sites
 from fedmed_flower.settings.section import MOST_EXPONENT
-from fedmed_flower.settings.secure import OFF, SUM
+from fedmed_flower.settings.secure import LEAST_EXPONENT, MOST_SECURE_EXPONENT, OFF, SUM
 from fedmed_flower.strategies import checkpoint as checkpoints
 from fedmed_flower.strategies.aggregation import (
     STREAM_ABOVE,
@@ -331,6 +331,11 @@ class FedAvg(flower.FedAvg):
         self.staleness_exponent = staleness_exponent
         if secure not in (OFF, SUM):
             raise InputError(f"secure must be {OFF!r} or {SUM!r}, got {secure!r}")
+        if not LEAST_EXPONENT <= secure_exponent <= MOST_SECURE_EXPONENT:
+            raise InputError(
+                f"secure_exponent must be from {LEAST_EXPONENT} to {MOST_SECURE_EXPONENT}, got "
+                f"{secure_exponent}"
+            )
         self.secure = secure
         self.secure_exponent = secure_exponent
         self.quorum = quorum
@@ -637,7 +642,6 @@ class FedAvg(flower.FedAvg):
                 "keep": bool(self.keep),
             },
             method=self.method,
-            exponent=self.secure_exponent,
         )
 
     @property

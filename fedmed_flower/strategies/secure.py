@@ -36,7 +36,6 @@ from fedmed_flower.secure.parts import (
 from fedmed_flower.secure.record import DATA, TRAIN
 from fedmed_flower.secure.ring import FIXED, REAL, Layout, Part
 from fedmed_flower.server.secure import Opened, SecureSums, reply_of
-from fedmed_flower.settings.secure import LEAST_EXPONENT, MOST_EXPONENT
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.wire import ALL_SITES
 
@@ -219,7 +218,7 @@ _WAY_OUT = {
 
 
 def require_summable(
-    strategy: str, own_rule: bool, limits: dict[str, bool], method: Method | None, exponent: int
+    strategy: str, own_rule: bool, limits: dict[str, bool], method: Method | None
 ) -> None:
     """Raise `InputError` if a strategy cannot work with sums alone; the text has the way out.
 
@@ -232,7 +231,6 @@ def require_summable(
     limits : dict of str to bool
         Which arguments that exclude sums are given.
     method : Method or None
-    exponent : int
     """
     if own_rule:
         raise setting_error(
@@ -248,9 +246,4 @@ def require_summable(
             f'secure="sum" excludes the method {method.name}, which needs something of each '
             "hospital beside the sum: take fedprox, or none",
             "secure",
-        )
-    if not LEAST_EXPONENT <= exponent <= MOST_EXPONENT:
-        raise setting_error(
-            f"secure_exponent must be from {LEAST_EXPONENT} to {MOST_EXPONENT}, got {exponent}",
-            "secure-exponent",
         )

@@ -1,0 +1,366 @@
+"""Rounds by secure sums, in one process: the same model as without, and what happens to losses."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp import ServerApp
+from tiny import CONFIG, TinyClient, halves, linear, nodes_of
+
+from fedmed_flower import InputError, run_local
+from fedmed_flower.data.site import SiteData
+from fedmed_flower.errors import DeclinedError
+from fedmed_flower.secure.identity import Identity, key_text
+from fedmed_flower.server.secure import SecureSums
+from fedmed_flower.strategies import (
+    DPFedAvg,
+    FedAdam,
+    FedAvg,
+    FedMedian,
+    FedProx,
+    WeightedFedAvg,
+)
+
+SUMS = {"secure": "sum"}
+ROWS = (6, 11, 8, 14, 9)
+
+
+class Unequal(TinyClient):
+    """Hospitals of different sizes."""
+
+    def load_data(self, site):
+        data = super().load_data(site)
+        return SiteData(train=data.train[: ROWS[site.index % 5]], val=data.val, source="tiny")
+
+
+def seldom(*numbers):
+    """Return a client that does something in a call of `fit` of a hospital, by the call's number."""
+
+    def choose(do):
+        class Seldom(Unequal):
+            calls = Counter()
+
+            def fit(self, model, prepared, seed):
+                metrics = super().fit(model, prepared, seed)
+                self.calls[self.site.name] += 1
+                if self.calls[self.site.name] in numbers:
+                    do(self, model)
+                return metrics
+
+        return Seldom
+
+    return choose
+
+
+class Normalised(Unequal):
+    def build_model(self):
+        return halves()
+
+
+def start_of(client):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        network = halves() if client is Normalised else linear(2)
+    return ArrayRecord(network.state_dict())
+
+
+def trained(make, client, folder, sites=5, rounds=2, mods=(), nodes=None, **config):
+    """Train by a strategy, and return it."""
+    app = ServerApp()
+    found = []
+
+    @app.main()
+    def main(grid, context):
+        strategy = make(run_dir=folder, fraction_evaluate=0.0, seed=1)
+        found.append(strategy)
+        strategy.start(grid, start_of(client), rounds)
+
+    run_local(
+        app,
+        client.client_app(mods=list(mods)),
+        sites,
+        run_config=CONFIG | {"run-dir": str(folder)} | config,
+        node_configs=nodes,
+    )
+    return found[0]
+
+
+def difference(one, other):
+    """Return the largest difference of two models' floats."""
+    pairs = [(one[key].numpy(), other[key].numpy()) for key in one]
+    return max(float(np.abs(a.astype(np.float64) - b).max()) for a, b in pairs)
+
+
+def failures(strategy):
+    return [(f.round, f.phase, f.site, f.reason) for f in strategy.history.failures]
+
+
+def uniform(**options):
+    return WeightedFedAvg(weights="uniform", **options)
+
+
+def adam(**options):
+    return FedAdam(eta=0.1, **options)
+
+
+def prox(**options):
+    return FedProx(proximal_mu=0.5, **options)
+
+
+@pytest.mark.parametrize("make", [FedAvg, uniform, adam, prox], ids=lambda make: make.__name__)
+def test_the_model_is_that_of_plain_rounds(tmp_path, make):
+    plain = trained(make, Unequal, tmp_path / "plain")
+    secure = trained(lambda **o: make(**o, **SUMS), Unequal, tmp_path / "secure")
+    assert failures(secure) == []
+    assert difference(plain.result.arrays, start_of(Unequal)) > 1e-3
+    assert difference(plain.result.arrays, secure.result.arrays) < 3e-7
+    losses = [
+        [strategy.result.train_metrics_clientapp[number]["loss"] for number in (1, 2)]
+        for strategy in (plain, secure)
+    ]
+    if make is not uniform:
+        # Elsewhere the loss is weighted by rows whatever the model is weighted by.
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_buffers_are_averaged_and_whole_numbers_stay(tmp_path):
+    plain = trained(FedAvg, Normalised, tmp_path / "plain", rounds=1)
+    secure = trained(
+        lambda **o: FedAvg(secure_exponent=0, **o, **SUMS),
+        Normalised,
+        tmp_path / "secure",
+        rounds=1,
+    )
+    whole = "stem.2.num_batches_tracked"
+    sums = {key: array for key, array in secure.result.arrays.items() if key != whole}
+    assert difference(sums, plain.result.arrays) < 1e-6
+    assert secure.result.arrays[whole].numpy() == start_of(Normalised)[whole].numpy()
+
+
+def test_the_mean_change_is_exact_beyond_float32(tmp_path, monkeypatch):
+    kept = {}
+
+    class Noting(FedAvg):
+        def aggregate_train(self, server_round, replies):
+            replies = list(replies)
+            kept[self.secure] = [reply.content["arrays"] for reply in replies]
+            kept["weights"] = kept.get("weights") or [
+                reply.content["metrics"]["num-examples"] for reply in replies
+            ]
+            return super().aggregate_train(server_round, replies)
+
+    trained(Noting, Unequal, tmp_path / "plain", rounds=1)
+    opened = []
+    original = SecureSums.sum
+
+    def noting(self, *args, **kwargs):
+        opened.append(original(self, *args, **kwargs))
+        return opened[-1]
+
+    monkeypatch.setattr(SecureSums, "sum", noting)
+    trained(lambda **o: FedAvg(**o, **SUMS), Unequal, tmp_path / "secure", rounds=1)
+    sent = start_of(Unequal)
+    weights = np.array(kept["weights"]) / sum(kept["weights"])
+    for key in sent:
+        changes = [
+            each[key].numpy().astype(np.float64) - sent[key].numpy() for each in kept["none"]
+        ]
+        mean = sum(w * change for w, change in zip(weights, changes, strict=True))
+        assert np.abs(changes[0]).max() > 1e-4
+        assert np.abs(opened[-1].values[f"model/{key}"] - mean.ravel()).max() < 2e-8
+
+
+def test_a_hospital_that_fails_is_left_out_and_named(tmp_path):
+    @seldom(2)
+    def failing(client, model):
+        if client.site.name == "hospital-2":
+            raise OSError("the disk is gone")
+
+    strategy = trained(lambda **o: FedAvg(**o, **SUMS), failing, tmp_path / "run")
+    assert failures(strategy) == [(2, "train", "hospital-2", "OSError: the disk is gone")]
+    (note,) = strategy.history.notes
+    assert note.text == ("the sum is without hospital-2; the others count the same in its place")
+    assert set(strategy.result.train_metrics_clientapp) == {1, 2}
+    sites = {row[2] for row in strategy.history.rows}
+    assert sites == {"sum of 5 hospitals", "sum of 4 hospitals", "all"}
+
+
+def test_a_round_with_too_many_losses_leaves_the_model(tmp_path):
+    @seldom(2)
+    def failing(client, model):
+        if client.site.index < 2:
+            raise DeclinedError("not today")
+
+    strategy = trained(lambda **o: FedAvg(**o, **SUMS), failing, tmp_path / "run")
+    once = trained(lambda **o: FedAvg(**o, **SUMS), Unequal, tmp_path / "once", rounds=1)
+    assert difference(strategy.result.arrays, once.result.arrays) < 1e-6
+    assert failures(strategy)[-1] == (
+        2,
+        "train",
+        "all",
+        "the secure sum is lost: a sum must be over at least 4 hospitals, and this one is over 3 "
+        "(hospital-3, hospital-4, hospital-5)",
+    )
+
+
+def test_two_hospitals_are_too_few(tmp_path):
+    strategy = trained(lambda **o: FedAvg(**o, **SUMS), Unequal, tmp_path / "run", sites=2)
+    assert strategy.result.train_metrics_clientapp == {}
+    reasons = [reason for *_, reason in failures(strategy)]
+    assert any("a study must have from 3 to 255 members, got 2" in reason for reason in reasons)
+
+
+def test_large_changes_are_cut_and_told(tmp_path):
+    def make(**options):
+        return FedAvg(secure_exponent=-12, **options, **SUMS)
+
+    strategy = trained(make, Unequal, tmp_path / "run", rounds=1)
+    moved = difference(strategy.result.arrays, start_of(Unequal))
+    assert 0 < moved <= 2.0**-12
+    (note,) = strategy.history.notes
+    assert "changes of weights were cut to 0.000244141 or were no numbers" in note.text
+
+
+def test_a_hospital_whose_model_is_no_number_adds_nothing(tmp_path):
+    @seldom(1)
+    def broken(client, model):
+        if client.site.index == 0:
+            with torch.no_grad():
+                next(model.parameters()).fill_(float("nan"))
+
+    strategy = trained(lambda **o: FedAvg(**o, **SUMS), broken, tmp_path / "run", rounds=1)
+    assert all(np.isfinite(array.numpy()).all() for array in strategy.result.arrays.values())
+    assert "8 changes of weights were cut" in strategy.history.notes[0].text
+
+
+def test_a_mean_that_is_far_too_long_is_not_used(tmp_path):
+    @seldom(3)
+    def growing(client, model):
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+
+    def make(**options):
+        return FedAvg(secure_exponent=1, **options, **SUMS)
+
+    strategy = trained(make, growing, tmp_path / "run", rounds=3)
+    assert set(strategy.result.train_metrics_clientapp) == {1, 2}
+    assert "more than 4 times the median of the last rounds" in failures(strategy)[-1][3]
+
+
+def test_a_hospital_that_is_told_another_model_is_named_and_nothing_opens(tmp_path):
+    def otherwise(message, context, call):
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 3:
+            record = message.content["arrays"]
+            key = next(iter(record))
+            values = record[key].numpy().copy()
+            values.view(np.uint8).ravel()[0] ^= 1
+            record[key] = Array(values)
+        return call(message, context)
+
+    strategy = trained(
+        lambda **o: FedAvg(**o, **SUMS), Unequal, tmp_path / "run", 4, 1, [otherwise]
+    )
+    assert strategy.result.train_metrics_clientapp == {}
+    assert [(site, reason) for _, _, site, reason in failures(strategy)] == [
+        (
+            "hospital-4",
+            "it was told something else than the others, or has another version of the app",
+        ),
+        (
+            "all",
+            "the secure sum is lost: a sum must be over at least 4 hospitals, and this one is "
+            "over 3 (hospital-1, hospital-2, hospital-3)",
+        ),
+    ]
+
+
+def keyed_nodes(folder, names, least=3, swapped=None):
+    """Return node configs of real hospitals with keys and peers files of their own."""
+    nodes = nodes_of(folder, *names)
+    keys = {}
+    for node, name in zip(nodes, names, strict=True):
+        path = folder / f"{name}.key"
+        keys[name] = Identity.create(path, name)
+        node["secure-key"] = str(path)
+        node["secure-peers"] = str(folder / f"{name}.toml")
+    for name in names:
+        lines = ["[study]", 'name = "icu"', f"least = {least}", "[study.members]"]
+        for peer, key in keys.items():
+            public = Identity.simulated(peer, "x").public if (name, peer) == swapped else key.public
+            lines.append(f'{peer} = "{key_text(public)}"')
+        (folder / f"{name}.toml").write_text("\n".join(lines) + "\n")
+    return nodes
+
+
+def test_real_hospitals_need_keys_and_keep_a_book(tmp_path):
+    names = ["north", "south", "east"]
+    nodes = keyed_nodes(tmp_path, names)
+    strategy = trained(
+        lambda **o: FedAvg(**o, **SUMS), TinyClient, tmp_path / "run", 3, 1, nodes=nodes
+    )
+    assert failures(strategy) == []
+    assert ("sum of 3 hospitals", "num-examples", 30.0) in {
+        row[2:] for row in strategy.history.rows
+    }
+    books = list(tmp_path.glob("node-*/*.secure"))
+    assert len(books) == 3
+    assert all(book.stat().st_mode & 0o077 == 0 for book in books)
+
+
+def test_a_hospital_with_another_key_for_a_peer_refuses_and_says_whose(tmp_path):
+    names = ["north", "south", "east"]
+    nodes = keyed_nodes(tmp_path, names, swapped=("south", "east"))
+    strategy = trained(
+        lambda **o: FedAvg(**o, **SUMS), TinyClient, tmp_path / "run", 3, 1, nodes=nodes
+    )
+    assert strategy.result.train_metrics_clientapp == {}
+    reasons = {site: reason for _, _, site, reason in failures(strategy)}
+    assert "the key of east is not the one that is pinned" in reasons["south"]
+    assert "the secure sum is lost" in reasons["all"]
+
+
+def test_a_hospital_without_keys_says_which_setting_it_needs(tmp_path, caplog):
+    nodes = nodes_of(tmp_path, "north", "south", "east")
+    strategy = trained(
+        lambda **o: FedAvg(**o, **SUMS), TinyClient, tmp_path / "run", 3, 1, nodes=nodes
+    )
+    assert strategy.result.train_metrics_clientapp == {}
+    assert "north: a secure sum needs secure-peers in the hospital's node config" in caplog.text
+    assert failures(strategy)[-1][3] == "the secure sum is lost: no hospital has said hello"
+
+
+def test_a_hospital_may_answer_in_secure_sums_alone(tmp_path):
+    nodes = nodes_of(tmp_path, "north", "south", "east", secure_only="train, evaluate")
+    strategy = trained(FedAvg, TinyClient, tmp_path / "run", 3, 1, nodes=nodes)
+    assert {reason for _, _, site, reason in failures(strategy) if site != "all"} == {
+        'declined: train is answered in secure sums alone (set secure="sum")'
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (FedMedian, "excludes FedMedian, whose rule needs single replies: take FedAvg, FedProx, "),
+        (lambda **o: DPFedAvg(noise_multiplier=1.0, population_size=9, **o), "excludes DPFedAvg"),
+        (lambda **o: WeightedFedAvg(weights="inverse-loss", **o), "excludes WeightedFedAvg"),
+        (lambda **o: FedAvg(max_weight_share=0.5, **o), "excludes max_weight_share: the server"),
+        (lambda **o: FedAvg(max_update_norm=2.0, **o), "excludes max_update_norm: the server"),
+        (lambda **o: FedAvg(compression="int8", **o), "excludes compression: the vectors of a sum"),
+        (lambda **o: FedAvg(buffer=2, **o), "excludes buffer: a sum needs the hospitals of one"),
+        (lambda **o: FedAvg(method="scaffold", **o), "excludes the method scaffold, which needs"),
+    ],
+)
+def test_what_needs_single_replies_is_refused_by_name(tmp_path, make, text):
+    with pytest.raises(InputError) as error:
+        trained(lambda **o: make(**o, **SUMS), Unequal, tmp_path / "run")
+    assert text in str(error.value)
+    assert str(error.value).startswith('secure="sum" ')
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(InputError, match="secure must be 'none' or 'sum', got 'yes'"):
+        FedAvg(secure="yes")
+    with pytest.raises(InputError, match="secure_exponent must be from -40 to 10, got 11"):
+        FedAvg(secure_exponent=11)
