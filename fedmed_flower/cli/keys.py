@@ -16,7 +16,7 @@ from fedmed_flower.cli.tables import console, input_errors
 from fedmed_flower.errors import InputError
 
 if TYPE_CHECKING:
-    from fedmed_flower.secure.study import Peers, Study
+    from fedmed_flower.secure.study import Groups, Peers, Study
 
 keys_app = typer.Typer(
     help="A hospital's key for secure sums, and the keys of the others that it has pinned.",
@@ -131,10 +131,7 @@ def revoke(file: _PeersFile, name: _Member) -> None:
 
     with input_errors():
         peers = Peers.load(file)
-        if name not in peers.members:
-            raise InputError(
-                f"{file} pins no key for {name}; its members: {', '.join(peers.members) or 'none'}"
-            )
+        _require_pinned(file, peers, [name])
         groups = [tuple(each for each in group if each != name) for group in peers.groups]
         after = replace(
             peers,
@@ -152,30 +149,84 @@ def revoke(file: _PeersFile, name: _Member) -> None:
 def regroup(
     file: _PeersFile,
     groups: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            metavar="GROUP...",
+            metavar="[GROUP]...",
             help="The names of members that are summed together, with commas: north,south,east. "
             "One group of all members is no groups.",
         ),
-    ],
+    ] = None,
+    book: Annotated[
+        Path | None,
+        typer.Option(
+            help="This hospital's book of secure sums (*.secure): answer questions about data over "
+            "another set of members, and accept a book that was lost or restored."
+        ),
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="This hospital's key file, for --book.")] = None,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --book: a member whose own book was lost or restored.  [default: all]"
+        ),
+    ] = None,
 ) -> None:
-    """Say which members are summed together, for rules that compare groups of hospitals."""
+    """Say which members are summed together, or let questions be answered over another set."""
+    from fedmed_flower.secure.book import SecureBook
+    from fedmed_flower.secure.identity import Identity
     from fedmed_flower.secure.study import Peers
 
     with input_errors():
         peers = Peers.load(file)
-        parted = [tuple(name.strip() for name in group.split(",")) for group in groups]
-        if [sorted(group) for group in parted] == [sorted(peers.members)]:
-            parted = []
-        after = replace(peers, groups=tuple(parted))
+        if not groups and book is None:
+            raise InputError("give groups, such as north,south,east, or --book")
+        _check_book(book, key, accept or [])
+        _require_pinned(file, peers, accept or [])
+        identity = None if key is None else Identity.load(key)
+        after = replace(peers, groups=_groups_of(groups, peers)) if groups else peers
         with _named(file):
             # Refuses groups that are too small or leave members out.
             after.study()
-        after.save(file)
-        console.print(f"wrote {file}; each other member writes the same groups into its own file")
-        _print_differences(peers, after)
+        if groups:
+            after.save(file)
+            console.print(
+                f"wrote {file}; each other member writes the same groups into its own file"
+            )
+            _print_differences(peers, after)
+        if book is not None and identity is not None:
+            # Its log says what that means.
+            SecureBook(book, identity.id).regroup(accept or [])
         _print_study(after)
+
+
+def _check_book(book: Path | None, key: Path | None, accept: Sequence[str]) -> None:
+    """Refuse options that do not go together, and a book that never was."""
+    if (book is None) != (key is None):
+        raise InputError("--book and --key go together: give both, or none")
+    if accept and book is None:
+        raise InputError("--accept needs --book: it is this hospital's book that accepts others'")
+    if book is None or book.exists() or book.with_name(f"{book.name}-head").exists():
+        return
+    raise InputError(
+        f"there is neither a book {book} nor its head: give the path that the hospital's error "
+        "names; a book that never was needs no regroup"
+    )
+
+
+def _require_pinned(file: Path, peers: Peers, names: Sequence[str]) -> None:
+    """Refuse names of hospitals that are no members."""
+    for name in names:
+        if name not in peers.members:
+            raise InputError(
+                f"{file} pins no key for {name}; its members: {', '.join(peers.members) or 'none'}"
+            )
+
+
+def _groups_of(groups: Sequence[str], peers: Peers) -> Groups:
+    """Return the groups that were given; one of all members is none."""
+    parted = tuple(tuple(name.strip() for name in group.split(",")) for group in groups)
+    whole = len(parted) == 1 and sorted(parted[0]) == sorted(peers.members)
+    return () if whole else parted
 
 
 def _peers_of(file: Path, study: str | None) -> Peers:

@@ -7,6 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fedmed_flower.cli.main import app
+from fedmed_flower.secure.book import SecureBook
+from fedmed_flower.secure.encoding import SecureError
 from fedmed_flower.secure.identity import Identity, fingerprint, key_text
 from fedmed_flower.secure.study import Peers, Study
 
@@ -392,6 +394,83 @@ def test_a_folder_in_which_nothing_can_be_written_is_named(tmp_path):
         f"not started: {path} cannot be written ("
     )
     assert refused("new", "a", "--out", path).startswith(f"not started: {path} cannot be written (")
+
+
+@pytest.fixture
+def book(tmp_path):
+    """Return a book in which questions about data are settled over a, b, c, and the key's file."""
+    path, key = tmp_path / "a.secure", tmp_path / "a.key"
+    made = SecureBook(path, Identity.create(key, "a").id)
+    made.begin("run", "data", b"question", b"digest", [*"abc"], b"kept")
+    made.settle(b"digest", [*"abc"])
+    made.peer_rows("b", 9)
+    made.peer_rows("c", 9)
+    return path, key
+
+
+def test_questions_about_data_go_to_another_set_after_regroup(file, book):
+    path, key = book
+    pinned(file, "abd")
+    made = SecureBook(path, Identity.load(key).id)
+    asked = ("run", "data", b"question", b"other", [*"abd"], b"kept")
+    with pytest.raises(SecureError, match="settled over a, b, c"):
+        made.begin(*asked)
+    before = file.read_bytes()
+    code, lines = keys("regroup", file, "--book", path, "--key", key)
+    assert code == 0
+    assert lines[0] == (
+        f"regrouped: {path} is accepted as it is; questions about data, until now answered over a, "
+        "b, c, may be answered over another set"
+    )
+    assert lines[1] == "the study lungs: 3 members"
+    made.begin(*asked)
+    # The groups stay, and a member's book may be any.
+    assert file.read_bytes() == before
+    made.peer_rows("b", 1)
+    made.peer_rows("c", 1)
+
+
+def test_the_book_of_one_member_alone_is_accepted(file, book):
+    path, key = book
+    pinned(file, "abc")
+    assert keys("regroup", file, "--book", path, "--key", key, "--accept", "b")[0] == 0
+    made = SecureBook(path, Identity.load(key).id)
+    made.peer_rows("b", 1)
+    with pytest.raises(SecureError, match="the book of c has 1 rows and had 9"):
+        made.peer_rows("c", 1)
+
+
+def test_a_book_that_was_lost_is_made_anew(file, book):
+    path, key = book
+    pinned(file, "abc")
+    path.unlink()
+    with pytest.raises(SecureError, match="is missing"):
+        _ = SecureBook(path, Identity.load(key).id).rows
+    assert keys("regroup", file, "--book", path, "--key", key)[0] == 0
+    assert SecureBook(path, Identity.load(key).id).rows
+
+
+def test_what_does_not_go_with_a_book_is_refused(file, book, tmp_path):
+    path, key = book
+    pinned(file, "abc")
+    none = tmp_path / "none.secure"
+    shown = keys("show", file)
+    said = {
+        (): "give groups, such as north,south,east, or --book",
+        ("--book", path): "--book and --key go together: give both, or none",
+        ("a,b,c", "--key", key): "--book and --key go together: give both, or none",
+        ("a,b,c", "--accept", "b"): "--accept needs --book: it is this hospital's book that",
+        ("--book", path, "--key", key, "--accept", "x"): (
+            f"{file} pins no key for x; its members: a, b, c"
+        ),
+        ("a,b,c", "--book", none, "--key", key): (
+            f"there is neither a book {none} nor its head: give the path that the hospital's"
+        ),
+    }
+    for arguments, text in said.items():
+        assert refused("regroup", file, *arguments).startswith(f"not started: {text}")
+    assert not none.exists()
+    assert keys("show", file) == shown
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["keys", "--help"], ["keys", "new", "--help"]])
