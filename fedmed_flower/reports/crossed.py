@@ -146,7 +146,7 @@ class Crossed:
         """Return why a model has no figure at a hospital."""
         if model.stayed and site != model.name:
             return AT_HOME
-        if not model.values:
+        if not model.values and not model.stayed:
             return NOT_TRAINED
         return self.silent.get(site, NO_ANSWER)
 
