@@ -11,7 +11,8 @@ What the entries of a sum hold; every digest is text, and other fields may stand
 ========  ========================================================================================
 kind      fields
 ========  ========================================================================================
-key       who, role, public: the key that signs from here on. The trail writes it itself
+key       who, role, public: the key that signs from here on; nonce, so that no two trails begin
+          alike. The trail writes it itself
 hello     run, key: the key of this run
 sent      run, round, purpose, digest (of all that decides the answer), names; model (its digest)
           and question (the digest of what is asked, whoever is asked, in whichever round) where
@@ -53,7 +54,7 @@ START = bytes(32)
 
 _LABEL = "head"
 _FIELDS: dict[str, dict[str, type]] = {
-    KEY: {"who": str, "role": str, "public": str},
+    KEY: {"who": str, "role": str, "public": str, "nonce": str},
     "hello": {"run": str, "key": str},
     "sent": {"run": str, "round": int, "purpose": str, "digest": str, "names": list},
     "masked": {"run": str, "round": int, "digest": str, "masked": str},
@@ -63,6 +64,7 @@ _FIELDS: dict[str, dict[str, type]] = {
 # Fields that may be left out, in any entry.
 _OPTIONAL: dict[str, type] = {"model": str, "question": str, "heads": dict}
 _SIGNATURE_BYTES = 64
+_NONCE_BYTES = 16
 # Bytes of a line: heads of 255 hospitals with long names are a fifth of it.
 _MOST_LINE = 1 << 18
 _MOST_DEEP = 16
@@ -188,9 +190,7 @@ class Chain:
             end = self._end(descriptor)
             new: list[Entry] = []
             if end.last is None or not end.last.is_signed_by(self._identity.public):
-                public = key_text(self._identity.public)
-                key = {"who": self.who, "role": self._role, "public": public}
-                new.append(self._entry(end.last, KEY, _plain_about(KEY, key)))
+                new.append(self._entry(end.last, KEY, self._key()))
             new.append(self._entry(new[-1] if new else end.last, kind, plain))
             lines = b"".join(entry.line() + b"\n" for entry in new)
             if end.size + len(lines) > MOST_TEXT:
@@ -222,6 +222,15 @@ class Chain:
             entries.append(entry)
         return entries
 
+    def _key(self) -> dict[str, Any]:
+        key = {
+            "who": self.who,
+            "role": self._role,
+            "public": key_text(self._identity.public),
+            "nonce": secrets.token_bytes(_NONCE_BYTES),
+        }
+        return _plain_about(KEY, key)
+
     def _entry(self, last: Entry | None, kind: str, about: dict[str, Any]) -> Entry:
         number = 1 if last is None else last.number + 1
         entry = Entry(number, kind, about, START if last is None else last.head, b"", b"")
@@ -243,7 +252,7 @@ class Chain:
         tail = data[data.rfind(b"\n") + 1 :]
         if _is_torn(tail):
             data = data[: len(data) - len(tail)]
-        if not data:
+        if not data and start == 0:
             return _End(None, start, is_closed=True)
         last = _entry_of(data.removesuffix(b"\n").rpartition(b"\n")[2])
         if last is None or last.head != last.expected_head():
@@ -360,7 +369,7 @@ def _plain_about(kind: str, about: Mapping[str, Value]) -> dict[str, Any]:
         raise InputError(f"an entry must have a kind and a mapping, got {kind!r} and {about!r}")
     plain: dict[str, Any] = _plain(about, kind, 0)
     required = _FIELDS.get(kind, {})
-    for name, wanted in (required | (_OPTIONAL if kind != KEY else {})).items():
+    for name, wanted in (_OPTIONAL | required).items():
         if name not in plain and name not in required:
             continue
         value = plain.get(name)
