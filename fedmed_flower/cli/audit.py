@@ -70,7 +70,8 @@ def _audit(folders: Sequence[Path], texts: Sequence[str], peers: Path | None) ->
     broken = [label for label, trail in labels.items() if trail.faults]
     if broken and len(audited) > 1:
         console.print(f"note: not compared, since lines are wrong: {in_words(broken)}")
-    for note in [*(note for trail in audited for note in trail.notes), *_coverage(whole)]:
+    notes = [note for trail in audited for note in trail.notes]
+    for note in (*notes, *_strangers(labels), *_coverage(whole)):
         console.print(f"note: {note}")
     if found:
         console.print(f"{len(found)} {'thing differs' if len(found) == 1 else 'things differ'}")
@@ -130,10 +131,6 @@ class _Audited:
             )
         if self.is_known or self.faults:
             return notes
-        notes.append(
-            f"no key was given for {self.who}: {self.path} was verified by the key that it names "
-            "itself, which shows that it is whole and not whose it is"
-        )
         changes = [
             line
             for line, entry in enumerate(self.sound, start=1)
@@ -217,6 +214,21 @@ def _table(labels: Mapping[str, _Audited]) -> Table:
         entries = str(len(trail.sound))
         table.add_row(label, str(trail.path), entries, ", ".join(runs), "-" if trail.faults else by)
     return table
+
+
+def _strangers(labels: Mapping[str, _Audited]) -> list[str]:
+    """Say whose key is not known."""
+    from fedmed_flower.secure.trails import in_words
+
+    unknown = [
+        label for label, trail in labels.items() if not trail.is_known and not trail.faults
+    ]
+    if not unknown:
+        return []
+    return [
+        f"no key was given for {in_words(unknown)}: verified by the key that a trail names itself, "
+        "which shows that it is whole, and not whose it is"
+    ]
 
 
 def _coverage(whole: Mapping[str, Sequence[Entry]]) -> list[str]:
