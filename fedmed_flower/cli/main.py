@@ -11,6 +11,7 @@ import typer
 from fedmed_flower.cli.audit import audit
 from fedmed_flower.cli.data import data_app
 from fedmed_flower.cli.evaluate import evaluate
+from fedmed_flower.cli.keys import keys_app
 from fedmed_flower.cli.listing import list_all
 from fedmed_flower.cli.new import new
 from fedmed_flower.cli.pages import card, compare
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(keys_app, name="keys")
 app.command()(new)
 app.command()(run)
 app.command()(demo)

@@ -264,7 +264,7 @@ def fingerprint(content: Value) -> str:
     Examples
     --------
     >>> fingerprint(bytes(32))
-    'RVJ6 IJ6O EO5A SXYF L2WE H3F3 75MS EOX2'
+    'DRIH QPCO PMBK EJJA KP6E YK2G K7CV BSNS'
     """
     letters = base64.b32encode(digest([_LABEL, "fingerprint", content])).decode()
     starts = range(0, _FINGERPRINT_LETTERS, 4)

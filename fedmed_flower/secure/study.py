@@ -92,6 +92,11 @@ class Study:
 
     def _check_groups(self) -> None:
         fewest = self.least + self.colluders
+        if len(self.groups) == 1:
+            raise InputError(
+                f"groups must be two or more, or none, got one: {', '.join(self.groups[0])}; "
+                "without groups all members are summed together"
+            )
         for group in self.groups:
             if len(group) < fewest:
                 raise InputError(
@@ -102,7 +107,7 @@ class Study:
         placed: set[str] = set()
         for name in (name for group in self.groups for name in group):
             if name not in self.members:
-                raise InputError(f"a group holds {name}, which is no member: pin its key first")
+                raise InputError(f"a group holds {name!r}, which is no member: pin its key first")
             if name in placed:
                 raise InputError(f"{name} is in the groups twice: each member is in one, once")
             placed.add(name)
@@ -131,7 +136,7 @@ class Study:
             As in `Study`.
         """
         if colluders is None:
-            colluders = 1 if len(members) > LEAST else 0
+            colluders = _usual_colluders(len(members))
         return cls(name, members, least, colluders, tuple(map(tuple, groups)), secrets or {})
 
     @classmethod
@@ -307,6 +312,20 @@ class Peers:
         data = tomli_w.dumps({"study": table}).encode()
         write_whole(Path(os.path.realpath(path)), data, private=bool(self.secrets))
 
+    @property
+    def sums(self) -> Groups:
+        """The sets of members of which sums are made; none while the study is too small."""
+        if len(self.members) < LEAST:
+            return ()
+        return self.groups or (tuple(self.members),)
+
+    @property
+    def fewest(self) -> int:
+        """Members, at least, of a sum: least + c."""
+        least = LEAST if self.least is None else self.least
+        usual = _usual_colluders(len(self.members))
+        return least + (usual if self.colluders is None else self.colluders)
+
     def study(self) -> Study:
         """Return the study.
 
@@ -319,7 +338,7 @@ class Peers:
         return Study.of(self.name, self.members, least, self.colluders, self.groups, self.secrets)
 
 
-def differences(before: Study, after: Study) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+def differences(before: Groups, after: Groups, fewest: int) -> list[Groups]:
     """Return the differences of sums before and after a change that hold few members' figures.
 
     If the same question is asked before and after, whoever knows the sums of both can subtract
@@ -327,15 +346,17 @@ def differences(before: Study, after: Study) -> list[tuple[tuple[str, ...], tupl
 
     Parameters
     ----------
-    before, after : Study
-        Of any members and groups.
+    before, after : tuple of tuple of str
+        The sets of members of which sums are made: `sums` of a `Study` or of `Peers`.
+    fewest : int
+        Members, at least, of a sum.
 
     Returns
     -------
     list of (tuple of str, tuple of str)
-        Members whose figures a difference adds, and whose it subtracts: together fewer than least +
-        c of `after`. Each member that is in any such difference is in one of these, unless it was
-        in a sum of so few before.
+        Members whose figures a difference adds, and whose it subtracts: together fewer than
+        `fewest`. Each member that is in any such difference is in one of these, unless it was in a
+        sum of so few before.
 
     Notes
     -----
@@ -343,33 +364,36 @@ def differences(before: Study, after: Study) -> list[tuple[tuple[str, ...], tupl
     with the one that it is in now. A difference of sums holds the figures of the members that join
     a set of nodes with the rest, a cut. So a member is in a difference of few if the smallest cut
     between its two nodes is small (found by augmenting paths: Ford and Fulkerson 1956).
+
+    Examples
+    --------
+    >>> before = (("a", "b", "c"), ("d", "e", "f"))
+    >>> after = (("a", "b", "d"), ("c", "e", "f"))
+    >>> differences(before, after, 3)
+    [(('c',), ('d',))]
     """
-    fewest = after.least + after.colluders
-    ends = {
-        name: (_node(before, "before", name), _node(after, "after", name))
-        for name in sorted({*before.members, *after.members})
-    }
-    found = []
+    old = {name: ("before", index) for index, group in enumerate(before) for name in group}
+    new = {name: ("after", index) for index, group in enumerate(after) for name in group}
+    ends = {name: (old.get(name, _NOTHING), new.get(name, _NOTHING)) for name in sorted(old | new)}
+    known = {frozenset(group) for group in before}
+    found: list[Groups] = []
     for source, target in dict.fromkeys(ends.values()):
         side = _side_of_cut(list(ends.values()), source, target, fewest)
         if side is None:
             continue
-        added = tuple(n for n, (old, new) in ends.items() if old in side and new not in side)
-        subtracted = tuple(n for n, (old, new) in ends.items() if new in side and old not in side)
+        cut = {name: (one in side, other in side) for name, (one, other) in ends.items()}
+        added = tuple(name for name, sides in cut.items() if sides == (True, False))
+        subtracted = tuple(name for name, sides in cut.items() if sides == (False, True))
         # The sign of a difference means nothing: first those of whom there are more.
         pair = (added, subtracted) if len(added) >= len(subtracted) else (subtracted, added)
-        by_itself = pair[0] in before.sums and not pair[1]
+        by_itself = frozenset(pair[0]) in known and not pair[1]
         if not by_itself and pair not in found and pair[::-1] not in found:
             found.append(pair)
     return found
 
 
-_Node = tuple[str, tuple[str, ...]]
-_NOTHING: _Node = ("nothing", ())
-
-
-def _node(study: Study, when: str, name: str) -> _Node:
-    return (when, study.group_of(name)) if name in study.members else _NOTHING
+_Node = tuple[str, int]
+_NOTHING: _Node = ("nothing", 0)
 
 
 def _side_of_cut(
@@ -397,6 +421,10 @@ def _side_of_cut(
             room[node][came_from[node]] += 1
             node = came_from[node]
     return None
+
+
+def _usual_colluders(members: int) -> int:
+    return 1 if members > LEAST else 0
 
 
 def _require_members(members: Mapping[str, bytes]) -> None:

@@ -29,6 +29,10 @@ def study(names, **options):
     return Study.of("lungs", members(names), **options)
 
 
+def compared(before, after):
+    return differences(before.sums, after.sums, after.least + after.colluders)
+
+
 def letters(count):
     return [f"h{number:03}" for number in range(count)]
 
@@ -120,7 +124,7 @@ def test_members_stand_in_the_order_of_their_names():
         (
             "abcdef",
             {"groups": ["abc", "dex"], "colluders": 0},
-            "a group holds x, which is no member: pin its key first",
+            "a group holds 'x', which is no member: pin its key first",
         ),
         ("abc", {"secrets": {"x": bytes(16)}}, "secrets hold one for x, which is no member"),
         (
@@ -194,9 +198,12 @@ def test_a_peers_file(tmp_path):
     path = written(tmp_path / "peers.toml")
     found = Study.load(path)
     assert found == Study.of("lungs", members("abcd"))
-    path = written(tmp_path / "peers.toml", least=4, c=0, groups=[["d", "c", "b", "a"]])
+    path = written(path, least=4, c=0)
     found = Study.load(path)
-    assert (found.least, found.colluders, found.groups) == (4, 0, (("a", "b", "c", "d"),))
+    assert (found.least, found.colluders) == (4, 0)
+    six = {name: key_text(public) for name, public in members("abcdef").items()}
+    path = written(path, c=0, members=six, groups=[["f", "e", "d"], ["c", "b", "a"]])
+    assert Study.load(path).groups == (("a", "b", "c"), ("d", "e", "f"))
 
 
 def test_a_file_with_secrets_must_be_the_owners_alone(tmp_path):
@@ -228,7 +235,11 @@ def test_a_file_with_secrets_must_be_the_owners_alone(tmp_path):
         ),
         ({"groups": ["abcd"]}, "groups must be a list of lists of names, got ['abcd']"),
         ({"groups": [[1]]}, "groups must be a list of lists of names, got [[1]]"),
-        ({"groups": [["a", "b", "c"]]}, "a group must have at least least + c = 3 + 1 members"),
+        (
+            {"groups": [["a", "b", "c", "d"]]},
+            "groups must be two or more, or none, got one: a, b, c, d; without groups all members "
+            "are summed together",
+        ),
         ({"members": []}, "[study.members] must be a table of texts, one for each member"),
         ({"members": {"a": 1}}, "[study.members] must be a table of texts"),
         ({"members": {"a": "x"}}, "a: a public key must be ed25519: and 44 letters of base64"),
@@ -295,41 +306,55 @@ def test_a_peers_file_that_is_a_link_stays_one(tmp_path):
 
 def test_a_member_that_joins_or_leaves_is_the_difference():
     three, four, five, six = (study("abcdef"[:n], colluders=0) for n in (3, 4, 5, 6))
-    assert differences(four, three) == [(("d",), ())]
-    assert differences(three, four) == [(("d",), ())]
-    assert differences(five, three) == [(("d", "e"), ())]
-    assert differences(three, three) == []
+    assert compared(four, three) == [(("d",), ())]
+    assert compared(three, four) == [(("d",), ())]
+    assert compared(five, three) == [(("d", "e"), ())]
+    assert compared(three, three) == []
     # Three honest ones are a sum like others.
-    assert differences(six, three) == []
-    assert differences(study("abcd"), study("abc")) == [(("d",), ())]
+    assert compared(six, three) == []
+    assert compared(study("abcd"), study("abc")) == [(("d",), ())]
 
 
 def test_members_that_change_places_are_the_difference():
     before = study("abcdef", colluders=0, groups=["abc", "def"])
     after = study("abcdef", colluders=0, groups=["abd", "cef"])
     # {a, b, c} - {a, b, d} is c less d; {d, e, f} - {c, e, f} is the same the other way round.
-    assert differences(before, after) == [(("c",), ("d",))]
-    assert differences(before, before) == []
+    assert compared(before, after) == [(("c",), ("d",))]
+    assert compared(before, before) == []
     # From groups to one sum over all: the groups' sums add up to it.
-    assert differences(before, study("abcdef", colluders=0)) == []
+    assert compared(before, study("abcdef", colluders=0)) == []
 
 
 def test_a_member_that_leaves_a_group_is_found_behind_several_sums():
     before = study("abcdefghi", colluders=0, groups=["abc", "def", "ghi"])
     after = study("abcdefgh", colluders=0, groups=["adg", "bcefh"])
     # All that was there before less all that is there now.
-    assert (("i",), ()) in differences(before, after)
+    assert (("i",), ()) in compared(before, after)
+
+
+def test_the_sums_of_a_file_in_which_members_or_groups_are_missing():
+    assert Peers("lungs", members("ab")).sums == ()
+    assert Peers("lungs", members("abc")).sums == (("a", "b", "c"),)
+    parted = Peers("lungs", members("abcdefg"), groups=(("a", "b", "c"), ("d", "e", "f")))
+    assert parted.sums == (("a", "b", "c"), ("d", "e", "f"))
+    # A member that is in no group yet is in no sum.
+    whole = tuple("abcdefg")
+    assert differences(parted.sums, (whole,), parted.fewest) == [(("g",), ())]
+    fewest = {3: 3, 4: 4, 20: 4}
+    for count, expected in fewest.items():
+        assert Peers("lungs", members(letters(count))).fewest == expected
+    assert Peers("lungs", members("abcdef"), 4, 2).fewest == 6
 
 
 def partition(draw, names, fewest):
-    """Draw groups of at least `fewest` members."""
+    """Draw groups of at least `fewest` members, or none."""
     names = draw.sample(names, len(names))
     groups = []
     while len(names) >= 2 * fewest and draw.random() < 0.8:
         size = draw.randint(fewest, len(names) - fewest)
         groups.append(names[:size])
         names = names[size:]
-    return [*groups, names]
+    return [*groups, names] if groups else []
 
 
 def exposed(before, after):
@@ -373,7 +398,7 @@ def test_all_who_are_in_a_small_difference_are_named(seed):
     colluders = draw.randint(0, 1)
     before = study(names, colluders=colluders, groups=partition(draw, names, 3 + colluders))
     after = study(kept, colluders=colluders, groups=partition(draw, kept, 3 + colluders))
-    found = differences(before, after)
+    found = compared(before, after)
     assert {name for pair in found for side in pair for name in side} == exposed(before, after)
     rows = [[n in g for n in names] for s in (before, after) for g in s.sums]
     rank = np.linalg.matrix_rank(np.array(rows, float))
@@ -389,11 +414,11 @@ def test_the_largest_study_is_compared_at_once():
     names = letters(255)
     before = study(names, groups=[names[i : i + 5] for i in range(0, 255, 5)])
     after = study(names, groups=[names[i::51] for i in range(51)])
-    assert differences(before, after) == []
+    assert compared(before, after) == []
     moved = [*names]
     moved[0], moved[5] = moved[5], moved[0]
     after = study(names, groups=[moved[i : i + 5] for i in range(0, 255, 5)])
-    assert differences(before, after) == [(("h000",), ("h005",))]
+    assert compared(before, after) == [(("h000",), ("h005",))]
 
 
 def test_the_errors_of_a_study_end_in_what_to_do():
