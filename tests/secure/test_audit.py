@@ -468,6 +468,16 @@ def test_only_the_end_of_a_long_trail_is_read_by_append(tmp_path, monkeypatch):
     assert faults_of(chain.path) == []
 
 
+def test_a_long_file_whose_end_holds_no_line_is_not_taken_for_a_new_trail(tmp_path):
+    chain = chain_of(tmp_path)
+    with chain.path.open("ab") as file:
+        file.write(bytes(3 << 18))
+    before = chain.path.read_bytes()
+    with pytest.raises(SecureError, match=r"the last line of .* was changed"):
+        chain.append("note", {})
+    assert chain.path.read_bytes() == before
+
+
 def test_a_trail_that_would_get_too_large_to_be_read_is_not_written(tmp_path, monkeypatch):
     chain = chain_of(tmp_path)
     monkeypatch.setattr(audit_module, "MOST_TEXT", chain.path.stat().st_size + 10)

@@ -171,6 +171,8 @@ def test_a_sum_over_two_sets_is_named_with_whose_figures_are_the_difference(trai
         trails.masked(2, name, record)
     trails.opened(2, "north", record)
     trails.opened(2, "west", record)
+    # An answer that was lost is given again.
+    trails.opened(2, "west", record)
     trails.opened(2, "south", record, ["north", "south"])
     (text,) = differences(trails)
     assert text == (
@@ -206,10 +208,13 @@ def test_an_end_that_was_cut_off_is_found_by_the_head_that_another_was_told(tmp_
     before = trails.path("north").read_bytes().splitlines(keepends=True)
     trails.hello()
     trails.path("north").write_bytes(b"".join(before[:-1]))
+    # The same head in another entry is the same finding.
+    heads = Chain.read(trails.path("south"))[-1].about["heads"]
+    trails.chains["south"].append("note", {"heads": heads})
+    assert trails.chains["north"].head.hex() != heads["north"]
     texts = differences(trails, "north", "south")
-    head = Chain.read(trails.path("south"))[-1].about["heads"]["north"]
     assert texts == [
-        f"south was told the head {head[:12]}... of the trail of north (line 6 of the "
+        f"south was told the head {heads['north'][:12]}... of the trail of north (line 6 of the "
         "trail of south), which is not in the trail of north: it was rewritten, or its end was cut "
         "off"
     ]
@@ -225,6 +230,11 @@ def test_a_trail_that_its_owner_wrote_anew_is_found(tmp_path):
     again.opened(1, "north", record)
     (text,) = differences(trails, "north", "south")
     assert text.startswith("south was told the head")
+
+
+def test_a_hospital_that_kept_no_trail_yet_has_told_no_head(trails):
+    trails.chains["south"].append("note", {"heads": {"north": "", "west": bytes(32)}})
+    assert differences(trails) == []
 
 
 def test_heads_of_hospitals_whose_trails_are_not_there_are_left_alone(tmp_path):
