@@ -152,20 +152,22 @@ def revoke(file: _PeersFile, name: _Member) -> None:
 def regroup(
     file: _PeersFile,
     groups: Annotated[
-        list[str] | None,
+        list[str],
         typer.Argument(
-            metavar="[GROUP]...",
+            metavar="GROUP...",
             help="The names of members that are summed together, with commas: north,south,east. "
-            "Without groups all members are summed together.",
+            "One group of all members is no groups.",
         ),
-    ] = None,
+    ],
 ) -> None:
     """Say which members are summed together, for rules that compare groups of hospitals."""
     from fedmed_flower.secure.study import Peers
 
     with input_errors():
         peers = Peers.load(file)
-        parted = (tuple(name.strip() for name in group.split(",")) for group in groups or [])
+        parted = [tuple(name.strip() for name in group.split(",")) for group in groups]
+        if [sorted(group) for group in parted] == [sorted(peers.members)]:
+            parted = []
         after = replace(peers, groups=tuple(parted))
         with _named(file):
             # Refuses groups that are too small or leave members out.

@@ -30,7 +30,7 @@ _FORMAT = 1
 _FIELDS = ("format", "name", "id", "private")
 _ID = re.compile(r"[0-9a-f]{32}")
 _MOST_BYTES = 1 << 20
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 # 160 bits: nobody finds two keys, or two studies, that have the same letters.
 _FINGERPRINT_LETTERS = 32
 
