@@ -220,9 +220,7 @@ def _strangers(labels: Mapping[str, _Audited]) -> list[str]:
     """Say whose key is not known."""
     from fedmed_flower.secure.trails import in_words
 
-    unknown = [
-        label for label, trail in labels.items() if not trail.is_known and not trail.faults
-    ]
+    unknown = [label for label, trail in labels.items() if not trail.is_known and not trail.faults]
     if not unknown:
         return []
     return [

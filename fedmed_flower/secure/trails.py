@@ -60,6 +60,17 @@ class _Told(NamedTuple):
 _Contents = dict[tuple[object, ...], _Told]
 
 
+class _Opened(NamedTuple):
+    """What one trail says of the opening of a sum over one set."""
+
+    digest: str
+    place: Place
+    label: str
+
+
+_Sums = dict[frozenset[str], list[_Opened]]
+
+
 class _Trail:
     """The entries of one trail by what they say.
 
@@ -247,33 +258,32 @@ def _unlike(one: _Told, other: _Told) -> str:
 def _unlike_sums(trails: Sequence[_Trail]) -> Iterator[str]:
     """Find a sum, or a question, that was opened over two sets."""
     told = {each.digest: each for trail in trails for each in trail.told}
-    sums: dict[str, dict[frozenset[str], list[_Trail]]] = {}
-    questions: dict[str, dict[frozenset[str], Place]] = {}
+    sums: dict[str, _Sums] = {}
+    questions: dict[str, _Sums] = {}
     for trail in trails:
         for entry in trail.opened:
-            digest = entry.about["digest"]
             members = frozenset(entry.about["members"])
-            owners = sums.setdefault(digest, {}).setdefault(members, [])
-            if trail not in owners:
-                owners.append(trail)
-            if digest in told and told[digest].question:
-                places = questions.setdefault(told[digest].question, {})
-                places.setdefault(members, told[digest].place)
-    for digest, sets in sums.items():
+            opened = _Opened(entry.about["digest"], _place_of(entry, told), trail.label)
+            sums.setdefault(opened.digest, {}).setdefault(members, []).append(opened)
+            if opened.digest in told and told[opened.digest].question:
+                question = told[opened.digest].question
+                questions.setdefault(question, {}).setdefault(members, []).append(opened)
+    for sets in sums.values():
         if len(sets) > 1:
-            place = told[digest].place if digest in told else "one round"
-            over = " and ".join(
-                f"over {_names(members)} (by the trail of {_listed(owners)})"
-                for members, owners in sets.items()
-            )
-            yield f"{place} was opened {over}: {_difference(sets)}"
-    for places in questions.values():
+            over = [
+                f"over {_names(members)} (by the trail of "
+                f"{in_words(list(dict.fromkeys(each.label for each in opened)))})"
+                for members, opened in sets.items()
+            ]
+            place = next(iter(sets.values()))[0].place
+            yield f"{place} was opened {' and '.join(over)}: {_difference(sets)}"
+    for sets in questions.values():
         # Two sets of one digest have been named already.
-        if len(places) > 1 and len(set(places.values())) > 1:
-            over = " and ".join(
-                f"over {_names(members)} in {place}" for members, place in places.items()
-            )
-            yield f"one question was opened {over}: {_difference(places)}"
+        if len(sets) > 1 and len({each.digest for opened in sets.values() for each in opened}) > 1:
+            over = [
+                f"over {_names(members)} in {opened[0].place}" for members, opened in sets.items()
+            ]
+            yield f"one question was opened {' and '.join(over)}: {_difference(sets)}"
 
 
 def _difference(sets: Iterable[frozenset[str]]) -> str:
@@ -286,26 +296,36 @@ def _difference(sets: Iterable[frozenset[str]]) -> str:
 def _missing_parts(trails: Sequence[_Trail], hospitals: Sequence[_Trail]) -> Iterator[str]:
     """Find hospitals over which a sum was opened and whose trails do not show their part."""
     told = {each.digest: each for trail in trails for each in trail.told}
+    masked: dict[str, set[str]] = {}
+    runs: dict[str, set[str]] = {}
+    for hospital in hospitals:
+        masked.setdefault(hospital.who, set()).update(hospital.masked)
+        runs.setdefault(hospital.who, set()).update(hospital.runs)
     named = set()
     for trail in trails:
         for entry in trail.opened:
             digest = entry.about["digest"]
             run = entry.about["run"]
-            place = told[digest].place if digest in told else Place(run, entry.about["round"])
             for who in entry.about["members"]:
-                own = [hospital for hospital in hospitals if hospital.who == who]
-                if not own or any(digest in hospital.masked for hospital in own):
+                if who not in masked or digest in masked[who]:
                     continue
-                whole_run = all(run not in hospital.runs for hospital in own)
+                whole_run = run not in runs[who]
                 hidden = (who, run if whole_run else digest)
                 if hidden in named:
                     continue
                 named.add(hidden)
+                place = _place_of(entry, told)
                 what = f"nothing of run {_short(run)}" if whole_run else f"no part in {place}"
                 yield (
                     f"the trail of {_short(who)} shows {what}, and by the trail of {trail.label} a "
                     "sum over its figures was opened there"
                 )
+
+
+def _place_of(entry: Entry, told: Mapping[str, _Told]) -> Place:
+    """Return where a sum was opened, with its purpose if that is known."""
+    known = told.get(entry.about["digest"])
+    return known.place if known else Place(entry.about["run"], entry.about["round"])
 
 
 def _places(trails: Iterable[_Trail]) -> list[Place]:

@@ -194,6 +194,26 @@ def test_a_question_over_two_sets_is_named(trails):
     ]
 
 
+def test_another_attempt_of_a_round_over_one_hospital_fewer_is_named(trails):
+    for attempt, members in enumerate((NAMES, NAMES[:2])):
+        record = trails.sent(5, "north", attempt=attempt)
+        trails.masked(5, "north", record)
+        trails.opened(5, "north", record, members)
+    assert differences(trails, "north") == [
+        "one question was opened over north, south and west in round 5 of run ab12 and over north "
+        "and south in round 5 of run ab12: the difference of the sums is of west"
+    ]
+
+
+def test_a_sum_of_which_nobody_was_told_is_compared_too(trails):
+    trails.opened(6, "south", "00", ["south", "west"])
+    trails.opened(6, "west", "00", ["west"])
+    assert differences(trails, "south", "west")[0] == (
+        "round 6 of run ab12 was opened over south and west (by the trail of south) and over west "
+        "(by the trail of west): the difference of the sums is of south"
+    )
+
+
 def test_one_digest_for_two_things_is_named(trails):
     record = trails.sent(2, "north")
     trails.sent(2, "south", digest=record, model=SWAPPED, question="")
