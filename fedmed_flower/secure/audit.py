@@ -63,6 +63,7 @@ _FIELDS: dict[str, dict[str, type]] = {
 }
 # Fields that may be left out, in any entry.
 _OPTIONAL: dict[str, type] = {"model": str, "question": str, "heads": dict}
+_WORDS = {str: "a text", int: "a whole number", list: "a list of texts", dict: "a dict of texts"}
 _SIGNATURE_BYTES = 64
 _NONCE_BYTES = 16
 # Bytes of a line: heads of 255 hospitals with long names are a fifth of it.
@@ -367,20 +368,27 @@ def _plain_about(kind: str, about: Mapping[str, Value]) -> dict[str, Any]:
     """Return what an entry is about as it is written, or refuse it."""
     if not isinstance(kind, str) or not isinstance(about, Mapping):
         raise InputError(f"an entry must have a kind and a mapping, got {kind!r} and {about!r}")
+    if _plain_text(kind, "kind") != kind:
+        raise InputError(f"kind of an entry must be in the Unicode normal form NFC, got {kind!r}")
     plain: dict[str, Any] = _plain(about, kind, 0)
     required = _FIELDS.get(kind, {})
     for name, wanted in (_OPTIONAL | required).items():
         if name not in plain and name not in required:
             continue
         value = plain.get(name)
-        inner = value.values() if isinstance(value, dict) else value
-        texts = wanted not in (list, dict) or all(isinstance(text, str) for text in inner or ())
-        if not isinstance(value, wanted) or not texts:
+        if not _fits(value, wanted):
             raise InputError(
-                f"{name} of an entry of kind {kind!r} must be a {wanted.__name__}"
-                f"{' of texts' if wanted in (list, dict) else ''}, got {value!r}"
+                f"{name} of an entry of kind {kind!r} must be {_WORDS[wanted]}, got {value!r}"
             )
     return plain
+
+
+def _fits(value: object, wanted: type) -> bool:
+    """Return whether a value is of a type, and holds texts if it is a list or a dict."""
+    if not isinstance(value, wanted):
+        return False
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(isinstance(text, str) for text in inner)
 
 
 def _plain(value: Value, name: str, deep: int) -> Any:

@@ -120,6 +120,7 @@ def test_a_changed_key_is_one_more_entry_and_verified_by_both_keys(tmp_path):
         ({"a": "\ud800"}, "a of an entry is no text"),
         ({"heads": {"north": 1}}, "heads of an entry of kind 'note' must be a dict of texts"),
         ({"a": "x" * (1 << 18)}, "must have less than 262,144 bytes"),
+        ({"heads": 1}, "heads of an entry of kind 'note' must be a dict of texts, got 1"),
         ([1], "must have a kind and a mapping"),
     ],
 )
@@ -137,6 +138,8 @@ def test_append_refuses_what_is_too_deep_and_the_kind_that_is_its_own(tmp_path):
     deep.append(deep)
     with pytest.raises(InputError, match="at most 16 deep"):
         chain.append("note", {"a": deep})
+    with pytest.raises(InputError, match="kind of an entry must be in the Unicode normal form NFC"):
+        chain.append("e\u0301", {})
     with pytest.raises(InputError, match="writes entries of kind 'key' itself"):
         chain.append("key", {"who": "north", "role": "hospital", "public": "x", "nonce": ""})
 
@@ -144,7 +147,7 @@ def test_append_refuses_what_is_too_deep_and_the_kind_that_is_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "about", "text"),
     [
-        ("hello", {"run": "ab12"}, "key of an entry of kind 'hello' must be a str, got None"),
+        ("hello", {"run": "ab12"}, "key of an entry of kind 'hello' must be a text, got None"),
         (
             "opened",
             {"run": "ab12", "round": 1, "digest": b"d", "members": "north"},
@@ -153,7 +156,7 @@ def test_append_refuses_what_is_too_deep_and_the_kind_that_is_its_own(tmp_path):
         (
             "masked",
             {"run": "ab12", "round": "1", "digest": b"d", "masked": b"m"},
-            "round of an entry of kind 'masked' must be a int, got '1'",
+            "round of an entry of kind 'masked' must be a whole number, got '1'",
         ),
     ],
 )
@@ -278,6 +281,18 @@ def test_each_kind_of_tampering_is_named(tmp_path, tampering, texts, known):
     tampering(lines)
     chain.path.write_bytes(b"".join(lines))
     assert faults_of(chain.path, [identity("north").public] if known else []) == texts
+
+
+def test_another_form_of_a_letter_in_the_kind_is_a_change(tmp_path):
+    chain = chain_of(tmp_path, 2)
+    chain.append("not\u00e9", {})
+    assert faults_of(chain.path) == []
+    lines = lines_of(chain)
+    before = lines[2]
+    lines[2] = before.replace(b"not\\u00e9", b"note\\u0301")
+    assert lines[2] != before
+    chain.path.write_bytes(b"".join(lines))
+    assert faults_of(chain.path) == ["line 3 of FILE was changed: it is no entry of an audit trail"]
 
 
 def test_verify_raises_for_the_first_wrong_line(tmp_path):
