@@ -169,8 +169,8 @@ class FirstResult(FedAvg):
 def hospitals_of(vectors: Sequence[Weights]) -> dict[int, Hospital]:
     """Return a hospital for each vector, by node id."""
     return {
-        node: Hospital(node, weights, EXAMPLES + 50 * number)
-        for number, (node, weights) in enumerate(zip(range(11, 999), vectors, strict=False))
+        11 + number: Hospital(11 + number, weights, EXAMPLES + 50 * number)
+        for number, weights in enumerate(vectors)
     }
 
 
