@@ -635,6 +635,7 @@ class FedAvg(flower.FedAvg):
                 "compression": self.compression != NONE,
                 "buffer": bool(self.buffer),
                 "keep": bool(self.keep),
+                "fraction_evaluate": 0 < self.fraction_evaluate < 1,
             },
             method=self.method,
             exponent=self.secure_exponent,
@@ -718,6 +719,10 @@ class FedAvg(flower.FedAvg):
         phase = "own-test" if own else "test"
         self.run.evaluated = phase
         self.run.timeout = timeout
+        if self.secure == SUM and self.run.secure is None:
+            # No round has been done: a finished model is tested.
+            self.require_summable()
+            self.run.secure = self._secure_rounds(grid, config or ConfigRecord())
         try:
             with self.listeners.run(again=True):
                 if self.folder is not None:
@@ -798,13 +803,13 @@ class FedAvg(flower.FedAvg):
             require_one_each(messages)
         secure = self.run.secure
         sent = self.run.sent_arrays
-        if secure is not None and sent is not None:
-            if phase == "train":
-                trained = self._trained(sent)
-                return secure.train(
-                    messages, sent, trained, server_round, self.run.timeout, self.quorum, self.grace
-                )
+        if secure is not None and phase != "train":
             return secure.evaluate(messages, server_round, phase, self.run.timeout)
+        if secure is not None and sent is not None:
+            trained = self._trained(sent)
+            return secure.train(
+                messages, sent, trained, server_round, self.run.timeout, self.quorum, self.grace
+            )
         replies = self.inbox.collect(
             grid, messages, self.run.timeout, server_round, phase, self.quorum, self.grace
         )

@@ -6,6 +6,8 @@ import logging
 import math
 from collections import deque
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from flwr.app import (
@@ -17,10 +19,13 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
+from numpy.typing import NDArray
 
 from fedmed_flower.arrays import kernels
 from fedmed_flower.arrays.views import view
+from fedmed_flower.data.site import some_of
 from fedmed_flower.methods.base import Method
+from fedmed_flower.metrics.summing import partial_metrics, record_of_sums
 from fedmed_flower.secure.encoding import SecureError
 from fedmed_flower.secure.parts import (
     BY,
@@ -30,8 +35,10 @@ from fedmed_flower.secure.parts import (
     MODEL,
     ONES,
     ROWS,
+    TOLD,
     TOTAL,
     UNIFORM,
+    figures_of,
 )
 from fedmed_flower.secure.record import DATA, TRAIN
 from fedmed_flower.secure.ring import FIXED, REAL, Layout, Part
@@ -71,6 +78,8 @@ class SecureRounds:
         self.by = by
         self.losses = losses
         self.total = 0
+        # What is summed in each phase of evaluation.
+        self._figures: dict[str, Layout] = {}
         self._lengths: deque[float] = deque(maxlen=_REMEMBERED)
 
     def begin(self, nodes: Collection[int], server_round: int) -> None:
@@ -152,8 +161,60 @@ class SecureRounds:
     def evaluate(
         self, messages: Sequence[Message], server_round: int, phase: str, timeout: float
     ) -> list[Message]:
-        """Evaluate a round; return one reply, the counts of all hospitals, or none."""
-        return []
+        """Evaluate a round; return one reply, the figures of all rows, or none if it is left out.
+
+        Parameters
+        ----------
+        messages : sequence of Message
+        server_round : int
+        phase : {"val", "test"}
+        timeout : float
+        """
+        if not messages:
+            return []
+        inbox = self.sums.inbox
+        nodes = {message.metadata.dst_node_id for message in messages}
+        try:
+            self.sums.greet(nodes, server_round)
+            layout = self._figures.get(phase, Layout(()))
+            record = self.sums.record(nodes, f"evaluate/{phase}", DATA, server_round, layout, {})
+            asked = {*self.sums.nodes_of(record)}
+            going = [message for message in messages if message.metadata.dst_node_id in asked]
+            if phase not in self._figures:
+                self._figures[phase] = self.sums.figures(going, server_round)
+                record = replace(record, layout=self._figures[phase])
+            opened = self.sums.sum(going, record, phase, timeout, whole=True)
+            _require_ones(opened)
+            figures = self._counted(opened)
+        except SecureError as error:
+            inbox.fail(server_round, phase, ALL_SITES, f"the secure sum is left out: {error}")
+            return []
+        aside = sorted(inbox.name(node_id) for node_id in nodes - asked)
+        if aside:
+            text = f"the sum is without {some_of(aside)}: the first sum of figures was too"
+            inbox.note(server_round, phase, ALL_SITES, text)
+        for name, rows in partial_metrics(figures).items():
+            text = f"{name} is of {rows} rows: hospitals with the others could not measure it"
+            inbox.note(server_round, phase, ALL_SITES, text)
+        content = RecordDict({"metrics": MetricRecord(record_of_sums(figures))})
+        return [reply_of(opened, MessageType.EVALUATE, content, inbox)]
+
+    def _counted(self, opened: Opened) -> dict[str, NDArray[Any]]:
+        """Return the total of each figure.
+
+        Raises
+        ------
+        SecureError
+            If fewer hospitals have figures than a sum must be of.
+        """
+        figures = figures_of(opened.record.layout, opened.values)
+        told = int(opened.values[TOLD.name][0])
+        if told < opened.record.needed:
+            raise SecureError(
+                f"{told} of {len(opened.members)} hospitals have enough patients, and "
+                f"{opened.record.needed} must add figures: the sum is not used"
+            )
+        return figures
 
     def _layout(self, sent: ArrayRecord, trained: Collection[str]) -> Layout:
         parts = []
@@ -215,6 +276,7 @@ _WAY_OUT = {
     "compression": "the vectors of a sum are added as they are",
     "buffer": "a sum needs the hospitals of one round",
     "keep": "layers that stay different need a reply of their own",
+    "fraction_evaluate": "figures of patients are summed over all hospitals: leave it at 1",
 }
 
 
