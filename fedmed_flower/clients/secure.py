@@ -31,7 +31,7 @@ from fedmed_flower.data.site import site_names, some_of
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.files import file_name
 from fedmed_flower.metrics.plain import plain_metrics
-from fedmed_flower.metrics.summing import is_whole, sums_of_record
+from fedmed_flower.metrics.summing import Grid, is_whole, sums_of_record
 from fedmed_flower.models.adapters import merge_adapters
 from fedmed_flower.privacy.patient import ledger_path
 from fedmed_flower.secure.book import SecureBook, secure_path
@@ -42,6 +42,7 @@ from fedmed_flower.secure.parts import (
     BY,
     CLIPPED,
     EXAMPLES,
+    GRIDS,
     LOSS,
     MODEL,
     ONES,
@@ -52,7 +53,7 @@ from fedmed_flower.secure.parts import (
     figure_in,
 )
 from fedmed_flower.secure.record import Record
-from fedmed_flower.secure.ring import FIXED, Layout
+from fedmed_flower.secure.ring import FIXED
 from fedmed_flower.secure.study import Study
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.wire import (
@@ -166,7 +167,7 @@ class SecureReply:
         """Return a reply's content as one part of the sum, under masks."""
         layout = self.record.layout
         if self.record.purpose.startswith(f"{MessageType.EVALUATE}/"):
-            values, weight = _figures(layout, content), 1.0
+            values, weight = _figures(self.record, content), 1.0
         else:
             values, weight = _values(self.record, message, content)
         words, clipped = layout.encode(values, weight)
@@ -210,15 +211,15 @@ def _values(
     return values, weight
 
 
-def _figures(layout: Layout, content: RecordDict) -> dict[str, NDArray[Any]]:
+def _figures(record: Record, content: RecordDict) -> dict[str, NDArray[Any]]:
     """Return what an evaluation adds to each part of a sum.
 
     A hospital whose figures may not leave adds zeros.
     """
     (metrics,) = content.metric_records.values()
-    figures = sums_of_record(metrics)
+    figures = sums_of_record(metrics, _grids(record.weighting.get(GRIDS, [])))
     values: dict[str, NDArray[Any]] = {}
-    for part in layout.parts:
+    for part in record.layout.parts:
         if part.name == ONES.name:
             values[part.name] = np.array([1])
         elif part.name == TOLD.name:
@@ -233,6 +234,20 @@ def _figures(layout: Layout, content: RecordDict) -> dict[str, NDArray[Any]]:
     if left := sorted(figures.keys() - values.keys()):
         log.info("not among what is summed, and not sent: %s", some_of(left))
     return values
+
+
+def _grids(told: Value) -> list[Grid]:
+    """Return the grids of scores that a server names.
+
+    Raises
+    ------
+    DeclinedError
+        If they are no centres and widths.
+    """
+    numbers = np.asarray(told, np.float64) if isinstance(told, list) else np.array(np.nan)
+    if numbers.size % 2 or not (np.isfinite(numbers).all() and (numbers[1::2] > 0).all()):
+        raise DeclinedError("the secure sum counts scores on grids that are none")
+    return [(float(centre), float(width)) for centre, width in numbers.reshape(-1, 2)]
 
 
 def _weight(record: Record, metrics: MetricRecord) -> float:

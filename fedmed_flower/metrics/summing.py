@@ -11,7 +11,7 @@ counts, such as the sensitivity, and what is no sum, such as the lowest Dice, is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,10 +38,13 @@ from fedmed_flower.metrics.names import (
 )
 from fedmed_flower.metrics.types import Floats, Whole
 
-# The grid of all hospitals, in log odds: 8,192 bins, none wider than a four-hundredth of the log
-# odds that it stands for, or than 0.000025 at 0; the ends are at -110 and 110.
+# Of centre 0 and width 1. A hospital's own grid has a quarter of these bins.
 SUM_BINS = 8192
-SUM_EDGES = 0.01 * np.sinh(np.linspace(-10.0, 10.0, SUM_BINS + 1))
+SUM_EDGES = np.sinh(np.linspace(-10.0, 10.0, SUM_BINS + 1))
+# Centre and width of the grid on which all hospitals count a score, in log odds. On the first one
+# no bin is wider than a four-hundredth of the log odds that it stands for; its ends are at +-110.
+Grid = tuple[float, float]
+FIRST_GRID: Grid = (0.0, 0.01)
 # Of each score: pairs of rows of one hospital in the right order, less those in order by the grid.
 ORDER = "score-order"
 # What names of sums begin with: a sum, and the number of rows that a sum over rows is of.
@@ -67,7 +70,9 @@ _FOLLOWING = {
 _MOST = 2.0**90
 
 
-def sums_of_record(record: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+def sums_of_record(
+    record: Mapping[str, Any], grids: Sequence[Grid] = ()
+) -> dict[str, NDArray[Any]]:
     """Return one hospital's figures as sums, by names that begin with `SUM` or `ROWS`.
 
     Parameters
@@ -76,11 +81,14 @@ def sums_of_record(record: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         As `measure` of a client returns it, with plain numbers and lists. Of a group without
         metrics, such as that of a hospital with too few patients, nothing is returned: not even
         its number of rows.
+    grids : sequence of Grid
+        One a score, the same at all hospitals; empty for `FIRST_GRID`.
 
     Raises
     ------
     InputError
-        If the figures are coarse: bins of several widths do not add up.
+        If the figures are coarse: bins of several widths do not add up. If there is not one grid
+        a score.
     """
     sums: dict[str, NDArray[Any]] = {}
     for group, part in in_groups(record).items():
@@ -93,7 +101,7 @@ def sums_of_record(record: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
             if name in (_ROWS, GRID) or name in following or is_of_one_patient(name):
                 continue
             if name == COUNTS:
-                counts, order = _on_one_grid(part[GRID], value)
+                counts, order = _on_one_grid(part[GRID], value, grids)
                 sums[f"{SUM}{COUNTS}{group}"] = counts
                 sums[f"{SUM}{ORDER}{group}"] = order
             elif name in (TARGET, COUNT):
@@ -116,13 +124,15 @@ def is_fit(values: Floats) -> bool:
     return bool((np.abs(values) <= _MOST).all())
 
 
-def record_of_sums(sums: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+def record_of_sums(sums: Mapping[str, NDArray[Any]], grids: Sequence[Grid] = ()) -> dict[str, Any]:
     """Return the sums over all hospitals as one record, as one hospital with all rows sends it.
 
     Parameters
     ----------
     sums : mapping of str to ndarray
         The total of what `sums_of_record` returns at each hospital.
+    grids : sequence of Grid
+        As `sums_of_record` was given them.
 
     Returns
     -------
@@ -138,7 +148,7 @@ def record_of_sums(sums: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
         if not rows:
             continue
         if COUNTS in part:
-            grid, counts = _on_own_grid(part[COUNTS], part[ORDER])
+            grid, counts = _on_own_grid(part[COUNTS], part[ORDER], grids)
             record |= {f"{GRID}{group}": grid, f"{COUNTS}{group}": counts}
         for name, value in part.items():
             if name in (_ROWS, COUNTS, ORDER):
@@ -162,6 +172,52 @@ def partial_metrics(sums: Mapping[str, NDArray[Any]]) -> dict[str, int]:
         if name.startswith(ROWS) and value[0] != sums[f"{SUM}{_ROWS}{group}"][0]:
             partial[metric] = int(value[0])
     return partial
+
+
+def finer_grids(sums: Mapping[str, NDArray[Any]], grids: Sequence[Grid] = ()) -> list[Grid] | None:
+    """Return grids that resolve the scores of all rows; None if these ones do.
+
+    A grid resolves a score if its bins in the middle are as narrow as those of a hospital's own
+    grid, a five-hundredth of the distance of the quartiles, and no row is in the bins at its ends,
+    or a wider grid would not help. Whoever chooses a grid learns no more
+    than by the choice of a model, whose last layer could shift and stretch the scores.
+    """
+    counts = sums.get(f"{SUM}{COUNTS}")
+    if counts is None or not counts.any():
+        return None
+    wanted: list[Grid] = []
+    fine = True
+    for histograms, grid in _with_grids(counts, grids):
+        edges = edges_of(grid)
+        rows = histograms.sum(axis=0)
+        quarters, (low, centre, high) = _quartiles(edges, rows)
+        middles = (edges[:-1] + edges[1:]) / 2
+        spread = math.sqrt(np.average((middles - centre) ** 2, weights=rows))
+        width = max(0.2 * (high - low), 1e-3 * spread, 1e-9 * max(1.0, abs(centre)))
+        fine &= bool(np.diff(edges)[quarters[1]] <= 0.01 * width)
+        fine &= not rows[[0, -1]].any() or width <= 2 * grid[1]
+        wanted.append((centre, float(f"{width:.1e}")))
+    return None if fine else wanted
+
+
+def edges_of(grid: Grid) -> Floats:
+    """Return the edges of a grid, shape (8193,), in log odds."""
+    centre, width = grid
+    return np.asarray(centre + width * SUM_EDGES)
+
+
+def _with_grids(counts: ArrayLike, grids: Sequence[Grid]) -> list[tuple[Whole, Grid]]:
+    """Return the histograms of each score, without and with the class, and its grid."""
+    histograms = np.asarray(counts).reshape(-1, 2, SUM_BINS)
+    return [*zip(histograms, grids or [FIRST_GRID] * len(histograms), strict=True)]
+
+
+def _quartiles(edges: Floats, rows: Whole) -> tuple[Whole, tuple[float, float, float]]:
+    """Return the bins in which the quartiles of rows are, and their middles."""
+    below = np.cumsum(rows)
+    bins = np.searchsorted(below, below[-1] * np.array([0.25, 0.5, 0.75]))
+    low, centre, high = (float(value) for value in (edges[bins] + edges[bins + 1]) / 2)
+    return bins, (low, centre, high)
 
 
 def _powers(key: str, sums: ArrayLike) -> Floats:
@@ -194,8 +250,10 @@ def _about_zero(key: str, rows: float, mean: float) -> float:
     return 2 * rows * mean * math.log(mean) if mean > 0 else 0.0
 
 
-def _on_one_grid(grid: ArrayLike, counts: ArrayLike) -> tuple[Whole, Floats]:
-    """Return a hospital's counts on the grid of all, and the pairs that the grid has wrong."""
+def _on_one_grid(
+    grid: ArrayLike, counts: ArrayLike, wanted: Sequence[Grid]
+) -> tuple[Whole, Floats]:
+    """Return a hospital's counts on the grids of all, and the pairs that these have wrong."""
     fine = np.asarray(counts, dtype=np.int64).reshape(-1, 2, BINS)
     if (fine == MERGED).any():
         raise InputError(
@@ -205,29 +263,32 @@ def _on_one_grid(grid: ArrayLike, counts: ArrayLike) -> tuple[Whole, Floats]:
     grids = np.asarray(grid, dtype=np.float64).reshape(-1, 3)
     summed = np.zeros((len(fine), 2, SUM_BINS), dtype=np.int64)
     order = np.zeros(len(fine))
+    if wanted and len(wanted) != len(fine):
+        raise InputError(f"there must be one grid for each of {len(fine)} scores: {len(wanted)}")
     for score, (centre, width, auc) in enumerate(grids):
-        summed[score] = rebinned(centre + width * EDGES, fine[score], SUM_EDGES)
+        edges = edges_of(wanted[score] if wanted else FIRST_GRID)
+        summed[score] = rebinned(centre + width * EDGES, fine[score], edges)
         order[score] = auc * float(fine[score].sum(axis=1).prod()) - _in_order(summed[score])
     return summed.ravel(), order
 
 
-def _on_own_grid(counts: ArrayLike, order: ArrayLike) -> tuple[list[float], list[int]]:
+def _on_own_grid(
+    counts: ArrayLike, order: ArrayLike, grids: Sequence[Grid]
+) -> tuple[list[float], list[int]]:
     """Return grids (centre, width, AUC of all rows) for the scores of all rows, and the counts."""
-    grids: list[float] = []
+    own: list[float] = []
     fine: list[int] = []
-    summed = np.asarray(counts).reshape(-1, 2, SUM_BINS)
-    for histograms, corrected in zip(summed, np.asarray(order), strict=True):
-        below = np.cumsum(histograms.sum(axis=0))
-        quarters = np.searchsorted(below, below[-1] * np.array([0.25, 0.5, 0.75]))
-        low, centre, high = (SUM_EDGES[quarters] + SUM_EDGES[quarters + 1]) / 2
+    summed = _with_grids(counts, grids)
+    for (histograms, grid), corrected in zip(summed, np.asarray(order), strict=True):
+        edges = edges_of(grid)
+        quarters, (low, centre, high) = _quartiles(edges, histograms.sum(axis=0))
         # The bins in the middle are then no wider than those of the sum.
-        widest = float(np.diff(SUM_EDGES)[quarters].max())
-        width = max(0.2 * float(high - low), 50 * widest)
+        width = max(0.2 * (high - low), 50 * float(np.diff(edges)[quarters].max()))
         pairs = float(histograms.sum(axis=1).prod())
         auc = (_in_order(histograms) + float(corrected)) / pairs if pairs else 0.5
-        grids += [float(centre), width, min(1.0, max(0.0, auc))]
-        fine += rebinned(SUM_EDGES, histograms, centre + width * EDGES).ravel().tolist()
-    return grids, fine
+        own += [centre, width, min(1.0, max(0.0, auc))]
+        fine += rebinned(edges, histograms, centre + width * EDGES).ravel().tolist()
+    return own, fine
 
 
 def _in_order(histograms: Whole) -> float:

@@ -15,6 +15,8 @@ BY = "by"
 TOTAL = "total"
 EXAMPLES = "examples"
 UNIFORM = "uniform"
+# Centre and width of the grid of each score, in an evaluation.
+GRIDS = "grids"
 
 MODEL = "model/"
 # One from each hospital, by which a wrong mask is noticed.
