@@ -114,8 +114,9 @@ class MedicalClient(ABC):
         What the model says of some rows, without knowing their truth.
     measure
         Evaluate on the rows of one split; returns metrics.
-    figures
-        The names of what `measure` returns, known before a patient is measured.
+    figures, require_named
+        The names of what `measure` returns, known before a patient is measured; refuse if
+        they cannot be known.
     describe
         Numbers about the rows, to show how a simulation split them.
     draw
@@ -332,6 +333,12 @@ class MedicalClient(ABC):
         """Return the metrics of `model`, with ``num-examples``."""
         raise self._without("measure")
 
+    def require_named(self) -> None:
+        """Raise `InputError` if `figures` is not possible, whatever the rows are."""
+        self.made_up(_MADE_UP)
+        if self.noises_metrics:
+            self.require_measurable()
+
     def figures(self, model: nn.Module, split: str) -> dict[str, Any]:
         """Return what evaluation returns, here of rows of no patient: only its names count.
 
@@ -349,11 +356,11 @@ class MedicalClient(ABC):
         InputError
             If the client does not define `made_up`.
         """
+        self.require_named()
         rows = self.made_up(_MADE_UP)
         prepared = self.prepare(rows, train=False)
         if not self.noises_metrics:
             return self.measure(model, prepared)
-        self.require_measurable()
         return self.measure_privately(model, prepared, patients_of(rows), 0.0)
 
     def describe(self, data: SiteData) -> dict[str, Any]:

@@ -462,6 +462,14 @@ class TabularClient(MedicalClient):
             metrics |= by_group(prepared.rows, columns, minimum, measured)
         return metrics
 
+    def require_named(self) -> None:
+        """Raise `InputError` if the values of a column of ``report-by`` are not declared."""
+        super().require_named()
+        learnt = () if self.tables.preparation != "federated" else self.schema.categorical
+        for column in () if self.noises_metrics else self.tables.groups:
+            if column not in learnt:
+                self._declared_values(column)
+
     def figures(self, model: nn.Module, split: str) -> dict[str, Any]:
         """Return the names of what `measure` returns, with those of all groups that there can be.
 

@@ -29,7 +29,7 @@ from fedmed_flower.metrics.pooling import class_counts, pool
 from fedmed_flower.secure.parts import EXAMPLES
 from fedmed_flower.server.compression import Unpacker, require_one_each
 from fedmed_flower.server.history import History, Stop
-from fedmed_flower.server.inbox import AcceptedReply, Inbox
+from fedmed_flower.server.inbox import SUM_NODE, AcceptedReply, Inbox
 from fedmed_flower.server.listener import Listener
 from fedmed_flower.server.listeners import Ending, Listeners
 from fedmed_flower.server.run_folder import DEFAULT_FOLDER, METRICS, Checkpoint, RunFolder
@@ -992,7 +992,10 @@ class FedAvg(flower.FedAvg):
         records = [dict(reply.metrics) for reply in with_metrics]
         self.run.rows_of_class = class_counts(records)
         if phase == "test":
-            sites = [reply.site for reply in with_metrics]
+            # The reply that stands for a secure sum is of all sites as one.
+            sites = [
+                ALL_SITES if reply.node_id == SUM_NODE else reply.site for reply in with_metrics
+            ]
             self.run.tested = dict(zip(sites, records, strict=True))
         pooled = pool(records)
         trimmed = with_shared_metrics(
