@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +14,25 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from numpy.typing import NDArray
 
 from fedmed_flower.arrays.views import view
 from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.data.site import site_names
+from fedmed_flower.data.site import site_names, some_of
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.files import file_name
+from fedmed_flower.metrics.plain import plain_metrics
+from fedmed_flower.metrics.summing import Grid, is_whole, sums_of_record
+from fedmed_flower.models.adapters import merge_adapters
 from fedmed_flower.privacy.patient import ledger_path
 from fedmed_flower.secure.audit import Chain
 from fedmed_flower.secure.book import SecureBook, secure_path
@@ -31,12 +43,15 @@ from fedmed_flower.secure.parts import (
     BY,
     CLIPPED,
     EXAMPLES,
+    GRIDS,
     LOSS,
     MODEL,
     ONES,
     ROWS,
+    TOLD,
     TOTAL,
     UNIFORM,
+    figure_in,
 )
 from fedmed_flower.secure.record import Record
 from fedmed_flower.secure.ring import FIXED
@@ -53,7 +68,10 @@ from fedmed_flower.wire import (
     SECURE,
     SECURE_RUN,
     SERVER_ROUND,
+    SPLIT,
 )
+
+log = logging.getLogger("flwr.fedmed")
 
 # What differs from one run or round to the next, and does not make another question.
 _OF_THE_RUN = (RUN_KEY, SERVER_ROUND, LEDGER_DIR)
@@ -154,7 +172,10 @@ class SecureReply:
     def reply(self, message: Message, content: RecordDict) -> RecordDict:
         """Return a reply's content as one part of the sum, under masks."""
         layout = self.record.layout
-        values, weight = _values(self.record, message, content)
+        if self.record.purpose.startswith(f"{MessageType.EVALUATE}/"):
+            values, weight = _figures(self.record, content), 1.0
+        else:
+            values, weight = _values(self.record, message, content)
         words, clipped = layout.encode(values, weight)
         if CLIPPED in layout.parts:
             words[1][layout.start(CLIPPED.name)] = clipped
@@ -194,6 +215,45 @@ def _values(
         else:
             raise DeclinedError(f"the secure sum is of {name}, which this hospital does not send")
     return values, weight
+
+
+def _figures(record: Record, content: RecordDict) -> dict[str, NDArray[Any]]:
+    """Return what an evaluation adds to each part of a sum.
+
+    A hospital whose figures may not leave adds zeros.
+    """
+    (metrics,) = content.metric_records.values()
+    figures = sums_of_record(metrics, _grids(record.weighting.get(GRIDS, [])))
+    values: dict[str, NDArray[Any]] = {}
+    for part in record.layout.parts:
+        if part.name == ONES.name:
+            values[part.name] = np.array([1])
+        elif part.name == TOLD.name:
+            values[part.name] = np.array([bool(figures)])
+        else:
+            values[part.name] = figure_in(part, figures)
+            if values[part.name].size != part.size:
+                raise DeclinedError(
+                    f"the secure sum is of {part.size} numbers {part.name}, and this hospital has "
+                    f"{values[part.name].size}"
+                )
+    if left := sorted(figures.keys() - values.keys()):
+        log.info("not among what is summed, and not sent: %s", some_of(left))
+    return values
+
+
+def _grids(told: Value) -> list[Grid]:
+    """Return the grids of scores that a server names.
+
+    Raises
+    ------
+    DeclinedError
+        If they are no centres and widths.
+    """
+    numbers = np.asarray(told, np.float64) if isinstance(told, list) else np.array(np.nan)
+    if numbers.size % 2 or not (np.isfinite(numbers).all() and (numbers[1::2] > 0).all()):
+        raise DeclinedError("the secure sum counts scores on grids that are none")
+    return [(float(centre), float(width)) for centre, width in numbers.reshape(-1, 2)]
 
 
 def _weight(record: Record, metrics: MetricRecord) -> float:
@@ -310,6 +370,25 @@ def count(client: MedicalClient, message: Message) -> RecordDict:
     data = client.data()
     client.require_several(data.train)
     return RecordDict({"metrics": MetricRecord({ROWS.name: client.count("train")})})
+
+
+def figures(client: MedicalClient, message: Message) -> RecordDict:
+    """Return names and sizes of what an evaluation would sum; no patient decides about them."""
+    config = client.read(message)
+    if client.node.coarse_figures and not client.noises_metrics:
+        raise DeclinedError(
+            "figures that are coarse do not add up: set coarse-figures=false in the node config, "
+            "since of a secure sum the server sees no single hospital's counts"
+        )
+    arrays = next(iter(message.content.array_records.values()))
+    model = merge_adapters(client.model_of(arrays, config)[0])
+    with client.seeded(0):
+        record = client.figures(model, str(config.get(SPLIT, "val")))
+    listed = [
+        [name, int(values.size), is_whole(name)]
+        for name, values in sorted(sums_of_record(plain_metrics(record)).items())
+    ]
+    return RecordDict({SECURE: ConfigRecord({LETTER: encoded(listed)})})
 
 
 @contextmanager

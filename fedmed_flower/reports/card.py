@@ -26,6 +26,7 @@ from fedmed_flower.reports.noise import MARK, TOO_LARGE, Noise, noise_of, told
 from fedmed_flower.reports.summary import (
     Total,
     by_site,
+    counted_at,
     entries,
     judged_by,
     nested,
@@ -109,7 +110,7 @@ class _Run:
     def is_complete(self) -> bool:
         """Whether the counts are of all hospitals that the test has metrics of."""
         known = {} if self.counts is None else self.counts.sites
-        return known.keys() == nested(self.summary, "test", "sites").keys()
+        return known.keys() == {*counted_at(self.summary)}
 
     @property
     def beside(self) -> list[str]:

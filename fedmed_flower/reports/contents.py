@@ -180,7 +180,8 @@ def hospitals(summary: dict[str, Any], main: str, noise: Noise | None = None) ->
     counts = nested(summary, "sites")
     tested = nested(summary, "test", "sites")
     together = nested(summary, "test", "federated")
-    metrics = metrics_by_site(summary, main)
+    # Of a secure sum no hospital's own figures are known.
+    metrics = metrics_by_site(summary, main) if tested else []
     undefined = _undefined(tested, main)
     if noise is not None and main in metrics:
         undefined += [site for site in tested if site in noise.hidden and site not in undefined]

@@ -14,7 +14,16 @@ from fedmed_flower.files import (
 )
 from fedmed_flower.metrics.counts import read_counts
 from fedmed_flower.metrics.names import STALENESS, VIRTUAL_SECONDS, lower_is_better
-from fedmed_flower.reports import comparison, contents, evidence, frame, heat, plots, trained
+from fedmed_flower.reports import (
+    comparison,
+    contents,
+    evidence,
+    frame,
+    heat,
+    plots,
+    secure,
+    trained,
+)
 from fedmed_flower.reports.contents import (
     Classes,
     Disclosure,
@@ -136,6 +145,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
             _cases(pictures, styles, main, folder),
             _failures(summary),
             _notes(summary),
+            secure.section(summary),
             _disclosed(contents.disclosed(summary), bool(pictures)),
             _privacy(contents.privacy(summary, epsilon), curves, styles),
             _traffic(contents.traffic(summary), trained.saved_in_words(summary), styles),
@@ -286,7 +296,9 @@ def _hospitals(
     names = {site: style.key for site, style in styles.items()}
     for site in hospitals.untrained & names.keys():
         names[site] += ' <span class="soft">tested&nbsp;only</span>'
-    caption = "Records per split, and the federated model on each hospital’s own test records"
+    caption = "Records per split"
+    if hospitals.metrics:
+        caption += ", and the federated model on each hospital’s own test records"
     table = site_table(names, caption, hospitals.columns, styles, hospitals.undefined)
     note = "".join(_hospital_notes(hospitals, main, noise))
     forest = evidence.forest(shown, styles, noise is not None)

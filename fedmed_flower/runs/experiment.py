@@ -272,6 +272,7 @@ def _prepared(
         strategy.secure = secure.secure
         strategy.secure_exponent = secure.secure_exponent
         require_sums_alone(plan)
+        require_named(model)
     strategy.require_summable()
     if plan.compares:
         _require_noised_choice(config)
@@ -393,6 +394,24 @@ def require_sums_alone(plan: Plan) -> None:
             raise setting_error(
                 f'secure="sum" excludes {key}, by which the server learns {why}: leave it out', key
             )
+
+
+def require_named(model: Modeller | Callable[[], nn.Module]) -> None:
+    """Raise `InputError` if the names of a client's figures are not known beforehand.
+
+    A function that returns the network tells nothing of that.
+    """
+    require = getattr(getattr(model, "__self__", model), "require_named", None)
+    if require is None:
+        return
+    try:
+        require()
+    except InputError as error:
+        raise setting_error(
+            'secure="sum" needs the names of all figures before a patient is measured, by rows of '
+            f"no patient: {error}",
+            "secure",
+        ) from error
 
 
 def _stop(sites: Sites, standing_out: list[Outlying]) -> NoReturn:
@@ -804,7 +823,9 @@ class Experiment:
         self.test["federated"] = table.pop(ALL_SITES, {})
         self.test["sites"] = table
         validated = any(row[1] == "val" and row[2] == ALL_SITES for row in history.rows)
-        require_measured(table, history.failures[before:], validated)
+        summed = self.strategy.secure == SUM
+        known = {ALL_SITES: self.test["federated"]} if self.test["federated"] and summed else table
+        require_measured(known, history.failures[before:], validated, summed)
         rows_of_class = self.strategy.run.rows_of_class
         require_two_classes(rows_of_class)
         counts = counted(self.strategy.run.tested, self.class_names)
@@ -927,6 +948,7 @@ class Experiment:
             "empty": sites.empty,
             "traffic": {site: traffic.table() for site, traffic in history.traffic.items()},
             "saved": saved(history.traffic),
+            "secure": {"sums": [[s.round, s.purpose, [*s.sites]] for s in history.sums]},
             "stopped": history.stopped and asdict(history.stopped),
             "kept": history.kept and asdict(history.kept),
             "failures": [asdict(failure) for failure in history.failures],

@@ -408,9 +408,12 @@ class Inbox:
     def record(self, server_round: int, phase: str, replies: Iterable[AcceptedReply]) -> None:
         """Put the metrics of the replies that passed screening into the history.
 
-        If a site's rows have changed since it trained before, that is noted.
+        If a site's rows have changed since it trained before, that is noted. The reply that stands
+        for a secure sum is no site's: what it holds is recorded of all sites together.
         """
         for reply in replies:
+            if reply.node_id == SUM_NODE:
+                continue
             if phase == "train" and (changes := self._changes(reply)):
                 self.note(server_round, phase, reply.site, changes)
             self.history.add(server_round, phase, reply.site, reply.metrics)

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedmed_flower.arrays.views import view
+from fedmed_flower.data.site import some_of
 from fedmed_flower.secure.audit import AUDIT, Chain
 from fedmed_flower.secure.collector import Collector
 from fedmed_flower.secure.encoding import (
@@ -24,9 +25,11 @@ from fedmed_flower.secure.encoding import (
     digest_of_arrays,
     encoded,
 )
-from fedmed_flower.secure.record import Hello, Record
-from fedmed_flower.secure.ring import Layout, Words
+from fedmed_flower.secure.parts import ONES, TOLD, figure_parts
+from fedmed_flower.secure.record import DATA, Hello, Record
+from fedmed_flower.secure.ring import Layout, Part, Words
 from fedmed_flower.server.ask import ask_all
+from fedmed_flower.server.history import Sum
 from fedmed_flower.server.inbox import SUM_NODE, Inbox
 from fedmed_flower.wire import (
     ASKED,
@@ -42,6 +45,7 @@ from fedmed_flower.wire import (
 T = TypeVar("T")
 _MOST_LETTER = 1 << 28
 _NONCE_BYTES = 16
+_MOST_FIGURES = 10_000
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,8 @@ class SecureSums:
     ----------
     hellos : dict of str to Hello
         What each hospital has said, by name.
-    opened : list of (int, str, list of str)
-        Round, purpose and hospitals of each sum that was opened.
+    settled : frozenset of str
+        The hospitals over which questions about data were first opened in this run; empty before.
     """
 
     def __init__(
@@ -107,7 +111,7 @@ class SecureSums:
         self.timeout = timeout
         self.books = books
         self.hellos: dict[str, Hello] = {}
-        self.opened: list[tuple[int, str, list[str]]] = []
+        self.settled: frozenset[str] = frozenset()
         self._nodes: dict[str, int] = {}
         self._trail = None if folder is None else Chain(folder / AUDIT, None, "server")
 
@@ -144,12 +148,17 @@ class SecureSums:
     ) -> Record:
         """Return the record of a sum over some nodes.
 
+        A question about data is asked of the hospitals alone that the first one was opened over:
+        they answer no other.
+
         Raises
         ------
         SecureError
             If too few of them have said hello.
         """
         present = [hello for name, hello in self.hellos.items() if self._nodes[name] in nodes]
+        if kind == DATA and self.settled:
+            present = [hello for hello in present if hello.name in self.settled]
         if not present:
             raise SecureError("no hospital has said hello")
         record = Record.of_hellos(
@@ -177,6 +186,7 @@ class SecureSums:
         timeout: float,
         minimum: int | None = None,
         grace: float = 0.0,
+        whole: bool = False,
     ) -> Opened:
         """Send messages that ask for a sum, and open it over those that remain.
 
@@ -187,6 +197,8 @@ class SecureSums:
         record : Record
         phase, timeout, minimum, grace
             As in `Inbox.collect`.
+        whole : bool
+            Whether to open it over all hospitals of the record or not at all.
 
         Raises
         ------
@@ -215,6 +227,12 @@ class SecureSums:
         finally:
             for site, problem in collector.problems.items():
                 self.inbox.fail(server_round, phase, site, problem)
+        if whole and not complete:
+            lost = sorted({*record.names} - {*collector.members})
+            raise SecureError(
+                f"{some_of(lost)} could not be added, and figures of patients are summed over all "
+                f"{len(record.names)} hospitals or not at all"
+            )
         signatures = {} if complete else self._certificate(collector, server_round)
         members = collector.members
         contents = {
@@ -239,9 +257,59 @@ class SecureSums:
         values = record.layout.decode(collector.open(), sites)
         if (excess := record.layout.excess(values, sites)) is not None:
             raise SecureError(f"one of the hospitals has sent what cannot be: {excess}")
-        self.opened.append((server_round, record.purpose, members))
+        if record.kind == DATA:
+            self.settled = self.settled or frozenset(members)
+        self.inbox.history.sums.append(Sum(server_round, record.purpose, tuple(members)))
         self._note(record, "opened", members=members)
         return Opened(values, members, record)
+
+    def figures(self, messages: Sequence[Message], server_round: int) -> Layout:
+        """Ask hospitals what they would sum in an evaluation, and return it, with the tail.
+
+        They answer with names and sizes, which follow from what their client declares and from no
+        patient.
+
+        Parameters
+        ----------
+        messages : sequence of Message
+            The messages of the evaluation.
+        server_round : int
+
+        Raises
+        ------
+        SecureError
+            If a hospital does not answer, or they do not all say the same.
+        """
+        contents = {
+            message.metadata.dst_node_id: RecordDict({**message.content, SECURE: self._config({})})
+            for message in messages
+        }
+
+        def read(node_id: int, reply: RecordDict) -> Layout:
+            listed = decoded(_letter(reply))
+            if not isinstance(listed, list) or len(listed) > _MOST_FIGURES:
+                raise SecureError(f"it must list at most {_MOST_FIGURES} figures")
+            parts: list[Part] = []
+            for name, size, whole in listed:
+                if type(name) is not str or type(size) is not int or type(whole) is not bool:
+                    raise SecureError("a figure must have a name, a size, and whether it is whole")
+                parts += figure_parts(name, size, whole)
+            return Layout((*parts, TOLD, ONES))
+
+        said: dict[Layout, list[str]] = {}
+        for node_id, layout in self._ask("figures", contents, read, server_round):
+            said.setdefault(layout, []).append(self.inbox.name(node_id))
+        answered = {name for names in said.values() for name in names}
+        asked = {self.inbox.name(node_id) for node_id in contents}
+        if silent := sorted(asked - answered):
+            raise SecureError(f"{some_of(silent)} could not say which figures it has")
+        if len(said) > 1:
+            odd = sorted(name for names in sorted(said.values(), key=len)[:-1] for name in names)
+            raise SecureError(
+                f"{some_of(odd)} would sum other figures than the rest: all must run the same app "
+                "with the same declared columns, classes and settings"
+            )
+        return next(iter(said))
 
     def _note(self, record: Record, kind: str, **more: Value) -> None:
         """Write into the server's audit trail, if there is one."""

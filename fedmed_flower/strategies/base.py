@@ -29,7 +29,7 @@ from fedmed_flower.metrics.pooling import class_counts, pool
 from fedmed_flower.secure.parts import EXAMPLES
 from fedmed_flower.server.compression import Unpacker, require_one_each
 from fedmed_flower.server.history import History, Stop
-from fedmed_flower.server.inbox import AcceptedReply, Inbox
+from fedmed_flower.server.inbox import SUM_NODE, AcceptedReply, Inbox
 from fedmed_flower.server.listener import Listener
 from fedmed_flower.server.listeners import Ending, Listeners
 from fedmed_flower.server.run_folder import DEFAULT_FOLDER, METRICS, Checkpoint, RunFolder
@@ -640,6 +640,7 @@ class FedAvg(flower.FedAvg):
                 "compression": self.compression != NONE,
                 "buffer": bool(self.buffer),
                 "keep": bool(self.keep),
+                "fraction_evaluate": 0 < self.fraction_evaluate < 1,
             },
             method=self.method,
         )
@@ -723,6 +724,10 @@ class FedAvg(flower.FedAvg):
         phase = "own-test" if own else "test"
         self.run.evaluated = phase
         self.run.timeout = timeout
+        if self.secure == SUM and self.run.secure is None:
+            # No round has been done: a finished model is tested.
+            self.require_summable()
+            self.run.secure = self._secure_rounds(grid, config or ConfigRecord())
         try:
             with self.listeners.run(again=True):
                 if self.folder is not None:
@@ -803,13 +808,13 @@ class FedAvg(flower.FedAvg):
             require_one_each(messages)
         secure = self.run.secure
         sent = self.run.sent_arrays
-        if secure is not None and sent is not None:
-            if phase == "train":
-                trained = self._trained(sent)
-                return secure.train(
-                    messages, sent, trained, server_round, self.run.timeout, self.quorum, self.grace
-                )
+        if secure is not None and phase != "train":
             return secure.evaluate(messages, server_round, phase, self.run.timeout)
+        if secure is not None and sent is not None:
+            trained = self._trained(sent)
+            return secure.train(
+                messages, sent, trained, server_round, self.run.timeout, self.quorum, self.grace
+            )
         replies = self.inbox.collect(
             grid, messages, self.run.timeout, server_round, phase, self.quorum, self.grace
         )
@@ -992,7 +997,10 @@ class FedAvg(flower.FedAvg):
         records = [dict(reply.metrics) for reply in with_metrics]
         self.run.rows_of_class = class_counts(records)
         if phase == "test":
-            sites = [reply.site for reply in with_metrics]
+            # The reply that stands for a secure sum is of all sites as one.
+            sites = [
+                ALL_SITES if reply.node_id == SUM_NODE else reply.site for reply in with_metrics
+            ]
             self.run.tested = dict(zip(sites, records, strict=True))
         pooled = pool(records)
         trimmed = with_shared_metrics(

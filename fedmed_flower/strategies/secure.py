@@ -6,6 +6,8 @@ import logging
 import math
 from collections import deque
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from flwr.app import (
@@ -17,21 +19,27 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
+from numpy.typing import NDArray
 
 from fedmed_flower.arrays import kernels
-from fedmed_flower.arrays.views import view
+from fedmed_flower.arrays.views import own_content, view
+from fedmed_flower.data.site import some_of
 from fedmed_flower.methods.base import Method
+from fedmed_flower.metrics.summing import Grid, finer_grids, partial_metrics, record_of_sums
 from fedmed_flower.secure.encoding import SecureError
 from fedmed_flower.secure.parts import (
     BY,
     CLIPPED,
     EXAMPLES,
+    GRIDS,
     LOSS,
     MODEL,
     ONES,
     ROWS,
+    TOLD,
     TOTAL,
     UNIFORM,
+    figures_of,
 )
 from fedmed_flower.secure.record import DATA, TRAIN
 from fedmed_flower.secure.ring import FIXED, REAL, Layout, Part
@@ -46,6 +54,8 @@ _REAL_BOUND = 2.0**20
 # A mean that is longer than so many times the median of the last rounds is not used.
 _LONGEST = 4.0
 _REMEMBERED = 5
+# How often an evaluation is asked for, until the grids of scores resolve them.
+_MOST_GRIDS = 3
 _COUNT = "count"
 _FEDPROX = "fedprox"
 
@@ -70,6 +80,10 @@ class SecureRounds:
         self.by = by
         self.losses = losses
         self.total = 0
+        # What is summed in each phase of evaluation.
+        self._layouts: dict[str, Layout] = {}
+        # On which scores are counted; empty before the first evaluation.
+        self._grids: list[Grid] = []
         self._lengths: deque[float] = deque(maxlen=_REMEMBERED)
 
     def begin(self, nodes: Collection[int], server_round: int) -> None:
@@ -151,8 +165,90 @@ class SecureRounds:
     def evaluate(
         self, messages: Sequence[Message], server_round: int, phase: str, timeout: float
     ) -> list[Message]:
-        """Evaluate a round; return one reply, the counts of all hospitals, or none."""
-        return []
+        """Evaluate a round; return one reply, the figures of all rows, or none if it is left out.
+
+        Parameters
+        ----------
+        messages : sequence of Message
+        server_round : int
+        phase : {"val", "test"}
+        timeout : float
+        """
+        if not messages:
+            return []
+        inbox = self.sums.inbox
+        nodes = {message.metadata.dst_node_id for message in messages}
+        try:
+            self.sums.greet(nodes, server_round)
+            figures, opened = self._figures(messages, server_round, phase, timeout)
+        except SecureError as error:
+            inbox.fail(server_round, phase, ALL_SITES, f"the secure sum is left out: {error}")
+            return []
+        asked = {*self.sums.nodes_of(opened.record)}
+        if aside := sorted(inbox.name(node_id) for node_id in nodes - asked):
+            text = f"the sum is without {some_of(aside)}: the first sum of figures was too"
+            inbox.note(server_round, phase, ALL_SITES, text)
+        for name, rows in partial_metrics(figures).items():
+            text = f"{name} is of {rows} rows: hospitals with the others could not measure it"
+            inbox.note(server_round, phase, ALL_SITES, text)
+        metrics = MetricRecord(record_of_sums(figures, self._grids))
+        return [reply_of(opened, MessageType.EVALUATE, RecordDict({"metrics": metrics}), inbox)]
+
+    def _figures(
+        self, messages: Sequence[Message], server_round: int, phase: str, timeout: float
+    ) -> tuple[dict[str, NDArray[Any]], Opened]:
+        """Return the total of each figure, with scores on grids that resolve them.
+
+        If the grids of the evaluation before do not, hospitals are asked once more.
+        """
+        nodes = {message.metadata.dst_node_id for message in messages}
+        for _ in range(_MOST_GRIDS):
+            grids = [number for grid in self._grids for number in grid]
+            record = self.sums.record(
+                nodes,
+                f"{MessageType.EVALUATE}/{phase}",
+                DATA,
+                server_round,
+                self._layouts.get(phase, Layout(())),
+                {GRIDS: grids},
+            )
+            asked = {*self.sums.nodes_of(record)}
+            going = [
+                Message(own_content(message.content), node_id, MessageType.EVALUATE)
+                for message in messages
+                if (node_id := message.metadata.dst_node_id) in asked
+            ]
+            if phase not in self._layouts:
+                self._layouts[phase] = self.sums.figures(going, server_round)
+                record = replace(record, layout=self._layouts[phase])
+            opened = self.sums.sum(going, record, phase, timeout, whole=True)
+            _require_ones(opened)
+            figures = self._counted(opened)
+            finer = finer_grids(figures, self._grids)
+            if finer is None:
+                break
+            before = self._grids
+            self._grids = finer
+        else:
+            self._grids = before
+        return figures, opened
+
+    def _counted(self, opened: Opened) -> dict[str, NDArray[Any]]:
+        """Return the total of each figure.
+
+        Raises
+        ------
+        SecureError
+            If fewer hospitals have figures than a sum must be of.
+        """
+        figures = figures_of(opened.record.layout, opened.values)
+        told = int(opened.values[TOLD.name][0])
+        if told < opened.record.needed:
+            raise SecureError(
+                f"{told} of {len(opened.members)} hospitals have enough patients, and "
+                f"{opened.record.needed} must add figures: the sum is not used"
+            )
+        return figures
 
     def _layout(self, sent: ArrayRecord, trained: Collection[str]) -> Layout:
         parts = []
@@ -214,6 +310,7 @@ _WAY_OUT = {
     "compression": "the vectors of a sum are added as they are",
     "buffer": "a sum needs the hospitals of one round",
     "keep": "layers that stay different need a reply of their own",
+    "fraction_evaluate": "figures of patients are summed over all hospitals: leave it at 1",
 }
 
 
