@@ -11,7 +11,7 @@ import secrets
 import shlex
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, NamedTuple, NoReturn
@@ -271,7 +271,7 @@ def _prepared(
     if secure.secure == SUM:
         strategy.secure = secure.secure
         strategy.secure_exponent = secure.secure_exponent
-        require_sums_alone(plan)
+        plan = sums_alone(plan)
         require_named(model)
     strategy.require_summable()
     if plan.compares:
@@ -382,18 +382,26 @@ def _require_noised_choice(config: UserConfig) -> None:
         )
 
 
-def require_sums_alone(plan: Plan) -> None:
-    """Raise `InputError` if a run by secure sums is to do what needs single hospitals."""
+def sums_alone(plan: Plan) -> Plan:
+    """Return the plan of a run by secure sums: without pictures, which are of single patients.
+
+    Raises
+    ------
+    InputError
+        If it is to do what else needs single hospitals.
+    """
     for key, asked, why in (
         ("baselines", plan.baselines, "a model of one hospital alone"),
         ("personal-epochs", plan.personal_epochs, "figures of each hospital's own model"),
-        ("pictures", plan.pictures, "single patients"),
         ("buffer", plan.buffer, "replies that come one by one"),
     ):
         if asked:
             raise setting_error(
                 f'secure="sum" excludes {key}, by which the server learns {why}: leave it out', key
             )
+    if plan.pictures:
+        log.info('no pictures are asked for: with secure="sum" none of single patients leave')
+    return replace(plan, pictures=0)
 
 
 def require_named(model: Modeller | Callable[[], nn.Module]) -> None:
