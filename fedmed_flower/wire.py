@@ -118,6 +118,8 @@ REJECTED = "rejected"
 LACKING = "lacking"
 EMPTY = "empty"
 COLUMNS = "columns"
+# The record that says which splits have rows, in place of their numbers.
+FILLED = "filled"
 # Of a site's own model: its main metric on validation rows, before and after, and the passes kept.
 PERSONAL = ("val-global", "val-own", "personal-epochs")
 # What a run has cost a patient of a site; of several sites, the most.
@@ -131,6 +133,23 @@ HOSPITAL_EPSILON = "hospital-epsilon"
 DECLINED = "declined: "
 # Stands for all sites together where a site's name is expected.
 ALL_SITES = "all"
+
+# Kinds of messages, by what a hospital answers that sends its figures in secure sums alone: without
+# any figure; as its part of a sum; not at all. Kinds that an app adds are not answered either.
+WITHOUT_FIGURES = ("describe", "hello", "alive", "unmask")
+IN_SUMS = ("train", "evaluate", "count", "contribution")
+NOT_IN_SUMS = (
+    "pictures",
+    "personal",
+    "statistics",
+    "cohort",
+    "variants",
+    "counts",
+    "linear",
+    "logistic",
+    "loadings",
+    "scores",
+)
 
 NEVER = "never"
 

@@ -100,6 +100,7 @@ LINES = "Outlines are solid as the hospital drew them, dashed as the model does.
 HEAT = """In a heat map orange places speak for the class that the title names, blue ones against
 it.</p>"""
 REJECTED = "Rejected: records that cannot be used; the hospital’s own log says which. "
+WITHHELD = "Numbers of records are withheld (secure sums)"
 # Added to what the page may load if it shows pictures.
 _EMBEDDED = "; img-src data:"
 # To what a hospital replied.

@@ -742,8 +742,8 @@ class Experiment:
                 how = "has come back"
                 strategy.site_names.pop(before, None)
             strategy.site_names[node_id] = name
-            rows = ", ".join(f"{count} {split}" for split, count in sites.counts[node_id].items())
-            strategy.inbox.note(server_round, "train", name, f"{how}: {rows}")
+            text = f"{how}: {sites.rows_text(node_id)}"
+            strategy.inbox.note(server_round, "train", name, text)
         strategy.only = sites.only()
         for one in self.standing_out:
             strategy.inbox.note(server_round, "before training", one.site, one.text)
