@@ -118,6 +118,8 @@ REJECTED = "rejected"
 LACKING = "lacking"
 EMPTY = "empty"
 COLUMNS = "columns"
+# The common means of columns, about which hospitals sum squared distances.
+MEANS = "means"
 # The record that says which splits have rows, in place of their numbers.
 FILLED = "filled"
 # Of a site's own model: its main metric on validation rows, before and after, and the passes kept.

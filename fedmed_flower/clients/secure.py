@@ -159,11 +159,11 @@ class SecureReply:
             If anything about the sum is not as this hospital knows it, or such a message is
             answered in secure sums alone, or no sum can answer it.
         """
-        secure = message.content.config_records.get(SECURE)
         kind = message.metadata.message_type
-        if secure is None or RECORD not in secure:
+        if not asks_for_sum(message):
             refuse_in_plain(client, kind.removeprefix("query."))
             return None
+        secure = message.content.config_records[SECURE]
         with _refused():
             record = Record.from_bytes(secure[RECORD])
             purpose = record.purpose.partition("/")[0]
@@ -327,9 +327,14 @@ def unmask(client: MedicalClient, message: Message) -> RecordDict:
     return RecordDict({SECURE: ConfigRecord({LETTER: shares})})
 
 
+def asks_for_sum(message: Message) -> bool:
+    """Return whether a message asks for a part of a secure sum."""
+    return RECORD in message.content.config_records.get(SECURE, ConfigRecord())
+
+
 def count(client: MedicalClient, message: Message) -> RecordDict:
     """Return the number of training rows, for a secure sum alone."""
-    if RECORD not in message.content.config_records.get(SECURE, ConfigRecord()):
+    if not asks_for_sum(message):
         raise DeclinedError("rows are counted in a secure sum alone")
     client.read(message)
     data = client.data()

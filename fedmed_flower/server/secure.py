@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fedmed_flower.arrays.views import view
 from fedmed_flower.secure.collector import Collector
 from fedmed_flower.secure.encoding import SecureError, Value, decoded, encoded
+from fedmed_flower.secure.parts import ONES
 from fedmed_flower.secure.record import Hello, Record
 from fedmed_flower.secure.ring import Layout, Words
 from fedmed_flower.server.ask import ask_all
@@ -215,6 +216,8 @@ class SecureSums:
         list(self._ask("unmask", contents, read, server_round))
         sites = len(members)
         values = record.layout.decode(collector.open(), sites)
+        if ONES in record.layout.parts and int(values[ONES.name][0]) != sites:
+            raise SecureError(f"the sum is not one of {sites} hospitals: a mask was wrong")
         if (excess := record.layout.excess(values, sites)) is not None:
             raise SecureError(f"one of the hospitals has sent what cannot be: {excess}")
         self.opened.append((server_round, record.purpose, members))
@@ -241,11 +244,16 @@ class SecureSums:
         server_round: int,
     ) -> list[tuple[int, T]]:
         """Ask nodes; return the answers by node, and record who gave none."""
+
+        def recorded(node_id: int, reply: RecordDict) -> T:
+            self.inbox.history.sent.take(question, self.inbox.name(node_id), reply)
+            return read(node_id, reply)
+
         answers, failures = ask_all(
             self.grid,
             question,
             contents,
-            read,
+            recorded,
             self.timeout,
             self.inbox.site_names,
             listener=self.inbox.listeners,
