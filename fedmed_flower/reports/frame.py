@@ -107,6 +107,7 @@ _EMBEDDED = "; img-src data:"
 REPLIED = {
     "any": "With each reply",
     "describe": "Before the first round",
+    "count": "Before the first round, of training rows",
     "contribution": "Before the first round, of columns",
     "train": "After training",
     "evaluate": "After evaluation",
@@ -119,6 +120,7 @@ WAYS = {
     "bounded": "exactly, of several patients together",
     "known": "exactly; every guarantee takes it as known",
     "noised": "with noise",
+    "masked": "under masks: only sums over hospitals can be read",
     "never": "exactly, although noise was due",
     "simulated": "in a simulation alone",
     "unlisted": "as the app has it",
