@@ -71,6 +71,7 @@ from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.registry import Sections
 from fedmed_flower.settings.secure import SecureSettings
+from fedmed_flower.settings.text import setting_error
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.wire import AGREED, FROZEN, POOL_SITES, RUN_KEY
 
@@ -101,9 +102,9 @@ class MedicalClient(ABC):
         Name in the log what is odd about rows that can be used.
     screen
         Reject single rows that cannot be used, and name them in the log.
-    contribute, agree, outlying
-        What a site sends before the first round, what the server makes of all contributions, and
-        which of them stand out.
+    contribute, columns_to_sum, agree, outlying
+        What a site sends before the first round, of which columns, what the server makes of all
+        contributions, and which of them stand out.
     prepare
         Convert rows to what the hooks below take. The result stays in memory during a run.
     batch_of, loss_of
@@ -260,6 +261,21 @@ class MedicalClient(ABC):
     def contribute(self) -> dict[str, Any]:
         """Return what this site sends before the first round: numbers, texts and lists of them."""
         return {}
+
+    def columns_to_sum(self) -> Sequence[str]:
+        """Return the columns of whose moments alone a contribution consists, for secure sums.
+
+        Raises
+        ------
+        InputError
+            If contributions hold anything else. The default knows nothing of them.
+        """
+        raise setting_error(
+            'secure="sum" sums moments of columns before the first round, and '
+            f"{type(self).__name__} does not say which its contributions are: define "
+            "columns_to_sum",
+            "secure",
+        )
 
     def agree(self, contributions: Mapping[str, Mapping[str, Any]]) -> str:
         """Return the text that the server sends to all sites, with each message, as `agreed`.

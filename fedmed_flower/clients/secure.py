@@ -56,10 +56,12 @@ from fedmed_flower.secure.parts import (
 from fedmed_flower.secure.record import Record
 from fedmed_flower.secure.ring import FIXED
 from fedmed_flower.secure.study import Study
+from fedmed_flower.settings.secure import SUM, SecureSettings
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.wire import (
     ASKED,
     BOOKS,
+    IN_SUMS,
     LEDGER_DIR,
     LETTER,
     MASKED,
@@ -69,6 +71,7 @@ from fedmed_flower.wire import (
     SECURE_RUN,
     SERVER_ROUND,
     SPLIT,
+    WITHOUT_FIGURES,
 )
 
 log = logging.getLogger("flwr.fedmed")
@@ -121,11 +124,36 @@ def _member(identity: Identity, study: Study, path: Path) -> Member:
     return Member(identity, study, SecureBook(path, identity.id), trail)
 
 
-def refuse_unless_secure(client: MedicalClient, kind: str) -> None:
-    """Raise `DeclinedError` if the hospital answers a kind of message in secure sums alone."""
-    kinds = {name.strip() for name in client.node.secure_only.split(",")}
-    if kind in kinds:
-        raise DeclinedError(f'{kind} is answered in secure sums alone (set secure="sum")')
+def in_sums_alone(client: MedicalClient, kind: str) -> bool:
+    """Return whether the figures that answer a kind of message leave in secure sums alone.
+
+    A run with ``secure=sum`` asks for it, or the hospital by ``secure-only`` in its node config.
+    """
+    secure = SecureSettings.from_run_config(client.context.run_config).secure
+    return secure == SUM or client.node.answers_in_sums_alone(kind)
+
+
+def refuse_in_plain(client: MedicalClient, kind: str) -> None:
+    """Refuse a message that asks for no secure sum, if its answer must not leave in plain.
+
+    Parameters
+    ----------
+    client : MedicalClient
+    kind : str
+        Kind of message, without "query.".
+
+    Raises
+    ------
+    DeclinedError
+    """
+    if kind in WITHOUT_FIGURES or not in_sums_alone(client, kind):
+        return
+    remedy = "it has no form as a sum, so leave it out"
+    if kind in IN_SUMS:
+        remedy = 'ask for it by secure="sum" in the run config'
+    raise DeclinedError(
+        f"{kind} would tell this hospital's own figures, which leave in secure sums alone: {remedy}"
+    )
 
 
 @dataclass(frozen=True)
@@ -152,18 +180,21 @@ class SecureReply:
         Raises
         ------
         DeclinedError
-            If anything about the sum is not as this hospital knows it, or the hospital answers
-            such a message in secure sums alone.
+            If anything about the sum is not as this hospital knows it, or such a message is
+            answered in secure sums alone, or no sum can answer it.
         """
-        secure = message.content.config_records.get(SECURE)
         kind = message.metadata.message_type
-        if secure is None or RECORD not in secure:
-            refuse_unless_secure(client, kind.removeprefix("query."))
+        if not asks_for_sum(message):
+            refuse_in_plain(client, kind.removeprefix("query."))
             return None
+        secure = message.content.config_records[SECURE]
         with _refused():
             record = Record.from_bytes(secure[RECORD])
-            if kind.removeprefix("query.") != record.purpose.partition("/")[0]:
+            purpose = record.purpose.partition("/")[0]
+            if kind.removeprefix("query.") != purpose:
                 raise SecureError(f"a sum of {record.purpose} was asked for by a message {kind}")
+            if purpose not in IN_SUMS:
+                raise SecureError(f"{purpose} has no form as a sum")
             member = member_of(client, record.run, secure)
             member.require_sound(record)
         asked = asked_of(client, message)
@@ -362,9 +393,14 @@ def unmask(client: MedicalClient, message: Message) -> RecordDict:
     return RecordDict({SECURE: ConfigRecord({LETTER: shares})})
 
 
+def asks_for_sum(message: Message) -> bool:
+    """Return whether a message asks for a part of a secure sum."""
+    return RECORD in message.content.config_records.get(SECURE, ConfigRecord())
+
+
 def count(client: MedicalClient, message: Message) -> RecordDict:
     """Return the number of training rows, for a secure sum alone."""
-    if RECORD not in message.content.config_records.get(SECURE, ConfigRecord()):
+    if not asks_for_sum(message):
         raise DeclinedError("rows are counted in a secure sum alone")
     client.read(message)
     data = client.data()

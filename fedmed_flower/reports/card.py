@@ -261,6 +261,9 @@ def _data(run: _Run) -> str:
     )
     if hospitals.rejected:
         parts.append("Rejected are records that could not be used; the hospital's log says why.")
+    if hospitals.withheld:
+        withheld = sorted(hospitals.withheld, key=frame.natural)
+        parts.append(f"{frame.WITHHELD}: {plain(some_of(withheld))}.")
     lacking = [
         f"- {plain(site)} has no column {plain(', '.join(columns))}."
         for site, columns in hospitals.lacking.items()

@@ -154,6 +154,8 @@ class Hospitals:
         Hospitals that were only tested.
     rejected
         Whether a hospital has rejected rows.
+    withheld
+        Hospitals that tell no numbers of records.
     lacking
         Columns that the tables of hospitals lack, by hospital.
     empty
@@ -169,6 +171,7 @@ class Hospitals:
     undefined: list[str]
     untrained: set[str]
     rejected: bool
+    withheld: list[str]
     lacking: dict[str, list[str]]
     empty: dict[str, list[str]]
     refused: list[tuple[str, str]]
@@ -185,7 +188,8 @@ def hospitals(summary: dict[str, Any], main: str, noise: Noise | None = None) ->
     undefined = _undefined(tested, main)
     if noise is not None and main in metrics:
         undefined += [site for site in tested if site in noise.hidden and site not in undefined]
-    columns = [_counts(split.capitalize(), counts, split) for split in ("train", "val", "test")]
+    numbers = [_counts(split.capitalize(), counts, split) for split in ("train", "val", "test")]
+    columns = [*numbers]
     rejected = _counts("Rejected", counts, "rejected")
     if rejected.values:
         columns.append(rejected)
@@ -201,6 +205,7 @@ def hospitals(summary: dict[str, Any], main: str, noise: Noise | None = None) ->
         undefined=undefined,
         untrained=tested_only(summary),
         rejected=bool(rejected.values),
+        withheld=[site for site in counts if any(site not in each.values for each in numbers)],
         lacking=_columns(summary, "lacking"),
         empty=_columns(summary, "empty"),
         refused=_refused(summary),
@@ -232,7 +237,9 @@ def _missed(summary: dict[str, Any], rounds: float) -> dict[str, int]:
 
 def _counts(title: str, sites: Mapping[str, Any], key: str) -> Column:
     counts = by_site(sites, key)
-    return Column(title, counts, Total(sum(counts.values()) if counts else None), COUNT)
+    # Hospitals reject rows or do not say so; a number of rows that one does not tell has no total.
+    known = counts and (key == "rejected" or len(counts) == len(sites))
+    return Column(title, counts, Total(sum(counts.values()) if known else None), COUNT)
 
 
 def _undefined(tested: dict[str, Any], main: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 
+from fedmed_flower.data.site import some_of
 from fedmed_flower.files import (
     as_input_error,
     write_atomic,
@@ -323,6 +324,9 @@ def _hospital_notes(hospitals: Hospitals, main: str, noise: Noise | None) -> lis
         notes.append(f"Tested only: {count} without training records. ")
     if hospitals.rejected:
         notes.append(frame.REJECTED)
+    if hospitals.withheld:
+        withheld = escaped(some_of(sorted(hospitals.withheld, key=frame.natural)))
+        notes.append(f"{frame.WITHHELD}: {withheld}. ")
     for site, columns in hospitals.lacking.items():
         notes.append(f"{escaped(site)} has no column {escaped(', '.join(columns))}. ")
     for site, columns in hospitals.empty.items():

@@ -19,7 +19,7 @@ from fedmed_flower.server.listeners import Listeners
 from fedmed_flower.server.screening import error_text, metrics_of, model_of, screen, screen_arrays
 from fedmed_flower.server.sites import learn_name
 from fedmed_flower.server.traffic import Traffic, size_of
-from fedmed_flower.wire import ALL_SITES, CHANGES, DECLINED, ROWS_RECORD
+from fedmed_flower.wire import ALL_SITES, CHANGES, DECLINED, IN_SUMS, ROWS_RECORD
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -272,7 +272,7 @@ class Inbox:
                 self._note_declined(node_id, reason)
             if reason is None:
                 self.usable += 1
-                kind = phase if phase in ("train", "count") else "evaluate"
+                kind = phase if phase in IN_SUMS else "evaluate"
                 self.history.sent.take(kind, self.name(node_id), reply.content)
                 yield self.name(node_id), reply
                 continue

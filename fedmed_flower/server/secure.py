@@ -255,6 +255,8 @@ class SecureSums:
         list(self._ask("unmask", contents, read, server_round))
         sites = len(members)
         values = record.layout.decode(collector.open(), sites)
+        if ONES in record.layout.parts and int(values[ONES.name][0]) != sites:
+            raise SecureError(f"the sum is not one of {sites} hospitals: a mask was wrong")
         if (excess := record.layout.excess(values, sites)) is not None:
             raise SecureError(f"one of the hospitals has sent what cannot be: {excess}")
         if record.kind == DATA:
@@ -339,11 +341,16 @@ class SecureSums:
         server_round: int,
     ) -> list[tuple[int, T]]:
         """Ask nodes; return the answers by node, and record who gave none."""
+
+        def recorded(node_id: int, reply: RecordDict) -> T:
+            self.inbox.history.sent.take(question, self.inbox.name(node_id), reply)
+            return read(node_id, reply)
+
         answers, failures = ask_all(
             self.grid,
             question,
             contents,
-            read,
+            recorded,
             self.timeout,
             self.inbox.site_names,
             listener=self.inbox.listeners,

@@ -338,6 +338,8 @@ class FedAvg(flower.FedAvg):
             )
         self.secure = secure
         self.secure_exponent = secure_exponent
+        # Of a run in which hospitals were greeted before the first round too.
+        self._sums: SecureSums | None = None
         self.quorum = quorum
         self.grace = grace
         self.max_weight_share = max_weight_share
@@ -650,13 +652,30 @@ class FedAvg(flower.FedAvg):
         """How hospitals are weighted in a secure sum; None if that needs single replies."""
         return EXAMPLES if type(self).weigh is FedAvg.weigh else None
 
+    def secure_sums(self, grid: Grid, run: str, timeout: float, simulated: bool) -> SecureSums:
+        """Return the secure sums of a run: the same object as long as it is the same run.
+
+        Parameters
+        ----------
+        grid : Grid
+        run : str
+            Name of the run.
+        timeout : float
+            Seconds to wait in each exchange beside the first.
+        simulated : bool
+            Whether the books of the hospitals lie in the run folder.
+        """
+        known = self._sums
+        if known is None or known.grid is not grid or known.run != run:
+            folder = None if self.folder is None else self.folder.path
+            books = None if folder is None or not simulated else folder / SECURE
+            known = self._sums = SecureSums(grid, self.inbox, run, timeout, books, folder)
+        return known
+
     def _secure_rounds(self, grid: Grid, config: ConfigRecord) -> SecureRounds:
-        books = None
-        if self.folder is not None and (LEDGER_DIR in config or hasattr(grid, "in_process")):
-            books = self.folder.path / SECURE
+        simulated = LEDGER_DIR in config or hasattr(grid, "in_process")
         run = str(config.get(RUN_KEY, "")) or secrets.token_hex(8)
-        folder = None if self.folder is None else self.folder.path
-        sums = SecureSums(grid, self.inbox, run, self.run.timeout, books, folder)
+        sums = self.secure_sums(grid, run, self.run.timeout, simulated)
         by = self.secure_weighting or EXAMPLES
         return SecureRounds(sums, self.secure_exponent, by, losses=True)
 
