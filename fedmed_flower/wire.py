@@ -139,7 +139,7 @@ ALL_SITES = "all"
 
 # Kinds of messages, by what a hospital answers that sends its figures in secure sums alone: without
 # any figure; as its part of a sum; not at all. Kinds that an app adds are not answered either.
-WITHOUT_FIGURES = ("describe", "hello", "alive", "unmask")
+WITHOUT_FIGURES = ("describe", "hello", "alive", "unmask", "figures")
 IN_SUMS = ("train", "evaluate", "count", "contribution")
 NOT_IN_SUMS = (
     "pictures",

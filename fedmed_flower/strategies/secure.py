@@ -220,7 +220,6 @@ class SecureRounds:
                 self._layouts[phase] = self.sums.figures(going, server_round)
                 record = replace(record, layout=self._layouts[phase])
             opened = self.sums.sum(going, record, phase, timeout, whole=True)
-            _require_ones(opened)
             figures = self._counted(opened)
             finer = finer_grids(figures, self._grids)
             if finer is None:

@@ -339,7 +339,8 @@ def test_a_hospital_may_answer_in_secure_sums_alone(tmp_path):
     nodes = nodes_of(tmp_path, "north", "south", "east", secure_only="train, evaluate")
     strategy = trained(FedAvg, TinyClient, tmp_path / "run", 3, 1, nodes=nodes)
     assert {reason for _, _, site, reason in failures(strategy) if site != "all"} == {
-        'declined: train is answered in secure sums alone (set secure="sum")'
+        "declined: train would tell this hospital's own figures, which leave in secure sums alone: "
+        'ask for it by secure="sum" in the run config'
     }
 
 
