@@ -306,3 +306,14 @@ def test_groups_whose_values_nobody_declares_are_refused_at_the_start(tmp_path):
 def test_evaluation_of_some_hospitals_alone_is_refused(tmp_path):
     with pytest.raises(InputError, match="excludes fraction_evaluate: figures of patients are"):
         run(tmp_path, TinyClient, strategy=FedAvg(fraction_evaluate=0.5), secure="sum")
+
+
+def test_a_run_ends_in_its_first_round_if_all_hospitals_fail_alike(tmp_path):
+    class Broken(TinyClient):
+        def measure(self, model, prepared):
+            if self.split:
+                raise RuntimeError("no measure")
+            return super().measure(model, prepared)
+
+    with pytest.raises(RunFailedError, match="round 1, val: all 4 sites failed alike"):
+        run(tmp_path, Broken, secure="sum", num_server_rounds=3)
