@@ -2,20 +2,25 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 from flwr.serverapp import ServerApp
 from html_pages import Page
 from tables import SCHEMA, TinySurvival, TinyTable, predicting
-from tiny import CONFIG, TinyClient, make_rows
+from tiny import CONFIG, TinyClient, connect_late, make_rows, nodes_of
 from torch import nn
 
 from fedmed_flower import SegmentationClient, SiteData, federate, run_local
 from fedmed_flower.errors import InputError
+from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.reports.card import write_card
 from fedmed_flower.runs.verdict import RunFailedError
+from fedmed_flower.secure.identity import Identity, key_text
 from fedmed_flower.strategies import FedAvg
+from fedmed_flower.strategies import secure as rounds
 
 # Of scores on the grid of all hospitals.
 TOLERANCES = {"auc": 1e-3, "average-precision": 2e-3}
@@ -317,3 +322,79 @@ def test_a_run_ends_in_its_first_round_if_all_hospitals_fail_alike(tmp_path):
 
     with pytest.raises(RunFailedError, match="round 1, val: all 4 sites failed alike"):
         run(tmp_path, Broken, secure="sum", num_server_rounds=3)
+
+
+def real_hospitals(folder, names, **given):
+    """Return node configs of real hospitals with keys, and the files that these name."""
+    nodes = nodes_of(folder, *names, **given)
+    keys = {}
+    for node in nodes:
+        node["secure-key"] = str(folder / f"{node['site-name']}.key")
+        identity = Identity.create(Path(node["secure-key"]), node["site-name"])
+        keys[identity.name] = key_text(identity.public)
+        node["secure-peers"] = str(folder / "peers.toml")
+    peers = {"study": {"name": "lungs", "members": keys}}
+    (folder / "peers.toml").write_text(tomli_w.dumps(peers))
+    return nodes
+
+
+def test_minimum_and_book_of_real_hospitals_stay_in_force_before_masking(tmp_path):
+    class Many(TinyClient):
+        def load_data(self, site):
+            # Of the last hospital too few patients are evaluated.
+            count = 9 if site.name == "west" else 12
+            train, val, test = (
+                make_rows(rows, (len(site.name), split), f"{site.name}-{split}")
+                for split, rows in enumerate((20, count, count + 1))
+            )
+            return SiteData(train=train, val=val, test=test, source="tiny images")
+
+    names = ("centre", "east", "north", "south", "west")
+    nodes = real_hospitals(tmp_path / "nodes", names)
+    summary = run_nodes(tmp_path / "run", nodes, Many)
+    assert summary["status"] == "finished"
+    rows = {(row[1], row[3]): float(row[4]) for row in rows_of(tmp_path / "run")}
+    assert rows["val", "num-examples"] == 4 * 12
+    assert summary["test"]["federated"]["num-examples"] == 4 * 13 + 10
+    assert {tuple(sites) for _, _, sites in summary["secure"]["sums"]} == {names}
+    # Each hospital's ledger counts who was measured without noise.
+    measured = {}
+    for node in nodes:
+        (path,) = Path(node["data-dir"]).rglob("*.sqlite")
+        plain = Ledger(path).plain()
+        measured[node["site-name"]] = {(entry.purpose, entry.patients) for entry in plain}
+    enough = {("val", 12), ("test", 13)}
+    assert measured == dict.fromkeys(names[:4], enough) | {"west": {("test", 10)}}
+
+
+@pytest.mark.parametrize(
+    ("grids", "said"),
+    [
+        (
+            [(0.0, -1.0)],
+            "declined: the secure sum counts scores on grids that are none",
+        ),
+        ([(0.0, 1.0)] * 2, "there must be one grid for each of 1 scores: 2"),
+    ],
+)
+def test_hospitals_refuse_grids_that_are_none(tmp_path, monkeypatch, grids, said):
+    monkeypatch.setattr(rounds, "finer_grids", lambda figures, before: grids)
+    with pytest.raises(RunFailedError):
+        run(tmp_path, TinyClient, secure="sum")
+    failures = json.loads((tmp_path / "summary.json").read_text())["failures"]
+    assert failures[0] == {"round": 1, "phase": "val", "site": "hospital-1", "reason": said}
+
+
+def test_a_hospital_that_comes_after_the_first_sum_is_not_in_later_ones(tmp_path, monkeypatch):
+    connect_late(monkeypatch, 1006)
+    summary = run(tmp_path, TinyClient, 6, secure="sum", num_server_rounds=2)
+    first = [f"hospital-{number}" for number in range(1, 6)]
+    for _, purpose, members in summary["secure"]["sums"]:
+        assert purpose == "train" or members == first
+    assert summary["test"]["federated"]["num-examples"] == 5 * 8
+    notes = {(note["round"], note["phase"]): note["text"] for note in summary["notes"]}
+    assert (
+        notes[2, "val"]
+        == notes[2, "test"]
+        == ("the sum is without hospital-6: the first sum of figures was too")
+    )
