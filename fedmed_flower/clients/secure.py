@@ -410,6 +410,8 @@ def count(client: MedicalClient, message: Message) -> RecordDict:
 
 def figures(client: MedicalClient, message: Message) -> RecordDict:
     """Return names and sizes of what an evaluation would sum; no patient decides about them."""
+    if SECURE not in message.content.config_records:
+        raise DeclinedError("figures are named for a secure sum alone")
     config = client.read(message)
     if client.node.coarse_figures and not client.noises_metrics:
         raise DeclinedError(

@@ -183,8 +183,7 @@ def hospitals(summary: dict[str, Any], main: str, noise: Noise | None = None) ->
     counts = nested(summary, "sites")
     tested = nested(summary, "test", "sites")
     together = nested(summary, "test", "federated")
-    # Of a secure sum no hospital's own figures are known.
-    metrics = metrics_by_site(summary, main) if tested else []
+    metrics = metrics_by_site(summary, main)
     undefined = _undefined(tested, main)
     if noise is not None and main in metrics:
         undefined += [site for site in tested if site in noise.hidden and site not in undefined]
@@ -193,7 +192,8 @@ def hospitals(summary: dict[str, Any], main: str, noise: Noise | None = None) ->
     rejected = _counts("Rejected", counts, "rejected")
     if rejected.values:
         columns.append(rejected)
-    for key in metrics:
+    # Of a secure sum no hospital's own figures are known.
+    for key in metrics if tested else ():
         values = by_site(tested, key)
         lower = lower_is_better(key)
         columns.append(
@@ -274,10 +274,14 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a segmentation: by name the cells of one row, a metric each."""
+    """The classes of a segmentation: by name the cells of one row, a metric each.
+
+    `apart` says whether figures of single hospitals are known.
+    """
 
     metrics: list[str]
     rows: dict[str, list[Cell]]
+    apart: bool
 
 
 def by_class(summary: dict[str, Any], shown: list[str]) -> Classes | None:
@@ -286,14 +290,16 @@ def by_class(summary: dict[str, Any], shown: list[str]) -> Classes | None:
     known = {*measured(summary)}
     keys = {kind: [f"{kind}-{name}" for name in outlined] for kind in frame.OUTLINED}
     keys = {kind: of_kind for kind, of_kind in keys.items() if known.intersection(of_kind)}
-    in_other_table = {*shown} >= {key for of_kind in keys.values() for key in of_kind}
+    sites = nested(summary, "test", "sites")
+    # Of a secure sum that table has numbers of records alone.
+    of_classes = {key for of_kind in keys.values() for key in of_kind}
+    in_other_table = bool(sites) and {*shown} >= of_classes
     if "dice" not in shown or len(outlined) < 2 or in_other_table:
         return None
     together = nested(summary, "test", "federated")
-    sites = nested(summary, "test", "sites")
     frame.require_small(len(outlined), len(sites))
     rows = {name: [_cell(f"{kind}-{name}", together, sites) for kind in keys] for name in outlined}
-    return Classes([*keys], rows)
+    return Classes([*keys], rows, apart=bool(sites))
 
 
 def _cell(key: str, together: dict[str, Any], sites: Mapping[str, Any]) -> Cell:
@@ -312,12 +318,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of one column, and how far the best and the worst lie apart by metric."""
+    """The groups of one column, and how far the best and the worst lie apart by metric.
+
+    `apart` says whether figures of single hospitals are known.
+    """
 
     column: str
     metrics: list[str]
     groups: list[Group]
     gaps: dict[str, float]
+    apart: bool
 
 
 def groups(summary: dict[str, Any], main: str) -> list[Groups]:
@@ -343,8 +353,8 @@ def groups(summary: dict[str, Any], main: str) -> list[Groups]:
             records = number(together[name], "num-examples")
             num_sites = len(by_site(of_group, "num-examples"))
             rows.append(Group(name.partition("=")[2], records, num_sites, cells))
-        apart = {key: widths[f"{key}@{column}"] for key in keys if f"{key}@{column}" in widths}
-        listed.append(Groups(column, keys, rows, apart))
+        widest = {key: widths[f"{key}@{column}"] for key in keys if f"{key}@{column}" in widths}
+        listed.append(Groups(column, keys, rows, widest, apart=bool(tested)))
     return listed
 
 

@@ -974,7 +974,9 @@ class Experiment:
             "empty": sites.empty,
             "traffic": {site: traffic.table() for site, traffic in history.traffic.items()},
             "saved": saved(history.traffic),
-            "secure": {"sums": [[s.round, s.purpose, [*s.sites]] for s in history.sums]},
+            "secure": {"sums": [[s.round, s.purpose, [*s.sites]] for s in history.sums]}
+            if history.sums
+            else None,
             "stopped": history.stopped and asdict(history.stopped),
             "kept": history.kept and asdict(history.kept),
             "failures": [asdict(failure) for failure in history.failures],

@@ -48,7 +48,7 @@ def figure_in(part: Part, figures: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     """Return what a hospital adds to a part of a figure; zeros if it has no such figure."""
     values = figures.get(part.name.removeprefix(LARGE))
     if values is None:
-        return np.zeros(part.size, np.int64)
+        return np.zeros(part.size, np.int64 if part.kind == COUNT else np.float64)
     return values / LARGE_UNIT if part.name.startswith(LARGE) else values
 
 

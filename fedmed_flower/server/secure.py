@@ -298,13 +298,16 @@ class SecureSums:
                 parts += figure_parts(name, size, whole)
             return Layout((*parts, TOLD, ONES))
 
+        failures = self.inbox.history.failures
+        before = len(failures)
         said: dict[Layout, list[str]] = {}
         for node_id, layout in self._ask("figures", contents, read, server_round):
             said.setdefault(layout, []).append(self.inbox.name(node_id))
         answered = {name for names in said.values() for name in names}
         asked = {self.inbox.name(node_id) for node_id in contents}
         if silent := sorted(asked - answered):
-            raise SecureError(f"{some_of(silent)} could not say which figures it has")
+            why = f": {failures[before].reason}" if len(failures) > before else ""
+            raise SecureError(f"{some_of(silent)} did not say which figures it has{why}")
         if len(said) > 1:
             odd = sorted(name for names in sorted(said.values(), key=len)[:-1] for name in names)
             raise SecureError(

@@ -995,6 +995,9 @@ class FedAvg(flower.FedAvg):
     ) -> MetricRecord | None:
         """Screen the replies, average their metrics as Flower does, and add the pooled metrics."""
         phase = self.run.evaluated
+        if self.run.secure is not None and replies == []:
+            # Why is recorded; whether all sites failed alike is asked of the inbox.
+            return None
         admitted = self.inbox.admit(server_round, phase, replies, self.weighted_by_key, None)
         accepted = self.inbox.in_order(admitted)
         self.inbox.record(server_round, phase, accepted)

@@ -198,6 +198,11 @@ class SecureRounds:
         """Return the total of each figure, with scores on grids that resolve them.
 
         If the grids of the evaluation before do not, hospitals are asked once more.
+
+        Raises
+        ------
+        SecureError
+            If a sum cannot be opened, or is of too few hospitals.
         """
         nodes = {message.metadata.dst_node_id for message in messages}
         for _ in range(_MOST_GRIDS):
@@ -228,6 +233,8 @@ class SecureRounds:
             self._grids = finer
         else:
             self._grids = before
+            text = "scores lie so close together that their AUC and precision are rough"
+            self.sums.inbox.note(server_round, phase, ALL_SITES, text)
         return figures, opened
 
     def _counted(self, opened: Opened) -> dict[str, NDArray[Any]]:
@@ -238,14 +245,17 @@ class SecureRounds:
         SecureError
             If fewer hospitals have figures than a sum must be of.
         """
-        figures = figures_of(opened.record.layout, opened.values)
+        record = opened.record
         told = int(opened.values[TOLD.name][0])
-        if told < opened.record.needed:
+        # Those that tell their own figures do not hide the others.
+        tellers = sum(record.hello_of(name).tells for name in opened.members)
+        needed = max(record.needed, record.least + record.colluders + tellers)
+        if told < needed:
             raise SecureError(
-                f"{told} of {len(opened.members)} hospitals have enough patients, and "
-                f"{opened.record.needed} must add figures: the sum is not used"
+                f"{told} of {len(opened.members)} hospitals have enough patients, and {needed} "
+                "must add figures: the sum is not used"
             )
-        return figures
+        return figures_of(record.layout, opened.values)
 
     def _layout(self, sent: ArrayRecord, trained: Collection[str]) -> Layout:
         parts = []
