@@ -245,6 +245,9 @@ any | config.frozen-digest | digest of what does not travel | runs/experiment | 
 any | config.pool-sites | simulation: all rows together | runs/baselines | clients/base
 any | secure.record | who takes part in a secure sum, and how | server/secure | clients/secure
 any | secure.books | simulation: folder of the sites' books | server/secure | clients/secure
+figures | arrays.* | the global model | server/secure | clients/secure
+figures | config.server-round | number of the round | server/secure | clients/secure
+figures | config.split | val or test rows | server/secure | clients/secure
 hello | secure.asked | name of the run | server/secure | clients/secure
 alive | secure.asked | which sum, and which hospitals remain | server/secure | clients/secure
 unmask | secure.asked | the same, with envelopes and signatures | server/secure | clients/secure

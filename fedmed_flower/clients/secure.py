@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from fedmed_flower.arrays.views import view
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.data.site import site_names, some_of
-from fedmed_flower.errors import DeclinedError
+from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.files import file_name
 from fedmed_flower.metrics.plain import plain_metrics
 from fedmed_flower.metrics.summing import Grid, is_whole, sums_of_record
@@ -420,8 +420,12 @@ def figures(client: MedicalClient, message: Message) -> RecordDict:
         )
     arrays = next(iter(message.content.array_records.values()))
     model = merge_adapters(client.model_of(arrays, config)[0])
-    with client.seeded(0):
-        record = client.figures(model, str(config.get(SPLIT, "val")))
+    try:
+        with client.seeded(0):
+            record = client.figures(model, str(config.get(SPLIT, "val")))
+    except InputError as error:
+        # It is about what the client declares; no row is looked at.
+        raise DeclinedError(str(error)) from error
     listed = [
         [name, int(values.size), is_whole(name)]
         for name, values in sorted(sums_of_record(plain_metrics(record)).items())

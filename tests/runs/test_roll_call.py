@@ -621,9 +621,9 @@ def test_a_run_by_secure_sums_knows_no_number_of_rows(tmp_path, caplog):
     client = holding({2: without_test_rows}, predicting("binary"))
     with caplog.at_level("INFO", "flwr.fedmed"):
         _, summary = run_tables(
-            tmp_path / "run", client, 4, secure="sum", preparation="declared", num_server_rounds=1
+            tmp_path / "run", client, 5, secure="sum", preparation="declared", num_server_rounds=1
         )
-    assert summary["sites"] == {f"hospital-{n}": {"test": 0} if n == 3 else {} for n in range(1, 5)}
+    assert summary["sites"] == {f"hospital-{n}": {"test": 0} if n == 3 else {} for n in range(1, 6)}
     assert "hospital-1: counts withheld (secure sums)" in caplog.messages
     assert "no rows in the test split at hospital-3" in caplog.messages
     assert {*summary["sent"]["describe"]["hospital-1"]} >= {"filled.train", "site.name"}

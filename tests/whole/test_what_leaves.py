@@ -343,7 +343,7 @@ def test_whatever_carries_no_noise_is_known_where_there_is_a_budget():
 
 # Numbers of rows; variants' own names. An update, and sums by which a hospital has agreed to let
 # genotypes be computed, no book can bind: docs/explanation/privacy.md says so.
-WITHOUT_BOOK = {"describe", "variants", "train", "loadings", "scores"}
+WITHOUT_BOOK = {"describe", "variants", "train", "loadings", "scores", "figures"}
 
 
 def test_whatever_is_answered_without_noise_is_in_the_book(tmp_path, monkeypatch):
