@@ -271,9 +271,8 @@ class MedicalClient(ABC):
             If contributions hold anything else. The default knows nothing of them.
         """
         raise setting_error(
-            'secure="sum" sums moments of columns before the first round, and '
-            f"{type(self).__name__} does not say which its contributions are: define "
-            "columns_to_sum",
+            f'secure="sum" needs to know of which columns {type(self).__name__} contributes '
+            "moments before the first round: define columns_to_sum",
             "secure",
         )
 

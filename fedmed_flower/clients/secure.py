@@ -53,7 +53,7 @@ from fedmed_flower.secure.parts import (
     UNIFORM,
     figure_in,
 )
-from fedmed_flower.secure.record import Record
+from fedmed_flower.secure.record import DATA, TRAIN, Record
 from fedmed_flower.secure.ring import FIXED
 from fedmed_flower.secure.study import Study
 from fedmed_flower.settings.secure import SUM, SecureSettings
@@ -195,6 +195,12 @@ class SecureReply:
                 raise SecureError(f"a sum of {record.purpose} was asked for by a message {kind}")
             if purpose not in IN_SUMS:
                 raise SecureError(f"{purpose} has no form as a sum")
+            # Otherwise a count could be asked for again of fewer hospitals.
+            kind_due = TRAIN if purpose == "train" else DATA
+            if record.kind != kind_due:
+                raise SecureError(
+                    f"a sum of {purpose} must be of kind {kind_due}, got {record.kind}"
+                )
             member = member_of(client, record.run, secure)
             member.require_sound(record)
         asked = asked_of(client, message)
@@ -241,7 +247,8 @@ def _values(
             values[name] = np.array([1])
         elif name == CLIPPED.name:
             values[name] = np.array([0])
-        elif name in metrics:
+        # Sums of training may be asked for again of fewer hospitals; figures must not.
+        elif record.kind == DATA and name in metrics:
             values[name] = np.atleast_1d(np.asarray(metrics[name]))
         else:
             raise DeclinedError(f"the secure sum is of {name}, which this hospital does not send")

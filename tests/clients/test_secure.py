@@ -1,13 +1,29 @@
 """What a hospital answers whose figures leave in secure sums alone."""
 
 import pytest
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import ServerApp
 from hospitals import CLIENTS
 from tables import TinyTable
-from tiny import ask, context_of, node_of, says_of_setting
+from tiny import (
+    CONFIG,
+    TinyClient,
+    ask,
+    context_of,
+    model_arrays,
+    node_of,
+    says_of_setting,
+)
 
+from fedmed_flower import run_local
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.genomics.client import GenomicsClient
+from fedmed_flower.secure.encoding import SecureError
+from fedmed_flower.secure.parts import ONES
+from fedmed_flower.secure.record import DATA, TRAIN
+from fedmed_flower.secure.ring import COUNT, Layout, Part
+from fedmed_flower.server.inbox import Inbox
+from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.trees.client import as_trees
 from fedmed_flower.wire import IN_SUMS, NOT_IN_SUMS, WITHOUT_FIGURES, read_error
@@ -107,3 +123,61 @@ def test_the_roll_call_tells_no_number(tmp_path, real, where):
     reply = ask(TinyTable, "query.describe", context_of(node_config=node, **config))
     assert {*reply.content} == {"filled", "site"}
     assert dict(reply.content["filled"]) == {"train": True, "val": True, "test": True}
+
+
+# What a server may ask for in a sum ---------------------------------------------------------------
+
+
+def refusals(folder, purpose, rule, layout, message="query.count"):
+    """Return why hospitals refuse a sum that a server asks for."""
+    texts = set()
+    good = TinyClient.client_app()
+
+    def watched(message, context):
+        reply = good(message, context)
+        if reply.has_error():
+            texts.add(read_error(reply.error.reason)[1])
+        return reply
+
+    def ask_for_sum(grid, context):
+        sums = SecureSums(grid, Inbox(), "one run", 60.0, folder)
+        nodes = grid.get_node_ids()
+        sums.greet(nodes, 1)
+        record = sums.record(nodes, purpose, rule, 1, layout, {})
+        content = RecordDict({"arrays": model_arrays(), "config": ConfigRecord({"run-key": "k"})})
+        messages = [Message(content, node, message) for node in sums.nodes_of(record)]
+        with pytest.raises(SecureError):
+            sums.sum(messages, record, purpose, 60.0)
+
+    server = ServerApp()
+    server.main()(ask_for_sum)
+    run_local(server, watched, 3, run_config=CONFIG | {"secure": "sum"})
+    return texts
+
+
+@pytest.mark.parametrize("purpose", ["count", "contribution", "contribution/means", "evaluate/val"])
+def test_a_question_about_data_cannot_be_asked_as_training_is(tmp_path, purpose):
+    kind = purpose.partition("/")[0]
+    message = kind if kind == "evaluate" else f"query.{kind}"
+    text = f"declined: the secure sum is refused: a sum of {kind} must be of kind data, got train"
+    assert refusals(tmp_path, purpose, TRAIN, Layout((ONES,)), message) == {text}
+
+
+def test_training_cannot_be_asked_for_as_a_question_about_data(tmp_path):
+    text = "declined: the secure sum is refused: a sum of train must be of kind train, got data"
+    assert refusals(tmp_path, "train", DATA, Layout((ONES,)), "train") == {text}
+
+
+def test_what_has_no_form_as_a_sum_is_not_summed(tmp_path):
+    text = "declined: the secure sum is refused: personal has no form as a sum"
+    assert refusals(tmp_path, "personal", DATA, Layout((ONES,)), "query.personal") == {text}
+
+
+def test_a_sum_of_training_has_no_number_of_rows(tmp_path):
+    """It could be asked for again of one hospital fewer."""
+
+    layout = Layout((Part("num-examples", 1, COUNT), ONES))
+    texts = refusals(tmp_path, "train", TRAIN, layout, "train")
+    assert texts == {
+        "declined: the secure sum is of num-examples, which this hospital does not send"
+    }

@@ -27,7 +27,7 @@ from fedmed_flower.data.site import SPLITS
 from fedmed_flower.engines.local import LocalGrid
 from fedmed_flower.secure.encoding import SecureError
 from fedmed_flower.secure.parts import ONES
-from fedmed_flower.secure.record import DATA
+from fedmed_flower.secure.record import DATA, TRAIN
 from fedmed_flower.secure.ring import Layout
 from fedmed_flower.server.inbox import Inbox
 from fedmed_flower.server.secure import SecureSums
@@ -172,7 +172,8 @@ def summed(folder, private):
         sums.greet(grid.get_node_ids(), 1)
         for kind in ("train", "evaluate", "query.count", "query.contribution"):
             purpose = kind.removeprefix("query.")
-            record = sums.record(grid.get_node_ids(), purpose, DATA, 1, Layout((ONES,)), {})
+            rule = TRAIN if purpose == "train" else DATA
+            record = sums.record(grid.get_node_ids(), purpose, rule, 1, Layout((ONES,)), {})
             content = RecordDict({} if kind.startswith("query.") else {"arrays": arrays})
             content["config"] = ConfigRecord({"server-round": 1, "run-key": "one run"})
             messages = [Message(content, node, kind) for node in sums.nodes_of(record)]
