@@ -669,7 +669,8 @@ class FedAvg(flower.FedAvg):
         if known is None or known.grid is not grid or known.run != run:
             folder = None if self.folder is None else self.folder.path
             books = None if folder is None or not simulated else folder / SECURE
-            known = self._sums = SecureSums(grid, self.inbox, run, timeout, books, folder)
+            known = SecureSums(grid, self.inbox, run, timeout, books, folder, self.grace)
+            self._sums = known
         return known
 
     def _secure_rounds(self, grid: Grid, config: ConfigRecord) -> SecureRounds:

@@ -85,17 +85,27 @@ class SecureRounds:
         # On which scores are counted; empty before the first evaluation.
         self._grids: list[Grid] = []
         self._lengths: deque[float] = deque(maxlen=_REMEMBERED)
+        self._sent: ArrayRecord | None = None
 
-    def begin(self, nodes: Collection[int], server_round: int) -> None:
+    def begin(self, nodes: Collection[int], server_round: int, minimum: int | None = None) -> None:
         """Greet nodes, and count all training rows once if the mean is weighted by them.
+
+        Parameters
+        ----------
+        nodes : collection of int
+        server_round : int
+        minimum : int, optional
+            As in `SecureSums.greet`. All are waited for if rows are to be counted, since no later
+            question about data is answered over other hospitals than the first.
 
         Raises
         ------
         SecureError
             If the rows cannot be counted.
         """
-        self.sums.greet(nodes, server_round)
-        if self.by == UNIFORM or self.total:
+        counted = self.by == UNIFORM or self.total > 0
+        self.sums.greet(nodes, server_round, minimum if counted else None)
+        if counted:
             return
         record = self.sums.record(nodes, _COUNT, DATA, 0, Layout((ROWS, ONES)), {})
         messages = [
@@ -132,7 +142,8 @@ class SecureRounds:
         inbox = self.sums.inbox
         nodes = {message.metadata.dst_node_id for message in messages}
         try:
-            self.begin(nodes, server_round)
+            self.begin(nodes, server_round, minimum)
+            nodes = self._answering(nodes, sent)
             weighting = {BY: self.by, TOTAL: self.total}
             layout = self._layout(sent, trained)
             record = self.sums.record(nodes, "train", TRAIN, server_round, layout, weighting)
@@ -256,6 +267,18 @@ class SecureRounds:
                 "must add figures: the sum is not used"
             )
         return figures_of(record.layout, opened.values)
+
+    def _answering(self, nodes: set[int], sent: ArrayRecord) -> set[int]:
+        """Return the nodes to ask for a model.
+
+        If a round with the same model was lost after a hospital had settled on a set, it answers
+        for no other set: the hospitals of that one are asked, if all are there.
+        """
+        if sent is not self._sent:
+            self._sent = sent
+            self.sums.bound = frozenset()
+        bound = self.sums.bound_nodes
+        return bound if bound and bound <= nodes else nodes
 
     def _layout(self, sent: ArrayRecord, trained: Collection[str]) -> Layout:
         parts = []
