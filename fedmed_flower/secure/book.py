@@ -40,9 +40,12 @@ CREATE INDEX attempts_of_run ON attempts (run);
 CREATE TABLE questions (number INTEGER PRIMARY KEY, question BLOB UNIQUE NOT NULL,
   kind TEXT NOT NULL, run TEXT NOT NULL, members BLOB NOT NULL);
 CREATE INDEX questions_of_kind ON questions (kind);
-CREATE TABLE peers (name TEXT PRIMARY KEY, row_count INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE peers (name TEXT NOT NULL, message TEXT NOT NULL, book TEXT NOT NULL,
+  row_count INTEGER NOT NULL, mark BLOB NOT NULL, PRIMARY KEY (name, message)) WITHOUT ROWID;
 """
 _MOST_ROWS = 2**63 - 1
+_ID_BYTES = 16
+_ID_LETTERS = 64
 _REGROUP = (
     "put the newest copy back, or accept what is there with `fedmed keys regroup`: after that, "
     "single hospitals' figures could be the difference of two sums"
@@ -82,8 +85,8 @@ class SecureBook:
     does not, so that `regroup` can be called.
 
     If both files come from one older backup, or both are lost, nothing here shows it. The other
-    hospitals see it if the row count in this hospital's next hello is below the largest that they
-    were told: `peer_rows` refuses it until they regroup too.
+    hospitals see it, since each hello and each envelope holds the book's random `id` and its row
+    count: `peer_rows` refuses another id, or a count that fell, until they regroup too.
 
     Parameters
     ----------
@@ -115,6 +118,15 @@ class SecureBook:
         """Number of entries ever made in this book; it only grows."""
         with self._open() as connection:
             return _rows(connection)
+
+    @property
+    def id(self) -> str:
+        """A random number that was drawn when the book was made."""
+        with self._open() as connection:
+            row = _one(connection, "SELECT value FROM about WHERE key = 'book'")
+        if row is None or not isinstance(row[0], str):
+            raise SecureError(f"the book of secure sums {self.path} has no id: {_REGROUP}")
+        return row[0]
 
     def new_run_key(self, run: str, private: bytes) -> None:
         """Write down the private key of a run before the hello leaves; it voids an older one."""
@@ -262,29 +274,62 @@ class SecureBook:
                 (question, kind, run, blob),
             )
 
-    def peer_rows(self, name: str, rows: int) -> None:
-        """Write down the row count of another hospital's book.
+    def peer_rows(
+        self,
+        name: str,
+        rows: int,
+        book: str = "",
+        run: str = "",
+        mark: bytes = b"",
+        reply: bool = False,
+    ) -> None:
+        """Write down the row count of another hospital's book, as one of its messages tells it.
+
+        The same message once more is no new entry. Messages of two runs may be read in another
+        order than they were written, so a masked reply is compared with the run's own messages.
+
+        Parameters
+        ----------
+        name : str
+        rows : int
+        book : str
+            The id of that book.
+        run : str
+        mark : bytes
+            What tells this message from others: a run's key or a digest.
+        reply : bool
+            Whether it came with a masked reply; else with a hello.
 
         Raises
         ------
         SecureError
-            If it is below the largest count seen before, or no count.
+            If that is no count, the book is another one than before, or it has not grown since an
+            earlier message.
         """
+        if len(book) > _ID_LETTERS:
+            raise SecureError(f"the id of a book has at most {_ID_LETTERS} letters, got {name}'s")
         if type(rows) is not int or not 0 <= rows <= _MOST_ROWS:
             raise SecureError(
                 f"the row count of {name} must be a whole number, at least 0, got {rows!r}"
             )
         with self._open() as connection:
-            row = _one(connection, "SELECT row_count FROM peers WHERE name = ?", name)
-            before = -1 if row is None else _count(row[0])
-            if rows < before:
+            query = "SELECT message, book, row_count, mark FROM peers WHERE name = ?"
+            told = {key: rest for key, *rest in connection.execute(query, (name,))}
+            message = f"{'reply' if reply else 'hello'} {run}"
+            if told.get(message) == [book, rows, mark]:
+                return
+            if any(other != book for other, _, _ in told.values()):
+                raise SecureError(f"{name} has another book than before: {_doubtful(name)}")
+            own_run = {f"hello {run}", f"reply {run}"}
+            counts = [
+                _count(count) for key, (_, count, _) in told.items() if not reply or key in own_run
+            ]
+            if rows <= (before := max(counts, default=-1)):
                 raise SecureError(
-                    f"the book of {name} has {rows} rows and had {before}: it is lost or was "
-                    "restored from a copy, so it may answer one question over two sets: ask "
-                    f"{name} what happened, then accept its book with `fedmed keys regroup`"
+                    f"the book of {name} has {rows} rows and had {before}: {_doubtful(name)}"
                 )
-            if rows > before:
-                connection.execute("INSERT OR REPLACE INTO peers VALUES (?, ?)", (name, rows))
+            values = (name, message, book, rows, mark)
+            connection.execute("INSERT OR REPLACE INTO peers VALUES (?, ?, ?, ?, ?)", values)
 
     def regroup(self, names: Sequence[str] = ()) -> None:
         """Accept the book as it is, and let questions about data be settled over another set.
@@ -440,7 +485,8 @@ class SecureBook:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             draft.touch(mode=0o600, exist_ok=False)
             with transaction(draft, "rwc", _SCHEMA, _VERSION) as connection:
-                about = {"identity": self._identity, "rows": 0}
+                book = secrets.token_hex(_ID_BYTES)
+                about = {"identity": self._identity, "book": book, "rows": 0}
                 connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
             give_name(draft, self.path)
         finally:
@@ -518,6 +564,14 @@ def _require_same(bound: tuple[str, ...], chosen: tuple[str, ...], what: str, re
             f"{what} settled over {_listed(bound)}, not {_listed(chosen)}: the difference of two "
             f"sums would be single hospitals' figures: {remedy}"
         )
+
+
+def _doubtful(name: str) -> str:
+    return (
+        "it is lost or was restored from a copy, so it may answer one question over two sets: ask "
+        f"{name} what happened, then accept its book with `fedmed keys regroup`; if two runs began "
+        "at once, begin this one again"
+    )
 
 
 def _remedy(kind: str) -> str:

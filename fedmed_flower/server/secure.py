@@ -112,6 +112,12 @@ class SecureSums:
             return hello
 
         for node_id, hello in self._ask("hello", dict.fromkeys(new, content), read, server_round):
+            before = self.hellos.get(hello.name)
+            # A hospital that has started anew has another node, and the same key.
+            if before is not None and before.key != hello.key:
+                text = "another node has said hello by this name, with another key"
+                self.inbox.fail(server_round, "hello", hello.name, text)
+                continue
             self.hellos[hello.name] = hello
             self._nodes[hello.name] = node_id
             self.inbox.site_names[node_id] = hello.name
@@ -216,7 +222,10 @@ class SecureSums:
 
         list(self._ask("unmask", contents, read, server_round))
         sites = len(members)
-        values = record.layout.decode(collector.open(), sites)
+        words = collector.open()
+        for site, doubt in collector.doubts.items():
+            self.inbox.note(server_round, phase, site, doubt)
+        values = record.layout.decode(words, sites)
         if (excess := record.layout.excess(values, sites)) is not None:
             raise SecureError(f"one of the hospitals has sent what cannot be: {excess}")
         self.opened.append((server_round, record.purpose, members))
@@ -276,7 +285,10 @@ def _letter(content: RecordDict) -> bytes:
 
 def _words(content: RecordDict) -> Words:
     record = content.array_records.get(MASKED, ArrayRecord())
-    vectors = [view(array) for array in record.values()]
+    try:
+        vectors = [view(array) for array in record.values()]
+    except ValueError as error:
+        raise SecureError(error) from None
     if [vector.dtype for vector in vectors] != [np.uint32, np.uint64]:
         raise SecureError("it holds other vectors than a secure sum has")
     return vectors[0], vectors[1]

@@ -267,9 +267,31 @@ class TestPeers:
         assert refused(book.peer_rows, "south", 8) == (
             "the book of south has 8 rows and had 9: it is lost or was restored from a copy, so it "
             "may answer one question over two sets: ask south what happened, then accept its book "
-            "with `fedmed keys regroup`"
+            "with `fedmed keys regroup`; if two runs began at once, begin this one again"
         )
         book.peer_rows("south", 9)
+
+    def test_another_book_is_refused_until_regroup(self, book):
+        book.peer_rows("south", 5, "first")
+        assert "south has another book than before" in refused(book.peer_rows, "south", 9, "second")
+        book.regroup(["south"])
+        book.peer_rows("south", 1, "second")
+
+    def test_messages_of_two_runs_may_be_read_in_any_order(self, book):
+        book.peer_rows("south", 5, run="one", mark=b"key one")
+        book.peer_rows("south", 6, run="two", mark=b"key two")
+        book.peer_rows("south", 8, run="two", mark=b"second", reply=True)
+        book.peer_rows("south", 7, run="one", mark=b"first", reply=True)
+        book.peer_rows("south", 5, run="one", mark=b"key one")
+        assert "has 7 rows and had 7" in refused(
+            book.peer_rows, "south", 7, "", "one", b"other", True
+        )
+        assert "has 8 rows and had 8" in refused(book.peer_rows, "south", 8, "", "one", b"key")
+
+    def test_each_book_has_an_id_of_its_own(self, book, tmp_path):
+        other = SecureBook(tmp_path / "other.secure", "me")
+        assert len(book.id) == 32
+        assert book.id == SecureBook(book.path, "me").id != other.id
 
     @pytest.mark.parametrize("rows", [-1, 2**63, True, 1.0, "3", None])
     def test_what_is_no_count(self, book, rows):
