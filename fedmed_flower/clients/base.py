@@ -153,6 +153,8 @@ class MedicalClient(ABC):
         What the server made of all contributions; empty before the first round.
     split : str
         The split on which the message asks to evaluate; empty if it asks for something else.
+    draw_key : str
+        In a secure sum at a real hospital, what makes the seed of training its own secret.
     pooled : bool
         Whether the message is about all sites' rows together.
     touched : bool
@@ -206,6 +208,7 @@ class MedicalClient(ABC):
         self.progress = 0.0
         self.agreed = ""
         self.split = ""
+        self.draw_key = ""
         self.pooled = False
         self.touched = False
         # Indices of the training rows that made this message's update.
