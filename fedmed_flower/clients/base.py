@@ -841,8 +841,11 @@ class MedicalClient(ABC):
         if split == "train" and not data.train:
             raise InputError("there are no training rows")
         prepared = self.cache.prepared
-        key = self.key(self.prepared_for, pooled, split)
+        key = self.key(self.prepared_for, pooled, split, self.agreed)
         if key not in prepared:
+            # Those that were prepared by another agreement are not needed any more.
+            for other in [other for other in prepared if other[:-1] == key[:-1]]:
+                del prepared[other]
             prepared[key] = self.prepare(getattr(data, split), train=split == "train")
         return data, prepared[key]
 

@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 
 from fedmed_flower.arrays.views import view
 from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.data.site import site_names
+from fedmed_flower.data.site import fewest_patients, patients_of, site_names
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.files import file_name
 from fedmed_flower.privacy.patient import ledger_path
-from fedmed_flower.secure.book import SecureBook, secure_path
+from fedmed_flower.secure.book import BookError, SecureBook, secure_path
 from fedmed_flower.secure.encoding import SecureError, Value, decoded, digest_of_arrays, encoded
 from fedmed_flower.secure.identity import Identity
 from fedmed_flower.secure.member import Member
@@ -53,9 +53,14 @@ from fedmed_flower.settings.text import setting_error
 from fedmed_flower.wire import (
     ASKED,
     BOOKS,
+    COMPRESSION,
+    KEEP,
+    KEEP_SENT,
     LEDGER_DIR,
     LETTER,
     MASKED,
+    METHOD,
+    OWN,
     RECORD,
     RUN_KEY,
     SECURE,
@@ -70,6 +75,9 @@ _WITH_MODEL = ("train", "evaluate")
 _MOST_TOTAL = 1 << 56
 # Bytes of a question about a sum: decoding takes thirty times as much memory.
 _MOST_ASKED = 1 << 23
+# Entries of a message's config by which a hospital uses what it has kept, and methods without that.
+_WITH_STATE = (KEEP, KEEP_SENT, OWN, COMPRESSION)
+_STATELESS = ("", "fedprox")
 # What differs from one run or round to the next, and does not make another question.
 _OF_THE_RUN = (RUN_KEY, SERVER_ROUND, LEDGER_DIR)
 _OF_THE_SERVER = ("run-dir", "resume", "round-timeout", "quorum", "grace", "track", "baselines")
@@ -178,6 +186,7 @@ class SecureReply:
                 raise SecureError("its rules have other entries than they must have")
             _require_kind(record, kind)
             _require_layout(record, message)
+            _require_alike(message)
             member = member_of(client, record.run, secure)
             member.require_sound(record)
         asked = asked_of(client, message)
@@ -295,6 +304,20 @@ def _require_layout(record: Record, message: Message) -> None:
             raise SecureError(f"{part.name} is not summed in training")
 
 
+def _require_alike(message: Message) -> None:
+    """Refuse what a hospital answers by something that it alone was told in earlier messages.
+
+    Such a state is in no digest: the server could first set the kept layers of all hospitals but
+    one to zero, and then ask all of them the same.
+    """
+    for config in message.content.config_records.values():
+        for key in _WITH_STATE:
+            if key in config:
+                raise SecureError(f"{key} is for messages outside of secure sums")
+        if config.get(METHOD, "") not in _STATELESS:
+            raise SecureError(f"the method {config[METHOD]!r} is not for secure sums")
+
+
 def asked_of(client: MedicalClient, message: Message) -> dict[str, Value]:
     """Return all that a message asks, whoever asks it, in whichever run and round.
 
@@ -404,13 +427,24 @@ def unmask(client: MedicalClient, message: Message) -> RecordDict:
 
 
 def count(client: MedicalClient, message: Message) -> RecordDict:
-    """Return the number of training rows, for a secure sum alone."""
+    """Return the number of training rows, for a secure sum alone.
+
+    A real hospital gives the number of before while few patients have come or gone: the difference
+    of two sums would be theirs.
+    """
     if RECORD not in message.content.config_records.get(SECURE, ConfigRecord()):
         raise DeclinedError("rows are counted in a secure sum alone")
     client.read(message)
     data = client.data()
     client.require_several(data.train)
-    return RecordDict({"metrics": MetricRecord({ROWS.name: client.count("train")})})
+    rows = client.count("train")
+    if not client.site.simulated:
+        patients = len({*patients_of(data.train)})
+        fewest = fewest_patients(client.context, client.site, "train")
+        with _refused():
+            book = member_of(client, "", message.content.config_records[SECURE]).book
+            rows = book.steady_rows(rows, patients, fewest)
+    return RecordDict({"metrics": MetricRecord({ROWS.name: rows})})
 
 
 @contextmanager
@@ -418,6 +452,11 @@ def _refused() -> Iterator[None]:
     """Say why an exchange is refused; the reason is about keys, sets and books alone."""
     try:
         yield
+    except BookError as error:
+        # It names files of the hospital.
+        log.error("%s", error)
+        text = "the hospital's book of secure sums cannot be used; its log says why"
+        raise DeclinedError(f"the secure sum is refused: {text}") from error
     except SecureError as error:
         raise DeclinedError(f"the secure sum is refused: {error}") from error
 

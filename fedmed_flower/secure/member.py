@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from fedmed_flower.secure.book import SecureBook
+from fedmed_flower.secure.book import Peer, SecureBook
 from fedmed_flower.secure.encoding import SecureError, Value, decoded, encoded
 from fedmed_flower.secure.envelopes import seal, unseal
 from fedmed_flower.secure.identity import Identity, verify
@@ -145,9 +145,12 @@ class Member:
                 f"{study.least} and {study.colluders}"
             )
         record.require_enough(record.names)
-        for hello in record.hellos:
-            if hello.name != self.identity.name:
-                self.book.peer_rows(hello.name, hello.rows, hello.book, record.run, hello.run_key)
+        peers = [
+            Peer(hello.name, hello.rows, hello.book, hello.run_key)
+            for hello in record.hellos
+            if hello.name != self.identity.name
+        ]
+        self.book.note_peers(peers, record.run)
 
     def _require_own(self, record: Record) -> None:
         name = self.identity.name
@@ -281,6 +284,7 @@ class Member:
             self._require_certified(record, digest, remaining, signatures or {})
         keys = self._agreed(record, digest)
         shares = {name: kept["shares"]}
+        peers: list[Peer] = []
         for peer in remaining:
             if peer == name:
                 continue
@@ -289,7 +293,8 @@ class Member:
             key = envelope_key(keys[peer], peer, name)
             inside = unseal(key, header(digest, peer, name), envelopes[peer], peer)
             shares[peer], book, rows = _inside(inside, peer, len(record.names))
-            self.book.peer_rows(peer, rows, book, record.run, digest, reply=True)
+            peers.append(Peer(peer, rows, book, digest))
+        self.book.note_peers(peers, record.run, reply=True)
         self.book.settle(digest, remaining)
         lost = [peer for peer in record.names if peer not in remaining]
         answer: dict[str, Value] = {

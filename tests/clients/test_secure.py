@@ -1,15 +1,17 @@
 """What a server sends to one real hospital to learn something of it alone: all is refused."""
 
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
-from tiny import TinyClient, context_of, halves, model_arrays, node_of
+from tiny import TinyClient, context_of, halves, make_rows, model_arrays, node_of
 
 from fedmed_flower.clients.secure import asked_of
+from fedmed_flower.data.site import SiteData
 from fedmed_flower.secure.encoding import decoded, digest, encoded
 from fedmed_flower.secure.identity import Identity
 from fedmed_flower.secure.parts import CLIPPED, LOSS, ONES, ROWS
@@ -246,6 +248,87 @@ def test_whether_a_hospital_has_more_rows_than_the_server_says_does_not_show(
 def test_a_total_that_cannot_be_is_refused(three, hellos, total):
     record = record_of(hellos, weighting={"by": "examples", "total": total})
     assert "must be from 1 to below 2^56" in declined(three["north"], training(record))
+
+
+def counting(hellos, nonce):
+    record = record_of(hellos, (ROWS, ONES), {}, nonce, purpose="count", kind=DATA)
+    return RecordDict(
+        {
+            "config": ConfigRecord({"run-key": RUN}),
+            SECURE: ConfigRecord({RECORD: record.to_bytes()}),
+        }
+    )
+
+
+class Growing(TinyClient):
+    rows = 12
+
+    def load_data(self, site):
+        return SiteData(train=make_rows(self.rows, 0), source="tiny")
+
+
+def test_a_count_does_not_follow_single_patients(tmp_path, monkeypatch):
+    three = hospitals(tmp_path, Growing)
+    hellos = [hospital.hello() for hospital in three.values()]
+    counted = []
+    encode = Layout.encode
+
+    def noted(self, values, *args, **kwargs):
+        counted.append(int(values[ROWS.name][0]))
+        return encode(self, values, *args, **kwargs)
+
+    monkeypatch.setattr(Layout, "encode", noted)
+    for number, rows in enumerate([12, 13, 21, 22, 13, 12]):
+        monkeypatch.setattr(Growing, "rows", rows)
+        three["north"].context = context_of(node_config=three["north"].context.node_config)
+        reply = three["north"].ask(counting(hellos, bytes([number]) * 16), "query.count")
+        assert isinstance(reply, RecordDict), reply
+    assert counted == [12, 12, 12, 22, 22, 12]
+
+
+def test_an_error_of_the_book_does_not_send_its_path(three, hellos, caplog):
+    folder = Path(three["north"].context.node_config["data-dir"])
+    next(folder.glob("*.secure")).unlink()
+    reply = declined(three["north"], training(record_of(hellos)))
+    assert "book of secure sums cannot be used; its log says why" in reply
+    assert str(folder) not in reply
+    assert str(folder) in caplog.text
+
+
+# Nothing that one hospital alone was told decides its answer.
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"keep": "1.bias"}, "keep is for messages outside of secure sums"),
+        ({"keep-sent": False}, "keep-sent is for messages outside of secure sums"),
+        ({"own-model": True}, "own-model is for messages outside of secure sums"),
+        ({"compression": "int8"}, "compression is for messages outside of secure sums"),
+        ({"method": "scaffold"}, "the method 'scaffold' is not for secure sums"),
+    ],
+)
+def test_what_uses_a_hospitals_state_is_refused(three, hellos, config, text):
+    assert text in declined(three["north"], training(record_of(hellos), **config))
+
+
+class Agreeing(TinyClient):
+    seen = None
+
+    def prepare(self, rows, train):
+        type(self).seen.append(self.agreed)
+        return super().prepare(rows, train)
+
+
+def test_rows_are_not_prepared_by_what_an_earlier_message_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(Agreeing, "seen", [])
+    three = hospitals(tmp_path, Agreeing)
+    hellos = [hospital.hello() for hospital in three.values()]
+    for number, agreed in enumerate("abba"):
+        record = record_of(hellos, nonce=bytes([number]) * 16)
+        content = training(record, agreed=agreed)
+        assert isinstance(three["north"].ask(content), RecordDict)
+    assert Agreeing.seen == ["a", "b", "a"]
 
 
 # Training is not repeated to the bit for another model, nor by anybody else.

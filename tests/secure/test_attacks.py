@@ -218,3 +218,12 @@ def test_weights_that_a_server_makes_too_large_tell_of_the_sum_alone():
         unit = 2**50 // 8
         upper = int(rows @ losses * unit) // total % 2**64
         assert large.tolist() == [upper, 0]
+
+
+def test_a_change_of_those_who_train_is_told_to_each_hospital(folder, caplog):
+    members = members_of(folder, 5)
+    hellos = [members[name].hello(RUN) for name in names_of(5)]
+    unmasked(members, masked_round(members, hellos, RUN, 1))
+    assert caplog.text == ""
+    unmasked(members, masked_round(members, hellos[:4], RUN, 2))
+    assert caplog.text.count("what h04 has sent can be estimated by difference") == 4
