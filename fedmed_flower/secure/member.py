@@ -128,15 +128,8 @@ class Member:
             raise SecureError(
                 f"the study has {len(study.members)} members, and the server says {record.members}"
             )
+        self._require_pinned(record)
         for hello in record.hellos:
-            pinned = study.members.get(hello.name)
-            if pinned is None:
-                raise SecureError(f"{hello.name} is no member of the study {study.name}")
-            if pinned != hello.key:
-                raise SecureError(
-                    f"the key of {hello.name} is not the one that is pinned: ask that hospital "
-                    "whether it has a new one, then `fedmed keys pin --replace`"
-                )
             hello.verify()
         self._require_own(record)
         if record.least < study.least or record.colluders < study.colluders:
@@ -151,6 +144,17 @@ class Member:
             if hello.name != self.identity.name
         ]
         self.book.note_peers(peers, record.run)
+
+    def _require_pinned(self, record: Record) -> None:
+        for hello in record.hellos:
+            pinned = self.study.members.get(hello.name)
+            if pinned is None:
+                raise SecureError(f"{hello.name} is no member of the study {self.study.name}")
+            if pinned != hello.key:
+                raise SecureError(
+                    f"the key of {hello.name} is not the one that is pinned: ask that hospital "
+                    "whether it has a new one, then `fedmed keys pin --replace`"
+                )
 
     def _require_own(self, record: Record) -> None:
         name = self.identity.name
@@ -309,7 +313,10 @@ class Member:
 
     def _begun(self, digest: bytes) -> tuple[Record, dict[str, Any]]:
         kept = decoded(self.book.kept(digest))
-        return Record.from_bytes(kept["record"]), kept
+        record = Record.from_bytes(kept["record"])
+        # A key may have been revoked since the hospital masked.
+        self._require_pinned(record)
+        return record, kept
 
     def _remaining(self, record: Record, members: Sequence[str]) -> list[str]:
         texts = all(isinstance(member, str) for member in members)

@@ -227,3 +227,19 @@ def test_a_change_of_those_who_train_is_told_to_each_hospital(folder, caplog):
     assert caplog.text == ""
     unmasked(members, masked_round(members, hellos[:4], RUN, 2))
     assert caplog.text.count("what h04 has sent can be estimated by difference") == 4
+
+
+def test_a_key_that_was_revoked_since_the_masks_opens_nothing(folder):
+    members = members_of(folder, 5)
+    record = record_of(members)
+    collector = Collector(record)
+    for index, name in enumerate(record.names):
+        masked = masked_by(members[name], record, index)
+        collector.add(name, masked.words, masked.letter)
+    own = members["h00"]
+    others = {name: key for name, key in own.study.members.items() if name != "h04"}
+    own.study = Study.of("study", others)
+    with pytest.raises(SecureError, match="h04 is no member"):
+        own.unmask(collector.digest, collector.envelopes_for("h00"))
+    with pytest.raises(SecureError, match="h04 is no member"):
+        own.alive(collector.digest, names_of(4))
