@@ -159,6 +159,8 @@ class MedicalClient(ABC):
         What the server made of all contributions; empty before the first round.
     split : str
         The split on which the message asks to evaluate; empty if it asks for something else.
+    draw_key : str
+        In a secure sum at a real hospital, what makes the seed of training its own secret.
     pooled : bool
         Whether the message is about all sites' rows together.
     touched : bool
@@ -213,6 +215,7 @@ class MedicalClient(ABC):
         self.progress = 0.0
         self.agreed = ""
         self.split = ""
+        self.draw_key = ""
         self.pooled = False
         self.touched = False
         # Indices of the training rows that made this message's update.
@@ -889,8 +892,11 @@ class MedicalClient(ABC):
         if split == "train" and not data.train:
             raise InputError("there are no training rows")
         prepared = self.cache.prepared
-        key = self.key(self.prepared_for, pooled, split)
+        key = self.key(self.prepared_for, pooled, split, self.agreed)
         if key not in prepared:
+            # Those that were prepared by another agreement are not needed any more.
+            for other in [other for other in prepared if other[:-1] == key[:-1]]:
+                del prepared[other]
             prepared[key] = self.prepare(getattr(data, split), train=split == "train")
         return data, prepared[key]
 

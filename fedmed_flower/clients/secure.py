@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from fedmed_flower.arrays.views import view
 from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.data.site import site_names, some_of
+from fedmed_flower.data.site import fewest_patients, patients_of, site_names, some_of
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.files import file_name
 from fedmed_flower.metrics.plain import plain_metrics
@@ -35,7 +35,7 @@ from fedmed_flower.metrics.summing import Grid, is_whole, sums_of_record
 from fedmed_flower.models.adapters import merge_adapters
 from fedmed_flower.privacy.patient import ledger_path
 from fedmed_flower.secure.audit import Chain
-from fedmed_flower.secure.book import SecureBook, secure_path
+from fedmed_flower.secure.book import BookError, SecureBook, secure_path
 from fedmed_flower.secure.encoding import SecureError, Value, decoded, digest_of_arrays, encoded
 from fedmed_flower.secure.identity import Identity
 from fedmed_flower.secure.member import Member
@@ -54,17 +54,22 @@ from fedmed_flower.secure.parts import (
     figure_in,
 )
 from fedmed_flower.secure.record import DATA, TRAIN, Record
-from fedmed_flower.secure.ring import FIXED
+from fedmed_flower.secure.ring import COUNT, REAL
 from fedmed_flower.secure.study import Study
 from fedmed_flower.settings.secure import SUM, SecureSettings
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.wire import (
     ASKED,
     BOOKS,
+    COMPRESSION,
     IN_SUMS,
+    KEEP,
+    KEEP_SENT,
     LEDGER_DIR,
     LETTER,
     MASKED,
+    METHOD,
+    OWN,
     RECORD,
     RUN_KEY,
     SECURE,
@@ -76,6 +81,13 @@ from fedmed_flower.wire import (
 
 log = logging.getLogger("flwr.fedmed")
 
+# Numbers of rows that a mean may be weighted by, in all.
+_MOST_TOTAL = 1 << 56
+# Bytes of a question about a sum: decoding takes thirty times as much memory.
+_MOST_ASKED = 1 << 23
+# Entries of a message's config by which a hospital uses what it has kept, and methods without that.
+_WITH_STATE = (KEEP, KEEP_SENT, OWN, COMPRESSION)
+_STATELESS = ("", "fedprox")
 # What differs from one run or round to the next, and does not make another question.
 _OF_THE_RUN = (RUN_KEY, SERVER_ROUND, LEDGER_DIR)
 _OF_THE_SERVER = ("run-dir", "resume", "round-timeout", "quorum", "grace", "track", "baselines")
@@ -190,30 +202,34 @@ class SecureReply:
         secure = message.content.config_records[SECURE]
         with _refused():
             record = Record.from_bytes(secure[RECORD])
-            purpose = record.purpose.partition("/")[0]
-            if kind.removeprefix("query.") != purpose:
-                raise SecureError(f"a sum of {record.purpose} was asked for by a message {kind}")
-            if purpose not in IN_SUMS:
+            if {*secure} - {RECORD, BOOKS}:
+                raise SecureError("its rules have other entries than they must have")
+            if (purpose := record.purpose.partition("/")[0]) not in IN_SUMS:
                 raise SecureError(f"{purpose} has no form as a sum")
-            # Otherwise a count could be asked for again of fewer hospitals.
-            kind_due = TRAIN if purpose == "train" else DATA
-            if record.kind != kind_due:
-                raise SecureError(
-                    f"a sum of {purpose} must be of kind {kind_due}, got {record.kind}"
-                )
+            _require_kind(record, kind)
+            _require_layout(record, message)
+            _require_alike(message)
             member = member_of(client, record.run, secure)
             member.require_sound(record)
         asked = asked_of(client, message)
+        if not client.site.simulated:
+            client.draw_key = member.draw(record.question(asked))
         return cls(member, record, {**asked, "run": _run_of(message)}, asked)
 
     def reply(self, message: Message, content: RecordDict) -> RecordDict:
         """Return a reply's content as one part of the sum, under masks."""
         layout = self.record.layout
+        weighted: set[str] = set()
         if self.record.purpose.startswith(f"{MessageType.EVALUATE}/"):
             values, weight = _figures(self.record, content), 1.0
         else:
             values, weight = _values(self.record, message, content)
-        words, clipped = layout.encode(values, weight)
+            weighted = {
+                part.name
+                for part in layout.parts
+                if part.name.startswith(MODEL) or part.name == LOSS
+            }
+        words, clipped = layout.encode(values, weight, weighted=weighted)
         if CLIPPED in layout.parts:
             words[1][layout.start(CLIPPED.name)] = clipped
         with _refused():
@@ -238,11 +254,9 @@ def _values(
             key = name.removeprefix(MODEL)
             if key not in before or key not in after:
                 raise DeclinedError(f"the secure sum is of {key}, which this model does not have")
-            change = np.subtract(view(after[key]), view(before[key]), dtype=np.float64)
-            # Only the change of trained weights is weighted with its rounding.
-            values[name] = change if part.kind == FIXED else change * weight
+            values[name] = np.subtract(view(after[key]), view(before[key]), dtype=np.float64)
         elif name == LOSS:
-            values[name] = np.array([float(metrics.get("loss", 0.0)) * weight])  # type: ignore[arg-type]
+            values[name] = np.array([float(metrics.get("loss", 0.0))])  # type: ignore[arg-type]
         elif name == ONES.name:
             values[name] = np.array([1])
         elif name == CLIPPED.name:
@@ -250,6 +264,9 @@ def _values(
         # Sums of training may be asked for again of fewer hospitals; figures must not.
         elif record.kind == DATA and name in metrics:
             values[name] = np.atleast_1d(np.asarray(metrics[name]))
+            if part.kind == COUNT and values[name].dtype.kind == "f":
+                # Whether such a number is whole must not decide whether this hospital answers.
+                raise DeclinedError(f"the secure sum counts {name}, which is no count")
         else:
             raise DeclinedError(f"the secure sum is of {name}, which this hospital does not send")
     return values, weight
@@ -304,16 +321,76 @@ def _weight(record: Record, metrics: MetricRecord) -> float:
     rows = metrics.get("num-examples")
     if by != EXAMPLES or type(total) is not int or not isinstance(rows, int | float):
         raise DeclinedError(f"the secure sum weights hospitals in an unknown way: {by!r}")
-    if not 0 <= rows <= total:
-        raise DeclinedError(
-            "this hospital has more training rows now than all had together when they were "
-            "counted: begin a new run"
+    if not 1 <= total < _MOST_TOTAL:
+        raise DeclinedError(f"all rows together must be from 1 to below 2^56, got {total}")
+    if rows > total:
+        # If this were refused, the server could find the number of rows by halving.
+        log.warning(
+            "the server says that all hospitals have %d training rows, fewer than this one: either "
+            "there are many new rows, and a new run is needed, or it is not honest",
+            total,
         )
     return float(rows) / total
 
 
+def _require_kind(record: Record, message_type: str) -> None:
+    """Refuse a sum of another purpose than the message has, or of the wrong kind.
+
+    Questions about data that came as training would be answered over one set after the other.
+    """
+    purpose = message_type.removeprefix("query.")
+    if purpose != record.purpose.partition("/")[0]:
+        raise SecureError(f"a sum of {record.purpose} was asked for by a message {message_type}")
+    kind = TRAIN if message_type == MessageType.TRAIN else DATA
+    if record.kind != kind:
+        raise SecureError(
+            f"a sum of {purpose} is of kind {kind}, and the server says {record.kind}"
+        )
+
+
+def _require_layout(record: Record, message: Message) -> None:
+    """Refuse a sum of what must not be in it, before anything is computed.
+
+    Training may go on with fewer hospitals, so what stays the same from round to round must not be
+    in its sums: the number of rows, or whole numbers in the model, which count batches.
+    """
+    before = next(iter(message.content.array_records.values()), ArrayRecord())
+    for part in record.layout.parts:
+        key = part.name.removeprefix(MODEL)
+        if part.name.startswith(MODEL):
+            values = view(before[key]) if key in before else np.empty(0, np.int8)
+            floats = values.dtype.kind == "f" and values.size == part.size
+            if record.kind != TRAIN or part.kind == COUNT or not floats:
+                raise SecureError(f"{key} is no entry of the model that can be summed so")
+        elif part.name == LOSS:
+            if part.kind != REAL:
+                raise SecureError(f"{LOSS} must be {REAL}, got {part.kind}")
+        elif part.name in (ONES.name, CLIPPED.name):
+            if part not in (ONES, CLIPPED):
+                raise SecureError(f"{part.name} must be one count")
+        elif record.kind == TRAIN:
+            raise SecureError(f"{part.name} is not summed in training")
+
+
+def _require_alike(message: Message) -> None:
+    """Refuse what a hospital answers by something that it alone was told in earlier messages.
+
+    Such a state is in no digest: the server could first set the kept layers of all hospitals but
+    one to zero, and then ask all of them the same.
+    """
+    for config in message.content.config_records.values():
+        for key in _WITH_STATE:
+            if key in config:
+                raise SecureError(f"{key} is for messages outside of secure sums")
+        if config.get(METHOD, "") not in _STATELESS:
+            raise SecureError(f"the method {config[METHOD]!r} is not for secure sums")
+
+
 def asked_of(client: MedicalClient, message: Message) -> dict[str, Value]:
     """Return all that a message asks, whoever asks it, in whichever run and round.
+
+    Records and entries are in the message's order, since some are read by it. Texts are bytes: one
+    letter that Unicode writes in two ways may name two columns.
 
     Parameters
     ----------
@@ -321,37 +398,55 @@ def asked_of(client: MedicalClient, message: Message) -> dict[str, Value]:
         Its settings and its code decide the answer too.
     message : Message
     """
-    content = message.content
-    configs = {
-        name: {key: value for key, value in record.items() if key not in _OF_THE_RUN}
-        for name, record in content.config_records.items()
-        if name != SECURE
-    }
-    settings = {
-        key: value for key, value in client.context.run_config.items() if key not in _OF_THE_SERVER
+    config = client.context.run_config
+    arrays = {
+        name: digest_of_arrays({key: view(record[key]) for key in record})
+        for name, record in message.content.array_records.items()
     }
     return {
         "kind": message.metadata.message_type,
-        "arrays": {
-            name: digest_of_arrays({key: view(record[key]) for key in record})
-            for name, record in content.array_records.items()
-        },
-        "order": {name: list(record) for name, record in content.array_records.items()},
-        "configs": configs,
-        "metrics": {name: dict(record) for name, record in content.metric_records.items()},
-        "settings": settings,
+        "arrays": arrays,
+        "records": [_record(name, record) for name, record in message.content.items()],
+        "settings": [
+            _entry(key, config[key]) for key in sorted(config) if key not in _OF_THE_SERVER
+        ],
         "app": code_digest(type(client)),
         "version": version("fedmed-flower"),
     }
 
 
-def _run_of(message: Message) -> dict[str, Value]:
+def _record(name: str, record: Any) -> list[Value]:
+    """Return a record of a message as plain values; of that of the sum, only its place."""
+    kind = type(record).__name__
+    if isinstance(record, ArrayRecord):
+        return [_exact(name), kind, [_exact(key) for key in record]]
+    if name == SECURE:
+        return [_exact(name), kind]
+    return [
+        _exact(name),
+        kind,
+        [_entry(key, value) for key, value in record.items() if key not in _OF_THE_RUN],
+    ]
+
+
+def _entry(key: str, value: Value) -> list[Value]:
+    return [_exact(key), _exact(value)]
+
+
+def _exact(value: Value) -> Value:
+    """Return a value with its texts as bytes, which are not brought into a normal form."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass")
+    return [_exact(item) for item in value] if isinstance(value, list) else value
+
+
+def _run_of(message: Message) -> list[Value]:
     """Return what a message holds of the run and the round."""
-    return {
-        name: {key: record[key] for key in _OF_THE_RUN if key in record}
+    return [
+        [_exact(name), [_entry(key, record[key]) for key in _OF_THE_RUN if key in record]]
         for name, record in message.content.config_records.items()
         if name != SECURE
-    }
+    ]
 
 
 @cache
@@ -373,6 +468,9 @@ def hello(client: MedicalClient, message: Message) -> RecordDict:
     """Answer with this hospital's key of a run, signed with its own."""
     asked = _asked(message, {SECURE_RUN: str})
     run = asked[SECURE_RUN]
+    if not client.site.simulated:
+        # The book keeps each run for good.
+        client.ledger({}).begin_run(run.partition("/")[0], client.node.most_runs_a_day)
     with _refused():
         member = member_of(client, run, message.content.config_records[SECURE])
         said = member.hello(run, client.node.tell_own)
@@ -406,13 +504,24 @@ def asks_for_sum(message: Message) -> bool:
 
 
 def count(client: MedicalClient, message: Message) -> RecordDict:
-    """Return the number of training rows, for a secure sum alone."""
+    """Return the number of training rows, for a secure sum alone.
+
+    A real hospital gives the number of before while few patients have come or gone: the difference
+    of two sums would be theirs.
+    """
     if not asks_for_sum(message):
         raise DeclinedError("rows are counted in a secure sum alone")
     client.read(message)
     data = client.data()
     client.require_several(data.train)
-    return RecordDict({"metrics": MetricRecord({ROWS.name: client.count("train")})})
+    rows = client.count("train")
+    if not client.site.simulated:
+        patients = len({*patients_of(data.train)})
+        fewest = fewest_patients(client.context, client.site, "train")
+        with _refused():
+            book = member_of(client, "", message.content.config_records[SECURE]).book
+            rows = book.steady_rows(rows, patients, fewest)
+    return RecordDict({"metrics": MetricRecord({ROWS.name: rows})})
 
 
 def figures(client: MedicalClient, message: Message) -> RecordDict:
@@ -445,6 +554,11 @@ def _refused() -> Iterator[None]:
     """Say why an exchange is refused; the reason is about keys, sets and books alone."""
     try:
         yield
+    except BookError as error:
+        # It names files of the hospital.
+        log.error("%s", error)
+        text = "the hospital's book of secure sums cannot be used; its log says why"
+        raise DeclinedError(f"the secure sum is refused: {text}") from error
     except SecureError as error:
         raise DeclinedError(f"the secure sum is refused: {error}") from error
 
@@ -460,7 +574,9 @@ def _asked(message: Message, fields: Mapping[str, type]) -> dict[str, Any]:
     with _refused():
         record = message.content.config_records.get(SECURE, ConfigRecord())
         data = record.get(ASKED)
-        values = decoded(data) if isinstance(data, bytes) else None
+        if not isinstance(data, bytes) or len(data) > _MOST_ASKED:
+            raise SecureError(f"a question about a sum must be at most {_MOST_ASKED:,} bytes")
+        values = decoded(data)
         if not isinstance(values, dict) or values.keys() != fields.keys():
             raise SecureError("the question has other fields than it must have")
         for name, kind in fields.items():

@@ -46,7 +46,8 @@ from fedmed_flower.wire import (
 log = logging.getLogger("flwr.fedmed")
 
 T = TypeVar("T")
-_MOST_LETTER = 1 << 28
+# Decoding takes thirty times as much memory.
+_MOST_LETTER = 1 << 23
 _NONCE_BYTES = 16
 _MOST_FIGURES = 10_000
 
@@ -167,6 +168,12 @@ class SecureSums:
 
         contents = dict.fromkeys(new, content)
         for node_id, hello in self._ask("hello", contents, read, server_round, minimum):
+            before = self.hellos.get(hello.name)
+            # A hospital that has started anew has another node, and the same key.
+            if before is not None and before.key != hello.key:
+                text = "another node has said hello by this name, with another key"
+                self.inbox.fail(server_round, "hello", hello.name, text)
+                continue
             self._take(node_id, hello)
 
     def _take(self, node_id: int, hello: Hello) -> None:
@@ -309,7 +316,10 @@ class SecureSums:
 
         self._ask("unmask", contents, read, server_round, record.threshold)
         sites = len(members)
-        values = record.layout.decode(collector.open(), sites)
+        words = collector.open()
+        for site, doubt in collector.doubts.items():
+            self.inbox.note(server_round, phase, site, doubt)
+        values = record.layout.decode(words, sites)
         if ONES in record.layout.parts and int(values[ONES.name][0]) != sites:
             raise SecureError(f"the sum is not one of {sites} hospitals: a mask was wrong")
         if (excess := record.layout.excess(values, sites)) is not None:
@@ -455,7 +465,10 @@ def _letter(content: RecordDict) -> bytes:
 
 def _words(content: RecordDict) -> Words:
     record = content.array_records.get(MASKED, ArrayRecord())
-    vectors = [view(array) for array in record.values()]
+    try:
+        vectors = [view(array) for array in record.values()]
+    except ValueError as error:
+        raise SecureError(error) from None
     if [vector.dtype for vector in vectors] != [np.uint32, np.uint64]:
         raise SecureError("it holds other vectors than a secure sum has")
     return vectors[0], vectors[1]

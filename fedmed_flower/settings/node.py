@@ -18,6 +18,10 @@ from fedmed_flower.wire import IN_SUMS, NOT_IN_SUMS
 ALL_KINDS = "all"
 
 
+# Messages whose answer depends on a model of the server's choice.
+_WITH_MODEL = ("train", "evaluate")
+
+
 @dataclass(frozen=True)
 class NodeSettings(Section):
     """Settings of a hospital in its SuperNode's ``--node-config``; no server can set them."""
@@ -98,15 +102,22 @@ class NodeSettings(Section):
     )
     tell_own: bool = setting(
         False,
-        "Whether the hospital's own figures may leave beside a secure sum. For the others it then "
-        "counts like one that works with the server.",
+        "Whether a hospital with secure-key may also train and evaluate outside of secure sums, so "
+        "that its own figures leave. For the others it then counts like one that works with the "
+        "server.",
     )
     most_runs_a_day: int = setting(
         50, "How many runs may begin within 24 hours.", Within(1), "runs"
     )
 
     def answers_in_sums_alone(self, kind: str) -> bool:
-        """Return whether a kind of message is among those of ``secure-only``."""
+        """Return whether a kind of message is answered in secure sums alone.
+
+        So are those of ``secure-only``. A hospital with a key says in its hello whether it tells
+        its own figures too: unless it does, it trains and evaluates in secure sums alone.
+        """
+        if self.secure_key and not self.tell_own and kind in _WITH_MODEL:
+            return True
         return not {ALL_KINDS, kind}.isdisjoint(parts_of(self.secure_only))
 
     @classmethod

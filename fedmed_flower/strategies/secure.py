@@ -45,7 +45,7 @@ from fedmed_flower.secure.record import DATA, TRAIN
 from fedmed_flower.secure.ring import FIXED, REAL, Layout, Part
 from fedmed_flower.server.secure import Opened, SecureSums, reply_of
 from fedmed_flower.settings.text import setting_error
-from fedmed_flower.wire import ALL_SITES
+from fedmed_flower.wire import ALL_SITES, RUN_KEY
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -109,7 +109,11 @@ class SecureRounds:
             return
         record = self.sums.record(nodes, _COUNT, DATA, 0, Layout((ROWS, ONES)), {})
         messages = [
-            Message(RecordDict(), node_id, f"{MessageType.QUERY}.{_COUNT}")
+            Message(
+                RecordDict({"config": ConfigRecord({RUN_KEY: self.sums.run})}),
+                node_id,
+                f"{MessageType.QUERY}.{_COUNT}",
+            )
             for node_id in self.sums.nodes_of(record)
         ]
         opened = self.sums.sum(messages, record, _COUNT, self.sums.timeout)

@@ -159,12 +159,14 @@ def refusals(folder, purpose, rule, layout, message="query.count"):
 def test_a_question_about_data_cannot_be_asked_as_training_is(tmp_path, purpose):
     kind = purpose.partition("/")[0]
     message = kind if kind == "evaluate" else f"query.{kind}"
-    text = f"declined: the secure sum is refused: a sum of {kind} must be of kind data, got train"
+    text = f"declined: the secure sum is refused: a sum of {kind} is of kind data, and the server "
+    text += "says train"
     assert refusals(tmp_path, purpose, TRAIN, Layout((ONES,)), message) == {text}
 
 
 def test_training_cannot_be_asked_for_as_a_question_about_data(tmp_path):
-    text = "declined: the secure sum is refused: a sum of train must be of kind train, got data"
+    text = "declined: the secure sum is refused: a sum of train is of kind train, and the server "
+    text += "says data"
     assert refusals(tmp_path, "train", DATA, Layout((ONES,)), "train") == {text}
 
 
@@ -178,6 +180,4 @@ def test_a_sum_of_training_has_no_number_of_rows(tmp_path):
 
     layout = Layout((Part("num-examples", 1, COUNT), ONES))
     texts = refusals(tmp_path, "train", TRAIN, layout, "train")
-    assert texts == {
-        "declined: the secure sum is of num-examples, which this hospital does not send"
-    }
+    assert texts == {"declined: the secure sum is refused: num-examples is not summed in training"}

@@ -264,4 +264,4 @@ def test_a_hospital_that_has_lost_its_book_says_so_in_words(tmp_path, ending):
     ((_, phase, site, reason),) = told(strategy)
     assert (phase, site) == ("train", "east")
     assert reason.startswith("declined: the secure sum is refused: ")
-    assert "`fedmed keys regroup`: after that, single hospitals' figures could be" in reason
+    assert reason.endswith("the hospital's book of secure sums cannot be used; its log says why")
