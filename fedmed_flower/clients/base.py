@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -73,6 +73,9 @@ from fedmed_flower.settings.registry import Sections
 from fedmed_flower.settings.secure import SecureSettings
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.wire import AGREED, FROZEN, POOL_SITES, RUN_KEY
+
+if TYPE_CHECKING:
+    from fedmed_flower.clients.shares import Share
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -157,6 +160,8 @@ class MedicalClient(ABC):
         Whether the message is about all sites' rows together.
     touched : bool
         Whether the site's rows were used since the message came.
+    noise_share : Share or None
+        This hospital's share of the noise of a secure sum, if the message asks for one.
     queries : dict
         The function that answers each Flower query, by the query's name. It maps (client, message)
         to the content of the reply, and may be given as ``"module:function"``. A subclass adds its
@@ -208,6 +213,7 @@ class MedicalClient(ABC):
         self.split = ""
         self.pooled = False
         self.touched = False
+        self.noise_share: Share | None = None
         # Indices of the training rows that made this message's update.
         self.entered: set[int] = set()
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from fedmed_flower.arrays.views import view
 from fedmed_flower.clients.base import MedicalClient
+from fedmed_flower.clients.shares import Share, share_of
 from fedmed_flower.data.site import site_names
-from fedmed_flower.errors import DeclinedError
+from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.files import file_name
 from fedmed_flower.privacy.patient import ledger_path
 from fedmed_flower.secure.book import SecureBook, secure_path
@@ -38,7 +39,7 @@ from fedmed_flower.secure.parts import (
     UNIFORM,
 )
 from fedmed_flower.secure.record import Record
-from fedmed_flower.secure.ring import FIXED
+from fedmed_flower.secure.ring import FIXED, Words
 from fedmed_flower.secure.study import Study
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.wire import (
@@ -114,12 +115,15 @@ class SecureReply:
     record : Record
     about, asked : dict
         As `Record.digest` and `Record.question` take them.
+    share : Share or None
+        What it adds of the noise of the sum.
     """
 
     member: Member
     record: Record
     about: dict[str, Value]
     asked: dict[str, Value]
+    share: Share | None = None
 
     @classmethod
     def of(cls, client: MedicalClient, message: Message) -> Self | None:
@@ -142,16 +146,40 @@ class SecureReply:
                 raise SecureError(f"a sum of {record.purpose} was asked for by a message {kind}")
             member = member_of(client, record.run, secure)
             member.require_sound(record)
+            # Training leaves what it has to hide with the share.
+            client.noise_share = share_of(client, message, record, member.study)
         asked = asked_of(client, message)
-        return cls(member, record, {**asked, "run": _run_of(message)}, asked)
+        return cls(member, record, {**asked, "run": _run_of(message)}, asked, client.noise_share)
 
     def reply(self, message: Message, content: RecordDict) -> RecordDict:
-        """Return a reply's content as one part of the sum, under masks."""
+        """Return a reply's content as one part of the sum, under masks.
+
+        Raises
+        ------
+        DeclinedError
+            If the sum is refused, or a budget does not allow it.
+        InputError
+            If anything fails after noise was charged: why it does must not leave.
+        """
+        if self.share is None:
+            return self._masked(self._encoded(message, content))
+        before, after = _models(message, content)
+        with self.share.charged():
+            try:
+                return self._masked(self.share.words(self.record.layout, before, after))
+            except Exception as error:
+                text = f"failed after the noise was charged: {type(error).__name__}: {error}"
+                raise InputError(text) from error
+
+    def _encoded(self, message: Message, content: RecordDict) -> Words:
         layout = self.record.layout
         values, weight = _values(self.record, message, content)
         words, clipped = layout.encode(values, weight)
         if CLIPPED in layout.parts:
             words[1][layout.start(CLIPPED.name)] = clipped
+        return words
+
+    def _masked(self, words: Words) -> RecordDict:
         with _refused():
             masked = self.member.mask(self.record, self.about, self.asked, words)
         small, large = masked.words
@@ -166,8 +194,7 @@ def _values(
     (metrics,) = content.metric_records.values()
     weight = _weight(record, metrics)
     values: dict[str, NDArray[Any]] = {}
-    before = next(iter(message.content.array_records.values()), ArrayRecord())
-    after = next(iter(content.array_records.values()), ArrayRecord())
+    before, after = _models(message, content)
     for part in record.layout.parts:
         name = part.name
         if name.startswith(MODEL):
@@ -188,6 +215,13 @@ def _values(
         else:
             raise DeclinedError(f"the secure sum is of {name}, which this hospital does not send")
     return values, weight
+
+
+def _models(message: Message, content: RecordDict) -> tuple[ArrayRecord, ArrayRecord]:
+    """Return the model of a message and that of the reply to it."""
+    before = next(iter(message.content.array_records.values()), ArrayRecord())
+    after = next(iter(content.array_records.values()), ArrayRecord())
+    return before, after
 
 
 def _weight(record: Record, metrics: MetricRecord) -> float:

@@ -55,6 +55,7 @@ from fedmed_flower.runs.verdict import (
     require_measured,
     require_two_classes,
 )
+from fedmed_flower.secure.shares import PatientNoise, has_shares
 from fedmed_flower.server.run_folder import (
     CONFIG,
     DEFAULT_FOLDER,
@@ -272,6 +273,7 @@ def _prepared(
         strategy.secure = secure.secure
         strategy.secure_exponent = secure.secure_exponent
         require_sums_alone(plan)
+        _share_noise(strategy, config)
     strategy.require_summable()
     if plan.compares:
         _require_noised_choice(config)
@@ -378,6 +380,20 @@ def _require_noised_choice(config: UserConfig) -> None:
             "private-metrics must be true if figures of hospitals decide which model of a private "
             'run is kept, or when it ends: leave it on, or set keep-model="last" and patience=0',
             "private-metrics",
+        )
+
+
+def _share_noise(strategy: FedAvg, config: UserConfig) -> None:
+    """Let hospitals add shares of patients' noise to secure sums, if a round is one step."""
+    privacy = PrivacySettings.from_run_config(config)
+    settings = Settings.from_run_config(config)
+    strategy.patients_hidden = privacy.on
+    if has_shares(settings, privacy):
+        strategy.patient_noise = PatientNoise.planned(settings, privacy)
+    elif privacy.on:
+        log.info(
+            "each hospital adds noise of its own to hide its patients: with local-steps=1 a share "
+            "of it would do, and the same noise would cost less epsilon"
         )
 
 

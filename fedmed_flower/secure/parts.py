@@ -9,6 +9,10 @@ BY = "by"
 TOTAL = "total"
 EXAMPLES = "examples"
 UNIFORM = "uniform"
+# The noise of the sum, as a noise multiplier, if hospitals add shares of it; and the norm to which
+# each clips its own change, if the noise hides whole hospitals.
+NOISE = "noise"
+NORM = "norm"
 
 MODEL = "model/"
 # One from each hospital, by which a wrong mask is noticed.
