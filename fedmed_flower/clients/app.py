@@ -322,7 +322,12 @@ def _function_at(name: str) -> Any:
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
-    """Return the `InputError` behind an error, since MONAI wraps what its transforms raise."""
+    """Return the `InputError` behind an error, since MONAI wraps what its transforms raise.
+
+    A site that declines has said why itself.
+    """
+    if isinstance(error, DeclinedError):
+        return None
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__
     return error

@@ -23,6 +23,7 @@ from fedmed_flower.data.site import site_names
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.files import file_name
 from fedmed_flower.privacy.patient import ledger_path
+from fedmed_flower.secure.audit import Chain
 from fedmed_flower.secure.book import SecureBook, secure_path
 from fedmed_flower.secure.encoding import SecureError, Value, decoded, digest_of_arrays, encoded
 from fedmed_flower.secure.identity import Identity
@@ -82,7 +83,7 @@ def member_of(client: MedicalClient, run: str, secure: ConfigRecord) -> Member:
         identity = Identity.simulated(site.name, run)
         path = Path(folder) / f"{file_name(site.name)}.secure"
         path.parent.mkdir(parents=True, exist_ok=True)
-        return Member(identity, Study.simulated(names, run), SecureBook(path, identity.id))
+        return _member(identity, Study.simulated(names, run), path)
     for key in ("secure-peers", "secure-key"):
         if not client.context.node_config.get(key):
             raise setting_error(f"a secure sum needs {key} in the hospital's node config", key)
@@ -94,8 +95,13 @@ def member_of(client: MedicalClient, run: str, secure: ConfigRecord) -> Member:
             "secure-key",
         )
     study = Study.load(Path(client.node.secure_peers).expanduser())
-    book = SecureBook(secure_path(ledger_path(client.context, site, {})), identity.id)
-    return Member(identity, study, book)
+    return _member(identity, study, secure_path(ledger_path(client.context, site, {})))
+
+
+def _member(identity: Identity, study: Study, path: Path) -> Member:
+    """Return a member whose book and audit trail lie side by side."""
+    trail = Chain(path.with_suffix(".audit"), identity, identity.name)
+    return Member(identity, study, SecureBook(path, identity.id), trail)
 
 
 def refuse_unless_secure(client: MedicalClient, kind: str) -> None:

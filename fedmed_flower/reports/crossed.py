@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,9 @@ FEW = "too few test patients"
 NOISED = "too few test patients to tell by counts with noise"
 NO_ANSWER = "that hospital sent no result of this model"
 NOT_TRAINED = "this model could not be trained or tested"
+AT_HOME = "tested at home only"
+# Models that hospitals keep for themselves, if all were tested at home only, by their kind.
+_AT_HOME = {"own": "Own models, each at home", "personal": "Fine-tuned, each at home"}
 # Why else a hospital may have no figure of any model.
 _UNDEFINED = {
     "auc": ", or all of one class",
@@ -33,16 +36,53 @@ class Model(NamedTuple):
     Attributes
     ----------
     name
-        What it is called; of a model that was trained at one hospital alone, that hospital.
+        What it is called; of a model of one hospital, that hospital.
     values
         The metric by the hospital whose patients it was tested on.
     is_federated
         Whether it is the model that the run is about.
+    stayed
+        Whether it was tested at its own hospital only.
     """
 
     name: str
     values: dict[str, float]
     is_federated: bool = False
+    stayed: bool = False
+
+
+class Group(NamedTuple):
+    """Models of one kind, each of one hospital.
+
+    Attributes
+    ----------
+    kind
+        The key of the kind in a summary: ``local``, ``own`` or ``personal``.
+    models
+    """
+
+    kind: str
+    models: list[Model]
+
+    def at_home(self) -> dict[str, float]:
+        """Return what the models reach at their own hospital."""
+        return {
+            model.name: model.values[model.name]
+            for model in self.models
+            if model.name in model.values
+        }
+
+    def elsewhere(self) -> dict[str, dict[str, float]]:
+        """Return what they reach at the others, by the hospital whose model it is."""
+        return {
+            model.name: others
+            for model in self.models
+            if (others := {s: v for s, v in model.values.items() if s != model.name})
+        }
+
+    def mean_elsewhere(self) -> dict[str, float]:
+        """Return the mean of `elsewhere`, by the hospital whose model it is."""
+        return {site: statistics.fmean(v.values()) for site, v in self.elsewhere().items()}
 
 
 @dataclass(frozen=True)
@@ -55,10 +95,11 @@ class Crossed:
         Its name.
     sites
         The hospitals with test patients, in order.
-    alone
-        Models that were trained at one hospital alone.
+    groups
+        Models of one hospital each: first those that were trained there alone; then each kind that
+        hospitals keep for themselves, if one of its models was tested elsewhere too.
     others
-        Models of all hospitals; of a model that each hospital has for itself, the value of each.
+        Models of all hospitals; of a kind that was tested at home only, the value of each hospital.
     silent
         Why hospitals have no figure of any model.
     ends
@@ -67,7 +108,7 @@ class Crossed:
 
     metric: str
     sites: list[str]
-    alone: list[Model]
+    groups: list[Group]
     others: list[Model]
     silent: dict[str, str]
     ends: tuple[float, float]
@@ -82,9 +123,15 @@ class Crossed:
         )
 
     @property
+    def has_stayed(self) -> bool:
+        """Whether a model that a hospital keeps for itself was tested at home only."""
+        rows = {model.name for model in self.others} & {*_AT_HOME.values()}
+        return bool(rows) or any(model.stayed for model in self.models)
+
+    @property
     def models(self) -> list[Model]:
         """All models."""
-        return [*self.alone, *self.others]
+        return [*(model for group in self.groups for model in group.models), *self.others]
 
     def level(self, value: float) -> int:
         """Return how good a figure is among all, from 0 (worst) to 8 (best)."""
@@ -97,7 +144,9 @@ class Crossed:
 
     def why(self, model: Model, site: str) -> str:
         """Return why a model has no figure at a hospital."""
-        if not model.values:
+        if model.stayed and site != model.name:
+            return AT_HOME
+        if not model.values and not model.stayed:
             return NOT_TRAINED
         return self.silent.get(site, NO_ANSWER)
 
@@ -108,26 +157,6 @@ class Crossed:
             return ""
         best = min(values) if lower_is_better(self.metric) else max(values)
         return frame.format_value(best, frame.format_of(self.metric))
-
-    def at_home(self) -> dict[str, float]:
-        """Return what the models that were trained alone reach at their own hospital."""
-        return {
-            model.name: model.values[model.name]
-            for model in self.alone
-            if model.name in model.values
-        }
-
-    def elsewhere(self) -> dict[str, dict[str, float]]:
-        """Return what they reach at the others, by the hospital they were trained at."""
-        return {
-            model.name: others
-            for model in self.alone
-            if (others := {s: v for s, v in model.values.items() if s != model.name})
-        }
-
-    def mean_elsewhere(self) -> dict[str, float]:
-        """Return the mean of `elsewhere`, by the hospital that the models were trained at."""
-        return {site: statistics.fmean(v.values()) for site, v in self.elsewhere().items()}
 
 
 def crossed(
@@ -145,35 +174,60 @@ def crossed(
         That of the test.
     """
     test = nested(summary, "test")
-    local = nested(test, "local")
-    at_each = {
-        site: by_site(nested(metrics, "sites"), main)
-        for site, metrics in local.items()
-        if "sites" in nested(metrics)
-    }
-    if not any(at_each.values()):
-        return None
-    frame.require_small(len(at_each), max(map(len, at_each.values())))
-    tested = nested(test, "sites")
-    others = {
-        _FEDERATED: by_site(tested, main),
-        "Own models, each at home": by_site(nested(test, "own"), main),
-        "Fine-tuned, each at home": by_site(nested(test, "personal"), main),
-        "Trained on pooled data": by_site(nested(test, "pooled", "sites"), main),
-    }
-    measured = {site for values in (*at_each.values(), *others.values()) for site in values}
     order = [*sites]
+    alone = _group("local", test, order, main)
+    if not any(model.values for model in alone.models):
+        return None
+    tested = nested(test, "sites")
+    others = {_FEDERATED: by_site(tested, main)}
+    groups = [alone]
+    for kind, name in _AT_HOME.items():
+        group = _group(kind, test, order, main)
+        if any(not model.stayed for model in group.models):
+            groups.append(group)
+        else:
+            others[name] = by_site(nested(test, kind), main)
+    others["Trained on pooled data"] = by_site(nested(test, "pooled", "sites"), main)
+    tables = [model.values for group in groups for model in group.models]
+    tables += others.values()
+    measured = {site for values in tables for site in values}
     columns = [site for site in order if site in measured or nested(tested, site)]
-    figures = [v for values in (*at_each.values(), *others.values()) for v in values.values()]
+    figures = [value for values in tables for value in values.values()]
     few = FEW + _UNDEFINED.get(main, "")
     hidden: Collection[str] = () if noise is None else noise.hidden
     return Crossed(
         metric=main,
         sites=columns,
-        alone=[Model(site, at_each[site]) for site in order if site in at_each],
+        groups=groups,
         others=[
             Model(name, values, name == _FEDERATED) for name, values in others.items() if values
         ],
         silent={s: NOISED if s in hidden else few for s in columns if s not in measured},
         ends=(min(figures), max(figures)),
     )
+
+
+def _group(kind: str, test: dict[str, Any], order: Sequence[str], main: str) -> Group:
+    """Return the models of a kind.
+
+    A summary has what a model reaches at each hospital under ``sites``. Models that were trained
+    alone and have no such table are left out: their run is of before there was one.
+    """
+    models = nested(test, kind)
+    at_each = {
+        site: by_site(nested(metrics, "sites"), main)
+        for site, metrics in models.items()
+        if "sites" in nested(metrics)
+    }
+    if at_each:
+        frame.require_small(len(models), max(map(len, at_each.values())))
+    if kind == "local":
+        return Group(kind, [Model(site, at_each[site]) for site in order if site in at_each])
+    at_home = by_site(models, main)
+    made = []
+    for site in order:
+        if site in models:
+            values = dict(at_each.get(site, {}))
+            values |= {site: at_home[site]} if site in at_home else {}
+            made.append(Model(site, values, stayed=site not in at_each))
+    return Group(kind, made)

@@ -1,4 +1,4 @@
-"""Each hospital's model, trained alone, at every hospital: what a run folder keeps of it."""
+"""Each hospital's models at every hospital: what a run folder keeps of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from fedmed_flower.files import write_rows
 from fedmed_flower.metrics.names import MAIN
-from fedmed_flower.wire import ALL_SITES
+from fedmed_flower.wire import ALL_SITES, PERSONAL
 
 COLUMNS = ("model", "trained-at", "tested-at", "metric", "value")
 # A summary must stay a file that can be read at once; of more models times sites it has no table.
@@ -37,13 +37,14 @@ def kept(table: Table, num_models: int) -> dict[str, dict[str, float]]:
     }
 
 
-def as_csv(alone: Mapping[str, Table], federated: Table, pooled: Table) -> bytes:
+def as_csv(by_kind: Mapping[str, Mapping[str, Table]], federated: Table, pooled: Table) -> bytes:
     """Return ``cross-sites.csv``: a line for each model, hospital of its test and metric.
 
     Parameters
     ----------
-    alone
-        By hospital, the test of the model that was trained there alone.
+    by_kind
+        Models of one hospital each: by kind, such as ``alone``, and by hospital, the tests of its
+        model.
     federated, pooled
         The tests of the federated model and of the one trained on pooled data; empty if there is
         none.
@@ -51,13 +52,14 @@ def as_csv(alone: Mapping[str, Table], federated: Table, pooled: Table) -> bytes
     Returns
     -------
     bytes
-        ``model`` is ``alone``, ``federated`` or ``pooled``; ``trained-at`` and ``tested-at`` are
+        ``model`` is a kind, ``federated`` or ``pooled``; ``trained-at`` and ``tested-at`` are
         hospitals, or ``all``. Metrics of groups of patients are left out.
     """
     text = io.StringIO(newline="")
     lines = [COLUMNS]
-    for site, table in alone.items():
-        lines += _lines("alone", site, table)
+    for kind, tables in by_kind.items():
+        for site, table in tables.items():
+            lines += _lines(kind, site, table)
     lines += _lines("federated", ALL_SITES, federated)
     lines += _lines("pooled", ALL_SITES, pooled)
     write_rows(text, lines)
@@ -67,5 +69,6 @@ def as_csv(alone: Mapping[str, Table], federated: Table, pooled: Table) -> bytes
 def _lines(model: str, trained_at: str, table: Table) -> Iterator[Any]:
     for tested_at, metrics in table.items():
         for metric, value in metrics.items():
-            if "@" not in metric:
+            # What fine-tuning tells of itself is no figure of the test.
+            if "@" not in metric and metric not in PERSONAL:
                 yield model, trained_at, tested_at, metric, value

@@ -879,7 +879,7 @@ class Experiment:
             self.plan,
             self.sites,
             self.folder,
-            self.model.initial,
+            self.model,
             self.config,
             self.strategy.history,
             self.strategy.listeners,
@@ -891,8 +891,8 @@ class Experiment:
             log.warning("the models for comparison are trained without noise: keep them here")
         if self.run_config.get("privacy") == "patient":
             log.warning(
-                "each model for comparison costs patients as much as the run again; only the "
-                "ledgers show it"
+                "each model for comparison costs patients as much as the run again, and a "
+                "hospital's own model at another hospital a test; only the ledgers show it"
             )
 
     def config(self, part: str = "", **more: bool) -> ConfigRecord:

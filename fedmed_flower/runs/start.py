@@ -15,7 +15,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.methods.kept import kept_names
 from fedmed_flower.models.adapters import Adapters, add_adapters
 from fedmed_flower.models.trainable import Travelling
-from fedmed_flower.models.weights import Weights, read_weights
+from fedmed_flower.models.weights import Weights, read_weights, require_same
 from fedmed_flower.server.run_folder import MODEL
 from fedmed_flower.settings.model import ModelSettings
 
@@ -71,6 +71,29 @@ class StartModel(NamedTuple):
     kept: tuple[str, ...]
     adapters: Adapters
     about: dict[str, Any]
+
+    def part_of(self, weights: Weights) -> ArrayRecord:
+        """Return the part that travels of other weights of this network, such as a hospital's own.
+
+        Raises
+        ------
+        InputError
+            If the weights are of another network, or another part of them differs than travels.
+        """
+        if self.adapters.layers:
+            raise InputError(
+                f"{weights.path} holds the network with its adapters (lora) merged into weights "
+                "that do not travel"
+            )
+        wanted = (self.whole or self.initial).to_torch_state_dict()
+        require_same(weights.state, wanted, weights.path, "the network of this run")
+        for name, value in sorted(weights.state.items()):
+            if name not in self.initial and not torch.equal(value, wanted[name]):
+                raise InputError(
+                    f"{weights.path} has other values of {name} than the network of this run, "
+                    "and that entry does not travel: trainable does not name it"
+                )
+        return ArrayRecord({name: weights.state[name] for name in self.initial})
 
 
 def start_model(

@@ -30,7 +30,7 @@ def encoded(value: Value) -> bytes:
 
     Each value is a letter for its type, the length of what follows in 8 bytes, and its bytes: whole
     numbers in decimal digits, floats in 8 bytes, texts in UTF-8 after NFC, mappings as pairs in the
-    order of their keys' bytes. Values that differ in type have other bytes: 1, 1.0 and True are three.
+    order of their keys' bytes. Values of other types have other bytes: 1, 1.0 and True are three.
 
     Raises
     ------

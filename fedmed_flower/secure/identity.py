@@ -21,10 +21,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import open_file, replacing, require_format
 from fedmed_flower.secure.encoding import SecureError, Value, digest, encoded
+from fedmed_flower.secure.streams import LABEL
 
 KEY_BYTES = 32
 MOST_NAME = 64
-_LABEL = "fedmed-secure/1"
 _KIND = "ed25519:"
 _FORMAT = 1
 _FIELDS = ("format", "name", "id", "private")
@@ -159,9 +159,9 @@ class Identity:
 
         Anybody can compute it: it protects nothing, and no file of it is ever written.
         """
-        seed = digest([_LABEL, "simulated", run, name])
+        seed = digest([LABEL, "simulated", run, name])
         private = Ed25519PrivateKey.from_private_bytes(seed)
-        return cls(name, private, digest([_LABEL, "simulated id", run, name]).hex()[:32])
+        return cls(name, private, digest([LABEL, "simulated id", run, name]).hex()[:32])
 
     def sign(self, label: str, content: bytes) -> bytes:
         """Return the signature, 64 bytes, over a content under a label.
@@ -218,7 +218,7 @@ def verify(public: bytes, label: str, content: bytes, signature: bytes, who: str
 
 
 def _signed(label: str, content: bytes) -> bytes:
-    value: Value = (_LABEL, label, content)
+    value: Value = (LABEL, label, content)
     return encoded(value)
 
 
@@ -266,7 +266,7 @@ def fingerprint(content: Value) -> str:
     >>> fingerprint(bytes(32))
     'DRIH QPCO PMBK EJJA KP6E YK2G K7CV BSNS'
     """
-    letters = base64.b32encode(digest([_LABEL, "fingerprint", content])).decode()
+    letters = base64.b32encode(digest([LABEL, "fingerprint", content])).decode()
     starts = range(0, _FINGERPRINT_LETTERS, 4)
     return " ".join(letters[start : start + 4] for start in starts)
 

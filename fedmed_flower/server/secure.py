@@ -14,8 +14,16 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedmed_flower.arrays.views import view
+from fedmed_flower.secure.audit import AUDIT, Chain
 from fedmed_flower.secure.collector import Collector
-from fedmed_flower.secure.encoding import SecureError, Value, decoded, encoded
+from fedmed_flower.secure.encoding import (
+    SecureError,
+    Value,
+    decoded,
+    digest,
+    digest_of_arrays,
+    encoded,
+)
 from fedmed_flower.secure.record import Hello, Record
 from fedmed_flower.secure.ring import Layout, Words
 from fedmed_flower.server.ask import ask_all
@@ -73,6 +81,8 @@ class SecureSums:
         Seconds to wait in each exchange beside the first.
     books : Path, optional
         In a simulation, the folder of the sites' books.
+    folder : Path, optional
+        The run folder, in which the server's audit trail lies. None keeps none.
 
     Attributes
     ----------
@@ -83,7 +93,13 @@ class SecureSums:
     """
 
     def __init__(
-        self, grid: Grid, inbox: Inbox, run: str, timeout: float, books: Path | None = None
+        self,
+        grid: Grid,
+        inbox: Inbox,
+        run: str,
+        timeout: float,
+        books: Path | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.grid = grid
         self.inbox = inbox
@@ -93,6 +109,7 @@ class SecureSums:
         self.hellos: dict[str, Hello] = {}
         self.opened: list[tuple[int, str, list[str]]] = []
         self._nodes: dict[str, int] = {}
+        self._trail = None if folder is None else Chain(folder / AUDIT, None, "server")
 
     def greet(self, nodes: Collection[int], server_round: int) -> None:
         """Ask nodes that have said no hello yet for theirs; those that do not answer are noted."""
@@ -180,6 +197,9 @@ class SecureSums:
         told = self._config({RECORD: record.to_bytes()})
         for message in messages:
             message.content[SECURE] = ConfigRecord({**told})
+        model = digest(_arrays_of(messages[0].content)) if messages else b""
+        names = list(record.names)
+        self._note(record, "sent", purpose=record.purpose, names=names, model=model)
         collector = Collector(record)
         for site, reply in self.inbox.sorted_out(
             server_round,
@@ -220,7 +240,15 @@ class SecureSums:
         if (excess := record.layout.excess(values, sites)) is not None:
             raise SecureError(f"one of the hospitals has sent what cannot be: {excess}")
         self.opened.append((server_round, record.purpose, members))
+        self._note(record, "opened", members=members)
         return Opened(values, members, record)
+
+    def _note(self, record: Record, kind: str, **more: Value) -> None:
+        """Write into the server's audit trail, if there is one."""
+        if self._trail is None:
+            return
+        place: dict[str, Value] = {"run": record.run, "round": record.server_round}
+        self._trail.append(kind, place | {"digest": record.fingerprint} | more)
 
     def _certificate(self, collector: Collector, server_round: int) -> dict[str, bytes]:
         """Let the hospitals that remain sign that they do."""
@@ -265,6 +293,14 @@ class SecureSums:
         if self.books is not None:
             config[BOOKS] = str(self.books)
         return config
+
+
+def _arrays_of(content: RecordDict) -> dict[str, Value]:
+    """Return the digests of a message's records of arrays, as hospitals have them."""
+    return {
+        name: digest_of_arrays({key: view(record[key]) for key in record})
+        for name, record in content.array_records.items()
+    }
 
 
 def _letter(content: RecordDict) -> bytes:

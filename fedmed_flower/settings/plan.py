@@ -89,7 +89,8 @@ class Plan(Section):
     baselines: bool = setting(
         False,
         "Afterwards also train each site's model alone and, in a simulation, one model on all data "
-        "pooled, each for as many rounds.",
+        "pooled, each for as many rounds. A simulation also tests each site's own model, of a "
+        "method or fine-tuned, at all other sites.",
     )
     outlying: str = setting(
         "note",

@@ -680,7 +680,8 @@ class FedAvg(flower.FedAvg):
         if self.folder is not None and (LEDGER_DIR in config or hasattr(grid, "in_process")):
             books = self.folder.path / SECURE
         run = str(config.get(RUN_KEY, "")) or secrets.token_hex(8)
-        sums = SecureSums(grid, self.inbox, run, self.run.timeout, books)
+        folder = None if self.folder is None else self.folder.path
+        sums = SecureSums(grid, self.inbox, run, self.run.timeout, books, folder)
         by = self.secure_weighting or EXAMPLES
         noise = self.secure_noise
         return SecureRounds(sums, self.secure_exponent, by, not self.patients_hidden, noise)

@@ -4,7 +4,7 @@ import copy
 import json
 
 import pytest
-from crossed_runs import SITES, SUMMARY
+from crossed_runs import SITES, SUMMARY, elsewhere
 
 from fedmed_flower.reports import crossed as room
 from fedmed_flower.reports.crossed import crossed
@@ -23,9 +23,36 @@ def test_rows_are_models_and_columns_the_hospitals_that_tested_them():
         ("Trained on pooled data", {"north": 0.82, "south": 0.71}),
     ]
     assert [model.is_federated for model in found.models].index(True) == 3
-    assert found.at_home() == {"north": 0.9, "south": 0.6}
-    assert found.mean_elsewhere() == {"north": 0.5}
+    (alone,) = found.groups
+    assert alone.at_home() == {"north": 0.9, "south": 0.6}
+    assert alone.mean_elsewhere() == {"north": 0.5}
+    assert found.has_stayed
     assert found.ends == (0.5, 0.9)
+
+
+@pytest.mark.parametrize("kind", ["own", "personal"])
+def test_models_that_hospitals_keep_are_a_group_if_one_was_tested_elsewhere(kind):
+    found = crossed(elsewhere(kind), SITES, "auc")
+    assert [group.kind for group in found.groups] == ["local", kind]
+    kept = found.groups[1]
+    north, south, west = kept.models
+    # The figure at home is the one that the hospital has told of its own model.
+    assert north.values == {"north": 0.95, "south": 0.65, "west": 0.55}
+    assert found.why(south, "north") == room.AT_HOME
+    assert found.why(south, "south") == room.NO_ANSWER
+    assert west.values == {"west": 0.7}
+    assert found.why(west, "north") == room.NO_ANSWER
+    assert kept.at_home() == {"north": 0.95, "west": 0.7}
+    assert kept.elsewhere() == {"north": {"south": 0.65, "west": 0.55}}
+    assert kept.mean_elsewhere() == {"north": pytest.approx(0.6)}
+    assert [model.name for model in found.others] == ["Federated", "Trained on pooled data"]
+    assert found.ends == (0.5, 0.95)
+    assert found.has_stayed
+    assert found.silent == {}
+    assert found.best("north") == "0.950"
+    summary = elsewhere(kind)
+    del summary["test"][kind]["south"]
+    assert not crossed(summary, SITES, "auc").has_stayed
 
 
 def test_what_is_missing_has_a_reason():
@@ -66,6 +93,11 @@ def test_runs_without_such_a_table_have_none():
     assert crossed(before, SITES, "auc") is None
     assert crossed({}, SITES, "auc") is None
     assert crossed({"test": {"local": {"north": {"sites": {}}}}}, SITES, "auc") is None
+    # Too many models for a summary.
+    summary = elsewhere("own")
+    for metrics in summary["test"]["local"].values():
+        metrics["sites"] = {}
+    assert crossed(summary, SITES, "auc") is None
     for odd in (
         "text",
         [1],
@@ -74,3 +106,7 @@ def test_runs_without_such_a_table_have_none():
         {"north": {"auc": 1e99}},
     ):
         assert crossed({"test": {"local": {"north": {"sites": odd}}}}, SITES, "auc") is None
+        summary = copy.deepcopy(SUMMARY)
+        summary["test"]["own"]["north"]["sites"] = odd
+        (north,) = crossed(summary, SITES, "auc").groups[1].models
+        assert north.values == {"north": 0.85}

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from crossed_runs import SITES, SUMMARY
+from crossed_runs import SITES, SUMMARY, elsewhere
 from html_pages import Page
 
 from fedmed_flower.reports import frame, plots
@@ -37,6 +37,51 @@ def test_each_cell_has_its_figure_its_colour_and_its_marks():
     # Hospitals alone are sorted and highlighted, models of all are not.
     assert html.count("data-site=") == 3
     assert '<tfoot><tr><th scope="row">Federated' in html
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "caption", "one", "such", "mark"),
+    [
+        ("own", "Own model of", "hospitals' own models", "a hospital's own model", "an own model",
+         "own model"),
+        ("personal", "Fine-tuned at", "fine-tuned models", "a model that a hospital has fine-tuned",
+         "a fine-tuned model", "fine-tuned model"),
+    ],
+)  # fmt: skip
+def test_models_that_hospitals_keep_have_a_table_of_their_own(kind, head, caption, one, such, mark):
+    html = drawn(elsewhere(kind))
+    page = Page(html)
+    table = page.table(f"AUC of {caption} on the test records of each hospital")
+    assert table[head] == SITES
+    assert table["north"] == ["0.950 best here, at home", "0.650", "0.550"]
+    assert table["south"] == [
+        "– tested at home only",
+        "– that hospital sent no result of this model",
+        "– tested at home only",
+    ]
+    assert table["west"][2] == "0.700 best here, at home"
+    first = page.table("AUC of each model on the test records of each hospital")
+    assert first["north"][:2] == ["0.900 at home", "0.500"]
+    assert [*first][-2:] == ["Federated", "Trained on pooled data"]
+    # One scale of colours for both, and both are sorted and highlighted.
+    assert '<td class="h8 home" data-v="0.95">' in html
+    assert '<td class="h6" data-v="0.82">' in html
+    assert '<td class="h7" data-v="0.82">' in drawn()
+    assert html.count("data-site=") == 6
+    assert html.count("<tfoot>") == 1
+    assert f"reaches 0.500; {one} reaches 0.825 there on average; at another" in page.text
+    assert f"at another hospital {such} reaches 0.600; the federated model" in page.text
+    assert f"– in the row of south ({mark}): tested at home only. " in page.text
+    assert "– in the row of west: this model could not be trained or tested. " in page.text
+    assert "if it could not be sent there, the log says why." in page.text.replace("\n", " ")
+
+
+def test_the_page_says_why_models_that_hospitals_keep_were_tested_at_home_only():
+    text = "is tested elsewhere in a simulation only"
+    assert text in Page(drawn()).text
+    summary = json.loads(json.dumps(SUMMARY))
+    del summary["test"]["own"]
+    assert text not in Page(drawn(summary)).text
 
 
 def test_words_key_and_notes():
@@ -88,6 +133,12 @@ def test_of_many_hospitals_figures_are_short_and_of_very_many_there_is_the_sprea
     table = Page(html).table("AUC of models trained at one hospital alone")
     assert table["Hospital"] == ["At home", "Mean elsewhere", "Worst elsewhere"]
     assert table["Median"] == ["1.000", "0.700", "0.700"]
+    summary["test"]["own"] = {
+        model: {"auc": 0.9, "sites": {site: {"auc": 0.75} for site in names}} for model in names
+    }
+    both = Page(drawn(summary, names))
+    assert both.table("AUC of models trained at one hospital alone") == table
+    assert both.table("AUC of hospitals' own models")["Median"] == ["0.900", "0.750", "0.750"]
     assert "cross-sites.csv" in html
 
 

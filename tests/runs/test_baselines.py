@@ -1,13 +1,17 @@
 import csv
+import json
 
 import pytest
 import torch
-from tables import TinyTable, holding, run_tables
-from tiny import bits, context_of, says
+from safetensors.torch import load_file
+from tables import TinyTable, holding, predicting, run_tables
+from tiny import TinyClient, bits, context_of, halves, node_of, run_tiny, says
 
 from fedmed_flower import SiteData
 from fedmed_flower.clients.pooled import indices_by_site
 from fedmed_flower.errors import InputError
+from fedmed_flower.metrics.plain import plain_metrics
+from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.server.run_folder import RunFolder
 
 
@@ -57,6 +61,16 @@ class Numbered(TinyTable):
         return found | {"auc": float(weights.mean()) / 10 + self.site.index / 100}
 
 
+def listed_in(folder):
+    """Return the figures of ``cross-sites.csv``, by the rest of their lines."""
+    with (folder / "cross-sites.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == ["model", "trained-at", "tested-at", "metric", "value"]
+    listed = {tuple(line.values())[:4]: float(line["value"]) for line in lines}
+    assert len(listed) == len(lines)
+    return listed
+
+
 def test_each_model_is_kept_as_each_hospital_has_tested_it(tmp_path):
     _, summary = run_tables(tmp_path, Numbered, num_server_rounds=1, baselines=True)
     test = summary["test"]
@@ -70,11 +84,7 @@ def test_each_model_is_kept_as_each_hospital_has_tested_it(tmp_path):
         assert found["auc"] == at[trained_at]
         # Of a hospital's metrics those by which a run is judged.
         assert {*found["sites"]["hospital-1"]} == {"auc", "accuracy", "loss"}
-    with (tmp_path / "cross-sites.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert list(lines[0]) == ["model", "trained-at", "tested-at", "metric", "value"]
-    listed = {tuple(line.values())[:4]: float(line["value"]) for line in lines}
-    assert len(listed) == len(lines)
+    listed = listed_in(tmp_path)
     for trained_at in sites:
         for tested_at in sites:
             kept = test["local"][trained_at]["sites"][tested_at]["auc"]
@@ -86,6 +96,193 @@ def test_each_model_is_kept_as_each_hospital_has_tested_it(tmp_path):
     assert listed["federated", "all", "hospital-1", "auc"] == pytest.approx(0.2)
     assert listed["alone", "hospital-2", "all", "num-examples"] == 120
     assert {key[0] for key in listed} == {"alone", "federated", "pooled"}
+
+
+class Unlike(TinyClient):
+    """The second hospital's images are darker, and their labels swapped."""
+
+    def build_model(self):
+        return halves()
+
+    def load_data(self, site):
+        data = super().load_data(site)
+        if site.index:
+            for rows in (data.train, data.val, data.test):
+                for row in rows:
+                    row["image"] = row["image"] // 4
+                    row["label"] = 1 - row["label"]
+        return data
+
+
+def run_unlike(folder, client=Unlike, **config):
+    """Run two hospitals with models for comparison; return the test of the summary."""
+    options = {"model": halves, "num_server_rounds": 1, "baselines": True, "learning_rate": 0.3}
+    run_tiny(folder, client, **options | config)
+    return json.loads((folder / "summary.json").read_text())["test"]
+
+
+def numbers_of(state, index):
+    """Return the metrics of a network with these weights on a hospital's test rows."""
+    client = Unlike(context_of(index, 2))
+    model = halves()
+    model.load_state_dict(state)
+    metrics = plain_metrics(client.measure(model, client.prepared("test", pooled=False)[1]))
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def files_in(folder):
+    return [load_file(folder / f"hospital-{number}.safetensors") for number in (1, 2)]
+
+
+KEEPING = {
+    "ditto": {"method": "ditto"},
+    "apfl": {"method": "apfl"},
+    "fedrep": {"method": "fedrep", "keep": "head.*"},
+    "ditto, most of it frozen": {"method": "ditto", "trainable": "head.*"},
+    "layers that are sent": {"keep": "norm"},
+    "layers that are not sent": {"keep": "head.*", "keep_sent": False},
+}
+
+
+@pytest.mark.parametrize("options", KEEPING.values(), ids=KEEPING)
+def test_a_hospitals_own_model_is_tested_at_others_as_its_file_says(tmp_path, options):
+    test = run_unlike(tmp_path, **options)
+    states = files_in(tmp_path / "own")
+    listed = listed_in(tmp_path)
+    for row, state in enumerate(states):
+        trained_at = f"hospital-{row + 1}"
+        for column in (0, 1):
+            tested_at = f"hospital-{column + 1}"
+            key = ("own", trained_at, tested_at)
+            found = {line[3]: value for line, value in listed.items() if line[:3] == key}
+            assert found == pytest.approx(numbers_of(state, column))
+            told = test["own"][trained_at]["sites"][tested_at]
+            assert told == {name: found[name] for name in ("auc", "accuracy", "loss")}
+        assert test["own"][trained_at]["loss"] == listed["own", trained_at, trained_at, "loss"]
+    # At each hospital both models have another loss.
+    for column in ("hospital-1", "hospital-2"):
+        both = [listed["own", f"hospital-{row}", column, "loss"] for row in (1, 2)]
+        assert both[0] != pytest.approx(both[1], rel=1e-3)
+
+
+def test_nothing_that_a_hospital_keeps_enters_the_model_of_another(tmp_path):
+    run_unlike(tmp_path, keep="norm")
+    first, second = files_in(tmp_path / "own")
+    kept = {name: second[name] for name in second if name.startswith("stem.2.")}
+    assert kept.keys() == {f"stem.2.{name}" for name in halves().stem[2].state_dict()}
+    mixed = numbers_of(first | kept, 1)["loss"]
+    assert listed_in(tmp_path)["own", "hospital-1", "hospital-2", "loss"] != pytest.approx(
+        mixed, rel=1e-3
+    )
+
+
+def test_a_fine_tuned_model_is_tested_at_others_as_its_file_says(tmp_path):
+    test = run_unlike(tmp_path, personal_epochs=3)
+    listed = listed_in(tmp_path)
+    assert {line[0] for line in listed} == {"alone", "fine-tuned", "federated", "pooled"}
+    assert not {line[3] for line in listed} & {"val-global", "val-own", "personal-epochs"}
+    for row, state in enumerate(files_in(tmp_path / "personal")):
+        for column in (0, 1):
+            loss = numbers_of(state, column)["loss"]
+            place = (f"hospital-{row + 1}", f"hospital-{column + 1}")
+            assert listed["fine-tuned", *place, "loss"] == pytest.approx(loss)
+            assert test["personal"][place[0]]["sites"][place[1]]["loss"] == pytest.approx(loss)
+        assert "personal-epochs" in test["personal"][f"hospital-{row + 1}"]
+
+
+def home_alone(folder, kind):
+    """Return the hospitals whose models of a kind were tested at home only."""
+    places = {line[1:3] for line in listed_in(folder) if line[0] == kind}
+    away = {trained_at for trained_at, tested_at in places if trained_at != tested_at}
+    return {trained_at for trained_at, _ in places} - away
+
+
+def test_a_model_with_merged_adapters_is_tested_at_home_and_the_log_says_why(tmp_path):
+    options = {"method": "ditto", "lora": "head", "lora_rank": 1}
+    test = run_unlike(tmp_path, **options)
+    assert home_alone(tmp_path, "own") == {"hospital-1", "hospital-2"}
+    assert "sites" not in test["own"]["hospital-1"]
+    file = tmp_path / "own" / "hospital-1.safetensors"
+    text = (
+        f"WARNING hospital-1: its own model is tested at home only: {file} holds the network with "
+        "its adapters (lora) merged into weights that do not travel"
+    )
+    assert text in (tmp_path / "log.txt").read_text()
+
+
+def test_a_model_without_a_file_in_the_run_folder_is_tested_at_home(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    nodes = [{}, {"output-dir": str(tmp_path / "elsewhere")}]
+    test = run_unlike(tmp_path / "run", node_configs=nodes, keep="norm")
+    assert home_alone(tmp_path / "run", "own") == {"hospital-2"}
+    assert test["own"]["hospital-1"]["sites"].keys() == {"hospital-1", "hospital-2"}
+    file = tmp_path / "run" / "own" / "hospital-2.safetensors"
+    text = f"hospital-2: its own model is tested at home only: {file} cannot be read: No such file"
+    assert text in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_models_of_real_hospitals_stay_there(tmp_path):
+    nodes = [{}, {}, node_of(tmp_path, "north")]
+    options = {"num_server_rounds": 1, "baselines": True, "keep": "*bias"}
+    _, summary = run_tables(tmp_path / "run", node_configs=nodes, **options)
+    assert home_alone(tmp_path / "run", "own") == {"hospital-1", "hospital-2", "north"}
+    assert "sites" in summary["test"]["local"]["north"]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "own models stay at their sites: each is tested at home only" in log
+
+
+class Refusing(Unlike):
+    """At the second hospital, models of others cannot be tested, or its own."""
+
+    refused = "/own-"
+
+    def measure(self, model, prepared):
+        if self.site.index and self.refused in self.told:
+            raise ValueError("the disk is full")
+        return super().measure(model, prepared)
+
+    def read(self, message):
+        config = super().read(message)
+        self.told = f"{config.get('run-key', '')} {'own-model' in config}"
+        return config
+
+
+def test_a_hospital_that_cannot_test_anothers_model_is_named(tmp_path):
+    test = run_unlike(tmp_path, Refusing, keep="norm")
+    assert test["own"]["hospital-1"]["sites"].keys() == {"hospital-1"}
+    assert test["own"]["hospital-2"]["sites"].keys() == {"hospital-1", "hospital-2"}
+    failures = json.loads((tmp_path / "summary.json").read_text())["failures"]
+    assert [(each["site"], each["phase"], each["reason"]) for each in failures] == [
+        ("hospital-2", "own-1-hospital-1 test", "ValueError: the disk is full")
+    ]
+
+
+def test_a_file_of_an_earlier_end_of_the_run_is_not_taken_for_the_model(tmp_path):
+    run_unlike(tmp_path, keep="norm")
+    assert (tmp_path / "own" / "hospital-2.safetensors").exists()
+    client = type("Client", (Refusing,), {"refused": " True"})
+    test = run_unlike(tmp_path, client, keep="norm", resume=True, num_server_rounds=2)
+    assert test["own"].keys() == {"hospital-1"}
+    assert {line[1] for line in listed_in(tmp_path) if line[0] == "own"} == {"hospital-1"}
+
+
+def test_in_a_private_run_a_model_costs_patients_of_others_a_test(tmp_path, caplog):
+    options = {"privacy": "patient", "target_epsilon": 50.0, "delta": 1e-3, "sampling_rate": 0.5}
+    options |= {"preparation": "declared", "keep": "*bias", "num_server_rounds": 1}
+    _, summary = run_tables(tmp_path, predicting("binary"), 2, baselines=True, **options)
+    key = RunFolder(tmp_path).read_config()["run"]["key"]
+    for number, other in ((1, 2), (2, 1)):
+        ledger = Ledger(tmp_path / "ledgers" / f"hospital-{number}.sqlite", read_only=True)
+        charged = [
+            (entry.run, entry.purpose, entry.rounds)
+            for entry in ledger.entries()
+            if "/own-" in entry.run
+        ]
+        assert charged == [(f"{key}/own-{other}-hospital-{other}", "test counts", 1)]
+        own = summary["test"]["own"][f"hospital-{number}"]
+        # At home it has been tested before.
+        assert own["sites"][f"hospital-{number}"]["auc"] == own["auc"]
+    assert "a hospital's own model at another hospital a test; only the ledgers" in caplog.text
 
 
 def test_models_for_comparison_are_prepared_as_the_run_is_and_told_nothing_more(tmp_path):
@@ -107,7 +304,9 @@ def test_models_for_comparison_are_prepared_as_the_run_is_and_told_nothing_more(
     assert {config["agreed"] for _, config in told} == {run["agreed"]}
     assert [kind for kind, _ in asked].count("query.contribution") == 3
     keys = {config["run-key"].partition("/")[2] for _, config in told}
-    assert keys == {"", "pooled", *(f"local-{n}-hospital-{n}" for n in (1, 2, 3))}
+    kinds = ("local", "personal")
+    assert keys == {"", "pooled", *(f"{k}-{n}-hospital-{n}" for k in kinds for n in (1, 2, 3))}
+    assert not any("own-model" in config for _, config in told)
     pooling = [kind for kind, config in told if config.get("pool-sites")]
     assert pooling == ["train", "evaluate"]
     # A personal model begins with the last federated one, before any comparison.

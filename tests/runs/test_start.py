@@ -11,6 +11,8 @@ from tables import TinyTable, changed, holding, run_tables
 from tiny import TinyClient, bits, halves, linear, model_arrays, run_tiny, says
 
 from fedmed_flower import InputError
+from fedmed_flower.models.weights import Weights
+from fedmed_flower.runs.start import start_model
 from fedmed_flower.server.run_folder import RunFolder
 
 
@@ -205,3 +207,61 @@ def test_a_private_run_says_what_its_figures_leave_out(first, tmp_path):
     run_tiny(tmp_path / "run", init_from=str(first), **private)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "What those weights tell of their patients is not in its privacy figures" in page
+
+
+TRAVELLING = {"trainable": "head.*", "keep": "", "lora": ""}
+
+
+def part_of(state, **config):
+    made = start_model(halves, "", TRAVELLING | config, 0)
+    return made.part_of(Weights("own.safetensors", "", state))
+
+
+def test_of_a_whole_network_the_part_that_travels_is_taken():
+    state = halves().state_dict()
+    state["head.bias"] = torch.tensor([3.0, 4.0])
+    assert part_of(state)["head.bias"].numpy().tolist() == [3.0, 4.0]
+    assert part_of(state).keys() == {"head.weight", "head.bias"}
+    # All of it travels: all of it is taken, counters of batch normalisation too.
+    state["stem.2.num_batches_tracked"] = torch.tensor(7)
+    assert part_of(state, trainable="").keys() == state.keys()
+    assert part_of(state, trainable="")["stem.2.num_batches_tracked"].numpy() == 7
+
+
+@pytest.mark.parametrize(
+    ("changed", "config", "text"),
+    [
+        (
+            {"head.bias": torch.zeros(3)},
+            {},
+            "own.safetensors does not fit the network of this run: head.bias is float32 (3,) and "
+            "must be float32 (2,)",
+        ),
+        (
+            {"head.bias": torch.zeros(2, dtype=torch.float64)},
+            {},
+            "own.safetensors does not fit the network of this run: head.bias is float64 (2,) and "
+            "must be float32 (2,)",
+        ),
+        (
+            {"more": torch.zeros(1)},
+            {"trainable": ""},
+            "own.safetensors does not fit the network of this run, which has no more",
+        ),
+        (
+            {"stem.1.bias": torch.zeros(6)},
+            {},
+            "own.safetensors has other values of stem.1.bias than the network of this run, and "
+            "that entry does not travel: trainable does not name it",
+        ),
+        (
+            {},
+            {"trainable": "", "lora": "head", "lora-rank": 1},
+            "own.safetensors holds the network with its adapters (lora) merged into weights that "
+            "do not travel",
+        ),
+    ],
+)
+def test_weights_that_cannot_travel_are_refused(changed, config, text):
+    with pytest.raises(InputError, match=says(text)):
+        part_of(halves().state_dict() | changed, **config)

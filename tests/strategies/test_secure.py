@@ -1,6 +1,7 @@
 """Rounds by secure sums, in one process: the same model as without, and what happens to losses."""
 
 from collections import Counter
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -36,11 +37,11 @@ class Unequal(TinyClient):
 
 
 def seldom(*numbers):
-    """Return a client that does something in a call of `fit` of a hospital, by the call's number."""
+    """Return a client that does something in these calls of a hospital's `fit`."""
 
     def choose(do):
         class Seldom(Unequal):
-            calls = Counter()
+            calls: ClassVar[Counter] = Counter()
 
             def fit(self, model, prepared, seed):
                 metrics = super().fit(model, prepared, seed)
@@ -103,6 +104,10 @@ def uniform(**options):
 
 def adam(**options):
     return FedAdam(eta=0.1, **options)
+
+
+def private(**options):
+    return DPFedAvg(noise_multiplier=1.0, clipping_norm=1.0, population_size=9, **options)
 
 
 def prox(**options):
@@ -343,7 +348,10 @@ def test_a_hospital_may_answer_in_secure_sums_alone(tmp_path):
     ("make", "text"),
     [
         (FedMedian, "excludes FedMedian, whose rule needs single replies: take FedAvg, FedProx, "),
-        (lambda **o: DPFedAvg(noise_multiplier=1.0, population_size=9, **o), "excludes DPFedAvg"),
+        (
+            lambda **o: DPFedAvg(noise_multiplier=1.0, clipping_norm=1.0, population_size=9, **o),
+            "excludes DPFedAvg",
+        ),
         (lambda **o: WeightedFedAvg(weights="inverse-loss", **o), "excludes WeightedFedAvg"),
         (lambda **o: FedAvg(max_weight_share=0.5, **o), "excludes max_weight_share: the server"),
         (lambda **o: FedAvg(max_update_norm=2.0, **o), "excludes max_update_norm: the server"),
