@@ -332,10 +332,6 @@ def _require_declared(settings: Settings, privacy: PrivacySettings) -> None:
             "probability; batch-size is then the mean number of patients that a hospital draws",
             "sampling-rate",
         )
-    if not privacy.num_server_rounds:
-        raise setting_error(
-            f"num-server-rounds must be at least 1 {way_out}, got 0", "num-server-rounds"
-        )
     plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
     for name, wanted in plain.items():
         value = getattr(settings, name)

@@ -331,6 +331,9 @@ class DPFedAvg(FedAvg):
         self._drawn = None
         clipping_norm = self.clipping_norm
         arrays, metrics = super().aggregate_train(server_round, list(replies))
+        if arrays is None and self.secure == SUM:
+            # The sum is lost, and no round; what it cost stands in that of the next.
+            return None, None
         reported = {HOSPITAL_EPSILON: self.epsilon, "clipping-norm": clipping_norm}
         return arrays, MetricRecord(dict(metrics or {}) | reported)
 
