@@ -105,10 +105,6 @@ def adam(**options):
     return FedAdam(eta=0.1, **options)
 
 
-def private(**options):
-    return DPFedAvg(noise_multiplier=1.0, clipping_norm=1.0, population_size=9, **options)
-
-
 def prox(**options):
     return FedProx(proximal_mu=0.5, **options)
 
