@@ -964,6 +964,7 @@ class Experiment:
                 reported["hospital"] = {
                     "epsilon": value,
                     "delta": getattr(self.strategy, "delta", None),
+                    "shared": self.strategy.secure == SUM,
                 }
             if metric == EPSILON and site != ALL_SITES:
                 part = sites.setdefault(site, {"rounds": 0, "declined": 0})
@@ -978,6 +979,7 @@ class Experiment:
                 "target-epsilon": settings.target_epsilon,
                 "delta": settings.delta,
                 "private-metrics": settings.private_metrics,
+                "shared": isinstance(self.strategy.secure_noise, PatientNoise),
                 "sites": sites,
             }
         return reported

@@ -115,6 +115,8 @@ def test_a_run_costs_its_target_by_the_noise_of_all_hospitals(tmp_path, opened):
     assert strategy.result.train_metrics_clientapp[2]["patient-epsilon"] == epsilon_of(
         {Release(0.5, noise): 2}, 1e-5
     )
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "The noise is that of secure sums over several hospitals" in report
     for _, record, _ in opened:
         # Nobody counts rows, losses or what was cut.
         assert record.purpose == "train"
@@ -497,6 +499,10 @@ def test_the_hospitals_ledger_has_the_hospital_as_a_whole(tmp_path):
     assert entry.releases == {Release(1.0, 1.0): 2}
     ledger = ledger_of(tmp_path / "run")
     assert ledger.released([WHOLE]) == entry.releases
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "by noise of which each added a share" in report
+    assert "Noise that the hospitals added together hides" in report
+    assert "the server added" not in report
     assert ledger.released([WHOLE[0], "'hospital-1-train-0'"]).total() == 0
 
 
