@@ -352,13 +352,15 @@ def _privacy(privacy: contents.Privacy) -> list[str]:
     if privacy.hospital:
         epsilon = format_value(number(privacy.hospital, "epsilon"))
         if privacy.by_server:
-            hidden = (
-                "Noise that the server added hides, in the model, whether a whole hospital took"
+            sentences.append(
+                "Noise that the server added hides, in the model, whether a whole hospital took "
+                f"part (epsilon {epsilon})."
             )
-            sentences.append(f"{hidden} part (epsilon {epsilon}).")
         else:
-            hidden = "Noise that the hospitals added together hides what each of them gave to the"
-            sentences.append(f"{hidden} model (epsilon {epsilon}).")
+            sentences.append(
+                "Noise that the hospitals added together hides what each of them gave to the model "
+                f"(epsilon {epsilon})."
+            )
     if patients is None:
         sentences.append(
             "No noise protects single patients: how much could be inferred about one of them is "
