@@ -46,6 +46,8 @@ from fedmed_flower.strategies import DPFedAvg, FedAdam, FedAvg, WeightedFedAvg
 # One test in a million fails by chance.
 CHANCE = 1e-6
 PATIENTS = {"secure": "sum", "privacy": "patient", "local_steps": 1, "sampling_rate": 1.0}
+# What is measured at the end has no part in this.
+PATIENTS |= {"private_metrics": False}
 # So little noise that the model is that of training without any.
 LITTLE = {"target_epsilon": 1e8, "num_server_rounds": 1, "secure_exponent": -2}
 
@@ -82,12 +84,13 @@ def wide():
 
 @pytest.fixture
 def opened(monkeypatch):
-    """What is asked of the sums of a run, and what they gave."""
+    """What is asked of the sums of a run in training, and what they gave."""
     kept, true = [], SecureSums.sum
 
     def sum_of(self, messages, record, *args, **kwargs):
         result = true(self, messages, record, *args, **kwargs)
-        kept.append((messages, record, result))
+        if record.purpose == "train":
+            kept.append((messages, record, result))
         return result
 
     monkeypatch.setattr(SecureSums, "sum", sum_of)
@@ -100,8 +103,8 @@ def opened(monkeypatch):
 def test_a_run_costs_its_target_by_the_noise_of_all_hospitals(tmp_path, opened):
     strategy = shared(tmp_path / "run", sampling_rate=0.5, target_epsilon=3.0)
     assert failures(strategy) == []
-    names = {metric for _, _, _, metric, _ in strategy.history.rows}
-    assert names == {"num-examples", "patient-epsilon"}
+    names = {metric for _, phase, _, metric, _ in strategy.history.rows if phase == "train"}
+    assert names - {"num-examples"} == {"patient-epsilon"}
     for number in range(1, 6):
         (entry,) = ledger_of(tmp_path / "run", number).entries()
         assert entry.purpose == "train, in sums of at least 4 hospitals"
@@ -119,7 +122,6 @@ def test_a_run_costs_its_target_by_the_noise_of_all_hospitals(tmp_path, opened):
     assert "The noise is that of secure sums over several hospitals" in report
     for _, record, _ in opened:
         # Nobody counts rows, losses or what was cut.
-        assert record.purpose == "train"
         assert record.weighting == {"by": "uniform", "noise": noise}
         assert [part.name for part in record.layout.parts] == [
             "model/1.weight",
@@ -210,6 +212,8 @@ def test_until_it_leaves_the_change_stands_beside_the_model_and_never_in_the_rep
     seen, true = [], SecureReply.reply
 
     def reply(self, message, content):
+        if message.metadata.message_type != "train":
+            return true(self, message, content)
         (before,) = message.content.array_records.values()
         (after,) = content.array_records.values()
         sent = true(self, message, content)
@@ -227,10 +231,10 @@ def test_several_steps_a_round_have_each_hospitals_own_noise(tmp_path, opened):
     (entry,) = ledger_of(tmp_path / "run").entries()
     assert entry.purpose == "train"
     assert entry.releases.total() == 4
-    training = [record for _, record, _ in opened if record.purpose == "train"]
-    assert all("noise" not in record.weighting for record in training)
+    assert all("noise" not in record.weighting for _, record, _ in opened)
     # No loss leaves a private round, so none is shown.
-    assert "loss" not in {metric for _, _, _, metric, _ in strategy.history.rows}
+    told = {metric for _, phase, _, metric, _ in strategy.history.rows if phase == "train"}
+    assert told <= {"num-examples"}
 
 
 class Failing(TinyClient):
@@ -525,6 +529,7 @@ def test_a_budget_of_the_hospital_bounds_what_is_told_of_all_of_it(tmp_path):
 
 def test_patients_and_hospitals_are_hidden_side_by_side(tmp_path):
     config = {"privacy": "patient", "local_steps": 1, "target_epsilon": 5.0}
+    config |= {"private_metrics": False}
     strategy = hidden(tmp_path / "run", config=config)
     assert failures(strategy) == []
     purposes = [entry.purpose for entry in ledger_of(tmp_path / "run").entries()]
