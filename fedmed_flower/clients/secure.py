@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from fedmed_flower.arrays.views import view
 from fedmed_flower.clients.base import MedicalClient
+from fedmed_flower.clients.shares import Share, share_of
 from fedmed_flower.data.site import fewest_patients, patients_of, site_names, some_of
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.files import file_name
@@ -54,7 +55,7 @@ from fedmed_flower.secure.parts import (
     figure_in,
 )
 from fedmed_flower.secure.record import DATA, TRAIN, Record
-from fedmed_flower.secure.ring import COUNT, REAL
+from fedmed_flower.secure.ring import COUNT, REAL, Words
 from fedmed_flower.secure.study import Study
 from fedmed_flower.settings.secure import SUM, SecureSettings
 from fedmed_flower.settings.text import setting_error
@@ -178,12 +179,15 @@ class SecureReply:
     record : Record
     about, asked : dict
         As `Record.digest` and `Record.question` take them.
+    share : Share or None
+        What it adds of the noise of the sum.
     """
 
     member: Member
     record: Record
     about: dict[str, Value]
     asked: dict[str, Value]
+    share: Share | None = None
 
     @classmethod
     def of(cls, client: MedicalClient, message: Message) -> Self | None:
@@ -211,13 +215,34 @@ class SecureReply:
             _require_alike(message)
             member = member_of(client, record.run, secure)
             member.require_sound(record)
+            # Training leaves what it has to hide with the share.
+            client.noise_share = share_of(client, message, record, member.study)
         asked = asked_of(client, message)
         if not client.site.simulated:
             client.draw_key = member.draw(record.question(asked))
-        return cls(member, record, {**asked, "run": _run_of(message)}, asked)
+        return cls(member, record, {**asked, "run": _run_of(message)}, asked, client.noise_share)
 
     def reply(self, message: Message, content: RecordDict) -> RecordDict:
-        """Return a reply's content as one part of the sum, under masks."""
+        """Return a reply's content as one part of the sum, under masks.
+
+        Raises
+        ------
+        DeclinedError
+            If the sum is refused, or a budget does not allow it.
+        InputError
+            If anything fails after noise was charged: why it does must not leave.
+        """
+        if self.share is None:
+            return self._masked(self._encoded(message, content))
+        before, after = _models(message, content)
+        with self.share.charged():
+            try:
+                return self._masked(self.share.words(self.record.layout, before, after))
+            except Exception as error:
+                text = f"failed after the noise was charged: {type(error).__name__}: {error}"
+                raise InputError(text) from error
+
+    def _encoded(self, message: Message, content: RecordDict) -> Words:
         layout = self.record.layout
         weighted: set[str] = set()
         if self.record.purpose.startswith(f"{MessageType.EVALUATE}/"):
@@ -232,6 +257,9 @@ class SecureReply:
         words, clipped = layout.encode(values, weight, weighted=weighted)
         if CLIPPED in layout.parts:
             words[1][layout.start(CLIPPED.name)] = clipped
+        return words
+
+    def _masked(self, words: Words) -> RecordDict:
         with _refused():
             masked = self.member.mask(self.record, self.about, self.asked, words)
         small, large = masked.words
@@ -246,8 +274,7 @@ def _values(
     (metrics,) = content.metric_records.values()
     weight = _weight(record, metrics)
     values: dict[str, NDArray[Any]] = {}
-    before = next(iter(message.content.array_records.values()), ArrayRecord())
-    after = next(iter(content.array_records.values()), ArrayRecord())
+    before, after = _models(message, content)
     for part in record.layout.parts:
         name = part.name
         if name.startswith(MODEL):
@@ -270,6 +297,13 @@ def _values(
         else:
             raise DeclinedError(f"the secure sum is of {name}, which this hospital does not send")
     return values, weight
+
+
+def _models(message: Message, content: RecordDict) -> tuple[ArrayRecord, ArrayRecord]:
+    """Return the model of a message and that of the reply to it."""
+    before = next(iter(message.content.array_records.values()), ArrayRecord())
+    after = next(iter(content.array_records.values()), ArrayRecord())
+    return before, after
 
 
 def _figures(record: Record, content: RecordDict) -> dict[str, NDArray[Any]]:

@@ -79,10 +79,17 @@ _BY_SERVER = """The guarantee is for a whole hospital, and the server gives it, 
 hospitals' updates and adding noise: whether a hospital took part is hidden in the models of all
 rounds together, to epsilon {epsilon} at delta {delta}. Who sees what hospitals send to the server
 is not covered."""
+_BY_HOSPITALS = """The guarantee is for a whole hospital, and the hospitals give it together: each
+clips its update and adds a share of the noise, and the server sees sums alone. What each of them
+gave to the models of all rounds together is hidden, to epsilon {epsilon} at delta {delta}, as long
+as no more hospitals work with the server than their study allows for. Who took part is not hidden.
+"""
 _BY_HOSPITAL = """The guarantee is for a patient with all records, and each hospital gives it, by
 clipping and noise while it trains (DP-SGD). The target was epsilon {target} at delta {delta}. The
 hospitals reported {most} at most, and their own ledgers hold what other runs cost the same
 patients. {evaluated}"""
+_SHARED = """The noise is that of secure sums over several hospitals, each of which added a share:
+it holds as long as no more hospitals work with the server than their study allows for."""
 _NOISED_TOO = """Counts of the evaluation carry noise too. Not covered: numbers of records, and
 which rounds a hospital declined."""
 _EXACT = (
@@ -552,7 +559,8 @@ def _privacy(run: _Run) -> str:
     parts = []
     if found.hospital:
         epsilon = format_value(number(found.hospital, "epsilon"))
-        parts.append(_BY_SERVER.format(epsilon=epsilon, delta=plain(found.hospital.get("delta"))))
+        text = _BY_SERVER if found.by_server else _BY_HOSPITALS
+        parts.append(text.format(epsilon=epsilon, delta=plain(found.hospital.get("delta"))))
     patients = found.patients
     if patients is not None:
         parts.append(
@@ -563,6 +571,8 @@ def _privacy(run: _Run) -> str:
                 evaluated=_NOISED_TOO if patients.noised else _EXACT,
             )
         )
+        if patients.shared:
+            parts.append(_SHARED)
     if not parts:
         parts.append(_UNPROTECTED)
     if said := secure.in_words(run.summary):

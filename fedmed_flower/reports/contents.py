@@ -515,13 +515,17 @@ class SiteCost(NamedTuple):
 
 @dataclass(frozen=True)
 class Patients:
-    """The guarantee for a patient: the run's target, and what each hospital reported."""
+    """The guarantee for a patient: the run's target, and what each hospital reported.
+
+    If it is `shared`, hospitals have added the noise together, in secure sums.
+    """
 
     target_epsilon: Any
     delta: Any
     by_site: dict[str, SiteCost]
     noised: bool
     baselines: bool
+    shared: bool
 
     @property
     def most(self) -> float | None:
@@ -536,6 +540,11 @@ class Privacy:
 
     hospital: dict[str, Any]
     patients: Patients | None
+
+    @property
+    def by_server(self) -> bool:
+        """Whether the server has added the noise that hides hospitals."""
+        return self.hospital.get("shared") is not True
 
 
 def privacy(summary: dict[str, Any], hospital_epsilon: float | None = None) -> Privacy:
@@ -562,6 +571,7 @@ def privacy(summary: dict[str, Any], hospital_epsilon: float | None = None) -> P
             by_site=costs,
             noised=_noised(summary),
             baselines=nested(summary, "config").get("baselines") is True,
+            shared=patient.get("shared") is True,
         ),
     )
 

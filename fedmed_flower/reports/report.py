@@ -460,7 +460,8 @@ def _privacy(privacy: Privacy, curves: Curves, styles: Styles) -> str:
     if privacy.hospital:
         epsilon = format_value(number(privacy.hospital, "epsilon"))
         delta = escaped(privacy.hospital.get("delta"))
-        words = frame.HOSPITAL.format(epsilon=epsilon, delta=delta)
+        text = frame.HOSPITAL if privacy.by_server else frame.HOSPITALS
+        words = text.format(epsilon=epsilon, delta=delta)
     if privacy.patients is not None:
         return words + _patients(privacy.patients, curves, styles)
     return words + frame.NO_PATIENT if privacy.hospital else frame.UNPROTECTED
@@ -472,6 +473,7 @@ def _patients(patients: Patients, curves: Curves, styles: Styles) -> str:
         target=escaped(patients.target_epsilon),
         delta=escaped(patients.delta),
     )
+    words += frame.SHARED if patients.shared else ""
     words += frame.NOISED if patients.noised else frame.EXACT
     if patients.baselines:
         words += frame.COMPARED

@@ -56,6 +56,7 @@ from fedmed_flower.runs.verdict import (
     require_measured,
     require_two_classes,
 )
+from fedmed_flower.secure.shares import PatientNoise, has_shares
 from fedmed_flower.server.run_folder import (
     CONFIG,
     DEFAULT_FOLDER,
@@ -277,6 +278,7 @@ def _prepared(
         strategy.secure_exponent = secure.secure_exponent
         plan = sums_alone(plan)
         require_named(model)
+        _share_noise(strategy, config)
     strategy.require_summable()
     columns = [] if asking is None or secure.secure != SUM else asking.columns_to_sum()
     if plan.compares:
@@ -395,6 +397,20 @@ def _require_noised_choice(config: UserConfig) -> None:
             "private-metrics must be true if figures of hospitals decide which model of a private "
             'run is kept, or when it ends: leave it on, or set keep-model="last" and patience=0',
             "private-metrics",
+        )
+
+
+def _share_noise(strategy: FedAvg, config: UserConfig) -> None:
+    """Let hospitals add shares of patients' noise to secure sums, if a round is one step."""
+    privacy = PrivacySettings.from_run_config(config)
+    settings = Settings.from_run_config(config)
+    strategy.patients_hidden = privacy.on
+    if has_shares(settings, privacy):
+        strategy.patient_noise = PatientNoise.planned(settings, privacy)
+    elif privacy.on:
+        log.info(
+            "each hospital adds noise of its own to hide its patients: with local-steps=1 a share "
+            "of it would do, and the same noise would cost less epsilon"
         )
 
 
@@ -998,6 +1014,7 @@ class Experiment:
                 reported["hospital"] = {
                     "epsilon": value,
                     "delta": getattr(self.strategy, "delta", None),
+                    "shared": self.strategy.secure == SUM,
                 }
             if metric == EPSILON and site != ALL_SITES:
                 part = sites.setdefault(site, {"rounds": 0, "declined": 0})
@@ -1012,6 +1029,7 @@ class Experiment:
                 "target-epsilon": settings.target_epsilon,
                 "delta": settings.delta,
                 "private-metrics": settings.private_metrics,
+                "shared": isinstance(self.strategy.secure_noise, PatientNoise),
                 "sites": sites,
             }
         return reported

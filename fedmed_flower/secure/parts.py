@@ -15,6 +15,10 @@ BY = "by"
 TOTAL = "total"
 EXAMPLES = "examples"
 UNIFORM = "uniform"
+# The noise of the sum, as a noise multiplier, if hospitals add shares of it; and the norm to which
+# each clips its own change, if the noise hides whole hospitals.
+NOISE = "noise"
+NORM = "norm"
 # Centre and width of the grid of each score, in an evaluation.
 GRIDS = "grids"
 

@@ -41,8 +41,9 @@ from fedmed_flower.secure.parts import (
     UNIFORM,
     figures_of,
 )
-from fedmed_flower.secure.record import DATA, TRAIN
+from fedmed_flower.secure.record import DATA, TRAIN, Record
 from fedmed_flower.secure.ring import FIXED, REAL, Layout, Part
+from fedmed_flower.secure.shares import Declared, Shares
 from fedmed_flower.server.secure import Opened, SecureSums, reply_of
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.wire import ALL_SITES, RUN_KEY
@@ -72,13 +73,24 @@ class SecureRounds:
         How hospitals are weighted.
     losses : bool
         Whether the mean training loss is part of the sum.
+    noise : Declared, optional
+        The noise of which each hospital adds a share. All hospitals then weigh the same, and beside
+        the model nothing is summed.
     """
 
-    def __init__(self, sums: SecureSums, exponent: int, by: str, losses: bool) -> None:
+    def __init__(
+        self,
+        sums: SecureSums,
+        exponent: int,
+        by: str,
+        losses: bool,
+        noise: Declared | None = None,
+    ) -> None:
         self.sums = sums
         self.bound = 2.0**exponent
-        self.by = by
+        self.by = by if noise is None else UNIFORM
         self.losses = losses
+        self.noise = noise
         self.total = 0
         # What is summed in each phase of evaluation.
         self._layouts: dict[str, Layout] = {}
@@ -150,7 +162,11 @@ class SecureRounds:
             nodes = self._answering(nodes, sent)
             weighting = {BY: self.by, TOTAL: self.total}
             layout = self._layout(sent, trained)
+            if self.noise is not None:
+                weighting = {BY: UNIFORM, **self.noise.weighting}
             record = self.sums.record(nodes, "train", TRAIN, server_round, layout, weighting)
+            if self.noise is not None:
+                record = _with_room(record, Shares.of(record, self.noise))
             asked = {*self.sums.nodes_of(record)}
             going = [message for message in messages if message.metadata.dst_node_id in asked]
             opened = self.sums.sum(going, record, "train", timeout, minimum, grace)
@@ -162,7 +178,7 @@ class SecureRounds:
         if lost:
             text = f"the sum is without {', '.join(lost)}; the others count the same in its place"
             inbox.note(server_round, "train", ALL_SITES, text)
-        if clipped := int(opened.values[CLIPPED.name][0]):
+        if self.noise is None and (clipped := int(opened.values[CLIPPED.name][0])):
             text = (
                 f"{clipped} changes of weights were cut to {self.bound:g} or were no numbers: "
                 "raise secure-exponent, or train less in a round"
@@ -170,7 +186,9 @@ class SecureRounds:
             inbox.note(server_round, "train", ALL_SITES, text)
         examples = self.total if self.by == EXAMPLES else len(opened.members)
         metrics = MetricRecord({"num-examples": examples})
-        if self.losses:
+        if self.noise is not None:
+            metrics.update(self.noise.spent(server_round))
+        elif self.losses:
             metrics["loss"] = float(opened.values[LOSS][0] / opened.share)
         content = RecordDict({"arrays": model, "metrics": metrics, "config": ConfigRecord()})
         return [reply_of(opened, MessageType.TRAIN, content, inbox)]
@@ -290,8 +308,13 @@ class SecureRounds:
             values = view(array)
             if not kernels.is_floating(values.dtype):
                 continue
-            kind, bound = (FIXED, self.bound) if key in trained else (REAL, _REAL_BOUND)
+            if self.noise is not None and not self.noise.buffers and key not in trained:
+                continue
+            fixed = key in trained or self.noise is not None
+            kind, bound = (FIXED, self.bound) if fixed else (REAL, _REAL_BOUND)
             parts.append(Part(f"{MODEL}{key}", values.size, kind, bound))
+        if self.noise is not None:
+            return Layout((*parts, ONES))
         tail = [ONES, CLIPPED]
         if self.losses:
             tail.append(Part(LOSS, 1, REAL, _REAL_BOUND))
@@ -325,6 +348,24 @@ class SecureRounds:
             )
         self._lengths.append(length)
         return model
+
+
+def _with_room(record: Record, shares: Shares) -> Record:
+    """Return a record whose layout leaves room for the noise of all hospitals.
+
+    Raises
+    ------
+    SecureError
+        If hospitals would refuse it.
+    """
+    parts = record.layout.parts
+    layout = Layout(
+        tuple(replace(part, sigma=shares.total) if part.kind == FIXED else part for part in parts)
+    )
+    for part in layout.parts:
+        if part.kind == FIXED:
+            shares.require_room(part)
+    return replace(record, layout=layout)
 
 
 # What a strategy must not define anew: a sum is one reply, and whoever made it is not known.

@@ -16,7 +16,6 @@ from fedmed_flower.errors import DeclinedError
 from fedmed_flower.secure.identity import Identity, key_text
 from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.strategies import (
-    DPFedAvg,
     FedAdam,
     FedAvg,
     FedMedian,
@@ -104,10 +103,6 @@ def uniform(**options):
 
 def adam(**options):
     return FedAdam(eta=0.1, **options)
-
-
-def private(**options):
-    return DPFedAvg(noise_multiplier=1.0, clipping_norm=1.0, population_size=9, **options)
 
 
 def prox(**options):
@@ -348,10 +343,6 @@ def test_a_hospital_may_answer_in_secure_sums_alone(tmp_path):
     ("make", "text"),
     [
         (FedMedian, "excludes FedMedian, whose rule needs single replies: take FedAvg, FedProx, "),
-        (
-            lambda **o: DPFedAvg(noise_multiplier=1.0, clipping_norm=1.0, population_size=9, **o),
-            "excludes DPFedAvg",
-        ),
         (lambda **o: WeightedFedAvg(weights="inverse-loss", **o), "excludes WeightedFedAvg"),
         (lambda **o: FedAvg(max_weight_share=0.5, **o), "excludes max_weight_share: the server"),
         (lambda **o: FedAvg(max_update_norm=2.0, **o), "excludes max_update_norm: the server"),
