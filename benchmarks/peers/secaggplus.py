@@ -32,7 +32,7 @@ from flwr.server.workflow import SecAggPlusWorkflow
 from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECORD
 from flwr.server.workflow.constant import Key as WorkflowKey
 from flwr.supercore.task_identity import TaskIdentity
-from peers.costs import Cost, Weights, vectors_of
+from peers.costs import Cost, Weights, vectors_of, weighted_mean
 
 EXAMPLES = 400
 """Rows of the first hospital; each further one has fifty more. Flower weighs by them."""
@@ -208,14 +208,6 @@ def mean_of(exchange: Exchange) -> Weights:
     return made
 
 
-def weighted_mean(vectors: Sequence[Weights], rows: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Return the mean weighted by rows, in float64."""
-    total = np.zeros(vectors[0].shape)
-    for vector, count in zip(vectors, rows, strict=True):
-        total += vector.astype(float) * count
-    return total / sum(rows)
-
-
 def flower(size: int, sites: int) -> Cost:
     """Return the cost of Flower's SecAgg+, once with all hospitals and once with one lost."""
     vectors = vectors_of(size, sites)
@@ -235,10 +227,12 @@ def flower(size: int, sites: int) -> Cost:
     rows = [hospital.examples for hospital in whole.hospitals.values()]
     lossy = Exchange(hospitals_of(vectors), lost=12)
     mean_of(lossy)
-    at = {stage: statistics.mean(seconds) for stage, seconds in whole.at_hospital.items()}
-    quantise = statistics.mean(quantised)
+    at = {stage: statistics.median(seconds) for stage, seconds in whole.at_hospital.items()}
+    quantise = statistics.median(quantised)
     before = at[Stage.SETUP] + at[Stage.SHARE_KEYS] + at[Stage.COLLECT_MASKED_VECTORS]
     return Cost(
+        # It hashes nothing of what it was sent.
+        digest=0.0,
         quantise=quantise,
         mask=before - quantise,
         unmask=at[Stage.UNMASK],

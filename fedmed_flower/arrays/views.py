@@ -91,6 +91,34 @@ def _header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     return shape, fortran_order, dtype, file.tell()
 
 
+def array_of(values: NDArray[Any]) -> Array:
+    """Return values as a Flower array that holds the same bytes as ``Array(values)``.
+
+    It copies them once, which takes half the time.
+
+    Parameters
+    ----------
+    values : ndarray
+        Contiguous in C order.
+    """
+    data = b"".join([_head_of(values), values.data])
+    return Array(_name(values.dtype), values.shape, _NUMPY, data)
+
+
+def _head_of(values: NDArray[Any]) -> bytes:
+    """Return what stands before the values in a ``.npy`` file, in C order."""
+    head = BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head,
+        {
+            "descr": np.lib.format.dtype_to_descr(values.dtype),
+            "fortran_order": False,
+            "shape": values.shape,
+        },
+    )
+    return head.getvalue()
+
+
 class Draft:
     """Arrays to be filled in place: the values are written directly into the bytes for Flower.
 
@@ -111,19 +139,11 @@ class Draft:
         self.row: list[NDArray[Any]] = []
         for key, array in layout.items():
             values = view(array)
-            head = BytesIO()
-            np.lib.format.write_array_header_1_0(
-                head,
-                {
-                    "descr": np.lib.format.dtype_to_descr(values.dtype),
-                    "fortran_order": False,
-                    "shape": values.shape,
-                },
-            )
-            start = head.tell()
+            head = _head_of(values)
+            start = len(head)
             # The system provides zeros without cost until they are written to.
             file = BytesIO(bytes(start + values.nbytes))
-            file.write(head.getvalue())
+            file.write(head)
             self._files[key] = file
             self.row.append(np.frombuffer(file.getbuffer(), values.dtype, offset=start))
 

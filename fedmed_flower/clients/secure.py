@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import numpy as np
 from flwr.app import (
-    Array,
     ArrayRecord,
     ConfigRecord,
     Message,
@@ -25,7 +24,7 @@ from flwr.app import (
 )
 from numpy.typing import NDArray
 
-from fedmed_flower.arrays.views import view
+from fedmed_flower.arrays.views import array_of, view
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.shares import Share, share_of
 from fedmed_flower.data.site import fewest_patients, patients_of, site_names, some_of
@@ -263,7 +262,7 @@ class SecureReply:
         with _refused():
             masked = self.member.mask(self.record, self.about, self.asked, words)
         small, large = masked.words
-        record = ArrayRecord({"words32": Array(small), "words64": Array(large)})
+        record = ArrayRecord({"words32": array_of(small), "words64": array_of(large)})
         return RecordDict({MASKED: record, SECURE: ConfigRecord({LETTER: masked.letter})})
 
 

@@ -1,4 +1,5 @@
 import io
+import math
 import tracemalloc
 
 import numpy as np
@@ -14,6 +15,7 @@ from fedmed_flower.arrays import views as module
 from fedmed_flower.arrays.kernels import BFLOAT16
 from fedmed_flower.arrays.views import (
     Draft,
+    array_of,
     flat,
     is_finite,
     keep_dtypes,
@@ -38,6 +40,13 @@ def test_view_equals_flowers_copy_to_the_bit(data, fortran):
     assert got.tobytes() == want.tobytes()
     assert got.flags.f_contiguous == want.flags.f_contiguous
     assert not got.flags.writeable
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
+@pytest.mark.parametrize("dtype", ["uint32", "uint64", "float32", "float16"])
+def test_an_array_of_one_copy_is_that_of_flower(shape, dtype):
+    values = np.arange(math.prod(shape)).astype(dtype).reshape(shape)
+    assert array_of(values) == Array(values)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
