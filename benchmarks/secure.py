@@ -1,7 +1,8 @@
-"""Sums that a server cannot take apart: what others' cost, and what one request opens.
+"""Sums that a server cannot take apart: what ours and others' cost, and what one request opens.
 
-Four tables:
+The tables:
 
+- what our sum costs with 3, 5, 20 and 100 hospitals, and what its masks cost beside the cipher;
 - what a server learns of one hospital by a changed last request of Flower's SecAgg+;
 - yes or no: what a hospital with Flower's mod accepts, and what its masks are drawn from;
 - CPU seconds and bytes of a round, at a hospital and at the server;
@@ -9,8 +10,9 @@ Four tables:
   of the vector, and the seconds are multiplied by ten: each 4,096 numbers are a ciphertext of their
   own, and the whole would take 4 GB.
 
-Seconds are those of the process, all threads together, and the median of ``--repeats``. Training,
-network and the strategy's own step are not in them. The second hospital is the one that is opened,
+Seconds are those of the process, all threads together: the median of the hospitals, and of
+``--repeats``. Training, network and the strategy's own step are not in them. With 100 hospitals it
+is a tenth of the vector. The second hospital is the one that is opened,
 or lost.
 
 ``python benchmarks/secure.py [--he] [--size 10000000] [--sites 5] [--repeats 3]``
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import documented
 from documented import without_zero
-from peers import ckks, opened, secaggplus
+from peers import ckks, opened, ours, secaggplus
 from peers.costs import Cost, Weights, vectors_of
 
 
@@ -86,19 +89,62 @@ class Secured(NamedTuple):
     cost: Callable[[int, int], Cost]
 
 
-SECURED: list[Secured] = [Secured("Flower's SecAgg+", secaggplus.flower)]
+SECURED: list[Secured] = [
+    Secured("this project", ours.ours),
+    Secured("Flower's SecAgg+", secaggplus.flower),
+]
 """Rows of the table of costs; a further protocol is one more."""
+
+SITES = (3, 5, 20)
+MANY_SITES = 100
+
+
+def middle_of(measure: Callable[[int, int], Cost], size: int, sites: int, repeats: int) -> Cost:
+    """Return the median of each figure of some repeats."""
+    found = [measure(size, sites) for _ in range(repeats)]
+    return Cost(*map(statistics.median, zip(*found, strict=True)))
+
+
+def rows_sites(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Measure our sum with few and many hospitals, and yield a row for each number of them."""
+    for sites in (*SITES, MANY_SITES):
+        size = options.size // 10 if sites == MANY_SITES else options.size
+        middle = middle_of(ours.ours, size, sites, options.repeats)
+        yield [
+            f"{sites}",
+            f"{size:,}",
+            *hospital_in_words(middle),
+            *map(seconds_in_words, (middle.add, middle.open, middle.open_one_lost)),
+            f"{middle.upload:.6g}",
+            f"{middle.error:.1e}",
+        ]
+
+
+def rows_masking(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Measure masks beside the cipher alone, and yield a row for each number of hospitals."""
+    for sites in SITES:
+        found = [ours.masking(options.size, sites) for _ in range(options.repeats)]
+        middle = ours.Masking(*map(statistics.median, zip(*found, strict=True)))
+        yield [
+            f"{sites}",
+            *map(seconds_in_words, middle),
+            without_zero(f"{middle.cipher / middle.masking:.2f}"),
+        ]
+
+
+def hospital_in_words(cost: Cost) -> list[str]:
+    """Return the seconds of each step at a hospital, and of all of them."""
+    steps = (cost.digest, cost.quantise, cost.mask, cost.unmask)
+    return [seconds_in_words(seconds) for seconds in (*steps, sum(steps))]
 
 
 def rows_cost(options: argparse.Namespace) -> Iterator[list[str]]:
     """Measure each protocol and yield its row, the median of the repeats."""
     for name, measure in SECURED:
-        found = [measure(options.size, options.sites) for _ in range(options.repeats)]
-        middle = Cost(*map(statistics.median, zip(*found, strict=True)))
-        hospital = middle.quantise + middle.mask + middle.unmask
+        middle = middle_of(measure, options.size, options.sites, options.repeats)
         yield [
             name,
-            *map(seconds_in_words, (middle.quantise, middle.mask, middle.unmask, hospital)),
+            *hospital_in_words(middle),
             *map(seconds_in_words, (middle.add, middle.open, middle.open_one_lost)),
             f"{middle.upload:.6g}",
             f"{middle.error:.1e}",
@@ -107,7 +153,9 @@ def rows_cost(options: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def seconds_in_words(seconds: float) -> str:
-    """Return two digits that count, and no more than four after the point."""
+    """Return two digits that count, no more than four after the point; nothing for NaN."""
+    if math.isnan(seconds):
+        return ""
     if seconds >= 10:
         return f"{seconds:.0f}"
     return without_zero(f"{round(seconds, 4):.2g}")
@@ -153,10 +201,18 @@ def main() -> None:
     of_flower: dict[str, Any] = {"versions": ("flwr", "numpy"), "threads": 1}
     documented.show("secure-opened", head, rows_opened(few), options, **of_flower)
     documented.show("secure-seen", ["", "Flower's SecAgg+"], rows_seen(), options, **of_flower)
-    head = ["", "quantise", "keys, shares, masks", "answer", "a hospital in all"]
-    head += ["server: add one reply", "server: open", "the same, one lost"]
+    at_hospital = ["digest", "quantise", "keys, shares, masks", "answer", "a hospital in all"]
+    at_server = ["server: add one reply", "server: open", "the same, one lost"]
+    head = ["", *at_hospital, *at_server]
     head += ["upload / float32", "error of the mean", "exchanges"]
-    documented.show("secure-cost", head, rows_cost(options), options, **of_flower)
+    both: dict[str, Any] = {"versions": ("flwr", "cryptography", "numpy"), "threads": 1}
+    documented.show("secure-cost", head, rows_cost(options), options, **both)
+    of_ours: dict[str, Any] = {"versions": ("cryptography", "numpy"), "threads": 1}
+    head = ["hospitals", "parameters", *at_hospital, *at_server]
+    head += ["upload / float32", "error of the mean"]
+    documented.show("secure-sites", head, rows_sites(options), options, **of_ours)
+    head = ["hospitals", "AES-128-CTR alone", "masks", "cipher / masks"]
+    documented.show("secure-masks", head, rows_masking(options), options, **of_ours)
     if options.he:
         head = ["", "encrypt, a hospital", f"server: add {options.sites}", "decrypt, a hospital"]
         head += ["upload / float32", "download / float32", "error of the mean"]

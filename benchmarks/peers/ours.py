@@ -195,7 +195,7 @@ class Federation:
             words, clipped = record.layout.encode(values, weight)
             words[1][record.layout.start(CLIPPED.name)] = clipped
         with timed(found.mask):
-            # Of the same question, hospitals answer one set for good: here two rounds have one model.
+            # A question is answered over one set for good, and here both rounds have one model.
             settings = {"seed": record.server_round}
             asked = {"kind": "train", "arrays": {"arrays": arrays}, "settings": settings}
             masked = member.mask(record, {**asked, "run": {}}, asked, words)

@@ -11,9 +11,9 @@ import pytest
 
 PATH = list(sys.path)
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-secure, ckks, costs, opened, secaggplus = map(
+secure, ckks, costs, opened, ours, secaggplus = map(
     importlib.import_module,
-    ("secure", "peers.ckks", "peers.costs", "peers.opened", "peers.secaggplus"),
+    ("secure", "peers.ckks", "peers.costs", "peers.opened", "peers.ours", "peers.secaggplus"),
 )
 sys.path[:] = PATH
 
@@ -72,6 +72,42 @@ def test_what_a_round_of_flowers_costs_is_counted():
     assert min(cost) >= 0
     # Of Flower's masks and shares the server draws and joins more where one is lost.
     assert cost.mask > cost.quantise
+
+
+def test_a_round_of_ours_gives_the_mean_change_and_a_lost_hospital_is_left_out(tmp_path):
+    vectors = costs.vectors_of(1000, 5)
+    changes = [vector.astype(float) - costs.model_of(1000) for vector in vectors]
+    federation = ours.Federation(tmp_path, vectors)
+    lossy = federation.round(1, ["h001"])
+    whole = federation.round(2)
+    np.testing.assert_allclose(whole.mean, np.average(changes, 0, ours.rows_of(5)), atol=2e-9)
+    rows = np.array(ours.rows_of(5)) / sum(ours.rows_of(5))
+    rows[1] = 0
+    # Those that remain count the same in its place.
+    rest = sum(row * change for row, change in zip(rows, changes, strict=True)) / (4 / 5)
+    np.testing.assert_allclose(lossy.mean, rest, atol=2e-9)
+    assert np.abs(whole.mean - rest).max() > 1e-4
+    assert len(whole.mask) == 5
+    assert len(lossy.mask) == 4
+
+
+def test_what_a_round_of_ours_costs_is_counted():
+    cost = ours.ours(1000, 5)
+    assert cost.exchanges == 2
+    assert 1 < cost.upload < 2
+    assert 0 < cost.error < 2e-9
+    assert min(cost) >= 0
+
+
+def test_of_three_hospitals_none_may_be_lost():
+    cost = ours.ours(1000, 3)
+    assert np.isnan(cost.open_one_lost)
+    assert secure.seconds_in_words(cost.open_one_lost) == ""
+
+
+def test_masks_cost_more_than_the_cipher_alone():
+    masking = ours.masking(1_000_000, 3)
+    assert 0 < masking.cipher < masking.masking
 
 
 @pytest.mark.parametrize("question", ["seed_of_32_bits", "keys_unsigned", "counts_in_clear"])
