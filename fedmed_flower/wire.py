@@ -89,6 +89,8 @@ LETTER = "letter"
 BOOKS = "books"
 # The masked vectors.
 MASKED = "masked"
+# What a handler has counted, by the name of the part of the sum. It does not leave unmasked.
+SUMMANDS = "summands"
 
 # What the names of records begin with that a method sends beside the model.
 METHOD_RECORD = "method-"

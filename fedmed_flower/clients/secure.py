@@ -52,6 +52,7 @@ from fedmed_flower.wire import (
     SECURE,
     SECURE_RUN,
     SERVER_ROUND,
+    SUMMANDS,
 )
 
 # What differs from one run or round to the next, and does not make another question.
@@ -163,7 +164,8 @@ def _values(
     record: Record, message: Message, content: RecordDict
 ) -> tuple[dict[str, NDArray[Any]], float]:
     """Return what a reply adds to each part of a sum, and the weight of its change of the model."""
-    (metrics,) = content.metric_records.values()
+    metrics = next(iter(content.metric_records.values()), MetricRecord())
+    summands = content.array_records.get(SUMMANDS, ArrayRecord())
     weight = _weight(record, metrics)
     values: dict[str, NDArray[Any]] = {}
     before = next(iter(message.content.array_records.values()), ArrayRecord())
@@ -183,6 +185,8 @@ def _values(
             values[name] = np.array([1])
         elif name == CLIPPED.name:
             values[name] = np.array([0])
+        elif name in summands:
+            values[name] = view(summands[name])
         elif name in metrics:
             values[name] = np.atleast_1d(np.asarray(metrics[name]))
         else:
@@ -298,12 +302,23 @@ def unmask(client: MedicalClient, message: Message) -> RecordDict:
 
 def count(client: MedicalClient, message: Message) -> RecordDict:
     """Return the number of training rows, for a secure sum alone."""
-    if RECORD not in message.content.config_records.get(SECURE, ConfigRecord()):
-        raise DeclinedError("rows are counted in a secure sum alone")
+    require_summed(message, "rows")
     client.read(message)
     data = client.data()
     client.require_several(data.train)
     return RecordDict({"metrics": MetricRecord({ROWS.name: client.count("train")})})
+
+
+def require_summed(message: Message, what: str) -> None:
+    """Raise `DeclinedError` if a message does not ask for a secure sum."""
+    if RECORD not in message.content.config_records.get(SECURE, ConfigRecord()):
+        raise DeclinedError(f"{what} are counted in a secure sum alone")
+
+
+def summands(**parts: NDArray[Any]) -> RecordDict:
+    """Return what a hospital adds to each part of a sum as the content of a handler."""
+    arrays = {name: Array(np.ascontiguousarray(values)) for name, values in parts.items()}
+    return RecordDict({SUMMANDS: ArrayRecord(arrays)})
 
 
 @contextmanager

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedmed_flower.arrays.views import view
 from fedmed_flower.secure.collector import Collector
 from fedmed_flower.secure.encoding import SecureError, Value, decoded, encoded
-from fedmed_flower.secure.record import Hello, Record
-from fedmed_flower.secure.ring import Layout, Words
+from fedmed_flower.secure.parts import CLIPPED, ONES
+from fedmed_flower.secure.record import DATA, Hello, Record
+from fedmed_flower.secure.ring import Layout, Part, Words
 from fedmed_flower.server.ask import ask_all
 from fedmed_flower.server.inbox import SUM_NODE, Inbox
 from fedmed_flower.wire import (
@@ -148,6 +149,67 @@ class SecureSums:
         record.require_enough(record.names)
         return record
 
+    @property
+    def greeted(self) -> set[int]:
+        """The nodes that have said hello."""
+        return {*self._nodes.values()}
+
+    def question(
+        self,
+        nodes: Collection[int],
+        name: str,
+        content: RecordDict,
+        parts: Sequence[Part],
+        number: int = 0,
+    ) -> Opened:
+        """Put one question about data to nodes, and open the sum over all of them or not at all.
+
+        Parameters
+        ----------
+        nodes : collection of int
+            They have said hello.
+        name : str
+            Name of the query.
+        content : RecordDict
+            The same for all: no field is for one hospital.
+        parts : sequence of Part
+            What is summed.
+        number : int
+            Of the round or block, for the list of failures.
+
+        Raises
+        ------
+        SecureError
+            If one of them does not answer, or has sent what cannot be; the text has the way out.
+        """
+        known = len(self.inbox.history.failures)
+        layout = Layout((*parts, ONES, CLIPPED))
+        try:
+            record = self.record(nodes, name, DATA, number, layout, {})
+            # Each message gets the record of the sum, so each needs a content of its own.
+            messages = [
+                Message(RecordDict({**content}), node_id, f"{MessageType.QUERY}.{name}")
+                for node_id in self.nodes_of(record)
+            ]
+            opened = self.sum(messages, record, name, self.timeout, whole=True)
+        except SecureError as error:
+            failures = self.inbox.history.failures[known:]
+            reasons = "".join(f"; {failure.site}: {failure.reason}" for failure in failures)
+            raise SecureError(
+                f"the secure sum of {name} is lost: {error}{reasons}. A question about data is "
+                "answered over all hospitals or not at all, so that no difference of two answers "
+                "shows one hospital: ask again when all of them answer, or let each of the others "
+                "leave it out (`fedmed keys regroup`)"
+            ) from error
+        if int(opened.values[ONES.name][0]) != len(opened.members):
+            raise SecureError(f"the secure sum of {name} is wrong: a mask was wrong")
+        if clipped := int(opened.values[CLIPPED.name][0]):
+            raise SecureError(
+                f"{clipped} numbers of the secure sum of {name} are no numbers or larger than a "
+                "sum may hold: ask for columns in other units, or leave them out"
+            )
+        return opened
+
     def nodes_of(self, record: Record) -> list[int]:
         """Return the nodes of a record's hospitals."""
         return [self._nodes[name] for name in record.names]
@@ -160,6 +222,7 @@ class SecureSums:
         timeout: float,
         minimum: int | None = None,
         grace: float = 0.0,
+        whole: bool = False,
     ) -> Opened:
         """Send messages that ask for a sum, and open it over those that remain.
 
@@ -170,6 +233,9 @@ class SecureSums:
         record : Record
         phase, timeout, minimum, grace
             As in `Inbox.collect`.
+        whole : bool
+            Whether to open it over all hospitals of the record or not at all. No hospital is then
+            asked who remains, so all may still answer later.
 
         Raises
         ------
@@ -195,6 +261,9 @@ class SecureSums:
         finally:
             for site, problem in collector.problems.items():
                 self.inbox.fail(server_round, phase, site, problem)
+        if whole and not complete:
+            lost = sorted({*record.names} - {*collector.members})
+            raise SecureError(f"{', '.join(lost)} did not add to it")
         signatures = {} if complete else self._certificate(collector, server_round)
         members = collector.members
         contents = {
