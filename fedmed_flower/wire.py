@@ -104,11 +104,18 @@ CONTRIBUTION = "contribution"
 PICTURES = "pictures"
 STATISTICS = "statistics"
 COHORT = "cohort"
+# The question for it where the numbers of people are known as sums alone.
+DESIGN = "design"
 VARIANTS = "variants"
 POSITIONS = "positions"
 SUMS = "sums"
 # Which variants a hospital is asked for, in a message of an association study.
 BLOCK = "block"
+# Their ids and alleles, where all hospitals are told the same.
+NAMED = "named"
+# What the server says of the models of these variants; and by which test.
+MODELS = "models"
+TEST = "test"
 # Entries of these records.
 DIGESTS = "digests"
 DIGEST_BYTES = 8
