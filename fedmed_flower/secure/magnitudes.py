@@ -13,8 +13,8 @@ from fedmed_flower.secure.ring import REAL, Part
 
 # The largest real number that a part may hold.
 LARGEST = 2.0**40
-# Each number is sent in three sizes, by which numbers from 2^-122 to 2^100 can be told.
-_EXPONENTS = (60, 0, -60)
+# Each number is sent in four sizes, by which numbers from 2^-122 to 2^160 can be told.
+_EXPONENTS = (60, 0, -60, -120)
 
 
 def part_of(name: str, count: int) -> Part:

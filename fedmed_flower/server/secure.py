@@ -79,6 +79,8 @@ class SecureSums:
     ----------
     hellos : dict of str to Hello
         What each hospital has said, by name.
+    about : dict of str to dict
+        What each hospital says of its rows' source, by name.
     opened : list of (int, str, list of str)
         Round, purpose and hospitals of each sum that was opened.
     """
@@ -92,6 +94,7 @@ class SecureSums:
         self.timeout = timeout
         self.books = books
         self.hellos: dict[str, Hello] = {}
+        self.about: dict[str, dict[str, Any]] = {}
         self.opened: list[tuple[int, str, list[str]]] = []
         self._nodes: dict[str, int] = {}
 
@@ -107,9 +110,10 @@ class SecureSums:
             hello.verify()
             if hello.run != self.run:
                 raise SecureError("its hello is of another run")
-            said = str(reply.config_records[SITE_RECORD]["name"])
-            if said != hello.name:
+            about = dict(reply.config_records[SITE_RECORD])
+            if (said := str(about["name"])) != hello.name:
                 raise SecureError(f"its hello is of {hello.name!r}, and it is named {said!r}")
+            self.about[hello.name] = about
             return hello
 
         for node_id, hello in self._ask("hello", dict.fromkeys(new, content), read, server_round):

@@ -46,6 +46,9 @@ _LEFT = """<h2>What left each hospital</h2><p>The numbers behind these tables, b
 sums, sums of squares and of products, and the edges of merged cells. Each is of {} patients or
 more of that hospital, or of none, alone and combined with earlier answers. Each hospital also
 disclosed what it withholds, and which condition it refused.</p>"""
+_SUMMED = """<h2>What left each hospital</h2><p>Numbers under masks that cancel in the sum alone:
+the server knows the sums behind these tables, and of each figure how many hospitals tell it. Each
+of them left out what is of fewer patients than its minimum. The sums are over {}.</p>"""
 _NOISED = """<h2>What left each hospital</h2><p>The numbers behind these tables, each with Gaussian
 noise: what they disclose about one patient is bounded by epsilon <b>{}</b> at delta {}, charged to
 each hospital’s ledger before it was computed. Counts are estimates: none of them is exact.</p>"""
@@ -146,6 +149,8 @@ def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
     minima = [reported["minimum"] for reported in survey["sites"].values()]
     if request["epsilon"]:
         parts.append(_NOISED.format(escaped(request["epsilon"]), escaped(request["delta"])))
+    elif members := survey.get("members"):
+        parts.append(_SUMMED.format(escaped(", ".join(members))))
     else:
         parts.append(_LEFT.format(escaped(min(minima, default=None))))
     # Without noise delta says nothing.

@@ -1,0 +1,231 @@
+"""Statistics by secure sums give what plain ones give, and show no single hospital."""
+
+import json
+
+import numpy as np
+import pytest
+from statistics_rows import make_patients
+from surveys import Ward, surveyed
+from tiny import says
+
+from fedmed_flower import SiteData
+from fedmed_flower.engines.local import LocalGrid
+from fedmed_flower.errors import InputError
+from fedmed_flower.statistics import client as hospital
+from fedmed_flower.statistics.request import Request, Survival, parse_filter
+
+SUM = {"run_config": {"secure": "sum"}}
+CENTRES = {"sex": ("f", "m"), "centre": ("a", "b", "c")}
+QUESTION = Request(
+    columns=("age", "lab", "sex", "centre"),
+    categories=CENTRES,
+    kinds=("tables", "moments", "correlations"),
+    pairs=(("sex", "centre"),),
+)
+
+
+def ward(*counts, change=lambda rows, site: rows):
+    """Return hospitals with so many patients each."""
+
+    class Counted(Ward):
+        def load_data(self, site):
+            rows = make_patients(counts[site.index], site.index, f"{site.index}-")
+            return SiteData(change(rows, site), source="made up", generated=True)
+
+    return Counted
+
+
+def both(client, request, folder, sites=4):
+    plain = surveyed(client, request, folder / "plain", sites)
+    summed = surveyed(client, request, folder / "sums", sites, **SUM)
+    return plain.overall(), summed.overall(), summed
+
+
+def same(one, other):
+    """Compare two figures to nine digits, and all else exactly."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            same(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            same(*pair)
+    elif isinstance(one, float):
+        assert other == pytest.approx(one, rel=1e-9, abs=1e-12)
+    else:
+        assert one == other
+
+
+def without_hospitals(figures):
+    """Return figures without over how many hospitals correlations and tables are."""
+    for part in (*figures["correlations"], *figures["pairs"]):
+        part.pop("hospitals")
+    return figures
+
+
+def test_figures_are_those_of_the_plain_survey(tmp_path):
+    def change(rows, site):
+        # Of each pair of categories there are enough.
+        return [{**row, "centre": "a" if row["centre"] == "c" else row["centre"]} for row in rows]
+
+    plain, sums, answer = both(ward(350, 400, 500, 420, change=change), QUESTION, tmp_path)
+    same(without_hospitals(plain), without_hospitals(sums))
+    assert sums["numeric"]["lab"]["hospitals"] == 4
+    assert [entry["columns"] for entry in sums["correlations"]] == [["age", "lab"]]
+    assert sums["pairs"][0]["counts"] == plain["pairs"][0]["counts"]
+    assert list(answer.sites) == ["sum of 4 hospitals"]
+    assert answer.generated
+    assert answer.members == [f"hospital-{n}" for n in (1, 2, 3, 4)]
+    page = (tmp_path / "sums" / "report.html").read_text()
+    assert "The sums are over hospital-1, hospital-2, hospital-3, hospital-4." in page
+
+
+def test_conditions_and_moments_alone(tmp_path):
+    request = Request(columns=("age", "lab"), kinds=("moments",), where=(parse_filter("age>=40"),))
+    plain, sums, _ = both(ward(150, 200, 160, 120), request, tmp_path)
+    same(plain, sums)
+
+
+def test_a_column_in_any_unit(tmp_path):
+    def change(rows, site):
+        return [{**row, "lab": row["age"] * 1e-15, "age": row["age"] * 1e15} for row in rows]
+
+    client = ward(150, 200, 160, 120, change=change)
+    request = Request(columns=("age", "lab"), kinds=("moments", "correlations"))
+    plain, sums, _ = both(client, request, tmp_path)
+    # Two columns of which one follows from the other have a correlation of 1, but for rounding.
+    assert sums["correlations"][0]["r"] == pytest.approx(1, abs=1e-9)
+    for figures in (plain, sums):
+        figures["correlations"] = []
+    for name in ("age", "lab"):
+        for figure in ("mean", "sd"):
+            expected = plain["numeric"][name][figure]
+            assert sums["numeric"][name][figure] == pytest.approx(expected, rel=1e-9)
+
+
+def test_what_too_few_hospitals_tell_is_not_asked_for(tmp_path):
+    def change(rows, site):
+        if site.index == 0:
+            rows = [{**row, "lab": None} if index > 3 else row for index, row in enumerate(rows)]
+        if site.index < 2:
+            rows = [{name: value for name, value in row.items() if name != "age"} for row in rows]
+        return rows
+
+    client = ward(150, 200, 260, 220, 150, change=change)
+    request = Request(columns=("age", "lab"))
+    _, sums, answer = both(client, request, tmp_path, sites=5)
+    assert list(sums["numeric"]) == ["lab"]
+    assert sums["numeric"]["lab"]["hospitals"] == 4
+    assert answer.sites["sum of 5 hospitals"]["withheld"] == [
+        ["", "age", "3 of 5 hospitals tell it, and a sum needs 4"],
+        ["", "lab", "4 of 5 hospitals tell it: the figure is of these"],
+    ]
+    text = (tmp_path / "sums" / "report.html").read_text()
+    assert "4 of 5 hospitals tell it: the figure is of these" in text
+
+
+def test_the_rest_of_one_hospital_is_not_known_by_subtraction(tmp_path):
+    def change(rows, site):
+        # Only one hospital has centres that the question lacks.
+        if site.index != 2:
+            return [
+                {**row, "centre": "a" if row["centre"] == "c" else row["centre"]} for row in rows
+            ]
+        return [{**row, "centre": "z" if row["centre"] == "c" else row["centre"]} for row in rows]
+
+    client = ward(350, 400, 900, 420, change=change)
+    request = Request(columns=("centre",), categories={"centre": ("a", "b")})
+    plain, sums, _ = both(client, request, tmp_path)
+    counts = plain["categorical"]["centre"]["counts"]
+    assert counts["z"] >= 10
+    found = sums["categorical"]["centre"]
+    assert found["counts"] == {"a": counts["a"]}
+    assert found["few"] == counts["b"] + counts["z"]
+
+
+def test_a_hospital_that_is_lost_loses_the_sum(tmp_path, monkeypatch):
+    original = hospital.tallies
+
+    def failing(client, message):
+        if client.site.name == "hospital-2":
+            raise OSError("the disk is gone")
+        return original(client, message)
+
+    monkeypatch.setattr(hospital, "tallies", failing)
+    with pytest.raises(InputError) as error:
+        surveyed(
+            ward(150, 200, 160, 120, 90), Request(columns=("age",)), tmp_path / "run", 5, **SUM
+        )
+    assert str(error.value).startswith(
+        "no hospital has sent statistics: the secure sum of tallies is lost: hospital-2 did not "
+        "add to it; hospital-2: OSError: the disk is gone. A question about data is answered over "
+        "all hospitals or not at all"
+    )
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed"
+
+
+def test_no_reply_holds_a_number_of_one_hospital(tmp_path, monkeypatch):
+    replies = []
+    original = LocalGrid.pull_messages
+
+    def noting(self, ids):
+        pulled = list(original(self, ids))
+        replies.extend(pulled)
+        return pulled
+
+    monkeypatch.setattr(LocalGrid, "pull_messages", noting)
+    surveyed(ward(150, 200, 160, 120), Request(columns=("age", "lab")), tmp_path / "run", **SUM)
+    assert {name for reply in replies for name in reply.content} == {"masked", "secure", "site"}
+    words = [
+        reply.content["masked"]["words64"].numpy() for reply in replies if "masked" in reply.content
+    ]
+    assert len(words) == 16
+    # Bare, all counts are below 2^56.
+    assert np.mean(np.concatenate(words) > 1 << 56) > 0.9
+
+
+ALONE = {"columns": ("age",)}
+
+
+@pytest.mark.parametrize(
+    ("request_", "text"),
+    [
+        ({}, "a question about all columns: name them: --column"),
+        (ALONE | {"by": "sex"}, "by: ask for one group at a time: --where"),
+        (
+            ALONE | {"by": "age", "by_width": 10.0},
+            "windows: ask for one window at a time: --where",
+        ),
+        (
+            ALONE | {"weekly": "day"},
+            "weekly counts, of which hospitals leave out some: leave them out",
+        ),
+        (
+            ALONE | {"survival": Survival("time", "event", 10.0, 1.0)},
+            "a survival curve, whose times each hospital merges: leave it out",
+        ),
+        (
+            ALONE | {"kinds": ("histograms",)},
+            "quantiles, whose cells each hospital merges: leave them out: means and standard "
+            "deviations are given",
+        ),
+        (ALONE | {"epsilon": 1.0}, "noise (epsilon): leave --epsilon out"),
+        (
+            ALONE | {"pairs": (("sex", "centre"),)},
+            "sex without its categories, which hospitals would have to name: declare them: "
+            "--categories sex=A,B",
+        ),
+    ],
+)
+def test_what_is_no_sum_is_refused_by_name(tmp_path, request_, text):
+    with pytest.raises(InputError, match=says(f'secure="sum" excludes {text}')):
+        surveyed(Ward, Request(**request_), tmp_path / "run", **SUM)
+    assert not (tmp_path / "run").exists()
+
+
+def test_drift_is_refused(tmp_path):
+    text = 'secure="sum" excludes drift, which compares single hospitals: leave it out'
+    with pytest.raises(InputError, match=says(text)):
+        surveyed(Ward, Request(columns=("age",)), tmp_path / "run", drift="sites", **SUM)
