@@ -1,10 +1,12 @@
 """Association studies by secure sums give what plain ones give, and show no single hospital."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from keyed_hospitals import keyed
 from studies import World, lines_of, study
 from tiny import context_of, see
 
@@ -148,6 +150,27 @@ def test_no_reply_holds_a_number_of_one_hospital(tmp_path, monkeypatch):
     # Bare, most words are small numbers or 0.
     for vector in words:
         assert (vector > 1 << 56).mean() > 0.9
+
+
+def test_real_hospitals_give_the_sums_of_simulated_ones(tmp_path):
+    world = World(tmp_path)
+    names = ("hospital-1", "hospital-2", "hospital-3")
+    nodes = keyed(tmp_path, *names, secure_only="cohort,counts,logistic")
+
+    class Real(GenomicsClient):
+        @property
+        def site(self):
+            found = super().site
+            return replace(found, index=names.index(found.name))
+
+    client = world.client(Real)
+    _, simulated = study(client, tmp_path, test="logistic", **SUM)
+    (tmp_path / "run").rename(tmp_path / "simulated")
+    summary, lines = study(client, tmp_path, nodes, test="logistic", **SUM)
+    assert summary["failures"] == []
+    for name, line in lines.items():
+        assert float(line["p"]) == pytest.approx(float(simulated[name]["p"]), abs=1e-12)
+        assert line["people"] == simulated[name]["people"]
 
 
 def test_components_are_refused(tmp_path):

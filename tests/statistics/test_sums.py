@@ -4,15 +4,19 @@ import json
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from keyed_hospitals import keyed
 from statistics_rows import make_patients
 from surveys import Ward, surveyed
-from tiny import says
+from tiny import context_of, says
 
 from fedmed_flower import SiteData
+from fedmed_flower.clients.app import answer as answer_of
 from fedmed_flower.engines.local import LocalGrid
 from fedmed_flower.errors import InputError
 from fedmed_flower.statistics import client as hospital
 from fedmed_flower.statistics.request import Request, Survival, parse_filter
+from fedmed_flower.wire import MESSAGE_VERSION
 
 SUM = {"run_config": {"secure": "sum"}}
 CENTRES = {"sex": ("f", "m"), "centre": ("a", "b", "c")}
@@ -184,6 +188,35 @@ def test_no_reply_holds_a_number_of_one_hospital(tmp_path, monkeypatch):
     assert len(words) == 16
     # Bare, all counts are below 2^56.
     assert np.mean(np.concatenate(words) > 1 << 56) > 0.9
+
+
+def test_real_hospitals_answer_in_sums_alone_and_later_over_the_same(tmp_path):
+    names = ("north", "south", "east")
+    nodes = keyed(tmp_path, *names, secure_only="statistics")
+
+    class Real(Ward):
+        def load_data(self, site):
+            number = names.index(site.name)
+            rows = make_patients((150, 200, 160)[number], number, f"{site.name}-")
+            return SiteData(rows, source="made up")
+
+    request = Request(columns=("age",))
+    answer = surveyed(Real, request, tmp_path / "run", 3, nodes, **SUM)
+    assert answer.members == sorted(names)
+    assert answer.overall()["patients"] == 510
+    assert answer.overall()["numeric"]["age"]["hospitals"] == 3
+    again = surveyed(Real, request, tmp_path / "again", 3, nodes, **SUM)
+    assert again.overall() == answer.overall()
+    declined = 'declined: statistics is answered in secure sums alone (set secure="sum")'
+    with pytest.raises(InputError, match=says(f"no hospital has sent statistics: {declined}")):
+        surveyed(Real, request, tmp_path / "plain", 3, nodes)
+
+
+def test_what_is_no_question_of_a_sum_is_refused_by_the_hospital(tmp_path):
+    content = RecordDict({"config": ConfigRecord({"version": MESSAGE_VERSION})})
+    message = Message(content, 1, "query.tallies")
+    reply = answer_of(Ward, "fedmed_flower.statistics.client:tallies", message, context_of(0, 4))
+    assert "statistics are counted in a secure sum alone" in reply.error.reason
 
 
 ALONE = {"columns": ("age",)}
