@@ -119,7 +119,7 @@ class StudySums:
         self._sums.greet([panel.nodes[site] for site in panel.taking], 0)
         failures = self._sums.inbox.history.failures
         for site in panel.taking:
-            if panel.nodes[site] not in self._sums.greeted:
+            if panel.names[site] not in self._sums.greeted:
                 reasons = [one.reason for one in failures if one.site == panel.names[site]]
                 panel.leave_out(site, "hello", reasons[-1] if reasons else "it says no hello")
         names = panel.about[0]["covariates"]

@@ -154,9 +154,9 @@ class SecureSums:
         return record
 
     @property
-    def greeted(self) -> set[int]:
-        """The nodes that have said hello."""
-        return {*self._nodes.values()}
+    def greeted(self) -> dict[str, int]:
+        """The nodes that have said hello, by the hospitals' names."""
+        return dict(self._nodes)
 
     def question(
         self,

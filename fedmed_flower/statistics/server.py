@@ -224,15 +224,16 @@ def ask_sums(sums: SecureSums, request: Request, config: Mapping[str, Any]) -> A
     """
     answer = Answer(request)
     sums.greet([*sums.grid.get_node_ids()], 0)
-    failures = sums.inbox.history.failures
-    answer.failures = [(failure.site, failure.reason) for failure in failures]
     try:
         name, reported, answer.members = ask_for_sums(sums, request, config)
     except InputError as error:
-        answer.failures.insert(0, (ALL_SITES, str(error)))
-        return answer
-    answer.sites[name] = reported
-    for about in sums.about.values():
+        answer.failures = [(ALL_SITES, str(error))]
+    else:
+        answer.sites[name] = reported
+    failures = sums.inbox.history.failures
+    answer.failures += dict.fromkeys((failure.site, failure.reason) for failure in failures)
+    for site in answer.members:
+        about = sums.about[site]
         answer.sources.add(str(about.get("data", "not named"))[:200])
         answer.generated |= about.get("generated") is True
     return answer

@@ -32,7 +32,7 @@ from fedmed_flower.statistics.tallies import (
     number_of_samples,
 )
 from fedmed_flower.statistics.types import Floats, Reported
-from fedmed_flower.wire import MESSAGE_VERSION, MODELS, REQUEST, VERSION
+from fedmed_flower.wire import DECLINED, MESSAGE_VERSION, MODELS, REQUEST, VERSION
 
 _QUERY = "tallies"
 # Distances in units add up to at most the root of the number of rows, and their squares to 1.
@@ -86,7 +86,7 @@ def ask_for_sums(
     Raises
     ------
     InputError
-        If a hospital does not answer, or the sums are none that hospitals can have.
+        If a hospital fails to answer, or the sums are none that hospitals can have.
     """
     try:
         return _Survey(sums, request, config).answer()
@@ -104,12 +104,11 @@ class _Survey:
             {VERSION: MESSAGE_VERSION, REQUEST: request.to_text(), **config}
         )
         self._keys = keys_of(request)
+        self._nodes = sums.greeted
         self._members: list[str] = []
 
     def answer(self) -> tuple[str, Reported, list[str]]:
-        keys = self._keys
-        everything = np.ones(len(keys), bool)
-        told = self._asked(everything, {}, [])["told"]
+        told = self._told()
         fewest = self._fewest
         asked = self._chosen(told, fewest)
         found = self._numbers(asked, told)
@@ -126,6 +125,21 @@ class _Survey:
                 if part is not None:
                     part["hospitals"] = numbers.told
         return f"sum of {hospitals} hospitals", reported, self._members
+
+    def _told(self) -> NDArray[np.int64]:
+        """Return how many hospitals tell each key; a hospital that declines takes no part."""
+        everything = np.ones(len(self._keys), bool)
+        failures = self._sums.inbox.history.failures
+        known = len(failures)
+        try:
+            return self._asked(everything, {}, [])["told"]
+        except SecureError:
+            declined = {one.site for one in failures[known:] if one.reason.startswith(DECLINED)}
+            if not declined:
+                raise
+            # No sum was opened, so no hospital has bound itself to the others yet.
+            self._nodes = {n: node for n, node in self._nodes.items() if n not in declined}
+        return self._asked(everything, {}, [])["told"]
 
     @property
     def _fewest(self) -> int:
@@ -304,7 +318,7 @@ class _Survey:
         content = RecordDict({"config": ConfigRecord({**self._config})})
         content[MODELS] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
         both = [Part("told", len(self._keys), COUNT), *parts]
-        opened = self._sums.question(self._sums.greeted, _QUERY, content, both)
+        opened = self._sums.question([*self._nodes.values()], _QUERY, content, both)
         self._members = opened.members
         if told is not None and (opened.values["told"] != np.where(asked, told, 0)).any():
             raise SecureError(

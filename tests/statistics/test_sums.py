@@ -170,6 +170,28 @@ def test_a_hospital_that_is_lost_loses_the_sum(tmp_path, monkeypatch):
     assert summary["status"] == "failed"
 
 
+def test_a_hospital_that_declines_takes_no_part(tmp_path):
+    class Noised(Ward):
+        def load_data(self, site):
+            rows = make_patients(100 + site.index, site.index, f"{site.index}-")
+            return SiteData(rows, source="made up")
+
+        @property
+        def secretive(self):
+            return self.site.index == 1
+
+    answer = surveyed(Noised, Request(columns=("age",)), tmp_path / "run", 5, **SUM)
+    assert answer.members == [f"hospital-{number}" for number in (1, 3, 4, 5)]
+    assert answer.overall()["patients"] == 100 + 102 + 103 + 104
+    assert answer.failures == [
+        (
+            "hospital-2",
+            "declined: this hospital, or this run, protects patients by noise, and a secure sum of "
+            "statistics carries none",
+        )
+    ]
+
+
 def test_no_reply_holds_a_number_of_one_hospital(tmp_path, monkeypatch):
     replies = []
     original = LocalGrid.pull_messages
