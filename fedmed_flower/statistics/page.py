@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,11 @@ def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
     rest = [table for table in all_tables if not table["title"].startswith(("Table 1", CURVE))]
     noised = bool(survey["request"]["epsilon"])
     notes = _NOTES.format(_ESTIMATES if noised else _BOUNDS)
-    parts = [_head(summary, styles), *(_table(table) for table in first), notes if first else ""]
+    parts = [
+        _head(summary, survey.get("members") or survey["sites"]),
+        *(_table(table) for table in first),
+        notes if first else "",
+    ]
     with matplotlib.rc_context(plots.SETTINGS):
         for name, group in islice(survey["groups"].items(), _MOST_PLOTS):
             reported = {
@@ -170,7 +174,7 @@ def _listed(value: Any) -> Any:
     return ", ".join(value) if texts else value
 
 
-def _head(summary: Mapping[str, Any], styles: Styles) -> str:
+def _head(summary: Mapping[str, Any], sites: Collection[str]) -> str:
     date = escaped(summary.get("started")).replace("T", " ")[:16]
     failed = summary.get("status") != "finished"
     alert = (
@@ -178,7 +182,7 @@ def _head(summary: Mapping[str, Any], styles: Styles) -> str:
     )
     return (
         f'<h1>{escaped(summary.get("app"))}</h1><p class="soft">Federated statistics · {date} · '
-        f"{count_of(len(styles), 'hospital')}</p>{alert if failed else ''}"
+        f"{count_of(len(sites), 'hospital')}</p>{alert if failed else ''}"
         "<nav></nav>"
     )
 

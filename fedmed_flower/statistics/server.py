@@ -402,6 +402,7 @@ def _summary(answer: Answer, content: dict[str, Any]) -> dict[str, Any]:
             name: sum(group["patients"] for group in reported["groups"])
             for name, reported in answer.sites.items()
         },
+        "members": answer.members,
         "tables": tables(content),
         "failures": content["failures"],
         "versions": {"python": platform.python_version()}
