@@ -16,12 +16,14 @@ from fedmed_flower.secure.encoding import SecureError
 from fedmed_flower.secure.magnitudes import part_of, total, units
 from fedmed_flower.secure.ring import COUNT, REAL, Part
 from fedmed_flower.server.secure import SecureSums
+from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.replies import read_reply
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.tallies import (
     CATEGORICAL,
     CATEGORY,
     CORRELATED,
+    EDGE,
     NUMERIC,
     PAIR,
     REST,
@@ -32,6 +34,7 @@ from fedmed_flower.statistics.tallies import (
     number_of_samples,
 )
 from fedmed_flower.statistics.types import Floats, Reported
+from fedmed_flower.statistics.withheld import HISTOGRAM
 from fedmed_flower.wire import DECLINED, MESSAGE_VERSION, MODELS, REQUEST, VERSION
 
 _QUERY = "tallies"
@@ -153,10 +156,14 @@ class _Survey:
         """Return which keys are asked for: those that enough hospitals tell.
 
         What no category has is known from the others. If that is the rest of too few hospitals, one
-        category that all tell is left to the rest too.
+        category that all tell is left to the rest too. Values below an edge are asked for if all
+        that tell the column know them, so that edges can be compared.
         """
         asked = told >= fewest
+        told_of = dict(zip(self._keys, told.tolist(), strict=True))
         for place, key in enumerate(self._keys):
+            if key.kind == EDGE:
+                asked[place] &= told_of[key] == told_of[Key(NUMERIC, key.columns)]
             if key.kind == REST and 0 < told[place] < fewest:
                 of_column = [
                     other
@@ -248,7 +255,7 @@ class _Survey:
         withheld = []
         for index, key in enumerate(self._keys):
             number = int(told[index])
-            if key.kind == REST or number == hospitals:
+            if key.kind in (REST, EDGE) or number == hospitals:
                 continue
             few = f"{number} of {hospitals} hospitals tell it"
             why = f"{few}: the figure is of these"
@@ -263,7 +270,14 @@ class _Survey:
         group |= {"numeric": {}, "categorical": {}, "correlations": [], "pairs": []}
         for key, numbers in found.items():
             if key.kind == NUMERIC:
-                group["numeric"][key.columns[0]] = self._numeric(numbers)
+                part = self._numeric(numbers)
+                group["numeric"][key.columns[0]] = part
+                if "histograms" in self._request.kinds and part["n"]:
+                    if histogram := self._histogram(key, part["n"], found):
+                        part["histogram"] = histogram
+                    else:
+                        why = "not all hospitals that tell the column count the same cells"
+                        withheld.append(["", f"{HISTOGRAM}{key.columns[0]}"[:400], why])
             elif key.kind == CATEGORICAL:
                 group["categorical"][key.columns[0]] = self._categorical(key, found)
             elif key.kind == CORRELATED:
@@ -279,6 +293,19 @@ class _Survey:
         if "moments" in self._request.kinds and count:
             part |= numbers.samples[0]
         return part
+
+    def _histogram(self, key: Key, count: int, found: Mapping[Key, _Numbers]) -> Reported | None:
+        """Return the cells of a column between the edges at which all hospitals count."""
+        below = {
+            float(one.category): numbers.counts[0]
+            for one, numbers in found.items()
+            if one.kind == EDGE and one.columns == key.columns
+        }
+        if not below:
+            return None
+        counts = np.diff([0, *below.values(), count]).tolist()
+        whole = Declared(self._request).is_whole(key.columns[0])
+        return {"edges": list(below), "counts": counts, "whole": whole}
 
     def _categorical(self, key: Key, found: Mapping[Key, _Numbers]) -> Reported:
         count, missing = found[key].counts

@@ -8,6 +8,7 @@ column. It is first asked how many hospitals tell each key, and then for those t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -16,19 +17,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed_flower.errors import InputError
+from fedmed_flower.statistics.declared import Declared
+from fedmed_flower.statistics.pooling import values_below
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.statistics.types import Floats, Reported
-from fedmed_flower.statistics.withheld import AND, BY, CORRELATION
+from fedmed_flower.statistics.withheld import AND, BY, CORRELATION, HISTOGRAM
 
 ROWS = "rows"
 NUMERIC = "numeric"
 CATEGORICAL = "categorical"
 CATEGORY = "category"
+EDGE = "edge"
 REST = "rest"
 CORRELATED = "correlation"
 PAIR = "pair"
 
 _MOST_CELLS = 1_000_000
+_MOST_EDGES = 1_000
 
 
 class Key(NamedTuple):
@@ -39,7 +44,7 @@ class Key(NamedTuple):
     kind : str
     columns : tuple of str
     category : str
-        Of a single category.
+        Of a single category; of an edge of cells, its value.
     """
 
     kind: str
@@ -53,6 +58,8 @@ class Key(NamedTuple):
             return "patients"
         if self.kind == CATEGORY:
             return f"{self.columns[0]} = {self.category}"
+        if self.kind == EDGE:
+            return f"{HISTOGRAM}{self.columns[0]}"
         if self.kind == CORRELATED:
             return f"{CORRELATION}{AND.join(self.columns)}"
         return BY.join(self.columns)
@@ -77,11 +84,6 @@ def require_tallied(request: Request, drift: str) -> None:
         (drift, "drift, which compares single hospitals", "leave it out"),
         (request.weekly, "weekly counts, of which hospitals leave out some", "leave them out"),
         (request.survival, "a survival curve, whose times each hospital merges", "leave it out"),
-        (
-            "histograms" in request.kinds,
-            "quantiles, whose cells each hospital merges",
-            "leave them out: means and standard deviations are given",
-        ),
     ):
         if refused:
             raise InputError(f'secure="sum" excludes {what}: {way_out}')
@@ -94,6 +96,9 @@ def require_tallied(request: Request, drift: str) -> None:
     for name in request.categories:
         if name not in named:
             raise InputError(f"{name} has categories and is not asked for: name it by --column")
+    if "histograms" in request.kinds:
+        for name in _numeric(request):
+            _require_edges(request, name)
     cells = sum(
         len(request.categories[one]) * len(request.categories[other])
         for one, other in request.pairs
@@ -104,10 +109,43 @@ def require_tallied(request: Request, drift: str) -> None:
         )
 
 
+def _numeric(request: Request) -> list[str]:
+    return [name for name in request.columns if name not in request.categories]
+
+
+def _require_edges(request: Request, name: str) -> None:
+    if name not in request.ranges:
+        raise InputError(
+            f'secure="sum" excludes quantiles of {name} without its range, from which the cells '
+            f"follow that all hospitals count: declare it: --range {name}=LOW,HIGH"
+        )
+    low, high = request.ranges[name]
+    width = Declared(request).resolution(name)
+    if width is None or not (high - low) / width <= _MOST_EDGES:
+        raise InputError(
+            f"the range of {name} must have at most {_MOST_EDGES} cells, got {low:g} to {high:g} "
+            f"in cells of {width}: choose a larger --resolution"
+        )
+
+
+def edges_of(request: Request, name: str) -> list[float]:
+    """Return the values below which the values of a column are counted: multiples of a width.
+
+    Hospitals whose cells are wider know the counts at some of them.
+    """
+    width = Declared(request).resolution(name)
+    if width is None or name not in request.ranges:
+        return []
+    low, high = request.ranges[name]
+    return [step * width for step in range(math.ceil(low / width), math.floor(high / width) + 1)]
+
+
 def keys_of(request: Request) -> list[Key]:
     """Return what is asked of each hospital, in the order of its numbers."""
-    numeric = [name for name in request.columns if name not in request.categories]
+    numeric = _numeric(request)
     keys = [Key(ROWS), *(Key(NUMERIC, (name,)) for name in numeric)]
+    if "histograms" in request.kinds:
+        keys += [Key(EDGE, (n,), repr(edge)) for n in numeric for edge in edges_of(request, n)]
     for name in request.columns:
         if name not in request.categories:
             continue
@@ -124,7 +162,9 @@ def number_of_counts(key: Key, request: Request) -> int:
     if key.kind == PAIR:
         one, other = (request.categories[name] for name in key.columns)
         return len(one) * len(other)
-    return {ROWS: 2, NUMERIC: 2, CATEGORICAL: 2, CATEGORY: 1, CORRELATED: 1}.get(key.kind, 0)
+    return {ROWS: 2, NUMERIC: 2, CATEGORICAL: 2, CATEGORY: 1, EDGE: 1, CORRELATED: 1}.get(
+        key.kind, 0
+    )
 
 
 def number_of_samples(key: Key) -> int:
@@ -148,8 +188,11 @@ def _tells(group: Reported | None, key: Key, request: Request) -> bool:
     if key.kind == ROWS:
         return True
     if key.kind == NUMERIC:
-        part = group["numeric"].get(key.columns[0])
-        return part is not None and ("moments" not in request.kinds or "mean" in part)
+        # Without a value there are no moments, and nothing is withheld.
+        return key.columns[0] in group["numeric"]
+    if key.kind == EDGE:
+        least, most = _below(group, key)
+        return least == most
     if key.kind == CORRELATED:
         return _correlation(group, key) is not None
     if key.kind == PAIR:
@@ -182,6 +225,8 @@ def counts(reported: Reported, request: Request, asked: NDArray[np.bool_]) -> ND
 def _counts(group: Reported, key: Key, request: Request) -> list[int]:
     if key.kind == ROWS:
         return [group["rows"], group["patients"]]
+    if key.kind == EDGE:
+        return [int(_below(group, key)[0])]
     if key.kind == CORRELATED:
         part = _correlation(group, key)
         return [part["of"][0]["n"]] if part is not None else [0]
@@ -268,6 +313,17 @@ def _sampled(group: Reported, key: Key) -> list[Reported] | None:
         return [part] if part is not None and "mean" in part else None
     part = _correlation(group, key)
     return None if part is None else part["of"]
+
+
+def _below(group: Reported, key: Key) -> tuple[float, float]:
+    """Return how many values of a column lie below an edge, at least and at most."""
+    part = group["numeric"].get(key.columns[0], {})
+    if part.get("n") == 0:
+        return 0.0, 0.0
+    if "histogram" not in part:
+        return 0.0, math.inf
+    least, most = values_below([part["histogram"]], [float(key.category)])
+    return float(least[0]), float(most[0])
 
 
 def _correlation(group: Reported, key: Key) -> Reported | None:

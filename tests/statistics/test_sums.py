@@ -91,6 +91,49 @@ def test_conditions_and_moments_alone(tmp_path):
     same(plain, sums)
 
 
+def test_quantiles_lie_between_edges_at_which_all_hospitals_count(tmp_path):
+    request = Request(
+        columns=("age",),
+        kinds=("moments", "histograms"),
+        ranges={"age": (20.0, 90.0)},
+        resolutions={"age": 5.0},
+    )
+    client = ward(350, 400, 500, 120)
+    plain, sums, answer = both(client, request, tmp_path)
+    (group,) = answer.sites["sum of 4 hospitals"]["groups"]
+    histogram = group["numeric"]["age"]["histogram"]
+    assert set(histogram["edges"]) <= {5.0 * step for step in range(4, 19)}
+    assert len(histogram["edges"]) >= 4
+    ages = np.array(
+        [
+            row["age"]
+            for site, count in enumerate((350, 400, 500, 120))
+            for row in make_patients(count, site, f"{site}-")
+        ]
+    )
+    edges = [-np.inf, *histogram["edges"], np.inf]
+    assert histogram["counts"] == np.histogram(ages, edges)[0].tolist()
+    for share, bounds in sums["numeric"]["age"]["quantiles"].items():
+        assert bounds["low"] <= np.quantile(ages, float(share)) <= bounds["high"]
+        assert bounds["low"] <= plain["numeric"]["age"]["quantiles"][share]["low"]
+        assert bounds["high"] >= plain["numeric"]["age"]["quantiles"][share]["high"]
+
+
+def test_a_range_of_too_many_cells_is_refused(tmp_path):
+    request = Request(
+        columns=("age",),
+        kinds=("histograms",),
+        ranges={"age": (0.0, 1e6)},
+        resolutions={"age": 1.0},
+    )
+    text = (
+        "the range of age must have at most 1000 cells, got 0 to 1e+06 in cells of 1.0: choose a "
+        "larger --resolution"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        surveyed(Ward, request, tmp_path / "run", **SUM)
+
+
 def test_a_column_in_any_unit(tmp_path):
     def change(rows, site):
         return [{**row, "lab": row["age"] * 1e-15, "age": row["age"] * 1e15} for row in rows]
@@ -263,8 +306,8 @@ ALONE = {"columns": ("age",)}
         ),
         (
             ALONE | {"kinds": ("histograms",)},
-            "quantiles, whose cells each hospital merges: leave them out: means and standard "
-            "deviations are given",
+            "quantiles of age without its range, from which the cells follow that all hospitals "
+            "count: declare it: --range age=LOW,HIGH",
         ),
         (ALONE | {"epsilon": 1.0}, "noise (epsilon): leave --epsilon out"),
         (
