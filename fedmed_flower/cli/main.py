@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fedmed_flower.cli.audit import audit
 from fedmed_flower.cli.data import data_app
 from fedmed_flower.cli.evaluate import evaluate
 from fedmed_flower.cli.keys import keys_app
@@ -42,6 +43,7 @@ app.command()(card)
 app.command()(compare)
 app.command("list")(list_all)
 app.command()(watch)
+app.command()(audit)
 
 
 @app.command()

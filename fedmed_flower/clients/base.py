@@ -71,6 +71,7 @@ from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.registry import Sections
 from fedmed_flower.settings.secure import SecureSettings
+from fedmed_flower.settings.text import setting_error
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.wire import AGREED, FROZEN, POOL_SITES, RUN_KEY
 
@@ -78,6 +79,8 @@ log = logging.getLogger("flwr.fedmed")
 
 # Maps (client, message) to the content of the reply.
 Query = Callable[[Any, Message], RecordDict]
+# Rows of no patient on which the names of figures are learnt: a few of each class.
+_MADE_UP = 8
 # Letters of a run's name, which the ledger keeps for good.
 _MOST_KEY = 200
 
@@ -99,9 +102,9 @@ class MedicalClient(ABC):
         Name in the log what is odd about rows that can be used.
     screen
         Reject single rows that cannot be used, and name them in the log.
-    contribute, agree, outlying
-        What a site sends before the first round, what the server makes of all contributions, and
-        which of them stand out.
+    contribute, columns_to_sum, agree, outlying
+        What a site sends before the first round, of which columns, what the server makes of all
+        contributions, and which of them stand out.
     prepare
         Convert rows to what the hooks below take. The result stays in memory during a run.
     batch_of, loss_of
@@ -112,6 +115,9 @@ class MedicalClient(ABC):
         What the model says of some rows, without knowing their truth.
     measure
         Evaluate on the rows of one split; returns metrics.
+    figures, require_named
+        The names of what `measure` returns, known before a patient is measured; refuse if
+        they cannot be known.
     describe
         Numbers about the rows, to show how a simulation split them.
     draw
@@ -182,6 +188,7 @@ class MedicalClient(ABC):
         "alive": "fedmed_flower.clients.secure:alive",
         "unmask": "fedmed_flower.clients.secure:unmask",
         "count": "fedmed_flower.clients.secure:count",
+        "figures": "fedmed_flower.clients.secure:figures",
     }
     stand_ins: ClassVar[Mapping[str, str]] = {}
     sections: ClassVar[Sections] = (
@@ -256,6 +263,20 @@ class MedicalClient(ABC):
         """Return what this site sends before the first round: numbers, texts and lists of them."""
         return {}
 
+    def columns_to_sum(self) -> Sequence[str]:
+        """Return the columns of whose moments alone a contribution consists, for secure sums.
+
+        Raises
+        ------
+        InputError
+            If contributions hold anything else. The default knows nothing of them.
+        """
+        raise setting_error(
+            f'secure="sum" needs to know of which columns {type(self).__name__} contributes '
+            "moments before the first round: define columns_to_sum",
+            "secure",
+        )
+
     def agree(self, contributions: Mapping[str, Mapping[str, Any]]) -> str:
         """Return the text that the server sends to all sites, with each message, as `agreed`.
 
@@ -327,6 +348,36 @@ class MedicalClient(ABC):
     def measure(self, model: nn.Module, prepared: Any) -> dict[str, Any]:
         """Return the metrics of `model`, with ``num-examples``."""
         raise self._without("measure")
+
+    def require_named(self) -> None:
+        """Raise `InputError` if `figures` is not possible, whatever the rows are."""
+        self.made_up(_MADE_UP)
+        if self.noises_metrics:
+            self.require_measurable()
+
+    def figures(self, model: nn.Module, split: str) -> dict[str, Any]:
+        """Return what evaluation returns, here of rows of no patient: only its names count.
+
+        A secure sum must know the names and sizes of all figures before a patient is measured, and
+        these must tell nothing of patients.
+
+        Parameters
+        ----------
+        model : Module
+        split : {"val", "test"}
+            Which rows would be evaluated.
+
+        Raises
+        ------
+        InputError
+            If the client does not define `made_up`.
+        """
+        self.require_named()
+        rows = self.made_up(_MADE_UP)
+        prepared = self.prepare(rows, train=False)
+        if not self.noises_metrics:
+            return self.measure(model, prepared)
+        return self.measure_privately(model, prepared, patients_of(rows), 0.0)
 
     def describe(self, data: SiteData) -> dict[str, Any]:
         """Return further numbers about the rows; only a simulation asks for them."""

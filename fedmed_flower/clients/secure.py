@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,15 +14,27 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from numpy.typing import NDArray
 
 from fedmed_flower.arrays.views import view
 from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.data.site import site_names
-from fedmed_flower.errors import DeclinedError
+from fedmed_flower.data.site import site_names, some_of
+from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.files import file_name
+from fedmed_flower.metrics.plain import plain_metrics
+from fedmed_flower.metrics.summing import Grid, is_whole, sums_of_record
+from fedmed_flower.models.adapters import merge_adapters
 from fedmed_flower.privacy.patient import ledger_path
+from fedmed_flower.secure.audit import Chain
 from fedmed_flower.secure.book import SecureBook, secure_path
 from fedmed_flower.secure.encoding import SecureError, Value, decoded, digest_of_arrays, encoded
 from fedmed_flower.secure.identity import Identity
@@ -30,30 +43,40 @@ from fedmed_flower.secure.parts import (
     BY,
     CLIPPED,
     EXAMPLES,
+    GRIDS,
     LOSS,
     MODEL,
     ONES,
     ROWS,
+    TOLD,
     TOTAL,
     UNIFORM,
+    figure_in,
 )
-from fedmed_flower.secure.record import Record
+from fedmed_flower.secure.record import DATA, TRAIN, Record
 from fedmed_flower.secure.ring import FIXED
 from fedmed_flower.secure.study import Study
+from fedmed_flower.settings.secure import SUM, SecureSettings
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.wire import (
     ASKED,
     BOOKS,
+    IN_SUMS,
     LEDGER_DIR,
     LETTER,
     MASKED,
+    OTHERWISE_IN_SUMS,
     RECORD,
     RUN_KEY,
     SECURE,
     SECURE_RUN,
     SERVER_ROUND,
+    SPLIT,
     SUMMANDS,
+    WITHOUT_FIGURES,
 )
+
+log = logging.getLogger("flwr.fedmed")
 
 # What differs from one run or round to the next, and does not make another question.
 _OF_THE_RUN = (RUN_KEY, SERVER_ROUND, LEDGER_DIR)
@@ -82,7 +105,7 @@ def member_of(client: MedicalClient, run: str, secure: ConfigRecord) -> Member:
         identity = Identity.simulated(site.name, run)
         path = Path(folder) / f"{file_name(site.name)}.secure"
         path.parent.mkdir(parents=True, exist_ok=True)
-        return Member(identity, Study.simulated(names, run), SecureBook(path, identity.id))
+        return _member(identity, Study.simulated(names, run), path)
     for key in ("secure-peers", "secure-key"):
         if not client.context.node_config.get(key):
             raise setting_error(f"a secure sum needs {key} in the hospital's node config", key)
@@ -94,15 +117,45 @@ def member_of(client: MedicalClient, run: str, secure: ConfigRecord) -> Member:
             "secure-key",
         )
     study = Study.load(Path(client.node.secure_peers).expanduser())
-    book = SecureBook(secure_path(ledger_path(client.context, site, {})), identity.id)
-    return Member(identity, study, book)
+    return _member(identity, study, secure_path(ledger_path(client.context, site, {})))
 
 
-def refuse_unless_secure(client: MedicalClient, kind: str) -> None:
-    """Raise `DeclinedError` if the hospital answers a kind of message in secure sums alone."""
-    kinds = {name.strip() for name in client.node.secure_only.split(",")}
-    if kind in kinds:
-        raise DeclinedError(f'{kind} is answered in secure sums alone (set secure="sum")')
+def _member(identity: Identity, study: Study, path: Path) -> Member:
+    """Return a member whose book and audit trail lie side by side."""
+    trail = Chain(path.with_suffix(".audit"), identity, identity.name)
+    return Member(identity, study, SecureBook(path, identity.id), trail)
+
+
+def in_sums_alone(client: MedicalClient, kind: str) -> bool:
+    """Return whether the figures that answer a kind of message leave in secure sums alone.
+
+    A run with ``secure=sum`` asks for it, or the hospital by ``secure-only`` in its node config.
+    """
+    secure = SecureSettings.from_run_config(client.context.run_config).secure
+    return secure == SUM or client.node.answers_in_sums_alone(kind)
+
+
+def refuse_in_plain(client: MedicalClient, kind: str) -> None:
+    """Refuse a message that asks for no secure sum, if its answer must not leave in plain.
+
+    Parameters
+    ----------
+    client : MedicalClient
+    kind : str
+        Kind of message, without "query.".
+
+    Raises
+    ------
+    DeclinedError
+    """
+    if kind in WITHOUT_FIGURES or not in_sums_alone(client, kind):
+        return
+    remedy = "it has no form as a sum, so leave it out"
+    if kind in (*IN_SUMS, *OTHERWISE_IN_SUMS):
+        remedy = 'ask for it by secure="sum" in the run config'
+    raise DeclinedError(
+        f"{kind} would tell this hospital's own figures, which leave in secure sums alone: {remedy}"
+    )
 
 
 @dataclass(frozen=True)
@@ -129,18 +182,27 @@ class SecureReply:
         Raises
         ------
         DeclinedError
-            If anything about the sum is not as this hospital knows it, or the hospital answers
-            such a message in secure sums alone.
+            If anything about the sum is not as this hospital knows it, or such a message is
+            answered in secure sums alone, or no sum can answer it.
         """
-        secure = message.content.config_records.get(SECURE)
         kind = message.metadata.message_type
-        if secure is None or RECORD not in secure:
-            refuse_unless_secure(client, kind.removeprefix("query."))
+        if not asks_for_sum(message):
+            refuse_in_plain(client, kind.removeprefix("query."))
             return None
+        secure = message.content.config_records[SECURE]
         with _refused():
             record = Record.from_bytes(secure[RECORD])
-            if kind.removeprefix("query.") != record.purpose.partition("/")[0]:
+            purpose = record.purpose.partition("/")[0]
+            if kind.removeprefix("query.") != purpose:
                 raise SecureError(f"a sum of {record.purpose} was asked for by a message {kind}")
+            if purpose not in IN_SUMS:
+                raise SecureError(f"{purpose} has no form as a sum")
+            # Otherwise a count could be asked for again of fewer hospitals.
+            kind_due = TRAIN if purpose == "train" else DATA
+            if record.kind != kind_due:
+                raise SecureError(
+                    f"a sum of {purpose} must be of kind {kind_due}, got {record.kind}"
+                )
             member = member_of(client, record.run, secure)
             member.require_sound(record)
         asked = asked_of(client, message)
@@ -149,7 +211,10 @@ class SecureReply:
     def reply(self, message: Message, content: RecordDict) -> RecordDict:
         """Return a reply's content as one part of the sum, under masks."""
         layout = self.record.layout
-        values, weight = _values(self.record, message, content)
+        if self.record.purpose.startswith(f"{MessageType.EVALUATE}/"):
+            values, weight = _figures(self.record, content), 1.0
+        else:
+            values, weight = _values(self.record, message, content)
         words, clipped = layout.encode(values, weight)
         if CLIPPED in layout.parts:
             words[1][layout.start(CLIPPED.name)] = clipped
@@ -185,13 +250,53 @@ def _values(
             values[name] = np.array([1])
         elif name == CLIPPED.name:
             values[name] = np.array([0])
-        elif name in summands:
+        # Sums of training may be asked for again of fewer hospitals; figures must not.
+        elif record.kind == DATA and name in summands:
             values[name] = view(summands[name])
-        elif name in metrics:
+        elif record.kind == DATA and name in metrics:
             values[name] = np.atleast_1d(np.asarray(metrics[name]))
         else:
             raise DeclinedError(f"the secure sum is of {name}, which this hospital does not send")
     return values, weight
+
+
+def _figures(record: Record, content: RecordDict) -> dict[str, NDArray[Any]]:
+    """Return what an evaluation adds to each part of a sum.
+
+    A hospital whose figures may not leave adds zeros.
+    """
+    (metrics,) = content.metric_records.values()
+    figures = sums_of_record(metrics, _grids(record.weighting.get(GRIDS, [])))
+    values: dict[str, NDArray[Any]] = {}
+    for part in record.layout.parts:
+        if part.name == ONES.name:
+            values[part.name] = np.array([1])
+        elif part.name == TOLD.name:
+            values[part.name] = np.array([bool(figures)])
+        else:
+            values[part.name] = figure_in(part, figures)
+            if values[part.name].size != part.size:
+                raise DeclinedError(
+                    f"the secure sum is of {part.size} numbers {part.name}, and this hospital has "
+                    f"{values[part.name].size}"
+                )
+    if left := sorted(figures.keys() - values.keys()):
+        log.info("not among what is summed, and not sent: %s", some_of(left))
+    return values
+
+
+def _grids(told: Value) -> list[Grid]:
+    """Return the grids of scores that a server names.
+
+    Raises
+    ------
+    DeclinedError
+        If they are no centres and widths.
+    """
+    numbers = np.asarray(told, np.float64) if isinstance(told, list) else np.array(np.nan)
+    if numbers.size % 2 or not (np.isfinite(numbers).all() and (numbers[1::2] > 0).all()):
+        raise DeclinedError("the secure sum counts scores on grids that are none")
+    return [(float(centre), float(width)) for centre, width in numbers.reshape(-1, 2)]
 
 
 def _weight(record: Record, metrics: MetricRecord) -> float:
@@ -300,6 +405,11 @@ def unmask(client: MedicalClient, message: Message) -> RecordDict:
     return RecordDict({SECURE: ConfigRecord({LETTER: shares})})
 
 
+def asks_for_sum(message: Message) -> bool:
+    """Return whether a message asks for a part of a secure sum."""
+    return RECORD in message.content.config_records.get(SECURE, ConfigRecord())
+
+
 def count(client: MedicalClient, message: Message) -> RecordDict:
     """Return the number of training rows, for a secure sum alone."""
     require_summed(message, "rows")
@@ -311,7 +421,7 @@ def count(client: MedicalClient, message: Message) -> RecordDict:
 
 def require_summed(message: Message, what: str) -> None:
     """Raise `DeclinedError` if a message does not ask for a secure sum."""
-    if RECORD not in message.content.config_records.get(SECURE, ConfigRecord()):
+    if not asks_for_sum(message):
         raise DeclinedError(f"{what} are counted in a secure sum alone")
 
 
@@ -319,6 +429,31 @@ def summands(**parts: NDArray[Any]) -> RecordDict:
     """Return what a hospital adds to each part of a sum as the content of a handler."""
     arrays = {name: Array(np.ascontiguousarray(values)) for name, values in parts.items()}
     return RecordDict({SUMMANDS: ArrayRecord(arrays)})
+
+
+def figures(client: MedicalClient, message: Message) -> RecordDict:
+    """Return names and sizes of what an evaluation would sum; no patient decides about them."""
+    if SECURE not in message.content.config_records:
+        raise DeclinedError("figures are named for a secure sum alone")
+    config = client.read(message)
+    if client.node.coarse_figures and not client.noises_metrics:
+        raise DeclinedError(
+            "figures that are coarse do not add up: set coarse-figures=false in the node config, "
+            "since of a secure sum the server sees no single hospital's counts"
+        )
+    arrays = next(iter(message.content.array_records.values()))
+    model = merge_adapters(client.model_of(arrays, config)[0])
+    try:
+        with client.seeded(0):
+            record = client.figures(model, str(config.get(SPLIT, "val")))
+    except InputError as error:
+        # It is about what the client declares; no row is looked at.
+        raise DeclinedError(str(error)) from error
+    listed = [
+        [name, int(values.size), is_whole(name)]
+        for name, values in sorted(sums_of_record(plain_metrics(record)).items())
+    ]
+    return RecordDict({SECURE: ConfigRecord({LETTER: encoded(listed)})})
 
 
 @contextmanager

@@ -162,6 +162,13 @@ class SurvivalClient(TabularClient):
                 metrics["integrated-brier"] = score
         return metrics
 
+    def figures(self, model: nn.Module, split: str) -> dict[str, Any]:
+        """Return the names of what `measure` returns; patients' times decide about none of them."""
+        figures = super().figures(model, split)
+        if self.survival.survival_horizon and not self.noises_metrics:
+            figures["integrated-brier"] = 0.0
+        return figures
+
     def _integrated_brier(self, model: nn.Module, prepared: TableRows) -> float | None:
         """Return the integrated Brier score; None if the hospital's training rows may not be used.
 

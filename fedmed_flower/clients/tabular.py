@@ -34,7 +34,7 @@ from fedmed_flower.clients.training import predict, predict_alone
 from fedmed_flower.data.outlying import Outlying, outlying
 from fedmed_flower.data.preparation import Preparation, check_contribution, contribution
 from fedmed_flower.data.rows import Rows, column_of, has_column
-from fedmed_flower.data.schema import Schema
+from fedmed_flower.data.schema import Schema, band_name, band_names
 from fedmed_flower.data.site import SPLITS, Row, SiteData, min_cell_count, patients_of
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.metrics.classification import noised_counts, noised_metrics
@@ -180,6 +180,25 @@ class TabularClient(MedicalClient):
             reported = usable if values is None else usable & (values != POOLED)
             return [row for row, fine in zip(book.rows, reported, strict=True) if fine]
         return []
+
+    def columns_to_sum(self) -> Sequence[str]:
+        """Return the numeric columns, and the target if it is a number.
+
+        Raises
+        ------
+        InputError
+            If categories of a column are not declared: which ones occur would have to be asked for
+            first, and those that one hospital alone has tell of its patients.
+        """
+        schema = with_target(self.schema)
+        undeclared = [name for name in schema.categorical if name not in schema.categories]
+        if undeclared:
+            raise setting_error(
+                f'secure="sum" needs categories of {", ".join(map(repr, undeclared))} in the '
+                "schema: which categories a hospital has leaves no hospital in a secure sum",
+                "secure",
+            )
+        return schema.numeric
 
     def agree(self, contributions: Mapping[str, Mapping[str, Any]]) -> str:
         """Return the preparation that all hospitals' contributions give together, as text.
@@ -461,6 +480,50 @@ class TabularClient(MedicalClient):
             columns = self._disclosable_groups(prepared.rows, groups, minimum)
             metrics |= by_group(prepared.rows, columns, minimum, measured)
         return metrics
+
+    def require_named(self) -> None:
+        """Raise `InputError` if the values of a column of ``report-by`` are not declared."""
+        super().require_named()
+        learnt = () if self.tables.preparation != "federated" else self.schema.categorical
+        for column in () if self.noises_metrics else self.tables.groups:
+            if column not in learnt:
+                self._declared_values(column)
+
+    def figures(self, model: nn.Module, split: str) -> dict[str, Any]:
+        """Return the names of what `measure` returns, with those of all groups that there can be.
+
+        Raises
+        ------
+        InputError
+            If the values of a column of ``report-by`` are not declared.
+        """
+        figures = super().figures(model, split)
+        if self.noises_metrics or split != "test" or not self.tables.groups:
+            return figures
+        prepared = self.prepare(self.made_up(len(self.schema.classes) + 2), train=False)
+        group = {"num-examples": len(prepared)}
+        group |= self.metrics_of_rows(self.predict(model, prepared), prepared)
+        for column in self.tables.groups:
+            for value in self._declared_values(column):
+                figures |= {f"{name}@{column}={value}": metric for name, metric in group.items()}
+        return figures
+
+    def _declared_values(self, column: str) -> Sequence[str]:
+        """Return the values that a column can have, as all hospitals know them."""
+        schema = self.schema
+        for name, cuts in schema.bands.items():
+            if column == band_name(name):
+                return band_names(cuts)
+        if column in schema.categories:
+            return schema.categories[column]
+        if column in schema.categorical and self.agreed:
+            return self.prepared_by.categories[column]
+        raise setting_error(
+            f"report-by names {column!r}, whose values the schema does not declare: secure sums "
+            "need the names of all groups before patients are counted; declare its categories, or "
+            "leave it out",
+            "report-by",
+        )
 
     def _disclosable_groups(
         self, rows: Sequence[Row], names: Sequence[str], minimum: int

@@ -331,6 +331,12 @@ def band_name(column: str) -> str:
     return f"{column}-band"
 
 
+def band_names(cuts: Sequence[float]) -> list[str]:
+    """Return what the bands between cut points are called, in ascending order."""
+    points = [plain(cut) for cut in cuts]
+    return [f"<{points[0]}", *map("-".join, pairwise(points)), f">={points[-1]}"]
+
+
 def empty_columns(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> tuple[str, ...]:
     """Return the columns without a value in any row: all of them are None, NaN or not there."""
     if isinstance(rows, Rows):
@@ -524,9 +530,7 @@ def _is_gap(value: Any) -> bool:
 
 
 def _bands(values: NDArray[np.float64], cuts: Sequence[float]) -> NDArray[Any]:
-    points = [plain(cut) for cut in cuts]
-    labels: list[str | None] = [f"<{points[0]}", *map("-".join, pairwise(points))]
-    labels += [f">={points[-1]}", None]
+    labels: list[str | None] = [*band_names(cuts), None]
     # A missing value has the last label, None.
     indices = np.where(np.isnan(values), len(cuts) + 1, np.searchsorted(cuts, values, "right"))
     return _objects(labels)[indices]

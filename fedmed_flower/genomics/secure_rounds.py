@@ -85,8 +85,10 @@ class StudySums:
     ----------
     panel : Panel
     test : str
-    folder : Path or None
-        In a simulation, the folder of the hospitals' books.
+    folder : Path
+        The run folder.
+    simulated : bool
+        Whether the hospitals' books lie in it too.
 
     Attributes
     ----------
@@ -94,13 +96,13 @@ class StudySums:
         Of all hospitals together.
     """
 
-    def __init__(self, panel: Panel, test: str, folder: Path | None) -> None:
+    def __init__(self, panel: Panel, test: str, folder: Path, simulated: bool) -> None:
         self._panel = panel
         self._test = test
-        books = None if folder is None else folder / SECURE
+        books = folder / SECURE if simulated else None
         inbox = Inbox()
         run = secrets.token_hex(8)
-        self._sums = SecureSums(panel.grid, inbox, run, panel.timeout, books)
+        self._sums = SecureSums(panel.grid, inbox, run, panel.timeout, books, folder)
         self._covariates = CovariateCheck(())
         self._units: Floats = np.ones(0)
         self._number = 0

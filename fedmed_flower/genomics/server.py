@@ -114,8 +114,7 @@ def associate(grid: Grid, context: Context, sections: Sections = ()) -> dict[str
         if trait == "binary" and not summed:
             _leave_out_one_sided(panel)
     app = grid.run.fab_id.rpartition("/")[2] or "association study"
-    books = folder.path if in_simulation() else None
-    sums = StudySums(panel, study.test, books) if summed else None
+    sums = StudySums(panel, study.test, folder.path, in_simulation()) if summed else None
     return _Association(study, panel, folder, config, app, lines, sums).run()
 
 

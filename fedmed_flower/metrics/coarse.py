@@ -55,8 +55,13 @@ def coarsened(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def is_of_one_patient(name: str) -> bool:
+    """Return whether a metric of this name is that of a single patient, such as the worst."""
+    return not _SINGLE.isdisjoint(name.split("-"))
+
+
 def _coarsened(part: Mapping[str, Any]) -> dict[str, Any]:
-    reported = {name: value for name, value in part.items() if _SINGLE.isdisjoint(name.split("-"))}
+    reported = {name: value for name, value in part.items() if not is_of_one_patient(name)}
     if MERGED not in part.get(COUNTS, ()):
         reported = {
             name: reported[name] for name in reported if name not in (*SUMMABLE, CALIBRATION)

@@ -24,6 +24,9 @@ The file holds what the sites sent for `pool` when the final model was tested, a
 - ``noised``: in a private run all that a site has instead: counts with noise, of patients, as
   `noised_counts` returns them. They may be below 0.
 
+Of a secure sum only the total is known. ``sites`` then has one entry, ``all``, and its histograms
+are on one grid.
+
 What a site has withheld, or its kind of model does not have, is missing. ``all`` is the sum over
 the sites; a part of it is missing if a site lacks that part. Histograms have no sum, because each
 site has a grid of its own.

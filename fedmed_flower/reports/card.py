@@ -18,7 +18,7 @@ from fedmed_flower.files import as_input_error, read_object, write_atomic
 from fedmed_flower.metrics.counts import Counts, read_counts
 from fedmed_flower.metrics.curves import Interval
 from fedmed_flower.metrics.names import lower_is_better
-from fedmed_flower.reports import contents, frame, scores, trained, tripod
+from fedmed_flower.reports import contents, frame, scores, secure, trained, tripod
 from fedmed_flower.reports.contents import Hospitals
 from fedmed_flower.reports.frame import COUNT, DASH, count_of, format_of, format_value
 from fedmed_flower.reports.markdown import plain, table
@@ -26,6 +26,7 @@ from fedmed_flower.reports.noise import MARK, TOO_LARGE, Noise, noise_of, told
 from fedmed_flower.reports.summary import (
     Total,
     by_site,
+    counted_at,
     entries,
     judged_by,
     nested,
@@ -109,7 +110,7 @@ class _Run:
     def is_complete(self) -> bool:
         """Whether the counts are of all hospitals that the test has metrics of."""
         known = {} if self.counts is None else self.counts.sites
-        return known.keys() == nested(self.summary, "test", "sites").keys()
+        return known.keys() == {*counted_at(self.summary)}
 
     @property
     def beside(self) -> list[str]:
@@ -260,6 +261,9 @@ def _data(run: _Run) -> str:
     )
     if hospitals.rejected:
         parts.append("Rejected are records that could not be used; the hospital's log says why.")
+    if hospitals.withheld:
+        withheld = sorted(hospitals.withheld, key=frame.natural)
+        parts.append(f"{frame.WITHHELD}: {plain(some_of(withheld))}.")
     lacking = [
         f"- {plain(site)} has no column {plain(', '.join(columns))}."
         for site, columns in hospitals.lacking.items()
@@ -398,6 +402,8 @@ def _each_class(run: _Run) -> str:
 
 def _by_hospital(run: _Run) -> str:
     tested = nested(run.summary, "test", "sites")
+    if not tested:
+        return "Not known: the test was a secure sum over all hospitals."
     by_key = {key: by_site(tested, key) for key in run.beside}
     sites = sorted(tested, key=frame.natural)
     head = ["Hospital", *(frame.capital(_name(key)) for key in run.beside)]
@@ -525,12 +531,13 @@ def _groups(run: _Run) -> str:
     parts = []
     for groups in listed:
         heads = [frame.capital(_name(key)) for key in groups.metrics]
-        head = ["Group", "Test records", "Hospitals", *heads]
+        head = ["Group", "Test records", *(["Hospitals"] if groups.apart else []), *heads]
         rows = []
         for group in groups.groups:
             cells = [format_value(cell.total.value, format_of(cell.key)) for cell in group.cells]
             records = format_value(group.records, COUNT)
-            rows.append([plain(group.value), records, str(group.num_sites), *cells])
+            sites = [str(group.num_sites)] if groups.apart else []
+            rows.append([plain(group.value), records, *sites, *cells])
         parts += [f"### By {plain(groups.column)}", table(head, rows)]
     words = (
         "On the test records of all hospitals that report the group; groups of few patients are "
@@ -558,6 +565,8 @@ def _privacy(run: _Run) -> str:
         )
     if not parts:
         parts.append(_UNPROTECTED)
+    if said := secure.in_words(run.summary):
+        parts.append(said)
     parts.append(_PICTURES if entries(run.summary, "pictures") else _NO_RECORD)
     parts.append("`report.html` lists all that each hospital sent.")
     return _section(tripod.PRIVACY, *parts)

@@ -100,12 +100,14 @@ LINES = "Outlines are solid as the hospital drew them, dashed as the model does.
 HEAT = """In a heat map orange places speak for the class that the title names, blue ones against
 it.</p>"""
 REJECTED = "Rejected: records that cannot be used; the hospital’s own log says which. "
+WITHHELD = "Numbers of records are withheld (secure sums)"
 # Added to what the page may load if it shows pictures.
 _EMBEDDED = "; img-src data:"
 # To what a hospital replied.
 REPLIED = {
     "any": "With each reply",
     "describe": "Before the first round",
+    "count": "Before the first round, of training rows",
     "contribution": "Before the first round, of columns",
     "train": "After training",
     "evaluate": "After evaluation",
@@ -118,6 +120,7 @@ WAYS = {
     "bounded": "exactly, of several patients together",
     "known": "exactly; every guarantee takes it as known",
     "noised": "with noise",
+    "masked": "under masks: only sums over hospitals can be read",
     "never": "exactly, although noise was due",
     "simulated": "in a simulation alone",
     "unlisted": "as the app has it",

@@ -27,7 +27,7 @@ import numpy as np
 from fedmed_flower.metrics.counts import Counts
 from fedmed_flower.metrics.curves import histograms_of
 from fedmed_flower.metrics.names import NOISED
-from fedmed_flower.reports.summary import by_site, nested, number
+from fedmed_flower.reports.summary import by_site, counted_at, nested, number
 from fedmed_flower.wire import Sent
 
 # Of an AUC, by noise alone.
@@ -71,10 +71,10 @@ def noise_of(summary: dict[str, Any], counts: Counts | None) -> Noise | None:
     counts
         Those of the test, if the run folder has them.
     """
-    tested = nested(summary, "test", "sites")
+    tested = counted_at(summary)
     records = {} if counts is None else counts.sites
     counted = {site: record for site, record in records.items() if NOISED in record}
-    sites = {*Sent.of(summary.get("sent")).noised, *counted} & tested.keys()
+    sites = {*Sent.of(summary.get("sent")).noised, *counted} & {*tested}
     if not sites:
         return None
     if counted.keys() >= sites:

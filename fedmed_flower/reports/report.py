@@ -8,13 +8,23 @@ from typing import Any
 
 import matplotlib
 
+from fedmed_flower.data.site import some_of
 from fedmed_flower.files import (
     as_input_error,
     write_atomic,
 )
 from fedmed_flower.metrics.counts import read_counts
 from fedmed_flower.metrics.names import STALENESS, VIRTUAL_SECONDS, lower_is_better
-from fedmed_flower.reports import comparison, contents, evidence, frame, heat, plots, trained
+from fedmed_flower.reports import (
+    comparison,
+    contents,
+    evidence,
+    frame,
+    heat,
+    plots,
+    secure,
+    trained,
+)
 from fedmed_flower.reports.contents import (
     Classes,
     Disclosure,
@@ -130,12 +140,16 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
             _classes(contents.by_class(summary, hospitals.metrics)) if styles else "",
             evidence.curves(evidence_of(counts) if shows_scores else None, styles),
             comparison.groups(contents.groups(summary, main)),
-            comparison.models(contents.comparison(summary, styles, chance), styles, main),
+            # Secure sums exclude models of one hospital.
+            ""
+            if secure.sums(summary)
+            else comparison.models(contents.comparison(summary, styles, chance), styles, main),
             heat.models_at_hospitals(crossed(summary, styles, main, noise), styles),
             _curves(curves, styles, main, noise, bool(nested(summary, "test", "own"))),
             _cases(pictures, styles, main, folder),
             _failures(summary),
             _notes(summary),
+            secure.section(summary),
             _disclosed(contents.disclosed(summary), bool(pictures)),
             _privacy(contents.privacy(summary, epsilon), curves, styles),
             _traffic(contents.traffic(summary), trained.saved_in_words(summary), styles),
@@ -286,14 +300,18 @@ def _hospitals(
     names = {site: style.key for site, style in styles.items()}
     for site in hospitals.untrained & names.keys():
         names[site] += ' <span class="soft">tested&nbsp;only</span>'
-    caption = "Records per split, and the federated model on each hospital’s own test records"
+    caption = "Records per split"
+    measured = any(column.spec != COUNT for column in hospitals.columns)
+    if measured:
+        caption += ", and the federated model on each hospital’s own test records"
     table = site_table(names, caption, hospitals.columns, styles, hospitals.undefined)
     note = "".join(_hospital_notes(hospitals, main, noise))
+    if measured:
+        note += "The worst hospital is looked up in each column by itself."
+    elif hospitals.metrics:
+        note += "Of a secure sum no hospital’s own figures are known."
     forest = evidence.forest(shown, styles, noise is not None)
-    return (
-        f"<h2>Hospitals</h2>{forest}{table}"
-        f'<p class="note">{note}The worst hospital is looked up in each column by itself.</p>'
-    )
+    return f'<h2>Hospitals</h2>{forest}{table}<p class="note">{note}</p>'
 
 
 def _hospital_notes(hospitals: Hospitals, main: str, noise: Noise | None) -> list[str]:
@@ -311,6 +329,9 @@ def _hospital_notes(hospitals: Hospitals, main: str, noise: Noise | None) -> lis
         notes.append(f"Tested only: {count} without training records. ")
     if hospitals.rejected:
         notes.append(frame.REJECTED)
+    if hospitals.withheld:
+        withheld = escaped(some_of(sorted(hospitals.withheld, key=frame.natural)))
+        notes.append(f"{frame.WITHHELD}: {withheld}. ")
     for site, columns in hospitals.lacking.items():
         notes.append(f"{escaped(site)} has no column {escaped(', '.join(columns))}. ")
     for site, columns in hospitals.empty.items():
@@ -324,8 +345,11 @@ def _hospital_notes(hospitals: Hospitals, main: str, noise: Noise | None) -> lis
 def _classes(classes: Classes | None) -> str:
     if classes is None:
         return ""
-    head = ["Class", *comparison.metric_heads(classes.metrics)]
-    rows = [[escaped(c), *comparison.metric_cells(cells)] for c, cells in classes.rows.items()]
+    head = ["Class", *comparison.metric_heads(classes.metrics, classes.apart)]
+    rows = [
+        [escaped(name), *comparison.metric_cells(cells, classes.apart)]
+        for name, cells in classes.rows.items()
+    ]
     return frame.table("By class, all test records together", head, rows)
 
 
@@ -363,7 +387,8 @@ def _curves(
     drawn = "".join(panels)
     if not drawn:
         return "<h2>Over the rounds</h2><p>No round has recorded a metric.</p>"
-    keys = plots.keys(styles, any(site == ALL_SITES for _, _, site in curves))
+    sites = {site for _, _, site in curves}
+    keys = plots.keys(styles if sites != {ALL_SITES} else {}, ALL_SITES in sites)
     note = "" if noise is None else frame.NOISED_ROUNDS
     note += frame.OWN_ROUNDS if of_own_models else ""
     return f'<h2>Over the rounds</h2>{keys}<div class="plots">{drawn}</div>{note}'

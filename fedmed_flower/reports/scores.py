@@ -28,7 +28,7 @@ from fedmed_flower.metrics.curves import (
     wilson,
 )
 from fedmed_flower.metrics.names import NOISED
-from fedmed_flower.reports.summary import nested
+from fedmed_flower.reports.summary import counted_at
 
 
 def of_test(counts: Counts | None, summary: dict[str, Any]) -> Counts | None:
@@ -38,7 +38,7 @@ def of_test(counts: Counts | None, summary: dict[str, Any]) -> Counts | None:
     """
     if counts is None:
         return None
-    kept = counts.of(nested(summary, "test", "sites"))
+    kept = counts.of(counted_at(summary))
     return kept if kept.sites else None
 
 

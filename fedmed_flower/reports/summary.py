@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from fedmed_flower.metrics.names import in_groups, main_metric
 from fedmed_flower.reports import frame
+from fedmed_flower.wire import ALL_SITES
 
 MOST_COLUMNS = 8
 
@@ -67,6 +68,15 @@ def measured(summary: dict[str, Any]) -> list[str]:
     keys = named[0] if len(named[0]) > 1 else [key for names in named for key in names]
     names = in_groups(dict.fromkeys(keys)).get("", {})
     return [key for key in names if key != "num-examples"]
+
+
+def counted_at(summary: dict[str, Any]) -> list[str]:
+    """Return whose counts are behind the test's metrics: hospitals, or all as one in a secure sum.
+
+    These are the names under which ``counts.json`` lists them.
+    """
+    test = nested(summary, "test")
+    return [*nested(test, "sites")] or [ALL_SITES] * bool(nested(test, "federated"))
 
 
 def judged_by(summary: dict[str, Any], validated: Collection[str]) -> str:

@@ -24,7 +24,8 @@ from fedmed_flower.metrics.curves import (
 )
 from fedmed_flower.metrics.names import COUNTS, NOISED
 from fedmed_flower.reports.scores import joined
-from fedmed_flower.reports.summary import by_site, nested, number
+from fedmed_flower.reports.summary import by_site, counted_at, nested, number
+from fedmed_flower.wire import ALL_SITES
 
 _THRESHOLDS = tuple(percent / 100 for percent in range(2, 100, 2))
 _LEAST_BENEFIT = -0.05
@@ -121,7 +122,8 @@ def evidence_of(counts: Counts | None) -> Tested | None:
     is_binary = len(counts.classes) == 2
     parts: dict[str | None, Histograms] = {}
     if is_binary and not counts.noised and len(fine) <= MOST_CURVES:
-        parts |= {site: histograms for site, (histograms,) in fine.items()}
+        # A secure sum has counts of all together alone.
+        parts |= {site: part for site, (part,) in fine.items() if site != ALL_SITES}
     named: list[tuple[str, str | None, Histograms]]
     if is_binary:
         named = [(str(site), site, part) for site, part in parts.items()]
@@ -219,7 +221,7 @@ def estimates(summary: dict[str, Any], counts: Counts | None, metric: str) -> Es
     }
     total = None
     if in_all is not None:
-        measured = [*nested(summary, "test", "sites")]
+        measured = counted_at(summary)
         is_complete = bool(measured) and all(site in known.sites for site in measured)
         total = _estimate(known, measured, metric, in_all) if is_complete else Estimate(in_all)
     return Estimates(metric, sites, total)

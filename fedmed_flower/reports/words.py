@@ -13,12 +13,13 @@ from fedmed_flower.data.site import some_of
 from fedmed_flower.metrics.counts import Counts
 from fedmed_flower.metrics.curves import wilson
 from fedmed_flower.metrics.names import lower_is_better
-from fedmed_flower.reports import contents
+from fedmed_flower.reports import contents, secure
 from fedmed_flower.reports.frame import COUNT, count_of, format_of, format_value, plain_name
 from fedmed_flower.reports.noise import MARK, TOO_LARGE, Noise, noise_of, number_tested
 from fedmed_flower.reports.summary import (
     by_site,
     classes,
+    counted_at,
     entries,
     nested,
     number,
@@ -90,7 +91,10 @@ def words(
         quality=_quality(summary, counts, measured, noise),
         worst=_worst(summary, measured, noise is not None) + _gained(summary, counts, main),
         part=_part(summary),
-        privacy=_privacy(contents.privacy(summary, hospital_epsilon)),
+        privacy=[
+            *filter(None, [secure.in_words(summary)]),
+            *_privacy(contents.privacy(summary, hospital_epsilon)),
+        ],
     )
 
 
@@ -181,7 +185,7 @@ def _quality(
 
 def _is_complete(summary: dict[str, Any], counts: Counts) -> bool:
     """Return whether there are counts of each hospital that the test has metrics of."""
-    return all(site in counts.sites for site in nested(summary, "test", "sites"))
+    return all(site in counts.sites for site in counted_at(summary))
 
 
 def _recognised(counts: Counts) -> list[str]:

@@ -58,6 +58,7 @@ def require_measured(
     table: Mapping[str, Mapping[str, float]],
     failures: Sequence[Failure],
     validated: bool,
+    summed: bool = False,
 ) -> None:
     """Raise `RunFailedError` if nobody could evaluate the final model.
 
@@ -72,13 +73,21 @@ def require_measured(
     validated : bool
         Whether a round has metrics of validation rows. Then all hospitals may have declined the
         test, such as at the end of their budgets.
+    summed : bool
+        Whether the figures are a secure sum, which one hospital that is lost or declines leaves
+        without any.
     """
     if table or not failures:
         return
     errors = [failure for failure in failures if not failure.reason.startswith(DECLINED)]
+    first = (errors or failures)[0]
+    if summed:
+        raise RunFailedError(
+            "the model has no test figures, since a secure sum is of all hospitals or of none: "
+            f"{first.site}: {first.reason}"
+        )
     if not errors and validated:
         return
-    first = (errors or failures)[0]
     raise RunFailedError(
         f"nobody could evaluate the model, so it has no figures: {first.site}: {first.reason}"
     )

@@ -10,38 +10,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed_flower.secure.ring import REAL, Part
+from fedmed_flower.secure.wide import digits_of, value_of, wide_part
 
 # The largest real number that a part may hold.
 LARGEST = 2.0**40
-# Each number is sent in four sizes, by which numbers from 2^-122 to 2^160 can be told.
-_EXPONENTS = (60, 0, -60, -120)
+_DIGIT = wide_part("")
 
 
 def part_of(name: str, count: int) -> Part:
     """Return the part of a sum for so many numbers."""
-    return Part(name, len(_EXPONENTS) * count, REAL, LARGEST)
+    return Part(name, _DIGIT.size * count, REAL, _DIGIT.bound)
 
 
 def in_sizes(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return numbers that are not negative, in each size; what is too large is cut.
+    """Return the digits of numbers, one number after the other.
+
+    Raises
+    ------
+    InputError
+        If one is not finite, or larger than `wide.MOST`.
 
     Examples
     --------
     >>> total(in_sizes(np.array([3e-20, 5e20])) + in_sizes(np.array([1e-20, 1e20]))).tolist()
     [4e-20, 6e+20]
     """
-    # The last size is not cut, so that what is beyond all of them is noticed.
-    sizes = [np.minimum(np.ldexp(values, exponent), LARGEST) for exponent in _EXPONENTS[:-1]]
-    return np.concatenate([*sizes, np.ldexp(values, _EXPONENTS[-1])])
+    return np.array([digit for value in values.tolist() for digit in digits_of(value)], np.float64)
 
 
 def total(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the sums of numbers that were sent by `in_sizes`, each from the finest that holds."""
-    sizes = sums.reshape(len(_EXPONENTS), -1)
-    # A hospital whose number was cut makes the sum as large as the bound.
-    finest = np.argmax(sizes < LARGEST, axis=0)
-    chosen = sizes[finest, np.arange(sizes.shape[1])]
-    return np.asarray(np.ldexp(chosen, -np.array(_EXPONENTS)[finest]), np.float64)
+    """Return the sums of numbers that were sent by `in_sizes`."""
+    return np.array([value_of(digits) for digits in sums.reshape(-1, _DIGIT.size)], np.float64)
 
 
 def units(squares: NDArray[np.float64]) -> NDArray[np.float64]:

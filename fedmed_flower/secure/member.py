@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fedmed_flower.secure.audit import Chain
 from fedmed_flower.secure.book import SecureBook
-from fedmed_flower.secure.encoding import SecureError, Value, decoded, encoded
+from fedmed_flower.secure.encoding import SecureError, Value, decoded, digest_of_arrays, encoded
+from fedmed_flower.secure.encoding import digest as digest_of
 from fedmed_flower.secure.envelopes import seal, unseal
 from fedmed_flower.secure.identity import Identity, verify
 from fedmed_flower.secure.record import Hello, Record
@@ -63,12 +65,15 @@ class Member:
         Its own list of members.
     book : SecureBook
         Everything that it has promised.
+    trail : Chain
+        What it was told and has done, for whoever audits the study.
     """
 
-    def __init__(self, identity: Identity, study: Study, book: SecureBook) -> None:
+    def __init__(self, identity: Identity, study: Study, book: SecureBook, trail: Chain) -> None:
         self.identity = identity
         self.study = study
         self.book = book
+        self.trail = trail
         own = study.members.get(identity.name)
         if own is None:
             raise SecureError(f"{identity.name} is no member of the study {study.name}")
@@ -77,16 +82,18 @@ class Member:
                 f"the study {study.name} has another key for {identity.name} than its key file"
             )
 
-    def hello(self, run: str, tells: bool = False, head: bytes = b"") -> Hello:
+    def hello(self, run: str, tells: bool = False) -> Hello:
         """Return the hello of a run, with a new key that voids the one before."""
         private = X25519PrivateKey.generate()
+        public = private.public_key().public_bytes_raw()
         self.book.new_run_key(run, private.private_bytes_raw())
+        head = self.trail.append("hello", {"run": run, "key": public, "heads": {}})
         hello = Hello(
             study=self.study.name,
             run=run,
             name=self.identity.name,
             key=self.identity.public,
-            run_key=private.public_key().public_bytes_raw(),
+            run_key=public,
             members=len(self.study.members),
             least=self.study.least,
             colluders=self.study.colluders,
@@ -190,6 +197,8 @@ class Member:
         subtracted = [pairs[peer] for peer in others if peer < name]
         for index, vector in enumerate(vectors(words)):
             add_streams(vector, added, subtracted, index)
+        self._note_told(record, about, asked)
+        self._note(record, "masked", masked=_bytes_of(words))
         commitments = {peer: commitment(pairs[peer], PAIR, name, peer) for peer in others}
         commitments[name] = commitment(own_seed, SELF, name, name)
         letter: dict[str, Value] = {
@@ -210,7 +219,7 @@ class Member:
         """
         record, _ = self._begun(digest)
         remaining = self._remaining(record, members)
-        self.book.settle(digest, remaining)
+        self._settle(record, digest, remaining)
         return self.identity.sign("alive", certified(digest, remaining))
 
     def unmask(
@@ -261,7 +270,7 @@ class Member:
             shares[peer] = unseal(key, header(digest, peer, name), envelopes[peer], peer)
             if len(shares[peer]) != SEED_BYTES * len(record.names):
                 raise SecureError(f"the envelope of {peer} holds another number of shares")
-        self.book.settle(digest, remaining)
+        self._settle(record, digest, remaining)
         lost = [peer for peer in record.names if peer not in remaining]
         answer: dict[str, Value] = {
             "self": {peer: shares[peer][:SEED_BYTES] for peer in remaining},
@@ -272,6 +281,29 @@ class Member:
             },
         }
         return encoded(answer)
+
+    def _settle(self, record: Record, digest: bytes, remaining: Sequence[str]) -> None:
+        """Write down the set for which this hospital stands, before it says so."""
+        self.book.settle(digest, remaining)
+        self._note(record, "opened", members=list(remaining))
+
+    def _note_told(
+        self, record: Record, about: Mapping[str, Value], asked: Mapping[str, Value]
+    ) -> None:
+        heads = {hello.name: hello.head.hex() for hello in record.hellos}
+        self._note(
+            record,
+            "sent",
+            purpose=record.purpose,
+            names=list(record.names),
+            heads=heads,
+            model=digest_of(about.get("arrays")),
+            question=record.question(asked),
+        )
+
+    def _note(self, record: Record, kind: str, **more: Value) -> None:
+        place: dict[str, Value] = {"run": record.run, "round": record.server_round}
+        self.trail.append(kind, place | {"digest": record.fingerprint} | more)
 
     def _begun(self, digest: bytes) -> tuple[Record, dict[str, Any]]:
         kept = decoded(self.book.kept(digest))
@@ -317,6 +349,11 @@ class Member:
             for hello in record.hellos
             if hello.name != self.identity.name
         }
+
+
+def _bytes_of(words: Words) -> bytes:
+    """Return the digest of vectors as they leave."""
+    return digest_of_arrays(dict(zip(("words32", "words64"), vectors(words), strict=True)))
 
 
 def header(digest: bytes, sender: str, receiver: str) -> bytes:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from fedmed_flower.secure.ring import COUNT, Part
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmed_flower.secure.ring import COUNT, REAL, Layout, Part
 
 # How a hospital's part in a mean is weighted, and by what.
 BY = "by"
 TOTAL = "total"
 EXAMPLES = "examples"
 UNIFORM = "uniform"
+# Centre and width of the grid of each score, in an evaluation.
+GRIDS = "grids"
 
 MODEL = "model/"
 # One from each hospital, by which a wrong mask is noticed.
@@ -17,3 +25,46 @@ ONES = Part("tail/ones", 1, COUNT)
 CLIPPED = Part("tail/clipped", 1, COUNT)
 LOSS = "tail/loss"
 ROWS = Part("rows", 1, COUNT)
+
+# One from each hospital that adds figures: those with too few patients add zeros.
+TOLD = Part("tail/told", 1, COUNT)
+# A real figure is summed twice: as it is, to 2^-63 and up to 2^40; and in units of 2^50, to 2^-13
+# and up to 2^90.
+LARGE = "large/"
+LARGE_UNIT = 2.0**50
+_FIGURE_BOUND = 2.0**40
+# By how much a sum in large units may be off, for as many hospitals as a sum can have.
+_LARGE_ERROR = 2.0**-4
+
+
+def figure_parts(name: str, size: int, whole: bool) -> tuple[Part, ...]:
+    """Return the parts of a figure of this many numbers: whole ones of at least 0, or any."""
+    if whole:
+        return (Part(name, size, COUNT),)
+    return tuple(Part(f"{unit}{name}", size, REAL, _FIGURE_BOUND) for unit in ("", LARGE))
+
+
+def figure_in(part: Part, figures: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """Return what a hospital adds to a part of a figure; zeros if it has no such figure."""
+    values = figures.get(part.name.removeprefix(LARGE))
+    if values is None:
+        return np.zeros(part.size, np.int64 if part.kind == COUNT else np.float64)
+    return values / LARGE_UNIT if part.name.startswith(LARGE) else values
+
+
+def figures_of(layout: Layout, sums: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return the total of each figure of a sum, by name.
+
+    Where a hospital's number was beyond the bound, the sum in large units is taken: the two sums
+    then differ.
+    """
+    figures = {}
+    for part in layout.parts:
+        if part.name.startswith(LARGE) or part.name in (ONES.name, TOLD.name):
+            continue
+        total = sums[part.name]
+        if part.kind == REAL:
+            large = sums[f"{LARGE}{part.name}"] * LARGE_UNIT
+            total = np.where(np.abs(total - large) <= _LARGE_ERROR, total, large)
+        figures[part.name] = total
+    return figures

@@ -50,6 +50,15 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Sum:
+    """A secure sum that was opened: round, purpose and the hospitals that it is over."""
+
+    round: int
+    purpose: str
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Stop:
     """The end of a run before its last planned round: the last round done (0 if none), and why."""
 
@@ -92,6 +101,8 @@ class History:
         What the sites sent in the rounds.
     traffic : dict of str to Traffic
         Bytes and seconds of the rounds, by site.
+    sums : list of Sum
+        The secure sums of the run; empty if sites reply in plain.
     stopped : Stop or None
         Set if the run ended of its own accord before its last planned round.
     kept : Kept or None
@@ -103,6 +114,7 @@ class History:
     sent: Sent = field(default_factory=Sent)
     traffic: dict[str, Traffic] = field(default_factory=dict, compare=False, repr=False)
     notes: list[Note] = field(default_factory=list)
+    sums: list[Sum] = field(default_factory=list)
     stopped: Stop | None = None
     kept: Kept | None = None
 
@@ -115,8 +127,10 @@ class History:
         ]
 
     def rounds_trained(self) -> dict[str, int]:
-        """Return in how many rounds each site's update was accepted."""
+        """Return in how many rounds each site's update was accepted, or was part of the sum."""
         rounds = {(r, site) for r, phase, site, _, _ in self.rows if phase == "train"}
+        trained = [sum for sum in self.sums if sum.purpose == "train"]
+        rounds |= {(sum.round, site) for sum in trained for site in sum.sites}
         return dict(Counter(site for _, site in rounds if site != ALL_SITES))
 
     def describe(self, server_round: int) -> str:

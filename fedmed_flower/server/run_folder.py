@@ -39,7 +39,7 @@ from fedmed_flower.files import (
 )
 from fedmed_flower.files import METRICS as METRICS
 from fedmed_flower.files import SUMMARY as SUMMARY
-from fedmed_flower.server.history import Failure, History, Note, Stop
+from fedmed_flower.server.history import Failure, History, Note, Stop, Sum
 from fedmed_flower.server.traffic import traffic_of
 from fedmed_flower.wire import Sent
 
@@ -303,6 +303,7 @@ class RunFolder:
             "rows": checkpoint.history.rows,
             "failures": [asdict(failure) for failure in checkpoint.history.failures],
             "notes": [asdict(note) for note in checkpoint.history.notes],
+            "sums": [asdict(sum) for sum in checkpoint.history.sums],
             "stopped": checkpoint.history.stopped and asdict(checkpoint.history.stopped),
             "sent": checkpoint.history.sent.table(),
             "traffic": {s: t.table() for s, t in checkpoint.history.traffic.items()},
@@ -396,6 +397,14 @@ def _checkpoint(state: dict[str, Any], members: StoredMembers) -> Checkpoint:
         Note(_whole(entry["round"], _MOST_ROUND), *(f"{entry[key]}" for key in _NOTE_TEXTS))
         for entry in state.get("notes", ())
     ]
+    sums = [
+        Sum(
+            _whole(entry["round"], _MOST_ROUND),
+            str(entry["purpose"]),
+            tuple(map(str, entry["sites"])),
+        )
+        for entry in state.get("sums", ())
+    ]
     rows = [
         (_whole(number, _MOST_ROUND), str(phase), str(site), str(metric), float(value))
         for number, phase, site, metric, value in state["rows"]
@@ -406,6 +415,7 @@ def _checkpoint(state: dict[str, Any], members: StoredMembers) -> Checkpoint:
         sent=Sent.of(state.get("sent")),
         traffic=traffic_of(state.get("traffic")),
         notes=notes,
+        sums=sums,
         stopped=_stop(state.get("stopped")),
     )
     return Checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,22 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedmed_flower.arrays.views import view
+from fedmed_flower.data.site import some_of
+from fedmed_flower.secure.audit import AUDIT, Chain
 from fedmed_flower.secure.collector import Collector
-from fedmed_flower.secure.encoding import SecureError, Value, decoded, encoded
-from fedmed_flower.secure.parts import CLIPPED, ONES
-from fedmed_flower.secure.record import DATA, Hello, Record
+from fedmed_flower.secure.encoding import (
+    SecureError,
+    Value,
+    decoded,
+    digest,
+    digest_of_arrays,
+    encoded,
+)
+from fedmed_flower.secure.parts import CLIPPED, ONES, TOLD, figure_parts
+from fedmed_flower.secure.record import DATA, TRAIN, Hello, Record
 from fedmed_flower.secure.ring import Layout, Part, Words
 from fedmed_flower.server.ask import ask_all
+from fedmed_flower.server.history import Sum
 from fedmed_flower.server.inbox import SUM_NODE, Inbox
 from fedmed_flower.wire import (
     ASKED,
@@ -32,9 +43,12 @@ from fedmed_flower.wire import (
     SITE_RECORD,
 )
 
+log = logging.getLogger("flwr.fedmed")
+
 T = TypeVar("T")
 _MOST_LETTER = 1 << 28
 _NONCE_BYTES = 16
+_MOST_FIGURES = 10_000
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,11 @@ class SecureSums:
         Seconds to wait in each exchange beside the first.
     books : Path, optional
         In a simulation, the folder of the sites' books.
+    folder : Path, optional
+        The run folder, in which the server's audit trail lies. None keeps none.
+    grace : float
+        After as many hospitals as a sum needs have signed a set, or have sent their shares, wait
+        only so many seconds for the others.
 
     Attributes
     ----------
@@ -81,28 +100,62 @@ class SecureSums:
         What each hospital has said, by name.
     about : dict of str to dict
         What each hospital says of its rows' source, by name.
-    opened : list of (int, str, list of str)
-        Round, purpose and hospitals of each sum that was opened.
+    settled : frozenset of str
+        The hospitals over which questions about data were first opened in this run; empty before.
+    bound : frozenset of str
+        In training, the hospitals of the last set that one of them has signed or sent its shares
+        for: that one answers the same question for no other set.
     """
 
     def __init__(
-        self, grid: Grid, inbox: Inbox, run: str, timeout: float, books: Path | None = None
+        self,
+        grid: Grid,
+        inbox: Inbox,
+        run: str,
+        timeout: float,
+        books: Path | None = None,
+        folder: Path | None = None,
+        grace: float = 60.0,
     ) -> None:
         self.grid = grid
         self.inbox = inbox
         self.run = run
         self.timeout = timeout
         self.books = books
+        self.grace = grace
         self.hellos: dict[str, Hello] = {}
         self.about: dict[str, dict[str, Any]] = {}
-        self.opened: list[tuple[int, str, list[str]]] = []
+        self.settled: frozenset[str] = frozenset()
+        self.bound: frozenset[str] = frozenset()
         self._nodes: dict[str, int] = {}
+        # The nodes that hospitals had before they came back as other ones.
+        self._former: dict[int, str] = {}
+        # Hospitals that the last sum needed; 0 before the first.
+        self._needed = 0
+        self._trail = None if folder is None else Chain(folder / AUDIT, None, "server")
 
-    def greet(self, nodes: Collection[int], server_round: int) -> None:
-        """Ask nodes that have said no hello yet for theirs; those that do not answer are noted."""
-        new = sorted(set(nodes) - {*self._nodes.values()})
+    def greet(self, nodes: Collection[int], server_round: int, minimum: int | None = None) -> None:
+        """Ask nodes that have said no hello yet for theirs; those that do not answer are noted.
+
+        A hospital that comes back as another node says hello again, and its former node is asked
+        for nothing more.
+
+        Parameters
+        ----------
+        nodes : collection of int
+        server_round : int
+        minimum : int, optional
+            After so many of the nodes have said hello, and as many as a sum needs, wait only
+            `grace` seconds for the others. Before the first sum all are waited for.
+        """
+        known = {*self._nodes.values()}
+        former = {node for node, name in self._former.items() if self._nodes[name] in nodes}
+        new = sorted(set(nodes) - known - former)
         if not new:
             return
+        if minimum is not None:
+            enough = max(minimum, self._needed) - len(known.intersection(nodes))
+            minimum = max(0, enough) if self._needed else None
         content = self._asked({SECURE_RUN: self.run})
 
         def read(node_id: int, reply: RecordDict) -> Hello:
@@ -116,10 +169,21 @@ class SecureSums:
             self.about[hello.name] = about
             return hello
 
-        for node_id, hello in self._ask("hello", dict.fromkeys(new, content), read, server_round):
-            self.hellos[hello.name] = hello
-            self._nodes[hello.name] = node_id
-            self.inbox.site_names[node_id] = hello.name
+        contents = dict.fromkeys(new, content)
+        for node_id, hello in self._ask("hello", contents, read, server_round, minimum):
+            self._take(node_id, hello)
+
+    def _take(self, node_id: int, hello: Hello) -> None:
+        name = hello.name
+        before = self._nodes.get(name)
+        if before is not None:
+            log.warning("node %d replaces node %d as %s", node_id, before, name)
+            self._former[before] = name
+            self.inbox.site_names.pop(before, None)
+        self._former.pop(node_id, None)
+        self.hellos[name] = hello
+        self._nodes[name] = node_id
+        self.inbox.site_names[node_id] = name
 
     def record(
         self,
@@ -132,12 +196,17 @@ class SecureSums:
     ) -> Record:
         """Return the record of a sum over some nodes.
 
+        A question about data is asked of the hospitals alone that the first one was opened over:
+        they answer no other.
+
         Raises
         ------
         SecureError
             If too few of them have said hello.
         """
         present = [hello for name, hello in self.hellos.items() if self._nodes[name] in nodes]
+        if kind == DATA and self.settled:
+            present = [hello for hello in present if hello.name in self.settled]
         if not present:
             raise SecureError("no hospital has said hello")
         record = Record.of_hellos(
@@ -149,6 +218,7 @@ class SecureSums:
             layout=layout,
             weighting=weighting,
         )
+        self._needed = record.needed
         # What every hospital would refuse.
         record.require_enough(record.names)
         return record
@@ -200,13 +270,9 @@ class SecureSums:
             failures = self.inbox.history.failures[known:]
             reasons = "".join(f"; {failure.site}: {failure.reason}" for failure in failures)
             raise SecureError(
-                f"the secure sum of {name} is lost: {error}{reasons}. A question about data is "
-                "answered over all hospitals or not at all, so that no difference of two answers "
-                "shows one hospital: ask again when all of them answer, or let each of the others "
-                "leave it out (`fedmed keys regroup`)"
+                f"the secure sum of {name} is lost: {error}{reasons}. Ask again when all of them "
+                "answer, or let each of the others leave it out (`fedmed keys regroup`)"
             ) from error
-        if int(opened.values[ONES.name][0]) != len(opened.members):
-            raise SecureError(f"the secure sum of {name} is wrong: a mask was wrong")
         if clipped := int(opened.values[CLIPPED.name][0]):
             raise SecureError(
                 f"{clipped} numbers of the secure sum of {name} are no numbers or larger than a "
@@ -217,6 +283,11 @@ class SecureSums:
     def nodes_of(self, record: Record) -> list[int]:
         """Return the nodes of a record's hospitals."""
         return [self._nodes[name] for name in record.names]
+
+    @property
+    def bound_nodes(self) -> set[int]:
+        """The nodes of the hospitals that are `bound`."""
+        return {self._nodes[name] for name in self.bound}
 
     def sum(
         self,
@@ -235,8 +306,10 @@ class SecureSums:
         messages : sequence of Message
             To hospitals of the record.
         record : Record
-        phase, timeout, minimum, grace
+        phase, timeout, grace
             As in `Inbox.collect`.
+        minimum : int, optional
+            As in `Inbox.collect`; at least as many as a sum needs.
         whole : bool
             Whether to open it over all hospitals of the record or not at all. No hospital is then
             asked who remains, so all may still answer later.
@@ -247,9 +320,14 @@ class SecureSums:
             If the sum cannot be opened. Nothing is then known but who took part.
         """
         server_round = record.server_round
+        if minimum is not None:
+            minimum = max(minimum, record.needed)
         told = self._config({RECORD: record.to_bytes()})
         for message in messages:
             message.content[SECURE] = ConfigRecord({**told})
+        model = digest(_arrays_of(messages[0].content)) if messages else b""
+        names = list(record.names)
+        self._note(record, "sent", purpose=record.purpose, names=names, model=model)
         collector = Collector(record)
         for site, reply in self.inbox.sorted_out(
             server_round,
@@ -267,7 +345,10 @@ class SecureSums:
                 self.inbox.fail(server_round, phase, site, problem)
         if whole and not complete:
             lost = sorted({*record.names} - {*collector.members})
-            raise SecureError(f"{', '.join(lost)} did not add to it")
+            raise SecureError(
+                f"{some_of(lost)} could not be added, and figures of patients are summed over all "
+                f"{len(record.names)} hospitals or not at all"
+            )
         signatures = {} if complete else self._certificate(collector, server_round)
         members = collector.members
         contents = {
@@ -285,15 +366,84 @@ class SecureSums:
         by_node = {node_id: name for name, node_id in self._nodes.items()}
 
         def read(node_id: int, reply: RecordDict) -> None:
+            self._bind(record, members)
             collector.answer(by_node[node_id], _letter(reply))
 
-        list(self._ask("unmask", contents, read, server_round))
+        self._ask("unmask", contents, read, server_round, record.threshold)
         sites = len(members)
         values = record.layout.decode(collector.open(), sites)
+        if ONES in record.layout.parts and int(values[ONES.name][0]) != sites:
+            raise SecureError(f"the sum is not one of {sites} hospitals: a mask was wrong")
         if (excess := record.layout.excess(values, sites)) is not None:
             raise SecureError(f"one of the hospitals has sent what cannot be: {excess}")
-        self.opened.append((server_round, record.purpose, members))
+        if record.kind == DATA:
+            self.settled = self.settled or frozenset(members)
+        self.inbox.history.sums.append(Sum(server_round, record.purpose, tuple(members)))
+        self._note(record, "opened", members=members)
         return Opened(values, members, record)
+
+    def figures(self, messages: Sequence[Message], server_round: int) -> Layout:
+        """Ask hospitals what they would sum in an evaluation, and return it, with the tail.
+
+        They answer with names and sizes, which follow from what their client declares and from no
+        patient.
+
+        Parameters
+        ----------
+        messages : sequence of Message
+            The messages of the evaluation.
+        server_round : int
+
+        Raises
+        ------
+        SecureError
+            If a hospital does not answer, or they do not all say the same.
+        """
+        contents = {
+            message.metadata.dst_node_id: RecordDict({**message.content, SECURE: self._config({})})
+            for message in messages
+        }
+
+        def read(node_id: int, reply: RecordDict) -> Layout:
+            listed = decoded(_letter(reply))
+            if not isinstance(listed, list) or len(listed) > _MOST_FIGURES:
+                raise SecureError(f"it must list at most {_MOST_FIGURES} figures")
+            parts: list[Part] = []
+            for name, size, whole in listed:
+                if type(name) is not str or type(size) is not int or type(whole) is not bool:
+                    raise SecureError("a figure must have a name, a size, and whether it is whole")
+                parts += figure_parts(name, size, whole)
+            return Layout((*parts, TOLD, ONES))
+
+        failures = self.inbox.history.failures
+        before = len(failures)
+        said: dict[Layout, list[str]] = {}
+        for node_id, layout in self._ask("figures", contents, read, server_round):
+            said.setdefault(layout, []).append(self.inbox.name(node_id))
+        answered = {name for names in said.values() for name in names}
+        asked = {self.inbox.name(node_id) for node_id in contents}
+        if silent := sorted(asked - answered):
+            why = f": {failures[before].reason}" if len(failures) > before else ""
+            raise SecureError(f"{some_of(silent)} did not say which figures it has{why}")
+        if len(said) > 1:
+            odd = sorted(name for names in sorted(said.values(), key=len)[:-1] for name in names)
+            raise SecureError(
+                f"{some_of(odd)} would sum other figures than the rest: all must run the same app "
+                "with the same declared columns, classes and settings"
+            )
+        return next(iter(said))
+
+    def _note(self, record: Record, kind: str, **more: Value) -> None:
+        """Write into the server's audit trail, if there is one."""
+        if self._trail is None:
+            return
+        place: dict[str, Value] = {"run": record.run, "round": record.server_round}
+        self._trail.append(kind, place | {"digest": record.fingerprint} | more)
+
+    def _bind(self, record: Record, members: Collection[str]) -> None:
+        """Note that a hospital has answered a question for a set, and does so for no other."""
+        if record.kind == TRAIN:
+            self.bound = frozenset(members)
 
     def _certificate(self, collector: Collector, server_round: int) -> dict[str, bytes]:
         """Let the hospitals that remain sign that they do."""
@@ -303,9 +453,11 @@ class SecureSums:
         by_node = {self._nodes[name]: name for name in members}
 
         def read(node_id: int, reply: RecordDict) -> None:
+            self._bind(collector.record, members)
             collector.certify(by_node[node_id], _letter(reply))
 
-        list(self._ask("alive", dict.fromkeys(by_node, content), read, server_round))
+        contents = dict.fromkeys(by_node, content)
+        self._ask("alive", contents, read, server_round, collector.record.threshold)
         return collector.certificate()
 
     def _ask(
@@ -314,20 +466,28 @@ class SecureSums:
         contents: Mapping[int, RecordDict],
         read: Callable[[int, RecordDict], T],
         server_round: int,
+        minimum: int | None = None,
     ) -> list[tuple[int, T]]:
         """Ask nodes; return the answers by node, and record who gave none."""
+
+        def recorded(node_id: int, reply: RecordDict) -> T:
+            self.inbox.history.sent.take(question, self.inbox.name(node_id), reply)
+            return read(node_id, reply)
+
         answers, failures = ask_all(
             self.grid,
             question,
             contents,
-            read,
+            recorded,
             self.timeout,
             self.inbox.site_names,
+            minimum,
+            self.grace,
             listener=self.inbox.listeners,
             server_round=server_round,
         )
         for failure in failures:
-            self.inbox.fail(server_round, question, failure.site, failure.reason)
+            self.inbox.fail(server_round, question, failure.site, failure.reason, heard=True)
         return [(answer.node_id, answer.value) for answer in answers]
 
     def _asked(self, values: Mapping[str, Value]) -> RecordDict:
@@ -338,6 +498,14 @@ class SecureSums:
         if self.books is not None:
             config[BOOKS] = str(self.books)
         return config
+
+
+def _arrays_of(content: RecordDict) -> dict[str, Value]:
+    """Return the digests of a message's records of arrays, as hospitals have them."""
+    return {
+        name: digest_of_arrays({key: view(record[key]) for key in record})
+        for name, record in content.array_records.items()
+    }
 
 
 def _letter(content: RecordDict) -> bytes:

@@ -8,10 +8,14 @@ from typing import Self
 
 from flwr.app import UserConfig
 
-from fedmed_flower.settings.allowed import Within
+from fedmed_flower.settings.allowed import SomeOf, Within, parts_of
 from fedmed_flower.settings.disclosure import FEWEST
 from fedmed_flower.settings.section import Section, key_of, setting
 from fedmed_flower.settings.text import setting_error, unknown_key
+from fedmed_flower.wire import IN_SUMS, NOT_IN_SUMS, OTHERWISE_IN_SUMS
+
+# Stands for all kinds of messages.
+ALL_KINDS = "all"
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,11 @@ class NodeSettings(Section):
     secure_key: str = setting("", "File of the hospital's own key, for secure sums.")
     secure_only: str = setting(
         "",
-        "Kinds of messages that are answered in secure sums alone, with commas between them, such "
-        "as train,evaluate. Empty: none.",
+        "Kinds of messages that the hospital answers in secure sums alone, with commas between "
+        "them, such as train,evaluate; `describe` then tells no number of rows, and what cannot be "
+        "summed is declined. `all`: of all kinds, also those that an app adds. Empty: only in a "
+        "run with secure=sum.",
+        SomeOf((ALL_KINDS, "describe", *IN_SUMS, *OTHERWISE_IN_SUMS, *NOT_IN_SUMS)),
     )
     tell_own: bool = setting(
         False,
@@ -97,6 +104,10 @@ class NodeSettings(Section):
     most_runs_a_day: int = setting(
         50, "How many runs may begin within 24 hours.", Within(1), "runs"
     )
+
+    def answers_in_sums_alone(self, kind: str) -> bool:
+        """Return whether a kind of message is among those of ``secure-only``."""
+        return not {ALL_KINDS, kind}.isdisjoint(parts_of(self.secure_only))
 
     @classmethod
     def of(cls, config: UserConfig, more: Collection[str] = ()) -> Self:

@@ -306,7 +306,7 @@ def survey(
         if summed:
             books = folder.path / SECURE if in_simulation() else None
             timeout = settings.round_timeout
-            sums = SecureSums(grid, Inbox(), str(config[RUN_KEY]), timeout, books)
+            sums = SecureSums(grid, Inbox(), str(config[RUN_KEY]), timeout, books, folder.path)
             answer = ask_sums(sums, request or Request(), config)
         else:
             answer = ask(grid, request or Request(), settings.round_timeout, config)

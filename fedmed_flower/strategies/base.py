@@ -29,7 +29,7 @@ from fedmed_flower.metrics.pooling import class_counts, pool
 from fedmed_flower.secure.parts import EXAMPLES
 from fedmed_flower.server.compression import Unpacker, require_one_each
 from fedmed_flower.server.history import History, Stop
-from fedmed_flower.server.inbox import AcceptedReply, Inbox
+from fedmed_flower.server.inbox import SUM_NODE, AcceptedReply, Inbox
 from fedmed_flower.server.listener import Listener
 from fedmed_flower.server.listeners import Ending, Listeners
 from fedmed_flower.server.run_folder import DEFAULT_FOLDER, METRICS, Checkpoint, RunFolder
@@ -338,6 +338,8 @@ class FedAvg(flower.FedAvg):
             )
         self.secure = secure
         self.secure_exponent = secure_exponent
+        # Of a run in which hospitals were greeted before the first round too.
+        self._sums: SecureSums | None = None
         self.quorum = quorum
         self.grace = grace
         self.max_weight_share = max_weight_share
@@ -640,6 +642,7 @@ class FedAvg(flower.FedAvg):
                 "compression": self.compression != NONE,
                 "buffer": bool(self.buffer),
                 "keep": bool(self.keep),
+                "fraction_evaluate": 0 < self.fraction_evaluate < 1,
             },
             method=self.method,
         )
@@ -649,12 +652,31 @@ class FedAvg(flower.FedAvg):
         """How hospitals are weighted in a secure sum; None if that needs single replies."""
         return EXAMPLES if type(self).weigh is FedAvg.weigh else None
 
+    def secure_sums(self, grid: Grid, run: str, timeout: float, simulated: bool) -> SecureSums:
+        """Return the secure sums of a run: the same object as long as it is the same run.
+
+        Parameters
+        ----------
+        grid : Grid
+        run : str
+            Name of the run.
+        timeout : float
+            Seconds to wait in each exchange beside the first.
+        simulated : bool
+            Whether the books of the hospitals lie in the run folder.
+        """
+        known = self._sums
+        if known is None or known.grid is not grid or known.run != run:
+            folder = None if self.folder is None else self.folder.path
+            books = None if folder is None or not simulated else folder / SECURE
+            known = SecureSums(grid, self.inbox, run, timeout, books, folder, self.grace)
+            self._sums = known
+        return known
+
     def _secure_rounds(self, grid: Grid, config: ConfigRecord) -> SecureRounds:
-        books = None
-        if self.folder is not None and (LEDGER_DIR in config or hasattr(grid, "in_process")):
-            books = self.folder.path / SECURE
+        simulated = LEDGER_DIR in config or hasattr(grid, "in_process")
         run = str(config.get(RUN_KEY, "")) or secrets.token_hex(8)
-        sums = SecureSums(grid, self.inbox, run, self.run.timeout, books)
+        sums = self.secure_sums(grid, run, self.run.timeout, simulated)
         by = self.secure_weighting or EXAMPLES
         return SecureRounds(sums, self.secure_exponent, by, losses=True)
 
@@ -722,6 +744,10 @@ class FedAvg(flower.FedAvg):
         phase = "own-test" if own else "test"
         self.run.evaluated = phase
         self.run.timeout = timeout
+        if self.secure == SUM and self.run.secure is None:
+            # No round has been done: a finished model is tested.
+            self.require_summable()
+            self.run.secure = self._secure_rounds(grid, config or ConfigRecord())
         try:
             with self.listeners.run(again=True):
                 if self.folder is not None:
@@ -802,13 +828,13 @@ class FedAvg(flower.FedAvg):
             require_one_each(messages)
         secure = self.run.secure
         sent = self.run.sent_arrays
-        if secure is not None and sent is not None:
-            if phase == "train":
-                trained = self._trained(sent)
-                return secure.train(
-                    messages, sent, trained, server_round, self.run.timeout, self.quorum, self.grace
-                )
+        if secure is not None and phase != "train":
             return secure.evaluate(messages, server_round, phase, self.run.timeout)
+        if secure is not None and sent is not None:
+            trained = self._trained(sent)
+            return secure.train(
+                messages, sent, trained, server_round, self.run.timeout, self.quorum, self.grace
+            )
         replies = self.inbox.collect(
             grid, messages, self.run.timeout, server_round, phase, self.quorum, self.grace
         )
@@ -970,6 +996,9 @@ class FedAvg(flower.FedAvg):
     ) -> MetricRecord | None:
         """Screen the replies, average their metrics as Flower does, and add the pooled metrics."""
         phase = self.run.evaluated
+        if self.run.secure is not None and replies == []:
+            # Why is recorded; whether all sites failed alike is asked of the inbox.
+            return None
         admitted = self.inbox.admit(server_round, phase, replies, self.weighted_by_key, None)
         accepted = self.inbox.in_order(admitted)
         self.inbox.record(server_round, phase, accepted)
@@ -991,7 +1020,10 @@ class FedAvg(flower.FedAvg):
         records = [dict(reply.metrics) for reply in with_metrics]
         self.run.rows_of_class = class_counts(records)
         if phase == "test":
-            sites = [reply.site for reply in with_metrics]
+            # The reply that stands for a secure sum is of all sites as one.
+            sites = [
+                ALL_SITES if reply.node_id == SUM_NODE else reply.site for reply in with_metrics
+            ]
             self.run.tested = dict(zip(sites, records, strict=True))
         pooled = pool(records)
         trimmed = with_shared_metrics(

@@ -6,6 +6,8 @@ import logging
 import math
 from collections import deque
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from flwr.app import (
@@ -17,21 +19,27 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
+from numpy.typing import NDArray
 
 from fedmed_flower.arrays import kernels
-from fedmed_flower.arrays.views import view
+from fedmed_flower.arrays.views import own_content, view
+from fedmed_flower.data.site import some_of
 from fedmed_flower.methods.base import Method
+from fedmed_flower.metrics.summing import Grid, finer_grids, partial_metrics, record_of_sums
 from fedmed_flower.secure.encoding import SecureError
 from fedmed_flower.secure.parts import (
     BY,
     CLIPPED,
     EXAMPLES,
+    GRIDS,
     LOSS,
     MODEL,
     ONES,
     ROWS,
+    TOLD,
     TOTAL,
     UNIFORM,
+    figures_of,
 )
 from fedmed_flower.secure.record import DATA, TRAIN
 from fedmed_flower.secure.ring import FIXED, REAL, Layout, Part
@@ -46,6 +54,8 @@ _REAL_BOUND = 2.0**20
 # A mean that is longer than so many times the median of the last rounds is not used.
 _LONGEST = 4.0
 _REMEMBERED = 5
+# How often an evaluation is asked for, until the grids of scores resolve them.
+_MOST_GRIDS = 3
 _COUNT = "count"
 _FEDPROX = "fedprox"
 
@@ -70,18 +80,32 @@ class SecureRounds:
         self.by = by
         self.losses = losses
         self.total = 0
+        # What is summed in each phase of evaluation.
+        self._layouts: dict[str, Layout] = {}
+        # On which scores are counted; empty before the first evaluation.
+        self._grids: list[Grid] = []
         self._lengths: deque[float] = deque(maxlen=_REMEMBERED)
+        self._sent: ArrayRecord | None = None
 
-    def begin(self, nodes: Collection[int], server_round: int) -> None:
+    def begin(self, nodes: Collection[int], server_round: int, minimum: int | None = None) -> None:
         """Greet nodes, and count all training rows once if the mean is weighted by them.
+
+        Parameters
+        ----------
+        nodes : collection of int
+        server_round : int
+        minimum : int, optional
+            As in `SecureSums.greet`. All are waited for if rows are to be counted, since no later
+            question about data is answered over other hospitals than the first.
 
         Raises
         ------
         SecureError
             If the rows cannot be counted.
         """
-        self.sums.greet(nodes, server_round)
-        if self.by == UNIFORM or self.total:
+        counted = self.by == UNIFORM or self.total > 0
+        self.sums.greet(nodes, server_round, minimum if counted else None)
+        if counted:
             return
         record = self.sums.record(nodes, _COUNT, DATA, 0, Layout((ROWS, ONES)), {})
         messages = [
@@ -89,7 +113,6 @@ class SecureRounds:
             for node_id in self.sums.nodes_of(record)
         ]
         opened = self.sums.sum(messages, record, _COUNT, self.sums.timeout)
-        _require_ones(opened)
         self.total = int(opened.values[ROWS.name][0])
         if self.total < 1:
             raise SecureError("the hospitals have no training rows together")
@@ -119,14 +142,14 @@ class SecureRounds:
         inbox = self.sums.inbox
         nodes = {message.metadata.dst_node_id for message in messages}
         try:
-            self.begin(nodes, server_round)
+            self.begin(nodes, server_round, minimum)
+            nodes = self._answering(nodes, sent)
             weighting = {BY: self.by, TOTAL: self.total}
             layout = self._layout(sent, trained)
             record = self.sums.record(nodes, "train", TRAIN, server_round, layout, weighting)
             asked = {*self.sums.nodes_of(record)}
             going = [message for message in messages if message.metadata.dst_node_id in asked]
             opened = self.sums.sum(going, record, "train", timeout, minimum, grace)
-            _require_ones(opened)
             model = self._model(opened, sent)
         except SecureError as error:
             inbox.fail(server_round, "train", ALL_SITES, f"the secure sum is lost: {error}")
@@ -151,8 +174,111 @@ class SecureRounds:
     def evaluate(
         self, messages: Sequence[Message], server_round: int, phase: str, timeout: float
     ) -> list[Message]:
-        """Evaluate a round; return one reply, the counts of all hospitals, or none."""
-        return []
+        """Evaluate a round; return one reply, the figures of all rows, or none if it is left out.
+
+        Parameters
+        ----------
+        messages : sequence of Message
+        server_round : int
+        phase : {"val", "test"}
+        timeout : float
+        """
+        if not messages:
+            return []
+        inbox = self.sums.inbox
+        nodes = {message.metadata.dst_node_id for message in messages}
+        try:
+            self.sums.greet(nodes, server_round)
+            figures, opened = self._figures(messages, server_round, phase, timeout)
+        except SecureError as error:
+            inbox.fail(server_round, phase, ALL_SITES, f"the secure sum is left out: {error}")
+            return []
+        asked = {*self.sums.nodes_of(opened.record)}
+        if aside := sorted(inbox.name(node_id) for node_id in nodes - asked):
+            text = f"the sum is without {some_of(aside)}: the first sum of figures was too"
+            inbox.note(server_round, phase, ALL_SITES, text)
+        for name, rows in partial_metrics(figures).items():
+            text = f"{name} is of {rows} rows: hospitals with the others could not measure it"
+            inbox.note(server_round, phase, ALL_SITES, text)
+        metrics = MetricRecord(record_of_sums(figures, self._grids))
+        return [reply_of(opened, MessageType.EVALUATE, RecordDict({"metrics": metrics}), inbox)]
+
+    def _figures(
+        self, messages: Sequence[Message], server_round: int, phase: str, timeout: float
+    ) -> tuple[dict[str, NDArray[Any]], Opened]:
+        """Return the total of each figure, with scores on grids that resolve them.
+
+        If the grids of the evaluation before do not, hospitals are asked once more.
+
+        Raises
+        ------
+        SecureError
+            If a sum cannot be opened, or is of too few hospitals.
+        """
+        nodes = {message.metadata.dst_node_id for message in messages}
+        for _ in range(_MOST_GRIDS):
+            grids = [number for grid in self._grids for number in grid]
+            record = self.sums.record(
+                nodes,
+                f"{MessageType.EVALUATE}/{phase}",
+                DATA,
+                server_round,
+                self._layouts.get(phase, Layout(())),
+                {GRIDS: grids},
+            )
+            asked = {*self.sums.nodes_of(record)}
+            going = [
+                Message(own_content(message.content), node_id, MessageType.EVALUATE)
+                for message in messages
+                if (node_id := message.metadata.dst_node_id) in asked
+            ]
+            if phase not in self._layouts:
+                self._layouts[phase] = self.sums.figures(going, server_round)
+                record = replace(record, layout=self._layouts[phase])
+            opened = self.sums.sum(going, record, phase, timeout, whole=True)
+            figures = self._counted(opened)
+            finer = finer_grids(figures, self._grids)
+            if finer is None:
+                break
+            before = self._grids
+            self._grids = finer
+        else:
+            self._grids = before
+            text = "scores lie so close together that their AUC and precision are rough"
+            self.sums.inbox.note(server_round, phase, ALL_SITES, text)
+        return figures, opened
+
+    def _counted(self, opened: Opened) -> dict[str, NDArray[Any]]:
+        """Return the total of each figure.
+
+        Raises
+        ------
+        SecureError
+            If fewer hospitals have figures than a sum must be of.
+        """
+        record = opened.record
+        told = int(opened.values[TOLD.name][0])
+        # Those that tell their own figures do not hide the others.
+        tellers = sum(record.hello_of(name).tells for name in opened.members)
+        needed = max(record.needed, record.least + record.colluders + tellers)
+        if told < needed:
+            raise SecureError(
+                f"{told} of {len(opened.members)} hospitals have enough patients, and {needed} "
+                "must add figures: the sum is not used"
+            )
+        return figures_of(record.layout, opened.values)
+
+    def _answering(self, nodes: set[int], sent: ArrayRecord) -> set[int]:
+        """Return the nodes to ask for a model.
+
+        If a round with the same model was lost after a hospital had settled on a set, it answers
+        for no other set: the hospitals of that one are asked, if all are there.
+        """
+        if sent is not self._sent:
+            self._sent = sent
+            self.sums.bound = frozenset()
+        bound = self.sums.bound_nodes
+        return bound if bound and bound <= nodes else nodes
 
     def _layout(self, sent: ArrayRecord, trained: Collection[str]) -> Layout:
         parts = []
@@ -197,15 +323,6 @@ class SecureRounds:
         return model
 
 
-def _require_ones(opened: Opened) -> None:
-    """Raise `SecureError` if a mask was wrong: each hospital has added a one."""
-    found = int(opened.values[ONES.name][0])
-    if found != len(opened.members):
-        raise SecureError(
-            f"the sum is not one of {len(opened.members)} hospitals: a mask was wrong"
-        )
-
-
 # What a strategy must not define anew: a sum is one reply, and whoever made it is not known.
 OF_SUMS = ("combine", "aggregate_train", "exchange", "decode", "reply_layout")
 _WAY_OUT = {
@@ -214,6 +331,7 @@ _WAY_OUT = {
     "compression": "the vectors of a sum are added as they are",
     "buffer": "a sum needs the hospitals of one round",
     "keep": "layers that stay different need a reply of their own",
+    "fraction_evaluate": "figures of patients are summed over all hospitals: leave it at 1",
 }
 
 

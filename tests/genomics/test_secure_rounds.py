@@ -117,10 +117,10 @@ def test_a_hospital_that_is_lost_loses_the_sum(tmp_path, monkeypatch):
     with pytest.raises(RunFailedError) as error:
         study(world.client(), tmp_path, sites=5, **SUM)
     assert str(error.value) == (
-        "the secure sum of totals is lost: hospital-2 did not add to it; hospital-2: OSError: the "
-        "disk is gone. A question about data is answered over all hospitals or not at all, so that "
-        "no difference of two answers shows one hospital: ask again when all of them answer, or "
-        "let each of the others leave it out (`fedmed keys regroup`)"
+        "the secure sum of totals is lost: hospital-2 could not be added, and figures of patients "
+        "are summed over all 5 hospitals or not at all; hospital-2: OSError: the disk is gone. Ask "
+        "again when all of them answer, or let each of the others leave it out (`fedmed keys "
+        "regroup`)"
     )
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 
+from fedmed_flower.secure.audit import Chain
 from fedmed_flower.secure.book import SecureBook
 from fedmed_flower.secure.collector import Collector
 from fedmed_flower.secure.identity import Identity
@@ -29,7 +30,12 @@ def members_of(folder, count, run=RUN, **study):
     keys = {name: Identity.simulated(name, run) for name in names}
     known = Study.of("study", {name: key.public for name, key in keys.items()}, **study)
     return {
-        name: Member(key, known, SecureBook(folder / f"{name}.secure", key.id))
+        name: Member(
+            key,
+            known,
+            SecureBook(folder / f"{name}.secure", key.id),
+            Chain(folder / f"{name}.audit", key, name),
+        )
         for name, key in keys.items()
     }
 

@@ -555,10 +555,10 @@ def test_a_member_must_be_in_its_study_with_its_key(folder):
     others = {name: key for name, key in own.study.members.items() if name != "h00"}
     others["h03"] = Identity.simulated("h03", RUN).public
     with pytest.raises(SecureError, match="h00 is no member of the study"):
-        Member(own.identity, Study.of("study", others), own.book)
+        Member(own.identity, Study.of("study", others), own.book, own.trail)
     swapped = own.study.members | {"h00": Identity.simulated("h00", "x").public}
     with pytest.raises(SecureError, match="another key for h00"):
-        Member(own.identity, Study.of("study", swapped), own.book)
+        Member(own.identity, Study.of("study", swapped), own.book, own.trail)
 
 
 @pytest.mark.parametrize(

@@ -205,9 +205,9 @@ def test_a_hospital_that_is_lost_loses_the_sum(tmp_path, monkeypatch):
             ward(150, 200, 160, 120, 90), Request(columns=("age",)), tmp_path / "run", 5, **SUM
         )
     assert str(error.value).startswith(
-        "no hospital has sent statistics: the secure sum of tallies is lost: hospital-2 did not "
-        "add to it; hospital-2: OSError: the disk is gone. A question about data is answered over "
-        "all hospitals or not at all"
+        "no hospital has sent statistics: the secure sum of tallies is lost: hospital-2 could not "
+        "be added, and figures of patients are summed over all 5 hospitals or not at all; "
+        "hospital-2: OSError: the disk is gone. Ask again when all of them answer"
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed"
@@ -272,7 +272,10 @@ def test_real_hospitals_answer_in_sums_alone_and_later_over_the_same(tmp_path):
     assert answer.overall()["numeric"]["age"]["hospitals"] == 3
     again = surveyed(Real, request, tmp_path / "again", 3, nodes, **SUM)
     assert again.overall() == answer.overall()
-    declined = 'declined: statistics is answered in secure sums alone (set secure="sum")'
+    declined = (
+        "declined: statistics would tell this hospital's own figures, which leave in secure sums "
+        'alone: ask for it by secure="sum" in the run config'
+    )
     with pytest.raises(InputError, match=says(f"no hospital has sent statistics: {declined}")):
         surveyed(Real, request, tmp_path / "plain", 3, nodes)
 

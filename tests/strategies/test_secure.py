@@ -188,8 +188,9 @@ def test_a_hospital_that_fails_is_left_out_and_named(tmp_path):
     (note,) = strategy.history.notes
     assert note.text == ("the sum is without hospital-2; the others count the same in its place")
     assert set(strategy.result.train_metrics_clientapp) == {1, 2}
-    sites = {row[2] for row in strategy.history.rows}
-    assert sites == {"sum of 5 hospitals", "sum of 4 hospitals", "all"}
+    assert {row[2] for row in strategy.history.rows} == {"all"}
+    sums = [(each.round, each.purpose, len(each.sites)) for each in strategy.history.sums]
+    assert sums == [(0, "count", 5), (1, "train", 5), (2, "train", 4)]
 
 
 def test_a_round_with_too_many_losses_leaves_the_model(tmp_path):
@@ -306,9 +307,7 @@ def test_real_hospitals_need_keys_and_keep_a_book(tmp_path):
         lambda **o: FedAvg(**o, **SUMS), TinyClient, tmp_path / "run", 3, 1, nodes=nodes
     )
     assert failures(strategy) == []
-    assert ("sum of 3 hospitals", "num-examples", 30.0) in {
-        row[2:] for row in strategy.history.rows
-    }
+    assert {each.sites for each in strategy.history.sums} == {("east", "north", "south")}
     books = list(tmp_path.glob("node-*/*.secure"))
     assert len(books) == 3
     assert all(book.stat().st_mode & 0o077 == 0 for book in books)
@@ -340,7 +339,8 @@ def test_a_hospital_may_answer_in_secure_sums_alone(tmp_path):
     nodes = nodes_of(tmp_path, "north", "south", "east", secure_only="train, evaluate")
     strategy = trained(FedAvg, TinyClient, tmp_path / "run", 3, 1, nodes=nodes)
     assert {reason for _, _, site, reason in failures(strategy) if site != "all"} == {
-        'declined: train is answered in secure sums alone (set secure="sum")'
+        "declined: train would tell this hospital's own figures, which leave in secure sums alone: "
+        'ask for it by secure="sum" in the run config'
     }
 
 
