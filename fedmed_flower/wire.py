@@ -90,6 +90,8 @@ LETTER = "letter"
 BOOKS = "books"
 # The masked vectors.
 MASKED = "masked"
+# What a handler has counted, by the name of the part of the sum. It does not leave unmasked.
+SUMMANDS = "summands"
 
 # What the names of records begin with that a method sends beside the model.
 METHOD_RECORD = "method-"
@@ -103,11 +105,18 @@ CONTRIBUTION = "contribution"
 PICTURES = "pictures"
 STATISTICS = "statistics"
 COHORT = "cohort"
+# The question for it where the numbers of people are known as sums alone.
+DESIGN = "design"
 VARIANTS = "variants"
 POSITIONS = "positions"
 SUMS = "sums"
 # Which variants a hospital is asked for, in a message of an association study.
 BLOCK = "block"
+# Their ids and alleles, where all hospitals are told the same.
+NAMED = "named"
+# What the server says of the models of these variants; and by which test.
+MODELS = "models"
+TEST = "test"
 # Entries of these records.
 DIGESTS = "digests"
 DIGEST_BYTES = 8
@@ -138,21 +147,13 @@ DECLINED = "declined: "
 ALL_SITES = "all"
 
 # Kinds of messages, by what a hospital answers that sends its figures in secure sums alone: without
-# any figure; as its part of a sum; not at all. Kinds that an app adds are not answered either.
-WITHOUT_FIGURES = ("describe", "hello", "alive", "unmask", "figures")
-IN_SUMS = ("train", "evaluate", "count", "contribution")
-NOT_IN_SUMS = (
-    "pictures",
-    "personal",
-    "statistics",
-    "cohort",
-    "variants",
-    "counts",
-    "linear",
-    "logistic",
-    "loadings",
-    "scores",
-)
+# any figure; as its part of a sum; so if asked by other messages; not at all. What an app adds is
+# not answered either.
+WITHOUT_FIGURES = ("describe", "hello", "alive", "unmask", "figures", "design", "variants")
+IN_SUMS_OF_STUDIES = ("people", "totals", "products", "steps", "spreads")
+IN_SUMS = ("train", "evaluate", "count", "contribution", "tallies", *IN_SUMS_OF_STUDIES)
+OTHERWISE_IN_SUMS = ("statistics", "cohort", "counts", "linear", "logistic")
+NOT_IN_SUMS = ("pictures", "personal", "loadings", "scores")
 
 NEVER = "never"
 
@@ -256,6 +257,8 @@ contribution | config.means | means of all hospitals together | runs/summed | cl
 describe | config.version | version of the messages | runs/roll_call | clients/queries
 statistics | config.version | version of the messages | statistics/server | clients/queries
 cohort | config.version | version of the messages | genomics/panel | clients/queries
+design | config.version | version of the messages | genomics/panel | clients/queries
+tallies | config.version | version of the messages | statistics/sums | clients/queries
 train | arrays.* | the global model | strategies/base | clients/app
 train | config.server-round | number of the round | Flower | clients/app
 train | config.proximal-mu | weight of the proximal term | Flower | clients/app
@@ -283,6 +286,10 @@ pictures | arrays.* | the last model | runs/roll_call | clients/queries
 pictures | config.count | how many cases | runs/roll_call | clients/queries
 personal | arrays.* | the last model | runs/roll_call | clients/personal
 statistics | config.request | the question | statistics/server | statistics/client
+tallies | config.request | the question | statistics/sums | statistics/client
+tallies | models.asked | which figures | statistics/sums | statistics/client
+tallies | models.centres | means of all together | statistics/sums | statistics/client
+tallies | models.units | units of the columns | statistics/sums | statistics/client
 variants | config.offset | where to begin | genomics/rounds | genomics/client
 variants | config.count | how many variants | genomics/rounds | genomics/client
 counts | config.squares | whether squares are needed | genomics/rounds | genomics/client
@@ -298,6 +305,26 @@ loadings | block.lines | which variants | genomics/rounds | genomics/client
 loadings | block.swapped | which have A1 and A2 swapped | genomics/rounds | genomics/client
 loadings | block.frequencies | allele frequencies | genomics/rounds | genomics/client
 loadings | block.loadings | components so far | genomics/rounds | genomics/client
+totals | config.test | by which test | genomics/secure_rounds | genomics/secure_client
+products | config.test | by which test | genomics/secure_rounds | genomics/secure_client
+steps | config.test | by which test | genomics/secure_rounds | genomics/secure_client
+spreads | config.test | by which test | genomics/secure_rounds | genomics/secure_client
+totals | block.places | which variants | genomics/lookup | genomics/lookup
+totals | named.* | their ids and alleles | genomics/lookup | genomics/lookup
+products | block.places | which variants | genomics/lookup | genomics/lookup
+products | named.* | their ids and alleles | genomics/lookup | genomics/lookup
+products | models.units | units of the columns | genomics/secure_rounds | genomics/secure_client
+steps | block.places | which variants | genomics/lookup | genomics/lookup
+steps | named.* | their ids and alleles | genomics/lookup | genomics/lookup
+steps | models.units | units of the columns | genomics/secure_rounds | genomics/secure_client
+steps | models.slopes | coefficients so far | genomics/secure_rounds | genomics/secure_client
+spreads | block.places | which variants | genomics/lookup | genomics/lookup
+spreads | named.* | their ids and alleles | genomics/lookup | genomics/lookup
+totals | models.units | units of the columns | genomics/secure_rounds | genomics/secure_client
+spreads | models.units | units of the columns | genomics/secure_rounds | genomics/secure_client
+spreads | models.slopes | coefficients | genomics/secure_rounds | genomics/secure_client
+spreads | models.scale | how columns vary | genomics/secure_rounds | genomics/secure_client
+spreads | models.centre | common effects | genomics/secure_rounds | genomics/secure_client
 scores | block.lines | which variants | genomics/rounds | genomics/client
 scores | block.swapped | which have A1 and A2 swapped | genomics/rounds | genomics/client
 scores | block.frequencies | allele frequencies | genomics/rounds | genomics/client
@@ -380,6 +407,7 @@ personal | metrics.val-own | main validation metric of its own model | bounded |
 personal | metrics.personal-epochs | passes after which its own was kept | plain | never
 personal | metrics.METRIC | metrics of evaluate, of its own model | bounded | never
 statistics | statistics.answer | answer to a question for statistics | bounded | noised
+tallies | masked.* | figures of statistics, as a part of a secure sum | masked | never
 cohort | cohort.people | people of a study | bounded | never
 cohort | cohort.cases | those with the trait | bounded | never
 cohort | cohort.variants | variants in the file | plain | never
@@ -387,6 +415,16 @@ cohort | cohort.trait | binary or continuous | plain | never
 cohort | cohort.phenotype | name of the trait's column | plain | never
 cohort | cohort.covariates | names of the covariates' columns | plain | never
 cohort | cohort.minimum | its `min-cell-count` | plain | never
+design | cohort.variants | variants in the file | plain | never
+design | cohort.trait | binary or continuous | plain | never
+design | cohort.phenotype | name of the trait's column | plain | never
+design | cohort.covariates | names of the covariates' columns | plain | never
+design | cohort.minimum | its `min-cell-count` | plain | never
+people | masked.* | people, cases, spreads, as a part of a secure sum | masked | never
+totals | masked.* | people and copies by case status, as a part of a secure sum | masked | never
+products | masked.* | sums of products, as a part of a secure sum | masked | never
+steps | masked.* | score and information, as a part of a secure sum | masked | never
+spreads | masked.* | weights of own effects, as a part of a secure sum | masked | never
 variants | variants.names | ids of the variants | plain | never
 variants | variants.first | alleles A1 | plain | never
 variants | variants.second | alleles A2 | plain | never

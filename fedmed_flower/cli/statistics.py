@@ -125,7 +125,8 @@ def statistics(
         _print_table(entry)
     console.print(f"report: {folder / 'report.html'}")
     mark = f" ({summary['data']})" if summary["generated"] else ""
-    answered = f"{len(summary['sites'])} of {count} hospitals{mark}"
+    hospitals = summary.get("members") or summary["sites"]
+    answered = f"{len(hospitals)} of {count} hospitals{mark}"
     console.print(f"{summary['status']}: {answered}: {folder}")
 
 

@@ -190,6 +190,7 @@ class MedicalClient(ABC):
         "contribution": "fedmed_flower.clients.queries:contribution",
         "personal": "fedmed_flower.clients.personal:personal",
         "statistics": "fedmed_flower.statistics.client:statistics",
+        "tallies": "fedmed_flower.statistics.client:tallies",
         "hello": "fedmed_flower.clients.secure:hello",
         "alive": "fedmed_flower.clients.secure:alive",
         "unmask": "fedmed_flower.clients.secure:unmask",

@@ -69,6 +69,7 @@ from fedmed_flower.wire import (
     LETTER,
     MASKED,
     METHOD,
+    OTHERWISE_IN_SUMS,
     OWN,
     RECORD,
     RUN_KEY,
@@ -76,6 +77,7 @@ from fedmed_flower.wire import (
     SECURE_RUN,
     SERVER_ROUND,
     SPLIT,
+    SUMMANDS,
     WITHOUT_FIGURES,
 )
 
@@ -161,7 +163,7 @@ def refuse_in_plain(client: MedicalClient, kind: str) -> None:
     if kind in WITHOUT_FIGURES or not in_sums_alone(client, kind):
         return
     remedy = "it has no form as a sum, so leave it out"
-    if kind in IN_SUMS:
+    if kind in (*IN_SUMS, *OTHERWISE_IN_SUMS):
         remedy = 'ask for it by secure="sum" in the run config'
     raise DeclinedError(
         f"{kind} would tell this hospital's own figures, which leave in secure sums alone: {remedy}"
@@ -270,7 +272,8 @@ def _values(
     record: Record, message: Message, content: RecordDict
 ) -> tuple[dict[str, NDArray[Any]], float]:
     """Return what a reply adds to each part of a sum, and the weight of its change of the model."""
-    (metrics,) = content.metric_records.values()
+    metrics = next(iter(content.metric_records.values()), MetricRecord())
+    summands = content.array_records.get(SUMMANDS, ArrayRecord())
     weight = _weight(record, metrics)
     values: dict[str, NDArray[Any]] = {}
     before, after = _models(message, content)
@@ -288,6 +291,8 @@ def _values(
         elif name == CLIPPED.name:
             values[name] = np.array([0])
         # Sums of training may be asked for again of fewer hospitals; figures must not.
+        elif record.kind == DATA and name in summands:
+            values[name] = view(summands[name])
         elif record.kind == DATA and name in metrics:
             values[name] = np.atleast_1d(np.asarray(metrics[name]))
             if part.kind == COUNT and values[name].dtype.kind == "f":
@@ -542,8 +547,7 @@ def count(client: MedicalClient, message: Message) -> RecordDict:
     A real hospital gives the number of before while few patients have come or gone: the difference
     of two sums would be theirs.
     """
-    if not asks_for_sum(message):
-        raise DeclinedError("rows are counted in a secure sum alone")
+    require_summed(message, "rows")
     client.read(message)
     data = client.data()
     client.require_several(data.train)
@@ -555,6 +559,18 @@ def count(client: MedicalClient, message: Message) -> RecordDict:
             book = member_of(client, "", message.content.config_records[SECURE]).book
             rows = book.steady_rows(rows, patients, fewest)
     return RecordDict({"metrics": MetricRecord({ROWS.name: rows})})
+
+
+def require_summed(message: Message, what: str) -> None:
+    """Raise `DeclinedError` if a message does not ask for a secure sum."""
+    if not asks_for_sum(message):
+        raise DeclinedError(f"{what} are counted in a secure sum alone")
+
+
+def summands(**parts: NDArray[Any]) -> RecordDict:
+    """Return what a hospital adds to each part of a sum as the content of a handler."""
+    arrays = {name: array_of(values) for name, values in parts.items()}
+    return RecordDict({SUMMANDS: ArrayRecord(arrays)})
 
 
 def figures(client: MedicalClient, message: Message) -> RecordDict:

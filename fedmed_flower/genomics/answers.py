@@ -27,6 +27,24 @@ _MOST = 10**9
 _MOST_COVARIATES = 200
 
 
+def read_design(content: RecordDict) -> dict[str, Any]:
+    """Return a hospital's description of its study, without the numbers of its people.
+
+    Raises
+    ------
+    ValueError
+        If the description is malformed.
+    """
+    record = dict(content.config_records[COHORT])
+    about: dict[str, Any] = {
+        key: int(record[key])  # type: ignore[arg-type]
+        for key in ("variants", "minimum")
+    }
+    if min(about.values()) < 0 or max(about.values()) > _MOST:
+        raise ValueError(f"each number must lie in 0..{_MOST}, got {about}")
+    return about | _texts_of(record)
+
+
 def read_about(content: RecordDict) -> dict[str, Any]:
     """Return a hospital's description of its people and of its study.
 
@@ -46,8 +64,12 @@ def read_about(content: RecordDict) -> dict[str, Any]:
             f"each number must lie in 0..{_MOST}, with at least one of people and no more cases "
             f"than people, got {about}"
         )
-    about |= {key: str(record[key]) for key in ("trait", "phenotype")}
-    about["covariates"] = [str(name) for name in record["covariates"]]  # type: ignore[union-attr]
+    return about | _texts_of(record)
+
+
+def _texts_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    about: dict[str, Any] = {key: str(record[key]) for key in ("trait", "phenotype")}
+    about["covariates"] = [str(name) for name in record["covariates"]]
     if (count := len(about["covariates"])) > _MOST_COVARIATES:
         raise ValueError(f"covariates must be at most {_MOST_COVARIATES}, got {count}")
     return about

@@ -138,6 +138,11 @@ def withheld(counts: Counts, minimum: int) -> NDArray[np.bool_]:
     return few
 
 
+# What a hospital adds to the test of a variant: deviation and variance of the statistic, and in the
+# letters of Robins, Breslow and Greenland R, S, PR, PS + QR and QS.
+TERMS = 7
+
+
 def allelic_test(counts: Counts) -> Results:
     """Compare the alleles of cases with those of controls, as ``plink --mh`` by hospital.
 
@@ -148,12 +153,7 @@ def allelic_test(counts: Counts) -> Results:
     counts : (hospitals, m, 5) int64 array
         A hospital without cases or without controls adds nothing.
     """
-    a, b, c, d = _alleles(counts)
-    total = a + b + c + d
-    with np.errstate(divide="ignore", invalid="ignore"):
-        excess = a - (a + b) * (a + c) / total
-        variance = (a + b) * (c + d) * (a + c) * (b + d) / (total**2 * (total - 1))
-    return _with_odds_ratio(counts, _chi_square(excess, variance, total > 1))
+    return result_of_terms(allelic_terms(counts).sum(0), spread_of(*own_odds(counts)))
 
 
 def trend_test(counts: Counts) -> Results:
@@ -167,6 +167,31 @@ def trend_test(counts: Counts) -> Results:
     counts : (hospitals, m, 5) int64 array
         With squares. A hospital without cases or without controls adds nothing.
     """
+    return result_of_terms(trend_terms(counts).sum(0), spread_of(*own_odds(counts)))
+
+
+def allelic_terms(counts: Counts) -> Floats:
+    """Return what each hospital adds to `allelic_test`, of which sums are enough.
+
+    Parameters
+    ----------
+    counts : (hospitals, m, 5) int64 array
+
+    Returns
+    -------
+    (hospitals, m, 7) float array
+        See `TERMS`.
+    """
+    a, b, c, d = _alleles(counts)
+    total = a + b + c + d
+    with np.errstate(divide="ignore", invalid="ignore"):
+        excess = a - (a + b) * (a + c) / total
+        variance = (a + b) * (c + d) * (a + c) * (b + d) / (total**2 * (total - 1))
+    return _with_odds(counts, excess, variance, total > 1)
+
+
+def trend_terms(counts: Counts) -> Floats:
+    """Return what each hospital adds to `trend_test`, as `allelic_terms`."""
     cases, controls, case_copies, control_copies, squares = np.moveaxis(
         counts.astype(np.float64), -1, 0
     )
@@ -176,7 +201,7 @@ def trend_test(counts: Counts) -> Results:
         excess = case_copies - cases * copies / people
         spread = people * squares - copies**2
         variance = cases * controls * spread / (people**2 * (people - 1))
-    return _with_odds_ratio(counts, _chi_square(excess, variance, people > 1))
+    return _with_odds(counts, excess, variance, people > 1)
 
 
 def _alleles(counts: Counts) -> tuple[Floats, Floats, Floats, Floats]:
@@ -185,36 +210,50 @@ def _alleles(counts: Counts) -> tuple[Floats, Floats, Floats, Floats]:
     return a, 2 * cases - a, c, 2 * controls - c
 
 
-def _chi_square(excess: Floats, variance: Floats, counted: NDArray[np.bool_]) -> Floats:
-    """Return the squared sum of (hospitals, m) deviations over the sum of their variances."""
-    deviation = np.where(counted, excess, 0).sum(0)
-    total = np.where(counted, variance, 0).sum(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(total > 0, deviation**2 / total, np.nan)
-
-
-def _with_odds_ratio(counts: Counts, statistic: Floats) -> Results:
-    """Return the results with Mantel and Haenszel's odds ratio of the alleles."""
+def _with_odds(
+    counts: Counts, excess: Floats, variance: Floats, counted: NDArray[np.bool_]
+) -> Floats:
+    """Return deviation and variance, 0 where nobody is compared, with the terms of the odds."""
     a, b, c, d = _alleles(counts)
     total = np.maximum(a + b + c + d, 1)
-    # In the letters of Robins, Breslow and Greenland.
     r = a * d / total
     s = b * c / total
     p = (a + d) / total
     q = (b + c) / total
-    known = np.isfinite(statistic) & (r.sum(0) > 0) & (s.sum(0) > 0)
+    tested = [np.where(counted, part, 0) for part in (excess, variance)]
+    return np.stack([*tested, r, s, p * r, p * s + q * r, q * s], -1)
+
+
+def own_odds(counts: Counts) -> tuple[Floats, Floats]:
+    """Return the logarithm of each hospital's own odds ratio, and its standard error.
+
+    They are not finite if a cell of the hospital's table is empty.
+    """
+    a, b, c, d = _alleles(counts)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = r.sum(0) / s.sum(0)
-        variance = (p * r).sum(0) / (2 * r.sum(0) ** 2)
-        variance = variance + (p * s + q * r).sum(0) / (2 * r.sum(0) * s.sum(0))
-        variance = variance + (q * s).sum(0) / (2 * s.sum(0) ** 2)
-        own = np.log(a * d) - np.log(b * c)
-        own_error = np.sqrt(1 / a + 1 / b + 1 / c + 1 / d)
-        ratio, error = (np.where(known, part, np.nan) for part in (ratio, np.sqrt(variance)))
+        return np.log(a * d) - np.log(b * c), np.sqrt(1 / a + 1 / b + 1 / c + 1 / d)
+
+
+def result_of_terms(terms: Floats, spread: Spread) -> Results:
+    """Return the results of a test, with Mantel and Haenszel's odds ratio of the alleles.
+
+    Parameters
+    ----------
+    terms : (m, 7) float array
+        `allelic_terms` or `trend_terms`, summed over hospitals.
+    spread : Spread
+        Of the hospitals' own odds ratios.
+    """
+    deviation, total, r, s, pr, mixed, qs = terms.T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        statistic = np.where(total > 0, deviation**2 / total, np.nan)
+        known = np.isfinite(statistic) & (r > 0) & (s > 0)
+        variance = pr / (2 * r**2) + mixed / (2 * r * s) + qs / (2 * s**2)
+        ratio, error = (np.where(known, part, np.nan) for part in (r / s, np.sqrt(variance)))
         reach = stats.norm.ppf(QUANTILE) * error
         low, high = ratio * np.exp(-reach), ratio * np.exp(reach)
         log10_p = log10_p_of_z(np.sqrt(statistic))
-    return Results(ratio, error, low, high, statistic, log10_p, *spread_of(own, own_error))
+    return Results(ratio, error, low, high, statistic, log10_p, *spread)
 
 
 def spread_of(effects: Floats, errors: Floats) -> Spread:
@@ -235,10 +274,49 @@ def spread_of(effects: Floats, errors: Floats) -> Spread:
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = (weights * effects).sum(0) / weights.sum(0)
         q = (weights * (effects - mean) ** 2).sum(0)
-        q = np.where(np.isfinite(freedom), q, np.nan)
+    return _spread(np.where(np.isfinite(freedom), q, np.nan), freedom)
+
+
+def _spread(q: Floats, freedom: Floats) -> Spread:
+    with np.errstate(divide="ignore", invalid="ignore"):
         beyond = np.where(q > freedom, 1 - freedom / q, 0.0)
     i2 = np.where(np.isfinite(q), 100 * beyond, np.nan)
     return Spread(q, np.asarray(stats.chi2.sf(q, freedom), np.float64), i2)
+
+
+def spread_terms(
+    effects: Floats, errors: Floats, centre: Floats
+) -> tuple[NDArray[np.int64], Floats]:
+    """Return what hospitals add to the spread of their own effects, of which sums are enough.
+
+    Parameters
+    ----------
+    effects, errors : (..., m) float array
+        As in `spread_of`.
+    centre : (m,) float array
+        About the mean of the effects: the nearer, the more digits are left. NaN stands for 0.
+
+    Returns
+    -------
+    known : (..., m) int array
+        1 for an effect that counts.
+    terms : (..., m, 3) float array
+        Its weight, times its distance from the centre to the power of 0, 1 and 2. All are 0 for an
+        effect that does not count.
+    """
+    centre = np.where(np.isfinite(centre), centre, 0.0)
+    known = np.isfinite(effects) & np.isfinite(errors) & (errors > 0)
+    weights = np.where(known, errors, np.inf) ** -2.0
+    away = np.where(known, effects, centre) - centre
+    return known.astype(np.int64), np.stack([weights, weights * away, weights * away**2], -1)
+
+
+def spread_of_terms(known: NDArray[np.int64], terms: Floats) -> Spread:
+    """Return how much hospitals' own effects differ, from sums of `spread_terms`."""
+    freedom = np.where(known > 1, known - 1.0, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        q = np.maximum(terms[..., 2] - terms[..., 1] ** 2 / terms[..., 0], 0.0)
+    return _spread(np.where(np.isfinite(freedom), q, np.nan), freedom)
 
 
 def log10_p_of_z(z: Floats) -> Floats:

@@ -43,7 +43,7 @@ log = logging.getLogger("flwr.fedmed")
 # Genotypes that are read at a time; several arrays of this size are in memory.
 _CELLS = 1 << 22
 # Numbers of one answer: 128 MB.
-_MOST_NUMBERS = 1 << 24
+MOST_NUMBERS = 1 << 24
 _MOST_LINES = 1 << 20
 _MOST_OFFSET = 1 << 62
 # A study of 50 components asks for this many columns, with the few more that the search takes.
@@ -299,21 +299,24 @@ def cohort(client: GenomicsClient, message: Message) -> RecordDict:
     for text in cohort.suspicious:
         log.warning("%s: %s", client.site.name, text)
     cases = int(cohort.trait.sum()) if client.trait == "binary" else 0
-    about: dict[str, Any] = {
-        "people": len(cohort.trait),
-        "cases": cases,
+    numbers = {"people": len(cohort.trait), "cases": cases}
+    return RecordDict(
+        {
+            COHORT: ConfigRecord({**numbers, **about_study(client, cohort)}),
+            **digests_of(client.site, client.data(), client.context.run_id),
+        }
+    )
+
+
+def about_study(client: GenomicsClient, cohort: Cohort) -> dict[str, Any]:
+    """Return what a hospital reports of its study beside the numbers of people."""
+    return {
         "variants": cohort.fileset.num_variants,
         "trait": client.trait,
         "phenotype": client.phenotype,
         "covariates": list(client.covariates),
         "minimum": cohort.minimum,
     }
-    return RecordDict(
-        {
-            COHORT: ConfigRecord(about),
-            **digests_of(client.site, client.data(), client.context.run_id),
-        }
-    )
 
 
 def variants(client: GenomicsClient, message: Message) -> RecordDict:
@@ -338,7 +341,7 @@ def counts(client: GenomicsClient, message: Message) -> RecordDict:
     """Send the counts of the requested variants; -1 if a variant's counts are withheld."""
     cohort = client.cohort()
     request = _Request(message, cohort, 5)
-    cases = _cases(client, cohort)
+    cases = case_mask(client, cohort)
     squares = bool(client.read(message).get(SQUARES, False))
     reported = []
     for _, genotypes in request.blocks(cohort):
@@ -450,7 +453,7 @@ class _Request:
                 "lines must be whole numbers, one a variant, and swapped true or false for each"
             )
         count = len(self.lines)
-        most = _MOST_NUMBERS // width
+        most = MOST_NUMBERS // width
         last = cohort.fileset.num_variants - 1
         if count > most:
             raise InputError(f"lines must be at most {most} for this question, got {count}")
@@ -483,16 +486,7 @@ class _Request:
 
     def blocks(self, cohort: Cohort) -> Iterator[tuple[slice, NDArray[np.int8]]]:
         """Yield slices of the requested variants with their genotypes, each of bounded memory."""
-        size = max(1, _CELLS // len(cohort.people))
-        everybody = len(cohort.people) == len(cohort.fileset.people)
-        people = slice(None) if everybody else cohort.people
-        for start in range(0, len(self.lines), size):
-            part = slice(start, start + size)
-            genotypes = cohort.fileset.read(people, self.lines[part].astype(np.int64))
-            for column in np.flatnonzero(self.swapped[part]):
-                copies = genotypes[:, column]
-                copies[copies >= 0] = 2 - copies[copies >= 0]
-            yield part, genotypes
+        yield from genotype_blocks(cohort, self.lines.astype(np.int64), self.swapped)
 
     def scores(self, client: GenomicsClient, cohort: Cohort) -> tuple[Floats, Floats]:
         """Return each person's scores on the loadings, and the variants' frequencies.
@@ -536,7 +530,32 @@ class _Request:
         return total, frequencies
 
 
-def _cases(client: GenomicsClient, cohort: Cohort) -> NDArray[np.bool_]:
+def genotype_blocks(
+    cohort: Cohort, lines: NDArray[np.int64], swapped: NDArray[np.bool_]
+) -> Iterator[tuple[slice, NDArray[np.int8]]]:
+    """Yield slices of variants with the genotypes of the people, each of bounded memory.
+
+    Parameters
+    ----------
+    cohort : Cohort
+    lines : (m,) int array
+        Lines of the bim file, from 0.
+    swapped : (m,) bool array
+        Whether the other allele is counted.
+    """
+    size = max(1, _CELLS // len(cohort.people))
+    everybody = len(cohort.people) == len(cohort.fileset.people)
+    people = slice(None) if everybody else cohort.people
+    for start in range(0, len(lines), size):
+        part = slice(start, start + size)
+        genotypes = cohort.fileset.read(people, lines[part])
+        for column in np.flatnonzero(swapped[part]):
+            copies = genotypes[:, column]
+            copies[copies >= 0] = 2 - copies[copies >= 0]
+        yield part, genotypes
+
+
+def case_mask(client: GenomicsClient, cohort: Cohort) -> NDArray[np.bool_]:
     """Return who is a case: nobody if the trait is continuous."""
     return cohort.trait == 1 if client.trait == "binary" else np.zeros(len(cohort.trait), bool)
 
@@ -545,7 +564,7 @@ def _disclosable(
     client: GenomicsClient, cohort: Cohort, genotypes: NDArray[np.int8]
 ) -> NDArray[np.int8]:
     """Return the genotypes if sums over them may be disclosed; raise `InputError` if not."""
-    cases = _cases(client, cohort)
+    cases = case_mask(client, cohort)
     if withheld(count_copies(genotypes, cases, squares=False), cohort.minimum).any():
         raise InputError("models were requested of variants whose counts are withheld")
     return genotypes
@@ -571,8 +590,14 @@ def _whole(config: ConfigRecord, name: str, least: int, most: int) -> int:
     return value
 
 
-_QUERIES: Mapping[str, Query] = {
-    query.__name__: query
-    for query in (cohort, variants, counts, linear, logistic, loadings, scores)
+_QUERIES: Mapping[str, Query | str] = {
+    **{
+        query.__name__: query
+        for query in (cohort, variants, counts, linear, logistic, loadings, scores)
+    },
+    **{
+        name: f"fedmed_flower.genomics.secure_client:{name}"
+        for name in ("design", "people", "totals", "products", "steps", "spreads")
+    },
 }
 GenomicsClient.queries = {**MedicalClient.queries, **_QUERIES}

@@ -67,6 +67,10 @@ _SENT = {
     "logistic": ", and in each step of Newton’s method score and information, unless one person "
     "has more than one part in the hospital’s minimum of their weight",
 }
+_SUMMED = """<h2>What the server learned</h2><p>Sums over hospitals, not what a single hospital
+sent: each answer left under masks that cancel in the sum alone. So it is not known which hospitals
+withhold a variant, only how many. Of each hospital the server knows the ids, positions and alleles
+of its variants, its minimum and the names of its columns.</p>"""
 _COMPONENTS = """ For the principal components it sent the sum over its people of their genotypes,
 each weighted with the person’s score; the scores themselves stayed. As many such sums as there are
 people give the genotypes of all of them."""
@@ -164,8 +168,10 @@ def _head(summary: dict[str, Any]) -> str:
 
 
 def _result(summary: dict[str, Any], study: dict[str, Any]) -> str:
-    people = sum(site["people"] for site in summary["sites"].values())
-    cases = sum(site["cases"] for site in summary["sites"].values())
+    people, cases = (
+        study[key] if study.get("sums") else sum(site[key] for site in summary["sites"].values())
+        for key in ("people", "cases")
+    )
     named = [*study["covariates"]] if study["test"] in REGRESSIONS else []
     if study["components"]:
         named.append(count_of(len(study["components"]), "principal component"))
@@ -291,7 +297,11 @@ def _hospitals(summary: dict[str, Any]) -> str:
     if summary["association"]["test"] == "linear":
         keys = tuple(key for key in keys if key != "cases")
     rows = [
-        [escaped(name), *(f"{site[key]:,}" for key in keys), f"{site['minimum']:,}"]
+        [
+            escaped(name),
+            *(DASH if site[key] is None else f"{site[key]:,}" for key in keys),
+            f"{site['minimum']:,}",
+        ]
         for name, site in summary["sites"].items()
     ]
     head = ["Hospital", *(key.capitalize() for key in keys), "Minimum"]
@@ -318,7 +328,8 @@ def _failures(summary: dict[str, Any]) -> str:
 
 
 def _leaves(study: dict[str, Any]) -> str:
-    return _LEAVES.format(_SENT[study["test"]], _COMPONENTS if study["components"] else "")
+    text = _LEAVES.format(_SENT[study["test"]], _COMPONENTS if study["components"] else "")
+    return _SUMMED + text if study.get("sums") else text
 
 
 def _making(summary: dict[str, Any]) -> str:

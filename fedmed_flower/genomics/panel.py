@@ -12,12 +12,19 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedmed_flower.errors import InputError
-from fedmed_flower.genomics.answers import read_about
+from fedmed_flower.genomics.answers import read_about, read_design
 from fedmed_flower.runs.verdict import RunFailedError
 from fedmed_flower.server.ask import ask_all
 from fedmed_flower.server.duplicates import Namesakes
 from fedmed_flower.server.history import Failure
-from fedmed_flower.wire import COHORT, MESSAGE_VERSION, SITE_RECORD, VERSION, require_version
+from fedmed_flower.wire import (
+    COHORT,
+    DESIGN,
+    MESSAGE_VERSION,
+    SITE_RECORD,
+    VERSION,
+    require_version,
+)
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -124,7 +131,7 @@ class Panel:
         log.warning("%s is left out: %s", self.names[site], reason)
 
 
-def assemble(grid: Grid, timeout: float, trait: str) -> Panel:
+def assemble(grid: Grid, timeout: float, trait: str, sums: bool = False) -> Panel:
     """Ask every connected site for its people; return the panel of those that take part.
 
     A site takes part if its trait is the wanted one, and its phenotype and covariates are those of
@@ -136,6 +143,9 @@ def assemble(grid: Grid, timeout: float, trait: str) -> Panel:
     timeout : float
         Seconds that each question may take.
     trait : {"binary", "continuous"}
+    sums : bool
+        Whether only sums over hospitals are to be known: sites then do not report how many people
+        they have.
 
     Raises
     ------
@@ -151,12 +161,12 @@ def assemble(grid: Grid, timeout: float, trait: str) -> Panel:
         record = content.config_records[SITE_RECORD]
         site = names.get(node_id, f"node {node_id}")
         require_version(record.get(VERSION), site, "hospital")
-        about = read_about(content)
+        about = (read_design if sums else read_about)(content)
         return about, str(record["data"]), bool(record["generated"]), bool(record["simulated"])
 
     config = ConfigRecord({VERSION: MESSAGE_VERSION})
     contents = {node: RecordDict({"config": config}) for node in grid.get_node_ids()}
-    answers, failures = ask_all(grid, COHORT, contents, read, timeout, names)
+    answers, failures = ask_all(grid, DESIGN if sums else COHORT, contents, read, timeout, names)
     for answer in answers:
         about_of[answer.node_id], source, generated, simulated = answer.value
         panel.sources.add(source)

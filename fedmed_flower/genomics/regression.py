@@ -18,6 +18,7 @@ from scipy import linalg, special, stats
 from fedmed_flower.genomics.association import (
     QUANTILE,
     Results,
+    Spread,
     log10_p_of_t,
     log10_p_of_z,
     spread_of,
@@ -33,6 +34,7 @@ _CARRIERS = 5
 _MORE_COLUMNS = 2
 _MOST_COLUMNS = 400
 _MOST_ROUNDS = 100
+_MOST_INTERCEPT_STEPS = 100
 _STILL = 1e-6
 # Numbers in each of two arrays at the server: 128 MB.
 _MOST_NUMBERS = 1 << 24
@@ -119,24 +121,57 @@ def linear_test(sums: Floats, people: NDArray[np.int64]) -> Results:
     people : (hospitals, m) int array
         How many people are in the sums.
     """
+    together = sums.sum(0)
+    spread = spread_of(*own_slopes(sums, people, linear_scale(together)))
+    return linear_result(together, people.sum(0), (people > 0).sum(0), spread)
+
+
+def linear_scale(sums: Floats) -> Floats:
+    """Return the (..., c + 2) diagonal of the matrices in `linear_sums`."""
+    return np.asarray(np.einsum("...ii->...i", _square(sums, _width(sums))), np.float64)
+
+
+def linear_result(
+    sums: Floats, people: NDArray[np.int64], hospitals: NDArray[np.int64], spread: Spread
+) -> Results:
+    """Return the slope of the trait on the copies of A1, from sums over hospitals.
+
+    Parameters
+    ----------
+    sums : (m, k) float array
+        `linear_sums`, added up.
+    people, hospitals : (m,) int array
+        How many are in the sums.
+    spread : Spread
+        Of the hospitals' own slopes.
+    """
     whole = _square(sums, _width(sums))
-    together = whole.sum(0)
-    covariates = whole.shape[-1] - 2
-    freedom = (people.sum(0) - (people > 0).sum(0) - (covariates + 1)).astype(np.float64)
-    effect, error = _least_squares(together, freedom)
-    own, constant = _without_constant(whole, together, covariates)
-    own_freedom = people - 1 - (covariates + 1 - constant)
-    shape = people.shape
-    own_effect, own_error = (
-        part.reshape(shape)
-        for part in _least_squares(own.reshape(-1, *own.shape[2:]), own_freedom.ravel())
-    )
+    freedom = (people - hospitals - (whole.shape[-1] - 1)).astype(np.float64)
+    effect, error = _least_squares(whole, freedom)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = effect / error
         reach = special.stdtrit(freedom, QUANTILE) * error
-    spread = spread_of(own_effect, own_error)
     log10_p = log10_p_of_t(t, freedom)
     return Results(effect, error, effect - reach, effect + reach, t, log10_p, *spread)
+
+
+def own_slopes(sums: Floats, people: NDArray[np.int64], scale: Floats) -> tuple[Floats, Floats]:
+    """Return each hospital's own slope and its standard error; NaN if it has none.
+
+    Parameters
+    ----------
+    sums : (hospitals, m, k) float array
+        `linear_sums`.
+    people : (hospitals, m) int array
+    scale : (m, c + 2) float array
+        `linear_scale` of all hospitals.
+    """
+    whole = _square(sums, _width(sums))
+    covariates = whole.shape[-1] - 2
+    own, constant = _without_constant(whole, scale, covariates)
+    freedom = people - 1 - (covariates + 1 - constant)
+    slopes, errors = _least_squares(own.reshape(-1, *own.shape[2:]), freedom.ravel())
+    return slopes.reshape(people.shape), errors.reshape(people.shape)
 
 
 def _width(sums: Floats) -> int:
@@ -165,7 +200,7 @@ def _least_squares(sums: Floats, freedom: NDArray[Any]) -> tuple[Floats, Floats]
 
 
 def _without_constant(
-    own: Floats, together: Floats, covariates: int
+    own: Floats, scale: Floats, covariates: int
 ) -> tuple[Floats, NDArray[np.int64]]:
     """Return hospitals' matrices without the covariates that are constant there, and how many.
 
@@ -173,8 +208,8 @@ def _without_constant(
     ----------
     own : (hospitals, m, p, p) float array
         Covariates first; then the copies and, maybe, the trait.
-    together : (m, p, p) float array
-        Of all hospitals.
+    scale : (m, p) float array
+        The diagonal of the sum over all hospitals.
     covariates : int
         How many covariates there are.
 
@@ -185,7 +220,7 @@ def _without_constant(
     constant : (hospitals, m) int array
     """
     spread = np.einsum("smii->smi", own)
-    kept = spread > _SINGULAR * np.einsum("mii->mi", together)
+    kept = spread > _SINGULAR * scale
     matrices = np.where(kept[..., :, None] & kept[..., None, :], own, 0.0)
     constant = ~kept
     # If everybody has the same copies, the matrix stays singular: there is no result.
@@ -366,6 +401,119 @@ def _newton(terms: Floats, taking: NDArray[np.bool_], width: int) -> _Newton:
     return _Newton(change, shift, decrement, errors[:, -1], small, sound, own_wanted, own_slopes)
 
 
+def own_step(wanted: Floats, information: Floats, scale: Floats) -> tuple[Floats, Floats]:
+    """Return one Newton step of each hospital's slope towards its own, and its standard error.
+
+    Parameters
+    ----------
+    wanted : (hospitals, m, c + 1) float array
+        Score of the slopes, the intercept eliminated.
+    information : (hospitals, m, c + 1, c + 1) float array
+    scale : (m, c + 1) float array
+        The diagonal of the information of all hospitals.
+
+    Returns
+    -------
+    change, errors : (hospitals, m) float array
+        The errors are NaN if a hospital has no slope of its own.
+    """
+    covariates = wanted.shape[-1] - 1
+    matrices, constant = _without_constant(information, scale, covariates)
+    inverse, sound = _inverse(matrices.reshape(-1, *matrices.shape[2:]))
+    change = np.einsum("mj,mj->m", inverse[:, -1], wanted.reshape(-1, covariates + 1))
+    with np.errstate(invalid="ignore"):
+        errors = np.where(sound, np.sqrt(inverse[:, -1, -1]), np.nan)
+    return change.reshape(constant.shape), errors.reshape(constant.shape)
+
+
+def own_intercepts(
+    genotypes: NDArray[np.int8],
+    cases: NDArray[np.bool_],
+    covariates: Floats,
+    slopes: Floats,
+) -> Floats:
+    """Return the intercepts of one hospital that fit best, given the slopes.
+
+    Parameters
+    ----------
+    genotypes, cases, covariates, slopes
+        As in `logistic_terms`. There is a case and a control with a genotype of each variant.
+
+    Returns
+    -------
+    (m,) float array
+        NaN if a number is too large for a float.
+    """
+    copies, known = _copies(genotypes)
+    wanted = (known @ cases.astype(np.float64))[:, None]
+    people = known.sum(1)[:, None]
+    with np.errstate(all="ignore"):
+        line = slopes[:, :-1] @ covariates.T + slopes[:, -1:] * copies
+        start = special.logit(wanted / people)
+        # With everybody's line as the highest, or the lowest, the cases are too many or too few.
+        low = start - np.where(known > 0, line, -np.inf).max(1, keepdims=True)
+        high = start - np.where(known > 0, line, np.inf).min(1, keepdims=True)
+        intercepts = start - (line * known).sum(1, keepdims=True) / people
+        for _ in range(_MOST_INTERCEPT_STEPS):
+            risk = special.expit(intercepts + line) * known
+            excess = risk.sum(1, keepdims=True) - wanted
+            high = np.where(excess > 0, intercepts, high)
+            low = np.where(excess < 0, intercepts, low)
+            following = intercepts - excess / (risk * (1 - risk)).sum(1, keepdims=True)
+            inside = (following >= low) & (following <= high)
+            following = np.where(inside, following, (low + high) / 2)
+            still = np.abs(following - intercepts) <= 1e-14 * (1 + np.abs(intercepts))
+            intercepts = following
+            if (still | ~np.isfinite(intercepts)).all():
+                break
+    return np.asarray(intercepts[:, 0], np.float64)
+
+
+def profile_terms(terms: Floats, covariates: int) -> Floats:
+    """Return the terms of one hospital for its slopes alone, its own intercept eliminated.
+
+    Parameters
+    ----------
+    terms : (m, p + p (p + 1) / 2) float array, p = c + 2
+        `logistic_terms` at `own_intercepts`.
+    covariates : int
+
+    Returns
+    -------
+    (m, q + q (q + 1) / 2) float array, q = c + 1
+        Score, and the upper triangle of the information. A slope that rounding alone identifies
+        has zeros.
+    """
+    width = covariates + 2
+    score = terms[:, :width]
+    information = _square(terms[:, width:], width)
+    share = information[:, 0, 1:] / information[:, :1, 0]
+    slopes = information[:, 1:, 1:] - share[..., None] * information[:, :1, 1:]
+    wanted = score[:, 1:] - share * score[:, :1]
+    before = np.einsum("mii->mi", information[:, 1:, 1:])
+    kept = np.einsum("mii->mi", slopes) > _SINGULAR * before
+    slopes = np.where(kept[:, :, None] & kept[:, None, :], slopes, 0.0)
+    rows, columns = pairs(width - 1)
+    return np.column_stack([np.where(kept, wanted, 0.0), slopes[:, rows, columns]])
+
+
+def profile_parts(terms: Floats, covariates: int) -> tuple[Floats, Floats]:
+    """Return the (..., q) score and the (..., q, q) information in `profile_terms`, q = c + 1."""
+    width = covariates + 1
+    return terms[..., :width], _square(terms[..., width:], width)
+
+
+def with_intercept(terms: Floats, covariates: int) -> Floats:
+    """Return sums of `profile_terms` as `logistic_terms` of a hospital whose intercept fits."""
+    width = covariates + 1
+    shape = terms.shape[:-1]
+    one = np.ones((*shape, 1))
+    zeros = np.zeros((*shape, width))
+    return np.concatenate(
+        [np.zeros((*shape, 1)), terms[..., :width], one, zeros, terms[..., width:]], -1
+    )
+
+
 class LogisticFit:
     """Newton's method for the logistic models of some variants, one intercept a hospital.
 
@@ -451,14 +599,10 @@ class LogisticFit:
     def _step_apart(self, variants: NDArray[np.intp], wanted: Floats, information: Floats) -> None:
         """Take one step from the common model towards each hospital's own, for its slope."""
         together = information.sum(0)
-        covariates = together.shape[-1] - 1
-        matrices, constant = _without_constant(information, together, covariates)
-        inverse, sound = _inverse(matrices.reshape(-1, *together.shape[1:]))
-        change = np.einsum("mj,mj->m", inverse[:, -1], wanted.reshape(-1, covariates + 1))
-        with np.errstate(invalid="ignore"):
-            errors = np.where(sound, np.sqrt(inverse[:, -1, -1]), np.nan)
-        self._own_slopes[:, variants] = self.slopes[variants, -1] + change.reshape(constant.shape)
-        self._own_errors[:, variants] = errors.reshape(constant.shape)
+        scale = np.einsum("mii->mi", together)
+        change, errors = own_step(wanted, information, scale)
+        self._own_slopes[:, variants] = self.slopes[variants, -1] + change
+        self._own_errors[:, variants] = errors
 
     def _halve(self, variants: NDArray[np.intp]) -> None:
         """Go back by half of the last step."""

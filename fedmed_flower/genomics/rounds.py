@@ -44,7 +44,7 @@ _Regressed = tuple[Results, NDArray[np.bool_], NDArray[np.bool_]]
 
 
 def blocks(panel: Panel, size: int, squares: bool) -> Iterator[tuple[int, Block, Counts]]:
-    """Yield the blocks in the order of chromosome and position, with their counts.
+    """Yield the blocks of `listed_blocks` with their counts.
 
     Parameters
     ----------
@@ -61,6 +61,25 @@ def blocks(panel: Panel, size: int, squares: bool) -> Iterator[tuple[int, Block,
     block : Block
     counts : (hospitals, variants, 5) int64 array
         -1 if the hospital withholds the variant, 0 if it cannot count it.
+    """
+    for number, block in listed_blocks(panel, size):
+        yield number, block, _count(panel, block, number, squares)
+
+
+def listed_blocks(panel: Panel, size: int) -> Iterator[tuple[int, Block]]:
+    """Yield the variants of all hospitals in blocks, in the order of chromosome and position.
+
+    Parameters
+    ----------
+    panel : Panel
+    size : int
+        Variants that a hospital sends at a time.
+
+    Yields
+    ------
+    number : int
+        From 1.
+    block : Block
     """
     number = 0
     offsets = [0] * len(panel.nodes)
@@ -94,7 +113,7 @@ def blocks(panel: Panel, size: int, squares: bool) -> Iterator[tuple[int, Block,
             return
         if block.variants:
             number += 1
-            yield number, block, _count(panel, block, number, squares)
+            yield number, block
 
 
 def _count(panel: Panel, block: Block, number: int, squares: bool) -> Counts:

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ from flwr.app import Context, UserConfig
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from fedmed_flower.data.site import in_simulation
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import write_rows
 from fedmed_flower.genomics.association import (
@@ -39,16 +40,17 @@ from fedmed_flower.genomics.association import (
 from fedmed_flower.genomics.covariates import CovariateCheck
 from fedmed_flower.genomics.page import COLUMNS, NUMBERS, TABLE, write_page
 from fedmed_flower.genomics.panel import Panel, assemble
-from fedmed_flower.genomics.rounds import blocks, find_components, regress
+from fedmed_flower.genomics.rounds import blocks, find_components, listed_blocks, regress
+from fedmed_flower.genomics.secure_rounds import StudySums
 from fedmed_flower.genomics.types import Counts, Floats
 from fedmed_flower.genomics.variants import ABSENT, REASONS, SWAPPED, Block
-from fedmed_flower.reports.frame import DASH
+from fedmed_flower.reports.frame import DASH, count_of
 from fedmed_flower.runs.verdict import require_tested
 from fedmed_flower.server.run_folder import CONFIG, RunFolder, early_lines
 from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.plan import refuse_evaluation
 from fedmed_flower.settings.registry import Sections, effective, require_known
-from fedmed_flower.settings.secure import refuse_sums
+from fedmed_flower.settings.secure import SUM, SecureSettings
 from fedmed_flower.settings.study import REGRESSIONS, Study
 from fedmed_flower.settings.text import expand, setting_error
 from fedmed_flower.wire import COHORT
@@ -86,9 +88,17 @@ def associate(grid: Grid, context: Context, sections: Sections = ()) -> dict[str
     """
     require_known(context.run_config, sections)
     refuse_evaluation(context.run_config, "tests variants")
-    refuse_sums(context.run_config, "tests variants")
     study = Study.from_run_config(context.run_config)
-    config = expand(context.run_config) | effective(context.run_config, [Study, *sections])
+    used = [Study, SecureSettings, *sections]
+    config = expand(context.run_config) | effective(context.run_config, used)
+    summed = SecureSettings.from_run_config(context.run_config).secure == SUM
+    if summed and study.components:
+        raise setting_error(
+            'secure="sum" excludes components, for which the server needs the loadings of each '
+            "step and hospitals keep scores between messages: give covariates that each hospital "
+            "has computed, or leave components out",
+            "secure",
+        )
     if config.get("privacy", "none") != "none":
         raise setting_error(
             "an association study carries no noise: set privacy=none, which hospitals with a "
@@ -100,11 +110,12 @@ def associate(grid: Grid, context: Context, sections: Sections = ()) -> dict[str
     trait = "continuous" if study.test == "linear" else "binary"
     with early_lines() as lines:
         wait_for_sites(grid, study.min_sites, study.round_timeout)
-        panel = assemble(grid, study.round_timeout, trait)
-        if trait == "binary":
+        panel = assemble(grid, study.round_timeout, trait, summed)
+        if trait == "binary" and not summed:
             _leave_out_one_sided(panel)
     app = grid.run.fab_id.rpartition("/")[2] or "association study"
-    return _Association(study, panel, folder, config, app, lines).run()
+    sums = StudySums(panel, study.test, folder.path, in_simulation()) if summed else None
+    return _Association(study, panel, folder, config, app, lines, sums).run()
 
 
 def _leave_out_one_sided(panel: Panel) -> None:
@@ -137,6 +148,10 @@ class _Tested(NamedTuple):
     frequency : (variants, 2) float array
         The least and the largest that A1 can have; they are equal if no hospital withholds its
         counts.
+    told : (variants,) int64 array
+        Over how many hospitals a result is.
+    unnamed : dict of str to (variants,) int64 array
+        By reason, how many hospitals take no part of which only sums are known.
     """
 
     results: Results
@@ -145,6 +160,8 @@ class _Tested(NamedTuple):
     weighty: NDArray[np.bool_]
     taking: NDArray[np.bool_]
     frequency: Floats
+    told: NDArray[np.int64]
+    unnamed: Mapping[str, NDArray[np.int64]]
 
 
 @dataclass
@@ -155,6 +172,7 @@ class _Association:
     config: UserConfig
     app: str
     lines: list[logging.LogRecord]
+    sums: StudySums | None
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     began: float = field(default_factory=time.monotonic)
     best: list[tuple[float, list[str]]] = field(default_factory=list)
@@ -180,7 +198,8 @@ class _Association:
             if self.panel.generated:
                 log.warning("generated data: %s", "; ".join(sorted(self.panel.sources)))
             for name, about in zip(self.panel.names, self.panel.about, strict=True):
-                log.info("%s: %d people, %d variants", name, about["people"], about["variants"])
+                people = "" if self.sums is not None else f"{about['people']} people, "
+                log.info("%s: %s%d variants", name, people, about["variants"])
             try:
                 self._write_summary("running")
                 self._sweep()
@@ -208,9 +227,10 @@ class _Association:
         elif named:
             text = "test=%s takes no covariates: it is adjusted for the hospital alone, not for %s"
             log.warning(text, study.test, ", ".join(named))
+        if self.sums is not None:
+            self.sums.begin()
         with _table(self.folder.path / TABLE) as lines:
-            for number, block, counts in blocks(self.panel, size, study.test == "trend"):
-                tested = self._test(block, counts, number)
+            for block, tested in self._tested(size):
                 rows = self._rows(block, tested)
                 for site, total in enumerate(self.tally):
                     for key, count in self._counted(block, tested, site).items():
@@ -218,6 +238,30 @@ class _Association:
                 self.log10_p.append(tested.results.log10_p)
                 self.best = _smallest(self.best, tested.results.log10_p, rows)
                 write_rows(lines, rows, "\n")
+
+    def _tested(self, size: int) -> Iterator[tuple[Block, _Tested]]:
+        """Yield the blocks with what came of their test."""
+        if self.sums is not None:
+            for number, block in listed_blocks(self.panel, size):
+                yield block, self._test_by_sums(self.sums, block, number)
+            return
+        for number, block, counts in blocks(self.panel, size, self.study.test == "trend"):
+            yield block, self._test(block, counts, number)
+
+    def _test_by_sums(self, sums: StudySums, block: Block, number: int) -> _Tested:
+        tested = sums.test(block, number)
+        # Which of the hospitals that have a variant take part, nobody knows.
+        nobody = np.zeros(block.codes.shape, bool)
+        return _Tested(
+            tested.results,
+            tested.counts,
+            nobody,
+            nobody,
+            block.usable(),
+            tested.frequency,
+            tested.told,
+            tested.excluded,
+        )
 
     def _test(self, block: Block, counts: Counts, number: int) -> _Tested:
         held = counts[:, :, CASES] == WITHHELD
@@ -235,7 +279,8 @@ class _Association:
             results = test(counts)
             taking = taking & (counts[:, :, [CASES, CONTROLS]] > 0).all(2)
         counts = np.where(taking[:, :, None], counts, 0)
-        return _Tested(results, counts.sum(0), held, weighty, taking, frequency)
+        told = taking.sum(0)
+        return _Tested(results, counts.sum(0), held, weighty, taking, frequency, told, {})
 
     def _frequency(self, counts: Counts, held: NDArray[np.bool_]) -> Floats:
         """Return the least and the largest frequency that A1 can have, as (variants, 2).
@@ -293,6 +338,10 @@ class _Association:
         notes: dict[int, list[str]] = {}
         for (index, reason), names in names_of.items():
             notes.setdefault(index, []).append(f"{reason}: {', '.join(names)}")
+        for reason, hospitals in tested.unnamed.items():
+            for index in np.flatnonzero(hospitals).tolist():
+                text = f"{reason}: {count_of(int(hospitals[index]), 'hospital')}"
+                notes.setdefault(index, []).append(text)
         people, copies = _people_and_copies(tested.counts)
         for index in np.flatnonzero(np.isnan(tested.results.log10_p)).tolist():
             if not people[index]:
@@ -311,7 +360,7 @@ class _Association:
         """Return the variants' lines of the table."""
         results = tested.results
         counts = tested.counts
-        sites = tested.taking.sum(0)
+        sites = tested.told
         notes = self._notes(block, tested)
         people, _ = _people_and_copies(counts)
         binary = self.study.test != "linear"
@@ -347,6 +396,12 @@ class _Association:
             )
         ]
 
+    def _totals(self) -> dict[str, Any]:
+        """Return what is known of all hospitals together, where only that is known."""
+        if self.sums is None:
+            return {}
+        return {"sums": True, "people": self.sums.people, "cases": self.sums.cases}
+
     def _write_summary(self, status: str, message: str = "") -> dict[str, Any]:
         panel = self.panel
         log10_p = np.concatenate([*self.log10_p, np.zeros(0)])
@@ -354,8 +409,11 @@ class _Association:
         engine = "Flower simulation" if panel.simulated else "Flower deployment"
         sites = {}
         for name, about, tally in zip(panel.names, panel.about, self.tally, strict=True):
-            sites[name] = {key: about[key] for key in ("people", "cases", "variants", "minimum")}
-            sites[name] |= tally
+            keys = ("people", "cases", "variants", "minimum")
+            sites[name] = {key: about.get(key) for key in keys} | tally
+            if self.sums is not None:
+                # Only their sums are known.
+                sites[name] |= {"counted": None, "withheld": None}
         summary: dict[str, Any] = {
             "kind": "association",
             "status": status,
@@ -376,7 +434,8 @@ class _Association:
                 "variants": len(log10_p),
                 "tested": self._count_results(),
                 "lambda-gc": genomic_inflation(log10_p),
-            },
+            }
+            | self._totals(),
             "tables": [],
             "failures": [asdict(failure) for failure in panel.failures],
             "versions": {"python": platform.python_version()}

@@ -59,23 +59,31 @@ def align(pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], tuple[in
         # Every hospital has one allele alone; two different ones make the variant.
         known = list(dict.fromkeys(a for pair in pairs for a in pair if a not in _UNKNOWN))
         reference = (known[1], known[0]) if len(known) == 2 else pairs[0]
-    ambiguous = complement(reference[0]) == reference[1]
-    return reference, tuple(_code(pair, reference, ambiguous) for pair in pairs)
+    return reference, tuple(code_of(pair, reference) for pair in pairs)
 
 
-def _code(pair: tuple[str, str], reference: tuple[str, str], ambiguous: bool) -> int:
+def code_of(pair: tuple[str, str], reference: tuple[str, str]) -> int:
+    """Return how a hospital's alleles of a variant relate to A1 and A2, as `align`."""
+    if pair == reference:
+        return SAME
+
     def fits(alleles: tuple[str, str]) -> bool:
         return all(a in (b, *_UNKNOWN) for a, b in zip(alleles, reference, strict=True))
 
     if fits(pair):
         return SAME
     if fits((pair[1], pair[0])):
-        return UNCLEAR_STRAND if ambiguous else SWAPPED
+        return UNCLEAR_STRAND if complement(reference[0]) == reference[1] else SWAPPED
     return OTHER_ALLELES
 
 
 def _within(values: NDArray[Any], least: int, most: int) -> bool:
     return bool(((values >= least) & (values <= most)).all())
+
+
+def place_keys(chromosomes: NDArray[np.int8], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return numbers in the order of chromosome and position."""
+    return np.asarray(chromosomes.astype(np.int64) << 40 | positions, np.int64)
 
 
 class Variant(NamedTuple):
@@ -165,7 +173,7 @@ class Merger:
                 f"it has variants outside of the chromosomes 1 to {AUTOSOMES} or of the positions "
                 f"1 to {MOST_POSITION}"
             )
-        keys = chromosomes.astype(np.int64) << 40 | positions
+        keys = place_keys(chromosomes, positions)
         if (np.diff(keys, prepend=self._last[site]) < 0).any():
             raise ValueError(
                 "its variants are not in order of chromosome and position: sort its files with "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
@@ -26,7 +26,7 @@ from fedmed_flower.secure.encoding import (
     digest_of_arrays,
     encoded,
 )
-from fedmed_flower.secure.parts import ONES, TOLD, figure_parts
+from fedmed_flower.secure.parts import CLIPPED, ONES, TOLD, figure_parts
 from fedmed_flower.secure.record import DATA, TRAIN, Hello, Record
 from fedmed_flower.secure.ring import Layout, Part, Words
 from fedmed_flower.server.ask import ask_all
@@ -99,6 +99,8 @@ class SecureSums:
     ----------
     hellos : dict of str to Hello
         What each hospital has said, by name.
+    about : dict of str to dict
+        What each hospital says of its rows' source, by name.
     settled : frozenset of str
         The hospitals over which questions about data were first opened in this run; empty before.
     bound : frozenset of str
@@ -123,6 +125,7 @@ class SecureSums:
         self.books = books
         self.grace = grace
         self.hellos: dict[str, Hello] = {}
+        self.about: dict[str, dict[str, Any]] = {}
         self.settled: frozenset[str] = frozenset()
         self.bound: frozenset[str] = frozenset()
         self._nodes: dict[str, int] = {}
@@ -161,9 +164,10 @@ class SecureSums:
             hello.verify()
             if hello.run != self.run:
                 raise SecureError("its hello is of another run")
-            said = str(reply.config_records[SITE_RECORD]["name"])
-            if said != hello.name:
+            about = dict(reply.config_records[SITE_RECORD])
+            if (said := str(about["name"])) != hello.name:
                 raise SecureError(f"its hello is of {hello.name!r}, and it is named {said!r}")
+            self.about[hello.name] = about
             return hello
 
         contents = dict.fromkeys(new, content)
@@ -226,6 +230,63 @@ class SecureSums:
         record.require_enough(record.names)
         return record
 
+    @property
+    def greeted(self) -> dict[str, int]:
+        """The nodes that have said hello, by the hospitals' names."""
+        return dict(self._nodes)
+
+    def question(
+        self,
+        nodes: Collection[int],
+        name: str,
+        content: RecordDict,
+        parts: Sequence[Part],
+        number: int = 0,
+    ) -> Opened:
+        """Put one question about data to nodes, and open the sum over all of them or not at all.
+
+        Parameters
+        ----------
+        nodes : collection of int
+            They have said hello.
+        name : str
+            Name of the query.
+        content : RecordDict
+            The same for all: no field is for one hospital.
+        parts : sequence of Part
+            What is summed.
+        number : int
+            Of the round or block, for the list of failures.
+
+        Raises
+        ------
+        SecureError
+            If one of them does not answer, or has sent what cannot be; the text has the way out.
+        """
+        known = len(self.inbox.history.failures)
+        layout = Layout((*parts, ONES, CLIPPED))
+        try:
+            record = self.record(nodes, name, DATA, number, layout, {})
+            # Each message gets the record of the sum, so each needs a content of its own.
+            messages = [
+                Message(RecordDict({**content}), node_id, f"{MessageType.QUERY}.{name}")
+                for node_id in self.nodes_of(record)
+            ]
+            opened = self.sum(messages, record, name, self.timeout, whole=True)
+        except SecureError as error:
+            failures = self.inbox.history.failures[known:]
+            reasons = "".join(f"; {failure.site}: {failure.reason}" for failure in failures)
+            raise SecureError(
+                f"the secure sum of {name} is lost: {error}{reasons}. Ask again when all of them "
+                "answer, or let each of the others leave it out (`fedmed keys regroup`)"
+            ) from error
+        if clipped := int(opened.values[CLIPPED.name][0]):
+            raise SecureError(
+                f"{clipped} numbers of the secure sum of {name} are no numbers or larger than a "
+                "sum may hold: ask for columns in other units, or leave them out"
+            )
+        return opened
+
     def nodes_of(self, record: Record) -> list[int]:
         """Return the nodes of a record's hospitals."""
         return [self._nodes[name] for name in record.names]
@@ -257,7 +318,8 @@ class SecureSums:
         minimum : int, optional
             As in `Inbox.collect`; at least as many as a sum needs.
         whole : bool
-            Whether to open it over all hospitals of the record or not at all.
+            Whether to open it over all hospitals of the record or not at all. No hospital is then
+            asked who remains, so all may still answer later.
 
         Raises
         ------

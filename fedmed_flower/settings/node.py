@@ -12,7 +12,7 @@ from fedmed_flower.settings.allowed import SomeOf, Within, parts_of
 from fedmed_flower.settings.disclosure import FEWEST
 from fedmed_flower.settings.section import Section, key_of, setting
 from fedmed_flower.settings.text import setting_error, unknown_key
-from fedmed_flower.wire import IN_SUMS, NOT_IN_SUMS
+from fedmed_flower.wire import IN_SUMS, NOT_IN_SUMS, OTHERWISE_IN_SUMS
 
 # Stands for all kinds of messages.
 ALL_KINDS = "all"
@@ -98,7 +98,7 @@ class NodeSettings(Section):
         "them, such as train,evaluate; `describe` then tells no number of rows, and what cannot be "
         "summed is declined. `all`: of all kinds, also those that an app adds. Empty: only in a "
         "run with secure=sum.",
-        SomeOf((ALL_KINDS, "describe", *IN_SUMS, *NOT_IN_SUMS)),
+        SomeOf((ALL_KINDS, "describe", *IN_SUMS, *OTHERWISE_IN_SUMS, *NOT_IN_SUMS)),
     )
     tell_own: bool = setting(
         False,

@@ -6,22 +6,27 @@ import json
 import logging
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedmed_flower.arrays.views import is_finite, view
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.duplicates import digests_of
 from fedmed_flower.clients.queries import refuse_other_version
+from fedmed_flower.clients.secure import require_summed, summands
 from fedmed_flower.data.site import all_rows, min_cell_count
-from fedmed_flower.errors import DeclinedError, shown
+from fedmed_flower.errors import DeclinedError, InputError, shown
 from fedmed_flower.metrics.survival import followed
 from fedmed_flower.privacy.accounting import Release, noise_for
 from fedmed_flower.privacy.patient import budget_of
+from fedmed_flower.secure.magnitudes import in_sizes
 from fedmed_flower.statistics.columns import Columns
 from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.local import answer_exactly
 from fedmed_flower.statistics.noised import Cells, noised, plan
 from fedmed_flower.statistics.request import Request, Survival
-from fedmed_flower.wire import ANSWER, REQUEST, STATISTICS
+from fedmed_flower.statistics.tallies import about, counts, require_tallied, squares, told
+from fedmed_flower.wire import ANSWER, MODELS, REQUEST, STATISTICS
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -68,6 +73,51 @@ def statistics(client: MedicalClient, message: Message) -> RecordDict:
             **digests_of(client.site, client.data(), client.context.run_id),
         }
     )
+
+
+def tallies(client: MedicalClient, message: Message) -> RecordDict:
+    """Add what may leave of an exact answer to a secure sum, number by number.
+
+    What the hospital withholds adds 0, and so does what is not asked for.
+
+    Raises
+    ------
+    InputError
+        As `statistics`.
+    DeclinedError
+        As `statistics`, or if the message does not ask for a secure sum.
+    """
+    require_summed(message, "statistics")
+    refuse_other_version(client, message)
+    config = client.read(message)
+    request = Request.from_text(str(config.get(REQUEST, "")))
+    require_tallied(request, "")
+    if client.secretive:
+        raise DeclinedError(
+            "this hospital, or this run, protects patients by noise, and a secure sum of "
+            "statistics carries none"
+        )
+    minimum = max(min_cell_count(client.context, client.site), request.minimum)
+    reported = _exact(client, config, request, minimum)
+    arrays = message.content.array_records.get(MODELS, ArrayRecord())
+    given = {name: view(arrays[name]) for name in arrays}
+    wanted = given.get("asked", np.zeros(0, bool))
+    tells = told(reported, request)
+    if wanted.shape != tells.shape or wanted.dtype != np.bool_:
+        raise InputError(f"asked must be {len(tells)} times true or false")
+    parts: dict[str, Any] = {"told": tells * wanted, "counts": counts(reported, request, wanted)}
+    large = squares(reported, request, wanted)
+    parts["squares"] = in_sizes(large)
+    if "units" in given:
+        centres, units = (given.get(name, np.zeros(0)) for name in ("centres", "units"))
+        for array in (centres, units):
+            if array.shape != large.shape or array.dtype != np.float64 or not is_finite(array):
+                raise InputError(f"centres and units must be {len(large)} finite numbers each")
+        if (units <= 0).any():
+            raise InputError("units must be above 0")
+        sums = about(reported, request, wanted, centres, units)
+        parts |= dict(zip(("sums", "deviations", "products"), sums, strict=True))
+    return summands(**parts)
 
 
 def _exact(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,9 @@ _LEFT = """<h2>What left each hospital</h2><p>The numbers behind these tables, b
 sums, sums of squares and of products, and the edges of merged cells. Each is of {} patients or
 more of that hospital, or of none, alone and combined with earlier answers. Each hospital also
 disclosed what it withholds, and which condition it refused.</p>"""
+_SUMMED = """<h2>What left each hospital</h2><p>Numbers under masks that cancel in the sum alone:
+the server knows the sums behind these tables, and of each figure how many hospitals tell it. Each
+of them left out what is of fewer patients than its minimum. The sums are over {}.</p>"""
 _NOISED = """<h2>What left each hospital</h2><p>The numbers behind these tables, each with Gaussian
 noise: what they disclose about one patient is bounded by epsilon <b>{}</b> at delta {}, charged to
 each hospital’s ledger before it was computed. Counts are estimates: none of them is exact.</p>"""
@@ -120,7 +123,11 @@ def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
     rest = [table for table in all_tables if not table["title"].startswith(("Table 1", CURVE))]
     noised = bool(survey["request"]["epsilon"])
     notes = _NOTES.format(_ESTIMATES if noised else _BOUNDS)
-    parts = [_head(summary, styles), *(_table(table) for table in first), notes if first else ""]
+    parts = [
+        _head(summary, survey.get("members") or survey["sites"]),
+        *(_table(table) for table in first),
+        notes if first else "",
+    ]
     with matplotlib.rc_context(plots.SETTINGS):
         for name, group in islice(survey["groups"].items(), _MOST_PLOTS):
             reported = {
@@ -146,6 +153,8 @@ def _body(summary: Mapping[str, Any], survey: Mapping[str, Any]) -> str:
     minima = [reported["minimum"] for reported in survey["sites"].values()]
     if request["epsilon"]:
         parts.append(_NOISED.format(escaped(request["epsilon"]), escaped(request["delta"])))
+    elif members := survey.get("members"):
+        parts.append(_SUMMED.format(escaped(", ".join(members))))
     else:
         parts.append(_LEFT.format(escaped(min(minima, default=None))))
     # Without noise delta says nothing.
@@ -165,7 +174,7 @@ def _listed(value: Any) -> Any:
     return ", ".join(value) if texts else value
 
 
-def _head(summary: Mapping[str, Any], styles: Styles) -> str:
+def _head(summary: Mapping[str, Any], sites: Collection[str]) -> str:
     date = escaped(summary.get("started")).replace("T", " ")[:16]
     failed = summary.get("status") != "finished"
     alert = (
@@ -173,7 +182,7 @@ def _head(summary: Mapping[str, Any], styles: Styles) -> str:
     )
     return (
         f'<h1>{escaped(summary.get("app"))}</h1><p class="soft">Federated statistics · {date} · '
-        f"{count_of(len(styles), 'hospital')}</p>{alert if failed else ''}"
+        f"{count_of(len(sites), 'hospital')}</p>{alert if failed else ''}"
         "<nav></nav>"
     )
 

@@ -183,6 +183,8 @@ def _counts(values: Sequence[object], name: str, exact: bool, most: float, lengt
 
 
 def _counted(reported: Reported, name: str, exact: bool, most: float) -> float:
+    if "hospitals" in reported:
+        raise ValueError(f"{name} is of one hospital, and says of how many it is")
     count = _count(reported["n"], name, exact)
     if count + _count(reported["missing"], name, exact) > most:
         raise ValueError(f"{name} counts more rows than there are")

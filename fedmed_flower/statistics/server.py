@@ -21,12 +21,14 @@ from fedmed_flower.errors import InputError, shown
 from fedmed_flower.privacy.patient import LEDGERS
 from fedmed_flower.server.ask import ask_all
 from fedmed_flower.server.duplicates import Namesakes
+from fedmed_flower.server.inbox import Inbox
 from fedmed_flower.server.run_folder import RunFolder
+from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.plan import refuse_evaluation
 from fedmed_flower.settings.registry import Sections, effective, require_known
-from fedmed_flower.settings.secure import refuse_sums
+from fedmed_flower.settings.secure import SUM, SecureSettings
 from fedmed_flower.settings.survey import SurveySettings
 from fedmed_flower.settings.text import expand
 from fedmed_flower.statistics.local import OTHERS
@@ -41,15 +43,19 @@ from fedmed_flower.statistics.summary import (
     compared,
     summarise,
 )
+from fedmed_flower.statistics.sums import ask_for_sums
 from fedmed_flower.statistics.table import tables
+from fedmed_flower.statistics.tallies import require_tallied
 from fedmed_flower.statistics.weekly import METHODS
 from fedmed_flower.statistics.withheld import MISSING
 from fedmed_flower.wire import (
+    ALL_SITES,
     ANSWER,
     LEDGER_DIR,
     MESSAGE_VERSION,
     REQUEST,
     RUN_KEY,
+    SECURE,
     SITE_RECORD,
     STATISTICS,
     VERSION,
@@ -82,6 +88,8 @@ class Answer:
         Where the hospitals' rows come from.
     generated : bool
         Whether rows were generated.
+    members : list of str
+        The hospitals of the only sum that is known; empty if each has answered by itself.
     """
 
     request: Request
@@ -89,6 +97,7 @@ class Answer:
     failures: list[tuple[str, str]] = field(default_factory=list)
     sources: set[str] = field(default_factory=set)
     generated: bool = False
+    members: list[str] = field(default_factory=list)
 
     def groups(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Return the answers by group and by hospital; the group ``""`` is all rows.
@@ -203,6 +212,33 @@ def ask(
     return answer
 
 
+def ask_sums(sums: SecureSums, request: Request, config: Mapping[str, Any]) -> Answer:
+    """Ask every connected hospital for its part of secure sums; the sum is the only answer.
+
+    Parameters
+    ----------
+    sums : SecureSums
+    request : Request
+    config : mapping
+        What travels beside the request.
+    """
+    answer = Answer(request)
+    sums.greet([*sums.grid.get_node_ids()], 0)
+    try:
+        name, reported, answer.members = ask_for_sums(sums, request, config)
+    except InputError as error:
+        answer.failures = [(ALL_SITES, str(error))]
+    else:
+        answer.sites[name] = reported
+    failures = sums.inbox.history.failures
+    answer.failures += dict.fromkeys((failure.site, failure.reason) for failure in failures)
+    for site in answer.members:
+        about = sums.about[site]
+        answer.sources.add(str(about.get("data", "not named"))[:200])
+        answer.generated |= about.get("generated") is True
+    return answer
+
+
 def _read(content: RecordDict) -> tuple[dict[str, Any], str, bool]:
     """Return what a hospital answers, the source of its rows, and whether they were generated."""
     about = content.config_records[SITE_RECORD]
@@ -253,9 +289,11 @@ def survey(
         raise InputError(f"alert must be one of {', '.join(METHODS)}, got {alert!r}")
     require_known(context.run_config, sections)
     refuse_evaluation(context.run_config, "asks for statistics")
-    refuse_sums(context.run_config, "asks for statistics")
     settings = SurveySettings.from_run_config(context.run_config)
-    used = (SurveySettings, DisclosureSettings, *sections)
+    summed = SecureSettings.from_run_config(context.run_config).secure == SUM
+    if summed:
+        require_tallied(request or Request(), drift)
+    used = (SurveySettings, DisclosureSettings, SecureSettings, *sections)
     began = time.monotonic()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     folder = RunFolder.named(settings.run_dir)
@@ -265,7 +303,13 @@ def survey(
         config: dict[str, Any] = {RUN_KEY: secrets.token_hex(8)}
         if in_simulation():
             config[LEDGER_DIR] = str(folder.path / LEDGERS)
-        answer = ask(grid, request or Request(), settings.round_timeout, config)
+        if summed:
+            books = folder.path / SECURE if in_simulation() else None
+            timeout = settings.round_timeout
+            sums = SecureSums(grid, Inbox(), str(config[RUN_KEY]), timeout, books, folder.path)
+            answer = ask_sums(sums, request or Request(), config)
+        else:
+            answer = ask(grid, request or Request(), settings.round_timeout, config)
         content = _content(answer, drift, alert) | {"command": list(command)}
         folder.write_json(STATISTICS_FILE, content)
         about = {
@@ -317,6 +361,7 @@ def _content(answer: Answer, drift: str, alert: str) -> dict[str, Any]:
         "drift": changes,
         "alerts": watched,
         "alert": alert,
+        "members": answer.members,
     }
 
 
@@ -357,6 +402,7 @@ def _summary(answer: Answer, content: dict[str, Any]) -> dict[str, Any]:
             name: sum(group["patients"] for group in reported["groups"])
             for name, reported in answer.sites.items()
         },
+        "members": answer.members,
         "tables": tables(content),
         "failures": content["failures"],
         "versions": {"python": platform.python_version()}

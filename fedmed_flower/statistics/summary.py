@@ -185,7 +185,8 @@ def _by_columns(groups: Sequence[Reported], kind: str) -> dict[tuple[str, ...], 
 
 def _sizes(parts: Sequence[Reported]) -> dict[str, Any]:
     total = {name: math.fsum(part[name] for part in parts) for name in ("n", "missing")}
-    return {**total, "hospitals": len(parts)}
+    # A part that is itself a sum says over how many hospitals.
+    return {**total, "hospitals": sum(part.get("hospitals", 1) for part in parts)}
 
 
 def _numeric(parts: Sequence[Reported]) -> dict[str, Any]:

@@ -26,9 +26,17 @@ from fedmed_flower.server.inbox import Inbox
 from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.trees.client import as_trees
-from fedmed_flower.wire import IN_SUMS, NOT_IN_SUMS, WITHOUT_FIGURES, read_error
+from fedmed_flower.wire import (
+    IN_SUMS,
+    IN_SUMS_OF_STUDIES,
+    NOT_IN_SUMS,
+    OTHERWISE_IN_SUMS,
+    WITHOUT_FIGURES,
+    read_error,
+)
 
-KINDS = (*WITHOUT_FIGURES, *IN_SUMS, *NOT_IN_SUMS)
+KINDS = (*WITHOUT_FIGURES, *IN_SUMS, *OTHERWISE_IN_SUMS, *NOT_IN_SUMS)
+OF_STUDIES = {*IN_SUMS_OF_STUDIES, *OTHERWISE_IN_SUMS[1:], *NOT_IN_SUMS[2:]}
 
 
 class Asked(TinyTable):
@@ -68,13 +76,13 @@ def test_each_kind_of_message_is_answered_in_one_way():
     assert {kind for kinds in every for kind in kinds} == {*KINDS}
 
 
-@pytest.mark.parametrize("kind", [*IN_SUMS, *NOT_IN_SUMS[:3], "oldest"])
+@pytest.mark.parametrize("kind", [*(k for k in KINDS[7:] if k not in OF_STUDIES), "oldest"])
 def test_in_a_run_by_secure_sums_no_message_is_answered_in_plain(kind):
-    remedy = {"remedy": BY_SUMS} if kind in IN_SUMS else {}
+    remedy = {"remedy": BY_SUMS} if kind in (*IN_SUMS, "statistics") else {}
     assert error_of(Asked, kind, secure="sum") == refusal(kind, **remedy)
 
 
-@pytest.mark.parametrize("kind", NOT_IN_SUMS[3:])
+@pytest.mark.parametrize("kind", sorted(OF_STUDIES))
 def test_nor_is_one_of_an_association_study(kind):
     class Study(GenomicsClient):
         def load_data(self, site):
@@ -82,7 +90,8 @@ def test_nor_is_one_of_an_association_study(kind):
 
         genotypes = load_data
 
-    assert error_of(Study, kind, secure="sum") == refusal(kind)
+    remedy = {} if kind in NOT_IN_SUMS else {"remedy": BY_SUMS}
+    assert error_of(Study, kind, secure="sum") == refusal(kind, **remedy)
 
 
 def test_trees_are_not_grown_in_plain_in_a_run_by_secure_sums():
@@ -99,12 +108,12 @@ def test_a_hospital_may_answer_kinds_of_messages_in_secure_sums_alone():
     assert error_of(Asked, "oldest", node) is None
     node["secure-only"] = "all"
     assert error_of(Asked, "oldest", node) == refusal("oldest")
-    assert error_of(Asked, "statistics", node) == refusal("statistics")
+    assert error_of(Asked, "statistics", node) == refusal("statistics", BY_SUMS)
 
 
 @pytest.mark.parametrize("wrong", ["evaluation", "train;evaluate", "train,", "hello", "every"])
 def test_a_kind_of_message_that_does_not_exist_is_refused(wrong):
-    allowed = ", ".join(("all", "describe", *IN_SUMS, *NOT_IN_SUMS))
+    allowed = ", ".join(("all", "describe", *IN_SUMS, *OTHERWISE_IN_SUMS, *NOT_IN_SUMS))
     bound = f"empty or some of {allowed}, with commas between them"
     text = f"secure-only must be {bound}, got '{wrong}'"
     with pytest.raises(ValueError, match=says_of_setting(text)):

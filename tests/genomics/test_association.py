@@ -17,6 +17,9 @@ from fedmed_flower.genomics.association import (
     log10_p_of_t,
     log10_p_of_z,
     p_text,
+    spread_of,
+    spread_of_terms,
+    spread_terms,
     trend_test,
     withheld,
 )
@@ -25,7 +28,10 @@ from fedmed_flower.genomics.regression import (
     linear_sums,
     linear_test,
     logistic_terms,
+    own_intercepts,
     principal_components,
+    profile_parts,
+    profile_terms,
     standardised,
 )
 
@@ -416,3 +422,45 @@ def test_principal_components_are_those_of_the_pooled_matrix():
     assert rounds < 15
     # A person's scores leave out what is missing.
     assert (matrices[0][0, :5] == 0).all()
+
+
+def test_the_spread_of_effects_follows_from_sums():
+    generator = np.random.default_rng(3)
+    effects = generator.normal(size=(5, 4))
+    errors = generator.uniform(0.1, 1.0, (5, 4))
+    effects[1, 0] = np.inf
+    errors[:4, 3] = np.nan
+    known, terms = spread_terms(effects, errors, effects[0])
+    found = spread_of_terms(known.sum(0), terms.sum(0))
+    for ours, theirs in zip(found, spread_of(effects, errors), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+    assert known.sum(0).tolist() == [4, 5, 5, 1]
+
+
+def test_intercepts_and_terms_of_slopes_alone_are_those_of_statsmodels():
+    generator = np.random.default_rng(5)
+    genotypes = generator.binomial(2, 0.4, (80, 3)).astype(np.int8)
+    genotypes[generator.random(genotypes.shape) < 0.1] = -127
+    genotypes[:, 2] = np.where(genotypes[:, 2] < 0, -127, 2)
+    covariates = generator.normal(size=(80, 2))
+    cases = generator.random(80) < 0.3
+    slopes = np.array([[0.3, -0.2, 0.7], [40.0, 0.0, -3.0], [0.1, 0.1, 0.1]])
+    intercepts = own_intercepts(genotypes, cases, covariates, slopes)
+    terms, _ = logistic_terms(genotypes, cases, covariates, slopes, intercepts)
+    profiles = profile_terms(terms, 2)
+    for variant in range(3):
+        known = genotypes[:, variant] >= 0
+        design = np.column_stack([covariates, genotypes[:, variant]])[known].astype(float)
+        ones = np.ones((known.sum(), 1))
+        model = sm.GLM(cases[known], ones, sm.families.Binomial(), offset=design @ slopes[variant])
+        fit = model.fit(start_params=intercepts[variant : variant + 1], tol=1e-12)
+        assert intercepts[variant] == pytest.approx(fit.params[0], rel=1e-6)
+        risk = 1 / (1 + np.exp(-intercepts[variant] - design @ slopes[variant]))
+        assert risk.sum() == pytest.approx(cases[known].sum(), rel=1e-12)
+        weight = risk * (1 - risk)
+        centred = design - weight @ design / weight.sum()
+        score, information = profile_parts(profiles[variant], 2)
+        np.testing.assert_allclose(score, (cases[known] - risk) @ centred, atol=1e-9)
+        np.testing.assert_allclose(information, (weight * centred.T) @ centred, atol=1e-9)
+    # Everybody has two copies of the last: what rounding leaves would be taken for a slope.
+    assert not profile_parts(profiles[2], 2)[1][-1].any()

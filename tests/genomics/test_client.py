@@ -429,7 +429,7 @@ def test_a_question_cannot_name_a_variant_a_million_times(tmp_path, monkeypatch)
     reply = question(client, "counts", **lines)
     text = "site hospital-1: lines must be different: a question names a variant once"
     assert reply.error.reason == text
-    monkeypatch.setattr("fedmed_flower.genomics.client._MOST_NUMBERS", 40)
+    monkeypatch.setattr("fedmed_flower.genomics.client.MOST_NUMBERS", 40)
     # Counts are five numbers a variant; of the models with one covariate a variant has nine.
     assert not question(client, "counts", **everything()).has_error()
     more = {"slopes": np.zeros((6, 2)), "intercepts": np.zeros(6)}

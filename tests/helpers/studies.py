@@ -22,12 +22,12 @@ ALLELES = ("A", "C", "G", "T")
 class World:
     """Three hospitals: their people, and what of their files differs."""
 
-    def __init__(self, folder, seed=0, trait="binary"):
-        self.folder, self.trait = folder, trait
+    def __init__(self, folder, seed=0, trait="binary", sizes=SIZES):
+        self.folder, self.trait, self.sizes = folder, trait, sizes
         generator = np.random.default_rng(seed)
         frequency = np.linspace(0.25, 0.6, VARIANTS)
         self.genotypes, self.phenotypes, self.ages = [], [], []
-        for number, size in enumerate(SIZES):
+        for number, size in enumerate(sizes):
             genotypes = generator.binomial(2, frequency, (size, VARIANTS)).astype(np.int8)
             genotypes[generator.random(genotypes.shape) < 0.03] = -127
             age = generator.normal(50 + 5 * number, 10, size)
@@ -38,11 +38,11 @@ class World:
             self.phenotypes.append(case.astype(float) if trait == "binary" else noisy)
             self.ages.append(age)
         # All hospitals' files are alike, until a test changes one.
-        self.names = [[f"rs{n:02d}" for n in range(VARIANTS)] for _ in SIZES]
-        self.places = [[(1 + n // 30, 100 + 10 * n) for n in range(VARIANTS)] for _ in SIZES]
+        self.names = [[f"rs{n:02d}" for n in range(VARIANTS)] for _ in sizes]
+        self.places = [[(1 + n // 30, 100 + 10 * n) for n in range(VARIANTS)] for _ in sizes]
         # A/C, C/T, G/A, T/G: of none do both strands look the same.
         pairs = [(ALLELES[n % 4], "CTAG"[n % 4]) for n in range(VARIANTS)]
-        self.pairs = [list(pairs) for _ in SIZES]
+        self.pairs = [list(pairs) for _ in sizes]
 
     def client(self, base=GenomicsClient, **members):
         for number, genotypes in enumerate(self.genotypes):
@@ -76,7 +76,7 @@ class World:
         copies = np.concatenate([self.genotypes[s][:, variant] for s in sites]).astype(float)
         outcome = np.concatenate([self.phenotypes[s] for s in sites])
         age = np.concatenate([self.ages[s] for s in sites])
-        site = np.repeat(np.arange(len(sites)), [SIZES[s] for s in sites])
+        site = np.repeat(np.arange(len(sites)), [self.sizes[s] for s in sites])
         design = np.column_stack([np.eye(len(sites))[site], age, copies])
         return outcome[copies >= 0], design[copies >= 0]
 
@@ -92,7 +92,7 @@ class World:
         return excess**2 / variance
 
 
-def study(client, folder, node_configs=None, **config):
+def study(client, folder, node_configs=None, sites=3, **config):
     """Run a study; return the summary and the lines of the table by variant."""
     server, found = ServerApp(), []
 
@@ -103,7 +103,9 @@ def study(client, folder, node_configs=None, **config):
     settings = CONFIG | {"run-dir": str(folder / "run"), "block-size": 16, "seed": 1}
     settings |= {key.replace("_", "-"): value for key, value in config.items()}
     hospital = client.client_app()
-    run_local(server, hospital, 3, run_config=settings, node_configs=node_configs, app_name="study")
+    run_local(
+        server, hospital, sites, run_config=settings, node_configs=node_configs, app_name="study"
+    )
     return found[0], lines_of(folder / "run")
 
 

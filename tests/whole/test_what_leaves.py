@@ -34,7 +34,15 @@ from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.strategies import FedAvg, FedProx
 from fedmed_flower.trees.server import grow
-from fedmed_flower.wire import MESSAGE_VERSION, MESSAGES, NEVER, REPLIES, keys_of, read_error
+from fedmed_flower.wire import (
+    MESSAGE_VERSION,
+    MESSAGES,
+    NEVER,
+    REPLIES,
+    SIMULATED,
+    keys_of,
+    read_error,
+)
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "reference" / "what-travels.md"
 WAYS = {"plain", "bounded", "known", "noised", "masked", "never"}
@@ -250,7 +258,7 @@ def listed(name, key):
     """Return a record's entry as the table has it."""
     if name == "arrays" or name.startswith("method-"):
         return f"{name.partition('-')[0]}.*"
-    return f"{name}.{key}"
+    return "named.*" if name == "named" else f"{name}.{key}"
 
 
 class Losing(Declared):
@@ -292,7 +300,36 @@ def grown(folder):
 
 
 def studied(folder):
-    for test, more in (("logistic", {"components": 2}), ("linear", {})):
+    studied_by(folder, (("logistic", {"components": 2}), ("linear", {})))
+
+
+def studied_by_sums(folder):
+    sums = {"secure": "sum", "block-size": 64}
+    studied_by(folder / "studies", (("logistic", sums), ("linear", sums)))
+    request = Request(columns=("age",))
+    surveyed(Ward, request, folder / "survey", 4, run_config={"secure": "sum"})
+
+
+def replies_by_sums(folder, monkeypatch):
+    """Return the keys of all replies of studies and a survey by secure sums."""
+    found = {}
+    original = LocalGrid.pull_messages
+
+    def watching(self, ids):
+        for reply in original(self, ids):
+            kind = reply.metadata.message_type.removeprefix("query.")
+            keys = {key for key in generic(kind, reply.content) if key[1] not in SIMULATED}
+            found.update({key: {"studies by sums"} for key in keys})
+            yield reply
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalGrid, "pull_messages", watching)
+        studied_by_sums(folder)
+    return found
+
+
+def studied_by(folder, tests):
+    for test, more in tests:
         (folder / test).mkdir(parents=True)
         trait = "binary" if test == "logistic" else "continuous"
         study(World(folder / test, trait=trait).client(), folder / test, test=test, **more)
@@ -307,6 +344,7 @@ def test_a_server_sends_what_the_table_lists_and_nothing_else(tmp_path, monkeypa
         lambda: federated(tmp_path / "summed", FedAvg(), Losing, 5, **SUMMED),
         lambda: grown(tmp_path / "trees"),
         lambda: studied(tmp_path / "genomes"),
+        lambda: studied_by_sums(tmp_path / "by sums"),
         lambda: surveyed(Ward, Request(), tmp_path / "survey"),
     ):
         found |= sent_in(run, monkeypatch)
@@ -316,8 +354,10 @@ def test_a_server_sends_what_the_table_lists_and_nothing_else(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_the_table_lists_all_that_leaves_and_nothing_else(tmp_path, private):
+def test_the_table_lists_all_that_leaves_and_nothing_else(tmp_path, private, monkeypatch):
     found = all_keys(private) | genomes(tmp_path, private)
+    if not private:
+        found |= replies_by_sums(tmp_path / "by sums", monkeypatch)
     for key, clients in summed(tmp_path / "summed", private).items():
         found[key] = found.get(key, set()) | clients
     errors = found.pop("errors", set())
