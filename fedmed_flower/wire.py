@@ -3,7 +3,8 @@
 `MESSAGES` lists what a server sends. `REPLIES` lists what a hospital sends back, and how it leaves:
 `plain`: unchanged. `bounded`: unchanged, but computed from at least the minimum number of patients
 that the hospital sets. `known`: unchanged, and assumed to be known in every privacy guarantee.
-`noised`: with noise that was charged, or computed from such numbers alone. `never`: it does not
+`noised`: with noise that was charged, or computed from such numbers alone. `masked`: as a part of a
+secure sum, under masks that only the sum over several hospitals is without. `never`: it does not
 leave.
 
 ``docs/reference/what-travels.md`` has the same tables, and a test compares them with real messages
@@ -118,6 +119,10 @@ REJECTED = "rejected"
 LACKING = "lacking"
 EMPTY = "empty"
 COLUMNS = "columns"
+# The common means of columns, about which hospitals sum squared distances.
+MEANS = "means"
+# The record that says which splits have rows, in place of their numbers.
+FILLED = "filled"
 # Of a site's own model: its main metric on validation rows, before and after, and the passes kept.
 PERSONAL = ("val-global", "val-own", "personal-epochs")
 # What a run has cost a patient of a site; of several sites, the most.
@@ -131,6 +136,23 @@ HOSPITAL_EPSILON = "hospital-epsilon"
 DECLINED = "declined: "
 # Stands for all sites together where a site's name is expected.
 ALL_SITES = "all"
+
+# Kinds of messages, by what a hospital answers that sends its figures in secure sums alone: without
+# any figure; as its part of a sum; not at all. Kinds that an app adds are not answered either.
+WITHOUT_FIGURES = ("describe", "hello", "alive", "unmask", "figures")
+IN_SUMS = ("train", "evaluate", "count", "contribution")
+NOT_IN_SUMS = (
+    "pictures",
+    "personal",
+    "statistics",
+    "cohort",
+    "variants",
+    "counts",
+    "linear",
+    "logistic",
+    "loadings",
+    "scores",
+)
 
 NEVER = "never"
 
@@ -221,6 +243,16 @@ any | config.ledger-dir | simulation: folder of the ledgers | runs/experiment | 
 any | config.agreed | what all sites agreed upon | runs/experiment | clients/base
 any | config.frozen-digest | digest of what does not travel | runs/experiment | clients/base
 any | config.pool-sites | simulation: all rows together | runs/baselines | clients/base
+any | secure.record | who takes part in a secure sum, and how | server/secure | clients/secure
+any | secure.books | simulation: folder of the sites' books | server/secure | clients/secure
+figures | arrays.* | the global model | server/secure | clients/secure
+figures | config.server-round | number of the round | server/secure | clients/secure
+figures | config.split | val or test rows | server/secure | clients/secure
+hello | secure.asked | name of the run | server/secure | clients/secure
+alive | secure.asked | which sum, and which hospitals remain | server/secure | clients/secure
+unmask | secure.asked | the same, with envelopes and signatures | server/secure | clients/secure
+contribution | config.columns | columns whose means are known | runs/summed | clients/queries
+contribution | config.means | means of all hospitals together | runs/summed | clients/queries
 describe | config.version | version of the messages | runs/roll_call | clients/queries
 statistics | config.version | version of the messages | statistics/server | clients/queries
 cohort | config.version | version of the messages | genomics/panel | clients/queries
@@ -281,16 +313,22 @@ any | site.simulated | whether it lives in a simulation | plain | plain
 any | site.data | name of the data source | plain | plain
 any | site.generated | whether the rows are made up | plain | plain
 any | site.version | version of its messages | plain | plain
+any | secure.letter | keys, signatures, shares of masks | plain | plain
 describe | metrics.num-examples | number of training rows, as Flower names it | plain | known
 describe | metrics.train | number of training rows (private: of patients) | plain | known
 describe | metrics.val | number of validation rows (private: of patients) | plain | known
 describe | metrics.test | number of test rows (private: of patients) | plain | known
+describe | filled.train | whether it has training rows, in place of numbers | plain | known
+describe | filled.val | whether it has validation rows, in place of numbers | plain | known
+describe | filled.test | whether it has test rows, in place of numbers | plain | known
 describe | lacking.columns | columns of the schema that its table lacks | plain | never
 describe | empty.columns | columns of the schema without a value in any row | bounded | never
 describe | metrics.rejected | number of rows that could not be used | plain | never
+count | masked.* | number of training rows, as a part of a secure sum | masked | masked
 contribution | contribution.moments COLUMN | moments of a column | bounded | never
 contribution | contribution.categories COLUMN | categories of ten patients or more | bounded | never
 contribution | contribution.counts COLUMN | how many patients have each | bounded | never
+contribution | masked.* | moments of columns, as a part of a secure sum | masked | never
 train | arrays.* | the model after local training, or its change in a code | bounded | noised
 train | method.* | what the method makes of training, such as SCAFFOLD's control | bounded | noised
 train | metrics.num-examples | number of training rows (private: of patients) | plain | known
@@ -298,6 +336,7 @@ train | metrics.loss | mean training loss | bounded | never
 train | rows.changes | whether patients have come or gone in the run | plain | never
 train | metrics.seconds | how long training took | plain | never
 train | metrics.patient-epsilon | what the run has cost a patient so far | never | known
+train | masked.* | change of the model and mean loss, as a part of a secure sum | masked | masked
 evaluate | metrics.num-examples | number of rows (private: of patients, noised) | plain | noised
 evaluate | metrics.loss | mean loss | bounded | never
 evaluate | metrics.accuracy | accuracy | bounded | noised
@@ -333,6 +372,7 @@ evaluate | metrics.surface-dice | mean surface Dice | bounded | never
 evaluate | metrics.surface-dice-CLASS | mean surface Dice of each class | bounded | never
 evaluate | metrics.noised-dice | number of patients and sums of their Dice | never | noised
 evaluate | metrics.METRIC@column=value | each metric above, of a group (report-by) | bounded | never
+evaluate | masked.* | counts and sums of metrics, as a part of a secure sum | masked | masked
 pictures | pictures.titles | what each picture shows | plain | plain
 pictures | pictures.images | up to six pictures of test cases, each of one patient | plain | plain
 personal | metrics.val-global | main validation metric of the global model | bounded | never
@@ -391,6 +431,8 @@ def keys_of(reply: str, content: RecordDict) -> set[str]:
 def _generic(reply: str, name: str, key: str) -> str:
     if name == "arrays":
         return "arrays.*"
+    if name == MASKED:
+        return "masked.*"
     if name.startswith(METHOD_RECORD):
         return "method.*"
     metric, _, group = key.partition("@")

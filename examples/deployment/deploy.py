@@ -57,6 +57,9 @@ def start(
         typer.Option(help="A folder with one folder for each hospital, its name; else DIR/data."),
     ] = None,
     port_base: Annotated[int | None, typer.Option(min=1024, help="First port; else any.")] = None,
+    node_config: Annotated[
+        str, typer.Option(help="More of every node config; {site} stands for the hospital's name.")
+    ] = "",
 ) -> None:
     """Make the keys, start everything and wait until all hospitals are online."""
     directory = directory.expanduser().resolve()
@@ -87,7 +90,9 @@ def start(
         wait_until(directory, lambda: is_listening(port), f"the SuperLink listens on port {port}")
         nodes = {name: register(directory, name) for name in names}
         for name, site_port in zip(names, site_ports, strict=True):
-            command = supernode_command(directory, name, data_root / name, port, site_port)
+            command = supernode_command(
+                directory, name, data_root / name, port, site_port, node_config
+            )
             launch(directory, name, site_port, command, nodes[name])
         wait_until(
             directory,
@@ -221,13 +226,16 @@ def superlink_command(directory: Path, port: int) -> list[str]:
     ]
 
 
-def supernode_command(directory: Path, name: str, data: Path, port: int, own: int) -> list[str]:
+def supernode_command(
+    directory: Path, name: str, data: Path, port: int, own: int, more: str = ""
+) -> list[str]:
     """Return one hospital's command; `own` is the port between the SuperNode and its ClientApp."""
+    config = f'site-name="{name}" data-dir="{data}" {more.replace("{site}", name)}'
     return [
         *("flower-supernode", "--superlink", f"{HOST}:{port}", "--host", HOST, "--port", str(own)),
         *("--root-certificates", str(directory / "server" / "ca.crt")),
         *("--auth-supernode-private-key", str(directory / "sites" / name / "key")),
-        *("--node-config", f'site-name="{name}" data-dir="{data}"'),
+        *("--node-config", config.strip()),
     ]
 
 

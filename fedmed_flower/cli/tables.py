@@ -74,7 +74,8 @@ def _print_test(console: Console, summary: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for site, counts in summary["sites"].items():
         values = [column.get(site, {}).get(metric) for column in columns.values()]
-        table.add_row(site, str(counts["train"]), str(counts["test"]), *map(_show, values))
+        rows = [str(counts.get(split, "–")) for split in ("train", "test")]
+        table.add_row(site, *rows, *map(_show, values))
     # Mean and worst compare the same hospitals in each column: those with a value in all.
     compared = [
         site

@@ -216,7 +216,13 @@ def train(client: MedicalClient, message: Message) -> RecordDict:
     client.require_protection()
     arrays_key, arrays = next(iter(message.content.array_records.items()))
     client.progress = client.settings.progress(server_round)
-    seed = derive_seed(client.settings.seed, client.site.name, server_round, "train")
+    seed = derive_seed(
+        client.settings.seed,
+        client.site.name,
+        server_round,
+        "train",
+        *filter(None, [client.draw_key]),
+    )
     began = time.perf_counter()
     model, travelling = client.model_of(arrays, config)
     work = MethodRound.of(client, config, model, travelling)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -71,8 +71,12 @@ from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.registry import Sections
 from fedmed_flower.settings.secure import SecureSettings
+from fedmed_flower.settings.text import setting_error
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.wire import AGREED, FROZEN, POOL_SITES, RUN_KEY
+
+if TYPE_CHECKING:
+    from fedmed_flower.clients.shares import Share
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -101,9 +105,9 @@ class MedicalClient(ABC):
         Name in the log what is odd about rows that can be used.
     screen
         Reject single rows that cannot be used, and name them in the log.
-    contribute, agree, outlying
-        What a site sends before the first round, what the server makes of all contributions, and
-        which of them stand out.
+    contribute, columns_to_sum, agree, outlying
+        What a site sends before the first round, of which columns, what the server makes of all
+        contributions, and which of them stand out.
     prepare
         Convert rows to what the hooks below take. The result stays in memory during a run.
     batch_of, loss_of
@@ -158,10 +162,14 @@ class MedicalClient(ABC):
         What the server made of all contributions; empty before the first round.
     split : str
         The split on which the message asks to evaluate; empty if it asks for something else.
+    draw_key : str
+        In a secure sum at a real hospital, what makes the seed of training its own secret.
     pooled : bool
         Whether the message is about all sites' rows together.
     touched : bool
         Whether the site's rows were used since the message came.
+    noise_share : Share or None
+        This hospital's share of the noise of a secure sum, if the message asks for one.
     queries : dict
         The function that answers each Flower query, by the query's name. It maps (client, message)
         to the content of the reply, and may be given as ``"module:function"``. A subclass adds its
@@ -212,8 +220,10 @@ class MedicalClient(ABC):
         self.progress = 0.0
         self.agreed = ""
         self.split = ""
+        self.draw_key = ""
         self.pooled = False
         self.touched = False
+        self.noise_share: Share | None = None
         # Indices of the training rows that made this message's update.
         self.entered: set[int] = set()
 
@@ -260,6 +270,20 @@ class MedicalClient(ABC):
     def contribute(self) -> dict[str, Any]:
         """Return what this site sends before the first round: numbers, texts and lists of them."""
         return {}
+
+    def columns_to_sum(self) -> Sequence[str]:
+        """Return the columns of whose moments alone a contribution consists, for secure sums.
+
+        Raises
+        ------
+        InputError
+            If contributions hold anything else. The default knows nothing of them.
+        """
+        raise setting_error(
+            f'secure="sum" needs to know of which columns {type(self).__name__} contributes '
+            "moments before the first round: define columns_to_sum",
+            "secure",
+        )
 
     def agree(self, contributions: Mapping[str, Mapping[str, Any]]) -> str:
         """Return the text that the server sends to all sites, with each message, as `agreed`.
@@ -874,8 +898,11 @@ class MedicalClient(ABC):
         if split == "train" and not data.train:
             raise InputError("there are no training rows")
         prepared = self.cache.prepared
-        key = self.key(self.prepared_for, pooled, split)
+        key = self.key(self.prepared_for, pooled, split, self.agreed)
         if key not in prepared:
+            # Those that were prepared by another agreement are not needed any more.
+            for other in [other for other in prepared if other[:-1] == key[:-1]]:
+                del prepared[other]
             prepared[key] = self.prepare(getattr(data, split), train=split == "train")
         return data, prepared[key]
 

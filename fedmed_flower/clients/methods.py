@@ -18,7 +18,7 @@ from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.methods.base import PLAIN, Ended, Method, SiteRound
 from fedmed_flower.methods.kept import kept_names
 from fedmed_flower.methods.registry import method_of_message
-from fedmed_flower.models.device import derive_seed, learning_rate, make_optimizer, torch_device
+from fedmed_flower.models.device import derive_seed, make_optimizer, torch_device
 from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.wire import COMPRESSION, KEEP, KEEP_SENT, METHOD_RECORD
 
@@ -211,7 +211,7 @@ class MethodRound:
             travelling=self.travelling.names,
             received=beside,
             kept=self._kept_by_method(),
-            learning_rate=learning_rate(settings, client.progress),
+            learning_rate=settings.rate_at(client.progress),
             fit=fit,
             optimizer=lambda model: make_optimizer(settings, model, client.progress),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,14 @@ from flwr.app import ConfigRecord
 from torch import Tensor, nn
 
 from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.clients.training import train_privately
+from fedmed_flower.clients.shares import PatientShare
+from fedmed_flower.clients.training import sum_privately, train_privately
 from fedmed_flower.data.site import patient_text, patients_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.models.device import half_precision, make_optimizer
 from fedmed_flower.privacy.gradients import PROBE, Batch
-from fedmed_flower.privacy.patient import PatientPrivacy, budget_of
+from fedmed_flower.privacy.ledger import TRAIN
+from fedmed_flower.privacy.patient import Mechanism, PatientPrivacy, budget_of
 from fedmed_flower.privacy.validate import first_changed, held
 from fedmed_flower.wire import SERVER_ROUND, SPLIT
 
@@ -50,6 +53,9 @@ def train_protected(
     client: MedicalClient, model: nn.Module, config: ConfigRecord
 ) -> dict[str, Any]:
     """Train with differential privacy for each patient and return the metrics.
+
+    If the hospital adds a share of a secure sum's noise, the model stays as it is: the clipped sum
+    is left with the share (`client.noise_share`), which lets it out with noise alone.
 
     Parameters
     ----------
@@ -87,25 +93,41 @@ def train_protected(
     if not patients:
         raise InputError("there are no training rows")
     privacy = _privacy(client, config)
-    mechanism = privacy.plan_training(
-        patients, settings.local_epochs, settings.batch_size, settings.local_steps
-    )
-    charge = (patients, mechanism.release, mechanism.steps, "train", _round(config))
+    share = client.noise_share if isinstance(client.noise_share, PatientShare) else None
+    if share is None:
+        purpose = TRAIN
+        mechanism = privacy.plan_training(
+            patients, settings.local_epochs, settings.batch_size, settings.local_steps
+        )
+    else:
+        purpose = share.purpose
+        mechanism = Mechanism(share.release, 1, len(patients), client.privacy)
+    charge = (patients, mechanism.release, mechanism.steps, purpose, _round(config))
     with privacy.charged(*charge):
         rows = usable_rows(client, "train", probe, alike=True)
         client.seed_transforms(rows.prepared, secrets.randbits(32))
         before = held(model)
-        loss, dropped = train_privately(
-            model,
-            lambda numbers: client.batch_of(rows.prepared, [rows.indices[n] for n in numbers]),
-            rows.patients,
-            client.loss_of,
-            make_optimizer(settings, model, client.progress),
-            mechanism,
-            probe,
-            half_precision(settings),
-            client.method,
-        )
+
+        def batch_of(numbers: Sequence[int]) -> Batch:
+            return client.batch_of(rows.prepared, [rows.indices[n] for n in numbers])
+
+        step = (mechanism, probe, half_precision(settings))
+        if share is None:
+            optimizer = make_optimizer(settings, model, client.progress)
+            loss, dropped = train_privately(
+                model,
+                batch_of,
+                rows.patients,
+                client.loss_of,
+                optimizer,
+                *step,
+                client.method,
+            )
+            # The loss has no noise and is not covered by the budget, so it must not leave.
+            log.debug("%s: mean training loss %.4f", client.site.name, loss)
+        else:
+            sums, dropped = sum_privately(model, batch_of, rows.patients, client.loss_of, *step)
+            share.take(model, sums)
         name = first_changed(before, model)
         if name is not None:
             raise InputError(
@@ -114,8 +136,6 @@ def train_protected(
             )
     if dropped:
         log.warning("%s: %d gradients could not be used", client.site.name, dropped)
-    # The loss has no noise and is not covered by the budget, so it must not leave.
-    log.debug("%s: mean training loss %.4f", client.site.name, loss)
     return privacy.spent(patients)
 
 

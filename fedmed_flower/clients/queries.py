@@ -10,10 +10,13 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.duplicates import digests_of
+from fedmed_flower.clients.secure import asks_for_sum, in_sums_alone
 from fedmed_flower.clients.storage import keep_pictures, output_folder
 from fedmed_flower.clients.trial import try_batch
+from fedmed_flower.data.cells import LARGEST
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import SPLITS, patient_text
+from fedmed_flower.data.summed import added
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.metrics.plain import plain_metrics
 from fedmed_flower.models.adapters import merge_adapters
@@ -25,8 +28,10 @@ from fedmed_flower.wire import (
     CONTRIBUTION,
     COUNT,
     EMPTY,
+    FILLED,
     IMAGES,
     LACKING,
+    MEANS,
     PICTURES,
     REJECTED,
     TITLES,
@@ -53,7 +58,8 @@ def refuse_other_version(client: MedicalClient, message: Message) -> None:
 def describe(client: MedicalClient, message: Message) -> RecordDict:
     """Return the number of rows of each split; of patients if the client is `secretive`.
 
-    Before, a batch is tried: a site whose network does not fit its rows says so here.
+    If figures leave in secure sums alone, only whether a split has rows is told. Before, a batch is
+    tried: a site whose network does not fit its rows says so here.
 
     Raises
     ------
@@ -67,6 +73,9 @@ def describe(client: MedicalClient, message: Message) -> RecordDict:
     if not client.sealed:
         client.screened_data()
     try_batch(client)
+    if in_sums_alone(client, "describe"):
+        filled: dict[str, Any] = {split: client.count(split) > 0 for split in SPLITS}
+        return RecordDict({FILLED: ConfigRecord(filled)})
     counts: dict[str, Any] = {split: client.count(split) for split in SPLITS}
     counts["num-examples"] = counts["train"]
     if not client.secretive:
@@ -164,8 +173,31 @@ def _draw_in_book(client: MedicalClient, message: Message, config: ConfigRecord)
 
 
 def contribution(client: MedicalClient, message: Message) -> RecordDict:
-    """Return what the site contributes before the first round, such as means and categories."""
-    client.read(message)
+    """Return what the site contributes before the first round, such as means and categories.
+
+    For a secure sum it is what the site adds to each part of it.
+    """
+    config = client.read(message)
     if client.secretive:
         raise DeclinedError("contributions before the first round carry no noise")
-    return RecordDict({CONTRIBUTION: ConfigRecord(client.contribute())})
+    reported = client.contribute()
+    if asks_for_sum(message):
+        parts: dict[str, Any] = {**added(reported, client.columns_to_sum(), _means(config))}
+        return RecordDict({"metrics": MetricRecord(parts)})
+    return RecordDict({CONTRIBUTION: ConfigRecord(reported)})
+
+
+def _means(config: ConfigRecord) -> dict[str, float]:
+    """Return the common means by column that a message holds.
+
+    Raises
+    ------
+    DeclinedError
+        If they are no numbers by column.
+    """
+    columns: Any = config.get(COLUMNS, [])
+    means: Any = config.get(MEANS, [])
+    lists = isinstance(columns, list) and isinstance(means, list) and len(columns) == len(means)
+    if not lists or not all(isinstance(mean, float) and abs(mean) <= LARGEST for mean in means):
+        raise DeclinedError("the means of columns must be finite numbers, one for each column")
+    return dict(zip(columns, means, strict=True))

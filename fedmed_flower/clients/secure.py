@@ -26,15 +26,16 @@ from numpy.typing import NDArray
 
 from fedmed_flower.arrays.views import array_of, view
 from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.data.site import site_names, some_of
-from fedmed_flower.errors import DeclinedError
+from fedmed_flower.clients.shares import Share, share_of
+from fedmed_flower.data.site import fewest_patients, patients_of, site_names, some_of
+from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.files import file_name
 from fedmed_flower.metrics.plain import plain_metrics
 from fedmed_flower.metrics.summing import Grid, is_whole, sums_of_record
 from fedmed_flower.models.adapters import merge_adapters
 from fedmed_flower.privacy.patient import ledger_path
 from fedmed_flower.secure.audit import Chain
-from fedmed_flower.secure.book import SecureBook, secure_path
+from fedmed_flower.secure.book import BookError, SecureBook, secure_path
 from fedmed_flower.secure.encoding import SecureError, Value, decoded, digest_of_arrays, encoded
 from fedmed_flower.secure.identity import Identity
 from fedmed_flower.secure.member import Member
@@ -52,26 +53,41 @@ from fedmed_flower.secure.parts import (
     UNIFORM,
     figure_in,
 )
-from fedmed_flower.secure.record import Record
-from fedmed_flower.secure.ring import FIXED
+from fedmed_flower.secure.record import DATA, TRAIN, Record
+from fedmed_flower.secure.ring import COUNT, REAL, Words
 from fedmed_flower.secure.study import Study
+from fedmed_flower.settings.secure import SUM, SecureSettings
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.wire import (
     ASKED,
     BOOKS,
+    COMPRESSION,
+    IN_SUMS,
+    KEEP,
+    KEEP_SENT,
     LEDGER_DIR,
     LETTER,
     MASKED,
+    METHOD,
+    OWN,
     RECORD,
     RUN_KEY,
     SECURE,
     SECURE_RUN,
     SERVER_ROUND,
     SPLIT,
+    WITHOUT_FIGURES,
 )
 
 log = logging.getLogger("flwr.fedmed")
 
+# Numbers of rows that a mean may be weighted by, in all.
+_MOST_TOTAL = 1 << 56
+# Bytes of a question about a sum: decoding takes thirty times as much memory.
+_MOST_ASKED = 1 << 23
+# Entries of a message's config by which a hospital uses what it has kept, and methods without that.
+_WITH_STATE = (KEEP, KEEP_SENT, OWN, COMPRESSION)
+_STATELESS = ("", "fedprox")
 # What differs from one run or round to the next, and does not make another question.
 _OF_THE_RUN = (RUN_KEY, SERVER_ROUND, LEDGER_DIR)
 _OF_THE_SERVER = ("run-dir", "resume", "round-timeout", "quorum", "grace", "track", "baselines")
@@ -120,11 +136,36 @@ def _member(identity: Identity, study: Study, path: Path) -> Member:
     return Member(identity, study, SecureBook(path, identity.id), trail)
 
 
-def refuse_unless_secure(client: MedicalClient, kind: str) -> None:
-    """Raise `DeclinedError` if the hospital answers a kind of message in secure sums alone."""
-    kinds = {name.strip() for name in client.node.secure_only.split(",")}
-    if kind in kinds:
-        raise DeclinedError(f'{kind} is answered in secure sums alone (set secure="sum")')
+def in_sums_alone(client: MedicalClient, kind: str) -> bool:
+    """Return whether the figures that answer a kind of message leave in secure sums alone.
+
+    A run with ``secure=sum`` asks for it, or the hospital by ``secure-only`` in its node config.
+    """
+    secure = SecureSettings.from_run_config(client.context.run_config).secure
+    return secure == SUM or client.node.answers_in_sums_alone(kind)
+
+
+def refuse_in_plain(client: MedicalClient, kind: str) -> None:
+    """Refuse a message that asks for no secure sum, if its answer must not leave in plain.
+
+    Parameters
+    ----------
+    client : MedicalClient
+    kind : str
+        Kind of message, without "query.".
+
+    Raises
+    ------
+    DeclinedError
+    """
+    if kind in WITHOUT_FIGURES or not in_sums_alone(client, kind):
+        return
+    remedy = "it has no form as a sum, so leave it out"
+    if kind in IN_SUMS:
+        remedy = 'ask for it by secure="sum" in the run config'
+    raise DeclinedError(
+        f"{kind} would tell this hospital's own figures, which leave in secure sums alone: {remedy}"
+    )
 
 
 @dataclass(frozen=True)
@@ -137,12 +178,15 @@ class SecureReply:
     record : Record
     about, asked : dict
         As `Record.digest` and `Record.question` take them.
+    share : Share or None
+        What it adds of the noise of the sum.
     """
 
     member: Member
     record: Record
     about: dict[str, Value]
     asked: dict[str, Value]
+    share: Share | None = None
 
     @classmethod
     def of(cls, client: MedicalClient, message: Message) -> Self | None:
@@ -151,33 +195,70 @@ class SecureReply:
         Raises
         ------
         DeclinedError
-            If anything about the sum is not as this hospital knows it, or the hospital answers
-            such a message in secure sums alone.
+            If anything about the sum is not as this hospital knows it, or such a message is
+            answered in secure sums alone, or no sum can answer it.
         """
-        secure = message.content.config_records.get(SECURE)
         kind = message.metadata.message_type
-        if secure is None or RECORD not in secure:
-            refuse_unless_secure(client, kind.removeprefix("query."))
+        if not asks_for_sum(message):
+            refuse_in_plain(client, kind.removeprefix("query."))
             return None
+        secure = message.content.config_records[SECURE]
         with _refused():
             record = Record.from_bytes(secure[RECORD])
-            if kind.removeprefix("query.") != record.purpose.partition("/")[0]:
-                raise SecureError(f"a sum of {record.purpose} was asked for by a message {kind}")
+            if {*secure} - {RECORD, BOOKS}:
+                raise SecureError("its rules have other entries than they must have")
+            if (purpose := record.purpose.partition("/")[0]) not in IN_SUMS:
+                raise SecureError(f"{purpose} has no form as a sum")
+            _require_kind(record, kind)
+            _require_layout(record, message)
+            _require_alike(message)
             member = member_of(client, record.run, secure)
             member.require_sound(record)
+            # Training leaves what it has to hide with the share.
+            client.noise_share = share_of(client, message, record, member.study)
         asked = asked_of(client, message)
-        return cls(member, record, {**asked, "run": _run_of(message)}, asked)
+        if not client.site.simulated:
+            client.draw_key = member.draw(record.question(asked))
+        return cls(member, record, {**asked, "run": _run_of(message)}, asked, client.noise_share)
 
     def reply(self, message: Message, content: RecordDict) -> RecordDict:
-        """Return a reply's content as one part of the sum, under masks."""
+        """Return a reply's content as one part of the sum, under masks.
+
+        Raises
+        ------
+        DeclinedError
+            If the sum is refused, or a budget does not allow it.
+        InputError
+            If anything fails after noise was charged: why it does must not leave.
+        """
+        if self.share is None:
+            return self._masked(self._encoded(message, content))
+        before, after = _models(message, content)
+        with self.share.charged():
+            try:
+                return self._masked(self.share.words(self.record.layout, before, after))
+            except Exception as error:
+                text = f"failed after the noise was charged: {type(error).__name__}: {error}"
+                raise InputError(text) from error
+
+    def _encoded(self, message: Message, content: RecordDict) -> Words:
         layout = self.record.layout
+        weighted: set[str] = set()
         if self.record.purpose.startswith(f"{MessageType.EVALUATE}/"):
             values, weight = _figures(self.record, content), 1.0
         else:
             values, weight = _values(self.record, message, content)
-        words, clipped = layout.encode(values, weight)
+            weighted = {
+                part.name
+                for part in layout.parts
+                if part.name.startswith(MODEL) or part.name == LOSS
+            }
+        words, clipped = layout.encode(values, weight, weighted=weighted)
         if CLIPPED in layout.parts:
             words[1][layout.start(CLIPPED.name)] = clipped
+        return words
+
+    def _masked(self, words: Words) -> RecordDict:
         with _refused():
             masked = self.member.mask(self.record, self.about, self.asked, words)
         small, large = masked.words
@@ -192,28 +273,36 @@ def _values(
     (metrics,) = content.metric_records.values()
     weight = _weight(record, metrics)
     values: dict[str, NDArray[Any]] = {}
-    before = next(iter(message.content.array_records.values()), ArrayRecord())
-    after = next(iter(content.array_records.values()), ArrayRecord())
+    before, after = _models(message, content)
     for part in record.layout.parts:
         name = part.name
         if name.startswith(MODEL):
             key = name.removeprefix(MODEL)
             if key not in before or key not in after:
                 raise DeclinedError(f"the secure sum is of {key}, which this model does not have")
-            change = np.subtract(view(after[key]), view(before[key]), dtype=np.float64)
-            # Only the change of trained weights is weighted with its rounding.
-            values[name] = change if part.kind == FIXED else change * weight
+            values[name] = np.subtract(view(after[key]), view(before[key]), dtype=np.float64)
         elif name == LOSS:
-            values[name] = np.array([float(metrics.get("loss", 0.0)) * weight])  # type: ignore[arg-type]
+            values[name] = np.array([float(metrics.get("loss", 0.0))])  # type: ignore[arg-type]
         elif name == ONES.name:
             values[name] = np.array([1])
         elif name == CLIPPED.name:
             values[name] = np.array([0])
-        elif name in metrics:
+        # Sums of training may be asked for again of fewer hospitals; figures must not.
+        elif record.kind == DATA and name in metrics:
             values[name] = np.atleast_1d(np.asarray(metrics[name]))
+            if part.kind == COUNT and values[name].dtype.kind == "f":
+                # Whether such a number is whole must not decide whether this hospital answers.
+                raise DeclinedError(f"the secure sum counts {name}, which is no count")
         else:
             raise DeclinedError(f"the secure sum is of {name}, which this hospital does not send")
     return values, weight
+
+
+def _models(message: Message, content: RecordDict) -> tuple[ArrayRecord, ArrayRecord]:
+    """Return the model of a message and that of the reply to it."""
+    before = next(iter(message.content.array_records.values()), ArrayRecord())
+    after = next(iter(content.array_records.values()), ArrayRecord())
+    return before, after
 
 
 def _figures(record: Record, content: RecordDict) -> dict[str, NDArray[Any]]:
@@ -265,16 +354,76 @@ def _weight(record: Record, metrics: MetricRecord) -> float:
     rows = metrics.get("num-examples")
     if by != EXAMPLES or type(total) is not int or not isinstance(rows, int | float):
         raise DeclinedError(f"the secure sum weights hospitals in an unknown way: {by!r}")
-    if not 0 <= rows <= total:
-        raise DeclinedError(
-            "this hospital has more training rows now than all had together when they were "
-            "counted: begin a new run"
+    if not 1 <= total < _MOST_TOTAL:
+        raise DeclinedError(f"all rows together must be from 1 to below 2^56, got {total}")
+    if rows > total:
+        # If this were refused, the server could find the number of rows by halving.
+        log.warning(
+            "the server says that all hospitals have %d training rows, fewer than this one: either "
+            "there are many new rows, and a new run is needed, or it is not honest",
+            total,
         )
     return float(rows) / total
 
 
+def _require_kind(record: Record, message_type: str) -> None:
+    """Refuse a sum of another purpose than the message has, or of the wrong kind.
+
+    Questions about data that came as training would be answered over one set after the other.
+    """
+    purpose = message_type.removeprefix("query.")
+    if purpose != record.purpose.partition("/")[0]:
+        raise SecureError(f"a sum of {record.purpose} was asked for by a message {message_type}")
+    kind = TRAIN if message_type == MessageType.TRAIN else DATA
+    if record.kind != kind:
+        raise SecureError(
+            f"a sum of {purpose} is of kind {kind}, and the server says {record.kind}"
+        )
+
+
+def _require_layout(record: Record, message: Message) -> None:
+    """Refuse a sum of what must not be in it, before anything is computed.
+
+    Training may go on with fewer hospitals, so what stays the same from round to round must not be
+    in its sums: the number of rows, or whole numbers in the model, which count batches.
+    """
+    before = next(iter(message.content.array_records.values()), ArrayRecord())
+    for part in record.layout.parts:
+        key = part.name.removeprefix(MODEL)
+        if part.name.startswith(MODEL):
+            values = view(before[key]) if key in before else np.empty(0, np.int8)
+            floats = values.dtype.kind == "f" and values.size == part.size
+            if record.kind != TRAIN or part.kind == COUNT or not floats:
+                raise SecureError(f"{key} is no entry of the model that can be summed so")
+        elif part.name == LOSS:
+            if part.kind != REAL:
+                raise SecureError(f"{LOSS} must be {REAL}, got {part.kind}")
+        elif part.name in (ONES.name, CLIPPED.name):
+            if part not in (ONES, CLIPPED):
+                raise SecureError(f"{part.name} must be one count")
+        elif record.kind == TRAIN:
+            raise SecureError(f"{part.name} is not summed in training")
+
+
+def _require_alike(message: Message) -> None:
+    """Refuse what a hospital answers by something that it alone was told in earlier messages.
+
+    Such a state is in no digest: the server could first set the kept layers of all hospitals but
+    one to zero, and then ask all of them the same.
+    """
+    for config in message.content.config_records.values():
+        for key in _WITH_STATE:
+            if key in config:
+                raise SecureError(f"{key} is for messages outside of secure sums")
+        if config.get(METHOD, "") not in _STATELESS:
+            raise SecureError(f"the method {config[METHOD]!r} is not for secure sums")
+
+
 def asked_of(client: MedicalClient, message: Message) -> dict[str, Value]:
     """Return all that a message asks, whoever asks it, in whichever run and round.
+
+    Records and entries are in the message's order, since some are read by it. Texts are bytes: one
+    letter that Unicode writes in two ways may name two columns.
 
     Parameters
     ----------
@@ -282,37 +431,55 @@ def asked_of(client: MedicalClient, message: Message) -> dict[str, Value]:
         Its settings and its code decide the answer too.
     message : Message
     """
-    content = message.content
-    configs = {
-        name: {key: value for key, value in record.items() if key not in _OF_THE_RUN}
-        for name, record in content.config_records.items()
-        if name != SECURE
-    }
-    settings = {
-        key: value for key, value in client.context.run_config.items() if key not in _OF_THE_SERVER
+    config = client.context.run_config
+    arrays = {
+        name: digest_of_arrays({key: view(record[key]) for key in record})
+        for name, record in message.content.array_records.items()
     }
     return {
         "kind": message.metadata.message_type,
-        "arrays": {
-            name: digest_of_arrays({key: view(record[key]) for key in record})
-            for name, record in content.array_records.items()
-        },
-        "order": {name: list(record) for name, record in content.array_records.items()},
-        "configs": configs,
-        "metrics": {name: dict(record) for name, record in content.metric_records.items()},
-        "settings": settings,
+        "arrays": arrays,
+        "records": [_record(name, record) for name, record in message.content.items()],
+        "settings": [
+            _entry(key, config[key]) for key in sorted(config) if key not in _OF_THE_SERVER
+        ],
         "app": code_digest(type(client)),
         "version": version("fedmed-flower"),
     }
 
 
-def _run_of(message: Message) -> dict[str, Value]:
+def _record(name: str, record: Any) -> list[Value]:
+    """Return a record of a message as plain values; of that of the sum, only its place."""
+    kind = type(record).__name__
+    if isinstance(record, ArrayRecord):
+        return [_exact(name), kind, [_exact(key) for key in record]]
+    if name == SECURE:
+        return [_exact(name), kind]
+    return [
+        _exact(name),
+        kind,
+        [_entry(key, value) for key, value in record.items() if key not in _OF_THE_RUN],
+    ]
+
+
+def _entry(key: str, value: Value) -> list[Value]:
+    return [_exact(key), _exact(value)]
+
+
+def _exact(value: Value) -> Value:
+    """Return a value with its texts as bytes, which are not brought into a normal form."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass")
+    return [_exact(item) for item in value] if isinstance(value, list) else value
+
+
+def _run_of(message: Message) -> list[Value]:
     """Return what a message holds of the run and the round."""
-    return {
-        name: {key: record[key] for key in _OF_THE_RUN if key in record}
+    return [
+        [_exact(name), [_entry(key, record[key]) for key in _OF_THE_RUN if key in record]]
         for name, record in message.content.config_records.items()
         if name != SECURE
-    }
+    ]
 
 
 @cache
@@ -334,6 +501,9 @@ def hello(client: MedicalClient, message: Message) -> RecordDict:
     """Answer with this hospital's key of a run, signed with its own."""
     asked = _asked(message, {SECURE_RUN: str})
     run = asked[SECURE_RUN]
+    if not client.site.simulated:
+        # The book keeps each run for good.
+        client.ledger({}).begin_run(run.partition("/")[0], client.node.most_runs_a_day)
     with _refused():
         member = member_of(client, run, message.content.config_records[SECURE])
         said = member.hello(run, client.node.tell_own)
@@ -361,18 +531,36 @@ def unmask(client: MedicalClient, message: Message) -> RecordDict:
     return RecordDict({SECURE: ConfigRecord({LETTER: shares})})
 
 
+def asks_for_sum(message: Message) -> bool:
+    """Return whether a message asks for a part of a secure sum."""
+    return RECORD in message.content.config_records.get(SECURE, ConfigRecord())
+
+
 def count(client: MedicalClient, message: Message) -> RecordDict:
-    """Return the number of training rows, for a secure sum alone."""
-    if RECORD not in message.content.config_records.get(SECURE, ConfigRecord()):
+    """Return the number of training rows, for a secure sum alone.
+
+    A real hospital gives the number of before while few patients have come or gone: the difference
+    of two sums would be theirs.
+    """
+    if not asks_for_sum(message):
         raise DeclinedError("rows are counted in a secure sum alone")
     client.read(message)
     data = client.data()
     client.require_several(data.train)
-    return RecordDict({"metrics": MetricRecord({ROWS.name: client.count("train")})})
+    rows = client.count("train")
+    if not client.site.simulated:
+        patients = len({*patients_of(data.train)})
+        fewest = fewest_patients(client.context, client.site, "train")
+        with _refused():
+            book = member_of(client, "", message.content.config_records[SECURE]).book
+            rows = book.steady_rows(rows, patients, fewest)
+    return RecordDict({"metrics": MetricRecord({ROWS.name: rows})})
 
 
 def figures(client: MedicalClient, message: Message) -> RecordDict:
     """Return names and sizes of what an evaluation would sum; no patient decides about them."""
+    if SECURE not in message.content.config_records:
+        raise DeclinedError("figures are named for a secure sum alone")
     config = client.read(message)
     if client.node.coarse_figures and not client.noises_metrics:
         raise DeclinedError(
@@ -381,8 +569,12 @@ def figures(client: MedicalClient, message: Message) -> RecordDict:
         )
     arrays = next(iter(message.content.array_records.values()))
     model = merge_adapters(client.model_of(arrays, config)[0])
-    with client.seeded(0):
-        record = client.figures(model, str(config.get(SPLIT, "val")))
+    try:
+        with client.seeded(0):
+            record = client.figures(model, str(config.get(SPLIT, "val")))
+    except InputError as error:
+        # It is about what the client declares; no row is looked at.
+        raise DeclinedError(str(error)) from error
     listed = [
         [name, int(values.size), is_whole(name)]
         for name, values in sorted(sums_of_record(plain_metrics(record)).items())
@@ -395,6 +587,11 @@ def _refused() -> Iterator[None]:
     """Say why an exchange is refused; the reason is about keys, sets and books alone."""
     try:
         yield
+    except BookError as error:
+        # It names files of the hospital.
+        log.error("%s", error)
+        text = "the hospital's book of secure sums cannot be used; its log says why"
+        raise DeclinedError(f"the secure sum is refused: {text}") from error
     except SecureError as error:
         raise DeclinedError(f"the secure sum is refused: {error}") from error
 
@@ -410,7 +607,9 @@ def _asked(message: Message, fields: Mapping[str, type]) -> dict[str, Any]:
     with _refused():
         record = message.content.config_records.get(SECURE, ConfigRecord())
         data = record.get(ASKED)
-        values = decoded(data) if isinstance(data, bytes) else None
+        if not isinstance(data, bytes) or len(data) > _MOST_ASKED:
+            raise SecureError(f"a question about a sum must be at most {_MOST_ASKED:,} bytes")
+        values = decoded(data)
         if not isinstance(values, dict) or values.keys() != fields.keys():
             raise SecureError("the question has other fields than it must have")
         for name, kind in fields.items():

@@ -181,6 +181,25 @@ class TabularClient(MedicalClient):
             return [row for row, fine in zip(book.rows, reported, strict=True) if fine]
         return []
 
+    def columns_to_sum(self) -> Sequence[str]:
+        """Return the numeric columns, and the target if it is a number.
+
+        Raises
+        ------
+        InputError
+            If categories of a column are not declared: which ones occur would have to be asked for
+            first, and those that one hospital alone has tell of its patients.
+        """
+        schema = with_target(self.schema)
+        undeclared = [name for name in schema.categorical if name not in schema.categories]
+        if undeclared:
+            raise setting_error(
+                f'secure="sum" needs categories of {", ".join(map(repr, undeclared))} in the '
+                "schema: which categories a hospital has leaves no hospital in a secure sum",
+                "secure",
+            )
+        return schema.numeric
+
     def agree(self, contributions: Mapping[str, Mapping[str, Any]]) -> str:
         """Return the preparation that all hospitals' contributions give together, as text.
 

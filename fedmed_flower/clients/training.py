@@ -244,39 +244,102 @@ def train_privately(
     torch.OutOfMemoryError
         If one record does not fit into memory.
     """
-    # Imported here: Opacus takes a second, in each process that answers one message.
-    from fedmed_flower.privacy.optimizer import PatientOptimizer
-
-    keep_freed_memory()
     model.train()
-    settings = mechanism.settings
-    release = mechanism.release
-    sampler = PatientSampler(
-        patients, release.sampling_rate, settings.patient_records, mechanism.num_patients
+    steps = _PatientSteps(
+        model, batch_of, patients, loss, optimizer, mechanism, probe, mixed_precision
     )
-    private = PatientOptimizer(
-        optimizer, release.noise_multiplier, settings.max_grad_norm, sampler.expected
-    )
-    gradients = RecordGradients(model, loss, mixed_precision)
+    private = steps.optimizer
     private.attach_step_hook(lambda _: method.before_step(model))
-    drawn = max(1, round(sampler.expected))
-    size = micro_batch_size(gradients, probe, drawn, settings.micro_batch_size)
-    batches = _MicroBatches(gradients, batch_of, size)
     losses = [torch.zeros(0)]
     for _ in range(mechanism.steps):
         private.draw_ahead()
-        for computed in batches.run(sampler.draw()):
-            if computed is None:
-                private.drop_patient()
-                continue
-            clippable, record_losses = computed
-            losses.append(record_losses.float().cpu())
-            private.accumulate(clippable)
-            del computed, clippable  # Free them before the next patients' gradients are computed.
+        losses += steps.accumulate()
         private.release()
         method.after_step(model, {})
     all_losses = torch.cat(losses)
     return float(all_losses[all_losses.isfinite()].mean()), private.dropped
+
+
+def sum_privately(
+    model: nn.Module,
+    batch_of: Callable[[Sequence[int]], Batch],
+    patients: Sequence[Hashable],
+    loss: Loss,
+    mechanism: Mechanism,
+    probe: Batch,
+    mixed_precision: bool = False,
+) -> tuple[dict[str, Tensor], int]:
+    """Return the sum of one step's clipped gradients, WITHOUT noise, for a noise that follows.
+
+    Nothing of it may leave the hospital before noise is added. The model is not changed.
+
+    Parameters
+    ----------
+    model, batch_of, patients, loss, mechanism, probe, mixed_precision
+        As in `train_privately`; the mechanism's steps are not counted.
+
+    Returns
+    -------
+    tuple of (dict of str to Tensor, int)
+        The sums in float64 by the name of the parameter. One patient changes all of them together
+        by at most the clipping norm. The number of patients who were left out.
+    """
+    model.train()
+    # It never steps; `PatientOptimizer` takes the parameters from it.
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    steps = _PatientSteps(
+        model, batch_of, patients, loss, optimizer, mechanism, probe, mixed_precision
+    )
+    steps.accumulate()
+    names = steps.gradients.parameters
+    sums = dict(zip(names, steps.optimizer.take_sums(), strict=True))
+    return sums, steps.optimizer.dropped
+
+
+class _PatientSteps:
+    """Draws patients, and adds up their clipped gradients; parameters as in `train_privately`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_of: Callable[[Sequence[int]], Batch],
+        patients: Sequence[Hashable],
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        mechanism: Mechanism,
+        probe: Batch,
+        mixed_precision: bool,
+    ) -> None:
+        # Imported here: Opacus takes a second, in each process that answers one message.
+        from fedmed_flower.privacy.optimizer import PatientOptimizer
+
+        keep_freed_memory()
+        settings = mechanism.settings
+        release = mechanism.release
+        self._sampler = PatientSampler(
+            patients, release.sampling_rate, settings.patient_records, mechanism.num_patients
+        )
+        expected = self._sampler.expected
+        self.optimizer = PatientOptimizer(
+            optimizer, release.noise_multiplier, settings.max_grad_norm, expected
+        )
+        self.gradients = RecordGradients(model, loss, mixed_precision)
+        drawn = max(1, round(expected))
+        size = micro_batch_size(self.gradients, probe, drawn, settings.micro_batch_size)
+        self._batches = _MicroBatches(self.gradients, batch_of, size)
+
+    def accumulate(self) -> list[Tensor]:
+        """Draw the patients of a step and add up their gradients; return the records' losses."""
+        losses = []
+        for computed in self._batches.run(self._sampler.draw()):
+            if computed is None:
+                self.optimizer.drop_patient()
+                continue
+            clippable, record_losses = computed
+            losses.append(record_losses.float().cpu())
+            self.optimizer.accumulate(clippable)
+            del computed, clippable  # Free them before the next patients' gradients are computed.
+        return losses
 
 
 class _MicroBatches:

@@ -48,6 +48,7 @@ from fedmed_flower.server.run_folder import CONFIG, RunFolder, early_lines
 from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.plan import refuse_evaluation
 from fedmed_flower.settings.registry import Sections, effective, require_known
+from fedmed_flower.settings.secure import refuse_sums
 from fedmed_flower.settings.study import REGRESSIONS, Study
 from fedmed_flower.settings.text import expand, setting_error
 from fedmed_flower.wire import COHORT
@@ -85,6 +86,7 @@ def associate(grid: Grid, context: Context, sections: Sections = ()) -> dict[str
     """
     require_known(context.run_config, sections)
     refuse_evaluation(context.run_config, "tests variants")
+    refuse_sums(context.run_config, "tests variants")
     study = Study.from_run_config(context.run_config)
     config = expand(context.run_config) | effective(context.run_config, [Study, *sections])
     if config.get("privacy", "none") != "none":

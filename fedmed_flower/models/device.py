@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -49,26 +48,12 @@ def make_optimizer(
         Share of the run's rounds that are done, for ``schedule``; in [0, 1).
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rate = learning_rate(settings, progress)
+    rate = settings.rate_at(progress)
     if settings.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=rate, weight_decay=settings.weight_decay)
     return torch.optim.SGD(
         parameters, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
-
-
-def learning_rate(settings: Settings, progress: float) -> float:
-    """Return the learning rate of a round by ``learning-rate`` and ``schedule``.
-
-    Parameters
-    ----------
-    settings : Settings
-    progress : float
-        As in `make_optimizer`.
-    """
-    if settings.schedule == "cosine":
-        return settings.learning_rate * (1 + math.cos(math.pi * progress)) / 2
-    return settings.learning_rate
 
 
 def derive_seed(*parts: object) -> int:

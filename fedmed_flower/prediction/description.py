@@ -60,7 +60,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
 _FREE = frozenset(
     """
     load_data build_model check warn screen label_of describe draw made_up probe
-    must_agree contribute agree outlying class_names
+    must_agree contribute columns_to_sum agree outlying class_names
     fit measure metrics_of_rows batch_of loss_of loss targets augment random_transforms
     seed_transforms check_private measure_privately require_measurable
     client_app queries stand_ins sections node_keys prepared_for run_cache pooled_data

@@ -46,8 +46,14 @@ _COUNTER = "CREATE TABLE sqlite_sequence(name,seq)"
 _BUDGET = ("budget-epsilon", "budget-delta")
 _SPLIT_KEY = "split-key"
 _KEY_BYTES = 32
+TRAIN = "train"
 # While one run at a hospital is charged, another waits.
 _WAIT_SECONDS = 120
+
+
+def purpose_in_sums(what: str, hospitals: int) -> str:
+    """Return the purpose of a charge whose noise is that of a secure sum of so many hospitals."""
+    return f"{what}, in sums of at least {hospitals} hospitals"
 
 
 class Limit(NamedTuple):
@@ -74,7 +80,8 @@ class Entry(NamedTuple):
     Attributes
     ----------
     run, app, purpose : str
-        Purpose is ``train`` or the split of an evaluation.
+        Purpose is ``train`` or the split of an evaluation; behind a comma it says if the noise
+        was that of a secure sum, and of how many hospitals at least.
     began : str
         UTC time of the first charge.
     rounds : int
@@ -190,7 +197,8 @@ class Ledger:
         run : str
             One name for all rounds of a run, and for those after a restart.
         purpose : str
-            ``train``, or the split of an evaluation.
+            ``train``, or the split of an evaluation; as `purpose_in_sums` if the noise is that of
+            a sum.
         server_round : int
         app : str
             Name of the app, shown to whoever reads the ledger.
@@ -316,8 +324,11 @@ class Ledger:
         with self._open() as connection:
             _, _, overlapping = self._find(connection, patients)
             sets = ", ".join(map(str, overlapping))
-            query = f"SELECT 1 FROM charges WHERE purpose = 'train' AND dataset IN ({sets}) LIMIT 1"
-            return connection.execute(query).fetchone() is not None
+            query = (
+                "SELECT 1 FROM charges WHERE (purpose = ? OR purpose GLOB ?) "
+                f"AND dataset IN ({sets}) LIMIT 1"
+            )
+            return connection.execute(query, (TRAIN, f"{TRAIN}, *")).fetchone() is not None
 
     def note_plain(
         self, patients: Iterable[Hashable], *, run: str, purpose: str, app: str = ""

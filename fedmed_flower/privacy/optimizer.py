@@ -118,12 +118,26 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             for across, along in _blocks(row):
                 total[along] += factors[across] @ row[across, along].double()
 
-    def release(self) -> None:
-        """Add noise to the sum, divide it, and make a step, even if no patient was drawn."""
+    def take_sums(self) -> list[Tensor]:
+        """Return the sums without noise, in float64, and forget them.
+
+        Only for a noise that is added before they leave the hospital.
+        """
+        self._complete()
+        sums = [parameter.summed_grad for parameter in self.params]
+        self.zero_grad(set_to_none=True)
+        return sums
+
+    def _complete(self) -> None:
+        """Make the sum 0 where no patient was drawn."""
         for parameter in self.params:
             if parameter.summed_grad is None:
                 parameter.summed_grad = _zeros(parameter)
         self._forget_patients()
+
+    def release(self) -> None:
+        """Add noise to the sum, divide it, and make a step, even if no patient was drawn."""
+        self._complete()
         self.add_noise()
         self.scale_grad()
         if self.step_hook:

@@ -18,7 +18,7 @@ from fedmed_flower.files import as_input_error, read_object, write_atomic
 from fedmed_flower.metrics.counts import Counts, read_counts
 from fedmed_flower.metrics.curves import Interval
 from fedmed_flower.metrics.names import lower_is_better
-from fedmed_flower.reports import contents, frame, scores, trained, tripod
+from fedmed_flower.reports import contents, frame, scores, secure, trained, tripod
 from fedmed_flower.reports.contents import Hospitals
 from fedmed_flower.reports.frame import COUNT, DASH, count_of, format_of, format_value
 from fedmed_flower.reports.markdown import plain, table
@@ -79,10 +79,17 @@ _BY_SERVER = """The guarantee is for a whole hospital, and the server gives it, 
 hospitals' updates and adding noise: whether a hospital took part is hidden in the models of all
 rounds together, to epsilon {epsilon} at delta {delta}. Who sees what hospitals send to the server
 is not covered."""
+_BY_HOSPITALS = """The guarantee is for a whole hospital, and the hospitals give it together: each
+clips its update and adds a share of the noise, and the server sees sums alone. What each of them
+gave to the models of all rounds together is hidden, to epsilon {epsilon} at delta {delta}, as long
+as no more hospitals work with the server than their study allows for. Who took part is not hidden.
+"""
 _BY_HOSPITAL = """The guarantee is for a patient with all records, and each hospital gives it, by
 clipping and noise while it trains (DP-SGD). The target was epsilon {target} at delta {delta}. The
 hospitals reported {most} at most, and their own ledgers hold what other runs cost the same
 patients. {evaluated}"""
+_SHARED = """The noise is that of secure sums over several hospitals, each of which added a share:
+it holds as long as no more hospitals work with the server than their study allows for."""
 _NOISED_TOO = """Counts of the evaluation carry noise too. Not covered: numbers of records, and
 which rounds a hospital declined."""
 _EXACT = (
@@ -261,6 +268,9 @@ def _data(run: _Run) -> str:
     )
     if hospitals.rejected:
         parts.append("Rejected are records that could not be used; the hospital's log says why.")
+    if hospitals.withheld:
+        withheld = sorted(hospitals.withheld, key=frame.natural)
+        parts.append(f"{frame.WITHHELD}: {plain(some_of(withheld))}.")
     lacking = [
         f"- {plain(site)} has no column {plain(', '.join(columns))}."
         for site, columns in hospitals.lacking.items()
@@ -399,6 +409,8 @@ def _each_class(run: _Run) -> str:
 
 def _by_hospital(run: _Run) -> str:
     tested = nested(run.summary, "test", "sites")
+    if not tested:
+        return "Not known: the test was a secure sum over all hospitals."
     by_key = {key: by_site(tested, key) for key in run.beside}
     sites = sorted(tested, key=frame.natural)
     head = ["Hospital", *(frame.capital(_name(key)) for key in run.beside)]
@@ -526,12 +538,13 @@ def _groups(run: _Run) -> str:
     parts = []
     for groups in listed:
         heads = [frame.capital(_name(key)) for key in groups.metrics]
-        head = ["Group", "Test records", "Hospitals", *heads]
+        head = ["Group", "Test records", *(["Hospitals"] if groups.apart else []), *heads]
         rows = []
         for group in groups.groups:
             cells = [format_value(cell.total.value, format_of(cell.key)) for cell in group.cells]
             records = format_value(group.records, COUNT)
-            rows.append([plain(group.value), records, str(group.num_sites), *cells])
+            sites = [str(group.num_sites)] if groups.apart else []
+            rows.append([plain(group.value), records, *sites, *cells])
         parts += [f"### By {plain(groups.column)}", table(head, rows)]
     words = (
         "On the test records of all hospitals that report the group; groups of few patients are "
@@ -546,7 +559,8 @@ def _privacy(run: _Run) -> str:
     parts = []
     if found.hospital:
         epsilon = format_value(number(found.hospital, "epsilon"))
-        parts.append(_BY_SERVER.format(epsilon=epsilon, delta=plain(found.hospital.get("delta"))))
+        text = _BY_SERVER if found.by_server else _BY_HOSPITALS
+        parts.append(text.format(epsilon=epsilon, delta=plain(found.hospital.get("delta"))))
     patients = found.patients
     if patients is not None:
         parts.append(
@@ -557,8 +571,12 @@ def _privacy(run: _Run) -> str:
                 evaluated=_NOISED_TOO if patients.noised else _EXACT,
             )
         )
+        if patients.shared:
+            parts.append(_SHARED)
     if not parts:
         parts.append(_UNPROTECTED)
+    if said := secure.in_words(run.summary):
+        parts.append(said)
     parts.append(_PICTURES if entries(run.summary, "pictures") else _NO_RECORD)
     parts.append("`report.html` lists all that each hospital sent.")
     return _section(tripod.PRIVACY, *parts)

@@ -118,32 +118,38 @@ def groups(columns: list[Groups]) -> str:
 
 def _group_table(groups: Groups) -> str:
     title = escaped(groups.column)
-    head = [title, "Records", "Hospitals", *metric_heads(groups.metrics)]
+    head = [title, "Records", *(["Hospitals"] if groups.apart else [])]
+    head += metric_heads(groups.metrics, groups.apart)
     rows = []
     for group in groups.groups:
-        records = format_value(group.records, COUNT)
-        num_sites = format_value(group.num_sites, COUNT)
-        rows.append([escaped(group.value), records, num_sites, *metric_cells(group.cells)])
+        row = [escaped(group.value), format_value(group.records, COUNT)]
+        row += [format_value(group.num_sites, COUNT)] if groups.apart else []
+        rows.append([*row, *metric_cells(group.cells, groups.apart)])
     table = frame.table(f"By {title}, all test records together", head, rows)
     if not groups.gaps:
         return table
-    apart = ", ".join(
+    differences = ", ".join(
         f"in {name(key)} by <b>{format_value(gap, format_of(key))}</b>"
         for key, gap in groups.gaps.items()
     )
-    return f"{table}<p>Best and worst group of {title} differ {apart}.</p>"
+    return f"{table}<p>Best and worst group of {title} differ {differences}.</p>"
 
 
-def metric_heads(metrics: list[str]) -> list[str]:
+def metric_heads(metrics: list[str], apart: bool = True) -> list[str]:
     """Return the heads of `metric_cells`."""
-    return [text for key in metrics for text in (frame.title(key), "Worst hospital")]
+    worst_of = ["Worst hospital"] if apart else []
+    return [text for key in metrics for text in (frame.title(key), *worst_of)]
 
 
-def metric_cells(cells: list[Cell]) -> list[str]:
-    """Return for each metric two cells: of all hospitals together, and the worst hospital."""
+def metric_cells(cells: list[Cell], apart: bool = True) -> list[str]:
+    """Return for each metric two cells: of all hospitals together, and the worst hospital.
+
+    The second is left out if figures of single hospitals are not known (`apart`).
+    """
     texts = []
     for cell in cells:
         spec = format_of(cell.key)
         texts.append(total_cell(cell.total, spec))
-        texts.append(worst_cell(cell.by_site, spec, lower_is_better(cell.key)))
+        if apart:
+            texts.append(worst_cell(cell.by_site, spec, lower_is_better(cell.key)))
     return texts

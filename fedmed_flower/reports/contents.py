@@ -154,6 +154,8 @@ class Hospitals:
         Hospitals that were only tested.
     rejected
         Whether a hospital has rejected rows.
+    withheld
+        Hospitals that tell no numbers of records.
     lacking
         Columns that the tables of hospitals lack, by hospital.
     empty
@@ -169,6 +171,7 @@ class Hospitals:
     undefined: list[str]
     untrained: set[str]
     rejected: bool
+    withheld: list[str]
     lacking: dict[str, list[str]]
     empty: dict[str, list[str]]
     refused: list[tuple[str, str]]
@@ -180,16 +183,17 @@ def hospitals(summary: dict[str, Any], main: str, noise: Noise | None = None) ->
     counts = nested(summary, "sites")
     tested = nested(summary, "test", "sites")
     together = nested(summary, "test", "federated")
-    # Of a secure sum no hospital's own figures are known.
-    metrics = metrics_by_site(summary, main) if tested else []
+    metrics = metrics_by_site(summary, main)
     undefined = _undefined(tested, main)
     if noise is not None and main in metrics:
         undefined += [site for site in tested if site in noise.hidden and site not in undefined]
-    columns = [_counts(split.capitalize(), counts, split) for split in ("train", "val", "test")]
+    numbers = [_counts(split.capitalize(), counts, split) for split in ("train", "val", "test")]
+    columns = [*numbers]
     rejected = _counts("Rejected", counts, "rejected")
     if rejected.values:
         columns.append(rejected)
-    for key in metrics:
+    # Of a secure sum no hospital's own figures are known.
+    for key in metrics if tested else ():
         values = by_site(tested, key)
         lower = lower_is_better(key)
         columns.append(
@@ -201,6 +205,7 @@ def hospitals(summary: dict[str, Any], main: str, noise: Noise | None = None) ->
         undefined=undefined,
         untrained=tested_only(summary),
         rejected=bool(rejected.values),
+        withheld=[site for site in counts if any(site not in each.values for each in numbers)],
         lacking=_columns(summary, "lacking"),
         empty=_columns(summary, "empty"),
         refused=_refused(summary),
@@ -232,7 +237,9 @@ def _missed(summary: dict[str, Any], rounds: float) -> dict[str, int]:
 
 def _counts(title: str, sites: Mapping[str, Any], key: str) -> Column:
     counts = by_site(sites, key)
-    return Column(title, counts, Total(sum(counts.values()) if counts else None), COUNT)
+    # Hospitals reject rows or do not say so; a number of rows that one does not tell has no total.
+    known = counts and (key == "rejected" or len(counts) == len(sites))
+    return Column(title, counts, Total(sum(counts.values()) if known else None), COUNT)
 
 
 def _undefined(tested: dict[str, Any], main: str) -> list[str]:
@@ -267,10 +274,14 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a segmentation: by name the cells of one row, a metric each."""
+    """The classes of a segmentation: by name the cells of one row, a metric each.
+
+    `apart` says whether figures of single hospitals are known.
+    """
 
     metrics: list[str]
     rows: dict[str, list[Cell]]
+    apart: bool
 
 
 def by_class(summary: dict[str, Any], shown: list[str]) -> Classes | None:
@@ -279,14 +290,16 @@ def by_class(summary: dict[str, Any], shown: list[str]) -> Classes | None:
     known = {*measured(summary)}
     keys = {kind: [f"{kind}-{name}" for name in outlined] for kind in frame.OUTLINED}
     keys = {kind: of_kind for kind, of_kind in keys.items() if known.intersection(of_kind)}
-    in_other_table = {*shown} >= {key for of_kind in keys.values() for key in of_kind}
+    sites = nested(summary, "test", "sites")
+    # Of a secure sum that table has numbers of records alone.
+    of_classes = {key for of_kind in keys.values() for key in of_kind}
+    in_other_table = bool(sites) and {*shown} >= of_classes
     if "dice" not in shown or len(outlined) < 2 or in_other_table:
         return None
     together = nested(summary, "test", "federated")
-    sites = nested(summary, "test", "sites")
     frame.require_small(len(outlined), len(sites))
     rows = {name: [_cell(f"{kind}-{name}", together, sites) for kind in keys] for name in outlined}
-    return Classes([*keys], rows)
+    return Classes([*keys], rows, apart=bool(sites))
 
 
 def _cell(key: str, together: dict[str, Any], sites: Mapping[str, Any]) -> Cell:
@@ -305,12 +318,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of one column, and how far the best and the worst lie apart by metric."""
+    """The groups of one column, and how far the best and the worst lie apart by metric.
+
+    `apart` says whether figures of single hospitals are known.
+    """
 
     column: str
     metrics: list[str]
     groups: list[Group]
     gaps: dict[str, float]
+    apart: bool
 
 
 def groups(summary: dict[str, Any], main: str) -> list[Groups]:
@@ -336,8 +353,8 @@ def groups(summary: dict[str, Any], main: str) -> list[Groups]:
             records = number(together[name], "num-examples")
             num_sites = len(by_site(of_group, "num-examples"))
             rows.append(Group(name.partition("=")[2], records, num_sites, cells))
-        apart = {key: widths[f"{key}@{column}"] for key in keys if f"{key}@{column}" in widths}
-        listed.append(Groups(column, keys, rows, apart))
+        widest = {key: widths[f"{key}@{column}"] for key in keys if f"{key}@{column}" in widths}
+        listed.append(Groups(column, keys, rows, widest, apart=bool(tested)))
     return listed
 
 
@@ -498,13 +515,17 @@ class SiteCost(NamedTuple):
 
 @dataclass(frozen=True)
 class Patients:
-    """The guarantee for a patient: the run's target, and what each hospital reported."""
+    """The guarantee for a patient: the run's target, and what each hospital reported.
+
+    If it is `shared`, hospitals have added the noise together, in secure sums.
+    """
 
     target_epsilon: Any
     delta: Any
     by_site: dict[str, SiteCost]
     noised: bool
     baselines: bool
+    shared: bool
 
     @property
     def most(self) -> float | None:
@@ -519,6 +540,11 @@ class Privacy:
 
     hospital: dict[str, Any]
     patients: Patients | None
+
+    @property
+    def by_server(self) -> bool:
+        """Whether the server has added the noise that hides hospitals."""
+        return self.hospital.get("shared") is not True
 
 
 def privacy(summary: dict[str, Any], hospital_epsilon: float | None = None) -> Privacy:
@@ -545,6 +571,7 @@ def privacy(summary: dict[str, Any], hospital_epsilon: float | None = None) -> P
             by_site=costs,
             noised=_noised(summary),
             baselines=nested(summary, "config").get("baselines") is True,
+            shared=patient.get("shared") is True,
         ),
     )
 

@@ -100,12 +100,14 @@ LINES = "Outlines are solid as the hospital drew them, dashed as the model does.
 HEAT = """In a heat map orange places speak for the class that the title names, blue ones against
 it.</p>"""
 REJECTED = "Rejected: records that cannot be used; the hospital’s own log says which. "
+WITHHELD = "Numbers of records are withheld (secure sums)"
 # Added to what the page may load if it shows pictures.
 _EMBEDDED = "; img-src data:"
 # To what a hospital replied.
 REPLIED = {
     "any": "With each reply",
     "describe": "Before the first round",
+    "count": "Before the first round, of training rows",
     "contribution": "Before the first round, of columns",
     "train": "After training",
     "evaluate": "After evaluation",
@@ -118,6 +120,7 @@ WAYS = {
     "bounded": "exactly, of several patients together",
     "known": "exactly; every guarantee takes it as known",
     "noised": "with noise",
+    "masked": "under masks: only sums over hospitals can be read",
     "never": "exactly, although noise was due",
     "simulated": "in a simulation alone",
     "unlisted": "as the app has it",
@@ -138,12 +141,18 @@ inferred about one patient from what was sent without noise.</p>"""
 HOSPITAL = """<p>Unit: the hospital. Whether a whole hospital took part is hidden, in the models of
 all rounds together, to epsilon <b>{epsilon}</b> at delta {delta}, by noise that the server added.
 The server itself, and its files with each hospital’s numbers, are not covered.</p>"""
+HOSPITALS = """<p>Unit: the hospital. What each hospital gave to the models of all rounds together
+is hidden, to epsilon <b>{epsilon}</b> at delta {delta}, by noise of which each added a share. It
+holds as long as no more hospitals work with the server than their study allows for. Who took part
+is not hidden.</p>"""
 NO_PATIENT = "<p>Nothing here bounds what could be inferred about one patient.</p>"
 PATIENT = """<p>Unit: the patient, with all records, in or out. What the models of all rounds
 together disclose about any one training patient is bounded by the run’s target, epsilon
 <b>{target}</b> at delta {delta}, by clipping and noise at the hospital; the hospitals reported
 <b>{epsilon}</b> at most. What other runs have cost the same patients is in each hospital’s own
 ledger. """
+SHARED = """The noise is that of secure sums over several hospitals, each of which added a share: it
+holds as long as no more hospitals work with the server than their study allows for. """
 NOISED = """Evaluation counts carry noise too, and cost a validation or test patient no more than
 the target. Not covered: the numbers of records, and which rounds a hospital declined.</p>"""
 EXACT = """Not covered, since it carries no noise: numbers of records, and all that is measured on

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 
+from fedmed_flower.data.site import some_of
 from fedmed_flower.files import (
     as_input_error,
     write_atomic,
@@ -139,7 +140,10 @@ def _write(folder: Path, summary: dict[str, Any]) -> Path:
             _classes(contents.by_class(summary, hospitals.metrics)) if styles else "",
             evidence.curves(evidence_of(counts) if shows_scores else None, styles),
             comparison.groups(contents.groups(summary, main)),
-            comparison.models(contents.comparison(summary, styles, chance), styles, main),
+            # Secure sums exclude models of one hospital.
+            ""
+            if secure.sums(summary)
+            else comparison.models(contents.comparison(summary, styles, chance), styles, main),
             heat.models_at_hospitals(crossed(summary, styles, main, noise), styles),
             _curves(curves, styles, main, noise, bool(nested(summary, "test", "own"))),
             _cases(pictures, styles, main, folder),
@@ -297,15 +301,17 @@ def _hospitals(
     for site in hospitals.untrained & names.keys():
         names[site] += ' <span class="soft">tested&nbsp;only</span>'
     caption = "Records per split"
-    if hospitals.metrics:
+    measured = any(column.spec != COUNT for column in hospitals.columns)
+    if measured:
         caption += ", and the federated model on each hospital’s own test records"
     table = site_table(names, caption, hospitals.columns, styles, hospitals.undefined)
     note = "".join(_hospital_notes(hospitals, main, noise))
+    if measured:
+        note += "The worst hospital is looked up in each column by itself."
+    elif hospitals.metrics:
+        note += "Of a secure sum no hospital’s own figures are known."
     forest = evidence.forest(shown, styles, noise is not None)
-    return (
-        f"<h2>Hospitals</h2>{forest}{table}"
-        f'<p class="note">{note}The worst hospital is looked up in each column by itself.</p>'
-    )
+    return f'<h2>Hospitals</h2>{forest}{table}<p class="note">{note}</p>'
 
 
 def _hospital_notes(hospitals: Hospitals, main: str, noise: Noise | None) -> list[str]:
@@ -323,6 +329,9 @@ def _hospital_notes(hospitals: Hospitals, main: str, noise: Noise | None) -> lis
         notes.append(f"Tested only: {count} without training records. ")
     if hospitals.rejected:
         notes.append(frame.REJECTED)
+    if hospitals.withheld:
+        withheld = escaped(some_of(sorted(hospitals.withheld, key=frame.natural)))
+        notes.append(f"{frame.WITHHELD}: {withheld}. ")
     for site, columns in hospitals.lacking.items():
         notes.append(f"{escaped(site)} has no column {escaped(', '.join(columns))}. ")
     for site, columns in hospitals.empty.items():
@@ -336,8 +345,11 @@ def _hospital_notes(hospitals: Hospitals, main: str, noise: Noise | None) -> lis
 def _classes(classes: Classes | None) -> str:
     if classes is None:
         return ""
-    head = ["Class", *comparison.metric_heads(classes.metrics)]
-    rows = [[escaped(c), *comparison.metric_cells(cells)] for c, cells in classes.rows.items()]
+    head = ["Class", *comparison.metric_heads(classes.metrics, classes.apart)]
+    rows = [
+        [escaped(name), *comparison.metric_cells(cells, classes.apart)]
+        for name, cells in classes.rows.items()
+    ]
     return frame.table("By class, all test records together", head, rows)
 
 
@@ -375,7 +387,8 @@ def _curves(
     drawn = "".join(panels)
     if not drawn:
         return "<h2>Over the rounds</h2><p>No round has recorded a metric.</p>"
-    keys = plots.keys(styles, any(site == ALL_SITES for _, _, site in curves))
+    sites = {site for _, _, site in curves}
+    keys = plots.keys(styles if sites != {ALL_SITES} else {}, ALL_SITES in sites)
     note = "" if noise is None else frame.NOISED_ROUNDS
     note += frame.OWN_ROUNDS if of_own_models else ""
     return f'<h2>Over the rounds</h2>{keys}<div class="plots">{drawn}</div>{note}'
@@ -447,7 +460,8 @@ def _privacy(privacy: Privacy, curves: Curves, styles: Styles) -> str:
     if privacy.hospital:
         epsilon = format_value(number(privacy.hospital, "epsilon"))
         delta = escaped(privacy.hospital.get("delta"))
-        words = frame.HOSPITAL.format(epsilon=epsilon, delta=delta)
+        text = frame.HOSPITAL if privacy.by_server else frame.HOSPITALS
+        words = text.format(epsilon=epsilon, delta=delta)
     if privacy.patients is not None:
         return words + _patients(privacy.patients, curves, styles)
     return words + frame.NO_PATIENT if privacy.hospital else frame.UNPROTECTED
@@ -459,6 +473,7 @@ def _patients(patients: Patients, curves: Curves, styles: Styles) -> str:
         target=escaped(patients.target_epsilon),
         delta=escaped(patients.delta),
     )
+    words += frame.SHARED if patients.shared else ""
     words += frame.NOISED if patients.noised else frame.EXACT
     if patients.baselines:
         words += frame.COMPARED

@@ -297,13 +297,14 @@ def spent(run: Run) -> list[Spent]:
     listed = []
     if found.hospital:
         epsilon = number(found.hospital, "epsilon")
-        listed.append(Spent("hospital", "the server", None, found.hospital.get("delta"), epsilon))
+        giver = "the server" if found.by_server else "all hospitals together"
+        listed.append(Spent("hospital", giver, None, found.hospital.get("delta"), epsilon))
     if found.patients is not None:
         patients = found.patients
         listed.append(
             Spent(
                 "patient",
-                "each hospital",
+                "all hospitals together" if patients.shared else "each hospital",
                 patients.target_epsilon,
                 patients.delta,
                 patients.most,

@@ -69,6 +69,9 @@ def site_table(
     head = ["Hospital", *(column.title for column in columns)]
     means, worsts, totals = _foot(columns, summarised)
     last = [totals] if any(totals[1:]) else []
+    if not any(means[1:]):
+        # Numbers of records alone.
+        return frame.folded(frame.table(caption, head, rows, last, sites=[*names]), len(names))
     if len(names) <= frame.MANY:
         return frame.table(caption, head, rows, [means, worsts, *last], sites=[*names])
     spread = _quartiles(columns, summarised)

@@ -348,12 +348,23 @@ def _privacy(privacy: contents.Privacy) -> list[str]:
             f"{target} a patient; spent: {shown}. The smaller the epsilon, the less can be "
             "learned about any one patient."
         )
+        if patients.shared:
+            sentences.append(
+                "The noise is that of sums over several hospitals, of which nobody sees a single "
+                "part."
+            )
     if privacy.hospital:
         epsilon = format_value(number(privacy.hospital, "epsilon"))
-        sentences.append(
-            "Noise that the server added hides, in the model, whether a whole hospital took part "
-            f"(epsilon {epsilon})."
-        )
+        if privacy.by_server:
+            sentences.append(
+                "Noise that the server added hides, in the model, whether a whole hospital took "
+                f"part (epsilon {epsilon})."
+            )
+        else:
+            sentences.append(
+                "Noise that the hospitals added together hides what each of them gave to the model "
+                f"(epsilon {epsilon})."
+            )
     if patients is None:
         sentences.append(
             "No noise protects single patients: how much could be inferred about one of them is "

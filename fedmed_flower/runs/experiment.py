@@ -11,7 +11,7 @@ import secrets
 import shlex
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, NamedTuple, NoReturn
@@ -48,6 +48,7 @@ from fedmed_flower.runs.start import (
     start_model,
     weights_at,
 )
+from fedmed_flower.runs.summed import sum_contributions
 from fedmed_flower.runs.tracking import TRACKERS, require_trackers
 from fedmed_flower.runs.verdict import (
     RunFailedError,
@@ -55,6 +56,7 @@ from fedmed_flower.runs.verdict import (
     require_measured,
     require_two_classes,
 )
+from fedmed_flower.secure.shares import PatientNoise, has_shares
 from fedmed_flower.server.run_folder import (
     CONFIG,
     DEFAULT_FOLDER,
@@ -140,6 +142,9 @@ TRAINING_ONLY = frozenset(
 # Besides what `fedmed evaluate` takes over.
 FREE_TO_EVALUATE = FREE_ON_RESUME | TRAINING_ONLY | {"data", "evaluate", "min-sites"}
 _MOST_SITES = 100_000
+_NOT_COMPARED = (
+    "no hospital was compared with the others: what its columns hold leaves in secure sums alone"
+)
 # Seconds to wait for what a site reports of itself that connects between two rounds.
 _NEWCOMER_TIMEOUT = 60.0
 _KEY = re.compile(r"[A-Za-z0-9_-]{0,64}")
@@ -271,9 +276,11 @@ def _prepared(
     if secure.secure == SUM:
         strategy.secure = secure.secure
         strategy.secure_exponent = secure.secure_exponent
-        require_sums_alone(plan)
+        plan = sums_alone(plan)
         require_named(model)
+        _share_noise(strategy, config)
     strategy.require_summable()
+    columns = [] if asking is None or secure.secure != SUM else asking.columns_to_sum()
     if plan.compares:
         _require_noised_choice(config)
         strategy.compare_rounds(plan.keep_model, plan.keep_metric, plan.patience)
@@ -292,18 +299,32 @@ def _prepared(
         listeners,
         training=not plan.evaluate,
     )
+    key = (before.key if before is not None else "") or secrets.token_hex(8)
     standing_out: list[Outlying] = []
     if not plan.resume and not plan.evaluate:
         asked = [sites.names[node_id] for node_id in sites.counts]
         standing_out = without_column(sites.lacking, sites.empty, asked)
+        if secure.secure == SUM:
+            standing_out = [Outlying(ALL_SITES, "", _NOT_COMPARED)]
     if asking is not None:
         names = {node_id: sites.names[node_id] for node_id in sites.counts}
-        contributions = collect_contributions(
-            grid, plan.round_timeout, names, sites.sent, listeners
-        )
+        if secure.secure == SUM:
+            simulated = sites.simulated or hasattr(grid, "in_process")
+            sums = strategy.secure_sums(grid, key, plan.round_timeout, simulated)
+            contributions = sum_contributions(sums, names, columns)
+            # The rounds begin with a new history.
+            sites.sent.add(strategy.history.sent)
+        else:
+            contributions = collect_contributions(
+                grid, plan.round_timeout, names, sites.sent, listeners
+            )
+            rows = {
+                name: sites.counts[node_id]["train"]
+                for node_id, name in names.items()
+                if "train" in sites.counts[node_id]
+            }
+            standing_out = with_further(standing_out, asking.outlying(contributions, rows))
         agreed = asking.agree(contributions)
-        rows = {name: sites.counts[node_id]["train"] for node_id, name in names.items()}
-        standing_out = with_further(standing_out, asking.outlying(contributions, rows))
         start = start_model(model, agreed, config, plan.seed, weights)
         _take_up(strategy, start, config)
     if standing_out and plan.outlying == "stop":
@@ -327,9 +348,6 @@ def _prepared(
             "what enters the network means something else than to those weights",
             place,
         )
-    key = before.key if before is not None else ""
-    if not key:
-        key = secrets.token_hex(8)
     app = app_name(grid) or "federated run"
     about: dict[str, Any] = {
         "format": FORMAT,
@@ -382,18 +400,42 @@ def _require_noised_choice(config: UserConfig) -> None:
         )
 
 
-def require_sums_alone(plan: Plan) -> None:
-    """Raise `InputError` if a run by secure sums is to do what needs single hospitals."""
+def _share_noise(strategy: FedAvg, config: UserConfig) -> None:
+    """Let hospitals add shares of patients' noise to secure sums, if a round is one step."""
+    privacy = PrivacySettings.from_run_config(config)
+    settings = Settings.from_run_config(config)
+    strategy.patients_hidden = privacy.on
+    if has_shares(settings, privacy):
+        strategy.patient_noise = PatientNoise.planned(settings, privacy)
+    elif privacy.on:
+        log.info(
+            "each hospital adds noise of its own to hide its patients: with local-steps=1 a share "
+            "of it would do, and the same noise would cost less epsilon"
+        )
+
+
+def sums_alone(plan: Plan) -> Plan:
+    """Return the plan of a run by secure sums: without pictures, which are of single patients.
+
+    Raises
+    ------
+    InputError
+        If it is to do what else needs single hospitals.
+    """
     for key, asked, why in (
         ("baselines", plan.baselines, "a model of one hospital alone"),
         ("personal-epochs", plan.personal_epochs, "figures of each hospital's own model"),
-        ("pictures", plan.pictures, "single patients"),
         ("buffer", plan.buffer, "replies that come one by one"),
+        ("outlying=stop", plan.outlying == "stop", "statistics of each hospital's columns"),
     ):
         if asked:
             raise setting_error(
-                f'secure="sum" excludes {key}, by which the server learns {why}: leave it out', key
+                f'secure="sum" excludes {key}, by which the server learns {why}: leave it out',
+                key.partition("=")[0],
             )
+    if plan.pictures:
+        log.info('no pictures are asked for: with secure="sum" none of single patients leave')
+    return replace(plan, pictures=0)
 
 
 def require_named(model: Modeller | Callable[[], nn.Module]) -> None:
@@ -761,8 +803,8 @@ class Experiment:
                 how = "has come back"
                 strategy.site_names.pop(before, None)
             strategy.site_names[node_id] = name
-            rows = ", ".join(f"{count} {split}" for split, count in sites.counts[node_id].items())
-            strategy.inbox.note(server_round, "train", name, f"{how}: {rows}")
+            text = f"{how}: {sites.rows_text(node_id)}"
+            strategy.inbox.note(server_round, "train", name, text)
         strategy.only = sites.only()
         for one in self.standing_out:
             strategy.inbox.note(server_round, "before training", one.site, one.text)
@@ -948,7 +990,9 @@ class Experiment:
             "empty": sites.empty,
             "traffic": {site: traffic.table() for site, traffic in history.traffic.items()},
             "saved": saved(history.traffic),
-            "secure": {"sums": [[s.round, s.purpose, [*s.sites]] for s in history.sums]},
+            "secure": {"sums": [[s.round, s.purpose, [*s.sites]] for s in history.sums]}
+            if history.sums
+            else None,
             "stopped": history.stopped and asdict(history.stopped),
             "kept": history.kept and asdict(history.kept),
             "failures": [asdict(failure) for failure in history.failures],
@@ -970,6 +1014,7 @@ class Experiment:
                 reported["hospital"] = {
                     "epsilon": value,
                     "delta": getattr(self.strategy, "delta", None),
+                    "shared": self.strategy.secure == SUM,
                 }
             if metric == EPSILON and site != ALL_SITES:
                 part = sites.setdefault(site, {"rounds": 0, "declined": 0})
@@ -984,6 +1029,7 @@ class Experiment:
                 "target-epsilon": settings.target_epsilon,
                 "delta": settings.delta,
                 "private-metrics": settings.private_metrics,
+                "shared": isinstance(self.strategy.secure_noise, PatientNoise),
                 "sites": sites,
             }
         return reported

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedmed_flower.data.pictures import sound
@@ -23,6 +23,7 @@ from fedmed_flower.wire import (
     CONTRIBUTION,
     COUNT,
     EMPTY,
+    FILLED,
     IMAGES,
     LACKING,
     MESSAGE_VERSION,
@@ -46,9 +47,19 @@ _MOST_NAME = 100
 
 @dataclass
 class Sites:
-    """What the sites reported of themselves at the roll call."""
+    """What the sites reported of themselves at the roll call.
+
+    Attributes
+    ----------
+    counts : dict
+        Numbers of rows by node id and split. A site whose figures leave in secure sums alone tells
+        none: for such a site only splits without rows are there, as 0.
+    filled : dict
+        Splits with rows, by node id.
+    """
 
     counts: dict[int, dict[str, int]] = field(default_factory=dict)
+    filled: dict[int, set[str]] = field(default_factory=dict)
     labels: dict[int, Any] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     rejected: dict[int, int] = field(default_factory=dict)
@@ -95,11 +106,12 @@ class Sites:
         if text := self.namesakes.text(self.names, trained=True):
             log.warning("%s", text)
         for split in SPLITS:
-            empty = [self.names[node] for node, counts in self.counts.items() if not counts[split]]
+            empty = [
+                self.names[node] for node, filled in self.filled.items() if split not in filled
+            ]
             if empty:
                 log.warning("no rows in the %s split at %s", split, some_of(empty))
-        for node_id, counts in self.counts.items():
-            rows = ", ".join(f"{count} {split}" for split, count in counts.items())
+        for node_id in self.counts:
             labels = self.labels[node_id]
             details = f"; training rows by label: {labels}" if labels else ""
             if lacking := self.lacking.get(self.names[node_id]):
@@ -108,7 +120,14 @@ class Sites:
                 details += f"; it has no value of {', '.join(unfilled)}"
             if rejected := self.rejected.get(node_id):
                 details += f"; {rejected} rows rejected at the site"
-            log.info("%s: %s%s", self.names[node_id], rows, details)
+            log.info("%s: %s%s", self.names[node_id], self.rows_text(node_id), details)
+
+    def rows_text(self, node_id: int) -> str:
+        """Return a site's numbers of rows in words."""
+        counts = self.counts[node_id]
+        if {*SPLITS} <= counts.keys():
+            return ", ".join(f"{count} {split}" for split, count in counts.items())
+        return "counts withheld (secure sums)"
 
     def absent_classes(self) -> list[int]:
         """Return the classes without a training row anywhere; only simulated sites report them."""
@@ -119,7 +138,7 @@ class Sites:
 
     def trainers(self) -> set[int]:
         """Return the nodes that have training rows; the others are only tested."""
-        return {node_id for node_id, counts in self.counts.items() if counts["train"]}
+        return {node_id for node_id, filled in self.filled.items() if "train" in filled}
 
     def only(self) -> set[int] | None:
         """Return the nodes that may train; None if no site is known to have no training rows.
@@ -133,6 +152,7 @@ class Sites:
         """Remove a node whose site has come back under another node id."""
         self.nodes.discard(node_id)
         self.outdated.discard(node_id)
+        self.filled.pop(node_id, None)
         for by_node in (self.counts, self.labels, self.names, self.rejected, self.refusals):
             by_node.pop(node_id, None)
 
@@ -145,7 +165,7 @@ def roll_call(
     listener: Listener = NOBODY,
     training: bool = True,
 ) -> Sites:
-    """Ask every connected site for its name and its numbers of rows.
+    """Ask every connected site for its name and its numbers of rows, or which splits have some.
 
     Parameters
     ----------
@@ -259,6 +279,7 @@ def _describe(
         node_id = answer.node_id
         sites.names.setdefault(node_id, answer.site)
         sites.counts[node_id] = about.rows
+        sites.filled[node_id] = about.filled
         sites.labels[node_id] = about.labels
         for by_site, columns in ((sites.lacking, about.lacking), (sites.empty, about.empty)):
             # A site that comes back may have corrected its table.
@@ -279,6 +300,7 @@ class _About(NamedTuple):
     """What one site reports of itself."""
 
     rows: dict[str, int]
+    filled: set[str]
     labels: Any
     rejected: int | None
     lacking: list[str]
@@ -290,13 +312,21 @@ class _About(NamedTuple):
 
 def _about(content: RecordDict) -> _About:
     record = content.config_records[SITE_RECORD]
-    (counts,) = content.metric_records.values()
-    rows = {split: int(counts[split]) for split in SPLITS}  # type: ignore[arg-type]
-    rejected = int(counts.get(REJECTED, 0))  # type: ignore[arg-type]
-    if min(*rows.values(), rejected) < 0:
-        raise ValueError(f"negative number of rows in {rows}, {rejected} rejected")
+    counts = MetricRecord()
+    rejected = 0
+    if FILLED in content.config_records:
+        filled = _filled(content.config_records[FILLED])
+        rows = {split: 0 for split in SPLITS if split not in filled}
+    else:
+        (counts,) = content.metric_records.values()
+        rows = {split: int(counts[split]) for split in SPLITS}  # type: ignore[arg-type]
+        rejected = int(counts.get(REJECTED, 0))  # type: ignore[arg-type]
+        if min(*rows.values(), rejected) < 0:
+            raise ValueError(f"negative number of rows in {rows}, {rejected} rejected")
+        filled = {split for split, count in rows.items() if count}
     return _About(
         rows=rows,
+        filled=filled,
         labels=counts.get("labels"),
         rejected=rejected if REJECTED in counts else None,
         lacking=_columns(content, LACKING),
@@ -305,6 +335,14 @@ def _about(content: RecordDict) -> _About:
         generated=bool(record["generated"]),
         simulated=bool(record["simulated"]),
     )
+
+
+def _filled(record: ConfigRecord) -> set[str]:
+    """Return the splits with rows, by a site that tells no numbers."""
+    told = {split: record[split] for split in SPLITS}
+    if not all(isinstance(value, bool) for value in told.values()):
+        raise TypeError("whether a split has rows must be true or false")
+    return {split for split, value in told.items() if value}
 
 
 def _columns(content: RecordDict, record: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -29,6 +29,9 @@ class Modeller(Protocol):
     @property
     def must_agree(self) -> bool:
         """Whether the model depends on contributions of the sites before the first round."""
+
+    def columns_to_sum(self) -> Sequence[str]:
+        """Return the columns whose moments are all of a contribution; an error if it is more."""
 
     def agree(self, contributions: dict[str, dict[str, Any]]) -> str:
         """Return what is agreed, made of all sites' contributions and the same at each site."""

@@ -40,13 +40,20 @@ CREATE INDEX attempts_of_run ON attempts (run);
 CREATE TABLE questions (number INTEGER PRIMARY KEY, question BLOB UNIQUE NOT NULL,
   kind TEXT NOT NULL, run TEXT NOT NULL, members BLOB NOT NULL);
 CREATE INDEX questions_of_kind ON questions (kind);
-CREATE TABLE peers (name TEXT PRIMARY KEY, row_count INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE peers (name TEXT NOT NULL, message TEXT NOT NULL, book TEXT NOT NULL,
+  row_count INTEGER NOT NULL, mark BLOB NOT NULL, PRIMARY KEY (name, message)) WITHOUT ROWID;
 """
 _MOST_ROWS = 2**63 - 1
+_ID_BYTES = 16
+_ID_LETTERS = 64
 _REGROUP = (
     "put the newest copy back, or accept what is there with `fedmed keys regroup`: after that, "
     "single hospitals' figures could be the difference of two sums"
 )
+
+
+class BookError(SecureError):
+    """The book's files are not as they must be; the text names them, and is for the hospital."""
 
 
 class Change(NamedTuple):
@@ -66,6 +73,27 @@ class Change(NamedTuple):
     after: tuple[str, ...]
 
 
+class Peer(NamedTuple):
+    """What a message of another hospital says of that hospital's book.
+
+    Attributes
+    ----------
+    name : str
+        Of the hospital.
+    rows : int
+        Entries of its book.
+    book : str
+        The book's id.
+    mark : bytes
+        What tells the message from others: a key of a run, or a digest.
+    """
+
+    name: str
+    rows: int
+    book: str = ""
+    mark: bytes = b""
+
+
 def secure_path(ledger: Path) -> Path:
     """Return the path of a hospital's book of secure sums, beside its ledger."""
     return ledger.with_name(ledger.name.removesuffix(".sqlite") + _ENDING)
@@ -82,8 +110,8 @@ class SecureBook:
     does not, so that `regroup` can be called.
 
     If both files come from one older backup, or both are lost, nothing here shows it. The other
-    hospitals see it if the row count in this hospital's next hello is below the largest that they
-    were told: `peer_rows` refuses it until they regroup too.
+    hospitals see it, since each hello and each envelope holds the book's random `id` and its row
+    count: `note_peers` refuses another id, or a count that fell, until they regroup too.
 
     Parameters
     ----------
@@ -115,6 +143,15 @@ class SecureBook:
         """Number of entries ever made in this book; it only grows."""
         with self._open() as connection:
             return _rows(connection)
+
+    @property
+    def id(self) -> str:
+        """A random number that was drawn when the book was made."""
+        with self._open() as connection:
+            row = _one(connection, "SELECT value FROM about WHERE key = 'book'")
+        if row is None or not isinstance(row[0], str):
+            raise BookError(f"the book of secure sums {self.path} has no id: {_REGROUP}")
+        return row[0]
 
     def new_run_key(self, run: str, private: bytes) -> None:
         """Write down the private key of a run before the hello leaves; it voids an older one."""
@@ -255,6 +292,8 @@ class SecureBook:
             for bound, what in self._bounds(connection, kind, question):
                 _require_same(bound, chosen, what, _remedy(kind))
             blob = encoded(chosen)
+            if kind == TRAIN:
+                _tell_change(connection, chosen)
             connection.execute("UPDATE attempts SET members = ? WHERE digest = ?", (blob, digest))
             connection.execute(
                 "INSERT OR IGNORE INTO questions (question, kind, run, members) "
@@ -262,29 +301,52 @@ class SecureBook:
                 (question, kind, run, blob),
             )
 
-    def peer_rows(self, name: str, rows: int) -> None:
-        """Write down the row count of another hospital's book.
+    def note_peers(self, peers: Sequence[Peer], run: str = "", reply: bool = False) -> None:
+        """Write down the state of other hospitals' books, as their messages tell it.
+
+        The same message once more is no new entry. Messages of two runs may be read in another
+        order than they were written, so a masked reply is compared with the run's own messages.
+
+        Parameters
+        ----------
+        peers : sequence of Peer
+        run : str
+        reply : bool
+            Whether they came with masked replies; else with hellos.
 
         Raises
         ------
         SecureError
-            If it is below the largest count seen before, or no count.
+            If a row count is none, a book is another one than before, or it has not grown since an
+            earlier message. Nothing is then written down.
         """
-        if type(rows) is not int or not 0 <= rows <= _MOST_ROWS:
-            raise SecureError(
-                f"the row count of {name} must be a whole number, at least 0, got {rows!r}"
-            )
         with self._open() as connection:
-            row = _one(connection, "SELECT row_count FROM peers WHERE name = ?", name)
-            before = -1 if row is None else _count(row[0])
-            if rows < before:
-                raise SecureError(
-                    f"the book of {name} has {rows} rows and had {before}: it is lost or was "
-                    "restored from a copy, so it may answer one question over two sets: ask "
-                    f"{name} what happened, then accept its book with `fedmed keys regroup`"
-                )
-            if rows > before:
-                connection.execute("INSERT OR REPLACE INTO peers VALUES (?, ?)", (name, rows))
+            for peer in peers:
+                _note_peer(connection, peer, run, reply)
+
+    def steady_rows(self, rows: int, patients: int, fewest: int) -> int:
+        """Return a number of rows that changes only if many patients have come or gone.
+
+        Parameters
+        ----------
+        rows, patients : int
+            What there are now.
+        fewest : int
+            By how many patients more or fewer the number may change.
+
+        Returns
+        -------
+        int
+            `rows`, or what was returned before.
+        """
+        with self._open() as connection:
+            query = "SELECT key, value FROM about WHERE key IN ('counted', 'patients')"
+            before = {key: _count(value) for key, value in connection.execute(query)}
+            if len(before) == 2 and abs(before["patients"] - patients) < fewest:
+                return before["counted"]
+            values = [("counted", rows), ("patients", patients)]
+            connection.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", values)
+        return rows
 
     def regroup(self, names: Sequence[str] = ()) -> None:
         """Accept the book as it is, and let questions about data be settled over another set.
@@ -353,7 +415,7 @@ class SecureBook:
         with self._as_secure_error():
             # The head first, as in the constructor.
             if self.head_path.exists() and not self.path.exists():
-                raise SecureError(
+                raise BookError(
                     f"the book of secure sums {self.path} is missing, and its head "
                     f"{self.head_path} is there: {_REGROUP}"
                 )
@@ -384,17 +446,17 @@ class SecureBook:
         self._require_identity(self.path, None if identity is None else identity[0])
         head = self._read_head()
         if head is None and rows:
-            raise SecureError(
+            raise BookError(
                 f"{self.head_path} is missing, which tells whether the book of secure sums "
                 f"{self.path} is the newest: {_REGROUP}"
             )
         if head is not None and head > rows:
-            raise SecureError(
+            raise BookError(
                 f"the book of secure sums {self.path} is older than its head {self.head_path}: it "
                 f"has {rows} entries instead of {head}: {_REGROUP}"
             )
         if head is not None and head < rows - 1:
-            raise SecureError(
+            raise BookError(
                 f"{self.head_path} is older than the book of secure sums {self.path}: it knows "
                 f"{head} entries instead of {rows}: {_REGROUP}"
             )
@@ -411,10 +473,10 @@ class SecureBook:
         except FormatError:
             raise
         except InputError as error:
-            raise SecureError(error) from error
+            raise BookError(error) from error
         rows = content.get("rows")
         if type(rows) is not int or rows < 0:
-            raise SecureError(
+            raise BookError(
                 f"rows in {self.head_path} must be a whole number, at least 0, got {rows!r}: "
                 f"{_REGROUP}"
             )
@@ -423,7 +485,7 @@ class SecureBook:
 
     def _require_identity(self, path: Path, identity: object) -> None:
         if identity != self._identity:
-            raise SecureError(
+            raise BookError(
                 f"{path} belongs to another identity than this hospital's key file: {_REGROUP}"
             )
 
@@ -440,7 +502,8 @@ class SecureBook:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             draft.touch(mode=0o600, exist_ok=False)
             with transaction(draft, "rwc", _SCHEMA, _VERSION) as connection:
-                about = {"identity": self._identity, "rows": 0}
+                book = secrets.token_hex(_ID_BYTES)
+                about = {"identity": self._identity, "book": book, "rows": 0}
                 connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
             give_name(draft, self.path)
         finally:
@@ -452,7 +515,7 @@ class SecureBook:
             yield
         # SQLite's module raises the last where a damaged file spoils SQLite's own error text.
         except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-            raise SecureError(
+            raise BookError(
                 f"the book of secure sums {self.path} cannot be used ({error}): repair its folder "
                 "or disk, or restore its newest copy; if it is lost, remove it and run `fedmed "
                 "keys regroup`"
@@ -484,6 +547,21 @@ def _data_members(connection: sqlite3.Connection) -> tuple[str, ...] | None:
     """Return the set over which questions about data are settled; None before the first."""
     row = _one(connection, "SELECT members FROM questions WHERE kind = ? LIMIT 1", DATA)
     return None if row is None else _names(row[0])
+
+
+def _tell_change(connection: sqlite3.Connection, chosen: tuple[str, ...]) -> None:
+    """Log if training goes on with other hospitals than before."""
+    query = "SELECT members FROM questions WHERE kind = ? ORDER BY number DESC LIMIT 1"
+    row = _one(connection, query, TRAIN)
+    before = chosen if row is None else _names(row[0])
+    if before != chosen:
+        log.warning(
+            "training goes on over %s, before over %s: what %s has sent can be estimated by "
+            "difference",
+            _listed(chosen),
+            _listed(before),
+            _listed(sorted({*before} ^ {*chosen})),
+        )
 
 
 def _names(blob: object) -> tuple[str, ...]:
@@ -518,6 +596,37 @@ def _require_same(bound: tuple[str, ...], chosen: tuple[str, ...], what: str, re
             f"{what} settled over {_listed(bound)}, not {_listed(chosen)}: the difference of two "
             f"sums would be single hospitals' figures: {remedy}"
         )
+
+
+def _note_peer(connection: sqlite3.Connection, peer: Peer, run: str, reply: bool) -> None:
+    name, rows, book, mark = peer
+    if len(book) > _ID_LETTERS:
+        raise SecureError(f"the id of {name}'s book must have at most {_ID_LETTERS} letters")
+    if type(rows) is not int or not 0 <= rows <= _MOST_ROWS:
+        raise SecureError(
+            f"the row count of {name} must be a whole number, at least 0, got {rows!r}"
+        )
+    query = "SELECT message, book, row_count, mark FROM peers WHERE name = ?"
+    told = {message: rest for message, *rest in connection.execute(query, (name,))}
+    message = f"{'reply' if reply else 'hello'} {run}"
+    if told.get(message) == [book, rows, mark]:
+        return
+    if any(other != book for other, _, _ in told.values()):
+        raise SecureError(f"{name} has another book than before: {_doubtful(name)}")
+    compared = {f"hello {run}", f"reply {run}"} if reply else {*told}
+    before = max((_count(told[key][1]) for key in compared & {*told}), default=-1)
+    if rows <= before:
+        raise SecureError(f"the book of {name} has {rows} rows and had {before}: {_doubtful(name)}")
+    values = (name, message, book, rows, mark)
+    connection.execute("INSERT OR REPLACE INTO peers VALUES (?, ?, ?, ?, ?)", values)
+
+
+def _doubtful(name: str) -> str:
+    return (
+        "it is lost or was restored from a copy, so it may answer one question over two sets: ask "
+        f"{name} what happened, then accept its book with `fedmed keys regroup`; if two runs began "
+        "at once, begin this one again"
+    )
 
 
 def _remedy(kind: str) -> str:

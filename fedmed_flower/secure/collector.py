@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from fedmed_flower.secure.shamir import join
 from fedmed_flower.secure.streams import add_streams, commitment
 
 _DIGEST_BYTES = 32
+# Sets of helpers that are tried if the shares of the first do not fit.
+_MOST_TRIES = 1_000
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,14 @@ class Collector:
     ----------
     problems : dict of str to str
         Why a hospital does not count, by name.
+    doubts : dict of str to str
+        What was wrong with a hospital's shares, by name, though the sum was opened without them.
     """
 
     def __init__(self, record: Record) -> None:
         self.record = record
         self.problems: dict[str, str] = {}
+        self.doubts: dict[str, str] = {}
         self._told: dict[bytes, _Told] = {}
         self._certificates: dict[str, bytes] = {}
         self._answers: dict[str, dict[str, Any]] = {}
@@ -90,6 +96,8 @@ class Collector:
             np.add(told.words[1], words[1], out=told.words[1])
 
     def _read(self, name: str, letter: bytes) -> Letter:
+        if name not in self.record.names:
+            raise SecureError("it is not among the hospitals of this sum")
         values = decoded(letter)
         others = {*self.record.names} - {name}
         fields = {"digest", "commitments", "envelopes", "signature"}
@@ -191,6 +199,8 @@ class Collector:
         values = decoded(content)
         members = {*self.members}
         lost = {*self.record.names} - members
+        if name not in members:
+            raise SecureError("it is not among the hospitals that were asked for shares")
         if not isinstance(values, dict) or values.keys() != {"self", "pairs", "shares"}:
             raise SecureError("its answer has other fields than an answer has")
         _require_bytes(values["self"], members, "shares", SEED_BYTES)
@@ -223,47 +233,73 @@ class Collector:
         if chosen.words is None:
             raise SecureError("no hospital has sent its vectors")
         members = self.members
-        lost = [name for name in record.names if name not in members]
-        helpers = sorted(self._answers)[: record.threshold]
-        coordinates = [record.coordinate(name) for name in helpers]
-        seeds = self._joined(
-            [[self._answers[helper]["self"][name] for name in members] for helper in helpers],
-            coordinates,
-        )
+        masks = self._joined(SELF, {name: [name] for name in members})
+        subtracted = [seeds[name] for name, seeds in masks.items()]
         added: list[bytes] = []
-        subtracted: list[bytes] = []
-        for name, seed in zip(members, seeds, strict=True):
-            if commitment(seed, SELF, name, name) != chosen.letters[name].commitments[name]:
-                raise SecureError(f"the shares of {name}'s seed make another seed")
-            subtracted.append(seed)
-        for name in members:
-            for gone, seed in self._pairs(name, lost, helpers, coordinates).items():
-                committed = chosen.letters[name].commitments[gone]
-                if commitment(seed, PAIR, name, gone) != committed:
-                    raise SecureError(f"the shares of {name}'s seed with {gone} make another seed")
+        lost = [name for name in record.names if name not in members]
+        silent = [name for name in members if name not in self._answers]
+        pairs = self._joined(PAIR, {name: lost for name in silent if lost})
+        pairs |= {name: self._answers[name]["pairs"] for name in members if name not in silent}
+        for name, seeds in pairs.items():
+            for gone, seed in seeds.items():
                 (subtracted if gone > name else added).append(seed)
         words = (chosen.words[0].copy(), chosen.words[1].copy())
         for index, vector in enumerate(vectors(words)):
             add_streams(vector, added, subtracted, index)
         return words
 
-    def _pairs(
-        self, name: str, lost: list[str], helpers: list[str], coordinates: list[int]
-    ) -> dict[str, bytes]:
-        """Return a member's seeds with the lost hospitals: its own words, or from shares."""
-        if name in self._answers:
-            return dict(self._answers[name]["pairs"])
-        told = [self._answers[helper]["shares"][name] for helper in helpers]
-        rows = [[shares[gone] for gone in lost] for shares in told]
-        return dict(zip(lost, self._joined(rows, coordinates), strict=True))
+    def _joined(self, use: str, wanted: Mapping[str, list[str]]) -> dict[str, dict[str, bytes]]:
+        """Return seeds of members from their shares: of each member, by the other's name.
 
-    @staticmethod
-    def _joined(rows: list[list[bytes]], coordinates: list[int]) -> list[bytes]:
-        if not rows or not rows[0]:
-            return []
-        flat = np.frombuffer(b"".join(piece for row in rows for piece in row), np.uint8)
-        joined: NDArray[np.uint8] = join(flat.reshape(len(rows), -1, SEED_BYTES), coordinates)
+        Raises
+        ------
+        SecureError
+            If the shares of no set of helpers that was tried make the seed that was committed to.
+        """
+        helpers = sorted(self._answers)
+        first = helpers[: self.record.threshold]
+        places = [(name, other) for name, others in wanted.items() for other in others]
+        joined: dict[str, dict[str, bytes]] = {name: {} for name in wanted}
+        seeds = self._made_by(first, use, places) if places else []
+        for (name, other), seed in zip(places, seeds, strict=True):
+            if not self._fits(seed, use, name, other):
+                seed = self._made_by_others(helpers, use, name, other)
+            joined[name][other] = seed
+        return joined
+
+    def _made_by_others(self, helpers: list[str], use: str, name: str, other: str) -> bytes:
+        """Return a seed from the shares of helpers without those that spoil it; note these."""
+        most = len(helpers) - self.record.threshold
+        left_out = (some for count in range(1, most + 1) for some in combinations(helpers, count))
+        for without in islice(left_out, _MOST_TRIES):
+            rest = [helper for helper in helpers if helper not in without]
+            (seed,) = self._made_by(rest[: self.record.threshold], use, [(name, other)])
+            if self._fits(seed, use, name, other):
+                for helper in without:
+                    self.doubts[helper] = (
+                        f"its share of a seed of {name} is wrong, or {name} has dealt it a wrong "
+                        "one: the sum was opened without it"
+                    )
+                return seed
+        what = f"{name}'s seed" if use == SELF else f"{name}'s seed with {other}"
+        raise SecureError(f"the shares of {what} make another seed")
+
+    def _made_by(self, helpers: list[str], use: str, places: list[tuple[str, str]]) -> list[bytes]:
+        """Return what the shares of helpers make."""
+        told = [self._answers[helper] for helper in helpers]
+        pieces = [
+            values["self"][name] if use == SELF else values["shares"][name][other]
+            for values in told
+            for name, other in places
+        ]
+        flat = np.frombuffer(b"".join(pieces), np.uint8).reshape(len(told), -1, SEED_BYTES)
+        coordinates = [self.record.coordinate(helper) for helper in helpers]
+        joined: NDArray[np.uint8] = join(flat, coordinates)
         return [row.tobytes() for row in joined]
+
+    def _fits(self, seed: bytes, use: str, name: str, other: str) -> bool:
+        committed = self._chosen.letters[name].commitments[other]
+        return commitment(seed, use, name, other) == committed
 
 
 def _require_bytes(

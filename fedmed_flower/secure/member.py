@@ -9,20 +9,20 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedmed_flower.secure.audit import Chain
-from fedmed_flower.secure.book import SecureBook
+from fedmed_flower.secure.book import Peer, SecureBook
 from fedmed_flower.secure.encoding import SecureError, Value, decoded, digest_of_arrays, encoded
 from fedmed_flower.secure.encoding import digest as digest_of
 from fedmed_flower.secure.envelopes import seal, unseal
 from fedmed_flower.secure.identity import Identity, verify
 from fedmed_flower.secure.record import Hello, Record
-from fedmed_flower.secure.ring import Words, vectors
+from fedmed_flower.secure.ring import Layout, Words, vectors
 from fedmed_flower.secure.shamir import split
 from fedmed_flower.secure.streams import (
     add_streams,
@@ -37,6 +37,8 @@ SEED_BYTES = 16
 # Uses of seeds, in their commitments.
 SELF = "self"
 PAIR = "pair"
+# Letters of a run's name, which the book keeps for good.
+_MOST_RUN = 200
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,27 @@ class Member:
         own = study.members.get(identity.name)
         if own is None:
             raise SecureError(f"{identity.name} is no member of the study {study.name}")
+        if study.groups:
+            raise SecureError(
+                f"the study {study.name} has groups, and sums over groups are not made yet: a sum "
+                "over all members would be one that the groups exclude; `fedmed keys regroup` "
+                "with one group of all members removes them"
+            )
         if own != identity.public:
             raise SecureError(
                 f"the study {study.name} has another key for {identity.name} than its key file"
             )
 
     def hello(self, run: str, tells: bool = False) -> Hello:
-        """Return the hello of a run, with a new key that voids the one before."""
+        """Return the hello of a run, with a new key that voids the one before.
+
+        Raises
+        ------
+        SecureError
+            If the name of the run is too long.
+        """
+        if not 0 < len(run) <= _MOST_RUN:
+            raise SecureError(f"the name of a run has 1 to {_MOST_RUN} letters, got {len(run)}")
         private = X25519PrivateKey.generate()
         public = private.public_key().public_bytes_raw()
         self.book.new_run_key(run, private.private_bytes_raw())
@@ -99,6 +115,7 @@ class Member:
             colluders=self.study.colluders,
             tells=tells,
             rows=self.book.rows,
+            book=self.book.id,
             head=head,
         )
         return hello.signed(self.identity.sign("hello", hello.content()))
@@ -118,15 +135,8 @@ class Member:
             raise SecureError(
                 f"the study has {len(study.members)} members, and the server says {record.members}"
             )
+        self._require_pinned(record)
         for hello in record.hellos:
-            pinned = study.members.get(hello.name)
-            if pinned is None:
-                raise SecureError(f"{hello.name} is no member of the study {study.name}")
-            if pinned != hello.key:
-                raise SecureError(
-                    f"the key of {hello.name} is not the one that is pinned: ask that hospital "
-                    "whether it has a new one, then `fedmed keys pin --replace`"
-                )
             hello.verify()
         self._require_own(record)
         if record.least < study.least or record.colluders < study.colluders:
@@ -135,9 +145,23 @@ class Member:
                 f"{study.least} and {study.colluders}"
             )
         record.require_enough(record.names)
+        peers = [
+            Peer(hello.name, hello.rows, hello.book, hello.run_key)
+            for hello in record.hellos
+            if hello.name != self.identity.name
+        ]
+        self.book.note_peers(peers, record.run)
+
+    def _require_pinned(self, record: Record) -> None:
         for hello in record.hellos:
-            if hello.name != self.identity.name:
-                self.book.peer_rows(hello.name, hello.rows)
+            pinned = self.study.members.get(hello.name)
+            if pinned is None:
+                raise SecureError(f"{hello.name} is no member of the study {self.study.name}")
+            if pinned != hello.key:
+                raise SecureError(
+                    f"the key of {hello.name} is not the one that is pinned: ask that hospital "
+                    "whether it has a new one, then `fedmed keys pin --replace`"
+                )
 
     def _require_own(self, record: Record) -> None:
         name = self.identity.name
@@ -148,6 +172,14 @@ class Member:
             raise SecureError(f"the key of {name} in this sum is not its key of the run")
         if (own.least, own.colluders) != (self.study.least, self.study.colluders):
             raise SecureError(f"least or c of {name} is not what its study says")
+
+    def draw(self, question: bytes) -> str:
+        """Return what a question is answered with by chance, which nobody else can compute.
+
+        The same question has the same: training that is repeated is the same, and the training of a
+        model that differs a little is another.
+        """
+        return hashlib.sha256(self.identity.sign("draw", question)).hexdigest()
 
     def mask(
         self,
@@ -175,15 +207,19 @@ class Member:
         pairs = {peer: pair_seed(keys[peer], name, peer) for peer in others}
         seeds = np.frombuffer(own_seed + b"".join(pairs[peer] for peer in others), np.uint8)
         shares = split(seeds.reshape(-1, SEED_BYTES), record.threshold, len(record.names))
+        # The entry that `begin` makes is counted.
+        state: list[Value] = [self.book.id, self.book.rows + 1]
         envelopes = {
             peer: seal(
                 envelope_key(keys[peer], name, peer),
                 header(digest, name, peer),
-                shares[record.coordinate(peer) - 1].tobytes(),
+                encoded([shares[record.coordinate(peer) - 1].tobytes(), *state]),
             )
             for peer in others
         }
-        kept: dict[str, Value] = {"record": record.to_bytes(), "seed": own_seed}
+        # Without the layout, which no later exchange needs: it can be large.
+        rules = replace(record, layout=Layout(()))
+        kept: dict[str, Value] = {"record": rules.to_bytes(), "seed": own_seed}
         kept["shares"] = shares[record.coordinate(name) - 1].tobytes()
         self.book.begin(
             record.run,
@@ -256,20 +292,22 @@ class Member:
         record, kept = self._begun(digest)
         name = self.identity.name
         remaining = list(record.names)
-        if members is not None and sorted(members) != remaining:
+        if members is not None and {*map(str, members)} != {*record.names}:
             remaining = self._remaining(record, members)
             self._require_certified(record, digest, remaining, signatures or {})
         keys = self._agreed(record, digest)
         shares = {name: kept["shares"]}
+        peers: list[Peer] = []
         for peer in remaining:
             if peer == name:
                 continue
             if not isinstance(envelopes.get(peer), bytes):
                 raise SecureError(f"the envelope of {peer} is missing")
             key = envelope_key(keys[peer], peer, name)
-            shares[peer] = unseal(key, header(digest, peer, name), envelopes[peer], peer)
-            if len(shares[peer]) != SEED_BYTES * len(record.names):
-                raise SecureError(f"the envelope of {peer} holds another number of shares")
+            inside = unseal(key, header(digest, peer, name), envelopes[peer], peer)
+            shares[peer], book, rows = _inside(inside, peer, len(record.names))
+            peers.append(Peer(peer, rows, book, digest))
+        self.book.note_peers(peers, record.run, reply=True)
         self._settle(record, digest, remaining)
         lost = [peer for peer in record.names if peer not in remaining]
         answer: dict[str, Value] = {
@@ -307,10 +345,14 @@ class Member:
 
     def _begun(self, digest: bytes) -> tuple[Record, dict[str, Any]]:
         kept = decoded(self.book.kept(digest))
-        return Record.from_bytes(kept["record"]), kept
+        record = Record.from_bytes(kept["record"])
+        # A key may have been revoked since the hospital masked.
+        self._require_pinned(record)
+        return record, kept
 
     def _remaining(self, record: Record, members: Sequence[str]) -> list[str]:
-        remaining = sorted(set(members))
+        texts = all(isinstance(member, str) for member in members)
+        remaining = sorted(set(members)) if texts else []
         if len(remaining) != len(members) or not {*remaining} <= {*record.names}:
             raise SecureError("the set must list hospitals of this sum, each once")
         if self.identity.name not in remaining:
@@ -378,6 +420,15 @@ def share_row(record: Record, owner: str, peer: str) -> int:
     """Return which of an owner's shared seeds is that with a peer; the first is its own."""
     others = [name for name in record.names if name != owner]
     return 1 + others.index(peer)
+
+
+def _inside(content: bytes, sender: str, count: int) -> tuple[bytes, str, int]:
+    """Return what an envelope holds: shares of `count` seeds, id and row count of a book."""
+    values = decoded(content)
+    types = [type(value) for value in values] if isinstance(values, list) else []
+    if types != [bytes, str, int] or len(values[0]) != SEED_BYTES * count:
+        raise SecureError(f"the envelope of {sender} holds another number of shares")
+    return values[0], values[1], values[2]
 
 
 def _share_of(record: Record, shares: bytes, owner: str, peer: str) -> bytes:

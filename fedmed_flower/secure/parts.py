@@ -15,6 +15,10 @@ BY = "by"
 TOTAL = "total"
 EXAMPLES = "examples"
 UNIFORM = "uniform"
+# The noise of the sum, as a noise multiplier, if hospitals add shares of it; and the norm to which
+# each clips its own change, if the noise hides whole hospitals.
+NOISE = "noise"
+NORM = "norm"
 # Centre and width of the grid of each score, in an evaluation.
 GRIDS = "grids"
 
@@ -48,7 +52,7 @@ def figure_in(part: Part, figures: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     """Return what a hospital adds to a part of a figure; zeros if it has no such figure."""
     values = figures.get(part.name.removeprefix(LARGE))
     if values is None:
-        return np.zeros(part.size, np.int64)
+        return np.zeros(part.size, np.int64 if part.kind == COUNT else np.float64)
     return values / LARGE_UNIT if part.name.startswith(LARGE) else values
 
 

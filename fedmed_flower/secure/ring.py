@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -248,16 +248,23 @@ class Layout:
         weight: float = 1.0,
         random: Callable[[int], bytes] = os.urandom,
         noise: Mapping[str, NDArray[np.float64]] | None = None,
+        weighted: Collection[str] = (),
     ) -> Encoded:
         """Return a hospital's values in the ring.
 
-        A fixed number is clipped to the bound, multiplied by `weight` and by the scale in float64
-        and rounded up or down, with 16 random bits a value. The number first becomes the nearest
-        multiple of 2^-16 of a step; of that the rounding is unbiased, so the mean of many roundings
-        is within 2^-17 of a step of the number. The random bits are an AES-128 stream under a new
-        key. Noise is added after the weight and before the one rounding, and is never clipped.
+        A fixed number is clipped to the bound, multiplied by `weight` and by the scale in float64,
+        reduced modulo 2^32 if the weight is above 1, and rounded up or down, with 16 random bits a
+        value. The number first becomes the nearest multiple of 2^-16 of a step; of that the
+        rounding is unbiased, so the mean of many roundings is within 2^-17 of a step of the number.
+        The random bits are an AES-128 stream under a new key. Noise is added after the weight and
+        before the one rounding, and is never clipped.
 
-        A real number is exact to 2^-103 of its bound. Real numbers and counts have no weight.
+        A real number is exact to 2^-103 of its bound. Counts have no weight, and real numbers only
+        those of parts in `weighted`, after they were clipped too.
+
+        Weights of all hospitals add up to 1, unless who sets them is hostile. A weight above 1 is
+        no error: an error, or a value that is cut, would tell something of this hospital alone. The
+        words of the sum then follow from the weighted sum alone, modulo 2^32 or 2^64.
 
         A fixed or real number that is NaN or infinite counts as 0.
 
@@ -268,9 +275,11 @@ class Layout:
             float64, real numbers also in whole numbers; counts in whole numbers or in floats
             without a fraction.
         weight : float
-            From 0 to 1, such as the hospital's share of all rows.
+            At least 0, such as the hospital's share of all rows.
         random : callable
             Gives the 16 bytes of the key. Anything but `os.urandom` makes the rounding predictable.
+        weighted : collection of str
+            The real parts that have a weight.
         noise : mapping of str to ndarray, optional
             This hospital's share of the noise, for all fixed parts with a `sigma` or for some.
 
@@ -278,11 +287,11 @@ class Layout:
         ------
         InputError
             If a part is missing, unknown or of another size or type; if a count is negative,
-            fractional or 2^56 or more; if the weight is out of range; if noise is for a part
-            without `sigma`, not finite or beyond all room.
+            fractional or 2^56 or more; if the weight is negative or not finite; if noise is for a
+            part without `sigma`, not finite or beyond all room.
         """
-        if not 0 <= weight <= 1:
-            raise InputError(f"weight must be from 0 to 1, got {weight}")
+        if not 0 <= weight < math.inf:
+            raise InputError(f"weight must be at least 0 and finite, got {weight}")
         # All of it before memory is taken for words: a stranger may have written the layout.
         arrays = self._arrays(values)
         noises = self._noises(noise or {})
@@ -297,7 +306,8 @@ class Layout:
                 added = noises.get(part.name)
                 clipped += rounder.encode(array, part, weight, added, small[place])
             elif part.kind == REAL:
-                clipped += _encode_real(array, part, large[place])
+                factor = weight if part.name in weighted else 1.0
+                clipped += _encode_real(array, part, factor, large[place])
             else:
                 large[place] = _counts(array, part)
         return Encoded((small, large), clipped)
@@ -500,13 +510,14 @@ class _Rounder:
             block, outside = _within(values[place], part.bound)
             clipped += outside
             added = None if noise is None else _steps(noise[place], part)
-            self._round(block, factor, added, words[place])
+            self._round(block, factor, weight > 1, added, words[place])
         return clipped
 
     def _round(
         self,
         values: NDArray[Any],
         factor: float,
+        wraps: bool,
         added: NDArray[np.float64] | None,
         words: NDArray[np.uint32],
     ) -> None:
@@ -518,6 +529,9 @@ class _Rounder:
         np.copyto(random, self._random[:size])
         np.copyto(numbers, values)
         numbers *= factor
+        if wraps:
+            # Exact in float64.
+            np.fmod(numbers, 2.0**32, out=numbers)
         if added is not None:
             numbers += added
         numbers += _SHIFT
@@ -538,13 +552,18 @@ def _decode_fixed(words: NDArray[np.uint32], part: Part) -> NDArray[np.float64]:
     return np.multiply(words.view(np.int32), 1 / part.scale, dtype=np.float64)
 
 
-def _encode_real(values: NDArray[Any], part: Part, words: NDArray[np.uint64]) -> int:
+def _encode_real(values: NDArray[Any], part: Part, weight: float, words: NDArray[np.uint64]) -> int:
     """Write the upper and then the lower word of each value; return how many were clipped."""
     inside, clipped = _within(values, part.bound)
     # Both remainders are exact in float64, since the bound is a power of two.
-    scaled = inside.astype(np.float64) * (2.0**_UPPER / part.bound)
+    scaled = inside.astype(np.float64) * (2.0**_UPPER / part.bound) * weight
     upper = np.rint(scaled)
     lower = np.rint((scaled - upper) * 2.0**_LOWER)
+    if weight > 1:
+        # Exact in float64, as are both differences; an int64 holds the result.
+        upper = np.fmod(upper, 2.0**64)
+        upper = np.where(upper >= 2.0**63, upper - 2.0**64, upper)
+        upper = np.where(upper < -(2.0**63), upper + 2.0**64, upper)
     words[: part.size] = upper.astype(np.int64).view(np.uint64)
     words[part.size :] = lower.astype(np.int64).view(np.uint64)
     return clipped

@@ -19,7 +19,7 @@ from fedmed_flower.server.listeners import Listeners
 from fedmed_flower.server.screening import error_text, metrics_of, model_of, screen, screen_arrays
 from fedmed_flower.server.sites import learn_name
 from fedmed_flower.server.traffic import Traffic, size_of
-from fedmed_flower.wire import ALL_SITES, CHANGES, DECLINED, ROWS_RECORD
+from fedmed_flower.wire import ALL_SITES, CHANGES, DECLINED, IN_SUMS, ROWS_RECORD
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -151,12 +151,20 @@ class Inbox:
         """Return a node's site name, or ``node <id>`` if it has reported none."""
         return self.site_names.get(node_id, f"node {node_id}")
 
-    def fail(self, server_round: int, phase: str, site: str, reason: str) -> None:
-        """Record, log and tell the listeners why a site, or ``"all"`` of them, did not count."""
-        self.listeners.failed(server_round, phase, site, reason)
-        self._record_failure(server_round, phase, site, reason)
+    def fail(
+        self, server_round: int, phase: str, site: str, reason: str, heard: bool = False
+    ) -> None:
+        """Record, log and tell the listeners why a site, or ``"all"`` of them, did not count.
 
-    def _record_failure(self, server_round: int, phase: str, site: str, reason: str) -> None:
+        Parameters
+        ----------
+        server_round : int
+        phase, site, reason : str
+        heard : bool
+            Whether the listeners have heard of it already.
+        """
+        if not heard:
+            self.listeners.failed(server_round, phase, site, reason)
         reason = " ".join(reason.split())
         if len(reason) > 400:
             # An engine's traceback names the cause in its last line.
@@ -272,14 +280,14 @@ class Inbox:
                 self._note_declined(node_id, reason)
             if reason is None:
                 self.usable += 1
-                kind = phase if phase in ("train", "count") else "evaluate"
+                kind = phase if phase in IN_SUMS else "evaluate"
                 self.history.sent.take(kind, self.name(node_id), reply.content)
                 yield self.name(node_id), reply
                 continue
             if reply.has_error() and not reason.startswith(DECLINED):
                 self.errors.append(reason)
-            record = self._record_failure if request in self._heard else self.fail
-            record(server_round, phase, self.name(node_id), reason)
+            heard = request in self._heard
+            self.fail(server_round, phase, self.name(node_id), reason, heard)
 
     def admit(
         self,
@@ -330,8 +338,8 @@ class Inbox:
             if reason is not None:
                 if reply.has_error() and not reason.startswith(DECLINED):
                     self.errors.append(reason)
-                record = self._record_failure if request in self._heard else self.fail
-                record(server_round, phase, self.name(node_id), reason)
+                heard = request in self._heard
+                self.fail(server_round, phase, self.name(node_id), reason, heard)
                 continue
             self.usable += 1
             accepted = AcceptedReply(reply, node_id, self.name(node_id), number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from fedmed_flower.secure.encoding import (
     encoded,
 )
 from fedmed_flower.secure.parts import ONES, TOLD, figure_parts
-from fedmed_flower.secure.record import DATA, Hello, Record
+from fedmed_flower.secure.record import DATA, TRAIN, Hello, Record
 from fedmed_flower.secure.ring import Layout, Part, Words
 from fedmed_flower.server.ask import ask_all
 from fedmed_flower.server.history import Sum
@@ -42,8 +43,11 @@ from fedmed_flower.wire import (
     SITE_RECORD,
 )
 
+log = logging.getLogger("flwr.fedmed")
+
 T = TypeVar("T")
-_MOST_LETTER = 1 << 28
+# Decoding takes thirty times as much memory.
+_MOST_LETTER = 1 << 23
 _NONCE_BYTES = 16
 _MOST_FIGURES = 10_000
 
@@ -87,6 +91,9 @@ class SecureSums:
         In a simulation, the folder of the sites' books.
     folder : Path, optional
         The run folder, in which the server's audit trail lies. None keeps none.
+    grace : float
+        After as many hospitals as a sum needs have signed a set, or have sent their shares, wait
+        only so many seconds for the others.
 
     Attributes
     ----------
@@ -94,6 +101,9 @@ class SecureSums:
         What each hospital has said, by name.
     settled : frozenset of str
         The hospitals over which questions about data were first opened in this run; empty before.
+    bound : frozenset of str
+        In training, the hospitals of the last set that one of them has signed or sent its shares
+        for: that one answers the same question for no other set.
     """
 
     def __init__(
@@ -104,22 +114,46 @@ class SecureSums:
         timeout: float,
         books: Path | None = None,
         folder: Path | None = None,
+        grace: float = 60.0,
     ) -> None:
         self.grid = grid
         self.inbox = inbox
         self.run = run
         self.timeout = timeout
         self.books = books
+        self.grace = grace
         self.hellos: dict[str, Hello] = {}
         self.settled: frozenset[str] = frozenset()
+        self.bound: frozenset[str] = frozenset()
         self._nodes: dict[str, int] = {}
+        # The nodes that hospitals had before they came back as other ones.
+        self._former: dict[int, str] = {}
+        # Hospitals that the last sum needed; 0 before the first.
+        self._needed = 0
         self._trail = None if folder is None else Chain(folder / AUDIT, None, "server")
 
-    def greet(self, nodes: Collection[int], server_round: int) -> None:
-        """Ask nodes that have said no hello yet for theirs; those that do not answer are noted."""
-        new = sorted(set(nodes) - {*self._nodes.values()})
+    def greet(self, nodes: Collection[int], server_round: int, minimum: int | None = None) -> None:
+        """Ask nodes that have said no hello yet for theirs; those that do not answer are noted.
+
+        A hospital that comes back as another node says hello again, and its former node is asked
+        for nothing more.
+
+        Parameters
+        ----------
+        nodes : collection of int
+        server_round : int
+        minimum : int, optional
+            After so many of the nodes have said hello, and as many as a sum needs, wait only
+            `grace` seconds for the others. Before the first sum all are waited for.
+        """
+        known = {*self._nodes.values()}
+        former = {node for node, name in self._former.items() if self._nodes[name] in nodes}
+        new = sorted(set(nodes) - known - former)
         if not new:
             return
+        if minimum is not None:
+            enough = max(minimum, self._needed) - len(known.intersection(nodes))
+            minimum = max(0, enough) if self._needed else None
         content = self._asked({SECURE_RUN: self.run})
 
         def read(node_id: int, reply: RecordDict) -> Hello:
@@ -132,10 +166,27 @@ class SecureSums:
                 raise SecureError(f"its hello is of {hello.name!r}, and it is named {said!r}")
             return hello
 
-        for node_id, hello in self._ask("hello", dict.fromkeys(new, content), read, server_round):
-            self.hellos[hello.name] = hello
-            self._nodes[hello.name] = node_id
-            self.inbox.site_names[node_id] = hello.name
+        contents = dict.fromkeys(new, content)
+        for node_id, hello in self._ask("hello", contents, read, server_round, minimum):
+            before = self.hellos.get(hello.name)
+            # A hospital that has started anew has another node, and the same key.
+            if before is not None and before.key != hello.key:
+                text = "another node has said hello by this name, with another key"
+                self.inbox.fail(server_round, "hello", hello.name, text)
+                continue
+            self._take(node_id, hello)
+
+    def _take(self, node_id: int, hello: Hello) -> None:
+        name = hello.name
+        before = self._nodes.get(name)
+        if before is not None:
+            log.warning("node %d replaces node %d as %s", node_id, before, name)
+            self._former[before] = name
+            self.inbox.site_names.pop(before, None)
+        self._former.pop(node_id, None)
+        self.hellos[name] = hello
+        self._nodes[name] = node_id
+        self.inbox.site_names[node_id] = name
 
     def record(
         self,
@@ -170,6 +221,7 @@ class SecureSums:
             layout=layout,
             weighting=weighting,
         )
+        self._needed = record.needed
         # What every hospital would refuse.
         record.require_enough(record.names)
         return record
@@ -177,6 +229,11 @@ class SecureSums:
     def nodes_of(self, record: Record) -> list[int]:
         """Return the nodes of a record's hospitals."""
         return [self._nodes[name] for name in record.names]
+
+    @property
+    def bound_nodes(self) -> set[int]:
+        """The nodes of the hospitals that are `bound`."""
+        return {self._nodes[name] for name in self.bound}
 
     def sum(
         self,
@@ -195,8 +252,10 @@ class SecureSums:
         messages : sequence of Message
             To hospitals of the record.
         record : Record
-        phase, timeout, minimum, grace
+        phase, timeout, grace
             As in `Inbox.collect`.
+        minimum : int, optional
+            As in `Inbox.collect`; at least as many as a sum needs.
         whole : bool
             Whether to open it over all hospitals of the record or not at all.
 
@@ -206,6 +265,8 @@ class SecureSums:
             If the sum cannot be opened. Nothing is then known but who took part.
         """
         server_round = record.server_round
+        if minimum is not None:
+            minimum = max(minimum, record.needed)
         told = self._config({RECORD: record.to_bytes()})
         for message in messages:
             message.content[SECURE] = ConfigRecord({**told})
@@ -250,11 +311,17 @@ class SecureSums:
         by_node = {node_id: name for name, node_id in self._nodes.items()}
 
         def read(node_id: int, reply: RecordDict) -> None:
+            self._bind(record, members)
             collector.answer(by_node[node_id], _letter(reply))
 
-        list(self._ask("unmask", contents, read, server_round))
+        self._ask("unmask", contents, read, server_round, record.threshold)
         sites = len(members)
-        values = record.layout.decode(collector.open(), sites)
+        words = collector.open()
+        for site, doubt in collector.doubts.items():
+            self.inbox.note(server_round, phase, site, doubt)
+        values = record.layout.decode(words, sites)
+        if ONES in record.layout.parts and int(values[ONES.name][0]) != sites:
+            raise SecureError(f"the sum is not one of {sites} hospitals: a mask was wrong")
         if (excess := record.layout.excess(values, sites)) is not None:
             raise SecureError(f"one of the hospitals has sent what cannot be: {excess}")
         if record.kind == DATA:
@@ -296,13 +363,16 @@ class SecureSums:
                 parts += figure_parts(name, size, whole)
             return Layout((*parts, TOLD, ONES))
 
+        failures = self.inbox.history.failures
+        before = len(failures)
         said: dict[Layout, list[str]] = {}
         for node_id, layout in self._ask("figures", contents, read, server_round):
             said.setdefault(layout, []).append(self.inbox.name(node_id))
         answered = {name for names in said.values() for name in names}
         asked = {self.inbox.name(node_id) for node_id in contents}
         if silent := sorted(asked - answered):
-            raise SecureError(f"{some_of(silent)} could not say which figures it has")
+            why = f": {failures[before].reason}" if len(failures) > before else ""
+            raise SecureError(f"{some_of(silent)} did not say which figures it has{why}")
         if len(said) > 1:
             odd = sorted(name for names in sorted(said.values(), key=len)[:-1] for name in names)
             raise SecureError(
@@ -318,6 +388,11 @@ class SecureSums:
         place: dict[str, Value] = {"run": record.run, "round": record.server_round}
         self._trail.append(kind, place | {"digest": record.fingerprint} | more)
 
+    def _bind(self, record: Record, members: Collection[str]) -> None:
+        """Note that a hospital has answered a question for a set, and does so for no other."""
+        if record.kind == TRAIN:
+            self.bound = frozenset(members)
+
     def _certificate(self, collector: Collector, server_round: int) -> dict[str, bytes]:
         """Let the hospitals that remain sign that they do."""
         members = collector.members
@@ -326,9 +401,11 @@ class SecureSums:
         by_node = {self._nodes[name]: name for name in members}
 
         def read(node_id: int, reply: RecordDict) -> None:
+            self._bind(collector.record, members)
             collector.certify(by_node[node_id], _letter(reply))
 
-        list(self._ask("alive", dict.fromkeys(by_node, content), read, server_round))
+        contents = dict.fromkeys(by_node, content)
+        self._ask("alive", contents, read, server_round, collector.record.threshold)
         return collector.certificate()
 
     def _ask(
@@ -337,20 +414,28 @@ class SecureSums:
         contents: Mapping[int, RecordDict],
         read: Callable[[int, RecordDict], T],
         server_round: int,
+        minimum: int | None = None,
     ) -> list[tuple[int, T]]:
         """Ask nodes; return the answers by node, and record who gave none."""
+
+        def recorded(node_id: int, reply: RecordDict) -> T:
+            self.inbox.history.sent.take(question, self.inbox.name(node_id), reply)
+            return read(node_id, reply)
+
         answers, failures = ask_all(
             self.grid,
             question,
             contents,
-            read,
+            recorded,
             self.timeout,
             self.inbox.site_names,
+            minimum,
+            self.grace,
             listener=self.inbox.listeners,
             server_round=server_round,
         )
         for failure in failures:
-            self.inbox.fail(server_round, question, failure.site, failure.reason)
+            self.inbox.fail(server_round, question, failure.site, failure.reason, heard=True)
         return [(answer.node_id, answer.value) for answer in answers]
 
     def _asked(self, values: Mapping[str, Value]) -> RecordDict:
@@ -380,7 +465,10 @@ def _letter(content: RecordDict) -> bytes:
 
 def _words(content: RecordDict) -> Words:
     record = content.array_records.get(MASKED, ArrayRecord())
-    vectors = [view(array) for array in record.values()]
+    try:
+        vectors = [view(array) for array in record.values()]
+    except ValueError as error:
+        raise SecureError(error) from None
     if [vector.dtype for vector in vectors] != [np.uint32, np.uint64]:
         raise SecureError("it holds other vectors than a secure sum has")
     return vectors[0], vectors[1]

@@ -112,6 +112,32 @@ class OneOf:
 
 
 @dataclass(frozen=True)
+class SomeOf:
+    """Some of a few texts with commas between them, or an empty text."""
+
+    values: tuple[str, ...]
+
+    @property
+    def words(self) -> str:
+        """The texts."""
+        return f"empty or some of {', '.join(self.values)}, with commas between them"
+
+    def holds(self, value: str) -> bool:
+        """Return whether a text lists only these."""
+        return not value.strip() or {*parts_of(value)} <= {*self.values}
+
+    def wrong(self) -> list[str]:
+        """Return texts that list another one."""
+        last = self.values[-1]
+        return [f"{last},", f"{last}x", f"{last};{last}", f"{last},other"]
+
+
+def parts_of(value: str) -> list[str]:
+    """Return the parts of a text with commas between them."""
+    return [part.strip() for part in value.split(",")]
+
+
+@dataclass(frozen=True)
 class Matching:
     """Texts that match a regular expression as a whole; `examples` are some that do not."""
 

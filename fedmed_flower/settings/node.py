@@ -8,10 +8,18 @@ from typing import Self
 
 from flwr.app import UserConfig
 
-from fedmed_flower.settings.allowed import Within
+from fedmed_flower.settings.allowed import SomeOf, Within, parts_of
 from fedmed_flower.settings.disclosure import FEWEST
 from fedmed_flower.settings.section import Section, key_of, setting
 from fedmed_flower.settings.text import setting_error, unknown_key
+from fedmed_flower.wire import IN_SUMS, NOT_IN_SUMS
+
+# Stands for all kinds of messages.
+ALL_KINDS = "all"
+
+
+# Messages whose answer depends on a model of the server's choice.
+_WITH_MODEL = ("train", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -86,17 +94,31 @@ class NodeSettings(Section):
     secure_key: str = setting("", "File of the hospital's own key, for secure sums.")
     secure_only: str = setting(
         "",
-        "Kinds of messages that are answered in secure sums alone, with commas between them, such "
-        "as train,evaluate. Empty: none.",
+        "Kinds of messages that the hospital answers in secure sums alone, with commas between "
+        "them, such as train,evaluate; `describe` then tells no number of rows, and what cannot be "
+        "summed is declined. `all`: of all kinds, also those that an app adds. Empty: only in a "
+        "run with secure=sum.",
+        SomeOf((ALL_KINDS, "describe", *IN_SUMS, *NOT_IN_SUMS)),
     )
     tell_own: bool = setting(
         False,
-        "Whether the hospital's own figures may leave beside a secure sum. For the others it then "
-        "counts like one that works with the server.",
+        "Whether a hospital with secure-key may also train and evaluate outside of secure sums, so "
+        "that its own figures leave. For the others it then counts like one that works with the "
+        "server.",
     )
     most_runs_a_day: int = setting(
         50, "How many runs may begin within 24 hours.", Within(1), "runs"
     )
+
+    def answers_in_sums_alone(self, kind: str) -> bool:
+        """Return whether a kind of message is answered in secure sums alone.
+
+        So are those of ``secure-only``. A hospital with a key says in its hello whether it tells
+        its own figures too: unless it does, it trains and evaluates in secure sums alone.
+        """
+        if self.secure_key and not self.tell_own and kind in _WITH_MODEL:
+            return True
+        return not {ALL_KINDS, kind}.isdisjoint(parts_of(self.secure_only))
 
     @classmethod
     def of(cls, config: UserConfig, more: Collection[str] = ()) -> Self:

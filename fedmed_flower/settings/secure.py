@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flwr.app import UserConfig
+
 from fedmed_flower.settings.allowed import OneOf, Within
 from fedmed_flower.settings.section import Section, setting
+from fedmed_flower.settings.text import expand, setting_error
 
 OFF = "none"
 SUM = "sum"
@@ -29,3 +32,13 @@ class SecureSettings(Section):
         "Larger changes are cut, and counted.",
         Within(LEAST_EXPONENT, MOST_SECURE_EXPONENT),
     )
+
+
+def refuse_sums(config: UserConfig, what: str) -> None:
+    """Refuse secure sums in an app that trains no network; `what` says what it does instead."""
+    if expand(config).get("secure") == SUM:
+        raise setting_error(
+            f'secure="sum" trains a network, and this app {what}, for which hospitals would have '
+            "to send their own figures: leave it out",
+            "secure",
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fedmed_flower.settings.allowed import Matching, OneOf, Within
@@ -71,3 +72,15 @@ class Settings(Section):
         """Return the share of the run's rounds that precede a round; the first round is 1."""
         rounds = max(1, self.num_server_rounds)
         return min(max(0, server_round - 1), rounds - 1) / rounds
+
+    def rate_at(self, progress: float) -> float:
+        """Return the learning rate of a round by ``learning-rate`` and ``schedule``.
+
+        Parameters
+        ----------
+        progress : float
+            Share of the run's rounds that are done; in [0, 1).
+        """
+        if self.schedule == "cosine":
+            return self.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+        return self.learning_rate

@@ -26,6 +26,7 @@ from fedmed_flower.server.sites import wait_for_sites
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.plan import refuse_evaluation
 from fedmed_flower.settings.registry import Sections, effective, require_known
+from fedmed_flower.settings.secure import refuse_sums
 from fedmed_flower.settings.survey import SurveySettings
 from fedmed_flower.settings.text import expand
 from fedmed_flower.statistics.local import OTHERS
@@ -252,6 +253,7 @@ def survey(
         raise InputError(f"alert must be one of {', '.join(METHODS)}, got {alert!r}")
     require_known(context.run_config, sections)
     refuse_evaluation(context.run_config, "asks for statistics")
+    refuse_sums(context.run_config, "asks for statistics")
     settings = SurveySettings.from_run_config(context.run_config)
     used = (SurveySettings, DisclosureSettings, *sections)
     began = time.monotonic()

@@ -27,6 +27,7 @@ from fedmed_flower.methods.registry import method_of
 from fedmed_flower.metrics.names import VIRTUAL_SECONDS, is_pooled_only
 from fedmed_flower.metrics.pooling import class_counts, pool
 from fedmed_flower.secure.parts import EXAMPLES
+from fedmed_flower.secure.shares import Declared, PatientNoise
 from fedmed_flower.server.compression import Unpacker, require_one_each
 from fedmed_flower.server.history import History, Stop
 from fedmed_flower.server.inbox import SUM_NODE, AcceptedReply, Inbox
@@ -43,6 +44,7 @@ from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.server.sites import app_name, draw, nobody_left, shortfall, wait_for_sites
 from fedmed_flower.settings.section import MOST_EXPONENT
 from fedmed_flower.settings.secure import LEAST_EXPONENT, MOST_SECURE_EXPONENT, OFF, SUM
+from fedmed_flower.settings.text import setting_error
 from fedmed_flower.strategies import checkpoint as checkpoints
 from fedmed_flower.strategies.aggregation import (
     STREAM_ABOVE,
@@ -256,6 +258,11 @@ class FedAvg(flower.FedAvg):
         checkpoint holds them.
     run : RunState
         What the run knows from one phase to the next.
+    patient_noise : PatientNoise or None
+        Patients' noise of which each hospital adds a share to a secure sum. `federate` sets it, as
+        the next one.
+    patients_hidden : bool
+        Whether hospitals protect patients by noise, and so tell no training loss.
 
     Raises
     ------
@@ -338,6 +345,8 @@ class FedAvg(flower.FedAvg):
             )
         self.secure = secure
         self.secure_exponent = secure_exponent
+        # Of a run in which hospitals were greeted before the first round too.
+        self._sums: SecureSums | None = None
         self.quorum = quorum
         self.grace = grace
         self.max_weight_share = max_weight_share
@@ -362,6 +371,8 @@ class FedAvg(flower.FedAvg):
         self.keep = ""
         self.kept: Collection[str] = ()
         self.keep_sent = True
+        self.patient_noise: PatientNoise | None = None
+        self.patients_hidden = False
         self.method: Method | None = None
         self.use_method(method_of(method))
         self.run = RunState()
@@ -633,7 +644,7 @@ class FedAvg(flower.FedAvg):
             type(self).__name__,
             own_rule=self.secure_weighting is None
             or not (other is None or issubclass(other, OPTIMISERS))
-            or any(getattr(type(self), name) is not getattr(FedAvg, name) for name in OF_SUMS),
+            or any(getattr(type(self), name) is not getattr(self._known, name) for name in OF_SUMS),
             limits={
                 "max_weight_share": self.max_weight_share is not None,
                 "max_update_norm": self.max_update_norm is not None,
@@ -644,21 +655,57 @@ class FedAvg(flower.FedAvg):
             },
             method=self.method,
         )
+        if self.patient_noise is not None and self.secure_weighting != EXAMPLES:
+            raise setting_error(
+                f'local-steps must not be 1 with {type(self).__name__}, secure="sum" and '
+                'privacy="patient": each patient then counts the same, whatever the weights of '
+                "hospitals are; take FedAvg, or more local-steps",
+                "local-steps",
+            )
+
+    @property
+    def _known(self) -> type[FedAvg]:
+        """The class whose rounds are known to work on sums, if a subclass leaves them."""
+        return FedAvg
+
+    @property
+    def secure_noise(self) -> Declared | None:
+        """The noise of which each hospital adds a share to a secure sum; None if there is none."""
+        return self.patient_noise
 
     @property
     def secure_weighting(self) -> str | None:
         """How hospitals are weighted in a secure sum; None if that needs single replies."""
         return EXAMPLES if type(self).weigh is FedAvg.weigh else None
 
+    def secure_sums(self, grid: Grid, run: str, timeout: float, simulated: bool) -> SecureSums:
+        """Return the secure sums of a run: the same object as long as it is the same run.
+
+        Parameters
+        ----------
+        grid : Grid
+        run : str
+            Name of the run.
+        timeout : float
+            Seconds to wait in each exchange beside the first.
+        simulated : bool
+            Whether the books of the hospitals lie in the run folder.
+        """
+        known = self._sums
+        if known is None or known.grid is not grid or known.run != run:
+            folder = None if self.folder is None else self.folder.path
+            books = None if folder is None or not simulated else folder / SECURE
+            known = SecureSums(grid, self.inbox, run, timeout, books, folder, self.grace)
+            self._sums = known
+        return known
+
     def _secure_rounds(self, grid: Grid, config: ConfigRecord) -> SecureRounds:
-        books = None
-        if self.folder is not None and (LEDGER_DIR in config or hasattr(grid, "in_process")):
-            books = self.folder.path / SECURE
+        simulated = LEDGER_DIR in config or hasattr(grid, "in_process")
         run = str(config.get(RUN_KEY, "")) or secrets.token_hex(8)
-        folder = None if self.folder is None else self.folder.path
-        sums = SecureSums(grid, self.inbox, run, self.run.timeout, books, folder)
+        sums = self.secure_sums(grid, run, self.run.timeout, simulated)
         by = self.secure_weighting or EXAMPLES
-        return SecureRounds(sums, self.secure_exponent, by, losses=True)
+        noise = self.secure_noise
+        return SecureRounds(sums, self.secure_exponent, by, not self.patients_hidden, noise)
 
     def _compare(self, server_round: int, arrays: ArrayRecord, figures: dict[str, Any]) -> None:
         """Compare the model of a round with the best so far, if a figure decides anything."""
@@ -976,6 +1023,9 @@ class FedAvg(flower.FedAvg):
     ) -> MetricRecord | None:
         """Screen the replies, average their metrics as Flower does, and add the pooled metrics."""
         phase = self.run.evaluated
+        if self.run.secure is not None and replies == []:
+            # Why is recorded; whether all sites failed alike is asked of the inbox.
+            return None
         admitted = self.inbox.admit(server_round, phase, replies, self.weighted_by_key, None)
         accepted = self.inbox.in_order(admitted)
         self.inbox.record(server_round, phase, accepted)

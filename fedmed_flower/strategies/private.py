@@ -1,4 +1,4 @@
-"""Differential privacy for whole hospitals: the server adds the noise."""
+"""Differential privacy for whole hospitals: the server adds the noise, or the hospitals do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.files import MALFORMED, RELEASES, read_file
 from fedmed_flower.privacy.accounting import Release, epsilon_of, require_release
 from fedmed_flower.privacy.noise import gaussian, secure_generator
+from fedmed_flower.secure.shares import HospitalNoise
 from fedmed_flower.server.run_folder import RunFolder
+from fedmed_flower.settings.secure import OFF, SUM
 from fedmed_flower.strategies.base import FedAvg
 from fedmed_flower.strategies.selection import Selection
 from fedmed_flower.strategies.server_optimizers import OPTIMISERS
@@ -64,6 +66,12 @@ class DPFedAvg(FedAvg):
     not protected. Patients are protected by training at the hospital, not here. Do without
     BatchNorm: its running variances get noise as other entries do and may turn negative.
 
+    With `secure` nobody need trust the server: each hospital clips its own change, and adds a share
+    of the noise to a secure sum (see `fedmed_flower.secure.shares`). All hospitals are then asked
+    in each round, and who takes part can be seen; what each of them adds is hidden, from the server
+    and from as many hospitals as may work with it. The mean is over those in the sum. A round that
+    is lost counts as released.
+
     With one of Flower's server optimisers: ``class DPFedAdam(DPFedAvg, flower.FedAdam)``.
 
     Parameters
@@ -93,6 +101,10 @@ class DPFedAvg(FedAvg):
         Standard deviation of the noise added to the count of unclipped updates. Above half of
         `noise_multiplier`, finite. None spends a tenth of the budget on it, or less if the standard
         deviation would be below a twentieth of the expected hospitals of a round.
+    secure : bool or {"none", "sum"}
+        Whether hospitals add the noise themselves, in secure sums. It excludes a `sampling_rate`
+        below 1, since the server draws the hospitals; `target_quantile`; and a `noise_multiplier`
+        of 0. `noise_multiplier` is that of the shares that nobody can subtract.
 
     Attributes
     ----------
@@ -123,9 +135,12 @@ class DPFedAvg(FedAvg):
         target_quantile: float | None = None,
         clip_norm_lr: float = 0.2,
         count_stddev: float | None = None,
+        secure: bool | str = OFF,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        if isinstance(secure, bool):
+            secure = SUM if secure else OFF
+        super().__init__(*args, secure=secure, **kwargs)
         require_release(sampling_rate, noise_multiplier)
         inside = _LEAST_NORM <= clipping_norm <= _MOST_NORM
         bound = f"at least {_LEAST_NORM:g} and at most {_MOST_NORM:g}"
@@ -164,6 +179,7 @@ class DPFedAvg(FedAvg):
         self.releases: Counter[Release] = Counter()
         self._drawn: int | None = None
         self._sample: list[int] = []
+        self.require_summable()
         reason = self.stop_reason()
         if reason is not None:
             raise InputError(reason)
@@ -240,9 +256,30 @@ class DPFedAvg(FedAvg):
             f"target_epsilon={self.target_epsilon}"
         )
 
+    def require_summable(self) -> None:
+        """Raise `InputError` if hospitals are to add the noise, and cannot by these arguments."""
+        super().require_summable()
+        if self.secure == OFF:
+            return
+        for name, wrong, bound in (
+            ("sampling_rate", self.sampling_rate < 1, "1: the server would draw the hospitals"),
+            ("target_quantile", self.target_quantile is not None, "None: the norm stays"),
+            ("noise_multiplier", not self.noise_multiplier > 0, "above 0"),
+        ):
+            _require(name, getattr(self, name), not wrong, f"{bound}, with secure")
+
+    @property
+    def secure_noise(self) -> HospitalNoise:
+        """The noise that hides each hospital; patients have that of each hospital beside it."""
+        return HospitalNoise(self.noise_multiplier, self.clipping_norm)
+
+    @property
+    def _known(self) -> type[FedAvg]:
+        return DPFedAvg
+
     def needed(self) -> int:
-        """Return 0: noise alone is released if nobody replied."""
-        return 0
+        """Return 0: noise alone is released if nobody replied. With `secure` that cannot be."""
+        return 0 if self.secure == OFF else 1
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -260,7 +297,11 @@ class DPFedAvg(FedAvg):
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         late = self._sample[len(messages) :]
         more = (Message(own_content(content), node, MessageType.TRAIN) for node in late)
-        return [*messages, *more]
+        asked = [*messages, *more]
+        if asked and self.secure == SUM:
+            # The sum is seen as it is opened, whatever becomes of it.
+            self._charge()
+        return asked
 
     def choose(
         self, nodes: Collection[int], count: int, server_round: int, training: bool
@@ -290,6 +331,9 @@ class DPFedAvg(FedAvg):
         self._drawn = None
         clipping_norm = self.clipping_norm
         arrays, metrics = super().aggregate_train(server_round, list(replies))
+        if arrays is None and self.secure == SUM:
+            # The sum is lost, and no round; what it cost stands in that of the next.
+            return None, None
         reported = {HOSPITAL_EPSILON: self.epsilon, "clipping-norm": clipping_norm}
         return arrays, MetricRecord(dict(metrics or {}) | reported)
 
@@ -302,15 +346,16 @@ class DPFedAvg(FedAvg):
             If updates hold NaN or infinite values, or values whose squares overflow. Nothing is
             released then.
         """
+        if self.secure == SUM:
+            # One update, the mean of clipped changes, has its noise from the hospitals.
+            return super().combine(updates, weights)
         updates.check()
         norms = updates.norms(double=True)
         overflowing = np.flatnonzero(~np.isfinite(norms))
         if overflowing.size:
             raise NotUsableError({int(k): OVERFLOW for k in overflowing})
         # Charged before anything is computed that could be seen: a crash must not lose the charge.
-        self.releases[self._release] += 1
-        if self.folder is not None:
-            self.folder.write(RELEASES, self._ledger())
+        self._charge()
         changes = updates.sum_of_changes(self.clipping_norm / np.maximum(norms, self.clipping_norm))
         std = self.sum_multiplier * self.clipping_norm
         # A new generator for each release: a copy of the strategy must not repeat the noise.
@@ -347,6 +392,12 @@ class DPFedAvg(FedAvg):
     @property
     def _release(self) -> Release:
         return Release(self.sampling_rate, self.noise_multiplier)
+
+    def _charge(self) -> None:
+        """Count the release of a round, in the run folder too."""
+        self.releases[self._release] += 1
+        if self.folder is not None:
+            self.folder.write(RELEASES, self._ledger())
 
     def _follow_quantile(
         self, norms: np.ndarray[Any, Any], quantile: float, generator: np.random.Generator

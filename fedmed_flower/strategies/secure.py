@@ -41,11 +41,12 @@ from fedmed_flower.secure.parts import (
     UNIFORM,
     figures_of,
 )
-from fedmed_flower.secure.record import DATA, TRAIN
+from fedmed_flower.secure.record import DATA, TRAIN, Record
 from fedmed_flower.secure.ring import FIXED, REAL, Layout, Part
+from fedmed_flower.secure.shares import Declared, Shares
 from fedmed_flower.server.secure import Opened, SecureSums, reply_of
 from fedmed_flower.settings.text import setting_error
-from fedmed_flower.wire import ALL_SITES
+from fedmed_flower.wire import ALL_SITES, RUN_KEY
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -72,38 +73,62 @@ class SecureRounds:
         How hospitals are weighted.
     losses : bool
         Whether the mean training loss is part of the sum.
+    noise : Declared, optional
+        The noise of which each hospital adds a share. All hospitals then weigh the same, and beside
+        the model nothing is summed.
     """
 
-    def __init__(self, sums: SecureSums, exponent: int, by: str, losses: bool) -> None:
+    def __init__(
+        self,
+        sums: SecureSums,
+        exponent: int,
+        by: str,
+        losses: bool,
+        noise: Declared | None = None,
+    ) -> None:
         self.sums = sums
         self.bound = 2.0**exponent
-        self.by = by
+        self.by = by if noise is None else UNIFORM
         self.losses = losses
+        self.noise = noise
         self.total = 0
         # What is summed in each phase of evaluation.
         self._layouts: dict[str, Layout] = {}
         # On which scores are counted; empty before the first evaluation.
         self._grids: list[Grid] = []
         self._lengths: deque[float] = deque(maxlen=_REMEMBERED)
+        self._sent: ArrayRecord | None = None
 
-    def begin(self, nodes: Collection[int], server_round: int) -> None:
+    def begin(self, nodes: Collection[int], server_round: int, minimum: int | None = None) -> None:
         """Greet nodes, and count all training rows once if the mean is weighted by them.
+
+        Parameters
+        ----------
+        nodes : collection of int
+        server_round : int
+        minimum : int, optional
+            As in `SecureSums.greet`. All are waited for if rows are to be counted, since no later
+            question about data is answered over other hospitals than the first.
 
         Raises
         ------
         SecureError
             If the rows cannot be counted.
         """
-        self.sums.greet(nodes, server_round)
-        if self.by == UNIFORM or self.total:
+        counted = self.by == UNIFORM or self.total > 0
+        self.sums.greet(nodes, server_round, minimum if counted else None)
+        if counted:
             return
         record = self.sums.record(nodes, _COUNT, DATA, 0, Layout((ROWS, ONES)), {})
         messages = [
-            Message(RecordDict(), node_id, f"{MessageType.QUERY}.{_COUNT}")
+            Message(
+                RecordDict({"config": ConfigRecord({RUN_KEY: self.sums.run})}),
+                node_id,
+                f"{MessageType.QUERY}.{_COUNT}",
+            )
             for node_id in self.sums.nodes_of(record)
         ]
         opened = self.sums.sum(messages, record, _COUNT, self.sums.timeout)
-        _require_ones(opened)
         self.total = int(opened.values[ROWS.name][0])
         if self.total < 1:
             raise SecureError("the hospitals have no training rows together")
@@ -133,14 +158,18 @@ class SecureRounds:
         inbox = self.sums.inbox
         nodes = {message.metadata.dst_node_id for message in messages}
         try:
-            self.begin(nodes, server_round)
+            self.begin(nodes, server_round, minimum)
+            nodes = self._answering(nodes, sent)
             weighting = {BY: self.by, TOTAL: self.total}
             layout = self._layout(sent, trained)
+            if self.noise is not None:
+                weighting = {BY: UNIFORM, **self.noise.weighting}
             record = self.sums.record(nodes, "train", TRAIN, server_round, layout, weighting)
+            if self.noise is not None:
+                record = _with_room(record, Shares.of(record, self.noise))
             asked = {*self.sums.nodes_of(record)}
             going = [message for message in messages if message.metadata.dst_node_id in asked]
             opened = self.sums.sum(going, record, "train", timeout, minimum, grace)
-            _require_ones(opened)
             model = self._model(opened, sent)
         except SecureError as error:
             inbox.fail(server_round, "train", ALL_SITES, f"the secure sum is lost: {error}")
@@ -149,7 +178,7 @@ class SecureRounds:
         if lost:
             text = f"the sum is without {', '.join(lost)}; the others count the same in its place"
             inbox.note(server_round, "train", ALL_SITES, text)
-        if clipped := int(opened.values[CLIPPED.name][0]):
+        if self.noise is None and (clipped := int(opened.values[CLIPPED.name][0])):
             text = (
                 f"{clipped} changes of weights were cut to {self.bound:g} or were no numbers: "
                 "raise secure-exponent, or train less in a round"
@@ -157,7 +186,9 @@ class SecureRounds:
             inbox.note(server_round, "train", ALL_SITES, text)
         examples = self.total if self.by == EXAMPLES else len(opened.members)
         metrics = MetricRecord({"num-examples": examples})
-        if self.losses:
+        if self.noise is not None:
+            metrics.update(self.noise.spent(server_round))
+        elif self.losses:
             metrics["loss"] = float(opened.values[LOSS][0] / opened.share)
         content = RecordDict({"arrays": model, "metrics": metrics, "config": ConfigRecord()})
         return [reply_of(opened, MessageType.TRAIN, content, inbox)]
@@ -200,6 +231,11 @@ class SecureRounds:
         """Return the total of each figure, with scores on grids that resolve them.
 
         If the grids of the evaluation before do not, hospitals are asked once more.
+
+        Raises
+        ------
+        SecureError
+            If a sum cannot be opened, or is of too few hospitals.
         """
         nodes = {message.metadata.dst_node_id for message in messages}
         for _ in range(_MOST_GRIDS):
@@ -222,7 +258,6 @@ class SecureRounds:
                 self._layouts[phase] = self.sums.figures(going, server_round)
                 record = replace(record, layout=self._layouts[phase])
             opened = self.sums.sum(going, record, phase, timeout, whole=True)
-            _require_ones(opened)
             figures = self._counted(opened)
             finer = finer_grids(figures, self._grids)
             if finer is None:
@@ -231,6 +266,8 @@ class SecureRounds:
             self._grids = finer
         else:
             self._grids = before
+            text = "scores lie so close together that their AUC and precision are rough"
+            self.sums.inbox.note(server_round, phase, ALL_SITES, text)
         return figures, opened
 
     def _counted(self, opened: Opened) -> dict[str, NDArray[Any]]:
@@ -241,14 +278,29 @@ class SecureRounds:
         SecureError
             If fewer hospitals have figures than a sum must be of.
         """
-        figures = figures_of(opened.record.layout, opened.values)
+        record = opened.record
         told = int(opened.values[TOLD.name][0])
-        if told < opened.record.needed:
+        # Those that tell their own figures do not hide the others.
+        tellers = sum(record.hello_of(name).tells for name in opened.members)
+        needed = max(record.needed, record.least + record.colluders + tellers)
+        if told < needed:
             raise SecureError(
-                f"{told} of {len(opened.members)} hospitals have enough patients, and "
-                f"{opened.record.needed} must add figures: the sum is not used"
+                f"{told} of {len(opened.members)} hospitals have enough patients, and {needed} "
+                "must add figures: the sum is not used"
             )
-        return figures
+        return figures_of(record.layout, opened.values)
+
+    def _answering(self, nodes: set[int], sent: ArrayRecord) -> set[int]:
+        """Return the nodes to ask for a model.
+
+        If a round with the same model was lost after a hospital had settled on a set, it answers
+        for no other set: the hospitals of that one are asked, if all are there.
+        """
+        if sent is not self._sent:
+            self._sent = sent
+            self.sums.bound = frozenset()
+        bound = self.sums.bound_nodes
+        return bound if bound and bound <= nodes else nodes
 
     def _layout(self, sent: ArrayRecord, trained: Collection[str]) -> Layout:
         parts = []
@@ -256,8 +308,13 @@ class SecureRounds:
             values = view(array)
             if not kernels.is_floating(values.dtype):
                 continue
-            kind, bound = (FIXED, self.bound) if key in trained else (REAL, _REAL_BOUND)
+            if self.noise is not None and not self.noise.buffers and key not in trained:
+                continue
+            fixed = key in trained or self.noise is not None
+            kind, bound = (FIXED, self.bound) if fixed else (REAL, _REAL_BOUND)
             parts.append(Part(f"{MODEL}{key}", values.size, kind, bound))
+        if self.noise is not None:
+            return Layout((*parts, ONES))
         tail = [ONES, CLIPPED]
         if self.losses:
             tail.append(Part(LOSS, 1, REAL, _REAL_BOUND))
@@ -293,13 +350,22 @@ class SecureRounds:
         return model
 
 
-def _require_ones(opened: Opened) -> None:
-    """Raise `SecureError` if a mask was wrong: each hospital has added a one."""
-    found = int(opened.values[ONES.name][0])
-    if found != len(opened.members):
-        raise SecureError(
-            f"the sum is not one of {len(opened.members)} hospitals: a mask was wrong"
-        )
+def _with_room(record: Record, shares: Shares) -> Record:
+    """Return a record whose layout leaves room for the noise of all hospitals.
+
+    Raises
+    ------
+    SecureError
+        If hospitals would refuse it.
+    """
+    parts = record.layout.parts
+    layout = Layout(
+        tuple(replace(part, sigma=shares.total) if part.kind == FIXED else part for part in parts)
+    )
+    for part in layout.parts:
+        if part.kind == FIXED:
+            shares.require_room(part)
+    return replace(record, layout=layout)
 
 
 # What a strategy must not define anew: a sum is one reply, and whoever made it is not known.

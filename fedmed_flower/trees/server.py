@@ -20,6 +20,7 @@ from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.server.screening import metrics_of, with_shared_metrics
 from fedmed_flower.settings.plan import Plan, refuse_evaluation
 from fedmed_flower.settings.privacy import PrivacySettings
+from fedmed_flower.settings.secure import refuse_sums
 from fedmed_flower.settings.text import expand, setting_error
 from fedmed_flower.strategies.base import EvaluateFn, FedAvg
 from fedmed_flower.trees.client import TreeClient, as_trees
@@ -115,6 +116,7 @@ def grow(
             "compression",
         )
     refuse_evaluation(config, "grows trees")
+    refuse_sums(config, "grows trees")
     if plan.init_from:
         raise setting_error(
             "init-from needs a network, and this app grows trees: leave it out", "init-from"

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedmed_flower.cli.main import app
-from fedmed_flower.secure.book import SecureBook
+from fedmed_flower.secure.book import Peer, SecureBook
 from fedmed_flower.secure.encoding import SecureError
 from fedmed_flower.secure.identity import Identity, fingerprint, key_text
 from fedmed_flower.secure.study import Peers, Study
@@ -403,8 +403,8 @@ def book(tmp_path):
     made = SecureBook(path, Identity.create(key, "a").id)
     made.begin("run", "data", b"question", b"digest", [*"abc"], b"kept")
     made.settle(b"digest", [*"abc"])
-    made.peer_rows("b", 9)
-    made.peer_rows("c", 9)
+    made.note_peers([Peer("b", 9)])
+    made.note_peers([Peer("c", 9)])
     return path, key
 
 
@@ -426,8 +426,8 @@ def test_questions_about_data_go_to_another_set_after_regroup(file, book):
     made.begin(*asked)
     # The groups stay, and a member's book may be any.
     assert file.read_bytes() == before
-    made.peer_rows("b", 1)
-    made.peer_rows("c", 1)
+    made.note_peers([Peer("b", 1)])
+    made.note_peers([Peer("c", 1)])
 
 
 def test_the_book_of_one_member_alone_is_accepted(file, book):
@@ -435,9 +435,9 @@ def test_the_book_of_one_member_alone_is_accepted(file, book):
     pinned(file, "abc")
     assert keys("regroup", file, "--book", path, "--key", key, "--accept", "b")[0] == 0
     made = SecureBook(path, Identity.load(key).id)
-    made.peer_rows("b", 1)
+    made.note_peers([Peer("b", 1)])
     with pytest.raises(SecureError, match="the book of c has 1 rows and had 9"):
-        made.peer_rows("c", 1)
+        made.note_peers([Peer("c", 1)])
 
 
 def test_a_book_that_was_lost_is_made_anew(file, book):

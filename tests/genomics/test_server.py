@@ -655,6 +655,8 @@ def test_a_study_whose_sites_all_fail_leaves_a_folder_that_says_so(world, tmp_pa
          "hospitals with a budget decline" + see("privacy")),
         ({"evaluate": "x"}, "evaluate tests a network, and this app tests variants"
          + see("evaluate")),
+        ({"secure": "sum"}, 'secure="sum" trains a network, and this app tests variants, for which '
+         "hospitals would have to send their own figures: leave it out" + see("secure")),
         ({"test": "logistic", "components": 51}, "components must be from 0 to 50, got 51"),
         ({"test": "logistic", "components": 45}, "45 components cannot be made of 40 common "
          "variants that every hospital reports, and of 220 people: choose fewer components"),

@@ -12,6 +12,8 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+from fedmed_flower.engines.processes import family, living
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "deployment" / "deploy.py"
 
 ECHO_CLIENT = """
@@ -64,6 +66,40 @@ class Deployment:
     def kill(self, name: str) -> None:
         """End a process as a power cut would."""
         os.kill(self.processes[name]["pid"], signal.SIGKILL)
+
+    def cut(self, name: str) -> None:
+        """End a hospital's SuperNode and all that it has started, as a power cut would."""
+        for pid in family({self.processes[name]["pid"]}, living()):
+            os.kill(pid, signal.SIGKILL)
+
+    def restart(self, name: str, command: list[str], environment: dict[str, str]) -> None:
+        """Start a hospital's SuperNode again; the SuperLink must know that it was gone.
+
+        Parameters
+        ----------
+        name : str
+        command, environment
+            As `started` returned them while it ran.
+        """
+        with (self.directory / "logs" / f"{name}.log").open("a") as log:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        processes = self.processes
+        processes[name]["pid"] = process.pid
+        (self.directory / "processes.json").write_text(json.dumps(processes))
+
+    def started(self, name: str) -> tuple[list[str], dict[str, str]]:
+        """Return the command by which a process was started, and its environment."""
+        folder = Path("/proc") / str(self.processes[name]["pid"])
+        command = (folder / "cmdline").read_text().rstrip("\0").split("\0")
+        variables = (folder / "environ").read_text().rstrip("\0").split("\0")
+        return command, dict(text.split("=", 1) for text in variables)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from tiny import TinyClient, ask, bits, context_of, says
 from fedmed_flower.data.site import simulation
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.privacy.accounting import Release, epsilon_of
-from fedmed_flower.privacy.ledger import Ledger, Limit
+from fedmed_flower.privacy.ledger import TRAIN, Ledger, Limit, purpose_in_sums
 
 STEP, COUNT = Release(0.1, 2.0), Release(1.0, 10.0)
 NOBODY = 65534
@@ -723,8 +723,10 @@ def test_who_was_trained_on_with_noise_is_known_and_who_was_only_counted_is_not(
     ledger = Ledger(path)
     charge(ledger, [1, 2], STEP)
     charge(ledger, [3], COUNT, purpose="val counts")
-    found = [ledger.has_trained(names) for names in (["1"], [2, 9], [3], [9])]
-    assert found == [True, True, False, False]
+    charge(ledger, [4], COUNT, purpose="train counts")
+    charge(ledger, [5], STEP, purpose=purpose_in_sums(TRAIN, 4))
+    found = [ledger.has_trained(names) for names in (["1"], [2, 9], [3], [9], [4], [5])]
+    assert found == [True, True, False, False, False, True]
 
 
 def test_so_many_runs_begin_a_day_and_no_more(path):

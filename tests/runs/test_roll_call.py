@@ -2,12 +2,14 @@ import io
 import json
 import struct
 import zlib
+from dataclasses import replace
 
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
+from tables import holding, predicting, run_tables
 from tiny import TinyClient, fixed, make_rows, model_arrays, nodes_of, run_tiny, says
 
 from fedmed_flower import SiteData
@@ -570,3 +572,62 @@ def test_a_newcomer_with_the_name_of_a_connected_site_is_another_one():
     sites = roll_call(grid, 9)
     grid.answers[5] = about("north")
     assert call_newcomers(grid, sites, 9) == {"north (node 5)": None}
+
+
+# Without figures ----------------------------------------------------------------------------------
+
+
+def unnumbered(name="north", **filled):
+    """Return the answer of a hospital that tells which splits have rows, and no number."""
+    content = about(name)
+    del content["metrics"]
+    content["filled"] = ConfigRecord({"train": True, "val": True, "test": True} | filled)
+    return content
+
+
+def test_a_hospital_without_numbers_takes_part_and_has_none(caplog):
+    grid = Answers(unnumbered("east"), unnumbered("north", train=False), about("south"))
+    sites = roll_call(grid, 1)
+    assert sites.rows() == {
+        "east": {},
+        "north": {"train": 0},
+        "south": {"train": 4, "val": 2, "test": 3},
+    }
+    assert sites.trainers() == {1, 3}
+    assert sites.only() == {1, 3}
+    with caplog.at_level("INFO", "flwr.fedmed"):
+        sites.write_log()
+    assert "no rows in the train split at north" in caplog.messages
+    assert "east: counts withheld (secure sums)" in caplog.messages
+    assert "south: 4 train, 2 val, 3 test" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("filled", "reason"),
+    [
+        ({"train": 60}, "TypeError whether a split has rows must be true or false"),
+        ({"train": "yes"}, "TypeError whether a split has rows must be true or false"),
+    ],
+)
+def test_a_number_in_place_of_whether_a_split_has_rows_is_malformed(filled, reason):
+    with pytest.raises(InputError, match=says(f"malformed answer: {reason}")):
+        roll_call(Answers(unnumbered(**filled)), 1)
+
+
+def test_a_run_by_secure_sums_knows_no_number_of_rows(tmp_path, caplog):
+    def without_test_rows(data):
+        return replace(data, test=[])
+
+    client = holding({2: without_test_rows}, predicting("binary"))
+    with caplog.at_level("INFO", "flwr.fedmed"):
+        _, summary = run_tables(
+            tmp_path / "run", client, 5, secure="sum", preparation="declared", num_server_rounds=1
+        )
+    assert summary["sites"] == {f"hospital-{n}": {"test": 0} if n == 3 else {} for n in range(1, 6)}
+    assert "hospital-1: counts withheld (secure sums)" in caplog.messages
+    assert "no rows in the test split at hospital-3" in caplog.messages
+    assert {*summary["sent"]["describe"]["hospital-1"]} >= {"filled.train", "site.name"}
+    assert not any("metrics" in key for key in summary["sent"]["describe"]["hospital-1"])
+    shown = (tmp_path / "run" / "report.html").read_text()
+    text = "Numbers of records are withheld (secure sums): hospital-1, hospital-2, hospital-3"
+    assert text in shown

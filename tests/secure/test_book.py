@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedmed_flower.errors import FormatError, InputError
-from fedmed_flower.secure.book import Change, SecureBook, secure_path
+from fedmed_flower.secure.book import Change, Peer, SecureBook, secure_path
 from fedmed_flower.secure.encoding import SecureError
 
 FORK = multiprocessing.get_context("fork")
@@ -262,30 +262,62 @@ class TestOneQuestionOneSet:
 class TestPeers:
     def test_a_count_that_fell_is_refused(self, book):
         for rows in (0, 5, 5, 9):
-            book.peer_rows("south", rows)
-        book.peer_rows("north", 3)
-        assert refused(book.peer_rows, "south", 8) == (
+            book.note_peers([Peer("south", rows)])
+        book.note_peers([Peer("north", 3)])
+        assert refused(book.note_peers, [Peer("south", 8)]) == (
             "the book of south has 8 rows and had 9: it is lost or was restored from a copy, so it "
             "may answer one question over two sets: ask south what happened, then accept its book "
-            "with `fedmed keys regroup`"
+            "with `fedmed keys regroup`; if two runs began at once, begin this one again"
         )
-        book.peer_rows("south", 9)
+        book.note_peers([Peer("south", 9)])
+
+    def test_another_book_is_refused_until_regroup(self, book):
+        book.note_peers([Peer("south", 5, "first")])
+        assert "south has another book than before" in refused(
+            book.note_peers, [Peer("south", 9, "second")]
+        )
+        book.regroup(["south"])
+        book.note_peers([Peer("south", 1, "second")])
+
+    def test_messages_of_two_runs_may_be_read_in_any_order(self, book):
+        book.note_peers([Peer("south", 5, mark=b"key one")], "one")
+        book.note_peers([Peer("south", 6, mark=b"key two")], "two")
+        book.note_peers([Peer("south", 8, mark=b"second")], "two", reply=True)
+        book.note_peers([Peer("south", 7, mark=b"first")], "one", reply=True)
+        book.note_peers([Peer("south", 5, mark=b"key one")], "one")
+        again = [Peer("south", 7, mark=b"other")]
+        assert "has 7 rows and had 7" in refused(book.note_peers, again, "one", True)
+        late = [Peer("south", 8, mark=b"key")]
+        assert "has 8 rows and had 8" in refused(book.note_peers, late, "one")
+
+    def test_of_several_peers_none_is_noted_if_one_is_refused(self, book):
+        book.note_peers([Peer("south", 5)])
+        rows = book.rows
+        both = [Peer("north", 5), Peer("south", 4)]
+        assert "book of south" in refused(book.note_peers, both)
+        assert book.rows == rows
+        book.note_peers([Peer("north", 1)])
+
+    def test_each_book_has_an_id_of_its_own(self, book, tmp_path):
+        other = SecureBook(tmp_path / "other.secure", "me")
+        assert len(book.id) == 32
+        assert book.id == SecureBook(book.path, "me").id != other.id
 
     @pytest.mark.parametrize("rows", [-1, 2**63, True, 1.0, "3", None])
     def test_what_is_no_count(self, book, rows):
-        assert refused(book.peer_rows, "south", rows) == (
+        assert refused(book.note_peers, [Peer("south", rows)]) == (
             f"the row count of south must be a whole number, at least 0, got {rows!r}"
         )
 
     def test_regroup_accepts_one_or_all(self, book):
         for name in ("north", "south", "west"):
-            book.peer_rows(name, 9)
+            book.note_peers([Peer(name, 9)])
         book.regroup(["south"])
-        book.peer_rows("south", 1)
-        assert "book of north" in refused(book.peer_rows, "north", 1)
+        book.note_peers([Peer("south", 1)])
+        assert "book of north" in refused(book.note_peers, [Peer("north", 1)])
         book.regroup()
         for name in ("north", "west"):
-            book.peer_rows(name, 1)
+            book.note_peers([Peer(name, 1)])
 
 
 class TestRows:
@@ -301,8 +333,8 @@ class TestRows:
             (lambda: refused(book.settle, attempt(1), NO_WEST), 0),
             (lambda: refused(begin, book), 0),
             (book.changes, 0),
-            (lambda: book.peer_rows("south", 2), 1),
-            (lambda: book.peer_rows("south", 2), 0),
+            (lambda: book.note_peers([Peer("south", 2)]), 1),
+            (lambda: book.note_peers([Peer("south", 2)]), 0),
             (lambda: book.close_run("run"), 1),
             (lambda: book.close_run("run"), 0),
             (book.regroup, 1),
@@ -323,7 +355,7 @@ CALLS = {
     "begin": lambda book: begin(book, 9, question=OTHER),
     "kept": lambda book: book.kept(attempt(1)),
     "settle": lambda book: book.settle(attempt(1), ALL),
-    "peer_rows": lambda book: book.peer_rows("south", 2),
+    "note_peers": lambda book: book.note_peers([Peer("south", 2)]),
     "changes": lambda book: book.changes(),
     "close_run": lambda book: book.close_run("run"),
 }
@@ -393,10 +425,12 @@ class TestFailsClosed:
         copies = {file: file.read_bytes() for file in (path, head_of(path))}
         peer = SecureBook(tmp_path / "peer.secure", "peer")
         used.new_run_key("run", b"newer")
-        peer.peer_rows("me", used.rows)
+        peer.note_peers([Peer("me", used.rows)])
         for file, content in copies.items():
             file.write_bytes(content)
-        assert "the book of me has 3 rows and had 4" in refused(peer.peer_rows, "me", used.rows)
+        assert "the book of me has 3 rows and had 4" in refused(
+            peer.note_peers, [Peer("me", used.rows)]
+        )
 
     def test_the_head_is_an_older_copy(self, used, path):
         head = head_of(path).read_bytes()
@@ -467,7 +501,7 @@ class TestFailsClosed:
                 damaged[rng.randrange(len(damaged))] = rng.randrange(256)
             path.write_bytes(damaged)
             head_of(path).write_bytes(head)
-            for name in ("rows", "run_key", "kept", "settle", "changes", "peer_rows"):
+            for name in ("rows", "run_key", "kept", "settle", "changes", "note_peers"):
                 try:
                     CALLS[name](SecureBook(path, "me"))
                 except InputError:
@@ -569,7 +603,8 @@ class Model:
         self.rows += 1
         return None
 
-    def peer_rows(self, name, rows):
+    def note_peers(self, peers):
+        ((name, rows, *_),) = peers
         if rows < self.peers.get(name, -1):
             return "and had"
         if rows != self.peers.get(name):
@@ -600,7 +635,7 @@ def random_call(rng):
             ("new_run_key", run, rng.randbytes(8)),
             *[("begin", run, kind, question, digest, names, rng.randbytes(20))] * 4,
             *[("settle", digest, rng.choice([ALL, ALL, NO_SOUTH, NO_WEST]))] * 6,
-            ("peer_rows", rng.choice(ALL), rng.randrange(6)),
+            ("note_peers", [Peer(rng.choice(ALL), rng.randrange(6))]),
             *[("close_run", run)] * (rng.random() < 0.3),
             *[("regroup", rng.choice([(), ("south",)]))] * (rng.random() < 0.2),
         ]

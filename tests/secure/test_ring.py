@@ -341,9 +341,9 @@ def test_what_is_no_count_is_refused(values, text):
 @pytest.mark.parametrize(
     ("values", "weight", "text"),
     [
-        ({"w": np.zeros(2)}, 1.5, "weight must be from 0 to 1, got 1.5"),
-        ({"w": np.zeros(2)}, -0.1, "weight must be from 0 to 1, got -0.1"),
-        ({"w": np.zeros(2)}, math.nan, "weight must be from 0 to 1, got nan"),
+        ({"w": np.zeros(2)}, math.inf, "weight must be at least 0 and finite, got inf"),
+        ({"w": np.zeros(2)}, -0.1, "weight must be at least 0 and finite, got -0.1"),
+        ({"w": np.zeros(2)}, math.nan, "weight must be at least 0 and finite, got nan"),
         ({}, 1, "no values of part 'w'"),
         ({"w": np.zeros(2), "v": np.zeros(2)}, 1, "the layout has no part 'v'"),
         ({"w": np.zeros(3)}, 1, "part 'w' has 2 values, got 3"),

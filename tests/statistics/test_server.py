@@ -151,6 +151,13 @@ class TestSurvey:
             surveyed(Ward, Request(), tmp_path / "run", run_config={"evaluate": "runs/first"})
         assert not (tmp_path / "run").exists()
 
+    def test_a_survey_is_not_by_secure_sums(self, tmp_path):
+        text = 'secure="sum" trains a network, and this app asks for statistics, for which '
+        text += "hospitals would have to send their own figures: leave it out" + see("secure")
+        with pytest.raises(InputError, match=says(text)):
+            surveyed(Ward, Request(), tmp_path / "run", run_config={"secure": "sum"})
+        assert not (tmp_path / "run").exists()
+
     def test_names_that_are_markup(self, tmp_path):
         class Markup(Ward):
             def load_data(self, site):

@@ -16,7 +16,6 @@ from fedmed_flower.errors import DeclinedError
 from fedmed_flower.secure.identity import Identity, key_text
 from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.strategies import (
-    DPFedAvg,
     FedAdam,
     FedAvg,
     FedMedian,
@@ -106,10 +105,6 @@ def adam(**options):
     return FedAdam(eta=0.1, **options)
 
 
-def private(**options):
-    return DPFedAvg(noise_multiplier=1.0, clipping_norm=1.0, population_size=9, **options)
-
-
 def prox(**options):
     return FedProx(proximal_mu=0.5, **options)
 
@@ -188,8 +183,9 @@ def test_a_hospital_that_fails_is_left_out_and_named(tmp_path):
     (note,) = strategy.history.notes
     assert note.text == ("the sum is without hospital-2; the others count the same in its place")
     assert set(strategy.result.train_metrics_clientapp) == {1, 2}
-    sites = {row[2] for row in strategy.history.rows}
-    assert sites == {"sum of 5 hospitals", "sum of 4 hospitals", "all"}
+    assert {row[2] for row in strategy.history.rows} == {"all"}
+    sums = [(each.round, each.purpose, len(each.sites)) for each in strategy.history.sums]
+    assert sums == [(0, "count", 5), (1, "train", 5), (2, "train", 4)]
 
 
 def test_a_round_with_too_many_losses_leaves_the_model(tmp_path):
@@ -306,9 +302,7 @@ def test_real_hospitals_need_keys_and_keep_a_book(tmp_path):
         lambda **o: FedAvg(**o, **SUMS), TinyClient, tmp_path / "run", 3, 1, nodes=nodes
     )
     assert failures(strategy) == []
-    assert ("sum of 3 hospitals", "num-examples", 30.0) in {
-        row[2:] for row in strategy.history.rows
-    }
+    assert {each.sites for each in strategy.history.sums} == {("east", "north", "south")}
     books = list(tmp_path.glob("node-*/*.secure"))
     assert len(books) == 3
     assert all(book.stat().st_mode & 0o077 == 0 for book in books)
@@ -340,7 +334,8 @@ def test_a_hospital_may_answer_in_secure_sums_alone(tmp_path):
     nodes = nodes_of(tmp_path, "north", "south", "east", secure_only="train, evaluate")
     strategy = trained(FedAvg, TinyClient, tmp_path / "run", 3, 1, nodes=nodes)
     assert {reason for _, _, site, reason in failures(strategy) if site != "all"} == {
-        'declined: train is answered in secure sums alone (set secure="sum")'
+        "declined: train would tell this hospital's own figures, which leave in secure sums alone: "
+        'ask for it by secure="sum" in the run config'
     }
 
 
@@ -348,10 +343,6 @@ def test_a_hospital_may_answer_in_secure_sums_alone(tmp_path):
     ("make", "text"),
     [
         (FedMedian, "excludes FedMedian, whose rule needs single replies: take FedAvg, FedProx, "),
-        (
-            lambda **o: DPFedAvg(noise_multiplier=1.0, clipping_norm=1.0, population_size=9, **o),
-            "excludes DPFedAvg",
-        ),
         (lambda **o: WeightedFedAvg(weights="inverse-loss", **o), "excludes WeightedFedAvg"),
         (lambda **o: FedAvg(max_weight_share=0.5, **o), "excludes max_weight_share: the server"),
         (lambda **o: FedAvg(max_update_norm=2.0, **o), "excludes max_update_norm: the server"),

@@ -426,6 +426,11 @@ def test_without_xgboost(tmp_path, monkeypatch):
             f"evaluate tests a network, and this app grows trees{see('evaluate')}",
         ),
         (
+            {"secure": "sum"},
+            'secure="sum" trains a network, and this app grows trees, for which hospitals would '
+            f"have to send their own figures: leave it out{see('secure')}",
+        ),
+        (
             {"init_from": "runs/first"},
             "init-from needs a network, and this app grows trees: leave it out",
         ),

@@ -63,6 +63,8 @@ MESSAGE_KEYS = {
     "request": ("", "{", "[]"),
     "squares": (True,),
     "offset": (0, -1),
+    "columns": ([], ["age"], "age"),
+    "means": ([], [50.0], [1, 2], "much"),
     AGREED: ("", "{}", '{"means": {}}'),
     FROZEN: ("", "abc"),
     LEDGER_DIR: ("/nowhere",),
@@ -163,7 +165,18 @@ def values_of(default):
     if isinstance(default, float):
         odd = (0.0, -1.0, float("nan"), float("inf"), 5e-324, 1e-320, 1e300)
         return st.sampled_from([1.0, 0.5, 0.01, default]) | st.sampled_from(odd) | wrong
-    texts = ("auto", "none", "patient", "mean", "site", "federated", "declared", "mlp", "sgd")
+    texts = (
+        "auto",
+        "none",
+        "patient",
+        "sum",
+        "mean",
+        "site",
+        "federated",
+        "declared",
+        "mlp",
+        "sgd",
+    )
     texts += (
         "cosine",
         "cox",

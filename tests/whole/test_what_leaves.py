@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import FedXgbBagging
 from flwr.supercore.task_identity import TaskIdentity
 from forests import DECLARED, Hospital
 from hospitals import BUDGET, CLIENTS, Images, Masks, Table, hospital
+from key_files import make_hospitals
 from studies import World, study
 from surveys import Ward, surveyed
 from tables import TinyTable, predicting
@@ -24,13 +25,19 @@ from tiny import CONFIG, context_of
 from fedmed_flower import federate, run_local
 from fedmed_flower.data.site import SPLITS
 from fedmed_flower.engines.local import LocalGrid
+from fedmed_flower.secure.encoding import SecureError
+from fedmed_flower.secure.parts import ONES
+from fedmed_flower.secure.record import DATA, TRAIN
+from fedmed_flower.secure.ring import Layout
+from fedmed_flower.server.inbox import Inbox
+from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.statistics.request import Request
 from fedmed_flower.strategies import FedAvg, FedProx
 from fedmed_flower.trees.server import grow
 from fedmed_flower.wire import MESSAGE_VERSION, MESSAGES, NEVER, REPLIES, keys_of, read_error
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "reference" / "what-travels.md"
-WAYS = {"plain", "bounded", "known", "noised", "never"}
+WAYS = {"plain", "bounded", "known", "noised", "masked", "never"}
 # So that figures of the small hospitals here leave.
 FEW = {"min-train-patients": 2, "min-evaluated-patients": 2, "min-cell-count": 2}
 FEW |= {"share-components": True}
@@ -45,7 +52,8 @@ def leaving(private):
 def generic(reply, content):
     """Return the keys of a reply as the table has them."""
     keys = keys_of(reply, content)
-    return {("any" if key.startswith("site.") else reply, key) for key in keys}
+    common = {entry.key for entry in REPLIES if entry.reply == "any"}
+    return {("any" if key in common else reply, key) for key in keys}
 
 
 def ask(client, kind, context, arrays, config, beside=None):
@@ -78,6 +86,12 @@ class Learning(Table):
     """A table of whose categories nothing is declared."""
 
     schema = replace(Table.schema, categories={})
+
+
+class Declared(TinyTable):
+    """A table of which everything is declared."""
+
+    schema = replace(TinyTable.schema, categories={"sex": ("f", "m"), "ward": ("a", "b", "c")})
 
 
 class Unmeasured(Table):
@@ -121,11 +135,57 @@ def all_keys(private):
             one = {"run-key": "one run"}
             ask_all(client, node, run | network(4), arrays, found, ["train"], **one)
         ask_all(Unmeasured, node, run, arrays, found, ["query.describe"])
+        withheld = node | {"secure-only": "describe"}
+        ask_all(Table, withheld, run, arrays, found, ["query.describe"])
         ask_all(Learning, node, {"preparation": "federated"}, arrays, found, ["query.contribution"])
         for task in ("continuous", "count"):
             client = predicting(task)
             model = client(context_of(node_config=node, **run)).build_model()
             ask_all(client, node, run, ArrayRecord(model.state_dict()), found)
+    return found
+
+
+def summed(folder, private):
+    """Return the keys of all replies of real hospitals in secure sums."""
+    found = {}
+    nodes = make_hospitals(folder, ["east", "north", "south"])
+    for node in nodes.values():
+        node |= FEW | (BUDGET if private else {})
+    config = CONFIG | {"secure": "sum", "local-steps": 4, "batch-size": 16}
+    config |= {"preparation": "declared"} | (PRIVATE | {"target-epsilon": 1e6} if private else {})
+    good = Declared.client_app()
+
+    def watched(message, context):
+        reply = good(message, context)
+        kind = message.metadata.message_type.removeprefix("query.")
+        if reply.has_error():
+            found.setdefault("errors", set()).add(read_error(reply.error.reason)[1])
+        else:
+            for key in generic(kind, reply.content):
+                found.setdefault(key, set()).add("summed")
+        return reply
+
+    def ask_for_sums(grid, context):
+        torch.manual_seed(0)
+        arrays = ArrayRecord(Declared(context).build_model().state_dict())
+        sums = SecureSums(grid, Inbox(), "one run", 60.0)
+        sums.greet(grid.get_node_ids(), 1)
+        for kind in ("train", "evaluate", "query.count", "query.contribution"):
+            purpose = kind.removeprefix("query.")
+            rule = TRAIN if purpose == "train" else DATA
+            record = sums.record(grid.get_node_ids(), purpose, rule, 1, Layout((ONES,)), {})
+            content = RecordDict({} if kind.startswith("query.") else {"arrays": arrays})
+            content["config"] = ConfigRecord({"server-round": 1, "run-key": "one run"})
+            messages = [Message(content, node, kind) for node in sums.nodes_of(record)]
+            if private and purpose == "contribution":
+                with pytest.raises(SecureError):
+                    sums.sum(messages, record, purpose, 60.0)
+            else:
+                assert len(sums.sum(messages, record, purpose, 60.0).members) == 3
+
+    server = ServerApp()
+    server.main()(ask_for_sums)
+    run_local(server, watched, 3, run_config=config, node_configs=list(nodes.values()))
     return found
 
 
@@ -193,20 +253,30 @@ def listed(name, key):
     return f"{name}.{key}"
 
 
-def federated(folder, strategy=None, **more):
+class Losing(Declared):
+    """The training of one hospital fails, after it has answered everything else."""
+
+    def fit(self, model, prepared, seed):
+        if self.site.index == 4:
+            raise ValueError("a broken disk")
+        return super().fit(model, prepared, seed)
+
+
+def federated(folder, strategy=None, client=TinyTable, num_sites=2, **more):
     server = ServerApp()
 
     @server.main()
     def main(grid, context):
         made = FedProx(proximal_mu=0.1) if strategy is None else strategy
-        federate(made, grid, context, TinyTable(context))
+        federate(made, grid, context, client(context))
 
     settings = CONFIG | {"run-dir": str(folder), "num-server-rounds": 1, "baselines": True}
     settings |= {"personal-epochs": 1, "pictures": 1, "preparation": "federated"}
     settings |= {"tabular-network": "mlp", "trainable": "0.*"} | more
-    run_local(server, TinyTable.client_app(), 2, run_config=settings)
+    run_local(server, client.client_app(), num_sites, run_config=settings)
 
 
+SUMMED = {"secure": "sum", "baselines": False, "personal-epochs": 0, "pictures": 0}
 KEPT = {"method": "scaffold", "keep": "0.bias", "optimizer": "sgd", "personal-epochs": 0}
 
 
@@ -234,6 +304,7 @@ def test_a_server_sends_what_the_table_lists_and_nothing_else(tmp_path, monkeypa
         lambda: federated(tmp_path / "network"),
         lambda: federated(tmp_path / "method", FedAvg(), **KEPT),
         lambda: federated(tmp_path / "code", compression="top-k"),
+        lambda: federated(tmp_path / "summed", FedAvg(), Losing, 5, **SUMMED),
         lambda: grown(tmp_path / "trees"),
         lambda: studied(tmp_path / "genomes"),
         lambda: surveyed(Ward, Request(), tmp_path / "survey"),
@@ -247,6 +318,8 @@ def test_a_server_sends_what_the_table_lists_and_nothing_else(tmp_path, monkeypa
 @pytest.mark.parametrize("private", [False, True])
 def test_the_table_lists_all_that_leaves_and_nothing_else(tmp_path, private):
     found = all_keys(private) | genomes(tmp_path, private)
+    for key, clients in summed(tmp_path / "summed", private).items():
+        found[key] = found.get(key, set()) | clients
     errors = found.pop("errors", set())
     assert all(text.startswith("declined: ") for text in errors), errors
     assert sorted(found.keys() - leaving(private)) == []
@@ -258,7 +331,8 @@ def test_whatever_carries_no_noise_is_known_where_there_is_a_budget():
     about = ("name", "simulated", "data", "generated", "version")
     names = {("any", f"site.{key}") for key in about}
     # Empty lists: no picture is drawn.
-    assert plain == names | {("pictures", "pictures.titles"), ("pictures", "pictures.images")}
+    pictures = {("pictures", "pictures.titles"), ("pictures", "pictures.images")}
+    assert plain == names | pictures | {("any", "secure.letter")}
     with hospital("as it is") as node:
         for client in (Images, Masks):
             arrays = ArrayRecord(model_of(client, OUTPUTS[client]).state_dict())
@@ -270,7 +344,7 @@ def test_whatever_carries_no_noise_is_known_where_there_is_a_budget():
 
 # Numbers of rows; variants' own names. An update, and sums by which a hospital has agreed to let
 # genotypes be computed, no book can bind: docs/explanation/privacy.md says so.
-WITHOUT_BOOK = {"describe", "variants", "train", "loadings", "scores"}
+WITHOUT_BOOK = {"describe", "variants", "train", "loadings", "scores", "figures"}
 
 
 def test_whatever_is_answered_without_noise_is_in_the_book(tmp_path, monkeypatch):
