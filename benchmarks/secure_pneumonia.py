@@ -51,7 +51,6 @@ SETTINGS: dict[str, Any] = {
     "pictures": 0,
 }
 PLAIN: dict[str, Any] = {
-    "num-server-rounds": 10,
     "local-epochs": 1,
     "batch-size": 32,
     "optimizer": "adam",
@@ -68,7 +67,6 @@ PRIVATE: dict[str, Any] = {
     "optimizer": "sgd",
     "batch-size": 235,
     "learning-rate": 1.0,
-    "num-server-rounds": 60,
 }
 SUM = {"secure": "sum"}
 TABLES = ("sums", "shares")
@@ -159,8 +157,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=5, help="of a run without privacy")
-    parser.add_argument("--steps", type=int, default=40, help="rounds of one step, with privacy")
+    parser.add_argument("--rounds", type=int, default=4, help="of a run without privacy")
+    parser.add_argument("--steps", type=int, default=12, help="rounds of one step, with privacy")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     documented.add_options(parser)
