@@ -221,6 +221,7 @@ class Member:
         rules = replace(record, layout=Layout(()))
         kept: dict[str, Value] = {"record": rules.to_bytes(), "seed": own_seed}
         kept["shares"] = shares[record.coordinate(name) - 1].tobytes()
+        kept["fingerprint"] = record.fingerprint
         self.book.begin(
             record.run,
             record.kind,
@@ -253,9 +254,9 @@ class Member:
         SecureError
             If the set is not one that this hospital may sign, or not the one that it has signed.
         """
-        record, _ = self._begun(digest)
+        record, kept = self._begun(digest)
         remaining = self._remaining(record, members)
-        self._settle(record, digest, remaining)
+        self._settle(record, digest, remaining, kept)
         return self.identity.sign("alive", certified(digest, remaining))
 
     def unmask(
@@ -308,7 +309,7 @@ class Member:
             shares[peer], book, rows = _inside(inside, peer, len(record.names))
             peers.append(Peer(peer, rows, book, digest))
         self.book.note_peers(peers, record.run, reply=True)
-        self._settle(record, digest, remaining)
+        self._settle(record, digest, remaining, kept)
         lost = [peer for peer in record.names if peer not in remaining]
         answer: dict[str, Value] = {
             "self": {peer: shares[peer][:SEED_BYTES] for peer in remaining},
@@ -320,10 +321,13 @@ class Member:
         }
         return encoded(answer)
 
-    def _settle(self, record: Record, digest: bytes, remaining: Sequence[str]) -> None:
+    def _settle(
+        self, record: Record, digest: bytes, remaining: Sequence[str], kept: Mapping[str, Any]
+    ) -> None:
         """Write down the set for which this hospital stands, before it says so."""
         self.book.settle(digest, remaining)
-        self._note(record, "opened", members=list(remaining))
+        # What is kept of the record is not all of it.
+        self._note(record, "opened", digest=kept["fingerprint"], members=list(remaining))
 
     def _note_told(
         self, record: Record, about: Mapping[str, Value], asked: Mapping[str, Value]

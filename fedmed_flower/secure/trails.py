@@ -79,9 +79,12 @@ class _Trail:
     label : str
         Name of the trail in the texts.
     entries : sequence of Entry
+    questions : mapping of str to str
+        By the digest of a record, the question that a hospital had with it. A server does not know
+        the whole question, which holds the hospitals' code.
     """
 
-    def __init__(self, label: str, entries: Sequence[Entry]) -> None:
+    def __init__(self, label: str, entries: Sequence[Entry], questions: Mapping[str, str]) -> None:
         self.label = label
         self.entries = entries
         about = entries[0].about if entries and entries[0].kind == KEY else {}
@@ -90,7 +93,8 @@ class _Trail:
         self.heads = {entry.head.hex() for entry in entries}
         self.runs = {run for run, _ in rounds_of(entries)}
         self.masked = {entry.about["digest"] for entry in entries if entry.kind == "masked"}
-        self.told = [_told(entry) for entry in entries if entry.kind == "sent"]
+        known = questions if self.role == SERVER else {}
+        self.told = [_told(entry, known) for entry in entries if entry.kind == "sent"]
         self.opened = [entry for entry in entries if entry.kind == "opened"]
         self._at: dict[Place, _Contents] = {}
         for told in self.told:
@@ -125,7 +129,11 @@ def compare(chains: Mapping[str, Sequence[Entry]]) -> list[str]:
     list of str
         A sentence for each thing that differs; empty if nothing does.
     """
-    trails = [_Trail(label, entries) for label, entries in chains.items()]
+    questions: dict[str, str] = {}
+    for entry in (entry for entries in chains.values() for entry in entries):
+        if entry.kind == "sent" and entry.about.get("question"):
+            questions.setdefault(entry.about["digest"], entry.about["question"])
+    trails = [_Trail(label, entries, questions) for label, entries in chains.items()]
     hospitals = [trail for trail in trails if trail.role != SERVER]
     servers = [trail for trail in trails if trail.role == SERVER]
     return [
@@ -332,14 +340,15 @@ def _places(trails: Iterable[_Trail]) -> list[Place]:
     return sorted({told.place for trail in trails for told in trail.told})
 
 
-def _told(entry: Entry) -> _Told:
+def _told(entry: Entry, questions: Mapping[str, str]) -> _Told:
     about = entry.about
+    question = about.get("question") or questions.get(about["digest"], "")
     return _Told(
         Place(about["run"], about["round"], about["purpose"]),
         about["digest"],
         tuple(about["names"]),
         about.get("model", ""),
-        about.get("question", ""),
+        question,
     )
 
 

@@ -27,7 +27,7 @@ class SecureSettings(Section):
         OneOf((OFF, SUM)),
     )
     secure_exponent: int = setting(
-        -4,
+        -2,
         "With secure=sum: no weight may change by more than 2 to the power of this in a round. "
         "Larger changes are cut, and counted.",
         Within(LEAST_EXPONENT, MOST_SECURE_EXPONENT),

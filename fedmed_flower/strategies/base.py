@@ -309,7 +309,7 @@ class FedAvg(flower.FedAvg):
         buffer: int = 0,
         staleness_exponent: float = 0.5,
         secure: str = OFF,
-        secure_exponent: int = -4,
+        secure_exponent: int = -2,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs | minima(super().__init__, args, kwargs))

@@ -13,7 +13,9 @@ from tiny import CONFIG, TinyClient, halves, linear, nodes_of
 from fedmed_flower import InputError, run_local
 from fedmed_flower.data.site import SiteData
 from fedmed_flower.errors import DeclinedError
+from fedmed_flower.secure.audit import Chain, verify
 from fedmed_flower.secure.identity import Identity, key_text
+from fedmed_flower.secure.trails import compare
 from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.strategies import (
     FedAdam,
@@ -250,18 +252,20 @@ def test_a_mean_that_is_far_too_long_is_not_used(tmp_path):
     assert "more than 4 times the median of the last rounds" in failures(strategy)[-1][3]
 
 
-def test_a_hospital_that_is_told_another_model_is_named_and_nothing_opens(tmp_path):
-    def otherwise(message, context, call):
-        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 3:
-            record = message.content["arrays"]
-            key = next(iter(record))
-            values = record[key].numpy().copy()
-            values.view(np.uint8).ravel()[0] ^= 1
-            record[key] = Array(values)
-        return call(message, context)
+def another_model(message, context, call):
+    """Tell hospital-4 a model that differs in one bit."""
+    if message.metadata.message_type == "train" and context.node_config["partition-id"] == 3:
+        record = message.content["arrays"]
+        key = next(iter(record))
+        values = record[key].numpy().copy()
+        values.view(np.uint8).ravel()[0] ^= 1
+        record[key] = Array(values)
+    return call(message, context)
 
+
+def test_a_hospital_that_is_told_another_model_is_named_and_nothing_opens(tmp_path):
     strategy = trained(
-        lambda **o: FedAvg(**o, **SUMS), Unequal, tmp_path / "run", 4, 1, [otherwise]
+        lambda **o: FedAvg(**o, **SUMS), Unequal, tmp_path / "run", 4, 1, [another_model]
     )
     assert strategy.result.train_metrics_clientapp == {}
     assert [(site, reason) for _, _, site, reason in failures(strategy)] == [
@@ -306,6 +310,42 @@ def test_real_hospitals_need_keys_and_keep_a_book(tmp_path):
     books = list(tmp_path.glob("node-*/*.secure"))
     assert len(books) == 3
     assert all(book.stat().st_mode & 0o077 == 0 for book in books)
+
+
+def trails_of(folder):
+    """Return the audit trails of a run in one process, by name."""
+    trails = {"the server": Chain.read(folder / "audit.jsonl")}
+    for path in sorted((folder / "secure").glob("*.audit")):
+        trails[path.stem] = Chain.read(path)
+    return trails
+
+
+def test_the_trails_of_an_honest_run_say_the_same(tmp_path):
+    @seldom(2)
+    def failing(client, model):
+        if client.site.name == "hospital-2":
+            raise OSError("the disk is gone")
+
+    trained(lambda **o: FedAvg(**o, **SUMS), failing, tmp_path / "run", rounds=3)
+    trails = trails_of(tmp_path / "run")
+    assert len(trails) == 6
+    for entries in trails.values():
+        verify(entries)
+    assert compare(trails) == []
+
+
+def test_the_trails_show_that_one_hospital_was_told_another_model(tmp_path):
+    strategy = trained(
+        lambda **o: FedAvg(**o, **SUMS), Unequal, tmp_path / "run", 5, 1, [another_model]
+    )
+    assert [site for _, _, site, _ in failures(strategy)] == ["hospital-4"]
+    text = (
+        "hospital-4 was told another model than hospital-1, hospital-2, hospital-3 and hospital-5"
+    )
+    assert any(
+        said.startswith(f"{text} in round 1 of run ")
+        for said in compare(trails_of(tmp_path / "run"))
+    )
 
 
 def test_a_hospital_with_another_key_for_a_peer_refuses_and_says_whose(tmp_path):
