@@ -65,28 +65,33 @@ def _print_test(console: Console, summary: dict[str, Any]) -> None:
     results = [test["federated"], *(part for parts in columns.values() for part in parts.values())]
     metric = main_metric({name for result in results for name in result})
     title = {"auc": "AUC", "dice": "Dice", "r2": "R2"}.get(metric, metric)
-    title += " on each hospital's own test data"
+    # Of secure sums nothing is known of a single hospital.
+    sites = {} if summary.get("secure") else summary["sites"]
+    title += (
+        " on each hospital's own test data" if sites else " on all hospitals' test data together"
+    )
     noised = not Sent.of(summary.get("sent")).noised.isdisjoint(test["sites"])
     if noised:
         title += ", counted with noise"
     table = Table("hospital", "train", "test", title=title)
     for name in columns:
         table.add_column(name, justify="right")
-    for site, counts in summary["sites"].items():
+    for site, counts in sites.items():
         values = [column.get(site, {}).get(metric) for column in columns.values()]
         rows = [str(counts.get(split, "–")) for split in ("train", "test")]
         table.add_row(site, *rows, *map(_show, values))
     # Mean and worst compare the same hospitals in each column: those with a value in all.
     compared = [
         site
-        for site in summary["sites"]
+        for site in sites
         if all(column.get(site, {}).get(metric) is not None for column in columns.values())
     ]
     known = [[column[site][metric] for site in compared] for column in columns.values()]
     worst = max if lower_is_better(metric) else min
-    table.add_section()
-    table.add_row("mean", "", "", *(_show(sum(k) / len(k) if k else None) for k in known))
-    table.add_row("worst", "", "", *(_show(worst(k, default=None)) for k in known))
+    if sites:
+        table.add_section()
+        table.add_row("mean", "", "", *(_show(sum(k) / len(k) if k else None) for k in known))
+        table.add_row("worst", "", "", *(_show(worst(k, default=None)) for k in known))
     overall = {"federated": test["federated"], "all data pooled": test.get("pooled", {})}
     totals = [overall.get(name, {}) for name in columns]
     table.add_row("all test data", "", "", *(_show(total.get(metric)) for total in totals))
