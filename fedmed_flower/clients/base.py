@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -74,9 +74,6 @@ from fedmed_flower.settings.secure import SecureSettings
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.wire import AGREED, FROZEN, POOL_SITES, RUN_KEY
-
-if TYPE_CHECKING:
-    from fedmed_flower.clients.shares import Share
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -168,7 +165,7 @@ class MedicalClient(ABC):
         Whether the message is about all sites' rows together.
     touched : bool
         Whether the site's rows were used since the message came.
-    noise_share : Share or None
+    noise_share : Share of clients/shares or None
         This hospital's share of the noise of a secure sum, if the message asks for one.
     queries : dict
         The function that answers each Flower query, by the query's name. It maps (client, message)
@@ -224,7 +221,7 @@ class MedicalClient(ABC):
         self.draw_key = ""
         self.pooled = False
         self.touched = False
-        self.noise_share: Share | None = None
+        self.noise_share: object | None = None
         # Indices of the training rows that made this message's update.
         self.entered: set[int] = set()
 

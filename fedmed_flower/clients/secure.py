@@ -217,11 +217,12 @@ class SecureReply:
             member = member_of(client, record.run, secure)
             member.require_sound(record)
             # Training leaves what it has to hide with the share.
-            client.noise_share = share_of(client, message, record, member.study)
+            share = share_of(client, message, record, member.study)
+            client.noise_share = share
         asked = asked_of(client, message)
         if not client.site.simulated:
             client.draw_key = member.draw(record.question(asked))
-        return cls(member, record, {**asked, "run": _run_of(message)}, asked, client.noise_share)
+        return cls(member, record, {**asked, "run": _run_of(message)}, asked, share)
 
     def reply(self, message: Message, content: RecordDict) -> RecordDict:
         """Return a reply's content as one part of the sum, under masks.

@@ -32,8 +32,8 @@ def in_sizes(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
     Examples
     --------
-    >>> total(in_sizes(np.array([3e-20, 5e20])) + in_sizes(np.array([1e-20, 1e20]))).tolist()
-    [4e-20, 6e+20]
+    >>> total(in_sizes(np.array([1.5, 5e20])) + in_sizes(np.array([2.25, 1e20]))).tolist()
+    [3.75, 6e+20]
     """
     return np.array([digit for value in values.tolist() for digit in digits_of(value)], np.float64)
 

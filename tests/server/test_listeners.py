@@ -147,6 +147,8 @@ def test_a_run_with_models_for_comparison(tmp_path):
         "hospital-1 alone",
         "hospital-2 alone",
         "all data pooled",
+        "hospital-1, fine-tuned model",
+        "hospital-2, fine-tuned model",
     ]
     tested = [row[1] for event in heard.events if event[0] == "tested" for row in event[1]]
     assert {"test", "personal-test", "local-test", "local-test-all", "pooled-test"} == {*tested}
