@@ -24,7 +24,7 @@ from fedmed_flower.wire import ALL_SITES, CHANGES, DECLINED, IN_SUMS, ROWS_RECOR
 log = logging.getLogger("flwr.fedmed")
 
 # The node that stands for all hospitals of a secure sum; it has sent nothing itself.
-SUM_NODE = -1
+SUM_NODE = 2**64 - 1
 # Letters by which two errors are compared.
 _ALIKE = 200
 # Letters of what a site says of changes of its rows.

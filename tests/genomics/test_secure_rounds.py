@@ -152,6 +152,7 @@ def test_no_reply_holds_a_number_of_one_hospital(tmp_path, monkeypatch):
         assert (vector > 1 << 56).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_real_hospitals_give_the_sums_of_simulated_ones(tmp_path):
     world = World(tmp_path)
     names = ("hospital-1", "hospital-2", "hospital-3")

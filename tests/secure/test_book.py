@@ -870,5 +870,6 @@ def kill_writers(folder, kills, seed):
         book.settle(digest, ALL)
 
 
+@pytest.mark.slow
 def test_fifty_kills_at_random_moments_lose_nothing_that_was_told(tmp_path):
     kill_writers(tmp_path, 50, seed=2)

@@ -139,6 +139,7 @@ def test_a_sum_of_ciphertexts_is_that_of_the_vectors():
     assert found.back == pytest.approx(found.up, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_its_tables(monkeypatch, capsys, flower_log):
     given = ["secure.py", "--size", "1000", "--repeats", "1"]
     monkeypatch.setattr(sys, "argv", given)

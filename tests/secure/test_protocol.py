@@ -56,7 +56,7 @@ def summed_from(members, record, collector, lost_after=()):
     return record.layout.decode(collector.open(), len(remaining)), remaining
 
 
-@pytest.mark.parametrize("count", [3, 4, 5, 6])
+@pytest.mark.parametrize("count", [3, 4, 5, pytest.param(6, marks=pytest.mark.slow)])
 def test_every_tolerated_pattern_of_losses_gives_the_sum_to_the_bit(folder, count):
     members = members_of(folder, count)
     study = next(iter(members.values())).study
@@ -201,7 +201,10 @@ def test_no_pattern_of_answers_opens_another_sum_of_six():
     assert bad == []
 
 
-@pytest.mark.parametrize(("count", "colluders", "smallest"), [(5, 0, 1), (5, 1, 2)])
+@pytest.mark.parametrize(
+    ("count", "colluders", "smallest"),
+    [pytest.param(5, 0, 1, marks=pytest.mark.slow), (5, 1, 2)],
+)
 def test_without_signatures_a_hospital_would_be_exposed(count, colluders, smallest):
     _, bad = exposed(count, colluders, certified=False)
     assert min(len(one) for _, opened in bad for one in opened) == smallest
