@@ -73,6 +73,11 @@ def summed(members, record, lost_before=(), lost_after=(), collector=None):
         if name not in lost_before:
             masked = masked_by(members[name], record, index)
             collector.add(name, masked.words, masked.letter)
+    return opened_from(members, record, collector, lost_after)
+
+
+def opened_from(members, record, collector, lost_after=()):
+    """Open a sum whose vectors have come, as an honest server does."""
     complete = collector.settle()
     remaining = collector.members
     there = [name for name in remaining if name not in lost_after]

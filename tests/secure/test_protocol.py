@@ -12,6 +12,7 @@ from secure_members import (
     masked_by,
     members_of,
     names_of,
+    opened_from,
     record_of,
     subsets,
     summed,
@@ -33,27 +34,11 @@ def assert_sums(members, record, lost_before, lost_after, about):
         if name not in lost_before:
             masked = masked_by(members[name], record, index, about, about)
             collector.add(name, masked.words, masked.letter)
-    sums, remaining = summed_from(members, record, collector, lost_after)
+    sums, remaining = opened_from(members, record, collector, lost_after)
     wanted = expected(record, remaining)
     for name, values in wanted.items():
         np.testing.assert_array_equal(sums[name], values)
     assert {*remaining} == {*record.names} - {*lost_before}
-
-
-def summed_from(members, record, collector, lost_after=()):
-    complete = collector.settle()
-    remaining = collector.members
-    there = [name for name in remaining if name not in lost_after]
-    signatures = {}
-    if not complete:
-        for name in there:
-            collector.certify(name, members[name].alive(collector.digest, remaining))
-        signatures = collector.certificate()
-    for name in there:
-        envelopes = collector.envelopes_for(name)
-        answer = members[name].unmask(collector.digest, envelopes, remaining, signatures)
-        collector.answer(name, answer)
-    return record.layout.decode(collector.open(), len(remaining)), remaining
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, pytest.param(6, marks=pytest.mark.slow)])
@@ -303,7 +288,7 @@ def test_questions_about_data_are_opened_over_one_set_for_good(folder):
         masked = masked_by(members[name], record, index, other, other)
         collector.add(name, masked.words, masked.letter)
     with pytest.raises(SecureError, match="h00, h01, h02, h03, h04"):
-        summed_from(members, record, collector)
+        opened_from(members, record, collector)
 
 
 def test_a_masked_reply_is_not_made_twice_and_answers_stay_the_same(folder):
