@@ -30,6 +30,7 @@ def vectors():
         "streams": _streams(),
         "shamir": _shamir(),
         "envelopes": _envelopes(),
+        "rounds": [_round(3, 0), _round(5, 1)],
     }
 
 
@@ -399,6 +400,73 @@ def _envelopes():
             }
         )
     return known
+
+
+def _round(count, lost):
+    """A whole round, of whose hospitals the last ones are lost before their vectors come."""
+    names = [f"hospital-{number + 1}" for number in range(count)]
+    drawn = {name: sha512_256(f"round {count} {name}".encode()) for name in names}
+    digest = sha512_256(f"round {count}".encode())
+    threshold = (count + (count > 3)) // 2 + 1
+    publics = {name: x25519(drawn[name]) for name in names}
+    pairs = {
+        (one, other): pair_seed(agreed_key(drawn[one], publics[other], digest), one, other)
+        for one in names
+        for other in names
+        if one != other
+    }
+    own = {name: sha512_256(f"own {count} {name}".encode())[:16] for name in names}
+    vectors = {
+        name: {
+            bits: [(number * 2**bits) // 7 + 11 * place for place in range(4)] for bits in (32, 64)
+        }
+        for number, name in enumerate(names)
+    }
+    remaining = names[: count - lost]
+    masked = {name: {} for name in remaining}
+    for name in remaining:
+        for index, bits in enumerate((32, 64)):
+            words = with_stream(vectors[name][bits], bits, own[name], index)
+            for other in names:
+                if other != name:
+                    sign = 1 if other > name else -1
+                    words = with_stream(words, bits, pairs[name, other], index, sign)
+            masked[name][bits] = words
+    shares = {}
+    for name in remaining:
+        drawn_here = b"".join(
+            sha512_256(f"{count} {name} {place}".encode()) for place in range(threshold)
+        )
+        # The first coefficient is the secret.
+        polynomials = [
+            own[name][place : place + 1] + drawn_here[place::16][: threshold - 1]
+            for place in range(16)
+        ]
+        shares[name] = [share.hex() for share in shares_of(polynomials, count)]
+    return {
+        "names": names,
+        "remaining": remaining,
+        "digest": digest.hex(),
+        "threshold": threshold,
+        "run_keys": {name: drawn[name].hex() for name in names},
+        "own_seeds": {name: own[name].hex() for name in names},
+        "shares_of_own_seeds": shares,
+        "vectors": {name: _in_hex(vectors[name]) for name in remaining},
+        "masked": {name: _in_hex(masked[name]) for name in remaining},
+        "sum": _in_hex(
+            {
+                bits: [
+                    sum(row) % 2**bits
+                    for row in zip(*(vectors[name][bits] for name in remaining), strict=True)
+                ]
+                for bits in (32, 64)
+            }
+        ),
+    }
+
+
+def _in_hex(words):
+    return {str(bits): words_as_bytes(words[bits], bits).hex() for bits in words}
 
 
 def text():

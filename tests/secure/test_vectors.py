@@ -7,10 +7,18 @@ import pytest
 import secure_reference
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from fedmed_flower.secure import streams
+from fedmed_flower.secure import member, streams
+from fedmed_flower.secure.audit import Chain
+from fedmed_flower.secure.book import SecureBook
+from fedmed_flower.secure.collector import Collector
 from fedmed_flower.secure.encoding import decoded, digest, digest_of_arrays, encoded
 from fedmed_flower.secure.envelopes import unseal
+from fedmed_flower.secure.identity import Identity
+from fedmed_flower.secure.member import Member
+from fedmed_flower.secure.record import TRAIN, Record
+from fedmed_flower.secure.ring import COUNT, FIXED, Layout, Part
 from fedmed_flower.secure.shamir import join, values_at
+from fedmed_flower.secure.study import Study
 
 KNOWN = json.loads(secure_reference.VECTORS.read_text())
 OF_TYPE = {"bool": bool, "int": int, "float": float.fromhex, "text": str, "bytes": bytes.fromhex}
@@ -112,3 +120,57 @@ def test_shares(known):
 def test_envelopes(known):
     key, header, sealed = (bytes.fromhex(known[field]) for field in ("key", "header", "sealed"))
     assert unseal(key, header, sealed, "north").hex() == known["content"]
+
+
+def words_of(known):
+    return (
+        np.frombuffer(bytes.fromhex(known["32"]), np.uint32).copy(),
+        np.frombuffer(bytes.fromhex(known["64"]), np.uint64).copy(),
+    )
+
+
+@pytest.mark.parametrize("known", KNOWN["rounds"], ids=["three", "five, one lost"])
+def test_a_whole_round(known, folder, monkeypatch):
+    names = known["names"]
+    layout = Layout((Part("model/w", 4, FIXED, 0.5), Part("rows", 4, COUNT)))
+    keys = {name: Identity.simulated(name, "run") for name in names}
+    study = Study.of("study", {name: key.public for name, key in keys.items()})
+    members = {}
+    hellos = []
+    for name, key in keys.items():
+        run_key = X25519PrivateKey.from_private_bytes(bytes.fromhex(known["run_keys"][name]))
+        monkeypatch.setattr(member.X25519PrivateKey, "generate", lambda run_key=run_key: run_key)
+        book = SecureBook(folder / f"{name}.secure", key.id)
+        trail = Chain(folder / f"{name}.audit", key, name)
+        members[name] = Member(key, study, book, trail)
+        hellos.append(members[name].hello("run"))
+    fields = {"purpose": "train", "kind": TRAIN, "server_round": 1, "nonce": bytes(16)}
+    record = Record.of_hellos(hellos, layout=layout, weighting={}, **fields)
+    assert record.threshold == known["threshold"]
+    # Signatures and rules have no part in the vectors; the digest stands for all of them.
+    monkeypatch.setattr(Record, "digest", lambda self, about: bytes.fromhex(known["digest"]))
+    collector = Collector(record)
+    for name in known["remaining"]:
+        own = bytes.fromhex(known["own_seeds"][name])
+        monkeypatch.setattr(member.secrets, "token_bytes", lambda length, own=own: own)
+        masked = members[name].mask(record, {}, {}, words_of(known["vectors"][name]))
+        for words, wanted in zip(masked.words, words_of(known["masked"][name]), strict=True):
+            np.testing.assert_array_equal(words, wanted)
+        collector.add(name, masked.words, masked.letter)
+        shares = [bytes.fromhex(share) for share in known["shares_of_own_seeds"][name]]
+        some = range(len(names) - known["threshold"], len(names))
+        rows = np.array([np.frombuffer(shares[place], np.uint8) for place in some])
+        assert join(rows[:, None], [place + 1 for place in some]).tobytes() == own
+    monkeypatch.undo()
+    monkeypatch.setattr(Record, "digest", lambda self, about: bytes.fromhex(known["digest"]))
+    signatures = {}
+    if not collector.settle():
+        for name in collector.members:
+            collector.certify(name, members[name].alive(collector.digest, collector.members))
+        signatures = collector.certificate()
+    for name in collector.members:
+        envelopes = collector.envelopes_for(name)
+        answer = members[name].unmask(collector.digest, envelopes, collector.members, signatures)
+        collector.answer(name, answer)
+    for words, wanted in zip(collector.open(), words_of(known["sum"]), strict=True):
+        np.testing.assert_array_equal(words, wanted)
