@@ -157,11 +157,12 @@ class Identity:
     def simulated(cls, name: str, run: str) -> Identity:
         """Return a key that follows from two texts, for simulations on one machine.
 
-        Anybody can compute it: it protects nothing, and no file of it is ever written.
+        Anybody can compute it: it protects nothing, and no file of it is ever written. The id is
+        the same in each run, as a real hospital's is, so that its book serves all of them.
         """
         seed = digest([LABEL, "simulated", run, name])
         private = Ed25519PrivateKey.from_private_bytes(seed)
-        return cls(name, private, digest([LABEL, "simulated id", run, name]).hex()[:32])
+        return cls(name, private, digest([LABEL, "simulated id", name]).hex()[:32])
 
     def sign(self, label: str, content: bytes) -> bytes:
         """Return the signature, 64 bytes, over a content under a label.

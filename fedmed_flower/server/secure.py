@@ -69,11 +69,6 @@ class Opened:
     members: list[str]
     record: Record
 
-    @property
-    def share(self) -> float:
-        """The share of the hospitals asked that it is over."""
-        return len(self.members) / len(self.record.names)
-
 
 class SecureSums:
     """The secure sums of one run.
@@ -332,9 +327,10 @@ class SecureSums:
         told = self._config({RECORD: record.to_bytes()})
         for message in messages:
             message.content[SECURE] = ConfigRecord({**told})
-        model = digest(_arrays_of(messages[0].content)) if messages else b""
-        names = list(record.names)
-        self._note(record, "sent", purpose=record.purpose, names=names, model=model)
+        if self._trail is not None and messages:
+            model = digest(_arrays_of(messages[0].content))
+            names = list(record.names)
+            self._note(record, "sent", purpose=record.purpose, names=names, model=model)
         collector = Collector(record)
         for site, reply in self.inbox.sorted_out(
             server_round,

@@ -640,12 +640,14 @@ class FedAvg(flower.FedAvg):
         if self.secure == OFF:
             return
         other = self.below
+        by_rows = self.secure_weighting == EXAMPLES and self.patient_noise is None
         require_summable(
             type(self).__name__,
             own_rule=self.secure_weighting is None
             or not (other is None or issubclass(other, OPTIMISERS))
             or any(getattr(type(self), name) is not getattr(self._known, name) for name in OF_SUMS),
             limits={
+                "fraction_train": by_rows and self.fraction_train < 1,
                 "max_weight_share": self.max_weight_share is not None,
                 "max_update_norm": self.max_update_norm is not None,
                 "compression": self.compression != NONE,
@@ -860,7 +862,14 @@ class FedAvg(flower.FedAvg):
         if secure is not None and sent is not None:
             trained = self._trained(sent)
             return secure.train(
-                messages, sent, trained, server_round, self.run.timeout, self.quorum, self.grace
+                messages,
+                self._trainers(grid),
+                sent,
+                trained,
+                server_round,
+                self.run.timeout,
+                self.quorum,
+                self.grace,
             )
         replies = self.inbox.collect(
             grid, messages, self.run.timeout, server_round, phase, self.quorum, self.grace

@@ -92,6 +92,8 @@ class SecureRounds:
         self.losses = losses
         self.noise = noise
         self.total = 0
+        # The hospitals whose rows are counted; empty if the mean is not weighted by them.
+        self.counted: frozenset[str] = frozenset()
         # What is summed in each phase of evaluation.
         self._layouts: dict[str, Layout] = {}
         # On which scores are counted; empty before the first evaluation.
@@ -105,6 +107,7 @@ class SecureRounds:
         Parameters
         ----------
         nodes : collection of int
+            All that may train, also those that a round does not ask.
         server_round : int
         minimum : int, optional
             As in `SecureSums.greet`. All are waited for if rows are to be counted, since no later
@@ -129,6 +132,7 @@ class SecureRounds:
             for node_id in self.sums.nodes_of(record)
         ]
         opened = self.sums.sum(messages, record, _COUNT, self.sums.timeout)
+        self.counted = frozenset(opened.members)
         self.total = int(opened.values[ROWS.name][0])
         if self.total < 1:
             raise SecureError("the hospitals have no training rows together")
@@ -136,6 +140,7 @@ class SecureRounds:
     def train(
         self,
         messages: Sequence[Message],
+        everybody: Collection[int],
         sent: ArrayRecord,
         trained: Collection[str],
         server_round: int,
@@ -148,8 +153,10 @@ class SecureRounds:
         Parameters
         ----------
         messages : sequence of Message
+        everybody : collection of int
+            The nodes that may train, whether they are asked or not.
         sent : ArrayRecord
-            The model that they hold.
+            The model that the messages hold.
         trained : collection of str
             Its trained entries; other floats are buffers, and whole numbers stay.
         server_round, timeout, minimum, grace
@@ -158,8 +165,8 @@ class SecureRounds:
         inbox = self.sums.inbox
         nodes = {message.metadata.dst_node_id for message in messages}
         try:
-            self.begin(nodes, server_round, minimum)
-            nodes = self._answering(nodes, sent)
+            self.begin(everybody, server_round, minimum)
+            nodes = self._answering(self._weighed(nodes, server_round), sent)
             weighting = {BY: self.by, TOTAL: self.total}
             layout = self._layout(sent, trained)
             if self.noise is not None:
@@ -170,12 +177,13 @@ class SecureRounds:
             asked = {*self.sums.nodes_of(record)}
             going = [message for message in messages if message.metadata.dst_node_id in asked]
             opened = self.sums.sum(going, record, "train", timeout, minimum, grace)
-            model = self._model(opened, sent)
+            expected = self.counted or frozenset(record.names)
+            share = len(opened.members) / len(expected)
+            model = self._model(opened, sent, share)
         except SecureError as error:
             inbox.fail(server_round, "train", ALL_SITES, f"the secure sum is lost: {error}")
             return []
-        lost = sorted({*record.names} - {*opened.members})
-        if lost:
+        if lost := sorted(expected - {*opened.members}):
             text = f"the sum is without {', '.join(lost)}; the others count the same in its place"
             inbox.note(server_round, "train", ALL_SITES, text)
         if self.noise is None and (clipped := int(opened.values[CLIPPED.name][0])):
@@ -189,7 +197,7 @@ class SecureRounds:
         if self.noise is not None:
             metrics.update(self.noise.spent(server_round))
         elif self.losses:
-            metrics["loss"] = float(opened.values[LOSS][0] / opened.share)
+            metrics["loss"] = float(opened.values[LOSS][0] / share)
         content = RecordDict({"arrays": model, "metrics": metrics, "config": ConfigRecord()})
         return [reply_of(opened, MessageType.TRAIN, content, inbox)]
 
@@ -290,6 +298,23 @@ class SecureRounds:
             )
         return figures_of(record.layout, opened.values)
 
+    def _weighed(self, nodes: set[int], server_round: int) -> set[int]:
+        """Return the nodes whose rows are part of the weights; note the others.
+
+        With one whose rows were not counted the weights would add up to more than 1.
+        """
+        if not self.counted:
+            return nodes
+        greeted = self.sums.greeted
+        weighed = {node for name, node in greeted.items() if name in self.counted and node in nodes}
+        late = sorted(name for name, node in greeted.items() if node in nodes - weighed)
+        for name in late:
+            text = (
+                "it is left out, since its rows were not counted with the others': begin a new run"
+            )
+            self.sums.inbox.note(server_round, "train", name, text)
+        return weighed
+
     def _answering(self, nodes: set[int], sent: ArrayRecord) -> set[int]:
         """Return the nodes to ask for a model.
 
@@ -320,8 +345,15 @@ class SecureRounds:
             tail.append(Part(LOSS, 1, REAL, _REAL_BOUND))
         return Layout((*parts, *tail))
 
-    def _model(self, opened: Opened, sent: ArrayRecord) -> ArrayRecord:
+    def _model(self, opened: Opened, sent: ArrayRecord, share: float) -> ArrayRecord:
         """Return the model that was sent, moved by the mean change.
+
+        Parameters
+        ----------
+        opened : Opened
+        sent : ArrayRecord
+        share : float
+            What part of the weights is taken to be in the sum: each hospital counts the same.
 
         Raises
         ------
@@ -335,7 +367,7 @@ class SecureRounds:
             if (change := opened.values.get(f"{MODEL}{key}")) is None:
                 model[key] = array
                 continue
-            mean = change / opened.share
+            mean = change / share
             if opened.record.layout.part(f"{MODEL}{key}").kind == FIXED:
                 squares += float(mean @ mean)
             moved = values.astype(np.float64) + mean.reshape(values.shape)
@@ -376,6 +408,10 @@ _WAY_OUT = {
     "compression": "the vectors of a sum are added as they are",
     "buffer": "a sum needs the hospitals of one round",
     "keep": "layers that stay different need a reply of their own",
+    "fraction_train": (
+        "weights by rows do not add up to 1 over a sample of the hospitals: leave it at 1, or take "
+        "WeightedFedAvg with uniform weights"
+    ),
     "fraction_evaluate": "figures of patients are summed over all hospitals: leave it at 1",
 }
 

@@ -190,6 +190,81 @@ def test_a_hospital_that_fails_is_left_out_and_named(tmp_path):
     assert sums == [(0, "count", 5), (1, "train", 5), (2, "train", 4)]
 
 
+class Equal(TinyClient):
+    """Hospitals of the same size."""
+
+
+def test_a_sample_of_the_hospitals_makes_a_whole_mean(tmp_path):
+    def some(**options):
+        strategy = uniform(fraction_train=0.8, **options)
+        # Sites are drawn by name, as far as names are known.
+        strategy.site_names = {1000 + number: f"hospital-{number}" for number in range(1, 6)}
+        return strategy
+
+    plain = trained(some, Unequal, tmp_path / "plain", rounds=3)
+    secure = trained(lambda **o: some(**o, **SUMS), Unequal, tmp_path / "secure", rounds=3)
+    assert failures(secure) == []
+    sampled = [each.sites for each in secure.history.sums if each.purpose == "train"]
+    assert {len(sites) for sites in sampled} == {4}
+    assert len({*sampled}) > 1
+    assert difference(plain.result.arrays, start_of(Unequal)) > 1e-3
+    assert difference(plain.result.arrays, secure.result.arrays) < 3e-7
+
+
+def away(make, *rounds):
+    """Return what makes a strategy that asks hospital-1 for nothing in some rounds."""
+
+    def made(**options):
+        strategy = make(**options)
+
+        def choose(server_round):
+            strategy.excluded = {1001} if server_round in rounds else ()
+
+        strategy.before_round = choose
+        return strategy
+
+    return made
+
+
+@pytest.mark.parametrize("make", [FedAvg, uniform], ids=lambda make: make.__name__)
+def test_a_round_that_does_not_ask_a_hospital_is_a_whole_mean_of_the_others(tmp_path, make):
+    plain = trained(away(make, 2), Equal, tmp_path / "plain", rounds=3)
+    secure = trained(away(lambda **o: make(**o, **SUMS), 2), Equal, tmp_path / "run", rounds=3)
+    assert failures(secure) == []
+    sums = [len(each.sites) for each in secure.history.sums if each.purpose == "train"]
+    assert sums == [5, 4, 5]
+    assert difference(plain.result.arrays, secure.result.arrays) < 3e-7
+    losses = [
+        [strategy.result.train_metrics_clientapp[number]["loss"] for number in (1, 2, 3)]
+        for strategy in (plain, secure)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    notes = [note.text for note in secure.history.notes]
+    text = "the sum is without hospital-1; the others count the same in its place"
+    assert notes == ([text] if make is FedAvg else [])
+
+
+def test_a_hospital_whose_rows_were_not_counted_is_left_out(tmp_path):
+    plain = trained(away(FedAvg, 1, 2, 3), Unequal, tmp_path / "plain", rounds=3)
+    late = trained(away(lambda **o: FedAvg(**o, **SUMS), 1), Unequal, tmp_path / "late", rounds=3)
+    assert difference(plain.result.arrays, late.result.arrays) < 3e-7
+    text = "it is left out, since its rows were not counted with the others': begin a new run"
+    notes = [(note.round, note.site, note.text) for note in late.history.notes]
+    assert notes == [(2, "hospital-1", text), (3, "hospital-1", text)]
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_at_the_same_model(tmp_path):
+    def make(**options):
+        return FedAvg(resume=True, **options, **SUMS)
+
+    whole = trained(lambda **o: FedAvg(**o, **SUMS), Unequal, tmp_path / "whole", rounds=4)
+    trained(make, Unequal, tmp_path / "parts", rounds=2)
+    resumed = trained(make, Unequal, tmp_path / "parts", rounds=4)
+    assert failures(resumed) == []
+    assert difference(whole.result.arrays, start_of(Unequal)) > 1e-3
+    assert difference(whole.result.arrays, resumed.result.arrays) < 1e-6
+
+
 def test_a_round_with_too_many_losses_leaves_the_model(tmp_path):
     @seldom(2)
     def failing(client, model):
@@ -383,6 +458,7 @@ def test_a_hospital_may_answer_in_secure_sums_alone(tmp_path):
     [
         (FedMedian, "excludes FedMedian, whose rule needs single replies: take FedAvg, FedProx, "),
         (lambda **o: WeightedFedAvg(weights="inverse-loss", **o), "excludes WeightedFedAvg"),
+        (lambda **o: FedAvg(fraction_train=0.8, **o), "excludes fraction_train: weights by rows"),
         (lambda **o: FedAvg(max_weight_share=0.5, **o), "excludes max_weight_share: the server"),
         (lambda **o: FedAvg(max_update_norm=2.0, **o), "excludes max_update_norm: the server"),
         (lambda **o: FedAvg(compression="int8", **o), "excludes compression: the vectors of a sum"),
