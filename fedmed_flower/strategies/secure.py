@@ -310,7 +310,7 @@ class SecureRounds:
         late = sorted(name for name, node in greeted.items() if node in nodes - weighed)
         for name in late:
             text = (
-                "it is left out, since its rows were not counted with the others': begin a new run"
+                "it is left out: its rows were not counted; `fedmed keys regroup`, then a new run"
             )
             self.sums.inbox.note(server_round, "train", name, text)
         return weighed

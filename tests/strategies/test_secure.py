@@ -248,7 +248,7 @@ def test_a_hospital_whose_rows_were_not_counted_is_left_out(tmp_path):
     plain = trained(away(FedAvg, 1, 2, 3), Unequal, tmp_path / "plain", rounds=3)
     late = trained(away(lambda **o: FedAvg(**o, **SUMS), 1), Unequal, tmp_path / "late", rounds=3)
     assert difference(plain.result.arrays, late.result.arrays) < 3e-7
-    text = "it is left out, since its rows were not counted with the others': begin a new run"
+    text = "it is left out: its rows were not counted; `fedmed keys regroup`, then a new run"
     notes = [(note.round, note.site, note.text) for note in late.history.notes]
     assert notes == [(2, "hospital-1", text), (3, "hospital-1", text)]
 
