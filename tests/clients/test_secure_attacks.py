@@ -10,7 +10,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
 from tiny import TinyClient, context_of, halves, make_rows, model_arrays, node_of
 
-from fedmed_flower.clients.secure import asked_of
+from fedmed_flower.clients.asked import asked_of
 from fedmed_flower.data.site import SiteData
 from fedmed_flower.secure.encoding import decoded, digest, encoded
 from fedmed_flower.secure.identity import Identity
