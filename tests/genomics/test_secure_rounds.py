@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from keyed_hospitals import keyed
+from key_files import make_hospitals
 from studies import World, lines_of, study
 from tiny import context_of, see
 
@@ -156,7 +156,10 @@ def test_no_reply_holds_a_number_of_one_hospital(tmp_path, monkeypatch):
 def test_real_hospitals_give_the_sums_of_simulated_ones(tmp_path):
     world = World(tmp_path)
     names = ("hospital-1", "hospital-2", "hospital-3")
-    nodes = keyed(tmp_path, *names, secure_only="cohort,counts,logistic")
+    nodes = [
+        config | {"secure-only": "cohort,counts,logistic"}
+        for config in make_hospitals(tmp_path, names).values()
+    ]
 
     class Real(GenomicsClient):
         @property

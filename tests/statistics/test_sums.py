@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
-from keyed_hospitals import keyed
+from key_files import make_hospitals
 from statistics_rows import make_patients
 from surveys import Ward, surveyed
 from tiny import context_of, says
@@ -257,7 +257,10 @@ def test_no_reply_holds_a_number_of_one_hospital(tmp_path, monkeypatch):
 
 def test_real_hospitals_answer_in_sums_alone_and_later_over_the_same(tmp_path):
     names = ("north", "south", "east")
-    nodes = keyed(tmp_path, *names, secure_only="statistics")
+    nodes = [
+        config | {"secure-only": "statistics"}
+        for config in make_hospitals(tmp_path, names).values()
+    ]
 
     class Real(Ward):
         def load_data(self, site):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp import ServerApp
+from key_files import make_hospitals, pin_another_key
 from tiny import CONFIG, TinyClient, halves, linear, nodes_of
 
 from fedmed_flower import InputError, run_local
 from fedmed_flower.data.site import SiteData
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.secure.audit import Chain, verify
-from fedmed_flower.secure.identity import Identity, key_text
 from fedmed_flower.secure.trails import compare
 from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.strategies import (
@@ -356,33 +356,15 @@ def test_a_hospital_that_is_told_another_model_is_named_and_nothing_opens(tmp_pa
     ]
 
 
-def keyed_nodes(folder, names, least=3, swapped=None):
-    """Return node configs of real hospitals with keys and peers files of their own."""
-    nodes = nodes_of(folder, *names)
-    keys = {}
-    for node, name in zip(nodes, names, strict=True):
-        path = folder / f"{name}.key"
-        keys[name] = Identity.create(path, name)
-        node["secure-key"] = str(path)
-        node["secure-peers"] = str(folder / f"{name}.toml")
-    for name in names:
-        lines = ["[study]", 'name = "icu"', f"least = {least}", "[study.members]"]
-        for peer, key in keys.items():
-            public = Identity.simulated(peer, "x").public if (name, peer) == swapped else key.public
-            lines.append(f'{peer} = "{key_text(public)}"')
-        (folder / f"{name}.toml").write_text("\n".join(lines) + "\n")
-    return nodes
-
-
 def test_real_hospitals_need_keys_and_keep_a_book(tmp_path):
     names = ["north", "south", "east"]
-    nodes = keyed_nodes(tmp_path, names)
+    nodes = [*make_hospitals(tmp_path, names).values()]
     strategy = trained(
         lambda **o: FedAvg(**o, **SUMS), TinyClient, tmp_path / "run", 3, 1, nodes=nodes
     )
     assert failures(strategy) == []
     assert {each.sites for each in strategy.history.sums} == {("east", "north", "south")}
-    books = list(tmp_path.glob("node-*/*.secure"))
+    books = list(tmp_path.glob("data/*/*.secure"))
     assert len(books) == 3
     assert all(book.stat().st_mode & 0o077 == 0 for book in books)
 
@@ -424,7 +406,8 @@ def test_the_trails_show_that_one_hospital_was_told_another_model(tmp_path):
 
 def test_a_hospital_with_another_key_for_a_peer_refuses_and_says_whose(tmp_path):
     names = ["north", "south", "east"]
-    nodes = keyed_nodes(tmp_path, names, swapped=("south", "east"))
+    nodes = [*make_hospitals(tmp_path, names).values()]
+    pin_another_key(tmp_path, "east", "south")
     strategy = trained(
         lambda **o: FedAvg(**o, **SUMS), TinyClient, tmp_path / "run", 3, 1, nodes=nodes
     )
