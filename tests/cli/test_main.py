@@ -334,6 +334,7 @@ def test_demo_without_a_network_says_so_and_goes_on_with_phantoms(workdir, monke
 
 
 @pytest.mark.realdata
+@pytest.mark.slow
 def test_real_chest_x_rays_reach_the_floor(workdir):
     done = fedmed("run", EXAMPLE, "--out", "real", cwd=workdir)
     assert done.returncode == 0, done.stdout + done.stderr
