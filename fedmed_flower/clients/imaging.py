@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.cache import CachedRows
 from fedmed_flower.data.checks import Finding, check_row
-from fedmed_flower.data.images import files_of, read_image
 from fedmed_flower.data.site import Row, SiteData
 from fedmed_flower.errors import InputError
+from fedmed_flower.images.reading import files_of, read_image
 from fedmed_flower.models.device import arranged, torch_device
 from fedmed_flower.models.networks import build_network
 from fedmed_flower.privacy.validate import require_independent

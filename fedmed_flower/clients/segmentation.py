@@ -30,10 +30,11 @@ from fedmed_flower.clients.cache import CachedRows, tracking
 from fedmed_flower.clients.imaging import ImagingClient, plain
 from fedmed_flower.clients.pictures import outlined
 from fedmed_flower.clients.training import Parts
-from fedmed_flower.data.images import read_image, read_label, spacing_of
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import Row, SiteData, patient_text
 from fedmed_flower.errors import InputError
+from fedmed_flower.images.geometry import spacing_of
+from fedmed_flower.images.reading import read_image, read_label
 from fedmed_flower.metrics.names import DICE, NOISED_DICE, WORST
 from fedmed_flower.metrics.segmentation import (
     dice_of,

@@ -13,11 +13,12 @@ import torch
 
 from fedmed_flower.data.bounded import quoted
 from fedmed_flower.data.datalist import read_folder
-from fedmed_flower.data.dicom import one_line
-from fedmed_flower.data.images import files_of, orientation_of, read_image, read_label, spacing_of
 from fedmed_flower.data.site import Row
 from fedmed_flower.data.splits import split_patients
 from fedmed_flower.errors import InputError, shown
+from fedmed_flower.images.geometry import orientation_of, spacing_of
+from fedmed_flower.images.headers import one_line
+from fedmed_flower.images.reading import files_of, read_image, read_label
 
 
 @dataclass(frozen=True)

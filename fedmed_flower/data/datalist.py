@@ -12,11 +12,11 @@ from typing import Any
 import pydicom
 
 from fedmed_flower.data.bounded import links_out, real_path
-from fedmed_flower.data.dicom import HEADER, dicom_files, is_dicom, is_placed, open_dicom
 from fedmed_flower.data.site import MARK, NO_FOLDER, SPLITS, SiteData
 from fedmed_flower.data.splits import split_patients as split_patients
 from fedmed_flower.data.tables import LINK_OUT, Line, read_csv, read_dataset, rows_of
 from fedmed_flower.errors import InputError, shown
+from fedmed_flower.images.headers import HEADER, dicom_files, is_dicom, is_placed, open_dicom
 
 DATASET = "dataset.json"
 DATALIST = "datalist.csv"

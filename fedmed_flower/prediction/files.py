@@ -169,7 +169,7 @@ class _Masks(_Worker):
         return ["file", "mask", _PROBLEM]
 
     def lines(self, source: Source) -> list[Line]:
-        from fedmed_flower.data.images import read_image
+        from fedmed_flower.images.reading import read_image
 
         (numbers,) = self.client.predict(self.network, self.prepared(source))
         parts = [str(part) for part in source] if isinstance(source, tuple) else str(source)
@@ -206,7 +206,8 @@ def _file_of(mask: NDArray[Any], image: Any, path: Path) -> tuple[str, bytes]:
     import nibabel
     from PIL import Image
 
-    from fedmed_flower.data.dicom import is_dicom, read_dicom
+    from fedmed_flower.images.dicom import read_dicom
+    from fedmed_flower.images.headers import is_dicom
 
     affine = np.asarray(image.meta.get("original_affine", image.affine), np.float64)
     if image.ndim == 3:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny import says
 
 from fedmed_flower.data.datalist import Listing, load_folder, read_folder, split_patients
-from fedmed_flower.data.images import read_image
 from fedmed_flower.errors import InputError
+from fedmed_flower.images.reading import read_image
 
 VOLUME = np.zeros((4, 3, 2), np.int16)
 

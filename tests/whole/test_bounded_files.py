@@ -29,11 +29,11 @@ from fedmed_flower.data.cells import Cells, category_text
 from fedmed_flower.data.checks import check_row
 from fedmed_flower.data.datalist import read_folder
 from fedmed_flower.data.decathlon import load_hippocampus
-from fedmed_flower.data.images import read_image
 from fedmed_flower.data.schema import Schema, read_table
 from fedmed_flower.data.sources import load_medmnist
 from fedmed_flower.errors import InputError
 from fedmed_flower.genomics.scores import read_weights
+from fedmed_flower.images.reading import read_image
 
 MIB = 1 << 20
 LIMIT = MIB
@@ -363,7 +363,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 IN_A_PROCESS = """
 import resource, sys, time
 from pathlib import Path
-from fedmed_flower.data.dicom import read_dicom
+from fedmed_flower.images.dicom import read_dicom
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before, start = peak(), time.monotonic()
 try:

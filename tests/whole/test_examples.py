@@ -114,7 +114,7 @@ def test_the_dicom_example_writes_series_and_trains_on_them(tmp_path):
 def test_the_dicom_examples_lesion_is_where_it_was_drawn(tmp_path, plane):
     from monai.transforms import Compose, Orientation, Spacing
 
-    from fedmed_flower.data.images import read_image
+    from fedmed_flower.images.reading import read_image
 
     names = runpy.run_path(str(ROOT / "examples/dicom/write.py"))
     cube = np.full((24, 24, 24), -500.0)

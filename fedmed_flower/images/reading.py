@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.data.utils import affine_to_spacing
-from nibabel.openers import ImageOpener
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fedmed_flower.data.bounded import array_bytes, real_path, require_within, unpacked
-from fedmed_flower.data.dicom import is_dicom, one_line, read_dicom
+from fedmed_flower.data.bounded import array_bytes, require_within
 from fedmed_flower.errors import InputError
-
-_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
-_PACKED = (".nii.gz", ".nii.bz2", ".nii.zst", ".mgz")
-# How far a mask's corners may lie from its image's, in voxels.
-_NEAR = 0.1
-# MONAI's key for the affine of the file; here only images with a position in the patient have it.
-_FILE_AFFINE = "original_affine"
+from fedmed_flower.images.dicom import read_dicom
+from fedmed_flower.images.geometry import FILE_AFFINE, file_affine_of, mismatch
+from fedmed_flower.images.headers import is_dicom, one_line
+from fedmed_flower.images.photographs import PICTURES, read_picture
+from fedmed_flower.images.volumes import read_volume
 
 Array = NDArray[Any]
 
@@ -72,7 +63,7 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
             size += parts[-1].nbytes
             require_within(f"{source[0]} and its other channels have at least", size, "an image")
         channels = torch.cat([part.as_tensor() for part in parts])
-        return MetaTensor(channels, parts[0].affine, _file_affine_of(parts[0]))
+        return MetaTensor(channels, parts[0].affine, file_affine_of(parts[0]))
     array, affine, placed = _read(source, spatial_dims)
     try:
         return _fit(array, affine, placed, spatial_dims)
@@ -123,7 +114,7 @@ def read_label(
     if num_classes is None and not values:
         whole = voxels.to(torch.int64)
         _require_classes(voxels, (whole == voxels) & (whole >= 0), "whole numbers from 0 on")
-        return MetaTensor(whole, geometry.affine, _file_affine_of(geometry))
+        return MetaTensor(whole, geometry.affine, file_affine_of(geometry))
     known = torch.tensor(tuple(values) or tuple(range(num_classes or 0)), dtype=voxels.dtype)
     count = len(known) if num_classes is None else num_classes
     if len(known) != count or len(torch.unique(known)) != count or not 1 <= count <= 256:
@@ -136,51 +127,7 @@ def read_label(
     listed = ", ".join(f"{value:g}" for value in known)
     _require_classes(voxels, known[indices] == voxels, listed)
     classes = order.to(torch.uint8)[indices]
-    return MetaTensor(classes, geometry.affine, _file_affine_of(geometry))
-
-
-def mismatch(label: MetaTensor, image: MetaTensor) -> str | None:
-    """Return how the grid of a mask, or of a channel, differs from its image's; None if it fits.
-
-    Both are as `read_image` returned them. If one of the two has no position in the patient, as
-    pictures and arrays have none, only the shapes are compared.
-    """
-    shape = tuple(image.shape[1:])
-    if tuple(label.shape[1:]) != shape:
-        return f"its shape is {tuple(label.shape[1:])}, the image's {shape}"
-    if _FILE_AFFINE not in label.meta or _FILE_AFFINE not in image.meta:
-        return None
-    label_affine = np.asarray(label.meta[_FILE_AFFINE], float)
-    image_affine = np.asarray(image.meta[_FILE_AFFINE], float)
-    sides = [(0, side - 1) for side in (*shape, 1)[:3]]
-    corners = np.array([(*corner, 1) for corner in itertools.product(*sides)], float).T
-    offsets = (label_affine - image_affine) @ corners
-    if np.abs(np.linalg.solve(image_affine, offsets)[:3]).max() <= _NEAR:
-        return None
-    distance = np.linalg.norm(offsets[:3], axis=0).max()
-    return (
-        f"it lies up to {distance:.3g} mm away from the image: {_grid(label, label_affine)}; "
-        f"the image: {_grid(image, image_affine)}"
-    )
-
-
-def _grid(image: MetaTensor, affine: Array) -> str:
-    """Return spacing, orientation and origin of an image as a text."""
-    return (
-        f"spacing {_numbers(spacing_of(image))}, orientation {_codes(affine)}, "
-        f"origin {_numbers(affine[:3, 3])}"
-    )
-
-
-def spacing_of(image: MetaTensor) -> tuple[float, ...]:
-    """Return the distances between voxels in millimetres, one an axis."""
-    spacing = affine_to_spacing(image.affine, r=image.ndim - 1)
-    return tuple(float(f"{float(value):.6g}") for value in spacing)
-
-
-def orientation_of(image: MetaTensor) -> str:
-    """Return the directions in which a volume's axes point, such as RAS; empty for a 2D image."""
-    return _codes(np.asarray(image.affine, float)) if image.ndim == 4 else ""
+    return MetaTensor(classes, geometry.affine, file_affine_of(geometry))
 
 
 def files_of(source: Any) -> Iterator[Path]:
@@ -213,11 +160,11 @@ def _read(source: Any, spatial_dims: int | None) -> tuple[Array, Array | None, b
                 return read_dicom(path)
             if path.is_dir():
                 raise InputError(f"{path} is a folder without DICOM files")
-            if path.suffix.lower() in _PICTURES:
-                return _read_picture(path), None, False
+            if path.suffix.lower() in PICTURES:
+                return read_picture(path), None, False
             if path.suffix.lower() == ".npy":
                 return _with_channel(_read_array(path), spatial_dims), None, False
-            return *_read_volume(path), True
+            return *read_volume(path), True
     except InputError:
         raise
     except Exception as error:  # The readers fail in a dozen ways.
@@ -233,54 +180,6 @@ def _read_array(path: Path) -> Array:
         require_within(f"{path} says that it holds", array_bytes(file), "an image")
     array: Array = np.load(path, allow_pickle=False)
     return array
-
-
-def _read_picture(path: Path) -> Array:
-    # Some of Pillow's other formats start programs or unpack without a bound.
-    with Image.open(path, formats=_FORMATS) as picture:
-        if (frames := getattr(picture, "n_frames", 1)) > 1:
-            raise InputError(f"{path} holds {frames} pictures: give each a file of its own")
-        depth = {"I": 4, "F": 4}.get(picture.mode, 2 if picture.mode.startswith("I;") else 1)
-        size = picture.width * picture.height * len(picture.getbands()) * depth
-        require_within(f"{path} says that it holds", size, "a picture or a DICOM file")
-        array = np.asarray(picture)
-    return np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
-
-
-def _read_volume(path: Path) -> tuple[Array, Array]:
-    if ".gii" in map(str.lower, path.suffixes):
-        raise InputError(f"{path} holds a surface, not a volume")
-    content = None
-    if path.name.lower().endswith(_PACKED):
-        # Unpacked here: nibabel allocates what the header states and never verifies the checksum.
-        with ImageOpener(str(path)) as packed:
-            content = unpacked(packed, path, "an image")
-    elif path.suffix.lower() in (".gz", ".bz2", ".zst"):
-        # A pair of header and voxels: nibabel would unpack the second file without a bound.
-        raise InputError(f"{path} is not a NIfTI file with both header and voxels: unpack it")
-    volume: Any = nibabel.load(path)
-    _require_one_folder(path, volume)
-    # Scaled values, and float32 values, take four bytes a voxel or more.
-    size = math.prod(volume.shape) * max(volume.get_data_dtype().itemsize, 4)
-    require_within(f"{path} says that it holds", size, "an image")
-    if content is not None:
-        volume = type(volume).from_bytes(content)
-    array = np.asanyarray(volume.dataobj)
-    # NIfTI stores vectors with a time axis of length one.
-    if array.ndim == 5 and array.shape[3] == 1:
-        array = array[:, :, :, 0]
-    array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
-    return array, np.array(volume.affine, float)
-
-
-def _require_one_folder(path: Path, volume: Any) -> None:
-    """Raise `InputError` if a pair of files, such as .hdr and .img, is not in one folder."""
-    for part in volume.file_map.values():
-        if part.filename and real_path(Path(part.filename)).parent != real_path(path).parent:
-            raise InputError(
-                f"{path}: {Path(part.filename).name}, which belongs to it, is a link to another "
-                "folder: put both into one"
-            )
 
 
 def _fit(array: Array, affine: Array | None, placed: bool, spatial_dims: int | None) -> MetaTensor:
@@ -305,7 +204,7 @@ def _fit(array: Array, affine: Array | None, placed: bool, spatial_dims: int | N
     else:
         sides = _voxel_sides(affine)
         if placed:
-            meta[_FILE_AFFINE] = torch.from_numpy(affine)
+            meta[FILE_AFFINE] = torch.from_numpy(affine)
         if dims == 2:
             affine = np.diag([*sides[:2], 1.0, 1.0])
     with np.errstate(over="ignore"):
@@ -358,10 +257,6 @@ def _affine_of_slice(affine: Array) -> Array:
     return affine
 
 
-def _file_affine_of(image: MetaTensor) -> dict[str, Any]:
-    return {key: value for key, value in image.meta.items() if key == _FILE_AFFINE}
-
-
 def _require_classes(voxels: Tensor, valid: Tensor, classes: str) -> None:
     if not bool(valid.all()):
         odd = sorted({round(float(value), 3) for value in torch.unique(voxels[~valid])[:5]})
@@ -377,12 +272,3 @@ def _are_paths(source: Any) -> bool:
         and len(source) > 0
         and all(isinstance(part, str | Path) for part in source)
     )
-
-
-def _codes(affine: Array) -> str:
-    codes: Sequence[str | None] = nibabel.orientations.aff2axcodes(affine)  # type: ignore[no-untyped-call]
-    return "".join(code or "?" for code in codes)
-
-
-def _numbers(values: Sequence[float] | Array) -> str:
-    return "x".join(f"{float(value):g}" for value in values)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,97 +12,17 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.misc import is_dicom as looks_like_dicom
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 
-from fedmed_flower.data.bounded import require_deflated, require_within
-from fedmed_flower.errors import InputError, shown
+from fedmed_flower.data.bounded import require_within
+from fedmed_flower.errors import InputError
+from fedmed_flower.images.headers import dicom_files, is_placed, open_dicom, readable
 
-# A file with such a name that is not DICOM was cut off: without an error a slice would be lost.
-_SUFFIXES = (".dcm", ".dicom", ".ima")
 # How far a step from slice to slice may differ from the median step, as a fraction of it.
 _GAP = 0.1
-_MOST_LETTERS = 300
-_PREAMBLE = 132  # Bytes before the first element, with the letters DICM at the end.
-HEADER = (
-    "PatientID",
-    "SeriesInstanceUID",
-    "Rows",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-)
 
 Array = NDArray[Any]
 Slices = Mapping[Path, pydicom.Dataset]
-
-
-def is_dicom(path: Path) -> bool:
-    """Return whether a file is DICOM, or a folder directly holds DICOM files."""
-    if path.is_dir():
-        return any(map(is_dicom, _files_in(path)))
-    # Files of the kernel, such as in /proc, have no size, and reading one may block for ever.
-    return path.is_file() and path.stat().st_size >= _PREAMBLE and looks_like_dicom(path)
-
-
-def dicom_files(folder: Path) -> list[Path]:
-    """Return the files directly in a folder that are DICOM or have such a suffix, by name.
-
-    A DICOMDIR is left out.
-    """
-    files = _files_in(folder)
-    return [path for path in files if path.suffix.lower() in _SUFFIXES or is_dicom(path)]
-
-
-def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
-    """Read a DICOM file with pydicom's options; the elements in `HEADER` can be decoded.
-
-    Raises
-    ------
-    InputError
-        If the file is not DICOM, holds no image, an element in `HEADER` cannot be decoded, or the
-        file unpacks to more than `bounded.MOST` bytes.
-    """
-    with _readable(file), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with _Deflatable(io.FileIO(file)) as stream:
-            part = pydicom.dcmread(stream, **options)
-        for name in HEADER:  # pydicom decodes an element when it is first read.
-            part.get(name)
-    if "Rows" not in part:
-        raise InputError(f"{file} holds no image: it is cut off, or a document")
-    return part
-
-
-class _Deflatable(io.BufferedReader):
-    """A file that bounds deflated content: pydicom reads all the rest at once to inflate it."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        content = super().read(size)
-        if size is None or size < 0:
-            require_deflated(content, self.name, "a picture or a DICOM file")
-        return content
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """Turn whatever pydicom raises into an `InputError` that names the file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{file} cannot be read: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """Return the text of another library's error in one line of at most 300 letters.
-
-    If the text cannot be made, return the name of the error's class.
-    """
-    try:
-        return shown(error, _MOST_LETTERS)
-    except Exception:  # An error's own __str__ can raise one.
-        return type(error).__name__
 
 
 def read_dicom(path: Path) -> tuple[Array, Array, bool]:
@@ -159,11 +77,6 @@ def read_dicom(path: Path) -> tuple[Array, Array, bool]:
     return values.swapaxes(1, 2), affine, placed
 
 
-def is_placed(part: pydicom.Dataset) -> bool:
-    """Return whether an image states its position and orientation in the patient."""
-    return all(part.get(name) for name in ("ImagePositionPatient", "ImageOrientationPatient"))
-
-
 def _spacing(part: pydicom.Dataset) -> tuple[float, float]:
     """Return the millimetres between rows and between columns; for an X-ray, at the detector."""
     rows, columns = part.get("PixelSpacing") or part.get("ImagerPixelSpacing") or (1, 1)
@@ -178,7 +91,7 @@ def _bytes(file: Path, part: pydicom.Dataset) -> int:
     InputError
         If the file holds several frames, or states pixels that take more than `bounded.MOST` bytes.
     """
-    with _readable(file):
+    with readable(file):
         if int(part.get("NumberOfFrames") or 1) > 1:
             raise InputError(f"{file} holds several frames: convert it to NIfTI")
         sides = [int(part.get(name) or 1) for name in ("Rows", "Columns", "SamplesPerPixel")]
@@ -193,7 +106,7 @@ def _bytes(file: Path, part: pydicom.Dataset) -> int:
 
 def _pixels(file: Path, part: pydicom.Dataset) -> NDArray[np.float32]:
     """Return pixels, (rows, columns) or (rows, columns, colours), in units of the modality."""
-    with _readable(file):
+    with readable(file):
         array = part.pixel_array
         if part.get("PhotometricInterpretation") == "PALETTE COLOR":
             array = apply_color_lut(array, part)
@@ -273,12 +186,3 @@ def _require_even_steps(slices: Slices, corners: NDArray[np.float64], path: Path
                 f"{path}: a slice is missing or out of place between {where}: they are {gap:.4g} "
                 f"mm apart, the others {spacing:.4g}"
             )
-
-
-def _files_in(folder: Path) -> list[Path]:
-    """Return the files of a folder by name; hidden files and a DICOMDIR are left out."""
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and not path.name.startswith(".") and path.name.upper() != "DICOMDIR"
-    ]

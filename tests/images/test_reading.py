@@ -9,15 +9,9 @@ from monai.transforms import Compose, Invertd, LoadImage, Orientationd, Spacingd
 from PIL import Image
 from tiny import says
 
-from fedmed_flower.data.images import (
-    files_of,
-    mismatch,
-    orientation_of,
-    read_image,
-    read_label,
-    spacing_of,
-)
 from fedmed_flower.errors import InputError
+from fedmed_flower.images.geometry import mismatch, orientation_of, spacing_of
+from fedmed_flower.images.reading import files_of, read_image, read_label
 
 OBLIQUE = (0.8, 0.6, 0, 0, 0, -1)
 LPS_TO_RAS = np.array([-1, -1, 1])

@@ -1,0 +1,1 @@
+"""Image files of hospitals: DICOM, NIfTI and others, pictures, and the masks of each."""

@@ -1,0 +1,111 @@
+"""DICOM files and their headers: which files are DICOM, and opening one within bounds."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pydicom
+from pydicom.misc import is_dicom as looks_like_dicom
+
+from fedmed_flower.data.bounded import require_deflated
+from fedmed_flower.errors import InputError, shown
+
+# A file with such a name that is not DICOM was cut off: without an error a slice would be lost.
+_SUFFIXES = (".dcm", ".dicom", ".ima")
+_MOST_LETTERS = 300
+_PREAMBLE = 132  # Bytes before the first element, with the letters DICM at the end.
+HEADER = (
+    "PatientID",
+    "SeriesInstanceUID",
+    "Rows",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+)
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a file is DICOM, or a folder directly holds DICOM files."""
+    if path.is_dir():
+        return any(map(is_dicom, _files_in(path)))
+    # Files of the kernel, such as in /proc, have no size, and reading one may block for ever.
+    return path.is_file() and path.stat().st_size >= _PREAMBLE and looks_like_dicom(path)
+
+
+def dicom_files(folder: Path) -> list[Path]:
+    """Return the files directly in a folder that are DICOM or have such a suffix, by name.
+
+    A DICOMDIR is left out.
+    """
+    files = _files_in(folder)
+    return [path for path in files if path.suffix.lower() in _SUFFIXES or is_dicom(path)]
+
+
+def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
+    """Read a DICOM file with pydicom's options; the elements in `HEADER` can be decoded.
+
+    Raises
+    ------
+    InputError
+        If the file is not DICOM, holds no image, an element in `HEADER` cannot be decoded, or the
+        file unpacks to more than `bounded.MOST` bytes.
+    """
+    with readable(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _Deflatable(io.FileIO(file)) as stream:
+            part = pydicom.dcmread(stream, **options)
+        for name in HEADER:  # pydicom decodes an element when it is first read.
+            part.get(name)
+    if "Rows" not in part:
+        raise InputError(f"{file} holds no image: it is cut off, or a document")
+    return part
+
+
+class _Deflatable(io.BufferedReader):
+    """A file that bounds deflated content: pydicom reads all the rest at once to inflate it."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(size)
+        if size is None or size < 0:
+            require_deflated(content, self.name, "a picture or a DICOM file")
+        return content
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Turn whatever pydicom raises into an `InputError` that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{file} cannot be read: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """Return the text of another library's error in one line of at most 300 letters.
+
+    If the text cannot be made, return the name of the error's class.
+    """
+    try:
+        return shown(error, _MOST_LETTERS)
+    except Exception:  # An error's own __str__ can raise one.
+        return type(error).__name__
+
+
+def is_placed(part: pydicom.Dataset) -> bool:
+    """Return whether an image states its position and orientation in the patient."""
+    return all(part.get(name) for name in ("ImagePositionPatient", "ImageOrientationPatient"))
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files of a folder by name; hidden files and a DICOMDIR are left out."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.name.startswith(".") and path.name.upper() != "DICOMDIR"
+    ]
