@@ -17,6 +17,7 @@ from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from fedmed_flower.data.bounded import require_within
 from fedmed_flower.errors import InputError
 from fedmed_flower.images.headers import dicom_files, is_placed, open_dicom, readable
+from fedmed_flower.images.series import Series
 
 # How far a step from slice to slice may differ from the median step, as a fraction of it.
 _GAP = 0.1
@@ -25,8 +26,8 @@ Array = NDArray[Any]
 Slices = Mapping[Path, pydicom.Dataset]
 
 
-def read_dicom(path: Path) -> tuple[Array, Array, bool]:
-    """Read one DICOM file, or a folder with one series, its slices in order of position.
+def read_dicom(path: Path | Series) -> tuple[Array, Array, bool]:
+    """Read one DICOM file, a folder with one series, or a series, its slices in order of position.
 
     Returns
     -------
@@ -45,7 +46,10 @@ def read_dicom(path: Path) -> tuple[Array, Array, bool]:
         If a file cannot be read; if the files are not one series of evenly spaced slices; if a file
         or all of them have, or unpack to, more than `bounded.MOST` bytes.
     """
-    files = dicom_files(path) if path.is_dir() else [path]
+    if isinstance(path, Series):
+        files = [Path(file) for file in path.files]
+    else:
+        files = dicom_files(path) if path.is_dir() else [path]
     slices: dict[Path, pydicom.Dataset] = {}
     size = 0
     for file in files:
@@ -113,7 +117,7 @@ def _pixels(file: Path, part: pydicom.Dataset) -> NDArray[np.float32]:
         return apply_modality_lut(array, part).astype(np.float32)
 
 
-def _in_order(slices: Slices, path: Path) -> Slices:
+def _in_order(slices: Slices, path: Path | Series) -> Slices:
     """Check that the slices are one evenly spaced series, and return them in order of position."""
     _require_one_series(slices, path)
     _require_placed(slices, path)
@@ -123,7 +127,7 @@ def _in_order(slices: Slices, path: Path) -> Slices:
     return ordered
 
 
-def _require_one_series(slices: Slices, path: Path) -> None:
+def _require_one_series(slices: Slices, path: Path | Series) -> None:
     parts = slices.values()
     for name, what in (("SeriesInstanceUID", "series"), ("PatientID", "patients")):
         values = sorted({str(part.get(name, "")) for part in parts})
@@ -134,7 +138,7 @@ def _require_one_series(slices: Slices, path: Path) -> None:
             )
 
 
-def _require_placed(slices: Slices, path: Path) -> None:
+def _require_placed(slices: Slices, path: Path | Series) -> None:
     if without := [file.name for file, part in slices.items() if not is_placed(part)]:
         raise InputError(
             f"{path}: {len(without)} of {len(slices)} slices, such as {without[0]}, have no "
@@ -142,7 +146,7 @@ def _require_placed(slices: Slices, path: Path) -> None:
         )
 
 
-def _require_same_geometry(slices: Slices, path: Path) -> None:
+def _require_same_geometry(slices: Slices, path: Path | Series) -> None:
     parts = slices.values()
     for name, what in (
         ("ImageOrientationPatient", "orientations"),
@@ -171,7 +175,7 @@ def _along_normal(slices: Slices) -> tuple[Slices, NDArray[np.float64]]:
     return {files[index]: parts[index] for index in order}, corners[order]
 
 
-def _require_even_steps(slices: Slices, corners: NDArray[np.float64], path: Path) -> None:
+def _require_even_steps(slices: Slices, corners: NDArray[np.float64], path: Path | Series) -> None:
     """Raise `InputError` if a slice is missing, doubled or out of line."""
     steps = np.diff(corners, axis=0)
     usual = np.median(steps, axis=0)

@@ -20,6 +20,7 @@ from fedmed_flower.images.dicom import read_dicom
 from fedmed_flower.images.geometry import FILE_AFFINE, file_affine_of, mismatch
 from fedmed_flower.images.headers import is_dicom, one_line
 from fedmed_flower.images.photographs import PICTURES, read_picture
+from fedmed_flower.images.series import Series
 from fedmed_flower.images.volumes import read_volume
 
 Array = NDArray[Any]
@@ -68,7 +69,7 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
     try:
         return _fit(array, affine, placed, spatial_dims)
     except InputError as error:
-        where = f"{source}: " if isinstance(source, str | Path) else ""
+        where = f"{source}: " if isinstance(source, str | Path | Series) else ""
         raise InputError(f"{where}{error}") from None
 
 
@@ -134,8 +135,11 @@ def files_of(source: Any) -> Iterator[Path]:
     """Yield the paths that an image or a mask is read from; an array has no path."""
     if isinstance(source, str | Path):
         yield Path(source)
+    elif isinstance(source, Series):
+        yield from map(Path, source.files)
     elif _are_paths(source):
-        yield from map(Path, source)
+        for part in source:
+            yield from files_of(part)
 
 
 def _read(source: Any, spatial_dims: int | None) -> tuple[Array, Array | None, bool]:
@@ -143,6 +147,8 @@ def _read(source: Any, spatial_dims: int | None) -> tuple[Array, Array | None, b
 
     It is if it states a position in the patient.
     """
+    if isinstance(source, Series):
+        return read_dicom(source)
     if not isinstance(source, str | Path):
         return _with_channel(np.asarray(source), spatial_dims), None, False
     path = Path(source)
@@ -270,5 +276,5 @@ def _are_paths(source: Any) -> bool:
     return (
         isinstance(source, list | tuple)
         and len(source) > 0
-        and all(isinstance(part, str | Path) for part in source)
+        and all(isinstance(part, str | Path | Series) for part in source)
     )
