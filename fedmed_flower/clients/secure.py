@@ -57,7 +57,7 @@ from fedmed_flower.secure.parts import (
     figure_in,
 )
 from fedmed_flower.secure.record import DATA, Record
-from fedmed_flower.secure.ring import COUNT, Words
+from fedmed_flower.secure.ring import COUNT, Change, Words
 from fedmed_flower.secure.study import Study
 from fedmed_flower.settings.secure import SUM, SecureSettings
 from fedmed_flower.settings.text import setting_error
@@ -236,6 +236,7 @@ class SecureReply:
     def _encoded(self, message: Message, content: RecordDict) -> Words:
         layout = self.record.layout
         weighted: set[str] = set()
+        values: Mapping[str, NDArray[Any] | Change]
         if self.record.purpose.startswith(f"{MessageType.EVALUATE}/"):
             values, weight = _figures(self.record, content), 1.0
         else:
@@ -260,12 +261,12 @@ class SecureReply:
 
 def _values(
     record: Record, message: Message, content: RecordDict
-) -> tuple[dict[str, NDArray[Any]], float]:
+) -> tuple[dict[str, NDArray[Any] | Change], float]:
     """Return what a reply adds to each part of a sum, and the weight of its change of the model."""
     metrics = next(iter(content.metric_records.values()), MetricRecord())
     summands = content.array_records.get(SUMMANDS, ArrayRecord())
     weight = _weight(record, metrics)
-    values: dict[str, NDArray[Any]] = {}
+    values: dict[str, NDArray[Any] | Change] = {}
     before, after = _models(message, content)
     for part in record.layout.parts:
         name = part.name
@@ -273,7 +274,7 @@ def _values(
             key = name.removeprefix(MODEL)
             if key not in before or key not in after:
                 raise DeclinedError(f"the secure sum is of {key}, which this model does not have")
-            values[name] = np.subtract(view(after[key]), view(before[key]), dtype=np.float64)
+            values[name] = Change(view(after[key]), view(before[key]))
         elif name == LOSS:
             values[name] = np.array([float(metrics.get("loss", 0.0))])  # type: ignore[arg-type]
         elif name == ONES.name:
@@ -284,8 +285,9 @@ def _values(
         elif record.kind == DATA and name in summands:
             values[name] = view(summands[name])
         elif record.kind == DATA and name in metrics:
-            values[name] = np.atleast_1d(np.asarray(metrics[name]))
-            if part.kind == COUNT and values[name].dtype.kind == "f":
+            figures = np.atleast_1d(np.asarray(metrics[name]))
+            values[name] = figures
+            if part.kind == COUNT and figures.dtype.kind == "f":
                 # Whether such a number is whole must not decide whether this hospital answers.
                 raise DeclinedError(f"the secure sum counts {name}, which is no count")
         else:

@@ -137,11 +137,16 @@ def digest(value: Value) -> bytes:
 
 
 def digest_of_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """Return the digest of arrays: of their names, types, shapes and bytes, in any order."""
+    """Return the digest of arrays: of their names, types, shapes and bytes, in any order.
+
+    The bytes of each stand in it by their SHA-256, for which processors have an instruction: over a
+    model it takes half the time of SHA-512/256. Its length is fixed and the outer digest tells
+    arrays apart, so that only a collision of SHA-256 itself could make two alike.
+    """
     content = {}
     for name, array in arrays.items():
         whole = np.ascontiguousarray(array)
         flat = whole.reshape(-1).view(np.uint8).data if whole.size else b""
-        inside = hashlib.new("sha512_256", flat).digest()
+        inside = hashlib.sha256(flat).digest()
         content[name] = [whole.dtype.str, list(np.shape(array)), inside]
     return digest(content)

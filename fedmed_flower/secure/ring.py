@@ -244,7 +244,7 @@ class Layout:
 
     def encode(
         self,
-        values: Mapping[str, NDArray[Any]],
+        values: Mapping[str, NDArray[Any] | Change],
         weight: float = 1.0,
         random: Callable[[int], bytes] = os.urandom,
         noise: Mapping[str, NDArray[np.float64]] | None = None,
@@ -270,7 +270,7 @@ class Layout:
 
         Parameters
         ----------
-        values : mapping of str to ndarray
+        values : mapping of str to ndarray or Change
             By the name of the part, in any shape of the part's size. Fixed numbers in float32 or
             float64, real numbers also in whole numbers; counts in whole numbers or in floats
             without a fraction.
@@ -307,9 +307,9 @@ class Layout:
                 clipped += rounder.encode(array, part, weight, added, small[place])
             elif part.kind == REAL:
                 factor = weight if part.name in weighted else 1.0
-                clipped += _encode_real(array, part, factor, large[place])
+                clipped += _encode_real(array[:], part, factor, large[place])
             else:
-                large[place] = _counts(array, part)
+                large[place] = _counts(array[:], part)
         return Encoded((small, large), clipped)
 
     def decode(self, words: Words, sites: int) -> dict[str, NDArray[Any]]:
@@ -374,7 +374,7 @@ class Layout:
             if part.kind != FIXED or not part.size:
                 continue
             limit = part.bound * (1 + 1e-6) + 8 * part.sigma + sites / part.scale
-            total = _values_of(sums, part)
+            total = _values_of(sums, part)[:]
             if not (total.min() >= -limit and total.max() <= limit):
                 return part.name
         return None
@@ -392,7 +392,9 @@ class Layout:
                 return place.start
         raise InputError(f"the layout has no part {name!r}")
 
-    def _arrays(self, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def _arrays(
+        self, values: Mapping[str, NDArray[Any] | Change]
+    ) -> dict[str, NDArray[Any] | Change]:
         """Return the values of each part as a flat array, and refuse those of no part."""
         self._require_known(values)
         return {part.name: _values_of(values, part) for part in self.parts}
@@ -405,10 +407,10 @@ class Layout:
                 continue
             if part.kind != FIXED or not part.sigma:
                 raise InputError(f"there is noise for part {part.name!r}, which has no sigma")
-            noises[part.name] = _values_of(noise, part)
+            noises[part.name] = _values_of(noise, part)[:]
         return noises
 
-    def _require_known(self, values: Mapping[str, NDArray[Any]]) -> None:
+    def _require_known(self, values: Mapping[str, NDArray[Any] | Change]) -> None:
         unknown = set(values) - {part.name for part in self.parts}
         if unknown:
             raise InputError(f"the layout has no part {min(unknown)!r}")
@@ -438,13 +440,16 @@ def _part_of(entry: Any) -> Part:
     return Part(*entry)
 
 
-def _values_of(values: Mapping[str, NDArray[Any]], part: Part) -> NDArray[Any]:
-    """Return a part's values as a flat array of the right size and type."""
+def _values_of(values: Mapping[str, NDArray[Any] | Change], part: Part) -> NDArray[Any] | Change:
+    """Return a part's values, flat, of the right size and type."""
     if part.name not in values:
         raise InputError(f"there are no values of part {part.name!r}")
-    array = np.asarray(values[part.name])
+    given = values[part.name]
+    array = given if isinstance(given, Change) else np.asarray(given)
     if array.size != part.size:
         raise InputError(f"part {part.name!r} has {part.size} values, got {array.size}")
+    if isinstance(array, Change):
+        return array
     if part.kind == REAL and array.dtype.kind in "iu":
         array = array.astype(np.float64)
     if part.kind != COUNT and array.dtype not in (np.float32, np.float64):
@@ -474,6 +479,37 @@ def _steps(noise: NDArray[Any], part: Part) -> NDArray[np.float64]:
     return steps
 
 
+class Change:
+    """How much an array changes, as `Layout.encode` takes it: formed in float64, a block at a time.
+
+    Formed at once it would be memory of eight bytes a weight that is used a single time.
+
+    Parameters
+    ----------
+    after, before : ndarray
+        Of one size and any shape.
+
+    Raises
+    ------
+    InputError
+        If they differ in size.
+    """
+
+    def __init__(self, after: NDArray[Any], before: NDArray[Any]) -> None:
+        if after.size != before.size:
+            raise InputError(f"an array of {before.size} values became one of {after.size}")
+        self.size = after.size
+        self._after = after.reshape(-1)
+        self._before = before.reshape(-1)
+
+    def __getitem__(self, place: slice) -> NDArray[np.float64]:
+        """Return a block of it."""
+        change: NDArray[np.float64] = np.subtract(
+            self._after[place], self._before[place], dtype=np.float64
+        )
+        return change
+
+
 class _Rounder:
     """Rounds numbers up or down by chance, block by block in buffers that it keeps.
 
@@ -495,7 +531,7 @@ class _Rounder:
 
     def encode(
         self,
-        values: NDArray[Any],
+        values: NDArray[Any] | Change,
         part: Part,
         weight: float,
         noise: NDArray[Any] | None,

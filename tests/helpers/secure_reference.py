@@ -300,7 +300,7 @@ def _digest_of_arrays(*arrays):
     content = []
     for name, dtype, shape, data in arrays:
         sizes = ["list", [["int", str(size)] for size in shape]]
-        inside = ["bytes", sha512_256(data).hex()]
+        inside = ["bytes", hashlib.sha256(data).hexdigest()]
         content.append([name, ["list", [["text", dtype], sizes, inside]]])
     return {
         "arrays": [
