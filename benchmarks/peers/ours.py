@@ -34,7 +34,7 @@ from fedmed_flower.secure.identity import Identity
 from fedmed_flower.secure.member import Member
 from fedmed_flower.secure.parts import BY, CLIPPED, EXAMPLES, LOSS, MODEL, ONES, TOTAL
 from fedmed_flower.secure.record import TRAIN, Record
-from fedmed_flower.secure.ring import FIXED, REAL, Change, Layout, Part
+from fedmed_flower.secure.ring import FIXED, REAL, ArrayChange, Layout, Part
 from fedmed_flower.secure.streams import add_streams
 from fedmed_flower.secure.study import Study
 
@@ -187,7 +187,7 @@ class Federation:
         with timed(found.quantise):
             weight = rows / sum(self.rows)
             values = {
-                f"{MODEL}{_KEY}": Change(vector, self.model),
+                f"{MODEL}{_KEY}": ArrayChange(vector, self.model),
                 ONES.name: np.array([1]),
                 CLIPPED.name: np.array([0]),
                 LOSS: np.array([0.5 * weight]),

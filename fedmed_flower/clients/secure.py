@@ -57,7 +57,7 @@ from fedmed_flower.secure.parts import (
     figure_in,
 )
 from fedmed_flower.secure.record import DATA, Record
-from fedmed_flower.secure.ring import COUNT, Change, Words
+from fedmed_flower.secure.ring import COUNT, ArrayChange, Words
 from fedmed_flower.secure.study import Study
 from fedmed_flower.settings.secure import SUM, SecureSettings
 from fedmed_flower.settings.text import setting_error
@@ -236,7 +236,7 @@ class SecureReply:
     def _encoded(self, message: Message, content: RecordDict) -> Words:
         layout = self.record.layout
         weighted: set[str] = set()
-        values: Mapping[str, NDArray[Any] | Change]
+        values: Mapping[str, NDArray[Any] | ArrayChange]
         if self.record.purpose.startswith(f"{MessageType.EVALUATE}/"):
             values, weight = _figures(self.record, content), 1.0
         else:
@@ -261,12 +261,12 @@ class SecureReply:
 
 def _values(
     record: Record, message: Message, content: RecordDict
-) -> tuple[dict[str, NDArray[Any] | Change], float]:
+) -> tuple[dict[str, NDArray[Any] | ArrayChange], float]:
     """Return what a reply adds to each part of a sum, and the weight of its change of the model."""
     metrics = next(iter(content.metric_records.values()), MetricRecord())
     summands = content.array_records.get(SUMMANDS, ArrayRecord())
     weight = _weight(record, metrics)
-    values: dict[str, NDArray[Any] | Change] = {}
+    values: dict[str, NDArray[Any] | ArrayChange] = {}
     before, after = _models(message, content)
     for part in record.layout.parts:
         name = part.name
@@ -274,7 +274,7 @@ def _values(
             key = name.removeprefix(MODEL)
             if key not in before or key not in after:
                 raise DeclinedError(f"the secure sum is of {key}, which this model does not have")
-            values[name] = Change(view(after[key]), view(before[key]))
+            values[name] = ArrayChange(view(after[key]), view(before[key]))
         elif name == LOSS:
             values[name] = np.array([float(metrics.get("loss", 0.0))])  # type: ignore[arg-type]
         elif name == ONES.name:

@@ -11,6 +11,7 @@ import json
 import logging
 import secrets
 import sqlite3
+import time
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ CREATE INDEX questions_of_kind ON questions (kind);
 CREATE TABLE peers (name TEXT NOT NULL, message TEXT NOT NULL, book TEXT NOT NULL,
   row_count INTEGER NOT NULL, mark BLOB NOT NULL, PRIMARY KEY (name, message)) WITHOUT ROWID;
 """
+# Keys of the table `about` that hold the day on which a run was last used begin so.
+_STAMP = "used "
 _MOST_ROWS = 2**63 - 1
 _ID_BYTES = 16
 _ID_LETTERS = 64
@@ -161,6 +164,7 @@ class SecureBook:
                 "ON CONFLICT (run) DO UPDATE SET private = excluded.private",
                 (run, private),
             )
+            _stamp(connection, run)
 
     def run_key(self, run: str) -> bytes:
         """Return the private key of a run.
@@ -175,6 +179,16 @@ class SecureBook:
         if row is None:
             raise SecureError(f"run {run} has no key here: the server must first ask for a hello")
         return _unless_erased(row[0], f"the key of run {run}")
+
+    def idle_runs(self, days: int) -> list[str]:
+        """Return the runs that have a key and began nothing for so many days, by this clock."""
+        with self._open() as connection:
+            query = (
+                "SELECT run, value FROM run_keys LEFT JOIN about ON key = ? || run "
+                "WHERE private IS NOT NULL ORDER BY run"
+            )
+            stamped = connection.execute(query, (_STAMP,)).fetchall()
+        return [run for run, day in stamped if _today() - _count(day or 0) >= days]
 
     def close_run(self, run: str) -> None:
         """Erase a run's private key and what its attempts kept; settled questions stay.
@@ -240,6 +254,7 @@ class SecureBook:
                 "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, NULL, ?)",
                 (digest, kind, run, question, encoded(asked), kept),
             )
+            _stamp(connection, run)
 
     def kept(self, digest: bytes) -> bytes:
         """Return what `begin` kept.
@@ -541,6 +556,17 @@ def _count(value: object) -> int:
 
 def _count_entry(connection: sqlite3.Connection) -> None:
     connection.execute("UPDATE about SET value = value + 1 WHERE key = 'rows'")
+
+
+def _stamp(connection: sqlite3.Connection, run: str) -> None:
+    """Write down the day on which a run was used."""
+    values = (f"{_STAMP}{run}", _today())
+    connection.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", values)
+
+
+def _today() -> int:
+    """Return the number of days since 1970."""
+    return int(time.time() // 86400)
 
 
 def _data_members(connection: sqlite3.Connection) -> tuple[str, ...] | None:

@@ -38,6 +38,8 @@ SEED_BYTES = 16
 SELF = "self"
 PAIR = "pair"
 # Letters of a run's name, which the book keeps for good.
+# Longer than a run waits for a hospital that was restarted.
+KEPT_DAYS = 30
 _MOST_RUN = 200
 
 
@@ -93,6 +95,9 @@ class Member:
     def hello(self, run: str, tells: bool = False) -> Hello:
         """Return the hello of a run, with a new key that voids the one before.
 
+        The keys and seeds of runs that began nothing for `KEPT_DAYS` are erased: who steals this
+        hospital's book later cannot take off the masks of what it sent.
+
         Raises
         ------
         SecureError
@@ -100,6 +105,9 @@ class Member:
         """
         if not 0 < len(run) <= _MOST_RUN:
             raise SecureError(f"the name of a run has 1 to {_MOST_RUN} letters, got {len(run)}")
+        for idle in self.book.idle_runs(KEPT_DAYS):
+            if idle != run:
+                self.book.close_run(idle)
         private = X25519PrivateKey.generate()
         public = private.public_key().public_bytes_raw()
         self.book.new_run_key(run, private.private_bytes_raw())

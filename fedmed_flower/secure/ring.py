@@ -244,7 +244,7 @@ class Layout:
 
     def encode(
         self,
-        values: Mapping[str, NDArray[Any] | Change],
+        values: Mapping[str, NDArray[Any] | ArrayChange],
         weight: float = 1.0,
         random: Callable[[int], bytes] = os.urandom,
         noise: Mapping[str, NDArray[np.float64]] | None = None,
@@ -270,7 +270,7 @@ class Layout:
 
         Parameters
         ----------
-        values : mapping of str to ndarray or Change
+        values : mapping of str to ndarray or ArrayChange
             By the name of the part, in any shape of the part's size. Fixed numbers in float32 or
             float64, real numbers also in whole numbers; counts in whole numbers or in floats
             without a fraction.
@@ -393,8 +393,8 @@ class Layout:
         raise InputError(f"the layout has no part {name!r}")
 
     def _arrays(
-        self, values: Mapping[str, NDArray[Any] | Change]
-    ) -> dict[str, NDArray[Any] | Change]:
+        self, values: Mapping[str, NDArray[Any] | ArrayChange]
+    ) -> dict[str, NDArray[Any] | ArrayChange]:
         """Return the values of each part as a flat array, and refuse those of no part."""
         self._require_known(values)
         return {part.name: _values_of(values, part) for part in self.parts}
@@ -410,7 +410,7 @@ class Layout:
             noises[part.name] = _values_of(noise, part)[:]
         return noises
 
-    def _require_known(self, values: Mapping[str, NDArray[Any] | Change]) -> None:
+    def _require_known(self, values: Mapping[str, NDArray[Any] | ArrayChange]) -> None:
         unknown = set(values) - {part.name for part in self.parts}
         if unknown:
             raise InputError(f"the layout has no part {min(unknown)!r}")
@@ -440,15 +440,17 @@ def _part_of(entry: Any) -> Part:
     return Part(*entry)
 
 
-def _values_of(values: Mapping[str, NDArray[Any] | Change], part: Part) -> NDArray[Any] | Change:
+def _values_of(
+    values: Mapping[str, NDArray[Any] | ArrayChange], part: Part
+) -> NDArray[Any] | ArrayChange:
     """Return a part's values, flat, of the right size and type."""
     if part.name not in values:
         raise InputError(f"there are no values of part {part.name!r}")
     given = values[part.name]
-    array = given if isinstance(given, Change) else np.asarray(given)
+    array = given if isinstance(given, ArrayChange) else np.asarray(given)
     if array.size != part.size:
         raise InputError(f"part {part.name!r} has {part.size} values, got {array.size}")
-    if isinstance(array, Change):
+    if isinstance(array, ArrayChange):
         return array
     if part.kind == REAL and array.dtype.kind in "iu":
         array = array.astype(np.float64)
@@ -479,7 +481,7 @@ def _steps(noise: NDArray[Any], part: Part) -> NDArray[np.float64]:
     return steps
 
 
-class Change:
+class ArrayChange:
     """How much an array changes, as `Layout.encode` takes it: formed in float64, a block at a time.
 
     Formed at once it would be memory of eight bytes a weight that is used a single time.
@@ -531,7 +533,7 @@ class _Rounder:
 
     def encode(
         self,
-        values: NDArray[Any] | Change,
+        values: NDArray[Any] | ArrayChange,
         part: Part,
         weight: float,
         noise: NDArray[Any] | None,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedmed_flower.errors import FormatError, InputError
+from fedmed_flower.secure import book as book_module
 from fedmed_flower.secure.book import Change, Peer, SecureBook, secure_path
 from fedmed_flower.secure.encoding import SecureError
 
@@ -129,6 +130,26 @@ class TestKeys:
         assert book.rows == rows + 1
         assert "settled over east, north, south" in refused(book.settle, attempt(0), ALL)
         assert "lack south" in refused(begin, book, 9, question=attempt(0), names=NO_SOUTH)
+
+    def test_runs_are_idle_by_the_day_on_which_they_began_something(self, book, monkeypatch):
+        day = [20_000]
+        monkeypatch.setattr(book_module, "_today", lambda: day[0])
+        book.new_run_key("used", b"key of one")
+        book.new_run_key("left", b"key of other")
+        day[0] += 20
+        begin(book, run="used")
+        day[0] += 12
+        assert book.idle_runs(32) == ["left"]
+        assert book.idle_runs(33) == []
+        assert book.idle_runs(12) == ["left", "used"]
+        book.close_run("left")
+        assert book.idle_runs(0) == ["used"]
+
+    def test_a_run_of_a_book_without_days_is_idle(self, book, path):
+        book.new_run_key("old", b"key")
+        with sqlite3.connect(path) as connection:
+            connection.execute("DELETE FROM about WHERE key = 'used old'")
+        assert book.idle_runs(30) == ["old"]
 
 
 class TestOneQuestionOneSet:
@@ -357,6 +378,7 @@ CALLS = {
     "settle": lambda book: book.settle(attempt(1), ALL),
     "note_peers": lambda book: book.note_peers([Peer("south", 2)]),
     "changes": lambda book: book.changes(),
+    "idle_runs": lambda book: book.idle_runs(1),
     "close_run": lambda book: book.close_run("run"),
 }
 

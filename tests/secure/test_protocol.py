@@ -18,6 +18,7 @@ from secure_members import (
     summed,
 )
 
+from fedmed_flower.secure import book as book_module
 from fedmed_flower.secure import member as member_module
 from fedmed_flower.secure.collector import Collector
 from fedmed_flower.secure.encoding import SecureError, decoded, encoded
@@ -393,6 +394,29 @@ def test_an_old_hello_is_void_after_a_new_one(folder):
     members["h00"].hello(RUN)
     with pytest.raises(SecureError, match="is not its key of the run"):
         members["h00"].require_sound(record)
+
+
+def test_a_run_that_was_not_used_for_a_month_loses_its_keys_and_seeds(folder, monkeypatch):
+    day = [20_000]
+    monkeypatch.setattr(book_module, "_today", lambda: day[0])
+    members = members_of(folder, 3)
+    record = record_of(members)
+    member = members["h00"]
+    masked_by(member, record, 0, ABOUT, ABOUT)
+    digest = record.digest(ABOUT)
+    day[0] += member_module.KEPT_DAYS - 1
+    member.hello("another run")
+    assert member.book.run_key(RUN)
+    assert member.book.kept(digest)
+    day[0] += 1
+    member.hello("another run")
+    with pytest.raises(SecureError, match="the key of run run was erased when the run was closed"):
+        member.book.run_key(RUN)
+    with pytest.raises(SecureError, match="kept was erased when the run was closed"):
+        member.book.kept(digest)
+    # A run that is taken up again begins with a new hello.
+    member.hello(RUN)
+    assert member.book.run_key(RUN)
 
 
 def test_a_peer_whose_book_was_restored_is_refused(folder):

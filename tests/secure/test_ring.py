@@ -7,7 +7,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.secure.encoding import SecureError, decoded, digest, encoded
-from fedmed_flower.secure.ring import COUNT, FIXED, MOST_SITES, REAL, Change, Layout, Part
+from fedmed_flower.secure.ring import COUNT, FIXED, MOST_SITES, REAL, ArrayChange, Layout, Part
 
 
 def seeded(seed):
@@ -735,12 +735,12 @@ def test_a_change_of_an_array_is_encoded_as_the_difference_in_float64():
     layout = Layout((Part("w", size, FIXED, 2.0**-7), Part("mean", size, REAL, 1.0)))
     eager = np.subtract(after, before, dtype=np.float64)
     whole = layout.encode({"w": eager, "mean": eager}, 0.3, seeded(7))
-    change = Change(after, before)
+    change = ArrayChange(after, before)
     blocks = layout.encode({"w": change, "mean": change}, 0.3, seeded(7))
     assert blocks.clipped == whole.clipped
     for one, other in zip(blocks.words, whole.words, strict=True):
         assert np.array_equal(one, other)
     with pytest.raises(InputError, match="an array of 200001 values became one of 3"):
-        Change(after[:3], before)
+        ArrayChange(after[:3], before)
     with pytest.raises(InputError, match="part 'w' has 5 values, got 200001"):
         fixed(5).encode({"w": change})
