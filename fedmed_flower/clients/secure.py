@@ -171,6 +171,8 @@ class SecureReply:
         As `Record.digest` and `Record.question` take them.
     share : Share or None
         What it adds of the noise of the sum.
+    tells : bool
+        Whether its own figures leave beside its part of the sum.
     """
 
     member: Member
@@ -178,6 +180,7 @@ class SecureReply:
     about: dict[str, Value]
     asked: dict[str, Value]
     share: Share | None = None
+    tells: bool = False
 
     @classmethod
     def of(cls, client: MedicalClient, message: Message) -> Self | None:
@@ -211,10 +214,15 @@ class SecureReply:
         asked = asked_of(client, message)
         if not client.site.simulated:
             client.draw_key = member.draw(record.question(asked))
-        return cls(member, record, {**asked, "run": run_of(message)}, asked, share)
+        node = client.node
+        tells = node.tell_own and not node.answers_in_sums_alone(MessageType.EVALUATE)
+        tells &= purpose == MessageType.EVALUATE
+        return cls(member, record, {**asked, "run": run_of(message)}, asked, share, tells)
 
     def reply(self, message: Message, content: RecordDict) -> RecordDict:
         """Return a reply's content as one part of the sum, under masks.
+
+        The figures of a hospital that tells its own stand beside it.
 
         Raises
         ------
@@ -224,7 +232,10 @@ class SecureReply:
             If anything fails after noise was charged: why it does must not leave.
         """
         if self.share is None:
-            return self._masked(self._encoded(message, content))
+            masked = self._masked(self._encoded(message, content))
+            if self.tells:
+                masked.update(content.metric_records)
+            return masked
         before, after = _models(message, content)
         with self.share.charged():
             try:

@@ -576,7 +576,7 @@ def _privacy(run: _Run) -> str:
     if not parts:
         parts.append(_UNPROTECTED)
     if said := secure.in_words(run.summary):
-        parts.append(said)
+        parts.append(plain(said))
     parts.append(_PICTURES if entries(run.summary, "pictures") else _NO_RECORD)
     parts.append("`report.html` lists all that each hospital sent.")
     return _section(tripod.PRIVACY, *parts)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from fedmed_flower.data.site import some_of
 from fedmed_flower.reports import frame
-from fedmed_flower.reports.frame import count_of, escaped
-from fedmed_flower.reports.summary import nested
+from fedmed_flower.reports.frame import COUNT, count_of, escaped, format_of, format_value
+from fedmed_flower.reports.summary import nested, number
 
 _PURPOSES = {
     "count": "number of training records",
@@ -16,6 +16,9 @@ _PURPOSES = {
     "evaluate/val": "figures of validation records",
     "evaluate/test": "figures of test records",
 }
+_RECORDS = "num-examples"
+# Columns of a table of figures.
+_MOST_METRICS = 8
 _WORDS = """<p>Hospitals hid what they sent under masks that cancel in the sum: the server has seen
 the sums below, and no single hospital’s part. A sum can still tell what only one hospital has, and
 two sums that differ by a hospital tell of that hospital.</p>"""
@@ -42,13 +45,26 @@ def sums(summary: dict[str, Any]) -> list[Sum]:
     ]
 
 
+def told(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the test figures of the hospitals that told their own, by name and metric."""
+    listed = nested(summary, "secure", "told")
+    return {
+        site: {key: value for key in figures if (value := number(figures, key)) is not None}
+        for site in sorted(listed, key=frame.natural)
+        if (figures := nested(listed, site))
+    }
+
+
 def in_words(summary: dict[str, Any]) -> str:
     """Return what the server has seen, in a sentence; empty if hospitals replied in plain."""
     sizes = sorted({len(one.sites) for one in sums(summary)})
     if not sizes:
         return ""
     shown = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
-    return f"The server has seen sums over {shown} hospitals and no single hospital’s figures."
+    text = f"The server has seen sums over {shown} hospitals and no single hospital’s figures"
+    if own := told(summary):
+        text += f" but those of {some_of([*own], frame.MANY)}, which told their own"
+    return f"{text}."
 
 
 def section(summary: dict[str, Any]) -> str:
@@ -70,7 +86,27 @@ def section(summary: dict[str, Any]) -> str:
     head = ("Sum", "Rounds", "Hospitals", "Which")
     caption = f"{count_of(len(sums(summary)), 'sum')}, by the hospitals that each is over"
     table = frame.table(caption, head, rows, kind="wordy")
-    return f"<h2>Secure sums</h2>{_WORDS}{table}"
+    return f"<h2>Secure sums</h2>{_WORDS}{table}{_told(summary)}"
+
+
+def _told(summary: dict[str, Any]) -> str:
+    """Return the table of the figures of hospitals that told their own; empty if none did."""
+    own = told(summary)
+    if not own:
+        return ""
+    known = {key: None for figures in own.values() for key in figures}
+    metrics = [key for key in known if key != _RECORDS][:_MOST_METRICS]
+    rows = [
+        [
+            escaped(site),
+            format_value(figures.get(_RECORDS), COUNT),
+            *(format_value(figures.get(key), format_of(key)) for key in metrics),
+        ]
+        for site, figures in own.items()
+    ]
+    head = ("Hospital", "Test records", *(escaped(frame.title(key)) for key in metrics))
+    caption = "Own figures of the hospitals that tell them, which are in the sums too"
+    return frame.table(caption, head, rows)
 
 
 def _rounds(rounds: list[int]) -> str:

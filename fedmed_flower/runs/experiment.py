@@ -737,6 +737,7 @@ class Experiment:
     # Why there is no predictor; empty if there is one, or the run has not come to its end.
     unpredictable: str = ""
     test: dict[str, Any] = field(default_factory=dict)
+    told: dict[str, dict[str, float]] = field(default_factory=dict)
     pictures: list[dict[str, str]] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     began: float = field(default_factory=time.monotonic)
@@ -863,9 +864,11 @@ class Experiment:
         before = len(history.failures)
         table = self.strategy.test(self.grid, arrays, self.config(), timeout=plan.round_timeout)
         self.test["federated"] = table.pop(ALL_SITES, {})
-        self.test["sites"] = table
-        validated = any(row[1] == "val" and row[2] == ALL_SITES for row in history.rows)
         summed = self.strategy.secure == SUM
+        self.test["sites"] = {} if summed else table
+        # Of a few hospitals, of which there is no mean and no worst.
+        self.told = table if summed else {}
+        validated = any(row[1] == "val" and row[2] == ALL_SITES for row in history.rows)
         known = {ALL_SITES: self.test["federated"]} if self.test["federated"] and summed else table
         require_measured(known, history.failures[before:], validated, summed)
         rows_of_class = self.strategy.run.rows_of_class
@@ -990,7 +993,10 @@ class Experiment:
             "empty": sites.empty,
             "traffic": {site: traffic.table() for site, traffic in history.traffic.items()},
             "saved": saved(history.traffic),
-            "secure": {"sums": [[s.round, s.purpose, [*s.sites]] for s in history.sums]}
+            "secure": {
+                "sums": [[s.round, s.purpose, [*s.sites]] for s in history.sums],
+                "told": self.told,
+            }
             if history.sums
             else None,
             "stopped": history.stopped and asdict(history.stopped),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,11 +63,14 @@ class Opened:
     members : list of str
         The hospitals that it is over.
     record : Record
+    told : dict of str to RecordDict
+        The figures of members that tell their own beside their part, by name.
     """
 
     values: dict[str, NDArray[Any]]
     members: list[str]
     record: Record
+    told: dict[str, RecordDict] = field(default_factory=dict)
 
 
 class SecureSums:
@@ -332,6 +335,7 @@ class SecureSums:
             names = list(record.names)
             self._note(record, "sent", purpose=record.purpose, names=names, model=model)
         collector = Collector(record)
+        own: dict[str, RecordDict] = {}
         for site, reply in self.inbox.sorted_out(
             server_round,
             phase,
@@ -339,6 +343,8 @@ class SecureSums:
         ):
             try:
                 collector.add(site, _words(reply.content), _letter(reply.content))
+                if record.hello_of(site).tells and reply.content.metric_records:
+                    own[site] = RecordDict({**reply.content.metric_records})
             except SecureError as error:
                 self.inbox.fail(server_round, phase, site, f"malformed reply: {error}")
         try:
@@ -386,7 +392,7 @@ class SecureSums:
             self.settled = self.settled or frozenset(members)
         self.inbox.history.sums.append(Sum(server_round, record.purpose, tuple(members)))
         self._note(record, "opened", members=members)
-        return Opened(values, members, record)
+        return Opened(values, members, record, {site: own[site] for site in members if site in own})
 
     def figures(self, messages: Sequence[Message], server_round: int) -> Layout:
         """Ask hospitals what they would sum in an evaluation, and return it, with the tail.

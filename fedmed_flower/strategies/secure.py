@@ -44,6 +44,8 @@ from fedmed_flower.secure.parts import (
 from fedmed_flower.secure.record import DATA, TRAIN, Record
 from fedmed_flower.secure.ring import FIXED, REAL, Layout, Part
 from fedmed_flower.secure.shares import Declared, Shares
+from fedmed_flower.server.inbox import SUM_NODE
+from fedmed_flower.server.screening import screen
 from fedmed_flower.server.secure import Opened, SecureSums, reply_of
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.wire import ALL_SITES, RUN_KEY
@@ -230,8 +232,22 @@ class SecureRounds:
         for name, rows in partial_metrics(figures).items():
             text = f"{name} is of {rows} rows: hospitals with the others could not measure it"
             inbox.note(server_round, phase, ALL_SITES, text)
+        self._record_told(opened, server_round, phase)
         metrics = MetricRecord(record_of_sums(figures, self._grids))
         return [reply_of(opened, MessageType.EVALUATE, RecordDict({"metrics": metrics}), inbox)]
+
+    def _record_told(self, opened: Opened, server_round: int, phase: str) -> None:
+        """Write down the figures of hospitals that tell their own; they are in the sum too."""
+        inbox = self.sums.inbox
+        for site, content in opened.told.items():
+            asked = Message(RecordDict(), SUM_NODE, MessageType.EVALUATE)
+            flaw = screen(Message(content, reply_to=asked), "num-examples", None)
+            if flaw is not None:
+                inbox.note(server_round, phase, site, f"its own figures cannot be used: {flaw}")
+                continue
+            (figures,) = content.metric_records.values()
+            if len(figures) > 1:
+                inbox.history.add(server_round, phase, site, figures)
 
     def _figures(
         self, messages: Sequence[Message], server_round: int, phase: str, timeout: float

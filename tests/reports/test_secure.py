@@ -42,6 +42,29 @@ def test_the_number_of_hospitals_is_said_in_words():
     )
 
 
+def test_figures_of_hospitals_that_tell_their_own_have_a_table():
+    content = summary((1, "evaluate/test", ["a", "b", "c"]))
+    content["secure"]["told"] = {
+        "c": {"num-examples": 31, "auc": 0.75, "loss": 0.5},
+        "<b>": {"num-examples": 4, "auc": 1.0},
+    }
+    page = Page(section(content))
+    rows = next(table for caption, table in page.tables.items() if caption.startswith("Own"))
+    assert rows == [
+        ["Hospital", "Test records", "AUC", "Loss"],
+        ["<b>", "4", "1.000", "–"],
+        ["c", "31", "0.750", "0.500"],
+    ]
+    assert in_words(content).endswith("figures but those of <b>, c, which told their own.")
+
+
+@pytest.mark.parametrize("strange", [3, [1], {"a": 3}, {"a": {"auc": "high"}}])
+def test_told_figures_that_are_none_are_left_out(strange):
+    content = summary((1, "train", ["a", "b", "c"]))
+    content["secure"]["told"] = strange
+    assert "high" not in section(content)
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli_w
+from flwr.app import MetricRecord
 from flwr.serverapp import ServerApp
 from html_pages import Page
 from tables import SCHEMA, TinySurvival, TinyTable, predicting
@@ -247,20 +248,79 @@ def test_a_sum_of_too_few_hospitals_with_figures_is_not_used(tmp_path):
         run_nodes(tmp_path, node_configs(4, 1, min_evaluated_patients=9))
 
 
+def figures_of(folder):
+    """Return the number of every evaluation of each site, by phase, site and metric."""
+    listed = rows_of(folder)
+    return {tuple(row[1:4]): float(row[4]) for row in listed if row[1] in ("val", "test")}
+
+
+def test_a_hospital_that_tells_its_own_figures_is_in_the_sum_and_in_the_report(tmp_path):
+    teller = node_configs(5, 1, tell_own=True)
+    run_nodes(tmp_path / "told", teller)
+    run_nodes(tmp_path / "plain", teller, secure="none")
+    run_nodes(tmp_path / "hidden", node_configs(5, 1))
+    told, plain, hidden = (figures_of(tmp_path / name) for name in ("told", "plain", "hidden"))
+    assert {site for _, site, _ in hidden} == {"all"}
+    assert {site for _, site, _ in told} == {"all", "hospital-2"}
+    shared = {key: value for key, value in told.items() if key[1] == "all"}
+    assert shared == pytest.approx({key: hidden[key] for key in shared}, abs=1e-6)
+    own = {key: value for key, value in told.items() if key[1] != "all"}
+    # The models of both runs differ by the rounding of the sums.
+    assert own == pytest.approx({key: plain[key] for key in own}, abs=1e-5)
+    assert own.keys() == {key for key in plain if key[1] == "hospital-2"}
+    summary = json.loads((tmp_path / "told" / "summary.json").read_text())
+    assert summary["test"]["sites"] == {}
+    assert [*summary["secure"]["told"]] == ["hospital-2"]
+    tables = Page((tmp_path / "told" / "report.html").read_text()).tables
+    (listed,) = (table for caption, table in tables.items() if caption.startswith("Own figures"))
+    assert [row[0] for row in listed] == ["Hospital", "hospital-2"]
+    # Of one hospital there is no mean and no worst.
+    assert not any("Worst hospital" in row for table in tables.values() for row in table)
+
+
+def test_a_hospital_answers_in_sums_alone_where_it_says_so_although_it_tells_others(tmp_path):
+    run_nodes(tmp_path, node_configs(5, 1, tell_own=True, secure_only="evaluate"))
+    assert {site for _, site, _ in figures_of(tmp_path)} == {"all"}
+
+
+def test_own_figures_of_a_hospital_that_hides_are_not_taken(tmp_path):
+    def add(message, context, call):
+        reply = call(message, context)
+        if message.metadata.message_type == "evaluate" and "masked" in reply.content:
+            reply.content["metrics"] = MetricRecord({"num-examples": 3, "auc": 1.0})
+        return reply
+
+    run_nodes(tmp_path, node_configs(5, 1), mods=[add])
+    assert {site for _, site, _ in figures_of(tmp_path)} == {"all"}
+
+
+def test_own_figures_that_cannot_be_used_are_noted(tmp_path):
+    def spoil(message, context, call):
+        reply = call(message, context)
+        if "metrics" in reply.content and "masked" in reply.content:
+            reply.content["metrics"] = MetricRecord({"num-examples": -3, "auc": 1.0})
+        return reply
+
+    summary = run_nodes(tmp_path, node_configs(5, 1, tell_own=True), mods=[spoil])
+    assert {site for _, site, _ in figures_of(tmp_path)} == {"all"}
+    assert any("its own figures cannot be used" in str(note) for note in summary["notes"])
+
+
 def test_coarse_figures_are_declined_with_the_way_out(tmp_path):
     with pytest.raises(RunFailedError, match="set coarse-figures=false in the node config"):
         run_nodes(tmp_path, node_configs(4, 2, coarse_figures=True))
 
 
-def run_nodes(folder, configs, client=TinyClient):
+def run_nodes(folder, configs, client=TinyClient, secure="sum", mods=()):
     server = ServerApp()
 
     @server.main()
     def main(grid, context):
         federate(FedAvg(), grid, context, client(context))
 
-    settings = CONFIG | {"num-server-rounds": 1, "run-dir": str(folder), "secure": "sum"}
-    run_local(server, client.client_app(), len(configs), run_config=settings, node_configs=configs)
+    settings = CONFIG | {"num-server-rounds": 1, "run-dir": str(folder), "secure": secure}
+    app = client.client_app(mods=list(mods))
+    run_local(server, app, len(configs), run_config=settings, node_configs=configs)
     return json.loads((folder / "summary.json").read_text())
 
 
