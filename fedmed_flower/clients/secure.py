@@ -78,6 +78,8 @@ from fedmed_flower.wire import (
 
 log = logging.getLogger("flwr.fedmed")
 
+# Says neither where nor by how much.
+_OUTSIDE = "out of bounds"
 # Numbers of rows that a mean may be weighted by, in all.
 _MOST_TOTAL = 1 << 56
 # Bytes of a question about a sum: decoding takes thirty times as much memory.
@@ -173,6 +175,8 @@ class SecureReply:
         What it adds of the noise of the sum.
     tells : bool
         Whether its own figures leave beside its part of the sum.
+    strict : bool
+        Whether it adds nothing rather than a change that is cut.
     """
 
     member: Member
@@ -181,6 +185,7 @@ class SecureReply:
     asked: dict[str, Value]
     share: Share | None = None
     tells: bool = False
+    strict: bool = False
 
     @classmethod
     def of(cls, client: MedicalClient, message: Message) -> Self | None:
@@ -217,7 +222,9 @@ class SecureReply:
         node = client.node
         tells = node.tell_own and not node.answers_in_sums_alone(MessageType.EVALUATE)
         tells &= purpose == MessageType.EVALUATE
-        return cls(member, record, {**asked, "run": run_of(message)}, asked, share, tells)
+        strict = SecureSettings.from_run_config(client.context.run_config).secure_strict
+        about = {**asked, "run": run_of(message)}
+        return cls(member, record, about, asked, share, tells, strict)
 
     def reply(self, message: Message, content: RecordDict) -> RecordDict:
         """Return a reply's content as one part of the sum, under masks.
@@ -258,6 +265,8 @@ class SecureReply:
                 if part.name.startswith(MODEL) or part.name == LOSS
             }
         words, clipped = layout.encode(values, weight, weighted=weighted)
+        if clipped and self.strict:
+            raise DeclinedError(_OUTSIDE)
         if CLIPPED in layout.parts:
             words[1][layout.start(CLIPPED.name)] = clipped
         return words

@@ -32,6 +32,11 @@ class SecureSettings(Section):
         "Larger changes are cut, and counted.",
         Within(LEAST_EXPONENT, MOST_SECURE_EXPONENT),
     )
+    secure_strict: bool = setting(
+        False,
+        "With secure=sum: whether a hospital takes no part in a round in which it would have to "
+        "cut a change, or has one that is no number. The server then learns that it was so.",
+    )
 
 
 def refuse_sums(config: UserConfig, what: str) -> None:

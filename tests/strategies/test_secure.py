@@ -313,6 +313,26 @@ def test_a_hospital_whose_model_is_no_number_adds_nothing(tmp_path):
     assert "8 changes of weights were cut" in strategy.history.notes[0].text
 
 
+def test_a_strict_run_goes_on_without_a_hospital_that_would_cut_its_change(tmp_path):
+    @seldom(1)
+    def broken(client, model):
+        if client.site.index == 0:
+            with torch.no_grad():
+                next(model.parameters()).fill_(float("nan"))
+
+    strategy = trained(
+        lambda **o: FedAvg(**o, **SUMS),
+        broken,
+        tmp_path / "run",
+        rounds=1,
+        **{"secure-strict": True},
+    )
+    (failure,) = failures(strategy)
+    assert failure == (1, "train", "hospital-1", "declined: out of bounds")
+    assert [len(one.sites) for one in strategy.history.sums] == [5, 4]
+    assert not any("were cut" in note.text for note in strategy.history.notes)
+
+
 def test_a_mean_that_is_far_too_long_is_not_used(tmp_path):
     @seldom(3)
     def growing(client, model):
