@@ -34,6 +34,7 @@ from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import Row, SiteData, patient_text
 from fedmed_flower.errors import InputError
 from fedmed_flower.images.geometry import spacing_of
+from fedmed_flower.images.names import plain_name
 from fedmed_flower.images.reading import read_image, read_label
 from fedmed_flower.metrics.names import DICE, NOISED_DICE, WORST
 from fedmed_flower.metrics.segmentation import (
@@ -155,7 +156,13 @@ class SegmentationClient(ImagingClient):
                 f"classes must be a tuple of one or more different names, none of them "
                 f"{_WORST_CLASS!r}, got {names!r}"
             )
-        if data.class_names and tuple(data.class_names) != tuple(names):
+        plain_names = [plain_name(str(name)) for name in names]
+        if "" in plain_names or len({*plain_names}) < len(names):
+            raise InputError(
+                "classes must differ by more than case, blanks, '_' and '-', and hold more than "
+                f"these, got {names!r}"
+            )
+        if data.class_names and [*map(plain_name, data.class_names)] != plain_names:
             raise InputError(
                 f"the data name their classes {', '.join(data.class_names)}, this client "
                 f"{', '.join(names)}: a class must mean the same at all hospitals, so make classes "

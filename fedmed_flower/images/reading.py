@@ -17,11 +17,14 @@ from torch import Tensor
 from fedmed_flower.data.bounded import array_bytes, require_within
 from fedmed_flower.errors import InputError
 from fedmed_flower.images.dicom import read_dicom
-from fedmed_flower.images.geometry import FILE_AFFINE, file_affine_of, mismatch
+from fedmed_flower.images.geometry import FILE_AFFINE, brought_to, file_affine_of
 from fedmed_flower.images.headers import is_dicom, one_line
 from fedmed_flower.images.photographs import PICTURES, read_picture
 from fedmed_flower.images.series import Series
 from fedmed_flower.images.volumes import read_volume
+
+# How far a value of a mask may lie from its class: resampling leaves 1.0000001 for 1.
+_NEAR = 1e-3
 
 Array = NDArray[Any]
 
@@ -58,9 +61,11 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
         parts: list[MetaTensor] = []
         size = 0
         for path in source:
-            parts.append(read_image(path, spatial_dims))
-            if (problem := mismatch(parts[-1], parts[0])) is not None:
-                raise InputError(f"{path} does not fit {source[0]}: {problem}")
+            part = read_image(path, spatial_dims)
+            try:
+                parts.append(brought_to(part, parts[0] if parts else part))
+            except InputError as error:
+                raise InputError(f"{path} does not fit {source[0]}: {error}") from None
             size += parts[-1].nbytes
             require_within(f"{source[0]} and its other channels have at least", size, "an image")
         channels = torch.cat([part.as_tensor() for part in parts])
@@ -108,14 +113,14 @@ def read_label(
     mask = read_image(source, spatial_dims)
     if len(mask) != 1:
         raise InputError(f"a mask must have one channel, got {len(mask)}")
-    if image is not None and (problem := mismatch(mask, image)) is not None:
-        raise InputError(problem)
-    geometry = mask if image is None else image
+    if image is not None:
+        mask = brought_to(mask, image)
     voxels = mask.as_tensor()
     if num_classes is None and not values:
-        whole = voxels.to(torch.int64)
-        _require_classes(voxels, (whole == voxels) & (whole >= 0), "whole numbers from 0 on")
-        return MetaTensor(whole, geometry.affine, file_affine_of(geometry))
+        whole = voxels.round()
+        near = (whole - voxels).abs() <= _NEAR
+        _require_classes(voxels, near & (whole >= 0), "whole numbers from 0 on")
+        return MetaTensor(whole.to(torch.int64), mask.affine, file_affine_of(mask))
     known = torch.tensor(tuple(values) or tuple(range(num_classes or 0)), dtype=voxels.dtype)
     count = len(known) if num_classes is None else num_classes
     if len(known) != count or len(torch.unique(known)) != count or not 1 <= count <= 256:
@@ -124,11 +129,11 @@ def read_label(
             f"and at most 256, got {tuple(values)}"
         )
     known, order = known.sort()
-    indices = torch.bucketize(voxels, known, out_int32=True).clamp(max=count - 1)
+    nearest = torch.bucketize(voxels, (known[1:] + known[:-1]) / 2, out_int32=True)
     listed = ", ".join(f"{value:g}" for value in known)
-    _require_classes(voxels, known[indices] == voxels, listed)
-    classes = order.to(torch.uint8)[indices]
-    return MetaTensor(classes, geometry.affine, file_affine_of(geometry))
+    _require_classes(voxels, (known[nearest] - voxels).abs() <= _NEAR, listed)
+    classes = order.to(torch.uint8)[nearest]
+    return MetaTensor(classes, mask.affine, file_affine_of(mask))
 
 
 def files_of(source: Any) -> Iterator[Path]:

@@ -931,8 +931,17 @@ def test_classes_must_be_called_alike_at_all_hospitals():
         "the data name their classes high, low, this client low, high: a class must mean the same "
         "at all hospitals, so make classes and data agree"
     )
-    same = replace(data_of(2), class_names=("low", "high"))
-    assert not ask(client_of(same), "train", context_of(), start(client_of(same))).has_error()
+    for names in (("low", "high"), ("Low", "_HIGH ")):
+        same = replace(data_of(2), class_names=names)
+        assert not ask(client_of(same), "train", context_of(), start(client_of(same))).has_error()
+
+
+@pytest.mark.parametrize("names", [("Left lung", "left_lung"), ("tumour", "-")])
+def test_classes_must_differ_by_more_than_how_they_are_written(names):
+    assert reason_of(client_of(data_of(), classes=names)) == (
+        "classes must differ by more than case, blanks, '_' and '-', and hold more than these, got "
+        f"{names!r}"
+    )
 
 
 def counts_of(client, **config):
