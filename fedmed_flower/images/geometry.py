@@ -19,6 +19,8 @@ from fedmed_flower.errors import InputError
 _NEAR = 0.1
 # MONAI's key for the affine of the file; here only images with a position in the patient have it.
 FILE_AFFINE = "original_affine"
+# The key for the FrameOfReferenceUID of an image from DICOM files.
+FRAME_OF_REFERENCE = "frame_of_reference"
 
 Array = NDArray[Any]
 
@@ -127,8 +129,9 @@ def orientation_of(image: MetaTensor) -> str:
 
 
 def file_affine_of(image: MetaTensor) -> dict[str, Any]:
-    """Return the entry of an image's meta data that states its position in the patient, if any."""
-    return {key: value for key, value in image.meta.items() if key == FILE_AFFINE}
+    """Return the entries of an image's meta data that state its position in the patient, if any."""
+    keys = (FILE_AFFINE, FRAME_OF_REFERENCE)
+    return {key: value for key, value in image.meta.items() if key in keys}
 
 
 def _codes(affine: Array) -> str:

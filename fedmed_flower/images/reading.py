@@ -17,8 +17,14 @@ from torch import Tensor
 from fedmed_flower.data.bounded import array_bytes, require_within
 from fedmed_flower.errors import InputError
 from fedmed_flower.images.dicom import read_dicom
-from fedmed_flower.images.geometry import FILE_AFFINE, brought_to, file_affine_of
-from fedmed_flower.images.headers import is_dicom, one_line
+from fedmed_flower.images.geometry import (
+    FILE_AFFINE,
+    FRAME_OF_REFERENCE,
+    brought_to,
+    file_affine_of,
+)
+from fedmed_flower.images.headers import frame_of_reference, is_dicom, one_line
+from fedmed_flower.images.masks import read_structures, structure_files
 from fedmed_flower.images.photographs import PICTURES, read_picture
 from fedmed_flower.images.series import Series
 from fedmed_flower.images.volumes import read_volume
@@ -72,10 +78,15 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
         return MetaTensor(channels, parts[0].affine, file_affine_of(parts[0]))
     array, affine, placed = _read(source, spatial_dims)
     try:
-        return _fit(array, affine, placed, spatial_dims)
+        image = _fit(array, affine, placed, spatial_dims)
     except InputError as error:
         where = f"{source}: " if isinstance(source, str | Path | Series) else ""
         raise InputError(f"{where}{error}") from None
+    if placed and (
+        frame := frame_of_reference(source if isinstance(source, Series) else Path(source))
+    ):
+        image.meta[FRAME_OF_REFERENCE] = frame
+    return image
 
 
 def read_label(
@@ -84,13 +95,15 @@ def read_label(
     num_classes: int | None,
     values: Sequence[int] = (),
     image: MetaTensor | None = None,
+    names: Sequence[str] = (),
 ) -> MetaTensor:
     """Read a mask with one class number for each voxel.
 
     Parameters
     ----------
     source, spatial_dims
-        As in `read_image`; the mask must have one channel.
+        As in `read_image`; the mask must have one channel. Or DICOM SEG or RTSTRUCT: a file, a
+        folder of them, or several paths, whose structures are joined; see `read_structures`.
     num_classes : int or None
         Number of classes with the background, which is 0; at most 256. None accepts any whole
         numbers from 0 on.
@@ -99,6 +112,8 @@ def read_label(
     image : MetaTensor, optional
         The image that the mask belongs to, from `read_image`. The mask is then given the image's
         affine, as a mask from a picture or an array has none of its own.
+    names : sequence of str, optional
+        Names of the classes 1, 2, ...; SEG and RTSTRUCT need them, and ``image``.
 
     Returns
     -------
@@ -108,8 +123,12 @@ def read_label(
     Raises
     ------
     InputError
-        As in `read_image`; if a value is not a class; if the mask does not fit ``image``.
+        As in `read_image`; if a value is not a class; if the mask does not fit ``image``; as in
+        `read_structures`.
     """
+    if files := structure_files(source):
+        _require_names(names, num_classes, image)
+        return read_structures(files, names, image)
     mask = read_image(source, spatial_dims)
     if len(mask) != 1:
         raise InputError(f"a mask must have one channel, got {len(mask)}")
@@ -134,6 +153,22 @@ def read_label(
     _require_classes(voxels, (known[nearest] - voxels).abs() <= _NEAR, listed)
     classes = order.to(torch.uint8)[nearest]
     return MetaTensor(classes, mask.affine, file_affine_of(mask))
+
+
+def _require_names(names: Sequence[str], num_classes: int | None, image: MetaTensor | None) -> None:
+    """Raise `InputError` if structures cannot be found by name, or have no image to lie on."""
+    if not names:
+        raise InputError(
+            "a DICOM SEG or RTSTRUCT holds structures by name: name the classes, by the client's "
+            'classes or by "labels" in dataset.json'
+        )
+    if image is None:
+        raise InputError("a DICOM SEG or RTSTRUCT is read with the image that it belongs to")
+    if len(names) > 255 or num_classes not in (None, 1 + len(names)):
+        raise InputError(
+            f"names must be one for each of the {num_classes} classes but the background, and at "
+            f"most 255, got {len(names)}"
+        )
 
 
 def files_of(source: Any) -> Iterator[Path]:
