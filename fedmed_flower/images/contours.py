@@ -15,7 +15,7 @@ from pydicom import Dataset
 
 from fedmed_flower.data.bounded import require_within
 from fedmed_flower.errors import InputError, shown
-from fedmed_flower.images.headers import open_object, readable
+from fedmed_flower.images.headers import open_document, readable
 from fedmed_flower.images.structures import Array, Claims, Grid, Marked, Structure
 
 log = logging.getLogger("flwr.fedmed")
@@ -37,7 +37,7 @@ class Contours:
     def __init__(self, file: Path) -> None:
         self.file = file
         require_within(f"{file} has", file.stat().st_size, "a picture or a DICOM file")
-        self._part = open_object(file)
+        self._part = open_document(file)
 
     def listed(self) -> list[Structure]:
         """Return the regions of interest, by name."""
@@ -58,7 +58,7 @@ class Contours:
         """
         with readable(self.file):
             items = {int(item.ROINumber): item for item in self._part.StructureSetROISequence}
-            for region in self._part.get("ROIContourSequence") or []:
+            for region in self._part.ROIContourSequence:
                 number = int(region.ReferencedROINumber)
                 if number in numbers:
                     frame = items[number].get("ReferencedFrameOfReferenceUID")

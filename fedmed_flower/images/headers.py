@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
+from pydicom.dataelem import RawDataElement
 from pydicom.misc import is_dicom as looks_like_dicom
 
 from fedmed_flower.data.bounded import require_deflated
@@ -55,14 +56,29 @@ def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
         If the file is not DICOM, holds no image, an element in `HEADER` cannot be decoded, or the
         file unpacks to more than `bounded.MOST` bytes.
     """
-    part = open_object(file, **options)
+    part = _opened(file, **options)
     if "Rows" not in part:
         raise InputError(f"{file} holds no image: it is cut off, or a document")
     return part
 
 
-def open_object(file: Path, **options: Any) -> pydicom.Dataset:
-    """Read a DICOM file as `open_dicom` does, whether or not it holds an image."""
+def open_document(file: Path) -> pydicom.Dataset:
+    """Read a DICOM file without an image.
+
+    Raises
+    ------
+    InputError
+        As `open_dicom`; if the file is cut off, which no pixels would show.
+    """
+    part = _opened(file)
+    for tag in part.keys():  # noqa: SIM118
+        element = part.get_item(tag)
+        if isinstance(element, RawDataElement) and len(element.value or b"") < element.length:
+            raise InputError(f"{file} is cut off")
+    return part
+
+
+def _opened(file: Path, **options: Any) -> pydicom.Dataset:
     with readable(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _Deflatable(io.FileIO(file)) as stream:
@@ -89,7 +105,7 @@ def frame_of_reference(source: Path | Series) -> str:
     if first is None:
         return ""
     tags = ["FrameOfReferenceUID"]
-    header = open_object(first, stop_before_pixels=True, specific_tags=tags)
+    header = _opened(first, stop_before_pixels=True, specific_tags=tags)
     return str(header.get("FrameOfReferenceUID") or "")
 
 

