@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from pydicom import Dataset
+from pydicom.dataelem import RawDataElement
 
 from fedmed_flower.data.bounded import require_within
 from fedmed_flower.errors import InputError, shown
@@ -89,7 +90,7 @@ class Contours:
                 "%s: contours of %s that enclose nothing are left out: %s", self.file, name, listed
             )
         closed = (one for one in contours if one.ContourGeometricType in _CLOSED)
-        return [np.asarray(one.ContourData, float).reshape(-1, 3) for one in closed]
+        return [_points(one) for one in closed]
 
 
 def filled(outlines: Sequence[Array], sides: tuple[int, int]) -> Marked:
@@ -131,6 +132,16 @@ def filled(outlines: Sequence[Array], sides: tuple[int, int]) -> Marked:
         np.add.at(crossings, (row, column), 1)
     inside: Marked = np.bitwise_xor.accumulate(crossings & 1, axis=1)[:, :columns].astype(bool)
     return inside
+
+
+def _points(contour: Dataset) -> Array:
+    """Return the points of a contour, (n, 3)."""
+    # pydicom would make an object of each of a hundred thousand numbers.
+    element = contour.get_item("ContourData")
+    raw = element.value if isinstance(element, RawDataElement) else None
+    if not isinstance(raw, bytes):
+        return np.asarray(contour.ContourData, float).reshape(-1, 3)
+    return np.array([float(text) for text in raw.split(b"\\")]).reshape(-1, 3)
 
 
 def _planes_of(rings: list[Array], grid: Grid, name: str) -> tuple[int, dict[int, list[Array]]]:

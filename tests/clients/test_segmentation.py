@@ -6,6 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from dicom_files import write_rtstruct, write_seg, write_series
 from flwr.app import ArrayRecord
 from monai.data import get_track_meta, set_track_meta
 from monai.losses import DiceCELoss
@@ -247,6 +248,35 @@ def test_volumes_from_nifti_train_to_the_same_bits_as_arrays(tmp_path):
         for part in (rows, files)
     ]
     assert outcomes[0] == outcomes[1] != bits(start(Volumes))
+
+
+def test_masks_from_dicom_files_train_to_the_same_bits_as_arrays(tmp_path):
+    outlines = []
+    for number, row in enumerate(rows_of(3, (10, 9, 8))):
+        folder = tmp_path / str(number)
+        mask = row["label"]
+        write_series(folder, row["image"], origin=(5, 6, 7), seed=number)
+        image = {"image": str(folder), "patient": row["patient"]}
+        frames = [
+            (place, (5, 6, 7 + z), (mask[:, :, z] == place).T) for z in range(8) for place in (1, 2)
+        ]
+        labels = [{"SegmentLabel": "Low"}, {"meaning": "high"}]
+        segments = write_seg(tmp_path / f"{number}-seg.dcm", labels, frames, frame_of_reference="")
+        regions = {
+            name: [np.add((5, 6, 7), around(voxel)) for voxel in np.argwhere(mask == place)]
+            for place, name in ((1, "LOW"), (2, "High"))
+        }
+        contours = write_rtstruct(tmp_path / f"{number}-rs.dcm", regions)
+        outlines.append([image | {"label": part} for part in (mask, str(segments), str(contours))])
+    clients = [client_of(SiteData(rows), Volumes) for rows in zip(*outlines, strict=True)]
+    found = [trained(client, context_of(), start(Volumes)) for client in clients]
+    assert found[0] == found[1] == found[2] != bits(start(Volumes))
+
+
+def around(voxel):
+    """The outline of one voxel on its plane."""
+    steps = [(-0.5, -0.5, 0), (-0.5, 0.5, 0), (0.5, 0.5, 0), (0.5, -0.5, 0)]
+    return np.add(voxel, steps)
 
 
 def save(path, array, affine):
