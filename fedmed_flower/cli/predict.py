@@ -39,6 +39,12 @@ def predict(
         int, typer.Option(min=1, help="So many files after another are channels of one image.")
     ] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:NUMBER or auto.")] = "cpu",
+    seg: Annotated[
+        bool,
+        typer.Option(
+            "--seg", help="Write masks of DICOM series as DICOM SEG too. Needs the extra imaging."
+        ),
+    ] = False,
 ) -> None:
     """Predict files by the model of a run; not for diagnosis.
 
@@ -62,7 +68,7 @@ def predict(
             tuple(files[start : start + channels]) for start in range(0, len(files), channels)
         ]
         sources = groups if channels > 1 else files
-        table, problems = predict_files(client, network, sources, out.expanduser())
+        table, problems = predict_files(client, network, sources, out.expanduser(), seg)
     console.print(f"predictions: {table}")
     if predictor.generated:
         console.print("the model was trained on generated data, not patients", style="yellow")

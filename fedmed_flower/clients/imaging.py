@@ -107,6 +107,11 @@ class ImagingClient(MedicalClient):
         """Voxels of a training patch, one number for each axis; empty for whole images."""
         return tuple(map(int, self.imaging.numbers("patch_size", self.spatial_dims)))
 
+    @property
+    def _structures(self) -> Sequence[str]:
+        """The names of the classes 1, 2, ... in masks; empty if labels are no masks."""
+        return ()
+
     def build_model(self) -> nn.Module:
         """Return the network that the run config names."""
         return build_network(self.models)
@@ -231,6 +236,7 @@ class ImagingClient(MedicalClient):
                 self.label_values,
                 self.empty_masks,
                 masks="label" in self._keys,
+                names=self._structures,
             )
             for row in rows
         ]

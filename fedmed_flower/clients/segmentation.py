@@ -34,6 +34,7 @@ from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import Row, SiteData, patient_text
 from fedmed_flower.errors import InputError
 from fedmed_flower.images.geometry import spacing_of
+from fedmed_flower.images.names import plain_name
 from fedmed_flower.images.reading import read_image, read_label
 from fedmed_flower.metrics.names import DICE, NOISED_DICE, WORST
 from fedmed_flower.metrics.segmentation import (
@@ -63,7 +64,8 @@ class SegmentationClient(ImagingClient):
 
     - ``image``: as for `ClassificationClient`;
     - ``label``: a mask of the same shape and position, an array or a file, with 0 for the
-      background and the numbers 1, 2, ... for the classes (or `label_values`);
+      background and the numbers 1, 2, ... for the classes (or `label_values`); or DICOM SEG or
+      RTSTRUCT, a path or several, whose structures are found by the names in `classes`;
     - ``patient``: anything hashable.
 
     The network's output is brought back to the grid of each mask and is measured there.
@@ -102,6 +104,10 @@ class SegmentationClient(ImagingClient):
         """The number of classes, including the background."""
         return 1 + len(self.classes)
 
+    @property
+    def _structures(self) -> Sequence[str]:
+        return self.classes
+
     def transforms(self, train: bool) -> Sequence[Callable[[Any], Any]]:
         """Return the transforms of a row.
 
@@ -123,7 +129,7 @@ class SegmentationClient(ImagingClient):
         ]
 
     def _load(self, train: bool) -> Callable[[Any], Any]:
-        return LoadPair(self.spatial_dims, self.num_classes, self.label_values, train)
+        return LoadPair(self.spatial_dims, self.classes, self.label_values, train)
 
     def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return a training batch with random changes; torch's generator is seeded beforehand.
@@ -155,7 +161,13 @@ class SegmentationClient(ImagingClient):
                 f"classes must be a tuple of one or more different names, none of them "
                 f"{_WORST_CLASS!r}, got {names!r}"
             )
-        if data.class_names and tuple(data.class_names) != tuple(names):
+        plain_names = [plain_name(str(name)) for name in names]
+        if "" in plain_names or len({*plain_names}) < len(names):
+            raise InputError(
+                "classes must differ by more than case, blanks, '_' and '-', and hold more than "
+                f"these, got {names!r}"
+            )
+        if data.class_names and [*map(plain_name, data.class_names)] != plain_names:
             raise InputError(
                 f"the data name their classes {', '.join(data.class_names)}, this client "
                 f"{', '.join(names)}: a class must mean the same at all hospitals, so make classes "
@@ -350,8 +362,10 @@ class LoadPair(Transform):  # type: ignore[misc]
 
     Parameters
     ----------
-    spatial_dims, num_classes, label_values
+    spatial_dims, label_values
         As `read_label` takes them.
+    classes : sequence of str
+        Names of the classes 1, 2, ...
     train : bool
         Whether the row is for training.
 
@@ -362,10 +376,10 @@ class LoadPair(Transform):  # type: ignore[misc]
     """
 
     def __init__(
-        self, spatial_dims: int, num_classes: int, label_values: Sequence[int], train: bool
+        self, spatial_dims: int, classes: Sequence[str], label_values: Sequence[int], train: bool
     ) -> None:
         self.spatial_dims = spatial_dims
-        self.num_classes = num_classes
+        self.classes = classes
         self.label_values = label_values
         self.train = train
 
@@ -377,7 +391,12 @@ class LoadPair(Transform):  # type: ignore[misc]
                 return {**row, "image": image}
             # A mask without a position of its own takes the image's.
             mask = read_label(
-                row["label"], self.spatial_dims, self.num_classes, self.label_values, image
+                row["label"],
+                self.spatial_dims,
+                1 + len(self.classes),
+                self.label_values,
+                image,
+                self.classes,
             )
         except InputError as error:
             raise InputError(f"patient {row['patient']}: {error}") from error

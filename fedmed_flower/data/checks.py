@@ -68,6 +68,7 @@ def check_row(
     label_values: Sequence[int] = (),
     empty_masks: bool = False,
     masks: bool = True,
+    names: Sequence[str] = (),
 ) -> Finding:
     """Read the image and the mask of a row and describe them; a problem is part of the finding.
 
@@ -87,6 +88,8 @@ def check_row(
         Whether a mask may hold the background alone.
     masks : bool
         Whether a label that is a text is the path of a mask; else it is no class.
+    names : sequence of str
+        Names of the classes 1, 2, ... of masks, by which those in DICOM files are read.
     """
     finding = Finding("", "array")
     try:
@@ -107,10 +110,10 @@ def check_row(
             low=float(values.min()),
             high=float(values.max()),
         )
-        is_text = isinstance(row["label"], str | Path)
+        is_text = any(files_of(row["label"]))
         if _is_mask(row["label"]) and (masks or not is_text):
             dims = image.ndim - 1
-            label: Any = _classes(row["label"], dims, num_classes, label_values, image)
+            label: Any = _classes(row["label"], dims, num_classes, label_values, image, names)
             if label == (0,) and not empty_masks:
                 raise InputError(
                     f"its mask {_name(row['label'])} is empty: it holds only the background"
@@ -155,7 +158,9 @@ def check_folder(
     listing = read_folder(folder)
     if num_classes is None and listing.class_names:
         num_classes = 1 + len(listing.class_names)
-    findings = [check_row(row, spatial_dims, num_classes) for row in listing.rows]
+    findings = [
+        check_row(row, spatial_dims, num_classes, names=listing.class_names) for row in listing.rows
+    ]
     problems = list(listing.problems)
     try:
         split_patients(listing.rows, 0, (1.0, 0.0, 0.0))
@@ -173,12 +178,17 @@ def check_folder(
 
 
 def _classes(
-    source: Any, dims: int, num_classes: int | None, values: Sequence[int], image: Any
+    source: Any,
+    dims: int,
+    num_classes: int | None,
+    values: Sequence[int],
+    image: Any,
+    names: Sequence[str],
 ) -> tuple[int, ...]:
     """Return the classes that a mask holds."""
     name = _name(source)
     try:
-        mask = read_label(source, dims, num_classes, values, image)
+        mask = read_label(source, dims, num_classes, values, image, names)
     except InputError as error:
         raise InputError(f"its mask {_prefixed(shown(name), str(error))}") from None
     return tuple(torch.unique(mask.as_tensor()).tolist())

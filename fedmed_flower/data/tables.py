@@ -174,7 +174,12 @@ def _row(
     return row
 
 
-def _label(label: Any, folder: Path, root: Path) -> int | str:
+def _label(label: Any, folder: Path, root: Path) -> int | str | list[str]:
+    """Return a class number, the path of a mask, or the paths of several whose structures count."""
+    if isinstance(label, str) and ";" in label:
+        label = [part for part in map(str.strip, label.split(";")) if part]
+    if isinstance(label, list):
+        return [_path(part, folder, root) for part in label]
     if isinstance(label, int) and not isinstance(label, bool):
         return label
     if isinstance(label, str) and (number := _WHOLE.fullmatch(label.strip())):

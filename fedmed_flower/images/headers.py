@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
+from pydicom.dataelem import RawDataElement
 from pydicom.misc import is_dicom as looks_like_dicom
 
 from fedmed_flower.data.bounded import require_deflated
 from fedmed_flower.errors import InputError, shown
+from fedmed_flower.images.series import Series
 
 # A file with such a name that is not DICOM was cut off: without an error a slice would be lost.
 _SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -54,15 +56,57 @@ def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
         If the file is not DICOM, holds no image, an element in `HEADER` cannot be decoded, or the
         file unpacks to more than `bounded.MOST` bytes.
     """
+    part = _opened(file, **options)
+    if "Rows" not in part:
+        raise InputError(f"{file} holds no image: it is cut off, or a document")
+    return part
+
+
+def open_document(file: Path) -> pydicom.Dataset:
+    """Read a DICOM file without an image.
+
+    Raises
+    ------
+    InputError
+        As `open_dicom`; if the file is cut off, which no pixels would show.
+    """
+    part = _opened(file)
+    for tag in part.keys():  # noqa: SIM118
+        element = part.get_item(tag)
+        if isinstance(element, RawDataElement) and len(element.value or b"") < element.length:
+            raise InputError(f"{file} is cut off")
+    return part
+
+
+def _opened(file: Path, **options: Any) -> pydicom.Dataset:
     with readable(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _Deflatable(io.FileIO(file)) as stream:
             part = pydicom.dcmread(stream, **options)
         for name in HEADER:  # pydicom decodes an element when it is first read.
             part.get(name)
-    if "Rows" not in part:
-        raise InputError(f"{file} holds no image: it is cut off, or a document")
     return part
+
+
+def kind_of(file: Path) -> str:
+    """Return the SOP class of a DICOM file, such as that of SEG; empty if its head names none."""
+    with readable(file):
+        head = pydicom.filereader.read_file_meta_info(file)
+        return str(head.get("MediaStorageSOPClassUID", ""))
+
+
+def frame_of_reference(source: Path | Series) -> str:
+    """Return the FrameOfReferenceUID of an image's first file; empty if there is none."""
+    if isinstance(source, Series):
+        files = [Path(source.files[0])]
+    else:
+        files = _files_in(source) if source.is_dir() else [source]
+    first = next(filter(is_dicom, files), None)
+    if first is None:
+        return ""
+    tags = ["FrameOfReferenceUID"]
+    header = _opened(first, stop_before_pixels=True, specific_tags=tags)
+    return str(header.get("FrameOfReferenceUID") or "")
 
 
 class _Deflatable(io.BufferedReader):

@@ -17,11 +17,20 @@ from torch import Tensor
 from fedmed_flower.data.bounded import array_bytes, require_within
 from fedmed_flower.errors import InputError
 from fedmed_flower.images.dicom import read_dicom
-from fedmed_flower.images.geometry import FILE_AFFINE, file_affine_of, mismatch
-from fedmed_flower.images.headers import is_dicom, one_line
+from fedmed_flower.images.geometry import (
+    FILE_AFFINE,
+    FRAME_OF_REFERENCE,
+    brought_to,
+    file_affine_of,
+)
+from fedmed_flower.images.headers import frame_of_reference, is_dicom, one_line
+from fedmed_flower.images.masks import read_structures, structure_files
 from fedmed_flower.images.photographs import PICTURES, read_picture
 from fedmed_flower.images.series import Series
 from fedmed_flower.images.volumes import read_volume
+
+# How far a value of a mask may lie from its class: resampling leaves 1.0000001 for 1.
+_NEAR = 1e-3
 
 Array = NDArray[Any]
 
@@ -58,19 +67,26 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
         parts: list[MetaTensor] = []
         size = 0
         for path in source:
-            parts.append(read_image(path, spatial_dims))
-            if (problem := mismatch(parts[-1], parts[0])) is not None:
-                raise InputError(f"{path} does not fit {source[0]}: {problem}")
+            part = read_image(path, spatial_dims)
+            try:
+                parts.append(brought_to(part, parts[0] if parts else part))
+            except InputError as error:
+                raise InputError(f"{path} does not fit {source[0]}: {error}") from None
             size += parts[-1].nbytes
             require_within(f"{source[0]} and its other channels have at least", size, "an image")
         channels = torch.cat([part.as_tensor() for part in parts])
         return MetaTensor(channels, parts[0].affine, file_affine_of(parts[0]))
     array, affine, placed = _read(source, spatial_dims)
     try:
-        return _fit(array, affine, placed, spatial_dims)
+        image = _fit(array, affine, placed, spatial_dims)
     except InputError as error:
         where = f"{source}: " if isinstance(source, str | Path | Series) else ""
         raise InputError(f"{where}{error}") from None
+    if placed and (
+        frame := frame_of_reference(source if isinstance(source, Series) else Path(source))
+    ):
+        image.meta[FRAME_OF_REFERENCE] = frame
+    return image
 
 
 def read_label(
@@ -79,13 +95,15 @@ def read_label(
     num_classes: int | None,
     values: Sequence[int] = (),
     image: MetaTensor | None = None,
+    names: Sequence[str] = (),
 ) -> MetaTensor:
     """Read a mask with one class number for each voxel.
 
     Parameters
     ----------
     source, spatial_dims
-        As in `read_image`; the mask must have one channel.
+        As in `read_image`; the mask must have one channel. Or DICOM SEG or RTSTRUCT: a file, a
+        folder of them, or several paths, whose structures are joined; see `read_structures`.
     num_classes : int or None
         Number of classes with the background, which is 0; at most 256. None accepts any whole
         numbers from 0 on.
@@ -94,6 +112,8 @@ def read_label(
     image : MetaTensor, optional
         The image that the mask belongs to, from `read_image`. The mask is then given the image's
         affine, as a mask from a picture or an array has none of its own.
+    names : sequence of str, optional
+        Names of the classes 1, 2, ...; SEG and RTSTRUCT need them, and ``image``.
 
     Returns
     -------
@@ -103,19 +123,23 @@ def read_label(
     Raises
     ------
     InputError
-        As in `read_image`; if a value is not a class; if the mask does not fit ``image``.
+        As in `read_image`; if a value is not a class; if the mask does not fit ``image``; as in
+        `read_structures`.
     """
+    if files := structure_files(source):
+        _require_names(names, num_classes, image)
+        return read_structures(files, names, image)
     mask = read_image(source, spatial_dims)
     if len(mask) != 1:
         raise InputError(f"a mask must have one channel, got {len(mask)}")
-    if image is not None and (problem := mismatch(mask, image)) is not None:
-        raise InputError(problem)
-    geometry = mask if image is None else image
+    if image is not None:
+        mask = brought_to(mask, image)
     voxels = mask.as_tensor()
     if num_classes is None and not values:
-        whole = voxels.to(torch.int64)
-        _require_classes(voxels, (whole == voxels) & (whole >= 0), "whole numbers from 0 on")
-        return MetaTensor(whole, geometry.affine, file_affine_of(geometry))
+        whole = voxels.round()
+        near = (whole - voxels).abs() <= _NEAR
+        _require_classes(voxels, near & (whole >= 0), "whole numbers from 0 on")
+        return MetaTensor(whole.to(torch.int64), mask.affine, file_affine_of(mask))
     known = torch.tensor(tuple(values) or tuple(range(num_classes or 0)), dtype=voxels.dtype)
     count = len(known) if num_classes is None else num_classes
     if len(known) != count or len(torch.unique(known)) != count or not 1 <= count <= 256:
@@ -124,11 +148,27 @@ def read_label(
             f"and at most 256, got {tuple(values)}"
         )
     known, order = known.sort()
-    indices = torch.bucketize(voxels, known, out_int32=True).clamp(max=count - 1)
+    nearest = torch.bucketize(voxels, (known[1:] + known[:-1]) / 2, out_int32=True)
     listed = ", ".join(f"{value:g}" for value in known)
-    _require_classes(voxels, known[indices] == voxels, listed)
-    classes = order.to(torch.uint8)[indices]
-    return MetaTensor(classes, geometry.affine, file_affine_of(geometry))
+    _require_classes(voxels, (known[nearest] - voxels).abs() <= _NEAR, listed)
+    classes = order.to(torch.uint8)[nearest]
+    return MetaTensor(classes, mask.affine, file_affine_of(mask))
+
+
+def _require_names(names: Sequence[str], num_classes: int | None, image: MetaTensor | None) -> None:
+    """Raise `InputError` if structures cannot be found by name, or have no image to lie on."""
+    if not names:
+        raise InputError(
+            "a DICOM SEG or RTSTRUCT holds structures by name: name the classes, by the client's "
+            'classes or by "labels" in dataset.json'
+        )
+    if image is None:
+        raise InputError("a DICOM SEG or RTSTRUCT is read with the image that it belongs to")
+    if len(names) > 255 or num_classes not in (None, 1 + len(names)):
+        raise InputError(
+            f"names must be one for each of the {num_classes} classes but the background, and at "
+            f"most 255, got {len(names)}"
+        )
 
 
 def files_of(source: Any) -> Iterator[Path]:

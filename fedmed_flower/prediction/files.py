@@ -27,6 +27,7 @@ from fedmed_flower.metrics.classification import class_probabilities, guessed_cl
 log = logging.getLogger("flwr.fedmed")
 
 TABLE = "predictions.csv"
+_SEG = ".dcm"
 _MOST_LETTERS = 500
 _PROBLEM = "problem"
 
@@ -36,7 +37,11 @@ Line = list[object]
 
 
 def predict_files(
-    client: MedicalClient, network: nn.Module, sources: Sequence[Source], out: Path
+    client: MedicalClient,
+    network: nn.Module,
+    sources: Sequence[Source],
+    out: Path,
+    seg: bool = False,
 ) -> tuple[Path, int]:
     """Predict files, and write a table of the results.
 
@@ -49,6 +54,8 @@ def predict_files(
     out : Path
         The table, if it ends in ``.csv``; else a folder for it and, if the client outlines
         structures, for masks.
+    seg : bool
+        Whether the mask of a DICOM file or series is written as DICOM SEG, too.
 
     Returns
     -------
@@ -60,9 +67,12 @@ def predict_files(
     Raises
     ------
     InputError
-        If `out` does not fit the client, or holds a table of predictions already.
+        If `out` does not fit the client, or holds a table of predictions already. If `seg` is set
+        for a client that outlines nothing, or highdicom is not installed.
     """
     base = _kind_of(client)
+    if seg and base != "masks":
+        raise InputError("--seg is for models that outline structures")
     table = out if out.suffix.lower() == ".csv" else out / TABLE
     if base == "masks" and table == out:
         raise InputError(f"--out must be a folder, since masks are written, got {out}")
@@ -71,6 +81,8 @@ def predict_files(
     if out != table and out.exists() and not out.is_dir():
         raise InputError(f"--out must be a folder or end in .csv, got {out}")
     kinds: dict[str, type[_Worker]] = {"classes": _Classes, "masks": _Masks, "rows": _Rows}
+    if seg:
+        kinds["masks"] = _MasksAndSegmentations
     worker = kinds[base](client, network, out)
     head = worker.head()
     lines: list[Line] = []
@@ -183,7 +195,13 @@ class _Masks(_Worker):
         ending, content = _file_of(self._values[numbers], image, first)
         path = self.out / f"{self._free_name(first, ending)}{ending}"
         write_atomic(path, content)
-        return [[name_of(source), str(path), ""]]
+        return [[name_of(source), str(path), *self.written_besides(numbers, image, path, first)]]
+
+    def written_besides(
+        self, numbers: NDArray[np.uint8], image: Any, path: Path, source: Path
+    ) -> Line:
+        """Return the other cells of the line of a mask, whose file is ``path``."""
+        return [""]
 
     def _free_name(self, path: Path, ending: str) -> str:
         """Return a name for the mask of a file, which no other mask of this call has."""
@@ -191,11 +209,40 @@ class _Masks(_Worker):
         stem = stem.removesuffix(path.suffix if path.suffix != ".gz" else Path(stem).suffix)
         name = f"{stem or 'image'}-mask"
         number = 1
-        while name.lower() in self._taken or (self.out / f"{name}{ending}").exists():
+        while name.lower() in self._taken or any(
+            (self.out / f"{name}{each}").exists() for each in (ending, _SEG)
+        ):
             number += 1
             name = f"{stem}-mask-{number}"
         self._taken.add(name.lower())
         return name
+
+
+class _MasksAndSegmentations(_Masks):
+    """Writes the mask of a DICOM file or series as DICOM SEG as well."""
+
+    def __init__(self, client: Any, network: nn.Module, out: Path) -> None:
+        from fedmed_flower.prediction.segmentations import SegmentationWriter
+
+        super().__init__(client, network, out)
+        self._writer = SegmentationWriter(client.classes, type(client).__name__, network)
+
+    def head(self) -> list[str]:
+        return ["file", "mask", "segmentation", _PROBLEM]
+
+    def written_besides(
+        self, numbers: NDArray[np.uint8], image: Any, path: Path, source: Path
+    ) -> Line:
+        """Write the segmentation; if that cannot be, the mask is there all the same."""
+        name = path.name.removesuffix(".gz").removesuffix(".nii").removesuffix(".png")
+        segmentation = path.with_name(f"{name}{_SEG}")
+        try:
+            write_atomic(segmentation, self._writer.content(numbers, image, source))
+        except InputError as error:
+            reason = shown(error, _MOST_LETTERS)
+            log.warning("%s: %s", source, reason)
+            return ["", reason]
+        return [str(segmentation), ""]
 
 
 def _file_of(mask: NDArray[Any], image: Any, path: Path) -> tuple[str, bytes]:

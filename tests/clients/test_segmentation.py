@@ -6,6 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from dicom_files import write_rtstruct, write_seg, write_series
 from flwr.app import ArrayRecord
 from monai.data import get_track_meta, set_track_meta
 from monai.losses import DiceCELoss
@@ -247,6 +248,35 @@ def test_volumes_from_nifti_train_to_the_same_bits_as_arrays(tmp_path):
         for part in (rows, files)
     ]
     assert outcomes[0] == outcomes[1] != bits(start(Volumes))
+
+
+def test_masks_from_dicom_files_train_to_the_same_bits_as_arrays(tmp_path):
+    outlines = []
+    for number, row in enumerate(rows_of(3, (10, 9, 8))):
+        folder = tmp_path / str(number)
+        mask = row["label"]
+        write_series(folder, row["image"], origin=(5, 6, 7), seed=number)
+        image = {"image": str(folder), "patient": row["patient"]}
+        frames = [
+            (place, (5, 6, 7 + z), (mask[:, :, z] == place).T) for z in range(8) for place in (1, 2)
+        ]
+        labels = [{"SegmentLabel": "Low"}, {"meaning": "high"}]
+        segments = write_seg(tmp_path / f"{number}-seg.dcm", labels, frames, frame_of_reference="")
+        regions = {
+            name: [np.add((5, 6, 7), around(voxel)) for voxel in np.argwhere(mask == place)]
+            for place, name in ((1, "LOW"), (2, "High"))
+        }
+        contours = write_rtstruct(tmp_path / f"{number}-rs.dcm", regions)
+        outlines.append([image | {"label": part} for part in (mask, str(segments), str(contours))])
+    clients = [client_of(SiteData(rows), Volumes) for rows in zip(*outlines, strict=True)]
+    found = [trained(client, context_of(), start(Volumes)) for client in clients]
+    assert found[0] == found[1] == found[2] != bits(start(Volumes))
+
+
+def around(voxel):
+    """The outline of one voxel on its plane."""
+    steps = [(-0.5, -0.5, 0), (-0.5, 0.5, 0), (0.5, 0.5, 0), (0.5, -0.5, 0)]
+    return np.add(voxel, steps)
 
 
 def save(path, array, affine):
@@ -931,8 +961,17 @@ def test_classes_must_be_called_alike_at_all_hospitals():
         "the data name their classes high, low, this client low, high: a class must mean the same "
         "at all hospitals, so make classes and data agree"
     )
-    same = replace(data_of(2), class_names=("low", "high"))
-    assert not ask(client_of(same), "train", context_of(), start(client_of(same))).has_error()
+    for names in (("low", "high"), ("Low", "_HIGH ")):
+        same = replace(data_of(2), class_names=names)
+        assert not ask(client_of(same), "train", context_of(), start(client_of(same))).has_error()
+
+
+@pytest.mark.parametrize("names", [("Left lung", "left_lung"), ("tumour", "-")])
+def test_classes_must_differ_by_more_than_how_they_are_written(names):
+    assert reason_of(client_of(data_of(), classes=names)) == (
+        "classes must differ by more than case, blanks, '_' and '-', and hold more than these, got "
+        f"{names!r}"
+    )
 
 
 def counts_of(client, **config):

@@ -7,10 +7,11 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from dicom_files import write_image, write_series
+from dicom_files import write_image, write_seg, write_series
 from PIL import Image
 
 from fedmed_flower.data.checks import Finding, check_folder, check_row
+from fedmed_flower.errors import InputError
 
 AFFINE = np.diag([-0.5, -0.75, 2, 1])
 
@@ -270,3 +271,49 @@ def test_images_that_no_network_can_take_together(tmp_path):
         "one network cannot take all images: there are 3 with 1 channel in 2D, 1 with 3 channels "
         "in 2D, 1 with 1 channel in 3D"
     )
+
+
+# Masks in DICOM files
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A folder with a series, a SEG of its structures a and c, and a dataset.json."""
+    write_series(tmp_path / "scan", voxels((4, 3, 2)))
+    frames = [(n, (0, 0, z), np.eye(3, 4, k=n - 1)) for z in (0, 1) for n in (1, 2)]
+    labels = [{"SegmentLabel": "A"}, {"SegmentLabel": "c"}]
+    write_seg(tmp_path / "m.dcm", labels, frames, frame_of_reference="")
+    line = {"image": "scan", "label": "m.dcm", "patient": "p1"}
+    content = {"labels": {"0": "background", "1": "a", "2": "b"}, "training": [line]}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_structures_are_found_by_the_names_of_the_classes(study):
+    scan = row(str(study / "scan"), str(study / "m.dcm"))
+    assert check_row(scan, 3, 3, names=("b", "c")).label == (0, 2)
+    found = check_row(scan, 3, 3, names=("x", "y")).problem
+    assert found == (
+        f"its mask {study / 'm.dcm'}: it has none of the structures x, y, but A, c: name the "
+        "classes so, or rename its structures"
+    )
+    assert check_row(scan, 3, 3).problem == (
+        f"its mask {study / 'm.dcm'}: a DICOM SEG or RTSTRUCT holds structures by name: name the "
+        'classes, by the client\'s classes or by "labels" in dataset.json'
+    )
+
+
+def test_a_folder_names_the_structures_in_its_dataset_json(study):
+    (found,) = check_folder(study)
+    assert (found.problem, found.label) == (None, (0, 1))
+    # Several files of one image.
+    frames = [(1, (0, 0, 1), np.eye(3, 4, k=2))]
+    write_seg(study / "n.dcm", [{"SegmentLabel": "B"}], frames, frame_of_reference="")
+    text = (study / "dataset.json").read_text()
+    for label in ('["m.dcm", "n.dcm"]', '"m.dcm; n.dcm"'):
+        (study / "dataset.json").write_text(text.replace('"m.dcm"', label))
+        (found,) = check_folder(study)
+        assert (found.problem, found.label) == (None, (0, 1, 2))
+    (study / "dataset.json").write_text(text.replace('"m.dcm"', '["m.dcm", "../n.dcm"]'))
+    with pytest.raises(InputError, match=r"\.\./n\.dcm leaves the folder"):
+        check_folder(study)
