@@ -177,6 +177,8 @@ class MedicalClient(ABC):
     sections : tuple of Section classes
         Groups of settings that this class reads beside those of its bases. A key of the run config
         that is in no section is refused.
+    fewest_steps : int
+        Batches that a round has at least where the run config does not say; 0 for none.
     node_keys : tuple of str
         Keys that the app adds to the hospital's node config.
     """
@@ -203,6 +205,7 @@ class MedicalClient(ABC):
         SecureSettings,
         MethodSettings,
     )
+    fewest_steps: int = 0
     node_keys: ClassVar[Collection[str]] = ()
     # Part of the cache's keys: distinguishes clients of one class name that prepare differently.
     prepared_for: ClassVar[str] = ""
@@ -334,14 +337,18 @@ class MedicalClient(ABC):
             collate_fn=_unchanged,
             generator=generator,
         )
-        if settings.local_steps:
-            batches = Steps(batches, settings.local_steps)
+        epochs = 1 if settings.local_steps else settings.local_epochs
+        fewest = self.fewest_steps if settings.fewest_steps < 0 else settings.fewest_steps
+        steps = settings.local_steps or (fewest if len(batches) * epochs < fewest else 0)
+        if steps:
+            batches = Steps(batches, steps)
+            epochs = 1
         mean = train_epochs(
             model,
             batches,
             self.loss_of,
             make_optimizer(settings, model, self.progress),
-            1 if settings.local_steps else settings.local_epochs,
+            epochs,
             half_precision(settings),
             self.method,
         )

@@ -83,7 +83,7 @@ def personalise(client: MedicalClient, message: Message) -> dict[str, Any]:
     val, val_may_leave = _disclosable_rows(client, val_data.val, val, "val", config)
     test, test_may_leave = _disclosable_rows(client, test_data.test, test, "test", config)
     # `fit` trains for one pass, at the learning rate of the first round.
-    client.settings = replace(client.settings, local_epochs=1, local_steps=0)
+    client.settings = replace(client.settings, local_epochs=1, local_steps=0, fewest_steps=0)
     model, _ = client.model_of(next(iter(message.content.array_records.values())), config)
     seed = derive_seed(client.settings.seed, client.site.name, "personal")
     with client.seeded(seed):

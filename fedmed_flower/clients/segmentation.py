@@ -95,6 +95,8 @@ class SegmentationClient(ImagingClient):
     """
 
     classes: Sequence[str]
+    # A hospital has few masks, and a pass over ten of them is one step.
+    fewest_steps = 16
     surface_tolerance: float = 1.0
     overlap: float = 0.25
     _keys = ("image", "label")

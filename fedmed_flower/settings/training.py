@@ -24,6 +24,13 @@ class Settings(Section):
         Within(0, 10**6),
         "batches",
     )
+    fewest_steps: int = setting(
+        -1,
+        "Fewest batches in a round without privacy: a site whose passes have fewer goes over its "
+        "rows again. 0: none. -1: 16 for masks, otherwise none.",
+        Within(-1, 10**6),
+        "batches",
+    )
     batch_size: int = setting(32, "Rows in a step.", Within(1, 10**6), "rows")
     learning_rate: float = setting(1e-3, "Learning rate of the optimizer.", Within(0.0, above=True))
     weight_decay: float = setting(0.0, "Penalty on the weights. 0: none.", Within(0.0))

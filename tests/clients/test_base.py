@@ -718,6 +718,36 @@ def test_rows_are_drawn_as_by_a_loader_of_single_rows(count, size, steps):
     assert client.entered == {index for batch in drawn for index in batch}
 
 
+@pytest.mark.parametrize(
+    ("own", "settings", "steps"),
+    [
+        (0, {}, 3),
+        (2, {}, 3),
+        (7, {}, 7),
+        (7, {"fewest_steps": 0}, 3),
+        (7, {"fewest_steps": 5}, 5),
+        (7, {"local_epochs": 3}, 9),
+        (7, {"local_steps": 2}, 2),
+    ],
+)
+def test_a_round_has_the_fewest_steps_of_the_client_or_of_the_run_config(own, settings, steps):
+    drawn = []
+
+    class Noting(Linear):
+        fewest_steps = own
+
+        def batch_of(self, prepared, indices):
+            drawn.append([*indices])
+            return super().batch_of(prepared, indices)
+
+    client = Noting(context_of(batch_size=4, **settings))
+    client.fit(line(), client.prepare(numbers(12, 0), train=True), seed=5)
+    assert len(drawn) == steps
+    # Each pass has every row once.
+    for first in range(0, steps - steps % 3, 3):
+        assert sorted(sum(drawn[first : first + 3], [])) == [*range(12)]
+
+
 def test_a_last_batch_of_one_row_trains_with_batch_norm():
     client = fixed(SiteData(train=make_rows(9, 0)), base=ShakingClient)
     reply = ask(client, "train", context_of(batch_size=4), model_arrays(Shaking))

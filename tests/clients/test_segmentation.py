@@ -750,7 +750,7 @@ def test_several_patches_a_patient_are_refused_under_privacy_and_train_without(t
             return images, labels
 
     client = client_of(data_of(4), Client, **SIZED)
-    more = {"cache_gigabytes": gigabytes}
+    more = {"cache_gigabytes": gigabytes, "fewest_steps": 0}
     assert reason_of(client, context=private(tmp_path, **more)) == (
         "the transforms make 16 samples of 4 records: private training needs one sample of each "
         "record (num_samples=1)"
