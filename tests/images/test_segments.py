@@ -375,7 +375,11 @@ def test_a_damaged_mask_is_refused_by_name(image, tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(InputError):
             read(path, image, ["liver"])
-    part = pydicom.dcmread(single(tmp_path, {"SegmentLabel": "liver"}))
+    part = pydicom.dcmread(single(tmp_path, *[{"SegmentLabel": "liver"}] * 3))
+    part.PerFrameFunctionalGroupsSequence.pop()
+    part.save_as(path)
+    with pytest.raises(InputError, match="it describes 2 of its 3 frames"):
+        read(path, image, ["liver"])
     del part.PerFrameFunctionalGroupsSequence
     part.save_as(path)
     with pytest.raises(InputError, match=f"^{re.escape(str(path))} cannot be read: "):
