@@ -116,9 +116,10 @@ class Segments:
     def _frames(self) -> list[_Frame]:
         shared = (self._part.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
         groups = self._part.PerFrameFunctionalGroupsSequence
-        if len(groups) != int(self._part.NumberOfFrames):
+        count = int(self._part.get("NumberOfFrames") or 1)
+        if len(groups) != count:
             raise InputError(
-                f"it describes {len(groups)} of its {int(self._part.NumberOfFrames)} frames"
+                f"it describes {len(groups)} of its {count} frames"
             )
         return [self._frame(index, own, shared) for index, own in enumerate(groups)]
 
