@@ -118,9 +118,7 @@ class Segments:
         groups = self._part.PerFrameFunctionalGroupsSequence
         count = int(self._part.get("NumberOfFrames") or 1)
         if len(groups) != count:
-            raise InputError(
-                f"it describes {len(groups)} of its {count} frames"
-            )
+            raise InputError(f"it describes {len(groups)} of its {count} frames")
         return [self._frame(index, own, shared) for index, own in enumerate(groups)]
 
     def _frame(self, index: int, own: Dataset, shared: Dataset) -> _Frame:
