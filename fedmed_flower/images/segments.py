@@ -85,6 +85,8 @@ class Segments:
     def claim(self, numbers: Mapping[int, int], claims: Claims) -> None:
         """Mark the pixels of segments on the image's grid.
 
+        Within a plane, what lies beyond the image's edges is left out.
+
         Raises
         ------
         InputError
@@ -114,6 +116,9 @@ class Segments:
     def _frames(self) -> list[_Frame]:
         shared = (self._part.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
         groups = self._part.PerFrameFunctionalGroupsSequence
+        count = int(self._part.get("NumberOfFrames") or 1)
+        if len(groups) != count:
+            raise InputError(f"it describes {len(groups)} of its {count} frames")
         return [self._frame(index, own, shared) for index, own in enumerate(groups)]
 
     def _frame(self, index: int, own: Dataset, shared: Dataset) -> _Frame:

@@ -1,6 +1,7 @@
 """Masks from DICOM SEG, compared with highdicom's own reading, and placed by hand."""
 
 import re
+from pathlib import Path
 
 import highdicom
 import nibabel
@@ -16,6 +17,7 @@ from dicom_files import (
     write_seg,
     write_series,
 )
+from pydicom.data import get_testdata_file
 from pydicom.uid import RLELossless, generate_uid
 from scipy.spatial import cKDTree
 
@@ -375,8 +377,39 @@ def test_a_damaged_mask_is_refused_by_name(image, tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(InputError):
             read(path, image, ["liver"])
-    part = pydicom.dcmread(single(tmp_path, {"SegmentLabel": "liver"}))
+    part = pydicom.dcmread(single(tmp_path, *[{"SegmentLabel": "liver"}] * 3))
+    part.PerFrameFunctionalGroupsSequence.pop()
+    part.save_as(path)
+    with pytest.raises(InputError, match="it describes 2 of its 3 frames"):
+        read(path, image, ["liver"])
     del part.PerFrameFunctionalGroupsSequence
     part.save_as(path)
     with pytest.raises(InputError, match=f"^{re.escape(str(path))} cannot be read: "):
         read(path, image, ["liver"])
+
+
+@pytest.mark.parametrize("name", ["liver.dcm", "liver_expb.dcm"])
+def test_a_file_of_another_program_is_read_as_pydicom_reads_its_frames(tmp_path, name):
+    path = Path(get_testdata_file(name))
+    part = pydicom.dcmread(path)
+    groups = part.PerFrameFunctionalGroupsSequence
+    shared = part.SharedFunctionalGroupsSequence[0]
+    corners = [group.PlanePositionSequence[0].ImagePositionPatient for group in groups]
+    directions = np.reshape(shared.PlaneOrientationSequence[0].ImageOrientationPatient, (2, 3))
+    rows, columns = shared.PixelMeasuresSequence[0].PixelSpacing
+    affine = np.eye(4)
+    affine[:3, 0] = directions[0] * columns
+    affine[:3, 1] = directions[1] * rows
+    # An image of more planes, in which those of the file have every place but two.
+    normal = np.cross(*directions)
+    order = np.argsort(np.array(corners, float) @ normal)
+    step = np.diff(np.array(corners, float)[order], axis=0)[0]
+    affine[:3, 2] = step
+    affine[:3, 3] = np.array(corners[order[0]], float) - step
+    affine[:2] *= -1
+    volume = nibabel.Nifti1Image(np.zeros((512, 512, len(corners) + 2), np.float32), affine)
+    nibabel.save(volume, tmp_path / "x.nii")
+    found = read(path, read_image(tmp_path / "x.nii", 3), ["LIVER"])
+    assert np.array_equal(found[:, :, 1:-1], part.pixel_array[order].transpose(2, 1, 0))
+    assert not found[:, :, [0, -1]].any()
+    assert found.sum() == part.pixel_array.sum() > 10_000
