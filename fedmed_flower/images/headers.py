@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
+from pydicom import uid
 from pydicom.misc import is_dicom as looks_like_dicom
 
 from fedmed_flower.data.bounded import require_deflated
@@ -18,6 +20,11 @@ from fedmed_flower.errors import InputError, shown
 # A file with such a name that is not DICOM was cut off: without an error a slice would be lost.
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _MOST_LETTERS = 300
+# What a file without preamble begins with: the types of elements of group 2 or 8, the last element
+# that comes before SOPClassUID or is it, and the classes of images.
+_FIRST_TYPES = (b"UL", b"OB", b"UI", b"CS", b"SH", b"LO", b"DA", b"TM", b"DT")
+_FIRST_ELEMENTS = 0x0018
+_IMAGE_CLASSES = "1.2.840.10008.5.1.4.1.1."
 _PREAMBLE = 132  # Bytes before the first element, with the letters DICM at the end.
 # Group, creator and element of b-values that are not at their standard place.
 PRIVATE_B_VALUES = (
@@ -71,7 +78,9 @@ def is_dicom(path: Path) -> bool:
     if path.is_dir():
         return any(map(is_dicom, _files_in(path)))
     # Files of the kernel, such as in /proc, have no size, and reading one may block for ever.
-    return path.is_file() and path.stat().st_size >= _PREAMBLE and looks_like_dicom(path)
+    if not path.is_file() or path.stat().st_size < _PREAMBLE:
+        return False
+    return looks_like_dicom(path) or _is_without_preamble(path)
 
 
 def dicom_files(folder: Path) -> list[Path]:
@@ -94,13 +103,66 @@ def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
     """
     with readable(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        bare = _begins_with_element(file)
         with _Deflatable(io.FileIO(file)) as stream:
-            part = pydicom.dcmread(stream, **options)
+            part = pydicom.dcmread(stream, force=bare, **options)
+        if bare:
+            _require_image_class(file, part)
         for name in HEADER:  # pydicom decodes an element when it is first read.
             part.get(name)
+        _state_syntax(part)
     if "Rows" not in part:
         raise InputError(f"{file} holds no image: it is cut off, or a document")
     return part
+
+
+def _is_without_preamble(file: Path) -> bool:
+    """Return whether a file is an image in DICOM that lacks the preamble."""
+    if not _begins_with_element(file):
+        return False
+    try:
+        open_dicom(file, stop_before_pixels=True, specific_tags=list(HEADER))
+    except InputError:
+        return False
+    return True
+
+
+def _begins_with_element(file: Path) -> bool:
+    """Return whether a file begins with an element of the groups 2 or 8 of DICOM."""
+    with file.open("rb") as stream:
+        start = stream.read(_PREAMBLE)
+    if len(start) < _PREAMBLE or start.endswith(b"DICM"):
+        return False
+    explicit = start[4:6] in _FIRST_TYPES
+    for order in "<>" if explicit else "<":
+        group, element, length = struct.unpack_from(f"{order}HHI", start)
+        if group in (2, 8) and element <= _FIRST_ELEMENTS and (explicit or length <= 64):
+            return True
+    return False
+
+
+def _require_image_class(file: Path, part: pydicom.Dataset) -> None:
+    """Raise `InputError` if a file without preamble does not say that it is an image."""
+    if not str(part.get("SOPClassUID", "")).startswith(_IMAGE_CLASSES) or "Rows" not in part:
+        raise InputError(f"{file} has no DICOM preamble and does not say that it holds an image")
+
+
+def _state_syntax(part: pydicom.Dataset) -> None:
+    """State the transfer syntax as which a file was read, if it does not state it itself.
+
+    Compressed pixels are left as they are: how they were is not known.
+    """
+    if part.file_meta.get("TransferSyntaxUID"):
+        return
+    if "PixelData" in part and part["PixelData"].is_undefined_length:
+        return
+    implicit, little = part.original_encoding
+    if implicit:
+        part.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
+    elif little:
+        part.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    else:
+        part.file_meta.TransferSyntaxUID = uid.ExplicitVRBigEndian
 
 
 class _Deflatable(io.BufferedReader):
