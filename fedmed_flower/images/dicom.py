@@ -104,12 +104,17 @@ def _opened(
 
 
 def _require_image(file: Path, part: pydicom.Dataset) -> None:
-    """Raise `InputError` if a file holds a mask or a slide of tissue."""
+    """Raise `InputError` if a file holds a mask, or tiles instead of a slice."""
     kind = part.get("SOPClassUID")
     if kind in _MASKS:
         raise InputError(
             f"{file} holds a segmentation, which is a mask and no image: it can be the label of a "
             "row"
+        )
+    if "MOSAIC" in (part.get("ImageType") or ()):
+        raise InputError(
+            f"{file} is a mosaic, whose slices are tiles of one picture: export it with one slice "
+            "a file or frame"
         )
     if kind == _SLIDE:
         raise InputError(
