@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 from collections.abc import Iterator
@@ -112,7 +113,7 @@ def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
     with readable(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bare = _begins_with_element(file)
-        with _Deflatable(io.FileIO(file)) as stream:
+        with _Deflatable(io.FileIO(os.fspath(file))) as stream:
             part = pydicom.dcmread(stream, force=bare, **options)
         if bare:
             _require_image_class(file, part)
