@@ -230,17 +230,9 @@ def _divided(group: _Group) -> list[_Group]:
     for key in _ALWAYS:
         parts = [piece for part in parts for piece in _by_value(part, key)]
     for key in _IF_DOUBLED:
-        parts = [
-            piece
-            for part in parts
-            for piece in (_by_value(part, key) if _is_doubled(part.planes) else [part])
-        ]
+        parts = [piece for part in parts for piece in _by_value_if_doubled(part, key)]
     for key in _BY_RANK:
-        parts = [
-            piece
-            for part in parts
-            for piece in (_by_rank(part, key) if _is_doubled(part.planes) else [part])
-        ]
+        parts = [piece for part in parts for piece in _by_rank(part, key)]
     return parts
 
 
@@ -259,13 +251,19 @@ def _by_value(group: _Group, key: str) -> list[_Group]:
     ]
 
 
+def _by_value_if_doubled(group: _Group, key: str) -> list[_Group]:
+    """Divide planes of which some are at one position, unless the element counts images."""
+    most = max(map(len, _places(group.planes)))
+    values = {dict(plane.told).get(key) for plane in group.planes}
+    return _by_value(group, key) if most > 1 and len(values) <= 2 * most else [group]
+
+
 def _by_rank(group: _Group, key: str) -> list[_Group]:
-    """Divide planes by the order in which those at one position were taken."""
+    """Divide planes by the order in which those at one position were taken, if all have several."""
     places = _places(group.planes)
-    counts = {len(place) for place in places}
-    if len(counts) > 1:
+    count = len(places[0])
+    if count == 1 or any(len(place) != count for place in places):
         return [group]
-    (count,) = counts
     parts: list[list[Plane]] = [[] for _ in range(count)]
     for place in places:
         times: list[Any] = [dict(plane.told).get(key) for plane in place]

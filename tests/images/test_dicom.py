@@ -269,6 +269,32 @@ def test_a_dimension_of_the_file_tells_stacks_apart_if_nothing_else_does(tmp_pat
     assert np.array_equal(image[0].T, stored()[2:])
 
 
+def test_a_number_that_differs_from_image_to_image_divides_no_series(tmp_path):
+    one, _ = series(tmp_path / "one", 4)
+    other, _ = series(tmp_path / "other", 4)
+    for number, file in enumerate(one + other):
+        change(file, AcquisitionNumber=number)
+    assert list(stacks_in(*one, *other)) == [""]
+    with pytest.raises(InputError, match=r"two slices at one position, IM0001.dcm and IM0001.dcm"):
+        read_dicom(Series("1.2.3", tuple(map(str, one + other))))
+
+
+def test_b_values_of_one_slice_are_stacks_and_no_film(tmp_path):
+    groups = [at(0, 0, 7, **diffusion(100 * number)) for number in range(4)]
+    path = write_enhanced(tmp_path / "x.dcm", stored(), groups)
+    values = read_dicom(Series("1", (str(path),), "b=200"))[0]
+    assert np.array_equal(values[0, ..., 0].T, stored()[2])
+
+
+def test_of_many_stacks_an_error_names_twelve(tmp_path):
+    groups = [at(0, 0, 7, **diffusion(number)) for number in range(30)]
+    path = write_enhanced(tmp_path / "x.dcm", stored(30), groups)
+    with pytest.raises(
+        InputError, match=r"holds 30 stacks .*, b=11 \(1 slice\) and 18 more\. Choose"
+    ):
+        read_dicom(path)
+
+
 @pytest.mark.parametrize(
     ("kinds", "names"),
     [
