@@ -11,7 +11,6 @@ of each hospital alone. Figures are Dice of the hospitals' own test pictures, me
 import argparse
 import json
 import logging
-import os
 import statistics
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -64,14 +63,18 @@ STRATEGIES = {
 
 
 class Nuclei(SegmentationClient):
+    """Each hospital has pictures of one stain."""
+
     classes = ("nucleus",)
     image_shape = (3, 64, 64)
     norm = "instance"
 
     def build_model(self):
+        """Return a small network."""
         return UNet(2, 3, 2, (16, 32, 64), (2, 2), num_res_units=1, norm=self.norm)
 
     def load_data(self, site):
+        """Return the pictures of one stain."""
         stain = STAINS[site.index]
         count = COUNTS[site.index]
         rows = nuclei(count + VAL + TEST, stain, self.settings.seed).rows
@@ -86,6 +89,8 @@ class Nuclei(SegmentationClient):
 
 
 class BatchNorm(Nuclei):
+    """With the running statistics that hospitals may keep."""
+
     norm = "batch"
 
 
@@ -121,9 +126,7 @@ def sites_of(test):
 def row(name, sites):
     """Return a row: the mean of hospitals, its spread over seeds, and the mean of each hospital."""
     means = [statistics.fmean(part["dice"] for part in each.values()) for each in sites]
-    by_site = [
-        statistics.fmean(each[site]["dice"] for each in sites) for site in sorted(sites[0])
-    ]
+    by_site = [statistics.fmean(each[site]["dice"] for each in sites) for site in sorted(sites[0])]
     spread = statistics.stdev(means) if len(means) > 1 else float("nan")
     cells = [statistics.fmean(means), spread, *by_site]
     return [name, *(documented.without_zero(f"{cell:.3f}") for cell in cells)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
+from pydicom import uid
 from pydicom.dataelem import RawDataElement
 from pydicom.misc import is_dicom as looks_like_dicom
 
@@ -20,14 +23,62 @@ from fedmed_flower.images.series import Series
 # A file with such a name that is not DICOM was cut off: without an error a slice would be lost.
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _MOST_LETTERS = 300
+# What a file without preamble begins with: the types of elements of group 2 or 8, the last element
+# that comes before SOPClassUID or is it, and the classes of images.
+_FIRST_TYPES = (b"UL", b"OB", b"UI", b"CS", b"SH", b"LO", b"DA", b"TM", b"DT")
+_FIRST_ELEMENTS = 0x0018
+_IMAGE_CLASSES = "1.2.840.10008.5.1.4.1.1."
 _PREAMBLE = 132  # Bytes before the first element, with the letters DICM at the end.
-HEADER = (
+# Group, creator and element of b-values that are not at their standard place.
+PRIVATE_B_VALUES = (
+    (0x0019, "SIEMENS MR HEADER", 0x0C),
+    (0x0043, "GEMS_PARM_01", 0x39),
+    (0x2001, "Philips Imaging DD 001", 0x03),
+)
+# Elements without which a file cannot be used: what it is, and where its frames lie.
+_NEEDED = (
     "PatientID",
     "SeriesInstanceUID",
+    "SOPClassUID",
+    "Modality",
     "Rows",
+    "Columns",
+    "NumberOfFrames",
     "ImagePositionPatient",
     "ImageOrientationPatient",
+    "PixelSpacing",
+    "ImagerPixelSpacing",
+    "NominalScannedPixelSpacing",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+    "GridFrameOffsetVector",
 )
+# What tells the stacks of a series apart, and how many slices they have.
+_TELLING: tuple[str | int, ...] = (
+    "ImageType",
+    "AcquisitionNumber",
+    "AcquisitionDateTime",
+    "AcquisitionTime",
+    "EchoNumbers",
+    "EchoTime",
+    "InversionTime",
+    "FlipAngle",
+    "TriggerTime",
+    "KVP",
+    "ConvolutionKernel",
+    "DiffusionBValue",
+    "DiffusionGradientOrientation",
+    "TemporalPositionIdentifier",
+    "ComplexImageComponent",
+    "DimensionIndexSequence",
+    "ImageIndex",
+    "NumberOfSlices",
+    "NumberOfTimeSlices",
+    "ImagesInAcquisition",
+    *(group * 0x10000 + 0x10 for group, _, _ in PRIVATE_B_VALUES),
+    *(group * 0x10000 + 0x1000 + element for group, _, element in PRIVATE_B_VALUES),
+)
+HEADER: tuple[str | int, ...] = (*_NEEDED, *_TELLING)
 
 
 def is_dicom(path: Path) -> bool:
@@ -35,7 +86,9 @@ def is_dicom(path: Path) -> bool:
     if path.is_dir():
         return any(map(is_dicom, _files_in(path)))
     # Files of the kernel, such as in /proc, have no size, and reading one may block for ever.
-    return path.is_file() and path.stat().st_size >= _PREAMBLE and looks_like_dicom(path)
+    if not path.is_file() or path.stat().st_size < _PREAMBLE:
+        return False
+    return looks_like_dicom(path) or _is_without_preamble(path)
 
 
 def dicom_files(folder: Path) -> list[Path]:
@@ -50,10 +103,13 @@ def dicom_files(folder: Path) -> list[Path]:
 def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
     """Read a DICOM file with pydicom's options; the elements in `HEADER` can be decoded.
 
+    Those that only tell stacks apart are left out if they cannot be. A file without preamble is
+    read if it says that it holds an image.
+
     Raises
     ------
     InputError
-        If the file is not DICOM, holds no image, an element in `HEADER` cannot be decoded, or the
+        If the file is not DICOM, holds no image, a needed element cannot be decoded, or the
         file unpacks to more than `bounded.MOST` bytes.
     """
     part = _opened(file, **options)
@@ -81,10 +137,15 @@ def open_document(file: Path) -> pydicom.Dataset:
 def _opened(file: Path, **options: Any) -> pydicom.Dataset:
     with readable(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with _Deflatable(io.FileIO(file)) as stream:
-            part = pydicom.dcmread(stream, **options)
-        for name in HEADER:  # pydicom decodes an element when it is first read.
+        bare = _begins_with_element(file)
+        with _Deflatable(io.FileIO(os.fspath(file))) as stream:
+            part = pydicom.dcmread(stream, force=bare, **options)
+        if bare:
+            _require_image_class(file, part)
+        for name in _NEEDED:  # pydicom decodes an element when it is first read.
             part.get(name)
+        _drop_unreadable(part)
+        _state_syntax(part)
     return part
 
 
@@ -104,9 +165,67 @@ def frame_of_reference(source: Path | Series) -> str:
     first = next(filter(is_dicom, files), None)
     if first is None:
         return ""
-    tags = ["FrameOfReferenceUID"]
+    tags = ["FrameOfReferenceUID", *HEADER]
     header = _opened(first, stop_before_pixels=True, specific_tags=tags)
     return str(header.get("FrameOfReferenceUID") or "")
+
+
+def _is_without_preamble(file: Path) -> bool:
+    """Return whether a file is an image in DICOM that lacks the preamble."""
+    if not _begins_with_element(file):
+        return False
+    try:
+        open_dicom(file, stop_before_pixels=True, specific_tags=list(HEADER))
+    except InputError:
+        return False
+    return True
+
+
+def _begins_with_element(file: Path) -> bool:
+    """Return whether a file begins with an element of the groups 2 or 8 of DICOM."""
+    with file.open("rb") as stream:
+        start = stream.read(_PREAMBLE)
+    if len(start) < _PREAMBLE or start.endswith(b"DICM"):
+        return False
+    explicit = start[4:6] in _FIRST_TYPES
+    for order in "<>" if explicit else "<":
+        group, element, length = struct.unpack_from(f"{order}HHI", start)
+        if group in (2, 8) and element <= _FIRST_ELEMENTS and (explicit or length <= 64):
+            return True
+    return False
+
+
+def _require_image_class(file: Path, part: pydicom.Dataset) -> None:
+    """Raise `InputError` if a file without preamble does not say that it is an image."""
+    if not str(part.get("SOPClassUID", "")).startswith(_IMAGE_CLASSES) or "Rows" not in part:
+        raise InputError(f"{file} has no DICOM preamble and does not say that it holds an image")
+
+
+def _drop_unreadable(part: pydicom.Dataset) -> None:
+    """Remove the elements that only tell stacks apart and cannot be decoded."""
+    for name in _TELLING:
+        try:
+            part.get(name)
+        except Exception:  # pydicom fails in a dozen ways.
+            part.pop(pydicom.tag.Tag(name))
+
+
+def _state_syntax(part: pydicom.Dataset) -> None:
+    """State the transfer syntax as which a file was read, if it does not state it itself.
+
+    Compressed pixels are left as they are: how they were is not known.
+    """
+    if part.file_meta.get("TransferSyntaxUID"):
+        return
+    if "PixelData" in part and part["PixelData"].is_undefined_length:
+        return
+    implicit, little = part.original_encoding
+    if implicit:
+        part.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
+    elif little:
+        part.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    else:
+        part.file_meta.TransferSyntaxUID = uid.ExplicitVRBigEndian
 
 
 class _Deflatable(io.BufferedReader):
