@@ -11,16 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from fedmed_flower.data.bounded import leads_out, links_out, quoted, real_path
+from fedmed_flower.data.bounded import LINK_OUT, leads_out, links_out, quoted, real_path
 from fedmed_flower.data.site import SPLITS
 from fedmed_flower.errors import InputError, shown
+from fedmed_flower.images.series import Series
 
 log = logging.getLogger("flwr.fedmed")
 
 # The name of a line in errors, and its cells by column.
 Line = tuple[str, Mapping[str, Any]]
-# The end of the error for a link that leads to files outside of the hospital's folder.
-LINK_OUT = "is a link out of the folder: copy its target into the folder"
 _MISSING = {"", "nan", "none", "nat", "<na>"}
 # Spreadsheets and data frames write classes as 1.0 if a column has gaps.
 _WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
@@ -174,7 +173,9 @@ def _row(
     return row
 
 
-def _label(label: Any, folder: Path, root: Path) -> int | str:
+def _label(label: Any, folder: Path, root: Path) -> Any:
+    if isinstance(label, list):
+        return [_path(part, folder, root) for part in label]
     if isinstance(label, int) and not isinstance(label, bool):
         return label
     if isinstance(label, str) and (number := _WHOLE.fullmatch(label.strip())):
@@ -182,8 +183,15 @@ def _label(label: Any, folder: Path, root: Path) -> int | str:
     return _path(label, folder, root)
 
 
-def _path(text: Any, folder: Path, root: Path) -> str:
-    """Return the path of an existing file or folder in ``folder``, whose real path is ``root``."""
+def _path(text: Any, folder: Path, root: Path) -> str | Series:
+    """Return the path of an existing file or folder in ``folder``, whose real path is ``root``.
+
+    A series, or a path that is no text, was found in the folder, and is taken as it is.
+    """
+    if isinstance(text, Series):
+        return text
+    if isinstance(text, Path):
+        return str(text)
     if not isinstance(text, str):
         raise _UnusableError(f"{quoted(text)} is not a path")
     # Tables written on Windows name folders with backslashes.

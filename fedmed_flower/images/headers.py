@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
+from pydicom.filereader import read_partial
 from pydicom.misc import is_dicom as looks_like_dicom
+from pydicom.tag import Tag
 
 from fedmed_flower.data.bounded import require_deflated
 from fedmed_flower.errors import InputError, shown
@@ -18,6 +20,7 @@ from fedmed_flower.errors import InputError, shown
 # A file with such a name that is not DICOM was cut off: without an error a slice would be lost.
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _MOST_LETTERS = 300
+_SERIES = Tag("SeriesInstanceUID")
 _PREAMBLE = 132  # Bytes before the first element, with the letters DICM at the end.
 HEADER = (
     "PatientID",
@@ -54,15 +57,36 @@ def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
         If the file is not DICOM, holds no image, an element in `HEADER` cannot be decoded, or the
         file unpacks to more than `bounded.MOST` bytes.
     """
+    part = open_object(file, **options)
+    if "Rows" not in part:
+        raise InputError(f"{file} holds no image: it is cut off, or a document")
+    return part
+
+
+def open_object(file: Path, **options: Any) -> pydicom.Dataset:
+    """Read a DICOM file as `open_dicom` does, whether it holds an image or something else."""
     with readable(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _Deflatable(io.FileIO(file)) as stream:
             part = pydicom.dcmread(stream, **options)
         for name in HEADER:  # pydicom decodes an element when it is first read.
             part.get(name)
-    if "Rows" not in part:
-        raise InputError(f"{file} holds no image: it is cut off, or a document")
     return part
+
+
+def series_of(file: Path) -> str:
+    """Return the SeriesInstanceUID of a damaged file, if it comes before the damage; else empty."""
+    try:
+        with warnings.catch_warnings(), _Deflatable(io.FileIO(file)) as stream:
+            warnings.simplefilter("ignore")
+            part = read_partial(
+                stream,
+                stop_when=lambda tag, _vr, _length: tag > _SERIES,
+                specific_tags=[_SERIES],
+            )
+        return str(part.get("SeriesInstanceUID", ""))
+    except Exception:  # Damage can raise anything; then nobody knows the series.
+        return ""
 
 
 class _Deflatable(io.BufferedReader):

@@ -20,6 +20,7 @@ from fedmed_flower.images.dicom import read_dicom
 from fedmed_flower.images.geometry import FILE_AFFINE, file_affine_of, mismatch
 from fedmed_flower.images.headers import is_dicom, one_line
 from fedmed_flower.images.photographs import PICTURES, read_picture
+from fedmed_flower.images.resampling import resampled
 from fedmed_flower.images.series import Series
 from fedmed_flower.images.volumes import read_volume
 
@@ -34,7 +35,8 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
     source : str, Path, ndarray, Tensor, or sequence of paths
         A NIfTI file (or another that nibabel reads), a picture, a .npy file, a DICOM file, a
         folder with one DICOM series, or an array of shape (*spatial) or (channels, *spatial).
-        Several paths are the channels of one image.
+        Several paths are the channels of one image, on one grid. Several `Series` are too; those
+        on another grid are resampled to the first one's, see `resampled`.
     spatial_dims : int or None
         2 or 3. None takes the dimensions of the file: 2 for pictures and single slices, else 3.
 
@@ -58,9 +60,12 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
         parts: list[MetaTensor] = []
         size = 0
         for path in source:
-            parts.append(read_image(path, spatial_dims))
-            if (problem := mismatch(parts[-1], parts[0])) is not None:
-                raise InputError(f"{path} does not fit {source[0]}: {problem}")
+            part = read_image(path, spatial_dims)
+            if parts and (problem := mismatch(part, parts[0])) is not None:
+                if not (isinstance(path, Series) and isinstance(source[0], Series)):
+                    raise InputError(f"{path} does not fit {source[0]}: {problem}")
+                part = _on_first_grid(part, path, parts[0], source[0])
+            parts.append(part)
             size += parts[-1].nbytes
             require_within(f"{source[0]} and its other channels have at least", size, "an image")
         channels = torch.cat([part.as_tensor() for part in parts])
@@ -140,6 +145,13 @@ def files_of(source: Any) -> Iterator[Path]:
     elif _are_paths(source):
         for part in source:
             yield from files_of(part)
+
+
+def _on_first_grid(part: MetaTensor, path: Series, first: MetaTensor, name: Series) -> MetaTensor:
+    try:
+        return resampled(part, first)
+    except InputError as error:
+        raise InputError(f"{path} cannot be brought to the grid of {name}: {error}") from None
 
 
 def _read(source: Any, spatial_dims: int | None) -> tuple[Array, Array | None, bool]:
