@@ -22,12 +22,50 @@ _SUFFIXES = (".dcm", ".dicom", ".ima")
 _MOST_LETTERS = 300
 _SERIES = Tag("SeriesInstanceUID")
 _PREAMBLE = 132  # Bytes before the first element, with the letters DICM at the end.
-HEADER = (
+# Group, creator and element of b-values that are not at their standard place.
+PRIVATE_B_VALUES = (
+    (0x0019, "SIEMENS MR HEADER", 0x0C),
+    (0x0043, "GEMS_PARM_01", 0x39),
+    (0x2001, "Philips Imaging DD 001", 0x03),
+)
+HEADER: tuple[str | int, ...] = (
     "PatientID",
     "SeriesInstanceUID",
+    "SOPClassUID",
+    "Modality",
     "Rows",
+    "Columns",
+    "NumberOfFrames",
+    # Where an image lies, and where each frame does.
     "ImagePositionPatient",
     "ImageOrientationPatient",
+    "PixelSpacing",
+    "ImagerPixelSpacing",
+    "NominalScannedPixelSpacing",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+    "GridFrameOffsetVector",
+    # What tells the stacks of a series apart, and how many slices they have.
+    "ImageType",
+    "AcquisitionNumber",
+    "AcquisitionDateTime",
+    "AcquisitionTime",
+    "EchoNumbers",
+    "EchoTime",
+    "InversionTime",
+    "TriggerTime",
+    "KVP",
+    "ConvolutionKernel",
+    "DiffusionBValue",
+    "DiffusionGradientOrientation",
+    "TemporalPositionIdentifier",
+    "ComplexImageComponent",
+    "ImageIndex",
+    "NumberOfSlices",
+    "NumberOfTimeSlices",
+    "ImagesInAcquisition",
+    *(group * 0x10000 + 0x10 for group, _, _ in PRIVATE_B_VALUES),
+    *(group * 0x10000 + 0x1000 + element for group, _, element in PRIVATE_B_VALUES),
 )
 
 
