@@ -21,7 +21,7 @@ from fedmed_flower.data.bounded import LINK_OUT, links_out, real_path
 from fedmed_flower.errors import InputError
 from fedmed_flower.images.headers import HEADER, dicom_files, open_object, series_of
 from fedmed_flower.images.series import Series
-from fedmed_flower.images.stacks import Plane, planes_of, stacks_of
+from fedmed_flower.images.stacks import Plane, missing_of, planes_of, stacks_of
 
 # A stack of at most so many slices beside a volume is a localizer.
 _MOST_OF_LOCALIZER = 3
@@ -479,6 +479,9 @@ def _images_of(members: Sequence[_Slice], problems: list[str]) -> list[DicomImag
         return []
     images = []
     for part, planes in stacks.items():
+        if (missing := missing_of(stacks, part)) is not None:
+            problems.append(f"{_name(members)}{f' ({part})' if part else ''}: {missing}")
+            continue
         files = dict.fromkeys(sorted(str(plane.file) for plane in planes))
         images.append(
             replace(

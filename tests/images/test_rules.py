@@ -113,8 +113,8 @@ def test_of_many_series_the_first_are_listed():
         ),
         (
             "modality=CT lung",
-            "series: 'lung' is no condition such as modality=CT or slices>=40; the keys are modality, "
-            "description, protocol, orientation, slices, part, number, kernel",
+            "series: 'lung' is no condition such as modality=CT or slices>=40; the keys are "
+            "modality, description, protocol, orientation, slices, part, number, kernel",
         ),
     ],
 )
