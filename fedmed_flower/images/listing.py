@@ -29,11 +29,10 @@ _LOCALIZER = re.compile(r"locali[sz]er|scout|survey|surview|topogram|scanogram",
 _DOSE = re.compile(r"dose|patient protocol", re.IGNORECASE)
 # By the axis of the patient (left, posterior, superior) along which slices follow each other.
 _ORIENTATIONS = ("sagittal", "coronal", "axial")
-_CAPTURE = "screen capture"
 _COPY = "copy of a file"
 _STORAGE = "1.2.840.10008.5.1.4.1.1"
 _SECONDARY_CAPTURE = f"{_STORAGE}.7"
-_SEGMENTATION = f"{_STORAGE}.66.4"
+_SEGMENTATIONS = (f"{_STORAGE}.66.4", f"{_STORAGE}.66.7")
 _STRUCTURE_SET = f"{_STORAGE}.481.3"
 # What is no image, by the start of its SOP class; the longest start counts.
 _KINDS = {
@@ -207,11 +206,15 @@ class _Slice:
         return bool(_LOCALIZER.search(f"{self.image.description} {self.image.protocol}"))
 
     @property
+    def is_screen(self) -> bool:
+        """Whether its ImageType says that it shows a screen."""
+        return "DOSE" in self.types or "SCREEN SAVE" in self.types
+
+    @property
     def screen(self) -> str:
-        """What it is if its ImageType names a screen; else empty."""
-        if "DOSE" not in self.types and "SCREEN SAVE" not in self.types:
-            return ""
-        return "dose screen" if _DOSE.search(f"{self.types} {self.image.description}") else _CAPTURE
+        """What it is called if it shows a screen."""
+        shows_dose = _DOSE.search(f"{self.types} {self.image.description}")
+        return "dose screen" if shows_dose else "screen capture"
 
 
 @dataclass
@@ -301,8 +304,8 @@ def _add(file: Path, directory: Path, found: _Sorted) -> None:
     """Add one file to what was found; raise `InputError` if it is damaged."""
     header = open_object(file, stop_before_pixels=True, specific_tags=list(_TAGS))
     kind = _text(header, "SOPClassUID")
-    if kind in (_SEGMENTATION, _STRUCTURE_SET):
-        mask = _mask_of(file, header, kind == _SEGMENTATION)
+    if kind in (*_SEGMENTATIONS, _STRUCTURE_SET):
+        mask = _mask_of(file, header, kind != _STRUCTURE_SET)
         if not mask.series:
             found.problems.append(f"{file}: this {mask.kind} names no series on which it was drawn")
         elif found.masks.setdefault(_text(header, "SOPInstanceUID") or str(file), mask) is not mask:
@@ -410,12 +413,11 @@ def _without_captures(slices: Sequence[_Slice], others: Counter[str]) -> list[_S
 
     X-rays that were digitised, or converted from pictures, are secondary captures.
     """
-    real = {one.image.visit for one in slices if not (one.captured or one.screen)}
+    real = {one.image.visit for one in slices if not (one.captured or one.is_screen)}
     kept = []
     for one in slices:
-        beside = one.captured and one.image.visit in real
-        if one.screen or beside:
-            others[one.screen or _CAPTURE] += 1
+        if one.is_screen or (one.captured and one.image.visit in real):
+            others[one.screen] += 1
         else:
             kept.append(one)
     return kept

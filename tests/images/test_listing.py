@@ -3,12 +3,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_files import SAGITTAL, write_image, write_series
-from pydicom.dataset import Dataset, FileMetaDataset
+from pacs import item, write_object
 from pydicom.uid import (
     BasicTextSRStorage,
     CTImageStorage,
     EncapsulatedPDFStorage,
-    ExplicitVRLittleEndian,
     GrayscaleSoftcopyPresentationStateStorage,
     KeyObjectSelectionDocumentStorage,
     MRSpectroscopyStorage,
@@ -18,7 +17,6 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
     SegmentationStorage,
     XRayRadiationDoseSRStorage,
-    generate_uid,
 )
 
 from fedmed_flower.errors import InputError
@@ -28,27 +26,6 @@ from fedmed_flower.images.series import Series
 
 VOLUME = np.zeros((4, 3, 5), np.int16)
 FLAT = np.zeros((3, 4), np.uint8)
-
-
-def write_object(path, kind, **tags):
-    """Write a DICOM object without pixels."""
-    part = Dataset()
-    part.file_meta = FileMetaDataset()
-    part.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    part.file_meta.MediaStorageSOPClassUID = part.SOPClassUID = kind
-    part.file_meta.MediaStorageSOPInstanceUID = part.SOPInstanceUID = generate_uid()
-    for name, value in {"PatientID": "p1", "SeriesInstanceUID": generate_uid(), **tags}.items():
-        setattr(part, name, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part.save_as(path, enforce_file_format=True)
-    return path
-
-
-def item(**tags):
-    part = Dataset()
-    for name, value in tags.items():
-        setattr(part, name, value)
-    return part
 
 
 def series_uids(found):
