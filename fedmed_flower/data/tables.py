@@ -160,7 +160,7 @@ def _row(
     if not isinstance(patient, str | int):
         raise _UnusableError(f"a patient must be a text, got {quoted(patient)}")
     several = isinstance(image, list)
-    paths = [_path(part, folder, root) for part in (image if several else [image])]
+    paths = [_source(part, folder, root) for part in (image if several else [image])]
     row: dict[str, Any] = {"image": paths if several else paths[0], "patient": str(patient).strip()}
     if "label" in line:
         row["label"] = _label(line["label"], folder, root)
@@ -173,7 +173,10 @@ def _row(
     return row
 
 
-def _label(label: Any, folder: Path, root: Path) -> Any:
+def _label(label: Any, folder: Path, root: Path) -> int | str | list[str]:
+    """Return a class number, the path of a mask, or the paths of several whose structures count."""
+    if isinstance(label, str) and ";" in label:
+        label = [part for part in map(str.strip, label.split(";")) if part]
     if isinstance(label, list):
         return [_path(part, folder, root) for part in label]
     if isinstance(label, int) and not isinstance(label, bool):
@@ -183,13 +186,16 @@ def _label(label: Any, folder: Path, root: Path) -> Any:
     return _path(label, folder, root)
 
 
-def _path(text: Any, folder: Path, root: Path) -> str | Series:
+def _source(part: Any, folder: Path, root: Path) -> str | Series:
+    """Return what an image, or a channel of one, is read from."""
+    return part if isinstance(part, Series) else _path(part, folder, root)
+
+
+def _path(text: Any, folder: Path, root: Path) -> str:
     """Return the path of an existing file or folder in ``folder``, whose real path is ``root``.
 
-    A series, or a path that is no text, was found in the folder, and is taken as it is.
+    A path that is no text was found in the folder, and is taken as it is.
     """
-    if isinstance(text, Series):
-        return text
     if isinstance(text, Path):
         return str(text)
     if not isinstance(text, str):
