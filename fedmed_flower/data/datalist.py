@@ -114,11 +114,11 @@ def load_folder(
     if folder is None:
         raise InputError(NO_FOLDER.format("this hospital"))
     listing = read_folder(folder, series)
+    path = Path(folder).expanduser()
     for note in listing.notes:
-        log.info("%s", note)
+        log.info("%s: %s", path.resolve().name, note)
     for problem in listing.problems:
         log.warning("%s", problem)
-    path = Path(folder).expanduser()
     parts = split_patients(listing.rows, seed, shares)
     train, val, test = (parts[split] for split in SPLITS)
     return SiteData(
