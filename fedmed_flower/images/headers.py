@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
+from pydicom import uid
 from pydicom.filereader import read_partial
 from pydicom.misc import is_dicom as looks_like_dicom
 from pydicom.tag import Tag
@@ -21,6 +23,11 @@ from fedmed_flower.errors import InputError, shown
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _MOST_LETTERS = 300
 _SERIES = Tag("SeriesInstanceUID")
+# What a file without preamble begins with: the types of elements of group 2 or 8, the last element
+# that comes before SOPClassUID or is it, and the classes of images.
+_FIRST_TYPES = (b"UL", b"OB", b"UI", b"CS", b"SH", b"LO", b"DA", b"TM", b"DT")
+_FIRST_ELEMENTS = 0x0018
+_IMAGE_CLASSES = "1.2.840.10008.5.1.4.1.1."
 _PREAMBLE = 132  # Bytes before the first element, with the letters DICM at the end.
 # Group, creator and element of b-values that are not at their standard place.
 PRIVATE_B_VALUES = (
@@ -74,7 +81,9 @@ def is_dicom(path: Path) -> bool:
     if path.is_dir():
         return any(map(is_dicom, _files_in(path)))
     # Files of the kernel, such as in /proc, have no size, and reading one may block for ever.
-    return path.is_file() and path.stat().st_size >= _PREAMBLE and looks_like_dicom(path)
+    if not path.is_file() or path.stat().st_size < _PREAMBLE:
+        return False
+    return looks_like_dicom(path) or _is_without_preamble(path)
 
 
 def dicom_files(folder: Path) -> list[Path]:
@@ -105,10 +114,14 @@ def open_object(file: Path, **options: Any) -> pydicom.Dataset:
     """Read a DICOM file as `open_dicom` does, whether it holds an image or something else."""
     with readable(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        bare = _begins_with_element(file)
         with _Deflatable(io.FileIO(file)) as stream:
-            part = pydicom.dcmread(stream, **options)
+            part = pydicom.dcmread(stream, force=bare, **options)
+        if bare:
+            _require_image_class(file, part)
         for name in HEADER:  # pydicom decodes an element when it is first read.
             part.get(name)
+        _state_syntax(part)
     return part
 
 
@@ -120,11 +133,61 @@ def series_of(file: Path) -> str:
             part = read_partial(
                 stream,
                 stop_when=lambda tag, _vr, _length: tag > _SERIES,
+                force=_begins_with_element(file),
                 specific_tags=[_SERIES],
             )
         return str(part.get("SeriesInstanceUID", ""))
     except Exception:  # Damage can raise anything; then nobody knows the series.
         return ""
+
+
+def _is_without_preamble(file: Path) -> bool:
+    """Return whether a file is an image in DICOM that lacks the preamble."""
+    if not _begins_with_element(file):
+        return False
+    try:
+        open_dicom(file, stop_before_pixels=True, specific_tags=list(HEADER))
+    except InputError:
+        return False
+    return True
+
+
+def _begins_with_element(file: Path) -> bool:
+    """Return whether a file begins with an element of the groups 2 or 8 of DICOM."""
+    with file.open("rb") as stream:
+        start = stream.read(_PREAMBLE)
+    if len(start) < _PREAMBLE or start.endswith(b"DICM"):
+        return False
+    explicit = start[4:6] in _FIRST_TYPES
+    for order in "<>" if explicit else "<":
+        group, element, length = struct.unpack_from(f"{order}HHI", start)
+        if group in (2, 8) and element <= _FIRST_ELEMENTS and (explicit or length <= 64):
+            return True
+    return False
+
+
+def _require_image_class(file: Path, part: pydicom.Dataset) -> None:
+    """Raise `InputError` if a file without preamble does not say that it is an image."""
+    if not str(part.get("SOPClassUID", "")).startswith(_IMAGE_CLASSES) or "Rows" not in part:
+        raise InputError(f"{file} has no DICOM preamble and does not say that it holds an image")
+
+
+def _state_syntax(part: pydicom.Dataset) -> None:
+    """State the transfer syntax as which a file was read, if it does not state it itself.
+
+    Compressed pixels are left as they are: how they were is not known.
+    """
+    if part.file_meta.get("TransferSyntaxUID"):
+        return
+    if "PixelData" in part and part["PixelData"].is_undefined_length:
+        return
+    implicit, little = part.original_encoding
+    if implicit:
+        part.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
+    elif little:
+        part.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    else:
+        part.file_meta.TransferSyntaxUID = uid.ExplicitVRBigEndian
 
 
 class _Deflatable(io.BufferedReader):

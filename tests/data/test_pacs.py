@@ -22,10 +22,6 @@ DRAWN = {
     "enhanced-mr": lambda folder, patient: pacs.enhanced(folder, patient, "MR"),
     "two-series": pacs.thick_and_thin,
 }
-OTHER_READERS = {
-    "enhanced-ct": "read_dicom takes files of one frame",
-    "enhanced-mr": "read_dicom takes files of one frame",
-}
 
 
 @pytest.fixture(scope="module", params=["nested", "flat"])
@@ -59,9 +55,7 @@ def test_each_patient_has_the_series_on_which_the_mask_was_drawn(drawn):
 
 
 @pytest.mark.parametrize("patient", DRAWN)
-def test_their_voxels_are_those_that_were_written(drawn, patient, request):
-    if patient in OTHER_READERS:
-        request.applymarker(pytest.mark.xfail(reason=OTHER_READERS[patient], strict=True))
+def test_their_voxels_are_those_that_were_written(drawn, patient):
     listing, expected = drawn
     image = read_image(row_of(listing, patient)["image"], 3)
     np.testing.assert_array_equal(image[0].numpy(), expected[patient].voxels)
