@@ -25,7 +25,12 @@ from fedmed_flower.images.stacks import Plane, missing_of, planes_of, stacks_of
 
 # A stack of at most so many slices beside a volume is a localizer.
 _MOST_OF_LOCALIZER = 3
-_LOCALIZER = re.compile(r"locali[sz]er|scout|survey|surview|topogram|scanogram", re.IGNORECASE)
+_LOCALIZER = re.compile(
+    r"lo[ck]ali[sz](er|ador)|\bloc\b|\b3[ -]?pl(ane)?\b|scout|topogram|scanogram|surview"
+    # Philips calls localizers surveys; others do so with images of all bones.
+    r"|(?<!bone )(?<!skeletal )survey",
+    re.IGNORECASE,
+)
 _DOSE = re.compile(r"dose|patient protocol", re.IGNORECASE)
 # By the axis of the patient (left, posterior, superior) along which slices follow each other.
 _ORIENTATIONS = ("sagittal", "coronal", "axial")
@@ -202,8 +207,8 @@ class _Slice:
 
     @property
     def is_named_localizer(self) -> bool:
-        """Whether the names of its series and protocol say that it is a localizer."""
-        return bool(_LOCALIZER.search(f"{self.image.description} {self.image.protocol}"))
+        """Whether the name of its series, or else of its protocol, is that of a localizer."""
+        return bool(_LOCALIZER.search(self.image.description or self.image.protocol))
 
     @property
     def is_screen(self) -> bool:
@@ -435,9 +440,9 @@ def _without_broken(slices: Sequence[_Slice], found: _Sorted) -> list[list[_Slic
         patients = sorted({one.image.patient for one in members})
         if len(patients) > 1:
             found.problems.append(f"{name}: its series has several patients: {', '.join(patients)}")
-        elif key in damaged:
+        elif key in damaged and members[0].planes:
             found.problems.append(f"{name}: a slice may be missing, as a file cannot be used")
-        else:
+        elif key not in damaged:
             usable.append(members)
     return usable
 
@@ -447,10 +452,19 @@ def _damaged(
 ) -> set[tuple[str, Path | None]]:
     """Return the series to which a file belongs, or must belong, that cannot be used."""
     volumes = {key: members for key, members in series.items() if members[0].planes}
-    lost = {uid for _, uid in found.lost if uid}
-    damaged = {key for key in volumes if key[0] in lost}
-    known = {uid for uid, _ in damaged}
-    unknown = Counter(folder for folder, uid in found.lost if uid not in known)
+    damaged: set[tuple[str, Path | None]] = set()
+    unknown: Counter[Path] = Counter()
+    for folder, uid in found.lost:
+        # A file may be cut off within its UID.
+        same = [key for key in volumes if uid and key[0] == uid]
+        same = same or [key for key in volumes if uid and key[0].startswith(uid)]
+        damaged.update(same)
+        if not uid:
+            unknown[folder] += 1
+    for uid, file in series:
+        if file is not None and (uid, None) in volumes:
+            found.problems.append(f"{file}: it has no position, unlike other slices of its series")
+            damaged |= {(uid, None), (uid, file)}
     for folder, count in unknown.items():
         beside = [
             key for key, members in volumes.items() if folder in {one.folder for one in members}

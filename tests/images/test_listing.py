@@ -69,6 +69,8 @@ def test_localizers_beside_a_volume_are_left_out(tmp_path):
         write_series(folder, VOLUME[..., :3], series_uid="1.3", orientation=direction, **study)
     names = {"SeriesDescription": "Topogram 0.6", **study}
     write_series(tmp_path / "c", VOLUME, series_uid="1.4", **names)
+    others = {"SeriesDescription": "Skeletal survey", "ProtocolName": "Scout", **study}
+    write_series(tmp_path / "g", VOLUME, series_uid="1.8", **others)
     types = {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"], "StudyInstanceUID": "2.2"}
     write_series(tmp_path / "d", VOLUME, series_uid="1.5", **types)
     # Nothing is beside these.
@@ -76,7 +78,7 @@ def test_localizers_beside_a_volume_are_left_out(tmp_path):
     names |= {"StudyInstanceUID": "2.4"}
     write_series(tmp_path / "f", VOLUME, series_uid="1.7", **names)
     found = read_headers(tmp_path)
-    assert series_uids(found) == ["1.1", "1.6", "1.7"]
+    assert series_uids(found) == ["1.1", "1.6", "1.7", "1.8"]
     assert found.notes == ("left out: 4 localizers",)
     assert found.problems == ()
 
@@ -142,6 +144,28 @@ def test_a_damaged_file_costs_its_own_series_alone(tmp_path):
     )
 
 
+def test_a_damaged_file_of_another_series_costs_its_neighbours_nothing(tmp_path):
+    write_series(tmp_path, VOLUME, series_uid="1.10")
+    report = write_object(tmp_path / "sr.dcm", BasicTextSRStorage, SeriesInstanceUID="1.1.5")
+    content = report.read_bytes()
+    report.write_bytes(content.replace(b"\x10\x00\x20\x00LO", b"\x10\x00\x20\x00L?"))
+    found = read_headers(tmp_path)
+    assert series_uids(found) == ["1.10"]
+    (problem,) = found.problems
+    assert problem.startswith(f"{report} cannot be read: ")
+
+
+def test_a_slice_without_a_position_costs_its_series(tmp_path):
+    files = write_series(tmp_path, VOLUME, series_uid="1.1")
+    without = write_image(tmp_path / "z.dcm", FLAT, SeriesInstanceUID="1.1")
+    found = read_headers(tmp_path)
+    assert found.images == ()
+    assert found.problems == (
+        f"{without}: it has no position, unlike other slices of its series",
+        f"{files[0]} and 4 more: a slice may be missing, as a file cannot be used",
+    )
+
+
 def test_of_a_file_that_says_nothing_nobody_knows_the_series(tmp_path):
     write_series(tmp_path / "one", VOLUME, series_uid="1.1")
     write_series(tmp_path / "two", VOLUME, series_uid="1.2", patient="p2")
@@ -167,6 +191,8 @@ def test_the_series_of_a_damaged_file(tmp_path):
     with pytest.raises(InputError):
         open_dicom(file)
     assert series_of(file) == "1.2.3"
+    file.write_bytes(content[: end - 3])
+    assert series_of(file) in ("", "1.2")
     file.write_bytes(content[: end - 20])
     assert series_of(file) == ""
     file.write_bytes(b"")
