@@ -702,3 +702,15 @@ def test_a_dataset_that_names_no_patients_is_told_of(tmp_path, caplog):
         data = load_folder(tmp_path, 0)
     assert data.class_names == ("liver",)
     assert sum("1 entries name no patient" in text for text in caplog.messages) == 1
+
+
+def test_notes_of_a_folder_are_lines_of_the_log(tmp_path, caplog):
+    folder = tmp_path / "north"
+    write_series(folder / "a", VOLUME)
+    write_series(folder / "b", VOLUME, patient="p2")
+    write_image(folder / "c", np.zeros((3, 4), np.uint8), ImageType=["DERIVED", "DOSE_INFO"])
+    with caplog.at_level("INFO", "flwr.fedmed"):
+        data = load_folder(folder, 0, series="slices=2")
+    assert caplog.messages == ["north: left out: 1 dose screen"]
+    assert data.notes == ("left out: 1 dose screen",)
+    assert data.rejected == 0
