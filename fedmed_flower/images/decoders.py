@@ -89,7 +89,7 @@ def require_stated_size(file: Path, part: pydicom.Dataset) -> None:
         if stated is not None and stated != header:
             raise InputError(
                 f"{file}: its header says {header[0]} x {header[1]} pixels, and its compressed "
-                f"frame {number} {stated[0]} x {stated[1]}"
+                f"frame {number} says {stated[0]} x {stated[1]}"
             )
 
 

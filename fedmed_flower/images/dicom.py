@@ -137,7 +137,7 @@ def _stack(planes: Planes, parts: Parts, path: Path | Series) -> list[Plane]:
     stacks = stacks_of(planes)
     part = path.part if isinstance(path, Series) else ""
     if len(stacks) > 1 and part not in stacks:
-        listed = ", ".join(f"{name} ({len(stack)} slices)" for name, stack in stacks.items())
+        listed = ", ".join(f"{name} ({_slices(len(stack))})" for name, stack in stacks.items())
         example = next(iter(stacks))
         raise InputError(
             f"{path} holds {len(stacks)} stacks of slices: {listed}. Choose one by a rule such as "
@@ -151,6 +151,10 @@ def _stack(planes: Planes, parts: Parts, path: Path | Series) -> list[Plane]:
     if (len(stacks) > 1 or not part) and (missing := missing_of(stacks, part)) is not None:
         raise InputError(f"{path}: {missing}: slices are missing, perhaps at an end. Copy it again")
     return stack
+
+
+def _slices(count: int) -> str:
+    return f"{count} slice{'s' * (count > 1)}"
 
 
 def _require_one_series(parts: Parts, path: Path | Series) -> None:
@@ -169,10 +173,16 @@ def _require_slices(planes: Planes, parts: Parts, path: Path | Series) -> None:
     if len(parts) == 1:
         if unplaced or len({plane.position for plane in planes}) == 1:
             (part,) = parts.values()
+            way = f"take one by `frames` of its row, from 0 to {len(planes) - 1}"
+            if part.get("Modality") == "NM":
+                raise InputError(
+                    f"{path} holds {len(planes)} frames of nuclear medicine, whose positions are "
+                    f"not read: export it as one file a slice, or {way}"
+                )
             what = "no position" if unplaced else "one position"
             raise InputError(
                 f"{path} holds {_frames_over_time(planes, part)} with {what} in the patient: they "
-                f"are no slices. Take one by `frames` of its row, from 0 to {len(planes) - 1}"
+                f"are no slices, so {way}"
             )
     elif unplaced:
         raise InputError(

@@ -35,7 +35,8 @@ PRIVATE_B_VALUES = (
     (0x0043, "GEMS_PARM_01", 0x39),
     (0x2001, "Philips Imaging DD 001", 0x03),
 )
-HEADER: tuple[str | int, ...] = (
+# Elements without which a file cannot be used: what it is, and where its frames lie.
+_NEEDED = (
     "PatientID",
     "SeriesInstanceUID",
     "SOPClassUID",
@@ -43,7 +44,6 @@ HEADER: tuple[str | int, ...] = (
     "Rows",
     "Columns",
     "NumberOfFrames",
-    # Where an image lies, and where each frame does.
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "PixelSpacing",
@@ -52,7 +52,9 @@ HEADER: tuple[str | int, ...] = (
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
     "GridFrameOffsetVector",
-    # What tells the stacks of a series apart, and how many slices they have.
+)
+# What tells the stacks of a series apart, and how many slices they have.
+_TELLING: tuple[str | int, ...] = (
     "ImageType",
     "AcquisitionNumber",
     "AcquisitionDateTime",
@@ -74,6 +76,7 @@ HEADER: tuple[str | int, ...] = (
     *(group * 0x10000 + 0x10 for group, _, _ in PRIVATE_B_VALUES),
     *(group * 0x10000 + 0x1000 + element for group, _, element in PRIVATE_B_VALUES),
 )
+HEADER: tuple[str | int, ...] = (*_NEEDED, *_TELLING)
 
 
 def is_dicom(path: Path) -> bool:
@@ -98,10 +101,13 @@ def dicom_files(folder: Path) -> list[Path]:
 def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
     """Read a DICOM file with pydicom's options; the elements in `HEADER` can be decoded.
 
+    Those that only tell stacks apart are left out if they cannot be. A file without preamble is
+    read if it says that it holds an image.
+
     Raises
     ------
     InputError
-        If the file is not DICOM, holds no image, an element in `HEADER` cannot be decoded, or the
+        If the file is not DICOM, holds no image, a needed element cannot be decoded, or the
         file unpacks to more than `bounded.MOST` bytes.
     """
     part = open_object(file, **options)
@@ -119,8 +125,9 @@ def open_object(file: Path, **options: Any) -> pydicom.Dataset:
             part = pydicom.dcmread(stream, force=bare, **options)
         if bare:
             _require_image_class(file, part)
-        for name in HEADER:  # pydicom decodes an element when it is first read.
+        for name in _NEEDED:  # pydicom decodes an element when it is first read.
             part.get(name)
+        _drop_unreadable(part)
         _state_syntax(part)
     return part
 
@@ -170,6 +177,15 @@ def _require_image_class(file: Path, part: pydicom.Dataset) -> None:
     """Raise `InputError` if a file without preamble does not say that it is an image."""
     if not str(part.get("SOPClassUID", "")).startswith(_IMAGE_CLASSES) or "Rows" not in part:
         raise InputError(f"{file} has no DICOM preamble and does not say that it holds an image")
+
+
+def _drop_unreadable(part: pydicom.Dataset) -> None:
+    """Remove the elements that only tell stacks apart and cannot be decoded."""
+    for name in _TELLING:
+        try:
+            part.get(name)
+        except Exception:  # pydicom fails in a dozen ways.
+            part.pop(pydicom.tag.Tag(name))
 
 
 def _state_syntax(part: pydicom.Dataset) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom import uid
+from pydicom.pixels.decoders.base import Decoder
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.pixels.utils import as_pixel_options
 
@@ -71,18 +72,24 @@ def read_frames(
         If the pixels are missing, cut off, or stored in a way that is not read.
     """
     with readable(file):
+        _require_pixels(file, part)
+        decoder, plugin = decoder_of(file, part)
         _require_known(file, part)
         require_stated_size(file, part)
-        for frame, array in zip(frames, _stored(file, part, frames), strict=True):
+        for frame, array in zip(frames, _stored(part, frames, decoder, plugin), strict=True):
             yield _scaled(frame, _coloured(array, part)).astype(np.float32)
 
 
-def _require_known(file: Path, part: pydicom.Dataset) -> None:
-    """Raise `InputError` if a file has no pixels, or their colours or bits are not known."""
+def _require_pixels(file: Path, part: pydicom.Dataset) -> None:
+    """Raise `InputError` if a file has no pixels, or does not say how they are stored."""
     if not any(name in part for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise InputError(f"{file} holds no pixels: it is cut off, or they were left out")
     if not part.file_meta.get("TransferSyntaxUID"):
         raise InputError(f"{file} does not say how its pixels are stored (TransferSyntaxUID)")
+
+
+def _require_known(file: Path, part: pydicom.Dataset) -> None:
+    """Raise `InputError` if the colours of a file, or the bits of its pixels, are not known."""
     colours = part.get("PhotometricInterpretation")
     known: tuple[str, ...] = _COLOURS
     if "JPEG 2000" in part.file_meta.TransferSyntaxUID.name:
@@ -100,9 +107,10 @@ def _require_known(file: Path, part: pydicom.Dataset) -> None:
         )
 
 
-def _stored(file: Path, part: pydicom.Dataset, frames: Sequence[Frame]) -> Iterator[Array]:
+def _stored(
+    part: pydicom.Dataset, frames: Sequence[Frame], decoder: Decoder, plugin: str
+) -> Iterator[Array]:
     """Yield the pixels of frames as they are stored, all colour spaces but palettes as RGB."""
-    decoder, plugin = decoder_of(file, part)
     options = {"decoding_plugin": plugin, **as_pixel_options(part)}
     if part.BitsAllocated == 1 and not plugin:
         # A frame need not begin with a byte, and pydicom then misses the last bits of some.

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
     CTImageStorage,
     DigitalXRayImageStorageForPresentation,
+    EnhancedMRImageStorage,
     ExplicitVRLittleEndian,
     generate_uid,
 )
@@ -85,3 +87,46 @@ def write_image(path, pixels, patient="p1", kind=DigitalXRayImageStorageForPrese
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     part.save_as(path, enforce_file_format=True)
     return Path(path)
+
+
+def write_enhanced(path, frames, groups, shared=None, kind=EnhancedMRImageStorage, **tags):
+    """Write a file of many frames, with functional groups, and return its path.
+
+    Parameters
+    ----------
+    frames : array
+        (frames, rows, columns) stored values.
+    groups : sequence of dict
+        For each frame, its functional groups: the keyword of a group, and its elements as a dict.
+        An element that is a dict is a sequence of one item.
+    shared : dict, optional
+        Those of all frames; by default axial, with a spacing of 0.5 and 0.7 mm.
+    tags
+        Further elements at the top level; None leaves one out.
+    """
+    frames = np.asarray(frames)
+    write_image(path, frames[0], kind=kind, **tags)
+    part = pydicom.dcmread(path)
+    part.set_pixel_data(frames, "MONOCHROME2", tags.get("BitsStored", 8 * frames.itemsize))
+    part.NumberOfFrames = len(frames)
+    part.FrameOfReferenceUID = generate_uid()
+    default = {
+        "PixelMeasuresSequence": {"PixelSpacing": [0.5, 0.7], "SliceThickness": 1.0},
+        "PlaneOrientationSequence": {"ImageOrientationPatient": list(map(float, AXIAL))},
+    }
+    part.SharedFunctionalGroupsSequence = [_item(default if shared is None else shared)]
+    part.PerFrameFunctionalGroupsSequence = [_item(own) for own in groups]
+    part.save_as(path)
+    return Path(path)
+
+
+def at(*position, **groups):
+    """Return the functional groups of a frame at a position, with further ones."""
+    return {"PlanePositionSequence": {"ImagePositionPatient": list(map(float, position))}, **groups}
+
+
+def _item(elements):
+    item = Dataset()
+    for name, value in elements.items():
+        setattr(item, name, [_item(value)] if isinstance(value, dict) else value)
+    return item
