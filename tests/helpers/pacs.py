@@ -87,11 +87,14 @@ def write_seg(path, sources, mask, name):
     import highdicom
     from pydicom.sr.codedict import codes
 
+    # Frames of one file are not always in the order of their positions.
+    heights = [height for source in sources for height in _heights(source)]
+    planes = np.rint((np.asarray(heights) - ORIGIN[2]) / SPACING[2]).astype(int)
     organ = codes.SCT.Organ
     structure = highdicom.seg.SegmentDescription(1, name, organ, organ, "MANUAL")
     seg = highdicom.seg.Segmentation(
         sources,
-        mask.transpose(2, 1, 0).astype(np.uint8),
+        mask.transpose(2, 1, 0)[planes].astype(np.uint8),
         "BINARY",
         [structure],
         generate_uid(),
@@ -105,6 +108,14 @@ def write_seg(path, sources, mask, name):
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     seg.save_as(path)
+
+
+def _heights(source):
+    """Return the height of each frame of a file."""
+    groups = source.get("PerFrameFunctionalGroupsSequence")
+    if groups is None:
+        return [source.ImagePositionPatient[2]]
+    return [group.PlanePositionSequence[0].ImagePositionPatient[2] for group in groups]
 
 
 def write_rtstruct(path, files, mask, name):
