@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+from pydicom.multival import MultiValue
 from pydicom.uid import UID
 
 from fedmed_flower.data.bounded import LINK_OUT, links_out, real_path
@@ -386,7 +387,8 @@ def _text(part: pydicom.Dataset, name: str) -> str:
     """Return an element as a text, or an empty one if it is absent or cannot be decoded."""
     try:
         value = part.get(name)
-        # The text of several values is that of a list.
+        if isinstance(value, MultiValue):
+            return "\\".join(map(str, value))
         return "" if value is None else str(value).strip()
     except Exception:  # What decides whether a file can be read is decoded by `open_object`.
         return ""

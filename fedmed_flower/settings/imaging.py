@@ -68,7 +68,7 @@ class ImagingSettings(Section):
         "of each patient's study. A hospital's own series.csv comes first. Empty: every series is "
         "an image.",
         Matching(
-            rf"(?=.{{0,2000}}$)(?:\s*|{_RULE}(;{_RULE})*)",
+            rf"(?=(?s:.{{0,2000}})$)(?:\s*|{_RULE}(;{_RULE})*)",
             "empty or rules such as modality=CT description=*thorax* slices>=40, with a "
             f"semicolon between channels; the keys are {', '.join(SERIES_KEYS)}",
             ("CT", "modality", "mode=CT", "slices > 40", "slices>40", "modality=CT;", 'part="a'),

@@ -247,7 +247,7 @@ def test_what_is_known_of_an_image(tmp_path):
     )
     (image,) = read_headers(tmp_path).images
     known = (image.study, image.frame, image.protocol, image.kernel, image.number, image.slices)
-    assert known == ("2.1", "3.1", "Routine", "['I30f', '2']", 4, 5)
+    assert known == ("2.1", "3.1", "Routine", "I30f\\2", 4, 5)
     assert str(image) == 'CT "Thorax" (number=4 orientation=sagittal slices=5)'
 
 

@@ -46,12 +46,19 @@ ALL = [LUNG, SOFT, CORONAL, PET, LOW, HIGH]
         ("part=b=1000", [HIGH]),
         ("part=b=1000; part=b=0", [HIGH, LOW]),
         (" modality=PT ;kernel=B?0f  slices=40 ", [PET, SOFT]),
+        ("modality=PT;\n  kernel=B70f\n", [PET, LUNG]),
         ("protocol=x; modality=US", []),
     ],
 )
 def test_rules_choose_a_series_each(text, found):
     ImagingSettings(series=text)
     assert list(chosen(rules_of(text), ALL)) == found
+
+
+def test_a_long_text_is_no_rule():
+    ImagingSettings(series="part=" + "a" * 1995)
+    with pytest.raises(InputError, match="series must be empty or rules such as modality=CT"):
+        ImagingSettings(series="part=" + "a" * 1996)
 
 
 def test_no_rules():
