@@ -8,6 +8,7 @@ RLE. This module is also the plugin through which pydicom calls GDCM for 12 bits
 
 from __future__ import annotations
 
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -78,19 +79,24 @@ def decoder_of(file: Path, part: pydicom.Dataset) -> tuple[Decoder, str]:
 def require_stated_size(file: Path, part: pydicom.Dataset) -> None:
     """Raise `InputError` if a compressed frame says that it is larger than the header says.
 
-    A decoder may take memory for the size that stands in the frame.
+    A decoder takes memory for the size that stands in the frame.
     """
     if not part.file_meta.TransferSyntaxUID.is_encapsulated:
         return
-    header = (int(part.Rows), int(part.Columns))
+    header = (int(part.Rows), int(part.Columns), int(part.SamplesPerPixel))
     frames = generate_frames(part.PixelData, number_of_frames=int(part.get("NumberOfFrames") or 1))
     for number, frame in enumerate(frames):
         stated = _stated_size(frame)
         if stated is not None and stated != header:
             raise InputError(
-                f"{file}: its header says {header[0]} x {header[1]} pixels, and its compressed "
-                f"frame {number} says {stated[0]} x {stated[1]}"
+                f"{file}: its header says {_sides(header)}, and its compressed frame {number} says "
+                f"{_sides(stated)}"
             )
+
+
+def _sides(size: tuple[int, int, int]) -> str:
+    rows, columns, colours = size
+    return f"{rows} x {columns} pixels of {colours} colour{'s' * (colours > 1)}"
 
 
 def _plugins(syntax: uid.UID, part: pydicom.Dataset) -> tuple[str, ...]:
@@ -99,26 +105,25 @@ def _plugins(syntax: uid.UID, part: pydicom.Dataset) -> tuple[str, ...]:
     return _PLUGINS.get(syntax, ())
 
 
-def _stated_size(frame: bytes) -> tuple[int, int] | None:
-    """Return rows and columns that stand in a frame of JPEG, JPEG-LS or JPEG 2000, or None."""
-    start = frame.find(b"\xff\x4f\xff\x51", 0, 256)  # Behind a JP2 header, if it has one.
-    if start >= 0:
-        right, bottom, left, top = (
-            int.from_bytes(frame[start + at : start + at + 4], "big") for at in (8, 12, 16, 20)
-        )
-        return bottom - top, right - left
+def _stated_size(frame: bytes) -> tuple[int, int, int] | None:
+    """Return rows, columns and colours that stand in a frame of a JPEG kind, or None."""
+    start = frame.find(b"\xff\x4f\xff\x51", 0, 256)  # JPEG 2000, maybe behind a JP2 header.
+    if start >= 0 and len(frame) >= start + 42:
+        right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
+        (colours,) = struct.unpack_from(">H", frame, start + 40)
+        return bottom - top, right - left, colours
     if not frame.startswith(b"\xff\xd8"):
         return None
     place = 2
-    while place + 9 <= len(frame) and frame[place] == 0xFF:
+    while place + 10 <= len(frame) and frame[place] == 0xFF:
         marker = frame[place + 1]
         if marker == 0xFF:  # A filling byte.
             place += 1
-            continue
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            rows = int.from_bytes(frame[place + 5 : place + 7], "big")
-            return rows, int.from_bytes(frame[place + 7 : place + 9], "big")
-        place += 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
+        elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            rows, columns, colours = struct.unpack_from(">HHB", frame, place + 5)
+            return rows, columns, colours
+        else:
+            place += 2 + struct.unpack_from(">H", frame, place + 2)[0]
     return None
 
 

@@ -27,6 +27,8 @@ from fedmed_flower.images.stacks import Plane, missing_of, planes_of, stacks_of
 _GAP = 0.1
 # How far directions may be from length 1 and right angles: some scanners print two digits.
 _SKEW = 0.02
+# How many stacks an error names.
+_MOST_NAMED = 12
 _MASKS = (uid.SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7")
 _SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 
@@ -104,12 +106,17 @@ def _opened(
 
 
 def _require_image(file: Path, part: pydicom.Dataset) -> None:
-    """Raise `InputError` if a file holds a mask or a slide of tissue."""
+    """Raise `InputError` if a file holds a mask, or tiles instead of a slice."""
     kind = part.get("SOPClassUID")
     if kind in _MASKS:
         raise InputError(
             f"{file} holds a segmentation, which is a mask and no image: it can be the label of a "
             "row"
+        )
+    if "MOSAIC" in (part.get("ImageType") or ()):
+        raise InputError(
+            f"{file} is a mosaic, whose slices are tiles of one picture: export it with one slice "
+            "a file or frame"
         )
     if kind == _SLIDE:
         raise InputError(
@@ -133,11 +140,16 @@ def _stack(planes: Planes, parts: Parts, path: Path | Series) -> list[Plane]:
     """Return the planes of the one stack that is meant, in order of position, after checks."""
     if len(planes) == 1:
         return list(planes)
-    _require_slices(planes, parts, path)
+    _require_placed(planes, parts, path)
     stacks = stacks_of(planes)
+    if len(stacks) == len(parts) == 1 and len({plane.position for plane in planes}) == 1:
+        raise _film(planes, parts, path, "one position")
     part = path.part if isinstance(path, Series) else ""
     if len(stacks) > 1 and part not in stacks:
-        listed = ", ".join(f"{name} ({_slices(len(stack))})" for name, stack in stacks.items())
+        named = [f"{name} ({_slices(len(stack))})" for name, stack in stacks.items()]
+        listed = ", ".join(named[:_MOST_NAMED])
+        if len(named) > _MOST_NAMED:
+            listed += f" and {len(named) - _MOST_NAMED} more"
         example = next(iter(stacks))
         raise InputError(
             f"{path} holds {len(stacks)} stacks of slices: {listed}. Choose one by a rule such as "
@@ -167,28 +179,31 @@ def _require_one_series(parts: Parts, path: Path | Series) -> None:
             )
 
 
-def _require_slices(planes: Planes, parts: Parts, path: Path | Series) -> None:
-    """Raise `InputError` if planes have no position each: X-rays, and the frames of a film."""
+def _require_placed(planes: Planes, parts: Parts, path: Path | Series) -> None:
+    """Raise `InputError` if some planes have no position: X-rays, and the frames of a film."""
     unplaced = [plane for plane in planes if plane.position is None]
-    if len(parts) == 1:
-        if unplaced or len({plane.position for plane in planes}) == 1:
-            (part,) = parts.values()
-            way = f"take one by `frames` of its row, from 0 to {len(planes) - 1}"
-            if part.get("Modality") == "NM":
-                raise InputError(
-                    f"{path} holds {len(planes)} frames of nuclear medicine, whose positions are "
-                    f"not read: export it as one file a slice, or {way}"
-                )
-            what = "no position" if unplaced else "one position"
-            raise InputError(
-                f"{path} holds {_frames_over_time(planes, part)} with {what} in the patient: they "
-                f"are no slices, so {way}"
-            )
-    elif unplaced:
+    if unplaced and len(parts) == 1:
+        raise _film(planes, parts, path, "no position")
+    if unplaced:
         raise InputError(
             f"{path}: {len(unplaced)} of {len(planes)} slices, such as {unplaced[0]}, have no "
             "ImagePositionPatient or ImageOrientationPatient"
         )
+
+
+def _film(planes: Planes, parts: Parts, path: Path | Series, place: str) -> InputError:
+    """Return the error for the frames of a file that are no slices."""
+    (part,) = parts.values()
+    way = f"take one by `frames` of its row, from 0 to {len(planes) - 1}"
+    if part.get("Modality") == "NM":
+        return InputError(
+            f"{path} holds {len(planes)} frames of nuclear medicine, whose positions are not read: "
+            f"export it as one file a slice, or {way}"
+        )
+    return InputError(
+        f"{path} holds {_frames_over_time(planes, part)} with {place} in the patient: they are no "
+        f"slices, so {way}"
+    )
 
 
 def _frames_over_time(planes: Planes, part: pydicom.Dataset) -> str:

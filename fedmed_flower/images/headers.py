@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ _TELLING: tuple[str | int, ...] = (
     "EchoNumbers",
     "EchoTime",
     "InversionTime",
+    "FlipAngle",
     "TriggerTime",
     "KVP",
     "ConvolutionKernel",
@@ -69,6 +71,7 @@ _TELLING: tuple[str | int, ...] = (
     "DiffusionGradientOrientation",
     "TemporalPositionIdentifier",
     "ComplexImageComponent",
+    "DimensionIndexSequence",
     "ImageIndex",
     "NumberOfSlices",
     "NumberOfTimeSlices",
@@ -121,7 +124,7 @@ def open_object(file: Path, **options: Any) -> pydicom.Dataset:
     with readable(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bare = _begins_with_element(file)
-        with _Deflatable(io.FileIO(file)) as stream:
+        with _Deflatable(io.FileIO(os.fspath(file))) as stream:
             part = pydicom.dcmread(stream, force=bare, **options)
         if bare:
             _require_image_class(file, part)

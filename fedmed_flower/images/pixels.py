@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.pixels.decoders.base import Decoder
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
-from pydicom.pixels.utils import as_pixel_options
+from pydicom.pixels.utils import as_pixel_options, get_expected_length
 
 from fedmed_flower.data.bounded import require_within
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
 from fedmed_flower.images.decoders import decoder_of, require_stated_size
 from fedmed_flower.images.frames import Frame, numbers
 from fedmed_flower.images.headers import readable
 
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _COLOURS = (
     "MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL", "YBR_FULL_422",
 )  # fmt: skip
@@ -76,20 +77,21 @@ def read_frames(
         decoder, plugin = decoder_of(file, part)
         _require_known(file, part)
         require_stated_size(file, part)
-        for frame, array in zip(frames, _stored(part, frames, decoder, plugin), strict=True):
+        arrays = _unpacked(file, _stored(part, frames, decoder, plugin))
+        for frame, array in zip(frames, arrays, strict=True):
             yield _scaled(frame, _coloured(array, part)).astype(np.float32)
 
 
 def _require_pixels(file: Path, part: pydicom.Dataset) -> None:
     """Raise `InputError` if a file has no pixels, or does not say how they are stored."""
-    if not any(name in part for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+    if not any(name in part for name in _PIXELS):
         raise InputError(f"{file} holds no pixels: it is cut off, or they were left out")
     if not part.file_meta.get("TransferSyntaxUID"):
         raise InputError(f"{file} does not say how its pixels are stored (TransferSyntaxUID)")
 
 
 def _require_known(file: Path, part: pydicom.Dataset) -> None:
-    """Raise `InputError` if the colours of a file, or the bits of its pixels, are not known."""
+    """Raise `InputError` if colours or bits of a file are not known, or some pixels missing."""
     colours = part.get("PhotometricInterpretation")
     known: tuple[str, ...] = _COLOURS
     if "JPEG 2000" in part.file_meta.TransferSyntaxUID.name:
@@ -99,12 +101,34 @@ def _require_known(file: Path, part: pydicom.Dataset) -> None:
             f"{file}: its PhotometricInterpretation must be one of {', '.join(known)}, got "
             f"{colours!r}"
         )
+    if part.file_meta.TransferSyntaxUID.is_encapsulated:
+        return
+    name = next(name for name in _PIXELS if name in part)
+    expected = get_expected_length(part)
+    if len(part[name].value) < expected:
+        raise InputError(
+            f"{file} is cut off: it has {len(part[name].value):,} of the {expected:,} bytes of its "
+            "pixels. Copy it again"
+        )
     stored = int(part.get("BitsStored") or part.get("BitsAllocated") or 8)
     highest = int(part.get("HighBit") or stored - 1)
-    if not part.file_meta.TransferSyntaxUID.is_encapsulated and highest > stored - 1:
+    if highest > stored - 1:
         raise InputError(
             f"{file}: its HighBit must be {stored - 1}, one less than its BitsStored, got {highest}"
         )
+
+
+def _unpacked(file: Path, arrays: Iterator[Array]) -> Iterator[Array]:
+    """Yield arrays; turn what a decoder raises into an `InputError` in words."""
+    try:
+        yield from arrays
+    except RuntimeError as error:
+        # The last line has the decoder's own words.
+        reason = str(error).strip().splitlines()[-1:] or [""]
+        raise InputError(
+            f"{file}: its compressed pixels cannot be unpacked ({shown(reason[0].strip(), 200)}): "
+            "it may be cut off, so copy it again"
+        ) from error
 
 
 def _stored(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.datadict import dictionary_description, dictionary_has_tag, keyword_for_tag
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.images.frames import Frame, Numbers, digits, frames_of, numbers
@@ -24,6 +25,8 @@ from fedmed_flower.images.headers import PRIVATE_B_VALUES, readable
 _SAME_DIRECTION = 1e-3
 # Millimetres: planes that are nearer to each other are at one position.
 _SAME_POSITION = 0.01
+# Dimensions along which the slices of one stack lie.
+_OF_PLACE = ("StackID", "InStackPositionNumber", "ImagePositionPatient", "SliceLocation")
 _AXES = ("sagittal", "coronal", "axial")
 
 Planes = Sequence["Plane"]
@@ -227,17 +230,9 @@ def _divided(group: _Group) -> list[_Group]:
     for key in _ALWAYS:
         parts = [piece for part in parts for piece in _by_value(part, key)]
     for key in _IF_DOUBLED:
-        parts = [
-            piece
-            for part in parts
-            for piece in (_by_value(part, key) if _is_doubled(part.planes) else [part])
-        ]
+        parts = [piece for part in parts for piece in _by_value_if_doubled(part, key)]
     for key in _BY_RANK:
-        parts = [
-            piece
-            for part in parts
-            for piece in (_by_rank(part, key) if _is_doubled(part.planes) else [part])
-        ]
+        parts = [piece for part in parts for piece in _by_rank(part, key)]
     return parts
 
 
@@ -256,13 +251,19 @@ def _by_value(group: _Group, key: str) -> list[_Group]:
     ]
 
 
+def _by_value_if_doubled(group: _Group, key: str) -> list[_Group]:
+    """Divide planes of which some are at one position, unless the element counts images."""
+    most = max(map(len, _places(group.planes)))
+    values = {dict(plane.told).get(key) for plane in group.planes}
+    return _by_value(group, key) if most > 1 and len(values) <= 2 * most else [group]
+
+
 def _by_rank(group: _Group, key: str) -> list[_Group]:
-    """Divide planes by the order in which those at one position were taken."""
+    """Divide planes by the order in which those at one position were taken, if all have several."""
     places = _places(group.planes)
-    counts = {len(place) for place in places}
-    if len(counts) > 1:
+    count = len(places[0])
+    if count == 1 or any(len(place) != count for place in places):
         return [group]
-    (count,) = counts
     parts: list[list[Plane]] = [[] for _ in range(count)]
     for place in places:
         times: list[Any] = [dict(plane.told).get(key) for plane in place]
@@ -399,6 +400,23 @@ def _direction(frame: Frame) -> Numbers | None:
     return numbers(frame.header.get("DiffusionGradientOrientation"), 3)
 
 
+def _dimensions(frame: Frame) -> tuple[tuple[str, int], ...] | None:
+    """Return the indices of a frame in the dimensions of its file that are none of place."""
+    content = frame.group("FrameContentSequence")
+    indices = () if content is None else content.get("DimensionIndexValues") or ()
+    if isinstance(indices, int):
+        indices = (indices,)
+    dimensions = frame.header.get("DimensionIndexSequence") or ()
+    if not dimensions or len(dimensions) != len(indices):
+        return None
+    return tuple(
+        (dictionary_description(pointer).lower(), int(index))
+        for item, index in zip(dimensions, indices, strict=True)
+        if dictionary_has_tag(pointer := item.DimensionIndexPointer)
+        and keyword_for_tag(pointer) not in _OF_PLACE
+    )
+
+
 def _time_slice(frame: Frame) -> float | None:
     """Return which of several volumes a slice belongs to, as MR, CT or PET write it."""
     found = _number("FrameContentSequence", "TemporalPositionIndex")(frame)
@@ -437,6 +455,15 @@ def _kinds(values: Sequence[Any]) -> list[str]:
     return ["/".join(word for word in own if word not in common) for own in parts]
 
 
+def _indices(values: Sequence[Any]) -> list[str]:
+    """Return of each frame's indices those that differ."""
+    common = set(values[0] or ()).intersection(*(value or () for value in values[1:]))
+    return [
+        ", ".join(f"{name} {index}" for name, index in value or () if (name, index) not in common)
+        for value in values
+    ]
+
+
 def _numbered(values: Sequence[Any]) -> list[str]:
     known = [value for value in values if value is not None]
     return ["" if v is None else f"direction {known.index(v) + 1}" for v in values]
@@ -452,6 +479,8 @@ _TOLD: dict[str, Callable[[Frame], Any]] = {
     "CT kind": _text("CTImageFrameTypeSequence", "FrameType"),
     "TE": _number("MREchoSequence", "EffectiveEchoTime", "EchoTime"),
     "TI": _number("MRModifierSequence", "InversionTimes", "InversionTime"),
+    "flip": _number("MRTimingAndRelatedParametersSequence", "FlipAngle"),
+    "labelling": _text("MRArterialSpinLabelingSequence", "ASLContext"),
     "direction": _direction,
     "heart": _number(
         "CardiacSynchronizationSequence",
@@ -463,6 +492,7 @@ _TOLD: dict[str, Callable[[Frame], Any]] = {
     "trigger": _number(
         "CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime", "TriggerTime"
     ),
+    "dimensions": _dimensions,
     "clock": _text(
         "FrameContentSequence", "FrameAcquisitionDateTime", "AcquisitionDateTime", "AcquisitionTime"
     ),
@@ -471,7 +501,8 @@ _TOLD: dict[str, Callable[[Frame], Any]] = {
 # its order there.
 _ALWAYS = ("b", "echo", "time", "component", "stack")
 _IF_DOUBLED = (
-    "kind", "CT kind", "TE", "TI", "direction", "heart", "kV", "kernel", "acquisition",
+    "kind", "CT kind", "labelling", "TE", "TI", "flip", "direction", "heart", "kV", "kernel",
+    "acquisition", "dimensions",
 )  # fmt: skip
 _BY_RANK = {"trigger": "phase", "clock": "time"}
 _WORDS: dict[str, Callable[[Sequence[Any]], list[str]]] = {
@@ -482,6 +513,8 @@ _WORDS: dict[str, Callable[[Sequence[Any]], list[str]]] = {
     "stack": _plain("stack {}"),
     "kind": _kinds,
     "CT kind": _kinds,
+    "flip": _plain("flip angle {:g}"),
+    "labelling": lambda values: [(value or "").lower() for value in values],
     "TE": _plain("TE={:g} ms"),
     "TI": _plain("TI={:g} ms"),
     "direction": _numbered,
@@ -489,4 +522,5 @@ _WORDS: dict[str, Callable[[Sequence[Any]], list[str]]] = {
     "kV": _plain("{:g} kV"),
     "kernel": _plain("kernel {}"),
     "acquisition": _plain("acquisition {:g}"),
+    "dimensions": _indices,
 }

@@ -13,7 +13,7 @@ from dicom_files import at, write_enhanced, write_image
 from PIL import Image
 from pydicom import uid
 from pydicom.data import get_testdata_file
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels.decoders.base import get_decoder
 from tiny import says
 
@@ -246,14 +246,36 @@ def test_a_frame_of_another_size_than_the_header_says_is_not_decoded(tmp_path, s
     part = pydicom.dcmread(path)
     part.Rows = 12
     part.save_as(path)
-    text = f"{path}: its header says 12 x 20 pixels, and its compressed frame 0 says 24 x 20"
+    text = (
+        f"{path}: its header says 12 x 20 pixels of 1 colour, and its compressed frame 0 says 24 x "
+        "20 pixels of 1 colour"
+    )
     with pytest.raises(InputError, match=says(text)):
         read_dicom(path)
 
 
-def test_a_broken_frame_is_named_with_its_file(tmp_path):
-    path = encapsulated(
-        tmp_path / "x.dcm", np.zeros((8, 8), np.uint16), uid.JPEGLSLossless, b"abcd"
-    )
-    with pytest.raises(InputError, match=f"^{path} cannot be read: "):
+COMPRESSED = [syntax for syntax in LOSSLESS if syntax.is_encapsulated]
+
+
+@pytest.mark.parametrize("syntax", COMPRESSED, ids=lambda syntax: syntax.name[:40])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_frame_that_was_cut_off_is_not_filled_up(tmp_path, syntax, share):
+    array = np.random.default_rng(0).integers(0, 4000, (32, 32)).astype(np.uint16)
+    path = write(tmp_path / "x.dcm", array, 16)
+    LOSSLESS[syntax](path, syntax)
+    part = pydicom.dcmread(path)
+    frame = get_frame(part.PixelData, 0, number_of_frames=1)
+    part.PixelData = encapsulate([frame[: int(share * len(frame))]])
+    part.save_as(path)
+    text = f"{path}: its compressed pixels cannot be unpacked (.*): it may be cut off, so copy it"
+    with pytest.raises(InputError, match=f"^{text} again$"):
+        read_dicom(path)
+
+
+@pytest.mark.parametrize("syntax", COMPRESSED, ids=lambda syntax: syntax.name[:40])
+def test_a_compressed_file_that_was_cut_off_is_named(tmp_path, syntax):
+    path = write(tmp_path / "x.dcm", pictures()["grey of 16 bits"][0], 16)
+    LOSSLESS[syntax](path, syntax)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(InputError, match=f"^{path} holds no (image|pixels): it is cut off"):
         read_dicom(path)

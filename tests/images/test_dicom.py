@@ -174,6 +174,20 @@ def test_what_is_no_image_is_named(tmp_path, kind, text):
         read_dicom(path)
 
 
+def test_a_mosaic_of_slices_is_named(tmp_path):
+    kind = ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]
+    path = write_image(tmp_path / "x.dcm", stored()[0], ImageType=kind)
+    with pytest.raises(InputError, match="is a mosaic, whose slices are tiles of one picture"):
+        read_dicom(path)
+
+
+def test_real_world_values_are_not_applied(tmp_path):
+    real = {"RealWorldValueSlope": 3.0, "RealWorldValueIntercept": 5.0}
+    groups = [at(0, 0, place, RealWorldValueMappingSequence=real) for place in range(4)]
+    path = write_enhanced(tmp_path / "x.dcm", stored(), groups)
+    assert np.array_equal(read_dicom(path)[0][0].T, stored())
+
+
 def test_frames_that_are_not_described_are_counted(tmp_path):
     path = write_enhanced(tmp_path / "x.dcm", stored(), [at(0, 0, place) for place in range(3)])
     text = f"{path} states 4 frames and describes 3: it is cut off"
@@ -220,6 +234,7 @@ def series(folder, count, **tags):
         ("time {}", {"TemporalPositionIdentifier": 0}, {"TemporalPositionIdentifier": 800}),
         ("TE={} ms", {"EchoTime": 0.0}, {"EchoTime": 800.0}),
         ("TI={} ms", {"InversionTime": 0.0}, {"InversionTime": 800.0}),
+        ("flip angle {}", {"FlipAngle": 0.0}, {"FlipAngle": 800.0}),
         ("{} kV", {"KVP": 0.0}, {"KVP": 800.0}),
         ("kernel {}", {"ConvolutionKernel": "0"}, {"ConvolutionKernel": "800"}),
         ("acquisition {}", {"AcquisitionNumber": 0}, {"AcquisitionNumber": 800}),
@@ -236,6 +251,48 @@ def test_what_tells_the_stacks_of_a_series_apart_names_them(tmp_path, name, one,
     # The rows of a listing name the files of the stack alone.
     alone = Series("1.2.3", tuple(map(str, others)), names[1])
     assert np.array_equal(read_dicom(alone)[0][0], other_array)
+
+
+def test_a_dimension_of_the_file_tells_stacks_apart_if_nothing_else_does(tmp_path):
+    groups = [
+        at(0, 0, place, FrameContentSequence={"DimensionIndexValues": [place + 1, phase]})
+        for phase in (1, 2) for place in range(2)
+    ]  # fmt: skip
+    dimensions = []
+    for name in ("ImagePositionPatient", "NominalRespiratoryTriggerDelayTime"):
+        dimensions.append(pydicom.Dataset())
+        dimensions[-1].DimensionIndexPointer = pydicom.datadict.tag_for_keyword(name)
+    path = write_enhanced(tmp_path / "x.dcm", stored(), groups, DimensionIndexSequence=dimensions)
+    names = [f"nominal respiratory trigger delay time {number}" for number in (1, 2)]
+    assert list(stacks_in(path)) == names
+    image = read_dicom(Series("1", (str(path),), names[1]))[0]
+    assert np.array_equal(image[0].T, stored()[2:])
+
+
+def test_a_number_that_differs_from_image_to_image_divides_no_series(tmp_path):
+    one, _ = series(tmp_path / "one", 4)
+    other, _ = series(tmp_path / "other", 4)
+    for number, file in enumerate(one + other):
+        change(file, AcquisitionNumber=number)
+    assert list(stacks_in(*one, *other)) == [""]
+    with pytest.raises(InputError, match=r"two slices at one position, IM0001.dcm and IM0001.dcm"):
+        read_dicom(Series("1.2.3", tuple(map(str, one + other))))
+
+
+def test_b_values_of_one_slice_are_stacks_and_no_film(tmp_path):
+    groups = [at(0, 0, 7, **diffusion(100 * number)) for number in range(4)]
+    path = write_enhanced(tmp_path / "x.dcm", stored(), groups)
+    values = read_dicom(Series("1", (str(path),), "b=200"))[0]
+    assert np.array_equal(values[0, ..., 0].T, stored()[2])
+
+
+def test_of_many_stacks_an_error_names_twelve(tmp_path):
+    groups = [at(0, 0, 7, **diffusion(number)) for number in range(30)]
+    path = write_enhanced(tmp_path / "x.dcm", stored(30), groups)
+    with pytest.raises(
+        InputError, match=r"holds 30 stacks .*, b=11 \(1 slice\) and 18 more\. Choose"
+    ):
+        read_dicom(path)
 
 
 @pytest.mark.parametrize(

@@ -333,7 +333,10 @@ def test_a_jpeg_larger_than_its_dicom_header_says_is_not_unpacked(tmp_path):
     start = content.index(b"\xff\xc0") + 5
     content[start : start + 4] = struct.pack(">HH", 10_000, 10_000)
     path = encapsulated(tmp_path / "x.dcm", JPEGBaseline8Bit, bytes(content), Rows=4, Columns=4)
-    text = f"{path}: its header says 4 x 4 pixels, and its compressed frame 0 says 10000 x 10000"
+    text = (
+        f"{path}: its header says 4 x 4 pixels of 1 colour, and its compressed frame 0 says 10000 "
+        "x 10000 pixels of 1 colour"
+    )
     with pytest.raises(InputError, match=says(text)):
         read_image(path, 2)
 
