@@ -35,7 +35,7 @@ class CTHospital(ClassificationClient):
                     "write them with examples/dicom/write.py, or give --sites"
                 )
             folder = folders[site.index]
-        return load_folder(folder, self.settings.seed)
+        return load_folder(folder, self.settings.seed, series=self.imaging.series)
 
 
 app = CTHospital.client_app()

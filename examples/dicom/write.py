@@ -1,7 +1,8 @@
 """Write DICOM series of generated CT for some hospitals: python write.py FOLDER NAME [NAME ...]
 
-Each hospital scans its own way: slices of another thickness, axial, coronal or sagittal. Half of
-the patients have a lesion, which ``labels.csv`` says.
+Each hospital scans its own way: slices of another thickness, axial, coronal or sagittal. A scout
+lies beside each volume, as scanners write it. Half of the patients have a lesion, which
+``labels.csv`` says.
 """
 
 import argparse
@@ -50,19 +51,41 @@ def slices(units, plane, thickness):
         yield cut.T, place
 
 
-def write_series(folder, patient, units, plane, thickness):
+def write_patient(folder, patient, units, plane, thickness):
     folder.mkdir(parents=True)
-    series, study, frame = generate_uid(), generate_uid(), generate_uid()
+    study = {
+        "PatientID": patient,
+        "StudyInstanceUID": generate_uid(),
+        "FrameOfReferenceUID": generate_uid(),
+    }
+    middle = list(slices(units, "coronal", 3.0))[SIDE // 2]
+    scout = {
+        "SeriesNumber": 1,
+        "SeriesDescription": "Scout",
+        "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"],
+    }
+    write_series(folder / "scout", [middle], "coronal", 3.0, study | scout)
+    volume = {
+        "SeriesNumber": 2,
+        "SeriesDescription": f"Body {thickness} {plane}",
+        "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+    }
+    write_series(folder, slices(units, plane, thickness), plane, thickness, study | volume)
+
+
+def write_series(folder, cuts, plane, thickness, shared):
+    folder.mkdir(exist_ok=True)
+    series = generate_uid()
     row, column = PLANES[plane]
-    for number, (cut, place) in enumerate(slices(units, plane, thickness), start=1):
+    for number, (cut, place) in enumerate(cuts, start=1):
         part = Dataset()
         part.file_meta = FileMetaDataset()
         part.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         part.file_meta.MediaStorageSOPClassUID = part.SOPClassUID = CTImageStorage
         part.file_meta.MediaStorageSOPInstanceUID = part.SOPInstanceUID = generate_uid()
-        part.PatientID, part.Modality, part.InstanceNumber = patient, "CT", number
-        part.SeriesInstanceUID, part.StudyInstanceUID = series, study
-        part.FrameOfReferenceUID = frame
+        part.SeriesInstanceUID, part.Modality, part.InstanceNumber = series, "CT", number
+        for name, value in shared.items():
+            setattr(part, name, value)
         part.ImageOrientationPatient = [*row, *column]
         part.ImagePositionPatient = [float(value) for value in place]
         part.PixelSpacing, part.SliceThickness = [3.0, 3.0], thickness
@@ -86,7 +109,7 @@ def write_hospital(folder, seed, patients):
         table.writerow(["patient", "label"])
         for number in range(patients):
             patient, lesion = f"{folder.name}-{number:03}", number % 2
-            write_series(folder / patient, patient, draw(rng, lesion), plane, thickness)
+            write_patient(folder / patient, patient, draw(rng, lesion), plane, thickness)
             table.writerow([patient, lesion])
     print(f"{folder}: {patients} patients, {plane}, slices of {thickness} mm")
 

@@ -34,7 +34,7 @@ class HippocampusHospital(SegmentationClient):
     def load_data(self, site: Site) -> SiteData:
         seed = self.settings.seed
         if site.data_dir is not None:
-            return load_folder(site.data_dir, seed)
+            return load_folder(site.data_dir, seed, series=self.imaging.series)
         name = Source.from_run_config(self.context.run_config).dataset
         volumes = load_hippocampus() if name == "hippocampus" else hippocampi(60, seed)
         # The first hospital has twice as many patients as the last.

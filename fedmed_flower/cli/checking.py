@@ -140,6 +140,7 @@ def _read(checked: Checked, client: MedicalClient) -> None:
     rejected = data.rejected + len(all_rows(data)) - sum(map(len, usable.values()))
     rows = ", ".join(f"{len(rows)} {split}" for split, rows in usable.items())
     checked.lines.append(f"{data.source}: {rows}; {rejected} rejected")
+    checked.lines += data.notes
     for column in _empty(checked):
         text = without_values(column)
         # What reads a table has said so already, after the table's name.

@@ -92,6 +92,9 @@ def check(
     images = [finding for finding in findings if finding.image]
     _print_table(images, folder)
     _print_summary(images)
+    for finding in findings:
+        if finding.note:
+            console.print(finding.note)
     _print_problems([_problem(finding) for finding in findings if finding.problem is not None])
 
 

@@ -33,6 +33,8 @@ MOST: dict[Kind, int] = {
     # MedMNIST's largest set, PathMNIST at 224 x 224, has 15 GiB.
     "a data set": 16 << 30,
 }
+# The end of the error for a link that leads to files outside of the hospital's folder.
+LINK_OUT = "is a link out of the folder: copy its target into the folder"
 _PART = 1 << 20
 _PACKED_PART = 1 << 16
 

@@ -19,6 +19,7 @@ from fedmed_flower.errors import InputError, shown
 from fedmed_flower.images.geometry import orientation_of, spacing_of
 from fedmed_flower.images.headers import one_line
 from fedmed_flower.images.reading import files_of, read_image, read_label
+from fedmed_flower.images.series import Series
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Finding:
         The split that the row names; empty if it names none.
     mislabelled : bool
         Whether the problem is a label that is no class.
+    note : str
+        What is worth knowing of the folder as a whole, without being a problem.
     """
 
     patient: str
@@ -59,6 +62,7 @@ class Finding:
     problem: str | None = None
     split: str = ""
     mislabelled: bool = False
+    note: str = ""
 
 
 def check_row(
@@ -146,9 +150,9 @@ def check_folder(
     Returns
     -------
     list of Finding
-        One a row, then one without an image for each problem of the folder as a whole: files that
-        `read_folder` could not use, a patient in two splits, and images that differ in dimensions
-        or channels.
+        One a row, then one without an image for each note of `read_folder` and each problem of the
+        folder as a whole: files that `read_folder` could not use, a patient in two splits, and
+        images that differ in dimensions or channels.
 
     Raises
     ------
@@ -174,6 +178,7 @@ def check_folder(
             for (channels, dims), count in kinds.most_common()
         )
         problems.append(f"one network cannot take all images: there are {', '.join(listed)}")
+    findings += [Finding("", "", note=note) for note in listing.notes]
     return findings + [Finding("", "", problem=problem) for problem in problems]
 
 
@@ -219,7 +224,11 @@ def _is_mask(label: Any) -> bool:
 
 
 def _name(source: Any) -> str:
-    return "; ".join(map(str, files_of(source))) or "array"
+    parts = source if isinstance(source, list | tuple) else [source]
+    named = [
+        part if isinstance(part, Series) else "; ".join(map(str, files_of(part))) for part in parts
+    ]
+    return "; ".join(filter(None, map(str, named))) or "array"
 
 
 def _prefixed(name: str, text: str) -> str:

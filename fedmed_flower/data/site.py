@@ -208,6 +208,8 @@ class SiteData:
     lacking : tuple of str
         Columns that the schema asks for and the hospital's table lacks, as `Table.lacking` has
         them. They are reported to the server.
+    notes : tuple of str
+        What else is worth knowing of the folder, such as what was left out of it on purpose.
     """
 
     train: Sequence[Row]
@@ -218,6 +220,7 @@ class SiteData:
     class_names: tuple[str, ...] = ()
     rejected: int = 0
     lacking: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def all_rows(data: SiteData) -> Sequence[Row]:

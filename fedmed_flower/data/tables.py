@@ -11,16 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from fedmed_flower.data.bounded import leads_out, links_out, quoted, real_path
+from fedmed_flower.data.bounded import LINK_OUT, leads_out, links_out, quoted, real_path
 from fedmed_flower.data.site import SPLITS
 from fedmed_flower.errors import InputError, shown
+from fedmed_flower.images.series import Series
 
 log = logging.getLogger("flwr.fedmed")
 
 # The name of a line in errors, and its cells by column.
 Line = tuple[str, Mapping[str, Any]]
-# The end of the error for a link that leads to files outside of the hospital's folder.
-LINK_OUT = "is a link out of the folder: copy its target into the folder"
 _MISSING = {"", "nan", "none", "nat", "<na>"}
 # Spreadsheets and data frames write classes as 1.0 if a column has gaps.
 _WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
@@ -161,7 +160,7 @@ def _row(
     if not isinstance(patient, str | int):
         raise _UnusableError(f"a patient must be a text, got {quoted(patient)}")
     several = isinstance(image, list)
-    paths = [_path(part, folder, root) for part in (image if several else [image])]
+    paths = [_source(part, folder, root) for part in (image if several else [image])]
     row: dict[str, Any] = {"image": paths if several else paths[0], "patient": str(patient).strip()}
     if "label" in line:
         row["label"] = _label(line["label"], folder, root)
@@ -187,8 +186,18 @@ def _label(label: Any, folder: Path, root: Path) -> int | str | list[str]:
     return _path(label, folder, root)
 
 
+def _source(part: Any, folder: Path, root: Path) -> str | Series:
+    """Return what an image, or a channel of one, is read from."""
+    return part if isinstance(part, Series) else _path(part, folder, root)
+
+
 def _path(text: Any, folder: Path, root: Path) -> str:
-    """Return the path of an existing file or folder in ``folder``, whose real path is ``root``."""
+    """Return the path of an existing file or folder in ``folder``, whose real path is ``root``.
+
+    A path that is no text was found in the folder, and is taken as it is.
+    """
+    if isinstance(text, Path):
+        return str(text)
     if not isinstance(text, str):
         raise _UnusableError(f"{quoted(text)} is not a path")
     # Tables written on Windows name folders with backslashes.

@@ -14,7 +14,9 @@ from typing import Any
 import pydicom
 from pydicom import uid
 from pydicom.dataelem import RawDataElement
+from pydicom.filereader import read_partial
 from pydicom.misc import is_dicom as looks_like_dicom
+from pydicom.tag import Tag
 
 from fedmed_flower.data.bounded import require_deflated
 from fedmed_flower.errors import InputError, shown
@@ -23,6 +25,7 @@ from fedmed_flower.images.series import Series
 # A file with such a name that is not DICOM was cut off: without an error a slice would be lost.
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _MOST_LETTERS = 300
+_SERIES = Tag("SeriesInstanceUID")
 # What a file without preamble begins with: the types of elements of group 2 or 8, the last element
 # that comes before SOPClassUID or is it, and the classes of images.
 _FIRST_TYPES = (b"UL", b"OB", b"UI", b"CS", b"SH", b"LO", b"DA", b"TM", b"DT")
@@ -112,7 +115,7 @@ def open_dicom(file: Path, **options: Any) -> pydicom.Dataset:
         If the file is not DICOM, holds no image, a needed element cannot be decoded, or the
         file unpacks to more than `bounded.MOST` bytes.
     """
-    part = _opened(file, **options)
+    part = open_object(file, **options)
     if "Rows" not in part:
         raise InputError(f"{file} holds no image: it is cut off, or a document")
     return part
@@ -126,7 +129,7 @@ def open_document(file: Path) -> pydicom.Dataset:
     InputError
         As `open_dicom`; if the file is cut off, which no pixels would show.
     """
-    part = _opened(file)
+    part = open_object(file)
     for tag in part.keys():  # noqa: SIM118
         element = part.get_item(tag)
         if isinstance(element, RawDataElement) and len(element.value or b"") < element.length:
@@ -134,7 +137,8 @@ def open_document(file: Path) -> pydicom.Dataset:
     return part
 
 
-def _opened(file: Path, **options: Any) -> pydicom.Dataset:
+def open_object(file: Path, **options: Any) -> pydicom.Dataset:
+    """Read a DICOM file as `open_dicom` does, whether it holds an image or something else."""
     with readable(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bare = _begins_with_element(file)
@@ -166,8 +170,24 @@ def frame_of_reference(source: Path | Series) -> str:
     if first is None:
         return ""
     tags = ["FrameOfReferenceUID", *HEADER]
-    header = _opened(first, stop_before_pixels=True, specific_tags=tags)
+    header = open_object(first, stop_before_pixels=True, specific_tags=tags)
     return str(header.get("FrameOfReferenceUID") or "")
+
+
+def series_of(file: Path) -> str:
+    """Return the SeriesInstanceUID of a damaged file, if it comes before the damage; else empty."""
+    try:
+        with warnings.catch_warnings(), _Deflatable(io.FileIO(file)) as stream:
+            warnings.simplefilter("ignore")
+            part = read_partial(
+                stream,
+                stop_when=lambda tag, _vr, _length: tag > _SERIES,
+                force=_begins_with_element(file),
+                specific_tags=[_SERIES],
+            )
+        return str(part.get("SeriesInstanceUID", ""))
+    except Exception:  # Damage can raise anything; then nobody knows the series.
+        return ""
 
 
 def _is_without_preamble(file: Path) -> bool:

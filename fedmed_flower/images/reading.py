@@ -26,6 +26,7 @@ from fedmed_flower.images.geometry import (
 from fedmed_flower.images.headers import frame_of_reference, is_dicom, one_line
 from fedmed_flower.images.masks import read_structures, structure_files
 from fedmed_flower.images.photographs import PICTURES, read_picture
+from fedmed_flower.images.resampling import resampled
 from fedmed_flower.images.series import Series
 from fedmed_flower.images.volumes import read_volume
 
@@ -43,7 +44,8 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
     source : str, Path, ndarray, Tensor, or sequence of paths
         A NIfTI file (or another that nibabel reads), a picture, a .npy file, a DICOM file, a
         folder with one DICOM series, or an array of shape (*spatial) or (channels, *spatial).
-        Several paths are the channels of one image.
+        Several paths are the channels of one image, on one grid. Several `Series` are too; those
+        on another grid are resampled to the first one's, see `resampled`.
     spatial_dims : int or None
         2 or 3. None takes the dimensions of the file: 2 for pictures and single slices, else 3.
 
@@ -68,10 +70,9 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
         size = 0
         for path in source:
             part = read_image(path, spatial_dims)
-            try:
-                parts.append(brought_to(part, parts[0] if parts else part))
-            except InputError as error:
-                raise InputError(f"{path} does not fit {source[0]}: {error}") from None
+            if parts:
+                part = _beside(part, path, parts[0], source[0])
+            parts.append(part)
             size += parts[-1].nbytes
             require_within(f"{source[0]} and its other channels have at least", size, "an image")
         channels = torch.cat([part.as_tensor() for part in parts])
@@ -180,6 +181,20 @@ def files_of(source: Any) -> Iterator[Path]:
     elif _are_paths(source):
         for part in source:
             yield from files_of(part)
+
+
+def _beside(part: MetaTensor, path: Any, first: MetaTensor, first_path: Any) -> MetaTensor:
+    """Return a channel on the grid of the first one; only DICOM series are resampled for that."""
+    try:
+        return brought_to(part, first)
+    except InputError as error:
+        if not (isinstance(path, Series) and isinstance(first_path, Series)):
+            raise InputError(f"{path} does not fit {first_path}: {error}") from None
+    try:
+        return resampled(part, first)
+    except InputError as error:
+        text = f"{path} cannot be brought to the grid of {first_path}: {error}"
+        raise InputError(text) from None
 
 
 def _read(source: Any, spatial_dims: int | None) -> tuple[Array, Array | None, bool]:

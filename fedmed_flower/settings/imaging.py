@@ -5,12 +5,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedmed_flower.settings.allowed import Numbers, OneOf, Within
+from fedmed_flower.settings.allowed import Matching, Numbers, OneOf, Within
 from fedmed_flower.settings.section import Section, setting
 
 # Voxels of a patch: one of 512 x 512 x 512 takes half a gigabyte.
 MOST_VOXELS = 2**27
 _LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
+# What rules that choose DICOM series can look at, and one condition: key, comparison, value.
+SERIES_KEYS = (
+    "modality",
+    "description",
+    "protocol",
+    "orientation",
+    "slices",
+    "part",
+    "number",
+    "kernel",
+)
+SERIES_CONDITION = rf"""({"|".join(SERIES_KEYS)})(>=|<=|=)((?:"[^"]*"|'[^']*'|[^\s;"'])+)"""
+_RULE = rf"\s*{SERIES_CONDITION}(\s+{SERIES_CONDITION})*\s*"
 
 
 def _orientations() -> tuple[str, ...]:
@@ -47,6 +60,19 @@ class ImagingSettings(Section):
         "whole; for segmentation they are padded to a multiple of 16.",
         Numbers(whole=True),
         "pixels or voxels",
+    )
+    series: str = setting(
+        "",
+        "Which series are taken from a folder of DICOM files, one rule a channel: "
+        '"modality=CT description=*thorax* slices>=40; modality=PT". A rule must match one series '
+        "of each patient's study. A hospital's own series.csv comes first. Empty: every series is "
+        "an image.",
+        Matching(
+            rf"(?=(?s:.{{0,2000}})$)(?:\s*|{_RULE}(;{_RULE})*)",
+            "empty or rules such as modality=CT description=*thorax* slices>=40, with a "
+            f"semicolon between channels; the keys are {', '.join(SERIES_KEYS)}",
+            ("CT", "modality", "mode=CT", "slices > 40", "slices>40", "modality=CT;", 'part="a'),
+        ),
     )
     cache_gigabytes: float = setting(
         8.0,

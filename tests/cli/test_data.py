@@ -6,7 +6,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from dicom_files import write_series
+from dicom_files import write_image, write_series
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -99,9 +99,14 @@ def test_a_folder_of_dicom_with_classes(tmp_path):
     write_series(tmp_path / "p1", np.ones((4, 3, 2)), patient="p1")
     write_series(tmp_path / "p2", np.ones((4, 3, 2)), patient="p2")
     (tmp_path / "labels.csv").write_text("patient,label\np1,0\np2,1\n")
+    write_image(
+        tmp_path / "p1/screen", np.ones((4, 3), np.uint8), "p1", ImageType=["DERIVED", "DOSE_INFO"]
+    )
     code, lines = check(tmp_path)
     assert code == 0
-    assert ["p2", "p2", "1x4x3x2", "1x1x1", "LPS", "1", "to", "1", "1"] in map(str.split, lines)
+    assert "left out: 1 dose screen" in lines
+    row = "p2 p2/IM0001.dcm and 1 more 1x4x3x2 1x1x1 LPS 1 to 1 1"
+    assert row.split() in map(str.split, lines)
 
 
 def test_a_folder_of_pictures_has_no_axes(tmp_path, monkeypatch):

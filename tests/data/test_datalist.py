@@ -13,6 +13,7 @@ from tiny import says
 from fedmed_flower.data.datalist import Listing, load_folder, read_folder, split_patients
 from fedmed_flower.errors import InputError
 from fedmed_flower.images.reading import read_image
+from fedmed_flower.images.series import Series
 
 VOLUME = np.zeros((4, 3, 2), np.int16)
 
@@ -32,11 +33,23 @@ def write_table(folder, text, name="datalist.csv", **how):
 
 
 def in_folder(folder, row):
-    """Return a row with its paths relative to the folder."""
+    """Return a row with its paths relative to the folder; a series is the folder of its files."""
+    texts = {name: place(value) for name, value in row.items()}
     return {
-        name: value.replace(f"{folder}/", "") if isinstance(value, str) else value
-        for name, value in row.items()
+        name: text.replace(f"{folder}/", "") if isinstance(text, str) else text
+        for name, text in texts.items()
     }
+
+
+def place(value):
+    """Return the folders of a series as one text; any other value as it is."""
+    if not isinstance(value, Series):
+        return value
+    return "; ".join(sorted({str(Path(file).parent) for file in value.files}))
+
+
+def image_folders(listing):
+    return [Path(place(row["image"])).name for row in listing.rows]
 
 
 # dataset.json
@@ -279,7 +292,7 @@ def test_one_of_several_tables_must_be_called_datalist(tmp_path):
 # DICOM
 
 
-def test_each_series_has_a_folder(tmp_path):
+def test_series_in_folders_of_their_own(tmp_path):
     write_series(tmp_path / "x" / "ct", VOLUME, patient="Ana")
     write_series(tmp_path / "x" / "mr", VOLUME, patient=" Ana ")
     write_series(tmp_path / "y", VOLUME, patient="Bo")
@@ -290,11 +303,13 @@ def test_each_series_has_a_folder(tmp_path):
     listing = read_folder(tmp_path)
     assert listing.layout == "DICOM"
     assert listing.problems == ()
-    assert sorted((Path(row["image"]).name, row["patient"]) for row in listing.rows) == [
+    assert [(in_folder(tmp_path, row)["image"], row["patient"]) for row in listing.rows] == [
         ("again", "Bo"),
-        ("ct", "Ana"),
-        ("mr", "Ana"),
+        ("x/ct", "Ana"),
+        ("x/mr", "Ana"),
     ]
+    (several,) = listing.notes
+    assert several.startswith("1 patient has several images, and each is a row of its own.")
     assert all(read_image(row["image"], 3).shape == (1, 4, 3, 2) for row in listing.rows)
 
 
@@ -319,31 +334,40 @@ def test_x_rays_share_a_folder(tmp_path):
     )
 
 
-def test_series_that_cannot_be_told_apart_are_named(tmp_path):
-    write_series(tmp_path / "good", VOLUME)
+def test_series_are_told_apart_wherever_their_files_lie(tmp_path):
     mixed = tmp_path / "mixed"
-    write_series(mixed, VOLUME, series_uid="1.1")
-    write_image(mixed / "scout.dcm", np.zeros((3, 4), np.uint8), SeriesInstanceUID="1.2")
-    patient_of_row = tmp_path / "whose"
-    first = write_series(patient_of_row, VOLUME, series_uid="1.3")[0]
-    write_series(patient_of_row, VOLUME, series_uid="1.3", patient="p2")
-    first.rename(patient_of_row / "a.dcm")
-    write_series(patient_of_row, VOLUME, series_uid="1.3", patient="p1")
-    write_series(tmp_path / "part1", VOLUME, series_uid="1.4")
-    write_series(tmp_path / "part2", VOLUME, series_uid="1.4", origin=(0, 0, 2))
+    slices = write_series(mixed, VOLUME, series_uid="1.1")
+    for number, file in enumerate(slices):
+        file.rename(mixed / f"a{number}.dcm")
+    write_series(mixed, VOLUME, series_uid="1.2", patient="p2")
+    write_series(tmp_path / "part1", VOLUME, series_uid="1.3", patient="p3")
+    write_series(tmp_path / "part2", VOLUME, series_uid="1.3", patient="p3", origin=(0, 0, 2))
+    listing = read_folder(tmp_path)
+    assert listing.problems == ()
+    assert [(row["image"].uid, row["patient"]) for row in listing.rows] == [
+        ("1.2", "p2"),
+        ("1.1", "p1"),
+        ("1.3", "p3"),
+    ]
+    shapes = [tuple(read_image(row["image"], 3).shape) for row in listing.rows]
+    assert shapes == [(1, 4, 3, 2), (1, 4, 3, 2), (1, 4, 3, 4)]
+
+
+def test_series_that_cannot_be_used_are_named(tmp_path):
+    write_series(tmp_path / "good", VOLUME)
+    whose = tmp_path / "whose"
+    first = write_series(whose, VOLUME, series_uid="1.3")[0]
+    write_series(whose, VOLUME, series_uid="1.3", patient="p2")
+    first.rename(whose / "a.dcm")
+    write_series(whose, VOLUME, series_uid="1.3", patient="p1")
     broken = write_series(tmp_path / "broken", VOLUME)[1]
     broken.write_bytes(broken.read_bytes()[:300])
-    parts = f"{tmp_path / 'part1'}, {tmp_path / 'part2'}"
     listing = read_folder(tmp_path)
-    assert [Path(row["image"]).name for row in listing.rows] == ["good"]
+    assert image_folders(listing) == ["good"]
     assert set(listing.problems) == {
-        f"{mixed} holds 2 series, one of them of 2 slices (1.1, 1.2): give each a folder of its "
-        "own",
-        f"{patient_of_row}: its series has several patients: p1, p2",
+        f"{whose / 'IM0001.dcm'} and 2 more: its series has several patients: p1, p2",
         f"{broken} holds no image: it is cut off, or a document",
-        f"{tmp_path / 'broken'}: a slice may be missing, as a file cannot be used",
-        f"{tmp_path / 'part1'}: slices of its series are in several folders: {parts}",
-        f"{tmp_path / 'part2'}: slices of its series are in several folders: {parts}",
+        f"{tmp_path / 'broken' / 'IM0001.dcm'}: a slice may be missing, as a file cannot be used",
     }
 
 
@@ -353,7 +377,7 @@ def test_a_header_that_cannot_be_decoded_is_named(tmp_path):
     # An element of ImageOrientationPatient whose type does not exist.
     file.write_bytes(file.read_bytes().replace(b"\x20\x00\x37\x00DS", b"\x20\x00\x37\x00Du"))
     listing = read_folder(tmp_path)
-    assert [Path(row["image"]).name for row in listing.rows] == ["good"]
+    assert image_folders(listing) == ["good"]
     assert len(listing.problems) == 2
     assert listing.problems[0].startswith(f"{file} cannot be read: ")
 
@@ -375,10 +399,10 @@ def test_labels_by_series_and_by_patient(tmp_path):
         {"image": "b", "patient": "p1", "label": 1, "split": "train"},
     ]
     assert set(listing.problems) == {
-        f"{tmp_path / 'c'}: it has no label",
-        f"{tmp_path / 'd'}: labels.csv does not name it",
+        f"{tmp_path / 'c/IM0001.dcm'} and 1 more: it has no label",
+        f"{tmp_path / 'd/IM0001.dcm'} and 1 more: labels.csv does not name it",
         "labels.csv, line 5: there is no image of series 1.9",
-        "labels.csv, line 6: it has no series or patient",
+        "labels.csv, line 6: it has no series, study or patient",
         "labels.csv, line 7: series 1.1 was named before",
     }
 
@@ -465,12 +489,14 @@ def test_the_walk_for_dicom_does_not_follow_links_out_of_the_folder(own):
     (own / "good/.hidden.dcm").symlink_to(slices[0])
     (own / "up").symlink_to("..")
     listing = read_folder(own)
-    assert [(row["image"], row["patient"]) for row in listing.rows] == [(str(own / "good"), "Ana")]
+    assert [(place(row["image"]), row["patient"]) for row in listing.rows] == [
+        (str(own / "good"), "Ana")
+    ]
     assert listing.problems == (
         f"{own / 'parent'} {LINK_OUT}",
         f"{own / 'up'} {LINK_OUT}",
         f"{own / 'mixed/more.dcm'} {LINK_OUT}",
-        f"{own / 'mixed'}: a slice may be missing, as a file cannot be used",
+        f"{own / 'mixed/IM0001.dcm'} and 1 more: a slice may be missing, as a file cannot be used",
     )
 
 
@@ -676,3 +702,15 @@ def test_a_dataset_that_names_no_patients_is_told_of(tmp_path, caplog):
         data = load_folder(tmp_path, 0)
     assert data.class_names == ("liver",)
     assert sum("1 entries name no patient" in text for text in caplog.messages) == 1
+
+
+def test_notes_of_a_folder_are_lines_of_the_log(tmp_path, caplog):
+    folder = tmp_path / "north"
+    write_series(folder / "a", VOLUME)
+    write_series(folder / "b", VOLUME, patient="p2")
+    write_image(folder / "c", np.zeros((3, 4), np.uint8), ImageType=["DERIVED", "DOSE_INFO"])
+    with caplog.at_level("INFO", "flwr.fedmed"):
+        data = load_folder(folder, 0, series="slices=2")
+    assert caplog.messages == ["north: left out: 1 dose screen"]
+    assert data.notes == ("left out: 1 dose screen",)
+    assert data.rejected == 0

@@ -12,7 +12,7 @@ class Hospital(ClassificationClient):
 
     def load_data(self, site: Site) -> SiteData:
         folder = site.data_dir or phantom_folder(site, "images")
-        return load_folder(folder, self.settings.seed)
+        return load_folder(folder, self.settings.seed, series=self.imaging.series)
 
 
 app = Hospital.client_app()

@@ -13,7 +13,7 @@ class Hospital(SegmentationClient):
 
     def load_data(self, site: Site) -> SiteData:
         folder = site.data_dir or phantom_folder(site, "masks")
-        return load_folder(folder, self.settings.seed)
+        return load_folder(folder, self.settings.seed, series=self.imaging.series)
 
 
 app = Hospital.client_app()
