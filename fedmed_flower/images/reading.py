@@ -1,4 +1,4 @@
-"""Images with their position in the patient: NIfTI, DICOM, pictures and arrays."""
+"""Images with their position in the patient: NIfTI, NRRD, MetaImage, DICOM, pictures, arrays."""
 
 from __future__ import annotations
 
@@ -19,24 +19,39 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.images.dicom import read_dicom
 from fedmed_flower.images.geometry import FILE_AFFINE, file_affine_of, mismatch
 from fedmed_flower.images.headers import is_dicom, one_line
+from fedmed_flower.images.itk import ITK, read_itk
 from fedmed_flower.images.photographs import PICTURES, read_picture
 from fedmed_flower.images.series import Series
-from fedmed_flower.images.volumes import read_volume
+from fedmed_flower.images.volumes import read_volume, require_frames, taken
 
 Array = NDArray[Any]
+# Values with the channel first, their affine, and whether it states a position in the patient.
+_Read = tuple[Array, Array | None, bool]
 
 
-def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
+def read_image(
+    source: Any,
+    spatial_dims: int | None,
+    frames: int | str | None = None,
+    *,
+    mask: bool = False,
+) -> MetaTensor:
     """Read an image with its geometry.
 
     Parameters
     ----------
     source : str, Path, ndarray, Tensor, or sequence of paths
-        A NIfTI file (or another that nibabel reads), a picture, a .npy file, a DICOM file, a
-        folder with one DICOM series, or an array of shape (*spatial) or (channels, *spatial).
-        Several paths are the channels of one image.
+        A NIfTI file (or another that nibabel reads), an NRRD or MetaImage file, a picture, a .npy
+        file, a DICOM file, a folder with one DICOM series, or an array of shape (*spatial) or
+        (channels, *spatial). Several paths are the channels of one image.
     spatial_dims : int or None
         2 or 3. None takes the dimensions of the file: 2 for pictures and single slices, else 3.
+    frames : int or str, optional
+        What the volumes of a 4D file are, as `volumes.taken` has it. Without it such a file is
+        refused, since they may be channels, times or b-values.
+    mask : bool
+        Whether the file is a mask: the indices of a picture's palette are then its values, and the
+        volumes of a 4D file its channels.
 
     Returns
     -------
@@ -45,8 +60,8 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
         (columns, rows, slices), and ``affine`` maps voxels to millimetres (right, anterior,
         superior). A 2D image has (rows, columns) whatever its file, and its ``affine`` holds the
         spacing alone. The ``affine`` of arrays and pictures is the identity. DICOM values are in
-        the units of the modality, and MONOCHROME1 is inverted so that bright is dense. The values
-        of a picture with a palette are the palette's indices.
+        the units of the modality, and MONOCHROME1 is inverted so that bright is dense. Pictures
+        are turned, and have their colours, as a viewer shows them; see `read_picture`.
 
     Raises
     ------
@@ -54,18 +69,21 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
         If the file cannot be read, has another number of dimensions, holds NaN or infinite
         values, or has or unpacks to more than `bounded.MOST` bytes; the text names the file.
     """
+    frames = "channels" if mask else frames
+    if frames is not None:
+        frames = require_frames(frames)
     if _are_paths(source):
         parts: list[MetaTensor] = []
         size = 0
         for path in source:
-            parts.append(read_image(path, spatial_dims))
+            parts.append(read_image(path, spatial_dims, frames, mask=mask))
             if (problem := mismatch(parts[-1], parts[0])) is not None:
                 raise InputError(f"{path} does not fit {source[0]}: {problem}")
             size += parts[-1].nbytes
             require_within(f"{source[0]} and its other channels have at least", size, "an image")
         channels = torch.cat([part.as_tensor() for part in parts])
         return MetaTensor(channels, parts[0].affine, file_affine_of(parts[0]))
-    array, affine, placed = _read(source, spatial_dims)
+    array, affine, placed = _read(source, spatial_dims, frames, mask)
     try:
         return _fit(array, affine, placed, spatial_dims)
     except InputError as error:
@@ -105,7 +123,7 @@ def read_label(
     InputError
         As in `read_image`; if a value is not a class; if the mask does not fit ``image``.
     """
-    mask = read_image(source, spatial_dims)
+    mask = read_image(source, spatial_dims, mask=True)
     if len(mask) != 1:
         raise InputError(f"a mask must have one channel, got {len(mask)}")
     if image is not None and (problem := mismatch(mask, image)) is not None:
@@ -142,15 +160,16 @@ def files_of(source: Any) -> Iterator[Path]:
             yield from files_of(part)
 
 
-def _read(source: Any, spatial_dims: int | None) -> tuple[Array, Array | None, bool]:
+def _read(source: Any, spatial_dims: int | None, frames: int | str | None, mask: bool) -> _Read:
     """Return values with the channel first, their affine or None, and whether it is meaningful.
 
     It is if it states a position in the patient.
     """
     if isinstance(source, Series):
-        return read_dicom(source)
+        return _only(read_dicom(source), frames, source)
     if not isinstance(source, str | Path):
-        return _with_channel(np.asarray(source), spatial_dims), None, False
+        array = _with_channel(np.asarray(source), spatial_dims)
+        return _only((array, None, False), frames, "array")
     path = Path(source)
     try:
         if not path.exists():
@@ -163,18 +182,28 @@ def _read(source: Any, spatial_dims: int | None) -> tuple[Array, Array | None, b
             # In a DICOM file, a JPEG may be larger than the header says.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if is_dicom(path):
-                return read_dicom(path)
+                return _only(read_dicom(path), frames, path)
             if path.is_dir():
                 raise InputError(f"{path} is a folder without DICOM files")
             if path.suffix.lower() in PICTURES:
-                return read_picture(path), None, False
+                return _only((read_picture(path, indices=mask), None, False), frames, path)
             if path.suffix.lower() == ".npy":
-                return _with_channel(_read_array(path), spatial_dims), None, False
-            return *read_volume(path), True
+                array = _with_channel(_read_array(path), spatial_dims)
+                return _only((array, None, False), frames, path)
+            if path.suffix.lower() in ITK:
+                return *read_itk(path, frames), True
+            return *read_volume(path, frames), True
     except InputError:
         raise
     except Exception as error:  # The readers fail in a dozen ways.
         raise InputError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def _only(read: _Read, frames: int | str | None, source: object) -> _Read:
+    """Return what was read from a source of one volume; raise if another is asked for."""
+    if isinstance(frames, int):
+        taken(read[0][None], frames, source)
+    return read
 
 
 def _with_channel(array: Array, spatial_dims: int | None) -> Array:
