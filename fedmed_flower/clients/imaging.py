@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.cache import CachedRows
-from fedmed_flower.data.checks import Finding, check_row
-from fedmed_flower.data.site import Row, SiteData
+from fedmed_flower.data.checks import Finding, check_row, shared_images
+from fedmed_flower.data.site import SPLITS, Row, SiteData
 from fedmed_flower.errors import InputError
 from fedmed_flower.images.reading import files_of, read_image
+from fedmed_flower.images.volumes import frames_of
 from fedmed_flower.models.device import arranged, torch_device
 from fedmed_flower.models.networks import build_network
 from fedmed_flower.privacy.validate import require_independent
@@ -72,6 +74,8 @@ class ImagingClient(MedicalClient):
         with noise, need it or ``patch-size``: they try the network on made-up images before any
         patient's image is read, and images of another shape add nothing. If ``patch-size`` is set,
         only the number of channels is used. If `image_shape` is empty, images have one channel.
+        The volumes of a 4D file whose row does not say what they are count as channels if there are
+        as many, and more than one.
     modality : {"", "ct", "mr", "xray"}
         How each channel is scaled. ``ct`` clips values to `ct_window` and scales them to [0, 1].
         ``mr`` brings values other than 0 to mean 0 and standard deviation 1. ``xray`` scales the
@@ -213,6 +217,46 @@ class ImagingClient(MedicalClient):
     def _channels(self) -> int:
         return self.image_shape[0] if self.image_shape else 1
 
+    @property
+    def found(self) -> dict[int, Finding]:
+        """What was found in each row that was screened, by the row's `id`; kept during the run."""
+        found: dict[int, Finding] = self.cache.more.setdefault(self.key("found"), {})
+        return found
+
+    def screened(self, split: str, pooled: bool = False) -> Sequence[Row]:
+        """Return the rows of a split that can be used.
+
+        Raises
+        ------
+        InputError
+            If two patients have the same image, one in this split and one in another: figures of a
+            test would count an image that was trained on. In one split it is a warning. A `sealed`
+            client does not look, since other patients would decide about one.
+        """
+        is_new = self.key(pooled, split) not in self.cache.screened
+        rows = super().screened(split, pooled)
+        if not (pooled or self.sealed):
+            self._require_apart(split if is_new else "")
+        return rows
+
+    def _require_apart(self, new: str) -> None:
+        """Raise `InputError` for an image that patients of two splits have; warn in a new split."""
+        found = self.found
+        known = [
+            (split, found[id(row)])
+            for split in SPLITS
+            for row in self.cache.screened.get(self.key(False, split), ())
+            if id(row) in found
+        ]
+        for shared in shared_images(known):
+            if len(shared.splits) > 1:
+                raise InputError(
+                    f"{shared}; they are in the splits {' and '.join(shared.splits)}: remove the "
+                    "copy, or give both rows the patient's one name"
+                )
+            if new in shared.splits:
+                log.warning("%s: %s", self.site.name, shared)
+
     def screen(self, rows: Sequence[Row], split: str) -> list[Row]:
         """Return the rows whose files can be used; the log names the others.
 
@@ -231,9 +275,11 @@ class ImagingClient(MedicalClient):
                 self.label_values,
                 self.empty_masks,
                 masks="label" in self._keys,
+                channels=self._channels,
             )
             for row in rows
         ]
+        self.found.update(zip(map(id, rows), checks, strict=True))
         if not self.sealed:
             _require_labels(checks, split)
         channels = Counter(check.shape[0] for check in checks if check.problem is None)
@@ -244,6 +290,7 @@ class ImagingClient(MedicalClient):
         problems = []
         for row, check in zip(rows, checks, strict=True):
             problem = self._problem(check, usual)
+            self.found[id(row)] = replace(check, problem=problem)
             if problem is None:
                 usable.append(row)
             else:
@@ -283,7 +330,7 @@ class ImagingClient(MedicalClient):
 
     def _load(self, train: bool) -> Callable[[Any], Any]:
         """Return the transform that reads the files of a row."""
-        return LoadRow(self.spatial_dims)
+        return LoadRow(self.spatial_dims, self._channels)
 
     def _cached(self, rows: Sequence[Row], steps: Sequence[Callable[[Any], Any]]) -> CachedRows:
         """Keep as many rows in memory as this site may, over all its splits."""
@@ -379,6 +426,8 @@ class LoadRow(Transform):  # type: ignore[misc]
     ----------
     spatial_dims : int
         2 or 3. An image with this number of dimensions gets one channel.
+    channels : int
+        The channels of a 4D file whose row does not say what its volumes are, see `frames_of`.
 
     Raises
     ------
@@ -386,13 +435,15 @@ class LoadRow(Transform):  # type: ignore[misc]
         If the image cannot be read, has another number of dimensions or is not finite.
     """
 
-    def __init__(self, spatial_dims: int) -> None:
+    def __init__(self, spatial_dims: int, channels: int = 1) -> None:
         self.spatial_dims = spatial_dims
+        self.channels = channels
 
     def __call__(self, row: Row) -> dict[str, Any]:
         """Return the row with its image loaded; an error names the patient."""
         try:
-            image: Any = read_image(row["image"], self.spatial_dims)
+            frames = frames_of(row, self.channels)
+            image: Any = read_image(row["image"], self.spatial_dims, frames)
         except InputError as error:
             raise InputError(f"image of patient {row['patient']}: {error}") from error
         if self.spatial_dims == 2 and not any(files_of(row["image"])):

@@ -814,3 +814,109 @@ def test_labels_that_are_coded_otherwise_are_refused_before_the_first_round(tmp_
         f"{wrong} of 10 rows of the train split have labels that are no class, such as that of "
     )
     assert not (tmp_path / "run").exists()
+
+
+# Several volumes in a file, and one image under two names
+
+
+class FourD(ClassificationClient):
+    spatial_dims = 3
+    num_classes = 2
+    image_shape = (2, 2, 2, 2)
+
+    def build_model(self):
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+
+
+def volumes_in(folder, count=6, volumes=2):
+    """Return rows whose images are files of several volumes."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for number in range(count):
+        values = rng.normal(size=(2, 2, 2, volumes)).astype(np.float32)
+        path = folder / f"{number}.nii"
+        nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
+        rows.append({"image": str(path), "label": number % 2, "patient": f"p{number}"})
+    return rows
+
+
+def test_the_volumes_of_a_file_are_the_channels_that_the_client_declares(tmp_path):
+    rows = volumes_in(tmp_path)
+    client = fixed(SiteData(rows), FourD)
+    model = model_arrays(lambda: FourD.build_model(None))
+    found = trained(client, context_of(), model)
+    said = [row | {"frames": "channels"} for row in rows]
+    undeclared = fixed(SiteData(said), FourD, image_shape=())
+    assert trained(undeclared, context_of(), model) == found
+
+
+def test_volumes_that_nobody_explains_are_rejected(tmp_path, caplog):
+    rows = volumes_in(tmp_path, volumes=3)
+    model = model_arrays(lambda: FourD.build_model(None))
+    unsaid = fixed(SiteData(rows), FourD, image_shape=())
+    reply = ask(unsaid, "train", context_of(), model)
+    assert "holds 3 volumes (4D), which may be channels, times or b-values" in reply.error.reason
+    reply = ask(fixed(SiteData(rows), FourD), "train", context_of(), model)
+    assert "0.nii holds 3 volumes (4D), and 2 channels are expected" in reply.error.reason
+    one = [row | {"frames": 1} for row in rows]
+    one[2] = one[2] | {"frames": 3}
+    shape = (1, 2, 2, 2)
+    client = fixed(SiteData(one), FourD, image_shape=shape, build_model=lambda self: eight())
+    trained(client, context_of(), model_arrays(eight))
+    path = rows[2]["image"]
+    assert rejected(caplog)[-1] == (
+        f"hospital-1: rejected, train split, patient p2: {path} holds 3 volumes, numbered from 0, "
+        "and frames says 3"
+    )
+
+
+def eight():
+    return nn.Sequential(nn.Flatten(), nn.Linear(8, 2))
+
+
+def shared(split):
+    """Return a hospital where one image has the names of two patients."""
+    parts = {"train": make_rows(6, 0), "val": [], "test": make_rows(2, 1, "t")}
+    parts[split] = [*parts[split], {**parts["train"][2], "patient": "Bo"}]
+    return fixed(SiteData(**parts))
+
+
+SAME = "patients p-2 and Bo have the same image, value for value: array and array"
+
+
+def test_an_image_of_two_patients_in_two_splits_stops_the_hospital():
+    text = (
+        f"{SAME}; they are in the splits train and test: remove the copy, or give both rows the "
+        "patient's one name"
+    )
+    client, context = shared("test"), context_of()
+    # The training split alone does not show it.
+    assert not ask(client, "train", context).has_error()
+    for kind, config in (("query.describe", {}), ("evaluate", {"split": "test"}), ("train", {})):
+        reply = ask(client, kind, context, **config)
+        assert read_error(reply.error.reason) == ("hospital-1", text)
+
+
+def test_an_image_of_two_patients_in_one_split_is_a_warning(caplog):
+    assert not ask(shared("train"), "query.describe", context_of()).has_error()
+    lines = [r.getMessage() for r in caplog.records if "same image" in r.getMessage()]
+    assert lines == [f"hospital-1: {SAME}"]
+
+
+def test_two_images_of_one_patient_and_images_of_one_value_may_be_the_same(caplog):
+    rows = make_rows(6, 0)
+    twice = [*rows, {**rows[0], "patient": " p-0"}]
+    flat = [{**row, "image": np.full((2, 2), 7)} for row in make_rows(4, 1, "t")]
+    data = SiteData([*twice, flat[0]], test=flat[1:])
+    assert not ask(fixed(data), "query.describe", context_of()).has_error()
+    assert "same image" not in caplog.text
+
+
+def test_in_private_training_another_patient_does_not_decide_about_one(tmp_path, caplog):
+    data = SiteData(make_rows(12, 0), test=make_rows(12, 0, "t"))
+    client = fixed(data, image_shape=(1, 2, 2))
+    context = context_of(node_config=node_of(tmp_path), privacy="patient")
+    reply = ask(client, "train", context)
+    assert not reply.has_error()
+    plain = context_of(node_config=node_of(tmp_path))
+    assert ask(client, "query.describe", plain).has_error()
