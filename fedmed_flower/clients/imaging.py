@@ -29,7 +29,7 @@ from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.cache import CachedRows
 from fedmed_flower.data.checks import Finding, check_row, shared_images
 from fedmed_flower.data.site import SPLITS, Row, SiteData
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
 from fedmed_flower.images.reading import files_of, read_image
 from fedmed_flower.images.volumes import frames_of
 from fedmed_flower.models.device import arranged, torch_device
@@ -42,9 +42,9 @@ log = logging.getLogger("flwr.fedmed")
 
 MODALITIES = ("", "ct", "mr", "xray")
 _MOST_LINES = 20
-# If a larger share of the labels is no class, and as many, they are coded otherwise.
-_MOST_MISLABELLED = 0.05
-_FEWEST_MISLABELLED = 3
+# If a larger share of the rows is wrong in one way, and as many, more is wrong than these rows.
+_MOST_WRONG = 0.05
+_FEWEST_WRONG = 3
 
 
 class ImagingClient(MedicalClient):
@@ -226,36 +226,72 @@ class ImagingClient(MedicalClient):
     def screened(self, split: str, pooled: bool = False) -> Sequence[Row]:
         """Return the rows of a split that can be used.
 
+        A row is left out if its image is, value for value, one that another patient has in an
+        earlier split: figures of a test would count an image that was trained on. A `sealed` client
+        does not look, since other patients would decide about one.
+
         Raises
         ------
         InputError
-            If two patients have the same image, one in this split and one in another: figures of a
-            test would count an image that was trained on. In one split it is a warning. A `sealed`
-            client does not look, since other patients would decide about one.
+            As `screen`; if three rows or more, and more than one in twenty, are such copies: then
+            patients have several names.
         """
-        is_new = self.key(pooled, split) not in self.cache.screened
-        rows = super().screened(split, pooled)
-        if not (pooled or self.sealed):
-            self._require_apart(split if is_new else "")
-        return rows
+        key = self.key(pooled, split)
+        if pooled or self.sealed or key in self.cache.screened:
+            return super().screened(split, pooled)
+        earlier = [row for name in SPLITS[: SPLITS.index(split)] for row in self.screened(name)]
+        rows = super().screened(split)
+        try:
+            self.cache.screened[key] = self._without_copies(rows, split, earlier)
+        except InputError:
+            # Else the next message would be answered with these rows.
+            del self.cache.screened[key]
+            raise
+        return self.cache.screened[key]
 
-    def _require_apart(self, new: str) -> None:
-        """Raise `InputError` for an image that patients of two splits have; warn in a new split."""
+    def _without_copies(
+        self, rows: Sequence[Row], split: str, earlier: Sequence[Row]
+    ) -> Sequence[Row]:
+        """Return the rows of a split without images of other patients in earlier ones."""
+        # A subclass may screen in its own way, by which nothing is found.
         found = self.found
-        known = [
-            (split, found[id(row)])
-            for split in SPLITS
-            for row in self.cache.screened.get(self.key(False, split), ())
-            if id(row) in found
-        ]
-        for shared in shared_images(known):
-            if len(shared.splits) > 1:
-                raise InputError(
-                    f"{shared}; they are in the splits {' and '.join(shared.splits)}: remove the "
-                    "copy, or give both rows the patient's one name"
-                )
-            if new in shared.splits:
-                log.warning("%s: %s", self.site.name, shared)
+        before = [("earlier", found[id(row)]) for row in earlier if id(row) in found]
+        own = [(split, found[id(row)]) for row in rows if id(row) in found]
+        for shared in shared_images(own):
+            log.warning("%s: %s split, %s", self.site.name, split, shared)
+        owners = {
+            shared.digest: shared.findings[0]
+            for shared in shared_images([*before, *own])
+            if len(shared.splits) > 1
+        }
+        copies = [row for row in rows if id(row) in found and found[id(row)].digest in owners]
+        problems = []
+        for row in copies:
+            finding = found[id(row)]
+            owner = owners[finding.digest]
+            problem = (
+                f"{finding.image} is the image {owner.image} of patient {owner.patient} in an "
+                "earlier split, value for value"
+            )
+            found[id(row)] = replace(finding, problem=shown(problem))
+            problems.append(f"patient {finding.patient}: {problem}")
+        if _too_many(len(copies), len(rows)):
+            raise InputError(
+                f"{len(copies)} of {len(rows)} rows of the {split} split have images of patients "
+                f"in an earlier split, such as {problems[0]}; give each patient one name in all "
+                "rows"
+            )
+        self._log_rejected(problems, split)
+        left_out = {id(row) for row in copies}
+        return [row for row in rows if id(row) not in left_out] if copies else rows
+
+    def _log_rejected(self, problems: Sequence[str], split: str) -> None:
+        site = self.site.name
+        for problem in problems[:_MOST_LINES]:
+            log.warning("%s: rejected, %s split, %s", site, split, problem)
+        if len(problems) > _MOST_LINES:
+            more = len(problems) - _MOST_LINES
+            log.warning("%s: and %d more of the %s split rejected", site, more, split)
 
     def screen(self, rows: Sequence[Row], split: str) -> list[Row]:
         """Return the rows whose files can be used; the log names the others.
@@ -299,12 +335,7 @@ class ImagingClient(MedicalClient):
             raise InputError(
                 f"all {len(rows)} rows of the train split were rejected; {problems[0]}"
             )
-        site = self.site.name
-        for problem in problems[:_MOST_LINES]:
-            log.warning("%s: rejected, %s split, %s", site, split, problem)
-        if len(problems) > _MOST_LINES:
-            more = len(problems) - _MOST_LINES
-            log.warning("%s: and %d more of the %s split rejected", site, more, split)
+        self._log_rejected(problems, split)
         return usable
 
     def _problem(self, check: Finding, channels: int) -> str | None:
@@ -406,10 +437,15 @@ class ImagingClient(MedicalClient):
         require_independent(change, _joined(images, masks))
 
 
+def _too_many(wrong: int, rows: int) -> bool:
+    """Return whether so many rows are wrong that to leave them out would select patients."""
+    return wrong >= _FEWEST_WRONG and wrong > _MOST_WRONG * rows
+
+
 def _require_labels(checks: Sequence[Finding], split: str) -> None:
     """Raise `InputError` if too many labels are no class."""
     wrong = [check for check in checks if check.mislabelled]
-    if len(wrong) >= _FEWEST_MISLABELLED and len(wrong) > _MOST_MISLABELLED * len(checks):
+    if _too_many(len(wrong), len(checks)):
         raise InputError(
             f"{len(wrong)} of {len(checks)} rows of the {split} split have labels that are no "
             f"class, such as that of patient {wrong[0].patient}: {wrong[0].problem}; number the "

@@ -83,6 +83,11 @@ class Shared:
     findings: tuple[Finding, ...]
     splits: tuple[str, ...]
 
+    @property
+    def digest(self) -> str:
+        """The `Finding.digest` of the image."""
+        return self.findings[0].digest
+
     def __str__(self) -> str:
         """Name two of the patients."""
         first, second = self.findings[:2]

@@ -874,33 +874,57 @@ def eight():
     return nn.Sequential(nn.Flatten(), nn.Linear(8, 2))
 
 
-def shared(split):
-    """Return a hospital where one image has the names of two patients."""
-    parts = {"train": make_rows(6, 0), "val": [], "test": make_rows(2, 1, "t")}
-    parts[split] = [*parts[split], {**parts["train"][2], "patient": "Bo"}]
-    return fixed(SiteData(**parts))
+def with_copies(split, count=1, rows=6):
+    """Return a hospital where images of the training have the names of other patients."""
+    parts = {"train": make_rows(6, 0), "val": [], "test": make_rows(rows, 1, "t")}
+    copies = [{**row, "patient": f"Bo-{k}"} for k, row in enumerate(parts["train"][2:])]
+    return SiteData(**parts | {split: [*parts[split], *copies[:count]]})
 
 
-SAME = "patients p-2 and Bo have the same image, value for value: array and array"
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_an_image_that_another_patient_has_in_training_is_left_out_of_other_splits(caplog, split):
+    client, context = fixed(with_copies(split, 2)), context_of()
+    reply = ask(client, "query.describe", context)
+    assert reply.content["metrics"]["rejected"] == 2
+    assert reply.content["metrics"][split] == {"val": 0, "test": 6}[split]
+    assert rejected(caplog) == [
+        f"hospital-1: rejected, {split} split, patient Bo-{k}: array is the image array of patient "
+        f"p-{k + 2} in an earlier split, value for value"
+        for k in range(2)
+    ]
 
 
-def test_an_image_of_two_patients_in_two_splits_stops_the_hospital():
+def test_the_order_of_messages_does_not_decide_which_copy_is_left_out():
+    data = with_copies("test", 2)
+    client, context = fixed(data), context_of()
+    assert not ask(client, "evaluate", context, split="test").has_error()
+    found = {split: client(context).screened(split) for split in ("train", "val", "test")}
+    assert (found["train"], found["test"]) == (data.train, data.test[:6])
+
+
+def test_many_copies_stop_the_hospital_whatever_is_asked():
     text = (
-        f"{SAME}; they are in the splits train and test: remove the copy, or give both rows the "
-        "patient's one name"
+        "3 of 9 rows of the test split have images of patients in an earlier split, such as "
+        "patient Bo-0: array is the image array of patient p-2 in an earlier split, value for "
+        "value; give each patient one name in all rows"
     )
-    client, context = shared("test"), context_of()
-    # The training split alone does not show it.
-    assert not ask(client, "train", context).has_error()
-    for kind, config in (("query.describe", {}), ("evaluate", {"split": "test"}), ("train", {})):
+    client, context = fixed(with_copies("test", 3)), context_of()
+    for kind, config in (("query.describe", {}), ("evaluate", {"split": "test"})) * 2:
         reply = ask(client, kind, context, **config)
         assert read_error(reply.error.reason) == ("hospital-1", text)
+    # Three among more are fewer than one in twenty.
+    few = fixed(with_copies("test", 3, rows=60))
+    assert not ask(few, "query.describe", context_of()).has_error()
 
 
 def test_an_image_of_two_patients_in_one_split_is_a_warning(caplog):
-    assert not ask(shared("train"), "query.describe", context_of()).has_error()
+    reply = ask(fixed(with_copies("train")), "query.describe", context_of())
+    assert reply.content["metrics"]["train"] == 7
     lines = [r.getMessage() for r in caplog.records if "same image" in r.getMessage()]
-    assert lines == [f"hospital-1: {SAME}"]
+    assert lines == [
+        "hospital-1: train split, patients p-2 and Bo-0 have the same image, value for value: "
+        "array and array"
+    ]
 
 
 def test_two_images_of_one_patient_and_images_of_one_value_may_be_the_same(caplog):
@@ -908,7 +932,8 @@ def test_two_images_of_one_patient_and_images_of_one_value_may_be_the_same(caplo
     twice = [*rows, {**rows[0], "patient": " p-0"}]
     flat = [{**row, "image": np.full((2, 2), 7)} for row in make_rows(4, 1, "t")]
     data = SiteData([*twice, flat[0]], test=flat[1:])
-    assert not ask(fixed(data), "query.describe", context_of()).has_error()
+    reply = ask(fixed(data), "query.describe", context_of())
+    assert reply.content["metrics"]["rejected"] == 0
     assert "same image" not in caplog.text
 
 
@@ -920,3 +945,9 @@ def test_in_private_training_another_patient_does_not_decide_about_one(tmp_path,
     assert not reply.has_error()
     plain = context_of(node_config=node_of(tmp_path))
     assert ask(client, "query.describe", plain).has_error()
+
+
+def test_a_subclass_may_screen_in_its_own_way():
+    client = fixed(with_copies("test"), screen=lambda self, rows, split: list(rows))
+    reply = ask(client, "query.describe", context_of())
+    assert reply.content["metrics"]["test"] == 7
