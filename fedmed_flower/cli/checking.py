@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flwr.app import Context, RecordDict, UserConfig
 
+from fedmed_flower.cli.findings import problem_of, summary_of
 from fedmed_flower.clients.app import HospitalApp
 from fedmed_flower.clients.base import MedicalClient
+from fedmed_flower.clients.imaging import ImagingClient
 from fedmed_flower.clients.tabular import TabularClient
 from fedmed_flower.clients.targets import CLASSED, with_target
+from fedmed_flower.data.checks import Finding, shared_images, without_constant
 from fedmed_flower.data.outlying import with_further, without_column
 from fedmed_flower.data.preparation import contribution
 from fedmed_flower.data.schema import Schema, empty_columns, without_values
@@ -45,6 +48,8 @@ class Checked:
         None if it could not be made.
     data : SiteData or None
         None if the app's client could not read it.
+    findings : list of Finding
+        What was found in each image, and what is wrong with the folder as a whole.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -52,6 +57,7 @@ class Checked:
     refused: str = ""
     client: MedicalClient | None = None
     data: SiteData | None = None
+    findings: list[Finding] = field(default_factory=list)
 
 
 def check_by_app(app: Path, folders: Sequence[Path]) -> dict[str, Checked]:
@@ -135,7 +141,12 @@ def _read(checked: Checked, client: MedicalClient) -> None:
     require_patients(data)
     client.check(data)
     client.warn(data)
-    usable = {split: client.screen(getattr(data, split), split) for split in SPLITS}
+    of_folder = list(checked.problems)
+    try:
+        usable = {split: client.screen(getattr(data, split), split) for split in SPLITS}
+    finally:
+        if isinstance(client, ImagingClient):
+            _look_at_images(checked, client, data, of_folder)
     checked.data = data
     rejected = data.rejected + len(all_rows(data)) - sum(map(len, usable.values()))
     rows = ", ".join(f"{len(rows)} {split}" for split, rows in usable.items())
@@ -148,6 +159,29 @@ def _read(checked: Checked, client: MedicalClient) -> None:
             checked.problems.append(text)
     if isinstance(client, GenomicsClient):
         _look_at_cohort(checked, client, data)
+
+
+def _look_at_images(
+    checked: Checked, client: ImagingClient, data: SiteData, of_folder: Sequence[str]
+) -> None:
+    """Note what was found in the images that were screened, and in the folder before."""
+    found = [
+        (split, client.found[id(row)])
+        for split in SPLITS
+        for row in getattr(data, split)
+        if id(row) in client.found
+    ]
+    images = [replace(without_constant(finding), split=split) for split, finding in found]
+    checked.lines += summary_of(images, client.num_classes) if images else []
+    constant = [
+        after
+        for (_, before), after in zip(found, images, strict=True)
+        if before.problem is None and after.problem is not None
+    ]
+    shared = [str(image) for image in shared_images(found)]
+    checked.problems += [*map(problem_of, constant), *shared]
+    checked.findings = images
+    checked.findings += [Finding("", "", problem=text) for text in (*of_folder, *shared)]
 
 
 def _look_at_cohort(checked: Checked, client: GenomicsClient, data: SiteData) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
+from fedmed_flower.cli.findings import (
+    problem_of,
+    require_writable,
+    summary_of,
+    table_of,
+    write_findings,
+)
 from fedmed_flower.cli.options import WHAT_THEY_HOLD, Kind
 from fedmed_flower.cli.tables import console, input_errors, print_table
 from fedmed_flower.errors import InputError, shown
@@ -25,8 +29,7 @@ data_app = typer.Typer(
     no_args_is_help=True,
 )
 
-# Bounds the values that are listed: an image that was mistaken for a mask may hold thousands.
-_MOST_VALUES = 12
+_WHOLE = re.compile(r" *-?[0-9]{1,9} *")
 _PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")
 
 
@@ -51,6 +54,21 @@ def check(
             help="Number of classes; masks count the background too.  [default: dataset.json]",
         ),
     ] = None,
+    label_values: Annotated[
+        str,
+        typer.Option(
+            metavar="NUMBERS",
+            help="The values of masks for class 0, 1, ..., such as 0,255.  [default: the numbers "
+            "of the classes]",
+        ),
+    ] = "",
+    empty_masks: Annotated[
+        bool, typer.Option("--empty-masks", help="A mask may hold the background alone.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write what was found in each image: FILE.csv or FILE.json."),
+    ] = None,
     node_config: Annotated[
         str | None,
         typer.Option(help='The node config of the SuperNode: "KEY=VALUE KEY=VALUE ...".'),
@@ -59,24 +77,28 @@ def check(
     """Read all that a hospital's folder holds and list what cannot be used.
 
     With --app several folders are compared as well: who differs from all others as another unit or
-    a typing error would make it. Nothing leaves this machine, and nothing is written. Without a
-    folder only the node config is checked.
+    a typing error would make it. Nothing leaves this machine, and nothing is written but --out.
+    Without a folder only the node config is checked.
     """
-    # Imports MONAI, for which the other commands need not wait.
-    from fedmed_flower.data.checks import check_folder
-
     with input_errors():
         if node_config is not None:
             _check_node(node_config)
             console.print("the node config is valid")
         if not folders:
-            if node_config is None or app is not None:
+            if node_config is None or app is not None or out is not None:
                 raise InputError("give a folder, --node-config, or both")
             return
+        if out is not None:
+            require_writable(out)
         if app is not None:
-            if classes is not None:
-                raise InputError(f"--classes {classes} does not go with --app: the app says it")
-            _check_by_app(app, [folder.expanduser() for folder in folders])
+            for option, given in (
+                (f"--classes {classes}", classes is not None),
+                (f"--label-values {label_values}", label_values),
+                ("--empty-masks", empty_masks),
+            ):
+                if given:
+                    raise InputError(f"{option} does not go with --app: the app says it")
+            _check_by_app(app, [folder.expanduser() for folder in folders], out)
             return
         if len(folders) > 1:
             raise InputError(
@@ -85,17 +107,47 @@ def check(
             )
         folder = folders[0].expanduser()
         if _is_genotypes(folder):
+            if out is not None:
+                raise InputError(f"--out lists images, and {folder} holds genotypes")
             _check_genotypes(folder)
             return
-        with console.status(Text(shown(f"reading {folder}"))):
-            findings = check_folder(folder, num_classes=classes)
+        findings = _look_at_images(folder, classes, _numbers(label_values), empty_masks)
+        if out is not None:
+            write_findings(out, [("", finding) for finding in findings])
+    _print_problems([problem_of(finding) for finding in findings if finding.problem is not None])
+
+
+def _look_at_images(
+    folder: Path, classes: int | None, values: Sequence[int], empty_masks: bool
+) -> list[Finding]:
+    """Read the images of a folder, print what they are, and return what was found."""
+    # Imports MONAI, for which the other commands need not wait.
+    from fedmed_flower.data.checks import check_folder
+
+    with console.status(Text(shown(f"reading {folder}"))):
+        findings = check_folder(folder, None, classes, values, empty_masks)
     images = [finding for finding in findings if finding.image]
-    _print_table(images, folder)
-    _print_summary(images)
+    print_table(console, table_of(images, folder))
+    for line in summary_of(images, classes or len(values) or None):
+        console.print(line)
     for finding in findings:
         if finding.note:
             console.print(finding.note)
-    _print_problems([_problem(finding) for finding in findings if finding.problem is not None])
+    return findings
+
+
+def _numbers(text: str) -> list[int]:
+    """Return the whole numbers of --label-values, one a class."""
+    if not text:
+        return []
+    parts = text.split(",")
+    numbers = [int(part) for part in parts if _WHOLE.fullmatch(part)]
+    if not 1 < len({*numbers}) == len(parts):
+        raise InputError(
+            "--label-values must be different whole numbers, one a class, such as 0,255; got "
+            f"{text!r}"
+        )
+    return numbers
 
 
 def _print_problems(problems: Sequence[str], code: int = 1) -> None:
@@ -134,13 +186,14 @@ def phantoms(
             console.print(f"{path}: {files} files")
 
 
-def _check_by_app(app: Path, folders: Sequence[Path]) -> None:
+def _check_by_app(app: Path, folders: Sequence[Path], out: Path | None) -> None:
     """Read hospitals' folders by an app's client, and print what that had to handle.
 
     Raises
     ------
     InputError
-        If there is one folder and it cannot be used at all.
+        If there is one folder and it cannot be used at all; if ``out`` is given, and the app's
+        client reads no images.
     typer.Exit
         With code 1 if there was anything, 2 if one of several folders cannot be used.
     """
@@ -157,6 +210,16 @@ def _check_by_app(app: Path, folders: Sequence[Path]) -> None:
         if several and checked.refused:
             problems.append(f"{start}cannot be used: {checked.refused}")
     refused = [checked.refused for checked in found.values() if checked.refused]
+    if out is not None:
+        listed = [
+            (name if several else "", finding)
+            for name, checked in found.items()
+            for finding in checked.findings
+        ]
+        if listed:
+            write_findings(out, listed)
+        elif not refused:
+            raise InputError(f"--out lists images, and by {app} none was read")
     if several:
         problems += compare(found)
     elif refused:
@@ -218,68 +281,3 @@ def _check_node(text: str) -> None:
     path = ledger_path(context, site, {})
     if path.exists() or "ledger" in config:
         Ledger(path, read_only=True).split_key()
-
-
-def _print_table(images: Sequence[Finding], folder: Path) -> None:
-    columns = {
-        "patient": [finding.patient for finding in images],
-        "image": [finding.image.replace(f"{folder}/", "") for finding in images],
-        "split": [finding.split for finding in images],
-        "shape": [_times(finding.shape) for finding in images],
-        "spacing (mm)": [_times(finding.spacing) for finding in images],
-        "axes": [finding.orientation for finding in images],
-        "values": [
-            "" if finding.low is None else f"{finding.low:g} to {finding.high:g}"
-            for finding in images
-        ],
-        "label": [_label(finding.label) for finding in images],
-    }
-    filled = {name: cells for name, cells in columns.items() if any(cells)}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in filled:
-        table.add_column(name, overflow="fold")
-    for finding, *cells in zip(images, *filled.values(), strict=True):
-        table.add_row(*cells, style="red" if finding.problem else None)
-    print_table(console, table)
-
-
-def _print_summary(images: Sequence[Finding]) -> None:
-    splits = Counter(finding.split for finding in images if finding.split)
-    parts = ", ".join(f"{name} {count}" for name, count in splits.items())
-    console.print(
-        f"{len(images)} images of {len({finding.patient for finding in images})} patients"
-        + (f": {parts}" if parts else "")
-    )
-    read = [finding for finding in images if finding.shape]
-    for name, setting, values in (
-        ("spacings", "spacing", [_times(finding.spacing) for finding in read]),
-        (
-            "orientations",
-            "orientation",
-            [finding.orientation for finding in read if finding.orientation],
-        ),
-    ):
-        if not values:
-            continue
-        kinds = Counter(values).most_common()
-        listed = ", ".join(f"{kind} ({count})" for kind, count in kinds[:5])
-        more = f" and {len(kinds) - 5} more" if len(kinds) > 5 else ""
-        hint = f"; {setting} in the run config brings them to one" if len(kinds) > 1 else ""
-        console.print(f"{name}: {listed}{more}{hint}")
-
-
-def _problem(finding: Finding) -> str:
-    return (
-        f"patient {finding.patient}: {finding.problem}" if finding.image else f"{finding.problem}"
-    )
-
-
-def _label(label: int | tuple[int, ...] | None) -> str:
-    if not isinstance(label, tuple):
-        return "" if label is None else str(label)
-    more = ", ..." if len(label) > _MOST_VALUES else ""
-    return ", ".join(map(str, label[:_MOST_VALUES])) + more
-
-
-def _times(values: Iterable[Any]) -> str:
-    return "x".join(f"{value:g}" for value in values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.cache import CachedRows
-from fedmed_flower.data.checks import Finding, check_row
-from fedmed_flower.data.site import Row, SiteData
-from fedmed_flower.errors import InputError
+from fedmed_flower.data.checks import Finding, check_row, shared_images
+from fedmed_flower.data.site import SPLITS, Row, SiteData
+from fedmed_flower.errors import InputError, shown
 from fedmed_flower.images.reading import files_of, read_image
+from fedmed_flower.images.volumes import frames_of
 from fedmed_flower.models.device import arranged, torch_device
 from fedmed_flower.models.networks import build_network
 from fedmed_flower.privacy.validate import require_independent
@@ -40,9 +42,9 @@ log = logging.getLogger("flwr.fedmed")
 
 MODALITIES = ("", "ct", "mr", "xray")
 _MOST_LINES = 20
-# If a larger share of the labels is no class, and as many, they are coded otherwise.
-_MOST_MISLABELLED = 0.05
-_FEWEST_MISLABELLED = 3
+# If a larger share of the rows is wrong in one way, and as many, more is wrong than these rows.
+_MOST_WRONG = 0.05
+_FEWEST_WRONG = 3
 
 
 class ImagingClient(MedicalClient):
@@ -72,6 +74,8 @@ class ImagingClient(MedicalClient):
         with noise, need it or ``patch-size``: they try the network on made-up images before any
         patient's image is read, and images of another shape add nothing. If ``patch-size`` is set,
         only the number of channels is used. If `image_shape` is empty, images have one channel.
+        The volumes of a 4D file whose row does not say what they are count as channels if there are
+        as many, and more than one.
     modality : {"", "ct", "mr", "xray"}
         How each channel is scaled. ``ct`` clips values to `ct_window` and scales them to [0, 1].
         ``mr`` brings values other than 0 to mean 0 and standard deviation 1. ``xray`` scales the
@@ -218,6 +222,82 @@ class ImagingClient(MedicalClient):
     def _channels(self) -> int:
         return self.image_shape[0] if self.image_shape else 1
 
+    @property
+    def found(self) -> dict[int, Finding]:
+        """What was found in each row that was screened, by the row's `id`; kept during the run."""
+        found: dict[int, Finding] = self.cache.more.setdefault(self.key("found"), {})
+        return found
+
+    def screened(self, split: str, pooled: bool = False) -> Sequence[Row]:
+        """Return the rows of a split that can be used.
+
+        A row is left out if its image is, value for value, one that another patient has in an
+        earlier split: figures of a test would count an image that was trained on. A `sealed` client
+        does not look, since other patients would decide about one.
+
+        Raises
+        ------
+        InputError
+            As `screen`; if three rows or more, and more than one in twenty, are such copies: then
+            patients have several names.
+        """
+        key = self.key(pooled, split)
+        if pooled or self.sealed or key in self.cache.screened:
+            return super().screened(split, pooled)
+        earlier = [row for name in SPLITS[: SPLITS.index(split)] for row in self.screened(name)]
+        rows = super().screened(split)
+        try:
+            self.cache.screened[key] = self._without_copies(rows, split, earlier)
+        except InputError:
+            # Else the next message would be answered with these rows.
+            del self.cache.screened[key]
+            raise
+        return self.cache.screened[key]
+
+    def _without_copies(
+        self, rows: Sequence[Row], split: str, earlier: Sequence[Row]
+    ) -> Sequence[Row]:
+        """Return the rows of a split without images of other patients in earlier ones."""
+        # A subclass may screen in its own way, by which nothing is found.
+        found = self.found
+        before = [("earlier", found[id(row)]) for row in earlier if id(row) in found]
+        own = [(split, found[id(row)]) for row in rows if id(row) in found]
+        for shared in shared_images(own):
+            log.warning("%s: %s split, %s", self.site.name, split, shared)
+        owners = {
+            shared.digest: shared.findings[0]
+            for shared in shared_images([*before, *own])
+            if len(shared.splits) > 1
+        }
+        copies = [row for row in rows if id(row) in found and found[id(row)].digest in owners]
+        problems = []
+        for row in copies:
+            finding = found[id(row)]
+            owner = owners[finding.digest]
+            problem = (
+                f"{finding.image} is the image {owner.image} of patient {owner.patient} in an "
+                "earlier split, value for value"
+            )
+            found[id(row)] = replace(finding, problem=shown(problem))
+            problems.append(f"patient {finding.patient}: {problem}")
+        if _too_many(len(copies), len(rows)):
+            raise InputError(
+                f"{len(copies)} of {len(rows)} rows of the {split} split have images of patients "
+                f"in an earlier split, such as {problems[0]}; give each patient one name in all "
+                "rows"
+            )
+        self._log_rejected(problems, split)
+        left_out = {id(row) for row in copies}
+        return [row for row in rows if id(row) not in left_out] if copies else rows
+
+    def _log_rejected(self, problems: Sequence[str], split: str) -> None:
+        site = self.site.name
+        for problem in problems[:_MOST_LINES]:
+            log.warning("%s: rejected, %s split, %s", site, split, problem)
+        if len(problems) > _MOST_LINES:
+            more = len(problems) - _MOST_LINES
+            log.warning("%s: and %d more of the %s split rejected", site, more, split)
+
     def screen(self, rows: Sequence[Row], split: str) -> list[Row]:
         """Return the rows whose files can be used; the log names the others.
 
@@ -237,9 +317,11 @@ class ImagingClient(MedicalClient):
                 self.empty_masks,
                 masks="label" in self._keys,
                 names=self._structures,
+                channels=self._channels,
             )
             for row in rows
         ]
+        self.found.update(zip(map(id, rows), checks, strict=True))
         if not self.sealed:
             _require_labels(checks, split)
         channels = Counter(check.shape[0] for check in checks if check.problem is None)
@@ -250,6 +332,7 @@ class ImagingClient(MedicalClient):
         problems = []
         for row, check in zip(rows, checks, strict=True):
             problem = self._problem(check, usual)
+            self.found[id(row)] = replace(check, problem=problem)
             if problem is None:
                 usable.append(row)
             else:
@@ -258,12 +341,7 @@ class ImagingClient(MedicalClient):
             raise InputError(
                 f"all {len(rows)} rows of the train split were rejected; {problems[0]}"
             )
-        site = self.site.name
-        for problem in problems[:_MOST_LINES]:
-            log.warning("%s: rejected, %s split, %s", site, split, problem)
-        if len(problems) > _MOST_LINES:
-            more = len(problems) - _MOST_LINES
-            log.warning("%s: and %d more of the %s split rejected", site, more, split)
+        self._log_rejected(problems, split)
         return usable
 
     def _problem(self, check: Finding, channels: int) -> str | None:
@@ -289,7 +367,7 @@ class ImagingClient(MedicalClient):
 
     def _load(self, train: bool) -> Callable[[Any], Any]:
         """Return the transform that reads the files of a row."""
-        return LoadRow(self.spatial_dims)
+        return LoadRow(self.spatial_dims, self._channels)
 
     def _cached(self, rows: Sequence[Row], steps: Sequence[Callable[[Any], Any]]) -> CachedRows:
         """Keep as many rows in memory as this site may, over all its splits."""
@@ -365,10 +443,15 @@ class ImagingClient(MedicalClient):
         require_independent(change, _joined(images, masks))
 
 
+def _too_many(wrong: int, rows: int) -> bool:
+    """Return whether so many rows are wrong that to leave them out would select patients."""
+    return wrong >= _FEWEST_WRONG and wrong > _MOST_WRONG * rows
+
+
 def _require_labels(checks: Sequence[Finding], split: str) -> None:
     """Raise `InputError` if too many labels are no class."""
     wrong = [check for check in checks if check.mislabelled]
-    if len(wrong) >= _FEWEST_MISLABELLED and len(wrong) > _MOST_MISLABELLED * len(checks):
+    if _too_many(len(wrong), len(checks)):
         raise InputError(
             f"{len(wrong)} of {len(checks)} rows of the {split} split have labels that are no "
             f"class, such as that of patient {wrong[0].patient}: {wrong[0].problem}; number the "
@@ -385,6 +468,8 @@ class LoadRow(Transform):  # type: ignore[misc]
     ----------
     spatial_dims : int
         2 or 3. An image with this number of dimensions gets one channel.
+    channels : int
+        The channels of a 4D file whose row does not say what its volumes are, see `frames_of`.
 
     Raises
     ------
@@ -392,13 +477,15 @@ class LoadRow(Transform):  # type: ignore[misc]
         If the image cannot be read, has another number of dimensions or is not finite.
     """
 
-    def __init__(self, spatial_dims: int) -> None:
+    def __init__(self, spatial_dims: int, channels: int = 1) -> None:
         self.spatial_dims = spatial_dims
+        self.channels = channels
 
     def __call__(self, row: Row) -> dict[str, Any]:
         """Return the row with its image loaded; an error names the patient."""
         try:
-            image: Any = read_image(row["image"], self.spatial_dims)
+            frames = frames_of(row, self.channels)
+            image: Any = read_image(row["image"], self.spatial_dims, frames)
         except InputError as error:
             raise InputError(f"image of patient {row['patient']}: {error}") from error
         if self.spatial_dims == 2 and not any(files_of(row["image"])):

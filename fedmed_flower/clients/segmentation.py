@@ -36,6 +36,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.images.geometry import spacing_of
 from fedmed_flower.images.names import plain_name
 from fedmed_flower.images.reading import read_image, read_label
+from fedmed_flower.images.volumes import frames_of
 from fedmed_flower.metrics.names import DICE, NOISED_DICE, WORST
 from fedmed_flower.metrics.segmentation import (
     dice_of,
@@ -131,7 +132,8 @@ class SegmentationClient(ImagingClient):
         ]
 
     def _load(self, train: bool) -> Callable[[Any], Any]:
-        return LoadPair(self.spatial_dims, self.classes, self.label_values, train)
+        dims = self.spatial_dims
+        return LoadPair(dims, self.classes, self.label_values, train, self._channels)
 
     def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return a training batch with random changes; torch's generator is seeded beforehand.
@@ -283,7 +285,8 @@ class SegmentationClient(ImagingClient):
         pictures = []
         for number, (row, mask, dice) in enumerate(shown, start=1):
             name = "the lowest Dice" if number == len(shown) else f"case {number}"
-            image = read_image(row["source"], self.spatial_dims)
+            frames = frames_of({**row, "image": row["source"]}, self._channels)
+            image = read_image(row["source"], self.spatial_dims, frames)
             spacing = row["spacing"]
             layers = [plain(image)[0].numpy(), row["label"], mask]
             if self.spatial_dims == 3:
@@ -370,6 +373,8 @@ class LoadPair(Transform):  # type: ignore[misc]
         Names of the classes 1, 2, ...
     train : bool
         Whether the row is for training.
+    channels : int
+        As in `LoadRow`.
 
     Raises
     ------
@@ -378,17 +383,24 @@ class LoadPair(Transform):  # type: ignore[misc]
     """
 
     def __init__(
-        self, spatial_dims: int, classes: Sequence[str], label_values: Sequence[int], train: bool
+        self,
+        spatial_dims: int,
+        classes: Sequence[str],
+        label_values: Sequence[int],
+        train: bool,
+        channels: int = 1,
     ) -> None:
         self.spatial_dims = spatial_dims
         self.classes = classes
         self.label_values = label_values
         self.train = train
+        self.channels = channels
 
     def __call__(self, row: Row) -> dict[str, Any]:
         """Return the row with image and mask loaded; an error names the patient."""
         try:
-            image = read_image(row["image"], self.spatial_dims)
+            frames = frames_of(row, self.channels)
+            image = read_image(row["image"], self.spatial_dims, frames)
             if "label" not in row and not self.train:
                 return {**row, "image": image}
             # A mask without a position of its own takes the image's.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import torch
 
 from fedmed_flower.data.bounded import quoted
 from fedmed_flower.data.datalist import read_folder
-from fedmed_flower.data.site import Row
+from fedmed_flower.data.site import Row, patient_text
 from fedmed_flower.data.splits import split_patients
 from fedmed_flower.errors import InputError, shown
 from fedmed_flower.images.geometry import orientation_of, spacing_of
 from fedmed_flower.images.headers import one_line
 from fedmed_flower.images.reading import files_of, read_image, read_label
 from fedmed_flower.images.series import Series
+from fedmed_flower.images.volumes import frames_of
+
+_MOST_COUNTED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Finding:
         Whether the problem is a label that is no class.
     note : str
         What is worth knowing of the folder as a whole, without being a problem.
+    digest : str
+        The same for images of the same shape and values; empty if the image cannot be read.
     """
 
     patient: str
@@ -63,6 +69,37 @@ class Finding:
     split: str = ""
     mislabelled: bool = False
     note: str = ""
+    digest: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """An image that several patients have.
+
+    Attributes
+    ----------
+    findings : tuple of Finding
+        The first one of each of these patients.
+    splits : tuple of str
+        The splits of all rows with this image.
+    """
+
+    findings: tuple[Finding, ...]
+    splits: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """The `Finding.digest` of the image."""
+        return self.findings[0].digest
+
+    def __str__(self) -> str:
+        """Name two of the patients."""
+        first, second = self.findings[:2]
+        more = f", and {len(self.findings) - 2} more" if len(self.findings) > 2 else ""
+        return (
+            f"patients {first.patient} and {second.patient}{more} have the same image, value for "
+            f"value: {first.image} and {second.image}"
+        )
 
 
 def check_row(
@@ -73,6 +110,7 @@ def check_row(
     empty_masks: bool = False,
     masks: bool = True,
     names: Sequence[str] = (),
+    channels: int = 1,
 ) -> Finding:
     """Read the image and the mask of a row and describe them; a problem is part of the finding.
 
@@ -81,7 +119,8 @@ def check_row(
     Parameters
     ----------
     row : dict
-        ``image``, ``patient`` and ``label``: a class number, or a mask (path or array).
+        ``image``, ``patient`` and ``label``: a class number, or a mask (path or array);
+        optionally ``split`` and ``frames``.
     spatial_dims : int or None
         As in `read_image`.
     num_classes : int or None
@@ -94,6 +133,8 @@ def check_row(
         Whether a label that is a text is the path of a mask; else it is no class.
     names : sequence of str
         Names of the classes 1, 2, ... of masks, by which those in DICOM files are read.
+    channels : int
+        The channels of a 4D file whose row does not say what its volumes are, see `frames_of`.
     """
     finding = Finding("", "array")
     try:
@@ -104,7 +145,7 @@ def check_row(
         for name in ("image", "label", "patient"):
             if name not in row:
                 raise InputError(f"the row has no {name}")
-        image = read_image(row["image"], spatial_dims)
+        image = read_image(row["image"], spatial_dims, frames_of(row, channels))
         values = image.as_tensor()
         finding = replace(
             finding,
@@ -113,6 +154,7 @@ def check_row(
             orientation=orientation_of(image),
             low=float(values.min()),
             high=float(values.max()),
+            digest=_digest(values),
         )
         is_text = any(files_of(row["label"]))
         if _is_mask(row["label"]) and (masks or not is_text):
@@ -134,7 +176,11 @@ def check_row(
 
 
 def check_folder(
-    folder: str | Path, spatial_dims: int | None = None, num_classes: int | None = None
+    folder: str | Path,
+    spatial_dims: int | None = None,
+    num_classes: int | None = None,
+    label_values: Sequence[int] = (),
+    empty_masks: bool = False,
 ) -> list[Finding]:
     """Check each row of a folder that `read_folder` understands.
 
@@ -144,14 +190,17 @@ def check_folder(
     spatial_dims : int or None
         None takes the dimensions of each file.
     num_classes : int or None
-        None takes the classes that dataset.json names; if it names none, all whole numbers from 0
-        on are accepted.
+        None takes the classes that ``label_values`` or dataset.json names; if neither names any,
+        all whole numbers from 0 on are accepted.
+    label_values, empty_masks
+        As `check_row` takes them.
 
     Returns
     -------
     list of Finding
         One a row, then one without an image for each note of `read_folder` and each problem of the
-        folder as a whole: files that `read_folder` could not use, a patient in two splits, and
+        folder as a whole: files that `read_folder` could not use, a patient in two splits, an image
+        that two patients have, and
         images that differ in dimensions or channels.
 
     Raises
@@ -160,16 +209,27 @@ def check_folder(
         As `read_folder`.
     """
     listing = read_folder(folder)
-    if num_classes is None and listing.class_names:
+    if num_classes is None and listing.class_names and not label_values:
         num_classes = 1 + len(listing.class_names)
     findings = [
-        check_row(row, spatial_dims, num_classes, names=listing.class_names) for row in listing.rows
+        without_constant(
+            check_row(
+                row,
+                spatial_dims,
+                num_classes,
+                label_values,
+                empty_masks,
+                names=listing.class_names,
+            )
+        )
+        for row in listing.rows
     ]
     problems = list(listing.problems)
     try:
         split_patients(listing.rows, 0, (1.0, 0.0, 0.0))
     except InputError as error:
         problems.append(str(error))
+    problems += map(str, shared_images((finding.split, finding) for finding in findings))
     shapes = [finding.shape for finding in findings if finding.shape]
     kinds = Counter((shape[0], len(shape) - 1) for shape in shapes)
     if len(kinds) > 1:
@@ -180,6 +240,42 @@ def check_folder(
         problems.append(f"one network cannot take all images: there are {', '.join(listed)}")
     findings += [Finding("", "", note=note) for note in listing.notes]
     return findings + [Finding("", "", problem=problem) for problem in problems]
+
+
+def without_constant(finding: Finding) -> Finding:
+    """Return a finding in which an image of one value is a problem, if it has no other."""
+    if finding.problem is None and finding.low is not None and finding.low == finding.high:
+        text = f"{finding.image} has the value {finding.low:g} everywhere: it shows nothing"
+        return replace(finding, problem=shown(text))
+    return finding
+
+
+def shared_images(findings: Iterable[tuple[str, Finding]]) -> Iterator[Shared]:
+    """Yield the images that several patients have.
+
+    An image of one value is left out: it is a picture of nothing.
+
+    Parameters
+    ----------
+    findings : iterable of (str, Finding)
+        Each with the split of its row.
+    """
+    groups: dict[str, list[tuple[str, Finding]]] = defaultdict(list)
+    for split, finding in findings:
+        if finding.digest and finding.low != finding.high:
+            groups[finding.digest].append((split, finding))
+    for group in groups.values():
+        first_of: dict[str, Finding] = {}
+        for _, finding in group:
+            first_of.setdefault(patient_text(finding.patient), finding)
+        if len(first_of) > 1:
+            yield Shared(tuple(first_of.values()), tuple({split: None for split, _ in group}))
+
+
+def _digest(values: torch.Tensor) -> str:
+    digest = hashlib.blake2b(str(tuple(values.shape)).encode(), digest_size=16)
+    digest.update(values.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _classes(
@@ -196,7 +292,11 @@ def _classes(
         mask = read_label(source, dims, num_classes, values, image, names)
     except InputError as error:
         raise InputError(f"its mask {_prefixed(shown(name), str(error))}") from None
-    return tuple(torch.unique(mask.as_tensor()).tolist())
+    voxels = mask.as_tensor()
+    if int(voxels.max()) > _MOST_COUNTED:
+        return tuple(torch.unique(voxels).tolist())
+    # A tenth of the time, since nothing is sorted.
+    return tuple(torch.bincount(voxels.flatten()).nonzero().flatten().tolist())
 
 
 def _class_number(label: Any, num_classes: int | None) -> int:

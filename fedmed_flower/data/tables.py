@@ -12,9 +12,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from fedmed_flower.data.bounded import LINK_OUT, leads_out, links_out, quoted, real_path
+from fedmed_flower.data.nnunet import is_nnunet, numbered_classes, read_cases
 from fedmed_flower.data.site import SPLITS
 from fedmed_flower.errors import InputError, shown
 from fedmed_flower.images.series import Series
+from fedmed_flower.images.volumes import require_frames
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -32,13 +34,16 @@ class _UnusableError(Exception):
 def read_dataset(file: Path, problems: list[str]) -> tuple[list[Line], tuple[str, ...]]:
     """Return the training entries of a dataset.json and the names of the classes 1, 2, ...
 
-    An entry without a patient is named after its first file. An entry that cannot be used is added
-    to ``problems``.
+    It is the Medical Segmentation Decathlon's, or nnU-Net's, whose cases are the files of two
+    folders beside it. An entry without a patient is named after its first file, or its case. If
+    the file says that images are 4D, and names several modalities, so many channels are expected of
+    each. An entry that cannot be used is added to ``problems``.
 
     Raises
     ------
     InputError
-        If the file is not JSON, has no list "training", or is a link out of its folder.
+        If the file is not JSON, has neither a list "training" nor nnU-Net's "channel_names", or is
+        a link out of its folder; as `nnunet.read_cases`.
     """
     try:
         content = json.loads(_text(file))
@@ -46,26 +51,53 @@ def read_dataset(file: Path, problems: list[str]) -> tuple[list[Line], tuple[str
         raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON: {error}") from None
+    lines: list[Line]
+    if isinstance(content, dict) and is_nnunet(content):
+        cases = read_cases(content, file, problems)
+        lines = [
+            (f"{file.name}, case {case}", {"patient": case, **entry})
+            for case, entry in cases.items()
+        ]
+        labels = numbered_classes(content, file, problems)
+        _warn_of_nameless(file, len(lines))
+        return lines, _class_names(labels or {}, file, problems)
     if not isinstance(content, dict) or not isinstance(content.get("training"), list):
         raise InputError(f'{file} must hold a list "training" of entries with image and label')
-    lines: list[Line] = []
+    lines = []
     entries = content["training"]
-    nameless = sum(isinstance(entry, dict) and "patient" not in entry for entry in entries)
-    if nameless:
+    _warn_of_nameless(
+        file, sum(isinstance(entry, dict) and "patient" not in entry for entry in entries)
+    )
+    frames = _frames_of_all(content)
+    for number, entry in enumerate(entries, start=1):
+        where = f"{file.name}, training entry {number}"
+        if isinstance(entry, dict):
+            several = isinstance(entry.get("image"), list)
+            said = {} if frames is None or several else {"frames": frames}
+            lines.append((where, {"patient": _stem(entry.get("image")), **said, **entry}))
+        else:
+            problems.append(f"{where}: it must be an object with image and label")
+    return lines, _class_names(content.get("labels") or {}, file, problems)
+
+
+def _warn_of_nameless(file: Path, count: int) -> None:
+    if count:
         log.warning(
             "%s: %d entries name no patient and count as one patient each. If a patient has "
             "several images, name the patient in each entry: otherwise they may fall into "
             "different splits, and privacy protects each image instead of the patient",
             file,
-            nameless,
+            count,
         )
-    for number, entry in enumerate(entries, start=1):
-        where = f"{file.name}, training entry {number}"
-        if isinstance(entry, dict):
-            lines.append((where, {"patient": _stem(entry.get("image")), **entry}))
-        else:
-            problems.append(f"{where}: it must be an object with image and label")
-    return lines, _class_names(content.get("labels") or {}, file, problems)
+
+
+def _frames_of_all(content: Mapping[str, Any]) -> str | None:
+    """Return what a dataset.json says of all its 4D files: how many channels they have."""
+    modality = content.get("modality")
+    is_4d = str(content.get("tensorImageSize", "")).upper() == "4D"
+    if is_4d and isinstance(modality, dict) and len(modality) > 1:
+        return f"{len(modality)} channels"
+    return None
 
 
 def read_csv(file: Path, columns: Sequence[str], problems: list[str]) -> Iterator[Line]:
@@ -110,7 +142,9 @@ def read_csv(file: Path, columns: Sequence[str], problems: list[str]) -> Iterato
 def rows_of(
     lines: Iterable[Line], folder: Path, needed: Sequence[str], problems: list[str]
 ) -> list[dict[str, Any]]:
-    """Return a row for each line: ``image``, ``patient`` and, if given, ``label`` and ``split``.
+    """Return a row for each line: ``image``, ``patient`` and what else of a row is given.
+
+    That is ``label``, ``split`` and ``frames``.
 
     A line that cannot be used is added to ``problems``, such as one whose files lie outside of the
     folder or are links out of it.
@@ -121,7 +155,7 @@ def rows_of(
     for where, line in lines:
         try:
             row = _row(line, folder, root, needed)
-            image = str(row["image"])
+            image = f"{row['image']} {row.get('frames', '')}"
             if image in seen:
                 raise _UnusableError(f"its image was named before, in {seen[image]}")
         except _UnusableError as error:
@@ -164,6 +198,8 @@ def _row(
     row: dict[str, Any] = {"image": paths if several else paths[0], "patient": str(patient).strip()}
     if "label" in line:
         row["label"] = _label(line["label"], folder, root)
+    if line.get("frames") not in (None, ""):
+        row["frames"] = _frames(line["frames"])
     if line.get("split") is not None:
         row["split"] = str(line["split"]).strip().lower()
         if row["split"] not in SPLITS:
@@ -171,6 +207,18 @@ def _row(
                 f"its split {quoted(line['split'])} is not one of {', '.join(SPLITS)}"
             )
     return row
+
+
+def _frames(frames: Any) -> int | str:
+    """Return which volumes of a 4D file are taken, from a cell or an entry."""
+    if isinstance(frames, str):
+        frames = frames.strip().lower()
+        number = _WHOLE.fullmatch(frames)
+        frames = int(number[1]) if number else frames
+    try:
+        return require_frames(frames)
+    except InputError as error:
+        raise _UnusableError(str(error)) from None
 
 
 def _label(label: Any, folder: Path, root: Path) -> int | str | list[str]:

@@ -1,4 +1,4 @@
-"""Images with their position in the patient: NIfTI, DICOM, pictures and arrays."""
+"""Images with their position in the patient: NIfTI, NRRD, MetaImage, DICOM, pictures, arrays."""
 
 from __future__ import annotations
 
@@ -24,30 +24,45 @@ from fedmed_flower.images.geometry import (
     file_affine_of,
 )
 from fedmed_flower.images.headers import frame_of_reference, is_dicom, one_line
+from fedmed_flower.images.itk import ITK, read_itk
 from fedmed_flower.images.masks import read_structures, structure_files
 from fedmed_flower.images.photographs import PICTURES, read_picture
 from fedmed_flower.images.resampling import resampled
 from fedmed_flower.images.series import Series
-from fedmed_flower.images.volumes import read_volume
+from fedmed_flower.images.volumes import read_volume, require_frames, taken
 
 # How far a value of a mask may lie from its class: resampling leaves 1.0000001 for 1.
 _NEAR = 1e-3
 
 Array = NDArray[Any]
+# Values with the channel first, their affine, and whether it states a position in the patient.
+_Read = tuple[Array, Array | None, bool]
 
 
-def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
+def read_image(
+    source: Any,
+    spatial_dims: int | None,
+    frames: int | str | None = None,
+    *,
+    mask: bool = False,
+) -> MetaTensor:
     """Read an image with its geometry.
 
     Parameters
     ----------
     source : str, Path, ndarray, Tensor, or sequence of paths
-        A NIfTI file (or another that nibabel reads), a picture, a .npy file, a DICOM file, a
-        folder with one DICOM series, or an array of shape (*spatial) or (channels, *spatial).
-        Several paths are the channels of one image, on one grid. Several `Series` are too; those
-        on another grid are resampled to the first one's, see `resampled`.
+        A NIfTI file (or another that nibabel reads), an NRRD or MetaImage file, a picture, a .npy
+        file, a DICOM file, a folder with one DICOM series, or an array of shape (*spatial) or
+        (channels, *spatial). Several paths are the channels of one image, on one grid. Several
+        `Series` are too; those on another grid are resampled to the first one's, see `resampled`.
     spatial_dims : int or None
         2 or 3. None takes the dimensions of the file: 2 for pictures and single slices, else 3.
+    frames : int or str, optional
+        What the volumes of a 4D file are, as `volumes.taken` has it. Without it such a file is
+        refused, since they may be channels, times or b-values.
+    mask : bool
+        Whether the file is a mask: the indices of a picture's palette are then its values, and the
+        volumes of a 4D file its channels.
 
     Returns
     -------
@@ -56,8 +71,8 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
         (columns, rows, slices), and ``affine`` maps voxels to millimetres (right, anterior,
         superior). A 2D image has (rows, columns) whatever its file, and its ``affine`` holds the
         spacing alone. The ``affine`` of arrays and pictures is the identity. DICOM values are in
-        the units of the modality, and MONOCHROME1 is inverted so that bright is dense. The values
-        of a picture with a palette are the palette's indices.
+        the units of the modality, and MONOCHROME1 is inverted so that bright is dense. Pictures
+        are turned, and have their colours, as a viewer shows them; see `read_picture`.
 
     Raises
     ------
@@ -65,11 +80,14 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
         If the file cannot be read, has another number of dimensions, holds NaN or infinite
         values, or has or unpacks to more than `bounded.MOST` bytes; the text names the file.
     """
+    frames = "channels" if mask else frames
+    if frames is not None:
+        frames = require_frames(frames)
     if _are_paths(source):
         parts: list[MetaTensor] = []
         size = 0
         for path in source:
-            part = read_image(path, spatial_dims)
+            part = read_image(path, spatial_dims, frames, mask=mask)
             if parts:
                 part = _beside(part, path, parts[0], source[0])
             parts.append(part)
@@ -77,7 +95,7 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
             require_within(f"{source[0]} and its other channels have at least", size, "an image")
         channels = torch.cat([part.as_tensor() for part in parts])
         return MetaTensor(channels, parts[0].affine, file_affine_of(parts[0]))
-    array, affine, placed = _read(source, spatial_dims)
+    array, affine, placed = _read(source, spatial_dims, frames, mask)
     try:
         image = _fit(array, affine, placed, spatial_dims)
     except InputError as error:
@@ -130,7 +148,7 @@ def read_label(
     if files := structure_files(source):
         _require_names(names, num_classes, image)
         return read_structures(files, names, image)
-    mask = read_image(source, spatial_dims)
+    mask = read_image(source, spatial_dims, mask=True)
     if len(mask) != 1:
         raise InputError(f"a mask must have one channel, got {len(mask)}")
     if image is not None:
@@ -197,15 +215,17 @@ def _beside(part: MetaTensor, path: Any, first: MetaTensor, first_path: Any) -> 
         raise InputError(text) from None
 
 
-def _read(source: Any, spatial_dims: int | None) -> tuple[Array, Array | None, bool]:
+def _read(source: Any, spatial_dims: int | None, frames: int | str | None, mask: bool) -> _Read:
     """Return values with the channel first, their affine or None, and whether it is meaningful.
 
     It is if it states a position in the patient.
     """
+    frame = frames if isinstance(frames, int) else None
     if isinstance(source, Series):
-        return read_dicom(source)
+        return read_dicom(source, frame)
     if not isinstance(source, str | Path):
-        return _with_channel(np.asarray(source), spatial_dims), None, False
+        array = _with_channel(np.asarray(source), spatial_dims)
+        return _only((array, None, False), frames, "array")
     path = Path(source)
     try:
         if not path.exists():
@@ -218,18 +238,28 @@ def _read(source: Any, spatial_dims: int | None) -> tuple[Array, Array | None, b
             # In a DICOM file, a JPEG may be larger than the header says.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if is_dicom(path):
-                return read_dicom(path)
+                return read_dicom(path, frame)
             if path.is_dir():
                 raise InputError(f"{path} is a folder without DICOM files")
             if path.suffix.lower() in PICTURES:
-                return read_picture(path), None, False
+                return _only((read_picture(path, indices=mask), None, False), frames, path)
             if path.suffix.lower() == ".npy":
-                return _with_channel(_read_array(path), spatial_dims), None, False
-            return *read_volume(path), True
+                array = _with_channel(_read_array(path), spatial_dims)
+                return _only((array, None, False), frames, path)
+            if path.suffix.lower() in ITK:
+                return *read_itk(path, frames), True
+            return *read_volume(path, frames), True
     except InputError:
         raise
     except Exception as error:  # The readers fail in a dozen ways.
         raise InputError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def _only(read: _Read, frames: int | str | None, source: object) -> _Read:
+    """Return what was read from a source of one volume; raise if another is asked for."""
+    if isinstance(frames, int):
+        taken(read[0][None], frames, source)
+    return read
 
 
 def _with_channel(array: Array, spatial_dims: int | None) -> Array:

@@ -182,10 +182,13 @@ class _Masks(_Worker):
 
     def lines(self, source: Source) -> list[Line]:
         from fedmed_flower.images.reading import read_image
+        from fedmed_flower.images.volumes import frames_of
 
         (numbers,) = self.client.predict(self.network, self.prepared(source))
         parts = [str(part) for part in source] if isinstance(source, tuple) else str(source)
-        image = read_image(parts, self.client.spatial_dims)
+        shape = self.client.image_shape
+        frames = frames_of({"image": parts}, shape[0] if shape else 1)
+        image = read_image(parts, self.client.spatial_dims, frames)
         if numbers.shape != tuple(image.shape[1:]):
             raise InputError(
                 f"the mask has shape {numbers.shape}, the image {tuple(image.shape[1:])}: "

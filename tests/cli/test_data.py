@@ -28,7 +28,7 @@ def folder(tmp_path):
     """Two patients: three volumes on two grids, with masks."""
     lines = ["image;label;patient;split"]
     for number, (spacing, split) in enumerate([(1, "train"), (1, "train"), (-2, "test")]):
-        array = np.full((4, 3, 2), number, np.int16)
+        array = np.arange(number, number + 24, dtype=np.int16).reshape(4, 3, 2)
         for name, values in (("x", array), ("m", (array >= 0).astype(np.uint8))):
             volume = nibabel.Nifti1Image(values, None)
             volume.set_sform(np.diag([spacing, 1, 1, 1]), code=1)
@@ -44,9 +44,9 @@ def test_a_sound_folder(folder):
     assert code == 0
     table = [line.split() for line in lines if ".nii.gz" in line]
     assert table == [
-        ["Ana", "[red]", "x0.nii.gz", "train", "1x4x3x2", "1x1x1", "RAS", "0", "to", "0", "1"],
-        ["Ana", "[red]", "x1.nii.gz", "train", "1x4x3x2", "1x1x1", "RAS", "1", "to", "1", "1"],
-        [LONG, "x2.nii.gz", "test", "1x4x3x2", "2x1x1", "LAS", "2", "to", "2", "1"],
+        ["Ana", "[red]", "x0.nii.gz", "train", "1x4x3x2", "1x1x1", "RAS", "0", "to", "23", "1"],
+        ["Ana", "[red]", "x1.nii.gz", "train", "1x4x3x2", "1x1x1", "RAS", "1", "to", "24", "1"],
+        [LONG, "x2.nii.gz", "test", "1x4x3x2", "2x1x1", "LAS", "2", "to", "25", "1"],
     ]
     assert lines[-4:] == [
         "3 images of 2 patients: train 2, test 1",
@@ -96,8 +96,9 @@ def test_wrong_input_exits_with_2(tmp_path):
 
 
 def test_a_folder_of_dicom_with_classes(tmp_path):
-    write_series(tmp_path / "p1", np.ones((4, 3, 2)), patient="p1")
-    write_series(tmp_path / "p2", np.ones((4, 3, 2)), patient="p2")
+    for number, patient in enumerate(("p1", "p2")):
+        array = np.arange(number, number + 24).reshape(4, 3, 2)
+        write_series(tmp_path / patient, array, patient=patient)
     (tmp_path / "labels.csv").write_text("patient,label\np1,0\np2,1\n")
     write_image(
         tmp_path / "p1/screen", np.ones((4, 3), np.uint8), "p1", ImageType=["DERIVED", "DOSE_INFO"]
@@ -105,14 +106,16 @@ def test_a_folder_of_dicom_with_classes(tmp_path):
     code, lines = check(tmp_path)
     assert code == 0
     assert "left out: 1 dose screen" in lines
-    row = "p2 p2/IM0001.dcm and 1 more 1x4x3x2 1x1x1 LPS 1 to 1 1"
+    row = "p2 p2/IM0001.dcm and 1 more 1x4x3x2 1x1x1 LPS 1 to 24 1"
     assert row.split() in map(str.split, lines)
 
 
 def test_a_folder_of_pictures_has_no_axes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        Image.fromarray(np.zeros((4, 5), np.uint8)).save(f"{name}.png")
+    for number, name in enumerate(("a", "b")):
+        Image.fromarray(np.arange(number, number + 20, dtype=np.uint8).reshape(4, 5)).save(
+            f"{name}.png"
+        )
     Path("images.csv").write_text("image,label,patient\na.png,0,p1\nb.png,1,p2\n")
     code, lines = check(os.curdir)
     assert code == 0

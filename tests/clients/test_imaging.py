@@ -814,3 +814,140 @@ def test_labels_that_are_coded_otherwise_are_refused_before_the_first_round(tmp_
         f"{wrong} of 10 rows of the train split have labels that are no class, such as that of "
     )
     assert not (tmp_path / "run").exists()
+
+
+# Several volumes in a file, and one image under two names
+
+
+class FourD(ClassificationClient):
+    spatial_dims = 3
+    num_classes = 2
+    image_shape = (2, 2, 2, 2)
+
+    def build_model(self):
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+
+
+def volumes_in(folder, count=6, volumes=2):
+    """Return rows whose images are files of several volumes."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for number in range(count):
+        values = rng.normal(size=(2, 2, 2, volumes)).astype(np.float32)
+        path = folder / f"{number}.nii"
+        nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
+        rows.append({"image": str(path), "label": number % 2, "patient": f"p{number}"})
+    return rows
+
+
+def test_the_volumes_of_a_file_are_the_channels_that_the_client_declares(tmp_path):
+    rows = volumes_in(tmp_path)
+    client = fixed(SiteData(rows), FourD)
+    model = model_arrays(lambda: FourD.build_model(None))
+    found = trained(client, context_of(), model)
+    said = [row | {"frames": "channels"} for row in rows]
+    undeclared = fixed(SiteData(said), FourD, image_shape=())
+    assert trained(undeclared, context_of(), model) == found
+
+
+def test_volumes_that_nobody_explains_are_rejected(tmp_path, caplog):
+    rows = volumes_in(tmp_path, volumes=3)
+    model = model_arrays(lambda: FourD.build_model(None))
+    unsaid = fixed(SiteData(rows), FourD, image_shape=())
+    reply = ask(unsaid, "train", context_of(), model)
+    assert "holds 3 volumes (4D), which may be channels, times or b-values" in reply.error.reason
+    reply = ask(fixed(SiteData(rows), FourD), "train", context_of(), model)
+    assert "0.nii holds 3 volumes (4D), and 2 channels are expected" in reply.error.reason
+    one = [row | {"frames": 1} for row in rows]
+    one[2] = one[2] | {"frames": 3}
+    shape = (1, 2, 2, 2)
+    client = fixed(SiteData(one), FourD, image_shape=shape, build_model=lambda self: eight())
+    trained(client, context_of(), model_arrays(eight))
+    path = rows[2]["image"]
+    assert rejected(caplog)[-1] == (
+        f"hospital-1: rejected, train split, patient p2: {path} holds 3 volumes, numbered from 0, "
+        "and frames says 3"
+    )
+
+
+def eight():
+    return nn.Sequential(nn.Flatten(), nn.Linear(8, 2))
+
+
+def with_copies(split, count=1, rows=6):
+    """Return a hospital where images of the training have the names of other patients."""
+    parts = {"train": make_rows(6, 0), "val": [], "test": make_rows(rows, 1, "t")}
+    copies = [{**row, "patient": f"Bo-{k}"} for k, row in enumerate(parts["train"][2:])]
+    return SiteData(**parts | {split: [*parts[split], *copies[:count]]})
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_an_image_that_another_patient_has_in_training_is_left_out_of_other_splits(caplog, split):
+    client, context = fixed(with_copies(split, 2)), context_of()
+    reply = ask(client, "query.describe", context)
+    assert reply.content["metrics"]["rejected"] == 2
+    assert reply.content["metrics"][split] == {"val": 0, "test": 6}[split]
+    assert rejected(caplog) == [
+        f"hospital-1: rejected, {split} split, patient Bo-{k}: array is the image array of patient "
+        f"p-{k + 2} in an earlier split, value for value"
+        for k in range(2)
+    ]
+
+
+def test_the_order_of_messages_does_not_decide_which_copy_is_left_out():
+    data = with_copies("test", 2)
+    client, context = fixed(data), context_of()
+    assert not ask(client, "evaluate", context, split="test").has_error()
+    found = {split: client(context).screened(split) for split in ("train", "val", "test")}
+    assert (found["train"], found["test"]) == (data.train, data.test[:6])
+
+
+def test_many_copies_stop_the_hospital_whatever_is_asked():
+    text = (
+        "3 of 9 rows of the test split have images of patients in an earlier split, such as "
+        "patient Bo-0: array is the image array of patient p-2 in an earlier split, value for "
+        "value; give each patient one name in all rows"
+    )
+    client, context = fixed(with_copies("test", 3)), context_of()
+    for kind, config in (("query.describe", {}), ("evaluate", {"split": "test"})) * 2:
+        reply = ask(client, kind, context, **config)
+        assert read_error(reply.error.reason) == ("hospital-1", text)
+    # Three among more are fewer than one in twenty.
+    few = fixed(with_copies("test", 3, rows=60))
+    assert not ask(few, "query.describe", context_of()).has_error()
+
+
+def test_an_image_of_two_patients_in_one_split_is_a_warning(caplog):
+    reply = ask(fixed(with_copies("train")), "query.describe", context_of())
+    assert reply.content["metrics"]["train"] == 7
+    lines = [r.getMessage() for r in caplog.records if "same image" in r.getMessage()]
+    assert lines == [
+        "hospital-1: train split, patients p-2 and Bo-0 have the same image, value for value: "
+        "array and array"
+    ]
+
+
+def test_two_images_of_one_patient_and_images_of_one_value_may_be_the_same(caplog):
+    rows = make_rows(6, 0)
+    twice = [*rows, {**rows[0], "patient": " p-0"}]
+    flat = [{**row, "image": np.full((2, 2), 7)} for row in make_rows(4, 1, "t")]
+    data = SiteData([*twice, flat[0]], test=flat[1:])
+    reply = ask(fixed(data), "query.describe", context_of())
+    assert reply.content["metrics"]["rejected"] == 0
+    assert "same image" not in caplog.text
+
+
+def test_in_private_training_another_patient_does_not_decide_about_one(tmp_path, caplog):
+    data = SiteData(make_rows(12, 0), test=make_rows(12, 0, "t"))
+    client = fixed(data, image_shape=(1, 2, 2))
+    context = context_of(node_config=node_of(tmp_path), privacy="patient")
+    reply = ask(client, "train", context)
+    assert not reply.has_error()
+    plain = context_of(node_config=node_of(tmp_path))
+    assert ask(client, "query.describe", plain).has_error()
+
+
+def test_a_subclass_may_screen_in_its_own_way():
+    client = fixed(with_copies("test"), screen=lambda self, rows, split: list(rows))
+    reply = ask(client, "query.describe", context_of())
+    assert reply.content["metrics"]["test"] == 7

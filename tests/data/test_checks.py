@@ -213,6 +213,31 @@ def test_a_bad_mask_is_named(tmp_path, scan):
     assert check_row(row(scan, "m.nii"), 3, 2).spacing == (0.5, 0.75, 2.0)
 
 
+def test_images_of_equal_values_have_one_digest(tmp_path, scan):
+    def digest(image, dims=None):
+        return check_row(row(image, 0), dims).digest
+
+    assert digest(scan) == digest(voxels()) == digest(voxels().astype(np.float64))
+    assert digest(scan) != digest(voxels((3, 4, 2)))
+    assert digest(scan) != digest(voxels() + 1)
+    assert digest("x.nii") == ""
+
+
+def test_a_mask_of_high_numbers_is_read_as_one_of_low_numbers():
+    for high in (9, 70_000):
+        label = np.array([[0, 3], [high, 3]])
+        assert check_row(row(np.ones((2, 2)), label), 2).label == (0, 3, high)
+
+
+def test_a_4d_file_is_read_as_its_row_or_the_client_says(tmp_path):
+    path = save(tmp_path / "x.nii.gz", voxels((4, 3, 2, 5)))
+    assert "holds 5 volumes (4D)" in problem(row(path, 0), 3)
+    assert check_row(row(path, 0) | {"frames": 2}, 3).shape == (1, 4, 3, 2)
+    assert check_row(row(path, 0), 3, channels=5).shape == (5, 4, 3, 2)
+    assert "and 4 channels are expected" in check_row(row(path, 0), 3, channels=4).problem
+    assert "got 'time'" in problem(row(path, 0) | {"frames": "time"}, 3)
+
+
 # Folders
 
 
@@ -224,7 +249,7 @@ def dataset(folder, entries, **more):
 def test_a_folder_is_read_completely(tmp_path, scan):
     save(tmp_path / "m.nii.gz", mask())
     save(tmp_path / "high.nii.gz", mask((4, 3, 2), 2))
-    save(tmp_path / "y.nii.gz", voxels())
+    save(tmp_path / "y.nii.gz", voxels() + 1)
     dataset(
         tmp_path,
         [
@@ -317,3 +342,41 @@ def test_a_folder_names_the_structures_in_its_dataset_json(study):
     (study / "dataset.json").write_text(text.replace('"m.dcm"', '["m.dcm", "../n.dcm"]'))
     with pytest.raises(InputError, match=r"\.\./n\.dcm leaves the folder"):
         check_folder(study)
+
+
+def test_an_image_that_two_patients_have_is_found(tmp_path, scan):
+    names = ["a.nii.gz", "b.nii", "c.nii", "d.nii", "e.nii"]
+    for name in names[:4]:
+        save(tmp_path / name, voxels() * (3 if name == "d.nii" else 2))
+    save(tmp_path / "e.nii", np.full((4, 3, 2), 7, np.int16))
+    save(tmp_path / "f.nii", np.full((4, 3, 2), 7, np.int16))
+    patients = {"a.nii.gz": "Ana", "b.nii": "Bo", "c.nii": "Cy", "d.nii": "Di"}
+    entries = [{"image": name, "label": 0, "patient": who} for name, who in patients.items()]
+    # One patient may have an image twice, and nothing looks like nothing.
+    entries += [{"image": "x.nii.gz", "label": 0, "patient": "Di"}]
+    save(tmp_path / "y.nii", voxels())
+    entries += [{"image": "y.nii", "label": 0, "patient": "Di"}]
+    entries += [{"image": f"{k}.nii", "label": 0, "patient": k} for k in "ef"]
+    problems = [one.problem for one in check_folder(dataset(tmp_path, entries)) if one.problem]
+    assert problems == [
+        f"{tmp_path}/e.nii has the value 7 everywhere: it shows nothing",
+        f"{tmp_path}/f.nii has the value 7 everywhere: it shows nothing",
+        f"patients Ana and Bo, and 1 more have the same image, value for value: "
+        f"{tmp_path}/a.nii.gz and {tmp_path}/b.nii",
+    ]
+
+
+def test_masks_of_other_values_and_empty_masks_can_be_allowed(tmp_path, scan):
+    save(tmp_path / "m.nii.gz", mask((4, 3, 2), 1) * 255)
+    save(tmp_path / "empty.nii.gz", mask((4, 3, 2), 0))
+    save(tmp_path / "y.nii.gz", voxels() + 1)
+    entries = [
+        {"image": "x.nii.gz", "label": "m.nii.gz", "patient": "Ana"},
+        {"image": "y.nii.gz", "label": "empty.nii.gz", "patient": "Bo"},
+    ]
+    folder = dataset(tmp_path, entries, labels={"background": 0, "liver": 1})
+    found = check_folder(folder, label_values=(0, 255), empty_masks=True)
+    assert [(one.label, one.problem) for one in found] == [((0, 1), None), ((0,), None)]
+    first, second = check_folder(folder)
+    assert "it holds the values 255, which are not classes" in first.problem
+    assert second.problem.endswith("empty.nii.gz is empty: it holds only the background")

@@ -125,7 +125,6 @@ def test_a_mask_of_another_tool_is_brought_to_its_image(tmp_path):
     np.testing.assert_array_equal(mask[0].numpy(), expected.mask)
 
 
-@pytest.mark.xfail(reason="read_image takes no NRRD or MetaImage", strict=True)
 @pytest.mark.parametrize("ending", [".nrrd", ".mha"])
 def test_files_of_other_tools_are_listed_in_a_table(tmp_path, ending):
     expected = pacs.by_another_tool(tmp_path / "x", "p1", ending)

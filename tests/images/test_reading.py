@@ -272,7 +272,7 @@ def test_nifti_is_what_nibabel_reads(tmp_path, codes):
 @pytest.mark.parametrize("shape", [(5, 4, 6, 2), (5, 4, 6, 1, 2)])
 def test_channels_of_a_nifti_file_come_first(tmp_path, shape):
     array = voxels(shape)
-    image = read_image(save_nifti(tmp_path / "x.nii", array), 3)
+    image = read_image(save_nifti(tmp_path / "x.nii", array), 3, "channels")
     expected = np.moveaxis(array.reshape(5, 4, 6, 2), -1, 0)
     assert np.array_equal(image.numpy(), expected)
 
