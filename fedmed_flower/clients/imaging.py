@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.cache import CachedRows
+from fedmed_flower.clients.resizing import FitIntod
 from fedmed_flower.data.checks import Finding, check_row
 from fedmed_flower.data.site import Row, SiteData
 from fedmed_flower.errors import InputError
@@ -69,9 +70,10 @@ class ImagingClient(MedicalClient):
     num_classes : int
     image_shape : tuple of int
         Shape (channels, *spatial) of each image as it is read. Private training, and evaluation
-        with noise, need it or ``patch-size``: they try the network on made-up images before any
-        patient's image is read, and images of another shape add nothing. If ``patch-size`` is set,
-        only the number of channels is used. If `image_shape` is empty, images have one channel.
+        with noise, need it, ``image-size`` or ``patch-size``: they try the network on made-up
+        images before any patient's image is read, and images of another shape add nothing. If one
+        of the two settings is set, only the number of channels is used. If `image_shape` is empty,
+        images have one channel.
     modality : {"", "ct", "mr", "xray"}
         How each channel is scaled. ``ct`` clips values to `ct_window` and scales them to [0, 1].
         ``mr`` brings values other than 0 to mean 0 and standard deviation 1. ``xray`` scales the
@@ -103,6 +105,11 @@ class ImagingClient(MedicalClient):
         return ImagingSettings.from_run_config(self.context.run_config)
 
     @property
+    def image_size(self) -> tuple[int, ...]:
+        """Voxels into which each image is fitted, one number for each axis; empty for none."""
+        return tuple(map(int, self.imaging.numbers("image_size", self.spatial_dims)))
+
+    @property
     def patch_size(self) -> tuple[int, ...]:
         """Voxels of a training patch, one number for each axis; empty for whole images."""
         return tuple(map(int, self.imaging.numbers("patch_size", self.spatial_dims)))
@@ -122,13 +129,18 @@ class ImagingClient(MedicalClient):
         return [*steps, *self.random_transforms()] if train else steps
 
     def to_grid(self, keys: Sequence[str]) -> list[Callable[[Any], Any]]:
-        """Return the transforms that resample images, and masks, to the grid of the run config."""
+        """Return the transforms that bring images, and masks, to the grid of the run config.
+
+        The last of them fits images into ``image-size``.
+        """
         steps: list[Callable[[Any], Any]] = []
         if self.spatial_dims == 3 and self.imaging.orientation:
             steps.append(Orientationd(keys, axcodes=self.imaging.orientation, labels=None))
         if spacing := self.imaging.numbers("spacing", self.spatial_dims):
             modes = ["nearest" if key == "label" else "bilinear" for key in keys]
             steps.append(Spacingd(keys, pixdim=spacing, mode=modes))
+        if self.image_size:
+            steps.append(FitIntod(keys, self.image_size))
         return steps
 
     def intensity(self) -> list[Callable[[Any], Any]]:
@@ -147,8 +159,12 @@ class ImagingClient(MedicalClient):
         return [NormalizeIntensityd("image", channel_wise=True)]
 
     def to_size(self, train: bool) -> list[Callable[[Any], Any]]:
-        """Return the transforms that crop or pad images to ``patch-size``, here from the middle."""
-        return [ResizeWithPadOrCropd(self._keys, self.patch_size)] if self.patch_size else []
+        """Return the transforms that crop or pad images to ``patch-size``, here from the middle.
+
+        Without one, images that were fitted into ``image-size`` are padded to it.
+        """
+        size = self.patch_size or self.image_size
+        return [ResizeWithPadOrCropd(self._keys, size)] if size else []
 
     def random_transforms(self) -> list[Callable[[Any], Any]]:
         """Return MONAI's random transforms of a training row; the default has none."""
@@ -163,6 +179,7 @@ class ImagingClient(MedicalClient):
         if self.spatial_dims not in (2, 3):
             raise InputError(f"spatial_dims must be 2 or 3, got {self.spatial_dims!r}")
         self.imaging.numbers("spacing", self.spatial_dims)
+        self.imaging.numbers("image_size", self.spatial_dims)
         self.imaging.numbers("patch_size", self.spatial_dims)
         sides = self.image_shape
         whole = all(isinstance(side, int) and 0 < side < 10**6 for side in sides)
@@ -178,15 +195,17 @@ class ImagingClient(MedicalClient):
         Raises
         ------
         InputError
-            If neither `image_shape` nor ``patch-size`` is set, or ``spacing`` is set without
-            ``patch-size``.
+            If none of `image_shape`, ``image-size`` and ``patch-size`` is set, or ``spacing`` is
+            set without ``patch-size``.
         """
         self.check(SiteData(()))
-        shape = (self._channels, *(self.patch_size or self.image_shape[1:]))
+        sides = self.patch_size or self.image_size or self.image_shape[1:]
+        shape = (self._channels, *sides)
         if len(shape) == 1:
             raise InputError(
                 f"{type(self).__name__} must declare the size of its images before a patient's "
-                "image is read: give it image_shape = (channels, *spatial), or set patch-size"
+                "image is read: give it image_shape = (channels, *spatial), or set image-size or "
+                "patch-size"
             )
         if self.imaging.spacing and not self.patch_size:
             raise InputError(
@@ -322,7 +341,8 @@ class ImagingClient(MedicalClient):
         if len(shapes) > 1:
             raise InputError(
                 "images of different shapes cannot be in one batch, such as "
-                f"{' and '.join(map(str, sorted(shapes)[:2]))}: set patch-size"
+                f"{' and '.join(map(str, sorted(shapes)[:2]))}: set image-size, which takes whole "
+                "images, or patch-size"
             )
         device = torch_device(self.settings)
         images = torch.stack([row["image"] for row in rows]).to(device)

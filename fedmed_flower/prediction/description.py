@@ -39,7 +39,14 @@ _DECLARED: dict[str, tuple[str, ...]] = {
     "TabularClient": ("schema", "zeros"),
     "SurvivalClient": ("schema", "zeros"),
 }
-_IMAGING_KEYS = ("spacing", "orientation", "patch-size", "network", "network-args")
+_IMAGING_KEYS = (
+    "spacing",
+    "orientation",
+    "image-size",
+    "patch-size",
+    "network",
+    "network-args",
+)
 _TABLE_KEYS = (
     "preparation",
     "tabular-network",
