@@ -47,7 +47,7 @@ _FEWEST_MISLABELLED = 3
 
 
 class ImagingClient(MedicalClient):
-    """The base of `ClassificationClient` and `SegmentationClient`.
+    """The base of `WholeImageClient` and `SegmentationClient`.
 
     Hooks
     -----
@@ -98,6 +98,9 @@ class ImagingClient(MedicalClient):
     empty_masks: bool = False
     # The entries of a row that are images.
     _keys: tuple[str, ...] = ("image",)
+    # What labels are that are coded otherwise, and what to do about them.
+    _mislabelled: ClassVar[str] = "no class"
+    _remedy: ClassVar[str] = "number the classes from 0, or declare more of them"
 
     @cached_property
     def imaging(self) -> ImagingSettings:
@@ -242,19 +245,9 @@ class ImagingClient(MedicalClient):
             no class: then labels are coded otherwise, and to leave out the rows would select
             patients.
         """
-        checks = [
-            check_row(
-                row,
-                self.spatial_dims,
-                self.num_classes,
-                self.label_values,
-                self.empty_masks,
-                masks="label" in self._keys,
-            )
-            for row in rows
-        ]
+        checks = [self._checked(row) for row in rows]
         if not self.sealed:
-            _require_labels(checks, split)
+            _require_labels(checks, split, self._mislabelled, self._remedy)
         channels = Counter(check.shape[0] for check in checks if check.problem is None)
         usual = max(channels, key=lambda count: channels[count], default=0)
         if self.sealed:  # Other patients' images must not decide about this one.
@@ -278,6 +271,17 @@ class ImagingClient(MedicalClient):
             more = len(problems) - _MOST_LINES
             log.warning("%s: and %d more of the %s split rejected", site, more, split)
         return usable
+
+    def _checked(self, row: Row) -> Finding:
+        """Read a row's files and return what was found; no error is raised, whatever the row is."""
+        return check_row(
+            row,
+            self.spatial_dims,
+            self.num_classes,
+            self.label_values,
+            self.empty_masks,
+            masks="label" in self._keys,
+        )
 
     def _problem(self, check: Finding, channels: int) -> str | None:
         """Return why a row that was checked cannot be used; None if it can."""
@@ -355,7 +359,8 @@ class ImagingClient(MedicalClient):
         return batch
 
     def _labels(self, rows: Sequence[Row]) -> Tensor:
-        return torch.tensor([int(row["label"]) for row in rows])
+        """Return the labels of rows as the loss takes them, (0,) if there are no rows."""
+        return torch.tensor([int(row["label"]) for row in rows], dtype=torch.long)
 
     def _changed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a training batch after the subclass's random changes."""
@@ -379,14 +384,14 @@ class ImagingClient(MedicalClient):
         require_independent(change, _joined(images, masks))
 
 
-def _require_labels(checks: Sequence[Finding], split: str) -> None:
-    """Raise `InputError` if too many labels are no class."""
+def _require_labels(checks: Sequence[Finding], split: str, mislabelled: str, remedy: str) -> None:
+    """Raise `InputError` if too many labels are not what the client takes."""
     wrong = [check for check in checks if check.mislabelled]
     if len(wrong) >= _FEWEST_MISLABELLED and len(wrong) > _MOST_MISLABELLED * len(checks):
         raise InputError(
-            f"{len(wrong)} of {len(checks)} rows of the {split} split have labels that are no "
-            f"class, such as that of patient {wrong[0].patient}: {wrong[0].problem}; number the "
-            "classes from 0, or declare more of them"
+            f"{len(wrong)} of {len(checks)} rows of the {split} split have labels that are "
+            f"{mislabelled}, such as that of patient {wrong[0].patient}: {wrong[0].problem}; "
+            f"{remedy}"
         )
 
 

@@ -53,7 +53,7 @@ class Listing:
     problems: tuple[str, ...] = ()
 
 
-def read_folder(folder: str | Path) -> Listing:
+def read_folder(folder: str | Path, labels: Sequence[str] = ()) -> Listing:
     """List the images of a folder, in the first of three layouts that it has.
 
     1. ``dataset.json`` of the Medical Segmentation Decathlon. In each entry of "training", "image"
@@ -72,6 +72,15 @@ def read_folder(folder: str | Path) -> Listing:
     problem, and its target is not read; the folder itself may be reached through a link. Of all
     files only tables and the headers of DICOM files are read.
 
+    Parameters
+    ----------
+    folder : str or Path
+    labels : sequence of str
+        Columns that hold numbers, such as one for each finding: they stand in place of the column
+        label, and ``label`` of a row is a dict of them, None where a cell is empty. Small and
+        capital letters are the same. In dataset.json, "label" is then such an object. At least one
+        of the columns must be there.
+
     Raises
     ------
     InputError
@@ -82,7 +91,7 @@ def read_folder(folder: str | Path) -> Listing:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
     try:
-        listing = _read(folder)
+        listing = _read(folder, tuple(labels))
     except OSError as error:
         raise InputError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
     if not listing.rows:
@@ -93,7 +102,10 @@ def read_folder(folder: str | Path) -> Listing:
 
 
 def load_folder(
-    folder: str | Path | None, seed: int, shares: Sequence[float] = (0.7, 0.1, 0.2)
+    folder: str | Path | None,
+    seed: int,
+    shares: Sequence[float] = (0.7, 0.1, 0.2),
+    labels: Sequence[str] = (),
 ) -> SiteData:
     """Read a hospital's folder with `read_folder` and divide its rows with `split_patients`.
 
@@ -103,7 +115,7 @@ def load_folder(
     """
     if folder is None:
         raise InputError(NO_FOLDER.format("this hospital"))
-    listing = read_folder(folder)
+    listing = read_folder(folder, labels)
     for problem in listing.problems:
         log.warning("%s", problem)
     path = Path(folder).expanduser()
@@ -120,19 +132,21 @@ def load_folder(
     )
 
 
-def _read(folder: Path) -> Listing:
+def _read(folder: Path, labels: tuple[str, ...]) -> Listing:
     problems: list[str] = []
     names: tuple[str, ...] = ()
     if (file := folder / DATASET).is_file():
         layout = DATASET
         lines, names = read_dataset(file, problems)
-        rows = rows_of(lines, folder, _COLUMNS, problems)
+        rows = rows_of(lines, folder, _COLUMNS, problems, labels)
     elif table := _find_table(folder):
         layout = table.name
-        rows = rows_of(_channels(table, problems), folder, _COLUMNS, problems)
+        columns = ("image", "patient") if labels else _COLUMNS
+        lines = [*_channels(table, problems, columns, labels)]
+        rows = rows_of(lines, folder, columns, problems, labels)
     elif any(map(is_dicom, _folders(folder))):
         layout = "DICOM"
-        rows = _dicom_rows(folder, problems)
+        rows = _dicom_rows(folder, problems, labels)
     else:
         raise InputError(f"{folder} holds no data: looked for {_LOOKED_FOR}")
     return Listing(tuple(rows), layout, names, tuple(map(shown, problems)))
@@ -150,20 +164,22 @@ def _find_table(folder: Path) -> Path | None:
     return tables[0]
 
 
-def _channels(table: Path, problems: list[str]) -> Iterator[Line]:
+def _channels(
+    table: Path, problems: list[str], columns: Sequence[str], labels: Sequence[str]
+) -> Iterator[Line]:
     """Yield the lines of a table; an image of several channels is a list of paths."""
-    for where, line in read_csv(table, _COLUMNS, problems):
+    for where, line in read_csv(table, columns, problems, labels):
         paths = [path for part in line.get("image", "").split(";") if (path := part.strip())]
         yield where, {**line, "image": paths if len(paths) > 1 else "".join(paths)}
 
 
-def _dicom_rows(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
+def _dicom_rows(folder: Path, problems: list[str], labels: tuple[str, ...]) -> list[dict[str, Any]]:
     images = list(_dicom_images(folder, problems))
     if not (table := folder / LABELS).is_file():
         unlabelled = [(str(folder / line["image"]), line) for _, line in images]
         return rows_of(unlabelled, folder, ("image", "patient"), problems)
     reported: dict[tuple[str, str], Line] = {}
-    for where, line in read_csv(table, ("label",), problems):
+    for where, line in read_csv(table, () if labels else ("label",), problems, labels):
         kind = "series" if "series" in line else "patient"
         key = (kind, line.get(kind, ""))
         if not key[1] or key in reported:
@@ -180,14 +196,16 @@ def _dicom_rows(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
         ]
         if keys:
             used.add(keys[0])
-            labels = {name: reported[keys[0]][1].get(name) for name in ("label", "split")}
-            lines.append((where, image | labels))
+            line = reported[keys[0]][1]
+            told = (name.strip().lower() for name in labels) if labels else ("label",)
+            lines.append((where, image | {name: line.get(name) for name in (*told, "split")}))
         else:
             problems.append(f"{where}: {LABELS} does not name it")
     for (kind, name), (where, _) in reported.items():
         if (kind, name) not in used:
             problems.append(f"{where}: there is no image of {kind} {name}")
-    return rows_of(lines, folder, _COLUMNS, problems)
+    columns = ("image", "patient") if labels else _COLUMNS
+    return rows_of(lines, folder, columns, problems, labels)
 
 
 def _dicom_images(folder: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

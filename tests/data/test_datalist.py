@@ -135,7 +135,7 @@ def test_entries_that_cannot_be_used_are_named(tmp_path):
         },
         f"{'a' * 200} is not there": {"image": "a" * 400, "label": 0},
         "True is not a path": {"image": "b.nii", "label": True},
-        "0.5 is not a path": {"image": "b.nii", "label": 0.5},
+        "[0.5] is not a path": {"image": "b.nii", "label": [0.5]},
         "its split 'training' is not one of train, val, test": {
             "image": "b.nii",
             "label": 0,
