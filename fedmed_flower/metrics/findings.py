@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedmed_flower.metrics.classification import noised_counts, noised_metrics
-from fedmed_flower.metrics.names import FINDING, HIGH, LOW, NOISED, in_groups
+from fedmed_flower.metrics.names import FINDING, HIGH, LOW, NOISED, in_groups, is_pooled_only
 from fedmed_flower.metrics.outcomes import outcome_metrics
 
 # What has a mean over findings.
@@ -112,15 +112,19 @@ def noised_findings(
 def mean_over_findings(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return the mean of each metric over the findings that have it; empty without findings.
 
-    Every finding counts the same, however often it was read. If hospitals report coarsely, the
-    mean of the AUC lies between the means of the bounds.
+    It is empty too if all rows have counts of their own, as those of a table whose groups are
+    called findings. Every finding counts the same, however often it was read. If hospitals report
+    coarsely, the mean of the AUC lies between the means of the bounds.
 
     Examples
     --------
     >>> mean_over_findings({"auc@finding=edema": 0.75, "auc@finding=nodule": 0.5})
     {'auc': 0.625}
     """
-    parts = [part for group, part in in_groups(metrics).items() if group.startswith(f"@{FINDING}=")]
+    groups = in_groups(metrics)
+    if any(map(is_pooled_only, groups.get("", ()))):
+        return {}
+    parts = [part for group, part in groups.items() if group.startswith(f"@{FINDING}=")]
     means: dict[str, float] = {}
     for name in _AVERAGED:
         if values := [part[name] for part in parts if name in part]:

@@ -46,6 +46,7 @@ from fedmed_flower.metrics.names import (
     TARGET,
     WORST,
     in_groups,
+    is_pooled_only,
 )
 from fedmed_flower.metrics.outcomes import (
     calibration_error,
@@ -191,9 +192,11 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
         for group, parts in groups.items()
         for name, value in _pool(parts, every=bool(group)).items()
     }
-    if "num-examples" not in pooled and (means := mean_over_findings(pooled)):
-        pooled |= {"num-examples": _rows_of(groups.get("", []))} | means
-    return pooled
+    whole = groups.get("", [])
+    if any(is_pooled_only(name) for record in whole for name in record):
+        return pooled
+    means = mean_over_findings(pooled)
+    return pooled | {"num-examples": _rows_of(whole)} | means if means else pooled
 
 
 def _rows_of(records: Sequence[Mapping[str, Any]]) -> float:

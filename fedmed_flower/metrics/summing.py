@@ -101,7 +101,7 @@ def sums_of_record(
         sums[f"{SUM}{_ROWS}{group}"] = np.atleast_1d(rows)
         following = {name for key in part for name in _FOLLOWING.get(key, ())}
         # The mean over findings follows from the sums of each.
-        following |= means.keys() if not group and GRID not in part else set()
+        following |= set() if group else means.keys()
         for name, value in part.items():
             if name in (_ROWS, GRID) or name in following or is_of_one_patient(name):
                 continue

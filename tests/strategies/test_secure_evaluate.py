@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli_w
+from eyes import Cups, Findings, Grades
 from flwr.serverapp import ServerApp
 from html_pages import Page
 from tables import SCHEMA, TinySurvival, TinyTable, predicting
@@ -38,6 +39,11 @@ class Three(TinyClient):
             for split, count in enumerate((12, 6, 20 + site.index))
         )
         return SiteData(train=train, val=val, test=test, source="tiny images")
+
+
+def few(client):
+    """Return a client for generated eyes with few of them."""
+    return type(client.__name__, (client,), {"train": 4, "test": 16})
 
 
 class Declared(TinyTable):
@@ -108,6 +114,9 @@ def differences(folder, client, **config):
         (TinyClient, {}, {"loss", "accuracy", "sensitivity", "auc"}),
         (Three, {}, {"loss", "accuracy", "balanced-accuracy", "auc"}),
         (Masks, {}, {"dice", "dice-low", "hd95-high"}),
+        (few(Findings), {}, {"auc", "auc@finding=exudates", "brier@finding=large cup", "loss"}),
+        (few(Cups), {}, {"r2", "mae", "rmse"}),
+        (few(Grades), {}, {"quadratic-kappa", "mae", "auc", "auc@grade=severe or above"}),
         (
             Declared,
             DECLARED | {"report-by": "sex,age-band"},
