@@ -106,7 +106,8 @@ def sums_of_record(
             if name in (_ROWS, GRID) or name in following or is_of_one_patient(name):
                 continue
             if name == COUNTS:
-                counts, order = _on_one_grid(part[GRID], value, grids)
+                fitting = grids if not group else _grids_of_group(len(part[GRID]) // 3, grids)
+                counts, order = _on_one_grid(part[GRID], value, fitting)
                 sums[f"{SUM}{COUNTS}{group}"] = counts
                 sums[f"{SUM}{ORDER}{group}"] = order
             elif name in (TARGET, COUNT):
@@ -117,6 +118,14 @@ def sums_of_record(
                 sums[f"{SUM}{name}{group}"] = total
                 sums[f"{ROWS}{name}{group}"] = np.atleast_1d(rows)
     return sums
+
+
+def _grids_of_group(scores: int, grids: Sequence[Grid]) -> Sequence[Grid]:
+    """Return the grids of a group, which are those of all rows if it has as many scores.
+
+    A grade and those above are told from others by a score of their own.
+    """
+    return grids if len(grids) == scores else ()
 
 
 def is_whole(name: str) -> bool:
@@ -153,7 +162,8 @@ def record_of_sums(sums: Mapping[str, NDArray[Any]], grids: Sequence[Grid] = ())
         if not rows:
             continue
         if COUNTS in part:
-            grid, counts = _on_own_grid(part[COUNTS], part[ORDER], grids)
+            fitting = grids if not group else _grids_of_group(part[ORDER].size, grids)
+            grid, counts = _on_own_grid(part[COUNTS], part[ORDER], fitting)
             record |= {f"{GRID}{group}": grid, f"{COUNTS}{group}": counts}
         for name, value in part.items():
             if name in (_ROWS, COUNTS, ORDER):
