@@ -7,6 +7,9 @@ from fedmed_flower.exports import on_demand
 if TYPE_CHECKING:
     from fedmed_flower.clients.base import MedicalClient as MedicalClient
     from fedmed_flower.clients.classification import ClassificationClient as ClassificationClient
+    from fedmed_flower.clients.findings import FindingsClient as FindingsClient
+    from fedmed_flower.clients.grading import GradingClient as GradingClient
+    from fedmed_flower.clients.measurement import MeasurementClient as MeasurementClient
     from fedmed_flower.clients.segmentation import SegmentationClient as SegmentationClient
     from fedmed_flower.clients.survival import SurvivalClient as SurvivalClient
     from fedmed_flower.clients.tabular import TabularClient as TabularClient
@@ -23,8 +26,11 @@ __getattr__, __all__ = on_demand(
     __name__,
     {
         "ClassificationClient": "clients.classification",
+        "FindingsClient": "clients.findings",
         "GenomicsClient": "genomics.client",
+        "GradingClient": "clients.grading",
         "InputError": "errors",
+        "MeasurementClient": "clients.measurement",
         "MedicalClient": "clients.base",
         "Schema": "data.schema",
         "SegmentationClient": "clients.segmentation",

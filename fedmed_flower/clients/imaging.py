@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.cache import CachedRows
+from fedmed_flower.clients.resizing import FitIntod
 from fedmed_flower.data.checks import Finding, check_row, shared_images
 from fedmed_flower.data.site import SPLITS, Row, SiteData
 from fedmed_flower.errors import InputError, shown
@@ -48,7 +49,7 @@ _FEWEST_WRONG = 3
 
 
 class ImagingClient(MedicalClient):
-    """The base of `ClassificationClient` and `SegmentationClient`.
+    """The base of `WholeImageClient` and `SegmentationClient`.
 
     Hooks
     -----
@@ -71,9 +72,10 @@ class ImagingClient(MedicalClient):
     num_classes : int
     image_shape : tuple of int
         Shape (channels, *spatial) of each image as it is read. Private training, and evaluation
-        with noise, need it or ``patch-size``: they try the network on made-up images before any
-        patient's image is read, and images of another shape add nothing. If ``patch-size`` is set,
-        only the number of channels is used. If `image_shape` is empty, images have one channel.
+        with noise, need it, ``image-size`` or ``patch-size``: they try the network on made-up
+        images before any patient's image is read, and images of another shape add nothing. If one
+        of the two settings is set, only the number of channels is used. If `image_shape` is empty,
+        images have one channel.
         The volumes of a 4D file whose row does not say what they are count as channels if there are
         as many, and more than one.
     modality : {"", "ct", "mr", "xray"}
@@ -100,11 +102,19 @@ class ImagingClient(MedicalClient):
     empty_masks: bool = False
     # The entries of a row that are images.
     _keys: tuple[str, ...] = ("image",)
+    # What labels are that are coded otherwise, and what to do about them.
+    _mislabelled: ClassVar[str] = "no class"
+    _remedy: ClassVar[str] = "number the classes from 0, or declare more of them"
 
     @cached_property
     def imaging(self) -> ImagingSettings:
         """The imaging settings of the run config."""
         return ImagingSettings.from_run_config(self.context.run_config)
+
+    @property
+    def image_size(self) -> tuple[int, ...]:
+        """Voxels into which each image is fitted, one number for each axis; empty for none."""
+        return tuple(map(int, self.imaging.numbers("image_size", self.spatial_dims)))
 
     @property
     def patch_size(self) -> tuple[int, ...]:
@@ -131,13 +141,18 @@ class ImagingClient(MedicalClient):
         return [*steps, *self.random_transforms()] if train else steps
 
     def to_grid(self, keys: Sequence[str]) -> list[Callable[[Any], Any]]:
-        """Return the transforms that resample images, and masks, to the grid of the run config."""
+        """Return the transforms that bring images, and masks, to the grid of the run config.
+
+        The last of them fits images into ``image-size``.
+        """
         steps: list[Callable[[Any], Any]] = []
         if self.spatial_dims == 3 and self.imaging.orientation:
             steps.append(Orientationd(keys, axcodes=self.imaging.orientation, labels=None))
         if spacing := self.imaging.numbers("spacing", self.spatial_dims):
             modes = ["nearest" if key == "label" else "bilinear" for key in keys]
             steps.append(Spacingd(keys, pixdim=spacing, mode=modes))
+        if self.image_size:
+            steps.append(FitIntod(keys, self.image_size))
         return steps
 
     def intensity(self) -> list[Callable[[Any], Any]]:
@@ -156,8 +171,12 @@ class ImagingClient(MedicalClient):
         return [NormalizeIntensityd("image", channel_wise=True)]
 
     def to_size(self, train: bool) -> list[Callable[[Any], Any]]:
-        """Return the transforms that crop or pad images to ``patch-size``, here from the middle."""
-        return [ResizeWithPadOrCropd(self._keys, self.patch_size)] if self.patch_size else []
+        """Return the transforms that crop or pad images to ``patch-size``, here from the middle.
+
+        Without one, images that were fitted into ``image-size`` are padded to it.
+        """
+        size = self.patch_size or self.image_size
+        return [ResizeWithPadOrCropd(self._keys, size)] if size else []
 
     def random_transforms(self) -> list[Callable[[Any], Any]]:
         """Return MONAI's random transforms of a training row; the default has none."""
@@ -172,6 +191,7 @@ class ImagingClient(MedicalClient):
         if self.spatial_dims not in (2, 3):
             raise InputError(f"spatial_dims must be 2 or 3, got {self.spatial_dims!r}")
         self.imaging.numbers("spacing", self.spatial_dims)
+        self.imaging.numbers("image_size", self.spatial_dims)
         self.imaging.numbers("patch_size", self.spatial_dims)
         sides = self.image_shape
         whole = all(isinstance(side, int) and 0 < side < 10**6 for side in sides)
@@ -187,15 +207,17 @@ class ImagingClient(MedicalClient):
         Raises
         ------
         InputError
-            If neither `image_shape` nor ``patch-size`` is set, or ``spacing`` is set without
-            ``patch-size``.
+            If none of `image_shape`, ``image-size`` and ``patch-size`` is set, or ``spacing`` is
+            set without ``patch-size``.
         """
         self.check(SiteData(()))
-        shape = (self._channels, *(self.patch_size or self.image_shape[1:]))
+        sides = self.patch_size or self.image_size or self.image_shape[1:]
+        shape = (self._channels, *sides)
         if len(shape) == 1:
             raise InputError(
                 f"{type(self).__name__} must declare the size of its images before a patient's "
-                "image is read: give it image_shape = (channels, *spatial), or set patch-size"
+                "image is read: give it image_shape = (channels, *spatial), or set image-size or "
+                "patch-size"
             )
         if self.imaging.spacing and not self.patch_size:
             raise InputError(
@@ -308,22 +330,10 @@ class ImagingClient(MedicalClient):
             no class: then labels are coded otherwise, and to leave out the rows would select
             patients.
         """
-        checks = [
-            check_row(
-                row,
-                self.spatial_dims,
-                self.num_classes,
-                self.label_values,
-                self.empty_masks,
-                masks="label" in self._keys,
-                names=self._structures,
-                channels=self._channels,
-            )
-            for row in rows
-        ]
+        checks = [self._checked(row) for row in rows]
         self.found.update(zip(map(id, rows), checks, strict=True))
         if not self.sealed:
-            _require_labels(checks, split)
+            _require_labels(checks, split, self._mislabelled, self._remedy)
         channels = Counter(check.shape[0] for check in checks if check.problem is None)
         usual = max(channels, key=lambda count: channels[count], default=0)
         if self.sealed:  # Other patients' images must not decide about this one.
@@ -343,6 +353,19 @@ class ImagingClient(MedicalClient):
             )
         self._log_rejected(problems, split)
         return usable
+
+    def _checked(self, row: Row) -> Finding:
+        """Read a row's files and return what was found; no error is raised, whatever the row is."""
+        return check_row(
+            row,
+            self.spatial_dims,
+            self.num_classes,
+            self.label_values,
+            self.empty_masks,
+            masks="label" in self._keys,
+            names=self._structures,
+            channels=self._channels,
+        )
 
     def _problem(self, check: Finding, channels: int) -> str | None:
         """Return why a row that was checked cannot be used; None if it can."""
@@ -406,7 +429,8 @@ class ImagingClient(MedicalClient):
         if len(shapes) > 1:
             raise InputError(
                 "images of different shapes cannot be in one batch, such as "
-                f"{' and '.join(map(str, sorted(shapes)[:2]))}: set patch-size"
+                f"{' and '.join(map(str, sorted(shapes)[:2]))}: set image-size, which takes whole "
+                "images, or patch-size"
             )
         device = torch_device(self.settings)
         images = torch.stack([row["image"] for row in rows]).to(device)
@@ -419,7 +443,8 @@ class ImagingClient(MedicalClient):
         return batch
 
     def _labels(self, rows: Sequence[Row]) -> Tensor:
-        return torch.tensor([int(row["label"]) for row in rows])
+        """Return the labels of rows as the loss takes them, (0,) if there are no rows."""
+        return torch.tensor([int(row["label"]) for row in rows], dtype=torch.long)
 
     def _changed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a training batch after the subclass's random changes."""
@@ -448,14 +473,14 @@ def _too_many(wrong: int, rows: int) -> bool:
     return wrong >= _FEWEST_WRONG and wrong > _MOST_WRONG * rows
 
 
-def _require_labels(checks: Sequence[Finding], split: str) -> None:
-    """Raise `InputError` if too many labels are no class."""
+def _require_labels(checks: Sequence[Finding], split: str, mislabelled: str, remedy: str) -> None:
+    """Raise `InputError` if too many labels are not what the client takes."""
     wrong = [check for check in checks if check.mislabelled]
     if _too_many(len(wrong), len(checks)):
         raise InputError(
-            f"{len(wrong)} of {len(checks)} rows of the {split} split have labels that are no "
-            f"class, such as that of patient {wrong[0].patient}: {wrong[0].problem}; number the "
-            "classes from 0, or declare more of them"
+            f"{len(wrong)} of {len(checks)} rows of the {split} split have labels that are "
+            f"{mislabelled}, such as that of patient {wrong[0].patient}: {wrong[0].problem}; "
+            f"{remedy}"
         )
 
 

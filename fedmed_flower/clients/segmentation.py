@@ -124,7 +124,8 @@ class SegmentationClient(ImagingClient):
     def to_size(self, train: bool) -> list[Callable[[Any], Any]]:
         """Return the transforms that cut one training patch, half of the time on a structure."""
         if not self.patch_size:
-            return [DivisiblePadd(self._keys, _DIVISOR)]
+            fitted = [SpatialPadd(self._keys, self.image_size)] if self.image_size else []
+            return [*fitted, DivisiblePadd(self._keys, _DIVISOR)]
         size = self.patch_size
         return [
             SpatialPadd(self._keys, size),
@@ -330,7 +331,7 @@ class SegmentationClient(ImagingClient):
     def _outline(self, model: nn.Module, row: Row, chain: Compose) -> NDArray[np.uint8]:
         image = row["image"]
         device = torch_device(self.settings)
-        sides = tuple(image.shape[1:])
+        sides = self.image_size or tuple(image.shape[1:])
         roi = self.patch_size or tuple(math.ceil(side / _DIVISOR) * _DIVISOR for side in sides)
         parts = Parts()
 

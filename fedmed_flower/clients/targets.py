@@ -107,8 +107,13 @@ def declared_unit(schema: Schema) -> Unit:
     """
     if schema.task not in SCALED or schema.target not in schema.ranges:
         return Unit()
-    low, high = schema.ranges[schema.target]
-    return _unit(schema, (low + high) / 2, (high - low) / 4)
+    middle, scale, _ = unit_of_range(*schema.ranges[schema.target])
+    return _unit(schema, middle, scale)
+
+
+def unit_of_range(low: float, high: float) -> Unit:
+    """Return the unit of a number from `low` to `high`: output 0 is the middle, 2 is `high`."""
+    return Unit((low + high) / 2, (high - low) / 4)
 
 
 def require_declared(schema: Schema, preparation: str) -> None:

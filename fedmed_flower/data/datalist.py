@@ -51,7 +51,7 @@ class Listing:
     notes: tuple[str, ...] = ()
 
 
-def read_folder(folder: str | Path, series: str = "") -> Listing:
+def read_folder(folder: str | Path, series: str = "", labels: Sequence[str] = ()) -> Listing:
     """List the images of a folder, in the first of three layouts that it has.
 
     1. ``dataset.json`` of the Medical Segmentation Decathlon. In each entry of "training", "image"
@@ -78,6 +78,11 @@ def read_folder(folder: str | Path, series: str = "") -> Listing:
     folder : str or Path
     series : str
         Rules for DICOM files as the run config has them, see `rules_of`; empty takes every image.
+    labels : sequence of str
+        Columns that hold numbers, such as one for each finding: they stand in place of the column
+        label, and ``label`` of a row is a dict of them, None where a cell is empty. Small and
+        capital letters are the same. In dataset.json, "label" is then such an object. At least one
+        of the columns must be there.
 
     Raises
     ------
@@ -89,7 +94,7 @@ def read_folder(folder: str | Path, series: str = "") -> Listing:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
     try:
-        listing = _read(folder, series)
+        listing = _read(folder, series, tuple(labels))
     except OSError as error:
         raise InputError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
     if not listing.rows:
@@ -104,6 +109,7 @@ def load_folder(
     seed: int,
     shares: Sequence[float] = (0.7, 0.1, 0.2),
     series: str = "",
+    labels: Sequence[str] = (),
 ) -> SiteData:
     """Read a hospital's folder with `read_folder` and divide its rows with `split_patients`.
 
@@ -114,7 +120,7 @@ def load_folder(
     """
     if folder is None:
         raise InputError(NO_FOLDER.format("this hospital"))
-    listing = read_folder(folder, series)
+    listing = read_folder(folder, series, labels)
     path = Path(folder).expanduser()
     for note in listing.notes:
         log.info("%s: %s", path.resolve().name, note)
@@ -134,20 +140,22 @@ def load_folder(
     )
 
 
-def _read(folder: Path, series: str) -> Listing:
+def _read(folder: Path, series: str, labels: tuple[str, ...]) -> Listing:
     problems: list[str] = []
     notes: list[str] = []
     names: tuple[str, ...] = ()
     if (file := folder / DATASET).is_file():
         layout = DATASET
         lines, names = read_dataset(file, problems)
-        rows = rows_of(lines, folder, _COLUMNS, problems)
+        rows = rows_of(lines, folder, _COLUMNS, problems, labels)
     elif table := _find_table(folder):
         layout = table.name
-        rows = rows_of(_channels(table, problems), folder, _COLUMNS, problems)
+        columns = ("image", "patient") if labels else _COLUMNS
+        lines = [*_channels(table, problems, columns, labels)]
+        rows = rows_of(lines, folder, columns, problems, labels)
     elif any(map(is_dicom, folders(folder))):
         layout = "DICOM"
-        rows = dicom_rows(folder, series, problems, notes)
+        rows = dicom_rows(folder, series, problems, notes, labels)
     else:
         raise InputError(f"{folder} holds no data: looked for {_LOOKED_FOR}")
     texts = tuple(map(shown, problems))
@@ -166,8 +174,10 @@ def _find_table(folder: Path) -> Path | None:
     return tables[0]
 
 
-def _channels(table: Path, problems: list[str]) -> Iterator[Line]:
+def _channels(
+    table: Path, problems: list[str], columns: Sequence[str], labels: Sequence[str]
+) -> Iterator[Line]:
     """Yield the lines of a table; an image of several channels is a list of paths."""
-    for where, line in read_csv(table, _COLUMNS, problems):
+    for where, line in read_csv(table, columns, problems, labels):
         paths = [path for part in line.get("image", "").split(";") if (path := part.strip())]
         yield where, {**line, "image": paths if len(paths) > 1 else "".join(paths)}

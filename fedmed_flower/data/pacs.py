@@ -43,7 +43,13 @@ class _Choice:
         return list(dict.fromkeys(getattr(image, kind) for image in self.channels))
 
 
-def dicom_rows(folder: Path, series: str, problems: list[str], notes: list[str]) -> list[Row]:
+def dicom_rows(
+    folder: Path,
+    series: str,
+    problems: list[str],
+    notes: list[str],
+    labels: Sequence[str] = (),
+) -> list[Row]:
     """Return the rows of a folder of DICOM files.
 
     Parameters
@@ -54,6 +60,8 @@ def dicom_rows(folder: Path, series: str, problems: list[str], notes: list[str])
         first. Without rules each image is a row.
     problems, notes : list of str
         What cannot be used, and what was left out on purpose, is added.
+    labels : sequence of str
+        Columns of ``labels.csv`` in place of its column label, as `rows_of` takes them.
 
     Raises
     ------
@@ -70,8 +78,10 @@ def dicom_rows(folder: Path, series: str, problems: list[str], notes: list[str])
         choices = [_Choice((image,)) for image in found.images]
         _tell_of_several(found.images, notes)
     if (table := folder / LABELS).is_file():
-        lines = _by_table(choices, table, found.images, problems)
-    elif found.masks:
+        lines = _by_table(choices, table, found.images, problems, labels)
+        columns = ("image", "patient") if labels else ("image", "label", "patient")
+        return rows_of(lines, folder, columns, problems, labels)
+    if found.masks and not labels:
         there = {image.series for image in found.images}
         lines = _by_masks(choices, found.masks, there, problems, notes)
     else:
@@ -168,10 +178,12 @@ def _by_table(
     table: Path,
     images: Sequence[DicomImage],
     problems: list[str],
+    labels: Sequence[str],
 ) -> list[Line]:
     """Return image, patient, label and split of each image that the table names."""
     reported: dict[tuple[str, str], Line] = {}
-    for where, line in read_csv(table, ("label",), problems):
+    told = [name.strip().lower() for name in labels] or ["label"]
+    for where, line in read_csv(table, () if labels else told, problems, labels):
         kind = next((kind for kind in _NAMED if kind in line), "patient")
         key = (kind, line.get(kind, ""))
         if not key[1] or key in reported:
@@ -188,8 +200,8 @@ def _by_table(
             if (kind, name) in reported
         ]
         if keys:
-            labels = {name: reported[keys[0]][1].get(name) for name in ("label", "split")}
-            lines.append((choice.name, choice.line() | labels))
+            cells = {name: reported[keys[0]][1].get(name) for name in (*told, "split")}
+            lines.append((choice.name, choice.line() | cells))
         else:
             problems.append(f"{choice.name}: {LABELS} does not name it")
     there = {(kind, getattr(image, kind)) for image in images for kind in _NAMED}

@@ -1,4 +1,4 @@
-"""Generated images for tests and demonstrations offline: small chest X-rays and hippocampi.
+"""Generated images for tests and demonstrations offline: chest X-rays, eyes and hippocampi.
 
 They show no patients, and nothing that is learned from them is a medical finding. The X-rays stand
 in for PneumoniaMNIST (https://medmnist.com) and have the share of label 1 of its train split; the
@@ -19,6 +19,8 @@ from fedmed_flower.errors import InputError
 
 _SHARE_OPACITIES = 0.74
 _BLOCK_PIXELS = 2**20
+# By grade: the fewest haemorrhages of an eye, and one more than the most.
+_SPOTS = ((0, 1), (1, 3), (3, 6), (6, 10), (10, 15))
 
 Images = NDArray[np.float32]
 
@@ -120,6 +122,80 @@ def hippocampi(count: int, seed: int = 0, size: int = 24) -> Volumes:
         for k in range(count)
     ]
     return Volumes(tuple(rows), GENERATED, generated=True)
+
+
+def eyes(count: int, seed: int = 0, size: int = 32) -> tuple[Row, ...]:
+    """Generate grey images of the back of an eye, with findings, a grade and a number.
+
+    A bright disc is where the optic nerve begins, with a brighter cup in its middle. The retina
+    around it may have dark spots (haemorrhages) and small bright ones (exudates). Brightness,
+    noise, size and places differ from image to image.
+
+    Parameters
+    ----------
+    count : int
+        1 or greater; the first images of a larger count are the same.
+    seed : int
+        0 or greater; the same seed gives the same images.
+    size : int
+        Height and width in pixels, 24 to 512.
+
+    Returns
+    -------
+    tuple of dict
+        Rows with ``image`` (size, size) float32 from 0 to about 1, ``patient`` and
+
+        - ``findings``: a dict of 0 or 1: ``haemorrhages``, ``exudates``, ``large cup``;
+        - ``grade``: 0 to 4, by the number of haemorrhages: 0, 1 or 2, 3 to 5, 6 to 9, 10 to 14;
+        - ``cup``: the diameter of the cup in that of the disc, 0.2 to 0.9; it is large above 0.6.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of its range.
+    """
+    bounds = {"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 24, 512)}
+    for name, (value, low, high) in bounds.items():
+        if not isinstance(value, int | np.integer) or not low <= value <= high:
+            raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    prefix = f"eye-{seed}-" if seed else "eye-"
+    return tuple(
+        {**_eye(np.random.default_rng([seed, 5, k]), size), "patient": f"{prefix}{k}"}
+        for k in range(count)
+    )
+
+
+def _eye(rng: np.random.Generator, size: int) -> Row:
+    """Draw an image and say what is in it; the unit of length is half of its width."""
+    grid = np.linspace(-1, 1, size, dtype=np.float32)
+    x, y = np.meshgrid(grid, grid)
+    grade = int(rng.integers(5))
+    spots = int(rng.integers(*_SPOTS[grade]))
+    has_exudates = bool(rng.integers(2))
+    cup = float(rng.uniform(0.2, 0.9))
+
+    def spot(radius: float) -> Images:
+        # On the retina, left of the disc.
+        across, down = rng.uniform((-0.85, -0.8), (0.1, 0.8))
+        away = np.hypot(x - across, y - down)
+        return np.asarray(np.exp(-((away / radius) ** 2)), np.float32)
+
+    centre = 0.55 + rng.normal(0, 0.03)
+    away = np.hypot(x - centre, y - rng.normal(0, 0.05))
+    radius = rng.uniform(0.32, 0.38)
+    image = 0.4 + 0.2 * _sigmoid(40 * (radius - away)) + 0.6 * _sigmoid(40 * (cup * radius - away))
+    for _ in range(spots):
+        image -= 0.3 * spot(0.1)
+    for _ in range(int(rng.integers(6, 12)) * has_exudates):
+        image += 0.35 * spot(0.06)
+    image += rng.normal(0, 0.02) + rng.normal(0, 0.02, image.shape)
+    findings = {
+        "haemorrhages": int(grade > 0),
+        "exudates": int(has_exudates),
+        "large cup": int(cup > 0.6),
+    }
+    drawn = np.clip(image, 0, None).astype(np.float32)
+    return {"image": drawn, "findings": findings, "grade": grade, "cup": cup}
 
 
 def _hippocampus(rng: np.random.Generator, size: int) -> Row:

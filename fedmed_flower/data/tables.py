@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -25,6 +26,7 @@ Line = tuple[str, Mapping[str, Any]]
 _MISSING = {"", "nan", "none", "nat", "<na>"}
 # Spreadsheets and data frames write classes as 1.0 if a column has gaps.
 _WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
+_DECIMAL = re.compile(r"[+-]?[0-9]{0,18}\.[0-9]{1,18}")
 
 
 class _UnusableError(Exception):
@@ -100,15 +102,19 @@ def _frames_of_all(content: Mapping[str, Any]) -> str | None:
     return None
 
 
-def read_csv(file: Path, columns: Sequence[str], problems: list[str]) -> Iterator[Line]:
+def read_csv(
+    file: Path, columns: Sequence[str], problems: list[str], labels: Sequence[str] = ()
+) -> Iterator[Line]:
     """Yield the lines of a CSV file that are not blank, without their empty cells.
 
-    A line with another number of cells than the heading is added to ``problems``.
+    A line with another number of cells than the heading is added to ``problems``. Names of columns
+    are in small letters.
 
     Raises
     ------
     InputError
-        If the file is not CSV in UTF-8, lacks one of the columns, or is a link out of its folder.
+        If the file is not CSV in UTF-8, lacks one of the columns or all columns of ``labels``, has
+        one twice, or is a link out of its folder.
     """
     try:
         text = _text(file)
@@ -128,6 +134,7 @@ def read_csv(file: Path, columns: Sequence[str], problems: list[str]) -> Iterato
             if not names:
                 names = [cell.lower() for cell in cells]
                 _require_columns(file, names, columns)
+                _require_labels(file, names, labels)
             elif len(cells) != len(names):
                 problems.append(f"{where}: it has {len(cells)} cells, the heading {len(names)}")
             else:
@@ -136,25 +143,30 @@ def read_csv(file: Path, columns: Sequence[str], problems: list[str]) -> Iterato
     except csv.Error as error:
         raise InputError(f"{file}, line {reader.line_num}: {error}") from None
     if not names:
-        raise InputError(f"{file} is empty: it needs the columns {', '.join(columns)}")
+        raise InputError(f"{file} is empty: it needs the columns {', '.join((*columns, *labels))}")
 
 
 def rows_of(
-    lines: Iterable[Line], folder: Path, needed: Sequence[str], problems: list[str]
+    lines: Iterable[Line],
+    folder: Path,
+    needed: Sequence[str],
+    problems: list[str],
+    labels: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return a row for each line: ``image``, ``patient`` and what else of a row is given.
 
     That is ``label``, ``split`` and ``frames``.
 
-    A line that cannot be used is added to ``problems``, such as one whose files lie outside of the
-    folder or are links out of it.
+    With ``labels``, names of columns, the label is a dict by name of numbers, None where a cell is
+    empty. A line that cannot be used is added to ``problems``, such as one whose files lie outside
+    of the folder or are links out of it.
     """
     root = real_path(folder)
     rows: list[dict[str, Any]] = []
     seen: dict[str, str] = {}
     for where, line in lines:
         try:
-            row = _row(line, folder, root, needed)
+            row = _row(line, folder, root, needed, labels)
             image = f"{row['image']} {row.get('frames', '')}"
             if image in seen:
                 raise _UnusableError(f"its image was named before, in {seen[image]}")
@@ -184,7 +196,11 @@ def _class_names(labels: Any, file: Path, problems: list[str]) -> tuple[str, ...
 
 
 def _row(
-    line: Mapping[str, Any], folder: Path, root: Path, needed: Sequence[str]
+    line: Mapping[str, Any],
+    folder: Path,
+    root: Path,
+    needed: Sequence[str],
+    labels: Sequence[str] = (),
 ) -> dict[str, Any]:
     for name in needed:
         if line.get(name) in (None, "", []):
@@ -196,7 +212,9 @@ def _row(
     several = isinstance(image, list)
     paths = [_source(part, folder, root) for part in (image if several else [image])]
     row: dict[str, Any] = {"image": paths if several else paths[0], "patient": str(patient).strip()}
-    if "label" in line:
+    if labels:
+        row["label"] = _numbers(line, labels)
+    elif "label" in line:
         row["label"] = _label(line["label"], folder, root)
     if line.get("frames") not in (None, ""):
         row["frames"] = _frames(line["frames"])
@@ -221,17 +239,43 @@ def _frames(frames: Any) -> int | str:
         raise _UnusableError(str(error)) from None
 
 
-def _label(label: Any, folder: Path, root: Path) -> int | str | list[str]:
-    """Return a class number, the path of a mask, or the paths of several whose structures count."""
+def _label(label: Any, folder: Path, root: Path) -> int | float | str | list[str]:
+    """Return a number, the path of a mask, or the paths of several whose structures count."""
     if isinstance(label, str) and ";" in label:
         label = [part for part in map(str.strip, label.split(";")) if part]
     if isinstance(label, list):
         return [_path(part, folder, root) for part in label]
-    if isinstance(label, int) and not isinstance(label, bool):
-        return label
-    if isinstance(label, str) and (number := _WHOLE.fullmatch(label.strip())):
-        return int(number[1])
-    return _path(label, folder, root)
+    number = _number(label)
+    return _path(label, folder, root) if number is None else number
+
+
+def _numbers(line: Mapping[str, Any], labels: Sequence[str]) -> dict[str, int | float | None]:
+    """Return the numbers of a line by the names of their columns."""
+    # Entries of dataset.json hold them in an object.
+    entries = line.get("label")
+    cells = line
+    if isinstance(entries, Mapping):
+        cells = {str(name).strip().lower(): value for name, value in entries.items()}
+    numbers: dict[str, int | float | None] = {}
+    for name in labels:
+        cell = cells.get(name.strip().lower())
+        numbers[name] = _number(cell)
+        if cell is not None and numbers[name] is None:
+            raise _UnusableError(f"its {name} is {quoted(cell)}: it must be a number or empty")
+    return numbers
+
+
+def _number(cell: Any) -> int | float | None:
+    """Return a finite number, whole if it is; None for anything else."""
+    if isinstance(cell, int | float) and not isinstance(cell, bool):
+        return cell if math.isfinite(cell) else None
+    if isinstance(cell, str):
+        text = cell.strip()
+        if whole := _WHOLE.fullmatch(text):
+            return int(whole[1])
+        if _DECIMAL.fullmatch(text):
+            return float(text)
+    return None
 
 
 def _source(part: Any, folder: Path, root: Path) -> str | Series:
@@ -294,3 +338,17 @@ def _require_columns(file: Path, names: Sequence[str], needed: Sequence[str]) ->
                 f"{file} must have one column {name!r}, got {names.count(name)}: its columns are "
                 f"{', '.join(names)}{hint if name not in names and name == 'image' else ''}"
             )
+
+
+def _require_labels(file: Path, names: Sequence[str], labels: Sequence[str]) -> None:
+    """Raise `InputError` if a table has none of the columns, or one twice; log which it lacks."""
+    if not labels:
+        return
+    counts = {name: names.count(name.strip().lower()) for name in labels}
+    if not any(counts.values()) or max(counts.values()) > 1:
+        raise InputError(
+            f"{file} must have columns of what is asked for, {', '.join(labels)}, each once: its "
+            f"columns are {', '.join(names)}"
+        )
+    if lacking := [name for name, count in counts.items() if not count]:
+        log.warning("%s has no column %s: not read in any row", file, ", ".join(lacking))

@@ -26,7 +26,7 @@ from fedmed_flower.metrics.auc import (
     numbered,
     ordered_pairs,
 )
-from fedmed_flower.metrics.names import CONFUSION, COUNTS, GRID
+from fedmed_flower.metrics.names import CONFUSION, COUNTS, GRID, KAPPA
 from fedmed_flower.privacy.noise import gaussian, secure_generator
 
 _NOISED_BINS = 32
@@ -88,6 +88,7 @@ def classification_metrics(
     logits: ArrayLike,
     patients: Sequence[Hashable] | None = None,
     coarse: bool = False,
+    guess: NDArray[np.int64] | None = None,
 ) -> dict[str, Value]:
     """Measure a classifier on one hospital's rows.
 
@@ -100,6 +101,8 @@ def classification_metrics(
     coarse : bool
         Whether each count must be of ten different patients or more, or of all of a class.
         `coarsened` rounds the result.
+    guess : integer array of shape (n,), optional
+        The class that is chosen for each row. If None, it is the likeliest.
 
     Returns
     -------
@@ -127,7 +130,7 @@ def classification_metrics(
         )
     margins = class_margins(logits)
     num_classes = max(2, margins.shape[1])
-    guess = guessed_classes(logits)
+    guess = guessed_classes(logits) if guess is None else guess
     confusion = confusion_matrix(y, guess, labels=np.arange(num_classes))
     positive = (y == 1)[:, None] if num_classes == 2 else y[:, None] == np.arange(num_classes)
     reported = not coarse or _is_coarse(y, guess, numbered(patient_of_row), num_classes)
@@ -167,7 +170,11 @@ def _is_coarse(
 
 
 def noised_counts(
-    labels: ArrayLike, logits: ArrayLike, patients: Sequence[Hashable], noise_multiplier: float
+    labels: ArrayLike,
+    logits: ArrayLike,
+    patients: Sequence[Hashable],
+    noise_multiplier: float,
+    guess: NDArray[np.int64] | None = None,
 ) -> list[float]:
     """Count a classifier's scores and guesses, with noise that hides each patient.
 
@@ -185,6 +192,8 @@ def noised_counts(
     patients : sequence of n hashables
     noise_multiplier : float
         Standard deviation of the noise in units of that length; at least 0.
+    guess : integer array of shape (n,), optional
+        The class that is chosen for each row, of more than two. If None, it is the likeliest.
 
     Returns
     -------
@@ -206,7 +215,8 @@ def noised_counts(
     length = 1.0
     if num_classes > 2:
         confusion = np.zeros((num_classes, num_classes))
-        np.add.at(confusion, (y, np.argmax(logits, axis=1)), share)
+        chosen = guessed_classes(logits) if guess is None else guess
+        np.add.at(confusion, (y, chosen), share)
         parts.append(confusion.ravel())
         length = math.sqrt(num_classes + 1)
     counts = np.concatenate(parts)
@@ -214,13 +224,15 @@ def noised_counts(
     return [float(count) for count in counts]
 
 
-def noised_metrics(counts: ArrayLike) -> dict[str, float]:
+def noised_metrics(counts: ArrayLike, ordered: bool = False) -> dict[str, float]:
     """Return the metrics that follow from one hospital's noised counts, or the sum of several.
 
     Parameters
     ----------
     counts : array
         As `noised_counts` returns them.
+    ordered : bool
+        Whether the classes are ordered grades, which have the metrics of `ordered_rates` too.
 
     Returns
     -------
@@ -243,6 +255,8 @@ def noised_metrics(counts: ArrayLike) -> dict[str, float]:
         return {"num-examples": 0.0}
     # Sums of fractions round to a hair below 0.
     metrics |= {name: min(1.0, max(0.0, rate)) for name, rate in rates_of(confusion).items()}
+    if ordered:
+        metrics |= ordered_rates(confusion)
     below = np.pad(np.cumsum(histograms, axis=2), ((0, 0), (0, 0), (1, 0)))
     totals = below[:, :, -1]
     if (totals > 0).all():
@@ -279,3 +293,36 @@ def rates_of(confusion: NDArray[np.int64]) -> dict[str, float]:
         "specificity": np.mean(specificity[concerned]),
     }
     return {name: float(rate) for name, rate in rates.items() if np.isfinite(rate)}
+
+
+def ordered_rates(confusion: ArrayLike) -> dict[str, float]:
+    """Return what else follows from the confusion matrix of ordered grades.
+
+    Parameters
+    ----------
+    confusion : array of shape (k, k)
+        Rows are the true grades 0, 1, ..., columns those that were chosen; not all 0.
+
+    Returns
+    -------
+    dict
+        ``mae``, how many grades the chosen one is off, on average; and ``quadratic-kappa``, Cohen's
+        kappa with quadratic weights: 1 is perfect, 0 is chance (Cohen, Weighted kappa,
+        Psychological Bulletin 70, 1968, https://doi.org/10.1037/h0026256). Kappa is left out if all
+        rows are of one grade, which is chosen for each.
+
+    Examples
+    --------
+    >>> rates = ordered_rates([[3, 1, 0], [0, 2, 0], [0, 1, 3]])
+    >>> {name: round(rate, 3) for name, rate in rates.items()}
+    {'mae': 0.2, 'quadratic-kappa': 0.857}
+    """
+    counts = np.asarray(confusion, dtype=np.float64)
+    total = counts.sum()
+    truth, chosen = np.indices(counts.shape)
+    apart = truth - chosen
+    rates = {"mae": float((np.abs(apart) * counts).sum() / total)}
+    by_chance = np.outer(counts.sum(axis=1), counts.sum(axis=0)) / total
+    if expected := float((apart**2 * by_chance).sum()):
+        rates[KAPPA] = float(1 - (apart**2 * counts).sum() / expected)
+    return rates

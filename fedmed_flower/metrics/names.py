@@ -42,8 +42,14 @@ POOLED_ONLY = (*SUMMABLE, NOISED, NOISED_DICE, *SUMS)
 # rounds, and the time of the virtual clock.
 STALENESS = "staleness"
 VIRTUAL_SECONDS = "virtual-seconds"
+# Of ordered grades: Cohen's kappa with quadratic weights.
+KAPPA = "quadratic-kappa"
+# What stands in the place of a group's column if not patients are grouped, but what is predicted:
+# single findings, and whether a grade is at least the named one.
+FINDING = "finding"
+GRADE = "grade"
 # A run is judged by the first of these that it has.
-MAIN = ("auc", "dice", "c-index", "r2", "d2", "accuracy", "mae", "loss")
+MAIN = (KAPPA, "auc", "dice", "c-index", "r2", "d2", "accuracy", "mae", "loss")
 # Metrics whose names start with one of these are better when lower.
 _LOWER = ("loss", "hd95", "mae", "rmse", "brier", "integrated-brier", "calibration", "deviance")
 

@@ -17,7 +17,14 @@ from fedmed_flower.metrics.auc import (
     merged_auc,
     merged_precision,
 )
-from fedmed_flower.metrics.classification import Value, classes_of_noised, noised_metrics, rates_of
+from fedmed_flower.metrics.classification import (
+    Value,
+    classes_of_noised,
+    noised_metrics,
+    ordered_rates,
+    rates_of,
+)
+from fedmed_flower.metrics.findings import mean_over_findings
 from fedmed_flower.metrics.names import (
     CALIBRATION,
     CALIBRATION_BINS,
@@ -27,6 +34,7 @@ from fedmed_flower.metrics.names import (
     DICE,
     GRID,
     HIGH,
+    KAPPA,
     LOW,
     NOISED,
     NOISED_DICE,
@@ -38,6 +46,7 @@ from fedmed_flower.metrics.names import (
     TARGET,
     WORST,
     in_groups,
+    is_pooled_only,
 )
 from fedmed_flower.metrics.outcomes import (
     calibration_error,
@@ -145,6 +154,9 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
         have the counts. For masks, only metrics that are no weighted mean of the hospitals'. Empty
         for other records, or if only some are noised.
 
+        Of several findings (`FindingsClient`), each has its metrics over the hospitals that read
+        it, and those of all rows are `mean_over_findings`.
+
         The AUC is exact for pairs of rows of one hospital, and comes from the histograms for pairs
         of rows of two. It is right to 0.001 for scores with one hump, heavy tails and skew
         included. It can be off by some thousandths if a network crowds its scores into two humps a
@@ -175,11 +187,22 @@ def pool(records: Sequence[dict[str, Value]]) -> dict[str, float]:
     for record in records:
         for group, part in in_groups(record).items():
             groups.setdefault(group, []).append(part)
-    return {
+    pooled = {
         name + group: value
         for group, parts in groups.items()
         for name, value in _pool(parts, every=bool(group)).items()
     }
+    whole = groups.get("", [])
+    if any(is_pooled_only(name) for record in whole for name in record):
+        return pooled
+    means = mean_over_findings(pooled)
+    return pooled | {"num-examples": _rows_of(whole)} | means if means else pooled
+
+
+def _rows_of(records: Sequence[Mapping[str, Any]]) -> float:
+    """Return the number of rows of all hospitals."""
+    rows = [record.get("num-examples") for record in records]
+    return float(sum(count for count in rows if isinstance(count, int | float)))
 
 
 def _pool(records: list[dict[str, Any]], every: bool) -> dict[str, float]:
@@ -190,7 +213,9 @@ def _pool(records: list[dict[str, Any]], every: bool) -> dict[str, float]:
             if key == NOISED_DICE:
                 return pool_masks(records)
             total = np.sum([np.asarray(record[key]) for record in records], axis=0)
-            return noised_metrics(total) if key == NOISED else noised_error_metrics(total)
+            if key == NOISED:
+                return noised_metrics(total, _are_ordered(records))
+            return noised_error_metrics(total)
     if masks := [record for record in records if isinstance(record.get(WORST), int | float)]:
         # A hospital that reports coarsely has a worst patient too, but does not report it.
         is_complete = all(WORST in record for record in records if DICE in record)
@@ -202,9 +227,12 @@ def _pool(records: list[dict[str, Any]], every: bool) -> dict[str, float]:
         metrics |= _pool_classes(counted)
     if not metrics:
         return {}
-    rows = [record.get("num-examples") for record in records]
-    total = float(sum(count for count in rows if isinstance(count, int | float)))
-    return {"num-examples": total} | metrics
+    return {"num-examples": _rows_of(records)} | metrics
+
+
+def _are_ordered(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the classes of these counts are grades: of other classes none is off by 1."""
+    return any("mae" in record for record in records)
 
 
 def _holding(records: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
@@ -220,7 +248,7 @@ def _withheld_metrics(records: list[dict[str, Any]]) -> set[str]:
         return set()
     withheld = {"average-precision"}
     if any(CONFUSION not in record for record in records):
-        withheld.update(RATES)
+        withheld.update(RATES, (KAPPA, "mae"))
     if any(CALIBRATION not in record for record in records):
         withheld.add("calibration-error")
     return withheld
@@ -232,7 +260,10 @@ def _pool_classes(records: list[dict[str, Any]]) -> dict[str, float]:
     if len(with_confusion) == len(records):
         total = np.sum([np.asarray(record[CONFUSION]) for record in with_confusion], axis=0)
         num_classes = round(len(total) ** 0.5)
-        metrics = rates_of(total.reshape(num_classes, num_classes))
+        confusion = total.reshape(num_classes, num_classes)
+        metrics = rates_of(confusion)
+        if _are_ordered(records):
+            metrics |= ordered_rates(confusion)
     grids = np.asarray([record[GRID] for record in records]).reshape(len(records), -1, 3)
     counts = np.asarray([record[COUNTS] for record in records], dtype=np.float64)
     counts = counts.reshape(len(records), -1, 2, BINS)

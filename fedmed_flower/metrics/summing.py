@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics.auc import BINS, EDGES, MERGED, ordered_pairs
 from fedmed_flower.metrics.coarse import is_of_one_patient
+from fedmed_flower.metrics.findings import mean_over_findings
 from fedmed_flower.metrics.names import (
     CALIBRATION,
     CONFUSION,
@@ -27,6 +28,7 @@ from fedmed_flower.metrics.names import (
     COUNTS,
     GRID,
     HIGH,
+    KAPPA,
     LOW,
     NOISED,
     NOISED_DICE,
@@ -57,13 +59,13 @@ _WHOLE = (_ROWS, CONFUSION, COUNTS, PAIRS)
 _ADDED = (CONFUSION, CALIBRATION, PAIRS, NOISED, NOISED_DICE, NOISED_ERRORS)
 # What follows from a list of counts over all rows.
 _FOLLOWING = {
-    CONFUSION: RATES,
+    CONFUSION: (*RATES, KAPPA),
     COUNTS: ("auc", "average-precision", LOW, HIGH),
     CALIBRATION: ("calibration-error",),
     TARGET: ("mae", "rmse", "r2"),
     COUNT: ("mae", "deviance", "d2"),
     PAIRS: ("c-index",),
-    NOISED: (*RATES, "auc"),
+    NOISED: (*RATES, "auc", KAPPA),
     NOISED_ERRORS: ("mae",),
 }
 # No sum of a hospital is larger: a float of that size has no digits left for the others'.
@@ -91,17 +93,21 @@ def sums_of_record(
         a score.
     """
     sums: dict[str, NDArray[Any]] = {}
+    means = mean_over_findings(record)
     for group, part in in_groups(record).items():
         rows = part.get(_ROWS)
         if not isinstance(rows, int | float) or not 0 < rows < math.inf or len(part) == 1:
             continue
         sums[f"{SUM}{_ROWS}{group}"] = np.atleast_1d(rows)
         following = {name for key in part for name in _FOLLOWING.get(key, ())}
+        # The mean over findings follows from the sums of each.
+        following |= set() if group else means.keys()
         for name, value in part.items():
             if name in (_ROWS, GRID) or name in following or is_of_one_patient(name):
                 continue
             if name == COUNTS:
-                counts, order = _on_one_grid(part[GRID], value, grids)
+                fitting = grids if not group else _grids_of_group(len(part[GRID]) // 3, grids)
+                counts, order = _on_one_grid(part[GRID], value, fitting)
                 sums[f"{SUM}{COUNTS}{group}"] = counts
                 sums[f"{SUM}{ORDER}{group}"] = order
             elif name in (TARGET, COUNT):
@@ -112,6 +118,14 @@ def sums_of_record(
                 sums[f"{SUM}{name}{group}"] = total
                 sums[f"{ROWS}{name}{group}"] = np.atleast_1d(rows)
     return sums
+
+
+def _grids_of_group(scores: int, grids: Sequence[Grid]) -> Sequence[Grid]:
+    """Return the grids of a group, which are those of all rows if it has as many scores.
+
+    A grade and those above are told from others by a score of their own.
+    """
+    return grids if len(grids) == scores else ()
 
 
 def is_whole(name: str) -> bool:
@@ -148,7 +162,8 @@ def record_of_sums(sums: Mapping[str, NDArray[Any]], grids: Sequence[Grid] = ())
         if not rows:
             continue
         if COUNTS in part:
-            grid, counts = _on_own_grid(part[COUNTS], part[ORDER], grids)
+            fitting = grids if not group else _grids_of_group(part[ORDER].size, grids)
+            grid, counts = _on_own_grid(part[COUNTS], part[ORDER], fitting)
             record |= {f"{GRID}{group}": grid, f"{COUNTS}{group}": counts}
         for name, value in part.items():
             if name in (_ROWS, COUNTS, ORDER):

@@ -40,8 +40,9 @@ def export_bundle(
     Raises
     ------
     InputError
-        If the client has a table, outlines 2D images, or prepares images by code of its own; if the
-        network cannot be traced; or if the folder exists.
+        If the client neither classifies nor outlines, outlines 2D images, fits images into
+        ``image-size``, or prepares images by code of its own; if the network cannot be traced; or
+        if the folder exists.
     """
     if out.exists():
         raise InputError(f"{out} exists already: give another --out")
@@ -52,6 +53,16 @@ def export_bundle(
         raise InputError(
             f"{predictor.description.name} defines {', '.join(predictor.description.overridden)} "
             "itself, which a bundle cannot hold: use --to onnx or --to torchscript"
+        )
+    if predictor.description.base not in ("ClassificationClient", "SegmentationClient"):
+        raise InputError(
+            "a MONAI bundle holds classes or masks, and this model says something else of an "
+            "image: use --to onnx or --to torchscript"
+        )
+    if volumes.image_size:
+        raise InputError(
+            "MONAI has no transform that fits images into image-size, so that a bundle cannot hold "
+            "it: use --to onnx or --to torchscript"
         )
     masks = hasattr(client, "classes")
     if masks and volumes.spatial_dims == 2:

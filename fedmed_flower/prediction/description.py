@@ -27,19 +27,34 @@ from fedmed_flower.settings.section import Section, key_of
 # seconds, which a run on tables does not need.
 BASES = {
     "ClassificationClient": "fedmed_flower.clients.classification",
+    "FindingsClient": "fedmed_flower.clients.findings",
+    "GradingClient": "fedmed_flower.clients.grading",
+    "MeasurementClient": "fedmed_flower.clients.measurement",
     "SegmentationClient": "fedmed_flower.clients.segmentation",
     "SurvivalClient": "fedmed_flower.clients.survival",
     "TabularClient": "fedmed_flower.clients.tabular",
 }
+# Lists of names among what is declared.
+_NAMES = ("classes", "findings", "grades")
 _IMAGES = ("spatial_dims", "image_shape", "modality", "ct_window", "label_values")
 # What a client declares that decides about a prediction.
 _DECLARED: dict[str, tuple[str, ...]] = {
     "ClassificationClient": (*_IMAGES, "num_classes"),
+    "FindingsClient": (*_IMAGES, "findings"),
+    "GradingClient": (*_IMAGES, "grades"),
+    "MeasurementClient": (*_IMAGES, "low", "high", "unit"),
     "SegmentationClient": (*_IMAGES, "classes", "overlap"),
     "TabularClient": ("schema", "zeros"),
     "SurvivalClient": ("schema", "zeros"),
 }
-_IMAGING_KEYS = ("spacing", "orientation", "patch-size", "network", "network-args")
+_IMAGING_KEYS = (
+    "spacing",
+    "orientation",
+    "image-size",
+    "patch-size",
+    "network",
+    "network-args",
+)
 _TABLE_KEYS = (
     "preparation",
     "tabular-network",
@@ -51,6 +66,9 @@ _SURVIVAL_KEYS = ("survival-loss", "survival-horizon", "survival-intervals")
 # The settings of a run that decide about a prediction.
 _KEYS: dict[str, tuple[str, ...]] = {
     "ClassificationClient": (*_IMAGING_KEYS, "torch-threads"),
+    "FindingsClient": (*_IMAGING_KEYS, "torch-threads"),
+    "GradingClient": (*_IMAGING_KEYS, "torch-threads"),
+    "MeasurementClient": (*_IMAGING_KEYS, "torch-threads"),
     "SegmentationClient": (*_IMAGING_KEYS, "torch-threads"),
     "TabularClient": (*_TABLE_KEYS, "torch-threads"),
     "SurvivalClient": (*_TABLE_KEYS, *_SURVIVAL_KEYS, "torch-threads"),
@@ -285,13 +303,16 @@ def _read(name: str, value: Any) -> Any:
         "modality": (str,),
         "overlap": (int, float),
         "zeros": (bool,),
+        "low": (int, float),
+        "high": (int, float),
+        "unit": (str,),
     }
     if name in wanted:
         if type(value) not in wanted[name]:
             raise ValueError(f"{name} must not be {str(value)[:100]!r}")
         return value
     # What is left are lists of numbers, or of names.
-    kind: tuple[type, ...] = (str,) if name == "classes" else (int, float)
+    kind: tuple[type, ...] = (str,) if name in _NAMES else (int, float)
     if not isinstance(value, list) or not all(type(part) in kind for part in value):
         raise ValueError(f"{name} must be a list, got {str(value)[:100]!r}")
     return tuple(value)

@@ -155,12 +155,22 @@ def metadata(predictor: Predictor, client: Any) -> dict[str, Any]:
             "outputs": f"float32 (batch, outputs), of the task {client.schema.task}",
         }
     sides = ", ".join("xyz"[: client.spatial_dims])
-    outputs = "(batch, classes)"
+    outputs = "(batch, classes), before softmax (one output: before the sigmoid)"
     if hasattr(client, "classes"):
-        outputs = f"(batch, classes with the background, {sides})"
+        outputs = f"(batch, classes with the background, {sides}), before softmax"
+    elif hasattr(client, "findings"):
+        outputs = "(batch, findings), before the sigmoid of each"
+    elif hasattr(client, "grades"):
+        outputs = (
+            "(batch, grades - 1): the log-odds to be above the lowest grade, then by how much they "
+            "fall to each next grade, before softplus"
+        )
+    elif hasattr(client, "unit"):
+        shift, factor, _ = client.scale
+        outputs = f"(batch, 1): number = {factor:.12g} * output + {shift:.12g}"
     return known | {
         "input": f"float32 (batch, channels, {sides}), on the grid and scaled as declared",
-        "outputs": f"float32 {outputs}, before softmax (one output: before the sigmoid)",
+        "outputs": f"float32 {outputs}",
     }
 
 

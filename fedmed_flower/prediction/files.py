@@ -80,7 +80,14 @@ def predict_files(
         raise InputError(f"{table} exists already: give another --out")
     if out != table and out.exists() and not out.is_dir():
         raise InputError(f"--out must be a folder or end in .csv, got {out}")
-    kinds: dict[str, type[_Worker]] = {"classes": _Classes, "masks": _Masks, "rows": _Rows}
+    kinds: dict[str, type[_Worker]] = {
+        "classes": _Classes,
+        "findings": _Findings,
+        "grades": _Grades,
+        "masks": _Masks,
+        "numbers": _Numbers,
+        "rows": _Rows,
+    }
     if seg:
         kinds["masks"] = _MasksAndSegmentations
     worker = kinds[base](client, network, out)
@@ -107,9 +114,14 @@ def name_of(source: Source) -> str:
 
 
 def _kind_of(client: Any) -> str:
-    if hasattr(client, "schema"):
-        return "rows"
-    return "masks" if hasattr(client, "classes") else "classes"
+    declared = {
+        "schema": "rows",
+        "classes": "masks",
+        "findings": "findings",
+        "grades": "grades",
+        "unit": "numbers",
+    }
+    return next((kind for name, kind in declared.items() if hasattr(client, name)), "classes")
 
 
 def _reason(error: BaseException) -> str:
@@ -158,6 +170,45 @@ class _Classes(_Worker):
         outputs = self.client.predict(self.network, self.prepared(source))
         shares = class_probabilities(outputs)[0].tolist()
         return [[name_of(source), *shares, int(guessed_classes(outputs)[0]), ""]]
+
+
+class _Findings(_Worker):
+    """Looks for several findings in images."""
+
+    def head(self) -> list[str]:
+        return ["file", *(f"probability {name}" for name in self.client.findings), _PROBLEM]
+
+    def lines(self, source: Source) -> list[Line]:
+        outputs = self.client.predict(self.network, self.prepared(source))
+        # Of a finding, the probability that it is there.
+        shares = [float(class_probabilities(output[None])[0, 1]) for output in outputs.T]
+        return [[name_of(source), *shares, ""]]
+
+
+class _Grades(_Worker):
+    """Grades images."""
+
+    def head(self) -> list[str]:
+        grades = self.client.grades
+        return ["file", *(f"probability {name}" for name in grades), "predicted", _PROBLEM]
+
+    def lines(self, source: Source) -> list[Line]:
+        shares = self.client.predict(self.network, self.prepared(source))[0]
+        # The median, as figures count it.
+        median = int((1 - shares.cumsum()[:-1] > 0.5).sum())
+        return [[name_of(source), *shares.tolist(), self.client.grades[median], ""]]
+
+
+class _Numbers(_Worker):
+    """Reads numbers from images."""
+
+    def head(self) -> list[str]:
+        unit = f" ({self.client.unit})" if self.client.unit else ""
+        return ["file", f"predicted{unit}", _PROBLEM]
+
+    def lines(self, source: Source) -> list[Line]:
+        numbers = self.client.predict(self.network, self.prepared(source))
+        return [[name_of(source), float(numbers[0, 0]), ""]]
 
 
 class _Masks(_Worker):

@@ -271,8 +271,8 @@ def example_of(client: Any, network: nn.Module) -> tuple[Tensor, tuple[int, ...]
     sides = client.patch_size
     fixed = shape and client.spatial_dims == 2 and not client.imaging.spacing
     # Segmentation pads whole images, and volumes are turned to one orientation.
-    if not sides and fixed and not hasattr(client, "classes"):
-        sides = shape[1:]
+    if not sides and not hasattr(client, "classes"):
+        sides = client.image_size or (shape[1:] if fixed else ())
     if sides:
         return torch.rand(2, channels, *sides, generator=generator), (0,)
     free = (0, *range(2, 2 + client.spatial_dims))

@@ -6,7 +6,7 @@ al., Model Cards for Model Reporting, FAT* 2019, https://doi.org/10.1145/3287560
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -357,6 +357,7 @@ def _results(run: _Run) -> str:
         "### All test records together",
         _overall(run),
         _each_class(run),
+        *_predicted(run),
         "### By hospital",
         _by_hospital(run),
         _compared(run),
@@ -531,14 +532,31 @@ def _benefit(run: _Run) -> str:
 
 
 def _groups(run: _Run) -> str:
-    listed = contents.groups(run.summary, run.main)
+    listed = [each for each in contents.groups(run.summary, run.main) if each.of_patients]
     if not listed:
         words = "Nothing was measured by group of patients. The setting `report-by` names columns."
         return _section(tripod.GROUPS, words)
-    parts = []
+    words = (
+        "On the test records of all hospitals that report the group; groups of few patients are "
+        "not reported. The run folder holds no counts by group, so there are no intervals: small "
+        "groups differ by chance."
+    )
+    return _section(tripod.GROUPS, words, *_group_tables(listed))
+
+
+def _predicted(run: _Run) -> list[str]:
+    """Return what was measured of each finding, or of each grade and those above."""
+    listed = [each for each in contents.groups(run.summary, run.main) if not each.of_patients]
+    notes = [frame.BY_PREDICTED[each.column].strip() for each in listed]
+    return [*_group_tables(listed), *notes]
+
+
+def _group_tables(listed: Sequence[contents.Groups]) -> list[str]:
+    parts: list[str] = []
     for groups in listed:
         heads = [frame.capital(_name(key)) for key in groups.metrics]
-        head = ["Group", "Test records", *(["Hospitals"] if groups.apart else []), *heads]
+        first = "Group" if groups.of_patients else frame.capital(groups.column)
+        head = [first, "Test records", *(["Hospitals"] if groups.apart else []), *heads]
         rows = []
         for group in groups.groups:
             cells = [format_value(cell.total.value, format_of(cell.key)) for cell in group.cells]
@@ -546,12 +564,7 @@ def _groups(run: _Run) -> str:
             sites = [str(group.num_sites)] if groups.apart else []
             rows.append([plain(group.value), records, *sites, *cells])
         parts += [f"### By {plain(groups.column)}", table(head, rows)]
-    words = (
-        "On the test records of all hospitals that report the group; groups of few patients are "
-        "not reported. The run folder holds no counts by group, so there are no intervals: small "
-        "groups differ by chance."
-    )
-    return _section(tripod.GROUPS, words, *parts)
+    return parts
 
 
 def _privacy(run: _Run) -> str:

@@ -109,11 +109,17 @@ def _fine_tuned(tuned: FineTuned, names: dict[str, str], main: str) -> str:
 
 
 def groups(columns: list[Groups]) -> str:
-    """Return the section on groups of patients; nothing if no metric was measured by group."""
-    if not columns:
-        return ""
-    tables = "".join(map(_group_table, columns))
-    return f'<h2>By group</h2>{tables}<p class="note">{frame.GROUPS}</p>'
+    """Return the sections on groups of patients and on findings; nothing of what there is not."""
+    section = ""
+    for predicted in (column for column in columns if not column.of_patients):
+        title = frame.capital(f"by {predicted.column}")
+        note = frame.BY_PREDICTED[predicted.column]
+        section += f'<h2>{title}</h2>{_group_table(predicted)}<p class="note">{note}</p>'
+    of_patients = [column for column in columns if column.of_patients]
+    if not of_patients:
+        return section
+    tables = "".join(map(_group_table, of_patients))
+    return f'{section}<h2>By group</h2>{tables}<p class="note">{frame.GROUPS}</p>'
 
 
 def _group_table(groups: Groups) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fedmed_flower.data.site import some_of
-from fedmed_flower.metrics.names import in_groups, lower_is_better
+from fedmed_flower.metrics.names import FINDING, GRADE, in_groups, lower_is_better
 from fedmed_flower.metrics.outcomes import gaps
 from fedmed_flower.reports import frame
 from fedmed_flower.reports.frame import COUNT, format_of, format_value
@@ -329,9 +329,18 @@ class Groups:
     gaps: dict[str, float]
     apart: bool
 
+    @property
+    def of_patients(self) -> bool:
+        """Whether patients are grouped, and not what is predicted of each of them."""
+        return self.column not in (FINDING, GRADE)
+
 
 def groups(summary: dict[str, Any], main: str) -> list[Groups]:
-    """Return the groups of patients, a column each; none if no metric was measured by group."""
+    """Return the groups of patients, a column each; none if no metric was measured by group.
+
+    Findings, and grades and those above, are listed so too. They are no groups of patients
+    (`Groups.of_patients`).
+    """
     federated = nested(summary, "test", "federated")
     shown = {key: value for key in federated if (value := number(federated, key)) is not None}
     together = {group: metrics for group, metrics in in_groups(shown).items() if group}
@@ -353,8 +362,11 @@ def groups(summary: dict[str, Any], main: str) -> list[Groups]:
             records = number(together[name], "num-examples")
             num_sites = len(by_site(of_group, "num-examples"))
             rows.append(Group(name.partition("=")[2], records, num_sites, cells))
-        widest = {key: widths[f"{key}@{column}"] for key in keys if f"{key}@{column}" in widths}
-        listed.append(Groups(column, keys, rows, widest, apart=bool(tested)))
+        group = Groups(column, keys, rows, {}, apart=bool(tested))
+        if group.of_patients:
+            found = {key: widths[f"{key}@{column}"] for key in keys if f"{key}@{column}" in widths}
+            group = replace(group, gaps=found)
+        listed.append(group)
     return listed
 
 

@@ -13,6 +13,7 @@ from string import Template
 from typing import Any
 
 from fedmed_flower.data.site import GENERATED
+from fedmed_flower.metrics.names import FINDING, GRADE, KAPPA
 
 DASH = "–"
 COUNT = ",.0f"  # format of a number of records, patients or rounds
@@ -30,10 +31,11 @@ PREDICTED = {"average-precision": "average precision", "brier": "Brier score"}
 PREDICTED |= {"calibration-error": "calibration error", "c-index": "C-index"}
 PREDICTED |= {"integrated-brier": "integrated Brier score", "r2": "R²", "d2": "D²", "mae": "MAE"}
 PREDICTED |= {"rmse": "RMSE", "deviance": "deviance"}
+PREDICTED |= {KAPPA: "quadratic weighted kappa"}
 NAMES = CLASSIFIED | OUTLINED | PREDICTED
 NAMES |= {WORST_PATIENT: "Dice, worst patient", "loss": "loss"}
-# Metrics shown of groups of patients, beside the main one.
-GROUPED = ("sensitivity", "specificity", "calibration-error", "hd95", "surface-dice", "mae")
+# Metrics shown of groups of patients and of findings, beside the main one.
+GROUPED = ("auc", "sensitivity", "specificity", "calibration-error", "hd95", "surface-dice", "mae")
 # In an SVG these become CSS variables, so that plots follow the colour scheme.
 SCHEME = {"#010203": "var(--soft)", "#010204": "var(--line)", "#010205": "var(--paper)"}
 INK, FAINT, PAPER = SCHEME
@@ -66,6 +68,8 @@ say little.</p>"""
 OWN_ROUNDS = """<p class="note">Validation figures are of each hospital’s own model, not of the
 global one.</p>"""
 NOTES = {
+    KAPPA: "Quadratic weighted kappa: how well grades agree beyond chance, an error of two grades "
+    "counting four times one of one grade; 1 is perfect, 0 is chance. ",
     "auc": "AUC: how often a record with the finding or outcome is scored above one without; "
     "0.500 is chance. ",
     "average-precision": "Average precision: the share of true alarms, averaged over all "
@@ -97,8 +101,8 @@ CASES = """<p>Pictures of single test images, as hospitals chose to send them. T
 model does; how well it does so is in the tables above. A click or the enter key makes one
 large. """
 LINES = "Outlines are solid as the hospital drew them, dashed as the model does.</p>"
-HEAT = """In a heat map orange places speak for the class that the title names, blue ones against
-it.</p>"""
+HEAT = """In a heat map orange places speak for the class or finding that the title names, or for
+a higher number or grade; blue ones speak against it.</p>"""
 REJECTED = "Rejected: records that cannot be used; the hospital’s own log says which. "
 WITHHELD = "Numbers of records are withheld (secure sums)"
 # Added to what the page may load if it shows pictures.
@@ -136,6 +140,13 @@ titles; each shows one patient, and no bound on privacy covers them."""
 GROUPS = """A hospital sends nothing of a group of fewer than ten patients (unless it has set
 another number), nor of one that would follow from the others; all together are those of the
 hospitals that report the group. Small groups differ by chance."""
+# Of what is predicted of each patient, by the name that stands in the place of a group's column.
+BY_PREDICTED = {
+    FINDING: "Of each finding, on the records in which it was read; all together are those of the "
+    "hospitals that read it in enough patients. The figures of all findings are means over these, "
+    "each finding counting the same. ",
+    GRADE: "How well records of a grade or above are told from those below it. ",
+}
 UNPROTECTED = """<p>Privacy accounting is not part of this run: nothing here bounds what could be
 inferred about one patient from what was sent without noise.</p>"""
 HOSPITAL = """<p>Unit: the hospital. Whether a whole hospital took part is hidden, in the models of

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from fedmed_flower.metrics.names import in_groups, main_metric
+from fedmed_flower.metrics.names import FINDING, in_groups, main_metric
 from fedmed_flower.reports import frame
 from fedmed_flower.wire import ALL_SITES
 
@@ -88,6 +88,13 @@ def classes(summary: dict[str, Any]) -> list[str]:
     """Return the names of a segmentation's classes."""
     keys = [key for key in measured(summary) if key.startswith("dice-")]
     return [key.removeprefix("dice-") for key in keys if key != frame.WORST_PATIENT]
+
+
+def findings(summary: dict[str, Any]) -> list[str]:
+    """Return what a model of several findings looks for, as far as hospitals have read it."""
+    groups = in_groups(nested(summary, "test", "federated"))
+    start = f"@{FINDING}="
+    return [group.removeprefix(start) for group in groups if group.startswith(start)]
 
 
 def metrics_by_site(summary: dict[str, Any], main: str) -> list[str]:

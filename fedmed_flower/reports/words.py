@@ -12,7 +12,7 @@ from typing import Any
 from fedmed_flower.data.site import some_of
 from fedmed_flower.metrics.counts import Counts
 from fedmed_flower.metrics.curves import wilson
-from fedmed_flower.metrics.names import lower_is_better
+from fedmed_flower.metrics.names import KAPPA, lower_is_better
 from fedmed_flower.reports import contents, secure
 from fedmed_flower.reports.frame import COUNT, count_of, format_of, format_value, plain_name
 from fedmed_flower.reports.noise import MARK, TOO_LARGE, Noise, noise_of, number_tested
@@ -21,6 +21,7 @@ from fedmed_flower.reports.summary import (
     classes,
     counted_at,
     entries,
+    findings,
     nested,
     number,
     tested_only,
@@ -133,6 +134,12 @@ def _purpose(summary: dict[str, Any], main: str, counts: Counts | None) -> list[
     if main == "dice":
         what = some_of(outlined) if outlined else "a structure"
         return [f"The model outlines {what} in images."]
+    if looked_for := findings(summary):
+        return [f"The model looks for {some_of(looked_for)} in images."]
+    if counts is not None and main == KAPPA:
+        first = _class(counts, 0)
+        last = _class(counts, len(counts.classes) - 1)
+        return [f"The model gives one of {len(counts.classes)} grades, from {first} to {last}."]
     if counts is not None and len(counts.classes) == 2:
         return [f"The model tells {_class(counts, 1)} from {_class(counts, 0)}."]
     if counts is not None:
@@ -168,7 +175,7 @@ def _quality(
         )
     elif counts is not None and _is_complete(summary, counts):
         sentences += _recognised(counts)
-    sentences += _main(main, total.value, counts, noise)
+    sentences += _main(main, total.value, counts, noise, bool(findings(summary)))
     bounds = total_of(nested(summary, "test", "federated"), main).bounds
     if bounds is not None:
         low, high = map(format_value, bounds)
@@ -233,8 +240,10 @@ def _per_hundred(right: float, rows: float) -> str:
     return f": {shown} (95% interval {100 * low:.0f} to {100 * high:.0f})"
 
 
-def _main(main: str, value: float, counts: Counts | None, noise: Noise | None) -> list[str]:
-    """Return the main metric in everyday words."""
+def _main(
+    main: str, value: float, counts: Counts | None, noise: Noise | None, of_findings: bool
+) -> list[str]:
+    """Return the main metric in everyday words; `of_findings` if it is a mean over findings."""
     shown = format_value(value, format_of(main))
     if noise is not None:
         shown += f" ({MARK})"
@@ -244,6 +253,8 @@ def _main(main: str, value: float, counts: Counts | None, noise: Noise | None) -
         pair = "one with and one without what it looks for"
         if counts is not None and len(counts.classes) > 2:
             pair = "one of a class and one of another (a mean over the classes)"
+        if of_findings:
+            pair = "one with and one without a finding (a mean over the findings)"
         return [
             f"Of two records, {pair}, it gives the right one the higher score in "
             f"{100 * value:.0f} of 100 such pairs (AUC {shown}; 50 of 100 would be chance)."
@@ -261,6 +272,11 @@ def _main(main: str, value: float, counts: Counts | None, noise: Noise | None) -
     if main in ("r2", "d2"):
         what = "variance" if main == "r2" else "deviance"
         return [f"It explains {100 * value:.0f}% of the {what}; 0% is as good as the mean."]
+    if main == KAPPA:
+        return [
+            f"Its grades agree with those of the hospitals with a quadratic weighted kappa of "
+            f"{shown}; 0 is chance, 1 full agreement."
+        ]
     if main == "mae":
         return [f"On average it is wrong by {shown}, in the unit of what it predicts."]
     return [f"Its {plain_name(main)} is {shown}."]

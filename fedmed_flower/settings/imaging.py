@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedmed_flower.settings.allowed import Matching, Numbers, OneOf, Within
 from fedmed_flower.settings.section import Section, setting
 
-# Voxels of a patch: one of 512 x 512 x 512 takes half a gigabyte.
+# Voxels of an image or a patch: one of 512 x 512 x 512 takes half a gigabyte.
 MOST_VOXELS = 2**27
 _LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
 # What rules that choose DICOM series can look at, and one condition: key, comparison, value.
@@ -52,6 +52,14 @@ class ImagingSettings(Section):
         "Directions of the axes of volumes that are read from files. Empty: each keeps its own.",
         OneOf(_orientations(), "empty or three letters such as RAS"),
     )
+    image_size: str = setting(
+        "",
+        "Size into which each image is fitted, whole and with its proportions kept, one number per "
+        'axis: "224,224". What is left of that size is padded. It comes before patch-size, and in '
+        "place of spacing. Empty: images keep their sizes.",
+        Numbers(whole=True),
+        "pixels or voxels",
+    )
     patch_size: str = setting(
         "",
         'Size of a patch on which the network is trained, one number per axis: "96,96,64". Smaller '
@@ -83,9 +91,12 @@ class ImagingSettings(Section):
     )
 
     def check(self) -> None:
-        """Refuse a patch that no hospital could hold."""
-        small = math.prod(self.numbers("patch_size", 0)) <= MOST_VOXELS
-        self.require("patch_size", small, f"of at most {MOST_VOXELS:,} pixels or voxels")
+        """Refuse a size that no hospital could hold, and two ways to scale an image."""
+        for name in ("image_size", "patch_size"):
+            small = math.prod(self.numbers(name, 0)) <= MOST_VOXELS
+            self.require(name, small, f"of at most {MOST_VOXELS:,} pixels or voxels")
+        both = bool(self.image_size.strip() and self.spacing.strip())
+        self.require("image_size", not both, "empty if spacing is set: each scales the images")
 
     def numbers(self, name: str, dims: int) -> tuple[float, ...]:
         """Return a field's numbers; an empty text has none.

@@ -34,7 +34,7 @@ from tiny import (
 from torch import nn
 
 from fedmed_flower import ClassificationClient, InputError, SiteData
-from fedmed_flower.clients import classification
+from fedmed_flower.clients import whole_image
 from fedmed_flower.metrics.classification import classification_metrics
 from fedmed_flower.settings.imaging import ImagingSettings
 from fedmed_flower.wire import read_error
@@ -697,20 +697,21 @@ def two_spots(dims):
     return image
 
 
-def heat_of(model, image, **members):
+def heat_of(model, image, label=1, **members):
     """Return the picture's map as `draw` hands it on, and the title."""
     dims = image.ndim
     seen = []
-    data = SiteData(make_rows(1, 0), test=[{"image": image, "label": 1, "patient": "Max Muster"}])
+    row = {"image": image, "label": label, "patient": "Max Muster"}
+    data = SiteData(make_rows(1, 0), test=[row])
     members = {"num_classes": max(2, model.outputs), "spatial_dims": dims} | members
     client = fixed(data, ClassificationClient, modality="ct", ct_window=(0.0, 10.0), **members)
     made = client(context_of())
-    before = classification.heatmap
+    before = whole_image.heatmap
     try:
-        classification.heatmap = lambda *given: seen.append(given) or before(*given)
+        whole_image.heatmap = lambda *given: seen.append(given) or before(*given)
         pictures = made.draw(model, made.prepare(data.test, train=False), 2)
     finally:
-        classification.heatmap = before
+        whole_image.heatmap = before
     ((shown, found, title, _),) = seen
     assert [picture.title for picture in pictures] == [title]
     np.testing.assert_allclose(shown[0], image / 10)
@@ -735,15 +736,18 @@ def test_the_map_points_at_what_the_network_looks_at(dims, outputs, layer):
     assert abs(middle).max() < 0.1 * found.max()
 
 
+@pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("outputs", [1, 2, 3])
-def test_what_speaks_against_the_likeliest_class_is_below_0(outputs):
-    # The spot speaks for the finding, but is not bright enough.
-    found, title = heat_of(LooksAt(2, outputs, least=0.9), two_spots(2))
+def test_what_speaks_against_the_class_that_the_title_names_is_below_0(outputs, label):
+    # The spot speaks for class 1, but is not bright enough: class 0 is likelier.
+    found, title = heat_of(LooksAt(2, outputs, least=0.9), two_spots(2), label)
+    sign = 1 if label else -1
     at = np.unravel_index(abs(found).argmax(), found.shape)
     assert max(at) < 8
-    assert found[at] < 0
-    assert found.max() < -0.05 * found[at]
-    assert int(re.search(r"given (\d+)%", title)[1]) < 50
+    assert sign * found[at] > 0
+    assert (sign * found).min() > -0.05 * abs(found[at])
+    assert title.startswith(f"the highest loss: class {label}, given ")
+    assert (int(re.search(r"given (\d+)%", title)[1]) < 50) == bool(label)
 
 
 def test_a_map_of_a_frozen_layer():
@@ -758,6 +762,19 @@ def test_a_layer_that_is_not_there():
     text = "cam_layer must name a layer of the model, such as features, got 'feature'"
     with pytest.raises(InputError, match=says(text)):
         heat_of(LooksAt(2), two_spots(2), cam_layer="feature")
+
+
+def test_titles_have_the_names_of_classes_if_there_is_one_for_each():
+    rows = make_rows(2, 1)
+    titles = {}
+    for names in (("no finding", "pneumonia"), ("one",)):
+        made = fixed(SiteData(rows), class_names=names)(context_of())
+        pictures = made.draw(made.build_model(), made.prepare(rows, train=False), 2)
+        titles[names] = [picture.title.partition(": ")[2].split(",")[0] for picture in pictures]
+    assert titles == {
+        ("no finding", "pneumonia"): ["no finding", "pneumonia"],
+        ("one",): ["class 0", "class 1"],
+    }
 
 
 def test_titles_name_class_and_share_and_no_patient():

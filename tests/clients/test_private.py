@@ -841,7 +841,7 @@ def test_images_that_say_nothing_of_their_size_cannot_be_tried(tmp_path):
 
     text = (
         "Client must declare the size of its images before a patient's image is read: give it "
-        "image_shape = (channels, *spatial), or set patch-size"
+        "image_shape = (channels, *spatial), or set image-size or patch-size"
     )
     for kind in ("train", "evaluate"):
         assert error_of(Client, private(tmp_path), kind) == text

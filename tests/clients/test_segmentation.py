@@ -574,7 +574,7 @@ def test_images_of_different_shapes_need_a_patch_size():
     client = client_of(SiteData(rows))
     assert reason_of(client) == (
         "images of different shapes cannot be in one batch, such as (1, 16, 16) and (1, 48, 16): "
-        "set patch-size"
+        "set image-size, which takes whole images, or patch-size"
     )
     assert trained(client, context_of(patch_size="24,24"), start(client)) != bits(start(client))
     assert trained(client, context_of(batch_size=1), start(client)) != bits(start(client))

@@ -148,7 +148,7 @@ def test_entries_that_cannot_be_used_are_named(tmp_path):
         },
         f"{'a' * 200} is not there": {"image": "a" * 400, "label": 0},
         "True is not a path": {"image": "b.nii", "label": True},
-        "0.5 is not a path": {"image": "b.nii", "label": 0.5},
+        "0.5 is not a path": {"image": "b.nii", "label": [0.5]},
         "its split 'training' is not one of train, val, test": {
             "image": "b.nii",
             "label": 0,
@@ -714,3 +714,56 @@ def test_notes_of_a_folder_are_lines_of_the_log(tmp_path, caplog):
     assert caplog.messages == ["north: left out: 1 dose screen"]
     assert data.notes == ("left out: 1 dose screen",)
     assert data.rejected == 0
+
+
+# --- Several labels -------------------------------------------------------------------------------
+
+
+def test_columns_are_the_numbers_of_a_label(tmp_path, caplog):
+    touch(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "datalist.csv").write_text(
+        "image,patient,Edema,pleural effusion,age\n"
+        "a.png,1,1,0,61.5\n"
+        "b.png,2,,1.0,-3\n"
+        "c.png,3,yes,0,40\n"
+    )
+    listing = read_folder(tmp_path, labels=("edema", "Pleural Effusion", "age", "mass"))
+    assert [row["label"] for row in listing.rows] == [
+        {"edema": 1, "Pleural Effusion": 0, "age": 61.5, "mass": None},
+        {"edema": None, "Pleural Effusion": 1, "age": -3, "mass": None},
+    ]
+    assert listing.problems == (
+        "datalist.csv, line 4: its edema is 'yes': it must be a number or empty",
+    )
+    path = tmp_path / "datalist.csv"
+    assert f"{path} has no column mass: not read in any row" in caplog.messages
+
+
+@pytest.mark.parametrize("heading", ["image,patient,label", "image,patient,edema,EDEMA"])
+def test_a_table_without_one_of_the_columns_is_refused(tmp_path, heading):
+    touch(tmp_path, "a.png")
+    cells = ",".join("1" for _ in heading.split(",")[1:])
+    (tmp_path / "datalist.csv").write_text(f"{heading}\na.png,{cells}\n")
+    text = (
+        f"{tmp_path / 'datalist.csv'} must have columns of what is asked for, edema, mass, each "
+        f"once: its columns are {heading.lower().replace(',', ', ')}"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        read_folder(tmp_path, labels=("edema", "mass"))
+
+
+def test_an_entry_of_dataset_json_has_an_object_of_labels(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii")
+    entries = [
+        {"image": "a.nii", "label": {"Edema": 1, "mass": None}},
+        {"image": "b.nii", "label": {"edema": "0"}},
+    ]
+    write_json(tmp_path, entries)
+    labels = [row["label"] for row in read_folder(tmp_path, labels=("edema", "mass")).rows]
+    assert labels == [{"edema": 1, "mass": None}, {"edema": 0, "mass": None}]
+
+
+def test_a_number_with_digits_after_the_point_is_a_label(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "datalist.csv").write_text("image,label,patient\na.png,61.5,1\nb.png,7.0,2\n")
+    assert [row["label"] for row in read_folder(tmp_path).rows] == [61.5, 7]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli_w
+from eyes import Cups, Findings, Grades
 from flwr.app import MetricRecord
 from flwr.serverapp import ServerApp
 from html_pages import Page
@@ -28,6 +29,8 @@ TOLERANCES = {"auc": 1e-3, "average-precision": 2e-3}
 # Spreads are differences of two sums.
 EXACT = 1e-9
 DECLARED = {"preparation": "declared"}
+# Scores that are apart: those of single grades and those above are counted on the first grid.
+LEARNING = {"optimizer": "adam", "learning-rate": 0.02, "local-epochs": 20}
 
 
 class Three(TinyClient):
@@ -39,6 +42,11 @@ class Three(TinyClient):
             for split, count in enumerate((12, 6, 20 + site.index))
         )
         return SiteData(train=train, val=val, test=test, source="tiny images")
+
+
+def few(client):
+    """Return a client for generated eyes with few of them."""
+    return type(client.__name__, (client,), {"train": 4, "test": 16})
 
 
 class Declared(TinyTable):
@@ -109,6 +117,9 @@ def differences(folder, client, **config):
         (TinyClient, {}, {"loss", "accuracy", "sensitivity", "auc"}),
         (Three, {}, {"loss", "accuracy", "balanced-accuracy", "auc"}),
         (Masks, {}, {"dice", "dice-low", "hd95-high"}),
+        (few(Findings), {}, {"auc", "auc@finding=exudates", "brier@finding=large cup", "loss"}),
+        (few(Cups), {}, {"r2", "mae", "rmse"}),
+        (few(Grades), LEARNING, {"quadratic-kappa", "mae", "auc", "auc@grade=severe or above"}),
         (
             Declared,
             DECLARED | {"report-by": "sex,age-band"},
