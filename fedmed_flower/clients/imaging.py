@@ -223,17 +223,7 @@ class ImagingClient(MedicalClient):
             no class: then labels are coded otherwise, and to leave out the rows would select
             patients.
         """
-        checks = [
-            check_row(
-                row,
-                self.spatial_dims,
-                self.num_classes,
-                self.label_values,
-                self.empty_masks,
-                masks="label" in self._keys,
-            )
-            for row in rows
-        ]
+        checks = [self._checked(row) for row in rows]
         if not self.sealed:
             _require_labels(checks, split)
         channels = Counter(check.shape[0] for check in checks if check.problem is None)
@@ -259,6 +249,17 @@ class ImagingClient(MedicalClient):
             more = len(problems) - _MOST_LINES
             log.warning("%s: and %d more of the %s split rejected", site, more, split)
         return usable
+
+    def _checked(self, row: Row) -> Finding:
+        """Return what the files of a row hold, and what is wrong with them."""
+        return check_row(
+            row,
+            self.spatial_dims,
+            self.num_classes,
+            self.label_values,
+            self.empty_masks,
+            masks="label" in self._keys,
+        )
 
     def _problem(self, check: Finding, channels: int) -> str | None:
         """Return why a row that was checked cannot be used; None if it can."""

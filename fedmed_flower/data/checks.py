@@ -19,6 +19,7 @@ from fedmed_flower.errors import InputError, shown
 from fedmed_flower.images.geometry import orientation_of, spacing_of
 from fedmed_flower.images.headers import one_line
 from fedmed_flower.images.reading import files_of, read_image, read_label
+from fedmed_flower.images.regions import Regions, read_regions
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def check_row(
     label_values: Sequence[int] = (),
     empty_masks: bool = False,
     masks: bool = True,
+    regions: Regions | None = None,
 ) -> Finding:
     """Read the image and the mask of a row and describe them; a problem is part of the finding.
 
@@ -87,6 +89,8 @@ def check_row(
         Whether a mask may hold the background alone.
     masks : bool
         Whether a label that is a text is the path of a mask; else it is no class.
+    regions : dict, optional
+        As in `read_regions`, if masks are of regions that may overlap.
     """
     finding = Finding("", "array")
     try:
@@ -110,7 +114,7 @@ def check_row(
         is_text = isinstance(row["label"], str | Path)
         if _is_mask(row["label"]) and (masks or not is_text):
             dims = image.ndim - 1
-            label: Any = _classes(row["label"], dims, num_classes, label_values, image)
+            label: Any = _classes(row["label"], dims, num_classes, label_values, image, regions)
             if label == (0,) and not empty_masks:
                 raise InputError(
                     f"its mask {_name(row['label'])} is empty: it holds only the background"
@@ -173,11 +177,19 @@ def check_folder(
 
 
 def _classes(
-    source: Any, dims: int, num_classes: int | None, values: Sequence[int], image: Any
+    source: Any,
+    dims: int,
+    num_classes: int | None,
+    values: Sequence[int],
+    image: Any,
+    regions: Regions | None,
 ) -> tuple[int, ...]:
-    """Return the classes that a mask holds."""
+    """Return the classes that a mask holds; of regions 0, and the numbers from 1 on."""
     name = _name(source)
     try:
+        if regions:
+            channels = read_regions(source, dims, regions, image).as_tensor()
+            return (0, *(n for n, channel in enumerate(channels, start=1) if channel.any()))
         mask = read_label(source, dims, num_classes, values, image)
     except InputError as error:
         raise InputError(f"its mask {_prefixed(shown(name), str(error))}") from None

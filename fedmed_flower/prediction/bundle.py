@@ -160,8 +160,11 @@ def _before(client: Any) -> list[dict[str, Any]]:
 
 def _after(client: Any) -> list[dict[str, Any]]:
     """Return the transforms of the network's output: to the grid of the file, and to a mask."""
+    overlapping = bool(client.regions)
+    activation = {"sigmoid": True} if overlapping else {"softmax": True}
+    decision = {"threshold": 0.5} if overlapping else {"argmax": True}
     steps: list[dict[str, Any]] = [
-        {"_target_": "Activationsd", "keys": "pred", "softmax": True},
+        {"_target_": "Activationsd", "keys": "pred", **activation},
         {
             "_target_": "Invertd",
             "keys": "pred",
@@ -169,7 +172,7 @@ def _after(client: Any) -> list[dict[str, Any]]:
             "orig_keys": "image",
             "nearest_interp": False,
         },
-        {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
+        {"_target_": "AsDiscreted", "keys": "pred", **decision},
     ]
     if values := list(client.label_values):
         numbers = list(range(len(values)))
@@ -182,7 +185,9 @@ def _after(client: Any) -> list[dict[str, Any]]:
 
 def _metadata(predictor: Predictor, client: Any, masks: bool, any_size: bool) -> dict[str, Any]:
     known = metadata(predictor, client)
-    names = ["background", *client.classes] if masks else range(client.num_classes)
+    names: Any = range(client.num_classes)
+    if masks:
+        names = client.classes if client.regions else ["background", *client.classes]
     shape: list[Any] = ["*"] * client.spatial_dims
     if client.patch_size or (client.image_shape and not any_size):
         shape = list(client.patch_size or client.image_shape[1:])

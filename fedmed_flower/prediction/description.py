@@ -35,10 +35,12 @@ _IMAGES = ("spatial_dims", "image_shape", "modality", "ct_window", "label_values
 # What a client declares that decides about a prediction.
 _DECLARED: dict[str, tuple[str, ...]] = {
     "ClassificationClient": (*_IMAGES, "num_classes"),
-    "SegmentationClient": (*_IMAGES, "classes", "overlap"),
+    "SegmentationClient": (*_IMAGES, "classes", "regions", "overlap"),
     "TabularClient": ("schema", "zeros"),
     "SurvivalClient": ("schema", "zeros"),
 }
+# What files of earlier versions do not name, and its value in them.
+_ADDED: dict[str, Any] = {"regions": {}}
 _IMAGING_KEYS = ("spacing", "orientation", "patch-size", "network", "network-args")
 _TABLE_KEYS = (
     "preparation",
@@ -169,7 +171,8 @@ class Description:
         settings = dict(content["settings"])
         if not all(isinstance(value, bool | int | float | str) for value in settings.values()):
             raise ValueError("settings must be numbers, booleans and texts")
-        declared = dict(content["declared"])
+        added = {name: value for name, value in _ADDED.items() if name in _DECLARED[base]}
+        declared = added | dict(content["declared"])
         if declared.keys() != {*_DECLARED[base]}:
             raise ValueError(f"declared must hold {', '.join(_DECLARED[base])}")
         for name, value in declared.items():
@@ -290,8 +293,14 @@ def _read(name: str, value: Any) -> Any:
         if type(value) not in wanted[name]:
             raise ValueError(f"{name} must not be {str(value)[:100]!r}")
         return value
+    if name == "regions":
+        return {str(region): _list(name, numbers, (int,)) for region, numbers in value.items()}
     # What is left are lists of numbers, or of names.
     kind: tuple[type, ...] = (str,) if name == "classes" else (int, float)
+    return _list(name, value, kind)
+
+
+def _list(name: str, value: Any, kind: tuple[type, ...]) -> tuple[Any, ...]:
     if not isinstance(value, list) or not all(type(part) in kind for part in value):
         raise ValueError(f"{name} must be a list, got {str(value)[:100]!r}")
     return tuple(value)

@@ -156,11 +156,15 @@ def metadata(predictor: Predictor, client: Any) -> dict[str, Any]:
         }
     sides = ", ".join("xyz"[: client.spatial_dims])
     outputs = "(batch, classes)"
-    if hasattr(client, "classes"):
+    last = "before softmax (one output: before the sigmoid)"
+    if about["declared"].get("regions"):
+        outputs = f"(batch, regions, {sides})"
+        last = "before the sigmoid of each region"
+    elif hasattr(client, "classes"):
         outputs = f"(batch, classes with the background, {sides})"
     return known | {
         "input": f"float32 (batch, channels, {sides}), on the grid and scaled as declared",
-        "outputs": f"float32 {outputs}, before softmax (one output: before the sigmoid)",
+        "outputs": f"float32 {outputs}, {last}",
     }
 
 

@@ -240,7 +240,7 @@ IMAGE = np.zeros((1, 4, 4))
         ),
         (
             (IMAGE, np.zeros((4, 5)), None, ["a"], ""),
-            "truth has the shape (4, 5), the image (4, 4): give one class a pixel",
+            "truth has the shape (4, 5), the image (4, 4): give one class a pixel, or a mask of each class",
         ),
         (
             (IMAGE, None, np.full((4, 4), 2), ["a"], ""),
