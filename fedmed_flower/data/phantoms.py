@@ -109,9 +109,7 @@ def hippocampi(count: int, seed: int = 0, size: int = 24) -> Volumes:
     InputError
         If an argument is out of its range.
     """
-    _require_whole(
-        {"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 128)}
-    )
+    _require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 128)})
     prefix = f"phantom-{seed}-" if seed else "phantom-"
     rows = [
         {**_hippocampus(np.random.default_rng([seed, 3, k]), size), "patient": f"{prefix}{k}"}
@@ -149,9 +147,7 @@ def brain_tumours(count: int, seed: int = 0, size: int = 24) -> Volumes:
     InputError
         If an argument is out of its range.
     """
-    _require_whole(
-        {"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 128)}
-    )
+    _require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 128)})
     rows = [
         {
             **_tumour(np.random.default_rng([seed, 4, k]), size, rim=k % 5 != 4),
@@ -189,9 +185,7 @@ def slides(count: int, seed: int = 0, size: int = 16) -> tuple[Row, ...]:
     InputError
         If an argument is out of its range.
     """
-    _require_whole(
-        {"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 1024)}
-    )
+    _require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 1024)})
     return tuple(
         {
             **_slide(np.random.default_rng([seed, 5, k]), size, label=k % 2),

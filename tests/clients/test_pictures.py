@@ -240,7 +240,8 @@ IMAGE = np.zeros((1, 4, 4))
         ),
         (
             (IMAGE, np.zeros((4, 5)), None, ["a"], ""),
-            "truth has the shape (4, 5), the image (4, 4): give one class a pixel, or a mask of each class",
+            "truth has the shape (4, 5), the image (4, 4): give one class a pixel, or a mask of "
+            "each class",
         ),
         (
             (IMAGE, None, np.full((4, 4), 2), ["a"], ""),
@@ -396,3 +397,29 @@ def test_damage_anywhere_never_raises_and_never_passes(data):
 def test_module_needs_no_torch():
     code = "import fedmed_flower.data.pictures, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_masks_of_each_class_are_outlined_also_where_they_overlap():
+    image = np.zeros((1, 8, 8))
+    inner = square(3, 6, 3, 6)
+    outer = square(1, 7, 1, 7)
+    exclusive = pixels(outlined(image, outer + inner, None, ["a", "b"], ""))
+    stacked = pixels(outlined(image, np.stack([outer, inner]), None, ["a", "b"], ""))
+    for found in (exclusive, stacked):
+        assert near(found, FIRST).any()
+        assert near(found, SECOND).any()
+    # The hole that exclusive classes have in the outer one gives it a second outline.
+    assert near(exclusive, FIRST).sum() > near(stacked, FIRST).sum()
+    alone = pixels(outlined(image, inner, None, ["b"], ""))
+    assert near(stacked, SECOND).sum() == pytest.approx(near(alone, FIRST).sum(), rel=0.2)
+    # The slice of a volume is that which any of the classes covers most.
+    volume = np.zeros((2, 8, 8, 3), int)
+    volume[1, 2:5, 2:5, 2] = 1
+    picture = outlined(np.zeros((1, 8, 8, 3)), None, volume, ["a", "b"], "")
+    assert near(pixels(picture), SECOND).any()
+
+
+def test_a_mask_of_each_class_holds_0_and_1():
+    masks = np.full((2, 4, 4), 2)
+    with pytest.raises(InputError, match="guess holds 2: it must hold 0 and 1"):
+        outlined(np.zeros((1, 4, 4)), None, masks, ["a", "b"], "")
