@@ -290,7 +290,7 @@ class ImagingClient(MedicalClient):
         """Keep as many rows in memory as this site may, over all its splits."""
         sites = self.site.num_sites if self.site.simulated else 1
         others = self.cache.prepared_of(self.site)
-        held = sum(other.held for other in others if isinstance(other, CachedRows))
+        held = sum(getattr(other, "held", 0) for other in others)
         cached = CachedRows(rows, steps, self.imaging.cache_gigabytes * 2**30 / sites - held)
         if cached.count < len(cached):
             numbers = (cached.count, len(cached))

@@ -40,8 +40,8 @@ def export_bundle(
     Raises
     ------
     InputError
-        If the client has a table, outlines 2D images, or prepares images by code of its own; if the
-        network cannot be traced; or if the folder exists.
+        If the client has a table or bags, outlines 2D images, or prepares images by code of its
+        own; if the network cannot be traced; or if the folder exists.
     """
     if out.exists():
         raise InputError(f"{out} exists already: give another --out")
@@ -52,6 +52,11 @@ def export_bundle(
         raise InputError(
             f"{predictor.description.name} defines {', '.join(predictor.description.overridden)} "
             "itself, which a bundle cannot hold: use --to onnx or --to torchscript"
+        )
+    if hasattr(client, "bags"):
+        raise InputError(
+            "a MONAI bundle is for images, and this model takes bags of patches: use --to onnx or "
+            "--to torchscript"
         )
     masks = hasattr(client, "classes")
     if masks and volumes.spatial_dims == 2:

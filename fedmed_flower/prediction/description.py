@@ -26,6 +26,7 @@ from fedmed_flower.settings.section import Section, key_of
 # The base classes, and the file of each, which is imported when a client needs it: MONAI takes
 # seconds, which a run on tables does not need.
 BASES = {
+    "BagClient": "fedmed_flower.clients.bags",
     "ClassificationClient": "fedmed_flower.clients.classification",
     "SegmentationClient": "fedmed_flower.clients.segmentation",
     "SurvivalClient": "fedmed_flower.clients.survival",
@@ -34,6 +35,7 @@ BASES = {
 _IMAGES = ("spatial_dims", "image_shape", "modality", "ct_window", "label_values")
 # What a client declares that decides about a prediction.
 _DECLARED: dict[str, tuple[str, ...]] = {
+    "BagClient": (*_IMAGES, "num_classes"),
     "ClassificationClient": (*_IMAGES, "num_classes"),
     "SegmentationClient": (*_IMAGES, "classes", "regions", "overlap"),
     "TabularClient": ("schema", "zeros"),
@@ -52,6 +54,7 @@ _TABLE_KEYS = (
 _SURVIVAL_KEYS = ("survival-loss", "survival-horizon", "survival-intervals")
 # The settings of a run that decide about a prediction.
 _KEYS: dict[str, tuple[str, ...]] = {
+    "BagClient": (*_IMAGING_KEYS, "patch-features", "attention-size", "torch-threads"),
     "ClassificationClient": (*_IMAGING_KEYS, "torch-threads"),
     "SegmentationClient": (*_IMAGING_KEYS, "torch-threads"),
     "TabularClient": (*_TABLE_KEYS, "torch-threads"),
@@ -246,7 +249,7 @@ def _nearest(cls: type[Any]) -> type[Any] | None:
 def _settings_of(client: MedicalClient, base: str) -> UserConfig:
     """Return the settings that decide about a prediction, as the client holds them."""
     held: list[Section] = [client.settings, client.models]
-    for name in ("imaging", "tables", "survival"):
+    for name in ("imaging", "bags", "tables", "survival"):
         if hasattr(client, name):
             held.append(getattr(client, name))
     values: UserConfig = {}

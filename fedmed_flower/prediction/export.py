@@ -155,6 +155,7 @@ def metadata(predictor: Predictor, client: Any) -> dict[str, Any]:
             "outputs": f"float32 (batch, outputs), of the task {client.schema.task}",
         }
     sides = ", ".join("xyz"[: client.spatial_dims])
+    patches = "patches, " if hasattr(client, "bags") else ""
     outputs = "(batch, classes)"
     last = "before softmax (one output: before the sigmoid)"
     if about["declared"].get("regions"):
@@ -163,7 +164,7 @@ def metadata(predictor: Predictor, client: Any) -> dict[str, Any]:
     elif hasattr(client, "classes"):
         outputs = f"(batch, classes with the background, {sides})"
     return known | {
-        "input": f"float32 (batch, channels, {sides}), on the grid and scaled as declared",
+        "input": f"float32 (batch, {patches}channels, {sides}), on the grid and scaled as declared",
         "outputs": f"float32 {outputs}, {last}",
     }
 
