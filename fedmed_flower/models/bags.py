@@ -63,8 +63,9 @@ class AttentionMIL(nn.Module):
         """Return (batch, num_classes) for bags (batch, patches, channels, *spatial)."""
         lacking = absent(bags)
         shown = bags.masked_fill(_like(lacking, bags), 0.0)
-        embedded = self.embed(shown.flatten(0, 1))
-        embedded = embedded.reshape(bags.shape[0], bags.shape[1], self.num_features)
+        # By no number of patches, which TorchScript would take for a constant.
+        wanted = lacking[..., None].expand(-1, -1, self.num_features)
+        embedded = self.embed(shown.flatten(0, 1)).contiguous().view_as(wanted)
         return self.pool(embedded, lacking)
 
     def embed(self, patches: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def marked(bags: Tensor, lacking: Tensor) -> Tensor:
 
 
 def _like(lacking: Tensor, bags: Tensor) -> Tensor:
-    return lacking.reshape(*lacking.shape, *[1] * (bags.ndim - 2))
+    return lacking[(..., *[None] * (bags.ndim - 2))]
 
 
 def _require_separate(features: nn.Module) -> None:
