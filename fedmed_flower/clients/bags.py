@@ -136,6 +136,7 @@ class BagClient(ClassificationClient):
         lacking = absent(bags)
         shown = bags.nan_to_num(0.0).flatten(0, 1)
         changed = self.augment(shown).reshape(bags.shape)
+        _require_numbers(changed, "augment")
         return {"image": marked(changed, lacking), "label": batch["label"]}
 
     def _rows(self, prepared: Any, indices: Sequence[int]) -> dict[str, Tensor]:
@@ -289,7 +290,7 @@ def _stacked(prepared: Bags, indices: Sequence[int]) -> Tensor:
     Raises
     ------
     InputError
-        If their shapes differ, or a transform makes several samples of a patch.
+        If their shapes differ, or a transform makes NaN, or several samples of a patch.
     """
     patches = [prepared.patches[index] for index in indices]
     if any(isinstance(patch, list) for patch in patches):
@@ -298,7 +299,15 @@ def _stacked(prepared: Bags, indices: Sequence[int]) -> Tensor:
         )
     images: list[Tensor] = [patch["image"] for patch in patches]
     _require_alike(tuple(image.shape) for image in images)
-    return torch.stack(images)
+    stacked = torch.stack(images)
+    _require_numbers(stacked, "the transforms")
+    return stacked
+
+
+def _require_numbers(patches: Tensor, maker: str) -> None:
+    """Raise `InputError` if patches hold NaN, which would count as padding."""
+    if bool(patches.isnan().any()):
+        raise InputError(f"patches hold NaN after {maker}, which marks those that fill up a bag")
 
 
 def _require_alike(shapes: Iterable[tuple[int, ...]]) -> None:

@@ -190,6 +190,8 @@ class SegmentationClient(ImagingClient):
     def check(self, data: SiteData) -> None:
         """Raise `InputError` if a setting or an attribute is out of its range."""
         super().check(data)
+        if self.regions:
+            require_regions(self.regions)
         names = self.classes
         if isinstance(names, str) or not 0 < len(names) == len({*names, _WORST_CLASS}) - 1:
             raise InputError(
@@ -197,7 +199,7 @@ class SegmentationClient(ImagingClient):
                 f"{_WORST_CLASS!r}, got {names!r}"
             )
         if self.regions:
-            self._check_regions()
+            self._require_regions_alone()
         elif data.class_names and tuple(data.class_names) != tuple(names):
             raise InputError(
                 f"the data name their classes {', '.join(data.class_names)}, this client "
@@ -211,8 +213,7 @@ class SegmentationClient(ImagingClient):
                 f"surface_tolerance must be at least 0 and finite, got {self.surface_tolerance}"
             )
 
-    def _check_regions(self) -> None:
-        require_regions(self.regions)
+    def _require_regions_alone(self) -> None:
         if self.label_values:
             raise InputError(
                 "regions name the values of masks, so that label_values must be left out, got "

@@ -22,8 +22,8 @@ class BagSettings(Section):
     patch_features: int = setting(
         64,
         "Number of features that the network of `network` or `bundle` returns for a patch.",
-        Within(1, 2**16),
+        Within(1, 8192),
     )
     attention_size: int = setting(
-        128, "Width of the layer that weights the patches of a bag.", Within(1, 2**16)
+        128, "Width of the layer that weights the patches of a bag.", Within(1, 8192)
     )

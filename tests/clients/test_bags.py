@@ -421,3 +421,24 @@ def test_padding_stays_padding_after_augment():
     shown = batch["image"][~absent(batch["image"])]
     assert shown.isfinite().all()
     assert shown.min() >= 1
+
+
+def test_nan_of_transforms_or_augment_is_not_taken_for_padding():
+    def spoilt(self):
+        return [lambda row: {**row, "image": row["image"] * np.nan}]
+
+    client = client_of(data_of(2), intensity=spoilt)
+    assert reason_of(client) == (
+        "patches hold NaN after the transforms, which marks those that fill up a bag"
+    )
+    client = client_of(data_of(2), augment=lambda self, images: images * torch.nan)
+    assert reason_of(client) == (
+        "patches hold NaN after augment, which marks those that fill up a bag"
+    )
+
+
+def test_several_samples_of_a_patch_are_refused():
+    client = client_of(data_of(2), random_transforms=lambda self: [lambda row: [row, row]])
+    assert reason_of(client) == (
+        "the transforms make several samples of one patch: they must make one (num_samples=1)"
+    )
