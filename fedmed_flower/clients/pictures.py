@@ -90,11 +90,14 @@ def outlined(
         if name not in masks:
             continue
         keys.append(("white", dashes, 1.2, words))
+        stacked = masks[name].ndim > pixels.ndim
         for number, inside in _outlines(masks[name], pixels.ndim, index):
             # A border of background closes the outline of what touches the image's edge.
             padded = np.pad(inside, 1)
             rows, columns = (np.arange(-1, size - 1) for size in padded.shape)
-            style = {"colors": [_colour(number)], "linestyles": [dashes], "linewidths": 1.5}
+            # Where outlines of overlapping masks coincide, those below must stick out.
+            width = 1.5 + 1.4 * min(len(masks[name]) - number, 2) * stacked
+            style = {"colors": [_colour(number)], "linestyles": [dashes], "linewidths": width}
             axes.contour(columns, rows, padded, [0.5], **style)
             drawn.add(number)
     names = [(_colour(number), "-", 4.0, _short(classes[number - 1])) for number in sorted(drawn)]

@@ -409,6 +409,10 @@ def test_masks_of_each_class_are_outlined_also_where_they_overlap():
         alone = near(pixels(outlined(image, mask, None, ["a"], "")), FIRST)
         kept = near(stacked, colour)[: len(alone)] & alone
         assert kept[:-40].sum() > 0.6 * alone[:-40].sum()
+    # Of two that coincide, both are seen.
+    same = pixels(outlined(image, np.stack([left, left]), None, ["a", "b"], ""))
+    assert near(same[:-40], FIRST).sum() > 200
+    assert near(same[:-40], SECOND).sum() > 200
     cut = left + 2 * (right & ~left)
     exclusive = pixels(outlined(image, cut, None, ["a", "b"], ""))
     assert near(exclusive, SECOND).sum() < near(stacked, SECOND).sum()
