@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from fedmed_flower.exports import on_demand
 
 if TYPE_CHECKING:
+    from fedmed_flower.clients.bags import BagClient as BagClient
     from fedmed_flower.clients.base import MedicalClient as MedicalClient
     from fedmed_flower.clients.classification import ClassificationClient as ClassificationClient
     from fedmed_flower.clients.findings import FindingsClient as FindingsClient
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __getattr__, __all__ = on_demand(
     __name__,
     {
+        "BagClient": "clients.bags",
         "ClassificationClient": "clients.classification",
         "FindingsClient": "clients.findings",
         "GenomicsClient": "genomics.client",

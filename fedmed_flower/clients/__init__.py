@@ -7,6 +7,7 @@ from fedmed_flower.exports import on_demand
 if TYPE_CHECKING:
     from fedmed_flower.clients.augmenting import random_affine as random_affine
     from fedmed_flower.clients.augmenting import random_intensity as random_intensity
+    from fedmed_flower.clients.bags import BagClient as BagClient
     from fedmed_flower.clients.base import MedicalClient as MedicalClient
     from fedmed_flower.clients.classification import ClassificationClient as ClassificationClient
     from fedmed_flower.clients.findings import FindingsClient as FindingsClient
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __getattr__, __all__ = on_demand(
     __name__,
     {
+        "BagClient": "bags",
         "ClassificationClient": "classification",
         "FindingsClient": "findings",
         "GradingClient": "grading",

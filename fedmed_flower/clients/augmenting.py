@@ -29,8 +29,8 @@ def random_affine(
         (batch, channels, *spatial), 2D or 3D. Values between voxels are interpolated; a value
         beyond the border is that of the nearest border voxel.
     masks : Tensor, optional
-        (batch, 1, *spatial) class numbers. Each voxel takes the nearest one; beyond the border it
-        takes 0.
+        (batch, channels, *spatial): class numbers, or 0 and 1 of regions. Each voxel takes the
+        nearest one; beyond the border it takes 0.
     turn : float
         Largest angle about each axis, in radians; 0 to pi.
     scale : float

@@ -121,11 +121,6 @@ class ImagingClient(MedicalClient):
         """Voxels of a training patch, one number for each axis; empty for whole images."""
         return tuple(map(int, self.imaging.numbers("patch_size", self.spatial_dims)))
 
-    @property
-    def _structures(self) -> Sequence[str]:
-        """The names of the classes 1, 2, ... in masks; empty if labels are no masks."""
-        return ()
-
     def build_model(self) -> nn.Module:
         """Return the network that the run config names."""
         return build_network(self.models)
@@ -363,7 +358,6 @@ class ImagingClient(MedicalClient):
             self.label_values,
             self.empty_masks,
             masks="label" in self._keys,
-            names=self._structures,
             channels=self._channels,
         )
 
@@ -396,7 +390,7 @@ class ImagingClient(MedicalClient):
         """Keep as many rows in memory as this site may, over all its splits."""
         sites = self.site.num_sites if self.site.simulated else 1
         others = self.cache.prepared_of(self.site)
-        held = sum(other.held for other in others if isinstance(other, CachedRows))
+        held = sum(getattr(other, "held", 0) for other in others)
         cached = CachedRows(rows, steps, self.imaging.cache_gigabytes * 2**30 / sites - held)
         if cached.count < len(cached):
             numbers = (cached.count, len(cached))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,8 +52,9 @@ def outlined(
         2D, rows first, shown as it is; or 3D with axes to the right, anterior and superior (RAS),
         shown as a radiologist sees it: anterior up, the patient's right on the left. The first
         channel is drawn, between the 1st and 99th percentile of the slice.
-    truth, guess : integer array of shape (*spatial), or None
-        Class numbers; 0 is the background. Of a volume, the slice along the last axis is shown in
+    truth, guess : integer array of shape (*spatial) or (classes, *spatial), or None
+        Class numbers; 0 is the background. With the classes first, 0 or 1 for each of them, which
+        may overlap. Of a volume, the slice along the last axis is shown in
         which the truth covers most. If the truth is empty or None, the guess decides; if that is
         too, the middle slice is shown. (If the guess decided first, whoever makes the model could
         choose the slice.)
@@ -79,7 +80,7 @@ def outlined(
         for name, mask in (("truth", truth), ("guess", guess))
         if mask is not None
     }
-    covering = [mask > 0 for mask in masks.values() if mask.any()]
+    covering = [_covered(mask, pixels.ndim) for mask in masks.values() if mask.any()]
     covered = covering[0] if covering else np.zeros(pixels.shape, bool)
     index = _fullest(covered)
     figure, axes = _canvas(pixels, index, _spaces(spacing, pixels.ndim))
@@ -89,12 +90,15 @@ def outlined(
         if name not in masks:
             continue
         keys.append(("white", dashes, 1.2, words))
-        # A border of background closes the outline of a structure that touches the image's edge.
-        mask = np.pad(_shown(masks[name], index), 1)
-        rows, columns = (np.arange(-1, size - 1) for size in mask.shape)
-        for number in np.unique(mask[mask > 0]).tolist():
-            style = {"colors": [_colour(number)], "linestyles": [dashes], "linewidths": 1.5}
-            axes.contour(columns, rows, mask == number, [0.5], **style)
+        stacked = masks[name].ndim > pixels.ndim
+        for number, inside in _outlines(masks[name], pixels.ndim, index):
+            # A border of background closes the outline of what touches the image's edge.
+            padded = np.pad(inside, 1)
+            rows, columns = (np.arange(-1, size - 1) for size in padded.shape)
+            # Where outlines of overlapping masks coincide, those below must stick out.
+            width = 1.5 + 1.4 * min(len(masks[name]) - number, 2) * stacked
+            style = {"colors": [_colour(number)], "linestyles": [dashes], "linewidths": width}
+            axes.contour(columns, rows, padded, [0.5], **style)
             drawn.add(number)
     names = [(_colour(number), "-", 4.0, _short(classes[number - 1])) for number in sorted(drawn)]
     if len(names) > _MOST_NAMES:
@@ -156,17 +160,35 @@ def _mask(
     name: str, mask: ArrayLike, shape: tuple[int, ...], num_classes: int
 ) -> NDArray[np.int64]:
     values = np.asarray(mask)
-    if values.shape != shape:
+    stacked = values.shape == (num_classes, *shape)
+    if values.shape != shape and not stacked:
         raise InputError(
-            f"{name} has the shape {values.shape}, the image {shape}: give one class a pixel"
+            f"{name} has the shape {values.shape}, the image {shape}: give one class a pixel, or a "
+            "mask of each class"
         )
-    unknown = ~np.isin(values, np.arange(num_classes + 1))
+    unknown = ~np.isin(values, np.arange(2 if stacked else num_classes + 1))
     if unknown.any():
-        raise InputError(
-            f"{name} holds {values[unknown][0]}: it must hold 0 and the numbers of the "
-            f"{num_classes} classes"
-        )
+        allowed = "0 and 1" if stacked else f"0 and the numbers of the {num_classes} classes"
+        raise InputError(f"{name} holds {values[unknown][0]}: it must hold {allowed}")
     return values.astype(np.int64)
+
+
+def _covered(mask: NDArray[np.int64], dims: int) -> NDArray[np.bool_]:
+    """Return where a mask is not background."""
+    covered: NDArray[np.bool_] = (mask.max(axis=0) if mask.ndim > dims else mask) > 0
+    return covered
+
+
+def _outlines(
+    mask: NDArray[np.int64], dims: int, index: int
+) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+    """Yield the number of each class in a slice of a mask, and where it is, as it is shown."""
+    if mask.ndim > dims:
+        layers = (_shown(layer, index) > 0 for layer in mask)
+        yield from ((number, inside) for number, inside in enumerate(layers, 1) if inside.any())
+    else:
+        seen = _shown(mask, index)
+        yield from ((number, seen == number) for number in np.unique(seen[seen > 0]).tolist())
 
 
 def _spaces(spacing: Sequence[float], dims: int) -> tuple[float, ...]:

@@ -7,18 +7,17 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
-from monai.losses import DiceCELoss
 from monai.transforms import (
     Compose,
     DivisiblePadd,
     Invertd,
-    RandCropByPosNegLabeld,
     SpatialPadd,
     Transform,
 )
@@ -29,18 +28,25 @@ from torch import Tensor, nn
 from fedmed_flower.clients.cache import CachedRows, tracking
 from fedmed_flower.clients.imaging import ImagingClient, plain
 from fedmed_flower.clients.pictures import outlined
+from fedmed_flower.clients.structures import (
+    Classes,
+    CropOnStructured,
+    Overlapping,
+    Structures,
+)
 from fedmed_flower.clients.training import Parts
+from fedmed_flower.data.checks import Finding, check_row
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import Row, SiteData, patient_text
 from fedmed_flower.errors import InputError
 from fedmed_flower.images.geometry import spacing_of
 from fedmed_flower.images.names import plain_name
-from fedmed_flower.images.reading import read_image, read_label
+from fedmed_flower.images.reading import read_image
+from fedmed_flower.images.regions import Regions, require_regions
 from fedmed_flower.images.volumes import frames_of
 from fedmed_flower.metrics.names import DICE, NOISED_DICE, WORST
 from fedmed_flower.metrics.segmentation import (
     dice_of,
-    mask_scores,
     mean_scores,
     noised_dice,
     patient_dice,
@@ -59,14 +65,17 @@ _DIVISOR = 16
 class SegmentationClient(ImagingClient):
     """Trains a network that outlines structures.
 
-    A subclass defines `classes`, `load_data` and, unless the run config names a network,
-    `build_model`, which returns a network with one output channel for the background and one for
-    each class. Rows are dicts:
+    A subclass defines `classes` or `regions`, `load_data` and, unless the run config names a
+    network, `build_model`. With `classes`, of which each voxel has one, the network has one output
+    channel for the background and one for each class. With `regions`, which may overlap, it has one
+    output channel for each region. Rows are dicts:
 
     - ``image``: as for `ClassificationClient`;
     - ``label``: a mask of the same shape and position, an array or a file, with 0 for the
       background and the numbers 1, 2, ... for the classes (or `label_values`); or DICOM SEG or
       RTSTRUCT, a path or several, whose structures are found by the names in `classes`;
+      or the values of `regions`. With `regions` it may also be one mask of 0 and 1 for each
+      region: a list of files, or an array (regions, *spatial);
     - ``patient``: anything hashable.
 
     The network's output is brought back to the grid of each mask and is measured there.
@@ -80,36 +89,49 @@ class SegmentationClient(ImagingClient):
     augment
         Random changes of a training batch. The default makes none.
     loss
-        Maps (outputs, one-hot truth) to a number. The default is Dice of each image plus cross
-        entropy.
+        Maps (outputs, truth), both (batch, channels, *spatial), to a number. The default is Dice of
+        each image plus cross entropy; for regions, plus binary cross entropy.
     postprocess
         Changes the mask that the network predicts. The default leaves it as it is.
 
     Attributes
     ----------
     classes : sequence of str
-        Names of the classes 1, 2, ...
+        Names of the classes 1, 2, ...; left out if there are `regions`, whose names they then are.
+    regions : dict of str to sequence of int
+        Regions that may overlap: for each, the values of masks that belong to it, such as
+        ``{"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}``. A mask holds 0 and these values. Each
+        region is thresholded at a probability of 0.5 and has metrics of its own.
     surface_tolerance : float
         Millimetres within which an outline counts as correct, for surface Dice; at least 0.
     overlap : float
         Part of a patch that it shares with a neighbouring patch in inference; in [0, 1).
     """
 
-    classes: Sequence[str]
     # A hospital has few masks, and a pass over ten of them is one step.
     fewest_steps = 16
+    regions: Regions = MappingProxyType({})
     surface_tolerance: float = 1.0
     overlap: float = 0.25
     _keys = ("image", "label")
 
     @property
-    def num_classes(self) -> int:  # type: ignore[override]
-        """The number of classes, including the background."""
-        return 1 + len(self.classes)
+    def classes(self) -> Sequence[str]:
+        """The names of the regions, where a subclass does not name classes."""
+        if not self.regions:
+            raise InputError(f"{type(self).__name__} must define classes, or regions")
+        return tuple(self.regions)
 
     @property
-    def _structures(self) -> Sequence[str]:
-        return self.classes
+    def num_classes(self) -> int:  # type: ignore[override]
+        """The number of output channels: classes with the background, or regions."""
+        return self._structures.channels
+
+    @cached_property
+    def _structures(self) -> Structures:
+        if self.regions:
+            return Overlapping(self.regions)
+        return Classes(self.classes, self.label_values)
 
     def transforms(self, train: bool) -> Sequence[Callable[[Any], Any]]:
         """Return the transforms of a row.
@@ -129,12 +151,23 @@ class SegmentationClient(ImagingClient):
         size = self.patch_size
         return [
             SpatialPadd(self._keys, size),
-            RandCropByPosNegLabeld(self._keys, "label", size, num_samples=1),
+            CropOnStructured(self._keys, "label", size, num_samples=1),
         ]
 
     def _load(self, train: bool) -> Callable[[Any], Any]:
-        dims = self.spatial_dims
-        return LoadPair(dims, self.classes, self.label_values, train, self._channels)
+        return LoadPair(self.spatial_dims, self._structures, train, self._channels)
+
+    def _checked(self, row: Row) -> Finding:
+        return check_row(
+            row,
+            self.spatial_dims,
+            self.num_classes,
+            self.label_values,
+            self.empty_masks,
+            names=self._structures.names,
+            channels=self._channels,
+            regions=self.regions,
+        )
 
     def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return a training batch with random changes; torch's generator is seeded beforehand.
@@ -144,22 +177,29 @@ class SegmentationClient(ImagingClient):
         images : Tensor
             (batch, channels, *spatial), on the device.
         labels : Tensor
-            (batch, 1, *spatial), uint8.
+            (batch, 1, *spatial), uint8; with `regions` (batch, regions, *spatial).
         """
         return images, labels
 
     def loss(self) -> nn.Module:
-        """Return the training loss: Dice of each image plus cross entropy."""
-        loss: nn.Module = DiceCELoss(softmax=True)
-        return loss
+        """Return the training loss: Dice of each image plus cross entropy, binary for regions."""
+        return self._structures.loss()
 
     def postprocess(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the mask (*spatial) that is measured, such as its largest connected part."""
+        """Return the mask that is measured, such as its largest connected part.
+
+        Parameters
+        ----------
+        mask : array of shape (*spatial)
+            Class numbers. With `regions` it is (regions, *spatial), of 0 and 1.
+        """
         return mask
 
     def check(self, data: SiteData) -> None:
         """Raise `InputError` if a setting or an attribute is out of its range."""
         super().check(data)
+        if self.regions:
+            require_regions(self.regions)
         names = self.classes
         if isinstance(names, str) or not 0 < len(names) == len({*names, _WORST_CLASS}) - 1:
             raise InputError(
@@ -172,7 +212,9 @@ class SegmentationClient(ImagingClient):
                 "classes must differ by more than case, blanks, '_' and '-', and hold more than "
                 f"these, got {names!r}"
             )
-        if data.class_names and [*map(plain_name, data.class_names)] != plain_names:
+        if self.regions:
+            self._require_regions_alone()
+        elif data.class_names and [*map(plain_name, data.class_names)] != plain_names:
             raise InputError(
                 f"the data name their classes {', '.join(data.class_names)}, this client "
                 f"{', '.join(names)}: a class must mean the same at all hospitals, so make classes "
@@ -185,12 +227,24 @@ class SegmentationClient(ImagingClient):
                 f"surface_tolerance must be at least 0 and finite, got {self.surface_tolerance}"
             )
 
+    def _require_regions_alone(self) -> None:
+        if self.label_values:
+            raise InputError(
+                "regions name the values of masks, so that label_values must be left out, got "
+                f"{self.label_values!r}"
+            )
+        if tuple(self.classes) != tuple(self.regions):
+            raise InputError(
+                f"classes are the names of the regions, {', '.join(self.regions)}: leave out "
+                f"classes, got {self.classes!r}"
+            )
+
     def describe(self, data: SiteData) -> dict[str, Any]:
         """Return no numbers, since counting voxels would mean reading all masks."""
         return {}
 
     def _made_up_label(self, number: int, sides: Sequence[int], rng: np.random.Generator) -> Any:
-        values = np.asarray(self.label_values or range(self.num_classes))
+        values = np.asarray(self._structures.values)
         # In each mask, another class is the most frequent.
         shares = 4.0 ** -((np.arange(len(values)) + number) % len(values))
         return rng.choice(values, size=tuple(sides), p=shares / shares.sum())
@@ -204,8 +258,7 @@ class SegmentationClient(ImagingClient):
     def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
         """Return the training loss."""
         outputs = self._first(model(batch["image"]))
-        numbers = torch.arange(self.num_classes, device=outputs.device)
-        truth = batch["label"] == numbers.view(1, -1, *[1] * self.spatial_dims)
+        truth = self._structures.truth(batch["label"])
         if outputs.shape[2:] != truth.shape[2:]:
             raise InputError(
                 f"the network returns a mask of shape {tuple(outputs.shape[2:])} for an image of "
@@ -226,7 +279,7 @@ class SegmentationClient(ImagingClient):
         if first.shape[1] != self.num_classes:
             raise InputError(
                 f"the network has {first.shape[1]} output channels: {self.num_classes} are "
-                f"needed, one for the background and one for each of {', '.join(self.classes)}"
+                f"needed, {self._structures.needed}"
             )
         return first
 
@@ -240,7 +293,8 @@ class SegmentationClient(ImagingClient):
     def predict(self, model: nn.Module, prepared: CachedRows) -> Iterator[NDArray[np.uint8]]:
         """Outline one row after the other; yield masks (*spatial) of class numbers.
 
-        Each lies on the grid of its image as it was read.
+        With `regions`, they are (regions, *spatial) of 0 and 1. Each lies on the grid of its image
+        as it was read.
         """
         for index in range(len(prepared)):
             yield self._mask(model, prepared[index], prepared.transform)
@@ -293,7 +347,7 @@ class SegmentationClient(ImagingClient):
             if self.spatial_dims == 3:
                 # `outlined` expects the axes of a volume in the order RAS.
                 turn: NDArray[Any] = io_orientation(image.affine.numpy())  # type: ignore[no-untyped-call]
-                layers = [apply_orientation(layer, turn) for layer in layers]  # type: ignore[no-untyped-call]
+                layers = [_turned(layer, turn) for layer in layers]
                 spacing = [spacing[axis] for axis in np.argsort(turn[:, 0])]
             title = f"{name}: Dice {dice:.2f}"
             pixels, truth, guess = layers
@@ -320,7 +374,7 @@ class SegmentationClient(ImagingClient):
                 "that change an image's position must be invertible, and postprocess must keep the "
                 "shape"
             )
-        scores = mask_scores(truth, mask, self.classes, row["spacing"], self.surface_tolerance)
+        scores = self._structures.scores(truth, mask, row["spacing"], self.surface_tolerance)
         return row, mask, scores
 
     def _mask(self, model: nn.Module, row: Row, chain: Compose) -> NDArray[np.uint8]:
@@ -350,28 +404,27 @@ class SegmentationClient(ImagingClient):
             overlap=self.overlap,
             mode="gaussian",
         )
-        shares = outputs[0].softmax(dim=0).cpu()
+        shares = self._structures.shares(outputs[0]).cpu()
         if isinstance(image, MetaTensor) and image.applied_operations:
             invert = Invertd("shares", chain, orig_keys="image", nearest_interp=False)
             with tracking(True):
                 shares = invert({"image": image, "shares": MetaTensor(shares)})["shares"]
-        mask: NDArray[np.uint8] = plain(shares).argmax(dim=0).to(torch.uint8).numpy()
-        return mask
+        return self._structures.decided(plain(shares))
 
 
 class LoadPair(Transform):  # type: ignore[misc]
     """Read a row's ``image`` and ``label``.
 
-    For evaluation, the mask is an array (*spatial) that no transform moves. Two entries are added:
-    ``spacing`` in millimetres, and ``source``, the row's ``image`` before it was read. A row that
-    is only predicted has no ``label``.
+    For evaluation, the mask is an array that no transform moves, in the form of
+    `Structures.decided`. Two entries are added: ``spacing`` in millimetres, and ``source``, the
+    row's ``image`` before it was read. A row that is only predicted has no ``label``.
 
     Parameters
     ----------
-    spatial_dims, label_values
-        As `read_label` takes them.
-    classes : sequence of str
-        Names of the classes 1, 2, ...
+    spatial_dims : int
+        2 or 3.
+    structures : Structures
+        How masks stand for structures.
     train : bool
         Whether the row is for training.
     channels : int
@@ -384,16 +437,10 @@ class LoadPair(Transform):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        spatial_dims: int,
-        classes: Sequence[str],
-        label_values: Sequence[int],
-        train: bool,
-        channels: int = 1,
+        self, spatial_dims: int, structures: Structures, train: bool, channels: int = 1
     ) -> None:
         self.spatial_dims = spatial_dims
-        self.classes = classes
-        self.label_values = label_values
+        self.structures = structures
         self.train = train
         self.channels = channels
 
@@ -405,17 +452,19 @@ class LoadPair(Transform):  # type: ignore[misc]
             if "label" not in row and not self.train:
                 return {**row, "image": image}
             # A mask without a position of its own takes the image's.
-            mask = read_label(
-                row["label"],
-                self.spatial_dims,
-                1 + len(self.classes),
-                self.label_values,
-                image,
-                self.classes,
-            )
+            mask = self.structures.read(row["label"], self.spatial_dims, image)
         except InputError as error:
             raise InputError(f"patient {row['patient']}: {error}") from error
         if self.train:
             return {**row, "image": image, "label": mask}
         origin = {"spacing": spacing_of(image), "source": row["image"]}
-        return {**row, "image": image, "label": plain(mask)[0].numpy(), **origin}
+        return {**row, "image": image, "label": self.structures.known(plain(mask)), **origin}
+
+
+def _turned(layer: NDArray[Any], turn: NDArray[Any]) -> NDArray[Any]:
+    """Return a volume, or a stack of volumes, with its axes in another order or direction."""
+    stack = layer.ndim > len(turn)
+    # `apply_orientation` turns the first axes.
+    first = np.moveaxis(layer, 0, -1) if stack else layer
+    turned: NDArray[Any] = apply_orientation(first, turn)  # type: ignore[no-untyped-call]
+    return np.moveaxis(turned, -1, 0) if stack else turned

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from fedmed_flower.data.partition import dirichlet_shares as dirichlet_shares
     from fedmed_flower.data.partition import split_by_shares as split_by_shares
     from fedmed_flower.data.phantom_folders import phantom_folder as phantom_folder
+    from fedmed_flower.data.phantoms import brain_tumours as brain_tumours
     from fedmed_flower.data.phantoms import chest_xrays as chest_xrays
     from fedmed_flower.data.phantoms import hippocampi as hippocampi
+    from fedmed_flower.data.phantoms import slides as slides
     from fedmed_flower.data.schema import Schema as Schema
     from fedmed_flower.data.schema import read_table as read_table
     from fedmed_flower.data.schema import table_of as table_of
@@ -28,6 +30,7 @@ __getattr__, __all__ = on_demand(
         "Site": "site",
         "SiteData": "site",
         "by_quantity": "partition",
+        "brain_tumours": "phantoms",
         "chest_xrays": "phantoms",
         "dirichlet_shares": "partition",
         "hippocampi": "phantoms",
@@ -36,6 +39,7 @@ __getattr__, __all__ = on_demand(
         "load_hippocampus": "decathlon",
         "phantom_folder": "phantom_folders",
         "read_table": "schema",
+        "slides": "phantoms",
         "split_by_shares": "partition",
         "split_patients": "splits",
         "table_of": "schema",

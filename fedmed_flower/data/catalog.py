@@ -86,6 +86,8 @@ DATA_SETS = (
     ),
     DataSet("chest_xrays", "small chest X-rays with or without opacities", "", "", _GENERATED),
     DataSet("hippocampi", "small volumes with masks of two parts", "", "", _GENERATED),
+    DataSet("brain_tumours", "small volumes with nested regions", "", "", _GENERATED),
+    DataSet("slides", "bags of patches with or without lesions", "", "", _GENERATED),
     DataSet(
         "phantom_folder",
         "folders of files: images, masks, table, survival, genomes, other",

@@ -20,6 +20,7 @@ from fedmed_flower.errors import InputError, shown
 from fedmed_flower.images.geometry import orientation_of, spacing_of
 from fedmed_flower.images.headers import one_line
 from fedmed_flower.images.reading import files_of, read_image, read_label
+from fedmed_flower.images.regions import Regions, read_regions
 from fedmed_flower.images.series import Series
 from fedmed_flower.images.volumes import frames_of
 
@@ -111,6 +112,7 @@ def check_row(
     masks: bool = True,
     names: Sequence[str] = (),
     channels: int = 1,
+    regions: Regions | None = None,
 ) -> Finding:
     """Read the image and the mask of a row and describe them; a problem is part of the finding.
 
@@ -135,6 +137,8 @@ def check_row(
         Names of the classes 1, 2, ... of masks, by which those in DICOM files are read.
     channels : int
         The channels of a 4D file whose row does not say what its volumes are, see `frames_of`.
+    regions : dict, optional
+        As in `read_regions`, if masks are of regions that may overlap.
     """
     finding = Finding("", "array")
     try:
@@ -159,7 +163,8 @@ def check_row(
         is_text = any(files_of(row["label"]))
         if _is_mask(row["label"]) and (masks or not is_text):
             dims = image.ndim - 1
-            label: Any = _classes(row["label"], dims, num_classes, label_values, image, names)
+            options = (num_classes, label_values, image, names, regions)
+            label: Any = _classes(row["label"], dims, *options)
             if label == (0,) and not empty_masks:
                 raise InputError(
                     f"its mask {_name(row['label'])} is empty: it holds only the background"
@@ -285,10 +290,14 @@ def _classes(
     values: Sequence[int],
     image: Any,
     names: Sequence[str],
+    regions: Regions | None,
 ) -> tuple[int, ...]:
-    """Return the classes that a mask holds."""
+    """Return the classes that a mask holds; of regions 0, and the numbers from 1 on."""
     name = _name(source)
     try:
+        if regions:
+            channels = read_regions(source, dims, regions, image).as_tensor()
+            return (0, *(n for n, channel in enumerate(channels, start=1) if channel.any()))
         mask = read_label(source, dims, num_classes, values, image, names)
     except InputError as error:
         raise InputError(f"its mask {_prefixed(shown(name), str(error))}") from None

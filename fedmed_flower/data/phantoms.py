@@ -1,4 +1,4 @@
-"""Generated images for tests and demonstrations offline: chest X-rays, eyes and hippocampi.
+"""Generated images for tests and demonstrations offline: X-rays, hippocampi, tumours, slides.
 
 They show no patients, and nothing that is learned from them is a medical finding. The X-rays stand
 in for PneumoniaMNIST (https://medmnist.com) and have the share of label 1 of its train split; the
@@ -7,6 +7,7 @@ hippocampi stand in for those of the Medical Segmentation Decathlon (http://medi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -18,9 +19,9 @@ from fedmed_flower.data.site import GENERATED, SPLITS, Row
 from fedmed_flower.errors import InputError
 
 _SHARE_OPACITIES = 0.74
-_BLOCK_PIXELS = 2**20
 # By grade: the fewest haemorrhages of an eye, and one more than the most.
 _SPOTS = ((0, 1), (1, 3), (3, 6), (6, 10), (10, 15))
+_BLOCK_PIXELS = 2**20
 
 Images = NDArray[np.float32]
 
@@ -65,9 +66,7 @@ def chest_xrays(
         "seed": (seed, 0, 2**63),
         "size": (size, 16, 1024),
     }
-    for name, (value, low, high) in bounds.items():
-        if not isinstance(value, int | np.integer) or not low <= value <= high:
-            raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    _require_whole(bounds)
     images = {}
     labels = {}
     for number, (split, rows) in enumerate(
@@ -112,16 +111,150 @@ def hippocampi(count: int, seed: int = 0, size: int = 24) -> Volumes:
     InputError
         If an argument is out of its range.
     """
-    bounds = {"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 128)}
-    for name, (value, low, high) in bounds.items():
-        if not isinstance(value, int | np.integer) or not low <= value <= high:
-            raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    _require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 128)})
     prefix = f"phantom-{seed}-" if seed else "phantom-"
     rows = [
         {**_hippocampus(np.random.default_rng([seed, 3, k]), size), "patient": f"{prefix}{k}"}
         for k in range(count)
     ]
     return Volumes(tuple(rows), GENERATED, generated=True)
+
+
+def brain_tumours(count: int, seed: int = 0, size: int = 24) -> Volumes:
+    """Generate head scans of four sequences with a tumour of nested parts, as BraTS has them.
+
+    The label holds 1 in the necrotic core, 4 in the enhancing rim around it, and 2 in the oedema
+    around both. So the whole tumour is the union of 1, 2 and 4, the tumour core that of 1 and 4,
+    and the enhancing tumour is 4. One tumour in five has no enhancing rim. No sequence shows all
+    three regions.
+
+    Parameters
+    ----------
+    count : int
+        1 or greater; the first volumes of a larger count are the same.
+    seed : int
+        0 or greater; the same seed gives the same volumes.
+    size : int
+        Number of voxels along each side, 12 to 128.
+
+    Returns
+    -------
+    Volumes
+        Rows with ``image`` (4, x, y, z) float32 (T1, T1 with contrast, T2, FLAIR), ``label``
+        (x, y, z) uint8 and ``patient``; ``generated`` is True. With different seeds the patients
+        have different names.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of its range.
+    """
+    _require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 128)})
+    rows = [
+        {
+            **_tumour(np.random.default_rng([seed, 4, k]), size, rim=k % 5 != 4),
+            "patient": f"tumour-{seed}-{k}",
+        }
+        for k in range(count)
+    ]
+    return Volumes(tuple(rows), GENERATED, generated=True)
+
+
+def slides(count: int, seed: int = 0, size: int = 16) -> tuple[Row, ...]:
+    """Generate bags of patches of stained tissue; a positive bag holds a few patches with a lesion.
+
+    Every patch has pale and dark spots, and a lesion is a larger, darker one. Half of the bags are
+    positive (label 1), with lesions in one to three of their 5 to 20 patches.
+
+    Parameters
+    ----------
+    count : int
+        1 or greater; the first bags of a larger count are the same.
+    seed : int
+        0 or greater; the same seed gives the same bags.
+    size : int
+        Height and width of a patch in pixels, 12 to 1024.
+
+    Returns
+    -------
+    tuple of dict
+        Rows with ``image`` (patches, 3, size, size) uint8, ``label`` and ``patient``, and
+        ``lesions``, the sorted indices of the patches with a lesion. With different seeds the
+        patients have different names.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of its range.
+    """
+    _require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 1024)})
+    return tuple(
+        {
+            **_slide(np.random.default_rng([seed, 5, k]), size, label=k % 2),
+            "patient": f"slide-{seed}-{k}",
+        }
+        for k in range(count)
+    )
+
+
+def _require_whole(bounds: Mapping[str, tuple[int, int, int]]) -> None:
+    """Raise `InputError` if an argument is no whole number within its bounds."""
+    for name, (value, low, high) in bounds.items():
+        if not isinstance(value, int | np.integer) or not low <= value <= high:
+            raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+
+
+def _tumour(rng: np.random.Generator, size: int, rim: bool) -> Row:
+    """Draw one head; the unit of length is half of the volume's side."""
+    axis = np.linspace(-1, 1, size, dtype=np.float32)
+    grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"))
+    head = (grid**2).sum(axis=0) < 0.9
+    centre = rng.uniform(-0.25, 0.25, (3, 1, 1, 1))
+    stretch = rng.uniform(0.8, 1.2, (3, 1, 1, 1))
+    away = np.sqrt((((grid - centre) / stretch) ** 2).sum(axis=0))
+    away = away + 0.06 * gaussian_filter(rng.standard_normal(away.shape), 1.5) * 8
+    outer = rng.uniform(0.5, 0.6)
+    middle = outer * rng.uniform(0.6, 0.7)
+    inner = middle * rng.uniform(0.45, 0.6)
+    label = np.zeros(away.shape, np.uint8)
+    label[away < outer] = 2
+    label[away < middle] = 4 if rim else 1
+    label[away < inner] = 1
+    label[~head] = 0
+    # Brightness of the head, and of each part beside it.
+    shades = {
+        "t1": {1: -0.4, 2: -0.2, 4: -0.1},
+        "t1 with contrast": {1: -0.5, 2: -0.1, 4: 0.9},
+        "t2": {1: 0.9, 2: 0.5, 4: 0.3},
+        "flair": {1: 0.2, 2: 0.8, 4: 0.7},
+    }
+    channels = []
+    for parts in shades.values():
+        values = head.astype(np.float32)
+        for number, shade in parts.items():
+            values[label == number] += shade
+        values = gaussian_filter(values, 0.5) + rng.normal(0, 0.1, values.shape) * head
+        channels.append(rng.uniform(0.8, 1.2) * 100 * values)
+    return {"image": np.stack(channels).astype(np.float32), "label": label}
+
+
+def _slide(rng: np.random.Generator, size: int, label: int) -> Row:
+    count = int(rng.integers(5, 21))
+    lesions = np.sort(rng.permutation(count)[: rng.integers(1, 4)]) if label else np.zeros(0, int)
+    y, x = np.mgrid[:size, :size] / size
+    stain = np.asarray([0.45, 0.75, 0.35])
+    patches = np.empty((count, 3, size, size), np.uint8)
+    for number in range(count):
+        density = np.full((size, size), 0.1)
+        spots = [(0.06, depth) for depth in rng.uniform(0.1, 0.5, 6)]
+        spots += [(0.16, 0.9)] if number in lesions else []
+        for radius, depth in spots:
+            across, down = rng.uniform(0.2, 0.8, 2)
+            density += depth * np.exp(-((x - across) ** 2 + (y - down) ** 2) / (2 * radius**2))
+        tinted = np.exp(-density[None] * (stain + rng.normal(0, 0.05, 3))[:, None, None])
+        tinted += rng.normal(0, 0.02, tinted.shape)
+        patches[number] = (np.clip(tinted, 0, 1) * 255).astype(np.uint8)
+    return {"image": patches, "label": label, "lesions": lesions.tolist()}
 
 
 def eyes(count: int, seed: int = 0, size: int = 32) -> tuple[Row, ...]:
@@ -165,6 +298,27 @@ def eyes(count: int, seed: int = 0, size: int = 32) -> tuple[Row, ...]:
     )
 
 
+def _hippocampus(rng: np.random.Generator, size: int) -> Row:
+    """Draw the image and label of one volume; the unit of length is half of the volume's side."""
+    shape = size + rng.integers(-2, 3, 3)
+    x, y, z = np.meshgrid(
+        *(np.linspace(-1, 1, side, dtype=np.float32) for side in shape), indexing="ij"
+    )
+    cx, cy, cz = rng.normal(0, 0.08, 3)
+    bend = rng.uniform(0.1, 0.35)
+    half = rng.uniform(0.6, 0.75)
+    along = (y - cy) / half
+    thick = rng.uniform(0.22, 0.3) * (1 + 0.35 * np.clip(along, -1, 1))
+    away = np.hypot(x - cx - bend * (along**2 - 0.4), (z - cz - 0.5 * bend * along) * 1.2)
+    inside = (away / thick) ** 2 + along**4 < 1
+    label = np.where(inside, np.where(along > 0.33, 1, 2), 0).astype(np.uint8)
+    soft = gaussian_filter(inside.astype(np.float32), rng.uniform(0.6, 1.1))
+    texture = gaussian_filter(rng.standard_normal(shape), 2.0) * 1.5
+    image = rng.uniform(0.7, 1.3) * (1 + 0.8 * soft + 0.3 * soft * (along > 0.33) + 0.3 * texture)
+    image += rng.normal(0, 0.12, shape)
+    return {"image": (100 * image).astype(np.float32), "label": label}
+
+
 def _eye(rng: np.random.Generator, size: int) -> Row:
     """Draw an image and say what is in it; the unit of length is half of its width."""
     grid = np.linspace(-1, 1, size, dtype=np.float32)
@@ -196,27 +350,6 @@ def _eye(rng: np.random.Generator, size: int) -> Row:
     }
     drawn = np.clip(image, 0, None).astype(np.float32)
     return {"image": drawn, "findings": findings, "grade": grade, "cup": cup}
-
-
-def _hippocampus(rng: np.random.Generator, size: int) -> Row:
-    """Draw the image and label of one volume; the unit of length is half of the volume's side."""
-    shape = size + rng.integers(-2, 3, 3)
-    x, y, z = np.meshgrid(
-        *(np.linspace(-1, 1, side, dtype=np.float32) for side in shape), indexing="ij"
-    )
-    cx, cy, cz = rng.normal(0, 0.08, 3)
-    bend = rng.uniform(0.1, 0.35)
-    half = rng.uniform(0.6, 0.75)
-    along = (y - cy) / half
-    thick = rng.uniform(0.22, 0.3) * (1 + 0.35 * np.clip(along, -1, 1))
-    away = np.hypot(x - cx - bend * (along**2 - 0.4), (z - cz - 0.5 * bend * along) * 1.2)
-    inside = (away / thick) ** 2 + along**4 < 1
-    label = np.where(inside, np.where(along > 0.33, 1, 2), 0).astype(np.uint8)
-    soft = gaussian_filter(inside.astype(np.float32), rng.uniform(0.6, 1.1))
-    texture = gaussian_filter(rng.standard_normal(shape), 2.0) * 1.5
-    image = rng.uniform(0.7, 1.3) * (1 + 0.8 * soft + 0.3 * soft * (along > 0.33) + 0.3 * texture)
-    image += rng.normal(0, 0.12, shape)
-    return {"image": (100 * image).astype(np.float32), "label": label}
 
 
 def _draw(opaque: NDArray[np.bool_], size: int, rng: np.random.Generator) -> NDArray[np.uint8]:

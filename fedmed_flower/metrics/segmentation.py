@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,10 +59,62 @@ def mask_scores(
             f"truth has the shape {first.shape} and guess {second.shape}, with {len(spacing)} "
             "spacings: the shapes must be the same, and each axis has one spacing"
         )
-    length = math.hypot(*np.multiply(first.shape, spacing))
+    numbers = range(1, 1 + len(classes))
+    pairs = ((first == number, second == number) for number in numbers)
+    return _scores(classes, pairs, spacing, tolerance)
+
+
+def region_scores(
+    truth: ArrayLike,
+    guess: ArrayLike,
+    regions: Sequence[str],
+    spacing: Sequence[float],
+    tolerance: float = 1.0,
+) -> dict[str, float]:
+    """Compare one patient's regions, which may overlap, with the truth.
+
+    Parameters
+    ----------
+    truth, guess : integer array of shape (regions, *spatial)
+        2D or 3D; 1 inside a region, 0 outside.
+    regions : sequence of str
+        Names of the regions.
+    spacing, tolerance
+        As in `mask_scores`.
+
+    Returns
+    -------
+    dict
+        As `mask_scores`, of each region.
+
+    Raises
+    ------
+    InputError
+        If the shapes of the masks differ, or there is not one channel a region and one spacing an
+        axis.
+    """
+    first = np.asarray(truth) > 0
+    second = np.asarray(guess) > 0
+    wanted = (len(regions), 1 + len(spacing))
+    if first.shape != second.shape or (len(first), first.ndim) != wanted:
+        raise InputError(
+            f"truth has the shape {first.shape} and guess {second.shape}, with {len(spacing)} "
+            f"spacings: both must have {len(regions)} channels, one for each of "
+            f"{', '.join(regions)}, and the same shape, and each axis has one spacing"
+        )
+    return _scores(regions, zip(first, second, strict=True), spacing, tolerance)
+
+
+def _scores(
+    names: Sequence[str],
+    pairs: Iterable[tuple[NDArray[np.bool_], NDArray[np.bool_]]],
+    spacing: Sequence[float],
+    tolerance: float,
+) -> dict[str, float]:
+    """Return the metrics of each structure from its masks, the truth and the guess."""
     scores: dict[str, float] = {}
-    for number, name in enumerate(classes, start=1):
-        pair = (first == number, second == number)
+    for name, pair in zip(names, pairs, strict=True):
+        length = math.hypot(*np.multiply(pair[0].shape, spacing))
         in_truth, in_guess = (bool(mask.any()) for mask in pair)
         if in_truth and in_guess:
             dice, distance, surface = _compare(*pair, spacing, tolerance)

@@ -40,9 +40,9 @@ def export_bundle(
     Raises
     ------
     InputError
-        If the client neither classifies nor outlines, outlines 2D images, fits images into
-        ``image-size``, or prepares images by code of its own; if the network cannot be traced; or
-        if the folder exists.
+        If the client neither classifies nor outlines, or has bags, outlines 2D images, fits images
+        into ``image-size``, or prepares images by code of its own; if the network cannot be traced;
+        or if the folder exists.
     """
     if out.exists():
         raise InputError(f"{out} exists already: give another --out")
@@ -53,6 +53,11 @@ def export_bundle(
         raise InputError(
             f"{predictor.description.name} defines {', '.join(predictor.description.overridden)} "
             "itself, which a bundle cannot hold: use --to onnx or --to torchscript"
+        )
+    if hasattr(client, "bags"):
+        raise InputError(
+            "a MONAI bundle is for images, and this model takes bags of patches: use --to onnx or "
+            "--to torchscript"
         )
     if predictor.description.base not in ("ClassificationClient", "SegmentationClient"):
         raise InputError(
@@ -171,8 +176,11 @@ def _before(client: Any) -> list[dict[str, Any]]:
 
 def _after(client: Any) -> list[dict[str, Any]]:
     """Return the transforms of the network's output: to the grid of the file, and to a mask."""
+    overlapping = bool(client.regions)
+    activation = {"sigmoid": True} if overlapping else {"softmax": True}
+    decision = {"threshold": 0.5} if overlapping else {"argmax": True}
     steps: list[dict[str, Any]] = [
-        {"_target_": "Activationsd", "keys": "pred", "softmax": True},
+        {"_target_": "Activationsd", "keys": "pred", **activation},
         {
             "_target_": "Invertd",
             "keys": "pred",
@@ -180,7 +188,7 @@ def _after(client: Any) -> list[dict[str, Any]]:
             "orig_keys": "image",
             "nearest_interp": False,
         },
-        {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
+        {"_target_": "AsDiscreted", "keys": "pred", **decision},
     ]
     if values := list(client.label_values):
         numbers = list(range(len(values)))
@@ -193,7 +201,9 @@ def _after(client: Any) -> list[dict[str, Any]]:
 
 def _metadata(predictor: Predictor, client: Any, masks: bool, any_size: bool) -> dict[str, Any]:
     known = metadata(predictor, client)
-    names = ["background", *client.classes] if masks else range(client.num_classes)
+    names: Any = range(client.num_classes)
+    if masks:
+        names = client.classes if client.regions else ["background", *client.classes]
     shape: list[Any] = ["*"] * client.spatial_dims
     if client.patch_size or (client.image_shape and not any_size):
         shape = list(client.patch_size or client.image_shape[1:])

@@ -26,6 +26,7 @@ from fedmed_flower.settings.section import Section, key_of
 # The base classes, and the file of each, which is imported when a client needs it: MONAI takes
 # seconds, which a run on tables does not need.
 BASES = {
+    "BagClient": "fedmed_flower.clients.bags",
     "ClassificationClient": "fedmed_flower.clients.classification",
     "FindingsClient": "fedmed_flower.clients.findings",
     "GradingClient": "fedmed_flower.clients.grading",
@@ -39,14 +40,17 @@ _NAMES = ("classes", "findings", "grades")
 _IMAGES = ("spatial_dims", "image_shape", "modality", "ct_window", "label_values")
 # What a client declares that decides about a prediction.
 _DECLARED: dict[str, tuple[str, ...]] = {
+    "BagClient": (*_IMAGES, "num_classes"),
     "ClassificationClient": (*_IMAGES, "num_classes"),
     "FindingsClient": (*_IMAGES, "findings"),
     "GradingClient": (*_IMAGES, "grades"),
     "MeasurementClient": (*_IMAGES, "low", "high", "unit"),
-    "SegmentationClient": (*_IMAGES, "classes", "overlap"),
+    "SegmentationClient": (*_IMAGES, "classes", "regions", "overlap"),
     "TabularClient": ("schema", "zeros"),
     "SurvivalClient": ("schema", "zeros"),
 }
+# What files of earlier versions do not name, and its value in them.
+_ADDED: dict[str, Any] = {"regions": {}}
 _IMAGING_KEYS = (
     "spacing",
     "orientation",
@@ -65,6 +69,7 @@ _TABLE_KEYS = (
 _SURVIVAL_KEYS = ("survival-loss", "survival-horizon", "survival-intervals")
 # The settings of a run that decide about a prediction.
 _KEYS: dict[str, tuple[str, ...]] = {
+    "BagClient": (*_IMAGING_KEYS, "patch-features", "attention-size", "torch-threads"),
     "ClassificationClient": (*_IMAGING_KEYS, "torch-threads"),
     "FindingsClient": (*_IMAGING_KEYS, "torch-threads"),
     "GradingClient": (*_IMAGING_KEYS, "torch-threads"),
@@ -187,7 +192,8 @@ class Description:
         settings = dict(content["settings"])
         if not all(isinstance(value, bool | int | float | str) for value in settings.values()):
             raise ValueError("settings must be numbers, booleans and texts")
-        declared = dict(content["declared"])
+        added = {name: value for name, value in _ADDED.items() if name in _DECLARED[base]}
+        declared = added | dict(content["declared"])
         if declared.keys() != {*_DECLARED[base]}:
             raise ValueError(f"declared must hold {', '.join(_DECLARED[base])}")
         for name, value in declared.items():
@@ -261,7 +267,7 @@ def _nearest(cls: type[Any]) -> type[Any] | None:
 def _settings_of(client: MedicalClient, base: str) -> UserConfig:
     """Return the settings that decide about a prediction, as the client holds them."""
     held: list[Section] = [client.settings, client.models]
-    for name in ("imaging", "tables", "survival"):
+    for name in ("imaging", "bags", "tables", "survival"):
         if hasattr(client, name):
             held.append(getattr(client, name))
     values: UserConfig = {}
@@ -311,8 +317,14 @@ def _read(name: str, value: Any) -> Any:
         if type(value) not in wanted[name]:
             raise ValueError(f"{name} must not be {str(value)[:100]!r}")
         return value
+    if name == "regions":
+        return {str(region): _list(name, numbers, (int,)) for region, numbers in value.items()}
     # What is left are lists of numbers, or of names.
     kind: tuple[type, ...] = (str,) if name in _NAMES else (int, float)
+    return _list(name, value, kind)
+
+
+def _list(name: str, value: Any, kind: tuple[type, ...]) -> tuple[Any, ...]:
     if not isinstance(value, list) or not all(type(part) in kind for part in value):
         raise ValueError(f"{name} must be a list, got {str(value)[:100]!r}")
     return tuple(value)

@@ -155,8 +155,11 @@ def metadata(predictor: Predictor, client: Any) -> dict[str, Any]:
             "outputs": f"float32 (batch, outputs), of the task {client.schema.task}",
         }
     sides = ", ".join("xyz"[: client.spatial_dims])
+    patches = "patches, " if hasattr(client, "bags") else ""
     outputs = "(batch, classes), before softmax (one output: before the sigmoid)"
-    if hasattr(client, "classes"):
+    if about["declared"].get("regions"):
+        outputs = f"(batch, regions, {sides}), before the sigmoid of each region"
+    elif hasattr(client, "classes"):
         outputs = f"(batch, classes with the background, {sides}), before softmax"
     elif hasattr(client, "findings"):
         outputs = "(batch, findings), before the sigmoid of each"
@@ -169,7 +172,7 @@ def metadata(predictor: Predictor, client: Any) -> dict[str, Any]:
         shift, factor, _ = client.scale
         outputs = f"(batch, 1): number = {factor:.12g} * output + {shift:.12g}"
     return known | {
-        "input": f"float32 (batch, channels, {sides}), on the grid and scaled as declared",
+        "input": f"float32 (batch, {patches}channels, {sides}), on the grid and scaled as declared",
         "outputs": f"float32 {outputs}",
     }
 

@@ -212,12 +212,15 @@ class _Numbers(_Worker):
 
 
 class _Masks(_Worker):
-    """Outlines structures; writes a mask for each image."""
+    """Outlines structures; writes a mask for each image, or one for each of its regions."""
 
     def __init__(self, client: Any, network: nn.Module, out: Path) -> None:
         super().__init__(client, network, out)
         self._taken: set[str] = set()
+        self._regions = tuple(client.regions)
         values = np.asarray(client.label_values or range(client.num_classes))
+        if self._regions:
+            values = np.asarray([0, 1])
         kinds = (np.uint8, np.int16, np.int32)
         fits = [
             kind
@@ -229,45 +232,51 @@ class _Masks(_Worker):
         self._values = values.astype(fits[0])
 
     def head(self) -> list[str]:
-        return ["file", "mask", _PROBLEM]
+        names = [f"mask {name}" for name in self._regions] or ["mask"]
+        return ["file", *names, _PROBLEM]
 
     def lines(self, source: Source) -> list[Line]:
         from fedmed_flower.images.reading import read_image
         from fedmed_flower.images.volumes import frames_of
 
-        (numbers,) = self.client.predict(self.network, self.prepared(source))
+        (found,) = self.client.predict(self.network, self.prepared(source))
         parts = [str(part) for part in source] if isinstance(source, tuple) else str(source)
         shape = self.client.image_shape
         frames = frames_of({"image": parts}, shape[0] if shape else 1)
         image = read_image(parts, self.client.spatial_dims, frames)
-        if numbers.shape != tuple(image.shape[1:]):
+        masks = found if self._regions else found[None]
+        if masks.shape != (len(self._regions) or 1, *image.shape[1:]):
             raise InputError(
-                f"the mask has shape {numbers.shape}, the image {tuple(image.shape[1:])}: "
+                f"the mask has shape {found.shape}, the image {tuple(image.shape[1:])}: "
                 "postprocess must keep the shape"
             )
         first = source[0] if isinstance(source, tuple) else source
-        ending, content = _file_of(self._values[numbers], image, first)
-        path = self.out / f"{self._free_name(first, ending)}{ending}"
-        write_atomic(path, content)
-        return [[name_of(source), str(path), *self.written_besides(numbers, image, path, first)]]
+        paths = []
+        for name, numbers in zip(self._regions or ("",), masks, strict=True):
+            ending, content = _file_of(self._values[numbers], image, first)
+            path = self.out / f"{self._free_name(first, name, ending)}{ending}"
+            write_atomic(path, content)
+            paths.append(str(path))
+        return [[name_of(source), *paths, *self.written_besides(masks[0], image, paths[0], first)]]
 
     def written_besides(
-        self, numbers: NDArray[np.uint8], image: Any, path: Path, source: Path
+        self, numbers: NDArray[np.uint8], image: Any, path: str, source: Path
     ) -> Line:
         """Return the other cells of the line of a mask, whose file is ``path``."""
         return [""]
 
-    def _free_name(self, path: Path, ending: str) -> str:
+    def _free_name(self, path: Path, region: str, ending: str) -> str:
         """Return a name for the mask of a file, which no other mask of this call has."""
         stem = plain_text(path.resolve().name.removesuffix(".gz"))
         stem = stem.removesuffix(path.suffix if path.suffix != ".gz" else Path(stem).suffix)
-        name = f"{stem or 'image'}-mask"
+        first = f"{stem or 'image'}-mask" + (f"-{plain_text(region)}" if region else "")
+        name = first
         number = 1
         while name.lower() in self._taken or any(
             (self.out / f"{name}{each}").exists() for each in (ending, _SEG)
         ):
             number += 1
-            name = f"{stem}-mask-{number}"
+            name = f"{first}-{number}"
         self._taken.add(name.lower())
         return name
 
@@ -279,17 +288,22 @@ class _MasksAndSegmentations(_Masks):
         from fedmed_flower.prediction.segmentations import SegmentationWriter
 
         super().__init__(client, network, out)
+        if self._regions:
+            raise InputError(
+                "--seg writes classes of which each voxel has one, and this model outlines regions "
+                "that may overlap: leave it out"
+            )
         self._writer = SegmentationWriter(client.classes, type(client).__name__, network)
 
     def head(self) -> list[str]:
         return ["file", "mask", "segmentation", _PROBLEM]
 
     def written_besides(
-        self, numbers: NDArray[np.uint8], image: Any, path: Path, source: Path
+        self, numbers: NDArray[np.uint8], image: Any, path: str, source: Path
     ) -> Line:
         """Write the segmentation; if that cannot be, the mask is there all the same."""
-        name = path.name.removesuffix(".gz").removesuffix(".nii").removesuffix(".png")
-        segmentation = path.with_name(f"{name}{_SEG}")
+        name = Path(path).name.removesuffix(".gz").removesuffix(".nii").removesuffix(".png")
+        segmentation = Path(path).with_name(f"{name}{_SEG}")
         try:
             write_atomic(segmentation, self._writer.content(numbers, image, source))
         except InputError as error:

@@ -262,6 +262,15 @@ def _with_graph(predictor: Predictor, client: MedicalClient, seed: int) -> Predi
 
 def example_of(client: Any, network: nn.Module) -> tuple[Tensor, tuple[int, ...]]:
     """Return a batch of two for a client's network, and the dimensions whose size may differ."""
+    example, free = _example_of_images(client, network)
+    if not hasattr(client, "bags"):
+        return example, free
+    # Of each image, a bag of three.
+    bags = torch.stack([example, example.flip(-1), 1 - example], dim=1)
+    return bags, (0, 1, *(dim + 1 for dim in free if dim))
+
+
+def _example_of_images(client: Any, network: nn.Module) -> tuple[Tensor, tuple[int, ...]]:
     # Of its own generator, since that of torch is the app's.
     generator = torch.Generator().manual_seed(0)
     if hasattr(client, "schema"):

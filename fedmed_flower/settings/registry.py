@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from flwr.app import UserConfig, UserConfigValue
 
+from fedmed_flower.settings.bags import BagSettings
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.imaging import ImagingSettings
 from fedmed_flower.settings.methods import (
@@ -72,6 +73,7 @@ RUN: Sections = (
     *METHODS,
     ModelSettings,
     ImagingSettings,
+    BagSettings,
     TabularSettings,
     SurvivalSettings,
     TreeSettings,

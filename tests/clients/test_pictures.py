@@ -240,7 +240,8 @@ IMAGE = np.zeros((1, 4, 4))
         ),
         (
             (IMAGE, np.zeros((4, 5)), None, ["a"], ""),
-            "truth has the shape (4, 5), the image (4, 4): give one class a pixel",
+            "truth has the shape (4, 5), the image (4, 4): give one class a pixel, or a mask of "
+            "each class",
         ),
         (
             (IMAGE, None, np.full((4, 4), 2), ["a"], ""),
@@ -396,3 +397,33 @@ def test_damage_anywhere_never_raises_and_never_passes(data):
 def test_module_needs_no_torch():
     code = "import fedmed_flower.data.pictures, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_masks_of_each_class_are_outlined_also_where_they_overlap():
+    image = np.zeros((1, 8, 8))
+    left = square(1, 7, 1, 5)
+    right = square(1, 7, 3, 7)
+    stacked = pixels(outlined(image, np.stack([left, right]), None, ["a", "b"], ""))
+    # The same outlines as each alone: class numbers would have cut one of the squares.
+    for mask, colour in ((left, FIRST), (right, SECOND)):
+        alone = near(pixels(outlined(image, mask, None, ["a"], "")), FIRST)
+        kept = near(stacked, colour)[: len(alone)] & alone
+        assert kept[:-40].sum() > 0.6 * alone[:-40].sum()
+    # Of two that coincide, both are seen.
+    same = pixels(outlined(image, np.stack([left, left]), None, ["a", "b"], ""))
+    assert near(same[:-40], FIRST).sum() > 200
+    assert near(same[:-40], SECOND).sum() > 200
+    cut = left + 2 * (right & ~left)
+    exclusive = pixels(outlined(image, cut, None, ["a", "b"], ""))
+    assert near(exclusive, SECOND).sum() < near(stacked, SECOND).sum()
+    # The slice of a volume is that which any of the classes covers most.
+    volume = np.zeros((2, 8, 8, 3), int)
+    volume[1, 2:5, 2:5, 2] = 1
+    picture = outlined(np.zeros((1, 8, 8, 3)), None, volume, ["a", "b"], "")
+    assert near(pixels(picture), SECOND).any()
+
+
+def test_a_mask_of_each_class_holds_0_and_1():
+    masks = np.full((2, 4, 4), 2)
+    with pytest.raises(InputError, match="guess holds 2: it must hold 0 and 1"):
+        outlined(np.zeros((1, 4, 4)), None, masks, ["a", "b"], "")

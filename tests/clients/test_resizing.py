@@ -77,7 +77,7 @@ def photographs(count, name):
     shapes = [(102, 76), (80, 60), (60, 80)]
     rows = []
     for number in range(count):
-        image = 0.5 * photograph(*shapes[number % 3], number) + 100 * (number % 2)
+        image = 0.5 * photograph(*shapes[number % 3], 100 * ord(name) + number) + 100 * (number % 2)
         rows.append({"image": image, "label": number % 2, "patient": f"{name}-{number}"})
     return rows
 

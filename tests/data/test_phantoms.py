@@ -6,7 +6,7 @@ from sklearn.metrics import roc_auc_score
 from tiny import says
 from torch.nn import functional
 
-from fedmed_flower.data.phantoms import chest_xrays, hippocampi
+from fedmed_flower.data.phantoms import brain_tumours, chest_xrays, hippocampi, slides
 from fedmed_flower.data.site import GENERATED
 from fedmed_flower.errors import InputError
 
@@ -176,3 +176,46 @@ def crop(volume):
     """Return a cube of ten voxels about the middle: shapes vary by a voxel or two."""
     starts = [(side - 10) // 2 for side in volume.shape]
     return volume[tuple(slice(start, start + 10) for start in starts)]
+
+
+def test_tumours_are_nested_and_one_in_five_has_no_rim():
+    drawn = brain_tumours(10, seed=2, size=16)
+    assert drawn.generated
+    for number, row in enumerate(drawn.rows):
+        assert row["image"].shape == (4, 16, 16, 16)
+        assert row["image"].dtype == np.float32
+        counts = np.bincount(row["label"].ravel(), minlength=5)
+        assert counts[[0, 1, 2]].min() > 0
+        assert (counts[4] > 0) == (number % 5 != 4)
+        assert counts[3] == 0
+    again = brain_tumours(3, seed=2, size=16).rows
+    for row, other in zip(again, drawn.rows[:3], strict=True):
+        assert np.array_equal(row["image"], other["image"])
+        assert row["patient"] == other["patient"]
+    assert brain_tumours(1, seed=3).rows[0]["patient"] not in {r["patient"] for r in drawn.rows}
+
+
+def test_bags_of_a_slide_have_a_few_lesions_or_none():
+    rows = slides(30, seed=1)
+    assert [row["label"] for row in rows] == [0, 1] * 15
+    for row in rows:
+        assert row["image"].shape[1:] == (3, 16, 16)
+        assert 5 <= len(row["image"]) <= 20
+        assert len(row["lesions"]) == 0 if row["label"] == 0 else 1 <= len(row["lesions"]) <= 3
+        assert all(0 <= index < len(row["image"]) for index in row["lesions"])
+    # A lesion is dark: the darkest patch of a positive bag is mostly one.
+    hits = [
+        int(row["image"].mean(axis=(1, 2, 3)).argmin()) in row["lesions"]
+        for row in rows
+        if row["label"]
+    ]
+    assert np.mean(hits) > 0.8
+    assert np.array_equal(slides(2, seed=1)[1]["image"], rows[1]["image"])
+
+
+@pytest.mark.parametrize("draw", [brain_tumours, slides])
+def test_counts_out_of_range(draw):
+    with pytest.raises(
+        InputError, match=says("count must be a whole number from 1 to 1000000, got 0")
+    ):
+        draw(0)

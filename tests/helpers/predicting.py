@@ -156,6 +156,14 @@ class Volumes(SegmentationClient):
         return SiteData(rows[:2], rows[2:3], rows[3:], source="made up")
 
 
+class Regions(Volumes):
+    """The same volumes, with regions that overlap."""
+
+    label_values = ()
+    regions = {"body": (5, 9), "Front part": (5,), "back": (9,)}  # noqa: RUF012
+    classes = tuple(regions)
+
+
 def volumes(folder, seed):
     return [
         {"image": f"{folder}/{seed}-{n}.nii.gz", "label": f"{folder}/{seed}-{n}-m.nii.gz"}

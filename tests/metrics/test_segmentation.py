@@ -17,6 +17,7 @@ from fedmed_flower.metrics.segmentation import (
     mask_scores,
     noised_dice,
     patient_dice,
+    region_scores,
     site_scores,
 )
 
@@ -334,3 +335,19 @@ def test_noised_sums_that_cannot_be_pooled_are_told(value):
 def test_whatever_sites_send_pooling_does_not_fail(record, wanted):
     with np.errstate(over="ignore"):
         assert pool_masks([record, dict(record)]) == wanted
+
+
+def test_each_region_is_scored_as_a_mask_of_its_own():
+    rng = np.random.default_rng(0)
+    truth = rng.random((3, 6, 7, 5)) < 0.4
+    guess = rng.random((3, 6, 7, 5)) < 0.4
+    truth[2] = False
+    assert (truth[0] & truth[1]).any()
+    found = region_scores(truth, guess, ("a", "b", "c"), (1.0, 2.0, 1.5), 2.0)
+    for number, name in enumerate("abc"):
+        alone = mask_scores(
+            truth[number].astype(int), guess[number].astype(int), (name,), (1.0, 2.0, 1.5), 2.0
+        )
+        assert {key: found[key] for key in alone} == alone
+    assert len(found) == 9
+    assert found["dice-c"] == 0

@@ -146,9 +146,9 @@ def test_a_model_of_which_nobody_knows_the_preparation_has_none(tmp_path):
     client = fixed(SiteData(rows[:2], rows[2:3], rows[3:]), Other)
     summary = run_with(tmp_path / "other", client, lambda made: made)
     assert summary["predictor"] == (
-        "Fixed is none of ClassificationClient, FindingsClient, GradingClient, MeasurementClient, "
-        "SegmentationClient, SurvivalClient, TabularClient, so its rows are the app's own: load "
-        "model.safetensors into its build_model"
+        "Fixed is none of BagClient, ClassificationClient, FindingsClient, GradingClient, "
+        "MeasurementClient, SegmentationClient, SurvivalClient, TabularClient, so its rows are the "
+        "app's own: load model.safetensors into its build_model"
     )
     declared = TinyTable.schema.categories | {"ward": ("a", "b", "c")}
     own = type("Own", (TinyTable,), {"schema": TinyTable.schema.__class__(
