@@ -178,11 +178,9 @@ class SegmentationClient(ImagingClient):
         shares = 4.0 ** -((np.arange(len(values)) + number) % len(values))
         return rng.choice(values, size=tuple(sides), p=shares / shares.sum())
 
-    def prepare(self, rows: Sequence[Row], train: bool) -> CachedRows:
-        """Return the rows after their transforms; those for evaluation can be inverted."""
-        if train:
-            return super().prepare(rows, train)
-        return self._cached(rows, self.transforms(train))
+    def _steps(self, train: bool) -> list[Callable[[Any], Any]]:
+        """Return the transforms of a row; those for evaluation can be inverted."""
+        return super()._steps(train) if train else list(self.transforms(train))
 
     def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
         """Return the training loss."""

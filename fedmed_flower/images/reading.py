@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +29,61 @@ from fedmed_flower.images.volumes import read_volume
 
 Array = NDArray[Any]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+# What was read of the present row: (function, arguments, result).
+_Read = list[tuple[Callable[..., Any], Mapping[str, Any], Any]]
+_read_before: ContextVar[_Read | None] = ContextVar("read_before", default=None)
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Let `read_image` and `read_label` return the same object if they are asked the same again.
+
+    For one row at a time: all that is read stays in memory until the context is left.
+    """
+    token = _read_before.set([])
+    try:
+        yield
+    finally:
+        _read_before.reset(token)
+
+
+def _shared(read: Callable[P, R]) -> Callable[P, R]:
+    """Make a function that reads obey `reading_once`."""
+    bind = signature(read).bind
+
+    @wraps(read)
+    def once(*args: P.args, **kwargs: P.kwargs) -> R:
+        before = _read_before.get()
+        if before is None:
+            return read(*args, **kwargs)
+        bound = bind(*args, **kwargs)
+        bound.apply_defaults()
+        for function, arguments, result in before:
+            if function is read and _are_same(arguments, bound.arguments):
+                found: R = result
+                return found
+        result = read(*args, **kwargs)
+        before.append((read, bound.arguments, result))
+        return result
+
+    return once
+
+
+def _are_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether arguments are the same objects, or equal numbers, texts or tuples of them."""
+
+    def same(a: Any, b: Any) -> bool:
+        if a is b:
+            return True
+        return type(a) is type(b) and isinstance(a, int | str | Path | tuple) and bool(a == b)
+
+    return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+
+
+@_shared
 def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
     """Read an image with its geometry.
 
@@ -73,6 +131,7 @@ def read_image(source: Any, spatial_dims: int | None) -> MetaTensor:
         raise InputError(f"{where}{error}") from None
 
 
+@_shared
 def read_label(
     source: Any,
     spatial_dims: int | None,
