@@ -17,17 +17,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import monai
+import nibabel
 import numpy as np
+import PIL
+import pydicom
 import torch
 from monai.transforms import Transform
 
 # Packages that read and change images.
-_READERS = ("fedmed-flower", "monai", "torch", "numpy", "nibabel", "pydicom", "pillow")
+_READERS = (monai, torch, np, nibabel, pydicom, PIL)
 _LIBRARIES = ("site-packages", "dist-packages")
 _MOST_LEVELS = 20
 _MOST_FILES = 5_000
@@ -135,7 +138,8 @@ def _is_object(value: Any) -> bool:
     """Return whether a value is known by its class and its attributes."""
     if isinstance(value, type | FunctionType) or not hasattr(value, "__dict__"):
         return False
-    return isinstance(value, Transform) or type(value).__module__.startswith("monai.transforms")
+    # `isinstance` would ask each of MONAI's classes.
+    return Transform in type(value).__mro__ or type(value).__module__.startswith("monai.transforms")
 
 
 def _plain_class(kind: type, level: int) -> Any:
@@ -239,7 +243,7 @@ def _roots(name: str) -> list[str]:
 @cache
 def _environment() -> list[str]:
     """Return names and versions of Python, the processor and all installed packages."""
-    found = {f"{name} {version(name)}" for name in _READERS}
+    found = {f"{module.__name__} {module.__version__}" for module in _READERS}
     for folder in sys.path:
         if Path(folder).name in _LIBRARIES and Path(folder).is_dir():
             # The names of these folders hold the packages' versions.
@@ -254,24 +258,25 @@ def _source_digest(root: str) -> str:
     content = hashlib.sha256()
     size = 0
     for number, path in enumerate(_sources(root)):
-        data = path.read_bytes()
+        with open(path, "rb") as file:  # noqa: PTH123
+            data = file.read()
         size += len(data)
         if number >= _MOST_FILES or size > _MOST_BYTES:
             raise Unreadable(
                 f"{root}, which holds more than {_MOST_FILES:,} source files or {_MOST_BYTES:,} "
                 "bytes of them"
             )
-        content.update(f"{path.relative_to(root)}\0{len(data)}\0".encode(errors="replace"))
+        content.update(f"{path.removeprefix(root)}\0{len(data)}\0".encode(errors="replace"))
         content.update(data)
     return content.hexdigest()
 
 
-def _sources(root: str) -> Iterator[Path]:
+def _sources(root: str) -> Iterator[str]:
     if not Path(root).is_dir():
-        yield Path(root)
+        yield root
         return
     for parent, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__pycache__")))
         for name in sorted(names):
             if name.endswith((".py", ".so")):
-                yield Path(parent, name)
+                yield f"{parent}/{name}"

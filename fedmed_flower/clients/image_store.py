@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pooch
 from numpy.typing import NDArray
 
 from fedmed_flower.data.bounded import leads_out, real_path
+from fedmed_flower.data.download import user_cache
 from fedmed_flower.data.site import Site
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import replacing, require_posix
@@ -91,7 +91,7 @@ class Deleted(NamedTuple):
 
 def default_folder() -> Path:
     """Return the folder of a hospital that names none: in the cache folder of its user."""
-    return Path(pooch.os_cache("fedmed-flower")) / "images"
+    return user_cache() / "images"
 
 
 def open_store(settings: NodeSettings, site: Site) -> ImageStore | None:

@@ -280,7 +280,7 @@ def _places(steps: Sequence[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _places_in(place: str, step: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(step, Transform):
+    if Transform not in type(step).__mro__:
         return
     yield place, step
     for name, value in vars(step).items():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedmed_flower.data.bounded import quoted
 from fedmed_flower.data.datalist import read_folder
@@ -18,7 +17,7 @@ from fedmed_flower.data.splits import split_patients
 from fedmed_flower.errors import InputError, shown
 from fedmed_flower.images.geometry import orientation_of, spacing_of
 from fedmed_flower.images.headers import one_line
-from fedmed_flower.images.reading import files_of, read_image, read_label
+from fedmed_flower.images.reading import classes_in, files_of, read_image, read_label
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def _classes(
         mask = read_label(source, dims, num_classes, values, image)
     except InputError as error:
         raise InputError(f"its mask {_prefixed(shown(name), str(error))}") from None
-    return tuple(torch.unique(mask.as_tensor()).tolist())
+    return classes_in(mask)
 
 
 def _class_number(label: Any, num_classes: int | None) -> int:
