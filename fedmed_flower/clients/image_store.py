@@ -218,8 +218,8 @@ class ImageStore:
                 _write(temporary, parts)
         except (OSError, InputError) as error:
             self._full = True
-            reason = error.strerror if isinstance(error, OSError) else error
-            log.warning("images are not kept in %s any more: %s", self.folder, reason)
+            text = error.strerror if isinstance(error, OSError) else str(error)
+            log.warning("images are not kept in %s any more: %s", self.folder, text)
             return
         self._names.add(name.file)
         self._size += size

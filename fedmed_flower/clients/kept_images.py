@@ -91,8 +91,8 @@ class KeptImages:
         for row in rows:
             try:
                 names.add(_row_name(row))
-            except Unreadable:
-                continue
+            except Exception as error:  # A row can hold anything, and nothing is kept of this one.
+                log.debug("%s: a row has no name: %s", self._site, error)
         deleted = self._store.tidy(self._space, names, _is_gone)
         if deleted.entries:
             text = "%s: %d entries of the image cache deleted: their images are gone or unused"
@@ -190,13 +190,12 @@ class KeptImages:
         return self._origins[id(row)][1]
 
     def _looked_at(self, row: Row) -> _Origin | None:
-        if not any(files_of(row.get("image"))):
-            return None
         try:
-            return _Origin(_row_name(row), _state(row))
+            if any(files_of(row["image"])):
+                return _Origin(_row_name(row), _state(row))
         except Unreadable as error:
             self._say(str(error))
-        except OSError as error:  # What reads the file says more.
+        except Exception as error:  # A row can raise anything; what reads its files says more.
             log.debug("%s: no state of a row's files: %s", self._site, error)
         return None
 
@@ -272,7 +271,7 @@ def _files_named(row: Row) -> Iterator[Path]:
 
 def _finding(entries: Mapping[str, Any]) -> Finding:
     """Return a finding from its JSON, in which tuples are lists."""
-    values = {
+    values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()
     }
     return Finding(**values)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -173,7 +174,9 @@ class _Writer:
         if value is None or kind in (bool, int, str):
             return ["plain", value]
         if kind is float:
-            return ["plain", value] if math.isfinite(value) else ["float", repr(value)]
+            # JSON has no infinity and only one NaN.
+            finite = math.isfinite(value)
+            return ["plain", value] if finite else ["float", struct.pack("<d", value).hex()]
         if isinstance(value, Enum):
             if kind is not getattr(monai.utils.enums, kind.__name__, None):
                 raise Unreadable(f"a value of {kind.__name__}")
@@ -232,7 +235,7 @@ class _Reader:
             case "plain":
                 return content
             case "float":
-                return float(content)
+                return struct.unpack("<d", bytes.fromhex(content))[0]
             case "enum":
                 return getattr(monai.utils.enums, content[0])[content[1]]
             case "list":
