@@ -51,8 +51,8 @@ from fedmed_flower.models.device import half_precision, make_optimizer, torch_en
 
 PATCH, BATCH = (40, 56, 40), 4
 KEYS = ["image", "label"]
-# Slices of a generated scan.
-_SLICES = 64
+# Rows and columns, and slices, of a generated scan.
+_SMALL, _SLICES = 128, 64
 
 
 def network():
@@ -347,7 +347,7 @@ def main():
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--volumes", type=int, help="48, or 100 with --messages")
     parser.add_argument("--messages", action="store_true")
-    parser.add_argument("--size", type=int, default=128, help="rows and columns of --messages")
+    parser.add_argument("--size", type=int, default=_SMALL, help="rows and columns of --messages")
     parser.add_argument("--repeats", type=int, default=3, help="of --messages")
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--sites", type=int, nargs="+", default=[])
@@ -366,8 +366,11 @@ def main():
         what = f"CPU s of a message, {count} volumes of {options.size}x{options.size}x{_SLICES}"
         head = (what, "seconds", "to MONAI's", "to the first", "imports")
         table = messages(count, options.size, options.repeats)
-        name = "messages" if options.size == 128 else "clinical messages"
-        documented.show(name, head, table, options, versions=("torch", "monai"))
+        versions = ("torch", "monai")
+        if options.size == _SMALL:
+            documented.show("messages", head, table, options, versions=versions)
+        else:
+            documented.show("clinical messages", head, table, options, versions=versions)
         return
     with tempfile.TemporaryDirectory() as folder:
         rows, source = volumes(folder, options.volumes or 48)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import mmap
 import os
 import re
 import shutil
@@ -368,8 +369,12 @@ def _size(entry: os.DirEntry[str]) -> int:
 def _content(path: Path) -> Bytes | None:
     """Return the content of an entry, and note its use; None if it is damaged."""
     with _opened(path) as file:
-        content: Bytes = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
-        if not _fill(file, content) or _sum(content[_SUM:].data) != content[:_SUM].tobytes():
+        if os.fstat(file.fileno()).st_size <= _SUM:
+            return None
+        # A private copy: what is changed in memory stays there. No entry is ever made shorter.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        content: Bytes = np.frombuffer(mapped, np.uint8)
+        if _sum(content[_SUM:].data) != content[:_SUM].tobytes():
             return None
         os.utime(file.fileno())
     return content[_SUM:]
@@ -394,14 +399,6 @@ def _opened(path: Path) -> io.FileIO:
         file.close()
         raise OSError(errno.EINVAL, "it is no file")
     return file
-
-
-def _fill(file: io.FileIO, content: Bytes) -> bool:
-    """Read a file into an array; return whether it has as many bytes."""
-    view = content.data
-    while len(view) and (count := file.readinto(view)):
-        view = view[count:]
-    return not len(view) and not file.read(1)
 
 
 def _write(path: Path, parts: Collection[bytes | memoryview]) -> None:

@@ -376,9 +376,11 @@ def _classes_of_bytes(voxels: Tensor, known: Tensor, order: Tensor) -> Tensor | 
     present = torch.bincount(codes.flatten()).nonzero().flatten()
     if not bool(torch.isin(present, known).all()):
         return None
-    places = torch.searchsorted(known, present.to(known.dtype))
+    classes = order[torch.searchsorted(known, present.to(known.dtype))]
+    if torch.equal(classes, present):
+        return codes
     table = np.zeros(256, np.uint8)
-    table[present.numpy()] = order[places].numpy()
+    table[present.numpy()] = classes.numpy()
     return torch.from_numpy(table.take(codes.numpy()))
 
 
