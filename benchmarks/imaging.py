@@ -4,12 +4,19 @@ Both read the same NIfTI files, bring them to RAS, normalise, cut one patch a vo
 same UNet with DiceCE; both keep what never changes in memory (MONAI's CacheDataset). Epochs of the
 two take turns in one process. With ``--device cuda`` also: several sites on one card.
 
+With ``--messages``: what a real hospital, where each message is a process of its own, takes until
+training can begin, with and without `image-cache`, against MONAI's CacheDataset on the same files.
+Volumes are generated, with noise, so that they pack as badly as real ones.
+
     OMP_NUM_THREADS=1 python benchmarks/imaging.py
     python benchmarks/imaging.py --device cuda --sites 1 2 4 8
+    OMP_NUM_THREADS=1 python benchmarks/imaging.py --messages
+    OMP_NUM_THREADS=1 python benchmarks/imaging.py --messages --size 512 --volumes 8
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,6 +51,8 @@ from fedmed_flower.models.device import half_precision, make_optimizer, torch_en
 
 PATCH, BATCH = (40, 56, 40), 4
 KEYS = ["image", "label"]
+# Rows and columns, and slices, of a generated scan.
+_SMALL, _SLICES = 128, 64
 
 
 def network():
@@ -103,21 +112,26 @@ class Ours:
         self.client.fit(self.model, self.prepared, seed)
 
 
+def cached_by_monai(rows):
+    """Return rows as MONAI's tutorials prepare them."""
+    chain = [
+        LoadImaged(KEYS),
+        EnsureChannelFirstd(KEYS),
+        Orientationd(KEYS, axcodes="RAS", labels=None),
+        NormalizeIntensityd("image", channel_wise=True),
+        SpatialPadd(KEYS, PATCH),
+        RandCropByPosNegLabeld(KEYS, "label", PATCH, num_samples=1),
+    ]
+    return CacheDataset(rows, Compose(chain), progress=False, num_workers=0)
+
+
 class Plain:
     """A training loop as MONAI's tutorials write it."""
 
     name = "plain MONAI loop"
 
     def __init__(self, rows, device):
-        chain = [
-            LoadImaged(KEYS),
-            EnsureChannelFirstd(KEYS),
-            Orientationd(KEYS, axcodes="RAS", labels=None),
-            NormalizeIntensityd("image", channel_wise=True),
-            SpatialPadd(KEYS, PATCH),
-            RandCropByPosNegLabeld(KEYS, "label", PATCH, num_samples=1),
-        ]
-        data = CacheDataset(rows, Compose(chain), progress=False, num_workers=0)
+        data = cached_by_monai(rows)
         self.batches = DataLoader(data, num_workers=0, batch_size=BATCH, shuffle=True)
         self.device = torch.device(device)
         self.model, self.loss = (
@@ -253,20 +267,113 @@ def share(rows, device, counts):
         print(f"{count} sites side by side: {took:.1f} s a site for 20 epochs; each {peaks[0]}")
 
 
+def scans(folder, count, size):
+    """Write volumes with noise, and masks of two structures, and return their rows."""
+    rng = np.random.default_rng(0)
+    shape = (size, size, _SLICES)
+    rows = []
+    for number in range(count):
+        coarse = torch.from_numpy(rng.normal(size=[side // 8 for side in shape]))
+        smooth = torch.nn.functional.interpolate(coarse[None, None], shape, mode="trilinear")
+        body = smooth[0, 0].numpy()
+        image = (300 * body + rng.normal(0, 15, shape)).astype(np.int16)
+        mask = (body > 0.8).astype(np.uint8) + (body > 1.5)
+        row = {"patient": f"made up {number}"}
+        for key, array in (("image", image), ("label", mask)):
+            row[key] = str(Path(folder) / f"{number}-{key}.nii.gz")
+            nibabel.save(nibabel.Nifti1Image(array, np.diag([-1.0, -1.0, 2.0, 1.0])), row[key])
+        rows.append(row)
+    # A file that has changed in this moment is not kept.
+    time.sleep(2.5)
+    return rows
+
+
+def message(task):
+    """Do in this process what a message does until training can begin; print CPU seconds."""
+    rows = task["rows"]
+    if task["message"] == "monai":
+        began = time.process_time()
+        cached_by_monai(rows)
+    else:
+        node = {"site-name": "north", "data-dir": task["folder"], "image-cache": task["cache"]}
+        settings = {"device": "cpu", "patch-size": ",".join(map(str, PATCH))}
+        made = Hospital(Context(1, 1, node, RecordDict(), settings))
+        made.rows = tuple(rows)
+        began = time.process_time()
+        made.prepared("train", pooled=False)
+    took = time.process_time() - began
+    print(json.dumps([took, began]))
+
+
+def messages(count, size, repeats):
+    """Yield a row for each kind of message: CPU seconds, and their ratio to MONAI's."""
+    kinds = {
+        "MONAI's CacheDataset": ("monai", False),
+        "image-cache=off: each message": ("off", False),
+        "first message": ("cache", False),
+        "second message": ("cache", True),
+    }
+    took = {name: [] for name in kinds}
+    with tempfile.TemporaryDirectory() as folder:
+        places = {name: Path(folder) / name for name in ("files", "data", "cache")}
+        places["files"].mkdir()
+        places["data"].mkdir()
+        rows = scans(places["files"], count, size)
+        for _ in range(repeats):
+            for name, (kind, warm) in kinds.items():
+                if not warm:
+                    shutil.rmtree(places["cache"], ignore_errors=True)
+                cache = "off" if kind == "off" else str(places["cache"])
+                task = {"message": kind, "rows": rows, "folder": str(places["data"])}
+                text = json.dumps(task | {"cache": cache})
+                command = [sys.executable, "-W", "ignore", __file__, "--task", text]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                took[name].append(json.loads(done.stdout.splitlines()[-1]))
+        kept = sum(path.stat().st_size for path in places["cache"].iterdir())
+    plain = [own for own, _ in took["MONAI's CacheDataset"]]
+    first = [own for own, _ in took["first message"]]
+    for name, found in took.items():
+        own, imports = (statistics.median(column) for column in zip(*found, strict=True))
+        ratios = [
+            statistics.median(a / b for (a, _), b in zip(found, others, strict=True))
+            for others in (plain, first)
+        ]
+        yield [name, f"{own:.2f}", *(f"{ratio:.3f}" for ratio in ratios), f"{imports:.1f}"]
+    yield ["kept on the disk", f"{kept / 2**30:.2f} GiB", "", "", ""]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--volumes", type=int, default=48)
+    parser.add_argument("--volumes", type=int, help="48, or 100 with --messages")
+    parser.add_argument("--messages", action="store_true")
+    parser.add_argument("--size", type=int, default=_SMALL, help="rows and columns of --messages")
+    parser.add_argument("--repeats", type=int, default=3, help="of --messages")
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--sites", type=int, nargs="+", default=[])
     parser.add_argument("--task", help=argparse.SUPPRESS)
     documented.add_options(parser)
     options = parser.parse_args()
     if options.task:
-        work(json.loads(options.task))
+        task = json.loads(options.task)
+        if "message" in task:
+            message(task)
+        else:
+            work(task)
+        return
+    if options.messages:
+        count = options.volumes or 100
+        what = f"CPU s of a message, {count} volumes of {options.size}x{options.size}x{_SLICES}"
+        head = (what, "seconds", "to MONAI's", "to the first", "imports")
+        table = messages(count, options.size, options.repeats)
+        versions = ("torch", "monai")
+        if options.size == _SMALL:
+            documented.show("messages", head, table, options, versions=versions)
+        else:
+            documented.show("clinical messages", head, table, options, versions=versions)
         return
     with tempfile.TemporaryDirectory() as folder:
-        rows, source = volumes(folder, options.volumes)
+        rows, source = volumes(folder, options.volumes or 48)
         device = options.device
         print(f"{len(rows)} volumes ({source}), patches of {PATCH}, batch {BATCH}, {device}\n")
         head = (f"{len(rows)} volumes ({source})", Ours.name, Plain.name, "ratio")

@@ -34,6 +34,14 @@ def in_simulation():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Real hospitals of tests keep their images in no folder of the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDMED_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _alone():
     """Let each app find its own modules: all examples name theirs alike."""

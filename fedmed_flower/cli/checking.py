@@ -79,7 +79,7 @@ def check_by_app(app: Path, folders: Sequence[Path]) -> dict[str, Checked]:
     found: dict[str, Checked] = {}
     for folder in folders:
         name = folder.resolve().name
-        node: UserConfig = {"site-name": name, "data-dir": str(folder)}
+        node: UserConfig = {"site-name": name, "data-dir": str(folder), "image-cache": "off"}
         found[name if name not in found else str(folder)] = checked = Checked()
         with _logged(checked.problems):
             try:

@@ -186,6 +186,27 @@ def phantoms(
             console.print(f"{path}: {files} files")
 
 
+@data_app.command(name="forget-cache")
+def forget_cache(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="What image-cache names.  [default: the one in the user's cache]"),
+    ] = None,
+) -> None:
+    """Delete all images that a hospital keeps on its disk for later messages."""
+    from fedmed_flower.clients.image_store import folder_of, forget
+
+    with input_errors():
+        place = folder_of("" if folder is None else str(folder.absolute()))
+        deleted = forget(place)
+    console.print(
+        f"{deleted.entries} entries deleted from {place}, {deleted.bytes / 1e6:,.1f} MB",
+        markup=False,
+    )
+    if place.exists():
+        console.print(f"{place} stays, since it holds other files", markup=False)
+
+
 def _check_by_app(app: Path, folders: Sequence[Path], out: Path | None) -> None:
     """Read hospitals' folders by an app's client, and print what that had to handle.
 
@@ -258,6 +279,7 @@ def _check_node(text: str) -> None:
     from flwr.app import Context, RecordDict
     from flwr.common.config import parse_config_args
 
+    from fedmed_flower.clients.image_store import open_store
     from fedmed_flower.clients.storage import output_folder
     from fedmed_flower.data.site import Site
     from fedmed_flower.privacy.ledger import Ledger
@@ -274,10 +296,11 @@ def _check_node(text: str) -> None:
             f"the node config cannot be read, got {text!r}: write a text in quotes, as in "
             'site-name="north"'
         ) from error
-    NodeSettings.of(config)
+    settings = NodeSettings.of(config)
     context = Context(0, 0, config, RecordDict(), {})
     site = Site.from_context(context)
     output_folder(context, site, {})
+    open_store(settings, site)
     path = ledger_path(context, site, {})
     if path.exists() or "ledger" in config:
         Ledger(path, read_only=True).split_key()

@@ -161,6 +161,8 @@ class MedicalClient(ABC):
         The split on which the message asks to evaluate; empty if it asks for something else.
     draw_key : str
         In a secure sum at a real hospital, what makes the seed of training its own secret.
+    preparing : bool
+        Whether the message prepares rows after it has screened them.
     pooled : bool
         Whether the message is about all sites' rows together.
     touched : bool
@@ -222,6 +224,7 @@ class MedicalClient(ABC):
         self.agreed = ""
         self.split = ""
         self.draw_key = ""
+        self.preparing = False
         self.pooled = False
         self.touched = False
         self.noise_share: object | None = None
@@ -902,6 +905,7 @@ class MedicalClient(ABC):
         InputError
             If the training split is asked for and has no rows.
         """
+        self.preparing = True
         data = self.screened_data(pooled, (split,))
         if split == "train" and not data.train:
             raise InputError("there are no training rows")

@@ -25,6 +25,58 @@ def tracking(positions: bool) -> Iterator[None]:
         set_track_meta(before)
 
 
+class Chain:
+    """The transforms of a row, of which the first ones give the same result each time.
+
+    Parameters
+    ----------
+    steps : sequence of callable
+        MONAI's transforms, and plain functions.
+
+    Attributes
+    ----------
+    transform : Compose
+        All steps; a caller seeds or inverts them here.
+    """
+
+    def __init__(self, steps: Sequence[Callable[[Any], Any]]) -> None:
+        self.transform = Compose(list(steps))
+        self._end = len(steps)
+        random = (i for i, step in enumerate(steps) if isinstance(step, RandomizableTrait))
+        self._random = next(random, self._end)
+        plain = (i for i, step in enumerate(steps) if not isinstance(step, Transform))
+        self._fixed = min(self._random, next(plain, self._end))
+
+    @property
+    def fixed(self) -> Sequence[Any]:
+        """The steps before the first random transform or plain function."""
+        steps: Sequence[Any] = self.transform.transforms
+        return steps[: self._fixed]
+
+    def after_fixed(self, row: Row) -> Any:
+        """Return a row after the steps whose results never change."""
+        with tracking(True):
+            return convert_to_contiguous(self.transform(row, end=self._fixed))
+
+    def after_all(self, row: Any, shared: bool) -> Any:
+        """Return a row after the other steps too.
+
+        Parameters
+        ----------
+        row : dict, or list of dict
+            As `after_fixed` returned it.
+        shared : bool
+            Whether somebody else keeps the row, which must then stay as it is.
+        """
+        if self._fixed == self._end:
+            return row
+        with tracking(True):
+            row = deepcopy(row) if shared else row
+            row = self.transform(row, start=self._fixed, end=self._random)
+        with tracking(False):
+            return self.transform(row, start=self._random)
+
+
 class CachedRows(Dataset[Any]):
     """Rows after their transforms; results that never change are kept in memory, within a limit.
 
@@ -36,11 +88,13 @@ class CachedRows(Dataset[Any]):
     Parameters
     ----------
     rows : sequence of dict
-    steps : sequence of callable
-        MONAI's transforms, and plain functions. The results before the first random transform or
-        plain function are kept. From the first random transform on, images have no position.
+    chain : Chain
+        The results before the first random transform or plain function are kept. From the first
+        random transform on, images have no position.
     limit : float
         The most memory for kept rows, in bytes.
+    source : callable, optional
+        Maps a row to what `Chain.after_fixed` makes of it; left out, that is called.
 
     Attributes
     ----------
@@ -51,21 +105,22 @@ class CachedRows(Dataset[Any]):
     """
 
     def __init__(
-        self, rows: Sequence[Row], steps: Sequence[Callable[[Any], Any]], limit: float
+        self,
+        rows: Sequence[Row],
+        chain: Chain,
+        limit: float,
+        source: Callable[[Row], Any] | None = None,
     ) -> None:
         self.rows = list(rows)
-        self.transform = Compose(list(steps))
-        self._end = len(steps)
-        random = (i for i, step in enumerate(steps) if isinstance(step, RandomizableTrait))
-        self._random = next(random, self._end)
-        plain = (i for i, step in enumerate(steps) if not isinstance(step, Transform))
-        self._fixed = min(self._random, next(plain, self._end))
+        self.transform = chain.transform
+        self._chain = chain
+        self._source = chain.after_fixed if source is None else source
         self._cache: list[Any] = []
         self.count = 0
         self.held = 0
         while self.count < len(self.rows) and self.held < limit:
-            row = self._after_fixed(self.count)
-            size = _bytes(row)
+            row = self._source(self.rows[self.count])
+            size = bytes_of(row)
             if self.held + size > limit:
                 break
             self._cache.append(row)
@@ -77,22 +132,13 @@ class CachedRows(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         """Return a row after all transforms: a dict, or a list of dicts after one that crops."""
-        row = self._cache[index] if index < self.count else self._after_fixed(index)
-        if self._fixed == self._end:
-            return row
-        with tracking(True):
-            row = deepcopy(row) if index < self.count else row
-            row = self.transform(row, start=self._fixed, end=self._random)
-        with tracking(False):
-            return self.transform(row, start=self._random)
-
-    def _after_fixed(self, index: int) -> Any:
-        """Return a row after the steps whose results never change."""
-        with tracking(True):
-            return convert_to_contiguous(self.transform(self.rows[index], end=self._fixed))
+        kept = index < self.count
+        row = self._cache[index] if kept else self._source(self.rows[index])
+        return self._chain.after_all(row, shared=kept)
 
 
-def _bytes(row: Any) -> int:
+def bytes_of(row: Any) -> int:
+    """Return how much memory the arrays of a prepared row take."""
     rows = row if isinstance(row, list) else [row]
     values = (value for entries in rows for value in entries.values())
     return sum(value.nbytes for value in values if hasattr(value, "nbytes"))

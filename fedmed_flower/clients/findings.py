@@ -87,6 +87,10 @@ class FindingsClient(WholeImageClient):
         if unread := [name for name in self.findings if name not in read]:
             log.warning("%s: no training row says of %s", self.site.name, some_of(unread))
 
+    @property
+    def _checking(self) -> dict[str, Any]:
+        return {"spatial_dims": self.spatial_dims, "findings": tuple(self.findings)}
+
     def _checked(self, row: Row) -> Finding:
         found = check_row(_without_label(row), self.spatial_dims, masks=False)
         if found.problem is not None:

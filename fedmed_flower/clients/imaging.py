@@ -26,12 +26,15 @@ from monai.transforms import (
 from torch import Tensor, nn
 
 from fedmed_flower.clients.base import MedicalClient
-from fedmed_flower.clients.cache import CachedRows
+from fedmed_flower.clients.cache import CachedRows, Chain
+from fedmed_flower.clients.image_store import open_store
+from fedmed_flower.clients.kept_images import KeptImages
 from fedmed_flower.clients.resizing import FitIntod
+from fedmed_flower.clients.row_source import RowSource
 from fedmed_flower.data.checks import Finding, check_row, shared_images
-from fedmed_flower.data.site import SPLITS, Row, SiteData
+from fedmed_flower.data.site import SPLITS, Row, SiteData, all_rows
 from fedmed_flower.errors import InputError, shown
-from fedmed_flower.images.reading import files_of, read_image
+from fedmed_flower.images.reading import files_of, read_image, reading_once
 from fedmed_flower.images.volumes import frames_of
 from fedmed_flower.models.device import arranged, torch_device
 from fedmed_flower.models.networks import build_network
@@ -325,7 +328,7 @@ class ImagingClient(MedicalClient):
             no class: then labels are coded otherwise, and to leave out the rows would select
             patients.
         """
-        checks = [self._checked(row) for row in rows]
+        checks = self._findings(rows, train=split == "train")
         self.found.update(zip(map(id, rows), checks, strict=True))
         if not self.sealed:
             _require_labels(checks, split, self._mislabelled, self._remedy)
@@ -351,15 +354,19 @@ class ImagingClient(MedicalClient):
 
     def _checked(self, row: Row) -> Finding:
         """Read a row's files and return what was found; no error is raised, whatever the row is."""
-        return check_row(
-            row,
-            self.spatial_dims,
-            self.num_classes,
-            self.label_values,
-            self.empty_masks,
-            masks="label" in self._keys,
-            channels=self._channels,
-        )
+        return check_row(row, **self._checking)
+
+    @property
+    def _checking(self) -> dict[str, Any]:
+        """All of the client that decides what is found in a row."""
+        return {
+            "spatial_dims": self.spatial_dims,
+            "num_classes": self.num_classes,
+            "label_values": self.label_values,
+            "empty_masks": self.empty_masks,
+            "masks": "label" in self._keys,
+            "channels": self._channels,
+        }
 
     def _problem(self, check: Finding, channels: int) -> str | None:
         """Return why a row that was checked cannot be used; None if it can."""
@@ -374,28 +381,84 @@ class ImagingClient(MedicalClient):
             return f"{check.image} has {check.shape[0]} channels, {others} {channels}"
         return None
 
-    def prepare(self, rows: Sequence[Row], train: bool) -> CachedRows:
-        """Return the rows after their transforms; results that never change stay in memory."""
-        steps = list(self.transforms(train))
-        random = (i for i, step in enumerate(steps) if isinstance(step, RandomizableTrait))
-        # A cached row is copied before its random steps: plain tensors copy ten times faster.
-        steps.insert(next(random, len(steps)), EnsureTyped(self._keys, track_meta=False))
-        return self._cached(rows, [*steps, EnsureTyped(self._keys, track_meta=False)])
+    def _findings(self, rows: Sequence[Row], train: bool) -> list[Finding]:
+        """Check rows, and prepare each one while its files are at hand if that saves reading them.
 
-    def _load(self, train: bool) -> Callable[[Any], Any]:
-        """Return the transform that reads the files of a row."""
-        return LoadRow(self.spatial_dims, self._channels)
+        That saves it if they are kept on the disk, or if this message prepares them next.
+        """
+        kept = self._kept
+        source = None
+        # A subclass may prepare rows in another way.
+        if type(self).prepare is ImagingClient.prepare and (self.preparing or kept is not None):
+            source = self._source(train)
+            self._sources[train] = source
+        slot = None
+        if kept is not None:
+            kept.tidy(all_rows(self.data(self.pooled)))
+            slot = kept.slot_of("checked", self._checking)
+            kept.claim(rows, [slot, source.slot if source else None])
+        findings = []
+        for row in rows:
+            finding = None if kept is None else kept.finding(row, slot)
+            if finding is None:
+                with reading_once():
+                    finding = self._checked(row)
+                    if finding.problem is None and source and not source.is_on_disk(row):
+                        source.prepare(row)
+                if kept is not None:
+                    kept.keep_finding(row, slot, finding)
+            findings.append(finding)
+        return findings
 
-    def _cached(self, rows: Sequence[Row], steps: Sequence[Callable[[Any], Any]]) -> CachedRows:
-        """Keep as many rows in memory as this site may, over all its splits."""
+    @cached_property
+    def _sources(self) -> dict[bool, RowSource]:
+        """The sources with rows that were prepared while they were checked, by ``train``."""
+        return {}
+
+    @cached_property
+    def _kept(self) -> KeptImages | None:
+        """What a real hospital keeps of its images on its disk; None if it keeps none."""
+        if self.site.simulated:
+            return None
+        store = open_store(self.node, self.site)
+        return None if store is None else KeptImages(store, self.site, type(self))
+
+    def _source(self, train: bool) -> RowSource:
+        """Return where prepared rows come from: one that has some of them already, or a new one."""
+        source = self._sources.pop(train, None)
+        return source or RowSource(Chain(self._steps(train)), self._kept, self._room())
+
+    def _room(self) -> float:
+        """Return how many bytes are left in memory for prepared rows of this site."""
         sites = self.site.num_sites if self.site.simulated else 1
         others = self.cache.prepared_of(self.site)
         held = sum(getattr(other, "held", 0) for other in others)
-        cached = CachedRows(rows, steps, self.imaging.cache_gigabytes * 2**30 / sites - held)
+        return self.imaging.cache_gigabytes * 2**30 / sites - held
+
+    def prepare(self, rows: Sequence[Row], train: bool) -> CachedRows:
+        """Return the rows after their transforms; results that never change stay in memory.
+
+        A real hospital keeps them on its disk as well, for later messages.
+        """
+        source = self._source(train)
+        cached = CachedRows(rows, source.chain, self._room(), source)
+        source.forget()
         if cached.count < len(cached):
             numbers = (cached.count, len(cached))
             log.info("%s: %d of %d rows fit into the cache", self.site.name, *numbers)
         return cached
+
+    def _steps(self, train: bool) -> list[Callable[[Any], Any]]:
+        """Return the transforms of a row, with those that make plain tensors of images."""
+        steps = list(self.transforms(train))
+        random = (i for i, step in enumerate(steps) if isinstance(step, RandomizableTrait))
+        # A cached row is copied before its random steps: plain tensors copy ten times faster.
+        steps.insert(next(random, len(steps)), EnsureTyped(self._keys, track_meta=False))
+        return [*steps, EnsureTyped(self._keys, track_meta=False)]
+
+    def _load(self, train: bool) -> Callable[[Any], Any]:
+        """Return the transform that reads the files of a row."""
+        return LoadRow(self.spatial_dims, self._channels)
 
     def seed_transforms(self, prepared: CachedRows, seed: int) -> None:
         """Seed MONAI's random transforms."""

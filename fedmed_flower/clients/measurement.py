@@ -85,6 +85,10 @@ class MeasurementClient(WholeImageClient):
                 f"and high = 228 for a bone age in months, got {self.low!r} and {self.high!r}"
             )
 
+    @property
+    def _checking(self) -> dict[str, Any]:
+        return {"spatial_dims": self.spatial_dims, "low": self.low, "high": self.high}
+
     def _checked(self, row: Row) -> Finding:
         whole = isinstance(row, Mapping) and "label" in row
         found = check_row({**row, "label": 0} if whole else row, self.spatial_dims, masks=False)

@@ -183,6 +183,7 @@ def usable_rows(client: MedicalClient, split: str, probe: Batch, alike: bool = F
         If `prepare` returns another number of rows than it was given.
     """
     train = split == "train"
+    client.preparing = True
     rows = client.screened(split, client.pooled)
     try:
         prepared = client.prepare(rows, train)

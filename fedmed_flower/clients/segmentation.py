@@ -35,7 +35,6 @@ from fedmed_flower.clients.structures import (
     Structures,
 )
 from fedmed_flower.clients.training import Parts
-from fedmed_flower.data.checks import Finding, check_row
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.site import Row, SiteData, patient_text
 from fedmed_flower.errors import InputError
@@ -130,8 +129,8 @@ class SegmentationClient(ImagingClient):
     @cached_property
     def _structures(self) -> Structures:
         if self.regions:
-            return Overlapping(self.regions)
-        return Classes(self.classes, self.label_values)
+            return Overlapping({name: tuple(values) for name, values in self.regions.items()})
+        return Classes(tuple(self.classes), tuple(self.label_values))
 
     def transforms(self, train: bool) -> Sequence[Callable[[Any], Any]]:
         """Return the transforms of a row.
@@ -157,17 +156,10 @@ class SegmentationClient(ImagingClient):
     def _load(self, train: bool) -> Callable[[Any], Any]:
         return LoadPair(self.spatial_dims, self._structures, train, self._channels)
 
-    def _checked(self, row: Row) -> Finding:
-        return check_row(
-            row,
-            self.spatial_dims,
-            self.num_classes,
-            self.label_values,
-            self.empty_masks,
-            names=self._structures.names,
-            channels=self._channels,
-            regions=self.regions,
-        )
+    @property
+    def _checking(self) -> dict[str, Any]:
+        more = {"names": self._structures.names, "regions": dict(self.regions)}
+        return super()._checking | more
 
     def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return a training batch with random changes; torch's generator is seeded beforehand.
@@ -249,11 +241,9 @@ class SegmentationClient(ImagingClient):
         shares = 4.0 ** -((np.arange(len(values)) + number) % len(values))
         return rng.choice(values, size=tuple(sides), p=shares / shares.sum())
 
-    def prepare(self, rows: Sequence[Row], train: bool) -> CachedRows:
-        """Return the rows after their transforms; those for evaluation can be inverted."""
-        if train:
-            return super().prepare(rows, train)
-        return self._cached(rows, self.transforms(train))
+    def _steps(self, train: bool) -> list[Callable[[Any], Any]]:
+        """Return the transforms of a row; those for evaluation can be inverted."""
+        return super()._steps(train) if train else list(self.transforms(train))
 
     def loss_of(self, model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
         """Return the training loss."""

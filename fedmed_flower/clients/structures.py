@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,22 @@ Mask = NDArray[np.uint8]
 
 
 class Structures(ABC):
-    """How masks, and the outputs of a network, stand for structures.
+    """How masks, and the outputs of a network, stand for structures."""
 
-    Attributes
-    ----------
-    names : tuple of str
-    values : tuple of int
-        What a mask may hold, as it is written; the first is the background.
-    channels : int
-        Output channels of the network.
-    """
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The structures, in the order of their numbers or channels."""
 
-    names: tuple[str, ...]
-    values: tuple[int, ...]
-    channels: int
+    @property
+    @abstractmethod
+    def values(self) -> tuple[int, ...]:
+        """What a mask may hold, as it is written; the first is the background."""
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Output channels of the network."""
 
     @property
     @abstractmethod
@@ -79,21 +82,35 @@ class Structures(ABC):
         """Compare two masks in the form of `decided`, as `mask_scores` does."""
 
 
+@dataclass(frozen=True)
 class Classes(Structures):
     """Classes of which each voxel has one; a mask holds their numbers.
 
-    Parameters
+    Attributes
     ----------
-    names : sequence of str
+    classes : tuple of str
         Names of the classes 1, 2, ...
-    values : sequence of int
+    label_values : tuple of int
         The values of masks for class 0, 1, ...; empty if masks hold the class numbers.
     """
 
-    def __init__(self, names: Sequence[str], values: Sequence[int] = ()) -> None:
-        self.names = tuple(names)
-        self.channels = 1 + len(self.names)
-        self.values = tuple(values) or tuple(range(self.channels))
+    classes: tuple[str, ...]
+    label_values: tuple[int, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes without the background."""
+        return self.classes
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """What a mask may hold."""
+        return self.label_values or tuple(range(self.channels))
+
+    @property
+    def channels(self) -> int:
+        """One for the background, and one a class."""
+        return 1 + len(self.classes)
 
     @property
     def needed(self) -> str:
@@ -135,20 +152,32 @@ class Classes(Structures):
         return mask_scores(truth, guess, self.names, spacing, tolerance)
 
 
+@dataclass(frozen=True)
 class Overlapping(Structures):
     """Regions that may overlap: a mask has a channel for each, of 0 and 1.
 
-    Parameters
+    Attributes
     ----------
     regions : dict
         For each region, the values of the mask that belong to it.
     """
 
-    def __init__(self, regions: Regions) -> None:
-        self.regions = regions
-        self.names = tuple(regions)
-        self.channels = len(self.names)
-        self.values = values_of(regions)
+    regions: Regions
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The regions."""
+        return tuple(self.regions)
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """What a mask of all regions may hold."""
+        return values_of(self.regions)
+
+    @property
+    def channels(self) -> int:
+        """One a region."""
+        return len(self.regions)
 
     @property
     def needed(self) -> str:

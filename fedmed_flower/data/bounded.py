@@ -37,6 +37,9 @@ MOST: dict[Kind, int] = {
 LINK_OUT = "is a link out of the folder: copy its target into the folder"
 _PART = 1 << 20
 _PACKED_PART = 1 << 16
+_UNPACKED_PART = 1 << 24
+# zlib's number for a window of the largest size, in a stream with the header of gzip.
+_GZIP = 16 + zlib.MAX_WBITS
 
 
 class _Readable(Protocol):
@@ -87,6 +90,54 @@ def unpacked(packed: _Readable, name: object, kind: Kind) -> bytes:
         require_within(f"{name} unpacks to at least", size, kind)
         content.write(part)
     return content.getvalue()
+
+
+def ungzipped(file: BinaryIO, name: object, kind: Kind) -> bytes:
+    """Return the content of a gzip file, whose checksums are verified, as `unpacked`.
+
+    It takes two thirds of the time of `unpacked` on what `gzip.open` returns.
+
+    Parameters
+    ----------
+    file : binary file
+        Packed.
+    name, kind
+        As in `unpacked`.
+
+    Raises
+    ------
+    InputError
+        As `unpacked`.
+    EOFError
+        If the file is cut off.
+    zlib.error
+        If the file is damaged, or holds more than members of gzip and zeros.
+    """
+    content: list[bytes] = []
+    size = 0
+    member = zlib.decompressobj(_GZIP)
+    begun = False
+    while part := file.read(_PART):
+        while part:
+            if member.eof:
+                # Zeros may fill up the file behind a member, and another member may follow.
+                part = part.lstrip(b"\0")
+                if not part:
+                    break
+                member = zlib.decompressobj(_GZIP)
+            begun = True
+            try:
+                content.append(member.decompress(part, _UNPACKED_PART))
+            except zlib.error as error:
+                if "data check" not in str(error):
+                    raise
+                raise zlib.error("CRC check failed: the file is damaged") from error
+            size += len(content[-1])
+            require_within(f"{name} unpacks to at least", size, kind)
+            part = member.unused_data if member.eof else member.unconsumed_tail
+    if not (begun and member.eof):
+        raise EOFError("the file is cut off")
+    return b"".join(content)
 
 
 def require_deflated(packed: bytes, name: object, kind: Kind) -> None:

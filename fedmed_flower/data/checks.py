@@ -19,12 +19,10 @@ from fedmed_flower.data.splits import split_patients
 from fedmed_flower.errors import InputError, shown
 from fedmed_flower.images.geometry import orientation_of, spacing_of
 from fedmed_flower.images.headers import one_line
-from fedmed_flower.images.reading import files_of, read_image, read_label
+from fedmed_flower.images.reading import classes_in, files_of, read_image, read_label
 from fedmed_flower.images.regions import Regions, read_regions
 from fedmed_flower.images.series import Series
 from fedmed_flower.images.volumes import frames_of
-
-_MOST_COUNTED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -301,11 +299,7 @@ def _classes(
         mask = read_label(source, dims, num_classes, values, image, names)
     except InputError as error:
         raise InputError(f"its mask {_prefixed(shown(name), str(error))}") from None
-    voxels = mask.as_tensor()
-    if int(voxels.max()) > _MOST_COUNTED:
-        return tuple(torch.unique(voxels).tolist())
-    # A tenth of the time, since nothing is sorted.
-    return tuple(torch.bincount(voxels.flatten()).nonzero().flatten().tolist())
+    return classes_in(mask)
 
 
 def _class_number(label: Any, num_classes: int | None) -> int:

@@ -70,6 +70,11 @@ class ImageSplits:
         ]
 
 
+def user_cache() -> Path:
+    """Return the folder ``FEDMED_CACHE``, or the one that the user's system has for such files."""
+    return Path(os.environ.get("FEDMED_CACHE") or pooch.os_cache("fedmed-flower"))
+
+
 class PublicFile(NamedTuple):
     """A file at its publisher; ``local`` is its path within a folder of local copies."""
 
@@ -158,7 +163,7 @@ def obtain(file: PublicFile, timeout: float, alternative: str = "") -> Copy:
         )
         Path(target).write_bytes(content)
 
-    cache = Path(os.environ.get("FEDMED_CACHE") or pooch.os_cache("fedmed-flower")).expanduser()
+    cache = user_cache().expanduser()
     try:
         path = pooch.retrieve(file.url, f"md5:{file.md5}", name, cache, downloader=download)
     except OSError as error:

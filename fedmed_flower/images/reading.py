@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -34,11 +38,68 @@ from fedmed_flower.images.volumes import read_volume, require_frames, taken
 # How far a value of a mask may lie from its class: resampling leaves 1.0000001 for 1.
 _NEAR = 1e-3
 
+# Slices of which a copy fits into the processor's own memory.
+_SLICES = 16
+
 Array = NDArray[Any]
 # Values with the channel first, their affine, and whether it states a position in the patient.
 _Read = tuple[Array, Array | None, bool]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+# What was read of the present row: (function, arguments, result).
+_Before = list[tuple[Callable[..., Any], Mapping[str, Any], Any]]
+_read_before: ContextVar[_Before | None] = ContextVar("read_before", default=None)
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Let `read_image` and `read_label` return the same object if they are asked the same again.
+
+    For one row at a time: all that is read stays in memory until the context is left.
+    """
+    token = _read_before.set([])
+    try:
+        yield
+    finally:
+        _read_before.reset(token)
+
+
+def _shared(read: Callable[P, R]) -> Callable[P, R]:
+    """Make a function that reads obey `reading_once`."""
+    bind = signature(read).bind
+
+    @wraps(read)
+    def once(*args: P.args, **kwargs: P.kwargs) -> R:
+        before = _read_before.get()
+        if before is None:
+            return read(*args, **kwargs)
+        bound = bind(*args, **kwargs)
+        bound.apply_defaults()
+        for function, arguments, result in before:
+            if function is read and _are_same(arguments, bound.arguments):
+                found: R = result
+                return found
+        result = read(*args, **kwargs)
+        before.append((read, bound.arguments, result))
+        return result
+
+    return once
+
+
+def _are_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether arguments are the same objects, or equal numbers, texts or tuples of them."""
+
+    def same(a: Any, b: Any) -> bool:
+        if a is b:
+            return True
+        return type(a) is type(b) and isinstance(a, int | str | Path | tuple) and bool(a == b)
+
+    return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+
+
+@_shared
 def read_image(
     source: Any,
     spatial_dims: int | None,
@@ -108,6 +169,7 @@ def read_image(
     return image
 
 
+@_shared
 def read_label(
     source: Any,
     spatial_dims: int | None,
@@ -167,6 +229,9 @@ def read_label(
             f"and at most 256, got {tuple(values)}"
         )
     known, order = known.sort()
+    classes = _classes_of_bytes(voxels, known, order)
+    if classes is not None:
+        return MetaTensor(classes, mask.affine, file_affine_of(mask))
     nearest = torch.bucketize(voxels, (known[1:] + known[:-1]) / 2, out_int32=True)
     listed = ", ".join(f"{value:g}" for value in known)
     _require_classes(voxels, (known[nearest] - voxels).abs() <= _NEAR, listed)
@@ -188,6 +253,14 @@ def _require_names(names: Sequence[str], num_classes: int | None, image: MetaTen
             f"names must be one for each of the {num_classes} classes but the background, and at "
             f"most 255, got {len(names)}"
         )
+
+
+def classes_in(mask: MetaTensor) -> tuple[int, ...]:
+    """Return the classes that a mask of `read_label` holds, ascending."""
+    voxels = mask.as_tensor()
+    if voxels.dtype is torch.uint8:  # To sort all voxels takes six times as long.
+        return tuple(torch.bincount(voxels.flatten()).nonzero().flatten().tolist())
+    return tuple(torch.unique(voxels).tolist())
 
 
 def files_of(source: Any) -> Iterator[Path]:
@@ -299,10 +372,21 @@ def _fit(array: Array, affine: Array | None, placed: bool, spatial_dims: int | N
         if dims == 2:
             affine = np.diag([*sides[:2], 1.0, 1.0])
     with np.errstate(over="ignore"):
-        values = torch.from_numpy(np.array(array, np.float32, order="C"))
-    if not bool(torch.isfinite(values).all()):
+        values = torch.from_numpy(_as_float32(array))
+    # NaN and infinities show in the least and greatest value, which take less time to find.
+    if not all(map(torch.isfinite, torch.aminmax(values))):
         raise InputError("it holds NaN or infinite values")
     return MetaTensor(values, torch.from_numpy(affine.copy()), meta)
+
+
+def _as_float32(array: Array) -> Array:
+    """Return a copy as float32, with the last axis closest together."""
+    values = np.empty(array.shape, np.float32)
+    # A NIfTI file has its first axis closest together: all of it at once takes twice as long.
+    for start in range(0, array.shape[-1], _SLICES):
+        part = slice(start, start + _SLICES)
+        values[..., part] = array[..., part]
+    return values
 
 
 def _voxel_sides(affine: Array) -> Array:
@@ -355,6 +439,34 @@ def _require_classes(voxels: Tensor, valid: Tensor, classes: str) -> None:
         raise InputError(
             f"it holds the values {listed}, which are not classes: a mask holds {classes}"
         )
+
+
+def _classes_of_bytes(voxels: Tensor, known: Tensor, order: Tensor) -> Tensor | None:
+    """Return the class of each voxel if all values are known and from 0 to 255; else None.
+
+    Parameters
+    ----------
+    voxels : Tensor
+    known : Tensor
+        The values of the classes, ascending.
+    order : Tensor
+        The class of each of them.
+    """
+    low, high = torch.aminmax(voxels)
+    if not (low >= 0 and high <= 255):
+        return None
+    codes = voxels.to(torch.uint8)
+    if not torch.equal(codes.to(voxels.dtype), voxels):
+        return None
+    present = torch.bincount(codes.flatten()).nonzero().flatten()
+    if not bool(torch.isin(present, known).all()):
+        return None
+    classes = order[torch.searchsorted(known, present.to(known.dtype))]
+    if torch.equal(classes, present):
+        return codes
+    table = np.zeros(256, np.uint8)
+    table[present.numpy()] = classes.numpy()
+    return torch.from_numpy(table.take(codes.numpy()))
 
 
 def _are_paths(source: Any) -> bool:

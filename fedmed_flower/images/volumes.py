@@ -13,11 +13,12 @@ import numpy as np
 from nibabel.openers import ImageOpener
 from numpy.typing import NDArray
 
-from fedmed_flower.data.bounded import quoted, real_path, require_within, unpacked
+from fedmed_flower.data.bounded import quoted, real_path, require_within, ungzipped, unpacked
 from fedmed_flower.errors import InputError
 
 _CHANNELS = re.compile(r"(?:([1-9][0-9]{0,5}) )?channels")
-_PACKED = (".nii.gz", ".nii.bz2", ".nii.zst", ".mgz")
+_GZIPPED = (".nii.gz", ".mgz")
+_PACKED = (*_GZIPPED, ".nii.bz2", ".nii.zst")
 
 Array = NDArray[Any]
 
@@ -33,8 +34,12 @@ def read_volume(path: Path, frames: int | str | None = None) -> tuple[Array, Arr
     content = None
     if path.name.lower().endswith(_PACKED):
         # Unpacked here: nibabel allocates what the header states and never verifies the checksum.
-        with ImageOpener(str(path)) as packed:
-            content = unpacked(packed, path, "an image")
+        if path.name.lower().endswith(_GZIPPED):
+            with path.open("rb") as file:
+                content = ungzipped(file, path, "an image")
+        else:
+            with ImageOpener(str(path)) as packed:
+                content = unpacked(packed, path, "an image")
     elif path.suffix.lower() in (".gz", ".bz2", ".zst"):
         # A pair of header and voxels: nibabel would unpack the second file without a bound.
         raise InputError(f"{path} is not a NIfTI file with both header and voxels: unpack it")

@@ -243,7 +243,9 @@ class Description:
         known = {*_KEYS[self.base], *(key_of(entry.name) for part in own for entry in fields(part))}
         settings = {key: value for key, value in self.settings.items() if key in known}
         settings["device"] = device
-        client = made(Context(0, 0, {"site-name": "prediction"}, RecordDict(), settings))
+        client = made(
+            Context(0, 0, {"site-name": "prediction", "image-cache": "off"}, RecordDict(), settings)
+        )
         client.agreed = self.agreed
         for name, value in self.declared.items():
             found = _plain(name, getattr(client, name))

@@ -49,6 +49,18 @@ class NodeSettings(Section):
     output_dir: str = setting(
         "", "Folder for files that stay with the hospital. Empty: none are kept."
     )
+    image_cache: str = setting(
+        "",
+        "Folder of the hospital's own disk for images that are ready for the network, so that "
+        "later messages need not read the files again; it holds patient data. Empty: one in the "
+        "user's cache folder. off: none.",
+    )
+    image_cache_gigabytes: float = setting(
+        20.0,
+        "The most that image-cache may hold; what was not used for longest goes first.",
+        Within(0.0),
+        "gigabytes",
+    )
     share_images: bool = setting(False, "Whether pictures of test cases may leave.")
     share_components: bool = setting(
         False, "Whether sums may leave from which genotypes can be computed."
