@@ -55,6 +55,7 @@ from fedmed_flower.secure.parts import (
     TOTAL,
     UNIFORM,
     figure_in,
+    rows_by_group,
 )
 from fedmed_flower.secure.record import DATA, Record
 from fedmed_flower.secure.ring import COUNT, Words
@@ -206,7 +207,7 @@ class SecureReply:
             member = member_of(client, record.run, secure)
             member.require_sound(record)
             # Training leaves what it has to hide with the share.
-            share = share_of(client, message, record, member.study)
+            share = share_of(client, message, record, member.study.within(record.group))
             client.noise_share = share
         asked = asked_of(client, message)
         if not client.site.simulated:
@@ -411,13 +412,16 @@ def count(client: MedicalClient, message: Message) -> RecordDict:
     data = client.data()
     client.require_several(data.train)
     rows = client.count("train")
-    if not client.site.simulated:
-        patients = len({*patients_of(data.train)})
-        fewest = fewest_patients(client.context, client.site, "train")
-        with _refused():
-            book = member_of(client, "", message.content.config_records[SECURE]).book
-            rows = book.steady_rows(rows, patients, fewest)
-    return RecordDict({"metrics": MetricRecord({ROWS.name: rows})})
+    secure = message.content.config_records[SECURE]
+    with _refused():
+        record = Record.from_bytes(secure[RECORD])
+        member = member_of(client, record.run, secure)
+        if not client.site.simulated:
+            patients = len({*patients_of(data.train)})
+            fewest = fewest_patients(client.context, client.site, "train")
+            rows = member.book.steady_rows(rows, patients, fewest)
+    by_group = rows_by_group(rows, member.group, record.layout)
+    return RecordDict({"metrics": MetricRecord({ROWS.name: rows, **by_group})})
 
 
 def require_summed(message: Message, what: str) -> None:

@@ -20,8 +20,8 @@ from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.strategies import (
     FedAdam,
     FedAvg,
-    FedMedian,
     FedProx,
+    QFedAvg,
     WeightedFedAvg,
 )
 
@@ -155,13 +155,13 @@ def test_the_mean_change_is_exact_beyond_float32(tmp_path, monkeypatch):
 
     trained(Noting, Unequal, tmp_path / "plain", rounds=1)
     opened = []
-    original = SecureSums.sum
+    original = SecureSums.sum_each
 
     def noting(self, *args, **kwargs):
-        opened.append(original(self, *args, **kwargs))
-        return opened[-1]
+        opened.extend(outcomes := original(self, *args, **kwargs))
+        return outcomes
 
-    monkeypatch.setattr(SecureSums, "sum", noting)
+    monkeypatch.setattr(SecureSums, "sum_each", noting)
     trained(lambda **o: FedAvg(**o, **SUMS), Unequal, tmp_path / "secure", rounds=1)
     sent = start_of(Unequal)
     weights = np.array(kept["weights"]) / sum(kept["weights"])
@@ -439,7 +439,7 @@ def test_a_hospital_may_answer_in_secure_sums_alone(tmp_path):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (FedMedian, "excludes FedMedian, whose rule needs single replies: take FedAvg, FedProx, "),
+        (QFedAvg, "excludes QFedAvg, whose rule needs single replies: take FedAvg, FedProx, "),
         (lambda **o: WeightedFedAvg(weights="inverse-loss", **o), "excludes WeightedFedAvg"),
         (lambda **o: FedAvg(fraction_train=0.8, **o), "excludes fraction_train: weights by rows"),
         (lambda **o: FedAvg(max_weight_share=0.5, **o), "excludes max_weight_share: the server"),
