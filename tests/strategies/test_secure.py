@@ -6,12 +6,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
-from flwr.serverapp import ServerApp
+from flwr.app import Array
 from key_files import make_hospitals, pin_another_key
-from tiny import CONFIG, TinyClient, halves, linear, nodes_of
+from secure_runs import difference, failures, start_of, trained
+from tiny import TinyClient, halves, nodes_of
 
-from fedmed_flower import InputError, run_local
+from fedmed_flower import InputError
 from fedmed_flower.data.site import SiteData
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.secure.audit import Chain, verify
@@ -59,44 +59,6 @@ def seldom(*numbers):
 class Normalised(Unequal):
     def build_model(self):
         return halves()
-
-
-def start_of(client):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        network = halves() if client is Normalised else linear(2)
-    return ArrayRecord(network.state_dict())
-
-
-def trained(make, client, folder, sites=5, rounds=2, mods=(), nodes=None, **config):
-    """Train by a strategy, and return it."""
-    app = ServerApp()
-    found = []
-
-    @app.main()
-    def main(grid, context):
-        strategy = make(run_dir=folder, fraction_evaluate=0.0, seed=1)
-        found.append(strategy)
-        strategy.start(grid, start_of(client), rounds)
-
-    run_local(
-        app,
-        client.client_app(mods=list(mods)),
-        sites,
-        run_config=CONFIG | {"run-dir": str(folder)} | config,
-        node_configs=nodes,
-    )
-    return found[0]
-
-
-def difference(one, other):
-    """Return the largest difference of two models' floats."""
-    pairs = [(one[key].numpy(), other[key].numpy()) for key in one]
-    return max(float(np.abs(a.astype(np.float64) - b).max()) for a, b in pairs)
-
-
-def failures(strategy):
-    return [(f.round, f.phase, f.site, f.reason) for f in strategy.history.failures]
 
 
 def uniform(**options):
