@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from fedmed_flower.errors import shown
 from fedmed_flower.secure.study import MOST_GROUPS
-from fedmed_flower.server.ask import Exchange
+from fedmed_flower.server.ask import Enough, Exchange
 from fedmed_flower.server.compression import Unpacker, saved_bytes
 from fedmed_flower.server.history import Failure, History, Note
 from fedmed_flower.server.listeners import Listeners
@@ -196,6 +196,7 @@ class Inbox:
         phase: str,
         minimum: int | None = None,
         grace: float = 0.0,
+        enough: Enough | None = None,
     ) -> Iterator[Message]:
         """Send messages and yield the replies as they come; record sites without a reply in time.
 
@@ -203,12 +204,12 @@ class Inbox:
 
         Parameters
         ----------
-        grid, messages, timeout, minimum, grace
+        grid, messages, timeout, minimum, grace, enough
             As in `Exchange`.
         server_round : int
         phase : str
         """
-        exchange = Exchange(grid, messages, timeout, minimum, grace)
+        exchange = Exchange(grid, messages, timeout, minimum, grace, enough)
         numbers = {id(message): number for number, message in enumerate(messages)}
         self.begin_phase()
         asked = [self.name(message.metadata.dst_node_id) for message in messages]

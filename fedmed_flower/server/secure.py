@@ -31,7 +31,7 @@ from fedmed_flower.secure.parts import CLIPPED, ONES, TOLD, figure_parts
 from fedmed_flower.secure.record import DATA, TRAIN, Hello, Record, exposed_groups
 from fedmed_flower.secure.ring import Layout, Part, Words
 from fedmed_flower.secure.study import place_of
-from fedmed_flower.server.ask import ask_all
+from fedmed_flower.server.ask import Enough, ask_all
 from fedmed_flower.server.history import Sum
 from fedmed_flower.server.inbox import SUM_NODE, Inbox
 from fedmed_flower.wire import (
@@ -412,8 +412,7 @@ class SecureSums:
         if not records:
             return []
         if minimum is not None:
-            needed = [(len(record.names), record.needed) for record in records]
-            minimum = max(minimum, _enough_of_each(needed))
+            minimum = max(minimum, sum(record.needed for record in records))
         attempts = [_Attempt(record) for record in records]
         self._collect(messages, attempts, phase, timeout, minimum, grace)
         self._settle(attempts, phase, whole)
@@ -456,7 +455,19 @@ class SecureSums:
         for site, reply in self.inbox.sorted_out(
             server_round,
             phase,
-            self.inbox.collect(self.grid, messages, timeout, server_round, phase, minimum, grace),
+            self.inbox.collect(
+                self.grid,
+                messages,
+                timeout,
+                server_round,
+                phase,
+                minimum,
+                grace,
+                _enough_of_each(
+                    ({*self.nodes_of(each.collector.record)}, each.collector.record.needed)
+                    for each in attempts
+                ),
+            ),
         ):
             try:
                 if site not in by_site:
@@ -533,10 +544,9 @@ class SecureSums:
             take(collector, name, _letter(reply))
 
         records = [attempt.collector.record for attempt in attempts]
-        counts = [len(attempt.collector.members) for attempt in attempts]
-        needed = [record.threshold for record in records]
-        minimum = _enough_of_each(zip(counts, needed, strict=True))
-        self._ask(question, contents, read, records[0].server_round, minimum)
+        minimum = sum(record.threshold for record in records)
+        enough = _enough_of_each(({*self.nodes_of(record)}, record.threshold) for record in records)
+        self._ask(question, contents, read, records[0].server_round, minimum, enough)
 
     def _outcome(self, attempt: _Attempt, phase: str) -> Opened | SecureError:
         """Return what a sum is, or why it is lost."""
@@ -642,6 +652,7 @@ class SecureSums:
         read: Callable[[int, RecordDict], T],
         server_round: int,
         minimum: int | None = None,
+        enough: Enough | None = None,
     ) -> list[tuple[int, T]]:
         """Ask nodes; return the answers by node, and record who gave none."""
 
@@ -660,6 +671,7 @@ class SecureSums:
             self.grace,
             listener=self.inbox.listeners,
             server_round=server_round,
+            enough=enough,
         )
         for failure in failures:
             self.inbox.fail(server_round, question, failure.site, failure.reason, heard=True)
@@ -709,17 +721,20 @@ def _of_whole_groups(hellos: list[Hello]) -> list[Hello]:
     return [hello for hello in hellos if hello.group not in exposed]
 
 
-def _enough_of_each(counts: Iterable[tuple[int, int]]) -> int:
-    """Return how many answers of all are enough, whoever gives them, for each of several sums.
+def _enough_of_each(asked: Iterable[tuple[Collection[int], int]]) -> Enough:
+    """Return what says of nodes that have answered whether they are enough for each sum.
 
     Parameters
     ----------
-    counts : iterable of (int, int)
-        Of each sum how many hospitals are asked, and how many of them must answer.
+    asked : iterable of (collection of int, int)
+        Of each sum the nodes that are asked, and how many of them must answer.
     """
-    listed = list(counts)
-    spare = min(asked - needed for asked, needed in listed)
-    return sum(asked for asked, _ in listed) - spare
+    listed = [(frozenset(nodes), needed) for nodes, needed in asked]
+
+    def enough(answered: Collection[int]) -> bool:
+        return all(len(nodes.intersection(answered)) >= needed for nodes, needed in listed)
+
+    return enough
 
 
 def reply_of(opened: Opened, kind: str, content: RecordDict, inbox: Inbox) -> Message:
