@@ -88,7 +88,8 @@ _MOST_ASKED = 1 << 23
 def member_of(client: MedicalClient, run: str, secure: ConfigRecord) -> Member:
     """Return the hospital as a member of its study.
 
-    In a simulation all hospitals of the run are the study, and their keys follow from their names.
+    In a simulation all hospitals of the run are the study, their keys follow from their names, and
+    the run config says into how many groups they are parted.
 
     Raises
     ------
@@ -107,7 +108,8 @@ def member_of(client: MedicalClient, run: str, secure: ConfigRecord) -> Member:
         identity = Identity.simulated(site.name, run)
         path = Path(folder) / f"{file_name(site.name)}.secure"
         path.parent.mkdir(parents=True, exist_ok=True)
-        return _member(identity, Study.simulated(names, run), path)
+        groups = SecureSettings.from_run_config(client.context.run_config).secure_groups
+        return _member(identity, Study.simulated(names, run, groups), path)
     for key in ("secure-peers", "secure-key"):
         if not client.context.node_config.get(key):
             raise setting_error(f"a secure sum needs {key} in the hospital's node config", key)

@@ -159,8 +159,15 @@ class Study:
             raise InputError(f"{path}: {error}") from None
 
     @classmethod
-    def simulated(cls, names: Sequence[str], run: str) -> Study:
+    def simulated(cls, names: Sequence[str], run: str, groups: int = 0) -> Study:
         """Return the study of a simulation, whose members have the keys of `Identity.simulated`.
+
+        Parameters
+        ----------
+        names : sequence of str
+        run : str
+        groups : int
+            Into how many groups members are parted, one after the other; 0 for none.
 
         Raises
         ------
@@ -168,7 +175,8 @@ class Study:
             As in `Study`.
         """
         members = {name: Identity.simulated(name, run).public for name in names}
-        return cls.of("simulation", members)
+        parted = [sorted(names)[first::groups] for first in range(groups)]
+        return cls.of("simulation", members, groups=parted)
 
     @property
     def threshold(self) -> int:

@@ -14,6 +14,7 @@ OFF = "none"
 SUM = "sum"
 LEAST_EXPONENT = -40
 MOST_SECURE_EXPONENT = 10
+_MOST_GROUPS = 85
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class SecureSettings(Section):
         "With secure=sum: no weight may change by more than 2 to the power of this in a round. "
         "Larger changes are cut, and counted.",
         Within(LEAST_EXPONENT, MOST_SECURE_EXPONENT),
+    )
+    secure_groups: int = setting(
+        0,
+        "In a simulation with secure=sum: into how many groups hospitals are parted, for rules "
+        "that compare their means. 0: none. At real hospitals the peers files say so.",
+        Within(0, _MOST_GROUPS),
     )
 
 

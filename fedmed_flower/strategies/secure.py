@@ -104,7 +104,7 @@ class GroupRule:
             f"groups: at least {wanted} of least + c = {least} + {colluders} members each, which "
             f"is {wanted * (least + colluders)} hospitals; this study has "
             f"{groups or 'no'} groups. Each member writes them into its own file (fedmed keys "
-            "regroup), or take FedAvg",
+            "regroup; in a simulation set secure-groups), or take FedAvg",
             "secure",
         )
 

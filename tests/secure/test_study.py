@@ -219,6 +219,10 @@ def test_a_simulated_study_has_the_keys_of_simulated_identities():
     assert (found.least, found.colluders, found.groups) == (3, 1, ())
     with pytest.raises(InputError, match="from 3 to 255 members, got 2"):
         Study.simulated(["south", "north"], "run")
+    parted = Study.simulated([*"hgfedcba"], "run", groups=2)
+    assert parted.named_groups == {"A": (*"aceg",), "B": (*"bdfh",)}
+    with pytest.raises(InputError, match="got 3: a, c, e; 2 groups need 8 members"):
+        Study.simulated([*"abcdef"], "run", groups=2)
 
 
 def test_a_peers_file(tmp_path):

@@ -285,7 +285,8 @@ def test_a_rule_needs_a_study_with_groups(tmp_path):
     assert str(error.value).startswith(
         'secure="sum" with FedMedian, whose rule compares replies, needs a study with groups: at '
         "least 3 of least + c = 3 + 0 members each, which is 9 hospitals; this study has no "
-        "groups. Each member writes them into its own file (fedmed keys regroup), or take FedAvg"
+        "groups. Each member writes them into its own file (fedmed keys regroup; in a "
+        "simulation set secure-groups), or take FedAvg"
     )
 
 
@@ -302,6 +303,29 @@ def test_a_rule_of_ones_own_needs_groups_too(tmp_path):
     nodes = [*make_hospitals(tmp_path, NAMES[:3]).values()]
     with pytest.raises(InputError, match="with Ours, whose rule compares replies, needs a study"):
         run(Ours, client_of(), tmp_path, nodes=nodes)
+
+
+def simulated(folder, groups, sites=12):
+    return trained(
+        lambda **options: FedMedian(num_malicious_nodes=1, secure="sum", **options),
+        TinyClient,
+        folder,
+        sites,
+        1,
+        **{"secure-groups": groups},
+    )
+
+
+def test_a_simulation_parts_its_hospitals_by_a_setting(tmp_path):
+    strategy = simulated(tmp_path, 3)
+    assert failures(strategy) == []
+    names = sorted(f"hospital-{number}" for number in range(1, 13))
+    assert sums_of(strategy) == [(1, tuple(names[first::3])) for first in range(3)]
+
+
+def test_a_simulation_of_too_few_hospitals_says_how_many_groups_need(tmp_path):
+    reasons = {reason for _, _, _, reason in failures(simulated(tmp_path, 3, 9))}
+    assert any("got 3: hospital-1, hospital-4, hospital-7; 3 groups need 12" in r for r in reasons)
 
 
 def test_a_hospital_with_other_groups_is_named_by_the_others(tmp_path):
