@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fedmed_flower.arrays.views import view
 from fedmed_flower.data.site import some_of
 from fedmed_flower.secure.audit import AUDIT, Chain
-from fedmed_flower.secure.collector import Collector
+from fedmed_flower.secure.collector import Collector, SpoiltError
 from fedmed_flower.secure.encoding import (
     SecureError,
     Value,
@@ -70,10 +70,6 @@ class Opened:
     values: dict[str, NDArray[Any]]
     members: list[str]
     record: Record
-
-
-class SpoiltError(SecureError):
-    """A hospital has sent what no honest one sends; nobody knows which one."""
 
 
 class _Attempt:
@@ -259,6 +255,8 @@ class SecureSums:
             raise SecureError("no hospital has said hello")
         if kind == DATA:
             present = _of_whole_groups(present)
+            if not present:
+                raise SecureError("of no group are there as many hospitals as a sum needs")
         record = Record.of_hellos(
             present,
             purpose=purpose,

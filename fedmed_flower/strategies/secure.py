@@ -26,6 +26,7 @@ from fedmed_flower.arrays.views import own_content, view
 from fedmed_flower.data.site import some_of
 from fedmed_flower.methods.base import Method
 from fedmed_flower.metrics.summing import Grid, finer_grids, partial_metrics, record_of_sums
+from fedmed_flower.secure.collector import SpoiltError
 from fedmed_flower.secure.encoding import SecureError
 from fedmed_flower.secure.parts import (
     BY,
@@ -44,7 +45,7 @@ from fedmed_flower.secure.parts import (
 from fedmed_flower.secure.record import DATA, TRAIN, Hello, Record, TooFewOfGroupError
 from fedmed_flower.secure.ring import FIXED, REAL, Layout, Part
 from fedmed_flower.secure.shares import Declared, Shares
-from fedmed_flower.server.secure import Opened, SecureSums, SpoiltError, reply_of
+from fedmed_flower.server.secure import Opened, SecureSums, reply_of
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.wire import ALL_SITES, RUN_KEY
 

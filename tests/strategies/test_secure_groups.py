@@ -352,6 +352,22 @@ def test_a_group_of_which_too_few_are_there_takes_no_part(tmp_path):
     assert {note.site for note in strategy.history.notes} == {"gap", "hill"}
 
 
+def test_if_of_no_group_enough_are_there_nothing_is_asked(tmp_path):
+    nodes = make_hospitals(tmp_path, NAMES, colluders=0, groups=GROUPS)
+    strategy = run(
+        FedAvg, client_of(), tmp_path, nodes=[nodes[name] for group in GROUPS for name in group[:2]]
+    )
+    assert strategy.history.sums == []
+    assert failures(strategy) == [
+        (
+            1,
+            "train",
+            "all",
+            "the secure sum is lost: of no group are there as many hospitals as a sum needs",
+        )
+    ]
+
+
 def test_a_group_that_loses_a_hospital_while_rows_are_counted_is_left_out(tmp_path):
     def lose(message, context, call):
         counting = message.metadata.message_type == "query.count"
