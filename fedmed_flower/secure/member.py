@@ -198,6 +198,8 @@ class Member:
                 f"{self.identity.name} is in group {own} of the study, and the server asks it for "
                 f"a sum of group {shown(record.group, _MOST_NAME)}"
             )
+        named = study.named_groups
+        grouping = study.grouping
         for hello in record.hellos:
             group = study.group_of(hello.name)
             if record.group and group != record.group:
@@ -206,8 +208,7 @@ class Member:
                     f"into group {record.group}"
                 )
             said = (hello.groups, hello.grouping, hello.group, hello.group_members)
-            size = len(study.named_groups.get(group, ()))
-            if said != (len(study.groups), study.grouping, group, size):
+            if said != (len(named), grouping, group, len(named.get(group, ()))):
                 raise SecureError(
                     f"{hello.name} has other groups in its study than {self.identity.name}: "
                     "compare the fingerprints of `fedmed keys show`, and write the same groups "
