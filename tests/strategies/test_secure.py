@@ -401,7 +401,10 @@ def test_a_hospital_may_answer_in_secure_sums_alone(tmp_path):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (QFedAvg, "excludes QFedAvg, whose rule needs single replies: take FedAvg, FedProx, "),
+        (
+            lambda **o: QFedAvg(client_learning_rate=0.1, **o),
+            "excludes QFedAvg, whose rule needs single replies: take FedAvg, FedProx, ",
+        ),
         (lambda **o: WeightedFedAvg(weights="inverse-loss", **o), "excludes WeightedFedAvg"),
         (lambda **o: FedAvg(fraction_train=0.8, **o), "excludes fraction_train: weights by rows"),
         (lambda **o: FedAvg(max_weight_share=0.5, **o), "excludes max_weight_share: the server"),
