@@ -279,25 +279,34 @@ def _print_study(peers: Peers) -> None:
 
 def _lines_of(study: Study) -> list[str]:
     from fedmed_flower.secure.identity import fingerprint
-    from fedmed_flower.secure.study import Study
 
     lines = [
         f"fingerprint: {fingerprint(study.content())}",
         f"least: {study.least} honest members in each sum",
         f"c: {_count(study.colluders, 'member')} may work with the server",
     ]
-    for group in study.sums:
-        members = {name: study.members[name] for name in group}
-        alone = Study.of(study.name, members, study.least, study.colluders)
+    lines += [_line_of(study.within(group), group) for group in study.named_groups or ("",)]
+    if study.groups:
         lines.append(
-            f"sum over {', '.join(group)}: of at least {alone.needed} of {len(group)} members "
-            f"(t = {alone.threshold}), {_count(alone.tolerated, 'loss', 'losses')} tolerated"
+            f"questions about data are summed over all: at least {study.needed} of "
+            f"{len(study.members)} members (t = {study.threshold}), and of each group at least "
+            f"{study.least + study.colluders} or none"
         )
     if not study.colluders:
         lines.append(
             "since c is 0: a member that works with the server learns the sum of the others"
         )
     return lines
+
+
+def _line_of(study: Study, group: str) -> str:
+    """Say what the sums of a group, or of a study without groups, need."""
+    start = f"group {group}: sum" if group else "sum"
+    return (
+        f"{start} over {', '.join(study.members)}: of at least {study.needed} of "
+        f"{len(study.members)} members (t = {study.threshold}), "
+        f"{_count(study.tolerated, 'loss', 'losses')} tolerated"
+    )
 
 
 def _print_differences(before: Peers, after: Peers) -> None:

@@ -55,6 +55,7 @@ from fedmed_flower.secure.parts import (
     TOTAL,
     UNIFORM,
     figure_in,
+    rows_by_group,
 )
 from fedmed_flower.secure.record import DATA, Record
 from fedmed_flower.secure.ring import COUNT, ArrayChange, Words
@@ -89,7 +90,8 @@ _MOST_ASKED = 1 << 23
 def member_of(client: MedicalClient, run: str, secure: ConfigRecord) -> Member:
     """Return the hospital as a member of its study.
 
-    In a simulation all hospitals of the run are the study, and their keys follow from their names.
+    In a simulation all hospitals of the run are the study, their keys follow from their names, and
+    the run config says into how many groups they are parted.
 
     Raises
     ------
@@ -108,7 +110,8 @@ def member_of(client: MedicalClient, run: str, secure: ConfigRecord) -> Member:
         identity = Identity.simulated(site.name, run)
         path = Path(folder) / f"{file_name(site.name)}.secure"
         path.parent.mkdir(parents=True, exist_ok=True)
-        return _member(identity, Study.simulated(names, run), path)
+        groups = SecureSettings.from_run_config(client.context.run_config).secure_groups
+        return _member(identity, Study.simulated(names, run, groups), path)
     for key in ("secure-peers", "secure-key"):
         if not client.context.node_config.get(key):
             raise setting_error(f"a secure sum needs {key} in the hospital's node config", key)
@@ -214,7 +217,7 @@ class SecureReply:
             member = member_of(client, record.run, secure)
             member.require_sound(record)
             # Training leaves what it has to hide with the share.
-            share = share_of(client, message, record, member.study)
+            share = share_of(client, message, record, member.study.within(record.group))
             client.noise_share = share
         asked = asked_of(client, message)
         if not client.site.simulated:
@@ -433,13 +436,16 @@ def count(client: MedicalClient, message: Message) -> RecordDict:
     data = client.data()
     client.require_several(data.train)
     rows = client.count("train")
-    if not client.site.simulated:
-        patients = len({*patients_of(data.train)})
-        fewest = fewest_patients(client.context, client.site, "train")
-        with _refused():
-            book = member_of(client, "", message.content.config_records[SECURE]).book
-            rows = book.steady_rows(rows, patients, fewest)
-    return RecordDict({"metrics": MetricRecord({ROWS.name: rows})})
+    secure = message.content.config_records[SECURE]
+    with _refused():
+        record = Record.from_bytes(secure[RECORD])
+        member = member_of(client, record.run, secure)
+        if not client.site.simulated:
+            patients = len({*patients_of(data.train)})
+            fewest = fewest_patients(client.context, client.site, "train")
+            rows = member.book.steady_rows(rows, patients, fewest)
+    by_group = rows_by_group(rows, member.group, record.layout)
+    return RecordDict({"metrics": MetricRecord({ROWS.name: rows, **by_group})})
 
 
 def require_summed(message: Message, what: str) -> None:

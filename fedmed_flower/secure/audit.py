@@ -16,7 +16,8 @@ key       who, role, public: the key that signs from here on; nonce, so that no 
 hello     run, key: the key of this run
 sent      run, round, purpose, digest (of all that decides the answer), names; model (its digest)
           and question (the digest of what is asked, whoever is asked, in whichever round) where
-          there are. A server writes it before it sends, a hospital when it was told
+          there are; group, if a group of the study is summed by itself. A server writes it before
+          it sends, a hospital when it was told
 masked    run, round, digest, masked: the digest of what a hospital sends, before it leaves
 opened    run, round, digest, members: the set that a sum is opened over
 model     run, round, model: the digest of the server's model after the round
@@ -62,7 +63,7 @@ _FIELDS: dict[str, dict[str, type]] = {
     "model": {"run": str, "round": int, "model": str},
 }
 # Fields that may be left out, in any entry.
-_OPTIONAL: dict[str, type] = {"model": str, "question": str, "heads": dict}
+_OPTIONAL: dict[str, type] = {"model": str, "question": str, "heads": dict, "group": str}
 _WORDS = {str: "a text", int: "a whole number", list: "a list of texts", dict: "a dict of texts"}
 _SIGNATURE_BYTES = 64
 _NONCE_BYTES = 16

@@ -29,6 +29,10 @@ _DIGEST_BYTES = 32
 _MOST_TRIES = 1_000
 
 
+class SpoiltError(SecureError):
+    """A hospital of a sum has sent what no honest one sends; nobody may know which one."""
+
+
 @dataclass(frozen=True)
 class Letter:
     """What came with a hospital's masked vectors, read and checked."""
@@ -150,7 +154,7 @@ class Collector:
             for other in members:
                 ours = letters[one].commitments[other]
                 if one < other and ours != letters[other].commitments[one]:
-                    raise SecureError(f"{one} and {other} disagree about their common mask")
+                    raise SpoiltError(f"{one} and {other} disagree about their common mask")
         self.record.require_enough(members)
         return len(members) == len(self.record.names)
 
@@ -282,7 +286,7 @@ class Collector:
                     )
                 return seed
         what = f"{name}'s seed" if use == SELF else f"{name}'s seed with {other}"
-        raise SecureError(f"the shares of {what} make another seed")
+        raise SpoiltError(f"the shares of {what} make another seed")
 
     def _made_by(self, helpers: list[str], use: str, places: list[tuple[str, str]]) -> list[bytes]:
         """Return what the shares of helpers make."""

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fedmed_flower.errors import shown
 from fedmed_flower.secure.audit import Chain
 from fedmed_flower.secure.book import Peer, SecureBook
 from fedmed_flower.secure.encoding import SecureError, Value, decoded, digest_of_arrays, encoded
 from fedmed_flower.secure.encoding import digest as digest_of
 from fedmed_flower.secure.envelopes import seal, unseal
 from fedmed_flower.secure.identity import Identity, verify
-from fedmed_flower.secure.record import Hello, Record
+from fedmed_flower.secure.record import TRAIN, Hello, Record
 from fedmed_flower.secure.ring import Layout, Words, vectors
 from fedmed_flower.secure.shamir import split
 from fedmed_flower.secure.streams import (
@@ -37,10 +38,12 @@ SEED_BYTES = 16
 # Uses of seeds, in their commitments.
 SELF = "self"
 PAIR = "pair"
-# Letters of a run's name, which the book keeps for good.
 # Longer than a run waits for a hospital that was restarted.
 KEPT_DAYS = 30
+# Letters of a run's name, which the book keeps for good.
 _MOST_RUN = 200
+# Letters of a name that is shown.
+_MOST_NAME = 64
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,15 @@ class Member:
         own = study.members.get(identity.name)
         if own is None:
             raise SecureError(f"{identity.name} is no member of the study {study.name}")
-        if study.groups:
-            raise SecureError(
-                f"the study {study.name} has groups, and sums over groups are not made yet: a sum "
-                "over all members would be one that the groups exclude; `fedmed keys regroup` "
-                "with one group of all members removes them"
-            )
         if own != identity.public:
             raise SecureError(
                 f"the study {study.name} has another key for {identity.name} than its key file"
             )
+
+    @property
+    def group(self) -> str:
+        """Name of this hospital's group in the study; empty if there are none."""
+        return self.study.group_of(self.identity.name)
 
     def hello(self, run: str, tells: bool = False) -> Hello:
         """Return the hello of a run, with a new key that voids the one before.
@@ -125,6 +127,10 @@ class Member:
             rows=self.book.rows,
             book=self.book.id,
             head=head,
+            group=self.group,
+            group_members=len(self.study.named_groups.get(self.group, ())),
+            groups=len(self.study.groups),
+            grouping=self.study.grouping,
         )
         return hello.signed(self.identity.sign("hello", hello.content()))
 
@@ -146,6 +152,7 @@ class Member:
         self._require_pinned(record)
         for hello in record.hellos:
             hello.verify()
+        self._require_group(record)
         self._require_own(record)
         if record.least < study.least or record.colluders < study.colluders:
             raise SecureError(
@@ -169,6 +176,51 @@ class Member:
                 raise SecureError(
                     f"the key of {hello.name} is not the one that is pinned: ask that hospital "
                     "whether it has a new one, then `fedmed keys pin --replace`"
+                )
+
+    def _require_group(self, record: Record) -> None:
+        """Refuse a sum over other hospitals than this one's own groups say.
+
+        Training is summed within the groups alone, and questions about data over the whole study
+        alone. So a group's sum is never the rest of a larger sum of the same.
+        """
+        study = self.study
+        own = self.group
+        if record.group and not own:
+            raise SecureError(
+                f"the study {study.name} has no groups, and the server asks for a sum of group "
+                f"{shown(record.group, _MOST_NAME)}"
+            )
+        if record.group and record.kind != TRAIN:
+            raise SecureError(
+                "questions about data are summed over the whole study, and the server asks for a "
+                f"sum of group {shown(record.group, _MOST_NAME)}"
+            )
+        if own and record.kind == TRAIN and not record.group:
+            raise SecureError(
+                f"the study {study.name} has groups, and the server asks for one sum of training "
+                "over all of them"
+            )
+        if record.group and record.group != own:
+            raise SecureError(
+                f"{self.identity.name} is in group {own} of the study, and the server asks it for "
+                f"a sum of group {shown(record.group, _MOST_NAME)}"
+            )
+        named = study.named_groups
+        grouping = study.grouping
+        for hello in record.hellos:
+            group = study.group_of(hello.name)
+            if record.group and group != record.group:
+                raise SecureError(
+                    f"{hello.name} is in group {group} of the study, and the server has put it "
+                    f"into group {record.group}"
+                )
+            said = (hello.groups, hello.grouping, hello.group, hello.group_members)
+            if said != (len(named), grouping, group, len(named.get(group, ()))):
+                raise SecureError(
+                    f"{hello.name} has other groups in its study than {self.identity.name}: "
+                    "compare the fingerprints of `fedmed keys show`, and write the same groups "
+                    "(`fedmed keys regroup`)"
                 )
 
     def _require_own(self, record: Record) -> None:
@@ -349,6 +401,7 @@ class Member:
             heads=heads,
             model=digest_of(about.get("arrays")),
             question=record.question(asked),
+            **record.noted_group,
         )
 
     def _note(self, record: Record, kind: str, **more: Value) -> None:

@@ -29,6 +29,8 @@ ONES = Part("tail/ones", 1, COUNT)
 CLIPPED = Part("tail/clipped", 1, COUNT)
 LOSS = "tail/loss"
 ROWS = Part("rows", 1, COUNT)
+# The rows of one group's hospitals, with its name after this; the others add 0.
+_ROWS_OF = "rows/"
 
 # One from each hospital that adds figures: those with too few patients add zeros.
 TOLD = Part("tail/told", 1, COUNT)
@@ -39,6 +41,17 @@ LARGE_UNIT = 2.0**50
 _FIGURE_BOUND = 2.0**40
 # By how much a sum in large units may be off, for as many hospitals as a sum can have.
 _LARGE_ERROR = 2.0**-4
+
+
+def rows_of(group: str) -> Part:
+    """Return the part that counts the rows of a group's hospitals; of all if it is empty."""
+    return Part(f"{_ROWS_OF}{group}", 1, COUNT) if group else ROWS
+
+
+def rows_by_group(rows: int, own: str, layout: Layout) -> dict[str, int]:
+    """Return what a hospital of a group adds to the parts of a layout that count groups' rows."""
+    names = [part.name for part in layout.parts if part.name.startswith(_ROWS_OF)]
+    return {name: rows if name == rows_of(own).name else 0 for name in names}
 
 
 def figure_parts(name: str, size: int, whole: bool) -> tuple[Part, ...]:

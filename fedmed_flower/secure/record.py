@@ -11,6 +11,7 @@ from fedmed_flower.secure.encoding import SecureError, Value, decoded, digest, e
 from fedmed_flower.secure.identity import verify
 from fedmed_flower.secure.ring import Layout
 from fedmed_flower.secure.streams import SUITE
+from fedmed_flower.secure.study import MOST_GROUPS, group_name
 
 TRAIN = "train"
 DATA = "data"
@@ -47,6 +48,14 @@ class Hello:
     head : bytes
         The last entry of its audit trail; empty if it keeps none.
     signature : bytes
+    group : str
+        Name of its group in the study; empty if there are none.
+    group_members : int
+        Number of members of its group, itself included; 0 if there are no groups.
+    groups : int
+        Number of groups of its study.
+    grouping : bytes
+        `Study.grouping`.
     """
 
     study: str
@@ -63,6 +72,10 @@ class Hello:
     head: bytes = b""
     signature: bytes = b""
     suite: int = SUITE
+    group: str = ""
+    group_members: int = 0
+    groups: int = 0
+    grouping: bytes = b""
 
     def content(self) -> bytes:
         """Return the bytes that are signed."""
@@ -97,8 +110,18 @@ class Hello:
             raise SecureError(
                 f"the hello of {_short(hello.name)} is of suite {hello.suite}, not {SUITE}"
             )
-        if min(hello.least, hello.colluders, hello.rows) < 0:
+        if min(hello.least, hello.colluders, hello.rows, hello.group_members) < 0:
             raise SecureError(f"the hello of {_short(hello.name)} has a number below 0")
+        if not 0 <= hello.groups <= MOST_GROUPS:
+            raise SecureError(
+                f"a study has at most {MOST_GROUPS} groups, and by the hello of "
+                f"{_short(hello.name)} {hello.groups}"
+            )
+        if hello.group not in (map(group_name, range(hello.groups)) if hello.groups else [""]):
+            raise SecureError(
+                f"by the hello of {_short(hello.name)} it is in group {_short(hello.group)!r}, and "
+                f"there are {hello.groups} groups"
+            )
         return hello
 
 
@@ -126,6 +149,8 @@ class Record:
         What is summed.
     weighting : dict
         How a hospital's part is weighted, as plain values.
+    group : str
+        Name of the group of the study whose members alone are summed; empty for the whole study.
     """
 
     study: str
@@ -141,15 +166,18 @@ class Record:
     colluders: int
     layout: Layout
     weighting: Mapping[str, Value]
+    group: str = ""
 
     @classmethod
-    def of_hellos(cls, hellos: Sequence[Hello], **fields: Any) -> Self:
+    def of_hellos(cls, hellos: Sequence[Hello], group: str = "", **fields: Any) -> Self:
         """Return the record of the hospitals that said hello.
 
         Parameters
         ----------
         hellos : sequence of Hello
             At least one; those that name other members than the rest will refuse it.
+        group : str
+            The group that they are in, if it is summed by itself.
         **fields
             The other attributes, but those that follow from the hellos.
         """
@@ -157,14 +185,16 @@ class Record:
         least = max(hello.least for hello in listed)
         colluders = max(hello.colluders for hello in listed)
         members = max(hello.members for hello in listed)
+        together = max(_together(hello, group) for hello in listed)
         return cls(
             study=listed[0].study,
             run=listed[0].run,
             hellos=listed,
             members=members,
-            threshold=threshold_of(members, colluders),
+            threshold=threshold_of(together, colluders),
             least=least,
             colluders=colluders,
+            group=group,
             **fields,
         )
 
@@ -178,6 +208,11 @@ class Record:
         """The fewest hospitals over which a sum may be opened."""
         return max(self.threshold, self.least + self.colluders)
 
+    @property
+    def noted_group(self) -> dict[str, str]:
+        """What an entry of an audit trail says of the group; empty if there is none."""
+        return {"group": self.group} if self.group else {}
+
     def coordinate(self, name: str) -> int:
         """Return where a hospital's shares are taken; from 1."""
         return self.names.index(name) + 1
@@ -190,7 +225,15 @@ class Record:
         """Raise `SecureError` if a sum over some hospitals would tell too much.
 
         Those that tell their own figures, and as many as may work with the server, do not hide the
-        others: `least` must remain.
+        others: `least` must remain. In a study with groups they must also remain of each group that
+        has hospitals in the sum. Rows are counted by group, so what a larger sum of the same rows
+        tells of the rest of a group is then the figure of enough hospitals too.
+
+        Raises
+        ------
+        TooFewOfGroupError
+            If that holds but for some groups.
+        SecureError
         """
         if len(members) < self.needed:
             raise SecureError(
@@ -203,6 +246,9 @@ class Record:
                 f"of the hospitals in this sum {len(members) - silent} tell their own figures and "
                 f"{self.colluders} may work with the server: fewer than {self.least} remain"
             )
+        hellos = [self.hello_of(name) for name in members]
+        if exposed := exposed_groups(hellos, self.least, self.colluders):
+            raise TooFewOfGroupError(exposed, self.least, self.colluders)
 
     def values(self) -> dict[str, Value]:
         """Return all of it as plain values."""
@@ -237,6 +283,7 @@ class Record:
             raise SecureError(f"a record must be of kind {TRAIN} or {DATA}, got {record.kind!r}")
         if list(record.names) != sorted(set(record.names)) or not hellos:
             raise SecureError("a record must list each hospital once, in the order of the names")
+        first = hellos[0]
         for hello in hellos:
             if (hello.study, hello.run) != (record.study, record.run):
                 raise SecureError(f"the hello of {_short(hello.name)} is of another study or run")
@@ -245,15 +292,27 @@ class Record:
                     f"the study of {_short(hello.name)} has {hello.members} members, and that of "
                     f"the sum {record.members}"
                 )
+            if (hello.groups, hello.grouping) != (first.groups, first.grouping):
+                raise SecureError(
+                    f"the study of {_short(hello.name)} has other groups than that of "
+                    f"{_short(first.name)}: compare the fingerprints of `fedmed keys show`"
+                )
+            if record.group and hello.group != record.group:
+                where = f"group {hello.group}" if hello.group else "no group"
+                raise SecureError(
+                    f"{_short(hello.name)} is in {where} by its hello, and the sum is of group "
+                    f"{_short(record.group)}"
+                )
         if record.least != max(hello.least for hello in hellos):
             raise SecureError(f"least is {record.least}, which is not the largest of the hellos")
         if record.colluders != max(hello.colluders for hello in hellos):
             raise SecureError(f"c is {record.colluders}, which is not the largest of the hellos")
-        if record.threshold != threshold_of(record.members, record.colluders):
+        together = max(_together(hello, record.group) for hello in hellos)
+        threshold = threshold_of(together, record.colluders)
+        if record.threshold != threshold:
             raise SecureError(
-                f"the threshold is {record.threshold}; of {record.members} members, "
-                f"{record.colluders} of whom may work with the server, it is "
-                f"{threshold_of(record.members, record.colluders)}"
+                f"the threshold is {record.threshold}; of {together} members, "
+                f"{record.colluders} of whom may work with the server, it is {threshold}"
             )
         return record
 
@@ -275,6 +334,9 @@ class Record:
     def question(self, asked: Mapping[str, Value]) -> bytes:
         """Return the digest of what is asked, whoever is asked, in whichever run and round.
 
+        The group is no part of it: a hospital that is moved to another one answers a question for
+        the hospitals of before, or not at all.
+
         Parameters
         ----------
         asked : mapping
@@ -283,6 +345,38 @@ class Record:
         layout = self.layout.content()
         rules = [self.study, self.purpose, self.kind, layout, dict(self.weighting)]
         return digest({"rules": rules, "asked": asked})
+
+
+def exposed_groups(hellos: Sequence[Hello], least: int, colluders: int) -> list[str]:
+    """Return the groups of which too few hospitals are among some, and not none."""
+    silent: dict[str, int] = {}
+    for hello in hellos:
+        silent[hello.group] = silent.get(hello.group, 0) + (not hello.tells)
+    return sorted(group for group, count in silent.items() if count < least + colluders)
+
+
+class TooFewOfGroupError(SecureError):
+    """Of a group there are hospitals in a sum, and too few.
+
+    Parameters
+    ----------
+    groups : sequence of str
+        Their names.
+    least, colluders : int
+        As in `Record`.
+    """
+
+    def __init__(self, groups: Sequence[str], least: int, colluders: int) -> None:
+        super().__init__(
+            f"of group {' and of group '.join(groups)} at least least + c = {least} + "
+            f"{colluders} hospitals that do not tell their own figures must be in the sum, or none"
+        )
+        self.groups = list(groups)
+
+
+def _together(hello: Hello, group: str) -> int:
+    """Return the number of members of which a sum can be: of a group, or of the study."""
+    return hello.group_members if group else hello.members
 
 
 def threshold_of(members: int, colluders: int) -> int:

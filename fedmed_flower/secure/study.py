@@ -9,11 +9,13 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import tomli_w
 
 from fedmed_flower.errors import InputError
+from fedmed_flower.secure.encoding import digest
 from fedmed_flower.secure.identity import (
     KEY_BYTES,
     Identity,
@@ -28,6 +30,7 @@ from fedmed_flower.secure.identity import (
 LEAST = 3
 # Shares have a byte for the position of a member.
 MOST_MEMBERS = 255
+MOST_GROUPS = MOST_MEMBERS // LEAST
 _FEWEST_SECRET_BYTES = 16
 _FIELDS = ("name", "least", "c", "groups", "members", "secrets")
 _MADE = "a peers file is made by fedmed keys pin"
@@ -156,8 +159,15 @@ class Study:
             raise InputError(f"{path}: {error}") from None
 
     @classmethod
-    def simulated(cls, names: Sequence[str], run: str) -> Study:
+    def simulated(cls, names: Sequence[str], run: str, groups: int = 0) -> Study:
         """Return the study of a simulation, whose members have the keys of `Identity.simulated`.
+
+        Parameters
+        ----------
+        names : sequence of str
+        run : str
+        groups : int
+            Into how many groups members are parted, one after the other; 0 for none.
 
         Raises
         ------
@@ -165,7 +175,8 @@ class Study:
             As in `Study`.
         """
         members = {name: Identity.simulated(name, run).public for name in names}
-        return cls.of("simulation", members)
+        parted = [sorted(names)[first::groups] for first in range(groups)]
+        return cls.of("simulation", members, groups=parted)
 
     @property
     def threshold(self) -> int:
@@ -187,23 +198,48 @@ class Study:
 
     @property
     def sums(self) -> Groups:
-        """The sets of members of which sums are made: the groups, or all members."""
+        """The sets of members whose training is summed: the groups, or all members."""
         return self.groups or (tuple(self.members),)
 
-    def group_of(self, name: str) -> tuple[str, ...]:
-        """Return the members that are summed together with a member, itself included.
+    @property
+    def named_groups(self) -> dict[str, tuple[str, ...]]:
+        """The groups by their names, which follow from their order: A, B and so on."""
+        return {group_name(index): group for index, group in enumerate(self.groups)}
+
+    @property
+    def grouping(self) -> bytes:
+        """Digest of all groups, by which members compare theirs; empty if there are none."""
+        return digest([list(group) for group in self.groups]) if self.groups else b""
+
+    def group_of(self, name: str) -> str:
+        """Return the name of a member's group; empty if there are none.
 
         Raises
         ------
         InputError
             If there is no such member.
         """
-        for group in self.sums:
-            if name in group:
-                return group
-        raise InputError(
-            f"{name} is no member of the study {self.name}; its members: {', '.join(self.members)}"
-        )
+        if name not in self.members:
+            raise InputError(
+                f"{name} is no member of the study {self.name}; its members: "
+                f"{', '.join(self.members)}"
+            )
+        return next((key for key, group in self.named_groups.items() if name in group), "")
+
+    def within(self, group: str) -> Study:
+        """Return the study as it would be with the members of a group alone.
+
+        Parameters
+        ----------
+        group : str
+            Name of a group. Empty gives back the whole study.
+        """
+        if not group:
+            return self
+        names = self.named_groups[group]
+        members = {name: self.members[name] for name in names}
+        secrets = {name: self.secrets[name] for name in names if name in self.secrets}
+        return Study(self.name, members, self.least, self.colluders, secrets=secrets)
 
     def content(self) -> dict[str, Any]:
         """Return the study as plain values, without secrets: what a digest holds."""
@@ -421,6 +457,32 @@ def _side_of_cut(
             room[node][came_from[node]] += 1
             node = came_from[node]
     return None
+
+
+def group_name(index: int) -> str:
+    """Return the name of a group by its place in their order, from 0.
+
+    Examples
+    --------
+    >>> [group_name(index) for index in (0, 1, 25, 26, 27)]
+    ['A', 'B', 'Z', 'AA', 'AB']
+    """
+    rest, last = divmod(index, len(ascii_uppercase))
+    return (group_name(rest - 1) if rest else "") + ascii_uppercase[last]
+
+
+def place_of(group: str) -> int:
+    """Return the place of a group by its name, from 1; 0 for the empty name.
+
+    Examples
+    --------
+    >>> [place_of(group_name(index)) for index in (0, 25, 26, 84)], place_of("")
+    ([1, 26, 27, 85], 0)
+    """
+    place = 0
+    for letter in group:
+        place = place * len(ascii_uppercase) + ascii_uppercase.index(letter) + 1
+    return place
 
 
 def _usual_colluders(members: int) -> int:

@@ -36,10 +36,12 @@ class Place(NamedTuple):
     run: str
     round: int
     purpose: str = "train"
+    group: str = ""
 
     def __str__(self) -> str:
         purpose = "" if self.purpose == "train" else f" ({_short(self.purpose)})"
-        return f"round {self.round}{purpose} of run {_short(self.run)}"
+        group = f" of group {_short(self.group)}" if self.group else ""
+        return f"round {self.round}{purpose}{group} of run {_short(self.run)}"
 
 
 class _Told(NamedTuple):
@@ -285,7 +287,13 @@ def _unlike_sums(trails: Sequence[_Trail]) -> Iterator[str]:
             ]
             place = next(iter(sets.values()))[0].place
             yield f"{place} was opened {' and '.join(over)}: {_difference(sets)}"
-    for sets in questions.values():
+    for every in questions.values():
+        # Each group answers a question for itself.
+        sets = {
+            members: opened
+            for members, opened in every.items()
+            if any(members & other for other in every if other != members)
+        }
         # Two sets of one digest have been named already.
         if len(sets) > 1 and len({each.digest for opened in sets.values() for each in opened}) > 1:
             over = [
@@ -344,7 +352,7 @@ def _told(entry: Entry, questions: Mapping[str, str]) -> _Told:
     about = entry.about
     question = about.get("question") or questions.get(about["digest"], "")
     return _Told(
-        Place(about["run"], about["round"], about["purpose"]),
+        Place(about["run"], about["round"], about["purpose"], about.get("group", "")),
         about["digest"],
         tuple(about["names"]),
         about.get("model", ""),

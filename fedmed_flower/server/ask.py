@@ -7,7 +7,7 @@ puts a question to sites and reads their answers; all other questions use it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Generic, TypeVar
@@ -21,6 +21,7 @@ from fedmed_flower.server.sites import learn_name
 from fedmed_flower.wire import VersionError
 
 T = TypeVar("T")
+Enough = Callable[[Collection[int]], bool]
 # Most replies pulled at a time: each may hold a model.
 _TOGETHER = 20
 # Seconds between two looks for replies: at first, and at most.
@@ -47,6 +48,9 @@ class Exchange:
     grace : float
         Seconds to wait after the `minimum` of replies. Not in one process, where every site has its
         turn.
+    enough : callable, optional
+        Maps the nodes that have replied without an error to whether they are enough; only then does
+        `grace` begin, and not before the `minimum` either. None asks for no more than that.
 
     Attributes
     ----------
@@ -67,16 +71,19 @@ class Exchange:
         timeout: float,
         minimum: int | None = None,
         grace: float = 0.0,
+        enough: Enough | None = None,
     ) -> None:
         self.grid = grid
         self.messages = messages
         self.timeout = timeout
         self.minimum = minimum
         self.grace = grace
+        self.enough = enough
         self.silent: list[Message] = []
         self.answered = 0
         self.seconds = 0.0
         self.waited = 0.0
+        self._nodes: set[int] = set()
 
     def __iter__(self) -> Iterator[tuple[Message, Message]]:
         sent = self._push()
@@ -87,6 +94,8 @@ class Exchange:
             request = reply.metadata.reply_to_message_id
             if request in sent:
                 waiting.pop(request, None)
+                if not reply.has_error():
+                    self._nodes.add(sent[request].metadata.dst_node_id)
                 yield sent[request], reply
         self.silent = [
             message for message in self.messages if message.metadata.message_id not in sent
@@ -119,8 +128,7 @@ class Exchange:
                     self.waited = time.monotonic() - began
                     yield reply
             now = time.monotonic()
-            enough = self.minimum is not None and self.answered >= self.minimum
-            if enough and not grace_began:
+            if self._suffice() and not grace_began:
                 deadline = min(deadline, now + self.grace)
                 grace_began = True
             if now >= deadline:
@@ -130,6 +138,12 @@ class Exchange:
                 pause = min(2 * pause, _LONGEST_PAUSE) if none_came else _FIRST_PAUSE
                 # The last look is at the deadline.
                 time.sleep(min(pause, deadline - now))
+
+    def _suffice(self) -> bool:
+        """Return whether enough sites have replied to wait only `grace` seconds more."""
+        if self.minimum is None or self.answered < self.minimum:
+            return False
+        return self.enough is None or self.enough(self._nodes)
 
     @property
     def patience(self) -> str:
@@ -262,6 +276,7 @@ def ask(
     grace: float = 0.0,
     listener: Listener = NOBODY,
     server_round: int = 0,
+    enough: Enough | None = None,
 ) -> Question[T]:
     """Prepare a question to sites; iterating over it sends it and yields the answers.
 
@@ -286,6 +301,8 @@ def ask(
         Hears who is asked and who answers, with the question's name as the phase.
     server_round : int
         The round that the listener hears.
+    enough : callable, optional
+        As in `Exchange`.
 
     Returns
     -------
@@ -293,7 +310,7 @@ def ask(
     """
     kind = f"{MessageType.QUERY}.{question}"
     messages = [Message(content, node_id, kind) for node_id, content in contents.items()]
-    exchange = Exchange(grid, messages, timeout, minimum, grace)
+    exchange = Exchange(grid, messages, timeout, minimum, grace, enough)
     return Question(exchange, read, names, question, listener, server_round)
 
 
@@ -308,6 +325,7 @@ def ask_all(
     grace: float = 0.0,
     listener: Listener = NOBODY,
     server_round: int = 0,
+    enough: Enough | None = None,
 ) -> tuple[list[Answer[T]], list[NoAnswer]]:
     """Ask as `ask` does, and wait for all answers.
 
@@ -317,7 +335,17 @@ def ask_all(
         The answers, and the sites without one; both in the order of the sites' names.
     """
     asked = ask(
-        grid, question, contents, read, timeout, names, minimum, grace, listener, server_round
+        grid,
+        question,
+        contents,
+        read,
+        timeout,
+        names,
+        minimum,
+        grace,
+        listener,
+        server_round,
+        enough,
     )
     answers = sorted(asked, key=lambda answer: (answer.site, answer.node_id))
     return answers, asked.failures

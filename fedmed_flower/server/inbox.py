@@ -12,7 +12,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 
 from fedmed_flower.errors import shown
-from fedmed_flower.server.ask import Exchange
+from fedmed_flower.secure.study import MOST_GROUPS
+from fedmed_flower.server.ask import Enough, Exchange
 from fedmed_flower.server.compression import Unpacker, saved_bytes
 from fedmed_flower.server.history import Failure, History, Note
 from fedmed_flower.server.listeners import Listeners
@@ -23,7 +24,8 @@ from fedmed_flower.wire import ALL_SITES, CHANGES, DECLINED, IN_SUMS, ROWS_RECOR
 
 log = logging.getLogger("flwr.fedmed")
 
-# The node that stands for all hospitals of a secure sum; it has sent nothing itself.
+# The node that stands for all hospitals of a secure sum; it has sent nothing itself. Those below
+# stand for the groups of a study.
 SUM_NODE = 2**64 - 1
 # Letters by which two errors are compared.
 _ALIKE = 200
@@ -31,6 +33,11 @@ _ALIKE = 200
 _MOST_CHANGES = 200
 # A site's number of training rows; of patients if they are protected by noise.
 _COUNT = "num-examples"
+
+
+def is_sum(node_id: int) -> bool:
+    """Return whether a node stands for several hospitals."""
+    return node_id >= SUM_NODE - MOST_GROUPS
 
 
 @dataclass
@@ -189,6 +196,7 @@ class Inbox:
         phase: str,
         minimum: int | None = None,
         grace: float = 0.0,
+        enough: Enough | None = None,
     ) -> Iterator[Message]:
         """Send messages and yield the replies as they come; record sites without a reply in time.
 
@@ -196,12 +204,12 @@ class Inbox:
 
         Parameters
         ----------
-        grid, messages, timeout, minimum, grace
+        grid, messages, timeout, minimum, grace, enough
             As in `Exchange`.
         server_round : int
         phase : str
         """
-        exchange = Exchange(grid, messages, timeout, minimum, grace)
+        exchange = Exchange(grid, messages, timeout, minimum, grace, enough)
         numbers = {id(message): number for number, message in enumerate(messages)}
         self.begin_phase()
         asked = [self.name(message.metadata.dst_node_id) for message in messages]
@@ -317,7 +325,7 @@ class Inbox:
         for reply in replies:
             node_id, number = self._sender(reply)
             learn_name(self.site_names, node_id, reply, self.connected)
-            if reply.has_content() and node_id != SUM_NODE:
+            if reply.has_content() and not is_sum(node_id):
                 kind = "train" if phase == "train" else "evaluate"
                 self.history.sent.take(kind, self.name(node_id), reply.content)
             request = reply.metadata.reply_to_message_id
@@ -420,7 +428,7 @@ class Inbox:
         for a secure sum is no site's: what it holds is recorded of all sites together.
         """
         for reply in replies:
-            if reply.node_id == SUM_NODE:
+            if is_sum(reply.node_id):
                 continue
             if phase == "train" and (changes := self._changes(reply)):
                 self.note(server_round, phase, reply.site, changes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from fedmed_flower.arrays.views import view
 from fedmed_flower.data.site import some_of
 from fedmed_flower.secure.audit import AUDIT, Chain
-from fedmed_flower.secure.collector import Collector
+from fedmed_flower.secure.collector import Collector, SpoiltError
 from fedmed_flower.secure.encoding import (
     SecureError,
     Value,
@@ -27,9 +28,10 @@ from fedmed_flower.secure.encoding import (
     encoded,
 )
 from fedmed_flower.secure.parts import CLIPPED, ONES, TOLD, figure_parts
-from fedmed_flower.secure.record import DATA, TRAIN, Hello, Record
+from fedmed_flower.secure.record import DATA, TRAIN, Hello, Record, exposed_groups
 from fedmed_flower.secure.ring import Layout, Part, Words
-from fedmed_flower.server.ask import ask_all
+from fedmed_flower.secure.study import place_of
+from fedmed_flower.server.ask import Enough, ask_all
 from fedmed_flower.server.history import Sum
 from fedmed_flower.server.inbox import SUM_NODE, Inbox
 from fedmed_flower.wire import (
@@ -73,6 +75,38 @@ class Opened:
     told: dict[str, RecordDict] = field(default_factory=dict)
 
 
+class _Attempt:
+    """One of several sums that are made at once, as far as it has come.
+
+    Attributes
+    ----------
+    collector : Collector
+    complete : bool
+        Whether all hospitals of its record are in it.
+    signatures : dict of str to bytes
+        By which hospitals those that remain are certified; empty if all do.
+    lost : SecureError or None
+        Why it cannot be opened.
+    told : dict of str to RecordDict
+        The figures of hospitals that tell their own beside their part, by name.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self.collector = Collector(record)
+        self.complete = False
+        self.signatures: dict[str, bytes] = {}
+        self.lost: SecureError | None = None
+        self.told: dict[str, RecordDict] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note an error of a step, so that the other sums go on."""
+        try:
+            yield
+        except SecureError as error:
+            self.lost = error
+
+
 class SecureSums:
     """The secure sums of one run.
 
@@ -101,9 +135,10 @@ class SecureSums:
         What each hospital says of its rows' source, by name.
     settled : frozenset of str
         The hospitals over which questions about data were first opened in this run; empty before.
-    bound : frozenset of str
-        In training, the hospitals of the last set that one of them has signed or sent its shares
-        for: that one answers the same question for no other set.
+    bound : dict of str to frozenset of str
+        In training, by group, the hospitals of the last set that one of them has signed or sent its
+        shares for: that one answers the same question for no other set. The group is empty if the
+        study has none.
     """
 
     def __init__(
@@ -125,11 +160,11 @@ class SecureSums:
         self.hellos: dict[str, Hello] = {}
         self.about: dict[str, dict[str, Any]] = {}
         self.settled: frozenset[str] = frozenset()
-        self.bound: frozenset[str] = frozenset()
+        self.bound: dict[str, frozenset[str]] = {}
         self._nodes: dict[str, int] = {}
         # The nodes that hospitals had before they came back as other ones.
         self._former: dict[int, str] = {}
-        # Hospitals that the last sum needed; 0 before the first.
+        # The most hospitals that a sum so far has needed; 0 before the first.
         self._needed = 0
         self._trail = None if folder is None else Chain(folder / AUDIT, None, "server")
 
@@ -198,22 +233,36 @@ class SecureSums:
         server_round: int,
         layout: Layout,
         weighting: Mapping[str, Value],
+        group: str = "",
     ) -> Record:
         """Return the record of a sum over some nodes.
 
         A question about data is asked of the hospitals alone that the first one was opened over:
-        they answer no other.
+        they answer no other. Hospitals of a group of which too few are there are left out of it.
+
+        Parameters
+        ----------
+        group : str
+            Name of the group that is summed by itself; the others are left out. Empty for all.
 
         Raises
         ------
         SecureError
             If too few of them have said hello.
         """
-        present = [hello for name, hello in self.hellos.items() if self._nodes[name] in nodes]
+        present = [
+            hello
+            for name, hello in self.hellos.items()
+            if self._nodes[name] in nodes and group in ("", hello.group)
+        ]
         if kind == DATA and self.settled:
             present = [hello for hello in present if hello.name in self.settled]
         if not present:
             raise SecureError("no hospital has said hello")
+        if kind == DATA:
+            present = _of_whole_groups(present)
+            if not present:
+                raise SecureError("of no group are there as many hospitals as a sum needs")
         record = Record.of_hellos(
             present,
             purpose=purpose,
@@ -222,8 +271,9 @@ class SecureSums:
             nonce=secrets.token_bytes(_NONCE_BYTES),
             layout=layout,
             weighting=weighting,
+            group=group,
         )
-        self._needed = record.needed
+        self._needed = max(self._needed, record.needed)
         # What every hospital would refuse.
         record.require_enough(record.names)
         return record
@@ -289,10 +339,17 @@ class SecureSums:
         """Return the nodes of a record's hospitals."""
         return [self._nodes[name] for name in record.names]
 
-    @property
-    def bound_nodes(self) -> set[int]:
-        """The nodes of the hospitals that are `bound`."""
-        return {self._nodes[name] for name in self.bound}
+    def by_group(self, nodes: Collection[int]) -> dict[str, set[int]]:
+        """Return those of some nodes that have said hello, by the names of their groups."""
+        grouped: dict[str, set[int]] = {}
+        for name, hello in sorted(self.hellos.items()):
+            if self._nodes[name] in nodes:
+                grouped.setdefault(hello.group, set()).add(self._nodes[name])
+        return dict(sorted(grouped.items()))
+
+    def bound_nodes(self, group: str) -> set[int]:
+        """Return the nodes of the hospitals of a group that are `bound`."""
+        return {self._nodes[name] for name in self.bound.get(group, ())}
 
     def sum(
         self,
@@ -311,88 +368,228 @@ class SecureSums:
         messages : sequence of Message
             To hospitals of the record.
         record : Record
-        phase, timeout, grace
-            As in `Inbox.collect`.
-        minimum : int, optional
-            As in `Inbox.collect`; at least as many as a sum needs.
-        whole : bool
-            Whether to open it over all hospitals of the record or not at all. No hospital is then
-            asked who remains, so all may still answer later.
+        phase, timeout, minimum, grace, whole
+            As in `sum_each`.
 
         Raises
         ------
         SecureError
             If the sum cannot be opened. Nothing is then known but who took part.
         """
-        server_round = record.server_round
+        (opened,) = self.sum_each(messages, [record], phase, timeout, minimum, grace, whole)
+        if isinstance(opened, SecureError):
+            raise opened
+        return opened
+
+    def sum_each(
+        self,
+        messages: Sequence[Message],
+        records: Sequence[Record],
+        phase: str,
+        timeout: float,
+        minimum: int | None = None,
+        grace: float = 0.0,
+        whole: bool = False,
+    ) -> list[Opened | SecureError]:
+        """Make several sums of one phase at once, each over other hospitals.
+
+        Parameters
+        ----------
+        messages : sequence of Message
+            To hospitals of the records.
+        records : sequence of Record
+            No hospital is in two.
+        phase, timeout, grace
+            As in `Inbox.collect`.
+        minimum : int, optional
+            As in `Inbox.collect`; at least so many that each sum has as many as it needs.
+        whole : bool
+            Whether to open a sum over all hospitals of its record or not at all. No hospital is
+            then asked who remains, so all may still answer later.
+
+        Returns
+        -------
+        list
+            Of each record the sum, or why it cannot be opened. Nothing is then known but who took
+            part.
+        """
+        if not records:
+            return []
         if minimum is not None:
-            minimum = max(minimum, record.needed)
-        told = self._config({RECORD: record.to_bytes()})
+            minimum = max(minimum, sum(record.needed for record in records))
+        attempts = [_Attempt(record) for record in records]
+        self._collect(messages, attempts, phase, timeout, minimum, grace)
+        self._settle(attempts, phase, whole)
+        self._certify([attempt for attempt in attempts if attempt.lost is None])
+        self._unmask([attempt for attempt in attempts if attempt.lost is None])
+        return [self._outcome(attempt, phase) for attempt in attempts]
+
+    def _collect(
+        self,
+        messages: Sequence[Message],
+        attempts: Sequence[_Attempt],
+        phase: str,
+        timeout: float,
+        minimum: int | None,
+        grace: float,
+    ) -> None:
+        """Send messages with the records of their sums, and add the vectors that come."""
+        by_site = {name: each for each in attempts for name in each.collector.record.names}
+        by_node = {self._nodes[name]: attempt for name, attempt in by_site.items()}
+        told = {
+            id(attempt): self._config({RECORD: attempt.collector.record.to_bytes()})
+            for attempt in attempts
+        }
         for message in messages:
-            message.content[SECURE] = ConfigRecord({**told})
+            attempt = by_node[message.metadata.dst_node_id]
+            message.content[SECURE] = ConfigRecord({**told[id(attempt)]})
+        server_round = attempts[0].collector.record.server_round
         if self._trail is not None and messages:
             model = digest(_arrays_of(messages[0].content))
-            names = list(record.names)
-            self._note(record, "sent", purpose=record.purpose, names=names, model=model)
-        collector = Collector(record)
-        own: dict[str, RecordDict] = {}
+            for attempt in attempts:
+                record = attempt.collector.record
+                self._note(
+                    record,
+                    "sent",
+                    purpose=record.purpose,
+                    names=list(record.names),
+                    model=model,
+                    **record.noted_group,
+                )
         for site, reply in self.inbox.sorted_out(
             server_round,
             phase,
-            self.inbox.collect(self.grid, messages, timeout, server_round, phase, minimum, grace),
+            self.inbox.collect(
+                self.grid,
+                messages,
+                timeout,
+                server_round,
+                phase,
+                minimum,
+                grace,
+                _enough_of_each(
+                    ({*self.nodes_of(each.collector.record)}, each.collector.record.needed)
+                    for each in attempts
+                ),
+            ),
         ):
             try:
+                if site not in by_site:
+                    raise SecureError("it is not among the hospitals of this sum")
+                attempt = by_site[site]
+                collector = attempt.collector
                 collector.add(site, _words(reply.content), _letter(reply.content))
-                if record.hello_of(site).tells and reply.content.metric_records:
-                    own[site] = RecordDict({**reply.content.metric_records})
+                if collector.record.hello_of(site).tells and reply.content.metric_records:
+                    attempt.told[site] = RecordDict({**reply.content.metric_records})
             except SecureError as error:
                 self.inbox.fail(server_round, phase, site, f"malformed reply: {error}")
-        try:
-            complete = collector.settle()
-        finally:
-            for site, problem in collector.problems.items():
-                self.inbox.fail(server_round, phase, site, problem)
-        if whole and not complete:
-            lost = sorted({*record.names} - {*collector.members})
-            raise SecureError(
-                f"{some_of(lost)} could not be added, and figures of patients are summed over all "
-                f"{len(record.names)} hospitals or not at all"
-            )
-        signatures = {} if complete else self._certificate(collector, server_round)
-        members = collector.members
+
+    def _settle(self, attempts: Sequence[_Attempt], phase: str, whole: bool) -> None:
+        """Decide which hospitals each sum is over."""
+        for attempt in attempts:
+            record = attempt.collector.record
+            with attempt.watched():
+                attempt.complete = attempt.collector.settle()
+                if whole and not attempt.complete:
+                    lost = sorted({*record.names} - {*attempt.collector.members})
+                    raise SecureError(
+                        f"{some_of(lost)} could not be added, and figures of patients are summed "
+                        f"over all {len(record.names)} hospitals or not at all"
+                    )
+            for site, problem in attempt.collector.problems.items():
+                self.inbox.fail(record.server_round, phase, site, problem)
+
+    def _certify(self, attempts: Sequence[_Attempt]) -> None:
+        """Let the hospitals that remain of sums with a loss sign that they do."""
+        going = [attempt for attempt in attempts if not attempt.complete]
+        contents: dict[int, RecordDict] = {}
+        for attempt in going:
+            asked: dict[str, Value] = {SECURE_RUN: self.run, "digest": attempt.collector.digest}
+            content = self._asked({**asked, "members": attempt.collector.members})
+            contents |= {self._nodes[name]: content for name in attempt.collector.members}
+        self._put("alive", contents, going, Collector.certify)
+        for attempt in going:
+            with attempt.watched():
+                attempt.signatures = attempt.collector.certificate()
+
+    def _unmask(self, attempts: Sequence[_Attempt]) -> None:
+        """Ask the hospitals that remain for their shares."""
         contents = {
             self._nodes[name]: self._asked(
                 {
                     SECURE_RUN: self.run,
-                    "digest": collector.digest,
-                    "members": members,
-                    "envelopes": collector.envelopes_for(name),
-                    "signatures": signatures,
+                    "digest": attempt.collector.digest,
+                    "members": attempt.collector.members,
+                    "envelopes": attempt.collector.envelopes_for(name),
+                    "signatures": attempt.signatures,
                 }
             )
-            for name in members
+            for attempt in attempts
+            for name in attempt.collector.members
         }
-        by_node = {node_id: name for name, node_id in self._nodes.items()}
+        self._put("unmask", contents, attempts, Collector.answer)
+
+    def _put(
+        self,
+        question: str,
+        contents: Mapping[int, RecordDict],
+        attempts: Sequence[_Attempt],
+        take: Callable[[Collector, str, bytes], None],
+    ) -> None:
+        """Ask the hospitals that remain in sums, until each sum has as many answers as it needs."""
+        if not attempts:
+            return
+        asked = {
+            self._nodes[name]: (attempt.collector, name)
+            for attempt in attempts
+            for name in attempt.collector.members
+        }
 
         def read(node_id: int, reply: RecordDict) -> None:
-            self._bind(record, members)
-            collector.answer(by_node[node_id], _letter(reply))
+            collector, name = asked[node_id]
+            self._bind(collector.record, collector.members)
+            take(collector, name, _letter(reply))
 
-        self._ask("unmask", contents, read, server_round, record.threshold)
+        records = [attempt.collector.record for attempt in attempts]
+        minimum = sum(record.threshold for record in records)
+        enough = _enough_of_each(({*self.nodes_of(record)}, record.threshold) for record in records)
+        self._ask(question, contents, read, records[0].server_round, minimum, enough)
+
+    def _outcome(self, attempt: _Attempt, phase: str) -> Opened | SecureError:
+        """Return what a sum is, or why it is lost."""
+        if attempt.lost is not None:
+            return attempt.lost
+        try:
+            return self._open(attempt, phase)
+        except SecureError as error:
+            return error
+
+    def _open(self, attempt: _Attempt, phase: str) -> Opened:
+        """Return what a sum is, and note over which hospitals.
+
+        Raises
+        ------
+        SecureError
+            If it cannot be opened, or one of the hospitals has sent what cannot be.
+        """
+        collector = attempt.collector
+        record = collector.record
+        members = collector.members
         sites = len(members)
         words = collector.open()
         for site, doubt in collector.doubts.items():
-            self.inbox.note(server_round, phase, site, doubt)
+            self.inbox.note(record.server_round, phase, site, doubt)
         values = record.layout.decode(words, sites)
         if ONES in record.layout.parts and int(values[ONES.name][0]) != sites:
-            raise SecureError(f"the sum is not one of {sites} hospitals: a mask was wrong")
+            raise SpoiltError(f"the sum is not one of {sites} hospitals: a mask was wrong")
         if (excess := record.layout.excess(values, sites)) is not None:
-            raise SecureError(f"one of the hospitals has sent what cannot be: {excess}")
+            raise SpoiltError(f"one of the hospitals has sent what cannot be: {excess}")
         if record.kind == DATA:
             self.settled = self.settled or frozenset(members)
-        self.inbox.history.sums.append(Sum(server_round, record.purpose, tuple(members)))
+        self.inbox.history.sums.append(Sum(record.server_round, record.purpose, tuple(members)))
         self._note(record, "opened", members=members)
-        return Opened(values, members, record, {site: own[site] for site in members if site in own})
+        told = {site: attempt.told[site] for site in members if site in attempt.told}
+        return Opened(values, members, record, told)
 
     def figures(self, messages: Sequence[Message], server_round: int) -> Layout:
         """Ask hospitals what they would sum in an evaluation, and return it, with the tail.
@@ -455,22 +652,7 @@ class SecureSums:
     def _bind(self, record: Record, members: Collection[str]) -> None:
         """Note that a hospital has answered a question for a set, and does so for no other."""
         if record.kind == TRAIN:
-            self.bound = frozenset(members)
-
-    def _certificate(self, collector: Collector, server_round: int) -> dict[str, bytes]:
-        """Let the hospitals that remain sign that they do."""
-        members = collector.members
-        asked: dict[str, Value] = {SECURE_RUN: self.run, "digest": collector.digest}
-        content = self._asked({**asked, "members": members})
-        by_node = {self._nodes[name]: name for name in members}
-
-        def read(node_id: int, reply: RecordDict) -> None:
-            self._bind(collector.record, members)
-            collector.certify(by_node[node_id], _letter(reply))
-
-        contents = dict.fromkeys(by_node, content)
-        self._ask("alive", contents, read, server_round, collector.record.threshold)
-        return collector.certificate()
+            self.bound[record.group] = frozenset(members)
 
     def _ask(
         self,
@@ -479,6 +661,7 @@ class SecureSums:
         read: Callable[[int, RecordDict], T],
         server_round: int,
         minimum: int | None = None,
+        enough: Enough | None = None,
     ) -> list[tuple[int, T]]:
         """Ask nodes; return the answers by node, and record who gave none."""
 
@@ -497,6 +680,7 @@ class SecureSums:
             self.grace,
             listener=self.inbox.listeners,
             server_round=server_round,
+            enough=enough,
         )
         for failure in failures:
             self.inbox.fail(server_round, question, failure.site, failure.reason, heard=True)
@@ -538,9 +722,36 @@ def _words(content: RecordDict) -> Words:
     return vectors[0], vectors[1]
 
 
+def _of_whole_groups(hellos: list[Hello]) -> list[Hello]:
+    """Leave out the hospitals of groups of which too few are there."""
+    least = max(hello.least for hello in hellos)
+    colluders = max(hello.colluders for hello in hellos)
+    exposed = [group for group in exposed_groups(hellos, least, colluders) if group]
+    return [hello for hello in hellos if hello.group not in exposed]
+
+
+def _enough_of_each(asked: Iterable[tuple[Collection[int], int]]) -> Enough:
+    """Return what says of nodes that have answered whether they are enough for each sum.
+
+    Parameters
+    ----------
+    asked : iterable of (collection of int, int)
+        Of each sum the nodes that are asked, and how many of them must answer.
+    """
+    listed = [(frozenset(nodes), needed) for nodes, needed in asked]
+
+    def enough(answered: Collection[int]) -> bool:
+        return all(len(nodes.intersection(answered)) >= needed for nodes, needed in listed)
+
+    return enough
+
+
 def reply_of(opened: Opened, kind: str, content: RecordDict, inbox: Inbox) -> Message:
     """Return a sum as one reply, from a node that stands for all its hospitals."""
-    name = f"sum of {len(opened.members)} hospitals"
-    inbox.site_names[SUM_NODE] = name
+    group = opened.record.group
+    count = len(opened.members)
+    name = f"mean of {count} hospitals, group {group}" if group else f"sum of {count} hospitals"
+    node = SUM_NODE - place_of(group)
+    inbox.site_names[node] = name
     content[SITE_RECORD] = ConfigRecord({"name": name})
-    return Message(content, reply_to=Message(RecordDict(), SUM_NODE, kind))
+    return Message(content, reply_to=Message(RecordDict(), node, kind))

@@ -14,6 +14,7 @@ OFF = "none"
 SUM = "sum"
 LEAST_EXPONENT = -40
 MOST_SECURE_EXPONENT = 10
+_MOST_GROUPS = 85
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class SecureSettings(Section):
         False,
         "With secure=sum: whether a hospital takes no part in a round in which it would have to "
         "cut a change, or has one that is no number. The server then learns that it was so.",
+    )
+    secure_groups: int = setting(
+        0,
+        "In a simulation with secure=sum: into how many groups hospitals are parted, for rules "
+        "that compare their means. 0: none. At real hospitals the peers files say so.",
+        Within(0, _MOST_GROUPS),
     )
 
 

@@ -85,7 +85,8 @@ class WeightedFedAvg(FedAvg):
         if self.weights == EXAMPLES:
             return super().weigh(site, reply)
         if self.weights == UNIFORM:
-            return 1.0
+            # In secure sums a reply is the mean of several hospitals, as many as its examples.
+            return 1.0 if self.run.secure is None else super().weigh(site, reply)
         if self.weights == INVERSE_LOSS:
             return 1 / training_loss(reply, self.loss_key)
         if isinstance(self.weights, Mapping):

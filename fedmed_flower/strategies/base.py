@@ -68,7 +68,12 @@ from fedmed_flower.strategies.methods import (
     moved,
     require_fitting,
 )
-from fedmed_flower.strategies.secure import OF_SUMS, SecureRounds, require_summable
+from fedmed_flower.strategies.secure import (
+    OF_SUMS,
+    GroupRule,
+    SecureRounds,
+    require_summable,
+)
 from fedmed_flower.strategies.selection import LAST, Selection, server_figures
 from fedmed_flower.strategies.server_optimizers import (
     OPTIMISERS,
@@ -707,7 +712,10 @@ class FedAvg(flower.FedAvg):
         sums = self.secure_sums(grid, run, self.run.timeout, simulated)
         by = self.secure_weighting or EXAMPLES
         noise = self.secure_noise
-        return SecureRounds(sums, self.secure_exponent, by, not self.patients_hidden, noise)
+        rule = None
+        if type(self).combine is not self._known.combine:
+            rule = GroupRule(type(self).__name__, self.needed())
+        return SecureRounds(sums, self.secure_exponent, by, not self.patients_hidden, noise, rule)
 
     def _compare(self, server_round: int, arrays: ArrayRecord, figures: dict[str, Any]) -> None:
         """Compare the model of a round with the best so far, if a figure decides anything."""
@@ -1314,6 +1322,8 @@ class FedAvg(flower.FedAvg):
     ) -> Combined:
         accepted = self.inbox.in_order(replies)
         self.run.faulty = self.inbox.malformed
+        if self.run.secure is not None:
+            self.run.faulty += self.run.secure.spoilt
         sent = self.run.sent_arrays
         if sent is not None:
             layout = sent

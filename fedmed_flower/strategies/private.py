@@ -347,7 +347,7 @@ class DPFedAvg(FedAvg):
             released then.
         """
         if self.secure == SUM:
-            # One update, the mean of clipped changes, has its noise from the hospitals.
+            # The mean of clipped changes, or that of each group, has its noise from the hospitals.
             return super().combine(updates, weights)
         updates.check()
         norms = updates.norms(double=True)

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from fedmed_flower.arrays.views import own_content, view
 from fedmed_flower.data.site import some_of
 from fedmed_flower.methods.base import Method
 from fedmed_flower.metrics.summing import Grid, finer_grids, partial_metrics, record_of_sums
+from fedmed_flower.secure.collector import SpoiltError
 from fedmed_flower.secure.encoding import SecureError
 from fedmed_flower.secure.parts import (
     BY,
@@ -35,13 +36,13 @@ from fedmed_flower.secure.parts import (
     LOSS,
     MODEL,
     ONES,
-    ROWS,
     TOLD,
     TOTAL,
     UNIFORM,
     figures_of,
+    rows_of,
 )
-from fedmed_flower.secure.record import DATA, TRAIN, Record
+from fedmed_flower.secure.record import DATA, TRAIN, Hello, Record, TooFewOfGroupError
 from fedmed_flower.secure.ring import FIXED, REAL, Layout, Part
 from fedmed_flower.secure.shares import Declared, Shares
 from fedmed_flower.server.inbox import SUM_NODE
@@ -59,8 +60,56 @@ _LONGEST = 4.0
 _REMEMBERED = 5
 # How often an evaluation is asked for, until the grids of scores resolve them.
 _MOST_GRIDS = 3
+# With two groups no rule can tell which one is wrong.
+_FEWEST_GROUPS = 3
 _COUNT = "count"
 _FEDPROX = "fedprox"
+
+
+def _named(group: str) -> str:
+    """Return how a group is named among the sites; without a name, all of them."""
+    return f"group {group}" if group else ALL_SITES
+
+
+@dataclass(frozen=True)
+class GroupRule:
+    """A rule that compares several replies, and so needs the means of several groups.
+
+    Parameters
+    ----------
+    strategy : str
+        Its name.
+    replies : int
+        The fewest replies with which it keeps its promise.
+    """
+
+    strategy: str
+    replies: int
+
+    def require_groups(self, hellos: Sequence[Hello]) -> None:
+        """Raise `InputError` if the hospitals' study has no groups, or too few; with the way out.
+
+        Parameters
+        ----------
+        hellos : sequence of Hello
+            Nothing is known before the first.
+        """
+        if not hellos:
+            return
+        groups = max(hello.groups for hello in hellos)
+        if groups >= max(1, self.replies):
+            return
+        least = max(hello.least for hello in hellos)
+        colluders = max(hello.colluders for hello in hellos)
+        wanted = max(_FEWEST_GROUPS, self.replies)
+        raise setting_error(
+            f'secure="sum" with {self.strategy}, whose rule compares replies, needs a study with '
+            f"groups: at least {wanted} of least + c = {least} + {colluders} members each, which "
+            f"is {wanted * (least + colluders)} hospitals; this study has "
+            f"{groups or 'no'} groups. Each member writes them into its own file (fedmed keys "
+            "regroup; in a simulation set secure-groups), or take FedAvg",
+            "secure",
+        )
 
 
 class SecureRounds:
@@ -78,6 +127,19 @@ class SecureRounds:
     noise : Declared, optional
         The noise of which each hospital adds a share. All hospitals then weigh the same, and beside
         the model nothing is summed.
+    rule : GroupRule, optional
+        The strategy's rule, if it compares several replies: the study must then have groups. None
+        if it takes a mean.
+
+    Attributes
+    ----------
+    totals : dict of str to int
+        Training rows, by the name of the group, or by the empty name if the study has no groups;
+        empty if the mean is not weighted by them.
+    counted : dict of str to frozenset of str
+        The hospitals whose rows these are, by group.
+    spoilt : int
+        Groups of the last round of which a hospital has sent what no honest one sends.
     """
 
     def __init__(
@@ -87,20 +149,23 @@ class SecureRounds:
         by: str,
         losses: bool,
         noise: Declared | None = None,
+        rule: GroupRule | None = None,
     ) -> None:
         self.sums = sums
         self.bound = 2.0**exponent
         self.by = by if noise is None else UNIFORM
         self.losses = losses
         self.noise = noise
-        self.total = 0
-        # The hospitals whose rows are counted; empty if the mean is not weighted by them.
-        self.counted: frozenset[str] = frozenset()
+        self.rule = rule
+        self.totals: dict[str, int] = {}
+        self.counted: dict[str, frozenset[str]] = {}
+        self.spoilt = 0
         # What is summed in each phase of evaluation.
         self._layouts: dict[str, Layout] = {}
         # On which scores are counted; empty before the first evaluation.
         self._grids: list[Grid] = []
-        self._lengths: deque[float] = deque(maxlen=_REMEMBERED)
+        # Lengths of the last mean changes, by group.
+        self._lengths: dict[str, deque[float]] = {}
         self._sent: ArrayRecord | None = None
 
     def begin(self, nodes: Collection[int], server_round: int, minimum: int | None = None) -> None:
@@ -119,12 +184,25 @@ class SecureRounds:
         ------
         SecureError
             If the rows cannot be counted.
+        InputError
+            If the rule compares replies, and the study has no groups, or too few.
         """
-        counted = self.by == UNIFORM or self.total > 0
+        counted = self.by == UNIFORM or bool(self.counted)
         self.sums.greet(nodes, server_round, minimum if counted else None)
-        if counted:
-            return
-        record = self.sums.record(nodes, _COUNT, DATA, 0, Layout((ROWS, ONES)), {})
+        if self.rule is not None:
+            self.rule.require_groups([*self.sums.hellos.values()])
+        if not counted:
+            self._count({*nodes}, server_round)
+
+    def _count(self, nodes: set[int], server_round: int) -> None:
+        """Count training rows by group, in one sum over the hospitals of all groups.
+
+        If a hospital is lost and too few of its group remain, the others are asked once more
+        without that group.
+        """
+        record = self.sums.record(nodes, _COUNT, DATA, 0, Layout(()), {})
+        groups = sorted({hello.group for hello in record.hellos})
+        record = replace(record, layout=Layout((*map(rows_of, groups), ONES)))
         messages = [
             Message(
                 RecordDict({"config": ConfigRecord({RUN_KEY: self.sums.run})}),
@@ -133,11 +211,25 @@ class SecureRounds:
             )
             for node_id in self.sums.nodes_of(record)
         ]
-        opened = self.sums.sum(messages, record, _COUNT, self.sums.timeout)
-        self.counted = frozenset(opened.members)
-        self.total = int(opened.values[ROWS.name][0])
-        if self.total < 1:
+        try:
+            opened = self.sums.sum(messages, record, _COUNT, self.sums.timeout)
+        except TooFewOfGroupError as error:
+            by_group = self.sums.by_group(nodes)
+            rest = nodes.difference(*(by_group[group] for group in error.groups))
+            if not rest:
+                raise
+            for group in error.groups:
+                self.sums.inbox.fail(server_round, _COUNT, f"group {group}", str(error))
+            self._count(rest, server_round)
+            return
+        if sum(int(opened.values[rows_of(group).name][0]) for group in groups) < 1:
             raise SecureError("the hospitals have no training rows together")
+        for group in groups:
+            if total := int(opened.values[rows_of(group).name][0]):
+                self.totals[group] = total
+                self.counted[group] = frozenset(
+                    name for name in opened.members if record.hello_of(name).group == group
+                )
 
     def train(
         self,
@@ -150,7 +242,7 @@ class SecureRounds:
         minimum: int | None,
         grace: float,
     ) -> list[Message]:
-        """Train a round; return one reply, the mean over all hospitals, or none if it is lost.
+        """Train a round; return a reply for each mean, of all hospitals or of those of a group.
 
         Parameters
         ----------
@@ -162,46 +254,93 @@ class SecureRounds:
         trained : collection of str
             Its trained entries; other floats are buffers, and whole numbers stay.
         server_round, timeout, minimum, grace
-            As in `SecureSums.sum`.
+            As in `SecureSums.sum_each`.
+
+        Returns
+        -------
+        list of Message
+            Without the means that are lost.
         """
-        inbox = self.sums.inbox
+        self.spoilt = 0
         nodes = {message.metadata.dst_node_id for message in messages}
         try:
             self.begin(everybody, server_round, minimum)
             nodes = self._answering(self._weighed(nodes, server_round), sent)
-            weighting = {BY: self.by, TOTAL: self.total}
-            layout = self._layout(sent, trained)
-            if self.noise is not None:
-                weighting = {BY: UNIFORM, **self.noise.weighting}
-            record = self.sums.record(nodes, "train", TRAIN, server_round, layout, weighting)
-            if self.noise is not None:
-                record = _with_room(record, Shares.of(record, self.noise))
-            asked = {*self.sums.nodes_of(record)}
-            going = [message for message in messages if message.metadata.dst_node_id in asked]
-            opened = self.sums.sum(going, record, "train", timeout, minimum, grace)
-            expected = self.counted or frozenset(record.names)
-            share = len(opened.members) / len(expected)
-            model = self._model(opened, sent, share)
+            groups = self.sums.by_group(nodes)
+            if not groups:
+                raise SecureError("no hospital has said hello")
         except SecureError as error:
-            inbox.fail(server_round, "train", ALL_SITES, f"the secure sum is lost: {error}")
+            self._lose(server_round, "", error)
             return []
-        if lost := sorted(expected - {*opened.members}):
+        layout = self._layout(sent, trained)
+        records = []
+        for group in groups:
+            try:
+                records.append(self._record(groups[group], group, server_round, layout))
+            except SecureError as error:
+                self._lose(server_round, group, error)
+        asked = {node for record in records for node in self.sums.nodes_of(record)}
+        going = [message for message in messages if message.metadata.dst_node_id in asked]
+        outcomes = self.sums.sum_each(going, records, "train", timeout, minimum, grace)
+        replies = []
+        for record, outcome in zip(records, outcomes, strict=True):
+            try:
+                replies.append(self._reply(outcome, sent))
+            except SecureError as error:
+                self.spoilt += isinstance(error, SpoiltError)
+                self._lose(server_round, record.group, error)
+        return replies
+
+    def _lose(self, server_round: int, group: str, error: SecureError) -> None:
+        """Record that the mean of a group, or of all hospitals, is lost."""
+        text = f"the secure sum is lost: {error}"
+        self.sums.inbox.fail(server_round, "train", _named(group), text)
+
+    def _record(
+        self, nodes: Collection[int], group: str, server_round: int, layout: Layout
+    ) -> Record:
+        """Return the record of the sum of a group, or of all hospitals."""
+        weighting = {BY: self.by, TOTAL: self.totals.get(group, 0)}
+        if self.noise is not None:
+            weighting = {BY: UNIFORM, **self.noise.weighting}
+        record = self.sums.record(nodes, "train", TRAIN, server_round, layout, weighting, group)
+        if self.noise is not None:
+            record = _with_room(record, Shares.of(record, self.noise))
+        return record
+
+    def _reply(self, outcome: Opened | SecureError, sent: ArrayRecord) -> Message:
+        """Return a mean as a reply.
+
+        Raises
+        ------
+        SecureError
+            If the sum is lost, or the mean is much longer than those before.
+        """
+        if isinstance(outcome, SecureError):
+            raise outcome
+        inbox = self.sums.inbox
+        record = outcome.record
+        site = _named(record.group)
+        expected = self.counted.get(record.group) or frozenset(record.names)
+        share = len(outcome.members) / len(expected)
+        model = self._model(outcome, sent, share)
+        if lost := sorted(expected - {*outcome.members}):
             text = f"the sum is without {', '.join(lost)}; the others count the same in its place"
-            inbox.note(server_round, "train", ALL_SITES, text)
-        if self.noise is None and (clipped := int(opened.values[CLIPPED.name][0])):
+            inbox.note(record.server_round, "train", site, text)
+        if self.noise is None and (clipped := int(outcome.values[CLIPPED.name][0])):
             text = (
                 f"{clipped} changes of weights were cut to {self.bound:g} or were no numbers: "
                 "raise secure-exponent, or train less in a round"
             )
-            inbox.note(server_round, "train", ALL_SITES, text)
-        examples = self.total if self.by == EXAMPLES else len(opened.members)
+            inbox.note(record.server_round, "train", site, text)
+        examples = self.totals[record.group] if self.by == EXAMPLES else len(outcome.members)
         metrics = MetricRecord({"num-examples": examples})
         if self.noise is not None:
-            metrics.update(self.noise.spent(server_round))
+            metrics.update(self.noise.spent(record.server_round))
         elif self.losses:
-            metrics["loss"] = float(opened.values[LOSS][0] / share)
+            metrics["loss"] = float(outcome.values[LOSS][0] / share)
         content = RecordDict({"arrays": model, "metrics": metrics, "config": ConfigRecord()})
-        return [reply_of(opened, MessageType.TRAIN, content, inbox)]
+        return reply_of(outcome, MessageType.TRAIN, content, inbox)
 
     def evaluate(
         self, messages: Sequence[Message], server_round: int, phase: str, timeout: float
@@ -221,13 +360,15 @@ class SecureRounds:
         nodes = {message.metadata.dst_node_id for message in messages}
         try:
             self.sums.greet(nodes, server_round)
+            settled = self.sums.settled
             figures, opened = self._figures(messages, server_round, phase, timeout)
         except SecureError as error:
             inbox.fail(server_round, phase, ALL_SITES, f"the secure sum is left out: {error}")
             return []
         asked = {*self.sums.nodes_of(opened.record)}
         if aside := sorted(inbox.name(node_id) for node_id in nodes - asked):
-            text = f"the sum is without {some_of(aside)}: the first sum of figures was too"
+            why = "the first sum of figures was too" if settled else "too few of a group are there"
+            text = f"the sum is without {some_of(aside)}: {why}"
             inbox.note(server_round, phase, ALL_SITES, text)
         for name, rows in partial_metrics(figures).items():
             text = f"{name} is of {rows} rows: hospitals with the others could not measure it"
@@ -322,7 +463,8 @@ class SecureRounds:
         if not self.counted:
             return nodes
         greeted = self.sums.greeted
-        weighed = {node for name, node in greeted.items() if name in self.counted and node in nodes}
+        counted = {name for names in self.counted.values() for name in names}
+        weighed = {node for name, node in greeted.items() if name in counted and node in nodes}
         late = sorted(name for name, node in greeted.items() if node in nodes - weighed)
         for name in late:
             text = (
@@ -335,13 +477,17 @@ class SecureRounds:
         """Return the nodes to ask for a model.
 
         If a round with the same model was lost after a hospital had settled on a set, it answers
-        for no other set: the hospitals of that one are asked, if all are there.
+        for no other set: the hospitals of that one are asked, if all are there. So it is with
+        groups whose means were opened in a round that was lost since there were too few.
         """
         if sent is not self._sent:
             self._sent = sent
-            self.sums.bound = frozenset()
-        bound = self.sums.bound_nodes
-        return bound if bound and bound <= nodes else nodes
+            self.sums.bound = {}
+        asked: set[int] = set()
+        for group, members in self.sums.by_group(nodes).items():
+            bound = self.sums.bound_nodes(group)
+            asked |= bound if bound and bound <= members else members
+        return asked
 
     def _layout(self, sent: ArrayRecord, trained: Collection[str]) -> Layout:
         parts = []
@@ -388,14 +534,20 @@ class SecureRounds:
                 squares += float(mean @ mean)
             moved = values.astype(np.float64) + mean.reshape(values.shape)
             model[key] = Array(moved.astype(values.dtype))
-        length = math.sqrt(squares)
-        if self._lengths and length > _LONGEST * float(np.median(self._lengths)) > 0:
+        # A rule that compares replies judges them itself.
+        if self.rule is None:
+            self._require_length(math.sqrt(squares), opened.record.group)
+        return model
+
+    def _require_length(self, length: float, group: str) -> None:
+        """Refuse a mean change that is much longer than those of the rounds before."""
+        lengths = self._lengths.setdefault(group, deque(maxlen=_REMEMBERED))
+        if lengths and length > _LONGEST * float(np.median(lengths)) > 0:
             raise SecureError(
                 f"the mean change has length {length:.3g}, more than {_LONGEST:g} times the median "
-                f"of the last rounds, {np.median(self._lengths):.3g}: one hospital may be faulty"
+                f"of the last rounds, {np.median(lengths):.3g}: one hospital may be faulty"
             )
-        self._lengths.append(length)
-        return model
+        lengths.append(length)
 
 
 def _with_room(record: Record, shares: Shares) -> Record:
@@ -416,8 +568,9 @@ def _with_room(record: Record, shares: Shares) -> Record:
     return replace(record, layout=layout)
 
 
-# What a strategy must not define anew: a sum is one reply, and whoever made it is not known.
-OF_SUMS = ("combine", "aggregate_train", "exchange", "decode", "reply_layout")
+# What a strategy must not define anew: a sum is one reply, and whoever made it is not known. Its
+# rule it may, if the study has groups.
+OF_SUMS = ("aggregate_train", "exchange", "decode", "reply_layout")
 _WAY_OUT = {
     "max_weight_share": "the server does not see the weights of single hospitals",
     "max_update_norm": "the server does not see the change of a single hospital",
@@ -442,7 +595,7 @@ def require_summable(
     strategy : str
         Its name.
     own_rule : bool
-        Whether its rule is another one than a weighted mean, with or without a server optimiser.
+        Whether its rule is one that means of groups are not enough for.
     limits : dict of str to bool
         Which arguments that exclude sums are given.
     method : Method or None
@@ -450,7 +603,8 @@ def require_summable(
     if own_rule:
         raise setting_error(
             f'secure="sum" excludes {strategy}, whose rule needs single replies: take FedAvg, '
-            "FedProx, WeightedFedAvg with uniform weights, or a server optimiser on the mean",
+            "FedProx, WeightedFedAvg with uniform weights, a server optimiser on the mean, or a "
+            "robust rule over a study with groups",
             "secure",
         )
     for name, given in limits.items():

@@ -158,10 +158,14 @@ def test_how_many_losses_are_tolerated(file, count, tolerated):
 def test_each_group_has_a_line_of_its_own(file):
     pinned(file, "abcdefg", colluders=0, groups=(("a", "b", "c"), ("d", "e", "f", "g")))
     _, lines = keys("show", file)
-    assert [line for line in lines if line.startswith("  sum over")] == [
-        "  sum over a, b, c: of at least 3 of 3 members (t = 2), 0 losses tolerated",
-        "  sum over d, e, f, g: of at least 3 of 4 members (t = 3), 1 loss tolerated",
+    assert [line for line in lines if "sum over" in line] == [
+        "  group A: sum over a, b, c: of at least 3 of 3 members (t = 2), 0 losses tolerated",
+        "  group B: sum over d, e, f, g: of at least 3 of 4 members (t = 3), 1 loss tolerated",
     ]
+    assert lines[-2] == (
+        "  questions about data are summed over all: at least 4 of 7 members (t = 4), and of each "
+        "group at least 3 or none"
+    )
 
 
 def test_two_who_show_the_same_letters_have_the_same_study(tmp_path):

@@ -85,15 +85,16 @@ def wide():
 @pytest.fixture
 def opened(monkeypatch):
     """What is asked of the sums of a run in training, and what they gave."""
-    kept, true = [], SecureSums.sum
+    kept, true = [], SecureSums.sum_each
 
-    def sum_of(self, messages, record, *args, **kwargs):
-        result = true(self, messages, record, *args, **kwargs)
-        if record.purpose == "train":
-            kept.append((messages, record, result))
-        return result
+    def sums_of(self, messages, records, *args, **kwargs):
+        results = true(self, messages, records, *args, **kwargs)
+        for record, result in zip(records, results, strict=True):
+            if record.purpose == "train":
+                kept.append((messages, record, result))
+        return results
 
-    monkeypatch.setattr(SecureSums, "sum", sum_of)
+    monkeypatch.setattr(SecureSums, "sum_each", sums_of)
     return kept
 
 

@@ -14,12 +14,9 @@ from secure_members import (
     summed,
 )
 
-from fedmed_flower.secure.audit import Chain
 from fedmed_flower.secure.book import SecureBook
 from fedmed_flower.secure.collector import Collector
 from fedmed_flower.secure.encoding import SecureError, decoded, encoded
-from fedmed_flower.secure.identity import Identity
-from fedmed_flower.secure.member import Member
 from fedmed_flower.secure.ring import FIXED, REAL, Layout, Part
 from fedmed_flower.secure.study import Study
 
@@ -102,15 +99,6 @@ def test_two_runs_that_begin_at_once_are_told_what_to_do(folder):
         masked_round(members, hellos["one"], "one", 1)
     again = [members[name].hello("one") for name in names_of(4)]
     unmasked(members, masked_round(members, again, "one", 2))
-
-
-def test_a_study_with_groups_takes_part_in_no_sum_over_all(folder):
-    keys = {name: Identity.simulated(name, RUN) for name in names_of(8)}
-    groups = [names_of(8)[:4], names_of(8)[4:]]
-    study = Study.of("study", {name: key.public for name, key in keys.items()}, groups=groups)
-    book = SecureBook(folder / "h00.secure", keys["h00"].id)
-    with pytest.raises(SecureError, match="the study study has groups"):
-        Member(keys["h00"], study, book, Chain(folder / "h00.audit", keys["h00"], "h00"))
 
 
 def spoiled(members, record, liars, lost=(), silent=()):

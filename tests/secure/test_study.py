@@ -14,7 +14,14 @@ import tomli_w
 from fedmed_flower.errors import InputError
 from fedmed_flower.secure.encoding import digest
 from fedmed_flower.secure.identity import Identity, key_text
-from fedmed_flower.secure.study import Peers, Study, differences
+from fedmed_flower.secure.study import (
+    MOST_GROUPS,
+    Peers,
+    Study,
+    differences,
+    group_name,
+    place_of,
+)
 
 
 def key(number):
@@ -159,12 +166,32 @@ def test_one_key_under_two_names_is_refused():
 
 def test_who_is_summed_with_whom():
     whole = study("abc")
-    assert whole.group_of("b") == ("a", "b", "c")
+    assert whole.group_of("b") == ""
+    assert whole.within("") is whole
+    assert (whole.named_groups, whole.grouping) == ({}, b"")
     parted = study("abcdef", groups=["fbd", "ace"], colluders=0)
     assert parted.groups == (("a", "c", "e"), ("b", "d", "f"))
-    assert parted.group_of("d") == ("b", "d", "f")
+    assert parted.named_groups == {"A": ("a", "c", "e"), "B": ("b", "d", "f")}
+    assert parted.group_of("d") == "B"
     with pytest.raises(InputError, match=r"^x is no member of the study lungs; its members: a, b"):
         whole.group_of("x")
+
+
+def test_a_group_alone_is_a_study_of_its_members():
+    secrets = {"b": bytes(16), "c": bytes(16)}
+    parted = study("abcdefgh", groups=["abcd", "efgh"], secrets=secrets)
+    alone = parted.within("A")
+    assert ([*alone.members], alone.groups) == ([*"abcd"], ())
+    assert (alone.least, alone.colluders, alone.needed) == (3, 1, 4)
+    assert alone.secrets == secrets
+    assert parted.within("B").secrets == {}
+    assert (parted.threshold, alone.threshold) == (5, 3)
+
+
+def test_groups_are_named_by_their_order():
+    names = [group_name(index) for index in range(MOST_GROUPS)]
+    assert names[:2] + names[25:28] + names[-1:] == ["A", "B", "Z", "AA", "AB", "CG"]
+    assert [place_of(name) for name in names] == [*range(1, MOST_GROUPS + 1)]
 
 
 def test_what_a_digest_holds_is_the_study_without_secrets():
@@ -192,6 +219,10 @@ def test_a_simulated_study_has_the_keys_of_simulated_identities():
     assert (found.least, found.colluders, found.groups) == (3, 1, ())
     with pytest.raises(InputError, match="from 3 to 255 members, got 2"):
         Study.simulated(["south", "north"], "run")
+    parted = Study.simulated([*"hgfedcba"], "run", groups=2)
+    assert parted.named_groups == {"A": (*"aceg",), "B": (*"bdfh",)}
+    with pytest.raises(InputError, match="got 3: a, c, e; 2 groups need 8 members"):
+        Study.simulated([*"abcdef"], "run", groups=2)
 
 
 def test_a_peers_file(tmp_path):

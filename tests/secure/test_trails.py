@@ -205,6 +205,52 @@ def test_another_attempt_of_a_round_over_one_hospital_fewer_is_named(trails):
     ]
 
 
+def told_by_group(trails, number, **names):
+    """Append a round of groups; return the digest of each group's record, by its name."""
+    records = {}
+    for group, listed in names.items():
+        of_group = {"group": group, "names": [*listed]}
+        records[group] = trails.sent(number, "server", **of_group)
+        for name in listed:
+            trails.sent(number, name, **of_group)
+            trails.masked(number, name, records[group])
+        for name in (*listed, "server"):
+            trails.opened(number, name, records[group], listed)
+    return records
+
+
+def test_groups_are_told_other_names_and_answer_a_question_each_for_itself(tmp_path):
+    trails = Trails(tmp_path, (*NAMES, "east"))
+    told_by_group(trails, 1, A=("east", "north"), B=("south", "west"))
+    assert differences(trails) == []
+
+
+def test_another_company_within_a_group_is_named(tmp_path):
+    trails = Trails(tmp_path, (*NAMES, "east"))
+    for name, listed in (("server", 2), ("north", 2), ("east", 3)):
+        trails.sent(1, name, group="A", names=["east", "north", "south"][:listed])
+    trails.hello()
+    assert differences(trails, "north", "east", "west") == [
+        "north and east were told different lists of hospitals in round 1 of group A of run ab12: "
+        "the server named other hospitals to each"
+    ]
+
+
+def test_a_question_that_a_group_answered_over_two_sets_is_named(tmp_path):
+    trails = Trails(tmp_path, (*NAMES, "east"))
+    names = ("east", "north", "south")
+    records = told_by_group(trails, 1, A=names, B=("west",))
+    again = trails.sent(1, "north", attempt=1, group="A", names=[*names])
+    trails.masked(1, "north", again)
+    trails.opened(1, "north", again, names[:2])
+    assert len(records) == 2
+    assert differences(trails, "north") == [
+        "one question was opened over east, north and south in round 1 of group A of run ab12 and "
+        "over east and north in round 1 of group A of run ab12: the difference of the sums is of "
+        "south"
+    ]
+
+
 def test_a_sum_of_which_nobody_was_told_is_compared_too(trails):
     trails.opened(6, "south", "00", ["south", "west"])
     trails.opened(6, "west", "00", ["west"])

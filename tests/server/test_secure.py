@@ -73,12 +73,12 @@ class Link:
         return []
 
 
-def train(folder, rounds, before_round, names=FIVE, **arguments):
+def train(folder, rounds, before_round, names=FIVE, groups=(), **arguments):
     """Train by secure sums; return the models by round, the strategy and the link.
 
     `before_round` maps number and link to None.
     """
-    configs = make_hospitals(folder, names)
+    configs = make_hospitals(folder, names, groups=groups)
     models, links = {}, []
     rule = {"weights": "uniform", "fraction_evaluate": 0.0, "grace": 0.2, "min_available_nodes": 4}
     strategy = WeightedFedAvg(secure="sum", secure_exponent=0, **(rule | arguments))
@@ -153,6 +153,29 @@ def test_who_does_not_sign_is_waited_for_no_longer_than_grace(tmp_path):
     (_, (server_round, phase, site, reason)) = told(strategy)
     assert (server_round, phase, site) == (1, "alive", "south")
     assert re.fullmatch(r"no answer within \d+ s; 4 of 5 had replied", reason)
+
+
+def test_of_each_group_as_many_are_waited_for_as_its_sum_needs(tmp_path):
+    first = [f"{name}-2" for name in FIVE]
+
+    def before_round(number, link):
+        # Eight replies are as many as both sums need, five of one group and three of the other.
+        link.silent = {("train", "north")}
+
+    models, strategy, _ = train(
+        tmp_path,
+        1,
+        before_round,
+        [*first, *FIVE],
+        (FIVE, first),
+        quorum=1,
+        grace=0.0,
+        min_available_nodes=10,
+    )
+    require_means(models, [*first, *but("north")])
+    assert [site for _, phase, site, _ in told(strategy) if phase == "train"] == ["north"]
+    sizes = [len(each.sites) for each in strategy.history.sums]
+    assert sizes == [4, 5]
 
 
 def test_a_quorum_below_what_a_sum_needs_is_raised_to_it(tmp_path):

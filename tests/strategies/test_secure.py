@@ -6,12 +6,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
-from flwr.serverapp import ServerApp
+from flwr.app import Array
 from key_files import make_hospitals, pin_another_key
-from tiny import CONFIG, TinyClient, halves, linear, nodes_of
+from secure_runs import difference, failures, start_of, trained
+from tiny import TinyClient, halves, nodes_of
 
-from fedmed_flower import InputError, run_local
+from fedmed_flower import InputError
 from fedmed_flower.data.site import SiteData
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.secure.audit import Chain, verify
@@ -20,8 +20,8 @@ from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.strategies import (
     FedAdam,
     FedAvg,
-    FedMedian,
     FedProx,
+    QFedAvg,
     WeightedFedAvg,
 )
 
@@ -59,44 +59,6 @@ def seldom(*numbers):
 class Normalised(Unequal):
     def build_model(self):
         return halves()
-
-
-def start_of(client):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        network = halves() if client is Normalised else linear(2)
-    return ArrayRecord(network.state_dict())
-
-
-def trained(make, client, folder, sites=5, rounds=2, mods=(), nodes=None, **config):
-    """Train by a strategy, and return it."""
-    app = ServerApp()
-    found = []
-
-    @app.main()
-    def main(grid, context):
-        strategy = make(run_dir=folder, fraction_evaluate=0.0, seed=1)
-        found.append(strategy)
-        strategy.start(grid, start_of(client), rounds)
-
-    run_local(
-        app,
-        client.client_app(mods=list(mods)),
-        sites,
-        run_config=CONFIG | {"run-dir": str(folder)} | config,
-        node_configs=nodes,
-    )
-    return found[0]
-
-
-def difference(one, other):
-    """Return the largest difference of two models' floats."""
-    pairs = [(one[key].numpy(), other[key].numpy()) for key in one]
-    return max(float(np.abs(a.astype(np.float64) - b).max()) for a, b in pairs)
-
-
-def failures(strategy):
-    return [(f.round, f.phase, f.site, f.reason) for f in strategy.history.failures]
 
 
 def uniform(**options):
@@ -155,13 +117,13 @@ def test_the_mean_change_is_exact_beyond_float32(tmp_path, monkeypatch):
 
     trained(Noting, Unequal, tmp_path / "plain", rounds=1)
     opened = []
-    original = SecureSums.sum
+    original = SecureSums.sum_each
 
     def noting(self, *args, **kwargs):
-        opened.append(original(self, *args, **kwargs))
-        return opened[-1]
+        opened.extend(outcomes := original(self, *args, **kwargs))
+        return outcomes
 
-    monkeypatch.setattr(SecureSums, "sum", noting)
+    monkeypatch.setattr(SecureSums, "sum_each", noting)
     trained(lambda **o: FedAvg(**o, **SUMS), Unequal, tmp_path / "secure", rounds=1)
     sent = start_of(Unequal)
     weights = np.array(kept["weights"]) / sum(kept["weights"])
@@ -459,7 +421,10 @@ def test_a_hospital_may_answer_in_secure_sums_alone(tmp_path):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (FedMedian, "excludes FedMedian, whose rule needs single replies: take FedAvg, FedProx, "),
+        (
+            lambda **o: QFedAvg(client_learning_rate=0.1, **o),
+            "excludes QFedAvg, whose rule needs single replies: take FedAvg, FedProx, ",
+        ),
         (lambda **o: WeightedFedAvg(weights="inverse-loss", **o), "excludes WeightedFedAvg"),
         (lambda **o: FedAvg(fraction_train=0.8, **o), "excludes fraction_train: weights by rows"),
         (lambda **o: FedAvg(max_weight_share=0.5, **o), "excludes max_weight_share: the server"),
