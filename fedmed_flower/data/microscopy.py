@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from fedmed_flower.data.download import Volumes
+from fedmed_flower.data.phantoms import require_whole
 from fedmed_flower.data.site import GENERATED, Row
-from fedmed_flower.errors import InputError
 
 Picture = NDArray[np.float32]
 Colour = Sequence[float]
@@ -96,10 +96,7 @@ def nuclei(count: int, stain: Stain, seed: int = 0, size: int = 64) -> Volumes:
     InputError
         If an argument is out of its range.
     """
-    bounds = {"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 32, 1024)}
-    for name, (value, low, high) in bounds.items():
-        if not isinstance(value, int | np.integer) or not low <= value <= high:
-            raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 32, 1024)})
     key = sum(map(ord, stain.name))
     rows = [
         {

@@ -66,7 +66,7 @@ def chest_xrays(
         "seed": (seed, 0, 2**63),
         "size": (size, 16, 1024),
     }
-    _require_whole(bounds)
+    require_whole(bounds)
     images = {}
     labels = {}
     for number, (split, rows) in enumerate(
@@ -111,7 +111,7 @@ def hippocampi(count: int, seed: int = 0, size: int = 24) -> Volumes:
     InputError
         If an argument is out of its range.
     """
-    _require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 128)})
+    require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 128)})
     prefix = f"phantom-{seed}-" if seed else "phantom-"
     rows = [
         {**_hippocampus(np.random.default_rng([seed, 3, k]), size), "patient": f"{prefix}{k}"}
@@ -149,7 +149,7 @@ def brain_tumours(count: int, seed: int = 0, size: int = 24) -> Volumes:
     InputError
         If an argument is out of its range.
     """
-    _require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 128)})
+    require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 128)})
     rows = [
         {
             **_tumour(np.random.default_rng([seed, 4, k]), size, rim=k % 5 != 4),
@@ -187,7 +187,7 @@ def slides(count: int, seed: int = 0, size: int = 16) -> tuple[Row, ...]:
     InputError
         If an argument is out of its range.
     """
-    _require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 1024)})
+    require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 12, 1024)})
     return tuple(
         {
             **_slide(np.random.default_rng([seed, 5, k]), size, label=k % 2),
@@ -197,7 +197,7 @@ def slides(count: int, seed: int = 0, size: int = 16) -> tuple[Row, ...]:
     )
 
 
-def _require_whole(bounds: Mapping[str, tuple[int, int, int]]) -> None:
+def require_whole(bounds: Mapping[str, tuple[int, int, int]]) -> None:
     """Raise `InputError` if an argument is no whole number within its bounds."""
     for name, (value, low, high) in bounds.items():
         if not isinstance(value, int | np.integer) or not low <= value <= high:
@@ -287,10 +287,7 @@ def eyes(count: int, seed: int = 0, size: int = 32) -> tuple[Row, ...]:
     InputError
         If an argument is out of its range.
     """
-    bounds = {"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 24, 512)}
-    for name, (value, low, high) in bounds.items():
-        if not isinstance(value, int | np.integer) or not low <= value <= high:
-            raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 24, 512)})
     prefix = f"eye-{seed}-" if seed else "eye-"
     return tuple(
         {**_eye(np.random.default_rng([seed, 5, k]), size), "patient": f"{prefix}{k}"}
