@@ -197,6 +197,44 @@ def slides(count: int, seed: int = 0, size: int = 16) -> tuple[Row, ...]:
     )
 
 
+def eyes(count: int, seed: int = 0, size: int = 32) -> tuple[Row, ...]:
+    """Generate grey images of the back of an eye, with findings, a grade and a number.
+
+    A bright disc is where the optic nerve begins, with a brighter cup in its middle. The retina
+    around it may have dark spots (haemorrhages) and small bright ones (exudates). Brightness,
+    noise, size and places differ from image to image.
+
+    Parameters
+    ----------
+    count : int
+        1 or greater; the first images of a larger count are the same.
+    seed : int
+        0 or greater; the same seed gives the same images.
+    size : int
+        Height and width in pixels, 24 to 512.
+
+    Returns
+    -------
+    tuple of dict
+        Rows with ``image`` (size, size) float32 from 0 to about 1, ``patient`` and
+
+        - ``findings``: a dict of 0 or 1: ``haemorrhages``, ``exudates``, ``large cup``;
+        - ``grade``: 0 to 4, by the number of haemorrhages: 0, 1 or 2, 3 to 5, 6 to 9, 10 to 14;
+        - ``cup``: the diameter of the cup in that of the disc, 0.2 to 0.9; it is large above 0.6.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of its range.
+    """
+    require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 24, 512)})
+    prefix = f"eye-{seed}-" if seed else "eye-"
+    return tuple(
+        {**_eye(np.random.default_rng([seed, 5, k]), size), "patient": f"{prefix}{k}"}
+        for k in range(count)
+    )
+
+
 def require_whole(bounds: Mapping[str, tuple[int, int, int]]) -> None:
     """Raise `InputError` if an argument is no whole number within its bounds."""
     for name, (value, low, high) in bounds.items():
@@ -255,44 +293,6 @@ def _slide(rng: np.random.Generator, size: int, label: int) -> Row:
         tinted += rng.normal(0, 0.02, tinted.shape)
         patches[number] = (np.clip(tinted, 0, 1) * 255).astype(np.uint8)
     return {"image": patches, "label": label, "lesions": lesions.tolist()}
-
-
-def eyes(count: int, seed: int = 0, size: int = 32) -> tuple[Row, ...]:
-    """Generate grey images of the back of an eye, with findings, a grade and a number.
-
-    A bright disc is where the optic nerve begins, with a brighter cup in its middle. The retina
-    around it may have dark spots (haemorrhages) and small bright ones (exudates). Brightness,
-    noise, size and places differ from image to image.
-
-    Parameters
-    ----------
-    count : int
-        1 or greater; the first images of a larger count are the same.
-    seed : int
-        0 or greater; the same seed gives the same images.
-    size : int
-        Height and width in pixels, 24 to 512.
-
-    Returns
-    -------
-    tuple of dict
-        Rows with ``image`` (size, size) float32 from 0 to about 1, ``patient`` and
-
-        - ``findings``: a dict of 0 or 1: ``haemorrhages``, ``exudates``, ``large cup``;
-        - ``grade``: 0 to 4, by the number of haemorrhages: 0, 1 or 2, 3 to 5, 6 to 9, 10 to 14;
-        - ``cup``: the diameter of the cup in that of the disc, 0.2 to 0.9; it is large above 0.6.
-
-    Raises
-    ------
-    InputError
-        If an argument is out of its range.
-    """
-    require_whole({"count": (count, 1, 10**6), "seed": (seed, 0, 2**63), "size": (size, 24, 512)})
-    prefix = f"eye-{seed}-" if seed else "eye-"
-    return tuple(
-        {**_eye(np.random.default_rng([seed, 5, k]), size), "patient": f"{prefix}{k}"}
-        for k in range(count)
-    )
 
 
 def _hippocampus(rng: np.random.Generator, size: int) -> Row:
