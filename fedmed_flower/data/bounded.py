@@ -37,7 +37,6 @@ MOST: dict[Kind, int] = {
 LINK_OUT = "is a link out of the folder: copy its target into the folder"
 _PART = 1 << 20
 _PACKED_PART = 1 << 16
-_UNPACKED_PART = 1 << 24
 # zlib's number for a window of the largest size, in a stream with the header of gzip.
 _GZIP = 16 + zlib.MAX_WBITS
 
@@ -127,7 +126,7 @@ def ungzipped(file: BinaryIO, name: object, kind: Kind) -> bytes:
                 member = zlib.decompressobj(_GZIP)
             begun = True
             try:
-                content.append(member.decompress(part, _UNPACKED_PART))
+                content.append(member.decompress(part, _PART))
             except zlib.error as error:
                 if "data check" not in str(error):
                     raise

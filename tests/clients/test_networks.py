@@ -41,6 +41,7 @@ def test_a_network_trains_at_two_hospitals(tmp_path, monkeypatch, name, dims, pr
     # Which method is faster is measured once: here it saves no time to measure well.
     monkeypatch.setattr("fedmed_flower.privacy.gradients._REPEATS", 1)
     config = {"privacy": privacy, "sampling_rate": 1.0, "num_server_rounds": 1, "batch_size": 2}
+    config["fewest_steps"] = 0
     config["patch_size"] = ",".join(map(str, input_of(name, dims)))
     network, run = build(name, dims), tmp_path / "run"
     run_tiny(run, client_of(name, dims, network), model=lambda: network, **config)

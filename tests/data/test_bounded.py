@@ -29,7 +29,7 @@ def test_a_member_that_ends_between_two_parts(monkeypatch):
 
 
 def test_content_is_unpacked_in_parts(monkeypatch):
-    monkeypatch.setattr(bounded, "_UNPACKED_PART", 3)
+    monkeypatch.setattr(bounded, "_PART", 3)
     assert read(gzip.compress(b"0123456789")) == b"0123456789"
 
 
@@ -50,6 +50,6 @@ def test_a_damaged_file():
 
 def test_a_small_file_that_unpacks_to_more_than_a_hospital_has(monkeypatch):
     monkeypatch.setitem(bounded.MOST, "an image", 1000)
-    monkeypatch.setattr(bounded, "_UNPACKED_PART", 100)
+    monkeypatch.setattr(bounded, "_PART", 100)
     with pytest.raises(InputError, match=r"^x\.gz unpacks to at least 1,100 bytes"):
         read(gzip.compress(bytes(10**6)))

@@ -941,7 +941,7 @@ def test_twelve_sites_are_not_mixed_up(tmp_path):
         def load_data(self, site):
             name = f"{site.index}"
             train = make_rows(site.index + 1, site.index, f"{name}-train")
-            return SiteData(train, test=make_rows(2 * site.index + 4, site.index, f"{name}-test"))
+            return SiteData(train, test=make_rows(2 * site.index + 4, 99, f"{name}-test"))
 
     run_tiny(tmp_path, Client, num_sites=12, num_server_rounds=1)
     summary = summary_of(tmp_path)

@@ -120,7 +120,8 @@ def test_the_dicom_examples_lesion_is_where_it_was_drawn(tmp_path, plane):
     cube = np.full((24, 24, 24), -500.0)
     # To the left, in front and near the head; DICOM counts to the left and to the back.
     cube[16:20, 4:8, 18:22] = 400.0
-    names["write_series"](tmp_path / "series", "p", cube, plane, 3.0)
+    cuts = names["slices"](cube, plane, 3.0)
+    names["write_series"](tmp_path / "series", cuts, plane, 3.0, {"PatientID": "p"})
     grid = Compose([Orientation("LPS", labels=None), Spacing((3.0, 3.0, 3.0))])
     found = grid(read_image(tmp_path / "series", 3))[0].numpy()
     np.testing.assert_allclose(found, cube, atol=1)
