@@ -122,8 +122,8 @@ def read_image(
         What the volumes of a 4D file are, as `volumes.taken` has it. Without it such a file is
         refused, since they may be channels, times or b-values.
     mask : bool
-        Whether the file is a mask: the indices of a picture's palette are then its values, and the
-        volumes of a 4D file its channels.
+        Whether the file is a mask: the indices of a picture's palette are then its values, the
+        volumes of a 4D file its channels, and bytes stay bytes (uint8).
 
     Returns
     -------
@@ -158,7 +158,7 @@ def read_image(
         return MetaTensor(channels, parts[0].affine, file_affine_of(parts[0]))
     array, affine, placed = _read(source, spatial_dims, frames, mask)
     try:
-        image = _fit(array, affine, placed, spatial_dims)
+        image = _fit(array, affine, placed, spatial_dims, mask)
     except InputError as error:
         where = f"{source}: " if isinstance(source, str | Path | Series) else ""
         raise InputError(f"{where}{error}") from None
@@ -217,11 +217,12 @@ def read_label(
         mask = brought_to(mask, image)
     voxels = mask.as_tensor()
     if num_classes is None and not values:
+        voxels = voxels.to(torch.float32)
         whole = voxels.round()
         near = (whole - voxels).abs() <= _NEAR
         _require_classes(voxels, near & (whole >= 0), "whole numbers from 0 on")
         return MetaTensor(whole.to(torch.int64), mask.affine, file_affine_of(mask))
-    known = torch.tensor(tuple(values) or tuple(range(num_classes or 0)), dtype=voxels.dtype)
+    known = torch.tensor(tuple(values) or tuple(range(num_classes or 0)), dtype=torch.float32)
     count = len(known) if num_classes is None else num_classes
     if len(known) != count or len(torch.unique(known)) != count or not 1 <= count <= 256:
         raise InputError(
@@ -232,6 +233,7 @@ def read_label(
     classes = _classes_of_bytes(voxels, known, order)
     if classes is not None:
         return MetaTensor(classes, mask.affine, file_affine_of(mask))
+    voxels = voxels.to(torch.float32)
     nearest = torch.bucketize(voxels, (known[1:] + known[:-1]) / 2, out_int32=True)
     listed = ", ".join(f"{value:g}" for value in known)
     _require_classes(voxels, (known[nearest] - voxels).abs() <= _NEAR, listed)
@@ -346,7 +348,9 @@ def _read_array(path: Path) -> Array:
     return array
 
 
-def _fit(array: Array, affine: Array | None, placed: bool, spatial_dims: int | None) -> MetaTensor:
+def _fit(
+    array: Array, affine: Array | None, placed: bool, spatial_dims: int | None, mask: bool
+) -> MetaTensor:
     """Return an image of the wanted number of dimensions from values and affine of a file."""
     dims = _dims_of(array, spatial_dims)
     if dims == 3 and affine is not None and not placed:
@@ -371,6 +375,10 @@ def _fit(array: Array, affine: Array | None, placed: bool, spatial_dims: int | N
             meta[FILE_AFFINE] = torch.from_numpy(affine)
         if dims == 2:
             affine = np.diag([*sides[:2], 1.0, 1.0])
+    if mask and array.dtype == np.uint8:
+        # What most masks hold: as float32 they take four times the memory and a pass more.
+        codes = torch.from_numpy(np.array(array, order="C"))
+        return MetaTensor(codes, torch.from_numpy(affine.copy()), meta)
     with np.errstate(over="ignore"):
         values = torch.from_numpy(_as_float32(array))
     # NaN and infinities show in the least and greatest value, which take less time to find.
