@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pacs
 import pytest
-from dicom_files import write_image, write_series
+from dicom_files import STUDY, write_highdicom, write_image, write_series
 from pacs import item, write_object
 from pydicom.uid import RTStructureSetStorage, SegmentationStorage, generate_uid
 from tiny import says
@@ -274,3 +274,28 @@ def test_a_mask_on_a_later_channel_is_the_label(tmp_path):
     (row,) = read_folder(tmp_path, "number=1; number=2").rows
     assert (row["label"], len(row["image"])) == (mask, 2)
     assert isinstance(row["image"][1], Series)
+
+
+def test_columns_of_labels_are_the_findings_of_x_rays(tmp_path):
+    for number in (1, 2, 3):
+        pixels = np.full((4, 5), number, np.uint8)
+        write_image(tmp_path / f"chest-{number}", pixels, f"p{number}")
+    (tmp_path / "labels.csv").write_text("patient,Edema,mass,split\np1,1,0,train\np2,,1,test\n")
+    listing = read_folder(tmp_path, labels=("edema", "mass"))
+    rows = {row["patient"]: row for row in listing.rows}
+    assert {name: row["label"] for name, row in rows.items()} == {
+        "p1": {"edema": 1, "mass": 0},
+        "p2": {"edema": None, "mass": 1},
+    }
+    assert [rows[name]["split"] for name in ("p1", "p2")] == ["train", "test"]
+    (problem,) = listing.problems
+    assert problem.endswith("chest-3: labels.csv does not name it")
+
+
+def test_findings_are_not_read_from_masks(tmp_path):
+    files = write_series(tmp_path / "scan", np.zeros((4, 3, 2)), **STUDY)
+    write_highdicom(tmp_path / "seg", files, np.ones((2, 3, 4, 1), bool), ["liver"])
+    (row,) = read_folder(tmp_path, labels=("edema",)).rows
+    assert "label" not in row
+    (row,) = read_folder(tmp_path).rows
+    assert str(row["label"]).endswith("seg")

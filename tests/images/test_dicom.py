@@ -13,6 +13,8 @@ from pydicom import uid
 from pydicom.data import get_testdata_file
 from tiny import says
 
+from fedmed_flower.data.checks import check_row
+from fedmed_flower.data.datalist import read_folder
 from fedmed_flower.errors import InputError
 from fedmed_flower.images import dicom, pixels
 from fedmed_flower.images.dicom import read_dicom
@@ -147,6 +149,17 @@ def test_a_film_is_no_volume_and_one_of_its_frames_can_be_taken(tmp_path, tags, 
     text = f"{path}: the number of the frame must be from 0 to 3, got 4"
     with pytest.raises(InputError, match=says(text)):
         read_dicom(path, 4)
+
+
+def test_a_table_names_the_frame_of_a_film(tmp_path):
+    write_enhanced(tmp_path / "x.dcm", stored(), [], {}, FrameTime=40.0)
+    (tmp_path / "datalist.csv").write_text("image,label,patient,frames\nx.dcm,1,p,2\nx.dcm,0,p,9\n")
+    first, second = read_folder(tmp_path).rows
+    image = read_image(first["image"], 2, first["frames"])
+    assert np.array_equal(image[0].numpy(), stored()[2])
+    finding = check_row(first, 2, 2)
+    assert (finding.problem, finding.shape) == (None, (1, *stored()[2].shape))
+    assert "must be from 0 to 3, got 9" in check_row(second, 2, 2).problem
 
 
 def test_frames_at_one_position_are_a_film(tmp_path):

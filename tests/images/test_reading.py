@@ -613,3 +613,18 @@ def test_a_small_spacing_keeps_its_digits(tmp_path):
     affine = np.diag([0.00023, 0.0000412345, 12.3456, 1.0])
     nibabel.save(nibabel.Nifti1Image(np.ones((3, 3, 3), np.float32), affine), path)
     assert spacing_of(read_image(path, 3)) == (0.00023, 0.0000412345, 12.3456)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float64])
+def test_a_mask_has_the_same_classes_in_every_type(tmp_path, dtype):
+    stored = np.array([[[0, 7], [200, 0]], [[7, 7], [0, 200]]], dtype)
+    nibabel.save(nibabel.Nifti1Image(stored, np.eye(4)), tmp_path / "m.nii.gz")
+    for values in ((0, 7, 200), (0, 7, 200, 1000), (-5, 0, 7, 200)):
+        found = read_label(tmp_path / "m.nii.gz", 3, len(values), values)
+        assert found.dtype is torch.uint8
+        assert np.array_equal(np.array(values)[found[0].numpy()], stored)
+    plain = read_label(tmp_path / "m.nii.gz", 3, None)
+    assert plain.dtype is torch.int64
+    assert np.array_equal(plain[0].numpy(), stored)
+    with pytest.raises(InputError, match=r"holds the values 200, which are not classes"):
+        read_label(tmp_path / "m.nii.gz", 3, 8)

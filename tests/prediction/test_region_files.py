@@ -59,6 +59,13 @@ def test_each_region_has_a_mask_on_the_grid_of_the_file(run, tmp_path):
         assert mask.get_data_dtype() == np.uint8
 
 
+def test_regions_that_may_overlap_are_not_written_as_seg(run, tmp_path):
+    image = Volumes.folder / "2-0.nii.gz"
+    text = predict(run, image, "--out", tmp_path / "o", "--seg", code=2)
+    assert "this model outlines regions that may overlap: leave it out" in " ".join(text.split())
+    assert not (tmp_path / "o").exists()
+
+
 def test_the_predictor_keeps_the_regions_in_their_order(run):
     description = Predictor.load(run).description
     assert description.declared["regions"] == {"body": [5, 9], "Front part": [5], "back": [9]}
