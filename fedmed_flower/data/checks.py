@@ -276,7 +276,8 @@ def shared_images(findings: Iterable[tuple[str, Finding]]) -> Iterator[Shared]:
 
 
 def _digest(values: torch.Tensor) -> str:
-    digest = hashlib.blake2b(str(tuple(values.shape)).encode(), digest_size=16)
+    # Processors have an instruction for it: half of the time of others.
+    digest = hashlib.sha256(str(tuple(values.shape)).encode())
     digest.update(values.contiguous().numpy().data)
     return digest.hexdigest()
 
