@@ -384,6 +384,23 @@ def test_a_group_that_loses_a_hospital_while_rows_are_counted_is_left_out(tmp_pa
     assert sums_of(strategy) == [(1, GROUPS[0]), (1, GROUPS[2])]
 
 
+def test_a_run_over_groups_that_is_stopped_and_resumed_ends_at_the_same_model(tmp_path):
+    # In a simulation, since real hospitals draw by keys of their own.
+    def go(folder, rounds, **more):
+        def make(**options):
+            return FedMedian(secure="sum", num_malicious_nodes=1, **more, **options)
+
+        return trained(make, TinyClient, folder, 12, rounds, **{"secure-groups": 3})
+
+    whole = go(tmp_path / "whole", 3)
+    go(tmp_path / "parts", 1, resume=True)
+    resumed = go(tmp_path / "parts", 3, resume=True)
+    assert failures(resumed) == []
+    assert difference(whole.result.arrays, start_of(TinyClient)) > 1e-3
+    assert difference(whole.result.arrays, resumed.result.arrays) < 1e-6
+    assert [number for number, _ in sums_of(resumed)] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
 def test_a_whole_run_evaluates_over_all_hospitals(tmp_path):
     nodes = [*make_hospitals(tmp_path, NAMES, colluders=0, groups=GROUPS).values()]
     strategy = FedMedian(num_malicious_nodes=1)
