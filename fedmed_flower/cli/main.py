@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fedmed_flower.cli.approve import approve_app, sign
 from fedmed_flower.cli.audit import audit
 from fedmed_flower.cli.data import data_app
 from fedmed_flower.cli.evaluate import evaluate
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
+app.add_typer(approve_app, name="approve")
 app.command()(new)
 app.command()(run)
 app.command()(demo)
@@ -44,6 +46,7 @@ app.command()(compare)
 app.command("list")(list_all)
 app.command()(watch)
 app.command()(audit)
+app.command()(sign)
 
 
 @app.command()
