@@ -12,6 +12,8 @@ import pickle
 import socket
 import struct
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # Bytes from which a part is sent beside the pickle.
@@ -29,9 +31,16 @@ class Channel:
     connection : socket
         A stream to a process that was forked from this one, or the other way round: what it sends
         is unpickled.
+
+    Attributes
+    ----------
+    torn : bool
+        Whether an exception, such as an interrupt, has left a value half sent or half received.
+        The connection cannot be used any more.
     """
 
     def __init__(self, connection: socket.socket) -> None:
+        self.torn = False
         self._connection = connection
         self._lock = threading.Lock()
         self._sent: dict[int, tuple[int, bytes]] = {}
@@ -61,13 +70,13 @@ class Channel:
         OSError
             If the other end is closed.
         """
-        with self._lock:
+        with self._lock, self._whole():
             body = io.BytesIO()
             writer = _Writer(body, self._sent, self._count)
             writer.dump(value)
             self._count += len(writer.new)
             self._sent = writer.used if keep else {}
-            parts = [body.getbuffer(), *map(memoryview, writer.new)]
+            parts = [body.getbuffer(), *(memoryview(part) for part in writer.new)]
             head = _HEAD.pack(keep, len(parts))
             lengths = struct.pack(f"<{len(parts)}Q", *(part.nbytes for part in parts))
             self._connection.sendall(head + lengths)
@@ -82,6 +91,10 @@ class Channel:
         EOFError
             If the other end is closed.
         """
+        with self._whole():
+            return self._next()
+
+    def _next(self) -> Any:
         keep, count = _HEAD.unpack(self._exactly(_HEAD.size))
         lengths = struct.unpack(f"<{count}Q", self._exactly(8 * count))
         body, *new = [self._exactly(length) for length in lengths]
@@ -89,6 +102,14 @@ class Channel:
         value = reader.load()
         self._received = reader.used if keep else {}
         return value
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.torn = True
+            raise
 
     def _exactly(self, length: int) -> bytes:
         """Return so many bytes; of up to 1 GiB there is no copy."""

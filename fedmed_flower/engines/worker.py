@@ -237,7 +237,7 @@ def _speak_through(channel: Channel) -> None:
         channel.send(Said(sent, "", "", raised_at))
 
     # The handlers of the run's process handle the record there.
-    logging.Logger.callHandlers = forward  # type: ignore[method-assign]
+    logging.Logger.callHandlers = forward  # type: ignore[assignment,method-assign]
     sys.stdout = _Stream(channel, "stdout", 1)
     sys.stderr = _Stream(channel, "stderr", 2)
 

@@ -32,12 +32,21 @@ from fedmed_flower.engines.channel import Channel
 from fedmed_flower.engines.notebook import in_notebook
 from fedmed_flower.engines.worker import Began, Done, Ready, Said, Task, attend
 from fedmed_flower.errors import InputError
+from fedmed_flower.settings.registry import Sectioned
 
 log = logging.getLogger("flwr.fedmed")
 
 MOST_WORKERS = 64
 # Seconds that a worker has to start.
-_STARTING = 60.0
+_STARTING = 30.0
+# The last two take a second each; torch's optimizers import the last one.
+_AT_WORK = (
+    "fedmed_flower.clients.duplicates",
+    "fedmed_flower.clients.queries",
+    "fedmed_flower.clients.trial",
+    "sklearn.metrics",
+    "torch._dynamo",
+)
 
 
 def number_of_workers(wanted: int, num_sites: int) -> int:
@@ -73,6 +82,8 @@ class _Asked:
     said : list of Said
         What the site has logged and printed so far.
     done : Done or None
+    timeout : float or None
+        Seconds that it may take; known when its answer is waited for.
     given_up : bool
         Whether nobody waits for the reply any more.
     """
@@ -82,6 +93,7 @@ class _Asked:
     began: float | None = None
     said: list[Said] = field(default_factory=list)
     done: Done | None = None
+    timeout: float | None = None
     given_up: bool = False
 
 
@@ -112,8 +124,8 @@ class Workers:
     """
 
     def __init__(self, app: ClientApp, count: int) -> None:
-        _require_forkable()
         _import_beforehand(app)
+        _require_forkable()
         self._control, self._attendant = _fork_attendant(app)
         self._selector = selectors.DefaultSelector()
         self._asked: dict[str, _Asked] = {}
@@ -176,8 +188,8 @@ class Workers:
         context : Context
             With the site's present state.
         timeout : float or None
-            Seconds from the site's turn after which there is no reply. Its worker goes on, until it
-            has taken twice as long and another of its sites is waited for: then it is killed.
+            Seconds from the site's turn after which there is no reply. The site may go on for as
+            long again; then its worker is killed if another of its sites is waited for.
 
         Raises
         ------
@@ -186,11 +198,12 @@ class Workers:
         """
         self.begin([message], {context.node_id: context})
         asked = self._asked.pop(message.metadata.message_id)
+        asked.timeout = timeout
         while asked.done is None:
             if self._read(0) or asked.done is not None:
                 continue
             worker = self._worker_of(context.node_id)
-            limit = _limit(worker, asked, timeout)
+            limit = _limit(worker.sent[0])
             left = None if limit is None else limit - time.monotonic()
             if left is None or left > 0:
                 self._read(left)
@@ -201,7 +214,7 @@ class Workers:
                 return Answer(None, context.state, time.monotonic() - began)
             else:
                 os.kill(worker.pid, signal.SIGKILL)
-                self._replace(worker, "worker process was ended after twice the timeout")
+                self._replace(worker, "process was ended after twice the timeout")
         self._repeat(asked)
         reply, state, seconds = asked.done
         if state is None:
@@ -254,14 +267,17 @@ class Workers:
 
     def _read(self, timeout: float | None) -> bool:
         """Wait so long for what any worker sends, and take it up; return whether any has."""
-        ready = self._selector.select(timeout)
+        torn = [worker for worker in self._workers if worker.channel.torn]
+        for worker in torn:
+            self._replace(worker, "process was ended after an interrupt")
+        ready = self._selector.select(0 if torn else timeout)
         for key, _ in ready:
-            worker: _Worker = key.data
+            worker = key.data
             try:
                 self._take(worker, worker.channel.receive())
             except EOFError:
                 self._replace(worker)
-        return bool(ready)
+        return bool(torn or ready)
 
     def _take(self, worker: _Worker, value: Began | Said | Done) -> None:
         first = worker.sent[0]
@@ -328,7 +344,7 @@ class Workers:
         try:
             started = worker.channel.receive()
         except EOFError:
-            raise WorkersError(f"a worker ended at its start: {self._end_of(worker)}") from None
+            raise WorkersError(f"a worker's {self._end_of(worker)} at its start") from None
         if not isinstance(started, Ready):
             raise WorkersError(f"a worker has sent {type(started).__name__} at its start")
         return worker
@@ -340,11 +356,12 @@ class Workers:
         """
         self._selector.unregister(worker.channel)
         worker.channel.close()
-        end = why or self._end_of(worker)
+        end = self._end_of(worker)
+        end = why or end
         index = self._workers.index(worker)
         if worker.sent:
             failed = worker.sent.popleft()
-            error = Error(code=ErrorCode.CLIENT_APP_CRASHED, reason=f"its {end}")
+            error = Error(code=ErrorCode.CLIENT_APP_CRASHED, reason=f"its worker's {end}")
             seconds = 0.0 if failed.began is None else time.monotonic() - failed.began
             failed.done = Done(Message(error, reply_to=failed.message), None, seconds)
         for node_id in list(self._last):
@@ -357,7 +374,7 @@ class Workers:
         worker.sent.clear()
         worker.queue.clear()
         self._workers[index] = new
-        log.warning("worker %d: the %s; a new one takes its place", index + 1, end)
+        log.warning("worker %d: its %s; a new one takes its place", index + 1, end)
         self._feed(new)
 
     def _end_of(self, worker: _Worker) -> str:
@@ -368,18 +385,17 @@ class Workers:
         except (OSError, ValueError) as error:
             raise WorkersError("the process that starts workers has ended") from error
         if code >= 0:
-            return f"worker process ended with exit code {code}"
+            return f"process ended with exit code {code}"
         name = signal.Signals(-code).name
         memory = ", as the system does if memory runs out" if -code == signal.SIGKILL else ""
-        return f"worker process was ended by signal {-code} ({name}){memory}"
+        return f"process was ended by signal {-code} ({name}){memory}"
 
 
-def _limit(worker: _Worker, asked: _Asked, timeout: float | None) -> float | None:
-    """Return until when to wait; None without a limit."""
-    first = worker.sent[0]
-    if timeout is None or first.began is None:
+def _limit(first: _Asked) -> float | None:
+    """Return until when a worker may be at a message; None without a limit."""
+    if first.timeout is None or first.began is None:
         return None
-    return first.began + (timeout if first is asked else 2 * timeout)
+    return first.began + first.timeout * (2 if first.given_up else 1)
 
 
 def _readable(channel: Channel, seconds: float) -> bool:
@@ -440,4 +456,7 @@ def _require_forkable() -> None:
 
 
 def _import_beforehand(app: ClientApp) -> None:
-    """Import what the app's hospitals import at work, once rather than in each worker."""
+    """Import what hospitals of this package import at work, once rather than in each worker."""
+    if isinstance(app, Sectioned):
+        for name in _AT_WORK:
+            import_module(name)
