@@ -329,37 +329,13 @@ def test_no_worker_outlives_the_run(request_, tmp_path):
     assert ("interrupted" in out) == (request_ == signal.SIGINT), err
 
 
-def test_generators_that_nobody_seeds_differ_from_worker_to_worker(tmp_path):
-    script = """
-    import torch
-    from monai.transforms import Randomizable
-
-
-    @app.train()
-    def train(message, context):
-        drawn = [
-            random.random(), np.random.random(), torch.rand(1).item(), Randomizable.R.random()
-        ]
-        return Message(RecordDict({"m": MetricRecord({"drawn": drawn})}), reply_to=message)
-
-
-    random.random(), np.random.random(), torch.rand(1)
-    work = lambda grid: [list(reply.content["m"]["drawn"]) for reply in to_all(grid)]
-    drawn = [serve(work, 2, 2) for _ in range(2)]
-    print(json.dumps([*zip(*drawn[0], *drawn[1])]))
-    """
-    drawn, _ = run(tmp_path, script)
-    assert len(drawn) == 4
-    assert all(len({*numbers}) == 4 for numbers in drawn)
-
-
 def test_a_process_that_has_computed_on_several_threads_is_refused(tmp_path):
     script = """
     import torch
     from fedmed_flower import InputError
     from fedmed_flower.engines import workers
 
-    workers._STARTING = 3.0
+    workers._STARTING = 1.0
     torch.set_num_threads(2)
     torch.ones(1 << 20).sum()
     try:
@@ -374,76 +350,87 @@ def test_a_process_that_has_computed_on_several_threads_is_refused(tmp_path):
     )
 
 
-SAME_BITS = '''
-import csv, hashlib
-from functools import partial
-from pathlib import Path
-import tables, tiny
-from fedmed_flower.engines import local
+def test_whole_runs_end_with_the_same_bits_however_many_workers(tmp_path):
+    # One process for all of them: most of the time goes into importing torch.
+    script = """
+    import csv, hashlib
+    from functools import partial
+    from pathlib import Path
+    import tables, tiny
+    import torch
+    from monai.transforms import Randomizable
+    from fedmed_flower.engines import local
 
 
-def contents(folder):
-    """All of a run folder apart from times, the folder's name and the run's random key."""
-    folder = Path(folder)
-    summary = json.loads((folder / "summary.json").read_text())
-    for key in ("seconds", "started", "config"):
-        del summary[key]
-    for entry in summary["traffic"].values():
-        del entry["seconds"]
-    rows = [row for row in csv.reader(open(folder / "metrics.csv")) if row[3] != "seconds"]
-    log = [line[24:] for line in (folder / "log.txt").read_text().splitlines()]
-    log = [line for line in log if " round " not in line and "report: " not in line]
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    model = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    counts = (folder / "counts.json").read_text() if (folder / "counts.json").exists() else ""
-    return json.loads(json.dumps([model, summary, rows, log, names, counts]))
+    def contents(folder):
+        # All of a run folder apart from times, the folder's name and the run's random key.
+        summary = json.loads((folder / "summary.json").read_text())
+        for key in ("seconds", "started", "config"):
+            del summary[key]
+        for entry in summary["traffic"].values():
+            del entry["seconds"]
+        with (folder / "metrics.csv").open() as file:
+            rows = [row for row in csv.reader(file) if row[3] != "seconds"]
+        log = [line[24:] for line in (folder / "log.txt").read_text().splitlines()]
+        log = [line for line in log if " round " not in line and "report: " not in line]
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {
+            "model": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+            "summary": summary,
+            "rows": rows,
+            "log": log,
+            "names": sorted(str(path.relative_to(folder)) for path in files),
+            "counts": (folder / "counts.json").read_text(),
+            "splits": [path.read_text() for path in sorted((folder / "splits").iterdir())],
+        }
 
 
-def with_workers(count, function, *arguments, **config):
-    helper = sys.modules[function.__module__]
-    helper.run_local = partial(local.run_local, workers=count)
-    return function(*arguments, **config)
-'''
+    def run(name, workers, helper, function, **config):
+        helper.run_local = partial(local.run_local, workers=workers)
+        function(Path(name), seed=3, **config)
 
 
-def test_a_run_on_tables_ends_with_the_same_bits_however_many_workers(tmp_path):
-    script = (
-        SAME_BITS
-        + """
-table = partial(with_workers, function=tables.run_tables)
-for count in (1, 2):
-    table(count, folder=f"run-{count}", seed=3, baselines=True)
-print(json.dumps([contents("run-1"), contents("run-2")]))
-"""
-    )
-    (alone, side_by_side), _ = run(tmp_path, script, OMP_NUM_THREADS="1")
-    assert alone == side_by_side
-    assert alone[2]
+    late = {"buffer": 2, "virtual_speeds": "1,1.5,0.7,0.2", "num_server_rounds": 3}
+    drift = {"method": "scaffold", "num_sites": 3}
+    for n in (1, 2):
+        run(f"table-{n}", n, tables, tables.run_tables, baselines=True, num_server_rounds=1)
+        run(f"late-{n}", n, tiny, tiny.run_tiny, num_sites=4, **late)
+        run(f"drift-{n}", n, tiny, tiny.run_tiny, num_server_rounds=2, **drift)
+        run(f"stopped-{n}", n, tiny, tiny.run_tiny, num_server_rounds=1, **drift)
+        # What began with workers goes on without, and the other way round.
+        run(f"stopped-{n}", 3 - n, tiny, tiny.run_tiny, num_server_rounds=2, resume=True, **drift)
 
 
-def test_asynchronous_and_resumed_runs_end_with_the_same_bits(tmp_path):
-    script = (
-        SAME_BITS
-        + """
-asynchronous = {"buffer": 2, "virtual_speeds": "1,1.5,0.7,0.2", "num_server_rounds": 4}
-drifting = {"method": "scaffold", "seed": 3}
-for count in (1, 2):
-    run = partial(with_workers, count, tiny.run_tiny, num_sites=4, seed=3)
-    run(folder=f"async-{count}", **asynchronous)
-    run = partial(with_workers, count, tiny.run_tiny, num_sites=3, **drifting)
-    run(folder=f"whole-{count}", num_server_rounds=3)
-    run(folder=f"resumed-{count}", num_server_rounds=1)
-    # Those that began with workers go on without, and the other way round.
-    run = partial(with_workers, 3 - count, tiny.run_tiny, num_sites=3, **drifting)
-    run(folder=f"resumed-{count}", num_server_rounds=3, resume=True)
-names = ["async-1", "async-2", "whole-1", "whole-2", "resumed-1", "resumed-2"]
-print(json.dumps([contents(name) for name in names]))
-"""
-    )
-    found, _ = run(tmp_path, script, OMP_NUM_THREADS="1")
-    assert found[0] == found[1]
-    assert found[2] == found[3]
-    assert found[2][0] == found[4][0] == found[5][0]
+    @app.train()
+    def train(message, context):
+        drawn = [
+            random.random(), np.random.random(), torch.rand(1).item(), Randomizable.R.random()
+        ]
+        return Message(RecordDict({"m": MetricRecord({"drawn": drawn})}), reply_to=message)
+
+
+    work = lambda grid: [list(reply.content["m"]["drawn"]) for reply in to_all(grid)]
+    drawn = [numbers for _ in range(2) for numbers in serve(work, 2, 2)]
+    folders = sorted(path for path in Path().iterdir() if path.is_dir())
+    found = {path.name: contents(path) for path in folders if (path / "summary.json").exists()}
+    print(json.dumps([found, [*zip(*drawn)]]))
+    """
+    (found, drawn), _ = run(tmp_path, script, OMP_NUM_THREADS="1")
+    assert found["table-1"]["rows"]
+    assert found["table-1"] == found["table-2"]
+    assert found["drift-1"] == found["drift-2"]
+    for name in ("stopped-1", "stopped-2"):
+        assert found[name]["model"] == found["drift-1"]["model"]
+    # The slowest site is still in training at the end. Only workers have begun its message, so that
+    # it has written down its split.
+    for key in ("names", "splits"):
+        one, other = found["late-1"].pop(key), found["late-2"].pop(key)
+        assert len(other) == len(one) + 1
+        assert all(entry in other for entry in one)
+    assert found["late-1"] == found["late-2"]
+    # Generators that nobody seeds differ from worker to worker.
+    assert len(drawn) == 4
+    assert all(len({*numbers}) == 4 for numbers in drawn)
 
 
 @pytest.mark.parametrize("count", [0, -1, 65])
