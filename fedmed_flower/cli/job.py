@@ -9,6 +9,7 @@ import shlex
 import signal
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from fedmed_flower.cli.progress import Bar, Lines, show_progress
 from fedmed_flower.cli.tables import console, print_results
 from fedmed_flower.data.site import GENERATED, site_folders
 from fedmed_flower.engines.flower import run_flower
+from fedmed_flower.engines.gpu import fitting
 from fedmed_flower.engines.local import run_local
 from fedmed_flower.engines.project import Project, default_sites, load_project
+from fedmed_flower.engines.workers import MOST_WORKERS, Workers, number_of_workers
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import as_input_error
 from fedmed_flower.reports.report import write_report
@@ -93,6 +96,8 @@ class Job:
         text = "".join(f" -c {shlex.quote(setting)}" for setting in self.options.settings)
         for name, path in (("data", self.options.data), ("node-config", self.options.node_config)):
             text += "" if path is None else f" --{name} {shlex.quote(str(path))}"
+        if self.options.workers > 1:
+            text += f" --workers {self.options.workers}"
         return text
 
 
@@ -106,6 +111,7 @@ def prepare(path: Path, options: Options) -> Job:
             raise InputError(f"fedmed run sets {key} itself: give {option} instead of -c {key}")
     if options.evaluate is not None and _is_given("evaluate", options.settings):
         raise InputError("fedmed evaluate sets evaluate itself: give RUN instead of -c evaluate")
+    _require_workers(options)
     project = load_project(path)
     run_folder = RunFolder.named(resume or options.out, project.name)
     if resume is None:
@@ -149,6 +155,16 @@ def prepare(path: Path, options: Options) -> Job:
         config = assign(override(project.declared, options.settings, {}), declared)
     nodes = _node_configs(options, client)
     return Job(project, client, config, num_sites, nodes, options, run_folder.path)
+
+
+def _require_workers(options: Options) -> None:
+    if not 1 <= options.workers <= MOST_WORKERS:
+        raise InputError(f"--workers must be from 1 to {MOST_WORKERS}, got {options.workers}")
+    if options.workers > 1 and options.engine is Engine.FLOWER:
+        raise InputError(
+            "--workers belongs to the engine local: Flower's engine trains as many sites at once "
+            "as there are cores, or as fit on the GPUs: leave out --workers"
+        )
 
 
 def number_of_sites(path: Path, options: Options, before: Before | None) -> int:
@@ -331,16 +347,21 @@ def execute(job: Job) -> None:
     """Run a job and print its results; the last line gives the outcome and the run folder."""
     planned = job.planned_rounds
     rounds = "" if planned is None else f"{planned} rounds, "
-    console.print(f"{job.project.name}: {job.num_sites} sites, {rounds}engine {job.options.engine}")
+    workers = _workers(job)
+    several = "" if workers == 1 else f", {workers} workers"
+    engine = f"engine {job.options.engine}{several}"
+    console.print(f"{job.project.name}: {job.num_sites} sites, {rounds}{engine}")
     # SIGTERM ends a run as Ctrl-C does, with summary and report.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ[DEFAULT_FOLDER] = str(job.folder.resolve())
     try:
-        with show_progress(console, planned) as display:
+        # The display has a thread on a terminal: workers must be forked before.
+        started = nullcontext(1) if workers == 1 else Workers(job.client, workers)
+        with started as sites, show_progress(console, planned) as display:
             if job.options.engine is Engine.FLOWER:
                 _run_flower(job, display)
             else:
-                _run_local(job, display)
+                _run_local(job, display, sites)
     except InputError:
         raise
     except KeyboardInterrupt:
@@ -399,7 +420,15 @@ def _has_trained(folder: Path) -> bool:
         return any(row[1] == "train" and row[2] != ALL_SITES for row in csv.reader(file))
 
 
-def _run_local(job: Job, display: Bar | Lines) -> None:
+def _workers(job: Job) -> int:
+    """Return how many workers to start: no more than sites, nor than fit on the GPU."""
+    wanted = number_of_workers(job.options.workers, job.num_sites)
+    if wanted == 1 or job.config.get("device") == "cpu":
+        return wanted
+    return fitting(job.project.path, job.config, job.num_sites, wanted)
+
+
+def _run_local(job: Job, display: Bar | Lines, workers: int | Workers) -> None:
     run_local(
         job.project.server_app(),
         job.client,
@@ -410,6 +439,7 @@ def _run_local(job: Job, display: Bar | Lines) -> None:
         on_message=display.on_message,
         verbose=job.options.verbose,
         progress=False,
+        workers=workers,
     )
 
 

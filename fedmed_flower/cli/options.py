@@ -37,6 +37,9 @@ GivenNodes = Annotated[
         "as a real one."
     ),
 ]
+GivenWorkers = Annotated[
+    int, typer.Option(help="Sites that work at once, each in a process, from 1 to 64. Linux only.")
+]
 GivenVerbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's own lines too.")]
 
 
@@ -53,6 +56,8 @@ class Options:
     data: Path | None = None
     node_config: Path | None = None
     verbose: bool = False
+    # How many sites work at once.
+    workers: int = 1
     # The model that is tested instead of a training run.
     evaluate: Path | None = None
 

@@ -15,6 +15,7 @@ from fedmed_flower.cli.options import (
     GivenNodes,
     GivenSettings,
     GivenVerbose,
+    GivenWorkers,
     Options,
 )
 from fedmed_flower.cli.tables import console, input_errors
@@ -34,6 +35,7 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     data: GivenData = None,
     node_config: GivenNodes = None,
+    workers: GivenWorkers = 1,
     verbose: GivenVerbose = False,
 ) -> None:
     """Run a Flower app with simulated hospitals."""
@@ -42,7 +44,7 @@ def run(
 
     with input_errors(verbose):
         options = Options(
-            sites, rounds, config or [], engine, out, resume, data, node_config, verbose
+            sites, rounds, config or [], engine, out, resume, data, node_config, verbose, workers
         )
         execute(prepare(path, options))
 

@@ -7,6 +7,7 @@ round in its own process, and writes the peak to the file OUT.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from fedmed_flower.engines.local import run_local
 from fedmed_flower.engines.project import Project, load_project
 from fedmed_flower.server.run_folder import DEFAULT_FOLDER
 from fedmed_flower.settings.text import expand
+
+log = logging.getLogger("flwr.fedmed")
 
 # Bytes that CUDA itself takes in each process.
 _CONTEXT = 2**29
@@ -77,6 +80,34 @@ def measure_site(app: Path, config: UserConfig, num_sites: int) -> int:
         environment = {key: os.environ[key] for key in os.environ if key != DEFAULT_FOLDER}
         subprocess.run(command, capture_output=True, check=False, env=environment)
         return int(json.loads(out.read_text())) if out.exists() else 0
+
+
+def fitting(app: Path, config: UserConfig, num_sites: int, wanted: int) -> int:
+    """Return how many sites may share the GPU at once; all that are wanted if there is none.
+
+    Parameters
+    ----------
+    app, config, num_sites
+        As in `measure_site`.
+    wanted : int
+        At least 1.
+
+    Returns
+    -------
+    int
+        From 1 to `wanted`. All share the first GPU.
+    """
+    # This process must not use the GPU itself: workers will be forked from it.
+    query = "import torch; n = torch.cuda.device_count(); "
+    query += "print(torch.cuda.get_device_properties(0).total_memory if n else 0)"
+    found = subprocess.run([sys.executable, "-c", query], capture_output=True, text=True)
+    total = int(found.stdout) if found.returncode == 0 else 0
+    if not total:
+        return wanted
+    share = gpu_share(measure_site(app, config, num_sites), total, 1, wanted)
+    fits = min(wanted, int(1 / share))
+    log.info("%d of %d workers fit on the GPU", fits, wanted)
+    return fits
 
 
 def train_once(project: Project, config: UserConfig, num_sites: int, folder: Path) -> int:

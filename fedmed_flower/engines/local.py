@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 import math
 import secrets
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from logging import DEBUG
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 from uuid import uuid4
 
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    Context,
-    Error,
-    Message,
-    RecordDict,
-    UserConfig,
-)
+from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
-from flwr.clientapp.client_app import ClientAppException
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -37,17 +25,16 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedmed_flower.data.site import simulation
+from fedmed_flower.engines.answering import Answer, answer, copy_message
 from fedmed_flower.engines.clock import VirtualClock, speeds_of
 from fedmed_flower.engines.notebook import framed_report, in_notebook, inline_progress
+from fedmed_flower.engines.workers import Workers, number_of_workers
 from fedmed_flower.errors import InputError
 from fedmed_flower.settings.registry import Sectioned, complete, require_known
 
 log = logging.getLogger("flwr.fedmed")
 
 _FIRST_NODE_ID = 1001
-# Flower's integers: those from 2^63 on are sent as unsigned.
-_LEAST = -(2**63)
-_MOST = 2**64 - 1
 
 Listener = Callable[[Message, int, int], None]
 
@@ -88,8 +75,9 @@ def run_local(
     verbose: bool = False,
     progress: bool = True,
     virtual_speeds: Sequence[float] | None = None,
+    workers: int | Workers = 1,
 ) -> LocalRun:
-    """Run an app in this process, one client after the other.
+    """Run an app in this process, one client after the other, or several in processes of their own.
 
     The clients see what they see on Flower's simulation engine: their own copies of contents, a
     ``context.state`` that lasts from round to round, and a ``partition-id``. If a client raises,
@@ -121,6 +109,10 @@ def run_local(
         Training messages that each site answers in a second of the virtual clock; above 0. The
         history then has ``virtual-seconds`` after each round, and asynchronous rounds take replies
         in the order of that clock. None: as ``virtual-speeds`` of the run config, if it is there.
+    workers : int or Workers
+        Number of clients that work at once, from 1 to 64; more than sites are not started. From 2
+        on they are processes forked from this one, on Linux, and no debugger works in them; the
+        result is the same. `Workers` have been started already, and are not ended here.
 
     Returns
     -------
@@ -131,8 +123,8 @@ def run_local(
     ------
     InputError
         If `num_sites` is below 1, `node_configs` or `virtual_speeds` has another length, a speed is
-        not above 0, or `run_config` has a key that neither this package nor the app knows, although
-        the client is one of this package.
+        not above 0, `run_config` has a key that neither this package nor the app knows, although
+        the client is one of this package, or workers cannot be started from this process.
     """
     if num_sites < 1:
         raise InputError(f"num_sites must be at least 1, got {num_sites}")
@@ -141,6 +133,8 @@ def run_local(
         raise InputError(
             f"node_configs must have num_sites = {num_sites} items, got {len(configs)}"
         )
+    if not isinstance(workers, Workers):
+        workers = number_of_workers(workers, num_sites)
     run_id = secrets.randbits(63)
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = SUPERLINK_NODE_ID
@@ -175,9 +169,19 @@ def run_local(
     # of a second each time.
     gc.freeze()
     try:
-        with simulation(), quiet, shown as listener:
+        with ExitStack() as stack:
+            # Before anything is shown: that may start a thread.
+            if workers == 1:
+                sites: Sites = InTurn(client_app)
+            elif isinstance(workers, Workers):
+                sites = workers
+            else:
+                sites = stack.enter_context(Workers(client_app, workers))
+            listener = stack.enter_context(shown)
+            stack.enter_context(quiet)
+            stack.enter_context(simulation())
             by_node = None if speeds is None else dict(zip(contexts, speeds, strict=True))
-            grid = LocalGrid(client_app, contexts, _all_of(on_message, listener), by_node)
+            grid = LocalGrid(sites, contexts, _all_of(on_message, listener), by_node)
             grid.run.fab_id = app_name
             server_app(grid=grid, context=context)
     finally:
@@ -222,12 +226,45 @@ def _ours_or_warning(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING or f"{record.name}.".startswith(f"{log.name}.")
 
 
+class Sites(Protocol):
+    """Who answers the messages: the sites in this process (`InTurn`), or in others (`Workers`)."""
+
+    def begin(self, messages: Sequence[Message], contexts: Mapping[int, Context]) -> None:
+        """Hear which messages will be answered next."""
+
+    def answer(self, message: Message, context: Context, timeout: float | None) -> Answer:
+        """Return the answer of a site with this context, which stays as it is."""
+
+    def drop(self, message_id: str) -> None:
+        """Forget a message."""
+
+
+class InTurn:
+    """Sites in this process, each of which works when its answer is asked for."""
+
+    def __init__(self, app: ClientApp) -> None:
+        self._app = app
+
+    def begin(self, messages: Sequence[Message], contexts: Mapping[int, Context]) -> None:
+        """Do nothing."""
+
+    def answer(self, message: Message, context: Context, timeout: float | None) -> Answer:
+        """Run the client; nothing stops it at its timeout."""
+        began = time.monotonic()
+        reply, state = answer(self._app, message, context)
+        return Answer(reply, state, time.monotonic() - began)
+
+    def drop(self, message_id: str) -> None:
+        """Do nothing."""
+
+
 @dataclass
 class _Progress:
-    """Of the messages that were sent together: how many there are and how many are done."""
+    """Of the messages that were sent together: how many, how many are done, whether any may be."""
 
     sent: int = 0
     done: int = 0
+    begun: bool = False
 
 
 class _Waiting(NamedTuple):
@@ -252,7 +289,7 @@ class LocalGrid(Grid):
 
     Parameters
     ----------
-    client_app : ClientApp
+    sites : Sites
     contexts : dict
         The context of each node, by node id.
     on_message : callable, optional
@@ -266,12 +303,12 @@ class LocalGrid(Grid):
 
     def __init__(
         self,
-        client_app: ClientApp,
+        sites: Sites,
         contexts: Mapping[int, Context],
         on_message: Listener | None = None,
         speeds: Mapping[int, float] | None = None,
     ) -> None:
-        self._client_app = client_app
+        self._sites = sites
         self._contexts = dict(contexts)
         self._on_message = on_message
         self._run = Run.create_empty(next(iter(contexts.values())).run_id)
@@ -314,15 +351,38 @@ class LocalGrid(Grid):
             message_id = str(uuid4())
             message.metadata.__dict__["_message_id"] = message_id
             due = self._clock.due(message)
-            self._waiting[message_id] = _Waiting(_copy_message(message), progress, due)
+            self._waiting[message_id] = _Waiting(copy_message(message), progress, due)
             ids.append(message_id)
         progress.sent = len(ids)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Run the clients of these messages and return their replies."""
+        return self.pull_within(message_ids, None)[0]
+
+    def pull_within(
+        self, message_ids: Iterable[str], timeout: float | None
+    ) -> tuple[list[Message], float]:
+        """Run the clients of these messages; one that takes longer than `timeout` does not reply.
+
+        All that were sent together with one of them may begin.
+
+        Returns
+        -------
+        tuple of (list of Message, float)
+            The replies, and the seconds that the last client took.
+        """
         ids = [message_id for message_id in message_ids if message_id in self._waiting]
-        return self._replies(ids, timeout=None)
+        for message_id in ids:
+            self._begin(self._waiting[message_id].progress)
+        return self._replies(ids, timeout)
+
+    def _begin(self, progress: _Progress) -> None:
+        """Let all begin that were sent together."""
+        if not progress.begun:
+            progress.begun = True
+            together = [one.message for one in self._waiting.values() if one.progress is progress]
+            self._sites.begin(together, self._contexts)
 
     @property
     def now(self) -> float:
@@ -350,14 +410,10 @@ class LocalGrid(Grid):
             None if no reply is due until `until`, which the clock then shows.
         """
         waiting = {key: self._waiting[key] for key in message_ids if key in self._waiting}
-        while waiting:
-            key = min(
-                waiting,
-                key=lambda key: (waiting[key].due, waiting[key].message.metadata.dst_node_id),
-            )
-            if waiting.pop(key).due > until:
-                break
-            replies = self._replies([key], timeout=None)
+        due = [key for key in sorted(waiting, key=_turn(waiting)) if waiting[key].due <= until]
+        self._sites.begin([waiting[key].message for key in due], self._contexts)
+        for key in due:
+            replies, _ = self._replies([key], timeout=None)
             if replies:
                 return replies[0]
         self._clock.advance(until)
@@ -367,15 +423,16 @@ class LocalGrid(Grid):
         """Forget messages whose replies nobody will pull, so that they do not stay in memory."""
         for message_id in message_ids:
             self._waiting.pop(message_id, None)
+            self._sites.drop(message_id)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Run the clients of these messages; one that takes longer than `timeout` does not reply.
 
-        The timeout is each client's own, since they run one after the other.
+        The timeout is each client's own, from when its turn comes.
         """
-        return self._replies(list(self.push_messages(messages)), timeout)
+        return self.pull_within(self.push_messages(messages), timeout)[0]
 
     def take_result(self, result: Result, folder: Path | None) -> None:
         """Take up the result of a strategy, and its run folder, in place of an earlier one's."""
@@ -396,84 +453,31 @@ class LocalGrid(Grid):
             proto = ProtoRecordDict.FromString(states.get(str(node_id), b""))
             context.state = recorddict_from_proto(proto)
 
-    def _replies(self, ids: list[str], timeout: float | None) -> list[Message]:
+    def _replies(self, ids: Sequence[str], timeout: float | None) -> tuple[list[Message], float]:
         replies = []
+        seconds = 0.0
         for message_id in ids:
             waiting = self._waiting.pop(message_id)
             message = waiting.message
             progress = waiting.progress
+            context = self._contexts[message.metadata.dst_node_id]
             self._clock.advance(waiting.due)
             if progress.done == 0:
                 self._report(message, progress)
-            began = time.monotonic()
-            reply = self._handle(message)
-            late = timeout is not None and time.monotonic() - began > timeout
+            reply, context.state, seconds = self._sites.answer(message, context, timeout)
+            late = timeout is not None and seconds > timeout
             if reply is not None and not late:
                 reply.metadata.__dict__["_message_id"] = str(uuid4())
                 replies.append(reply)
             progress.done += 1
             self._report(message, progress)
-        return replies
+        return replies, seconds
 
     def _report(self, message: Message, progress: _Progress) -> None:
         if self._on_message is not None:
             self._on_message(message, progress.done, progress.sent)
 
-    def _handle(self, message: Message) -> Message | None:
-        """Run one client on copies, so that no change reaches another client."""
-        stored = self._contexts[message.metadata.dst_node_id]
-        context = Context(
-            stored.run_id,
-            stored.node_id,
-            dict(stored.node_config),
-            copy_content(stored.state),
-            dict(stored.run_config),
-        )
-        try:
-            reply: object = self._client_app(_copy_message(message), context)
-            if not isinstance(reply, Message | None):
-                raise TypeError(f"a ClientApp must return a Message, got {type(reply).__name__}")
-            if reply is not None and reply.has_content():
-                _require_64_bits(reply.content)
-            _require_64_bits(context.state)
-        except Exception as error:
-            log.log(DEBUG, "%s", traceback.format_exc())
-            raised = ClientAppException(str(error))
-            reason = f"{type(raised)}:<'{raised}'>"
-            failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
-            return Message(failure, reply_to=message)
-        stored.state = copy_content(context.state)
-        return None if reply is None else _copy_message(reply)
 
-
-def _require_64_bits(content: RecordDict) -> None:
-    """Raise `ValueError` if a record holds an integer that Flower's wire format cannot."""
-    records: list[Any] = [*content.metric_records.values(), *content.config_records.values()]
-    for key, value in (entry for record in records for entry in record.items()):
-        for number in value if isinstance(value, list) else (value,):
-            if isinstance(number, int) and not _LEAST <= number <= _MOST:
-                raise ValueError(f"{key} is an integer beyond 64 bits")
-
-
-def _copy_message(message: Message) -> Message:
-    copied = copy.copy(message)
-    copied.__dict__["_metadata"] = copy.copy(message.metadata)
-    if message.has_content():
-        copied.content = copy_content(message.content)
-    return copied
-
-
-def copy_content(content: RecordDict) -> RecordDict:
-    """Copy records so that changing the copy in place leaves the original as it is.
-
-    The arrays' values are immutable bytes and are shared.
-    """
-    copied = RecordDict()
-    for name, record in content.items():
-        if isinstance(record, ArrayRecord):
-            copied[name] = ArrayRecord(
-                {k: Array(a.dtype, tuple(a.shape), a.stype, a.data) for k, a in record.items()}
-            )
-        else:
-            copied[name] = copy.deepcopy(record)
-    return copied
+def _turn(waiting: Mapping[str, _Waiting]) -> Callable[[str], tuple[float, int]]:
+    """Return the order of replies: by when they are due, then by the site's index."""
+    return lambda key: (waiting[key].due, waiting[key].message.metadata.dst_node_id)

@@ -7,10 +7,10 @@ puts a question to sites and reads their answers; all other questions use it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -156,12 +156,30 @@ class Exchange:
     def _pull_in_process(self, ids: Sequence[str]) -> Iterator[Message]:
         """Let one client after the other run, and yield the replies that came in time."""
         for message_id in ids:
-            asked = time.monotonic()
-            for reply in self.grid.pull_messages([message_id]):
-                self.waited = time.monotonic() - asked
+            replies, seconds = self._pull_one(message_id)
+            for reply in replies:
+                self.waited = seconds
                 if self.waited <= self.timeout:
                     self.answered += not reply.has_error()
                     yield reply
+
+    def _pull_one(self, message_id: str) -> tuple[Iterable[Message], float]:
+        """Return the reply to a message, if there is one, and the seconds that the site took."""
+        if isinstance(self.grid, Timed):
+            return self.grid.pull_within([message_id], self.timeout)
+        asked = time.monotonic()
+        replies = list(self.grid.pull_messages([message_id]))
+        return replies, time.monotonic() - asked
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """A grid in this process that knows how long each site has worked."""
+
+    def pull_within(
+        self, message_ids: Iterable[str], timeout: float | None
+    ) -> tuple[Iterable[Message], float]:
+        """Return the replies that came in time, and the seconds that the last site took."""
 
 
 @dataclass(frozen=True)

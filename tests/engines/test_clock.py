@@ -8,7 +8,7 @@ from tiny import TinyClient, run_tiny, says, says_of_setting
 
 from fedmed_flower import InputError
 from fedmed_flower.engines.clock import speeds_of
-from fedmed_flower.engines.local import LocalGrid
+from fedmed_flower.engines.local import InTurn, LocalGrid
 from fedmed_flower.strategies import FedAvg
 
 
@@ -26,7 +26,7 @@ def grid_of(*speeds, silent=()):
     app.train()(answer)
     app.evaluate()(answer)
     contexts = {node: Context(1, node, {}, RecordDict(), {}) for node in range(1, len(speeds) + 1)}
-    return LocalGrid(app, contexts, speeds=dict(zip(contexts, speeds, strict=True)))
+    return LocalGrid(InTurn(app), contexts, speeds=dict(zip(contexts, speeds, strict=True)))
 
 
 def send(grid, *nodes, kind="train"):

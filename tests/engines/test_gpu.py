@@ -221,3 +221,28 @@ def test_a_process_that_fails_has_measured_nothing(place, monkeypatch):
     assert command[:3] == ["-m", "fedmed_flower.engines.gpu", str(place / "nowhere")]
     assert command[4] == "3"
     assert empty(place)
+
+
+@pytest.mark.parametrize(
+    ("total", "peak", "fits"),
+    [
+        # 72 of 80 GB may be used.
+        (80 * GB, 11 * GB, 6),
+        (80 * GB, 36 * GB, 2),
+        (80 * GB, 37 * GB, 1),
+        (80 * GB, 100 * GB, 1),
+        (80 * GB, 3 * GB, 8),
+        # Nothing known of the site.
+        (80 * GB, 0, 8),
+        # No GPU: nothing is measured.
+        (0, None, 8),
+    ],
+)
+def test_how_many_of_the_workers_fit_on_the_gpu(total, peak, fits, monkeypatch):
+    def run(command, **options):
+        assert command[0] == sys.executable
+        return subprocess.CompletedProcess(command, 0, stdout=f"{total}\n")
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu, "measure_site", lambda app, config, sites: peak)
+    assert gpu.fitting(ROOT, {}, 9, 8) == fits

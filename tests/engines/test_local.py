@@ -19,7 +19,8 @@ from tiny import CONFIG, TinyClient, bits, linear, model_arrays, says
 
 from fedmed_flower import InputError, federate, run_local
 from fedmed_flower.engines import local
-from fedmed_flower.engines.local import LocalGrid, copy_content
+from fedmed_flower.engines.answering import copy_content
+from fedmed_flower.engines.local import LocalGrid
 from fedmed_flower.strategies import FedAvg
 
 

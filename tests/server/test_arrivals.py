@@ -4,7 +4,7 @@ import pytest
 from builders import FakeGrid, arrays, message, reply, run, site_app
 from flwr.app import Context, RecordDict
 
-from fedmed_flower.engines.local import LocalGrid
+from fedmed_flower.engines.local import InTurn, LocalGrid
 from fedmed_flower.server import arrivals as module
 from fedmed_flower.server.arrivals import Polled, arrivals_of
 from fedmed_flower.strategies import FedAvg
@@ -107,7 +107,7 @@ def test_replies_that_come_together_are_handed_on_one_by_one(clock):
 
 def test_a_grid_with_an_order_of_its_own_is_asked_for_it():
     context = Context(1, 1001, {}, RecordDict(), {})
-    grid = LocalGrid(site_app(None), {1001: context})
+    grid = LocalGrid(InTurn(site_app(None)), {1001: context})
     assert arrivals_of(grid) is grid
     assert isinstance(arrivals_of(FakeGrid([1], None)), Polled)
 
