@@ -128,6 +128,11 @@ def all_keys(private):
     with hospital("as it is") as node:
         node = {key: value for key, value in node.items() if key not in BUDGET} | FEW
         node |= BUDGET if private else {}
+        arrays = ArrayRecord(model_of(Table, OUTPUTS[Table]).state_dict())
+        # Before the budget is spent.
+        for only in ("", "evaluate"):
+            part = node | {"secure-only": only}
+            ask_all(Table, part, run, arrays, found, ["train"], validate=True)
         arrays = ArrayRecord(model_of(Images, OUTPUTS[Images]).state_dict())
         more = {"method": "fednova", "run-key": "with a method"}
         beside = {"method-steps": ArrayRecord({"steps": Array(np.zeros(1))})}
@@ -138,15 +143,11 @@ def all_keys(private):
             arrays = ArrayRecord(model_of(client, OUTPUTS[client]).state_dict())
             own = {Images: network(4), Table: {} if private else {"report-by": "group"}}
             ask_all(client, node, run | own.get(client, {}), arrays, found)
-        table = ArrayRecord(model_of(Table, OUTPUTS[Table]).state_dict())
         arrays = ArrayRecord(model_of(Images, OUTPUTS[Images]).state_dict())
         for client in (Images, Fewer):
             one = {"run-key": "one run"}
             ask_all(client, node, run | network(4), arrays, found, ["train"], **one)
         ask_all(Unmeasured, node, run, arrays, found, ["query.describe"])
-        for only in ("", "evaluate"):
-            part = node | {"secure-only": only}
-            ask_all(Table, part, run, table, found, ["train"], validate=True)
         withheld = node | {"secure-only": "describe"}
         ask_all(Table, withheld, run, arrays, found, ["query.describe"])
         ask_all(Learning, node, {"preparation": "federated"}, arrays, found, ["query.contribution"])
