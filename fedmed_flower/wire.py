@@ -54,6 +54,8 @@ TAKEN = "replies-taken"
 OWN = "own-model"
 # Which rows are evaluated.
 SPLIT = "split"
+# Whether a site that trains also validates the model that came, which is that of the round before.
+VALIDATE = "validate"
 # Whether all sites' rows together are meant, in a simulation.
 POOL_SITES = "pool-sites"
 # One name for all rounds of a run.
@@ -102,6 +104,9 @@ PATIENTS_RECORD = "patients"
 ROWS_RECORD = "rows"
 CHANGES = "changes"
 CONTRIBUTION = "contribution"
+# The figures of a training reply for VALIDATE; or, of that name, why there are none.
+VALIDATION = "validation"
+WHY = "why"
 PICTURES = "pictures"
 STATISTICS = "statistics"
 COHORT = "cohort"
@@ -271,6 +276,8 @@ train | config.keep | layers that stay different | strategies/methods | clients/
 train | config.keep-sent | whether they are sent | strategies/methods | clients/methods
 train | config.replies-taken | its replies that counted | strategies/methods | clients/state
 train | method.* | what the method needs beside the model | strategies/methods | clients/methods
+train | config.validate | the model is validated too | strategies/base | clients/app
+train | config.own-model | validate own model, not the global one | strategies/base | clients/app
 train | config.trees | bagging or cyclic | trees/server | trees/client
 train | config.tree-share | the site's part of a step | trees/server | trees/client
 evaluate | arrays.* | the global model | strategies/base | clients/app
@@ -362,6 +369,8 @@ train | metrics.num-examples | number of training rows (private: of patients) | 
 train | metrics.loss | mean training loss | bounded | never
 train | rows.changes | whether patients have come or gone in the run | plain | never
 train | metrics.seconds | how long training took | plain | never
+train | validation.* | what evaluate would reply, with validate="next" | bounded | noised
+train | validation.why | why there are no such figures | plain | plain
 train | metrics.patient-epsilon | what the run has cost a patient so far | never | known
 train | masked.* | change of the model and mean loss, as a part of a secure sum | masked | masked
 evaluate | metrics.num-examples | number of rows (private: of patients, noised) | plain | noised
@@ -473,6 +482,8 @@ def _generic(reply: str, name: str, key: str) -> str:
         return "masked.*"
     if name.startswith(METHOD_RECORD):
         return "method.*"
+    if name == VALIDATION and key != WHY:
+        return "validation.*"
     metric, _, group = key.partition("@")
     if name == "metrics" and reply == "evaluate" and group:
         return "metrics.METRIC@column=value"

@@ -20,6 +20,7 @@ from flwr.app import (
     Context,
     Error,
     Message,
+    MessageType,
     MetricRecord,
     RecordDict,
 )
@@ -32,7 +33,7 @@ from fedmed_flower.clients.base import MedicalClient, Query
 from fedmed_flower.clients.compression import compressed
 from fedmed_flower.clients.methods import MethodRound, records_of
 from fedmed_flower.clients.private import measure_protected
-from fedmed_flower.clients.secure import SecureReply
+from fedmed_flower.clients.secure import SecureReply, asks_for_sum, refuse_in_plain
 from fedmed_flower.clients.storage import keep_model, keep_splits, rows_of
 from fedmed_flower.data.site import SPLITS, Row, Site
 from fedmed_flower.errors import FAILED, DeclinedError, InputError
@@ -51,7 +52,10 @@ from fedmed_flower.wire import (
     SERVER_ROUND,
     SITE_RECORD,
     SPLIT,
+    VALIDATE,
+    VALIDATION,
     VERSION,
+    WHY,
     error_reason,
 )
 
@@ -210,8 +214,13 @@ def _reason(cause: Exception, simulated: bool, sealed: bool) -> tuple[str, int]:
 
 
 def train(client: MedicalClient, message: Message) -> RecordDict:
-    """Train the model that came with a message on the site's training rows, and return it."""
+    """Train the model that came with a message on the site's training rows, and return it.
+
+    If the message asks for it, the model is also validated as it came.
+    """
     config = client.read(message)
+    if config.get(VALIDATE) and asks_for_sum(message):
+        raise InputError("figures of validation are no part of a secure sum of training")
     server_round = int(config.get(SERVER_ROUND, 0))  # type: ignore[arg-type]
     client.require_protection()
     arrays_key, arrays = next(iter(message.content.array_records.items()))
@@ -245,9 +254,41 @@ def train(client: MedicalClient, message: Message) -> RecordDict:
     content.update(records_of(ended))
     if changes and not client.secretive:
         content[ROWS_RECORD] = ConfigRecord({CHANGES: changes})
+    if config.get(VALIDATE):
+        # Only now: a site that cannot train is charged for no figures. Its state is still that of
+        # the round before.
+        content[VALIDATION] = _validation(client, message, config)
     reply = compressed(client.site.name, config, content, message.content, work.residual())
     work.keep(ended, reply.residual)
     return reply.content
+
+
+def _validation(
+    client: MedicalClient, message: Message, config: ConfigRecord
+) -> MetricRecord | ConfigRecord:
+    """Validate the model that came with a training message, as an evaluation message would ask.
+
+    Returns
+    -------
+    MetricRecord or ConfigRecord
+        What such a message would be replied; or, if that were an error, its reason.
+    """
+    asked = copy.copy(message)
+    asked.content = RecordDict(dict(message.content.array_records.items()))
+    before = int(config.get(SERVER_ROUND, 0)) - 1  # type: ignore[arg-type]
+    asked.content["config"] = ConfigRecord({**config, SERVER_ROUND: before, SPLIT: "val"})
+    context = client.context
+    state = copy.deepcopy(context.state)
+    # One of its own, as for each message.
+    validator = type(client)(context)
+    try:
+        refuse_in_plain(validator, MessageType.EVALUATE)
+        (metrics,) = evaluate(validator, asked).metric_records.values()
+        return metrics
+    except Exception as error:
+        context.state = state
+        failure = _logged_failure(error, client.site, validator, context.run_id)
+        return ConfigRecord({WHY: str(failure.reason)})
 
 
 def _changes(client: MedicalClient, config: ConfigRecord) -> str:

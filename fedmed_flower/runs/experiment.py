@@ -71,7 +71,7 @@ from fedmed_flower.server.traffic import saved
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.methods import MethodSettings
 from fedmed_flower.settings.model import ModelSettings
-from fedmed_flower.settings.plan import Plan
+from fedmed_flower.settings.plan import IN_ITS_ROUND, Plan
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.registry import (
     METHODS,
@@ -136,6 +136,7 @@ TRAINING_ONLY = frozenset(
         "staleness-exponent",
         "top-k-share",
         "trainable",
+        "validate",
         *effective({}, METHODS),
     }
 )
@@ -271,6 +272,8 @@ def _prepared(
     if plan.buffer:
         strategy.buffer = plan.buffer
         strategy.staleness_exponent = plan.staleness_exponent
+    if plan.validate != IN_ITS_ROUND:
+        strategy.validate = plan.validate
     strategy.require_buffer()
     secure = SecureSettings.from_run_config(config)
     if secure.secure == SUM:
@@ -280,6 +283,7 @@ def _prepared(
         require_named(model)
         _share_noise(strategy, config)
     strategy.require_summable()
+    strategy.require_validation()
     columns = [] if asking is None or secure.secure != SUM else asking.columns_to_sum()
     if plan.compares:
         _require_noised_choice(config)

@@ -133,15 +133,34 @@ class History:
         rounds |= {(sum.round, site) for sum in trained for site in sum.sites}
         return dict(Counter(site for _, site in rounds if site != ALL_SITES))
 
-    def describe(self, server_round: int) -> str:
+    def has_phase(self, server_round: int, phase: str) -> bool:
+        """Return whether anything is recorded of a phase of a round, be it a failure."""
+        if any(row[0] == server_round and row[1] == phase for row in self.rows):
+            return True
+        return any((f.round, f.phase) == (server_round, phase) for f in self.failures)
+
+    def describe(self, server_round: int | None, validated: int | None = None) -> str:
         """Return a round in a line: training loss, first known validation metric, failed sites.
 
         If a client names its metrics otherwise, the first of each phase is shown.
+
+        Parameters
+        ----------
+        server_round : int or None
+            None if nothing was trained.
+        validated : int, optional
+            The round whose validation figures came, if it is not the round itself; a line of both
+            names it.
         """
+        validated = server_round if validated is None else validated
+
+        def in_line(number: int, phase: str) -> bool:
+            return number == (validated if phase == "val" else server_round)
+
         known = {
             (phase, metric): value
             for number, phase, site, metric, value in self.rows
-            if number == server_round and site == ALL_SITES
+            if in_line(number, phase) and site == ALL_SITES
         }
         wanted = [("train", "loss"), *(("val", name) for name in MAIN)]
         shown = [(*key, known[key]) for key in wanted if key in known]
@@ -154,10 +173,16 @@ class History:
                 shown += [(*key, known[key]) for key in others[phase]]
         # The training loss and one validation metric, or two validation metrics without it.
         shown = shown[:2] + [(*key, known[key]) for key in others["server"]]
-        parts = [f"{phase} {name} {value:.4f}" for phase, name, value in shown]
+        other = "" if server_round in (None, validated) else f" (round {validated})"
+        parts = [
+            f"{phase} {name} {value:.4f}{other if phase == 'val' else ''}"
+            for phase, name, value in shown
+        ]
         if ("train", HOSPITAL_EPSILON) in known:
             parts.append(f"epsilon {known['train', HOSPITAL_EPSILON]:.3f}")
-        failed = {failure.site for failure in self.failures if failure.round == server_round}
+        failed = {
+            failure.site for failure in self.failures if in_line(failure.round, failure.phase)
+        }
         if failed:
             parts.append(f"failed: {', '.join(sorted(failed))}")
         return "  ".join(parts)

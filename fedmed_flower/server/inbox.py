@@ -20,6 +20,7 @@ from fedmed_flower.server.listeners import Listeners
 from fedmed_flower.server.screening import error_text, metrics_of, model_of, screen, screen_arrays
 from fedmed_flower.server.sites import learn_name
 from fedmed_flower.server.traffic import Traffic, size_of
+from fedmed_flower.server.validation import Validation, parted
 from fedmed_flower.wire import ALL_SITES, CHANGES, DECLINED, IN_SUMS, ROWS_RECORD
 
 log = logging.getLogger("flwr.fedmed")
@@ -133,6 +134,8 @@ class Inbox:
     errors : list of str
         What the sites that failed gave as reason in the last call of `admit`; those that declined
         are not among them.
+    validation : Validation
+        Who was asked for validation figures with the training of this round, and what has come.
     """
 
     def __init__(self) -> None:
@@ -145,6 +148,7 @@ class Inbox:
         self.usable = 0
         self.saved = 0
         self.errors: list[str] = []
+        self.validation = Validation()
         # What each message of the phase held, by message id.
         self._requests: dict[str, RecordDict] = {}
         # Node and index of each message of the phase, by message id.
@@ -325,6 +329,9 @@ class Inbox:
         for reply in replies:
             node_id, number = self._sender(reply)
             learn_name(self.site_names, node_id, reply, self.connected)
+            figures: Message | None = None
+            if phase == "train" and node_id in self.validation.nodes and reply.has_content():
+                reply, figures = parted(reply, node_id)
             if reply.has_content() and not is_sum(node_id):
                 kind = "train" if phase == "train" else "evaluate"
                 self.history.sent.take(kind, self.name(node_id), reply.content)
@@ -350,11 +357,35 @@ class Inbox:
                 self.fail(server_round, phase, self.name(node_id), reason, heard)
                 continue
             self.usable += 1
+            if figures is not None:
+                self.validation.replies.setdefault(node_id, figures)
             accepted = AcceptedReply(reply, node_id, self.name(node_id), number)
             if layout is not None:
                 accepted.arrays = model_of(reply, layouts)
                 accepted.companions = {name: reply.content.array_records[name] for name in layouts}
             yield accepted
+
+    def figures(self, validated: int, server_round: int) -> list[Message]:
+        """Return the validation figures that have come with a round's training, as replies.
+
+        Who was asked for them and whose training reply did not count is recorded.
+
+        Parameters
+        ----------
+        validated : int
+            The round whose model was validated.
+        server_round : int
+            The round of the training.
+        """
+        asked = self.validation
+        training = f"the training of round {server_round}"
+        for site in sorted(map(self.name, asked.missing)):
+            reason = f"no figures: its reply to {training} did not count"
+            self.fail(validated, "val", site, reason)
+        if not asked.nodes:
+            reason = f"no figures: nobody was sent {training}, with which they come"
+            self.fail(validated, "val", ALL_SITES, reason)
+        return list(asked.replies.values())
 
     def common_error(self, asked: int) -> str | None:
         """Return the error with which all sites of a phase failed alike; None if they did not.

@@ -63,7 +63,8 @@ class Listener:
         ----------
         server_round : int
         rows : sequence of (round, phase, site, metric, value)
-            The figures of the round.
+            The figures of the round. With ``validate="next"`` they hold the validation figures of
+            the round before; those of the last round come by a call of their own.
         """
 
     def tested(self, rows: Sequence[Row]) -> None:

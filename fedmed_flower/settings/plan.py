@@ -14,6 +14,9 @@ from fedmed_flower.settings.text import expand, setting_error
 # Where a run can be tracked.
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 _NAME = "|".join(TRACKERS)
+# When the model of a round is validated.
+IN_ITS_ROUND = "own"
+WITH_NEXT = "next"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,13 @@ class Plan(Section):
         "End after so many rounds without a better keep-metric. 0: after num-server-rounds.",
         Within(0),
         "rounds",
+    )
+    validate: str = setting(
+        IN_ITS_ROUND,
+        "When the model of a round is validated: in an exchange of its `own`; or by the sites that "
+        "are sent it in the `next` round, with their training, which saves an exchange a round. "
+        "Then keep-model and patience act a round later.",
+        OneOf((IN_ITS_ROUND, WITH_NEXT)),
     )
     init_from: str = setting(
         "",

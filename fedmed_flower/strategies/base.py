@@ -42,10 +42,13 @@ from fedmed_flower.server.screening import (
 )
 from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.server.sites import app_name, draw, nobody_left, shortfall, wait_for_sites
+from fedmed_flower.server.validation import Validation
+from fedmed_flower.settings.plan import IN_ITS_ROUND, WITH_NEXT
 from fedmed_flower.settings.section import MOST_EXPONENT
 from fedmed_flower.settings.secure import LEAST_EXPONENT, MOST_SECURE_EXPONENT, OFF, SUM
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.strategies import checkpoint as checkpoints
+from fedmed_flower.strategies import validation as validations
 from fedmed_flower.strategies.aggregation import (
     STREAM_ABOVE,
     Combined,
@@ -120,6 +123,8 @@ class RunState:
         Seconds to wait in each phase.
     begun : bool
         Whether a round has made a model.
+    told : int
+        Rows of the history of which the listeners have heard.
     server_round : int
         The round whose replies are being combined.
     faulty : int
@@ -151,6 +156,7 @@ class RunState:
 
     timeout: float = math.inf
     begun: bool = False
+    told: int = 0
     server_round: int = 0
     faulty: int = 0
     sent_arrays: ArrayRecord | None = None
@@ -231,6 +237,9 @@ class FedAvg(flower.FedAvg):
     secure_exponent : int
         With `secure`, no weight may change by more than 2 to the power of this in a round. From -40
         to 10.
+    validate : {"own", "next"}
+        When the model of a round is validated: in an exchange of its own; or by the sites that are
+        sent it in the next round, with their training. See ``docs/guides/validate-next.md``.
 
     Attributes
     ----------
@@ -315,6 +324,7 @@ class FedAvg(flower.FedAvg):
         staleness_exponent: float = 0.5,
         secure: str = OFF,
         secure_exponent: int = -2,
+        validate: str = IN_ITS_ROUND,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs | minima(super().__init__, args, kwargs))
@@ -350,6 +360,11 @@ class FedAvg(flower.FedAvg):
             )
         self.secure = secure
         self.secure_exponent = secure_exponent
+        if validate not in (IN_ITS_ROUND, WITH_NEXT):
+            raise InputError(
+                f"validate must be {IN_ITS_ROUND!r} or {WITH_NEXT!r}, got {validate!r}"
+            )
+        self.validate = validate
         # Of a run in which hospitals were greeted before the first round too.
         self._sums: SecureSums | None = None
         self.quorum = quorum
@@ -480,6 +495,9 @@ class FedAvg(flower.FedAvg):
             _TRAIN: ConfigRecord() if train_config is None else train_config,
             _EVALUATE: ConfigRecord() if evaluate_config is None else evaluate_config,
         }
+        self.require_validation()
+        if self.validate == WITH_NEXT:
+            validations.require_one_config(configs[_TRAIN], configs[_EVALUATE])
         if self.folder is None and (path := os.environ.pop(DEFAULT_FOLDER, "")):
             # For the first strategy of an app alone: two would overwrite each other.
             self.folder = RunFolder(Path(path))
@@ -528,22 +546,24 @@ class FedAvg(flower.FedAvg):
         if self.folder is not None:
             self.listeners.open(self.folder, app_name(grid))
         self.listeners.began(self.listeners.part, num_rounds, tuple(self.history.rows))
-        told = len(self.history.rows)
+        self.run.told = len(self.history.rows)
         if first == 1 and evaluate_fn is not None:
             self._add_metrics(
                 0, "evaluate_metrics_serverapp", evaluate_fn(0, initial_arrays), "server"
             )
         for server_round in range(first, num_rounds + 1):
-            reason = (
-                self.stop_reason()
-                or selection.stop_reason()
-                or nobody_left(self._connected(grid), self.inbox.declined, self.only)
-            )
+            reason = self._reason_to_end(grid)
+            if reason is not None and self._validate_last(grid, server_round - 1, configs):
+                # Its figures may be better than all before.
+                reason = self._reason_to_end(grid)
+            if self.run.halted:
+                break
             if reason is not None:
                 self._stop(grid, Stop(server_round - 1, " ".join(reason.split())))
                 break
             began = time.perf_counter()
-            arrays = self.result.arrays
+            before = arrays = self.result.arrays
+            due = self._due(server_round)
             aggregated, metrics, asked = self._train(grid, server_round, arrays, configs[_TRAIN])
             if aggregated is not None:
                 self.result.arrays = arrays = aggregated
@@ -553,29 +573,94 @@ class FedAvg(flower.FedAvg):
             if self._halted(grid, server_round, "train", asked):
                 break
 
-            messages = list(self.configure_evaluate(server_round, arrays, configs[_EVALUATE], grid))
-            replies = self.exchange(grid, messages, server_round, "val")
-            metrics = self.aggregate_evaluate(server_round, replies)
-            self._add_metrics(server_round, "evaluate_metrics_clientapp", metrics, "val")
-            figures = dict(metrics or {})
+            validated = server_round if self.validate == IN_ITS_ROUND else due
+            if validated == server_round:
+                asked = self._validate(grid, server_round, arrays, configs[_EVALUATE])
+            elif validated:
+                asked = self._take_figures(validated, server_round)
 
             if evaluate_fn is not None:
                 metrics = evaluate_fn(server_round, arrays)
                 self._add_metrics(server_round, "evaluate_metrics_serverapp", metrics, "server")
-                figures |= server_figures(metrics)
-            self._compare(server_round, arrays, figures)
+            if validated == server_round or not selection.by_hospitals:
+                self._compare(server_round, arrays)
+            elif validated:
+                self._compare(validated, before)
             self._save(grid, server_round)
             seconds = time.perf_counter() - began
-            line = self.history.describe(server_round)
+            line = self.history.describe(server_round, validated or None)
             log.info("round %d/%d  %s  %.1f s", server_round, num_rounds, line, seconds)
-            self.listeners.round_ended(server_round, tuple(self.history.rows[told:]))
-            told = len(self.history.rows)
-            if self._halted(grid, server_round, "val", len(messages)):
+            self._tell(server_round)
+            if validated and self._halted(grid, validated, "val", asked):
                 break
+        else:
+            self._validate_last(grid, num_rounds, configs)
         if self.run.waiting is not None:
             self.run.waiting.close()
             self.run.waiting = None
         self._keep_best()
+
+    def _reason_to_end(self, grid: Grid) -> str | None:
+        """Return why the run ends before a further round; None if it goes on."""
+        return (
+            self.stop_reason()
+            or self.run.selection.stop_reason()
+            or nobody_left(self._connected(grid), self.inbox.declined, self.only)
+        )
+
+    def _validate(
+        self, grid: Grid, server_round: int, arrays: ArrayRecord, config: ConfigRecord
+    ) -> int:
+        """Validate the model of a round by an exchange; return how many sites were asked."""
+        messages = list(self.configure_evaluate(server_round, arrays, config, grid))
+        replies = self.exchange(grid, messages, server_round, "val")
+        metrics = self.aggregate_evaluate(server_round, replies)
+        self._add_metrics(server_round, "evaluate_metrics_clientapp", metrics, "val")
+        return len(messages)
+
+    def _due(self, server_round: int) -> int:
+        """Return the round whose validation figures come with the training of a round; 0 if none.
+
+        After a resume they may have come already, if the run had ended there.
+        """
+        before = server_round - 1
+        with_next = self.validate == WITH_NEXT and before > 0
+        return before if with_next and not self.history.has_phase(before, "val") else 0
+
+    def _take_figures(self, validated: int, server_round: int) -> int:
+        """Take up the validation figures of a round that have come with the training of the next.
+
+        Returns how many sites were asked.
+        """
+        replies = self.inbox.figures(validated, server_round)
+        metrics = self.aggregate_evaluate(validated, replies)
+        self._add_metrics(validated, "evaluate_metrics_clientapp", metrics, "val")
+        return len(self.inbox.validation.nodes)
+
+    def _validate_last(
+        self, grid: Grid, server_round: int, configs: dict[int, ConfigRecord]
+    ) -> bool:
+        """Validate the last model by an exchange if no training follows; return whether it was."""
+        if not self._due(server_round + 1):
+            return False
+        began = time.perf_counter()
+        arrays = self.result.arrays
+        asked = self._validate(grid, server_round, arrays, configs[_EVALUATE])
+        if self.run.selection.by_hospitals:
+            self._compare(server_round, arrays)
+        self._save(grid, server_round)
+        seconds = time.perf_counter() - began
+        line = self.history.describe(None, server_round)
+        log.info("round %d is validated  %s  %.1f s", server_round, line, seconds)
+        self._tell(server_round)
+        self._halted(grid, server_round, "val", asked)
+        return True
+
+    def _tell(self, server_round: int) -> None:
+        """Tell the listeners the figures of which they have not heard."""
+        rows = self.history.rows
+        self.listeners.round_ended(server_round, tuple(rows[self.run.told :]))
+        self.run.told = len(rows)
 
     def _train(
         self, grid: Grid, server_round: int, arrays: ArrayRecord, config: ConfigRecord
@@ -636,6 +721,22 @@ class FedAvg(flower.FedAvg):
             method=self.method,
             below=None if other is None or issubclass(other, OPTIMISERS) else other,
             own_exchange=type(self).exchange is not FedAvg.exchange,
+        )
+        if reason is not None:
+            raise InputError(reason)
+
+    def require_validation(self) -> None:
+        """Raise `InputError` if models are to be validated with the next training, and cannot."""
+        if self.validate == IN_ITS_ROUND:
+            return
+        reason = validations.refusal(
+            type(self).__name__,
+            fraction_train=self.fraction_train,
+            fraction_evaluate=self.fraction_evaluate,
+            buffer=self.buffer,
+            secure=self.secure == SUM,
+            own_draw=self.draws_by_law or type(self).choose is not FedAvg.choose,
+            method=self.method,
         )
         if reason is not None:
             raise InputError(reason)
@@ -717,12 +818,16 @@ class FedAvg(flower.FedAvg):
             rule = GroupRule(type(self).__name__, self.needed())
         return SecureRounds(sums, self.secure_exponent, by, not self.patients_hidden, noise, rule)
 
-    def _compare(self, server_round: int, arrays: ArrayRecord, figures: dict[str, Any]) -> None:
+    def _compare(self, server_round: int, arrays: ArrayRecord) -> None:
         """Compare the model of a round with the best so far, if a figure decides anything."""
         selection = self.run.selection
         # The initial model is nobody's result.
-        if not selection.on or not self.result.train_metrics_clientapp:
+        trained = min(self.result.train_metrics_clientapp, default=server_round + 1)
+        if not selection.on or trained > server_round:
             return
+        figures = dict(self.result.evaluate_metrics_clientapp.get(server_round, {}))
+        measured = self.result.evaluate_metrics_serverapp.get(server_round)
+        figures |= server_figures(measured)
         flaw = selection.observe(server_round, arrays, figures, self.history.sent)
         if flaw is not None:
             self.inbox.note(server_round, "val", ALL_SITES, flaw)
@@ -805,6 +910,7 @@ class FedAvg(flower.FedAvg):
     ) -> Iterable[Message]:
         """Wait for the sites, then address this round's training messages to a sample of them."""
         self.run.sent_arrays = arrays
+        self.inbox.validation = Validation()
         self._ask_for_code(arrays, config)
         if self._optimiser is not None:
             require_real(self._optimiser.__name__, arrays)
@@ -828,6 +934,9 @@ class FedAvg(flower.FedAvg):
         for message in addressed:
             message.content.update(own_content(companions))
         self._tell_method(addressed, own=False)
+        if self._due(server_round):
+            asked = validations.ask(addressed, self.configrecord_key, self.has_own_models)
+            self.inbox.validation = Validation(asked)
         return addressed
 
     def configure_evaluate(

@@ -18,7 +18,7 @@ from fedmed_flower.runs.experiment import federate
 from fedmed_flower.server.listener import Listener
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.server.screening import metrics_of, with_shared_metrics
-from fedmed_flower.settings.plan import Plan, refuse_evaluation
+from fedmed_flower.settings.plan import IN_ITS_ROUND, Plan, refuse_evaluation
 from fedmed_flower.settings.privacy import PrivacySettings
 from fedmed_flower.settings.secure import refuse_sums
 from fedmed_flower.settings.text import expand, setting_error
@@ -114,6 +114,12 @@ def grow(
         raise setting_error(
             f'compression must be "none" for trees, got "{plan.compression}": it is for networks',
             "compression",
+        )
+    if plan.validate != IN_ITS_ROUND:
+        raise setting_error(
+            f'validate must be "{IN_ITS_ROUND}" for trees, got "{plan.validate}": an ensemble is '
+            "validated in an exchange of its own",
+            "validate",
         )
     refuse_evaluation(config, "grows trees")
     refuse_sums(config, "grows trees")

@@ -58,6 +58,7 @@ MESSAGE_KEYS = {
     "replies-taken": (0, 1, -1, "one"),
     "own-model": (False, True),
     "split": ("train", "val", "test", "all", 1),
+    "validate": (False, True, "x"),
     "test": ("linear", "", "x"),
     "pool-sites": (False, True),
     "count": (0, 1, 1000, -1, "all"),

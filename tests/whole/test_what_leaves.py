@@ -128,6 +128,11 @@ def all_keys(private):
     with hospital("as it is") as node:
         node = {key: value for key, value in node.items() if key not in BUDGET} | FEW
         node |= BUDGET if private else {}
+        arrays = ArrayRecord(model_of(Table, OUTPUTS[Table]).state_dict())
+        # Before the budget is spent.
+        for only in ("", "evaluate"):
+            part = node | {"secure-only": only}
+            ask_all(Table, part, run, arrays, found, ["train"], validate=True)
         arrays = ArrayRecord(model_of(Images, OUTPUTS[Images]).state_dict())
         more = {"method": "fednova", "run-key": "with a method"}
         beside = {"method-steps": ArrayRecord({"steps": Array(np.zeros(1))})}
@@ -285,6 +290,7 @@ def federated(folder, strategy=None, client=TinyTable, num_sites=2, **more):
 
 
 SUMMED = {"secure": "sum", "baselines": False, "personal-epochs": 0, "pictures": 0}
+NEXT = {"validate": "next", "num-server-rounds": 2}
 KEPT = {"method": "scaffold", "keep": "0.bias", "optimizer": "sgd", "personal-epochs": 0}
 
 
@@ -341,6 +347,7 @@ def test_a_server_sends_what_the_table_lists_and_nothing_else(tmp_path, monkeypa
         lambda: federated(tmp_path / "network"),
         lambda: federated(tmp_path / "method", FedAvg(), **KEPT),
         lambda: federated(tmp_path / "code", compression="top-k"),
+        lambda: federated(tmp_path / "next", FedAvg(), **KEPT | NEXT),
         lambda: federated(tmp_path / "summed", FedAvg(), Losing, 5, **SUMMED),
         lambda: grown(tmp_path / "trees"),
         lambda: studied(tmp_path / "genomes"),
@@ -372,7 +379,8 @@ def test_whatever_carries_no_noise_is_known_where_there_is_a_budget():
     names = {("any", f"site.{key}") for key in about}
     # Empty lists: no picture is drawn.
     pictures = {("pictures", "pictures.titles"), ("pictures", "pictures.images")}
-    assert plain == names | pictures | {("any", "secure.letter")}
+    texts = {("any", "secure.letter"), ("train", "validation.why")}
+    assert plain == names | pictures | texts
     with hospital("as it is") as node:
         for client in (Images, Masks):
             arrays = ArrayRecord(model_of(client, OUTPUTS[client]).state_dict())
