@@ -117,6 +117,17 @@ class History:
     sums: list[Sum] = field(default_factory=list)
     stopped: Stop | None = None
     kept: Kept | None = None
+    # Of each site: the number of training rows that it told last, in the first `_read` rows.
+    _counts: dict[str, float] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _read: int = field(default=0, init=False, compare=False, repr=False)
+
+    def training_rows(self, site: str) -> float | None:
+        """Return the number of training rows that a site told last; None if it has told none."""
+        for _, phase, name, metric, value in self.rows[self._read :]:
+            if phase == "train" and metric == "num-examples":
+                self._counts[name] = value
+        self._read = len(self.rows)
+        return self._counts.get(site)
 
     def add(self, server_round: int, phase: str, site: str, metrics: Mapping[str, Any]) -> None:
         """Append the metrics that are single numbers; lists are left out."""

@@ -449,9 +449,7 @@ class Inbox:
 
     def _counted(self, reply: AcceptedReply) -> str:
         """Return how a site's number of training rows has changed; empty if it has not."""
-        wanted = ("train", reply.site, _COUNT)
-        rows = reversed(self.history.rows)
-        before = next((value for _, *row, value in rows if tuple(row) == wanted), None)
+        before = self.history.training_rows(reply.site)
         now = reply.metrics.get(_COUNT)
         if before is None or not isinstance(now, int | float) or before == now:
             return ""

@@ -64,8 +64,7 @@ def screen(
     if reason is not None:
         return reason
     for name, value in metrics[0].items():
-        numbers = value if isinstance(value, list) else [value]
-        if not all(_fits(number) for number in numbers):
+        if not _fits(value if isinstance(value, list) else [value]):
             return f"{name} is an integer beyond 64 bits"
     if layout is None:
         return check_counts(metrics[0])
@@ -146,9 +145,12 @@ def _screen_weight(metrics: MetricRecord, key: str, training: bool) -> str | Non
     return None
 
 
-def _fits(number: float) -> bool:
-    # Flower's wire format has 64 bits; a run in one process hands over any integer.
-    return not isinstance(number, int) or -(2**63) <= number < 2**63
+def _fits(numbers: Sequence[float]) -> bool:
+    # Flower's wire format has 64 bits; a run in one process hands over any integer. The numbers of
+    # a list are of one type.
+    if not numbers or not isinstance(numbers[0], int):
+        return True
+    return min(numbers) >= -(2**63) and max(numbers) < 2**63
 
 
 def _layout_flaw(arrays: ArrayRecord, layout: ArrayRecord) -> str | None:
@@ -225,7 +227,9 @@ def _form(value: object) -> int | None:
 
 def metrics_of(reply: Message) -> MetricRecord:
     """Return the only metric record of a reply that passed `screen`."""
-    return next(iter(reply.content.metric_records.values()))
+    # Flower's `metric_records` would check all of them again.
+    records = reply.content.values()
+    return next(record for record in records if isinstance(record, MetricRecord))
 
 
 def first_arrays(replies: Iterable[Message]) -> ArrayRecord | None:
