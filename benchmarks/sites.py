@@ -1,11 +1,11 @@
-"""Time and memory of a run with many sites in one process: does each further site cost the same?
+"""Time and memory of a run with many sites in one process, and whether each costs the same.
 
 Two kinds of runs. "rounds": a null client that sends the model back with eight figures, by a
-strategy with a run folder: exchange, screening, mean, history, checkpoint. "experiment": `federate`
-with hospitals that have generated tables of a dozen patients: also roll call, preparation, test,
-summary and report. Each run is a process of its own with one thread. Seconds are the processor's.
-Those of the clients' own work stand apart from the rest. Peak memory is that beyond the process
-before the run.
+strategy with a run folder: exchange, screening, mean, history, checkpoint. "experiment": one round
+of `federate` with hospitals that have generated tables of a dozen patients: also roll call,
+preparation, test, summary and report. Each run is a process of its own with one thread. Seconds are
+the processor's. Those of the clients' own work stand apart from the rest. Peak memory is that
+beyond the process before the run.
 
 ``python benchmarks/sites.py [--sites 250,500,1000,2000] [--kinds rounds,experiment]``
 """
@@ -70,6 +70,7 @@ class Timed:
         self.seconds = 0.0
 
     def __call__(self, message: Any, context: Any) -> Any:
+        """Let the app answer a message."""
         began = time.process_time()
         try:
             return self.app(message, context)
@@ -182,7 +183,7 @@ def experiment(sites: int, folder: Path) -> dict[str, float]:
 
     config = expand(
         {
-            "num-server-rounds": 2,
+            "num-server-rounds": 1,
             "run-dir": str(folder),
             "tabular-network": "linear",
             "preparation": "declared",

@@ -217,8 +217,9 @@ def _sum_of_curves(edges: Floats, counts: Floats) -> tuple[Floats, Floats]:
 def _added(one: tuple[Floats, Floats], other: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
     """Return the sum of two curves of `_sum_of_curves`."""
     knots = np.union1d(one[0], other[0])
-    parts = [[np.interp(knots, at, row) for row in below] for at, below in (one, other)]
-    return knots, np.add(*parts)
+    rows = zip(one[1], other[1], strict=True)
+    sums = [np.interp(knots, one[0], a) + np.interp(knots, other[0], b) for a, b in rows]
+    return knots, np.stack(sums)
 
 
 def ordered_pairs(below: Floats) -> float:

@@ -61,7 +61,6 @@ from fedmed_flower.server.run_folder import (
     CONFIG,
     DEFAULT_FOLDER,
     FORMAT,
-    METRICS,
     PREDICTOR,
     RunFolder,
     early_lines,
@@ -756,7 +755,7 @@ class Experiment:
                 self._test(result.arrays)
                 self._write_summary("running")
                 self._compare(result.arrays)
-                folder.write(METRICS, self.strategy.history.to_csv())
+                folder.write_metrics(self.strategy.history)
             except BaseException as error:
                 stopped = isinstance(error, KeyboardInterrupt)
                 text = "stopped by the user" if stopped else f"{type(error).__name__}: {error}"

@@ -33,7 +33,7 @@ from fedmed_flower.server.history import History, Stop
 from fedmed_flower.server.inbox import SUM_NODE, AcceptedReply, Inbox
 from fedmed_flower.server.listener import Listener
 from fedmed_flower.server.listeners import Ending, Listeners
-from fedmed_flower.server.run_folder import DEFAULT_FOLDER, METRICS, Checkpoint, RunFolder
+from fedmed_flower.server.run_folder import DEFAULT_FOLDER, Checkpoint, RunFolder
 from fedmed_flower.server.screening import (
     first_arrays,
     metrics_of,
@@ -1447,7 +1447,7 @@ class FedAvg(flower.FedAvg):
         self.run.halted = f"round {server_round}, {phase}: {reason}"
         if self.folder is not None:
             # No checkpoint: a run that goes on repeats the round.
-            self.folder.write(METRICS, self.history.to_csv())
+            self.folder.write_metrics(self.history)
             self.folder.write_model(self.result.arrays)
         return True
 
