@@ -17,7 +17,14 @@ from fedmed_flower.server.ask import Enough, Exchange
 from fedmed_flower.server.compression import Unpacker, saved_bytes
 from fedmed_flower.server.history import Failure, History, Note
 from fedmed_flower.server.listeners import Listeners
-from fedmed_flower.server.screening import error_text, metrics_of, model_of, screen, screen_arrays
+from fedmed_flower.server.screening import (
+    error_text,
+    metrics_of,
+    model_of,
+    screen,
+    screen_arrays,
+    without_arrays,
+)
 from fedmed_flower.server.sites import learn_name
 from fedmed_flower.server.traffic import Traffic, size_of
 from fedmed_flower.wire import ALL_SITES, CHANGES, DECLINED, IN_SUMS, ROWS_RECORD
@@ -77,6 +84,12 @@ class AcceptedReply:
     def metrics(self) -> MetricRecord:
         """The reply's only metrics."""
         return metrics_of(self.message)
+
+    def drop_arrays(self) -> None:
+        """Forget the arrays, which have been used, to save memory."""
+        self.message = without_arrays(self.message)
+        self.arrays = ArrayRecord()
+        self.companions = {}
 
 
 @dataclass(frozen=True)

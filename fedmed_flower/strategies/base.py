@@ -484,8 +484,11 @@ class FedAvg(flower.FedAvg):
             # For the first strategy of an app alone: two would overwrite each other.
             self.folder = RunFolder(Path(path))
             self.folder.require_unused()
+        # From here on only the app may hold the initial model, which the rounds replace.
+        self.result = flower.Result(arrays=initial_arrays)
+        del initial_arrays
         with self.listeners.run() as ending:
-            self._run(grid, initial_arrays, num_rounds, timeout, configs, evaluate_fn)
+            self._run(grid, num_rounds, timeout, configs, evaluate_fn)
             self._describe_end(ending)
         leave_result(grid, self.result, self.folder)
         return self.result
@@ -493,7 +496,6 @@ class FedAvg(flower.FedAvg):
     def _run(
         self,
         grid: Grid,
-        initial_arrays: ArrayRecord,
         num_rounds: int,
         timeout: float,
         configs: dict[int, ConfigRecord],
@@ -504,11 +506,10 @@ class FedAvg(flower.FedAvg):
         self.run = RunState(timeout, selection=selection)
         self.inbox.history = History()
         self.inbox.declined = set()
-        self.result = flower.Result(arrays=initial_arrays)
         # An earlier run of this object must leave no state behind.
         self.import_state({})
         self.run.strategy = checkpoints.arguments_of(self)
-        first = self._restore(grid, initial_arrays) + 1
+        first = self._restore(grid, self.result.arrays) + 1
         self._set_clock(grid)
         if self.buffer:
             self.run.waiting = ReplyBuffer(
@@ -531,7 +532,7 @@ class FedAvg(flower.FedAvg):
         told = len(self.history.rows)
         if first == 1 and evaluate_fn is not None:
             self._add_metrics(
-                0, "evaluate_metrics_serverapp", evaluate_fn(0, initial_arrays), "server"
+                0, "evaluate_metrics_serverapp", evaluate_fn(0, self.result.arrays), "server"
             )
         for server_round in range(first, num_rounds + 1):
             reason = (
@@ -904,6 +905,8 @@ class FedAvg(flower.FedAvg):
         self.run.server_round = server_round
         try:
             combined = self._combined(server_round, replies)
+            # Their arrays need not stay in memory during a server optimiser's step.
+            del replies
             if combined.model is None:
                 return None, None
             metrics = average_metrics(
@@ -1340,6 +1343,8 @@ class FedAvg(flower.FedAvg):
             self._suffice,
             self._reject,
         )
+        for reply in combined.replies:
+            reply.drop_arrays()
         self.inbox.record(self.run.server_round, "train", combined.replies)
         return combined
 
