@@ -51,6 +51,12 @@ HEAD = (
     "ours, 1B weights: s, GB",
 )
 Found = tuple[float, float]
+KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("FedAvg", {}),
+    ("FedAdam", {}),
+    ("FedMedian", {}),
+    ("FedMedian", {"memory_gigabytes": 1e-9}),
+)
 
 
 def layers(parameters: int, seed: int) -> ArrayRecord:
@@ -161,7 +167,7 @@ def null_client(message: Message, context: Any) -> Message:
     return Message(content, reply_to=message)
 
 
-def rounds(options: argparse.Namespace) -> Iterator[tuple[str, Found, Found]]:
+def rounds(options: argparse.Namespace) -> Iterator[tuple[str, Found | None, Found]]:
     """Yield whole runs of two rounds."""
     model = options.parameters * BYTES
 
@@ -174,12 +180,15 @@ def rounds(options: argparse.Namespace) -> Iterator[tuple[str, Found, Found]]:
 
         run_local(server, null_client, options.replies)  # type: ignore[arg-type]
 
-    for name in ("FedAvg", "FedAdam"):
-        theirs = measured(lambda name=name: run(getattr(flower, name)()), model)
+    for name, more in KINDS:
+        theirs = None
+        if not more:
+            theirs = measured(lambda name=name: run(getattr(flower, name)()), model)
         with tempfile.TemporaryDirectory() as place:
-            own = getattr(strategies, name)(run_dir=Path(place, "run"))
+            own = getattr(strategies, name)(run_dir=Path(place, "run"), **more)
             ours = measured(lambda own=own: run(own), model)
-        yield f"two rounds of {name}, ours with a run folder", theirs, ours
+        what = ", replies in files" if more else ""
+        yield f"two rounds of {name}, ours with a run folder{what}", theirs, ours
         del own
 
 

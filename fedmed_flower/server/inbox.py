@@ -11,6 +11,7 @@ from typing import Self
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from fedmed_flower.arrays.views import records_of
 from fedmed_flower.errors import shown
 from fedmed_flower.secure.study import MOST_GROUPS
 from fedmed_flower.server.ask import Enough, Exchange
@@ -40,6 +41,11 @@ _ALIKE = 200
 _MOST_CHANGES = 200
 # A site's number of training rows; of patients if they are protected by noise.
 _COUNT = "num-examples"
+
+
+def _named(reply: Message, names: Iterable[str]) -> dict[str, ArrayRecord]:
+    records = records_of(reply.content, ArrayRecord)
+    return {name: records[name] for name in names}
 
 
 def is_sum(node_id: int) -> bool:
@@ -366,7 +372,7 @@ class Inbox:
             accepted = AcceptedReply(reply, node_id, self.name(node_id), number)
             if layout is not None:
                 accepted.arrays = model_of(reply, layouts)
-                accepted.companions = {name: reply.content.array_records[name] for name in layouts}
+                accepted.companions = _named(reply, layouts)
             yield accepted
 
     def common_error(self, asked: int) -> str | None:
@@ -452,7 +458,7 @@ class Inbox:
 
         Sites that protect patients by noise say nothing but the number of their patients.
         """
-        record = reply.message.content.config_records.get(ROWS_RECORD, ConfigRecord())
+        record = records_of(reply.message.content, ConfigRecord).get(ROWS_RECORD, ConfigRecord())
         changes = shown(record.get(CHANGES, ""), _MOST_CHANGES)
         counted = self._counted(reply)
         if changes and not counted:

@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from flwr.serverapp import strategy as flower
 from fedmed_flower.arrays.compression import NONE, code_of
 from fedmed_flower.arrays.packing import Packing
 from fedmed_flower.arrays.updates import Updates
-from fedmed_flower.arrays.views import keep_dtypes, own_content
+from fedmed_flower.arrays.views import keep_dtypes, own_content, record_of, records_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.methods.base import Method
 from fedmed_flower.methods.registry import method_of
@@ -42,6 +42,7 @@ from fedmed_flower.server.screening import (
 )
 from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.server.sites import app_name, draw, nobody_left, shortfall, wait_for_sites
+from fedmed_flower.server.spill import Spill
 from fedmed_flower.settings.section import MOST_EXPONENT
 from fedmed_flower.settings.secure import LEAST_EXPONENT, MOST_SECURE_EXPONENT, OFF, SUM
 from fedmed_flower.settings.text import setting_error
@@ -145,6 +146,8 @@ class RunState:
         The run's secure sums; None if sites reply in plain.
     method : MethodState
         What the server knows of the method for hospitals that differ.
+    spill : Spill or None
+        Where the replies of the last training exchange are; None before the first.
     selection : Selection
         Which round's model is the best so far.
     """
@@ -163,6 +166,7 @@ class RunState:
     waiting: ReplyBuffer | None = None
     secure: SecureRounds | None = None
     method: MethodState = field(default_factory=MethodState)
+    spill: Spill | None = None
     selection: Selection = field(default_factory=Selection)
 
 
@@ -231,6 +235,10 @@ class FedAvg(flower.FedAvg):
     secure_exponent : int
         With `secure`, no weight may change by more than 2 to the power of this in a round. From -40
         to 10.
+    memory_gigabytes : float
+        Most memory for the arrays of a round's replies, in 10^9 bytes, if the rule needs all at
+        once. Those beyond it are read from a file without a name in `run_dir`; the model is the
+        same to the bit. Not in asynchronous rounds. 0: half of what the machine has available.
 
     Attributes
     ----------
@@ -315,6 +323,7 @@ class FedAvg(flower.FedAvg):
         staleness_exponent: float = 0.5,
         secure: str = OFF,
         secure_exponent: int = -2,
+        memory_gigabytes: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs | minima(super().__init__, args, kwargs))
@@ -352,6 +361,11 @@ class FedAvg(flower.FedAvg):
         self.secure_exponent = secure_exponent
         # Of a run in which hospitals were greeted before the first round too.
         self._sums: SecureSums | None = None
+        if not 0 <= memory_gigabytes < math.inf:
+            raise InputError(
+                f"memory_gigabytes must be at least 0 and finite, got {memory_gigabytes}"
+            )
+        self.memory_gigabytes = memory_gigabytes
         self.quorum = quorum
         self.grace = grace
         self.max_weight_share = max_weight_share
@@ -769,7 +783,8 @@ class FedAvg(flower.FedAvg):
             ``{site: {metric: value}}``, with ``"all"`` for all sites together.
         """
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: ConfigRecord()})
-        content.config_records[self.configrecord_key].update({**(config or {}), SPLIT: "test"})
+        record = records_of(content, ConfigRecord)[self.configrecord_key]
+        record.update({**(config or {}), SPLIT: "test"})
         server_round = max((row[0] for row in self.history.rows), default=0)
         messages = [
             Message(own_content(content), node_id, MessageType.EVALUATE)
@@ -883,8 +898,17 @@ class FedAvg(flower.FedAvg):
         replies = self.inbox.collect(
             grid, messages, self.run.timeout, server_round, phase, self.quorum, self.grace
         )
-        streamed = phase == "train" and len(messages) > STREAM_ABOVE and self.is_plain_mean
-        return replies if streamed else list(replies)
+        if phase != "train":
+            return list(replies)
+        if len(messages) > STREAM_ABOVE and self.is_plain_mean:
+            return replies
+        self.run.spill = Spill(
+            self.memory_gigabytes, None if self.folder is None else self.folder.path
+        )
+        if self.compression != NONE:
+            # They are small, and become large when they are unpacked.
+            return list(replies)
+        return [self.run.spill.message(reply) for reply in replies]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -988,7 +1012,7 @@ class FedAvg(flower.FedAvg):
         sent = self.run.sent_arrays
         if not self._unsent or sent is None:
             return arrays
-        return ArrayRecord({key: arrays.get(key) or sent[key] for key in sent})
+        return record_of({key: arrays.get(key) or sent[key] for key in sent})
 
     def choose(
         self, nodes: Collection[int], count: int, server_round: int, training: bool
@@ -1244,7 +1268,7 @@ class FedAvg(flower.FedAvg):
         for message in messages:
             site = self.site_name(message.metadata.dst_node_id)
             taken = self.run.method.taken.get(site, 0)
-            config = message.content.config_records[self.configrecord_key]
+            config = records_of(message.content, ConfigRecord)[self.configrecord_key]
             config.update(config_of(self.method, self.keep, self.keep_sent, taken, own))
 
     def _trained(self, model: ArrayRecord) -> list[str]:
@@ -1323,7 +1347,7 @@ class FedAvg(flower.FedAvg):
     def _combined_together(
         self, replies: Iterable[AcceptedReply], layout: ArrayRecord | None
     ) -> Combined:
-        accepted = self.inbox.in_order(replies)
+        accepted = self.inbox.in_order(self._unpacked_in_memory(replies))
         self.run.faulty = self.inbox.malformed
         if self.run.secure is not None:
             self.run.faulty += self.run.secure.spoilt
@@ -1347,6 +1371,16 @@ class FedAvg(flower.FedAvg):
             reply.drop_arrays()
         self.inbox.record(self.run.server_round, "train", combined.replies)
         return combined
+
+    def _unpacked_in_memory(self, replies: Iterable[AcceptedReply]) -> Iterator[AcceptedReply]:
+        """Yield replies; of those that were unpacked, what is beyond the bound is in files."""
+        for reply in replies:
+            if self.compression != NONE and self.run.spill is not None:
+                kept = self.run.spill.records({"": reply.arrays, **reply.companions})
+                reply.arrays = kept.pop("")
+                reply.message = with_arrays(reply.message, reply.arrays)
+                reply.companions = kept
+            yield reply
 
     def _rule(
         self, replies: list[AcceptedReply], updates: Updates, weights: list[float]
