@@ -107,6 +107,7 @@ FREE_ON_RESUME = {
     "round-timeout",
     "quorum",
     "grace",
+    "server-memory-gigabytes",
     "baselines",
     "pictures",
     "personal-epochs",
@@ -264,6 +265,8 @@ def _prepared(
     if plan.quorum:
         strategy.quorum = plan.quorum
         strategy.grace = plan.grace
+    if plan.server_memory_gigabytes:
+        strategy.memory_gigabytes = plan.server_memory_gigabytes
     if plan.compression != NONE:
         strategy.compression = plan.compression
         strategy.top_k_share = plan.top_k_share
